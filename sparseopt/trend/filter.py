@@ -129,7 +129,7 @@ def trend_filter(
     working, native = job.layout.working(), wide_types() or job.dtype == np.float32
     with precision(job.dtype), working:
         assert job.signal is not None
-        found = _solved(job)
+        found = job.listed(_solved(job))
         value = job.layout.shaped(found.value, job.signal.shape)
         found = dataclasses.replace(found, value=value, graph=job.graph, order=job.order)
         return job.layout.fetched(found, native)

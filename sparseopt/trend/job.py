@@ -106,7 +106,7 @@ class Job:
     method: Any = None  # a `Method`; None for the one that is expected to be the fastest
     tol: float = 1e-6
     max_steps: int = 20_000
-    start: Solution | None = None
+    start: Solution | Start | None = None  # a `Start` is one in the layout
     history: bool = False
     assumed: float | None = None  # the strength by which a method is chosen; None computes it
     graph: Graph = dataclasses.field(init=False)  # of the layout
@@ -140,9 +140,9 @@ class Job:
             what = f"a history of max_steps={self.max_steps:,} steps"
             require_memory(STEP_BYTES * self.max_steps, what, "lower max_steps")
         start: Any = self.start
-        if start is not None and not isinstance(start, Solution):
+        if start is not None and not isinstance(start, Solution | Start):
             raise TypeError(f"start is a Solution of trend_filter, given {start!r:.100}; tol is a keyword")
-        if start is not None and not np.all(np.isfinite(np.asarray(start.value))):
+        if isinstance(start, Solution) and not np.all(np.isfinite(np.asarray(start.value))):
             raise ValueError("start holds values that are not finite; start without it")
 
     def at(self, weight: float) -> "Job":
@@ -177,27 +177,38 @@ class Job:
     def first(self) -> Start | None:
         """The point of `start` and the dual of its rows in the layout; None without one."""
         solution, signal, layout = self.start, self.signal, self.layout
-        if solution is None or signal is None:
-            return None
+        if solution is None or isinstance(solution, Start) or signal is None:
+            return solution
         value, dual = np.asarray(solution.value), solution.dual
-        rows = tuple(jax.eval_shape(self.ground.operator.mv, self.arrays[0]).shape)
-        # Fits that are known without an iteration and those of a path have no dual, and others none of these rows.
-        if dual is None or self._has_other_rows(solution):
+        orders, rows = self._orders, jax.eval_shape(self.ground.operator.mv, self.arrays[0]).shape
+        # Fits that are known without an iteration and those of a path have no dual.
+        if dual is None:
             dual = layout.put(np.zeros(rows, self.dtype))
-        else:
-            with contextlib.suppress(IndexError):  # of another order
-                dual = layout.dual(dual, self.order + 1)
+        elif not layout.holds(dual):
+            count = (sum(map(layout.count, orders)), *self.channels)
+            require_start(value, dual, signal.values.size, count)
+            dual = layout.put(layout.laid_dual(np.asarray(dual), orders), self.order + 1)
         require_start(value, dual, signal.values.size, rows)
         x = layout.put(layout.rows(value.reshape(signal.values.shape), 0))
-        state = solution.state
-        return Start(x, dual, getattr(state, "rho", None), sigma=getattr(state, "sigma", None))
+        return start_at(dataclasses.replace(solution, value=x, dual=dual))
 
-    def _has_other_rows(self, solution: Any) -> bool:
-        """Whether a solution is of the same graph, by edges where this job has a grid or the reverse: `graph_for`."""
-        graph, own = getattr(solution, "graph", None), self.graph
-        if graph is None or solution.order != self.order or (graph.shape is None) == (own.shape is None):
-            return False
-        return (graph.num_nodes, graph.num_edges) == (own.num_nodes, own.num_edges)
+    @property
+    def _orders(self) -> tuple[int, ...]:
+        """Those of the rows of the penalties."""
+        return tuple(k + 1 for k in self.terms)
+
+    def listed(self, found: Any) -> Any:
+        """A fit with its rows in the order of `graph.matrix(order + 1)`; the dual of several penalties by orders."""
+        nonzero, dual = np.asarray(found.nonzero), found.dual
+        if dual is not None:
+            dual = self.layout.listed_dual(dual if self.layout.several_devices else np.asarray(dual), self._orders)
+            dual = jax.device_put(dual) if isinstance(dual, np.ndarray) else dual
+        return dataclasses.replace(found, nonzero=self.layout.listed(nonzero, self.order + 1), dual=dual)
+
+
+def start_at(fit: Any) -> Start:
+    """The start at a fit in the layout."""
+    return Start(fit.value, fit.dual, getattr(fit.state, "rho", None), sigma=getattr(fit.state, "sigma", None))
 
 
 def require_start(value: Any, dual: Any, size: int, rows: tuple[int, ...]) -> None:

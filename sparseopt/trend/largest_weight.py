@@ -19,7 +19,7 @@ import numpy as np
 from sparseopt.core.base.arguments import positive_number
 from sparseopt.core.base.types import precision
 from sparseopt.core.losses.scalar import checked_scalar
-from sparseopt.core.operators.row_tables import difference_matrix, edge_rows
+from sparseopt.core.operators.row_tables import difference_matrix
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.solvers.dual_program import is_available
 from sparseopt.trend.filter import checked_job, trend_filter
@@ -231,7 +231,6 @@ def _least_congested(graph: Graph, order: int, demand: np.ndarray, tol: float) -
         level, start = L1(lower * (1 + tol / 2)), None if isinstance(method, Interior) else fit
         fit = trend_filter(demand, graph, level, order, method, tol=accuracy, max_steps=steps, start=start, dtype=kind)
         part = np.asarray(fit.dual, np.float64)
-        part = part if graph.shape is None or graph.free else edge_rows(part, graph.shape)
         left = demand - difference.T @ part
         height = potential(left)
         whole = part + difference @ height

@@ -22,7 +22,7 @@ from sparseopt.core.operators.differences import Difference
 from sparseopt.core.operators.maps import Identity
 from sparseopt.core.operators.normal_solves import cosine_solve, free_solve
 from sparseopt.core.operators.parts import Cut, cut_graph, part_base
-from sparseopt.core.operators.row_tables import Sums, edge_grid, grid_edges
+from sparseopt.core.operators.row_tables import Sums, edge_grid, edge_rows, grid_edges
 from sparseopt.core.operators.slabs import SlabBase
 from sparseopt.core.penalties.entries import L1
 from sparseopt.trend.graph import Graph
@@ -94,6 +94,46 @@ class Layout:
             return values.reshape(*graph.node_shape, *values.shape[1:])
         return values if graph.shape is None else edge_grid(values, graph.shape, 0.0)
 
+    def listed(self, values: Any, order: int) -> Any:
+        """The inverse of `rows` on one device: an array on the rows of an order as `[rows, ...]`, without padding."""
+        graph = self.graph
+        if order % 2 == 0:
+            return values.reshape(graph.num_nodes, *values.shape[len(graph.node_shape) :])
+        if graph.shape is None:
+            return values
+        found = edge_rows(values, graph.shape)
+        return found if graph.given_edges is None else found[np.argsort(self._grid_order)]
+
+    def listed_dual(self, dual: Any, orders: tuple[int, ...]) -> Any:
+        """The dual of penalties on the rows of these orders, one after another, as the caller gets it."""
+        parts, first = [], 0
+        for order in orders:
+            shape = self.difference(order, np.float64).out_shape
+            part = dual
+            if len(orders) > 1 or order == 0:  # stacked
+                part = dual[first : first + math.prod(shape)].reshape(*shape, *dual.shape[1:])
+                first += math.prod(shape)
+            parts.append(self._turned(self.listed(part, order), order))
+        return parts[0] if len(parts) == 1 else (np if isinstance(dual, np.ndarray) else jnp).concatenate(parts)
+
+    def laid_dual(self, dual: Any, orders: tuple[int, ...]) -> Any:
+        """The inverse of `listed_dual`."""
+        parts, first = [], 0
+        for order in orders:
+            part = dual[first : first + self.count(order)]
+            first += self.count(order)
+            part = self.rows(self._turned(part, order), order)
+            parts.append(part.reshape(-1, *dual.shape[1:]) if len(orders) > 1 or order == 0 else part)
+        return parts[0] if len(parts) == 1 else (np if isinstance(dual, np.ndarray) else jnp).concatenate(parts)
+
+    def _turned(self, dual: Any, order: int) -> Any:
+        """A dual `[rows, ...]` of the given edges for those of the grid that they are, or the reverse."""
+        graph = self.graph
+        if order % 2 == 0 or not graph.turned:
+            return dual
+        signs = np.where(np.diff(graph.edges) < 0, -1, 1).astype(dual.dtype)
+        return dual * signs.reshape(-1, *(1 for _ in dual.shape[1:]))
+
     @functools.cached_property
     def _grid_order(self) -> np.ndarray:
         """For each of the grid's edges its number among the given ones."""
@@ -130,11 +170,11 @@ class Layout:
         # A third of the time of `device_get`, which matters for small fits.
         return solution if native else jax.tree.map(np.asarray, solution)
 
-    def dual(self, dual: Any, order: int) -> Any:
-        """The dual of an earlier solution at the rows of an order in this layout; a ValueError for other devices."""
+    def holds(self, dual: Any) -> bool:
+        """Whether the dual of an earlier solution lies in this layout over several devices; a ValueError for others."""
         if len(found := _devices_of(dual)) > 1:
             raise _elsewhere(found)
-        return dual
+        return False
 
 
 class FreeLayout(Layout):
@@ -152,6 +192,9 @@ class FreeLayout(Layout):
 
     def grid_rows(self, values: Any, order: int) -> Any:
         return values if order else super().grid_rows(values, order)
+
+    def listed(self, values: Any, order: int) -> Any:
+        return values if order else super().listed(values, order)
 
 
 class LayoutOver(Layout):
@@ -255,23 +298,22 @@ class LayoutOver(Layout):
         here = jax.tree.map(lambda leaf: whole(leaf) if isinstance(leaf, jax.Array) else leaf, kept)
         return dataclasses.replace(here, state=solution.state, dual=solution.dual)
 
-    def dual(self, dual: Any, order: int) -> Any:
-        if (found := _devices_of(dual)) == set(self.mesh.devices.flat):
-            return dual
-        if len(found) > 1:
-            raise _elsewhere(found)
-        rows = super().rows(np.zeros(self.count(order)), order)
-        if dual.shape[: rows.ndim] != rows.shape:
-            return dual  # refused later
-        return self.put(self.padded(np.asarray(dual), order), order)
+    def listed_dual(self, dual: Any, orders: tuple[int, ...]) -> Any:
+        return dual  # it stays on the devices
+
+    def holds(self, dual: Any) -> bool:
+        return _devices_of(dual) == set(self.mesh.devices.flat) or super().holds(dual)
 
 
 def layout_of(graph: Graph, mesh: Mesh | None = None) -> Layout:
     """The layout of a graph's arrays on one device, or over a mesh; made once per graph."""
     if graph.free and mesh is not None:
         raise ValueError("several devices take the ends of the graph: leave out devices, or ends")
-    alone = FreeLayout if graph.free else Layout
-    return graph.cached(("layout", mesh), lambda: alone(graph) if mesh is None else LayoutOver(graph, mesh))
+    found = graph.tables.get(("layout", mesh))
+    if found is None:
+        alone = FreeLayout if graph.free else Layout
+        found = graph.tables["layout", mesh] = alone(graph) if mesh is None else LayoutOver(graph, mesh)
+    return found
 
 
 def _elsewhere(found: set[jax.Device]) -> ValueError:

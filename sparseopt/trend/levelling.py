@@ -23,7 +23,7 @@ from sparseopt.core.penalties.protocols import has_conjugate
 from sparseopt.core.problem.certify import judge, promoted
 from sparseopt.core.problem.problem import Problem, Status
 from sparseopt.trend.ground import Ground, data_of
-from sparseopt.trend.job import Job
+from sparseopt.trend.job import Job, start_at
 from sparseopt.trend.methods import chosen
 from sparseopt.trend.pieces import TrendSolution, edges_between, labels_of, levelled
 from sparseopt.trend.plan import resumed
@@ -81,7 +81,7 @@ def stopped_early(job: Job, solve: Callable[[float, int], TrendSolution], early:
         early = max(next_stop(min(early, reached), missed), BELOW)
     if not missed <= 1 and left > 0 and found.value.dtype != job.dtype:
         # What overflows in float32 is no start.
-        start = None if int(fit.status) == Status.NONFINITE else fit
+        start = None if int(fit.status) == Status.NONFINITE else start_at(fit)
         rest = dataclasses.replace(job, start=start, max_steps=left)
         fit = chosen(rest).plan(rest).fitted(rest)
         fit = levelled_fit(job, fit)

@@ -20,7 +20,7 @@ from sparseopt.core.problem.problem import Problem, Solution, Status
 from sparseopt.core.solvers.admm import Start, balanced_rho
 from sparseopt.core.solvers.fast_admm import ChainTotalVariation, fused_pieces
 from sparseopt.trend.ground import Data, Ground, data_of
-from sparseopt.trend.job import Job
+from sparseopt.trend.job import Job, start_at
 from sparseopt.trend.largest_weight import NullFit
 from sparseopt.trend.levelling import has_means, in_float32, stopped_early
 from sparseopt.trend.losses import best_constants, fit_loss
@@ -119,7 +119,7 @@ def _by_loss(job: Job, weights: np.ndarray, _: Any) -> list[Level]:
         fit = fit_loss(dataclasses.replace(job.at(weight), start=last), best)
         levels.append((dataclasses.replace(fit, state=None, dual=None, nonzero=None), fit.nonzero))
         # A known fit, as without any difference in the data, has no dual to start from.
-        last = fit if fit.dual is not None else None
+        last = None if fit.dual is None else start_at(fit)
     return levels
 
 
@@ -205,7 +205,7 @@ def _by_interior(job: Job, weights: np.ndarray, proof: Any) -> list[Level]:
         fit = solver.null_fit(penalty, proof) if index == 0 and proof is not None else solver.fit(penalty)
         levels.append((dataclasses.replace(fit, dual=None, nonzero=None), fit.nonzero))
     if strong.size < weights.size:
-        rest = dataclasses.replace(job, method=Doge(), start=fit if levels else None)
+        rest = dataclasses.replace(job, method=Doge(), start=start_at(fit) if levels else None)
         levels += _by_solver(rest, weights[strong.size :], None)
     return levels
 

@@ -26,6 +26,7 @@ from sparseopt.trend.filter import checked_job
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.job import Job, require_representable
 from sparseopt.trend.largest_weight import NullFit, null_fit
+from sparseopt.trend.layout import layout_of
 from sparseopt.trend.levels import descend
 from sparseopt.trend.losses import node_deviances
 from sparseopt.trend.methods import checked_method
@@ -122,7 +123,8 @@ class TrendPath:
         fields: Any = (self.values, self.statuses, self.steps, self.residuals, self.objectives, self.gaps)
         value, status, steps, residual, objective, gap = (field[index] for field in fields)
         found = Solution(value, status, steps, residual, objective, gap, None, None)
-        return dataclasses.replace(TrendSolution.of(found, self._nonzero[index]), graph=self.graph, order=self.order)
+        nonzero = layout_of(self.graph).listed(self._nonzero[index], self.order + 1)
+        return dataclasses.replace(TrendSolution.of(found, nonzero), graph=self.graph, order=self.order)
 
 
 def trend_path(

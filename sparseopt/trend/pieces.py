@@ -41,8 +41,7 @@ class TrendSolution(Solution):
     """A `Solution` of the trend filter, with its pieces and knots.
 
     Attributes:
-        nonzero: which rows of `Δ^(order+1) b` are not zero at the fit, in the layout of the rows; with channels their
-            last axis.
+        nonzero: which rows of `graph.matrix(order + 1)` are not zero at the fit, `[rows]` or `[rows, channels]`.
         graph: the graph of the fit.
         order: the (highest) order of the fit.
     """
@@ -134,9 +133,9 @@ class TrendSolution(Solution):
         return self.graph
 
     def _changed(self, graph: Graph) -> np.ndarray:
-        """`nonzero` in any channel, without an axis of channels."""
+        """`nonzero` in any channel, in the layout of the rows."""
         found = np.asarray(self.nonzero)
-        return np.any(found, axis=tuple(range(len(_row_shape(graph, self.order)), found.ndim)))
+        return layout_of(graph).rows(found.reshape(len(found), -1).any(axis=1), self.order + 1)
 
 
 def nonzero_at(
@@ -229,8 +228,8 @@ def degrees_of_freedom(nonzero: Any, graph: Graph, order: int = 0, observed: Any
 
     Args:
         nonzero: booleans `[rows]` or `[rows, channels]`: which rows of `graph.matrix(order + 1)` are not zero at the
-            fit; or the `nonzero` of a fit on this graph, whose layout may be that of a grid. Differences of a solution
-            with a finite tolerance are rarely exactly zero; `trend_path` counts for you.
+            fit, as the `nonzero` of a fit says. Differences of a solution with a finite tolerance are rarely exactly
+            zero; `trend_path` counts for you.
         graph: the graph.
         order: k.
         observed: booleans `[n]`, or None for all. At order 0 a piece without an observation does not count. At higher
@@ -257,21 +256,17 @@ def degrees_of_freedom(nonzero: Any, graph: Graph, order: int = 0, observed: Any
             f"{MOST_RANKED:,} nodes, given {graph.num_nodes:,}: sparseopt.trend.trend_path estimates them"
         )
     mask, layout = _booleans("nonzero", nonzero), layout_of(graph)
-    rows, shape = layout.count(order + 1), _row_shape(graph, order)
-    by_rows = mask.ndim in (1, 2) and mask.shape[0] == rows
-    laid_out = mask.shape[: len(shape)] == shape and mask.ndim <= len(shape) + 1
-    # [1, 2] on a chain of two nodes: one row of two channels, or one fit.
-    if not (by_rows or laid_out) or (by_rows and mask.shape == shape == (1, 2)):
+    rows = layout.count(order + 1)
+    if mask.ndim not in (1, 2) or mask.shape[0] != rows:
         raise ValueError(
             f"the difference of order {order + 1} has {rows} rows, so `nonzero` has the shape [{rows}] or "
-            f"[{rows}, channels], or on a grid that of a fit's `nonzero`, given {mask.shape}"
+            f"[{rows}, channels], given {mask.shape}"
         )
     seen = None if observed is None else _booleans("observed", observed)
     if seen is not None and seen.shape != (graph.num_nodes,):
         raise ValueError(f"`observed` has one entry for each of {graph.num_nodes} nodes, given {seen.shape}")
-    mask = mask if laid_out else layout.rows(mask, order + 1)
-    channels = 1 if mask.ndim == len(shape) else mask.shape[-1]
-    return int(freedom_of_levels(mask[None], graph, order, seen, channels)[0])
+    channels = mask.shape[1] if mask.ndim == 2 else 1
+    return int(freedom_of_levels(layout.rows(mask, order + 1)[None], graph, order, seen, channels)[0])
 
 
 def is_countable(graph: Graph) -> bool:

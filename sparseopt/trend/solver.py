@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from sparseopt.core.base.arguments import renames, whole_number
 from sparseopt.core.base.types import precision, pytree, static, wide_types
@@ -60,6 +59,31 @@ class TrendSolver:
             As `trend_filter`, in the shape of y; under vmap with one status per lane. Values are not checked: for a
             signal that is not finite, and for a negative weight under jit, the status is NONFINITE.
         """
+        layout, orders = self.layout, (self.order + 1,)
+        if start is not None:
+            start = self._start_of(start, np.size(y))
+        found = self.fitted(y, penalty, node_weights, tol, max_steps, start)
+        nonzero, dual = layout.listed(found.nonzero, self.order + 1), layout.listed_dual(found.dual, orders)
+        return dataclasses.replace(found, nonzero=nonzero, dual=dual)
+
+    def _start_of(self, given: Any, size: int) -> Start:
+        """A start with its dual in the layout."""
+        if not isinstance(given, Solution | Start):
+            raise TypeError(
+                f"start is a solution on this graph, or a Start of a point and a dual, given {given!r:.100}"
+            )
+        rows = (self.layout.count(self.order + 1), *(() if self.channels is None else (self.channels,)))
+        if isinstance(given, Solution):
+            # Fits that are known without an iteration, and those of a path, have neither dual nor state.
+            dual = jnp.zeros(rows, self.dtype) if given.dual is None else given.dual
+            given = Start(given.value, dual, getattr(given.state, "rho", None))
+        require_start(given.x, given.dual, size, rows)
+        return dataclasses.replace(given, dual=self.layout.laid_dual(jnp.asarray(given.dual), (self.order + 1,)))
+
+    def fitted(
+        self, y: Any, penalty: Any, node_weights: Any, tol: Any, max_steps: Any, start: Start | None
+    ) -> TrendSolution:
+        """As a call, with the rows of start and fit in the layout of the graph's arrays."""
         graph, kind = self.layout.graph, np.dtype(self.dtype)
         channels = () if self.channels is None else (self.channels,)
         y = jnp.asarray(y, kind)
@@ -81,7 +105,8 @@ class TrendSolver:
             require_node_weights(node_weights.shape, graph)
             node_weights = node_weights.reshape(graph.node_shape + (1,) * len(channels))
         plan, nodes = self._plan(penalty, node_weights is not None), y.reshape(graph.node_shape + channels)
-        start = None if start is None else _start_of(start, plan, nodes)
+        if start is not None:
+            start = dataclasses.replace(start, x=jnp.asarray(start.x, kind).reshape(nodes.shape))
         terms = on_rows({self.order: penalty}, self.layout, kind, bool(channels))
         found = fit(plan, nodes, terms, node_weights, tol, max_steps, start=start)
         return dataclasses.replace(found, value=found.value.reshape(y.shape), graph=graph, order=self.order)
@@ -97,18 +122,6 @@ class TrendSolver:
             if (reason := plan.refuses(penalty, weighted)) is None:
                 return plan
         raise ValueError(reason)
-
-
-def _start_of(given: Any, plan: Plan, y: Array) -> Start:
-    if not isinstance(given, Solution | Start):
-        raise TypeError(f"start is a solution on this graph, or a Start of a point and a dual, given {given!r:.100}")
-    rows = tuple(jax.eval_shape(plan.ground.operator.mv, y).shape)
-    if isinstance(given, Solution):
-        # Fits that are known without an iteration, and those of a path, have neither dual nor state.
-        dual = jnp.zeros(rows, y.dtype) if given.dual is None else given.dual
-        given = Start(given.value, dual, getattr(given.state, "rho", None))
-    require_start(given.x, given.dual, y.size, rows)
-    return dataclasses.replace(given, x=jnp.asarray(given.x, y.dtype).reshape(y.shape))
 
 
 @renames(B="method=sparseopt.trend.Doge(B=...)")

@@ -176,7 +176,7 @@ class TotalVariation:
         dual = step * memory.dual
         start = Start(x - rows.rmv(dual), dual, step * memory.rho)
         tol = jnp.minimum(memory.tol, self.tol)
-        found = self.solver(x, _penalty(step * weight, self.axis), tol=tol, max_steps=self.max_steps, start=start)
+        found = self.solver.fitted(x, _penalty(step * weight, self.axis), None, tol, self.max_steps, start)
         u, size = found.value, jnp.where(step > 0, step, 1)
         # A gap of g leaves an error of sqrt(2 g P).
         limits, moved = jnp.finfo(kind), jnp.sum((u - memory.u) ** 2)

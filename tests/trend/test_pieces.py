@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import networkx as nx
 import numpy as np
 import pytest
+from scipy import sparse
 
 import sparseopt as so
 from sparseopt.core.base.types import precision
@@ -99,10 +100,46 @@ def test_channels_agree_within_a_piece(rng):
     fits = [so.trend_filter(y[..., i], graph, so.L1(2.0)) for i in (0, 1)]
     alone = [fit.pieces() for fit in fits]
     assert apart.pieces().max() + 1 >= len(set(zip(*alone, strict=True)))
-    # The differences of a fit in the layout of a grid can be counted.
     counts = [so.trend.degrees_of_freedom(fit.nonzero, graph) for fit in fits]
     assert counts == [labels.max() + 1 for labels in alone]
     assert so.trend.degrees_of_freedom(apart.nonzero, graph) == sum(counts)
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("name", [*GRAPHS, "turned", "free chain", "free grid"])
+def test_rows_of_a_fit_are_those_of_the_graphs_matrix(rng, name, order):
+    turned = rng.permutation(so.Graph.grid((4, 5)).edges)
+    others = {
+        "turned": lambda _: so.Graph.from_edges(np.where(rng.random((len(turned), 1)) < 0.5, turned, turned[:, ::-1])),
+        "free chain": lambda _: so.Graph.chain(20, ends="free"),
+        "free grid": lambda _: so.Graph.grid((4, 5), ends="free"),
+    }
+    graph = (GRAPHS | others)[name](rng)
+    y = 5 * rng.standard_normal((graph.num_nodes, 2))
+    matrix = graph.matrix(order + 1)
+    found = so.trend_filter(y, graph, so.L1(1.5), order, tol=1e-10)
+    rows = matrix @ np.asarray(found.value).reshape(y.shape)
+    assert found.dual.shape == found.nonzero.shape == rows.shape
+    np.testing.assert_allclose(matrix.T @ found.dual, y - np.asarray(found.value).reshape(y.shape), atol=1e-3)
+    assert np.all(np.abs(rows[~found.nonzero]) < 1e-3)
+    again = so.trend_filter(y, graph, so.L1(1.5), order, "doge", found, tol=1e-6)
+    assert again.steps <= 20
+    solver = so.trend_solver(graph, order, channels=2)
+    planned = solver(y, so.L1(1.5), tol=1e-3)
+    assert planned.dual.shape == rows.shape
+    left = matrix.T @ planned.dual - (y - np.asarray(planned.value).reshape(y.shape))
+    assert np.linalg.norm(left) <= 0.1 * np.linalg.norm(y)
+    assert solver(y, so.L1(1.5), tol=1e-3, start=found).steps <= planned.steps
+
+
+def test_the_dual_of_several_penalties_has_their_rows_one_after_another(rng):
+    graph = so.Graph.grid((4, 5))
+    y = 5 * rng.standard_normal(20)
+    found = so.trend_filter(y, graph, {-1: so.L1(0.5), 0: so.L1(1.0), 1: so.L1(0.3)}, tol=1e-9)
+    rows = sparse.vstack([sparse.eye_array(20), graph.matrix(1), graph.matrix(2)])
+    np.testing.assert_allclose(rows.T @ found.dual, y - found.value, atol=1e-3)
+    again = so.trend_filter(y, graph, {-1: so.L1(0.5), 0: so.L1(1.0), 1: so.L1(0.3)}, start=found, tol=1e-6)
+    assert again.steps <= 20
 
 
 def test_a_sparse_fit_keeps_its_zeros(rng):

@@ -108,10 +108,11 @@ def edge_grid(values: Any, shape: tuple[int, ...], fill: float) -> Any:
     return xp.stack(found)
 
 
-def edge_rows(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def edge_rows(values: Any, shape: tuple[int, ...]) -> Any:
     """The inverse of `edge_grid`: values `[dimensions, *shape, ...]` as `[m, ...]`, in the order of `grid_edges`."""
     along = [values[axis][*(slice(None),) * axis, : n - 1] for axis, n in enumerate(shape)]
-    return np.concatenate([part.reshape(-1, *values.shape[len(shape) + 1 :]) for part in along])
+    xp = np if isinstance(values, np.ndarray) else jnp
+    return xp.concatenate([part.reshape(-1, *values.shape[len(shape) + 1 :]) for part in along])
 
 
 def _edge_counts(shape: tuple[int, ...]) -> list[int]:
