@@ -22,7 +22,7 @@ from sparseopt.core.losses.data import (
     SquaredHingeLoss,
 )
 from sparseopt.core.losses.quadratic import Quadratic
-from sparseopt.core.penalties.entries import L0, L1, MCP, SCAD, ElasticNet, LogSum
+from sparseopt.core.penalties.entries import L0, L1, MCP, SCAD, ElasticNet, LHalf, LogSum
 from sparseopt.core.penalties.groups import GroupL2, NuclearNorm, SparseGroup
 from sparseopt.core.penalties.patterns import NM, BlockTopK, GroupTopK, RowTopK, TopK
 from sparseopt.core.penalties.sets import Box, Nonnegative, Simplex, Support
@@ -64,6 +64,7 @@ __all__ = [
     "GroupL2",
     "GroupTopK",
     "HuberLoss",
+    "LHalf",
     "LeastSquares",
     "LogSum",
     "LogisticLoss",

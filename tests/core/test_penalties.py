@@ -37,6 +37,7 @@ PENALTIES = {
     "Within, of lines": Within(so.RowTopK(np.arange(6)), MASK),
     "ElasticNet": so.ElasticNet(0.3, 0.5),
     "LogSum": so.LogSum(0.3, eps=1.0),
+    "LHalf": so.LHalf(0.3),
     "Nonnegative": so.Nonnegative(0.2),
     "Box": so.Box(-0.5, 1.0, weight=0.2),
     "Box without a roof": so.Box(np.linspace(-1, 0, 6), np.inf, weight=0.2),

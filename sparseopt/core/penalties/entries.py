@@ -1,4 +1,4 @@
-"""Penalties on single entries: L0, L1, the elastic net, MCP, SCAD and the log sum."""
+"""Penalties on single entries: L0, L1, the elastic net, MCP, SCAD, the log sum and the half-power."""
 
 from types import MappingProxyType
 from typing import Any
@@ -247,3 +247,36 @@ class LogSum(_OnEntries):
     def curved(self, factor: Scalar) -> "LogSum":
         """The penalty of the same slope at 0 whose concavity there is `factor` times this one's."""
         return LogSum(self.weight / factor, self.eps / factor)
+
+
+@pytree
+class LHalf(_OnEntries):
+    """`weight * sum of sqrt(|x|)`, between L0 and L1; prox: the half threshold at `1.5 (step * weight)^(2/3)`.
+
+    The prox is the global minimiser for every step, in closed form. The weight may be an array that broadcasts to x.
+    Source: Xu, Chang, Xu and Zhang, "L1/2 regularization: a thresholding representation theory and a fast solver",
+    IEEE Transactions on Neural Networks and Learning Systems 23 (2012), theorem 1.
+
+    Example:
+        >>> so.LHalf(1.0).prox(jnp.array([-9.0, 1.4, 2.0]), step=1.0).round(2)  # keeps |x| > 1.5
+        Array([-8.83,  0.  ,  1.61], dtype=float32)
+    """
+
+    weight: Any
+
+    def value(self, x: FloatArray) -> Float[Array, ""]:
+        return jnp.sum(self.weight * jnp.sqrt(jnp.abs(x)))
+
+    def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
+        """The larger root of a cubic in `sqrt(u)`, by the cosine of a third of an angle."""
+        size, weight = jnp.abs(x), jnp.asarray(step * self.weight, x.dtype)
+        # The root has no finite derivative at 0.
+        level = jnp.where(weight > 0, jnp.cbrt(jnp.where(weight > 0, weight, 1)) ** 2, 0)
+        keeps = size > 1.5 * level
+        share = 3 * level / jnp.where(keeps, size, 1)
+        angle = jnp.arccos(jnp.where(keeps, share * jnp.sqrt(share), 0) / 4)
+        return jnp.where(keeps, x * (2 / 3) * (1 + jnp.cos(2 / 3 * (jnp.pi - angle))), 0)
+
+    def slope(self, x: FloatArray) -> FloatArray:
+        """The derivative of the value in `|x|`: `weight / (2 sqrt(|x|))`."""
+        return self.weight / (2 * jnp.sqrt(jnp.abs(x)))

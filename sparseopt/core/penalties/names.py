@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sparseopt.core.base.arguments import unknown
-from sparseopt.core.penalties.entries import L0, L1, MCP, SCAD, ElasticNet, LogSum
+from sparseopt.core.penalties.entries import L0, L1, MCP, SCAD, ElasticNet, LHalf, LogSum
 from sparseopt.core.penalties.groups import GroupL2, NuclearNorm, SparseGroup
 from sparseopt.core.penalties.patterns import NM, TopK
 from sparseopt.core.penalties.sets import Box, Nonnegative, Simplex
@@ -16,6 +16,7 @@ PENALTIES: Mapping[str, Callable[..., Any]] = {
     "mcp": MCP,
     "scad": SCAD,
     "log_sum": LogSum,
+    "l_half": LHalf,
     "group_l2": GroupL2,
     "sparse_group": SparseGroup,
     "nuclear": NuclearNorm,
