@@ -274,7 +274,7 @@ class LHalf(_OnEntries):
         level = jnp.where(weight > 0, jnp.cbrt(jnp.where(weight > 0, weight, 1)) ** 2, 0)
         keeps = size > 1.5 * level
         share = 3 * level / jnp.where(keeps, size, 1)
-        angle = jnp.arccos(jnp.where(keeps, share * jnp.sqrt(share), 0) / 4)
+        angle = jnp.arccos(jnp.where(keeps, share, 0) ** 1.5 / 4)
         return jnp.where(keeps, x * (2 / 3) * (1 + jnp.cos(2 / 3 * (jnp.pi - angle))), 0)
 
     def slope(self, x: FloatArray) -> FloatArray:
