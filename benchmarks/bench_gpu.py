@@ -26,12 +26,12 @@ from common import emit_line, say
 
 import sparseopt as so
 from sparseopt.core.base.dense import HIGHEST
+from sparseopt.layers.methods import find_method, method_cost
+from sparseopt.layers.patterns import parse_pattern
+from sparseopt.layers.problem import LayerJob, layer_solver
 from sparseopt.models import StreamedModel, bundled_model, open_source
 from sparseopt.pruning import Recipe, prune_model
-from sparseopt.pruning.cost import EFFICIENCY, INVERSE, prune_cost
-from sparseopt.pruning.layer import LayerJob, layer_solver
-from sparseopt.pruning.methods import find_method, method_cost
-from sparseopt.pruning.patterns import parse_pattern
+from sparseopt.pruning.estimate.cost import EFFICIENCY, INVERSE, prune_cost
 from sparseopt.system.machine import environment
 
 METHODS = (("maiht", "paper"), ("maiht", "best"), ("admm", None), ("sparsegpt", None))

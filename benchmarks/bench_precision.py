@@ -31,7 +31,7 @@ from jax.interpreters import mlir
 from sparseopt.core.base.dense import HIGHEST
 from sparseopt.models import open_source
 from sparseopt.pruning import Recipe, masks, perplexity, prune_model
-from sparseopt.pruning.texts import text_windows
+from sparseopt.pruning.text.windows import text_windows
 
 METHODS: dict[str, dict[str, Any]] = {
     "maiht": {"method": "maiht"},

@@ -20,9 +20,9 @@ from common import emit, model_and_text, text_parser
 
 from sparseopt.models import open_model
 from sparseopt.pruning import perplexity, prune_layer
-from sparseopt.pruning.activations import make_batches
-from sparseopt.pruning.calibration import BlockRunner
-from sparseopt.pruning.texts import begin_windows, text_windows
+from sparseopt.pruning.base.activations import make_batches
+from sparseopt.pruning.base.grams import BlockRunner
+from sparseopt.pruning.text.windows import begin_windows, text_windows
 
 DENSE_PERPLEXITY = 29.197
 # Relative errors of the published procedure at 50 % on these layers.

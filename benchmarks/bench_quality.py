@@ -42,9 +42,9 @@ from quality_draws import DRAWS, METHODS, TEXTS, bench_draws, bench_tokens, read
 
 from sparseopt.models import open_model
 from sparseopt.pruning import Recipe, prune_layer
-from sparseopt.pruning.activations import make_batches
-from sparseopt.pruning.calibration import BlockRunner
-from sparseopt.pruning.texts import WindowChoice, begin_windows, text_windows
+from sparseopt.pruning.base.activations import make_batches
+from sparseopt.pruning.base.grams import BlockRunner
+from sparseopt.pruning.text.windows import WindowChoice, begin_windows, text_windows
 
 BASE = "best"
 # The smallest error of a layer; the first records call it "best".

@@ -42,7 +42,7 @@ import numpy as np
 from common import emit, emit_line, model_and_text, names_of, say, text_parser, write_dense
 
 from sparseopt.models import open_source
-from sparseopt.pruning.texts import begin_windows, text_windows
+from sparseopt.pruning.text.windows import begin_windows, text_windows
 from sparseopt.system.machine import environment
 
 PROMPT, DECODED = 512, 64

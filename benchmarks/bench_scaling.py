@@ -149,10 +149,10 @@ def layer(task: dict[str, Any]) -> dict[str, float]:
     import numpy as np
 
     from sparseopt.core.base.mesh import device_line
-    from sparseopt.pruning.blocked import solve_within_memory
-    from sparseopt.pruning.layer import LayerJob
-    from sparseopt.pruning.methods import find_method
-    from sparseopt.pruning.patterns import parse_pattern
+    from sparseopt.layers.methods import find_method
+    from sparseopt.layers.patterns import parse_pattern
+    from sparseopt.layers.problem import LayerJob
+    from sparseopt.layers.split import solve_within_memory
     from sparseopt.system import processes
 
     outputs, inputs = task["outputs"] * task.get("grow", 1), task["inputs"]
@@ -174,11 +174,11 @@ def block(task: dict[str, Any]) -> dict[str, float]:
     import numpy as np
 
     from sparseopt.core.base.mesh import device_line, over, put
-    from sparseopt.pruning.compiled import Timed
-    from sparseopt.pruning.layer import LayerJob
-    from sparseopt.pruning.methods import find_method
-    from sparseopt.pruning.patterns import parse_pattern
-    from sparseopt.pruning.side_by_side import LayerTask, solve_block
+    from sparseopt.layers.compiled import Timed
+    from sparseopt.layers.methods import find_method
+    from sparseopt.layers.patterns import parse_pattern
+    from sparseopt.layers.problem import LayerJob
+    from sparseopt.layers.side_by_side import LayerTask, solve_block
     from sparseopt.system import processes
 
     width, wide, narrow = task["width"], task["wide"], task["narrow"]

@@ -19,8 +19,8 @@ from common import Bench, judged, model_and_text, names_of, run_pass, say, text_
 
 from sparseopt.models import bundled_model, open_model
 from sparseopt.pruning import Recipe, ShrinkRecipe, perplexity
-from sparseopt.pruning.pass_recipe import PassRecipe
-from sparseopt.pruning.texts import text_windows
+from sparseopt.pruning.recipe.pass_recipe import PassRecipe
+from sparseopt.pruning.text.windows import text_windows
 
 KEPT = (
     "shape", "distilled", "transformers_perplexity", "mean_relative_error", "mean_heldout_error", "survey_seconds",

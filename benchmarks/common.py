@@ -19,9 +19,9 @@ import numpy as np
 
 from sparseopt.models import ShardedWriter, bundled_model, open_source, unread
 from sparseopt.pruning import perplexity, prune_models
-from sparseopt.pruning.pass_recipe import PassRecipe
-from sparseopt.pruning.reports import Event
-from sparseopt.pruning.texts import begin_windows, text_windows
+from sparseopt.pruning.base.reports import Event
+from sparseopt.pruning.recipe.pass_recipe import PassRecipe
+from sparseopt.pruning.text.windows import begin_windows, text_windows
 from sparseopt.system.machine import environment
 
 # Seconds between progress messages of a pass.

@@ -31,9 +31,9 @@ from common import (
 
 from sparseopt.models import open_model, open_source
 from sparseopt.pruning import Recipe, perplexity
-from sparseopt.pruning.cost import EFFICIENCY
-from sparseopt.pruning.inspection import inspect_model
-from sparseopt.pruning.texts import begin_windows, text_windows
+from sparseopt.pruning.estimate.cost import EFFICIENCY
+from sparseopt.pruning.estimate.inspection import inspect_model
+from sparseopt.pruning.text.windows import begin_windows, text_windows
 from sparseopt.system.speed import measure_gflops
 
 TEXTS = ("wikitext2", "pydoc", "self")

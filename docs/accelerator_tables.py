@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from records import Column, Record, field, machine, missing, named, table
 
-from sparseopt.pruning.methods import find_method, workspace_of
+from sparseopt.layers.methods import find_method, workspace_of
 
 ACCELERATORS = "make bench-accelerators"
 PRECISION = "make bench-precision DATA=folder"

@@ -20,9 +20,9 @@ from scipy.spatial import Delaunay
 import sparseopt as so
 from sparseopt.models import bundled_model, open_model
 from sparseopt.pruning import prune_layer
-from sparseopt.pruning.activations import make_batches
-from sparseopt.pruning.calibration import BlockRunner
-from sparseopt.pruning.texts import begin_windows, text_windows
+from sparseopt.pruning.base.activations import make_batches
+from sparseopt.pruning.base.grams import BlockRunner
+from sparseopt.pruning.text.windows import begin_windows, text_windows
 
 HERE = Path(__file__).resolve().parent
 FOLDER = HERE / "pictures"

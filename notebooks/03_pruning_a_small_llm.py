@@ -31,8 +31,8 @@ import sparseopt as so
 from sparseopt.experiments import plots
 from sparseopt.models import bundled_model, encode_text, generate, load_decoder, load_tokenizer, open_model
 from sparseopt.pruning import Recipe, audit_sparsity, load_text, perplexity, prune_layer, prune_model, token_windows
-from sparseopt.pruning.activations import make_batches
-from sparseopt.pruning.calibration import BlockRunner
+from sparseopt.pruning.base.activations import make_batches
+from sparseopt.pruning.base.grams import BlockRunner
 
 _ = so.keep_programs()  # on disk, since compilation takes most of the time of a first run
 named = os.environ.get("SPARSEOPT_MODEL")

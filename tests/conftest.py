@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-from sparseopt.pruning.compiled import Compiled
+from sparseopt.layers.compiled import Compiled
 from sparseopt.shell import app as cli
 from sparseopt.system.programs import trim
 from tests import programs

@@ -7,11 +7,11 @@ import numpy as np
 
 import sparseopt as so
 from sparseopt.core.base.mesh import device_line
-from sparseopt.pruning.blocked import solve_within_memory
-from sparseopt.pruning.layer import LayerJob
-from sparseopt.pruning.methods import find_method
-from sparseopt.pruning.patterns import parse_pattern
-from sparseopt.pruning.side_by_side import solve_side_by_side
+from sparseopt.layers.methods import find_method
+from sparseopt.layers.patterns import parse_pattern
+from sparseopt.layers.problem import LayerJob
+from sparseopt.layers.side_by_side import solve_side_by_side
+from sparseopt.layers.split import solve_within_memory
 from sparseopt.system import processes
 
 METHODS = (("maiht", "paper"), ("admm", None))

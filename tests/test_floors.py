@@ -44,6 +44,7 @@ HOUSE = {
         "images",
         "__init__",
     ],
+    "layers": ["compiled patterns", "problem", "methods/*", "methods/__init__", "split", "prune_layer side_by_side"],
     "models/base": ["errors", "fields", "rope"],
     "models/files": [
         "folder",
@@ -58,32 +59,22 @@ HOUSE = {
     "models/streaming": ["prunable", "torch_*", "streamed"],
     "models/reshape": ["*"],
     "models": ["export", "__init__"],
-    "pruning": [
-        "activations compiled documents options patterns permutation reports targets",
-        "texts calibration layer token_time",
-        "allocation methods/* torch_runner training",
-        "methods/__init__",
-        "blocked evaluation reconstruction",
-        "api propagation scoring side_by_side",  # one layer; what follows is for whole models
-        "distillation effort",
-        "pass_recipe zero_shot",
-        "recipe shrinking",
-        "card plan",
-        "run_folder",
-        "block block_removal drawn quality survey variants",
-        "mixing",
-        "cost shaping",
-        "branch footprint",
-        "inspection pipeline",
-        "__init__",
-    ],
+    "pruning/base": ["activations reports", "grams", "torch_grams"],
+    "pruning/text": ["documents", "windows"],
+    "pruning/evaluate": ["evaluation", "scoring", "zero_shot"],
+    "pruning/train": ["training", "distillation reconstruction"],
+    "pruning/recipe": ["allocation effort options targets", "pass_recipe", "prune_recipe shrink_recipe"],
+    "pruning/run": ["card permutation plan propagation", "folder quality variants", "block drawn", "branch"],
+    "pruning/measure": ["block_removal survey token_time", "mixing", "shaping"],
+    "pruning/estimate": ["cost", "footprint inspection"],
+    "pruning": ["pipeline", "__init__"],
     "experiments": ["*"],
     "shell": ["*"],
     "__main__": ["*"],
 }
 ROOMS = list(HOUSE)
 # Two front-ends on one core, neither of which knows the other.
-APART = ({"trend", "models"}, {"trend", "pruning"})
+APART = ({"trend", "layers"}, {"trend", "models"}, {"trend", "pruning"})
 
 
 def place_of(name):

@@ -34,10 +34,10 @@ from sparseopt.experiments.runs import (
 )
 from sparseopt.experiments.task import FinishedRun
 from sparseopt.experiments.task_prune import Prune
+from sparseopt.layers.patterns import implied_sparsity
 from sparseopt.pruning import METHODS
-from sparseopt.pruning.documents import part_of_text
-from sparseopt.pruning.effort import PRUNE
-from sparseopt.pruning.patterns import implied_sparsity
+from sparseopt.pruning.recipe.effort import PRUNE
+from sparseopt.pruning.text.documents import part_of_text
 from sparseopt.system.run_folder import RUN, SUMMARY, Fingerprint, contents, differences, read_start
 
 CELLS = "cells"

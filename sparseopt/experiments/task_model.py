@@ -29,13 +29,13 @@ from sparseopt.models import (
     start_token,
 )
 from sparseopt.pruning import METHODS, PruneReport, perplexity
-from sparseopt.pruning.documents import Document, Part, TextError, load_documents
-from sparseopt.pruning.effort import effort_of
-from sparseopt.pruning.options import Option, mistakes_of
-from sparseopt.pruning.pass_recipe import PassRecipe
-from sparseopt.pruning.plan import make_plan
-from sparseopt.pruning.reports import Event, LayerRecord, Passed, mean_errors
-from sparseopt.pruning.texts import Windows, begin_windows, text_windows, token_digest
+from sparseopt.pruning.base.reports import Event, LayerRecord, Passed, mean_errors
+from sparseopt.pruning.recipe.effort import effort_of
+from sparseopt.pruning.recipe.options import Option, mistakes_of
+from sparseopt.pruning.recipe.pass_recipe import PassRecipe
+from sparseopt.pruning.run.plan import make_plan
+from sparseopt.pruning.text.documents import Document, Part, TextError, load_documents
+from sparseopt.pruning.text.windows import Windows, begin_windows, text_windows, token_digest
 from sparseopt.system import processes
 
 BUNDLED = "bundled:smollm2-135m"

@@ -13,8 +13,8 @@ from sparseopt.experiments.task import Estimate, Record
 from sparseopt.experiments.task_model import BUNDLED, MethodConfig, ModelTask, model_path, recipe_settings
 from sparseopt.models import PrunableModel
 from sparseopt.pruning import PruneReport, Recipe, audit_sparsity, prune_model
-from sparseopt.pruning.options import Option
-from sparseopt.pruning.recipe import OPTIONS
+from sparseopt.pruning.recipe.options import Option
+from sparseopt.pruning.recipe.prune_recipe import OPTIONS
 
 # Of a whole SmolLM2-135M at 50 %, on two cores, with survey and reconstruction; other methods take a few seconds.
 SOLVER_SECONDS = {"best": 250, "maiht": 55, "admm": 60, "admm_splice": 150, "splice": 170, "sparsegpt": 30}

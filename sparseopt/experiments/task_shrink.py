@@ -10,8 +10,8 @@ from sparseopt.experiments.task import Record
 from sparseopt.experiments.task_model import ModelTask, model_path, recipe_settings
 from sparseopt.models import PrunableModel, sizes_of
 from sparseopt.pruning import PruneReport, ShrinkRecipe, shrink_model
-from sparseopt.pruning.options import Option
-from sparseopt.pruning.shrinking import BUDGETS, SHARES, SHRINK_OPTIONS, parameters_of
+from sparseopt.pruning.recipe.options import Option
+from sparseopt.pruning.recipe.shrink_recipe import BUDGETS, SHARES, SHRINK_OPTIONS, parameters_of
 
 _Settings: Any = recipe_settings("ShrinkSettings", SHRINK_OPTIONS, without=("method", "score"))
 

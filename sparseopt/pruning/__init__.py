@@ -1,12 +1,6 @@
 """Pruning of language models, from one layer (`prune_layer`) to a whole model (`prune_model`)."""
 
-from sparseopt.pruning.api import LayerResult, prune_layer
-from sparseopt.pruning.block import PruningError
-from sparseopt.pruning.documents import TextError, load_text
-from sparseopt.pruning.evaluation import LayerAudit, PatternAudit, audit_pattern, audit_sparsity, masks, perplexity
-from sparseopt.pruning.footprint import BudgetError
-from sparseopt.pruning.layer import LayerJob, LayerMethod, LayerReport, Pruned, ScaledLayer, solve_layer
-from sparseopt.pruning.methods import (
+from sparseopt.layers.methods import (
     METHODS,
     AdmmPruning,
     Flap,
@@ -18,11 +12,24 @@ from sparseopt.pruning.methods import (
     Wanda,
     find_method,
 )
+from sparseopt.layers.problem import LayerJob, LayerMethod, LayerReport, Pruned, ScaledLayer, solve_layer
+from sparseopt.layers.prune_layer import LayerResult, prune_layer
+from sparseopt.pruning.base.reports import Footprint, LayerRecord, PruneReport
+from sparseopt.pruning.estimate.footprint import BudgetError
+from sparseopt.pruning.evaluate.evaluation import (
+    LayerAudit,
+    PatternAudit,
+    audit_pattern,
+    audit_sparsity,
+    masks,
+    perplexity,
+)
 from sparseopt.pruning.pipeline import Stopped, prune_model, prune_models, shrink_model
-from sparseopt.pruning.recipe import Recipe
-from sparseopt.pruning.reports import Footprint, LayerRecord, PruneReport
-from sparseopt.pruning.shrinking import ShrinkRecipe
-from sparseopt.pruning.texts import text_windows, token_digest, token_windows
+from sparseopt.pruning.recipe.prune_recipe import Recipe
+from sparseopt.pruning.recipe.shrink_recipe import ShrinkRecipe
+from sparseopt.pruning.run.block import PruningError
+from sparseopt.pruning.text.documents import TextError, load_text
+from sparseopt.pruning.text.windows import text_windows, token_digest, token_windows
 
 __all__ = [
     "METHODS",

@@ -24,16 +24,31 @@ from jax.sharding import Mesh
 from sparseopt.core.base.dense import activations_in
 from sparseopt.core.base.mesh import Devices, device_line
 from sparseopt.core.base.types import Observer
+from sparseopt.layers.patterns import check_cut
+from sparseopt.layers.split import is_out_of_memory
 from sparseopt.models import PrunableModel, Source, TorchModel, check_output, open_model
-from sparseopt.pruning.activations import Batches, DiskBatches, SpreadBatches, Stream, embed_windows
-from sparseopt.pruning.block import DenseBlock, PruningError
-from sparseopt.pruning.blocked import is_out_of_memory
-from sparseopt.pruning.branch import Branch, begin
-from sparseopt.pruning.drawn import drawn_windows, keep_drawn
-from sparseopt.pruning.footprint import choose_footprint
-from sparseopt.pruning.pass_recipe import PassRecipe
-from sparseopt.pruning.patterns import check_cut
-from sparseopt.pruning.plan import (
+from sparseopt.pruning.base.activations import Batches, DiskBatches, SpreadBatches, Stream, embed_windows
+from sparseopt.pruning.base.reports import Calibration, Event, Footprint, LayerRecord, Passed, PruneReport
+from sparseopt.pruning.base.torch_grams import runner_of
+from sparseopt.pruning.estimate.footprint import choose_footprint
+from sparseopt.pruning.measure.shaping import choose_shapes
+from sparseopt.pruning.measure.survey import survey
+from sparseopt.pruning.recipe.pass_recipe import PassRecipe
+from sparseopt.pruning.recipe.prune_recipe import Recipe
+from sparseopt.pruning.recipe.shrink_recipe import ShrinkRecipe
+from sparseopt.pruning.run.block import DenseBlock, PruningError
+from sparseopt.pruning.run.branch import Branch, begin
+from sparseopt.pruning.run.drawn import drawn_windows, keep_drawn
+from sparseopt.pruning.run.folder import (
+    Identity,
+    Progress,
+    claimed,
+    is_finished,
+    progress_in,
+    read_report,
+    recipe_identity,
+)
+from sparseopt.pruning.run.plan import (
     CalibrationWindows,
     Plan,
     calibration_windows,
@@ -43,23 +58,8 @@ from sparseopt.pruning.plan import (
     make_plan,
     with_windows,
 )
-from sparseopt.pruning.quality import Scoring, samples_to_score
-from sparseopt.pruning.recipe import Recipe
-from sparseopt.pruning.reports import Calibration, Event, Footprint, LayerRecord, Passed, PruneReport
-from sparseopt.pruning.run_folder import (
-    Identity,
-    Progress,
-    claimed,
-    is_finished,
-    progress_in,
-    read_report,
-    recipe_identity,
-)
-from sparseopt.pruning.shaping import choose_shapes
-from sparseopt.pruning.shrinking import ShrinkRecipe
-from sparseopt.pruning.survey import survey
-from sparseopt.pruning.torch_runner import runner_of
-from sparseopt.pruning.variants import with_variants
+from sparseopt.pruning.run.quality import Scoring, samples_to_score
+from sparseopt.pruning.run.variants import with_variants
 from sparseopt.system import processes
 from sparseopt.system.machine import freed_memory_kept, parse_bytes, peak_from_now, return_freed_memory
 

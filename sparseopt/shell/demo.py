@@ -15,8 +15,8 @@ import numpy as np
 from sparseopt.experiments.plots import plot_layer_errors, save_figure
 from sparseopt.models import bundled_model, encode_text, generate, load_decoder, load_tokenizer, open_model
 from sparseopt.pruning import PruneReport, Recipe, perplexity, prune_model
-from sparseopt.pruning.reports import mean_errors
-from sparseopt.pruning.texts import text_windows
+from sparseopt.pruning.base.reports import mean_errors
+from sparseopt.pruning.text.windows import text_windows
 from sparseopt.shell import console, show_pruning
 from sparseopt.system.machine import environment, peak_memory_bytes
 from sparseopt.trend.images import before_and_after, denoise, psnr

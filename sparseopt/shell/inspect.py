@@ -12,7 +12,7 @@ from sparseopt.shell.options import AsJson, FollowLinks, Source, machine_option,
 from sparseopt.system.machine import format_bytes, parse_bytes, working_memory_bytes
 
 if TYPE_CHECKING:  # its package needs flax
-    from sparseopt.pruning.inspection import Inspection
+    from sparseopt.pruning.estimate.inspection import Inspection
 
 
 @takes_recipe()
@@ -37,7 +37,7 @@ def inspect(
     """What a model is, what pruning it would zero, and how much memory and time that takes. Reads headers only."""
     from sparseopt.models import open_source
     from sparseopt.pruning import Recipe
-    from sparseopt.pruning.inspection import inspect_model
+    from sparseopt.pruning.estimate.inspection import inspect_model
     from sparseopt.system.speed import measure_gflops
 
     device = None if device_memory is None else parse_bytes(device_memory)
@@ -106,7 +106,7 @@ def linear_table(found: "Inspection") -> Table:
 
 def prune_lines(found: "Inspection", memory_bytes: int) -> list[str]:
     """What pruning would remove and cost; `memory_bytes` is the memory available."""
-    from sparseopt.pruning.patterns import implied_sparsity
+    from sparseopt.layers.patterns import implied_sparsity
 
     estimate = found.estimate
     if estimate is None or found.zeros is None or found.dense_bytes is None or found.packed_bytes is None:

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperCommand
 
 if TYPE_CHECKING:
-    from sparseopt.pruning.options import Option
+    from sparseopt.pruning.recipe.options import Option
 
 # The option that names a recipe file.
 FILE = "recipe"
@@ -91,14 +91,14 @@ class RecipeCommand(TyperCommand):
 
 def prune_options() -> "dict[str, Option]":
     """The options of `Recipe`."""
-    from sparseopt.pruning.recipe import OPTIONS
+    from sparseopt.pruning.recipe.prune_recipe import OPTIONS
 
     return OPTIONS
 
 
 def shrink_options() -> "dict[str, Option]":
     """The options of `ShrinkRecipe`."""
-    from sparseopt.pruning.shrinking import SHRINK_OPTIONS
+    from sparseopt.pruning.recipe.shrink_recipe import SHRINK_OPTIONS
 
     return SHRINK_OPTIONS
 
@@ -167,7 +167,7 @@ def _complete(
     lists: Mapping[str, str],
 ) -> Callable[..., None]:
     """The function with these options in place of its `**`, all by keyword and sorted by panel."""
-    from sparseopt.pruning.options import CALIBRATION, HOW, KEEP, OUTPUT, WHAT
+    from sparseopt.pruning.recipe.options import CALIBRATION, HOW, KEEP, OUTPUT, WHAT
 
     panels = [None, OUTPUT, WHAT, KEEP, HOW, CALIBRATION, "Evaluation", MACHINE]
     own = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]

@@ -15,8 +15,8 @@ import typer
 from sparseopt.shell import console, options
 
 if TYPE_CHECKING:
-    from sparseopt.pruning.pass_recipe import PassRecipe
-    from sparseopt.pruning.reports import PruneReport
+    from sparseopt.pruning.base.reports import PruneReport
+    from sparseopt.pruning.recipe.pass_recipe import PassRecipe
 
 # EX_TEMPFAIL of sysexits: a scheduler that sent SIGTERM may start the same command again.
 RESUMABLE = 75
@@ -66,7 +66,7 @@ def prune(
 
 def name_of(recipe: "PassRecipe") -> list[str]:
     """The effort and the method of a recipe as far as they are named; "good" where neither is."""
-    from sparseopt.pruning.effort import effort_of
+    from sparseopt.pruning.recipe.effort import effort_of
 
     return [str(name) for name in (effort_of(vars(recipe)), recipe.method) if name is not None]
 
@@ -74,7 +74,7 @@ def name_of(recipe: "PassRecipe") -> list[str]:
 def fast_share(recipe: "PassRecipe") -> float | None:
     """The time of effort fast as a fraction of that of a recipe's effort; None where it is not less."""
     from sparseopt.pruning import Recipe
-    from sparseopt.pruning.effort import COSTS, effort_of
+    from sparseopt.pruning.recipe.effort import COSTS, effort_of
 
     effort = effort_of(vars(recipe)) if isinstance(recipe, Recipe) else None
     return None if effort is None or effort == "fast" else COSTS["fast"] / COSTS[effort]
@@ -82,9 +82,9 @@ def fast_share(recipe: "PassRecipe") -> float | None:
 
 def choice_lines(recipe: "PassRecipe", typed: Mapping[str, Any]) -> list[str]:
     """What a recipe takes where nothing was `typed`, with its cost, a choice a line."""
+    from sparseopt.layers.patterns import implied_sparsity
     from sparseopt.pruning import Recipe
-    from sparseopt.pruning.effort import COSTS, PRUNES, SHRINKS, effort_of
-    from sparseopt.pruning.patterns import implied_sparsity
+    from sparseopt.pruning.recipe.effort import COSTS, PRUNES, SHRINKS, effort_of
 
     lines, prunes = [], isinstance(recipe, Recipe)
     if (effort := effort_of(vars(recipe))) is not None:
@@ -234,9 +234,9 @@ def evaluate(
     """Token-level perplexity of a model, and the exact sparsity of its linears."""
     from sparseopt.models import check_window, open_model, open_source
     from sparseopt.pruning import Recipe, audit_pattern, audit_sparsity, perplexity
-    from sparseopt.pruning.documents import part_of_text
-    from sparseopt.pruning.plan import layer_shares
-    from sparseopt.pruning.texts import begin_windows, text_windows, token_digest
+    from sparseopt.pruning.run.plan import layer_shares
+    from sparseopt.pruning.text.documents import part_of_text
+    from sparseopt.pruning.text.windows import begin_windows, text_windows, token_digest
 
     if sparsity is not None and pattern is None:
         raise ValueError("--sparsity is that of a pattern to check: give --pattern too, as in --pattern unstructured")

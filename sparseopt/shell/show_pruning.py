@@ -11,8 +11,7 @@ from rich.table import Table
 
 from sparseopt.models import Source, StreamedModel, open_model
 from sparseopt.models.base.errors import listed
-from sparseopt.pruning.documents import part_of_text
-from sparseopt.pruning.reports import (
+from sparseopt.pruning.base.reports import (
     BlockRecord,
     Calibration,
     DistillationRecord,
@@ -27,7 +26,8 @@ from sparseopt.pruning.reports import (
     mean,
     mean_errors,
 )
-from sparseopt.pruning.token_time import block_parameters, token_seconds
+from sparseopt.pruning.measure.token_time import block_parameters, token_seconds
+from sparseopt.pruning.text.documents import part_of_text
 from sparseopt.shell.console import bytes_by_size, comparison_table, console, counting_bar, duration, packed_line, say
 from sparseopt.system.machine import format_bytes
 

@@ -30,7 +30,7 @@ def zero_shot(
 ) -> None:
     """Accuracy on tasks of lm-eval, whose data come from the Hugging Face hub or from your own files."""
     from sparseopt.models import open_model, open_source
-    from sparseopt.pruning.zero_shot import zero_shot as run_tasks
+    from sparseopt.pruning.evaluate.zero_shot import zero_shot as run_tasks
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     with task_progress() as progress:

@@ -18,23 +18,24 @@ from scipy.spatial import Delaunay
 
 import sparseopt as so
 from sparseopt.core.base.mesh import AXIS, at_work
+from sparseopt.layers.methods import METHODS, find_method
+from sparseopt.layers.patterns import is_group_pattern, parse_pattern
+from sparseopt.layers.problem import LayerJob, layer_solver, reads_variances
+from sparseopt.layers.side_by_side import side_by_side_solver
+from sparseopt.layers.split import Cut, cut_solver
 from sparseopt.models import Block, find_family
 from sparseopt.models.decoder.decoder import Embedding, Head
 from sparseopt.models.decoder.settings import DecoderConfig
-from sparseopt.pruning import distillation, survey
-from sparseopt.pruning.activations import BATCH_TOKENS
-from sparseopt.pruning.allocation import losses_of_linear
-from sparseopt.pruning.blocked import Cut, cut_solver
-from sparseopt.pruning.calibration import _output_over, gather_grams, grams_over, sum_over
-from sparseopt.pruning.evaluation import _loss_of_window
-from sparseopt.pruning.layer import LayerJob, layer_solver, reads_variances
-from sparseopt.pruning.methods import METHODS, find_method
-from sparseopt.pruning.patterns import is_group_pattern, parse_pattern
-from sparseopt.pruning.propagation import propagated_target
-from sparseopt.pruning.recipe import Recipe
-from sparseopt.pruning.reconstruction import Reconstruction, _step_of_rows, split_block
-from sparseopt.pruning.side_by_side import side_by_side_solver
-from sparseopt.pruning.training import Fixed, kept_entries, start_state
+from sparseopt.pruning.base.activations import BATCH_TOKENS
+from sparseopt.pruning.base.grams import _output_over, gather_grams, grams_over, sum_over
+from sparseopt.pruning.evaluate.evaluation import _loss_of_window
+from sparseopt.pruning.measure import survey
+from sparseopt.pruning.recipe.allocation import losses_of_linear
+from sparseopt.pruning.recipe.prune_recipe import Recipe
+from sparseopt.pruning.run.propagation import propagated_target
+from sparseopt.pruning.train import distillation
+from sparseopt.pruning.train.reconstruction import Reconstruction, _step_of_rows, split_block
+from sparseopt.pruning.train.training import Fixed, kept_entries, start_state
 from sparseopt.trend.filter import checked_job
 from sparseopt.trend.methods import chosen
 from sparseopt.trend.plan import fit

@@ -13,7 +13,7 @@ import pytest
 
 from sparseopt.core.base.dense import HIGH_BY_TF32
 from sparseopt.core.base.mesh import AXIS
-from sparseopt.pruning.methods import find_method, method_cost
+from sparseopt.layers.methods import find_method, method_cost
 from tests.accelerators.programs import config_of, linear_shapes, programs
 from tests.accelerators.targets import HOST, MESH, TARGETS, Place, facts, missing
 

@@ -8,7 +8,7 @@ import pytest
 
 import sparseopt as so
 from sparseopt.core.base.types import pytree, static
-from sparseopt.pruning.methods import Magnitude, Wanda
+from sparseopt.layers.methods import Magnitude, Wanda
 
 
 @pytree

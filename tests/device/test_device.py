@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 import sparseopt as so
+from sparseopt.layers.methods import find_method
+from sparseopt.layers.patterns import parse_pattern
+from sparseopt.layers.problem import layer_solver
+from sparseopt.layers.split import solve_within_memory
 from sparseopt.models import ModelError, open_model
 from sparseopt.pruning import LayerJob, PruningError, Recipe, perplexity, prune_model
-from sparseopt.pruning.activations import Batches
-from sparseopt.pruning.blocked import solve_within_memory
-from sparseopt.pruning.footprint import BudgetError
-from sparseopt.pruning.layer import layer_solver
-from sparseopt.pruning.methods import find_method
-from sparseopt.pruning.patterns import parse_pattern
-from sparseopt.pruning.torch_runner import runner_of
+from sparseopt.pruning.base.activations import Batches
+from sparseopt.pruning.base.torch_grams import runner_of
+from sparseopt.pruning.estimate.footprint import BudgetError
 from sparseopt.system.machine import device_memory_left
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 from tests.pruning.test_pipeline import make_tokens

@@ -10,7 +10,7 @@ from sparseopt.experiments.report import gather
 from sparseopt.experiments.runs import check_all, execute, plan, run_all
 from sparseopt.models import open_model, sizes_of
 from sparseopt.pruning import ShrinkRecipe, perplexity, shrink_model
-from sparseopt.pruning.texts import text_windows
+from sparseopt.pruning.text.windows import text_windows
 from tests.experiments.test_prune_tasks import quiet
 
 

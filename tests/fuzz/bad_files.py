@@ -13,7 +13,7 @@ import numpy as np
 
 from sparseopt.experiments.read.images import read_image
 from sparseopt.experiments.read.node_tables import read_edges, read_signal
-from sparseopt.pruning.documents import load_text
+from sparseopt.pruning.text.documents import load_text
 from tests.fuzz.making import Make, write
 
 # Pictures ---------------------------------------------------------------------------------------------------------

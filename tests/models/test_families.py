@@ -14,7 +14,7 @@ from sparseopt.models.base.rope import max_positions, read_rope
 from sparseopt.models.files import safetensors
 from sparseopt.models.files.safetensors import read_header
 from sparseopt.pruning import Recipe, audit_sparsity, perplexity, prune_model
-from sparseopt.pruning.scoring import score_continuations
+from sparseopt.pruning.evaluate.scoring import score_continuations
 from tests.jitted import run
 from tests.models.decoder.test_decoder import GOLDEN, write_golden
 from tests.oracle.make_golden import CASES

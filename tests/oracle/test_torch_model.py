@@ -16,8 +16,8 @@ from sparseopt.models.streaming.torch_bridge import to_jax, to_tensor, to_torch
 from sparseopt.models.streaming.torch_model import TorchBlock
 from sparseopt.models.streaming.torch_skeleton import Call
 from sparseopt.pruning import Recipe, audit_pattern, audit_sparsity, perplexity, prune_model, prune_models
-from sparseopt.pruning.activations import Batches, make_batches
-from sparseopt.pruning.torch_runner import TorchRunner, runner_of
+from sparseopt.pruning.base.activations import Batches, make_batches
+from sparseopt.pruning.base.torch_grams import TorchRunner, runner_of
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 from tests.oracle.test_reference import reference_logits
 from tests.pruning.test_pipeline import TOKENIZER, make_tokens

@@ -13,7 +13,7 @@ from tokenizers import processors
 
 from sparseopt.models import encode_text, load_tokenizer, open_model
 from sparseopt.pruning import perplexity
-from sparseopt.pruning.scoring import Score
+from sparseopt.pruning.evaluate.scoring import Score
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder, write_gguf
 from tests.models.tiny_gguf import CONFIGS
 from tests.oracle.test_reference import export
@@ -110,7 +110,7 @@ def requests_of(kind, arguments):
 def test_the_three_answers_are_those_of_lm_evals_own_model_class(model):
     from lm_eval.models.huggingface import HFLM
 
-    from sparseopt.pruning.zero_shot import DecoderLM
+    from sparseopt.pruning.evaluate.zero_shot import DecoderLM
 
     sizes = {"max_length": 24}
     ours = DecoderLM(model, **sizes)
@@ -155,7 +155,7 @@ def test_accuracy_is_the_hand_count_in_the_shell_too(tmp_path, model, command):
 
 
 def test_solved_examples_stand_before_the_question(tmp_path, model):
-    from sparseopt.pruning.zero_shot import zero_shot
+    from sparseopt.pruning.evaluate.zero_shot import zero_shot
 
     folder = tmp_path / "tasks"
     write_choice_task(folder, model, wrong=0)
@@ -168,7 +168,7 @@ def test_solved_examples_stand_before_the_question(tmp_path, model):
 
 
 def test_the_perplexity_of_texts_is_the_projects_own(tmp_path, model):
-    from sparseopt.pruning.zero_shot import zero_shot
+    from sparseopt.pruning.evaluate.zero_shot import zero_shot
 
     folder = tmp_path / "tasks"
     metrics = {"metric_list": [{"metric": "byte_perplexity"}]}
@@ -184,7 +184,7 @@ def test_the_perplexity_of_texts_is_the_projects_own(tmp_path, model):
 
 
 def test_every_input_begins_with_bos_which_is_never_predicted(model, monkeypatch):
-    from sparseopt.pruning.zero_shot import DecoderLM
+    from sparseopt.pruning.evaluate.zero_shot import DecoderLM
 
     begin_with_bos(model)
     lm, opened = DecoderLM(model, max_length=24), open_model(model)
@@ -220,7 +220,7 @@ NESTED = {"model_type": "gemma3", "text_config": CONFIGS["gemma3"] | {"max_posit
 
 @pytest.mark.parametrize(("config", "longest"), [(GPT2, 77), (NESTED, 99)], ids=["gpt2", "nested"])
 def test_the_longest_input_is_the_familys_own(tmp_path, rng, config, longest):
-    from sparseopt.pruning.zero_shot import DecoderLM
+    from sparseopt.pruning.evaluate.zero_shot import DecoderLM
 
     write_folder(tmp_path, config, random_tensors(config, rng))
     (tmp_path / "tokenizer.json").write_text(TOKENIZER)
@@ -228,7 +228,7 @@ def test_the_longest_input_is_the_familys_own(tmp_path, rng, config, longest):
 
 
 def test_mistakes_are_named(tmp_path, model, command):
-    from sparseopt.pruning.zero_shot import DecoderLM, zero_shot
+    from sparseopt.pruning.evaluate.zero_shot import DecoderLM, zero_shot
 
     folder = tmp_path / "tasks"
     write_choice_task(folder, model, wrong=0)

@@ -23,15 +23,16 @@ from sparseopt.core.solve import solve
 from sparseopt.core.solvers.aiht import Maiht
 from sparseopt.core.solvers.quadratic_admm import QuadraticAdmm
 from sparseopt.core.solvers.refit import Refit
+from sparseopt.layers import side_by_side, split
+from sparseopt.layers.compiled import Timed
+from sparseopt.layers.patterns import check_cut, parse_pattern
+from sparseopt.layers.problem import layer_solver
+from sparseopt.layers.side_by_side import LayerTask, side_by_side_solver, solve_block
+from sparseopt.layers.split import cut_solver, solve_within_memory
 from sparseopt.models import open_model
-from sparseopt.pruning import LayerJob, Recipe, Stopped, blocked, find_method, prune_model, side_by_side
-from sparseopt.pruning.activations import Batches, SpreadBatches
-from sparseopt.pruning.blocked import cut_solver, solve_within_memory
-from sparseopt.pruning.calibration import BlockRunner, grams_over, sum_over
-from sparseopt.pruning.compiled import Timed
-from sparseopt.pruning.layer import layer_solver
-from sparseopt.pruning.patterns import check_cut, parse_pattern
-from sparseopt.pruning.side_by_side import LayerTask, side_by_side_solver, solve_block
+from sparseopt.pruning import LayerJob, Recipe, Stopped, find_method, prune_model
+from sparseopt.pruning.base.activations import Batches, SpreadBatches
+from sparseopt.pruning.base.grams import BlockRunner, grams_over, sum_over
 from tests.collectives import collectives
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 from tests.pruning.layers import make_layer
@@ -79,7 +80,7 @@ def layers():
             "program": facts(cut_solver.texts[-1]),
         }
     # A memory that takes half a layer at most, at a time.
-    solved, whole_solve = [], blocked.solve_over
+    solved, whole_solve = [], split.solve_over
 
     def short(job, method, mesh):
         if len(job.weight) > 24:
@@ -87,12 +88,12 @@ def layers():
         solved.append(len(job.weight))
         return whole_solve(job, method, mesh)
 
-    blocked.solve_over = short
+    split.solve_over = short
     weight, gram, _ = make_layer(np.random.default_rng(3), 48, INPUTS)
     job = LayerJob(weight, gram, None, parse_pattern("unstructured", 0.5, weight.shape))
     many = solve_within_memory(job, find_method("wanda"), device_line(8))
     one = solve_within_memory(job, find_method("wanda"))
-    blocked.solve_over = whole_solve
+    split.solve_over = whole_solve
     found["by blocks"] = same(one.value.weight, many.value.weight) | {
         "solved": solved,
         "parts": many.value.output_blocks,

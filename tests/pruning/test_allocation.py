@@ -8,7 +8,8 @@ import pytest
 
 from sparseopt.models import open_model
 from sparseopt.pruning import Recipe, Stopped, audit_pattern, audit_sparsity, prune_layer, prune_model, prune_models
-from sparseopt.pruning.allocation import (
+from sparseopt.pruning.estimate.inspection import inspect_model
+from sparseopt.pruning.recipe.allocation import (
     ROWS,
     allocate_curves,
     allocate_owl,
@@ -21,7 +22,6 @@ from sparseopt.pruning.allocation import (
     losses_of_linear,
     outlier_share,
 )
-from sparseopt.pruning.inspection import inspect_model
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 from tests.pruning.layers import make_layer
 from tests.tiers import often

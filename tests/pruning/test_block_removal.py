@@ -10,13 +10,14 @@ from jax.sharding import Mesh
 
 from sparseopt.core.base.mesh import AXIS
 from sparseopt.models import open_model
-from sparseopt.pruning import block_removal, perplexity
-from sparseopt.pruning.activations import Batches, DiskBatches, SpreadBatches
-from sparseopt.pruning.block_removal import greedy_removal, removal_order, trial_of
-from sparseopt.pruning.calibration import BlockRunner
-from sparseopt.pruning.plan import CalibrationWindows
-from sparseopt.pruning.reports import RemovalRecord
-from sparseopt.pruning.texts import begin_windows
+from sparseopt.pruning import perplexity
+from sparseopt.pruning.base.activations import Batches, DiskBatches, SpreadBatches
+from sparseopt.pruning.base.grams import BlockRunner
+from sparseopt.pruning.base.reports import RemovalRecord
+from sparseopt.pruning.measure import block_removal
+from sparseopt.pruning.measure.block_removal import greedy_removal, removal_order, trial_of
+from sparseopt.pruning.run.plan import CalibrationWindows
+from sparseopt.pruning.text.windows import begin_windows
 from tests.jitted import run
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 from tests.pruning.whole_models import predicted, without

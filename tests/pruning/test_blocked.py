@@ -10,8 +10,11 @@ import jax
 import numpy as np
 import pytest
 
-from sparseopt.pruning import LayerJob, LayerRecord, PruningError, Recipe, blocked, prune_layer, prune_model
-from sparseopt.pruning.blocked import (
+from sparseopt.layers import split
+from sparseopt.layers.methods import AdmmPruning, Magnitude, MaihtPruning, SparseGpt, Wanda, workspace_of
+from sparseopt.layers.patterns import count_groups, parse_pattern
+from sparseopt.layers.problem import check_answer, layer_solver
+from sparseopt.layers.split import (
     fewest_blocks,
     join_reports,
     kept_by_row,
@@ -19,9 +22,7 @@ from sparseopt.pruning.blocked import (
     solve_within_memory,
     split_job,
 )
-from sparseopt.pruning.layer import check_answer, layer_solver
-from sparseopt.pruning.methods import AdmmPruning, Magnitude, MaihtPruning, SparseGpt, Wanda, workspace_of
-from sparseopt.pruning.patterns import count_groups, parse_pattern
+from sparseopt.pruning import LayerJob, LayerRecord, PruningError, Recipe, prune_layer, prune_model
 from sparseopt.shell.show_pruning import run_lines
 from sparseopt.system.run_folder import RECORDS
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
@@ -47,7 +48,7 @@ def running_out(monkeypatch, outputs, failure="device"):
             raise FAILURES[failure]
         return layer_solver(job, method)
 
-    monkeypatch.setattr(blocked, "layer_solver", solve)
+    monkeypatch.setattr(split, "layer_solver", solve)
     return tried
 
 
@@ -57,7 +58,7 @@ def test_a_device_that_tells_its_memory_gets_the_blocks_of_the_estimate_at_once(
     workspace = workspace_of(method)
     tried = running_out(monkeypatch, outputs)
     for room, blocks in ((workspace.nbytes(outputs, inputs), 1), (workspace.nbytes(outputs // 4, inputs), 4), (1, 16)):
-        monkeypatch.setattr(blocked, "device_memory_left", lambda room=room: room)
+        monkeypatch.setattr(split, "device_memory_left", lambda room=room: room)
         assert solve_within_memory(job, method).value.output_blocks == blocks
         assert fewest_blocks((outputs, inputs), workspace, room) == blocks
     assert tried == [outputs, *[outputs // 4] * 4, *[outputs // 16] * 16]
@@ -243,10 +244,10 @@ import json, resource, time
 import numpy as np
 from pathlib import Path
 from sparseopt.pruning import LayerJob
-from sparseopt.pruning.blocked import solve_within_memory, split_job
-from sparseopt.pruning.layer import check_answer, layer_solver
-from sparseopt.pruning.methods import Wanda
-from sparseopt.pruning.patterns import parse_pattern
+from sparseopt.layers.split import solve_within_memory, split_job
+from sparseopt.layers.problem import check_answer, layer_solver
+from sparseopt.layers.methods import Wanda
+from sparseopt.layers.patterns import parse_pattern
 rng, method = np.random.default_rng(0), Wanda()
 weight, x = rng.standard_normal((131072, 64), np.float32), rng.standard_normal((256, 64), np.float32)
 job = LayerJob(weight, x.T @ x, None, parse_pattern("unstructured", 0.5, weight.shape))

@@ -11,15 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sparseopt.layers.methods import find_method, method_cost
 from sparseopt.models import open_model
 from sparseopt.models.files import safetensors
-from sparseopt.pruning import Recipe, footprint, prune_model, prune_models
-from sparseopt.pruning.activations import Batches, DiskBatches, make_batches
-from sparseopt.pruning.cost import prune_cost
-from sparseopt.pruning.footprint import BudgetError, choose_footprint
-from sparseopt.pruning.methods import find_method, method_cost
-from sparseopt.pruning.plan import make_plan
-from sparseopt.pruning.reports import Footprint
+from sparseopt.pruning import Recipe, prune_model, prune_models
+from sparseopt.pruning.base.activations import Batches, DiskBatches, make_batches
+from sparseopt.pruning.base.reports import Footprint
+from sparseopt.pruning.estimate import footprint
+from sparseopt.pruning.estimate.cost import prune_cost
+from sparseopt.pruning.estimate.footprint import BudgetError, choose_footprint
+from sparseopt.pruning.run.plan import make_plan
 from sparseopt.system import machine
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 from tests.pruning.test_pipeline import TOKENIZER
@@ -46,7 +47,7 @@ def tight(source, recipe):
 
 @pytest.mark.parametrize("name", often(RECIPES, "trained", "owl"))
 def test_activations_on_disk_change_no_bit(tmp_path, source, tokens, name, monkeypatch):
-    monkeypatch.setattr("sparseopt.pruning.activations.BATCH_TOKENS", 48)
+    monkeypatch.setattr("sparseopt.pruning.base.activations.BATCH_TOKENS", 48)
     recipe = Recipe(calibration=tokens, **{"heldout_samples": 2, **RECIPES[name]})
     footprints, on_disk, append = [], [], DiskBatches.append
     monkeypatch.setattr(DiskBatches, "append", lambda *given: on_disk.append(len(footprints)) or append(*given))

@@ -10,7 +10,7 @@ import yaml
 from sparseopt.models import open_source
 from sparseopt.models.files.source import FolderSource
 from sparseopt.pruning import LayerRecord, Recipe, ShrinkRecipe, prune_model, shrink_model
-from sparseopt.pruning.card import CARD, command_of, metadata_of, model_card, result_lines, without_folders
+from sparseopt.pruning.run.card import CARD, command_of, metadata_of, model_card, result_lines, without_folders
 
 OWN = """---
 language:

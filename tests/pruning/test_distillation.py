@@ -11,11 +11,11 @@ import pytest
 from flax import nnx
 
 from sparseopt.models import open_model
-from sparseopt.pruning import distillation, training
-from sparseopt.pruning.activations import Batches, DiskBatches, Stream
-from sparseopt.pruning.cost import distillation_bytes
-from sparseopt.pruning.distillation import Distillation, distil
-from sparseopt.pruning.training import LEAST_SIZE, TrainingStatus
+from sparseopt.pruning.base.activations import Batches, DiskBatches, Stream
+from sparseopt.pruning.estimate.cost import distillation_bytes
+from sparseopt.pruning.train import distillation, training
+from sparseopt.pruning.train.distillation import Distillation, distil
+from sparseopt.pruning.train.training import LEAST_SIZE, TrainingStatus
 from tests.jitted import run
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 

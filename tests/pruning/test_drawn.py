@@ -8,7 +8,8 @@ import pytest
 
 from sparseopt.models import ModelError, load_decoder, open_model
 from sparseopt.models.decoder.generate import draw_texts, kept_bytes
-from sparseopt.pruning import Recipe, drawn, pipeline, prune_model
+from sparseopt.pruning import Recipe, pipeline, prune_model
+from sparseopt.pruning.run import drawn
 from sparseopt.system.run_folder import DRAWN, FolderError, read_start
 from tests.jitted import run
 from tests.models.tiny import random_tensors, tiny_config, write_folder

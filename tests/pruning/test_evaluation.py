@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 from sparseopt.models import load_decoder, open_model
-from sparseopt.pruning import activations, evaluation, perplexity
+from sparseopt.pruning import perplexity
+from sparseopt.pruning.base import activations
+from sparseopt.pruning.evaluate import evaluation
 from tests.jitted import run
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 

@@ -21,9 +21,10 @@ import numpy as np
 import pytest
 
 from sparseopt.models import ModelError, open_model
-from sparseopt.pruning import LayerRecord, PruningError, Recipe, activations, prune_model
-from sparseopt.pruning.activations import make_batches
-from sparseopt.pruning.calibration import BlockRunner, nonfinite_windows
+from sparseopt.pruning import LayerRecord, PruningError, Recipe, prune_model
+from sparseopt.pruning.base import activations
+from sparseopt.pruning.base.activations import make_batches
+from sparseopt.pruning.base.grams import BlockRunner, nonfinite_windows
 from sparseopt.shell.prune import RESUMABLE
 from sparseopt.system.files import DiskError
 from sparseopt.system.run_folder import RECORDS, FolderError

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from sparseopt.core.base.types import pytree, static
+from sparseopt.layers.methods import MaihtPruning, SplicePruning, Wanda
 from sparseopt.models import ModelError, TorchModel, open_model
-from sparseopt.pruning import Recipe, run_folder
-from sparseopt.pruning.methods import MaihtPruning, SplicePruning, Wanda
-from sparseopt.pruning.run_folder import Identity, recipe_identity
-from sparseopt.pruning.texts import token_digest
+from sparseopt.pruning import Recipe
+from sparseopt.pruning.run import folder as run_folder
+from sparseopt.pruning.run.folder import Identity, recipe_identity
+from sparseopt.pruning.text.windows import token_digest
 from sparseopt.system.machine import PACKAGES
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 

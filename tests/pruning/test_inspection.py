@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 
+from sparseopt.layers.methods import find_method, method_cost
 from sparseopt.models import open_model
 from sparseopt.models.files.safetensors import StoredTensor, write_tensors
 from sparseopt.pruning import METHODS, Recipe, prune_model
-from sparseopt.pruning.cost import block_sizes
-from sparseopt.pruning.inspection import Blocks, Inspection, inspect_model
-from sparseopt.pruning.methods import find_method, method_cost
+from sparseopt.pruning.estimate.cost import block_sizes
+from sparseopt.pruning.estimate.inspection import Blocks, Inspection, inspect_model
 from sparseopt.shell.inspect import linear_table, model_lines
 from tests.models.tiny import random_tensors, tiny_config, write_folder, write_gguf
 from tests.pruning.test_pipeline import TOKENIZER

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import sparseopt as so
+from sparseopt.layers.compiled import Compiled
+from sparseopt.layers.patterns import parse_pattern
 from sparseopt.pruning import LayerJob, MaihtPruning, Pruned, SparseGpt, prune_layer, solve_layer
-from sparseopt.pruning.compiled import Compiled
-from sparseopt.pruning.patterns import parse_pattern
 from tests.experiments.toy import CappedL1
 from tests.pruning.layers import error_of, make_layer, paper_procedure
 from tests.tiers import often

@@ -9,11 +9,11 @@ import optax
 import pytest
 
 import sparseopt as so
+from sparseopt.layers.methods import AdmmPruning, Magnitude, SparseGpt, Wanda
+from sparseopt.layers.problem import check_answer
+from sparseopt.layers.split import _solve_parts, solve_within_memory, split_job
 from sparseopt.models import ModelError, open_model, pack_folder
 from sparseopt.pruning import LayerJob, Recipe, audit_pattern, masks, prune_layer, prune_model
-from sparseopt.pruning.blocked import _solve_parts, solve_within_memory, split_job
-from sparseopt.pruning.layer import check_answer
-from sparseopt.pruning.methods import AdmmPruning, Magnitude, SparseGpt, Wanda
 from sparseopt.shell.show_pruning import run_lines
 from sparseopt.system.run_folder import FolderError
 from tests.models.tiny import random_tensors, tiny_config, write_folder

@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 
 import sparseopt as so
+from sparseopt.layers.methods import find_method
+from sparseopt.layers.patterns import parse_pattern
+from sparseopt.layers.problem import ScaledLayer
 from sparseopt.pruning import (
     METHODS,
     AdmmPruning,
@@ -19,9 +22,6 @@ from sparseopt.pruning import (
     prune_layer,
     prune_model,
 )
-from sparseopt.pruning.layer import ScaledLayer
-from sparseopt.pruning.methods import find_method
-from sparseopt.pruning.patterns import parse_pattern
 from tests.pruning.layers import GROUP_METHODS, error_of, make_layer
 from tests.tiers import often
 
@@ -236,7 +236,7 @@ def test_a_method_of_ones_own_that_answers_wrongly_is_told_so(layer, answer, err
 def test_a_pass_gives_flap_the_variances_of_each_input(tmp_path, rng):
     from sparseopt.models import open_model
     from sparseopt.pruning import Recipe
-    from sparseopt.pruning.calibration import tapped
+    from sparseopt.pruning.base.grams import tapped
     from tests.models.tiny import random_tensors, tiny_config, write_folder
     from tests.pruning.test_pipeline import make_tokens
 

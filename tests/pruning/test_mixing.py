@@ -9,19 +9,11 @@ import numpy as np
 import pytest
 
 from sparseopt.models import ModelError, Sizes, open_model, smaller_model
-from sparseopt.pruning import (
-    ShrinkRecipe,
-    mixing,
-    perplexity,
-    prune_layer,
-    prune_models,
-    shaping,
-    shrink_model,
-    token_time,
-)
-from sparseopt.pruning.calibration import tapped
-from sparseopt.pruning.mixing import Costs, Search, _mix, best_mix, interpolated, parameter_costs
-from sparseopt.pruning.shrinking import parameters_of
+from sparseopt.pruning import ShrinkRecipe, perplexity, prune_layer, prune_models, shrink_model
+from sparseopt.pruning.base.grams import tapped
+from sparseopt.pruning.measure import mixing, shaping, token_time
+from sparseopt.pruning.measure.mixing import Costs, Search, _mix, best_mix, interpolated, parameter_costs
+from sparseopt.pruning.recipe.shrink_recipe import parameters_of
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 from tests.pruning.test_resumption import Broken, breaking_at
 from tests.pruning.whole_models import predicted, without

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 import sparseopt as so
+from sparseopt.layers.patterns import count_groups, implied_sparsity, parse_pattern, pattern_count
 from sparseopt.models import open_model
 from sparseopt.models.files.safetensors import write_tensors
 from sparseopt.pruning import Recipe, audit_pattern, audit_sparsity, prune_model
-from sparseopt.pruning.patterns import count_groups, implied_sparsity, parse_pattern, pattern_count
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 from tests.pruning.test_pipeline import TOKENIZER, make_tokens
 from tests.tiers import often

@@ -10,8 +10,8 @@ import pytest
 from sparseopt.core.penalties.patterns import NM
 from sparseopt.models import block_moves, load_decoder, open_model
 from sparseopt.pruning import Recipe, prune_model, prune_models
-from sparseopt.pruning.permutation import best_order, block_orders
 from sparseopt.pruning.pipeline import Stopped
+from sparseopt.pruning.run.permutation import best_order, block_orders
 from tests.jitted import run
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 

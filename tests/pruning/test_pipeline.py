@@ -15,10 +15,10 @@ import sparseopt as so
 from sparseopt.models import ModelError, load_decoder, open_model, open_source
 from sparseopt.models.files.safetensors import write_tensors
 from sparseopt.pruning import PruningError, Recipe, Wanda, audit_sparsity, perplexity, prune_model
-from sparseopt.pruning.activations import Batches, make_batches
-from sparseopt.pruning.calibration import BlockRunner, gather_grams
-from sparseopt.pruning.inspection import inspect_model
-from sparseopt.pruning.reports import Calibration, Footprint, Passed
+from sparseopt.pruning.base.activations import Batches, make_batches
+from sparseopt.pruning.base.grams import BlockRunner, gather_grams
+from sparseopt.pruning.base.reports import Calibration, Footprint, Passed
+from sparseopt.pruning.estimate.inspection import inspect_model
 from sparseopt.shell.show_pruning import run_lines
 from sparseopt.system.run_folder import FolderError
 from tests.jitted import run

@@ -11,11 +11,11 @@ import pytest
 
 import sparseopt as so
 from sparseopt.core.base.dense import activations_in, precision_on
+from sparseopt.layers.methods import find_method
+from sparseopt.layers.problem import ScaledLayer
 from sparseopt.models import Block, TorchModel, open_model, open_source
 from sparseopt.pruning import Recipe, pipeline, prune_model, prune_models
-from sparseopt.pruning.calibration import BlockRunner, gather_grams
-from sparseopt.pruning.layer import ScaledLayer
-from sparseopt.pruning.methods import find_method
+from sparseopt.pruning.base.grams import BlockRunner, gather_grams
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 
 MIXTURE = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 3}

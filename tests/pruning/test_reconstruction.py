@@ -11,9 +11,9 @@ from flax import nnx
 
 from sparseopt.models import Block, open_model
 from sparseopt.models.decoder.attention import QUERY_CHUNK
-from sparseopt.pruning.activations import Batches, Stream
-from sparseopt.pruning.reconstruction import Reconstruction, channel_weights, reconstruct_block, stream_loss
-from sparseopt.pruning.training import TrainingStatus
+from sparseopt.pruning.base.activations import Batches, Stream
+from sparseopt.pruning.train.reconstruction import Reconstruction, channel_weights, reconstruct_block, stream_loss
+from sparseopt.pruning.train.training import TrainingStatus
 from tests.jitted import run
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import sparseopt as so
+from sparseopt.layers.problem import scale_layer
 from sparseopt.pruning import GroupRemoval, prune_layer
-from sparseopt.pruning.layer import scale_layer
 from tests.pruning.layers import error_of, make_layer
 
 

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from sparseopt.models import ModelError, pack_folder
-from sparseopt.pruning import LayerRecord, Recipe, Stopped, footprint, prune_model, prune_models
-from sparseopt.pruning.reports import Passed, Replay
+from sparseopt.pruning import LayerRecord, Recipe, Stopped, prune_model, prune_models
+from sparseopt.pruning.base.reports import Passed, Replay
+from sparseopt.pruning.estimate import footprint
 from sparseopt.shell import show_pruning
 from sparseopt.shell.prune import RESUMABLE, stop_asked
 from sparseopt.system.files import temporary_of

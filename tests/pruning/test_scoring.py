@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from sparseopt.models import load_decoder, open_model
-from sparseopt.pruning import perplexity, scoring
-from sparseopt.pruning.scoring import find_hosts, padded_length, score_continuations
+from sparseopt.pruning import perplexity
+from sparseopt.pruning.evaluate import scoring
+from sparseopt.pruning.evaluate.scoring import find_hosts, padded_length, score_continuations
 from tests.jitted import run
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 from tests.tiers import often

@@ -9,9 +9,9 @@ import pytest
 
 from sparseopt.models import load_decoder, open_model
 from sparseopt.pruning import METHODS, Recipe, prune_layer, prune_model
-from sparseopt.pruning.activations import make_batches
-from sparseopt.pruning.calibration import BlockRunner
-from sparseopt.pruning.survey import FLOOR, POWER, backward_sweep, output_weights
+from sparseopt.pruning.base.activations import make_batches
+from sparseopt.pruning.base.grams import BlockRunner
+from sparseopt.pruning.measure.survey import FLOOR, POWER, backward_sweep, output_weights
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 from tests.pruning.layers import GROUP_METHODS, error_of, make_layer
 from tests.tiers import often

@@ -20,14 +20,21 @@ from sparseopt.pruning import (
     prune_models,
     shrink_model,
 )
-from sparseopt.pruning.activations import make_batches
-from sparseopt.pruning.calibration import BlockRunner
-from sparseopt.pruning.distillation import Distillation
-from sparseopt.pruning.plan import make_plan
-from sparseopt.pruning.reconstruction import Reconstruction
-from sparseopt.pruning.reports import BlockRecord, DistillationRecord, LayerRecord, Passed, RemovalRecord, ShapeRecord
-from sparseopt.pruning.run_folder import recipe_identity
-from sparseopt.pruning.shrinking import parameters_of
+from sparseopt.pruning.base.activations import make_batches
+from sparseopt.pruning.base.grams import BlockRunner
+from sparseopt.pruning.base.reports import (
+    BlockRecord,
+    DistillationRecord,
+    LayerRecord,
+    Passed,
+    RemovalRecord,
+    ShapeRecord,
+)
+from sparseopt.pruning.recipe.shrink_recipe import parameters_of
+from sparseopt.pruning.run.folder import recipe_identity
+from sparseopt.pruning.run.plan import make_plan
+from sparseopt.pruning.train.distillation import Distillation
+from sparseopt.pruning.train.reconstruction import Reconstruction
 from sparseopt.system.run_folder import RECORDS, FolderError
 from tests.models.decoder.test_decoder import write_golden
 from tests.models.reshape.test_shrunk import FOLDER

@@ -3,10 +3,10 @@
 import pytest
 
 from sparseopt.core.penalties.patterns import TopK
+from sparseopt.layers.compiled import Timed
+from sparseopt.layers.problem import LayerJob
+from sparseopt.layers.side_by_side import LayerTask, quicker_side_by_side, share_out
 from sparseopt.pruning import find_method
-from sparseopt.pruning.compiled import Timed
-from sparseopt.pruning.layer import LayerJob
-from sparseopt.pruning.side_by_side import LayerTask, quicker_side_by_side, share_out
 
 # Of a 7B model.
 LLAMA = {

@@ -10,9 +10,9 @@ import pytest
 
 from sparseopt.models import open_model
 from sparseopt.pruning import Recipe, Stopped, audit_pattern, prune_model, prune_models
-from sparseopt.pruning.calibration import BlockRunner
-from sparseopt.pruning.inspection import inspect_model
-from sparseopt.pruning.targets import chosen_linears, read_patterns, read_sparsities
+from sparseopt.pruning.base.grams import BlockRunner
+from sparseopt.pruning.estimate.inspection import inspect_model
+from sparseopt.pruning.recipe.targets import chosen_linears, read_patterns, read_sparsities
 from sparseopt.system.run_folder import FolderError
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 from tests.pruning.test_inspection import MIXTRAL

@@ -5,8 +5,8 @@ import pytest
 
 from sparseopt.models import open_source
 from sparseopt.pruning import TextError, load_text, token_windows
-from sparseopt.pruning.documents import part_of_text
-from sparseopt.pruning.texts import begin_windows, text_windows
+from sparseopt.pruning.text.documents import part_of_text
+from sparseopt.pruning.text.windows import begin_windows, text_windows
 from tests.models.tiny import tiny_config, write_folder
 from tests.pruning.test_pipeline import TOKENIZER
 

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from sparseopt.models import open_model
-from sparseopt.pruning import Recipe, ShrinkRecipe, prune_model, variants
-from sparseopt.pruning.activations import Batches, DiskBatches, make_batches
-from sparseopt.pruning.calibration import BlockRunner
-from sparseopt.pruning.plan import CalibrationWindows
-from sparseopt.pruning.reconstruction import Reconstruction
-from sparseopt.pruning.training import draw_orders
-from sparseopt.pruning.variants import SHARE, draw, with_variants
+from sparseopt.pruning import Recipe, ShrinkRecipe, prune_model
+from sparseopt.pruning.base.activations import Batches, DiskBatches, make_batches
+from sparseopt.pruning.base.grams import BlockRunner
+from sparseopt.pruning.run import variants
+from sparseopt.pruning.run.plan import CalibrationWindows
+from sparseopt.pruning.run.variants import SHARE, draw, with_variants
+from sparseopt.pruning.train.reconstruction import Reconstruction
+from sparseopt.pruning.train.training import draw_orders
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 
 WINDOWS, TIME = 4, 24

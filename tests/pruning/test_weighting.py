@@ -9,8 +9,8 @@ import pytest
 
 from sparseopt.models import open_model
 from sparseopt.pruning import METHODS, Recipe, find_method, prune_model
-from sparseopt.pruning.activations import Batches, make_batches
-from sparseopt.pruning.calibration import BlockRunner, gather_grams, tapped
+from sparseopt.pruning.base.activations import Batches, make_batches
+from sparseopt.pruning.base.grams import BlockRunner, gather_grams, tapped
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 
 

@@ -15,8 +15,8 @@ from sparseopt.core.penalties.names import BY_WEIGHT, PENALTIES
 from sparseopt.experiments.config import ConfigError, expand
 from sparseopt.experiments.task import find_task
 from sparseopt.pruning import METHODS, Recipe, ShrinkRecipe
-from sparseopt.pruning.recipe import OPTIONS
-from sparseopt.pruning.shrinking import CHOOSING, SHRINK_OPTIONS
+from sparseopt.pruning.recipe.prune_recipe import OPTIONS
+from sparseopt.pruning.recipe.shrink_recipe import CHOOSING, SHRINK_OPTIONS
 from sparseopt.shell.app import app
 from sparseopt.shell.options import completed
 

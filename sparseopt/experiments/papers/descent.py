@@ -23,12 +23,12 @@ from sparseopt.experiments import plots
 from sparseopt.experiments.names import PenaltyConfig, SolverConfig, suggest
 from sparseopt.experiments.task import Estimate, FinishedRun, Record, Task
 from sparseopt.experiments.task_model import BUNDLED, BosChoice, model_path
+from sparseopt.layers.problem import ScaledLayer, scale_layer
 from sparseopt.models import Bos, PrunableModel, check_window, load_tokenizer, open_model, start_token
 from sparseopt.pruning import Recipe, load_text
-from sparseopt.pruning.activations import make_batches
-from sparseopt.pruning.layer import ScaledLayer, scale_layer
-from sparseopt.pruning.plan import calibration_windows
-from sparseopt.pruning.torch_runner import runner_of
+from sparseopt.pruning.base.activations import make_batches
+from sparseopt.pruning.base.torch_grams import runner_of
+from sparseopt.pruning.run.plan import calibration_windows
 
 
 class Descent(Task):

@@ -1,0 +1,230 @@
+"""The pruning methods by name. A method is called with a layer and a pattern: `method(layer, pattern)`."""
+
+import dataclasses
+from collections.abc import Mapping
+from types import FunctionType
+from typing import Any, NamedTuple
+
+from sparseopt.core.base.arguments import unknown
+from sparseopt.core.penalties.protocols import Penalty
+from sparseopt.layers.methods.admm import AdmmPruning
+from sparseopt.layers.methods.maiht import MaihtPruning
+from sparseopt.layers.methods.removal import STEPS, GroupRemoval
+from sparseopt.layers.methods.scores import Flap, Magnitude, Wanda
+from sparseopt.layers.methods.sparsegpt import SparseGpt
+from sparseopt.layers.methods.splice import SplicePruning
+from sparseopt.layers.patterns import is_group_pattern
+from sparseopt.layers.problem import LayerMethod
+
+__all__ = [
+    "METHODS",
+    "AdmmPruning",
+    "Flap",
+    "GroupRemoval",
+    "Magnitude",
+    "MaihtPruning",
+    "MethodCost",
+    "NamedMethod",
+    "SparseGpt",
+    "SplicePruning",
+    "Wanda",
+    "Workspace",
+    "find_method",
+    "method_cost",
+    "workspace_of",
+]
+
+# Operations per weight for one input of SparseGPT's inner loop, which runs over vectors.
+COMPENSATION = 350
+# A solve that may stop early does so after about this fraction of its steps.
+RESTED = 0.6
+# Sums over all devices where a layer is cut: in a step of mAIHT, in a step of conjugate gradients, and in a selection
+# (its sample, and three counts in each of about seven passes).
+MAIHT_SUMS, REFIT_SUMS, SELECTION_SUMS = 12, 2, 1 + 3 * 7
+
+
+class NamedMethod(NamedTuple):
+    """An entry of `METHODS`."""
+
+    summary: str  # for help texts
+    method: LayerMethod  # with its own settings
+    presets: Mapping[str, LayerMethod] = {}  # other settings by name
+    groups: LayerMethod | None = None  # in place of `method` for the pattern group:C
+
+
+_MAIHT = {
+    "paper": MaihtPruning(),
+    "best": MaihtPruning(
+        ridge=0.03,
+        undershoot=(0.02, 0.015),
+        monitor="on_increase",
+        max_steps=80,
+        rest=5e-4,
+        refit="cg",
+        refit_steps=15,
+    ),
+}
+
+METHODS: dict[str, NamedMethod] = {
+    # For the few tokens of a calibration a ridge of 0.1 was best by held-out error and by perplexity. With it a slowly
+    # rising rho finds the supports that splicing would.
+    "best": NamedMethod(
+        "ADMM whose rho rises slowly, with a large ridge, and osscar for group:C; on models also output weights, "
+        "propagation and training",
+        AdmmPruning(ridge=0.1, rho=0.2, growth=1.5, levels=4, period=5, refit_steps=6),
+        groups=GroupRemoval(),
+    ),
+    "maiht": NamedMethod("monotone accelerated iterative hard thresholding", _MAIHT["best"], _MAIHT),
+    "admm": NamedMethod("ADMM with a rising rho", AdmmPruning()),
+    # A low first rho and a slow rise find better supports; it matters most at high sparsity.
+    "admm_splice": NamedMethod(
+        "a longer ADMM, then splicing: the smallest error of a layer, in three times the time of best",
+        SplicePruning(first=AdmmPruning(rho=0.02, growth=1.5, levels=10, period=4, refit_steps=0), rounds=8),
+    ),
+    "splice": NamedMethod("the support of Wanda, improved by splicing", SplicePruning()),
+    "sparsegpt": NamedMethod("one pass over the inputs; each error is compensated by the inputs after it", SparseGpt()),
+    "osscar": NamedMethod(
+        "whole groups of inputs removed in turn, the others fitted again; group:C only", GroupRemoval()
+    ),
+    "flap": NamedMethod(
+        "groups of inputs ranked by variance and weights; the others stay unchanged; group:C only", Flap()
+    ),
+    "wanda": NamedMethod("weights ranked by size times input norm; the others stay unchanged", Wanda()),
+    "magnitude": NamedMethod("weights ranked by size, without data; the others stay unchanged", Magnitude()),
+}
+
+
+def find_method(
+    method: str | LayerMethod,
+    preset: str | None = None,
+    penalty: Any = None,
+    ridge: float | None = None,
+    pattern: str = "unstructured",
+) -> LayerMethod:
+    """The method object for a name, a preset and the name of a pattern; an object is returned unchanged.
+
+    A penalty replaces L0 in the choice of the support, of method "maiht" only; a ridge replaces the method's own.
+    For the pattern group:C, "best" is another method.
+
+    Raises:
+        ValueError: for an unknown name or preset, listing those known, or a preset, penalty or ridge that the method
+            does not take.
+    """
+    found = _named(method, preset, pattern)
+    if ridge is not None:
+        found = _with_ridge(found, ridge)
+    if penalty is None:
+        return found
+    if not isinstance(found, MaihtPruning):
+        raise ValueError(f"only method 'maiht' takes a penalty, given {method!r}; leave the penalty out")
+    named = dataclasses.is_dataclass(penalty) and "weight" in {f.name for f in dataclasses.fields(penalty)}
+    if not isinstance(penalty, Penalty) or not named:
+        raise ValueError(
+            f"penalty must be an object with value(x) and prox(x, step), a frozen dataclass made by "
+            f"sparseopt.pytree with a field `weight`, given {penalty!r}"
+        )
+    return dataclasses.replace(found, penalty=penalty)
+
+
+def _named(method: str | LayerMethod, preset: str | None, pattern: str) -> LayerMethod:
+    if isinstance(method, str) and method not in METHODS:
+        raise ValueError(unknown("method", method, METHODS))
+    if isinstance(method, type | FunctionType) or not (isinstance(method, str) or callable(method)):
+        raise ValueError(
+            "a method of your own must be an object of a frozen dataclass made by sparseopt.pytree, such as "
+            f"Wanda(), given {method!r}"
+        )
+    found = METHODS[method] if isinstance(method, str) else NamedMethod("", method)
+    if preset is None:
+        return found.groups if found.groups is not None and is_group_pattern(pattern) else found.method
+    if not found.presets:
+        raise ValueError(f"method {method!r} has no presets, given preset {preset!r}; leave the preset out")
+    if preset not in found.presets:
+        raise ValueError(unknown("preset", preset, found.presets))
+    return found.presets[preset]
+
+
+def _with_ridge(method: Any, ridge: float) -> LayerMethod:
+    """The method with another ridge, and so the method that finds its first support."""
+    if not ridge >= 0:
+        raise ValueError(f"ridge must be 0 or more, given {ridge}")
+    fields = {f.name for f in dataclasses.fields(method)} if dataclasses.is_dataclass(method) else set()
+    if "ridge" not in fields:
+        raise ValueError(f"{type(method).__name__} has no ridge, given {ridge}; leave the ridge out")
+    method = dataclasses.replace(method, ridge=ridge)
+    if "first" in fields and "ridge" in {f.name for f in dataclasses.fields(method.first)}:
+        method = dataclasses.replace(method, first=_with_ridge(method.first, ridge))
+    return method
+
+
+class Workspace(NamedTuple):
+    """What a solve of a layer `[out, in]` holds at once besides its job, in float32 arrays of two shapes."""
+
+    square: float  # `[in, in]`
+    wide: float  # `[in, out]`
+
+    def nbytes(self, outputs: int, inputs: int) -> int:
+        return int(4 * (self.square * inputs**2 + self.wide * inputs * outputs))
+
+
+# As much as any method of this package holds.
+LARGEST = Workspace(7.5, 10.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodCost:
+    """What a method computes on one layer `[out, in]`."""
+
+    products: float  # of the Gram with an array like the weight, `2 in² out` operations each
+    inverses: float  # of a matrix `[in, in]`
+    selections: float  # of the largest entries of the weight
+    sums: float  # over all devices, where the layer is cut over several
+    updates: float  # further operations per weight
+    workspace: Workspace
+    compile_seconds: float  # for each shape, on the machine that `cost` describes
+
+
+def workspace_of(method: LayerMethod) -> Workspace:
+    """The workspace of a method; of one of your own LARGEST."""
+    cost = method_cost(method)
+    return LARGEST if cost is None else cost.workspace
+
+
+def method_cost(method: LayerMethod) -> MethodCost | None:
+    """The cost of a method of this package; None for any other."""
+    match method:
+        case Magnitude() | Flap():
+            return MethodCost(0, 0, 1, SELECTION_SUMS, 0, Workspace(0, 3.5), 0.7)
+        case Wanda():
+            return MethodCost(0, 0, 3, 3 * SELECTION_SUMS, 0, Workspace(0, 4), 1.0)
+        case GroupRemoval():
+            # Where half of the groups go: the updates of the inverse take as long as half an inverse, those of the
+            # values as half a product, and every step reads all values for the costs.
+            steps = STEPS / 2
+            return MethodCost(0.5, 1.5, 1, steps, 8 * steps, Workspace(3.5, 4), 1.6)
+        case SparseGpt():
+            return MethodCost(1, 1, 1, SELECTION_SUMS, method.block * COMPENSATION, Workspace(2, 4), 1.5)
+        case MaihtPruning():
+            steps = method.max_steps * (RESTED if method.rest >= 0 else 1.0)
+            # The monitor takes a product too, though seldom one of its own.
+            each = 1.5 if method.monitor == "always" else 1.1
+            sums = steps * MAIHT_SUMS + method.refit_steps * REFIT_SUMS + 2 * SELECTION_SUMS
+            return MethodCost(steps * each + method.refit_steps + 2, 0, 2, sums, 0, Workspace(1, 10), 1.6)
+        case AdmmPruning():
+            steps = method.levels * method.period * (RESTED if method.rest >= 0 else 1.0)
+            sums = (steps + 1) * SELECTION_SUMS + method.refit_steps * REFIT_SUMS
+            return MethodCost(steps + method.refit_steps + 1, method.levels, steps + 1, sums, 0, Workspace(7.5, 4), 2.6)
+        case SplicePruning():
+            first, rounds = method_cost(method.first), method.rounds * RESTED
+            if first is None:
+                return None
+            return MethodCost(
+                products=first.products + rounds * (method.inner_steps + 2) + method.refit_steps + 2,
+                inverses=first.inverses + 1,
+                selections=first.selections + rounds,
+                sums=first.sums + rounds * (method.inner_steps * REFIT_SUMS + SELECTION_SUMS),
+                updates=first.updates,
+                workspace=Workspace(max(first.workspace.square, 2.5), max(first.workspace.wide, 7.5)),
+                compile_seconds=first.compile_seconds + 4.5,
+            )
+    return None

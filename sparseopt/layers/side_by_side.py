@@ -1,0 +1,211 @@
+"""The linears of a block, in turn on one device; over several, each cut or several side by side.
+
+    cut             each device holds a share of a linear's outputs; all of them sum a dozen numbers at each iteration
+    side by side    each device solves its own linear, all of one shape, and exchanges nothing
+
+d linears of one shape take d times a d-th of one linear's time when they are cut, and one linear's time, without the
+sums, side by side. So on two devices query and output run side by side, and gate and up; experts do on any number. A
+linear that is left over is cut, unless `quicker_side_by_side` says that the other devices should rather be idle. Side
+by side each device needs the memory for a whole linear; where that is too much, the linear is cut.
+"""
+
+import contextlib
+import functools
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from sparseopt.core.base.mesh import AXIS, over, whole
+from sparseopt.layers.compiled import Compiled, Timed
+from sparseopt.layers.methods import method_cost
+from sparseopt.layers.problem import LayerJob, LayerMethod, LayerReport, solve_layer
+from sparseopt.layers.split import is_out_of_memory, solve_within_memory
+from sparseopt.system import processes
+
+# Operations of a product in the time of one stage of a sum over the devices: 20 µs at 33 Tflop/s; on processors 1 ms at
+# 100 Gflop/s, as measured for two processes (see the page on scaling).
+STAGE = {"cpu": 1e8}
+ACCELERATOR_STAGE = 7e8
+
+
+@dataclass(frozen=True)
+class LayerTask:
+    """A layer to be solved, whose `LayerJob` is made, and timed, when its turn comes."""
+
+    name: str
+    shape: tuple[int, int]
+    kind: Hashable  # equal for layers whose jobs differ in numbers only
+    job: Callable[[], Timed]
+
+
+def solve_block(tasks: Sequence[LayerTask], method: LayerMethod, mesh: Mesh | None) -> Iterator[Timed]:
+    """The report of each layer of a block in their order, each solved when it is asked for; all processes ask for it.
+
+    Raises:
+        MemoryError: naming the layer, as `solve_within_memory` does.
+    """
+    found = [] if mesh is None else share_out(tasks, method, mesh.size, mesh.devices.flat[0].platform)
+    batches = {task.name: batch for batch in found for task in batch}
+    ready: dict[str, Timed] = {}
+    for task in tasks:
+        if task.name not in batches:
+            yield _solve_one(task.name, task.job(), method, mesh)
+            continue
+        if task.name not in ready:
+            assert mesh is not None
+            ready |= _solve_batch(batches[task.name], method, mesh)
+        yield ready.pop(task.name)
+
+
+def share_out(tasks: Sequence[LayerTask], method: LayerMethod, devices: int, platform: str) -> list[list[LayerTask]]:
+    """Batches of layers to be solved side by side, at most as many in each as devices; the others are to be cut."""
+    alike: dict[Hashable, list[LayerTask]] = defaultdict(list)
+    for task in tasks:
+        alike[task.kind].append(task)
+    batches = []
+    for same in alike.values():
+        for start in range(0, len(same), devices):
+            batch = same[start : start + devices]
+            if quicker_side_by_side(len(batch), batch[0].shape, method, devices, platform):
+                batches.append(batch)
+    return batches
+
+
+def quicker_side_by_side(count: int, shape: tuple[int, int], method: LayerMethod, devices: int, platform: str) -> bool:
+    """Whether some linears, at most as many as devices, take less time one a device than cut one after the other."""
+    cost = method_cost(method)
+    if count == devices or cost is None:
+        return count == devices
+    outputs, inputs = shape
+    products = 2.0 * inputs**2 * outputs * cost.products + cost.updates * inputs * outputs
+    inverses = 2.0 * inputs**3 * cost.inverses  # on every device, also of a linear that is cut
+    stages = math.ceil(math.log2(devices))
+    summing = cost.sums * stages * STAGE.get(platform, ACCELERATOR_STAGE)
+    return inverses + products < count * (inverses + products / devices + summing)
+
+
+def _solve_one(name: str, job: Timed, method: LayerMethod, mesh: Mesh | None) -> Timed:
+    try:
+        return _plus(solve_within_memory(job.value, method, mesh), job)
+    except MemoryError as error:
+        raise MemoryError(f"{name}: {error}") from error
+
+
+def _plus(solved: Timed, job: Timed) -> Timed:
+    # The time that making the job took counts too.
+    return Timed(solved.value, solved.seconds + job.seconds, solved.compile_seconds + job.compile_seconds)
+
+
+def _solve_batch(batch: Sequence[LayerTask], method: LayerMethod, mesh: Mesh) -> dict[str, Timed]:
+    """All of a batch at once, or in turn where memory is too short for that."""
+    names, jobs = [task.name for task in batch], [task.job() for task in batch]
+    solved: list[Timed] = []
+    with contextlib.suppress(MemoryError):
+        solved = solve_side_by_side([job.value for job in jobs], method, mesh)
+    # The attempt's arrays are gone here.
+    if not solved:
+        return {name: _solve_one(name, job, method, mesh) for name, job in zip(names, jobs, strict=True)}
+    return {name: _plus(one, job) for name, one, job in zip(names, solved, jobs, strict=True)}
+
+
+def solve_side_by_side(jobs: Sequence[LayerJob], method: LayerMethod, mesh: Mesh) -> list[Timed]:
+    """Solve layers of one shape at the same time, one on each device of a mesh, each at its own number of steps.
+
+    The jobs, at most as many as devices, differ in numbers only: weights, output weights and supports on the host, the
+    Grams on one device or whole on each. Reports are host arrays, the same in every process, each with an even share of
+    the time.
+
+    Raises:
+        MemoryError: in every process, if memory ran out in any.
+    """
+    start, failed = time.perf_counter(), ""
+    try:
+        timed = side_by_side_solver(mesh)(*place_side_by_side(jobs, mesh), method)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        failed = str(error).partition("\n")[0]
+    # The solve needs no other process; what follows needs all of them.
+    if processes.any_of(bool(failed)):
+        raise MemoryError(f"{len(jobs)} layers do not fit side by side ({failed or 'in another process'})")
+    reports = _reports_of(whole(timed.value), len(jobs))
+    seconds = (time.perf_counter() - start - timed.compile_seconds) / len(jobs)
+    compiling = [timed.compile_seconds] + [0.0] * (len(jobs) - 1)
+    return [Timed(report, seconds, spent) for report, spent in zip(reports, compiling, strict=True)]
+
+
+@functools.cache
+def side_by_side_solver(mesh: Mesh) -> Compiled:
+    """`solve_layer` of a layer for each of the first devices; arrays are concatenated, scalars in a row."""
+
+    def solve(weight: Any, job: LayerJob, count: Any, method: LayerMethod) -> LayerReport:
+        pattern = jax.tree.map(lambda row: row[0], job.pattern)
+        own = replace(job, weight=weight, pattern=pattern)
+        nothing = jax.eval_shape(solve_layer, own, method)
+        report = jax.lax.cond(
+            jax.lax.axis_index(AXIS) < count,
+            lambda: solve_layer(own, method),
+            lambda: jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), nothing),
+        )
+        rows = jax.tree.map(lambda scalar: scalar[None], replace(report, weight=None))
+        return replace(rows, weight=report.weight)
+
+    each, everywhere = PartitionSpec(AXIS), PartitionSpec()
+    specs = (each, each, everywhere, everywhere)
+    # Devices exchange nothing, so there is nothing to check.
+    return Compiled(jax.shard_map(solve, mesh=mesh, in_specs=specs, out_specs=each, check_vma=False), (0,))
+
+
+def place_side_by_side(jobs: Sequence[LayerJob], mesh: Mesh) -> tuple[Any, LayerJob, np.int32]:
+    """Weights, jobs and their number for `side_by_side_solver`: job i on device i; devices after the last are idle."""
+    turns = [*jobs, *[jobs[0]] * (mesh.size - len(jobs))]
+    patterns = [jax.tree.map(lambda leaf: np.asarray(leaf)[None], job.pattern) for job in turns]
+    rest = [replace(job, weight=None, pattern=row) for job, row in zip(turns, patterns, strict=True)]
+    laid = jax.tree.map(lambda *parts: _concatenated(parts, mesh), *rest)
+    return _concatenated([job.weight for job in turns], mesh), laid, np.int32(len(jobs))
+
+
+def _concatenated(parts: Sequence[Any], mesh: Mesh) -> jax.Array:
+    """Arrays of one shape as one, part i on device i; a part that is there already is not copied."""
+    mine = [
+        _on_device(part, device)
+        for part, device in zip(parts, mesh.devices.flat, strict=True)
+        if device.process_index == jax.process_index()
+    ]
+    shape = (mesh.size * mine[0].shape[0], *mine[0].shape[1:])
+    return jax.make_array_from_single_device_arrays(shape, over(mesh), mine)
+
+
+def _on_device(part: Any, device: Any) -> jax.Array:
+    if isinstance(part, jax.Array) and part.is_fully_replicated:
+        for shard in part.addressable_shards:
+            if shard.device == device:
+                return shard.data
+    return jax.device_put(np.asarray(part), device)
+
+
+def _reports_of(found: LayerReport, count: int) -> list[LayerReport]:
+    outputs = len(found.weight) // len(found.steps)
+    scalars = replace(found, weight=None)
+    return [
+        replace(jax.tree.map(lambda row, i=i: row[i], scalars), weight=found.weight[i * outputs : (i + 1) * outputs])
+        for i in range(count)
+    ]
+
+
+def agreed(values: Any) -> Any:
+    """Process 0's tree of host arrays in every process; values are sent with 32 bits."""
+    if processes.count() == 1:
+        return values
+    from jax.experimental import multihost_utils
+
+    received = multihost_utils.broadcast_one_to_all(values)
+    return jax.tree.map(lambda own, new: np.asarray(new, own.dtype), values, received)

@@ -1,0 +1,317 @@
+"""One layer solved: whole, by blocks of its outputs where memory is short, and cut over several devices.
+
+    minimise over V    1/2 ||X Vᵀ - X Wᵀ||² = sum over outputs i of 1/2 ||X (v_i - w_i)||²,   V in the pattern
+
+Outputs are coupled by the pattern alone. Per-row and n:m patterns have a count for every output, so a block of outputs
+is its own problem. A count over the whole layer is first divided among the blocks: each gets as many as it has among
+the layer's largest by Wanda's score, `|W_ij| ||X_j||`, and the total stays exact. Whole groups of inputs are chosen for
+all outputs together: such a layer is not split. Where JAX knows the device's memory, the method's workspace says how
+many blocks are tried first; elsewhere the whole layer is tried, and split when memory runs out.
+
+Over several devices a layer or block is cut by outputs over all of them, and its Gram is whole on each. Products
+with the Gram stay on their device; devices exchange counts, sums and the sample that starts a selection. Several
+processes do not split: memory may run out in one of them while the others wait for it.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from sparseopt.core.base.mesh import over, put, whole
+from sparseopt.core.base.types import pytree, static
+from sparseopt.core.penalties.patterns import BlockTopK, GroupTopK, TopK
+from sparseopt.core.problem.problem import Status
+from sparseopt.layers.compiled import Compiled, Timed, laid_on
+from sparseopt.layers.methods import Workspace, workspace_of
+from sparseopt.layers.methods.scores import Magnitude, Wanda
+from sparseopt.layers.problem import (
+    LayerJob,
+    LayerMethod,
+    LayerReport,
+    layer_solver,
+    ranking_scale,
+    relative_scale,
+    solve_layer,
+)
+from sparseopt.system import processes
+from sparseopt.system.machine import device_memory_left
+
+# With fewer outputs than this share of the inputs, the hessian `[in, in]` decides the memory: smaller blocks save none.
+LEAST_SHARE = 1 / 32
+# Weights scored at a time on the host, where memory may be short too.
+CHUNK = 1 << 20
+# What XLA says, in lower case; the last is a matrix product on the CPU that got no workspace.
+OUT_OF_MEMORY = ("resource_exhausted", "out of memory", "ynnpack operation failed")
+# The status of a layer whose blocks ended differently: the first of these that any of them has.
+WORST_FIRST = (Status.NONFINITE, Status.MAX_STEPS, Status.PRECISION, Status.STATIONARY, Status.CONVERGED)
+
+# Scores of the layer's rows in their order, in pieces `[rows, n]`, non-negative float32; made anew at each call.
+Scores = Callable[[], Iterator[np.ndarray]]
+
+
+def solve_within_memory(job: LayerJob, method: LayerMethod, mesh: Mesh | None = None) -> Timed:
+    """Solve a layer whole, or where memory is too short by 2, 4, 8, ... blocks of its outputs.
+
+    Over a mesh the job's weight is on the host. The value returned is the whole layer's `LayerReport`, and times leave
+    out failed attempts.
+
+    Raises:
+        MemoryError: if the smallest blocks do not fit either, with their sizes; where the layer is not split, in
+            several processes and for the pattern group:C, if the whole does not fit.
+    """
+    outputs, inputs = job.weight.shape
+    parts = 1
+    if processes.count() == 1 and not isinstance(job.pattern, GroupTopK):
+        share = (-(-outputs // (1 if mesh is None else mesh.size)), inputs)
+        parts = fewest_blocks(share, workspace_of(method), device_memory_left(), _unit(job))
+    while True:
+        try:
+            return _solve_parts(job, method, parts, mesh)
+        except (MemoryError, jax.errors.JaxRuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            said = str(error).partition("\n")[0]
+        # The attempt's arrays are gone here: they live as long as the error's traceback.
+        if processes.count() > 1:
+            raise MemoryError(
+                f"the solve of a layer [out={outputs}, in={inputs}] does not fit in the memory of process "
+                f"{jax.process_index()} ({said}); several processes do not split a layer: take more devices, or method "
+                "'wanda'"
+            )
+        if isinstance(job.pattern, GroupTopK):
+            raise MemoryError(
+                f"the solve of a layer [out={outputs}, in={inputs}] does not fit in memory ({said}); its groups of "
+                "inputs are chosen for all outputs together, so it is not split; use a device with more memory, or "
+                "method 'wanda'"
+            )
+        tried, parts = parts, 2 * parts
+        if not _splits((outputs, inputs), parts, _unit(job)):
+            raise MemoryError(
+                f"the solve of a layer [out={outputs}, in={inputs}] does not fit in memory, not even by blocks of "
+                f"{-(-outputs // tried)} outputs, below which its Gram of {4 * inputs**2:,} bytes decides ({said}); "
+                "use a device with more memory, or method 'wanda'"
+            )
+
+
+def fewest_blocks(shape: tuple[int, int], workspace: Workspace, room: int | None, unit: int = 1) -> int:
+    """The fewest blocks of outputs, a power of two, of which each is estimated to fit in `room` bytes.
+
+    As many as there may be, if none fits; 1 where room is not known. `unit` outputs stay together.
+    """
+    outputs, inputs = shape
+    parts = 1
+    if room is not None:
+        while workspace.nbytes(-(-outputs // parts), inputs) > room and _splits(shape, 2 * parts, unit):
+            parts *= 2
+    return parts
+
+
+def _splits(shape: tuple[int, int], parts: int, unit: int) -> bool:
+    outputs, inputs = shape
+    return parts <= outputs // unit and outputs / parts >= inputs * LEAST_SHARE
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on the host or on the device."""
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY)
+
+
+def _solve_parts(job: LayerJob, method: LayerMethod, parts: int, mesh: Mesh | None) -> Timed:
+    reports, seconds, compile_seconds = [], 0.0, 0.0
+    for each in split_job(job, method, parts):
+        timed = layer_solver(each, method) if mesh is None else solve_over(each, method, mesh)
+        # Moved off the device at once where more follow.
+        reports.append(timed.value if parts == 1 else jax.device_get(timed.value))
+        seconds, compile_seconds = seconds + timed.seconds, compile_seconds + timed.compile_seconds
+    return Timed(join_reports(reports), seconds, compile_seconds)
+
+
+def split_job(job: LayerJob, method: LayerMethod, parts: int) -> list[LayerJob]:
+    """Jobs for consecutive blocks of outputs, all of one size where the number of outputs allows it, else of two.
+
+    Magnitude and Wanda rank weights in their own way; their blocks get the counts that these give.
+    """
+    if parts == 1:
+        return [job]
+    outputs, unit, pattern = len(job.weight), _unit(job), job.pattern
+    edges = [rows[0] * unit for rows in np.array_split(np.arange(outputs // unit), parts)] + [outputs]
+    spans = [slice(start, stop) for start, stop in itertools.pairwise(edges)]
+    weights = [None if job.output_weights is None else job.output_weights[span] for span in spans]
+    patterns = [pattern] * parts
+    if isinstance(pattern, TopK | BlockTopK):
+        kept = kept_by_row(job, int(pattern.k), method)
+        counts = [int(kept[span.start // unit : span.stop // unit].sum()) for span in spans]
+        patterns = [dataclasses.replace(pattern, k=count) for count in counts]
+    return [
+        dataclasses.replace(
+            job,
+            weight=job.weight[span],
+            pattern=own,
+            output_weights=weight,
+            support=None if job.support is None else job.support[span],
+        )
+        for span, own, weight in zip(spans, patterns, weights, strict=True)
+    ]
+
+
+def join_reports(reports: Sequence[LayerReport]) -> LayerReport:
+    """The report of a layer from those of its blocks of outputs, in their order; errors are those of the whole."""
+    if len(reports) == 1:
+        return reports[0]
+    # Most scalars are sums; the others follow.
+    scalars = [dataclasses.replace(report, weight=None) for report in reports]
+    added = jax.tree.map(lambda *parts: sum(np.asarray(part).item() for part in parts), *scalars)
+    found = {int(report.status) for report in reports}
+    return dataclasses.replace(
+        added,
+        weight=np.concatenate([report.weight for report in reports]),
+        fits=all(bool(report.fits) for report in reports),
+        dead_inputs=reports[0].dead_inputs,
+        steps=max(int(report.steps) for report in reports),
+        status=next(status for status in WORST_FIRST if status in found),
+        output_blocks=len(reports),
+    )
+
+
+def _unit(job: LayerJob) -> int:
+    # Outputs that a split must keep together.
+    return job.pattern.shape[1] if isinstance(job.pattern, BlockTopK) else 1
+
+
+def kept_by_row(job: LayerJob, k: int, method: LayerMethod) -> np.ndarray:
+    """How many of the layer's k every output gets, `[out]`; of k blocks every row of blocks, `[out / R]`."""
+    unit = _unit(job)
+    outputs, inputs = job.weight.shape
+    scale, output_scale = np.ones(inputs, np.float32), np.ones(outputs, np.float32)
+    if not isinstance(method, Magnitude):
+        scale = np.asarray(ranking_scale(jnp.sqrt(jnp.diagonal(job.gram))), np.float32)
+        if job.output_weights is not None:
+            output_scale = np.asarray(relative_scale(jnp.asarray(job.output_weights, jnp.float32)))
+    step = max(1, CHUNK // (inputs * unit)) * unit
+
+    def scores() -> Iterator[np.ndarray]:
+        for start in range(0, outputs, step):
+            rows = slice(start, start + step)
+            center = np.asarray(job.weight[rows], np.float32) * scale * output_scale[rows, None]
+            if job.support is not None:
+                center = np.where(job.support[rows], center, 0)
+            if isinstance(job.pattern, BlockTopK):
+                wide, high = job.pattern.shape
+                yield np.sum(center.reshape(-1, high, inputs // wide, wide) ** 2, axis=(1, 3))
+                continue
+            if job.support is not None:
+                # A zero in the support ranks above all that is off it.
+                center = np.where(job.support[rows], np.maximum(np.abs(center), np.finfo(np.float32).tiny), 0)
+            yield np.abs(center)
+
+    if not (isinstance(method, Wanda) and isinstance(job.pattern, TopK)):
+        return largest_by_row(scores, k)
+    kept = _even_by_row(scores, outputs, k)
+    if job.support is None:
+        return kept
+    kept = np.minimum(kept, np.sum(job.support, axis=1))
+
+    def others() -> Iterator[np.ndarray]:
+        start = 0
+        for part in scores():
+            ranks = np.argsort(np.argsort(-part, axis=1, kind="stable"), axis=1)
+            yield np.where(ranks < kept[start : start + len(part), None], 0, part).astype(np.float32)
+            start += len(part)
+
+    # What outputs with little support leave goes to the best others.
+    return kept + largest_by_row(others, int(min(k, np.sum(job.support)) - kept.sum()))
+
+
+def _even_by_row(scores: Scores, rows: int, k: int) -> np.ndarray:
+    """As many of k in every row, and one more in the rows whose next score is largest, as Wanda does."""
+    each, left = divmod(k, rows)
+    kept = np.full(rows, each)
+    if left:
+        following = [np.partition(part, -each - 1, axis=1)[:, -each - 1] for part in scores()]
+        kept[np.argsort(-np.concatenate(following), kind="stable")[:left]] += 1
+    return kept
+
+
+def largest_by_row(scores: Scores, k: int) -> np.ndarray:
+    """How many of the k largest scores of all rows are in each row; equal ones at the limit are shared evenly.
+
+    The limit is found digit by digit of 16 bits, from two histograms: non-negative floats are ordered as their bits
+    are, and no copy of the scores is sorted.
+    """
+    limit, left = 0, k
+    for shift in (16, 0):
+        counts = np.zeros(1 << 16, np.int64)
+        for part in scores():
+            bits = part.view(np.uint32)
+            digits = bits >> 16 if shift else bits[bits >> 16 == limit] & 0xFFFF
+            counts += np.bincount(digits.ravel(), minlength=1 << 16)
+        from_above = np.cumsum(counts[::-1])
+        place = int(np.searchsorted(from_above, left))
+        digit = len(counts) - 1 - place
+        left -= int(from_above[place] - counts[digit])
+        limit = limit << 16 | digit
+    above, tied = [], []
+    for part in scores():
+        bits = part.view(np.uint32)
+        above.append(np.count_nonzero(bits > limit, axis=1))
+        tied.append(np.count_nonzero(bits == limit, axis=1))
+    running = np.cumsum(np.concatenate(tied))
+    return np.concatenate(above) + np.diff(running * left // max(int(running[-1]), 1), prepend=0)
+
+
+@pytree
+class Cut:
+    """How a layer is cut: over which mesh, and how many of its padded rows are outputs; structure, not arrays.
+
+    An array that enters or leaves a program must be cut evenly, so it is padded with zeros there; inside they are gone,
+    and counts are those of the layer.
+    """
+
+    mesh: Mesh = static()
+    outputs: int = static()
+
+    def kept(self, rows: Any) -> Any:
+        return None if rows is None else jax.lax.with_sharding_constraint(rows[: self.outputs], over(self.mesh))
+
+    def padded(self, rows: Any) -> Any:
+        zeros = [(0, -self.outputs % self.mesh.size)] + [(0, 0)] * (rows.ndim - 1)
+        if isinstance(rows, np.ndarray):
+            return np.pad(rows, zeros)
+        return jax.lax.with_sharding_constraint(jnp.pad(rows, zeros), over(self.mesh))
+
+
+def _solve_cut(weight: Any, job: LayerJob, cut: Cut, method: LayerMethod) -> LayerReport:
+    """`solve_layer` of a job whose weight is given separately: the answer takes over its buffer."""
+    job = dataclasses.replace(
+        job, weight=cut.kept(weight), output_weights=cut.kept(job.output_weights), support=cut.kept(job.support)
+    )
+    report = solve_layer(job, method)
+    return dataclasses.replace(report, weight=cut.padded(report.weight))
+
+
+# As `problem.layer_solver`, one for the process.
+cut_solver = Compiled(_solve_cut, donate_argnums=(0,))
+
+
+def solve_over(job: LayerJob, method: LayerMethod, mesh: Mesh) -> Timed:
+    """Solve a layer over a mesh; the report's arrays are on the host, the same in every process.
+
+    The job's weight, output weights and support are on the host, the Grams on one device or over the mesh.
+    """
+    weight, weights, support = np.asarray(job.weight), job.output_weights, job.support
+    cut = Cut(mesh, len(weight))
+    if weights is not None:
+        weights = put(cut.padded(np.asarray(weights, np.float32)), over(mesh))
+    if support is not None:
+        support = put(cut.padded(np.asarray(support)), over(mesh))
+    gram, test_gram, variances = laid_on((job.gram, job.test_gram, job.input_variances), mesh)
+    rest = LayerJob(None, gram, test_gram, job.pattern, weights, variances, support)
+    timed = cut_solver(put(cut.padded(weight), over(mesh)), rest, cut, method)
+    report = whole(timed.value)
+    return timed._replace(value=dataclasses.replace(report, weight=report.weight[: cut.outputs]))

@@ -1,0 +1,277 @@
+"""Evaluation of a model: token-level perplexity, and an audit of the zeros and patterns of its stored weights.
+
+    perplexity = exp( - sum log p(token_t | tokens before it in its window) / number of predicted tokens )
+
+over non-overlapping windows; a window of n tokens predicts n - 1, and n - 2 where it begins with BOS (see `windows`).
+The model is streamed block by block over as many windows as fit in `PASS_BYTES`, then again over the next ones.
+"""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from sparseopt.core.base.types import Observer
+from sparseopt.layers.compiled import Compiled
+from sparseopt.layers.patterns import Pattern, check_pattern, count_groups, parse_pattern
+from sparseopt.models import Decoder, Head, PrunableModel, check_window, open_model
+from sparseopt.pruning.base.activations import PASS_BYTES, windows_per_batch
+from sparseopt.pruning.base.grams import BlockRunner
+from sparseopt.pruning.base.torch_grams import runner_of
+from sparseopt.pruning.text.windows import begin_windows, check_vocabulary, token_array
+from sparseopt.system.machine import freed_memory_kept, return_freed_memory
+
+# Tokens whose logits are in memory at a time: 256 rows of a vocabulary of 50,000 are 50 MB.
+LOGIT_ROWS = 256
+
+
+def log_probabilities(logits_RV: Float[Array, "R V"], target_R: Int[Array, "R"]) -> Float[Array, "R"]:
+    """`log softmax(logits)` at each row's target."""
+    chosen_R = jnp.take_along_axis(logits_RV, target_R[:, None], axis=-1)[:, 0]
+    return chosen_R - jax.nn.logsumexp(logits_RV, axis=-1)
+
+
+def negative_log_likelihood(
+    head: Head, x_TD: Float[Array, "T D"], tokens_T: Int[Array, "T"], skipped: Int[Array, ""] | int = 0
+) -> Float[Array, ""]:
+    """`- sum_t log p(tokens[t + 1])` of one window from its last activations, less the first `skipped` predictions."""
+    rows = min(LOGIT_ROWS, x_TD.shape[0])
+    padding = -x_TD.shape[0] % rows
+    targets = jnp.pad(tokens_T[1:], (0, 1 + padding))
+    time_T = jnp.arange(x_TD.shape[0] + padding)
+    counts = (skipped <= time_T) & (time_T < x_TD.shape[0] - 1)
+    x = jnp.pad(x_TD, ((0, padding), (0, 0)))
+
+    # Rematerialised: a gradient too holds the logits of one slice only.
+    @jax.checkpoint
+    def slice_loss(piece: tuple[Array, Array, Array]) -> Array:
+        x_RD, target_R, counted_R = piece
+        return -jnp.sum(jnp.where(counted_R, log_probabilities(head(x_RD[None])[0], target_R), 0))
+
+    pieces = (x.reshape(-1, rows, x.shape[-1]), targets.reshape(-1, rows), counts.reshape(-1, rows))
+    return jnp.sum(jax.lax.map(slice_loss, pieces))
+
+
+def perplexity(
+    model: str | Path | PrunableModel | Decoder,
+    token_ids: Any,
+    seqlen: int = 1024,
+    *,
+    bos: int | None = None,
+    observer: Observer | None = None,
+) -> float:
+    """Perplexity of a model on token ids in non-overlapping windows.
+
+    Args:
+        model: a model folder, a GGUF file, a name on the hub, an opened model, or a whole decoder in memory.
+        token_ids: integer ids, `[n]` (split into windows from the start, without the rest) or `[windows, seqlen]`.
+        seqlen: tokens per window when `token_ids` is flat.
+        bos: the id of a token to put first in every window, whose last token is left out. The token after it is not
+            counted. `models.start_token` returns that of a model. None for none.
+        observer: called with ("block", blocks done, blocks in all).
+
+    Raises:
+        ValueError: for ids outside the vocabulary, fewer tokens than one window, and windows that predict nothing or
+            are longer than the model supports.
+    """
+    return float(np.exp(window_losses(model, token_ids, seqlen, bos=bos, observer=observer).mean()))
+
+
+@freed_memory_kept()
+def window_losses(
+    model: str | Path | PrunableModel | Decoder,
+    token_ids: Any,
+    seqlen: int = 1024,
+    *,
+    bos: int | None = None,
+    observer: Observer | None = None,
+) -> Float[np.ndarray, "windows"]:
+    """The mean negative log-likelihood of the predictions of each window, in nats; arguments as of `perplexity`."""
+    opened: Any = open_model(model) if isinstance(model, str | Path) else model
+    whole = isinstance(opened, Decoder)
+    config, blocks = (opened.embed_tokens.config, len(opened.layers)) if whole else (opened.config, opened.num_blocks)
+    runner = BlockRunner() if whole else runner_of(opened)
+    ids = token_array(token_ids)
+    if not np.issubdtype(ids.dtype, np.integer) or ids.ndim not in (1, 2):
+        raise ValueError(f"token_ids must be integers [n] or [windows, seqlen], given {ids.dtype} {list(ids.shape)}")
+    if ids.ndim == 1:
+        if seqlen < 2:
+            raise ValueError(f"a window needs 2 tokens or more to predict one, given seqlen {seqlen}")
+        if len(ids) < seqlen:
+            raise ValueError(f"{len(ids)} tokens are fewer than one window of {seqlen}; give more or a shorter seqlen")
+        ids = ids[: len(ids) // seqlen * seqlen].reshape(-1, seqlen)
+    if not ids.shape[0] or ids.shape[1] < (2 if bos is None else 3):
+        after = "" if bos is None else " after BOS"
+        raise ValueError(f"windows of shape {list(ids.shape)} predict nothing{after}; give more or longer windows")
+    ids = begin_windows(ids.astype(np.int64), bos)
+    check_window(ids.shape[1], config.max_positions)
+    check_vocabulary(ids, config.vocab_size)
+    skipped, (count, length) = int(bos is not None), ids.shape
+
+    batches = ids.astype(np.int32).reshape(-1, windows_per_batch(count, length), length)
+    held = max(1, PASS_BYTES // (4 * batches[0].size * config.hidden_size))
+    passes = [batches[start : start + held] for start in range(0, len(batches), held)]
+    done, steps, found = 0, len(passes) * blocks, list[float]()
+    for part in passes:
+        activations = [opened.embed_tokens(jnp.asarray(ids)) for ids in part] if whole else embedded(opened, part)
+        for index in range(blocks):
+            block = opened.layers[index] if whole else opened.block(index)
+            for i, x in enumerate(activations):
+                activations[i] = runner.run(block, x)
+            return_freed_memory()
+            done += 1
+            if observer:
+                observer("block", done, steps)
+        head = opened.head if whole else opened.head()
+        for batch, x_BTD in zip(part, activations, strict=True):
+            found += [window_loss(head, x, row, skipped) for x, row in zip(x_BTD, batch, strict=True)]
+    return np.asarray(found) / (length - 1 - skipped)
+
+
+_loss_of_window = Compiled(negative_log_likelihood)
+
+
+def window_loss(head: Any, x_TD: Array, tokens_T: Int[np.ndarray, "T"], skipped: int) -> float:
+    """`negative_log_likelihood` of a window, compiled unless the head runs in torch."""
+    if isinstance(head, Head):
+        return float(_loss_of_window(head, x_TD, tokens_T, skipped).value)
+    total, predicted = 0.0, len(tokens_T) - 1
+    for start in range(skipped, predicted, LOGIT_ROWS):
+        end = min(start + LOGIT_ROWS, predicted)
+        logits_RV = head(x_TD[None, start:end])[0]
+        total -= float(jnp.sum(log_probabilities(logits_RV, jnp.asarray(tokens_T[start + 1 : end + 1]))))
+    return total
+
+
+def embedded(model: PrunableModel, batches: Iterable[Int[np.ndarray, "B T"]]) -> list[Array]:
+    """Token ids before the first block; as many rows of the embedding are read as there are tokens, at most."""
+    ids = list(batches)
+    used = np.unique(np.concatenate([batch.ravel() for batch in ids]))
+    # Padded to a number of rows that depends on the shapes alone, so that other texts reuse the compiled programs.
+    spare = np.setdiff1d(np.arange(model.config.vocab_size), used)[: sum(batch.size for batch in ids) - len(used)]
+    rows = np.union1d(used, spare)
+    embedding = model.embedding(rows)
+    return [embedding(jnp.asarray(np.searchsorted(rows, batch), jnp.int32)) for batch in ids]
+
+
+@dataclass(frozen=True)
+class LayerAudit:
+    """Zeros of one linear as stored on disk."""
+
+    layer: str
+    shape: tuple[int, ...]
+    zeros: int
+    size: int
+
+    @property
+    def sparsity(self) -> float:
+        return self.zeros / self.size
+
+
+def audit_sparsity(model: str | Path | PrunableModel, only: Collection[str] | None = None) -> list[LayerAudit]:
+    """Count the exact zeros of every prunable linear in the stored tensors, read back one by one.
+
+    `only` has the keys of the weights to count.
+    """
+    return [
+        LayerAudit(layer, weight.shape, int(weight.size - np.count_nonzero(weight)), weight.size)
+        for layer, weight in _linears(model, only)
+    ]
+
+
+@dataclass(frozen=True)
+class PatternAudit:
+    """How the stored weights of one linear compare with a pattern.
+
+    Attributes:
+        layer: its name in the checkpoint, without `.weight`.
+        shape: `(out, in)`.
+        unit: what was counted, such as "weights in a row".
+        groups: number of groups counted.
+        allowed: non-zeros that the pattern keeps of each group.
+        least: fewest in a group.
+        most: most in a group.
+    """
+
+    layer: str
+    shape: tuple[int, ...]
+    unit: str
+    groups: int
+    allowed: int
+    least: int
+    most: int
+
+    @property
+    def fits(self) -> bool:
+        return self.most <= self.allowed
+
+    @property
+    def exact(self) -> bool:
+        """Whether every group holds exactly what the pattern keeps; a kept weight that is itself zero reduces it."""
+        return self.least == self.most == self.allowed
+
+
+def audit_pattern(
+    model: str | Path | PrunableModel,
+    pattern: str,
+    sparsity: float | None = None,
+    only: Collection[str] | None = None,
+) -> list[PatternAudit]:
+    """Count the non-zeros of every prunable linear group by group, in the stored tensors, read back one by one.
+
+    The pattern and its sparsity are given as in `prune_layer`; `only` has the keys of the weights to count.
+
+    Raises:
+        ValueError: for an unknown pattern, or one that is impossible in some layer, which is named.
+    """
+    check_pattern(pattern, sparsity)
+    audits = []
+    for layer, weight in _linears(model, only):
+        try:
+            audits.append(_audit(layer, weight, parse_pattern(pattern, sparsity, weight.shape)))
+        except ValueError as error:
+            raise ValueError(f"{layer}: {error}") from error
+    return audits
+
+
+def audit_stored(model: str | Path | PrunableModel, patterns: Mapping[str, Pattern]) -> list[PatternAudit]:
+    """As `audit_pattern`, for the linears that have a pattern of their own, by the key of the weight."""
+    return [_audit(layer, weight, patterns[f"{layer}.weight"]) for layer, weight in _linears(model, patterns)]
+
+
+def _audit(layer: str, weight: np.ndarray, pattern: Pattern) -> PatternAudit:
+    counts = count_groups(weight, pattern)
+    least, most = int(counts.each.min()), int(counts.each.max())
+    return PatternAudit(layer, weight.shape, counts.unit, counts.each.size, counts.allowed, least, most)
+
+
+def masks(model: str | Path | PrunableModel) -> Iterator[tuple[str, np.ndarray]]:
+    """Which weights of a pruned model are kept, to train it elsewhere without changing its zeros.
+
+    Args:
+        model: a model folder, dense or packed, a GGUF file, a name on the hub, or an opened model.
+
+    Returns:
+        For every prunable linear the name of its weight in the checkpoint, and a bool array in the checkpoint's own
+        layout, True where the weight is not zero. Each is read when its turn comes; `dict(masks(folder))` holds all.
+
+    Raises:
+        ModelError: if the model cannot be used.
+    """
+    opened = open_model(model) if isinstance(model, str | Path) else model
+    return ((key, opened.as_stored(key, opened.stored(key) != 0)) for key in opened.linear_keys())
+
+
+def _linears(
+    model: str | Path | PrunableModel, only: Collection[str] | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The linears by name, `only` those with these keys, read one by one."""
+    model = open_model(model) if isinstance(model, str | Path) else model
+    for key in model.linear_keys():
+        if only is None or key in only:
+            yield key.removesuffix(".weight"), model.stored(key)

@@ -1,0 +1,323 @@
+"""Zero-shot tasks of `lm-eval` (extra `eval`), run on our own decoder.
+
+`lm-eval` makes the prompts and scores the answers. This file computes what it asks of a model: the log-likelihood of a
+continuation, that of a whole text, and a greedy continuation.
+"""
+
+import difflib
+import importlib.metadata
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lm_eval.api.model import TemplateLM
+from lm_eval.evaluator import evaluate
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from sparseopt.core.base.types import Observer
+from sparseopt.models import (
+    FAMILIES,
+    Bos,
+    Decoder,
+    ModelError,
+    PrunableModel,
+    TorchModel,
+    encode_text,
+    generate,
+    load_tokenizer,
+    open_model,
+    start_token,
+)
+from sparseopt.pruning.evaluate.scoring import Score, score_continuations
+
+FEWSHOT_SEED = 1234  # lm-eval's own default
+_NEW_TOKENS = 256
+# Tokens between two searches for a stop string.
+_PIECE = 16
+
+
+class DecoderLM(TemplateLM):
+    """A model with the interface of `lm-eval`.
+
+    Log-likelihoods stream the model block by block; `generate_until` loads it whole, as float32. Where BOS is used,
+    every input begins with it, also one whose own beginning was cut off, and it is never predicted.
+
+    Attributes:
+        max_length: most tokens that the model reads.
+        bos: the id of the token that inputs begin with; None for none.
+        cut: number of requests that were longer and lost the beginning of their context.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | PrunableModel,
+        *,
+        max_length: int | None = None,
+        bos: Bos = "auto",
+        observer: Observer | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = open_model(model) if isinstance(model, str | Path) else model
+        if isinstance(self.model, TorchModel):
+            raise ModelError(
+                f"zero-shot tasks take a family known here: {', '.join(sorted(FAMILIES))}; the model's is "
+                f"{self.model.config.model_type!r} (`lm-eval` itself runs such models in torch)"
+            )
+        self.tokenizer = load_tokenizer(self.model.source)
+        self.bos = start_token(self.model.source, self.tokenizer, bos)
+        config = self.model.source.config
+        most = self.model.config.max_positions
+        longest = most if max_length is None else max_length
+        if type(longest) is not int or longest < 2:
+            where = "" if max_length is not None else "; the model's configuration has no longest window: give one"
+            raise ValueError(f"max_length must be a whole number of 2 or more, given {longest!r}{where}")
+        if most is not None and longest > most:
+            raise ValueError(f"max_length is at most the {most} tokens that the model is made for, given {longest}")
+        self.max_length: int = longest
+        self.cut = 0
+        self._observer = observer
+        ends: Any = config.get("eos_token_id")
+        self._end_ids: list[int] = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        self._start_id: int | None = config.get("bos_token_id")
+
+    @property
+    def eot_token_id(self) -> int:
+        if not self._end_ids:
+            raise ModelError(f"{self.model.source.path} names no eos_token_id in its configuration; add it there")
+        return self._end_ids[0]
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token before a text without context: BOS, used or not, else the end token."""
+        found = self._start_id if self.bos is None else self.bos
+        return self.eot_token_id if found is None else found
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Token ids after BOS where it is used, unless the text has it or `add_special_tokens` is False."""
+        ids = encode_text(self.tokenizer, string).tolist()
+        return ids if add_special_tokens is False else self._begun(ids)
+
+    def _begun(self, ids: list[int]) -> list[int]:
+        return ids if self.bos is None or ids[:1] == [self.bos] else [self.bos, *ids]
+
+    def _last(self, ids: list[int], room: int) -> list[int]:
+        if len(ids) <= room:
+            return ids
+        self.cut += 1
+        return ids[-room:] if self.bos is None else [self.bos, *ids[len(ids) - room + 1 :]]
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        for request in requests:
+            if not request.args[1]:
+                raise ValueError(f"a request has an empty continuation, after {request.args[0][-80:]!r}")
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+    def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], **_: Any) -> list[Score]:
+        pairs = [self._fit(context, continuation) for _texts, context, continuation in requests]
+        scores = self._score("log-likelihoods", pairs)
+        for request, score in zip(requests, scores, strict=True):
+            self.cache_hook.add_partial("loglikelihood", request[0], tuple(score))
+        return scores
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
+        """Log-likelihood of each whole text after the start token, in windows of `max_length` tokens."""
+        del disable_tqdm
+        pairs: list[tuple[list[int], list[int]]] = []
+        owners: list[int] = []
+        for owner, request in enumerate(requests):
+            used = int(self.bos is not None)
+            # Without BOS, which begins every window and is never predicted.
+            tokens = self.tok_encode(request.args[0])[used:]
+            windows = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length - used, context_len=1)
+            pairs += [(self._begun(context), text) for context, text in map(make_disjoint_window, windows)]
+            owners += [owner] * (len(pairs) - len(owners))
+        totals = [0.0] * len(requests)
+        for owner, score in zip(owners, self._score("texts", pairs), strict=True):
+            totals[owner] += score.log_likelihood
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def checked_generation(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        """How a task generates; a ValueError for sampling, or for more tokens than the model reads."""
+        found = normalize_gen_kwargs(wanted, _NEW_TOKENS)
+        if found["do_sample"] and found.get("temperature") != 0:
+            raise ValueError("a task asks for sampling (do_sample, temperature), only greedy generation is possible")
+        if not 0 < (limit := found["max_gen_toks"]) < self.max_length:
+            raise ValueError(f"a task asks for {limit} new tokens; the model reads {self.max_length} at most")
+        return found
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        """The greedy continuation of each context up to a stop string, the end token, or `max_gen_toks` tokens.
+
+        Raises:
+            ValueError: if a task asks for sampling, or for more tokens than the model reads.
+        """
+        del disable_tqdm
+        answers = []
+        for done, request in enumerate(requests):
+            context, wanted = request.args
+            wanted = self.checked_generation(wanted)
+            limit = wanted["max_gen_toks"]
+            prompt = self.tok_encode(context) or [self.prefix_token_id]
+            prompt = self._last(prompt, self.max_length - limit)
+            answer = self._continue(prompt, limit, [s for s in wanted["until"] if s])
+            self.cache_hook.add_partial("generate_until", request.args, answer)
+            answers.append(answer)
+            if self._observer:
+                self._observer("generation", done + 1, len(requests))
+        return answers
+
+    @cached_property
+    def _decoder(self) -> Decoder:
+        return self.model.decoder()
+
+    def _continue(self, prompt: list[int], limit: int, stops: Sequence[str]) -> str:
+        new: list[int] = []
+        text = ""
+        while len(new) < limit:
+            count = min(_PIECE, limit - len(new))
+            piece = generate(self._decoder, np.asarray(prompt + new), count, stop_ids=self._end_ids).tolist()
+            new += piece
+            text = self.tokenizer.decode(new)
+            places = [place for place in (text.find(stop) for stop in stops) if place >= 0]
+            if places:
+                return text[: min(places)]
+            if len(piece) < count:
+                break
+        return text
+
+    def _fit(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
+        room = self.max_length + 1 - len(continuation)
+        if room < 1:
+            raise ValueError(
+                f"a continuation has {len(continuation)} tokens, the model reads {self.max_length} at most; "
+                "leave the task out or give a model with a longer context"
+            )
+        return self._last(context, room), continuation
+
+    def _score(self, title: str, pairs: list[tuple[list[int], list[int]]]) -> list[Score]:
+        tell = self._observer
+        return score_continuations(
+            self.model, pairs, observer=tell and (lambda _, done, total: tell(f"{len(pairs)} {title}", done, total))
+        )
+
+
+def zero_shot(
+    model: str | Path | PrunableModel,
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    include_path: str | Path | None = None,
+    shots: int = 0,
+    max_length: int | None = None,
+    bos: Bos = "auto",
+    observer: Observer | None = None,
+) -> dict[str, Any]:
+    """Scores of a model on `lm-eval` tasks.
+
+    Args:
+        model: a model folder, a GGUF file, a name on the hub or an opened model.
+        tasks: names of tasks, groups or tags of `lm-eval` or `include_path`.
+        limit: most examples per task, from the start; None takes all.
+        include_path: a folder of your own task files, whose names take precedence over those of `lm-eval`.
+        shots: solved examples in each prompt, except for tasks that never have any.
+        max_length: most tokens that the model reads; None takes the model's own limit.
+        bos: whether inputs begin with the tokenizer's BOS, see `models.start_token`.
+        observer: called with (what is running, steps done, steps in all).
+
+    Returns:
+        `{"model", "lm_eval", "limit", "shots", "bos", "cut",
+        "tasks": {name: {"version", "examples", "metrics": {...}}}}`, ready for JSON. `bos` is the id of the token that
+        inputs began with, None for none. `cut` counts the requests that were longer than the model reads and lost the
+        beginning of their context. Groups are listed with the tasks.
+
+    Raises:
+        ValueError: for an unknown task, with the nearest known name, or a number out of range.
+        RuntimeError: if a task's data cannot be read, or a log-likelihood is not finite.
+    """
+    if isinstance(tasks, str) or not tasks:
+        raise ValueError(f"tasks must be a list of one name or more, given {tasks!r}")
+    if (limit is not None and (type(limit) is not int or limit < 1)) or type(shots) is not int or shots < 0:
+        raise ValueError(f"limit and shots are whole numbers, of 1 or more and of 0 or more; given {limit=}, {shots=}")
+    if include_path is not None and not Path(include_path).is_dir():
+        raise ValueError(f"include_path must be a folder of task files, given {include_path}")
+    manager = _find_tasks(tasks, include_path)
+    lm = DecoderLM(model, max_length=max_length, bos=bos, observer=observer)
+    loaded = _load(manager, list(dict.fromkeys(tasks)))
+    for task in loaded["tasks"].values():
+        if task.get_config("num_fewshot") != 0:
+            task.set_config("num_fewshot", shots)
+        task.set_fewshot_seed(FEWSHOT_SEED)
+        # One more is drawn, in case the question itself is among them.
+        if task.get_config("num_fewshot") and (most := len(task.fewshot_docs()) - 1) < shots:
+            raise ValueError(
+                f"{task.get_config('task')} has examples for at most {most} shots, given {shots}: lower them, or "
+                "leave the task out"
+            )
+        if task.get_config("output_type") == "generate_until":
+            lm.checked_generation(dict(task.get_config("generation_kwargs") or {}))
+    found = evaluate(lm, loaded, limit=limit, log_samples=False)
+    return {
+        "model": str(lm.model.source.path),
+        "lm_eval": importlib.metadata.version("lm_eval"),
+        "limit": limit,
+        "shots": shots,
+        "bos": lm.bos,
+        "cut": lm.cut,
+        "tasks": {
+            name: {
+                "version": found["versions"].get(name),
+                "examples": found["n-samples"].get(name, {}).get("effective"),
+                "metrics": _metrics(values),
+            }
+            for name, values in found["results"].items()
+        },
+    }
+
+
+def _check_names(names: Sequence[str], known: Sequence[str]) -> None:
+    problems = []
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+            problems.append(f"unknown task {name!r}" + (f"; nearest are {', '.join(near)}" if near else ""))
+    if problems:
+        raise ValueError(
+            "; ".join(problems)
+            + " (`lm-eval ls tasks` lists its own tasks; a file in include_path counts only if it is a valid task file)"
+        )
+
+
+def _find_tasks(names: Sequence[str], include_path: str | Path | None) -> TaskManager:
+    # Reading lm-eval's own 15,000 task files takes seconds. Groups and tags may name some of them, single tasks do not.
+    if include_path is not None:
+        own = TaskManager(include_path=include_path, include_defaults=False)
+        if set(names) <= set(own.all_subtasks):
+            return own
+    manager = TaskManager(include_path=include_path)
+    _check_names(names, manager.all_tasks)
+    return manager
+
+
+def _load(manager: TaskManager, names: list[str]) -> dict[str, Any]:
+    try:
+        return manager.load(names)
+    except Exception as error:  # of any class, also from a task's own code
+        raise RuntimeError(
+            f"the tasks {', '.join(names)} cannot be loaded ({type(error).__name__}: {error}). Tasks of lm-eval fetch "
+            "their data from the Hugging Face hub once; without a network, name a task whose file points at local data"
+        ) from error
+
+
+def _metrics(values: dict[str, Any]) -> dict[str, float | None]:
+    # `acc,none` becomes `acc`, and a standard error that was not computed becomes None.
+    return {
+        key.removesuffix(",none").replace("_stderr,none", "_stderr"): value if isinstance(value, int | float) else None
+        for key, value in values.items()
+        if "," in key
+    }

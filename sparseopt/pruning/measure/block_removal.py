@@ -1,0 +1,223 @@
+"""Which whole blocks of the dense model may go, and in what order.
+
+    increase of block j  =  loss of the model without the removed blocks and j  -  loss without the removed blocks
+
+with `loss = - mean log p(next token)` on the windows given. The residual stream passes by a block that is left out.
+
+| score | the next block to go |
+|---|---|
+| "loss" | the one with the least increase, measured again after each removal |
+| "cosine" | the one whose output is most like its input: the least `1 - mean cos(x, block(x))`, measured once |
+
+Greedy removal by the loss measures L models of L blocks for the first removal. Two things make it cheaper:
+
+- Models are measured in groups, each in one pass over the blocks. Two models share one stream up to the first block
+  that only one of them has.
+- Removal is lazy. Candidates are ordered by their last known increases, and measuring stops when the least new increase
+  is at most every old one that is left, each lowered by the share `SLACK`. The result is that of measuring all
+  candidates if no increase falls by a larger share below its last known value.
+
+Losses of SmolLM2-135M without 6 of 30 blocks, on the four windows of 512 tokens that it was scored on: dense 2.96, by
+the loss 3.93, by the cosine 4.13.
+
+Source: lazy greedy selection as in Minoux, "Accelerated greedy algorithms for maximizing submodular set functions",
+1978; the cosine score as in Men, Xu, Zhang, Wang, Lin, Lu, Han, Chen, "ShortGPT: layers in large language models are
+more redundant than you expect", 2024 (block influence).
+"""
+
+import math
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from sparseopt.core.base.types import Observer
+from sparseopt.layers.compiled import Compiled
+from sparseopt.models import PrunableModel
+from sparseopt.pruning.base.activations import Batches, embed_windows
+from sparseopt.pruning.base.grams import BlockRunner
+from sparseopt.pruning.base.reports import RemovalRecord
+from sparseopt.pruning.evaluate.evaluation import window_loss
+from sparseopt.pruning.recipe.shrink_recipe import BlockScore
+from sparseopt.pruning.run.plan import CalibrationWindows
+from sparseopt.system import processes
+
+# Tokens that models are scored on, at most; at least one window.
+TOKENS = 2048
+# Models measured in one pass over the blocks: as many streams, and the one they branch off, are kept at once.
+GROUP = 6
+# Of 45 increases in SmolLM2-135M measured before and after the removal of another block 18 fell, by 0.4 % to 20 %.
+SLACK = 0.2
+
+
+def removal_order(
+    trial: "Trial", count: int, *, score: BlockScore = "loss", most: float = math.inf
+) -> list[RemovalRecord]:
+    """The first `count` blocks of a model to leave out, fewer than it has, with the loss after each removal.
+
+    Runs on one device in each process; all continue with what the first process found.
+
+    Args:
+        trial: the dense model. Its observer is called with a text and blocks done of a pass, blocks in all; and with
+            each `RemovalRecord`, the number of blocks chosen, `count`.
+        count: number of blocks.
+        score: "loss" or "cosine", see above.
+        most: a removal after which the loss has risen by more than this is the last one.
+
+    Raises:
+        RuntimeError: if the loss of the dense model is not finite.
+    """
+    records: list[RemovalRecord] = []
+    for record in (greedy_removal if score == "loss" else cosine_removal)(trial, count):
+        records.append(record)
+        trial.observer(record, len(records), count)
+        if record.rise > most:
+            break
+    return [RemovalRecord.from_dict(found) for found in processes.told([record.as_dict() for record in records])]
+
+
+def trial_of(
+    model: PrunableModel,
+    windows: CalibrationWindows,
+    runner: BlockRunner,
+    observer: Observer,
+    *,
+    kind: Batches,
+) -> "Trial":
+    """The dense model and the windows that it is scored on.
+
+    Of the calibration windows some at equal distances are scored, with `TOKENS` tokens at most. `kind` are batches
+    stored where activations between blocks are to be stored, see `Batches.empty`.
+    """
+    chosen = _spread(windows.calibration)
+    batches = embed_windows(model, kind, chosen)[0].on_one_device()
+    return Trial(model, batches, chosen, int(windows.bos is not None), runner, observer)
+
+
+def _spread(windows: Int[np.ndarray, "windows T"]) -> Int[np.ndarray, "chosen T"]:
+    count = min(len(windows), max(1, TOKENS // windows.shape[1]))
+    return windows[np.arange(count) * len(windows) // count]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A model and the windows that it is scored on.
+
+    Attributes:
+        batches: the windows, embedded.
+        tokens: the same as token ids.
+        skipped: how many predictions at the start of each window do not count.
+        dense: the loss with all blocks, if it is known.
+    """
+
+    model: PrunableModel
+    batches: Batches
+    tokens: Int[np.ndarray, "windows T"]
+    skipped: int
+    runner: BlockRunner
+    observer: Observer
+    dense: float | None = None
+
+    def losses(self, removed: Sequence[frozenset[int]], stage: str) -> list[float]:
+        """The loss of the model without each of these sets of blocks; infinite where it overflows."""
+        # Each stream with the places of the sets that share it so far.
+        streams = deque([(self.batches, list(range(len(removed))))])
+        for index in range(self.model.num_blocks):
+            if not all(index in blocks for blocks in removed):
+                block = self.model.block(index)
+                for _ in range(len(streams)):
+                    stream, members = streams.popleft()
+                    if without := [member for member in members if index in removed[member]]:
+                        streams.append((stream, without))
+                    if through := [member for member in members if index not in removed[member]]:
+                        streams.append((self.runner.forward(block, stream), through))
+            self.observer(stage, index + 1, self.model.num_blocks)
+        head, found = self.model.head(), [0.0] * len(removed)
+        for stream, members in streams:
+            loss = self.loss(head, stream)
+            for member in members:
+                found[member] = loss
+        return found
+
+    def loss(self, head: object, stream: Batches) -> float:
+        """The loss of a stream after the last block; infinite where it overflows."""
+        windows = (window for batch in stream for window in batch)
+        total = sum(window_loss(head, x, ids, self.skipped) for x, ids in zip(windows, self.tokens, strict=True))
+        predicted = len(self.tokens) * (self.tokens.shape[1] - 1 - self.skipped)
+        return total / predicted if math.isfinite(total) else math.inf
+
+    def dense_loss(self) -> float:
+        """The loss with all blocks; a RuntimeError if it is not finite."""
+        loss = self.dense
+        if loss is None:
+            loss = self.losses([frozenset()], "loss of the dense model, block")[0]
+        if not math.isfinite(loss):
+            raise RuntimeError(
+                f"the loss of {self.model.source.name} on the tokens it is scored on is not finite: activations "
+                "overflow; check the model with `sparseopt eval`"
+            )
+        return loss
+
+
+def greedy_removal(trial: Trial, count: int) -> Iterator[RemovalRecord]:
+    """By the loss, see above."""
+    start = time.perf_counter()
+    dense = current = trial.dense_loss()
+    gone: frozenset[int] = frozenset()
+    increases = dict.fromkeys(range(trial.model.num_blocks), -math.inf)  # last known, of the blocks left
+    for turn in range(count):
+        losses: dict[int, float] = {}
+        while rest := sorted((increase, block) for block, increase in increases.items() if block not in losses):
+            # No increase that is not measured yet in this turn is expected to fall below this.
+            bound = rest[0][0] * (1 - math.copysign(SLACK, rest[0][0]))
+            if losses and min(losses.values()) - current <= bound:
+                break
+            group = [block for _, block in rest[:GROUP]]
+            stage = f"removal {turn + 1} of {count}, block"
+            losses |= zip(group, trial.losses([gone | {block} for block in group], stage), strict=True)
+        chosen = min(losses, key=lambda block: (losses[block], block))
+        increases |= {block: loss - current for block, loss in losses.items()}
+        del increases[chosen]
+        gone, current = gone | {chosen}, losses[chosen]
+        yield RemovalRecord(chosen, current, current - dense, time.perf_counter() - start)
+        start = time.perf_counter()
+
+
+def cosine_removal(trial: Trial, count: int) -> Iterator[RemovalRecord]:
+    """By the cosine score, see above."""
+    start = time.perf_counter()
+    order = np.argsort(cosine_scores(trial), kind="stable")[:count].tolist()
+    dense = trial.dense_loss()
+    gone = [frozenset(order[: turn + 1]) for turn in range(count)]
+    losses = [
+        loss
+        for turn in range(0, count, GROUP)
+        for loss in trial.losses(gone[turn : turn + GROUP], "loss without blocks, block")
+    ]
+    seconds = (time.perf_counter() - start) / max(1, count)
+    for block, loss in zip(order, losses, strict=True):
+        yield RemovalRecord(block, loss, loss - dense, seconds)
+
+
+def cosine_scores(trial: Trial) -> Float[np.ndarray, "blocks"]:
+    """`1 - mean over tokens of cos(x, block(x))` of every block of the dense model."""
+    model, stream, found = trial.model, trial.batches, []
+    for index in range(model.num_blocks):
+        after = trial.runner.forward(model.block(index), stream)
+        pairs = zip(stream, after, strict=True)
+        found.append(1 - np.mean([trial.runner.account(_mean_cosine(x, y)) for x, y in pairs]))
+        stream = after
+        trial.observer("cosine score, block", index + 1, model.num_blocks)
+    return np.asarray(found)
+
+
+def _cosine(x: Float[Array, "B T D"], y: Float[Array, "B T D"]) -> Float[Array, ""]:
+    size = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(y, axis=-1)
+    return jnp.mean(jnp.sum(x * y, axis=-1) / jnp.maximum(size, jnp.finfo(x.dtype).tiny))
+
+
+_mean_cosine = Compiled(_cosine)

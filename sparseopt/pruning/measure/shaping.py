@@ -1,0 +1,94 @@
+"""What the smaller models of one pass keep, chosen before the first block is pruned.
+
+How much stays follows from the recipe's shares, or is chosen for its budget (see `mixing`). Which blocks stay is
+measured once for all plans of a pass. Both are written to the plans' folders, where an interrupted run finds them.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import cast
+
+from sparseopt.core.base.types import Observer
+from sparseopt.models import PrunableModel, sizes_of
+from sparseopt.pruning.base.activations import Batches, Stream
+from sparseopt.pruning.base.grams import BlockRunner
+from sparseopt.pruning.base.reports import RemovalRecord, ShapeRecord
+from sparseopt.pruning.measure.block_removal import removal_order, trial_of
+from sparseopt.pruning.measure.mixing import Mix, choose_mixes
+from sparseopt.pruning.recipe.shrink_recipe import BlockScore, ShrinkRecipe, parameters_of
+from sparseopt.pruning.run.folder import Progress, keep_record
+from sparseopt.pruning.run.plan import CalibrationWindows, Plan, shrink_plan
+
+
+def choose_shapes(
+    model: PrunableModel,
+    plans: Sequence[Plan],
+    progress: Sequence[Progress],
+    stream: Stream,
+    windows: CalibrationWindows,
+    kind: Batches,
+    runner: BlockRunner,
+    observer: Observer,
+) -> list[Plan]:
+    """The plans with the sizes of their smaller models; plans that only make zeros are unchanged.
+
+    Sizes that an earlier run chose are taken as they are; the records of new ones are kept in the progress and in the
+    folders. `stream` is that before the first block; `kind` says where activations are stored.
+    """
+    start = time.perf_counter()
+    pairs = list(zip(plans, progress, strict=True))
+    new = [
+        (plan, cast(ShrinkRecipe, plan.recipe), found)
+        for plan, found in pairs
+        if plan.sizes is not None and found.shape is None
+    ]
+    # Each score orders the blocks once for all plans.
+    counts: dict[BlockScore, int] = {}
+    for plan, recipe, _ in new:
+        if removed := _removed(model, plan):
+            counts[recipe.block_score] = max(removed, counts.get(recipe.block_score, 0))
+    orders: dict[BlockScore, list[RemovalRecord]] = {}
+    if counts:
+        trial = trial_of(model, windows, runner, observer, kind=kind)
+        orders = {score: removal_order(trial, count, score=score) for score, count in counts.items()}
+    budgets = [plan for plan, recipe, _ in new if recipe.has_budget]
+    mixes = iter(choose_mixes(model, budgets, stream, windows, kind, runner, observer) if budgets else [])
+    seconds = time.perf_counter() - start
+    for plan, recipe, found in new:
+        mix = next(mixes) if recipe.has_budget else _by_shares(model, plan, orders.get(recipe.block_score, []))
+        keep_record(plan.folder, found, _shape(model, plan, mix, seconds))
+    return [plan if found.shape is None else shrink_plan(model, plan, found.shape.sizes) for plan, found in pairs]
+
+
+def _removed(model: PrunableModel, plan: Plan) -> int:
+    """How many blocks go by the recipe's share; none yet with a budget."""
+    assert plan.sizes is not None
+    return model.num_blocks - len(plan.sizes.blocks)
+
+
+def _by_shares(model: PrunableModel, plan: Plan, order: list[RemovalRecord]) -> Mix:
+    assert plan.sizes is not None
+    gone = order[: _removed(model, plan)]
+    blocks = {record.block for record in gone}
+    return Mix(replace(plan.sizes, blocks=tuple(i for i in sizes_of(model).blocks if i not in blocks)), gone)
+
+
+def _shape(model: PrunableModel, plan: Plan, mix: Mix, seconds: float) -> ShapeRecord:
+    dense, sizes, tensors = sizes_of(model), mix.sizes, model.source.tensors
+    return ShapeRecord(
+        channels=sizes.channels,
+        kv_heads=sizes.kv_heads,
+        experts=sizes.experts,
+        blocks=sizes.blocks,
+        removed=tuple(record.block for record in mix.removed),
+        rises=tuple(record.rise for record in mix.removed),
+        dense=(dense.channels, dense.kv_heads, len(dense.blocks), dense.experts),
+        parameters=parameters_of(shrink_plan(model, plan, sizes).target),
+        dense_parameters=parameters_of(model),
+        dense_bytes=sum(math.prod(tensors[key].shape) * tensors[key].dtype.itemsize for key in model.exported_keys()),
+        seconds=seconds,
+        curves=mix.curves,
+        token_seconds=mix.token_seconds,
+    )

@@ -1,0 +1,272 @@
+"""How a model's zeros are divided among its linears at a fixed total, and what is measured for that.
+
+    uniform    the same share everywhere
+    owl        fewer zeros in blocks with many outliers
+    curves     minimise  sum_l loss_l(s_l)   subject to   sum_l size_l s_l = s sum_l size_l,   low <= s_l <= high
+
+With an n:m pattern a linear has its share of zeros or none, and curves chooses the linears that stay dense.
+
+Losses are known at some levels of sparsity. On the lower convex hulls of these curves the problem is a continuous
+knapsack: its Lagrangian takes the pieces of all hulls in the order of their slope a weight, and the multiplier is
+the slope at which the total is reached.
+
+Source: Yin et al., "Outlier weighed layerwise sparsity (OWL)", ICML 2024, for owl; Sinha and Zoltners, "The
+multiple-choice knapsack problem", 1979, for hulls and multipliers.
+"""
+
+from dataclasses import replace
+from numbers import Real
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+from scipy.optimize import brentq, isotonic_regression
+
+from sparseopt.core.base.dense import product
+from sparseopt.core.penalties.patterns import TopK
+from sparseopt.core.penalties.sets import Support
+from sparseopt.core.problem.problem import Problem
+from sparseopt.core.solvers.quadratic_admm import QuadraticAdmm
+from sparseopt.core.solvers.refit import Refit
+from sparseopt.layers.compiled import Compiled
+from sparseopt.layers.patterns import implied_sparsity
+from sparseopt.layers.problem import scale_layer
+
+Allocation = Literal["uniform", "owl", "curves"]
+# How far a linear's sparsity may be below and above the model's, and the most of any linear.
+BELOW, ABOVE, MOST = 0.2, 0.15, 0.95
+# Largest deviation of a block's share from the mean with owl, as published.
+SPREAD = 0.08
+RIDGE, RHO = 0.1, 0.4
+ADMM_STEPS, REFIT_STEPS = 3, 2
+OUTLIER = 5.0
+# Rows taken at least, of linears that have as many.
+ROWS = 192
+# Points between the bounds at which hulls are taken.
+GRID = 201
+
+
+def default_bounds(sparsity: float) -> tuple[float, float]:
+    """Least and most share of zeros of a linear around a model's share.
+
+    Example:
+        >>> from sparseopt.pruning.recipe.allocation import default_bounds
+        >>> [round(bound, 2) for bound in default_bounds(0.7)]
+        [0.5, 0.85]
+    """
+    return max(0.0, sparsity - BELOW), max(sparsity, min(MOST, sparsity + ABOVE))
+
+
+def _is_pair(given: Any) -> bool:
+    return isinstance(given, tuple | list) and len(given) == 2 and all(isinstance(each, Real) for each in given)
+
+
+def check_allocation(name: str, pattern: str, sparsity: float | None, bounds: tuple[float, float] | None) -> None:
+    """Refuse an allocation that is not possible, before any work.
+
+    Raises:
+        ValueError: for an unknown name, a pattern that fixes the share, or bounds that cannot meet the total.
+    """
+    if name not in (known := get_args(Allocation)):
+        raise ValueError(f"unknown allocation {name!r}; known are {', '.join(known)}")
+    if name == "uniform":
+        if bounds is not None:
+            raise ValueError(f"allocation 'uniform' takes no bounds, given {bounds}; leave them out or choose 'curves'")
+        return
+    if (implied := implied_sparsity(pattern)) is not None:
+        if name == "owl" or bounds is not None:
+            raise ValueError(
+                f"pattern {pattern!r} fixes the share of zeros of every linear, which contradicts "
+                f"{'bounds' if name == 'curves' else 'the allocation ' + repr(name)}; leave it out, or choose another "
+                "pattern"
+            )
+        if sparsity is not None and not 0 < sparsity < implied:
+            raise ValueError(
+                f"pattern {pattern!r} with allocation 'curves' leaves some linears dense, so the sparsity must lie "
+                f"between 0 and {implied:g}, given {sparsity:g}; leave the allocation out to prune all of them"
+            )
+        return
+    if bounds is None or sparsity is None:
+        return
+    if not (_is_pair(bounds) and 0 <= bounds[0] <= bounds[1] < 1):
+        raise ValueError(f"bounds must be two shares of zeros, 0 <= low <= high < 1, given {bounds}")
+    low, high = bounds
+    if sparsity > high:
+        raise ValueError(
+            f"the bounds cannot meet the total: with at most {high:g} in every linear the model's sparsity stays "
+            f"{sparsity - high:.3g} below the {sparsity:g} asked for; raise the upper bound"
+        )
+    if sparsity < low:
+        raise ValueError(
+            f"the bounds cannot meet the total: with at least {low:g} in every linear the model's sparsity is "
+            f"{low - sparsity:.3g} above the {sparsity:g} asked for; lower the lower bound"
+        )
+
+
+def allocate_curves(
+    levels: Float[np.ndarray, "levels"],
+    losses: Float[np.ndarray, "linears levels"],
+    sizes: Int[np.ndarray, "linears"],
+    sparsity: float,
+    bounds: tuple[float, float],
+) -> Float[np.ndarray, "linears"]:
+    """Shares of zeros of least total loss; see the problem above.
+
+    Losses, 0 or more, are in one unit for all linears and known at ascending levels. Shares stay between the bounds,
+    and between the levels; `sparsity` is that of all weights together.
+    """
+    low, high = bounds
+    if low == high:
+        return np.full(len(sizes), low)
+    grid = np.linspace(low, high, GRID)
+    # The slopes of a lower convex hull are the isotonic regression of the curve's own.
+    slopes = np.stack([isotonic_regression(np.diff(curve)).x for curve in between(levels, losses, grid)])
+    width = np.repeat(sizes * (grid[1] - grid[0]), GRID - 1)
+    # Stable: of equal slopes one linear is filled to the end of its piece of hull, where its curve meets the hull.
+    order = np.argsort((slopes / sizes[:, None]).ravel(), kind="stable")
+    width = width[order]
+    taken = np.empty_like(width)
+    taken[order] = np.clip((sparsity - low) * sizes.sum() - (np.cumsum(width) - width), 0, width)
+    return low + taken.reshape(len(sizes), -1).sum(axis=1) / sizes
+
+
+def choose_pruned(
+    losses: Float[np.ndarray, "linears"], sizes: Int[np.ndarray, "linears"], share: float, sparsity: float
+) -> Bool[np.ndarray, "linears"]:
+    """Which linears to prune, each by the same share, for at least `sparsity` of all weights.
+
+    Those of least loss a weight, as few as reach it: the greedy answer to the knapsack.
+    """
+    order = np.argsort(losses / sizes, kind="stable")
+    before = np.cumsum(share * sizes[order]) - share * sizes[order]
+    pruned = np.zeros(len(sizes), bool)
+    pruned[order] = before < sparsity * sizes.sum() - 1e-6
+    return pruned
+
+
+def between(
+    levels: Float[np.ndarray, "levels"], losses: Float[np.ndarray, "linears levels"], grid: Float[np.ndarray, "points"]
+) -> Float[np.ndarray, "linears points"]:
+    """Losses between the levels, by linear interpolation of their cube root.
+
+    Weights near zero have about constant density, so the loss of the smallest share s of them grows as s³. A loss above
+    one at a higher level is lowered to it: a sparser answer is an answer at the lower level too.
+    """
+    rising = np.minimum.accumulate(losses[:, ::-1], axis=1)[:, ::-1]
+    return np.stack([np.interp(grid, levels, curve) for curve in np.cbrt(rising)]) ** 3
+
+
+def allocate_owl(
+    outliers: Float[np.ndarray, "blocks"],
+    sizes: Int[np.ndarray, "blocks"],
+    sparsity: float,
+    bounds: tuple[float, float],
+    spread: float = SPREAD,
+) -> Float[np.ndarray, "blocks"]:
+    """Shares of zeros that fall with the share of outliers, linearly, over a range of twice `spread`.
+
+    Shares beyond the bounds are cut, and the others are shifted evenly for the sparsity of all weights together.
+    """
+    reach = np.ptp(outliers)
+    shares = sparsity - (2 * spread * (outliers - outliers.min()) / reach if reach else np.zeros(len(outliers)))
+
+    def total(shift: float) -> float:
+        return float(np.clip(shares + shift, *bounds) @ sizes / sizes.sum()) - sparsity
+
+    # Between these two shifts every share moves from the lower bound to the upper one.
+    first, last = bounds[0] - np.max(shares), bounds[1] - np.min(shares)
+    shift = brentq(total, first, last) if total(first) < 0 < total(last) else first if total(first) >= 0 else last
+    return np.clip(shares + shift, *bounds)
+
+
+def exact_shares(
+    shares: Float[np.ndarray, "linears"],
+    sizes: Int[np.ndarray, "linears"],
+    units: Int[np.ndarray, "linears"],
+    sparsity: float,
+    bounds: tuple[float, float],
+) -> Float[np.ndarray, "linears"]:
+    """Shares of whole zeros, as close as possible to those given, with the sparsity's total.
+
+    The number of zeros in all is `round(sparsity * weights)`, exactly where the units are single weights, else to
+    within half of the smallest unit of which one more or one less is within the bounds. Bounds hold to a unit.
+    Zeros of a linear come in multiples of its unit: 1, or a whole column or block.
+    """
+    parts = sizes // units
+    wanted = shares * parts
+    least = np.floor(bounds[0] * parts + 1e-9).astype(int)
+    most = np.minimum(np.ceil(bounds[1] * parts - 1e-9).astype(int), parts - 1)
+    counts = np.clip(np.floor(wanted + 1e-9).astype(int), least, most)
+    missing = round(sparsity * int(sizes.sum())) - int(counts @ units)
+    # Largest remainders first, then the smallest unit as long as it brings the total closer.
+    while missing:
+        side = 1 if missing > 0 else -1
+        room = counts < most if side > 0 else counts > least
+        fits, nearer = room & (units <= abs(missing)), room & (units < 2 * abs(missing))
+        if not nearer.any():
+            break
+        rank = np.where(fits, side * (wanted - counts), -np.inf) if fits.any() else np.where(nearer, -units, -np.inf)
+        chosen = int(np.argmax(rank))
+        counts[chosen] += side
+        missing -= side * int(units[chosen])
+    return counts * units / sizes
+
+
+def estimated_losses(
+    weight: Float[Array, "out in"],
+    gram: Float[Array, "in in"],
+    sensitivity: Float[Array, "out"],
+    output_weights: Float[Array, "out"],
+    levels: Float[Array, "levels"],
+) -> Float[Array, "levels"]:
+    """A cheap estimate of the model's loss at ascending shares of zeros of one linear.
+
+        loss(s)  =  1/2 sum_c F_c ||X (V_s - W)_c||² / tokens          nats a token, to second order
+
+    with F the outputs' sensitivity, the Gram `XᵀX / tokens`, and V_s a fair answer at sparsity s:
+    a few ADMM steps from the answer at the previous sparsity, with one rho and so one inverse for the whole path, then
+    conjugate gradients on the support. Only some output rows are used, evenly spaced. A path of levels then costs about
+    as much as one solve. An allocation uses the differences along the path, not the absolute values.
+    """
+    every = max(1, weight.shape[0] // ROWS)
+    share = weight.shape[0] / len(range(0, weight.shape[0], every))
+    layer = scale_layer(weight[::every], gram, output_weights[::every])
+    loss = layer.ridged(RIDGE)
+    solver = QuadraticAdmm(rho=RHO, watch=False)
+
+    def level(state: Any, sparsity: Array) -> tuple[Any, Array]:
+        kept = jnp.round((1 - sparsity) * layer.center.size).astype(jnp.int32)
+        problem = Problem(loss, TopK(kept))
+        # The dual belongs to the previous count.
+        state = replace(state, point=state.x)
+        state = jax.lax.fori_loop(0, ADMM_STEPS, lambda _, s: solver.step(problem, s), state)
+        fixed, refit = Problem(loss, Support(state.x != 0)), Refit()
+        found = refit.init(fixed, state.x)
+        found = jax.lax.fori_loop(0, REFIT_STEPS, lambda _, s: refit.step(fixed, s), found)
+        change = (found.x - layer.center) / layer.output_scale
+        errors = jnp.sum(change * product(layer.hessian, change), axis=0)
+        return replace(state, x=found.x), 0.5 * share * jnp.sum(errors * sensitivity[::every])
+
+    start = solver.init(Problem(loss, TopK(layer.center.size)), layer.center)
+    return jax.lax.scan(level, start, levels)[1]
+
+
+def outlier_share(
+    weights: dict[str, Float[Array, "out in"]], grams: dict[str, Float[Array, "in in"]]
+) -> Float[Array, ""]:
+    """Share of a block's weights whose score `|W_ij| ||X_j||` is above `OUTLIER` times the block's mean score.
+
+    Weights and Grams of the inputs go by the linears' names.
+
+    Source: Yin et al., "Outlier weighed layerwise sparsity (OWL)", ICML 2024, eq. 1.
+    """
+    scores = [jnp.abs(weight) * jnp.sqrt(jnp.diagonal(grams[name])) for name, weight in weights.items()]
+    size = sum(score.size for score in scores)
+    mean = sum(jnp.sum(score) for score in scores) / size
+    return sum(jnp.sum(score > OUTLIER * mean, dtype=jnp.int32) for score in scores) / jnp.asarray(size)
+
+
+losses_of_linear = Compiled(estimated_losses)
+outliers_of_block = Compiled(outlier_share)

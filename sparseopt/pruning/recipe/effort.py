@@ -1,0 +1,93 @@
+"""Efforts: what a recipe does in all that it leaves open, from one solve a layer to training the whole model.
+
+    nothing named          the fields of effort good
+    an effort              its fields, below
+    a method               that method on every layer and nothing besides; for "best" what it does besides
+    a preset, a penalty    the same for maiht, whose settings these are
+    effort and method      the fields of the effort, by that method
+
+Whatever a recipe gives wins over its effort.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from sparseopt.layers.patterns import implied_sparsity
+
+Effort = Literal["fast", "good", "most"]
+Fields = dict[str, Any]
+
+# What nobody asked for.
+NOTHING: Fields = {"output_weights": "uniform", "propagate": 0.0, "reconstruct": 0, "variants": 0, "distil": 0}
+# What method "best" does besides its choice of weights, where it is named alone.
+BEST: Fields = {"output_weights": "gradient", "propagate": 0.25, "reconstruct": 4, "variants": 3}
+PRUNE: dict[str, Fields] = {
+    # Of the single solvers that take at most 1.2 times mAIHT's time, the one of least perplexity on drawn text.
+    "fast": {"method": "admm", "ridge": 0.1},
+    "good": BEST | {"method": "best", "reconstruct": 0, "variants": 0},
+    "most": BEST | {"method": "best", "distil": 4},
+}
+SHRINK: dict[str, Fields] = {
+    "fast": {"method": "best", "reconstruct": 0},
+    "good": {"method": "best", "reconstruct": 4},
+    "most": {"method": "best", "reconstruct": 4, "distil": 4},
+}
+# What each effort is, for help and cards.
+PRUNES = {
+    "fast": "one solve a layer",
+    "good": "one solve a layer, with weights for output errors and a correction of upstream errors",
+    "most": "also trains each block and then the whole model, and chooses where the zeros go",
+}
+SHRINKS = {
+    "fast": "what stays is fitted again",
+    "good": "each block is trained too",
+    "most": "the whole model is trained at the end too",
+}
+# The time of a pruning run over that with effort fast. SmolLM2-135M at 50 % on two idle cores took 126 s, with good
+# 204 s, both without drawing a text (55 s, once); most took 7 times the time of good on busy cores.
+COSTS = {"fast": 1, "good": 1.6, "most": 11}
+# Settings of one method.
+_MAIHT = ("preset", "penalty")
+# With these the order of the channels is fixed, or which linears have which zeros.
+_FIXED = ("keep_zeros", "masks", "targets", "ignore", "sparsities")
+
+
+def effort_help(summaries: Mapping[str, str]) -> str:
+    """The help of the option."""
+    listed = "; ".join(f"{name}, {text}" for name, text in summaries.items())
+    return (
+        f"How much is done in all that is left open: {{choices}} ({listed}). Default: good; with a method and no "
+        "effort, that method alone."
+    )
+
+
+def effort_of(fields: Mapping[str, Any]) -> str | None:
+    """The effort of a recipe with these fields; None for a method that is named alone."""
+    named = any(fields.get(name) is not None for name in ("method", *_MAIHT))
+    return fields["effort"] or (None if named else "good")
+
+
+def prune_defaults(fields: Mapping[str, Any]) -> Fields:
+    """What `Recipe` takes for fields that are None, by its other fields."""
+    effort = effort_of(fields)
+    found = NOTHING | {"allocation": "uniform", "permute": False}
+    if effort is None:
+        return found | (BEST if fields["method"] == "best" else {"method": "maiht"})
+    found |= PRUNE.get(effort, {})
+    of_maiht = any(fields[name] is not None for name in _MAIHT)
+    if of_maiht and effort == "fast":
+        found["method"] = "maiht"
+    if of_maiht or fields["method"] is not None:
+        found.pop("ridge", None)  # of the effort's own method
+    if effort == "most" and not any(fields[name] for name in _FIXED):
+        implied = implied_sparsity(fields["pattern"])
+        found |= {"allocation": "curves"} if implied is None else {"permute": implied > 0}
+    return found
+
+
+def shrink_defaults(fields: Mapping[str, Any]) -> Fields:
+    """The same of `ShrinkRecipe`."""
+    effort = effort_of(fields)
+    if effort is None:
+        return NOTHING | ({"reconstruct": BEST["reconstruct"]} if fields["method"] == "best" else {})
+    return NOTHING | SHRINK.get(effort, {})

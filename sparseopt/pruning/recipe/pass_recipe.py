@@ -1,0 +1,362 @@
+"""What every recipe says: the method, the tokens, and what is trained.
+
+`prune_recipe` has that of `prune_model` and `shrink_recipe` that of `shrink_model`.
+"""
+
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, TypeVar, cast
+
+import numpy as np
+
+from sparseopt.core.base.dense import Precision
+from sparseopt.core.penalties.protocols import Penalty
+from sparseopt.layers.methods import METHODS
+from sparseopt.layers.problem import LayerMethod
+from sparseopt.models import Bos
+from sparseopt.pruning.base.grams import ExpertTokens, Weighting
+from sparseopt.pruning.recipe.allocation import Allocation
+from sparseopt.pruning.recipe.effort import BEST, PRUNE, PRUNES, Effort, effort_help, effort_of
+from sparseopt.pruning.recipe.options import CALIBRATION, HOW, OUTPUT, mistakes_of, option, options_of
+from sparseopt.pruning.text.documents import SELF, TEXTS, check_text, is_text
+from sparseopt.pruning.text.windows import DocumentChoice, WindowChoice
+from sparseopt.pruning.train.distillation import Distillation
+from sparseopt.pruning.train.reconstruction import Reconstruction
+from sparseopt.pruning.train.training import Training
+
+OutputWeighting = Literal["uniform", "gradient"]
+# Windows whose perplexity is measured before and after, as a fraction of those of the calibration.
+SCORED = 0.25
+# Calibration windows, where their number is not given: as many as give the widest linear so many tokens an input. With
+# the variants that are not asked for there are not more of them either.
+TOKENS_AN_INPUT, LEAST_WINDOWS, MOST_WINDOWS = 4, 16, 128
+
+
+T = TypeVar("T", bound=Training)
+# A check that raises a ValueError, and the options that must be fine for it.
+Check = tuple[tuple[str, ...], Callable[[], Any]]
+
+
+@dataclass(frozen=True)
+class PassRecipe(ABC):
+    """What all recipes say: the method, and the tokens that one pass over the blocks sees.
+
+    In Python, `method` may also be a `LayerMethod` of your own, `reconstruct` a whole `Reconstruction`, and
+    `calibration` a list of texts or of chats (lists of messages with `role` and `content`), or token ids
+    `[samples, seqlen]`, which are taken as they are: their last `heldout_samples` windows are held out.
+
+    On few tokens a larger `ridge` overfits less: 0.1 is best, by held-out error, for 8,192 tokens of SmolLM2. The
+    relative errors in a report weight tokens as the Gram matrices do, and outputs equally; with `propagate` they are
+    relative to the corrected target. An expert that receives no token is always pruned by magnitude.
+    """
+
+    method: str | LayerMethod | None = option(
+        None, "Pruning method: {choices}. Default: that of the effort.", HOW, type=str | None, choices=METHODS
+    )
+    effort: Effort | None = option(None, effort_help(PRUNES), HOW)
+    ridge: float | None = option(
+        None, "Added to the unit diagonal of every scaled Gram matrix. Default: the method's.", HOW, least=0
+    )
+    weighting: Weighting = option(
+        "uniform", "How tokens are weighted in the Gram matrices: {choices} (by the residual stream's size).", HOW
+    )
+    output_weights: OutputWeighting | None = option(
+        None,
+        "How output errors are weighted: {choices}. Default: gradient with effort good and most and with method best, "
+        "else uniform.",
+        HOW,
+    )
+    propagate: float | None = option(
+        None,
+        f"Fraction of the upstream error that each layer corrects. Default: {BEST['propagate']} with effort good and "
+        "most and with method best, else 0.",
+        HOW, least=0, most=1,
+    )  # fmt: skip
+    reconstruct: int | Reconstruction | None = option(
+        None,
+        f"Epochs of training for each pruned block, 0 for none. Default: {BEST['reconstruct']} with effort most and "
+        "with method best, else 0.",
+        HOW, type=int | None, least=0,
+    )  # fmt: skip
+    distil: int | Distillation | None = option(
+        None,
+        "Epochs of training all kept weights together on the dense model's logits at the end, 0 for none. Default: "
+        f"{PRUNE['most']['distil']} with effort most, else 0.",
+        HOW, type=int | None, least=0,
+    )  # fmt: skip
+    precision: Precision = option(
+        "highest",
+        "Precision of products of activations (forward passes, Gram matrices, training) on a GPU or TPU: {choices}. "
+        "A CPU always computes in float32, and so do layer solves on every device.",
+        HOW,
+    )
+    calibration: Any = option(
+        SELF,
+        f"Calibration text: {SELF}, which the model draws, or {TEXTS}. Of a file the first half is read, of rows every "
+        "other one.",
+        CALIBRATION, type=str,
+    )  # fmt: skip
+    score: str | None = option(
+        None,
+        "Text for the perplexity before and after, given as for calibration, or none. Default: what calibration left "
+        f"of its text; after calibration {SELF}, further windows that the model draws, and pydoc.",
+        OUTPUT,
+    )
+    split: str | None = option(
+        None, "Split of a hub data set. Default: validation to calibrate, test to evaluate.", CALIBRATION
+    )
+    column: str | None = option(
+        None,
+        "Column of the rows that has the texts, or chats as lists of messages, for which the model has a template. "
+        "Default: text, else messages, else conversations.",
+        CALIBRATION,
+    )
+    documents: DocumentChoice = option(
+        "packed", "How documents become windows: {choices}; joined and cut, or one document a window.", CALIBRATION
+    )
+    bos: Bos = option(
+        "auto",
+        "Begin every window with the BOS token: {choices}; auto does as the model's tokenizer.",
+        CALIBRATION,
+    )
+    samples: int | None = option(
+        None,
+        f"Calibration windows. Default: {TOKENS_AN_INPUT} tokens for each input of the widest linear, in "
+        f"{LEAST_WINDOWS} to {MOST_WINDOWS} windows.",
+        CALIBRATION, least=1,
+    )  # fmt: skip
+    seqlen: int = option(512, "Tokens in a calibration window.", CALIBRATION, least=2)
+    heldout_samples: int = option(4, "Further windows, for the held-out error; 0 for none.", CALIBRATION, least=0)
+    windows: WindowChoice | None = option(
+        None, "Which windows of the text are taken: {choices}. Default: spread, evenly from all of it.", CALIBRATION
+    )
+    variants: int | None = option(
+        None,
+        "Variants of each calibration window in which the dense model has drawn some tokens again; an epoch of "
+        f"training sees one of them. Default: {BEST['variants']} with effort most and with method best, fewer where "
+        f"there would be more than {MOST_WINDOWS} windows in all, else 0.",
+        CALIBRATION, least=0,
+    )  # fmt: skip
+    seed: int | None = option(
+        None, f"Seed for windows random, and for those of calibration {SELF}. Default: 0.", CALIBRATION, least=0
+    )
+    expert_tokens: ExpertTokens = option(
+        "routed",
+        "Which calibration tokens an expert is pruned by: {choices}. Forward passes still route every token.",
+        CALIBRATION,
+    )
+    min_expert_tokens: int = option(
+        64, "An expert that receives fewer calibration tokens than this is pruned by magnitude.", CALIBRATION, least=0
+    )
+    dtype: Literal["float32", "float16", "bfloat16"] | None = option(
+        None, "Data type to store: {choices}. Default: the source's; for quantised weights, bfloat16.", OUTPUT
+    )
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            object.__setattr__(self, each.name, _plain(getattr(self, each.name)))
+
+    @property
+    @abstractmethod
+    def defaults(self) -> Mapping[str, Any]:
+        """What the effort says of fields that are left open, by name."""
+
+    def chosen(self, name: str) -> Any:
+        """The value of a field, or its default."""
+        given = getattr(self, name)
+        return self.defaults.get(name) if given is None else given
+
+    @property
+    def chosen_method(self) -> str | LayerMethod:
+        return self.chosen("method")
+
+    @property
+    def chosen_allocation(self) -> Allocation:
+        return "uniform"
+
+    @property
+    def draws(self) -> bool:
+        """Whether the model draws its calibration windows."""
+        return isinstance(self.calibration, str) and self.calibration == SELF
+
+    @property
+    def chooses_linears(self) -> bool:
+        """Whether it turns out during the run which linears are pruned."""
+        return False
+
+    @property
+    def penalty(self) -> Penalty | None:
+        return None
+
+    @property
+    def keep_zeros(self) -> bool:
+        return False
+
+    @property
+    def masks(self) -> str | None:
+        return None
+
+    @property
+    def pack(self) -> bool:
+        return False
+
+    @property
+    def permutes(self) -> bool:
+        return False
+
+    @property
+    def distillation(self) -> Distillation | None:
+        return self._training(Distillation, self.chosen("distil"))
+
+    def check(self) -> LayerMethod:
+        """The method asked for, after every field was checked.
+
+        Raises:
+            ValueError: listing all that is wrong, one line each.
+        """
+        options = options_of(type(self))
+        wrong = {name: text for name, each in options.items() if (text := each.mistake(getattr(self, name)))}
+
+        def reconstructs() -> None:
+            if self.reconstruction is not None:
+                self.reconstruction.check()
+
+        def distils() -> None:
+            if self.distillation is not None:
+                self.distillation.check()
+
+        checks: list[Check] = [
+            (("effort", "method", "preset", "ridge", "pattern"), self.find_method),
+            (("reconstruct", "samples", "variants"), reconstructs),
+            (("distil",), distils),
+            *self._checks(),
+        ]
+        problems = [*wrong.values(), *mistakes_of(check for names, check in checks if not wrong.keys() & set(names))]
+        if self.draws:
+            given = {"windows": self.windows, "split": self.split, "column": self.column}
+            given |= {"documents": self.documents if self.documents == "separate" else None}
+            problems += [
+                f"{name} is for a text, and calibration {SELF!r} has none: leave {name} out, or give a text"
+                for name, value in given.items() if value is not None
+            ]  # fmt: skip
+        elif is_text(self.calibration):
+            problems += mistakes_of([lambda: check_text(self.calibration, self.split, self.column)])
+        elif not wrong.keys() & {"calibration", "heldout_samples"}:
+            ids = "is for text; calibration token ids are taken as they are"
+            if self.bos == "yes":
+                problems.append(f"bos {ids}: put BOS in front of them")
+            given = {"windows": self.windows, "split": self.split, "column": self.column}
+            given |= {"documents": self.documents if self.documents == "separate" else None}
+            problems += [f"{name} {ids}: leave {name} out" for name, value in given.items() if value is not None]
+            found = len(self.calibration) - self.heldout_samples
+            if self.samples not in (None, found):
+                problems.append(f"samples {ids}: there are {found} besides the held-out ones, given {self.samples}")
+        if self.score not in (None, "none"):
+            problems += mistakes_of([lambda: check_text(self.score)])
+        if self.seed is not None and self.windows != "random" and not self.draws:
+            problems.append(f"seed is for windows 'random', and windows is {self.window_choice!r}; leave the seed out")
+        if problems:
+            raise ValueError("the recipe cannot be used:\n  " + "\n  ".join(problems))
+        return self.find_method()
+
+    @abstractmethod
+    def find_method(self) -> LayerMethod:
+        """The method with its settings; a ValueError for one that does not exist or cannot take them."""
+
+    @abstractmethod
+    def _checks(self) -> Sequence[Check]:
+        """The checks of this kind of recipe only."""
+
+    @property
+    def window_choice(self) -> WindowChoice:
+        return self.windows or "spread"
+
+    @property
+    def window_count(self) -> int:
+        """Calibration windows; the least where a model is still to decide on the default."""
+        return self.samples or LEAST_WINDOWS
+
+    @property
+    def variant_count(self) -> int:
+        if self.variants is None:
+            # With many windows of text they gain less and cost more.
+            room = MOST_WINDOWS // self.window_count - 1
+            return max(0, min(self.defaults["variants"], room))
+        return self.variants
+
+    @property
+    def all_windows(self) -> int:
+        """Calibration windows with their variants."""
+        return self.window_count * (1 + self.variant_count)
+
+    def output_weighting(self) -> OutputWeighting:
+        return self.chosen("output_weights")
+
+    @property
+    def propagated_share(self) -> float:
+        return self.chosen("propagate")
+
+    @property
+    def reconstruction(self) -> Reconstruction | None:
+        return self._training(Reconstruction, self.chosen("reconstruct"))
+
+    def _training(self, kind: type[T], given: T | int) -> T | None:
+        """What is given, or this kind for so many epochs, which take as long as without variants; None for 0."""
+        if not given:
+            return None
+        # The kinds have defaults of all settings but this one, and `Training` has not.
+        found: T = given if isinstance(given, kind) else cast(Any, kind)(epochs=given)
+        alone = not self.variant_count or found.epoch_windows is not None
+        return found if alone else replace(found, epoch_windows=self.window_count)
+
+    @property
+    def needs_sensitivities(self) -> bool:
+        """Whether the gradient of the dense model's loss is asked for."""
+        return self.output_weighting() == "gradient" or self.chosen_allocation == "curves"
+
+    @property
+    def needs_dense_stream(self) -> bool:
+        """Whether the dense model's own activations are carried through all blocks."""
+        return self.propagated_share > 0 or self.reconstruction is not None or self.distillation is not None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for a JSON record, those of open fields included.
+
+        Arrays of tokens appear by their shape, methods by their name.
+        """
+        values = {each.name: self.chosen(each.name) for each in fields(self)}
+        values |= {"effort": effort_of(vars(self)), "variants": self.variant_count}
+        values |= {name: asdict(value) for name, value in values.items() if isinstance(value, Training)}
+        if not isinstance(self.chosen_method, str):
+            values["method"] = described(self.method)
+        if self.penalty is not None:
+            values["penalty"] = described(self.penalty)
+        if not isinstance(self.calibration, str):
+            values["calibration"] = (
+                f"{len(self.calibration)} documents"
+                if is_text(self.calibration)
+                else f"token ids of shape {list(np.shape(self.calibration))}"
+            )
+        return values
+
+
+def scored_windows(recipe: PassRecipe) -> int:
+    """How many windows of a text the perplexity before and after is measured on."""
+    return max(2, round(SCORED * recipe.window_count))
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's numbers as Python's, and paths as text: what a record can hold."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return tuple(map(_plain, value)) if type(value) is tuple else value
+
+
+def described(value: Any) -> str:
+    """An object as text, the same in every process: without addresses in memory."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))

@@ -1,0 +1,192 @@
+"""What to do to a model: one frozen recipe, checked as a whole before any work."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from sparseopt.core.penalties.names import BY_WEIGHT, penalty_of_weight
+from sparseopt.core.penalties.protocols import Penalty
+from sparseopt.layers.methods import METHODS, find_method
+from sparseopt.layers.patterns import KNOWN, check_pattern, implied_sparsity
+from sparseopt.layers.problem import LayerMethod
+from sparseopt.pruning.recipe.allocation import Allocation, check_allocation
+from sparseopt.pruning.recipe.effort import prune_defaults
+from sparseopt.pruning.recipe.options import HOW, OUTPUT, WHAT, attributes, option, options_of
+from sparseopt.pruning.recipe.pass_recipe import Check, PassRecipe
+from sparseopt.pruning.recipe.targets import Patterns, Sparsities, check_choice, read_patterns, read_sparsities
+
+PRESETS = tuple(dict.fromkeys(preset for method in METHODS.values() for preset in method.presets))
+
+
+def read_bounds(given: Any) -> Any:
+    """Two numbers of a text with a comma between; what is no text is left unchanged."""
+    if not isinstance(given, str):
+        return given
+    try:
+        return tuple(float(part) for part in given.split(","))
+    except ValueError:
+        raise ValueError(f"bounds must be two numbers with a comma between, as in 0.3,0.8, given {given!r}") from None
+
+
+@dataclass(frozen=True)
+class Recipe(PassRecipe):
+    """How `prune_model` prunes.
+
+    In Python, `penalty` may also be an object as in `prune_layer`. Without `bounds` a layer's sparsity lies in
+    `default_bounds`; the total of an `allocation`, over the linears that are pruned, is exact. Patterns of linears: see
+    `targets`; embeddings and heads are never pruned.
+
+    With `keep_zeros` or `masks` the weights are chosen, and fitted, among the others only. A linear that has as many
+    zeros as are asked for, or more, keeps its mask.
+    """
+
+    sparsity: float | None = option(
+        None,
+        "Fraction of zeros in every linear. Default: 0.5, or that of an n:m pattern; none further with keep-zeros or "
+        "masks.",
+        WHAT,
+        least=0,
+        below=1,
+    )
+    pattern: str = option("unstructured", f"Which weights may stay: {KNOWN}.", WHAT)
+    keep_zeros: bool = option(False, "Weights that are zero in the model stay zero.", WHAT)
+    masks: str | None = option(
+        None,
+        "A pruned model of the same shape, a folder, GGUF file or hub name: weights that are zero in it become zero.",
+        WHAT,
+    )
+    targets: Patterns | None = option(
+        None,
+        "Which linears, by name (model.layers.0.mlp.down_proj), end of name (down_proj) or regular expression "
+        "(re:.*mlp), with commas between. Default: all in the blocks.",
+        WHAT,
+        read=read_patterns,
+    )
+    ignore: Patterns | None = option(
+        None, "Linears to leave out, written as for targets; ignore wins over targets.", WHAT, read=read_patterns
+    )
+    sparsities: Sparsities | None = option(
+        None,
+        "Other sparsities by linear, as in down_proj=0.6,re:.*self_attn=0.4; 0 leaves a linear as it is. Names win "
+        "over expressions, longer names over shorter ones, the first expression over the next.",
+        WHAT, type=dict[str, float] | None, read=read_sparsities,
+    )  # fmt: skip
+    allocation: Allocation | None = option(
+        None,
+        "How the sparsity is distributed over the layers: {choices}. With an n:m pattern and a sparsity below its own, "
+        "curves chooses the linears that stay dense. Default: curves with effort most and no n:m pattern, else "
+        "uniform.",
+        WHAT,
+    )
+    bounds: tuple[float, float] | None = option(
+        None, "Least and most sparsity of a layer, as in 0.3,0.8, for owl and curves.", WHAT, read=read_bounds
+    )
+    preset: str | None = option(None, "Settings of method maiht: {choices}. Default: best.", HOW, choices=PRESETS)
+    penalty: Penalty | None = option(
+        None,
+        "Penalty that chooses the weights to keep, instead of l0: {choices}. The sparsity sets its level. For method "
+        "maiht and pattern unstructured.",
+        HOW, type=str | None, choices=BY_WEIGHT, read=lambda name: penalty_of_weight(name, 1.0),
+    )  # fmt: skip
+    permute: bool | None = option(
+        None,
+        "Reorder channels so that an n:m pattern keeps more; the dense model computes the same in that order. Default: "
+        "with effort most and an n:m pattern.",
+        WHAT,
+    )
+    pack: bool = option(
+        False, "Store zeros as a bitmask; `sparseopt unpack` writes the folder that transformers loads.", OUTPUT
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("targets", "ignore"):
+            object.__setattr__(self, name, read_patterns(getattr(self, name)))
+        if isinstance(self.sparsities, Mapping):
+            object.__setattr__(self, "sparsities", tuple(self.sparsities.items()))
+        super().__post_init__()
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        return prune_defaults(vars(self))
+
+    @property
+    def chosen_allocation(self) -> Allocation:
+        return self.chosen("allocation")
+
+    @property
+    def permutes(self) -> bool:
+        return self.chosen("permute")
+
+    @property
+    def asked_sparsity(self) -> float:
+        """The sparsity given, or its default."""
+        if self.sparsity is not None:
+            return self.sparsity
+        implied = implied_sparsity(self.pattern)
+        return (0.0 if self.has_support else 0.5) if implied is None else implied
+
+    @property
+    def has_support(self) -> bool:
+        """Whether some weights are known to be zero before a linear is solved."""
+        return self.keep_zeros or self.masks is not None
+
+    @property
+    def chooses_linears(self) -> bool:
+        """Whether curves choose the linears that have the n:m pattern; the others stay dense."""
+        return self.chosen_allocation == "curves" and implied_sparsity(self.pattern) is not None
+
+    def check_pattern(self) -> None:
+        """Raise a ValueError for an unknown pattern, or one that contradicts the sparsity."""
+        sparsity = self.sparsity if implied_sparsity(self.pattern) is not None else self.asked_sparsity
+        check_pattern(self.pattern, None if self.chooses_linears else sparsity)
+
+    def find_method(self) -> LayerMethod:
+        return find_method(self.chosen_method, self.preset, self.penalty, self.chosen("ridge"), self.pattern)
+
+    def as_dict(self) -> dict[str, Any]:
+        return super().as_dict() | {"sparsity": self.asked_sparsity}
+
+    def _checks(self) -> Sequence[Check]:
+        def allocated() -> None:
+            check_allocation(self.chosen_allocation, self.pattern, self.asked_sparsity, self.bounds)
+
+        def anywhere() -> None:
+            if self.penalty is not None and self.pattern != "unstructured":
+                raise ValueError(f"a penalty chooses weights anywhere, which contradicts the pattern {self.pattern!r}")
+
+        def by_linear() -> None:
+            fits = partial(check_pattern, self.pattern)
+            check_choice(self.targets, self.ignore, self.sparsities, fits, self.chosen_allocation)
+
+        def permuted() -> None:
+            if not self.permutes:
+                return
+            if not implied_sparsity(self.pattern):
+                raise ValueError(
+                    f"permute is for n:m patterns with zeros, where the order of the inputs counts, and the pattern is "
+                    f"{self.pattern!r}; leave it out"
+                )
+            others = {name: getattr(self, name) for name in ("keep_zeros", "masks", "targets", "ignore", "sparsities")}
+            if given := [name for name, value in others.items() if value]:
+                raise ValueError(f"permute moves channels of all linears, which contradicts {given[0]}: leave one out")
+
+        def masked() -> None:
+            if self.masks is not None and self.chooses_linears:
+                raise ValueError(
+                    f"masks has zeros for every linear, and with pattern {self.pattern!r} allocation 'curves' leaves "
+                    "some dense: leave one of the two out"
+                )
+
+        return (
+            (("pattern",), permuted),
+            (("pattern",), masked),
+            (("pattern", "sparsity"), self.check_pattern),
+            (("pattern", "allocation"), by_linear),
+            (("pattern", "allocation", "sparsity"), allocated),
+            ((), anywhere),
+        )
+
+
+OPTIONS = options_of(Recipe)
+Recipe.__doc__ = f"{Recipe.__doc__}\n{attributes(OPTIONS.values())}"

@@ -1,0 +1,165 @@
+"""A smaller dense model: what `shrink_model` keeps, as shares and as whole numbers.
+
+    --channels 0.75 --heads 0.67 --layers 0.9   ->   Sizes(channels=1152, kv_heads=2, blocks=(0, 1, 3, ...))
+    --parameters 0.8                            ->   sizes that fit, chosen by measured losses, see `mixing`
+
+Every block keeps the same numbers, so that the configuration of the smaller model is a plain one: one
+`intermediate_size`, one number of heads. Which channels and heads stay is decided block by block.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sparseopt.layers.methods import METHODS, find_method
+from sparseopt.layers.problem import LayerMethod
+from sparseopt.models import ModelError, PrunableModel, Sizes, possible_kv_heads, sizes_of
+from sparseopt.pruning.recipe.effort import SHRINKS, Effort, effort_help, shrink_defaults
+from sparseopt.pruning.recipe.options import HOW, KEEP, attributes, option, options_of
+from sparseopt.pruning.recipe.pass_recipe import Check, PassRecipe
+
+# A share may be rounded by this much of the whole at most.
+ROUNDING = 0.05
+# A budget may be exceeded by this much of the whole: one of three digits is itself rounded.
+BUDGET_ROUNDING = 0.0005
+BlockScore = Literal["loss", "cosine"]
+SHARES = ("channels", "heads", "layers", "experts")
+BUDGETS = ("parameters", "latency")
+# SparseGPT chooses for every output by itself, so it cannot remove an input for all of them.
+CHOOSING = tuple(name for name in METHODS if name != "sparsegpt")
+
+
+@dataclass(frozen=True)
+class ShrinkRecipe(PassRecipe):
+    """How `shrink_model` makes a smaller dense model.
+
+    Fractions are rounded to what the model can have. The method ranks whole groups of inputs: channels of the MLP,
+    key-value groups of the attention. What stays is fitted again to the dense layer's outputs, unless the method only
+    ranks.
+    """
+
+    effort: Effort | None = option(None, effort_help(SHRINKS), HOW)
+    method: Any = option(
+        None,
+        "How channels and heads are chosen: {choices}. Default: best.",
+        HOW, type=str | None, choices=CHOOSING,
+    )  # fmt: skip
+    channels: float = option(1.0, "Fraction of the MLP's channels that stay.", KEEP, least=0, most=1)
+    heads: float = option(
+        1.0, "Fraction of the key-value groups that stay, each with its query heads.", KEEP, least=0, most=1
+    )
+    layers: float = option(1.0, "Fraction of the blocks that stay.", KEEP, least=0, most=1)
+    experts: float = option(1.0, "Fraction of the experts that stay, in a mixture.", KEEP, least=0, most=1)
+    parameters: float | None = option(
+        None,
+        "Fraction of all parameters that stays, in place of the fractions above, which measured losses then choose.",
+        KEEP, least=0, below=1,
+    )  # fmt: skip
+    latency: float | None = option(
+        None,
+        "The same for the time of a token, measured on this machine. Not for mixtures of experts.",
+        KEEP, least=0, below=1,
+    )  # fmt: skip
+    multiple: int = option(64, "The number of channels is rounded to a multiple of this.", KEEP, least=1)
+    block_score: BlockScore = option(
+        "loss",
+        "What the blocks to remove are chosen by, {choices}: the rise of the loss without them, or how little they "
+        "turn the residual stream.",
+        HOW,
+    )
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        return shrink_defaults(vars(self))
+
+    def find_method(self) -> LayerMethod:
+        # Channels are groups of one input; the method is the same for larger ones.
+        return find_method(self.chosen_method, ridge=self.chosen("ridge"), pattern="group:1")
+
+    def _checks(self) -> Sequence[Check]:
+        return (((*SHARES, *BUDGETS, "expert_tokens"), self._check_shares),)
+
+    def _check_shares(self) -> None:
+        given = {name: share for name in SHARES if (share := getattr(self, name)) != 1}
+        budgets = {name: share for name in BUDGETS if (share := getattr(self, name)) is not None}
+        if gone := [name for name, share in (given | budgets).items() if share == 0]:
+            raise ValueError(f"{' and '.join(gone)} 0 leave nothing: give a share above 0")
+        if len(budgets) > 1:
+            raise ValueError("parameters and latency are two budgets: give one of them")
+        if budgets and given:
+            raise ValueError(f"{next(iter(budgets))} chooses what goes: leave {' and '.join(given)} out")
+        if self.experts < 1 and self.expert_tokens == "all":
+            raise ValueError(
+                "experts are removed by what they add to the tokens routed to them: leave expert_tokens 'all' out"
+            )
+        if not budgets and not given:
+            raise ValueError("nothing would go: give channels, heads, layers or experts below 1, or a budget")
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether measured losses choose the shares."""
+        return self.parameters is not None or self.latency is not None
+
+
+SHRINK_OPTIONS = options_of(ShrinkRecipe)
+ShrinkRecipe.__doc__ = f"{ShrinkRecipe.__doc__}\n{attributes(SHRINK_OPTIONS.values())}"
+
+
+def shrunk_sizes(model: PrunableModel, recipe: ShrinkRecipe) -> Sizes:
+    """The sizes that the shares of a recipe give; with a budget, those of the dense model.
+
+    Of `blocks` only the number counts: which blocks stay is measured later.
+
+    Raises:
+        ModelError: for shares far from what the model can have, with what is possible.
+    """
+    dense = sizes_of(model)
+    if dense.experts is None and recipe.experts < 1:
+        raise ModelError(
+            f"experts {recipe.experts:g} is for mixtures of experts, and this model has none; leave it out"
+        )
+    channels = f"MLP channels, multiples of {recipe.multiple}"
+    blocks = range(1, len(dense.blocks) + 1)
+    return Sizes(
+        channels=_nearest("channels", recipe.channels, channel_choices(model, recipe), channels),
+        kv_heads=_nearest("heads", recipe.heads, possible_kv_heads(model), "key-value groups"),
+        blocks=dense.blocks[: _nearest("layers", recipe.layers, blocks, "blocks")],
+        experts=dense.experts and _nearest("experts", recipe.experts, range(1, dense.experts + 1), "experts"),
+    )
+
+
+def channel_choices(model: PrunableModel, recipe: ShrinkRecipe) -> list[int]:
+    """The numbers of channels that a model may keep, ascending, the dense model's last."""
+    dense = sizes_of(model).channels
+    return [*range(recipe.multiple, dense, recipe.multiple), dense]
+
+
+def kv_head_choices(model: PrunableModel) -> list[int]:
+    """The numbers of key-value groups that a budget chooses among: at least half of them."""
+    return [number for number in possible_kv_heads(model) if 2 * number >= sizes_of(model).kv_heads]
+
+
+def smallest_sizes(model: PrunableModel, recipe: ShrinkRecipe) -> Sizes:
+    """The least that a budget can choose."""
+    dense = sizes_of(model)
+    return Sizes(channel_choices(model, recipe)[0], kv_head_choices(model)[0], dense.blocks[:1], dense.experts)
+
+
+def parameters_of(model: PrunableModel) -> int:
+    """The number of parameters of an export; a tied head counts once."""
+    return sum(math.prod(model.source.tensors[key].shape) for key in model.exported_keys())
+
+
+def _nearest(name: str, share: float, possible: Sequence[int], what: str) -> int:
+    """The possible number nearest to a share of the last one; a `ModelError` if none is near."""
+    whole = possible[-1]
+    number = min(possible, key=lambda n: abs(n - share * whole))
+    if abs(number / whole - share) <= ROUNDING:
+        return number
+    below, above = (n for n in possible if n < share * whole), (n for n in possible if n > share * whole)
+    near = [*list(below)[-1:], *list(above)[:1]]
+    raise ModelError(
+        f"{name} {share:g} would keep {share * whole:.4g} of {whole} {what}; give "
+        + " or ".join(f"{n / whole:.4g} for {n}" for n in near)
+    )

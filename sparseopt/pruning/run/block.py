@@ -1,0 +1,386 @@
+"""One block pruned; what comes out is returned, and nothing is stored.
+
+stream before the block -> Grams -[propagate]-> targets -[method]-> pruned linears -[reconstruct]-> new tensors
+                                                  a smaller model: pruned groups -[slice]-^
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from sparseopt.core.base.mesh import whole
+from sparseopt.core.penalties.patterns import NM
+from sparseopt.layers.compiled import Timed
+from sparseopt.layers.problem import LayerJob, check_answer, reads_variances
+from sparseopt.layers.side_by_side import LayerTask, agreed, solve_block
+from sparseopt.models import (
+    Block,
+    Kept,
+    ModelError,
+    Move,
+    PrunableBlock,
+    PrunableModel,
+    Sizes,
+    StreamedModel,
+    block_moves,
+    reordered_block,
+    sliced_block,
+)
+from sparseopt.pruning.base.activations import Batches, Stream
+from sparseopt.pruning.base.grams import BlockGrams, BlockRunner, Grams, nonfinite_windows
+from sparseopt.pruning.base.reports import BlockRecord, LayerRecord
+from sparseopt.pruning.recipe.pass_recipe import PassRecipe
+from sparseopt.pruning.run.permutation import block_orders
+from sparseopt.pruning.run.plan import Plan
+from sparseopt.pruning.run.propagation import propagated
+from sparseopt.pruning.train.reconstruction import Reconstruction, reconstruct_block
+from sparseopt.system import processes
+
+# Of a linear's weights, those that the dtype to store may make zero: of any model a few lie that near to zero, and they
+# are the first to be pruned.
+MOST_LOST = 1e-3
+
+
+class PruningError(RuntimeError):
+    """A run that had to stop; the message names the layer and what to do."""
+
+
+class DenseBlock:
+    """A dense block, of which plans prune copies, and what is computed with it once for all plans of a pass.
+
+    The stream is the dense model's own before the block; None where no plan needs it.
+    """
+
+    def __init__(self, block: PrunableBlock, index: int, stream: Stream | None, runner: BlockRunner) -> None:
+        self.block, self.index, self.stream, self.runner = block, index, stream, runner
+        self._grams: dict[tuple[Any, ...], tuple[BlockGrams, BlockGrams]] = {}
+
+    def grams(self, stream: Stream, recipe: PassRecipe, *, drift: bool) -> tuple[BlockGrams, BlockGrams]:
+        """Grams by tap, of the calibration tokens and of the held-out ones, empty without any.
+
+        Tokens are weighted and sent to experts as the recipe says.
+
+        Raises:
+            PruningError: naming the tap, if activations are not finite.
+        """
+        weighting, experts = recipe.weighting, recipe.expert_tokens
+        key = (stream, weighting, experts, drift)
+        if key not in self._grams:
+            # Plans share a stream before the first block only; Grams of other streams are never asked for again.
+            self._grams = {known: grams for known, grams in self._grams.items() if known[0] == stream}
+            dense = self.stream.calibration if drift and self.stream else None
+            found = self.runner.grams(self.block, stream.calibration, weighting, dense, experts)
+            tests = BlockGrams({})
+            if stream.heldout:
+                tests = self.runner.grams(self.block, stream.heldout, weighting, expert_tokens=experts)
+            self._check(found, "calibration", stream.calibration)
+            self._check(tests, "held-out", stream.heldout)
+            self._grams[key] = (found, tests)
+        return self._grams[key]
+
+    @cached_property
+    def outputs(self) -> Stream:
+        if self.stream is None:
+            raise RuntimeError("no plan asked for the dense stream")
+        return self.runner.through(self.block, self.stream)
+
+    def _check(self, grams: BlockGrams, tokens: str, batches: Batches) -> None:
+        for name, found in grams.stacked.items():
+            if not all(bool(jnp.isfinite(part).all()) for part in found if part is not None):
+                batches = batches.on_one_device()
+                windows = nonfinite_windows(self.block, batches, name) if isinstance(self.block, Block) else []
+                shown = ", ".join(map(str, windows[:8]))
+                where = f", in windows {shown} of {batches.windows}" if windows else ""
+                raise PruningError(
+                    f"non-finite activations in block {self.index}, {name}, on the {tokens} tokens{where}: the model's "
+                    "weights overflow there or the tokens are out of its range; check the source with `sparseopt eval`"
+                )
+
+
+def prune_block(
+    model: PrunableModel,
+    plan: Plan,
+    dense: DenseBlock,
+    place: int,
+    stream: Stream,
+    dtype_of: Callable[[str], np.dtype],
+    told: Callable[[LayerRecord | BlockRecord], None],
+) -> tuple[PrunableBlock, dict[str, np.ndarray]]:
+    """Prune the linears of one block, and train the block if the plan says so.
+
+    Args:
+        model: the dense model.
+        plan: what is done.
+        dense: the block.
+        place: its index in the plan's target.
+        stream: the target's before the block.
+        dtype_of: the dtype to store, by a key of the target.
+        told: called with each record as soon as it is known.
+
+    Returns:
+        The target's block and all its tensors, by key, linears as `[out, in]`.
+
+    Raises:
+        PruningError: naming the layer, if activations or a solve become non-finite, or a solve does not fit in memory.
+    """
+    recipe, keys = plan.recipe, model.block_keys(dense.index)
+    tensors = {path: model.stored(key) for path, key in keys.items()}
+    dtypes = {path: dtype_of(key) for path, key in plan.target.block_keys(place).items()}
+    moves = _moves(plan, dense, stream, keys, tensors) if recipe.permutes else {}
+    tensors = reordered_block(tensors, moves)
+    pruned = _pruned(plan, dense, stream, keys, tensors, dtypes, told, moves)
+    tensors |= pruned
+    block: PrunableBlock
+    if recipe.permutes:
+        block, tensors = dense.block.copy(), {path: tensors[path].astype(dtype) for path, dtype in dtypes.items()}
+        block.write(tensors)
+    elif plan.sizes is None:
+        block = dense.block.copy()
+        block.write(pruned)
+    else:
+        block, tensors = _smaller(plan, dense, place, stream, tensors, dtypes)
+    if recipe.reconstruction is not None and (pruned or plan.sizes is not None):
+        masks = trained_entries(plan, block, keys)
+        told(_reconstruct(block, masks, dense, stream, recipe.reconstruction, list(dtypes)))
+        tensors = {path: np.asarray(block.read(path)).astype(dtype) for path, dtype in dtypes.items()}
+        # The block runs with the rounding of what is stored.
+        block.write(tensors)
+    return block, {key: tensors[path] for path, key in plan.target.block_keys(place).items()}
+
+
+def masked_blocks(
+    model: PrunableModel, plans: Sequence[Plan], dense: DenseBlock, stream: Stream
+) -> Iterator[PrunableBlock]:
+    """For each plan in turn the dense block with what goes set to zero, and the rest fitted again.
+
+    It computes what the plan's smaller block would, before training. All plans share the Grams of the stream.
+
+    Raises:
+        PruningError: as `prune_block` does.
+    """
+    keys = model.block_keys(dense.index)
+    paths = {path for path, key in keys.items() if any(key in plan.patterns for plan in plans)}
+    tensors = {path: model.stored(keys[path]) for path in paths}
+    for plan in plans:
+        block = dense.block.copy()
+        block.write(_pruned(plan, dense, stream, keys, tensors, {}, lambda record: None, {}))
+        yield block
+
+
+def _pruned(
+    plan: Plan,
+    dense: DenseBlock,
+    stream: Stream,
+    keys: Mapping[str, str],
+    tensors: Mapping[str, np.ndarray],
+    dtypes: Mapping[str, np.dtype],
+    told: Callable[[LayerRecord | BlockRecord], None],
+    moves: Mapping[str, Move],
+) -> dict[str, np.ndarray]:
+    """The new weights of the linears that the plan prunes, by path; the tensors given are moved already."""
+    recipe, mesh = plan.recipe, stream.calibration.mesh
+    linears = {n: tap for n, tap in dense.block.linears.items() if keys[f"{n}.weight"] in plan.patterns}
+    if not linears:
+        return {}
+    grams, tests = dense.grams(stream, recipe, drift=recipe.propagated_share > 0)
+    evidence = {name: _evidence(plan, name, tap, grams, tests) for name, tap in linears.items()}
+
+    def task(name: str, tap: str) -> LayerTask:
+        path = f"{name}.weight"
+        dense_weight, key = tensors[path], keys[path]
+        # An expert that goes has no dtype to be stored in.
+        dtype, shape, pattern = dtypes.get(path, dense_weight.dtype), dense_weight.shape, plan.patterns[key]
+        _, starved, tested = evidence[name]
+        move = moves.get(name, Move())
+        outputs = None if starved else plan.output_weights.get(key)
+        outputs = outputs if outputs is None or move.rows is None else outputs[move.rows]
+
+        def own(found: Grams) -> Grams:
+            return found if move.columns is None else found.reordered(move.columns)
+
+        def job() -> Timed:
+            weight, found = _stored_as(key, dense_weight, dtype), own(grams[tap])
+            target = Timed(weight, 0.0, 0.0)
+            if not starved and recipe.propagated_share and found.drift is not None:
+                target = propagated(weight, found, recipe.propagated_share, mesh)
+            # So few tokens do not rank the weights: all inputs count the same.
+            gram = jnp.eye(len(found.gram), dtype=jnp.float32) if starved else found.gram
+            variances = None
+            if reads_variances(plan.method):
+                variances = np.ones(len(gram), np.float32) if starved else whole(found.variances)
+            test_gram = own(tests[tap]).gram if tested else None
+            support = plan.support(key, dense_weight)
+            return target._replace(value=LayerJob(target.value, gram, test_gram, pattern, outputs, variances, support))
+
+        kind = (shape, dtype, tested, outputs is None, jax.tree.structure(pattern))
+        return LayerTask(key.removesuffix(".weight"), (shape[0], shape[1]), kind, job)
+
+    tasks, found = [task(name, tap) for name, tap in linears.items()], {}
+    try:
+        for name, solved in zip(linears, solve_block(tasks, plan.method, mesh), strict=True):
+            path = f"{name}.weight"
+            record = _record(plan, dense.index, keys[path], solved, *evidence[name])
+            found[path] = np.asarray(solved.value.weight)
+            told(record)
+    except MemoryError as error:
+        raise PruningError(f"{error}; then start the same command again") from error
+    return found
+
+
+def _stored_as(key: str, dense: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """A linear's weight in the dtype to store; a ModelError if the dtype cannot hold it."""
+    with np.errstate(over="ignore"):
+        weight = dense.astype(dtype, copy=False)
+    if weight is dense:
+        return weight
+    if not np.isfinite(weight.astype(np.float32)).all():
+        most = np.max(np.abs(dense.astype(np.float32)))
+        raise ModelError(f"{key} has values up to {most:g}, which {dtype} cannot hold: choose dtype bfloat16")
+    lost = dense[(weight == 0) & (dense != 0)]
+    if len(lost) > MOST_LOST * dense.size:
+        least = np.min(np.abs(lost.astype(np.float32)))
+        raise ModelError(
+            f"{key} has {len(lost):,} values as small as {least:g}, which {dtype} makes 0: choose dtype bfloat16"
+        )
+    return weight
+
+
+def _moves(
+    plan: Plan, dense: DenseBlock, stream: Stream, keys: Mapping[str, str], tensors: Mapping[str, np.ndarray]
+) -> dict[str, Move]:
+    """The channels that move so that the patterns keep more."""
+    block = cast(Block, dense.block)  # the plan refuses torch models
+    grams = dense.grams(stream, plan.recipe, drift=plan.recipe.propagated_share > 0)[0]
+    found = {n: plan.patterns.get(keys[f"{n}.weight"]) for n in block.linears}
+    patterns = {name: pattern for name, pattern in found.items() if isinstance(pattern, NM)}
+    losses = {}
+    for name in patterns:
+        key, energy = keys[f"{name}.weight"], whole(jnp.diagonal(grams[block.linears[name]].gram))
+        losses[name] = tensors[f"{name}.weight"].astype(np.float32) ** 2 * energy
+        if key in plan.output_weights:
+            losses[name] *= plan.output_weights[key][:, None]
+    return block_moves(block.config, block.linears, agreed(block_orders(block.config, losses, patterns)))
+
+
+def _smaller(
+    plan: Plan,
+    dense: DenseBlock,
+    place: int,
+    stream: Stream,
+    tensors: Mapping[str, np.ndarray],
+    dtypes: Mapping[str, np.dtype],
+) -> tuple[PrunableBlock, dict[str, np.ndarray]]:
+    """The target's block and its tensors, by path: the groups that were kept, and the experts that do most."""
+    target, block, sizes = cast(StreamedModel, plan.target), cast(Block, dense.block), cast(Sizes, plan.sizes)
+
+    def width(name: str) -> int:
+        return target.weight_shape(target.weight_key(place, name))[1]
+
+    experts = None
+    if block.num_experts:
+        count, experts = sizes.experts or block.num_experts, np.arange(block.num_experts)
+        if count < len(experts):
+            grams = dense.grams(stream, plan.recipe, drift=False)[0]
+            energy = [_energy(tensors[f"mlp.experts.{e}.down_proj.weight"], grams, e) for e in range(len(experts))]
+            experts = _largest(np.array(energy), count)
+        kept = width("mlp.experts.0.down_proj")
+        channels = np.stack([_kept(tensors[f"mlp.experts.{e}.down_proj.weight"], kept) for e in experts])
+    else:
+        channels = _kept(tensors["mlp.down_proj.weight"], width("mlp.down_proj"))
+    size = width("self_attn.o_proj") // sizes.kv_heads
+    groups = _kept(tensors["self_attn.o_proj.weight"], sizes.kv_heads, size)
+    found = sliced_block(block.config, block.self_attn.kind, tensors, Kept(channels, groups, experts))
+    # The block runs with the rounding of what is stored.
+    found = {path: value.astype(dtypes[path], copy=False) for path, value in found.items()}
+    return target.block_of(place, found), found
+
+
+def _largest(values: np.ndarray, count: int) -> np.ndarray:
+    """The positions of the `count` largest values, ascending; of equal ones the first."""
+    return np.sort(np.argsort(-values, kind="stable")[:count])
+
+
+def _kept(weight: np.ndarray, count: int, size: int = 1) -> np.ndarray:
+    """The `count` groups of `size` inputs that a pruned weight `[out, in]` has kept."""
+    energy = np.sum(weight.astype(np.float64) ** 2, axis=0)
+    return _largest(energy.reshape(-1, size).sum(axis=1), count)
+
+
+def _energy(weight: np.ndarray, grams: BlockGrams, expert: int) -> float:
+    """What an expert adds to the tokens that are routed to it, `||X Wᵀ||²`."""
+    weight = weight.astype(np.float32)
+    return float(np.sum((weight @ np.asarray(grams[f"mlp.experts.{expert}.hidden"].gram)) * weight))
+
+
+def _evidence(plan: Plan, name: str, tap: str, grams: BlockGrams, tests: BlockGrams) -> tuple[int, bool, bool]:
+    """The tokens that reach a linear, whether they are too few to prune by, and whether held-out ones reach it."""
+    tokens = grams.tokens(tap)
+    starved = ".experts." in name and tokens < max(1, plan.recipe.min_expert_tokens)
+    return tokens, starved, not starved and bool(tests) and tests.tokens(tap) > 0
+
+
+def _record(plan: Plan, block: int, key: str, solved: Timed, tokens: int, starved: bool, tested: bool) -> LayerRecord:
+    """The record of a solved linear; a PruningError if its answer is not finite or breaks the pattern."""
+    report, name = solved.value, key.removesuffix(".weight")
+    heldout = float(report.test_error) if tested else math.inf
+    try:
+        status = check_answer(report, plan.method, plan.patterns[key])
+    except RuntimeError as error:
+        raise PruningError(f"{name}: {error}") from error
+    shape = report.weight.shape
+    return LayerRecord(
+        block=block,
+        layer=name,
+        shape=(shape[0], shape[1]),
+        size=math.prod(shape),
+        zeros=int(report.zeros),
+        relative_error=float(report.relative_error),
+        heldout_error=heldout if math.isfinite(heldout) else None,
+        steps=int(report.steps),
+        status=status.name,
+        seconds=solved.seconds,
+        compile_seconds=solved.compile_seconds,
+        dead_inputs=int(report.dead_inputs),
+        tokens=tokens,
+        starved=starved,
+        output_blocks=report.output_blocks,
+        given_zeros=math.prod(shape) - int(report.supported),
+    )
+
+
+def trained_entries(plan: Plan, block: PrunableBlock, keys: Mapping[str, str]) -> dict[str, Array]:
+    """True for the weights that training may change, by linear; `keys` are those of the dense block.
+
+    Zeros stay, also where the pattern would have allowed a weight that was itself zero. Where only zeros are made, a
+    linear that is not pruned stays as it is.
+    """
+    smaller = plan.sizes is not None
+    return {
+        name: (block.read(path) != 0) & (smaller or keys[path] in plan.patterns)
+        for name in block.linears
+        for path in [f"{name}.weight"]
+    }
+
+
+def _reconstruct(
+    block: PrunableBlock,
+    masks: Mapping[str, Array],
+    dense: DenseBlock,
+    stream: Stream,
+    settings: Reconstruction,
+    paths: list[str],
+) -> BlockRecord:
+    flax = cast(Block, block)  # the plan refuses torch models
+    # A step sees one window or a few, in turn, so devices have nothing to share: one trains in each process.
+    before, after = stream.on_one_device(), dense.outputs.on_one_device()
+    record = reconstruct_block(flax, masks, before, after, settings, dense.index)
+    if processes.count() > 1:
+        # All processes continue with the first one's block.
+        block.write(agreed({path: np.asarray(block.read(path)) for path in paths}))
+    return record

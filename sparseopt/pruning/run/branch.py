@@ -1,0 +1,196 @@
+"""One plan's part of a pass: its blocks are pruned in turn and stored in its folder."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from sparseopt.core.base.types import Observer
+from sparseopt.models import (
+    OUTER_TAG,
+    PrunableBlock,
+    PrunableModel,
+    ShardedWriter,
+    StreamedModel,
+    block_tag,
+    open_model,
+    trained_tag,
+    unread,
+)
+from sparseopt.pruning.base.activations import Stream
+from sparseopt.pruning.base.reports import BlockRecord, Event, LayerRecord, PruneReport, Replay, Score
+from sparseopt.pruning.evaluate.evaluation import audit_stored
+from sparseopt.pruning.run.block import DenseBlock, PruningError, prune_block, trained_entries
+from sparseopt.pruning.run.card import CARD, model_card
+from sparseopt.pruning.run.folder import Progress, keep_record
+from sparseopt.pruning.run.plan import Plan
+from sparseopt.pruning.train.distillation import distil
+from sparseopt.system import processes
+from sparseopt.system.files import write_whole
+from sparseopt.system.run_folder import write_summary
+
+
+@dataclass
+class Branch:
+    """The state of one plan: what is stored, in a folder that `begin` began, and the stream before the next block."""
+
+    model: PrunableModel
+    plan: Plan
+    progress: Progress
+    writer: ShardedWriter
+    stream: Stream
+
+    def __post_init__(self) -> None:
+        self.finished = self.progress.blocks
+
+    def advance(self, dense: DenseBlock, told: Callable[[Event], None]) -> None:
+        """Prune and store one block, or replay it where an earlier run has stored it, and run the stream through it.
+
+        A block that goes is passed over. `told` is called with every event.
+
+        Raises:
+            PruningError: as `prune_block` does.
+        """
+        place = self.plan.place(dense.index)
+        if place is None:
+            return
+        block = (self._replay if dense.index < self.finished else self._prune)(dense, place, told)
+        if place + 1 < self.plan.target.num_blocks:
+            self.stream = dense.runner.through(block, self.stream)
+
+    def _replay(self, dense: DenseBlock, place: int, told: Callable[[Event], None]) -> PrunableBlock:
+        told(Replay(len(self.plan.layers(self.model, dense.index))))
+        for record in self.progress.of_block(dense.index):
+            told(record)
+        tag = trained_tag if self.progress.distilled else block_tag
+        tensors = self._stored(tag(dense.index), place)
+        if self.plan.sizes is not None:
+            return cast(StreamedModel, self.plan.target).block_of(place, tensors)
+        # As in `prune_block`, what was not pruned, moved or trained runs as the source has it, not as it was stored.
+        block, keys, recipe = dense.block.copy(), self.model.block_keys(dense.index), self.plan.recipe
+        pruned = {path: value for path, value in tensors.items() if keys[path] in self.plan.patterns}
+        changed = recipe.permutes or (pruned and recipe.reconstruction is not None)
+        block.write(tensors if changed else pruned)
+        return block
+
+    def _stored(self, tag: str, place: int) -> dict[str, np.ndarray]:
+        """The tensors of a shard of a block of the target, by path, linears as `[out, in]`."""
+        stored, target = self.writer.stored(tag), self.plan.target
+        return {path: target.as_stored(key, stored[key]) for path, key in target.block_keys(place).items()}
+
+    def _prune(self, dense: DenseBlock, place: int, told: Callable[[Event], None]) -> PrunableBlock:
+        def kept(record: LayerRecord | BlockRecord) -> None:
+            keep_record(self.plan.folder, self.progress, record)
+            told(record)
+
+        block, tensors = prune_block(self.model, self.plan, dense, place, self.stream, self.writer.dtype_of, kept)
+        self._write(block_tag(dense.index), tensors)
+        return block
+
+    def _write(self, tag: str, tensors: Mapping[str, np.ndarray], instead: str | None = None) -> None:
+        stored = {key: self.plan.target.as_stored(key, value) for key, value in tensors.items()}
+        self.writer.write(tag, stored, instead)
+
+    def distil(
+        self, before: Stream | None, dense_after: Stream | None, told: Callable[[Event], None], observer: Observer
+    ) -> None:
+        """Train the whole target on the dense model's logits, if the plan says so and no earlier run did.
+
+        Args:
+            before: the stream before the first block; None if no plan of the pass asks for this training.
+            dense_after: the dense model's stream after its last block, likewise.
+            told: called with the record.
+            observer: called with every step.
+        """
+        settings, sizes = self.plan.recipe.distillation, self.plan.sizes
+        if settings is None or self.progress.distilled:
+            return
+        assert before is not None
+        assert dense_after is not None
+        target = cast(StreamedModel, self.plan.target)  # the plan refuses torch models
+        stay = range(target.num_blocks) if sizes is None else sizes.blocks
+        blocks = [target.block_of(place, self._stored(block_tag(i), place)) for place, i in enumerate(stay)]
+        masks = None
+        if sizes is None:
+            masks = [trained_entries(self.plan, b, self.model.block_keys(i)) for i, b in zip(stay, blocks, strict=True)]
+        del self.stream
+        record = distil(blocks, target.head(), before, dense_after, settings, observer, masks)
+        for place, (index, block) in enumerate(zip(stay, blocks, strict=True)):
+            tensors = {key: np.asarray(block.read(path)) for path, key in target.block_keys(place).items()}
+            self._write(trained_tag(index), tensors, instead=block_tag(index))
+        keep_record(self.plan.folder, self.progress, record)
+        told(record)
+
+    def finish(
+        self, compile_seconds: float, start: float, scoring: Callable[[Path], tuple[Score, ...]], **figures: Any
+    ) -> PruneReport:
+        """Complete the folder, read it back, score it, report.
+
+        Args:
+            compile_seconds: of the pass.
+            start: when it began, by `time.perf_counter`.
+            scoring: gives the scores of the model in a folder.
+            figures: of the whole pass, fields of the report.
+
+        Raises:
+            PruningError: if what was stored breaks the pattern.
+        """
+        folder, first = self.plan.folder, processes.is_first()
+        layers, blocks = self.progress.layers, self.progress.trained
+        report = PruneReport(
+            output=folder,
+            source=self.model.source.name,
+            revision=self.model.source.revision,
+            recipe=self.plan.recipe.as_dict(),
+            layers=layers,
+            blocks=blocks,
+            prunable_size=sum(math.prod(self.model.weight_shape(key)) for key in self.model.linear_keys()),
+            shape=self.progress.shape,
+            distilled=self.progress.distilled,
+            solver_seconds=sum(r.seconds for r in layers),
+            reconstruction_seconds=sum(r.seconds for r in blocks),
+            compile_seconds=compile_seconds + sum(getattr(r, "compile_seconds", 0.0) for r in self.progress.records),
+            layer_compilations=sum(r.compile_seconds > 0 for r in layers),
+            dense_bytes=self.writer.dense_bytes,
+            stored_bytes=self.writer.stored_bytes,
+            resumed_blocks=self.finished,
+            seconds=0.0,
+            **figures,
+        )
+        # A card that somebody has put into the folder meanwhile stays.
+        card = model_card(report, self.writer.files).encode()
+        self.writer.finish({CARD: card})
+        broken: list[str] = []
+        if first and self.plan.sizes is None:
+            broken = [audit.layer for audit in audit_stored(folder, self.plan.patterns) if not audit.fits]
+        elif first:
+            # A smaller model has no pattern; opening it checks its tensors against its configuration.
+            open_model(folder)
+        if broken := processes.told(broken):
+            raise PruningError(
+                f"{len(broken)} linears read back from {folder} break their pattern, "
+                f"{broken[0]} first; was the folder changed while it was written?"
+            )
+        scores = scoring(folder)
+        report = replace(report, scores=scores, seconds=time.perf_counter() - start)
+        if first:
+            if (folder / CARD).read_bytes() == card:
+                write_whole(folder / CARD, model_card(report, self.writer.files))
+            write_summary(folder, report.summary())
+        processes.barrier("finished")
+        return report
+
+
+def begin(model: PrunableModel, plan: Plan, progress: Progress) -> ShardedWriter:
+    """The writer of a plan's folder; it writes the tensors outside the blocks, unless they are there."""
+    recipe, target, keys = plan.recipe, plan.target, plan.target.exported_keys()
+    writer = ShardedWriter(
+        plan.folder, target.source, recipe.dtype, recipe.pack, keys, progress.tags, writes=processes.is_first()
+    )
+    if OUTER_TAG not in progress.tags:
+        writer.write(OUTER_TAG, unread(model.source, target.outer_keys()))
+    return writer

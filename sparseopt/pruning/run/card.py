@@ -1,0 +1,164 @@
+"""The model card of a finished run, README.md: metadata for the Hugging Face hub, and what was done."""
+
+import json
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sparseopt.pruning.base.reports import PruneReport, mean_errors
+from sparseopt.pruning.recipe.effort import prune_defaults, shrink_defaults
+from sparseopt.pruning.recipe.prune_recipe import OPTIONS
+from sparseopt.pruning.recipe.shrink_recipe import SHRINK_OPTIONS
+from sparseopt.pruning.text.documents import part_of_text
+from sparseopt.system.machine import versions
+
+CARD = "README.md"
+# Metadata of the source's card that hold for the new model too.
+CARRIED = ("language", "license", "license_name", "license_link")
+# Metadata are read up to this size; published ones have a hundredth of it.
+MOST = 64 * 1024
+# A text on this machine, as a recipe or a report names it.
+_LOCAL_TEXT = re.compile(r"\b(?:file|jsonl|csv|parquet|wikitext2):(.+)$")
+# What recipes write for calibrations that no command line can hold.
+TOKEN_IDS = "token ids of shape"
+_OBJECTS = re.compile(rf"{TOKEN_IDS}|\d+ documents$")
+PACKAGES = ("sparseopt", "jax", "transformers")
+
+# The same for dense and packed folders, which `sparseopt pack` and `unpack` make of each other.
+LOADING = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+```
+
+If its files are called `packed-*.safetensors`, write the dense model first: `sparseopt unpack PACKED --output FOLDER`.
+`sparseopt eval FOLDER` measures its perplexity."""
+
+
+def model_card(report: PruneReport, files: Mapping[str, bytes]) -> str:
+    """The text of the card, made of the run's report and of the card and licence among the source's files.
+
+    Cards are published with their models, so of local paths it holds the last part only.
+    """
+    front = metadata_of(files.get(CARD, b""))
+    kept = {name: front[name] for name in CARRIED if name in front}
+    base = report.source.partition("@")[0] if report.revision else front.get("base_model")
+    licence = next((name for name in sorted(files) if name.upper().startswith(("LICENSE", "LICENCE"))), None)
+    if "license" not in kept and licence is not None:
+        kept |= {"license": "other", "license_link": licence}
+    smaller, pattern = report.shape is not None, report.recipe.get("pattern", "unstructured")
+    tags = ["sparseopt", "pruned", *([] if smaller or pattern == "unstructured" else [pattern])]
+    head = {
+        **({} if base is None else {"base_model": base}), **kept,
+        "library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags,
+    }  # fmt: skip
+    name, found = source_name(report), versions()
+    commit = f" (commit {report.revision})" if report.revision else ""
+    terms = "The licence of the source applies." if "license" in kept else "The source names no licence."
+    lines = "\n".join(f"- {line}" for line in result_lines(report))
+    used = ", ".join(f"{package} {found[package]}" for package in PACKAGES if package in found)
+    return (
+        f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n\n"
+        f"# {name.rpartition('/')[2].partition('@')[0].removesuffix('.gguf')}, {'smaller' if smaller else 'pruned'}\n\n"
+        f"Made from {name}{commit}. {terms}\n\n## What was done\n\n```shell\n{command_of(report)}\n```\n\n{lines}\n\n"
+        f"## How to load it\n\n{LOADING}\n\n## Versions\n\n{used}, on {report.platform}.\n"
+    )
+
+
+def result_lines(report: PruneReport) -> list[str]:
+    """What came out, a fact a line."""
+    recipe, shape = report.recipe, report.shape
+    if shape is None:
+        size = sum(r.size for r in report.layers)
+        lines = [f"{report.sparsity:.2%} of the {size:,} weights of {len(report.layers)} linears are zero."]
+        if report.kept_masks:
+            lines.append(f"{len(report.kept_masks)} linears keep the mask that they had before.")
+    else:
+        share = shape.parameters / shape.dense_parameters
+        lines = [
+            f"It keeps {shape.kept()}.",
+            f"{shape.parameters:,} of {shape.dense_parameters:,} parameters ({share:.1%}).",
+        ]
+    text = without_folders(part_of_text(str(recipe["calibration"]), "calibration", recipe.get("split")))
+    if not text.startswith(TOKEN_IDS):
+        variants = report.calibration.variants
+        varied = f", and {variants} variants of each that the dense model drew" if variants else ""
+        text = f"{recipe['samples']} windows of {recipe['seqlen']} tokens of {text}{varied}"
+    lines.append(f"Calibrated on {text}{'' if report.bos is None else f', each beginning with token {report.bos}'}.")
+    if report.layers:
+        error, heldout = mean_errors(report.layers)
+        other = "" if heldout is None else f", {heldout:.5f} on held-out tokens"
+        lines.append(
+            f"Relative squared error of the linears' outputs, mean: {error:.5f} on the calibration tokens{other}."
+        )
+    if report.blocks:
+        first, last = report.block_losses
+        lines.append(f"{len(report.blocks)} blocks were trained: mean relative error {first:.5f} -> {last:.5f}.")
+    if trained := report.distilled:
+        lines.append(
+            f"Distilled from the dense model: {trained.first_loss:.5f} -> {trained.last_loss:.5f} nats a token."
+        )
+    return [*lines, *(f"{score.line[0].upper()}{score.line[1:]}." for score in report.scores)]
+
+
+def command_of(report: PruneReport) -> str:
+    """The command of the run, with the options that are not the defaults; objects as Python shows them."""
+    smaller = report.shape is not None
+    parts = ["sparseopt", "shrink" if smaller else "prune", source_name(report), "--output", "FOLDER"]
+    recipe, effort = report.recipe, report.recipe["effort"]
+    options, defaults = (SHRINK_OPTIONS, shrink_defaults) if smaller else (OPTIONS, prune_defaults)
+    usual = {name: option.default for name, option in options.items()} | {"effort": "good" if effort else None}
+    # What the record says of fields that were left open is what the effort, or the method alone, says.
+    usual |= defaults(recipe)
+    for name in options:
+        value = recipe[name]
+        if value == usual[name] or name == "pack" or _OBJECTS.match(str(value)):
+            continue
+        parts.append(f"--{name.replace('_', '-')}")
+        if isinstance(value, tuple | list):
+            # Sparsities are pairs.
+            parts.append(",".join("=".join(map(str, e)) if isinstance(e, tuple | list) else str(e) for e in value))
+        elif value is not True:
+            text = json.dumps(value) if isinstance(value, dict) else str(value)
+            local = name == "masks" and Path(text).expanduser().exists()
+            parts.append(Path(text).name if local else without_folders(text))
+    return shlex.join(parts)
+
+
+def source_name(report: PruneReport) -> str:
+    """The model that was pruned: its name on the hub, or the last part of its path."""
+    return report.source if report.revision else Path(report.source).name
+
+
+def without_folders(text: str) -> str:
+    """A text such as `wikitext2:/data/text` with the last part of its path only; names and `file:a.txt` unchanged."""
+    if found := _LOCAL_TEXT.search(text):
+        return text[: found.start(1)] + Path(found[1]).name
+    return Path(text).name if text.startswith(("/", "~", ".")) else text
+
+
+def metadata_of(card: bytes) -> Mapping[str, str | list[str]]:
+    """The texts and lists of texts in the YAML front matter of a model card; none where it is missing or damaged."""
+    start, _, rest = card[:MOST].decode(errors="replace").replace("\r\n", "\n").partition("---\n")
+    text, end, _ = rest.partition("\n---")
+    if start.strip("\ufeff") or not end:
+        return {}
+    try:
+        found: Any = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError):
+        # A card is written by hand and decides nothing.
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    return {key: value for key, value in found.items() if isinstance(key, str) and _is_text(value)}
+
+
+def _is_text(value: Any) -> bool:
+    if isinstance(value, list):
+        return 0 < len(value) <= 100 and all(isinstance(each, str) for each in value)
+    return isinstance(value, str)

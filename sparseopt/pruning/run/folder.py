@@ -1,0 +1,380 @@
+"""The run folder of pruning, a `system.run_folder` with a model in it, and the fingerprint of its run.
+
+    *.safetensors   a block is finished when its shard and the records of all its linears are there
+
+    with claimed(folders):                                         # one writer at a time, nothing else in them
+        if is_finished(identity, plan):
+            report = read_report(identity, plan)
+        else:
+            progress = progress_in(identity, plan)       # where to resume
+
+`progress.as_dict()` is plain JSON, which the first process tells to the others; `Progress.from_dict` reads it again.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import inspect
+import json
+import platform
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparseopt.models import (
+    OUTER_TAG,
+    ModelError,
+    PrunableModel,
+    TorchModel,
+    block_tag,
+    open_model,
+    shard_name,
+    trained_tag,
+)
+from sparseopt.models.files.packed import PACKED_INDEX
+from sparseopt.models.files.safetensors import read_header
+from sparseopt.models.streaming.prunable import digest
+from sparseopt.pruning.base.reports import (
+    AllocationRecord,
+    BlockRecord,
+    DistillationRecord,
+    LayerRecord,
+    PruneReport,
+    ShapeRecord,
+)
+from sparseopt.pruning.recipe.pass_recipe import PassRecipe, described
+from sparseopt.pruning.run.plan import Plan, shrink_plan
+from sparseopt.system import processes, run_folder
+from sparseopt.system.machine import versions
+from sparseopt.system.run_folder import RUN, SUMMARY, Fingerprint, FolderError, differences, read_start
+
+# Another version may round differently, and a resumed run must give the result of an uninterrupted one, bit for bit.
+DECISIVE = ("sparseopt", "jax", "jaxlib", "numpy", "scipy")
+# The packages that run the blocks, by the kind of model.
+FLAX_ROUTE, TORCH_ROUTE = ("flax",), ("torch", "transformers")
+TRAINING = ("optax",)
+# A folder that holds one of these holds a whole model.
+INDEXES = ("model.safetensors.index.json", PACKED_INDEX)
+
+
+class Identity:
+    """The fingerprints of the runs that share one pass over a model.
+
+    Attributes:
+        model: the dense model.
+        tokens: a digest of the windows that it sees; None as long as they are not known.
+    """
+
+    def __init__(self, model: PrunableModel) -> None:
+        self.model = model
+        self.tokens: str | None = None
+        self._masks: dict[str, str] = {}
+
+    @cached_property
+    def weights(self) -> str:
+        """A digest; the whole source is read for it, once."""
+        return self.model.check_finite()
+
+    def _masks_in(self, source: str) -> str:
+        if source not in self._masks:
+            self._masks[source] = open_model(source).check_finite()
+        return self._masks[source]
+
+    def of(self, recipe: PassRecipe) -> Fingerprint:
+        """What decides the result of a recipe's run, as plain JSON values."""
+        found = versions()
+        route = TORCH_ROUTE if isinstance(self.model, TorchModel) else FLAX_ROUTE
+        trains = recipe.reconstruction is not None or recipe.distillation is not None
+        decisive = (*DECISIVE, *route, *(TRAINING if trains else ()))
+        device = jax.devices()[0]
+        return json.loads(
+            json.dumps(
+                {
+                    "weights": self.weights,
+                    "tokens": self.tokens,
+                    "recipe": recipe_identity(recipe),
+                    **({} if recipe.masks is None else {"masks": self._masks_in(recipe.masks)}),
+                    "versions": {name: found[name] for name in decisive if name in found},
+                    **({"x64": True} if jax.config.read("jax_enable_x64") else {}),
+                    # The kind of a CPU repeats the platform's name.
+                    "device": " ".join(dict.fromkeys((device.platform, device.device_kind, platform.machine()))),
+                }
+            )
+        )
+
+
+def recipe_identity(recipe: PassRecipe) -> dict[str, Any]:
+    """What a recipe decides of the result, as plain values, with digests of the arrays and code of your own objects."""
+    own = (None if isinstance(recipe.method, str) else recipe.method, recipe.penalty)
+    leaves = [(path, _array(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(own)]
+    arrays = digest((jax.tree_util.keystr(path), leaf, [leaf]) for path, leaf in leaves)
+    sources = {f"{part.__module__}.{part.__qualname__}": _source(part) for part in _own_code(own)}
+    code = {name: hashlib.sha256(source.encode()).hexdigest()[:16] for name, source in sources.items()}
+    values = {name: value for name, value in recipe.as_dict().items() if name != "score"}
+    return {**values, "arrays": arrays if leaves else None, "code": code}
+
+
+def _array(leaf: Any) -> np.ndarray:
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    value = np.asarray(leaf)
+    return np.asarray(described(leaf)) if value.dtype == object else value
+
+
+def _own_code(value: Any) -> Iterator[Any]:
+    """The classes and functions that a value consists of, except those of Python and of the `DECISIVE` packages."""
+    for kind in [inspect.unwrap(value)] if hasattr(value, "__qualname__") else type(value).__mro__:
+        root = (getattr(kind, "__module__", None) or "builtins").partition(".")[0]
+        if root == "__main__" or root not in {*DECISIVE, *sys.stdlib_module_names}:
+            yield kind
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        inner = [getattr(value, field.name) for field in dataclasses.fields(value)]
+    elif isinstance(value, partial):
+        inner = [value.func, value.args, value.keywords]
+    elif isinstance(value, dict):
+        inner = list(value.values())
+    else:
+        inner = list(value) if isinstance(value, list | tuple) else []
+    for part in inner:
+        yield from _own_code(part)
+
+
+def _source(part: Any) -> str:
+    """The source of a class or function; for a class without a file, as in a notebook, that of its functions."""
+    try:
+        return inspect.getsource(part)
+    except (OSError, TypeError):
+        members = vars(part).values() if isinstance(part, type) else ()
+        return "".join(_source(member) for member in members if inspect.isfunction(member))
+
+
+@contextlib.contextmanager
+def claimed(folders: Sequence[Path]) -> Iterator[None]:
+    """Hold every folder for this process, and check that it can be used, before any work.
+
+    Raises:
+        FolderError: for a folder in use by another process, one with links, or one with anything but a run in it.
+    """
+    with contextlib.ExitStack() as held:
+        for folder in folders:
+            _check_entries(folder)
+            held.enter_context(run_folder.claimed(folder))
+        yield
+
+
+def _check_entries(folder: Path) -> None:
+    names = run_folder.contents(folder)
+    if RUN in names:
+        return
+    if names & set(INDEXES):
+        raise _holds_a_model(folder)
+    if others := sorted(names):
+        shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+        raise FolderError(
+            f"the output folder {folder} is not empty (it holds {shown}) and holds no run; choose another or empty it"
+        )
+
+
+def _holds_a_model(folder: Path, why: str = "") -> FolderError:
+    return FolderError(f"the output folder {folder} is not empty (it holds a model); choose another or empty it{why}")
+
+
+Finished = AllocationRecord | ShapeRecord | LayerRecord | BlockRecord | DistillationRecord
+KINDS: dict[str, type] = {each.kind: each for each in get_args(Finished)}
+
+
+@dataclass
+class Progress:
+    """How far a run into a folder came.
+
+    Attributes:
+        blocks: of the model, those that are finished, from the first.
+        layers: the records of their linears.
+        trained: those of blocks that were trained.
+        allocation: of the zeros over the linears, once it is chosen.
+        shape: the record of a smaller model's sizes, once they are chosen.
+        distilled: that of the distillation, once it is finished.
+        tags: of the shards that stay.
+    """
+
+    blocks: int = 0
+    layers: list[LayerRecord] = field(default_factory=list)
+    trained: list[BlockRecord] = field(default_factory=list)
+    allocation: AllocationRecord | None = None
+    shape: ShapeRecord | None = None
+    distilled: DistillationRecord | None = None
+    tags: list[str] = field(default_factory=list)
+
+    def add(self, record: Finished) -> None:
+        match record:
+            case LayerRecord():
+                self.layers.append(record)
+            case BlockRecord():
+                self.trained.append(record)
+            case AllocationRecord():
+                self.allocation = record
+            case ShapeRecord():
+                self.shape = record
+            case DistillationRecord():
+                self.distilled = record
+
+    def of_block(self, index: int) -> list[LayerRecord | BlockRecord]:
+        records: list[LayerRecord | BlockRecord] = [*self.layers, *self.trained]
+        return [record for record in records if record.block == index]
+
+    @property
+    def records(self) -> list[Finished]:
+        return [
+            *([self.allocation] if self.allocation else []),
+            *([self.shape] if self.shape else []),
+            *self.layers,
+            *self.trained,
+            *([self.distilled] if self.distilled else []),
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        records = [record.as_dict() for record in self.records]
+        return {"blocks": self.blocks, "tags": self.tags, "records": records}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Progress":
+        found = cls(values["blocks"], tags=values["tags"])
+        for line in values["records"]:
+            found.add(_record_of(line))
+        return found
+
+
+def keep_record(folder: Path, progress: Progress, record: Finished) -> None:
+    """Add the record of a finished piece of work to the progress and to the folder."""
+    progress.add(record)
+    if processes.is_first():
+        run_folder.append_record(folder, record.as_dict())
+
+
+def _record_of(values: Mapping[str, Any]) -> Finished:
+    return KINDS[values["kind"]].from_dict(values)  # type: ignore[attr-defined]
+
+
+def is_finished(identity: Identity, plan: Plan) -> bool:
+    """Whether the run of a plan is finished in its claimed folder.
+
+    Raises:
+        FolderError: if another run is finished there, listing every difference, or if files of it are missing.
+    """
+    if not _ended(plan.folder):
+        return False
+    check_same_run(identity, plan)
+    read_report(identity, plan)
+    return True
+
+
+def _ended(folder: Path) -> bool:
+    # The summary comes last: a run that was killed between index and summary is finished once more.
+    return (folder / SUMMARY).is_file() and any((folder / index).is_file() for index in INDEXES)
+
+
+def check_same_run(identity: Identity, plan: Plan) -> None:
+    """Raise a FolderError if the claimed folder of a plan holds another run, listing every difference.
+
+    As long as the identity has no tokens, any will do.
+    """
+    folder = plan.folder
+    there, wanted = read_start(folder)["fingerprint"], identity.of(plan.recipe)
+    if identity.tokens is None:
+        wanted["tokens"] = there.get("tokens")
+    different = differences(there, wanted)
+    if not different:
+        return
+    if _ended(folder):
+        raise _holds_a_model(folder, "\n  ".join([". It is the result of another run, these differ:", *different]))
+    text = (
+        f"another run was started in {folder}; choose another folder, empty this one, or use the same recipe, "
+        "model and versions to resume it. These differ:"
+    )
+    raise FolderError("\n  ".join([text, *different]))
+
+
+def read_report(identity: Identity, plan: Plan) -> PruneReport:
+    """The report of a finished run; a FolderError if files of it are missing."""
+    found, folder = _read_progress(identity.model, plan), plan.folder
+    if found.blocks < identity.model.num_blocks:
+        missing = f"shard or records of block {found.blocks}" if found.tags else "the tensors outside the blocks"
+        raise _holds_a_model(folder, f". Its run is finished, but {missing} are missing or damaged")
+    summary = run_folder.read_json(folder / SUMMARY)
+    try:
+        return PruneReport.from_summary(
+            summary, folder, layers=found.layers, blocks=found.trained, shape=found.shape, distilled=found.distilled
+        )
+    except (KeyError, TypeError) as error:
+        raise _holds_a_model(folder, f". Its {SUMMARY} is not that of a pruning run ({error})") from error
+
+
+def progress_in(identity: Identity, plan: Plan) -> Progress:
+    """How far a run came in its claimed folder: a new one gets the fingerprint, an old one loses its unfinished block.
+
+    Raises:
+        FolderError: if another run was started there, listing every difference.
+    """
+    folder = plan.folder
+    if not (folder / RUN).is_file():
+        run_folder.write_start(folder, identity.of(plan.recipe))
+        return Progress()
+    check_same_run(identity, plan)
+    found = _read_progress(identity.model, plan)
+    kept = {shard_name(tag, plan.recipe.pack) for tag in found.tags}
+    for entry in folder.iterdir():
+        if entry.suffix in (".tmp", ".safetensors") and entry.name not in kept:
+            entry.unlink()
+    run_folder.write_records(folder, (record.as_dict() for record in found.records))
+    return found
+
+
+def _read_progress(model: PrunableModel, plan: Plan) -> Progress:
+    def stored(tag: str) -> bool:
+        return _is_whole(plan.folder / shard_name(tag, plan.recipe.pack))
+
+    if not (plan.folder / RUN).is_file():
+        return Progress()
+    records, found = run_folder.read_records(plan.folder, _record_of)[0], Progress()
+    for record in records:
+        if isinstance(record, AllocationRecord | ShapeRecord):
+            found.add(record)
+    if not stored(OUTER_TAG) or (plan.sizes is not None and found.shape is None):
+        return found
+    found.tags.append(OUTER_TAG)
+    if found.shape is not None:
+        plan = shrink_plan(model, plan, found.shape.sizes)
+    stays = range(model.num_blocks) if plan.sizes is None else plan.sizes.blocks
+    # The distillation is finished when all its shards are there, whatever became of those that they replace.
+    last = [record for record in records if isinstance(record, DistillationRecord)]
+    if last and all(stored(trained_tag(index)) for index in stays):
+        found.add(last[-1])
+    for index in range(model.num_blocks):
+        tag = trained_tag(index) if found.distilled else block_tag(index)
+        own = [record for record in records if getattr(record, "block", None) == index]
+        if index in stays:
+            pruned = sorted(record.layer for record in own if isinstance(record, LayerRecord))
+            wanted = sorted(plan.layers(model, index))
+            # Before its survey a plan that chooses the linears has all of them.
+            whole = set(pruned) <= set(wanted) if plan.recipe.chooses_linears else pruned == wanted
+            if not whole or not stored(tag):
+                break
+            found.tags.append(tag)
+        found.blocks = index + 1
+        for record in own:
+            found.add(record)
+    return found
+
+
+def _is_whole(file: Path) -> bool:
+    try:
+        return file.is_file() and bool(read_header(file))
+    except ModelError:
+        return False

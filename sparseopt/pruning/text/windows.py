@@ -1,0 +1,192 @@
+"""Calibration and evaluation text as token windows, packed or one a document.
+
+If the model's tokenizer begins texts with BOS, every window begins with it: `BOS, t_0, ..., t_{T-2}` of the T tokens of
+the window. BOS is never predicted, and the prediction of `t_0`, which no text precedes, does not count: losses start
+with `t_1`.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+from jaxtyping import Int
+
+from sparseopt.models import Bos, Source, chat_writer, encode_text, load_tokenizer, start_token
+from sparseopt.pruning.text.documents import Part, TextError, load_documents, part_of_text
+
+WindowChoice = Literal["first", "spread", "random"]
+DocumentChoice = Literal["packed", "separate"]
+
+# Documents are read as far as they are needed, and at least so many characters of them.
+_LEAST_READ = 2**22
+# Characters for each token that is asked for, four times as many as it takes in English: windows can be spread.
+_READ_A_TOKEN = 16
+
+
+class Windows(NamedTuple):
+    """Token windows of a text, int32, without BOS, and the id of the BOS that each should begin with; None for none."""
+
+    ids: Int[np.ndarray, "count length"]
+    bos: int | None
+
+
+def text_windows(
+    source: Source,
+    text: Any,
+    part: Part,
+    count: int,
+    length: int,
+    *,
+    bos: Bos = "auto",
+    choice: WindowChoice = "first",
+    seed: int = 0,
+    split: str | None = None,
+    column: str | None = None,
+    documents: DocumentChoice = "packed",
+    least: int | None = None,
+) -> Windows:
+    """Windows of a text in a model's tokens, and the model's BOS (`models.start_token`).
+
+    Chats become text by the model's own chat template (`models.chat_writer`). Of a large source only the beginning is
+    read, 16 characters for each token asked for, and at least 4 million.
+
+    Args:
+        source: of the model.
+        text: a specification or a list of documents, as `split`, `column` and `part` see `load_documents`.
+        part: which documents.
+        count: windows wanted.
+        length: tokens a window.
+        bos: whether windows begin with BOS.
+        choice: which windows, see `token_windows`.
+        seed: see there.
+        split: of a data set of the hub.
+        column: of the rows.
+        documents: "packed" cuts windows from all documents joined, texts by blank lines, chats by nothing; "separate"
+            takes one window from the start of each document that is long enough.
+        least: windows that are enough where the text does not have `count`.
+
+    Raises:
+        TextError: for a text that cannot be read or is too short.
+        ModelError: for a tokenizer that cannot be used, that has no BOS where `bos` is "yes", or no chat template.
+    """
+    if documents not in get_args(DocumentChoice):
+        raise TextError(f"documents must be {' or '.join(get_args(DocumentChoice))}, given {documents!r}")
+    tokenizer = load_tokenizer(source)
+    start = start_token(source, tokenizer, bos)
+    loaded = load_documents(text, part, split=split, column=column)
+    first = next(loaded)
+    is_chat = not isinstance(first, str)
+    texts: Iterator[Any] = itertools.chain([first], loaded)
+    if is_chat:
+        texts = map(chat_writer(source), texts)
+
+    def encoded(written: str) -> np.ndarray:
+        tokens = encode_text(tokenizer, written)
+        # A template may write the BOS that every window begins with anyway.
+        return tokens[1:] if is_chat and len(tokens) and tokens[0] == start else tokens
+
+    separate, found, seen = documents == "separate", [], 0
+    for batch in _batches(texts, max(_LEAST_READ, _READ_A_TOKEN * count * length)):
+        if separate:
+            found += [tokens[:length] for tokens in map(encoded, batch) if len(tokens) >= length]
+        else:
+            found.append(encoded(("" if is_chat else "\n\n").join([""] * bool(found) + batch)))
+        seen += len(batch)
+        available = len(found) if separate else sum(map(len, found)) // length
+        if available >= count:
+            break
+    if least is not None:
+        count = max(least, min(count, available))
+    try:
+        if separate and available < max(count, 1):
+            raise TextError(
+                f"{count} windows that begin a document need as many documents of {length} tokens or more, and "
+                f"{available} of {seen} have that many; use documents packed, fewer samples or a shorter seqlen"
+            )
+        # Whole windows in a row are cut as they are.
+        return Windows(token_windows(np.concatenate(found), count, length, choice, seed=seed), start)
+    except TextError as error:
+        raise TextError(f"{part_of_text(text, part, split)}: {error}") from error
+
+
+def _batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
+    """The texts in lists of at least `size` characters."""
+    batch: list[str] = []
+    held = 0
+    for text in texts:
+        batch.append(text)
+        held += len(text)
+        if held >= size:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
+
+
+def token_digest(*ids: np.ndarray) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of token ids as little-endian int32, one array after the other."""
+    state = hashlib.sha256()
+    for array in ids:
+        state.update(np.ascontiguousarray(array, "<i4").tobytes())
+    return state.hexdigest()[:16]
+
+
+def begin_windows(ids: Int[np.ndarray, "count length"], bos: int | None) -> Int[np.ndarray, "count length"]:
+    """The windows with BOS first and their last token left out; unchanged where `bos` is None."""
+    return ids if bos is None else np.concatenate([np.full_like(ids[:, :1], bos), ids[:, :-1]], axis=1)
+
+
+def token_windows(
+    tokens: np.ndarray, count: int, length: int, choice: WindowChoice = "first", *, seed: int = 0
+) -> np.ndarray:
+    """Cut `count` non-overlapping windows of `length` tokens, `[count, length]` int32.
+
+    Args:
+        tokens: all token ids of a text, `[n]`.
+        count: windows wanted.
+        length: tokens a window.
+        choice: "first" cuts from the start of the text. "spread" takes windows at equal distances over the whole text,
+            in an order in which any run of them covers it evenly: held-out windows, the last ones, lie between the
+            calibration windows. "random" draws without replacement, by the `seed`.
+        seed: see `choice`.
+
+    Raises:
+        TextError: if the text has fewer tokens than that, with the figures.
+    """
+    if count < 1 or length < 2:
+        raise TextError(f"need at least 1 window of at least 2 tokens, given {count} windows of {length}")
+    if choice not in get_args(WindowChoice):
+        raise TextError(f"windows must be one of {', '.join(get_args(WindowChoice))}, given {choice!r}")
+    available = len(tokens) // length
+    if available < count:
+        raise TextError(
+            f"{count} windows of {length} tokens need {count * length:,} tokens, the text has "
+            f"{len(tokens):,} ({available} windows); use a longer text, fewer samples or a shorter seqlen"
+        )
+    windows = np.asarray(tokens[: available * length], np.int32).reshape(available, length)
+    if choice == "random":
+        return windows[np.random.default_rng(seed).permutation(available)[:count]]
+    if choice == "spread":
+        # Multiples of the golden ratio, modulo 1, fill the interval evenly from the first one on.
+        ranks = np.argsort(np.argsort(np.arange(count) * (1 + 5**0.5) / 2 % 1))
+        return windows[ranks * available // count]
+    return windows[:count]
+
+
+def token_array(given: Any) -> np.ndarray:
+    """Token ids as an array; a `TextError` where windows have different lengths."""
+    try:
+        return np.asarray(given)
+    except ValueError:
+        raise TextError("all windows of token ids must have the same number of tokens") from None
+
+
+def check_vocabulary(ids: np.ndarray, vocab_size: int) -> None:
+    """Raise a `TextError` for token ids outside a model's vocabulary."""
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        raise TextError(
+            f"token ids must lie in 0..{vocab_size - 1}, given {ids.min()}..{ids.max()}; "
+            "were they made with another tokenizer?"
+        )

@@ -1,0 +1,186 @@
+"""Block reconstruction: the kept weights of a pruned block are trained to give the dense block's outputs.
+
+    minimise over the kept weights    mean_t  sum_d w_d (block(x)_td - y_td)² / sum_d w_d y_td²
+                                      1 / w_d = mean_t  y_td² / sum_e y_te²
+
+with x the stream before the pruned block, y the dense block's output for the same tokens, `[B, T, D]` both. Every token
+counts by its relative error: some carry a stream that is hundreds of times larger and would decide alone. So does every
+channel d of the stream: in Gemma 3 some are thousands of times larger, and the next norm's weights make them small
+again. With 75 % of the channels of Gemma 3 270M, perplexity 37.05 became 43.38 by training with equal w and 36.06 with
+these. A token whose target is zero counts nothing. Masks are frozen; linears without a mask keep their weights. The
+optimiser: see `training`.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from sparseopt.layers.compiled import Compiled
+from sparseopt.models import Block
+from sparseopt.models.decoder.experts import stacked_name
+from sparseopt.pruning.base.activations import Batches, Stream
+from sparseopt.pruning.base.reports import BlockRecord
+from sparseopt.pruning.train.training import (
+    Fixed,
+    Trainer,
+    Training,
+    TrainState,
+    check_masks,
+    check_streams,
+    kept_entries,
+    start_state,
+    updated,
+)
+
+# Least share of a channel that is told from zero, relative to the mean share.
+FLOOR = 1e-4
+
+
+@dataclass(frozen=True)
+class Reconstruction(Training):
+    """How a block is trained, see `Training`.
+
+    Attributes:
+        train_norms: train the weights of the block's norms as well.
+    """
+
+    epochs: int = 8
+    learning_rate: float = 5e-3
+    # Norms of the gradients of SmolLM2's blocks are near 0.06.
+    clip: float = 0.03
+    train_norms: bool = True
+
+    what = "reconstruction"
+
+
+def stream_loss(
+    output: Float[Array, "B T D"], target: Float[Array, "B T D"], weights: Float[Array, "D"]
+) -> Float[Array, ""]:
+    """Mean over tokens of the weighted squared error, relative to that of zero outputs; zero targets count nothing."""
+    error = jnp.sum(weights * (output - target) ** 2, axis=-1)
+    size = jnp.sum(weights * target**2, axis=-1)
+    # `size == 0` and not `size > 0`, which would drop a token whose target is NaN without a word.
+    return jnp.mean(jnp.where(size == 0, 0, error / jnp.where(size == 0, 1, size)))
+
+
+def _channel_shares(target: Float[Array, "B T D"]) -> Float[Array, "D"]:
+    """Mean over tokens of each channel's share of the token's square; zero targets count nothing."""
+    size = jnp.sum(target**2, axis=-1, keepdims=True)
+    return jnp.mean(jnp.where(size == 0, 0, target**2 / jnp.where(size == 0, 1, size)), axis=(0, 1))
+
+
+def _loss(params: Any, fixed: Fixed, weights: Array, x: Array, target: Array) -> Array:
+    return stream_loss(fixed.module(params)(x), target, weights)
+
+
+def _train_step(
+    state: TrainState,
+    fixed: Fixed,
+    weights: Float[Array, "D"],
+    inputs: Float[Array, "B T D"],
+    targets: Float[Array, "B T D"],
+    rows: Int[Array, "windows"],
+    rate: Float[Array, ""],
+    clip: Float[Array, ""],
+) -> tuple[TrainState, Array, Array]:
+    """One update from some windows of a batch; returns the state, the loss before it and the gradient's norm."""
+    x, target = jnp.take(inputs, rows, axis=0), jnp.take(targets, rows, axis=0)
+    loss, gradient = jax.value_and_grad(_loss)(state.params, fixed, weights, x, target)
+    state, norm = updated(state, gradient, fixed.kept, rate, clip)
+    return state, loss, norm
+
+
+_step_of_rows = Compiled(_train_step, donate_argnums=(0,))
+_loss_of_batch = Compiled(_loss)
+_shares_of_batch = Compiled(_channel_shares)
+
+
+def channel_weights(targets: Iterable[Float[Array, "B T D"]]) -> Float[np.ndarray, "D"]:
+    """The weight of each channel in `stream_loss`, as above, times the mean share, up to 1 / FLOOR."""
+    shares = np.mean([_shares_of_batch(target).value for target in targets], axis=0)
+    mean = shares.mean()
+    # Where all targets are zero nothing counts, whatever the weights.
+    return mean / np.maximum(shares, FLOOR * mean) if mean > 0 else np.ones_like(shares)
+
+
+def split_block(block: Block, pruned: Iterable[str], settings: Reconstruction) -> tuple[Any, Any, list[Any]]:
+    """A block's structure, the parameters that are trained where these linears are pruned, and the others."""
+    owners = {stacked_name(name)[0] for name in pruned}
+
+    def trained(path: tuple[Any, ...], _: Any) -> bool:
+        owner = ".".join(map(str, path[:-1]))
+        return owner in owners or (settings.train_norms and owner.endswith("norm"))
+
+    graph, params, *frozen = nnx.split(block, trained, ...)
+    return graph, params, frozen
+
+
+class _BlockTrainer(Trainer):
+    # A mean square error below this is what float32 leaves of two programs for one block.
+    exact = 1e-12
+
+    def __init__(
+        self, block: Block, masks: Mapping[str, Array], stream: Stream, targets: Stream, settings: Reconstruction
+    ) -> None:
+        super().__init__(stream, targets, settings)
+        pruned = [name for name, mask in masks.items() if mask.any()]
+        graph, self.best_params, frozen = split_block(block, pruned, settings)
+        self.fixed = Fixed(graph, frozen, kept_entries(self.best_params, masks))
+        self.state = start_state(self.best_params)
+        self.weights = channel_weights(targets.calibration)
+
+    def loss(self, inputs: Batches, targets: Batches) -> float:
+        pairs = zip(inputs, targets, strict=True)
+        arguments = (self.state.params, self.fixed, self.weights)
+        losses = [self.runner.account(_loss_of_batch(*arguments, x, target)) for x, target in pairs]
+        return float(np.mean([float(loss) for loss in losses]))
+
+    def step(self, index: int, rows: np.ndarray, rate: np.float32) -> tuple[Array, Array]:
+        (inputs, targets), clip = self.calibration, np.float32(self.settings.clip)
+        arguments = (self.state, self.fixed, self.weights, inputs[index], targets[index], rows, rate, clip)
+        self.state, loss, norm = self.runner.account(_step_of_rows(*arguments))
+        return loss, norm
+
+    def keep(self) -> None:
+        self.best_params = jax.tree.map(jnp.copy, self.state.params)
+
+    def restore(self) -> None:
+        self.state = self.state._replace(params=self.best_params)
+
+
+def reconstruct_block(
+    block: Block,
+    masks: Mapping[str, Bool[Array, "out in"]],
+    stream: Stream,
+    targets: Stream,
+    settings: Reconstruction | None = None,
+    index: int = 0,
+) -> BlockRecord:
+    """Train the kept weights of a pruned block, in place.
+
+    Args:
+        block: the pruned block; it is left in the best state seen.
+        masks: True for kept entries, by the linear's name; the biases of these linears are trained too. Linears
+            without a mask, or whose mask has no True, stay unchanged.
+        stream: before the block, in equal batches as `make_batches` gives.
+        targets: what the dense block gave for the same tokens.
+        settings: default: `Reconstruction()`.
+        index: the number of the block in the record.
+
+    Raises:
+        ValueError: before any work, for settings, masks or batches that cannot be used.
+    """
+    settings = settings or Reconstruction()
+    settings.check()
+    check_masks(block, masks)
+    check_streams(stream, targets)
+    trainer = _BlockTrainer(block, masks, stream, targets, settings)
+    figures = trainer.train()
+    nnx.update(block, trainer.best_params)
+    return BlockRecord(block=index, **figures)

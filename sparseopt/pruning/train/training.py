@@ -1,0 +1,330 @@
+"""Training on stored activations: settings, one Adam update, the loop over epochs and the choice of the state.
+
+The trainers say what is minimised and what a step does: `reconstruction` for one block, `distillation` for a whole
+model. Adam (Kingma and Ba, 2015) with the gradient's norm clipped, a linear warm-up and a cosine to zero. A step is
+relative to the root mean square of its tensor (Shazeer and Stern, "Adafactor", 2018, section 8): linears have 0.2 in
+SmolLM2 and 0.04 in Gemma 3, whose norm weights reach 340. The answer is the best of the start and the states after each
+epoch by the judging loss: the loss on held-out tokens, or on the calibration tokens without any. So it is never worse
+there than the start.
+"""
+
+import enum
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from sparseopt.models import Block
+from sparseopt.models.decoder.experts import stacked_name
+from sparseopt.pruning.base.activations import Batches, Stream
+from sparseopt.pruning.base.grams import BlockRunner
+
+
+class TrainingStatus(enum.Enum):
+    """How a training ended; the value is one sentence for a person. The best state was kept in every case."""
+
+    FINISHED = "all epochs were run"
+    STOPPED = "the judging loss no longer fell"
+    EXACT = "the dense answer was given before any training"
+    DIVERGED = "the judging loss rose far above the start's: use a smaller learning rate"
+    NONFINITE = (
+        "a loss or gradient became infinite or NaN: use a smaller learning rate, or check the activations "
+        "for non-finite or huge values"
+    )
+
+
+@dataclass(frozen=True)
+class Training:
+    """How something is trained.
+
+    Attributes:
+        epochs: passes over the calibration windows, at most.
+        learning_rate: Adam's largest step; a weight moves by about this share of the root mean square of its tensor.
+        warmup: fraction of all steps in which the rate rises linearly; then it falls to zero as a cosine.
+        windows: windows of tokens a step, at most; the largest divisor of a batch's windows that is not above it.
+        epoch_windows: windows that an epoch sees, others in the next as long as there are any; None for all.
+        clip: largest norm of a block's gradient. Adam ignores a common factor, so a low value does no harm and lets no
+            window weigh more than the others.
+        patience: epochs without a better judging loss before training stops.
+        divergence: training stops if the judging loss after an epoch is above this multiple of the start's.
+        seed: of the order in which windows are drawn.
+    """
+
+    epochs: int
+    learning_rate: float
+    clip: float
+    warmup: float = 0.1
+    windows: int = 1
+    epoch_windows: int | None = None
+    patience: int = 3
+    divergence: float = 2.0
+    seed: int = 0
+
+    what: ClassVar[str]  # the kind of training, as errors call it
+
+    def check(self) -> None:
+        """Raise a `ValueError` that lists all that is wrong, one line each."""
+        problems = [
+            f"{name} must be a whole number of {least} or more, given {value!r}"
+            for name, least in (("epochs", 1), ("windows", 1), ("epoch_windows", 1), ("patience", 1), ("seed", 0))
+            if not isinstance(value := getattr(self, name), int) or value < least
+            if (name, value) != ("epoch_windows", None)
+        ]
+        for name in ("learning_rate", "clip"):
+            if not 0 < (value := getattr(self, name)) < math.inf:
+                problems.append(f"{name} must be positive and finite, given {value!r}")
+        if not 0 <= self.warmup < 1:
+            problems.append(f"warmup must be a share of the steps in [0, 1), given {self.warmup!r}")
+        if not self.divergence > 1:
+            problems.append(f"divergence must be a multiple above 1 (inf never stops), given {self.divergence!r}")
+        if problems:
+            raise ValueError(f"the {self.what} cannot be used:\n  " + "\n  ".join(problems))
+
+    def rates(self, steps: int) -> Float[np.ndarray, "steps"]:
+        """The learning rate of each of `steps` steps in all; the schedule is taken at the middle of each step."""
+        time = (np.arange(steps) + 0.5) / steps
+        rise = time / self.warmup if self.warmup else np.ones(steps)
+        fall = 0.5 + 0.5 * np.cos(np.pi * np.clip((time - self.warmup) / (1 - self.warmup), 0, 1))
+        return (self.learning_rate * np.minimum(rise, 1) * fall).astype(np.float32)
+
+
+# What a step is relative to, at least: a bias that is zero is trained too.
+LEAST_SIZE = 1e-3
+
+
+class TrainState(NamedTuple):
+    """What a step changes: the trained parameters of a block and Adam's moments of them."""
+
+    params: Any
+    moments: Any
+
+
+class TrainedEntries(NamedTuple):
+    """The entries of a parameter that are trained: the mask, of its shape or one True for all, and their number.
+
+    At least one is counted, since it is divided by.
+    """
+
+    mask: Array
+    number: Array
+
+
+class Fixed(NamedTuple):
+    """What a step does not change: a block's structure, the parameters that are not trained, the entries kept."""
+
+    graph: Any
+    frozen: Any
+    kept: list[TrainedEntries]  # see `kept_entries`
+
+    def module(self, params: Any) -> Block:
+        return nnx.merge(self.graph, params, *self.frozen)
+
+
+# Adam's eps is far below the gradient of a kept weight (about 1e-6), yet an input that never fires stays at rest.
+_adam = optax.scale_by_adam(b1=0.9, b2=0.99, eps=1e-10)
+
+
+def start_state(params: Any) -> TrainState:
+    """The state before the first step, a copy: step programs take over its buffers, which must not be the block's."""
+    params = jax.tree.map(jnp.copy, params)
+    return TrainState(params, _adam.init(params))
+
+
+def kept_entries(params: Any, masks: Mapping[str, Array]) -> list[TrainedEntries]:
+    """The entries that are trained, by leaf of `params`: all of a leaf without a mask.
+
+    The bias of a linear whose mask has no True is not trained either.
+    """
+    parts: dict[str, dict[int | None, Array]] = {}
+    for name, mask in masks.items():
+        stacked, expert = stacked_name(name)
+        parts.setdefault(f"{stacked}.weight", {})[expert] = jnp.asarray(mask)
+    found = {
+        name: by_expert[None] if None in by_expert else jnp.stack([by_expert[i] for i in range(len(by_expert))])
+        for name, by_expert in parts.items()
+    }
+    found |= {f"{name.removesuffix('.weight')}.bias": jnp.any(mask) for name, mask in found.items()}
+    kept = []
+    for path, param in nnx.to_flat_state(params):
+        mask = found.get(".".join(map(str, path)), jnp.asarray(True))
+        kept.append(TrainedEntries(mask, jnp.maximum(jnp.sum(jnp.broadcast_to(mask, param.shape)), 1)))
+    return kept
+
+
+def updated(
+    state: TrainState, gradient: Any, kept: list[TrainedEntries], rate: Float[Array, ""], clip: Float[Array, ""]
+) -> tuple[TrainState, Float[Array, ""]]:
+    """One step of Adam, and the gradient's norm before it is clipped."""
+    kept = jax.tree.unflatten(jax.tree.structure(gradient), kept)
+    gradient = jax.tree.map(lambda g, kept: jnp.where(kept.mask, g, 0), gradient, kept)
+    norm = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(gradient)))
+    gradient = jax.tree.map(lambda g: g * (clip / jnp.maximum(norm, clip)), gradient)
+    updates, moments = _adam.update(gradient, state.moments)
+
+    def moved(p: Array, u: Array, kept: TrainedEntries) -> Array:
+        size = jnp.maximum(jnp.sqrt(jnp.sum(jnp.where(kept.mask, p * p, 0)) / kept.number), LEAST_SIZE)
+        # Masked again: not even a non-finite gradient, whose state is discarded, may change an entry that is not
+        # trained.
+        return jnp.where(kept.mask, p - rate * size * u, p)
+
+    return TrainState(jax.tree.map(moved, state.params, updates, kept), moments), norm
+
+
+class Trainer(ABC):
+    """The loop over the epochs: it makes the steps and chooses the best state.
+
+    Attributes:
+        exact: a judging loss up to this leaves nothing to train.
+        calibration: the inputs that steps draw from, with their targets.
+        judges: the inputs whose loss chooses the best state, with theirs.
+        best_epoch: the epoch that ended with the best state so far, 0 for the start.
+        total: steps of all epochs.
+    """
+
+    exact: ClassVar[float]
+
+    def __init__(self, stream: Stream, targets: Stream, settings: Training) -> None:
+        self.settings, self.runner = settings, BlockRunner()
+        self.calibration = (stream.calibration, targets.calibration)
+        self.judges = (stream.heldout, targets.heldout) if stream.heldout else self.calibration
+        self.epochs = self.steps = self.best_epoch = self.total = 0
+        self.best = math.inf
+
+    @abstractmethod
+    def step(self, index: int, rows: Int[np.ndarray, "windows"], rate: np.float32) -> tuple[Array, Array]:
+        """Update the state from some windows of a batch; the loss before it and the gradient's norm."""
+
+    @abstractmethod
+    def loss(self, inputs: Batches, targets: Batches) -> float:
+        """The mean loss of the state."""
+
+    @abstractmethod
+    def keep(self) -> None:
+        """Keep the state as the best."""
+
+    @abstractmethod
+    def restore(self) -> None:
+        """Return to the best state; no step follows."""
+
+    def train(self) -> dict[str, Any]:
+        """Train to the end and leave the best state; returns the fields of a `TrainingRecord`."""
+        heldout = self.judges is not self.calibration
+        self.best = first = self.loss(*self.judges)
+        first_loss = last_loss = self.loss(*self.calibration) if heldout else first
+        if not (math.isfinite(first) and math.isfinite(first_loss)):
+            status = TrainingStatus.NONFINITE
+        elif first <= self.exact:
+            status = TrainingStatus.EXACT
+        else:
+            status = self._run(first)
+        if self.best_epoch:
+            self.restore()
+            last_loss = self.loss(*self.calibration) if heldout else self.best
+        return {
+            "first_loss": first_loss,
+            "last_loss": last_loss,
+            "heldout_first": first if heldout else None,
+            "heldout_best": self.best if heldout else None,
+            "epochs": self.epochs,
+            "status": status.name,
+            "seconds": self.runner.seconds,
+            "compile_seconds": self.runner.compile_seconds,
+            "best_epoch": self.best_epoch,
+            "steps": self.steps,
+        }
+
+    def _run(self, first: float) -> TrainingStatus:
+        settings, orders = self.settings, draw_orders(self.calibration[0], self.settings)
+        self.total = sum(map(len, orders))
+        rates = settings.rates(self.total).reshape(settings.epochs, -1)
+        for order, epoch_rates in zip(orders, rates, strict=True):
+            for (index, rows), rate in zip(order, epoch_rates, strict=True):
+                loss, norm = self.step(index, rows, rate)
+                self.steps += 1
+                if not (np.isfinite(loss) and np.isfinite(norm)):
+                    return TrainingStatus.NONFINITE
+            self.epochs += 1
+            # A parameter that is not finite makes outputs NaN, so a finite loss means that all are finite.
+            judged = self.loss(*self.judges)
+            if judged < self.best:
+                self.best, self.best_epoch = judged, self.epochs
+                self.keep()
+            if not math.isfinite(judged):
+                return TrainingStatus.NONFINITE
+            if judged > settings.divergence * first:
+                return TrainingStatus.DIVERGED
+            if self.epochs - self.best_epoch >= settings.patience and self.epochs < settings.epochs:
+                return TrainingStatus.STOPPED
+        return TrainingStatus.FINISHED
+
+
+def check_masks(block: Block, masks: Mapping[str, Array]) -> None:
+    """Raise a `ValueError` for masks that do not fit the linears of a pruned block; one without a True freezes one."""
+    unknown = [name for name in masks if name not in block.linears]
+    if unknown or not masks:
+        raise ValueError(
+            f"masks must name linears of the block ({', '.join(block.linears)}), given "
+            f"{', '.join(unknown) if unknown else 'none'}"
+        )
+    stacked = {stacked_name(name)[0] for name in masks if ".experts." in name}
+    missing = [name for name in block.linears if stacked_name(name)[0] in stacked and name not in masks]
+    if missing:
+        raise ValueError(f"experts are trained together: masks lack {', '.join(missing)}; give all or none")
+    for name, mask in masks.items():
+        weight = block.read(f"{name}.weight")
+        if mask.shape != weight.shape or mask.dtype != bool:
+            raise ValueError(
+                f"the mask of {name} must be bool of shape {list(weight.shape)}, True for kept weights; given "
+                f"{mask.dtype} of shape {list(mask.shape)}"
+            )
+        stray = int(jnp.sum((weight != 0) & ~mask)) if mask.any() else 0
+        if stray:
+            raise ValueError(
+                f"{name} has {stray:,} non-zero weights off its mask; prune the block before, as in "
+                "`jnp.where(mask, weight, 0)`"
+            )
+
+
+def check_streams(inputs: Stream, targets: Stream) -> None:
+    """Raise a `ValueError` for inputs and targets that do not pair up, or without calibration batches."""
+    _check_paired(inputs.calibration, targets.calibration, "calibration")
+    _check_paired(inputs.heldout, targets.heldout, "held-out")
+    if not inputs.calibration:
+        raise ValueError("no calibration batches to train on; give at least one")
+
+
+def _check_paired(inputs: Batches, targets: Batches, tokens: str) -> None:
+    given, wanted = inputs.shapes, targets.shapes
+    if given != wanted or any(shape != given[0] for shape in given):
+        raise ValueError(
+            f"{tokens} inputs and targets must be as many batches, all of one shape, as `make_batches` gives; given "
+            f"inputs {given} and targets {wanted}"
+        )
+
+
+def draw_orders(batches: Batches, settings: Training) -> list[list[tuple[int, np.ndarray]]]:
+    """The steps of each epoch: a batch's index and the rows to take of it, every row of every batch once a pass.
+
+    Passes are in random order and follow one another; epochs cut them into equal parts.
+    """
+    rng, size = np.random.default_rng(settings.seed), batches.shapes[0][0]
+    width = next(w for w in range(min(settings.windows, size), 0, -1) if size % w == 0)
+    a_pass = len(batches) * size // width
+    steps = a_pass if settings.epoch_windows is None else max(1, settings.epoch_windows // width)
+    order: list[tuple[int, np.ndarray]] = []
+    while len(order) < settings.epochs * steps:
+        parts = [
+            (index, rows)
+            for index in range(len(batches))
+            for rows in rng.permutation(size).astype(np.int32).reshape(-1, width)
+        ]
+        order += [parts[place] for place in rng.permutation(len(parts))]
+    return [order[epoch * steps : (epoch + 1) * steps] for epoch in range(settings.epochs)]
