@@ -15,7 +15,7 @@ import sparseopt as so
 from sparseopt.experiments.config import load_config
 from sparseopt.experiments.runs import execute
 from tests.experiments.toy import CappedL1
-from tests.pruning.layers import make_layer
+from tests.layers.layers import make_layer
 from tests.tiers import often
 
 

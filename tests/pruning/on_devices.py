@@ -34,8 +34,8 @@ from sparseopt.pruning import LayerJob, Recipe, Stopped, find_method, prune_mode
 from sparseopt.pruning.base.activations import Batches, SpreadBatches
 from sparseopt.pruning.base.grams import BlockRunner, grams_over, sum_over
 from tests.collectives import collectives
+from tests.layers.layers import make_layer
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
-from tests.pruning.layers import make_layer
 
 # Name: method, preset, pattern, outputs, devices.
 LAYERS = {

@@ -16,8 +16,8 @@ from sparseopt.models import ModelError, open_model, pack_folder
 from sparseopt.pruning import LayerJob, Recipe, audit_pattern, masks, prune_layer, prune_model
 from sparseopt.shell.show_pruning import run_lines
 from sparseopt.system.run_folder import FolderError
+from tests.layers.layers import error_of, make_layer
 from tests.models.tiny import random_tensors, tiny_config, write_folder
-from tests.pruning.layers import error_of, make_layer
 from tests.tiers import often
 
 SHORT_ADMM = AdmmPruning(levels=2, period=3)

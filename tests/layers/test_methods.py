@@ -22,7 +22,7 @@ from sparseopt.pruning import (
     prune_layer,
     prune_model,
 )
-from tests.pruning.layers import GROUP_METHODS, error_of, make_layer
+from tests.layers.layers import GROUP_METHODS, error_of, make_layer
 from tests.tiers import often
 
 PATTERNS = ["unstructured", "per-row", "2:4", "block:2x8", "group:4"]

@@ -25,8 +25,8 @@ from sparseopt.layers.split import (
 from sparseopt.pruning import LayerJob, LayerRecord, PruningError, Recipe, prune_layer, prune_model
 from sparseopt.shell.show_pruning import run_lines
 from sparseopt.system.run_folder import RECORDS
+from tests.layers.layers import error_of, make_layer
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
-from tests.pruning.layers import error_of, make_layer
 from tests.pruning.test_resumption import Broken, breaking_at, model_bytes
 from tests.tiers import often
 

@@ -10,7 +10,7 @@ import pytest
 import sparseopt as so
 from sparseopt.layers.problem import scale_layer
 from sparseopt.pruning import GroupRemoval, prune_layer
-from tests.pruning.layers import error_of, make_layer
+from tests.layers.layers import error_of, make_layer
 
 
 def ridged(weight, gram, ridge=0.3):

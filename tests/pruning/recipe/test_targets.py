@@ -15,7 +15,7 @@ from sparseopt.pruning.estimate.inspection import inspect_model
 from sparseopt.pruning.recipe.targets import chosen_linears, read_patterns, read_sparsities
 from sparseopt.system.run_folder import FolderError
 from tests.models.tiny import random_tensors, tiny_config, write_folder
-from tests.pruning.test_inspection import MIXTRAL
+from tests.pruning.estimate.test_inspection import MIXTRAL
 from tests.pruning.test_pipeline import TOKENIZER
 from tests.tiers import often
 

@@ -22,8 +22,8 @@ from sparseopt.pruning.recipe.allocation import (
     losses_of_linear,
     outlier_share,
 )
+from tests.layers.layers import make_layer
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
-from tests.pruning.layers import make_layer
 from tests.tiers import often
 
 LEVELS = np.linspace(0.3, 0.9, 7)

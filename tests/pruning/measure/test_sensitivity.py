@@ -12,8 +12,8 @@ from sparseopt.pruning import METHODS, Recipe, prune_layer, prune_model
 from sparseopt.pruning.base.activations import make_batches
 from sparseopt.pruning.base.grams import BlockRunner
 from sparseopt.pruning.measure.survey import FLOOR, POWER, backward_sweep, output_weights
+from tests.layers.layers import GROUP_METHODS, error_of, make_layer
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
-from tests.pruning.layers import GROUP_METHODS, error_of, make_layer
 from tests.tiers import often
 
 

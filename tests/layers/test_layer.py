@@ -15,7 +15,7 @@ from sparseopt.layers.compiled import Compiled
 from sparseopt.layers.patterns import parse_pattern
 from sparseopt.pruning import LayerJob, MaihtPruning, Pruned, SparseGpt, prune_layer, solve_layer
 from tests.experiments.toy import CappedL1
-from tests.pruning.layers import error_of, make_layer, paper_procedure
+from tests.layers.layers import error_of, make_layer, paper_procedure
 from tests.tiers import often
 
 METHODS = [("maiht", "paper"), ("maiht", "best"), ("wanda", None), ("magnitude", None)]
