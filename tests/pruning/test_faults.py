@@ -77,7 +77,7 @@ FAULTS = [
     ("console", "a pager that was closed"),
     *(("console", name) for name in CONSOLES),
     ("out of memory", "between layers"),
-    # In `test_blocked`.
+    # In `test_split`.
     *(("out of memory", name) for name in ("said by the device", "said by the host", "in every size", "a real limit")),
     # Here and in `test_resumption`.
     ("signal", "SIGTERM"),
