@@ -177,8 +177,10 @@ class Job:
     def first(self) -> Start | None:
         """The point of `start` and the dual of its rows in the layout; None without one."""
         solution, signal, layout = self.start, self.signal, self.layout
-        if solution is None or isinstance(solution, Start) or signal is None:
+        if isinstance(solution, Start):
             return solution
+        if solution is None or signal is None:
+            return None
         value, dual = np.asarray(solution.value), solution.dual
         orders, rows = self._orders, jax.eval_shape(self.ground.operator.mv, self.arrays[0]).shape
         # Fits that are known without an iteration and those of a path have no dual.
