@@ -61,7 +61,7 @@ truths = [
     np.where(t < 0.4, 25 * (t - 0.2) ** 2, 3 - 22 * (t - 0.7) ** 2),
 ]
 weights = (2.0, 30.0, 100.0)
-chain = so.Graph.chain(n)
+chain = so.Graph.chain(n, ends="graph")  # with the differences of the table
 observed = [truth + 0.3 * rng.normal(size=n) for truth in truths]
 fits = [
     so.trend_filter(y, chain, so.L1(weight), order).check()

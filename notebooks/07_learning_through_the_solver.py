@@ -324,7 +324,7 @@ scale.set_ticks([4, 10, 20, 50], labels=["4", "10", "20", "50"])
 # %%
 jax.config.update("jax_enable_x64", True)
 nodes = 60
-chain = so.Graph.chain(nodes)
+chain = so.Graph.chain(nodes, ends="graph")
 solver = so.trend_solver(chain, order=1)
 t = np.linspace(0, 1, nodes)
 signal = jnp.asarray(np.abs(t - 0.4) + 0.05 * rng.normal(size=nodes))

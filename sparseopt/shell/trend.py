@@ -106,7 +106,10 @@ def trend(
         ),
     ] = None,
     times: Annotated[Path | None, typer.Option(help="Times of a series with free ends: one column.")] = None,
-    ends: Annotated[str, typer.Option(help="Ends of a series: graph, or free, which keeps polynomials.")] = "graph",
+    ends: Annotated[
+        str | None,
+        typer.Option(help="Ends of a series: free, which keeps polynomials, or graph. Default: free, without --graph."),
+    ] = None,
     order: Annotated[int, typer.Option(help="0: piecewise constant; 1: piecewise linear; 2: quadratic.")] = 0,
     penalty: Annotated[str, typer.Option(help=f"{', '.join(BY_WEIGHT)}; group_l2 couples the channels.")] = "l1",
     method: Annotated[str, typer.Option(help=METHOD_HELP)] = "auto",
@@ -124,10 +127,11 @@ def trend(
     summary = Path(f"{output.with_suffix('')}-summary.json")
     files.check_output(output, tables.TABLE_KINDS, force)
     files.check_output(summary, None, force)
-    if graph is not None and (times is not None or ends != "graph"):
+    if graph is not None and (times is not None or ends not in (None, "graph")):
         raise ValueError("--times and --ends belong to a series, given --graph too: leave out --graph, or both of them")
     if graph is None and merge:
         raise ValueError("--merge belongs to the edges of --graph: leave it out, or give --graph")
+    ends = ends or ("free" if graph is None else "graph")
     given = node_tables.read_signal(signal, series=graph is None)
     y, count = given.values, len(given.names)
     console.say(f"{count} channel{'s' * (count > 1)}: {', '.join(given.names)}")
@@ -164,8 +168,8 @@ def _series(given: Any, times: np.ndarray | None, ends: str, order: int) -> so.G
     steps = np.diff(given.times)
     if ends == "graph" and order and np.ptp(steps) > EVEN * steps.max():
         raise ValueError(
-            f"the times of the column {given.times_name!r} are uneven: give --ends free, which counts them, or leave "
-            "the column out"
+            f"the times of the column {given.times_name!r} are uneven: leave out --ends graph, since free ends count "
+            "them, or leave the column out"
         )
     return so.Graph.chain(len(given.values), given.times if ends == "free" else None, ends)
 

@@ -57,8 +57,8 @@ def trend_filter(
 
     Args:
         y: `[n]` or `[n, channels]` in the graph's node order; on a grid also `[*shape]` or `[*shape, channels]`.
-            The computation runs in float64 for float64 and integer signals and for free ends, else in float32. Large
-            signals of low order are first solved in float32; objective and gap are those of float64.
+            The computation runs in float64 for float64 and integer signals and for free ends from order 1 on, else in
+            float32. Large signals of low order are first solved in float32; objective and gap are those of float64.
         graph: the graph of the signal.
         penalty: `L1`, `MCP`, `SCAD`, `L0`, `GroupL2`, or any object with `value` and `prox`. `GroupL2(w)` couples the
             channels; on a grid at order 0 `GroupL2(w, axis=0)` is isotropic total variation, the sum over the nodes of
@@ -66,8 +66,9 @@ def trend_filter(
             of L1 is a number, or one for each row of `graph.matrix(order + 1)`. Or several penalties by their
             orders, as in `{-1: L1(0.5), 0: L1(2.0)}`: their sum, where order -1 penalises b itself.
         order: k >= 0; 0 fits piecewise constants, 1 piecewise linear, 2 piecewise quadratic signals. It must be 0 for
-            several penalties. The differences are those of the graph: on a chain, orders of 1 and more penalise a slope
-            at the ends. `Graph.chain(n, ends="free")` leaves polynomials of degree k unchanged, as genlasso does.
+            several penalties. On `Graph.chain(n)` polynomials of degree k are left unchanged, as genlasso does. On
+            `Graph.chain(n, ends="graph")`, grids and other graphs the differences are those of the graph: orders of 1
+            and more penalise a slope at the ends.
         method: "doge", "admm", "fast_admm" (chains), "interior" (L1; needs the extra `interior`), "doge_groups"
             (Doge-ADMM as the paper stores it), or an object with settings such as `so.trend.Doge(B=2, rho=1.0)`; or
             "auto", of which `so.trend.chosen_method` tells which method it takes.
@@ -172,10 +173,10 @@ def checked_job(
 ) -> Job:
     """The checked arguments of `trend_filter`."""
     mesh = None if devices is None else device_line(devices)
-    signal = checked_signal(y, graph, node_weights, missing, dtype, devices=1 if mesh is None else mesh.size)
     terms = terms_of(penalty, checked_order(order))
-    graph = graph_for(graph, *terms.values())
-    layout = layout_of(graph_at(graph, max(0, *terms), signal) if graph.free else graph, mesh)
+    highest, count = max(0, *terms), 1 if mesh is None else mesh.size
+    signal = checked_signal(y, graph, highest, node_weights, missing, dtype, devices=count)
+    layout = layout_of(graph_for(graph_at(graph, highest, signal), *terms.values()), mesh)
     channels, kind = signal.values.shape[1:], signal.values.dtype
     terms = checked_terms(terms, layout, channels, kind)
     job = Job(layout, terms, kind, channels, signal.weights is not None, signal, **options)

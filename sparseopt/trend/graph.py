@@ -58,7 +58,7 @@ class Graph:
         num_nodes: n.
         given_edges: int64 `[m, 2]`, or None for a grid, whose edges are listed only on demand; see `edges`.
         given_weights: positive `[m]`, or None; see `weights`.
-        shape: of a grid, with nodes in row-major order; None for other graphs.
+        shape: of a grid, with nodes in row-major order, `(n,)` of a chain; None for other graphs.
         nodes: node names in the order of the signal, or None for `0..n-1`.
         times: of the nodes of a chain with free ends, increasing `[n]`, or None for 0, 1, 2, ...
         free: whether the ends of a chain or a grid are free, see `chain` and `grid`.
@@ -84,11 +84,12 @@ class Graph:
         require_memory(8 * self.num_nodes, what, "take a smaller graph, or a part of it")
 
     def __repr__(self) -> str:
-        ends = ", ends='free'" if self.free else ""
-        if self.shape is not None:
-            return f"Graph.grid({self.shape}{'' if self.spacing is None else f', spacing={self.spacing}'}{ends})"
-        if self.free:
+        if self.is_chain:
+            ends = "" if self.free else ", ends='graph'"
             return f"Graph.chain({self.num_nodes}{'' if self.times is None else ', times'}{ends})"
+        if self.shape is not None:
+            ends = ", ends='free'" if self.free else ""
+            return f"Graph.grid({self.shape}{'' if self.spacing is None else f', spacing={self.spacing}'}{ends})"
         return f"<Graph of {self.num_nodes:,} nodes and {self.num_edges:,} edges>"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -103,12 +104,12 @@ class Graph:
     def grid(cls, shape: Sequence[int], spacing: Sequence[float] | None = None, ends: str = "graph") -> "Graph":
         """A grid of 1, 2 or 3 dimensions: each node joined to its neighbours along the axes.
 
-        With the default ends the differences of a trend filter are those of the graph: order 1 penalises the Laplacian,
-        which adds up the bends along all axes, and at the borders a slope. With `ends="free"` they are those of the
-        Kronecker trend filter, along each axis separately: order k penalises the differences of order k + 1 of all
-        lines of the grid, as `chain` does of one line. They are 0 for the sums of products of polynomials of degree k
-        in each axis, and for no other signal, so those are left unchanged at any weight. Order 0 has the same fits with
-        either ends.
+        With the default ends, also of a grid of one axis, the differences of a trend filter are those of the graph:
+        order 1 penalises the Laplacian, which adds up the bends along all axes, and at the borders a slope. With
+        `ends="free"` they are those of the Kronecker trend filter, along each axis separately: order k penalises the
+        differences of order k + 1 of all lines of the grid, as `chain` does of one line. They are 0 for the sums of
+        products of polynomials of degree k in each axis, and for no other signal, so those are left unchanged at any
+        weight. Order 0 has the same fits with either ends.
 
         Args:
             shape: the number of nodes along each axis.
@@ -139,29 +140,28 @@ class Graph:
             raise ValueError(f"a grid has 1 to 3 axes of at least one node, as in (480, 640); given {shape!r}")
         sizes = tuple(whole_number(f"axis {i} of a grid of 1 to 3 axes", n, 1) for i, n in enumerate(given))
         step = checked_spacing(spacing, len(sizes))
-        if free and len(sizes) == 1:
-            return cls.chain(*sizes, ends=ends)
         return cls(math.prod(sizes), None, shape=sizes, spacing=step, free=free)
 
     @classmethod
-    def chain(cls, n: int, times: Any = None, ends: str = "graph") -> "Graph":
+    def chain(cls, n: int, times: Any = None, ends: str = "free") -> "Graph":
         """A path of n nodes.
 
-        With the default ends the differences of a trend filter are those of the graph, `Δ^(k+1)`: at orders of 1 and
-        more they penalise a slope at the two ends, and so move a straight line. With `ends="free"` they are the divided
-        differences of the usual trend filter on a line (genlasso, glmgen, l1 trend filtering):
+        With the default ends, which are free, the differences of a trend filter are the divided differences of the
+        usual trend filter on a line (genlasso, glmgen, l1 trend filtering):
 
             (D^(1) x)_i = x_i - x_(i+1),        D^(m+1) = D^(1) diag( m / (t_(i+m) - t_i) ) D^(m)
 
         Order k penalises `D^(k+1) b`, of `n - k - 1` rows. It is 0 for every polynomial in t of degree k, and for no
         other signal, so those are left unchanged at any weight. At even times of step h it is `h^-k` times the plain
-        differences. Order 0 has plain differences at any times, and the same fits with either ends.
+        differences. With `ends="graph"` they are `Δ^(k+1)` of the graph, made of its Laplacian, as in papers on graphs:
+        at orders of 1 and more they penalise a slope at the two ends, and so move a straight line. Order 0 has plain
+        differences at any times, and the same fits with either ends.
 
         Args:
             n: the number of nodes.
             times: increasing, `[n]`, for free ends; None for 0, 1, 2, ... From order 1 on nearly equal ones are an
                 error of the fit, since its solves would lose their digits.
-            ends: "graph" or "free".
+            ends: "free" or "graph".
 
         Raises:
             ValueError: for times that are not finite or do not increase, or for times with the ends of the graph, whose
@@ -174,8 +174,10 @@ class Graph:
         Example:
             >>> so.Graph.chain(3).edges.tolist()
             [[0, 1], [1, 2]]
-            >>> so.Graph.chain(4, times=[0.0, 1.0, 2.0, 4.0], ends="free").matrix(2).toarray().tolist()
+            >>> so.Graph.chain(4, times=[0.0, 1.0, 2.0, 4.0]).matrix(2).toarray().tolist()
             [[1.0, -2.0, 1.0, 0.0], [0.0, 1.0, -1.5, 0.5]]
+            >>> so.Graph.chain(3, ends="graph").matrix(2).toarray().tolist()  # the Laplacian
+            [[1.0, -1.0, 0.0], [-1.0, 2.0, -1.0], [0.0, -1.0, 1.0]]
         """
         free = _are_free(ends)
         if times is not None and not free:
@@ -183,11 +185,9 @@ class Graph:
                 'times need ends="free", whose divided differences take them; with the ends of the graph an edge has a '
                 "weight, which Graph.from_edges takes"
             )
-        if not free:
-            return cls.grid((n,))
         size = whole_number("the number of nodes of a chain", n, 1)
         at = None if times is None else checked_times(times, size)
-        return cls(size, grid_edges((size,)), times=at, free=True)
+        return cls(size, None, shape=(size,), times=at, free=free)
 
     @classmethod
     def from_edges(
@@ -299,13 +299,13 @@ class Graph:
     @functools.cached_property
     def is_chain(self) -> bool:
         """Whether it is a chain whose nodes are numbered along it."""
-        return self.free if self.shape is None else len(self.shape) == 1
+        return self.shape is not None and len(self.shape) == 1
 
     def divided(self, order: int, dtype: Any) -> DividedDifference | AxisDifferences:
         """`Δ^(order)` with free ends as a linear map, of an order of at least 1."""
-        if self.shape is not None:
-            return axis_differences(self.shape, order, self.spacing)
-        return divided_difference(self.times, self.num_nodes, order, dtype)
+        if self.is_chain:
+            return divided_difference(self.times, self.num_nodes, order, dtype)
+        return axis_differences(self.node_shape, order, self.spacing)
 
     def polynomials(self, order: int) -> np.ndarray:
         """Orthonormal columns `[n, count]` that span the signals that a trend filter of free ends does not penalise."""
@@ -415,7 +415,7 @@ class Graph:
         the next.
 
         Example:
-            >>> so.Graph.chain(3).matrix(2).toarray().tolist()  # the Laplacian
+            >>> so.Graph.from_edges([(0, 1), (1, 2)]).matrix(2).toarray().tolist()  # the Laplacian
             [[1.0, -1.0, 0.0], [-1.0, 2.0, -1.0], [0.0, -1.0, 1.0]]
         """
         if self.free and order:
@@ -479,7 +479,7 @@ class Graph:
         """
         matrix = self.matrix(block, from_edges)
         # The formula does not hold for the given order of edges, even if they are those of a grid.
-        formula = self.shape if self.given_edges is None and not self.free else None
+        formula = self.shape if self.given_edges is None and (block == 1 or not self.free) else None
         labels = None if formula is None else grid_groups(formula, block, from_edges)
         labels = colour_rows(matrix) if labels is None else labels
         check_groups(matrix, labels)

@@ -69,8 +69,8 @@ def denoise(
         method: of `trend_filter`.
         tol: relative duality gap; 1e-4 is below one grey level.
         max_steps: step limit.
-        dtype: of the computation; None takes float32, or float64 for integers of 32 bits, with free ends, and where
-            pixels are not known, since rounding of their part of the gap would hide it.
+        dtype: of the computation; None takes float32, or float64 for integers of 32 bits, with free ends from order 1
+            on, and where pixels are not known, since rounding of their part of the gap would hide it.
         devices: as in `trend_filter`; not without a weight.
 
     Raises:
@@ -112,7 +112,7 @@ def denoise(
     if dtype is None:
         whole = mask is None and not (missing == "nan" and np.isnan(colours).any())
         narrow = not whole_numbers or given.dtype.itemsize <= 2
-        dtype = np.float32 if whole and narrow and not grid.free else np.float64
+        dtype = np.float32 if whole and narrow and not (grid.free and order) else np.float64
     options: dict[str, Any] = {"node_weights": mask, "missing": missing, "tol": tol, "max_steps": max_steps}
     options |= {"method": method, "dtype": dtype}
     if weight is None:

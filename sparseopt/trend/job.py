@@ -132,7 +132,7 @@ class Job:
         if self.graph.free and not (smooth or (self.graph.is_chain and isinstance(self.loss, LossOfTwoSlopes))):
             raise ValueError(
                 f"free ends at order {self.order} take smooth losses, and on a chain Absolute and Quantile, "
-                f"given {type(self.loss).__name__}: take Huber, or leave out ends"
+                f'given {type(self.loss).__name__}: take Huber, or ends="graph"'
             )
         positive_number("tol", self.tol)
         fill("max_steps", whole_number("max_steps", self.max_steps, 1, MOST_STEPS))
@@ -296,7 +296,7 @@ def checked_penalty(
     """The penalty, after `require_penalty` and `check_parameters`."""
     require_penalty(penalty, graph, order, bool(channels))
     check_parameters(penalty, kind, rows)
-    if isinstance(penalty, Limited) and graph.shape is not None:  # whose rows are no list
+    if isinstance(penalty, Limited) and graph.shape is not None and not graph.free:  # whose rows are no list
         for name in (*penalty.least, *penalty.above, *penalty.bounds):
             shape = np.shape(getattr(penalty, name))
             if name != "weight" and shape not in ((), channels):

@@ -56,7 +56,10 @@ class Layout:
         """Raise a ValueError for a penalty that cannot act on rows in this layout."""
 
     def transform(self, order: int, dtype: Any) -> Any:
-        """The transform that makes a grid's Laplacian diagonal, with free ends `ΔᵀΔ`; None for other graphs."""
+        """The transform that makes a grid's Laplacian diagonal, with free ends `ΔᵀΔ`; None for other graphs.
+
+        None also for a chain with free ends, whose bands are solved.
+        """
         graph = self.graph
         return None if graph.shape is None else cosine_solve(graph.shape, (1,), dtype, graph.spacing)
 
@@ -185,7 +188,7 @@ class FreeLayout(Layout):
 
     def transform(self, order: int, dtype: Any) -> Any:
         graph = self.graph
-        return None if graph.shape is None else free_solve(graph.shape, (order,), dtype, graph.spacing)
+        return None if graph.is_chain else free_solve(graph.node_shape, (order,), dtype, graph.spacing)
 
     def count(self, order: int) -> int:
         return math.prod(self.difference(order, np.float64).out_shape)
@@ -308,7 +311,7 @@ class LayoutOver(Layout):
 def layout_of(graph: Graph, mesh: Mesh | None = None) -> Layout:
     """The layout of a graph's arrays on one device, or over a mesh; made once per graph."""
     if graph.free and mesh is not None:
-        raise ValueError("several devices take the ends of the graph: leave out devices, or ends")
+        raise ValueError('several devices take the ends of the graph: leave out devices, or take ends="graph"')
     found = graph.tables.get(("layout", mesh))
     if found is None:
         alone = FreeLayout if graph.free else Layout

@@ -125,7 +125,8 @@ def fit_loss(job: Job, best: BestConstants | None = None) -> TrendSolution:
     curvatures = curvatures * data.weights[:, None]
     curvatures = np.maximum(curvatures, LIGHT * curvatures.mean())
     # Cosines need one metric for all nodes, bands one for all channels.
-    even = method.one_metric and (graph.shape is not None or (graph.free and bool(job.channels)))
+    transformed = job.ground.transform is not None
+    even = method.one_metric and (transformed or (graph.free and bool(job.channels)))
     plan = method.plan(dataclasses.replace(job, weighted=not even))
     dual = _null_dual(job.ground, penalty, best.pull, node_loss, laid_out)
     inside = jnp.zeros_like(dual) if np.asarray(_zero_is_inside(node_loss)).all() else dual

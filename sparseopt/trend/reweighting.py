@@ -97,7 +97,7 @@ def reweighted(
             f"{'' if graph.shape is None else f' or {graph.shape}'}; given {y.shape}: fit channels one by one"
         )
     rounds, tol = whole_number("rounds", rounds, 1), positive_number("tol", tol)
-    kind = compute_dtype(y, options.get("dtype"))
+    kind = compute_dtype(y, options.get("dtype"), graph, k)
     check_parameters(penalty, kind)
     matrix, objectives = graph.matrix(k + 1), list[float]()
 

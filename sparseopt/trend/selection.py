@@ -29,7 +29,7 @@ from sparseopt.core.problem.problem import Status
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.losses import node_deviances
 from sparseopt.trend.path import TrendPath, trend_path
-from sparseopt.trend.signal import checked_signal
+from sparseopt.trend.signal import checked_order, checked_signal
 
 CRITERIA = ("gcv", "sure", "aic", "bic")
 # How many standard errors above the least error a rule allows.
@@ -244,7 +244,7 @@ def cross_validate(
     """
     if rule not in (None, *RULES):
         raise ValueError(unknown("rule", rule, tuple(RULES)))
-    signal = checked_signal(y, graph, node_weights, missing, options.get("dtype"))
+    signal = checked_signal(y, graph, checked_order(order), node_weights, missing, options.get("dtype"))
     level, columns = signal.mass, signal.columns
     held = random_folds(graph, level > 0, folds, seed)
     folds = int(folds)

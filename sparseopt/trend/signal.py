@@ -73,10 +73,15 @@ def checked_graph(graph: Any) -> Graph:
     return graph
 
 
-def compute_dtype(y: np.ndarray, dtype: Any) -> np.dtype:
-    """float64 for float64 and integer signals, float32 for shorter floats, or the caller's `dtype`, one of the two."""
+def compute_dtype(y: np.ndarray, dtype: Any, graph: Graph, order: int) -> np.dtype:
+    """float64 for float64 and integer signals and for free ends, else float32; or the caller's `dtype`, one of the two.
+
+    At order 0 free ends are those of the graph.
+    """
     if dtype is None:
-        return np.dtype(np.float64 if y.dtype.kind in "iub" or y.dtype.itemsize >= 8 else np.float32)
+        # In float32 differences of order 3 lose all digits over some hundred nodes.
+        wide = (graph.free and order > 0) or y.dtype.kind in "iub" or y.dtype.itemsize >= 8
+        return np.dtype(np.float64 if wide else np.float32)
     with contextlib.suppress(TypeError):  # of what is no dtype
         if (wanted := np.dtype(dtype)) in (np.float32, np.float64):
             return wanted
@@ -84,18 +89,25 @@ def compute_dtype(y: np.ndarray, dtype: Any) -> np.dtype:
 
 
 def checked_signal(
-    y: Any, graph: Graph, node_weights: Any, missing: str, dtype: Any, copies: int = FIT_COPIES, devices: int = 1
+    y: Any,
+    graph: Graph,
+    order: int,
+    node_weights: Any,
+    missing: str,
+    dtype: Any,
+    copies: int = FIT_COPIES,
+    devices: int = 1,
 ) -> Signal:
     """The signal from the arguments of `trend_filter`; a TypeError or ValueError on what does not fit.
 
-    `copies` is the least number of arrays like the signal that the work takes, on so many `devices`.
+    The order is a checked one. `copies` is the least number of arrays like the signal that the work takes, on so many
+    `devices`.
     """
     graph = checked_graph(graph)
     if isinstance(y, jax.core.Tracer):
         raise TypeError(f"trend_filter checks a signal's values, {UNKNOWN}")
     y = real_array("a signal", y)
-    # In float32 differences of order 3 lose all digits over some hundred nodes.
-    kind = compute_dtype(y, np.float64 if dtype is None and graph.free else dtype)
+    kind = compute_dtype(y, dtype, graph, order)
     nodes = next((shape for shape in graph.array_shapes if y.shape[: len(shape)] == shape), ())
     flat = y.reshape(graph.num_nodes, *y.shape[len(nodes) :]) if nodes else y
     if not nodes or flat.ndim > 2 or flat.size == 0:
@@ -217,7 +229,8 @@ def graph_at(graph: Graph, order: int, signal: Signal | None = None) -> Graph:
     if longest < order + 2:
         raise ValueError(
             f"order {order} with free ends needs at least {order + 2} nodes{along}, given {longest}: with fewer, every "
-            "signal is a polynomial of that degree, and the fit is the signal itself"
+            "signal is a polynomial of that degree, and the fit is the signal itself; lower the order, or take "
+            'ends="graph"'
         )
     if longest > LONGEST_FREE_AXIS and not graph.is_chain:
         raise ValueError(
@@ -236,6 +249,7 @@ def graph_at(graph: Graph, order: int, signal: Signal | None = None) -> Graph:
             f"order {order} with free ends needs at least {count} observed nodes, given "
             f"{np.count_nonzero(seen)}, and they must determine a polynomial of that degree"
             f"{'' if graph.is_chain else ' in each axis'}"
+            ': lower the order, or take ends="graph"'
         )
     return graph
 
@@ -283,8 +297,8 @@ def noise_level(y: Any, graph: Graph, order: int = 0, node_weights: Any = None, 
         >>> bool(abs(so.trend.noise_level(y, so.Graph.chain(1000)) - 2.0) < 0.2)
         True
     """
-    signal = checked_signal(y, graph, node_weights, missing, np.float64, PLAIN_COPIES)
     order = checked_order(order)
+    signal = checked_signal(y, graph, order, node_weights, missing, np.float64, PLAIN_COPIES)
     return signal_noise(signal, graph_at(graph, order), order)
 
 

@@ -153,7 +153,7 @@ def trend_solver(
         Array(0.333, dtype=float32, weak_type=True)
     """
     graph, order, given = checked_graph(graph), checked_order(order), checked_method(method)
-    kind = np.dtype(jnp.result_type(float)) if dtype is None else compute_dtype(np.zeros(1), dtype)
+    kind = np.dtype(jnp.result_type(float)) if dtype is None else compute_dtype(np.zeros(1), dtype, graph, order)
     if kind == np.float64 and not wide_types():
         raise ValueError(
             'a solver in float64 needs 64-bit types: jax.config.update("jax_enable_x64", True) at the start of the '

@@ -26,7 +26,7 @@ from sparseopt.trend.ground import on_rows
 from sparseopt.trend.job import MOST_STEPS, check_parameters, require_penalty
 from sparseopt.trend.layout import layout_of
 from sparseopt.trend.methods import AUTO
-from sparseopt.trend.signal import checked_graph, checked_order
+from sparseopt.trend.signal import checked_graph, checked_order, graph_at
 from sparseopt.trend.solver import TrendSolver, trend_solver
 
 # The error of a prox is at most this fraction of the last change of the prox, so that it vanishes as a solve converges;
@@ -127,7 +127,8 @@ class TotalVariation:
         solver: TrendSolver | None = None,
     ) -> None:
         if solver is None:
-            graph, order = checked_graph(graph), checked_order(order)
+            order = checked_order(order)
+            graph = graph_at(checked_graph(graph), order)
             penalty = _penalty(weight, axis)
             require_penalty(penalty, graph, order, channels is not None)
             if not isinstance(weight, jax.core.Tracer):

@@ -35,7 +35,7 @@ def dense(penalty, kind):
 
 def on_chain(method, order, kind):
     """Problem, solver and start of a trend filter on a chain, as the core takes them."""
-    graph, y = so.Graph.chain(N), np.random.default_rng(4).standard_normal(N).astype(kind)
+    graph, y = so.Graph.chain(N, ends="graph"), np.random.default_rng(4).standard_normal(N).astype(kind)
     penalty = so.L1(kind(0.3))
     ready = METHODS[method].plan(Job(layout_of(graph), {order: penalty}, np.dtype(kind)))
     penalty = ready.taken(penalty)

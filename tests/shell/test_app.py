@@ -298,7 +298,8 @@ def test_trend_fits_a_signal_from_files(tmp_path, command):
     np.testing.assert_array_equal(nodes, np.arange(30))
     np.testing.assert_allclose(values, expected, atol=0.02)
     np.testing.assert_array_equal(pieces, np.cumsum(np.diff(values, prepend=values[0]) != 0))
-    assert json.loads((tmp_path / "fit-summary.json").read_text())["pieces"] == pieces[-1] + 1
+    summary = json.loads((tmp_path / "fit-summary.json").read_text())
+    assert (summary["pieces"], summary["ends"]) == (pieces[-1] + 1, "graph")
     status, out, _ = command(*arguments, "--output", tmp_path / "mcp.npz", "--penalty", "mcp")
     assert status == 0
     assert "no certificate" in out
@@ -312,17 +313,18 @@ def test_trend_fits_a_series_with_free_ends(tmp_path, command):
     np.savetxt(tmp_path / "t.csv", times)
     np.savetxt(tmp_path / "y.csv", 3 + 2 * times)
     series = ["trend", "--signal", tmp_path / "y.csv", "--weight", 5.0, "--order", 1, "--times", tmp_path / "t.csv"]
-    status, _, err = command(*series, "--ends", "free", "--output", tmp_path / "fit.csv")
+    status, _, err = command(*series, "--output", tmp_path / "fit.csv")
     assert status == 0, err
     fit = np.loadtxt(tmp_path / "fit.csv", delimiter=",", skiprows=1)
     np.testing.assert_allclose(fit, np.stack([np.arange(30), 3 + 2 * times], axis=1), rtol=1e-12)
-    status, _, err = command(*series, "--output", tmp_path / "x.csv")
+    assert json.loads((tmp_path / "fit-summary.json").read_text())["ends"] == "free"
+    status, _, err = command(*series, "--ends", "graph", "--output", tmp_path / "x.csv")
     assert status == 2
     assert 'times need ends="free"' in err
     status, _, err = command(*series, "--graph", tmp_path / "e.csv", "--output", tmp_path / "x.csv")
     assert status == 2
     assert "--times and --ends belong to a series" in err
-    status, _, err = command(*series, "--ends", "free", "--merge", "--output", tmp_path / "x.csv")
+    status, _, err = command(*series, "--merge", "--output", tmp_path / "x.csv")
     assert status == 2
     assert "--merge belongs to the edges" in err
 
@@ -333,7 +335,7 @@ def test_a_column_of_times_is_no_channel(tmp_path, command):
     series = ["trend", "--signal", tmp_path / "y.csv", "--weight", 5.0, "--order", 1]
     for heading, kept in (("Time,up,down", [1, 2]), ("time,up", [1])):
         np.savetxt(tmp_path / "y.csv", table[:, [0, *kept]], delimiter=",", header=heading, comments="")
-        status, out, err = command(*series, "--ends", "free", "--output", tmp_path / "fit.csv", "--force")
+        status, out, err = command(*series, "--output", tmp_path / "fit.csv", "--force")
         assert status == 0, err
         fit = np.loadtxt(tmp_path / "fit.csv", delimiter=",", skiprows=1)
         np.testing.assert_allclose(fit[:, 1:], table[:, [0, *kept]], rtol=1e-12)
@@ -342,7 +344,7 @@ def test_a_column_of_times_is_no_channel(tmp_path, command):
         assert json.loads((tmp_path / "fit-summary.json").read_text())["channels"] == heading.split(",")[1:]
     np.savetxt(tmp_path / "t.csv", times)
     for options, text in (
-        ([], "times of the column 'time' are uneven: give --ends free"),
+        (["--ends", "graph"], "times of the column 'time' are uneven: leave out --ends graph"),
         (["--times", tmp_path / "t.csv"], "has its times in the column 'time': leave out --times"),
     ):
         status, _, err = command(*series, *options, "--output", tmp_path / "x.csv")

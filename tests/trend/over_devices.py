@@ -40,7 +40,7 @@ def uneven_graph():
     return so.Graph.from_edges(edges, 60, rng.uniform(0.5, 2.0, len(edges)))
 
 
-GRID, CHAIN, UNEVEN = so.Graph.grid((37, 23)), so.Graph.chain(50), uneven_graph()
+GRID, CHAIN, UNEVEN = so.Graph.grid((37, 23)), so.Graph.chain(50, ends="graph"), uneven_graph()
 CUBE, SPACED = so.Graph.grid((4, 5, 11)), so.Graph.grid((4, 5, 11), (1, 2, 0.5))
 
 

@@ -22,7 +22,7 @@ def two_parts(rng):
 
 
 GRAPHS = {
-    "chain": lambda rng: so.Graph.chain(15),
+    "chain": lambda rng: so.Graph.chain(15, ends="graph"),
     "grid": lambda rng: so.Graph.grid((4, 5)),
     "cube": lambda rng: so.Graph.grid((3, 2, 3)),
     "random": lambda rng: random_graph(rng),

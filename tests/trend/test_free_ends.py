@@ -57,7 +57,7 @@ def noisy(n=N, channels=()):
 @pytest.mark.parametrize("key", [1, np.int64(1), 1.0])
 def test_a_penalty_has_the_ends_of_the_graph_whatever_the_type_of_its_key(key):
     line = np.linspace(0, 10, N)
-    fit = so.trend_filter(line, so.Graph.chain(N, ends="free"), {key: so.L1(50.0)})
+    fit = so.trend_filter(line, so.Graph.chain(N), {key: so.L1(50.0)})
     np.testing.assert_array_equal(fit.value, line)
 
 
@@ -67,7 +67,7 @@ def test_nearly_equal_times_are_an_error_that_names_them(dtype, apart, order):
     """As equal times are; solves with their differences lose all digits."""
     times = np.arange(float(N))
     times[10] = times[9] + apart
-    graph = so.Graph.chain(N, times=times, ends="free")
+    graph = so.Graph.chain(N, times=times)
     text = rf"the times of the nodes 9 and 10 are {apart:.3g} apart, .*order {order + 1} in {np.dtype(dtype)}: take one"
     for fit in (
         lambda: so.trend_filter(noisy(), graph, so.L1(1.0), order, dtype=dtype),
@@ -78,14 +78,14 @@ def test_nearly_equal_times_are_an_error_that_names_them(dtype, apart, order):
     # Steps that change from node to node are none, however large the range, nor are times that are less near.
     times[10] = times[9] + 1e-3
     for taken in (times, np.geomspace(1e-3, 1e3, N)):
-        so.Graph.chain(N, times=taken, ends="free").divided(order + 1, dtype)
+        so.Graph.chain(N, times=taken).divided(order + 1, dtype)
 
 
 @pytest.mark.parametrize("kind", ["even", "uneven"])
 @pytest.mark.parametrize("order", [0, 1, 2, 3])
 def test_the_operator_is_that_of_genlasso(kind, order):
     times = times_of(kind)
-    graph = so.Graph.chain(N, times=times, ends="free")
+    graph = so.Graph.chain(N, times=times)
     wanted = (-1) ** (order + 1) * genlasso_matrix(times, N, order + 1)
     np.testing.assert_allclose(graph.matrix(order + 1).toarray(), wanted, rtol=1e-12, atol=1e-13)
     x, e = np.random.default_rng(0).standard_normal((2, N, 3))
@@ -106,7 +106,7 @@ CASES += [("uneven", "doge", 1), ("uneven", "admm", 2)]
 def test_fits_and_knots_agree_with_a_conic_solver(kind, method, order):
     times, y = times_of(kind), noisy()
     matrix = genlasso_matrix(times, N, order + 1)
-    found = so.trend_filter(y, so.Graph.chain(N, times, "free"), so.L1(2.0), order, method, tol=1e-13, max_steps=50_000)
+    found = so.trend_filter(y, so.Graph.chain(N, times), so.L1(2.0), order, method, tol=1e-13, max_steps=50_000)
     wanted = conic_fit(y, matrix, 2.0)
     assert found.gap <= 1e-11
     np.testing.assert_allclose(found.value, wanted, atol=1e-6)
@@ -121,7 +121,7 @@ def test_fits_and_knots_agree_with_a_conic_solver(kind, method, order):
 def test_polynomials_come_back_unchanged(kind, order, weight):
     times = times_of(kind)
     at = np.arange(N) if times is None else times
-    graph = so.Graph.chain(N, times=times, ends="free")
+    graph = so.Graph.chain(N, times=times)
     y = 1e3 + 7 * at - (0.3 * at**2 if order == 2 else 0)
     for penalty in (so.L1(weight), so.MCP(weight), so.L0(weight)):
         found = so.trend_filter(y, graph, penalty, order).check()
@@ -134,7 +134,7 @@ def test_polynomials_come_back_unchanged(kind, order, weight):
 
 @pytest.mark.parametrize("order", often([1, 2], 1))
 def test_a_solver_keeps_polynomials_and_its_derivative_does(order):
-    graph = so.Graph.chain(N, times=times_of("uneven"), ends="free")
+    graph = so.Graph.chain(N, times=times_of("uneven"))
     line = (times_of("uneven") - 100) / 10
     with jax.enable_x64(True):
         solver = so.trend_solver(graph, order)
@@ -155,15 +155,54 @@ def test_a_solver_keeps_polynomials_and_its_derivative_does(order):
 
 def test_the_ends_of_the_graph_move_a_line():
     line = np.linspace(0, 10, 50)
-    assert np.abs(so.trend_filter(line, so.Graph.chain(50), so.L1(5.0), 1, "interior").value - line).max() > 0.02
+    graph = so.Graph.chain(50, ends="graph")
+    assert np.abs(so.trend_filter(line, graph, so.L1(5.0), 1, "interior").value - line).max() > 0.02
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_chain_has_free_ends_by_default(dtype):
+    chain, y = so.Graph.chain(N), noisy().astype(dtype)
+    found = so.trend_filter(y, chain, so.L1(2.0), 1, tol=1e-12)
+    np.testing.assert_allclose(found.value, conic_fit(y, genlasso_matrix(None, N, 2), 2.0), atol=1e-6)
+    line = np.linspace(0, 10, N, dtype=dtype)
+    kept = so.trend_filter(line, chain, so.L1(5.0), 1)
+    np.testing.assert_array_equal(kept.value, line)
+    assert found.value.dtype == kept.value.dtype == np.float64
+    assert "graph=Graph.chain(30), order=1" in repr(kept)
+    moved = so.trend_filter(line, so.Graph.chain(N, ends="graph"), so.L1(5.0), 1)
+    assert "graph=Graph.chain(30, ends='graph'), order=1" in repr(moved)
+
+
+AT_ORDER_0 = {
+    "L1": (so.L1(1.0), {}),
+    "a set, which zeros cost something": (so.Box(1.0, 2.0), {"loss": "huber"}),
+    "counts": (so.L1(1.0), {"loss": "poisson"}),
+    "groups": (so.L1(1.0), {"method": "doge_groups"}),
+    "several": ({-1: so.L1(0.1), 0: so.L1(1.0)}, {}),
+}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("case", AT_ORDER_0)
+def test_at_order_0_a_chain_is_that_with_the_ends_of_the_graph(case, dtype):
+    penalty, options = AT_ORDER_0[case]
+    y = np.round(np.abs(noisy())).astype(dtype)
+    free, plain = (so.trend_filter(y, so.Graph.chain(N, ends=ends), penalty, **options) for ends in ("free", "graph"))
+    assert free.value.dtype == plain.value.dtype == dtype
+    np.testing.assert_array_equal(free.value, plain.value)
+    assert int(free.steps) == int(plain.steps)
+    prox = so.TotalVariation(so.Graph.chain(N), 0.5).prox(jnp.asarray(y), 1.0)
+    np.testing.assert_array_equal(prox, so.TotalVariation(so.Graph.chain(N, ends="graph"), 0.5).prox(jnp.asarray(y), 1))
 
 
 def test_at_order_0_the_ends_make_no_difference():
-    y, graph = noisy(), so.Graph.chain(N, times=times_of("uneven"), ends="free")
-    plain = so.Graph.chain(N)
+    y, graph = noisy(), so.Graph.chain(N, times=times_of("uneven"))
+    plain = so.Graph.chain(N, ends="graph")
     np.testing.assert_array_equal(
         so.trend_filter(y, graph, so.L1(1.0)).value, so.trend_filter(y, plain, so.L1(1.0)).value
     )
+    assert so.trend.degrees_of_freedom(np.diff(y) > 0, graph) == so.trend.degrees_of_freedom(np.diff(y) > 0, plain)
+    np.testing.assert_array_equal(graph.groups(1), plain.groups(1))
     assert chosen_method(y, graph, so.L1(1.0)) == chosen_method(y, plain, so.L1(1.0)) == "fast_admm"
     assert so.trend.largest_weight(y, graph) == so.trend.largest_weight(y, plain)
     assert so.trend.noise_level(y, graph) == so.trend.noise_level(y, plain)
@@ -172,7 +211,7 @@ def test_at_order_0_the_ends_make_no_difference():
 @pytest.mark.parametrize("order", [1, 2])
 def test_weights_and_missing_nodes_agree_with_a_conic_solver(order):
     y, rng = noisy(), np.random.default_rng(3)
-    graph = so.Graph.chain(N, times=times_of("uneven"), ends="free")
+    graph = so.Graph.chain(N, times=times_of("uneven"))
     weights = rng.uniform(0.5, 2, N) * (rng.random(N) > 0.3)
     weights[-2:] = 0
     found = so.trend_filter(y, graph, so.L1(1.0), order, "interior", tol=1e-12, node_weights=weights)
@@ -182,7 +221,7 @@ def test_weights_and_missing_nodes_agree_with_a_conic_solver(order):
 
 
 def test_several_orders_agree_with_a_conic_solver():
-    y, graph = noisy(), so.Graph.chain(N, times=times_of("uneven"), ends="free")
+    y, graph = noisy(), so.Graph.chain(N, times=times_of("uneven"))
     found = so.trend_filter(y, graph, {0: so.L1(0.3), 1: so.L1(1.0)}, tol=1e-12, max_steps=100_000)
     stacked = np.concatenate([0.3 * genlasso_matrix(graph.times, N, 1), genlasso_matrix(graph.times, N, 2)])
     np.testing.assert_allclose(found.value, conic_fit(y, stacked, 1.0), atol=1e-5)
@@ -191,7 +230,7 @@ def test_several_orders_agree_with_a_conic_solver():
 @pytest.mark.parametrize("order", [1, 2])
 def test_the_largest_weight_leaves_the_polynomial(order):
     y, times = noisy(), times_of("uneven")
-    graph = so.Graph.chain(N, times=times, ends="free")
+    graph = so.Graph.chain(N, times=times)
     weight = so.trend.largest_weight(y, graph, order)
     fit = np.polynomial.Polynomial.fit(times, y, order)(times)
     dual = np.linalg.lstsq(genlasso_matrix(times, N, order + 1).T, y - fit)[0]
@@ -204,7 +243,7 @@ def test_the_largest_weight_leaves_the_polynomial(order):
 
 @pytest.mark.parametrize(("method", "order"), [("interior", 1), ("interior", 2), ("auto", 2)])
 def test_a_path_counts_the_knots_and_the_polynomial(order, method):
-    y, graph = noisy(), so.Graph.chain(N, times=times_of("uneven"), ends="free")
+    y, graph = noisy(), so.Graph.chain(N, times=times_of("uneven"))
     path = so.trend.trend_path(y, graph, order=order, num=5, ratio=1e-2, tol=1e-8, method=method).check()
     matrix = graph.matrix(order + 1).toarray()
     knots = [np.sum(np.abs(matrix @ conic_fit(y, matrix, weight)) > 1e-5) for weight in path.weights]
@@ -213,7 +252,7 @@ def test_a_path_counts_the_knots_and_the_polynomial(order, method):
 
 
 def test_degrees_of_freedom_are_a_dimension():
-    graph = so.Graph.chain(12, times=times_of("uneven", 12), ends="free")
+    graph = so.Graph.chain(12, times=times_of("uneven", 12))
     for order in (1, 2):
         matrix = graph.matrix(order + 1).toarray()
         nonzero = np.random.default_rng(order).random(len(matrix)) < 0.3
@@ -225,15 +264,15 @@ def test_cross_validation_finds_a_bend():
     times = times_of("uneven")
     clean = np.abs(times - times[12])
     y = clean + 0.5 * np.random.default_rng(0).standard_normal(N)
-    chosen = so.trend.cross_validate(y, so.Graph.chain(N, times=times, ends="free"), order=1, num=6, folds=3)
+    chosen = so.trend.cross_validate(y, so.Graph.chain(N, times=times), order=1, num=6, folds=3)
     assert np.mean((chosen.value - clean) ** 2) < 0.3 * 0.25
-    assert so.trend.noise_level(y, so.Graph.chain(N, times=times, ends="free"), 1) == pytest.approx(0.5, rel=0.4)
+    assert so.trend.noise_level(y, so.Graph.chain(N, times=times), 1) == pytest.approx(0.5, rel=0.4)
 
 
 @pytest.mark.parametrize("method", ["interior", "doge", "fast_admm"])
 def test_the_unit_of_time_makes_no_difference(method):
     y, times = noisy(), times_of("uneven")
-    days, seconds = (so.Graph.chain(N, times=unit * times, ends="free") for unit in (1.0, 86400.0))
+    days, seconds = (so.Graph.chain(N, times=unit * times) for unit in (1.0, 86400.0))
     found = so.trend_filter(y, days, so.L1(1.0), 1, method)
     other = so.trend_filter(y, seconds, so.L1(86400.0), 1, method)
     np.testing.assert_allclose(other.value, found.value, atol=1e-3)
@@ -241,7 +280,7 @@ def test_the_unit_of_time_makes_no_difference(method):
 
 
 def test_channels_are_fitted_one_by_one():
-    y, graph = noisy(channels=(2,)), so.Graph.chain(N, ends="free")
+    y, graph = noisy(channels=(2,)), so.Graph.chain(N)
     both = so.trend_filter(y, graph, so.L1(1.0), 1, tol=1e-10).check()
     for channel in range(2):
         single = so.trend_filter(y[:, channel], graph, so.L1(1.0), 1, tol=1e-10).check()
@@ -249,19 +288,22 @@ def test_channels_are_fitted_one_by_one():
 
 
 def test_the_graph_stays_itself():
-    graph = so.Graph.chain(4, times=[0, 1, 3, 4], ends="free")
-    assert repr(graph) == "Graph.chain(4, times, ends='free')"
+    graph = so.Graph.chain(4, times=[0, 1, 3, 4])
+    assert repr(graph) == "Graph.chain(4, times)"
+    assert repr(so.Graph.chain(5)) == repr(so.Graph.grid((5,), ends="free")) == "Graph.chain(5)"
+    assert repr(so.Graph.chain(5, ends="graph")) == repr(so.Graph.grid((5,))) == "Graph.chain(5, ends='graph')"
+    assert graph.shape == (4,)
     assert graph.renumbered()[0] is graph
     assert graph.edges.tolist() == so.Graph.chain(4).edges.tolist()
 
 
 BAD_CHAINS = {
-    "as many times, \\[3\\], given the shape \\(2,\\)": {"times": [0.0, 1.0], "ends": "free"},
-    "times are finite, given nan at node 1": {"times": [0.0, np.nan, 2.0], "ends": "free"},
-    "increase from node to node, given 2 and then 2 at node 2": {"times": [0.0, 2.0, 2.0], "ends": "free"},
+    "as many times, \\[3\\], given the shape \\(2,\\)": {"times": [0.0, 1.0]},
+    "times are finite, given nan at node 1": {"times": [0.0, np.nan, 2.0]},
+    "increase from node to node, given 2 and then 2 at node 2": {"times": [0.0, 2.0, 2.0]},
     "unknown ends 'fre'; known are graph, free; did you mean 'free'": {"ends": "fre"},
-    'times need ends="free"': {"times": [0.0, 1.0, 2.0]},
-    "times must hold real numbers": {"times": ["a", "b", "c"], "ends": "free"},
+    'times need ends="free"': {"times": [0.0, 1.0, 2.0], "ends": "graph"},
+    "times must hold real numbers": {"times": ["a", "b", "c"]},
 }
 
 
@@ -288,18 +330,18 @@ BAD_FITS = {
 @pytest.mark.parametrize("message", BAD_FITS)
 def test_what_free_ends_do_not_take_is_refused(message):
     options = {"order": 1} | BAD_FITS[message]
-    with pytest.raises(ValueError, match=message):
-        so.trend_filter(np.array([0.0, 2.0, 1.0, 3.0]), so.Graph.chain(4, ends="free"), so.L1(1.0), **options)
+    with pytest.raises(ValueError, match=f'{message}.*take .*ends="graph"'):
+        so.trend_filter(np.array([0.0, 2.0, 1.0, 3.0]), so.Graph.chain(4), so.L1(1.0), **options)
 
 
 def test_several_devices_are_refused():
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("devices",))
-    with pytest.raises(ValueError, match="several devices take the ends of the graph"):
-        layout_of(so.Graph.chain(4, ends="free"), mesh)
+    with pytest.raises(ValueError, match=r'several devices take .* or take ends="graph"'):
+        layout_of(so.Graph.chain(4), mesh)
 
 
 def test_times_beyond_the_precision_are_refused():
-    graph = so.Graph.chain(4, times=1e-30 * np.arange(4), ends="free")
+    graph = so.Graph.chain(4, times=1e-30 * np.arange(4))
     with pytest.raises(ValueError, match="squares are beyond float32: divide the times by a typical step"):
         so.trend_filter(np.array([0.0, 2.0, 1.0, 3.0]), graph, so.L1(1.0), 1, dtype=np.float32)
 
@@ -308,7 +350,7 @@ def test_times_beyond_the_precision_are_refused():
 def test_strong_smoothing_of_a_long_series_takes_few_steps():
     times = np.cumsum(np.random.default_rng(0).uniform(0.2, 2.0, 3000))
     y = np.sin(times / 200) + np.random.default_rng(1).standard_normal(3000)
-    graph = so.Graph.chain(3000, times=times, ends="free")
+    graph = so.Graph.chain(3000, times=times)
     found = so.trend_filter(y, graph, so.L1(1e-2 * so.trend.largest_weight(y, graph, 2)), 2).check()
     assert found.steps < 1000
     assert 0 < len(found.knots()) < 30
@@ -337,7 +379,7 @@ FORMS = {"poisson": conic.poisson, "logistic": conic.logistic, "huber": conic.hu
 )
 def test_other_losses_leave_polynomials_free_and_reach_the_optimum(loss, kind, order, method):
     times, y, weight = times_of(kind), OBSERVED[loss], 1.5
-    graph, seen = so.Graph.chain(N, times=times, ends="free"), np.ones(N)
+    graph, seen = so.Graph.chain(N, times=times), np.ones(N)
     seen[7:9] = 0
     program = conic.Conic(N)
     FORMS[loss](program, sparse.eye_array(N).tocsr()[seen > 0], y[seen > 0], np.ones(N - 2))
@@ -357,7 +399,7 @@ def test_other_losses_leave_polynomials_free_and_reach_the_optimum(loss, kind, o
 
 @pytest.mark.thorough
 def test_a_path_of_counts_with_free_ends_begins_at_the_polynomial():
-    graph = so.Graph.chain(N, ends="free")
+    graph = so.Graph.chain(N)
     path = so.trend.trend_path(OBSERVED["poisson"], graph, order=1, num=4, ratio=0.05, loss="poisson").check()
     assert path.degrees_of_freedom[0] == 2
     assert np.abs(np.diff(path.values[0], 2)).max() < 1e-6
@@ -368,7 +410,7 @@ def test_a_path_of_counts_with_free_ends_begins_at_the_polynomial():
 def test_labels_that_a_line_parts_have_no_fit():
     labels = (np.arange(N) > 11).astype(float)
     with pytest.raises(ValueError, match="no fit exists at order 1: Logistic falls without end along a polynomial"):
-        so.trend_filter(labels, so.Graph.chain(N, ends="free"), so.L1(1.0), 1, loss="logistic")
+        so.trend_filter(labels, so.Graph.chain(N), so.L1(1.0), 1, loss="logistic")
 
 
 SEEN = (~np.isin(np.arange(N), (7, 8))).astype(float)
@@ -389,7 +431,7 @@ def linear_optimum(y, matrix, weight, slopes):
 @pytest.mark.parametrize(("loss", "slopes", "order"), KINKED)
 def test_losses_with_kinks_reach_the_optimum_and_leave_the_polynomial_below_the_largest_weight(loss, slopes, order):
     times, y = times_of("uneven"), noisy() + 20 * (np.arange(N) % 9 == 4)
-    graph = so.Graph.chain(N, times=times, ends="free")
+    graph = so.Graph.chain(N, times=times)
     matrix, largest = graph.matrix(order + 1), so.trend.largest_weight(y, graph, order, SEEN, loss=loss)
 
     def fit(weight, **options):
@@ -411,7 +453,7 @@ def test_losses_with_kinks_reach_the_optimum_and_leave_the_polynomial_below_the_
 
 def test_outliers_do_not_move_a_line_that_other_observations_meet():
     times, y = times_of("uneven"), 1e3 + 7 * times_of("uneven")
-    graph, line = so.Graph.chain(N, times=times, ends="free"), y.copy()
+    graph, line = so.Graph.chain(N, times=times), y.copy()
     y[[4, 13, 22]] += (50, 4e3, -80)
     matrix, largest = graph.matrix(2), so.trend.largest_weight(y, graph, 1, SEEN, loss="absolute")
     # Many subgradients prove the line; the one that needs the least weight counts.
@@ -434,7 +476,7 @@ def test_a_median_with_free_ends_is_chosen_by_cross_validation_whatever_the_outl
     times = times_of("uneven")
     clean, rng = np.abs(times - times[12]), np.random.default_rng(0)
     y = clean + 0.3 * rng.standard_normal(N) + 1e3 * (np.arange(N) % 9 == 4)
-    graph = so.Graph.chain(N, times=times, ends="free")
+    graph = so.Graph.chain(N, times=times)
     path = so.trend.trend_path(y, graph, order=1, num=4, node_weights=SEEN, loss="absolute").check()
     assert path.degrees_of_freedom[0] == 2
     assert np.all(np.diff(path.degrees_of_freedom) >= 0)
@@ -443,7 +485,7 @@ def test_a_median_with_free_ends_is_chosen_by_cross_validation_whatever_the_outl
 
 
 def test_channels_of_medians_are_fitted_one_by_one():
-    y, graph = noisy(channels=(2,)), so.Graph.chain(N, times=times_of("uneven"), ends="free")
+    y, graph = noisy(channels=(2,)), so.Graph.chain(N, times=times_of("uneven"))
     both = so.trend_filter(y, graph, so.L1(1.0), 1, tol=1e-7, node_weights=SEEN, loss="absolute").check()
     least = sum(linear_optimum(column, graph.matrix(2), 1.0, (-1, 1)) for column in y.T)
     assert float(both.objective) == pytest.approx(least, rel=1e-6)
@@ -453,8 +495,7 @@ def test_a_gap_is_never_negative_where_the_line_leaves_the_range_of_the_data():
     """Ten observations of a slope, and 290 nodes beyond: the fit of the ten, continued, is the answer."""
     y = np.full(300, np.nan)
     y[:10] = np.arange(10) + 0.5 * np.random.default_rng(0).standard_normal(10)
-    ends = {"ends": "free"}
-    optimum = so.trend_filter(y[:10], so.Graph.chain(10, **ends), so.L1(0.3), 1, tol=1e-9).objective
+    optimum = so.trend_filter(y[:10], so.Graph.chain(10), so.L1(0.3), 1, tol=1e-9).objective
     for tol in (1e-2, 1e-4):
-        found = so.trend_filter(y, so.Graph.chain(300, **ends), so.L1(0.3), 1, tol=tol, missing="nan")
+        found = so.trend_filter(y, so.Graph.chain(300), so.L1(0.3), 1, tol=tol, missing="nan")
         assert float(found.gap) >= max(float(found.objective / optimum) - 1, 0) - 1e-8

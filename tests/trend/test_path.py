@@ -69,7 +69,7 @@ def test_small_largest_weights_by_hand():
     triangle = so.Graph.from_edges([(0, 1), (1, 2), (0, 2)])
     assert largest_weight(np.array([0.0, 0.0, 3.0]), triangle) == pytest.approx(1)
     # Two nodes at order 1: L u = (-1, 1) has u = (-1/2, 1/2) plus a constant.
-    assert largest_weight(np.array([0.0, 2.0]), so.Graph.chain(2), 1) == pytest.approx(0.5)
+    assert largest_weight(np.array([0.0, 2.0]), so.Graph.chain(2, ends="graph"), 1) == pytest.approx(0.5)
     # A row of D is sqrt(w) times the difference: weight 4 halves the flow.
     heavy = so.Graph.from_edges([(0, 1)], weights=[4.0])
     assert largest_weight(np.array([0.0, 2.0]), heavy) == pytest.approx(0.5)
@@ -96,7 +96,7 @@ def test_a_long_thin_graph_has_its_largest_weight(rng):
     y = np.empty(n)
     y[place] = np.repeat([0.0, 1.0], n // 2)
     assert largest_weight(y, graph) == pytest.approx(n / 4, rel=1e-6)
-    chain = so.Graph.chain(n)
+    chain = so.Graph.chain(n, ends="graph")
     assert largest_weight(y, graph, 1) == pytest.approx(largest_weight(y[place], chain, 1), rel=1e-6)
 
 

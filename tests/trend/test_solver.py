@@ -25,7 +25,7 @@ from tests.trend.problems import random_graph
 DOUBLE = np.dtype(np.float64)
 N = 24
 GRAPHS = {
-    "chain": so.Graph.chain(N),
+    "chain": so.Graph.chain(N, ends="graph"),
     "grid": so.Graph.grid((4, 6)),
     "graph": random_graph(np.random.default_rng(5), n=N, extra=6),
 }

@@ -49,7 +49,7 @@ def picture(rng, kind=np.float64, size=16):
 
 CASES = {
     "chain": (lambda rng: so.Graph.chain(15), 0, None),
-    "chain, order 1": (lambda rng: so.Graph.chain(15), 1, None),
+    "chain, order 1": (lambda rng: so.Graph.chain(15, ends="graph"), 1, None),
     "grid, channels": (lambda rng: GRID, 0, 2),
     "weighted edges, order 1": (lambda rng: random_graph(rng, weighted=True), 1, None),
 }

@@ -109,7 +109,7 @@ def test_a_large_weight_gives_component_means_exactly(rng, order, method):
 def test_a_line_stays_a_line_between_its_ends():
     # At order 1 the end rows of DᵀD are first differences: they flatten the ends of a chain, and nothing else.
     n = 60
-    found = so.trend_filter(3.0 * np.arange(n), so.Graph.chain(n), so.L1(1e-2), 1, tol=1e-12)
+    found = so.trend_filter(3.0 * np.arange(n), so.Graph.chain(n, ends="graph"), so.L1(1e-2), 1, tol=1e-12)
     bends = np.abs(np.diff(found.value, 2))
     assert np.count_nonzero(bends > 1e-5) <= 4
     np.testing.assert_allclose(found.value, 3.0 * np.arange(n), atol=0.1)

@@ -67,9 +67,9 @@ def fast_admm_pays(job: Job) -> bool:
 
 
 def admm_pays(job: Job) -> bool:
-    """Where the x-step is exact and smoothing is strong; for other losses on all grids and with free ends."""
+    """Where the x-step is exact and smoothing is strong; for other losses on all grids and chains."""
     if not job.square:
-        return job.graph.shape is not None or job.graph.free
+        return job.graph.shape is not None
     return has_exact_step(job) and (job.order >= 1 if job.several else is_strong(job))
 
 

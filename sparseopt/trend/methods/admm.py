@@ -29,7 +29,7 @@ class Admm(Settings, Method):
     one_metric = True
 
     def plan(self, job: Job) -> Plan:
-        even = job.graph.shape is not None and not job.weighted
+        even = job.ground.transform is not None and not job.weighted
         key = (self.name, tuple(job.terms), even, job.dtype.name, bool(job.channels))
 
         def build() -> Plan:
@@ -55,12 +55,12 @@ def in_unit(split: Split, job: Job) -> Split:
 def node_solve(job: Job, orders: tuple[int, ...], columns: np.ndarray, even: bool) -> Any:
     """The x-step for inner differences of these orders, with C a number, or one per column of a single difference.
 
-    With free ends C is a number. `even` says that the graph is a grid whose nodes have one weight.
+    With free ends C is a number. `even` says that the nodes have one weight, on a graph with a transform.
     """
     graph, kind = job.graph, job.dtype
-    if graph.free and graph.shape is not None:
+    if graph.free and not graph.is_chain:
         single = orders == (job.order + 1,)
-        transform = job.ground.transform if single else free_solve(graph.shape, orders, kind, graph.spacing)
+        transform = job.ground.transform if single else free_solve(graph.node_shape, orders, kind, graph.spacing)
         return transform if even else ConjugateGradient(None, jnp.asarray(1e-2, kind), transform)
     if even:
         return dataclasses.replace(job.ground.transform, powers=orders)

@@ -77,7 +77,10 @@ def refuses_block(block: int | None, job: Job) -> str | None:
     if job.several:
         return f"several penalties have all their differences treated row by row, given B={block}: leave out B"
     if job.graph.free and block <= job.order:
-        return f"with free ends Doge-ADMM treats all differences row by row, given B={block}: leave out B"
+        return (
+            f"with free ends Doge-ADMM treats all differences row by row, given B={block}: leave out B, or take "
+            'ends="graph"'
+        )
     return None
 
 

@@ -46,7 +46,10 @@ class DogeGroups(Settings, Method):
 
     def refuses(self, job: Job) -> str | None:
         if job.graph.free:
-            return f'method="{self.name}" needs the ends of the graph; with free ends use "doge", "admm" or "interior"'
+            return (
+                f'method="{self.name}" needs the ends of the graph: take ends="graph", or with free ends "doge", '
+                '"admm" or "interior"'
+            )
         return _refuses(job.penalty) or super().refuses(job) or refuses_block(self.B, job)
 
     def plan(self, job: Job) -> GroupsPlan:
