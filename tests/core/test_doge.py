@@ -163,9 +163,9 @@ def test_the_solver_without_copies_makes_the_same_iterates(rng, name, order, blo
 
 
 def test_the_solver_with_copies_refuses_groups_of_another_operator():
-    chain, loss = so.Graph.chain(5), so.LeastSquares(None, jnp.zeros(5))
+    chain, loss = so.Graph.grid((5,)), so.LeastSquares(None, jnp.zeros(5))
     problem, node_solve, groups = doge_problem(chain, 0, 1, loss, so.L1(1.0))
-    other = doge_problem(so.Graph.chain(6), 0, 1, loss, so.L1(1.0))[2]
+    other = doge_problem(so.Graph.grid((6,)), 0, 1, loss, so.L1(1.0))[2]
     weighted = doge_split(problem.operator.outer, problem.operator.inner, chain.sums(1), np.float64)
     assert DogeGroups(node_solve, 1.0, groups=groups).refuses(problem) is None
     for given, wrong, text in (
