@@ -30,7 +30,7 @@ from sparseopt.core.problem.problem import Problem, Solution, Status
 from sparseopt.core.proximal import proximal, proximal_adam
 from sparseopt.core.solve import chosen_solver, solve
 from sparseopt.core.solvers.accelerated import AcceleratedProximalGradient
-from sparseopt.core.solvers.aiht import Maiht
+from sparseopt.core.solvers.maiht import Maiht
 from sparseopt.core.solvers.primal_dual import PrimalDual, SplitAdmm
 from sparseopt.core.solvers.proximal_gradient import ProximalGradient
 from sparseopt.core.solvers.refit import Refit

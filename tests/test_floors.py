@@ -38,7 +38,7 @@ HOUSE = {
         "levelling",
         "filter total_variation",
         "estimator largest_weight reweighting",
-        "levels",
+        "path_levels",
         "path",
         "selection",
         "images",

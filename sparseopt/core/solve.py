@@ -15,12 +15,12 @@ from sparseopt.core.losses.data import DataLoss
 from sparseopt.core.losses.quadratic import Quadratic
 from sparseopt.core.losses.scalar import ScalarLoss
 from sparseopt.core.operators.matrices import refuses_map, refuses_transpose
-from sparseopt.core.problem.certify import is_convex
+from sparseopt.core.penalties.protocols import is_convex
 from sparseopt.core.problem.iterate import iterate
 from sparseopt.core.problem.padding import cut, padded_problem
 from sparseopt.core.problem.problem import Problem, Solution, Solver
 from sparseopt.core.solvers.accelerated import AcceleratedProximalGradient, GraduatedProximalGradient
-from sparseopt.core.solvers.aiht import Maiht
+from sparseopt.core.solvers.maiht import Maiht
 from sparseopt.core.solvers.primal_dual import PrimalDual, SplitAdmm
 from sparseopt.core.solvers.refit import Refit
 

@@ -21,7 +21,7 @@ from sparseopt.core.base.types import precision
 from sparseopt.core.losses.scalar import checked_scalar
 from sparseopt.core.operators.row_tables import difference_matrix
 from sparseopt.core.penalties.entries import L1
-from sparseopt.core.solvers.dual_program import is_available
+from sparseopt.core.solvers.interior import is_available
 from sparseopt.trend.filter import checked_job, trend_filter
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.ground import ground_of, inverse_laplacian

@@ -23,7 +23,7 @@ from sparseopt.core.operators.maps import Identity, Split
 from sparseopt.core.operators.normal_solves import ConjugateGradient, cosine_solve
 from sparseopt.core.problem.certify import Anchor
 from sparseopt.core.solvers.admm import Admm, Start
-from sparseopt.core.solvers.fast_admm import ChainTotalVariation
+from sparseopt.core.solvers.fused_lasso import ChainTotalVariation
 from sparseopt.core.solvers.loss_admm import LossAdmm
 from tests.tiers import often
 

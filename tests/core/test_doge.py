@@ -18,7 +18,7 @@ from sparseopt.core.penalties.sums import lift
 from sparseopt.core.problem.problem import Problem
 from sparseopt.core.solvers.admm import Admm, Start
 from sparseopt.core.solvers.doge import DogeGroups, doge_split
-from sparseopt.core.solvers.fast_admm import ChainTotalVariation, fused_lasso
+from sparseopt.core.solvers.fused_lasso import ChainTotalVariation, fused_lasso
 from sparseopt.trend.layout import layout_of
 from tests.jitted import Jitted
 from tests.tiers import often

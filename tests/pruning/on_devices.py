@@ -20,7 +20,7 @@ from sparseopt.core.penalties.patterns import NM, RowTopK, TopK
 from sparseopt.core.penalties.sets import Support
 from sparseopt.core.problem.problem import Problem
 from sparseopt.core.solve import solve
-from sparseopt.core.solvers.aiht import Maiht
+from sparseopt.core.solvers.maiht import Maiht
 from sparseopt.core.solvers.quadratic_admm import QuadraticAdmm
 from sparseopt.core.solvers.refit import Refit
 from sparseopt.layers import side_by_side, split

@@ -136,6 +136,11 @@ def has_conjugate(penalty: Any) -> bool:
     return isinstance(penalty, Conjugate | Norm)
 
 
+def is_convex(penalty: Any) -> bool:
+    """Whether a penalty is known to be convex, by what it has or because it says so."""
+    return has_conjugate(penalty) or isinstance(penalty, Composite) or getattr(penalty, "convex", False)
+
+
 def feasible(penalty: Any, dual: FloatArray) -> FloatArray:
     """The dual, projected on the domain of the penalty's conjugate."""
     return penalty.project_dual(dual) if isinstance(penalty, Norm) else dual_step(penalty, dual, SHORT)[0]

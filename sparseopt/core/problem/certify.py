@@ -25,7 +25,7 @@ from sparseopt.core.base.sums import total
 from sparseopt.core.base.types import FloatArray, pytree
 from sparseopt.core.operators.maps import or_identity
 from sparseopt.core.operators.matrices import norm_estimate
-from sparseopt.core.penalties.protocols import Composite, Norm, feasible, gauge, has_conjugate
+from sparseopt.core.penalties.protocols import Norm, feasible, gauge
 from sparseopt.core.problem.problem import Status, unfolded
 from sparseopt.core.problem.units import Units, units_of
 
@@ -72,11 +72,6 @@ def promoted(status: Array, gap: Array, objective: Array, tol: Any) -> Array:
 def stationary(status: Array) -> Array:
     """The status of a solve without a certificate: convergence means a stationary point."""
     return jnp.where(status == Status.CONVERGED, Status.STATIONARY, status).astype(jnp.int32)
-
-
-def is_convex(penalty: Any) -> bool:
-    """Whether a penalty is known to be convex, by what it has or because it says so."""
-    return has_conjugate(penalty) or isinstance(penalty, Composite) or getattr(penalty, "convex", False)
 
 
 @pytree

@@ -10,7 +10,7 @@ from jaxtyping import Array
 from sparseopt.core.base.arguments import own_refusal
 from sparseopt.core.base.compile import Jitted
 from sparseopt.core.base.types import is_traced
-from sparseopt.core.problem.certify import is_convex
+from sparseopt.core.penalties.protocols import is_convex
 from sparseopt.core.problem.differentiate import Found, attached
 from sparseopt.core.problem.problem import Measure, Problem, Solution, Solver, Status
 

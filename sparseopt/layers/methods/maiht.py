@@ -15,7 +15,7 @@ from sparseopt.core.penalties.patterns import TopK, without_support
 from sparseopt.core.penalties.sets import Support
 from sparseopt.core.problem.iterate import iterate
 from sparseopt.core.problem.problem import Problem
-from sparseopt.core.solvers.aiht import Maiht
+from sparseopt.core.solvers.maiht import Maiht
 from sparseopt.core.solvers.proximal_gradient import ProximalGradient
 from sparseopt.layers.patterns import Pattern
 from sparseopt.layers.problem import Pruned, ScaledLayer, refitted

@@ -19,7 +19,7 @@ from sparseopt.core.operators.maps import Identity
 from sparseopt.core.operators.normal_solves import Diagonal, banded_solve
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.solvers.admm import Start, standard_split
-from sparseopt.core.solvers.fast_admm import ChainTotalVariation
+from sparseopt.core.solvers.fused_lasso import ChainTotalVariation
 from sparseopt.trend.ground import Data
 from sparseopt.trend.job import Job, Method, Settings
 from sparseopt.trend.methods.admm import CADENCE, in_unit, node_solve

@@ -2,7 +2,7 @@
 
 Each of its ten to twenty steps factorises a sparse matrix, so it does not suffer from the conditioning of Δ, which
 makes first-order methods slow at orders >= 1. The fill is small on planar and other narrow graphs but huge on dense
-ones. It works on the host in float64; the fit is then certified like every other. See `core/solvers/dual_program.py`.
+ones. It works on the host in float64; the fit is then certified like every other. See `core/solvers/interior.py`.
 
 Source: Kim, Koh, Boyd, Gorinevsky, "l1 trend filtering", SIAM Review 51 (2009).
 """
@@ -20,7 +20,7 @@ from sparseopt.core.operators.divided_differences import divided_difference
 from sparseopt.core.operators.row_tables import difference_matrix, edge_rows
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.problem.problem import Solution, Status
-from sparseopt.core.solvers.dual_program import MOST_STEPS, DualProgram, is_available
+from sparseopt.core.solvers.interior import MOST_STEPS, DualProgram, is_available
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.ground import Data, Ground, data_of, on_rows
 from sparseopt.trend.job import Job, Method

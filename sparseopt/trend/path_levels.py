@@ -18,7 +18,7 @@ from sparseopt.core.penalties.protocols import feasible, has_conjugate
 from sparseopt.core.problem.certify import judge
 from sparseopt.core.problem.problem import Problem, Solution, Status
 from sparseopt.core.solvers.admm import Start, balanced_rho
-from sparseopt.core.solvers.fast_admm import ChainTotalVariation, fused_pieces
+from sparseopt.core.solvers.fused_lasso import ChainTotalVariation, fused_pieces
 from sparseopt.trend.ground import Data, Ground, data_of
 from sparseopt.trend.job import Job, start_at
 from sparseopt.trend.largest_weight import NullFit

@@ -36,7 +36,7 @@ def fused_lasso(y: Float[Array, " n"], levels: Float[Array, " m"]) -> Float[Arra
     The derivative is the mean over each run of equal values, and 0 on a run that an end holds at 0.
 
     Example:
-        >>> from sparseopt.core.solvers.fast_admm import fused_lasso
+        >>> from sparseopt.core.solvers.fused_lasso import fused_lasso
         >>> levels = jnp.array([0.0, 1.0, 1.0, 0.0])
         >>> fused_lasso(jnp.array([0.0, 1.0, 6.0]), levels)
         Array([1., 1., 5.], dtype=float32)
