@@ -203,6 +203,8 @@ def _fitted(job: Job) -> TrendSolution:
             "the graph has no edges, so only a penalty on the values themselves acts: apply its prox, as in "
             "L1(0.5).prox(y, 1.0)"
         )
+    if graph.free and job.method is not None:
+        chosen(job)  # what it cannot do is an error also where the fit is known
     if graph.free and not job.several and (null := as_null_fit(signal, graph, job.order)) is not None:
         # A polynomial costs nothing: a method would only round it.
         flat = jnp.zeros((job.layout.count(job.order + 1), *job.channels), job.dtype)

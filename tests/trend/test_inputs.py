@@ -18,7 +18,7 @@ CHAIN = so.Graph.chain(6)
     [
         ({"y": np.zeros(5)}, r"6 nodes.*given \(5,\)"),
         ({"y": Y + 1j}, "real numbers, given dtype complex128"),
-        ({"penalty": so.L1(np.ones(5))}, r"one for each of the 6 rows.*given the shape \(5,\)"),
+        ({"penalty": so.L1(np.ones(5))}, r"one for each of the 4 rows.*given the shape \(5,\)"),
         ({"penalty": so.MCP(np.ones(6))}, r"one number here, given the shape \(6,\)"),
         ({"penalty": so.SparseGroup(1.0, 1.0)}, "couples the channels"),
         ({"penalty": so.GroupL2(1.0, groups=[0, 0, 1, 1, 1])}, "labelled groups of differences are not supported"),

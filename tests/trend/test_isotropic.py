@@ -158,7 +158,7 @@ def test_degrees_of_freedom_of_a_path_are_the_divergence_along_random_signs():
 
 REFUSED = {
     "takes order 0 and a grid of 2 or 3 axes, given order 1": {"order": 1},
-    "takes order 0 and a grid of 2 or 3 axes, given order 0 on Graph.grid": {"graph": so.Graph.chain(30)},
+    "takes order 0 and a grid of 2 or 3 axes, given order 0 on Graph.chain": {"graph": so.Graph.chain(30)},
     "by axis -1, the differences of a node along the axes of a grid by axis 0": {"penalty": so.GroupL2(1.0, axis=1)},
     "this one has none: use L1, or on a grid axis 0": {"penalty": so.GroupL2(1.0, axis=(0, -1))},
     "taken alone here": {"penalty": {-1: so.L1(1.0), 0: so.GroupL2(1.0, axis=0)}},

@@ -295,7 +295,8 @@ def test_a_part_of_one_label_is_fitted_at_margin_1_and_has_no_say(rng):
         assert status(found) is so.Status.CONVERGED
         np.testing.assert_array_equal(found.value[10:], 1)
         assert float(found.objective) == pytest.approx(
-            objective("squared_hinge", apart.value[:10], mixed[:10], so.Graph.chain(10), 0.3, 1, w[:10]), rel=2e-7
+            objective("squared_hinge", apart.value[:10], mixed[:10], so.Graph.chain(10, ends="graph"), 0.3, 1, w[:10]),
+            rel=2e-7,
         )
     labels = np.stack([np.ones(20), mixed], axis=1)
     grid = so.trend_filter(labels, so.Graph.grid((4, 5)), so.L1(0.3), 1, "doge", loss="squared_hinge")
