@@ -33,7 +33,7 @@ HOUSE = {
         "job",
         "plan",
         "methods/*",
-        "methods/__init__ polynomials",  # the choice among the methods
+        "methods/choice polynomials",
         "losses solver",
         "levelling",
         "filter total_variation",

@@ -21,7 +21,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, PrivateAttr, Validat
 
 import sparseopt as so
 from sparseopt.core.penalties.names import PENALTIES
-from sparseopt.trend.methods import METHODS, checked_method
+from sparseopt.trend.methods.choice import METHODS, checked_method
 
 # Whether paths outside this package may be imported: all, none, or those of the packages listed.
 AllowCode = bool | Collection[str]

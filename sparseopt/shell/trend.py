@@ -13,7 +13,7 @@ import sparseopt as so
 from sparseopt.core.penalties.names import BY_WEIGHT, penalty_of_weight
 from sparseopt.shell import console
 from sparseopt.shell.options import ManyDevices, number_of_devices, numbers
-from sparseopt.trend.methods import AUTO, METHODS
+from sparseopt.trend.methods.choice import AUTO, METHODS
 
 # Steps of times that differ by less than this fraction are equal.
 EVEN = 1e-6

@@ -7,7 +7,7 @@ paths of weights and the choice among them, images, concave penalties, and the m
 from sparseopt.trend.filter import chosen_method, trend_filter
 from sparseopt.trend.images import denoise
 from sparseopt.trend.largest_weight import largest_weight
-from sparseopt.trend.methods import Admm, Doge, DogeGroups, FastAdmm, Interior
+from sparseopt.trend.methods.choice import Admm, Doge, DogeGroups, FastAdmm, Interior
 from sparseopt.trend.path import TrendPath, trend_path
 from sparseopt.trend.pieces import TrendSolution, degrees_of_freedom
 from sparseopt.trend.reweighting import reweighted

@@ -21,7 +21,7 @@ from sparseopt.core.problem.problem import Status
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.job import Settings
-from sparseopt.trend.methods import checked_method
+from sparseopt.trend.methods.choice import checked_method
 from sparseopt.trend.signal import require_not_negative
 
 try:

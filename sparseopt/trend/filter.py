@@ -25,7 +25,7 @@ from sparseopt.trend.job import Job, checked_terms, graph_for, terms_of, vanishe
 from sparseopt.trend.layout import layout_of
 from sparseopt.trend.levelling import levelled_fit, short_fit
 from sparseopt.trend.losses import fit_loss
-from sparseopt.trend.methods import Interior, checked_method, chosen, is_short
+from sparseopt.trend.methods.choice import Interior, checked_method, chosen, is_short
 from sparseopt.trend.pieces import TrendSolution
 from sparseopt.trend.plan import known_fit
 from sparseopt.trend.signal import as_null_fit, checked_order, checked_signal, graph_at

@@ -24,7 +24,7 @@ from sparseopt.core.problem.certify import judge, promoted
 from sparseopt.core.problem.problem import Problem, Status
 from sparseopt.trend.ground import Ground, data_of
 from sparseopt.trend.job import Job, start_at
-from sparseopt.trend.methods import chosen
+from sparseopt.trend.methods.choice import chosen
 from sparseopt.trend.pieces import TrendSolution, edges_between, labels_of, levelled
 from sparseopt.trend.plan import resumed
 

@@ -30,7 +30,7 @@ from sparseopt.core.solvers.admm import Start
 from sparseopt.core.solvers.loss_admm import LossAdmm
 from sparseopt.trend.ground import BOX_RANGES, OF_MEAN_SIZE, Data, Ground, leaves_as, mean_weight, null_space_dual
 from sparseopt.trend.job import Job, vanishes
-from sparseopt.trend.methods import chosen
+from sparseopt.trend.methods.choice import chosen
 from sparseopt.trend.pieces import TrendSolution
 from sparseopt.trend.plan import FIRST_RHO, finished, known_fit, to_next_check
 from sparseopt.trend.polynomials import best_polynomials, linear_fits

@@ -28,7 +28,7 @@ from sparseopt.trend.job import Job, require_representable
 from sparseopt.trend.largest_weight import NullFit, null_fit
 from sparseopt.trend.layout import layout_of
 from sparseopt.trend.losses import node_deviances
-from sparseopt.trend.methods import checked_method
+from sparseopt.trend.methods.choice import checked_method
 from sparseopt.trend.path_levels import descend
 from sparseopt.trend.pieces import MOST_RANKED, TrendSolution, freedom_of_levels, is_countable
 from sparseopt.trend.signal import signal_noise

@@ -24,7 +24,7 @@ from sparseopt.trend.job import Job, start_at
 from sparseopt.trend.largest_weight import NullFit
 from sparseopt.trend.levelling import has_means, in_float32, stopped_early
 from sparseopt.trend.losses import best_constants, fit_loss
-from sparseopt.trend.methods import Doge, FastAdmm, Interior, chosen_for_path, is_short
+from sparseopt.trend.methods.choice import Doge, FastAdmm, Interior, chosen_for_path, is_short
 from sparseopt.trend.pieces import TrendSolution
 from sparseopt.trend.plan import FIRST_RHO, Plan, resumed
 

@@ -24,7 +24,7 @@ from sparseopt.core.problem.problem import Solution, Status
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.job import check_parameters
-from sparseopt.trend.methods import Interior, checked_method
+from sparseopt.trend.methods.choice import Interior, checked_method
 from sparseopt.trend.signal import checked_graph, checked_order, compute_dtype
 
 # With a loss, the least weight of a row, as a share of its first.

@@ -20,7 +20,7 @@ from sparseopt.core.solvers.admm import Start
 from sparseopt.trend.ground import on_rows
 from sparseopt.trend.job import Job, checked_weight, graph_for, require_penalty, require_start
 from sparseopt.trend.layout import Layout, layout_of
-from sparseopt.trend.methods import checked_method, chosen
+from sparseopt.trend.methods.choice import checked_method, chosen
 from sparseopt.trend.pieces import TrendSolution
 from sparseopt.trend.plan import Plan, fit
 from sparseopt.trend.signal import checked_graph, checked_order, compute_dtype, graph_at, require_node_weights

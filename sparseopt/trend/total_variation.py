@@ -25,7 +25,7 @@ from sparseopt.trend.graph import Graph
 from sparseopt.trend.ground import on_rows
 from sparseopt.trend.job import MOST_STEPS, check_parameters, require_penalty
 from sparseopt.trend.layout import layout_of
-from sparseopt.trend.methods import AUTO
+from sparseopt.trend.methods.choice import AUTO
 from sparseopt.trend.signal import checked_graph, checked_order, graph_at
 from sparseopt.trend.solver import TrendSolver, trend_solver
 

@@ -37,7 +37,7 @@ from sparseopt.pruning.train import distillation
 from sparseopt.pruning.train.reconstruction import Reconstruction, _step_of_rows, split_block
 from sparseopt.pruning.train.training import Fixed, kept_entries, start_state
 from sparseopt.trend.filter import checked_job
-from sparseopt.trend.methods import chosen
+from sparseopt.trend.methods.choice import chosen
 from sparseopt.trend.plan import fit
 from tests.accelerators.targets import MESH, Place
 

@@ -13,7 +13,7 @@ from scipy.optimize import linprog
 import sparseopt as so
 from sparseopt.core.base.types import precision
 from sparseopt.core.problem.certify import certificate
-from sparseopt.core.solvers.quadratic_admm import QuadraticAdmm
+from sparseopt.core.solvers.rising_admm import QuadraticAdmm
 from sparseopt.core.solvers.splice import Splice
 from tests.tiers import often
 

@@ -11,7 +11,7 @@ from sparseopt.core.operators.differences import Difference, GridBase
 from sparseopt.core.operators.maps import Split
 from sparseopt.core.solvers.admm import Admm
 from sparseopt.core.solvers.loss_admm import LossAdmm
-from sparseopt.core.solvers.quadratic_admm import QuadraticAdmm
+from sparseopt.core.solvers.rising_admm import QuadraticAdmm
 from sparseopt.core.solvers.splice import Splice
 from tests.core.test_solvers import make_problem
 

@@ -21,7 +21,7 @@ from sparseopt.core.problem.problem import Problem
 from sparseopt.trend.filter import checked_job
 from sparseopt.trend.ground import data_of
 from sparseopt.trend.layout import layout_of
-from sparseopt.trend.methods import chosen
+from sparseopt.trend.methods.choice import chosen
 from tests.collectives import collectives, times, total_bytes
 
 rng = np.random.default_rng(20251125)

@@ -11,7 +11,7 @@ import sparseopt as so
 from sparseopt.core.base.types import precision
 from sparseopt.trend.filter import checked_job
 from sparseopt.trend.levelling import levelled_fit
-from sparseopt.trend.methods import chosen
+from sparseopt.trend.methods.choice import chosen
 from sparseopt.trend.pieces import labels_of
 from tests.trend.problems import GRAPHS, exact_fit, objective, random_graph
 

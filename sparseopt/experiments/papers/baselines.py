@@ -45,8 +45,8 @@ from sparseopt.trend.graph import Graph
 from sparseopt.trend.ground import leaves_as
 from sparseopt.trend.job import Job
 from sparseopt.trend.layout import layout_of
-from sparseopt.trend.methods import METHODS
 from sparseopt.trend.methods.admm import node_solve
+from sparseopt.trend.methods.choice import METHODS
 from sparseopt.trend.methods.doge import split_of
 from sparseopt.trend.plan import FIRST_RHO
 from sparseopt.trend.signal import Signal

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from sparseopt.core.base.types import pytree, static
 from sparseopt.core.problem.problem import Problem
-from sparseopt.core.solvers.quadratic_admm import solve_rising
+from sparseopt.core.solvers.rising_admm import solve_rising
 from sparseopt.layers.patterns import Pattern
 from sparseopt.layers.problem import Pruned, ScaledLayer, refitted
 

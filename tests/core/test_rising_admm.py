@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import sparseopt as so
-from sparseopt.core.solvers.quadratic_admm import QuadraticAdmm, solve_rising
+from sparseopt.core.solvers.rising_admm import QuadraticAdmm, solve_rising
 from tests.core.test_solvers import make_problem
 from tests.tiers import often
 

@@ -103,7 +103,7 @@ def solve_rising(
     never). The answer is the last level's solution, with the steps of all.
 
     Example:
-        >>> from sparseopt.core.solvers.quadratic_admm import solve_rising
+        >>> from sparseopt.core.solvers.rising_admm import solve_rising
         >>> problem = so.Problem(so.Quadratic(jnp.eye(3), jnp.array([3.0, 0.1, -2.0])), so.TopK(2))
         >>> found = solve_rising(problem, problem.loss.center, rho=0.1, growth=2.0, levels=3, period=4)
         >>> np.float64(found.value).round(3).tolist()

@@ -1,0 +1,165 @@
+"""The choice of a method of the trend filter, by its name, or by what is expected to be the fastest.
+
+The numbers below are measured.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from sparseopt.core.base.arguments import unknown
+from sparseopt.core.penalties.protocols import Norm
+from sparseopt.core.solvers.interior import is_available
+from sparseopt.trend.job import Job, Method, vanishes
+from sparseopt.trend.methods.admm import Admm
+from sparseopt.trend.methods.doge import Doge
+from sparseopt.trend.methods.doge_groups import DogeGroups
+from sparseopt.trend.methods.fast_admm import FastAdmm
+from sparseopt.trend.methods.interior import Interior, is_narrow
+
+AUTO = "auto"
+# Above these ratios of weight to noise the interior point method beats Doge-ADMM on narrow graphs: at order 0; and at
+# order 1, divided by the square of the requested digits, since the steps of Doge-ADMM grow with both.
+VERY_STRONG, STRONG_PER_DIGIT = 20.0, 40.0
+# Factors of larger graphs are slow and large.
+MOST_NODES = 1_000_000
+# On a grid the factors fill up more: at order 1 this many nodes take a minute.
+MOST_GRID_NODES = 100_000
+# Doge-ADMM is bound by memory traffic, and float32 has half of it: from this many nodes on, for tolerances down to that
+# of the order, a signal in float64 is first solved in float32, and certified in float64. Above order 1 float32 may end
+# before such tolerances, above order 0 on other graphs than grids too.
+SHORT_FROM, SHORT_TOLS = 10_000, {0: 1e-6, 1: 1e-5}
+# From so many nodes on it pays for every tolerance, and for the standard ADMM too.
+ALWAYS_SHORT = 500_000
+# The ratios of weight to noise above which an exact x-step saves so many steps that it is faster, at orders 0, 1 and 2,
+# for a chain or not and free ends or not; 0 above order 2. On chains with free ends Doge-ADMM may need 100 times as
+# many steps, and on grids of three axes many. On small pictures an exact x-step is cheap, on large ones less so.
+STRONG_FROM = {
+    (True, False): (np.inf, 2.0, 1.0),
+    (True, True): (np.inf, 2.0, 0.0),
+    (False, True): (np.inf, 1.0, 0.3),
+    (False, False): (np.inf, 10.0, 0.0),
+}
+LARGE_SIDE, STRONG_ON_LARGE = 128, 0.5
+
+
+def is_strong(job: Job) -> bool:
+    """Whether the weight is above that ratio; the noise is computed only if it can be."""
+    graph, order, shape = job.graph, job.order, job.graph.node_shape
+    limit = STRONG_FROM[graph.is_chain, graph.free][order] if order <= 2 else 0.0
+    if order == 2 and not graph.free and len(shape) == 2 and min(shape) >= LARGE_SIDE:
+        limit = STRONG_ON_LARGE
+    return limit < np.inf and job.strength * graph.unit(order + 1) > limit
+
+
+def has_exact_step(job: Job) -> bool:
+    """Whether the x-step over the whole graph has an exact solve, or a nearly exact one: on a grid with free ends."""
+    return job.graph.free or (job.graph.shape is not None and not job.weighted)
+
+
+def fast_admm_pays(job: Job) -> bool:
+    """On chains at order 0, and where smoothing is strong. In float32 it loses its accuracy over long chains."""
+    possible = job.graph.is_chain and has_exact_step(job) and not job.several and job.dtype == np.float64
+    return possible and (job.order == 0 or is_strong(job))
+
+
+def admm_pays(job: Job) -> bool:
+    """Where the x-step is exact and smoothing is strong; for other losses on all grids and chains."""
+    if not job.square:
+        return job.graph.shape is not None
+    return has_exact_step(job) and (job.order >= 1 if job.several else is_strong(job))
+
+
+def interior_pays(job: Job) -> bool:
+    """On chains from order 1 where smoothing is strong; on narrow graphs where Doge-ADMM needs many steps; and on grids
+    with free ends with node weights.
+    """
+    graph, order = job.graph, job.order
+    if graph.is_chain:
+        return order >= 1 and (fast_admm_pays(job) or admm_pays(job)) and is_available()
+    if graph.shape is not None:
+        # At missing nodes the certificates of the other methods get better slowly.
+        return graph.free and job.weighted and graph.num_nodes <= MOST_GRID_NODES and is_available()
+    limits = (VERY_STRONG, STRONG_PER_DIGIT / np.log10(min(job.tol, 0.1)) ** 2, 0.0)
+    few = graph.num_nodes <= MOST_NODES and graph.num_edges <= 3 * graph.num_nodes  # as a planar graph has
+    return few and is_available() and job.strength > limits[min(order, 2)] and is_narrow(graph)
+
+
+# The methods that "auto" takes, in the order of preference, and where each is expected to be the fastest.
+CHOICE: dict[Method, Callable[[Job], bool]] = {
+    Interior(): interior_pays,
+    FastAdmm(): fast_admm_pays,
+    Admm(): admm_pays,
+    Doge(): lambda job: True,  # it can do every job
+}
+METHODS: dict[str, Any] = {method.name: method for method in (*reversed(CHOICE), DogeGroups())}
+
+
+def checked_method(given: Any) -> Method | None:
+    """A method, by itself, by the name of its defaults, or by name and settings as in `{"name": "doge", "B": 2}`.
+
+    None for "auto", and a ValueError for anything else.
+    """
+    settings = dict(given) if isinstance(given, Mapping) else {"name": given}
+    given = settings.pop("name", None)
+    if settings:
+        named: Any = METHODS.get(str(given))
+        known = [] if named is None else [field.name for field in dataclasses.fields(named)]
+        if not known:
+            raise ValueError(
+                f"{given!r} takes no settings, given {settings}: name one of "
+                f"{', '.join(name for name in METHODS if dataclasses.fields(METHODS[name]))}"
+            )
+        for key in settings.keys() - set(known):
+            raise ValueError(unknown(f"setting of {given}", key, known))
+        return dataclasses.replace(named, **settings)
+    if isinstance(given, Method) and not isinstance(given, type):
+        return given
+    if isinstance(given, type) and given in map(type, METHODS.values()):
+        raise ValueError(f"a method is a name or an object, given the class {given.__name__}: write {given.__name__}()")
+    if not (isinstance(given, str) and given in (AUTO, *METHODS)):
+        raise ValueError(unknown("method", given, (AUTO, *METHODS)))
+    return None if given == AUTO else METHODS[given]
+
+
+def chosen(job: Job, pure: bool = False) -> Method:
+    """The method of a job (a ValueError if it cannot do it); without one the first that can do it and pays.
+
+    A `pure` one has fits that are pure JAX, unless the job names another.
+    """
+    if job.method is None:
+        for method, pays in CHOICE.items():
+            if not (pure and isinstance(method, Interior)) and pays(job) and method.refuses(job) is None:
+                return method
+    named: Method = Doge() if job.method is None else job.method
+    if reason := named.refuses(job):
+        raise ValueError(reason)
+    return named
+
+
+def is_short(job: Job, method: Method | None = None) -> bool:
+    """Whether a job in float64 is solved in float32 first, by its method if none is given."""
+    signal, graph, nodes = job.signal, job.graph, job.graph.num_nodes
+    assert signal is not None
+    plain = job.square and not (job.several or job.history or job.layout.several_devices)
+    carries = job.tol >= SHORT_TOLS.get(job.order, np.inf)
+    always = nodes >= ALWAYS_SHORT
+    large = always or (nodes >= SHORT_FROM and carries and (job.order == 0 or graph.shape is not None))
+    known = isinstance(job.penalty, Norm) and graph.num_edges > 0 and not (graph.free and job.order)
+    # At missing nodes rounding of the dual costs as much as the whole gap.
+    suits = plain and large and known and signal.complete and job.dtype == np.float64 and not vanishes(job.penalty)
+    return suits and isinstance(method or chosen(job), Doge | Admm if always else Doge)
+
+
+def chosen_for_path(job: Job) -> Method:
+    """The method for the levels of a path, as `chosen`.
+
+    Most steps of a path are spent where smoothing is strong, so conditioning decides.
+    """
+    if job.method is not None or not isinstance(job.penalty, Norm):
+        return chosen(job)
+    method = chosen(dataclasses.replace(job, assumed=math.inf))
+    return Admm() if isinstance(method, Doge) and job.order else method
