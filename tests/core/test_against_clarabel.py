@@ -14,7 +14,7 @@ from scipy import sparse
 
 import sparseopt as so
 from sparseopt.core.base.types import precision
-from sparseopt.core.problem.certify import has_conjugate
+from sparseopt.core.penalties.protocols import has_conjugate
 from tests.core import conic
 from tests.core.conic import Conic
 from tests.tiers import often
