@@ -159,6 +159,11 @@ def test_the_ends_of_the_graph_move_a_line():
     assert np.abs(so.trend_filter(line, graph, so.L1(5.0), 1, "interior").value - line).max() > 0.02
 
 
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 8])
+def test_groups_of_a_chains_edges_are_their_parities(n):
+    assert so.Graph.chain(n).groups(1).tolist() == (np.arange(n - 1) % 2).tolist()
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_a_chain_has_free_ends_by_default(dtype):
     chain, y = so.Graph.chain(N), noisy().astype(dtype)

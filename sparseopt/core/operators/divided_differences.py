@@ -98,6 +98,7 @@ class DividedDifference:
         line = functools.reduce(lambda found, step: step @ found, self.steps()) / self.unit
         before, after = (math.prod(part) for part in (self.in_shape[: self.axis], self.in_shape[self.axis + 1 :]))
         found = sparse.csr_array(sparse.kron(sparse.kron(sparse.eye_array(before), line), sparse.eye_array(after)))
+        found.eliminate_zeros()  # those of small blocks, which SciPy keeps dense
         found.sort_indices()
         return found
 
