@@ -3,7 +3,8 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -182,30 +183,44 @@ class Job:
         if solution is None or signal is None:
             return None
         value, dual = np.asarray(solution.value), solution.dual
-        orders, rows = self._orders, jax.eval_shape(self.ground.operator.mv, self.arrays[0]).shape
-        # Fits that are known without an iteration and those of a path have no dual.
-        if dual is None:
-            dual = layout.put(np.zeros(rows, self.dtype))
-        elif not layout.holds(dual):
-            count = (sum(map(layout.count, orders)), *self.channels)
-            require_start(value, dual, signal.values.size, count)
-            dual = layout.put(layout.laid_dual(np.asarray(dual), orders), self.order + 1)
+        if held := layout.holds(dual):
+            rows = tuple(jax.eval_shape(self.ground.operator.mv, self.arrays[0]).shape)
+        else:
+            rows = (sum(layout.count(k + 1) for k in self.terms), *self.channels)
+            # Fits that are known without an iteration and those of a path have no dual.
+            dual = np.zeros(rows, self.dtype) if dual is None else np.asarray(dual)
         require_start(value, dual, signal.values.size, rows)
+        if not held:
+            dual = layout.put(self._each(dual, layout.count, layout.laid_dual), self.order + 1)
         x = layout.put(layout.rows(value.reshape(signal.values.shape), 0))
         return start_at(dataclasses.replace(solution, value=x, dual=dual))
 
-    @property
-    def _orders(self) -> tuple[int, ...]:
-        """Those of the rows of the penalties."""
-        return tuple(k + 1 for k in self.terms)
-
     def listed(self, found: Any) -> Any:
-        """A fit with its rows in the order of `graph.matrix(order + 1)`; the dual of several penalties by orders."""
-        nonzero, dual = np.asarray(found.nonzero), found.dual
-        if dual is not None:
-            dual = self.layout.listed_dual(dual if self.layout.several_devices else np.asarray(dual), self._orders)
-            dual = jax.device_put(dual) if isinstance(dual, np.ndarray) else dual
-        return dataclasses.replace(found, nonzero=self.layout.listed(nonzero, self.order + 1), dual=dual)
+        """A fit with its rows in the order of `graph.matrix(order + 1)`; the dual of several penalties by orders.
+
+        Over several devices the dual stays as it is, on them.
+        """
+        layout, dual = self.layout, found.dual
+
+        def shape(order: int) -> tuple[int, ...]:
+            return layout.difference(order, self.dtype).out_shape
+
+        def listed(part: np.ndarray, order: int) -> np.ndarray:
+            return layout.listed_dual(part.reshape(*shape(order), *self.channels), order)
+
+        if dual is not None and not layout.several_devices:
+            dual = layout.put(self._each(np.asarray(dual), lambda order: math.prod(shape(order)), listed))
+        return dataclasses.replace(found, nonzero=layout.listed(np.asarray(found.nonzero), self.order + 1), dual=dual)
+
+    def _each(self, dual: np.ndarray, size: Callable[[int], int], change: Callable[[Any, int], Any]) -> np.ndarray:
+        """The dual changed for the rows of every penalty, which are so many; those of several penalties are flat."""
+        if not self.several:
+            return change(dual, self.order + 1)
+        orders = [k + 1 for k in self.terms]
+        parts = np.split(dual, np.cumsum([size(order) for order in orders])[:-1])
+        return np.concatenate(
+            [change(part, order).reshape(-1, *self.channels) for part, order in zip(parts, orders, strict=True)]
+        )
 
 
 def start_at(fit: Any) -> Start:

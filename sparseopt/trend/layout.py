@@ -107,27 +107,13 @@ class Layout:
         found = edge_rows(values, graph.shape)
         return found if graph.given_edges is None else found[np.argsort(self._grid_order)]
 
-    def listed_dual(self, dual: Any, orders: tuple[int, ...]) -> Any:
-        """The dual of penalties on the rows of these orders, one after another, as the caller gets it."""
-        parts, first = [], 0
-        for order in orders:
-            shape = self.difference(order, np.float64).out_shape
-            part = dual
-            if len(orders) > 1 or order == 0:  # stacked
-                part = dual[first : first + math.prod(shape)].reshape(*shape, *dual.shape[1:])
-                first += math.prod(shape)
-            parts.append(self._turned(self.listed(part, order), order))
-        return parts[0] if len(parts) == 1 else (np if isinstance(dual, np.ndarray) else jnp).concatenate(parts)
+    def listed_dual(self, dual: Any, order: int) -> Any:
+        """As `listed` for a dual, whose signs are those of the given edges."""
+        return self._turned(self.listed(dual, order), order)
 
-    def laid_dual(self, dual: Any, orders: tuple[int, ...]) -> Any:
+    def laid_dual(self, dual: Any, order: int) -> Any:
         """The inverse of `listed_dual`."""
-        parts, first = [], 0
-        for order in orders:
-            part = dual[first : first + self.count(order)]
-            first += self.count(order)
-            part = self.rows(self._turned(part, order), order)
-            parts.append(part.reshape(-1, *dual.shape[1:]) if len(orders) > 1 or order == 0 else part)
-        return parts[0] if len(parts) == 1 else (np if isinstance(dual, np.ndarray) else jnp).concatenate(parts)
+        return self.rows(self._turned(dual, order), order)
 
     def _turned(self, dual: Any, order: int) -> Any:
         """A dual `[rows, ...]` of the given edges for those of the grid that they are, or the reverse."""
@@ -300,9 +286,6 @@ class LayoutOver(Layout):
         kept = dataclasses.replace(solution, state=None, dual=None)
         here = jax.tree.map(lambda leaf: whole(leaf) if isinstance(leaf, jax.Array) else leaf, kept)
         return dataclasses.replace(here, state=solution.state, dual=solution.dual)
-
-    def listed_dual(self, dual: Any, orders: tuple[int, ...]) -> Any:
-        return dual  # it stays on the devices
 
     def holds(self, dual: Any) -> bool:
         return _devices_of(dual) == set(self.mesh.devices.flat) or super().holds(dual)

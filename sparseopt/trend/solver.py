@@ -59,11 +59,11 @@ class TrendSolver:
             As `trend_filter`, in the shape of y; under vmap with one status per lane. Values are not checked: for a
             signal that is not finite, and for a negative weight under jit, the status is NONFINITE.
         """
-        layout, orders = self.layout, (self.order + 1,)
+        layout, order = self.layout, self.order + 1
         if start is not None:
             start = self._start_of(start, np.size(y))
         found = self.fitted(y, penalty, node_weights, tol, max_steps, start)
-        nonzero, dual = layout.listed(found.nonzero, self.order + 1), layout.listed_dual(found.dual, orders)
+        nonzero, dual = layout.listed(found.nonzero, order), layout.listed_dual(found.dual, order)
         return dataclasses.replace(found, nonzero=nonzero, dual=dual)
 
     def _start_of(self, given: Any, size: int) -> Start:
@@ -78,7 +78,7 @@ class TrendSolver:
             dual = jnp.zeros(rows, self.dtype) if given.dual is None else given.dual
             given = Start(given.value, dual, getattr(given.state, "rho", None))
         require_start(given.x, given.dual, size, rows)
-        return dataclasses.replace(given, dual=self.layout.laid_dual(jnp.asarray(given.dual), (self.order + 1,)))
+        return dataclasses.replace(given, dual=self.layout.laid_dual(jnp.asarray(given.dual), self.order + 1))
 
     def fitted(
         self, y: Any, penalty: Any, node_weights: Any, tol: Any, max_steps: Any, start: Start | None

@@ -155,11 +155,8 @@ def grid_sums(
 @functools.lru_cache(maxsize=64)
 def _small_grid_sums(shape: tuple[int, ...], order: int, from_edges: bool, spacing: tuple[float, ...] | None) -> Sums:
     """The sums of the matrix itself; kept, since most of the set-up for a short chain would be theirs."""
-    weights, edges, nodes = (
-        None if spacing is None else grid_weights(shape, spacing),
-        grid_edges(shape),
-        math.prod(shape),
-    )
+    edges, nodes = grid_edges(shape), math.prod(shape)
+    weights = None if spacing is None else grid_weights(shape, spacing)
     require_matrix_memory(edges, nodes, order)
     return matrix_sums(difference_matrix(edges, nodes, weights, order, from_edges))
 

@@ -276,7 +276,3 @@ class LHalf(_OnEntries):
         share = 3 * level / jnp.where(keeps, size, 1)
         angle = jnp.arccos(jnp.where(keeps, share, 0) ** 1.5 / 4)
         return jnp.where(keeps, x * (2 / 3) * (1 + jnp.cos(2 / 3 * (jnp.pi - angle))), 0)
-
-    def slope(self, x: FloatArray) -> FloatArray:
-        """The derivative of the value in `|x|`: `weight / (2 sqrt(|x|))`."""
-        return self.weight / (2 * jnp.sqrt(jnp.abs(x)))

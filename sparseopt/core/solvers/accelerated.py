@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparseopt.core.base.types import pytree, static
+from sparseopt.core.losses.data import DataLoss
 from sparseopt.core.losses.quadratic import PlainLoss, is_indefinite, is_smooth, with_image
 from sparseopt.core.penalties.protocols import Composite, cold_memory, has_conjugate, prox_from
 from sparseopt.core.problem.certify import certificate, composite_gap, proximal_gap
@@ -97,7 +98,7 @@ class AcceleratedProximalGradient(ProxSolver):
         loss, start = with_image(problem.loss), jnp.asarray(start)
         image, zero, one = loss.image(start), jnp.zeros_like(start), jnp.ones((), start.dtype)
         units = columns = Units(jnp.ones_like(start), one)
-        if hasattr(loss, "rows") and has_conjugate(problem.penalty):
+        if isinstance(loss, DataLoss) and has_conjugate(problem.penalty):
             # Steps of each entry's own length need a penalty that takes them, and find another answer if it has many.
             units = columns = units_of(problem, start)
         if self.step_size is not None or not getattr(problem.penalty, "separable", False):
@@ -210,9 +211,9 @@ class AcceleratedProximalGradient(ProxSolver):
         tiny = jnp.finfo(x.dtype).tiny
         residual = curvature * jnp.linalg.norm(apart.reshape(-1)) / jnp.maximum(state.scale, tiny)
         gap = jnp.full_like(residual, jnp.nan)
-        if has_conjugate(penalty) and hasattr(loss, "rows"):
+        if has_conjugate(penalty) and isinstance(loss, DataLoss):
             gap = certificate(problem, x, state.image, loss.rows.gradient(state.image), units=state.columns).gap
-        elif isinstance(penalty, Composite) and hasattr(loss, "rows"):
+        elif isinstance(penalty, Composite) and isinstance(loss, DataLoss):
             gap = composite_gap(problem, x, state.image, penalty.dual(memory), curvature)
         elif self._has_quadratic_gap(problem):
             gap = proximal_gap(loss, penalty, x, state.image, gradient, state.objective)

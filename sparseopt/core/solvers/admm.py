@@ -176,9 +176,10 @@ def limited(factor: Array, later: Array, penalty: Any) -> Array:
     return jnp.clip(factor, least, jnp.where(gentle, GENTLE_FACTOR, LARGEST_FACTOR))
 
 
-def lengths(scale: Any, values: Array) -> Array:
-    """The squared length, at least the least normal number."""
-    return jnp.maximum(total(scale * values**2), jnp.finfo(values.dtype).tiny)
+def step_lengths(term: Term, turned: Array, shifted: Array) -> list[Array]:
+    """The squared lengths of a step of the dual and of z in the metrics of a term; at least the least normal number."""
+    steps = ((term.row_scale, turned), (term.column_scale, shifted))
+    return [jnp.maximum(total(scale * step**2), jnp.finfo(step.dtype).tiny) for scale, step in steps]
 
 
 @pytree
@@ -384,8 +385,7 @@ class Admm:
         # the relaxed dual moves less, so that rho grows more gently.
         convex = has_conjugate(problem.penalty)
         turned = rows.candidate - old.candidate if convex else rows.dual - old.dual
-        dual_length = lengths(term.row_scale, turned)
-        primal_length = lengths(term.column_scale, state.now.inner(rows) - before.inner(old))
+        dual_length, primal_length = step_lengths(term, turned, state.now.inner(rows) - before.inner(old))
         motion = jnp.sqrt(dual_length / primal_length)
         distance = balanced_rho(problem.operator, problem.loss, state.now.x, rows.candidate)
         wanted = jnp.where(state.count < MOVING, distance, motion) / state.rho

@@ -75,7 +75,8 @@ class DogeGroups(Admm):
         >>> from sparseopt.core.solvers.admm import Start
         >>> from sparseopt.core.solvers.doge import DogeGroups, doge_split
         >>> from sparseopt.core.operators.normal_solves import Diagonal
-        >>> split = doge_split(Difference(GridBase((4,)), 1), Identity((4,)), so.Graph.grid((4,)).sums(1), np.float32, 2)
+        >>> outer, sums = Difference(GridBase((4,)), 1), so.Graph.grid((4,)).sums(1)
+        >>> split = doge_split(outer, Identity((4,)), sums, np.float32, groups=2)
         >>> groups = np.array([[[1, 0], [0, 1], [1, 0], [0, 0]]], bool)  # the last place is empty
         >>> y = jnp.array([0.0, 0.2, 3.0, 3.1])
         >>> problem = so.Problem(so.LeastSquares(None, y), so.L1(0.5), jax.tree.map(jnp.asarray, split))

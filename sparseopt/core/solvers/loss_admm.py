@@ -36,11 +36,11 @@ from sparseopt.core.solvers.admm import (
     Moving,
     Start,
     Term,
-    lengths,
     limited,
     relative,
     restarted,
     rms,
+    step_lengths,
 )
 
 # The iteration restarts at this fraction of the gap at the last restart, or this fraction of all steps after it.
@@ -134,8 +134,9 @@ class LossAdmm(Admm):
 
     def _wanted(self, problem: Problem, state: AdmmState, before: Moving) -> tuple[tuple[Array, ...], Array]:
         def motion(term: Term, new: Any, old: Any) -> Array:
-            shifted = state.now.inner(new) - before.inner(old)
-            return jnp.sqrt(lengths(term.row_scale, new.dual - old.dual) / lengths(term.column_scale, shifted))
+            turned, shifted = new.dual - old.dual, state.now.inner(new) - before.inner(old)
+            dual_length, primal_length = step_lengths(term, turned, shifted)
+            return jnp.sqrt(dual_length / primal_length)
 
         parts = zip(self._terms(problem), state.now.blocks, before.blocks, strict=True)
         of_loss, of_rows = (motion(*part) for part in parts)
