@@ -32,9 +32,9 @@ from scipy.spatial import Delaunay
 
 import sparseopt as so
 from sparseopt.system.machine import environment
-from sparseopt.trend.losses import node_deviances
-from sparseopt.trend.path import TrendPath, trend_path
-from sparseopt.trend.selection import cross_validate, select
+from sparseopt.trend.methods.losses import node_deviances
+from sparseopt.trend.paths.path import TrendPath, trend_path
+from sparseopt.trend.paths.selection import cross_validate, select
 
 SIDE, CROSSINGS = 32, 1000
 # Signals have a standard deviation of 1.

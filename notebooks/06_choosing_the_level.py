@@ -27,10 +27,7 @@ from sklearn.model_selection import GridSearchCV, KFold
 
 import sparseopt as so
 from sparseopt.experiments import plots
-from sparseopt.trend.largest_weight import largest_weight
-from sparseopt.trend.path import trend_path
-from sparseopt.trend.selection import cross_validate, select
-from sparseopt.trend.signal import noise_level
+from sparseopt.trend import cross_validate, largest_weight, noise_level, select, trend_path
 
 _ = so.keep_programs()  # on disk, since compilation takes most of the time of a first run
 rng = np.random.default_rng(6)

@@ -30,8 +30,8 @@ from scipy.sparse.linalg import spsolve
 import sparseopt as so
 from sparseopt.experiments import plots
 from sparseopt.experiments.datasets import Picture, load_soho, require
-from sparseopt.trend.images import denoise, psnr
-from sparseopt.trend.signal import noise_level
+from sparseopt.trend import denoise, noise_level
+from sparseopt.trend.images import psnr
 
 _ = so.keep_programs()  # on disk, since compilation takes most of the time of a first run
 rng = np.random.default_rng(8)

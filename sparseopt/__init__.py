@@ -35,8 +35,8 @@ from sparseopt.core.solvers.primal_dual import PrimalDual, SplitAdmm
 from sparseopt.core.solvers.proximal_gradient import ProximalGradient
 from sparseopt.core.solvers.refit import Refit
 from sparseopt.system.programs import keep_programs
+from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.filter import trend_filter
-from sparseopt.trend.graph import Graph
 from sparseopt.trend.solver import trend_solver
 from sparseopt.trend.total_variation import TotalVariation
 

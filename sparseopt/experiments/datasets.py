@@ -47,7 +47,7 @@ from scipy.spatial import KDTree
 from sparseopt.experiments.names import suggest
 from sparseopt.experiments.read.volumes import Scan, from_above, read_scan
 from sparseopt.experiments.task import Strict
-from sparseopt.trend.graph import Graph
+from sparseopt.trend.base.graph import Graph
 
 PICTURES = (
     "camera", "coffee", "chelsea", "astronaut", "hubble_deep_field", "retina", "microaneurysms",

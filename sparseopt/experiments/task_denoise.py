@@ -17,10 +17,10 @@ from sparseopt.experiments.datasets import Picture
 from sparseopt.experiments.names import AnyTrendMethod, PenaltyConfig, trend_method
 from sparseopt.experiments.task import Estimate, FinishedRun, Record, Task, grouped
 from sparseopt.system import processes
+from sparseopt.trend.base.graph import Graph
+from sparseopt.trend.base.job import check_parameters
 from sparseopt.trend.filter import trend_filter
-from sparseopt.trend.graph import Graph
 from sparseopt.trend.images import psnr
-from sparseopt.trend.job import check_parameters
 from sparseopt.trend.methods.doge import CADENCE
 
 # Seconds of a fit for each value, on two cores in float64 at a gap of 1e-4.

@@ -19,10 +19,10 @@ from sparseopt.experiments.names import AnyTrendMethod, PenaltyConfig, trend_met
 from sparseopt.experiments.task import Estimate, FinishedRun, Record, Task, grouped
 from sparseopt.experiments.task_denoise import check_penalty, timed_fit
 from sparseopt.system import processes
+from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.filter import trend_filter
-from sparseopt.trend.graph import Graph
-from sparseopt.trend.path import trend_path
-from sparseopt.trend.selection import cross_validate, select
+from sparseopt.trend.paths.path import trend_path
+from sparseopt.trend.paths.selection import cross_validate, select
 
 # Neighbours belong to one level if they differ by less than this share of the fit's range.
 LEVEL_SHARE = 1e-4

@@ -4,15 +4,15 @@
 paths of weights and the choice among them, images, concave penalties, and the methods with their settings.
 """
 
+from sparseopt.trend.base.pieces import TrendSolution, degrees_of_freedom
+from sparseopt.trend.base.signal import noise_level
 from sparseopt.trend.filter import chosen_method, trend_filter
 from sparseopt.trend.images import denoise
-from sparseopt.trend.largest_weight import largest_weight
 from sparseopt.trend.methods.choice import Admm, Doge, DogeGroups, FastAdmm, Interior
-from sparseopt.trend.path import TrendPath, trend_path
-from sparseopt.trend.pieces import TrendSolution, degrees_of_freedom
+from sparseopt.trend.paths.largest_weight import largest_weight
+from sparseopt.trend.paths.path import TrendPath, trend_path
+from sparseopt.trend.paths.selection import cross_validate, select
 from sparseopt.trend.reweighting import reweighted
-from sparseopt.trend.selection import cross_validate, select
-from sparseopt.trend.signal import noise_level
 from sparseopt.trend.solver import TrendSolver, trend_solver
 
 __all__ = [

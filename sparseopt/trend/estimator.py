@@ -18,11 +18,11 @@ from sparseopt.core.base.types import precision
 from sparseopt.core.losses.scalar import Logistic, Poisson, ScalarLoss, Squared, SquaredHinge, checked_scalar
 from sparseopt.core.penalties.names import BY_WEIGHT
 from sparseopt.core.problem.problem import Status
+from sparseopt.trend.base.graph import Graph
+from sparseopt.trend.base.job import Settings
+from sparseopt.trend.base.signal import require_not_negative
 from sparseopt.trend.filter import trend_filter
-from sparseopt.trend.graph import Graph
-from sparseopt.trend.job import Settings
 from sparseopt.trend.methods.choice import checked_method
-from sparseopt.trend.signal import require_not_negative
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, MultiOutputMixin, RegressorMixin

@@ -20,15 +20,15 @@ from sparseopt.core.base.mesh import Devices, device_line
 from sparseopt.core.base.types import precision, wide_types
 from sparseopt.core.losses.scalar import checked_scalar
 from sparseopt.core.problem.problem import Solution, Status
-from sparseopt.trend.graph import Graph
-from sparseopt.trend.job import Job, checked_terms, graph_for, terms_of, vanishes
-from sparseopt.trend.layout import layout_of
-from sparseopt.trend.levelling import levelled_fit, short_fit
-from sparseopt.trend.losses import fit_loss
+from sparseopt.trend.base.graph import Graph
+from sparseopt.trend.base.job import Job, checked_terms, graph_for, terms_of, vanishes
+from sparseopt.trend.base.layout import layout_of
+from sparseopt.trend.base.pieces import TrendSolution
+from sparseopt.trend.base.signal import as_null_fit, checked_order, checked_signal, graph_at
 from sparseopt.trend.methods.choice import Interior, checked_method, chosen, is_short
-from sparseopt.trend.pieces import TrendSolution
-from sparseopt.trend.plan import known_fit
-from sparseopt.trend.signal import as_null_fit, checked_order, checked_signal, graph_at
+from sparseopt.trend.methods.losses import fit_loss
+from sparseopt.trend.methods.piece_means import levelled_fit, short_fit
+from sparseopt.trend.methods.plan import known_fit
 
 
 @renames(
@@ -86,7 +86,7 @@ def trend_filter(
             the log-odds), "squared_hinge" (labels -1 and 1; b is a score), "huber", "absolute", or an object of
             `so.scalar` such as `so.scalar.Huber(delta)` or `so.scalar.Quantile(level)`, or your own `ScalarLoss`. Not
             with "fast_admm". With free ends from order 1 on a loss of your own is smooth; for L1 with an absolute or
-            quantile loss "auto" takes linear programming, whose fits count no steps. See `sparseopt.trend.losses`.
+            quantile loss "auto" takes linear programming, whose fits count no steps. See `trend.methods.losses`.
         devices: the number of devices for the fit, "all", or a `jax.sharding.Mesh` of one axis "devices"; None for one.
             Several devices take one penalty and the square loss by "doge" with B = order + 1; the answer is that of one
             device up to rounding. With several processes each calls this with the same arguments and gets the whole

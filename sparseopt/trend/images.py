@@ -10,12 +10,12 @@ import numpy as np
 from sparseopt.core.base.mesh import Devices
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.penalties.groups import GroupL2
+from sparseopt.trend.base.graph import Graph
+from sparseopt.trend.base.pieces import TrendSolution
+from sparseopt.trend.base.signal import noise_level
 from sparseopt.trend.filter import trend_filter
-from sparseopt.trend.graph import Graph
-from sparseopt.trend.path import trend_path
-from sparseopt.trend.pieces import TrendSolution
-from sparseopt.trend.selection import Selection, select
-from sparseopt.trend.signal import noise_level
+from sparseopt.trend.paths.path import trend_path
+from sparseopt.trend.paths.selection import Selection, select
 
 # Weights over the noise level, among which one is chosen, and how often the range is moved if the best is at its end.
 HIGHEST, RATIO, LEVELS, MOVES = 4.0, 2.0**-0.5, 11, 4

@@ -21,11 +21,11 @@ from sparseopt.core.base.types import precision
 from sparseopt.core.losses.scalar import Squared, checked_scalar
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.problem.problem import Solution, Status
+from sparseopt.trend.base.graph import Graph
+from sparseopt.trend.base.job import check_parameters
+from sparseopt.trend.base.signal import checked_graph, checked_order, compute_dtype
 from sparseopt.trend.filter import trend_filter
-from sparseopt.trend.graph import Graph
-from sparseopt.trend.job import check_parameters
 from sparseopt.trend.methods.choice import Interior, checked_method
-from sparseopt.trend.signal import checked_graph, checked_order, compute_dtype
 
 # With a loss, the least weight of a row, as a share of its first.
 LEAST = 1e-4

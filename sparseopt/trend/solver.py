@@ -17,13 +17,13 @@ from sparseopt.core.base.types import precision, pytree, static, wide_types
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.problem.problem import Solution
 from sparseopt.core.solvers.admm import Start
-from sparseopt.trend.ground import on_rows
-from sparseopt.trend.job import Job, checked_weight, graph_for, require_penalty, require_start
-from sparseopt.trend.layout import Layout, layout_of
+from sparseopt.trend.base.ground import on_rows
+from sparseopt.trend.base.job import Job, checked_weight, graph_for, require_penalty, require_start
+from sparseopt.trend.base.layout import Layout, layout_of
+from sparseopt.trend.base.pieces import TrendSolution
+from sparseopt.trend.base.signal import checked_graph, checked_order, compute_dtype, graph_at, require_node_weights
 from sparseopt.trend.methods.choice import checked_method, chosen
-from sparseopt.trend.pieces import TrendSolution
-from sparseopt.trend.plan import Plan, fit
-from sparseopt.trend.signal import checked_graph, checked_order, compute_dtype, graph_at, require_node_weights
+from sparseopt.trend.methods.plan import Plan, fit
 
 
 @pytree(eq=False)

@@ -21,12 +21,12 @@ from sparseopt.core.penalties.entries import L1
 from sparseopt.core.penalties.groups import GroupL2
 from sparseopt.core.problem.problem import Status
 from sparseopt.core.solvers.admm import Start
-from sparseopt.trend.graph import Graph
-from sparseopt.trend.ground import on_rows
-from sparseopt.trend.job import MOST_STEPS, check_parameters, require_penalty
-from sparseopt.trend.layout import layout_of
+from sparseopt.trend.base.graph import Graph
+from sparseopt.trend.base.ground import on_rows
+from sparseopt.trend.base.job import MOST_STEPS, check_parameters, require_penalty
+from sparseopt.trend.base.layout import layout_of
+from sparseopt.trend.base.signal import checked_graph, checked_order, graph_at
 from sparseopt.trend.methods.choice import AUTO
-from sparseopt.trend.signal import checked_graph, checked_order, graph_at
 from sparseopt.trend.solver import TrendSolver, trend_solver
 
 # The error of a prox is at most this fraction of the last change of the prox, so that it vanishes as a solve converges;

@@ -38,7 +38,7 @@ from sparseopt.pruning.train.reconstruction import Reconstruction, _step_of_rows
 from sparseopt.pruning.train.training import Fixed, kept_entries, start_state
 from sparseopt.trend.filter import checked_job
 from sparseopt.trend.methods.choice import chosen
-from sparseopt.trend.plan import fit
+from sparseopt.trend.methods.plan import fit
 from tests.accelerators.targets import MESH, Place
 
 _LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "hidden_act": "silu", "rope_theta": 10000.0}

@@ -19,7 +19,7 @@ from sparseopt.core.problem.problem import Problem
 from sparseopt.core.solvers.admm import Admm, Start
 from sparseopt.core.solvers.doge import DogeGroups, doge_split
 from sparseopt.core.solvers.fused_lasso import ChainTotalVariation, fused_lasso
-from sparseopt.trend.layout import layout_of
+from sparseopt.trend.base.layout import layout_of
 from tests.jitted import Jitted
 from tests.tiers import often
 from tests.trend.problems import GRAPHS, exact_fit, random_graph

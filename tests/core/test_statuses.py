@@ -16,8 +16,8 @@ from sparseopt.core.solvers.admm import Admm, Start
 from sparseopt.core.solvers.loss_admm import LossAdmm
 from sparseopt.core.solvers.rising_admm import QuadraticAdmm, solve_rising
 from sparseopt.core.solvers.splice import Splice
-from sparseopt.trend.job import Job
-from sparseopt.trend.layout import layout_of
+from sparseopt.trend.base.job import Job
+from sparseopt.trend.base.layout import layout_of
 from sparseopt.trend.methods.choice import METHODS
 from tests.tiers import often
 

@@ -16,8 +16,8 @@ from sparseopt.experiments.task import FinishedRun, Task
 from sparseopt.experiments.task_denoise import Denoise, timed_fit
 from sparseopt.experiments.task_graph import GraphSignal, count_levels
 from sparseopt.trend import plan as plan_module
+from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.filter import trend_filter
-from sparseopt.trend.graph import Graph
 from tests.tiers import often
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -18,9 +18,9 @@ from sparseopt.core.base.mesh import at_work, device_line, whole
 from sparseopt.core.operators.slabs import SlabBase
 from sparseopt.core.problem.iterate import _iterate
 from sparseopt.core.problem.problem import Problem
+from sparseopt.trend.base.ground import data_of
+from sparseopt.trend.base.layout import layout_of
 from sparseopt.trend.filter import checked_job
-from sparseopt.trend.ground import data_of
-from sparseopt.trend.layout import layout_of
 from sparseopt.trend.methods.choice import chosen
 from tests.collectives import collectives, times, total_bytes
 

@@ -11,8 +11,8 @@ from scipy.optimize import linprog
 import sparseopt as so
 from sparseopt.core.base.types import precision
 from sparseopt.core.losses.scalar import LOSSES
+from sparseopt.trend.base.layout import layout_of
 from sparseopt.trend.filter import chosen_method
-from sparseopt.trend.layout import layout_of
 from tests.core import conic
 from tests.tiers import often
 

@@ -10,7 +10,7 @@ from scipy import sparse
 
 import sparseopt as so
 from sparseopt.trend.filter import chosen_method
-from sparseopt.trend.selection import random_folds
+from sparseopt.trend.paths.selection import random_folds
 
 Y = np.array([0.0, 1.0, 5.0, 2.0, 8.0, 1.0])
 CHAIN = so.Graph.chain(6)

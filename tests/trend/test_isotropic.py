@@ -8,7 +8,7 @@ from scipy import sparse
 
 import sparseopt as so
 from sparseopt.core.base.types import precision
-from sparseopt.trend.layout import layout_of
+from sparseopt.trend.base.layout import layout_of
 from tests.core import conic
 from tests.tiers import often
 

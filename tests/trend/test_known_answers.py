@@ -9,7 +9,7 @@ import pytest
 import sparseopt as so
 from sparseopt.core.base import arguments
 from sparseopt.core.operators import row_tables as grouping
-from sparseopt.trend import signal
+from sparseopt.trend.base import signal
 from tests.tiers import often
 from tests.trend.problems import random_graph, two_parts
 

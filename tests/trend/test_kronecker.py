@@ -8,10 +8,10 @@ from scipy import optimize, sparse
 
 import sparseopt as so
 from sparseopt.core.operators.normal_solves import free_solve
+from sparseopt.trend.base.layout import layout_of
 from sparseopt.trend.filter import chosen_method
 from sparseopt.trend.images import denoise
-from sparseopt.trend.layout import layout_of
-from sparseopt.trend.path import trend_path
+from sparseopt.trend.paths.path import trend_path
 from tests.core import conic
 from tests.tiers import often
 from tests.trend.test_free_ends import FORMS, conic_fit, genlasso_matrix

@@ -9,9 +9,9 @@ import sparseopt as so
 from sparseopt.core.base.types import precision
 from sparseopt.core.losses.scalar import LOSSES
 from sparseopt.core.solvers.admm import Admm
-from sparseopt.trend.largest_weight import largest_weight
-from sparseopt.trend.path import trend_path
-from sparseopt.trend.path_levels import descend
+from sparseopt.trend.paths.largest_weight import largest_weight
+from sparseopt.trend.paths.levels import descend
+from sparseopt.trend.paths.path import trend_path
 from tests.tiers import often
 from tests.trend.problems import GRAPHS, exact_fit, objective, two_parts
 
@@ -211,7 +211,7 @@ def test_coupled_channels_begin_at_their_means_and_jump_together(rng, monkeypatc
     graph = so.Graph.chain(15)
     y = 5 * rng.standard_normal((15, 2))
     descents = mock.Mock(side_effect=descend)
-    monkeypatch.setattr("sparseopt.trend.path.descend", descents)
+    monkeypatch.setattr("sparseopt.trend.paths.path.descend", descents)
     path = trend_path(y, graph, so.GroupL2, num=5, tol=1e-7).check()
     assert descents.call_count == 1  # a cross-validation asks for nothing more
     np.testing.assert_allclose(path.values[0], component_means(y, graph), rtol=1e-12)

@@ -9,10 +9,10 @@ from scipy import sparse
 
 import sparseopt as so
 from sparseopt.core.base.types import precision
+from sparseopt.trend.base.pieces import labels_of
 from sparseopt.trend.filter import checked_job
-from sparseopt.trend.levelling import levelled_fit
 from sparseopt.trend.methods.choice import chosen
-from sparseopt.trend.pieces import labels_of
+from sparseopt.trend.methods.piece_means import levelled_fit
 from tests.trend.problems import GRAPHS, exact_fit, objective, random_graph
 
 

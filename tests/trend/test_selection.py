@@ -6,10 +6,10 @@ import pytest
 
 import sparseopt as so
 from sparseopt.experiments.plots import plot_cross_validation, plot_degrees_of_freedom, plot_fits, plot_selection
-from sparseopt.trend.path import trend_path
-from sparseopt.trend.pieces import degrees_of_freedom
-from sparseopt.trend.selection import cross_validate, random_folds, select
-from sparseopt.trend.signal import noise_level
+from sparseopt.trend.base.pieces import degrees_of_freedom
+from sparseopt.trend.base.signal import noise_level
+from sparseopt.trend.paths.path import trend_path
+from sparseopt.trend.paths.selection import cross_validate, random_folds, select
 from tests.trend.problems import GRAPHS, two_parts
 
 matplotlib.use("agg")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import sparseopt as so
-from sparseopt.trend import levelling
+from sparseopt.trend.methods import piece_means
 from tests.tiers import often
 
 GRID, CHAIN = so.Graph.grid((4, 5)), so.Graph.chain(20)
@@ -190,7 +190,7 @@ def test_a_large_signal_is_solved_in_float32_and_certified_in_float64(monkeypatc
     assert objective / lower - 1 <= 1.01e-6
 
     # Where float32 is not enough the solve goes on from there, in float64.
-    monkeypatch.setattr(levelling, "BELOW", 1e5)
+    monkeypatch.setattr(piece_means, "BELOW", 1e5)
     resumed = so.trend_filter(y, graph, penalty, tol=1e-6).check()
     assert resumed.steps > 0
     np.testing.assert_allclose(resumed.value, short.value, atol=0.05)

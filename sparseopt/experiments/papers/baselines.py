@@ -40,16 +40,16 @@ from sparseopt.core.problem.problem import Measure, Problem, Solution
 from sparseopt.core.solve import solve
 from sparseopt.core.solvers.admm import Admm, AdmmState, Moving, Start, standard_split
 from sparseopt.core.solvers.doge import doge_split
+from sparseopt.trend.base.graph import Graph
+from sparseopt.trend.base.ground import leaves_as
+from sparseopt.trend.base.job import Job
+from sparseopt.trend.base.layout import layout_of
+from sparseopt.trend.base.signal import Signal
 from sparseopt.trend.filter import trend_filter
-from sparseopt.trend.graph import Graph
-from sparseopt.trend.ground import leaves_as
-from sparseopt.trend.job import Job
-from sparseopt.trend.layout import layout_of
 from sparseopt.trend.methods.admm import node_solve
 from sparseopt.trend.methods.choice import METHODS
 from sparseopt.trend.methods.doge import split_of
-from sparseopt.trend.plan import FIRST_RHO
-from sparseopt.trend.signal import Signal
+from sparseopt.trend.methods.plan import FIRST_RHO
 
 Method = Literal["doge", "admm", "gtf_admm", "fast_admm", "doge_groups"]
 Stop = Literal["gap", "change"]

@@ -14,7 +14,7 @@ from sparseopt.core.base.types import Observer
 from sparseopt.core.operators.row_tables import check_groups
 from sparseopt.experiments import plots
 from sparseopt.experiments.task import Estimate, FinishedRun, Record, Task
-from sparseopt.trend.graph import Graph
+from sparseopt.trend.base.graph import Graph
 
 LARGEST_DRAWN = 400
 

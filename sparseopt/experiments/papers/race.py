@@ -14,7 +14,7 @@ from sparseopt.experiments import plots
 from sparseopt.experiments.papers.baselines import METHOD_NAMES, Method, Settings, Stop, algorithm_of, fit, method_label
 from sparseopt.experiments.task import FinishedRun, Record, grouped
 from sparseopt.experiments.task_denoise import FIT_SECONDS, NoisyPicture
-from sparseopt.trend.graph import Graph
+from sparseopt.trend.base.graph import Graph
 
 # Seconds of a fit with an optimisation in each step, for each value; see `FIT_SECONDS`.
 NESTED_FIT_SECONDS = 8e-6

@@ -8,8 +8,8 @@ import numpy as np
 from sparseopt.core.losses.scalar import Squared
 from sparseopt.core.problem.problem import Solution
 from sparseopt.experiments.plots import style
-from sparseopt.trend.path import TrendPath
-from sparseopt.trend.selection import CrossValidation, Selection
+from sparseopt.trend.paths.path import TrendPath
+from sparseopt.trend.paths.selection import CrossValidation, Selection
 
 Quantity = Literal["objective", "gap", "residual"]
 LABELS = {"objective": "objective", "gap": "relative duality gap", "residual": "residual"}

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from sparseopt.experiments.plots import style
-from sparseopt.trend.graph import Graph
+from sparseopt.trend.base.graph import Graph
 
 GROUP_NODES = 400  # a picture of groups with more nodes shows nothing
 PAD = 0.22  # of a patch around its nodes, in grid steps; patches of a group are at least 0.7 apart

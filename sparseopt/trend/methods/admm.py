@@ -14,8 +14,8 @@ from sparseopt.core.base.mesh import on_device
 from sparseopt.core.operators.maps import Identity, Split
 from sparseopt.core.operators.normal_solves import ConjugateGradient, banded_solve, free_solve
 from sparseopt.core.solvers.admm import standard_split
-from sparseopt.trend.job import Job, Method, Settings
-from sparseopt.trend.plan import Plan
+from sparseopt.trend.base.job import Job, Method, Settings
+from sparseopt.trend.methods.plan import Plan
 
 # With an exact x-step a check is cheap.
 CADENCE = 5

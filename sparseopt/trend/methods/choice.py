@@ -13,7 +13,7 @@ import numpy as np
 from sparseopt.core.base.arguments import unknown
 from sparseopt.core.penalties.protocols import Norm
 from sparseopt.core.solvers.interior import is_available
-from sparseopt.trend.job import Job, Method, vanishes
+from sparseopt.trend.base.job import Job, Method, vanishes
 from sparseopt.trend.methods.admm import Admm
 from sparseopt.trend.methods.doge import Doge
 from sparseopt.trend.methods.doge_groups import DogeGroups

@@ -16,10 +16,10 @@ from sparseopt.core.operators.differences import Difference
 from sparseopt.core.operators.maps import Identity, Split
 from sparseopt.core.operators.normal_solves import Diagonal
 from sparseopt.core.solvers.doge import doge_split
-from sparseopt.trend.job import Job, Method, Settings
+from sparseopt.trend.base.job import Job, Method, Settings
+from sparseopt.trend.base.signal import MOST_ORDER
 from sparseopt.trend.methods.admm import node_solve
-from sparseopt.trend.plan import Plan
-from sparseopt.trend.signal import MOST_ORDER
+from sparseopt.trend.methods.plan import Plan
 
 # A check costs two steps.
 CADENCE = 10

@@ -15,12 +15,12 @@ from sparseopt.core.base.mesh import on_device
 from sparseopt.core.base.types import pytree
 from sparseopt.core.operators.normal_solves import Diagonal
 from sparseopt.core.solvers import doge
-from sparseopt.trend.graph import Graph
-from sparseopt.trend.ground import couples_axes
-from sparseopt.trend.job import Job, Method, Settings
+from sparseopt.trend.base.graph import Graph
+from sparseopt.trend.base.ground import couples_axes
+from sparseopt.trend.base.job import Job, Method, Settings
 from sparseopt.trend.methods.admm import node_solve
 from sparseopt.trend.methods.doge import CADENCE, placed, refuses_block, split_of
-from sparseopt.trend.plan import Plan
+from sparseopt.trend.methods.plan import Plan
 
 
 @pytree

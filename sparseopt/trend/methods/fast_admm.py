@@ -20,10 +20,10 @@ from sparseopt.core.operators.normal_solves import Diagonal, banded_solve
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.solvers.admm import Start, standard_split
 from sparseopt.core.solvers.fused_lasso import ChainTotalVariation
-from sparseopt.trend.ground import Data
-from sparseopt.trend.job import Job, Method, Settings
+from sparseopt.trend.base.ground import Data
+from sparseopt.trend.base.job import Job, Method, Settings
 from sparseopt.trend.methods.admm import CADENCE, in_unit, node_solve
-from sparseopt.trend.plan import Plan
+from sparseopt.trend.methods.plan import Plan
 
 
 @pytree

@@ -21,11 +21,11 @@ from sparseopt.core.operators.row_tables import difference_matrix, edge_rows
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.problem.problem import Solution, Status
 from sparseopt.core.solvers.interior import MOST_STEPS, DualProgram, is_available
-from sparseopt.trend.graph import Graph
-from sparseopt.trend.ground import Data, Ground, data_of, on_rows
-from sparseopt.trend.job import Job, Method
-from sparseopt.trend.pieces import TrendSolution
-from sparseopt.trend.plan import finished
+from sparseopt.trend.base.graph import Graph
+from sparseopt.trend.base.ground import Data, Ground, data_of, on_rows
+from sparseopt.trend.base.job import Job, Method
+from sparseopt.trend.base.pieces import TrendSolution
+from sparseopt.trend.methods.plan import finished
 
 # Up to this many edges per node the Hessian is D Dᵀ at order 0.
 EDGES_A_NODE = 2

@@ -14,7 +14,7 @@ from sparseopt.core.base.types import precision
 from sparseopt.core.operators.differences import Difference
 from sparseopt.core.operators.normal_solves import LONGEST_FREE_AXIS
 from sparseopt.core.operators.row_tables import edge_rows
-from sparseopt.trend.graph import Graph
+from sparseopt.trend.base.graph import Graph
 
 # What is said of values that are traced.
 UNKNOWN = (

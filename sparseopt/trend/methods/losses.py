@@ -28,13 +28,13 @@ from sparseopt.core.problem.iterate import iterate
 from sparseopt.core.problem.problem import Problem, Solution, Status
 from sparseopt.core.solvers.admm import Start
 from sparseopt.core.solvers.loss_admm import LossAdmm
-from sparseopt.trend.ground import BOX_RANGES, OF_MEAN_SIZE, Data, Ground, leaves_as, mean_weight, null_space_dual
-from sparseopt.trend.job import Job, vanishes
+from sparseopt.trend.base.ground import BOX_RANGES, OF_MEAN_SIZE, Data, Ground, leaves_as, mean_weight, null_space_dual
+from sparseopt.trend.base.job import Job, vanishes
+from sparseopt.trend.base.pieces import TrendSolution
+from sparseopt.trend.base.signal import NULL_EPS, Signal
 from sparseopt.trend.methods.choice import chosen
-from sparseopt.trend.pieces import TrendSolution
-from sparseopt.trend.plan import FIRST_RHO, finished, known_fit, to_next_check
-from sparseopt.trend.polynomials import best_polynomials, linear_fits
-from sparseopt.trend.signal import NULL_EPS, Signal
+from sparseopt.trend.methods.plan import FIRST_RHO, finished, known_fit, to_next_check
+from sparseopt.trend.methods.polynomials import best_polynomials, linear_fits
 
 # A node without an observation still needs some weight in the x-step: this fraction of the mean.
 LIGHT = 1e-2

@@ -22,16 +22,16 @@ from sparseopt.core.losses.scalar import checked_scalar
 from sparseopt.core.operators.row_tables import difference_matrix
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.solvers.interior import is_available
+from sparseopt.trend.base.graph import Graph
+from sparseopt.trend.base.ground import ground_of, inverse_laplacian
+from sparseopt.trend.base.job import Job
+from sparseopt.trend.base.layout import layout_of
+from sparseopt.trend.base.signal import Signal, component_means, null_fit_values
 from sparseopt.trend.filter import checked_job, trend_filter
-from sparseopt.trend.graph import Graph
-from sparseopt.trend.ground import ground_of, inverse_laplacian
-from sparseopt.trend.job import Job
-from sparseopt.trend.layout import layout_of
-from sparseopt.trend.losses import null_pull
 from sparseopt.trend.methods.admm import Admm
 from sparseopt.trend.methods.doge import Doge
 from sparseopt.trend.methods.interior import Interior, is_narrow
-from sparseopt.trend.signal import Signal, component_means, null_fit_values
+from sparseopt.trend.methods.losses import null_pull
 
 FIRST_STEPS = 100
 MOST_STEPS = 12_800

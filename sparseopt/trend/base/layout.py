@@ -25,7 +25,7 @@ from sparseopt.core.operators.parts import Cut, cut_graph, part_base
 from sparseopt.core.operators.row_tables import Sums, edge_grid, edge_rows, grid_edges
 from sparseopt.core.operators.slabs import SlabBase
 from sparseopt.core.penalties.entries import L1
-from sparseopt.trend.graph import Graph
+from sparseopt.trend.base.graph import Graph
 
 T = TypeVar("T")
 # The sums of Ψ at a padded row or column: negligible in a mean, but a valid divisor.

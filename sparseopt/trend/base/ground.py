@@ -23,7 +23,7 @@ from sparseopt.core.losses.scalar import Squared
 from sparseopt.core.operators.maps import Stack
 from sparseopt.core.penalties.groups import GroupL2, SparseGroup
 from sparseopt.core.penalties.sums import stacked
-from sparseopt.trend.layout import Layout
+from sparseopt.trend.base.layout import Layout
 
 Terms = dict[int, Any]
 # At orders >= 1 the fit may leave the range of the data where nothing is observed. The certificate then holds among

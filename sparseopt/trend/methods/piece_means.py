@@ -22,11 +22,11 @@ from sparseopt.core.penalties.entries import L1
 from sparseopt.core.penalties.protocols import has_conjugate
 from sparseopt.core.problem.certify import judge, promoted
 from sparseopt.core.problem.problem import Problem, Status
-from sparseopt.trend.ground import Ground, data_of
-from sparseopt.trend.job import Job, start_at
+from sparseopt.trend.base.ground import Ground, data_of
+from sparseopt.trend.base.job import Job, start_at
+from sparseopt.trend.base.pieces import TrendSolution, edges_between, labels_of, levelled
 from sparseopt.trend.methods.choice import chosen
-from sparseopt.trend.pieces import TrendSolution, edges_between, labels_of, levelled
-from sparseopt.trend.plan import resumed
+from sparseopt.trend.methods.plan import resumed
 
 # Objectives that differ by this many eps are equal up to rounding.
 ROUNDING = 8

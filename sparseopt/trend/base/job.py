@@ -28,10 +28,10 @@ from sparseopt.core.penalties.protocols import Composite
 from sparseopt.core.penalties.sets import Box
 from sparseopt.core.problem.problem import Solution
 from sparseopt.core.solvers.admm import Start
-from sparseopt.trend.graph import Graph
-from sparseopt.trend.ground import Ground, Terms, couples_axes, ground_of, on_rows, strength
-from sparseopt.trend.layout import Layout
-from sparseopt.trend.signal import MOST_ORDER, UNKNOWN, Signal
+from sparseopt.trend.base.graph import Graph
+from sparseopt.trend.base.ground import Ground, Terms, couples_axes, ground_of, on_rows, strength
+from sparseopt.trend.base.layout import Layout
+from sparseopt.trend.base.signal import MOST_ORDER, UNKNOWN, Signal
 
 # Steps are counted in int32, and the last check may be one cadence later.
 MOST_STEPS = 10**9

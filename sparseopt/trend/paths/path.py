@@ -22,16 +22,16 @@ from sparseopt.core.losses.scalar import ScalarLoss, checked_scalar
 from sparseopt.core.penalties.entries import L1, MCP, SCAD
 from sparseopt.core.penalties.groups import GroupL2
 from sparseopt.core.problem.problem import Solution, Status
+from sparseopt.trend.base.graph import Graph
+from sparseopt.trend.base.job import Job, require_representable
+from sparseopt.trend.base.layout import layout_of
+from sparseopt.trend.base.pieces import MOST_RANKED, TrendSolution, freedom_of_levels, is_countable
+from sparseopt.trend.base.signal import signal_noise
 from sparseopt.trend.filter import checked_job
-from sparseopt.trend.graph import Graph
-from sparseopt.trend.job import Job, require_representable
-from sparseopt.trend.largest_weight import NullFit, null_fit
-from sparseopt.trend.layout import layout_of
-from sparseopt.trend.losses import node_deviances
 from sparseopt.trend.methods.choice import checked_method
-from sparseopt.trend.path_levels import descend
-from sparseopt.trend.pieces import MOST_RANKED, TrendSolution, freedom_of_levels, is_countable
-from sparseopt.trend.signal import signal_noise
+from sparseopt.trend.methods.losses import node_deviances
+from sparseopt.trend.paths.largest_weight import NullFit, null_fit
+from sparseopt.trend.paths.levels import descend
 
 # The relative accuracy of the first weight of a path: enough there, and ten times cheaper than the default.
 FIRST_WEIGHT_TOL = 1e-2

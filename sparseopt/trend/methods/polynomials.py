@@ -29,8 +29,8 @@ from sparseopt.core.base.compile import Jitted
 from sparseopt.core.base.types import precision
 from sparseopt.core.losses.residuals import LossOfTwoSlopes
 from sparseopt.core.losses.scalar import ScalarLoss
-from sparseopt.trend.graph import Graph
-from sparseopt.trend.ground import leaves_as
+from sparseopt.trend.base.graph import Graph
+from sparseopt.trend.base.ground import leaves_as
 
 # Newton's method: its steps, the relative decrease of the loss that ends it, and the curvature over that at the start
 # below which the loss has no minimum, only a limit.

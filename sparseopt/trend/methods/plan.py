@@ -24,10 +24,10 @@ from sparseopt.core.problem.differentiate import Found, attached
 from sparseopt.core.problem.iterate import iterate
 from sparseopt.core.problem.problem import Problem, Solution, Status
 from sparseopt.core.solvers.admm import Admm, Start
-from sparseopt.trend.ground import Data, Ground, data_of, null_space_dual
-from sparseopt.trend.job import Job
-from sparseopt.trend.pieces import TrendSolution, nonzero_at
-from sparseopt.trend.signal import NULL_EPS
+from sparseopt.trend.base.ground import Data, Ground, data_of, null_space_dual
+from sparseopt.trend.base.job import Job
+from sparseopt.trend.base.pieces import TrendSolution, nonzero_at
+from sparseopt.trend.base.signal import NULL_EPS
 
 # rho starts at this multiple of the weight over the noise: the balance 3 of admm.py at duals of rms 0.8 weight.
 FIRST_RHO = 2.4

@@ -26,10 +26,10 @@ from sparseopt.core.base.arguments import is_positive, unknown, whole_number
 from sparseopt.core.losses.scalar import Logistic, Poisson, Squared
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.problem.problem import Status
-from sparseopt.trend.graph import Graph
-from sparseopt.trend.losses import node_deviances
-from sparseopt.trend.path import TrendPath, trend_path
-from sparseopt.trend.signal import checked_order, checked_signal
+from sparseopt.trend.base.graph import Graph
+from sparseopt.trend.base.signal import checked_order, checked_signal
+from sparseopt.trend.methods.losses import node_deviances
+from sparseopt.trend.paths.path import TrendPath, trend_path
 
 CRITERIA = ("gcv", "sure", "aic", "bic")
 # How many standard errors above the least error a rule allows.

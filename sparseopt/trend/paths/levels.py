@@ -19,14 +19,14 @@ from sparseopt.core.problem.certify import judge
 from sparseopt.core.problem.problem import Problem, Solution, Status
 from sparseopt.core.solvers.admm import Start, balanced_rho
 from sparseopt.core.solvers.fused_lasso import ChainTotalVariation, fused_pieces
-from sparseopt.trend.ground import Data, Ground, data_of
-from sparseopt.trend.job import Job, start_at
-from sparseopt.trend.largest_weight import NullFit
-from sparseopt.trend.levelling import has_means, in_float32, stopped_early
-from sparseopt.trend.losses import best_constants, fit_loss
+from sparseopt.trend.base.ground import Data, Ground, data_of
+from sparseopt.trend.base.job import Job, start_at
+from sparseopt.trend.base.pieces import TrendSolution
 from sparseopt.trend.methods.choice import Doge, FastAdmm, Interior, chosen_for_path, is_short
-from sparseopt.trend.pieces import TrendSolution
-from sparseopt.trend.plan import FIRST_RHO, Plan, resumed
+from sparseopt.trend.methods.losses import best_constants, fit_loss
+from sparseopt.trend.methods.piece_means import has_means, in_float32, stopped_early
+from sparseopt.trend.methods.plan import FIRST_RHO, Plan, resumed
+from sparseopt.trend.paths.largest_weight import NullFit
 
 # The rho from Doge's start is accepted within this factor of the rho from the noise.
 RHO_RANGE = 1e4

@@ -27,10 +27,10 @@ from sparseopt.core.operators.maps import Stack
 from sparseopt.core.operators.row_tables import edge_rows
 from sparseopt.core.penalties.protocols import Norm
 from sparseopt.core.problem.problem import Solution
-from sparseopt.trend.graph import Graph
-from sparseopt.trend.ground import Ground, couples_axes, mean_weight
-from sparseopt.trend.layout import layout_of
-from sparseopt.trend.signal import checked_graph, checked_order, graph_at
+from sparseopt.trend.base.graph import Graph
+from sparseopt.trend.base.ground import Ground, couples_axes, mean_weight
+from sparseopt.trend.base.layout import layout_of
+from sparseopt.trend.base.signal import checked_graph, checked_order, graph_at
 
 # The rank of a dense matrix of so many columns takes about a second.
 MOST_RANKED = 1024
