@@ -3,7 +3,7 @@
     python benchmarks/bench_trend_sizes.py [--sides 256,1024,4096] [--lattices 224,708] [--renumbered 224,708,2237]
 
 Pictures at orders 0 and 1, and a general graph at order 0: a lattice whose nodes are numbered at random, the worst case
-for the caches, and the same after `Graph.renumbered`; 2,237 nodes per side give ten million edges. Every fit uses
+for the caches, and the same after `Graph.renumber`; 2,237 nodes per side give ten million edges. Every fit uses
 method="auto" from a cold start to the certified gap of --tol, in its own process. Seconds are those of a second call
 with a new graph, without compilation; those of the first call are printed too.
 """
@@ -46,7 +46,7 @@ def one(kind: str, side: int, order: int, tol: float) -> dict[str, Any]:
     if kind == "renumbered":
         assert edges is not None
         start = time.perf_counter()
-        graph, order_of_nodes = so.Graph.from_edges(edges, y.size).renumbered()
+        graph, order_of_nodes = so.Graph.from_edges(edges, y.size).renumber()
         renumbering = time.perf_counter() - start
         # Without one edge, or the graph would be a grid again.
         y, edges = y[order_of_nodes], graph.edges[1:]

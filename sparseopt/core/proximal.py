@@ -86,10 +86,12 @@ def proximal(penalty: Penalty, step: Scalar | Schedule, *, mask: Mask = None) ->
         def memory(p: Array, chosen: bool) -> Any:
             return cold_memory(penalty, _wide(p)) if chosen else None
 
-        return ProximalState(jnp.zeros((), jnp.int32), jax.tree.map(memory, params, _chosen(mask, params, "proximal")))
+        return ProximalState(
+            jnp.zeros((), jnp.int32), jax.tree.map(memory, params, _choose_leaves(mask, params, "proximal"))
+        )
 
     def update(updates: Any, state: ProximalState, params: Any = None) -> tuple[Any, ProximalState]:
-        chosen, now = _chosen(mask, params, "proximal"), schedule(state.count)
+        chosen, now = _choose_leaves(mask, params, "proximal"), schedule(state.count)
 
         def land(u: Array, p: Array, chosen: bool, memory: Any) -> tuple[Array, Any]:
             if not chosen:
@@ -186,7 +188,7 @@ def proximal_adam(
         return adam.init(jax.tree.map(_wide, params))
 
     def update(updates: Any, state: optax.ScaleByAdamState, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
-        chosen, rate = _chosen(mask, params, "proximal_adam"), schedule(state.count)
+        chosen, rate = _choose_leaves(mask, params, "proximal_adam"), schedule(state.count)
         direction, state = adam.update(jax.tree.map(_wide, updates), state)
         correction = 1 - b2**state.count
 
@@ -220,7 +222,7 @@ def _difference(landing: Array, p: Array, u: Array) -> Array:
     return (landing - _wide(p)).astype(jnp.result_type(p, u))
 
 
-def _chosen(mask: Mask, params: Any, name: str) -> Any:
+def _choose_leaves(mask: Mask, params: Any, name: str) -> Any:
     """The mask as one Python bool per leaf of `params`."""
     if params is None:
         raise ValueError(f"{name} needs the parameters: call update(updates, state, params)")

@@ -17,7 +17,7 @@ from sparseopt.core.losses.scalar import ScalarLoss
 from sparseopt.core.operators.matrices import refuses_map, refuses_transpose
 from sparseopt.core.penalties.protocols import is_convex
 from sparseopt.core.problem.iterate import iterate
-from sparseopt.core.problem.padding import cut, padded_problem
+from sparseopt.core.problem.padding import cut, pad_problem
 from sparseopt.core.problem.problem import Problem, Solution, Solver
 from sparseopt.core.solvers.accelerated import AcceleratedProximalGradient, GraduatedProximalGradient
 from sparseopt.core.solvers.maiht import Maiht
@@ -158,7 +158,7 @@ def solve(
                 "have a method start() that returns zeros of x)"
             )
         start = problem.loss.start()
-        if type(solver) is AcceleratedProximalGradient and hasattr(problem.penalty, "curved"):
+        if type(solver) is AcceleratedProximalGradient and hasattr(problem.penalty, "with_concavity"):
             solver = GraduatedProximalGradient(solver.step_size, solver.cadence)
     if type(start) in (list, tuple, int, float, complex):
         start = np.asarray(start)
@@ -167,7 +167,7 @@ def solve(
             raise ValueError(reason)
         start = jnp.asarray(start, _dtype(problem, start))
     limits: dict[str, Any] = {"tol": tol, "max_steps": max_steps, "history": history}
-    if shared := padded_problem(problem, solver, start):
+    if shared := pad_problem(problem, solver, start):
         return cut(iterate(shared[0], solver, shared[1], **limits), problem, shared[0], start)
     return iterate(problem, solver, start, **limits)
 

@@ -21,7 +21,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, PrivateAttr, Validat
 
 import sparseopt as so
 from sparseopt.core.penalties.names import PENALTIES
-from sparseopt.trend.methods.choice import METHODS, checked_method
+from sparseopt.trend.methods.choice import METHODS, as_method
 
 # Whether paths outside this package may be imported: all, none, or those of the packages listed.
 AllowCode = bool | Collection[str]
@@ -209,7 +209,7 @@ def trend_method(given: str | TrendMethod) -> Any:
 
 
 def _known_method(given: str | TrendMethod) -> str | TrendMethod:
-    checked_method(trend_method(given))
+    as_method(trend_method(given))
     return given
 
 

@@ -11,7 +11,7 @@ from scipy import sparse
 from scipy.sparse import csgraph
 
 from sparseopt.core.base.types import Observer
-from sparseopt.core.losses.scalar import Squared, checked_scalar
+from sparseopt.core.losses.scalar import Squared, check_scalar_loss
 from sparseopt.core.problem.problem import Solution
 from sparseopt.experiments import plots
 from sparseopt.experiments.datasets import GraphData, GraphSource
@@ -79,7 +79,7 @@ class GraphSignal(Task):
         check_penalty(self.penalty)
         if self.signal == "measured" and self.graph.name == "minnesota":
             raise ValueError("the roads of Minnesota carry no measured signal: take signal=plateaus or signal=waves")
-        if not isinstance(checked_scalar(self.loss), Squared) and self.signal != "measured":
+        if not isinstance(check_scalar_loss(self.loss), Squared) and self.signal != "measured":
             raise ValueError(f"{self.signal} have noise of the normal distribution: take loss=square, not {self.loss}")
 
     def estimate(self) -> Estimate:
@@ -101,7 +101,7 @@ class GraphSignal(Task):
         may_hide = np.isfinite(observed) & (data.graph.degrees > 0)
         hidden = may_hide & (rng.random(observed.size) < self.hidden)
         seen = np.where(hidden, np.nan, observed)
-        penalty, loss = self.penalty.build(), checked_scalar(self.loss)
+        penalty, loss = self.penalty.build(), check_scalar_loss(self.loss)
         method = trend_method(self.method)
         if self.choose is not None:
             observer(f"choosing a weight from {self.levels}", 0, 0)

@@ -15,14 +15,14 @@ from scipy.special import expit
 
 from sparseopt.core.base.arguments import real_array
 from sparseopt.core.base.types import precision
-from sparseopt.core.losses.scalar import Logistic, Poisson, ScalarLoss, Squared, SquaredHinge, checked_scalar
+from sparseopt.core.losses.scalar import Logistic, Poisson, ScalarLoss, Squared, SquaredHinge, check_scalar_loss
 from sparseopt.core.penalties.names import BY_WEIGHT
 from sparseopt.core.problem.problem import Status
 from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.base.job import Settings
 from sparseopt.trend.base.signal import require_not_negative
 from sparseopt.trend.filter import trend_filter
-from sparseopt.trend.methods.choice import checked_method
+from sparseopt.trend.methods.choice import as_method
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, MultiOutputMixin, RegressorMixin
@@ -70,12 +70,12 @@ class OnGraph(BaseEstimator):
             method: Any = {"name": self.method} if isinstance(self.method, str) else self.method
             if not isinstance(method, Mapping):
                 method = {"name": method.name, **dataclasses.asdict(method)}
-            self.method = checked_method({**method, **settings})
+            self.method = as_method({**method, **settings})
         return self
 
     def fit_nodes(self, X: np.ndarray, y: np.ndarray, weights: np.ndarray, loss: ScalarLoss) -> None:
         """Set the graph, the points of its nodes and the fit from checked samples; called by `fit`, for the warning."""
-        penalty, rows = self._checked_penalty(), np.flatnonzero(weights > 0)
+        penalty, rows = self._check_penalty(), np.flatnonzero(weights > 0)
         y, weights = y[rows], weights[rows]
         if (wrong := loss.wrong(y)).any():  # a mean of several samples might hide it
             place = tuple(np.argwhere(wrong)[0])
@@ -137,7 +137,7 @@ class OnGraph(BaseEstimator):
             found[new] = np.einsum("mk,mk...->m...", shares, values[near])
         return found
 
-    def _checked_penalty(self) -> Any:
+    def _check_penalty(self) -> Any:
         """The penalty of weight alpha, after a check of all parameters that both estimators have."""
         if not (isinstance(self.alpha, numbers.Real) and 0 <= self.alpha < math.inf):
             raise ValueError(f"alpha is the weight of the penalty, a finite number >= 0, given {self.alpha!r}")
@@ -162,7 +162,7 @@ class OnGraph(BaseEstimator):
 
 
 def _require_alike(y: np.ndarray, observed: np.ndarray, node: np.ndarray, rows: np.ndarray, loss: ScalarLoss) -> None:
-    """Raise a ValueError if samples of one node differ; `observed` is the last one at every node."""
+    """Raise a ValueError if samples of one node differ; `mask_missing` is the last one at every node."""
     differ = (y != observed[node]).reshape(len(y), -1).any(axis=1)
     if not differ.any():
         return
@@ -176,7 +176,7 @@ def _require_alike(y: np.ndarray, observed: np.ndarray, node: np.ndarray, rows: 
     )
 
 
-def _checked_weights(sample_weight: Any, count: int) -> np.ndarray:
+def _check_weights(sample_weight: Any, count: int) -> np.ndarray:
     """The sample weights `[count]` in float64, 1 each for None; a ValueError if one is negative or all are 0."""
     if sample_weight is None:
         return np.ones(count)
@@ -298,14 +298,14 @@ class GraphTrendFilter(MultiOutputMixin, RegressorMixin, OnGraph):
         Warns:
             ConvergenceWarning: if the tolerance was not reached, saying what to try.
         """
-        loss = checked_scalar(self.loss)
+        loss = check_scalar_loss(self.loss)
         if isinstance(loss, Logistic | SquaredHinge):
             raise ValueError(
                 f"GraphTrendFilter is a regressor, and {type(loss).__name__} is for labels: use GraphTrendClassifier, "
                 "which takes two labels of any kind, without loss="
             )
         X, y = validate_data(self, X, y, dtype=np.float64, multi_output=True, y_numeric=True)
-        self.fit_nodes(X, y.astype(np.float64), _checked_weights(sample_weight, len(X)), loss)
+        self.fit_nodes(X, y.astype(np.float64), _check_weights(sample_weight, len(X)), loss)
         self.loss_ = loss
         return self
 
@@ -393,7 +393,7 @@ class GraphTrendClassifier(ClassifierMixin, OnGraph):
             raise ValueError(f"label_smoothing is a number in [0, 1), given {smoothing!r}")
         X, y = validate_data(self, X, y, dtype=np.float64)
         check_classification_targets(y)
-        weights = _checked_weights(sample_weight, len(X))
+        weights = _check_weights(sample_weight, len(X))
         classes = np.unique(y[weights > 0])
         if len(classes) > 2:
             raise ValueError(

@@ -18,16 +18,16 @@ import numpy as np
 from sparseopt.core.base.arguments import renames
 from sparseopt.core.base.mesh import Devices, device_line
 from sparseopt.core.base.types import precision, wide_types
-from sparseopt.core.losses.scalar import checked_scalar
+from sparseopt.core.losses.scalar import check_scalar_loss
 from sparseopt.core.problem.problem import Solution, Status
 from sparseopt.trend.base.graph import Graph
-from sparseopt.trend.base.job import Job, checked_terms, graph_for, terms_of, vanishes
+from sparseopt.trend.base.job import Job, check_terms, graph_for, terms_of, vanishes
 from sparseopt.trend.base.layout import layout_of
 from sparseopt.trend.base.pieces import TrendSolution
-from sparseopt.trend.base.signal import as_null_fit, checked_order, checked_signal, graph_at
-from sparseopt.trend.methods.choice import Interior, checked_method, chosen, is_short
+from sparseopt.trend.base.signal import as_null_fit, check_order, check_signal, graph_at
+from sparseopt.trend.methods.choice import Interior, as_method, choose, is_short
 from sparseopt.trend.methods.losses import fit_loss
-from sparseopt.trend.methods.piece_means import levelled_fit, short_fit
+from sparseopt.trend.methods.piece_means import short_fit, take_piece_means
 from sparseopt.trend.methods.plan import known_fit
 
 
@@ -111,7 +111,7 @@ def trend_filter(
         >>> bool(solution.gap <= 1e-6)
         True
     """
-    job = checked_job(
+    job = check_job(
         y,
         graph,
         penalty,
@@ -120,8 +120,8 @@ def trend_filter(
         missing,
         dtype,
         devices,
-        loss=checked_scalar(loss),
-        method=checked_method(method),
+        loss=check_scalar_loss(loss),
+        method=as_method(method),
         tol=tol,
         max_steps=max_steps,
         start=start,
@@ -130,10 +130,10 @@ def trend_filter(
     working, native = job.layout.working(), wide_types() or job.dtype == np.float32
     with precision(job.dtype), working:
         assert job.signal is not None
-        found = job.listed(_solved(job))
-        value = job.layout.shaped(found.value, job.signal.shape)
+        found = job.list_rows(_solve(job))
+        value = job.layout.reshape(found.value, job.signal.shape)
         found = dataclasses.replace(found, value=value, graph=job.graph, order=job.order)
-        return job.layout.fetched(found, native)
+        return job.layout.fetch(found, native)
 
 
 def chosen_method(
@@ -155,12 +155,12 @@ def chosen_method(
         >>> so.trend.chosen_method(np.arange(6.0) % 2, so.Graph.grid((2, 3)), so.L1(0.3), order=2)
         'admm'
     """
-    job = checked_job(y, graph, penalty, order, node_weights, missing, dtype, tol=tol)
+    job = check_job(y, graph, penalty, order, node_weights, missing, dtype, tol=tol)
     with precision(job.dtype):
-        return chosen(job).name
+        return choose(job).name
 
 
-def checked_job(
+def check_job(
     y: Any,
     graph: Graph,
     penalty: Any,
@@ -173,27 +173,27 @@ def checked_job(
 ) -> Job:
     """The checked arguments of `trend_filter`."""
     mesh = None if devices is None else device_line(devices)
-    terms = terms_of(penalty, checked_order(order))
+    terms = terms_of(penalty, check_order(order))
     highest, count = max(0, *terms), 1 if mesh is None else mesh.size
-    signal = checked_signal(y, graph, highest, node_weights, missing, dtype, devices=count)
+    signal = check_signal(y, graph, highest, node_weights, missing, dtype, devices=count)
     layout = layout_of(graph_for(graph_at(graph, highest, signal), *terms.values()), mesh)
     channels, kind = signal.values.shape[1:], signal.values.dtype
-    terms = checked_terms(terms, layout, channels, kind)
+    terms = check_terms(terms, layout, channels, kind)
     job = Job(layout, terms, kind, channels, signal.weights is not None, signal, **options)
     layout.require_penalty(job.penalty, channels)
     return job
 
 
-def _solved(job: Job) -> TrendSolution:
+def _solve(job: Job) -> TrendSolution:
     """The fit of a job, in the layout of the nodes; at order 0 with the means of its pieces."""
     if is_short(job):
         return short_fit(job)
-    found = _fitted(job)
-    found = dataclasses.replace(found, nonzero=job.layout.gathered(found.nonzero, job.order + 1))
-    return levelled_fit(job, found)
+    found = _fit(job)
+    found = dataclasses.replace(found, nonzero=job.layout.gather(found.nonzero, job.order + 1))
+    return take_piece_means(job, found)
 
 
-def _fitted(job: Job) -> TrendSolution:
+def _fit(job: Job) -> TrendSolution:
     if not job.square:
         return fit_loss(job)
     signal, graph = job.signal, job.graph
@@ -204,7 +204,7 @@ def _fitted(job: Job) -> TrendSolution:
             "L1(0.5).prox(y, 1.0)"
         )
     if graph.free and job.method is not None:
-        chosen(job)  # what it cannot do is an error also where the fit is known
+        choose(job)  # what it cannot do is an error also where the fit is known
     if graph.free and not job.several and (null := as_null_fit(signal, graph, job.order)) is not None:
         # A polynomial costs nothing: a method would only round it.
         flat = jnp.zeros((job.layout.count(job.order + 1), *job.channels), job.dtype)
@@ -214,9 +214,9 @@ def _fitted(job: Job) -> TrendSolution:
         if not signal.complete:
             raise ValueError("without a penalty the fit is not defined at missing nodes: raise the penalty's weight")
         return known_fit(job, signal.values)
-    method = chosen(job)
-    found = method.plan(job).fitted(job)
+    method = choose(job)
+    found = method.plan(job).fit_job(job)
     if job.method is None and isinstance(method, Interior) and int(found.status) != Status.CONVERGED:
         # Rounding ended it: for very large weights the other methods get closer.
-        found = chosen(job, pure=True).plan(job).fitted(job)
+        found = choose(job, pure=True).plan(job).fit_job(job)
     return found

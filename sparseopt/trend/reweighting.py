@@ -18,14 +18,14 @@ import numpy as np
 
 from sparseopt.core.base.arguments import positive_number, real_array, whole_number
 from sparseopt.core.base.types import precision
-from sparseopt.core.losses.scalar import Squared, checked_scalar
+from sparseopt.core.losses.scalar import Squared, check_scalar_loss
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.problem.problem import Solution, Status
 from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.base.job import check_parameters
-from sparseopt.trend.base.signal import checked_graph, checked_order, compute_dtype
+from sparseopt.trend.base.signal import check_graph, check_order, compute_dtype
 from sparseopt.trend.filter import trend_filter
-from sparseopt.trend.methods.choice import Interior, checked_method
+from sparseopt.trend.methods.choice import Interior, as_method
 
 # With a loss, the least weight of a row, as a share of its first.
 LEAST = 1e-4
@@ -85,7 +85,7 @@ def reweighted(
         >>> so.trend.reweighted(y, so.Graph.chain(6), so.MCP(0.9)).value.round(2).tolist()
         [1.0, 1.0, 1.0, 5.0, 5.0, 5.0]
     """
-    k, graph, y = checked_order(order), checked_graph(graph), real_array("a signal", y)
+    k, graph, y = check_order(order), check_graph(graph), real_array("a signal", y)
     if isinstance(penalty, type) or not (hasattr(penalty, "slope") and hasattr(penalty, "value")):
         raise TypeError(
             f"a concave penalty has `value` and `slope`, the derivative in |x|, as sparseopt.MCP(1.0) has; given "
@@ -111,8 +111,10 @@ def reweighted(
     # With a loss, or without an observation, a part that no penalty ties to the rest may have no fit.
     weighed = options.get("node_weights")
     gaps = np.isnan(y).any() or (weighed is not None and not np.all(weighed))
-    least = LEAST * weights if gaps or not isinstance(checked_scalar(options.get("loss", "square")), Squared) else 0.0
-    takes_start = not isinstance(checked_method(options.get("method", "auto")), Interior)
+    least = (
+        LEAST * weights if gaps or not isinstance(check_scalar_loss(options.get("loss", "square")), Squared) else 0.0
+    )
+    takes_start = not isinstance(as_method(options.get("method", "auto")), Interior)
     while True:
         solution = trend_filter(y, graph, L1(weights), k, tol=tol, **options).check()
         rows = matrix @ np.asarray(solution.value, np.float64).reshape(-1)

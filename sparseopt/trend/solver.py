@@ -18,11 +18,11 @@ from sparseopt.core.penalties.entries import L1
 from sparseopt.core.problem.problem import Solution
 from sparseopt.core.solvers.admm import Start
 from sparseopt.trend.base.ground import on_rows
-from sparseopt.trend.base.job import Job, checked_weight, graph_for, require_penalty, require_start
+from sparseopt.trend.base.job import Job, check_weight, graph_for, require_penalty, require_start
 from sparseopt.trend.base.layout import Layout, layout_of
 from sparseopt.trend.base.pieces import TrendSolution
-from sparseopt.trend.base.signal import checked_graph, checked_order, compute_dtype, graph_at, require_node_weights
-from sparseopt.trend.methods.choice import checked_method, chosen
+from sparseopt.trend.base.signal import check_graph, check_order, compute_dtype, graph_at, require_node_weights
+from sparseopt.trend.methods.choice import as_method, choose
 from sparseopt.trend.methods.plan import Plan, fit
 
 
@@ -62,8 +62,8 @@ class TrendSolver:
         layout, order = self.layout, self.order + 1
         if start is not None:
             start = self._start_of(start, np.size(y))
-        found = self.fitted(y, penalty, node_weights, tol, max_steps, start)
-        nonzero, dual = layout.listed(found.nonzero, order), layout.listed_dual(found.dual, order)
+        found = self.fit_laid_out(y, penalty, node_weights, tol, max_steps, start)
+        nonzero, dual = layout.list_rows(found.nonzero, order), layout.list_dual(found.dual, order)
         return dataclasses.replace(found, nonzero=nonzero, dual=dual)
 
     def _start_of(self, given: Any, size: int) -> Start:
@@ -78,9 +78,9 @@ class TrendSolver:
             dual = jnp.zeros(rows, self.dtype) if given.dual is None else given.dual
             given = Start(given.value, dual, getattr(given.state, "rho", None))
         require_start(given.x, given.dual, size, rows)
-        return dataclasses.replace(given, dual=self.layout.laid_dual(jnp.asarray(given.dual), self.order + 1))
+        return dataclasses.replace(given, dual=self.layout.lay_out_dual(jnp.asarray(given.dual), self.order + 1))
 
-    def fitted(
+    def fit_laid_out(
         self, y: Any, penalty: Any, node_weights: Any, tol: Any, max_steps: Any, start: Start | None
     ) -> TrendSolution:
         """As a call, with the rows of start and fit in the layout of the graph's arrays."""
@@ -92,7 +92,7 @@ class TrendSolver:
                 f"the solver's signals have the shape {' or '.join(map(str, self.shapes))}, given {y.shape}"
             )
         require_penalty(penalty, graph, self.order, bool(channels))
-        weight = checked_weight(penalty, self.layout.count(self.order + 1))
+        weight = check_weight(penalty, self.layout.count(self.order + 1))
         if graph_for(graph, penalty) is not graph:
             raise ValueError(
                 f"a solver on {graph!r} has the rows of the grid that its edges are, in which {type(penalty).__name__} "
@@ -152,7 +152,7 @@ def trend_solver(
         >>> jax.grad(lambda weight: solver(y, so.L1(weight)).value[0])(0.3).round(3)  # a third of the step's pull
         Array(0.333, dtype=float32, weak_type=True)
     """
-    graph, order, given = checked_graph(graph), checked_order(order), checked_method(method)
+    graph, order, given = check_graph(graph), check_order(order), as_method(method)
     kind = np.dtype(jnp.result_type(float)) if dtype is None else compute_dtype(np.zeros(1), dtype, graph, order)
     if kind == np.float64 and not wide_types():
         raise ValueError(
@@ -169,7 +169,7 @@ def trend_solver(
         plans: list[Plan] = []
         for penalty, weighted in ((L1(1.0), False), (None, False), (None, True)):
             job = Job(layout, {order: penalty}, kind, axes, weighted, method=given)
-            plan = chosen(job, pure=True).plan(job)
+            plan = choose(job, pure=True).plan(job)
             if all(plan is not other for other in plans):
                 plans.append(plan)
     return TrendSolver(tuple(plans), layout, order, channels, kind.name)

@@ -25,7 +25,7 @@ from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.base.ground import on_rows
 from sparseopt.trend.base.job import MOST_STEPS, check_parameters, require_penalty
 from sparseopt.trend.base.layout import layout_of
-from sparseopt.trend.base.signal import checked_graph, checked_order, graph_at
+from sparseopt.trend.base.signal import check_graph, check_order, graph_at
 from sparseopt.trend.methods.choice import AUTO
 from sparseopt.trend.solver import TrendSolver, trend_solver
 
@@ -127,8 +127,8 @@ class TotalVariation:
         solver: TrendSolver | None = None,
     ) -> None:
         if solver is None:
-            order = checked_order(order)
-            graph = graph_at(checked_graph(graph), order)
+            order = check_order(order)
+            graph = graph_at(check_graph(graph), order)
             penalty = _penalty(weight, axis)
             require_penalty(penalty, graph, order, channels is not None)
             if not isinstance(weight, jax.core.Tracer):
@@ -177,7 +177,7 @@ class TotalVariation:
         dual = step * memory.dual
         start = Start(x - rows.rmv(dual), dual, step * memory.rho)
         tol = jnp.minimum(memory.tol, self.tol)
-        found = self.solver.fitted(x, _penalty(step * weight, self.axis), None, tol, self.max_steps, start)
+        found = self.solver.fit_laid_out(x, _penalty(step * weight, self.axis), None, tol, self.max_steps, start)
         u, size = found.value, jnp.where(step > 0, step, 1)
         # A gap of g leaves an error of sqrt(2 g P).
         limits, moved = jnp.finfo(kind), jnp.sum((u - memory.u) ** 2)

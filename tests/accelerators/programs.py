@@ -36,7 +36,7 @@ from sparseopt.pruning.run.propagation import propagated_target
 from sparseopt.pruning.train import distillation
 from sparseopt.pruning.train.reconstruction import Reconstruction, _step_of_rows, split_block
 from sparseopt.pruning.train.training import Fixed, kept_entries, start_state
-from sparseopt.trend.filter import checked_job
+from sparseopt.trend.filter import check_job
 from sparseopt.trend.methods.choice import chosen
 from sparseopt.trend.methods.plan import fit
 from tests.accelerators.targets import MESH, Place
@@ -286,7 +286,7 @@ def _trend(shape: tuple[int, ...], order: int, method: str, place: Place) -> jax
     if place.mesh is not None:
         here = Mesh(np.asarray(jax.devices()[: place.mesh.size]), (AXIS,))
     y = np.random.default_rng(0).standard_normal(graph.node_shape).astype(np.float32)
-    job = checked_job(y, graph, so.L1(1.0), order, None, "error", None, here, method=method)
+    job = check_job(y, graph, so.L1(1.0), order, None, "error", None, here, method=method)
     with at_work(here):
         plan = chosen(job).plan(job)
         arguments = (plan, job.arrays[0], job.rows, None, job.tol, job.max_steps)

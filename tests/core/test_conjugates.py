@@ -10,7 +10,7 @@ import sparseopt as so
 from sparseopt.core.base.types import precision
 from sparseopt.core.penalties.groups import threshold_singular_values
 from sparseopt.core.penalties.protocols import Norm
-from sparseopt.core.penalties.sums import stacked
+from sparseopt.core.penalties.sums import stack
 from tests.core.test_penalties import LABELS, SHAPE
 from tests.jitted import Jitted
 
@@ -22,7 +22,7 @@ NORMS = {
     "SparseGroup": so.SparseGroup(0.2, 0.4, axis=0),
     "SparseGroup of labels": so.SparseGroup(np.linspace(0.1, 0.5, 6), np.linspace(0.3, 1, 3), groups=LABELS),
     "NuclearNorm": so.NuclearNorm(0.4),
-    "sum": stacked([so.L1(0.5), so.GroupL2(0.7)], [3, 5]),
+    "sum": stack([so.L1(0.5), so.GroupL2(0.7)], [3, 5]),
 }
 CONJUGATES = NORMS | {
     "ElasticNet": so.ElasticNet(0.3, 0.5),
@@ -32,7 +32,7 @@ CONJUGATES = NORMS | {
     "Box without a roof": so.Box(np.linspace(-1, 1, 6), np.inf, weight=0.2),
     "Box without a floor": so.Box(-np.inf, np.linspace(-1, 1, 6), weight=0.2),
     "Simplex": so.Simplex(3.0),
-    "sum with others": stacked([so.L1(0.5), so.ElasticNet(0.3, 0.5)], [3, 5]),
+    "sum with others": stack([so.L1(0.5), so.ElasticNet(0.3, 0.5)], [3, 5]),
 }
 
 

@@ -6,7 +6,7 @@ import pytest
 
 import sparseopt as so
 from sparseopt.core.problem.iterate import iterate
-from sparseopt.core.problem.padding import COARSE, FINE, padded_problem, rounded_up
+from sparseopt.core.problem.padding import COARSE, FINE, pad_problem, round_up
 
 
 def draw(rows, columns, seed=0):
@@ -22,7 +22,7 @@ def lasso(rows, columns):
 def test_sizes_grow_by_a_quarter_at_most():
     for ratio in (COARSE, FINE):
         for size in (*range(1, 3000), 99_999):
-            assert size <= rounded_up(size, ratio) <= max(size * ratio, size + 1) or size < 2
+            assert size <= round_up(size, ratio) <= max(size * ratio, size + 1) or size < 2
 
 
 def weighted(loss, seed=1):
@@ -52,7 +52,7 @@ def test_a_padded_solution_is_the_solution(name):
     problem = PROBLEMS[name]
     start = np.linspace(-1, 1, 19).astype(np.float32) * (name == "lasso")
     solver = so.chosen_solver(problem).solver
-    assert padded_problem(problem, solver, start) is not None
+    assert pad_problem(problem, solver, start) is not None
     limits = {"tol": 1e-5, "max_steps": 200, "history": True}
     found, wanted = so.solve(problem, start=start, **limits), iterate(problem, solver, start, **limits)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(wanted), strict=True):
@@ -75,11 +75,11 @@ def test_what_does_not_say_so_is_not_padded():
         "channels": so.Problem(so.LeastSquares(plain.loss.matrix, plain.loss.target[:, None]), so.L1(1.0)),
     }
     for name, problem in others.items():
-        assert padded_problem(problem, steps, problem.loss.start()) is None, name
-    assert padded_problem(plain, so.PrimalDual(), start) is None
+        assert pad_problem(problem, steps, problem.loss.start()) is None, name
+    assert pad_problem(plain, so.PrimalDual(), start) is None
 
     def traced(weight):
-        assert padded_problem(so.Problem(plain.loss, so.L1(weight)), steps, start) is None
+        assert pad_problem(so.Problem(plain.loss, so.L1(weight)), steps, start) is None
         return weight
 
     jax.jit(traced)(1.0)

@@ -11,7 +11,7 @@ import sparseopt as so
 from sparseopt.core.operators.matrices import linear_map
 from sparseopt.core.penalties.patterns import Within
 from sparseopt.core.penalties.protocols import Norm
-from sparseopt.core.penalties.sums import lift, stacked
+from sparseopt.core.penalties.sums import lift, stack
 from tests.jitted import Jitted
 
 SHAPE = (8, 6)
@@ -23,7 +23,7 @@ PENALTIES = {
     "L0": so.L0(0.3),
     "L1": so.L1(0.3),
     "L1 of many weights": so.L1(np.linspace(0, 1, 6)),
-    "Sum": stacked([so.L1(0.3), so.L0(0.2), so.TopK(4)], [3, 4, 1]),
+    "Sum": stack([so.L1(0.3), so.L0(0.2), so.TopK(4)], [3, 4, 1]),
     "TopK": so.TopK(17),
     "NM": so.NM(2, 4),
     "NM along columns": so.NM(1, 3, axis=1),
@@ -86,9 +86,9 @@ def test_zero_costs_nothing_and_is_a_fixed_point(name):
 
 
 def test_a_sum_of_norms_is_a_norm_and_of_others_is_none(rng):
-    both = stacked([so.L1(0.5), so.GroupL2(0.7)], [3, 5])
+    both = stack([so.L1(0.5), so.GroupL2(0.7)], [3, 5])
     assert isinstance(both, Norm)
-    assert not isinstance(stacked([so.L1(0.5), so.L0(0.7)], [3, 5]), Norm)
+    assert not isinstance(stack([so.L1(0.5), so.L0(0.7)], [3, 5]), Norm)
     x, dual = rng.standard_normal((2, *SHAPE)).astype(np.float32)
     norm = Jitted(both)
     inside = norm.project_dual(dual)
@@ -103,7 +103,7 @@ WITH_GRADIENTS = PENALTIES | {
     "SCAD": so.SCAD(0.3),
     "GroupL2": so.GroupL2(0.3),
     "GroupL2 along columns": so.GroupL2(0.3, axis=0),
-    "NormSum": stacked([so.L1(0.5), so.GroupL2(0.7)], [3, 5]),
+    "NormSum": stack([so.L1(0.5), so.GroupL2(0.7)], [3, 5]),
     "Lifted": lift(so.L1(0.3), linear_map(CHAIN.matrix(1)), 2 * np.ones(7), np.arange(7)[:, None] % 6 == np.arange(6)),
 }
 

@@ -38,7 +38,7 @@ def on_chain(method, order, kind):
     graph, y = so.Graph.chain(N, ends="graph"), np.random.default_rng(4).standard_normal(N).astype(kind)
     penalty = so.L1(kind(0.3))
     ready = METHODS[method].plan(Job(layout_of(graph), {order: penalty}, np.dtype(kind)))
-    penalty = ready.taken(penalty)
+    penalty = ready.solver_penalty(penalty)
     start = Start(jnp.asarray(y), jnp.zeros(ready.split.row_shape(jnp.asarray(y)), kind))
     problem = so.Problem(so.LeastSquares(None, jnp.asarray(y)), penalty, ready.split)
     return problem, Admm(ready.node_solve, kind(1.0)), start

@@ -20,8 +20,8 @@ from sparseopt.core.problem.iterate import _iterate
 from sparseopt.core.problem.problem import Problem
 from sparseopt.trend.base.ground import data_of
 from sparseopt.trend.base.layout import layout_of
-from sparseopt.trend.filter import checked_job
-from sparseopt.trend.methods.choice import chosen
+from sparseopt.trend.filter import check_job
+from sparseopt.trend.methods.choice import choose
 from tests.collectives import collectives, times, total_bytes
 
 rng = np.random.default_rng(20251125)
@@ -51,11 +51,11 @@ def products(graph, devices, order):
     rows = here.rows(rng.normal(size=here.count(order)), order)
     nodes = rng.normal(size=(graph.num_nodes, 2))
     rows = np.stack([rows, 2 * rows], -1)
-    x, e = here.rows(nodes, 0), over.put(over.padded(rows, order), order)
+    x, e = here.rows(nodes, 0), over.put(over.pad(rows, order), order)
     image = jax.jit(type(several).mv)(several, over.put(over.rows(nodes, 0)))
     back = jax.jit(type(several).rmv)(several, e)
-    wanted = over.padded(np.asarray(one.mv(jnp.asarray(x))), order)
-    wanted_back = over.padded(np.asarray(one.rmv(jnp.asarray(rows))), 0)
+    wanted = over.pad(np.asarray(one.mv(jnp.asarray(x))), order)
+    wanted_back = over.pad(np.asarray(one.rmv(jnp.asarray(rows))), 0)
     return {
         "apart": float(np.abs(whole(image) - wanted).max()),
         "apart_back": float(np.abs(whole(back) - wanted_back).max()),
@@ -67,9 +67,9 @@ def products(graph, devices, order):
 def loop(y, graph, penalty, devices, order, missing="error", dtype=None, **options):
     """The program of the solver's loop over several devices."""
     options = {name: options[name] for name in ("tol", "max_steps", "history") if name in options}
-    job = checked_job(y, graph, penalty, order, None, missing, dtype, devices, **options)
+    job = check_job(y, graph, penalty, order, None, missing, dtype, devices, **options)
     with at_work(job.layout.mesh):
-        plan = chosen(job).plan(job)
+        plan = choose(job).plan(job)
         data = jax.jit(data_of)(plan.ground, *job.arrays)
         start = jax.jit(plan.start)(job.rows, data, job.arrays[1])
         problem = Problem(data.centred, job.rows, plan.split)

@@ -78,7 +78,7 @@ def test_nearly_equal_times_are_an_error_that_names_them(dtype, apart, order):
     # Steps that change from node to node are none, however large the range, nor are times that are less near.
     times[10] = times[9] + 1e-3
     for taken in (times, np.geomspace(1e-3, 1e3, N)):
-        so.Graph.chain(N, times=taken).divided(order + 1, dtype)
+        so.Graph.chain(N, times=taken).free_difference(order + 1, dtype)
 
 
 @pytest.mark.parametrize("kind", ["even", "uneven"])
@@ -90,7 +90,7 @@ def test_the_operator_is_that_of_genlasso(kind, order):
     np.testing.assert_allclose(graph.matrix(order + 1).toarray(), wanted, rtol=1e-12, atol=1e-13)
     x, e = np.random.default_rng(0).standard_normal((2, N, 3))
     with jax.enable_x64(True):
-        difference = graph.divided(order + 1, np.float64)
+        difference = graph.free_difference(order + 1, np.float64)
         rows = e[: N - order - 1]
         np.testing.assert_allclose(difference.mv(jnp.asarray(x)), wanted @ x, rtol=1e-9, atol=1e-11)
         np.testing.assert_allclose(difference.rmv(jnp.asarray(rows)), wanted.T @ rows, rtol=1e-9, atol=1e-11)
@@ -298,7 +298,7 @@ def test_the_graph_stays_itself():
     assert repr(so.Graph.chain(5)) == repr(so.Graph.grid((5,), ends="free")) == "Graph.chain(5)"
     assert repr(so.Graph.chain(5, ends="graph")) == repr(so.Graph.grid((5,))) == "Graph.chain(5, ends='graph')"
     assert graph.shape == (4,)
-    assert graph.renumbered()[0] is graph
+    assert graph.renumber()[0] is graph
     assert graph.edges.tolist() == so.Graph.chain(4).edges.tolist()
 
 

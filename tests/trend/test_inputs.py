@@ -261,7 +261,7 @@ def test_a_renumbered_graph_has_the_same_fit(rng):
     edges = numbers[np.stack([np.arange(n - 1), np.arange(1, n)], axis=1)]
     names = [f"node {i}" for i in range(n)]
     graph = so.Graph.from_edges(edges, n, rng.uniform(0.5, 2.0, n - 1), nodes=names)
-    local, order = graph.renumbered()
+    local, order = graph.renumber()
     assert np.ptp(local.edges, axis=1).max() == 1  # a chain again
     assert local.nodes == tuple(names[i] for i in order)
     np.testing.assert_allclose(local.matrix(2).toarray(), graph.matrix(2).toarray()[np.ix_(order, order)], rtol=1e-12)

@@ -38,11 +38,11 @@ def test_the_operator_is_that_of_the_paper_and_its_transform_diagonalises_it(ord
     rng = np.random.default_rng(1)
     x, e = rng.standard_normal((*SHAPE, 2)), rng.standard_normal((len(wanted), 2))
     with jax.enable_x64(True):
-        operator = GRID.divided(order, np.float64)
+        operator = GRID.free_difference(order, np.float64)
         np.testing.assert_allclose(operator.mv(jnp.asarray(x)), wanted @ x.reshape(-1, 2), atol=1e-12)
         np.testing.assert_allclose(operator.rmv(jnp.asarray(e)).reshape(-1, 2), wanted.T @ e, atol=1e-12)
         transform = free_solve(SHAPE, (order, 0), np.float64, SPACING)
-        product = transform.filtered(jnp.asarray(x), lambda level: level)
+        product = transform.apply(jnp.asarray(x), lambda level: level)
     np.testing.assert_allclose(product.reshape(-1, 2), (wanted.T @ wanted + np.eye(30)) @ x.reshape(-1, 2), atol=1e-10)
 
 

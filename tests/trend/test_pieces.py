@@ -10,9 +10,9 @@ from scipy import sparse
 import sparseopt as so
 from sparseopt.core.base.types import precision
 from sparseopt.trend.base.pieces import labels_of
-from sparseopt.trend.filter import checked_job
-from sparseopt.trend.methods.choice import chosen
-from sparseopt.trend.methods.piece_means import levelled_fit
+from sparseopt.trend.filter import check_job
+from sparseopt.trend.methods.choice import choose
+from sparseopt.trend.methods.piece_means import take_piece_means
 from tests.trend.problems import GRAPHS, exact_fit, objective, random_graph
 
 
@@ -49,10 +49,10 @@ def test_equal_values_never_raise_the_objective(rng, penalty, tol):
     graph = so.Graph.grid((12, 12))
     y = np.kron(rng.uniform(0, 200, (3, 3)), np.ones((4, 4))) + 20 * rng.standard_normal((12, 12))
     weights = rng.uniform(0.5, 2, (12, 12))
-    job = checked_job(y, graph, penalty, 0, weights, "error", None, tol=tol)
+    job = check_job(y, graph, penalty, 0, weights, "error", None, tol=tol)
     with precision(job.dtype):
-        before = chosen(job).plan(job).fitted(job)
-        after = levelled_fit(job, before)
+        before = choose(job).plan(job).fit_job(job)
+        after = take_piece_means(job, before)
         values = np.asarray(before.value), np.asarray(after.value)
         rows = [graph.matrix(1) @ value.reshape(-1) for value in values]
         costs = [

@@ -63,7 +63,7 @@ def on_device(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf), tree)
 
 
-def unfilled(shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
+def allocate(shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
     """A host array to fill, of which `on_device` makes no copy on a CPU; do not change it after that.
 
     JAX takes over memory that begins at a multiple of 64 bytes. NumPy's begins at 16 bytes after one.

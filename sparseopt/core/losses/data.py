@@ -121,7 +121,7 @@ class DataLoss:
     def weigh(self, x: FloatArray) -> FloatArray:
         return x if self.weights is None else self.weights * x
 
-    def observed(self, x: FloatArray) -> FloatArray:
+    def mask_missing(self, x: FloatArray) -> FloatArray:
         """`x` where it is observed, 0 elsewhere."""
         return x if self.weights is None else jnp.where(self.weights > 0, x, 0)
 
@@ -176,7 +176,7 @@ class DataLoss:
             return self.matrix.in_shape + target[1:]
         return jax.eval_shape(self.pull, jax.ShapeDtypeStruct(target, jnp.result_type(float))).shape
 
-    def padded(self, rows: int, columns: int) -> Any:
+    def pad(self, rows: int, columns: int) -> Any:
         """The loss with so many rows and columns of zeros appended; None if its matrix is not dense.
 
         The new rows cost nothing: those of least squares have the target 0, those of other losses the weight 0.

@@ -289,7 +289,7 @@ LOSSES: dict[str, ScalarLoss] = {
 }
 
 
-def checked_scalar(loss: Any) -> ScalarLoss:
+def check_scalar_loss(loss: Any) -> ScalarLoss:
     """The loss of one observation, by object or name; a ValueError or TypeError for what is none."""
     if isinstance(loss, str):
         if loss not in LOSSES:

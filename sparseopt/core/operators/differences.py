@@ -21,7 +21,7 @@ from jaxtyping import Array
 from sparseopt.core.base.types import FloatArray, pytree, static
 
 
-def padded(x: FloatArray, axis: int, before: int, after: int) -> FloatArray:
+def pad(x: FloatArray, axis: int, before: int, after: int) -> FloatArray:
     """The array with zeros before and after it along one axis."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (before, after)
@@ -32,13 +32,13 @@ def ahead(x: FloatArray, axis: int) -> FloatArray:
     """`x[i] - x[i + 1]` along an axis, zero in the last place: as many entries as x."""
     first = jax.lax.slice_in_dim(x, 0, -1, axis=axis)
     second = jax.lax.slice_in_dim(x, 1, None, axis=axis)
-    return padded(first - second, axis, 0, 1)
+    return pad(first - second, axis, 0, 1)
 
 
 def ahead_transpose(e: FloatArray, axis: int) -> FloatArray:
     """The transpose of `ahead`: `e[i] - e[i - 1]`, the last entry of e ignored."""
     kept = jax.lax.slice_in_dim(e, 0, -1, axis=axis)
-    return padded(kept, axis, 0, 1) - padded(kept, axis, 1, 0)
+    return pad(kept, axis, 0, 1) - pad(kept, axis, 1, 0)
 
 
 def by_spacing(terms: list[FloatArray], spacing: tuple[float, ...] | None, power: int) -> list[FloatArray]:
@@ -46,7 +46,7 @@ def by_spacing(terms: list[FloatArray], spacing: tuple[float, ...] | None, power
     return terms if spacing is None else [term * h**-power for term, h in zip(terms, spacing, strict=True)]
 
 
-def summed(terms: list[FloatArray]) -> FloatArray:
+def add_up(terms: list[FloatArray]) -> FloatArray:
     """The sum of terms in their order: another order rounds differently."""
     return sum(terms[1:], terms[0])
 
@@ -88,14 +88,14 @@ class GridBase:
 
     def divergence(self, e: FloatArray) -> FloatArray:
         terms = [ahead_transpose(e[axis], axis) for axis in range(len(self.shape))]
-        return summed(by_spacing(terms, self.spacing, 1))
+        return add_up(by_spacing(terms, self.spacing, 1))
 
     def laplacian(self, x: FloatArray) -> FloatArray:
         """`DᵀD x`, built from differences so that constants vanish exactly."""
 
         def stencil(x: FloatArray) -> FloatArray:
             terms = [ahead_transpose(ahead(x, axis), axis) for axis in range(len(self.shape))]
-            return summed(by_spacing(terms, self.spacing, 2))
+            return add_up(by_spacing(terms, self.spacing, 2))
 
         # Writing the first row again keeps XLA's CPU compiler from fusing the stencil into what follows and computing
         # it again for every neighbour: two Laplacians took seven times as long.
@@ -133,14 +133,14 @@ class EdgeBase:
         tails, heads = jnp.asarray(self.tails), jnp.asarray(self.heads)
         return tails, heads if self.root_weights is None else jnp.where(self.root_weights != 0, heads, tails)
 
-    def _weighted(self, e: FloatArray) -> FloatArray:
+    def _weigh(self, e: FloatArray) -> FloatArray:
         return e if self.root_weights is None else e * spread(self.root_weights, e)
 
     def difference(self, x: FloatArray) -> FloatArray:
-        return self._weighted(x[self.tails] - x[self.heads])
+        return self._weigh(x[self.tails] - x[self.heads])
 
     def divergence(self, e: FloatArray) -> FloatArray:
-        e = self._weighted(e)
+        e = self._weigh(e)
         zero = jnp.zeros((self.num_nodes, *e.shape[1:]), e.dtype)
         return zero.at[self.tails].add(e, mode="promise_in_bounds").at[self.heads].add(-e, mode="promise_in_bounds")
 

@@ -23,7 +23,7 @@ from scipy import sparse
 
 from sparseopt.core.base.arguments import real_array
 from sparseopt.core.base.types import FloatArray, pytree, static
-from sparseopt.core.operators.differences import padded, spread
+from sparseopt.core.operators.differences import pad, spread
 from sparseopt.core.operators.maps import Stacked
 
 # Nearly equal times make nearly parallel rows that are so many times their neighbours; a solve loses the square in
@@ -72,7 +72,7 @@ class DividedDifference:
     def rmv(self, e: FloatArray) -> FloatArray:
         for taken in range(self.order, 0, -1):
             e = e * self._scale(e, taken)
-            e = padded(e, self.axis, 0, 1) - padded(e, self.axis, 1, 0)
+            e = pad(e, self.axis, 0, 1) - pad(e, self.axis, 1, 0)
         return e / self.unit
 
     def potential(self, pull: FloatArray) -> FloatArray:
@@ -174,7 +174,7 @@ def _require_apart(times: np.ndarray, scales: list[np.ndarray], order: int, limi
         )
 
 
-def checked_times(times: Any, n: int) -> np.ndarray:
+def check_times(times: Any, n: int) -> np.ndarray:
     """The times of n nodes, `[n]` in float64; a ValueError unless they are finite and increase."""
     found = real_array("times", times).astype(np.float64)
     if found.shape != (n,):

@@ -12,7 +12,7 @@ from sparseopt.core.operators.row_tables import grid_edges
 MOST_NODES = 3_037_000_499
 
 
-def checked_edges(edges: Any, num_nodes: int | None, weights: Any) -> tuple[np.ndarray, int, np.ndarray | None]:
+def check_edges(edges: Any, num_nodes: int | None, weights: Any) -> tuple[np.ndarray, int, np.ndarray | None]:
     """Edges as int64 `[m, 2]`, the number of nodes, weights as float64 `[m]` or None; else a ValueError."""
     try:
         pairs = np.asarray(edges)
@@ -60,7 +60,7 @@ def require_positive(level: np.ndarray) -> None:
         )
 
 
-def checked_adjacency(adjacency: Any) -> Any:
+def check_adjacency(adjacency: Any) -> Any:
     """An adjacency matrix as a SciPy COO array in float64 without zeros; a ValueError if it is not a symmetric one."""
     if not sparse.issparse(adjacency):
         adjacency = np.asarray(real_array("an adjacency matrix", adjacency), np.float64)
@@ -101,7 +101,7 @@ def grid_shape(pairs: np.ndarray, count: int) -> tuple[int, ...] | None:
     return shape if same else None
 
 
-def checked_spacing(spacing: Any, axes: int) -> tuple[float, ...] | None:
+def check_spacing(spacing: Any, axes: int) -> tuple[float, ...] | None:
     """The spacing of a grid's axes, None for ones; a ValueError for anything but a positive number for each axis."""
     if spacing is None:
         return None

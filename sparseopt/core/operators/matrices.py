@@ -60,7 +60,7 @@ class SparseMatrix:
     def out_shape(self) -> tuple[int, ...]:
         return (self.shape[0],)
 
-    def _scattered(self, x: FloatArray, taken: Any, given: Any, size: int) -> FloatArray:
+    def _scatter(self, x: FloatArray, taken: Any, given: Any, size: int) -> FloatArray:
         values = jnp.asarray(self.values)
         # Without the barrier XLA would compute x again for every entry of the matrix.
         x = jax.lax.optimization_barrier(jnp.asarray(x))
@@ -69,10 +69,10 @@ class SparseMatrix:
         return jnp.zeros((size, *x.shape[1:]), images.dtype).at[given].add(images, mode="promise_in_bounds")
 
     def mv(self, x: FloatArray) -> FloatArray:
-        return self._scattered(x, self.columns, self.rows, self.shape[0])
+        return self._scatter(x, self.columns, self.rows, self.shape[0])
 
     def rmv(self, e: FloatArray) -> FloatArray:
-        return self._scattered(e, self.rows, self.columns, self.shape[1])
+        return self._scatter(e, self.rows, self.columns, self.shape[1])
 
 
 def linear_map(given: Any) -> Any:

@@ -65,24 +65,24 @@ class AxisTransform:
                 change = jax.scipy.fft.idct if inverse else jax.scipy.fft.dct
                 x = change(x, axis=axis, norm="ortho")
             else:
-                x = (_unfolded if inverse else _folded)(halves, x, axis)
+                x = (_unfold if inverse else _fold)(halves, x, axis)
         return x
 
-    def filtered(self, x: FloatArray, factor: Callable[[Any], Any]) -> FloatArray:
+    def apply(self, x: FloatArray, factor: Callable[[Any], Any]) -> FloatArray:
         """`factor(L) x`, or `factor(ΔᵀΔ) x`, for a function of the eigenvalues."""
         spectrum = spread(factor(self.eigenvalues), x)
         return self._transform(spectrum * self._transform(x, inverse=False), inverse=True)
 
     def solve(self, weights: Any, split: Split, right: FloatArray, rho: Any, guess: FloatArray) -> FloatArray:
         scale = rho * split.column_scale
-        return self.filtered(right, lambda level: 1 / (1 + scale * sum(level**power for power in self.powers)))
+        return self.apply(right, lambda level: 1 / (1 + scale * sum(level**power for power in self.powers)))
 
 
 def _product(matrix: Any, x: FloatArray, axis: int) -> FloatArray:
     return jnp.moveaxis(jnp.tensordot(matrix, x, axes=((1,), (axis,)), precision=HIGHEST), 0, axis)
 
 
-def _folded(halves: tuple[Any, Any], x: FloatArray, axis: int) -> FloatArray:
+def _fold(halves: tuple[Any, Any], x: FloatArray, axis: int) -> FloatArray:
     """The coefficients along an axis, the even ones first."""
     half = x.shape[axis] // 2
     first, middle = (jax.lax.slice_in_dim(x, *ends, axis=axis) for ends in ((0, half), (half, x.shape[axis] - half)))
@@ -91,7 +91,7 @@ def _folded(halves: tuple[Any, Any], x: FloatArray, axis: int) -> FloatArray:
     return jnp.concatenate([_product(halves[0], even, axis), _product(halves[1], first - last, axis)], axis)
 
 
-def _unfolded(halves: tuple[Any, Any], spectrum: FloatArray, axis: int) -> FloatArray:
+def _unfold(halves: tuple[Any, Any], spectrum: FloatArray, axis: int) -> FloatArray:
     """The inverse, which is the transpose."""
     half = spectrum.shape[axis] // 2
     even, odd = jnp.split(spectrum, [spectrum.shape[axis] - half], axis)
@@ -226,7 +226,7 @@ class Banded:
         columns = (rho * split.column_scale * self.columns).at[:, 0].add(weights)
         width, shape = columns.shape[1] - 1, right.shape[1:]
 
-        def eliminated(carry: tuple[Array, Array], row: tuple[Array, Array]) -> tuple[Any, Any]:
+        def eliminate(carry: tuple[Array, Array], row: tuple[Array, Array]) -> tuple[Any, Any]:
             # What the eliminated nodes subtract from the next rows of the matrix and of the right-hand side.
             taken, pulled = carry
             column, value = row
@@ -236,15 +236,15 @@ class Banded:
             pulled = _next(pulled, 1) + spread(lower, pulled) * value
             return (taken, pulled), (lower, value / column[0])
 
-        def substituted(after: Array, row: tuple[Array, Array]) -> tuple[Array, Array]:
+        def substitute(after: Array, row: tuple[Array, Array]) -> tuple[Array, Array]:
             lower, value = row
             value = value - jnp.sum(spread(lower, after) * after, axis=0)
             return jnp.concatenate([value[None], after[:-1]]), value
 
         nothing = jnp.zeros((width, *shape), right.dtype)
         start = jnp.zeros((width, width), columns.dtype), nothing
-        _, factors = jax.lax.scan(eliminated, start, (columns, right))
-        return jax.lax.scan(substituted, nothing, factors, reverse=True)[1]
+        _, factors = jax.lax.scan(eliminate, start, (columns, right))
+        return jax.lax.scan(substitute, nothing, factors, reverse=True)[1]
 
 
 def _next(x: Array, axes: int) -> Array:

@@ -44,15 +44,15 @@ class Cut:
         place, most = self._places(on_edges)
         return self.parts * most / place.size
 
-    def padded(self, values: np.ndarray, on_edges: int, fill: Any) -> np.ndarray:
+    def pad(self, values: np.ndarray, on_edges: int, fill: Any) -> np.ndarray:
         """Values in the layout of `EdgeBase` in that of all parts, with `fill` in padded places."""
         place, most = self._places(on_edges)
         found = np.full((self.parts * most, *values.shape[1:]), fill, values.dtype)
         found[place] = values
         return found
 
-    def gathered(self, values: np.ndarray, on_edges: int) -> np.ndarray:
-        """The inverse of `padded`."""
+    def gather(self, values: np.ndarray, on_edges: int) -> np.ndarray:
+        """The inverse of `pad`."""
         return values[self._places(on_edges)[0]]
 
     def _places(self, on_edges: int) -> tuple[np.ndarray, int]:
@@ -175,7 +175,7 @@ class PartBase:
 
 def part_base(cut: Cut, weights: np.ndarray | None, dtype: Any, mesh: Mesh) -> PartBase:
     """The `PartBase` of a cut graph and its weights `[m]` or None, over a mesh with one device per part."""
-    root = None if weights is None else put(cut.padded(np.sqrt(weights).astype(dtype), 1, 0), over(mesh))
+    root = None if weights is None else put(cut.pad(np.sqrt(weights).astype(dtype), 1, 0), over(mesh))
     tails, heads, *sent = (put(table, over(mesh)) for table in (cut.tails, cut.heads, *cut.sent))
     local_nodes = cut.part_nodes + sum(table.size for table in cut.sent) // cut.parts
     return PartBase(EdgeBase(tails, heads, root, local_nodes), tuple(sent), cut.pairs, cut.part_nodes, mesh)

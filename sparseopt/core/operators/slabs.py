@@ -62,7 +62,7 @@ class SlabBase:
         """The number of entries of an array over the number without padding."""
         return self.node_shape[self.axis] / self.shape[self.axis]
 
-    def padded(self, values: np.ndarray, on_edges: int, fill: Any) -> np.ndarray:
+    def pad(self, values: np.ndarray, on_edges: int, fill: Any) -> np.ndarray:
         """Values in the layout of `GridBase` in that of all slabs, with `fill` in padded places."""
         axis = self.cut_axis(on_edges)
         rows = self.node_shape[self.axis] - values.shape[axis]
@@ -71,8 +71,8 @@ class SlabBase:
         more = np.full([rows if i == axis else n for i, n in enumerate(values.shape)], fill, values.dtype)
         return np.concatenate([values, more], axis=axis)
 
-    def gathered(self, values: np.ndarray, on_edges: int) -> np.ndarray:
-        """The inverse of `padded`."""
+    def gather(self, values: np.ndarray, on_edges: int) -> np.ndarray:
+        """The inverse of `pad`."""
         return np.take(values, range(self.shape[self.axis]), axis=self.cut_axis(on_edges))
 
     def _apart(self, product: Callable[..., Any], given: int, found: int) -> Callable[..., Any]:

@@ -141,7 +141,7 @@ class MCP(_OnEntries):
         """The derivative of the value in `|x|`: `weight - |x| / gamma`, 0 from `gamma weight` on."""
         return jnp.maximum(self.weight - jnp.abs(x) / self.gamma, 0)
 
-    def curved(self, factor: Scalar) -> "MCP":
+    def with_concavity(self, factor: Scalar) -> "MCP":
         """The penalty of the same slope at 0 whose concavity there is `factor` times this one's."""
         return MCP(self.weight, self.gamma / factor)
 
@@ -188,7 +188,7 @@ class SCAD(_OnEntries):
         """The derivative of the value in `|x|`: `weight`, falling from `|x| = weight` to 0 at `a weight`."""
         return jnp.clip((self.a * self.weight - jnp.abs(x)) / (self.a - 1), 0, self.weight)
 
-    def curved(self, factor: Scalar) -> "SCAD":
+    def with_concavity(self, factor: Scalar) -> "SCAD":
         """The penalty of the same slope at 0 whose concavity there is `factor` times this one's."""
         return SCAD(self.weight, 1 + (self.a - 1) / factor)
 
@@ -244,7 +244,7 @@ class LogSum(_OnEntries):
         """The derivative of the value in `|x|`: `weight / (eps + |x|)`."""
         return self.weight / (self.eps + jnp.abs(x))
 
-    def curved(self, factor: Scalar) -> "LogSum":
+    def with_concavity(self, factor: Scalar) -> "LogSum":
         """The penalty of the same slope at 0 whose concavity there is `factor` times this one's."""
         return LogSum(self.weight / factor, self.eps / factor)
 

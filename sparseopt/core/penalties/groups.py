@@ -79,7 +79,7 @@ class _Grouped(Limited):
         # The root has no finite slope at 0: a group of zeros gets 0, a subgradient of the length.
         return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), squares)
 
-    def _shortened(self, x: FloatArray, threshold: FloatArray) -> FloatArray:
+    def _shorten(self, x: FloatArray, threshold: FloatArray) -> FloatArray:
         """Every group shortened by the threshold, to exactly zero where it is shorter than that."""
         if self.groups is not None and threshold.ndim > 1:
             raise ValueError(
@@ -123,7 +123,7 @@ class GroupL2(_Grouped):
         return jnp.sum(self.weight * self._lengths(x))
 
     def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
-        return self._shortened(x, jnp.asarray(step * self.weight, x.dtype))
+        return self._shorten(x, jnp.asarray(step * self.weight, x.dtype))
 
     def project_dual(self, dual: FloatArray) -> FloatArray:
         length = self._lengths(dual)
@@ -167,7 +167,7 @@ class SparseGroup(_Grouped):
 
     def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
         shrunk = soft_threshold(x, jnp.asarray(step * self.weight, x.dtype))
-        return self._shortened(shrunk, jnp.asarray(step * self.group_weight, x.dtype))
+        return self._shorten(shrunk, jnp.asarray(step * self.group_weight, x.dtype))
 
     def project_dual(self, dual: FloatArray) -> FloatArray:
         return dual - self.prox(dual, 1.0)

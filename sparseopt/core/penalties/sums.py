@@ -27,9 +27,9 @@ class Lifted:
 
     def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
         """`x_i + Ψ_iᵀ ((u - s) / |a|²)` with `s = Ψ_i x_i` and u the prox of s at `step |a|²`, row by row."""
-        return self.moved(x, step)[0]
+        return self.move(x, step)[0]
 
-    def moved(self, x: FloatArray, step: Scalar) -> tuple[FloatArray, FloatArray, FloatArray]:
+    def move(self, x: FloatArray, step: Scalar) -> tuple[FloatArray, FloatArray, FloatArray]:
         """The prox, and for every row of Ψ its value u with exact zeros and its move `(u - s) / |a|²`."""
         s = self.rows.mv(x)
         squares = spread(self.squares, s[..., 0])
@@ -112,7 +112,7 @@ class NormSum(ConjugateSum):
         return jnp.concatenate([penalty.project_dual(part) for penalty, part in self._parts(dual)])
 
 
-def stacked(penalties: Sequence[Penalty], sizes: Sequence[int]) -> Sum:
+def stack(penalties: Sequence[Penalty], sizes: Sequence[int]) -> Sum:
     """The sum of penalties on consecutive slices of rows: a `Norm` if all are, and a `Conjugate` if all are.
 
     Example:

@@ -26,7 +26,7 @@ from sparseopt.core.base.types import FloatArray, pytree
 from sparseopt.core.operators.maps import or_identity
 from sparseopt.core.operators.matrices import norm_estimate
 from sparseopt.core.penalties.protocols import Norm, feasible, gauge
-from sparseopt.core.problem.problem import Status, unfolded
+from sparseopt.core.problem.problem import Status, unfold
 from sparseopt.core.problem.units import Units, units_of
 
 # Steps of a linear solve for a change.
@@ -58,7 +58,7 @@ def relative_gap(slack: Float[Array, ""], objective: Float[Array, ""], least: An
 
 
 @jax.jit
-def promoted(status: Array, gap: Array, objective: Array, tol: Any) -> Array:
+def promote(status: Array, gap: Array, objective: Array, tol: Any) -> Array:
     """The status of a solve whose gap was computed again, in another precision or in other units.
 
     A gap within the tolerance counts as convergence, however the solve ended. A larger gap after convergence is a limit
@@ -170,7 +170,7 @@ def certificate(
     seen = True if rows.weights is None else rows.weights > 0
     above, below = (_at_zero_end(penalty, sign * jnp.ones_like(y)) for sign in (1, -1))
 
-    def settled(s: FloatArray, u: Any) -> tuple[FloatArray, FloatArray, Array, FloatArray]:
+    def settle(s: FloatArray, u: Any) -> tuple[FloatArray, FloatArray, Array, FloatArray]:
         """The pair within the ends that are 0; the equation decides u where it can. And the cut entries; what it lacks.
 
         Products with A cost most, so what the equation lacks is kept.
@@ -194,14 +194,14 @@ def certificate(
         of_loss = ROUNDING * limits.eps * length * jnp.sqrt(total(s * s) / scales[0])
         return 16 * of_loss + jnp.where(plain | ~jnp.isfinite(of_penalty), 0, of_penalty)
 
-    def shifted(s: FloatArray, u: FloatArray) -> tuple[FloatArray, FloatArray, Array, FloatArray]:
+    def shift(s: FloatArray, u: FloatArray) -> tuple[FloatArray, FloatArray, Array, FloatArray]:
         """For domains with one end at 0: s plus a multiple of the image of positive x, which for A >= 0 meets them."""
         way = loss.image(units.of * (above.astype(x.dtype) - below))
         gains, beyond = -loss.pull(way), -loss.pull(s) - u
         ratio = jnp.where(beyond != 0, -beyond / jnp.where(gains != 0, gains, 1), 0)
         short = jnp.max(ratio)
         works = jnp.all((beyond == 0) | (ratio > 0)) & (short > 0)
-        return settled(s + jnp.where(works, MARGIN * short, 0) * way, u)
+        return settle(s + jnp.where(works, MARGIN * short, 0) * way, u)
 
     def distance(s: FloatArray, u: FloatArray) -> Array:
         return jnp.abs(rows.slack(image, -s) + total(penalty.slack(y, u)))
@@ -212,11 +212,11 @@ def certificate(
         promising = distance(s, u) <= jnp.maximum(jnp.minimum(PROMISING * objective, BETTER * known), rounded(s))
         return due & lacks & (index < ROUNDS) & ((index == 0) | promising)
 
-    def moved(carry: tuple[Array, FloatArray, FloatArray, Array, FloatArray]) -> tuple:
+    def move(carry: tuple[Array, FloatArray, FloatArray, Array, FloatArray]) -> tuple:
         index, s, u, held, apart = carry
         first = index == 0
         if plain and not isinstance(penalty, Norm):
-            s, u, cut, apart = jax.lax.cond(first, lambda s, u: (s, u, held, apart), shifted, s, u)
+            s, u, cut, apart = jax.lax.cond(first, lambda s, u: (s, u, held, apart), shift, s, u)
             held = held | cut
         slope = rows.slope(-s)
         loose = seen & ((slope > low) & (slope < high) | (low < 0) & (high > 0))
@@ -260,18 +260,18 @@ def certificate(
             fine = ~along | jnp.isfinite(total(e) + total(v))
             e, v = jnp.where(fine, e, 0), jnp.where(fine, v, 0)
             index = jnp.where(fine, index, ALONG - 1)
-        s, u, cut, apart = settled(s - e, u - v)
+        s, u, cut, apart = settle(s - e, u - v)
         return index + 1, s, u, held | cut, apart
 
     start, held = 0, above & below
     if dual is None:
-        loss_dual, dual, cut, apart = settled(loss_dual, None)
+        loss_dual, dual, cut, apart = settle(loss_dual, None)
         start, held = 1, held | cut
     else:
         dual = jnp.where(held, 0, dual)
         apart = units.of * (loss.pull(loss_dual) + maps.rmv(dual))
     carry = jnp.asarray(start), loss_dual, dual, held, apart
-    _, loss_dual, dual, _, apart = jax.lax.while_loop(going, moved, carry)
+    _, loss_dual, dual, _, apart = jax.lax.while_loop(going, move, carry)
     left = jnp.sqrt(total(apart**2))
     feasible = left <= allowed(loss_dual, dual)
     # The domains are convex and contain 0, so that a share of the pair lies in them too.
@@ -303,7 +303,7 @@ def composite_gap(
     problem: Any, x: FloatArray, image: FloatArray, dual: FloatArray, curvature: Float[Array, ""]
 ) -> Float[Array, ""]:
     """The relative gap of a `DataLoss` and a `Composite` penalty by the subgradient `dual` of a prox near x."""
-    problem = unfolded(problem, x)
+    problem = unfold(problem, x)
     size = norm_estimate(problem.operator.mv, problem.operator.rmv, x, 10)
     scales = (1 / curvature, 1 / jnp.maximum(size, jnp.finfo(x.dtype).tiny) ** 2)
     units = Units(jnp.ones_like(x), jnp.sqrt(curvature))

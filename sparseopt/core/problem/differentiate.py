@@ -70,7 +70,7 @@ class Found(NamedTuple):
 
 
 @jax.custom_jvp
-def attached(problem: Any, value: FloatArray, objective: Array, found: Found) -> tuple[FloatArray, Array, Found]:
+def attach(problem: Any, value: FloatArray, objective: Array, found: Found) -> tuple[FloatArray, Array, Found]:
     """`value`, `objective` and the duals in `found` with the derivatives of the solution in the problem's leaves.
 
     Only derivatives that need the duals have theirs.
@@ -78,11 +78,11 @@ def attached(problem: Any, value: FloatArray, objective: Array, found: Found) ->
     return value, objective, found
 
 
-@attached.defjvp
-def _attached_jvp(primals: tuple, tangents: tuple) -> tuple:
+@attach.defjvp
+def _attach_jvp(primals: tuple, tangents: tuple) -> tuple:
     problem, *answer = primals
     # A derivative of this derivative sees the answer as the function of the problem that it is.
-    x, objective, found = attached(problem, *answer)
+    x, objective, found = attach(problem, *answer)
     tangent, change, turned = _tangent(problem, tangents[0], x, found)
     still = jax.tree.map(jnp.zeros_like, found)
     still = still._replace(**{name: turn.astype(getattr(found, name).dtype) for name, turn in turned.items()})
@@ -121,7 +121,7 @@ class _Term(NamedTuple):
         return e - self.jacobian(e)
 
 
-def _linearised(given: Any, given_moved: Any, term: Any, term_moved: Any, x: FloatArray, dual: Any, step: Any) -> _Term:
+def _linearise(given: Any, given_moved: Any, term: Any, term_moved: Any, x: FloatArray, dual: Any, step: Any) -> _Term:
     """`term(given x)` with its dual, at a step for which `given x` is the prox; None takes a balanced step."""
     maps, maps_moved = or_identity(given, x), or_identity(given_moved, x)
     rows, tiny = maps.mv(x), jnp.finfo(x.dtype).tiny
@@ -149,13 +149,13 @@ def _linearised(given: Any, given_moved: Any, term: Any, term_moved: Any, x: Flo
 def _tangent(problem: Any, moved: Any, x: FloatArray, found: Found) -> tuple[FloatArray, Array, dict[str, Any]]:
     """The derivatives of x, of the objective, and of the duals that were needed, by their names."""
     loss, penalty = problem.loss, problem.penalty
-    linearised = partial(_linearised, problem.operator, moved.operator, penalty, moved.penalty, x)
+    linearised = partial(_linearise, problem.operator, moved.operator, penalty, moved.penalty, x)
     # Any step will do for a convex penalty; for others it must be short enough.
     step = None if has_conjugate(penalty) else found.step_size
     if not is_smooth(loss):
         term = linearised(_needed(found.dual), step)
         rows, along_rows = jax.jvp(lambda loss: loss.rows, (loss,), (moved.loss,))
-        data = _linearised(loss.matrix, moved.loss.matrix, rows, along_rows, x, _needed(found.loss_dual), None)
+        data = _linearise(loss.matrix, moved.loss.matrix, rows, along_rows, x, _needed(found.loss_dual), None)
         dx, *turns = _solution(jnp.zeros_like, -term.pulled_moved - data.pulled_moved, (term, data))
         changed = _value_along(rows, along_rows, data.copy, data.mv(dx) + data.rows_moved)
     else:
@@ -248,7 +248,7 @@ def _solution(hessian: Any, right: FloatArray, terms: tuple[_Term, ...]) -> tupl
     it and its transpose are solved by way of a symmetric one.
     """
     curved = (lambda dx: dx) if hessian is None else hessian
-    find = partial(_eliminated, terms[0]) if hessian is None else partial(_saddle_solution, hessian, terms)
+    find = partial(_eliminate, terms[0]) if hessian is None else partial(_saddle_solution, hessian, terms)
 
     def system(unknowns: tuple) -> tuple:
         dx, *turns = unknowns
@@ -277,7 +277,7 @@ def _solution(hessian: Any, right: FloatArray, terms: tuple[_Term, ...]) -> tupl
     return unravel(jax.lax.custom_linear_solve(of_vectors(system), flat, *ways))
 
 
-def _eliminated(term: _Term, top: FloatArray, wanted: list[FloatArray]) -> tuple[FloatArray, FloatArray]:
+def _eliminate(term: _Term, top: FloatArray, wanted: list[FloatArray]) -> tuple[FloatArray, FloatArray]:
     """`_saddle_solution` where H is the identity and the penalty is convex."""
 
     def system(s: FloatArray) -> FloatArray:

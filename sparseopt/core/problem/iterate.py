@@ -11,7 +11,7 @@ from sparseopt.core.base.arguments import own_refusal
 from sparseopt.core.base.compile import Jitted
 from sparseopt.core.base.types import is_traced
 from sparseopt.core.penalties.protocols import is_convex
-from sparseopt.core.problem.differentiate import Found, attached
+from sparseopt.core.problem.differentiate import Found, attach
 from sparseopt.core.problem.problem import Measure, Problem, Solution, Solver, Status
 
 
@@ -54,7 +54,7 @@ def _iterate(
     # The loop is not differentiated: derivatives are attached to its answer.
     problem, solver, start = jax.lax.stop_gradient((problem, solver, start))
 
-    def measured(state: Any) -> Measure:
+    def measure(state: Any) -> Measure:
         now = solver.measure(problem, state)
         return now._replace(stalled=jnp.asarray(now.stalled, bool))
 
@@ -68,7 +68,7 @@ def _iterate(
     def advance(carry: tuple) -> tuple:
         state, steps, _, record = carry
         state = solver.step(problem, state)
-        now, steps = measured(state), steps + stride
+        now, steps = measure(state), steps + stride
         if history_length:
             kept = now._replace(stalled=None)
             record = jax.tree.map(lambda rows, value: rows.at[steps - 1].set(value), record, kept)
@@ -79,7 +79,7 @@ def _iterate(
         return (steps < max_steps) & ~(now.residual <= tol) & sound(now, steps) & ~now.stalled
 
     state = solver.init(problem, start)
-    first = measured(state)
+    first = measure(state)
     # The residual before any step says nothing (no change has been seen): always take one step.
     first = first._replace(residual=jnp.full_like(first.residual, jnp.inf), stalled=jnp.zeros((), bool))
     kept = first._replace(stalled=None)
@@ -97,8 +97,8 @@ def _iterate(
     status = jnp.where(last.residual <= tol, reached, status)
     status = jnp.where(sound(last, steps) & finite, status, Status.NONFINITE).astype(jnp.int32)
     step = solver.prox_step(problem, state) if hasattr(solver, "prox_step") else getattr(state, "step_size", None)
-    given = solver.solved(given, state) if hasattr(solver, "solved") else given
-    value, objective, _ = attached(given, value, last.objective, Found(loss_dual, dual, step))
+    given = solver.solves(given, state) if hasattr(solver, "solves") else given
+    value, objective, _ = attach(given, value, last.objective, Found(loss_dual, dual, step))
     return Solution(
         value=value,
         status=status,

@@ -1,7 +1,7 @@
 """Problems of many sizes as problems of few, so that they share compiled programs.
 
 A matrix gets rows and columns of zeros; the entries of x that multiply these columns start at 0 and stay there. This is
-done only where a class says that it changes nothing but the rounding of sums: the loss by a method `padded`, the
+done only where a class says that it changes nothing but the rounding of sums: the loss by a method `pad`, the
 penalty by `keeps_zeros = True`, the solver by `ignores_zeros = True`. And only for known arrays on the default device:
 a tracer belongs to a program that is compiled for its shapes anyway.
 """
@@ -22,7 +22,7 @@ COARSE, FINE = 1.25, 1.0625
 FEW, MANY = 2**14, 2**16
 
 
-def rounded_up(size: int, ratio: float) -> int:
+def round_up(size: int, ratio: float) -> int:
     """The next member of a sequence of integers that grow by at most `ratio`, or by 1."""
     member = 1
     while member < size:
@@ -30,10 +30,10 @@ def rounded_up(size: int, ratio: float) -> int:
     return member
 
 
-def padded_problem(problem: Problem, solver: Any, start: Any) -> tuple[Problem, Any] | None:
+def pad_problem(problem: Problem, solver: Any, start: Any) -> tuple[Problem, Any] | None:
     """The problem and its start with zeros appended, or None where nothing is or may be appended."""
     loss, penalty = problem.loss, problem.penalty
-    say = ((loss, "padded"), (penalty, "keeps_zeros"), (solver, "ignores_zeros"))
+    say = ((loss, "pad"), (penalty, "keeps_zeros"), (solver, "ignores_zeros"))
     if problem.operator is not None or not all(getattr(part, name, False) for part, name in say):
         return None
     if np.ndim(start) != 1 or np.ndim(loss.target) != 1:
@@ -45,10 +45,10 @@ def padded_problem(problem: Problem, solver: Any, start: Any) -> tuple[Problem, 
     if rows * columns > MANY:
         return None
     ratio = COARSE if rows * columns <= FEW else FINE
-    more_rows, more_columns = (rounded_up(size, ratio) - size for size in (rows, columns))
+    more_rows, more_columns = (round_up(size, ratio) - size for size in (rows, columns))
     # Different lengths tell arrays on the rows from arrays on the columns.
     more_rows += rows != columns and rows + more_rows == columns + more_columns
-    if not (more_rows or more_columns) or (loss := loss.padded(more_rows, more_columns)) is None:
+    if not (more_rows or more_columns) or (loss := loss.pad(more_rows, more_columns)) is None:
         return None
 
     def longer(leaf: Any) -> Any:

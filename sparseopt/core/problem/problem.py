@@ -49,7 +49,7 @@ class Problem:
             object.__setattr__(self, "penalty", L1(0.0))
 
 
-def unfolded(problem: Problem, x: FloatArray) -> Problem:
+def unfold(problem: Problem, x: FloatArray) -> Problem:
     """A problem with a `Composite` penalty as one with its inner penalty and its operator."""
     return Problem(problem.loss, *problem.penalty.parts(x))
 
@@ -114,7 +114,7 @@ class Progress(NamedTuple):
         better = residual < 0.9 * self.best
         return Progress(jnp.where(better, residual, self.best), jnp.where(better, 0, self.waited + looked))
 
-    def stalled(self, residual: Array, patience: int, level: float | None = None) -> Array:
+    def has_stalled(self, residual: Array, patience: int, level: float | None = None) -> Array:
         """Whether the last `patience` checks near the rounding level brought no progress.
 
         A last residual above twice the best does not end a solve. `level` is what counts as near the rounding level;
@@ -169,9 +169,9 @@ class PlainSolver:
 class ProxSolver(PlainSolver):
     """For those that take the prox of the penalty, from a `prox_memory` in the state where it is iterative."""
 
-    def solved(self, problem: Problem, state: Any) -> Problem:
+    def solves(self, problem: Problem, state: Any) -> Problem:
         """With the inner penalty of a `Composite` and its operator."""
-        return unfolded(problem, state.x) if isinstance(problem.penalty, Composite) else problem
+        return unfold(problem, state.x) if isinstance(problem.penalty, Composite) else problem
 
     def duals(self, problem: Problem, state: Any) -> tuple[None, Any]:
         return None, problem.penalty.dual(state.prox_memory) if isinstance(problem.penalty, Composite) else None

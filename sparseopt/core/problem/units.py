@@ -44,7 +44,7 @@ def scales_of(problem: Any, x: FloatArray, units: FloatArray) -> tuple[FloatArra
     """
     tiny = jnp.finfo(x.dtype).tiny ** 0.25
     data, operator = problem.loss.maps(x), or_identity(problem.operator, x)
-    squares, rows = squared(operator, x.dtype), jnp.ones((), x.dtype)
+    squares, rows = square_entries(operator, x.dtype), jnp.ones((), x.dtype)
     if squares is not None and getattr(problem.penalty, "separable", False):
         rows = 1 / levels(jnp.sqrt(squares.mv(units**2)))
     norms = [
@@ -55,7 +55,7 @@ def scales_of(problem: Any, x: FloatArray, units: FloatArray) -> tuple[FloatArra
     return of_data.astype(x.dtype), (of_operator * rows**2).astype(x.dtype)
 
 
-def squared(given: Any, dtype: Any) -> Any | None:
+def square_entries(given: Any, dtype: Any) -> Any | None:
     """The map whose matrix has the squares of the entries; None where they are not known, as for a user's own map."""
     if isinstance(given, Dense):
         return Dense(jnp.asarray(given.matrix, dtype) ** 2)
@@ -69,7 +69,7 @@ def column_norms(given: Any, like: FloatArray, rows: FloatArray) -> FloatArray:
 
     The columns of a map whose entries are not known are taken to be equally long.
     """
-    squares = squared(given, like.dtype)
+    squares = square_entries(given, like.dtype)
     if squares is None:
         return jnp.full_like(like, norm_estimate(given.mv, given.rmv, like))
     return jnp.sqrt(jnp.broadcast_to(squares.rmv(rows), like.shape)).astype(like.dtype)

@@ -140,10 +140,10 @@ class AcceleratedProximalGradient(ProxSolver):
 
     def step(self, problem: Problem, state: AcceleratedState) -> AcceleratedState:
         problem = dataclasses.replace(problem, loss=with_image(problem.loss))
-        state = jax.lax.fori_loop(0, self.cadence, lambda _, now: self._advanced(problem, now), state)
-        return self._checked(problem, state)
+        state = jax.lax.fori_loop(0, self.cadence, lambda _, now: self._advance(problem, now), state)
+        return self._check(problem, state)
 
-    def _advanced(self, problem: Problem, state: AcceleratedState) -> AcceleratedState:
+    def _advance(self, problem: Problem, state: AcceleratedState) -> AcceleratedState:
         loss, penalty = problem.loss, problem.penalty
         y = state.x + state.momentum * (state.x - state.x_old)
         if isinstance(loss, PlainLoss):
@@ -156,7 +156,7 @@ class AcceleratedProximalGradient(ProxSolver):
         attempts = 1 if self.step_size is not None else 1 + MOST_BACKTRACKS
 
         def attempt(curvature: Array, memory: Any) -> tuple[Array, Any, Array, Array, Any]:
-            z, memory = _stepped(problem, y, gradient, squares / curvature, memory)
+            z, memory = _step(problem, y, gradient, squares / curvature, memory)
             image = loss.image(z)
             length = jnp.sum(((z - y) / unit) ** 2)
             # A step near the rounding error of y says nothing about the curvature.
@@ -168,7 +168,7 @@ class AcceleratedProximalGradient(ProxSolver):
             _, (_, _, holds, _, _), count = carry
             return ~holds & (count < attempts)
 
-        def attempted(carry: tuple) -> tuple:
+        def search(carry: tuple) -> tuple:
             curvature, (*_, memory), count = carry
             curvature = jnp.where(count > 0, GROWTH * curvature, curvature)
             return curvature, attempt(curvature, memory), count + 1
@@ -176,7 +176,7 @@ class AcceleratedProximalGradient(ProxSolver):
         # The loop makes the first attempt too: traced twice, it would be compiled twice.
         no = jnp.zeros((), bool)
         carry = (state.curvature, (y, image_y, no, no, state.prox_memory), jnp.zeros((), jnp.int32))
-        curvature, (z, image, _, lost, memory), _ = jax.lax.while_loop(failing, attempted, carry)
+        curvature, (z, image, _, lost, memory), _ = jax.lax.while_loop(failing, search, carry)
         objective = loss.value_at(z, image) + penalty.value(z)
         # From a start outside a constraint's set, at +inf, every step is taken; so is a NaN, which ends the solve.
         taken = ~(objective > state.objective + 8 * eps * jnp.abs(state.objective))
@@ -202,11 +202,11 @@ class AcceleratedProximalGradient(ProxSolver):
             prox_memory=memory,
         )
 
-    def _checked(self, problem: Problem, state: AcceleratedState) -> AcceleratedState:
+    def _check(self, problem: Problem, state: AcceleratedState) -> AcceleratedState:
         loss, penalty, x = problem.loss, problem.penalty, state.x
         gradient = loss.gradient_at(x, state.image)
         curvature = state.curvature
-        close, memory = _stepped(problem, x, gradient, state.units.of**2 / curvature, state.prox_memory)
+        close, memory = _step(problem, x, gradient, state.units.of**2 / curvature, state.prox_memory)
         apart = (x - close) / state.units.of
         tiny = jnp.finfo(x.dtype).tiny
         residual = curvature * jnp.linalg.norm(apart.reshape(-1)) / jnp.maximum(state.scale, tiny)
@@ -229,11 +229,11 @@ class AcceleratedProximalGradient(ProxSolver):
     def measure(self, problem: Problem, state: AcceleratedState) -> Measure:
         # An iterative prox has a gap near eps, so its error, and the residual, is near the root of eps.
         level = None if state.prox_memory is None else float(jnp.finfo(state.residual.dtype).eps) ** 0.5
-        stalled = state.progress.stalled(state.residual, PATIENCE, level)
+        stalled = state.progress.has_stalled(state.residual, PATIENCE, level)
         return Measure(state.residual, state.objective, state.gap, {"curvature": state.curvature}, stalled)
 
 
-def _stepped(problem: Problem, x: Array, gradient: Array, steps: Array, memory: Any) -> tuple[Array, Any]:
+def _step(problem: Problem, x: Array, gradient: Array, steps: Array, memory: Any) -> tuple[Array, Any]:
     """The proximal gradient step; a penalty whose entries are coupled takes one number."""
     step = steps if getattr(problem.penalty, "separable", False) else jnp.max(steps)
     return prox_from(problem.penalty, x - steps * gradient, step, memory)
@@ -276,7 +276,7 @@ class GraduatedProximalGradient(AcceleratedProximalGradient):
         left = 1 - (level % LEVELS + 1).astype(kind) / LEVELS
         factor = jnp.where(level < LEVELS, NEARLY_CONVEX, VERY_CONCAVE).astype(kind) ** left
         graduating = level < 2 * LEVELS
-        penalty = problem.penalty.curved(jnp.where(graduating, factor, 1))
+        penalty = problem.penalty.with_concavity(jnp.where(graduating, factor, 1))
         # The first path has ended: it starts again. The second has: the better end is the start.
         again, ended = level == LEVELS, level == 2 * LEVELS
         better = again | (ended & (state.objective < state.end_objective))

@@ -74,7 +74,7 @@ class Term(NamedTuple):
     def rows(self, z: Array) -> Array:
         return z if self.outer is None else self.outer.mv(z)
 
-    def pulled(self, dual: Array) -> Array:
+    def pull(self, dual: Array) -> Array:
         return dual if self.outer is None else self.outer.rmv(dual)
 
 
@@ -166,10 +166,10 @@ def relative(a: Array, *others: Array) -> Array:
 def balanced_rho(split: Split, loss: Any, x: Array, dual: Array) -> Array:
     """`3 rms(dual) / rms(y - x)` in the metrics of the split: near the best rho once x and the dual have their size."""
     on_nodes = split.column_scale if split.inner.order == 0 else jnp.ones((), x.dtype)
-    return BALANCE * rms(split.row_scale, dual) / rms(on_nodes, loss.observed(loss.target - x))
+    return BALANCE * rms(split.row_scale, dual) / rms(on_nodes, loss.mask_missing(loss.target - x))
 
 
-def limited(factor: Array, later: Array, penalty: Any) -> Array:
+def limit(factor: Array, later: Array, penalty: Any) -> Array:
     """A factor of rho within its limits; `later` says that rho follows the last step."""
     gentle = later & (not has_conjugate(penalty))
     least = jnp.where(gentle, 1.0, 1 / LARGEST_FACTOR)
@@ -222,7 +222,7 @@ class Admm:
     def refuses(self, problem: Problem) -> str | None:
         if not getattr(problem.loss, "is_square", True):
             return f"{type(self).__name__} solves the square loss, given {problem.loss.name}"
-        return self._refuses_split(problem, "target weigh observed slack gradient value")
+        return self._refuses_split(problem, "target weigh mask_missing slack gradient value")
 
     def _refuses_split(self, problem: Problem, loss: str) -> str | None:
         """Why it refuses a problem: its operator is not a `Split`, or its loss lacks one of these methods."""
@@ -300,20 +300,20 @@ class Admm:
         if state.past is not None:
             # While rho finds its scale the memory would be dropped. A loop of at most one turn, since `cond` copies.
             due = (state.count > 0) & ((state.next_change < 0) | (state.next_change > MOVING))
-            state = jax.lax.fori_loop(0, due.astype(jnp.int32), lambda _, now: _extrapolated(problem, now), state)
+            state = jax.lax.fori_loop(0, due.astype(jnp.int32), lambda _, now: _extrapolate(problem, now), state)
 
-        def advanced(_: Any, last: tuple[Moving, Mean | None]) -> tuple[Moving, Mean | None]:
-            now, mean = self._advanced(problem, last[0]), last[1]
+        def advance(_: Any, last: tuple[Moving, Mean | None]) -> tuple[Moving, Mean | None]:
+            now, mean = self._advance(problem, last[0]), last[1]
             if mean is not None:
                 mean = mean._replace(sums=jax.tree.map(jnp.add, mean.sums, now), length=mean.length + 1)
             return now, mean
 
-        before = jax.lax.fori_loop(0, self.cadence - 1, advanced, (state.now, state.mean))
-        now, mean = advanced(None, before)
+        before = jax.lax.fori_loop(0, self.cadence - 1, advance, (state.now, state.mean))
+        now, mean = advance(None, before)
         state = dataclasses.replace(state, now=now, mean=mean, count=state.count + self.cadence)
-        return self._checked(problem, state, before[0])
+        return self._check(problem, state, before[0])
 
-    def _advanced(self, problem: Problem, now: Moving) -> Moving:
+    def _advance(self, problem: Problem, now: Moving) -> Moving:
         """One iteration."""
         keep = 1 - jnp.asarray(self.relaxation, now.x.dtype)
         terms, blocks, pulled = self._terms(problem), list[Block](), jnp.zeros((), now.x.dtype)
@@ -322,7 +322,7 @@ class Admm:
             pushed = term.rows(rho * z - m) / term.row_scale + block.dual
             candidate, found = dual_step(term.function, pushed, rho / term.row_scale)
             dual = keep * block.dual + (1 - keep) * candidate
-            back = term.column_scale * (rho * z + keep * m) - term.pulled(dual)
+            back = term.column_scale * (rho * z + keep * m) - term.pull(dual)
             pulled = pulled + (back if term.inner is None else term.inner.rmv(back))
             blocks.append(block._replace(dual=dual, candidate=candidate, prox=None if block.prox is None else found))
         x = self._x_step(problem, now, pulled)
@@ -332,13 +332,13 @@ class Admm:
             blocks[index] = block._replace(inner=None if term.inner is None else z, memory=memory)
         return Moving(x, tuple(blocks))
 
-    def _checked(self, problem: Problem, state: AdmmState, before: Moving) -> AdmmState:
+    def _check(self, problem: Problem, state: AdmmState, before: Moving) -> AdmmState:
         """The state with a fresh check, and another rho where it is due; `before` is the iteration before the last."""
-        due, next_change = _scheduled(state.count, state.next_change, self.changes)
+        due, next_change = _schedule(state.count, state.next_change, self.changes)
         ones = tuple(jnp.ones_like(block.rho) for block in state.now.blocks)
         asked = due | (state.next_change < 0)
         wanted, motion = jax.lax.cond(
-            asked, lambda: self._wanted(problem, state, before), lambda: (ones, state.check.motion)
+            asked, lambda: self._choose_rho(problem, state, before), lambda: (ones, state.check.motion)
         )
         state, (residual, objective, gap, floor) = self._certify(problem, state)
         progress = state.check.progress.after(residual, self.cadence)
@@ -352,7 +352,7 @@ class Admm:
             next_change=next_change,
             check=Check(residual, objective, gap, progress, floor, motion),
             past=None if state.past is None else forget(state.past, factors[-1] != 1),
-            mean=None if state.mean is None else restarted(state.mean, due, jnp.inf),
+            mean=None if state.mean is None else restart(state.mean, due, jnp.inf),
         )
 
     def _certify(self, problem: Problem, state: AdmmState) -> tuple[AdmmState, tuple[Array, Array, Array, Array]]:
@@ -364,7 +364,7 @@ class Admm:
         if not isinstance(penalty, Norm):
             rows, pulled = jax.lax.optimization_barrier((problem.operator.mv(x), problem.operator.rmv(g)))
             balance = relative(loss.gradient(x) + pulled, loss.weigh(loss.target))
-            of_signal = problem.operator.mv(loss.observed(loss.target))
+            of_signal = problem.operator.mv(loss.mask_missing(loss.target))
             stationarity = jnp.maximum(balance, relative(rows - state.rows.prox, rows, of_signal))
             # The rows of x may lie outside a set, by little.
             inside = jnp.isfinite(objective)
@@ -378,7 +378,7 @@ class Admm:
         noise = state.unit_noise * jnp.sqrt(total(x * x) / x.size)
         return limits.eps * (1 + noise / jnp.maximum(objective, limits.tiny))
 
-    def _wanted(self, problem: Problem, state: AdmmState, before: Moving) -> tuple[tuple[Array, ...], Array]:
+    def _choose_rho(self, problem: Problem, state: AdmmState, before: Moving) -> tuple[tuple[Array, ...], Array]:
         """What to multiply every rho with, and the rho that the last iteration asks for."""
         (term,), rows, (old,) = self._terms(problem), state.rows, before.blocks
         # The candidate, unlike the relaxed dual, forgets an extrapolation at once. Without convexity there is none, and
@@ -391,7 +391,7 @@ class Admm:
         wanted = jnp.where(state.count < MOVING, distance, motion) / state.rho
         tiny = jnp.finfo(motion.dtype).tiny
         still = (dual_length <= tiny) | (primal_length <= tiny)
-        return (limited(wanted, state.count >= MOVING, problem.penalty),), jnp.where(still, state.rho, motion)
+        return (limit(wanted, state.count >= MOVING, problem.penalty),), jnp.where(still, state.rho, motion)
 
     def measure(self, problem: Problem, state: AdmmState) -> Measure:
         check = state.check
@@ -409,20 +409,20 @@ class Admm:
         return state.now.x
 
 
-def _scheduled(count: Array, next_change: Array, changes: int) -> tuple[Array, Array]:
+def _schedule(count: Array, next_change: Array, changes: int) -> tuple[Array, Array]:
     """Whether rho changes now, and the next change after a check; -1 for none."""
     due = (next_change >= 0) & (count >= next_change)
     last = FIRST_CHANGE * 2 ** max(changes - 1, 0)
     return due, jnp.where(due, jnp.where(next_change < last, 2 * next_change, -1), next_change)
 
 
-def restarted(mean: Mean, due: Array, gap: Any) -> Mean:
+def restart(mean: Mean, due: Array, gap: Any) -> Mean:
     """The mean, begun anew at this gap where it is due."""
     sums = jax.tree.map(lambda s: jnp.where(due, 0, s), mean.sums)
     return Mean(sums, jnp.where(due, 0, mean.length), jnp.where(due, gap, mean.restart_gap))
 
 
-def _extrapolated(problem: Problem, state: AdmmState) -> AdmmState:
+def _extrapolate(problem: Problem, state: AdmmState) -> AdmmState:
     """The state from which the next step continues; any dual serves if the memory fits: `w = (rho z + m) / S - g`."""
     inner, scale, rows, now = problem.operator.inner, problem.operator.row_scale, state.rows, state.now
     z = now.inner(rows)

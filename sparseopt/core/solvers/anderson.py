@@ -86,7 +86,7 @@ def _products(rows: FloatArray, slot: Array, row: FloatArray, x: FloatArray) -> 
     return jnp.matmul(rows, x, precision=HIGHEST).at[slot].set(mine)
 
 
-def _combined(gamma: FloatArray, rows: FloatArray, slot: Array, row: FloatArray) -> FloatArray:
+def _combine(gamma: FloatArray, rows: FloatArray, slot: Array, row: FloatArray) -> FloatArray:
     """`sum_j gamma_j row_j`, as if one row were replaced."""
     others = jnp.matmul(gamma.at[slot].set(0), rows, precision=HIGHEST)
     return others.reshape(row.shape) + gamma[slot] * row
@@ -124,8 +124,8 @@ def extrapolate(
     below = length <= BOUND * first * (taken + 1).astype(dtype) ** -DECAY
     trusted = begun & ~grown & below & jnp.all(jnp.isfinite(gamma))
     gamma = jnp.where(trusted, gamma, 0)
-    point = image - _combined(gamma, memory.images, slot, changes[1])
-    beside = carried - _combined(gamma, memory.carries, slot, changes[2])
+    point = image - _combine(gamma, memory.images, slot, changes[1])
+    beside = carried - _combine(gamma, memory.carries, slot, changes[2])
     # Everything that reads the old rows comes first, so that the new ones can overwrite them.
     changes, point, beside = jax.lax.optimization_barrier((changes, point, beside))
     memory = Memory(

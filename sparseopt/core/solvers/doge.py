@@ -117,11 +117,11 @@ class DogeGroups(Admm):
         rows = rows._replace(memory=Copies(jnp.broadcast_to(z, theta.shape), theta))
         return dataclasses.replace(state, now=Moving(now.x, (rows,)))
 
-    def _advanced(self, problem: Problem, now: Moving) -> Moving:
+    def _advance(self, problem: Problem, now: Moving) -> Moving:
         split, penalty, (rows,) = problem.operator, problem.penalty, now.blocks
         keep = 1 - jnp.asarray(self.relaxation, now.x.dtype)
         z, theta, rho = now.inner(rows)[..., None], rows.memory.theta, rows.rho
-        alpha, found, move = lift(penalty, split.outer, split.row_scale, self.groups).moved(z - theta, 1 / rho)
+        alpha, found, move = lift(penalty, split.outer, split.row_scale, self.groups).move(z - theta, 1 / rho)
         # The dual and Ψ z row by row, for the checks; the iteration does not read them.
         candidate, prox = -rho * move, rows.prox
         if isinstance(penalty, Norm):
@@ -137,9 +137,9 @@ class DogeGroups(Admm):
         theta = relaxed - (x if inner is None else inner)[..., None]
         return Moving(x, (Block(inner, Copies(alpha, theta), dual, candidate, prox, rho),))
 
-    def _checked(self, problem: Problem, state: AdmmState, before: Moving) -> AdmmState:
+    def _check(self, problem: Problem, state: AdmmState, before: Moving) -> AdmmState:
         """As `Admm`, with theta scaled for a new rho, so that `rho theta` stays."""
-        after = super()._checked(problem, state, before)
+        after = super()._check(problem, state, before)
         theta = after.rows.memory.theta * (state.rho / after.rho)
         rows = after.rows._replace(memory=after.rows.memory._replace(theta=theta))
         return dataclasses.replace(after, now=after.now._replace(blocks=(rows,)))

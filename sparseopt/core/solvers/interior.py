@@ -94,7 +94,7 @@ class DualProgram:
         solver.solve()
         result = solver.result
         u[self.kept] = weight * np.clip(result.x[: self.box.size], -self.box, self.box)
-        fit = y - self._pulled(u[self.kept]) / self.weights
+        fit = y - self._pull(u[self.kept]) / self.weights
         if not self.seen.all():
             fit[~self.seen] = -weight * result.y[-np.count_nonzero(~self.seen) :]
         return fit, u, int(result.info.iter), result.info.status.name == "PIQP_SOLVED"
@@ -102,7 +102,7 @@ class DualProgram:
     def lower_bound(self, y: np.ndarray, weight: float) -> float:
         """The best dual objective along the differences of y, an estimate of the objective."""
         rows = self._differences(np.where(self.seen, y, 0))
-        pull = self._pulled(rows)
+        pull = self._pull(rows)
         along, curve = float(rows @ rows), float(np.sum(np.where(self.seen, pull**2 / self.weights, 0)))
         largest = np.abs(rows / self.box).max(initial=0)
         if not (self.seen.all() and along > 0):
@@ -116,7 +116,7 @@ class DualProgram:
             x = factor @ x
         return x
 
-    def _pulled(self, u: np.ndarray) -> np.ndarray:
+    def _pull(self, u: np.ndarray) -> np.ndarray:
         for factor in (*self.factors, self.last):
             u = factor.T @ u
         return u

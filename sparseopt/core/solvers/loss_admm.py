@@ -36,9 +36,9 @@ from sparseopt.core.solvers.admm import (
     Moving,
     Start,
     Term,
-    limited,
+    limit,
     relative,
-    restarted,
+    restart,
     rms,
     step_lengths,
 )
@@ -113,7 +113,7 @@ class LossAdmm(Admm):
         state = dataclasses.replace(
             state,
             now=jax.tree.map(lambda a, b: jnp.where(take, a, b), mean, now),
-            mean=restarted(state.mean, due, least),
+            mean=restart(state.mean, due, least),
         )
         residual, floor = gap, self._floor(state, objective)
         if now.blocks[-1].prox is not None:
@@ -132,7 +132,7 @@ class LossAdmm(Admm):
         objective = jnp.minimum(problem.loss.value(x) + problem.penalty.value(rows.prox), jnp.finfo(x.dtype).max)
         return jnp.maximum(balance, apart), objective
 
-    def _wanted(self, problem: Problem, state: AdmmState, before: Moving) -> tuple[tuple[Array, ...], Array]:
+    def _choose_rho(self, problem: Problem, state: AdmmState, before: Moving) -> tuple[tuple[Array, ...], Array]:
         def motion(term: Term, new: Any, old: Any) -> Array:
             turned, shifted = new.dual - old.dual, state.now.inner(new) - before.inner(old)
             dual_length, primal_length = step_lengths(term, turned, shifted)
@@ -144,7 +144,7 @@ class LossAdmm(Admm):
         metric = jnp.ones((), of_rows.dtype) if self.metric is None else self.metric
         apart = rms(metric, copy.candidate / (metric * copy.rho))
         distance = BALANCE * rms(problem.operator.row_scale, rows.candidate) / apart
-        rho_factor = limited(jnp.where(early, distance, of_rows) / rows.rho, ~early, problem.penalty)
+        rho_factor = limit(jnp.where(early, distance, of_rows) / rows.rho, ~early, problem.penalty)
         sigma_factor = jnp.where(early, 1, of_loss / copy.rho)
         return (jnp.clip(sigma_factor, 1 / LARGEST_FACTOR, LARGEST_FACTOR), rho_factor), of_rows
 

@@ -149,7 +149,7 @@ class Maiht(PlainSolver):
             residual=(support_change if self.stop == "support" else relative_change)(x, state.x),
         )
 
-    def solved(self, problem: Problem, state: MaihtState) -> Problem:
+    def solves(self, problem: Problem, state: MaihtState) -> Problem:
         """At the level that the solver chose: the problem's times a factor that stays."""
         if self.target_sparsity is None:
             return problem

@@ -219,16 +219,16 @@ class PrimalDual:
 
     def step(self, problem: Problem, state: PrimalDualState) -> PrimalDualState:
         problem = problem if state.loss is None else dataclasses.replace(problem, loss=state.loss)
-        state = jax.lax.fori_loop(0, self.cadence, lambda _, now: self._advanced(problem, now), state)
-        state = self._checked(problem, state)
+        state = jax.lax.fori_loop(0, self.cadence, lambda _, now: self._advance(problem, now), state)
+        state = self._check(problem, state)
         if is_smooth(problem.loss):
-            return self._balanced(state)
-        state = self._restarted(state)
+            return self._balance(state)
+        state = self._restart(state)
         # Reflections do not damp the rounding errors of combined images: compute the images again.
         now, maps = state.now, _maps(problem, state.now.x)
         return dataclasses.replace(state, now=now._replace(images=maps.mv(now.x), pulled=maps.rmv(now.duals)))
 
-    def _advanced(self, problem: Problem, state: PrimalDualState) -> PrimalDualState:
+    def _advance(self, problem: Problem, state: PrimalDualState) -> PrimalDualState:
         now, maps = state.now, _maps(problem, state.now.x)
         unit = state.units.of
         x = now.x - unit * self._inverse(state, unit * now.pulled) / state.omega
@@ -254,7 +254,7 @@ class PrimalDual:
             steps=state.steps + 1,
         )
 
-    def _checked(self, problem: Problem, state: PrimalDualState) -> PrimalDualState:
+    def _check(self, problem: Problem, state: PrimalDualState) -> PrimalDualState:
         """The state with a new residual and objective, and with a new certificate where one is due."""
         at, loss, penalty = state.mapped, problem.loss, problem.penalty
         # The answer: without an operator the copy, which has the penalty's zeros.
@@ -308,7 +308,7 @@ class PrimalDual:
             progress=state.progress.after(residual, due),
         )
 
-    def _restarted(self, state: PrimalDualState) -> PrimalDualState:
+    def _restart(self, state: PrimalDualState) -> PrimalDualState:
         """The state, restarted if a restart is due."""
         share = state.count / (state.count + 1).astype(state.omega.dtype)
         # The z that was mapped last, recovered from the iteration.
@@ -328,32 +328,32 @@ class PrimalDual:
         omega = jnp.sqrt(state.omega * self._ratio(state, way))
         return dataclasses.replace(
             state,
-            now=_chosen(due, state.mapped, state.now),
-            first=_chosen(due, state.mapped, state.first),
+            now=_choose(due, state.mapped, state.now),
+            first=_choose(due, state.mapped, state.first),
             omega=jnp.where(due & (omega > 0) & jnp.isfinite(omega), omega, state.omega),
             count=jnp.where(due, 0, state.count),
             fixed_point=jnp.where(due, jnp.inf, length),
             fixed_point_first=jnp.where(due, length, state.fixed_point_first),
         )
 
-    def _balanced(self, state: PrimalDualState) -> PrimalDualState:
+    def _balance(self, state: PrimalDualState) -> PrimalDualState:
         """The state with a new omega from the last step, at iterations 10, 20, 40, ..., so that it settles."""
         before = jax.tree.map(lambda now, new: (now - RELAXATION * new) / (1 - RELAXATION), state.now, state.mapped)
         due = state.steps >= state.next_change
         # Early on the distance from the start says more than the last step.
-        since = _chosen(state.steps < MOVING, state.first, before)
+        since = _choose(state.steps < MOVING, state.first, before)
         ratio = self._ratio(state, jax.tree.map(jnp.subtract, state.mapped, since))
         factor = jnp.clip(ratio / state.omega, 1 / LARGEST_FACTOR, LARGEST_FACTOR)
         return dataclasses.replace(
             state,
             # The iteration in the new metric starts at the point that the old one mapped to.
-            now=_chosen(due, state.mapped, state.now),
+            now=_choose(due, state.mapped, state.now),
             omega=jnp.where(due, factor * state.omega, state.omega),
             next_change=jnp.where(due, 2 * state.steps, state.next_change),
         )
 
     def measure(self, problem: Problem, state: PrimalDualState) -> Measure:
-        stalled = state.progress.stalled(state.residual, PATIENCE)
+        stalled = state.progress.has_stalled(state.residual, PATIENCE)
         return Measure(state.residual, state.objective, state.gap, {"omega": state.omega}, stalled)
 
     def duals(self, problem: Problem, state: PrimalDualState) -> tuple[Array, Array]:
@@ -367,7 +367,7 @@ class PrimalDual:
         return state.copies[1] if problem.operator is None else state.mapped.x
 
 
-def _chosen(condition: Array, yes: Point, no: Point) -> Point:
+def _choose(condition: Array, yes: Point, no: Point) -> Point:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 
 

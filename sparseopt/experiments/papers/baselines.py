@@ -154,7 +154,7 @@ class NestedAdmm(Admm):
         potential = rho * jnp.clip(found.state.candidate, -level, level)
         nested = Nested(nested.memory, found.value, potential, found.state.rho, nested.steps + found.steps)
         now = now._replace(blocks=(rows._replace(memory=nested.memory),))
-        after = super()._advanced(_with_potential(problem, nested), now)
+        after = super()._advance(_with_potential(problem, nested), now)
         (rows,) = after.blocks
         return after._replace(blocks=(rows._replace(memory=nested._replace(memory=rows.memory)),))
 
@@ -252,14 +252,14 @@ def assemble(
     if algorithm == "fast_admm" and not isinstance(penalty, L1):
         raise ValueError(f'method="{method}" at order {order} solves the L1 penalty, given {penalty}')
     if algorithm == "fast_admm" and METHODS[algorithm].refuses(job):
-        split, last, solve_nodes = graph.cached(("nested", order), lambda: _prepare_nested(job))
+        split, last, solve_nodes = graph.cache(("nested", order), lambda: _prepare_nested(job))
         penalty = LastDifference(penalty.weight, last.outer)
         solver = set_up(partial(NestedAdmm, solve_nodes, split=last, inner_tol=jnp.asarray(inner_tol, DOUBLE)))
     else:
         plan = METHODS[algorithm].plan(job)
-        split, penalty, solver = plan.split, plan.taken(penalty), set_up(plan.solver)
+        split, penalty, solver = plan.split, plan.solver_penalty(penalty), set_up(plan.solver)
         if algorithm == "doge" and not tuned:
-            split = graph.cached(("published", order), lambda: _copies_everywhere(job))
+            split = graph.cache(("published", order), lambda: _copies_everywhere(job))
     start = Start(centre, jnp.zeros(split.row_shape(centre), DOUBLE))
     return Assembled(Problem(LeastSquares(None, centre), penalty, split), solver, start, algorithm)
 

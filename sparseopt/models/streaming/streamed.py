@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Int
 
-from sparseopt.core.base.mesh import on_device, unfilled
+from sparseopt.core.base.mesh import allocate, on_device
 from sparseopt.models.base.errors import ModelError
 from sparseopt.models.decoder.decoder import Block, Decoder, Embedding, Head
 from sparseopt.models.decoder.experts import unstacked_names
@@ -126,7 +126,7 @@ class StreamedModel(PrunableModel):
             path = "embed_tokens.weight"
         key, transposed = self.family.keys.to_key(path), self.family.keys.transposes(path)
         shape, first = self.source.tensors[key].shape, 0
-        value = unfilled(shape[::-1] if transposed else shape)
+        value = allocate(shape[::-1] if transposed else shape)
         stored = value.T if transposed else value
         for piece in self.source.pieces(key):
             part = stored[first : first + len(piece)]
@@ -146,7 +146,7 @@ class StreamedModel(PrunableModel):
 
     def _read_rows(self, path: str, rows: Int[np.ndarray, "rows"]) -> jax.Array:
         key, start = self.family.keys.to_key(path), 0
-        value = unfilled((len(rows), *self.source.tensors[key].shape[1:]))
+        value = allocate((len(rows), *self.source.tensors[key].shape[1:]))
         for piece in self._checked_pieces(key):
             low, high = np.searchsorted(rows, [start, start + len(piece)])
             value[low:high] = piece[rows[low:high] - start]

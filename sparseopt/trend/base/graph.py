@@ -15,14 +15,14 @@ from sparseopt.core.operators.divided_differences import (
     AxisDifferences,
     DividedDifference,
     axis_differences,
-    checked_times,
+    check_times,
     divided_difference,
     polynomial_basis,
 )
 from sparseopt.core.operators.edge_lists import (
-    checked_adjacency,
-    checked_edges,
-    checked_spacing,
+    check_adjacency,
+    check_edges,
+    check_spacing,
     grid_shape,
     require_positive,
 )
@@ -139,7 +139,7 @@ class Graph:
         if not 1 <= len(given) <= 3:
             raise ValueError(f"a grid has 1 to 3 axes of at least one node, as in (480, 640); given {shape!r}")
         sizes = tuple(whole_number(f"axis {i} of a grid of 1 to 3 axes", n, 1) for i, n in enumerate(given))
-        step = checked_spacing(spacing, len(sizes))
+        step = check_spacing(spacing, len(sizes))
         return cls(math.prod(sizes), None, shape=sizes, spacing=step, free=free)
 
     @classmethod
@@ -186,7 +186,7 @@ class Graph:
                 "weight, which Graph.from_edges takes"
             )
         size = whole_number("the number of nodes of a chain", n, 1)
-        at = None if times is None else checked_times(times, size)
+        at = None if times is None else check_times(times, size)
         return cls(size, None, shape=(size,), times=at, free=free)
 
     @classmethod
@@ -214,7 +214,7 @@ class Graph:
             >>> so.Graph.from_edges([(0, 1), (1, 2), (1, 0)], merge=True).weights.tolist()
             [2.0, 1.0]
         """
-        pairs, count, level = checked_edges(edges, num_nodes, weights)
+        pairs, count, level = check_edges(edges, num_nodes, weights)
         loops = pairs[:, 0] == pairs[:, 1]
         if loops.any() and not merge:
             first = int(np.argmax(loops))
@@ -255,7 +255,7 @@ class Graph:
             >>> graph.edges.tolist(), graph.weights.tolist()
             ([[0, 1]], [2.0])
         """
-        matrix = checked_adjacency(adjacency)
+        matrix = check_adjacency(adjacency)
         upper = matrix.row < matrix.col
         diagonal = matrix.row == matrix.col
         if diagonal.any() and not merge:
@@ -301,7 +301,7 @@ class Graph:
         """Whether it is a chain whose nodes are numbered along it."""
         return self.shape is not None and len(self.shape) == 1
 
-    def divided(self, order: int, dtype: Any) -> DividedDifference | AxisDifferences:
+    def free_difference(self, order: int, dtype: Any) -> DividedDifference | AxisDifferences:
         """`Δ^(order)` with free ends as a linear map, of an order of at least 1."""
         if self.is_chain:
             return divided_difference(self.times, self.num_nodes, order, dtype)
@@ -318,7 +318,7 @@ class Graph:
             along = [polynomial_basis(self.times, *sizes) for sizes in zip(self.node_shape, counts, strict=True)]
             return functools.reduce(np.kron, along)
 
-        return self.cached(("polynomials", order), build)
+        return self.cache(("polynomials", order), build)
 
     @functools.cached_property
     def node_shape(self) -> tuple[int, ...]:
@@ -396,7 +396,7 @@ class Graph:
     def tables(self) -> dict[Any, Any]:
         return {}
 
-    def cached(self, key: Hashable, build: Callable[[], T]) -> T:
+    def cache(self, key: Hashable, build: Callable[[], T]) -> T:
         """The result of `build`, built once per key: for tables that depend only on the graph."""
         if key not in self.tables:
             self.tables[key] = build()
@@ -406,7 +406,7 @@ class Graph:
         if self.shape is not None:
             return GridBase(self.shape, self.spacing)
         build = functools.partial(edge_base, self.edges, self.num_nodes, self.weights, dtype)
-        return self.cached(("base", np.dtype(dtype).name), build)
+        return self.cache(("base", np.dtype(dtype).name), build)
 
     def matrix(self, order: int, from_edges: bool = False) -> sparse.csr_array:
         """`Δ^(order)` (or `Δ^(order-1) Dᵀ`) as a sparse matrix; its rows follow `edges` or the nodes.
@@ -419,7 +419,7 @@ class Graph:
             [[1.0, -1.0, 0.0], [-1.0, 2.0, -1.0], [0.0, -1.0, 1.0]]
         """
         if self.free and order:
-            return self.divided(order, np.float64).matrix()
+            return self.free_difference(order, np.float64).matrix()
         require_matrix_memory(self.edges, self.num_nodes, order)
         return difference_matrix(self.edges, self.num_nodes, self.weights, order, from_edges)
 
@@ -433,7 +433,7 @@ class Graph:
                 return edge_sums(self.edges, self.num_nodes, self.weights, order)
             return matrix_sums(self.matrix(order, from_edges), self.node_shape if self.free else (-1,))
 
-        return self.cached(("sums", order, from_edges), build)
+        return self.cache(("sums", order, from_edges), build)
 
     @functools.cached_property
     def near_order(self) -> np.ndarray:
@@ -443,7 +443,7 @@ class Graph:
         both = sparse.csr_array(self.adjacency + self.adjacency.T)
         return csgraph.reverse_cuthill_mckee(both, symmetric_mode=True)
 
-    def renumbered(self) -> tuple["Graph", np.ndarray]:
+    def renumber(self) -> tuple["Graph", np.ndarray]:
         """The graph with neighbours numbered close to each other, which speeds up signals that exceed the caches.
 
         Returns:
@@ -452,7 +452,7 @@ class Graph:
 
         Example:
             >>> ring = so.Graph.from_edges([(0, 3), (3, 1), (1, 2)])
-            >>> path, order = ring.renumbered()
+            >>> path, order = ring.renumber()
             >>> order.tolist(), path.edges.tolist()
             ([2, 1, 3, 0], [[1, 0], [2, 1], [3, 2]])
         """

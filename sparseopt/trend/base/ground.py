@@ -22,7 +22,7 @@ from sparseopt.core.losses.quadratic import HIGHEST
 from sparseopt.core.losses.scalar import Squared
 from sparseopt.core.operators.maps import Stack
 from sparseopt.core.penalties.groups import GroupL2, SparseGroup
-from sparseopt.core.penalties.sums import stacked
+from sparseopt.core.penalties.sums import stack
 from sparseopt.trend.base.layout import Layout
 
 Terms = dict[int, Any]
@@ -92,7 +92,7 @@ def ground_of(layout: Layout, orders: tuple[int, ...], dtype: np.dtype, channels
         )
         return on_device(ground)
 
-    return layout.cached(("ground", orders, np.dtype(dtype).name, channels), build)
+    return layout.cache(("ground", orders, np.dtype(dtype).name, channels), build)
 
 
 def leaves_as(tree: Any, kind: Any) -> Any:
@@ -122,7 +122,7 @@ def on_rows(terms: Terms, layout: Layout, kind: Any, channels: bool) -> Any:
             term = leaves_as(term, kind)
         parts.append(term)
         sizes.append(int(np.prod(layout.difference(k + 1, kind).out_shape)) if several else 0)
-    return stacked(parts, sizes) if several else parts[0]
+    return stack(parts, sizes) if several else parts[0]
 
 
 def couples_axes(penalty: Any) -> bool:
@@ -167,14 +167,14 @@ def data_of(ground: Ground, y: Any, weights: Any) -> Data:
     if weights is not None:
         y = jnp.where(weights > 0, y, 0)
 
-    def summed(x: Array) -> Array:
+    def add_up(x: Array) -> Array:
         """Over the nodes, `[channels]`."""
         return jax.vmap(total, in_axes=-1)(x) if x.ndim > nodes else total(x)
 
     def mean(x: Array) -> Array:
         if counted is None:
-            return summed(x) / math.prod(x.shape[:nodes])
-        return summed(counted * x) / total(jnp.asarray(counted, y.dtype))
+            return add_up(x) / math.prod(x.shape[:nodes])
+        return add_up(counted * x) / total(jnp.asarray(counted, y.dtype))
 
     seen = None if counted is None else counted > 0
     high = jnp.max(y if seen is None else jnp.where(seen, y, -jnp.inf), axis=tuple(range(nodes)))
@@ -199,7 +199,7 @@ def data_of(ground: Ground, y: Any, weights: Any) -> Data:
     box: Any = (None, None) if weights is None else (low - wider, high + wider)
     loss = DataLoss(Squared(), None, y, weights, *box)
     box = (None, None) if weights is None else (box[0] - shift, box[1] - shift)
-    centred = DataLoss(Squared(), None, loss.observed(y - shift), weights, *box)
+    centred = DataLoss(Squared(), None, loss.mask_missing(y - shift), weights, *box)
     rows = jnp.abs(ground.highest.mv(centred.target)) / ground.row_norms
     noise = OF_MEAN_SIZE * jnp.mean(rows) * ground.padding[1]
     spread = jnp.sqrt(jnp.mean(centred.target**2) * ground.padding[0])
@@ -240,11 +240,11 @@ def inverse_laplacian(ground: Ground, right: Array, times: int) -> tuple[Array, 
     """
     nothing = jnp.zeros((), bool)
     if ground.transform is not None:
-        return ground.transform.filtered(right, lambda level: jnp.where(level > 0, level, jnp.inf) ** -times), ~nothing
+        return ground.transform.apply(right, lambda level: jnp.where(level > 0, level, jnp.inf) ** -times), ~nothing
     base = ground.highest.base
     limit = max(CG_TOLERANCE, 2 * float(jnp.finfo(right.dtype).eps))
 
-    def balanced(x: Array) -> Array:
+    def balance(x: Array) -> Array:
         """Restore sums of 0, to rounding, for the next solve."""
         if ground.labels is None:
             return x - jnp.mean(x, axis=0)
@@ -252,15 +252,15 @@ def inverse_laplacian(ground: Ground, right: Array, times: int) -> tuple[Array, 
         sums, sizes = nothing.at[ground.labels].add(x), nothing.at[ground.labels].add(1)
         return x - (sums / sizes)[ground.labels]
 
-    def solved(_: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+    def solve(_: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         x, failed = carry
         found, _ = jax.scipy.sparse.linalg.cg(
             base.laplacian, x, tol=limit, maxiter=CG_STEPS, M=lambda residual: residual / ground.degrees
         )
         left = jnp.linalg.norm(base.laplacian(found) - x)
-        return balanced(found), failed | ~(left <= 100 * limit * jnp.linalg.norm(x))
+        return balance(found), failed | ~(left <= 100 * limit * jnp.linalg.norm(x))
 
-    found, failed = jax.lax.fori_loop(0, times, solved, (right, nothing))
+    found, failed = jax.lax.fori_loop(0, times, solve, (right, nothing))
     return found, ~failed
 
 
@@ -278,10 +278,10 @@ def null_space_dual(ground: Ground, pull: Array) -> tuple[Array, Array]:
         def shortest(pull: Array) -> Array:
             return ground.highest.mv(inverse_laplacian(ground, pull, 1)[0])
 
-        def refined(_: Any, dual: Array) -> Array:
+        def refine(_: Any, dual: Array) -> Array:
             return dual + shortest(pull - ground.highest.rmv(dual))
 
-        dual = jax.lax.fori_loop(0, REFINEMENTS, refined, shortest(pull))
+        dual = jax.lax.fori_loop(0, REFINEMENTS, refine, shortest(pull))
         left = jnp.linalg.norm(pull - ground.highest.rmv(dual))
         return dual, left <= DUAL_ROUNDING * jnp.linalg.norm(pull)
     halves, odd = divmod(ground.highest.order, 2)

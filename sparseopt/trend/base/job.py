@@ -191,11 +191,11 @@ class Job:
             dual = np.zeros(rows, self.dtype) if dual is None else np.asarray(dual)
         require_start(value, dual, signal.values.size, rows)
         if not held:
-            dual = layout.put(self._each(dual, layout.count, layout.laid_dual), self.order + 1)
+            dual = layout.put(self._each(dual, layout.count, layout.lay_out_dual), self.order + 1)
         x = layout.put(layout.rows(value.reshape(signal.values.shape), 0))
         return start_at(dataclasses.replace(solution, value=x, dual=dual))
 
-    def listed(self, found: Any) -> Any:
+    def list_rows(self, found: Any) -> Any:
         """A fit with its rows in the order of `graph.matrix(order + 1)`; the dual of several penalties by orders.
 
         Over several devices the dual stays as it is, on them.
@@ -206,11 +206,13 @@ class Job:
             return layout.difference(order, self.dtype).out_shape
 
         def listed(part: np.ndarray, order: int) -> np.ndarray:
-            return layout.listed_dual(part.reshape(*shape(order), *self.channels), order)
+            return layout.list_dual(part.reshape(*shape(order), *self.channels), order)
 
         if dual is not None and not layout.several_devices:
             dual = layout.put(self._each(np.asarray(dual), lambda order: math.prod(shape(order)), listed))
-        return dataclasses.replace(found, nonzero=layout.listed(np.asarray(found.nonzero), self.order + 1), dual=dual)
+        return dataclasses.replace(
+            found, nonzero=layout.list_rows(np.asarray(found.nonzero), self.order + 1), dual=dual
+        )
 
     def _each(self, dual: np.ndarray, size: Callable[[int], int], change: Callable[[Any, int], Any]) -> np.ndarray:
         """The dual changed for the rows of every penalty, which are so many; those of several penalties are flat."""
@@ -268,11 +270,11 @@ def terms_of(penalty: Any, order: int) -> Terms:
     return dict(sorted(terms.items()))
 
 
-def checked_terms(terms: Terms, layout: Layout, channels: tuple[int, ...], kind: np.dtype) -> Terms:
+def check_terms(terms: Terms, layout: Layout, channels: tuple[int, ...], kind: np.dtype) -> Terms:
     """Checked penalties by order, without those that cost nothing unless all do."""
     for k, term in terms.items():
         rows = layout.count(k + 1) if np.ndim(getattr(term, "weight", 0)) else None
-        checked_penalty(term, layout.graph, k, channels, kind, rows)
+        check_penalty(term, layout.graph, k, channels, kind, rows)
     # Without edges there are no differences.
     edges = layout.graph.num_edges
     strong = {k: term for k, term in terms.items() if (edges or k == -1) and not vanishes(term)}
@@ -305,7 +307,7 @@ def _excludes_zero(penalty: Any) -> bool:
     return _cost(penalty, np.zeros((3, 1))) not in (0, None)
 
 
-def checked_penalty(
+def check_penalty(
     penalty: Any, graph: Graph, order: int, channels: tuple[int, ...], kind: np.dtype, rows: int | None = None
 ) -> Any:
     """The penalty, after `require_penalty` and `check_parameters`."""
@@ -358,7 +360,7 @@ def require_penalty(penalty: Any, graph: Graph, order: int, channels: bool) -> N
 
 def check_parameters(penalty: Any, kind: np.dtype, rows: int | None = None) -> None:
     """Raise a ValueError unless a penalty's numbers are finite and its weight is a valid one in the dtype `kind`."""
-    weight = checked_weight(penalty, rows)
+    weight = check_weight(penalty, rows)
     for leaf in jax.tree.leaves(penalty):
         if isinstance(leaf, jax.core.Tracer):
             raise TypeError(f"trend_filter checks a penalty's numbers, {UNKNOWN}")
@@ -371,7 +373,7 @@ def check_parameters(penalty: Any, kind: np.dtype, rows: int | None = None) -> N
     require_representable(np.asarray(weight, np.float64), kind)
 
 
-def checked_weight(penalty: Any, rows: int | None = None) -> Any:
+def check_weight(penalty: Any, rows: int | None = None) -> Any:
     """The weight of a penalty, 0 without one, that of L1 one number or one for each of `rows` rows; else a ValueError.
 
     No number of the penalty may be one that `refuses` rejects. Those that are traced are not checked.

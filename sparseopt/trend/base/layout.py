@@ -63,7 +63,7 @@ class Layout:
         graph = self.graph
         return None if graph.shape is None else cosine_solve(graph.shape, (1,), dtype, graph.spacing)
 
-    def cached(self, key: Hashable, build: Callable[[], T]) -> T:
+    def cache(self, key: Hashable, build: Callable[[], T]) -> T:
         if key not in self.tables:
             self.tables[key] = build()
         return self.tables[key]
@@ -97,7 +97,7 @@ class Layout:
             return values.reshape(*graph.node_shape, *values.shape[1:])
         return values if graph.shape is None else edge_grid(values, graph.shape, 0.0)
 
-    def listed(self, values: Any, order: int) -> Any:
+    def list_rows(self, values: Any, order: int) -> Any:
         """The inverse of `rows` on one device: an array on the rows of an order as `[rows, ...]`, without padding."""
         graph = self.graph
         if order % 2 == 0:
@@ -107,15 +107,15 @@ class Layout:
         found = edge_rows(values, graph.shape)
         return found if graph.given_edges is None else found[np.argsort(self._grid_order)]
 
-    def listed_dual(self, dual: Any, order: int) -> Any:
-        """As `listed` for a dual, whose signs are those of the given edges."""
-        return self._turned(self.listed(dual, order), order)
+    def list_dual(self, dual: Any, order: int) -> Any:
+        """As `list_rows` for a dual, whose signs are those of the given edges."""
+        return self._turn(self.list_rows(dual, order), order)
 
-    def laid_dual(self, dual: Any, order: int) -> Any:
-        """The inverse of `listed_dual`."""
-        return self.rows(self._turned(dual, order), order)
+    def lay_out_dual(self, dual: Any, order: int) -> Any:
+        """The inverse of `list_dual`."""
+        return self.rows(self._turn(dual, order), order)
 
-    def _turned(self, dual: Any, order: int) -> Any:
+    def _turn(self, dual: Any, order: int) -> Any:
         """A dual `[rows, ...]` of the given edges for those of the grid that they are, or the reverse."""
         graph = self.graph
         if order % 2 == 0 or not graph.turned:
@@ -143,15 +143,15 @@ class Layout:
         """The number of entries of an array over the number without padding."""
         return 1.0
 
-    def gathered(self, values: Any, order: int) -> Any:
+    def gather(self, values: Any, order: int) -> Any:
         """An array on the rows of an order as it is laid out on one device."""
         return values
 
-    def shaped(self, values: Any, shape: tuple[int, ...]) -> Any:
+    def reshape(self, values: Any, shape: tuple[int, ...]) -> Any:
         """An array on the nodes, in the shape of the caller's signal."""
-        return self.gathered(values, 0).reshape(shape)
+        return self.gather(values, 0).reshape(shape)
 
-    def fetched(self, solution: Any, native: bool) -> Any:
+    def fetch(self, solution: Any, native: bool) -> Any:
         """A solution as the caller gets it: as it is, or as host arrays where JAX's types of today are shorter.
 
         On several devices all but its state and its dual are host arrays.
@@ -170,7 +170,7 @@ class FreeLayout(Layout):
     """Arrays of a chain or a grid with free ends on one device: nodes `[*node_shape]`, differences `[rows]`."""
 
     def difference(self, order: int, dtype: Any) -> Any:
-        return self.graph.divided(order, dtype) if order else super().difference(order, dtype)
+        return self.graph.free_difference(order, dtype) if order else super().difference(order, dtype)
 
     def transform(self, order: int, dtype: Any) -> Any:
         graph = self.graph
@@ -182,8 +182,8 @@ class FreeLayout(Layout):
     def grid_rows(self, values: Any, order: int) -> Any:
         return values if order else super().grid_rows(values, order)
 
-    def listed(self, values: Any, order: int) -> Any:
-        return values if order else super().listed(values, order)
+    def list_rows(self, values: Any, order: int) -> Any:
+        return values if order else super().list_rows(values, order)
 
 
 class LayoutOver(Layout):
@@ -254,23 +254,23 @@ class LayoutOver(Layout):
         if isinstance(self.parts, SlabBase):
             return self.parts
         build = functools.partial(part_base, self.parts, self.graph.weights, dtype, self.mesh)
-        return self.cached(("base", np.dtype(dtype).name), build)
+        return self.cache(("base", np.dtype(dtype).name), build)
 
     def rows(self, values: np.ndarray, order: int) -> np.ndarray:
-        return self.padded(super().rows(values, order), order)
+        return self.pad(super().rows(values, order), order)
 
-    def padded(self, values: np.ndarray, order: int, fill: Any = 0.0) -> np.ndarray:
+    def pad(self, values: np.ndarray, order: int, fill: Any = 0.0) -> np.ndarray:
         """Values in the layout of one device, in that over all devices, with `fill` in padded places."""
-        return self.parts.padded(values, order % 2, fill)
+        return self.parts.pad(values, order % 2, fill)
 
     def sums(self, order: int, from_edges: bool = False) -> Sums:
         def build() -> Sums:
             plain, columns = self.graph.sums(order, from_edges), int(from_edges)
             along = {"row": order - columns, "column": columns}
             names = [field.name for field in dataclasses.fields(Sums)]
-            return Sums(*(self.padded(getattr(plain, name), along[name.split("_")[0]], PADDING) for name in names))
+            return Sums(*(self.pad(getattr(plain, name), along[name.split("_")[0]], PADDING) for name in names))
 
-        return self.cached(("sums", order, from_edges), build)
+        return self.cache(("sums", order, from_edges), build)
 
     def put(self, values: Any, order: int = 0) -> jax.Array:
         values = np.asarray(values)
@@ -279,10 +279,10 @@ class LayoutOver(Layout):
     def padding(self, order: int) -> float:
         return self.parts.padding(order % 2)
 
-    def gathered(self, values: Any, order: int) -> np.ndarray:
-        return self.parts.gathered(whole(values), order % 2)
+    def gather(self, values: Any, order: int) -> np.ndarray:
+        return self.parts.gather(whole(values), order % 2)
 
-    def fetched(self, solution: Any, native: bool) -> Any:
+    def fetch(self, solution: Any, native: bool) -> Any:
         kept = dataclasses.replace(solution, state=None, dual=None)
         here = jax.tree.map(lambda leaf: whole(leaf) if isinstance(leaf, jax.Array) else leaf, kept)
         return dataclasses.replace(here, state=solution.state, dual=solution.dual)

@@ -30,7 +30,7 @@ from sparseopt.core.problem.problem import Solution
 from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.base.ground import Ground, couples_axes, mean_weight
 from sparseopt.trend.base.layout import layout_of
-from sparseopt.trend.base.signal import checked_graph, checked_order, graph_at
+from sparseopt.trend.base.signal import check_graph, check_order, graph_at
 
 # The rank of a dense matrix of so many columns takes about a second.
 MOST_RANKED = 1024
@@ -206,7 +206,7 @@ def labels_of(graph: Graph, joined: np.ndarray) -> np.ndarray:
     return ndimage.label(pixels)[0][nodes].reshape(-1) - 1
 
 
-def levelled(values: np.ndarray, labels: np.ndarray, mass: np.ndarray, zero: bool) -> np.ndarray:
+def average_pieces(values: np.ndarray, labels: np.ndarray, mass: np.ndarray, zero: bool) -> np.ndarray:
     """The mean of its piece at every node, `[n]`, weighted by `mass` where a node of the piece has any.
 
     With `zero` a piece with a node of value 0 is 0. A piece of one value keeps it exactly.
@@ -248,8 +248,8 @@ def degrees_of_freedom(nonzero: Any, graph: Graph, order: int = 0, observed: Any
         >>> so.trend.degrees_of_freedom(np.array([False, True, False]), so.Graph.chain(4))  # one jump, two pieces
         2
     """
-    order = checked_order(order)
-    graph = graph_at(checked_graph(graph), order)
+    order = check_order(order)
+    graph = graph_at(check_graph(graph), order)
     if not is_countable(graph):
         raise ValueError(
             f"on a grid with free ends the degrees of freedom are the rank of a matrix, which is found for at most "
@@ -264,7 +264,7 @@ def degrees_of_freedom(nonzero: Any, graph: Graph, order: int = 0, observed: Any
         )
     seen = None if observed is None else _booleans("observed", observed)
     if seen is not None and seen.shape != (graph.num_nodes,):
-        raise ValueError(f"`observed` has one entry for each of {graph.num_nodes} nodes, given {seen.shape}")
+        raise ValueError(f"`mask_missing` has one entry for each of {graph.num_nodes} nodes, given {seen.shape}")
     channels = mask.shape[1] if mask.ndim == 2 else 1
     return int(freedom_of_levels(layout.rows(mask, order + 1)[None], graph, order, seen, channels)[0])
 

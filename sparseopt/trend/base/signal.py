@@ -63,7 +63,7 @@ class Signal:
         return self.weights is None or bool(self.weights.all())
 
 
-def checked_graph(graph: Any) -> Graph:
+def check_graph(graph: Any) -> Graph:
     """The graph; a TypeError if it is not a `Graph`."""
     if not isinstance(graph, Graph):
         raise TypeError(
@@ -88,7 +88,7 @@ def compute_dtype(y: np.ndarray, dtype: Any, graph: Graph, order: int) -> np.dty
     raise ValueError(f"dtype must be float32 or float64, given {dtype!r}")
 
 
-def checked_signal(
+def check_signal(
     y: Any,
     graph: Graph,
     order: int,
@@ -103,7 +103,7 @@ def checked_signal(
     The order is a checked one. `copies` is the least number of arrays like the signal that the work takes, on so many
     `devices`.
     """
-    graph = checked_graph(graph)
+    graph = check_graph(graph)
     if isinstance(y, jax.core.Tracer):
         raise TypeError(f"trend_filter checks a signal's values, {UNKNOWN}")
     y = real_array("a signal", y)
@@ -210,7 +210,7 @@ def _require_observations(weights: np.ndarray, graph: Graph) -> None:
         )
 
 
-def checked_order(order: Any) -> int:
+def check_order(order: Any) -> int:
     """The order as an int in `[0, MOST_ORDER]`; else a ValueError."""
     return whole_number("order", order, 0, MOST_ORDER, "0: piecewise constant, 1: piecewise linear, ...")
 
@@ -224,7 +224,7 @@ def graph_at(graph: Graph, order: int, signal: Signal | None = None) -> Graph:
     if not graph.free:
         return graph
     if order == 0:
-        return graph.cached("plain", lambda: Graph.grid(graph.node_shape, graph.spacing))
+        return graph.cache("plain", lambda: Graph.grid(graph.node_shape, graph.spacing))
     longest, along = max(graph.node_shape), "" if graph.is_chain else " along an axis"
     if longest < order + 2:
         raise ValueError(
@@ -297,8 +297,8 @@ def noise_level(y: Any, graph: Graph, order: int = 0, node_weights: Any = None, 
         >>> bool(abs(so.trend.noise_level(y, so.Graph.chain(1000)) - 2.0) < 0.2)
         True
     """
-    order = checked_order(order)
-    signal = checked_signal(y, graph, order, node_weights, missing, np.float64, PLAIN_COPIES)
+    order = check_order(order)
+    signal = check_signal(y, graph, order, node_weights, missing, np.float64, PLAIN_COPIES)
     return signal_noise(signal, graph_at(graph, order), order)
 
 

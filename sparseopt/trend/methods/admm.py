@@ -41,7 +41,7 @@ class Admm(Settings, Method):
             plan = Plan(job.ground, split, solve, CADENCE)
             return on_device(plan)
 
-        return job.layout.cached(key, build)
+        return job.layout.cache(key, build)
 
 
 def in_unit(split: Split, job: Job) -> Split:

@@ -98,7 +98,7 @@ CHOICE: dict[Method, Callable[[Job], bool]] = {
 METHODS: dict[str, Any] = {method.name: method for method in (*reversed(CHOICE), DogeGroups())}
 
 
-def checked_method(given: Any) -> Method | None:
+def as_method(given: Any) -> Method | None:
     """A method, by itself, by the name of its defaults, or by name and settings as in `{"name": "doge", "B": 2}`.
 
     None for "auto", and a ValueError for anything else.
@@ -125,7 +125,7 @@ def checked_method(given: Any) -> Method | None:
     return None if given == AUTO else METHODS[given]
 
 
-def chosen(job: Job, pure: bool = False) -> Method:
+def choose(job: Job, pure: bool = False) -> Method:
     """The method of a job (a ValueError if it cannot do it); without one the first that can do it and pays.
 
     A `pure` one has fits that are pure JAX, unless the job names another.
@@ -151,15 +151,15 @@ def is_short(job: Job, method: Method | None = None) -> bool:
     known = isinstance(job.penalty, Norm) and graph.num_edges > 0 and not (graph.free and job.order)
     # At missing nodes rounding of the dual costs as much as the whole gap.
     suits = plain and large and known and signal.complete and job.dtype == np.float64 and not vanishes(job.penalty)
-    return suits and isinstance(method or chosen(job), Doge | Admm if always else Doge)
+    return suits and isinstance(method or choose(job), Doge | Admm if always else Doge)
 
 
-def chosen_for_path(job: Job) -> Method:
+def choose_for_path(job: Job) -> Method:
     """The method for the levels of a path, as `chosen`.
 
     Most steps of a path are spent where smoothing is strong, so conditioning decides.
     """
     if job.method is not None or not isinstance(job.penalty, Norm):
-        return chosen(job)
-    method = chosen(dataclasses.replace(job, assumed=math.inf))
+        return choose(job)
+    method = choose(dataclasses.replace(job, assumed=math.inf))
     return Admm() if isinstance(method, Doge) and job.order else method

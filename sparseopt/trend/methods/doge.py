@@ -63,10 +63,10 @@ class Doge(Settings, Method):
                 if job.graph.shape is not None:  # one C for all columns keeps the x-step diagonal under cosines
                     split = dataclasses.replace(split, column_scale=split.column_scale.max())
                 solve = node_solve(job, (split.inner.order,), split.column_scale, cosines)
-            plan = Plan(job.ground, placed(job, split), solve, CADENCE)
+            plan = Plan(job.ground, place(job, split), solve, CADENCE)
             return on_device(plan)
 
-        return layout.cached(key, build)
+        return layout.cache(key, build)
 
 
 def refuses_block(block: int | None, job: Job) -> str | None:
@@ -101,7 +101,7 @@ def split_of(job: Job, block: int, groups: int | None = None) -> Split:
     return doge_split(outer, inner, layout.sums(block, on_edges), job.dtype, groups)
 
 
-def placed(job: Job, split: Split) -> Split:
+def place(job: Job, split: Split) -> Split:
     """A split with its metrics on the devices."""
 
     def put(leaf: Any, order: int) -> jax.Array:

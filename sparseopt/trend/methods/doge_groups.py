@@ -19,7 +19,7 @@ from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.base.ground import couples_axes
 from sparseopt.trend.base.job import Job, Method, Settings
 from sparseopt.trend.methods.admm import node_solve
-from sparseopt.trend.methods.doge import CADENCE, placed, refuses_block, split_of
+from sparseopt.trend.methods.doge import CADENCE, place, refuses_block, split_of
 from sparseopt.trend.methods.plan import Plan
 
 
@@ -74,9 +74,9 @@ class DogeGroups(Settings, Method):
             # 0 where there is no row.
             rows = job.layout.grid_rows(labels + 1, job.order + 1)[..., None]
             groups = (rows[..., None] if job.channels else rows) == np.arange(1, count + 1)
-            return on_device(GroupsPlan(job.ground, placed(job, split), solve, CADENCE, groups=groups))
+            return on_device(GroupsPlan(job.ground, place(job, split), solve, CADENCE, groups=groups))
 
-        return job.layout.cached(key, build)
+        return job.layout.cache(key, build)
 
 
 def _refuses(penalty: Any) -> str | None:

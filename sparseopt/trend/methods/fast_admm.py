@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from sparseopt.core.base.mesh import on_device
 from sparseopt.core.base.types import pytree
-from sparseopt.core.operators.differences import Difference, GridBase, padded
+from sparseopt.core.operators.differences import Difference, GridBase, pad
 from sparseopt.core.operators.divided_differences import divided_difference
 from sparseopt.core.operators.maps import Identity
 from sparseopt.core.operators.normal_solves import Diagonal, banded_solve
@@ -33,7 +33,7 @@ class ChainPlan(Plan):
     def refuses(self, penalty: Any, weighted: bool) -> str | None:
         return _refuses(penalty) or super().refuses(penalty, weighted)
 
-    def taken(self, penalty: Any) -> ChainTotalVariation:
+    def solver_penalty(self, penalty: Any) -> ChainTotalVariation:
         """The penalty with the last difference inside."""
         shape = self.split.outer.shape
         return ChainTotalVariation(penalty.weight, Difference(GridBase(shape[-1:]), 1, from_edges=len(shape) > 1))
@@ -44,16 +44,16 @@ class ChainPlan(Plan):
         return found if self.ground.basis is None else found[0, :-1]
 
     def solver_dual(self, penalty: Any, dual: Array) -> Array:
-        return penalty.last.rmv(dual if self.ground.basis is None else padded(dual, 0, 0, 1)[None])
+        return penalty.last.rmv(dual if self.ground.basis is None else pad(dual, 0, 0, 1)[None])
 
     def start(self, penalty: Any, data: Data, weights: Any) -> Start:
         centre = data.centred.target
         if self.ground.basis is not None:
             found = super().start(penalty, data, weights)
-            return Start(found.x, self.solver_dual(self.taken(penalty), found.dual))
+            return Start(found.x, self.solver_dual(self.solver_penalty(penalty), found.dual))
         if not self.exact:
             return Start(centre, jnp.zeros(self.split.row_shape(centre), centre.dtype))
-        answer = self.taken(penalty).prox(centre, 1.0)
+        answer = self.solver_penalty(penalty).prox(centre, 1.0)
         return Start(answer, centre - answer)
 
 
@@ -93,7 +93,7 @@ class FastAdmm(Settings, Method):
             exact = order == 0 and not job.weighted and not graph.free
             return on_device(ChainPlan(job.ground, split, solve, 1 if exact else CADENCE, exact))
 
-        return job.layout.cached(key, build)
+        return job.layout.cache(key, build)
 
 
 def _refuses(penalty: Any) -> str | None:

@@ -25,7 +25,7 @@ from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.base.ground import Data, Ground, data_of, on_rows
 from sparseopt.trend.base.job import Job, Method
 from sparseopt.trend.base.pieces import TrendSolution
-from sparseopt.trend.methods.plan import finished
+from sparseopt.trend.methods.plan import finish
 
 # Up to this many edges per node the Hessian is D Dᵀ at order 0.
 EDGES_A_NODE = 2
@@ -59,9 +59,9 @@ class InteriorPlan:
     def null_fit(self, penalty: L1, dual: Any) -> TrendSolution:
         """The component means, certified by a dual point on the rows."""
         means = np.asarray(self.data.means, np.float64).reshape(self.columns.shape)
-        return self._certified(penalty, means, jnp.asarray(dual, self.job.dtype), 0, True)
+        return self._certify(penalty, means, jnp.asarray(dual, self.job.dtype), 0, True)
 
-    def fitted(self, job: Job) -> TrendSolution:
+    def fit_job(self, job: Job) -> TrendSolution:
         return self.fit(job.penalty)
 
     def fit(self, penalty: L1) -> TrendSolution:
@@ -78,7 +78,7 @@ class InteriorPlan:
             steps, ended = sum(answer[2] for answer in answers), all(answer[3] for answer in answers)
             rows = dual.reshape(-1, *self.job.channels) / self.unit
             rows = self.job.layout.grid_rows(rows, self.job.order + 1)
-            found = self._certified(penalty, fit + means, jnp.asarray(rows, self.job.dtype), steps, ended)
+            found = self._certify(penalty, fit + means, jnp.asarray(rows, self.job.dtype), steps, ended)
             if not ended or float(found.gap) <= tol:
                 break
         if not ended and max_steps > MOST_STEPS and not float(found.gap) <= tol:
@@ -94,27 +94,27 @@ class InteriorPlan:
         shape = None if job.graph.free or job.order % 2 else job.graph.shape
         return rows.reshape(-1) if shape is None else edge_rows(rows, shape)
 
-    def _certified(self, penalty: L1, fit: np.ndarray, dual: Any, steps: int, ended: bool) -> TrendSolution:
+    def _certify(self, penalty: L1, fit: np.ndarray, dual: Any, steps: int, ended: bool) -> TrendSolution:
         job = self.job
         terms = on_rows({job.order: penalty}, job.layout, job.dtype, bool(job.channels))
         value = job.layout.put(job.layout.rows(fit.reshape(-1, *job.channels), 0))
         status = jnp.asarray(Status.CONVERGED if ended else Status.MAX_STEPS, jnp.int32)
         count = jnp.asarray(steps, jnp.int32)
-        return _judged(job.ground, self.data, terms, value, dual, status, count, job.tol)
+        return _judge(job.ground, self.data, terms, value, dual, status, count, job.tol)
 
 
 _data = Jitted(data_of)
 
 
 @Jitted
-def _judged(
+def _judge(
     ground: Ground, data: Data, penalty: Any, fit: Any, dual: Any, status: Any, steps: Any, tol: Any
 ) -> TrendSolution:
     kind = data.shift.dtype
     unknown = jnp.full((), jnp.nan, kind)
     value = (fit - data.shift).astype(kind)
     found = Solution(value, status, steps, unknown, unknown, unknown, None, None, dual)
-    return finished(ground, data, penalty, found, dual, jnp.asarray(tol, kind))
+    return finish(ground, data, penalty, found, dual, jnp.asarray(tol, kind))
 
 
 def _factors(graph: Graph, order: int) -> list[sparse.csr_array]:
@@ -179,4 +179,4 @@ def is_narrow(graph: Graph) -> bool:
         widest = np.max(np.bincount(distance.astype(np.int64)))
         return bool(widest <= WIDEST_LAYER * np.sqrt(graph.num_nodes))
 
-    return graph.cached("narrow", build)
+    return graph.cache("narrow", build)

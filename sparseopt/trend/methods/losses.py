@@ -32,8 +32,8 @@ from sparseopt.trend.base.ground import BOX_RANGES, OF_MEAN_SIZE, Data, Ground, 
 from sparseopt.trend.base.job import Job, vanishes
 from sparseopt.trend.base.pieces import TrendSolution
 from sparseopt.trend.base.signal import NULL_EPS, Signal
-from sparseopt.trend.methods.choice import chosen
-from sparseopt.trend.methods.plan import FIRST_RHO, finished, known_fit, to_next_check
+from sparseopt.trend.methods.choice import choose
+from sparseopt.trend.methods.plan import FIRST_RHO, finish, known_fit, to_next_check
 from sparseopt.trend.methods.polynomials import best_polynomials, linear_fits
 
 # A node without an observation still needs some weight in the x-step: this fraction of the mean.
@@ -87,7 +87,7 @@ def best_constants(job: Job) -> BestConstants:
     fit = np.stack([loss.location(column, data.weights, data.labels)[data.labels] for column in columns], axis=1)
     _require_finite(fit, data, loss, nothing)
     if not job.graph.free or nothing:
-        pull = -_balanced_gradient(data, DataLoss(loss, None, *job.arrays), fit, partial(_laid_out, job))
+        pull = -_balance_gradient(data, DataLoss(loss, None, *job.arrays), fit, partial(_lay_out, job))
         return BestConstants(loss, data, fit, pull, _sees_one_value(data))
     fit, gradient = best_polynomials(loss, job.graph, job.order, data.columns, data.weights, fit)
     seen = (data.weights > 0)[:, None]
@@ -96,7 +96,7 @@ def best_constants(job: Job) -> BestConstants:
     return BestConstants(loss, data, fit, -gradient, np.broadcast_to(exact, fit.shape))
 
 
-def _laid_out(job: Job, values: np.ndarray) -> jax.Array:
+def _lay_out(job: Job, values: np.ndarray) -> jax.Array:
     """Values `[n, channels]` in the layout of the nodes."""
     return job.layout.put(job.layout.rows(values.reshape(-1, *job.channels), 0).astype(job.dtype))
 
@@ -105,11 +105,11 @@ def fit_loss(job: Job, best: BestConstants | None = None) -> TrendSolution:
     """The fit of a job with a loss, whose dtype must be enabled; `best` are its best constants, if they are known."""
     signal, graph, kind, tol = job.signal, job.graph, job.dtype, job.tol
     assert signal is not None
-    method, settings = chosen(job), job.settings
+    method, settings = choose(job), job.settings
     _require_connected(job.penalty)
     best = best_constants(job) if best is None else best
     loss, data, null, alike = best.loss, best.data, best.fit, best.exact
-    penalty, laid_out, columns = job.rows, partial(_laid_out, job), np.ascontiguousarray(data.columns.T)
+    penalty, laid_out, columns = job.rows, partial(_lay_out, job), np.ascontiguousarray(data.columns.T)
     nothing = vanishes(job.penalty)
     if alike.all() and (nothing or float(_penalty_of(job.ground, penalty, laid_out(0 * null))[1]) == 0):
         return known_fit(job, null.reshape(signal.values.shape), flat=not nothing)
@@ -166,7 +166,7 @@ def fit_loss(job: Job, best: BestConstants | None = None) -> TrendSolution:
         found = dataclasses.replace(found, value=jnp.where(laid_out(settled) > 0, x, found.value))
     if known:
         found = dataclasses.replace(found, status=jnp.asarray(Status.PRECISION, jnp.int32))
-    return _finished(job.ground, node_loss, penalty, found, x, solver.anchor, jnp.asarray(tol, kind))
+    return _finish(job.ground, node_loss, penalty, found, x, solver.anchor, jnp.asarray(tol, kind))
 
 
 def _require_connected(penalty: Any) -> None:
@@ -248,7 +248,7 @@ def _box(signal: Signal, loss: ScalarLoss, order: int, null: np.ndarray) -> tupl
     return low - wider, high + wider
 
 
-def _balanced_gradient(
+def _balance_gradient(
     data: Observations, node_loss: DataLoss, null: np.ndarray, laid_out: Callable[[np.ndarray], jax.Array]
 ) -> np.ndarray:
     """A subgradient of the loss at the best constants whose sum over every component is 0, `[n, channels]`."""
@@ -280,7 +280,7 @@ def _null_dual(
     if not strong and np.asarray(_zero_is_inside(node_loss)).all():
         return nothing
     dual, solved = _of_means(ground, on_nodes)
-    return _shortened(penalty, dual) if solved else nothing
+    return _shorten(penalty, dual) if solved else nothing
 
 
 _of_means = Jitted(null_space_dual)
@@ -305,7 +305,7 @@ def _zero_is_inside(node_loss: DataLoss) -> jax.Array:
 
 
 @Jitted
-def _shortened(penalty: Any, dual: jax.Array) -> jax.Array:
+def _shorten(penalty: Any, dual: jax.Array) -> jax.Array:
     """`dual` halved until it lies in the penalty's ball."""
 
     def outside(share: jax.Array) -> jax.Array:
@@ -329,11 +329,11 @@ def _first_rho(ground: Ground, penalty: Any, pull: jax.Array, sigma: float) -> j
 
 
 @Jitted
-def _finished(
+def _finish(
     ground: Ground, loss: DataLoss, penalty: Any, found: Solution, null: jax.Array, anchor: Anchor | None, tol: Any
 ) -> TrendSolution:
     """`finished`, with the best constants for the means."""
     # rho is about this multiple of the weight over the noise of the fit.
     noise = FIRST_RHO * mean_weight(penalty, ground.padding[1]) / found.state.rho
     data = Data(loss, loss, jnp.zeros((), null.dtype), null, noise)
-    return finished(ground, data, penalty, found, found.state.candidate, tol, anchor)
+    return finish(ground, data, penalty, found, found.state.candidate, tol, anchor)

@@ -20,13 +20,13 @@ from sparseopt.core.losses.data import DataLoss
 from sparseopt.core.losses.scalar import ScalarLoss, Squared
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.penalties.protocols import has_conjugate
-from sparseopt.core.problem.certify import judge, promoted
+from sparseopt.core.problem.certify import judge, promote
 from sparseopt.core.problem.problem import Problem, Status
 from sparseopt.trend.base.ground import Ground, data_of
 from sparseopt.trend.base.job import Job, start_at
-from sparseopt.trend.base.pieces import TrendSolution, edges_between, labels_of, levelled
-from sparseopt.trend.methods.choice import chosen
-from sparseopt.trend.methods.plan import resumed
+from sparseopt.trend.base.pieces import TrendSolution, average_pieces, edges_between, labels_of
+from sparseopt.trend.methods.choice import choose
+from sparseopt.trend.methods.plan import resume
 
 # Objectives that differ by this many eps are equal up to rounding.
 ROUNDING = 8
@@ -43,20 +43,20 @@ _data = Jitted(data_of)
 
 def short_fit(job: Job) -> TrendSolution:
     """The fit of a job by its method, which begins in float32."""
-    job = dataclasses.replace(job, method=chosen(job))
+    job = dataclasses.replace(job, method=choose(job))
     working, found = in_float32(job), None
-    plan = job.method.plan(working).paced(working)
+    plan = job.method.plan(working).pace(working)
 
     def solve(tol: float, max_steps: int) -> TrendSolution:
         nonlocal found
         if found is None:
-            found = plan.fitted(dataclasses.replace(working, tol=tol, max_steps=max_steps))
+            found = plan.fit_job(dataclasses.replace(working, tol=tol, max_steps=max_steps))
         else:
             data = _data(working.ground, *working.arrays)
-            found, _ = resumed(plan, data, working.rows, found.state, tol, max_steps, working.settings.relaxation)
+            found, _ = resume(plan, data, working.rows, found.state, tol, max_steps, working.settings.relaxation)
         return found
 
-    return stopped_early(job, solve, EARLY / math.sqrt(job.tol) if has_means(job) else BELOW)[0]
+    return stop_early(job, solve, EARLY / math.sqrt(job.tol) if has_means(job) else BELOW)[0]
 
 
 def has_means(job: Job) -> bool:
@@ -64,7 +64,7 @@ def has_means(job: Job) -> bool:
     return job.order == 0 and isinstance(job.penalty, L1)
 
 
-def stopped_early(job: Job, solve: Callable[[float, int], TrendSolution], early: float) -> tuple[TrendSolution, float]:
+def stop_early(job: Job, solve: Callable[[float, int], TrendSolution], early: float) -> tuple[TrendSolution, float]:
     """The fit of a job by `solve(tol, max_steps)`, which goes on where it stopped, and a first stop for similar jobs.
 
     `early` is the multiple of the tolerance at which it stops first. Where a solve in float32 ends before the
@@ -74,7 +74,7 @@ def stopped_early(job: Job, solve: Callable[[float, int], TrendSolution], early:
     while True:
         found = solve(early * job.tol, job.max_steps - steps)
         steps += int(found.steps)
-        reached, fit = float(found.gap) / job.tol, certified(job, found)
+        reached, fit = float(found.gap) / job.tol, certify(job, found)
         missed, left = float(fit.gap) / job.tol, job.max_steps - steps
         if missed <= 1 or left <= 0 or early <= BELOW or int(found.status) != Status.CONVERGED:
             break
@@ -83,8 +83,8 @@ def stopped_early(job: Job, solve: Callable[[float, int], TrendSolution], early:
         # What overflows in float32 is no start.
         start = None if int(fit.status) == Status.NONFINITE else start_at(fit)
         rest = dataclasses.replace(job, start=start, max_steps=left)
-        fit = chosen(rest).plan(rest).fitted(rest)
-        fit = levelled_fit(job, fit)
+        fit = choose(rest).plan(rest).fit_job(rest)
+        fit = take_piece_means(job, fit)
         steps += int(fit.steps)
     elif not missed <= 1 and left <= 0:
         fit = dataclasses.replace(fit, status=jnp.asarray(Status.MAX_STEPS, jnp.int32))
@@ -106,17 +106,17 @@ def in_float32(job: Job) -> Job:
     return dataclasses.replace(job, dtype=short, signal=signal)
 
 
-def certified(job: Job, found: TrendSolution) -> TrendSolution:
+def certify(job: Job, found: TrendSolution) -> TrendSolution:
     """A fit in another precision as one of the job: judged there, at order 0 with the means of its pieces."""
     value, dual = found.value.astype(job.dtype), job.rows.project_dual(found.dual.astype(job.dtype))
-    objective, gap, status = _judged_at(job.ground, job.loss, job.rows, *job.arrays, dual, value, found.status, job.tol)
+    objective, gap, status = _judge_at(job.ground, job.loss, job.rows, *job.arrays, dual, value, found.status, job.tol)
     found = dataclasses.replace(
         found, value=value, dual=dual, objective=objective, gap=gap, residual=gap, status=status
     )
-    return levelled_fit(job, found)
+    return take_piece_means(job, found)
 
 
-def levelled_fit(job: Job, found: TrendSolution) -> TrendSolution:
+def take_piece_means(job: Job, found: TrendSolution) -> TrendSolution:
     """A fit of order 0 with the mean of each piece at its nodes, judged again, unless that raises the objective.
 
     The means E b are weighted as the loss is. Let P be the objective with the square loss, b* its optimum, and let the
@@ -130,7 +130,7 @@ def levelled_fit(job: Job, found: TrendSolution) -> TrendSolution:
         return found
     graph, layout, signal, channels = job.graph, job.layout, job.signal, job.channels
     assert signal is not None
-    columns = np.asarray(layout.shaped(found.value, signal.shape)).reshape(graph.num_nodes, -1)
+    columns = np.asarray(layout.reshape(found.value, signal.shape)).reshape(graph.num_nodes, -1)
     joined, between = ~np.asarray(found.nonzero), edges_between(graph, columns)
     if found.dual is None:
         # A fit that was known without an iteration is level. XLA reads its smallest differences as 0.
@@ -143,11 +143,11 @@ def levelled_fit(job: Job, found: TrendSolution) -> TrendSolution:
         # A penalty that couples channels gives them the same pieces.
         if labels is None or not np.array_equal(joined[..., channel], joined[..., channel - 1]):
             labels = labels_of(graph, joined[..., channel])
-        level[:, channel] = levelled(column, labels, signal.mass, job.ground.anchored)
+        level[:, channel] = average_pieces(column, labels, signal.mass, job.ground.anchored)
     value = layout.put(layout.rows(level.astype(job.dtype).reshape(-1, *channels), 0))
 
     def judge_at(at: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return _judged_at(job.ground, job.loss, job.rows, *job.arrays, found.dual, at, found.status, job.tol)
+        return _judge_at(job.ground, job.loss, job.rows, *job.arrays, found.dual, at, found.status, job.tol)
 
     objective, gap, status = judge_at(value)
     certified = has_conjugate(job.rows)
@@ -163,7 +163,7 @@ def levelled_fit(job: Job, found: TrendSolution) -> TrendSolution:
 
 
 @Jitted
-def _judged_at(
+def _judge_at(
     ground: Ground,
     family: ScalarLoss,
     penalty: Any,
@@ -183,6 +183,6 @@ def _judged_at(
             x = jnp.where(ground.present, x, data.shift)  # padding costs nothing there
         if has_conjugate(penalty):
             objective, gap = judge(Problem(loss, penalty, ground.operator), x, dual)
-            return objective, gap, promoted(status, gap, objective, tol)
+            return objective, gap, promote(status, gap, objective, tol)
     objective = loss.value(x) + penalty.value(ground.operator.mv(x))
     return objective, jnp.full_like(objective, jnp.nan), status

@@ -19,8 +19,8 @@ from sparseopt.core.base.types import pytree, static
 from sparseopt.core.operators.maps import Split, Stack
 from sparseopt.core.operators.normal_solves import AxisTransform
 from sparseopt.core.penalties.protocols import Norm, feasible, has_conjugate
-from sparseopt.core.problem.certify import Anchor, judge, promoted, stationary
-from sparseopt.core.problem.differentiate import Found, attached
+from sparseopt.core.problem.certify import Anchor, judge, promote, stationary
+from sparseopt.core.problem.differentiate import Found, attach
 from sparseopt.core.problem.iterate import iterate
 from sparseopt.core.problem.problem import Problem, Solution, Status
 from sparseopt.core.solvers.admm import Admm, Start
@@ -60,7 +60,7 @@ class Plan:
             return "transforms along the axes solve for nodes of one weight alone"
         return None
 
-    def taken(self, penalty: Any) -> Any:
+    def solver_penalty(self, penalty: Any) -> Any:
         """The penalty on the rows as the solver takes it."""
         return penalty
 
@@ -102,7 +102,7 @@ class Plan:
         def rules_out(z: Array) -> Array:
             return penalty.value(ground.highest.mv(z)) < size * jnp.sum(pull * z)
 
-        def smoothed(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        def smooth(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             """`z` after some steps of a lazy random walk."""
             laplacian = ground.highest.base.laplacian
             z, rounds, _ = carry
@@ -112,7 +112,7 @@ class Plan:
             return z, rounds + 1, rules_out(z)
 
         first = (pull, jnp.zeros((), jnp.int32), jnp.zeros((), bool))
-        *_, ruled_out = jax.lax.while_loop(lambda carry: ~carry[2] & (carry[1] <= ROUNDS), smoothed, first)
+        *_, ruled_out = jax.lax.while_loop(lambda carry: ~carry[2] & (carry[1] <= ROUNDS), smooth, first)
 
         def means() -> Start:
             # A batch runs this branch for every lane: where the means are ruled out there is nothing to solve.
@@ -123,15 +123,15 @@ class Plan:
 
         return jax.lax.cond(ruled_out, lambda: Start(centre, nothing), means)
 
-    def paced(self, job: Job) -> "Plan":
+    def pace(self, job: Job) -> "Plan":
         """The plan with the cadence of a job."""
         given = job.settings.cadence
         cadence = self.cadence if given is None or self.exact else given
         return dataclasses.replace(self, cadence=min(cadence, job.max_steps))
 
-    def fitted(self, job: Job) -> TrendSolution:
+    def fit_job(self, job: Job) -> TrendSolution:
         """The fit of a job's signal, in the layout of the nodes."""
-        plan = self.paced(job)
+        plan = self.pace(job)
         history = to_next_check(job.max_steps, plan.cadence) if job.history else 0
         return fit(
             plan,
@@ -192,14 +192,14 @@ def fit(
         free = penalty.value(ground.operator.mv(data.loss.target)) == 0
         known = data.loss.target
         if ground.basis is not None:
-            apart = data.loss.observed(known - data.means)
+            apart = data.loss.mask_missing(known - data.means)
             free = free | (jnp.max(jnp.abs(apart)) <= NULL_EPS * jnp.finfo(kind).eps * jnp.max(jnp.abs(known)))
             known = data.means + apart  # the polynomial where nothing is observed
         data = dataclasses.replace(data, means=jnp.where(free, known, data.means))
         limit = jnp.where(free, 0, limit)
     usual = (FIRST_RHO * data.strength(ground, penalty)).astype(kind)
     solver = plan.solver(usual if rho is None else jnp.asarray(rho, kind), relaxation)
-    inner = plan.taken(penalty)
+    inner = plan.solver_penalty(penalty)
     if start is None or plan.exact:
         first = plan.start(penalty, data, weights)
         if ground.basis is not None and isinstance(penalty, Norm):
@@ -225,19 +225,19 @@ def fit(
     elif certified:
         # Without a step it is that of the start, which may be one of a larger weight.
         dual = jnp.where(found.steps > 0, dual, feasible(penalty, dual))
-    ended = finished(ground, data, penalty, found, dual, tol)
+    ended = finish(ground, data, penalty, found, dual, tol)
     y, penalty, weights = given
     caller = dataclasses.replace(data.loss, target=_known(y, data, ground, weights), weights=weights)
     step = plan.split.row_scale / found.state.rho
     problem = Problem(caller, penalty, ground.operator)
-    value, objective, _ = attached(problem, ended.value, ended.objective, Found(None, ended.dual, step))
+    value, objective, _ = attach(problem, ended.value, ended.objective, Found(None, ended.dual, step))
     # The memory of the acceleration is many times the signal, and no later solve can use it.
     state = dataclasses.replace(found.state, past=None)
     return dataclasses.replace(ended, value=value, objective=objective, state=state)
 
 
 @Jitted
-def resumed(
+def resume(
     plan: Plan,
     data: Data,
     penalty: Any,
@@ -251,12 +251,12 @@ def resumed(
 
     After a `settled` rho the next one moves towards the rho that the last step asks for.
     """
-    kind, inner = state.now.x.dtype, plan.taken(penalty)
+    kind, inner = state.now.x.dtype, plan.solver_penalty(penalty)
     solver, tol = plan.solver(state.rho, jnp.asarray(relaxation, kind)), jnp.asarray(tol, kind)
     limit = to_next_check(max_steps, plan.cadence)
     found = iterate(Problem(data.centred, inner, plan.split), solver, state, tol=tol, max_steps=limit)
     state = found.state
-    ended = finished(plan.ground, data, penalty, found, plan.row_dual(inner, state.candidate), tol)
+    ended = finish(plan.ground, data, penalty, found, plan.row_dual(inner, state.candidate), tol)
     wish = jnp.where(settled, jnp.sqrt(state.check.motion / state.rho), 1)
     following = Start(found.value, state.candidate, state.rho * jnp.clip(wish, 1 / LARGEST_WISH, LARGEST_WISH))
     return ended, following
@@ -269,7 +269,7 @@ def _known(y: Array, data: Data, ground: Ground, weights: Any) -> Array:
     return y if ground.present is None else jnp.where(ground.present, y, data.shift)
 
 
-def finished(
+def finish(
     ground: Ground, data: Data, penalty: Any, found: Solution, dual: Array, tol: Any, anchor: Anchor | None = None
 ) -> TrendSolution:
     """The solution `found` of the centred problem with the dual of its rows, in the caller's units, judged there.
@@ -299,7 +299,7 @@ def finished(
         found,
         value=jnp.where(take, data.means, x),
         dual=dual,
-        status=jnp.where(certified, promoted(found.status, gap, objective, tol), stationary(found.status)),
+        status=jnp.where(certified, promote(found.status, gap, objective, tol), stationary(found.status)),
         objective=objective,
         residual=jnp.where(certified, gap, found.residual),
         gap=jnp.where(certified, gap, jnp.nan),

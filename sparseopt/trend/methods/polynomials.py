@@ -50,7 +50,7 @@ def best_polynomials(
     no minimum.
     """
     basis = graph.polynomials(order)
-    difference = graph.divided(order + 1, np.float64)
+    difference = graph.free_difference(order + 1, np.float64)
     with precision(np.dtype(np.float64)):
         found = []
         for y, constant in zip(columns.T, start.T.astype(np.float64), strict=True):
@@ -66,7 +66,7 @@ def _by_newton(
     loss: ScalarLoss, basis: np.ndarray, y: np.ndarray, weights: np.ndarray, start: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     at = jnp.asarray(np.where(weights > 0, y, loss.mean(jnp.asarray(start))))
-    told, fit = partial(_expanded, leaves_as(loss, np.float64), at, weights), start
+    told, fit = partial(_expand, leaves_as(loss, np.float64), at, weights), start
     value, slope, curvature = (np.asarray(part) for part in told(fit))
     first = curvature.max()
     for _ in range(NEWTON_STEPS):
@@ -91,17 +91,17 @@ def _by_newton(
             f"with free ends no fit exists at order {basis.shape[1] - 1}: {type(loss).__name__} falls without end "
             'along a polynomial, as for labels that one polynomial parts; lower the order, or take ends="graph"'
         )
-    return fit, _balanced(basis, slope, (weights > 0).astype(np.float64))
+    return fit, _balance(basis, slope, (weights > 0).astype(np.float64))
 
 
 @Jitted
-def _expanded(loss: ScalarLoss, y: Any, weights: Any, fit: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _expand(loss: ScalarLoss, y: Any, weights: Any, fit: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The loss of a fit, and node by node its slope and its curvature."""
     slope, curvature = jax.jvp(lambda x: loss.derivative(x, y), (fit,), (jnp.ones_like(fit),))
     return jnp.sum(weights * loss.value(fit, y)), weights * slope, weights * curvature
 
 
-def _balanced(basis: np.ndarray, gradient: np.ndarray, room: np.ndarray) -> np.ndarray:
+def _balance(basis: np.ndarray, gradient: np.ndarray, room: np.ndarray) -> np.ndarray:
     """`gradient`, orthogonal to the basis by the smallest change, where a node of more room may change more."""
     moved = room[:, None] * basis
     return gradient - moved @ np.linalg.lstsq(moved.T @ basis, basis.T @ gradient)[0]
@@ -111,7 +111,7 @@ def _by_simplex(
     loss: LossOfTwoSlopes, difference: Any, basis: np.ndarray, y: np.ndarray, weights: np.ndarray, start: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     seen, columns = np.flatnonzero(weights > 0), np.sqrt(np.sum(weights > 0)) * basis
-    (bounds, largest), (apart, unit) = _bounds(loss, weights), _scaled(y - start, weights > 0)
+    (bounds, largest), (apart, unit) = _bounds(loss, weights), _scale(y - start, weights > 0)
     low, high = bounds.T
     found = _optimum(apart[seen], bounds[seen], A_eq=columns[seen].T, b_eq=np.zeros(columns.shape[1]))
     fit, gradient = start + unit * (columns @ found.eqlin.marginals), np.zeros(len(y))
@@ -121,7 +121,7 @@ def _by_simplex(
         gradient = _least_congested(difference, gradient, np.where(met[:, None], bounds, gradient[:, None]))
     # Without its rounding error the fit costs nothing where it meets an observation.
     fit = np.where(met, y, fit)
-    return fit, largest * _balanced(basis, gradient, np.minimum(gradient - low, high - gradient))
+    return fit, largest * _balance(basis, gradient, np.minimum(gradient - low, high - gradient))
 
 
 def _least_congested(difference: Any, gradient: np.ndarray, bounds: np.ndarray) -> np.ndarray:
@@ -166,7 +166,7 @@ def linear_fits(
     every = np.concatenate([np.tile([-1.0, 1.0], (rows, 1)), bounds])
     fits, duals = [], []
     for y, polynomial in zip(columns.T, null.T, strict=True):
-        apart, unit = _scaled(y - polynomial, weights > 0)
+        apart, unit = _scale(y - polynomial, weights > 0)
         cost = np.r_[np.zeros(rows), np.where(weights > 0, apart, 0)]
         found = _optimum(cost, every, "highs-ipm", A_eq=maps, b_eq=np.zeros(n))
         fits.append(polynomial + unit * found.eqlin.marginals)
@@ -180,7 +180,7 @@ def _bounds(loss: LossOfTwoSlopes, weights: np.ndarray) -> tuple[np.ndarray, flo
     return np.stack([float(slope) * weights / largest for slope in loss.dual_range(jnp.zeros(()))], axis=1), largest
 
 
-def _scaled(apart: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, float]:
+def _scale(apart: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, float]:
     """Distances over their typical size, and that size: outliers must not set the scale."""
     sizes = np.abs(apart[seen])
     unit = float(np.median(sizes) or np.mean(sizes) or 1.0)

@@ -18,7 +18,7 @@ import numpy as np
 
 from sparseopt.core.base.arguments import positive_number
 from sparseopt.core.base.types import precision
-from sparseopt.core.losses.scalar import checked_scalar
+from sparseopt.core.losses.scalar import check_scalar_loss
 from sparseopt.core.operators.row_tables import difference_matrix
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.solvers.interior import is_available
@@ -27,7 +27,7 @@ from sparseopt.trend.base.ground import ground_of, inverse_laplacian
 from sparseopt.trend.base.job import Job
 from sparseopt.trend.base.layout import layout_of
 from sparseopt.trend.base.signal import Signal, component_means, null_fit_values
-from sparseopt.trend.filter import checked_job, trend_filter
+from sparseopt.trend.filter import check_job, trend_filter
 from sparseopt.trend.methods.admm import Admm
 from sparseopt.trend.methods.doge import Doge
 from sparseopt.trend.methods.interior import Interior, is_narrow
@@ -83,8 +83,8 @@ def largest_weight(
         >>> so.trend_filter(y, so.Graph.chain(4), so.L1(3.001)).value.tolist()
         [1.5, 1.5, 1.5, 1.5]
     """
-    tol, family = positive_number("tol", tol), checked_scalar(loss)
-    job = checked_job(y, graph, L1(1.0), order, node_weights, missing, np.float64, loss=family)
+    tol, family = positive_number("tol", tol), check_scalar_loss(loss)
+    job = check_job(y, graph, L1(1.0), order, node_weights, missing, np.float64, loss=family)
     found = null_fit(job, tol)
     # The intervals of other channels may be wider, below the largest.
     upper, lower = float(found.weight.max()), float(found.lower.max())
@@ -105,7 +105,7 @@ def null_fit(job: Job, tol: float) -> NullFit:
         u = np.zeros((layout.count(order + 1), pull.shape[1]))
     elif graph.free and graph.is_chain:
         with precision(np.dtype(np.float64)):
-            u = np.asarray(_potential(graph.divided(order + 1, np.float64), pull))
+            u = np.asarray(_potential(graph.free_difference(order + 1, np.float64), pull))
     else:
         z = pull if graph.free or order == 0 else _inverse_times(graph, pull, (order + 1) // 2)
         if graph.free or order % 2 == 0:
@@ -148,15 +148,15 @@ def _inverse_times(graph: Graph, right: np.ndarray, times: int, order: int = 0) 
         symmetric = {"SymmetricMode": True}
         return splu(inner, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=symmetric)
 
-    solver = graph.cached(("laplacian factor",), factor)
+    solver = graph.cache(("laplacian factor",), factor)
     for _ in range(times):
         full = np.zeros_like(right)
         full[kept] = solver.solve(right[kept])
-        right = _penalised(full, graph, order)
+        right = _subtract_null(full, graph, order)
     return right
 
 
-def _penalised(values: np.ndarray, graph: Graph, order: int) -> np.ndarray:
+def _subtract_null(values: np.ndarray, graph: Graph, order: int) -> np.ndarray:
     """Columns less their means over the components, or with free ends less their polynomials."""
     if graph.free:
         basis = graph.polynomials(order)
@@ -199,7 +199,7 @@ def _least_congested(graph: Graph, order: int, demand: np.ndarray, tol: float) -
 
     def potential(demand: np.ndarray) -> np.ndarray:
         """`(ΔᵀΔ)^+ demand`."""
-        return _inverse_times(graph, _penalised(demand[:, None], graph, order), 1, order)[:, 0]
+        return _inverse_times(graph, _subtract_null(demand[:, None], graph, order), 1, order)[:, 0]
 
     def ratio(b: np.ndarray) -> float:
         """A lower bound by b."""

@@ -22,10 +22,10 @@ from sparseopt.core.solvers.fused_lasso import ChainTotalVariation, fused_pieces
 from sparseopt.trend.base.ground import Data, Ground, data_of
 from sparseopt.trend.base.job import Job, start_at
 from sparseopt.trend.base.pieces import TrendSolution
-from sparseopt.trend.methods.choice import Doge, FastAdmm, Interior, chosen_for_path, is_short
+from sparseopt.trend.methods.choice import Doge, FastAdmm, Interior, choose_for_path, is_short
 from sparseopt.trend.methods.losses import best_constants, fit_loss
-from sparseopt.trend.methods.piece_means import has_means, in_float32, stopped_early
-from sparseopt.trend.methods.plan import FIRST_RHO, Plan, resumed
+from sparseopt.trend.methods.piece_means import has_means, in_float32, stop_early
+from sparseopt.trend.methods.plan import FIRST_RHO, Plan, resume
 from sparseopt.trend.paths.largest_weight import NullFit
 
 # The rho from Doge's start is accepted within this factor of the rho from the noise.
@@ -58,13 +58,13 @@ def descend(job: Job, weights: np.ndarray, first: NullFit | None) -> Level:
 def _by_solver(job: Job, weights: np.ndarray, first: NullFit | None) -> list[Level]:
     """The levels of the square loss, one after another, each started from the last two."""
     order, max_steps = job.order, job.max_steps
-    method = chosen_for_path(job)
+    method = choose_for_path(job)
     proof = None if first is None else first.dual if job.channels else first.dual[..., 0]
     if isinstance(method, Interior):
         return _by_interior(job, weights, proof)
     early, means = FIRST_STOP, has_means(job)
     working = in_float32(job) if means and is_short(job, method) else job
-    kind, plan = working.dtype, method.plan(working).paced(working)
+    kind, plan = working.dtype, method.plan(working).pace(working)
     tol = jnp.asarray(job.tol, kind)
 
     data, start = _first(plan, working.at(weights[0]).rows, *working.arrays, proof, working.first())
@@ -79,20 +79,20 @@ def _by_solver(job: Job, weights: np.ndarray, first: NullFit | None) -> list[Lev
             continue
         settled = jnp.asarray(order >= method.keeps_rho_from and index >= 2 and has_conjugate(penalty))
         fits = (dataclasses.replace(start, settled=settled), older)
-        state = _begun(plan, data, penalty, fits, move, balance=method.balances_rho and index > 0)
+        state = _begin(plan, data, penalty, fits, move, balance=method.balances_rho and index > 0)
         older = start
         if means:
             here = dataclasses.replace(job.at(weight), method=method)
 
             def solve(tol: float, max_steps: int, penalty: Any = penalty) -> TrendSolution:
                 nonlocal state, start
-                level, start = resumed(plan, data, penalty, state, tol, max_steps)
+                level, start = resume(plan, data, penalty, state, tol, max_steps)
                 state = level.state
                 return level
 
-            level, early = stopped_early(here, solve, early)
+            level, early = stop_early(here, solve, early)
         else:
-            level, start = resumed(plan, data, penalty, state, tol, max_steps, settled=settled)
+            level, start = resume(plan, data, penalty, state, tol, max_steps, settled=settled)
         found.append((dataclasses.replace(level, state=None, dual=None, nonzero=None), level.nonzero))
     return found
 
@@ -100,7 +100,7 @@ def _by_solver(job: Job, weights: np.ndarray, first: NullFit | None) -> list[Lev
 @Jitted
 def _first(plan: Plan, penalty: Any, y: Any, weights: Any, proof: Any, last: Any) -> tuple[Data, Start]:
     """The prepared signal, and the start of the first level: the means, if there is a proof for them, or `last`."""
-    data, inner = data_of(plan.ground, y, weights), plan.taken(penalty)
+    data, inner = data_of(plan.ground, y, weights), plan.solver_penalty(penalty)
     rho = (FIRST_RHO * data.strength(plan.ground, penalty)).astype(y.dtype)
     if last is not None:
         dual = feasible(inner, plan.solver_dual(inner, last.dual.astype(y.dtype)))
@@ -181,7 +181,7 @@ def _merged(ground: Ground, y: Any, node_weights: Any, weights: Any, fits: Any, 
     """Status, objective, gap and non-zero differences of exact fits, whose duals are sums along the chain."""
     data = data_of(ground, y, node_weights)
 
-    def judged_at(level: tuple[Any, Any]) -> Any:
+    def judge_at(level: tuple[Any, Any]) -> Any:
         weight, x = level
         penalty = L1(weight)
         dual = ChainTotalVariation(weight, ground.highest).dual_at(x, -data.loss.gradient(x))
@@ -189,7 +189,7 @@ def _merged(ground: Ground, y: Any, node_weights: Any, weights: Any, fits: Any, 
         status = jnp.where(gap <= tol, Status.CONVERGED, Status.PRECISION).astype(jnp.int32)
         return status, objective, gap, ground.highest.mv(x) != 0
 
-    return jax.lax.map(judged_at, (weights, fits))
+    return jax.lax.map(judge_at, (weights, fits))
 
 
 def _by_interior(job: Job, weights: np.ndarray, proof: Any) -> list[Level]:
@@ -211,7 +211,7 @@ def _by_interior(job: Job, weights: np.ndarray, proof: Any) -> list[Level]:
 
 
 @partial(Jitted, static_argnames="balance")
-def _begun(
+def _begin(
     plan: Plan, data: Data, penalty: Any, fits: tuple[Start, Start], move: tuple[Any, Any], *, balance: bool
 ) -> Any:
     """The state in which a level begins.
@@ -220,12 +220,12 @@ def _begun(
     one (1 for the first level) and how far to follow the line through the last two fits. With `balance` rho is computed
     again.
     """
-    inner = plan.taken(penalty)
+    inner = plan.solver_penalty(penalty)
     split, centred, start = plan.split, data.centred, fits[0]
     if plan.exact:
         start = plan.start(penalty, data, None)
     elif has_conjugate(penalty):
-        start = _predicted(inner, fits, move)
+        start = _predict(inner, fits, move)
     rho = fits[0].rho * move[0]
     if balance:
         # The last rho of Doge's previous level is far off; the solver's first changes would find this one.
@@ -253,7 +253,7 @@ def _null_level(plan: Plan, data: Data, start: Start, tol: Any) -> Level:
     return TrendSolution.of(found, None), none
 
 
-def _predicted(penalty: Any, fits: tuple[Start, Start], move: tuple[Any, Any]) -> Start:
+def _predict(penalty: Any, fits: tuple[Start, Start], move: tuple[Any, Any]) -> Start:
     """The predicted fit: extrapolated from the last two; with only one, its dual is scaled."""
     (last, before), (ratio, ahead) = fits, move
     scaled = jnp.where(ahead > 0, 1, ratio) * last.dual

@@ -18,7 +18,7 @@ import numpy as np
 
 from sparseopt.core.base.arguments import is_positive, real_array, require_memory, whole_number
 from sparseopt.core.base.types import precision
-from sparseopt.core.losses.scalar import ScalarLoss, checked_scalar
+from sparseopt.core.losses.scalar import ScalarLoss, check_scalar_loss
 from sparseopt.core.penalties.entries import L1, MCP, SCAD
 from sparseopt.core.penalties.groups import GroupL2
 from sparseopt.core.problem.problem import Solution, Status
@@ -27,8 +27,8 @@ from sparseopt.trend.base.job import Job, require_representable
 from sparseopt.trend.base.layout import layout_of
 from sparseopt.trend.base.pieces import MOST_RANKED, TrendSolution, freedom_of_levels, is_countable
 from sparseopt.trend.base.signal import signal_noise
-from sparseopt.trend.filter import checked_job
-from sparseopt.trend.methods.choice import checked_method
+from sparseopt.trend.filter import check_job
+from sparseopt.trend.methods.choice import as_method
 from sparseopt.trend.methods.losses import node_deviances
 from sparseopt.trend.paths.largest_weight import NullFit, null_fit
 from sparseopt.trend.paths.levels import descend
@@ -123,7 +123,7 @@ class TrendPath:
         fields: Any = (self.values, self.statuses, self.steps, self.residuals, self.objectives, self.gaps)
         value, status, steps, residual, objective, gap = (field[index] for field in fields)
         found = Solution(value, status, steps, residual, objective, gap, None, None)
-        nonzero = layout_of(self.graph).listed(self._nonzero[index], self.order + 1)
+        nonzero = layout_of(self.graph).list_rows(self._nonzero[index], self.order + 1)
         return dataclasses.replace(TrendSolution.of(found, nonzero), graph=self.graph, order=self.order)
 
 
@@ -179,13 +179,13 @@ def trend_path(
         [0.18, 0.18, 0.18, 4.82, 4.82, 4.82]
     """
     template = _template(penalty)
-    options: Any = {"loss": checked_scalar(loss), "method": checked_method(method), "tol": tol, "max_steps": max_steps}
-    job = checked_job(y, graph, template, order, node_weights, missing, dtype, **options)
+    options: Any = {"loss": check_scalar_loss(loss), "method": as_method(method), "tol": tol, "max_steps": max_steps}
+    job = check_job(y, graph, template, order, node_weights, missing, dtype, **options)
     graph, k, signal, square = job.graph, job.order, job.signal, job.square
     assert signal is not None
     if not (is_positive(ratio) and ratio < 1):
         raise ValueError(f"ratio, the last weight over the first, lies in (0, 1), given {ratio!r}")
-    given = None if weights is None else _checked_levels(weights, job.dtype)
+    given = None if weights is None else _check_levels(weights, job.dtype)
     num = whole_number("num", num, 1) if given is None else len(given)
     # The fits from the device, and as one array.
     needed, what = 2 * num * signal.values.nbytes, f"a path of {num:,} fits of {signal.values.size:,} values"
@@ -262,7 +262,7 @@ def _template(penalty: Any) -> Any:
     return penalty(1.0) if isinstance(penalty, type) else dataclasses.replace(penalty, weight=1.0)
 
 
-def _checked_levels(weights: Any, kind: np.dtype) -> np.ndarray:
+def _check_levels(weights: Any, kind: np.dtype) -> np.ndarray:
     levels = real_array("weights", weights).astype(np.float64)
     if levels.ndim != 1 or levels.size == 0:
         raise ValueError(f"weights are an array of at least one number, given the shape {levels.shape}")

@@ -27,7 +27,7 @@ from sparseopt.core.losses.scalar import Logistic, Poisson, Squared
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.problem.problem import Status
 from sparseopt.trend.base.graph import Graph
-from sparseopt.trend.base.signal import checked_order, checked_signal
+from sparseopt.trend.base.signal import check_order, check_signal
 from sparseopt.trend.methods.losses import node_deviances
 from sparseopt.trend.paths.path import TrendPath, trend_path
 
@@ -244,7 +244,7 @@ def cross_validate(
     """
     if rule not in (None, *RULES):
         raise ValueError(unknown("rule", rule, tuple(RULES)))
-    signal = checked_signal(y, graph, checked_order(order), node_weights, missing, options.get("dtype"))
+    signal = check_signal(y, graph, check_order(order), node_weights, missing, options.get("dtype"))
     level, columns = signal.mass, signal.columns
     held = random_folds(graph, level > 0, folds, seed)
     folds = int(folds)

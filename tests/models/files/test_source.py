@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from sparseopt.core.base.mesh import on_device, unfilled
+from sparseopt.core.base.mesh import allocate, on_device
 from sparseopt.models import ModelError, ShardedWriter, open_model, open_source
 from sparseopt.models.files import safetensors
 from sparseopt.models.files.safetensors import read_header, write_tensors
@@ -57,10 +57,10 @@ def test_a_large_matrix_is_in_memory_once(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_memory_that_begins_well_is_taken_over() -> None:
-    values = unfilled((3, 5))
+    values = allocate((3, 5))
     values[...] = 7
     assert on_device(values).unsafe_buffer_pointer() == values.ctypes.data
-    assert unfilled((0, 4), np.int8).shape == (0, 4)
+    assert allocate((0, 4), np.int8).shape == (0, 4)
 
 
 def test_our_files_are_those_of_the_safetensors_package(tmp_path: Path, rng: np.random.Generator) -> None:
