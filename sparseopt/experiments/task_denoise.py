@@ -21,7 +21,7 @@ from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.base.job import check_parameters
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.images import psnr
-from sparseopt.trend.methods.doge import CADENCE
+from sparseopt.trend.methods.doge_plan import CADENCE
 
 # Seconds of a fit for each value, on two cores in float64 at a gap of 1e-4.
 FIT_SECONDS = 2.5e-6

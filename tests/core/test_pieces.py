@@ -4,7 +4,7 @@ import pytest
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
-from sparseopt.core.operators.components import piece_labels, piece_means
+from sparseopt.core.operators.component_means import piece_labels, piece_means
 from sparseopt.core.operators.differences import GridBase, edge_base
 
 NODES, EDGES = 400, 500

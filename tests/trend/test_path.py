@@ -10,8 +10,8 @@ from sparseopt.core.base.types import precision
 from sparseopt.core.losses.scalar import LOSSES
 from sparseopt.core.solvers.admm import Admm
 from sparseopt.trend.paths.largest_weight import largest_weight
-from sparseopt.trend.paths.levels import descend
 from sparseopt.trend.paths.path import trend_path
+from sparseopt.trend.paths.warm_starts import descend
 from tests.tiers import often
 from tests.trend.problems import GRAPHS, exact_fit, objective, two_parts
 

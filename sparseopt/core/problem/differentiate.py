@@ -48,7 +48,7 @@ from jaxtyping import Array
 from sparseopt.core.base.types import FloatArray
 from sparseopt.core.losses.data import DataLoss
 from sparseopt.core.losses.quadratic import is_smooth
-from sparseopt.core.operators.components import piece_labels, piece_means
+from sparseopt.core.operators.component_means import piece_labels, piece_means
 from sparseopt.core.operators.differences import Difference
 from sparseopt.core.operators.maps import or_identity
 from sparseopt.core.operators.matrices import norm_estimate

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from sparseopt.core.base.sums import total
 from sparseopt.core.base.thresholds import largest_ratio
 from sparseopt.core.base.types import FloatArray, pytree
-from sparseopt.core.operators.components import piece_means
+from sparseopt.core.operators.component_means import piece_means
 from sparseopt.core.operators.differences import Difference
 
 # Replaces a row in place under XLA; `.at[row].set` is a scatter, which copies the table on a CPU.

@@ -46,9 +46,9 @@ from sparseopt.trend.base.job import Job
 from sparseopt.trend.base.layout import layout_of
 from sparseopt.trend.base.signal import Signal
 from sparseopt.trend.filter import trend_filter
-from sparseopt.trend.methods.admm import node_solve
+from sparseopt.trend.methods.admm_plan import node_solve
 from sparseopt.trend.methods.choice import METHODS
-from sparseopt.trend.methods.doge import split_of
+from sparseopt.trend.methods.doge_plan import split_of
 from sparseopt.trend.methods.plan import FIRST_RHO
 
 Method = Literal["doge", "admm", "gtf_admm", "fast_admm", "doge_groups"]

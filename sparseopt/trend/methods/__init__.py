@@ -1,4 +1,4 @@
-"""The methods of the trend filter, one per file, and `choice.py`, which takes one for a job.
+"""How a job is fitted: the methods, each in its `NAME_plan.py`, `choice.py`, which takes one, and the fits of losses.
 
 A method is an object with its settings, a `name`, `refuses(job)` and `plan(job)`; `so.trend` hands them out.
 """

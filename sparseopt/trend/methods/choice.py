@@ -14,11 +14,11 @@ from sparseopt.core.base.arguments import unknown
 from sparseopt.core.penalties.protocols import Norm
 from sparseopt.core.solvers.interior import is_available
 from sparseopt.trend.base.job import Job, Method, vanishes
-from sparseopt.trend.methods.admm import Admm
-from sparseopt.trend.methods.doge import Doge
-from sparseopt.trend.methods.doge_groups import DogeGroups
-from sparseopt.trend.methods.fast_admm import FastAdmm
-from sparseopt.trend.methods.interior import Interior, is_narrow
+from sparseopt.trend.methods.admm_plan import Admm
+from sparseopt.trend.methods.doge_groups_plan import DogeGroups
+from sparseopt.trend.methods.doge_plan import Doge
+from sparseopt.trend.methods.fast_admm_plan import FastAdmm
+from sparseopt.trend.methods.interior_plan import Interior, is_narrow
 
 AUTO = "auto"
 # Above these ratios of weight to noise the interior point method beats Doge-ADMM on narrow graphs: at order 0; and at

@@ -28,9 +28,9 @@ from sparseopt.trend.base.job import Job
 from sparseopt.trend.base.layout import layout_of
 from sparseopt.trend.base.signal import Signal, component_means, null_fit_values
 from sparseopt.trend.filter import check_job, trend_filter
-from sparseopt.trend.methods.admm import Admm
-from sparseopt.trend.methods.doge import Doge
-from sparseopt.trend.methods.interior import Interior, is_narrow
+from sparseopt.trend.methods.admm_plan import Admm
+from sparseopt.trend.methods.doge_plan import Doge
+from sparseopt.trend.methods.interior_plan import Interior, is_narrow
 from sparseopt.trend.methods.losses import null_pull
 
 FIRST_STEPS = 100

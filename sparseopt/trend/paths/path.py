@@ -31,7 +31,7 @@ from sparseopt.trend.filter import check_job
 from sparseopt.trend.methods.choice import as_method
 from sparseopt.trend.methods.losses import node_deviances
 from sparseopt.trend.paths.largest_weight import NullFit, null_fit
-from sparseopt.trend.paths.levels import descend
+from sparseopt.trend.paths.warm_starts import descend
 
 # The relative accuracy of the first weight of a path: enough there, and ten times cheaper than the default.
 FIRST_WEIGHT_TOL = 1e-2

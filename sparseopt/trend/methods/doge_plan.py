@@ -18,7 +18,7 @@ from sparseopt.core.operators.normal_solves import Diagonal
 from sparseopt.core.solvers.doge import doge_split
 from sparseopt.trend.base.job import Job, Method, Settings
 from sparseopt.trend.base.signal import MOST_ORDER
-from sparseopt.trend.methods.admm import node_solve
+from sparseopt.trend.methods.admm_plan import node_solve
 from sparseopt.trend.methods.plan import Plan
 
 # A check costs two steps.

@@ -18,8 +18,8 @@ from sparseopt.core.solvers import doge
 from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.base.ground import couples_axes
 from sparseopt.trend.base.job import Job, Method, Settings
-from sparseopt.trend.methods.admm import node_solve
-from sparseopt.trend.methods.doge import CADENCE, place, refuses_block, split_of
+from sparseopt.trend.methods.admm_plan import node_solve
+from sparseopt.trend.methods.doge_plan import CADENCE, place, refuses_block, split_of
 from sparseopt.trend.methods.plan import Plan
 
 

@@ -18,7 +18,7 @@ def piece_labels(
     algorithm", 1982).
 
     Example:
-        >>> from sparseopt.core.operators.components import piece_labels
+        >>> from sparseopt.core.operators.component_means import piece_labels
         >>> piece_labels(jnp.arange(4), jnp.arange(1, 5), jnp.array([True, False, True, True]), 5)
         Array([0, 0, 2, 2, 2], dtype=int32)
     """

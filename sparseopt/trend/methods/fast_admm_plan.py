@@ -22,7 +22,7 @@ from sparseopt.core.solvers.admm import Start, standard_split
 from sparseopt.core.solvers.fused_lasso import ChainTotalVariation
 from sparseopt.trend.base.ground import Data
 from sparseopt.trend.base.job import Job, Method, Settings
-from sparseopt.trend.methods.admm import CADENCE, in_unit, node_solve
+from sparseopt.trend.methods.admm_plan import CADENCE, in_unit, node_solve
 from sparseopt.trend.methods.plan import Plan
 
 
