@@ -65,7 +65,7 @@ HOUSE = {
     "pruning/train": ["training", "distillation reconstruction"],
     "pruning/recipe": ["allocation effort options targets", "pass_recipe", "prune_recipe shrink_recipe"],
     "pruning/run": ["card permutation plan propagation", "folder quality variants", "block drawn", "branch"],
-    "pruning/measure": ["block_removal survey token_time", "mixing", "shaping"],
+    "pruning/measure": ["block_removal survey", "mixing", "shaping"],
     "pruning/estimate": ["cost", "footprint inspection"],
     "pruning": ["pipeline", "__init__"],
     "experiments": ["*"],

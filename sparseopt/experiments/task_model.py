@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import BeforeValidator, Field, ValidationInfo, create_model, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, create_model, field_validator, model_validator
 
 from sparseopt.core.base.types import Observer
 from sparseopt.core.problem.problem import Status
 from sparseopt.experiments import plots
-from sparseopt.experiments.names import Named, suggest
+from sparseopt.experiments.names import Mistakes, Named, suggest
 from sparseopt.experiments.task import FinishedRun, Record, Strict, Task
 from sparseopt.models import (
     Bos,
@@ -31,7 +31,7 @@ from sparseopt.models import (
 from sparseopt.pruning import METHODS, PruneReport, perplexity
 from sparseopt.pruning.base.reports import Event, LayerRecord, Passed, mean_errors
 from sparseopt.pruning.recipe.effort import effort_of
-from sparseopt.pruning.recipe.options import Option, mistakes_of
+from sparseopt.pruning.recipe.options import Option, ended, mistakes_of
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe
 from sparseopt.pruning.run.plan import make_plan
 from sparseopt.pruning.text.documents import Document, Part, TextError, load_documents
@@ -68,10 +68,19 @@ def model_path(source: str) -> Path:
     return bundled_model() if source == BUNDLED else Path(source)
 
 
+class _NoneEnded(Strict):
+    @model_validator(mode="before")
+    @classmethod
+    def _none_ended(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and (found := ended(values)):
+            raise Mistakes(list(found.items()))
+        return values
+
+
 def recipe_settings(name: str, options: Mapping[str, Option], without: Collection[str]) -> Any:
     """A config block of the options of a recipe, `without` those whose fields a task declares itself."""
     fields: dict[str, Any] = {key: _field(option) for key, option in options.items() if key not in without}
-    return create_model(name, __base__=Strict, **fields)
+    return create_model(name, __base__=_NoneEnded, **fields)
 
 
 class MethodConfig(Named):

@@ -11,7 +11,7 @@ from sparseopt.experiments.task_model import ModelTask, model_path, recipe_setti
 from sparseopt.models import PrunableModel, sizes_of
 from sparseopt.pruning import PruneReport, ShrinkRecipe, shrink_model
 from sparseopt.pruning.recipe.options import Option
-from sparseopt.pruning.recipe.shrink_recipe import BUDGETS, SHARES, SHRINK_OPTIONS, parameters_of
+from sparseopt.pruning.recipe.shrink_recipe import SHARES, SHRINK_OPTIONS, parameters_of
 
 _Settings: Any = recipe_settings("ShrinkSettings", SHRINK_OPTIONS, without=("method", "score"))
 
@@ -34,7 +34,7 @@ class Shrink(_Settings, ModelTask):
     @property
     def label(self) -> str:
         """The method and what is reduced: all shares of the same parts are one line in a picture."""
-        reduced = [part for part in (*SHARES, *BUDGETS) if getattr(self, part) != SHRINK_OPTIONS[part].default]
+        reduced = [part for part in (*SHARES, "parameters") if getattr(self, part) != SHRINK_OPTIONS[part].default]
         return "dense" if self.method == "dense" else f"{self.method_label} {'+'.join(reduced)}"
 
     def recipe(self) -> ShrinkRecipe:

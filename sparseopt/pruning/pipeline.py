@@ -123,13 +123,12 @@ def shrink_model(source: str | Path | Source, output: str | Path, recipe: Shrink
     for the inputs of `down_proj` (channels; the rows of gate and up follow) and of `o_proj` (key-value groups; the rows
     of q, k and v follow), with Y the dense layer's outputs. All blocks keep the same numbers, so the folder is a plain
     Hugging Face model of the same family, which every runtime takes. The recipe gives the shares that stay, or a budget
-    of parameters or time, for which losses measured on the dense model choose them (see `mixing`).
+    of parameters, for which losses measured on the dense model choose them (see `mixing`).
 
     Arguments, resuming and errors are those of `prune_model`.
 
     Raises:
-        ModelError: before any work, for shares that the model or its family cannot have, or too few parameters; for
-            too small a latency, once times are measured.
+        ModelError: before any work, for shares that the model or its family cannot have, or too few parameters.
     """
     return prune_models(source, [(recipe, output)], **options)[0]
 

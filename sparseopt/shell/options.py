@@ -75,7 +75,15 @@ class RecipeCommand(TyperCommand):
     """A command of a function that `takes_recipe` marked."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        """The context of the command with all its options."""
+        """The context of the command with all its options.
+
+        Raises:
+            ValueError: for an option that has ended, with what to use in its place.
+        """
+        from sparseopt.pruning.recipe.options import ended
+
+        for name, text in ended(arg.removeprefix("--").partition("=")[0].replace("-", "_") for arg in args).items():
+            raise ValueError(f"--{name} {text}")
         whole = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
         assert self.callback is not None
         callback = inspect.unwrap(self.callback)

@@ -15,7 +15,6 @@ import typer
 from sparseopt.shell import console, options
 
 if TYPE_CHECKING:
-    from sparseopt.pruning.base.reports import PruneReport
     from sparseopt.pruning.recipe.pass_recipe import PassRecipe
 
 # EX_TEMPFAIL of sysexits: a scheduler that sent SIGTERM may start the same command again.
@@ -190,16 +189,8 @@ def run_pass(
             console.errors.print(f"\n{stopped}", markup=False, soft_wrap=True)
         return RESUMABLE
 
-    def has_token_time(report: "PruneReport") -> bool:
-        # That of a mixture depends on its experts.
-        return is_first() and report.shape is not None and report.shape.experts is None
-
-    timed = list(filter(has_token_time, reports))
-    lines = iter(show_pruning.token_lines(opened, timed) if timed else [])
     for report in reports:
         show_pruning.show_report(report)
-        if has_token_time(report):
-            console.say(next(lines))
     return 0
 
 

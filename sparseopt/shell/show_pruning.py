@@ -2,14 +2,10 @@
 
 import math
 import time
-from collections.abc import Sequence
-from pathlib import Path
-from typing import cast
 
 from rich.progress import TextColumn
 from rich.table import Table
 
-from sparseopt.models import Source, StreamedModel, open_model
 from sparseopt.models.base.errors import listed
 from sparseopt.pruning.base.reports import (
     BlockRecord,
@@ -26,7 +22,6 @@ from sparseopt.pruning.base.reports import (
     mean,
     mean_errors,
 )
-from sparseopt.pruning.measure.token_time import block_parameters, token_seconds
 from sparseopt.pruning.text.documents import part_of_text
 from sparseopt.shell.console import bytes_by_size, comparison_table, console, counting_bar, duration, packed_line, say
 from sparseopt.system.machine import format_bytes
@@ -234,24 +229,6 @@ def shape_lines(report: PruneReport, shape: ShapeRecord) -> list[str]:
     ]
     if shape.rises:
         lines.append(f"removing these blocks alone: loss {shape.rises[-1]:+.4f} nats a token")
-    return lines
-
-
-def token_lines(source: Source, reports: Sequence[PruneReport]) -> list[str]:
-    """For each smaller model the time of a token beside that in the dense one, measured here and as predicted."""
-    models: list[Source | Path] = [source, *(report.output for report in reports)]
-    dense, *small = (cast(StreamedModel, open_model(each)).config for each in models)
-    known = [report.shape.token_seconds if report.shape else None for report in reports]
-    # All are measured together, the dense model once, but those that a budget of latency has measured.
-    whole, *new = token_seconds([dense, *(config for config, pair in zip(small, known, strict=True) if pair is None)])
-    measured, lines = iter(new), []
-    for config, pair in zip(small, known, strict=True):
-        before, after = pair or (whole, next(measured))
-        read = [c.num_layers * block_parameters(c) + c.vocab_size * c.hidden_size for c in (dense, config)]
-        lines.append(
-            f"a token takes {1000 * after:.3g} ms here, {1000 * before:.3g} ms in the dense model: "
-            f"{before / after:.2f} times as fast, {read[0] / read[1]:.2f} by the weights that it reads"
-        )
     return lines
 
 

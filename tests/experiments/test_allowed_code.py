@@ -128,7 +128,7 @@ def test_what_was_validated_is_what_is_built(monkeypatch):
 
 def test_a_name_of_a_run_never_leaves_the_output_folder(tmp_path):
     (tmp_path / "a.yaml").write_text(
-        "name: a\ntask: groups\npaper: {source: x, figures: [{values: {}}]}\n"
+        "name: a\ntask: denoise\npaper: {source: x, figures: [{values: {}}]}\n"
         "sweep: {list: [{'paper.source': '../../x'}, {'title': '..'}]}\n"
     )
     for run in load_config(tmp_path / "a.yaml"):
@@ -136,7 +136,7 @@ def test_a_name_of_a_run_never_leaves_the_output_folder(tmp_path):
 
 
 def test_a_run_folder_with_links_is_not_written_through(tmp_path):
-    (tmp_path / "a.yaml").write_text("name: a\ntask: groups\nshape: [4, 4]\n")
+    (tmp_path / "a.yaml").write_text("name: a\ntask: denoise\n")
     (run,) = load_config(tmp_path / "a.yaml")
     (tmp_path / "runs" / "a").mkdir(parents=True)
     secret = tmp_path / "secret"

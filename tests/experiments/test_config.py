@@ -67,14 +67,14 @@ def test_five_mistakes_make_one_message_of_five_lines_each_with_its_place_and_a_
     [
         ("name: [", "line 1, column 8: not valid YAML"),
         ("- a\n- b", "must hold a mapping"),
-        ("name: x\ntask: groups\nname: y", "line 3: name is given twice"),
+        ("name: x\ntask: denoise\nname: y", "line 3: name is given twice"),
         ("name: x", "task: this key is missing; known tasks are denoise"),
-        ("name: x\ntask: groups\nsweep: {gird: {seed: [0]}}", "sweep.gird: no such key; did you mean 'grid'?"),
-        ("name: x\ntask: groups\nsweep: {grid: {seed: 0}}", "sweep.grid.seed: input should be a valid list, given 0"),
-        ("name: x\ntask: groups\nsweep: {list: [{seed: 1}, {seed: 1}]}", "the run seed=1 appears twice"),
-        ("name: x\ntask: groups\nsweep: {grid: {seed: [1]}, list: [{seed: 2}]}", "seed is varied by grid and by list"),
-        ("name: x\ntask: groups\nsweep: {grid: {seed: [0, -1]}}", "sweep.grid.seed: input should be greater"),
-        ("name: a/b\ntask: groups", "name: string should match pattern"),
+        ("name: x\ntask: denoise\nsweep: {gird: {seed: [0]}}", "sweep.gird: no such key; did you mean 'grid'?"),
+        ("name: x\ntask: denoise\nsweep: {grid: {seed: 0}}", "sweep.grid.seed: input should be a valid list, given 0"),
+        ("name: x\ntask: denoise\nsweep: {list: [{seed: 1}, {seed: 1}]}", "the run seed=1 appears twice"),
+        ("name: x\ntask: denoise\nsweep: {grid: {seed: [1]}, list: [{seed: 2}]}", "seed is varied by grid and by list"),
+        ("name: x\ntask: denoise\nsweep: {grid: {seed: [0, -1]}}", "sweep.grid.seed: input should be greater"),
+        ("name: a/b\ntask: denoise", "name: string should match pattern"),
         ("name: x\ntask: tests.experiments.toy.Tyo", "did you mean 'Toy'?"),
         ("name: x\ntask: tests.experiments.toy.CappedL1", "is no subclass of"),
         ("name: x\ntask: no_such_package.Task", "no module 'no_such_package'"),
@@ -96,19 +96,19 @@ def test_what_no_single_key_is_to_blame_for_is_a_mistake_of_the_run(write):
 def test_a_missing_file_and_a_broken_override_are_named(write, tmp_path):
     with pytest.raises(ConfigError, match="there is no config file"):
         load_config(tmp_path / "none.yaml")
-    path = write("name: x\ntask: groups")
+    path = write("name: x\ntask: denoise")
     with pytest.raises(ConfigError, match="expected key=value"):
         load_config(path, ["seed"])
     with pytest.raises(ConfigError, match=r"cannot set seed\.deep: seed is 3 and not a block"):
         load_config(path, ["seed=3", "seed.deep=1"])
     for sweep, key in (("{grid: {seed: [0, 1]}}", "seed"), ("{list: [{penalty: {name: l1}}]}", "penalty.weight")):
-        path = write(f"name: x\ntask: groups\nsweep: {sweep}")
+        path = write(f"name: x\ntask: denoise\nsweep: {sweep}")
         with pytest.raises(ConfigError, match=r"the sweep sets .* for every run; change it there"):
             load_config(path, [f"{key}=3"])
     path = write(f"name: x\ntask: {TOY}\nsweep: {{list: [{{count: 2}}, {{count: 3, scale: 2.0}}]}}")
     assert [run.task.scale for run in load_config(path, ["scale=5.0"], allow_code=True)] == [5.0, 2.0]
     with pytest.raises(ConfigError, match=r"sweep\.list: input should be a valid list"):
-        load_config(write("name: x\ntask: groups\nsweep: {list: 5}"), ["seed=3"])
+        load_config(write("name: x\ntask: denoise\nsweep: {list: 5}"), ["seed=3"])
 
 
 def test_overrides_reach_blocks_and_read_yaml_values(write):

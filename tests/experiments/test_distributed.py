@@ -142,10 +142,14 @@ def test_processes_with_another_setting_stop_before_any_work(tmp_path, folder):
 
 
 def test_a_task_for_one_device_is_refused_with_what_to_do(command, tmp_path):
-    (tmp_path / "descent.yaml").write_text("name: d\ntask: descent\n")
-    status, _, err = command("run", tmp_path / "descent.yaml", "--devices", "all", "--output", tmp_path / "runs")
+    (tmp_path / "toy.yaml").write_text("name: d\ntask: tests.experiments.toy.Toy\n")
+    given = ["--devices", "all", "--allow-code", "--output", tmp_path / "runs"]
+    status, _, err = command("run", tmp_path / "toy.yaml", *given)
     assert status == 2
-    assert "the task 'descent' works on one device, given devices='all': share its runs with --shard i/n" in err
+    assert (
+        "the task 'tests.experiments.toy.Toy' works on one device, given devices='all': share its runs with --shard i/n"
+        in err
+    )
 
 
 @pytest.mark.parametrize(

@@ -95,3 +95,8 @@ def test_the_project_s_config_is_a_sweep_over_channels():
     assert [(run.task.label, run.task.channels) for run in runs] == [
         ("dense", 1.0), ("best channels", 0.75), ("best channels", 0.5),
     ]  # fmt: skip
+
+
+def test_a_budget_of_time_is_refused_with_what_to_use(shrink):
+    with pytest.raises(ConfigError, match="latency: has ended: `parameters` is the budget of a smaller model"):
+        expand({**shrink, "latency": 0.8})

@@ -9,18 +9,19 @@ import pytest
 
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.problem.iterate import iterate
-from sparseopt.experiments.config import load_config
+from sparseopt.experiments.config import ConfigError, expand, load_config
 from sparseopt.experiments.report import gather, write_report
 from sparseopt.experiments.runs import check_all, plan, run_all
 from sparseopt.experiments.task import FinishedRun, Task
 from sparseopt.experiments.task_denoise import Denoise, timed_fit
 from sparseopt.experiments.task_graph import GraphSignal, count_levels
-from sparseopt.trend import plan as plan_module
 from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.filter import trend_filter
+from sparseopt.trend.methods import plan as plan_module
 from tests.tiers import often
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+PAPERS = CONFIGS / "papers"
 TINY = {"name": "camera", "size": 16}
 
 
@@ -170,12 +171,30 @@ SMALL = {
 ONE_OF_EACH_KIND = ["doge-table1-order1", "doge-groupings", "denoise-medical", "denoise-volume", "minnesota"]
 
 
+def config_of(name: str) -> Path:
+    (path,) = CONFIGS.rglob(f"{name}.yaml")
+    return path
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in PAPERS.glob("*.yaml")))
+def test_tasks_of_the_papers_are_imported_only_where_that_is_allowed(name: str) -> None:
+    with pytest.raises(ConfigError, match="importing it runs whatever code its module holds"):
+        load_config(PAPERS / f"{name}.yaml")
+
+
+@pytest.mark.parametrize(("kind", "path"), [("race", "doge_race.Race"), ("descent", "maiht_descent.Descent")])
+def test_a_task_that_left_the_package_is_named_with_its_place(kind: str, path: str) -> None:
+    with pytest.raises(ConfigError, match=rf"the task '{kind}' has left the package: it is {path}, in configs/papers"):
+        expand({"name": "x", "task": kind})
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_shipped_configs_can_run(name: str) -> None:
-    text = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")
-    assert text.startswith("# ")
+    path = config_of(name)
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("# Needs --allow-code" if path.parent == PAPERS else "# ")
     assert re.search(r"^# .*Time: \d+", text, re.MULTILINE)
-    for run in load_config(CONFIGS / f"{name}.yaml"):
+    for run in load_config(path, allow_code=path.parent == PAPERS):
         assert run.task.name == name
         run.task.check()
         assert (run.task.estimate().seconds or 0) > 0
@@ -183,11 +202,13 @@ def test_shipped_configs_can_run(name: str) -> None:
 
 @pytest.mark.parametrize("name", often(SMALL, *ONE_OF_EACH_KIND))
 def test_shipped_configs_run_to_a_report_when_cut_down(name: str, tmp_path: Path) -> None:
-    planned = plan(load_config(CONFIGS / f"{name}.yaml", SMALL[name]), tmp_path / "runs")
+    path = config_of(name)
+    allowed = path.parent == PAPERS
+    planned = plan(load_config(path, SMALL[name], allow_code=allowed), tmp_path / "runs")
     check_all(planned, again=False)
     outcomes = run_all(planned, tmp_path / "runs", lambda _: lambda *_: None)
     assert [outcome.error for outcome in outcomes] == [None] * len(planned)
-    sections = gather([tmp_path / "runs"])
+    sections = gather([tmp_path / "runs"], allow_code=allowed)
     written = {file.suffix for file in write_report(sections, tmp_path / "report")}
     assert written >= {".csv", ".md", ".html", ".png"}
     headings, cells = sections[0].table()

@@ -20,7 +20,7 @@ def _yaml(content: str | bytes, **options: Any) -> Make:
     return make
 
 
-BASE = "name: a\ntask: groups\n"
+BASE = "name: a\ntask: denoise\n"
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
 )
@@ -48,12 +48,12 @@ YAML = (
     ("a key that is a list", _yaml("? [a, b]\n: c\n"), "not valid YAML"),
     ("a key twice", _yaml("name: a\nname: b\n"), "is given twice"),
     ("two documents", _yaml("name: a\n---\nname: b\n"), "not valid YAML"),
-    ("a task that is a list", _yaml("name: a\ntask: [groups]\n"), "must be the name of a task"),
-    ("a name with a way out", _yaml("name: ../../etc\ntask: groups\n"), "name: string should match pattern"),
+    ("a task that is a list", _yaml("name: a\ntask: [denoise]\n"), "must be the name of a task"),
+    ("a name with a way out", _yaml("name: ../../etc\ntask: denoise\n"), "name: string should match pattern"),
     ("ten billion runs", _yaml(BASE + "sweep: {grid: {" + ", ".join(f"a{i}: [{'1, ' * 100}]" for i in range(5)) + "}}"),
      "runs, at most 5,000 are possible"),
     ("a setting of hundreds of parts", _yaml(BASE + "sweep: {grid: {" + "a." * 300 + "b: [1]}}"), "301 parts"),
-    ("a sweep that is a truth value", _yaml("name: a\ntask: groups\nsweep: {grid: true}"), "dictionary, given True"),
+    ("a sweep that is a truth value", _yaml("name: a\ntask: denoise\nsweep: {grid: true}"), "dictionary, given True"),
     ("a run's name longer than any folder's", _yaml(BASE + f"sweep: {{grid: {{title: [{'x' * 999}]}}}}"), "vary fewer"),
 )  # fmt: skip
 
@@ -98,7 +98,7 @@ DOTTED = (
     ),
     ("a method", _code("name: a\ntask: prune\nmethod: CANARY.Own\n"), REFUSED),
     ("a method with arguments", _code("name: a\ntask: prune\nmethod: {name: CANARY.Own}\n"), REFUSED),
-    ("a solver", _code("name: a\ntask: descent\nsolvers: [{solver: {name: CANARY.Own}}]\n"), "cannot be used"),
+    ("a solver", _code("name: a\ntask: graph_signal\nmethod: {name: CANARY.Own}\n"), "cannot be used"),
     ("a package that is not the one allowed", _code("name: a\ntask: CANARY.Own\n", allow_code=["canary"]), REFUSED),
     (
         "a function of ours as a method",

@@ -245,10 +245,10 @@ SEED_CONFIGS = (
     {"name": "a", "task": "tests.fuzz.canary.Canary", "method": {"name": "tests.fuzz.canary.Canary", "weight": 1}},
     {
         "name": "a",
-        "task": "descent",
+        "task": "graph_signal",
         "penalty": {"name": "sparseopt.core.penalties.entries.MCP", "weight": 1, "gamma": 2},
     },
-    {"name": "a", "task": "groups", "sweep": {"list": [{"penalty": {"name": "l0", "weight": w}} for w in (1, 2)]}},
+    {"name": "a", "task": "denoise", "sweep": {"list": [{"penalty": {"name": "l0", "weight": w}} for w in (1, 2)]}},
 )
 YAML_PIECES = (
     "&a [*a]\n", "a: &a [1, 1]\nb: &b [*a, *a]\nc: [*b, *b]\n", "<<: {x: 1}\n", "? [1]\n: 2\n",

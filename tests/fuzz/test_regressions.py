@@ -95,8 +95,8 @@ def test_a_tokenizer_at_which_the_tokenizers_package_panics(tmp_path):
     [
         "name: a\ntask: prune\nsweep:\n  grid: true\n  list: [{seed: {}}]\n",  # TypeError: 'bool' not iterable
         "a: &a [*a]\n",  # RecursionError
-        "name: a\ntask: [groups]\n",  # TypeError: unhashable type
-        "name: a\ntask: groups\nseed: !!int x\n",  # ValueError
+        "name: a\ntask: [denoise]\n",  # TypeError: unhashable type
+        "name: a\ntask: denoise\nseed: !!int x\n",  # ValueError
         'name: "\\UFFFFFFFF"\n',  # ValueError: chr() arg not in range
         "? !!binary aGk=\n: 1\n",
     ],

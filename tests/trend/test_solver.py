@@ -16,7 +16,7 @@ from sparseopt.core.base.types import precision
 from sparseopt.core.problem import iterate as iterate_module
 from sparseopt.core.problem.problem import Status
 from sparseopt.core.solvers.admm import Admm
-from sparseopt.trend import plan as plan_module
+from sparseopt.trend.methods import plan as plan_module
 from sparseopt.trend.methods.choice import AUTO, METHODS
 from tests.programs import forget
 from tests.tiers import often

@@ -11,9 +11,9 @@ import sparseopt as so
 from sparseopt.core.base.types import precision
 from sparseopt.core.problem import iterate as iterate_module
 from sparseopt.core.solvers.admm import Admm
-from sparseopt.trend import plan as plan_module
 from sparseopt.trend.filter import chosen_method
 from sparseopt.trend.methods import choice as methods
+from sparseopt.trend.methods import plan as plan_module
 from tests.programs import forget
 from tests.tiers import often
 from tests.trend.problems import GRAPHS, exact_fit, objective, of_block, random_graph, two_parts

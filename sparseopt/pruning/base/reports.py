@@ -185,7 +185,6 @@ class ShapeRecord(_Record):
         seconds: wall-clock time of choosing the sizes of all models of the pass.
         curves: where a budget chose the sizes, the measured rises of the loss a token: "channels", "heads" and "blocks"
             with pairs (what stays, rise); None otherwise.
-        token_seconds: `(dense, small)`, measured for a budget of latency; None otherwise.
     """
 
     kind = "shape"
@@ -202,7 +201,6 @@ class ShapeRecord(_Record):
     dense_bytes: int
     seconds: float
     curves: Mapping[str, list[list[float]]] | None = None
-    token_seconds: tuple[float, float] | None = None
 
     @property
     def sizes(self) -> Sizes:

@@ -13,8 +13,7 @@ windows, or on calibration windows without any. It is measured before the pass:
 Between measured numbers a curve is interpolated by a cubic that is monotone where the measured values are. No part is
 reduced further than the budget needs when that part alone is reduced. Blocks are removed until the rise is above that
 of the best mix that keeps all blocks.
-The cost in parameters is exact; that in seconds a token follows from measured times, see `token_time`. A budget may be
-exceeded by half a unit of its third digit.
+The cost is the number of parameters, which is exact. A budget may be exceeded by half a unit of its third digit.
 
 That rises add up is an approximation. In SmolLM2-135M, mixes of two and three parts cost 1 to 4 % less than the sum
 (rises of 0.28 to 0.69), and an interpolated rise was 7 % too small. The effect of training afterwards is not measured.
@@ -37,7 +36,6 @@ from sparseopt.pruning.base.activations import Batches, Stream
 from sparseopt.pruning.base.grams import BlockRunner
 from sparseopt.pruning.base.reports import RemovalRecord
 from sparseopt.pruning.measure.block_removal import Trial, removal_order, trial_of
-from sparseopt.pruning.measure.token_time import block_parameters, part_seconds, token_seconds
 from sparseopt.pruning.recipe.shrink_recipe import (
     BUDGET_ROUNDING,
     BlockScore,
@@ -68,14 +66,13 @@ class Mix(NamedTuple):
     sizes: Sizes
     removed: list[RemovalRecord]
     curves: Curves | None = None
-    token_seconds: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What smaller models cost: `outer + sum over blocks of (base + channel * channels + group * groups)`.
+    """Parameters of smaller models: `outer + sum over blocks of (base + channel * channels + group * groups)`.
 
-    In parameters, or in seconds a token; base, channel and group are `[blocks]`.
+    Base, channel and group are `[blocks]`.
     """
 
     outer: float
@@ -181,7 +178,7 @@ def masked_losses(trial: Trial, plans: Sequence[Plan], stream: Stream) -> list[f
 
 
 def parameter_costs(model: PrunableModel, recipe: ShrinkRecipe) -> Costs:
-    """In parameters: exact, because those of a block are linear in its channels and in its groups."""
+    """Exact, because the parameters of a block are linear in its channels and in its groups."""
     whole, least = sizes_of(model), smallest_sizes(model, recipe)
     outline = smaller_model(model, whole)
 
@@ -197,33 +194,11 @@ def parameter_costs(model: PrunableModel, recipe: ShrinkRecipe) -> Costs:
     return Costs(outer, dense - channel * whole.channels - group * whole.kv_heads, channel, group)
 
 
-def time_costs(model: PrunableModel, parameters: Costs) -> Costs:
-    """In seconds a token: a block's time is linear in its parameters, fitted to blocks of all and half the channels."""
-    config = model.config
-    half = replace(config, intermediate_size=max(1, config.intermediate_size // 2))
-    head, (dense, less) = processes.told(part_seconds([config, half]))
-    numbers = block_parameters(config), block_parameters(half)
-    # Times of small blocks are noisy: neither part may be negative.
-    slope = min(max(0.0, dense - less) / max(1, numbers[0] - numbers[1]), dense / numbers[0])
-    constant = dense - slope * numbers[0]
-    return Costs(head, constant + slope * parameters.base, slope * parameters.channel, slope * parameters.group)
-
-
 def _search(model: PrunableModel, plan: Plan) -> Search:
     recipe = plan.recipe
     assert isinstance(recipe, ShrinkRecipe)
-    costs, dense, least = parameter_costs(model, recipe), sizes_of(model), smallest_sizes(model, recipe)
+    costs, dense = parameter_costs(model, recipe), sizes_of(model)
     budget = parameters_of(model) * ((recipe.parameters or 0) + BUDGET_ROUNDING)
-    if recipe.latency is not None:
-        costs = time_costs(model, costs)
-        whole = float(costs.of(dense.channels, dense.kv_heads, dense.blocks))
-        budget = (recipe.latency + BUDGET_ROUNDING) * whole
-        lowest = min(float(costs.of(least.channels, least.kv_heads, [block])) for block in dense.blocks) / whole
-        if budget < lowest * whole:
-            raise ModelError(
-                f"latency {recipe.latency:g} is too little: the head stays, and with one block of the least width a "
-                f"token takes {lowest:.3g} of its time; give more than that"
-            )
 
     def alone(numbers: list[int], fits: list[bool]) -> list[int]:
         """From the largest number that meets the budget while all else stays; all numbers if none does."""
@@ -283,11 +258,7 @@ def _mix(model: PrunableModel, search: Search, curves: Curves, order: list[Remov
     gone = order[: best.removed]
     blocks = tuple(block for block in dense.blocks if block not in {record.block for record in gone})
     sizes = replace(dense, channels=best.channels, kv_heads=best.groups, blocks=blocks)
-    seconds = None
-    if search.recipe.latency is not None:
-        whole, small = processes.told(token_seconds([model.config, smaller_model(model, sizes).config]))
-        seconds = whole, small
-    return Mix(sizes, gone, curves, seconds)
+    return Mix(sizes, gone, curves)
 
 
 class Best(NamedTuple):

@@ -90,5 +90,4 @@ def _shape(model: PrunableModel, plan: Plan, mix: Mix, seconds: float) -> ShapeR
         dense_bytes=sum(math.prod(tensors[key].shape) * tensors[key].dtype.itemsize for key in model.exported_keys()),
         seconds=seconds,
         curves=mix.curves,
-        token_seconds=mix.token_seconds,
     )

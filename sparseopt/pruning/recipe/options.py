@@ -3,7 +3,7 @@
 import math
 import textwrap
 import typing
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from numbers import Real
 from typing import Any
@@ -12,6 +12,9 @@ from sparseopt.core.base.arguments import unknown
 
 # The headings that options are shown under.
 WHAT, KEEP, HOW, CALIBRATION, OUTPUT = "What to prune", "What to keep", "How to prune", "Calibration", "Output"
+
+# Options that are no more, and what to use in their place.
+ENDED = {"latency": "has ended: `parameters` is the budget of a smaller model"}
 
 # What the values of a field's type are, and how an error calls them; true and false are no numbers.
 _KINDS: dict[Any, tuple[type, str]] = {
@@ -98,6 +101,11 @@ def attributes(options: Iterable[Option]) -> str:
         line = f"{each.name}: {each.help}{default}"
         section += textwrap.fill(line, 110, initial_indent=" " * 8, subsequent_indent=" " * 12) + "\n"
     return section
+
+
+def ended(names: Iterable[str]) -> Mapping[str, str]:
+    """Of these names, those of options that are no more, with what to use in their place."""
+    return {name: ENDED[name] for name in names if name in ENDED}
 
 
 def mistakes_of(checks: Iterable[Callable[[], Any]]) -> list[str]:

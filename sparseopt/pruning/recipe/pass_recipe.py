@@ -8,7 +8,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, Self, TypeVar, cast
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from sparseopt.models import Bos
 from sparseopt.pruning.base.grams import ExpertTokens, Weighting
 from sparseopt.pruning.recipe.allocation import Allocation
 from sparseopt.pruning.recipe.effort import BEST, PRUNE, PRUNES, Effort, effort_help, effort_of
-from sparseopt.pruning.recipe.options import CALIBRATION, HOW, OUTPUT, mistakes_of, option, options_of
+from sparseopt.pruning.recipe.options import CALIBRATION, HOW, OUTPUT, ended, mistakes_of, option, options_of
 from sparseopt.pruning.text.documents import SELF, TEXTS, check_text, is_text
 from sparseopt.pruning.text.windows import DocumentChoice, WindowChoice
 from sparseopt.pruning.train.distillation import Distillation
@@ -154,6 +154,11 @@ class PassRecipe(ABC):
     dtype: Literal["float32", "float16", "bfloat16"] | None = option(
         None, "Data type to store: {choices}. Default: the source's; for quantised weights, bfloat16.", OUTPUT
     )
+
+    def __new__(cls, *_: Any, **given: Any) -> Self:
+        for name, text in ended(given).items():
+            raise TypeError(f"{name} {text}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for each in fields(self):

@@ -25,7 +25,6 @@ ROUNDING = 0.05
 BUDGET_ROUNDING = 0.0005
 BlockScore = Literal["loss", "cosine"]
 SHARES = ("channels", "heads", "layers", "experts")
-BUDGETS = ("parameters", "latency")
 # SparseGPT chooses for every output by itself, so it cannot remove an input for all of them.
 CHOOSING = tuple(name for name in METHODS if name != "sparsegpt")
 
@@ -56,11 +55,6 @@ class ShrinkRecipe(PassRecipe):
         "Fraction of all parameters that stays, in place of the fractions above, which measured losses then choose.",
         KEEP, least=0, below=1,
     )  # fmt: skip
-    latency: float | None = option(
-        None,
-        "The same for the time of a token, measured on this machine. Not for mixtures of experts.",
-        KEEP, least=0, below=1,
-    )  # fmt: skip
     multiple: int = option(64, "The number of channels is rounded to a multiple of this.", KEEP, least=1)
     block_score: BlockScore = option(
         "loss",
@@ -78,28 +72,25 @@ class ShrinkRecipe(PassRecipe):
         return find_method(self.chosen_method, ridge=self.chosen("ridge"), pattern="group:1")
 
     def _checks(self) -> Sequence[Check]:
-        return (((*SHARES, *BUDGETS, "expert_tokens"), self._check_shares),)
+        return (((*SHARES, "parameters", "expert_tokens"), self._check_shares),)
 
     def _check_shares(self) -> None:
         given = {name: share for name in SHARES if (share := getattr(self, name)) != 1}
-        budgets = {name: share for name in BUDGETS if (share := getattr(self, name)) is not None}
-        if gone := [name for name, share in (given | budgets).items() if share == 0]:
+        if gone := [name for name, share in (given | {"parameters": self.parameters}).items() if share == 0]:
             raise ValueError(f"{' and '.join(gone)} 0 leave nothing: give a share above 0")
-        if len(budgets) > 1:
-            raise ValueError("parameters and latency are two budgets: give one of them")
-        if budgets and given:
-            raise ValueError(f"{next(iter(budgets))} chooses what goes: leave {' and '.join(given)} out")
+        if self.has_budget and given:
+            raise ValueError(f"parameters chooses what goes: leave {' and '.join(given)} out")
         if self.experts < 1 and self.expert_tokens == "all":
             raise ValueError(
                 "experts are removed by what they add to the tokens routed to them: leave expert_tokens 'all' out"
             )
-        if not budgets and not given:
+        if not self.has_budget and not given:
             raise ValueError("nothing would go: give channels, heads, layers or experts below 1, or a budget")
 
     @property
     def has_budget(self) -> bool:
         """Whether measured losses choose the shares."""
-        return self.parameters is not None or self.latency is not None
+        return self.parameters is not None
 
 
 SHRINK_OPTIONS = options_of(ShrinkRecipe)

@@ -159,11 +159,7 @@ def shrink_plan(model: PrunableModel, plan: Plan, sizes: Sizes) -> Plan:
 
 
 def _check_budget(model: PrunableModel, plan: Plan, recipe: ShrinkRecipe) -> None:
-    """Raise a `ModelError` for a budget that no smaller model can meet, as far as that shows without measuring."""
-    if recipe.latency is not None and sizes_of(model).experts is not None:
-        raise ModelError(
-            "latency is not for mixtures of experts, where the time of a token depends on its experts: give parameters"
-        )
+    """Raise a `ModelError` for a budget that no smaller model can meet, before measuring."""
     # Also shows whether the method takes the patterns.
     smallest = shrink_plan(model, plan, smallest_sizes(model, recipe)).target
     least = parameters_of(smallest) / parameters_of(model)

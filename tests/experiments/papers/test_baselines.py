@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 import sparseopt as so
+from doge_baselines import Method, algorithm_of, assemble, fit
 from sparseopt.core.base.types import precision
 from sparseopt.core.solve import solve
-from sparseopt.experiments.papers.baselines import Method, algorithm_of, assemble, fit
 from tests.tiers import often
 
 SHAPE, WEIGHT = (9, 8), 4.0

@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparseopt.experiments.papers.convergence import Convergence, look_steps
-from sparseopt.experiments.papers.groups import Groups
-from sparseopt.experiments.papers.race import Race
+from doge_convergence import Convergence, look_steps
+from doge_groups import Groups
+from doge_race import Race
 from tests.experiments.test_trend_tasks import TINY, finish
 
 
 def race(**settings: Any) -> Race:
-    return Race.model_validate({"name": "tiny", "task": "race", "picture": TINY, "order": 1, **settings})
+    return Race.model_validate({"name": "tiny", "task": "doge_race.Race", "picture": TINY, "order": 1, **settings})
 
 
 def test_a_race_compares_methods_on_one_problem(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_a_fit_that_stands_still_need_not_be_there(tmp_path: Path) -> None:
 def test_convergence_records_losses_above_the_optimum(tmp_path: Path) -> None:
     task = Convergence.model_validate(
         {
-            "name": "tiny", "task": "convergence", "picture": TINY, "order": 1, "passes": 1,
+            "name": "tiny", "task": "doge_convergence.Convergence", "picture": TINY, "order": 1, "passes": 1,
             "contenders": [{"method": "doge"}, {"method": "fast_admm", "settings": "published"}],
         }
     )  # fmt: skip
@@ -79,7 +79,12 @@ def test_convergence_records_losses_above_the_optimum(tmp_path: Path) -> None:
 
 def test_convergence_needs_a_certificate() -> None:
     task = Convergence.model_validate(
-        {"name": "tiny", "task": "convergence", "picture": TINY, "penalty": {"name": "l0", "weight": 10}}
+        {
+            "name": "tiny",
+            "task": "doge_convergence.Convergence",
+            "picture": TINY,
+            "penalty": {"name": "l0", "weight": 10},
+        }
     )
     with pytest.raises(ValueError, match="certified optimum"):
         task.check()
@@ -95,7 +100,7 @@ def test_looks_end_at_the_last_step(steps: int, apart: int) -> None:
 
 
 def test_groups_are_those_of_the_paper(tmp_path: Path) -> None:
-    run = finish(Groups.model_validate({"name": "groups", "task": "groups", "shape": [8, 8]}), tmp_path)
+    run = finish(Groups.model_validate({"name": "groups", "task": "doge_groups.Groups", "shape": [8, 8]}), tmp_path)
     assert [record["groups"] for record in run.records] == [4, 5, 16]
     assert all(record["disjoint"] and record["complete"] for record in run.records)
     assert [record["rows"] for record in run.records] == [112, 64, 112]

@@ -1,4 +1,4 @@
-"""A budget of parameters or time: what goes is what costs least, and the curves are those of whole models."""
+"""A budget of parameters: what goes is what costs least, and the curves are those of whole models."""
 
 import dataclasses
 import itertools
@@ -11,7 +11,7 @@ import pytest
 from sparseopt.models import ModelError, Sizes, open_model, smaller_model
 from sparseopt.pruning import ShrinkRecipe, perplexity, prune_layer, prune_models, shrink_model
 from sparseopt.pruning.base.grams import tapped
-from sparseopt.pruning.measure import mixing, shaping, token_time
+from sparseopt.pruning.measure import shaping
 from sparseopt.pruning.measure.mixing import Costs, Search, _mix, best_mix, interpolated, parameter_costs
 from sparseopt.pruning.recipe.shrink_recipe import parameters_of
 from tests.models.tiny import random_tensors, tiny_config, write_folder
@@ -49,7 +49,6 @@ def test_the_budget_is_kept_by_the_folder_written(model, report):
     stored = parameters_of(open_model(report.output))
     assert stored == report.shape.parameters <= 0.8005 * parameters_of(model)
     assert report.shape.dense_parameters == parameters_of(model)
-    assert report.shape.token_seconds is None
 
 
 def test_costs_are_the_parameters_of_every_smaller_model(model):
@@ -178,28 +177,6 @@ def test_an_interrupted_run_finds_what_was_chosen(tmp_path, source, ids, report,
     assert dataclasses.replace(resumed, seconds=0) == dataclasses.replace(report.shape, seconds=0)
 
 
-def test_a_budget_of_time_is_kept_where_time_is_linear(tmp_path, source, ids, monkeypatch):
-    """With blocks that take a constant time and one for each parameter, as the prediction assumes."""
-
-    def seconds(configs):
-        return 2e-3, [1e-3 + 1e-6 * token_time.block_parameters(config) for config in configs]
-
-    for module in (mixing, token_time):
-        monkeypatch.setattr(module, "part_seconds", seconds)
-    shape = shrink_model(source, tmp_path / "out", recipe_of(ids, latency=0.75)).shape
-    dense, small = shape.token_seconds
-    assert dense == pytest.approx(3 * (1e-3 + 1e-6 * 9280) + 2e-3)
-    assert small <= 0.7505 * dense
-    with pytest.raises(ModelError, match=r"latency 0.1 is too little: .* a token takes 0\.1\d+ of its time"):
-        shrink_model(source, tmp_path / "less", recipe_of(ids, latency=0.1))
-
-
-def test_a_wider_model_takes_more_time_a_token(model):
-    wide = dataclasses.replace(model.config, intermediate_size=2**15)
-    narrow, wide = token_time.token_seconds([model.config, wide])
-    assert 0 < narrow < wide
-
-
 def test_a_loss_that_is_not_finite_is_told_by_its_cause(tmp_path, tensors, ids):
     """The activations before every block are finite, the logits are not."""
     norm = {"model.norm.weight": np.full_like(tensors["model.norm.weight"], 3e38)}
@@ -212,8 +189,7 @@ def test_a_loss_that_is_not_finite_is_told_by_its_cause(tmp_path, tensors, ids):
     ("given", "message"),
     [
         ({"parameters": 1.0}, r"parameters must lie in \[0, 1\), given 1"),
-        ({"latency": 0.0}, "latency 0 leave nothing"),
-        ({"parameters": 0.5, "latency": 0.5}, "two budgets: give one of them"),
+        ({"parameters": 0.0}, "parameters 0 leave nothing"),
         ({"parameters": 0.5, "channels": 0.5, "layers": 0.5}, "leave channels and layers out"),
         ({}, "nothing would go: .* or a budget"),
     ],
@@ -223,16 +199,12 @@ def test_budgets_that_contradict_are_refused(given, message):
         ShrinkRecipe(**given).check()
 
 
+def test_a_budget_of_time_has_ended():
+    with pytest.raises(TypeError, match="latency has ended: `parameters` is the budget"):
+        ShrinkRecipe(latency=0.8)
+
+
 def test_a_budget_below_the_smallest_model_is_refused_before_any_work(tmp_path, source, ids):
     with pytest.raises(ModelError, match=r"parameters 0.1 is too little: .* the model has 0\.\d+ of its parameters"):
         shrink_model(source, tmp_path / "out", recipe_of(ids, parameters=0.1))
     assert not (tmp_path / "out").exists()
-
-
-def test_time_of_a_mixture_of_experts_is_refused(tmp_path, tokens):
-    config = tiny_config(
-        model_type="mixtral", architectures=["MixtralForCausalLM"], num_local_experts=4, num_experts_per_tok=2
-    )
-    source = write_folder(tmp_path / "model", config, random_tensors(config, np.random.default_rng(1)))
-    with pytest.raises(ModelError, match="latency is not for mixtures of experts"):
-        shrink_model(source, tmp_path / "out", recipe_of(tokens, latency=0.8))

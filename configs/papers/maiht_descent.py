@@ -1,4 +1,4 @@
-"""The task `descent`: the objective of one layer against iterations, for solvers side by side.
+"""The task of the figure of descent: the objective of one layer against iterations, for solvers side by side.
 
 The objective is `1/2 ||X (V - W)ᵀ||² + ridge + level`, with the level fixed, so that the monotone descent can be seen.
 """
@@ -51,7 +51,7 @@ class Descent(Task):
     columns: ClassVar[tuple[str, ...]] = ("objective", "drop", "largest_rise", "seconds", "zeros")
     row_by: ClassVar[tuple[str, ...]] = ("solver",)
 
-    task: Literal["descent"]
+    task: Literal["maiht_descent.Descent"]
     source: str = BUNDLED
     layer: str = "model.layers.9.self_attn.o_proj"
     solvers: list[SolverConfig] = Field(default=[SolverConfig(name="maiht"), SolverConfig(name="iht")], min_length=1)

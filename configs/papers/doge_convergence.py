@@ -1,10 +1,10 @@
-"""The task `convergence`: how far above the optimum each method is, after steps and after seconds.
+"""The task of figures 5 and 6: how far above the optimum each method is, after steps and after seconds.
 
     loss of a step = (P(b_t) - P*) / P*,    P* from a solve with a relative duality gap of 1e-9 in float64
 
 Steps and seconds come from two passes over the same iterates. The first looks at the objective after every step. The
 second only runs, with a check at every fifth step as in use, and the clock is read when the device has finished.
-Source of the comparison: Bu, Wu, Zuo, "Doge-ADMM", figures 5 and 6.
+Source of the comparison: Bu, Wu, Zuo, "Doge-ADMM".
 """
 
 import dataclasses
@@ -18,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from pydantic import Field
 
+from doge_baselines import CADENCE, DOUBLE, Method, NestedAdmm, Settings, assemble, method_label
 from sparseopt.core.base.types import Observer, precision
 from sparseopt.core.penalties.protocols import Norm
 from sparseopt.core.problem.problem import Problem
 from sparseopt.core.solve import solve
 from sparseopt.experiments import plots
-from sparseopt.experiments.papers.baselines import CADENCE, DOUBLE, Method, NestedAdmm, Settings, assemble, method_label
 from sparseopt.experiments.task import Estimate, FinishedRun, Record, Strict, grouped
 from sparseopt.experiments.task_denoise import PictureTask
 from sparseopt.trend.filter import trend_filter
@@ -35,12 +35,7 @@ LOOK_FACTOR = 1.1
 
 
 class Contender(Strict):
-    """A method that takes part.
-
-    Attributes:
-        method: see `baselines`.
-        settings: "tuned" or "published".
-    """
+    """A method that takes part; see `doge_baselines`."""
 
     method: Method = "doge"
     settings: Settings = "tuned"
@@ -56,7 +51,7 @@ class Convergence(PictureTask):
     Attributes:
         contenders: the methods.
         tol: relative duality gap at which a method is done.
-        inner_tol: as in the task `race`.
+        inner_tol: as in `Race`.
         passes: how often the clock runs; between two looks the fastest pass counts.
         against: what the pictures show the loss against.
     """
@@ -66,7 +61,7 @@ class Convergence(PictureTask):
     )  # fmt: skip
     row_by: ClassVar[tuple[str, ...]] = ("method", "settings")
 
-    task: Literal["convergence"]
+    task: Literal["doge_convergence.Convergence"]
     contenders: list[Contender] = Field(default=[Contender(), Contender(method="admm")], min_length=1)
     tol: float = Field(default=1e-7, gt=0)
     inner_tol: float | None = Field(default=None, gt=0)

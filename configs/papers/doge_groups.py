@@ -1,6 +1,6 @@
-"""The task `groups`: the groups of rows that Doge-ADMM treats in parallel on a grid, counted and drawn.
+"""The task of figures 2 to 4: the groups of rows that Doge-ADMM treats in parallel on a grid, counted and drawn.
 
-Source: Bu, Wu, Zuo, "Doge-ADMM", section 2.3 and figures 2 to 4.
+Source: Bu, Wu, Zuo, "Doge-ADMM", section 2.3.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class Groups(Task):
     columns: ClassVar[tuple[str, ...]] = ("groups", "rows", "smallest_group", "largest_group", "disjoint", "complete")
     row_by: ClassVar[tuple[str, ...]] = ("block",)
 
-    task: Literal["groups"]
+    task: Literal["doge_groups.Groups"]
     shape: tuple[int, ...] = Field(default=(8, 8), min_length=1, max_length=2)
     blocks: list[Literal[1, 2, 3]] = Field(default=[1, 2, 3], min_length=1)
 

@@ -1,6 +1,6 @@
-"""The task `race`: the time that the methods of the Doge-ADMM paper take on one picture.
+"""The task of table 1: the time that the methods of the Doge-ADMM paper take on one picture.
 
-Source of the comparison: Bu, Wu, Zuo, "Doge-ADMM", section 3.1 and table 1.
+Source of the comparison: Bu, Wu, Zuo, "Doge-ADMM", section 3.1.
 """
 
 from collections.abc import Sequence
@@ -9,9 +9,9 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
+from doge_baselines import METHOD_NAMES, Method, Settings, Stop, algorithm_of, fit, method_label
 from sparseopt.core.problem.problem import Solution
 from sparseopt.experiments import plots
-from sparseopt.experiments.papers.baselines import METHOD_NAMES, Method, Settings, Stop, algorithm_of, fit, method_label
 from sparseopt.experiments.task import FinishedRun, Record, grouped
 from sparseopt.experiments.task_denoise import FIT_SECONDS, NoisyPicture
 from sparseopt.trend.base.graph import Graph
@@ -24,14 +24,14 @@ class Race(NoisyPicture):
     """Add noise to a picture and fit a trend by a method of the paper, several times with fresh noise.
 
     Attributes:
-        method: "doge", "admm", "gtf_admm", "fast_admm" or "doge_groups"; see `baselines`.
+        method: "doge", "admm", "gtf_admm", "fast_admm" or "doge_groups"; see `doge_baselines`.
         settings: "tuned" as `trend_filter` chooses them, or "published": rho = 1, no relaxation.
         stop: "gap" for the relative duality gap, or "change" for the relative change of the fit in one step.
         inner_tol: relative duality gap of the optimisation inside each step of `fast_admm`; None for a tenth of
             `tol`, about the loosest with which every setting reaches it.
     """
 
-    task: Literal["race"]
+    task: Literal["doge_race.Race"]
     method: Method = "doge"
     settings: Settings = "tuned"
     stop: Stop = "gap"
