@@ -21,6 +21,7 @@ from sparseopt.system.speed import measure_gflops, measure_gigabytes
 # The extras that commands and functions need, with their modules; the others are for benchmarks and tests.
 EXTRAS = {
     "prune": ("flax", "transformers", "tokenizers", "safetensors", "gguf", "pyarrow", "huggingface_hub"),
+    "parquet": ("pyarrow",),
     "images": ("PIL", "png", "tifffile", "skimage"),
     "volumes": ("nibabel",),
     "plot": ("matplotlib",),
