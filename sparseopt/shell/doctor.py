@@ -21,6 +21,7 @@ from sparseopt.system.speed import measure_gflops, measure_gigabytes
 # The extras that commands and functions need, with their modules; the others are for benchmarks and tests.
 EXTRAS = {
     "prune": ("flax", "transformers", "tokenizers", "safetensors", "gguf", "pyarrow", "huggingface_hub"),
+    "parquet": ("pyarrow",),
     "images": ("PIL", "png", "tifffile", "skimage"),
     "volumes": ("nibabel",),
     "plot": ("matplotlib",),
@@ -28,6 +29,7 @@ EXTRAS = {
     "interior": ("piqp",),
     "torch": ("torch", "accelerate"),
     "eval": ("lm_eval", "datasets", "evaluate"),
+    "datasets": ("datasets", "zstandard"),
 }
 # What decides on devices and programs.
 VARIABLES = re.compile(r"JAX_\w+|XLA_\w+|CUDA_VISIBLE_DEVICES|TPU_\w+|LIBTPU_\w+|SPARSEOPT_\w+")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from sparseopt.experiments.read.files import FileError, readable, write_npz
-from sparseopt.experiments.read.tables import TABLE_KINDS, heading_of, is_number, read_table, read_texts
+from sparseopt.experiments.read.tables import TABLE_KINDS, heading_of, is_number, read_table, write_parquet
 
 # The first column of a signal holds ids of nodes if it has one of these names; the column of pieces of a fit.
 ID_NAMES, PIECE = ("node", "id"), "piece"
@@ -56,7 +56,10 @@ def read_signal(path: str | Path, series: bool = False) -> NodeTable:
     last = len(heading) - (len(heading) > 2 and heading[-1] == PIECE)
     if last == 1:
         raise FileError(f"{file} has the ids of the nodes but no column of values")
-    table, nodes = read_table(file, columns=tuple(range(1, last))), tuple(read_texts(file, (0,))[:, 0])
+    table, nodes = (
+        read_table(file, columns=tuple(range(1, last))),
+        tuple(read_table(file, columns=(0,), texts=True)[:, 0]),
+    )
     if len(nodes) != len(table):
         raise FileError(f"{file} has {len(nodes)} ids and {len(table)} rows of values; leave out comments and blanks")
     node, count = collections.Counter(nodes).most_common(1)[0]
@@ -102,7 +105,7 @@ def read_edges(path: str | Path, nodes: tuple[str, ...] | None = None) -> tuple[
 
 
 def _edges_of_ids(file: Path, nodes: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray | None]:
-    texts = read_texts(file, None)
+    texts = read_table(file, texts=True)
     if texts.shape[1] not in (2, 3):
         raise FileError(f"{file} has {texts.shape[1]} columns; an edge is two ids of nodes and, if any, a weight")
     place = {node: index for index, node in enumerate(nodes)}
@@ -145,9 +148,6 @@ def write_fit(path: str | Path, fit: NodeTable, pieces: np.ndarray | None) -> No
         arrays |= {} if fit.times is None else {"times": fit.times}
         write_npz(file, arrays if pieces is None else arrays | {PIECE: pieces})
     elif kind == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        pyarrow.parquet.write_table(pyarrow.table(columns), file)
+        write_parquet(file, columns)
     else:
         raise FileError(f"{file} must end in one of {', '.join(TABLE_KINDS)}")

@@ -16,10 +16,12 @@ TABLE_KINDS = (".csv", ".parquet", ".npz")
 NOT_THERE = ("na", "n/a", "null", "none", "?", "-")
 
 
-def read_table(path: str | Path, names: tuple[str, ...] = (), columns: tuple[int, ...] = ()) -> np.ndarray:
-    """A numeric table `[rows, columns]`, float64; of an NPZ file the array with one of the `names`.
+def read_table(
+    path: str | Path, names: tuple[str, ...] = (), columns: tuple[int, ...] = (), texts: bool = False
+) -> np.ndarray:
+    """A table `[rows, columns]` of numbers, float64, or of `texts`; of an NPZ file the array with one of the `names`.
 
-    Of other files only the given `columns`, if any are given.
+    Of other files only the given `columns`, if any are given. Without them, the first row of texts may be a heading.
     """
     file = readable(path, "a CSV or NPZ")
     kind = file.suffix.lower()
@@ -29,38 +31,37 @@ def read_table(path: str | Path, names: tuple[str, ...] = (), columns: tuple[int
         if kind == ".npz":
             table = _read_npz(file, names)
         else:
-            table = {".csv": _read_csv, ".parquet": _read_parquet}[kind](file, columns)
+            table = {".csv": _read_csv, ".parquet": _read_parquet}[kind](file, columns, texts)
     except (FileError, ModuleNotFoundError):
         raise
     except Exception as error:  # pyarrow, zipfile and zlib have their own classes of errors
-        raise FileError(f"cannot read numbers from {file}: {str(error)[:300] or type(error).__name__}") from error
+        why = str(error).partition("; use `usecols`")[0][:300] or type(error).__name__
+        raise FileError(f"cannot read numbers from {file}: {why}") from error
     if table.size == 0 or table.ndim == 0:
         raise FileError(f"{file} holds no rows of numbers; give one row a node or an edge")
     return table.reshape(len(table), -1)
 
 
-def _read_csv(file: Path, columns: tuple[int, ...]) -> np.ndarray:
-    with file.open(encoding="utf-8-sig") as stream:
-        first = stream.readline().strip().split(",")
-        heading = not is_numbers(first)
-        absent = [cell.strip().lower() in NOT_THERE for cell in first]
-        if heading and any(absent) and (all(absent) or any(map(is_number, first))):
-            raise FileError(f"{file} has {first} in its first row; leave a cell empty where a value is missing")
-        stream.seek(0)
-        with warnings.catch_warnings():
-            # The caller reports an empty table.
-            warnings.filterwarnings("ignore", "loadtxt: input contained no data", UserWarning)
-            return np.loadtxt(
-                _with_blanks(stream, heading) if len(first) == 1 else file,
-                delimiter=",",
-                skiprows=int(heading),
-                ndmin=2,
-                usecols=columns or None,
-                comments=None if columns else "#",  # an id may have one
-                quotechar='"',
-                converters=lambda cell: float(cell or "nan"),
-                encoding="utf-8-sig",
-            )
+def _read_csv(file: Path, columns: tuple[int, ...], texts: bool) -> np.ndarray:
+    cells, heading = _first_row(file), bool(heading_of(file)) and not (texts and not columns)
+    absent = [cell.lower() in NOT_THERE for cell in cells]
+    if heading and any(absent) and (all(absent) or any(map(is_number, cells))):
+        raise FileError(f"{file} has {cells} in its first row; leave a cell empty where a value is missing")
+    with file.open(encoding="utf-8-sig") as stream, warnings.catch_warnings():
+        # The caller reports an empty table.
+        warnings.filterwarnings("ignore", "loadtxt: input contained no data", UserWarning)
+        return np.loadtxt(
+            _with_blanks(stream, heading) if len(cells) == 1 and not texts else file,
+            dtype=object if texts else np.float64,
+            delimiter=",",
+            skiprows=int(heading),
+            ndmin=2,
+            usecols=columns or None,
+            comments=None if columns or texts else "#",  # an id may have one
+            quotechar='"',
+            converters=str.strip if texts else lambda cell: float(cell or "nan"),
+            encoding="utf-8-sig",
+        )
 
 
 def _with_blanks(lines: Iterable[str], heading: bool) -> Iterator[str]:
@@ -90,25 +91,25 @@ def is_number(cell: str) -> bool:
     return True
 
 
-def _read_parquet(file: Path, columns: tuple[int, ...]) -> np.ndarray:
-    table = parquet_table(file)
-    kept = columns or range(table.num_columns)
-    return np.stack([np.asarray(table.column(i).to_numpy(), np.float64) for i in kept], axis=1)
-
-
-def parquet_table(file: Path) -> Any:
-    """A Parquet file as a table, after its claimed size was checked."""
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise FileError(f"reading {file} needs pyarrow: pip install pyarrow") from error
-    with pyarrow.parquet.ParquetFile(file) as stored:
+def _read_parquet(file: Path, columns: tuple[int, ...], texts: bool) -> np.ndarray:
+    with _parquet(file).ParquetFile(file) as stored:
         found = stored.metadata
         check_unpacked(8 * found.num_rows * found.num_columns, file)
         # Not by column: pyarrow aborts the process for some damaged statistics of a single column.
         groups = [found.row_group(index).total_byte_size for index in range(found.num_row_groups)]
         check_unpacked(sum(max(0, size) for size in groups), file)
-        return stored.read()
+        table = stored.read()
+    kept = [table.column(index) for index in columns or range(table.num_columns)]
+    if texts:
+        return np.array([[str(cell) for cell in column.to_pylist()] for column in kept], object).T
+    return np.stack([np.asarray(column.to_numpy(), np.float64) for column in kept], axis=1)
+
+
+def write_parquet(file: Path, columns: dict[str, list[Any]]) -> None:
+    """Write columns by their names."""
+    import pyarrow
+
+    _parquet(file).write_table(pyarrow.table(columns), file)
 
 
 def _read_npz(file: Path, names: tuple[str, ...]) -> np.ndarray:
@@ -125,37 +126,22 @@ def heading_of(file: Path) -> list[str]:
     """The names of the columns; none for an NPZ file, and for a CSV file whose first row is numbers."""
     try:
         if file.suffix.lower() == ".parquet":
-            import pyarrow.parquet
-
-            with pyarrow.parquet.ParquetFile(file) as stored:
+            with _parquet(file).ParquetFile(file) as stored:
                 return list(stored.schema_arrow.names)
-        if file.suffix.lower() == ".csv":
-            with file.open(encoding="utf-8-sig", newline="") as stream:
-                cells = [cell.strip() for cell in next(csv.reader([stream.readline()]), [])]
-            return [] if is_numbers(cells) else [cell.removeprefix("#").strip() for cell in cells]
+        cells = _first_row(file) if file.suffix.lower() == ".csv" else []
     except Exception:
         return []  # reading the table says what is wrong
-    return []
+    return [] if is_numbers(cells) else [cell.removeprefix("#").strip() for cell in cells]
 
 
-def read_texts(file: Path, columns: tuple[int, ...] | None) -> np.ndarray:
-    """The cells of a table, `[rows, columns]`; with `columns` only those, without the heading of a CSV file."""
+def _first_row(file: Path) -> list[str]:
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        return [cell.strip() for cell in next(csv.reader([stream.readline()]), [])]
+
+
+def _parquet(file: Path) -> Any:
     try:
-        if file.suffix.lower() == ".parquet":
-            table = parquet_table(file)
-            return np.array(
-                [[str(cell) for cell in table.column(i).to_pylist()] for i in columns or range(table.num_columns)],
-                object,
-            ).T
-        with file.open(encoding="utf-8-sig", newline="") as stream:
-            rows = [row for row in csv.reader(stream) if row]
-    except (FileError, ModuleNotFoundError):
-        raise
-    except Exception as error:
-        raise FileError(f"cannot read {file}: {str(error)[:300] or type(error).__name__}") from error
-    if not rows:
-        raise FileError(f"{file} is empty")
-    rows = rows if columns is None else [[row[i] for i in columns] for row in rows[1:]]
-    if len({len(row) for row in rows}) > 1:
-        raise FileError(f"the rows of {file} differ in their number of cells; give all the same columns")
-    return np.array([[cell.strip() for cell in row] for row in rows], object).reshape(len(rows), -1)
+        import pyarrow.parquet
+    except ImportError as error:
+        raise FileError(f"the file {file} needs pyarrow: pip install 'sparseopt[parquet]'") from error
+    return pyarrow.parquet

@@ -8,10 +8,9 @@ export copies, such as the tokenizer and the licence. They are kept in huggingfa
 nothing, and a machine without a network uses the cache.
 """
 
-import contextlib
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
@@ -90,37 +89,51 @@ def fetch(name: HubName) -> tuple[Path, str]:
         ModelError: if the repository or its revision is unknown, its owner must grant access, it has no safetensors, or
             the hub cannot be reached and the cache has no complete copy; says what to do.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HTTPError, RevisionNotFoundError
 
     # Where the network, the hub or the disk fails. The HTTP client and its errors depend on the library's version.
     failures = (HTTPError, OSError)
+    small: list[str] = []
+    unreached: Exception | None = None
+
+    def get(revision: str | None, files: Sequence[str]) -> Path:
+        # The library reads these as patterns: brackets in a file's name must be escaped.
+        wanted, only_cached = [escape(file) for file in files], unreached is not None
+        return Path(
+            snapshot_download(name.repository, revision=revision, allow_patterns=wanted, local_files_only=only_cached)
+        )
+
     try:
-        info = HfApi().model_info(name.repository, revision=name.revision, timeout=TIMEOUT, files_metadata=True)
+        try:
+            info = HfApi().model_info(name.repository, revision=name.revision, timeout=TIMEOUT, files_metadata=True)
+            small = _small_files({file.rfilename: file.size or 0 for file in info.siblings or []}, name)
+        except RevisionNotFoundError:
+            raise
+        except failures as error:
+            unreached = error
+        folder = get(name.revision, (CONFIG, *INDICES, *small))
+        weights = _weight_files(folder)
+        folder = get(folder.name, weights)
+        # Files that the hub itself lacks are reported when the folder is read.
+        if unreached and not all((folder / file).is_file() for file in (CONFIG, *weights)):
+            raise unreached
     except failures as error:
-        if not isinstance(error, RevisionNotFoundError):
-            with contextlib.suppress(*failures):
-                folder, commit = _download(name, (), only_cached=True)
-                logger.warning(
-                    "%s: not fetched again (%s); using the copy in the cache, commit %s", name, _short(error), commit
-                )
-                return folder, commit
-        raise ModelError(_explain(error, name)) from error
-    files = {file.rfilename: file.size or 0 for file in info.siblings or []}
-    _check_files(set(files), name)
-    small = [file for file, size in files.items() if is_carried(file) and size <= MAX_FILE]
-    if large := [file for file, size in files.items() if is_carried(file) and size > MAX_FILE]:
-        logger.warning("%s: not fetched because of their size: %s", name, ", ".join(large))
-    try:
-        return _download(name, small, only_cached=False)
-    except failures as error:
-        raise ModelError(_explain(error, name)) from error
+        raise ModelError(_explain(unreached or error, name)) from error
+    if unreached:
+        logger.warning(
+            "%s: not fetched again (%s); using the copy in the cache, commit %s", name, _short(unreached), folder.name
+        )
+    return folder, folder.name
 
 
-def _check_files(files: set[str], name: HubName) -> None:
-    has_weights = bool(files & {WEIGHTS, *INDICES})
+def _small_files(files: Mapping[str, int], name: HubName) -> list[str]:
+    """Those, of all with their bytes, that an export copies; refuses a repository without a model."""
+    has_weights = not files.keys().isdisjoint((WEIGHTS, *INDICES))
     if has_weights and CONFIG in files:
-        return
+        if large := [file for file, size in files.items() if is_carried(file) and size > MAX_FILE]:
+            logger.warning("%s: not fetched because of their size: %s", name, ", ".join(large))
+        return [file for file, size in files.items() if is_carried(file) and size <= MAX_FILE]
     if not has_weights and any(file.endswith(".gguf") for file in files):
         hint = (
             "it has GGUF files: fetch one with "
@@ -132,29 +145,6 @@ def _check_files(files: set[str], name: HubName) -> None:
         hint = f"it holds {listed(sorted(files)) or 'nothing'}; name the repository of a causal language model"
     missing = CONFIG if has_weights else WEIGHTS
     raise ModelError(f"{name} on the hub has no {missing}, expected are {CONFIG} and safetensors weights: {hint}")
-
-
-def _download(name: HubName, small: Sequence[str], *, only_cached: bool) -> tuple[Path, str]:
-    """Folder and commit. First the small files are fetched, then the weights that the index names."""
-    from huggingface_hub import snapshot_download
-
-    def get(revision: str | None, files: Sequence[str]) -> Path:
-        # The library reads these as patterns: brackets in a file's name must be escaped.
-        patterns = [escape(file) for file in files]
-        folder = snapshot_download(
-            name.repository, revision=revision, allow_patterns=patterns, local_files_only=only_cached
-        )
-        return Path(folder)
-
-    folder = get(name.revision, (CONFIG, *INDICES, *small))
-    commit = folder.name
-    weights = _weight_files(folder)
-    folder = get(commit, weights)
-    missing = [file for file in (CONFIG, *weights) if not (folder / file).is_file()]
-    # Files that the hub itself lacks are reported when the folder is read.
-    if missing and only_cached:
-        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}")
-    return folder, commit
 
 
 def _weight_files(folder: Path) -> list[str]:

@@ -3,12 +3,14 @@
     self             calibration only: text that the model draws, see `drawn`
     pydoc            English reference text that is part of CPython; two disjoint halves
     file:PATH        a UTF-8 text file, one document: calibration from its first half, evaluation from the second
-    jsonl:PATH       a JSON object a line: a file, a folder of them or a glob such as data/*.json.gz; .gz is unpacked
+    jsonl:PATH       a JSON object a line: a file, a folder of them or a glob such as data/*.json.gz; .gz and .zst are
+                     unpacked
     csv:PATH         rows with a heading, in the same way
     parquet:PATH     rows of Parquet files, in the same way
     wikitext2:PATH   a folder with WikiText-2 parquet files: calibration from validation, evaluation from test
-    hf:NAME          a data set of the Hugging Face hub, which needs a network: hf:OWNER/NAME, hf:OWNER/NAME/CONFIG, or
-                     one of its files as hf:OWNER/NAME/FILE; calibration from validation, evaluation from test
+    hf:NAME          a data set of the Hugging Face hub, which needs a network and the extra `datasets`: hf:OWNER/NAME,
+                     hf:OWNER/NAME/CONFIG, or one of its files as hf:OWNER/NAME/FILE, perhaps with @REVISION at the end;
+                     calibration from validation, evaluation from test
 
 No document is read both for calibration and for evaluation. Where no split separates rows (your own files, one file of
 the hub, a split that you name), calibration reads the first, third, fifth, ... of them, evaluation the others.
@@ -16,15 +18,14 @@ the hub, a split that you name), calibration reads the first, third, fifth, ... 
 
 import contextlib
 import csv
-import gzip
+import io
 import itertools
 import json
 import re
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from glob import escape, glob
+from glob import glob
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, NamedTuple, TextIO
 
 from sparseopt.models.files.folder import PICKLES
 
@@ -38,8 +39,8 @@ COLUMNS = ("text", "messages", "conversations")
 
 # The files of a folder that hold rows.
 _ENDINGS = {
-    "jsonl": (".jsonl", ".json", ".jsonl.gz", ".json.gz"),
-    "csv": (".csv", ".csv.gz"),
+    "jsonl": (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst"),
+    "csv": (".csv", ".csv.gz", ".csv.zst"),
     "parquet": (".parquet",),
 }
 _KINDS = ("pydoc", "file", *_ENDINGS, "wikitext2", "hf")
@@ -118,8 +119,8 @@ def load_documents(text: Any, part: Part, *, split: str | None = None, column: s
         case "wikitext2":
             found = _rows("parquet", _wikitext_files(rest, _SPLITS[part]), "text")
         case "hf":
-            files = _hub_files(rest, split or _SPLITS[part])
-            found = _rows(next(k for k, ends in _ENDINGS.items() if files[0].name.endswith(ends)), files, column)
+            name = _hub_name(rest)
+            found = _hub_documents(name, "train" if name.file else split or _SPLITS[part], column)
         case _:
             found = _rows(kind, _row_files(kind, rest), column)
     if isinstance(text, str) and _alternates(text, split):
@@ -153,7 +154,7 @@ def load_text(text: str, part: Part, *, split: str | None = None, column: str | 
 
 def _alternates(text: str, split: str | None) -> bool:
     kind, _, rest = text.partition(":")
-    return kind in _ENDINGS or (kind == "hf" and (split is not None or _file_of(rest) is not None))
+    return kind in _ENDINGS or (kind == "hf" and (split is not None or _hub_name(rest).file is not None))
 
 
 def _read_pydoc(part: Part) -> Iterator[str]:
@@ -216,7 +217,7 @@ def _row_files(kind: str, path: str) -> list[Path]:
 
 def _once(files: list[Path]) -> list[Path]:
     """The files; a `TextError` where one stands beside its unpacked self, whose documents would be read twice."""
-    if twice := [file for file in files if file.suffix == ".gz" and file.with_suffix("") in files]:
+    if twice := [file for file in files if file.suffix in (".gz", ".zst") and file.with_suffix("") in files]:
         raise TextError(f"{twice[0]} and {twice[0].with_suffix('')} hold the same documents; remove one of the two")
     return files
 
@@ -232,48 +233,50 @@ def _wikitext_files(path: str, wanted: str) -> list[Path]:
     return files
 
 
-def _file_of(name: str) -> str | None:
-    """The file that OWNER/NAME/FILE names; None where a data set or one of its configurations is meant."""
-    rest = name.split("/", 2)[2:]
-    return rest[0] if rest and rest[0].endswith(tuple(itertools.chain(*_ENDINGS.values()))) else None
+class _HubName(NamedTuple):
+    repository: str
+    config: str | None
+    file: str | None
+    revision: str | None
 
 
-def _hub_files(name: str, wanted: str) -> list[Path]:
-    from huggingface_hub import snapshot_download
-
-    repository, _, rest = name, "", ""
-    if name.count("/") >= 2:
-        owner, own, rest = name.split("/", 2)
-        repository = f"{owner}/{own}"
-    single = _file_of(name)
-    config = "" if single else rest
-    places = [f"{escape(config)}/", f"*/{escape(config)}/"] if config else ["", "*/"]
-    patterns = [escape(single)] if single else [f"{place}{escape(wanted)}*.parquet" for place in places]
-    try:
-        folder = Path(snapshot_download(repository, repo_type="dataset", allow_patterns=patterns))
-    except Exception as error:  # failures of the network and of the hub have many classes
+def _hub_name(name: str) -> _HubName:
+    found = re.fullmatch(r"([^/@]+(?:/[^/@]+)?)(?:/([^@]+))?(?:@(.+))?", name)
+    if found is None:
         raise TextError(
-            f"cannot fetch the data set {name!r} from the hub ({type(error).__name__}: {error}); "
-            "without network use pydoc or files: file:PATH, jsonl:PATH, csv:PATH, parquet:PATH, wikitext2:PATH"
-        ) from error
-    if single:
-        if not (folder / single).is_file():
-            raise TextError(f"the data set {repository!r} on the hub has no file {single}; check its page")
-        return [folder / single]
-    # The cache may also hold other configurations, and splits whose names merely begin alike.
-    held: dict[str, list[Path]] = {}
-    for file in sorted(folder.rglob("*.parquet")):
-        if re.fullmatch(rf"{re.escape(wanted)}(-\d+(-of-\d+(-[0-9a-f]+)?)?)?", file.stem):
-            held.setdefault(file.parent.relative_to(folder).as_posix(), []).append(file)
-    found = [place for place in held if not config or place.split("/")[-1] == config]
-    if len(found) != 1:
-        there = ", ".join(sorted(found or held)) or "no such file"
-        raise TextError(
-            f"the data set {name!r} has {len(found)} folders with {wanted}.parquet files, and exactly one is read "
-            f"({'the snapshot holds' if not found else 'these'}: {there}); name one configuration, hf:NAME/CONFIG, "
-            "another split, or one file, hf:NAME/FILE"
+            f"hf:{name} names no data set; write hf:OWNER/NAME, and after it /CONFIG or /FILE, and @REVISION"
         )
-    return held[found[0]]
+    repository, rest, revision = found.groups()
+    if rest and rest.endswith(tuple(itertools.chain(*_ENDINGS.values()))):
+        return _HubName(repository, None, rest, revision)
+    return _HubName(repository, rest, None, revision)
+
+
+def _hub_documents(name: _HubName, split: str, column: str | None) -> Iterator[Document | None]:
+    """The documents of a split of a data set; only those that are asked for are fetched."""
+    repository, config, file, revision = name
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise TextError(
+            "data sets of the hub (hf:) are read with the package datasets: pip install 'sparseopt[datasets]'"
+        ) from error
+    try:
+        rows = load_dataset(repository, config, data_files=file, split=split, revision=revision, streaming=True)
+        if rows.column_names is not None:
+            rows = rows.select_columns(_column(rows.column_names, column))
+        for number, row in enumerate(rows, 1):
+            yield _document(row[_column(list(row), column)], f"{repository}, row {number}")
+    except TextError:
+        raise
+    except Exception as error:  # failures of the network, of the hub and of files have many classes
+        why = " ".join(str(error).partition("Example of usage")[0].split())[:500]
+        raise TextError(
+            f"cannot read {file or f'the split {split}'} of the data set {repository!r} from the hub "
+            f"({type(error).__name__}: {why}); name one configuration, hf:NAME/CONFIG, another split, or one file, "
+            "hf:NAME/FILE; without network use pydoc or files: file:PATH, jsonl:PATH, csv:PATH, parquet:PATH, "
+            f"wikitext2:PATH, as `hf download {repository} --repo-type dataset --local-dir FOLDER` fetches them"
+        ) from error
 
 
 def _rows(kind: str, files: Sequence[Path], column: str | None) -> Iterator[Document | None]:
@@ -292,7 +295,7 @@ def _reading(file: Path) -> Iterator[None]:
         yield
     except TextError:
         raise
-    except (OSError, EOFError, ValueError, zlib.error, csv.Error) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise TextError(f"cannot read a text column from {file}: {error}") from error
 
 
@@ -358,9 +361,11 @@ def _csv_rows(file: Path, column: str | None) -> Iterator[tuple[str, Any]]:
 
 
 def _opened(file: Path) -> TextIO:
-    if file.suffix == ".gz":
-        return gzip.open(file, "rt", encoding="utf-8-sig", newline="")
-    return file.open(encoding="utf-8-sig", newline="")
+    import pyarrow
+
+    # It unpacks by the name's ending.
+    stream: Any = pyarrow.input_stream(str(file), compression="detect")
+    return io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
 
 
 def _lines(stream: TextIO) -> Iterator[str]:

@@ -5,6 +5,7 @@ import dataclasses
 import gzip
 import itertools
 import json
+import sys
 
 import numpy as np
 import pyarrow
@@ -50,7 +51,9 @@ def write_rows(folder, kind):
     rows = [{"id": i, "text": text} for i, text in enumerate(TEXTS)]
     if kind == "jsonl":
         (folder / "a.jsonl").write_text(as_lines(rows[:3]) + "\n")
-        (folder / "b.json.gz").write_bytes(gzip.compress(as_lines(rows[3:]).encode()))
+        (folder / "b.json.gz").write_bytes(gzip.compress(as_lines(rows[3:4]).encode()))
+        with pyarrow.CompressedOutputStream(folder / "c.jsonl.zst", "zstd") as file:
+            file.write(as_lines(rows[4:]).encode())
     elif kind == "csv":
         with (folder / "a.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, ["id", "text"])
@@ -129,24 +132,72 @@ def test_a_byte_order_mark_is_no_character_and_an_unknown_home_no_file(tmp_path)
             load_text(text, "calibration")
 
 
-def test_one_file_and_one_split_of_the_hub(tmp_path, monkeypatch):
-    import huggingface_hub
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A data set `lab/words` with two configurations, as a folder that the library reads in place of the hub."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "lab" / "words"
+    card = "---\nconfigs:\n"
+    for config, splits in {"plain": ("validation", "test", "validation_hard"), "chats": ("train_sft",)}.items():
+        (folder / config).mkdir(parents=True)
+        card += f"- config_name: {config}\n  data_files:\n"
+        for split in splits:
+            column = {"text": [f"{split} {i}" for i in range(3)]} if config == "plain" else {"messages": [CHAT] * 5}
+            pyarrow.parquet.write_table(
+                pyarrow.table({"id": [0] * len(*column.values()), **column}), folder / config / f"{split}-0.parquet"
+            )
+            card += f"  - split: {split}\n    path: {config}/{split}-*.parquet\n"
+    (folder / "README.md").write_text(f"{card}---\n")
+    (folder / "c4-train.0.json.gz").write_bytes(gzip.compress(as_lines({"text": t} for t in TEXTS).encode()))
+    return folder
 
+
+def test_a_data_set_of_the_hub_is_read_by_configuration_split_and_file(hub):
+    assert load_text("hf:lab/words/plain", "calibration") == "validation 0\n\nvalidation 1\n\nvalidation 2"
+    assert load_text("hf:lab/words/plain", "evaluation").startswith("test 0")
+    assert list(load_documents("hf:lab/words/chats", "evaluation", split="train_sft")) == [CHAT] * 2
+    assert load_text("hf:lab/words/c4-train.0.json.gz", "calibration") == "\n\n".join(TEXTS[::2])
+    assert load_text("hf:lab/words/c4-train.0.json.gz", "evaluation") == "\n\n".join(TEXTS[1::2])
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("lab/words", {}, r"the available configs: \['plain', 'chats'\]\); name one configuration, hf:NAME/CONFIG"),
+        ("lab/words/plian", {}, "'plian' not found. Available: .*name one configuration"),
+        ("lab/words/chats", {}, "the split validation .* Available splits: .*'train_sft'.*another split"),
+        ("lab/words/plain", {"column": "body"}, "it has no column 'body'; its columns are id, text"),
+        ("lab/words/c5.json", {}, r"cannot read c5.json of the data set 'lab/words' .*Unable to find"),
+        ("a/b/c@", {}, "names no data set; write hf:OWNER/NAME, and after it /CONFIG or /FILE, and @REVISION"),
+    ],
+)
+def test_what_a_data_set_of_the_hub_has_instead_is_named(hub, name, given, message):
+    with pytest.raises(TextError, match=message):
+        load_text(f"hf:{name}", "calibration", **given)
+
+
+def test_a_data_set_of_the_hub_is_streamed_from_its_revision_or_what_works_without_is_named(monkeypatch):
     asked = []
-    monkeypatch.setattr(
-        huggingface_hub,
-        "snapshot_download",
-        lambda name, **given: asked.append(given["allow_patterns"]) or str(tmp_path),
-    )
-    (tmp_path / "en").mkdir()
-    (tmp_path / "en" / "c4-train.0.json.gz").write_bytes(gzip.compress(as_lines({"text": t} for t in TEXTS).encode()))
-    table = pyarrow.table({"prompt": TEXTS, "messages": [CHAT] * 5})
-    pyarrow.parquet.write_table(table, tmp_path / "train_sft-00000-of-00001.parquet")
-    assert load_text("hf:allenai/c4/en/c4-train.0.json.gz", "calibration") == "\n\n".join(TEXTS[::2])
-    assert list(load_documents("hf:a/b", "evaluation", split="train_sft")) == [CHAT] * 2
-    assert asked == [["en/c4-train.0.json.gz"], ["train_sft*.parquet", "*/train_sft*.parquet"]]
-    with pytest.raises(TextError, match=r"'allenai/c4' on the hub has no file en/c5.json"):
-        load_text("hf:allenai/c4/en/c5.json", "calibration")
+
+    def load(*names, **given):
+        asked.append((names, given))
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    for name in ("a/b@v1", "a/b/config@refs/convert/parquet", "a/b/d/e.json.zst@0123", "words"):
+        with pytest.raises(
+            TextError, match=r"no route\);.*without network use pydoc or files: file:PATH.*`hf download"
+        ):
+            load_text(f"hf:{name}", "calibration")
+    assert [(*names, *given.values()) for names, given in asked] == [
+        ("a/b", None, None, "validation", "v1", True),
+        ("a/b", "config", None, "validation", "refs/convert/parquet", True),
+        ("a/b", None, "d/e.json.zst", "train", "0123", True),
+        ("words", None, None, "validation", None, True),
+    ]
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(TextError, match=r"pip install 'sparseopt\[datasets\]'"):
+        load_text("hf:a/b", "calibration")
 
 
 def test_chats_go_through_the_template_of_the_model(tmp_path, source):

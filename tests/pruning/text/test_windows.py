@@ -91,54 +91,6 @@ def test_too_short_a_text_names_the_figures():
         token_windows(np.arange(100), 1, 32, "sprad")
 
 
-def test_a_hub_data_set_is_read_from_its_parquet_files(tmp_path, monkeypatch):
-    import huggingface_hub
-
-    asked = {}
-
-    def snapshot(name, **arguments):
-        asked.update(name=name, **arguments)
-        return str(tmp_path)
-
-    (tmp_path / "raw").mkdir()
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["from the hub"]}), tmp_path / "raw" / "validation-0.parquet")
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    assert load_text("hf:someone/words/raw", "calibration") == "from the hub"
-    assert asked["name"] == "someone/words"
-    assert asked["repo_type"] == "dataset"
-    assert asked["allow_patterns"] == ["raw/validation*.parquet", "*/raw/validation*.parquet"]
-    with pytest.raises(TextError, match=r"has 0 folders with test.parquet files.*holds: no such file\); name one"):
-        load_text("hf:someone/words/raw", "evaluation")
-
-
-def test_exactly_one_configuration_and_split_of_a_hub_data_set_is_read(tmp_path, monkeypatch):
-    import huggingface_hub
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
-    shards = ("validation-00000-of-00002", "validation-00001-of-00002-0a9f", "validation_hard-00000-of-00001")
-    for place in ("words-2", "words-2-raw", "words-103"):
-        (tmp_path / place).mkdir()
-        for index, shard in enumerate(shards):
-            table = pyarrow.table({"text": [f"{place} {index}"]})
-            pyarrow.parquet.write_table(table, tmp_path / place / f"{shard}.parquet")
-    assert load_text("hf:someone/words/words-2", "calibration") == "words-2 0\n\nwords-2 1"
-    with pytest.raises(TextError, match=r"has 3 folders with .*words-103, words-2, words-2-raw.*; name one"):
-        load_text("hf:someone/words", "calibration")
-    with pytest.raises(TextError, match=r"has 0 folders with .*snapshot holds: words-103, words-2, words-2-raw"):
-        load_text("hf:someone/words/words", "calibration")
-
-
-def test_without_network_the_hub_is_answered_by_what_works_without(monkeypatch):
-    import huggingface_hub
-
-    def snapshot(name, **arguments):
-        raise ConnectionError("no route")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    with pytest.raises(TextError, match=r"no route\); without network use pydoc or files: file:PATH"):
-        load_text("hf:someone/words", "calibration")
-
-
 def test_windows_begin_with_bos_in_place_of_their_last_token():
     ids = np.arange(12, dtype=np.int32).reshape(3, 4)
     np.testing.assert_array_equal(begin_windows(ids, 99), [[99, 0, 1, 2], [99, 4, 5, 6], [99, 8, 9, 10]])
