@@ -33,7 +33,7 @@ from sparseopt.experiments.runs import (
     run_all,
 )
 from sparseopt.experiments.task import FinishedRun
-from sparseopt.experiments.task_prune import Prune
+from sparseopt.experiments.tasks.prune import Prune
 from sparseopt.layers.patterns import implied_sparsity
 from sparseopt.pruning import METHODS
 from sparseopt.pruning.recipe.effort import PRUNE

@@ -36,7 +36,7 @@ from sparseopt.system.machine import environment, peak_memory_bytes, versions
 from sparseopt.system.run_folder import RECORDS, RUN, SUMMARY, Fingerprint, FolderError
 
 CONFIG, FAILURE = "config.yaml", "error.txt"
-# What a run writes besides its `run.json`; `model` is that of `task_model`.
+# What a run writes besides its `run.json`; `model` is that of `tasks.model`.
 WRITTEN = (SUMMARY, RECORDS, CONFIG, FAILURE, "*.png", "*.npz", "model")
 
 

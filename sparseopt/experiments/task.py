@@ -20,10 +20,10 @@ from sparseopt.experiments.names import AllowCode, find_class, shortened, sugges
 
 # The tasks that a config can name. Each is imported on use, because it may need the packages of an extra.
 TASKS = {
-    "denoise": "task_denoise.Denoise",
-    "graph_signal": "task_graph.GraphSignal",
-    "prune": "task_prune.Prune",
-    "shrink": "task_shrink.Shrink",
+    "denoise": "tasks.denoise.Denoise",
+    "graph_signal": "tasks.graph.GraphSignal",
+    "prune": "tasks.prune.Prune",
+    "shrink": "tasks.shrink.Shrink",
     "race": "papers.race.Race",
     "convergence": "papers.convergence.Convergence",
     "groups": "papers.groups.Groups",

@@ -10,8 +10,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from sparseopt.experiments import comparison, plots, runs, task_model, task_prune
+from sparseopt.experiments import comparison, plots, runs
 from sparseopt.experiments.config import ConfigError
+from sparseopt.experiments.tasks import model, prune
 from sparseopt.models import encode_text, load_tokenizer, open_model
 from sparseopt.pruning import Recipe, audit_sparsity, load_text, perplexity, prune_model, token_windows
 from sparseopt.system.machine import peak_memory_bytes
@@ -53,7 +54,7 @@ def pruned(monkeypatch):
         calls.append(recipe.method)
         return prune_model(source, output, recipe, **others)
 
-    monkeypatch.setattr(task_prune, "prune_model", counting)
+    monkeypatch.setattr(prune, "prune_model", counting)
     return calls
 
 
@@ -176,7 +177,7 @@ def test_a_failed_cell_is_a_row_with_its_reason_and_is_tried_again(tmp_path, set
             raise RuntimeError("the solve of\nmodel.layers.0 became non-finite")
         return prune_model(source, output, recipe, **others)
 
-    monkeypatch.setattr(task_prune, "prune_model", failing)
+    monkeypatch.setattr(prune, "prune_model", failing)
     output = tmp_path / "out"
     section, outcomes = compared(output, settings, patterns=["2:4"])
     reason = "model: RuntimeError: the solve of model.layers.0 became non-finite"
@@ -185,14 +186,14 @@ def test_a_failed_cell_is_a_row_with_its_reason_and_is_tried_again(tmp_path, set
     assert [bool(outcome.error) for outcome in outcomes] == [False, True, False]
     files = comparison.write(section, section.runs[0].task, output)
     assert f"| wanda | 2:4 | 0.5 |  |  |  |  |  |  |  |  | {reason} |" in files[1].read_text()
-    monkeypatch.setattr(task_prune, "prune_model", prune_model)
+    monkeypatch.setattr(prune, "prune_model", prune_model)
     section, outcomes = compared(output, settings, patterns=["2:4"])
     assert [outcome.done for outcome in outcomes] == [0, 1, 0]
     assert not any("error" in row.figures for row in section.rows)
 
 
 def test_a_perplexity_that_is_not_finite_is_said_so(tmp_path, settings, monkeypatch):
-    monkeypatch.setattr(task_model, "perplexity", lambda *_, **__: float("inf"))
+    monkeypatch.setattr(model, "perplexity", lambda *_, **__: float("inf"))
     section, _ = compared(tmp_path / "out", settings, ["magnitude"], [0.5], ["unstructured"])
     assert [row.figures["perplexity"] for row in section.rows] == ["not finite"] * 2
     files = comparison.write(section, section.runs[0].task, tmp_path / "out")

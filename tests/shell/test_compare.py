@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sparseopt.experiments import task_prune
+from sparseopt.experiments.tasks import prune
 from sparseopt.pruning import prune_model
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 from tests.pruning.test_pipeline import TOKENIZER
@@ -40,7 +40,7 @@ def fail_on(monkeypatch, count, error):
             raise error
         return prune_model(source, output, recipe, **others)
 
-    monkeypatch.setattr(task_prune, "prune_model", failing)
+    monkeypatch.setattr(prune, "prune_model", failing)
     return calls
 
 

@@ -25,7 +25,7 @@ from sparseopt.core.solve import solve
 from sparseopt.experiments import plots
 from sparseopt.experiments.papers.baselines import CADENCE, DOUBLE, Method, NestedAdmm, Settings, assemble, method_label
 from sparseopt.experiments.task import Estimate, FinishedRun, Record, Strict, grouped
-from sparseopt.experiments.task_denoise import PictureTask
+from sparseopt.experiments.tasks.denoise import PictureTask
 from sparseopt.trend.filter import trend_filter
 
 OPTIMUM_GAP = 1e-9

@@ -10,7 +10,7 @@ from sparseopt.core.base.types import Observer
 from sparseopt.experiments import plots
 from sparseopt.experiments.names import Mistakes, PenaltyConfig
 from sparseopt.experiments.task import Estimate, Record
-from sparseopt.experiments.task_model import BUNDLED, MethodConfig, ModelTask, model_path, recipe_settings
+from sparseopt.experiments.tasks.model import BUNDLED, MethodConfig, ModelTask, model_path, recipe_settings
 from sparseopt.models import PrunableModel
 from sparseopt.pruning import PruneReport, Recipe, audit_sparsity, prune_model
 from sparseopt.pruning.recipe.options import Option

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from sparseopt.core.base.types import Observer
 from sparseopt.experiments import plots
 from sparseopt.experiments.task import Record
-from sparseopt.experiments.task_model import ModelTask, model_path, recipe_settings
+from sparseopt.experiments.tasks.model import ModelTask, model_path, recipe_settings
 from sparseopt.models import PrunableModel, sizes_of
 from sparseopt.pruning import PruneReport, ShrinkRecipe, shrink_model
 from sparseopt.pruning.recipe.options import Option
