@@ -68,7 +68,14 @@ HOUSE = {
     "pruning/measure": ["block_removal survey", "mixing", "shaping"],
     "pruning/estimate": ["cost", "footprint inspection"],
     "pruning": ["pipeline", "__init__"],
-    "experiments": ["*"],
+    "experiments": [
+        "names plots* read/* yaml_file",
+        "task",
+        "config datasets",
+        "runs tasks/*",
+        "report",
+        "comparison papers/*",
+    ],
     "shell": ["*"],
     "__main__": ["*"],
 }

@@ -25,7 +25,7 @@ from sparseopt.core.problem.problem import Problem
 from sparseopt.core.solve import solve
 from sparseopt.experiments import plots
 from sparseopt.experiments.task import Estimate, FinishedRun, Record, Strict, grouped
-from sparseopt.experiments.task_denoise import PictureTask
+from sparseopt.experiments.tasks.denoise import PictureTask
 from sparseopt.trend.filter import trend_filter
 
 OPTIMUM_GAP = 1e-9

@@ -13,7 +13,7 @@ from doge_baselines import METHOD_NAMES, Method, Settings, Stop, algorithm_of, f
 from sparseopt.core.problem.problem import Solution
 from sparseopt.experiments import plots
 from sparseopt.experiments.task import FinishedRun, Record, grouped
-from sparseopt.experiments.task_denoise import FIT_SECONDS, NoisyPicture
+from sparseopt.experiments.tasks.denoise import FIT_SECONDS, NoisyPicture
 from sparseopt.trend.base.graph import Graph
 
 # Seconds of a fit with an optimisation in each step, for each value; see `FIT_SECONDS`.

@@ -22,7 +22,7 @@ from sparseopt.core.losses.quadratic import safe_step
 from sparseopt.experiments import plots
 from sparseopt.experiments.names import PenaltyConfig, SolverConfig, suggest
 from sparseopt.experiments.task import Estimate, FinishedRun, Record, Task
-from sparseopt.experiments.task_model import BUNDLED, BosChoice, model_path
+from sparseopt.experiments.tasks.model import BUNDLED, BosChoice, model_path
 from sparseopt.layers.problem import ScaledLayer, scale_layer
 from sparseopt.models import Bos, PrunableModel, check_window, load_tokenizer, open_model, start_token
 from sparseopt.pruning import Recipe, load_text

@@ -33,7 +33,7 @@ from sparseopt.experiments.runs import (
     run_all,
 )
 from sparseopt.experiments.task import FinishedRun
-from sparseopt.experiments.task_prune import Prune
+from sparseopt.experiments.tasks.prune import Prune
 from sparseopt.layers.patterns import implied_sparsity
 from sparseopt.pruning import METHODS
 from sparseopt.pruning.recipe.effort import PRUNE
@@ -292,8 +292,9 @@ def head(section: Section, task: Prune) -> list[str]:
         lines.append(f"measured on: {machine}, with {packages}{which}")
     return [
         *lines,
-        "seconds: of the solver, and of the whole pruning run with compilation and forward passes",
-        "peak memory: of the process in that cell; outside Linux, in that cell and the earlier ones",
+        "seconds: of the solver, and of the whole pass with compilation and forward passes, which cells of the same "
+        "tokens share",
+        "peak memory: of the process in that pass; outside Linux, in that pass and the earlier ones",
     ]
 
 

@@ -10,12 +10,13 @@ Several processes that work together (`system.processes`) run every unit togethe
 do, tells the others, and writes. Processes that know nothing of each other share the runs by `--shard i/n`.
 """
 
+import contextlib
 import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cache
 from pathlib import Path
@@ -36,7 +37,7 @@ from sparseopt.system.machine import environment, peak_memory_bytes, versions
 from sparseopt.system.run_folder import RECORDS, RUN, SUMMARY, Fingerprint, FolderError
 
 CONFIG, FAILURE = "config.yaml", "error.txt"
-# What a run writes besides its `run.json`; `model` is that of `task_model`.
+# What a run writes besides its `run.json`; `model` is that of `tasks.model`.
 WRITTEN = (SUMMARY, RECORDS, CONFIG, FAILURE, "*.png", "*.npz", "model")
 
 
@@ -64,13 +65,15 @@ class Planned:
 class Outcome:
     """What `execute` did: how many units were run, and why the run failed, if it did.
 
-    The units of the lost lines of `records.jsonl`, which held no record, were run again.
+    The units of the lost lines of `records.jsonl`, which held no record, were run again. `apart` says why the work that
+    the run shares with others ended, so that each went on by itself.
     """
 
     folder: Path
     done: int
     error: str | None = None
     lost: tuple[int, ...] = ()
+    apart: str | None = None
 
 
 @cache
@@ -195,26 +198,45 @@ def execute(run: Run, output: Path, observer: Observer, *, again: bool = False) 
         for key in missing:
             run.task.run_unit(key, folder, lambda *_: None)
         return Outcome(folder, len(missing))
-    wanted = fingerprint(run.task)
     with run_folder.claimed(folder):
-        state, why = state_of(folder, wanted)
-        if state is State.OTHER and (refusal := _refusal(folder, why, again)):
-            raise FolderError(refusal)
-        if state is State.FINISHED and not again:
+        if not _begin(run, folder, again):
             processes.told([])
             return Outcome(folder, 0)
-        if again or state is State.NEW:
-            _clear(folder)
-            started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-            devices = 1 if run.task.devices is None else run.task.devices
-            run_folder.write_start(
-                folder, wanted, id=run.id, settings=run.settings, seed=run.task.seed, started=started,
-                devices=devices, processes=processes.count(), **environment(),
-            )  # fmt: skip
-        if not (folder / CONFIG).is_file():
-            values = run.task.model_dump(mode="json", exclude_none=True)
-            write_whole(folder / CONFIG, write_yaml(values))
         return _run_units(run, folder, observer)
+
+
+def _begin(run: Run, folder: Path, again: bool) -> bool:
+    """Begin a run in its claimed folder, or find it begun there; False if it is finished."""
+    wanted = fingerprint(run.task)
+    state, why = state_of(folder, wanted)
+    if state is State.OTHER and (refusal := _refusal(folder, why, again)):
+        raise FolderError(refusal)
+    if state is State.FINISHED and not again:
+        return False
+    if again or state is State.NEW:
+        _clear(folder)
+        started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        devices = 1 if run.task.devices is None else run.task.devices
+        run_folder.write_start(
+            folder, wanted, id=run.id, settings=run.settings, seed=run.task.seed, started=started,
+            devices=devices, processes=processes.count(), **environment(),
+        )  # fmt: skip
+    if not (folder / CONFIG).is_file():
+        write_whole(folder / CONFIG, write_yaml(run.task.model_dump(mode="json", exclude_none=True)))
+    return True
+
+
+def _missing(task: Task, records: Container[str]) -> list[str]:
+    return [key for key in task.units() if key not in records]
+
+
+def _inside(observer: Observer, done: int, total: int) -> Observer:
+    """Observes the parts of a piece of work, after so many pieces of all."""
+
+    def observe(text: Any, part: int, parts: int) -> None:
+        observer(f"{text} {part}/{parts}" if parts else text, done, total)
+
+    return observe
 
 
 def _run_units(run: Run, folder: Path, observer: Observer) -> Outcome:
@@ -222,18 +244,13 @@ def _run_units(run: Run, folder: Path, observer: Observer) -> Outcome:
     (folder / FAILURE).unlink(missing_ok=True)
     records, torn = records_in(folder)
     run_folder.write_records(folder, records.values())
-    keys = task.units()
-    missing = processes.told([key for key in keys if key not in records])
+    keys, missing = task.units(), processes.told(_missing(task, records))
     for key in missing:
         done = len(records)
-
-        def inside(text: Any, part: int, parts: int, done: int = done) -> None:
-            observer(f"{text} {part}/{parts}" if parts else text, done, len(keys))
-
         observer(key, done, len(keys))
         began = time.perf_counter()
         try:
-            record = task.run_unit(key, folder, inside)
+            record = task.run_unit(key, folder, _inside(observer, done, len(keys)))
         except Exception as error:
             return _failed(key, error, folder, done, torn)
         records[key] = run_folder.plain({"unit": key, **record, "unit_seconds": time.perf_counter() - began})
@@ -276,20 +293,53 @@ def run_all(
 ) -> list[Outcome]:
     """Execute the planned runs in order; after one that fails, the next one starts.
 
-    If several processes work together, a failure in one ends them all. `observer` makes the observer of a run, `ended`
-    is called after it, and `again` repeats finished runs too.
+    Runs whose tasks agree in `Task.shares` do what they share together, before the first of them. If that fails, each
+    goes on by itself. If several processes work together, a failure in one ends them all. `observer` makes the observer
+    of a run, `ended` is called after it, and `again` repeats finished runs too.
     """
-    outcomes = []
+    groups: dict[Hashable, list[Planned]] = {}
     for p in planned:
+        if (shared := p.run.task.shares()) is not None and (again or p.state is not State.FINISHED):
+            groups.setdefault(shared, []).append(p)
+    outcomes, begun = [], set[Path]()
+    for p in planned:
+        watching, apart = observer(p), None
+        if len(group := groups.pop(p.run.task.shares(), [])) > 1:
+            found, apart = _prepare(group, watching, again)
+            begun |= found
         try:
-            outcome = execute(p.run, output, observer(p), again=again)
+            outcome = execute(p.run, output, watching, again=again and p.folder not in begun)
         except (FolderError, OSError) as error:
             if processes.count() > 1:
                 raise  # the others would start this run
             outcome = Outcome(p.folder, 0, str(error))
+        outcome = replace(outcome, apart=apart)
         ended(p, outcome)
         outcomes.append(outcome)
     return outcomes
+
+
+def _prepare(group: Sequence[Planned], observer: Observer, again: bool) -> tuple[set[Path], str | None]:
+    """Do what unfinished runs share: the folders of those that have begun, and why it failed, if it did."""
+    unfinished: list[int] = []
+    with contextlib.ExitStack() as held:
+        for index, p in enumerate(group if processes.is_first() else []):
+            # What is wrong with a folder is said where its run is executed.
+            with contextlib.suppress(FolderError, OSError):
+                held.enter_context(run_folder.claimed(p.folder))
+                if _begin(p.run, p.folder, again) and _missing(p.run.task, records_in(p.folder)[0]):
+                    unfinished.append(index)
+        runs = [(group[index].run.task, group[index].folder) for index in processes.told(unfinished)]
+        folders = {folder for _, folder in runs}
+        if len(runs) < 2:
+            return folders, None
+        try:
+            type(runs[0][0]).prepare(runs, _inside(observer, 0, len(runs)))
+        except Exception as error:
+            if processes.count() > 1:
+                raise
+            return folders, f"{type(error).__name__}: {error}"
+    return folders, None
 
 
 def draw(kind: type[Task], runs: Sequence[FinishedRun], folder: Path, title: str, prefix: str = "") -> list[Path]:

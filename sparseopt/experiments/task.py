@@ -7,7 +7,7 @@ A report groups finished runs by task, and the task's `draw` compares them.
 import difflib
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -20,10 +20,10 @@ from sparseopt.experiments.names import AllowCode, find_class, shortened, sugges
 
 # The tasks that a config can name. Each is imported on use, because it may need the packages of an extra.
 TASKS = {
-    "denoise": "task_denoise.Denoise",
-    "graph_signal": "task_graph.GraphSignal",
-    "prune": "task_prune.Prune",
-    "shrink": "task_shrink.Shrink",
+    "denoise": "tasks.denoise.Denoise",
+    "graph_signal": "tasks.graph.GraphSignal",
+    "prune": "tasks.prune.Prune",
+    "shrink": "tasks.shrink.Shrink",
 }
 # Those of the two papers are no part of the package: their configs, in configs/papers, name them by their path.
 PAPERS = {
@@ -148,6 +148,17 @@ class Task(Strict, ABC):
         What cannot be read is left out; `check` reports it.
         """
         return {}
+
+    def shares(self) -> Hashable | None:
+        """What runs of an experiment must agree in to do some of their work together; None for a run by itself."""
+        return None
+
+    @classmethod
+    def prepare(cls, runs: Sequence[tuple[Any, Path]], observer: Observer) -> None:
+        """Do together what runs with equal `shares`, given with their folders, share: `run_unit` finds it in them.
+
+        A run that finds nothing there does all of it.
+        """
 
     def estimate(self) -> Estimate:
         """What the run needs, as far as that is known."""

@@ -178,7 +178,7 @@ def compare(
     Writes one table and one picture. Run again, it computes the missing cells; new methods and sparsities are added.
     """
     from sparseopt.experiments import comparison
-    from sparseopt.experiments.task_prune import Prune
+    from sparseopt.experiments.tasks.prune import Prune
     from sparseopt.shell import show_experiments as shown
 
     allowed = permitted(allow_code, allow_package, Path.cwd())

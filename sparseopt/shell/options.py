@@ -208,7 +208,7 @@ def _read_recipe(
         ConfigError: listing all mistakes with their lines.
     """
     from sparseopt.experiments.config import load_settings
-    from sparseopt.experiments.task_model import recipe_settings
+    from sparseopt.experiments.tasks.model import recipe_settings
 
     found = load_settings(file, recipe_settings("RecipeFile", table, without))
     return {name: str(value) if name in lists and value is not None else value for name, value in found.items()}

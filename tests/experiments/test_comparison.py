@@ -10,10 +10,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from sparseopt.experiments import comparison, plots, runs, task_model, task_prune
+from sparseopt.experiments import comparison, plots, runs
 from sparseopt.experiments.config import ConfigError
+from sparseopt.experiments.tasks import model as model_task
 from sparseopt.models import encode_text, load_tokenizer, open_model
-from sparseopt.pruning import Recipe, audit_sparsity, load_text, perplexity, prune_model, token_windows
+from sparseopt.pruning import Recipe, audit_sparsity, load_text, perplexity, prune_model, prune_models, token_windows
 from sparseopt.system.machine import peak_memory_bytes
 from tests.experiments.test_plots import drawn, texts
 from tests.models.tiny import random_tensors, tiny_config, write_folder
@@ -46,15 +47,15 @@ def finished(settings, tmp_path_factory):
 
 @pytest.fixture
 def pruned(monkeypatch):
-    """The methods of the calls of `prune_model`, in order."""
-    calls = []
+    """The methods by which models were made, in order."""
+    made = []
 
-    def counting(source, output, recipe, **others):
-        calls.append(recipe.method)
-        return prune_model(source, output, recipe, **others)
+    def counting(source, recipes, **others):
+        made.extend(recipe.method for recipe, folder in recipes if not (folder / "summary.json").is_file())
+        return prune_models(source, recipes, **others)
 
-    monkeypatch.setattr(task_prune, "prune_model", counting)
-    return calls
+    monkeypatch.setattr(model_task, "prune_models", counting)
+    return made
 
 
 def compared(output, settings, methods=METHODS, shares=SPARSITIES, patterns=PATTERNS, **changes):
@@ -171,12 +172,12 @@ def test_new_cells_join_the_table_of_the_folder(tmp_path, settings, finished, pr
 
 
 def test_a_failed_cell_is_a_row_with_its_reason_and_is_tried_again(tmp_path, settings, monkeypatch):
-    def failing(source, output, recipe, **others):
-        if recipe.method == "wanda":
+    def failing(source, recipes, **others):
+        if any(recipe.method == "wanda" for recipe, _ in recipes):
             raise RuntimeError("the solve of\nmodel.layers.0 became non-finite")
-        return prune_model(source, output, recipe, **others)
+        return prune_models(source, recipes, **others)
 
-    monkeypatch.setattr(task_prune, "prune_model", failing)
+    monkeypatch.setattr(model_task, "prune_models", failing)
     output = tmp_path / "out"
     section, outcomes = compared(output, settings, patterns=["2:4"])
     reason = "model: RuntimeError: the solve of model.layers.0 became non-finite"
@@ -185,14 +186,14 @@ def test_a_failed_cell_is_a_row_with_its_reason_and_is_tried_again(tmp_path, set
     assert [bool(outcome.error) for outcome in outcomes] == [False, True, False]
     files = comparison.write(section, section.runs[0].task, output)
     assert f"| wanda | 2:4 | 0.5 |  |  |  |  |  |  |  |  | {reason} |" in files[1].read_text()
-    monkeypatch.setattr(task_prune, "prune_model", prune_model)
+    monkeypatch.setattr(model_task, "prune_models", prune_models)
     section, outcomes = compared(output, settings, patterns=["2:4"])
     assert [outcome.done for outcome in outcomes] == [0, 1, 0]
     assert not any("error" in row.figures for row in section.rows)
 
 
 def test_a_perplexity_that_is_not_finite_is_said_so(tmp_path, settings, monkeypatch):
-    monkeypatch.setattr(task_model, "perplexity", lambda *_, **__: float("inf"))
+    monkeypatch.setattr(model_task, "perplexity", lambda *_, **__: float("inf"))
     section, _ = compared(tmp_path / "out", settings, ["magnitude"], [0.5], ["unstructured"])
     assert [row.figures["perplexity"] for row in section.rows] == ["not finite"] * 2
     files = comparison.write(section, section.runs[0].task, tmp_path / "out")

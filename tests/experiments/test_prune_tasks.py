@@ -11,8 +11,10 @@ from huggingface_hub import constants
 
 from sparseopt.experiments.config import ConfigError, expand
 from sparseopt.experiments.report import gather
-from sparseopt.experiments.runs import check_all, execute, fingerprint, plan, run_all
-from sparseopt.pruning import audit_pattern, audit_sparsity
+from sparseopt.experiments.runs import check_all, execute, fingerprint, plan, records_in, run_all
+from sparseopt.experiments.tasks import model as model_task
+from sparseopt.pruning import audit_pattern, audit_sparsity, prune_models
+from sparseopt.pruning.base.reports import Passed
 from tests.models.files.test_hub import store
 from tests.models.tiny import random_tensors, tiny_config
 
@@ -219,3 +221,88 @@ def test_every_window_begins_with_bos_where_the_config_says_yes(tmp_path, prune)
         layer.task.check()
     with pytest.raises(ConfigError, match="bos"):
         expand({**fields, "bos": "always"})
+
+
+def models(outcomes):
+    """The bytes of the shards of each run's model."""
+    folders = [outcome.folder / "model" for outcome in outcomes]
+    return [{file.name: file.read_bytes() for file in sorted(folder.glob("*.safetensors"))} for folder in folders]
+
+
+def watch_passes(monkeypatch):
+    """The methods in each call of `prune_models`, in order."""
+    passes = []
+
+    def watched(source, recipes, **others):
+        passes.append([recipe.method for recipe, _ in recipes])
+        return prune_models(source, recipes, **others)
+
+    monkeypatch.setattr(model_task, "prune_models", watched)
+    return passes
+
+
+METHODS = ["wanda", "sparsegpt", "admm"]
+
+
+def test_runs_of_one_model_and_text_share_a_pass_and_are_what_each_is_alone(tmp_path, prune, monkeypatch):
+    items = [{"method": "dense"}, *({"method": method} for method in METHODS), {"method": "wanda", "seqlen": 16}]
+    runs = expand({**prune, "keep_model": True, "sweep": {"list": items}})
+    alone = [execute(run, tmp_path / "alone", quiet) for run in runs]
+    passes = watch_passes(monkeypatch)
+    together = run_all(plan(runs, tmp_path / "together"), tmp_path / "together", lambda p: quiet)
+    # Each then finds its model made, but that of other windows.
+    assert passes == [METHODS, *([method] for method in METHODS), ["wanda"]]
+    assert [(outcome.error, outcome.apart, outcome.done) for outcome in together] == [(None, None, 1)] * 5
+    assert models(together) == models(alone)
+    of_time = {"unit_seconds", "seconds", "solver_seconds", "compile_seconds", "peak_memory_bytes", "layers"}
+    for ours, theirs in zip(together, alone, strict=True):
+        one, other = (records_in(outcome.folder)[0]["model"] for outcome in (ours, theirs))
+        assert one | dict.fromkeys(of_time) == other | dict.fromkeys(of_time)
+    passes.clear()
+    run_all(plan(runs, tmp_path / "together"), tmp_path / "together", lambda p: quiet)
+    assert passes == []
+
+
+def test_a_pass_that_was_killed_resumes_and_finished_runs_take_no_part(tmp_path, prune, monkeypatch):
+    runs = expand({**prune, "keep_model": True, "sweep": {"grid": {"method": METHODS}}})
+    alone = [execute(run, tmp_path / "alone", quiet) for run in runs]
+    output = tmp_path / "together"
+    shutil.copytree(alone[1].folder, output / runs[1].subfolder)
+    passes = watch_passes(monkeypatch)
+
+    def killed(text, done, total):
+        if "block 2/3" in text:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_all(plan(runs, output), output, lambda p: killed)
+    outcomes = run_all(plan(runs, output), output, lambda p: quiet)
+    assert passes == [["wanda", "admm"], ["wanda", "admm"], ["wanda"], ["admm"]]
+    assert [outcome.done for outcome in outcomes] == [1, 0, 1]
+    summaries = [json.loads((outcome.folder / "model" / "summary.json").read_text()) for outcome in outcomes]
+    assert [(summary["resumed_blocks"], summary["plans"]) for summary in summaries] == [(2, 2), (0, 1), (2, 2)]
+    assert models(outcomes) == models(alone)
+
+
+def test_a_run_that_breaks_a_shared_pass_fails_alone(tmp_path, prune, monkeypatch):
+    runs = expand({**prune, "keep_model": True, "sweep": {"grid": {"method": METHODS}}})
+    alone = [execute(run, tmp_path / "alone", quiet) for run in runs]
+
+    def broken(source, recipes, *, observer, **others):
+        def told(event, done, total):
+            if event == Passed(1, 3) and any(recipe.method == "sparsegpt" for recipe, _ in recipes):
+                raise RuntimeError("the layer broke")
+            observer(event, done, total)
+
+        return prune_models(source, recipes, observer=told, **others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model_task, "prune_models", broken)
+        outcomes = run_all(plan(runs, tmp_path), tmp_path, lambda p: quiet)
+    assert [outcome.error for outcome in outcomes] == [None, "model: RuntimeError: the layer broke", None]
+    assert [outcome.apart for outcome in outcomes] == ["RuntimeError: the layer broke", None, None]
+    summary = json.loads((outcomes[2].folder / "model" / "summary.json").read_text())
+    assert (summary["resumed_blocks"], summary["plans"]) == (2, 1)
+    outcomes = run_all(plan(runs, tmp_path), tmp_path, lambda p: quiet)
+    assert [(outcome.error, outcome.done) for outcome in outcomes] == [(None, 0), (None, 1), (None, 0)]
+    assert models(outcomes) == models(alone)

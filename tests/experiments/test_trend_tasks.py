@@ -13,8 +13,8 @@ from sparseopt.experiments.config import ConfigError, expand, load_config
 from sparseopt.experiments.report import gather, write_report
 from sparseopt.experiments.runs import check_all, plan, run_all
 from sparseopt.experiments.task import FinishedRun, Task
-from sparseopt.experiments.task_denoise import Denoise, timed_fit
-from sparseopt.experiments.task_graph import GraphSignal, count_levels
+from sparseopt.experiments.tasks.denoise import Denoise, timed_fit
+from sparseopt.experiments.tasks.graph import GraphSignal, count_levels
 from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.methods import plan as plan_module

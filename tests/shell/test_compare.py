@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from sparseopt.experiments import task_prune
-from sparseopt.pruning import prune_model
+from sparseopt.experiments.tasks import model
+from sparseopt.pruning import prune_models
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 from tests.pruning.test_pipeline import TOKENIZER
 
@@ -30,18 +30,15 @@ def compare(tmp_path, command):
     return run
 
 
-def fail_on(monkeypatch, count, error):
-    """Let the call of `prune_model` of this number, from 1, raise."""
-    calls = []
+def fail_on(monkeypatch, wrong, error):
+    """Let making models raise where `wrong` holds of the recipes of a pass."""
 
-    def failing(source, output, recipe, **others):
-        calls.append(recipe.method)
-        if len(calls) == count:
+    def failing(source, recipes, **others):
+        if wrong([recipe for recipe, _ in recipes]):
             raise error
-        return prune_model(source, output, recipe, **others)
+        return prune_models(source, recipes, **others)
 
-    monkeypatch.setattr(task_prune, "prune_model", failing)
-    return calls
+    monkeypatch.setattr(model, "prune_models", failing)
 
 
 def test_a_comparison_is_shown_and_written(tmp_path, compare):
@@ -69,21 +66,32 @@ def test_a_comparison_is_shown_and_written(tmp_path, compare):
 
 
 def test_after_ctrl_c_the_same_command_does_the_missing_cells_alone(compare, monkeypatch):
-    calls = fail_on(monkeypatch, 3, KeyboardInterrupt())
+    passes = []
+
+    def second_alone(recipes):
+        passes.append([(recipe.method, recipe.sparsity) for recipe in recipes])
+        return passes[1:] == [[("magnitude", 0.25)], [("magnitude", 0.5)]]
+
+    fail_on(monkeypatch, second_alone, KeyboardInterrupt())
     status, out, err = compare()
     assert status == 130
     assert "the same command continues with what is missing" in err
-    assert out.count("done ") == 3
+    assert out.count("done ") == 2
+    left = [("magnitude", 0.5), ("wanda", 0.25), ("wanda", 0.5)]
+    assert passes.pop(0) == [("magnitude", 0.25), *left]
+    passes.clear()
     status, out, _ = compare()
     assert status == 0
-    assert calls == ["magnitude", "magnitude", "wanda", "wanda", "wanda"]
-    assert (out.count("kept "), out.count("done ")) == (3, 2)
+    assert passes == [left, *([each] for each in left)]
+    assert (out.count("kept "), out.count("done ")) == (2, 3)
 
 
 def test_a_failed_cell_is_named_and_ends_in_status_1_with_the_others_done(compare, monkeypatch):
-    fail_on(monkeypatch, 1, RuntimeError("the layer broke"))
-    status, out, err = compare(sparsity="0.5")
+    with monkeypatch.context() as broken:
+        fail_on(broken, lambda recipes: recipes[0].method == "magnitude", RuntimeError("the layer broke"))
+        status, out, err = compare(sparsity="0.5")
     assert status == 1
+    assert "a pass shared with other runs ended (RuntimeError: the layer broke), each goes on alone" in out
     assert "FAILED method=magnitude,pattern=unstructured,sparsity=0.5: model: RuntimeError: the layer broke" in out
     assert "│ wanda │ unstructured │ 0.5 │" in out
     assert "the layer broke │" in out
@@ -92,7 +100,7 @@ def test_a_failed_cell_is_named_and_ends_in_status_1_with_the_others_done(compar
 
 
 def test_where_nothing_was_pruned_the_missing_picture_is_explained(compare, monkeypatch):
-    fail_on(monkeypatch, 1, RuntimeError("the layer broke"))
+    fail_on(monkeypatch, bool, RuntimeError("the layer broke"))
     status, out, _ = compare(methods="wanda", sparsity="0.5")
     assert status == 1
     assert "no picture: it needs a pruned cell that is finished" in out

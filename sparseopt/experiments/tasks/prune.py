@@ -1,18 +1,16 @@
 """The task `prune`: prune a language model, and score what is left on text that the pruner did not see."""
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import field_validator, model_validator
 
-from sparseopt.core.base.types import Observer
 from sparseopt.experiments import plots
 from sparseopt.experiments.names import Mistakes, PenaltyConfig
 from sparseopt.experiments.task import Estimate, Record
-from sparseopt.experiments.task_model import BUNDLED, MethodConfig, ModelTask, model_path, recipe_settings
+from sparseopt.experiments.tasks.model import BUNDLED, MethodConfig, ModelTask, recipe_settings
 from sparseopt.models import PrunableModel
-from sparseopt.pruning import PruneReport, Recipe, audit_sparsity, prune_model
+from sparseopt.pruning import PruneReport, Recipe, audit_sparsity
 from sparseopt.pruning.recipe.options import Option
 from sparseopt.pruning.recipe.prune_recipe import OPTIONS
 
@@ -75,9 +73,6 @@ class Prune(_Settings, ModelTask):
             seconds += 20 + 0.0035 * (self.recipe().window_count + self.heldout_samples) * self.seqlen
             seconds += SOLVER_SECONDS.get(self.method if isinstance(self.method, str) else "", 5)
         return Estimate(seconds, int(1.1 * 2**30))
-
-    def make(self, target: Path, observer: Observer) -> PruneReport:
-        return prune_model(model_path(self.source), target, self.recipe(), observer=observer, devices=self.devices)
 
     def figures(self, model: PrunableModel, report: PruneReport | None) -> Record:
         if report is None:

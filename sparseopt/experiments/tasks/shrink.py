@@ -1,15 +1,13 @@
 """The task `shrink`: make a smaller dense model of a language model, and score it on other text."""
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from sparseopt.core.base.types import Observer
 from sparseopt.experiments import plots
 from sparseopt.experiments.task import Record
-from sparseopt.experiments.task_model import ModelTask, model_path, recipe_settings
+from sparseopt.experiments.tasks.model import ModelTask, recipe_settings
 from sparseopt.models import PrunableModel, sizes_of
-from sparseopt.pruning import PruneReport, ShrinkRecipe, shrink_model
+from sparseopt.pruning import PruneReport, ShrinkRecipe
 from sparseopt.pruning.recipe.options import Option
 from sparseopt.pruning.recipe.shrink_recipe import SHARES, SHRINK_OPTIONS, parameters_of
 
@@ -39,9 +37,6 @@ class Shrink(_Settings, ModelTask):
 
     def recipe(self) -> ShrinkRecipe:
         return ShrinkRecipe(**self.recipe_values())
-
-    def make(self, target: Path, observer: Observer) -> PruneReport:
-        return shrink_model(model_path(self.source), target, self.recipe(), observer=observer, devices=self.devices)
 
     def figures(self, model: PrunableModel, report: PruneReport | None) -> Record:
         sizes = sizes_of(model)

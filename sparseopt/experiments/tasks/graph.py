@@ -17,7 +17,7 @@ from sparseopt.experiments import plots
 from sparseopt.experiments.datasets import GraphData, GraphSource
 from sparseopt.experiments.names import AnyTrendMethod, PenaltyConfig, trend_method
 from sparseopt.experiments.task import Estimate, FinishedRun, Record, Task, grouped
-from sparseopt.experiments.task_denoise import check_penalty, timed_fit
+from sparseopt.experiments.tasks.denoise import check_penalty, timed_fit
 from sparseopt.system import processes
 from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.filter import trend_filter

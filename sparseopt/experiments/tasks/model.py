@@ -5,7 +5,7 @@ import hashlib
 import json
 import shutil
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -28,17 +28,19 @@ from sparseopt.models import (
     open_source,
     start_token,
 )
-from sparseopt.pruning import METHODS, PruneReport, perplexity
+from sparseopt.pruning import METHODS, PruneReport, perplexity, prune_models
 from sparseopt.pruning.base.reports import Event, LayerRecord, Passed, mean_errors
 from sparseopt.pruning.recipe.effort import effort_of
 from sparseopt.pruning.recipe.options import Option, ended, mistakes_of
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe
-from sparseopt.pruning.run.plan import make_plan
+from sparseopt.pruning.run.plan import PASS_FIELDS, make_plan
 from sparseopt.pruning.text.documents import Document, Part, TextError, load_documents
 from sparseopt.pruning.text.windows import Windows, begin_windows, text_windows, token_digest
 from sparseopt.system import processes
 
 BUNDLED = "bundled:smollm2-135m"
+# The folder of the model that a run makes, in the run's own.
+MODEL = "model"
 # Bytes of documents after which a text is taken to be the one that it was, and of a file that is read whole.
 MARKED = 2**26
 # The files of a model's folder that its figures depend on, besides its tensors.
@@ -157,10 +159,6 @@ class ModelTask(Task):
         """The recipe of its settings."""
 
     @abstractmethod
-    def make(self, target: Path, observer: Observer) -> PruneReport:
-        """Make the model of the recipe in a folder, on the task's devices."""
-
-    @abstractmethod
     def figures(self, model: PrunableModel, report: PruneReport | None) -> Record:
         """What a record says about the size of a model; the dense one has no report."""
 
@@ -239,17 +237,8 @@ class ModelTask(Task):
 
         if self.method == "dense":
             return {"label": "dense", **self.figures(model, None), **judged, "perplexity": scored(model)}
-        target = folder / "model"
-
-        def making(event: Event, done: int, total: int) -> None:
-            if isinstance(event, LayerRecord):
-                observer(f"{event.layer}, block", event.block + 1, model.num_blocks)
-            elif isinstance(event, Passed):
-                observer("block", event.block + 1, event.blocks)
-            elif isinstance(event, str):
-                observer(event, done, total)
-
-        report = self.make(target, making)
+        target = folder / MODEL
+        report = self._make([(self, folder)], observer)[0]
         score = scored(target)
         figures = self.figures(open_model(target), report)
         processes.barrier("model scored")
@@ -268,6 +257,38 @@ class ModelTask(Task):
             "unconverged": sum(r.status not in (Status.CONVERGED.name, Status.STATIONARY.name) for r in layers),
             "layers": [r.as_dict() for r in layers],
         }
+
+    def shares(self) -> Hashable | None:
+        """Runs of one model that see the same tokens share a pass over its blocks."""
+        if self.method == "dense":
+            return None
+        recipe = self.recipe()
+        return self.source, self.devices, recipe.variant_count, *(getattr(recipe, name) for name in PASS_FIELDS)
+
+    @classmethod
+    def prepare(cls, runs: Sequence[tuple[Any, Path]], observer: Observer) -> None:
+        """Make the models of all in one pass."""
+
+        def told(text: str, done: int, total: int) -> None:
+            observer(f"{len(runs)} runs in one pass, {text}", done, total)
+
+        cls._make(runs, told)
+
+    @staticmethod
+    def _make(runs: "Sequence[tuple[ModelTask, Path]]", observer: Observer) -> list[PruneReport]:
+        """Make the models of runs that agree in `shares`, each in its folder, or find them made there."""
+
+        def told(event: Event, done: int, total: int) -> None:
+            if isinstance(event, LayerRecord):
+                observer(f"{event.layer}, layer", done, total)
+            elif isinstance(event, Passed):
+                observer("block", event.block + 1, event.blocks)
+            elif isinstance(event, str):
+                observer(event, done, total)
+
+        task = runs[0][0]
+        recipes = [(task.recipe(), folder / MODEL) for task, folder in runs]
+        return prune_models(model_path(task.source), recipes, observer=told, devices=task.devices)
 
     @classmethod
     def draw(cls, runs: Sequence[FinishedRun]) -> dict[str, Any]:
