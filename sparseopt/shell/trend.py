@@ -120,7 +120,7 @@ def trend(
     force: Annotated[bool, typer.Option("--force", help="Replace outputs that exist.")] = False,
 ) -> None:
     """Smooth a signal on a graph; files are CSV, Parquet or NPZ."""
-    from sparseopt.experiments.read import files, node_tables, tables
+    from sparseopt.experiments.read import files, graph_files, tables
 
     chosen = number_of_devices(devices)
     made = penalty_of_weight(penalty, weight)
@@ -132,13 +132,13 @@ def trend(
     if graph is None and merge:
         raise ValueError("--merge belongs to the edges of --graph: leave it out, or give --graph")
     ends = ends or ("free" if graph is None else "graph")
-    given = node_tables.read_signal(signal, series=graph is None)
+    given = graph_files.read_signal(signal, series=graph is None)
     y, count = given.values, len(given.names)
     console.say(f"{count} channel{'s' * (count > 1)}: {', '.join(given.names)}")
     if graph is None:
-        network = _series(given, None if times is None else node_tables.read_signal(times).values, ends, order)
+        network = _series(given, None if times is None else graph_files.read_signal(times).values, ends, order)
     else:
-        edges, edge_weights = node_tables.read_edges(graph, given.nodes)
+        edges, edge_weights = graph_files.read_edges(graph, given.nodes)
         network = so.Graph.from_edges(edges, len(y), edge_weights, merge=merge)
     title = f"fitting {signal.name} on {network.num_nodes:,} nodes and {network.num_edges:,} edges, order {order}"
     start = time.perf_counter()
@@ -147,7 +147,7 @@ def trend(
         found = so.trend_filter(y, network, made, order, method, tol=tol, missing=absent, devices=chosen)
     seconds = time.perf_counter() - start
     pieces = None if order else found.pieces()
-    node_tables.write_fit(output, dataclasses.replace(given, values=np.asarray(found.value)), pieces)
+    graph_files.write_fit(output, dataclasses.replace(given, values=np.asarray(found.value)), pieces)
     figures = {
         "graph": None if graph is None else str(graph), "ends": ends, "signal": str(signal),
         "channels": given.names, "nodes": network.num_nodes, "edges": network.num_edges,

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from sparseopt.experiments.read.graph_files import read_edges, read_signal
 from sparseopt.experiments.read.images import read_image
-from sparseopt.experiments.read.node_tables import read_edges, read_signal
 from sparseopt.pruning.text.documents import load_text
 from tests.fuzz.making import Make, write
 

@@ -11,8 +11,8 @@ import pytest
 
 from sparseopt.experiments.config import ConfigError, load_config
 from sparseopt.experiments.read.files import FileError
+from sparseopt.experiments.read.graph_files import read_signal
 from sparseopt.experiments.read.images import read_image
-from sparseopt.experiments.read.node_tables import read_signal
 from sparseopt.models import ModelError, load_tokenizer, open_model, open_source
 from sparseopt.models.files.gguf.tokenizer import build_tokenizer
 from sparseopt.models.files.safetensors import read_header
@@ -153,7 +153,7 @@ def test_pictures(tmp_path, content):
 DAMAGE = """
 import io, sys, pathlib, numpy, pyarrow, pyarrow.parquet
 from sparseopt.experiments.read.files import FileError
-from sparseopt.experiments.read.node_tables import read_signal
+from sparseopt.experiments.read.graph_files import read_signal
 stream, file, refused = io.BytesIO(), pathlib.Path(sys.argv[1]), 0
 pyarrow.parquet.write_table(pyarrow.table({"u": [0, 1], "v": [1, 2]}), stream)
 whole = stream.getvalue()

@@ -7,8 +7,8 @@ import pytest
 import tifffile
 
 from sparseopt.experiments.read.files import FileError, check_output
+from sparseopt.experiments.read.graph_files import NodeTable, read_edges, read_signal, write_fit
 from sparseopt.experiments.read.images import read_image, write_image
-from sparseopt.experiments.read.node_tables import NodeTable, read_edges, read_signal, write_fit
 from sparseopt.experiments.read.tables import read_table
 from sparseopt.experiments.read.volumes import Scan, check_format, write_scan
 
