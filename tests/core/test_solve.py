@@ -201,7 +201,7 @@ REFUSED = {
     "split ADMM of another loss": (
         Admm(None, 1.0),
         {"operator": TAKEN_APART},
-        "given Quadratic without target, weigh, observed",
+        "given Quadratic without target, weigh, mask_missing",
     ),
     "a loss without a gradient": (
         so.ProximalGradient(),
