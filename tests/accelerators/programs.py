@@ -37,7 +37,7 @@ from sparseopt.pruning.train import distillation
 from sparseopt.pruning.train.reconstruction import Reconstruction, _step_of_rows, split_block
 from sparseopt.pruning.train.training import Fixed, kept_entries, start_state
 from sparseopt.trend.filter import check_job
-from sparseopt.trend.methods.choice import chosen
+from sparseopt.trend.methods.choice import choose
 from sparseopt.trend.methods.plan import fit
 from tests.accelerators.targets import MESH, Place
 
@@ -288,7 +288,7 @@ def _trend(shape: tuple[int, ...], order: int, method: str, place: Place) -> jax
     y = np.random.default_rng(0).standard_normal(graph.node_shape).astype(np.float32)
     job = check_job(y, graph, so.L1(1.0), order, None, "error", None, here, method=method)
     with at_work(here):
-        plan = chosen(job).plan(job)
+        plan = choose(job).plan(job)
         arguments = (plan, job.arrays[0], job.rows, None, job.tol, job.max_steps)
         arguments = place.whole(arguments) if here is None else place.as_laid(_on_mesh(arguments, here, place.mesh))
     with at_work(place.mesh):
