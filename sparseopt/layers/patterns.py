@@ -21,6 +21,7 @@ __all__ = [
     "group_size",
     "implied_sparsity",
     "is_group_pattern",
+    "outputs_together",
     "parse_pattern",
     "pattern_count",
     "share_unit",
@@ -144,6 +145,11 @@ def pattern_count(pattern: Pattern, shape: tuple[int, ...]) -> int:
             return pattern_count(inner, shape)
 
 
+def outputs_together(pattern: Pattern) -> int:
+    """As many consecutive outputs stand or fall together: those of a block, otherwise 1."""
+    return pattern.shape[1] if isinstance(pattern, BlockTopK) else 1
+
+
 def group_size(pattern: GroupTopK) -> int:
     """The number of inputs in each group.
 
@@ -199,9 +205,9 @@ def count_groups(weight: np.ndarray, pattern: Pattern) -> Counts:
 
 def check_cut(pattern: Pattern, shape: tuple[int, int], mesh: Mesh | None) -> None:
     """Raise a ValueError if the mesh would cut a weight `(out, in)` inside the blocks of its pattern."""
-    if mesh is None or not isinstance(pattern, BlockTopK):
+    if mesh is None:
         return
-    outputs, high = shape[0], pattern.shape[1]
+    outputs, high = shape[0], outputs_together(pattern)
     each = -(-outputs // mesh.size)
     if each % high:
         fitting = [d for d in range(1, mesh.size) if -(-outputs // d) % high == 0]

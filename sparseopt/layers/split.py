@@ -30,6 +30,7 @@ from sparseopt.core.problem.problem import Status
 from sparseopt.layers.compiled import Compiled, Timed, laid_on
 from sparseopt.layers.methods import Workspace, workspace_of
 from sparseopt.layers.methods.scores import Magnitude, Wanda
+from sparseopt.layers.patterns import outputs_together
 from sparseopt.layers.problem import (
     LayerJob,
     LayerMethod,
@@ -66,10 +67,10 @@ def solve_within_memory(job: LayerJob, method: LayerMethod, mesh: Mesh | None = 
             several processes and for the pattern group:C, if the whole does not fit.
     """
     outputs, inputs = job.weight.shape
-    parts = 1
-    if processes.count() == 1 and not isinstance(job.pattern, GroupTopK):
+    parts, unit, grouped = 1, outputs_together(job.pattern), isinstance(job.pattern, GroupTopK)
+    if processes.count() == 1 and not grouped:
         share = (-(-outputs // (1 if mesh is None else mesh.size)), inputs)
-        parts = fewest_blocks(share, workspace_of(method), device_memory_left(), _unit(job))
+        parts = fewest_blocks(share, workspace_of(method), device_memory_left(), unit)
     while True:
         try:
             return _solve_parts(job, method, parts, mesh)
@@ -84,14 +85,14 @@ def solve_within_memory(job: LayerJob, method: LayerMethod, mesh: Mesh | None = 
                 f"{jax.process_index()} ({said}); several processes do not split a layer: take more devices, or method "
                 "'wanda'"
             )
-        if isinstance(job.pattern, GroupTopK):
+        if grouped:
             raise MemoryError(
                 f"the solve of a layer [out={outputs}, in={inputs}] does not fit in memory ({said}); its groups of "
                 "inputs are chosen for all outputs together, so it is not split; use a device with more memory, or "
                 "method 'wanda'"
             )
         tried, parts = parts, 2 * parts
-        if not _splits((outputs, inputs), parts, _unit(job)):
+        if not _splits((outputs, inputs), parts, unit):
             raise MemoryError(
                 f"the solve of a layer [out={outputs}, in={inputs}] does not fit in memory, not even by blocks of "
                 f"{-(-outputs // tried)} outputs, below which its Gram of {4 * inputs**2:,} bytes decides ({said}); "
@@ -139,7 +140,7 @@ def split_job(job: LayerJob, method: LayerMethod, parts: int) -> list[LayerJob]:
     """
     if parts == 1:
         return [job]
-    outputs, unit, pattern = len(job.weight), _unit(job), job.pattern
+    outputs, unit, pattern = len(job.weight), outputs_together(job.pattern), job.pattern
     edges = [rows[0] * unit for rows in np.array_split(np.arange(outputs // unit), parts)] + [outputs]
     spans = [slice(start, stop) for start, stop in itertools.pairwise(edges)]
     weights = [None if job.output_weights is None else job.output_weights[span] for span in spans]
@@ -179,14 +180,9 @@ def join_reports(reports: Sequence[LayerReport]) -> LayerReport:
     )
 
 
-def _unit(job: LayerJob) -> int:
-    # Outputs that a split must keep together.
-    return job.pattern.shape[1] if isinstance(job.pattern, BlockTopK) else 1
-
-
 def kept_by_row(job: LayerJob, k: int, method: LayerMethod) -> np.ndarray:
     """How many of the layer's k every output gets, `[out]`; of k blocks every row of blocks, `[out / R]`."""
-    unit = _unit(job)
+    unit = outputs_together(job.pattern)
     outputs, inputs = job.weight.shape
     scale, output_scale = np.ones(inputs, np.float32), np.ones(outputs, np.float32)
     if not isinstance(method, Magnitude):

@@ -11,7 +11,7 @@ a window of `time` tokens, and some also the length of the rotated vectors (`mag
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -24,19 +24,31 @@ def plain_frequencies(theta: float, size: int) -> np.ndarray:
     return (1.0 / theta ** (np.arange(0, size, 2, dtype=np.float32) / size)).astype(np.float32)
 
 
+class Scaling(Protocol):
+    """How the frequencies of R = `size` features change, and by which factor, `magnitude`, the vectors get longer."""
+
+    magnitude: float = 1.0
+
+    def frequencies(self, theta: float, size: int, time: int) -> np.ndarray:
+        """`[R/2]`, for a window of `time` tokens."""
+
+    def check(self, size: int) -> None:
+        """Raise a `ModelError` unless this scaling fits that many features."""
+        return
+
+
 @dataclass(frozen=True)
-class LinearScaling:
+class LinearScaling(Scaling):
     """All frequencies divided by `factor`."""
 
     factor: float
-    magnitude: float = 1.0
 
     def frequencies(self, theta: float, size: int, time: int) -> np.ndarray:
         return plain_frequencies(theta, size) / np.float32(self.factor)
 
 
 @dataclass(frozen=True)
-class Llama3:
+class Llama3(Scaling):
     """Low frequencies divided.
 
     Attributes:
@@ -50,7 +62,6 @@ class Llama3:
     low: float
     high: float
     length: int
-    magnitude: float = 1.0
 
     def frequencies(self, theta: float, size: int, time: int) -> np.ndarray:
         plain = plain_frequencies(theta, size)
@@ -60,12 +71,15 @@ class Llama3:
 
 
 @dataclass(frozen=True)
-class Dynamic:
+class Dynamic(Scaling):
     """The base grows with a window beyond `length` tokens ("NTK-aware"); shorter windows are not changed."""
 
     factor: float
     length: int
-    magnitude: float = 1.0
+
+    def check(self, size: int) -> None:
+        if size == 2:
+            raise ModelError("a dynamic rope needs four rotated features of a head or more, given 2")
 
     def frequencies(self, theta: float, size: int, time: int) -> np.ndarray:
         stretch = self.factor * max(time, self.length) / self.length - (self.factor - 1)
@@ -73,7 +87,7 @@ class Dynamic:
 
 
 @dataclass(frozen=True)
-class Yarn:
+class Yarn(Scaling):
     """Low frequencies divided, high ones kept, a linear ramp over the feature pairs in between.
 
     Attributes:
@@ -107,7 +121,7 @@ class Yarn:
 
 
 @dataclass(frozen=True)
-class LongRope:
+class LongRope(Scaling):
     """Every frequency divided by its own factor: one list up to `length` tokens, another beyond.
 
     Attributes:
@@ -121,12 +135,17 @@ class LongRope:
     length: int
     magnitude: float
 
+    def check(self, size: int) -> None:
+        for name, factors in (("short", self.short), ("long", self.long)):
+            if len(factors) != size // 2:
+                raise ModelError(
+                    f"the rope's {name}_factor has {len(factors)} entries, expected {size // 2}: one for each pair of "
+                    f"the {size} rotated features of a head; take the model's published configuration"
+                )
+
     def frequencies(self, theta: float, size: int, time: int) -> np.ndarray:
         factors = np.asarray(self.long if time > self.length else self.short, np.float32)
         return plain_frequencies(theta, size) / factors
-
-
-Scaling = LinearScaling | Llama3 | Dynamic | Yarn | LongRope
 
 
 @dataclass(frozen=True)
@@ -150,17 +169,10 @@ class Rope:
     def check(self, head_dim: int) -> None:
         """Raise a `ModelError` unless this embedding fits heads of `head_dim` features."""
         size = self.size(head_dim)
-        if isinstance(self.scaling, Dynamic) and size == 2:
-            raise ModelError("a dynamic rope needs four rotated features of a head or more, given 2")
         if size % 2:
             raise ModelError(f"rotary positions rotate pairs of a head's features, given {size} of head_dim={head_dim}")
-        for name in ("short", "long") if isinstance(self.scaling, LongRope) else ():
-            factors = len(getattr(self.scaling, name))
-            if factors != size // 2:
-                raise ModelError(
-                    f"the rope's {name}_factor has {factors} entries, expected {size // 2}: one for each pair of the "
-                    f"{size} rotated features of a head; take the model's published configuration"
-                )
+        if self.scaling is not None:
+            self.scaling.check(size)
 
     def frequencies(self, head_dim: int, time: int = 1) -> np.ndarray:
         """The `[R/2]` float32 frequencies for a window of `time` tokens."""

@@ -68,7 +68,7 @@ class Block(nnx.Module):
             setattr(self, name, make_norm(config.norm, config.hidden_size, config.norm_eps))
         self.self_attn = Attention(config, kind, rngs=rngs)
         self.mlp = MixtureOfExperts(config, rngs=rngs) if kind.experts else MLP(config, rngs=rngs)
-        self.config = config
+        self.config, self.experts = config, config.experts if kind.experts else None
 
     @property
     def linears(self) -> dict[str, str]:
@@ -107,15 +107,15 @@ class Block(nnx.Module):
 
     @property
     def residual_taps(self) -> tuple[str, str]:
-        return "attention_output", "mlp.experts.hidden" if isinstance(self.mlp, MixtureOfExperts) else "mlp_hidden"
+        return "attention_output", "mlp.experts.hidden" if self.experts else "mlp_hidden"
 
     @property
     def num_experts(self) -> int:
-        return self.mlp.settings.count if isinstance(self.mlp, MixtureOfExperts) else 0
+        return self.experts.count if self.experts else 0
 
     @property
     def expert_share(self) -> float:
-        return self.mlp.settings.chosen / self.mlp.settings.count if isinstance(self.mlp, MixtureOfExperts) else 1.0
+        return self.experts.chosen / self.experts.count if self.experts else 1.0
 
     @property
     def attention_width(self) -> int:

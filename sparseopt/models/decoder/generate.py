@@ -96,9 +96,13 @@ def _mixed(attention: Attention, q_B1NH: Array, k_BKHS: Array, v_BKSH: Array, pl
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _choose(
-    static: Any, leaves: list[Array], tokens_BS: Array, x_BTD: Array, row: Array, place: Array, heat: Array, key: Array
+    static: Any, leaves: list[Array], tokens_BS: Array, x_BTD: Array, place: Array, heat: Array, key: Array
 ) -> Array:
-    """The tokens with the one at `place` chosen by the logits of a row: drawn, or the likeliest at temperature 0."""
+    """The tokens with the one at `place` chosen: drawn, or the likeliest at temperature 0.
+
+    x belongs to the token before it, or to all tokens from the first one on.
+    """
+    row = place - 1 if x_BTD.shape[1] > 1 else 0
     logits_BV = _module(static, leaves)(jax.lax.dynamic_slice_in_dim(x_BTD, row, 1, axis=1))[:, 0]
     drawn_B = _drawn(logits_BV / jnp.maximum(heat, 1e-6), jax.random.fold_in(key, place))
     chosen_B = jnp.where(heat > 0, drawn_B, jnp.argmax(logits_BV, axis=-1)).astype(tokens_BS.dtype)
@@ -149,8 +153,7 @@ def _written(
         x = _embed(*embedding, tokens, np.int32(first), time)
         for i, block in enumerate(blocks):
             x, pairs[i] = _advance(*block, x, pairs[i], np.int32(first), window)
-        row, temperature = np.int32(place - 1 - first), np.float32(heat(place - known))
-        tokens = _choose(*head, tokens, x, row, np.int32(place), temperature, key)
+        tokens = _choose(*head, tokens, x, np.int32(place), np.float32(heat(place - known)), key)
         yield tokens
 
 

@@ -10,8 +10,7 @@ from tokenizers import Tokenizer
 
 from sparseopt.models.base.errors import ModelError, guarded
 from sparseopt.models.files.folder import MAX_FILE, carried_files, file_in, read_json
-from sparseopt.models.files.gguf.source import GGUFSource
-from sparseopt.models.files.source import FolderSource, Source
+from sparseopt.models.files.source import Source
 
 # Whether text begins with the tokenizer's BOS: as the tokenizer itself does, always, or never.
 Bos = Literal["auto", "yes", "no"]
@@ -24,9 +23,9 @@ def load_tokenizer(source: Source) -> Tokenizer:
     Raises:
         ModelError: if there is none that can be read.
     """
-    if isinstance(source, GGUFSource):
-        return source.tokenizer()
-    file = file_in(source.path, "tokenizer.json", _follows(source))
+    if (stored := source.stored_tokenizer()) is not None:
+        return stored[0]
+    file = file_in(source.path, "tokenizer.json", source.follow_links)
     if not file.is_file():
         return _convert_slow(source)
     if file.stat().st_size > MAX_FILE:
@@ -49,7 +48,7 @@ def _convert_slow(source: Source) -> Tokenizer:
 def _read_by_transformers(source: Source) -> Any:
     from transformers import AutoTokenizer
 
-    carried_files(source.path, _follows(source))
+    carried_files(source.path, source.follow_links)
     # Without a False, transformers asks at the terminal whether to run code of the folder.
     return AutoTokenizer.from_pretrained(str(source.path), local_files_only=True, trust_remote_code=False)
 
@@ -66,9 +65,8 @@ def chat_writer(source: Source) -> Callable[[Sequence[Mapping[str, Any]]], str]:
     """
     from transformers import PreTrainedTokenizerFast
 
-    if isinstance(source, GGUFSource):
-        settings = source.tokenizer_settings()
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=source.tokenizer(), **settings)
+    if (stored := source.stored_tokenizer()) is not None:
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=stored[0], **stored[1])
     else:
         what = f"transformers cannot read the tokenizer of {source.path}"
         tokenizer = guarded(lambda: _read_by_transformers(source), what)
@@ -131,15 +129,9 @@ def start_token(source: Source, tokenizer: Tokenizer, bos: Bos = "auto") -> int 
     return start if adds else None
 
 
-def _follows(source: Source) -> bool:
-    return isinstance(source, FolderSource) and source.follow_links
-
-
 def _settings(source: Source) -> dict[str, Any]:
-    """The content of tokenizer_config.json, empty where there is none."""
-    if isinstance(source, GGUFSource):
-        return {}
-    file = file_in(source.path, "tokenizer_config.json", _follows(source))
+    """The content of tokenizer_config.json, empty where there is none, as beside a GGUF file."""
+    file = file_in(source.path, "tokenizer_config.json", source.follow_links)
     return read_json(file) if file.is_file() else {}
 
 

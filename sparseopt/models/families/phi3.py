@@ -1,7 +1,8 @@
 """The Phi-3 family: Llama with fused projections and, for long contexts, LongRoPE."""
 
+from sparseopt.models.base.errors import ModelError
 from sparseopt.models.base.fields import Config, optional
-from sparseopt.models.base.rope import LongRope, read_rope
+from sparseopt.models.base.rope import read_rope
 from sparseopt.models.decoder.settings import BlockKind, DecoderConfig
 from sparseopt.models.families.family import Family, read_decoder
 
@@ -14,13 +15,14 @@ def _read_config(config: Config) -> DecoderConfig:
 
 def _refuses(config: DecoderConfig) -> str | None:
     # transformers expects as many LongRoPE factors as hidden_size / num_attention_heads says, whatever head_dim is.
-    ropes = {kind.rope for kind in config.kinds if kind.rope and isinstance(kind.rope.scaling, LongRope)}
-    width = config.hidden_size // config.num_heads
-    if all(rope.size(width) // 2 == rope.size(config.head_dim) // 2 for rope in ropes):
-        return None
-    return (
-        f"transformers expects rope factors for heads of {width} features with num_attention_heads={config.num_heads}"
-    )
+    width, heads = config.hidden_size // config.num_heads, f"num_attention_heads={config.num_heads}"
+    try:
+        for rope in {kind.rope for kind in config.kinds}:
+            if rope and rope.scaling:
+                rope.scaling.check(rope.size(width))
+    except ModelError:
+        return f"transformers expects rope factors for heads of {width} features with {heads}"
+    return None
 
 
 PHI3 = Family("phi3", _read_config, refuses=_refuses)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from sparseopt.models.base.errors import ModelError, listed
 from sparseopt.models.files.folder import (
@@ -49,11 +50,13 @@ class Source(Protocol):
         path: the folder or file.
         name: what was asked for: a name on the hub, or the path.
         revision: the commit of the files on the hub, a sha; None for local files.
+        follow_links: whether links that lead out of the folder are followed.
     """
 
     path: Path
     name: str
     revision: str | None
+    follow_links: bool
 
     @property
     def config(self) -> dict[str, Any]:
@@ -71,6 +74,9 @@ class Source(Protocol):
 
     def sidecars(self) -> dict[str, bytes]:
         """By name, the files besides configuration and weights that an export copies, such as a tokenizer's."""
+
+    def stored_tokenizer(self) -> tuple[Tokenizer, dict[str, Any]] | None:
+        """The tokenizer and its settings if they lie in the file of the weights; None if they are files of a folder."""
 
 
 class FolderSource:
@@ -99,6 +105,9 @@ class FolderSource:
 
     def sidecars(self) -> dict[str, bytes]:
         return {file.name: file.read_bytes() for file in carried_files(self.path, self.follow_links)}
+
+    def stored_tokenizer(self) -> None:
+        return None
 
     def file(self, name: str) -> Path:
         """The path of a file of the folder, which need not exist; a `ModelError` for a link that is not followed."""

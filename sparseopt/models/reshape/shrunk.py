@@ -79,7 +79,7 @@ class Outline:
         self, source: Source, config: dict[str, Any], outer: Mapping[str, TensorInfo], inner: Mapping[str, NewTensor]
     ) -> None:
         self.path, self.name, self.revision = source.path, source.name, source.revision
-        self.config = config
+        self.config, self.follow_links, self.stored_tokenizer = config, source.follow_links, source.stored_tokenizer
         self.tensors: dict[str, TensorInfo] = {**outer, **inner}
         self._source, self._inner = source, inner
 

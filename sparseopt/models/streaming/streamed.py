@@ -182,18 +182,21 @@ class StreamedModel(PrunableModel):
         return self.config.kinds[index]
 
 
-def open_model(source: str | Path | Source) -> PrunableModel:
+def open_model(source: str | Path | Source | PrunableModel) -> PrunableModel:
     """Open a model and check it; no tensor is read.
 
     A model whose family is not known here is opened through torch (extra `torch`), see `torch_model`.
 
     Args:
-        source: a Hugging Face folder, a GGUF file or a name on the hub, as in `open_source`, or what that returned.
+        source: a Hugging Face folder, a GGUF file or a name on the hub, as in `open_source`, or what that returned; a
+            model that is open is returned.
 
     Raises:
         ModelError: if the files are unusable, the model type unknown, its configuration not supported, or its
             tensors not those of the configuration.
     """
+    if isinstance(source, PrunableModel):
+        return source
     opened = open_source(source) if isinstance(source, str | Path) else source
     model_type = opened.config.get("model_type")
     return StreamedModel(opened) if model_type is None or model_type in FAMILIES else TorchModel(opened)

@@ -14,7 +14,6 @@ from sparseopt.layers.patterns import pattern_count
 from sparseopt.layers.problem import LayerMethod
 from sparseopt.models import FAMILIES, ModelError, Source, StreamedModel, TensorInfo, open_source
 from sparseopt.models.decoder.settings import BlockKind, DecoderConfig
-from sparseopt.models.files.gguf.source import GGUFSource
 from sparseopt.pruning.estimate.cost import PLACES, output_bytes, prune_cost, with_drawing
 from sparseopt.pruning.recipe.prune_recipe import Recipe
 from sparseopt.pruning.run.drawn import drawing_cost
@@ -210,8 +209,7 @@ def inspect_model(
 
 def _why_no_text(source: Source) -> str | None:
     try:
-        if isinstance(source, GGUFSource):
-            source.tokenizer()
+        source.stored_tokenizer()
     except ModelError as error:
         return str(error)
     return None

@@ -92,8 +92,8 @@ def window_losses(
     observer: Observer | None = None,
 ) -> Float[np.ndarray, "windows"]:
     """The mean negative log-likelihood of the predictions of each window, in nats; arguments as of `perplexity`."""
-    opened: Any = open_model(model) if isinstance(model, str | Path) else model
-    whole = isinstance(opened, Decoder)
+    whole = isinstance(model, Decoder)
+    opened: Any = model if isinstance(model, Decoder) else open_model(model)
     config, blocks = (opened.embed_tokens.config, len(opened.layers)) if whole else (opened.config, opened.num_blocks)
     runner = BlockRunner() if whole else runner_of(opened)
     ids = token_array(token_ids)
@@ -263,7 +263,7 @@ def masks(model: str | Path | PrunableModel) -> Iterator[tuple[str, np.ndarray]]
     Raises:
         ModelError: if the model cannot be used.
     """
-    opened = open_model(model) if isinstance(model, str | Path) else model
+    opened = open_model(model)
     return ((key, opened.as_stored(key, opened.stored(key) != 0)) for key in opened.linear_keys())
 
 
@@ -271,7 +271,7 @@ def _linears(
     model: str | Path | PrunableModel, only: Collection[str] | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The linears by name, `only` those with these keys, read one by one."""
-    model = open_model(model) if isinstance(model, str | Path) else model
+    model = open_model(model)
     for key in model.linear_keys():
         if only is None or key in only:
             yield key.removesuffix(".weight"), model.stored(key)

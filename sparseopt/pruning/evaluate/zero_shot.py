@@ -61,7 +61,7 @@ class DecoderLM(TemplateLM):
         observer: Observer | None = None,
     ) -> None:
         super().__init__()
-        self.model = open_model(model) if isinstance(model, str | Path) else model
+        self.model = open_model(model)
         if isinstance(self.model, TorchModel):
             raise ModelError(
                 f"zero-shot tasks take a family known here: {', '.join(sorted(FAMILIES))}; the model's is "

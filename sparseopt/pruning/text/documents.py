@@ -43,6 +43,8 @@ _ENDINGS = {
     "csv": (".csv", ".csv.gz", ".csv.zst"),
     "parquet": (".parquet",),
 }
+# The kind of a text that is no specification.
+_GIVEN = "a list of texts"
 _KINDS = ("pydoc", "file", *_ENDINGS, "wikitext2", "hf")
 _WITH_COLUMN = (*_ENDINGS, "hf")
 _SPLITS: dict[Part, str] = {"calibration": "validation", "evaluation": "test"}
@@ -66,27 +68,33 @@ def is_text(calibration: Any) -> bool:
 
 def check_text(text: Any, split: str | None = None, column: str | None = None) -> None:
     """Raise a `TextError` for a specification of an unknown kind, and for options that its kind does not have."""
-    kind, _, rest = text.partition(":") if isinstance(text, str) else ("a list of texts", "", "")
-    if isinstance(text, str):
-        if text == SELF:
-            raise TextError(f"text {SELF!r} is drawn by the model, to calibrate on it; known here are {TEXTS}")
-        if kind not in _KINDS:
-            raise TextError(f"unknown text {text!r}; known are {TEXTS}, and to calibrate on {SELF}")
-        if kind != "pydoc" and not rest:
-            raise TextError(f"text {text!r} names no source; write {kind}:{'NAME' if kind == 'hf' else 'PATH'}")
+    kind, rest = _kind_of(text)
+    if text == SELF:
+        raise TextError(f"text {SELF!r} is drawn by the model, to calibrate on it; known here are {TEXTS}")
+    if kind not in (*_KINDS, _GIVEN):
+        raise TextError(f"unknown text {text!r}; known are {TEXTS}, and to calibrate on {SELF}")
+    if kind not in ("pydoc", _GIVEN) and not rest:
+        raise TextError(f"text {text!r} names no source; write {kind}:{'NAME' if kind == 'hf' else 'PATH'}")
     if column is not None and kind not in _WITH_COLUMN:
         raise TextError(f"column {column!r} is for {', '.join(f'{k}:' for k in _WITH_COLUMN)}, not for {kind}: omit it")
     if split is not None and kind != "hf":
         raise TextError(f"split {split!r} is for data sets of the hub (hf:), not for {kind}: leave it out")
 
 
+def _kind_of(text: Any) -> tuple[str, str]:
+    """What stands before and behind the colon of a specification."""
+    kind, _, rest = text.partition(":") if isinstance(text, str) else (_GIVEN, "", "")
+    return kind, rest
+
+
 def part_of_text(text: Any, part: Part, split: str | None = None) -> str:
     """The specification; where no split separates the parts, also which part of it is read."""
-    if not isinstance(text, str):
+    kind, _ = _kind_of(text)
+    if kind == _GIVEN:
         return f"{len(text)} documents"
     if text == SELF:
         return "text that the model drew itself"
-    if text.startswith("file:"):
+    if kind == "file":
         return f"the {'first' if part == 'calibration' else 'second'} half of {text}"
     if _alternates(text, split):
         return f"documents {'1, 3, 5' if part == 'calibration' else '2, 4, 6'}, ... of {text}"
@@ -107,10 +115,10 @@ def load_documents(text: Any, part: Part, *, split: str | None = None, column: s
             data set that cannot be fetched, and a text that is empty.
     """
     check_text(text, split, column)
-    kind, _, rest = text.partition(":") if isinstance(text, str) else ("", "", "")
+    kind, rest = _kind_of(text)
     found: Iterable[Document | None]
     match kind:
-        case "":
+        case _ if kind == _GIVEN:
             found = (_document(value, f"document {number}") for number, value in enumerate(text, 1))
         case "pydoc":
             found = _read_pydoc(part)
@@ -123,16 +131,16 @@ def load_documents(text: Any, part: Part, *, split: str | None = None, column: s
             found = _hub_documents(name, "train" if name.file else split or _SPLITS[part], column)
         case _:
             found = _rows(kind, _row_files(kind, rest), column)
-    if isinstance(text, str) and _alternates(text, split):
+    if _alternates(text, split):
         found = itertools.islice(found, 0 if part == "calibration" else 1, None, 2)
-    first, filled = None, False
+    chats, filled = set[bool](), False
     for document in found:
         if document is None or document == []:
             continue
-        first = document if first is None else first
-        if isinstance(document, str) != isinstance(first, str):
+        chats.add(is_chat := not isinstance(document, str))
+        if len(chats) > 1:
             raise TextError(f"{part_of_text(text, part, split)} has both texts and chats; give a column of one kind")
-        filled = filled or not isinstance(document, str) or bool(document.strip())
+        filled = filled or is_chat or bool(str(document).strip())
         yield document
     if not filled:
         raise TextError(f"text {text!r} is empty in its {part} part")
@@ -152,8 +160,8 @@ def load_text(text: str, part: Part, *, split: str | None = None, column: str | 
     return "\n\n".join(documents)
 
 
-def _alternates(text: str, split: str | None) -> bool:
-    kind, _, rest = text.partition(":")
+def _alternates(text: Any, split: str | None) -> bool:
+    kind, rest = _kind_of(text)
     return kind in _ENDINGS or (kind == "hf" and (split is not None or _hub_name(rest).file is not None))
 
 

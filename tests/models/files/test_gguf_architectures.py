@@ -227,5 +227,5 @@ def test_a_part_of_a_split_model_is_refused(tmp_path: Path) -> None:
 
 def test_more_tokens_than_rows_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="306 tokens and an embedding of 96 rows"):
-        source_with(tmp_path, "gemma2", {}, vocab_size=96).tokenizer()
-    assert source_with(tmp_path, "gemma2", {}).tokenizer().get_vocab_size() == 306
+        source_with(tmp_path, "gemma2", {}, vocab_size=96).stored_tokenizer()
+    assert source_with(tmp_path, "gemma2", {}).stored_tokenizer()[0].get_vocab_size() == 306

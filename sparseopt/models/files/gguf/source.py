@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from sparseopt.models.base.errors import ModelError
 from sparseopt.models.files.gguf.architectures import ARCHITECTURES, ROPE_FACTORS, Fields
@@ -24,6 +25,7 @@ class GGUFSource:
         self.path = path
         self.name = str(path)
         self.revision: str | None = None
+        self.follow_links = False
         self._metadata, tensors = read_header(path)
         name, parts = self._metadata.get("general.architecture"), self._metadata.get("split.count", 1)
         if not isinstance(name, str) or name not in ARCHITECTURES:
@@ -69,16 +71,11 @@ class GGUFSource:
     def sidecars(self) -> dict[str, bytes]:
         files = {"generation_config.json": self._special_ids()}
         if "tokenizer.ggml.tokens" in self._metadata:
-            files["tokenizer.json"] = json.loads(self.tokenizer().to_str())
-            files["tokenizer_config.json"] = self.tokenizer_settings()
+            tokenizer, files["tokenizer_config.json"] = self.stored_tokenizer()
+            files["tokenizer.json"] = json.loads(tokenizer.to_str())
         return {name: json.dumps(value, indent=2, ensure_ascii=False).encode() for name, value in files.items()}
 
-    def tokenizer_settings(self) -> dict[str, Any]:
-        """The content of tokenizer_config.json."""
-        return tokenizer_config(self._metadata)
-
-    def tokenizer(self) -> Any:
-        """The `tokenizers.Tokenizer` that the metadata describe."""
+    def stored_tokenizer(self) -> tuple[Tokenizer, dict[str, Any]]:
         tokenizer, embedding = build_tokenizer(self._metadata, self.path), self.tensors.get("model.embed_tokens.weight")
         # Fewer tokens than rows is usual: the rest is padding.
         if embedding and tokenizer.get_vocab_size() > embedding.shape[0]:
@@ -86,7 +83,7 @@ class GGUFSource:
                 f"{self.path} has {tokenizer.get_vocab_size()} tokens and an embedding of {embedding.shape[0]} rows; "
                 "convert the model again"
             )
-        return tokenizer
+        return tokenizer, tokenizer_config(self._metadata)
 
     def _matrix_dtype(self) -> str:
         dtypes = {tensor.dtype.name for tensor in self.tensors.values() if len(tensor.shape) == 2}
