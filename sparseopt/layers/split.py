@@ -28,7 +28,7 @@ from sparseopt.core.base.types import pytree, static
 from sparseopt.core.penalties.patterns import BlockTopK, GroupTopK, TopK
 from sparseopt.core.problem.problem import Status
 from sparseopt.layers.compiled import Compiled, Timed, laid_on
-from sparseopt.layers.methods import Workspace, workspace_of
+from sparseopt.layers.methods import Workspace, method_cost
 from sparseopt.layers.methods.scores import Magnitude, Wanda
 from sparseopt.layers.problem import (
     LayerJob,
@@ -69,7 +69,7 @@ def solve_within_memory(job: LayerJob, method: LayerMethod, mesh: Mesh | None = 
     parts = 1
     if processes.count() == 1 and not isinstance(job.pattern, GroupTopK):
         share = (-(-outputs // (1 if mesh is None else mesh.size)), inputs)
-        parts = fewest_blocks(share, workspace_of(method), device_memory_left(), _unit(job))
+        parts = fewest_blocks(share, method_cost(method).workspace, device_memory_left(), _unit(job))
     while True:
         try:
             return _solve_parts(job, method, parts, mesh)
