@@ -9,11 +9,10 @@
     tokens      perplexity and held-out error against the number of calibration tokens, at 50 %
 
 The first four are about SmolLM2; with `--model gemma3-270m` or `--source` only the other two run by default. `--only
-layers,ablation`, `--settings 0.5,2:4`, `--methods best,admm`, `--texts pydoc` and `--draws 0,1` select. `--estimate`
-prints the time of the last two parts and runs nothing. With `--record FILE` lines are also appended to a file, and
-rows that it has are not run again. Every line gives the run, machine, versions, target, and whether the target was
-met. A failed row becomes a line with its error, the other rows continue, and the exit status is 1. The recipes of a
-pass run in a separate process, whose peak memory is reported.
+layers,ablation`, `--settings 0.5,2:4`, `--methods best,admm`, `--texts pydoc` and `--draws 0,1` select. With
+`--record FILE` lines are also appended to a file, and rows that it has are not run again. Every line gives the run,
+machine, versions, target, and whether the target was met. A failed row becomes a line with its error, the other rows
+continue, and the exit status is 1. The recipes of a pass run in a separate process, whose peak memory is reported.
 """
 
 import itertools
@@ -326,7 +325,6 @@ def main() -> None:
     )
     parser.add_argument("--draws", type=read_draws, default=DRAWS, help="seeds of random windows, such as 0,1,2")
     parser.add_argument("--record", type=Path, help="file that lines are appended to; its rows are not run again")
-    parser.add_argument("--estimate", action="store_true", help="only print what draws and tokens would take")
     parser.add_argument("--layers", type=int, help="for a trial: number of layers")
     parser.add_argument("--windows", type=int, help="for a trial: largest number of windows")
     arguments = parser.parse_args()
@@ -334,12 +332,12 @@ def main() -> None:
     trial = arguments.layers is not None or arguments.windows is not None
     bench = Bench(source, data, arguments.layers, arguments.windows, trial, arguments.methods, record=arguments.record)
     other = arguments.model != "smollm2" or arguments.source is not None
-    for name in arguments.only or (GENERAL if other or arguments.estimate else PARTS):
+    for name in arguments.only or (GENERAL if other else PARTS):
         part, settings = PARTS[name]
         bench.reduced = trial or (other and name not in GENERAL)
         wanted = [setting for setting in settings if setting in arguments.settings]
         if wanted:
-            own = {"draws": arguments.draws, "estimate": arguments.estimate} if name in GENERAL else {}
+            own = {"draws": arguments.draws} if name in GENERAL else {}
             own |= {"texts": arguments.texts} if name == "draws" else {}
             part(bench, wanted, **own)
         else:

@@ -31,10 +31,7 @@ from common import (
 
 from sparseopt.models import open_model, open_source
 from sparseopt.pruning import Recipe, perplexity
-from sparseopt.pruning.estimate.cost import EFFICIENCY
-from sparseopt.pruning.estimate.inspection import inspect_model
 from sparseopt.pruning.text.windows import begin_windows, text_windows
-from sparseopt.system.speed import measure_gflops
 
 TEXTS = ("wikitext2", "pydoc", "self")
 ELSEWHERE = TEXTS[1]
@@ -55,8 +52,6 @@ DENSE_TOLERANCE = 1e-3
 TOKEN_METHODS = ("wanda", "sparsegpt", "maiht", "admm", "best one shot", "best")
 TOKEN_WINDOWS = (8, 16, 32, 64, 128, 256)
 TOKEN_HELDOUT = 16
-# Of the time that `inspect_model` estimates, what the recipes of a pass share.
-SHARED = ("survey", "compiling")
 
 
 class Row(NamedTuple):
@@ -79,7 +74,7 @@ def read_draws(given: str) -> tuple[int, ...]:
     return seeds
 
 
-def bench_draws(bench: Bench, settings: list[str], texts: Sequence[str], draws: Sequence[int], estimate: bool) -> None:
+def bench_draws(bench: Bench, settings: list[str], texts: Sequence[str], draws: Sequence[int]) -> None:
     """All draws of the texts by all methods."""
     specifications = {"wikitext2": bench.data, ELSEWHERE: ELSEWHERE}
     own: dict[str, Any] = {"windows": None, "calibration": "self"}
@@ -100,9 +95,8 @@ def bench_draws(bench: Bench, settings: list[str], texts: Sequence[str], draws: 
                     if bench.wants(name) and not bench.found(figure, **details):
                         recipe = Recipe(**SETTINGS[setting], **changes, **tokens, **drawn)
                         passes[f"draws, {text}, draw {draw}, {name}"].append(Row(figure, recipe, details))
-    if not estimate:
-        bench_dense(bench, specifications)
-    run_passes(bench, passes, estimate)
+    bench_dense(bench, specifications)
+    run_passes(bench, passes)
 
 
 def bench_dense(bench: Bench, texts: Mapping[str, str]) -> None:
@@ -129,7 +123,7 @@ def bench_dense(bench: Bench, texts: Mapping[str, str]) -> None:
     )  # fmt: skip
 
 
-def bench_tokens(bench: Bench, settings: list[str], draws: Sequence[int], estimate: bool) -> None:
+def bench_tokens(bench: Bench, settings: list[str], draws: Sequence[int]) -> None:
     """Growing sets of windows of the first draw."""
     draw, most = draws[0], bench.windows or TOKEN_WINDOWS[-1]
     counts = sorted({min(count, most) for count in TOKEN_WINDOWS})
@@ -151,19 +145,15 @@ def bench_tokens(bench: Bench, settings: list[str], draws: Sequence[int], estima
                         samples=count, heldout_samples=held, seqlen=SEQLEN, calibration=ids,
                     )  # fmt: skip
                     passes[f"tokens, {count * SEQLEN:,}, {name}"].append(Row(figure, recipe, details))
-    run_passes(bench, passes, estimate)
+    run_passes(bench, passes)
 
 
-def run_passes(bench: Bench, passes: Passes, estimate: bool) -> None:
-    """Say what each pass will take, then run them in turn unless only the estimate is wanted."""
-    expected = estimated_seconds(bench, passes)
+def run_passes(bench: Bench, passes: Passes) -> None:
+    """Say which passes there are, then run them in turn."""
     for label, rows in passes.items():
-        at = ", ".join(row.figure.rpartition(" at ")[2] for row in rows)
-        say(f"{label} at {at}: {minutes(expected.get(label))}")
-    say(
-        f"{len(passes)} passes: {minutes(sum(expected.values()) if expected else None)}" if passes else "nothing to run"
-    )
-    for label, rows in () if estimate else passes.items():
+        say(f"{label} at {', '.join(row.figure.rpartition(' at ')[2] for row in rows)}")
+    say(f"{len(passes)} passes" if passes else "nothing to run")
+    for label, rows in passes.items():
         by_setting = {row.figure.rpartition(" at ")[2]: row for row in rows}
         recipes = {setting: row.recipe for setting, row in by_setting.items()}
         for setting, result in run_pass(bench.source, recipes, bench.data, bench.scoring, label, ELSEWHERE):
@@ -189,33 +179,3 @@ def target_of(
     own = (result["perplexity"], result["perplexity_elsewhere"])
     met = all(own[0] < line["value"] and own[1] < line["perplexity_elsewhere"] for line in rivals)
     return f"below {', '.join(RIVALS)} on both texts", met
-
-
-def estimated_seconds(bench: Bench, passes: Passes) -> dict[str, float]:
-    """The seconds of each pass on this machine, mostly within a half; empty for a family without an estimate."""
-    source = open_source(bench.source)
-    rate = measure_gflops() if passes else 1.0
-    count, length = bench.scoring
-    # Estimates do not depend on the text and the draw.
-    known: dict[tuple[str, int], tuple[dict[str, float], float]] = {}
-    seconds = {}
-    for label, rows in passes.items():
-        parts = []
-        for row in rows:
-            key = (row.figure, row.recipe.window_count)
-            if key not in known:
-                found = inspect_model(source, row.recipe, gflops=rate)
-                if found.estimate is None or found.estimate.seconds_by_part is None:
-                    return {}
-                # Two texts, two operations for each parameter and token.
-                scoring = 4 * found.parameters * count * length / (rate * 1e9 * EFFICIENCY["forward passes and Grams"])
-                known[key] = (found.estimate.seconds_by_part, scoring)
-            parts.append(known[key])
-        own = sum(scoring + sum(t for kind, t in each.items() if kind not in SHARED) for each, scoring in parts)
-        seconds[label] = own + sum(max(each.get(kind, 0.0) for each, _ in parts) for kind in SHARED)
-    return seconds
-
-
-def minutes(seconds: float | None) -> str:
-    """A duration in words."""
-    return "no estimate" if seconds is None else f"about {max(1, round(seconds / 60)):,} minutes"

@@ -11,7 +11,7 @@ from scaling_model import grid_iteration
 
 from sparseopt.models.streaming.streamed import StreamedModel
 from sparseopt.pruning import Recipe
-from sparseopt.pruning.estimate.cost import EFFICIENCY, block_sizes, prune_cost, token_flops
+from sparseopt.pruning.memory import EFFICIENCY, block_sizes, prune_cost, token_flops
 
 # The share of a device's peak that is assumed to be reached.
 REACHED = 0.6

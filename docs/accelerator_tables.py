@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from records import Column, Record, field, machine, missing, named, table
 
-from sparseopt.layers.methods import find_method, workspace_of
+from sparseopt.layers.methods import find_method, method_cost
 
 ACCELERATORS = "make bench-accelerators"
 PRECISION = "make bench-precision DATA=folder"
@@ -98,7 +98,7 @@ def _of_estimate(record: Record) -> float | None:
     label, _, pattern = record["program"].partition(", ")
     name, _, preset = label.partition(" ")
     outputs, inputs = map(int, record["shape"].split(" x "))
-    workspace = workspace_of(find_method(name, preset or None, pattern=pattern))
+    workspace = method_cost(find_method(name, preset or None, pattern=pattern)).workspace
     return record["temporaries"] / workspace.nbytes(outputs, inputs) if "temporaries" in record else None
 
 

@@ -24,7 +24,7 @@ from sparseopt.core.penalties.protocols import Norm
 from sparseopt.core.problem.problem import Problem
 from sparseopt.core.solve import solve
 from sparseopt.experiments import plots
-from sparseopt.experiments.task import Estimate, FinishedRun, Record, Strict, grouped
+from sparseopt.experiments.task import FinishedRun, Record, Strict, grouped
 from sparseopt.experiments.tasks.denoise import PictureTask
 from sparseopt.trend.filter import trend_filter
 
@@ -77,13 +77,6 @@ class Convergence(PictureTask):
             raise ValueError(f"contenders must differ, given {', '.join(self.units())}")
         if not isinstance(self.penalty.build(), Norm):
             raise ValueError(f"the loss needs a certified optimum, which {self.penalty.label} does not have; use l1")
-
-    def estimate(self) -> Estimate:
-        # Nested steps are many.
-        values = self.picture.load().size
-        nested = sum(c.method in ("fast_admm", "gtf_admm") for c in self.contenders)
-        per_value = 2e-5 * (len(self.contenders) + 4 * nested) * (1 + self.passes)
-        return Estimate(3 * len(self.contenders) + per_value * values, 550 * 2**20 + 1000 * values)
 
     def run_unit(self, key: str, folder: Path, observer: Observer) -> Record:
         contender = self.contenders[self.units().index(key)]

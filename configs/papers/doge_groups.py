@@ -13,7 +13,7 @@ from pydantic import Field, field_validator
 from sparseopt.core.base.types import Observer
 from sparseopt.core.operators.row_tables import check_groups
 from sparseopt.experiments import plots
-from sparseopt.experiments.task import Estimate, FinishedRun, Record, Task
+from sparseopt.experiments.task import FinishedRun, Record, Task
 from sparseopt.trend.base.graph import Graph
 
 LARGEST_DRAWN = 400
@@ -47,11 +47,6 @@ class Groups(Task):
     def check(self) -> None:
         if min(self.shape) < 1 or int(np.prod(self.shape)) < 2:
             raise ValueError(f"a grid with an edge has two nodes or more, given the shape {self.shape}")
-
-    def estimate(self) -> Estimate:
-        # Products of sparse matrices and, for the pictures, a patch for each row.
-        nodes = int(np.prod(self.shape))
-        return Estimate(1.0 + 2e-5 * nodes, 200 * 2**20 + 2000 * nodes)
 
     def run_unit(self, key: str, folder: Path, observer: Observer) -> Record:
         del folder

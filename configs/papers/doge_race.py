@@ -13,11 +13,8 @@ from doge_baselines import METHOD_NAMES, Method, Settings, Stop, algorithm_of, f
 from sparseopt.core.problem.problem import Solution
 from sparseopt.experiments import plots
 from sparseopt.experiments.task import FinishedRun, Record, grouped
-from sparseopt.experiments.tasks.denoise import FIT_SECONDS, NoisyPicture
+from sparseopt.experiments.tasks.denoise import NoisyPicture
 from sparseopt.trend.base.graph import Graph
-
-# Seconds of a fit with an optimisation in each step, for each value; see `FIT_SECONDS`.
-NESTED_FIT_SECONDS = 8e-6
 
 
 class Race(NoisyPicture):
@@ -46,10 +43,6 @@ class Race(NoisyPicture):
         """What runs must share for their times to be compared."""
         rule = "relative duality gap" if self.stop == "gap" else "relative change in a step"
         return f"{self.subject}\n{rule} {self.tol:.0e}".replace("e-0", "e-")
-
-    @property
-    def fit_seconds(self) -> float:
-        return NESTED_FIT_SECONDS if algorithm_of(self.method, self.order) == "fast_admm" else FIT_SECONDS
 
     def fit(self, y: np.ndarray, graph: Graph, max_steps: int) -> Solution:
         return fit(

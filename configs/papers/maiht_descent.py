@@ -21,7 +21,7 @@ from sparseopt.core.base.types import Observer
 from sparseopt.core.losses.quadratic import safe_step
 from sparseopt.experiments import plots
 from sparseopt.experiments.names import PenaltyConfig, SolverConfig, suggest
-from sparseopt.experiments.task import Estimate, FinishedRun, Record, Task
+from sparseopt.experiments.task import FinishedRun, Record, Task
 from sparseopt.experiments.tasks.model import BUNDLED, BosChoice, model_path
 from sparseopt.layers.problem import ScaledLayer, scale_layer
 from sparseopt.models import Bos, PrunableModel, check_window, load_tokenizer, open_model, start_token
@@ -73,12 +73,6 @@ class Descent(Task):
         check_window(self.seqlen, model.config.max_positions)
         start_token(model.source, load_tokenizer(model.source), self.bos)
         load_text(self.calibration, "calibration")
-
-    def estimate(self) -> Estimate:
-        if self.source != BUNDLED:
-            return Estimate()
-        # The blocks up to the layer, then two products a step.
-        return Estimate(15 + 0.003 * self.samples * self.seqlen + 0.05 * self.steps * len(self.solvers), 2**30)
 
     def run_unit(self, key: str, folder: Path, observer: Observer) -> Record:
         observer(f"Gram of {self.layer}", 0, 0)

@@ -29,7 +29,7 @@ from sparseopt.core.base.types import Observer
 from sparseopt.experiments.config import Run
 from sparseopt.experiments.names import AllowCode, Named, file_digest
 from sparseopt.experiments.plots import save_figure
-from sparseopt.experiments.task import Estimate, FinishedRun, Record, Task, find_task
+from sparseopt.experiments.task import FinishedRun, Record, Task, find_task
 from sparseopt.experiments.yaml_file import read_yaml, write_yaml
 from sparseopt.system import processes, run_folder
 from sparseopt.system.files import write_whole
@@ -52,13 +52,12 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Planned:
-    """A run before it starts, with what its folder holds and what it needs."""
+    """A run before it starts, with what its folder holds."""
 
     run: Run
     folder: Path
     state: State
     why: str  # of `State.OTHER`, see `state_of`
-    estimate: Estimate
 
 
 @dataclass(frozen=True)
@@ -152,8 +151,7 @@ def plan(runs: Sequence[Run], output: Path) -> list[Planned]:
     folders = [output / run.subfolder for run in runs]
     found = processes.told([(state.value, why) for state, why in map(state_of, folders, wanted)])
     return [
-        Planned(run, folder, State(state), why, run.task.estimate())
-        for run, folder, (state, why) in zip(runs, folders, found, strict=True)
+        Planned(run, folder, State(state), why) for run, folder, (state, why) in zip(runs, folders, found, strict=True)
     ]
 
 

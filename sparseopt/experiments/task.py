@@ -69,14 +69,6 @@ class Paper(Strict):
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """What a run is expected to need on two CPU cores: wall time and peak memory, None for unknown."""
-
-    seconds: float | None = None
-    memory_bytes: int | None = None
-
-
-@dataclass(frozen=True)
 class FinishedRun:
     """A finished run, for a report and `Task.draw`: a record for each unit, and the settings that its sweep varies."""
 
@@ -159,10 +151,6 @@ class Task(Strict, ABC):
 
         A run that finds nothing there does all of it.
         """
-
-    def estimate(self) -> Estimate:
-        """What the run needs, as far as that is known."""
-        return Estimate()
 
     @classmethod
     def draw(cls, runs: Sequence[FinishedRun]) -> dict[str, Any]:

@@ -81,14 +81,15 @@ def share_out(tasks: Sequence[LayerTask], method: LayerMethod, devices: int, pla
 
 def quicker_side_by_side(count: int, shape: tuple[int, int], method: LayerMethod, devices: int, platform: str) -> bool:
     """Whether some linears, at most as many as devices, take less time one a device than cut one after the other."""
+    if count == devices:
+        return True
     cost = method_cost(method)
-    if count == devices or cost is None:
-        return count == devices
     outputs, inputs = shape
     products = 2.0 * inputs**2 * outputs * cost.products + cost.updates * inputs * outputs
     inverses = 2.0 * inputs**3 * cost.inverses  # on every device, also of a linear that is cut
     stages = math.ceil(math.log2(devices))
     summing = cost.sums * stages * STAGE.get(platform, ACCELERATOR_STAGE)
+    # Never of a method of your own, whose operations are NaN.
     return inverses + products < count * (inverses + products / devices + summing)
 
 

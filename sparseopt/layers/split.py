@@ -28,7 +28,7 @@ from sparseopt.core.base.types import pytree, static
 from sparseopt.core.penalties.patterns import BlockTopK, GroupTopK, TopK
 from sparseopt.core.problem.problem import Status
 from sparseopt.layers.compiled import Compiled, Timed, laid_on
-from sparseopt.layers.methods import Workspace, workspace_of
+from sparseopt.layers.methods import Workspace, method_cost
 from sparseopt.layers.methods.scores import Magnitude, Wanda
 from sparseopt.layers.patterns import outputs_together
 from sparseopt.layers.problem import (
@@ -70,7 +70,7 @@ def solve_within_memory(job: LayerJob, method: LayerMethod, mesh: Mesh | None = 
     parts, unit, grouped = 1, outputs_together(job.pattern), isinstance(job.pattern, GroupTopK)
     if processes.count() == 1 and not grouped:
         share = (-(-outputs // (1 if mesh is None else mesh.size)), inputs)
-        parts = fewest_blocks(share, workspace_of(method), device_memory_left(), unit)
+        parts = fewest_blocks(share, method_cost(method).workspace, device_memory_left(), unit)
     while True:
         try:
             return _solve_parts(job, method, parts, mesh)

@@ -15,7 +15,6 @@ from sparseopt.layers.methods import (
 from sparseopt.layers.problem import LayerJob, LayerMethod, LayerReport, Pruned, ScaledLayer, solve_layer
 from sparseopt.layers.prune_layer import LayerResult, prune_layer
 from sparseopt.pruning.base.reports import Footprint, LayerRecord, PruneReport
-from sparseopt.pruning.estimate.footprint import BudgetError
 from sparseopt.pruning.evaluate.evaluation import (
     LayerAudit,
     PatternAudit,
@@ -24,6 +23,7 @@ from sparseopt.pruning.evaluate.evaluation import (
     masks,
     perplexity,
 )
+from sparseopt.pruning.memory import BudgetError
 from sparseopt.pruning.pipeline import Stopped, prune_model, prune_models, shrink_model
 from sparseopt.pruning.recipe.prune_recipe import Recipe
 from sparseopt.pruning.recipe.shrink_recipe import ShrinkRecipe

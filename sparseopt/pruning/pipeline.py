@@ -30,9 +30,9 @@ from sparseopt.models import PrunableModel, Source, TorchModel, check_output, op
 from sparseopt.pruning.base.activations import Batches, DiskBatches, SpreadBatches, Stream, embed_windows
 from sparseopt.pruning.base.reports import Calibration, Event, Footprint, LayerRecord, Passed, PruneReport
 from sparseopt.pruning.base.torch_grams import runner_of
-from sparseopt.pruning.estimate.footprint import choose_footprint
 from sparseopt.pruning.measure.shaping import choose_shapes
 from sparseopt.pruning.measure.survey import survey
+from sparseopt.pruning.memory import choose_footprint
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe
 from sparseopt.pruning.recipe.prune_recipe import Recipe
 from sparseopt.pruning.recipe.shrink_recipe import ShrinkRecipe

@@ -52,9 +52,7 @@ def run(
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder of all runs; each gets a folder below it.")] = Path("runs"),
     shard: Annotated[str, typer.Option(help="i/n: do every n-th run from the i-th, for n processes.")] = "1/1",
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would run and what it needs, and stop.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, and stop.")] = False,
     again: Annotated[bool, typer.Option("--again", help="Repeat finished runs; their results are replaced.")] = False,
     devices: options.ManyDevices = None,
     distributed: options.Distributed = False,

@@ -12,15 +12,16 @@ from sparseopt.shell.options import AsJson, FollowLinks, Source, machine_option,
 from sparseopt.system.machine import format_bytes, parse_bytes, working_memory_bytes
 
 if TYPE_CHECKING:  # its package needs flax
-    from sparseopt.pruning.estimate.inspection import Inspection
+    from sparseopt.pruning.inspection import Inspection
 
 
 @takes_recipe()
 def inspect(
     source: Source,
-    gflops: Annotated[
-        float | None, machine_option("Rate of float32 matrix products, 10^9 operations a second. Default: measured.")
-    ] = None,
+    measure: Annotated[
+        bool,
+        machine_option("Also say the time: runs of the recipe on the first block and the first two.", "--measure"),
+    ] = False,
     memory: Annotated[
         str | None, machine_option("Memory to compare with, as in 16GiB. Default: this machine's.")
     ] = None,
@@ -34,19 +35,19 @@ def inspect(
     as_json: AsJson = False,
     **options: Any,
 ) -> None:
-    """What a model is, what pruning it would zero, and how much memory and time that takes. Reads headers only."""
+    """What a model is, what pruning it would zero, and how much memory that takes. Reads headers only, unless asked to
+    measure the time.
+    """
     from sparseopt.models import open_source
     from sparseopt.pruning import Recipe
-    from sparseopt.pruning.estimate.inspection import inspect_model
-    from sparseopt.system.speed import measure_gflops
+    from sparseopt.pruning.inspection import inspect_model
 
     device = None if device_memory is None else parse_bytes(device_memory)
     limit = (device or working_memory_bytes()) if memory is None else parse_bytes(memory)
     recipe = Recipe(**recipe_fields(options))
     recipe.check()
-    rate = measure_gflops() if gflops is None else gflops
     opened = open_source(source, follow_links=follow_links)
-    found = inspect_model(opened, recipe, gflops=rate, device_memory=device)
+    found = inspect_model(opened, recipe, measure=measure, device_memory=device)
     if as_json:
         typer.echo(json.dumps(found.as_dict()))
         return
@@ -110,7 +111,7 @@ def prune_lines(found: "Inspection", memory_bytes: int) -> list[str]:
 
     estimate = found.estimate
     if estimate is None or found.zeros is None or found.dense_bytes is None or found.packed_bytes is None:
-        return ["no estimate of memory and time for this family"]
+        return ["no estimate of memory for this family"]
     recipe = found.recipe
     lines = [
         f"pruned by {recipe['method']}, pattern {recipe['pattern']}: {found.zeros:,} zeros, "
@@ -144,13 +145,11 @@ def prune_lines(found: "Inspection", memory_bytes: int) -> list[str]:
     else:
         fits = "that does not fit"
     lines.append(f"{fits} in {format_bytes(memory_bytes)}")
-    if estimate.seconds is None or estimate.seconds_by_part is None or estimate.gflops is None:
-        lines.append("no estimate of the time, which needs a rate of products and a method of this package")
+    if found.seconds is None:
+        lines.append("--measure says the time of a run")
     else:
-        spent = [f"{name} {console.duration(s)}" for name, s in estimate.seconds_by_part.items() if s >= 0.5]
-        total = console.duration(estimate.seconds)
-        lines.append(f"estimated time at {estimate.gflops:.0f} GFLOP/s: {total} ({', '.join(spent)})")
-    lines.append("estimates come from shapes alone and may be off by half either way")
+        drawn = "; its text is drawn once for a model besides" * (recipe["calibration"] == "self")
+        lines.append(f"time of a run, measured on its first blocks: {console.duration(found.seconds)}{drawn}")
     return lines
 
 

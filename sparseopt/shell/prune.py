@@ -70,13 +70,11 @@ def name_of(recipe: "PassRecipe") -> list[str]:
     return [str(name) for name in (effort_of(vars(recipe)), recipe.method) if name is not None]
 
 
-def fast_share(recipe: "PassRecipe") -> float | None:
-    """The time of effort fast as a fraction of that of a recipe's effort; None where it is not less."""
-    from sparseopt.pruning import Recipe
-    from sparseopt.pruning.recipe.effort import COSTS, effort_of
+def fast_is_faster(recipe: "PassRecipe") -> bool:
+    """Whether effort fast takes less time than a recipe's effort."""
+    from sparseopt.pruning.recipe.effort import effort_of
 
-    effort = effort_of(vars(recipe)) if isinstance(recipe, Recipe) else None
-    return None if effort is None or effort == "fast" else COSTS["fast"] / COSTS[effort]
+    return effort_of(vars(recipe)) in ("good", "most")
 
 
 def choice_lines(recipe: "PassRecipe", typed: Mapping[str, Any]) -> list[str]:
@@ -170,7 +168,7 @@ def run_pass(
     # Opened before the bar starts, because a download shows its own.
     opened = open_source(source, follow_links=follow_links)
     try:
-        with stop_asked() as stop, show_pruning.PruneProgress(title, fast_share(plans[0][0])) as progress:
+        with stop_asked() as stop, show_pruning.PruneProgress(title, fast_is_faster(plans[0][0])) as progress:
             reports = prune_models(opened, plans, observer=progress, stop=stop, memory=memory, devices=devices)
     except KeyboardInterrupt:
         if count() > 1:

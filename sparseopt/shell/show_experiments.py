@@ -8,8 +8,7 @@ from rich.table import Table
 from sparseopt.core.base.types import Observer
 from sparseopt.experiments.report import Section
 from sparseopt.experiments.runs import Outcome, Planned, State
-from sparseopt.shell.console import comparison_table, console, counting_bar, duration, say
-from sparseopt.system.machine import format_bytes
+from sparseopt.shell.console import comparison_table, console, counting_bar, say
 from sparseopt.system.run_folder import RECORDS
 
 
@@ -57,13 +56,9 @@ def name_of(planned: Planned) -> str:
 
 
 def plan_table(planned: Sequence[Planned]) -> Table:
-    """What would run, with the time and memory that it is expected to take."""
-    rows = []
-    for p in planned:
-        seconds, memory = p.estimate.seconds, p.estimate.memory_bytes
-        time = "unknown" if seconds is None else duration(seconds)
-        rows.append((name_of(p), p.state.value, time, "unknown" if memory is None else format_bytes(memory)))
-    table = comparison_table("what would run", ("run", "state", "time", "memory"), rows)
+    """What would run."""
+    rows = [(name_of(p), p.state.value) for p in planned]
+    table = comparison_table("what would run", ("run", "state"), rows)
     table.columns[0].overflow = "fold"
     return table
 
@@ -71,15 +66,12 @@ def plan_table(planned: Sequence[Planned]) -> Table:
 def plan_line(planned: Sequence[Planned], again: bool = False) -> str:
     """The plan in one line; `again` repeats finished runs."""
     left = [p for p in planned if again or p.state is not State.FINISHED]
-    known = [p.estimate.seconds for p in left if p.estimate.seconds is not None]
-    time = f"about {duration(sum(known))} on two cores" if known else "time unknown"
-    more = f", and {len(left) - len(known)} of unknown time" if known and len(known) < len(left) else ""
     count = f"{len(planned)} run{'s' if len(planned) != 1 else ''}"
     if not left:
         return f"{count}, finished before" if planned else "no runs"
     where = {p.folder.parent if p.run.id else p.folder for p in planned}
     place = f", in {where.pop()}" if len(where) == 1 else ""
-    return f"{count}{place}, {len(planned) - len(left)} finished; {time}{more}"
+    return f"{count}{place}, {len(planned) - len(left)} finished"
 
 
 def section_tables(section: Section, width: int) -> list[Table]:

@@ -1,6 +1,5 @@
 """The display of a run that prunes or shrinks: live progress, plain lines elsewhere, a final table."""
 
-import math
 import time
 
 from rich.progress import TextColumn
@@ -26,21 +25,20 @@ from sparseopt.pruning.text.documents import part_of_text
 from sparseopt.shell.console import bytes_by_size, comparison_table, console, counting_bar, duration, packed_line, say
 from sparseopt.system.machine import format_bytes
 
-# Seconds left from which a run says after its first block how long a faster one would take.
+# Seconds left from which a run says after its first block that a faster one is possible.
 LONG = 1800
 
 
 class PruneProgress:
     """Observer of `prune_models`: a bar with block, layer, error and time left; without a terminal a line per block."""
 
-    def __init__(self, title: str, fast: float | None = None) -> None:
-        """Take the title of the run, and the time that effort fast needs as a fraction of this run's, if it is less."""
-        self._title, self._fast = title, fast
+    def __init__(self, title: str, faster: bool = False) -> None:
+        """Take the title of the run, and whether effort fast takes less time."""
+        self._title, self._faster = title, faster
         self._start = time.perf_counter()
         self._block: list[LayerRecord] = []
-        self._replayed = self._pruned_blocks = self._blocks_left = 0
+        self._replayed, self._finished, self._blocks_left = False, 0, 0
         self._worked_from = self._passed = self._start
-        self._untouched: list[float] = []  # seconds of each block that had no layer to prune
         self._bar = counting_bar(console, TextColumn("{task.fields[note]}"))
         # The first record comes only after reading, tokenising and compiling.
         self._task = self._bar.add_task(title, total=None, note="reading the model")
@@ -64,8 +62,8 @@ class PruneProgress:
                     say(line)
             case str():
                 self._tell_survey(event, done, total)
-            case Replay(layers):
-                self._replayed += layers
+            case Replay():
+                self._replayed = True
             case LayerRecord():
                 self._tell_layer(event, done, total)
             case Passed(block, blocks):
@@ -80,7 +78,7 @@ class PruneProgress:
                 self._bar.update(self._task, note=f"distilled, divergence {event.last_loss:.4f}")
 
     def _tell_survey(self, stage: str, done: int, total: int) -> None:
-        if not (self._block or self._pruned_blocks):
+        if not (self._block or self._finished):
             # What comes before the blocks says nothing of the time that they take.
             self._worked_from = time.perf_counter()
         self._bar.update(self._task, total=total, completed=done, note=stage)
@@ -88,19 +86,18 @@ class PruneProgress:
             say(f"{self._title}: {stage} {done}/{total}, {time.perf_counter() - self._start:.0f} s")
 
     def _tell_layer(self, record: LayerRecord, done: int, total: int) -> None:
-        if done == self._replayed:
-            self._worked_from = time.perf_counter()
         layer = record.layer.split(".", 3)[-1]
-        note = f"block {record.block} {layer} error {record.relative_error:.4f}{self._left(done, total)}"
+        note = f"block {record.block} {layer} error {record.relative_error:.4f}{self._left()}"
         self._bar.update(self._task, total=total, completed=done, note=note)
         self._block.append(record)
 
     def _tell_block(self, block: int, blocks: int, done: int, total: int) -> None:
-        now = time.perf_counter()
-        self._pruned_blocks += bool(self._block)
-        if not self._block and done > self._replayed:
-            self._untouched.append(now - self._passed)
-        self._passed, self._blocks_left = now, blocks - block - 1
+        self._passed, self._blocks_left = time.perf_counter(), blocks - block - 1
+        if self._replayed:
+            # An earlier run's: its records come again in no time.
+            self._worked_from, self._replayed = self._passed, False
+        else:
+            self._finished += 1
         what = f"block {block} has no layer to prune" if total else f"block {block + 1}/{blocks}"
         if self._block:
             error = mean(record.relative_error for record in self._block)
@@ -109,35 +106,24 @@ class PruneProgress:
         if not total:
             self._bar.update(self._task, total=blocks, completed=block + 1, note=what)
         if not console.is_terminal:
-            say(f"{self._title}: {what}, {now - self._start:.0f} s{self._left(done, total)}")
-        left = self._seconds_left(done, total)
-        if left is None or self._fast is None:
-            return
-        # Once, after the first block that this run has pruned.
-        if left > LONG:
-            fast = duration(self._fast * (now - self._start + left))
-            say(f"{self._title}: about {duration(left)} left; --effort fast would take about {fast} in all")
-        self._fast = None
+            say(f"{self._title}: {what}, {self._passed - self._start:.0f} s{self._left()}")
+        left = self._seconds_left()
+        if left is not None:
+            # Once, after the first block that this run has finished.
+            if self._faster and left > LONG:
+                say(f"{self._title}: about {duration(left)} left; --effort fast takes less")
+            self._faster = False
 
-    def _left(self, done: int, total: int) -> str:
-        seconds = self._seconds_left(done, total)
+    def _left(self) -> str:
+        seconds = self._seconds_left()
         return "" if seconds is None else f", {seconds:.0f} s left"
 
-    def _seconds_left(self, done: int, total: int) -> float | None:
-        """The time left, estimated from the layers that this run has pruned; None before the first.
-
-        Blocks that are not pruned are run and stored all the same. Before the first one they count as the others do.
-        """
-        pruned = done - self._replayed
-        if pruned <= 0:
+    def _seconds_left(self) -> float | None:
+        """The time left, at the pace of the blocks that this run has finished; None before the first."""
+        if not self._finished:
             return None
-        spent = time.perf_counter() - self._worked_from - sum(self._untouched)
-        seconds = spent / pruned * (total - done)
-        if self._pruned_blocks:
-            layers = done / self._pruned_blocks
-            untouched = max(0, self._blocks_left - math.ceil((total - done) / layers))
-            seconds += untouched * (mean(self._untouched) or spent / pruned * layers)
-        return seconds
+        each = (self._passed - self._worked_from) / self._finished
+        return max(0.0, each * self._blocks_left - (time.perf_counter() - self._passed))
 
 
 def calibration_lines(calibration: Calibration) -> list[str]:

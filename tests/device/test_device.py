@@ -16,7 +16,7 @@ from sparseopt.models import ModelError, open_model
 from sparseopt.pruning import LayerJob, PruningError, Recipe, perplexity, prune_model
 from sparseopt.pruning.base.activations import Batches
 from sparseopt.pruning.base.torch_grams import runner_of
-from sparseopt.pruning.estimate.footprint import BudgetError
+from sparseopt.pruning.memory import BudgetError
 from sparseopt.system.machine import device_memory_left
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 from tests.pruning.test_pipeline import make_tokens

@@ -28,7 +28,6 @@ TINY = {"name": "camera", "size": 16}
 def finish(task: Task, folder: Path) -> FinishedRun:
     folder.mkdir(parents=True, exist_ok=True)
     task.check()
-    assert (task.estimate().seconds or 0) > 0
     units = task.units()
     assert len(set(units)) == len(units)
     records = [{"unit": key, **task.run_unit(key, folder, lambda *_: None)} for key in units]
@@ -197,7 +196,6 @@ def test_shipped_configs_can_run(name: str) -> None:
     for run in load_config(path, allow_code=path.parent == PAPERS):
         assert run.task.name == name
         run.task.check()
-        assert (run.task.estimate().seconds or 0) > 0
 
 
 @pytest.mark.parametrize("name", often(SMALL, *ONE_OF_EACH_KIND))

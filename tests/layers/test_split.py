@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from sparseopt.layers import split
-from sparseopt.layers.methods import AdmmPruning, Magnitude, MaihtPruning, SparseGpt, Wanda, workspace_of
+from sparseopt.layers.methods import AdmmPruning, Magnitude, MaihtPruning, SparseGpt, Wanda, method_cost
 from sparseopt.layers.patterns import count_groups, parse_pattern
 from sparseopt.layers.problem import check_answer, layer_solver
 from sparseopt.layers.split import (
@@ -55,7 +55,7 @@ def running_out(monkeypatch, outputs, failure="device"):
 def test_a_device_that_tells_its_memory_gets_the_blocks_of_the_estimate_at_once(layer, monkeypatch):
     job, method = make_job(layer, "unstructured"), SparseGpt()
     outputs, inputs = job.weight.shape
-    workspace = workspace_of(method)
+    workspace = method_cost(method).workspace
     tried = running_out(monkeypatch, outputs)
     for room, blocks in ((workspace.nbytes(outputs, inputs), 1), (workspace.nbytes(outputs // 4, inputs), 4), (1, 16)):
         monkeypatch.setattr(split, "device_memory_left", lambda room=room: room)

@@ -12,7 +12,7 @@ from sparseopt.models import ModelError, load_decoder, open_model
 from sparseopt.pruning import Recipe, ShrinkRecipe, audit_sparsity, prune_model
 from sparseopt.pruning.base.activations import make_batches
 from sparseopt.pruning.base.grams import BlockRunner, tapped
-from sparseopt.pruning.estimate.inspection import inspect_model
+from sparseopt.pruning.inspection import inspect_model
 from sparseopt.shell.show_pruning import run_lines
 from tests.jitted import run
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder

@@ -18,7 +18,7 @@ from sparseopt.pruning import PruningError, Recipe, Wanda, audit_sparsity, perpl
 from sparseopt.pruning.base.activations import Batches, make_batches
 from sparseopt.pruning.base.grams import BlockRunner, gather_grams
 from sparseopt.pruning.base.reports import Calibration, Footprint, Passed
-from sparseopt.pruning.estimate.inspection import inspect_model
+from sparseopt.pruning.inspection import inspect_model
 from sparseopt.shell.show_pruning import run_lines
 from sparseopt.system.run_folder import FolderError
 from tests.jitted import run

@@ -15,9 +15,8 @@ import numpy as np
 import pytest
 
 from sparseopt.models import ModelError, pack_folder
-from sparseopt.pruning import LayerRecord, Recipe, Stopped, prune_model, prune_models
+from sparseopt.pruning import LayerRecord, Recipe, Stopped, memory, prune_model, prune_models
 from sparseopt.pruning.base.reports import Passed, Replay
-from sparseopt.pruning.estimate import footprint
 from sparseopt.shell import show_pruning
 from sparseopt.shell.prune import RESUMABLE, stop_asked
 from sparseopt.system.files import temporary_of
@@ -180,7 +179,7 @@ def test_a_finished_run_is_not_run_again_and_its_report_returned(tmp_path, sourc
     report = prune_model(source, tmp_path / "out", recipe)
     before, told = written(tmp_path / "out"), []
     # A finished run needs no room.
-    monkeypatch.setattr(footprint.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    monkeypatch.setattr(memory.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
     again = prune_model(source, tmp_path / "out", recipe, observer=lambda event, *_: told.append(event))
     assert again.kept
     assert dataclasses.replace(again, kept=False) == report
@@ -309,7 +308,7 @@ def test_the_time_left_does_not_count_what_came_before_the_blocks(monkeypatch, c
     records = [
         LayerRecord(b, f"layers.{b}.up", (2, 2), 4, 2, 0.1, None, 1, "CONVERGED", 1.0, 0.0, 0, 9) for b in (0, 1)
     ]
-    with show_pruning.PruneProgress("whole", fast=0.5) as progress:
+    with show_pruning.PruneProgress("whole", faster=True) as progress:
         now[0] += 5000
         progress("survey", 1, 1)
         now[0] += 3
@@ -320,27 +319,27 @@ def test_the_time_left_does_not_count_what_came_before_the_blocks(monkeypatch, c
     assert "effort fast" not in said
 
 
-def test_the_time_left_of_a_resumed_run_counts_the_layers_that_it_prunes_itself(monkeypatch, capsys):
+def test_the_time_left_of_a_resumed_run_counts_the_blocks_that_it_finishes_itself(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr(show_pruning, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     names = [(block, f"model.layers.{block}.{part}") for block in range(4) for part in ("up", "down")]
     records = [LayerRecord(b, name, (2, 2), 4, 2, 0.1, None, 1, "CONVERGED", 1.0, 0.0, 0, 9) for b, name in names]
     done = 0
     monkeypatch.setattr(show_pruning, "LONG", 60)
-    with show_pruning.PruneProgress("half", fast=0.25) as progress:
+    with show_pruning.PruneProgress("half", faster=True) as progress:
         for block in range(6):
             events = [*([Replay(2)] if block < 2 else []), *records[2 * block : 2 * block + 2], Passed(block, 6)]
             for event in events:
                 now[0] += 10 if event in records[4:] else 1
                 done += event in records
                 progress(event, done, len(records))
-    # Two blocks come again in 8 s; the last two are not pruned, and take a second each.
+    # Two blocks come again in 8 s, the next two take 21 s each; the last two are not pruned, and take a second each.
     assert capsys.readouterr().out.splitlines()[1:] == [
         "half: layer 2/8, block 0, mean relative error 0.10000, 4 s",
         "half: layer 4/8, block 1, mean relative error 0.10000, 8 s",
-        "half: layer 6/8, block 2, mean relative error 0.10000, 29 s, 66 s left",
-        "half: about 66 s left; --effort fast would take about 24 s in all",
-        "half: layer 8/8, block 3, mean relative error 0.10000, 50 s, 43 s left",
-        "half: block 4 has no layer to prune, 51 s, 1 s left",
+        "half: layer 6/8, block 2, mean relative error 0.10000, 29 s, 63 s left",
+        "half: about 63 s left; --effort fast takes less",
+        "half: layer 8/8, block 3, mean relative error 0.10000, 50 s, 42 s left",
+        "half: block 4 has no layer to prune, 51 s, 14 s left",
         "half: block 5 has no layer to prune, 52 s, 0 s left",
     ]

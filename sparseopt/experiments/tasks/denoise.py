@@ -15,7 +15,7 @@ from sparseopt.core.problem.problem import Solution, Status
 from sparseopt.experiments import plots
 from sparseopt.experiments.datasets import Picture
 from sparseopt.experiments.names import AnyTrendMethod, PenaltyConfig, trend_method
-from sparseopt.experiments.task import Estimate, FinishedRun, Record, Task, grouped
+from sparseopt.experiments.task import FinishedRun, Record, Task, grouped
 from sparseopt.system import processes
 from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.base.job import check_parameters
@@ -23,8 +23,6 @@ from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.images import psnr
 from sparseopt.trend.methods.doge_plan import CADENCE
 
-# Seconds of a fit for each value, on two cores in float64 at a gap of 1e-4.
-FIT_SECONDS = 2.5e-6
 PICTURES_SHOWN = 6
 
 
@@ -124,11 +122,6 @@ class NoisyPicture(PictureTask):
     def label(self) -> str:
         """The method, for legends."""
 
-    @property
-    def fit_seconds(self) -> float:
-        """The expected time of a fit, for each value."""
-        return FIT_SECONDS
-
     @abstractmethod
     def fit(self, y: np.ndarray, graph: Graph, max_steps: int) -> Solution:
         """The fit of a noisy picture."""
@@ -140,11 +133,6 @@ class NoisyPicture(PictureTask):
 
     def units(self) -> list[str]:
         return [f"repeat-{index}" for index in range(self.repeats)]
-
-    def estimate(self) -> Estimate:
-        values = self.picture.load().size
-        each = 0.005 + self.fit_seconds * values
-        return Estimate(2 + self.repeats * self.passes * each, 450 * 2**20 + 600 * values)
 
     def run_unit(self, key: str, folder: Path, observer: Observer) -> Record:
         index = self.units().index(key)

@@ -16,7 +16,7 @@ from sparseopt.core.problem.problem import Solution
 from sparseopt.experiments import plots
 from sparseopt.experiments.datasets import GraphData, GraphSource
 from sparseopt.experiments.names import AnyTrendMethod, PenaltyConfig, trend_method
-from sparseopt.experiments.task import Estimate, FinishedRun, Record, Task, grouped
+from sparseopt.experiments.task import FinishedRun, Record, Task, grouped
 from sparseopt.experiments.tasks.denoise import check_penalty, timed_fit
 from sparseopt.system import processes
 from sparseopt.trend.base.graph import Graph
@@ -27,8 +27,6 @@ from sparseopt.trend.paths.selection import cross_validate, select
 # Neighbours belong to one level if they differ by less than this share of the fit's range.
 LEVEL_SHARE = 1e-4
 FOLDS = 5
-# Seconds of a level of a path, on two cores.
-LEVEL_SECONDS = 0.1
 
 
 class GraphSignal(Task):
@@ -81,11 +79,6 @@ class GraphSignal(Task):
             raise ValueError("the roads of Minnesota carry no measured signal: take signal=plateaus or signal=waves")
         if not isinstance(check_scalar_loss(self.loss), Squared) and self.signal != "measured":
             raise ValueError(f"{self.signal} have noise of the normal distribution: take loss=square, not {self.loss}")
-
-    def estimate(self) -> Estimate:
-        # Compiling and, for the counties, reading and drawing outlines; a single fit is quick.
-        fits = {None: 0, "cross_validation": 1 + FOLDS}.get(self.choose, 1) * self.levels
-        return Estimate((5.0 if self.graph.name == "counties" else 3.0) + LEVEL_SECONDS * fits, 720 * 2**20)
 
     def run_unit(self, key: str, folder: Path, observer: Observer) -> Record:
         observer(f"reading {self.graph.name}", 0, 0)

@@ -7,15 +7,12 @@ from pydantic import field_validator, model_validator
 
 from sparseopt.experiments import plots
 from sparseopt.experiments.names import Mistakes, PenaltyConfig
-from sparseopt.experiments.task import Estimate, Record
-from sparseopt.experiments.tasks.model import BUNDLED, MethodConfig, ModelTask, recipe_settings
+from sparseopt.experiments.task import Record
+from sparseopt.experiments.tasks.model import MethodConfig, ModelTask, recipe_settings
 from sparseopt.models import PrunableModel
 from sparseopt.pruning import PruneReport, Recipe, audit_sparsity
 from sparseopt.pruning.recipe.options import Option
 from sparseopt.pruning.recipe.prune_recipe import OPTIONS
-
-# Of a whole SmolLM2-135M at 50 %, on two cores, with survey and reconstruction; other methods take a few seconds.
-SOLVER_SECONDS = {"best": 250, "maiht": 55, "admm": 60, "admm_splice": 150, "splice": 170, "sparsegpt": 30}
 
 _Settings: Any = recipe_settings("RecipeSettings", OPTIONS, without=("method", "penalty", "score"))
 
@@ -63,16 +60,6 @@ class Prune(_Settings, ModelTask):
 
     def recipe(self) -> Recipe:
         return Recipe(**self.recipe_values() | {"penalty": self.penalty.build() if self.penalty else None})
-
-    def estimate(self) -> Estimate:
-        """Known for the bundled model on two cores: blocks, then calibration and evaluation by their tokens."""
-        if self.source != BUNDLED:
-            return Estimate()
-        seconds = 4 + 0.0016 * self.evaluation_windows * self.evaluation_seqlen
-        if self.method != "dense":
-            seconds += 20 + 0.0035 * (self.recipe().window_count + self.heldout_samples) * self.seqlen
-            seconds += SOLVER_SECONDS.get(self.method if isinstance(self.method, str) else "", 5)
-        return Estimate(seconds, int(1.1 * 2**30))
 
     def figures(self, model: PrunableModel, report: PruneReport | None) -> Record:
         if report is None:

@@ -1,6 +1,7 @@
 """The pruning methods by name. A method is called with a layer and a pattern: `method(layer, pattern)`."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -31,7 +32,6 @@ __all__ = [
     "Workspace",
     "find_method",
     "method_cost",
-    "workspace_of",
 ]
 
 # Operations per weight for one input of SparseGPT's inner loop, which runs over vectors.
@@ -167,64 +167,56 @@ class Workspace(NamedTuple):
         return int(4 * (self.square * inputs**2 + self.wide * inputs * outputs))
 
 
-# As much as any method of this package holds.
-LARGEST = Workspace(7.5, 10.0)
-
-
 @dataclasses.dataclass(frozen=True)
 class MethodCost:
-    """What a method computes on one layer `[out, in]`."""
+    """What a method takes for one layer `[out, in]`: operations, and memory besides the job's."""
 
     products: float  # of the Gram with an array like the weight, `2 in² out` operations each
     inverses: float  # of a matrix `[in, in]`
-    selections: float  # of the largest entries of the weight
     sums: float  # over all devices, where the layer is cut over several
     updates: float  # further operations per weight
     workspace: Workspace
-    compile_seconds: float  # for each shape, on the machine that `cost` describes
+    program_mib: int  # resident MiB of its compiled program, for each shape
 
 
-def workspace_of(method: LayerMethod) -> Workspace:
-    """The workspace of a method; of one of your own LARGEST."""
-    cost = method_cost(method)
-    return LARGEST if cost is None else cost.workspace
+# Of a method of your own: as much memory as any method of this package takes, and nobody knows its operations.
+OWN = MethodCost(math.nan, math.nan, math.nan, math.nan, Workspace(7.5, 10.0), 104)
 
 
-def method_cost(method: LayerMethod) -> MethodCost | None:
-    """The cost of a method of this package; None for any other."""
+def method_cost(method: LayerMethod) -> MethodCost:
+    """The cost of a method of this package; OWN for any other."""
     match method:
         case Magnitude() | Flap():
-            return MethodCost(0, 0, 1, SELECTION_SUMS, 0, Workspace(0, 3.5), 0.7)
+            return MethodCost(0, 0, SELECTION_SUMS, 0, Workspace(0, 3.5), 28)
         case Wanda():
-            return MethodCost(0, 0, 3, 3 * SELECTION_SUMS, 0, Workspace(0, 4), 1.0)
+            return MethodCost(0, 0, 3 * SELECTION_SUMS, 0, Workspace(0, 4), 40)
         case GroupRemoval():
             # Where half of the groups go: the updates of the inverse take as long as half an inverse, those of the
             # values as half a product, and every step reads all values for the costs.
             steps = STEPS / 2
-            return MethodCost(0.5, 1.5, 1, steps, 8 * steps, Workspace(3.5, 4), 1.6)
+            return MethodCost(0.5, 1.5, steps, 8 * steps, Workspace(3.5, 4), 64)
         case SparseGpt():
-            return MethodCost(1, 1, 1, SELECTION_SUMS, method.block * COMPENSATION, Workspace(2, 4), 1.5)
+            return MethodCost(1, 1, SELECTION_SUMS, method.block * COMPENSATION, Workspace(2, 4), 60)
         case MaihtPruning():
             steps = method.max_steps * (RESTED if method.rest >= 0 else 1.0)
             # The monitor takes a product too, though seldom one of its own.
             each = 1.5 if method.monitor == "always" else 1.1
             sums = steps * MAIHT_SUMS + method.refit_steps * REFIT_SUMS + 2 * SELECTION_SUMS
-            return MethodCost(steps * each + method.refit_steps + 2, 0, 2, sums, 0, Workspace(1, 10), 1.6)
+            return MethodCost(steps * each + method.refit_steps + 2, 0, sums, 0, Workspace(1, 10), 64)
         case AdmmPruning():
             steps = method.levels * method.period * (RESTED if method.rest >= 0 else 1.0)
             sums = (steps + 1) * SELECTION_SUMS + method.refit_steps * REFIT_SUMS
-            return MethodCost(steps + method.refit_steps + 1, method.levels, steps + 1, sums, 0, Workspace(7.5, 4), 2.6)
+            return MethodCost(steps + method.refit_steps + 1, method.levels, sums, 0, Workspace(7.5, 4), 104)
         case SplicePruning():
             first, rounds = method_cost(method.first), method.rounds * RESTED
-            if first is None:
-                return None
+            if first is OWN:
+                return OWN
             return MethodCost(
                 products=first.products + rounds * (method.inner_steps + 2) + method.refit_steps + 2,
                 inverses=first.inverses + 1,
-                selections=first.selections + rounds,
                 sums=first.sums + rounds * (method.inner_steps * REFIT_SUMS + SELECTION_SUMS),
                 updates=first.updates,
                 workspace=Workspace(max(first.workspace.square, 2.5), max(first.workspace.wide, 7.5)),
-                compile_seconds=first.compile_seconds + 4.5,
+                program_mib=first.program_mib + 180,
             )
-    return None
+    return OWN

@@ -14,7 +14,10 @@ from sparseopt.core.base.arguments import unknown
 WHAT, KEEP, HOW, CALIBRATION, OUTPUT = "What to prune", "What to keep", "How to prune", "Calibration", "Output"
 
 # Options that are no more, and what to use in their place.
-ENDED = {"latency": "has ended: `parameters` is the budget of a smaller model"}
+ENDED = {
+    "latency": "has ended: `parameters` is the budget of a smaller model",
+    "gflops": "has ended: `sparseopt inspect --measure` measures the time of a run",
+}
 
 # What the values of a field's type are, and how an error calls them; true and false are no numbers.
 _KINDS: dict[Any, tuple[type, str]] = {

@@ -8,7 +8,6 @@ Source: Williams, Chrysostomou, Aletras, "Self-calibration for language model qu
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -121,11 +120,9 @@ def _cached(
     return ids
 
 
-def drawing_cost(model: StreamedModel, recipe: PassRecipe) -> tuple[dict[str, int], float]:
-    """Bytes while the windows of a recipe are drawn, by what they hold, and the operations that it takes."""
-    shape = sum(_sizes(recipe)), recipe.seqlen
-    # Two operations for each parameter, of four bytes, and token.
-    return _held(model, shape), math.prod(_texts(shape)) * model.decoder_bytes() / 2
+def drawing_bytes(model: StreamedModel, recipe: PassRecipe) -> dict[str, int]:
+    """Bytes while the windows of a recipe are drawn, by what they hold."""
+    return _held(model, (sum(_sizes(recipe)), recipe.seqlen))
 
 
 def _sizes(recipe: PassRecipe) -> tuple[int, int, int]:

@@ -8,7 +8,7 @@ import pytest
 
 from sparseopt.models import open_model
 from sparseopt.pruning import Recipe, Stopped, audit_pattern, audit_sparsity, prune_layer, prune_model, prune_models
-from sparseopt.pruning.estimate.inspection import inspect_model
+from sparseopt.pruning.inspection import inspect_model
 from sparseopt.pruning.recipe.allocation import (
     ROWS,
     allocate_curves,

@@ -12,7 +12,7 @@ from flax import nnx
 
 from sparseopt.models import open_model
 from sparseopt.pruning.base.activations import Batches, DiskBatches, Stream
-from sparseopt.pruning.estimate.cost import distillation_bytes
+from sparseopt.pruning.memory import distillation_bytes
 from sparseopt.pruning.train import distillation, training
 from sparseopt.pruning.train.distillation import Distillation, distil
 from sparseopt.pruning.train.training import LEAST_SIZE, TrainingStatus

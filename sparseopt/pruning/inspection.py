@@ -1,7 +1,10 @@
-"""What a model is and what pruning it would take, from its headers alone: no tensor is read."""
+"""What a model is and what pruning it would take: from its headers alone, or for the time from runs on a few blocks."""
 
+import copy
 import math
 import re
+import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -10,13 +13,23 @@ from typing import Any
 
 import numpy as np
 
-from sparseopt.layers.patterns import pattern_count
+from sparseopt.layers.patterns import implied_sparsity, pattern_count
 from sparseopt.layers.problem import LayerMethod
-from sparseopt.models import FAMILIES, ModelError, Source, StreamedModel, TensorInfo, open_source
+from sparseopt.models import (
+    FAMILIES,
+    ModelError,
+    Source,
+    StreamedModel,
+    TensorInfo,
+    open_source,
+    sizes_of,
+    smaller_model,
+)
 from sparseopt.models.decoder.settings import BlockKind, DecoderConfig
-from sparseopt.pruning.estimate.cost import PLACES, output_bytes, prune_cost, with_drawing
+from sparseopt.pruning.memory import PLACES, output_bytes, prune_memory
+from sparseopt.pruning.pipeline import prune_model
 from sparseopt.pruning.recipe.prune_recipe import Recipe
-from sparseopt.pruning.run.drawn import drawing_cost
+from sparseopt.pruning.run.drawn import drawing_bytes
 from sparseopt.pruning.run.plan import check_expert_tokens, default_windows, layer_patterns, layer_shares, with_dtype
 from sparseopt.pruning.text.documents import is_text
 from sparseopt.system.machine import device_memory_left
@@ -63,16 +76,13 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The cost of a pruning run, roughly: see `cost`.
+    """What a pruning run needs of memory and disk, roughly: see `memory`.
 
     Attributes:
         memory: bytes by phase and by what they hold, device and host together.
         disk_peak_memory_bytes: peak with the activations on disk.
         scratch_bytes: what those take there.
         solve_blocks: by how many blocks of its outputs a layer is solved at most, so that it fits the device.
-        gflops: rate of matrix products that the time is for, 10⁹ operations a second; None without one.
-        seconds_by_part: seconds by kind of work; None without a rate, or for a method of your own.
-        seconds: their sum.
     """
 
     memory: dict[str, dict[str, int]]
@@ -81,9 +91,6 @@ class Estimate:
     disk_peak_memory_bytes: int
     scratch_bytes: int
     solve_blocks: int
-    gflops: float | None
-    seconds_by_part: dict[str, float] | None
-    seconds: float | None
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,7 @@ class Inspection:
         zeros: that pruning makes in these; those that the model or `masks` has may come on top of them.
         dense_bytes: of the output.
         packed_bytes: of the output with the zeros stored as a bitmask.
+        seconds: of the pruning run, see `measured_seconds`; None where they were not measured.
         no_text: why a GGUF file's tokenizer cannot be used, so that no text can be read; None where it can. A folder's
             may need transformers and is not tried.
     """
@@ -137,6 +145,7 @@ class Inspection:
     dense_bytes: int | None = None
     packed_bytes: int | None = None
     estimate: Estimate | None = None
+    seconds: float | None = None
     no_text: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -158,30 +167,34 @@ def inspect_model(
     source: str | Path | Source,
     recipe: Recipe | None = None,
     *,
-    gflops: float | None = None,
+    measure: bool = False,
     device_memory: int | None = None,
 ) -> Inspection:
-    """Say what a model is, and estimate what pruning it by a recipe would take.
+    """Say what a model is, and what pruning it by a recipe would take.
 
     Args:
         source: a Hugging Face folder, a GGUF file or a name on the hub, or what `open_source` made of one.
         recipe: of the pruning run; default: that of `prune_model`. Its calibration text is not read.
-        gflops: rate of float32 matrix products of the machine, 10⁹ operations a second, as `measure_gflops` gives;
-            None for no estimate of the time.
+        measure: also measure the time of a run, which reads and prunes two blocks of the model; see
+            `measured_seconds`.
         device_memory: bytes of the device, for which large layers are solved by blocks of their outputs; None for what
             is left on this machine's, and where that is not known, as on a CPU, layers are taken whole.
 
     Raises:
         ValueError: for a model whose files are unusable, and for a recipe that cannot be used, whose pattern a linear
-            cannot have, or whose names match no linear. A family that this package does not have is not an error.
+            cannot have, or whose names match no linear; to `measure`, for a model of a family that this package does
+            not have, which is no error otherwise.
     """
     recipe = recipe or Recipe()
     method = recipe.check()
-    if gflops is not None and not 0 < gflops < math.inf:
-        raise ValueError(f"gflops must be positive and finite, given {gflops}")
     opened = open_source(source) if isinstance(source, str | Path) else source
     supported = opened.config.get("model_type") in FAMILIES
     model = StreamedModel(opened) if supported else None
+    if measure and model is None:
+        raise ModelError(
+            f"the time of a run is measured for families that run in JAX, and {opened.config.get('model_type')!r} is "
+            "none of them: leave measure out"
+        )
     if not is_text(recipe.calibration):
         count, seqlen = np.shape(recipe.calibration)
         recipe = replace(recipe, samples=count - recipe.heldout_samples, seqlen=seqlen)
@@ -203,8 +216,48 @@ def inspect_model(
         file_bytes=sum(file.stat().st_size for file in files),
         recipe=recipe.as_dict(),
         no_text=_why_no_text(opened),
-        **(_foreign(opened) if model is None else _known(model, recipe, method, gflops, device_memory)),
+        seconds=measured_seconds(model, recipe) if measure and model is not None else None,
+        **(_foreign(opened) if model is None else _known(model, recipe, method, device_memory)),
     )
+
+
+def measured_seconds(model: StreamedModel, recipe: Recipe) -> float:
+    """Seconds of a run on this machine, from runs on the model's first block and on its first two.
+
+        first run of one block, with all compilation  +  (blocks - 1) (two blocks - one block again)
+
+    The runs are whole ones, with survey, training and scores, and write into a temporary folder. A text that the model
+    would draw is random tokens here: its time, once for a model, is not counted. A recipe for some of the linears is
+    measured as if all blocks had theirs.
+
+    Raises:
+        ValueError, RuntimeError: as `prune_model` does.
+    """
+    names = {name for index in range(model.num_blocks) for name in model.block_linears(index)}
+    shares = layer_shares(model, recipe)
+    by_name = {name: share for key, share in shares.items() for name in names if key.endswith(f".{name}.weight")}
+    if len(shares) < len(model.linear_keys()) or recipe.sparsities:
+        own = tuple(by_name.items()) if recipe.sparsities and implied_sparsity(recipe.pattern) is None else None
+        recipe = replace(recipe, targets=tuple(by_name), ignore=None, sparsities=own)
+    if recipe.draws:
+        shape = recipe.window_count + recipe.heldout_samples, recipe.seqlen
+        ids = np.random.default_rng(recipe.seed or 0).integers(0, model.config.vocab_size, shape)
+        recipe = replace(recipe, calibration=ids, bos="auto", seed=None, score=recipe.score or "pydoc")
+    # The zeros of other models belong to all their blocks.
+    recipe = replace(recipe, allocation=recipe.chosen_allocation, permute=recipe.permutes, masks=None)
+    seconds = []
+    for count in (1, 2, 1):
+        blocks = tuple(range(min(count, model.num_blocks)))
+        few = smaller_model(model, replace(sizes_of(model), blocks=blocks)).source
+        # Their tensors are those of the whole model, by the same names, and so is the tokenizer.
+        source = copy.copy(model.source)
+        vars(source).update(config=few.config, tensors={key: model.source.tensors[key] for key in few.tensors})
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.perf_counter()
+            prune_model(source, Path(folder) / "few", recipe)
+            seconds.append(time.perf_counter() - start)
+    first, two, one = seconds
+    return first + (model.num_blocks - 1) * max(0.0, two - one)
 
 
 def _why_no_text(source: Source) -> str | None:
@@ -215,9 +268,7 @@ def _why_no_text(source: Source) -> str | None:
     return None
 
 
-def _known(
-    model: StreamedModel, recipe: Recipe, method: LayerMethod, gflops: float | None, device_memory: int | None
-) -> dict[str, Any]:
+def _known(model: StreamedModel, recipe: Recipe, method: LayerMethod, device_memory: int | None) -> dict[str, Any]:
     check_expert_tokens(model, recipe)
     tensors, keys = model.source.tensors, model.family.keys
     shares = layer_shares(model, recipe)
@@ -233,10 +284,9 @@ def _known(
         share = recipe.asked_sparsity * _total(tensors[k] for k in kept) / zeros
         zeros, saved = round(share * zeros), round(share * saved)
     room = device_memory_left() if device_memory is None else device_memory
-    cost, on_disk = (prune_cost(model, recipe, method, where, room=room) for where in PLACES)
+    memory, on_disk = (prune_memory(model, recipe, method, where, room=room) for where in PLACES)
     if recipe.draws:
-        cost, on_disk = (with_drawing(each, *drawing_cost(model, recipe)) for each in (cost, on_disk))
-    seconds = None if gflops is None else cost.seconds(gflops)
+        memory, on_disk = (each.with_drawing(drawing_bytes(model, recipe)) for each in (memory, on_disk))
     return {
         "num_blocks": model.num_blocks,
         "kinds": tuple(
@@ -258,15 +308,12 @@ def _known(
         "dense_bytes": sum(dense.values()),
         "packed_bytes": sum(dense.values()) - saved,
         "estimate": Estimate(
-            memory={phase: dict(parts) for phase, parts in cost.phases.items()},
-            peak_memory_bytes=cost.peak_memory_bytes,
-            peak_phase=cost.peak_phase,
-            disk_peak_memory_bytes=on_disk.peak_memory_bytes,
+            memory={phase: dict(parts) for phase, parts in memory.phases.items()},
+            peak_memory_bytes=memory.peak_bytes,
+            peak_phase=memory.peak_phase,
+            disk_peak_memory_bytes=on_disk.peak_bytes,
             scratch_bytes=on_disk.scratch_bytes,
-            solve_blocks=cost.solve_blocks,
-            gflops=gflops,
-            seconds_by_part=seconds,
-            seconds=None if seconds is None else sum(seconds.values()),
+            solve_blocks=memory.solve_blocks,
         ),
     }
 

@@ -14,12 +14,10 @@ import pytest
 from sparseopt.layers.methods import find_method, method_cost
 from sparseopt.models import open_model
 from sparseopt.models.files import safetensors
-from sparseopt.pruning import Recipe, prune_model, prune_models
+from sparseopt.pruning import Recipe, memory, prune_model, prune_models
 from sparseopt.pruning.base.activations import Batches, DiskBatches, make_batches
 from sparseopt.pruning.base.reports import Footprint
-from sparseopt.pruning.estimate import footprint
-from sparseopt.pruning.estimate.cost import prune_cost
-from sparseopt.pruning.estimate.footprint import BudgetError, choose_footprint
+from sparseopt.pruning.memory import BudgetError, choose_footprint, prune_memory
 from sparseopt.pruning.run.plan import make_plan
 from sparseopt.system import machine
 from tests.models.tiny import random_tensors, tiny_config, write_folder
@@ -40,9 +38,9 @@ def tight(source, recipe):
     windows, seqlen = recipe.calibration.shape
     sizes = {"samples": windows - recipe.heldout_samples, "seqlen": seqlen}
     model, method = open_model(source), recipe.check()
-    costs = [prune_cost(model, dataclasses.replace(recipe, **sizes), method, where) for where in ("memory", "disk")]
-    assert costs[1].peak_memory_bytes < costs[0].peak_memory_bytes
-    return costs[1].peak_memory_bytes
+    found = [prune_memory(model, dataclasses.replace(recipe, **sizes), method, where) for where in ("memory", "disk")]
+    assert found[1].peak_bytes < found[0].peak_bytes
+    return found[1].peak_bytes
 
 
 @pytest.mark.parametrize("name", often(RECIPES, "trained", "owl"))
@@ -134,7 +132,7 @@ def test_the_estimate_takes_a_layer_by_blocks_where_the_device_has_too_little_ro
         recipe = Recipe(
             method="sparsegpt", calibration=tokens, samples=5, seqlen=24, heldout_samples=2, pattern=pattern
         )
-        cost = prune_cost(model, recipe, recipe.check(), room=room)
+        cost = prune_memory(model, recipe, recipe.check(), room=room)
         return cost.phases["layer solves"]["workspace"], cost.solve_blocks
 
     square, wide = method_cost(find_method("sparsegpt")).workspace
@@ -182,11 +180,11 @@ def test_plans_that_share_a_pass_have_a_stream_each(source, tokens):
         open_model(source),
         Recipe(method="wanda", calibration=tokens, samples=5, seqlen=24, heldout_samples=2),
     )
-    one, three = (prune_cost(model, recipe, recipe.check(), "disk", plans).scratch_bytes for plans in (1, 3))
+    one, three = (prune_memory(model, recipe, recipe.check(), "disk", plans).scratch_bytes for plans in (1, 3))
     stream = 4 * 7 * 24 * 32
     assert (one, three) == (2 * stream, 4 * stream)
     dense = dataclasses.replace(recipe, propagate=0.5)
-    assert prune_cost(model, dense, dense.check(), "disk").scratch_bytes == 4 * stream
+    assert prune_memory(model, dense, dense.check(), "disk").scratch_bytes == 4 * stream
 
 
 def test_batches_on_disk_are_those_that_were_put_there(tmp_path):
@@ -282,7 +280,7 @@ def test_the_command_tells_what_it_will_take_and_took(tmp_path, command, monkeyp
     assert status == 2
     assert "a budget of 1.0 MiB is too little" in err
     monkeypatch.setattr(machine, "available_memory_bytes", lambda: 1)
-    monkeypatch.setattr(footprint, "resident_bytes", lambda: 800 * 2**20)
+    monkeypatch.setattr(memory, "resident_bytes", lambda: 800 * 2**20)
     status, out, err = command("prune", source, "--output", tmp_path / "b", *options)
     assert status == 0, err
     assert "estimated, in phase Grams: held before the run 500.0 MiB + libraries 300.0 MiB" in out

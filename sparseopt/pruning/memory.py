@@ -1,37 +1,46 @@
-"""What a run will take of time, memory and disk, estimated from shapes alone; no tensor is read.
+"""What a run will take of memory and disk, estimated from shapes alone, and so where its activations are kept.
 
-Time is the number of floating-point operations, two per multiply-add, over a measured rate of matrix products. Memory
-is what a phase of the run holds at once; the peak is that of the largest phase. The constants were measured on a CPU
-with two cores. There, times are mostly within a half of what a run reports, and memory within a tenth.
+Memory is what a phase of the run holds at once; the peak is that of the largest phase. The constants were measured on a
+CPU with two cores, where the estimate is mostly within a tenth of what a run reports. It decides where the activations
+of a pass are:
+
+    estimate with activations in memory <= budget      they stay there
+    estimate with activations on disk <= budget        one file per stream, in the first output folder's file system
+    neither                                            an error that says what takes the memory
+
+Without a budget, the memory that the machine has available decides, and nothing is refused. On an accelerator its own
+memory decides, which cannot be swapped: too little is an error.
 """
 
 import math
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast, get_args
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
+import numpy as np
 
-from sparseopt.core.penalties.patterns import NM
-from sparseopt.layers.methods import MethodCost, Workspace, method_cost, workspace_of
-from sparseopt.layers.patterns import is_group_pattern, parse_pattern
+from sparseopt.layers.methods import Workspace, method_cost
+from sparseopt.layers.patterns import is_group_pattern
 from sparseopt.layers.problem import LayerMethod
 from sparseopt.layers.split import fewest_blocks
-from sparseopt.models import PrunableModel, StreamedModel, TensorInfo
+from sparseopt.models import PrunableModel, StreamedModel, TensorInfo, TorchModel
 from sparseopt.models.decoder.attention import QUERY_CHUNK
 from sparseopt.models.decoder.experts import stacked_name
 from sparseopt.models.decoder.settings import DecoderConfig
 from sparseopt.models.files.safetensors import SLICE
 from sparseopt.pruning.base.activations import windows_per_batch
 from sparseopt.pruning.base.grams import EXPERTS_INPUT
+from sparseopt.pruning.base.reports import Footprint
 from sparseopt.pruning.evaluate.evaluation import LOGIT_ROWS
-from sparseopt.pruning.measure.survey import LEVELS, TOKENS
+from sparseopt.pruning.measure.survey import TOKENS
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe
 from sparseopt.pruning.recipe.prune_recipe import Recipe
 from sparseopt.pruning.recipe.shrink_recipe import ShrinkRecipe
-from sparseopt.pruning.run.permutation import GROUPS, ROWS
-from sparseopt.pruning.run.plan import GROUPED, layer_shares
-from sparseopt.pruning.run.variants import ROUNDS, SHARE
+from sparseopt.pruning.run.plan import GROUPED, Plan, layer_shares
+from sparseopt.system.machine import device_memory_left, format_bytes, resident_bytes, working_memory_bytes
 
 # Where the activations between blocks are kept.
 Activations = Literal["memory", "disk"]
@@ -39,64 +48,52 @@ PLACES: tuple[Activations, ...] = get_args(Activations)
 
 FLOAT32 = 4
 
-# The fraction of the rate of large square products that a kind of work reaches: a layer's shapes, and passes with their
-# softmax.
-EFFICIENCY = {"layer solves": 0.85, "forward passes and Grams": 0.8, "survey": 0.8, "training": 0.8}
-# The same of drawing text, a token of each text at a time.
-DRAWING = 0.4
 # Of finding a target with propagated errors.
 PROPAGATION = Workspace(5, 3)
-# Searching an order takes as long as this many operations per pair of groups and row, over all rounds.
-EXCHANGES = 10_000
-# Choosing the largest entries of a weight takes as long as this many operations per entry.
-SELECTION = 600
-# An inverse of n x n by `spd_inverse`, in operations over n³.
-INVERSE = 6
-# Measuring a stored weight's errors: two products with the calibration Gram and two with the held-out one.
-MEASURING = 4
-# Seconds to start, and a byte to read, check, convert and write.
-START, SECONDS_A_BYTE = 3.0, 2e-9
-# Seconds to compile a pass over a kind of block, and what trains or differentiates one, on a machine of this rate in
-# GFLOP/s; a slower one takes longer.
-COMPILE_PASS, COMPILE_GRADIENT = 1.5, 4.0
-COMPILE_GFLOPS = 180.0
-
-# Resident bytes of the interpreter with its libraries, of the programs of a pass, and of those of the layer solves for
-# each second that they take to compile, which grows as they do.
-LIBRARIES, PROGRAMS, SOLVE_PROGRAMS = 300 * 2**20, 50 * 2**20, 40 * 2**20
-# That a method of your own takes to compile for each shape.
-OWN_COMPILE = 2.6
+# Resident bytes of the interpreter with its libraries, and of the programs of a pass.
+LIBRARIES, PROGRAMS = 300 * 2**20, 50 * 2**20
 # The allocator keeps this fraction of the arrays besides, of those freed since it last returned all to the system.
 FREED = 0.05
 
+# What reduces the memory of each phase.
+ADVICE = {
+    "survey": "output_weights='uniform' and an allocation without curves do without the survey",
+    "training": "reconstruct=0 trains no blocks",
+    "distillation": "distil=0 leaves out the training of the whole model",
+    "layer solves": "method 'wanda' or 'magnitude' needs the least for a solve",
+    "Grams": "heldout_samples=0 and propagate=0 gather one set of Grams only",
+}
+
+
+class BudgetError(ValueError):
+    """A run that memory or disk cannot hold; the text says what takes the room and what would take less."""
+
 
 @dataclass(frozen=True)
-class Cost:
-    """The estimate of one pruning run."""
+class Memory:
+    """The estimate of one run.
 
-    phases: Mapping[str, Mapping[str, int]]  # bytes by phase and by what they hold, device and host together
-    flops: Mapping[str, float] | None  # by kind of work, at the rate of large products; None for a method of your own
-    compile_seconds: float  # on a machine of `COMPILE_GFLOPS` or more
-    file_seconds: float  # to start, read and write
-    solve_blocks: int  # of its outputs, by which a layer is solved, at most
-    scratch_bytes: int  # of activations on disk
+    Attributes:
+        phases: bytes by phase and by what they hold, device and host together.
+        solve_blocks: of its outputs, by which a layer is solved, at most.
+        scratch_bytes: of activations on disk.
+    """
+
+    phases: Mapping[str, Mapping[str, int]]
+    solve_blocks: int
+    scratch_bytes: int
 
     @property
     def peak_phase(self) -> str:
         return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
 
     @property
-    def peak_memory_bytes(self) -> int:
+    def peak_bytes(self) -> int:
         return sum(self.phases[self.peak_phase].values())
 
-    def seconds(self, gflops: float) -> dict[str, float] | None:
-        """Seconds by kind of work at a rate of matrix products in 10⁹ operations a second; None without `flops`."""
-        if self.flops is None:
-            return None
-        return {kind: flops / (gflops * 1e9) for kind, flops in self.flops.items()} | {
-            "compiling": self.compile_seconds * max(1.0, COMPILE_GFLOPS / gflops),
-            "reading and writing": self.file_seconds,
-        }
+    def with_drawing(self, held: Mapping[str, int]) -> "Memory":
+        """That of a run that first draws its text, which holds so much."""
+        return replace(self, phases={"drawing text": {"libraries": LIBRARIES, **held}, **self.phases})
 
 
 @dataclass(frozen=True)
@@ -108,19 +105,12 @@ class BlockSizes:
     stored: int  # bytes, in the source's dtypes
     linears: tuple[tuple[int, int, float], ...]  # `(out, in, share)` of each
     solved: tuple[tuple[int, int, float], ...]  # of those that are pruned, for a smaller model all that may have to be
-    grouped: tuple[tuple[int, int], ...]  # `(out, in)` of those whose inputs are channels or values
     taps: tuple[tuple[int, float], ...]  # `(in, share)` of each distinct input of the linears
     grams: tuple[tuple[int, float], ...]  # the same of each Gram
-    unrouted: float  # operations to run one token through all experts for their Grams, 0 with routed tokens
 
     @property
     def gram_bytes(self) -> int:
         return FLOAT32 * sum(width**2 for width, _ in self.grams)
-
-    @property
-    def gram_flops(self) -> float:
-        """Adding one token to the Grams."""
-        return self.unrouted + sum(2 * width**2 * share for width, share in self.grams)
 
     @property
     def widths(self) -> float:
@@ -146,7 +136,7 @@ def block_sizes(model: StreamedModel, recipe: PassRecipe) -> list[BlockSizes]:
     found = []
     for (_, names), (index, *others) in alike.items():
         infos = [model.source.tensors[key] for key in model.block_keys(index).values()]
-        linears, solved, grouped, taps, grams, unrouted = [], [], [], {}, {}, 0.0
+        linears, solved, taps, grams = [], [], {}, {}
         for name, tap in model.block_linears(index).items():
             outputs, inputs = model.weight_shape(model.weight_key(index, name))
             share = routed if ".experts." in name else 1.0
@@ -154,41 +144,30 @@ def block_sizes(model: StreamedModel, recipe: PassRecipe) -> list[BlockSizes]:
             taps[tap] = (inputs, share)
             shared = every and stacked_name(tap)[0] == EXPERTS_INPUT
             grams[EXPERTS_INPUT if shared else tap] = (inputs, 1.0 if every else share)
-            unrouted += 2 * outputs * inputs * shared
             if name in names:
                 solved.append(linears[-1])
-            if name.endswith(GROUPED):
-                grouped.append((outputs, inputs))
         parameters = sum(math.prod(info.shape) for info in infos)
         stored = sum(map(_nbytes, infos))
-        kinds = tuple(linears), tuple(solved), tuple(grouped), tuple(taps.values()), tuple(grams.values())
-        found.append(BlockSizes(1 + len(others), parameters, stored, *kinds, unrouted))
+        kinds = tuple(linears), tuple(solved), tuple(taps.values()), tuple(grams.values())
+        found.append(BlockSizes(1 + len(others), parameters, stored, *kinds))
     return found
 
 
-def prune_cost(
+def prune_memory(
     model: StreamedModel,
     recipe: PassRecipe,
     method: LayerMethod,
     activations: Activations = "memory",
     plans: int = 1,
     room: int | None = None,
-) -> Cost:
+) -> Memory:
     """The estimate for a model, of which the headers are enough, and a checked recipe with its method.
 
     Each of the `plans` that share a pass has its own stream of activations. Layers whose solves would take more than
     is left of `room` bytes are taken by blocks of their outputs, as `split` does on a device.
     """
-    blocks, work, kinds = block_sizes(model, recipe), method_cost(method), len(set(model.config.kinds))
-    compiling = COMPILE_PASS * kinds * (2 if recipe.heldout_samples else 1)
-    trained = (recipe.reconstruction is not None) + (recipe.distillation is not None)
-    compiling += COMPILE_GRADIENT * kinds * (recipe.needs_sensitivities + trained)
+    blocks, work = block_sizes(model, recipe), method_cost(method)
     shapes = len({linear[:2] for block in blocks for linear in block.solved})
-    solving = (OWN_COMPILE if work is None else work.compile_seconds) * shapes
-    if work is not None:
-        compiling += solving
-    stored = sum(map(_nbytes, model.source.tensors.values()))
-
     # Each plan has one stream before a block, all share one after it, and the dense model has both.
     stream = FLOAT32 * (recipe.all_windows + recipe.heldout_samples) * recipe.seqlen * model.config.hidden_size
     streams = (plans + 1 + (2 if recipe.needs_dense_stream else 0)) * stream
@@ -200,24 +179,9 @@ def prune_cost(
     survey_streams = stream + (2 * math.isqrt(model.config.num_layers) + 3) * gradient
     on_disk = activations == "disk"
     kept = (0, 0, gradient) if on_disk else (stream, streams, survey_streams)
-    running = {"libraries": LIBRARIES, "compiled programs": PROGRAMS + int(SOLVE_PROGRAMS * solving)}
-    phases, solve_blocks = _phases(model, recipe, blocks, workspace_of(method), running, *kept, room)
-    return Cost(
-        phases=phases,
-        flops=None if work is None else _flops(model, recipe, blocks, work),
-        compile_seconds=compiling,
-        # Every tensor is looked through once, read once more, and written.
-        file_seconds=START + 3 * stored * SECONDS_A_BYTE,
-        solve_blocks=solve_blocks,
-        scratch_bytes=max(streams, survey_streams) if on_disk else 0,
-    )
-
-
-def with_drawing(cost: Cost, held: Mapping[str, int], flops: float) -> Cost:
-    """The cost of a run that first draws its text, which holds so much and takes so many operations."""
-    phases = {"drawing text": {"libraries": LIBRARIES, **held}, **cost.phases}
-    work = None if cost.flops is None else {"drawing text": flops / DRAWING, **cost.flops}
-    return replace(cost, phases=phases, flops=work)
+    running = {"libraries": LIBRARIES, "compiled programs": PROGRAMS + work.program_mib * 2**20 * shapes}
+    phases, solve_blocks = _phases(model, recipe, blocks, work.workspace, running, kept, room)
+    return Memory(phases, solve_blocks, max(streams, survey_streams) if on_disk else 0)
 
 
 def output_bytes(model: PrunableModel, recipe: PassRecipe) -> dict[str, int]:
@@ -251,70 +215,118 @@ def distillation_bytes(config: DecoderConfig, parameters: int, largest: int, tok
     }
 
 
+def choose_footprint(
+    model: PrunableModel,
+    plans: Sequence[Plan],
+    calibration: np.ndarray,
+    heldout: np.ndarray,
+    budget: int | None = None,
+    *,
+    spread: bool = False,
+) -> Footprint:
+    """Choose where the activations of the plans of one pass are kept.
+
+    Args:
+        model: opened.
+        plans: their folders need not exist yet.
+        calibration: windows of token ids, `[samples, seqlen]`.
+        heldout: windows of held-out tokens, `[0, seqlen]` without any.
+        budget: bytes of memory, device and host together.
+        spread: whether the run uses several devices; activations then stay in their memories, and nothing is estimated.
+
+    Raises:
+        BudgetError: if the run does not fit the budget or, without one, the device; if output and activations do not
+            fit on the disk.
+    """
+    sizes = {"samples": len(calibration), "seqlen": calibration.shape[1], "heldout_samples": len(heldout)}
+    recipes = [(replace(plan.recipe, **sizes), plan.method) for plan in plans]
+    where: Activations = "memory"
+    parts: Mapping[str, int] = {}
+    nbytes, phase, scratch = None, "", 0
+    if isinstance(model, StreamedModel) and not spread:
+        where, memory = _choose(model, recipes, budget)
+        phase, scratch = memory.peak_phase, memory.scratch_bytes
+        parts, held = memory.phases[phase], resident_bytes() - LIBRARIES
+        if budget is None and held > 0:
+            # Of earlier work in this process: no part of the run, but of the peak that is measured.
+            parts = {**parts, "held before the run": held}
+        nbytes = sum(parts.values())
+    elif budget and not spread:
+        # What torch holds is not known; activations do not add to it.
+        where = "disk"
+        tokens = calibration.size * (1 + plans[0].recipe.variant_count) + heldout.size
+        scratch = (len(plans) + 3) * FLOAT32 * tokens * model.config.hidden_size
+    output = [sum(output_bytes(plan.target, plan.recipe).values()) for plan in plans]
+    _check_disks([plan.folder for plan in plans], [_disk_bytes(plan) for plan in plans], scratch)
+    stacked = model.stacked_weights if isinstance(model, TorchModel) else 0
+    return Footprint(where, nbytes, dict(parts), phase, budget, sum(output), scratch, stacked)
+
+
+def _choose(
+    model: StreamedModel, recipes: Sequence[tuple[PassRecipe, LayerMethod]], budget: int | None
+) -> tuple[Activations, Memory]:
+    limit, left = working_memory_bytes() if budget is None else budget, device_memory_left()
+    for where in PLACES:
+        found = [prune_memory(model, *recipe, activations=where, plans=len(recipes), room=left) for recipe in recipes]
+        largest = max(found, key=lambda memory: memory.peak_bytes)
+        if largest.peak_bytes <= limit:
+            return where, largest
+    if budget is not None:
+        raise BudgetError(_too_little(largest, f"a budget of {format_bytes(budget)}", "give at least that"))
+    if left is not None and largest.peak_bytes > left:
+        what, instead = f"the memory left on the device, {format_bytes(left)},", "give memory=... to try nevertheless"
+        raise BudgetError(_too_little(largest, what, instead))
+    # The estimate may be wrong, and activations on disk are at least not swapped.
+    return where, largest
+
+
+def _disk_bytes(plan: Plan) -> int:
+    """What the output takes at most: blocks that distillation trains lie beside those that they replace."""
+    sizes = output_bytes(plan.target, plan.recipe)
+    twice = () if plan.recipe.distillation is None else sizes.keys() - set(plan.target.outer_keys())
+    return sum(sizes.values()) + sum(sizes[key] for key in twice)
+
+
+def _too_little(memory: Memory, what: str, instead: str) -> str:
+    parts = sorted(memory.phases[memory.peak_phase].items(), key=lambda part: -part[1])
+    advice = ADVICE.get(memory.peak_phase)
+    return (
+        f"{what} is too little: with activations on disk the run is estimated to take "
+        f"{format_bytes(memory.peak_bytes)} in phase {memory.peak_phase} "
+        f"({', '.join(f'{name} {format_bytes(nbytes)}' for name, nbytes in parts if nbytes)}); {instead}"
+        + (f", or less to do: {advice}" if advice else "")
+    )
+
+
+def _check_disks(folders: Sequence[Path], output: Sequence[int], scratch: int) -> None:
+    """Raise a BudgetError without room for what is written, less what an earlier run has written already."""
+    needed: dict[int, int] = {}
+    places: dict[int, Path] = {}
+    for folder, nbytes in zip(folders, output, strict=True):
+        place = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+        device = place.stat().st_dev
+        written = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
+        needed[device] = needed.get(device, 0) + max(0, nbytes - written)
+        places.setdefault(device, place)
+    first = next(iter(places))
+    needed[first] += scratch
+    for device, nbytes in needed.items():
+        free = shutil.disk_usage(places[device]).free
+        if nbytes > free:
+            activations = f", {format_bytes(scratch)} of it activations" if scratch and device == first else ""
+            raise BudgetError(
+                f"the disk of {places[device]} has {format_bytes(free)} free, the run needs {format_bytes(nbytes)}"
+                f"{activations}; make room or choose another output folder"
+            )
+
+
 def _nbytes(info: TensorInfo) -> int:
     return math.prod(info.shape) * info.dtype.itemsize
-
-
-def token_flops(block: BlockSizes, config: DecoderConfig, seqlen: int) -> float:
-    """Of one token: the linears, and the scores and mixed values of the positions up to the end of its chunk."""
-    linears = sum(2 * outputs * inputs * share for outputs, inputs, share in block.linears)
-    return linears + 2 * (seqlen + QUERY_CHUNK) * config.num_heads * config.head_dim
 
 
 def _survey_tokens(recipe: PassRecipe) -> int:
     """Tokens on which the dense model's sensitivities are measured."""
     return min(recipe.window_count, max(1, TOKENS // recipe.seqlen)) * recipe.seqlen
-
-
-def _flops(model: StreamedModel, recipe: PassRecipe, blocks: list[BlockSizes], work: MethodCost) -> dict[str, float]:
-    config, settings = model.config, recipe.reconstruction
-    calibration, heldout = recipe.all_windows * recipe.seqlen, recipe.heldout_samples * recipe.seqlen
-    epoch = recipe.window_count * recipe.seqlen
-    varied = ROUNDS * recipe.variant_count * epoch
-    surveyed, tokens, rebuilt, trained = _survey_tokens(recipe), calibration + heldout, 0, 0
-    solves = training = orders = 0.0
-    passes = 2.0 * varied * SHARE * config.vocab_size * config.hidden_size
-    if settings is not None:
-        # Forward and backward count as three passes in each epoch; then every epoch is judged.
-        rebuilt = 3 * settings.epochs * epoch + (settings.epochs + 1) * (heldout or calibration) + 2 * calibration
-    if (last := recipe.distillation) is not None:
-        # The same, with one more pass forward in each epoch; the head also gives the dense model's logits.
-        trained = 4 * last.epochs * epoch + (last.epochs + 1) * tokens
-        logits = 2.0 * config.vocab_size * config.hidden_size
-        training += (4 * last.epochs * epoch + 2 * (last.epochs + 1) * tokens) * logits
-    survey = 6.0 * surveyed * config.vocab_size * config.hidden_size if recipe.needs_sensitivities else 0.0
-    for block in blocks:
-        forward = token_flops(block, config, recipe.seqlen)
-        grams = block.gram_flops if block.solved else 0
-        inverses = sum(INVERSE * i**3 for _, i, _ in block.solved)
-        solves += block.count * work.inverses * inverses
-        for outputs, inputs, _ in block.solved:
-            solves += block.count * 2 * (work.products + MEASURING) * inputs**2 * outputs
-            solves += block.count * (work.selections * SELECTION + work.updates) * inputs * outputs
-        # Before and after pruning; the dense model's; and the Grams of its inputs.
-        passes += block.count * varied * forward
-        passes += block.count * tokens * ((3 if recipe.needs_dense_stream else 2) * forward + grams)
-        if recipe.propagated_share:
-            passes += block.count * calibration * (forward + grams)
-        if recipe.chosen_allocation == "owl":
-            survey += 2 * block.count * calibration * forward
-        if recipe.needs_sensitivities:
-            # Twice forward, and backward, which counts as three.
-            survey += 5 * block.count * surveyed * forward
-        if recipe.chosen_allocation == "curves":
-            # Each level has about six products and three selections, on some of the rows.
-            some = [(min(o, 256), i) for o, i, _ in block.solved]
-            level = sum(12 * i**2 * o + 3 * SELECTION * i * o for o, i in some)
-            survey += block.count * (surveyed * block.gram_flops + inverses + len(LEVELS) * level)
-        training += block.count * (trained + (rebuilt if block.solved else 0)) * forward
-        if recipe.permutes:
-            assert isinstance(recipe, Recipe)
-            for outputs, inputs in block.grouped:
-                groups = inputs / cast(NM, parse_pattern(recipe.pattern, None, (outputs, inputs))).m
-                orders += block.count * EXCHANGES * groups * min(groups, GROUPS) * min(outputs, ROWS)
-    counted = zip(EFFICIENCY, (solves, passes, survey, training), strict=True)
-    found = {kind: flops / EFFICIENCY[kind] for kind, flops in counted}
-    return found | ({"channel orders": orders} if orders else {})
 
 
 def _phases(
@@ -323,17 +335,15 @@ def _phases(
     blocks: list[BlockSizes],
     workspace: Workspace,
     running: dict[str, int],
-    start: int,
-    streams: int,
-    survey_streams: int,
+    kept: tuple[int, int, int],
     room: int | None,
 ) -> tuple[dict[str, dict[str, int]], int]:
     """Bytes by phase and part, and the most blocks of outputs by which a layer is solved.
 
-    The workspace is that of the solve of a layer, `running` what the process holds besides arrays; the three before the
-    room are the activations kept at the start, then, in the survey.
+    The workspace is that of the solve of a layer, `running` what the process holds besides arrays, `kept` the
+    activations at the start, then, and in the survey.
     """
-    config = model.config
+    config, (start, streams, survey_streams) = model.config, kept
     batch = windows_per_batch(recipe.all_windows, recipe.seqlen) * recipe.seqlen
     # A batch before a block and after it, of the dense model too.
     current = 4 * FLOAT32 * batch * config.hidden_size
