@@ -182,7 +182,7 @@ def measure_run(name: str) -> dict[str, Any]:
     """A whole run on SmolLM2-135M: estimated operations and seconds by kind of work, without compilation."""
     say(f"run, {name}")
     recipe, source = RUNS[name], bundled_model()
-    cost = prune_cost(StreamedModel(open_source(source)), recipe, recipe.check())
+    cost = prune_cost(StreamedModel(open_source(source)), recipe, recipe.layer_method)
     assert cost.flops is not None
     with tempfile.TemporaryDirectory() as folder:
         report = prune_model(source, Path(folder) / "out", recipe)

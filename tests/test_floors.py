@@ -69,7 +69,7 @@ HOUSE = {
     "pruning/estimate": ["cost", "footprint inspection"],
     "pruning": ["pipeline", "__init__"],
     "experiments": [
-        "names plots* read/* yaml_file",
+        "names plots* read/*",
         "task",
         "config datasets",
         "runs tasks/*",

@@ -347,7 +347,7 @@ def _phases(
     shapes = {(outputs, inputs) for b in blocks for outputs, inputs, _ in b.solved}
     widest = max(_nbytes(model.source.tensors[key]) for key in model.outer_keys())
     # Packed at once, else copied in pieces, which are read, dequantised and converted.
-    copied = 2 * widest if recipe.pack else 4 * min(widest, SLICE)
+    copied = 2 * widest if recipe.get("pack") else 4 * min(widest, SLICE)
     rows = min(config.vocab_size, (recipe.all_windows + recipe.heldout_samples) * recipe.seqlen)
     phases: dict[str, dict[str, int]] = {
         "start": {

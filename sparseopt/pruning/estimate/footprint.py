@@ -10,7 +10,6 @@ memory decides, which cannot be swapped: too little is an error.
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +60,7 @@ def choose_footprint(
             fit on the disk.
     """
     sizes = {"samples": len(calibration), "seqlen": calibration.shape[1], "heldout_samples": len(heldout)}
-    recipes = [(replace(plan.recipe, **sizes), plan.method) for plan in plans]
+    recipes = [(plan.recipe.model_copy(update=sizes), plan.method) for plan in plans]
     where: Activations = "memory"
     parts: Mapping[str, int] = {}
     memory, phase, scratch = None, "", 0

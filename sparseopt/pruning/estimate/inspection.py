@@ -4,7 +4,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +177,7 @@ def inspect_model(
             cannot have, or whose names match no linear. A family that this package does not have is not an error.
     """
     recipe = recipe or Recipe()
-    method = recipe.check()
+    method = recipe.layer_method
     if gflops is not None and not 0 < gflops < math.inf:
         raise ValueError(f"gflops must be positive and finite, given {gflops}")
     opened = open_source(source) if isinstance(source, str | Path) else source
@@ -185,11 +185,11 @@ def inspect_model(
     model = StreamedModel(opened) if supported else None
     if not is_text(recipe.calibration):
         count, seqlen = np.shape(recipe.calibration)
-        recipe = replace(recipe, samples=count - recipe.heldout_samples, seqlen=seqlen)
+        recipe = recipe.model_copy(update={"samples": count - recipe.heldout_samples, "seqlen": seqlen})
     recipe = with_dtype(opened, recipe)
     if model is not None:
-        recipe = replace(recipe, samples=recipe.samples or default_windows(model, recipe.seqlen))
-        recipe = replace(recipe, variants=recipe.variant_count)  # their default depends on the windows
+        recipe = recipe.model_copy(update={"samples": recipe.samples or default_windows(model, recipe.seqlen)})
+        recipe = recipe.model_copy(update={"variants": recipe.variant_count})  # their default depends on the windows
     dtypes: Counter[str] = Counter()
     for info in opened.tensors.values():
         dtypes[info.dtype.name] += _size(info) * info.dtype.itemsize
