@@ -106,13 +106,13 @@ def pruning_rows() -> list[dict[str, Any]]:
     for name, sizes in SIZES.items():
         model = StreamedModel(Headers(*sizes))
         for label, recipe in RECIPES.items():
-            cost = prune_cost(model, recipe, recipe.check(), activations="disk")
+            cost = prune_cost(model, recipe, recipe.layer_method, activations="disk")
             assert cost.flops is not None
             # The package's estimate divides by what is reached on a CPU.
             flops = {kind: cost.flops[kind] * share for kind, share in EFFICIENCY.items()}
             needed = {
                 device.name: prune_cost(
-                    model, recipe, recipe.check(), activations="disk", room=int(device.memory)
+                    model, recipe, recipe.layer_method, activations="disk", room=int(device.memory)
                 ).peak_memory_bytes
                 for device in DEVICES
             }

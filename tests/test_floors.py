@@ -68,7 +68,7 @@ HOUSE = {
     "pruning/measure": ["block_removal survey", "mixing", "shaping"],
     "pruning": ["memory", "pipeline", "inspection", "__init__"],
     "experiments": [
-        "names plots* read/* yaml_file",
+        "names plots* read/*",
         "task",
         "config datasets",
         "runs tasks/*",

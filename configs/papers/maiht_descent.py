@@ -16,18 +16,20 @@ import numpy as np
 from pydantic import Field
 
 import sparseopt as so
+from sparseopt.core.base.arguments import suggest
 from sparseopt.core.base.thresholds import kth_largest
 from sparseopt.core.base.types import Observer
 from sparseopt.core.losses.quadratic import safe_step
 from sparseopt.experiments import plots
-from sparseopt.experiments.names import PenaltyConfig, SolverConfig, suggest
+from sparseopt.experiments.names import PenaltyConfig, SolverConfig
 from sparseopt.experiments.task import FinishedRun, Record, Task
-from sparseopt.experiments.tasks.model import BUNDLED, BosChoice, model_path
+from sparseopt.experiments.tasks.model import BUNDLED, model_path
 from sparseopt.layers.problem import ScaledLayer, scale_layer
 from sparseopt.models import Bos, PrunableModel, check_window, load_tokenizer, open_model, start_token
 from sparseopt.pruning import Recipe, load_text
 from sparseopt.pruning.base.activations import make_batches
 from sparseopt.pruning.base.torch_grams import runner_of
+from sparseopt.pruning.recipe.pass_recipe import BosChoice
 from sparseopt.pruning.run.plan import calibration_windows
 
 

@@ -89,6 +89,7 @@ def build(
     patterns: Sequence[str],
     *,
     allow_code: AllowCode = False,
+    ridge: float | None = None,
     **common: Any,
 ) -> list[Run]:
     """The runs of a comparison: the dense model, then every method with every pattern and share, in this order.
@@ -112,8 +113,8 @@ def build(
     values = {"name": CELLS, "title": title, "task": "prune", "source": source, **common}
     runs = expand({**values, "sweep": {"list": cells}}, source="the comparison", allow_code=allow_code)
     for at, run in enumerate(runs):
-        if not _takes_ridge(run.settings.get("method")):
-            runs[at] = replace(run, task=run.task.model_copy(update={"ridge": None}))
+        if _takes_ridge(run.settings.get("method")):
+            runs[at] = replace(run, task=run.task.model_copy(update={"ridge": ridge}))
     return runs
 
 

@@ -19,9 +19,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from sparseopt.experiments.names import AllowCode, Mistakes, shortened, suggest
+from sparseopt.core.base.arguments import Mistakes, suggest
+from sparseopt.experiments.names import AllowCode, shortened
 from sparseopt.experiments.task import Strict, Task, find_task, nearest_task
-from sparseopt.experiments.yaml_file import (
+from sparseopt.system.yaml_file import (
     MAX_DEPTH,
     MAX_MISTAKES,
     ConfigError,
@@ -29,6 +30,7 @@ from sparseopt.experiments.yaml_file import (
     parse_yaml,
     path_text,
     read_yaml,
+    refused,
 )
 
 # Of one experiment: runs, and settings of all runs together. More is a mistake, and would fill the memory.
@@ -107,22 +109,6 @@ def load_config(path: Path, overrides: Sequence[str] = (), *, allow_code: AllowC
     return expand(values, lines, str(path), allow_code=allow_code)
 
 
-def load_settings(path: Path, block: type[BaseModel]) -> Settings:
-    """The settings in a YAML file that holds one block, checked.
-
-    Raises:
-        ConfigError: as `load_config` does.
-    """
-    if not path.is_file():
-        raise ConfigError(f"there is no file {path}")
-    values, lines = read_yaml(path)
-    try:
-        checked = block.model_validate(values)
-    except ValidationError as error:
-        raise _report(list(_explain(error, block)), lines, str(path)) from None
-    return {name: getattr(checked, name) for name in values}
-
-
 def expand(
     values: Settings,
     lines: Mapping[Location, int] | None = None,
@@ -134,7 +120,10 @@ def expand(
     values, mistakes = copy.deepcopy(values), _Mistakes()
 
     def report(found: Iterable[tuple[Location, str]]) -> ConfigError:
-        return _report(list(found), lines or {}, source)
+        # A mistake that concerns several keys has no place.
+        return refused(
+            [(place, f"{path_text(place) or 'the run'}: {text}") for place, text in found], lines or {}, source
+        )
 
     sweep = Sweep()
     try:
@@ -244,10 +233,8 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> Iterator[tuple[L
                 yield place, text
         elif found["type"] == "extra_forbidden":
             block, key = _model_at(model, place[:-1]), str(place[-1])
-            hint = suggest(key, block.model_fields if block else ())
-            if key.endswith(("_stage", "_modifiers")):
-                hint = "it is one of llm-compressor's recipes, see docs/how-to/coming-from-pruners.md"
-            yield place, f"no such key; {hint}"
+            hint = f"no such key; {suggest(key, block.model_fields if block else ())}"
+            yield place, getattr(block, "ended", {}).get(key, hint)
         elif found["type"] == "missing":
             yield place, "this key is missing"
         elif found["type"] in ("literal_error", "enum") and isinstance(found["input"], str):
@@ -270,19 +257,6 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((m for a in typing.get_args(annotation) if (m := _model_in(a))), None)
-
-
-def _report(mistakes: list[tuple[Location, str]], lines: Mapping[Location, int], source: str) -> ConfigError:
-    listed = []
-    for place, text in mistakes[:MAX_MISTAKES]:
-        known = next((place[:end] for end in range(len(place), 0, -1) if place[:end] in lines), None)
-        line = f"line {lines[known]}: " if known else ""
-        # A mistake that concerns several keys has no place.
-        listed.append(f"  {line}{path_text(place) or 'the run'}: {text}")
-    if len(mistakes) > MAX_MISTAKES:
-        listed.append(f"  and {len(mistakes) - MAX_MISTAKES} more")
-    count = f"{len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''}"
-    return ConfigError(f"{source} cannot be used, {count}:\n" + "\n".join(listed))
 
 
 def _identity(settings: Settings, *, whole: bool = False) -> str:

@@ -44,7 +44,7 @@ from pydantic import Field
 from scipy import sparse
 from scipy.spatial import KDTree
 
-from sparseopt.experiments.names import suggest
+from sparseopt.core.base.arguments import suggest
 from sparseopt.experiments.read.volumes import Scan, from_above, read_scan
 from sparseopt.experiments.task import Strict
 from sparseopt.trend.base.graph import Graph

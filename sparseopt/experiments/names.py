@@ -12,14 +12,14 @@ import hashlib
 import importlib
 import inspect
 import reprlib
-from collections.abc import Callable, Collection, Iterable, Mapping
-from functools import lru_cache
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, PrivateAttr, ValidationInfo, model_validator
 
 import sparseopt as so
+from sparseopt.core.base.arguments import Mistakes, suggest
 from sparseopt.core.penalties.names import PENALTIES
 from sparseopt.trend.methods.choice import METHODS, as_method
 
@@ -38,18 +38,6 @@ def shortened(value: Any) -> str:
     writer = reprlib.Repr()
     writer.maxlevel, writer.maxstring, writer.maxother = 3, 100, 100
     return writer.repr(value)
-
-
-def suggest(given: str, known: Iterable[str]) -> str:
-    """`did you mean 'x'?` for the nearest known name, otherwise the list of known names."""
-    return _suggest(given[:80], tuple(map(str, known)))
-
-
-@lru_cache(maxsize=4096)
-def _suggest(given: str, known: tuple[str, ...]) -> str:
-    # Cached: every run of a sweep has the same mistakes.
-    near = difflib.get_close_matches(given, known, n=1, cutoff=0.6)
-    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
 
 
 def may_import(path: str, allow_code: AllowCode) -> bool:
@@ -105,14 +93,6 @@ def file_digest(found: Callable[..., Any]) -> str:
     """A hash of the file that defines a class; empty where there is no file."""
     file = getattr(inspect.getmodule(found), "__file__", None)
     return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
-
-
-class Mistakes(ValueError):
-    """Several mistakes in one block of a config, each with its key."""
-
-    def __init__(self, found: list[tuple[str, str]]) -> None:
-        super().__init__("; ".join(f"{key}: {text}" for key, text in found))
-        self.found = found
 
 
 class Named(BaseModel):

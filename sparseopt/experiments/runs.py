@@ -30,11 +30,11 @@ from sparseopt.experiments.config import Run
 from sparseopt.experiments.names import AllowCode, Named, file_digest
 from sparseopt.experiments.plots import save_figure
 from sparseopt.experiments.task import FinishedRun, Record, Task, find_task
-from sparseopt.experiments.yaml_file import read_yaml, write_yaml
 from sparseopt.system import processes, run_folder
 from sparseopt.system.files import write_whole
 from sparseopt.system.machine import environment, peak_memory_bytes, versions
 from sparseopt.system.run_folder import RECORDS, RUN, SUMMARY, Fingerprint, FolderError
+from sparseopt.system.yaml_file import read_yaml, write_yaml
 
 CONFIG, FAILURE = "config.yaml", "error.txt"
 # What a run writes besides its `run.json`; `model` is that of `tasks.model`.

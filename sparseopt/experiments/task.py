@@ -15,8 +15,9 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from sparseopt.core.base.arguments import suggest
 from sparseopt.core.base.types import Observer
-from sparseopt.experiments.names import AllowCode, find_class, shortened, suggest
+from sparseopt.experiments.names import AllowCode, find_class, shortened
 
 # The tasks that a config can name. Each is imported on use, because it may need the packages of an extra.
 TASKS = {

@@ -186,7 +186,7 @@ def inspect_model(
             not have, which is no error otherwise.
     """
     recipe = recipe or Recipe()
-    method = recipe.check()
+    method = recipe.layer_method
     opened = open_source(source) if isinstance(source, str | Path) else source
     supported = opened.config.get("model_type") in FAMILIES
     model = StreamedModel(opened) if supported else None
@@ -197,11 +197,11 @@ def inspect_model(
         )
     if not is_text(recipe.calibration):
         count, seqlen = np.shape(recipe.calibration)
-        recipe = replace(recipe, samples=count - recipe.heldout_samples, seqlen=seqlen)
+        recipe = recipe.model_copy(update={"samples": count - recipe.heldout_samples, "seqlen": seqlen})
     recipe = with_dtype(opened, recipe)
     if model is not None:
-        recipe = replace(recipe, samples=recipe.samples or default_windows(model, recipe.seqlen))
-        recipe = replace(recipe, variants=recipe.variant_count)  # their default depends on the windows
+        recipe = recipe.model_copy(update={"samples": recipe.samples or default_windows(model, recipe.seqlen)})
+        recipe = recipe.model_copy(update={"variants": recipe.variant_count})  # their default depends on the windows
     dtypes: Counter[str] = Counter()
     for info in opened.tensors.values():
         dtypes[info.dtype.name] += _size(info) * info.dtype.itemsize
@@ -238,13 +238,15 @@ def measured_seconds(model: StreamedModel, recipe: Recipe) -> float:
     by_name = {name: share for key, share in shares.items() for name in names if key.endswith(f".{name}.weight")}
     if len(shares) < len(model.linear_keys()) or recipe.sparsities:
         own = tuple(by_name.items()) if recipe.sparsities and implied_sparsity(recipe.pattern) is None else None
-        recipe = replace(recipe, targets=tuple(by_name), ignore=None, sparsities=own)
+        recipe = recipe.model_copy(update={"targets": tuple(by_name), "ignore": None, "sparsities": own})
     if recipe.draws:
         shape = recipe.window_count + recipe.heldout_samples, recipe.seqlen
         ids = np.random.default_rng(recipe.seed or 0).integers(0, model.config.vocab_size, shape)
-        recipe = replace(recipe, calibration=ids, bos="auto", seed=None, score=recipe.score or "pydoc")
+        changed = {"calibration": ids, "bos": "auto", "seed": None, "score": recipe.score or "pydoc"}
+        recipe = recipe.model_copy(update=changed)
     # The zeros of other models belong to all their blocks.
-    recipe = replace(recipe, allocation=recipe.chosen_allocation, permute=recipe.permutes, masks=None)
+    chosen = {"allocation": recipe.chosen_allocation, "permute": recipe.permutes, "masks": None}
+    recipe = recipe.model_copy(update=chosen)
     seconds = []
     for count in (1, 2, 1):
         blocks = tuple(range(min(count, model.num_blocks)))

@@ -239,7 +239,7 @@ def choose_footprint(
             fit on the disk.
     """
     sizes = {"samples": len(calibration), "seqlen": calibration.shape[1], "heldout_samples": len(heldout)}
-    recipes = [(replace(plan.recipe, **sizes), plan.method) for plan in plans]
+    recipes = [(plan.recipe.model_copy(update=sizes), plan.method) for plan in plans]
     where: Activations = "memory"
     parts: Mapping[str, int] = {}
     nbytes, phase, scratch = None, "", 0
@@ -357,7 +357,7 @@ def _phases(
     shapes = {(outputs, inputs) for b in blocks for outputs, inputs, _ in b.solved}
     widest = max(_nbytes(model.source.tensors[key]) for key in model.outer_keys())
     # Packed at once, else copied in pieces, which are read, dequantised and converted.
-    copied = 2 * widest if recipe.pack else 4 * min(widest, SLICE)
+    copied = 2 * widest if recipe.get("pack") else 4 * min(widest, SLICE)
     rows = min(config.vocab_size, (recipe.all_windows + recipe.heldout_samples) * recipe.seqlen)
     phases: dict[str, dict[str, int]] = {
         "start": {

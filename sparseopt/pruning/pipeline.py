@@ -157,8 +157,6 @@ def prune_models(
     budget = None if memory is None else parse_bytes(memory)
     if not recipes:
         raise ValueError("nothing to do: give at least one recipe and its output folder")
-    for recipe, _ in recipes:
-        recipe.check()
     check_same_calibration([recipe for recipe, _ in recipes])
     folders = [Path(output).expanduser().resolve() for _, output in recipes]
     if len(set(folders)) < len(folders):

@@ -53,8 +53,6 @@ def run_demo(output: Path | None, source: str | None, calibration: str, sparsity
     # The demo scores the models itself.
     common: dict[str, Any] = {"sparsity": sparsity, "calibration": calibration, "score": "none"}
     recipes = {label: Recipe(**common, **chosen) for label, chosen in RECIPES}
-    for recipe in recipes.values():
-        recipe.check()
     model = open_model(path)
     tokenizer = load_tokenizer(model.source)
     ids, bos = text_windows(model.source, calibration, "evaluation", *EVALUATION)

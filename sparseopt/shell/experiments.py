@@ -180,8 +180,9 @@ def compare(
     from sparseopt.shell import show_experiments as shown
 
     allowed = permitted(allow_code, allow_package, Path.cwd())
-    usual = "0" if given["keep_zeros"] or given["masks"] else "0.5"
-    names, shares, patterns = comparison.read_lists(methods, given.pop("sparsity") or usual, given.pop("pattern"))
+    usual = "0" if given.get("keep_zeros") or given.get("masks") else "0.5"
+    lists = str(given.pop("sparsity", usual)), given.pop("pattern", "unstructured")
+    names, shares, patterns = comparison.read_lists(methods, *lists)
     runs = comparison.build(
         source,
         names,

@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from sparseopt.shell import console
-from sparseopt.shell.options import AsJson, FollowLinks, Source, machine_option, recipe_fields, takes_recipe
+from sparseopt.shell.options import AsJson, FollowLinks, Source, machine_option, takes_recipe
 from sparseopt.system.machine import format_bytes, parse_bytes, working_memory_bytes
 
 if TYPE_CHECKING:  # its package needs flax
@@ -44,8 +44,7 @@ def inspect(
 
     device = None if device_memory is None else parse_bytes(device_memory)
     limit = (device or working_memory_bytes()) if memory is None else parse_bytes(memory)
-    recipe = Recipe(**recipe_fields(options))
-    recipe.check()
+    recipe = Recipe(**options)
     opened = open_source(source, follow_links=follow_links)
     found = inspect_model(opened, recipe, measure=measure, device_memory=device)
     if as_json:

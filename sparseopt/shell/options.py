@@ -6,16 +6,21 @@ other commands do not.
 
 import contextlib
 import inspect
+import itertools
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
 import typer
 from typer.core import TyperCommand
 
 if TYPE_CHECKING:
-    from sparseopt.pruning.recipe.options import Option
+    from pydantic.fields import FieldInfo
+
+    from sparseopt.pruning.recipe.pass_recipe import PassRecipe
+
+    P = TypeVar("P", bound=PassRecipe)
 
 # The option that names a recipe file.
 FILE = "recipe"
@@ -72,59 +77,44 @@ ProcessId = Annotated[
 
 
 class RecipeCommand(TyperCommand):
-    """A command of a function that `takes_recipe` marked."""
+    """A command of a function that `takes_recipe` marked, with all its options where it is called."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        """The context of the command with all its options.
+        """The context of the whole command.
 
         Raises:
             ValueError: for an option that has ended, with what to use in its place.
         """
-        from sparseopt.pruning.recipe.options import ended
+        from sparseopt.pruning.recipe.options import ENDED
 
-        for name, text in ended(arg.removeprefix("--").partition("=")[0].replace("-", "_") for arg in args).items():
-            raise ValueError(f"--{name} {text}")
-        whole = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        for name in (word.removeprefix("--").partition("=")[0].replace("-", "_") for word in args):
+            if name in ENDED:
+                raise ValueError(f"--{name} {ENDED[name]}")
         assert self.callback is not None
-        callback = inspect.unwrap(self.callback)
-        whole.command(self.name)(completed(callback))
-        context = typer.main.get_command(whole).make_context(info_name, args, parent, **extra)
-        if (file := context.params.get(FILE)) is not None:
-            sources = {name: context.get_parameter_source(name) for name in context.params}
-            typed = {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
-            found = callback.read(file)
-            context.params |= {name: value for name, value in found.items() if name not in typed}
-        return context
+        info = typer.models.CommandInfo(self.name, callback=completed(inspect.unwrap(self.callback)))
+        whole = typer.main.get_command_from_info(
+            info, pretty_exceptions_short=False, rich_markup_mode=self.rich_markup_mode
+        )
+        return whole.make_context(info_name, args, parent, **extra)
 
 
-def prune_options() -> "dict[str, Option]":
-    """The options of `Recipe`."""
-    from sparseopt.pruning.recipe.prune_recipe import OPTIONS
+def recipe_model(name: str) -> "type[PassRecipe]":
+    """`Recipe` or `ShrinkRecipe`."""
+    from sparseopt import pruning
 
-    return OPTIONS
-
-
-def shrink_options() -> "dict[str, Option]":
-    """The options of `ShrinkRecipe`."""
-    from sparseopt.pruning.recipe.shrink_recipe import SHRINK_OPTIONS
-
-    return SHRINK_OPTIONS
-
-
-# Imports a table of options, when it is called.
-Table = Callable[[], "dict[str, Option]"]
+    return getattr(pruning, name)
 
 
 def takes_recipe(
-    table: Table = prune_options,
+    model: str = "Recipe",
     *,
     only: Collection[str] = (),
     without: Collection[str] = (),
     lists: Mapping[str, str] | None = None,
 ) -> Callable[[Callable[..., None]], Callable[[], None]]:
-    """Let a command take the options of a table, as they are typed, in place of its keywords `**`.
+    """Give a command the fields of a recipe as options, and in place of its keywords `**` those that are given.
 
-    Unless it takes `only` some, `--recipe` reads those that are not typed from a file, as plain values.
+    Unless it takes `only` some, `--recipe` reads from a file those that are not typed.
     `lists` has options that take several values with commas between, and what to add to their help.
     """
 
@@ -132,9 +122,7 @@ def takes_recipe(
         def command() -> None: ...
 
         command.__name__, command.__doc__ = function.__name__, function.__doc__
-        several = lists or {}
-        command.complete = lambda: _complete(function, table(), only, without, several)  # type: ignore[attr-defined]
-        command.read = lambda file: _read_recipe(file, table(), without, several)  # type: ignore[attr-defined]
+        command.complete = lambda: _complete(function, recipe_model(model), only, without, lists or {})  # type: ignore[attr-defined]
         return command
 
     return marked
@@ -145,11 +133,12 @@ def completed(command: Callable[..., None]) -> Callable[..., None]:
     return command.complete() if hasattr(command, "complete") else command
 
 
-def recipe_fields(options: Mapping[str, Any], table: Table = prune_options) -> dict[str, Any]:
-    """Fields of a recipe from its options as they were typed."""
-    known = table()
-    readers = {name: known[name].read or (lambda given: given) for name in options}
-    return {name: given if given is None else readers[name](given) for name, given in options.items()}
+def recipes(model: "type[P]", given: Mapping[str, Any], several: Collection[str] = ()) -> "list[P]":
+    """The recipes of the fields that were given: one for every combination of numbers in `several`."""
+    lists = {name: numbers(str(given[name]), f"--{name}") for name in several if given.get(name) is not None}
+    others = {name: value for name, value in given.items() if name not in lists}
+    points = itertools.product(*lists.values())
+    return [model(**others, **dict(zip(lists, point, strict=True))) for point in points]
 
 
 def numbers(text: str, option: str, *, repeat: bool = False) -> list[float]:
@@ -169,17 +158,18 @@ def numbers(text: str, option: str, *, repeat: bool = False) -> list[float]:
 
 def _complete(
     function: Callable[..., None],
-    table: "dict[str, Option]",
+    model: "type[PassRecipe]",
     only: Collection[str],
     without: Collection[str],
     lists: Mapping[str, str],
 ) -> Callable[..., None]:
-    """The function with these options in place of its `**`, all by keyword and sorted by panel."""
+    """The function with these fields in place of its `**`, all by keyword and sorted by panel."""
     from sparseopt.pruning.recipe.options import CALIBRATION, HOW, KEEP, OUTPUT, WHAT
 
     panels = [None, OUTPUT, WHAT, KEEP, HOW, CALIBRATION, "Evaluation", MACHINE]
     own = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    made = [_parameter(table[n], lists.get(n), bool(only)) for n in only or table if n not in without]
+    names = [name for name in only or model.model_fields if name not in without]
+    made = [_parameter(name, model.model_fields[name], lists.get(name), bool(only)) for name in names]
     if not only:
         text = "YAML file with options of the recipe, as in `samples: 64`. What is typed here wins."
         info = typer.Option(help=text, rich_help_panel=WHAT)
@@ -188,42 +178,36 @@ def _complete(
         [*(parameter.replace(kind=KEYWORD_ONLY) for parameter in own), *made],
         key=lambda each: panels.index(getattr(each.annotation.__metadata__[0], "rich_help_panel", None)),
     )
+    context = inspect.Parameter("context", KEYWORD_ONLY, annotation=typer.Context)
 
-    def command(**given: Any) -> None:
-        given.pop(FILE, None)  # its options are among the others, see `RecipeCommand`
-        function(**given)
+    def command(context: typer.Context, **given: Any) -> None:
+        file = given.pop(FILE, None)
+        typed = {name: value for name, value in given.items() if name not in names or _is_typed(context, name)}
+        function(**(model.fields_in(file, without) if file else {}) | typed)
 
     command.__name__, command.__doc__ = function.__name__, function.__doc__
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    command.__signature__ = inspect.Signature([*parameters, context])  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in [*parameters, context]}
     return command
 
 
-def _read_recipe(
-    file: Path, table: "dict[str, Option]", without: Collection[str], lists: Mapping[str, str]
-) -> dict[str, Any]:
-    """The options in a recipe file; of `lists` as texts.
-
-    Raises:
-        ConfigError: listing all mistakes with their lines.
-    """
-    from sparseopt.experiments.config import load_settings
-    from sparseopt.experiments.tasks.model import recipe_settings
-
-    found = load_settings(file, recipe_settings("RecipeFile", table, without))
-    return {name: str(value) if name in lists and value is not None else value for name, value in found.items()}
+def _is_typed(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
 
 
-def _parameter(option: "Option", of_list: str | None, without_panel: bool) -> inspect.Parameter:
-    """The option as typer takes it; the recipe checks words of a list, and names the nearest."""
-    kind: Any = option.type
-    if option.choices or option.read or of_list is not None:
-        kind = str | None if option.allows_none else str
-    given = (f"--{option.name.replace('_', '-')}",) if kind is bool else ()
-    text = option.help if of_list is None else f"{option.help} {of_list}"
-    default = option.default if of_list is None or option.default is None else str(option.default)
-    info = typer.Option(*given, help=text, rich_help_panel=None if without_panel else option.panel)
-    return inspect.Parameter(option.name, KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
+def _parameter(name: str, field: "FieldInfo", of_list: str | None, without_panel: bool) -> inspect.Parameter:
+    """The field as typer takes it; the recipe checks words, and names the nearest."""
+    from sparseopt.pruning.recipe.options import shell_type
+
+    kind = str if of_list is not None else shell_type(field)
+    given = (f"--{name.replace('_', '-')}",) if kind is bool and field.default is not None else ()
+    text = field.description if of_list is None else f"{field.description} {of_list}"
+    default = field.default if of_list is None or field.default is None else str(field.default)
+    extra = cast(dict[str, Any], field.json_schema_extra)
+    info = typer.Option(*given, help=text, rich_help_panel=None if without_panel else extra["panel"])
+    annotation: Any = kind if default is not None else kind | None
+    return inspect.Parameter(name, KEYWORD_ONLY, default=default, annotation=Annotated[annotation, info])
 
 
 @contextlib.contextmanager

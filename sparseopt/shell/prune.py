@@ -1,7 +1,6 @@
 """The commands `prune`, `shrink`, `eval`, `pack` and `unpack`."""
 
 import contextlib
-import itertools
 import json
 import math
 import signal
@@ -19,6 +18,8 @@ if TYPE_CHECKING:
 
 # EX_TEMPFAIL of sysexits: a scheduler that sent SIGTERM may start the same command again.
 RESUMABLE = 75
+# Options of `shrink` that take several numbers.
+SEVERAL = ("channels", "heads", "layers")
 
 
 @options.takes_recipe(lists={"sparsity": "Several, as in 0.5,0.6,0.7, share one pass."})
@@ -45,18 +46,15 @@ def prune(
     with options.cooperating(distributed, coordinator, processes, process_id):
         from sparseopt.pruning import Recipe
 
-        several, fields = given.pop("sparsity"), options.recipe_fields(given)
-        shares = [None] if several is None else options.numbers(several, "--sparsity")
-        recipes = [Recipe(sparsity=share, **fields) for share in shares]
-        for each in recipes:
-            each.check()
+        recipes = options.recipes(Recipe, given, ["sparsity"])
         plans = [(each, output / f"{each.asked_sparsity:g}" if len(recipes) > 1 else output) for each in recipes]
-        kept = fields["keep_zeros"] or fields["masks"]
+        first = recipes[0]
+        kept = first.has_support
         asked = [f"{each.asked_sparsity:.0%}" if each.asked_sparsity or not kept else "given zeros" for each in recipes]
-        title = f"{' '.join(name_of(recipes[0]))} {', '.join(asked)}"
-        if (pattern := fields["pattern"]) != "unstructured":
-            title = f"{title} {pattern}"
-        for line in choice_lines(recipes[0], fields | {"sparsity": several}):
+        title = f"{' '.join(name_of(first))} {', '.join(asked)}"
+        if first.pattern != "unstructured":
+            title = f"{title} {first.pattern}"
+        for line in choice_lines(first, given):
             console.say(line)
         code = run_pass(source, plans, output, title, memory, chosen, follow_links)
     if code:
@@ -85,13 +83,13 @@ def choice_lines(recipe: "PassRecipe", typed: Mapping[str, Any]) -> list[str]:
 
     lines, prunes = [], isinstance(recipe, Recipe)
     if (effort := effort_of(vars(recipe))) is not None:
-        usual = "default " if typed["effort"] is None else ""
+        usual = "" if "effort" in typed else "default "
         costs = "; its time beside others: " + ", ".join(f"{name} {cost:g}" for name, cost in COSTS.items())
         lines.append(f"{usual}--effort {effort}: {(PRUNES if prunes else SHRINKS)[effort]}{costs * prunes}")
-    if isinstance(recipe, Recipe) and typed["sparsity"] is None and implied_sparsity(recipe.pattern) is None:
+    if isinstance(recipe, Recipe) and "sparsity" not in typed and implied_sparsity(recipe.pattern) is None:
         lines.append(f"default --sparsity {recipe.asked_sparsity:g}: that fraction of the weights of every linear")
     if recipe.draws:
-        usual = "default " if typed["calibration"] in (None, recipe.calibration) else ""
+        usual = "" if "calibration" in typed else "default "
         lines.append(
             f"{usual}--calibration self: text that the model draws, which needs no data; text like that which the "
             "model will see does better, --calibration file:PATH or hf:OWNER/NAME"
@@ -100,8 +98,8 @@ def choice_lines(recipe: "PassRecipe", typed: Mapping[str, Any]) -> list[str]:
 
 
 @options.takes_recipe(
-    options.shrink_options,
-    lists=dict.fromkeys(("channels", "heads", "layers"), "Several, as in 0.75,0.5, share one pass."),
+    "ShrinkRecipe",
+    lists=dict.fromkeys(SEVERAL, "Several, as in 0.75,0.5, share one pass."),
 )
 def shrink(
     source: options.Source,
@@ -130,16 +128,10 @@ def shrink(
     with options.cooperating(distributed, coordinator, processes, process_id):
         from sparseopt.pruning import ShrinkRecipe
 
-        shares = {name: options.numbers(given.pop(name), f"--{name}") for name in ("channels", "heads", "layers")}
-        fields = options.recipe_fields(given, options.shrink_options)
-        several = [name for name, found in shares.items() if len(found) > 1]
-        plans = []
-        for combination in itertools.product(*shares.values()):
-            kept: dict[str, Any] = dict(zip(shares, combination, strict=True))
-            recipe = ShrinkRecipe(**kept, **fields)
-            recipe.check()
-            plans.append((recipe, output / "-".join(f"{name}-{kept[name]:g}" for name in several)))
-        for line in choice_lines(recipe, fields):
+        recipes = options.recipes(ShrinkRecipe, given, SEVERAL)
+        varied = [name for name in SEVERAL if len({getattr(each, name) for each in recipes}) > 1]
+        plans = [(each, output / "-".join(f"{name}-{getattr(each, name):g}" for name in varied)) for each in recipes]
+        for line in choice_lines(recipes[0], given):
             console.say(line)
         code = run_pass(source, plans, output, "shrink", memory, chosen, follow_links)
     if code:
@@ -230,10 +222,8 @@ def evaluate(
     if sparsity is not None and pattern is None:
         raise ValueError("--sparsity is that of a pattern to check: give --pattern too, as in --pattern unstructured")
     opened = open_model(open_source(model, follow_links=follow_links))
-    reading = {name: given.pop(name) for name in options.READING}
-    recipe = Recipe(**options.recipe_fields(given))
-    recipe.check()
-    chosen = layer_shares(opened, recipe)
+    reading = {name: given.pop(name) for name in options.READING if name in given}
+    chosen = layer_shares(opened, Recipe(**given))
     check_window(seqlen, opened.config.max_positions)
     ids, start = text_windows(opened.source, text, "evaluation", windows, seqlen, **reading)
     digest = token_digest(begin_windows(ids, start))
@@ -262,7 +252,7 @@ def evaluate(
         typer.echo(json.dumps({**figures, "perplexity": score if math.isfinite(score) else None}))
         return
     least, most = min(audits, key=lambda a: a.sparsity), max(audits, key=lambda a: a.sparsity)
-    read = part_of_text(text, "evaluation", reading["split"])
+    read = part_of_text(text, "evaluation", reading.get("split"))
     console.say(
         f"perplexity {score:.4f} on {windows} windows of {seqlen} tokens of {read}"
         + ("" if start is None else f", each starting with BOS (token {start})")

@@ -271,7 +271,7 @@ def test_a_ridge_goes_to_the_methods_that_have_one_and_the_default_preset_is_lef
         ("dense", 0.2), ("best", 0.2), ("wanda", None), ("maiht", 0.2), ("maiht:paper", 0.2),
     ]  # fmt: skip
     for run in runs[1:]:
-        run.task.recipe().check()
+        run.task.recipe()
 
 
 @pytest.mark.parametrize(

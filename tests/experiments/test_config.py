@@ -9,7 +9,7 @@ from pydantic import ValidationError, model_validator
 import sparseopt as so
 from sparseopt.experiments.config import ConfigError, expand, load_config
 from sparseopt.experiments.names import PenaltyConfig, SolverConfig
-from sparseopt.experiments.yaml_file import parse_yaml, write_yaml
+from sparseopt.system.yaml_file import parse_yaml, write_yaml
 from tests.experiments.toy import CappedL1, Toy
 
 TOY = "tests.experiments.toy.Toy"

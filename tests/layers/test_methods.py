@@ -258,7 +258,7 @@ def test_in_a_model_the_layer_is_named(tmp_path, rng):
 
     source = write_folder(tmp_path / "source", tiny_config(), random_tensors(tiny_config(), rng))
     recipe = Recipe(calibration=make_tokens(rng, 12), sparsity=0.6, pattern="per-row")
-    shape, count = (dataclasses.replace(recipe, method=Own(WRONG[name][0])) for name in ("layout", "count"))
+    shape, count = (recipe.model_copy(update={"method": Own(WRONG[name][0])}) for name in ("layout", "count"))
     with pytest.raises(ValueError, match=r"model.layers.0.self_attn.k_proj: Own returns"):
         prune_model(source, tmp_path / "out", shape)
     assert not (tmp_path / "out").exists()

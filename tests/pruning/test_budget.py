@@ -37,8 +37,8 @@ def tight(source, recipe):
     """The least budget that is not refused: too little for activations in memory."""
     windows, seqlen = recipe.calibration.shape
     sizes = {"samples": windows - recipe.heldout_samples, "seqlen": seqlen}
-    model, method = open_model(source), recipe.check()
-    found = [prune_memory(model, dataclasses.replace(recipe, **sizes), method, where) for where in ("memory", "disk")]
+    model, method = open_model(source), recipe.layer_method
+    found = [prune_memory(model, recipe.model_copy(update=sizes), method, where) for where in ("memory", "disk")]
     assert found[1].peak_bytes < found[0].peak_bytes
     return found[1].peak_bytes
 
@@ -132,7 +132,7 @@ def test_the_estimate_takes_a_layer_by_blocks_where_the_device_has_too_little_ro
         recipe = Recipe(
             method="sparsegpt", calibration=tokens, samples=5, seqlen=24, heldout_samples=2, pattern=pattern
         )
-        cost = prune_memory(model, recipe, recipe.check(), room=room)
+        cost = prune_memory(model, recipe, recipe.layer_method, room=room)
         return cost.phases["layer solves"]["workspace"], cost.solve_blocks
 
     square, wide = method_cost(find_method("sparsegpt")).workspace
@@ -156,7 +156,7 @@ def test_activations_of_blocks_in_torch_are_counted_with_their_variants(tmp_path
 def test_a_disk_with_too_little_room_is_refused_before_any_work(tmp_path, source, tokens, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     recipe = Recipe(method="wanda", calibration=tokens, heldout_samples=2)
-    plans = [(dataclasses.replace(recipe, sparsity=share), tmp_path / str(share)) for share in (0.5, 0.6)]
+    plans = [(recipe.model_copy(update={"sparsity": share}), tmp_path / str(share)) for share in (0.5, 0.6)]
     model = open_model(source)
     made = [make_plan(model, recipe, folder) for recipe, folder in plans]
     whole = choose_footprint(model, made, tokens[:5], tokens[5:])
@@ -172,7 +172,7 @@ def test_a_disk_with_too_little_room_is_refused_before_any_work(tmp_path, source
         prune_models(source, plans, memory=tight(source, recipe))
     # What is trained at the end lies beside what it replaces: one such model takes as much as two, but for its ends.
     with pytest.raises(BudgetError, match="the run needs"):
-        prune_models(source, [(dataclasses.replace(recipe, distil=1), tmp_path / "trained"), plans[0]])
+        prune_models(source, [(recipe.model_copy(update={"distil": 1}), tmp_path / "trained"), plans[0]])
 
 
 def test_plans_that_share_a_pass_have_a_stream_each(source, tokens):
@@ -180,11 +180,11 @@ def test_plans_that_share_a_pass_have_a_stream_each(source, tokens):
         open_model(source),
         Recipe(method="wanda", calibration=tokens, samples=5, seqlen=24, heldout_samples=2),
     )
-    one, three = (prune_memory(model, recipe, recipe.check(), "disk", plans).scratch_bytes for plans in (1, 3))
+    one, three = (prune_memory(model, recipe, recipe.layer_method, "disk", plans).scratch_bytes for plans in (1, 3))
     stream = 4 * 7 * 24 * 32
     assert (one, three) == (2 * stream, 4 * stream)
-    dense = dataclasses.replace(recipe, propagate=0.5)
-    assert prune_memory(model, dense, dense.check(), "disk").scratch_bytes == 4 * stream
+    dense = recipe.model_copy(update={"propagate": 0.5})
+    assert prune_memory(model, dense, dense.layer_method, "disk").scratch_bytes == 4 * stream
 
 
 def test_batches_on_disk_are_those_that_were_put_there(tmp_path):

@@ -294,4 +294,4 @@ def test_token_ids_are_estimated_by_their_own_number(tmp_path: Path, rng: np.ran
     found = inspect_model(source, recipe).recipe
     assert (found["samples"], found["seqlen"]) == (24, 20)
     with pytest.raises(ValueError, match=r"samples is for text; .* there are 24 besides the held-out ones, given 1"):
-        dataclasses.replace(recipe, samples=1).check()
+        recipe.model_copy(update={"samples": 1})

@@ -1,7 +1,5 @@
 """Zeros that stay: methods within a support, models pruned further or on other masks, and masks for training."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -187,7 +185,7 @@ def test_the_weights_of_a_dense_model_are_fitted_on_the_masks_of_a_pruned_one(tm
     before = weights_of(pruned)
     for key, weight in weights_of(tmp_path / "out").items():
         np.testing.assert_array_equal(weight != 0, before[key] != 0)
-    unfitted = prune_model(source, tmp_path / "same", dataclasses.replace(recipe, method="magnitude"))
+    unfitted = prune_model(source, tmp_path / "same", recipe.model_copy(update={"method": "magnitude"}))
     assert all(np.array_equal(weight, before[key]) for key, weight in weights_of(tmp_path / "same").items())
     assert sum(r.relative_error for r in report.layers) < sum(r.relative_error for r in unfitted.layers)
     assert report.summary()["kept_masks"] == 21
@@ -196,14 +194,14 @@ def test_the_weights_of_a_dense_model_are_fitted_on_the_masks_of_a_pruned_one(tm
 def test_an_n_m_mask_stays_one_in_the_folder_of_the_same_run_only(tmp_path, source, tokens):
     recipe = Recipe(method="magnitude", pattern="2:4", calibration=tokens)
     prune_model(source, tmp_path / "masks", recipe)
-    masked = dataclasses.replace(recipe, method="wanda", masks=str(tmp_path / "masks"))
+    masked = recipe.model_copy(update={"method": "wanda", "masks": str(tmp_path / "masks")})
     prune_model(source, tmp_path / "out", masked)
     assert all(audit.exact for audit in audit_pattern(tmp_path / "out", "2:4"))
     kept = dict(masks(tmp_path / "masks"))
     assert all(np.array_equal(kept[key], mask) for key, mask in masks(tmp_path / "out"))
     # Other masks under the same name are another run.
     (tmp_path / "masks").rename(tmp_path / "first")
-    prune_model(source, tmp_path / "masks", dataclasses.replace(recipe, method="wanda"))
+    prune_model(source, tmp_path / "masks", recipe.model_copy(update={"method": "wanda"}))
     with pytest.raises(FolderError, match="masks: "):
         prune_model(source, tmp_path / "out", masked)
 

@@ -4,7 +4,7 @@ import difflib
 import functools
 import math
 import numbers
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -115,11 +115,31 @@ def require_memory(needed: int, what: str, advice: str, on_device: int = 0) -> N
         )
 
 
+class Mistakes(ValueError):
+    """Several mistakes, each `found` with the key that it concerns."""
+
+    def __init__(self, found: Sequence[tuple[str, str]]) -> None:
+        super().__init__("; ".join(f"{key}: {text}" for key, text in found))
+        self.found = found
+
+
 def unknown(kind: str, given: Any, known: Iterable[str]) -> str:
     """The sentence for a name that is not known: it lists those that are, and the nearest."""
     names = list(known)
     near = difflib.get_close_matches(given, names, n=1) if isinstance(given, str) else []
     return f"unknown {kind} {given!r}; known are {', '.join(names)}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def suggest(given: str, known: Iterable[str]) -> str:
+    """`did you mean 'x'?` for the nearest known name, otherwise the list of known names."""
+    return _suggest(given[:80], tuple(map(str, known)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _suggest(given: str, known: tuple[str, ...]) -> str:
+    # Cached: every run of a sweep has the same mistakes.
+    near = difflib.get_close_matches(given, known, n=1, cutoff=0.6)
+    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
 
 
 def known_numbers(given: Any, name: str) -> np.ndarray:

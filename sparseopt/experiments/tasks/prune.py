@@ -1,26 +1,24 @@
 """The task `prune`: prune a language model, and score what is left on text that the pruner did not see."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import field_validator
 
 from sparseopt.experiments import plots
-from sparseopt.experiments.names import Mistakes, PenaltyConfig
+from sparseopt.experiments.names import PenaltyConfig
 from sparseopt.experiments.task import Record
-from sparseopt.experiments.tasks.model import MethodConfig, ModelTask, recipe_settings
+from sparseopt.experiments.tasks.model import MethodConfig, ModelTask, settings_of
 from sparseopt.models import PrunableModel
 from sparseopt.pruning import PruneReport, Recipe, audit_sparsity
-from sparseopt.pruning.recipe.options import Option
-from sparseopt.pruning.recipe.prune_recipe import OPTIONS
 
-_Settings: Any = recipe_settings("RecipeSettings", OPTIONS, without=("method", "penalty", "score"))
+_Settings: Any = settings_of(Recipe, without=("method", "penalty", "score"))
 
 
 class Prune(_Settings, ModelTask):
     """Prune a causal language model and measure its perplexity.
 
-    Its further keys are those of `ModelTask` and the fields of `Recipe`. `bos` is for the evaluation too.
+    Its further keys are those of `ModelTask` and the fields of `Recipe`.
 
     Attributes:
         penalty: chooses the support in place of L0 (method maiht), by name, or by name or path with arguments.
@@ -29,7 +27,7 @@ class Prune(_Settings, ModelTask):
     columns: ClassVar[tuple[str, ...]] = (
         "perplexity", "mean_relative_error", "mean_heldout_error", "solver_seconds", "seconds",
     )  # fmt: skip
-    options: ClassVar[Mapping[str, Option]] = OPTIONS
+    kind: ClassVar[type[Recipe]] = Recipe
     size: ClassVar[str] = "sparsity"
     plot: ClassVar[Callable[..., Any]] = plots.plot_perplexity
 
@@ -41,14 +39,6 @@ class Prune(_Settings, ModelTask):
     def _penalty_by_name(cls, penalty: Any) -> Any:
         # The sparsity sets the weight.
         return {"name": penalty, "weight": 1.0} if isinstance(penalty, str) else penalty
-
-    @model_validator(mode="after")
-    def _pattern_is_possible(self) -> "Prune":
-        try:
-            self.recipe().check_pattern()
-        except ValueError as error:
-            raise Mistakes([("pattern", str(error))]) from error
-        return self
 
     @property
     def label(self) -> str:

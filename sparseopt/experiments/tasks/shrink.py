@@ -1,29 +1,28 @@
 """The task `shrink`: make a smaller dense model of a language model, and score it on other text."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 from sparseopt.experiments import plots
 from sparseopt.experiments.task import Record
-from sparseopt.experiments.tasks.model import ModelTask, recipe_settings
+from sparseopt.experiments.tasks.model import ModelTask, settings_of
 from sparseopt.models import PrunableModel, sizes_of
 from sparseopt.pruning import PruneReport, ShrinkRecipe
-from sparseopt.pruning.recipe.options import Option
-from sparseopt.pruning.recipe.shrink_recipe import SHARES, SHRINK_OPTIONS, parameters_of
+from sparseopt.pruning.recipe.shrink_recipe import SHARES, parameters_of
 
-_Settings: Any = recipe_settings("ShrinkSettings", SHRINK_OPTIONS, without=("method", "score"))
+_Settings: Any = settings_of(ShrinkRecipe, without=("method", "score"))
 
 
 class Shrink(_Settings, ModelTask):
     """Make a smaller dense model of a causal language model and measure its perplexity.
 
-    Its further keys are those of `ModelTask` and the fields of `ShrinkRecipe`. `bos` is for the evaluation too.
+    Its further keys are those of `ModelTask` and the fields of `ShrinkRecipe`.
     """
 
     columns: ClassVar[tuple[str, ...]] = (
         "parameters", "perplexity", "mean_heldout_error", "solver_seconds", "seconds",
     )  # fmt: skip
-    options: ClassVar[Mapping[str, Option]] = SHRINK_OPTIONS
+    kind: ClassVar[type[ShrinkRecipe]] = ShrinkRecipe
     size: ClassVar[str] = "parameters"
     plot: ClassVar[Callable[..., Any]] = plots.plot_sizes
 
@@ -32,7 +31,8 @@ class Shrink(_Settings, ModelTask):
     @property
     def label(self) -> str:
         """The method and what is reduced: all shares of the same parts are one line in a picture."""
-        reduced = [part for part in (*SHARES, "parameters") if getattr(self, part) != SHRINK_OPTIONS[part].default]
+        fields = self.kind.model_fields
+        reduced = [part for part in (*SHARES, "parameters") if getattr(self, part) != fields[part].default]
         return "dense" if self.method == "dense" else f"{self.method_label} {'+'.join(reduced)}"
 
     def recipe(self) -> ShrinkRecipe:

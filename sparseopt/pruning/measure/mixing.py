@@ -233,7 +233,7 @@ def _levels(model: PrunableModel, search: Search) -> list[Sizes]:
 
 def _trial_plan(model: PrunableModel, plan: Plan, sizes: Sizes) -> Plan:
     # The stream is the dense model's, so there is no upstream error to correct.
-    return shrink_plan(model, replace(plan, recipe=replace(plan.recipe, propagate=0)), sizes)
+    return shrink_plan(model, replace(plan, recipe=plan.recipe.model_copy(update={"propagate": 0})), sizes)
 
 
 def _curves(model: PrunableModel, measured: list[tuple[Sizes, float]]) -> Curves:

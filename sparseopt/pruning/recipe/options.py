@@ -1,14 +1,23 @@
-"""Options: fields of a frozen dataclass that know their help, their values and what is wrong with one."""
+"""The fields of recipes: what each knows of itself, and what is wrong with a value.
 
-import math
+A field is a key of a YAML file, an option of the shell, a setting of an experiment, a keyword in Python and a line of
+the reference. All of these are made from it, so a new option is one new field.
+"""
+
 import textwrap
 import typing
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
-from numbers import Real
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from types import UnionType
+from typing import Annotated, Any
 
-from sparseopt.core.base.arguments import unknown
+from pydantic import BaseModel, Field, GetCoreSchemaHandler, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema, ErrorDetails
+from pydantic_core.core_schema import no_info_wrap_validator_function
+
+from sparseopt.core.base.arguments import Mistakes, suggest, unknown
+from sparseopt.system.yaml_file import Location
 
 # The headings that options are shown under.
 WHAT, KEEP, HOW, CALIBRATION, OUTPUT = "What to prune", "What to keep", "How to prune", "Calibration", "Output"
@@ -19,96 +28,105 @@ ENDED = {
     "gflops": "has ended: `sparseopt inspect --measure` measures the time of a run",
 }
 
-# What the values of a field's type are, and how an error calls them; true and false are no numbers.
-_KINDS: dict[Any, tuple[type, str]] = {
-    int: (int, "a whole number"),
-    float: (Real, "a number"),
-    bool: (bool, "true or false"),
-    str: (str, "a text"),
-}
+# What a value must be, by pydantic's name of the error.
+_KINDS = {"int_type": "a whole number", "float_type": "a number", "bool_type": "true or false", "string_type": "a text"}
+
+
+class RecipeError(Mistakes):
+    """A recipe that cannot be used; the text lists all that is wrong, one line each."""
+
+    def __str__(self) -> str:
+        return "the recipe cannot be used:\n  " + "\n  ".join(text for _, text in self.found)
 
 
 @dataclass(frozen=True)
-class Option:
-    """One option; `options_of` fills in its name, its default, and what follows from the type of its field.
+class Plain:
+    """In `Annotated`: the type of the values that a file can hold; Python code may give an object in their place."""
 
-    The shell's options, the settings of the experiment tasks, the checks and the reference are made from the options
-    of the recipes, so a new option is one new field.
-    """
+    type: Any
 
-    help: str  # in a sentence or two; `{choices}` stands for its choices
-    panel: str  # the heading that it is shown under
-    type: Any = None  # of the values that a config can hold; given where Python code may give an object instead
-    choices: Collection[str] = ()  # the words that it may be; by default those of a `Literal`
-    read: Callable[[Any], Any] | None = None  # makes the value of a text, where the type does not say how
-    least: float | None = None
-    most: float | None = None
-    below: float | None = None
-    name: str = ""
-    default: Any = None
-    objects: bool = False  # whether Python code may give an object instead
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        def checked(given: Any, check: Callable[[Any], Any]) -> Any:
+            return check(given) if isinstance(given, str | int | float | None) else given
 
-    @property
-    def allows_none(self) -> bool:
-        return type(None) in typing.get_args(self.type)
-
-    def mistake(self, value: Any) -> str | None:
-        """Why a value cannot be used, as far as that shows without the other options; None where it can."""
-        if value is None and self.allows_none:
-            return None
-        if self.objects and not isinstance(value, str | int | None):
-            return None
-        if self.choices:
-            return None if value in self.choices else unknown(self.name, value, self.choices)
-        for kind in (self.type, *typing.get_args(self.type)):
-            expected, name = _KINDS.get(kind, (object, ""))
-            if not isinstance(value, expected) or (isinstance(value, bool) and kind in (int, float)):
-                return f"{self.name} must be {name}, given {value!r}"
-        if isinstance(value, float) and not math.isfinite(value):
-            return f"{self.name} must be finite, given {value}"
-        if self.most is not None or self.below is not None:
-            top, end = (self.most, "]") if self.below is None else (self.below, ")")
-            if not (self.least <= value <= top and value != self.below):
-                hint = f"; {value:g} % is {value / 100:g}" if top == 1 and 2 <= value <= 100 else ""
-                return f"{self.name} must lie in [{self.least:g}, {top:g}{end}, given {value}{hint}"
-        elif self.least is not None and not value >= self.least:
-            return f"{self.name} must be at least {self.least:g}, given {value}"
-        return None
+        return no_info_wrap_validator_function(checked, handler.generate_schema(self.type))
 
 
-def option(default: Any, help: str, panel: str, **details: Any) -> Any:
-    """A field of a dataclass that is an option; `details` are further attributes of `Option`."""
-    return field(default=default, metadata={"option": Option(help, panel, **details)})
+def option(default: Any, help: str, panel: str, **limits: float) -> Any:
+    """A field with its help, in which `{choices}` stands for its words, and the heading that it is shown under."""
+    details: Any = {"description": help, "json_schema_extra": {"panel": panel}, **limits}
+    return Field(default, **details)
 
 
-def options_of(kind: type) -> dict[str, Option]:
-    """The options of a dataclass, by name."""
-    hints, found = typing.get_type_hints(kind), {}
-    for each in fields(kind):
-        given: Option = each.metadata["option"]
-        hint = given.type or hints[each.name]
-        literals = [part for part in (hint, *typing.get_args(hint)) if typing.get_origin(part) is typing.Literal]
-        choices = tuple(given.choices or (word for part in literals for word in typing.get_args(part)))
-        text = given.help.format(choices=" or ".join(", ".join(choices).rsplit(", ", 1)))
-        found[each.name] = replace(
-            given, help=text, type=hint, choices=choices, name=each.name, default=each.default, objects=bool(given.type)
-        )
-    return found
+def plain_type(field: FieldInfo) -> Any:
+    """The type of the values that a file can hold, with all that annotates it."""
+    plain = [each.type for each in field.metadata if isinstance(each, Plain)]
+    return plain[0] if plain else field.rebuild_annotation()
 
 
-def attributes(options: Iterable[Option]) -> str:
-    """The "Attributes:" section of a class's docstring."""
+def _parts(annotation: Any) -> Iterator[Any]:
+    """The types of a union, and what annotates them."""
+    if typing.get_origin(annotation) in (typing.Union, UnionType, Annotated):
+        for part in typing.get_args(annotation):
+            yield from _parts(part)
+    else:
+        yield annotation
+
+
+def choices_of(field: FieldInfo) -> tuple[str, ...]:
+    """The words that a field may be; empty where there are no such words."""
+    literals = [part for part in _parts(plain_type(field)) if typing.get_origin(part) is typing.Literal]
+    return tuple(word for literal in literals for word in typing.get_args(literal))
+
+
+def shell_type(field: FieldInfo) -> type:
+    """The type of a field on a command line: bool, int, float, or str for all others."""
+    parts = () if choices_of(field) else tuple(_parts(plain_type(field)))
+    return next((kind for kind in (bool, int, float) if kind in parts), str)
+
+
+def describe(model: type[BaseModel]) -> None:
+    """Write a model's words into the help of its fields, and the fields into its docstring."""
     section = "    Attributes:\n"
-    for each in options:
-        default = "" if each.default is None else f" Default: {each.default}."
-        line = f"{each.name}: {each.help}{default}"
+    for name, field in model.model_fields.items():
+        choices = " or ".join(", ".join(choices_of(field)).rsplit(", ", 1))
+        field.description = (field.description or "").format(choices=choices)
+        default = "" if field.default is None else f" Default: {field.default}."
+        line = f"{name}: {field.description}{default}"
         section += textwrap.fill(line, 110, initial_indent=" " * 8, subsequent_indent=" " * 12) + "\n"
-    return section
+    model.__doc__ = f"{model.__doc__}\n{section}"
 
 
-def ended(names: Iterable[str]) -> Mapping[str, str]:
-    """Of these names, those of options that are no more, with what to use in their place."""
-    return {name: ENDED[name] for name in names if name in ENDED}
+def mistakes_in(error: ValidationError, model: type[BaseModel]) -> dict[Location, str]:
+    """What is wrong with the fields by themselves, by their place."""
+    return {each["loc"]: _mistake(each, model.model_fields) for each in error.errors(include_url=False)}
+
+
+def _mistake(error: ErrorDetails, fields: dict[str, FieldInfo]) -> str:
+    name, kind, given = str(error["loc"][0]), error["type"], error["input"]
+    limits = dict(error.get("ctx", {}))
+    if "error" in limits:
+        return str(limits["error"])
+    if name in ENDED:
+        return f"{name} {ENDED[name]}"
+    if kind == "extra_forbidden":
+        hint = suggest(name, fields)
+        if name.endswith(("_stage", "_modifiers")):
+            hint = "it is one of llm-compressor's recipes, see docs/how-to/coming-from-pruners.md"
+        return f"{name}: no such key; {hint}"
+    if kind == "literal_error":
+        return unknown(name, given, choices_of(fields[name]))
+    if kind == "finite_number":
+        return f"{name} must be finite, given {given}"
+    if kind in _KINDS:
+        return f"{name} must be {_KINDS[kind]}, given {given!r}"
+    for each in fields[name].metadata:
+        limits |= {key: getattr(each, key) for key in ("ge", "le", "lt") if hasattr(each, key)}
+    if "lt" not in limits and "le" not in limits:
+        return f"{name} must be at least {limits['ge']:g}, given {given}"
+    top, end = (limits["le"], "]") if "le" in limits else (limits["lt"], ")")
+    hint = f"; {given:g} % is {given / 100:g}" if top == 1 and 2 <= given <= 100 else ""
+    return f"{name} must lie in [{limits['ge']:g}, {top:g}{end}, given {given}{hint}"
 
 
 def mistakes_of(checks: Iterable[Callable[[], Any]]) -> list[str]:

@@ -6,26 +6,38 @@
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, Self, TypeVar, cast
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar, cast
 
 import numpy as np
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
 
 from sparseopt.core.base.dense import Precision
-from sparseopt.core.penalties.protocols import Penalty
 from sparseopt.layers.methods import METHODS
 from sparseopt.layers.problem import LayerMethod
 from sparseopt.models import Bos
 from sparseopt.pruning.base.grams import ExpertTokens, Weighting
 from sparseopt.pruning.recipe.allocation import Allocation
 from sparseopt.pruning.recipe.effort import BEST, PRUNE, PRUNES, Effort, effort_help, effort_of
-from sparseopt.pruning.recipe.options import CALIBRATION, HOW, OUTPUT, ended, mistakes_of, option, options_of
+from sparseopt.pruning.recipe.options import (
+    CALIBRATION,
+    HOW,
+    OUTPUT,
+    Plain,
+    RecipeError,
+    describe,
+    mistakes_in,
+    mistakes_of,
+    option,
+)
 from sparseopt.pruning.text.documents import SELF, TEXTS, check_text, is_text
 from sparseopt.pruning.text.windows import DocumentChoice, WindowChoice
 from sparseopt.pruning.train.distillation import Distillation
 from sparseopt.pruning.train.reconstruction import Reconstruction
 from sparseopt.pruning.train.training import Training
+from sparseopt.system.yaml_file import ConfigError, Location, read_yaml, refused
 
 OutputWeighting = Literal["uniform", "gradient"]
 # Windows whose perplexity is measured before and after, as a fraction of those of the calibration.
@@ -34,14 +46,21 @@ SCORED = 0.25
 # the variants that are not asked for there are not more of them either.
 TOKENS_AN_INPUT, LEAST_WINDOWS, MOST_WINDOWS = 4, 16, 128
 
-
 T = TypeVar("T", bound=Training)
-# A check that raises a ValueError, and the options that must be fine for it.
+# A check that raises a ValueError, and the fields that must be right for it, the one that it is about first.
 Check = tuple[tuple[str, ...], Callable[[], Any]]
 
 
-@dataclass(frozen=True)
-class PassRecipe(ABC):
+def read_word(given: Any) -> Any:
+    """YAML reads unquoted yes and no as truth values."""
+    return ("yes" if given else "no") if isinstance(given, bool) else given
+
+
+BosChoice = Annotated[Bos, BeforeValidator(read_word)]
+Epochs = Annotated[int, Field(ge=0)] | None
+
+
+class PassRecipe(BaseModel, ABC):
     """What all recipes say: the method, and the tokens that one pass over the blocks sees.
 
     In Python, `method` may also be a `LayerMethod` of your own, `reconstruct` a whole `Reconstruction`, and
@@ -51,14 +70,24 @@ class PassRecipe(ABC):
     On few tokens a larger `ridge` overfits less: 0.1 is best, by held-out error, for 8,192 tokens of SmolLM2. The
     relative errors in a report weight tokens as the Gram matrices do, and outputs equally; with `propagate` they are
     relative to the corrected target. An expert that receives no token is always pruned by magnitude.
+
+    A recipe is checked as a whole when it is made, and then it is fixed; `model_copy(update=...)` makes another.
+
+    Raises:
+        RecipeError: listing all that is wrong, one line each.
     """
 
-    method: str | LayerMethod | None = option(
-        None, "Pruning method: {choices}. Default: that of the effort.", HOW, type=str | None, choices=METHODS
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True
+    )
+    _layer_method: LayerMethod = PrivateAttr()
+
+    method: Annotated[Any, Plain(Literal[tuple(METHODS)] | None)] = option(
+        None, "Pruning method: {choices}. Default: that of the effort.", HOW
     )
     effort: Effort | None = option(None, effort_help(PRUNES), HOW)
     ridge: float | None = option(
-        None, "Added to the unit diagonal of every scaled Gram matrix. Default: the method's.", HOW, least=0
+        None, "Added to the unit diagonal of every scaled Gram matrix. Default: the method's.", HOW, ge=0
     )
     weighting: Weighting = option(
         "uniform", "How tokens are weighted in the Gram matrices: {choices} (by the residual stream's size).", HOW
@@ -73,32 +102,32 @@ class PassRecipe(ABC):
         None,
         f"Fraction of the upstream error that each layer corrects. Default: {BEST['propagate']} with effort good and "
         "most and with method best, else 0.",
-        HOW, least=0, most=1,
+        HOW, ge=0, le=1,
     )  # fmt: skip
-    reconstruct: int | Reconstruction | None = option(
+    reconstruct: Annotated[int | Reconstruction | None, Plain(Epochs)] = option(
         None,
         f"Epochs of training for each pruned block, 0 for none. Default: {BEST['reconstruct']} with effort most and "
         "with method best, else 0.",
-        HOW, type=int | None, least=0,
-    )  # fmt: skip
-    distil: int | Distillation | None = option(
+        HOW,
+    )
+    distil: Annotated[int | Distillation | None, Plain(Epochs)] = option(
         None,
         "Epochs of training all kept weights together on the dense model's logits at the end, 0 for none. Default: "
         f"{PRUNE['most']['distil']} with effort most, else 0.",
-        HOW, type=int | None, least=0,
-    )  # fmt: skip
+        HOW,
+    )
     precision: Precision = option(
         "highest",
         "Precision of products of activations (forward passes, Gram matrices, training) on a GPU or TPU: {choices}. "
         "A CPU always computes in float32, and so do layer solves on every device.",
         HOW,
     )
-    calibration: Any = option(
+    calibration: Annotated[Any, Plain(str)] = option(
         SELF,
         f"Calibration text: {SELF}, which the model draws, or {TEXTS}. Of a file the first half is read, of rows every "
         "other one.",
-        CALIBRATION, type=str,
-    )  # fmt: skip
+        CALIBRATION,
+    )
     score: str | None = option(
         None,
         "Text for the perplexity before and after, given as for calibration, or none. Default: what calibration left "
@@ -117,7 +146,7 @@ class PassRecipe(ABC):
     documents: DocumentChoice = option(
         "packed", "How documents become windows: {choices}; joined and cut, or one document a window.", CALIBRATION
     )
-    bos: Bos = option(
+    bos: BosChoice = option(
         "auto",
         "Begin every window with the BOS token: {choices}; auto does as the model's tokenizer.",
         CALIBRATION,
@@ -126,10 +155,10 @@ class PassRecipe(ABC):
         None,
         f"Calibration windows. Default: {TOKENS_AN_INPUT} tokens for each input of the widest linear, in "
         f"{LEAST_WINDOWS} to {MOST_WINDOWS} windows.",
-        CALIBRATION, least=1,
+        CALIBRATION, ge=1,
     )  # fmt: skip
-    seqlen: int = option(512, "Tokens in a calibration window.", CALIBRATION, least=2)
-    heldout_samples: int = option(4, "Further windows, for the held-out error; 0 for none.", CALIBRATION, least=0)
+    seqlen: int = option(512, "Tokens in a calibration window.", CALIBRATION, ge=2)
+    heldout_samples: int = option(4, "Further windows, for the held-out error; 0 for none.", CALIBRATION, ge=0)
     windows: WindowChoice | None = option(
         None, "Which windows of the text are taken: {choices}. Default: spread, evenly from all of it.", CALIBRATION
     )
@@ -138,10 +167,10 @@ class PassRecipe(ABC):
         "Variants of each calibration window in which the dense model has drawn some tokens again; an epoch of "
         f"training sees one of them. Default: {BEST['variants']} with effort most and with method best, fewer where "
         f"there would be more than {MOST_WINDOWS} windows in all, else 0.",
-        CALIBRATION, least=0,
+        CALIBRATION, ge=0,
     )  # fmt: skip
     seed: int | None = option(
-        None, f"Seed for windows random, and for those of calibration {SELF}. Default: 0.", CALIBRATION, least=0
+        None, f"Seed for windows random, and for those of calibration {SELF}. Default: 0.", CALIBRATION, ge=0
     )
     expert_tokens: ExpertTokens = option(
         "routed",
@@ -149,30 +178,85 @@ class PassRecipe(ABC):
         CALIBRATION,
     )
     min_expert_tokens: int = option(
-        64, "An expert that receives fewer calibration tokens than this is pruned by magnitude.", CALIBRATION, least=0
+        64, "An expert that receives fewer calibration tokens than this is pruned by magnitude.", CALIBRATION, ge=0
     )
     dtype: Literal["float32", "float16", "bfloat16"] | None = option(
         None, "Data type to store: {choices}. Default: the source's; for quantised weights, bfloat16.", OUTPUT
     )
 
-    def __new__(cls, *_: Any, **given: Any) -> Self:
-        for name, text in ended(given).items():
-            raise TypeError(f"{name} {text}")
-        return super().__new__(cls)
+    def __init__(self, **given: Any) -> None:
+        given = {name: _plain(value) for name, value in given.items()}
+        wrong = self._fill(given)
+        problems = [(str(place[0]), text) for place, text in wrong.items()]
+        if problems:
+            # With the others it still shows what does not go together.
+            fields = {name for name, _ in problems}
+            self._fill({name: value for name, value in given.items() if name not in fields})
+        problems += self._contradictions({name for name, _ in problems})
+        if problems:
+            raise RecipeError(problems)
 
-    def __post_init__(self) -> None:
-        for each in fields(self):
-            object.__setattr__(self, each.name, _plain(getattr(self, each.name)))
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        describe(cls)
+
+    def _fill(self, given: Mapping[str, Any]) -> dict[Location, str]:
+        """Set the fields, unless a value cannot be used by itself: why not, by its place."""
+        try:
+            super().__init__(**given)
+        except ValidationError as error:
+            return mistakes_in(error, type(self))
+        return {}
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Self:
+        """The recipe in a YAML file of its fields.
+
+        Raises:
+            ConfigError: listing the values that cannot be used by themselves, with their lines.
+            RecipeError: for values that do not go together.
+            OSError: if the file cannot be read.
+        """
+        return cls(**cls.fields_in(Path(path)))
+
+    @classmethod
+    def fields_in(cls, path: Path, without: Collection[str] = ()) -> dict[str, Any]:
+        """The fields that a YAML file gives, each checked by itself; `without` those that it must not give.
+
+        Raises:
+            ConfigError: as `from_yaml` does.
+        """
+        if not path.is_file():
+            raise ConfigError(f"there is no file {path}")
+        values, lines = read_yaml(path)
+        wrong = cls.__new__(cls)._fill(values)
+        wrong |= {(name,): f"{name} is not for this command: leave it out" for name in without if name in values}
+        if wrong:
+            raise refused(list(wrong.items()), lines, str(path))
+        return values
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """The recipe with other fields, checked as a whole; pydantic's own copy is not."""
+        return type(self)(**(vars(super().model_copy(deep=deep)) | dict(update or {})))
 
     @property
     @abstractmethod
     def defaults(self) -> Mapping[str, Any]:
         """What the effort says of fields that are left open, by name."""
 
+    def get(self, name: str) -> Any:
+        """The value of a field; None where this kind of recipe has no such field."""
+        return getattr(self, name, None)
+
     def chosen(self, name: str) -> Any:
         """The value of a field, or its default."""
         given = getattr(self, name)
         return self.defaults.get(name) if given is None else given
+
+    @property
+    def layer_method(self) -> LayerMethod:
+        """The method with its settings."""
+        return self._layer_method
 
     @property
     def chosen_method(self) -> str | LayerMethod:
@@ -193,22 +277,6 @@ class PassRecipe(ABC):
         return False
 
     @property
-    def penalty(self) -> Penalty | None:
-        return None
-
-    @property
-    def keep_zeros(self) -> bool:
-        return False
-
-    @property
-    def masks(self) -> str | None:
-        return None
-
-    @property
-    def pack(self) -> bool:
-        return False
-
-    @property
     def permutes(self) -> bool:
         return False
 
@@ -216,59 +284,65 @@ class PassRecipe(ABC):
     def distillation(self) -> Distillation | None:
         return self._training(Distillation, self.chosen("distil"))
 
-    def check(self) -> LayerMethod:
-        """The method asked for, after every field was checked.
+    def _contradictions(self, wrong: Collection[str]) -> Iterator[tuple[str, str]]:
+        """A field and what is wrong with it, for fields that do not go together; those `wrong` alone are not asked."""
 
-        Raises:
-            ValueError: listing all that is wrong, one line each.
-        """
-        options = options_of(type(self))
-        wrong = {name: text for name, each in options.items() if (text := each.mistake(getattr(self, name)))}
+        def finds() -> None:
+            self._layer_method = self._find_method()
 
-        def reconstructs() -> None:
-            if self.reconstruction is not None:
-                self.reconstruction.check()
+        def trains(training: Training | None) -> None:
+            if training is not None:
+                training.check()
 
-        def distils() -> None:
-            if self.distillation is not None:
-                self.distillation.check()
+        def draws_windows() -> None:
+            if self.seed is not None and self.windows != "random" and not self.draws:
+                raise ValueError(
+                    f"seed is for windows 'random', and windows is {self.window_choice!r}; leave the seed out"
+                )
+
+        def reads() -> None:
+            if is_text(self.calibration) and not self.draws:
+                check_text(self.calibration, self.split, self.column)
+
+        def scores() -> None:
+            if self.score not in (None, "none"):
+                check_text(self.score)
 
         checks: list[Check] = [
-            (("effort", "method", "preset", "ridge", "pattern"), self.find_method),
-            (("reconstruct", "samples", "variants"), reconstructs),
-            (("distil",), distils),
+            (("method", "effort", "preset", "ridge", "pattern"), finds),
+            (("reconstruct", "samples", "variants"), lambda: trains(self.reconstruction)),
+            (("distil", "samples", "variants"), lambda: trains(self.distillation)),
             *self._checks(),
+            (("calibration",), reads),
+            (("score",), scores),
+            (("seed", "windows", "calibration"), draws_windows),
         ]
-        problems = [*wrong.values(), *mistakes_of(check for names, check in checks if not wrong.keys() & set(names))]
+        for names, check in checks:
+            if not set(wrong).intersection(names):
+                yield from ((names[0], text) for text in mistakes_of([check]))
+        if not set(wrong).intersection(("calibration", "heldout_samples")):
+            yield from self._without_text()
+
+    def _without_text(self) -> Iterator[tuple[str, str]]:
+        """Fields that say how a text is read, where there is none."""
+        given = {name: getattr(self, name) for name in ("windows", "split", "column")}
+        given |= {"documents": self.documents if self.documents == "separate" else None}
+        named = [name for name, value in given.items() if value is not None]
         if self.draws:
-            given = {"windows": self.windows, "split": self.split, "column": self.column}
-            given |= {"documents": self.documents if self.documents == "separate" else None}
-            problems += [
-                f"{name} is for a text, and calibration {SELF!r} has none: leave {name} out, or give a text"
-                for name, value in given.items() if value is not None
-            ]  # fmt: skip
-        elif is_text(self.calibration):
-            problems += mistakes_of([lambda: check_text(self.calibration, self.split, self.column)])
-        elif not wrong.keys() & {"calibration", "heldout_samples"}:
+            why = f"is for a text, and calibration {SELF!r} has none"
+            yield from ((name, f"{name} {why}: leave {name} out, or give a text") for name in named)
+        elif not is_text(self.calibration):
             ids = "is for text; calibration token ids are taken as they are"
             if self.bos == "yes":
-                problems.append(f"bos {ids}: put BOS in front of them")
-            given = {"windows": self.windows, "split": self.split, "column": self.column}
-            given |= {"documents": self.documents if self.documents == "separate" else None}
-            problems += [f"{name} {ids}: leave {name} out" for name, value in given.items() if value is not None]
+                yield "bos", f"bos {ids}: put BOS in front of them"
+            yield from ((name, f"{name} {ids}: leave {name} out") for name in named)
             found = len(self.calibration) - self.heldout_samples
             if self.samples not in (None, found):
-                problems.append(f"samples {ids}: there are {found} besides the held-out ones, given {self.samples}")
-        if self.score not in (None, "none"):
-            problems += mistakes_of([lambda: check_text(self.score)])
-        if self.seed is not None and self.windows != "random" and not self.draws:
-            problems.append(f"seed is for windows 'random', and windows is {self.window_choice!r}; leave the seed out")
-        if problems:
-            raise ValueError("the recipe cannot be used:\n  " + "\n  ".join(problems))
-        return self.find_method()
+                why = f"there are {found} besides the held-out ones, given {self.samples}"
+                yield "samples", f"samples {ids}: {why}"
 
     @abstractmethod
-    def find_method(self) -> LayerMethod:
+    def _find_method(self) -> LayerMethod:
         """The method with its settings; a ValueError for one that does not exist or cannot take them."""
 
     @abstractmethod
@@ -332,13 +406,13 @@ class PassRecipe(ABC):
 
         Arrays of tokens appear by their shape, methods by their name.
         """
-        values = {each.name: self.chosen(each.name) for each in fields(self)}
+        values = {name: self.chosen(name) for name in type(self).model_fields}
         values |= {"effort": effort_of(vars(self)), "variants": self.variant_count}
         values |= {name: asdict(value) for name, value in values.items() if isinstance(value, Training)}
         if not isinstance(self.chosen_method, str):
             values["method"] = described(self.method)
-        if self.penalty is not None:
-            values["penalty"] = described(self.penalty)
+        if self.get("penalty") is not None:
+            values["penalty"] = described(self.get("penalty"))
         if not isinstance(self.calibration, str):
             values["calibration"] = (
                 f"{len(self.calibration)} documents"

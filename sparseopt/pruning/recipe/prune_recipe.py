@@ -1,9 +1,10 @@
 """What to do to a model: one frozen recipe, checked as a whole before any work."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, SkipValidation
 
 from sparseopt.core.penalties.names import BY_WEIGHT, penalty_of_weight
 from sparseopt.core.penalties.protocols import Penalty
@@ -12,11 +13,19 @@ from sparseopt.layers.patterns import KNOWN, check_pattern, implied_sparsity
 from sparseopt.layers.problem import LayerMethod
 from sparseopt.pruning.recipe.allocation import Allocation, check_allocation
 from sparseopt.pruning.recipe.effort import prune_defaults
-from sparseopt.pruning.recipe.options import HOW, OUTPUT, WHAT, attributes, option, options_of
+from sparseopt.pruning.recipe.options import HOW, OUTPUT, WHAT, Plain, option
 from sparseopt.pruning.recipe.pass_recipe import Check, PassRecipe
 from sparseopt.pruning.recipe.targets import Patterns, Sparsities, check_choice, read_patterns, read_sparsities
 
 PRESETS = tuple(dict.fromkeys(preset for method in METHODS.values() for preset in method.presets))
+
+
+def penalty_named(name: str) -> Penalty:
+    """The penalty of a name; the sparsity sets its level."""
+    return penalty_of_weight(name, 1.0)
+
+
+PenaltyName: Any = Annotated[Literal[tuple(BY_WEIGHT)], AfterValidator(penalty_named)]
 
 
 def read_bounds(given: Any) -> Any:
@@ -29,7 +38,6 @@ def read_bounds(given: Any) -> Any:
         raise ValueError(f"bounds must be two numbers with a comma between, as in 0.3,0.8, given {given!r}") from None
 
 
-@dataclass(frozen=True)
 class Recipe(PassRecipe):
     """How `prune_model` prunes.
 
@@ -45,10 +53,8 @@ class Recipe(PassRecipe):
         None,
         "Fraction of zeros in every linear. Default: 0.5, or that of an n:m pattern; none further with keep-zeros or "
         "masks.",
-        WHAT,
-        least=0,
-        below=1,
-    )
+        WHAT, ge=0, lt=1,
+    )  # fmt: skip
     pattern: str = option("unstructured", f"Which weights may stay: {KNOWN}.", WHAT)
     keep_zeros: bool = option(False, "Weights that are zero in the model stay zero.", WHAT)
     masks: str | None = option(
@@ -56,22 +62,21 @@ class Recipe(PassRecipe):
         "A pruned model of the same shape, a folder, GGUF file or hub name: weights that are zero in it become zero.",
         WHAT,
     )
-    targets: Patterns | None = option(
+    targets: Annotated[Patterns | None, SkipValidation, BeforeValidator(read_patterns)] = option(
         None,
         "Which linears, by name (model.layers.0.mlp.down_proj), end of name (down_proj) or regular expression "
         "(re:.*mlp), with commas between. Default: all in the blocks.",
         WHAT,
-        read=read_patterns,
     )
-    ignore: Patterns | None = option(
-        None, "Linears to leave out, written as for targets; ignore wins over targets.", WHAT, read=read_patterns
+    ignore: Annotated[Patterns | None, SkipValidation, BeforeValidator(read_patterns)] = option(
+        None, "Linears to leave out, written as for targets; ignore wins over targets.", WHAT
     )
-    sparsities: Sparsities | None = option(
+    sparsities: Annotated[Sparsities | None, SkipValidation, BeforeValidator(read_sparsities)] = option(
         None,
         "Other sparsities by linear, as in down_proj=0.6,re:.*self_attn=0.4; 0 leaves a linear as it is. Names win "
         "over expressions, longer names over shorter ones, the first expression over the next.",
-        WHAT, type=dict[str, float] | None, read=read_sparsities,
-    )  # fmt: skip
+        WHAT,
+    )
     allocation: Allocation | None = option(
         None,
         "How the sparsity is distributed over the layers: {choices}. With an n:m pattern and a sparsity below its own, "
@@ -79,16 +84,18 @@ class Recipe(PassRecipe):
         "uniform.",
         WHAT,
     )
-    bounds: tuple[float, float] | None = option(
-        None, "Least and most sparsity of a layer, as in 0.3,0.8, for owl and curves.", WHAT, read=read_bounds
+    bounds: Annotated[tuple[float, float] | None, SkipValidation, BeforeValidator(read_bounds)] = option(
+        None, "Least and most sparsity of a layer, as in 0.3,0.8, for owl and curves.", WHAT
     )
-    preset: str | None = option(None, "Settings of method maiht: {choices}. Default: best.", HOW, choices=PRESETS)
-    penalty: Penalty | None = option(
+    preset: Annotated[str | None, Plain(Literal[PRESETS] | None)] = option(
+        None, "Settings of method maiht: {choices}. Default: best.", HOW
+    )
+    penalty: Annotated[Penalty | None, Plain(PenaltyName | None)] = option(
         None,
         "Penalty that chooses the weights to keep, instead of l0: {choices}. The sparsity sets its level. For method "
         "maiht and pattern unstructured.",
-        HOW, type=str | None, choices=BY_WEIGHT, read=lambda name: penalty_of_weight(name, 1.0),
-    )  # fmt: skip
+        HOW,
+    )
     permute: bool | None = option(
         None,
         "Reorder channels so that an n:m pattern keeps more; the dense model computes the same in that order. Default: "
@@ -98,13 +105,6 @@ class Recipe(PassRecipe):
     pack: bool = option(
         False, "Store zeros as a bitmask; `sparseopt unpack` writes the folder that transformers loads.", OUTPUT
     )
-
-    def __post_init__(self) -> None:
-        for name in ("targets", "ignore"):
-            object.__setattr__(self, name, read_patterns(getattr(self, name)))
-        if isinstance(self.sparsities, Mapping):
-            object.__setattr__(self, "sparsities", tuple(self.sparsities.items()))
-        super().__post_init__()
 
     @property
     def defaults(self) -> Mapping[str, Any]:
@@ -136,18 +136,17 @@ class Recipe(PassRecipe):
         """Whether curves choose the linears that have the n:m pattern; the others stay dense."""
         return self.chosen_allocation == "curves" and implied_sparsity(self.pattern) is not None
 
-    def check_pattern(self) -> None:
-        """Raise a ValueError for an unknown pattern, or one that contradicts the sparsity."""
-        sparsity = self.sparsity if implied_sparsity(self.pattern) is not None else self.asked_sparsity
-        check_pattern(self.pattern, None if self.chooses_linears else sparsity)
-
-    def find_method(self) -> LayerMethod:
+    def _find_method(self) -> LayerMethod:
         return find_method(self.chosen_method, self.preset, self.penalty, self.chosen("ridge"), self.pattern)
 
     def as_dict(self) -> dict[str, Any]:
         return super().as_dict() | {"sparsity": self.asked_sparsity}
 
     def _checks(self) -> Sequence[Check]:
+        def patterned() -> None:
+            sparsity = self.sparsity if implied_sparsity(self.pattern) is not None else self.asked_sparsity
+            check_pattern(self.pattern, None if self.chooses_linears else sparsity)
+
         def allocated() -> None:
             check_allocation(self.chosen_allocation, self.pattern, self.asked_sparsity, self.bounds)
 
@@ -179,14 +178,10 @@ class Recipe(PassRecipe):
                 )
 
         return (
-            (("pattern",), permuted),
-            (("pattern",), masked),
-            (("pattern", "sparsity"), self.check_pattern),
-            (("pattern", "allocation"), by_linear),
-            (("pattern", "allocation", "sparsity"), allocated),
-            ((), anywhere),
+            (("permute", "pattern"), permuted),
+            (("masks", "pattern"), masked),
+            (("pattern", "sparsity"), patterned),
+            (("targets", "ignore", "sparsities", "pattern", "allocation"), by_linear),
+            (("allocation", "bounds", "pattern", "sparsity"), allocated),
+            (("penalty", "pattern"), anywhere),
         )
-
-
-OPTIONS = options_of(Recipe)
-Recipe.__doc__ = f"{Recipe.__doc__}\n{attributes(OPTIONS.values())}"

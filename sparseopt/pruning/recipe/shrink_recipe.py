@@ -9,14 +9,13 @@ Every block keeps the same numbers, so that the configuration of the smaller mod
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from sparseopt.layers.methods import METHODS, find_method
 from sparseopt.layers.problem import LayerMethod
 from sparseopt.models import ModelError, PrunableModel, Sizes, possible_kv_heads, sizes_of
 from sparseopt.pruning.recipe.effort import SHRINKS, Effort, effort_help, shrink_defaults
-from sparseopt.pruning.recipe.options import HOW, KEEP, attributes, option, options_of
+from sparseopt.pruning.recipe.options import HOW, KEEP, Plain, option
 from sparseopt.pruning.recipe.pass_recipe import Check, PassRecipe
 
 # A share may be rounded by this much of the whole at most.
@@ -29,7 +28,6 @@ SHARES = ("channels", "heads", "layers", "experts")
 CHOOSING = tuple(name for name in METHODS if name != "sparsegpt")
 
 
-@dataclass(frozen=True)
 class ShrinkRecipe(PassRecipe):
     """How `shrink_model` makes a smaller dense model.
 
@@ -39,23 +37,21 @@ class ShrinkRecipe(PassRecipe):
     """
 
     effort: Effort | None = option(None, effort_help(SHRINKS), HOW)
-    method: Any = option(
-        None,
-        "How channels and heads are chosen: {choices}. Default: best.",
-        HOW, type=str | None, choices=CHOOSING,
-    )  # fmt: skip
-    channels: float = option(1.0, "Fraction of the MLP's channels that stay.", KEEP, least=0, most=1)
-    heads: float = option(
-        1.0, "Fraction of the key-value groups that stay, each with its query heads.", KEEP, least=0, most=1
+    method: Annotated[Any, Plain(Literal[CHOOSING] | None)] = option(
+        None, "How channels and heads are chosen: {choices}. Default: best.", HOW
     )
-    layers: float = option(1.0, "Fraction of the blocks that stay.", KEEP, least=0, most=1)
-    experts: float = option(1.0, "Fraction of the experts that stay, in a mixture.", KEEP, least=0, most=1)
+    channels: float = option(1.0, "Fraction of the MLP's channels that stay.", KEEP, ge=0, le=1)
+    heads: float = option(
+        1.0, "Fraction of the key-value groups that stay, each with its query heads.", KEEP, ge=0, le=1
+    )
+    layers: float = option(1.0, "Fraction of the blocks that stay.", KEEP, ge=0, le=1)
+    experts: float = option(1.0, "Fraction of the experts that stay, in a mixture.", KEEP, ge=0, le=1)
     parameters: float | None = option(
         None,
         "Fraction of all parameters that stays, in place of the fractions above, which measured losses then choose.",
-        KEEP, least=0, below=1,
+        KEEP, ge=0, lt=1,
     )  # fmt: skip
-    multiple: int = option(64, "The number of channels is rounded to a multiple of this.", KEEP, least=1)
+    multiple: int = option(64, "The number of channels is rounded to a multiple of this.", KEEP, ge=1)
     block_score: BlockScore = option(
         "loss",
         "What the blocks to remove are chosen by, {choices}: the rise of the loss without them, or how little they "
@@ -67,7 +63,7 @@ class ShrinkRecipe(PassRecipe):
     def defaults(self) -> Mapping[str, Any]:
         return shrink_defaults(vars(self))
 
-    def find_method(self) -> LayerMethod:
+    def _find_method(self) -> LayerMethod:
         # Channels are groups of one input; the method is the same for larger ones.
         return find_method(self.chosen_method, ridge=self.chosen("ridge"), pattern="group:1")
 
@@ -91,10 +87,6 @@ class ShrinkRecipe(PassRecipe):
     def has_budget(self) -> bool:
         """Whether measured losses choose the shares."""
         return self.parameters is not None
-
-
-SHRINK_OPTIONS = options_of(ShrinkRecipe)
-ShrinkRecipe.__doc__ = f"{ShrinkRecipe.__doc__}\n{attributes(SHRINK_OPTIONS.values())}"
 
 
 def shrunk_sizes(model: PrunableModel, recipe: ShrinkRecipe) -> Sizes:

@@ -15,7 +15,7 @@ Names and expressions as in llm-compressor (`compressed_tensors.utils.match`), e
 
 import difflib
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -37,13 +37,16 @@ def read_patterns(given: Any) -> Any:
 
 
 def read_sparsities(given: Any) -> Any:
-    """Patterns and sparsities of a text as in `down_proj=0.6,q_proj=0.4`; what is no text is left unchanged.
+    """Pairs of patterns and sparsities, of a mapping or of a text as in `down_proj=0.6,q_proj=0.4`.
 
     Raises:
         ValueError: for any other text.
     """
+    if isinstance(given, Mapping):
+        return tuple(given.items())
     if not isinstance(given, str):
-        return given
+        # As JSON has them.
+        return tuple(map(tuple, given)) if isinstance(given, list) else given
     found: dict[str, float] = {}
     for part in _split(given):
         pattern, _, number = part.rpartition("=")
@@ -57,7 +60,7 @@ def read_sparsities(given: Any) -> Any:
                 f"{given!r}"
             )
         found[pattern] = share
-    return found
+    return tuple(found.items())
 
 
 def _split(text: str) -> Iterator[str]:

@@ -189,7 +189,13 @@ def begin(model: PrunableModel, plan: Plan, progress: Progress) -> ShardedWriter
     """The writer of a plan's folder; it writes the tensors outside the blocks, unless they are there."""
     recipe, target, keys = plan.recipe, plan.target, plan.target.exported_keys()
     writer = ShardedWriter(
-        plan.folder, target.source, recipe.dtype, recipe.pack, keys, progress.tags, writes=processes.is_first()
+        plan.folder,
+        target.source,
+        recipe.dtype,
+        bool(recipe.get("pack")),
+        keys,
+        progress.tags,
+        writes=processes.is_first(),
     )
     if OUTER_TAG not in progress.tags:
         writer.write(OUTER_TAG, unread(model.source, target.outer_keys()))

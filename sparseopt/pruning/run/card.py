@@ -11,8 +11,8 @@ import yaml
 
 from sparseopt.pruning.base.reports import PruneReport, mean_errors
 from sparseopt.pruning.recipe.effort import prune_defaults, shrink_defaults
-from sparseopt.pruning.recipe.prune_recipe import OPTIONS
-from sparseopt.pruning.recipe.shrink_recipe import SHRINK_OPTIONS
+from sparseopt.pruning.recipe.prune_recipe import Recipe
+from sparseopt.pruning.recipe.shrink_recipe import ShrinkRecipe
 from sparseopt.pruning.text.documents import part_of_text
 from sparseopt.system.machine import versions
 
@@ -111,11 +111,12 @@ def command_of(report: PruneReport) -> str:
     smaller = report.shape is not None
     parts = ["sparseopt", "shrink" if smaller else "prune", source_name(report), "--output", "FOLDER"]
     recipe, effort = report.recipe, report.recipe["effort"]
-    options, defaults = (SHRINK_OPTIONS, shrink_defaults) if smaller else (OPTIONS, prune_defaults)
-    usual = {name: option.default for name, option in options.items()} | {"effort": "good" if effort else None}
+    kind, defaults = (ShrinkRecipe, shrink_defaults) if smaller else (Recipe, prune_defaults)
+    usual = {name: field.default for name, field in kind.model_fields.items()}
+    usual["effort"] = "good" if effort else None
     # What the record says of fields that were left open is what the effort, or the method alone, says.
     usual |= defaults(recipe)
-    for name in options:
+    for name in kind.model_fields:
         value = recipe[name]
         if value == usual[name] or name == "pack" or _OBJECTS.match(str(value)):
             continue

@@ -93,14 +93,14 @@ class Identity:
         route = TORCH_ROUTE if isinstance(self.model, TorchModel) else FLAX_ROUTE
         trains = recipe.reconstruction is not None or recipe.distillation is not None
         decisive = (*DECISIVE, *route, *(TRAINING if trains else ()))
-        device = jax.devices()[0]
+        device, masks = jax.devices()[0], recipe.get("masks")
         return json.loads(
             json.dumps(
                 {
                     "weights": self.weights,
                     "tokens": self.tokens,
                     "recipe": recipe_identity(recipe),
-                    **({} if recipe.masks is None else {"masks": self._masks_in(recipe.masks)}),
+                    **({} if masks is None else {"masks": self._masks_in(masks)}),
                     "versions": {name: found[name] for name in decisive if name in found},
                     **({"x64": True} if jax.config.read("jax_enable_x64") else {}),
                     # The kind of a CPU repeats the platform's name.
@@ -112,7 +112,7 @@ class Identity:
 
 def recipe_identity(recipe: PassRecipe) -> dict[str, Any]:
     """What a recipe decides of the result, as plain values, with digests of the arrays and code of your own objects."""
-    own = (None if isinstance(recipe.method, str) else recipe.method, recipe.penalty)
+    own = (None if isinstance(recipe.method, str) else recipe.method, recipe.get("penalty"))
     leaves = [(path, _array(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(own)]
     arrays = digest((jax.tree_util.keystr(path), leaf, [leaf]) for path, leaf in leaves)
     sources = {f"{part.__module__}.{part.__qualname__}": _source(part) for part in _own_code(own)}
@@ -328,7 +328,7 @@ def progress_in(identity: Identity, plan: Plan) -> Progress:
         return Progress()
     check_same_run(identity, plan)
     found = _read_progress(identity.model, plan)
-    kept = {shard_name(tag, plan.recipe.pack) for tag in found.tags}
+    kept = {shard_name(tag, bool(plan.recipe.get("pack"))) for tag in found.tags}
     for entry in folder.iterdir():
         if entry.suffix in (".tmp", ".safetensors") and entry.name not in kept:
             entry.unlink()
@@ -338,7 +338,7 @@ def progress_in(identity: Identity, plan: Plan) -> Progress:
 
 def _read_progress(model: PrunableModel, plan: Plan) -> Progress:
     def stored(tag: str) -> bool:
-        return _is_whole(plan.folder / shard_name(tag, plan.recipe.pack))
+        return _is_whole(plan.folder / shard_name(tag, bool(plan.recipe.get("pack"))))
 
     if not (plan.folder / RUN).is_file():
         return Progress()

@@ -70,7 +70,7 @@ class Plan:
 
     def support(self, key: str, weight: np.ndarray) -> np.ndarray | None:
         """The weights of a linear that may be non-zero, `[out, in]` bool as the dense weight; None for all."""
-        supports = [weight != 0] if self.recipe.keep_zeros else []
+        supports = [weight != 0] if self.recipe.get("keep_zeros") else []
         if self.masks is not None:
             supports.append(self.masks.stored(key) != 0)
         return np.logical_and.reduce(supports) if supports else None
@@ -97,14 +97,14 @@ def make_plan(model: PrunableModel, recipe: PassRecipe, folder: Path) -> Plan:
     check_expert_tokens(model, recipe)
     recipe = with_dtype(model.source, recipe)
     if isinstance(recipe, ShrinkRecipe):
-        method = recipe.check()
+        method = recipe.layer_method
         plan = shrink_plan(model, Plan(recipe, method, folder, model, {}), shrunk_sizes(model, recipe))
         if recipe.has_budget:
             _check_budget(model, plan, recipe)
         return plan
     assert isinstance(recipe, Recipe)
     recipe = fitting_recipe(model, recipe)
-    method = recipe.check()
+    method = recipe.layer_method
     patterns = layer_patterns(model, recipe, method, layer_shares(model, recipe))
     return Plan(recipe, method, folder, model, patterns, masks=_model_of_masks(model, recipe, patterns))
 
@@ -182,7 +182,7 @@ def check_expert_tokens(model: PrunableModel, recipe: PassRecipe) -> None:
 def with_dtype(source: Source, recipe: T) -> T:
     """The recipe with a dtype for a source that is stored quantised, which float32 would make far larger."""
     quantised = isinstance(source, GGUFSource) and any(tensor.quantised for tensor in source.tensors.values())
-    return dataclasses.replace(recipe, dtype="bfloat16") if quantised and recipe.dtype is None else recipe
+    return recipe.model_copy(update={"dtype": "bfloat16"}) if quantised and recipe.dtype is None else recipe
 
 
 def fitting_recipe(model: PrunableModel, recipe: Recipe) -> Recipe:
@@ -214,7 +214,7 @@ def fitting_recipe(model: PrunableModel, recipe: Recipe) -> Recipe:
             "blocks run in torch:\n  " + "\n  ".join(problems)
         )
     left: dict[str, Any] = {"output_weights": "uniform", "reconstruct": 0, "distil": 0, "permute": False}
-    return dataclasses.replace(recipe, allocation=recipe.allocation or "uniform", **left)
+    return recipe.model_copy(update={"allocation": recipe.allocation or "uniform", **left})
 
 
 def layer_shares(model: PrunableModel, recipe: Recipe) -> dict[str, float]:
@@ -273,7 +273,7 @@ def with_windows(plans: Sequence[Plan], samples: int) -> list[Plan]:
     Raises:
         ValueError: for plans that would see other variants of them.
     """
-    found = [dataclasses.replace(plan, recipe=dataclasses.replace(plan.recipe, samples=samples)) for plan in plans]
+    found = [dataclasses.replace(plan, recipe=plan.recipe.model_copy(update={"samples": samples})) for plan in plans]
     counts = [plan.recipe.variant_count for plan in found]
     if len(set(counts)) > 1:
         raise ValueError(
@@ -366,7 +366,7 @@ def describe_calibration(model: PrunableModel, plans: Sequence[Plan], windows: C
         if samples < default_windows(model, seqlen):
             why += "; the text has no more"
     inputs = _widest(model, [key for plan in plans for key in plan.patterns])
-    variants = dataclasses.replace(recipe, samples=samples).variant_count
+    variants = recipe.model_copy(update={"samples": samples}).variant_count
     if (tokens := samples * (1 + variants) * seqlen) < inputs and any(plan.patterns for plan in plans):
         warning = (
             f"calibration has {tokens:,} tokens and the widest linear {inputs:,} inputs: its Gram matrix is "

@@ -1,7 +1,5 @@
 """Token weights of the Gram matrices, and the ridge: values, defaults, refused settings."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,22 +67,22 @@ def test_a_token_whose_stream_overflows_cannot_drop_out_with_weight_0(source, to
 def test_best_takes_the_ridge_and_the_propagation_of_whole_models_and_the_others_their_own():
     assert Recipe(method="best").propagated_share == 0.25
     assert Recipe(method="best", propagate=0).propagated_share == 0
-    assert Recipe(method="best").check().ridge == 0.1
-    assert Recipe(method="best", ridge=0.02).check().ridge == 0.02
+    assert Recipe(method="best").layer_method.ridge == 0.1
+    assert Recipe(method="best", ridge=0.02).layer_method.ridge == 0.02
     for name in METHODS:
         # A layer alone and a layer of a model are pruned by the same method.
-        assert Recipe(method=name).check() == find_method(name)
+        assert Recipe(method=name).layer_method == find_method(name)
         assert Recipe(method=name).propagated_share == (0.25 if name == "best" else 0)
-    assert Recipe(method="maiht", ridge=0.5).check().ridge == 0.5
+    assert Recipe(method="maiht", ridge=0.5).layer_method.ridge == 0.5
 
 
 def test_what_cannot_be_is_listed_before_any_work():
     with pytest.raises(ValueError, match=r"unknown weighting 'heavy'; known are uniform, residual"):
-        dataclasses.replace(Recipe(), weighting="heavy").check()
+        Recipe().model_copy(update={"weighting": "heavy"})
     with pytest.raises(ValueError, match="ridge must be at least 0, given -1"):
-        Recipe(ridge=-1).check()
+        Recipe(ridge=-1)
     with pytest.raises(ValueError, match=r"Wanda has no ridge, given 0.1; leave the ridge out"):
-        Recipe(method="wanda", ridge=0.1).check()
+        Recipe(method="wanda", ridge=0.1)
 
 
 def test_the_reported_error_is_in_the_same_weights(tmp_path, source, tokens):

@@ -153,7 +153,7 @@ def test_what_cannot_be_is_refused_with_the_bound_at_fault(arguments, message):
         check_allocation(*arguments)
     name, pattern, sparsity, bounds = arguments
     with pytest.raises(ValueError, match=message):
-        Recipe(allocation=name, pattern=pattern, sparsity=sparsity, bounds=bounds).check()
+        Recipe(allocation=name, pattern=pattern, sparsity=sparsity, bounds=bounds)
 
 
 def test_the_linears_that_are_pruned_alike_cost_least_a_weight(rng):

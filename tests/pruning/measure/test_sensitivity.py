@@ -1,7 +1,5 @@
 """Sensitivity of outputs: against finite differences of the loss, and the effect of output weights on a layer."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -143,10 +141,10 @@ def test_best_weighs_outputs_on_whole_models_and_the_others_when_asked(tmp_path,
     stored = open_model(tmp_path / "weighted").source.read(key)
     np.testing.assert_array_equal(stored != 0, expected != 0)
     np.testing.assert_allclose(stored, expected, rtol=1e-4, atol=1e-5)
-    prune_model(source, tmp_path / "plain", dataclasses.replace(recipe, output_weights="uniform"))
+    prune_model(source, tmp_path / "plain", recipe.model_copy(update={"output_weights": "uniform"}))
     assert not np.array_equal(open_model(tmp_path / "plain").source.read(key) != 0, expected != 0)
 
 
 def test_an_unknown_weighting_of_outputs_is_refused():
     with pytest.raises(ValueError, match="unknown output_weights 'hessian'; known are uniform, gradient"):
-        dataclasses.replace(Recipe(), output_weights="hessian").check()
+        Recipe().model_copy(update={"output_weights": "hessian"})

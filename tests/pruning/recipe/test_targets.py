@@ -1,6 +1,5 @@
 """Which linears are pruned: names and expressions, other sparsities, and that the others keep every byte."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -62,7 +61,7 @@ def test_of_several_sparsities_that_of_the_nearest_pattern_counts():
 def test_commas_in_brackets_belong_to_an_expression():
     text = r"down_proj, re:model\.layers\.\d{1,2}\.(mlp|a,b)[,.],re:x"
     assert read_patterns(text) == ("down_proj", r"re:model\.layers\.\d{1,2}\.(mlp|a,b)[,.]", "re:x")
-    assert read_sparsities(r"re:.*\.\d{1,2}\.mlp=0.6,q_proj=0") == {r"re:.*\.\d{1,2}\.mlp": 0.6, "q_proj": 0.0}
+    assert read_sparsities(r"re:.*\.\d{1,2}\.mlp=0.6,q_proj=0") == ((r"re:.*\.\d{1,2}\.mlp", 0.6), ("q_proj", 0.0))
     assert Recipe(ignore="a,b") == Recipe(ignore=["a", "b"])
 
 
@@ -93,7 +92,7 @@ BAD = {
     "expression": ({"ignore": ["re:("]}, r"ignore: 're:\(' is not a regular expression: missing \)"),
     "empty": ({"targets": ["re:"]}, "targets must be names of linears, or expressions after 're:'.*given 're:'"),
     "number": ({"targets": 3}, "targets must be names of linears.*given 3"),
-    "no mapping": ({"sparsities": "q_proj"}, "sparsities must be a mapping of patterns to sparsities.*given 'q_proj'"),
+    "no mapping": ({"sparsities": 3}, "sparsities must be a mapping of patterns to sparsities.*given 3"),
     "range": ({"sparsities": {"q_proj": 1.0}}, r"sparsities: 'q_proj': sparsity must lie in \[0, 1\), given 1.0"),
     "text": ({"sparsities": {"q_proj": "half"}}, r"sparsities: 'q_proj' must have a number in \[0, 1\), given 'half'"),
     "n:m": ({"sparsities": {"q_proj": 0.6}, "pattern": "2:4"}, "'q_proj': pattern '2:4' has sparsity 0.5, which"),
@@ -104,8 +103,8 @@ BAD = {
 @pytest.mark.parametrize(("changes", "message"), BAD.values(), ids=BAD.keys())
 def test_mistakes_are_told_without_a_model(changes, message):
     with pytest.raises(ValueError, match=message):
-        Recipe(**changes).check()
-    Recipe(sparsities={"q_proj": 0, "k_proj": 0.5}, pattern="2:4").check()
+        Recipe(**changes)
+    Recipe(sparsities={"q_proj": 0, "k_proj": 0.5}, pattern="2:4")
 
 
 def test_no_folder_is_made_for_names_that_match_nothing(tmp_path, source, tokens):
@@ -183,12 +182,12 @@ def test_a_block_without_pruned_linears_needs_no_grams(tmp_path, source, tokens,
     seen, grams = [], BlockRunner.grams
     monkeypatch.setattr(BlockRunner, "grams", lambda *arguments: seen.append(1) or grams(*arguments))
     recipe = Recipe(method="wanda", calibration=tokens, heldout_samples=0)
-    whole = dataclasses.replace(recipe, targets=["re:.*"])
+    whole = recipe.model_copy(update={"targets": ["re:.*"]})
     prune_models(source, [(recipe, tmp_path / "a"), (whole, tmp_path / "b")])
     assert tensors_of(tmp_path / "a").keys() == tensors_of(tmp_path / "b").keys()
     assert len(seen) == 2 * 3 - 1
     seen.clear()
-    prune_model(source, tmp_path / "c", dataclasses.replace(recipe, targets=["re:.*layers.0", "re:.*layers.2"]))
+    prune_model(source, tmp_path / "c", recipe.model_copy(update={"targets": ["re:.*layers.0", "re:.*layers.2"]}))
     assert len(seen) == 2
 
 
@@ -216,7 +215,7 @@ def test_an_interrupted_run_resumes_and_other_targets_are_another_run(tmp_path, 
         if "layers.0." in key:
             np.testing.assert_array_equal(after[key], before[key].astype(ml_dtypes.bfloat16))
     with pytest.raises(FolderError, match=r"recipe.ignore: "):
-        prune_model(biased, tmp_path / "whole", dataclasses.replace(recipe, ignore=["v_proj"]))
+        prune_model(biased, tmp_path / "whole", recipe.model_copy(update={"ignore": ["v_proj"]}))
 
 
 def test_the_plan_is_shown_before(source, tokens):
@@ -278,7 +277,7 @@ def test_a_recipe_file_gives_what_is_not_typed(tmp_path, source, command):
     [
         ("method: magnitude\nsample: 4", "line 2: sample: no such key; did you mean 'samples'?"),
         ("sparsity_stage: {}", "it is one of llm-compressor's recipes, see docs/how-to/coming-from-pruners.md"),
-        ("sparsities:\n  q_proj: half", "line 2: sparsities.q_proj: input should be a valid number"),
+        ("method: wanda\nseqlen: half", "line 2: seqlen must be a whole number, given 'half'"),
         ("ignore: ['re:(']", "ignore: 're:(' is not a regular expression"),
         ("- a", "must hold a mapping of settings"),
         (None, "there is no file"),

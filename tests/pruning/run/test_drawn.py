@@ -1,6 +1,5 @@
 """Calibration by the model itself: what it draws, where the tokens are kept, and what is refused before any work."""
 
-import dataclasses
 import json
 
 import numpy as np
@@ -44,12 +43,12 @@ def test_a_run_calibrates_on_windows_that_are_drawn_once_and_kept(tmp_path, sour
     assert report.draw_seconds > 0
     assert read_start(tmp_path / "a")["fingerprint"]["tokens"] == report.calibration.digest
     # The same weights as from the same tokens, given.
-    given = dataclasses.replace(RECIPE, calibration=kept[:6], samples=None, seqlen=512)
+    given = RECIPE.model_copy(update={"calibration": kept[:6], "samples": None, "seqlen": 512})
     prune_model(source, tmp_path / "given", given)
     shard = "model-block-0002.safetensors"
     assert (tmp_path / "a" / shard).read_bytes() == (tmp_path / "given" / shard).read_bytes()
     # Other runs by the same draw read it from the cache, a finished one from its folder.
-    prune_model(source, tmp_path / "b", dataclasses.replace(RECIPE, method="magnitude"))
+    prune_model(source, tmp_path / "b", RECIPE.model_copy(update={"method": "magnitude"}))
     assert (tmp_path / "b" / DRAWN).read_text() == (tmp_path / "a" / DRAWN).read_text()
     (entry,) = (tmp_path / "cache" / "sparseopt" / "drawn").iterdir()
     entry.unlink()
@@ -57,13 +56,13 @@ def test_a_run_calibrates_on_windows_that_are_drawn_once_and_kept(tmp_path, sour
     assert len(draws) == 1
     # Another seed is another draw, and another run.
     with pytest.raises(FolderError, match=r"recipe\.seed: None there, 1 here"):
-        prune_model(source, tmp_path / "a", dataclasses.replace(RECIPE, seed=1))
+        prune_model(source, tmp_path / "a", RECIPE.model_copy(update={"seed": 1}))
     assert len(draws) == 1
 
 
 @pytest.mark.parametrize("bos", ["no", "yes"])
 def test_a_stopped_run_resumes_on_the_tokens_in_its_folder(tmp_path, source, draws, bos):
-    recipe = dataclasses.replace(RECIPE, bos=bos)
+    recipe = RECIPE.model_copy(update={"bos": bos})
     with pytest.raises(pipeline.Stopped):
         prune_model(source, tmp_path / "a", recipe, stop=lambda: True)
     file, (entry,) = tmp_path / "a" / DRAWN, (tmp_path / "cache" / "sparseopt" / "drawn").iterdir()
@@ -123,4 +122,4 @@ def test_the_memory_that_drawing_takes_is_that_of_its_arrays(source):
 )
 def test_options_of_texts_are_refused_without_a_text(changes, words):
     with pytest.raises(ValueError, match=words):
-        dataclasses.replace(RECIPE, **changes).check()
+        RECIPE.model_copy(update=changes)

@@ -1,6 +1,5 @@
 """What makes two pruning runs different: fingerprints are compared, nothing runs."""
 
-import dataclasses
 import importlib.util
 from functools import partial
 from types import SimpleNamespace
@@ -28,6 +27,16 @@ class Mine:
     scores: Any = 0.0
     first: Any = Wanda()
     choice: Any = static(default=None)
+    weight: Any = 1.0
+
+    def __call__(self, layer, pattern):
+        """As a method."""
+
+    def value(self, x):
+        """As a penalty."""
+
+    def prox(self, x, step):
+        """As a penalty."""
 
 
 def differing(one, other):
@@ -211,6 +220,6 @@ def test_calibration_and_held_out_tokens_count(model, tokens):
     # Two ways to say the same are the same run.
     assert asked.of(Recipe(effort="good", reconstruct=0)) == asked.of(Recipe())
     assert (
-        dataclasses.replace(Recipe(), calibration=tokens.tolist()).as_dict()["calibration"]
+        Recipe().model_copy(update={"calibration": tokens.tolist()}).as_dict()["calibration"]
         == "token ids of shape [7, 24]"
     )

@@ -1,7 +1,5 @@
 """Propagated error: the Gram matrix of the drift, the corrected target against least squares, and a whole model."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,7 +76,7 @@ def test_the_pruned_stream_comes_nearer_to_the_dense_one(tmp_path, source, rng):
     distance = {}
     for propagate in (0.0, 0.5):
         folder = tmp_path / f"out-{propagate}"
-        prune_model(source, folder, dataclasses.replace(recipe, propagate=propagate))
+        prune_model(source, folder, recipe.model_copy(update={"propagate": propagate}))
         streams = []
         for path in (source, folder):
             decoder = load_decoder(path)
@@ -92,4 +90,4 @@ def test_the_pruned_stream_comes_nearer_to_the_dense_one(tmp_path, source, rng):
 
 def test_a_share_out_of_range_is_refused():
     with pytest.raises(ValueError, match=r"propagate must lie in \[0, 1\], given 1.5"):
-        Recipe(propagate=1.5).check()
+        Recipe(propagate=1.5)

@@ -1,7 +1,6 @@
 """Sources of calibration text: rows of files, chats, lists; what is read, for which part, and what is refused."""
 
 import csv
-import dataclasses
 import gzip
 import itertools
 import json
@@ -305,7 +304,7 @@ def test_options_that_a_text_does_not_have_are_refused():
         ({"calibration": "json:x"}, "unknown text 'json:x'; known are pydoc, file:PATH, jsonl:PATH"),
     ):
         with pytest.raises(ValueError, match=message):
-            Recipe(**fields).check()
+            Recipe(**fields)
     assert [is_text(given) for given in ("pydoc", ["a"], [CHAT], [[1, 2]], [], np.ones((2, 2)))] == [True] * 3 + [
         False
     ] * 3
@@ -325,7 +324,7 @@ def test_the_default_number_of_windows_follows_the_widest_linear_and_the_text(tm
     assert found.why == why + ("; the text has no more" if windows < 32 else "")
     assert report.recipe["calibration"] == f"{repeats} documents"
     # The same run, with its windows counted.
-    again = prune_model(model, tmp_path / "out", dataclasses.replace(recipe, samples=windows))
+    again = prune_model(model, tmp_path / "out", recipe.model_copy(update={"samples": windows}))
     assert (again.kept, again.calibration) == (True, found)
 
 

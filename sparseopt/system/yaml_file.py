@@ -6,6 +6,7 @@ text, numbers, booleans, null, lists and mappings by text; other tags are refuse
 """
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +170,15 @@ def path_text(place: Location) -> str:
     """A place in a config as people write it: `sweep.list[2].seed`."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part[:80]}" for part in place)
     return text.removeprefix(".")
+
+
+def refused(mistakes: Sequence[tuple[Location, str]], lines: Mapping[Location, int], source: str) -> ConfigError:
+    """The error for a file with these mistakes, each with its place and text, by their lines."""
+    listed = []
+    for place, text in mistakes[:MAX_MISTAKES]:
+        known = next((place[:end] for end in range(len(place), 0, -1) if place[:end] in lines), None)
+        listed.append(f"  line {lines[known]}: {text}" if known else f"  {text}")
+    if len(mistakes) > MAX_MISTAKES:
+        listed.append(f"  and {len(mistakes) - MAX_MISTAKES} more")
+    count = f"{len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''}"
+    return ConfigError(f"{source} cannot be used, {count}:\n" + "\n".join(listed))
