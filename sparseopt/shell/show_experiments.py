@@ -7,10 +7,10 @@ from rich.table import Table
 
 from sparseopt.core.base.types import Observer
 from sparseopt.experiments.report import Section
-from sparseopt.experiments.runs import Outcome, Planned, State
+from sparseopt.experiments.runs import Outcome, Planned
 from sparseopt.shell.console import comparison_table, console, counting_bar, duration, say
 from sparseopt.system.machine import format_bytes
-from sparseopt.system.run_folder import RECORDS
+from sparseopt.system.run_folder import RECORDS, State
 
 
 class SweepProgress:
