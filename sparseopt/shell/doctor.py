@@ -29,7 +29,7 @@ EXTRAS = {
     "interior": ("piqp",),
     "torch": ("torch", "accelerate"),
     "eval": ("lm_eval", "datasets", "evaluate"),
-    "datasets": ("datasets", "zstandard"),
+    "datasets": ("datasets",),
 }
 # What decides on devices and programs.
 VARIABLES = re.compile(r"JAX_\w+|XLA_\w+|CUDA_VISIBLE_DEVICES|TPU_\w+|LIBTPU_\w+|SPARSEOPT_\w+")

@@ -8,9 +8,9 @@
     csv:PATH         rows with a heading, in the same way
     parquet:PATH     rows of Parquet files, in the same way
     wikitext2:PATH   a folder with WikiText-2 parquet files: calibration from validation, evaluation from test
-    hf:NAME          a data set of the Hugging Face hub, which needs a network and the extra `datasets`: hf:OWNER/NAME,
-                     hf:OWNER/NAME/CONFIG, or one of its files as hf:OWNER/NAME/FILE, perhaps with @REVISION at the end;
-                     calibration from validation, evaluation from test
+    hf:NAME          a data set of the Hugging Face hub, which needs a network: hf:OWNER/NAME, hf:OWNER/NAME/CONFIG
+                     (these two need the extra `datasets`), or one of its files as hf:OWNER/NAME/FILE, perhaps with
+                     @REVISION at the end; calibration from validation, evaluation from test
 
 No document is read both for calibration and for evaluation. Where no split separates rows (your own files, one file of
 the hub, a split that you name), calibration reads the first, third, fifth, ... of them, evaluation the others.
@@ -127,8 +127,7 @@ def load_documents(text: Any, part: Part, *, split: str | None = None, column: s
         case "wikitext2":
             found = _rows("parquet", _wikitext_files(rest, _SPLITS[part]), "text")
         case "hf":
-            name = _hub_name(rest)
-            found = _hub_documents(name, "train" if name.file else split or _SPLITS[part], column)
+            found = _rows(None, _hub_files(_hub_name(rest), split or _SPLITS[part]), column)
         case _:
             found = _rows(kind, _row_files(kind, rest), column)
     if _alternates(text, split):
@@ -260,37 +259,44 @@ def _hub_name(name: str) -> _HubName:
     return _HubName(repository, rest, None, revision)
 
 
-def _hub_documents(name: _HubName, split: str, column: str | None) -> Iterator[Document | None]:
-    """The documents of a split of a data set; only those that are asked for are fetched."""
+def _hub_files(name: _HubName, split: str) -> Iterator[Path]:
+    """The file that is named, or those of a split, each fetched into the hub's cache when it is asked for."""
     repository, config, file, revision = name
     try:
-        from datasets import load_dataset
-    except ImportError as error:
+        if file:
+            from huggingface_hub import hf_hub_download
+
+            yield Path(hf_hub_download(repository, file, repo_type="dataset", revision=revision))
+            return
+        # For the layout alone. Its own streaming of Parquet, left early, aborts the process at its end (arrow #45214).
+        from datasets import DownloadManager, load_dataset_builder
+
+        manager = DownloadManager(record_checksums=False)
+        found = load_dataset_builder(repository, config, revision=revision).config.data_files
+        if split not in found:
+            raise ValueError(f"its splits are {', '.join(found)}")
+        yield from (Path(manager.download(str(place))) for place in found[split])
+    except ModuleNotFoundError as error:
         raise TextError(
-            "data sets of the hub (hf:) are read with the package datasets: pip install 'sparseopt[datasets]'"
+            f"the splits of hf:{repository} need {error.name}: pip install 'sparseopt[datasets]'"
         ) from error
-    try:
-        rows = load_dataset(repository, config, data_files=file, split=split, revision=revision, streaming=True)
-        if rows.column_names is not None:
-            rows = rows.select_columns(_column(rows.column_names, column))
-        for number, row in enumerate(rows, 1):
-            yield _document(row[_column(list(row), column)], f"{repository}, row {number}")
-    except TextError:
-        raise
-    except Exception as error:  # failures of the network, of the hub and of files have many classes
+    except Exception as error:  # failures of the network and of the hub have many classes
         why = " ".join(str(error).partition("Example of usage")[0].split())[:500]
         raise TextError(
-            f"cannot read {file or f'the split {split}'} of the data set {repository!r} from the hub "
+            f"cannot fetch {file or f'the split {split}'} of the data set {repository!r} from the hub "
             f"({type(error).__name__}: {why}); name one configuration, hf:NAME/CONFIG, another split, or one file, "
             "hf:NAME/FILE; without network use pydoc or files: file:PATH, jsonl:PATH, csv:PATH, parquet:PATH, "
             f"wikitext2:PATH, as `hf download {repository} --repo-type dataset --local-dir FOLDER` fetches them"
         ) from error
 
 
-def _rows(kind: str, files: Sequence[Path], column: str | None) -> Iterator[Document | None]:
-    """The documents in a column of some files, one after the other."""
-    read = {"jsonl": _json_rows, "csv": _csv_rows, "parquet": _parquet_rows}[kind]
+def _rows(kind: str | None, files: Iterable[Path], column: str | None) -> Iterator[Document | None]:
+    """The documents in a column of some files, one after the other; without a kind, each is of that of its ending."""
     for file in files:
+        own = kind or next((each for each, endings in _ENDINGS.items() if file.name.endswith(endings)), None)
+        if own is None:
+            raise TextError(f"{file} must end in one of {', '.join(itertools.chain(*_ENDINGS.values()))}")
+        read = {"jsonl": _json_rows, "csv": _csv_rows, "parquet": _parquet_rows}[own]
         with _reading(file):
             for place, value in read(file, column):
                 yield _document(value, f"{file}, {place}")

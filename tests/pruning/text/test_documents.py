@@ -5,6 +5,7 @@ import gzip
 import itertools
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow
@@ -147,16 +148,13 @@ def hub(tmp_path, monkeypatch):
             )
             card += f"  - split: {split}\n    path: {config}/{split}-*.parquet\n"
     (folder / "README.md").write_text(f"{card}---\n")
-    (folder / "c4-train.0.json.gz").write_bytes(gzip.compress(as_lines({"text": t} for t in TEXTS).encode()))
     return folder
 
 
-def test_a_data_set_of_the_hub_is_read_by_configuration_split_and_file(hub):
+def test_a_data_set_of_the_hub_is_read_by_configuration_and_split(hub):
     assert load_text("hf:lab/words/plain", "calibration") == "validation 0\n\nvalidation 1\n\nvalidation 2"
     assert load_text("hf:lab/words/plain", "evaluation").startswith("test 0")
     assert list(load_documents("hf:lab/words/chats", "evaluation", split="train_sft")) == [CHAT] * 2
-    assert load_text("hf:lab/words/c4-train.0.json.gz", "calibration") == "\n\n".join(TEXTS[::2])
-    assert load_text("hf:lab/words/c4-train.0.json.gz", "evaluation") == "\n\n".join(TEXTS[1::2])
 
 
 @pytest.mark.parametrize(
@@ -164,9 +162,8 @@ def test_a_data_set_of_the_hub_is_read_by_configuration_split_and_file(hub):
     [
         ("lab/words", {}, r"the available configs: \['plain', 'chats'\]\); name one configuration, hf:NAME/CONFIG"),
         ("lab/words/plian", {}, "'plian' not found. Available: .*name one configuration"),
-        ("lab/words/chats", {}, "the split validation .* Available splits: .*'train_sft'.*another split"),
+        ("lab/words/chats", {}, "the split validation .* its splits are train_sft.*another split"),
         ("lab/words/plain", {"column": "body"}, "it has no column 'body'; its columns are id, text"),
-        ("lab/words/c5.json", {}, r"cannot read c5.json of the data set 'lab/words' .*Unable to find"),
         ("a/b/c@", {}, "names no data set; write hf:OWNER/NAME, and after it /CONFIG or /FILE, and @REVISION"),
     ],
 )
@@ -175,27 +172,49 @@ def test_what_a_data_set_of_the_hub_has_instead_is_named(hub, name, given, messa
         load_text(f"hf:{name}", "calibration", **given)
 
 
-def test_a_data_set_of_the_hub_is_streamed_from_its_revision_or_what_works_without_is_named(monkeypatch):
-    asked = []
+def test_files_of_a_revision_are_fetched_when_they_are_asked_for(tmp_path, monkeypatch):
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(as_lines({"text": t} for t in TEXTS).encode()))
+    (tmp_path / "b.tar").touch()
+    asked, files = [], {"validation": [f"hf://datasets/a/b@{'0' * 40}/d/{name}" for name in ("a.json.gz", "b.tar")]}
 
-    def load(*names, **given):
-        asked.append((names, given))
+    def builder(*names, **given):
+        asked.append((*names, given["revision"]))
+        return SimpleNamespace(config=SimpleNamespace(data_files=files))
+
+    def download(repository, file, *, repo_type, revision):
+        asked.append((repository, file, repo_type, revision))
+        return tmp_path / file.split("/")[-1]
+
+    def fetch(_, place):
+        asked.append(place)
+        return str(tmp_path / place.split("/")[-1])
+
+    monkeypatch.setattr("datasets.load_dataset_builder", builder)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("datasets.DownloadManager.download", fetch)
+    assert load_text("hf:a/b/d/a.json.gz@v1", "calibration") == "\n\n".join(TEXTS[::2])
+    assert asked == [("a/b", "d/a.json.gz", "dataset", "v1")]
+    asked.clear()
+    found = load_documents("hf:a/b/c@refs/pr/1", "calibration")
+    assert [next(found) for _ in TEXTS] == TEXTS
+    assert asked == [("a/b", "c", "refs/pr/1"), files["validation"][0]]
+    with pytest.raises(TextError, match=r"b.tar must end in one of .jsonl, .json"):
+        next(found)
+
+
+def test_without_network_or_the_package_the_way_out_is_named(monkeypatch):
+    def refuse(*_, **__):
         raise ConnectionError("no route")
 
-    monkeypatch.setattr("datasets.load_dataset", load)
-    for name in ("a/b@v1", "a/b/config@refs/convert/parquet", "a/b/d/e.json.zst@0123", "words"):
+    monkeypatch.setattr("datasets.load_dataset_builder", refuse)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+    for name in ("a/b@v1", "a/b/config", "a/b/e.json.zst@0123", "words"):
         with pytest.raises(
             TextError, match=r"no route\);.*without network use pydoc or files: file:PATH.*`hf download"
         ):
             load_text(f"hf:{name}", "calibration")
-    assert [(*names, *given.values()) for names, given in asked] == [
-        ("a/b", None, None, "validation", "v1", True),
-        ("a/b", "config", None, "validation", "refs/convert/parquet", True),
-        ("a/b", None, "d/e.json.zst", "train", "0123", True),
-        ("words", None, None, "validation", None, True),
-    ]
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(TextError, match=r"pip install 'sparseopt\[datasets\]'"):
+    with pytest.raises(TextError, match=r"the splits of hf:a/b need datasets: pip install 'sparseopt\[datasets\]'"):
         load_text("hf:a/b", "calibration")
 
 
