@@ -326,9 +326,10 @@ def check_answer(report: LayerReport, method: LayerMethod, pattern: Pattern) -> 
             f"the solve became non-finite: {status.advice}; where inputs are linearly dependent, give a larger ridge"
         )
     name, expected = type(method).__name__, pattern_count(pattern, report.weight.shape)
+    exact = int(report.supported) == report.weight.size
     if isinstance(pattern, TopK):
-        expected = min(expected, int(report.supported))
-    if int(report.kept) != expected and (isinstance(pattern, TopK) or int(report.supported) == report.weight.size):
+        expected, exact = min(expected, int(report.supported)), True
+    if int(report.kept) != expected and exact:
         raise RuntimeError(
             f"{name} kept {int(report.kept):,} of {report.weight.size:,} weights, the pattern {pattern} asks for "
             f"{expected:,}; its mask must have exactly the pattern's count, as `pattern.mask(score)` has"

@@ -127,14 +127,17 @@ def find_method(
 
 
 def _named(method: str | LayerMethod, preset: str | None, pattern: str) -> LayerMethod:
-    if isinstance(method, str) and method not in METHODS:
-        raise ValueError(unknown("method", method, METHODS))
-    if isinstance(method, type | FunctionType) or not (isinstance(method, str) or callable(method)):
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise ValueError(unknown("method", method, METHODS))
+        found = METHODS[method]
+    elif callable(method) and not isinstance(method, type | FunctionType):
+        found = NamedMethod("", method)
+    else:
         raise ValueError(
             "a method of your own must be an object of a frozen dataclass made by sparseopt.pytree, such as "
             f"Wanda(), given {method!r}"
         )
-    found = METHODS[method] if isinstance(method, str) else NamedMethod("", method)
     if preset is None:
         return found.groups if found.groups is not None and is_group_pattern(pattern) else found.method
     if not found.presets:

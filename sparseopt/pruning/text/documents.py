@@ -60,9 +60,7 @@ class TextError(ValueError):
 
 def is_text(calibration: Any) -> bool:
     """Whether a calibration is text, named or as a list of documents, and not token ids."""
-    if isinstance(calibration, str):
-        return True
-    first = calibration[0] if isinstance(calibration, list | tuple) and calibration else None
+    first = calibration[0] if isinstance(calibration, list | tuple) and calibration else calibration
     return isinstance(first, str) or (isinstance(first, list | tuple) and bool(first) and isinstance(first[0], dict))
 
 
