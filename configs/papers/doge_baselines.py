@@ -140,7 +140,7 @@ class NestedAdmm(Admm):
         rows = state.rows._replace(memory=nested._replace(rho=state.rho))
         return dataclasses.replace(state, now=state.now._replace(blocks=(rows,)))
 
-    def _advanced(self, problem: Problem, now: Moving) -> Moving:
+    def _advance(self, problem: Problem, now: Moving) -> Moving:
         (rows,) = now.blocks
         nested, rho, level = rows.memory, rows.rho, problem.penalty.weight / rows.rho
         v = now.inner(rows) + (rows.dual - nested.memory) / rho
