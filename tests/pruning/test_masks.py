@@ -171,7 +171,7 @@ def test_a_pruned_model_is_pruned_further(tmp_path, pruned, tokens):
 
 
 def test_a_linear_with_more_zeros_than_asked_for_keeps_its_mask(tmp_path, pruned, tokens):
-    report = prune_model(pruned, tmp_path / "out", Recipe(SHORT_ADMM, calibration=tokens, keep_zeros=True))
+    report = prune_model(pruned, tmp_path / "out", Recipe(method=SHORT_ADMM, calibration=tokens, keep_zeros=True))
     assert report.recipe["sparsity"] == 0
     assert len(report.kept_masks) == len(report.layers) == 21
     before = weights_of(pruned)

@@ -242,7 +242,7 @@ def test_training_helps_and_a_finished_run_is_kept(source, trained):
     assert dataclasses.replace(again, kept=False).summary() == whole.summary()
     assert {file.name: file.stat().st_mtime_ns for file in whole.output.iterdir()} == before
     with pytest.raises(FolderError, match=r"recipe.channels: 0.75 there, 0.5 here"):
-        shrink_model(source, whole.output, dataclasses.replace(made, channels=0.5))
+        shrink_model(source, whole.output, made.model_copy(update={"channels": 0.5}))
 
 
 @pytest.mark.parametrize("pack", [False, True])
@@ -253,7 +253,7 @@ def test_a_pruned_model_is_trained_whole_and_keeps_its_zeros(tmp_path, source, t
     audits = {audit.layer: audit.zeros for audit in audit_sparsity(open_model(tmp_path / "out"))}
     assert audits == {record.layer: record.zeros for record in report.layers}
     assert all(record.zeros == record.size // 2 for record in report.layers)
-    prune_model(source, tmp_path / "untrained", dataclasses.replace(made, distil=0))
+    prune_model(source, tmp_path / "untrained", made.model_copy(update={"distil": 0}))
     before, after = stored(tmp_path / "untrained"), stored(tmp_path / "out")
     weights = {f"{layer}.weight" for layer in audits}
     # The embedding and the head stay as they are, and all else moves.

@@ -161,7 +161,7 @@ def test_a_curve_passes_through_what_was_measured_and_falls_between():
 
 
 def test_plans_of_one_pass_choose_as_each_alone(tmp_path, source, ids, report):
-    recipes = [recipe_of(ids, parameters=0.8), ShrinkRecipe(**(vars(recipe_of(ids)) | {"channels": 0.5}))]
+    recipes = [recipe_of(ids, parameters=0.8), recipe_of(ids, channels=0.5)]
     both = prune_models(source, [(recipe, tmp_path / str(i)) for i, recipe in enumerate(recipes)])
     first, second = (each.shape for each in both)
     assert dataclasses.replace(first, seconds=0) == dataclasses.replace(report.shape, seconds=0)

@@ -101,14 +101,14 @@ def test_only_what_trains_has_variants_unasked_and_its_epochs_stay_as_long():
     best = Recipe(method="best", samples=5)
     assert best.variant_count == 3
     assert best.all_windows == 20
-    counts = [replace(best, samples=count).variant_count for count in (16, 32, 43, 64, 65, 128, 500)]
+    counts = [best.model_copy(update={"samples": count}).variant_count for count in (16, 32, 43, 64, 65, 128, 500)]
     assert counts == [3, 3, 1, 1, 0, 0, 0]
-    assert replace(best, samples=500, variants=2).variant_count == 2
+    assert best.model_copy(update={"samples": 500, "variants": 2}).variant_count == 2
     assert ShrinkRecipe(channels=0.5).variant_count == 0
     assert ShrinkRecipe(channels=0.5, variants=1).variant_count == 1
     assert best.reconstruction.epoch_windows == 5
-    assert replace(best, variants=0).reconstruction.epoch_windows is None
-    assert replace(best, reconstruct=Reconstruction(epoch_windows=7)).reconstruction.epoch_windows == 7
+    assert best.model_copy(update={"variants": 0}).reconstruction.epoch_windows is None
+    assert best.model_copy(update={"reconstruct": Reconstruction(epoch_windows=7)}).reconstruction.epoch_windows == 7
 
 
 @pytest.mark.thorough
