@@ -26,7 +26,7 @@ def solved(devices: str | None) -> dict[str, np.ndarray]:
     weight = rng.standard_normal((38, 24)).astype(np.float32)
     job = LayerJob(weight, tokens.T @ tokens, None, parse_pattern("unstructured", 0.5, weight.shape))
     for method, preset in METHODS:
-        report = solve_within_memory(job, find_method(method, preset), device_line(devices)).value
+        report = solve_within_memory(job, find_method(method, preset), device_line(devices))
         found |= {method: np.asarray(report.weight), f"{method} steps": np.asarray(int(report.steps))}
     others = [dataclasses.replace(job, weight=job.weight[::-1]), dataclasses.replace(job, weight=-2 * job.weight**3)]
     solver, mesh = find_method("maiht", "paper"), device_line(devices)
@@ -35,7 +35,7 @@ def solved(devices: str | None) -> dict[str, np.ndarray]:
     else:
         side_by_side = solve_side_by_side(others, solver, mesh)
     for name, one in zip(BESIDE, side_by_side, strict=True):
-        found |= {name: np.asarray(one.value.weight), f"{name} steps": np.asarray(int(one.value.steps))}
+        found |= {name: np.asarray(one.weight), f"{name} steps": np.asarray(int(one.steps))}
     nodes = 60
     ends = np.unique(np.sort(rng.integers(0, nodes, (140, 2)), axis=1), axis=0)
     network = so.Graph.from_edges(ends[ends[:, 0] < ends[:, 1]], nodes)

@@ -1,22 +1,14 @@
-"""Programs compiled ahead of time, so that compiling and running are timed separately."""
+"""Programs compiled ahead of time, whose compiling is timed apart from the work."""
 
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 from jax.sharding import Mesh, NamedSharding
 
 from sparseopt.core.base.dense import activation_precision
 from sparseopt.core.base.mesh import on_device, over, put
-
-
-class Timed(NamedTuple):
-    """A finished result, the seconds it took on the device, and the seconds spent compiling for it (0 if cached)."""
-
-    value: Any
-    seconds: float
-    compile_seconds: float
 
 
 class Compiled:
@@ -26,7 +18,12 @@ class Compiled:
 
     Where an argument is spread over several devices, those on one device are copied whole to each of them: a program
     runs on all devices or on one. What is used more than once is better copied before, by `laid_on`.
+
+    Attributes:
+        seconds: spent compiling by all programs of the process.
     """
+
+    seconds: ClassVar[float] = 0.0
 
     def __init__(self, function: Callable[..., Any], donate_argnums: tuple[int, ...] = ()) -> None:
         self._jitted = jax.jit(function, donate_argnums=donate_argnums)
@@ -41,20 +38,32 @@ class Compiled:
         """The program before compilation, for arrays or their `jax.ShapeDtypeStruct`, of any device."""
         return self._jitted.lower(*arguments)
 
-    def __call__(self, *arguments: Any) -> Timed:
-        """Run to completion; the result's buffers are ready when this returns."""
+    def __call__(self, *arguments: Any) -> Any:
+        """The result, whose buffers a GPU or TPU may still be computing."""
         mesh = next((found for leaf in jax.tree.leaves(arguments) if (found := mesh_of(leaf))), None)
         arguments = laid_on(arguments, mesh) if mesh else on_device(arguments)
         leaves, structure = jax.tree.flatten(arguments)
         key = (activation_precision(), structure, tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves))
-        spent = 0.0
         if key not in self._programs:
             start = time.perf_counter()
             self._programs[key] = self.lower(*arguments).compile()
-            spent = time.perf_counter() - start
-        start = time.perf_counter()
-        value = jax.block_until_ready(self._programs[key](*arguments))
-        return Timed(value, time.perf_counter() - start, spent)
+            Compiled.seconds += time.perf_counter() - start
+        value = self._programs[key](*arguments)
+        # A CPU would run several programs at once, each with a workspace of its own.
+        return jax.block_until_ready(value) if jax.default_backend() == "cpu" else value
+
+
+class Stopwatch:
+    """Seconds since it was made, with those of compiling apart."""
+
+    def __init__(self) -> None:
+        self._start, self._compiling = time.perf_counter(), Compiled.seconds
+
+    def read(self, awaited: Any = None) -> tuple[float, float]:
+        """Seconds without compiling until the arrays `awaited` are ready, and seconds of compiling."""
+        jax.block_until_ready(awaited)
+        compiling = Compiled.seconds - self._compiling
+        return time.perf_counter() - self._start - compiling, compiling
 
 
 def mesh_of(leaf: Any) -> Mesh | None:

@@ -9,6 +9,7 @@ import numpy as np
 from sparseopt.core.penalties.patterns import TopK
 from sparseopt.core.penalties.protocols import Penalty
 from sparseopt.core.problem.problem import Status
+from sparseopt.layers.compiled import Stopwatch
 from sparseopt.layers.methods import find_method
 from sparseopt.layers.patterns import parse_pattern
 from sparseopt.layers.problem import LayerJob, LayerMethod, check_answer, check_method
@@ -111,8 +112,9 @@ def prune_layer(
     if penalty is not None and not isinstance(job.pattern, TopK):
         raise ValueError(f"a penalty chooses weights anywhere in the layer, which contradicts the pattern {pattern!r}")
     check_method(solver, job.pattern, weight.shape, input_variances is not None, support is not None)
-    solved = solve_within_memory(job, solver)
-    report = solved.value
+    watch = Stopwatch()
+    report = solve_within_memory(job, solver)
+    seconds, _ = watch.read(report)
     status = check_answer(report, solver, job.pattern)
     return LayerResult(
         weight=_as_given(np.asarray(report.weight), weight, given),
@@ -120,7 +122,7 @@ def prune_layer(
         test_error=float(report.test_error),
         sparsity=int(report.zeros) / weight.size,
         steps=int(report.steps),
-        seconds=solved.seconds,
+        seconds=seconds,
         status=status,
         dead_inputs=int(report.dead_inputs),
         output_blocks=report.output_blocks,

@@ -12,11 +12,10 @@ by side each device needs the memory for a whole linear; where that is too much,
 import contextlib
 import functools
 import math
-import time
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from sparseopt.core.base.mesh import AXIS, over, whole
-from sparseopt.layers.compiled import Compiled, Timed
+from sparseopt.layers.compiled import Compiled, Stopwatch
 from sparseopt.layers.methods import method_cost
 from sparseopt.layers.problem import LayerJob, LayerMethod, LayerReport, solve_layer
 from sparseopt.layers.split import is_out_of_memory, solve_within_memory
@@ -38,26 +37,38 @@ ACCELERATOR_STAGE = 7e8
 
 @dataclass(frozen=True)
 class LayerTask:
-    """A layer to be solved, whose `LayerJob` is made, and timed, when its turn comes."""
+    """A layer to be solved, whose job is made when its turn comes."""
 
     name: str
     shape: tuple[int, int]
     kind: Hashable  # equal for layers whose jobs differ in numbers only
-    job: Callable[[], Timed]
+    job: Callable[[], LayerJob]
 
 
-def solve_block(tasks: Sequence[LayerTask], method: LayerMethod, mesh: Mesh | None) -> Iterator[Timed]:
-    """The report of each layer of a block in their order, each solved when it is asked for; all processes ask for it.
+class Solved(NamedTuple):
+    """The report of a layer, with the seconds that its job and its solve took, without and of compiling."""
+
+    report: LayerReport
+    seconds: float
+    compile_seconds: float
+
+
+def solve_block(tasks: Sequence[LayerTask], method: LayerMethod, mesh: Mesh | None) -> Iterator[Solved]:
+    """Each layer of a block in their order, solved when it is asked for; all processes ask for it.
+
+    Layers that are solved side by side share their time evenly.
 
     Raises:
         MemoryError: naming the layer, as `solve_within_memory` does.
     """
     found = [] if mesh is None else share_out(tasks, method, mesh.size, mesh.devices.flat[0].platform)
     batches = {task.name: batch for batch in found for task in batch}
-    ready: dict[str, Timed] = {}
+    ready: dict[str, Solved] = {}
     for task in tasks:
         if task.name not in batches:
-            yield _solve_one(task.name, task.job(), method, mesh)
+            watch = Stopwatch()
+            report = _solve_one(task.name, task.job(), method, mesh)
+            yield Solved(report, *watch.read(report))
             continue
         if task.name not in ready:
             assert mesh is not None
@@ -93,43 +104,39 @@ def quicker_side_by_side(count: int, shape: tuple[int, int], method: LayerMethod
     return inverses + products < count * (inverses + products / devices + summing)
 
 
-def _solve_one(name: str, job: Timed, method: LayerMethod, mesh: Mesh | None) -> Timed:
+def _solve_one(name: str, job: LayerJob, method: LayerMethod, mesh: Mesh | None) -> LayerReport:
     try:
-        return _plus(solve_within_memory(job.value, method, mesh), job)
+        return solve_within_memory(job, method, mesh)
     except MemoryError as error:
         raise MemoryError(f"{name}: {error}") from error
 
 
-def _plus(solved: Timed, job: Timed) -> Timed:
-    # The time that making the job took counts too.
-    return Timed(solved.value, solved.seconds + job.seconds, solved.compile_seconds + job.compile_seconds)
-
-
-def _solve_batch(batch: Sequence[LayerTask], method: LayerMethod, mesh: Mesh) -> dict[str, Timed]:
+def _solve_batch(batch: Sequence[LayerTask], method: LayerMethod, mesh: Mesh) -> dict[str, Solved]:
     """All of a batch at once, or in turn where memory is too short for that."""
-    names, jobs = [task.name for task in batch], [task.job() for task in batch]
-    solved: list[Timed] = []
+    watch, names, jobs = Stopwatch(), [task.name for task in batch], [task.job() for task in batch]
+    reports: list[LayerReport] = []
     with contextlib.suppress(MemoryError):
-        solved = solve_side_by_side([job.value for job in jobs], method, mesh)
+        reports = solve_side_by_side(jobs, method, mesh)
     # The attempt's arrays are gone here.
-    if not solved:
-        return {name: _solve_one(name, job, method, mesh) for name, job in zip(names, jobs, strict=True)}
-    return {name: _plus(one, job) for name, one, job in zip(names, solved, jobs, strict=True)}
+    if not reports:
+        reports = [_solve_one(name, job, method, mesh) for name, job in zip(names, jobs, strict=True)]
+    seconds, compiling = watch.read(reports)
+    share, spent = seconds / len(batch), [compiling] + [0.0] * (len(batch) - 1)
+    return {name: Solved(found, share, own) for name, found, own in zip(names, reports, spent, strict=True)}
 
 
-def solve_side_by_side(jobs: Sequence[LayerJob], method: LayerMethod, mesh: Mesh) -> list[Timed]:
+def solve_side_by_side(jobs: Sequence[LayerJob], method: LayerMethod, mesh: Mesh) -> list[LayerReport]:
     """Solve layers of one shape at the same time, one on each device of a mesh, each at its own number of steps.
 
     The jobs, at most as many as devices, differ in numbers only: weights, output weights and supports on the host, the
-    Grams on one device or whole on each. Reports are host arrays, the same in every process, each with an even share of
-    the time.
+    Grams on one device or whole on each. Reports are host arrays, the same in every process.
 
     Raises:
         MemoryError: in every process, if memory ran out in any.
     """
-    start, failed = time.perf_counter(), ""
+    failed = ""
     try:
-        timed = side_by_side_solver(mesh)(*place_side_by_side(jobs, mesh), method)
+        found = jax.block_until_ready(side_by_side_solver(mesh)(*place_side_by_side(jobs, mesh), method))
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -137,10 +144,7 @@ def solve_side_by_side(jobs: Sequence[LayerJob], method: LayerMethod, mesh: Mesh
     # The solve needs no other process; what follows needs all of them.
     if processes.any_of(bool(failed)):
         raise MemoryError(f"{len(jobs)} layers do not fit side by side ({failed or 'in another process'})")
-    reports = _reports_of(whole(timed.value), len(jobs))
-    seconds = (time.perf_counter() - start - timed.compile_seconds) / len(jobs)
-    compiling = [timed.compile_seconds] + [0.0] * (len(jobs) - 1)
-    return [Timed(report, seconds, spent) for report, spent in zip(reports, compiling, strict=True)]
+    return _reports_of(whole(found), len(jobs))
 
 
 @functools.cache

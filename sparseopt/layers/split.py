@@ -27,7 +27,7 @@ from sparseopt.core.base.mesh import over, put, whole
 from sparseopt.core.base.types import pytree, static
 from sparseopt.core.penalties.patterns import BlockTopK, GroupTopK, TopK
 from sparseopt.core.problem.problem import Status
-from sparseopt.layers.compiled import Compiled, Timed, laid_on
+from sparseopt.layers.compiled import Compiled, laid_on
 from sparseopt.layers.methods import Workspace, method_cost
 from sparseopt.layers.methods.scores import Magnitude, Wanda
 from sparseopt.layers.patterns import outputs_together
@@ -56,11 +56,10 @@ WORST_FIRST = (Status.NONFINITE, Status.MAX_STEPS, Status.PRECISION, Status.STAT
 Scores = Callable[[], Iterator[np.ndarray]]
 
 
-def solve_within_memory(job: LayerJob, method: LayerMethod, mesh: Mesh | None = None) -> Timed:
+def solve_within_memory(job: LayerJob, method: LayerMethod, mesh: Mesh | None = None) -> LayerReport:
     """Solve a layer whole, or where memory is too short by 2, 4, 8, ... blocks of its outputs.
 
-    Over a mesh the job's weight is on the host. The value returned is the whole layer's `LayerReport`, and times leave
-    out failed attempts.
+    Over a mesh the job's weight is on the host.
 
     Raises:
         MemoryError: if the smallest blocks do not fit either, with their sizes; where the layer is not split, in
@@ -123,14 +122,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY)
 
 
-def _solve_parts(job: LayerJob, method: LayerMethod, parts: int, mesh: Mesh | None) -> Timed:
-    reports, seconds, compile_seconds = [], 0.0, 0.0
+def _solve_parts(job: LayerJob, method: LayerMethod, parts: int, mesh: Mesh | None) -> LayerReport:
+    reports = []
     for each in split_job(job, method, parts):
-        timed = layer_solver(each, method) if mesh is None else solve_over(each, method, mesh)
-        # Moved off the device at once where more follow.
-        reports.append(timed.value if parts == 1 else jax.device_get(timed.value))
-        seconds, compile_seconds = seconds + timed.seconds, compile_seconds + timed.compile_seconds
-    return Timed(join_reports(reports), seconds, compile_seconds)
+        report = layer_solver(each, method) if mesh is None else solve_over(each, method, mesh)
+        # Moved off the device at once where more follow; waited for, because memory may run out until then.
+        reports.append(jax.block_until_ready(report) if parts == 1 else jax.device_get(report))
+    return join_reports(reports)
 
 
 def split_job(job: LayerJob, method: LayerMethod, parts: int) -> list[LayerJob]:
@@ -295,7 +293,7 @@ def _solve_cut(weight: Any, job: LayerJob, cut: Cut, method: LayerMethod) -> Lay
 cut_solver = Compiled(_solve_cut, donate_argnums=(0,))
 
 
-def solve_over(job: LayerJob, method: LayerMethod, mesh: Mesh) -> Timed:
+def solve_over(job: LayerJob, method: LayerMethod, mesh: Mesh) -> LayerReport:
     """Solve a layer over a mesh; the report's arrays are on the host, the same in every process.
 
     The job's weight, output weights and support are on the host, the Grams on one device or over the mesh.
@@ -308,6 +306,5 @@ def solve_over(job: LayerJob, method: LayerMethod, mesh: Mesh) -> Timed:
         support = put(cut.padded(np.asarray(support)), over(mesh))
     gram, test_gram, variances = laid_on((job.gram, job.test_gram, job.input_variances), mesh)
     rest = LayerJob(None, gram, test_gram, job.pattern, weights, variances, support)
-    timed = cut_solver(put(cut.padded(weight), over(mesh)), rest, cut, method)
-    report = whole(timed.value)
-    return timed._replace(value=dataclasses.replace(report, weight=report.weight[: cut.outputs]))
+    report = whole(cut_solver(put(cut.padded(weight), over(mesh)), rest, cut, method))
+    return dataclasses.replace(report, weight=report.weight[: cut.outputs])

@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from sparseopt.core.base.dense import activations_in
 from sparseopt.core.base.mesh import Devices, device_line
 from sparseopt.core.base.types import Observer
+from sparseopt.layers.compiled import Stopwatch
 from sparseopt.layers.patterns import check_cut
 from sparseopt.layers.split import is_out_of_memory
 from sparseopt.models import PrunableModel, Source, TorchModel, check_output, open_model
@@ -243,7 +244,7 @@ def _run(
     stop: Callable[[], bool] | None,
 ) -> tuple[list[Branch], dict[str, Any]]:
     """One pass for plans whose folders are claimed, to be finished with these figures; `known` is told at once."""
-    done, runner = 0, runner_of(model)
+    done, runner, whole = 0, runner_of(model), Stopwatch()
 
     def told(event: Event) -> None:
         nonlocal done
@@ -263,13 +264,13 @@ def _run(
     kind = SpreadBatches(mesh) if mesh is not None else DiskBatches(plans[0].folder) if on_disk else Batches()
     seen = with_variants(model, windows, plans[0].recipe.variant_count, kind, runner, observer)
     return_freed_memory()
-    stream, before = Stream(*embed_windows(model, kind, *seen[:2])), runner.seconds
+    stream, watch = Stream(*embed_windows(model, kind, *seen[:2])), Stopwatch()
     plans = survey(model, plans, progress, stream, windows, runner, observer)
     plans = choose_shapes(model, plans, progress, stream, windows, kind, runner, observer)
     for found in progress:
         if found.shape is not None:
             told(found.shape)
-    survey_seconds = runner.seconds - before
+    survey_seconds, _ = watch.read()
     writers = [begin(model, *own) for own in zip(plans, progress, strict=True)]
     embedded = stream if any(plan.recipe.distillation for plan in plans) else None
     branches = [Branch(model, *own, stream) for own in zip(plans, progress, writers, strict=True)]
@@ -290,13 +291,12 @@ def _run(
     for branch in branches:
         branch.distil(embedded, dense, told, observer)
     return branches, {
-        "compile_seconds": runner.compile_seconds,
+        "compile_seconds": whole.read()[1],
         "route": "torch" if isinstance(model, TorchModel) else "flax",
         "plans": len(plans),
         "bos": windows.bos,
         "survey_seconds": survey_seconds,
         "calibration_seconds": runner.seconds,
-        "calibration_gflops": runner.flops / max(runner.seconds, 1e-9) / 1e9,
         "calibration": calibration,
         "footprint": footprint,
         "devices": 1 if mesh is None else mesh.size,

@@ -224,8 +224,8 @@ def run_lines(report: PruneReport) -> list[str]:
     lines = [
         *(score.line for score in report.scores),
         f"solver {report.solver_seconds:.1f} s, compiling {report.compile_seconds:.1f} s "
-        f"({report.layer_compilations} layer programs), forward passes {report.calibration_seconds:.1f} s "
-        f"at {report.calibration_gflops:.0f} GFLOP/s, {report.seconds:.1f} s in all",
+        f"({report.layer_compilations} layer programs), forward passes {report.calibration_seconds:.1f} s, "
+        f"{report.seconds:.1f} s in all",
         memory_line(report),
     ]
     if report.source.endswith(".gguf") and report.recipe["dtype"] == "bfloat16":

@@ -59,7 +59,7 @@ def test_a_device_that_tells_its_memory_gets_the_blocks_of_the_estimate_at_once(
     tried = running_out(monkeypatch, outputs)
     for room, blocks in ((workspace.nbytes(outputs, inputs), 1), (workspace.nbytes(outputs // 4, inputs), 4), (1, 16)):
         monkeypatch.setattr(split, "device_memory_left", lambda room=room: room)
-        assert solve_within_memory(job, method).value.output_blocks == blocks
+        assert solve_within_memory(job, method).output_blocks == blocks
         assert fewest_blocks((outputs, inputs), workspace, room) == blocks
     assert tried == [outputs, *[outputs // 4] * 4, *[outputs // 16] * 16]
 
@@ -88,20 +88,20 @@ WITHIN = [(Wanda(), 0), (Magnitude(), 0), (SparseGpt(), 0.03), (MaihtPruning(), 
 def test_a_count_over_the_layer_stays_exact_and_the_error_nearly_the_same(layer, monkeypatch, method, within):
     job = make_job(layer, "unstructured")
     whole = solve_within_memory(job, method)
-    assert whole.value.output_blocks == 1
+    assert whole.output_blocks == 1
     tried = running_out(monkeypatch, 12)
     parts = solve_within_memory(job, method)
     assert tried == [48, 24, *[12] * 4]
-    assert parts.value.output_blocks == 4
-    check_answer(parts.value, method, job.pattern)
+    assert parts.output_blocks == 4
+    check_answer(parts, method, job.pattern)
     weight, gram, test_gram = layer
-    assert np.count_nonzero(parts.value.weight) == round(0.4 * weight.size)
-    for given, found in ((gram, parts.value.relative_error), (test_gram, parts.value.test_error)):
-        assert float(found) == pytest.approx(error_of(parts.value.weight, weight, given), rel=1e-4)
+    assert np.count_nonzero(parts.weight) == round(0.4 * weight.size)
+    for given, found in ((gram, parts.relative_error), (test_gram, parts.test_error)):
+        assert float(found) == pytest.approx(error_of(parts.weight, weight, given), rel=1e-4)
     if within:
-        assert float(parts.value.relative_error) == pytest.approx(float(whole.value.relative_error), rel=within)
+        assert float(parts.relative_error) == pytest.approx(float(whole.relative_error), rel=within)
     else:
-        np.testing.assert_array_equal(parts.value.weight, whole.value.weight)
+        np.testing.assert_array_equal(parts.weight, whole.weight)
 
 
 @pytest.mark.parametrize(
@@ -111,8 +111,8 @@ def test_patterns_that_count_by_output_give_the_same_weights(layer, rng, pattern
     """Also with weights of the outputs, whose mean another block does not have."""
     outputs = np.exp(rng.standard_normal(48)).astype(np.float32)
     job = make_job(layer, pattern, None if pattern == "2:4" else 0.6, outputs)
-    whole = layer_solver(job, method).value
-    joined = join_reports([jax.device_get(layer_solver(part, method).value) for part in split_job(job, method, 2)])
+    whole = layer_solver(job, method)
+    joined = join_reports([jax.device_get(layer_solver(part, method)) for part in split_job(job, method, 2)])
     check_answer(joined, method, job.pattern)
     np.testing.assert_array_equal(joined.weight != 0, np.asarray(whole.weight) != 0)
     np.testing.assert_allclose(joined.weight, whole.weight, rtol=1e-3, atol=1e-4)
@@ -123,8 +123,8 @@ def test_blocks_of_a_pattern_are_not_parted(layer):
     jobs = split_job(job, Wanda(), 8)
     # 12 rows of blocks over 8 parts.
     assert [len(part.weight) for part in jobs] == [8] * 4 + [4] * 4
-    joined = join_reports([jax.device_get(layer_solver(part, Wanda()).value) for part in jobs])
-    np.testing.assert_array_equal(joined.weight, layer_solver(job, Wanda()).value.weight)
+    joined = join_reports([jax.device_get(layer_solver(part, Wanda())) for part in jobs])
+    np.testing.assert_array_equal(joined.weight, layer_solver(job, Wanda()).weight)
     assert count_groups(joined.weight, job.pattern).each == [round(0.4 * 96)]
 
 
@@ -263,8 +263,8 @@ try:
 except Exception as error:
     said = str(error)
 solved = solve_within_memory(job, method)
-check_answer(solved.value, method, job.pattern)
-print(json.dumps([said, solved.value.output_blocks, int(solved.value.kept), float(solved.value.relative_error)]))
+check_answer(solved, method, job.pattern)
+print(json.dumps([said, solved.output_blocks, int(solved.kept), float(solved.relative_error)]))
 """
 
 

@@ -125,7 +125,6 @@ def test_grams_and_streams_are_those_of_the_whole_model_in_torch(
             np.testing.assert_allclose(grams[tap].gram, gram, atol=2e-5 * np.abs(gram).max(), err_msg=linear)
             assert int(grams[tap].tokens) == tokens.size
         batches = runner.forward(block, batches)
-    assert runner.flops > 0
     assert runner.seconds > 0
 
 

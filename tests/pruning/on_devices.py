@@ -23,7 +23,6 @@ from sparseopt.core.solvers.maiht import Maiht
 from sparseopt.core.solvers.refit import Refit
 from sparseopt.core.solvers.rising_admm import QuadraticAdmm
 from sparseopt.layers import side_by_side, split
-from sparseopt.layers.compiled import Timed
 from sparseopt.layers.patterns import check_cut, parse_pattern
 from sparseopt.layers.problem import layer_solver
 from sparseopt.layers.side_by_side import LayerTask, side_by_side_solver, solve_block
@@ -69,8 +68,8 @@ def layers():
         support = rng.random(weight.shape) < 0.7 if method == "wanda" else None
         job = LayerJob(weight, gram, test_gram, parse_pattern(pattern, 0.5, weight.shape), weights, support=support)
         solver = find_method(method, preset)
-        one = layer_solver(job, solver).value
-        many = solve_within_memory(job, solver, device_line(devices)).value
+        one = layer_solver(job, solver)
+        many = solve_within_memory(job, solver, device_line(devices))
         scalars = ("relative_error", "test_error", "zeros", "kept", "steps", "status", "stray", "fits")
         found[name] = same(one.weight, many.weight) | {
             "bytes": outputs * INPUTS * 4,
@@ -93,9 +92,9 @@ def layers():
     many = solve_within_memory(job, find_method("wanda"), device_line(8))
     one = solve_within_memory(job, find_method("wanda"))
     split.solve_over = whole_solve
-    found["by blocks"] = same(one.value.weight, many.value.weight) | {
+    found["by blocks"] = same(one.weight, many.weight) | {
         "solved": solved,
-        "parts": many.value.output_blocks,
+        "parts": many.output_blocks,
     }
     try:
         check_cut(parse_pattern("block:4x4", 0.5, (48, 32)), (48, 32), device_line(8))
@@ -112,9 +111,9 @@ def blocks():
         weights = np.exp(rng.standard_normal(outputs)).astype(np.float32)
         pattern = parse_pattern("unstructured", 0.3 + 0.05 * i, weight.shape)
         job = LayerJob(weight, gram, test_gram, pattern, weights)
-        linears.append(LayerTask(f"{i}", weight.shape, weight.shape, lambda job=job: Timed(job, 0.0, 0.0)))
+        linears.append(LayerTask(f"{i}", weight.shape, weight.shape, lambda job=job: job))
     solver, found = find_method("maiht", "best"), {}
-    reports = [solved.value for solved in solve_block(linears, solver, None)]
+    reports = [solved.report for solved in solve_block(linears, solver, None)]
     alone = {linear.name: report for linear, report in zip(linears, reports, strict=True)}
 
     def short(*arguments):
@@ -128,9 +127,9 @@ def blocks():
         solved = list(zip(some, solve_block(some, solver, mesh), strict=True))
         found[name] = {
             "order": [linear.name for linear, _ in solved],
-            "same": [same(alone[linear.name].weight, one.value.weight) for linear, one in solved],
-            "steps": [[int(alone[linear.name].steps), int(one.value.steps)] for linear, one in solved],
-            "errors": [[float(r.test_error) for r in (alone[linear.name], one.value)] for linear, one in solved],
+            "same": [same(alone[linear.name].weight, one.report.weight) for linear, one in solved],
+            "steps": [[int(alone[linear.name].steps), int(one.report.steps)] for linear, one in solved],
+            "errors": [[float(r.test_error) for r in (alone[linear.name], one.report)] for linear, one in solved],
             "programs": [facts(text) for text in side_by_side_solver(mesh).texts],
             "cut": len(cut_solver.texts) - cut,
             "seconds": min(one.seconds for _, one in solved),

@@ -130,8 +130,8 @@ def test_a_weight_that_lies_in_its_support_stays_the_same(layer, method):
 def test_blocks_of_outputs_have_their_own_part_of_the_support(layer, method):
     weight, gram, support = layer
     job = LayerJob(weight, gram, None, so.TopK(round(0.3 * weight.size)), support=support)
-    whole = solve_within_memory(job, method).value
-    parts = [jax.device_get(solve_within_memory(part, method).value) for part in split_job(job, method, 3)]
+    whole = solve_within_memory(job, method)
+    parts = [jax.device_get(solve_within_memory(part, method)) for part in split_job(job, method, 3)]
     joined = np.concatenate([part.weight for part in parts])
     assert not joined[~support].any()
     assert np.count_nonzero(joined) == round(0.3 * weight.size) == int(check_count(whole, method, job))

@@ -3,13 +3,11 @@
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from sparseopt.models import load_decoder, open_model
 from sparseopt.pruning import Recipe, audit_sparsity, prune_model, prune_models
-from sparseopt.pruning.base.activations import make_batches
 from sparseopt.pruning.base.grams import BlockRunner
 from sparseopt.pruning.base.reports import BlockRecord, Calibration, Footprint, LayerRecord, Passed
 from sparseopt.pruning.train.reconstruction import Reconstruction, channel_weights, stream_loss
@@ -53,18 +51,15 @@ def test_one_pass_gives_what_a_pass_for_each_gives(tmp_path, source, tokens):
         assert errors == [(r.layer, r.relative_error, r.heldout_error) for r in alone.layers]
 
 
-def test_what_the_models_see_alike_is_computed_once(tmp_path, source, tokens):
+def test_what_the_models_see_alike_is_computed_once(tmp_path, source, tokens, monkeypatch):
     """Three blocks: of two models' six passes for Grams the two in front of the first block are one."""
+    passes, grams = [], BlockRunner.grams
+    monkeypatch.setattr(BlockRunner, "grams", lambda *given, **rest: passes.append(1) or grams(*given, **rest))
     recipe = Recipe(method="wanda", calibration=tokens, heldout_samples=0)
     plans = [(recipe.model_copy(update={"sparsity": s}), tmp_path / f"{s}") for s in (0.5, 0.7)]
     events = []
-    reports = prune_models(source, plans, observer=lambda event, _, total: events.append((event, total)))
-    alone = prune_model(source, tmp_path / "alone", recipe)
-    once = BlockRunner()
-    model = open_model(source)
-    once.grams(model.block(0), make_batches(model.embedding()(jnp.asarray(tokens))))
-    together, single = (r.calibration_gflops * r.calibration_seconds * 1e9 for r in (reports[0], alone))
-    assert together == pytest.approx(2 * single - once.flops, rel=1e-6)
+    prune_models(source, plans, observer=lambda event, _, total: events.append((event, total)))
+    assert len(passes) == 5
     assert [type(event) for event, _ in events[:2]] == [Calibration, Footprint]
     # Three blocks have passed; the others are layers.
     assert [type(event) for event, _ in events[2:]] == 3 * ([LayerRecord] * 14 + [Passed])

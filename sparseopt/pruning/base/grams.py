@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparseopt.core.base.dense import activation_precision
 from sparseopt.core.base.mesh import AXIS, on_device, over
-from sparseopt.layers.compiled import Compiled, Timed, laid_on
+from sparseopt.layers.compiled import Compiled, Stopwatch, laid_on
 from sparseopt.models import PrunableBlock, Routed
 from sparseopt.models.decoder.experts import rows_of_tokens, stacked_name, unstacked_names
 from sparseopt.pruning.base.activations import Batches, Stream
@@ -290,13 +290,14 @@ def _empty_totals(shapes: Any, mesh: Mesh | None) -> Any:
 
 
 class BlockRunner:
-    """Runs the blocks of one model over batches of activations, and counts `seconds`, `flops` and `compile_seconds`.
+    """Runs the blocks of one model over batches of activations.
 
-    Seconds are device time without compilation; flops are those of products, two a multiply-add.
+    Attributes:
+        seconds: that this took so far, without compiling.
     """
 
     def __init__(self) -> None:
-        self.seconds = self.flops = self.compile_seconds = 0.0
+        self.seconds = 0.0
 
     def grams(
         self,
@@ -307,65 +308,28 @@ class BlockRunner:
         expert_tokens: ExpertTokens = "routed",
     ) -> BlockGrams:
         """Grams summed over all batches, by tap name; with the dense model's batches also the drifts from them."""
-        mesh = batches.mesh
+        watch, mesh = Stopwatch(), batches.mesh
         dense_x = None if dense is None else dense[0]
         shapes = jax.eval_shape(_gathering(expert_tokens), block, batches[0], dense_x=dense_x)
         laid, totals = laid_on(block, mesh), _empty_totals(shapes, mesh)
         adding = grams_over(mesh, weighting, expert_tokens)
         for index, x in enumerate(batches):
             dense_x = None if dense is None else dense[index]
-            totals = self.account(adding(laid, x, dense_x, batches.counted(index), totals))
-            self.flops += forward_flops(block, x.shape, skip_last=weighting == "uniform")
-            if dense is not None:
-                self.flops += forward_flops(block, x.shape, skip_last=True)
-            self.flops += _gram_flops(block, x.shape, shapes, expert_tokens)
-        return BlockGrams(totals if mesh is None else self.account(sum_over(mesh)(totals)))
+            totals = adding(laid, x, dense_x, batches.counted(index), totals)
+        found = totals if mesh is None else sum_over(mesh)(totals)
+        self.seconds += watch.read(found)[0]
+        return BlockGrams(found)
 
     def run(self, block: PrunableBlock, x: Array, mesh: Mesh | None = None) -> Array:
-        self.flops += forward_flops(block, x.shape)
-        return self.account(_output_over(mesh)(block, x))
+        return _output_over(mesh)(block, x)
 
     def forward(self, block: PrunableBlock, batches: Batches) -> Batches:
-        outputs, laid = batches.empty(), laid_on(block, batches.mesh)
+        watch, outputs, laid, y = Stopwatch(), batches.empty(), laid_on(block, batches.mesh), None
         for x in batches:
-            outputs.append(self.run(laid, x, batches.mesh))
+            y = self.run(laid, x, batches.mesh)
+            outputs.append(y)
+        self.seconds += watch.read(y)[0]
         return outputs
 
     def through(self, block: PrunableBlock, stream: Stream) -> Stream:
         return Stream(self.forward(block, stream.calibration), self.forward(block, stream.heldout))
-
-    def account(self, timed: Timed) -> Any:
-        self.seconds += timed.seconds
-        self.compile_seconds += timed.compile_seconds
-        return timed.value
-
-
-def forward_flops(block: Any, shape: tuple[int, ...], *, skip_last: bool = False) -> float:
-    """Operations of a block's products on activations `[B, T, D]`; a Gram pass does not need the last linear's."""
-    batch, time, _ = shape
-    names = list(block.linears)[: -1 if skip_last else None]
-    linears = 2 * batch * time * sum(math.prod(block.weight_shape(name)) * _share(block, name) for name in names)
-    # Scores and mixed values of the positions up to each query's own: half of a full square.
-    attention = 2 * batch * time * time * block.attention_width
-    return float(linears + attention)
-
-
-def _gram_flops(
-    block: Any, shape: tuple[int, ...], grams: Mapping[str, Grams], expert_tokens: ExpertTokens = "routed"
-) -> float:
-    every = expert_tokens == "all"
-    sizes = [
-        part.size * (1.0 if every else _share(block, tap))
-        for tap, found in grams.items()
-        for part in (found.gram, found.drift)
-        if part is not None
-    ]
-    if every and (found := grams.get(EXPERTS_HIDDEN)):
-        # Gate and up of every expert, in the dense model too.
-        first = [name for name in block.linears if ".experts." in name and not name.endswith("down_proj")]
-        sizes += [math.prod(block.weight_shape(name)) for name in first] * (1 if found.drift is None else 2)
-    return 2.0 * shape[0] * shape[1] * sum(sizes)
-
-
-def _share(block: Any, name: str) -> float:
-    return block.expert_share if ".experts." in name else 1.0

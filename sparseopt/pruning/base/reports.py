@@ -352,13 +352,12 @@ class PruneReport:
         prunable_size: number of weights in all linears of the model's blocks, those that stay dense included.
         plans: number of recipes that shared the pass over the blocks.
         bos: the token id before every window; None for none.
-        solver_seconds: device time of all layer solves, without compilation.
-        reconstruction_seconds: device time of all reconstructions.
-        survey_seconds: device time of what was measured on the dense model before the pass.
-        compile_seconds: time compiling all programs.
+        solver_seconds: of all layer solves. This and the phases below leave out the time of compiling.
+        reconstruction_seconds: of all reconstructions.
+        survey_seconds: of what was measured on the dense model before the pass.
+        compile_seconds: of compiling the programs of the pass.
         layer_compilations: programs compiled for layer solves; at most the number of distinct shapes.
-        calibration_seconds: device time of all forward passes, those of the pass's other recipes included.
-        calibration_gflops: their rate, 10⁹ floating-point operations a second.
+        calibration_seconds: of all forward passes and Grams, those of the pass's other recipes included.
         seconds: the whole run.
         peak_memory_bytes: largest resident set of the process during the run; so far, if the system cannot tell.
         calibration: the tokens that the run saw.
@@ -393,7 +392,6 @@ class PruneReport:
     compile_seconds: float
     layer_compilations: int
     calibration_seconds: float
-    calibration_gflops: float
     seconds: float
     peak_memory_bytes: int
     calibration: Calibration

@@ -1,6 +1,5 @@
 """The Grams of blocks that run in torch, whose linears tell what they read only while they run."""
 
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial, reduce
@@ -11,12 +10,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from sparseopt.core.base.dense import product
-from sparseopt.layers.compiled import Compiled
+from sparseopt.layers.compiled import Compiled, Stopwatch
 from sparseopt.models import PrunableModel, TorchModel
 from sparseopt.models.streaming.torch_bridge import to_jax, to_torch
 from sparseopt.models.streaming.torch_model import TorchBlock
 from sparseopt.pruning.base.activations import Batches
-from sparseopt.pruning.base.grams import BlockGrams, BlockRunner, ExpertTokens, Grams, Weighting, forward_flops
+from sparseopt.pruning.base.grams import BlockGrams, BlockRunner, ExpertTokens, Grams, Weighting
 
 # Names of linears that read the very same torch tensor.
 Readers = tuple[str, ...]
@@ -50,26 +49,22 @@ class TorchRunner(BlockRunner):
             raise ValueError(f"weighting {weighting!r} is not for blocks that run in torch; say 'uniform'")
         if expert_tokens != "routed":
             raise ValueError(f"expert_tokens {expert_tokens!r} is not for blocks that run in torch; say 'routed'")
-        totals: dict[Readers, Grams] = {}
+        watch, totals = Stopwatch(), dict[Readers, Grams]()
         for index, x in enumerate(batches):
             inputs = {} if dense is None else self._dense_inputs(block, dense[index])
             for seen in self._watch(block, x, partial(self._grams_of_input, x.shape[0] * x.shape[1], inputs)):
                 readers = tuple(seen.readers)
                 totals[readers] = seen.found if readers not in totals else _sum(totals[readers], seen.found)
+        self.seconds += watch.read()[0]
         return BlockGrams({name: _of_linear(block, name, totals) for name in block.linears})
 
     def run(self, block: Any, x: Array, mesh: Mesh | None = None) -> Array:
         del mesh
-        start = time.perf_counter()
-        output = block(x)
-        self.seconds += time.perf_counter() - start
-        self.flops += forward_flops(block, x.shape)
-        return output
+        return block(x)
 
     def _watch(self, block: TorchBlock, x: Array, make: Callable[[str, Any], Any]) -> list[_Seen]:
         """Run a block and make something of each distinct input of its linears, before the model may write to it."""
         inputs: list[_Seen] = []
-        start, inner = time.perf_counter(), self.seconds + self.compile_seconds
 
         def watch(name: str, value: Any) -> None:
             for seen in inputs:
@@ -79,9 +74,6 @@ class TorchRunner(BlockRunner):
             inputs.append(_Seen(value, value._version, [name], make(name, value)))
 
         block.run(to_torch(x), watch)
-        # What was accounted for inside is not counted twice.
-        self.seconds += time.perf_counter() - start - (self.seconds + self.compile_seconds - inner)
-        self.flops += forward_flops(block, x.shape)
         return inputs
 
     def _dense_inputs(self, block: TorchBlock, x: Array) -> dict[str, Array]:
@@ -93,17 +85,16 @@ class TorchRunner(BlockRunner):
 
     def _grams_of_input(self, tokens: int, dense: Mapping[str, Array], name: str, value: Any) -> Grams:
         rows, other, drift = _rows(value), dense.get(name), None
-        count, width = rows.shape
+        count = len(rows)
         if count != tokens:
             # An expert gets another number of tokens each time: few heights, so that few programs serve all.
             import torch
 
             rows = torch.nn.functional.pad(rows, (0, 0, 0, (1 << max(count - 1, 0).bit_length()) - count))
-        gram, total = self.account(_gram_of_inputs(to_jax(rows)))
+        gram, total = _gram_of_inputs(to_jax(rows))
         # Tokens of an expert are others in the dense model.
         if other is not None and count == tokens == len(other):
-            drift = self.account(_drift_of_inputs(to_jax(rows), other))
-        self.flops += 2.0 * count * width * width * (1 if drift is None else 2)
+            drift = _drift_of_inputs(to_jax(rows), other)
         return Grams(gram, jnp.float32(count), jnp.int32(count), total, drift)
 
 

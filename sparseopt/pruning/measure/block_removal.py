@@ -209,7 +209,7 @@ def cosine_scores(trial: Trial) -> Float[np.ndarray, "blocks"]:
     for index in range(model.num_blocks):
         after = trial.runner.forward(model.block(index), stream)
         pairs = zip(stream, after, strict=True)
-        found.append(1 - np.mean([trial.runner.account(_mean_cosine(x, y)) for x, y in pairs]))
+        found.append(1 - np.mean([_mean_cosine(x, y) for x, y in pairs]))
         stream = after
         trial.observer("cosine score, block", index + 1, model.num_blocks)
     return np.asarray(found)

@@ -44,7 +44,7 @@ from sparseopt.layers.side_by_side import agreed
 from sparseopt.models import Block, Head, PrunableBlock, PrunableModel, Routed
 from sparseopt.models.decoder.experts import stacked_name, unstacked_names
 from sparseopt.pruning.base.activations import Batches, Stream
-from sparseopt.pruning.base.grams import BlockRunner, forward_flops
+from sparseopt.pruning.base.grams import BlockRunner
 from sparseopt.pruning.base.reports import AllocationRecord
 from sparseopt.pruning.evaluate.evaluation import negative_log_likelihood
 from sparseopt.pruning.recipe.allocation import (
@@ -167,7 +167,7 @@ def _curves(site: Site, names: Sequence[str], levels: np.ndarray, runner: BlockR
             output_weights(sensitivity),
             jnp.asarray(levels, jnp.float32),
         )
-        curves[name] = np.asarray(runner.account(losses_of_linear(*arguments)), np.float64)
+        curves[name] = np.asarray(losses_of_linear(*arguments), np.float64)
     return curves
 
 
@@ -175,7 +175,7 @@ def _outliers(block: PrunableBlock, batches: Batches, runner: BlockRunner) -> fl
     grams = runner.grams(block, batches)
     weights = {name: block.read(f"{name}.weight") for name in block.linears}
     inputs = {name: grams[tap].gram for name, tap in block.linears.items()}
-    return float(runner.account(outliers_of_block(weights, inputs)))
+    return float(outliers_of_block(weights, inputs))
 
 
 def _shares(
@@ -292,7 +292,7 @@ def backward_sweep(
     head = model.head()
     for x in stream:
         ids = jnp.asarray(tokens[len(gradients) * len(x) :][: len(x)])
-        gradients.append(runner.account(_gradient_after_blocks(head, x, ids, skipped)))
+        gradients.append(_gradient_after_blocks(head, x, ids, skipped))
     del head
     for start in reversed(starts):
         segment = [marks.pop(start)]
@@ -302,9 +302,8 @@ def backward_sweep(
             index, block, stream = start + len(segment) - 1, model.block(start + len(segment) - 1), segment.pop()
             squares: Any = None
             for position, x in enumerate(stream):
-                gradients[position], new = runner.account(_gradient_through_block(block, x, gradients[position]))
+                gradients[position], new = _gradient_through_block(block, x, gradients[position])
                 squares = new if squares is None else jax.tree.map(jnp.add, squares, new)
-                runner.flops += 3 * forward_flops(block, x.shape)
             found = _by_linear({name: np.asarray(value) / tokens.size for name, value in squares.items()})
             yield Site(index, block, stream, found)
             done += 1

@@ -16,9 +16,8 @@ from jaxtyping import Array
 
 from sparseopt.core.base.mesh import whole
 from sparseopt.core.penalties.patterns import NM
-from sparseopt.layers.compiled import Timed
 from sparseopt.layers.problem import LayerJob, check_answer, reads_variances
-from sparseopt.layers.side_by_side import LayerTask, agreed, solve_block
+from sparseopt.layers.side_by_side import LayerTask, Solved, agreed, solve_block
 from sparseopt.models import (
     Block,
     Kept,
@@ -204,11 +203,10 @@ def _pruned(
         def own(found: Grams) -> Grams:
             return found if move.columns is None else found.reordered(move.columns)
 
-        def job() -> Timed:
-            weight, found = _stored_as(key, dense_weight, dtype), own(grams[tap])
-            target = Timed(weight, 0.0, 0.0)
+        def job() -> LayerJob:
+            target, found = _stored_as(key, dense_weight, dtype), own(grams[tap])
             if not starved and recipe.propagated_share and found.drift is not None:
-                target = propagated(weight, found, recipe.propagated_share, mesh)
+                target = propagated(target, found, recipe.propagated_share, mesh)
             # So few tokens do not rank the weights: all inputs count the same.
             gram = jnp.eye(len(found.gram), dtype=jnp.float32) if starved else found.gram
             variances = None
@@ -216,7 +214,7 @@ def _pruned(
                 variances = np.ones(len(gram), np.float32) if starved else whole(found.variances)
             test_gram = own(tests[tap]).gram if tested else None
             support = plan.support(key, dense_weight)
-            return target._replace(value=LayerJob(target.value, gram, test_gram, pattern, outputs, variances, support))
+            return LayerJob(target, gram, test_gram, pattern, outputs, variances, support)
 
         kind = (shape, dtype, tested, outputs is None, jax.tree.structure(pattern))
         return LayerTask(key.removesuffix(".weight"), (shape[0], shape[1]), kind, job)
@@ -226,7 +224,7 @@ def _pruned(
         for name, solved in zip(linears, solve_block(tasks, plan.method, mesh), strict=True):
             path = f"{name}.weight"
             record = _record(plan, dense.index, keys[path], solved, *evidence[name])
-            found[path] = np.asarray(solved.value.weight)
+            found[path] = np.asarray(solved.report.weight)
             told(record)
     except MemoryError as error:
         raise PruningError(f"{error}; then start the same command again") from error
@@ -325,9 +323,9 @@ def _evidence(plan: Plan, name: str, tap: str, grams: BlockGrams, tests: BlockGr
     return tokens, starved, not starved and bool(tests) and tests.tokens(tap) > 0
 
 
-def _record(plan: Plan, block: int, key: str, solved: Timed, tokens: int, starved: bool, tested: bool) -> LayerRecord:
+def _record(plan: Plan, block: int, key: str, solved: Solved, tokens: int, starved: bool, tested: bool) -> LayerRecord:
     """The record of a solved linear; a PruningError if its answer is not finite or breaks the pattern."""
-    report, name = solved.value, key.removesuffix(".weight")
+    report, name = solved.report, key.removesuffix(".weight")
     heldout = float(report.test_error) if tested else math.inf
     try:
         status = check_answer(report, plan.method, plan.patterns[key])

@@ -125,13 +125,10 @@ class Branch:
         keep_record(self.plan.folder, self.progress, record)
         told(record)
 
-    def finish(
-        self, compile_seconds: float, start: float, scoring: Callable[[Path], tuple[Score, ...]], **figures: Any
-    ) -> PruneReport:
+    def finish(self, start: float, scoring: Callable[[Path], tuple[Score, ...]], **figures: Any) -> PruneReport:
         """Complete the folder, read it back, score it, report.
 
         Args:
-            compile_seconds: of the pass.
             start: when it began, by `time.perf_counter`.
             scoring: gives the scores of the model in a folder.
             figures: of the whole pass, fields of the report.
@@ -153,7 +150,6 @@ class Branch:
             distilled=self.progress.distilled,
             solver_seconds=sum(r.seconds for r in layers),
             reconstruction_seconds=sum(r.seconds for r in blocks),
-            compile_seconds=compile_seconds + sum(getattr(r, "compile_seconds", 0.0) for r in self.progress.records),
             layer_compilations=sum(r.compile_seconds > 0 for r in layers),
             dense_bytes=self.writer.dense_bytes,
             stored_bytes=self.writer.stored_bytes,

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from sparseopt.core.base.dense import product, spd_inverse
 from sparseopt.core.base.mesh import over, put, whole
-from sparseopt.layers.compiled import Compiled, Timed
+from sparseopt.layers.compiled import Compiled
 from sparseopt.layers.problem import scaled_gram
 from sparseopt.layers.split import Cut
 from sparseopt.pruning.base.grams import Grams
@@ -45,11 +45,11 @@ def drifted_target(
 propagated_target = Compiled(drifted_target)
 
 
-def propagated(weight: np.ndarray, grams: Grams, share: float, mesh: Mesh | None) -> Timed:
+def propagated(weight: np.ndarray, grams: Grams, share: float, mesh: Mesh | None) -> np.ndarray:
     """The `drifted_target` of a weight, in its dtype, from Grams with a drift; devices of a mesh share the rows."""
     target: Any = weight
     if mesh is not None:
         # Each output has its own target: rows of zeros after them change none.
         target = put(Cut(mesh, len(weight)).padded(weight), over(mesh))
     found = propagated_target(target, grams.gram, grams.drift, np.float32(share), np.float32(PROPAGATION_RIDGE))
-    return found._replace(value=whole(found.value)[: len(weight)].astype(weight.dtype))
+    return whole(found)[: len(weight)].astype(weight.dtype)

@@ -54,7 +54,7 @@ def with_variants(
         windows: of token ids.
         count: 0 or more.
         kind: activations are stored as these are.
-        runner: counts the time.
+        runner: runs the blocks.
         observer: called with ("variants, block", blocks done, blocks of all rounds).
     """
     if not count:
@@ -75,7 +75,7 @@ def with_variants(
             own = slice(start, start := start + len(x))
             rows = jnp.take_along_axis(x, jnp.asarray(places[own, :, None] - 1), axis=1)
             arguments = (rows.reshape(-1, x.shape[-1]), keys[own].reshape(-1), model.config.vocab_size)
-            drawn.append(_drawn(head, *arguments, runner))
+            drawn.append(_drawn(head, *arguments))
         np.put_along_axis(tokens, places, agreed(np.concatenate(drawn)).reshape(places.shape), axis=1)
     return windows._replace(calibration=np.concatenate([windows.calibration, tokens]))
 
@@ -89,11 +89,11 @@ def draw(head: Any, x_RD: Float[Array, "R D"], key_R: Array) -> Int[Array, "R"]:
 _draw = Compiled(draw)
 
 
-def _drawn(head: Any, x_RD: Array, key_R: Array, vocabulary: int, runner: BlockRunner) -> np.ndarray:
+def _drawn(head: Any, x_RD: Array, key_R: Array, vocabulary: int) -> np.ndarray:
     """`draw` for slices of rows, whose logits fit in memory; compiled unless the head runs in torch."""
     found, size = [], min(LOGIT_ROWS, max(1, LOGIT_BYTES // (4 * vocabulary)))
     for start in range(0, len(x_RD), size):
         own = slice(start, start + size)
         arguments = (head, x_RD[own], key_R[own])
-        found.append(np.asarray(runner.account(_draw(*arguments)) if isinstance(head, Head) else draw(*arguments)))
+        found.append(np.asarray(_draw(*arguments) if isinstance(head, Head) else draw(*arguments)))
     return np.concatenate(found)

@@ -185,7 +185,7 @@ class _ModelTrainer(Trainer):
         for x, dense in zip(inputs, targets, strict=True):
             for block in self._trained():
                 x = self.runner.run(block, x)
-            losses.append(float(self.runner.account(_loss_after_blocks(self.head, dense, x))))
+            losses.append(float(_loss_after_blocks(self.head, dense, x)))
         return float(np.mean(losses))
 
     def step(self, index: int, rows: np.ndarray, rate: np.float32) -> tuple[Array, Array]:
@@ -193,11 +193,11 @@ class _ModelTrainer(Trainer):
         streams = [x]
         for block in self._trained():
             streams.append(self.runner.run(block, streams[-1]))
-        loss, gradient = self.runner.account(_gradient_after_blocks(self.head, dense, streams.pop()))
+        loss, gradient = _gradient_after_blocks(self.head, dense, streams.pop())
         norms = []
         for i in reversed(range(len(self.states))):
             arguments = (self.states[i], self.fixed[i], streams.pop(), gradient, rate, np.float32(self.settings.clip))
-            self.states[i], gradient, norm = self.runner.account(_step_of_block(*arguments))
+            self.states[i], gradient, norm = _step_of_block(*arguments)
             norms.append(norm)
         self.observer("distillation, step", self.steps + 1, self.total)
         return loss, jnp.max(jnp.stack(norms))

@@ -103,7 +103,7 @@ _shares_of_batch = Compiled(_channel_shares)
 
 def channel_weights(targets: Iterable[Float[Array, "B T D"]]) -> Float[np.ndarray, "D"]:
     """The weight of each channel in `stream_loss`, as above, times the mean share, up to 1 / FLOOR."""
-    shares = np.mean([_shares_of_batch(target).value for target in targets], axis=0)
+    shares = np.mean([_shares_of_batch(target) for target in targets], axis=0)
     mean = shares.mean()
     # Where all targets are zero nothing counts, whatever the weights.
     return mean / np.maximum(shares, FLOOR * mean) if mean > 0 else np.ones_like(shares)
@@ -138,13 +138,13 @@ class _BlockTrainer(Trainer):
     def loss(self, inputs: Batches, targets: Batches) -> float:
         pairs = zip(inputs, targets, strict=True)
         arguments = (self.state.params, self.fixed, self.weights)
-        losses = [self.runner.account(_loss_of_batch(*arguments, x, target)) for x, target in pairs]
+        losses = [_loss_of_batch(*arguments, x, target) for x, target in pairs]
         return float(np.mean([float(loss) for loss in losses]))
 
     def step(self, index: int, rows: np.ndarray, rate: np.float32) -> tuple[Array, Array]:
         (inputs, targets), clip = self.calibration, np.float32(self.settings.clip)
         arguments = (self.state, self.fixed, self.weights, inputs[index], targets[index], rows, rate, clip)
-        self.state, loss, norm = self.runner.account(_step_of_rows(*arguments))
+        self.state, loss, norm = _step_of_rows(*arguments)
         return loss, norm
 
     def keep(self) -> None:

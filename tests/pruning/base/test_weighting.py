@@ -49,7 +49,6 @@ def test_a_silent_token_weighs_nothing_and_batches_do_not_matter(source, tokens)
     )
     for name in whole:
         np.testing.assert_allclose(whole[name].gram, parts[name].gram, rtol=1e-4, atol=1e-4)
-    assert one.flops == pytest.approx(many.flops)
     assert len(make_batches(x)) == 1
 
 
