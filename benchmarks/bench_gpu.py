@@ -137,7 +137,7 @@ def measure_layer(outputs: int, inputs: int, method: str, preset: str | None) ->
     job = LayerJob(weight, gram, None, parse_pattern("unstructured", 0.5, (outputs, inputs)))
     solver = find_method(method, preset)
     about = {"outputs": outputs, "inputs": inputs, "method": method, "preset": preset}
-    spent, compiling = [], 0.0
+    spent, compiling = list[float](), 0.0
     try:
         for _ in range(2):
             watch = Stopwatch()
