@@ -64,7 +64,13 @@ HOUSE = {
     "pruning/evaluate": ["evaluation", "scoring", "zero_shot"],
     "pruning/train": ["training", "distillation reconstruction"],
     "pruning/recipe": ["allocation effort options targets", "pass_recipe", "prune_recipe shrink_recipe"],
-    "pruning/run": ["card permutation plan propagation", "folder quality variants", "block drawn", "branch"],
+    "pruning/run": [
+        "card permutation plan propagation",
+        "folder quality variants",
+        "block drawn",
+        "branch",
+        "shared_pass",
+    ],
     "pruning/measure": ["block_removal survey", "mixing", "shaping"],
     "pruning": ["memory", "pipeline", "inspection", "__init__"],
     "experiments": [

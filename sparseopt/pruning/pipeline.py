@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from sparseopt.core.base.dense import activations_in
 from sparseopt.core.base.mesh import Devices, device_line
@@ -27,10 +26,9 @@ from sparseopt.core.base.types import Observer
 from sparseopt.layers.compiled import Stopwatch
 from sparseopt.layers.patterns import check_cut
 from sparseopt.layers.split import is_out_of_memory
-from sparseopt.models import PrunableModel, Source, TorchModel, check_output, open_model
-from sparseopt.pruning.base.activations import Batches, DiskBatches, SpreadBatches, Stream, embed_windows
-from sparseopt.pruning.base.reports import Calibration, Event, Footprint, LayerRecord, Passed, PruneReport
-from sparseopt.pruning.base.torch_grams import runner_of
+from sparseopt.models import Source, TorchModel, check_output, open_model
+from sparseopt.pruning.base.activations import Stream, embed_windows
+from sparseopt.pruning.base.reports import Passed, PruneReport
 from sparseopt.pruning.measure.shaping import choose_shapes
 from sparseopt.pruning.measure.survey import survey
 from sparseopt.pruning.memory import choose_footprint
@@ -38,7 +36,7 @@ from sparseopt.pruning.recipe.pass_recipe import PassRecipe
 from sparseopt.pruning.recipe.prune_recipe import Recipe
 from sparseopt.pruning.recipe.shrink_recipe import ShrinkRecipe
 from sparseopt.pruning.run.block import DenseBlock, PruningError
-from sparseopt.pruning.run.branch import Branch, begin
+from sparseopt.pruning.run.branch import Branch
 from sparseopt.pruning.run.drawn import drawn_windows, keep_drawn
 from sparseopt.pruning.run.folder import (
     Identity,
@@ -50,7 +48,6 @@ from sparseopt.pruning.run.folder import (
     recipe_identity,
 )
 from sparseopt.pruning.run.plan import (
-    CalibrationWindows,
     Plan,
     calibration_windows,
     check_same_calibration,
@@ -60,6 +57,7 @@ from sparseopt.pruning.run.plan import (
     with_windows,
 )
 from sparseopt.pruning.run.quality import Scoring, samples_to_score
+from sparseopt.pruning.run.shared_pass import Pass
 from sparseopt.pruning.run.variants import with_variants
 from sparseopt.system import processes
 from sparseopt.system.machine import freed_memory_kept, parse_bytes, peak_from_now, return_freed_memory
@@ -155,6 +153,30 @@ def prune_models(
         finished in their folders take no part in it.
     """
     start, peak = time.perf_counter(), peak_from_now()
+    with open_pass(source, recipes, observer or (lambda *_: None), memory, devices) as (plans, identity, work):
+        made: dict[Path, PruneReport] = {}
+        if work is not None:
+            precision = work.branches[0].plan.recipe.precision
+            with activations_in(precision), _memory_errors():
+                figures = _run(work, stop) | {"start": start, "precision": precision, "peak_memory_bytes": peak()}
+                made = {branch.plan.folder: branch.finish(work.scoring, **figures) for branch in work.branches}
+        return [made.get(plan.folder) or read_report(identity, plan) for plan in plans]
+
+
+@contextlib.contextmanager
+def open_pass(
+    source: str | Path | Source,
+    recipes: Sequence[tuple[PassRecipe, str | Path]],
+    observer: Observer,
+    memory: int | str | None,
+    devices: Devices,
+) -> Iterator[tuple[list[Plan], Identity, Pass | None]]:
+    """Check and decide everything before work, and hold the folders; arguments and errors are those of `prune_models`.
+
+    Yields:
+        The plans of all recipes, the identity of their runs, and the pass of those that are not finished; None if all
+        are.
+    """
     budget = None if memory is None else parse_bytes(memory)
     if not recipes:
         raise ValueError("nothing to do: give at least one recipe and its output folder")
@@ -179,19 +201,19 @@ def prune_models(
     for plan in plans:
         for key, pattern in plan.patterns.items():
             check_cut(pattern, model.weight_shape(key), mesh)
-    identity, first, told = Identity(model), processes.is_first(), observer or (lambda *_: None)
+    identity, first = Identity(model), processes.is_first()
     # One process holds the folders for all.
     with claimed(folders) if first else contextlib.nullcontext():
         recipe, drawing = plans[0].recipe, time.perf_counter()
         if recipe.draws:
             sized = with_windows(plans, recipe.samples or default_windows(model, recipe.seqlen))
-            windows = drawn_windows(model, sized, identity, budget, told)
+            windows = drawn_windows(model, sized, identity, budget, observer)
         else:
             windows = calibration_windows(model, recipe)
         drawing = time.perf_counter() - drawing if recipe.draws else 0.0
         calibration = describe_calibration(model, plans, windows)
         plans, identity.tokens = with_windows(plans, calibration.samples), calibration.digest
-        scoring = Scoring(model, samples_to_score(model, plans[0].recipe, windows), told)
+        scoring = Scoring(model, samples_to_score(model, plans[0].recipe, windows), observer)
         processes.agree(
             {
                 "recipes": [recipe_identity(plan.recipe) for plan in plans],
@@ -200,21 +222,15 @@ def prune_models(
                 "output folders": [str(folder) for folder in folders],
             }
         )
-        found = [is_finished(identity, plan) for plan in plans] if first else []
-        finished = processes.told(found)
+        finished = processes.told([is_finished(identity, plan) for plan in plans] if first else [])
         rest = [plan for plan, done in zip(plans, finished, strict=True) if not done]
-        made: list[PruneReport] = []
-        if rest:
-            footprint = choose_footprint(model, rest, *windows[:2], budget, spread=mesh is not None)
-            known = calibration, footprint
-            with activations_in(rest[0].recipe.precision), _memory_errors():
-                branches, figures = _run(model, rest, windows, identity, known, mesh, told, stop)
-                figures |= {"start": start, "scoring": scoring, "draw_seconds": drawing, "peak_memory_bytes": peak()}
-                made = [branch.finish(**figures) for branch in branches]
-        reports = iter(made)
-        return [
-            read_report(identity, plan) if done else next(reports) for plan, done in zip(plans, finished, strict=True)
-        ]
+        if not rest:
+            yield plans, identity, None
+            return
+        footprint = choose_footprint(model, rest, *windows[:2], budget, spread=mesh is not None)
+        read = processes.told([progress_in(identity, plan).as_dict() for plan in rest] if first else [])
+        branches = [Branch(model, plan, Progress.from_dict(each)) for plan, each in zip(rest, read, strict=True)]
+        yield plans, identity, Pass(model, branches, windows, calibration, footprint, scoring, observer, mesh, drawing)
 
 
 @contextlib.contextmanager
@@ -233,74 +249,52 @@ def _memory_errors() -> Iterator[None]:
         ) from error
 
 
-def _run(
-    model: PrunableModel,
-    plans: Sequence[Plan],
-    windows: CalibrationWindows,
-    identity: Identity,
-    known: tuple[Calibration, Footprint],
-    mesh: Mesh | None,
-    observer: Observer,
-    stop: Callable[[], bool] | None,
-) -> tuple[list[Branch], dict[str, Any]]:
-    """One pass for plans whose folders are claimed, to be finished with these figures; `known` is told at once."""
-    done, runner, whole = 0, runner_of(model), Stopwatch()
-
-    def told(event: Event) -> None:
-        nonlocal done
-        done += isinstance(event, LayerRecord)
-        # What is pruned may be known only after the choice of sizes.
-        observer(event, done, sum(len(plan.patterns) for plan in plans))
-
-    calibration, footprint = known
-    told(calibration)
-    told(footprint)
-    read = [progress_in(identity, plan).as_dict() for plan in plans] if processes.is_first() else []
-    progress = [Progress.from_dict(each) for each in processes.told(read)]
-    if plans[0].recipe.draws:
-        for plan in plans:
-            keep_drawn(plan, windows)
-    on_disk = footprint.activations == "disk"
-    kind = SpreadBatches(mesh) if mesh is not None else DiskBatches(plans[0].folder) if on_disk else Batches()
-    seen = with_variants(model, windows, plans[0].recipe.variant_count, kind, runner, observer)
+def _run(work: Pass, stop: Callable[[], bool] | None) -> dict[str, Any]:
+    """Go through the blocks; figures of the whole pass, fields of its reports."""
+    model, branches, runner, whole = work.model, work.branches, work.runner, Stopwatch()
+    recipes = [branch.plan.recipe for branch in branches]
+    work.tell(work.calibration)
+    work.tell(work.footprint)
+    if recipes[0].draws:
+        for branch in branches:
+            keep_drawn(branch.plan, work.windows)
+    batches = work.batches
+    seen = with_variants(model, work.windows, recipes[0].variant_count, batches, runner, work.observer)
     return_freed_memory()
-    stream, watch = Stream(*embed_windows(model, kind, *seen[:2])), Stopwatch()
-    plans = survey(model, plans, progress, stream, windows, runner, observer)
-    plans = choose_shapes(model, plans, progress, stream, windows, kind, runner, observer)
-    for found in progress:
-        if found.shape is not None:
-            told(found.shape)
+    stream, watch = Stream(*embed_windows(model, batches, *seen[:2])), Stopwatch()
+    survey(work, stream)
+    choose_shapes(work, stream)
     survey_seconds, _ = watch.read()
-    writers = [begin(model, *own) for own in zip(plans, progress, strict=True)]
-    embedded = stream if any(plan.recipe.distillation for plan in plans) else None
-    branches = [Branch(model, *own, stream) for own in zip(plans, progress, writers, strict=True)]
-    dense = stream if any(plan.recipe.needs_dense_stream for plan in plans) else None
+    for branch in branches:
+        branch.begin(stream)
+    embedded = stream if any(recipe.distillation for recipe in recipes) else None
+    dense = stream if any(recipe.needs_dense_stream for recipe in recipes) else None
     # Only the branches hold their streams, so one is freed when all of them have passed the block.
     del stream
     for index in range(model.num_blocks):
         return_freed_memory()
         block, last = DenseBlock(model.block(index), index, dense, runner), index + 1 == model.num_blocks
         for branch in branches:
-            branch.advance(block, told)
-        told(Passed(index, model.num_blocks))
+            branch.advance(block, work.tell)
+        work.tell(Passed(index, model.num_blocks))
         dense = block.outputs if dense and (embedded or not last) else None
         # The next block is read when this one and its Grams are gone.
         del block
         if not last and processes.any_of(stop is not None and stop()):
             raise Stopped(f"stopped after block {index + 1} of {model.num_blocks}; the same call resumes there")
     for branch in branches:
-        branch.distil(embedded, dense, told, observer)
-    return branches, {
+        branch.distil(embedded, dense, work.tell, work.observer)
+    return {
         "compile_seconds": whole.read()[1],
         "route": "torch" if isinstance(model, TorchModel) else "flax",
-        "plans": len(plans),
-        "bos": windows.bos,
+        "plans": len(branches),
+        "bos": work.windows.bos,
+        "draw_seconds": work.draw_seconds,
         "survey_seconds": survey_seconds,
         "calibration_seconds": runner.seconds,
-        "calibration": calibration,
-        "footprint": footprint,
-        "devices": 1 if mesh is None else mesh.size,
+        "calibration": work.calibration,
+        "footprint": work.footprint,
+        "devices": 1 if work.mesh is None else work.mesh.size,
         "processes": processes.count(),
         "platform": jax.devices()[0].platform,
-        "precision": plans[0].recipe.precision,
     }

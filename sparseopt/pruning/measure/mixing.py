@@ -30,10 +30,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
-from sparseopt.core.base.types import Observer
 from sparseopt.models import ModelError, PrunableModel, Sizes, sizes_of, smaller_model
-from sparseopt.pruning.base.activations import Batches, Stream
-from sparseopt.pruning.base.grams import BlockRunner
+from sparseopt.pruning.base.activations import Stream
 from sparseopt.pruning.base.reports import RemovalRecord
 from sparseopt.pruning.measure.block_removal import Trial, removal_order, trial_of
 from sparseopt.pruning.recipe.shrink_recipe import (
@@ -46,7 +44,8 @@ from sparseopt.pruning.recipe.shrink_recipe import (
     smallest_sizes,
 )
 from sparseopt.pruning.run.block import DenseBlock, masked_blocks
-from sparseopt.pruning.run.plan import CalibrationWindows, Plan, shrink_plan
+from sparseopt.pruning.run.plan import Plan, shrink_plan
+from sparseopt.pruning.run.shared_pass import Pass
 from sparseopt.system import processes
 
 # Numbers of channels, and of groups, at which a curve is measured besides the dense model's.
@@ -105,34 +104,23 @@ class Search:
     removals: int
 
 
-def choose_mixes(
-    model: PrunableModel,
-    plans: Sequence[Plan],
-    stream: Stream,
-    windows: CalibrationWindows,
-    kind: Batches,
-    runner: BlockRunner,
-    observer: Observer,
-) -> list[Mix]:
+def choose_mixes(work: Pass, plans: Sequence[Plan], stream: Stream) -> list[Mix]:
     """What the smaller models of plans with a budget keep.
 
     Args:
-        model: the dense model.
+        work: the pass; losses are those of about `block_removal.TOKENS` tokens of its windows, the same for all curves.
         plans: of `ShrinkRecipe` with a budget, at the dense model's sizes.
         stream: before the first block; layers are fitted to the dense model's calibration stream.
-        windows: the losses are those of about `block_removal.TOKENS` tokens of them, the same for all curves.
-        kind: batches stored where the activations of these tokens are to be stored, see `Batches.empty`.
-        runner: runs the blocks.
-        observer: called with a text, blocks done and blocks in all; see also `removal_order`.
 
     Raises:
         ModelError: for a budget that no mix meets, with the least possible.
         RuntimeError: if the loss of the dense model is not finite.
         PruningError: as `prune_block` does.
     """
+    model, windows = work.model, work.windows
     searches = [_search(model, plan) for plan in plans]
     scored = windows._replace(calibration=windows.heldout) if len(windows.heldout) else windows
-    trial = trial_of(model, scored, runner, observer, kind=kind)
+    trial = trial_of(model, scored, work.runner, work.observer, kind=work.batches)
     levels = [_levels(model, search) for search in searches]
     trials = [
         _trial_plan(model, search.plan, sizes) for search, own in zip(searches, levels, strict=True) for sizes in own

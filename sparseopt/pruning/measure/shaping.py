@@ -6,60 +6,47 @@ measured once for all plans of a pass. Both are written to the plans' folders, w
 
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
 
-from sparseopt.core.base.types import Observer
 from sparseopt.models import PrunableModel, sizes_of
-from sparseopt.pruning.base.activations import Batches, Stream
-from sparseopt.pruning.base.grams import BlockRunner
+from sparseopt.pruning.base.activations import Stream
 from sparseopt.pruning.base.reports import RemovalRecord, ShapeRecord
 from sparseopt.pruning.measure.block_removal import removal_order, trial_of
 from sparseopt.pruning.measure.mixing import Mix, choose_mixes
 from sparseopt.pruning.recipe.shrink_recipe import BlockScore, ShrinkRecipe, parameters_of
-from sparseopt.pruning.run.folder import Progress, keep_record
-from sparseopt.pruning.run.plan import CalibrationWindows, Plan, shrink_plan
+from sparseopt.pruning.run.plan import Plan, shrink_plan
+from sparseopt.pruning.run.shared_pass import Pass
 
 
-def choose_shapes(
-    model: PrunableModel,
-    plans: Sequence[Plan],
-    progress: Sequence[Progress],
-    stream: Stream,
-    windows: CalibrationWindows,
-    kind: Batches,
-    runner: BlockRunner,
-    observer: Observer,
-) -> list[Plan]:
-    """The plans with the sizes of their smaller models; plans that only make zeros are unchanged.
+def choose_shapes(work: Pass, stream: Stream) -> None:
+    """Give the plans of a pass the sizes of their smaller models; plans that only make zeros are unchanged.
 
-    Sizes that an earlier run chose are taken as they are; the records of new ones are kept in the progress and in the
-    folders. `stream` is that before the first block; `kind` says where activations are stored.
+    Sizes that an earlier start chose are taken as they are. `stream` is that before the first block.
     """
-    start = time.perf_counter()
-    pairs = list(zip(plans, progress, strict=True))
-    new = [
-        (plan, cast(ShrinkRecipe, plan.recipe), found)
-        for plan, found in pairs
-        if plan.sizes is not None and found.shape is None
-    ]
+    start, model = time.perf_counter(), work.model
+    smaller = [branch for branch in work.branches if branch.plan.sizes is not None]
+    new = [(branch, cast(ShrinkRecipe, branch.plan.recipe)) for branch in smaller if branch.progress.shape is None]
     # Each score orders the blocks once for all plans.
     counts: dict[BlockScore, int] = {}
-    for plan, recipe, _ in new:
-        if removed := _removed(model, plan):
+    for branch, recipe in new:
+        if removed := _removed(model, branch.plan):
             counts[recipe.block_score] = max(removed, counts.get(recipe.block_score, 0))
     orders: dict[BlockScore, list[RemovalRecord]] = {}
     if counts:
-        trial = trial_of(model, windows, runner, observer, kind=kind)
+        trial = trial_of(model, work.windows, work.runner, work.observer, kind=work.batches)
         orders = {score: removal_order(trial, count, score=score) for score, count in counts.items()}
-    budgets = [plan for plan, recipe, _ in new if recipe.has_budget]
-    mixes = iter(choose_mixes(model, budgets, stream, windows, kind, runner, observer) if budgets else [])
+    budgets = [branch.plan for branch, recipe in new if recipe.has_budget]
+    mixes = iter(choose_mixes(work, budgets, stream) if budgets else [])
     seconds = time.perf_counter() - start
-    for plan, recipe, found in new:
+    for branch, recipe in new:
+        plan = branch.plan
         mix = next(mixes) if recipe.has_budget else _by_shares(model, plan, orders.get(recipe.block_score, []))
-        keep_record(plan.folder, found, _shape(model, plan, mix, seconds))
-    return [plan if found.shape is None else shrink_plan(model, plan, found.shape.sizes) for plan, found in pairs]
+        branch.keep(_shape(model, plan, mix, seconds))
+    for branch in smaller:
+        assert branch.progress.shape is not None
+        branch.plan = shrink_plan(model, branch.plan, branch.progress.shape.sizes)
+        work.tell(branch.progress.shape)
 
 
 def _removed(model: PrunableModel, plan: Plan) -> int:

@@ -37,7 +37,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from sparseopt.core.base.types import Observer
 from sparseopt.layers.compiled import Compiled
 from sparseopt.layers.patterns import implied_sparsity, share_unit
 from sparseopt.layers.side_by_side import agreed
@@ -58,8 +57,8 @@ from sparseopt.pruning.recipe.allocation import (
     outliers_of_block,
 )
 from sparseopt.pruning.recipe.prune_recipe import Recipe
-from sparseopt.pruning.run.folder import Progress, keep_record
-from sparseopt.pruning.run.plan import CalibrationWindows, Plan, layer_patterns
+from sparseopt.pruning.run.plan import Plan, layer_patterns
+from sparseopt.pruning.run.shared_pass import Pass
 
 # Calibration tokens taken at most for sensitivities and curves, and at least one window: both are means over tokens.
 TOKENS = 8192
@@ -82,22 +81,15 @@ class Site:
     sensitivity: dict[str, np.ndarray]  # of its linears' outputs, `[out]` float32, 0 or more
 
 
-def survey(
-    model: PrunableModel,
-    plans: Sequence[Plan],
-    progress: Sequence[Progress],
-    stream: Stream,
-    windows: CalibrationWindows,
-    runner: BlockRunner,
-    observer: Observer,
-) -> list[Plan]:
-    """Measure what the recipes of one pass ask for, and return the plans with the patterns and output weights for it.
+def survey(work: Pass, stream: Stream) -> None:
+    """Measure what the recipes of a pass ask for, and give their plans the patterns and output weights for it.
 
-    An allocation is kept in the progress of its plan and in its folder: what it was chosen by may be other levels, or
-    other devices, when the run is resumed. The stream is that of the windows before the first block.
+    An allocation is kept with its run: what it was chosen by may be other levels, or other devices, when the run is
+    resumed. The stream is that of the windows before the first block.
     """
-    recipes = [plan.recipe for plan in plans]
-    open_plans = [plan for plan, found in zip(plans, progress, strict=True) if found.allocation is None]
+    model, windows, runner = work.model, work.windows, work.runner
+    recipes = [branch.plan.recipe for branch in work.branches]
+    open_plans = [branch.plan for branch in work.branches if branch.progress.allocation is None]
     by_curves = [plan for plan in open_plans if plan.recipe.chosen_allocation == "curves"]
     levels = _levels([recipe for plan in by_curves if isinstance(recipe := plan.recipe, Recipe)])
     curved = {key for plan in by_curves for key in plan.patterns}
@@ -106,7 +98,7 @@ def survey(
     outliers: list[float] = []
 
     def told(done: int, total: int) -> None:
-        observer("survey, pass", done, total)
+        work.observer("survey, pass", done, total)
 
     if by_curves or any(recipe.output_weighting() == "gradient" for recipe in recipes):
         tokens = windows.calibration[: max(1, TOKENS // windows.calibration.shape[1])]
@@ -125,18 +117,17 @@ def survey(
             outliers.append(_outliers(block, batches, runner))
             batches = runner.forward(block, batches)
             told(index + 1, model.num_blocks)
-    found = []
-    for plan, own in zip(plans, progress, strict=True):
+    for branch in work.branches:
+        plan, own = branch.plan, branch.progress
         recipe, patterns = plan.recipe, plan.patterns
         if isinstance(recipe, Recipe) and recipe.chosen_allocation != "uniform":
             if own.allocation is None:
                 shares = _shares(model, plan, recipe, levels, curves, outliers)
-                keep_record(plan.folder, own, AllocationRecord(shares))
+                branch.keep(AllocationRecord(shares))
             assert own.allocation is not None
             patterns = layer_patterns(model, recipe, plan.method, own.allocation.shares)
         own_weights = weights if recipe.output_weighting() == "gradient" else {}
-        found.append(replace(plan, patterns=patterns, output_weights=own_weights))
-    return found
+        branch.plan = replace(plan, patterns=patterns, output_weights=own_weights)
 
 
 def _levels(recipes: Sequence[Recipe]) -> np.ndarray:

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,26 +26,50 @@ from sparseopt.pruning.base.reports import BlockRecord, Event, LayerRecord, Prun
 from sparseopt.pruning.evaluate.evaluation import audit_stored
 from sparseopt.pruning.run.block import DenseBlock, PruningError, prune_block, trained_entries
 from sparseopt.pruning.run.card import CARD, model_card
-from sparseopt.pruning.run.folder import Progress, keep_record
+from sparseopt.pruning.run.folder import Finished, Progress
 from sparseopt.pruning.run.plan import Plan
 from sparseopt.pruning.train.distillation import distil
 from sparseopt.system import processes
 from sparseopt.system.files import write_whole
-from sparseopt.system.run_folder import write_summary
+from sparseopt.system.run_folder import append_record, write_summary
 
 
 @dataclass
 class Branch:
-    """The state of one plan: what is stored, in a folder that `begin` began, and the stream before the next block."""
+    """One run of a pass: what it does, how far it came, and from `begin` on its writer and its stream.
+
+    Attributes:
+        model: the dense model.
+        plan: what is done; a survey and the choice of shapes may change it before `begin`.
+        progress: the records, of an earlier start too.
+        writer: of the folder.
+        stream: before the next block.
+    """
 
     model: PrunableModel
     plan: Plan
     progress: Progress
-    writer: ShardedWriter
-    stream: Stream
+    writer: ShardedWriter = field(init=False)
+    stream: Stream = field(init=False)
 
     def __post_init__(self) -> None:
         self.finished = self.progress.blocks
+
+    def begin(self, stream: Stream) -> None:
+        """Write the tensors outside the blocks, unless they are there; the stream is that before the first block."""
+        plan, target, tags, self.stream = self.plan, self.plan.target, self.progress.tags, stream
+        self.writer = ShardedWriter(
+            plan.folder, target.source, plan.recipe.dtype, bool(plan.recipe.get("pack")), target.exported_keys(), tags,
+            writes=processes.is_first(),
+        )  # fmt: skip
+        if OUTER_TAG not in tags:
+            self.writer.write(OUTER_TAG, unread(self.model.source, target.outer_keys()))
+
+    def keep(self, record: Finished) -> None:
+        """Add the record of a finished piece of work to the progress and to the folder."""
+        self.progress.add(record)
+        if processes.is_first():
+            append_record(self.plan.folder, record.as_dict())
 
     def advance(self, dense: DenseBlock, told: Callable[[Event], None]) -> None:
         """Prune and store one block, or replay it where an earlier run has stored it, and run the stream through it.
@@ -84,7 +108,7 @@ class Branch:
 
     def _prune(self, dense: DenseBlock, place: int, told: Callable[[Event], None]) -> PrunableBlock:
         def kept(record: LayerRecord | BlockRecord) -> None:
-            keep_record(self.plan.folder, self.progress, record)
+            self.keep(record)
             told(record)
 
         block, tensors = prune_block(self.model, self.plan, dense, place, self.stream, self.writer.dtype_of, kept)
@@ -122,15 +146,15 @@ class Branch:
         for place, (index, block) in enumerate(zip(stay, blocks, strict=True)):
             tensors = {key: np.asarray(block.read(path)) for path, key in target.block_keys(place).items()}
             self._write(trained_tag(index), tensors, instead=block_tag(index))
-        keep_record(self.plan.folder, self.progress, record)
+        self.keep(record)
         told(record)
 
-    def finish(self, start: float, scoring: Callable[[Path], tuple[Score, ...]], **figures: Any) -> PruneReport:
+    def finish(self, scoring: Callable[[Path], tuple[Score, ...]], start: float, **figures: Any) -> PruneReport:
         """Complete the folder, read it back, score it, report.
 
         Args:
-            start: when it began, by `time.perf_counter`.
             scoring: gives the scores of the model in a folder.
+            start: when the pass began, by `time.perf_counter`.
             figures: of the whole pass, fields of the report.
 
         Raises:
@@ -179,20 +203,3 @@ class Branch:
             write_summary(folder, report.summary())
         processes.barrier("finished")
         return report
-
-
-def begin(model: PrunableModel, plan: Plan, progress: Progress) -> ShardedWriter:
-    """The writer of a plan's folder; it writes the tensors outside the blocks, unless they are there."""
-    recipe, target, keys = plan.recipe, plan.target, plan.target.exported_keys()
-    writer = ShardedWriter(
-        plan.folder,
-        target.source,
-        recipe.dtype,
-        bool(recipe.get("pack")),
-        keys,
-        progress.tags,
-        writes=processes.is_first(),
-    )
-    if OUTER_TAG not in progress.tags:
-        writer.write(OUTER_TAG, unread(model.source, target.outer_keys()))
-    return writer

@@ -50,7 +50,7 @@ from sparseopt.pruning.base.reports import (
 )
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe, described
 from sparseopt.pruning.run.plan import Plan, shrink_plan
-from sparseopt.system import processes, run_folder
+from sparseopt.system import run_folder
 from sparseopt.system.machine import versions
 from sparseopt.system.run_folder import RUN, SUMMARY, Fingerprint, FolderError, State, read_start
 
@@ -244,13 +244,6 @@ class Progress:
         for line in values["records"]:
             found.add(_record_of(line))
         return found
-
-
-def keep_record(folder: Path, progress: Progress, record: Finished) -> None:
-    """Add the record of a finished piece of work to the progress and to the folder."""
-    progress.add(record)
-    if processes.is_first():
-        run_folder.append_record(folder, record.as_dict())
 
 
 def _record_of(values: Mapping[str, Any]) -> Finished:
