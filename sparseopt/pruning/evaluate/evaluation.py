@@ -139,7 +139,7 @@ _loss_of_window = Compiled(negative_log_likelihood)
 def window_loss(head: Any, x_TD: Array, tokens_T: Int[np.ndarray, "T"], skipped: int) -> float:
     """`negative_log_likelihood` of a window, compiled unless the head runs in torch."""
     if isinstance(head, Head):
-        return float(_loss_of_window(head, x_TD, tokens_T, skipped).value)
+        return float(_loss_of_window(head, x_TD, tokens_T, skipped))
     total, predicted = 0.0, len(tokens_T) - 1
     for start in range(skipped, predicted, LOGIT_ROWS):
         end = min(start + LOGIT_ROWS, predicted)

@@ -191,7 +191,7 @@ def _score_rows(
     flat = np.pad(flat, ((0, padding), (0, 0)))
     padded = np.pad(targets, (0, padding)).astype(np.int32)
     pieces = [
-        _scores_of_rows(head, flat[i : i + LOGIT_ROWS], padded[i : i + LOGIT_ROWS]).value
+        _scores_of_rows(head, flat[i : i + LOGIT_ROWS], padded[i : i + LOGIT_ROWS])
         for i in range(0, len(padded), LOGIT_ROWS)
     ]
     scores, best = (np.concatenate([np.asarray(piece[k]) for piece in pieces]) for k in (0, 1))
