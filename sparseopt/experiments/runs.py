@@ -12,12 +12,10 @@ do, tells the others, and writes. Processes that know nothing of each other shar
 
 import contextlib
 import hashlib
-import json
 import shutil
 import time
 from collections.abc import Callable, Container, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from enum import Enum
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,21 +31,12 @@ from sparseopt.experiments.task import FinishedRun, Record, Task, find_task
 from sparseopt.system import processes, run_folder
 from sparseopt.system.files import write_whole
 from sparseopt.system.machine import environment, peak_memory_bytes, versions
-from sparseopt.system.run_folder import RECORDS, RUN, SUMMARY, Fingerprint, FolderError
+from sparseopt.system.run_folder import RECORDS, RUN, SUMMARY, Fingerprint, FolderError, State
 from sparseopt.system.yaml_file import read_yaml, write_yaml
 
 CONFIG, FAILURE = "config.yaml", "error.txt"
 # What a run writes besides its `run.json`; `model` is that of `tasks.model`.
 WRITTEN = (SUMMARY, RECORDS, CONFIG, FAILURE, "*.png", "*.npz", "model")
-
-
-class State(Enum):
-    """What a run's folder holds."""
-
-    NEW = "new"
-    UNFINISHED = "unfinished"  # same fingerprint, no summary or a torn record: resumed
-    FINISHED = "finished"  # same fingerprint: not repeated
-    OTHER = "another run"  # another fingerprint or no run: replaced only on request
 
 
 @dataclass(frozen=True)
@@ -91,13 +80,12 @@ def fingerprint(task: Task) -> Fingerprint:
     Left out are the title and the published figures, and the number of devices, which changes a result by rounding
     only. So are the versions of other packages, which `run.json` records.
     """
-    found = {
+    return run_folder.plain({
         "settings": task.model_dump(mode="json", exclude={"title", "paper", "name", "devices"}),
         "code": f"sparseopt {versions().get('sparseopt')}, sources {code_digest()}",
         "classes": [file_digest(type(task)), *sorted(filter(None, (named.code_digest() for named in _named(task))))],
         "inputs": task.inputs(),
-    }
-    return json.loads(json.dumps(found))
+    })  # fmt: skip
 
 
 def _named(value: Any) -> Iterator[Named]:
@@ -111,18 +99,16 @@ def _named(value: Any) -> Iterator[Named]:
 def state_of(folder: Path, wanted: Fingerprint) -> tuple[State, str]:
     """What a folder holds for the run with this fingerprint; for `State.OTHER` also why the run may not use it."""
     try:
-        if not run_folder.contents(folder):
-            return State.NEW, ""
-        different = run_folder.differences(run_folder.read_start(folder)["fingerprint"], wanted)
+        state, different = run_folder.state_of(folder, wanted)
     except FolderError as error:
         if not _is_run(folder) and any(folder.glob(f"*/{RUN}")):
             return State.OTHER, f"{folder} holds the runs of a sweep, and this is a single run"
         return State.OTHER, str(error)
     if different:
         why = f"{folder} holds the results of other settings or another version ({'; '.join(different)})"
-        return State.OTHER, why
-    whole = (folder / SUMMARY).is_file() and not records_in(folder)[1]
-    return (State.FINISHED if whole else State.UNFINISHED), ""
+        return state, why
+    torn = state is State.FINISHED and records_in(folder)[1]
+    return (State.UNFINISHED if torn else state), ""
 
 
 def _is_run(folder: Path) -> bool:

@@ -7,9 +7,9 @@ from rich.table import Table
 
 from sparseopt.core.base.types import Observer
 from sparseopt.experiments.report import Section
-from sparseopt.experiments.runs import Outcome, Planned, State
+from sparseopt.experiments.runs import Outcome, Planned
 from sparseopt.shell.console import comparison_table, console, counting_bar, say
-from sparseopt.system.run_folder import RECORDS
+from sparseopt.system.run_folder import RECORDS, State
 
 
 class SweepProgress:

@@ -16,6 +16,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +39,15 @@ class FolderError(ValueError):
 
 class FolderInUse(FolderError):
     """A folder that another process writes to."""
+
+
+class State(Enum):
+    """What a folder holds for a run."""
+
+    NEW = "new"
+    UNFINISHED = "unfinished"  # same fingerprint, and something is missing: resumed
+    FINISHED = "finished"  # same fingerprint: not repeated
+    OTHER = "another run"  # another fingerprint or no run: refused
 
 
 @contextlib.contextmanager
@@ -114,6 +124,19 @@ def contents(folder: Path) -> set[str]:
     except OSError as error:
         raise _unusable(folder, error) from error
     return names - {LOCK, temporary_of(folder / RUN).name}
+
+
+def state_of(folder: Path, wanted: Fingerprint) -> tuple[State, list[str]]:
+    """What a folder holds for the run with this fingerprint, and of another run what differs, as in `differences`.
+
+    Raises:
+        FolderError: for a folder that holds something else than a run, or a run of another format.
+    """
+    if not contents(folder):
+        return State.NEW, []
+    if different := differences(read_start(folder)["fingerprint"], wanted):
+        return State.OTHER, different
+    return (State.FINISHED if (folder / SUMMARY).is_file() else State.UNFINISHED), []
 
 
 def write_start(folder: Path, fingerprint: Fingerprint, **facts: Any) -> None:

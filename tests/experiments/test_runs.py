@@ -15,7 +15,6 @@ import yaml
 from sparseopt.experiments import runs as runs_module
 from sparseopt.experiments.config import expand
 from sparseopt.experiments.runs import (
-    State,
     check_all,
     execute,
     fingerprint,
@@ -27,7 +26,7 @@ from sparseopt.experiments.runs import (
     take_shard,
 )
 from sparseopt.shell.show_experiments import SweepProgress
-from sparseopt.system.run_folder import FolderInUse
+from sparseopt.system.run_folder import FolderInUse, State
 
 TOY = "tests.experiments.toy.Toy"
 ROOT = Path(__file__).parents[2]

@@ -17,14 +17,14 @@ from sparseopt.core.base.types import Observer
 from sparseopt.models import ModelError, PrunableModel, StreamedModel, check_window, load_tokenizer, start_token
 from sparseopt.models.decoder.generate import COOLING, HOTTEST, draw_texts, kept_bytes
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe, scored_windows
-from sparseopt.pruning.run.folder import Identity, check_same_run
+from sparseopt.pruning.run.folder import Identity, state_in
 from sparseopt.pruning.run.plan import CalibrationWindows, Plan
 from sparseopt.pruning.text.windows import begin_windows
 from sparseopt.system import processes
 from sparseopt.system.files import write_whole
 from sparseopt.system.machine import format_bytes, working_memory_bytes
 from sparseopt.system.programs import cache_folder, trim
-from sparseopt.system.run_folder import DRAWN, RUN
+from sparseopt.system.run_folder import DRAWN, State
 
 # A window is made of texts of about so many tokens: more texts differ more, and short ones take less time. SmolLM2 at
 # 50 % with effort good, 16 windows of 512 tokens, on WikiText-2: 53.6 with whole windows, 50.8 with two texts in each.
@@ -74,9 +74,7 @@ def keep_drawn(plan: Plan, windows: CalibrationWindows) -> None:
 
 def _kept(plans: Sequence[Plan], identity: Identity, shape: tuple[int, int]) -> np.ndarray | None:
     """The windows in the first of the folders that has some; also checks that no folder holds another run."""
-    begun = [plan for plan in plans if (plan.folder / RUN).is_file()]
-    for plan in begun:
-        check_same_run(identity, plan)
+    begun = [plan for plan in plans if state_in(identity, plan) is not State.NEW]
     found = (_read(plan.folder / DRAWN, shape) for plan in begun)
     return next((ids for ids in found if ids is not None), None)
 

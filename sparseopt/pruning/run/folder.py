@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import hashlib
 import inspect
-import json
 import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,7 +52,7 @@ from sparseopt.pruning.recipe.pass_recipe import PassRecipe, described
 from sparseopt.pruning.run.plan import Plan, shrink_plan
 from sparseopt.system import processes, run_folder
 from sparseopt.system.machine import versions
-from sparseopt.system.run_folder import RUN, SUMMARY, Fingerprint, FolderError, differences, read_start
+from sparseopt.system.run_folder import RUN, SUMMARY, Fingerprint, FolderError, State, read_start
 
 # Another version may round differently, and a resumed run must give the result of an uninterrupted one, bit for bit.
 DECISIVE = ("sparseopt", "jax", "jaxlib", "numpy", "scipy")
@@ -94,20 +93,16 @@ class Identity:
         trains = recipe.reconstruction is not None or recipe.distillation is not None
         decisive = (*DECISIVE, *route, *(TRAINING if trains else ()))
         device, masks = jax.devices()[0], recipe.get("masks")
-        return json.loads(
-            json.dumps(
-                {
-                    "weights": self.weights,
-                    "tokens": self.tokens,
-                    "recipe": recipe_identity(recipe),
-                    **({} if masks is None else {"masks": self._masks_in(masks)}),
-                    "versions": {name: found[name] for name in decisive if name in found},
-                    **({"x64": True} if jax.config.read("jax_enable_x64") else {}),
-                    # The kind of a CPU repeats the platform's name.
-                    "device": " ".join(dict.fromkeys((device.platform, device.device_kind, platform.machine()))),
-                }
-            )
-        )
+        return run_folder.plain({
+            "weights": self.weights,
+            "tokens": self.tokens,
+            "recipe": recipe_identity(recipe),
+            **({} if masks is None else {"masks": self._masks_in(masks)}),
+            "versions": {name: found[name] for name in decisive if name in found},
+            **({"x64": True} if jax.config.read("jax_enable_x64") else {}),
+            # The kind of a CPU repeats the platform's name.
+            "device": " ".join(dict.fromkeys((device.platform, device.device_kind, platform.machine()))),
+        })  # fmt: skip
 
 
 def recipe_identity(recipe: PassRecipe) -> dict[str, Any]:
@@ -266,33 +261,29 @@ def is_finished(identity: Identity, plan: Plan) -> bool:
     """Whether the run of a plan is finished in its claimed folder.
 
     Raises:
-        FolderError: if another run is finished there, listing every difference, or if files of it are missing.
+        FolderError: if another run is there, listing every difference, or if files of a finished one are missing.
     """
-    if not _ended(plan.folder):
+    if state_in(identity, plan) is not State.FINISHED:
         return False
-    check_same_run(identity, plan)
     read_report(identity, plan)
     return True
 
 
-def _ended(folder: Path) -> bool:
-    # The summary comes last: a run that was killed between index and summary is finished once more.
-    return (folder / SUMMARY).is_file() and any((folder / index).is_file() for index in INDEXES)
+def state_in(identity: Identity, plan: Plan) -> State:
+    """What the claimed folder of a plan holds. As long as the identity has no tokens, any will do.
 
-
-def check_same_run(identity: Identity, plan: Plan) -> None:
-    """Raise a FolderError if the claimed folder of a plan holds another run, listing every difference.
-
-    As long as the identity has no tokens, any will do.
+    Raises:
+        FolderError: if another run is there, listing every difference.
     """
-    folder = plan.folder
-    there, wanted = read_start(folder)["fingerprint"], identity.of(plan.recipe)
-    if identity.tokens is None:
-        wanted["tokens"] = there.get("tokens")
-    different = differences(there, wanted)
+    folder, wanted = plan.folder, identity.of(plan.recipe)
+    if identity.tokens is None and (folder / RUN).is_file():
+        wanted["tokens"] = read_start(folder)["fingerprint"].get("tokens")
+    state, different = run_folder.state_of(folder, wanted)
+    # The summary comes last: a run that was killed between index and summary is finished once more.
+    ended = (folder / SUMMARY).is_file() and any((folder / index).is_file() for index in INDEXES)
     if not different:
-        return
-    if _ended(folder):
+        return State.UNFINISHED if state is State.FINISHED and not ended else state
+    if ended:
         raise _holds_a_model(folder, "\n  ".join([". It is the result of another run, these differ:", *different]))
     text = (
         f"another run was started in {folder}; choose another folder, empty this one, or use the same recipe, "
@@ -323,10 +314,9 @@ def progress_in(identity: Identity, plan: Plan) -> Progress:
         FolderError: if another run was started there, listing every difference.
     """
     folder = plan.folder
-    if not (folder / RUN).is_file():
+    if state_in(identity, plan) is State.NEW:
         run_folder.write_start(folder, identity.of(plan.recipe))
         return Progress()
-    check_same_run(identity, plan)
     found = _read_progress(identity.model, plan)
     kept = {shard_name(tag, bool(plan.recipe.get("pack"))) for tag in found.tags}
     for entry in folder.iterdir():
