@@ -1,50 +1,42 @@
-"""A comparison of pruning methods: cells of method, pattern and sparsity, each a run of the task `prune`.
+"""A comparison of pruning methods: a sweep of the task `prune` over method, pattern and sparsity, and its table.
 
+    OUTPUT/run.json                            what all cells share: settings, code and texts
     OUTPUT/cells/method=dense/                 the dense model, always measured, first
     OUTPUT/cells/method=wanda,pattern=2_4/     one run folder for each cell, see `runs`
     OUTPUT/comparison.csv, .md, .png           the table and the picture of all finished cells
 
-The cells of a folder differ only in method, pattern and sparsity, so their figures can be compared.
+The cells of a folder differ only in method, pattern and sparsity, so their figures can be compared; later calls add
+cells.
 """
 
 import contextlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
-from sparseopt.core.base.types import Observer
 from sparseopt.experiments import plots
 from sparseopt.experiments.config import Run, expand
 from sparseopt.experiments.names import AllowCode
 from sparseopt.experiments.report import Row, Section, markdown, write_csv
-from sparseopt.experiments.runs import (
-    CONFIG,
-    Outcome,
-    Planned,
-    State,
-    can_draw,
-    check_all,
-    fingerprint,
-    load_run,
-    plan,
-    run_all,
-)
+from sparseopt.experiments.runs import Outcome, Planned, can_draw, check_all, fingerprint, load_run, plan
 from sparseopt.experiments.task import FinishedRun
 from sparseopt.experiments.tasks.prune import Prune
 from sparseopt.layers.patterns import implied_sparsity
 from sparseopt.pruning import METHODS
 from sparseopt.pruning.recipe.effort import PRUNE
 from sparseopt.pruning.text.documents import part_of_text
-from sparseopt.system.run_folder import RUN, SUMMARY, Fingerprint, contents, differences, read_start
+from sparseopt.system.run_folder import RUN, SUMMARY, State, contents, differences, read_start, write_start
 
-CELLS = "cells"
+CELLS, COMPARISON = "cells", "comparison"
 # Seconds of the method itself; forward passes and compilation are common to all.
 TIMES = ("solver_seconds", "survey_seconds", "reconstruction_seconds")
 # What may differ between the cells of one folder.
 OWN_SETTINGS = {"effort", "method", "preset", "pattern", "sparsity"}
+# What all pruned cells read, besides the model.
+TEXTS = {"calibration", "masks"}
 COLUMNS = (
     "perplexity", "mean_relative_error", "mean_heldout_error", "solver_seconds", "survey_seconds",
     "reconstruction_seconds", "whole_seconds", "peak_memory_GiB",
@@ -140,76 +132,35 @@ def _takes_ridge(method: Any) -> bool:
 
 
 def prepare(runs: Sequence[Run], output: Path) -> list[Planned]:
-    """The plan of a comparison in a folder that is new or holds cells with the same settings, checked by `check_all`.
+    """The plan of a comparison in a folder that is new or holds one with the same settings, checked by `check_all`.
 
     Raises:
-        ValueError: listing how the cells in the folder differ, or what the model or the texts do not allow.
+        ValueError: listing how the comparison in the folder differs, or what the model or the texts do not allow.
     """
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file; give --output a folder that is new or holds this comparison")
-    if contents(output) and not (output / CELLS).is_dir():
+    begun = read_start(output) if (output / RUN).is_file() else {}
+    if contents(output) and begun.get("task") != COMPARISON:
         raise ValueError(f"{output} holds no comparison and is not empty; give another --output or empty it")
-    planned = plan(runs, output)
-    _check_folder(planned, output)
-    check_all(planned, again=False)
-    return planned
-
-
-def _check_folder(planned: Sequence[Planned], output: Path) -> None:
-    # The dense model, which comes first, reads no calibration text.
-    wanted = fingerprint(planned[min(1, len(planned) - 1)].run.task)
-    mistakes: dict[str, None] = {}
-    for folder in cell_folders(output):
-        found = read_start(folder)["fingerprint"]
-        # The others are those of the dense cell, which is in every comparison.
-        read = {"calibration", "masks"} & found["inputs"].keys() & wanted["inputs"].keys()
-        here = _common(wanted, read)
-        if not _takes_ridge(found["settings"]["method"]):
-            here["ridge"] = None
-        mistakes |= dict.fromkeys(differences(_common(found, read), here))
-    if mistakes:
+    # The dense model, which comes first, has the ridge of all, and the others the calibration.
+    shared, pruned = fingerprint(runs[0].task), fingerprint(runs[-1].task)["inputs"]
+    wanted = {name: value for name, value in shared["settings"].items() if name not in OWN_SETTINGS}
+    wanted |= {"code": shared["code"], "inputs": {name: value for name, value in pruned.items() if name in TEXTS}}
+    if different := differences(begun.get("fingerprint", wanted), wanted):
         raise ValueError(
             "\n  ".join((
-                f"{output} holds a comparison with other settings:", *mistakes,
+                f"{output} holds a comparison with other settings:", *different,
                 "give another --output, or use the settings and the version of this one",
             ))
         )  # fmt: skip
+    planned = plan(runs, output)
     if others := [p.why for p in planned if p.state is State.OTHER]:
         raise ValueError("\n  ".join((*others, "remove these folders or give another --output")))
-
-
-def _common(found: Fingerprint, read: Collection[str]) -> Fingerprint:
-    """What the cells of a comparison share; `read` names the inputs among it."""
-    settings = {name: value for name, value in found["settings"].items() if name not in OWN_SETTINGS}
-    return {**settings, "code": found["code"], **{f"inputs.{name}": found["inputs"][name] for name in read}}
-
-
-def measure(
-    planned: Sequence[Planned],
-    output: Path,
-    observer: Callable[[Planned], Observer],
-    ended: Callable[[Planned, Outcome], None] = lambda planned, outcome: None,
-) -> list[Outcome]:
-    """Run all cells; one that fails does not stop the others. Arguments as in `run_all`."""
-
-    def start(cell: Planned) -> Observer:
-        _restart_peak_memory()
-        return observer(cell)
-
-    return run_all(planned, output, start, ended=ended)
-
-
-def _restart_peak_memory() -> None:
-    """Reset the peak of this process's memory; otherwise each cell would show the largest one so far."""
-    # Only Linux can do this; elsewhere the peaks rise from row to row, as `head` says.
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def cell_folders(output: Path) -> list[Path]:
-    """Folders of the cells that were started, oldest first; one without a config holds no work yet."""
-    starts = sorted((output / CELLS).glob(f"*/{RUN}"), key=lambda file: (file.stat().st_mtime, file.parent.name))
-    return [file.parent for file in starts if (file.parent / CONFIG).is_file()]
+    check_all(planned, again=False)
+    if not begun:
+        output.mkdir(parents=True, exist_ok=True)
+        write_start(output, wanted, task=COMPARISON)
+    return planned
 
 
 def tabulate(
@@ -219,28 +170,28 @@ def tabulate(
     rows, runs = [], []
     errors = {outcome.folder: outcome.error for outcome in outcomes if outcome.error}
     tasks = {p.folder: cast(Prune, p.run.task) for p in planned}
-    others = [f for f in cell_folders(output) if f not in tasks and (f / SUMMARY).is_file()]
-    for folder in [*tasks, *others]:
-        if folder in errors:
-            task, figures = tasks[folder], {"error": " ".join(errors[folder].split())}
-            sparsity = task.recipe().asked_sparsity
+    ended = sorted((output / CELLS).glob(f"*/{SUMMARY}"), key=lambda file: (file.stat().st_mtime, file.parent.name))
+    for folder in dict.fromkeys([*tasks, *(file.parent for file in ended)]):
+        labels: dict[str, Any] = {"method": folder.name, "pattern": None, "sparsity": None}
+        try:
+            if folder in errors:
+                labels = _labels(tasks[folder], tasks[folder].recipe().asked_sparsity)
+                raise ValueError(errors[folder])
+            finished = load_run(folder, allow_code)
+        except ValueError as error:
+            # One of an earlier call may be unreadable: what this one has computed is told all the same.
+            figures: dict[str, Any] = {"error": " ".join(str(error).split())}
         else:
-            try:
-                finished = load_run(folder, allow_code)
-            except ValueError as error:
-                if folder in tasks:
-                    raise
-                # Of an earlier call: what this one has computed is told all the same.
-                unknown = {"method": folder.name, "pattern": None, "sparsity": None}
-                rows.append(Row(unknown, {"error": " ".join(str(error).split())}, {}, 1, folder))
-                continue
             runs.append(finished)
-            task, figures = finished.task, _figures(finished)
-            sparsity = finished.records[0]["sparsity"]
-        pattern = None if task.method == "dense" else task.pattern
-        labels = {"method": method_name(task), "pattern": pattern, "sparsity": sparsity}
+            labels = _labels(finished.task, finished.records[0]["sparsity"])
+            figures = _figures(finished)
         rows.append(Row(labels, figures, {}, 1, folder))
-    return Section("comparison", "Perplexity, layer errors, time and memory", COLUMNS, rows, None, runs)
+    return Section(COMPARISON, "Perplexity, layer errors, time and memory", COLUMNS, rows, None, runs)
+
+
+def _labels(task: Prune, sparsity: float) -> dict[str, Any]:
+    pattern = None if task.method == "dense" else task.pattern
+    return {"method": method_name(task), "pattern": pattern, "sparsity": sparsity}
 
 
 def _figures(finished: FinishedRun) -> dict[str, Any]:
@@ -248,46 +199,62 @@ def _figures(finished: FinishedRun) -> dict[str, Any]:
     (record,) = finished.records
     start = read_start(finished.folder)
     machine = start["machine"]
-    figures = {
-        # In a record, null is a figure that was not finite.
-        "perplexity": "not finite" if record["perplexity"] is None else record["perplexity"],
-        "machine": f"{machine['system']}, {machine['cores']} cores, {' '.join(machine['devices'])}",
-        "versions": ", ".join(f"{name} {number}" for name, number in start["versions"].items()),
-    }
-    if "layers" not in record:
-        return figures
-    recipe = finished.task.recipe()
-    moved = f", {recipe.propagated_share:g} of the upstream error corrected" if recipe.propagated_share else ""
-    return figures | {
-        **{name: record[name] for name in ("mean_relative_error", "mean_heldout_error", *TIMES)},
-        "whole_seconds": record["seconds"],
-        "peak_memory_GiB": record["peak_memory_bytes"] / 2**30,
+    # In a record, null is a figure that was not finite.
+    figures = {name: record[name] for name in COLUMNS if name in record}
+    figures["perplexity"] = "not finite" if record["perplexity"] is None else record["perplexity"]
+    figures["machine"] = f"{machine['system']}, {machine['cores']} cores, {' '.join(machine['devices'])}"
+    figures["versions"] = ", ".join(f"{name} {number}" for name, number in start["versions"].items())
+    if "layers" in record:
+        recipe = finished.task.recipe()
+        moved = f", {recipe.propagated_share:g} of the upstream error corrected" if recipe.propagated_share else ""
         # What the layer errors are relative to.
-        "errors": f"{recipe.weighting} tokens{moved}",
+        figures["errors"] = f"{recipe.weighting} tokens{moved}"
+        figures["whole_seconds"], figures["peak_memory_GiB"] = record["seconds"], record["peak_memory_bytes"] / 2**30
+    return figures
+
+
+def _common(section: Section, task: Prune) -> dict[str, Any]:
+    """What all cells have in common, by its column."""
+    records = [record for run in section.runs for record in run.records]
+    # Where the number of windows was not given, a finished cell has it.
+    found = (record["samples"] for record in records if "samples" in record)
+    samples = task.samples or next(found, task.recipe().window_count)
+    return {
+        "model": task.source,
+        "calibration": task.calibration,
+        "calibration_tokens": samples * task.seqlen,
+        "heldout_tokens": task.heldout_samples * task.seqlen,
+        "bos": next((record["bos"] for record in records), None),
+        "windows": task.recipe().window_choice,
+        "seed": task.seed,
+        "ridge": task.ridge,
+        "evaluation": task.evaluation,
+        "evaluation_tokens": task.evaluation_windows * task.evaluation_seqlen,
     }
 
 
 def head(section: Section, task: Prune) -> list[str]:
     """What was run, in lines for the top of the table: model, texts and tokens, versions and machine."""
-    ridge = "" if task.ridge is None else f", ridge {task.ridge:g}"
+    common = _common(section, task)
+    calibrated, split = common["calibration_tokens"], task.reading("evaluation").get("split")
+    bos = "" if common["bos"] is None else f", every window starts with its BOS (token {common['bos']})"
     seed = "" if task.seed is None else f", seed {task.seed}"
-    start, tokens = _start_token(section), task.evaluation_windows * task.evaluation_seqlen
-    samples = _samples(section, task)
+    ridge = "" if task.ridge is None else f", ridge {task.ridge:g}"
     lines = [
-        f"model: {task.source}" + ("" if start is None else f", every window starts with its BOS (token {start})"),
-        f"calibration: {part_of_text(task.calibration, 'calibration', task.split)}, {samples} x {task.seqlen} = "
-        f"{samples * task.seqlen:,} tokens, and {task.heldout_samples * task.seqlen:,} held out; "
-        f"{task.recipe().window_choice} windows{seed}{ridge}",
-        f"evaluation: {part_of_text(task.evaluation, 'evaluation', task.reading('evaluation').get('split'))}, "
-        f"{task.evaluation_windows} x {task.evaluation_seqlen} = {tokens:,} tokens",
+        f"model: {task.source}{bos}",
+        f"calibration: {part_of_text(task.calibration, 'calibration', task.split)}, "
+        f"{calibrated // task.seqlen} x {task.seqlen} = {calibrated:,} tokens, and {common['heldout_tokens']:,} held "
+        f"out; {common['windows']} windows{seed}{ridge}",
+        f"evaluation: {part_of_text(task.evaluation, 'evaluation', split)}, {task.evaluation_windows} x "
+        f"{task.evaluation_seqlen} = {common['evaluation_tokens']:,} tokens",
     ]
-    kinds = _grouped(section, ("errors",), lambda row: row.labels["method"])
+    kinds = _rows_by(section, ("errors",), lambda row: row.labels["method"])
     if len(kinds) > 1:
         each = "; ".join(f"{kind}: {names}" for (kind,), names in kinds.items())
         lines.append(f"layer errors compare only within one kind ({each})")
-    elif kinds:
-        lines.append(f"layer errors: {next(iter(kinds))[0]}")
-    machines = _grouped(section, ("machine", "versions"), _row_name)
+    else:
+        lines += [f"layer errors: {kind}" for (kind,) in kinds]
+    machines = _rows_by(section, ("machine", "versions"), _row_name)
     for (machine, packages), names in machines.items():
         which = f" ({names})" if len(machines) > 1 else ""
         lines.append(f"measured on: {machine}, with {packages}{which}")
@@ -299,23 +266,12 @@ def head(section: Section, task: Prune) -> list[str]:
     ]
 
 
-def _grouped(section: Section, figures: tuple[str, ...], name: Callable[[Row], str]) -> dict[tuple[str, ...], str]:
+def _rows_by(section: Section, figures: tuple[str, ...], name: Callable[[Row], str]) -> dict[tuple[str, ...], str]:
     found: dict[tuple[str, ...], dict[str, None]] = {}
     for row in section.rows:
         if all(figure in row.figures for figure in figures):
             found.setdefault(tuple(row.figures[figure] for figure in figures), {})[name(row)] = None
     return {key: ", ".join(names) for key, names in found.items()}
-
-
-def _start_token(section: Section) -> int | None:
-    """The BOS at the start of every window, which all cells share; None for none."""
-    return next((record["bos"] for run in section.runs for record in run.records), None)
-
-
-def _samples(section: Section, task: Prune) -> int:
-    """The calibration windows of every pruned cell; where their number was not given, a finished cell has it."""
-    found = (record["samples"] for run in section.runs for record in run.records if "samples" in record)
-    return task.samples or next(found, task.recipe().window_count)
 
 
 def _row_name(row: Row) -> str:
@@ -327,24 +283,13 @@ def write(section: Section, task: Prune, output: Path) -> list[Path]:
 
     The task is that of any cell, for what all have in common.
     """
-    table, text = output / "comparison.csv", output / "comparison.md"
-    common = {
-        "model": task.source,
-        "calibration": task.calibration,
-        "calibration_tokens": _samples(section, task) * task.seqlen,
-        "heldout_tokens": task.heldout_samples * task.seqlen,
-        "bos": _start_token(section),
-        "windows": task.recipe().window_choice,
-        "seed": task.seed,
-        "ridge": task.ridge,
-        "evaluation": task.evaluation,
-        "evaluation_tokens": task.evaluation_windows * task.evaluation_seqlen,
-    }
+    table, text, picture = (output / f"{COMPARISON}.{ending}" for ending in ("csv", "md", "png"))
+    common = _common(section, task)
     names = [*section.labels(), *COLUMNS, "errors", *common, "machine", "versions", "folder"]
     folders = [row.folder.relative_to(output).as_posix() for row in section.rows]
     rows = [{**r.labels, **r.figures, **common, "folder": f} for r, f in zip(section.rows, folders, strict=True)]
     write_csv(table, names, rows)
-    pictures = _draw(section, task.title, output / "comparison.png")
+    pictures = _draw(section, task.title, picture)
     lines = "\n".join(f"* {line}" for line in head(section, task))
     text.write_text(f"# {task.title}\n\n{lines}\n\n{markdown(section, pictures)}\n", encoding="utf-8")
     return [table, text, *pictures]

@@ -176,6 +176,7 @@ def compare(
     Writes one table and one picture. Run again, it computes the missing cells; new methods and sparsities are added.
     """
     from sparseopt.experiments import comparison
+    from sparseopt.experiments.runs import run_all
     from sparseopt.experiments.tasks.prune import Prune
     from sparseopt.shell import show_experiments as shown
 
@@ -196,7 +197,7 @@ def compare(
     )
     planned = comparison.prepare(runs, output)
     say(shown.plan_line(planned))
-    outcomes = _executed(planned, partial(comparison.measure, planned, output))
+    outcomes = _executed(planned, partial(run_all, planned, output))
     dense = runs[0].task
     assert isinstance(dense, Prune)
     section = comparison.tabulate(planned, outcomes, output, allowed)

@@ -1,7 +1,6 @@
 """Comparisons: the figures of the table equal those of separate runs; cells are kept, added, refused."""
 
 import csv
-import mmap
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,6 @@ from sparseopt.experiments.config import ConfigError
 from sparseopt.experiments.tasks import model as model_task
 from sparseopt.models import encode_text, load_tokenizer, open_model
 from sparseopt.pruning import Recipe, audit_sparsity, load_text, perplexity, prune_model, prune_models, token_windows
-from sparseopt.system.machine import peak_memory_bytes
 from tests.experiments.test_plots import drawn, texts
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 from tests.pruning.test_pipeline import TOKENIZER
@@ -60,9 +58,9 @@ def pruned(monkeypatch):
 
 def compared(output, settings, methods=METHODS, shares=SPARSITIES, patterns=PATTERNS, **changes):
     """The table and the outcomes."""
-    runs = comparison.build(methods=methods, shares=shares, patterns=patterns, **{**settings, **changes})
-    planned = comparison.prepare(runs, output)
-    outcomes = comparison.measure(planned, output, lambda cell: lambda text, done, total: None)
+    cells = comparison.build(methods=methods, shares=shares, patterns=patterns, **{**settings, **changes})
+    planned = comparison.prepare(cells, output)
+    outcomes = runs.run_all(planned, output, lambda cell: lambda text, done, total: None)
     return comparison.tabulate(planned, outcomes, output), outcomes
 
 
@@ -214,9 +212,10 @@ def test_another_folder_is_refused_with_what_differs(tmp_path, settings, finishe
             compared(output, settings, **changes)
     with pytest.raises(ValueError, match=r"text\.txt is a file; give --output a folder"):
         compared(Path(settings["calibration"].removeprefix("file:")), settings)
-    monkeypatch.setattr(runs, "code_digest", lambda: "other")
-    with pytest.raises(ValueError, match=r"code: 'sparseopt .*' there, 'sparseopt .*, sources other' here"):
-        compared(output, settings)
+    with monkeypatch.context() as other_code:
+        other_code.setattr(runs, "code_digest", lambda: "other")
+        with pytest.raises(ValueError, match=r"code: 'sparseopt .*' there, 'sparseopt .*, sources other' here"):
+            compared(output, settings)
     copied = shutil.copytree(output, tmp_path / "out")
     (copied / "cells" / "method=dense" / "run.json").write_text("{")
     with pytest.raises(ValueError, match=r"run\.json is not valid JSON .*; empty the folder"):
@@ -298,18 +297,6 @@ def test_mistakes_in_the_lists_are_named_together(lists, expected):
 def test_with_curves_an_n_m_pattern_has_a_cell_for_each_sparsity():
     runs = comparison.build("elsewhere", ["wanda"], [0.3, 0.4], ["2:4"], allocation="curves")
     assert [run.settings.get("sparsity") for run in runs] == [None, 0.3, 0.4]
-
-
-def test_the_peak_of_memory_begins_anew_with_each_cell():
-    # Memory of its own: an array may lie in what the process has freed but not given back.
-    with mmap.mmap(-1, 100_000_000) as ballast:
-        for page in range(0, len(ballast), mmap.PAGESIZE):
-            ballast[page] = 1
-        before = peak_memory_bytes()
-    comparison._restart_peak_memory()
-    after = peak_memory_bytes()
-    # Where the system keeps one peak for the whole process, it stays.
-    assert before - after > 75e6 or after == before
 
 
 def test_the_picture_shows_perplexity_and_time_in_one_style():
