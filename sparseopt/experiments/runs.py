@@ -27,7 +27,7 @@ from sparseopt.core.base.types import Observer
 from sparseopt.experiments.config import Run
 from sparseopt.experiments.names import AllowCode, Named, file_digest
 from sparseopt.experiments.plots import save_figure
-from sparseopt.experiments.task import FinishedRun, Record, Task, find_task
+from sparseopt.experiments.task import FinishedRun, Record, RunUnit, Task, find_task
 from sparseopt.system import processes, run_folder
 from sparseopt.system.files import write_whole
 from sparseopt.system.machine import environment, peak_memory_bytes, versions
@@ -166,27 +166,30 @@ def check_all(planned: Sequence[Planned], *, again: bool) -> None:
         raise ValueError("\n  ".join(("nothing was run:", *mistakes)))
 
 
-def execute(run: Run, output: Path, observer: Observer, *, again: bool = False) -> Outcome:
+def execute(
+    run: Run, output: Path, observer: Observer, *, again: bool = False, run_unit: RunUnit | None = None
+) -> Outcome:
     """Finish one run: all of it, what is missing, or nothing if it is finished.
 
     It works in `output / run.subfolder` and tells the observer how many units are done, of how many, and what is being
-    done. With `again`, what a run left in the folder is removed first.
+    done. With `again`, what a run left in the folder is removed first. `run_unit` does the units in place of the task's
+    own, see `Task.prepare`.
 
     Raises:
         FolderError: if another process works in the folder, it has links, or it holds something else and `again` is
             not set.
     """
-    folder = output / run.subfolder
+    folder, run_unit = output / run.subfolder, run_unit or run.task.run_unit
     if not processes.is_first():
         missing = processes.told(None)
         for key in missing:
-            run.task.run_unit(key, folder, lambda *_: None)
+            run_unit(key, folder, lambda *_: None)
         return Outcome(folder, len(missing))
     with run_folder.claimed(folder):
         if not _begin(run, folder, again):
             processes.told([])
             return Outcome(folder, 0)
-        return _run_units(run, folder, observer)
+        return _run_units(run, folder, observer, run_unit)
 
 
 def _begin(run: Run, folder: Path, again: bool) -> bool:
@@ -223,7 +226,7 @@ def _inside(observer: Observer, done: int, total: int) -> Observer:
     return observe
 
 
-def _run_units(run: Run, folder: Path, observer: Observer) -> Outcome:
+def _run_units(run: Run, folder: Path, observer: Observer, run_unit: RunUnit) -> Outcome:
     task, start = run.task, time.perf_counter()
     (folder / FAILURE).unlink(missing_ok=True)
     records, torn = records_in(folder)
@@ -234,7 +237,7 @@ def _run_units(run: Run, folder: Path, observer: Observer) -> Outcome:
         observer(key, done, len(keys))
         began = time.perf_counter()
         try:
-            record = task.run_unit(key, folder, _inside(observer, done, len(keys)))
+            record = run_unit(key, folder, _inside(observer, done, len(keys)))
         except Exception as error:
             return _failed(key, error, folder, done, torn)
         records[key] = run_folder.plain({"unit": key, **record, "unit_seconds": time.perf_counter() - began})
@@ -285,14 +288,15 @@ def run_all(
     for p in planned:
         if (shared := p.run.task.shares()) is not None and (again or p.state is not State.FINISHED):
             groups.setdefault(shared, []).append(p)
-    outcomes, begun = [], set[Path]()
+    outcomes, begun = [], dict[Path, RunUnit]()
     for p in planned:
         watching, apart = observer(p), None
         if len(group := groups.pop(p.run.task.shares(), [])) > 1:
             found, apart = _prepare(group, watching, again)
             begun |= found
         try:
-            outcome = execute(p.run, output, watching, again=again and p.folder not in begun)
+            unit = begun.get(p.folder)
+            outcome = execute(p.run, output, watching, again=again and unit is None, run_unit=unit)
         except (FolderError, OSError) as error:
             if processes.count() > 1:
                 raise  # the others would start this run
@@ -303,8 +307,8 @@ def run_all(
     return outcomes
 
 
-def _prepare(group: Sequence[Planned], observer: Observer, again: bool) -> tuple[set[Path], str | None]:
-    """Do what unfinished runs share: the folders of those that have begun, and why it failed, if it did."""
+def _prepare(group: Sequence[Planned], observer: Observer, again: bool) -> tuple[dict[Path, RunUnit], str | None]:
+    """Do what unfinished runs share. Returns what does their units from there on, and why it failed, if it did."""
     unfinished: list[int] = []
     with contextlib.ExitStack() as held:
         for index, p in enumerate(group if processes.is_first() else []):
@@ -314,16 +318,16 @@ def _prepare(group: Sequence[Planned], observer: Observer, again: bool) -> tuple
                 if _begin(p.run, p.folder, again) and _missing(p.run.task, records_in(p.folder)[0]):
                     unfinished.append(index)
         runs = [(group[index].run.task, group[index].folder) for index in processes.told(unfinished)]
-        folders = {folder for _, folder in runs}
+        alone = {folder: task.run_unit for task, folder in runs}
         if len(runs) < 2:
-            return folders, None
+            return alone, None
         try:
-            type(runs[0][0]).prepare(runs, _inside(observer, 0, len(runs)))
+            units = type(runs[0][0]).prepare(runs, _inside(observer, 0, len(runs)))
         except Exception as error:
             if processes.count() > 1:
                 raise
-            return folders, f"{type(error).__name__}: {error}"
-    return folders, None
+            return alone, f"{type(error).__name__}: {error}"
+    return dict(zip(alone, units, strict=True)), None
 
 
 def draw(kind: type[Task], runs: Sequence[FinishedRun], folder: Path, title: str, prefix: str = "") -> list[Path]:

@@ -35,6 +35,8 @@ PAPERS = {
 }
 
 Record = dict[str, Any]
+# Does a unit of a task by its key, see `Task.run_unit`.
+RunUnit = Callable[[str, Path, Observer], Record]
 
 
 class Strict(BaseModel):
@@ -147,11 +149,13 @@ class Task(Strict, ABC):
         return None
 
     @classmethod
-    def prepare(cls, runs: Sequence[tuple[Any, Path]], observer: Observer) -> None:
-        """Do together what runs with equal `shares`, given with their folders, share: `run_unit` finds it in them.
+    def prepare(cls, runs: Sequence[tuple[Any, Path]], observer: Observer) -> Sequence[RunUnit]:
+        """Do together what runs with equal `shares`, given with their folders, share.
 
-        A run that finds nothing there does all of it.
+        Returns:
+            For each run what does its units from there on, in place of its `run_unit`.
         """
+        return [task.run_unit for task, _ in runs]
 
     @classmethod
     def draw(cls, runs: Sequence[FinishedRun]) -> dict[str, Any]:

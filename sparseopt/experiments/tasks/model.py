@@ -18,7 +18,7 @@ from sparseopt.core.base.types import Observer
 from sparseopt.core.problem.problem import Status
 from sparseopt.experiments import plots
 from sparseopt.experiments.names import Named
-from sparseopt.experiments.task import FinishedRun, Record, Strict, Task
+from sparseopt.experiments.task import FinishedRun, Record, RunUnit, Strict, Task
 from sparseopt.models import (
     PrunableModel,
     bundled_model,
@@ -205,6 +205,12 @@ class ModelTask(Task):
 
         A model that an earlier run left in the folder when it was killed, finished or not, is resumed.
         """
+        report = None if self.method == "dense" else self._make([(self, folder)], observer)[0]
+        return self._score(report, key, folder, observer)
+
+    def _score(self, report: PruneReport | None, key: str, folder: Path, observer: Observer) -> Record:
+        """The record of the model that was made in the folder; of the dense one without a report."""
+        del key
         model = open_model(model_path(self.source))
         windows, length = self.evaluation_windows, self.evaluation_seqlen
         ids, bos = text_windows(
@@ -220,10 +226,9 @@ class ModelTask(Task):
             # One process scores for all.
             return processes.told(perplexity(model, ids, bos=bos, observer=scoring) if processes.is_first() else None)
 
-        if self.method == "dense":
+        if report is None:
             return {"label": "dense", **self.figures(model, None), **judged, "perplexity": scored(model)}
         target = folder / MODEL
-        report = self._make([(self, folder)], observer)[0]
         score = scored(target)
         figures = self.figures(open_model(target), report)
         processes.barrier("model scored")
@@ -251,13 +256,14 @@ class ModelTask(Task):
         return self.source, self.devices, recipe.variant_count, *(getattr(recipe, name) for name in PASS_FIELDS)
 
     @classmethod
-    def prepare(cls, runs: Sequence[tuple[Any, Path]], observer: Observer) -> None:
-        """Make the models of all in one pass."""
+    def prepare(cls, runs: Sequence[tuple[Any, Path]], observer: Observer) -> Sequence[RunUnit]:
+        """Make the models of all in one pass; each is then scored."""
 
         def told(text: str, done: int, total: int) -> None:
             observer(f"{len(runs)} runs in one pass, {text}", done, total)
 
-        cls._make(runs, told)
+        reports = cls._make(runs, told)
+        return [partial(task._score, report) for (task, _), report in zip(runs, reports, strict=True)]
 
     @staticmethod
     def _make(runs: "Sequence[tuple[ModelTask, Path]]", observer: Observer) -> list[PruneReport]:
