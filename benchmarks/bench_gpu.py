@@ -1,7 +1,7 @@
 """Speed of the two solvers on an accelerator, compared with its speed in plain matrix products and copies.
 
     python benchmarks/bench_gpu.py [--layers 4096x4096 11008x4096 4096x11008] [--sides 1024 2048 4096 8192]
-                                   [--runs maiht best] [--record FILE] [--any]
+                                   [--runs maiht tuned] [--record FILE] [--any]
 
 Prints one JSON line per measurement, and appends it to the record: the matmul rates and bandwidth of the device; layer
 solves in the shapes of a 7B Llama with the operations that they take, and whole runs on SmolLM2; steps of Doge-ADMM on
@@ -33,17 +33,17 @@ from sparseopt.models import bundled_model
 from sparseopt.pruning import Recipe, prune_model
 from sparseopt.system.machine import environment
 
-METHODS = (("maiht", "paper"), ("maiht", "best"), ("admm", None), ("sparsegpt", None))
+METHODS = (("maiht", "paper"), ("maiht", "tuned"), ("admm", None), ("sparsegpt", None))
 STEPS = 200
 # An inverse of n x n, in operations over n³.
 INVERSE = 6
 # Arrays that a step of Doge-ADMM on a grid must read or write at least once. Nodes: x and the memory m, read and
 # written, and y, read. Edges, two per node: the dual and its prox point, read, written, and read by the divergence.
 NODE_PASSES, EDGE_PASSES = 5, 3
-TOKENS: dict[str, Any] = {"calibration": "pydoc", "samples": 16, "seqlen": 512, "heldout_samples": 0}
+TOKENS: dict[str, Any] = {"calibration": "pydoc", "windows": 16, "seqlen": 512, "heldout_windows": 0}
 RUNS = {
     "maiht": Recipe(method="maiht", **TOKENS),
-    "best one shot": Recipe(method="best", reconstruct=0, variants=0, **TOKENS),
+    "best one shot": Recipe(method="best", train_epochs=0, variants=0, **TOKENS),
     "best": Recipe(method="best", **TOKENS),
 }
 # The seconds in a report, by the kind of work.
@@ -190,7 +190,7 @@ def measure_run(name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         report = prune_model(bundled_model(), Path(folder) / "out", recipe)
     return {
-        "recipe": name, "windows": f"{recipe.samples} x {recipe.seqlen}",
+        "recipe": name, "windows": f"{recipe.windows} x {recipe.seqlen}",
         "seconds": {kind: getattr(report, field) for kind, field in KINDS.items()},
         "whole_seconds": report.seconds, "compile_seconds": report.compile_seconds, "peak_bytes": peak_bytes(),
     }  # fmt: skip

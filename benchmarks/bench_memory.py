@@ -1,6 +1,6 @@
 """Peak memory of pruning against the number of blocks: random Llamas of one width, each pruned by the command.
 
-    python benchmarks/bench_memory.py [--blocks 6 24] [--width 512] [--preset paper best]
+    python benchmarks/bench_memory.py [--blocks 6 24] [--width 512] [--preset paper tuned]
 
 Prints one JSON line per run: the largest resident set of the process, the bytes of the model, seconds, versions.
 """
@@ -66,7 +66,7 @@ import numpy as np
 from sparseopt.pruning import Recipe, prune_model
 source, output, preset, samples, seqlen, vocab = sys.argv[1:]
 tokens = np.random.default_rng(0).integers(0, int(vocab), (int(samples), int(seqlen))).astype(np.int32)
-prune_model(source, output, Recipe(method="maiht", preset=preset, calibration=tokens, heldout_samples=2))
+prune_model(source, output, Recipe(method="maiht", preset=preset, calibration=tokens, heldout_windows=2))
 """
 
 
@@ -96,13 +96,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, nargs="+", default=[6, 24])
     parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--preset", nargs="+", default=["paper", "best"])
-    parser.add_argument("--samples", type=int, default=10)
+    parser.add_argument("--preset", nargs="+", default=["paper", "tuned"])
+    parser.add_argument("--windows", type=int, default=10)
     parser.add_argument("--seqlen", type=int, default=512)
     options = parser.parse_args()
     for preset in options.preset:
         for blocks in options.blocks:
-            record = measure(blocks, options.width, preset, options.samples, options.seqlen)
+            record = measure(blocks, options.width, preset, options.windows, options.seqlen)
             sys.stdout.write(json.dumps(record) + "\n")
             sys.stdout.flush()
 

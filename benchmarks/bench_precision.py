@@ -35,7 +35,7 @@ from sparseopt.pruning.text.windows import text_windows
 
 METHODS: dict[str, dict[str, Any]] = {
     "maiht": {"method": "maiht"},
-    "best one shot": {"method": "best", "reconstruct": 0, "variants": 0},
+    "best one shot": {"method": "best", "train_epochs": 0, "variants": 0},
     "best": {"method": "best"},
 }
 SPARSITY = 0.5

@@ -50,8 +50,8 @@ PROMPT, DECODED = 512, 64
 WINDOWS, CALIBRATION = (8, 1024), (16, 512)
 DENSE = "dense"
 # What makes each model, as typed; from the model before the comma of its name, or from the dense one.
-SHRINK = ("shrink", "--distil", "4", "--windows", "first")
-PRUNE = ("prune", "--windows", "first", "--sparsity", "0.5")
+SHRINK = ("shrink", "--distil-epochs", "4", "--window-choice", "first")
+PRUNE = ("prune", "--window-choice", "first", "--sparsity", "0.5")
 MADE = {
     "channels 0.75": (*SHRINK, "--channels", "0.75"),
     "channels 0.5": (*SHRINK, "--channels", "0.5"),

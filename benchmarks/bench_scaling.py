@@ -281,13 +281,13 @@ MEASURED: dict[str, list[dict[str, Any]]] = {
         {"side": 1024, "order": 0, "dtype": "float32", "weak": True},
     ],
     "layer": [
-        {"outputs": 1536, "inputs": 576, "method": "maiht", "preset": "best"},
+        {"outputs": 1536, "inputs": 576, "method": "maiht", "preset": "tuned"},
         {"outputs": 2048, "inputs": 1024, "method": "maiht", "preset": "paper"},
         {"outputs": 1024, "inputs": 1024, "method": "admm", "preset": None},
         {"outputs": 1024, "inputs": 1024, "method": "maiht", "preset": "paper", "weak": True},
     ],
     "block": [
-        {"width": 576, "wide": 1536, "narrow": 192, "method": "maiht", "preset": "best"},
+        {"width": 576, "wide": 1536, "narrow": 192, "method": "maiht", "preset": "tuned"},
         {"width": 768, "wide": 2048, "narrow": 768, "method": "admm", "preset": None},
     ],
 }

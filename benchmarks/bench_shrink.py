@@ -37,12 +37,12 @@ SIZES: dict[str, tuple[dict[str, float], float]] = {
     "parameters 0.852": ({"parameters": 0.852}, 43.0),
 }
 TRAININGS: dict[str, dict[str, Any]] = {
-    "one shot": {"reconstruct": 0},
+    "one shot": {"train_epochs": 0},
     "trained blocks": {},
-    "trained blocks, then logits": {"distil": 4},
+    "trained blocks, then logits": {"distil_epochs": 4},
 }
 METHODS = ("best", "splice", "admm", "maiht", "wanda", "flap", "magnitude")
-TOKENS: dict[str, Any] = {"samples": 16, "heldout_samples": 4, "seqlen": 512, "windows": "first"}
+TOKENS: dict[str, Any] = {"windows": 16, "heldout_windows": 4, "seqlen": 512, "window_choice": "first"}
 TEST = (8, 1024)
 
 
@@ -81,7 +81,7 @@ def bench_sizes(bench: Bench, sizes: Sequence[str], trainings: Sequence[str]) ->
 def bench_methods(bench: Bench) -> None:
     """How channels are chosen and fitted."""
     rows = {
-        f"{method}, {share:g} of the channels": recipe(bench, channels=share, method=method, reconstruct=0)
+        f"{method}, {share:g} of the channels": recipe(bench, channels=share, method=method, train_epochs=0)
         for share in (0.75, 0.5)
         for method in METHODS
     }
@@ -91,10 +91,10 @@ def bench_methods(bench: Bench) -> None:
 def bench_windows(bench: Bench) -> None:
     """The choice of the calibration windows: shrinking without training, and pruning."""
     for choice in ("first", "spread"):
-        small = recipe(bench, channels=0.75, reconstruct=0, windows=choice)
+        small = recipe(bench, channels=0.75, train_epochs=0, window_choice=choice)
         rows: dict[str, PassRecipe] = {f"channels 0.75, {choice}": small}
         for method in ("wanda", "sparsegpt", "maiht"):
-            pruned = Recipe(method=method, sparsity=0.5, calibration=bench.data, **(TOKENS | {"windows": choice}))
+            pruned = Recipe(method=method, sparsity=0.5, calibration=bench.data, **(TOKENS | {"window_choice": choice}))
             rows[f"{method} at 0.5, {choice}"] = pruned
         run_rows(bench, "windows", rows, {})
 

@@ -40,7 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def calibration_windows(samples: int) -> dict[str, Any]:
     """The options of a recipe for so many windows; not more are held out."""
     heldout = min(HELDOUT_WINDOWS, samples)
-    return {"samples": samples, "heldout_samples": heldout, "seqlen": SEQLEN, "score": "none"}
+    return {"windows": samples, "heldout_windows": heldout, "seqlen": SEQLEN, "score": "none"}
 
 
 def emit_line(figure: str, **fields: Any) -> str:

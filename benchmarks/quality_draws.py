@@ -39,7 +39,7 @@ DRAWS = (0, 1, 2)
 METHODS: dict[str, dict[str, Any]] = {
     **{name: {"method": name} for name in ("magnitude", "wanda", "sparsegpt", "maiht", "admm", "admm_splice")},
     "admm ridge 0.1": {"method": "admm", "ridge": 0.1},
-    "best one shot": {"method": "best", "reconstruct": 0},
+    "best one shot": {"method": "best", "train_epochs": 0},
     **{f"effort {name}": {"effort": name} for name in ("fast", "good", "most")},
     # Last, since its target depends on the others.
     "best": {"method": "best"},
@@ -77,7 +77,7 @@ def read_draws(given: str) -> tuple[int, ...]:
 def bench_draws(bench: Bench, settings: list[str], texts: Sequence[str], draws: Sequence[int]) -> None:
     """All draws of the texts by all methods."""
     specifications = {"wikitext2": bench.data, ELSEWHERE: ELSEWHERE}
-    own: dict[str, Any] = {"windows": None, "calibration": "self"}
+    own: dict[str, Any] = {"window_choice": None, "calibration": "self"}
     tokens = calibration_windows(min(WINDOWS, bench.windows or WINDOWS))
     passes: dict[str, list[Row]] = defaultdict(list)
     for draw in draws:
@@ -88,7 +88,7 @@ def bench_draws(bench: Bench, settings: list[str], texts: Sequence[str], draws: 
                     details = dict.fromkeys(details)
                     if (draw, text) != (draws[0], texts[0]):
                         continue
-                named = {"windows": "random", "calibration": specifications.get(text)}
+                named = {"window_choice": "random", "calibration": specifications.get(text)}
                 drawn: dict[str, Any] = {"seed": draw, **(own if text == "self" else named)}
                 for setting in settings:
                     figure = f"perplexity, draws, {name} at {setting}"
@@ -142,7 +142,7 @@ def bench_tokens(bench: Bench, settings: list[str], draws: Sequence[int]) -> Non
                 if not bench.found(figure, **details):
                     recipe = Recipe(
                         **SETTINGS[setting], **METHODS[name],
-                        samples=count, heldout_samples=held, seqlen=SEQLEN, calibration=ids,
+                        windows=count, heldout_windows=held, seqlen=SEQLEN, calibration=ids,
                     )  # fmt: skip
                     passes[f"tokens, {count * SEQLEN:,}, {name}"].append(Row(figure, recipe, details))
     run_passes(bench, passes)

@@ -17,7 +17,7 @@ import numpy as np
 from sparseopt.pruning import Recipe, prune_model
 source, output, memory, vocab, method, windows, seqlen = sys.argv[1:]
 tokens = np.random.default_rng(0).integers(0, int(vocab), (int(windows), int(seqlen))).astype(np.int32)
-recipe = Recipe(method=method, preset="paper" if method == "maiht" else None, calibration=tokens, heldout_samples=2)
+recipe = Recipe(method=method, preset="paper" if method == "maiht" else None, calibration=tokens, heldout_windows=2)
 prune_model(source, output, recipe, memory=int(memory))
 """
 

@@ -33,7 +33,7 @@ import numpy as np
 from sparseopt.pruning import Recipe, prune_model
 tokens = np.random.default_rng(0).integers(0, 64, (8, 64)).astype(np.int32)
 # Slow enough that most kills happen during the pass, fast enough for thirty of them.
-prune_model(sys.argv[1], sys.argv[2], Recipe(method="maiht", preset="paper", calibration=tokens, heldout_samples=2))
+prune_model(sys.argv[1], sys.argv[2], Recipe(method="maiht", preset="paper", calibration=tokens, heldout_windows=2))
 """
 
 

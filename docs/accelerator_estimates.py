@@ -49,10 +49,10 @@ SIZES = {
     "LLaMA-2-70B": (8192, 28672, 80, 64, 8, 128, 32000),
 }
 # One recipe for all: the calibration of the papers, 128 windows of 2,048 tokens.
-TOKENS: dict[str, Any] = {"samples": 128, "seqlen": 2048, "heldout_samples": 0}
+TOKENS: dict[str, Any] = {"windows": 128, "seqlen": 2048, "heldout_windows": 0}
 RECIPES = {
     "maiht": Recipe(method="maiht", **TOKENS),
-    "best one shot": Recipe(method="best", reconstruct=0, variants=0, **TOKENS),
+    "best one shot": Recipe(method="best", train_epochs=0, variants=0, **TOKENS),
     "best": Recipe(method="best", **TOKENS),
 }
 KINDS = tuple(EFFICIENCY)

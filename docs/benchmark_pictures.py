@@ -103,13 +103,13 @@ def peers(records: list[Record]) -> Any:
 def memory(pruning: list[Record], sizes: list[Record]) -> Any:
     """Peak memory: of pruning over the model's size, of the trend filter over the number of nodes."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for preset, marker in (("paper", "s"), ("best", "o")):
+    for preset, marker in (("paper", "s"), ("tuned", "o")):
         runs = [record for record in pruning if record["preset"] == preset]
         left.plot(
             [record["model_bytes"] / 1e6 for record in runs],
             [record["peak_memory_bytes"] / 1e6 for record in runs],
             marker=marker,
-            color=OURS if preset == "best" else "#E69F00",
+            color=OURS if preset == "tuned" else "#E69F00",
             label=f"mAIHT, preset {preset}",
         )
     left.set(xlabel="model, MB", ylabel="peak memory, MB", ylim=(0, 1200), title="Pruning a model")

@@ -88,7 +88,7 @@ print(f"block {middle}, {name}: weight {weight.shape}, Gram {gram.shape} from {w
 # * `magnitude` keeps the largest $|W_{ij}|$; it does not look at the inputs.
 # * `wanda` keeps the largest $|W_{ij}|\,\|X_j\|$ in every row; it uses the strength of each input.
 # * `maiht` minimises the problem above: accelerated hard thresholding on the whole layer, then a refit of the kept
-#   weights. `preset="paper"` has the published settings, `preset="best"` refits better.
+#   weights. `preset="paper"` has the published settings, `preset="tuned"` refits better.
 #
 # The error is $\|X(V - W)^\top\|^2 / \|XW^\top\|^2$: the fraction of the output's energy that is lost.
 
@@ -97,7 +97,7 @@ methods = {
     "magnitude": {"method": "magnitude"},
     "Wanda": {"method": "wanda"},
     "mAIHT, paper": {"method": "maiht", "preset": "paper"},
-    "mAIHT, best": {"method": "maiht", "preset": "best"},
+    "mAIHT, tuned": {"method": "maiht", "preset": "best"},
 }
 half = {label: prune_layer(weight, gram, 0.5, test_gram=test_gram, **m) for label, m in methods.items()}
 print(f"{'at 50 %':14s} {'error':>8s} {'held-out':>9s} {'sparsity':>9s} {'steps':>6s} {'seconds':>8s}")
@@ -119,7 +119,7 @@ for label, found in half.items():
 # %%
 strength = np.sqrt(np.diagonal(gram) / windows[:SAMPLES].size)
 figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), sharey=True, layout="constrained")
-for axis, label, colour in zip(axes, ("magnitude", "Wanda", "mAIHT, best"), plots.COLOURS, strict=False):
+for axis, label, colour in zip(axes, ("magnitude", "Wanda", "mAIHT, tuned"), plots.COLOURS, strict=False):
     axis.plot(strength, (half[label].weight != 0).mean(axis=0), "o", color=colour, markersize=3, alpha=0.7)
     axis.set(xscale="log", xlabel="strength of an input (root mean square)", title=label, ylim=(0, 1))
     axis.axhline(0.5, color="grey", linestyle=":")
@@ -134,7 +134,7 @@ _ = axes[0].set_ylabel("fraction of weights kept")
 sparsities = np.array([0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
 curves = {
     label: (sparsities, [prune_layer(weight, gram, s, **methods[label]).relative_error for s in sparsities])
-    for label in ("magnitude", "Wanda", "mAIHT, best")
+    for label in ("magnitude", "Wanda", "mAIHT, tuned")
 }
 figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
 plots.plot_curves(curves, axis, xlabel="fraction of zeros", ylabel="relative output error", logy=True, markers=True)
@@ -167,7 +167,7 @@ assert (np.count_nonzero(pruned.reshape(len(pruned), -1, 4), axis=2) <= 2).all()
 temporary = tempfile.TemporaryDirectory(prefix="sparseopt-notebook-")
 reports = {}
 for label, method in (("mAIHT", "maiht"), ("Wanda", "wanda")):
-    text = {"calibration": "pydoc", "samples": SAMPLES, "seqlen": SEQLEN, "heldout_samples": HELD_OUT, "score": "none"}
+    text = {"calibration": "pydoc", "windows": SAMPLES, "seqlen": SEQLEN, "heldout_windows": HELD_OUT, "score": "none"}
     recipe = Recipe(sparsity=0.5, method=method, **text)
     reports[label] = prune_model(path, Path(temporary.name) / method, recipe)
     report = reports[label]

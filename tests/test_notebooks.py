@@ -33,7 +33,7 @@ PROMISES = {
     ],
     "03": [
         r"THIS IS NOT SmolLM2-135M",
-        r"mAIHT, best +0\.\d+ +0\.\d+ +0\.5000",
+        r"mAIHT, tuned +0\.\d+ +0\.\d+ +0\.5000",
         r"2:4 +Wanda 0\.\d+ +mAIHT 0\.\d+",
         r"largest held-out error 0\.\d+ in model\.layers\.\d",
         r"mAIHT +perplexity +\d+\.\d\d on 3,072 tokens",

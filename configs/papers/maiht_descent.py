@@ -46,7 +46,7 @@ class Descent(Task):
         steps: iterations of every solver.
         calibration: text of the calibration tokens.
         bos: as in the task `prune`.
-        samples: windows.
+        windows: of the text.
         seqlen: tokens a window.
     """
 
@@ -63,7 +63,7 @@ class Descent(Task):
     steps: int = Field(default=100, ge=1)
     calibration: str = "pydoc"
     bos: BosChoice = "auto"
-    samples: int = Field(default=8, ge=1)
+    windows: int = Field(default=8, ge=1)
     seqlen: int = Field(default=512, ge=2)
 
     def units(self) -> list[str]:
@@ -78,7 +78,7 @@ class Descent(Task):
 
     def run_unit(self, key: str, folder: Path, observer: Observer) -> Record:
         observer(f"Gram of {self.layer}", 0, 0)
-        layer = layer_problem(self.source, self.layer, self.calibration, self.bos, self.samples, self.seqlen)
+        layer = layer_problem(self.source, self.layer, self.calibration, self.bos, self.windows, self.seqlen)
         loss = layer.ridged(self.ridge)
         step = safe_step(loss.hessian, self.seed)
         kept = round((1 - self.sparsity) * layer.center.size)
@@ -145,14 +145,14 @@ def _block_of(model: PrunableModel, layer: str) -> tuple[int, str]:
 
 
 @lru_cache(maxsize=1)
-def layer_problem(source: str, layer: str, calibration: str, bos: Bos, samples: int, seqlen: int) -> ScaledLayer:
+def layer_problem(source: str, layer: str, calibration: str, bos: Bos, windows: int, seqlen: int) -> ScaledLayer:
     """One linear of the dense model with the Gram of its inputs, in scaled coordinates."""
     model = open_model(model_path(source))
     block_index, name = _block_of(model, layer)
-    recipe = Recipe(calibration=calibration, bos=bos, samples=samples, seqlen=seqlen, heldout_samples=0)
-    windows = calibration_windows(model, recipe).calibration
+    recipe = Recipe(calibration=calibration, bos=bos, windows=windows, seqlen=seqlen, heldout_windows=0)
+    ids = calibration_windows(model, recipe).calibration
     runner = runner_of(model)
-    batches = make_batches(model.embedding()(jnp.asarray(windows)))
+    batches = make_batches(model.embedding()(jnp.asarray(ids)))
     for index in range(block_index):
         batches = runner.forward(model.block(index), batches)
     block = model.block(block_index)

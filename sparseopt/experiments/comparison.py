@@ -217,15 +217,15 @@ def _common(section: Section, task: Prune) -> dict[str, Any]:
     """What all cells have in common, by its column."""
     records = [record for run in section.runs for record in run.records]
     # Where the number of windows was not given, a finished cell has it.
-    found = (record["samples"] for record in records if "samples" in record)
-    samples = task.samples or next(found, task.recipe().window_count)
+    found = (record["windows"] for record in records if "windows" in record)
+    samples = task.windows or next(found, task.recipe().window_count)
     return {
         "model": task.source,
         "calibration": task.calibration,
         "calibration_tokens": samples * task.seqlen,
-        "heldout_tokens": task.heldout_samples * task.seqlen,
+        "heldout_tokens": task.heldout_windows * task.seqlen,
         "bos": next((record["bos"] for record in records), None),
-        "windows": task.recipe().window_choice,
+        "window_choice": task.recipe().chosen_window_choice,
         "seed": task.seed,
         "ridge": task.ridge,
         "evaluation": task.evaluation,

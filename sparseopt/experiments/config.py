@@ -223,8 +223,12 @@ def get_by_path(values: Mapping[str, Any], key: str) -> Any:
 def _explain(error: ValidationError, model: type[BaseModel]) -> Iterator[tuple[Location, str]]:
     for found in error.errors(include_url=False):
         place: Location = tuple(found["loc"])
-        inner = found.get("ctx", {}).get("error")
-        if isinstance(inner, Mistakes):
+        inner, key = found.get("ctx", {}).get("error"), str(place[-1]) if place else ""
+        block = _model_at(model, place[:-1])
+        ended: Mapping[str, str] = getattr(block, "ended", {})
+        if known := {key, f"{key} {found['input']}"} & ended.keys():
+            yield place, ended[known.pop()]
+        elif isinstance(inner, Mistakes):
             for key, text in inner.found:
                 yield (*place, key), text
         elif isinstance(inner, ValidationError):
@@ -232,9 +236,7 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> Iterator[tuple[L
             for _, text in _explain(inner, model):
                 yield place, text
         elif found["type"] == "extra_forbidden":
-            block, key = _model_at(model, place[:-1]), str(place[-1])
-            hint = f"no such key; {suggest(key, block.model_fields if block else ())}"
-            yield place, getattr(block, "ended", {}).get(key, hint)
+            yield place, f"no such key; {suggest(key, block.model_fields if block else ())}"
         elif found["type"] == "missing":
             yield place, "this key is missing"
         elif found["type"] in ("literal_error", "enum") and isinstance(found["input"], str):

@@ -69,7 +69,7 @@ def prune_layer(
             "2:4" along the inputs of each output, "block:RxC", whole blocks of R outputs x C inputs, or "group:C",
             whole groups of C consecutive inputs.
         method: a name in `METHODS`, or your own `LayerMethod`.
-        preset: settings of the method: for "maiht" "paper", the published ones, or "best"; None for its own.
+        preset: settings of the method: for "maiht" "paper", the published ones, or "tuned"; None for its own.
         penalty: chooses the weights that survive by its prox, in place of L0 (method "maiht", unstructured). Its
             field `weight` is set by the sparsity asked for; a refit removes the shrinkage of convex penalties.
         test_gram: Gram of held-out inputs, for a second error.

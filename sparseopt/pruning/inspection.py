@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from sparseopt.layers.patterns import implied_sparsity, pattern_count
+from sparseopt.layers.patterns import pattern_count
 from sparseopt.layers.problem import LayerMethod
 from sparseopt.models import (
     FAMILIES,
@@ -29,6 +29,7 @@ from sparseopt.models.decoder.settings import BlockKind, DecoderConfig
 from sparseopt.pruning.memory import PLACES, output_bytes, prune_memory
 from sparseopt.pruning.pipeline import prune_model
 from sparseopt.pruning.recipe.prune_recipe import Recipe
+from sparseopt.pruning.recipe.targets import Targets, shares_in
 from sparseopt.pruning.run.drawn import drawing_bytes
 from sparseopt.pruning.run.plan import check_expert_tokens, default_windows, layer_patterns, layer_shares, with_dtype
 from sparseopt.pruning.text.documents import is_text
@@ -197,10 +198,10 @@ def inspect_model(
         )
     if not is_text(recipe.calibration):
         count, seqlen = np.shape(recipe.calibration)
-        recipe = recipe.model_copy(update={"samples": count - recipe.heldout_samples, "seqlen": seqlen})
+        recipe = recipe.model_copy(update={"windows": count - recipe.heldout_windows, "seqlen": seqlen})
     recipe = with_dtype(opened, recipe)
     if model is not None:
-        recipe = recipe.model_copy(update={"samples": recipe.samples or default_windows(model, recipe.seqlen)})
+        recipe = recipe.model_copy(update={"windows": recipe.windows or default_windows(model, recipe.seqlen)})
         recipe = recipe.model_copy(update={"variants": recipe.variant_count})  # their default depends on the windows
     dtypes: Counter[str] = Counter()
     for info in opened.tensors.values():
@@ -236,11 +237,13 @@ def measured_seconds(model: StreamedModel, recipe: Recipe) -> float:
     names = {name for index in range(model.num_blocks) for name in model.block_linears(index)}
     shares = layer_shares(model, recipe)
     by_name = {name: share for key, share in shares.items() for name in names if key.endswith(f".{name}.weight")}
-    if len(shares) < len(model.linear_keys()) or recipe.sparsities:
-        own = tuple(by_name.items()) if recipe.sparsities and implied_sparsity(recipe.pattern) is None else None
-        recipe = recipe.model_copy(update={"targets": tuple(by_name), "ignore": None, "sparsities": own})
+    table = shares_in(recipe.targets) is not None
+    if len(shares) < len(model.linear_keys()) or table:
+        # The table leaves the others as they are.
+        named: Targets = (*by_name.items(), ("re:.*", 0.0)) if table else tuple(by_name)
+        recipe = recipe.model_copy(update={"targets": named, "ignore": None})
     if recipe.draws:
-        shape = recipe.window_count + recipe.heldout_samples, recipe.seqlen
+        shape = recipe.window_count + recipe.heldout_windows, recipe.seqlen
         ids = np.random.default_rng(recipe.seed or 0).integers(0, model.config.vocab_size, shape)
         changed = {"calibration": ids, "bos": "auto", "seed": None, "score": recipe.score or "pydoc"}
         recipe = recipe.model_copy(update=changed)

@@ -58,10 +58,10 @@ FREED = 0.05
 # What reduces the memory of each phase.
 ADVICE = {
     "survey": "output_weights='uniform' and an allocation without curves do without the survey",
-    "training": "reconstruct=0 trains no blocks",
-    "distillation": "distil=0 leaves out the training of the whole model",
+    "training": "train_epochs=0 trains no blocks",
+    "distillation": "distil_epochs=0 leaves out the training of the whole model",
     "layer solves": "method 'wanda' or 'magnitude' needs the least for a solve",
-    "Grams": "heldout_samples=0 and propagate=0 gather one set of Grams only",
+    "Grams": "heldout_windows=0 and propagate=0 gather one set of Grams only",
 }
 
 
@@ -169,7 +169,7 @@ def prune_memory(
     blocks, work = block_sizes(model, recipe), method_cost(method)
     shapes = len({linear[:2] for block in blocks for linear in block.solved})
     # Each plan has one stream before a block, all share one after it, and the dense model has both.
-    stream = FLOAT32 * (recipe.all_windows + recipe.heldout_samples) * recipe.seqlen * model.config.hidden_size
+    stream = FLOAT32 * (recipe.all_windows + recipe.heldout_windows) * recipe.seqlen * model.config.hidden_size
     streams = (plans + 1 + (2 if recipe.needs_dense_stream else 0)) * stream
     if isinstance(recipe, ShrinkRecipe) and recipe.has_budget:
         # The dense model's before and after a block, while the one before the first block waits for the pass.
@@ -229,7 +229,7 @@ def choose_footprint(
     Args:
         model: opened.
         plans: their folders need not exist yet.
-        calibration: windows of token ids, `[samples, seqlen]`.
+        calibration: windows of token ids, `[windows, seqlen]`.
         heldout: windows of held-out tokens, `[0, seqlen]` without any.
         budget: bytes of memory, device and host together.
         spread: whether the run uses several devices; activations then stay in their memories, and nothing is estimated.
@@ -238,7 +238,7 @@ def choose_footprint(
         BudgetError: if the run does not fit the budget or, without one, the device; if output and activations do not
             fit on the disk.
     """
-    sizes = {"samples": len(calibration), "seqlen": calibration.shape[1], "heldout_samples": len(heldout)}
+    sizes = {"windows": len(calibration), "seqlen": calibration.shape[1], "heldout_windows": len(heldout)}
     recipes = [(plan.recipe.model_copy(update=sizes), plan.method) for plan in plans]
     where: Activations = "memory"
     parts: Mapping[str, int] = {}
@@ -353,12 +353,12 @@ def _phases(
     block = max(blocks, key=lambda b: b.parameters)
     weights = FLOAT32 * block.parameters
     grams = max(b.gram_bytes for b in blocks if b.solved)
-    sets = 1 + (recipe.heldout_samples > 0) + (recipe.propagated_share > 0)
+    sets = 1 + (recipe.heldout_windows > 0) + (recipe.propagated_share > 0)
     shapes = {(outputs, inputs) for b in blocks for outputs, inputs, _ in b.solved}
     widest = max(_nbytes(model.source.tensors[key]) for key in model.outer_keys())
     # Packed at once, else copied in pieces, which are read, dequantised and converted.
     copied = 2 * widest if recipe.get("pack") else 4 * min(widest, SLICE)
-    rows = min(config.vocab_size, (recipe.all_windows + recipe.heldout_samples) * recipe.seqlen)
+    rows = min(config.vocab_size, (recipe.all_windows + recipe.heldout_windows) * recipe.seqlen)
     phases: dict[str, dict[str, int]] = {
         "start": {
             "libraries": running["libraries"],

@@ -206,13 +206,13 @@ def open_pass(
     with claimed(folders) if first else contextlib.nullcontext():
         recipe, drawing = plans[0].recipe, time.perf_counter()
         if recipe.draws:
-            sized = with_windows(plans, recipe.samples or default_windows(model, recipe.seqlen))
+            sized = with_windows(plans, recipe.windows or default_windows(model, recipe.seqlen))
             windows = drawn_windows(model, sized, identity, budget, observer)
         else:
             windows = calibration_windows(model, recipe)
         drawing = time.perf_counter() - drawing if recipe.draws else 0.0
         calibration = describe_calibration(model, plans, windows)
-        plans, identity.tokens = with_windows(plans, calibration.samples), calibration.digest
+        plans, identity.tokens = with_windows(plans, calibration.windows), calibration.digest
         scoring = Scoring(model, samples_to_score(model, plans[0].recipe, windows), observer)
         processes.agree(
             {
@@ -245,7 +245,7 @@ def _memory_errors() -> Iterator[None]:
         raise PruningError(
             f"memory ran out ({said}); finished blocks are stored: start the same command again with more memory free, "
             "or with a smaller budget (memory) than this run took, which keeps activations on disk. A run with a "
-            "shorter seqlen or with reconstruct=0 takes less"
+            "shorter seqlen or with train_epochs=0 takes less"
         ) from error
 
 

@@ -126,7 +126,7 @@ def prune_lines(found: "Inspection", memory_bytes: int) -> list[str]:
     if stays := found.prunable_parameters - (found.targeted_parameters or 0):
         lines.insert(0, f"{stays:,} weights of linears are not to be pruned and stay as they are")
     parts, variants = console.bytes_by_size(estimate.memory[estimate.peak_phase]), recipe["variants"]
-    windows = f"{recipe['samples']} + {recipe['heldout_samples']} windows of {recipe['seqlen']} tokens"
+    windows = f"{recipe['windows']} + {recipe['heldout_windows']} windows of {recipe['seqlen']} tokens"
     lines.append(
         f"estimated memory of `sparseopt prune` with {windows}{f' and {variants} variants' * bool(variants)}: "
         f"{format_bytes(estimate.peak_memory_bytes)}, in phase {estimate.peak_phase} ({', '.join(parts)})"

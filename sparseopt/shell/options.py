@@ -87,9 +87,11 @@ class RecipeCommand(TyperCommand):
         """
         from sparseopt.pruning.recipe.options import ENDED
 
-        for name in (word.removeprefix("--").partition("=")[0].replace("-", "_") for word in args):
-            if name in ENDED:
-                raise ValueError(f"--{name} {ENDED[name]}")
+        for word, after in zip(args, [*args[1:], ""], strict=True):
+            option, _, value = word.partition("=")
+            name = option.removeprefix("--").replace("-", "_")
+            for ended in {name, f"{name} {value or after}"} & ENDED.keys():
+                raise ValueError(f"--{ended.replace('_', '-')} {ENDED[ended]}")
         assert self.callback is not None
         info = typer.models.CommandInfo(self.name, callback=completed(inspect.unwrap(self.callback)))
         whole = typer.main.get_command_from_info(
@@ -171,7 +173,7 @@ def _complete(
     names = [name for name in only or model.model_fields if name not in without]
     made = [_parameter(name, model.model_fields[name], lists.get(name), bool(only)) for name in names]
     if not only:
-        text = "YAML file with options of the recipe, as in `samples: 64`. What is typed here wins."
+        text = "YAML file with options of the recipe, as in `windows: 64`. What is typed here wins."
         info = typer.Option(help=text, rich_help_panel=WHAT)
         made.insert(0, inspect.Parameter(FILE, KEYWORD_ONLY, default=None, annotation=Annotated[Path | None, info]))
     parameters = sorted(

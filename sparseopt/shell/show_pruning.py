@@ -128,14 +128,14 @@ class PruneProgress:
 
 def calibration_lines(calibration: Calibration) -> list[str]:
     """What a run calibrates on, and why on so much."""
-    given, tokens = calibration, calibration.samples * calibration.seqlen
+    given, tokens = calibration, calibration.windows * calibration.seqlen
     lines = [
-        f"calibration on {given.samples} windows of {given.seqlen} tokens, {tokens:,} in all"
+        f"calibration on {given.windows} windows of {given.seqlen} tokens, {tokens:,} in all"
         + f", {given.variants} variants of each" * bool(given.variants)
-        + f", and {given.heldout_samples} held out; digest {given.digest}"
+        + f", and {given.heldout_windows} held out; digest {given.digest}"
     ]
     if given.why:
-        lines.append(f"default --samples {given.samples}: {given.why}")
+        lines.append(f"default --windows {given.windows}: {given.why}")
     return [*lines, *([f"warning: {given.warning}"] if given.warning else [])]
 
 
@@ -289,7 +289,7 @@ def run_lines(report: PruneReport) -> list[str]:
         tokens = f"fewer than {least} calibration tokens" if least > 1 else "no calibration token"
         lines.append(
             f"{len(starved)} experts saw {tokens} and were pruned by magnitude: "
-            f"{listed(starved, 3)}; give more --samples, or --expert-tokens all"
+            f"{listed(starved, 3)}; give more --windows, or --expert-tokens all"
         )
     if report.recipe.get("pack"):
         lines.append(packed_line(report.dense_bytes, report.stored_bytes))

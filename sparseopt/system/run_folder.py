@@ -27,7 +27,7 @@ from sparseopt.system.files import append_line, temporary_of, write_whole
 
 RUN_FILES = LOCK, RUN, DRAWN, RECORDS, SUMMARY = "run.lock", "run.json", "drawn.json", "records.jsonl", "summary.json"
 # Of the layout above. Version 0.1.0 wrote no number.
-FORMAT = 2
+FORMAT = 3
 
 Fingerprint = dict[str, Any]
 T = TypeVar("T")

@@ -131,7 +131,7 @@ def layer_job(shape: tuple[int, int], method: Any, pattern: str) -> LayerJob:
     return LayerJob(
         weight=jax.ShapeDtypeStruct(shape, jnp.bfloat16),
         gram=float32((inputs, inputs)),
-        test_gram=float32((inputs, inputs)) if DEFAULTS.heldout_samples else None,
+        test_gram=float32((inputs, inputs)) if DEFAULTS.heldout_windows else None,
         pattern=parse_pattern(pattern, PATTERNS[pattern], shape),
         output_weights=float32((outputs,)) if method == find_method("best", pattern=pattern) else None,
         input_variances=float32((inputs,)) if reads_variances(method) else None,
@@ -354,7 +354,7 @@ def meshes(model: str) -> Iterator[Program]:
     """Programs over eight devices: layers cut and side by side, Grams, and the trend filter."""
     for shape in linear_shapes(model):
         size = f"{shape[0]} x {shape[1]}"
-        for name, preset in (("maiht", "paper"), ("maiht", "best"), ("best", None), ("wanda", None)):
+        for name, preset in (("maiht", "paper"), ("maiht", "tuned"), ("best", None), ("wanda", None)):
             label = _label(name, preset)
             yield Program("mesh", f"{label}, cut", size, MESH, functools.partial(_layer_cut, shape, name, preset))
             lower = functools.partial(_layers_beside, shape, name, preset)

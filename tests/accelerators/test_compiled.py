@@ -24,7 +24,7 @@ SMALL, WIDE = "576 x 576", "576 x 1536"
 LAYERS = {
     "wanda, unstructured": ("wanda", None),
     "sparsegpt, unstructured": ("sparsegpt", None),
-    "maiht best, unstructured": ("maiht", "best"),
+    "maiht tuned, unstructured": ("maiht", "tuned"),
     "best, unstructured": ("best", None),
 }
 BLOCK = ("Grams and drift", "step of reconstruction")
@@ -105,7 +105,7 @@ def test_the_grams_of_a_block_are_summed_once(target):
 
 def test_an_iteration_of_maiht_on_a_cut_layer_exchanges_single_numbers(target):
     """Those of the host, which `tests.pruning.test_devices` counts."""
-    here, there = (found(place, "mesh", "maiht best, cut", SMALL, MESH)["loop_bytes"] for place in (HOST, target))
+    here, there = (found(place, "mesh", "maiht tuned, cut", SMALL, MESH)["loop_bytes"] for place in (HOST, target))
     # Outside of the loops the partitioners differ: that for GPUs gathers the masks around the breaking of ties, a byte
     # a weight and four times a solve. Where others gather one number from each device, a TPU adds rows of all eight.
     assert there.keys() == {"0", "1"}

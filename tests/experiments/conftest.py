@@ -25,5 +25,5 @@ def settings(tmp_path, rng):
     (tmp_path / "text.txt").write_text(TEXT)
     text = f"file:{tmp_path / 'text.txt'}"
     return {
-        "name": "tiny", "source": str(folder), "calibration": text, "samples": 4, "seqlen": 32,
+        "name": "tiny", "source": str(folder), "calibration": text, "windows": 4, "seqlen": 32,
     }  # fmt: skip

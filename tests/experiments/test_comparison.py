@@ -32,7 +32,7 @@ def settings(tmp_path_factory):
     (folder / "text.txt").write_text(TEXT)
     text = f"file:{folder / 'text.txt'}"
     return {
-        "source": str(source), "calibration": text, "samples": 3, "seqlen": 32, "heldout_samples": 2,
+        "source": str(source), "calibration": text, "windows": 3, "seqlen": 32, "heldout_windows": 2,
         "evaluation": text, "evaluation_windows": 2, "evaluation_seqlen": 48,
     }  # fmt: skip
 
@@ -84,7 +84,7 @@ def test_the_figures_are_those_of_prune_model_and_perplexity(tmp_path, settings,
         pattern, share = row.labels["pattern"], round(row.labels["sparsity"], 3)
         recipe = Recipe(
             sparsity=share, pattern=pattern, method=row.labels["method"], calibration=settings["calibration"],
-            samples=3, seqlen=32, heldout_samples=2,
+            windows=3, seqlen=32, heldout_windows=2,
         )  # fmt: skip
         report = prune_model(settings["source"], tmp_path / row.labels["method"], recipe)
         assert row.figures["mean_relative_error"] == np.mean([r.relative_error for r in report.layers])
@@ -202,8 +202,8 @@ def test_another_folder_is_refused_with_what_differs(tmp_path, settings, finishe
     output, _ = finished
     for changes, expected in (
         (
-            {"samples": 4, "windows": "random", "seed": 7},
-            r"(?s)samples: 3 there, 4 here.*seed: None there, 7 here.*another --output",
+            {"windows": 4, "window_choice": "random", "seed": 7},
+            r"(?s)windows: 3 there, 4 here.*seed: None there, 7 here.*another --output",
         ),
         ({"weighting": "residual"}, "weighting: 'uniform' there, 'residual' here"),
         ({"source": "elsewhere"}, "source: .*source' there, 'elsewhere' here"),
@@ -251,15 +251,15 @@ def test_cells_calibrated_on_another_text_of_the_same_name_are_not_compared(tmp_
 
 def test_what_the_model_or_the_texts_cannot_do_is_found_before_any_work(tmp_path, settings):
     with pytest.raises(ValueError, match="nothing was run") as caught:
-        compared(tmp_path / "out", settings, patterns=["3:7"], samples=900, evaluation_windows=901)
+        compared(tmp_path / "out", settings, patterns=["3:7"], windows=900, evaluation_windows=901)
     text = str(caught.value)
     assert "q_proj: pattern '3:7' needs a number of inputs divisible by 7" in text
     assert text.count("pattern '3:7'") == 1
     assert "calibration text: the first half of file:" in text
     assert "902 windows of 32 tokens need" in text
     assert "evaluation text: the second half of file:" in text
-    with pytest.raises(ConfigError, match=r"(?s)samples: .*given 0.*did you mean 'wanda'\?.*did you mean 'paper'\?"):
-        compared(tmp_path / "out", settings, ["wunda", "maiht:papr"], samples=0)
+    with pytest.raises(ConfigError, match=r"(?s)windows: .*given 0.*did you mean 'wanda'\?.*did you mean 'paper'\?"):
+        compared(tmp_path / "out", settings, ["wunda", "maiht:papr"], windows=0)
     assert not (tmp_path / "out").exists()
 
 

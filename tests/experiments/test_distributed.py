@@ -30,8 +30,8 @@ def folder(tmp_path_factory):
     (folder / "text.txt").write_text(TEXT)
     text = f"file:{folder / 'text.txt'}"
     prune = {
-        "name": "prune", "task": "prune", "source": str(source), "calibration": text, "evaluation": text, "samples": 4,
-        "seqlen": 32, "heldout_samples": 2, "evaluation_windows": 2, "evaluation_seqlen": 32, "preset": "paper",
+        "name": "prune", "task": "prune", "source": str(source), "calibration": text, "evaluation": text, "windows": 4,
+        "seqlen": 32, "heldout_windows": 2, "evaluation_windows": 2, "evaluation_seqlen": 32, "preset": "paper",
         "keep_model": True,
     }  # fmt: skip
     denoise = {

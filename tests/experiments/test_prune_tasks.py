@@ -24,7 +24,7 @@ def prune(settings):
     text = settings["calibration"]
     return {
         **settings, "task": "prune", "evaluation": text, "evaluation_windows": 2, "evaluation_seqlen": 32,
-        "heldout_samples": 2,
+        "heldout_windows": 2,
     }  # fmt: skip
 
 
@@ -48,7 +48,7 @@ def test_a_sweep_over_methods_reports_perplexity_and_exact_sparsity(tmp_path, pr
     assert [outcome.error for outcome in outcomes] == [None] * 4
     (section,) = gather([output], ["tests"])
     rows = {record["label"]: record for run in section.runs for record in run.records}
-    assert set(rows) == {"dense", "magnitude", "Wanda", "maiht best CappedL1(weight=1)"}
+    assert set(rows) == {"dense", "magnitude", "Wanda", "maiht tuned CappedL1(weight=1)"}
     assert rows["dense"]["sparsity"] == 0
     for label in rows.keys() - {"dense"}:
         assert rows[label]["sparsity"] == 0.25
@@ -199,7 +199,7 @@ def test_what_the_model_or_the_texts_cannot_do_ends_a_run_before_any_work(tmp_pa
     ):
         assert err.count(mistake) == 1
     assert not (tmp_path / "runs").exists()
-    (dense,) = expand({**prune, "method": "dense", "samples": 900, "calibration": "file:/nowhere"})
+    (dense,) = expand({**prune, "method": "dense", "windows": 900, "calibration": "file:/nowhere"})
     dense.task.check()  # it reads no calibration text
 
 

@@ -18,7 +18,7 @@ from tests.experiments.test_prune_tasks import quiet
 def shrink(settings):
     return {
         **settings, "task": "shrink", "evaluation": settings["calibration"], "evaluation_windows": 2,
-        "evaluation_seqlen": 32, "heldout_samples": 2, "method": "wanda", "multiple": 16,
+        "evaluation_seqlen": 32, "heldout_windows": 2, "method": "wanda", "multiple": 16,
     }  # fmt: skip
 
 
@@ -55,12 +55,12 @@ def test_a_sweep_reports_perplexity_by_size(tmp_path, shrink):
 
 
 def test_the_figures_are_those_of_shrink_model_and_the_model_is_kept_on_request(tmp_path, shrink):
-    (run,) = expand({**shrink, "layers": 0.67, "reconstruct": 0, "keep_model": True})
+    (run,) = expand({**shrink, "layers": 0.67, "train_epochs": 0, "keep_model": True})
     outcome = execute(run, tmp_path / "runs", quiet)
     assert outcome.error is None
     record = json.loads((outcome.folder / "records.jsonl").read_text())
-    fields = {name: shrink[name] for name in ("method", "calibration", "samples", "seqlen", "heldout_samples")}
-    report = shrink_model(shrink["source"], tmp_path / "out", ShrinkRecipe(layers=0.67, reconstruct=0, **fields))
+    fields = {name: shrink[name] for name in ("method", "calibration", "windows", "seqlen", "heldout_windows")}
+    report = shrink_model(shrink["source"], tmp_path / "out", ShrinkRecipe(layers=0.67, train_epochs=0, **fields))
     made = open_model(tmp_path / "out")
     ids, _ = text_windows(made.source, shrink["evaluation"], "evaluation", 2, 32)
     assert record["perplexity"] == perplexity(made, ids)

@@ -102,7 +102,7 @@ def make_layer(choices: Choices) -> dict[str, Any]:
             choices, ("unstructured", "per-row", "2:4", "4:2", "0:0", "block:2x2", "block:0x2", "x", "", None)
         ),
         "method": pick(choices, ("magnitude", "wanda", "maiht", "x", "", None, 3)),
-        "preset": pick(choices, ("best", "paper", "x", None)),
+        "preset": pick(choices, ("tuned", "paper", "x", None)),
         "penalty": pick(choices, (None, so.L1(1.0), so.L1(float("nan")), "l1", 3)),
         "test_gram": any_array(choices, (4, 4)),
         "output_weights": any_array(choices, (4,)),

@@ -18,7 +18,7 @@ from tests.experiments.toy import CappedL1
 from tests.layers.layers import error_of, make_layer, paper_procedure
 from tests.tiers import often
 
-METHODS = [("maiht", "paper"), ("maiht", "best"), ("wanda", None), ("magnitude", None)]
+METHODS = [("maiht", "paper"), ("maiht", "tuned"), ("wanda", None), ("magnitude", None)]
 
 
 @pytest.mark.parametrize(("method", "preset"), METHODS)
@@ -228,8 +228,11 @@ BAD = {
     "n above m": ({"sparsity": None, "pattern": "5:4"}, "between 1 and 4 of every 4"),
     "unknown pattern": ({"pattern": "blocky"}, "unknown pattern 'blocky'; known are 'unstructured', 'per-row', 'n:m'"),
     "unknown method": ({"method": "magic"}, "unknown method 'magic'; known are best, maiht, admm"),
-    "unknown preset": ({"preset": "fast"}, "unknown preset 'fast'; known are paper, best"),
-    "no presets": ({"method": "wanda", "preset": "best"}, "method 'wanda' has no presets, given preset 'best'; leave"),
+    "unknown preset": ({"preset": "fast"}, "unknown preset 'fast'; known are paper, tuned"),
+    "no presets": (
+        {"method": "wanda", "preset": "tuned"},
+        "method 'wanda' has no presets, given preset 'tuned'; leave",
+    ),
 }
 
 

@@ -195,7 +195,7 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def recipe():
     tokens = np.random.default_rng(8).integers(0, len(VOCAB), (4, 24)).astype(np.int32)
-    return Recipe(method=SHORT_ADMM, calibration=tokens, heldout_samples=1)
+    return Recipe(method=SHORT_ADMM, calibration=tokens, heldout_windows=1)
 
 
 def test_a_run_says_which_layers_were_solved_by_blocks_and_goes_on_to_the_bit(tmp_path, source, recipe, monkeypatch):

@@ -171,7 +171,7 @@ def test_a_window_beyond_the_positions_of_a_model_is_refused_before_any_work(
         "perplexity in memory": lambda: perplexity(decoder, ids),
         "generation": lambda: generate(decoder, ids[0, :40], longest - 39),
         "scores": lambda: score_continuations(model, [([1, 2], [3]), (list(ids[0]), [1])]),
-        "token ids": lambda: prune_model(source, tmp_path / "out", Recipe(calibration=ids, heldout_samples=0)),
+        "token ids": lambda: prune_model(source, tmp_path / "out", Recipe(calibration=ids, heldout_windows=0)),
         # Said before the folder's lack of a tokenizer is.
         "text": lambda: prune_model(source, tmp_path / "out", Recipe(seqlen=longest + 1)),
     }

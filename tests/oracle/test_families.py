@@ -60,7 +60,7 @@ def test_every_layer_and_the_logits_are_the_references(name: str, tmp_path: Path
     proof.record(CASES[name]["model_type"], "logits", case=name, largest_error=float(np.abs(whole - logits).max()))
 
 
-@pytest.mark.parametrize(("preset", "dtype"), [("paper", "float32"), ("best", "bfloat16")])
+@pytest.mark.parametrize(("preset", "dtype"), [("paper", "float32"), ("tuned", "bfloat16")])
 @pytest.mark.parametrize("name", list(CASES))
 def test_a_pruned_export_is_loaded_with_our_logits_and_untouched_bytes(
     name: str, preset: str, dtype: str, tmp_path: Path, proof: Proof

@@ -13,7 +13,7 @@ from tests.oracle.test_reference import TEXT, reference_logits
 pytestmark = pytest.mark.oracle
 
 
-@pytest.mark.parametrize(("method", "preset"), [("maiht", "paper"), ("maiht", "best"), ("wanda", None)])
+@pytest.mark.parametrize(("method", "preset"), [("maiht", "paper"), ("maiht", "tuned"), ("wanda", None)])
 def test_a_pruned_tiny_model_gives_our_logits(
     tmp_path: Path, rng: np.random.Generator, method: str, preset: str | None
 ) -> None:
@@ -30,7 +30,7 @@ def test_a_real_model_pruned_by_maiht_gives_the_reference_logits(tmp_path: Path)
     from transformers import AutoModelForCausalLM
 
     model = open_model(bundled_model())
-    recipe = Recipe(preset="paper", calibration="pydoc", samples=2, seqlen=256, heldout_samples=0, score="none")
+    recipe = Recipe(preset="paper", calibration="pydoc", windows=2, seqlen=256, heldout_windows=0, score="none")
     prune_model(bundled_model(), tmp_path / "out", recipe)
     tokens = encode_text(load_tokenizer(model.source), TEXT)[None]
     ours = np.asarray(load_decoder(tmp_path / "out")(tokens))

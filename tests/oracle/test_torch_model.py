@@ -197,7 +197,7 @@ def test_perplexity_is_that_of_torch(tmp_path: Path, rng: np.random.Generator, n
     assert perplexity(tmp_path, tokens) == pytest.approx(float(losses.exp()), rel=1e-4)
 
 
-@pytest.mark.parametrize("preset", ["paper", "best"])
+@pytest.mark.parametrize("preset", ["paper", "tuned"])
 @EVERY
 def test_an_export_has_the_exact_count_and_loads(
     tmp_path: Path, rng: np.random.Generator, name: str, preset: str
@@ -275,14 +275,14 @@ def test_several_recipes_share_a_pass(tmp_path: Path, rng: np.random.Generator) 
 def test_what_takes_gradients_is_refused_before_any_work(tmp_path: Path, rng: np.random.Generator) -> None:
     source, tokens = write("stablelm", tmp_path / "source"), make_tokens(rng, 8)
     recipe = Recipe(
-        output_weights="gradient", allocation="curves", reconstruct=2, weighting="residual", calibration=tokens
+        output_weights="gradient", allocation="curves", train_epochs=2, weighting="residual", calibration=tokens
     )
-    with pytest.raises(ValueError, match=r"(?s)stablelm.*output_weights=.*allocation=.*reconstruct.*weighting="):
+    with pytest.raises(ValueError, match=r"(?s)stablelm.*output_weights=.*allocation=.*train_epochs.*weighting="):
         prune_model(source, tmp_path / "out", recipe)
     assert not (tmp_path / "out").exists()
     best = prune_model(source, tmp_path / "out", Recipe(method="best", calibration=tokens))
     assert not best.blocks
-    assert best.recipe["reconstruct"] == 0
+    assert best.recipe["train_epochs"] == 0
 
 
 def test_what_cannot_run_block_by_block_is_refused_by_name(tmp_path: Path) -> None:
@@ -379,7 +379,7 @@ def test_the_shell_prunes_and_scores(tmp_path: Path, command: Any) -> None:
     (source / "tokenizer.json").write_text(TOKENIZER)
     (tmp_path / "text.txt").write_text("the tall hat, 3 of them.\n" * 400)
     text, out = f"file:{tmp_path / 'text.txt'}", tmp_path / "out"
-    windows = ["--samples", 6, "--seqlen", 24, "--heldout-samples", 2]
+    windows = ["--windows", 6, "--seqlen", 24, "--heldout-windows", 2]
     status, shown, _ = command("prune", source, "--output", out, "--calibration", text, "--preset", "paper", *windows)
     assert status == 0
     assert "blocks ran in torch" in shown

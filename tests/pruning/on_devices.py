@@ -38,7 +38,7 @@ from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 # Name: method, preset, pattern, outputs, devices.
 LAYERS = {
     "maiht paper": ("maiht", "paper", "unstructured", 48, 8),
-    "maiht best, 37 over 8": ("maiht", "best", "unstructured", 37, 8),
+    "maiht tuned, 37 over 8": ("maiht", "tuned", "unstructured", 37, 8),
     "admm per-row, 37 over 3": ("admm", None, "per-row", 37, 3),
     "sparsegpt": ("sparsegpt", None, "unstructured", 48, 8),
     "wanda 2:4, 37 over 8": ("wanda", None, "2:4", 37, 8),
@@ -112,7 +112,7 @@ def blocks():
         pattern = parse_pattern("unstructured", 0.3 + 0.05 * i, weight.shape)
         job = LayerJob(weight, gram, test_gram, pattern, weights)
         linears.append(LayerTask(f"{i}", weight.shape, weight.shape, lambda job=job: job))
-    solver, found = find_method("maiht", "best"), {}
+    solver, found = find_method("maiht", "tuned"), {}
     reports = [solved.report for solved in solve_block(linears, solver, None)]
     alone = {linear.name: report for linear, report in zip(linears, reports, strict=True)}
 
@@ -229,7 +229,7 @@ def models(folder):
         "paper": (source, {"preset": "paper", "weighting": "residual"}),
         "wanda owl": (
             source,
-            {"method": "wanda", "allocation": "owl", "propagate": 0.5, "reconstruct": 1, "variants": 1},
+            {"method": "wanda", "allocation": "owl", "propagate": 0.5, "train_epochs": 1, "variants": 1},
         ),
         # Some experts see fewer tokens than that.
         "experts": (routed, {"method": "wanda", "min_expert_tokens": 130}),
@@ -239,7 +239,7 @@ def models(folder):
         # Were sums for nothing, layers would be cut: the seven linears of a block have eight devices.
         side_by_side.STAGE = {"cpu": 0.0} if name == "paper" else stage
         programs = len(cut_solver.texts), len(side_by_side_solver(device_line("all")).texts)
-        recipes[name] = recipe = Recipe(calibration=tokens, heldout_samples=2, **settings)
+        recipes[name] = recipe = Recipe(calibration=tokens, heldout_windows=2, **settings)
         one = prune_model(model, folder / f"{name} one", recipe)
         many = prune_model(model, folder / f"{name} many", recipe, devices="all")
         tensors = [model_of(report.output) for report in (one, many)]

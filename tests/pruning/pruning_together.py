@@ -35,7 +35,7 @@ def prune_together(
         own = processes.count() == 1 or jax.process_index() == stopper
         return own and asked == stop_behind
 
-    recipe = Recipe(calibration=tokens, heldout_samples=2, **RECIPES[name])
+    recipe = Recipe(calibration=tokens, heldout_windows=2, **RECIPES[name])
     try:
         return prune_model(source, output, recipe, stop=stop)
     except Stopped:

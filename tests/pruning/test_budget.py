@@ -27,16 +27,16 @@ from tests.tiers import often
 
 RECIPES = {
     "paper": {"preset": "paper", "dtype": "bfloat16"},
-    "trained": {"method": "wanda", "reconstruct": 2, "propagate": 0.5},
+    "trained": {"method": "wanda", "train_epochs": 2, "propagate": 0.5},
     "surveyed": {"method": "wanda", "allocation": "curves", "output_weights": "gradient"},
-    "owl": {"method": "wanda", "allocation": "owl", "heldout_samples": 0},
+    "owl": {"method": "wanda", "allocation": "owl", "heldout_windows": 0},
 }
 
 
 def tight(source, recipe):
     """The least budget that is not refused: too little for activations in memory."""
     windows, seqlen = recipe.calibration.shape
-    sizes = {"samples": windows - recipe.heldout_samples, "seqlen": seqlen}
+    sizes = {"windows": windows - recipe.heldout_windows, "seqlen": seqlen}
     model, method = open_model(source), recipe.layer_method
     found = [prune_memory(model, recipe.model_copy(update=sizes), method, where) for where in ("memory", "disk")]
     assert found[1].peak_bytes < found[0].peak_bytes
@@ -46,7 +46,7 @@ def tight(source, recipe):
 @pytest.mark.parametrize("name", often(RECIPES, "trained", "owl"))
 def test_activations_on_disk_change_no_bit(tmp_path, source, tokens, name, monkeypatch):
     monkeypatch.setattr("sparseopt.pruning.base.activations.BATCH_TOKENS", 48)
-    recipe = Recipe(calibration=tokens, **{"heldout_samples": 2, **RECIPES[name]})
+    recipe = Recipe(calibration=tokens, **{"heldout_windows": 2, **RECIPES[name]})
     footprints, on_disk, append = [], [], DiskBatches.append
     monkeypatch.setattr(DiskBatches, "append", lambda *given: on_disk.append(len(footprints)) or append(*given))
     reports = [
@@ -71,7 +71,7 @@ def test_activations_on_disk_change_no_bit(tmp_path, source, tokens, name, monke
 
 
 def test_a_run_goes_on_with_another_budget(tmp_path, source, tokens):
-    recipe = Recipe(method="wanda", calibration=tokens, heldout_samples=2)
+    recipe = Recipe(method="wanda", calibration=tokens, heldout_windows=2)
     prune_model(source, tmp_path / "whole", recipe)
     with pytest.raises(Broken):
         prune_model(source, tmp_path / "broken", recipe, observer=breaking_at(10), memory=tight(source, recipe))
@@ -83,7 +83,7 @@ def test_a_run_goes_on_with_another_budget(tmp_path, source, tokens):
 
 def test_scratch_files_have_no_name(tmp_path, source, tokens):
     """Nothing is left behind by a run that is killed, since there is nothing with a name at any moment."""
-    recipe = Recipe(method="wanda", calibration=tokens, heldout_samples=2)
+    recipe = Recipe(method="wanda", calibration=tokens, heldout_windows=2)
     names = set()
     prune_model(
         source,
@@ -96,10 +96,10 @@ def test_scratch_files_have_no_name(tmp_path, source, tokens):
 
 
 def test_a_budget_that_is_too_little_is_refused_before_any_work(tmp_path, source, tokens):
-    recipe = Recipe(calibration=tokens, heldout_samples=2, preset="paper")
+    recipe = Recipe(calibration=tokens, heldout_windows=2, preset="paper")
     with pytest.raises(BudgetError, match=r"a budget of 100\.0 MiB is too little: .*(libraries 300\.0 MiB).*at least"):
         prune_model(source, tmp_path / "out", recipe, memory="100MiB")
-    with pytest.raises(BudgetError, match=r"in phase Grams .*less to do: heldout_samples=0 .* one set of Grams only"):
+    with pytest.raises(BudgetError, match=r"in phase Grams .*less to do: heldout_windows=0 .* one set of Grams only"):
         prune_model(source, tmp_path / "out", recipe, memory="100MiB")
     with pytest.raises(ValueError, match="given '8'"):
         prune_model(source, tmp_path / "out", recipe, memory="8")
@@ -109,7 +109,7 @@ def test_a_budget_that_is_too_little_is_refused_before_any_work(tmp_path, source
 def test_without_a_budget_little_memory_is_no_error(tmp_path, source, tokens, monkeypatch):
     """Only where activations lie follows what is available."""
     monkeypatch.setattr(machine, "available_memory_bytes", lambda: 2**20)
-    report = prune_model(source, tmp_path / "out", Recipe(method="wanda", calibration=tokens, heldout_samples=2))
+    report = prune_model(source, tmp_path / "out", Recipe(method="wanda", calibration=tokens, heldout_windows=2))
     assert report.footprint.activations == "disk"
     assert report.footprint.budget_bytes is None
 
@@ -117,7 +117,7 @@ def test_without_a_budget_little_memory_is_no_error(tmp_path, source, tokens, mo
 def test_too_little_memory_on_the_device_is_refused_unless_a_budget_is_given(tmp_path, source, tokens, monkeypatch):
     device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 2**24, "bytes_in_use": 2**23})
     monkeypatch.setattr(jax, "devices", lambda: [device])
-    recipe = Recipe(method="wanda", calibration=tokens, heldout_samples=2)
+    recipe = Recipe(method="wanda", calibration=tokens, heldout_windows=2)
     model = open_model(source)
     plans = [make_plan(model, recipe, tmp_path / "out")]
     with pytest.raises(BudgetError, match=r"memory left on the device, 8\.0 MiB, is too little.*give memory=.*try"):
@@ -130,7 +130,7 @@ def test_the_estimate_takes_a_layer_by_blocks_where_the_device_has_too_little_ro
 
     def workspace(pattern, room):
         recipe = Recipe(
-            method="sparsegpt", calibration=tokens, samples=5, seqlen=24, heldout_samples=2, pattern=pattern
+            method="sparsegpt", calibration=tokens, windows=5, seqlen=24, heldout_windows=2, pattern=pattern
         )
         cost = prune_memory(model, recipe, recipe.layer_method, room=room)
         return cost.phases["layer solves"]["workspace"], cost.solve_blocks
@@ -155,7 +155,7 @@ def test_activations_of_blocks_in_torch_are_counted_with_their_variants(tmp_path
 
 def test_a_disk_with_too_little_room_is_refused_before_any_work(tmp_path, source, tokens, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    recipe = Recipe(method="wanda", calibration=tokens, heldout_samples=2)
+    recipe = Recipe(method="wanda", calibration=tokens, heldout_windows=2)
     plans = [(recipe.model_copy(update={"sparsity": share}), tmp_path / str(share)) for share in (0.5, 0.6)]
     model = open_model(source)
     made = [make_plan(model, recipe, folder) for recipe, folder in plans]
@@ -172,13 +172,13 @@ def test_a_disk_with_too_little_room_is_refused_before_any_work(tmp_path, source
         prune_models(source, plans, memory=tight(source, recipe))
     # What is trained at the end lies beside what it replaces: one such model takes as much as two, but for its ends.
     with pytest.raises(BudgetError, match="the run needs"):
-        prune_models(source, [(recipe.model_copy(update={"distil": 1}), tmp_path / "trained"), plans[0]])
+        prune_models(source, [(recipe.model_copy(update={"distil_epochs": 1}), tmp_path / "trained"), plans[0]])
 
 
 def test_plans_that_share_a_pass_have_a_stream_each(source, tokens):
     model, recipe = (
         open_model(source),
-        Recipe(method="wanda", calibration=tokens, samples=5, seqlen=24, heldout_samples=2),
+        Recipe(method="wanda", calibration=tokens, windows=5, seqlen=24, heldout_windows=2),
     )
     one, three = (prune_memory(model, recipe, recipe.layer_method, "disk", plans).scratch_bytes for plans in (1, 3))
     stream = 4 * 7 * 24 * 32
@@ -267,7 +267,7 @@ def test_the_command_tells_what_it_will_take_and_took(tmp_path, command, monkeyp
     source = write_folder(tmp_path / "m", tiny_config(), random_tensors(tiny_config(), np.random.default_rng(0)))
     (source / "tokenizer.json").write_text(TOKENIZER)
     (tmp_path / "t.txt").write_text("hello there, " * 300)
-    options = ("--calibration", f"file:{tmp_path / 't.txt'}", "--samples", 4, "--seqlen", 24, "--method", "wanda")
+    options = ("--calibration", f"file:{tmp_path / 't.txt'}", "--windows", 4, "--seqlen", 24, "--method", "wanda")
     status, out, err = command("prune", source, "--output", tmp_path / "a", *options, "--memory", "64GiB")
     assert status == 0, err
     assert "memory 510." in out or "memory 511." in out

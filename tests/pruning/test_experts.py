@@ -108,7 +108,7 @@ def test_few_tokens_prune_better_when_every_expert_sees_them_all(tmp_path, sourc
     keys = [[f"model.layers.0.block_sparse_moe.experts.{e}.{name}.weight" for name in ("w1", "w3")] for e in range(4)]
     errors = {}
     for choice in ("routed", "all"):
-        recipe = Recipe(calibration=few, heldout_samples=0, min_expert_tokens=1, expert_tokens=choice, preset="paper")
+        recipe = Recipe(calibration=few, heldout_windows=0, min_expert_tokens=1, expert_tokens=choice, preset="paper")
         report = prune_model(source, tmp_path / choice, recipe)
         seen = {record.tokens for record in report.layers if ".experts." in record.layer}
         assert (seen == {few.size}) == (choice == "all")
@@ -124,7 +124,7 @@ def test_few_tokens_prune_better_when_every_expert_sees_them_all(tmp_path, sourc
     assert errors["all"] < 0.95 * errors["routed"]
 
 
-@pytest.mark.parametrize("preset", often(["paper", "best"], "paper"))
+@pytest.mark.parametrize("preset", often(["paper", "tuned"], "paper"))
 def test_every_expert_is_pruned_exactly_and_runs(tmp_path, source, tokens, preset):
     report = prune_model(source, tmp_path / "out", Recipe(preset=preset, calibration=tokens, min_expert_tokens=1))
     linears = 2 * (4 + 3 * EXPERTS)
@@ -141,7 +141,7 @@ def test_every_expert_is_pruned_exactly_and_runs(tmp_path, source, tokens, prese
 
 
 def test_a_starved_expert_is_pruned_by_magnitude_and_named(tmp_path, source, tokens):
-    recipe = Recipe(preset="paper", calibration=tokens, heldout_samples=2)
+    recipe = Recipe(preset="paper", calibration=tokens, heldout_windows=2)
     counts = [len(rows) for rows in routed_inputs(open_model(source), tokens[:6])]
     least = sorted(counts)[1]
     report = prune_model(source, tmp_path / "out", Recipe(**(vars(recipe) | {"min_expert_tokens": least})))
@@ -205,13 +205,13 @@ def test_all_tokens_are_refused_where_no_expert_would_see_them(tmp_path, source,
 
 @pytest.mark.parametrize(
     "changes",
-    often([{"reconstruct": 2}, {"allocation": "curves"}, {"allocation": "owl"}], {"reconstruct": 2}),
+    often([{"train_epochs": 2}, {"allocation": "curves"}, {"allocation": "owl"}], {"train_epochs": 2}),
 )
 def test_reconstruction_and_allocation_work_with_experts(tmp_path, source, tokens, changes):
-    recipe = Recipe(calibration=tokens, min_expert_tokens=1, heldout_samples=2, sparsity=0.5, **changes)
+    recipe = Recipe(calibration=tokens, min_expert_tokens=1, heldout_windows=2, sparsity=0.5, **changes)
     report = prune_model(source, tmp_path / "out", recipe)
     assert report.sparsity == pytest.approx(0.5, abs=1e-3)
-    if "reconstruct" in changes:
+    if "train_epochs" in changes:
         assert all(block.last_loss < block.first_loss for block in report.blocks)
         model = open_model(tmp_path / "out")
         zeros = {record.layer: record.zeros for record in report.layers}

@@ -86,7 +86,7 @@ FAULTS = [
 
 # All linears and Grams of one shape: one program each to compile.
 CONFIG = tiny_config(intermediate_size=32, num_key_value_heads=4)
-SETTINGS = ["--method", "wanda", "--samples", "4", "--seqlen", "16", "--heldout-samples", "0"]
+SETTINGS = ["--method", "wanda", "--windows", "4", "--seqlen", "16", "--heldout-windows", "0"]
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def recipe(source):
     return Recipe(
-        method="wanda", samples=4, seqlen=16, heldout_samples=0, calibration=f"file:{source.parent / 'text.txt'}"
+        method="wanda", windows=4, seqlen=16, heldout_windows=0, calibration=f"file:{source.parent / 'text.txt'}"
     )
 
 
@@ -326,7 +326,7 @@ def test_one_token_that_overflows_cannot_get_lost_in_a_gram(tmp_path, overflowin
     monkeypatch.setattr(activations, "BATCH_TOKENS", 32)
     windows = np.random.default_rng(8).integers(0, 40, (6, 16)).astype(np.int32)
     windows[window, 9] = 40
-    recipe = Recipe(method="wanda", calibration=windows, heldout_samples=2)
+    recipe = Recipe(method="wanda", calibration=windows, heldout_windows=2)
     place = window if tokens == "calibration" else window - 4
     message = rf"in block 0, attention_input, on the {tokens} tokens, in windows {place} of {4 if place else 2}: "
     with pytest.raises(PruningError, match=message):

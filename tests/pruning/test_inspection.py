@@ -42,7 +42,7 @@ def folder(path: Path, rng: np.random.Generator, dtype: Any = np.float32, **chan
 
 
 def recipe(**changes: Any) -> Recipe:
-    return Recipe(**{"method": "maiht", "samples": 4, "seqlen": 32, "heldout_samples": 2} | changes)
+    return Recipe(**{"method": "maiht", "windows": 4, "seqlen": 32, "heldout_windows": 2} | changes)
 
 
 def test_the_facts_of_a_tiny_model(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -171,10 +171,10 @@ def test_estimates_add_up_and_grow_with_the_work(tmp_path: Path, rng: np.random.
     drawn = estimate(calibration="self")
     assert set(drawn.memory) == {"drawing text", *plain.memory}
     assert drawn.memory["drawing text"]["model"] == 4 * inspect_model(path, recipe()).parameters
-    more, best = estimate(samples=64, seqlen=128), estimate(method="best", allocation="curves")
+    more, best = estimate(windows=64, seqlen=128), estimate(method="best", allocation="curves")
     # Windows of 2 tokens are 128 by default, which leaves no room for variants that nobody asked for.
     shown = [inspect_model(path, Recipe(method="best", seqlen=seqlen)).recipe for seqlen in (2, 512)]
-    assert [(each["samples"], each["variants"]) for each in shown] == [(128, 0), (16, 3)]
+    assert [(each["windows"], each["variants"]) for each in shown] == [(128, 0), (16, 3)]
     assert more.peak_memory_bytes > plain.peak_memory_bytes
     assert set(best.memory) - set(plain.memory) == {"survey", "training"}
 
@@ -183,7 +183,7 @@ def test_estimates_add_up_and_grow_with_the_work(tmp_path: Path, rng: np.random.
     "changes",
     [
         {"method": "wanda"},
-        {"method": "wanda", "ignore": ["model.layers.2.mlp.up_proj", "o_proj"], "sparsities": {"q_proj": 0.25}},
+        {"method": "wanda", "ignore": ["model.layers.2.mlp.up_proj", "o_proj"], "targets": {"q_proj": 0.25}},
         {"effort": "good", "method": None},
     ],
 )
@@ -292,6 +292,6 @@ def test_token_ids_are_estimated_by_their_own_number(tmp_path: Path, rng: np.ran
     source = write_folder(tmp_path, tiny_config(), random_tensors(tiny_config(), rng))
     recipe = Recipe(method="wanda", calibration=np.zeros((28, 20), np.int32))
     found = inspect_model(source, recipe).recipe
-    assert (found["samples"], found["seqlen"]) == (24, 20)
-    with pytest.raises(ValueError, match=r"samples is for text; .* there are 24 besides the held-out ones, given 1"):
-        recipe.model_copy(update={"samples": 1})
+    assert (found["windows"], found["seqlen"]) == (24, 20)
+    with pytest.raises(ValueError, match=r"windows is for text; .* there are 24 besides the held-out ones, given 1"):
+        recipe.model_copy(update={"windows": 1})

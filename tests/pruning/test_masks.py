@@ -161,7 +161,7 @@ def test_what_cannot_keep_zeros_is_refused(layer, tmp_path, source, tokens):
 
 def test_a_pruned_model_is_pruned_further(tmp_path, pruned, tokens):
     before = weights_of(pruned)
-    settings = {"method": "sparsegpt", "propagate": 0.25, "reconstruct": 1, "keep_zeros": True}
+    settings = {"method": "sparsegpt", "propagate": 0.25, "train_epochs": 1, "keep_zeros": True}
     report = prune_model(pruned, tmp_path / "out", Recipe(sparsity=0.7, calibration=tokens, **settings))
     for key, weight in weights_of(tmp_path / "out").items():
         assert not weight[before[key] == 0].any(), key

@@ -39,12 +39,12 @@ def source(tmp_path, rng):
 
 @pytest.fixture
 def recipe(rng):
-    return Recipe(method="maiht", calibration=make_tokens(rng, 12), heldout_samples=4)
+    return Recipe(method="maiht", calibration=make_tokens(rng, 12), heldout_windows=4)
 
 
 @pytest.mark.parametrize(
     ("method", "preset"),
-    often([("maiht", "paper"), ("maiht", "best"), ("wanda", None)], ("maiht", "best"), ("wanda", None)),
+    often([("maiht", "paper"), ("maiht", "tuned"), ("wanda", None)], ("maiht", "tuned"), ("wanda", None)),
 )
 def test_every_linear_has_the_exact_count_and_nothing_else_changes(tmp_path, source, recipe, method, preset):
     recipe = Recipe(method=method, preset=preset, sparsity=0.6, calibration=recipe.calibration)
@@ -156,7 +156,7 @@ def test_run_folder_tells_the_whole_story(tmp_path, source, recipe):
     assert summary["sparsity"] == 0.5
     assert summary["recipe"]["calibration"] == "token ids of shape [12, 24]"
     assert summary["calibration"] == {
-        "samples": 8, "variants": 0, "heldout_samples": 4, "seqlen": 24, "inputs": 64, "why": None, "warning": None,
+        "windows": 8, "variants": 0, "heldout_windows": 4, "seqlen": 24, "inputs": 64, "why": None, "warning": None,
         "digest": hashlib.sha256(np.asarray(recipe.calibration, "<i4").tobytes()).hexdigest()[:16],
     }  # fmt: skip
     assert summary["versions"]["sparseopt"] == so.__version__
@@ -218,11 +218,11 @@ BAD_RECIPES = {
     "method": ({"method": "alps"}, "unknown method 'alps'; known are best, maiht, admm"),
     "preset": ({"preset": "quick"}, "unknown preset 'quick'"),
     "dtype": ({"dtype": "int8"}, "unknown dtype 'int8'; known are float32, float16, bfloat16"),
-    "samples": ({"samples": 0}, "samples must be at least 1"),
+    "windows": ({"windows": 0}, "windows must be at least 1"),
     "bos": ({"bos": "always"}, "unknown bos 'always'; known are auto, yes, no"),
     "bos of ids": ({"bos": "yes"}, "token ids are taken as they are: put BOS in front of them"),
     "seqlen": ({"seqlen": 1}, "seqlen must be at least 2, given 1"),
-    "too few windows": ({"heldout_samples": 12}, "leave none for calibration"),
+    "too few windows": ({"heldout_windows": 12}, "leave none for calibration"),
     "vocabulary": ({"calibration": np.full((6, 8), 999)}, "made with another tokenizer"),
     "no number": ({"sparsity": "0.5"}, "sparsity must be a number, given '0.5'"),
     "no whole number": ({"seqlen": 2.5}, "seqlen must be a whole number, given 2.5"),
@@ -232,18 +232,18 @@ BAD_RECIPES = {
     "precision": ({"precision": "float8"}, "unknown precision 'float8'; known are highest, high, default"),
     "no method": ({"method": 3.5}, "must be an object of a frozen dataclass .* given 3.5"),
     "no calibration": ({"calibration": None}, "calibration must be a text, given None"),
-    "text for windows": ({"method": "best", "samples": "8"}, "samples must be a whole number, given '8'"),
-    "text for a split": ({"heldout_samples": "4"}, "heldout_samples must be a whole number, given '4'"),
+    "text for windows": ({"method": "best", "windows": "8"}, "windows must be a whole number, given '8'"),
+    "text for a split": ({"heldout_windows": "4"}, "heldout_windows must be a whole number, given '4'"),
     "masks": (
         {"masks": "pruned", "pattern": "2:4", "sparsity": 0.2, "allocation": "curves"},
         "masks has zeros for every linear, and with pattern '2:4' allocation 'curves' leaves some dense",
     ),
     "nothing after BOS": (
-        {"calibration": ["the " * 99], "seqlen": 2, "bos": "yes", "samples": 1},
+        {"calibration": ["the " * 99], "seqlen": 2, "bos": "yes", "windows": 1},
         "windows of 2 tokens predict nothing after BOS; give a longer seqlen",
     ),
     "ragged tokens": ({"calibration": [[1, 2, 3], [1, 2]]}, "must have the same number of tokens"),
-    "float tokens": ({"calibration": np.ones((6, 8))}, r"integers of shape \[samples, seqlen\]"),
+    "float tokens": ({"calibration": np.ones((6, 8))}, r"integers of shape \[windows, seqlen\]"),
     "unknown text": ({"calibration": "wiki", "seqlen": 24}, "unknown text 'wiki'"),
 }
 
@@ -257,16 +257,14 @@ def test_a_bad_recipe_ends_before_any_work(tmp_path, source, recipe, changes, me
 
 
 def test_numbers_of_numpy_and_paths_are_as_good_as_pythons_own():
-    given = Recipe(
-        sparsity=np.float32(0.5), seqlen=np.int64(8), sparsities={"o_proj": np.float64(0.25)}, masks=Path("a")
-    )
-    plain = Recipe(sparsity=0.5, seqlen=8, sparsities={"o_proj": 0.25}, masks="a")
+    given = Recipe(sparsity=np.float32(0.5), seqlen=np.int64(8), targets={"o_proj": np.float64(0.25)}, masks=Path("a"))
+    plain = Recipe(sparsity=0.5, seqlen=8, targets={"o_proj": 0.25}, masks="a")
     assert json.dumps(given.as_dict()) == json.dumps(plain.as_dict())
 
 
 def test_all_mistakes_of_a_recipe_are_listed_together():
-    with pytest.raises(ValueError, match=r"(?s)unknown method.*samples.*seed.*sparsity"):
-        Recipe(method="x", sparsity=2, samples=0, seed=-1)
+    with pytest.raises(ValueError, match=r"(?s)unknown method.*windows.*seed.*sparsity"):
+        Recipe(method="x", sparsity=2, windows=0, seed=-1)
 
 
 def test_non_finite_weights_are_named_before_any_work(tmp_path, rng, recipe):

@@ -34,10 +34,10 @@ def stored(folder):
 @pytest.mark.thorough
 def test_one_pass_gives_what_a_pass_for_each_gives(tmp_path, source, tokens):
     """Bit for bit, recipes of all kinds side by side."""
-    base = Recipe(method="sparsegpt", calibration=tokens, heldout_samples=2)
+    base = Recipe(method="sparsegpt", calibration=tokens, heldout_windows=2)
     recipes = [
         base.model_copy(update={"sparsity": 0.4}),
-        base.model_copy(update={"sparsity": 0.7, "output_weights": "gradient", "reconstruct": 1}),
+        base.model_copy(update={"sparsity": 0.7, "output_weights": "gradient", "train_epochs": 1}),
         base.model_copy(update={"sparsity": None, "pattern": "2:4", "method": "wanda", "propagate": 0.5}),
     ]
     together = prune_models(source, [(r, tmp_path / f"together-{i}") for i, r in enumerate(recipes)])
@@ -55,7 +55,7 @@ def test_what_the_models_see_alike_is_computed_once(tmp_path, source, tokens, mo
     """Three blocks: of two models' six passes for Grams the two in front of the first block are one."""
     passes, grams = [], BlockRunner.grams
     monkeypatch.setattr(BlockRunner, "grams", lambda *given, **rest: passes.append(1) or grams(*given, **rest))
-    recipe = Recipe(method="wanda", calibration=tokens, heldout_samples=0)
+    recipe = Recipe(method="wanda", calibration=tokens, heldout_windows=0)
     plans = [(recipe.model_copy(update={"sparsity": s}), tmp_path / f"{s}") for s in (0.5, 0.7)]
     events = []
     prune_models(source, plans, observer=lambda event, _, total: events.append((event, total)))
@@ -69,15 +69,18 @@ def test_what_the_models_see_alike_is_computed_once(tmp_path, source, tokens, mo
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"samples": 8}, "these differ in samples"),
+        ({"windows": 8}, "these differ in windows"),
         ({"bos": "no", "calibration": np.ones((4, 4), np.int32)}, "these differ in bos, calibration"),
-        ({"windows": "random", "seed": 1, "calibration": "pydoc"}, "these differ in windows, seed, calibration"),
+        (
+            {"window_choice": "random", "seed": 1, "calibration": "pydoc"},
+            "window_choice, seed, calibration",
+        ),
         ({"calibration": "pydoc"}, "these differ in calibration"),
         ({"variants": 1}, "must see the same variants of their windows, and by their methods these have 0, 1"),
     ],
 )
 def test_recipes_of_one_pass_share_their_tokens(tmp_path, source, tokens, changes, message):
-    recipe = Recipe(method="wanda", calibration=tokens, heldout_samples=0)
+    recipe = Recipe(method="wanda", calibration=tokens, heldout_windows=0)
     plans = [(recipe, tmp_path / "a"), (recipe.model_copy(update=changes), tmp_path / "b")]
     with pytest.raises(ValueError, match=message):
         prune_models(source, plans)
@@ -87,7 +90,7 @@ def test_recipes_of_one_pass_share_their_tokens(tmp_path, source, tokens, change
 def test_the_variants_of_a_pass_follow_from_its_windows(tmp_path, source, rng):
     """Method best has no variants of 100 windows, whatever it shares a pass with."""
     ids = rng.integers(0, len(VOCAB), (100, 4)).astype(np.int32)
-    recipe = Recipe(method="wanda", calibration=ids, heldout_samples=0, variants=3)
+    recipe = Recipe(method="wanda", calibration=ids, heldout_windows=0, variants=3)
     plans = [(recipe, tmp_path / "a"), (recipe.model_copy(update={"method": "best", "variants": None}), tmp_path / "b")]
     with pytest.raises(ValueError, match="these have 3, 0: give all the same variants"):
         prune_models(source, plans)
@@ -95,7 +98,7 @@ def test_the_variants_of_a_pass_follow_from_its_windows(tmp_path, source, rng):
 
 
 def test_two_recipes_for_one_folder_and_none_at_all_are_refused(tmp_path, source, tokens):
-    recipe = Recipe(method="wanda", calibration=tokens, heldout_samples=0)
+    recipe = Recipe(method="wanda", calibration=tokens, heldout_windows=0)
     with pytest.raises(ValueError, match="its own output folder"):
         prune_models(source, [(recipe, tmp_path / "a"), (recipe, tmp_path / "b" / ".." / "a")])
     with pytest.raises(ValueError, match="give at least one recipe"):
@@ -107,20 +110,20 @@ def test_two_recipes_for_one_folder_and_none_at_all_are_refused(tmp_path, source
 def test_reconstruction_brings_the_stream_nearer_and_leaves_the_zeros(tmp_path, source, rng, dtype):
     """The blocks' outputs, recomputed from the stored model, on tokens of which the training saw a part."""
     tokens = rng.integers(0, len(VOCAB), (24, 16)).astype(np.int32)
-    recipe = Recipe(method="wanda", calibration=tokens, heldout_samples=8, dtype=dtype)
+    recipe = Recipe(method="wanda", calibration=tokens, heldout_windows=8, dtype=dtype)
     settings = Reconstruction(epochs=6, learning_rate=3e-2)
     events = []
     prune_model(source, tmp_path / "plain", recipe)
     report = prune_model(
         source,
         tmp_path / "trained",
-        recipe.model_copy(update={"reconstruct": settings}),
+        recipe.model_copy(update={"train_epochs": settings}),
         observer=lambda event, *_: events.append(event),
     )
     plain, trained = audit_sparsity(tmp_path / "plain"), audit_sparsity(tmp_path / "trained")
     assert [a.zeros for a in plain] == [a.zeros for a in trained]
     assert [type(e) for e in events[2:]] == 3 * ([LayerRecord] * 7 + [BlockRecord, Passed])
-    assert report.recipe["reconstruct"]["learning_rate"] == 3e-2
+    assert report.recipe["train_epochs"]["learning_rate"] == 3e-2
     for record in report.blocks:
         assert record.heldout_best < record.heldout_first
     lines = [json.loads(line) for line in (tmp_path / "trained" / "records.jsonl").read_text().splitlines()]
@@ -137,9 +140,9 @@ def test_reconstruction_brings_the_stream_nearer_and_leaves_the_zeros(tmp_path, 
 
 
 def test_a_diverging_reconstruction_keeps_the_pruned_weights_and_is_reported(tmp_path, source, tokens):
-    recipe = Recipe(method="wanda", calibration=tokens, heldout_samples=2)
+    recipe = Recipe(method="wanda", calibration=tokens, heldout_windows=2)
     prune_model(source, tmp_path / "plain", recipe)
-    wild = recipe.model_copy(update={"reconstruct": Reconstruction(learning_rate=1e6, warmup=0.0)})
+    wild = recipe.model_copy(update={"train_epochs": Reconstruction(learning_rate=1e6, warmup=0.0)})
     report = prune_model(source, tmp_path / "wild", wild)
     assert {record.status for record in report.blocks} <= {"DIVERGED", "NONFINITE"}
     for key, value in stored(tmp_path / "plain").items():
@@ -148,12 +151,12 @@ def test_a_diverging_reconstruction_keeps_the_pruned_weights_and_is_reported(tmp
 
 def test_a_reconstruction_that_cannot_be_is_refused():
     with pytest.raises(ValueError, match=r"learning_rate must be positive and finite, given -1\.0"):
-        Recipe(reconstruct=Reconstruction(learning_rate=-1.0))
+        Recipe(train_epochs=Reconstruction(learning_rate=-1.0))
 
 
 def test_the_survey_tells_its_steps(tmp_path, source, tokens):
     events = []
-    recipe = Recipe(method="wanda", output_weights="gradient", variants=2, calibration=tokens, heldout_samples=0)
+    recipe = Recipe(method="wanda", output_weights="gradient", variants=2, calibration=tokens, heldout_windows=0)
     report = prune_model(source, tmp_path / "out", recipe, observer=lambda *told: events.append(told))
     told = [("variants, block", n, 6) for n in range(1, 7)] + [("survey, pass", n, 7) for n in range(1, 8)]
     assert events[2:15] == told

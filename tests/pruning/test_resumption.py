@@ -35,7 +35,7 @@ def finished(tmp_path_factory, source, tokens):
 RECIPES = {
     "paper": {"preset": "paper", "dtype": "bfloat16"},
     "packed": {"method": "wanda", "pack": True},
-    "trained": {"preset": "best", "reconstruct": 2, "propagate": 0.5, "variants": 1},
+    "trained": {"preset": "tuned", "train_epochs": 2, "propagate": 0.5, "variants": 1},
     "allocated": {"method": "admm", "allocation": "owl"},
 }
 
@@ -65,7 +65,7 @@ def model_bytes(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("name", often(RECIPES, "packed", "trained"))
 def test_a_run_interrupted_anywhere_gives_the_same_bytes(tmp_path, source, tokens, name):
-    recipe = Recipe(calibration=tokens, heldout_samples=2, **RECIPES[name])
+    recipe = Recipe(calibration=tokens, heldout_windows=2, **RECIPES[name])
     whole = prune_model(source, tmp_path / "whole", recipe)
     # A block has seven linears: in the first block, at the end of the second, and in the third.
     for count in (3, 14, 16):
@@ -87,7 +87,7 @@ def test_a_run_interrupted_anywhere_gives_the_same_bytes(tmp_path, source, token
 
 
 def test_half_a_record_and_a_shard_without_records_are_made_again(tmp_path, source, tokens):
-    recipe = Recipe(method="wanda", calibration=tokens, heldout_samples=0)
+    recipe = Recipe(method="wanda", calibration=tokens, heldout_windows=0)
     prune_model(source, tmp_path / "whole", recipe)
     folder = tmp_path / "broken"
     with pytest.raises(Broken):
@@ -101,7 +101,7 @@ def test_half_a_record_and_a_shard_without_records_are_made_again(tmp_path, sour
 
 
 def test_several_recipes_of_one_pass_resume_each_from_its_own_block(tmp_path, source, tokens):
-    recipes = [Recipe(sparsity=s, method="wanda", calibration=tokens, heldout_samples=0) for s in (0.5, 0.75)]
+    recipes = [Recipe(sparsity=s, method="wanda", calibration=tokens, heldout_windows=0) for s in (0.5, 0.75)]
     for recipe in recipes:
         prune_model(source, tmp_path / f"whole-{recipe.sparsity}", recipe)
     plans = [(recipe, tmp_path / f"broken-{recipe.sparsity}") for recipe in recipes]
@@ -123,7 +123,7 @@ def test_several_recipes_of_one_pass_resume_each_from_its_own_block(tmp_path, so
     ],
 )
 def test_another_run_in_the_folder_is_refused_and_told_what_differs(tmp_path, source, tokens, changes, named):
-    fields = {"sparsity": 0.5, "method": "wanda", "calibration": tokens, "heldout_samples": 0}
+    fields = {"sparsity": 0.5, "method": "wanda", "calibration": tokens, "heldout_windows": 0}
     with pytest.raises(Broken):
         prune_model(source, tmp_path / "out", Recipe(**fields), observer=breaking_at(9))
     before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
@@ -175,7 +175,7 @@ def written(folder: Path) -> dict[str, tuple[bytes, int]]:
 
 
 def test_a_finished_run_is_not_run_again_and_its_report_returned(tmp_path, source, tokens, monkeypatch):
-    recipe = Recipe(method="magnitude", calibration=tokens, reconstruct=1, pack=True)
+    recipe = Recipe(method="magnitude", calibration=tokens, train_epochs=1, pack=True)
     report = prune_model(source, tmp_path / "out", recipe)
     before, told = written(tmp_path / "out"), []
     # A finished run needs no room.
@@ -189,7 +189,7 @@ def test_a_finished_run_is_not_run_again_and_its_report_returned(tmp_path, sourc
 
 
 def test_of_several_recipes_those_that_are_finished_are_left_out_of_the_pass(tmp_path, source, tokens):
-    recipes = [Recipe(sparsity=s, method="wanda", calibration=tokens, heldout_samples=0) for s in (0.5, 0.75)]
+    recipes = [Recipe(sparsity=s, method="wanda", calibration=tokens, heldout_windows=0) for s in (0.5, 0.75)]
     plans = [(recipe, tmp_path / "out" / f"{recipe.sparsity}") for recipe in recipes]
     first, told = prune_model(source, plans[1][1], recipes[1]), []
     reports = prune_models(source, plans, observer=lambda event, _, total: told.append((event, total)))
@@ -286,7 +286,7 @@ def observer(event, done, total):
     seen.append(event)
     if len(seen) == int(count):
         os.kill(os.getpid(), signal.SIGKILL)
-prune_model(source, output, Recipe(method="wanda", calibration=np.load(tokens), heldout_samples=0), observer=observer)
+prune_model(source, output, Recipe(method="wanda", calibration=np.load(tokens), heldout_windows=0), observer=observer)
 """
 
 
@@ -296,7 +296,7 @@ def test_a_killed_process_loses_only_the_current_block(tmp_path, source, tokens)
     arguments = [source, tmp_path / "out", tmp_path / "tokens.npy", 19]
     killed = subprocess.run([sys.executable, "-c", KILLED, *map(str, arguments)], check=False, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    recipe = Recipe(method="wanda", calibration=tokens, heldout_samples=0)
+    recipe = Recipe(method="wanda", calibration=tokens, heldout_windows=0)
     assert prune_model(source, tmp_path / "out", recipe).resumed_blocks == 2
     prune_model(source, tmp_path / "whole", recipe)
     assert model_bytes(tmp_path / "out") == model_bytes(tmp_path / "whole")

@@ -49,7 +49,7 @@ CHANNELS, HEADS, LAYERS = 0.75, 0.5, 0.67
 
 def recipe(tokens, **fields):
     """Only what a test is about: blocks are not trained, and channels need not be multiples of 64."""
-    return ShrinkRecipe(calibration=tokens, **{"heldout_samples": 2, "multiple": 8, "reconstruct": 0} | fields)
+    return ShrinkRecipe(calibration=tokens, **{"heldout_windows": 2, "multiple": 8, "train_epochs": 0} | fields)
 
 
 def ended_by(kind, count=1):
@@ -177,7 +177,7 @@ def test_the_experts_that_do_least_for_their_tokens_go(tmp_path, rng, tokens):
         num_experts_per_tok=2, intermediate_size=24, tie_word_embeddings=False,
     )  # fmt: skip
     source = write_folder(tmp_path / "source", config, random_tensors(config, rng))
-    shrink_model(source, tmp_path / "out", recipe(tokens, method="magnitude", experts=0.5, heldout_samples=0))
+    shrink_model(source, tmp_path / "out", recipe(tokens, method="magnitude", experts=0.5, heldout_windows=0))
     model = open_model(source)
     dense = {path: np.asarray(model.stored(key), np.float64) for path, key in model.block_keys(0).items()}
     energy = []
@@ -197,7 +197,7 @@ def test_the_experts_that_do_least_for_their_tokens_go(tmp_path, rng, tokens):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, source, tokens):
     """A run with everything that can be interrupted, and its folder."""
-    made = recipe(tokens, channels=CHANNELS, layers=LAYERS, reconstruct=1, distil=1)
+    made = recipe(tokens, channels=CHANNELS, layers=LAYERS, train_epochs=1, distil_epochs=1)
     return made, shrink_model(source, tmp_path_factory.mktemp("trained") / "whole", made)
 
 
@@ -247,13 +247,13 @@ def test_training_helps_and_a_finished_run_is_kept(source, trained):
 
 @pytest.mark.parametrize("pack", [False, True])
 def test_a_pruned_model_is_trained_whole_and_keeps_its_zeros(tmp_path, source, tokens, pack):
-    made = Recipe(method="wanda", sparsity=0.5, calibration=tokens, heldout_samples=2, pack=pack, distil=1)
+    made = Recipe(method="wanda", sparsity=0.5, calibration=tokens, heldout_windows=2, pack=pack, distil_epochs=1)
     report = prune_model(source, tmp_path / "out", made)
     assert report.distilled.heldout_best < report.distilled.heldout_first
     audits = {audit.layer: audit.zeros for audit in audit_sparsity(open_model(tmp_path / "out"))}
     assert audits == {record.layer: record.zeros for record in report.layers}
     assert all(record.zeros == record.size // 2 for record in report.layers)
-    prune_model(source, tmp_path / "untrained", made.model_copy(update={"distil": 0}))
+    prune_model(source, tmp_path / "untrained", made.model_copy(update={"distil_epochs": 0}))
     before, after = stored(tmp_path / "untrained"), stored(tmp_path / "out")
     weights = {f"{layer}.weight" for layer in audits}
     # The embedding and the head stay as they are, and all else moves.
@@ -266,7 +266,7 @@ def test_a_pruned_model_is_trained_whole_and_keeps_its_zeros(tmp_path, source, t
 
 
 def test_models_of_several_sizes_and_zeros_share_a_pass(tmp_path, source, tokens):
-    common = {"calibration": tokens, "heldout_samples": 2}
+    common = {"calibration": tokens, "heldout_windows": 2}
     recipes = [
         recipe(tokens, channels=CHANNELS, method="wanda"),
         recipe(tokens, channels=CHANNELS, layers=LAYERS, method="wanda"),
@@ -300,9 +300,11 @@ def test_an_interrupted_pass_of_two_sizes_resumes_each(tmp_path, source, tokens)
 
 
 def test_settings_of_both_trainings_are_recorded_as_plain_values(tokens):
-    made = recipe(tokens, channels=CHANNELS, reconstruct=Reconstruction(epochs=2), distil=Distillation(clip=0.1))
+    made = recipe(
+        tokens, channels=CHANNELS, train_epochs=Reconstruction(epochs=2), distil_epochs=Distillation(clip=0.1)
+    )
     values = json.loads(json.dumps(recipe_identity(made)))
-    assert (values["reconstruct"]["epochs"], values["distil"]["clip"]) == (2, 0.1)
+    assert (values["train_epochs"]["epochs"], values["distil_epochs"]["clip"]) == (2, 0.1)
 
 
 REFUSED = {
@@ -311,9 +313,9 @@ REFUSED = {
     "above": ({"heads": 1.2}, r"heads must lie in \[0, 1\], given 1.2"),
     "method": ({"channels": 0.5, "method": "wunda"}, "unknown method 'wunda'"),
     "groups": ({"channels": 0.5, "method": "sparsegpt"}, "unknown method .sparsegpt."),
-    "epochs": ({"channels": 0.5, "distil": -1}, "distil must be at least 0, given -1"),
+    "epochs": ({"channels": 0.5, "distil_epochs": -1}, "distil_epochs must be at least 0, given -1"),
     "distillation": (
-        {"channels": 0.5, "distil": Distillation(epochs=0, clip=0)},
+        {"channels": 0.5, "distil_epochs": Distillation(epochs=0, clip=0)},
         "the distillation cannot be used:\n  epochs must be .*\n  clip must be positive",
     ),
     "multiple": (

@@ -29,7 +29,7 @@ def test_prune_then_eval(tmp_path, source, command):
     text = f"file:{tmp_path / 'text.txt'}"
     prune = [
         "prune", source, "--output", tmp_path / "out", "--sparsity", 0.5, "--method", "maiht", "--preset", "paper",
-        "--calibration", text, "--samples", 6, "--seqlen", 32, "--heldout-samples", 2,
+        "--calibration", text, "--windows", 6, "--seqlen", 32, "--heldout-windows", 2,
     ]  # fmt: skip
     status, out, _ = command(*prune)
     assert status == 0
@@ -41,7 +41,7 @@ def test_prune_then_eval(tmp_path, source, command):
     assert "default --calibration" not in out
     # On the half of the text that was not calibrated on.
     assert f"perplexity on the second half of {text}: " in " ".join(out.split())
-    assert "default --samples" not in out
+    assert "default --windows" not in out
     assert "calibration on 6 windows of 32 tokens, 192 in all, and 2 held out; digest " in out
     assert "layer 21/21, block 2" in out
     assert "down_proj │ 32x64 │ 0.5000" in out
@@ -87,7 +87,7 @@ def test_calibration_and_evaluation_begin_with_the_bos_of_the_tokenizer(tmp_path
     }
     (source / "tokenizer.json").write_text(json.dumps(json.loads(TOKENIZER) | {"post_processor": frame}))
     text = f"file:{tmp_path / 'text.txt'}"
-    few = ["--calibration", text, "--method", "wanda", "--samples", 6, "--seqlen", 32, "--heldout-samples", 2]
+    few = ["--calibration", text, "--method", "wanda", "--windows", 6, "--seqlen", 32, "--heldout-windows", 2]
     status, out, _ = command("prune", source, "--output", tmp_path / "out", *few)
     assert status == 0
     assert "every calibration window started with the model's BOS (token 1)" in out
@@ -114,8 +114,8 @@ def test_a_bos_that_the_tokenizer_lacks_is_refused_before_any_work(tmp_path, sou
 def test_several_sparsities_with_all_that_surrounds_a_method(tmp_path, source, command):
     status, out, _ = command(
         "prune", source, "--output", tmp_path / "out", "--sparsity", "0.4,0.6", "--method", "sparsegpt",
-        "--allocation", "curves", "--bounds", "0.3,0.8", "--propagate", 0.2, "--reconstruct", 1,
-        "--calibration", f"file:{tmp_path / 'text.txt'}", "--samples", 6, "--seqlen", 32, "--heldout-samples", 2,
+        "--allocation", "curves", "--bounds", "0.3,0.8", "--propagate", 0.2, "--train-epochs", 1,
+        "--calibration", f"file:{tmp_path / 'text.txt'}", "--windows", 6, "--seqlen", 32, "--heldout-windows", 2,
     )  # fmt: skip
     assert status == 0
     assert "sparsegpt 40%, 60%: survey, pass 7/7" in out
@@ -131,12 +131,12 @@ MISTAKES = {
     "twice": (["--sparsity", "0.5,0.50"], "--sparsity names a number twice: '0.5,0.50'"),
     "bounds": (["--allocation", "owl", "--bounds", "0.6,0.8"], "the bounds cannot meet the total"),
     "one bound": (["--allocation", "owl", "--bounds", "0.6"], "bounds must be two shares of zeros"),
-    "epochs": (["--reconstruct", "-2"], "reconstruct must be at least 0, given -2"),
+    "epochs": (["--train-epochs", "-2"], "train_epochs must be at least 0, given -2"),
     "sparsity": (["--sparsity", "1.5"], "sparsity must lie in [0, 1), given 1.5"),
     "method": (["--method", "obs"], "unknown method 'obs'; known are best, maiht, admm"),
     "window": ([], "a window of 512 tokens is longer than the 256 positions that the model supports"),
     "text": (["--calibration", "file:/nowhere", "--seqlen", "32"], "cannot read the text file /nowhere"),
-    "short text": (["--samples", "9000", "--seqlen", "32"], "fewer samples or a shorter seqlen"),
+    "short text": (["--windows", "9000", "--seqlen", "32"], "fewer windows or a shorter seqlen"),
 }
 
 
@@ -161,7 +161,7 @@ def test_a_json_line_stands_alone_also_where_colours_are_forced(tmp_path, source
 @pytest.mark.processes
 def test_a_platform_that_is_not_there_ends_in_a_sentence_before_any_work(tmp_path, source):
     call = [sys.executable, "-m", "sparseopt", "prune", str(source), "--output", str(tmp_path / "out")]
-    options = ["--calibration", f"file:{tmp_path / 'text.txt'}", "--samples", "4", "--seqlen", "32"]
+    options = ["--calibration", f"file:{tmp_path / 'text.txt'}", "--windows", "4", "--seqlen", "32"]
     environment = {**os.environ, "JAX_PLATFORMS": "abacus"}
     done = subprocess.run([*call, *options], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 1
@@ -195,7 +195,7 @@ def test_ctrl_c_keeps_finished_shards_and_says_how_to_go_on(tmp_path, source, co
     monkeypatch.setattr(PruneProgress, "__call__", interrupt)
     status, _, err = command(
         "prune", source, "--output", tmp_path / "out", "--calibration", f"file:{tmp_path / 'text.txt'}",
-        "--samples", 4, "--seqlen", 32,
+        "--windows", 4, "--seqlen", 32,
     )  # fmt: skip
     assert status == 130
     assert "3 finished shards" in err
@@ -213,7 +213,7 @@ def test_demo_shows_a_comparison_and_writes_picture_samples_and_models(tmp_path,
 
     monkeypatch.setattr(demo, "EVALUATION", (2, 64))
     monkeypatch.setattr(
-        demo, "Recipe", lambda **fields: __import__("sparseopt").pruning.Recipe(samples=4, seqlen=32, **fields)
+        demo, "Recipe", lambda **fields: __import__("sparseopt").pruning.Recipe(windows=4, seqlen=32, **fields)
     )
     monkeypatch.chdir(tmp_path)
     calibration = f"file:{tmp_path / 'text.txt'}"

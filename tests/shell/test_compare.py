@@ -23,7 +23,7 @@ def compare(tmp_path, command):
     def run(*arguments, methods="magnitude,wanda", sparsity="0.25,0.5"):
         return command(
             "compare", source, "--output", tmp_path / "out", "--methods", methods, "--sparsity", sparsity,
-            "--calibration", text, "--samples", 3, "--seqlen", 32, "--heldout-samples", 2,
+            "--calibration", text, "--windows", 3, "--seqlen", 32, "--heldout-windows", 2,
             "--text", text, "--eval-windows", 2, "--eval-seqlen", 32, *arguments,
         )  # fmt: skip
 
@@ -129,9 +129,9 @@ def test_mistakes_end_before_any_work_with_status_2(tmp_path, compare, arguments
 
 def test_another_calibration_is_refused_and_more_methods_join(compare):
     compare(methods="wanda", sparsity="0.5")
-    status, _, err = compare("--samples", 4, methods="wanda", sparsity="0.5")
+    status, _, err = compare("--windows", 4, methods="wanda", sparsity="0.5")
     assert status == 2
-    assert "holds a comparison with other settings: samples: 3 there, 4 here give another --output" in err
+    assert "holds a comparison with other settings: windows: 3 there, 4 here give another --output" in err
     status, out, _ = compare(methods="magnitude,wanda", sparsity="0.5")
     assert status == 0
     assert (out.count("kept "), out.count("done ")) == (2, 1)
@@ -139,12 +139,12 @@ def test_another_calibration_is_refused_and_more_methods_join(compare):
 
 
 def test_options_of_the_recipe_reach_every_cell(tmp_path, compare):
-    options = ["--windows", "random", "--seed", 3, "--penalty", "l1", "--dtype", "bfloat16"]
+    options = ["--window-choice", "random", "--seed", 3, "--penalty", "l1", "--dtype", "bfloat16"]
     options += ["--output-weights", "uniform"]
     status, out, err = compare(*options, methods="maiht", sparsity="0.5")
     assert status == 0, err
     assert "random windows, seed 3" in out
     (cell,) = (tmp_path / "out" / "cells").glob("method=maiht*")
     config = (cell / "config.yaml").read_text()
-    for line in ("windows: random", "seed: 3", "dtype: bfloat16", "output_weights: uniform", "name: l1"):
+    for line in ("window_choice: random", "seed: 3", "dtype: bfloat16", "output_weights: uniform", "name: l1"):
         assert line in config

@@ -22,9 +22,9 @@ TASKS = {"prune": Recipe, "shrink": ShrinkRecipe}
 # Values that are not the defaults, in groups that go together.
 COMMON = {
     "method": "best", "ridge": 0.2, "weighting": "residual", "output_weights": "gradient", "propagate": 0.5,
-    "reconstruct": 2, "calibration": "hf:x", "bos": "yes", "samples": 3, "seqlen": 7, "heldout_samples": 1,
-    "windows": "random", "seed": 5, "split": "train", "column": "body", "documents": "separate", "variants": 1,
-    "dtype": "bfloat16", "min_expert_tokens": 9, "distil": 2, "precision": "high", "effort": "most",
+    "train_epochs": 2, "calibration": "hf:x", "bos": "yes", "windows": 3, "seqlen": 7, "heldout_windows": 1,
+    "window_choice": "random", "seed": 5, "split": "train", "column": "body", "documents": "separate", "variants": 1,
+    "dtype": "bfloat16", "min_expert_tokens": 9, "distil_epochs": 2, "precision": "high", "effort": "most",
 }  # fmt: skip
 GIVEN = {
     "prune": [
@@ -32,7 +32,7 @@ GIVEN = {
             "sparsity": 0.6, "allocation": "owl", "bounds": "0.3,0.8", "pack": True, "keep_zeros": True, "masks": "x",
             "targets": "re:.*[a,b],q_proj", "ignore": ["k_proj"], "expert_tokens": "all",
         },
-        {"preset": "paper", "penalty": "mcp", "sparsities": {"q_proj": 0.4}, "ignore": ["k_proj"]},
+        {"preset": "paper", "penalty": "mcp", "targets": {"q_proj": 0.4}, "ignore": ["k_proj"]},
         {"pattern": "2:4", "permute": True},
     ],
     "shrink": [
@@ -74,8 +74,8 @@ def test_every_field_of_a_recipe_is_a_setting_of_the_task_and_reaches_its_recipe
         assert run.task.recipe() == recipe(
             **given | {key: objects[key] for key in objects.keys() & given}, score="none"
         )
-        texts = {"sparsities": "q_proj=0.4", "ignore": "k_proj"}
-        typed = given | {key: texts[key] for key in texts.keys() & given}
+        texts = {"targets": "q_proj=0.4"} if isinstance(given.get("targets"), dict) else {}
+        typed = given | texts | ({"ignore": "k_proj"} if "ignore" in given else {})
         assert expand({"name": "x", "task": name, **typed})[0].task.recipe() == run.task.recipe()
 
 
@@ -104,8 +104,8 @@ def test_every_command_shows_its_options_in_80_columns(name, command, monkeypatc
         (
             "prune",
             "prune",
-            ("--output", "--sparsity", "--method", "--samples", "--memory"),
-            (*METHODS, "paper or best", *BY_WEIGHT, "block:4x4", "group:1"),
+            ("--output", "--sparsity", "--method", "--windows", "--memory"),
+            (*METHODS, "paper or tuned", *BY_WEIGHT, "block:4x4", "group:1"),
         ),
         (
             "shrink",
@@ -157,9 +157,9 @@ def test_the_other_commands_need_nothing_of_the_pruner():
         ({"seqlen": 1}, "seqlen must be at least 2, given 1"),
         (
             {"seed": 3, "calibration": "pydoc"},
-            "seed is for windows 'random', and windows is 'spread'; leave the seed out",
+            "seed is for window_choice 'random', and it is 'spread'; leave the seed out",
         ),
-        ({"windows": "spread", "calibration": np.ones((6, 8), int)}, "windows is for text"),
+        ({"window_choice": "spread", "calibration": np.ones((6, 8), int)}, "window_choice is for text"),
     ],
 )
 def test_a_value_that_cannot_be_used_is_refused_with_those_that_can(changes, message):
@@ -182,7 +182,7 @@ def test_bounds_and_penalty_are_read_from_their_texts(tmp_path, command):
 
 def test_only_methods_with_several_settings_have_presets():
     assert {name: tuple(method.presets) for name, method in METHODS.items() if method.presets} == {
-        "maiht": ("paper", "best")
+        "maiht": ("paper", "tuned")
     }
 
 
@@ -192,12 +192,12 @@ def test_a_penalty_has_one_name():
 
 
 PLAIN = {
-    "method": "wanda", "ridge": None, "output_weights": "uniform", "propagate": 0.0, "reconstruct": 0, "variants": 0,
-    "distil": 0, "allocation": "uniform", "permute": False,
+    "method": "wanda", "ridge": None, "output_weights": "uniform", "propagate": 0.0, "train_epochs": 0, "variants": 0,
+    "distil_epochs": 0, "allocation": "uniform", "permute": False,
 }  # fmt: skip
 GOOD = PLAIN | {"method": "best", "output_weights": "gradient", "propagate": 0.25}
-BEST = GOOD | {"reconstruct": 4, "variants": 3}
-MOST = BEST | {"distil": 4}
+BEST = GOOD | {"train_epochs": 4, "variants": 3}
+MOST = BEST | {"distil_epochs": 4}
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ MOST = BEST | {"distil": 4}
         ({"effort": "most", "pattern": "2:4"}, "most", MOST | {"permute": True}),
         # What fixes places of zeros, or the order of channels, keeps them.
         ({"effort": "most", "keep_zeros": True}, "most", MOST),
-        ({"effort": "most", "reconstruct": 0, "permute": False, "pattern": "2:4"}, "most", MOST | {"reconstruct": 0}),
+        ({"effort": "most", "train_epochs": 0, "permute": False, "pattern": "2:4"}, "most", MOST | {"train_epochs": 0}),
         # A method alone is that method alone, and best is what it was before there were efforts.
         ({"method": "wanda"}, None, PLAIN),
         ({"method": "best"}, None, BEST),
@@ -231,7 +231,7 @@ def test_an_effort_says_what_is_left_open_and_what_is_given_wins(given, effort, 
     )  # fmt: skip
     assert (recipe.output_weighting(), recipe.propagated_share) == (found["output_weights"], found["propagate"])
     trained = (recipe.reconstruction, recipe.distillation)
-    assert [each.epochs if each else 0 for each in trained] == [found["reconstruct"], found["distil"]]
+    assert [each.epochs if each else 0 for each in trained] == [found["train_epochs"], found["distil_epochs"]]
 
 
 @pytest.mark.parametrize(
@@ -241,5 +241,5 @@ def test_an_effort_says_what_is_left_open_and_what_is_given_wins(given, effort, 
 def test_efforts_of_shrinking_differ_in_what_they_train(given, trained):
     recipe = ShrinkRecipe(channels=0.5, **given)
     values = recipe.as_dict()
-    assert (values["reconstruct"], values["distil"]) == trained
+    assert (values["train_epochs"], values["distil_epochs"]) == trained
     assert (values["propagate"], values["variants"], values["output_weights"]) == (0.0, 0, "uniform")

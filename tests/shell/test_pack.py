@@ -36,7 +36,7 @@ def prune(tmp_path, source, command):
     def run(name, *options):
         status, out, err = command(
             "prune", source, "--output", tmp_path / name, "--calibration", f"file:{tmp_path / 'text.txt'}",
-            "--samples", 4, "--seqlen", 32, "--heldout-samples", 0, *options,
+            "--windows", 4, "--seqlen", 32, "--heldout-windows", 0, *options,
         )  # fmt: skip
         assert status == 0, err
         return out
@@ -97,7 +97,7 @@ def test_a_packed_model_is_pruned_again(tmp_path, prune, command):
     prune("half", "--method", "magnitude", "--pack")
     status, _, err = command(
         "prune", tmp_path / "half", "--output", tmp_path / "more", "--sparsity", 0.75, "--method", "magnitude",
-        "--calibration", f"file:{tmp_path / 'text.txt'}", "--samples", 4, "--seqlen", 32,
+        "--calibration", f"file:{tmp_path / 'text.txt'}", "--windows", 4, "--seqlen", 32,
     )  # fmt: skip
     assert status == 0, err
     assert {audit.sparsity for audit in audit_sparsity(tmp_path / "more")} == {0.75}

@@ -19,7 +19,7 @@ def call(tmp_path, rng, command):
     folder = write_folder(tmp_path / "source", tiny_config(), random_tensors(tiny_config(), rng))
     (folder / "tokenizer.json").write_text(TOKENIZER)
     (tmp_path / "text.txt").write_text(TEXT)
-    fixed = ["--calibration", f"file:{tmp_path / 'text.txt'}", "--samples", 6, "--seqlen", 32, "--reconstruct", 0]
+    fixed = ["--calibration", f"file:{tmp_path / 'text.txt'}", "--windows", 6, "--seqlen", 32, "--train-epochs", 0]
 
     def run(*arguments):
         given = [word for word in fixed if "--calibration" not in arguments or word in fixed[2:]]
@@ -29,7 +29,7 @@ def call(tmp_path, rng, command):
 
 
 def test_shrink_then_eval(tmp_path, call, command):
-    everything = ["--channels", 0.75, "--heads", 0.5, "--layers", 0.67, "--multiple", 16, "--distil", 1]
+    everything = ["--channels", 0.75, "--heads", 0.5, "--layers", 0.67, "--multiple", 16, "--distil-epochs", 1]
     status, out, err = call(*everything)
     assert status == 0, err
     small = open_model(tmp_path / "out")

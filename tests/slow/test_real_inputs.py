@@ -33,7 +33,7 @@ def test_on_a_real_model_maiht_leaves_a_lower_perplexity_than_wanda(tmp_path):
     ids = token_windows(encode_text(load_tokenizer(model.source), load_text("pydoc", "evaluation")), 4, 1024)
     scores = {}
     for method in ("maiht", "wanda"):
-        prune_model(bundled_model(), tmp_path / method, Recipe(method=method, calibration="pydoc", samples=8))
+        prune_model(bundled_model(), tmp_path / method, Recipe(method=method, calibration="pydoc", windows=8))
         scores[method] = perplexity(tmp_path / method, ids)
     assert perplexity(model, ids) < scores["maiht"] < 0.8 * scores["wanda"]
 

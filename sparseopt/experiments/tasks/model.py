@@ -169,7 +169,7 @@ class ModelTask(Task):
         checks: list[Callable[[], Any]] = [lambda: start_token(model.source, load_tokenizer(model.source), self.bos)]
         if self.method != "dense":
             recipe = self.recipe()
-            windows = (recipe.window_count + recipe.heldout_samples, recipe.seqlen, most)
+            windows = (recipe.window_count + recipe.heldout_windows, recipe.seqlen, most)
             checks.append(lambda: make_plan(model, recipe, Path()))
             if not recipe.draws:
                 given = partial(_check_text, source, recipe.calibration, "calibration", *windows)
@@ -239,7 +239,7 @@ class ModelTask(Task):
             "label": self.label,
             **figures,
             **judged,
-            "samples": report.calibration.samples,
+            "windows": report.calibration.windows,
             "calibration_digest": report.calibration.digest,
             "perplexity": score,
             **mean_errors(layers)._asdict(),

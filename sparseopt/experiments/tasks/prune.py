@@ -44,7 +44,7 @@ class Prune(_Settings, ModelTask):
     def label(self) -> str:
         label = self.method_label
         if not isinstance(self.method, MethodConfig):
-            label = f"{label} {self.preset or 'best'}" if label == "maiht" else label
+            label = f"{label} {self.preset or 'tuned'}" if label == "maiht" else label
             label = f"{label} {self.penalty.label}" if self.penalty else label
         return label if self.pattern == "unstructured" or self.method == "dense" else f"{label} {self.pattern}"
 

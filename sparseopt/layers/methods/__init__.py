@@ -54,7 +54,7 @@ class NamedMethod(NamedTuple):
 
 _MAIHT = {
     "paper": MaihtPruning(),
-    "best": MaihtPruning(
+    "tuned": MaihtPruning(
         ridge=0.03,
         undershoot=(0.02, 0.015),
         monitor="on_increase",
@@ -74,7 +74,7 @@ METHODS: dict[str, NamedMethod] = {
         AdmmPruning(ridge=0.1, rho=0.2, growth=1.5, levels=4, period=5, refit_steps=6),
         groups=GroupRemoval(),
     ),
-    "maiht": NamedMethod("monotone accelerated iterative hard thresholding", _MAIHT["best"], _MAIHT),
+    "maiht": NamedMethod("monotone accelerated iterative hard thresholding", _MAIHT["tuned"], _MAIHT),
     "admm": NamedMethod("ADMM with a rising rho", AdmmPruning()),
     # A low first rho and a slow rise find better supports; it matters most at high sparsity.
     "admm_splice": NamedMethod(
@@ -142,6 +142,8 @@ def _named(method: str | LayerMethod, preset: str | None, pattern: str) -> Layer
         return found.groups if found.groups is not None and is_group_pattern(pattern) else found.method
     if not found.presets:
         raise ValueError(f"method {method!r} has no presets, given preset {preset!r}; leave the preset out")
+    if preset == "best" and "tuned" in found.presets:
+        raise ValueError("preset 'best' is called 'tuned' since 0.3")
     if preset not in found.presets:
         raise ValueError(unknown("preset", preset, found.presets))
     return found.presets[preset]

@@ -253,9 +253,9 @@ class Calibration:
     """The tokens that a run sees, known before it starts.
 
     Attributes:
-        samples: calibration windows of the text.
+        windows: calibration windows of the text.
         variants: of each of them, see `variants`.
-        heldout_samples: held-out windows.
+        heldout_windows: held-out windows.
         seqlen: tokens in a window.
         digest: of all windows of the text, calibration before held out, as the model reads them, see
             `windows.token_digest`.
@@ -264,9 +264,9 @@ class Calibration:
         warning: that there are fewer tokens than inputs, and how many windows would do; None where there are not.
     """
 
-    samples: int
+    windows: int
     variants: int
-    heldout_samples: int
+    heldout_windows: int
     seqlen: int
     digest: str
     inputs: int

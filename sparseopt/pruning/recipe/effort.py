@@ -18,19 +18,19 @@ Effort = Literal["fast", "good", "most"]
 Fields = dict[str, Any]
 
 # What nobody asked for.
-NOTHING: Fields = {"output_weights": "uniform", "propagate": 0.0, "reconstruct": 0, "variants": 0, "distil": 0}
+NOTHING: Fields = {"output_weights": "uniform", "propagate": 0.0, "train_epochs": 0, "variants": 0, "distil_epochs": 0}
 # What method "best" does besides its choice of weights, where it is named alone.
-BEST: Fields = {"output_weights": "gradient", "propagate": 0.25, "reconstruct": 4, "variants": 3}
+BEST: Fields = {"output_weights": "gradient", "propagate": 0.25, "train_epochs": 4, "variants": 3}
 PRUNE: dict[str, Fields] = {
     # Of the single solvers that take at most 1.2 times mAIHT's time, the one of least perplexity on drawn text.
     "fast": {"method": "admm", "ridge": 0.1},
-    "good": BEST | {"method": "best", "reconstruct": 0, "variants": 0},
-    "most": BEST | {"method": "best", "distil": 4},
+    "good": BEST | {"method": "best", "train_epochs": 0, "variants": 0},
+    "most": BEST | {"method": "best", "distil_epochs": 4},
 }
 SHRINK: dict[str, Fields] = {
-    "fast": {"method": "best", "reconstruct": 0},
-    "good": {"method": "best", "reconstruct": 4},
-    "most": {"method": "best", "reconstruct": 4, "distil": 4},
+    "fast": {"method": "best", "train_epochs": 0},
+    "good": {"method": "best", "train_epochs": 4},
+    "most": {"method": "best", "train_epochs": 4, "distil_epochs": 4},
 }
 # What each effort is, for help and cards.
 PRUNES = {
@@ -49,7 +49,7 @@ COSTS = {"fast": 1, "good": 1.6, "most": 11}
 # Settings of one method.
 _MAIHT = ("preset", "penalty")
 # With these the order of the channels is fixed, or which linears have which zeros.
-_FIXED = ("keep_zeros", "masks", "targets", "ignore", "sparsities")
+_FIXED = ("keep_zeros", "masks", "targets", "ignore")
 
 
 def effort_help(summaries: Mapping[str, str]) -> str:
@@ -89,5 +89,5 @@ def shrink_defaults(fields: Mapping[str, Any]) -> Fields:
     """The same of `ShrinkRecipe`."""
     effort = effort_of(fields)
     if effort is None:
-        return NOTHING | ({"reconstruct": BEST["reconstruct"]} if fields["method"] == "best" else {})
+        return NOTHING | ({"train_epochs": BEST["train_epochs"]} if fields["method"] == "best" else {})
     return NOTHING | SHRINK.get(effort, {})

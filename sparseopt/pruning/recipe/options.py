@@ -22,8 +22,17 @@ from sparseopt.system.yaml_file import Location
 # The headings that options are shown under.
 WHAT, KEEP, HOW, CALIBRATION, OUTPUT = "What to prune", "What to keep", "How to prune", "Calibration", "Output"
 
-# Options that are no more, and what to use in their place.
+# Options, and values of options, that are no more, and what to use in their place.
 ENDED = {
+    "samples": "is called `windows` since 0.3",
+    "heldout_samples": "is called `heldout_windows` since 0.3",
+    "windows first": "is `window_choice` first since 0.3: `windows` is their number",
+    "windows spread": "is `window_choice` spread since 0.3: `windows` is their number",
+    "windows random": "is `window_choice` random since 0.3: `windows` is their number",
+    "reconstruct": "is called `train_epochs` since 0.3",
+    "distil": "is called `distil_epochs` since 0.3",
+    "sparsities": "is a table in `targets` since 0.3",
+    "preset best": "is called `tuned` since 0.3",
     "latency": "has ended: `parameters` is the budget of a smaller model",
     "gflops": "has ended: `sparseopt inspect --measure` measures the time of a run",
 }
@@ -47,7 +56,7 @@ class Plain:
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         def checked(given: Any, check: Callable[[Any], Any]) -> Any:
-            return check(given) if isinstance(given, str | int | float | None) else given
+            return check(given) if isinstance(given, str | int | None) else given
 
         return no_info_wrap_validator_function(checked, handler.generate_schema(self.type))
 
@@ -107,8 +116,9 @@ def _mistake(error: ErrorDetails, fields: dict[str, FieldInfo]) -> str:
     limits = dict(error.get("ctx", {}))
     if "error" in limits:
         return str(limits["error"])
-    if name in ENDED:
-        return f"{name} {ENDED[name]}"
+    for each in (name, f"{name} {given}"):
+        if each in ENDED:
+            return f"{each} {ENDED[each]}"
     if kind == "extra_forbidden":
         hint = suggest(name, fields)
         if name.endswith(("_stage", "_modifiers")):

@@ -63,9 +63,9 @@ Epochs = Annotated[int, Field(ge=0)] | None
 class PassRecipe(BaseModel, ABC):
     """What all recipes say: the method, and the tokens that one pass over the blocks sees.
 
-    In Python, `method` may also be a `LayerMethod` of your own, `reconstruct` a whole `Reconstruction`, and
+    In Python, `method` may also be a `LayerMethod` of your own, `train_epochs` a whole `Reconstruction`, and
     `calibration` a list of texts or of chats (lists of messages with `role` and `content`), or token ids
-    `[samples, seqlen]`, which are taken as they are: their last `heldout_samples` windows are held out.
+    `[windows, seqlen]`, which are taken as they are: their last `heldout_windows` windows are held out.
 
     On few tokens a larger `ridge` overfits less: 0.1 is best, by held-out error, for 8,192 tokens of SmolLM2. The
     relative errors in a report weight tokens as the Gram matrices do, and outputs equally; with `propagate` they are
@@ -104,16 +104,16 @@ class PassRecipe(BaseModel, ABC):
         "most and with method best, else 0.",
         HOW, ge=0, le=1,
     )  # fmt: skip
-    reconstruct: Annotated[int | Reconstruction | None, Plain(Epochs)] = option(
+    train_epochs: Annotated[int | Reconstruction | None, Plain(Epochs)] = option(
         None,
-        f"Epochs of training for each pruned block, 0 for none. Default: {BEST['reconstruct']} with effort most and "
+        f"Epochs of training for each pruned block, 0 for none. Default: {BEST['train_epochs']} with effort most and "
         "with method best, else 0.",
         HOW,
     )
-    distil: Annotated[int | Distillation | None, Plain(Epochs)] = option(
+    distil_epochs: Annotated[int | Distillation | None, Plain(Epochs)] = option(
         None,
         "Epochs of training all kept weights together on the dense model's logits at the end, 0 for none. Default: "
-        f"{PRUNE['most']['distil']} with effort most, else 0.",
+        f"{PRUNE['most']['distil_epochs']} with effort most, else 0.",
         HOW,
     )
     precision: Precision = option(
@@ -151,15 +151,15 @@ class PassRecipe(BaseModel, ABC):
         "Begin every window with the BOS token: {choices}; auto does as the model's tokenizer.",
         CALIBRATION,
     )
-    samples: int | None = option(
+    windows: int | None = option(
         None,
         f"Calibration windows. Default: {TOKENS_AN_INPUT} tokens for each input of the widest linear, in "
         f"{LEAST_WINDOWS} to {MOST_WINDOWS} windows.",
         CALIBRATION, ge=1,
     )  # fmt: skip
     seqlen: int = option(512, "Tokens in a calibration window.", CALIBRATION, ge=2)
-    heldout_samples: int = option(4, "Further windows, for the held-out error; 0 for none.", CALIBRATION, ge=0)
-    windows: WindowChoice | None = option(
+    heldout_windows: int = option(4, "Further windows, for the held-out error; 0 for none.", CALIBRATION, ge=0)
+    window_choice: WindowChoice | None = option(
         None, "Which windows of the text are taken: {choices}. Default: spread, evenly from all of it.", CALIBRATION
     )
     variants: int | None = option(
@@ -170,7 +170,7 @@ class PassRecipe(BaseModel, ABC):
         CALIBRATION, ge=0,
     )  # fmt: skip
     seed: int | None = option(
-        None, f"Seed for windows random, and for those of calibration {SELF}. Default: 0.", CALIBRATION, ge=0
+        None, f"Seed for window-choice random, and for those of calibration {SELF}. Default: 0.", CALIBRATION, ge=0
     )
     expert_tokens: ExpertTokens = option(
         "routed",
@@ -282,7 +282,7 @@ class PassRecipe(BaseModel, ABC):
 
     @property
     def distillation(self) -> Distillation | None:
-        return self._training(Distillation, self.chosen("distil"))
+        return self._training(Distillation, self.chosen("distil_epochs"))
 
     def _contradictions(self, wrong: Collection[str]) -> Iterator[tuple[str, str]]:
         """A field and what is wrong with it, for fields that do not go together; those `wrong` alone are not asked."""
@@ -295,9 +295,9 @@ class PassRecipe(BaseModel, ABC):
                 training.check()
 
         def draws_windows() -> None:
-            if self.seed is not None and self.windows != "random" and not self.draws:
+            if self.seed is not None and self.window_choice != "random" and not self.draws:
                 raise ValueError(
-                    f"seed is for windows 'random', and windows is {self.window_choice!r}; leave the seed out"
+                    f"seed is for window_choice 'random', and it is {self.chosen_window_choice!r}; leave the seed out"
                 )
 
         def reads() -> None:
@@ -310,22 +310,22 @@ class PassRecipe(BaseModel, ABC):
 
         checks: list[Check] = [
             (("method", "effort", "preset", "ridge", "pattern"), finds),
-            (("reconstruct", "samples", "variants"), lambda: trains(self.reconstruction)),
-            (("distil", "samples", "variants"), lambda: trains(self.distillation)),
+            (("train_epochs", "windows", "variants"), lambda: trains(self.reconstruction)),
+            (("distil_epochs", "windows", "variants"), lambda: trains(self.distillation)),
             *self._checks(),
             (("calibration",), reads),
             (("score",), scores),
-            (("seed", "windows", "calibration"), draws_windows),
+            (("seed", "window_choice", "calibration"), draws_windows),
         ]
         for names, check in checks:
             if not set(wrong).intersection(names):
                 yield from ((names[0], text) for text in mistakes_of([check]))
-        if not set(wrong).intersection(("calibration", "heldout_samples")):
+        if not set(wrong).intersection(("calibration", "heldout_windows")):
             yield from self._without_text()
 
     def _without_text(self) -> Iterator[tuple[str, str]]:
         """Fields that say how a text is read, where there is none."""
-        given = {name: getattr(self, name) for name in ("windows", "split", "column")}
+        given = {name: getattr(self, name) for name in ("window_choice", "split", "column")}
         given |= {"documents": self.documents if self.documents == "separate" else None}
         named = [name for name, value in given.items() if value is not None]
         if self.draws:
@@ -336,10 +336,10 @@ class PassRecipe(BaseModel, ABC):
             if self.bos == "yes":
                 yield "bos", f"bos {ids}: put BOS in front of them"
             yield from ((name, f"{name} {ids}: leave {name} out") for name in named)
-            found = len(self.calibration) - self.heldout_samples
-            if self.samples not in (None, found):
-                why = f"there are {found} besides the held-out ones, given {self.samples}"
-                yield "samples", f"samples {ids}: {why}"
+            found = len(self.calibration) - self.heldout_windows
+            if self.windows not in (None, found):
+                why = f"there are {found} besides the held-out ones, given {self.windows}"
+                yield "windows", f"windows {ids}: {why}"
 
     @abstractmethod
     def _find_method(self) -> LayerMethod:
@@ -350,13 +350,13 @@ class PassRecipe(BaseModel, ABC):
         """The checks of this kind of recipe only."""
 
     @property
-    def window_choice(self) -> WindowChoice:
-        return self.windows or "spread"
+    def chosen_window_choice(self) -> WindowChoice:
+        return self.window_choice or "spread"
 
     @property
     def window_count(self) -> int:
         """Calibration windows; the least where a model is still to decide on the default."""
-        return self.samples or LEAST_WINDOWS
+        return self.windows or LEAST_WINDOWS
 
     @property
     def variant_count(self) -> int:
@@ -380,7 +380,7 @@ class PassRecipe(BaseModel, ABC):
 
     @property
     def reconstruction(self) -> Reconstruction | None:
-        return self._training(Reconstruction, self.chosen("reconstruct"))
+        return self._training(Reconstruction, self.chosen("train_epochs"))
 
     def _training(self, kind: type[T], given: T | int) -> T | None:
         """What is given, or this kind for so many epochs, which take as long as without variants; None for 0."""
@@ -433,6 +433,8 @@ def _plain(value: Any) -> Any:
         return value.item()
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {name: _plain(inner) for name, inner in value.items()}
     return tuple(map(_plain, value)) if type(value) is tuple else value
 
 

@@ -15,7 +15,7 @@ from sparseopt.pruning.recipe.allocation import Allocation, check_allocation
 from sparseopt.pruning.recipe.effort import prune_defaults
 from sparseopt.pruning.recipe.options import HOW, OUTPUT, WHAT, Plain, option
 from sparseopt.pruning.recipe.pass_recipe import Check, PassRecipe
-from sparseopt.pruning.recipe.targets import Patterns, Sparsities, check_choice, read_patterns, read_sparsities
+from sparseopt.pruning.recipe.targets import Patterns, Targets, check_choice, read_patterns, read_targets
 
 PRESETS = tuple(dict.fromkeys(preset for method in METHODS.values() for preset in method.presets))
 
@@ -62,20 +62,16 @@ class Recipe(PassRecipe):
         "A pruned model of the same shape, a folder, GGUF file or hub name: weights that are zero in it become zero.",
         WHAT,
     )
-    targets: Annotated[Patterns | None, SkipValidation, BeforeValidator(read_patterns)] = option(
+    targets: Annotated[Targets | None, SkipValidation, BeforeValidator(read_targets)] = option(
         None,
         "Which linears, by name (model.layers.0.mlp.down_proj), end of name (down_proj) or regular expression "
-        "(re:.*mlp), with commas between. Default: all in the blocks.",
+        "(re:.*mlp), with commas between; or other sparsities for some, as in down_proj=0.6,re:.*self_attn=0, where 0 "
+        "leaves a linear as it is. Names win over expressions, longer names over shorter ones, the first expression "
+        "over the next. Default: all in the blocks.",
         WHAT,
     )
     ignore: Annotated[Patterns | None, SkipValidation, BeforeValidator(read_patterns)] = option(
-        None, "Linears to leave out, written as for targets; ignore wins over targets.", WHAT
-    )
-    sparsities: Annotated[Sparsities | None, SkipValidation, BeforeValidator(read_sparsities)] = option(
-        None,
-        "Other sparsities by linear, as in down_proj=0.6,re:.*self_attn=0.4; 0 leaves a linear as it is. Names win "
-        "over expressions, longer names over shorter ones, the first expression over the next.",
-        WHAT,
+        None, "Linears to leave out, written as the names of targets; ignore wins over targets.", WHAT
     )
     allocation: Allocation | None = option(
         None,
@@ -88,7 +84,7 @@ class Recipe(PassRecipe):
         None, "Least and most sparsity of a layer, as in 0.3,0.8, for owl and curves.", WHAT
     )
     preset: Annotated[str | None, Plain(Literal[PRESETS] | None)] = option(
-        None, "Settings of method maiht: {choices}. Default: best.", HOW
+        None, "Settings of method maiht: {choices}. Default: tuned.", HOW
     )
     penalty: Annotated[Penalty | None, Plain(PenaltyName | None)] = option(
         None,
@@ -156,7 +152,7 @@ class Recipe(PassRecipe):
 
         def by_linear() -> None:
             fits = partial(check_pattern, self.pattern)
-            check_choice(self.targets, self.ignore, self.sparsities, fits, self.chosen_allocation)
+            check_choice(self.targets, self.ignore, fits, self.chosen_allocation)
 
         def permuted() -> None:
             if not self.permutes:
@@ -166,7 +162,7 @@ class Recipe(PassRecipe):
                     f"permute is for n:m patterns with zeros, where the order of the inputs counts, and the pattern is "
                     f"{self.pattern!r}; leave it out"
                 )
-            others = {name: getattr(self, name) for name in ("keep_zeros", "masks", "targets", "ignore", "sparsities")}
+            others = {name: getattr(self, name) for name in ("keep_zeros", "masks", "targets", "ignore")}
             if given := [name for name, value in others.items() if value]:
                 raise ValueError(f"permute moves channels of all linears, which contradicts {given[0]}: leave one out")
 
@@ -181,7 +177,7 @@ class Recipe(PassRecipe):
             (("permute", "pattern"), permuted),
             (("masks", "pattern"), masked),
             (("pattern", "sparsity"), patterned),
-            (("targets", "ignore", "sparsities", "pattern", "allocation"), by_linear),
+            (("targets", "ignore", "pattern", "allocation"), by_linear),
             (("allocation", "bounds", "pattern", "sparsity"), allocated),
             (("penalty", "pattern"), anywhere),
         )

@@ -6,13 +6,15 @@
 | `down_proj`, `mlp.down_proj` | all whose names end in these parts |
 | `re:model.layers.[0-3][.]` | all whose checkpoint names it matches from the start, as `re.match` does |
 
-A linear is pruned if one of `targets` matches it, or there are none, and none of `ignore` does. Its sparsity is that of
-the pattern in `sparsities` that matches: of several a name comes before an expression, a longer name before a shorter
-one, and of expressions the first. Sparsity 0 leaves a linear as it is.
+`targets` is a list of patterns, or a table of patterns and sparsities. With a list, the linears that match are pruned.
+With a table all are, those that match at the sparsity given there; 0 leaves a linear as it is. Of several patterns that
+match, a name comes before an expression, a longer name before a shorter one, and of expressions the first. Linears that
+`ignore` matches are never pruned.
 
 Names and expressions as in llm-compressor (`compressed_tensors.utils.match`), endings as in `target_modules` of PEFT.
 """
 
+import contextlib
 import difflib
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -25,8 +27,8 @@ EXPRESSION = "re:"
 HEAD = "lm_head"
 
 Patterns = tuple[str, ...]
-# Pairs, because their order counts.
-Sparsities = tuple[tuple[str, float], ...]
+# A list, or a table as pairs, because their order counts.
+Targets = Patterns | tuple[tuple[str, float], ...]
 
 
 def read_patterns(given: Any) -> Any:
@@ -36,31 +38,36 @@ def read_patterns(given: Any) -> Any:
     return tuple(given) if isinstance(given, Sequence) else given
 
 
-def read_sparsities(given: Any) -> Any:
-    """Pairs of patterns and sparsities, of a mapping or of a text as in `down_proj=0.6,q_proj=0.4`.
+def read_targets(given: Any) -> Any:
+    """Patterns, or pairs of patterns and sparsities: of a text as in `down_proj=0.6,q_proj=0`, or of a mapping.
 
     Raises:
-        ValueError: for any other text.
+        ValueError: for a text in which some patterns have a sparsity, or one has two.
     """
     if isinstance(given, Mapping):
         return tuple(given.items())
+    parts = read_patterns(given)
     if not isinstance(given, str):
-        # As JSON has them.
-        return tuple(map(tuple, given)) if isinstance(given, list) else given
-    found: dict[str, float] = {}
-    for part in _split(given):
-        pattern, _, number = part.rpartition("=")
-        try:
-            share = float(number)
-        except ValueError:
-            pattern = ""
-        if not pattern or pattern in found:
-            raise ValueError(
-                "sparsities must be different patterns with a number each, as in down_proj=0.6,q_proj=0.4, given "
-                f"{given!r}"
-            )
-        found[pattern] = share
-    return tuple(found.items())
+        # JSON has pairs as lists.
+        return tuple(tuple(e) if isinstance(e, list) else e for e in parts) if isinstance(parts, tuple) else parts
+    pairs: dict[str, float] = {}
+    for part in parts:
+        pattern, equals, number = part.rpartition("=")
+        with contextlib.suppress(ValueError):
+            if equals:
+                pairs[pattern] = float(number)
+    if pairs and len(pairs) < len(parts):
+        raise ValueError(
+            "targets must be patterns, or different patterns with a sparsity each, as in down_proj=0.6,q_proj=0.4, "
+            f"given {given!r}"
+        )
+    return tuple(pairs.items()) or parts
+
+
+def shares_in(targets: Targets | None) -> dict[str, float] | None:
+    """The sparsities of a table by pattern; None for a list."""
+    pairs = [each for each in targets or () if isinstance(each, tuple)]
+    return dict(pairs) if pairs else None
 
 
 def _split(text: str) -> Iterator[str]:
@@ -73,37 +80,34 @@ def _split(text: str) -> Iterator[str]:
             start = place + 1
 
 
-def check_choice(
-    targets: Any, ignore: Any, sparsities: Any, check_share: Callable[[float], None], allocation: str
-) -> None:
+def check_choice(targets: Any, ignore: Any, check_share: Callable[[float], None], allocation: str) -> None:
     """Check what can be checked without a model; `check_share` refuses a sparsity above 0.
 
     Raises:
         ValueError: for what are no names or expressions, a sparsity that is not possible, or sparsities together
             with an allocation that is not uniform.
     """
-    for option, patterns in (("targets", targets), ("ignore", ignore)):
-        if patterns is not None:
-            _check_patterns(option, patterns)
-    if sparsities is None:
+    if ignore is not None:
+        _check_patterns("ignore", ignore)
+    pairs = [each for each in targets if isinstance(each, tuple)] if isinstance(targets, tuple) else []
+    if not pairs:
+        _check_patterns("targets", () if targets is None else targets)
         return
-    if not isinstance(sparsities, tuple) or any(not isinstance(each, tuple) or len(each) != 2 for each in sparsities):
-        raise ValueError(
-            f"sparsities must be a mapping of patterns to sparsities, as in {{'down_proj': 0.6}}, given {sparsities!r}"
-        )
-    _check_patterns("sparsities", tuple(pattern for pattern, _ in sparsities))
-    for pattern, share in sparsities:
+    if any(not isinstance(each, tuple) or len(each) != 2 for each in targets):
+        raise ValueError(f"targets must be patterns, or a table as in {{'down_proj': 0.6}}, given {targets!r}")
+    _check_patterns("targets", tuple(pattern for pattern, _ in pairs))
+    for pattern, share in pairs:
         if not isinstance(share, Real) or isinstance(share, bool):
-            raise ValueError(f"sparsities: {pattern!r} must have a number in [0, 1), given {share!r}")
+            raise ValueError(f"targets: {pattern!r} must have a number in [0, 1), given {share!r}")
         try:
             if share != 0:
                 check_share(float(share))
         except ValueError as error:
-            raise ValueError(f"sparsities: {pattern!r}: {error}") from None
+            raise ValueError(f"targets: {pattern!r}: {error}") from None
     if allocation != "uniform":
         raise ValueError(
-            f"sparsities say what allocation {allocation!r} is to choose: leave one of the two out; ignore has the "
-            "linears that are to stay as they are"
+            f"targets have sparsities, which allocation {allocation!r} is to choose: leave one of the two out; ignore "
+            "has the linears that are to stay as they are"
         )
 
 
@@ -124,18 +128,16 @@ def _check_patterns(option: str, patterns: Any) -> None:
 def chosen_linears(
     names: Sequence[str],
     others: Collection[str],
-    targets: Patterns | None,
+    targets: Targets | None,
     ignore: Patterns | None,
-    sparsities: Sparsities | None,
 ) -> dict[str, float | None]:
-    """The linears that are pruned, each with its sparsity in `sparsities`, None for one that is not in there.
+    """The linears that are pruned, each with its sparsity in the table of `targets`, None for one without.
 
     Args:
         names: of all linears in the model's blocks.
         others: of the other parts of the checkpoint, which are never pruned; `ignore` may match them.
-        targets: checked patterns, as the following.
+        targets: checked, as the following.
         ignore: none of these.
-        sparsities: of some.
 
     Raises:
         ValueError: listing every pattern that matches no linear, with near names, or that has no effect; or if no
@@ -143,19 +145,20 @@ def chosen_linears(
     """
     matched, problems = _Matcher(names), []
     never = _Matcher([*others, HEAD])
-    shares = dict(sparsities or ())
-    for option, patterns in (("targets", targets), ("ignore", ignore), ("sparsities", shares)):
-        for pattern in patterns or ():
+    shares = shares_in(targets) or {}
+    asked: Sequence[Any] = tuple(shares) or targets or ()
+    for option, patterns in (("targets", asked), ("ignore", ignore or ())):
+        for pattern in patterns:
             # Recipes for other tools ignore the head, which is not pruned here anyway.
             if not matched(pattern) and not (option == "ignore" and never(pattern)):
                 problems.append(_nothing(option, pattern, names, never(pattern)))
-    kept = set(names) if targets is None else {name for pattern in targets for name in matched(pattern)}
+    kept = set(names) if targets is None or shares else {name for pattern in asked for name in matched(pattern)}
     kept -= {name for pattern in ignore or () for name in matched(pattern)}
     for pattern, share in shares.items():
         if share and (found := matched(pattern)) and not kept.intersection(found):
             problems.append(
-                f"sparsities: {pattern!r} is given {share:g}, but targets and ignore leave none of its linears "
-                f"({listed(found, 3)}) to prune"
+                f"targets: {pattern!r} is given {share:g}, but ignore leaves none of its linears ({listed(found, 3)}) "
+                "to prune"
             )
     # The pattern that counts comes last.
     expressions = [pattern for pattern in shares if pattern.startswith(EXPRESSION)]
@@ -163,7 +166,7 @@ def chosen_linears(
     own = {name: shares[pattern] for pattern in (*reversed(expressions), *plain) for name in matched(pattern)}
     chosen = {name: own.get(name) for name in names if name in kept and own.get(name) != 0}
     if not chosen and not problems:
-        given = {"targets": targets, "ignore": ignore, "sparsities": shares or None}
+        given = {"targets": shares or targets, "ignore": ignore}
         ruled = ", ".join(f"{option} {value!r}" for option, value in given.items() if value is not None)
         problems.append(f"none of {len(names)} is left with {ruled}; change one of these")
     if problems:

@@ -1,6 +1,6 @@
 """One block pruned; what comes out is returned, and nothing is stored.
 
-stream before the block -> Grams -[propagate]-> targets -[method]-> pruned linears -[reconstruct]-> new tensors
+stream before the block -> Grams -[propagate]-> targets -[method]-> pruned linears -[train]-> new tensors
                                                   a smaller model: pruned groups -[slice]-^
 """
 

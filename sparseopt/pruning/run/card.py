@@ -88,7 +88,7 @@ def result_lines(report: PruneReport) -> list[str]:
     if not text.startswith(TOKEN_IDS):
         variants = report.calibration.variants
         varied = f", and {variants} variants of each that the dense model drew" if variants else ""
-        text = f"{recipe['samples']} windows of {recipe['seqlen']} tokens of {text}{varied}"
+        text = f"{recipe['windows']} windows of {recipe['seqlen']} tokens of {text}{varied}"
     lines.append(f"Calibrated on {text}{'' if report.bos is None else f', each beginning with token {report.bos}'}.")
     if report.layers:
         error, heldout = mean_errors(report.layers)

@@ -125,7 +125,7 @@ def drawing_bytes(model: StreamedModel, recipe: PassRecipe) -> dict[str, int]:
 
 def _sizes(recipe: PassRecipe) -> tuple[int, int, int]:
     """The windows to calibrate on, those held out, and those to score."""
-    return recipe.window_count, recipe.heldout_samples, scored_windows(recipe)
+    return recipe.window_count, recipe.heldout_windows, scored_windows(recipe)
 
 
 def _held(model: StreamedModel, shape: tuple[int, int]) -> dict[str, int]:

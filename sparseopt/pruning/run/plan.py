@@ -40,8 +40,8 @@ from sparseopt.pruning.text.windows import begin_windows, check_vocabulary, text
 GROUPED = HEADS, CHANNELS = "o_proj", "down_proj"
 # Recipes that share a pass must agree in these.
 PASS_FIELDS = (
-    "samples", "seqlen", "heldout_samples", "windows", "seed", "bos", "calibration", "split", "column", "documents",
-    "precision", "score",
+    "windows", "seqlen", "heldout_windows", "window_choice", "seed", "bos", "calibration", "split", "column",
+    "documents", "precision", "score",
 )  # fmt: skip
 
 T = TypeVar("T", bound=PassRecipe)
@@ -198,10 +198,10 @@ def fitting_recipe(model: PrunableModel, recipe: Recipe) -> Recipe:
         problems.append("output_weights='gradient' takes the gradient of the loss; leave it open or say 'uniform'")
     if recipe.allocation == "curves":
         problems.append("allocation='curves' takes the gradient of the loss; say 'uniform' or 'owl'")
-    if recipe.reconstruct:
-        problems.append("reconstruct trains the blocks by their gradients; leave it open or say 0")
-    if recipe.distil:
-        problems.append("distil trains the model by its gradients; leave it out or say 0")
+    if recipe.train_epochs:
+        problems.append("train_epochs trains the blocks by their gradients; leave it open or say 0")
+    if recipe.distil_epochs:
+        problems.append("distil_epochs trains the model by its gradients; leave it out or say 0")
     if recipe.permute:
         problems.append("permute moves channels of linears that are known to follow each other; leave it out")
     if recipe.precision != "highest":
@@ -213,7 +213,7 @@ def fitting_recipe(model: PrunableModel, recipe: Recipe) -> Recipe:
             f"the recipe cannot be used on a {model.config.model_type} model, whose family is not known here and whose "
             "blocks run in torch:\n  " + "\n  ".join(problems)
         )
-    left: dict[str, Any] = {"output_weights": "uniform", "reconstruct": 0, "distil": 0, "permute": False}
+    left: dict[str, Any] = {"output_weights": "uniform", "train_epochs": 0, "distil_epochs": 0, "permute": False}
     return recipe.model_copy(update={"allocation": recipe.allocation or "uniform", **left})
 
 
@@ -226,7 +226,7 @@ def layer_shares(model: PrunableModel, recipe: Recipe) -> dict[str, float]:
     keys = model.linear_keys()
     owners = {key.rpartition(".")[0] for key in model.exported_keys()}
     names = [key.removesuffix(".weight") for key in keys]
-    chosen = chosen_linears(names, sorted(owners.difference(names)), recipe.targets, recipe.ignore, recipe.sparsities)
+    chosen = chosen_linears(names, sorted(owners.difference(names)), recipe.targets, recipe.ignore)
     implied = implied_sparsity(recipe.pattern)
     share = recipe.asked_sparsity if implied is None else implied
     return {f"{name}.weight": share if own is None else own for name, own in chosen.items()}
@@ -273,7 +273,7 @@ def with_windows(plans: Sequence[Plan], samples: int) -> list[Plan]:
     Raises:
         ValueError: for plans that would see other variants of them.
     """
-    found = [dataclasses.replace(plan, recipe=plan.recipe.model_copy(update={"samples": samples})) for plan in plans]
+    found = [dataclasses.replace(plan, recipe=plan.recipe.model_copy(update={"windows": samples})) for plan in plans]
     counts = [plan.recipe.variant_count for plan in found]
     if len(set(counts)) > 1:
         raise ValueError(
@@ -323,13 +323,13 @@ def calibration_windows(model: PrunableModel, recipe: PassRecipe) -> Calibration
         TextError: for a text that is too short, or token ids that do not fit.
         ModelError: for windows that are longer than the model is made for, or a BOS that the tokenizer does not have.
     """
-    bos, heldout = None, recipe.heldout_samples
+    bos, heldout = None, recipe.heldout_windows
     if is_text(recipe.calibration):
         check_window(recipe.seqlen, model.config.max_positions)
-        count = recipe.samples or default_windows(model, recipe.seqlen)
+        count = recipe.windows or default_windows(model, recipe.seqlen)
         found = text_windows(
             model.source, recipe.calibration, "calibration", count + heldout, recipe.seqlen,
-            bos=recipe.bos, choice=recipe.window_choice, seed=recipe.seed or 0, split=recipe.split,
+            bos=recipe.bos, choice=recipe.chosen_window_choice, seed=recipe.seed or 0, split=recipe.split,
             column=recipe.column, documents=recipe.documents, least=recipe.window_count + heldout,
         )  # fmt: skip
         windows, bos = begin_windows(*found), found.bos
@@ -339,13 +339,13 @@ def calibration_windows(model: PrunableModel, recipe: PassRecipe) -> Calibration
         windows = token_array(recipe.calibration)
         if windows.ndim != 2 or not np.issubdtype(windows.dtype, np.integer) or windows.shape[1] < 2:
             raise TextError(
-                "calibration token ids must be integers of shape [samples, seqlen], given "
+                "calibration token ids must be integers of shape [windows, seqlen], given "
                 f"{windows.dtype} of shape {list(windows.shape)}"
             )
         if len(windows) <= heldout:
             raise TextError(
                 f"{len(windows)} windows of token ids leave none for calibration after "
-                f"{heldout} held-out windows; give more or set heldout_samples=0"
+                f"{heldout} held-out windows; give more or set heldout_windows=0"
             )
         check_window(windows.shape[1], model.config.max_positions)
     check_vocabulary(windows, model.config.vocab_size)
@@ -358,7 +358,7 @@ def describe_calibration(model: PrunableModel, plans: Sequence[Plan], windows: C
     """What the reports of a pass say about the tokens that it sees."""
     (samples, seqlen), recipe = windows.calibration.shape, plans[0].recipe
     why = warning = None
-    if recipe.samples is None and is_text(recipe.calibration):
+    if recipe.windows is None and is_text(recipe.calibration):
         why = (
             f"{TOKENS_AN_INPUT} tokens for each of the {_widest(model):,} inputs of the widest linear, in "
             f"{LEAST_WINDOWS} to {MOST_WINDOWS} windows"
@@ -366,7 +366,7 @@ def describe_calibration(model: PrunableModel, plans: Sequence[Plan], windows: C
         if samples < default_windows(model, seqlen):
             why += "; the text has no more"
     inputs = _widest(model, [key for plan in plans for key in plan.patterns])
-    variants = recipe.model_copy(update={"samples": samples}).variant_count
+    variants = recipe.model_copy(update={"windows": samples}).variant_count
     if (tokens := samples * (1 + variants) * seqlen) < inputs and any(plan.patterns for plan in plans):
         warning = (
             f"calibration has {tokens:,} tokens and the widest linear {inputs:,} inputs: its Gram matrix is "

@@ -103,7 +103,7 @@ def text_windows(
         if separate and available < max(count, 1):
             raise TextError(
                 f"{count} windows that begin a document need as many documents of {length} tokens or more, and "
-                f"{available} of {seen} have that many; use documents packed, fewer samples or a shorter seqlen"
+                f"{available} of {seen} have that many; use documents packed, fewer windows or a shorter seqlen"
             )
         # Whole windows in a row are cut as they are.
         return Windows(token_windows(np.concatenate(found), count, length, choice, seed=seed), start)
@@ -163,7 +163,7 @@ def token_windows(
     if available < count:
         raise TextError(
             f"{count} windows of {length} tokens need {count * length:,} tokens, the text has "
-            f"{len(tokens):,} ({available} windows); use a longer text, fewer samples or a shorter seqlen"
+            f"{len(tokens):,} ({available} windows); use a longer text, fewer windows or a shorter seqlen"
         )
     windows = np.asarray(tokens[: available * length], np.int32).reshape(available, length)
     if choice == "random":

@@ -77,7 +77,7 @@ def test_links_to_elsewhere_are_followed_if_asked_for(tmp_path: Path, rng: np.ra
     assert load_tokenizer(source).get_vocab_size() > 0
     (tmp_path / "text.txt").write_text("hello there,\n" * 300)
     text = f"file:{tmp_path / 'text.txt'}"
-    options = ("--calibration", text, "--samples", 4, "--seqlen", 24, "--method", "magnitude")
+    options = ("--calibration", text, "--windows", 4, "--seqlen", 24, "--method", "magnitude")
     status, _, err = command("prune", linked, "--output", tmp_path / "out", *options)
     assert status == 2
     assert "is not followed" in err

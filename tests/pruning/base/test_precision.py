@@ -90,7 +90,7 @@ def test_it_holds_for_the_pass_alone_and_stands_in_the_report(tmp_path, source, 
         return forward(runner, block, batches)
 
     monkeypatch.setattr(BlockRunner, "forward", watched)
-    recipe = Recipe(method="wanda", calibration=tokens, heldout_samples=0, precision="high")
+    recipe = Recipe(method="wanda", calibration=tokens, heldout_windows=0, precision="high")
     assert prune_model(source, tmp_path / "out", recipe).precision == "high"
     assert set(seen) == {"high"}
     assert jax.config.jax_default_matmul_precision is None

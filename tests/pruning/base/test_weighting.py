@@ -85,7 +85,7 @@ def test_what_cannot_be_is_listed_before_any_work():
 
 
 def test_the_reported_error_is_in_the_same_weights(tmp_path, source, tokens):
-    recipe = Recipe(calibration=tokens, heldout_samples=0, method="wanda", weighting="residual")
+    recipe = Recipe(calibration=tokens, heldout_windows=0, method="wanda", weighting="residual")
     report = prune_model(source, tmp_path / "out", recipe)
     model, pruned = open_model(source), open_model(tmp_path / "out")
     dense, after = model.block(0), pruned.block(0)

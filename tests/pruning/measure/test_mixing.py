@@ -32,7 +32,7 @@ def model(source):
 
 
 def recipe_of(tokens, **budget):
-    return ShrinkRecipe(calibration=tokens, heldout_samples=HELD, multiple=16, reconstruct=0, **budget)
+    return ShrinkRecipe(calibration=tokens, heldout_windows=HELD, multiple=16, train_epochs=0, **budget)
 
 
 @pytest.fixture(scope="module")

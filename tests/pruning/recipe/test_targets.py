@@ -11,7 +11,7 @@ from sparseopt.models import open_model
 from sparseopt.pruning import Recipe, Stopped, audit_pattern, prune_model, prune_models
 from sparseopt.pruning.base.grams import BlockRunner
 from sparseopt.pruning.inspection import inspect_model
-from sparseopt.pruning.recipe.targets import chosen_linears, read_patterns, read_sparsities
+from sparseopt.pruning.recipe.targets import chosen_linears, read_patterns, read_targets
 from sparseopt.system.run_folder import FolderError
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 from tests.pruning.test_inspection import MIXTRAL
@@ -23,8 +23,8 @@ NAMES = [f"model.layers.{index}.{part}" for index in range(11) for part in PARTS
 OTHERS = ["model.embed_tokens", "model.norm", "model.layers.0.mlp.gate", "model.layers.0.input_layernorm"]
 
 
-def chosen(targets=None, ignore=None, sparsities=None):
-    return chosen_linears(NAMES, OTHERS, targets, ignore, sparsities)
+def chosen(targets=None, ignore=None):
+    return chosen_linears(NAMES, OTHERS, targets, ignore)
 
 
 def tensors_of(folder):
@@ -48,20 +48,20 @@ def test_a_name_an_ending_and_an_expression_match_what_they_say():
 
 def test_of_several_sparsities_that_of_the_nearest_pattern_counts():
     first, second = NAMES[0], NAMES[3]
-    found = chosen(None, ("o_proj",), (
+    found = chosen((
         ("re:.*q_proj", 0.1), ("q_proj", 0.2), ("self_attn.q_proj", 0.3), (first, 0.0), ("re:.*", 0.4), (second, 0.5),
-    ))  # fmt: skip
+    ), ("o_proj",))  # fmt: skip
     assert first not in found
     assert (found[second], found[NAMES[6]], found[NAMES[2]]) == (0.5, 0.3, 0.4)
     # Of expressions the first.
-    assert set(chosen(None, None, (("re:.*q_proj", 0.1), ("re:.*", 0.4))).values()) == {0.1, 0.4}
-    assert set(chosen(None, None, (("re:.*", 0.4), ("re:.*q_proj", 0.1))).values()) == {0.4}
+    assert set(chosen((("re:.*q_proj", 0.1), ("re:.*", 0.4))).values()) == {0.1, 0.4}
+    assert set(chosen((("re:.*", 0.4), ("re:.*q_proj", 0.1))).values()) == {0.4}
 
 
 def test_commas_in_brackets_belong_to_an_expression():
     text = r"down_proj, re:model\.layers\.\d{1,2}\.(mlp|a,b)[,.],re:x"
     assert read_patterns(text) == ("down_proj", r"re:model\.layers\.\d{1,2}\.(mlp|a,b)[,.]", "re:x")
-    assert read_sparsities(r"re:.*\.\d{1,2}\.mlp=0.6,q_proj=0") == ((r"re:.*\.\d{1,2}\.mlp", 0.6), ("q_proj", 0.0))
+    assert read_targets(r"re:.*\.\d{1,2}\.mlp=0.6,q_proj=0") == ((r"re:.*\.\d{1,2}\.mlp", 0.6), ("q_proj", 0.0))
     assert Recipe(ignore="a,b") == Recipe(ignore=["a", "b"])
 
 
@@ -71,13 +71,13 @@ UNCHOSEN = {
     "expression": ({"targets": ("re:layers",)}, "from the start of names such as model.layers.0.*leave targets out"),
     "head": ({"targets": ("lm_head",)}, "'lm_head' matches lm_head, but only linears of the blocks are pruned"),
     "embedding": ({"targets": ("re:.*embed",)}, "matches model.embed_tokens, but only linears of the blocks"),
-    "norm": ({"sparsities": (("norm", 0.5),)}, "sparsities: 'norm' matches model.norm, but only linears"),
+    "norm": ({"targets": (("norm", 0.5),)}, "targets: 'norm' matches model.norm, but only linears"),
     "everything": ({"ignore": ("re:.*",)}, r"none of 33 is left with ignore \('re:.\*',\); change one"),
-    "zero": ({"sparsities": (("re:.*", 0.0),)}, "none of 33 is left with sparsities"),
+    "zero": ({"targets": (("re:.*", 0.0),)}, "none of 33 is left with targets {'re:.*': 0.0}"),
     "no target": ({"targets": ()}, r"none of 33 is left with targets \(\)"),
     "contradiction": (
-        {"ignore": ("mlp.down_proj",), "sparsities": (("down_proj", 0.5),)},
-        r"'down_proj' is given 0.5, but targets and ignore leave none of its linears \(model.layers.0.mlp.down_proj",
+        {"ignore": ("mlp.down_proj",), "targets": (("down_proj", 0.5),)},
+        r"'down_proj' is given 0.5, but ignore leaves none of its linears \(model.layers.0.mlp.down_proj",
     ),
 }  # fmt: skip
 
@@ -92,11 +92,14 @@ BAD = {
     "expression": ({"ignore": ["re:("]}, r"ignore: 're:\(' is not a regular expression: missing \)"),
     "empty": ({"targets": ["re:"]}, "targets must be names of linears, or expressions after 're:'.*given 're:'"),
     "number": ({"targets": 3}, "targets must be names of linears.*given 3"),
-    "no mapping": ({"sparsities": 3}, "sparsities must be a mapping of patterns to sparsities.*given 3"),
-    "range": ({"sparsities": {"q_proj": 1.0}}, r"sparsities: 'q_proj': sparsity must lie in \[0, 1\), given 1.0"),
-    "text": ({"sparsities": {"q_proj": "half"}}, r"sparsities: 'q_proj' must have a number in \[0, 1\), given 'half'"),
-    "n:m": ({"sparsities": {"q_proj": 0.6}, "pattern": "2:4"}, "'q_proj': pattern '2:4' has sparsity 0.5, which"),
-    "owl": ({"sparsities": {"q_proj": 0.6}, "allocation": "owl"}, "what allocation 'owl' is to choose: leave one of"),
+    "some": ({"targets": "q_proj=0.6,k_proj"}, "targets must be patterns, or different patterns with a sparsity each"),
+    "twice": ({"targets": "q_proj=0.6,q_proj=0.5"}, "different patterns with a sparsity each.*'q_proj=0.6,q_proj=0.5'"),
+    "mixed": ({"targets": ["q_proj", ["k_proj", 0.5]]}, r"patterns, or a table as in \{'down_proj': 0.6\}, given"),
+    "ended": ({"sparsities": {"q_proj": 0.5}}, "sparsities is a table in `targets` since 0.3"),
+    "range": ({"targets": {"q_proj": 1.0}}, r"targets: 'q_proj': sparsity must lie in \[0, 1\), given 1.0"),
+    "text": ({"targets": {"q_proj": "half"}}, r"targets: 'q_proj' must have a number in \[0, 1\), given 'half'"),
+    "n:m": ({"targets": {"q_proj": 0.6}, "pattern": "2:4"}, "'q_proj': pattern '2:4' has sparsity 0.5, which"),
+    "owl": ({"targets": {"q_proj": 0.6}, "allocation": "owl"}, "which allocation 'owl' is to choose: leave one of"),
 }  # fmt: skip
 
 
@@ -104,7 +107,7 @@ BAD = {
 def test_mistakes_are_told_without_a_model(changes, message):
     with pytest.raises(ValueError, match=message):
         Recipe(**changes)
-    Recipe(sparsities={"q_proj": 0, "k_proj": 0.5}, pattern="2:4")
+    Recipe(targets={"q_proj": 0, "k_proj": 0.5}, pattern="2:4")
 
 
 def test_no_folder_is_made_for_names_that_match_nothing(tmp_path, source, tokens):
@@ -122,9 +125,9 @@ def biased(tmp_path_factory):
 
 def test_linears_left_out_keep_every_byte_through_all_training(tmp_path, biased, tokens):
     recipe = Recipe(
-        method="wanda", calibration=tokens, reconstruct=1, distil=1, propagate=0.5, heldout_samples=2,
-        targets=["re:.*layers.[01]"], ignore=["down_proj", "lm_head"],
-        sparsities={"q_proj": 0.75, "layers.1.mlp.up_proj": 0},
+        method="wanda", calibration=tokens, train_epochs=1, distil_epochs=1, propagate=0.5, heldout_windows=2,
+        targets={"re:.*layers.[01].self_attn.q_proj": 0.75, "layers.1.mlp.up_proj": 0, "re:.*layers.2": 0},
+        ignore=["down_proj", "lm_head"],
     )  # fmt: skip
     report = prune_model(biased, tmp_path / "out", recipe)
     before, after = tensors_of(biased), tensors_of(tmp_path / "out")
@@ -149,7 +152,7 @@ def test_linears_left_out_keep_every_byte_through_all_training(tmp_path, biased,
 def test_single_experts_can_be_left_out_of_pruning_and_training(tmp_path, tokens):
     config = tiny_config(**MIXTRAL | {"num_hidden_layers": 1})
     source = write_folder(tmp_path / "source", config, random_tensors(config, np.random.default_rng(4)))
-    recipe = Recipe(method="wanda", calibration=tokens, min_expert_tokens=0, reconstruct=1, ignore=["re:.*experts.2"])
+    recipe = Recipe(method="wanda", calibration=tokens, min_expert_tokens=0, train_epochs=1, ignore=["re:.*experts.2"])
     report = prune_model(source, tmp_path / "out", recipe)
     assert len(report.layers) == 4 + 3 * 3
     before, after = tensors_of(source), tensors_of(tmp_path / "out")
@@ -181,7 +184,7 @@ def test_a_pattern_holds_in_the_linears_that_have_it(tmp_path, source, tokens):
 def test_a_block_without_pruned_linears_needs_no_grams(tmp_path, source, tokens, monkeypatch):
     seen, grams = [], BlockRunner.grams
     monkeypatch.setattr(BlockRunner, "grams", lambda *arguments: seen.append(1) or grams(*arguments))
-    recipe = Recipe(method="wanda", calibration=tokens, heldout_samples=0)
+    recipe = Recipe(method="wanda", calibration=tokens, heldout_windows=0)
     whole = recipe.model_copy(update={"targets": ["re:.*"]})
     prune_models(source, [(recipe, tmp_path / "a"), (whole, tmp_path / "b")])
     assert tensors_of(tmp_path / "a").keys() == tensors_of(tmp_path / "b").keys()
@@ -194,7 +197,7 @@ def test_a_block_without_pruned_linears_needs_no_grams(tmp_path, source, tokens,
 @pytest.mark.thorough
 def test_an_interrupted_run_resumes_and_other_targets_are_another_run(tmp_path, biased, tokens):
     recipe = Recipe(
-        method="wanda", calibration=tokens, dtype="bfloat16", reconstruct=1, ignore=["re:.*layers.0", "v_proj"]
+        method="wanda", calibration=tokens, dtype="bfloat16", train_epochs=1, ignore=["re:.*layers.0", "v_proj"]
     )
     for stops in range(1, 4):
         asked = []
@@ -219,7 +222,7 @@ def test_an_interrupted_run_resumes_and_other_targets_are_another_run(tmp_path, 
 
 
 def test_the_plan_is_shown_before(source, tokens):
-    recipe = Recipe(ignore=[r"re:model.layers.[02].*o_proj"], sparsities={"0.mlp.up_proj": 0.25}, samples=4, seqlen=32)
+    recipe = Recipe(ignore=[r"re:model.layers.[02].*o_proj"], targets={"0.mlp.up_proj": 0.25}, windows=4, seqlen=32)
     found = inspect_model(source, recipe)
     rows = [(kind.name, kind.blocks, kind.zeros and kind.zeros / kind.size) for kind in found.linears]
     assert ("self_attn.q_proj", (0, 1, 2), 0.5) in rows
@@ -235,16 +238,16 @@ def test_a_recipe_file_gives_what_is_not_typed(tmp_path, source, command):
     file = tmp_path / "recipe.yaml"
     file.write_text(
         "method: magnitude\npattern: 2:4\nignore: ['re:.*self_attn', lm_head]\n"
-        "sparsities: {up_proj: 0, gate_proj: 0.5}\nsamples: 4\nseqlen: 32\npenalty:\n"
+        "targets: {up_proj: 0, gate_proj: 0.5}\nwindows: 4\nseqlen: 32\npenalty:\n"
     )
-    status, out, err = command("inspect", source, "--recipe", file, "--samples", 3)
+    status, out, err = command("inspect", source, "--recipe", file, "--windows", 3)
     assert status == 0, err
     assert "with 3 + 4 windows of 32 tokens" in out
     assert "pruned by magnitude, pattern 2:4: 6,144 zeros" in out
     assert "15,360 weights of linears are not to be pruned and stay as they are" in out
     assert "│ mlp.up_proj │ 0-2 │ 64x32 │ 3 │ float32 │ 6,144 │ stay │" in out
     allocated = ("--method", "best", "--pattern", "2:4", "--sparsity", 0.3, "--allocation", "curves")
-    status, out, err = command("inspect", source, *allocated, "--samples", 3)
+    status, out, err = command("inspect", source, *allocated, "--windows", 3)
     assert status == 0, err
     assert "allocation curves decides on the zeros of each linear during the run; some stay dense, and 30.00% or" in out
     assert "with 3 + 4 windows of 512 tokens and 3 variants: " in out
@@ -257,7 +260,7 @@ def test_a_recipe_file_gives_what_is_not_typed(tmp_path, source, command):
         "unstructured",
         "--sparsity",
         "0.25,0.5",
-        "--sparsities",
+        "--targets",
         "down_proj=0.5",
     )
     status, out, err = command("prune", source, "--output", tmp_path / "out", "--recipe", file, *arguments)
@@ -275,7 +278,7 @@ def test_a_recipe_file_gives_what_is_not_typed(tmp_path, source, command):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("method: magnitude\nsample: 4", "line 2: sample: no such key; did you mean 'samples'?"),
+        ("method: magnitude\nwindow: 4", "line 2: window: no such key; did you mean 'windows'?"),
         ("sparsity_stage: {}", "it is one of llm-compressor's recipes, see docs/how-to/coming-from-pruners.md"),
         ("method: wanda\nseqlen: half", "line 2: seqlen must be a whole number, given 'half'"),
         ("ignore: ['re:(']", "ignore: 're:(' is not a regular expression"),

@@ -71,13 +71,13 @@ def test_a_card_carries_the_licence_and_says_what_was_done(pruned, described):
 
 @pytest.mark.thorough
 def test_the_card_of_a_model_pruned_further_names_the_same_base(tmp_path, pruned, tokens):
-    sparsities = {"re:.*self_attn": 0.7, "down_proj": 0.0}
-    recipe = Recipe(method="wanda", sparsity=0.6, sparsities=sparsities, keep_zeros=True, calibration=tokens)
+    table = {"re:.*self_attn": 0.7, "down_proj": 0.0}
+    recipe = Recipe(method="wanda", sparsity=0.6, targets=table, keep_zeros=True, calibration=tokens)
     prune_model(pruned.output, tmp_path / "out", recipe)
     head, body = parts_of(tmp_path / "out")
     assert (head["base_model"], head["license"]) == ("lab/base", "apache-2.0")
     assert "--keep-zeros" in body
-    assert "--sparsities 're:.*self_attn=0.7,down_proj=0.0'" in body
+    assert "--targets 're:.*self_attn=0.7,down_proj=0.0'" in body
 
 
 def test_without_a_licence_the_card_says_so_and_a_smaller_model_tells_its_sizes(tmp_path, source, tokens):
@@ -101,7 +101,7 @@ def test_a_licence_file_alone_is_pointed_at(tmp_path, pruned, source):
 
 
 def test_the_tokens_that_a_model_was_calibrated_on_are_told_with_their_variants(pruned):
-    recipe = pruned.recipe | {"calibration": "file:/home/someone/notes.txt", "samples": 16, "seqlen": 512}
+    recipe = pruned.recipe | {"calibration": "file:/home/someone/notes.txt", "windows": 16, "seqlen": 512}
     seen = replace(pruned, recipe=recipe, calibration=replace(pruned.calibration, variants=3))
     (line,) = (line for line in result_lines(seen) if "Calibrated on" in line)
     assert line.startswith("Calibrated on 16 windows of 512 tokens of ")

@@ -14,7 +14,7 @@ from tests.jitted import run
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 from tests.pruning.test_pipeline import TOKENIZER
 
-RECIPE = Recipe(method="wanda", samples=4, seqlen=16, heldout_samples=2, score="none")
+RECIPE = Recipe(method="wanda", windows=4, seqlen=16, heldout_windows=2, score="none")
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_a_run_calibrates_on_windows_that_are_drawn_once_and_kept(tmp_path, sour
     assert report.draw_seconds > 0
     assert read_start(tmp_path / "a")["fingerprint"]["tokens"] == report.calibration.digest
     # The same weights as from the same tokens, given.
-    given = RECIPE.model_copy(update={"calibration": kept[:6], "samples": None, "seqlen": 512})
+    given = RECIPE.model_copy(update={"calibration": kept[:6], "windows": None, "seqlen": 512})
     prune_model(source, tmp_path / "given", given)
     shard = "model-block-0002.safetensors"
     assert (tmp_path / "a" / shard).read_bytes() == (tmp_path / "given" / shard).read_bytes()
@@ -113,7 +113,7 @@ def test_the_memory_that_drawing_takes_is_that_of_its_arrays(source):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"windows": "random"}, "windows is for a text, and calibration 'self' has none"),
+        ({"window_choice": "random"}, "window_choice is for a text, and calibration 'self' has none"),
         ({"split": "train"}, "split is for a text"),
         ({"documents": "separate"}, "documents is for a text"),
         ({"score": "self"}, "text 'self' is drawn by the model"),

@@ -179,7 +179,7 @@ def model(source):
     ("route", "recipe", "decisive"),
     [
         ("flax", Recipe(), {"flax"}),
-        ("flax", Recipe(reconstruct=1), {"flax", "optax"}),
+        ("flax", Recipe(train_epochs=1), {"flax", "optax"}),
         ("torch", Recipe(), {"torch", "transformers"}),
     ],
 )
@@ -218,7 +218,7 @@ def test_calibration_and_held_out_tokens_count(model, tokens):
     # What is scored decides nothing.
     assert asked.of(Recipe(score="pydoc")) == asked.of(Recipe())
     # Two ways to say the same are the same run.
-    assert asked.of(Recipe(effort="good", reconstruct=0)) == asked.of(Recipe())
+    assert asked.of(Recipe(effort="good", train_epochs=0)) == asked.of(Recipe())
     assert (
         Recipe().model_copy(update={"calibration": tokens.tolist()}).as_dict()["calibration"]
         == "token ids of shape [7, 24]"

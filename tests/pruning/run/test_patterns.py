@@ -108,8 +108,8 @@ def test_an_impossible_pattern_names_the_layer_before_any_work(tmp_path, rng, so
 
 
 def test_a_recipe_lists_what_is_wrong_with_its_pattern():
-    with pytest.raises(ValueError, match=r"(?s)samples.*'1:4' has sparsity 0.75, which contradicts the sparsity 0.5"):
-        Recipe(pattern="1:4", sparsity=0.5, samples=0)
+    with pytest.raises(ValueError, match=r"(?s)windows.*'1:4' has sparsity 0.75, which contradicts the sparsity 0.5"):
+        Recipe(pattern="1:4", sparsity=0.5, windows=0)
     with pytest.raises(ValueError, match="which contradicts the pattern 'per-row'"):
         Recipe(pattern="per-row", penalty=so.L1(1.0))
     Recipe(pattern="1:4")
@@ -133,7 +133,7 @@ def test_a_changed_copy_of_a_recipe_keeps_only_what_was_given(first, then, spars
 
 def test_on_the_shell_a_pattern_is_pruned_and_checked(tmp_path, source, command):
     text = ["file:" + str(tmp_path / "text.txt")]
-    few = ["--samples", 6, "--seqlen", 32, "--heldout-samples", 2]
+    few = ["--windows", 6, "--seqlen", 32, "--heldout-windows", 2]
     prune = ["prune", source, "--output", tmp_path / "out", "--calibration", *text, *few, "--method", "wanda"]
     status, _, err = command(*prune, "--pattern", "sideways")
     assert status == 2

@@ -62,7 +62,7 @@ def test_dead_inputs_keep_their_weights(rng):
 def test_without_pruning_nothing_drifts(tmp_path, source, rng):
     """At sparsity 0 both streams are one, so every target is the dense weight."""
     tokens = rng.integers(0, len(VOCAB), (4, 12)).astype(np.int32)
-    recipe = Recipe(sparsity=0.0, method="magnitude", propagate=1.0, calibration=tokens, heldout_samples=0)
+    recipe = Recipe(sparsity=0.0, method="magnitude", propagate=1.0, calibration=tokens, heldout_windows=0)
     prune_model(source, tmp_path / "out", recipe)
     before, after = open_model(source).source, open_model(tmp_path / "out").source
     for key in before.tensors:
@@ -72,7 +72,7 @@ def test_without_pruning_nothing_drifts(tmp_path, source, rng):
 def test_the_pruned_stream_comes_nearer_to_the_dense_one(tmp_path, source, rng):
     """On the tokens of the regression, with more of them than inputs."""
     phrases = rng.integers(0, len(VOCAB), (40, 16)).astype(np.int32)
-    recipe = Recipe(method="admm", ridge=0.01, calibration=phrases, heldout_samples=0)
+    recipe = Recipe(method="admm", ridge=0.01, calibration=phrases, heldout_windows=0)
     distance = {}
     for propagate in (0.0, 0.5):
         folder = tmp_path / f"out-{propagate}"

@@ -268,7 +268,7 @@ def test_parts_and_tool_calls_reach_the_template(tmp_path, source):
 
 
 def test_a_missing_template_and_a_chat_that_it_refuses_end_before_any_work(tmp_path, source):
-    recipe = Recipe(calibration=[CHAT] * 9, samples=1, seqlen=8, heldout_samples=0)
+    recipe = Recipe(calibration=[CHAT] * 9, windows=1, seqlen=8, heldout_windows=0)
     for template, message in ((None, "has no chat template"), ("{{ raise_exception('no system') }}", "no system")):
         settings(source, chat_template=template)
         with pytest.raises(ModelError, match=message):
@@ -334,23 +334,23 @@ def test_the_default_number_of_windows_follows_the_widest_linear_and_the_text(tm
     """4 tokens for each of its 64 inputs are 32 windows of 8; of a shorter text all are taken."""
     model = write_folder(source.path, tiny_config(), random_tensors(tiny_config(), rng))
     given = ["and then the dog"] * repeats
-    recipe = Recipe(method="magnitude", calibration=given, seqlen=8, heldout_samples=2)
+    recipe = Recipe(method="magnitude", calibration=given, seqlen=8, heldout_windows=2)
     available = len(encode_text(load_tokenizer(source), "\n\n".join(given))) // 8 - 2
     report = prune_model(model, tmp_path / "out", recipe)
     found = report.calibration
-    assert found.samples == report.recipe["samples"] == min(32, available) == windows
+    assert found.windows == report.recipe["windows"] == min(32, available) == windows
     why = "4 tokens for each of the 64 inputs of the widest linear, in 16 to 128 windows"
     assert found.why == why + ("; the text has no more" if windows < 32 else "")
     assert report.recipe["calibration"] == f"{repeats} documents"
     # The same run, with its windows counted.
-    again = prune_model(model, tmp_path / "out", recipe.model_copy(update={"samples": windows}))
+    again = prune_model(model, tmp_path / "out", recipe.model_copy(update={"windows": windows}))
     assert (again.kept, again.calibration) == (True, found)
 
 
 def test_fewer_tokens_than_inputs_are_warned_of(tmp_path, rng, source):
     model = write_folder(source.path, tiny_config(), random_tensors(tiny_config(), rng))
     tokens = rng.integers(0, 40, (7, 9)).astype(np.int32)
-    report = prune_model(model, tmp_path / "out", Recipe(method="magnitude", calibration=tokens, heldout_samples=0))
+    report = prune_model(model, tmp_path / "out", Recipe(method="magnitude", calibration=tokens, heldout_windows=0))
     assert report.calibration.warning == (
         "calibration has 63 tokens and the widest linear 64 inputs: its Gram matrix is singular; "
         "8 windows of 9 or more would do"
