@@ -223,9 +223,9 @@ def inspect_model(
 
 
 def measured_seconds(model: StreamedModel, recipe: Recipe) -> float:
-    """Seconds of a run on this machine, from runs on the model's first block and on its first two.
+    """Seconds of a run on this machine, from runs on the model's first two blocks and on its first.
 
-        first run of one block, with all compilation  +  (blocks - 1) (two blocks - one block again)
+        two blocks, with all compilation  +  (blocks - 2) (two blocks again - one block again)
 
     The runs are whole ones, with survey, training and scores, and write into a temporary folder. A text that the model
     would draw is random tokens here: its time, once for a model, is not counted. A recipe for some of the linears is
@@ -251,7 +251,8 @@ def measured_seconds(model: StreamedModel, recipe: Recipe) -> float:
     chosen = {"allocation": recipe.chosen_allocation, "permute": recipe.permutes, "masks": None}
     recipe = recipe.model_copy(update=chosen)
     seconds = []
-    for count in (1, 2, 1):
+    # Programs know the number of blocks, so each number compiles its own.
+    for count in (2, 1, 2, 1):
         blocks = tuple(range(min(count, model.num_blocks)))
         few = smaller_model(model, replace(sizes_of(model), blocks=blocks)).source
         # Their tensors are those of the whole model, by the same names, and so is the tokenizer.
@@ -261,8 +262,8 @@ def measured_seconds(model: StreamedModel, recipe: Recipe) -> float:
             start = time.perf_counter()
             prune_model(source, Path(folder) / "few", recipe)
             seconds.append(time.perf_counter() - start)
-    first, two, one = seconds
-    return first + (model.num_blocks - 1) * max(0.0, two - one)
+    first, _, two, one = seconds
+    return first + max(0, model.num_blocks - 2) * max(0.0, two - one)
 
 
 def _why_no_text(source: Source) -> str | None:

@@ -20,7 +20,7 @@ def inspect(
     source: Source,
     measure: Annotated[
         bool,
-        machine_option("Also say the time: runs of the recipe on the first block and the first two.", "--measure"),
+        machine_option("Also say the time of a run, from runs of the recipe on the first blocks.", "--measure"),
     ] = False,
     memory: Annotated[
         str | None, machine_option("Memory to compare with, as in 16GiB. Default: this machine's.")

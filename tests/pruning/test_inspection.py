@@ -187,11 +187,11 @@ def test_estimates_add_up_and_grow_with_the_work(tmp_path: Path, rng: np.random.
         {"effort": "good", "method": None},
     ],
 )
-def test_the_time_of_a_run_is_that_of_its_first_block_and_of_one_more_for_each_other(
+def test_the_time_of_a_run_is_that_of_two_blocks_and_of_one_more_for_each_other(
     tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
-    """The runs are whole ones, on one, two and again one block; nothing is left behind."""
-    path, times, blocks = folder(tmp_path / "m", rng), iter((10.0, 100.0, 20.0, 27.0, 30.0, 34.0)), []
+    """The runs are whole ones, on two blocks and on one, twice each; nothing is left behind."""
+    path, times, blocks = folder(tmp_path / "m", rng), iter((10.0, 100.0, 0.0, 50.0, 20.0, 27.0, 30.0, 34.0)), []
     (path / "tokenizer.json").write_text(TOKENIZER)
     monkeypatch.setattr(inspection, "time", SimpleNamespace(perf_counter=lambda: next(times)))
     monkeypatch.setattr(inspection.tempfile, "tempdir", str(tmp_path))
@@ -201,8 +201,8 @@ def test_the_time_of_a_run_is_that_of_its_first_block_and_of_one_more_for_each_o
 
     monkeypatch.setattr(inspection, "prune_model", pruning)
     found = inspect_model(path, recipe(**changes), measure=True)
-    assert blocks == [{0}, {0, 1}, {0}]
-    assert found.seconds == 90 + 2 * (7 - 4)
+    assert blocks == [{0, 1}, {0}, {0, 1}, {0}]
+    assert found.seconds == 90 + (7 - 4)
     assert [file.name for file in tmp_path.iterdir()] == ["m"]
 
 
