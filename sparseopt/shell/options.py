@@ -91,7 +91,9 @@ class RecipeCommand(TyperCommand):
             if name in ENDED:
                 raise ValueError(f"--{name} {ENDED[name]}")
         assert self.callback is not None
-        info = typer.models.CommandInfo(self.name, callback=completed(inspect.unwrap(self.callback)))
+        info = typer.models.CommandInfo(
+            self.name, callback=completed(inspect.unwrap(self.callback)), epilog=self.epilog
+        )
         whole = typer.main.get_command_from_info(
             info, pretty_exceptions_short=False, rich_markup_mode=self.rich_markup_mode
         )
