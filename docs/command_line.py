@@ -38,7 +38,8 @@ def _section(command: CommandInfo) -> str:
             usage.append(label if required else f"[{label}]")
     usage.append("[OPTIONS]")
     help_text = _options_as_code(inspect.cleandoc(command.help or callback.__doc__ or ""))
-    text = f"## `sparseopt {name}`\n\n{help_text}\n\n```text\n{' '.join(usage)}\n```\n"
+    examples = "\n".join((command.epilog or "").split("\n\n")[1:])
+    text = f"## `sparseopt {name}`\n\n{help_text}\n\n```text\n{' '.join(usage)}\n```\n\n```bash\n{examples}\n```\n"
     for panel, lines in rows.items():
         heading = f"\n**{panel}**\n" if panel else ""
         text += "\n".join((heading, "| argument or option | default | |", "|---|---|---|", *lines, ""))

@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,9 @@ from sparseopt.shell.doctor import EXTRAS, doctor
 from sparseopt.shell.options import TEXT_HELP, RecipeCommand
 from sparseopt.system.programs import keep_programs
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
+)
 
 
 def version(value: bool) -> None:
@@ -32,22 +35,6 @@ def root(
     """Sparse optimisation in JAX: prune language models, smooth signals on graphs."""
 
 
-app.command()(trend.denoise)
-app.command()(trend.trend)
-app.command(cls=RecipeCommand)(inspect.inspect)
-app.command(cls=RecipeCommand)(prune.prune)
-app.command(cls=RecipeCommand)(prune.shrink)
-app.command(name="eval", cls=RecipeCommand)(prune.evaluate)
-app.command()(prune.pack)
-app.command()(prune.unpack)
-app.command(cls=RecipeCommand)(experiments.compare)
-app.command()(experiments.run)
-app.command()(experiments.report)
-app.command(cls=RecipeCommand)(zero_shot.zero_shot)
-app.command()(doctor)
-
-
-@app.command()
 def demo(
     output: Annotated[
         Path | None, typer.Option(help="New folder for models and pictures; default: the first free demo-output.")
@@ -64,6 +51,77 @@ def demo(
     if output is not None and output.exists():
         raise ValueError(f"the output folder {output} exists already; name a new one, or leave --output out")
     run_demo(output, source, calibration, sparsity)
+
+
+# The commands under their headings, each with two examples.
+COMMANDS: dict[str, dict[Callable[..., None], tuple[str, str]]] = {
+    "Prune language models": {
+        prune.prune: (
+            "sparseopt prune HuggingFaceTB/SmolLM2-135M --output pruned",
+            "sparseopt prune model --output pruned --pattern 2:4 --calibration file:notes.txt",
+        ),
+        prune.shrink: (
+            "sparseopt shrink model --output small --channels 0.75",
+            "sparseopt shrink model --output small --parameters 0.7 --effort most",
+        ),
+        experiments.compare: (
+            "sparseopt compare model --output compared --methods best,wanda --sparsities 0.5,0.6",
+            "sparseopt compare model --output compared --pattern 2:4",
+        ),
+        prune.evaluate: (
+            "sparseopt eval pruned --text file:book.txt",
+            "sparseopt eval pruned --pattern 2:4 --json",
+        ),
+        zero_shot.zero_shot: (
+            "sparseopt zero-shot pruned --tasks hellaswag,piqa --limit 200",
+            "sparseopt zero-shot pruned --tasks arc_easy --shots 5 --json",
+        ),
+        inspect.inspect: (
+            "sparseopt inspect model --effort most",
+            "sparseopt inspect meta-llama/Llama-2-7b-hf --device-memory 80GiB",
+        ),
+        prune.pack: (
+            "sparseopt pack pruned --output packed",
+            "sparseopt pack pruned --output /archive/pruned",
+        ),
+        prune.unpack: (
+            "sparseopt unpack packed --output pruned",
+            "sparseopt unpack /archive/pruned --output pruned",
+        ),
+    },
+    "Smooth signals and images": {
+        trend.trend: (
+            "sparseopt trend --signal series.csv --output smooth.csv --weight 5 --order 1",
+            "sparseopt trend --signal towns.csv --graph roads.csv --output smooth.csv --weight 2",
+        ),
+        trend.denoise: (
+            "sparseopt denoise photo.png --output clean.png",
+            "sparseopt denoise scan.nii.gz --output clean.nii.gz --weight 20 --order 1",
+        ),
+    },
+    "Experiments": {
+        experiments.run: (
+            "sparseopt run configs/minnesota.yaml",
+            "sparseopt run configs/shrink.yaml --output runs --shard 1/2",
+        ),
+        experiments.report: (
+            "sparseopt report runs",
+            "sparseopt report runs/first runs/second --output report",
+        ),
+    },
+    "This machine": {
+        demo: ("sparseopt demo", "sparseopt demo --output shown --sparsity 0.6"),
+        doctor: ("sparseopt doctor", "sparseopt doctor --json"),
+    },
+}
+for heading, commands in COMMANDS.items():
+    for function, examples in commands.items():
+        app.command(
+            name="eval" if function is prune.evaluate else None,
+            cls=RecipeCommand if hasattr(function, "complete") else None,
+            rich_help_panel=heading,
+            epilog="\n\n".join(("Examples:", *examples)),
+        )(function)
 
 
 def _at_home(option: re.Match[str]) -> str:

@@ -93,7 +93,9 @@ class RecipeCommand(TyperCommand):
             for ended in {name, f"{name} {value or after}"} & ENDED.keys():
                 raise ValueError(f"--{ended.replace('_', '-')} {ENDED[ended]}")
         assert self.callback is not None
-        info = typer.models.CommandInfo(self.name, callback=completed(inspect.unwrap(self.callback)))
+        info = typer.models.CommandInfo(
+            self.name, callback=completed(inspect.unwrap(self.callback)), epilog=self.epilog
+        )
         whole = typer.main.get_command_from_info(
             info, pretty_exceptions_short=False, rich_markup_mode=self.rich_markup_mode
         )

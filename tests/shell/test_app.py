@@ -2,11 +2,13 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import typer
 
 from sparseopt.models import open_model
 from sparseopt.pruning import audit_sparsity
@@ -245,6 +247,35 @@ def test_version_and_help_need_no_heavy_import():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "prune" in done.stdout
+
+
+@pytest.mark.parametrize("name", [each.name or each.callback.__name__ for each in cli.app.registered_commands])
+def test_help_ends_with_two_examples_that_the_command_takes(command, name):
+    group = typer.main.get_command(cli.app)
+    name = name.replace("_", "-")
+    lines = group.commands[name].epilog.split("\n\n")[1:]
+    assert len(lines) == 2
+    for line in lines:
+        program, own, *arguments = shlex.split(line)
+        assert (program, own) == ("sparseopt", name)
+        with group.make_context("sparseopt", [own]) as context:
+            assert group.commands[own].make_context(own, arguments, parent=context).params
+    status, out, _ = command(name, "-h")
+    assert status == 0
+    assert lines[1].split()[-1] in out.split("Examples:")[1]
+
+
+@pytest.mark.processes
+def test_a_shell_completes_options_of_a_recipe():
+    environment = {
+        **os.environ,
+        "_SPARSEOPT_COMPLETE": "complete_bash",
+        "COMP_WORDS": "sparseopt prune --spars",
+        "COMP_CWORD": "2",
+    }
+    code = "import sys; sys.argv = ['sparseopt']; from sparseopt.shell.app import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert "--sparsity" in done.stdout.split(), done.stderr
 
 
 @pytest.fixture
