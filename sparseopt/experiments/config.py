@@ -241,8 +241,8 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> Iterator[tuple[L
             yield place, "this key is missing"
         elif found["type"] in ("literal_error", "enum") and isinstance(found["input"], str):
             expected = found["ctx"]["expected"]
-            known = [word.strip("' ") for word in expected.replace(" or ", ",").split(",")]
-            yield place, f"{shortened(found['input'])} is not known; {suggest(found['input'], known)}"
+            words = [word.strip("' ") for word in expected.replace(" or ", ",").split(",")]
+            yield place, f"{shortened(found['input'])} is not known; {suggest(found['input'], words)}"
         else:
             pydantic_text = found["msg"][0].lower() + found["msg"][1:]
             yield place, str(inner) if inner else f"{pydantic_text}, given {shortened(found['input'])}"
