@@ -66,6 +66,7 @@ HOUSE = {
     "pruning/recipe": ["allocation effort options targets", "pass_recipe", "prune_recipe shrink_recipe"],
     "pruning/run": [
         "card permutation plan propagation",
+        "calibration",
         "folder quality variants",
         "block drawn",
         "branch",

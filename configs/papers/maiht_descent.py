@@ -30,7 +30,7 @@ from sparseopt.pruning import Recipe, load_text
 from sparseopt.pruning.base.activations import make_batches
 from sparseopt.pruning.base.torch_grams import runner_of
 from sparseopt.pruning.recipe.pass_recipe import BosChoice
-from sparseopt.pruning.run.plan import calibration_windows
+from sparseopt.pruning.run.calibration import calibration_windows
 
 
 class Descent(Task):

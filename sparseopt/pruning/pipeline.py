@@ -37,6 +37,13 @@ from sparseopt.pruning.recipe.prune_recipe import Recipe
 from sparseopt.pruning.recipe.shrink_recipe import ShrinkRecipe
 from sparseopt.pruning.run.block import DenseBlock, PruningError
 from sparseopt.pruning.run.branch import Branch
+from sparseopt.pruning.run.calibration import (
+    calibration_windows,
+    check_same_calibration,
+    default_windows,
+    describe_calibration,
+    with_windows,
+)
 from sparseopt.pruning.run.drawn import drawn_windows, keep_drawn
 from sparseopt.pruning.run.folder import (
     Identity,
@@ -47,15 +54,7 @@ from sparseopt.pruning.run.folder import (
     read_report,
     recipe_identity,
 )
-from sparseopt.pruning.run.plan import (
-    Plan,
-    calibration_windows,
-    check_same_calibration,
-    default_windows,
-    describe_calibration,
-    make_plan,
-    with_windows,
-)
+from sparseopt.pruning.run.plan import Plan, make_plan
 from sparseopt.pruning.run.quality import Scoring, samples_to_score
 from sparseopt.pruning.run.shared_pass import Pass
 from sparseopt.pruning.run.variants import with_variants

@@ -43,7 +43,7 @@ from sparseopt.pruning.base.grams import BlockRunner
 from sparseopt.pruning.base.reports import RemovalRecord
 from sparseopt.pruning.evaluate.evaluation import window_loss
 from sparseopt.pruning.recipe.shrink_recipe import BlockScore
-from sparseopt.pruning.run.plan import CalibrationWindows
+from sparseopt.pruning.run.calibration import CalibrationWindows
 from sparseopt.system import processes
 
 # Tokens that models are scored on, at most; at least one window.

@@ -44,7 +44,7 @@ from sparseopt.pruning.recipe.shrink_recipe import (
     smallest_sizes,
 )
 from sparseopt.pruning.run.block import DenseBlock, masked_blocks
-from sparseopt.pruning.run.plan import Plan, shrink_plan
+from sparseopt.pruning.run.plan import Plan, SmallerPlan, shrink_plan
 from sparseopt.pruning.run.shared_pass import Pass
 from sparseopt.system import processes
 
@@ -95,7 +95,7 @@ class Search:
         removals: how many blocks may go, at most.
     """
 
-    plan: Plan
+    plan: SmallerPlan
     recipe: ShrinkRecipe
     costs: Costs
     budget: float
@@ -104,7 +104,7 @@ class Search:
     removals: int
 
 
-def choose_mixes(work: Pass, plans: Sequence[Plan], stream: Stream) -> list[Mix]:
+def choose_mixes(work: Pass, plans: Sequence[SmallerPlan], stream: Stream) -> list[Mix]:
     """What the smaller models of plans with a budget keep.
 
     Args:
@@ -182,9 +182,8 @@ def parameter_costs(model: PrunableModel, recipe: ShrinkRecipe) -> Costs:
     return Costs(outer, dense - channel * whole.channels - group * whole.kv_heads, channel, group)
 
 
-def _search(model: PrunableModel, plan: Plan) -> Search:
+def _search(model: PrunableModel, plan: SmallerPlan) -> Search:
     recipe = plan.recipe
-    assert isinstance(recipe, ShrinkRecipe)
     costs, dense = parameter_costs(model, recipe), sizes_of(model)
     budget = parameters_of(model) * ((recipe.parameters or 0) + BUDGET_ROUNDING)
 
@@ -219,7 +218,7 @@ def _levels(model: PrunableModel, search: Search) -> list[Sizes]:
     ]
 
 
-def _trial_plan(model: PrunableModel, plan: Plan, sizes: Sizes) -> Plan:
+def _trial_plan(model: PrunableModel, plan: SmallerPlan, sizes: Sizes) -> SmallerPlan:
     # The stream is the dense model's, so there is no upstream error to correct.
     return shrink_plan(model, replace(plan, recipe=plan.recipe.model_copy(update={"propagate": 0})), sizes)
 

@@ -7,15 +7,14 @@ measured once for all plans of a pass. Both are written to the plans' folders, w
 import math
 import time
 from dataclasses import replace
-from typing import cast
 
 from sparseopt.models import PrunableModel, sizes_of
 from sparseopt.pruning.base.activations import Stream
 from sparseopt.pruning.base.reports import RemovalRecord, ShapeRecord
 from sparseopt.pruning.measure.block_removal import removal_order, trial_of
 from sparseopt.pruning.measure.mixing import Mix, choose_mixes
-from sparseopt.pruning.recipe.shrink_recipe import BlockScore, ShrinkRecipe, parameters_of
-from sparseopt.pruning.run.plan import Plan, shrink_plan
+from sparseopt.pruning.recipe.shrink_recipe import BlockScore, parameters_of
+from sparseopt.pruning.run.plan import SmallerPlan, shrink_plan
 from sparseopt.pruning.run.shared_pass import Pass
 
 
@@ -25,44 +24,37 @@ def choose_shapes(work: Pass, stream: Stream) -> None:
     Sizes that an earlier start chose are taken as they are. `stream` is that before the first block.
     """
     start, model = time.perf_counter(), work.model
-    smaller = [branch for branch in work.branches if branch.plan.sizes is not None]
-    new = [(branch, cast(ShrinkRecipe, branch.plan.recipe)) for branch in smaller if branch.progress.shape is None]
+    smaller = [(branch, branch.plan) for branch in work.branches if isinstance(branch.plan, SmallerPlan)]
+    new = [(branch, plan) for branch, plan in smaller if branch.progress.shape is None]
     # Each score orders the blocks once for all plans.
     counts: dict[BlockScore, int] = {}
-    for branch, recipe in new:
-        if removed := _removed(model, branch.plan):
-            counts[recipe.block_score] = max(removed, counts.get(recipe.block_score, 0))
+    for _, plan in new:
+        if removed := model.num_blocks - len(plan.stays):  # by the recipe's share; none yet with a budget
+            counts[plan.recipe.block_score] = max(removed, counts.get(plan.recipe.block_score, 0))
     orders: dict[BlockScore, list[RemovalRecord]] = {}
     if counts:
         trial = trial_of(model, work.windows, work.runner, work.observer, kind=work.batches)
         orders = {score: removal_order(trial, count, score=score) for score, count in counts.items()}
-    budgets = [branch.plan for branch, recipe in new if recipe.has_budget]
+    budgets = [plan for _, plan in new if plan.recipe.has_budget]
     mixes = iter(choose_mixes(work, budgets, stream) if budgets else [])
     seconds = time.perf_counter() - start
-    for branch, recipe in new:
-        plan = branch.plan
-        mix = next(mixes) if recipe.has_budget else _by_shares(model, plan, orders.get(recipe.block_score, []))
+    for branch, plan in new:
+        order = orders.get(plan.recipe.block_score, [])
+        mix = next(mixes) if plan.recipe.has_budget else _by_shares(model, plan, order)
         branch.keep(_shape(model, plan, mix, seconds))
-    for branch in smaller:
-        assert branch.progress.shape is not None
-        branch.plan = shrink_plan(model, branch.plan, branch.progress.shape.sizes)
-        work.tell(branch.progress.shape)
+    for branch, plan in smaller:
+        if (shape := branch.progress.shape) is not None:
+            branch.plan = plan.with_shape(model, shape)
+            work.tell(shape)
 
 
-def _removed(model: PrunableModel, plan: Plan) -> int:
-    """How many blocks go by the recipe's share; none yet with a budget."""
-    assert plan.sizes is not None
-    return model.num_blocks - len(plan.sizes.blocks)
-
-
-def _by_shares(model: PrunableModel, plan: Plan, order: list[RemovalRecord]) -> Mix:
-    assert plan.sizes is not None
-    gone = order[: _removed(model, plan)]
+def _by_shares(model: PrunableModel, plan: SmallerPlan, order: list[RemovalRecord]) -> Mix:
+    gone = order[: model.num_blocks - len(plan.stays)]
     blocks = {record.block for record in gone}
     return Mix(replace(plan.sizes, blocks=tuple(i for i in sizes_of(model).blocks if i not in blocks)), gone)
 
 
-def _shape(model: PrunableModel, plan: Plan, mix: Mix, seconds: float) -> ShapeRecord:
+def _shape(model: PrunableModel, plan: SmallerPlan, mix: Mix, seconds: float) -> ShapeRecord:
     dense, sizes, tensors = sizes_of(model), mix.sizes, model.source.tensors
     return ShapeRecord(
         channels=sizes.channels,

@@ -6,7 +6,7 @@ stream before the block -> Grams -[propagate]-> targets -[method]-> pruned linea
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, cast
 
 import jax
@@ -20,16 +20,12 @@ from sparseopt.layers.problem import LayerJob, check_answer, reads_variances
 from sparseopt.layers.side_by_side import LayerTask, Solved, agreed, solve_block
 from sparseopt.models import (
     Block,
-    Kept,
     ModelError,
     Move,
     PrunableBlock,
     PrunableModel,
-    Sizes,
-    StreamedModel,
     block_moves,
     reordered_block,
-    sliced_block,
 )
 from sparseopt.pruning.base.activations import Batches, Stream
 from sparseopt.pruning.base.grams import BlockGrams, BlockRunner, Grams, nonfinite_windows
@@ -135,16 +131,9 @@ def prune_block(
     tensors = reordered_block(tensors, moves)
     pruned = _pruned(plan, dense, stream, keys, tensors, dtypes, told, moves)
     tensors |= pruned
-    block: PrunableBlock
-    if recipe.permutes:
-        block, tensors = dense.block.copy(), {path: tensors[path].astype(dtype) for path, dtype in dtypes.items()}
-        block.write(tensors)
-    elif plan.sizes is None:
-        block = dense.block.copy()
-        block.write(pruned)
-    else:
-        block, tensors = _smaller(plan, dense, place, stream, tensors, dtypes)
-    if recipe.reconstruction is not None and (pruned or plan.sizes is not None):
+    gather = partial(dense.grams, stream, recipe, drift=False)
+    block, tensors = plan.finish(dense.block.copy(), place, tensors, pruned, dtypes, lambda: gather()[0])
+    if recipe.reconstruction is not None and (pruned or plan.smaller):
         masks = trained_entries(plan, block, keys)
         told(_reconstruct(block, masks, dense, stream, recipe.reconstruction, list(dtypes)))
         tensors = {path: np.asarray(block.read(path)).astype(dtype) for path, dtype in dtypes.items()}
@@ -266,56 +255,6 @@ def _moves(
     return block_moves(block.config, block.linears, agreed(block_orders(block.config, losses, patterns)))
 
 
-def _smaller(
-    plan: Plan,
-    dense: DenseBlock,
-    place: int,
-    stream: Stream,
-    tensors: Mapping[str, np.ndarray],
-    dtypes: Mapping[str, np.dtype],
-) -> tuple[PrunableBlock, dict[str, np.ndarray]]:
-    """The target's block and its tensors, by path: the groups that were kept, and the experts that do most."""
-    target, block, sizes = cast(StreamedModel, plan.target), cast(Block, dense.block), cast(Sizes, plan.sizes)
-
-    def width(name: str) -> int:
-        return target.weight_shape(target.weight_key(place, name))[1]
-
-    experts = None
-    if block.num_experts:
-        count, experts = sizes.experts or block.num_experts, np.arange(block.num_experts)
-        if count < len(experts):
-            grams = dense.grams(stream, plan.recipe, drift=False)[0]
-            energy = [_energy(tensors[f"mlp.experts.{e}.down_proj.weight"], grams, e) for e in range(len(experts))]
-            experts = _largest(np.array(energy), count)
-        kept = width("mlp.experts.0.down_proj")
-        channels = np.stack([_kept(tensors[f"mlp.experts.{e}.down_proj.weight"], kept) for e in experts])
-    else:
-        channels = _kept(tensors["mlp.down_proj.weight"], width("mlp.down_proj"))
-    size = width("self_attn.o_proj") // sizes.kv_heads
-    groups = _kept(tensors["self_attn.o_proj.weight"], sizes.kv_heads, size)
-    found = sliced_block(block.config, block.self_attn.kind, tensors, Kept(channels, groups, experts))
-    # The block runs with the rounding of what is stored.
-    found = {path: value.astype(dtypes[path], copy=False) for path, value in found.items()}
-    return target.block_of(place, found), found
-
-
-def _largest(values: np.ndarray, count: int) -> np.ndarray:
-    """The positions of the `count` largest values, ascending; of equal ones the first."""
-    return np.sort(np.argsort(-values, kind="stable")[:count])
-
-
-def _kept(weight: np.ndarray, count: int, size: int = 1) -> np.ndarray:
-    """The `count` groups of `size` inputs that a pruned weight `[out, in]` has kept."""
-    energy = np.sum(weight.astype(np.float64) ** 2, axis=0)
-    return _largest(energy.reshape(-1, size).sum(axis=1), count)
-
-
-def _energy(weight: np.ndarray, grams: BlockGrams, expert: int) -> float:
-    """What an expert adds to the tokens that are routed to it, `||X Wᵀ||²`."""
-    weight = weight.astype(np.float32)
-    return float(np.sum((weight @ np.asarray(grams[f"mlp.experts.{expert}.hidden"].gram)) * weight))
-
-
 def _evidence(plan: Plan, name: str, tap: str, grams: BlockGrams, tests: BlockGrams) -> tuple[int, bool, bool]:
     """The tokens that reach a linear, whether they are too few to prune by, and whether held-out ones reach it."""
     tokens = grams.tokens(tap)
@@ -358,9 +297,8 @@ def trained_entries(plan: Plan, block: PrunableBlock, keys: Mapping[str, str]) -
     Zeros stay, also where the pattern would have allowed a weight that was itself zero. Where only zeros are made, a
     linear that is not pruned stays as it is.
     """
-    smaller = plan.sizes is not None
     return {
-        name: (block.read(path) != 0) & (smaller or keys[path] in plan.patterns)
+        name: (block.read(path) != 0) & (plan.smaller or keys[path] in plan.patterns)
         for name in block.linears
         for path in [f"{name}.weight"]
     }

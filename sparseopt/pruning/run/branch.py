@@ -17,13 +17,11 @@ from sparseopt.models import (
     ShardedWriter,
     StreamedModel,
     block_tag,
-    open_model,
     trained_tag,
     unread,
 )
 from sparseopt.pruning.base.activations import Stream
 from sparseopt.pruning.base.reports import BlockRecord, Event, LayerRecord, PruneReport, Replay, Score
-from sparseopt.pruning.evaluate.evaluation import audit_stored
 from sparseopt.pruning.run.block import DenseBlock, PruningError, prune_block, trained_entries
 from sparseopt.pruning.run.card import CARD, model_card
 from sparseopt.pruning.run.folder import Finished, Progress
@@ -92,14 +90,7 @@ class Branch:
             told(record)
         tag = trained_tag if self.progress.distilled else block_tag
         tensors = self._stored(tag(dense.index), place)
-        if self.plan.sizes is not None:
-            return cast(StreamedModel, self.plan.target).block_of(place, tensors)
-        # As in `prune_block`, what was not pruned, moved or trained runs as the source has it, not as it was stored.
-        block, keys, recipe = dense.block.copy(), self.model.block_keys(dense.index), self.plan.recipe
-        pruned = {path: value for path, value in tensors.items() if keys[path] in self.plan.patterns}
-        changed = recipe.permutes or (pruned and recipe.reconstruction is not None)
-        block.write(tensors if changed else pruned)
-        return block
+        return self.plan.restore(dense.block.copy(), place, self.model.block_keys(dense.index), tensors)
 
     def _stored(self, tag: str, place: int) -> dict[str, np.ndarray]:
         """The tensors of a shard of a block of the target, by path, linears as `[out, in]`."""
@@ -130,20 +121,20 @@ class Branch:
             told: called with the record.
             observer: called with every step.
         """
-        settings, sizes = self.plan.recipe.distillation, self.plan.sizes
+        settings, stays = self.plan.recipe.distillation, self.plan.stays
         if settings is None or self.progress.distilled:
             return
         assert before is not None
         assert dense_after is not None
         target = cast(StreamedModel, self.plan.target)  # the plan refuses torch models
-        stay = range(target.num_blocks) if sizes is None else sizes.blocks
-        blocks = [target.block_of(place, self._stored(block_tag(i), place)) for place, i in enumerate(stay)]
+        blocks = [target.block_of(place, self._stored(block_tag(i), place)) for place, i in enumerate(stays)]
         masks = None
-        if sizes is None:
-            masks = [trained_entries(self.plan, b, self.model.block_keys(i)) for i, b in zip(stay, blocks, strict=True)]
+        if not self.plan.smaller:
+            pairs = zip(stays, blocks, strict=True)
+            masks = [trained_entries(self.plan, block, self.model.block_keys(i)) for i, block in pairs]
         del self.stream
         record = distil(blocks, target.head(), before, dense_after, settings, observer, masks)
-        for place, (index, block) in enumerate(zip(stay, blocks, strict=True)):
+        for place, (index, block) in enumerate(zip(stays, blocks, strict=True)):
             tensors = {key: np.asarray(block.read(path)) for path, key in target.block_keys(place).items()}
             self._write(trained_tag(index), tensors, instead=block_tag(index))
         self.keep(record)
@@ -184,13 +175,7 @@ class Branch:
         # A card that somebody has put into the folder meanwhile stays.
         card = model_card(report, self.writer.files).encode()
         self.writer.finish({CARD: card})
-        broken: list[str] = []
-        if first and self.plan.sizes is None:
-            broken = [audit.layer for audit in audit_stored(folder, self.plan.patterns) if not audit.fits]
-        elif first:
-            # A smaller model has no pattern; opening it checks its tensors against its configuration.
-            open_model(folder)
-        if broken := processes.told(broken):
+        if broken := processes.told(self.plan.broken() if first else []):
             raise PruningError(
                 f"{len(broken)} linears read back from {folder} break their pattern, "
                 f"{broken[0]} first; was the folder changed while it was written?"

@@ -49,7 +49,7 @@ from sparseopt.pruning.base.reports import (
     ShapeRecord,
 )
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe, described
-from sparseopt.pruning.run.plan import Plan, shrink_plan
+from sparseopt.pruning.run.plan import Plan
 from sparseopt.system import run_folder
 from sparseopt.system.machine import versions
 from sparseopt.system.run_folder import RUN, SUMMARY, Fingerprint, FolderError, State, read_start
@@ -329,12 +329,11 @@ def _read_progress(model: PrunableModel, plan: Plan) -> Progress:
     for record in records:
         if isinstance(record, AllocationRecord | ShapeRecord):
             found.add(record)
-    if not stored(OUTER_TAG) or (plan.sizes is not None and found.shape is None):
+    if not stored(OUTER_TAG) or (plan.smaller and found.shape is None):
         return found
     found.tags.append(OUTER_TAG)
-    if found.shape is not None:
-        plan = shrink_plan(model, plan, found.shape.sizes)
-    stays = range(model.num_blocks) if plan.sizes is None else plan.sizes.blocks
+    plan = plan.with_shape(model, found.shape)
+    stays = plan.stays
     # The distillation is finished when all its shards are there, whatever became of those that they replace.
     last = [record for record in records if isinstance(record, DistillationRecord)]
     if last and all(stored(trained_tag(index)) for index in stays):

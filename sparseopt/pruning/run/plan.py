@@ -1,29 +1,34 @@
-"""What the runs of one pass do and which tokens they see, checked against the model before any work."""
+"""What the runs of one pass do, checked against the model before any work."""
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import numpy as np
 
 from sparseopt.layers.patterns import GroupTopK, Pattern, implied_sparsity, parse_pattern
 from sparseopt.layers.problem import LayerMethod, check_method, reads_variances
 from sparseopt.models import (
+    Block,
+    Kept,
     ModelError,
+    PrunableBlock,
     PrunableModel,
     Sizes,
     Source,
     StreamedModel,
     TorchModel,
-    check_window,
     open_model,
     sizes_of,
+    sliced_block,
     smaller_model,
 )
 from sparseopt.models.files.gguf.source import GGUFSource
-from sparseopt.pruning.base.reports import Calibration
-from sparseopt.pruning.recipe.pass_recipe import LEAST_WINDOWS, MOST_WINDOWS, TOKENS_AN_INPUT, PassRecipe
+from sparseopt.pruning.base.grams import BlockGrams
+from sparseopt.pruning.base.reports import ShapeRecord
+from sparseopt.pruning.evaluate.evaluation import audit_stored
+from sparseopt.pruning.recipe.pass_recipe import PassRecipe
 from sparseopt.pruning.recipe.prune_recipe import Recipe
 from sparseopt.pruning.recipe.shrink_recipe import (
     BUDGET_ROUNDING,
@@ -33,31 +38,28 @@ from sparseopt.pruning.recipe.shrink_recipe import (
     smallest_sizes,
 )
 from sparseopt.pruning.recipe.targets import chosen_linears
-from sparseopt.pruning.text.documents import TextError, is_text
-from sparseopt.pruning.text.windows import begin_windows, check_vocabulary, text_windows, token_array, token_digest
 
 # The linears that have fewer inputs in a smaller model: key-value groups, and channels.
 GROUPED = HEADS, CHANNELS = "o_proj", "down_proj"
-# Recipes that share a pass must agree in these.
-PASS_FIELDS = (
-    "windows", "seqlen", "heldout_windows", "window_choice", "seed", "bos", "calibration", "split", "column",
-    "documents", "precision", "score",
-)  # fmt: skip
 
 T = TypeVar("T", bound=PassRecipe)
+# By their path in a block.
+Tensors = Mapping[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What one run does: a checked recipe and its method, into an output folder.
+    """What one run does that makes zeros: a checked recipe and its method, into an output folder.
 
     Attributes:
         target: the model that is written: the model itself, or the outline of a smaller one.
         patterns: which weights may survive, by the key of the weight of every linear that is pruned.
         output_weights: of the squared errors at a linear's outputs, `[out]`, by the same keys; empty for equal ones.
-        sizes: of a smaller model; None where only zeros are made.
         masks: a model of the same shape whose zeros become zeros; None for none.
+        smaller: whether groups of weights go altogether.
     """
+
+    smaller: ClassVar[bool] = False
 
     recipe: PassRecipe
     method: LayerMethod
@@ -65,7 +67,6 @@ class Plan:
     target: PrunableModel
     patterns: Mapping[str, Pattern]
     output_weights: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    sizes: Sizes | None = None
     masks: PrunableModel | None = None
 
     def support(self, key: str, weight: np.ndarray) -> np.ndarray | None:
@@ -77,14 +78,143 @@ class Plan:
 
     def place(self, index: int) -> int | None:
         """The index in the target of a block of the model; None for a block that goes."""
-        if self.sizes is None:
-            return index
-        return self.sizes.blocks.index(index) if index in self.sizes.blocks else None
+        return index
+
+    @property
+    def stays(self) -> Sequence[int]:
+        """The blocks of the model that are blocks of the target."""
+        return range(self.target.num_blocks)
+
+    def with_shape(self, model: PrunableModel, shape: ShapeRecord | None) -> "Plan":
+        """The plan for the sizes that a run chose, if it did."""
+        del model, shape
+        return self
 
     def layers(self, model: PrunableModel, index: int) -> list[str]:
         """The names of the linears of a block that are pruned, as in their records."""
         keys = [model.weight_key(index, name) for name in model.block_linears(index)]
         return [key.removesuffix(".weight") for key in keys if key in self.patterns]
+
+    def finish(
+        self,
+        block: PrunableBlock,
+        place: int,
+        tensors: Tensors,
+        pruned: Tensors,
+        dtypes: Mapping[str, np.dtype],
+        grams: Callable[[], BlockGrams],
+    ) -> tuple[PrunableBlock, dict[str, np.ndarray]]:
+        """A block of the target and all its tensors, by path.
+
+        Args:
+            block: a copy of the dense one.
+            place: its index in the target.
+            tensors: all of them, with the pruned ones.
+            pruned: those of the linears that were pruned.
+            dtypes: of the target's tensors as they are stored.
+            grams: gathers those of the stream before the block.
+        """
+        del place, grams
+        found = dict(tensors)
+        if self.recipe.permutes:
+            found = {path: tensors[path].astype(dtype) for path, dtype in dtypes.items()}
+        block.write(found if self.recipe.permutes else pruned)
+        return block, found
+
+    def restore(self, block: PrunableBlock, place: int, keys: Mapping[str, str], tensors: Tensors) -> PrunableBlock:
+        """A block of the target that an earlier run stored, from a copy of the dense one, whose `keys` are by path."""
+        del place
+        # As in `finish`, what was not pruned, moved or trained runs as the source has it, not as it was stored.
+        pruned = {path: value for path, value in tensors.items() if keys[path] in self.patterns}
+        changed = self.recipe.permutes or (pruned and self.recipe.reconstruction is not None)
+        block.write(tensors if changed else pruned)
+        return block
+
+    def broken(self) -> list[str]:
+        """The linears in the finished folder that break their pattern."""
+        return [audit.layer for audit in audit_stored(self.folder, self.patterns) if not audit.fits]
+
+
+@dataclasses.dataclass(frozen=True)
+class SmallerPlan(Plan):
+    """What one run does that makes a smaller dense model.
+
+    Attributes:
+        sizes: of the smaller model.
+    """
+
+    smaller: ClassVar[bool] = True
+
+    recipe: ShrinkRecipe
+    sizes: Sizes = dataclasses.field(kw_only=True)
+
+    def place(self, index: int) -> int | None:
+        return self.sizes.blocks.index(index) if index in self.sizes.blocks else None
+
+    @property
+    def stays(self) -> Sequence[int]:
+        return self.sizes.blocks
+
+    def with_shape(self, model: PrunableModel, shape: ShapeRecord | None) -> "SmallerPlan":
+        return self if shape is None else shrink_plan(model, self, shape.sizes)
+
+    def finish(
+        self,
+        block: PrunableBlock,
+        place: int,
+        tensors: Tensors,
+        pruned: Tensors,
+        dtypes: Mapping[str, np.dtype],
+        grams: Callable[[], BlockGrams],
+    ) -> tuple[PrunableBlock, dict[str, np.ndarray]]:
+        """The block and its tensors with the groups that were kept, and the experts that do most."""
+        target, dense, sizes = cast(StreamedModel, self.target), cast(Block, block), self.sizes
+
+        def width(name: str) -> int:
+            return target.weight_shape(target.weight_key(place, name))[1]
+
+        experts = None
+        if dense.num_experts:
+            count, experts = sizes.experts or dense.num_experts, np.arange(dense.num_experts)
+            if count < len(experts):
+                found = grams()
+                energy = [_energy(tensors[f"mlp.experts.{e}.down_proj.weight"], found, e) for e in range(len(experts))]
+                experts = _largest(np.array(energy), count)
+            kept = width("mlp.experts.0.down_proj")
+            channels = np.stack([_kept(tensors[f"mlp.experts.{e}.down_proj.weight"], kept) for e in experts])
+        else:
+            channels = _kept(tensors["mlp.down_proj.weight"], width("mlp.down_proj"))
+        size = width("self_attn.o_proj") // sizes.kv_heads
+        groups = _kept(tensors["self_attn.o_proj.weight"], sizes.kv_heads, size)
+        sliced = sliced_block(dense.config, dense.self_attn.kind, tensors, Kept(channels, groups, experts))
+        # The block runs with the rounding of what is stored.
+        sliced = {path: value.astype(dtypes[path], copy=False) for path, value in sliced.items()}
+        return target.block_of(place, sliced), sliced
+
+    def restore(self, block: PrunableBlock, place: int, keys: Mapping[str, str], tensors: Tensors) -> PrunableBlock:
+        return cast(StreamedModel, self.target).block_of(place, tensors)
+
+    def broken(self) -> list[str]:
+        # It has no pattern; opening it checks its tensors against its configuration.
+        open_model(self.folder)
+        return []
+
+
+def _largest(values: np.ndarray, count: int) -> np.ndarray:
+    """The positions of the `count` largest values, ascending; of equal ones the first."""
+    return np.sort(np.argsort(-values, kind="stable")[:count])
+
+
+def _kept(weight: np.ndarray, count: int, size: int = 1) -> np.ndarray:
+    """The `count` groups of `size` inputs that a pruned weight `[out, in]` has kept."""
+    energy = np.sum(weight.astype(np.float64) ** 2, axis=0)
+    return _largest(energy.reshape(-1, size).sum(axis=1), count)
+
+
+def _energy(weight: np.ndarray, grams: BlockGrams, expert: int) -> float:
+    """What an expert adds to the tokens that are routed to it, `||X Wᵀ||²`."""
+    weight = weight.astype(np.float32)
+    return float(np.sum((weight @ np.asarray(grams[f"mlp.experts.{expert}.hidden"].gram)) * weight))
 
 
 def make_plan(model: PrunableModel, recipe: PassRecipe, folder: Path) -> Plan:
@@ -97,8 +227,8 @@ def make_plan(model: PrunableModel, recipe: PassRecipe, folder: Path) -> Plan:
     check_expert_tokens(model, recipe)
     recipe = with_dtype(model.source, recipe)
     if isinstance(recipe, ShrinkRecipe):
-        method = recipe.layer_method
-        plan = shrink_plan(model, Plan(recipe, method, folder, model, {}), shrunk_sizes(model, recipe))
+        plan = SmallerPlan(recipe, recipe.layer_method, folder, model, {}, sizes=sizes_of(model))
+        plan = shrink_plan(model, plan, shrunk_sizes(model, recipe))
         if recipe.has_budget:
             _check_budget(model, plan, recipe)
         return plan
@@ -132,7 +262,7 @@ def _model_of_masks(model: PrunableModel, recipe: Recipe, keys: Collection[str])
     return masks
 
 
-def shrink_plan(model: PrunableModel, plan: Plan, sizes: Sizes) -> Plan:
+def shrink_plan(model: PrunableModel, plan: SmallerPlan, sizes: Sizes) -> SmallerPlan:
     """The plan with other sizes of the smaller model.
 
     Raises:
@@ -158,7 +288,7 @@ def shrink_plan(model: PrunableModel, plan: Plan, sizes: Sizes) -> Plan:
     return dataclasses.replace(plan, target=small, patterns=patterns, sizes=sizes)
 
 
-def _check_budget(model: PrunableModel, plan: Plan, recipe: ShrinkRecipe) -> None:
+def _check_budget(model: PrunableModel, plan: SmallerPlan, recipe: ShrinkRecipe) -> None:
     """Raise a `ModelError` for a budget that no smaller model can meet, before measuring."""
     # Also shows whether the method takes the patterns.
     smallest = shrink_plan(model, plan, smallest_sizes(model, recipe)).target
@@ -252,125 +382,3 @@ def layer_patterns(
             raise ValueError(f"{key.removesuffix('.weight')}: {error}") from error
         checked.add(shape)
     return patterns
-
-
-def check_same_calibration(recipes: Sequence[PassRecipe]) -> None:
-    """Raise a `ValueError` that names the differences if recipes of one pass would not see the same stream."""
-    first = recipes[0]
-    for recipe in recipes[1:]:
-        # A calibration may be an array of token ids.
-        pairs = [(name, getattr(recipe, name), getattr(first, name)) for name in PASS_FIELDS]
-        if differing := [name for name, own, other in pairs if own is not other and not np.array_equal(own, other)]:
-            raise ValueError(
-                "recipes of one pass must share their calibration tokens, precision and score; these differ in "
-                f"{', '.join(differing)}: prune them one by one"
-            )
-
-
-def with_windows(plans: Sequence[Plan], samples: int) -> list[Plan]:
-    """The plans of a pass with the number of windows, which their recipes may leave open.
-
-    Raises:
-        ValueError: for plans that would see other variants of them.
-    """
-    found = [dataclasses.replace(plan, recipe=plan.recipe.model_copy(update={"windows": samples})) for plan in plans]
-    counts = [plan.recipe.variant_count for plan in found]
-    if len(set(counts)) > 1:
-        raise ValueError(
-            "recipes of one pass must see the same variants of their windows, and by their methods these have "
-            f"{', '.join(map(str, counts))}: give all the same variants, or prune one by one"
-        )
-    return found
-
-
-class CalibrationWindows(NamedTuple):
-    """The token ids that a pass reads, `[windows, seqlen]` int32.
-
-    Attributes:
-        calibration: what it prunes by.
-        heldout: for the held-out error, and where a training ends.
-        scored: further windows that the model drew, for its perplexity; none of a text.
-        bos: begins each window; None without.
-    """
-
-    calibration: np.ndarray
-    heldout: np.ndarray
-    scored: np.ndarray
-    bos: int | None
-
-
-def default_windows(model: PrunableModel, seqlen: int) -> int:
-    """How many calibration windows of `seqlen` tokens a recipe that does not say gets for a model.
-
-    The number depends on the model alone, so that a run resumes with the same one on any machine; activations that do
-    not fit in memory go to disk.
-    """
-    return min(MOST_WINDOWS, max(LEAST_WINDOWS, -(-TOKENS_AN_INPUT * _widest(model) // seqlen)))
-
-
-def _widest(model: PrunableModel, keys: Collection[str] = ()) -> int:
-    """The most inputs of a linear in the model's blocks, or of those that have the keys given, if any."""
-    return max(model.weight_shape(key)[1] for key in keys or model.linear_keys())
-
-
-def calibration_windows(model: PrunableModel, recipe: PassRecipe) -> CalibrationWindows:
-    """Calibration and held-out windows of a text or of token ids; held-out ones follow the calibration's text.
-
-    Of a recipe that does not say how many, there are `default_windows`, or fewer, but at least 16, where the text is
-    too short for them.
-
-    Raises:
-        TextError: for a text that is too short, or token ids that do not fit.
-        ModelError: for windows that are longer than the model is made for, or a BOS that the tokenizer does not have.
-    """
-    bos, heldout = None, recipe.heldout_windows
-    if is_text(recipe.calibration):
-        check_window(recipe.seqlen, model.config.max_positions)
-        count = recipe.windows or default_windows(model, recipe.seqlen)
-        found = text_windows(
-            model.source, recipe.calibration, "calibration", count + heldout, recipe.seqlen,
-            bos=recipe.bos, choice=recipe.chosen_window_choice, seed=recipe.seed or 0, split=recipe.split,
-            column=recipe.column, documents=recipe.documents, least=recipe.window_count + heldout,
-        )  # fmt: skip
-        windows, bos = begin_windows(*found), found.bos
-        if bos is not None and recipe.seqlen < 3:
-            raise TextError(f"windows of {recipe.seqlen} tokens predict nothing after BOS; give a longer seqlen")
-    else:
-        windows = token_array(recipe.calibration)
-        if windows.ndim != 2 or not np.issubdtype(windows.dtype, np.integer) or windows.shape[1] < 2:
-            raise TextError(
-                "calibration token ids must be integers of shape [windows, seqlen], given "
-                f"{windows.dtype} of shape {list(windows.shape)}"
-            )
-        if len(windows) <= heldout:
-            raise TextError(
-                f"{len(windows)} windows of token ids leave none for calibration after "
-                f"{heldout} held-out windows; give more or set heldout_windows=0"
-            )
-        check_window(windows.shape[1], model.config.max_positions)
-    check_vocabulary(windows, model.config.vocab_size)
-    split = len(windows) - heldout
-    windows = windows.astype(np.int32)
-    return CalibrationWindows(windows[:split], windows[split:], windows[:0], bos)
-
-
-def describe_calibration(model: PrunableModel, plans: Sequence[Plan], windows: CalibrationWindows) -> Calibration:
-    """What the reports of a pass say about the tokens that it sees."""
-    (samples, seqlen), recipe = windows.calibration.shape, plans[0].recipe
-    why = warning = None
-    if recipe.windows is None and is_text(recipe.calibration):
-        why = (
-            f"{TOKENS_AN_INPUT} tokens for each of the {_widest(model):,} inputs of the widest linear, in "
-            f"{LEAST_WINDOWS} to {MOST_WINDOWS} windows"
-        )
-        if samples < default_windows(model, seqlen):
-            why += "; the text has no more"
-    inputs = _widest(model, [key for plan in plans for key in plan.patterns])
-    variants = recipe.model_copy(update={"windows": samples}).variant_count
-    if (tokens := samples * (1 + variants) * seqlen) < inputs and any(plan.patterns for plan in plans):
-        warning = (
-            f"calibration has {tokens:,} tokens and the widest linear {inputs:,} inputs: its Gram matrix is "
-            f"singular; {-(-inputs // seqlen)} windows of {seqlen} or more would do"
-        )
-    digest = token_digest(*windows[:2])
-    return Calibration(samples, variants, len(windows.heldout), seqlen, digest, inputs, why, warning)

@@ -13,7 +13,7 @@ from sparseopt.models import PrunableModel
 from sparseopt.pruning.base.reports import Score
 from sparseopt.pruning.evaluate.evaluation import window_losses
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe, scored_windows
-from sparseopt.pruning.run.plan import CalibrationWindows
+from sparseopt.pruning.run.calibration import CalibrationWindows
 from sparseopt.pruning.text.documents import TextError, part_of_text
 from sparseopt.pruning.text.windows import text_windows
 from sparseopt.system import processes

@@ -11,7 +11,7 @@ from sparseopt.pruning.base.grams import BlockRunner
 from sparseopt.pruning.base.reports import Calibration, Event, Footprint, LayerRecord
 from sparseopt.pruning.base.torch_grams import runner_of
 from sparseopt.pruning.run.branch import Branch
-from sparseopt.pruning.run.plan import CalibrationWindows
+from sparseopt.pruning.run.calibration import CalibrationWindows
 from sparseopt.pruning.run.quality import Scoring
 
 

@@ -28,7 +28,7 @@ from sparseopt.models import Head, PrunableModel
 from sparseopt.pruning.base.activations import Batches, embed_windows
 from sparseopt.pruning.base.grams import BlockRunner
 from sparseopt.pruning.evaluate.evaluation import LOGIT_ROWS
-from sparseopt.pruning.run.plan import CalibrationWindows
+from sparseopt.pruning.run.calibration import CalibrationWindows
 
 # The share of positions that are drawn again, and the rounds. Perplexity of SmolLM2-135M at 2:4 by SparseGPT, 16 x 512
 # tokens, three variants of each window: 121.2 without them, 110.2 with 0.15 in one round, 106.6 with 0.3 in two, 114.8

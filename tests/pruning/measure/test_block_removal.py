@@ -16,7 +16,7 @@ from sparseopt.pruning.base.grams import BlockRunner
 from sparseopt.pruning.base.reports import RemovalRecord
 from sparseopt.pruning.measure import block_removal
 from sparseopt.pruning.measure.block_removal import greedy_removal, removal_order, trial_of
-from sparseopt.pruning.run.plan import CalibrationWindows
+from sparseopt.pruning.run.calibration import CalibrationWindows
 from sparseopt.pruning.text.windows import begin_windows
 from tests.jitted import run
 from tests.models.tiny import random_tensors, tiny_config, write_folder

@@ -12,7 +12,7 @@ from sparseopt.pruning import Recipe, ShrinkRecipe, prune_model
 from sparseopt.pruning.base.activations import Batches, DiskBatches, make_batches
 from sparseopt.pruning.base.grams import BlockRunner
 from sparseopt.pruning.run import variants
-from sparseopt.pruning.run.plan import CalibrationWindows
+from sparseopt.pruning.run.calibration import CalibrationWindows
 from sparseopt.pruning.run.variants import SHARE, draw, with_variants
 from sparseopt.pruning.train.reconstruction import Reconstruction
 from sparseopt.pruning.train.training import draw_orders

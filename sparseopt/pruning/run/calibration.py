@@ -1,0 +1,142 @@
+"""The tokens that the runs of one pass see: calibration windows, those held out, and those to score."""
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from sparseopt.models import PrunableModel, check_window
+from sparseopt.pruning.base.reports import Calibration
+from sparseopt.pruning.recipe.pass_recipe import LEAST_WINDOWS, MOST_WINDOWS, TOKENS_AN_INPUT, PassRecipe
+from sparseopt.pruning.run.plan import Plan
+from sparseopt.pruning.text.documents import TextError, is_text
+from sparseopt.pruning.text.windows import begin_windows, check_vocabulary, text_windows, token_array, token_digest
+
+# Recipes that share a pass must agree in these.
+PASS_FIELDS = (
+    "windows", "seqlen", "heldout_windows", "window_choice", "seed", "bos", "calibration", "split", "column",
+    "documents", "precision", "score",
+)  # fmt: skip
+
+
+def check_same_calibration(recipes: Sequence[PassRecipe]) -> None:
+    """Raise a `ValueError` that names the differences if recipes of one pass would not see the same stream."""
+    first = recipes[0]
+    for recipe in recipes[1:]:
+        # A calibration may be an array of token ids.
+        pairs = [(name, getattr(recipe, name), getattr(first, name)) for name in PASS_FIELDS]
+        if differing := [name for name, own, other in pairs if own is not other and not np.array_equal(own, other)]:
+            raise ValueError(
+                "recipes of one pass must share their calibration tokens, precision and score; these differ in "
+                f"{', '.join(differing)}: prune them one by one"
+            )
+
+
+def with_windows(plans: Sequence[Plan], samples: int) -> list[Plan]:
+    """The plans of a pass with the number of windows, which their recipes may leave open.
+
+    Raises:
+        ValueError: for plans that would see other variants of them.
+    """
+    found = [dataclasses.replace(plan, recipe=plan.recipe.model_copy(update={"windows": samples})) for plan in plans]
+    counts = [plan.recipe.variant_count for plan in found]
+    if len(set(counts)) > 1:
+        raise ValueError(
+            "recipes of one pass must see the same variants of their windows, and by their methods these have "
+            f"{', '.join(map(str, counts))}: give all the same variants, or prune one by one"
+        )
+    return found
+
+
+class CalibrationWindows(NamedTuple):
+    """The token ids that a pass reads, `[windows, seqlen]` int32.
+
+    Attributes:
+        calibration: what it prunes by.
+        heldout: for the held-out error, and where a training ends.
+        scored: further windows that the model drew, for its perplexity; none of a text.
+        bos: begins each window; None without.
+    """
+
+    calibration: np.ndarray
+    heldout: np.ndarray
+    scored: np.ndarray
+    bos: int | None
+
+
+def default_windows(model: PrunableModel, seqlen: int) -> int:
+    """How many calibration windows of `seqlen` tokens a recipe that does not say gets for a model.
+
+    The number depends on the model alone, so that a run resumes with the same one on any machine; activations that do
+    not fit in memory go to disk.
+    """
+    return min(MOST_WINDOWS, max(LEAST_WINDOWS, -(-TOKENS_AN_INPUT * _widest(model) // seqlen)))
+
+
+def _widest(model: PrunableModel, keys: Collection[str] = ()) -> int:
+    """The most inputs of a linear in the model's blocks, or of those that have the keys given, if any."""
+    return max(model.weight_shape(key)[1] for key in keys or model.linear_keys())
+
+
+def calibration_windows(model: PrunableModel, recipe: PassRecipe) -> CalibrationWindows:
+    """Calibration and held-out windows of a text or of token ids; held-out ones follow the calibration's text.
+
+    Of a recipe that does not say how many, there are `default_windows`, or fewer, but at least 16, where the text is
+    too short for them.
+
+    Raises:
+        TextError: for a text that is too short, or token ids that do not fit.
+        ModelError: for windows that are longer than the model is made for, or a BOS that the tokenizer does not have.
+    """
+    bos, heldout = None, recipe.heldout_windows
+    if is_text(recipe.calibration):
+        check_window(recipe.seqlen, model.config.max_positions)
+        count = recipe.windows or default_windows(model, recipe.seqlen)
+        found = text_windows(
+            model.source, recipe.calibration, "calibration", count + heldout, recipe.seqlen,
+            bos=recipe.bos, choice=recipe.chosen_window_choice, seed=recipe.seed or 0, split=recipe.split,
+            column=recipe.column, documents=recipe.documents, least=recipe.window_count + heldout,
+        )  # fmt: skip
+        windows, bos = begin_windows(*found), found.bos
+        if bos is not None and recipe.seqlen < 3:
+            raise TextError(f"windows of {recipe.seqlen} tokens predict nothing after BOS; give a longer seqlen")
+    else:
+        windows = token_array(recipe.calibration)
+        if windows.ndim != 2 or not np.issubdtype(windows.dtype, np.integer) or windows.shape[1] < 2:
+            raise TextError(
+                "calibration token ids must be integers of shape [windows, seqlen], given "
+                f"{windows.dtype} of shape {list(windows.shape)}"
+            )
+        if len(windows) <= heldout:
+            raise TextError(
+                f"{len(windows)} windows of token ids leave none for calibration after "
+                f"{heldout} held-out windows; give more or set heldout_windows=0"
+            )
+        check_window(windows.shape[1], model.config.max_positions)
+    check_vocabulary(windows, model.config.vocab_size)
+    split = len(windows) - heldout
+    windows = windows.astype(np.int32)
+    return CalibrationWindows(windows[:split], windows[split:], windows[:0], bos)
+
+
+def describe_calibration(model: PrunableModel, plans: Sequence[Plan], windows: CalibrationWindows) -> Calibration:
+    """What the reports of a pass say about the tokens that it sees."""
+    (samples, seqlen), recipe = windows.calibration.shape, plans[0].recipe
+    why = warning = None
+    if recipe.windows is None and is_text(recipe.calibration):
+        why = (
+            f"{TOKENS_AN_INPUT} tokens for each of the {_widest(model):,} inputs of the widest linear, in "
+            f"{LEAST_WINDOWS} to {MOST_WINDOWS} windows"
+        )
+        if samples < default_windows(model, seqlen):
+            why += "; the text has no more"
+    inputs = _widest(model, [key for plan in plans for key in plan.patterns])
+    variants = recipe.model_copy(update={"windows": samples}).variant_count
+    if (tokens := samples * (1 + variants) * seqlen) < inputs and any(plan.patterns for plan in plans):
+        warning = (
+            f"calibration has {tokens:,} tokens and the widest linear {inputs:,} inputs: its Gram matrix is "
+            f"singular; {-(-inputs // seqlen)} windows of {seqlen} or more would do"
+        )
+    digest = token_digest(*windows[:2])
+    return Calibration(samples, variants, len(windows.heldout), seqlen, digest, inputs, why, warning)
