@@ -226,8 +226,8 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> Iterator[tuple[L
         inner, key = found.get("ctx", {}).get("error"), str(place[-1]) if place else ""
         block = _model_at(model, place[:-1])
         ended: Mapping[str, str] = getattr(block, "ended", {})
-        if known := {key, f"{key} {found['input']}"} & ended.keys():
-            yield place, ended[known.pop()]
+        if said := {key, f"{key} {found['input']}"} & ended.keys():
+            yield place, ended[said.pop()]
         elif isinstance(inner, Mistakes):
             for key, text in inner.found:
                 yield (*place, key), text

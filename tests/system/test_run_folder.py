@@ -106,8 +106,8 @@ def test_the_start_is_read_again_and_differences_are_named_by_dotted_names(tmp_p
         ("{", "is not valid JSON"),
         ("[" * 100_000, "is not valid JSON"),
         ("[]", "holds no JSON object"),
-        ('{"fingerprint": "abc"}', "has the format of sparseopt 0.1.0, and this version reads only format 2"),
-        ('{"format": 3, "fingerprint": {}}', "has format 3, and this version reads only format 2"),
+        ('{"fingerprint": "abc"}', "has the format of sparseopt 0.1.0, and this version reads only format 3"),
+        ('{"format": 2, "fingerprint": {}}', "has format 2, and this version reads only format 3"),
         ('{"format": 2}', "has format 2"),
     ],
 )
