@@ -115,6 +115,20 @@ def test_a_killed_process_ends_all_and_the_same_command_goes_on_behind_the_last_
 
 
 @pytest.mark.processes
+def test_two_processes_share_a_pass_of_a_sweep(tmp_path, folder):
+    values = yaml.safe_load((folder / "prune.yaml").read_text()) | {"preset": None, "keep_model": False}
+    config, output = tmp_path / "sweep.yaml", tmp_path / "runs"
+    sweep = {"grid": {"method": ["wanda", "magnitude"]}}
+    config.write_text(yaml.safe_dump(values | {"sweep": sweep}))
+    ended = together(2, config, output, tmp_path)
+    assert [process.status for process in ended] == [0, 0], ended[0].err
+    assert ended[0].out.count("done ") == 2
+    for run in load_config(config):
+        outcome = execute(run, tmp_path / "alone", lambda text, done, total: None)
+        same_layers(record(output / run.subfolder), record(outcome.folder))
+
+
+@pytest.mark.processes
 def test_a_fit_by_two_processes_is_that_of_one(tmp_path, folder, alone):
     output = tmp_path / "runs"
     ended = together(2, folder / "denoise.yaml", output, tmp_path)
