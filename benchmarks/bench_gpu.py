@@ -1,7 +1,7 @@
 """Speed of the two solvers on an accelerator, compared with its speed in plain matrix products and copies.
 
     python benchmarks/bench_gpu.py [--layers 4096x4096 11008x4096 4096x11008] [--sides 1024 2048 4096 8192]
-                                   [--runs maiht tuned] [--record FILE] [--any]
+                                   [--runs maiht best] [--record FILE] [--any]
 
 Prints one JSON line per measurement, and appends it to the record: the matmul rates and bandwidth of the device; layer
 solves in the shapes of a 7B Llama with the operations that they take, and whole runs on SmolLM2; steps of Doge-ADMM on

@@ -16,7 +16,6 @@
     families.jsonl         output of `make families`
     accelerators.jsonl     output of `make bench-accelerators`
     precision.jsonl        output of `make bench-precision`
-    device.jsonl           output of `make bench-gpu`, of a CPU by `python benchmarks/bench_gpu.py --any`
 
 A table without records becomes a sentence that names the command.
 """
@@ -25,7 +24,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import accelerator_estimates
 import accelerator_tables
 import core_tables
 import family_tables
@@ -97,24 +95,14 @@ TABLES: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
         scaling_tables.scaling_grid,
         scaling_tables.scaling_layer,
         scaling_tables.scaling_block,
-        scaling_tables.scaling_predicted,
         runtime_tables.runtime_machine,
         runtime_tables.runtime_decode,
         runtime_tables.runtime_prefill,
         runtime_tables.runtime_sizes,
         runtime_tables.runtime_skipped,
-        accelerator_tables.accelerators_machine,
         accelerator_tables.accelerators_layers,
-        accelerator_tables.accelerators_blocks,
-        accelerator_tables.accelerators_trend,
-        accelerator_tables.accelerators_mesh,
         accelerator_tables.precision_machine,
         accelerator_tables.precision_models,
-        accelerator_estimates.accelerators_runs,
-        accelerator_estimates.accelerators_smoothing,
-        accelerator_estimates.accelerators_counts,
-        accelerator_estimates.device_machine,
-        accelerator_estimates.device_estimates,
         family_tables.families_machine,
         family_tables.families_proved,
     )

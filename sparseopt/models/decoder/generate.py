@@ -6,6 +6,7 @@ Tokens, keys and values stay on the device; a whole batch of texts advances by o
 those of `attention`; S is the length of the window that is written.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
@@ -223,6 +224,22 @@ def generate(
         stop_ids: generation ends at one of these, which is not returned.
 
     Raises:
+        ValueError: as `next_tokens` does.
+    """
+    tokens = next_tokens(decoder, prompt_ids, max_new_tokens, temperature, seed)
+    return np.fromiter(itertools.takewhile(lambda token: token not in stop_ids, tokens), np.int32)
+
+
+def next_tokens(
+    decoder: Decoder,
+    prompt_ids: Int[np.ndarray, " prompt"],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Iterator[int]:
+    """The tokens that follow a prompt, each computed when it is asked for; the arguments are those of `generate`.
+
+    Raises:
         ValueError: if the prompt is empty, a number is negative, or the model does not support a window of prompt and
             new tokens.
     """
@@ -237,15 +254,11 @@ def generate(
             f"need a prompt of 1 token or more, max_new_tokens and temperature of 0 or more; given "
             f"{prompt.size} tokens, {max_new_tokens=}, {temperature=}"
         )
-    whole, new = prompt.size + max_new_tokens, []
+    whole = prompt.size + max_new_tokens
     check_window(whole, config.max_positions)
     written = _written(decoder, prompt[None], whole, lambda _: temperature, seed)
     for place, tokens in enumerate(written, prompt.size):
-        token = int(tokens[0, place])
-        if token in stop_ids:
-            break
-        new.append(token)
-    return np.array(new, np.int32)
+        yield int(tokens[0, place])
 
 
 def _padded(length: int, config: DecoderConfig) -> int:

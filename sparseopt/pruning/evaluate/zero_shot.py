@@ -27,11 +27,11 @@ from sparseopt.models import (
     PrunableModel,
     TorchModel,
     encode_text,
-    generate,
     load_tokenizer,
     open_model,
     start_token,
 )
+from sparseopt.models.decoder.generate import next_tokens
 from sparseopt.pruning.evaluate.scoring import Score, score_continuations
 
 FEWSHOT_SEED = 1234  # lm-eval's own default
@@ -177,19 +177,16 @@ class DecoderLM(TemplateLM):
         return self.model.decoder()
 
     def _continue(self, prompt: list[int], limit: int, stops: Sequence[str]) -> str:
-        new: list[int] = []
-        text = ""
-        while len(new) < limit:
-            count = min(_PIECE, limit - len(new))
-            piece = generate(self._decoder, np.asarray(prompt + new), count, stop_ids=self._end_ids).tolist()
-            new += piece
-            text = self.tokenizer.decode(new)
-            places = [place for place in (text.find(stop) for stop in stops) if place >= 0]
-            if places:
-                return text[: min(places)]
-            if len(piece) < count:
+        new = list[int]()
+        for token in next_tokens(self._decoder, np.asarray(prompt), limit):
+            if token in self._end_ids:
                 break
-        return text
+            new.append(token)
+            if len(new) % _PIECE == 0 and any(stop in self.tokenizer.decode(new) for stop in stops):
+                break
+        text = self.tokenizer.decode(new)
+        places = (text.find(stop) for stop in stops)
+        return text[: min((place for place in places if place >= 0), default=len(text))]
 
     def _fit(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
         room = self.max_length + 1 - len(continuation)
