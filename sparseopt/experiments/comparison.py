@@ -244,7 +244,7 @@ def head(section: Section, task: Prune) -> list[str]:
         f"model: {task.source}{bos}",
         f"calibration: {part_of_text(task.calibration, 'calibration', task.split)}, "
         f"{calibrated // task.seqlen} x {task.seqlen} = {calibrated:,} tokens, and {common['heldout_tokens']:,} held "
-        f"out; {common['windows']} windows{seed}{ridge}",
+        f"out; {common['window_choice']} windows{seed}{ridge}",
         f"evaluation: {part_of_text(task.evaluation, 'evaluation', split)}, {task.evaluation_windows} x "
         f"{task.evaluation_seqlen} = {common['evaluation_tokens']:,} tokens",
     ]

@@ -65,7 +65,7 @@ COMMANDS: dict[str, dict[Callable[..., None], tuple[str, str]]] = {
             "sparseopt shrink model --output small --parameters 0.7 --effort most",
         ),
         experiments.compare: (
-            "sparseopt compare model --output compared --methods best,wanda --sparsities 0.5,0.6",
+            "sparseopt compare model --output compared --methods best,wanda --sparsity 0.5,0.6",
             "sparseopt compare model --output compared --pattern 2:4",
         ),
         prune.evaluate: (

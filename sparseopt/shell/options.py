@@ -87,7 +87,7 @@ class RecipeCommand(TyperCommand):
         """
         from sparseopt.pruning.recipe.options import ENDED
 
-        for word, after in zip(args, [*args[1:], ""], strict=True):
+        for word, after in itertools.pairwise([*args, ""]):
             option, _, value = word.partition("=")
             name = option.removeprefix("--").replace("-", "_")
             for ended in {name, f"{name} {value or after}"} & ENDED.keys():
