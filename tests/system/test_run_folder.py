@@ -108,7 +108,7 @@ def test_the_start_is_read_again_and_differences_are_named_by_dotted_names(tmp_p
         ("[]", "holds no JSON object"),
         ('{"fingerprint": "abc"}', "has the format of sparseopt 0.1.0, and this version reads only format 3"),
         ('{"format": 2, "fingerprint": {}}', "has format 2, and this version reads only format 3"),
-        ('{"format": 2}', "has format 2"),
+        ('{"format": 3}', "has format 3"),
     ],
 )
 def test_a_start_that_cannot_be_used_says_what_to_do(tmp_path, content, text):
