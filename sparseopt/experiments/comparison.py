@@ -218,11 +218,11 @@ def _common(section: Section, task: Prune) -> dict[str, Any]:
     records = [record for run in section.runs for record in run.records]
     # Where the number of windows was not given, a finished cell has it.
     found = (record["windows"] for record in records if "windows" in record)
-    samples = task.windows or next(found, task.recipe().window_count)
+    windows = task.windows or next(found, task.recipe().window_count)
     return {
         "model": task.source,
         "calibration": task.calibration,
-        "calibration_tokens": samples * task.seqlen,
+        "calibration_tokens": windows * task.seqlen,
         "heldout_tokens": task.heldout_windows * task.seqlen,
         "bos": next((record["bos"] for record in records), None),
         "window_choice": task.recipe().chosen_window_choice,

@@ -90,7 +90,7 @@ class RecipeCommand(TyperCommand):
         for word, after in itertools.pairwise([*args, ""]):
             option, _, value = word.partition("=")
             name = option.removeprefix("--").replace("-", "_")
-            for ended in {name, f"{name} {value or after}"} & ENDED.keys():
+            for ended in {name, f"{name} {value or after}"} & ENDED.keys() if word.startswith("--") else ():
                 raise ValueError(f"--{ended.replace('_', '-')} {ENDED[ended]}")
         assert self.callback is not None
         info = typer.models.CommandInfo(
