@@ -141,7 +141,9 @@ def prepare(runs: Sequence[Run], output: Path) -> list[Planned]:
         raise ValueError(f"{output} is a file; give --output a folder that is new or holds this comparison")
     begun = read_start(output) if (output / RUN).is_file() else {}
     if contents(output) and begun.get("task") != COMPARISON:
-        raise ValueError(f"{output} holds no comparison and is not empty; give another --output or empty it")
+        old = (output / CELLS).is_dir() and not begun
+        held = "a comparison of an earlier version" if old else "no comparison and is not empty"
+        raise ValueError(f"{output} holds {held}; give another --output or empty it")
     # The dense model, which comes first, has the ridge of all, and the others the calibration.
     shared, pruned = fingerprint(runs[0].task), fingerprint(runs[-1].task)["inputs"]
     wanted = {name: value for name, value in shared["settings"].items() if name not in OWN_SETTINGS}

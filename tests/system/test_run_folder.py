@@ -16,6 +16,7 @@ from sparseopt.system.run_folder import (
     SUMMARY,
     FolderError,
     FolderInUse,
+    State,
     append_record,
     claimed,
     contents,
@@ -23,6 +24,7 @@ from sparseopt.system.run_folder import (
     locked,
     read_records,
     read_start,
+    state_of,
     write_records,
     write_start,
     write_summary,
@@ -97,6 +99,20 @@ def test_the_start_is_read_again_and_differences_are_named_by_dotted_names(tmp_p
         "recipe.sparsity: 0.5 there, 0.6 here",
         "texts: None there, 'b' here",
     ]
+
+
+def test_a_folder_is_new_unfinished_finished_or_of_another_run(tmp_path):
+    wanted, folder = {"seed": 1}, tmp_path / "out"
+    assert state_of(folder, wanted) == (State.NEW, [])
+    folder.mkdir()
+    write_start(folder, wanted)
+    assert state_of(folder, wanted) == (State.UNFINISHED, [])
+    write_summary(folder, {})
+    assert state_of(folder, wanted) == (State.FINISHED, [])
+    assert state_of(folder, {"seed": 2}) == (State.OTHER, ["seed: 1 there, 2 here"])
+    (folder / "run.json").unlink()
+    with pytest.raises(FolderError, match="holds no run"):
+        state_of(folder, wanted)
 
 
 @pytest.mark.parametrize(
