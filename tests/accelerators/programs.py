@@ -70,7 +70,7 @@ GRIDS: dict[str, tuple[int, ...]] = {
 }
 NODES = 20_000  # of the graph that is no grid
 ORDERS = (0, 1, 2)
-DEFAULTS = Recipe(method="maiht", calibration="wikitext2:")
+DEFAULTS = Recipe(method="maiht", calibration="pydoc")
 
 
 class Program(NamedTuple):
