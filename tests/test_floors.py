@@ -61,7 +61,7 @@ HOUSE = {
     "models": ["export", "__init__"],
     "pruning/base": ["activations reports", "grams", "torch_grams"],
     "pruning/text": ["documents", "windows"],
-    "pruning/evaluate": ["evaluation", "scoring", "zero_shot"],
+    "pruning/evaluate": ["perplexity audit", "scoring", "zero_shot"],
     "pruning/train": ["training", "distillation reconstruction"],
     "pruning/recipe": ["allocation effort options targets", "pass_recipe", "prune_recipe shrink_recipe"],
     "pruning/run": [

@@ -15,14 +15,8 @@ from sparseopt.layers.methods import (
 from sparseopt.layers.problem import LayerJob, LayerMethod, LayerReport, Pruned, ScaledLayer, solve_layer
 from sparseopt.layers.prune_layer import LayerResult, prune_layer
 from sparseopt.pruning.base.reports import Footprint, LayerRecord, PruneReport
-from sparseopt.pruning.evaluate.evaluation import (
-    LayerAudit,
-    PatternAudit,
-    audit_pattern,
-    audit_sparsity,
-    masks,
-    perplexity,
-)
+from sparseopt.pruning.evaluate.audit import LayerAudit, PatternAudit, audit_pattern, audit_sparsity, masks
+from sparseopt.pruning.evaluate.perplexity import perplexity
 from sparseopt.pruning.memory import BudgetError
 from sparseopt.pruning.pipeline import Stopped, prune_model, prune_models, shrink_model
 from sparseopt.pruning.recipe.prune_recipe import Recipe

@@ -17,7 +17,9 @@ from sparseopt.models import bundled_model, encode_text, generate, load_decoder,
 from sparseopt.pruning import PruneReport, Recipe, perplexity, prune_model
 from sparseopt.pruning.base.reports import mean_errors
 from sparseopt.pruning.text.windows import text_windows
-from sparseopt.shell import console, show_pruning
+from sparseopt.shell import console
+from sparseopt.shell.prune_progress import PruneProgress
+from sparseopt.shell.show_pruning import run_lines
 from sparseopt.system.machine import environment, peak_memory_bytes
 from sparseopt.trend.images import before_and_after, denoise, psnr
 
@@ -72,9 +74,9 @@ def run_demo(output: Path | None, source: str | None, calibration: str, sparsity
     outcomes = [judge("dense", path, None)]
     for label, recipe in recipes.items():
         folder = output / label.lower()
-        with show_pruning.PruneProgress(f"{label} {sparsity:.0%}") as progress:
+        with PruneProgress(f"{label} {sparsity:.0%}") as progress:
             report = prune_model(path, folder, recipe, observer=progress)
-        for line in show_pruning.run_lines(report):
+        for line in run_lines(report):
             say(f"{label}: {line}")
         outcomes.append(judge(label, folder, report))
 

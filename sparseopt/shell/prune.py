@@ -154,13 +154,14 @@ def run_pass(
     """
     from sparseopt.models import open_source
     from sparseopt.pruning import Stopped, prune_models
-    from sparseopt.shell import show_pruning
+    from sparseopt.shell.prune_progress import PruneProgress
+    from sparseopt.shell.show_pruning import show_report
     from sparseopt.system.processes import count, is_first
 
     # Opened before the bar starts, because a download shows its own.
     opened = open_source(source, follow_links=follow_links)
     try:
-        with stop_asked() as stop, show_pruning.PruneProgress(title, fast_is_faster(plans[0][0])) as progress:
+        with stop_asked() as stop, PruneProgress(title, fast_is_faster(plans[0][0])) as progress:
             reports = prune_models(opened, plans, observer=progress, stop=stop, memory=memory, devices=devices)
     except KeyboardInterrupt:
         if count() > 1:
@@ -180,7 +181,7 @@ def run_pass(
         return RESUMABLE
 
     for report in reports:
-        show_pruning.show_report(report)
+        show_report(report)
     return 0
 
 

@@ -28,7 +28,7 @@ from sparseopt.models.decoder.decoder import Embedding, Head
 from sparseopt.models.decoder.settings import DecoderConfig
 from sparseopt.pruning.base.activations import BATCH_TOKENS
 from sparseopt.pruning.base.grams import _output_over, gather_grams, grams_over, sum_over
-from sparseopt.pruning.evaluate.evaluation import _loss_of_window
+from sparseopt.pruning.evaluate.perplexity import _loss_of_window
 from sparseopt.pruning.measure import survey
 from sparseopt.pruning.recipe.allocation import losses_of_linear
 from sparseopt.pruning.recipe.prune_recipe import Recipe

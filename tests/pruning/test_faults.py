@@ -207,7 +207,7 @@ from pathlib import Path
 place = sys.argv.pop(1)
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", place], check=True)
 from sparseopt.shell import app as cli
-from sparseopt.shell.show_pruning import PruneProgress
+from sparseopt.shell.prune_progress import PruneProgress
 from sparseopt.pruning import LayerRecord
 ballast, show = Path(place) / "ballast", PruneProgress.__call__
 
@@ -425,7 +425,7 @@ def test_no_console_ends_what_is_told_to_it(tmp_path, console, shell):
 SCHEDULED = """
 import os, signal, subprocess, sys
 from sparseopt.shell import app as cli
-from sparseopt.shell.show_pruning import PruneProgress
+from sparseopt.shell.prune_progress import PruneProgress
 from sparseopt.pruning import LayerRecord
 show = PruneProgress.__call__
 

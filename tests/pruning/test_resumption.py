@@ -17,8 +17,9 @@ import pytest
 from sparseopt.models import ModelError, pack_folder
 from sparseopt.pruning import LayerRecord, Recipe, Stopped, memory, prune_model, prune_models
 from sparseopt.pruning.base.reports import Passed, Replay
-from sparseopt.shell import show_pruning
+from sparseopt.shell import prune_progress
 from sparseopt.shell.prune import RESUMABLE, stop_asked
+from sparseopt.shell.prune_progress import PruneProgress
 from sparseopt.system.files import temporary_of
 from sparseopt.system.run_folder import LOCK, RECORDS, RUN, FolderError, write_start
 from tests.models.tiny import random_tensors, tiny_config, write_folder
@@ -304,11 +305,11 @@ def test_a_killed_process_loses_only_the_current_block(tmp_path, source, tokens)
 
 def test_the_time_left_does_not_count_what_came_before_the_blocks(monkeypatch, capsys):
     now = [0.0]
-    monkeypatch.setattr(show_pruning, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(prune_progress, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     records = [
         LayerRecord(b, f"layers.{b}.up", (2, 2), 4, 2, 0.1, None, 1, "CONVERGED", 1.0, 0.0, 0, 9) for b in (0, 1)
     ]
-    with show_pruning.PruneProgress("whole", faster=True) as progress:
+    with PruneProgress("whole", faster=True) as progress:
         now[0] += 5000
         progress("survey", 1, 1)
         now[0] += 3
@@ -321,12 +322,12 @@ def test_the_time_left_does_not_count_what_came_before_the_blocks(monkeypatch, c
 
 def test_the_time_left_of_a_resumed_run_counts_the_blocks_that_it_finishes_itself(monkeypatch, capsys):
     now = [0.0]
-    monkeypatch.setattr(show_pruning, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(prune_progress, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     names = [(block, f"model.layers.{block}.{part}") for block in range(4) for part in ("up", "down")]
     records = [LayerRecord(b, name, (2, 2), 4, 2, 0.1, None, 1, "CONVERGED", 1.0, 0.0, 0, 9) for b, name in names]
     done = 0
-    monkeypatch.setattr(show_pruning, "LONG", 60)
-    with show_pruning.PruneProgress("half", faster=True) as progress:
+    monkeypatch.setattr(prune_progress, "LONG", 60)
+    with PruneProgress("half", faster=True) as progress:
         for block in range(6):
             events = [*([Replay(2)] if block < 2 else []), *records[2 * block : 2 * block + 2], Passed(block, 6)]
             for event in events:

@@ -188,7 +188,7 @@ def test_a_source_that_is_no_model_is_named(tmp_path, command):
 
 
 def test_ctrl_c_keeps_finished_shards_and_says_how_to_go_on(tmp_path, source, command, monkeypatch):
-    from sparseopt.shell.show_pruning import PruneProgress
+    from sparseopt.shell.prune_progress import PruneProgress
 
     def interrupt(self, record, done, total):
         if getattr(record, "block", None) == 2:

@@ -6,7 +6,7 @@ import pytest
 
 from sparseopt.models import open_model, sizes_of
 from sparseopt.pruning.recipe.shrink_recipe import parameters_of
-from sparseopt.shell.show_pruning import PruneProgress
+from sparseopt.shell.prune_progress import PruneProgress
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 from tests.pruning.test_pipeline import TOKENIZER
 

@@ -21,7 +21,7 @@ from sparseopt.layers.compiled import Compiled
 from sparseopt.models import Head, PrunableModel, check_window
 from sparseopt.pruning.base.activations import BATCH_TOKENS, PASS_BYTES
 from sparseopt.pruning.base.grams import BlockRunner
-from sparseopt.pruning.evaluate.evaluation import LOGIT_ROWS, embedded, log_probabilities
+from sparseopt.pruning.evaluate.perplexity import LOGIT_ROWS, embedded, log_probabilities
 from sparseopt.pruning.text.windows import check_vocabulary
 from sparseopt.system.machine import freed_memory_kept, return_freed_memory
 

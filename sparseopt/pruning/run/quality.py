@@ -11,7 +11,7 @@ import numpy as np
 from sparseopt.core.base.types import Observer
 from sparseopt.models import PrunableModel
 from sparseopt.pruning.base.reports import Score
-from sparseopt.pruning.evaluate.evaluation import window_losses
+from sparseopt.pruning.evaluate.perplexity import window_losses
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe, scored_windows
 from sparseopt.pruning.run.calibration import CalibrationWindows
 from sparseopt.pruning.text.documents import TextError, part_of_text

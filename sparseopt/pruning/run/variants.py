@@ -27,7 +27,7 @@ from sparseopt.layers.side_by_side import agreed
 from sparseopt.models import Head, PrunableModel
 from sparseopt.pruning.base.activations import Batches, embed_windows
 from sparseopt.pruning.base.grams import BlockRunner
-from sparseopt.pruning.evaluate.evaluation import LOGIT_ROWS
+from sparseopt.pruning.evaluate.perplexity import LOGIT_ROWS
 from sparseopt.pruning.run.calibration import CalibrationWindows
 
 # The share of positions that are drawn again, and the rounds. Perplexity of SmolLM2-135M at 2:4 by SparseGPT, 16 x 512

@@ -7,7 +7,7 @@ import pytest
 from sparseopt.models import load_decoder, open_model
 from sparseopt.pruning import perplexity
 from sparseopt.pruning.base import activations
-from sparseopt.pruning.evaluate import evaluation
+from sparseopt.pruning.evaluate import perplexity as evaluation
 from tests.jitted import run
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 

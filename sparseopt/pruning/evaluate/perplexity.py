@@ -1,4 +1,4 @@
-"""Evaluation of a model: token-level perplexity, and an audit of the zeros and patterns of its stored weights.
+"""The token-level perplexity of a model.
 
     perplexity = exp( - sum log p(token_t | tokens before it in its window) / number of predicted tokens )
 
@@ -6,8 +6,7 @@ over non-overlapping windows; a window of n tokens predicts n - 1, and n - 2 whe
 The model is streamed block by block over as many windows as fit in `PASS_BYTES`, then again over the next ones.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from jaxtyping import Array, Float, Int
 
 from sparseopt.core.base.types import Observer
 from sparseopt.layers.compiled import Compiled
-from sparseopt.layers.patterns import Pattern, check_pattern, count_groups, parse_pattern
 from sparseopt.models import Decoder, Head, PrunableModel, check_window, open_model
 from sparseopt.pruning.base.activations import PASS_BYTES, windows_per_batch
 from sparseopt.pruning.base.grams import BlockRunner
@@ -157,121 +155,3 @@ def embedded(model: PrunableModel, batches: Iterable[Int[np.ndarray, "B T"]]) ->
     rows = np.union1d(used, spare)
     embedding = model.embedding(rows)
     return [embedding(jnp.asarray(np.searchsorted(rows, batch), jnp.int32)) for batch in ids]
-
-
-@dataclass(frozen=True)
-class LayerAudit:
-    """Zeros of one linear as stored on disk."""
-
-    layer: str
-    shape: tuple[int, ...]
-    zeros: int
-    size: int
-
-    @property
-    def sparsity(self) -> float:
-        return self.zeros / self.size
-
-
-def audit_sparsity(model: str | Path | PrunableModel, only: Collection[str] | None = None) -> list[LayerAudit]:
-    """Count the exact zeros of every prunable linear in the stored tensors, read back one by one.
-
-    `only` has the keys of the weights to count.
-    """
-    return [
-        LayerAudit(layer, weight.shape, int(weight.size - np.count_nonzero(weight)), weight.size)
-        for layer, weight in _linears(model, only)
-    ]
-
-
-@dataclass(frozen=True)
-class PatternAudit:
-    """How the stored weights of one linear compare with a pattern.
-
-    Attributes:
-        layer: its name in the checkpoint, without `.weight`.
-        shape: `(out, in)`.
-        unit: what was counted, such as "weights in a row".
-        groups: number of groups counted.
-        allowed: non-zeros that the pattern keeps of each group.
-        least: fewest in a group.
-        most: most in a group.
-    """
-
-    layer: str
-    shape: tuple[int, ...]
-    unit: str
-    groups: int
-    allowed: int
-    least: int
-    most: int
-
-    @property
-    def fits(self) -> bool:
-        return self.most <= self.allowed
-
-    @property
-    def exact(self) -> bool:
-        """Whether every group holds exactly what the pattern keeps; a kept weight that is itself zero reduces it."""
-        return self.least == self.most == self.allowed
-
-
-def audit_pattern(
-    model: str | Path | PrunableModel,
-    pattern: str,
-    sparsity: float | None = None,
-    only: Collection[str] | None = None,
-) -> list[PatternAudit]:
-    """Count the non-zeros of every prunable linear group by group, in the stored tensors, read back one by one.
-
-    The pattern and its sparsity are given as in `prune_layer`; `only` has the keys of the weights to count.
-
-    Raises:
-        ValueError: for an unknown pattern, or one that is impossible in some layer, which is named.
-    """
-    check_pattern(pattern, sparsity)
-    audits = []
-    for layer, weight in _linears(model, only):
-        try:
-            audits.append(_audit(layer, weight, parse_pattern(pattern, sparsity, weight.shape)))
-        except ValueError as error:
-            raise ValueError(f"{layer}: {error}") from error
-    return audits
-
-
-def audit_stored(model: str | Path | PrunableModel, patterns: Mapping[str, Pattern]) -> list[PatternAudit]:
-    """As `audit_pattern`, for the linears that have a pattern of their own, by the key of the weight."""
-    return [_audit(layer, weight, patterns[f"{layer}.weight"]) for layer, weight in _linears(model, patterns)]
-
-
-def _audit(layer: str, weight: np.ndarray, pattern: Pattern) -> PatternAudit:
-    counts = count_groups(weight, pattern)
-    least, most = int(counts.each.min()), int(counts.each.max())
-    return PatternAudit(layer, weight.shape, counts.unit, counts.each.size, counts.allowed, least, most)
-
-
-def masks(model: str | Path | PrunableModel) -> Iterator[tuple[str, np.ndarray]]:
-    """Which weights of a pruned model are kept, to train it elsewhere without changing its zeros.
-
-    Args:
-        model: a model folder, dense or packed, a GGUF file, a name on the hub, or an opened model.
-
-    Returns:
-        For every prunable linear the name of its weight in the checkpoint, and a bool array in the checkpoint's own
-        layout, True where the weight is not zero. Each is read when its turn comes; `dict(masks(folder))` holds all.
-
-    Raises:
-        ModelError: if the model cannot be used.
-    """
-    opened = open_model(model)
-    return ((key, opened.as_stored(key, opened.stored(key) != 0)) for key in opened.linear_keys())
-
-
-def _linears(
-    model: str | Path | PrunableModel, only: Collection[str] | None = None
-) -> Iterator[tuple[str, np.ndarray]]:
-    """The linears by name, `only` those with these keys, read one by one."""
-    model = open_model(model)
-    for key in model.linear_keys():
-        if only is None or key in only:
-            yield key.removesuffix(".weight"), model.stored(key)

@@ -1,0 +1,128 @@
+"""An audit of a model's stored weights: their zeros, and whether they have a pattern."""
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sparseopt.layers.patterns import Pattern, check_pattern, count_groups, parse_pattern
+from sparseopt.models import PrunableModel, open_model
+
+
+@dataclass(frozen=True)
+class LayerAudit:
+    """Zeros of one linear as stored on disk."""
+
+    layer: str
+    shape: tuple[int, ...]
+    zeros: int
+    size: int
+
+    @property
+    def sparsity(self) -> float:
+        return self.zeros / self.size
+
+
+def audit_sparsity(model: str | Path | PrunableModel, only: Collection[str] | None = None) -> list[LayerAudit]:
+    """Count the exact zeros of every prunable linear in the stored tensors, read back one by one.
+
+    `only` has the keys of the weights to count.
+    """
+    return [
+        LayerAudit(layer, weight.shape, int(weight.size - np.count_nonzero(weight)), weight.size)
+        for layer, weight in _linears(model, only)
+    ]
+
+
+@dataclass(frozen=True)
+class PatternAudit:
+    """How the stored weights of one linear compare with a pattern.
+
+    Attributes:
+        layer: its name in the checkpoint, without `.weight`.
+        shape: `(out, in)`.
+        unit: what was counted, such as "weights in a row".
+        groups: number of groups counted.
+        allowed: non-zeros that the pattern keeps of each group.
+        least: fewest in a group.
+        most: most in a group.
+    """
+
+    layer: str
+    shape: tuple[int, ...]
+    unit: str
+    groups: int
+    allowed: int
+    least: int
+    most: int
+
+    @property
+    def fits(self) -> bool:
+        return self.most <= self.allowed
+
+    @property
+    def exact(self) -> bool:
+        """Whether every group holds exactly what the pattern keeps; a kept weight that is itself zero reduces it."""
+        return self.least == self.most == self.allowed
+
+
+def audit_pattern(
+    model: str | Path | PrunableModel,
+    pattern: str,
+    sparsity: float | None = None,
+    only: Collection[str] | None = None,
+) -> list[PatternAudit]:
+    """Count the non-zeros of every prunable linear group by group, in the stored tensors, read back one by one.
+
+    The pattern and its sparsity are given as in `prune_layer`; `only` has the keys of the weights to count.
+
+    Raises:
+        ValueError: for an unknown pattern, or one that is impossible in some layer, which is named.
+    """
+    check_pattern(pattern, sparsity)
+    audits = []
+    for layer, weight in _linears(model, only):
+        try:
+            audits.append(_audit(layer, weight, parse_pattern(pattern, sparsity, weight.shape)))
+        except ValueError as error:
+            raise ValueError(f"{layer}: {error}") from error
+    return audits
+
+
+def audit_stored(model: str | Path | PrunableModel, patterns: Mapping[str, Pattern]) -> list[PatternAudit]:
+    """As `audit_pattern`, for the linears that have a pattern of their own, by the key of the weight."""
+    return [_audit(layer, weight, patterns[f"{layer}.weight"]) for layer, weight in _linears(model, patterns)]
+
+
+def _audit(layer: str, weight: np.ndarray, pattern: Pattern) -> PatternAudit:
+    counts = count_groups(weight, pattern)
+    least, most = int(counts.each.min()), int(counts.each.max())
+    return PatternAudit(layer, weight.shape, counts.unit, counts.each.size, counts.allowed, least, most)
+
+
+def masks(model: str | Path | PrunableModel) -> Iterator[tuple[str, np.ndarray]]:
+    """Which weights of a pruned model are kept, to train it elsewhere without changing its zeros.
+
+    Args:
+        model: a model folder, dense or packed, a GGUF file, a name on the hub, or an opened model.
+
+    Returns:
+        For every prunable linear the name of its weight in the checkpoint, and a bool array in the checkpoint's own
+        layout, True where the weight is not zero. Each is read when its turn comes; `dict(masks(folder))` holds all.
+
+    Raises:
+        ModelError: if the model cannot be used.
+    """
+    opened = open_model(model)
+    return ((key, opened.as_stored(key, opened.stored(key) != 0)) for key in opened.linear_keys())
+
+
+def _linears(
+    model: str | Path | PrunableModel, only: Collection[str] | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The linears by name, `only` those with these keys, read one by one."""
+    model = open_model(model)
+    for key in model.linear_keys():
+        if only is None or key in only:
+            yield key.removesuffix(".weight"), model.stored(key)

@@ -1,0 +1,151 @@
+"""The live progress of a run that prunes or shrinks: a bar, or plain lines where there is no terminal."""
+
+import time
+
+from rich.progress import TextColumn
+
+from sparseopt.pruning.base.reports import (
+    BlockRecord,
+    Calibration,
+    DistillationRecord,
+    Event,
+    Footprint,
+    LayerRecord,
+    Passed,
+    RemovalRecord,
+    Replay,
+    ShapeRecord,
+    mean,
+)
+from sparseopt.shell.console import bytes_by_size, console, counting_bar, duration, say
+from sparseopt.system.machine import format_bytes
+
+# Seconds left from which a run says after its first block that a faster one is possible.
+LONG = 1800
+
+
+class PruneProgress:
+    """Observer of `prune_models`: a bar with block, layer, error and time left; without a terminal a line per block."""
+
+    def __init__(self, title: str, faster: bool = False) -> None:
+        """Take the title of the run, and whether effort fast takes less time."""
+        self._title, self._faster = title, faster
+        self._start = time.perf_counter()
+        self._block: list[LayerRecord] = []
+        self._replayed, self._finished, self._blocks_left = False, 0, 0
+        self._worked_from = self._passed = self._start
+        self._bar = counting_bar(console, TextColumn("{task.fields[note]}"))
+        # The first record comes only after reading, tokenising and compiling.
+        self._task = self._bar.add_task(title, total=None, note="reading the model")
+
+    def __enter__(self) -> "PruneProgress":
+        self._bar.start()
+        if not console.is_terminal:
+            say(f"{self._title}: reading the model")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, event: Event, done: int, total: int) -> None:
+        match event:
+            case Calibration():
+                for line in calibration_lines(event):
+                    say(line)
+            case Footprint():
+                for line in footprint_lines(event):
+                    say(line)
+            case str():
+                self._tell_survey(event, done, total)
+            case Replay():
+                self._replayed = True
+            case LayerRecord():
+                self._tell_layer(event, done, total)
+            case Passed(block, blocks):
+                self._tell_block(block, blocks, done, total)
+            case BlockRecord():
+                self._bar.update(self._task, note=f"block {event.block} trained, error {event.last_loss:.4f}")
+            case RemovalRecord():
+                say(f"{self._title}: block {event.block} goes ({done} of {total}), loss {event.rise:+.4f} nats a token")
+            case ShapeRecord():
+                say(f"{self._title}: keeps {event.kept()}")
+            case DistillationRecord():
+                self._bar.update(self._task, note=f"distilled, divergence {event.last_loss:.4f}")
+
+    def _tell_survey(self, stage: str, done: int, total: int) -> None:
+        if not (self._block or self._finished):
+            # What comes before the blocks says nothing of the time that they take.
+            self._worked_from = time.perf_counter()
+        self._bar.update(self._task, total=total, completed=done, note=stage)
+        if not console.is_terminal and done in (1, total):
+            say(f"{self._title}: {stage} {done}/{total}, {time.perf_counter() - self._start:.0f} s")
+
+    def _tell_layer(self, record: LayerRecord, done: int, total: int) -> None:
+        layer = record.layer.split(".", 3)[-1]
+        note = f"block {record.block} {layer} error {record.relative_error:.4f}{self._left()}"
+        self._bar.update(self._task, total=total, completed=done, note=note)
+        self._block.append(record)
+
+    def _tell_block(self, block: int, blocks: int, done: int, total: int) -> None:
+        self._passed, self._blocks_left = time.perf_counter(), blocks - block - 1
+        if self._replayed:
+            # An earlier run's: its records come again in no time.
+            self._worked_from, self._replayed = self._passed, False
+        else:
+            self._finished += 1
+        what = f"block {block} has no layer to prune" if total else f"block {block + 1}/{blocks}"
+        if self._block:
+            error = mean(record.relative_error for record in self._block)
+            what = f"layer {done}/{total}, block {block}, mean relative error {error:.5f}"
+        self._block = []
+        if not total:
+            self._bar.update(self._task, total=blocks, completed=block + 1, note=what)
+        if not console.is_terminal:
+            say(f"{self._title}: {what}, {self._passed - self._start:.0f} s{self._left()}")
+        left = self._seconds_left()
+        if left is not None:
+            # Once, after the first block that this run has finished.
+            if self._faster and left > LONG:
+                say(f"{self._title}: about {duration(left)} left; --effort fast takes less")
+            self._faster = False
+
+    def _left(self) -> str:
+        seconds = self._seconds_left()
+        return "" if seconds is None else f", {seconds:.0f} s left"
+
+    def _seconds_left(self) -> float | None:
+        """The time left, at the pace of the blocks that this run has finished; None before the first."""
+        if not self._finished:
+            return None
+        each = (self._passed - self._worked_from) / self._finished
+        return max(0.0, each * self._blocks_left - (time.perf_counter() - self._passed))
+
+
+def calibration_lines(calibration: Calibration) -> list[str]:
+    """What a run calibrates on, and why on so much."""
+    given, tokens = calibration, calibration.windows * calibration.seqlen
+    lines = [
+        f"calibration on {given.windows} windows of {given.seqlen} tokens, {tokens:,} in all"
+        + f", {given.variants} variants of each" * bool(given.variants)
+        + f", and {given.heldout_windows} held out; digest {given.digest}"
+    ]
+    if given.why:
+        lines.append(f"default --windows {given.windows}: {given.why}")
+    return [*lines, *([f"warning: {given.warning}"] if given.warning else [])]
+
+
+def footprint_lines(footprint: Footprint) -> list[str]:
+    """The estimated memory and disk space of a run."""
+    asked, lines = footprint.budget_bytes, []
+    if footprint.memory_bytes is not None:
+        limit = "" if asked is None else f" of {format_bytes(asked)} asked for"
+        lines.append(
+            f"memory {format_bytes(footprint.memory_bytes)}{limit}, estimated, in phase {footprint.phase}: "
+            + " + ".join(bytes_by_size(footprint.memory_parts))
+        )
+    disk = f"disk {format_bytes(footprint.output_bytes)} for the model"
+    if footprint.activations == "disk":
+        disk += f" and {format_bytes(footprint.scratch_bytes)} for activations, until the run ends"
+    if footprint.stacked_weights:
+        lines.append(f"{footprint.stacked_weights:,} weights of stacked experts are no linears and stay as they are")
+    return [*lines, disk]
