@@ -97,7 +97,7 @@ methods = {
     "magnitude": {"method": "magnitude"},
     "Wanda": {"method": "wanda"},
     "mAIHT, paper": {"method": "maiht", "preset": "paper"},
-    "mAIHT, tuned": {"method": "maiht", "preset": "best"},
+    "mAIHT, tuned": {"method": "maiht", "preset": "tuned"},
 }
 half = {label: prune_layer(weight, gram, 0.5, test_gram=test_gram, **m) for label, m in methods.items()}
 print(f"{'at 50 %':14s} {'error':>8s} {'held-out':>9s} {'sparsity':>9s} {'steps':>6s} {'seconds':>8s}")

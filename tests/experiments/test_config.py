@@ -1,6 +1,7 @@
 """Configs: all mistakes reported at once with their position; overrides, sweeps, names and paths."""
 
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -206,3 +207,10 @@ def test_a_penalty_that_does_not_exist_or_fit_is_an_error(fields, expected):
     with pytest.raises(ValidationError) as caught:
         PenaltyConfig.model_validate(fields, context={"allow_code": True})
     assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml")), ids=lambda file: file.stem
+)
+def test_every_shipped_config_is_one_of_this_version(file):
+    assert load_config(file, allow_code=True)
