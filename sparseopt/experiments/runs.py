@@ -285,13 +285,14 @@ def run_all(
     of a run, `ended` is called after it, and `again` repeats finished runs too.
     """
     groups: dict[Hashable, list[Planned]] = {}
-    for p in planned:
-        if (shared := p.run.task.shares()) is not None and (again or p.state is not State.FINISHED):
+    shares = [p.run.task.shares() for p in planned]
+    for p, shared in zip(planned, shares, strict=True):
+        if shared is not None and (again or p.state is not State.FINISHED):
             groups.setdefault(shared, []).append(p)
     outcomes, begun = [], dict[Path, RunUnit]()
-    for p in planned:
+    for p, shared in zip(planned, shares, strict=True):
         watching, apart = observer(p), None
-        if len(group := groups.pop(p.run.task.shares(), [])) > 1:
+        if len(group := groups.pop(shared, [])) > 1:
             found, apart = _prepare(group, watching, again)
             begun |= found
         try:

@@ -6,7 +6,7 @@ stream before the block -> Grams -[propagate]-> targets -[method]-> pruned linea
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, cast
 
 import jax
@@ -32,7 +32,7 @@ from sparseopt.pruning.base.grams import BlockGrams, BlockRunner, Grams, nonfini
 from sparseopt.pruning.base.reports import BlockRecord, LayerRecord
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe
 from sparseopt.pruning.run.permutation import block_orders
-from sparseopt.pruning.run.plan import Plan
+from sparseopt.pruning.run.plan import Plan, PrunedParts
 from sparseopt.pruning.run.propagation import propagated
 from sparseopt.pruning.train.reconstruction import Reconstruction, reconstruct_block
 from sparseopt.system import processes
@@ -131,8 +131,8 @@ def prune_block(
     tensors = reordered_block(tensors, moves)
     pruned = _pruned(plan, dense, stream, keys, tensors, dtypes, told, moves)
     tensors |= pruned
-    gather = partial(dense.grams, stream, recipe, drift=False)
-    block, tensors = plan.finish(dense.block.copy(), place, tensors, pruned, dtypes, lambda: gather()[0])
+    parts = PrunedParts(tensors, pruned, dtypes, lambda: dense.grams(stream, recipe, drift=False)[0])
+    block, tensors = plan.finish(dense.block.copy(), place, parts)
     if recipe.reconstruction is not None and (pruned or plan.smaller):
         masks = trained_entries(plan, block, keys)
         told(_reconstruct(block, masks, dense, stream, recipe.reconstruction, list(dtypes)))

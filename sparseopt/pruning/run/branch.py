@@ -57,7 +57,7 @@ class Branch:
         """Write the tensors outside the blocks, unless they are there; the stream is that before the first block."""
         plan, target, tags, self.stream = self.plan, self.plan.target, self.progress.tags, stream
         self.writer = ShardedWriter(
-            plan.folder, target.source, plan.recipe.dtype, bool(plan.recipe.get("pack")), target.exported_keys(), tags,
+            plan.folder, target.source, plan.recipe.dtype, plan.pack, target.exported_keys(), tags,
             writes=processes.is_first(),
         )  # fmt: skip
         if OUTER_TAG not in tags:

@@ -311,7 +311,7 @@ def progress_in(identity: Identity, plan: Plan) -> Progress:
         run_folder.write_start(folder, identity.of(plan.recipe))
         return Progress()
     found = _read_progress(identity.model, plan)
-    kept = {shard_name(tag, bool(plan.recipe.get("pack"))) for tag in found.tags}
+    kept = {shard_name(tag, plan.pack) for tag in found.tags}
     for entry in folder.iterdir():
         if entry.suffix in (".tmp", ".safetensors") and entry.name not in kept:
             entry.unlink()
@@ -321,7 +321,7 @@ def progress_in(identity: Identity, plan: Plan) -> Progress:
 
 def _read_progress(model: PrunableModel, plan: Plan) -> Progress:
     def stored(tag: str) -> bool:
-        return _is_whole(plan.folder / shard_name(tag, bool(plan.recipe.get("pack"))))
+        return _is_whole(plan.folder / shard_name(tag, plan.pack))
 
     if not (plan.folder / RUN).is_file():
         return Progress()

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import numpy as np
 
@@ -47,6 +47,22 @@ T = TypeVar("T", bound=PassRecipe)
 Tensors = Mapping[str, np.ndarray]
 
 
+class PrunedParts(NamedTuple):
+    """What a block of the target is finished from.
+
+    Attributes:
+        tensors: all of the block, with the pruned ones.
+        pruned: those of the linears that were pruned.
+        dtypes: of the target's tensors as they are stored.
+        grams: gathers those of the stream before the block.
+    """
+
+    tensors: Tensors
+    pruned: Tensors
+    dtypes: Mapping[str, np.dtype]
+    grams: Callable[[], BlockGrams]
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What one run does that makes zeros: a checked recipe and its method, into an output folder.
@@ -68,6 +84,11 @@ class Plan:
     patterns: Mapping[str, Pattern]
     output_weights: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     masks: PrunableModel | None = None
+
+    @property
+    def pack(self) -> bool:
+        """Whether zeros are stored as a bitmask."""
+        return bool(self.recipe.get("pack"))
 
     def support(self, key: str, weight: np.ndarray) -> np.ndarray | None:
         """The weights of a linear that may be non-zero, `[out, in]` bool as the dense weight; None for all."""
@@ -96,29 +117,20 @@ class Plan:
         return [key.removesuffix(".weight") for key in keys if key in self.patterns]
 
     def finish(
-        self,
-        block: PrunableBlock,
-        place: int,
-        tensors: Tensors,
-        pruned: Tensors,
-        dtypes: Mapping[str, np.dtype],
-        grams: Callable[[], BlockGrams],
+        self, block: PrunableBlock, place: int, parts: PrunedParts
     ) -> tuple[PrunableBlock, dict[str, np.ndarray]]:
         """A block of the target and all its tensors, by path.
 
         Args:
             block: a copy of the dense one.
             place: its index in the target.
-            tensors: all of them, with the pruned ones.
-            pruned: those of the linears that were pruned.
-            dtypes: of the target's tensors as they are stored.
-            grams: gathers those of the stream before the block.
+            parts: what came of its linears.
         """
-        del place, grams
-        found = dict(tensors)
+        del place
+        found = dict(parts.tensors)
         if self.recipe.permutes:
-            found = {path: tensors[path].astype(dtype) for path, dtype in dtypes.items()}
-        block.write(found if self.recipe.permutes else pruned)
+            found = {path: found[path].astype(dtype) for path, dtype in parts.dtypes.items()}
+        block.write(found if self.recipe.permutes else parts.pruned)
         return block, found
 
     def restore(self, block: PrunableBlock, place: int, keys: Mapping[str, str], tensors: Tensors) -> PrunableBlock:
@@ -159,16 +171,11 @@ class SmallerPlan(Plan):
         return self if shape is None else shrink_plan(model, self, shape.sizes)
 
     def finish(
-        self,
-        block: PrunableBlock,
-        place: int,
-        tensors: Tensors,
-        pruned: Tensors,
-        dtypes: Mapping[str, np.dtype],
-        grams: Callable[[], BlockGrams],
+        self, block: PrunableBlock, place: int, parts: PrunedParts
     ) -> tuple[PrunableBlock, dict[str, np.ndarray]]:
         """The block and its tensors with the groups that were kept, and the experts that do most."""
         target, dense, sizes = cast(StreamedModel, self.target), cast(Block, block), self.sizes
+        tensors = parts.tensors
 
         def width(name: str) -> int:
             return target.weight_shape(target.weight_key(place, name))[1]
@@ -177,7 +184,7 @@ class SmallerPlan(Plan):
         if dense.num_experts:
             count, experts = sizes.experts or dense.num_experts, np.arange(dense.num_experts)
             if count < len(experts):
-                found = grams()
+                found = parts.grams()
                 energy = [_energy(tensors[f"mlp.experts.{e}.down_proj.weight"], found, e) for e in range(len(experts))]
                 experts = _largest(np.array(energy), count)
             kept = width("mlp.experts.0.down_proj")
@@ -188,7 +195,7 @@ class SmallerPlan(Plan):
         groups = _kept(tensors["self_attn.o_proj.weight"], sizes.kv_heads, size)
         sliced = sliced_block(dense.config, dense.self_attn.kind, tensors, Kept(channels, groups, experts))
         # The block runs with the rounding of what is stored.
-        sliced = {path: value.astype(dtypes[path], copy=False) for path, value in sliced.items()}
+        sliced = {path: value.astype(parts.dtypes[path], copy=False) for path, value in sliced.items()}
         return target.block_of(place, sliced), sliced
 
     def restore(self, block: PrunableBlock, place: int, keys: Mapping[str, str], tensors: Tensors) -> PrunableBlock:
