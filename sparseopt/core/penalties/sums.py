@@ -116,8 +116,8 @@ def stack(penalties: Sequence[Penalty], sizes: Sequence[int]) -> Sum:
     """The sum of penalties on consecutive slices of rows: a `Norm` if all are, and a `Conjugate` if all are.
 
     Example:
-        >>> from sparseopt.core.penalties.sums import stacked
-        >>> stacked([so.L1(1.0), so.L1(2.0)], [2, 1]).prox(jnp.array([3.0, 0.5, 3.0]), step=1.0)
+        >>> from sparseopt.core.penalties.sums import stack
+        >>> stack([so.L1(1.0), so.L1(2.0)], [2, 1]).prox(jnp.array([3.0, 0.5, 3.0]), step=1.0)
         Array([2., 0., 1.], dtype=float32)
     """
     kind = Sum
