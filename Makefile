@@ -17,7 +17,7 @@ TEXTS ?=
 RECORD ?=
 PEER_PYTHON ?=
 FUZZ_SECONDS ?= 60
-OTHERS := slow and not oracle and not package and not notebooks and not accelerators and not device
+OTHERS := slow and not pages and not oracle and not package and not notebooks and not accelerators and not device
 
 .PHONY: help demo test test-all test-thorough lint test-slow test-oracle test-notebooks test-package test-accelerators test-gpu fuzz families golden notebooks docs bench-prune bench-memory bench-reliability bench-scaling bench-accelerators bench-gpu bench-quality bench-precision bench-shrink bench-runtime bench-trend bench-trend-selection bench-trend-sizes bench-trend-peers bench-trend-batch bench-first-calls bench-core clean
 
@@ -131,9 +131,10 @@ test-gpu: $(VENV)/.installed-oracle ## Tests that need a GPU or TPU; skipped if 
 notebooks: $(VENV)/.installed-docs ## Execute the notebooks again and store their results (about 7 minutes).
 	$(BIN)/python notebooks/build.py run
 
-docs: $(VENV)/.installed-docs ## Build the pages into build/docs, with warnings as errors, and run their examples.
+docs: $(VENV)/.installed-docs $(VENV)/.installed-test ## Build the pages into build/docs, with warnings as errors, run their examples, and check links and looks.
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
 	$(BIN)/sphinx-build -W -q -b doctest docs build/doctest
+	$(BIN)/python -m pytest -m pages -rs tests/test_pages.py
 
 fuzz: $(VENV)/.installed-fuzz ## Fuzz every reader and argument check for FUZZ_SECONDS (60) each; JSON lines.
 	$(BIN)/python -m tests.fuzz.run --seconds $(FUZZ_SECONDS)

@@ -7,13 +7,15 @@ tokens.svg: perplexity and held-out error against the number of calibration toke
 frontier.svg: perplexity against seconds a token and against megabytes, for dense, smaller and pruned models.
 """
 
+import statistics
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
-from pruning_tables import QUALITY, SETTINGS, by_run, by_tokens
-from records import Record, missing, named, read
+from records import Record, groups, missing, read, select
+
+SETTINGS = {"0.5": "50 %", "0.6": "60 %", "0.7": "70 %", "2:4": "2:4"}
 
 OURS = "#0072B2"
 PEERS = {
@@ -46,7 +48,8 @@ SOLVERS = {"sparseopt auto": (OURS, "o"), "fastprox": ("#E69F00", "s"), "PIQP": 
 
 def quality(records: list[Record], dense: float) -> Any:
     """Perplexity over sparsity, one line per method, with the dense model's."""
-    found = by_run(records, "perplexity, models")
+    models = select(records, r"perplexity, models, (?P<run>.+) at (?P<setting>[^,]+)")
+    found = {(record["run"], record["setting"]): record for record in models}
     figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
     for name, (colour, marker) in ({"best": (OURS, "o")} | PEERS).items():
         points = {setting: found[name, setting]["value"] for setting in SETTINGS if (name, setting) in found}
@@ -73,7 +76,7 @@ def quality(records: list[Record], dense: float) -> Any:
 
 def peers(records: list[Record]) -> Any:
     """Seconds to two tolerances, one row per problem, sorted by order and size."""
-    found = [record for record in named(records, "time to target") if record["target"] < 1e-3 and record["seconds"]]
+    found = [record for record in select(records, "time to target") if record["target"] < 1e-3 and record["seconds"]]
     problems = sorted(
         {(record["order"], record["nodes"], record["problem"]) for record in found},
         reverse=True,
@@ -115,7 +118,7 @@ def memory(pruning: list[Record], sizes: list[Record]) -> Any:
     left.set(xlabel="model, MB", ylabel="peak memory, MB", ylim=(0, 1200), title="Pruning a model")
     left.legend(loc="lower right", frameon=False)
     for order, colour in ((0, OURS), (1, "#E69F00")):
-        grids = [r for r in named(sizes, "size") if r["problem"] == "picture" and r["order"] == order]
+        grids = [r for r in select(sizes, "size") if r["problem"] == "picture" and r["order"] == order]
         right.plot(
             [record["nodes"] for record in grids],
             [record["peak_bytes"] / 1e9 for record in grids],
@@ -131,18 +134,21 @@ def memory(pruning: list[Record], sizes: list[Record]) -> Any:
 
 def tokens(records: list[Record]) -> Any:
     """Perplexity and held-out error over the calibration tokens, a row of panels for each model."""
-    models = by_tokens(records)
+    scored = [r for r in select(records, r"perplexity, tokens, (?P<run>.+) at .+") if r["value"] is not None]
+    models = groups(scored, "model")
     if not models:
-        return _without_records(QUALITY)
+        return _without_records("quality")
     figure, panels = plt.subplots(len(models), 2, figsize=(9, 3.6 * len(models)), squeeze=False, layout="constrained")
-    for (model, runs), row in zip(models.items(), panels, strict=True):
-        for which, (axis, label) in enumerate(zip(row, ("perplexity", "held-out error of the layers"), strict=True)):
+    errors = {"value": "perplexity", "mean_heldout_error": "held-out error of the layers"}
+    for of_model, row in zip(models, panels, strict=True):
+        counts = sorted({record["calibration_tokens"] for record in of_model})
+        for axis, (field, label) in zip(row, errors.items(), strict=True):
             for run, (colour, marker) in COLOURS.items():
-                if run in runs:
-                    counts, values = list(runs[run]), [pair[which] for pair in runs[run].values()]
-                    axis.plot(counts, values, color=colour, marker=marker, label=run)
-            axis.set(xscale="log", xlabel="calibration tokens", ylabel=label, title=model)
-            counts = sorted({count for found in runs.values() for count in found})
+                # The median over the draws of each number of tokens.
+                draws = groups([r for r in of_model if r["run"] == run], "calibration_tokens")
+                medians = {draw[0]["calibration_tokens"]: statistics.median(r[field] for r in draw) for draw in draws}
+                axis.plot(*zip(*sorted(medians.items()), strict=True), color=colour, marker=marker, label=run)
+            axis.set(xscale="log", xlabel="calibration tokens", ylabel=label, title=of_model[0]["model"])
             axis.set_xticks(counts, [f"{count:,}" for count in counts], rotation=30)
             axis.minorticks_off()
             axis.grid(color="#eeeeee")
@@ -151,10 +157,10 @@ def tokens(records: list[Record]) -> Any:
     return figure
 
 
-def _without_records(command: str) -> Any:
+def _without_records(name: str) -> Any:
     """A line of text in place of a picture."""
     figure, axis = plt.subplots(figsize=(9, 0.6), layout="constrained")
-    axis.text(0, 0.5, missing(command).strip().replace("`", ""), va="center")
+    axis.text(0, 0.5, missing(name).replace("`", ""), va="center")
     axis.set_axis_off()
     return figure
 
@@ -163,7 +169,7 @@ def frontier(records: list[Record]) -> Any:
     """Perplexity over milliseconds a token and over megabytes on disk; points of a runtime are all in one run."""
     found = [r for r in records if r["figure"].startswith("decode, ") and r["runtime"] in FRONTIER_RUNTIMES]
     if not found:
-        return _without_records("make bench-runtime DATA=folder")
+        return _without_records("runtime")
     runtimes = [name for name in FRONTIER_RUNTIMES if any(record["runtime"] == name for record in found)]
     scales = (("milliseconds a token, one thread", "decode_seconds", 1e3), ("MB on disk", "disk_bytes", 1e-6))
     beside: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "va": "center", "fontsize": 8}
@@ -223,19 +229,15 @@ def _logarithmic(axis: Any, ticks: list[float]) -> None:
     axis.minorticks_off()
 
 
-def write_all(source: Path, target: Path) -> None:
+def write_all(target: Path) -> None:
     """Write every picture to `target/NAME.svg`."""
-    records = {
-        name: read(source / f"{name}.jsonl")
-        for name in ("quality", "prune", "trend_peers", "memory", "trend_sizes", "runtime")
-    }
-    dense = named(records["prune"], "dense perplexity")[0]["value"]
+    dense = select(read("prune"), "dense perplexity")[0]["value"]
     pictures = {
-        "quality": quality(records["quality"], dense),
-        "peers": peers(records["trend_peers"]),
-        "memory": memory(records["memory"], records["trend_sizes"]),
-        "tokens": tokens(records["quality"]),
-        "frontier": frontier(records["runtime"]),
+        "quality": quality(read("quality"), dense),
+        "peers": peers(read("trend_peers")),
+        "memory": memory(read("memory"), read("trend_sizes")),
+        "tokens": tokens(read("quality")),
+        "frontier": frontier(read("runtime")),
     }
     for name, figure in pictures.items():
         figure.savefig(target / f"{name}.svg")

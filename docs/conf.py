@@ -20,11 +20,13 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 import benchmark_pictures  # noqa: E402
-import benchmark_tables  # noqa: E402
 import command_line  # noqa: E402
 import docstrings  # noqa: E402
+import records  # noqa: E402
 import solver_tables  # noqa: E402
 
+from sparseopt.layers.methods import find_method, method_cost  # noqa: E402
+from sparseopt.models import FAMILIES  # noqa: E402
 from sparseopt.pruning import METHODS  # noqa: E402
 
 project = "sparseopt"
@@ -40,6 +42,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx.ext.doctest",
     "mathml",
+    "records",
 ]
 exclude_patterns = ["_generated", "_static", "benchmarks", "**/.ipynb_checkpoints"]
 
@@ -118,12 +121,26 @@ def methods_table() -> str:
     return "| method | what it does | presets |\n|---|---|---|\n" + "\n".join(rows) + "\n"
 
 
+def workspace(label: str, outputs: int, inputs: int) -> float:
+    """The bytes that `sparseopt inspect` expects of a layer solve by "METHOD PRESET"."""
+    name, _, preset = label.partition(" ")
+    return method_cost(find_method(name, preset or None)).workspace.nbytes(outputs, inputs)
+
+
+def summary(family: str) -> str:
+    """The first sentence of a family's file."""
+    module = importlib.import_module(FAMILIES[family].read_config.__module__)
+    return (module.__doc__ or "").partition("\n")[0].removesuffix(".")
+
+
+records.EXPRESSIONS.globals |= {"workspace": workspace, "summary": summary, "place": list(FAMILIES).index}
+
+
 def generate(app: Sphinx) -> None:
     """Write the generated files before Sphinx looks for pages."""
     folder = HERE / "_generated"
     folder.mkdir(exist_ok=True)
-    benchmark_tables.write_all(HERE / "benchmarks", folder)
-    benchmark_pictures.write_all(HERE / "benchmarks", folder)
+    benchmark_pictures.write_all(folder)
     (folder / "experiments.md").write_text(experiments_page(), encoding="utf-8")
     (folder / "methods.md").write_text(methods_table(), encoding="utf-8")
     (folder / "command-line.md").write_text(command_line.page(), encoding="utf-8")

@@ -100,7 +100,7 @@ def pruning_picture() -> None:
 
 def selection_picture() -> None:
     """Mean error at the weight of each rule over that at the best weight, with bars of two standard errors."""
-    lines = read(HERE / "benchmarks" / "trend_selection.jsonl")
+    lines = read("trend_selection")
     records = [record for record in lines if record["figure"] == "choice of the weight"]
     graphs = list(dict.fromkeys(record["graph"] for record in records))
     figure, axes = plt.subplots(1, len(graphs), figsize=(11, 4.4), sharey=True, layout="constrained")
