@@ -1,4 +1,4 @@
-"""How the built pages look: links, alternative texts, formulas, and tables that fit; `make docs` builds them and runs this."""
+"""How the pages look that `make docs` builds: links, alternative texts, formulas, and tables that fit."""
 
 import json
 import os
@@ -19,7 +19,7 @@ UNREAD = {"genindex.html", "py-modindex.html", "search.html"}
 WIDE = """<script>
 const wide = [...document.querySelectorAll("article table")]
   .filter(table => table.scrollWidth > table.parentElement.clientWidth + 1)
-  .map(table => [table.querySelector("tr").innerText.replace(/\\s+/g, " "), table.scrollWidth, table.parentElement.clientWidth]);
+  .map(table => [table.querySelector("tr").innerText, table.scrollWidth, table.parentElement.clientWidth]);
 document.documentElement.innerHTML = "<pre id=wide>" + JSON.stringify(wide).replace(/</g, "&lt;") + "</pre>";
 </script>"""
 
