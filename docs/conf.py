@@ -17,7 +17,11 @@ from sphinx.domains.python import PyObject
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+from tests import programs  # noqa: E402
+
+programs.set_up()  # examples are compiled as the tests are
 
 import benchmark_pictures  # noqa: E402
 import command_line  # noqa: E402
