@@ -25,7 +25,7 @@ from sparseopt.trend.base.job import Job, check_terms, graph_for, terms_of, vani
 from sparseopt.trend.base.layout import layout_of
 from sparseopt.trend.base.pieces import TrendSolution
 from sparseopt.trend.base.signal import as_null_fit, check_order, check_signal, graph_at
-from sparseopt.trend.methods.choice import Interior, as_method, choose, is_short
+from sparseopt.trend.methods.choice import as_method, choose, is_short
 from sparseopt.trend.methods.losses import fit_loss
 from sparseopt.trend.methods.piece_means import short_fit, take_piece_means
 from sparseopt.trend.methods.plan import known_fit
@@ -216,7 +216,7 @@ def _fit(job: Job) -> TrendSolution:
         return known_fit(job, signal.values)
     method = choose(job)
     found = method.plan(job).fit_job(job)
-    if job.method is None and isinstance(method, Interior) and int(found.status) != Status.CONVERGED:
+    if job.method is None and method.on_host and int(found.status) != Status.CONVERGED:
         # Rounding ended it: for very large weights the other methods get closer.
         found = choose(job, pure=True).plan(job).fit_job(job)
     return found

@@ -8,12 +8,11 @@ the Jacobian in y is the projection onto the signals with the same zero differen
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.core.base.arguments import renames, whole_number
-from sparseopt.core.base.types import precision, pytree, static, wide_types
+from sparseopt.core.base.types import is_traced, precision, pytree, static, wide_types
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.problem.problem import Solution
 from sparseopt.core.solvers.admm import Start
@@ -98,7 +97,7 @@ class TrendSolver:
                 f"a solver on {graph!r} has the rows of the grid that its edges are, in which {type(penalty).__name__} "
                 "does not act: plan one on graph.as_edges(), for signals of the shape [n]"
             )
-        if isinstance(weight, jax.core.Tracer):
+        if is_traced(weight):
             y = jnp.where(jnp.any(weight < 0), jnp.nan, y)
         if node_weights is not None:
             node_weights = jnp.asarray(node_weights, kind)

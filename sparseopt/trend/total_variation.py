@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sparseopt.core.base.arguments import positive_number, whole_number
-from sparseopt.core.base.types import FloatArray, Scalar, pytree, static
+from sparseopt.core.base.types import FloatArray, Scalar, is_traced, pytree, static
 from sparseopt.core.operators.differences import Difference
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.penalties.groups import GroupL2
@@ -131,9 +131,9 @@ class TotalVariation:
             graph = graph_at(check_graph(graph), order)
             penalty = _penalty(weight, axis)
             require_penalty(penalty, graph, order, channels is not None)
-            if not isinstance(weight, jax.core.Tracer):
+            if not is_traced(weight):
                 check_parameters(penalty, np.dtype(np.float64), layout_of(graph).count(order + 1))
-            if not isinstance(tol, jax.core.Tracer):
+            if not is_traced(tol):
                 positive_number("tol", tol)
             max_steps = whole_number("max_steps", max_steps, 1, MOST_STEPS)
             solver = trend_solver(graph, order, method, dtype, channels)

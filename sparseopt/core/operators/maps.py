@@ -14,7 +14,11 @@ from sparseopt.core.base.types import FloatArray, pytree, static
 
 @runtime_checkable
 class LinearMap(Protocol):
-    """A linear map between arrays of two shapes, and its transpose."""
+    """A linear map between arrays of two shapes, and its transpose.
+
+    A method `squared(dtype)`, the map with the squares of the matrix's entries, is optional: with it problems are
+    solved in units in which columns and rows are equally long.
+    """
 
     def mv(self, x: FloatArray) -> FloatArray:
         """The image of x."""
@@ -87,6 +91,9 @@ class Identity:
 
     def rmv(self, e: FloatArray) -> FloatArray:
         return e
+
+    def squared(self, dtype: Any) -> "Identity":
+        return self
 
 
 def or_identity(given: Any, x: FloatArray) -> Any:

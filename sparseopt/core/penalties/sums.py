@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from sparseopt.core.base.types import FloatArray, Scalar, pytree, static
 from sparseopt.core.operators.differences import spread
-from sparseopt.core.penalties.protocols import Conjugate, Norm, Penalty, gauge
+from sparseopt.core.penalties.protocols import Penalty, gauge, has_conjugate, is_norm
 
 
 @pytree
@@ -121,8 +121,8 @@ def stack(penalties: Sequence[Penalty], sizes: Sequence[int]) -> Sum:
         Array([2., 0., 1.], dtype=float32)
     """
     kind = Sum
-    if all(isinstance(penalty, Norm) for penalty in penalties):
+    if all(map(is_norm, penalties)):
         kind = NormSum
-    elif all(isinstance(penalty, Conjugate | Norm) for penalty in penalties):
+    elif all(map(has_conjugate, penalties)):
         kind = ConjugateSum
     return kind(tuple(penalties), tuple(int(size) for size in sizes))

@@ -25,7 +25,7 @@ from sparseopt.core.base.sums import total
 from sparseopt.core.base.types import FloatArray, pytree
 from sparseopt.core.operators.maps import or_identity
 from sparseopt.core.operators.matrices import norm_estimate
-from sparseopt.core.penalties.protocols import Norm, feasible, gauge
+from sparseopt.core.penalties.protocols import feasible, gauge, is_norm
 from sparseopt.core.problem.problem import Status, unfold
 from sparseopt.core.problem.units import Units, units_of
 
@@ -95,7 +95,7 @@ def judge(
         null: whether no penalty sees x: its rows are 0 up to rounding, and count as 0.
     """
     loss, penalty, operator = problem.loss, problem.penalty, problem.operator
-    if not isinstance(penalty, Norm):
+    if not is_norm(penalty):
         dual = feasible(penalty, dual)
     # Without the barrier XLA would repeat a product in each sum that reads it.
     rows, pulled = jax.lax.optimization_barrier((operator.mv(x), operator.rmv(dual)))
@@ -160,7 +160,7 @@ def certificate(
     maps = or_identity(problem.operator, x)
     rows, y = loss.rows, maps.mv(x)
     # Whether u has a ball in which it can move.
-    bounded = not plain and isinstance(penalty, Norm)
+    bounded = not plain and is_norm(penalty)
     limits = jnp.finfo(x.dtype)
     units = units_of(problem, x) if units is None else units
     scales = (1 / units.size**2, 1.0) if scales is None else scales
@@ -215,7 +215,7 @@ def certificate(
     def move(carry: tuple[Array, FloatArray, FloatArray, Array, FloatArray]) -> tuple:
         index, s, u, held, apart = carry
         first = index == 0
-        if plain and not isinstance(penalty, Norm):
+        if plain and not is_norm(penalty):
             s, u, cut, apart = jax.lax.cond(first, lambda s, u: (s, u, held, apart), shift, s, u)
             held = held | cut
         slope = rows.slope(-s)

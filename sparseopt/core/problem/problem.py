@@ -7,7 +7,7 @@ A solver is a frozen pytree with four pure methods; the loop, the stopping rule,
 """
 
 import enum
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from sparseopt.core.base.types import FloatArray, pytree
 from sparseopt.core.operators.matrices import linear_map
 from sparseopt.core.penalties.entries import L1
-from sparseopt.core.penalties.protocols import Composite
+from sparseopt.core.penalties.protocols import is_composite
 
 # A residual within this multiple of eps may be as low as the precision allows.
 NEAR_ROUNDING = 1e3
@@ -124,6 +124,7 @@ class Progress(NamedTuple):
         return near & (self.waited >= patience) & (residual <= 2 * self.best)
 
 
+@runtime_checkable
 class Solver(Protocol):
     """The four methods that `solve` calls. All are pure; `problem` is passed in so that a solver holds no data.
 
@@ -171,10 +172,10 @@ class ProxSolver(PlainSolver):
 
     def solves(self, problem: Problem, state: Any) -> Problem:
         """With the inner penalty of a `Composite` and its operator."""
-        return unfold(problem, state.x) if isinstance(problem.penalty, Composite) else problem
+        return unfold(problem, state.x) if is_composite(problem.penalty) else problem
 
     def duals(self, problem: Problem, state: Any) -> tuple[None, Any]:
-        return None, problem.penalty.dual(state.prox_memory) if isinstance(problem.penalty, Composite) else None
+        return None, problem.penalty.dual(state.prox_memory) if is_composite(problem.penalty) else None
 
 
 def relative_change(x: FloatArray, previous: FloatArray) -> Float[Array, ""]:

@@ -31,7 +31,7 @@ from jaxtyping import Array
 from sparseopt.core.base.sums import total
 from sparseopt.core.base.types import pytree, static
 from sparseopt.core.operators.maps import Split
-from sparseopt.core.penalties.protocols import Norm, dual_step, has_conjugate
+from sparseopt.core.penalties.protocols import dual_step, has_conjugate, is_norm
 from sparseopt.core.problem.certify import judge
 from sparseopt.core.problem.problem import Measure, Problem, Progress, needs
 from sparseopt.core.solvers.anderson import empty_memory, extrapolate, forget
@@ -253,11 +253,23 @@ class Admm:
         return self.node_solve.solve(loss.weights, problem.operator, right, rho, now.x)
 
     def init(self, problem: Problem, start: Start | AdmmState) -> AdmmState:
-        """Start with d = 0 and g the start's dual, or continue from a state of another precision, cast to this one."""
-        if isinstance(start, AdmmState):
-            return self._first(problem, start)
+        """From a start, or a state that goes on at another tolerance or penalty.
+
+        It has a check as if it were the first; of a norm one without a certificate, which every step brings.
+        """
+        state = start if isinstance(start, AdmmState) else self._begin(problem, start)
+        far = jnp.full((), jnp.inf, state.now.x.dtype)
+        residual, objective, gap, floor = far, far, far, jnp.zeros_like(far)
+        if not has_conjugate(problem.penalty):
+            state, (residual, objective, gap, floor) = self._certify(problem, state)
+        progress = Progress(jnp.full_like(residual, jnp.inf), jnp.zeros((), jnp.int32))
+        check = Check(residual, objective, gap, progress, floor, state.check.motion)
+        return dataclasses.replace(state, check=check)
+
+    def _begin(self, problem: Problem, start: Start) -> AdmmState:
+        """With d = 0, and g the start's dual."""
         x, blocks = start.x, []
-        dtype, norm = x.dtype, isinstance(problem.penalty, Norm)
+        dtype, norm = x.dtype, is_norm(problem.penalty)
         far = jnp.full((), jnp.inf, dtype)
         for term, (dual, rho) in zip(self._terms(problem), self._first_duals(problem, start), strict=True):
             z = x if term.inner is None else term.inner.mv(x)
@@ -271,7 +283,7 @@ class Admm:
             noise = problem.penalty.value((problem.operator.row_scale * signs).astype(dtype))
             noise = jnp.where(jnp.isfinite(noise), noise, 0)  # that of a set may be +inf
         next_change = jnp.full((), FIRST_CHANGE if self.changes else -1, jnp.int32)
-        state = AdmmState(
+        return AdmmState(
             now=Moving(x, tuple(blocks)),
             count=jnp.zeros((), jnp.int32),
             next_change=next_change if start.settled is None else jnp.where(start.settled, -1, next_change),
@@ -280,17 +292,6 @@ class Admm:
             past=empty_memory(z, x, self.acceleration) if self._accelerates(problem) else None,
             mean=None,
         )
-        return self._first(problem, state)
-
-    def _first(self, problem: Problem, state: AdmmState) -> AdmmState:
-        """The state with a check, as if it were the first; of a norm without a certificate, which every step brings."""
-        far = jnp.full((), jnp.inf, state.now.x.dtype)
-        residual, objective, gap, floor = far, far, far, jnp.zeros_like(far)
-        if not has_conjugate(problem.penalty):
-            state, (residual, objective, gap, floor) = self._certify(problem, state)
-        progress = Progress(jnp.full_like(residual, jnp.inf), jnp.zeros((), jnp.int32))
-        check = Check(residual, objective, gap, progress, floor, state.check.motion)
-        return dataclasses.replace(state, check=check)
 
     @property
     def stride(self) -> int:
@@ -361,7 +362,7 @@ class Admm:
         x, g, unknown = state.now.x, state.candidate, jnp.full((), jnp.nan, state.now.x.dtype)
         objective, gap = judge(problem, x, g) if has_conjugate(penalty) else (unknown, unknown)
         residual = gap
-        if not isinstance(penalty, Norm):
+        if not is_norm(penalty):
             rows, pulled = jax.lax.optimization_barrier((problem.operator.mv(x), problem.operator.rmv(g)))
             balance = relative(loss.gradient(x) + pulled, loss.weigh(loss.target))
             of_signal = problem.operator.mv(loss.mask_missing(loss.target))

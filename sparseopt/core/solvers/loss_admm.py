@@ -83,8 +83,8 @@ class LossAdmm(Admm):
         sigma, rho = (block.rho for block in now.blocks)
         return self.node_solve.solve(self.metric, problem.operator, pulled / sigma, rho / sigma, now.x)
 
-    def init(self, problem: Problem, start: Start | AdmmState) -> AdmmState:
-        state = super().init(problem, start)
+    def _begin(self, problem: Problem, start: Start) -> AdmmState:
+        state = super()._begin(problem, start)
         if not has_conjugate(problem.penalty):
             return state
         nothing = jax.tree.map(jnp.zeros_like, state.now)

@@ -42,7 +42,7 @@ from sparseopt.core.losses.data import DataLoss, as_least_squares
 from sparseopt.core.losses.quadratic import Quadratic, is_smooth
 from sparseopt.core.operators.maps import or_identity
 from sparseopt.core.operators.matrices import norm_estimate
-from sparseopt.core.penalties.protocols import Norm, dual_step, has_conjugate
+from sparseopt.core.penalties.protocols import dual_step, has_conjugate, is_norm
 from sparseopt.core.problem.certify import ROUNDING, certificate
 from sparseopt.core.problem.problem import Measure, Problem, Progress, needs
 from sparseopt.core.problem.units import Units, scales_of, units_of
@@ -286,7 +286,7 @@ class PrimalDual:
             earlier = jnp.where((bound > 0) & ~refuted, slack / jnp.maximum(bound, limits.tiny), jnp.inf)
             gap = jnp.where(due, jnp.minimum(found.gap, earlier), earlier)
         residual, gap = gap, jnp.where(jnp.isfinite(gap), gap, jnp.nan)
-        if not isinstance(penalty, Norm):
+        if not is_norm(penalty):
             # Outside the set of a constraint the objective is infinite.
             pairs = list(zip(at.images, state.copies, strict=True))
             sizes = sum(jnp.maximum(total(a**2), total(y**2)) for a, y in pairs)

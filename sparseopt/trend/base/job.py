@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.core.base.arguments import (
-    Limited,
+    fits,
     is_positive,
     own_refusal,
     positive_number,
@@ -20,11 +20,11 @@ from sparseopt.core.base.arguments import (
     require_memory,
     whole_number,
 )
-from sparseopt.core.losses.residuals import LossOfTwoSlopes, Squared
+from sparseopt.core.base.types import is_traced
+from sparseopt.core.losses.residuals import Squared, has_two_slopes, is_square
 from sparseopt.core.losses.scalar import ScalarLoss
 from sparseopt.core.penalties.entries import L1
-from sparseopt.core.penalties.groups import GroupL2, SparseGroup
-from sparseopt.core.penalties.protocols import Composite
+from sparseopt.core.penalties.protocols import Penalty, is_composite
 from sparseopt.core.penalties.sets import Box
 from sparseopt.core.problem.problem import Solution
 from sparseopt.core.solvers.admm import Start
@@ -49,6 +49,9 @@ class Method(Protocol):
     single: bool = False  # whether it takes only one penalty, and the square loss
     one_metric: bool = False  # whether its x-step may need one metric for all nodes
     over_devices: bool = False  # whether it works over several devices
+    on_host: bool = False  # whether it works on the host: without a start, a history and traced values
+    short_from: float = math.inf  # from so many nodes on a signal in float64 is first solved in float32
+    merges: bool = False  # whether a path of exact fits at order 0 may replace it
     balances_rho: bool = False  # whether it computes rho again at every level of a path, from the start
     keeps_rho_from: int = 0  # from this order on it keeps the rho of the previous level of a path, for a norm
 
@@ -115,6 +118,7 @@ class Job:
     several: bool = dataclasses.field(init=False)  # whether there are several penalties, or one on b itself
     penalty: Any = dataclasses.field(init=False)  # the penalty, if there is only one
     square: bool = dataclasses.field(init=False)  # whether the loss is the square
+    is_l1: bool = dataclasses.field(init=False)  # whether that penalty is L1
     settings: Settings = dataclasses.field(init=False)  # of the method
 
     def __post_init__(self) -> None:
@@ -125,12 +129,13 @@ class Job:
         fill("order", max(0, *self.terms))
         fill("several", len(self.terms) > 1 or -1 in self.terms)
         fill("penalty", next(iter(self.terms.values())))
-        fill("square", isinstance(self.loss, Squared))
+        fill("is_l1", isinstance(self.penalty, L1))
+        fill("square", is_square(self.loss))
         fill("settings", self.method if isinstance(self.method, Settings) else DEFAULTS)
         if self.several and not self.square:
             raise ValueError(f"several penalties take the square loss, given loss={self.loss}")
         smooth = getattr(self.loss, "smooth", False)
-        if self.graph.free and not (smooth or (self.graph.is_chain and isinstance(self.loss, LossOfTwoSlopes))):
+        if self.graph.free and not (smooth or (self.graph.is_chain and has_two_slopes(self.loss))):
             raise ValueError(
                 f"free ends at order {self.order} take smooth losses, and on a chain Absolute and Quantile, "
                 f'given {type(self.loss).__name__}: take Huber, or ends="graph"'
@@ -141,10 +146,11 @@ class Job:
             what = f"a history of max_steps={self.max_steps:,} steps"
             require_memory(STEP_BYTES * self.max_steps, what, "lower max_steps")
         start: Any = self.start
-        if start is not None and not isinstance(start, Solution | Start):
-            raise TypeError(f"start is a Solution of trend_filter, given {start!r:.100}; tol is a keyword")
-        if isinstance(start, Solution) and not np.all(np.isfinite(np.asarray(start.value))):
-            raise ValueError("start holds values that are not finite; start without it")
+        if start is not None and not isinstance(start, Start):
+            if not isinstance(start, Solution):
+                raise TypeError(f"start is a Solution of trend_filter, given {start!r:.100}; tol is a keyword")
+            if not np.all(np.isfinite(np.asarray(start.value))):
+                raise ValueError("start holds values that are not finite; start without it")
 
     def at(self, weight: float) -> "Job":
         """The job with another weight of its penalty."""
@@ -283,7 +289,7 @@ def check_terms(terms: Terms, layout: Layout, channels: tuple[int, ...], kind: n
 
 def _cost(penalty: Any, x: Any) -> float | None:
     """What x costs; None for a penalty that is traced, or of arrays of another shape."""
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(penalty)):
+    if is_traced(penalty):
         return None
     with jax.ensure_compile_time_eval(), contextlib.suppress(AttributeError, TypeError, ValueError):
         return float(penalty.value(jnp.asarray(x, jnp.float32)))
@@ -302,7 +308,7 @@ def vanishes(penalty: Any) -> bool:
 def _excludes_zero(penalty: Any) -> bool:
     """Whether 0 costs something; a penalty that does not say so is asked for its value, if its numbers are known."""
     said = getattr(penalty, "excludes_zero", None)
-    if said is not None or isinstance(penalty, Limited):
+    if said is not None:
         return bool(said() if callable(said) else said)
     return _cost(penalty, np.zeros((3, 1))) not in (0, None)
 
@@ -313,8 +319,8 @@ def check_penalty(
     """The penalty, after `require_penalty` and `check_parameters`."""
     require_penalty(penalty, graph, order, bool(channels))
     check_parameters(penalty, kind, rows)
-    if isinstance(penalty, Limited) and graph.shape is not None and not graph.free:  # whose rows are no list
-        for name in (*penalty.least, *penalty.above, *penalty.bounds):
+    if graph.shape is not None and not graph.free:  # whose rows are no list
+        for name in getattr(penalty, "number_names", ()):
             shape = np.shape(getattr(penalty, name))
             if name != "weight" and shape not in ((), channels):
                 raise ValueError(
@@ -326,21 +332,20 @@ def check_penalty(
 
 def require_penalty(penalty: Any, graph: Graph, order: int, channels: bool) -> None:
     """Raise a TypeError or ValueError unless this is a penalty on the differences of an order."""
-    if isinstance(penalty, type) or not (hasattr(penalty, "value") and hasattr(penalty, "prox")):
+    if not fits(penalty, Penalty):
         raise TypeError(f"a penalty has `value` and `prox`, such as sparseopt.L1(10.0); given {penalty!r}")
     if any(leaf is penalty for leaf in jax.tree.leaves(penalty)):
         # No program can be compiled for it.
         raise TypeError(f"a penalty is a pytree, made so by the decorator sparseopt.pytree; given {penalty!r}")
     name = type(penalty).__name__
-    if isinstance(penalty, Composite):
+    if is_composite(penalty):
         raise TypeError(
             f"{name} has differences of its own, and the penalty here acts on those of the graph, as L1(0.5) does; "
             f"for {name} itself call its prox, or `sparseopt.solve`"
         )
-    if isinstance(penalty, GroupL2 | SparseGroup):
+    if axes := getattr(penalty, "group_axes", ()):
         if penalty.groups is not None:
             raise ValueError(f"{name} couples channels here; labelled groups of differences are not supported")
-        axes = tuple(np.atleast_1d(penalty.axis).tolist())
         if axes not in ((-1,), (0,), (0, -1)):
             raise ValueError(
                 f"{name} couples the channels by axis -1, the differences of a node along the axes of a grid by axis "
@@ -361,9 +366,9 @@ def require_penalty(penalty: Any, graph: Graph, order: int, channels: bool) -> N
 def check_parameters(penalty: Any, kind: np.dtype, rows: int | None = None) -> None:
     """Raise a ValueError unless a penalty's numbers are finite and its weight is a valid one in the dtype `kind`."""
     weight = check_weight(penalty, rows)
+    if is_traced(penalty):
+        raise TypeError(f"trend_filter checks a penalty's numbers, {UNKNOWN}")
     for leaf in jax.tree.leaves(penalty):
-        if isinstance(leaf, jax.core.Tracer):
-            raise TypeError(f"trend_filter checks a penalty's numbers, {UNKNOWN}")
         value = np.asarray(leaf)
         if value.dtype.kind not in "biuf":
             continue
@@ -379,7 +384,7 @@ def check_weight(penalty: Any, rows: int | None = None) -> Any:
     No number of the penalty may be one that `refuses` rejects. Those that are traced are not checked.
     """
     weight: Any = getattr(penalty, "weight", 0.0)
-    known = not isinstance(weight, jax.core.Tracer)
+    known = not is_traced(weight)
     weight = real_array("the penalty's weight", weight) if known else weight
     if reason := own_refusal(penalty):
         raise ValueError(reason)

@@ -23,9 +23,8 @@ import numpy as np
 
 from sparseopt.core.base.arguments import real_array
 from sparseopt.core.base.types import pytree, static
-from sparseopt.core.operators.maps import Stack
 from sparseopt.core.operators.row_tables import edge_rows
-from sparseopt.core.penalties.protocols import Norm
+from sparseopt.core.penalties.protocols import is_norm
 from sparseopt.core.problem.problem import Solution
 from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.base.ground import Ground, couples_axes, mean_weight
@@ -154,15 +153,15 @@ def nonzero_at(
     """
     rows, operator = ground.highest.mv(x), ground.operator
     flat: Any = False
-    if means is not None and (ground.basis is not None or not isinstance(penalty, Norm)):
+    if means is not None and (ground.basis is not None or not is_norm(penalty)):
         flat = jnp.all(x == means)
         rows = jnp.where(flat, 0, rows)
-    if isinstance(operator, Stack):
+    if operator.order is None:
         if operator.maps[-1].order != ground.highest.order:
             return rows != 0  # the values alone are penalised
         penalty, size = penalty.penalties[-1], penalty.sizes[-1]
         dual, prox = (None if part is None else part[-size:].reshape(rows.shape) for part in (dual, prox))
-    if not isinstance(penalty, Norm):
+    if not is_norm(penalty):
         return jnp.where(flat, False, prox != 0)
     scale = ground.row_norms * (noise / mean_weight(penalty, ground.padding[1]))
     if couples_axes(penalty):

@@ -5,12 +5,11 @@ import dataclasses
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.core.base.arguments import real_array, require_memory, whole_number
-from sparseopt.core.base.types import precision
+from sparseopt.core.base.types import is_traced, precision
 from sparseopt.core.operators.differences import Difference
 from sparseopt.core.operators.normal_solves import LONGEST_FREE_AXIS
 from sparseopt.core.operators.row_tables import edge_rows
@@ -104,7 +103,7 @@ def check_signal(
     `devices`.
     """
     graph = check_graph(graph)
-    if isinstance(y, jax.core.Tracer):
+    if is_traced(y):
         raise TypeError(f"trend_filter checks a signal's values, {UNKNOWN}")
     y = real_array("a signal", y)
     kind = compute_dtype(y, dtype, graph, order)

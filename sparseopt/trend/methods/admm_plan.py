@@ -27,6 +27,7 @@ class Admm(Settings, Method):
 
     name = "admm"
     one_metric = True
+    short_from = 500_000
 
     def plan(self, job: Job) -> Plan:
         even = job.ground.transform is not None and not job.weighted

@@ -38,6 +38,7 @@ class Doge(Settings, Method):
     name = "doge"
     balances_rho = over_devices = True
     keeps_rho_from = MOST_ORDER + 1
+    short_from = 10_000
 
     def refuses(self, job: Job) -> str | None:
         return refuses_block(self.B, job) or job.layout.refuses(job, self)

@@ -62,7 +62,7 @@ class FastAdmm(Settings, Method):
     """ADMM with the exact fused lasso, for L1 on chains."""
 
     name = "fast_admm"
-    single = one_metric = True
+    single = one_metric = merges = True
     # Below this order it was faster to adapt rho at every level of a path.
     keeps_rho_from = 2
 

@@ -144,7 +144,7 @@ class Interior(Method):
     """The interior point method for L1, on the host; needs the extra `interior`."""
 
     name = "interior"
-    single = True
+    single = on_host = True
 
     def refuses(self, job: Job) -> str | None:
         if reason := super().refuses(job):
@@ -156,7 +156,7 @@ class Interior(Method):
                 f'method="{self.name}" works on the host, where nothing is traced: take another for a solver that runs '
                 "under jit, vmap and grad, or sparseopt.trend_filter"
             )
-        if not isinstance(job.penalty, L1):
+        if not job.is_l1:
             return f'method="{self.name}" solves the L1 penalty, given {job.penalty}; use "doge" or "admm"'
         return None
 

@@ -19,10 +19,9 @@ import numpy as np
 from sparseopt.core.base.compile import Jitted
 from sparseopt.core.base.types import precision
 from sparseopt.core.losses.data import DataLoss
-from sparseopt.core.losses.residuals import LossOfTwoSlopes
-from sparseopt.core.losses.scalar import ScalarLoss, Squared
-from sparseopt.core.penalties.entries import L1
-from sparseopt.core.penalties.protocols import Norm, has_conjugate
+from sparseopt.core.losses.residuals import has_two_slopes, is_square
+from sparseopt.core.losses.scalar import ScalarLoss
+from sparseopt.core.penalties.protocols import has_conjugate, is_norm
 from sparseopt.core.problem.certify import Anchor, judge
 from sparseopt.core.problem.iterate import iterate
 from sparseopt.core.problem.problem import Problem, Solution, Status
@@ -53,7 +52,7 @@ class Observations:
 
 def node_deviances(loss: ScalarLoss, fit: np.ndarray, y: np.ndarray) -> np.ndarray:
     """`2 f(fit; y)` entry by entry in float64, `(fit - y)²` for the square; where y is missing it means nothing."""
-    if isinstance(loss, Squared):
+    if is_square(loss):
         # A path has many fits, and on the host this takes less time than JAX needs to begin.
         return (np.asarray(fit, np.float64) - y) ** 2
     with precision(np.dtype(np.float64)):
@@ -153,12 +152,12 @@ def fit_loss(job: Job, best: BestConstants | None = None) -> TrendSolution:
     problem = Problem(node_loss, penalty, plan.split)
     limit = to_next_check(job.max_steps, solver.cadence)
     enough = max(tol, NULL_GAP_EPS * float(jnp.finfo(kind).eps))
-    known = job.graph.free and isinstance(penalty, Norm)
+    known = job.graph.free and is_norm(penalty)
     known = known and float(_gap_at(problem, x, dual, solver.anchor, True)) <= enough
     if known:
         # The polynomial is the fit; for a large weight rounding of its rows would spoil an iteration.
         start, limit = Start(x, dual), 0
-    elif job.graph.free and job.method is None and isinstance(job.penalty, L1) and isinstance(loss, LossOfTwoSlopes):
+    elif job.graph.free and job.method is None and job.is_l1 and has_two_slopes(loss):
         # Of a long series the iteration would take many thousands of steps.
         fit, rows = linear_fits(loss, job.graph, job.order, job.penalty.weight, data.columns, data.weights, null)
         start = Start(laid_out(fit), jnp.asarray(rows.reshape(dual.shape), kind))
@@ -277,7 +276,7 @@ def _null_dual(
     """
     on_nodes = laid_out(pull)
     nothing, cost = _penalty_of(ground, penalty, on_nodes)
-    if not isinstance(penalty, Norm):
+    if not is_norm(penalty):
         return nothing
     strong = float(cost) >= np.sum(pull**2)
     if not strong and np.asarray(_zero_is_inside(node_loss)).all():

@@ -17,8 +17,8 @@ import numpy as np
 
 from sparseopt.core.base.compile import Jitted
 from sparseopt.core.losses.data import DataLoss
-from sparseopt.core.losses.scalar import ScalarLoss, Squared
-from sparseopt.core.penalties.entries import L1
+from sparseopt.core.losses.residuals import is_square
+from sparseopt.core.losses.scalar import ScalarLoss
 from sparseopt.core.penalties.protocols import has_conjugate
 from sparseopt.core.problem.certify import judge, promote
 from sparseopt.core.problem.problem import Problem, Status
@@ -61,7 +61,7 @@ def short_fit(job: Job) -> TrendSolution:
 
 def has_means(job: Job) -> bool:
     """Whether the means of pieces lower the gap of a fit."""
-    return job.order == 0 and isinstance(job.penalty, L1)
+    return job.order == 0 and job.is_l1
 
 
 def stop_early(job: Job, solve: Callable[[float, int], TrendSolution], early: float) -> tuple[TrendSolution, float]:
@@ -176,7 +176,7 @@ def _judge_at(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The objective at x, the relative duality gap for the square loss, else NaN, and the status then."""
     loss: Any = DataLoss(family, None, y, weights)
-    if isinstance(family, Squared):
+    if is_square(family):
         data = data_of(ground, y, weights)
         loss = data.loss
         if ground.present is not None:

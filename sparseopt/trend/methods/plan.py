@@ -16,9 +16,8 @@ from jaxtyping import Array
 
 from sparseopt.core.base.compile import Jitted
 from sparseopt.core.base.types import pytree, static
-from sparseopt.core.operators.maps import Split, Stack
-from sparseopt.core.operators.normal_solves import AxisTransform
-from sparseopt.core.penalties.protocols import Norm, feasible, has_conjugate
+from sparseopt.core.operators.maps import Split
+from sparseopt.core.penalties.protocols import feasible, has_conjugate, is_norm
 from sparseopt.core.problem.certify import Anchor, judge, promote, stationary
 from sparseopt.core.problem.differentiate import Found, attach
 from sparseopt.core.problem.iterate import iterate
@@ -56,7 +55,7 @@ class Plan:
 
     def refuses(self, penalty: Any, weighted: bool) -> str | None:
         """Why the plan does not fit such a penalty, or a signal with node weights; None if it does."""
-        if weighted and isinstance(self.node_solve, AxisTransform):
+        if weighted and self.node_solve.one_weight:
             return "transforms along the axes solve for nodes of one weight alone"
         return None
 
@@ -84,7 +83,7 @@ class Plan:
         """
         ground, centre = self.ground, data.centred.target
         nothing = jnp.zeros(self.split.row_shape(centre), centre.dtype)
-        if not isinstance(penalty, Norm) or isinstance(ground.operator, Stack):
+        if not is_norm(penalty) or ground.operator.order is None:
             return Start(centre, nothing)
         apart = data.loss.target - data.means
         pull = apart if weights is None else weights * apart
@@ -202,7 +201,7 @@ def fit(
     inner = plan.solver_penalty(penalty)
     if start is None or plan.exact:
         first = plan.start(penalty, data, weights)
-        if ground.basis is not None and isinstance(penalty, Norm):
+        if ground.basis is not None and is_norm(penalty):
             # The dual of the polynomial is exact where it exists; for large weights an iteration could only spoil it.
             proof = plan.row_dual(inner, first.dual)
             whole = Problem(data.loss, penalty, ground.operator)
@@ -289,7 +288,7 @@ def finish(
             for point, null in ((x, False), (data.means, ground.basis is not None))
         )
         # The rows of x may lie outside a set, by little: then the solver's copies tell the objective, there is no gap.
-        outside = ~jnp.isfinite(of_x) & (not isinstance(penalty, Norm))
+        outside = ~jnp.isfinite(of_x) & (not is_norm(penalty))
         of_x = jnp.where(outside, found.objective, of_x)
         take = of_means <= of_x
         certified = take | ~outside

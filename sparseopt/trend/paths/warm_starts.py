@@ -22,7 +22,7 @@ from sparseopt.core.solvers.fused_lasso import ChainTotalVariation, fused_pieces
 from sparseopt.trend.base.ground import Data, Ground, data_of
 from sparseopt.trend.base.job import Job, start_at
 from sparseopt.trend.base.pieces import TrendSolution
-from sparseopt.trend.methods.choice import Doge, FastAdmm, Interior, choose_for_path, is_short
+from sparseopt.trend.methods.choice import Doge, Interior, choose_for_path, is_short
 from sparseopt.trend.methods.losses import best_constants, fit_loss
 from sparseopt.trend.methods.piece_means import has_means, in_float32, stop_early
 from sparseopt.trend.methods.plan import FIRST_RHO, Plan, resume
@@ -60,7 +60,7 @@ def _by_solver(job: Job, weights: np.ndarray, first: NullFit | None) -> list[Lev
     order, max_steps = job.order, job.max_steps
     method = choose_for_path(job)
     proof = None if first is None else first.dual if job.channels else first.dual[..., 0]
-    if isinstance(method, Interior):
+    if method.on_host:
         return _by_interior(job, weights, proof)
     early, means = FIRST_STOP, has_means(job)
     working = in_float32(job) if means and is_short(job, method) else job
@@ -126,8 +126,8 @@ def _by_loss(job: Job, weights: np.ndarray, _: Any) -> list[Level]:
 def _merges(job: Job) -> bool:
     """Whether the pieces of the fits only merge as the weight grows, and the exact fits are wanted."""
     # A chain with a spacing weighs its differences.
-    plain = job.graph.is_chain and job.graph.spacing is None and job.order == 0 and isinstance(job.penalty, L1)
-    return plain and job.dtype == np.float64 and (job.method is None or isinstance(job.method, FastAdmm))
+    plain = job.graph.is_chain and job.graph.spacing is None and job.order == 0 and job.is_l1
+    return plain and job.dtype == np.float64 and (job.method is None or job.method.merges)
 
 
 def _by_merging(job: Job, weights: np.ndarray) -> Level:
