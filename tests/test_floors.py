@@ -25,7 +25,7 @@ HOUSE = {
     "core/problem": ["problem units", "certify padding", "differentiate", "iterate"],
     "core/solvers": ["*"],
     "core": ["solve", "proximal"],
-    "trend/base": ["graph", "layout signal", "ground", "pieces", "job"],
+    "trend/base": ["graph_tables", "graph", "layout signal", "ground", "pieces", "job terms"],
     "trend/methods": [
         "plan",
         "admm_plan interior_plan",

@@ -1,8 +1,6 @@
 """The trend filter as a scikit-learn regressor and classifier, on a given graph or on nearest neighbours."""
 
 import dataclasses
-import math
-import numbers
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -13,14 +11,14 @@ import numpy as np
 from scipy import sparse
 from scipy.special import expit
 
-from sparseopt.core.base.arguments import real_array
+from sparseopt.core.base.arguments import finite_number, real_array, whole_number
 from sparseopt.core.base.types import precision
 from sparseopt.core.losses.scalar import Logistic, Poisson, ScalarLoss, Squared, SquaredHinge, check_scalar_loss
 from sparseopt.core.penalties.names import BY_WEIGHT
 from sparseopt.core.problem.problem import Status
 from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.base.job import Settings
-from sparseopt.trend.base.signal import require_not_negative
+from sparseopt.trend.base.signal import check_graph, check_order, require_not_negative
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.methods.choice import as_method
 
@@ -139,19 +137,12 @@ class OnGraph(BaseEstimator):
 
     def _check_penalty(self) -> Any:
         """The penalty of weight alpha, after a check of all parameters that both estimators have."""
-        if not (isinstance(self.alpha, numbers.Real) and 0 <= self.alpha < math.inf):
+        if not finite_number(self.alpha) >= 0:
             raise ValueError(f"alpha is the weight of the penalty, a finite number >= 0, given {self.alpha!r}")
-        if not (isinstance(self.order, numbers.Integral) and self.order >= 0):
-            raise ValueError(
-                f"order is an integer >= 0 (0: piecewise constant, 1: piecewise linear, ...), given {self.order!r}"
-            )
-        if not (isinstance(self.n_neighbors, numbers.Integral) and self.n_neighbors >= 1):
-            raise ValueError(f"n_neighbors is an integer >= 1, given {self.n_neighbors!r}")
-        if not (self.graph is None or isinstance(self.graph, Graph)):
-            raise TypeError(
-                f"graph is a sparseopt.Graph or None, given {type(self.graph).__name__}; Graph.from_scipy and "
-                "Graph.from_networkx make one"
-            )
+        check_order(self.order)
+        whole_number("n_neighbors", self.n_neighbors, 1)
+        if self.graph is not None:
+            check_graph(self.graph)
         make = BY_WEIGHT.get(self.penalty) if isinstance(self.penalty, str) else self.penalty
         if not callable(make):
             raise ValueError(
@@ -389,7 +380,7 @@ class GraphTrendClassifier(ClassifierMixin, OnGraph):
         Raises, warns: as `GraphTrendFilter.fit`; a ValueError also for other than two classes.
         """
         smoothing = self.label_smoothing
-        if not (isinstance(smoothing, numbers.Real) and 0 <= smoothing < 1):
+        if not 0 <= finite_number(smoothing) < 1:
             raise ValueError(f"label_smoothing is a number in [0, 1), given {smoothing!r}")
         X, y = validate_data(self, X, y, dtype=np.float64)
         check_classification_targets(y)

@@ -21,10 +21,11 @@ from sparseopt.core.base.types import precision, wide_types
 from sparseopt.core.losses.scalar import check_scalar_loss
 from sparseopt.core.problem.problem import Solution, Status
 from sparseopt.trend.base.graph import Graph
-from sparseopt.trend.base.job import Job, check_terms, graph_for, terms_of, vanishes
+from sparseopt.trend.base.job import Job
 from sparseopt.trend.base.layout import layout_of
 from sparseopt.trend.base.pieces import TrendSolution
 from sparseopt.trend.base.signal import as_null_fit, check_order, check_signal, graph_at
+from sparseopt.trend.base.terms import check_terms, graph_for, terms_of, vanishes
 from sparseopt.trend.methods.choice import as_method, choose, is_short
 from sparseopt.trend.methods.losses import fit_loss
 from sparseopt.trend.methods.piece_means import short_fit, take_piece_means

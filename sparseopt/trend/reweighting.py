@@ -23,8 +23,8 @@ from sparseopt.core.losses.scalar import check_scalar_loss
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.problem.problem import Solution, Status
 from sparseopt.trend.base.graph import Graph
-from sparseopt.trend.base.job import check_parameters
 from sparseopt.trend.base.signal import check_graph, check_order, compute_dtype
+from sparseopt.trend.base.terms import check_parameters
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.methods.choice import as_method
 

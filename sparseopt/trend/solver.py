@@ -17,10 +17,11 @@ from sparseopt.core.penalties.entries import L1
 from sparseopt.core.problem.problem import Solution
 from sparseopt.core.solvers.admm import Start
 from sparseopt.trend.base.ground import on_rows
-from sparseopt.trend.base.job import Job, check_weight, graph_for, require_penalty, require_start
+from sparseopt.trend.base.job import Job, require_start
 from sparseopt.trend.base.layout import Layout, layout_of
 from sparseopt.trend.base.pieces import TrendSolution
 from sparseopt.trend.base.signal import check_graph, check_order, compute_dtype, graph_at, require_node_weights
+from sparseopt.trend.base.terms import check_weight, graph_for, require_penalty
 from sparseopt.trend.methods.choice import as_method, choose
 from sparseopt.trend.methods.plan import Plan, fit
 
@@ -71,7 +72,7 @@ class TrendSolver:
             raise TypeError(
                 f"start is a solution on this graph, or a Start of a point and a dual, given {given!r:.100}"
             )
-        rows = (self.layout.count(self.order + 1), *(() if self.channels is None else (self.channels,)))
+        rows = (self.layout.count(self.order + 1), *self.axes)
         if isinstance(given, Solution):
             # Fits that are known without an iteration, and those of a path, have neither dual nor state.
             dual = jnp.zeros(rows, self.dtype) if given.dual is None else given.dual
@@ -84,8 +85,7 @@ class TrendSolver:
     ) -> TrendSolution:
         """As a call, with the rows of start and fit in the layout of the graph's arrays."""
         graph, kind = self.layout.graph, np.dtype(self.dtype)
-        channels = () if self.channels is None else (self.channels,)
-        y = jnp.asarray(y, kind)
+        channels, y = self.axes, jnp.asarray(y, kind)
         if y.shape not in self.shapes:
             raise ValueError(
                 f"the solver's signals have the shape {' or '.join(map(str, self.shapes))}, given {y.shape}"
@@ -111,10 +111,14 @@ class TrendSolver:
         return dataclasses.replace(found, value=found.value.reshape(y.shape), graph=graph, order=self.order)
 
     @property
+    def axes(self) -> tuple[int, ...]:
+        """Those of its signals besides the nodes: () or the channels."""
+        return () if self.channels is None else (self.channels,)
+
+    @property
     def shapes(self) -> list[tuple[int, ...]]:
         """The shapes of its signals."""
-        channels = () if self.channels is None else (self.channels,)
-        return [shape + channels for shape in self.layout.graph.array_shapes]
+        return [shape + self.axes for shape in self.layout.graph.array_shapes]
 
     def _plan(self, penalty: Any, weighted: bool) -> Plan:
         for plan in self.plans:

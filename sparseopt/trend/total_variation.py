@@ -23,9 +23,10 @@ from sparseopt.core.problem.problem import Status
 from sparseopt.core.solvers.admm import Start
 from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.base.ground import on_rows
-from sparseopt.trend.base.job import MOST_STEPS, check_parameters, require_penalty
+from sparseopt.trend.base.job import MOST_STEPS
 from sparseopt.trend.base.layout import layout_of
 from sparseopt.trend.base.signal import check_graph, check_order, graph_at
+from sparseopt.trend.base.terms import check_parameters, require_penalty
 from sparseopt.trend.methods.choice import AUTO
 from sparseopt.trend.solver import TrendSolver, trend_solver
 
@@ -203,9 +204,8 @@ class TotalVariation:
                 f"this TotalVariation takes an x of shape {' or '.join(map(str, solver.shapes))}, given {x.shape}; "
                 "give the number of channels of x when it is made"
             )
-        channels = () if solver.channels is None else (solver.channels,)
-        inner = on_rows({solver.order: _penalty(self.weight, self.axis)}, solver.layout, _wide(x), bool(channels))
-        return inner, Rows(solver.plans[0].ground.highest, x.shape, channels)
+        inner = on_rows({solver.order: _penalty(self.weight, self.axis)}, solver.layout, _wide(x), bool(solver.axes))
+        return inner, Rows(solver.plans[0].ground.highest, x.shape, solver.axes)
 
     def dual(self, memory: ProxMemory) -> FloatArray:
         return memory.dual

@@ -8,6 +8,7 @@ import math
 from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
+from scipy import sparse
 
 from sparseopt.core.base.types import FloatArray, pytree, static
 
@@ -28,10 +29,19 @@ class LinearMap(Protocol):
 
 
 @pytree
-class Stacked:
-    """Maps of one array, stacked: `[rows]`, the rows of each flattened."""
+class Stack:
+    """Maps of one array, stacked: `[rows]`, the rows of each flattened.
+
+    Example:
+        >>> from sparseopt.core.operators.differences import Difference, GridBase
+        >>> from sparseopt.core.operators.maps import Identity, Stack
+        >>> both = Stack((Identity((3,)), Difference(GridBase((3,)), 2)))
+        >>> both.mv(jnp.array([0.0, 1.0, 4.0]))  # the signal, then its Laplacian
+        Array([ 0.,  1.,  4., -1., -2.,  3.], dtype=float32)
+    """
 
     maps: tuple[Any, ...]
+    order: int | None = static(default=None)  # of differences of one signal, where all are of one
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -55,20 +65,9 @@ class Stacked:
         images = [part.rmv(rows.reshape(*part.out_shape, *e.shape[1:])) for part, rows in parts]
         return sum(images[1:], images[0])
 
-
-@pytree
-class Stack(Stacked):
-    """Differences of one signal of several orders, stacked.
-
-    Example:
-        >>> from sparseopt.core.operators.differences import Difference, GridBase
-        >>> from sparseopt.core.operators.maps import Identity, Stack
-        >>> both = Stack((Identity((3,)), Difference(GridBase((3,)), 2)))
-        >>> both.mv(jnp.array([0.0, 1.0, 4.0]))  # the signal, then its Laplacian
-        Array([ 0.,  1.,  4., -1., -2.,  3.], dtype=float32)
-    """
-
-    order = None  # no single one
+    def matrix(self) -> sparse.csr_array:
+        """The map on the host, in float64, of maps that have a matrix."""
+        return sparse.csr_array(sparse.vstack([part.matrix() for part in self.maps]))
 
 
 @pytree

@@ -131,7 +131,7 @@ def cosine_solve(
 def free_solve(
     shape: tuple[int, ...], orders: tuple[int, ...], dtype: Any, spacing: tuple[float, ...] | None = None
 ) -> AxisTransform:
-    """The tables for a sum over the orders of `AxisDifferences`, of which order 0 is the identity, on the host."""
+    """The tables for a sum over the orders of `axis_differences`, of which order 0 is the identity, on the host."""
 
     def modes(n: int, unit: float) -> tuple[list[np.ndarray], np.ndarray]:
         taken = [m for m in orders if 0 < m < n]

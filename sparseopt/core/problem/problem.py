@@ -229,8 +229,8 @@ class Solution:
     residual: Any
     objective: Any
     gap: Any
-    history: Any
-    state: Any
+    history: Any = None
+    state: Any = None
     dual: Any = None
 
     def check(self) -> "Solution":

@@ -287,6 +287,9 @@ def null_space_dual(ground: Ground, pull: Array) -> tuple[Array, Array]:
     return (ground.highest.base.difference(z) if odd else z), solved
 
 
+prepare = Jitted(data_of)
+
+
 @Jitted
 def strength(ground: Ground, y: Any, weights: Any, penalty: Any) -> Array:
     """The penalty's weight over the noise of the signal, as one program."""

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -39,10 +39,10 @@ class Layout:
     """
 
     several_devices = False
+    mesh: Mesh | None = None
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.tables: dict[Any, Any] = {}
 
     def working(self) -> contextlib.AbstractContextManager[Any]:
         """A context for programs that work on these arrays."""
@@ -63,10 +63,8 @@ class Layout:
         graph = self.graph
         return None if graph.shape is None else cosine_solve(graph.shape, (1,), dtype, graph.spacing)
 
-    def cache(self, key: Hashable, build: Callable[[], T]) -> T:
-        if key not in self.tables:
-            self.tables[key] = build()
-        return self.tables[key]
+    def cache(self, key: tuple[Any, ...], build: Callable[[], T]) -> T:
+        return self.graph.cache((*key, self.mesh), build)
 
     def base(self, dtype: Any) -> Any:
         return self.graph.base(dtype)
@@ -190,6 +188,7 @@ class LayoutOver(Layout):
     """Arrays over the devices of a mesh of one axis, in equal parts, filled up by padding."""
 
     several_devices = True
+    mesh: Mesh
 
     def __init__(self, graph: Graph, mesh: Mesh) -> None:
         if graph.shape is not None and max(graph.shape) < mesh.size:
@@ -295,11 +294,8 @@ def layout_of(graph: Graph, mesh: Mesh | None = None) -> Layout:
     """The layout of a graph's arrays on one device, or over a mesh; made once per graph."""
     if graph.free and mesh is not None:
         raise ValueError('several devices take the ends of the graph: leave out devices, or take ends="graph"')
-    found = graph.tables.get(("layout", mesh))
-    if found is None:
-        alone = FreeLayout if graph.free else Layout
-        found = graph.tables["layout", mesh] = alone(graph) if mesh is None else LayoutOver(graph, mesh)
-    return found
+    alone = FreeLayout if graph.free else Layout
+    return graph.cache(("layout", mesh), lambda: alone(graph) if mesh is None else LayoutOver(graph, mesh))
 
 
 def _elsewhere(found: set[jax.Device]) -> ValueError:

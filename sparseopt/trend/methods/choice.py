@@ -13,7 +13,8 @@ import numpy as np
 from sparseopt.core.base.arguments import fits, unknown
 from sparseopt.core.penalties.protocols import is_norm
 from sparseopt.core.solvers.interior import is_available
-from sparseopt.trend.base.job import Job, Method, vanishes
+from sparseopt.trend.base.job import Job, Method
+from sparseopt.trend.base.terms import vanishes
 from sparseopt.trend.methods.admm_plan import Admm
 from sparseopt.trend.methods.doge_groups_plan import DogeGroups
 from sparseopt.trend.methods.doge_plan import Doge

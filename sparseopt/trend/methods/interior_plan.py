@@ -22,7 +22,7 @@ from sparseopt.core.penalties.entries import L1
 from sparseopt.core.problem.problem import Solution, Status
 from sparseopt.core.solvers.interior import MOST_STEPS, DualProgram, is_available
 from sparseopt.trend.base.graph import Graph
-from sparseopt.trend.base.ground import Data, Ground, data_of, on_rows
+from sparseopt.trend.base.ground import Data, Ground, on_rows, prepare
 from sparseopt.trend.base.job import Job, Method
 from sparseopt.trend.base.pieces import TrendSolution
 from sparseopt.trend.methods.plan import finish
@@ -54,7 +54,7 @@ class InteriorPlan:
 
     @functools.cached_property
     def data(self) -> Data:
-        return _data(self.job.ground, *self.job.arrays)
+        return prepare(self.job.ground, *self.job.arrays)
 
     def null_fit(self, penalty: L1, dual: Any) -> TrendSolution:
         """The component means, certified by a dual point on the rows."""
@@ -103,9 +103,6 @@ class InteriorPlan:
         return _judge(job.ground, self.data, terms, value, dual, status, count, job.tol)
 
 
-_data = Jitted(data_of)
-
-
 @Jitted
 def _judge(
     ground: Ground, data: Data, penalty: Any, fit: Any, dual: Any, status: Any, steps: Any, tol: Any
@@ -113,7 +110,7 @@ def _judge(
     kind = data.shift.dtype
     unknown = jnp.full((), jnp.nan, kind)
     value = (fit - data.shift).astype(kind)
-    found = Solution(value, status, steps, unknown, unknown, unknown, None, None, dual)
+    found = Solution(value, status, steps, unknown, unknown, unknown, dual=dual)
     return finish(ground, data, penalty, found, dual, jnp.asarray(tol, kind))
 
 

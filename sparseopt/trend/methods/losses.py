@@ -9,7 +9,6 @@ best polynomial of degree k is.
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -28,9 +27,10 @@ from sparseopt.core.problem.problem import Problem, Solution, Status
 from sparseopt.core.solvers.admm import Start
 from sparseopt.core.solvers.loss_admm import LossAdmm
 from sparseopt.trend.base.ground import BOX_RANGES, OF_MEAN_SIZE, Data, Ground, leaves_as, mean_weight, null_space_dual
-from sparseopt.trend.base.job import Job, vanishes
+from sparseopt.trend.base.job import Job
 from sparseopt.trend.base.pieces import TrendSolution
 from sparseopt.trend.base.signal import NULL_EPS, Signal
+from sparseopt.trend.base.terms import vanishes
 from sparseopt.trend.methods.choice import choose
 from sparseopt.trend.methods.plan import FIRST_RHO, finish, known_fit, to_next_check
 from sparseopt.trend.methods.polynomials import best_polynomials, linear_fits
@@ -89,18 +89,13 @@ def best_constants(job: Job) -> BestConstants:
     fit = np.stack([loss.location(column, data.weights, data.labels)[data.labels] for column in columns], axis=1)
     _require_finite(fit, data, loss, nothing)
     if not job.graph.free or nothing:
-        pull = -_balance_gradient(data, DataLoss(loss, None, *job.arrays), fit, partial(_lay_out, job))
+        pull = -_balance_gradient(data, DataLoss(loss, None, *job.arrays), fit, job.on_nodes)
         return BestConstants(loss, data, fit, pull, _sees_one_value(data))
     fit, gradient = best_polynomials(loss, job.graph, job.order, data.columns, data.weights, fit)
     seen = (data.weights > 0)[:, None]
     apart = np.abs(np.where(seen, np.asarray(loss.mean(jnp.asarray(fit))) - data.columns, 0)).max(axis=0)
     exact = apart <= NULL_EPS * np.finfo(job.dtype).eps * np.abs(np.where(seen, data.columns, 0)).max(axis=0)
     return BestConstants(loss, data, fit, -gradient, np.broadcast_to(exact, fit.shape))
-
-
-def _lay_out(job: Job, values: np.ndarray) -> jax.Array:
-    """Values `[n, channels]` in the layout of the nodes."""
-    return job.layout.put(job.layout.rows(values.reshape(-1, *job.channels), 0).astype(job.dtype))
 
 
 def fit_loss(job: Job, best: BestConstants | None = None) -> TrendSolution:
@@ -111,10 +106,10 @@ def fit_loss(job: Job, best: BestConstants | None = None) -> TrendSolution:
     _require_connected(job.penalty)
     best = best_constants(job) if best is None else best
     loss, data, null, alike = best.loss, best.data, best.fit, best.exact
-    penalty, laid_out, columns = job.rows, partial(_lay_out, job), np.ascontiguousarray(data.columns.T)
+    penalty, laid_out, columns = job.rows, job.on_nodes, np.ascontiguousarray(data.columns.T)
     nothing = vanishes(job.penalty)
     if alike.all() and (nothing or float(_penalty_of(job.ground, penalty, laid_out(0 * null))[1]) == 0):
-        return known_fit(job, null.reshape(signal.values.shape), flat=not nothing)
+        return known_fit(job, null, flat=not nothing)
     y, weights = job.arrays
     low, high = _box(signal, loss, job.order, null)
     node_loss = DataLoss(loss, None, y, weights, jnp.asarray(low, kind), jnp.asarray(high, kind))

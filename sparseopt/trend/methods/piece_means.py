@@ -22,7 +22,7 @@ from sparseopt.core.losses.scalar import ScalarLoss
 from sparseopt.core.penalties.protocols import has_conjugate
 from sparseopt.core.problem.certify import judge, promote
 from sparseopt.core.problem.problem import Problem, Status
-from sparseopt.trend.base.ground import Ground, data_of
+from sparseopt.trend.base.ground import Ground, data_of, prepare
 from sparseopt.trend.base.job import Job, start_at
 from sparseopt.trend.base.pieces import TrendSolution, average_pieces, edges_between, labels_of
 from sparseopt.trend.methods.choice import choose
@@ -38,9 +38,6 @@ EARLY, BELOW = 0.01, 0.95
 AIM, MOST = 0.7, 3.0
 
 
-_data = Jitted(data_of)
-
-
 def short_fit(job: Job) -> TrendSolution:
     """The fit of a job by its method, which begins in float32."""
     job = dataclasses.replace(job, method=choose(job))
@@ -52,7 +49,7 @@ def short_fit(job: Job) -> TrendSolution:
         if found is None:
             found = plan.fit_job(dataclasses.replace(working, tol=tol, max_steps=max_steps))
         else:
-            data = _data(working.ground, *working.arrays)
+            data = prepare(working.ground, *working.arrays)
             found, _ = resume(plan, data, working.rows, found.state, tol, max_steps, working.settings.relaxation)
         return found
 
@@ -144,7 +141,7 @@ def take_piece_means(job: Job, found: TrendSolution) -> TrendSolution:
         if labels is None or not np.array_equal(joined[..., channel], joined[..., channel - 1]):
             labels = labels_of(graph, joined[..., channel])
         level[:, channel] = average_pieces(column, labels, signal.mass, job.ground.anchored)
-    value = layout.put(layout.rows(level.astype(job.dtype).reshape(-1, *channels), 0))
+    value = job.on_nodes(level)
 
     def judge_at(at: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         return _judge_at(job.ground, job.loss, job.rows, *job.arrays, found.dual, at, found.status, job.tol)

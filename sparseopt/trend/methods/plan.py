@@ -151,13 +151,12 @@ def to_next_check(max_steps: Any, cadence: int) -> Any:
     return -(-max_steps // cadence) * cadence
 
 
-def known_fit(job: Job, value: Any, flat: bool = False) -> TrendSolution:
-    """The solution for a known fit `[n]` or `[n, channels]` of objective 0; the differences of a flat one are 0."""
-    value = job.layout.put(job.layout.rows(np.asarray(value, job.dtype), 0))
-    zero, none = jnp.zeros((), value.dtype), jnp.zeros((), jnp.int32)
-    found = Solution(value, jnp.asarray(Status.CONVERGED, jnp.int32), none, zero, zero, zero, None, None)
-    rows = job.layout.difference(job.order + 1, job.dtype).mv(value)
-    return TrendSolution.of(found, jnp.zeros(rows.shape, bool) if flat else rows != 0)
+def known_fit(job: Job, value: np.ndarray, flat: bool = False) -> TrendSolution:
+    """The solution for a known fit of objective 0; the differences of a flat one are 0."""
+    fit, zero, none = job.on_nodes(value), jnp.zeros((), job.dtype), jnp.zeros((), jnp.int32)
+    rows = job.layout.difference(job.order + 1, job.dtype).mv(fit)
+    nonzero = jnp.zeros(rows.shape, bool) if flat else rows != 0
+    return TrendSolution(fit, jnp.asarray(Status.CONVERGED, jnp.int32), none, zero, zero, zero, nonzero=nonzero)
 
 
 @partial(Jitted, static_argnames="history")

@@ -21,12 +21,13 @@ from sparseopt.core.base.types import precision
 from sparseopt.core.losses.scalar import ScalarLoss, check_scalar_loss
 from sparseopt.core.penalties.entries import L1, MCP, SCAD
 from sparseopt.core.penalties.groups import GroupL2
-from sparseopt.core.problem.problem import Solution, Status
+from sparseopt.core.problem.problem import Status
 from sparseopt.trend.base.graph import Graph
-from sparseopt.trend.base.job import Job, require_representable
+from sparseopt.trend.base.job import Job
 from sparseopt.trend.base.layout import layout_of
 from sparseopt.trend.base.pieces import MOST_RANKED, TrendSolution, freedom_of_levels, is_countable
 from sparseopt.trend.base.signal import signal_noise
+from sparseopt.trend.base.terms import require_representable
 from sparseopt.trend.filter import check_job
 from sparseopt.trend.methods.choice import as_method
 from sparseopt.trend.methods.losses import node_deviances
@@ -122,9 +123,9 @@ class TrendPath:
             raise IndexError(f"the path has the levels 0..{len(self) - 1}, given {index}")
         fields: Any = (self.values, self.statuses, self.steps, self.residuals, self.objectives, self.gaps)
         value, status, steps, residual, objective, gap = (field[index] for field in fields)
-        found = Solution(value, status, steps, residual, objective, gap, None, None)
         nonzero = layout_of(self.graph).list_rows(self._nonzero[index], self.order + 1)
-        return dataclasses.replace(TrendSolution.of(found, nonzero), graph=self.graph, order=self.order)
+        rest: Any = {"nonzero": nonzero, "graph": self.graph, "order": self.order}
+        return TrendSolution(value, status, steps, residual, objective, gap, **rest)
 
 
 def trend_path(
@@ -204,10 +205,10 @@ def trend_path(
     job = job.at(given[0])
     noise = signal_noise(signal, graph, k) if square else math.nan
     with precision(job.dtype):
-        fits, rows = descend(job, given, first)
+        fits = descend(job, given, first)
     columns, mass, seen = signal.columns, signal.mass[:, None], None if signal.weights is None else signal.weights > 0
     values, flat = fits.value.reshape(num, *signal.shape), fits.value.reshape(num, *columns.shape)
-    freedom = partial(freedom_of_levels, rows, graph, k, seen, columns.shape[1])
+    freedom = partial(freedom_of_levels, fits.nonzero, graph, k, seen, columns.shape[1])
     if square and (isinstance(template, GroupL2) or not is_countable(graph)):
         freedom = partial(_divergences, job, given, values, noise)
     return TrendPath(
@@ -221,7 +222,7 @@ def trend_path(
         loss=job.loss,
         graph=graph,
         order=k,
-        _nonzero=rows,
+        _nonzero=fits.nonzero,
         _freedom=freedom,
     )
 
@@ -242,7 +243,7 @@ def _divergences(job: Job, weights: np.ndarray, values: np.ndarray, noise: float
         signs = rng.choice([-1.0, 1.0], given.shape)
         moved = dataclasses.replace(signal, values=(given + step * signs).astype(given.dtype))
         with precision(job.dtype):
-            fits, _ = descend(dataclasses.replace(job, signal=moved), weights, None)
+            fits = descend(dataclasses.replace(job, signal=moved), weights, None)
         apart = fits.value.reshape(flat) - values.reshape(flat)
         found.append(np.sum((seen * signs * apart).reshape(len(values), -1), axis=1) / step)
     return np.maximum(np.mean(found, axis=0), 0)
