@@ -29,8 +29,7 @@ HOUSE = {
     "trend/methods": [
         "plan",
         "admm_plan interior_plan",
-        "doge_plan fast_admm_plan",
-        "doge_groups_plan",
+        "doge_plan",
         "choice polynomials",
         "losses piece_means",
     ],

@@ -130,7 +130,6 @@ def trend_filter(
     )
     working, native = job.layout.working(), wide_types() or job.dtype == np.float32
     with precision(job.dtype), working:
-        assert job.signal is not None
         found = job.list_rows(_solve(job))
         value = job.layout.reshape(found.value, job.signal.shape)
         found = dataclasses.replace(found, value=value, graph=job.graph, order=job.order)
@@ -198,7 +197,6 @@ def _fit(job: Job) -> TrendSolution:
     if not job.square:
         return fit_loss(job)
     signal, graph = job.signal, job.graph
-    assert signal is not None
     if job.several and graph.num_edges == 0:
         raise ValueError(
             "the graph has no edges, so only a penalty on the values themselves acts: apply its prox, as in "

@@ -14,8 +14,7 @@ import numpy as np
 from sparseopt.core.base.arguments import renames, whole_number
 from sparseopt.core.base.types import is_traced, precision, pytree, static, wide_types
 from sparseopt.core.penalties.entries import L1
-from sparseopt.core.problem.problem import Solution
-from sparseopt.core.solvers.admm import Start
+from sparseopt.core.problem.problem import Solution, Start
 from sparseopt.trend.base.ground import on_rows
 from sparseopt.trend.base.job import Job, require_start
 from sparseopt.trend.base.layout import Layout, layout_of

@@ -19,8 +19,7 @@ from sparseopt.core.base.types import FloatArray, Scalar, is_traced, pytree, sta
 from sparseopt.core.operators.differences import Difference
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.penalties.groups import GroupL2
-from sparseopt.core.problem.problem import Status
-from sparseopt.core.solvers.admm import Start
+from sparseopt.core.problem.problem import Start, Status
 from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.base.ground import on_rows
 from sparseopt.trend.base.job import MOST_STEPS

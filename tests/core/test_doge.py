@@ -15,8 +15,8 @@ from sparseopt.core.operators.maps import Identity
 from sparseopt.core.operators.matrices import linear_map
 from sparseopt.core.operators.normal_solves import ConjugateGradient, Diagonal, cosine_solve
 from sparseopt.core.penalties.sums import lift
-from sparseopt.core.problem.problem import Problem
-from sparseopt.core.solvers.admm import Admm, Start
+from sparseopt.core.problem.problem import Problem, Start
+from sparseopt.core.solvers.admm import Admm
 from sparseopt.core.solvers.doge import DogeGroups, doge_split
 from sparseopt.core.solvers.fused_lasso import ChainTotalVariation, fused_lasso
 from sparseopt.trend.base.layout import layout_of

@@ -8,6 +8,7 @@ import math
 from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
+import numpy as np
 from scipy import sparse
 
 from sparseopt.core.base.types import FloatArray, pytree, static
@@ -118,3 +119,9 @@ class Split:
     def row_shape(self, x: FloatArray) -> tuple[int, ...]:
         """The shape of `mv(x)`, channels included."""
         return (*self.outer.out_shape, *x.shape[len(self.inner.in_shape) :])
+
+
+def standard_split(inner: Any, dtype: Any, unit: float = 1.0) -> Split:
+    """The split of the standard ADMM: `outer` the identity, metrics that make rho the same in every unit of Δ."""
+    scale = np.asarray(unit, dtype)
+    return Split(Identity(inner.out_shape), inner, scale, 1 / scale)

@@ -183,6 +183,17 @@ def relative_change(x: FloatArray, previous: FloatArray) -> Float[Array, ""]:
     return jnp.linalg.norm(x - previous) / jnp.maximum(jnp.linalg.norm(previous), jnp.finfo(x.dtype).tiny)
 
 
+@pytree
+class Start:
+    """Where a split ADMM starts; None for the solver's own rho, and for sigma, the rho of a loss."""
+
+    x: Any
+    dual: Any  # in row shape
+    rho: Any = None
+    settled: Any = None  # whether rho stays unchanged; None for False
+    sigma: Any = None
+
+
 def needs(
     solver: Any, problem: Problem, *, operator: bool = False, loss: str = "", penalty: str = "value prox"
 ) -> str | None:

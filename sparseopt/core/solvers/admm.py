@@ -25,15 +25,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
-from sparseopt.core.base.sums import total
+from sparseopt.core.base.sums import relative, rms, total
 from sparseopt.core.base.types import pytree, static
 from sparseopt.core.operators.maps import Split
 from sparseopt.core.penalties.protocols import dual_step, has_conjugate, is_norm
 from sparseopt.core.problem.certify import judge
-from sparseopt.core.problem.problem import Measure, Problem, Progress, needs
+from sparseopt.core.problem.problem import Measure, Problem, Progress, Start, needs
 from sparseopt.core.solvers.anderson import empty_memory, extrapolate, forget
 
 # The best rho lies near this multiple of rms(dual) / rms(y - x): measured on grids, chains and road graphs.
@@ -49,17 +48,6 @@ GENTLE_FACTOR = 1.5
 # its estimated rounding error.
 PATIENCE = 100
 ROUNDING_MARGIN = 30.0
-
-
-@pytree
-class Start:
-    """Where a split ADMM starts; None for the solver's own rho, and for sigma, the rho of a loss."""
-
-    x: Any
-    dual: Any  # in row shape
-    rho: Any = None
-    settled: Any = None  # whether rho stays unchanged; None for False
-    sigma: Any = None
 
 
 class Term(NamedTuple):
@@ -148,19 +136,6 @@ class AdmmState:
     def sigma(self) -> Any:
         """The rho of a loss; None for the square, which stays in the x-step."""
         return self.now.blocks[0].rho if len(self.now.blocks) > 1 else None
-
-
-def rms(scale: Any, values: Array) -> Array:
-    """The root of the mean square, weighted by `scale`; at least the root of the least normal number."""
-    tiny = jnp.finfo(values.dtype).tiny
-    scale = jnp.broadcast_to(scale, values.shape)
-    return jnp.sqrt(jnp.maximum(total(scale * values * values) / jnp.maximum(total(scale), tiny), tiny))
-
-
-def relative(a: Array, *others: Array) -> Array:
-    """The length of a over the largest length of the others."""
-    scale = jnp.max(jnp.stack([total(b * b) for b in others]))
-    return jnp.sqrt(total(a * a) / jnp.maximum(scale, jnp.finfo(a.dtype).tiny))
 
 
 def balanced_rho(split: Split, loss: Any, x: Array, dual: Array) -> Array:
@@ -432,9 +407,3 @@ def _extrapolate(problem: Problem, state: AdmmState) -> AdmmState:
     memory = scale * (w + rows.dual) - rows.rho * z
     rows = rows._replace(inner=None if rows.inner is None else z, memory=memory)
     return dataclasses.replace(state, now=Moving(x, (rows,)), past=past)
-
-
-def standard_split(inner: Any, outer: Any, dtype: Any) -> Split:
-    """The split of the standard ADMM: `outer` the identity, both metrics 1."""
-    one = np.ones((), dtype)
-    return Split(outer, inner, one, one)

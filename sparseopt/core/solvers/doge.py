@@ -34,8 +34,8 @@ from sparseopt.core.operators.maps import Split
 from sparseopt.core.operators.row_tables import Sums
 from sparseopt.core.penalties.protocols import is_norm
 from sparseopt.core.penalties.sums import lift
-from sparseopt.core.problem.problem import Problem
-from sparseopt.core.solvers.admm import Admm, AdmmState, Block, Moving, Start
+from sparseopt.core.problem.problem import Problem, Start
+from sparseopt.core.solvers.admm import Admm, AdmmState, Block, Moving
 
 
 def doge_split(outer: Any, inner: Any, sums: Sums, dtype: Any, groups: int | None = None) -> Split:
@@ -72,7 +72,7 @@ class DogeGroups(Admm):
     Example:
         >>> from sparseopt.core.operators.differences import Difference, GridBase
         >>> from sparseopt.core.operators.maps import Identity
-        >>> from sparseopt.core.solvers.admm import Start
+        >>> from sparseopt.core.problem.problem import Start
         >>> from sparseopt.core.solvers.doge import DogeGroups, doge_split
         >>> from sparseopt.core.operators.normal_solves import Diagonal
         >>> outer, sums = Difference(GridBase((4,)), 1), so.Graph.grid((4,)).sums(1)

@@ -22,10 +22,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from sparseopt.core.base.sums import relative, rms
 from sparseopt.core.base.types import pytree
 from sparseopt.core.penalties.protocols import has_conjugate
 from sparseopt.core.problem.certify import judge
-from sparseopt.core.problem.problem import Measure, Problem
+from sparseopt.core.problem.problem import Measure, Problem, Start
 from sparseopt.core.solvers.admm import (
     BALANCE,
     LARGEST_FACTOR,
@@ -34,12 +35,9 @@ from sparseopt.core.solvers.admm import (
     AdmmState,
     Mean,
     Moving,
-    Start,
     Term,
     limit,
-    relative,
     restart,
-    rms,
     step_lengths,
 )
 

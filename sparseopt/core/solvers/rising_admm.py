@@ -24,8 +24,7 @@ from sparseopt.core.base.dense import product, spd_inverse
 from sparseopt.core.base.thresholds import support_change
 from sparseopt.core.base.types import pytree, static
 from sparseopt.core.problem.iterate import iterate
-from sparseopt.core.problem.problem import PlainSolver, Problem, Solution, needs
-from sparseopt.core.solvers.admm import Start
+from sparseopt.core.problem.problem import PlainSolver, Problem, Solution, Start, needs
 
 
 @pytree

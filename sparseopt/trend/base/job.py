@@ -18,12 +18,10 @@ from sparseopt.core.base.arguments import (
 from sparseopt.core.losses.residuals import Squared, has_two_slopes, is_square
 from sparseopt.core.losses.scalar import ScalarLoss
 from sparseopt.core.penalties.entries import L1
-from sparseopt.core.problem.problem import Solution
-from sparseopt.core.solvers.admm import Start
+from sparseopt.core.problem.problem import Solution, Start
 from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.base.ground import Ground, Terms, ground_of, on_rows, strength
 from sparseopt.trend.base.layout import Layout
-from sparseopt.trend.base.signal import Signal
 
 # Steps are counted in int32, and the last check may be one cadence later.
 MOST_STEPS = 10**9
@@ -95,7 +93,7 @@ class Job:
     dtype: np.dtype  # of the computation
     channels: tuple[int, ...] = ()  # () or the number of channels
     weighted: bool = False  # whether nodes have weights or miss values
-    signal: Signal | None = None  # checked; None if it is not known yet
+    signal: Any = None  # a checked `Signal`; None if it is not known yet
     loss: ScalarLoss = dataclasses.field(default_factory=Squared)
     method: Any = None  # a `Method`; None for the one that is expected to be the fastest
     tol: float = 1e-6
@@ -160,7 +158,6 @@ class Job:
     @functools.cached_property
     def arrays(self) -> tuple[Any, Any]:
         """The signal and its weights, whose last axis is 1 long where there are channels, or None."""
-        assert self.signal is not None
         weights: Any = self.signal.weights
         if weights is not None:
             weights = self.layout.put(self.layout.rows(weights.reshape(-1, *(1 for _ in self.channels)), 0))

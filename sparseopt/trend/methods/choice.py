@@ -15,10 +15,8 @@ from sparseopt.core.penalties.protocols import is_norm
 from sparseopt.core.solvers.interior import is_available
 from sparseopt.trend.base.job import Job, Method
 from sparseopt.trend.base.terms import vanishes
-from sparseopt.trend.methods.admm_plan import Admm
-from sparseopt.trend.methods.doge_groups_plan import DogeGroups
-from sparseopt.trend.methods.doge_plan import Doge
-from sparseopt.trend.methods.fast_admm_plan import FastAdmm
+from sparseopt.trend.methods.admm_plan import Admm, FastAdmm
+from sparseopt.trend.methods.doge_plan import Doge, DogeGroups
 from sparseopt.trend.methods.interior_plan import Interior, is_narrow
 
 AUTO = "auto"
@@ -143,7 +141,6 @@ def choose(job: Job, pure: bool = False) -> Method:
 def is_short(job: Job, method: Method | None = None) -> bool:
     """Whether a job in float64 is solved in float32 first, by its method if none is given."""
     signal, graph, nodes = job.signal, job.graph, job.graph.num_nodes
-    assert signal is not None
     plain = job.square and not (job.several or job.history or job.layout.several_devices)
     carries = job.tol >= SHORT_TOLS.get(job.order, np.inf)
     soon = nodes >= Doge.short_from and carries and (job.order == 0 or graph.shape is not None)

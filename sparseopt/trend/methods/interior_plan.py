@@ -45,7 +45,6 @@ class InteriorPlan:
     def __init__(self, job: Job) -> None:
         if not is_available():
             raise ImportError('method="interior" needs PIQP: pip install "sparseopt[interior]"')
-        assert job.signal is not None
         self.job = job
         self.columns = job.signal.columns
         # The program is scaled for times of step 1.

@@ -23,8 +23,7 @@ from sparseopt.core.losses.scalar import ScalarLoss
 from sparseopt.core.penalties.protocols import has_conjugate, is_norm
 from sparseopt.core.problem.certify import Anchor, judge
 from sparseopt.core.problem.iterate import iterate
-from sparseopt.core.problem.problem import Problem, Solution, Status
-from sparseopt.core.solvers.admm import Start
+from sparseopt.core.problem.problem import Problem, Solution, Start, Status
 from sparseopt.core.solvers.loss_admm import LossAdmm
 from sparseopt.trend.base.ground import BOX_RANGES, OF_MEAN_SIZE, Data, Ground, leaves_as, mean_weight, null_space_dual
 from sparseopt.trend.base.job import Job
@@ -82,7 +81,6 @@ class BestConstants:
 
 def best_constants(job: Job) -> BestConstants:
     """Those of a job with a loss; its dtype must be enabled."""
-    assert job.signal is not None
     nothing, loss = vanishes(job.penalty), leaves_as(job.loss, job.dtype)
     data = _observations(job.signal, job, loss, free=nothing or job.graph.num_edges == 0)
     columns = [np.ascontiguousarray(column) for column in data.columns.T]
@@ -101,7 +99,6 @@ def best_constants(job: Job) -> BestConstants:
 def fit_loss(job: Job, best: BestConstants | None = None) -> TrendSolution:
     """The fit of a job with a loss, whose dtype must be enabled; `best` are its best constants, if they are known."""
     signal, graph, kind, tol = job.signal, job.graph, job.dtype, job.tol
-    assert signal is not None
     method, settings = choose(job), job.settings
     _require_connected(job.penalty)
     best = best_constants(job) if best is None else best

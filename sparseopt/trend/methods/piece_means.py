@@ -96,7 +96,6 @@ def next_stop(early: float, missed: float) -> float:
 def in_float32(job: Job) -> Job:
     """The job in float32."""
     signal, short = job.signal, np.dtype(np.float32)
-    assert signal is not None
     weights = None if signal.weights is None else signal.weights.astype(short)
     with np.errstate(over="ignore"):
         signal = dataclasses.replace(signal, values=signal.values.astype(short), weights=weights)
@@ -126,7 +125,6 @@ def take_piece_means(job: Job, found: TrendSolution) -> TrendSolution:
     if job.order:
         return found
     graph, layout, signal, channels = job.graph, job.layout, job.signal, job.channels
-    assert signal is not None
     columns = np.asarray(layout.reshape(found.value, signal.shape)).reshape(graph.num_nodes, -1)
     joined, between = ~np.asarray(found.nonzero), edges_between(graph, columns)
     if found.dual is None:

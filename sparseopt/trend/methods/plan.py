@@ -21,8 +21,8 @@ from sparseopt.core.penalties.protocols import feasible, has_conjugate, is_norm
 from sparseopt.core.problem.certify import Anchor, judge, promote, stationary
 from sparseopt.core.problem.differentiate import Found, attach
 from sparseopt.core.problem.iterate import iterate
-from sparseopt.core.problem.problem import Problem, Solution, Status
-from sparseopt.core.solvers.admm import Admm, Start
+from sparseopt.core.problem.problem import Problem, Solution, Start, Status
+from sparseopt.core.solvers.admm import Admm
 from sparseopt.trend.base.ground import Data, Ground, data_of, null_space_dual
 from sparseopt.trend.base.job import Job
 from sparseopt.trend.base.pieces import TrendSolution, nonzero_at

@@ -99,7 +99,6 @@ def largest_weight(
 def null_fit(job: Job, tol: float) -> NullFit:
     """The bounds and the certificate; the interval may remain wider than `tol` at the step limit."""
     graph, order, layout, signal = job.graph, job.order, job.layout, job.signal
-    assert signal is not None
     pull = _pull(signal, graph, order) if job.square else null_pull(job)
     if not pull.any():
         u = np.zeros((layout.count(order + 1), pull.shape[1]))

@@ -183,7 +183,6 @@ def trend_path(
     options: Any = {"loss": check_scalar_loss(loss), "method": as_method(method), "tol": tol, "max_steps": max_steps}
     job = check_job(y, graph, template, order, node_weights, missing, dtype, **options)
     graph, k, signal, square = job.graph, job.order, job.signal, job.square
-    assert signal is not None
     if not (is_positive(ratio) and ratio < 1):
         raise ValueError(f"ratio, the last weight over the first, lies in (0, 1), given {ratio!r}")
     given = None if weights is None else _check_levels(weights, job.dtype)
@@ -235,7 +234,6 @@ def _divergences(job: Job, weights: np.ndarray, values: np.ndarray, noise: float
     Processing 17 (2008), equation 16.
     """
     signal, rng, found = job.signal, np.random.default_rng(0), []
-    assert signal is not None
     given, flat = signal.values, (len(values), *signal.values.shape)
     step = MOVE * next((size for size in (noise, float(np.std(given))) if size > 0), 1.0)
     seen = 1 if signal.weights is None else signal.mass.reshape(-1, *(1 for _ in job.channels)) > 0

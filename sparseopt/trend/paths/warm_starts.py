@@ -16,8 +16,8 @@ from sparseopt.core.base.sums import total
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.penalties.protocols import feasible, has_conjugate
 from sparseopt.core.problem.certify import judge
-from sparseopt.core.problem.problem import Problem, Status
-from sparseopt.core.solvers.admm import Start, balanced_rho
+from sparseopt.core.problem.problem import Problem, Start, Status
+from sparseopt.core.solvers.admm import balanced_rho
 from sparseopt.core.solvers.fused_lasso import ChainTotalVariation, fused_pieces
 from sparseopt.trend.base.ground import Data, Ground, data_of
 from sparseopt.trend.base.job import Job, start_at
@@ -140,7 +140,6 @@ def _by_merging(job: Job, weights: np.ndarray) -> TrendSolution:
     (2007), section 4.1.
     """
     signal = job.signal
-    assert signal is not None
     columns, mass = signal.columns, signal.mass
     n, channels = columns.shape
     fits = np.empty((len(weights), n, channels))
