@@ -17,7 +17,7 @@ HOUSE = {
     "core/base": ["types", "mesh compile", "arguments thresholds dense sums"],
     "core/operators": [
         "maps differences component_means",
-        "divided_differences matrices row_tables slabs",
+        "divided_differences matrices row_tables",
         "edge_lists parts normal_solves",
     ],
     "core/penalties": ["protocols", "entries groups sets patterns", "sums names"],

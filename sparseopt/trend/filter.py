@@ -112,22 +112,9 @@ def trend_filter(
         >>> bool(solution.gap <= 1e-6)
         True
     """
-    job = check_job(
-        y,
-        graph,
-        penalty,
-        order,
-        node_weights,
-        missing,
-        dtype,
-        devices,
-        loss=check_scalar_loss(loss),
-        method=as_method(method),
-        tol=tol,
-        max_steps=max_steps,
-        start=start,
-        history=history,
-    )
+    options: Any = {"tol": tol, "max_steps": max_steps, "start": start, "history": history}
+    options |= {"loss": check_scalar_loss(loss), "method": as_method(method)}
+    job = check_job(y, graph, penalty, order, node_weights, missing, dtype, devices, **options)
     working, native = job.layout.working(), wide_types() or job.dtype == np.float32
     with precision(job.dtype), working:
         found = job.list_rows(_solve(job))

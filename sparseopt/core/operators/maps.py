@@ -5,7 +5,7 @@ All arrays may carry trailing channel axes; the shapes that maps name, such as `
 
 import itertools
 import math
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -69,6 +69,19 @@ class Stack:
     def matrix(self) -> sparse.csr_array:
         """The map on the host, in float64, of maps that have a matrix."""
         return sparse.csr_array(sparse.vstack([part.matrix() for part in self.maps]))
+
+
+class Pair(NamedTuple):
+    """Two maps of one array, whose images keep their shapes."""
+
+    first: Any
+    second: Any
+
+    def mv(self, x: FloatArray) -> tuple[FloatArray, FloatArray]:
+        return self.first.mv(x), self.second.mv(x)
+
+    def rmv(self, e: tuple[FloatArray, FloatArray]) -> FloatArray:
+        return self.first.rmv(e[0]) + self.second.rmv(e[1])
 
 
 @pytree

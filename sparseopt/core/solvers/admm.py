@@ -33,7 +33,7 @@ from sparseopt.core.operators.maps import Split
 from sparseopt.core.penalties.protocols import dual_step, has_conjugate, is_norm
 from sparseopt.core.problem.certify import judge
 from sparseopt.core.problem.problem import Measure, Problem, Progress, Start, needs
-from sparseopt.core.solvers.anderson import empty_memory, extrapolate, forget
+from sparseopt.core.solvers.anderson import continue_from, empty_memory, forget
 
 # The best rho lies near this multiple of rms(dual) / rms(y - x): measured on grids, chains and road graphs.
 BALANCE = 3.0
@@ -274,9 +274,10 @@ class Admm:
 
     def step(self, problem: Problem, state: AdmmState) -> AdmmState:
         if state.past is not None:
+            split = problem.operator
             # While rho finds its scale the memory would be dropped. A loop of at most one turn, since `cond` copies.
             due = (state.count > 0) & ((state.next_change < 0) | (state.next_change > MOVING))
-            state = jax.lax.fori_loop(0, due.astype(jnp.int32), lambda _, now: _extrapolate(problem, now), state)
+            state = jax.lax.fori_loop(0, due.astype(jnp.int32), lambda _, now: continue_from(split, now), state)
 
         def advance(_: Any, last: tuple[Moving, Mean | None]) -> tuple[Moving, Mean | None]:
             now, mean = self._advance(problem, last[0]), last[1]
@@ -396,14 +397,3 @@ def restart(mean: Mean, due: Array, gap: Any) -> Mean:
     """The mean, begun anew at this gap where it is due."""
     sums = jax.tree.map(lambda s: jnp.where(due, 0, s), mean.sums)
     return Mean(sums, jnp.where(due, 0, mean.length), jnp.where(due, gap, mean.restart_gap))
-
-
-def _extrapolate(problem: Problem, state: AdmmState) -> AdmmState:
-    """The state from which the next step continues; any dual serves if the memory fits: `w = (rho z + m) / S - g`."""
-    inner, scale, rows, now = problem.operator.inner, problem.operator.row_scale, state.rows, state.now
-    z = now.inner(rows)
-    past, w, x = extrapolate(state.past, (rows.rho * z + rows.memory) / scale - rows.dual, now.x)
-    z = x if rows.inner is None else inner.mv(x)
-    memory = scale * (w + rows.dual) - rows.rho * z
-    rows = rows._replace(inner=None if rows.inner is None else z, memory=memory)
-    return dataclasses.replace(state, now=Moving(x, (rows,)), past=past)

@@ -33,7 +33,7 @@ from sparseopt.core.base.types import pytree
 from sparseopt.core.operators.maps import Split
 from sparseopt.core.operators.row_tables import Sums
 from sparseopt.core.penalties.protocols import is_norm
-from sparseopt.core.penalties.sums import lift
+from sparseopt.core.penalties.sums import Lifted
 from sparseopt.core.problem.problem import Problem, Start
 from sparseopt.core.solvers.admm import Admm, AdmmState, Block, Moving
 
@@ -119,7 +119,7 @@ class DogeGroups(Admm):
         split, penalty, (rows,) = problem.operator, problem.penalty, now.blocks
         keep = 1 - jnp.asarray(self.relaxation, now.x.dtype)
         z, theta, rho = now.inner(rows)[..., None], rows.memory.theta, rows.rho
-        alpha, found, move = lift(penalty, split.outer, split.row_scale, self.groups).move(z - theta, 1 / rho)
+        alpha, found, move = Lifted(penalty, split.outer, split.row_scale, self.groups).move(z - theta, 1 / rho)
         # The dual and Ψ z row by row, for the checks; the iteration does not read them.
         candidate, prox = -rho * move, rows.prox
         if is_norm(penalty):

@@ -40,7 +40,7 @@ from sparseopt.core.base.sums import total
 from sparseopt.core.base.types import pytree, static
 from sparseopt.core.losses.data import DataLoss, as_least_squares
 from sparseopt.core.losses.quadratic import Quadratic, is_smooth
-from sparseopt.core.operators.maps import or_identity
+from sparseopt.core.operators.maps import Pair, or_identity
 from sparseopt.core.operators.matrices import norm_estimate
 from sparseopt.core.penalties.protocols import dual_step, has_conjugate, is_norm
 from sparseopt.core.problem.certify import ROUNDING, certificate
@@ -64,21 +64,8 @@ CERTIFICATE_GROWTH, LEAST_SOLVE, SOLVE_SHARE = 1.3, 10, 10
 CHEAP = 3000
 
 
-class Maps(NamedTuple):
-    """`K~ = [A; K]`."""
-
-    data: Any
-    operator: Any
-
-    def mv(self, x: Array) -> tuple[Array, Array]:
-        return self.data.mv(x), self.operator.mv(x)
-
-    def rmv(self, duals: tuple[Array, Array]) -> Array:
-        return self.data.rmv(duals[0]) + self.operator.rmv(duals[1])
-
-
-def _maps(problem: Problem, x: Array) -> Maps:
-    return Maps(problem.loss.maps(x), or_identity(problem.operator, x))
+def _maps(problem: Problem, x: Array) -> Pair:
+    return Pair(problem.loss.maps(x), or_identity(problem.operator, x))
 
 
 class Point(NamedTuple):
@@ -176,7 +163,7 @@ class PrimalDual:
             return units.of * maps.rmv((scales[0] * along[0], scales[1] * along[1]))
 
         duals = (problem.loss.rows.gradient(images[0]).astype(x.dtype), jnp.zeros_like(images[1]))
-        pulled = maps.data.rmv(duals[0])
+        pulled = maps.first.rmv(duals[0])
         first = Point(x, duals, images, pulled)
         far, zero = jnp.full((), jnp.inf, x.dtype), jnp.zeros((), jnp.int32)
         objective = problem.loss.rows.value(images[0]) + problem.penalty.value(images[1])

@@ -21,9 +21,8 @@ from sparseopt.core.base.mesh import at_work, over, put, whole
 from sparseopt.core.operators.differences import Difference
 from sparseopt.core.operators.maps import Identity
 from sparseopt.core.operators.normal_solves import cosine_solve, free_solve
-from sparseopt.core.operators.parts import Cut, cut_graph, part_base
+from sparseopt.core.operators.parts import Cut, SlabBase, cut_graph, part_base
 from sparseopt.core.operators.row_tables import Sums, edge_grid, edge_rows, grid_edges
-from sparseopt.core.operators.slabs import SlabBase
 from sparseopt.core.penalties.entries import L1
 from sparseopt.trend.base.graph import Graph
 

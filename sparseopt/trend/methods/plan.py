@@ -130,20 +130,10 @@ class Plan:
 
     def fit_job(self, job: Job) -> TrendSolution:
         """The fit of a job's signal, in the layout of the nodes."""
-        plan = self.pace(job)
-        history = to_next_check(job.max_steps, plan.cadence) if job.history else 0
-        return fit(
-            plan,
-            job.arrays[0],
-            job.rows,
-            job.arrays[1],
-            job.tol,
-            job.max_steps,
-            start=job.first(),
-            rho=job.settings.rho,
-            relaxation=job.settings.relaxation,
-            history=history,
-        )
+        plan, (y, weights) = self.pace(job), job.arrays
+        options: Any = {"start": job.first(), "rho": job.settings.rho, "relaxation": job.settings.relaxation}
+        options["history"] = to_next_check(job.max_steps, plan.cadence) if job.history else 0
+        return fit(plan, y, job.rows, weights, job.tol, job.max_steps, **options)
 
 
 def to_next_check(max_steps: Any, cadence: int) -> Any:
