@@ -25,7 +25,7 @@ HOUSE = {
     "core/problem": ["problem units", "certify padding", "differentiate", "iterate"],
     "core/solvers": ["*"],
     "core": ["solve", "proximal"],
-    "trend/base": ["graph_tables", "graph", "layout signal", "ground", "pieces", "job terms"],
+    "trend/base": ["graph_tables method", "graph", "layout signal", "ground", "pieces", "job"],
     "trend/methods": [
         "plan",
         "admm_plan interior_plan",

@@ -17,7 +17,7 @@ from sparseopt.core.losses.scalar import Logistic, Poisson, ScalarLoss, Squared,
 from sparseopt.core.penalties.names import BY_WEIGHT
 from sparseopt.core.problem.problem import Status
 from sparseopt.trend.base.graph import Graph
-from sparseopt.trend.base.job import Settings
+from sparseopt.trend.base.method import Settings
 from sparseopt.trend.base.signal import check_graph, check_order, require_not_negative
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.methods.choice import as_method

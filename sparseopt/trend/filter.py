@@ -21,11 +21,10 @@ from sparseopt.core.base.types import precision, wide_types
 from sparseopt.core.losses.scalar import check_scalar_loss
 from sparseopt.core.problem.problem import Solution, Status
 from sparseopt.trend.base.graph import Graph
-from sparseopt.trend.base.job import Job
+from sparseopt.trend.base.job import Job, check_terms, graph_for, terms_of, vanishes
 from sparseopt.trend.base.layout import layout_of
 from sparseopt.trend.base.pieces import TrendSolution
-from sparseopt.trend.base.signal import as_null_fit, check_order, check_signal, graph_at
-from sparseopt.trend.base.terms import check_terms, graph_for, terms_of, vanishes
+from sparseopt.trend.base.signal import as_null_fit, check_order, check_signal, graph_at, require_complete
 from sparseopt.trend.methods.choice import as_method, choose, is_short
 from sparseopt.trend.methods.losses import fit_loss
 from sparseopt.trend.methods.piece_means import short_fit, take_piece_means
@@ -118,7 +117,7 @@ def trend_filter(
     working, native = job.layout.working(), wide_types() or job.dtype == np.float32
     with precision(job.dtype), working:
         found = job.list_rows(_solve(job))
-        value = job.layout.reshape(found.value, job.signal.shape)
+        value = job.layout.gather(found.value, 0).reshape(job.signal.shape)
         found = dataclasses.replace(found, value=value, graph=job.graph, order=job.order)
         return job.layout.fetch(found, native)
 
@@ -197,8 +196,7 @@ def _fit(job: Job) -> TrendSolution:
         if job.rows.value(flat) == 0:
             return known_fit(job, null, flat=True)
     if not job.several and (graph.num_edges == 0 or vanishes(job.penalty)):
-        if not signal.complete:
-            raise ValueError("without a penalty the fit is not defined at missing nodes: raise the penalty's weight")
+        require_complete(signal)
         return known_fit(job, signal.values)
     method = choose(job)
     found = method.plan(job).fit_job(job)

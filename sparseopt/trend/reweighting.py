@@ -18,13 +18,12 @@ import numpy as np
 
 from sparseopt.core.base.arguments import positive_number, real_array, whole_number
 from sparseopt.core.base.types import precision
-from sparseopt.core.losses.residuals import is_square
 from sparseopt.core.losses.scalar import check_scalar_loss
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.problem.problem import Solution, Status
 from sparseopt.trend.base.graph import Graph
+from sparseopt.trend.base.job import check_parameters
 from sparseopt.trend.base.signal import check_graph, check_order, compute_dtype
-from sparseopt.trend.base.terms import check_parameters
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.methods.choice import as_method
 
@@ -112,7 +111,7 @@ def reweighted(
     # With a loss, or without an observation, a part that no penalty ties to the rest may have no fit.
     weighed = options.get("node_weights")
     gaps = np.isnan(y).any() or (weighed is not None and not np.all(weighed))
-    square = is_square(check_scalar_loss(options.get("loss", "square")))
+    square = getattr(check_scalar_loss(options.get("loss", "square")), "is_square", False)
     least = 0.0 if square and not gaps else LEAST * weights
     method = as_method(options.get("method", "auto"))
     while True:

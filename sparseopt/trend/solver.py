@@ -16,11 +16,10 @@ from sparseopt.core.base.types import is_traced, precision, pytree, static, wide
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.problem.problem import Solution, Start
 from sparseopt.trend.base.ground import on_rows
-from sparseopt.trend.base.job import Job, require_start
+from sparseopt.trend.base.job import Job, check_weight, graph_for, require_penalty, require_start
 from sparseopt.trend.base.layout import Layout, layout_of
 from sparseopt.trend.base.pieces import TrendSolution
 from sparseopt.trend.base.signal import check_graph, check_order, compute_dtype, graph_at, require_node_weights
-from sparseopt.trend.base.terms import check_weight, graph_for, require_penalty
 from sparseopt.trend.methods.choice import as_method, choose
 from sparseopt.trend.methods.plan import Plan, fit
 

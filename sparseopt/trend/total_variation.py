@@ -22,10 +22,10 @@ from sparseopt.core.penalties.groups import GroupL2
 from sparseopt.core.problem.problem import Start, Status
 from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.base.ground import on_rows
-from sparseopt.trend.base.job import MOST_STEPS
+from sparseopt.trend.base.job import check_parameters, require_penalty
 from sparseopt.trend.base.layout import layout_of
+from sparseopt.trend.base.method import MOST_STEPS
 from sparseopt.trend.base.signal import check_graph, check_order, graph_at
-from sparseopt.trend.base.terms import check_parameters, require_penalty
 from sparseopt.trend.methods.choice import AUTO
 from sparseopt.trend.solver import TrendSolver, trend_solver
 

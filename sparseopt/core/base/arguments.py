@@ -165,15 +165,10 @@ class Limited:
     least: ClassVar[tuple[str, ...]] = ("weight",)
     above: ClassVar[Mapping[str, float]] = MappingProxyType({})
     bounds: ClassVar[tuple[str, ...]] = ()  # other numbers
+    number_names: ClassVar[tuple[str, ...]] = ()  # all
 
-    @property
-    def excludes_zero(self) -> bool:
-        return False
-
-    @property
-    def number_names(self) -> tuple[str, ...]:
-        """The names of all."""
-        return (*self.least, *self.above, *self.bounds)
+    def __init_subclass__(cls) -> None:
+        cls.number_names = (*cls.least, *cls.above, *cls.bounds)
 
     def refuses(self) -> str | None:
         """Why its numbers mean nothing, as far as these are known outside jit, or None."""

@@ -22,7 +22,6 @@ from sparseopt.core.base.sums import total
 from sparseopt.core.base.types import FloatArray, is_traced, pytree
 from sparseopt.core.losses import scalar
 from sparseopt.core.losses.quadratic import Quadratic
-from sparseopt.core.losses.residuals import is_square
 from sparseopt.core.operators.maps import or_identity
 from sparseopt.core.operators.matrices import Dense, Matrix, linear_map, refuses_map
 
@@ -68,7 +67,7 @@ class DataLoss:
 
     @property
     def is_square(self) -> bool:
-        return is_square(self.scalar)
+        return getattr(self.scalar, "is_square", False)
 
     @property
     def rows(self) -> "DataLoss":

@@ -57,7 +57,7 @@ class _LossOfResiduals:
 class Squared(_LossOfResiduals):
     """`f = (x - y)² / 2`: the fit is a mean."""
 
-    smooth = True
+    smooth = is_square = True
 
     def value(self, x: FloatArray, y: FloatArray) -> FloatArray:
         return (x - y) ** 2 / 2
@@ -79,11 +79,6 @@ class Squared(_LossOfResiduals):
 
     def curvature(self, y: np.ndarray, weights: np.ndarray, fit: np.ndarray) -> np.ndarray:
         return np.ones(y.shape)
-
-
-def is_square(loss: Any) -> bool:
-    """Whether a loss of one observation is the square."""
-    return isinstance(loss, Squared)
 
 
 @pytree

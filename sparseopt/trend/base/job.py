@@ -1,87 +1,41 @@
 """The `Job`: the caller's arguments of the trend filter, checked on the host before any work."""
 
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.core.base.arguments import (
-    is_positive,
+    Limited,
+    own_refusal,
     positive_number,
+    real_array,
     require_memory,
     whole_number,
 )
-from sparseopt.core.losses.residuals import Squared, has_two_slopes, is_square
+from sparseopt.core.base.types import is_traced
+from sparseopt.core.losses.residuals import Squared, has_two_slopes
 from sparseopt.core.losses.scalar import ScalarLoss
 from sparseopt.core.penalties.entries import L1
+from sparseopt.core.penalties.protocols import Composite
+from sparseopt.core.penalties.sets import Box
 from sparseopt.core.problem.problem import Solution, Start
 from sparseopt.trend.base.graph import Graph
-from sparseopt.trend.base.ground import Ground, Terms, ground_of, on_rows, strength
+from sparseopt.trend.base.ground import Ground, Terms, couples_axes, ground_of, on_rows, strength
 from sparseopt.trend.base.layout import Layout
+from sparseopt.trend.base.method import DEFAULTS, MOST_STEPS, Settings
+from sparseopt.trend.base.signal import MOST_ORDER, UNKNOWN
 
-# Steps are counted in int32, and the last check may be one cadence later.
-MOST_STEPS = 10**9
+# A number whose square is finite in float32, and large beside what a constraint or a ridge can bear.
+FAR = 1e18
 # Residual, objective, gap and rho per step of a history.
 STEP_BYTES = 4 * 8
-
-
-@runtime_checkable
-class Method(Protocol):
-    """A method with its settings."""
-
-    name: str  # for callers
-    single: bool = False  # whether it takes only one penalty, and the square loss
-    one_metric: bool = False  # whether its x-step may need one metric for all nodes
-    over_devices: bool = False  # whether it works over several devices
-    on_host: bool = False  # whether it works on the host: without a start, a history and traced values
-    short_from: float = math.inf  # from so many nodes on a signal in float64 is first solved in float32
-    merges: bool = False  # whether a path of exact fits at order 0 may replace it
-    balances_rho: bool = False  # whether it computes rho again at every level of a path, from the start
-    keeps_rho_from: int = 0  # from this order on it keeps the rho of the previous level of a path, for a norm
-
-    def refuses(self, job: "Job") -> str | None:
-        """Why it cannot do a job, and what to do; None if it can. It does not look at the values of the signal."""
-        if self.single and not job.square:
-            return f"method={self.name!r} solves the square loss only; with loss={job.loss} use auto, doge, admm"
-        if self.single and job.several:
-            return f"method={self.name!r} solves single orders; with several penalties use auto, doge, admm"
-        return job.layout.refuses(job, self)
-
-    def plan(self, job: "Job") -> Any:
-        """The host work for a job: a pytree, cached for similar jobs; a plain object for a method on the host."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What every splitting method lets one set.
-
-    Args:
-        rho: the first ADMM parameter; None chooses it from the data.
-        relaxation: over-relaxation in (0, 2).
-        cadence: steps between two checks; None takes 10 for Doge, whose steps are cheap, and 5 for other methods. A
-            start that is the fit itself is checked after one step.
-    """
-
-    rho: float | None = None
-    relaxation: float = 1.7
-    cadence: int | None = None
-
-    def __post_init__(self) -> None:
-        relaxed = is_positive(self.relaxation) and self.relaxation < 2
-        if not (relaxed and (self.rho is None or is_positive(self.rho))):
-            raise ValueError(
-                f"rho must be positive and finite and relaxation in (0, 2), given rho={self.rho!r}, "
-                f"relaxation={self.relaxation!r}"
-            )
-        if self.cadence is not None:
-            object.__setattr__(self, "cadence", whole_number("cadence", self.cadence, 1, MOST_STEPS))
-
-
-DEFAULTS = Settings()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +72,7 @@ class Job:
         fill("several", len(self.terms) > 1 or -1 in self.terms)
         fill("penalty", next(iter(self.terms.values())))
         fill("is_l1", isinstance(self.penalty, L1))
-        fill("square", is_square(self.loss))
+        fill("square", getattr(self.loss, "is_square", False))
         fill("settings", self.method if isinstance(self.method, Settings) else DEFAULTS)
         if self.several and not self.square:
             raise ValueError(f"several penalties take the square loss, given loss={self.loss}")
@@ -232,4 +186,165 @@ def require_start(value: Any, dual: Any, size: int, rows: tuple[int, ...]) -> No
         raise ValueError(
             f"start needs a solution of the same graph and order, with {size} values and whose dual has the shape "
             f"{rows}, given {np.size(value)} and {np.shape(dual)}"
+        )
+
+
+def graph_for(graph: Graph, *penalties: Any) -> Graph:
+    """The graph for penalties, by its edges where the rows of a grid would not do.
+
+    A grid that was found in edges has its rows in the order and direction of a grid, padded with zeros. A penalty that
+    is not even needs the directions given, and one that zeros cost something cannot take the padding.
+    """
+    if graph.shape is None or graph.free:
+        return graph
+    turned = graph.turned and not all(getattr(penalty, "even", False) for penalty in penalties)
+    return graph.as_edges() if turned or any(map(_excludes_zero, penalties)) else graph
+
+
+def terms_of(penalty: Any, order: int) -> Terms:
+    """One penalty, or several by their orders, which may be floats or integers of NumPy, ascending."""
+    if not isinstance(penalty, Mapping):
+        return {order: penalty}
+    what = "the order of each of several penalties"
+    terms = {whole_number(what, key, -1, MOST_ORDER, "-1: b itself"): term for key, term in penalty.items()}
+    if any(map(couples_axes, terms.values())):
+        raise ValueError(
+            "isotropic total variation, a penalty with axis 0, is taken alone here, given several penalties by orders"
+        )
+    if not terms:
+        raise ValueError("several penalties are keyed by their orders, as in {-1: L1(0.5), 0: L1(2.0)}; given none")
+    if order:
+        raise ValueError(
+            f"where penalties are keyed by their orders {list(terms)}, leave order out; given order={order}"
+        )
+    return dict(sorted(terms.items()))
+
+
+def check_terms(terms: Terms, layout: Layout, channels: tuple[int, ...], kind: np.dtype) -> Terms:
+    """Checked penalties by order, without those that cost nothing unless all do."""
+    for k, term in terms.items():
+        require_penalty(term, layout.graph, k, bool(channels))
+        check_parameters(term, kind, layout.count(k + 1) if np.ndim(getattr(term, "weight", 0)) else None)
+        if layout.graph.shape is None or layout.graph.free:
+            continue  # whose rows are a list
+        for name in getattr(term, "number_names", ()):
+            shape = np.shape(getattr(term, name))
+            if name != "weight" and shape not in ((), channels):
+                raise ValueError(
+                    f"the {name} of {type(term).__name__} is one number on a grid, given the shape {shape}; L1 in "
+                    "`trend_filter` takes a weight for every difference"
+                )
+    # Without edges there are no differences.
+    edges = layout.graph.num_edges
+    strong = {k: term for k, term in terms.items() if (edges or k == -1) and not vanishes(term)}
+    return strong or {max(0, *terms): next(iter(terms.values()))}
+
+
+def _cost(penalty: Any, x: Any) -> float | None:
+    """What x costs; None for a penalty that is traced, or of arrays of another shape."""
+    if is_traced(penalty):
+        return None
+    with jax.ensure_compile_time_eval(), contextlib.suppress(AttributeError, TypeError, ValueError):
+        return float(penalty.value(jnp.asarray(x, jnp.float32)))
+    return None
+
+
+def vanishes(penalty: Any) -> bool:
+    """Whether the penalty is 0 everywhere: its weight is 0, and numbers of any size cost nothing."""
+    if np.any(np.asarray(getattr(penalty, "weight", 1.0))):
+        return False
+    is_own = not dataclasses.is_dataclass(penalty)
+    probe = penalty if is_own else dataclasses.replace(penalty, weight=0.0)
+    return _cost(probe, [[-FAR, 1.0], [-1.0, FAR]]) == 0
+
+
+def _excludes_zero(penalty: Any) -> bool:
+    """Whether 0 costs something; a penalty that does not say so is asked for its value, if its numbers are known."""
+    said = getattr(penalty, "excludes_zero", None)
+    if said is not None or isinstance(penalty, Limited):
+        return bool(said() if callable(said) else said)
+    return _cost(penalty, np.zeros((3, 1))) not in (0, None)
+
+
+def require_penalty(penalty: Any, graph: Graph, order: int, channels: bool) -> None:
+    """Raise a TypeError or ValueError unless this is a penalty on the differences of an order."""
+    if isinstance(penalty, type) or not (hasattr(penalty, "value") and hasattr(penalty, "prox")):
+        raise TypeError(f"a penalty has `value` and `prox`, such as sparseopt.L1(10.0); given {penalty!r}")
+    if any(leaf is penalty for leaf in jax.tree.leaves(penalty)):
+        # No program can be compiled for it.
+        raise TypeError(f"a penalty is a pytree, made so by the decorator sparseopt.pytree; given {penalty!r}")
+    name = type(penalty).__name__
+    if isinstance(penalty, Composite):
+        raise TypeError(
+            f"{name} has differences of its own, and the penalty here acts on those of the graph, as L1(0.5) does; "
+            f"for {name} itself call its prox, or `sparseopt.solve`"
+        )
+    if axes := getattr(penalty, "group_axes", ()):
+        if penalty.groups is not None:
+            raise ValueError(f"{name} couples channels here; labelled groups of differences are not supported")
+        if axes not in ((-1,), (0,), (0, -1)):
+            raise ValueError(
+                f"{name} couples the channels by axis -1, the differences of a node along the axes of a grid by axis "
+                f"0, and both by axis (0, -1), given {penalty.axis!r}"
+            )
+        if -1 in axes and not channels:
+            raise ValueError(
+                f"{name} with axis {penalty.axis!r} couples the channels of a signal [n, channels]; this one has none: "
+                "use L1, or on a grid axis 0 for isotropic total variation"
+            )
+        if couples_axes(penalty) and (order != 0 or graph.shape is None or len(graph.shape) < 2):
+            raise ValueError(
+                f"{name} with axis {penalty.axis!r}, isotropic total variation, takes order 0 and a grid of 2 or 3 "
+                f"axes, given order {order} on {graph!r}"
+            )
+
+
+def check_parameters(penalty: Any, kind: np.dtype, rows: int | None = None) -> None:
+    """Raise a ValueError unless a penalty's numbers are finite and its weight is a valid one in the dtype `kind`."""
+    weight = check_weight(penalty, rows)
+    if is_traced(penalty):
+        raise TypeError(f"trend_filter checks a penalty's numbers, {UNKNOWN}")
+    for leaf in jax.tree.leaves(penalty):
+        value = np.asarray(leaf)
+        if value.dtype.kind not in "biuf":
+            continue
+        # The bounds of a box may be infinite.
+        if np.any(np.isnan(value) if isinstance(penalty, Box) else ~np.isfinite(value)):
+            raise ValueError(f"the penalty's parameters must be finite, given {penalty}")
+    require_representable(np.asarray(weight, np.float64), kind)
+
+
+def check_weight(penalty: Any, rows: int | None = None) -> Any:
+    """The weight of a penalty, 0 without one, that of L1 one number or one for each of `rows` rows; else a ValueError.
+
+    No number of the penalty may be one that `refuses` rejects. Those that are traced are not checked.
+    """
+    weight: Any = getattr(penalty, "weight", 0.0)
+    known = not isinstance(weight, jax.core.Tracer)
+    weight = real_array("the penalty's weight", weight) if known else weight
+    if reason := own_refusal(penalty):
+        raise ValueError(reason)
+    if weight.ndim and not (rows is not None and isinstance(penalty, L1)):
+        raise ValueError(
+            f"the penalty's weight is one number here, given the shape {weight.shape}; L1 in `trend_filter` takes a "
+            "weight for every difference, and a graph takes weights of edges"
+        )
+    if weight.shape not in ((), (rows,)):
+        raise ValueError(
+            f"the weight of L1 is one number, or one for each of the {rows} rows of graph.matrix(order + 1), "
+            f"given the shape {weight.shape}"
+        )
+    if known and weight.min(initial=0) < 0:  # of a penalty of the user's
+        raise ValueError(f"the penalty's weight must not be negative, given {weight.min()}")
+    return weight
+
+
+def require_representable(weight: np.ndarray, kind: np.dtype) -> None:
+    """Raise a ValueError if a penalty's weight overflows or vanishes in the dtype `kind`."""
+    limits = np.finfo(kind)
+    wrong = (weight > limits.max) | ((weight > 0) & (weight < limits.tiny))
+    if wrong.any():
+        raise ValueError(
+            f"the penalty's weight is 0 or from {limits.tiny:.3g} to {limits.max:.3g} in {kind}, given "
+            f"{float(weight[wrong].flat[0]):.3g}"
         )

@@ -63,7 +63,10 @@ class Layout:
         return None if graph.shape is None else cosine_solve(graph.shape, (1,), dtype, graph.spacing)
 
     def cache(self, key: tuple[Any, ...], build: Callable[[], T]) -> T:
-        return self.graph.cache((*key, self.mesh), build)
+        tables, key = self.graph.tables, (*key, self.mesh)
+        if key not in tables:
+            tables[key] = build()
+        return tables[key]
 
     def base(self, dtype: Any) -> Any:
         return self.graph.base(dtype)
@@ -143,10 +146,6 @@ class Layout:
     def gather(self, values: Any, order: int) -> Any:
         """An array on the rows of an order as it is laid out on one device."""
         return values
-
-    def reshape(self, values: Any, shape: tuple[int, ...]) -> Any:
-        """An array on the nodes, in the shape of the caller's signal."""
-        return self.gather(values, 0).reshape(shape)
 
     def fetch(self, solution: Any, native: bool) -> Any:
         """A solution as the caller gets it: as it is, or as host arrays where JAX's types of today are shorter.
@@ -293,8 +292,11 @@ def layout_of(graph: Graph, mesh: Mesh | None = None) -> Layout:
     """The layout of a graph's arrays on one device, or over a mesh; made once per graph."""
     if graph.free and mesh is not None:
         raise ValueError('several devices take the ends of the graph: leave out devices, or take ends="graph"')
-    alone = FreeLayout if graph.free else Layout
-    return graph.cache(("layout", mesh), lambda: alone(graph) if mesh is None else LayoutOver(graph, mesh))
+    found = graph.tables.get(("layout", mesh))
+    if found is None:
+        alone = FreeLayout if graph.free else Layout
+        found = graph.tables["layout", mesh] = alone(graph) if mesh is None else LayoutOver(graph, mesh)
+    return found
 
 
 def _elsewhere(found: set[jax.Device]) -> ValueError:

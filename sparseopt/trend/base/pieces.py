@@ -280,16 +280,11 @@ def _booleans(name: str, given: Any) -> np.ndarray:
     return array.astype(bool)
 
 
-def _row_shape(graph: Graph, order: int) -> tuple[int, ...]:
-    """The shape of an array on the rows of `Δ^(order+1)` in its layout, without channels."""
-    return layout_of(graph).difference(order + 1, np.float64).out_shape
-
-
 def freedom_of_levels(
     nonzero: np.ndarray, graph: Graph, order: int, observed: np.ndarray | None, channels: int
 ) -> np.ndarray:
     """`degrees_of_freedom` of the `nonzero` of fits, `[levels, ...]`; a single column counts for every channel."""
-    shape = (len(nonzero), *_row_shape(graph, order))
+    shape = (len(nonzero), *layout_of(graph).difference(order + 1, np.float64).out_shape)
     columns = np.broadcast_to(nonzero if nonzero.ndim > len(shape) else nonzero[..., None], (*shape, channels))
     limit = graph.num_nodes if observed is None else int(observed.sum())
 

@@ -5,11 +5,12 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.core.base.arguments import real_array, require_memory, whole_number
-from sparseopt.core.base.types import is_traced, precision
+from sparseopt.core.base.types import precision
 from sparseopt.core.operators.differences import Difference
 from sparseopt.core.operators.normal_solves import LONGEST_FREE_AXIS
 from sparseopt.core.operators.row_tables import edge_rows
@@ -103,7 +104,7 @@ def check_signal(
     `devices`.
     """
     graph = check_graph(graph)
-    if is_traced(y):
+    if isinstance(y, jax.core.Tracer):
         raise TypeError(f"trend_filter checks a signal's values, {UNKNOWN}")
     y = real_array("a signal", y)
     kind = compute_dtype(y, dtype, graph, order)
@@ -152,6 +153,12 @@ def check_signal(
         values = np.where((weights > 0).reshape(-1, *(1 for _ in values.shape[1:])), values, 0)
     _require_squares(values, float(weights.max()), kind)
     return Signal(values, None if equal else weights.astype(kind), y.shape)
+
+
+def require_complete(signal: Signal) -> None:
+    """Raise a ValueError if nodes are missing, where no penalty ties them to others."""
+    if not signal.complete:
+        raise ValueError("without a penalty the fit is not defined at missing nodes: raise the penalty's weight")
 
 
 def require_node_weights(shape: tuple[int, ...], graph: Graph) -> None:

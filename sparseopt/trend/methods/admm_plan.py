@@ -25,7 +25,8 @@ from sparseopt.core.penalties.entries import L1
 from sparseopt.core.problem.problem import Start
 from sparseopt.core.solvers.fused_lasso import ChainTotalVariation
 from sparseopt.trend.base.ground import Data
-from sparseopt.trend.base.job import Job, Method, Settings
+from sparseopt.trend.base.job import Job
+from sparseopt.trend.base.method import Method, Settings
 from sparseopt.trend.methods.plan import Plan
 
 # With an exact x-step a check is cheap.

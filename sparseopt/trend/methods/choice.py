@@ -13,8 +13,8 @@ import numpy as np
 from sparseopt.core.base.arguments import fits, unknown
 from sparseopt.core.penalties.protocols import is_norm
 from sparseopt.core.solvers.interior import is_available
-from sparseopt.trend.base.job import Job, Method
-from sparseopt.trend.base.terms import vanishes
+from sparseopt.trend.base.job import Job, vanishes
+from sparseopt.trend.base.method import Method
 from sparseopt.trend.methods.admm_plan import Admm, FastAdmm
 from sparseopt.trend.methods.doge_plan import Doge, DogeGroups
 from sparseopt.trend.methods.interior_plan import Interior, is_narrow
@@ -114,13 +114,13 @@ def as_method(given: Any) -> Method | None:
         for key in settings.keys() - set(known):
             raise ValueError(unknown(f"setting of {given}", key, known))
         return dataclasses.replace(named, **settings)
+    if isinstance(given, str) and given in (AUTO, *METHODS):
+        return METHODS.get(given)
     if fits(given, Method):
         return given
     if isinstance(given, type) and given in map(type, METHODS.values()):
         raise ValueError(f"a method is a name or an object, given the class {given.__name__}: write {given.__name__}()")
-    if not (isinstance(given, str) and given in (AUTO, *METHODS)):
-        raise ValueError(unknown("method", given, (AUTO, *METHODS)))
-    return None if given == AUTO else METHODS[given]
+    raise ValueError(unknown("method", given, (AUTO, *METHODS)))
 
 
 def choose(job: Job, pure: bool = False) -> Method:
@@ -145,10 +145,10 @@ def is_short(job: Job, method: Method | None = None) -> bool:
     carries = job.tol >= SHORT_TOLS.get(job.order, np.inf)
     soon = nodes >= Doge.short_from and carries and (job.order == 0 or graph.shape is not None)
     large = soon or nodes >= Admm.short_from
-    known = is_norm(job.penalty) and graph.num_edges > 0 and not (graph.free and job.order)
+    known = graph.num_edges > 0 and not (graph.free and job.order)
     # At missing nodes rounding of the dual costs as much as the whole gap.
-    suits = plain and large and known and signal.complete and job.dtype == np.float64 and not vanishes(job.penalty)
-    return suits and nodes >= (method or choose(job)).short_from
+    suits = plain and large and known and signal.complete and job.dtype == np.float64 and is_norm(job.penalty)
+    return suits and not vanishes(job.penalty) and nodes >= (method or choose(job)).short_from
 
 
 def choose_for_path(job: Job) -> Method:

@@ -23,7 +23,8 @@ from sparseopt.core.problem.problem import Solution, Status
 from sparseopt.core.solvers.interior import MOST_STEPS, DualProgram, is_available
 from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.base.ground import Data, Ground, on_rows, prepare
-from sparseopt.trend.base.job import Job, Method
+from sparseopt.trend.base.job import Job
+from sparseopt.trend.base.method import Method
 from sparseopt.trend.base.pieces import TrendSolution
 from sparseopt.trend.methods.plan import finish
 

@@ -17,7 +17,6 @@ import numpy as np
 
 from sparseopt.core.base.compile import Jitted
 from sparseopt.core.losses.data import DataLoss
-from sparseopt.core.losses.residuals import is_square
 from sparseopt.core.losses.scalar import ScalarLoss
 from sparseopt.core.penalties.protocols import has_conjugate
 from sparseopt.core.problem.certify import judge, promote
@@ -125,7 +124,7 @@ def take_piece_means(job: Job, found: TrendSolution) -> TrendSolution:
     if job.order:
         return found
     graph, layout, signal, channels = job.graph, job.layout, job.signal, job.channels
-    columns = np.asarray(layout.reshape(found.value, signal.shape)).reshape(graph.num_nodes, -1)
+    columns = np.asarray(layout.gather(found.value, 0)).reshape(graph.num_nodes, -1)
     joined, between = ~np.asarray(found.nonzero), edges_between(graph, columns)
     if found.dual is None:
         # A fit that was known without an iteration is level. XLA reads its smallest differences as 0.
@@ -171,7 +170,7 @@ def _judge_at(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The objective at x, the relative duality gap for the square loss, else NaN, and the status then."""
     loss: Any = DataLoss(family, None, y, weights)
-    if is_square(family):
+    if getattr(family, "is_square", False):
         data = data_of(ground, y, weights)
         loss = data.loss
         if ground.present is not None:

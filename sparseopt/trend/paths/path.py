@@ -23,11 +23,10 @@ from sparseopt.core.penalties.entries import L1, MCP, SCAD
 from sparseopt.core.penalties.groups import GroupL2
 from sparseopt.core.problem.problem import Status
 from sparseopt.trend.base.graph import Graph
-from sparseopt.trend.base.job import Job
+from sparseopt.trend.base.job import Job, require_representable
 from sparseopt.trend.base.layout import layout_of
 from sparseopt.trend.base.pieces import MOST_RANKED, TrendSolution, freedom_of_levels, is_countable
 from sparseopt.trend.base.signal import signal_noise
-from sparseopt.trend.base.terms import require_representable
 from sparseopt.trend.filter import check_job
 from sparseopt.trend.methods.choice import as_method
 from sparseopt.trend.methods.losses import node_deviances
