@@ -26,7 +26,7 @@ from sparseopt.core.base.types import pytree, static
 from sparseopt.core.losses.data import DataLoss
 from sparseopt.core.losses.quadratic import is_indefinite, is_smooth, with_image
 from sparseopt.core.penalties.protocols import cold_memory, has_conjugate, is_composite, prox_from
-from sparseopt.core.problem.certify import certificate, composite_gap, proximal_gap
+from sparseopt.core.problem.certify import Metric, certificate, composite_gap, proximal_gap
 from sparseopt.core.problem.problem import Measure, Problem, Progress, ProxSolver, needs
 from sparseopt.core.problem.units import Units, units_of
 
@@ -209,7 +209,7 @@ class AcceleratedProximalGradient(ProxSolver):
         residual = curvature * jnp.linalg.norm(apart.reshape(-1)) / jnp.maximum(state.scale, tiny)
         gap = jnp.full_like(residual, jnp.nan)
         if has_conjugate(penalty) and _is_data(loss):
-            gap = certificate(problem, x, state.image, loss.rows.gradient(state.image), units=state.columns).gap
+            gap = certificate(problem, x, state.image, loss.rows.gradient(state.image), None, Metric(state.columns)).gap
         elif is_composite(penalty) and _is_data(loss):
             gap = composite_gap(problem, x, state.image, penalty.dual(memory), curvature)
         elif self._has_quadratic_gap(problem):

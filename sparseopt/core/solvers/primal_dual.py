@@ -43,7 +43,7 @@ from sparseopt.core.losses.quadratic import Quadratic, is_smooth
 from sparseopt.core.operators.maps import Pair, or_identity
 from sparseopt.core.operators.matrices import norm_estimate
 from sparseopt.core.penalties.protocols import dual_step, has_conjugate, is_norm
-from sparseopt.core.problem.certify import ROUNDING, certificate
+from sparseopt.core.problem.certify import ROUNDING, Effort, Metric, certificate
 from sparseopt.core.problem.problem import Measure, Problem, Progress, needs
 from sparseopt.core.problem.units import Units, scales_of, units_of
 
@@ -255,18 +255,11 @@ class PrimalDual:
         if has_conjugate(penalty):
             # Rounding alone does not take an objective below a bound.
             refuted = bound - objective > 8 * ROUNDING * limits.eps * jnp.abs(objective)
-            found = certificate(
-                problem,
-                x,
-                image,
-                *at.duals,
-                units=state.units,
-                scales=state.scales,
-                precondition=partial(self._inverse, state) if jnp.ndim(state.metric) else None,
-                due=due,
-                known=jnp.where(refuted, jnp.inf, objective - bound),
-                most_steps=LEAST_SOLVE + state.steps // SOLVE_SHARE,
-            )
+            precondition = partial(self._inverse, state) if jnp.ndim(state.metric) else None
+            metric = Metric(state.units, state.scales, precondition)
+            known = jnp.where(refuted, jnp.inf, objective - bound)
+            effort = Effort(due, known, LEAST_SOLVE + state.steps // SOLVE_SHARE)
+            found = certificate(problem, x, image, *at.duals, metric, effort)
             bound = jnp.where(due & (refuted | (found.bound > bound)), found.bound, bound)
             # The difference of two numbers is known less accurately than a slack.
             slack = jnp.maximum(objective - bound, 4 * limits.eps * objective)

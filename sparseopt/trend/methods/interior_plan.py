@@ -98,19 +98,19 @@ class InteriorPlan:
         job = self.job
         terms = on_rows({job.order: penalty}, job.layout, job.dtype, bool(job.channels))
         value = job.layout.put(job.layout.rows(fit.reshape(-1, *job.channels), 0))
-        status = jnp.asarray(Status.CONVERGED if ended else Status.MAX_STEPS, jnp.int32)
-        count = jnp.asarray(steps, jnp.int32)
-        return _judge(job.ground, self.data, terms, value, dual, status, count, job.tol)
+        status = Status.CONVERGED if ended else Status.MAX_STEPS
+        end = jnp.asarray(status, jnp.int32), jnp.asarray(steps, jnp.int32)
+        return _judge(job.ground, self.data, terms, value, dual, end, job.tol)
 
 
 @Jitted
 def _judge(
-    ground: Ground, data: Data, penalty: Any, fit: Any, dual: Any, status: Any, steps: Any, tol: Any
+    ground: Ground, data: Data, penalty: Any, fit: Any, dual: Any, end: tuple[Any, Any], tol: Any
 ) -> TrendSolution:
     kind = data.shift.dtype
     unknown = jnp.full((), jnp.nan, kind)
     value = (fit - data.shift).astype(kind)
-    found = Solution(value, status, steps, unknown, unknown, unknown, dual=dual)
+    found = Solution(value, *end, unknown, unknown, unknown, dual=dual)
     return finish(ground, data, penalty, found, dual, jnp.asarray(tol, kind))
 
 

@@ -104,7 +104,8 @@ def in_float32(job: Job) -> Job:
 def certify(job: Job, found: TrendSolution) -> TrendSolution:
     """A fit in another precision as one of the job: judged there, at order 0 with the means of its pieces."""
     value, dual = found.value.astype(job.dtype), job.rows.project_dual(found.dual.astype(job.dtype))
-    objective, gap, status = _judge_at(job.ground, job.loss, job.rows, *job.arrays, dual, value, found.status, job.tol)
+    proof = dual, found.status
+    objective, gap, status = _judge_at(job.ground, job.loss, job.rows, job.arrays, value, proof, job.tol)
     found = dataclasses.replace(
         found, value=value, dual=dual, objective=objective, gap=gap, residual=gap, status=status
     )
@@ -141,7 +142,7 @@ def take_piece_means(job: Job, found: TrendSolution) -> TrendSolution:
     value = job.on_nodes(level)
 
     def judge_at(at: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return _judge_at(job.ground, job.loss, job.rows, *job.arrays, found.dual, at, found.status, job.tol)
+        return _judge_at(job.ground, job.loss, job.rows, job.arrays, at, (found.dual, found.status), job.tol)
 
     objective, gap, status = judge_at(value)
     certified = has_conjugate(job.rows)
@@ -161,14 +162,16 @@ def _judge_at(
     ground: Ground,
     family: ScalarLoss,
     penalty: Any,
-    y: Any,
-    weights: Any,
-    dual: Any,
+    arrays: tuple[Any, Any],
     x: Any,
-    status: jax.Array,
+    proof: tuple[Any, jax.Array],
     tol: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The objective at x, the relative duality gap for the square loss, else NaN, and the status then."""
+    """The objective at x, the relative duality gap for the square loss, else NaN, and the status then.
+
+    `arrays` are the signal and its weights, `proof` the dual and the status so far.
+    """
+    (y, weights), (dual, status) = arrays, proof
     loss: Any = DataLoss(family, None, y, weights)
     if getattr(family, "is_square", False):
         data = data_of(ground, y, weights)
