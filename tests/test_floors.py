@@ -34,7 +34,7 @@ HOUSE = {
         "losses piece_means",
     ],
     "trend": [
-        "solver",
+        "solver samples",
         "filter total_variation",
         "estimator paths/largest_weight reweighting",
         "paths/warm_starts",

@@ -263,7 +263,7 @@ def degrees_of_freedom(nonzero: Any, graph: Graph, order: int = 0, observed: Any
         )
     seen = None if observed is None else _booleans("observed", observed)
     if seen is not None and seen.shape != (graph.num_nodes,):
-        raise ValueError(f"`mask_missing` has one entry for each of {graph.num_nodes} nodes, given {seen.shape}")
+        raise ValueError(f"`observed` has one entry for each of {graph.num_nodes} nodes, given {seen.shape}")
     channels = mask.shape[1] if mask.ndim == 2 else 1
     return int(freedom_of_levels(layout.rows(mask, order + 1)[None], graph, order, seen, channels)[0])
 
