@@ -101,7 +101,10 @@ class TrendSolver:
             node_weights = jnp.asarray(node_weights, kind)
             require_node_weights(node_weights.shape, graph)
             node_weights = node_weights.reshape(graph.node_shape + (1,) * len(channels))
-        plan, nodes = self._plan(penalty, node_weights is not None), y.reshape(graph.node_shape + channels)
+        reasons = [plan.refuses(penalty, node_weights is not None) for plan in self.plans]
+        if None not in reasons:
+            raise ValueError(reasons[-1])
+        plan, nodes = self.plans[reasons.index(None)], y.reshape(graph.node_shape + channels)
         if start is not None:
             start = dataclasses.replace(start, x=jnp.asarray(start.x, kind).reshape(nodes.shape))
         terms = on_rows({self.order: penalty}, self.layout, kind, bool(channels))
@@ -117,12 +120,6 @@ class TrendSolver:
     def shapes(self) -> list[tuple[int, ...]]:
         """The shapes of its signals."""
         return [shape + self.axes for shape in self.layout.graph.array_shapes]
-
-    def _plan(self, penalty: Any, weighted: bool) -> Plan:
-        for plan in self.plans:
-            if (reason := plan.refuses(penalty, weighted)) is None:
-                return plan
-        raise ValueError(reason)
 
 
 @renames(B="method=sparseopt.trend.Doge(B=...)")

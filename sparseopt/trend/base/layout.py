@@ -158,7 +158,8 @@ class Layout:
     def holds(self, dual: Any) -> bool:
         """Whether the dual of an earlier solution lies in this layout over several devices; a ValueError for others."""
         if len(found := _devices_of(dual)) > 1:
-            raise _elsewhere(found)
+            count = len(found)
+            raise ValueError(f"start was found by {count} devices, and its state lies on them: give devices={count}")
         return False
 
 
@@ -297,10 +298,6 @@ def layout_of(graph: Graph, mesh: Mesh | None = None) -> Layout:
         alone = FreeLayout if graph.free else Layout
         found = graph.tables["layout", mesh] = alone(graph) if mesh is None else LayoutOver(graph, mesh)
     return found
-
-
-def _elsewhere(found: set[jax.Device]) -> ValueError:
-    return ValueError(f"start was found by {len(found)} devices, and its state lies on them: give devices={len(found)}")
 
 
 def _devices_of(array: Any) -> set[jax.Device]:

@@ -47,7 +47,9 @@ def descend(job: Job, weights: np.ndarray, first: NullFit | None) -> TrendSoluti
     means are the fit at the first weight, or None. Fit and dual are piecewise linear functions of the weight, so a
     level starts from the line through the last two fits. All levels share one compiled program.
     """
-    if job.square and _merges(job):
+    # The pieces of the exact fits of a chain only merge as the weight grows; a spacing weighs its differences.
+    merges = job.graph.is_chain and job.graph.spacing is None and job.order == 0 and job.is_l1
+    if job.square and merges and job.dtype == np.float64 and (job.method is None or job.method.merges):
         return _by_merging(job, weights)
     by = _by_solver if job.square else _by_loss
     levels = jax.device_get(by(job, weights, first))
@@ -120,13 +122,6 @@ def _by_loss(job: Job, weights: np.ndarray, _: Any) -> list[TrendSolution]:
         # A known fit, as without any difference in the data, has no dual to start from.
         last = None if fit.dual is None else start_at(fit)
     return levels
-
-
-def _merges(job: Job) -> bool:
-    """Whether the pieces of the fits only merge as the weight grows, and the exact fits are wanted."""
-    # A chain with a spacing weighs its differences.
-    plain = job.graph.is_chain and job.graph.spacing is None and job.order == 0 and job.is_l1
-    return plain and job.dtype == np.float64 and (job.method is None or job.method.merges)
 
 
 def _by_merging(job: Job, weights: np.ndarray) -> TrendSolution:
