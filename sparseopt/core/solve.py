@@ -192,8 +192,8 @@ def _refuses_data(problem: Problem) -> str | None:
         )
     if reason := refuses_map("operator", problem.operator):
         return reason
-    if isinstance(problem.penalty, type):
-        return f"a penalty is an object such as sparseopt.L1(10.0), given the class {problem.penalty.__name__}"
+    if kind := class_or_function(problem.penalty):
+        return f"a penalty is an object such as sparseopt.L1(10.0), given {kind}"
     return own_refusal(problem.penalty) or own_refusal(problem.loss)
 
 

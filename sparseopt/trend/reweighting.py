@@ -16,7 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from sparseopt.core.base.arguments import positive_number, real_array, whole_number
+from sparseopt.core.base.arguments import class_or_function, positive_number, real_array, whole_number
 from sparseopt.core.base.types import precision
 from sparseopt.core.losses.scalar import check_scalar_loss
 from sparseopt.core.penalties.entries import L1
@@ -86,7 +86,7 @@ def reweighted(
         [1.0, 1.0, 1.0, 5.0, 5.0, 5.0]
     """
     k, graph, y = check_order(order), check_graph(graph), real_array("a signal", y)
-    if isinstance(penalty, type) or not (hasattr(penalty, "slope") and hasattr(penalty, "value")):
+    if class_or_function(penalty) or not (hasattr(penalty, "slope") and hasattr(penalty, "value")):
         raise TypeError(
             f"a concave penalty has `value` and `slope`, the derivative in |x|, as sparseopt.MCP(1.0) has; given "
             f"{penalty!r}"

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from sparseopt.core.base.arguments import is_positive, real_array, require_memory, whole_number
+from sparseopt.core.base.arguments import class_or_function, is_positive, real_array, require_memory, whole_number
 from sparseopt.core.base.types import precision
 from sparseopt.core.losses.scalar import ScalarLoss, check_scalar_loss
 from sparseopt.core.penalties.entries import L1, MCP, SCAD
@@ -257,7 +257,7 @@ def _template(penalty: Any) -> Any:
             f"a path replaces the penalty's weight by one number for all rows, given one of shape "
             f"{np.shape(penalty.weight)}; fit with weights of rows by `trend_filter`, or give them as weights of edges"
         )
-    return penalty(1.0) if isinstance(penalty, type) else dataclasses.replace(penalty, weight=1.0)
+    return penalty(1.0) if class_or_function(penalty) else dataclasses.replace(penalty, weight=1.0)
 
 
 def _check_levels(weights: Any, kind: np.dtype) -> np.ndarray:
