@@ -51,7 +51,7 @@ ROUNDING_MARGIN = 30.0
 
 
 class Term(NamedTuple):
-    """A term `function(Ψ Δ x)` with its metrics; None for a map that is the identity."""
+    """A term `function(Ψ Δ x)` with its metrics."""
 
     function: Any
     outer: Any  # Ψ
@@ -59,11 +59,9 @@ class Term(NamedTuple):
     row_scale: Any  # S
     column_scale: Any  # C
 
-    def rows(self, z: Array) -> Array:
-        return z if self.outer is None else self.outer.mv(z)
-
-    def pull(self, dual: Array) -> Array:
-        return dual if self.outer is None else self.outer.rmv(dual)
+    def kept(self, z: Array) -> Array | None:
+        """What an iteration keeps of Δ x."""
+        return None if self.inner.order == 0 else z
 
 
 class Block(NamedTuple):
@@ -214,8 +212,7 @@ class Admm:
     def _terms(self, problem: Problem) -> tuple[Term, ...]:
         """What the iteration dualises, as of `Moving.blocks`."""
         split = problem.operator
-        inner = None if split.inner.order == 0 else split.inner
-        return (Term(problem.penalty, split.outer, inner, split.row_scale, split.column_scale),)
+        return (Term(problem.penalty, split.outer, split.inner, split.row_scale, split.column_scale),)
 
     def _first_duals(self, problem: Problem, start: Start) -> tuple[tuple[Array, Any], ...]:
         """The dual and the rho of every term."""
@@ -247,10 +244,9 @@ class Admm:
         dtype, norm = x.dtype, is_norm(problem.penalty)
         far = jnp.full((), jnp.inf, dtype)
         for term, (dual, rho) in zip(self._terms(problem), self._first_duals(problem, start), strict=True):
-            z = x if term.inner is None else term.inner.mv(x)
-            prox = None if norm else term.rows(z)
-            inner = None if term.inner is None else z
-            blocks.append(Block(inner, jnp.zeros_like(z), dual, dual, prox, jnp.asarray(rho, dtype)))
+            z = term.inner.mv(x)
+            prox = None if norm else term.outer.mv(z)
+            blocks.append(Block(term.kept(z), jnp.zeros_like(z), dual, dual, prox, jnp.asarray(rho, dtype)))
         noise = jnp.zeros((), dtype)
         if has_conjugate(problem.penalty):
             # Of alternating sign, which differences along a chain amplify.
@@ -296,17 +292,17 @@ class Admm:
         terms, blocks, pulled = self._terms(problem), list[Block](), jnp.zeros((), now.x.dtype)
         for term, block in zip(terms, now.blocks, strict=True):
             z, m, rho = now.inner(block), block.memory, block.rho
-            pushed = term.rows(rho * z - m) / term.row_scale + block.dual
+            pushed = term.outer.mv(rho * z - m) / term.row_scale + block.dual
             candidate, found = dual_step(term.function, pushed, rho / term.row_scale)
             dual = keep * block.dual + (1 - keep) * candidate
-            back = term.column_scale * (rho * z + keep * m) - term.pull(dual)
-            pulled = pulled + (back if term.inner is None else term.inner.rmv(back))
+            back = term.column_scale * (rho * z + keep * m) - term.outer.rmv(dual)
+            pulled = pulled + term.inner.rmv(back)
             blocks.append(block._replace(dual=dual, candidate=candidate, prox=None if block.prox is None else found))
         x = self._x_step(problem, now, pulled)
         for index, (term, block) in enumerate(zip(terms, blocks, strict=True)):
-            z = x if term.inner is None else term.inner.mv(x)
+            z = term.inner.mv(x)
             memory = keep * block.memory + block.rho * (now.inner(block) - z)
-            blocks[index] = block._replace(inner=None if term.inner is None else z, memory=memory)
+            blocks[index] = block._replace(inner=term.kept(z), memory=memory)
         return Moving(x, tuple(blocks))
 
     def _check(self, problem: Problem, state: AdmmState, before: Moving) -> AdmmState:

@@ -154,7 +154,7 @@ def continue_from(split: Split, state: Any) -> Any:
     rows, now, scale = state.rows, state.now, split.row_scale
     z = now.inner(rows)
     past, w, x = extrapolate(state.past, (rows.rho * z + rows.memory) / scale - rows.dual, now.x)
-    z = x if rows.inner is None else split.inner.mv(x)
+    z = split.inner.mv(x)
     memory = scale * (w + rows.dual) - rows.rho * z
     rows = rows._replace(inner=None if rows.inner is None else z, memory=memory)
     return dataclasses.replace(state, now=now._replace(x=x, blocks=(rows,)), past=past)

@@ -24,6 +24,7 @@ from jaxtyping import Array
 
 from sparseopt.core.base.sums import relative, rms
 from sparseopt.core.base.types import pytree
+from sparseopt.core.operators.maps import Identity
 from sparseopt.core.penalties.protocols import has_conjugate
 from sparseopt.core.problem.certify import judge
 from sparseopt.core.problem.problem import Measure, Problem, Start
@@ -70,8 +71,8 @@ class LossAdmm(Admm):
         return self._refuses_split(problem, "value prox")
 
     def _terms(self, problem: Problem) -> tuple[Term, ...]:
-        metric = 1.0 if self.metric is None else self.metric
-        return Term(problem.loss, None, None, 1 / metric, metric), *super()._terms(problem)
+        metric, same = 1.0 if self.metric is None else self.metric, Identity(problem.loss.target.shape)
+        return Term(problem.loss, same, same, 1 / metric, metric), *super()._terms(problem)
 
     def _first_duals(self, problem: Problem, start: Start) -> tuple[tuple[Array, Any], ...]:
         pulled = -problem.operator.rmv(start.dual)
