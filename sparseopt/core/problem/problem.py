@@ -138,7 +138,7 @@ class Solver(Protocol):
       then counted in iterations.
     * `duals(problem, state)`: the subgradients that the solver found, of a loss `f(A x)` at `A x` and of the penalty at
       `operator x`; None for one that it does not find. Derivatives of a solution with an operator need them.
-    * `solved(problem, state)`: the problem that the answer solves, where that is not the one given, such as one at
+    * `solves(problem, state)`: the problem that the answer solves, where that is not the one given, such as one at
       another level; derivatives are taken of it.
     * `prox_step(problem, state)`, or an attribute `step_size` of the state: the step of the penalty's prox, one number
       or one per entry. Derivatives for a penalty that is not convex need it.

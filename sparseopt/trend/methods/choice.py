@@ -152,7 +152,7 @@ def is_short(job: Job, method: Method | None = None) -> bool:
 
 
 def choose_for_path(job: Job) -> Method:
-    """The method for the levels of a path, as `chosen`.
+    """The method for the levels of a path, as `choose`.
 
     Most steps of a path are spent where smoothing is strong, so conditioning decides.
     """

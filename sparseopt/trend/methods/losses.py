@@ -315,7 +315,7 @@ def _first_rho(ground: Ground, penalty: Any, pull: jax.Array, sigma: float) -> j
 def _finish(
     ground: Ground, loss: DataLoss, penalty: Any, found: Solution, null: jax.Array, anchor: Anchor | None, tol: Any
 ) -> TrendSolution:
-    """`finished`, with the best constants for the means."""
+    """`finish`, with the best constants for the means."""
     # rho is about this multiple of the weight over the noise of the fit.
     noise = FIRST_RHO * mean_weight(penalty, ground.padding[1]) / found.state.rho
     data = Data(loss, loss, jnp.zeros((), null.dtype), null, noise)
