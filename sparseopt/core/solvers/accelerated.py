@@ -258,7 +258,7 @@ class GraduatedState(AcceleratedState):
 class GraduatedProximalGradient(AcceleratedProximalGradient):
     """`AcceleratedProximalGradient` for a concave penalty, whose answer depends less on where it starts.
 
-    The penalty needs `with_concavity(factor)`: itself, with the same slope at 0 and with its concavity times the factor. Two
+    The penalty needs `with_concavity(factor)`: itself, with the same slope at 0 and its concavity times the factor. Two
     paths lead from the start to the problem's own penalty, one from a penalty that is nearly convex and one from a very
     concave one, one step at each level. The better of their ends is where the solve then starts. Until then the
     residual is +inf.
