@@ -26,7 +26,8 @@ import numpy as np
 from skimage.data import camera
 
 import sparseopt as so
-from sparseopt.core.solvers.admm import Admm, Start
+from sparseopt.core.problem.problem import Start
+from sparseopt.core.solvers.admm import Admm
 from sparseopt.experiments import plots
 
 _ = so.keep_programs()  # on disk, since compilation takes most of the time of a first run

@@ -117,7 +117,7 @@ MOVED = {
     "cross_validate": "so.trend.cross_validate",
     "degrees_of_freedom": "so.trend.degrees_of_freedom",
     "largest_weight": "so.trend.largest_weight",
-    "lift": "sparseopt.core.penalties.sums.lift",
+    "lift": "sparseopt.core.penalties.sums.Lifted",
     "noise_level": "so.trend.noise_level",
     "reweighted_trend_filter": "so.trend.reweighted",
     "select": "so.trend.select",

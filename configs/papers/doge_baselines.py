@@ -33,12 +33,12 @@ from sparseopt.core.base.sums import total
 from sparseopt.core.base.types import precision, pytree, static
 from sparseopt.core.losses.data import LeastSquares
 from sparseopt.core.operators.differences import Difference
-from sparseopt.core.operators.maps import Identity, Split
+from sparseopt.core.operators.maps import Identity, Split, standard_split
 from sparseopt.core.operators.normal_solves import Diagonal
 from sparseopt.core.penalties.entries import L1
-from sparseopt.core.problem.problem import Measure, Problem, Solution
+from sparseopt.core.problem.problem import Measure, Problem, Solution, Start
 from sparseopt.core.solve import solve
-from sparseopt.core.solvers.admm import Admm, AdmmState, Moving, Start, standard_split
+from sparseopt.core.solvers.admm import Admm, AdmmState, Moving
 from sparseopt.core.solvers.doge import doge_split
 from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.base.ground import leaves_as
@@ -276,7 +276,7 @@ def _prepare_nested(job: Job) -> tuple[Split, Split, Any]:
     base, on_edges = graph.base(DOUBLE), order % 2 == 1
     inner, outer = job.layout.difference(order, DOUBLE), Difference(base, 1, on_edges)
     last = doge_split(outer, Identity(outer.in_shape), graph.sums(1, on_edges), DOUBLE)
-    split = standard_split(inner, Identity(inner.out_shape), DOUBLE)
+    split = standard_split(inner, DOUBLE)
     solve = node_solve(job, (order,), np.ones(()), graph.shape is not None) if order else Diagonal()
     return jax.tree.map(jnp.asarray, (split, last, solve))
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from sparseopt.core.base.arguments import fits
 from sparseopt.core.base.types import FloatArray, Scalar, is_traced
-from sparseopt.core.penalties.patterns import Pattern
+from sparseopt.core.penalties.patterns import is_pattern
 from sparseopt.core.penalties.protocols import Penalty, cold_memory, prox_from
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def proximal_adam(
     schedule = _schedule(penalty, learning_rate, "proximal_adam", "learning_rate")
     # The class must say so: a probe on some array can miss a coupling, and needs concrete numbers where the weight may
     # be a tracer. Without the attribute a penalty counts as coupled, which is safe.
-    if not (isinstance(penalty, Pattern) or getattr(penalty, "separable", False)):
+    if not (is_pattern(penalty) or getattr(penalty, "separable", False)):
         name = type(penalty).__name__
         raise ValueError(
             f"proximal_adam needs a penalty whose prox it can take with one step an entry, given {name}, which does "
@@ -206,7 +206,7 @@ def proximal_adam(
 
 def _scaled_prox(penalty: Any, x: FloatArray, rate: Float[Array, ""], curvature: FloatArray) -> FloatArray:
     """`argmin_u 1/2 sum_i curvature_i (u_i - x_i)² / rate + value(u)`, of the shape and dtype of x."""
-    if isinstance(penalty, Pattern):
+    if is_pattern(penalty):
         # Dropping an entry costs curvature x² / 2; its root has the same order and does not underflow.
         return jnp.where(penalty.mask(jnp.abs(x) * jnp.sqrt(curvature)), x, 0)
     return penalty.prox(x, (rate / curvature).astype(x.dtype))

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from types import FunctionType
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from sparseopt.core.base.arguments import own_refusal, refuses_leaves, renames
+from sparseopt.core.base.arguments import class_or_function, fits, own_refusal, refuses_leaves, renames
 from sparseopt.core.losses.data import DataLoss
 from sparseopt.core.losses.quadratic import Quadratic
 from sparseopt.core.losses.scalar import ScalarLoss
@@ -49,7 +48,7 @@ CANDIDATES: tuple[tuple[Any, Callable[[Problem], bool] | None, str], ...] = (
     (Refit(), None, "a quadratic loss on a fixed support is a linear system: conjugate gradients"),
     (
         Maiht(),
-        lambda problem: isinstance(problem.loss, Quadratic) and not is_convex(problem.penalty),
+        lambda problem: not is_convex(problem.penalty),
         "a quadratic loss and a penalty that is not known to be convex: monotone accelerated hard thresholding",
     ),
     (
@@ -173,9 +172,9 @@ def solve(
 
 
 def _refuses_solver(solver: Any) -> str | None:
-    if not isinstance(solver, type) and all(hasattr(solver, name) for name in ("init", "step", "measure", "extract")):
+    if fits(solver, Solver):
         return None
-    given = f"the class {solver.__name__}" if isinstance(solver, type) else repr(solver)
+    given = class_or_function(solver) or repr(solver)
     advice = "a tolerance is the keyword tol" if isinstance(solver, float | int) else "or None, which chooses one"
     return f"the solver is an object such as sparseopt.PrimalDual(), given {given}; {advice}"
 
@@ -183,9 +182,8 @@ def _refuses_solver(solver: Any) -> str | None:
 def _refuses_data(problem: Problem) -> str | None:
     if not isinstance(problem, Problem):
         return f"solve needs a sparseopt.Problem(loss, penalty, operator=None), given {type(problem).__name__}"
-    if isinstance(problem.loss, type | FunctionType):
-        kind = "class" if isinstance(problem.loss, type) else "function"
-        return f"a loss is an object such as sparseopt.LeastSquares(A, b), given the {kind} {problem.loss.__name__}"
+    if kind := class_or_function(problem.loss):
+        return f"a loss is an object such as sparseopt.LeastSquares(A, b), given {kind}"
     if isinstance(problem.loss, ScalarLoss):
         name = type(problem.loss).__name__
         return (
@@ -194,11 +192,9 @@ def _refuses_data(problem: Problem) -> str | None:
         )
     if reason := refuses_map("operator", problem.operator):
         return reason
-    if isinstance(problem.penalty, type):
-        return f"a penalty is an object such as sparseopt.L1(10.0), given the class {problem.penalty.__name__}"
-    if reason := own_refusal(problem.penalty):
-        return reason
-    return problem.loss.refuses() if isinstance(problem.loss, DataLoss) else None
+    if kind := class_or_function(problem.penalty):
+        return f"a penalty is an object such as sparseopt.L1(10.0), given {kind}"
+    return own_refusal(problem.penalty) or own_refusal(problem.loss)
 
 
 def _dtype(problem: Problem, start: Any) -> Any:
@@ -209,36 +205,11 @@ def _dtype(problem: Problem, start: Any) -> Any:
     return jnp.result_type(*map(jax.dtypes.canonicalize_dtype, floats)) if floats else jnp.result_type(float)
 
 
-def _refuses_hessian(hessian: Any) -> str | None:
-    """For up to `FEW` unknowns; for many the check would take as long as some solves."""
-    if isinstance(hessian, jax.core.Tracer) or len(hessian) > FEW or not np.all(np.isfinite(hessian)):
-        return None
-    given = np.asarray(hessian)
-    matrix = given.astype(np.float64)
-    # What a sum over many rows in this precision rounds.
-    precision = float(jnp.finfo(jnp.result_type(given.dtype, jnp.float32)).eps)
-    rounding = 10 * precision * len(matrix) * np.max(np.abs(matrix), initial=0)
-    if np.max(np.abs(matrix - matrix.T), initial=0) > rounding:
-        return "a Quadratic needs a symmetric hessian, given one that is not; LeastSquares takes any matrix"
-    if (least := np.min(np.linalg.eigvalsh(matrix), initial=0)) < -rounding:
-        return (
-            f"a Quadratic needs a positive semidefinite hessian, given one with the eigenvalue {least:.3g}: such a "
-            "problem may have no minimum"
-        )
-    return None
-
-
 def _refuses_shapes(problem: Problem, start: Any) -> str | None:
     if isinstance(problem.loss, DataLoss | Quadratic):
         wanted = problem.loss.start_shape()
         if jnp.shape(start) != wanted:
             return f"start needs the shape {wanted} of the loss's x, given {jnp.shape(start)}"
-    if isinstance(problem.loss, Quadratic):
-        size, given = wanted[:1], jnp.shape(problem.loss.hessian)
-        if len(given) != 2 or given != size * 2:
-            return f"a Quadratic with a center of shape {wanted} needs a hessian of shape {size * 2}, given {given}"
-        if reason := _refuses_hessian(problem.loss.hessian):
-            return reason
     maps = {"operator": problem.operator}
     if isinstance(problem.loss, DataLoss):
         maps[f"matrix of {type(problem.loss).__name__}"] = problem.loss.matrix

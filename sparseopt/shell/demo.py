@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from sparseopt.experiments.plots import plot_layer_errors, save_figure
+from sparseopt.experiments.plots.signals import before_and_after
 from sparseopt.models import bundled_model, encode_text, generate, load_decoder, load_tokenizer, open_model
 from sparseopt.pruning import PruneReport, Recipe, perplexity, prune_model
 from sparseopt.pruning.base.reports import mean_errors
@@ -21,7 +22,7 @@ from sparseopt.shell import console
 from sparseopt.shell.prune_progress import PruneProgress
 from sparseopt.shell.show_pruning import run_lines
 from sparseopt.system.machine import environment, peak_memory_bytes
-from sparseopt.trend.images import before_and_after, denoise, psnr
+from sparseopt.trend.images import denoise, psnr
 
 RECIPES: tuple[tuple[str, dict[str, Any]], ...] = (("fast", {"effort": "fast"}), ("Wanda", {"method": "wanda"}))
 EVALUATION = (8, 1024)  # windows, tokens a window

@@ -50,8 +50,8 @@ def denoise(
     force: Annotated[bool, typer.Option("--force", help="Replace outputs that exist.")] = False,
 ) -> None:
     """Denoise an image or a volume by trend filtering on its grid; writes a before/after picture beside the output."""
+    from sparseopt.experiments.plots.signals import before_and_after
     from sparseopt.experiments.read import files, volumes
-    from sparseopt.trend.images import before_and_after
     from sparseopt.trend.images import denoise as denoise_array
 
     chosen = number_of_devices(devices)

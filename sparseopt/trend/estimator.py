@@ -1,8 +1,6 @@
 """The trend filter as a scikit-learn regressor and classifier, on a given graph or on nearest neighbours."""
 
 import dataclasses
-import math
-import numbers
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -13,16 +11,17 @@ import numpy as np
 from scipy import sparse
 from scipy.special import expit
 
-from sparseopt.core.base.arguments import real_array
+from sparseopt.core.base.arguments import finite_number, whole_number
 from sparseopt.core.base.types import precision
 from sparseopt.core.losses.scalar import Logistic, Poisson, ScalarLoss, Squared, SquaredHinge, check_scalar_loss
 from sparseopt.core.penalties.names import BY_WEIGHT
 from sparseopt.core.problem.problem import Status
 from sparseopt.trend.base.graph import Graph
-from sparseopt.trend.base.job import Settings
-from sparseopt.trend.base.signal import require_not_negative
+from sparseopt.trend.base.method import Settings
+from sparseopt.trend.base.signal import check_graph, check_order
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.methods.choice import as_method
+from sparseopt.trend.samples import check_weights, distinct, neighbour_graph, node_numbers, require_alike
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, MultiOutputMixin, RegressorMixin
@@ -84,12 +83,12 @@ class OnGraph(BaseEstimator):
                 f"({int(wrong.sum())} such)"
             )
         if self.graph is None:
-            first, node = _distinct(X[rows])
+            first, node = distinct(X[rows])
             self.positions_ = X[rows[first]]
             self.neighbors_ = NearestNeighbors(n_neighbors=min(self.n_neighbors, len(first))).fit(self.positions_)
-            self.graph_ = _neighbour_graph(self.neighbors_, len(first), self.n_neighbors)
+            self.graph_ = neighbour_graph(self.neighbors_, len(first), self.n_neighbors)
         else:
-            node = _node_numbers(X, self.graph)[rows]
+            node = node_numbers(X, self.graph)[rows]
             self.positions_ = self.neighbors_ = None
             self.graph_ = self.graph
         count = self.graph_.num_nodes
@@ -102,7 +101,7 @@ class OnGraph(BaseEstimator):
         else:
             observed = np.zeros((count, *y.shape[1:]))
             observed[node] = y
-            _require_alike(y, observed, node, rows, loss)
+            require_alike(y, observed, node, rows, loss)
         options: Any = {"tol": self.tol, "max_steps": self.max_steps, "node_weights": mass, "loss": loss}
         found = trend_filter(observed, self.graph_, penalty, self.order, self.method, **options)
         self.solution_ = found = jax.device_get(found)
@@ -122,10 +121,10 @@ class OnGraph(BaseEstimator):
         """The values of the nodes at the rows of X, `[m, ...]`; at other points the mean over the nearest nodes."""
         X = validate_data(self, X, reset=False, dtype=np.float64)
         if self.neighbors_ is None:
-            return values[_node_numbers(X, self.graph_)]
+            return values[node_numbers(X, self.graph_)]
         # The nodes stand first and differ, so a row that is one of them gets its number.
         count = len(self.positions_)
-        node = _distinct(np.concatenate([self.positions_, X]))[1][count:]
+        node = distinct(np.concatenate([self.positions_, X]))[1][count:]
         new = node >= count
         found = values[np.where(new, 0, node)]
         if new.any():
@@ -139,19 +138,12 @@ class OnGraph(BaseEstimator):
 
     def _check_penalty(self) -> Any:
         """The penalty of weight alpha, after a check of all parameters that both estimators have."""
-        if not (isinstance(self.alpha, numbers.Real) and 0 <= self.alpha < math.inf):
+        if not finite_number(self.alpha) >= 0:
             raise ValueError(f"alpha is the weight of the penalty, a finite number >= 0, given {self.alpha!r}")
-        if not (isinstance(self.order, numbers.Integral) and self.order >= 0):
-            raise ValueError(
-                f"order is an integer >= 0 (0: piecewise constant, 1: piecewise linear, ...), given {self.order!r}"
-            )
-        if not (isinstance(self.n_neighbors, numbers.Integral) and self.n_neighbors >= 1):
-            raise ValueError(f"n_neighbors is an integer >= 1, given {self.n_neighbors!r}")
-        if not (self.graph is None or isinstance(self.graph, Graph)):
-            raise TypeError(
-                f"graph is a sparseopt.Graph or None, given {type(self.graph).__name__}; Graph.from_scipy and "
-                "Graph.from_networkx make one"
-            )
+        check_order(self.order)
+        whole_number("n_neighbors", self.n_neighbors, 1)
+        if self.graph is not None:
+            check_graph(self.graph)
         make = BY_WEIGHT.get(self.penalty) if isinstance(self.penalty, str) else self.penalty
         if not callable(make):
             raise ValueError(
@@ -159,63 +151,6 @@ class OnGraph(BaseEstimator):
                 f"{self.penalty!r}"
             )
         return make(float(self.alpha))
-
-
-def _require_alike(y: np.ndarray, observed: np.ndarray, node: np.ndarray, rows: np.ndarray, loss: ScalarLoss) -> None:
-    """Raise a ValueError if samples of one node differ; `mask_missing` is the last one at every node."""
-    differ = (y != observed[node]).reshape(len(y), -1).any(axis=1)
-    if not differ.any():
-        return
-    first = int(np.argmax(differ))
-    last = int(np.flatnonzero(node == node[first])[-1])
-    raise ValueError(
-        f"with {type(loss).__name__} the samples of a node must be equal, since no single value stands for several; "
-        f"given {y[first]} in row {rows[first]} and {y[last]} in row {rows[last]}, the same node "
-        f"({len(np.unique(node[differ]))} such nodes): keep one value of each, such as their median, or use "
-        'loss="square"'
-    )
-
-
-def _check_weights(sample_weight: Any, count: int) -> np.ndarray:
-    """The sample weights `[count]` in float64, 1 each for None; a ValueError if one is negative or all are 0."""
-    if sample_weight is None:
-        return np.ones(count)
-    weights = real_array("sample_weight", sample_weight).astype(np.float64)
-    if weights.shape != (count,):
-        raise ValueError(f"sample_weight has one entry a sample, the shape ({count},), given {weights.shape}")
-    require_not_negative(weights, "sample weights", "in row")
-    if not weights.any():
-        raise ValueError("every sample weight is zero, which drops all samples; give at least one a positive weight")
-    return weights
-
-
-def _node_numbers(X: np.ndarray, graph: Graph) -> np.ndarray:
-    if X.shape[1] != 1:
-        raise ValueError(f"with a graph, X is one column of node numbers, [m, 1]; given the shape {X.shape}")
-    column = X[:, 0]
-    wrong = (column != np.rint(column)) | (column < 0) | (column >= graph.num_nodes)
-    if wrong.any():
-        row = int(np.argmax(wrong))
-        raise ValueError(
-            f"X holds {column[row]:g} in row {row} ({int(wrong.sum())} such rows); the nodes of this graph are the "
-            f"whole numbers 0..{graph.num_nodes - 1}"
-        )
-    return column.astype(np.int64)
-
-
-def _distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first place of each distinct row, in that order, and for every row the number of its distinct row."""
-    _, first, member = np.unique(rows, axis=0, return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    return first[order], np.argsort(order)[member.reshape(-1)]
-
-
-def _neighbour_graph(search: NearestNeighbors, count: int, n_neighbors: int) -> Graph:
-    """An edge wherever one of two points is among the nearest neighbours of the other, itself excluded."""
-    if count == 1:
-        return Graph.from_edges([], 1)
-    nearest = search.kneighbors_graph(n_neighbors=min(n_neighbors, count - 1))
-    return Graph.from_scipy(nearest.maximum(nearest.T))
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -305,7 +240,7 @@ class GraphTrendFilter(MultiOutputMixin, RegressorMixin, OnGraph):
                 "which takes two labels of any kind, without loss="
             )
         X, y = validate_data(self, X, y, dtype=np.float64, multi_output=True, y_numeric=True)
-        self.fit_nodes(X, y.astype(np.float64), _check_weights(sample_weight, len(X)), loss)
+        self.fit_nodes(X, y.astype(np.float64), check_weights(sample_weight, len(X)), loss)
         self.loss_ = loss
         return self
 
@@ -389,11 +324,11 @@ class GraphTrendClassifier(ClassifierMixin, OnGraph):
         Raises, warns: as `GraphTrendFilter.fit`; a ValueError also for other than two classes.
         """
         smoothing = self.label_smoothing
-        if not (isinstance(smoothing, numbers.Real) and 0 <= smoothing < 1):
+        if not 0 <= finite_number(smoothing) < 1:
             raise ValueError(f"label_smoothing is a number in [0, 1), given {smoothing!r}")
         X, y = validate_data(self, X, y, dtype=np.float64)
         check_classification_targets(y)
-        weights = _check_weights(sample_weight, len(X))
+        weights = check_weights(sample_weight, len(X))
         classes = np.unique(y[weights > 0])
         if len(classes) > 2:
             raise ValueError(

@@ -24,8 +24,8 @@ from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.base.job import Job, check_terms, graph_for, terms_of, vanishes
 from sparseopt.trend.base.layout import layout_of
 from sparseopt.trend.base.pieces import TrendSolution
-from sparseopt.trend.base.signal import as_null_fit, check_order, check_signal, graph_at
-from sparseopt.trend.methods.choice import Interior, as_method, choose, is_short
+from sparseopt.trend.base.signal import as_null_fit, check_order, check_signal, graph_at, require_complete
+from sparseopt.trend.methods.choice import as_method, choose, is_short
 from sparseopt.trend.methods.losses import fit_loss
 from sparseopt.trend.methods.piece_means import short_fit, take_piece_means
 from sparseopt.trend.methods.plan import known_fit
@@ -111,27 +111,13 @@ def trend_filter(
         >>> bool(solution.gap <= 1e-6)
         True
     """
-    job = check_job(
-        y,
-        graph,
-        penalty,
-        order,
-        node_weights,
-        missing,
-        dtype,
-        devices,
-        loss=check_scalar_loss(loss),
-        method=as_method(method),
-        tol=tol,
-        max_steps=max_steps,
-        start=start,
-        history=history,
-    )
+    options: Any = {"tol": tol, "max_steps": max_steps, "start": start, "history": history}
+    options |= {"loss": check_scalar_loss(loss), "method": as_method(method)}
+    job = check_job(y, graph, penalty, order, node_weights, missing, dtype, devices, **options)
     working, native = job.layout.working(), wide_types() or job.dtype == np.float32
     with precision(job.dtype), working:
-        assert job.signal is not None
         found = job.list_rows(_solve(job))
-        value = job.layout.reshape(found.value, job.signal.shape)
+        value = job.layout.gather(found.value, 0).reshape(job.signal.shape)
         found = dataclasses.replace(found, value=value, graph=job.graph, order=job.order)
         return job.layout.fetch(found, native)
 
@@ -197,7 +183,6 @@ def _fit(job: Job) -> TrendSolution:
     if not job.square:
         return fit_loss(job)
     signal, graph = job.signal, job.graph
-    assert signal is not None
     if job.several and graph.num_edges == 0:
         raise ValueError(
             "the graph has no edges, so only a penalty on the values themselves acts: apply its prox, as in "
@@ -211,12 +196,11 @@ def _fit(job: Job) -> TrendSolution:
         if job.rows.value(flat) == 0:
             return known_fit(job, null, flat=True)
     if not job.several and (graph.num_edges == 0 or vanishes(job.penalty)):
-        if not signal.complete:
-            raise ValueError("without a penalty the fit is not defined at missing nodes: raise the penalty's weight")
+        require_complete(signal)
         return known_fit(job, signal.values)
     method = choose(job)
     found = method.plan(job).fit_job(job)
-    if job.method is None and isinstance(method, Interior) and int(found.status) != Status.CONVERGED:
+    if job.method is None and method.on_host and int(found.status) != Status.CONVERGED:
         # Rounding ended it: for very large weights the other methods get closer.
         found = choose(job, pure=True).plan(job).fit_job(job)
     return found

@@ -1,7 +1,6 @@
 """Denoise and complete an array of pixels or voxels; its type and range are kept."""
 
 import dataclasses
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -153,27 +152,3 @@ def psnr(image: np.ndarray, reference: np.ndarray, peak: float = 255.0) -> float
     """`10 log10(peak² / mean squared difference)` in decibels."""
     apart = np.asarray(image, np.float64) - np.asarray(reference, np.float64)
     return float(10 * np.log10(peak**2 / np.mean(apart**2)))
-
-
-def _drawable(image: np.ndarray) -> np.ndarray:
-    """What a figure can show: grey, or three colours, without opacity and further channels."""
-    if image.ndim < 3:
-        return image
-    return image[..., :3] if image.shape[-1] > 2 else image[..., 0]
-
-
-def before_and_after(
-    noisy: np.ndarray, denoised: np.ndarray, path: str | pathlib.Path, captions: tuple[str, str] = ("before", "after")
-) -> None:
-    """Write both images side by side as a figure; needs the `plot` extra."""
-    from matplotlib.figure import Figure
-
-    height, width = noisy.shape[:2]
-    figure = Figure(figsize=(10, 5.4 * height / width + 0.4), layout="constrained")
-    top = float(np.iinfo(noisy.dtype).max) if noisy.dtype.kind in "ui" else max(float(np.nanmax(noisy)), 1e-12)
-    for axes, image, caption in zip(figure.subplots(1, 2), (noisy, denoised), captions, strict=True):
-        shown = np.clip(np.asarray(_drawable(image), np.float64) / top, 0, 1)
-        axes.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        axes.set_title(caption)
-        axes.set_axis_off()
-    figure.savefig(path, dpi=150)

@@ -16,16 +16,16 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from sparseopt.core.base.arguments import positive_number, real_array, whole_number
+from sparseopt.core.base.arguments import class_or_function, positive_number, real_array, whole_number
 from sparseopt.core.base.types import precision
-from sparseopt.core.losses.scalar import Squared, check_scalar_loss
+from sparseopt.core.losses.scalar import check_scalar_loss
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.problem.problem import Solution, Status
 from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.base.job import check_parameters
 from sparseopt.trend.base.signal import check_graph, check_order, compute_dtype
 from sparseopt.trend.filter import trend_filter
-from sparseopt.trend.methods.choice import Interior, as_method
+from sparseopt.trend.methods.choice import as_method
 
 # With a loss, the least weight of a row, as a share of its first.
 LEAST = 1e-4
@@ -86,7 +86,7 @@ def reweighted(
         [1.0, 1.0, 1.0, 5.0, 5.0, 5.0]
     """
     k, graph, y = check_order(order), check_graph(graph), real_array("a signal", y)
-    if isinstance(penalty, type) or not (hasattr(penalty, "slope") and hasattr(penalty, "value")):
+    if class_or_function(penalty) or not (hasattr(penalty, "slope") and hasattr(penalty, "value")):
         raise TypeError(
             f"a concave penalty has `value` and `slope`, the derivative in |x|, as sparseopt.MCP(1.0) has; given "
             f"{penalty!r}"
@@ -111,10 +111,9 @@ def reweighted(
     # With a loss, or without an observation, a part that no penalty ties to the rest may have no fit.
     weighed = options.get("node_weights")
     gaps = np.isnan(y).any() or (weighed is not None and not np.all(weighed))
-    least = (
-        LEAST * weights if gaps or not isinstance(check_scalar_loss(options.get("loss", "square")), Squared) else 0.0
-    )
-    takes_start = not isinstance(as_method(options.get("method", "auto")), Interior)
+    square = getattr(check_scalar_loss(options.get("loss", "square")), "is_square", False)
+    least = 0.0 if square and not gaps else LEAST * weights
+    method = as_method(options.get("method", "auto"))
     while True:
         solution = trend_filter(y, graph, L1(weights), k, tol=tol, **options).check()
         rows = matrix @ np.asarray(solution.value, np.float64).reshape(-1)
@@ -126,5 +125,5 @@ def reweighted(
         if settled or len(objectives) == rounds:
             return Reweighted(solution, weights, np.array(objectives), settled)
         weights = np.maximum(slopes, least)
-        if takes_start:
+        if method is None or not method.on_host:
             options["start"] = solution

@@ -8,15 +8,13 @@ the Jacobian in y is the projection onto the signals with the same zero differen
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.core.base.arguments import renames, whole_number
-from sparseopt.core.base.types import precision, pytree, static, wide_types
+from sparseopt.core.base.types import is_traced, precision, pytree, static, wide_types
 from sparseopt.core.penalties.entries import L1
-from sparseopt.core.problem.problem import Solution
-from sparseopt.core.solvers.admm import Start
+from sparseopt.core.problem.problem import Solution, Start
 from sparseopt.trend.base.ground import on_rows
 from sparseopt.trend.base.job import Job, check_weight, graph_for, require_penalty, require_start
 from sparseopt.trend.base.layout import Layout, layout_of
@@ -72,7 +70,7 @@ class TrendSolver:
             raise TypeError(
                 f"start is a solution on this graph, or a Start of a point and a dual, given {given!r:.100}"
             )
-        rows = (self.layout.count(self.order + 1), *(() if self.channels is None else (self.channels,)))
+        rows = (self.layout.count(self.order + 1), *self.axes)
         if isinstance(given, Solution):
             # Fits that are known without an iteration, and those of a path, have neither dual nor state.
             dual = jnp.zeros(rows, self.dtype) if given.dual is None else given.dual
@@ -85,8 +83,7 @@ class TrendSolver:
     ) -> TrendSolution:
         """As a call, with the rows of start and fit in the layout of the graph's arrays."""
         graph, kind = self.layout.graph, np.dtype(self.dtype)
-        channels = () if self.channels is None else (self.channels,)
-        y = jnp.asarray(y, kind)
+        channels, y = self.axes, jnp.asarray(y, kind)
         if y.shape not in self.shapes:
             raise ValueError(
                 f"the solver's signals have the shape {' or '.join(map(str, self.shapes))}, given {y.shape}"
@@ -98,13 +95,16 @@ class TrendSolver:
                 f"a solver on {graph!r} has the rows of the grid that its edges are, in which {type(penalty).__name__} "
                 "does not act: plan one on graph.as_edges(), for signals of the shape [n]"
             )
-        if isinstance(weight, jax.core.Tracer):
+        if is_traced(weight):
             y = jnp.where(jnp.any(weight < 0), jnp.nan, y)
         if node_weights is not None:
             node_weights = jnp.asarray(node_weights, kind)
             require_node_weights(node_weights.shape, graph)
             node_weights = node_weights.reshape(graph.node_shape + (1,) * len(channels))
-        plan, nodes = self._plan(penalty, node_weights is not None), y.reshape(graph.node_shape + channels)
+        reasons = [plan.refuses(penalty, node_weights is not None) for plan in self.plans]
+        if None not in reasons:
+            raise ValueError(reasons[-1])
+        plan, nodes = self.plans[reasons.index(None)], y.reshape(graph.node_shape + channels)
         if start is not None:
             start = dataclasses.replace(start, x=jnp.asarray(start.x, kind).reshape(nodes.shape))
         terms = on_rows({self.order: penalty}, self.layout, kind, bool(channels))
@@ -112,16 +112,14 @@ class TrendSolver:
         return dataclasses.replace(found, value=found.value.reshape(y.shape), graph=graph, order=self.order)
 
     @property
+    def axes(self) -> tuple[int, ...]:
+        """Those of its signals besides the nodes: () or the channels."""
+        return () if self.channels is None else (self.channels,)
+
+    @property
     def shapes(self) -> list[tuple[int, ...]]:
         """The shapes of its signals."""
-        channels = () if self.channels is None else (self.channels,)
-        return [shape + channels for shape in self.layout.graph.array_shapes]
-
-    def _plan(self, penalty: Any, weighted: bool) -> Plan:
-        for plan in self.plans:
-            if (reason := plan.refuses(penalty, weighted)) is None:
-                return plan
-        raise ValueError(reason)
+        return [shape + self.axes for shape in self.layout.graph.array_shapes]
 
 
 @renames(B="method=sparseopt.trend.Doge(B=...)")

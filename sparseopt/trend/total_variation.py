@@ -15,16 +15,16 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sparseopt.core.base.arguments import positive_number, whole_number
-from sparseopt.core.base.types import FloatArray, Scalar, pytree, static
+from sparseopt.core.base.types import FloatArray, Scalar, is_traced, pytree, static
 from sparseopt.core.operators.differences import Difference
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.penalties.groups import GroupL2
-from sparseopt.core.problem.problem import Status
-from sparseopt.core.solvers.admm import Start
+from sparseopt.core.problem.problem import Start, Status
 from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.base.ground import on_rows
-from sparseopt.trend.base.job import MOST_STEPS, check_parameters, require_penalty
+from sparseopt.trend.base.job import check_parameters, require_penalty
 from sparseopt.trend.base.layout import layout_of
+from sparseopt.trend.base.method import MOST_STEPS
 from sparseopt.trend.base.signal import check_graph, check_order, graph_at
 from sparseopt.trend.methods.choice import AUTO
 from sparseopt.trend.solver import TrendSolver, trend_solver
@@ -131,9 +131,9 @@ class TotalVariation:
             graph = graph_at(check_graph(graph), order)
             penalty = _penalty(weight, axis)
             require_penalty(penalty, graph, order, channels is not None)
-            if not isinstance(weight, jax.core.Tracer):
+            if not is_traced(weight):
                 check_parameters(penalty, np.dtype(np.float64), layout_of(graph).count(order + 1))
-            if not isinstance(tol, jax.core.Tracer):
+            if not is_traced(tol):
                 positive_number("tol", tol)
             max_steps = whole_number("max_steps", max_steps, 1, MOST_STEPS)
             solver = trend_solver(graph, order, method, dtype, channels)
@@ -203,9 +203,8 @@ class TotalVariation:
                 f"this TotalVariation takes an x of shape {' or '.join(map(str, solver.shapes))}, given {x.shape}; "
                 "give the number of channels of x when it is made"
             )
-        channels = () if solver.channels is None else (solver.channels,)
-        inner = on_rows({solver.order: _penalty(self.weight, self.axis)}, solver.layout, _wide(x), bool(channels))
-        return inner, Rows(solver.plans[0].ground.highest, x.shape, channels)
+        inner = on_rows({solver.order: _penalty(self.weight, self.axis)}, solver.layout, _wide(x), bool(solver.axes))
+        return inner, Rows(solver.plans[0].ground.highest, x.shape, solver.axes)
 
     def dual(self, memory: ProxMemory) -> FloatArray:
         return memory.dual

@@ -8,11 +8,11 @@ import pytest
 import sparseopt as so
 from sparseopt.core.base.types import precision
 from sparseopt.core.operators.differences import Difference
-from sparseopt.core.operators.maps import Identity
+from sparseopt.core.operators.maps import standard_split
 from sparseopt.core.operators.normal_solves import cosine_solve
-from sparseopt.core.problem.problem import Problem
+from sparseopt.core.problem.problem import Problem, Start
 from sparseopt.core.solve import solve
-from sparseopt.core.solvers.admm import Admm, Start, standard_split
+from sparseopt.core.solvers.admm import Admm
 from sparseopt.core.solvers.anderson import empty_memory, extrapolate, forget
 from tests.tiers import often
 from tests.trend.problems import exact_fit, objective
@@ -136,7 +136,7 @@ def strong_problem(rng, side, weight, order=1, penalty=so.L1):
     y = y - y.mean()
     base = graph.base(np.float64)
     inner = Difference(base, order + 1)
-    split = standard_split(inner, Identity(inner.out_shape), np.float64)
+    split = standard_split(inner, np.float64)
     node_solve = jax.tree.map(jnp.asarray, cosine_solve((side, side), (order + 1,), np.float64))
     start = Start(jnp.asarray(y), jnp.zeros(split.row_shape(jnp.asarray(y))))
     return graph, y, Problem(so.LeastSquares(None, jnp.asarray(y)), penalty(weight), split), node_solve, start

@@ -22,7 +22,8 @@ from sparseopt.core.operators.differences import Difference, GridBase, edge_base
 from sparseopt.core.operators.maps import Identity, Split
 from sparseopt.core.operators.normal_solves import ConjugateGradient, cosine_solve
 from sparseopt.core.problem.certify import Anchor
-from sparseopt.core.solvers.admm import Admm, Start
+from sparseopt.core.problem.problem import Start
+from sparseopt.core.solvers.admm import Admm
 from sparseopt.core.solvers.fused_lasso import ChainTotalVariation
 from sparseopt.core.solvers.loss_admm import LossAdmm
 from tests.tiers import often

@@ -14,9 +14,9 @@ from sparseopt.core.operators.differences import Difference, GridBase
 from sparseopt.core.operators.maps import Identity
 from sparseopt.core.operators.matrices import linear_map
 from sparseopt.core.operators.normal_solves import ConjugateGradient, Diagonal, cosine_solve
-from sparseopt.core.penalties.sums import lift
-from sparseopt.core.problem.problem import Problem
-from sparseopt.core.solvers.admm import Admm, Start
+from sparseopt.core.penalties.sums import Lifted
+from sparseopt.core.problem.problem import Problem, Start
+from sparseopt.core.solvers.admm import Admm
 from sparseopt.core.solvers.doge import DogeGroups, doge_split
 from sparseopt.core.solvers.fused_lasso import ChainTotalVariation, fused_lasso
 from sparseopt.trend.base.layout import layout_of
@@ -57,7 +57,7 @@ def test_no_perturbation_beats_the_lifted_prox(rng, penalty):
             squares = np.asarray(matrix.multiply(matrix).sum(axis=1))
             # The first group and the third, each with a copy of its own.
             groups = (labels[:, None] == [0, 2]).reshape(-1, *[1 for _ in channels], 2)
-            lifted = lift(penalty, linear_map(matrix), squares, groups)
+            lifted = Lifted(penalty, linear_map(matrix), squares, groups)
             x = 2 * rng.standard_normal((20, *channels, 2))
             best = Jitted(lifted).prox(x, 0.6)
             # A value of exactly zero is judged as such: rounding in the product turns it into noise.

@@ -11,7 +11,7 @@ import sparseopt as so
 from sparseopt.core.operators.matrices import linear_map
 from sparseopt.core.penalties.patterns import Within
 from sparseopt.core.penalties.protocols import Norm
-from sparseopt.core.penalties.sums import lift, stack
+from sparseopt.core.penalties.sums import Lifted, stack
 from tests.jitted import Jitted
 
 SHAPE = (8, 6)
@@ -104,7 +104,9 @@ WITH_GRADIENTS = PENALTIES | {
     "GroupL2": so.GroupL2(0.3),
     "GroupL2 along columns": so.GroupL2(0.3, axis=0),
     "NormSum": stack([so.L1(0.5), so.GroupL2(0.7)], [3, 5]),
-    "Lifted": lift(so.L1(0.3), linear_map(CHAIN.matrix(1)), 2 * np.ones(7), np.arange(7)[:, None] % 6 == np.arange(6)),
+    "Lifted": Lifted(
+        so.L1(0.3), linear_map(CHAIN.matrix(1)), 2 * np.ones(7), np.arange(7)[:, None] % 6 == np.arange(6)
+    ),
 }
 
 

@@ -12,7 +12,7 @@ from flax import nnx
 
 import sparseopt as so
 from sparseopt.core.operators.differences import Difference, GridBase
-from sparseopt.core.penalties.sums import lift
+from sparseopt.core.penalties.sums import Lifted
 from tests.jitted import Jitted
 
 WEIGHT = 0.1
@@ -385,7 +385,7 @@ def test_adam_refuses_a_penalty_not_known_to_be_separable(penalty):
 def test_adam_refuses_a_lifted_penalty():
     chain = Difference(GridBase((4,)), 1)
     with pytest.raises(ValueError, match="given Lifted"):
-        so.proximal_adam(lift(so.L1(1.0), chain, 2.0, np.ones((1, 4, 1), bool)), 0.1)
+        so.proximal_adam(Lifted(so.L1(1.0), chain, 2.0, np.ones((1, 4, 1), bool)), 0.1)
 
 
 @pytest.mark.parametrize("make", [so.proximal, so.proximal_adam], ids=["proximal", "proximal_adam"])

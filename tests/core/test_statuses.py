@@ -12,7 +12,8 @@ import pytest
 import sparseopt as so
 from sparseopt.core.base.types import precision
 from sparseopt.core.problem.certify import Anchor
-from sparseopt.core.solvers.admm import Admm, Start
+from sparseopt.core.problem.problem import Start
+from sparseopt.core.solvers.admm import Admm
 from sparseopt.core.solvers.loss_admm import LossAdmm
 from sparseopt.core.solvers.rising_admm import QuadraticAdmm, solve_rising
 from sparseopt.core.solvers.splice import Splice

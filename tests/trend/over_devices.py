@@ -15,7 +15,7 @@ import numpy as np
 
 import sparseopt as so
 from sparseopt.core.base.mesh import at_work, device_line, whole
-from sparseopt.core.operators.slabs import SlabBase
+from sparseopt.core.operators.parts import SlabBase
 from sparseopt.core.problem.iterate import _iterate
 from sparseopt.core.problem.problem import Problem
 from sparseopt.trend.base.ground import data_of

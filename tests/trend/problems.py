@@ -1,6 +1,7 @@
 """Small graphs, and an independent solver: the dual as a box-constrained least-squares problem."""
 
 import numpy as np
+from scipy import sparse
 from scipy.optimize import lsq_linear
 
 import sparseopt as so
@@ -31,13 +32,26 @@ GRAPHS = {
 }
 
 
-def exact_fit(y, graph, weight, order, node_weights=None):
-    """`argmin 1/2 sum w (y - b)² + weight ||Δ b||_1` by its dual, solved to rounding by active sets."""
-    matrix = graph.matrix(order + 1).toarray()
+def rows_of(graph, order):
+    return sparse.eye_array(graph.num_nodes) if order == -1 else graph.matrix(order + 1)
+
+
+def exact_sum(y, graph, weights, node_weights=None):
+    """`argmin 1/2 sum w (y - b)² + sum of |weight Δ b|` for `weights` by order, each a number or one a row.
+
+    By its dual, a box-constrained least squares, solved to rounding by active sets.
+    """
+    matrix = sparse.vstack([rows_of(graph, k) for k in weights]).toarray()
+    box = np.concatenate([np.broadcast_to(w, rows_of(graph, k).shape[0]) for k, w in weights.items()]).astype(float)
     w = np.ones(graph.num_nodes) if node_weights is None else node_weights
-    root = np.sqrt(w)
-    found = lsq_linear(matrix.T / root[:, None], root * y, (-weight, weight), method="bvls", tol=1e-15, max_iter=2000)
-    return y - matrix.T @ found.x / w
+    root, free = np.sqrt(w), box > 0
+    scaled = matrix[free].T / root[:, None]
+    found = lsq_linear(scaled, root * y, (-box[free], box[free]), method="bvls", tol=1e-15, max_iter=5000)
+    return y - matrix[free].T @ found.x / w
+
+
+def exact_fit(y, graph, weight, order, node_weights=None):
+    return exact_sum(y, graph, {order: weight}, node_weights)
 
 
 def objective(b, y, graph, weight, order, node_weights=None):

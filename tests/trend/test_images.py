@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 
 import sparseopt as so
-from sparseopt.trend.images import before_and_after, denoise, psnr
+from sparseopt.experiments.plots.signals import before_and_after
+from sparseopt.trend.images import denoise, psnr
 from tests.tiers import often
 
 

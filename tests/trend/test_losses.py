@@ -6,12 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import sparse
-from scipy.optimize import linprog, minimize
 from scipy.special import xlogy
 
 import sparseopt as so
 from sparseopt.core.problem import iterate as iterate_module
 from sparseopt.core.solvers.loss_admm import LossAdmm
+from tests.core import conic
 from tests.programs import forget
 from tests.tiers import often
 from tests.trend.problems import GRAPHS, exact_fit, of_block, two_parts
@@ -63,36 +63,24 @@ def objective(name, b, y, graph, weight, order, w=1.0):
     return np.sum(w * node_values(name, b, y)[0]) + weight * np.abs(graph.matrix(order + 1) @ b).sum()
 
 
+TERMS = {
+    "poisson": conic.poisson,
+    "logistic": conic.logistic,
+    "squared_hinge": conic.squared_hinge,
+    "huber": conic.huber(0.8),
+    "absolute": conic.slopes(-1.0, 1.0),
+    "quantile": conic.slopes(-0.9, 0.1),
+}
+
+
 def independent(name, y, graph, weight, order, w=None):
-    """The least objective: by linear programming where f is piecewise linear, else by SLSQP under |Δ b| <= t."""
-    matrix = graph.matrix(order + 1)
-    rows, n = matrix.shape
-    w = np.ones(n) if w is None else w
-    if name in ("absolute", "quantile"):
-        eye, zero = sparse.eye_array(n), sparse.csr_array((n, rows))
-        above, below = (1, 1) if name == "absolute" else (0.1, 0.9)
-        both = [[above * eye, -eye, zero], [-below * eye, -eye, zero]]
-        none = sparse.csr_array((rows, n))
-        both += [[matrix, none, -sparse.eye_array(rows)], [-matrix, none, -sparse.eye_array(rows)]]
-        cost = np.concatenate([np.zeros(n), w, np.full(rows, weight)])
-        limit = np.concatenate([above * y, -below * y, np.zeros(2 * rows)])
-        return linprog(cost, sparse.block_array(both), limit, bounds=(None, None)).fun
-    dense = matrix.toarray()
-    constraint = np.block([[-dense, np.eye(rows)], [dense, np.eye(rows)]])
-
-    def cost(v):
-        value, slope = node_values(name, v[:n], y)
-        return np.sum(w * value) + weight * v[n:].sum(), np.concatenate([w * slope, np.full(rows, weight)])
-
-    found = minimize(
-        cost,
-        np.concatenate([np.full(n, 0.1), np.ones(rows)]),
-        jac=True,
-        method="SLSQP",
-        constraints={"type": "ineq", "fun": lambda v: constraint @ v, "jac": lambda v: constraint},
-        options={"maxiter": 500, "ftol": 1e-13},
-    )
-    return objective(name, found.x[:n], y, graph, weight, order, w)
+    """The least objective, by Clarabel."""
+    w = np.ones(graph.num_nodes) if w is None else w
+    form = conic.Conic(graph.num_nodes)
+    TERMS[name](form, sparse.eye_array(graph.num_nodes, format="csr"), y, w)
+    conic.absolute(form, graph.matrix(order + 1), weight)
+    entropy = np.sum(w * (xlogy(y, y) + xlogy(1 - y, 1 - y))) if name == "logistic" else 0.0
+    return form.least() + entropy
 
 
 def status(solution):

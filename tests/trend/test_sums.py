@@ -2,32 +2,14 @@
 
 import numpy as np
 import pytest
-from scipy import sparse
-from scipy.optimize import lsq_linear
 
 import sparseopt as so
 from sparseopt.trend.filter import chosen_method
 from tests.tiers import often
-from tests.trend.problems import GRAPHS, exact_fit
+from tests.trend.problems import GRAPHS, exact_fit, exact_sum, rows_of
 
 CHAIN = so.Graph.chain(12)
 Y = np.array([0, 0.2, -0.1, 3, 3.2, 2.9, 3.1, 0.1, 0, -0.2, 0.1, 0.0])
-
-
-def rows_of(graph, order):
-    return sparse.eye_array(graph.num_nodes) if order == -1 else graph.matrix(order + 1)
-
-
-def exact(y, graph, weights, node_weights=None):
-    """The fit for `weights` by order, each a number or one a row: the dual as a box-constrained least squares."""
-    matrix = sparse.vstack([rows_of(graph, k) for k in weights]).toarray()
-    box = np.concatenate([np.broadcast_to(w, rows_of(graph, k).shape[0]) for k, w in weights.items()]).astype(float)
-    w = np.ones(graph.num_nodes) if node_weights is None else node_weights
-    root = np.sqrt(w)
-    free = box > 0
-    scaled = matrix[free].T / root[:, None]
-    found = lsq_linear(scaled, root * y, (-box[free], box[free]), method="bvls", tol=1e-15, max_iter=5000)
-    return y - matrix[free].T @ found.x / w
 
 
 def value(b, y, graph, weights, node_weights=1.0):
@@ -53,7 +35,7 @@ def value(b, y, graph, weights, node_weights=1.0):
 def test_the_sum_has_the_exact_answer(rng, name, orders):
     graph = GRAPHS[name](rng)
     y, weights = 3 * rng.standard_normal(graph.num_nodes), {k: 0.3 + 0.2 * i for i, k in enumerate(orders)}
-    expected = exact(y, graph, weights)
+    expected = exact_sum(y, graph, weights)
     for method in ("doge", "admm", "auto"):
         penalty = {k: so.L1(w) for k, w in weights.items()}
         found = so.trend_filter(y, graph, penalty, method=method, tol=1e-9).check()
@@ -88,12 +70,12 @@ def test_node_weights_missing_values_and_channels(rng, orders):
     penalty = {k: so.L1(0.4) for k in orders}
     found = so.trend_filter(y, graph, penalty, tol=1e-10, node_weights=w).check()
     for channel in range(2):
-        expected = exact(y[:, channel], graph, weights, w)
+        expected = exact_sum(y[:, channel], graph, weights, w)
         np.testing.assert_allclose(found.value[:, channel], expected, atol=2e-3)
     w[[2, 5]] = 0
     light = np.where(w == 0, 1e-7, w)
     found = so.trend_filter(y[:, 0], graph, penalty, tol=1e-8, node_weights=w).check()
-    nearly = value(exact(y[:, 0], graph, weights, light), y[:, 0], graph, weights, w)
+    nearly = value(exact_sum(y[:, 0], graph, weights, light), y[:, 0], graph, weights, w)
     assert value(found.value, y[:, 0], graph, weights, w) <= nearly * (1 + 1e-5)
 
 
@@ -130,7 +112,7 @@ def test_row_weights_have_the_exact_answer(rng, name, order):
     y = 3 * rng.standard_normal(graph.num_nodes)
     weights = rng.uniform(0.1, 1.5, graph.matrix(order + 1).shape[0])
     weights[::5] = 0
-    expected = exact(y, graph, {order: weights})
+    expected = exact_sum(y, graph, {order: weights})
     for method in ("doge", "admm", "auto"):
         found = so.trend_filter(y, graph, so.L1(weights), order, method, tol=1e-9).check()
         np.testing.assert_allclose(found.value, expected, atol=2e-3, err_msg=method)
@@ -198,4 +180,4 @@ def test_bad_input_is_an_error_that_names_it(arguments, match):
 
 def test_exact_fit_agrees_with_the_single_order_oracle(rng):
     y = rng.standard_normal(12)
-    np.testing.assert_allclose(exact(y, CHAIN, {1: 0.4}), exact_fit(y, CHAIN, 0.4, 1), atol=1e-9)
+    np.testing.assert_allclose(exact_sum(y, CHAIN, {1: 0.4}), exact_fit(y, CHAIN, 0.4, 1), atol=1e-9)

@@ -12,7 +12,6 @@ from sparseopt.core.base.types import precision
 from sparseopt.core.problem import iterate as iterate_module
 from sparseopt.core.solvers.admm import Admm
 from sparseopt.trend.filter import chosen_method
-from sparseopt.trend.methods import choice as methods
 from sparseopt.trend.methods import plan as plan_module
 from tests.programs import forget
 from tests.tiers import often
@@ -465,7 +464,8 @@ def test_a_start_in_float32_ends_at_the_float64_fit(rng, name, order, method, mo
     graph = GRAPHS[name](rng)
     y = 50 + 10 * rng.standard_normal(graph.num_nodes)
     exact = exact_fit(y, graph, 3.0, order)
-    monkeypatch.setattr(methods, "ALWAYS_SHORT", 1)
+    for kind in (so.trend.Doge, so.trend.Admm):
+        monkeypatch.setattr(kind, "short_from", 1)
     found = so.trend_filter(y, graph, so.L1(3.0), order, method, tol=1e-10).check()
     np.testing.assert_allclose(found.value, exact, atol=1e-3)
     assert found.gap <= 1e-10
@@ -480,7 +480,8 @@ def test_a_start_in_float32_ends_at_the_float64_fit(rng, name, order, method, mo
 
 def test_an_exact_fit_of_a_long_chain_is_not_lost_in_float32(rng, monkeypatch):
     y = np.cumsum(rng.standard_normal(1500) * (rng.random(1500) < 0.02)) + 0.1 * rng.standard_normal(1500)
-    monkeypatch.setattr(methods, "ALWAYS_SHORT", 1)
+    for kind in (so.trend.Doge, so.trend.Admm):
+        monkeypatch.setattr(kind, "short_from", 1)
     found = so.trend_filter(y, so.Graph.chain(1500), so.L1(0.5), tol=1e-10).check()
     assert int(found.steps) == 0
     beyond = so.trend_filter(y, so.Graph.chain(1500), so.L1(0.5), tol=1e-18)

@@ -5,7 +5,7 @@ import functools
 import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import MappingProxyType
+from types import FunctionType, MappingProxyType
 from typing import Any, ClassVar
 
 import jax
@@ -35,7 +35,7 @@ def renames(**names: str) -> Callable[[T], T]:
 
 def whole_number(name: str, given: Any, least: int, most: float = math.inf, meaning: str = "") -> int:
     """`given`, also a float, as an int if it is a whole number in `[least, most]`; else a ValueError with `meaning`."""
-    value = _number(given)
+    value = finite_number(given)
     if not (value % 1 == 0 and least <= value <= most):
         limits = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
         raise ValueError(f"{name} is a whole number {limits}{meaning and f' ({meaning})'}, given {given!r}")
@@ -44,17 +44,17 @@ def whole_number(name: str, given: Any, least: int, most: float = math.inf, mean
 
 def is_positive(given: Any) -> bool:
     """Whether `given` is a finite real number above 0."""
-    return float(_number(given)) > 0
+    return float(finite_number(given)) > 0
 
 
 def positive_number(name: str, given: Any) -> float:
     """`given` as a float if it is positive and finite; else a ValueError."""
     if not is_positive(given):
         raise ValueError(f"{name} must be positive and finite, given {given!r}")
-    return float(_number(given))
+    return float(finite_number(given))
 
 
-def _number(given: Any) -> Any:
+def finite_number(given: Any) -> Any:
     """A finite real number, also of a zero-dimensional array; NaN for anything else."""
     value = given.item() if getattr(given, "shape", None) == () else given
     return value if isinstance(value, numbers.Real) and math.isfinite(value) else math.nan
@@ -80,7 +80,7 @@ def refuses_leaves(name: str, given: Any) -> str | None:
     """Why a pytree cannot be computed with: it is none, or a leaf holds no real numbers. Tracers are not checked."""
     for leaf in jax.tree.leaves(given):
         if not hasattr(leaf, "dtype") and not isinstance(leaf, bool | int | float | complex | str):
-            what = f"the class {leaf.__name__}" if isinstance(leaf, type) else f"an object of {type(leaf).__name__}"
+            what = class_or_function(leaf) or f"an object of {type(leaf).__name__}"
             return f"the {name} must be a pytree of numbers, given {what}: decorate a class of your own with @so.pytree"
         kind = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
         if jax.numpy.issubdtype(kind, np.complexfloating):
@@ -89,6 +89,12 @@ def refuses_leaves(name: str, given: Any) -> str | None:
             what = repr(leaf) if isinstance(leaf, str) else f"an array of dtype {kind}"
             return f"the {name} must hold numbers, given {what}: convert it to floats"
     return None
+
+
+def class_or_function(given: Any) -> str | None:
+    """`the class L1` or `the function f`, which stands in place of an object; None for an object."""
+    kind = "class" if isinstance(given, type) else "function" if isinstance(given, FunctionType) else None
+    return kind and f"the {kind} {given.__name__}"
 
 
 def fits(given: Any, protocol: type) -> bool:
@@ -159,17 +165,21 @@ class Limited:
     least: ClassVar[tuple[str, ...]] = ("weight",)
     above: ClassVar[Mapping[str, float]] = MappingProxyType({})
     bounds: ClassVar[tuple[str, ...]] = ()  # other numbers
+    number_names: ClassVar[tuple[str, ...]] = ()  # all
+
+    def __init_subclass__(cls) -> None:
+        cls.number_names = (*cls.least, *cls.above, *cls.bounds)
 
     def refuses(self) -> str | None:
         """Why its numbers mean nothing, as far as these are known outside jit, or None."""
-        for name in (*self.least, *self.above, *self.bounds):
+        for name in self.number_names:
             if (given := getattr(self, name)) is None or isinstance(given, str | list | tuple):
                 return f"the penalty's {name} must hold real numbers, given {given!r}"
         for name in self.least:
             if (smallest := np.min(known_numbers(self, name), initial=0)) < 0:
                 return f"the penalty's {name} must not be negative, given {smallest}"
         for name, bound in self.above.items():
-            numbers = known_numbers(self, name)
-            if not np.all(np.isnan(numbers) | (numbers > bound)):
-                return f"the {name} of {type(self).__name__} must be above {bound}, given {np.min(numbers)}"
+            given = known_numbers(self, name)
+            if not np.all(np.isnan(given) | (given > bound)):
+                return f"the {name} of {type(self).__name__} must be above {bound}, given {np.min(given)}"
         return None

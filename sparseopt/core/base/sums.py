@@ -1,4 +1,6 @@
-"""Sums that are accurate in float32."""
+"""Sums that are accurate in float32, and lengths by them."""
+
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -40,3 +42,16 @@ def _total_apart(x: FloatArray, parts: int) -> Float[Array, ""]:
             x = x.reshape(*x.shape[: axis + 1], -1, size, *x.shape[axis + 2 :]).sum(axis=axis + 2)
         x = x.reshape(*x.shape[: axis + 1], *x.shape[axis + 2 :])
     return jnp.sum(x)
+
+
+def rms(scale: Any, values: FloatArray) -> Float[Array, ""]:
+    """The root of the mean square, weighted by `scale`; at least the root of the least normal number."""
+    tiny = jnp.finfo(values.dtype).tiny
+    scale = jnp.broadcast_to(scale, values.shape)
+    return jnp.sqrt(jnp.maximum(total(scale * values * values) / jnp.maximum(total(scale), tiny), tiny))
+
+
+def relative(a: FloatArray, *others: FloatArray) -> Float[Array, ""]:
+    """The length of a over the largest length of the others."""
+    scale = jnp.max(jnp.stack([total(b * b) for b in others]))
+    return jnp.sqrt(total(a * a) / jnp.maximum(scale, jnp.finfo(a.dtype).tiny))

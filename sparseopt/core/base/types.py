@@ -32,6 +32,11 @@ def is_traced(tree: Any) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
+def namespace(values: Any) -> Any:
+    """`jax.numpy` for an array of JAX, also a traced one; else `numpy`."""
+    return jnp if isinstance(values, jax.Array) else np
+
+
 def precision(dtype: np.dtype) -> contextlib.AbstractContextManager[Any]:
     """A context with 64-bit types if `dtype` needs them."""
     return jax.enable_x64(True) if dtype == np.float64 and not wide_types() else contextlib.nullcontext()

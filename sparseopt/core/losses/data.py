@@ -16,14 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sparseopt.core.base.arguments import fits, own_refusal, refuses_leaves
+from sparseopt.core.base.arguments import class_or_function, fits, own_refusal, refuses_leaves
 from sparseopt.core.base.dense import product
 from sparseopt.core.base.sums import total
 from sparseopt.core.base.types import FloatArray, is_traced, pytree
 from sparseopt.core.losses import scalar
 from sparseopt.core.losses.quadratic import Quadratic
 from sparseopt.core.operators.maps import or_identity
-from sparseopt.core.operators.matrices import Dense, SparseMatrix, linear_map, refuses_map
+from sparseopt.core.operators.matrices import Dense, Matrix, linear_map, refuses_map
 
 
 @pytree
@@ -67,7 +67,7 @@ class DataLoss:
 
     @property
     def is_square(self) -> bool:
-        return isinstance(self.scalar, scalar.Squared)
+        return getattr(self.scalar, "is_square", False)
 
     @property
     def rows(self) -> "DataLoss":
@@ -172,7 +172,7 @@ class DataLoss:
     def start_shape(self) -> tuple[int, ...]:
         """The shape of x, found without computing."""
         target = jnp.shape(self.target)
-        if isinstance(self.matrix, Dense | SparseMatrix):
+        if isinstance(self.matrix, Matrix):
             return self.matrix.in_shape + target[1:]
         return jax.eval_shape(self.pull, jax.ShapeDtypeStruct(target, jnp.result_type(float))).shape
 
@@ -196,8 +196,8 @@ class DataLoss:
     def refuses(self) -> str | None:
         """Why the data cannot be used (shapes, or values outside the domain), or None; tracers are not checked."""
         if not fits(self.scalar, scalar.ScalarLoss):
-            kind = self.scalar.__name__ if isinstance(self.scalar, type) else None
-            said = f"{self.scalar!r:.100}" if kind is None else f"the class {kind}: write {kind}()"
+            kind = class_or_function(self.scalar)
+            said = f"{self.scalar!r:.100}" if kind is None else f"{kind}: write {self.scalar.__name__}()"
             return f"a loss of data takes the loss of one observation, such as so.scalar.Logistic(), given {said}"
         name = self.name
         for what, leaf in (("target", self.target), ("weights", self.weights)):

@@ -4,11 +4,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
+from sparseopt.core.base.arguments import refuses_leaves
 from sparseopt.core.base.dense import HIGHEST, product
-from sparseopt.core.base.types import pytree
+from sparseopt.core.base.types import is_traced, pytree
 
+# The most rows of a Hessian that is checked.
+MOST_CHECKED = 256
 LANCZOS_STEPS = 24
 # The fraction of 1/L in the paper of mAIHT: below 1, so that every plain step descends by a multiple of its length.
 STEP_FRACTION = 0.97
@@ -69,12 +73,37 @@ class Quadratic:
     def value(self, x: Float[Array, "n ..."]) -> Float[Array, ""]:
         return self.value_at(x, self.gradient(x))
 
+    def refuses(self) -> str | None:
+        """Why its hessian does not do; values are checked for few rows, since many would take as long as a solve."""
+        if reason := refuses_leaves("loss", self):
+            return reason
+        center, given = jnp.shape(self.center), jnp.shape(self.hessian)
+        wanted = center[:1] * 2
+        if len(given) != 2 or given != wanted:
+            return f"a Quadratic with a center of shape {center} needs a hessian of shape {wanted}, given {given}"
+        if is_traced(self.hessian) or len(self.hessian) > MOST_CHECKED or not np.all(np.isfinite(self.hessian)):
+            return None
+        matrix = np.asarray(self.hessian)
+        # What a sum over many rows in this precision rounds.
+        precision = float(jnp.finfo(jnp.result_type(matrix.dtype, jnp.float32)).eps)
+        matrix = matrix.astype(np.float64)
+        rounding = 10 * precision * len(matrix) * np.max(np.abs(matrix), initial=0)
+        if np.max(np.abs(matrix - matrix.T), initial=0) > rounding:
+            return "a Quadratic needs a symmetric hessian, given one that is not; LeastSquares takes any matrix"
+        if (least := np.min(np.linalg.eigvalsh(matrix), initial=0)) < -rounding:
+            return (
+                f"a Quadratic needs a positive semidefinite hessian, given one with the eigenvalue {least:.3g}: such a "
+                "problem may have no minimum"
+            )
+        return None
+
 
 @pytree
 class PlainLoss:
     """A loss with only `value` and `gradient`, whose image is both of them at x."""
 
     loss: Any
+    affine_image = False
 
     def image(self, x: Array) -> tuple[Array, Array]:
         return self.loss.value(x), self.loss.gradient(x)

@@ -1,6 +1,6 @@
 """Losses of the residual `x - y`, see `scalar.py`: square, Huber, absolute and quantile."""
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax.numpy as jnp
 import numpy as np
@@ -57,7 +57,7 @@ class _LossOfResiduals:
 class Squared(_LossOfResiduals):
     """`f = (x - y)² / 2`: the fit is a mean."""
 
-    smooth = True
+    smooth = is_square = True
 
     def value(self, x: FloatArray, y: FloatArray) -> FloatArray:
         return (x - y) ** 2 / 2
@@ -196,6 +196,11 @@ class LossOfTwoSlopes(_LossOfResiduals):
         """The mean slope at the quantile over the mean distance: there a square of that curvature pulls as hard."""
         apart, level = _mean_distance(y, weights, fit), float(self.level)
         return np.full(y.shape, 2 * self.scale * level * (1 - level) / apart if apart > 0 else 1.0)
+
+
+def has_two_slopes(loss: Any) -> TypeGuard[LossOfTwoSlopes]:
+    """Whether a loss of one observation is the absolute loss or a quantile's."""
+    return isinstance(loss, LossOfTwoSlopes)
 
 
 @pytree

@@ -22,8 +22,9 @@ __all__ = ["Absolute", "Huber", "Logistic", "Poisson", "Quantile", "ScalarLoss",
 class ScalarLoss(Protocol):
     """The loss of one observation, a frozen pytree; its methods on arrays are elementwise.
 
-    Two further members are optional: `smooth`, True if the derivative of f in x is continuous (a loss without it counts
-    as not smooth), and `refuses()`, which says on the host why the loss's own parameters cannot be used, or None.
+    Further members are optional: `smooth`, True if the derivative of f in x is continuous (a loss without it counts as
+    not smooth), `is_square`, True for `Squared`, and `refuses()`, which says on the host why the loss's own parameters
+    cannot be used, or None.
     """
 
     expected: str  # what an observation must be, for the error text

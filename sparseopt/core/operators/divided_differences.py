@@ -24,7 +24,7 @@ from scipy import sparse
 from sparseopt.core.base.arguments import real_array
 from sparseopt.core.base.types import FloatArray, pytree, static
 from sparseopt.core.operators.differences import pad, spread
-from sparseopt.core.operators.maps import Stacked
+from sparseopt.core.operators.maps import Stack
 
 # Nearly equal times make nearly parallel rows that are so many times their neighbours; a solve loses the square in
 # digits. On chains of 24 nodes with two or three near times, at orders 1 to 3 and weights of 0.5, 5 and 50 % of the
@@ -103,13 +103,12 @@ class DividedDifference:
         return found
 
 
-@pytree
-class AxisDifferences(Stacked):
-    """The plain differences of an order along every axis of a grid, over that power of the axis's spacing.
+def axis_differences(shape: tuple[int, ...], order: int, spacing: tuple[float, ...] | None = None) -> Stack:
+    """The plain differences of an order, at least 1, along every axis of a grid, over that power of the axis's spacing.
 
-    It maps `[*shape]` to `[rows]`: axis by axis the differences of all its lines, in row-major order. An axis of at
-    most `order` nodes has none. It vanishes on the sums of products of polynomials of degree below `order` in each
-    axis, and on nothing else.
+    The map takes `[*shape]` to `[rows]`: axis by axis the differences of all its lines, in row-major order. An axis of
+    at most `order` nodes has none. It vanishes on the sums of products of polynomials of degree below `order` in each
+    axis, and on nothing else. `spacing` is None for ones.
 
     Example:
         >>> from sparseopt.core.operators.divided_differences import axis_differences
@@ -117,19 +116,9 @@ class AxisDifferences(Stacked):
         >>> bends.mv(jnp.outer(jnp.arange(3.0), jnp.array([0.0, 1.0, 4.0])))  # lines down, parabolas across
         Array([0., 0., 0., 0., 2., 4.], dtype=float32)
     """
-
-    order: int = static()  # at least 1
-
-    def matrix(self) -> sparse.csr_array:
-        """The map on the host, in float64."""
-        return sparse.csr_array(sparse.vstack([part.matrix() for part in self.maps]))
-
-
-def axis_differences(shape: tuple[int, ...], order: int, spacing: tuple[float, ...] | None = None) -> AxisDifferences:
-    """The differences of a grid; `spacing` of its axes, None for ones."""
     units = [1.0] * len(shape) if spacing is None else [h**order for h in spacing]
     kept = [axis for axis, n in enumerate(shape) if n > order]
-    return AxisDifferences(tuple(DividedDifference((), shape, order, axis, units[axis]) for axis in kept), order)
+    return Stack(tuple(DividedDifference((), shape, order, axis, units[axis]) for axis in kept), order)
 
 
 def divided_difference(

@@ -5,16 +5,22 @@ All arrays may carry trailing channel axes; the shapes that maps name, such as `
 
 import itertools
 import math
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
+import numpy as np
+from scipy import sparse
 
 from sparseopt.core.base.types import FloatArray, pytree, static
 
 
 @runtime_checkable
 class LinearMap(Protocol):
-    """A linear map between arrays of two shapes, and its transpose."""
+    """A linear map between arrays of two shapes, and its transpose.
+
+    A method `squared(dtype)`, the map with the squares of the matrix's entries, is optional: with it problems are
+    solved in units in which columns and rows are equally long.
+    """
 
     def mv(self, x: FloatArray) -> FloatArray:
         """The image of x."""
@@ -24,10 +30,19 @@ class LinearMap(Protocol):
 
 
 @pytree
-class Stacked:
-    """Maps of one array, stacked: `[rows]`, the rows of each flattened."""
+class Stack:
+    """Maps of one array, stacked: `[rows]`, the rows of each flattened.
+
+    Example:
+        >>> from sparseopt.core.operators.differences import Difference, GridBase
+        >>> from sparseopt.core.operators.maps import Identity, Stack
+        >>> both = Stack((Identity((3,)), Difference(GridBase((3,)), 2)))
+        >>> both.mv(jnp.array([0.0, 1.0, 4.0]))  # the signal, then its Laplacian
+        Array([ 0.,  1.,  4., -1., -2.,  3.], dtype=float32)
+    """
 
     maps: tuple[Any, ...]
+    order: int | None = static(default=None)  # of differences of one signal, where all are of one
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -51,20 +66,22 @@ class Stacked:
         images = [part.rmv(rows.reshape(*part.out_shape, *e.shape[1:])) for part, rows in parts]
         return sum(images[1:], images[0])
 
+    def matrix(self) -> sparse.csr_array:
+        """The map on the host, in float64, of maps that have a matrix."""
+        return sparse.csr_array(sparse.vstack([part.matrix() for part in self.maps]))
 
-@pytree
-class Stack(Stacked):
-    """Differences of one signal of several orders, stacked.
 
-    Example:
-        >>> from sparseopt.core.operators.differences import Difference, GridBase
-        >>> from sparseopt.core.operators.maps import Identity, Stack
-        >>> both = Stack((Identity((3,)), Difference(GridBase((3,)), 2)))
-        >>> both.mv(jnp.array([0.0, 1.0, 4.0]))  # the signal, then its Laplacian
-        Array([ 0.,  1.,  4., -1., -2.,  3.], dtype=float32)
-    """
+class Pair(NamedTuple):
+    """Two maps of one array, whose images keep their shapes."""
 
-    order = None  # no single one
+    first: Any
+    second: Any
+
+    def mv(self, x: FloatArray) -> tuple[FloatArray, FloatArray]:
+        return self.first.mv(x), self.second.mv(x)
+
+    def rmv(self, e: tuple[FloatArray, FloatArray]) -> FloatArray:
+        return self.first.rmv(e[0]) + self.second.rmv(e[1])
 
 
 @pytree
@@ -87,6 +104,9 @@ class Identity:
 
     def rmv(self, e: FloatArray) -> FloatArray:
         return e
+
+    def squared(self, dtype: Any) -> "Identity":
+        return self
 
 
 def or_identity(given: Any, x: FloatArray) -> Any:
@@ -112,3 +132,9 @@ class Split:
     def row_shape(self, x: FloatArray) -> tuple[int, ...]:
         """The shape of `mv(x)`, channels included."""
         return (*self.outer.out_shape, *x.shape[len(self.inner.in_shape) :])
+
+
+def standard_split(inner: Any, dtype: Any, unit: float = 1.0) -> Split:
+    """The split of the standard ADMM: `outer` the identity, metrics that make rho the same in every unit of Δ."""
+    scale = np.asarray(unit, dtype)
+    return Split(Identity(inner.out_shape), inner, scale, 1 / scale)

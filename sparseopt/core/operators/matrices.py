@@ -4,6 +4,7 @@
 on a CPU a product takes about twice as long as SciPy's own, but it runs under jit, vmap and grad.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jaxtyping import Array, Float
 from scipy import sparse
 
 from sparseopt.core.base.dense import product
-from sparseopt.core.base.types import FloatArray, pytree, static
+from sparseopt.core.base.types import FloatArray, is_traced, pytree, static
 from sparseopt.core.operators.differences import Difference, spread
 from sparseopt.core.operators.maps import Identity, LinearMap, Split, Stack
 
@@ -21,19 +22,29 @@ from sparseopt.core.operators.maps import Identity, LinearMap, Split, Stack
 PROVEN: tuple[type, ...] = (Difference, Identity, Split, Stack)
 
 
+class Matrix:
+    """A map by the entries of its matrix `[rows, columns]`, on vectors `[columns]` or on `[columns, channels]`."""
+
+    shape: Any
+
+    @property
+    def in_shape(self) -> tuple[int, ...]:
+        return self.shape[1:]
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        return self.shape[:1]
+
+
 @pytree
-class Dense:
-    """The matrix `[rows, columns]`, on vectors `[columns]` or on matrices `[columns, channels]`."""
+class Dense(Matrix):
+    """A dense matrix."""
 
     matrix: Any
 
     @property
-    def in_shape(self) -> tuple[int, ...]:
-        return (self.matrix.shape[1],)
-
-    @property
-    def out_shape(self) -> tuple[int, ...]:
-        return (self.matrix.shape[0],)
+    def shape(self) -> tuple[int, int]:
+        return self.matrix.shape
 
     def mv(self, x: FloatArray) -> FloatArray:
         return product(self.matrix, x)
@@ -42,23 +53,18 @@ class Dense:
         # A row vector times the matrix reads it in memory order, which is three times as fast.
         return product(e, self.matrix) if e.ndim == 1 else product(self.matrix.T, e)
 
+    def squared(self, dtype: Any) -> "Dense":
+        return Dense(jnp.asarray(self.matrix, dtype) ** 2)
+
 
 @pytree
-class SparseMatrix:
+class SparseMatrix(Matrix):
     """A sparse matrix by the coordinates of its entries."""
 
     values: Any  # `[entries]`
     rows: Any  # int32 `[entries]`
     columns: Any  # int32 `[entries]`
-    shape: tuple[int, int] = static()  # of the matrix
-
-    @property
-    def in_shape(self) -> tuple[int, ...]:
-        return (self.shape[1],)
-
-    @property
-    def out_shape(self) -> tuple[int, ...]:
-        return (self.shape[0],)
+    shape: tuple[int, int] = static()
 
     def _scatter(self, x: FloatArray, taken: Any, given: Any, size: int) -> FloatArray:
         values = jnp.asarray(self.values)
@@ -73,6 +79,9 @@ class SparseMatrix:
 
     def rmv(self, e: FloatArray) -> FloatArray:
         return self._scatter(e, self.rows, self.columns, self.shape[1])
+
+    def squared(self, dtype: Any) -> "SparseMatrix":
+        return dataclasses.replace(self, values=jnp.asarray(self.values, dtype) ** 2)
 
 
 def linear_map(given: Any) -> Any:
@@ -118,7 +127,7 @@ def refuses_transpose(name: str, given: Any, x: Any) -> str | None:
     values are known.
     """
     like = jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
-    if isinstance(given, Dense | SparseMatrix) and like.shape[:1] == given.in_shape:
+    if isinstance(given, Matrix) and like.shape[:1] == given.in_shape:
         return None
     try:
         image = jax.eval_shape(given.mv, like)
@@ -130,7 +139,7 @@ def refuses_transpose(name: str, given: Any, x: Any) -> str | None:
             f"the {name} maps shape {like.shape} to {image.shape} and its rmv maps that to {back.shape}: rmv must be "
             "the transpose of mv"
         )
-    if isinstance(given, PROVEN) or any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((given, x))):
+    if isinstance(given, PROVEN) or is_traced((given, x)):
         return None
     rng = np.random.default_rng(0)
     u, v = (jnp.asarray(rng.standard_normal(a.shape), a.dtype) for a in (like, image))

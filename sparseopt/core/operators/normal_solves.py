@@ -1,6 +1,7 @@
 """The x-step of the split ADMM, `(W + rho Δᵀ C Δ) x = right`.
 
-Each class has `solve(weights, split, right, rho, guess)`, for weights that may be None for ones; rho may be traced.
+Each class has `solve(weights, split, right, rho, guess)`, for weights that may be None for ones, and must be where it
+says `one_weight`; rho may be traced.
 """
 
 import math
@@ -20,8 +21,12 @@ from sparseopt.core.operators.divided_differences import divided_difference
 from sparseopt.core.operators.maps import Split
 
 
+class _NodeSolve:
+    one_weight = False
+
+
 @pytree
-class Diagonal:
+class Diagonal(_NodeSolve):
     """Δ = I: a division."""
 
     def solve(self, weights: Any, split: Split, right: FloatArray, rho: Any, guess: FloatArray) -> FloatArray:
@@ -58,6 +63,7 @@ class AxisTransform:
     matrices: tuple[Any, ...]  # of each axis, even [ceil(n / 2)]² and odd [n // 2]²; None for the FFT
     eigenvalues: Any  # of L or of ΔᵀΔ, [*shape], in the order of the spectrum
     powers: tuple[int, ...] = static(default=(1,))  # those of the eigenvalues whose sum is ΔᵀΔ
+    one_weight = True
 
     def _transform(self, x: FloatArray, inverse: bool) -> FloatArray:
         for axis, halves in enumerate(self.matrices):
@@ -125,7 +131,7 @@ def cosine_solve(
 def free_solve(
     shape: tuple[int, ...], orders: tuple[int, ...], dtype: Any, spacing: tuple[float, ...] | None = None
 ) -> AxisTransform:
-    """The tables for a sum over the orders of `AxisDifferences`, of which order 0 is the identity, on the host."""
+    """The tables for a sum over the orders of `axis_differences`, of which order 0 is the identity, on the host."""
 
     def modes(n: int, unit: float) -> tuple[list[np.ndarray], np.ndarray]:
         taken = [m for m in orders if 0 < m < n]
@@ -163,7 +169,7 @@ def _free_modes(rows: np.ndarray, null: int) -> tuple[list[np.ndarray], np.ndarr
 
 
 @pytree
-class ConjugateGradient:
+class ConjugateGradient(_NodeSolve):
     """Any graph and weights: CG from the last x, preconditioned by `w + rho diag(ΔᵀCΔ)`, or by a transform.
 
     An `AxisTransform` solves exactly for the mean weight at every node.
@@ -213,7 +219,7 @@ class ConjugateGradient:
 
 
 @pytree
-class Banded:
+class Banded(_NodeSolve):
     """A chain, with C a number: `L D Lᵀ` of the banded matrix, in one sweep along the chain and one back.
 
     On a CPU a node takes 15 to 100 ns, less than in the fused lasso.

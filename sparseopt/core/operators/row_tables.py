@@ -8,11 +8,11 @@ import functools
 import math
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from scipy import sparse
 
 from sparseopt.core.base.arguments import require_memory
+from sparseopt.core.base.types import namespace
 
 # Bytes for each entry of a sparse matrix, its square and its size, with indices.
 ENTRY_BYTES = 36
@@ -100,7 +100,7 @@ def edge_sums(edges: np.ndarray, num_nodes: int, weights: np.ndarray | None, ord
 
 def edge_grid(values: Any, shape: tuple[int, ...], fill: float) -> Any:
     """Edge values `[m, ...]` in the order of `grid_edges` as `[dimensions, *shape, ...]`, `fill` where no edge is."""
-    xp = np if isinstance(values, np.ndarray) else jnp
+    xp = namespace(values)
     parts, found = xp.split(values, np.cumsum(_edge_counts(shape))[:-1]), []
     for axis, part in enumerate(parts):
         part = part.reshape(*(n - (i == axis) for i, n in enumerate(shape)), *values.shape[1:])
@@ -111,7 +111,7 @@ def edge_grid(values: Any, shape: tuple[int, ...], fill: float) -> Any:
 def edge_rows(values: Any, shape: tuple[int, ...]) -> Any:
     """The inverse of `edge_grid`: values `[dimensions, *shape, ...]` as `[m, ...]`, in the order of `grid_edges`."""
     along = [values[axis][*(slice(None),) * axis, : n - 1] for axis, n in enumerate(shape)]
-    xp = np if isinstance(values, np.ndarray) else jnp
+    xp = namespace(values)
     return xp.concatenate([part.reshape(-1, *values.shape[len(shape) + 1 :]) for part in along])
 
 

@@ -51,10 +51,15 @@ class _Grouped(Limited):
         object.__setattr__(self, "groups", self.groups if isinstance(self.groups, jax.Array) else labels)
         object.__setattr__(self, "num_groups", count if self.num_groups is None else self.num_groups)
 
+    @property
+    def group_axes(self) -> tuple[int, ...]:
+        """The axes of a slice."""
+        return tuple(np.atleast_1d(self.axis).tolist())
+
     def _sums(self, x: FloatArray) -> FloatArray:
         """The sum over each slice, whose axes are kept with length 1, or over each label."""
         if self.groups is None:
-            axes = (self.axis,) if isinstance(self.axis, int) else self.axis
+            axes = self.group_axes
             if 0 in axes and 0 < x.shape[0] <= FEW:
                 # XLA for CPUs sums over a short first axis slowly: isotropic total variation took twice the time.
                 parts = [x[i : i + 1] for i in range(x.shape[0])]

@@ -181,13 +181,13 @@ class GroupTopK(_UnitsTopK):
     def __post_init__(self) -> None:
         # Static fields must be hashable: labels are kept as a tuple.
         if not isinstance(self.groups, int | tuple):
-            as_given = np.asarray(self.groups).tolist()
-            object.__setattr__(self, "groups", as_given if isinstance(as_given, int) else tuple(as_given))
+            labels = np.asarray(self.groups)
+            object.__setattr__(self, "groups", tuple(labels.tolist()) if labels.ndim else labels.item())
 
     def _sums(self, x: Float[Array, "rows ..."]) -> Float[Array, " groups"]:
         """The sum of each group's entries."""
         of_rows = jnp.sum(x, axis=tuple(range(1, x.ndim)))
-        if isinstance(self.groups, int):
+        if np.ndim(self.groups) == 0:
             if not (x.ndim and self.groups >= 1 and x.shape[0] % self.groups == 0):
                 raise ValueError(
                     f"groups of {self.groups} rows need a number of rows that is a multiple, given an array of shape "
@@ -202,7 +202,7 @@ class GroupTopK(_UnitsTopK):
         return jax.ops.segment_sum(of_rows, np.asarray(self.groups), max(self.groups) + 1)
 
     def _spread(self, kept: Array, shape: tuple[int, ...]) -> BoolArray:
-        of_rows = jnp.repeat(kept, self.groups) if isinstance(self.groups, int) else kept[np.asarray(self.groups)]
+        of_rows = kept[np.asarray(self.groups)] if np.ndim(self.groups) else jnp.repeat(kept, self.groups)
         return jnp.broadcast_to(of_rows.reshape(-1, *[1] * (len(shape) - 1)), shape)
 
 
@@ -234,6 +234,11 @@ class Within(_SparseSet):
 
 
 Pattern = TopK | RowTopK | NM | BlockTopK | GroupTopK | Within
+
+
+def is_pattern(penalty: Any) -> bool:
+    """Whether a penalty is one of this file, with a `mask` for scores."""
+    return isinstance(penalty, Pattern)
 
 
 def without_support(pattern: Pattern) -> tuple[Pattern, BoolArray | None]:

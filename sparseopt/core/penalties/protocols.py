@@ -122,28 +122,38 @@ def prox_from(penalty: Any, x: FloatArray, step: Scalar, memory: Any) -> tuple[F
 
 def dual_step(term: Any, v: FloatArray, step: Any) -> tuple[FloatArray, FloatArray]:
     """`v - step * u`, for a norm in its dual ball, and `u = prox(v / step, 1 / step)`; term is a penalty or a loss."""
-    if isinstance(term, Norm) and getattr(term, "nearest", True):
+    if is_norm(term) and getattr(term, "nearest", True):
         # By Moreau's identity, without the rounding error of a long step.
         dual = term.project_dual(v)
         return dual, (v - dual) / step
     u = term.prox(v / step, 1 / step)
     dual = v - step * u
-    return term.project_dual(dual) if isinstance(term, Norm) else dual, u
+    return term.project_dual(dual) if is_norm(term) else dual, u
+
+
+def is_norm(penalty: Any) -> bool:
+    """Whether a penalty has a dual ball."""
+    return isinstance(penalty, Norm)
+
+
+def is_composite(penalty: Any) -> bool:
+    """Whether a penalty is another one of the image of an operator."""
+    return isinstance(penalty, Composite)
 
 
 def has_conjugate(penalty: Any) -> bool:
     """Whether a penalty has what a duality gap needs."""
-    return isinstance(penalty, Conjugate | Norm)
+    return is_norm(penalty) or isinstance(penalty, Conjugate)
 
 
 def is_convex(penalty: Any) -> bool:
     """Whether a penalty is known to be convex, by what it has or because it says so."""
-    return has_conjugate(penalty) or isinstance(penalty, Composite) or getattr(penalty, "convex", False)
+    return has_conjugate(penalty) or is_composite(penalty) or getattr(penalty, "convex", False)
 
 
 def feasible(penalty: Any, dual: FloatArray) -> FloatArray:
     """The dual, projected on the domain of the penalty's conjugate."""
-    return penalty.project_dual(dual) if isinstance(penalty, Norm) else dual_step(penalty, dual, SHORT)[0]
+    return penalty.project_dual(dual) if is_norm(penalty) else dual_step(penalty, dual, SHORT)[0]
 
 
 def gauge(penalty: Any, dual: FloatArray) -> Float[Array, ""]:

@@ -10,12 +10,40 @@ from jaxtyping import Array, Float
 
 from sparseopt.core.base.types import FloatArray, Scalar, pytree, static
 from sparseopt.core.operators.differences import spread
-from sparseopt.core.penalties.protocols import Conjugate, Norm, Penalty, gauge
+from sparseopt.core.penalties.protocols import Penalty, gauge, has_conjugate, is_norm
 
 
 @pytree
 class Lifted:
-    """`sum_i penalty(Ψ_i x_i)` of groups of rows that share no column; see `lift`."""
+    """`sum_i penalty(Ψ_i x_i)` of groups of rows that share no column, each with a copy of its own in x.
+
+    x is `[*columns, groups]`, with channels `[*columns, channels, groups]`.
+
+    For one row a and any scalar penalty p, `argmin_v 1/2 ||v - x||² + step p(aᵀv)` is
+    `x + a (u - s) / |a|²` with `s = aᵀx` and `u = argmin_u 1/2 (u - s)² + step |a|² p(u)`: v moves along a only.
+    Rows without a common column do not interact.
+
+    Attributes:
+        penalty: any penalty that acts on every entry (or every slice of channels) separately; its prox is called with
+            one step per row.
+        rows: a linear map, Ψ, that takes trailing axes.
+        squares: the squared norm of each of its rows; for a row without entries any positive number.
+        groups: booleans `[*rows, groups]`, with channels `[*rows, 1, groups]`: the rows of each group, of which no two
+            share a column. A row is in one group, or in none, and then left out.
+
+    Source: Bu, Wu, Zuo, "Doge-ADMM", section 3; for orthogonal rows, Combettes and Pesquet, 2007, prop. 11.
+
+    Example:
+        >>> from sparseopt.core.operators.matrices import linear_map
+        >>> from sparseopt.core.penalties.sums import Lifted
+        >>> chain = so.Graph.chain(4)
+        >>> groups = chain.groups(1)[:, None] == np.arange(2)  # the edges 0-1 and 2-3; the edge 1-2
+        >>> lifted = Lifted(so.L1(1.0), linear_map(chain.matrix(1)), 2 * jnp.ones(3), groups)
+        >>> x = jnp.array([0.0, 1.0, 5.0, 9.0])
+        >>> lifted.prox(jnp.stack([x, x], axis=-1), step=1.0).T
+        Array([[0.5, 0.5, 6. , 8. ],
+               [0. , 2. , 4. , 9. ]], dtype=float32)
+    """
 
     penalty: Any
     rows: Any
@@ -32,44 +60,13 @@ class Lifted:
     def move(self, x: FloatArray, step: Scalar) -> tuple[FloatArray, FloatArray, FloatArray]:
         """The prox, and for every row of Ψ its value u with exact zeros and its move `(u - s) / |a|²`."""
         s = self.rows.mv(x)
-        squares = spread(self.squares, s[..., 0])
+        squares = spread(jnp.asarray(self.squares), s[..., 0])
         u = jax.vmap(lambda s: self.penalty.prox(s, step * squares), -1, -1)(s)
         move = self._of_groups((u - s) / squares[..., None])
         return x + self.rows.rmv(move), jnp.sum(self._of_groups(u), axis=-1), jnp.sum(move, axis=-1)
 
     def _of_groups(self, values: FloatArray) -> FloatArray:
-        return jnp.where(self.groups, values, 0)
-
-
-def lift(penalty: Penalty, rows: Any, squares: Any, groups: Any) -> Lifted:
-    """The penalty on groups of rows, each with a copy of its own, as a penalty on the copies `[*columns, groups]`.
-
-    For one row a and any scalar penalty p, `argmin_v 1/2 ||v - x||² + step p(aᵀv)` is
-    `x + a (u - s) / |a|²` with `s = aᵀx` and `u = argmin_u 1/2 (u - s)² + step |a|² p(u)`: v moves along a only.
-    Rows without a common column do not interact.
-
-    Args:
-        penalty: any penalty that acts on every entry (or every slice of channels) separately; its prox is called with
-            one step per row.
-        rows: a linear map, Ψ, that takes trailing axes.
-        squares: the squared norm of each of its rows; for a row without entries any positive number.
-        groups: booleans `[*rows, groups]`, with channels `[*rows, 1, groups]`: the rows of each group, of which no two
-            share a column. A row is in one group, or in none, and then left out.
-
-    Source: Bu, Wu, Zuo, "Doge-ADMM", section 3; for orthogonal rows, Combettes and Pesquet, 2007, prop. 11.
-
-    Example:
-        >>> from sparseopt.core.operators.matrices import linear_map
-        >>> from sparseopt.core.penalties.sums import lift
-        >>> chain = so.Graph.chain(4)
-        >>> groups = chain.groups(1)[:, None] == np.arange(2)  # the edges 0-1 and 2-3; the edge 1-2
-        >>> lifted = lift(so.L1(1.0), linear_map(chain.matrix(1)), 2 * jnp.ones(3), groups)
-        >>> x = jnp.array([0.0, 1.0, 5.0, 9.0])
-        >>> lifted.prox(jnp.stack([x, x], axis=-1), step=1.0).T
-        Array([[0.5, 0.5, 6. , 8. ],
-               [0. , 2. , 4. , 9. ]], dtype=float32)
-    """
-    return Lifted(penalty, rows, jnp.asarray(squares), jnp.asarray(groups))
+        return jnp.where(jnp.asarray(self.groups), values, 0)
 
 
 @pytree
@@ -121,8 +118,8 @@ def stack(penalties: Sequence[Penalty], sizes: Sequence[int]) -> Sum:
         Array([2., 0., 1.], dtype=float32)
     """
     kind = Sum
-    if all(isinstance(penalty, Norm) for penalty in penalties):
+    if all(map(is_norm, penalties)):
         kind = NormSum
-    elif all(isinstance(penalty, Conjugate | Norm) for penalty in penalties):
+    elif all(map(has_conjugate, penalties)):
         kind = ConjugateSum
     return kind(tuple(penalties), tuple(int(size) for size in sizes))

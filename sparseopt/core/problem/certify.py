@@ -25,7 +25,7 @@ from sparseopt.core.base.sums import total
 from sparseopt.core.base.types import FloatArray, pytree
 from sparseopt.core.operators.maps import or_identity
 from sparseopt.core.operators.matrices import norm_estimate
-from sparseopt.core.penalties.protocols import Norm, feasible, gauge
+from sparseopt.core.penalties.protocols import feasible, gauge, is_norm
 from sparseopt.core.problem.problem import Status, unfold
 from sparseopt.core.problem.units import Units, units_of
 
@@ -95,7 +95,7 @@ def judge(
         null: whether no penalty sees x: its rows are 0 up to rounding, and count as 0.
     """
     loss, penalty, operator = problem.loss, problem.penalty, problem.operator
-    if not isinstance(penalty, Norm):
+    if not is_norm(penalty):
         dual = feasible(penalty, dual)
     # Without the barrier XLA would repeat a product in each sum that reads it.
     rows, pulled = jax.lax.optimization_barrier((operator.mv(x), operator.rmv(dual)))
@@ -127,19 +127,42 @@ class Certificate(NamedTuple):
     bound: Float[Array, ""]
 
 
+class Metric(NamedTuple):
+    """How a pair is moved.
+
+    Attributes:
+        units: those of x.
+        scales: one over the squared norms of A and of K in these units: how easily s and u move.
+        precondition: an approximate inverse of the scaled sum of `Aᵀ A` and `Kᵀ K` in these units, or None.
+    """
+
+    units: Units
+    scales: tuple[Any, Any] | None = None
+    precondition: Any = None
+
+
+class Effort(NamedTuple):
+    """What the moves may cost.
+
+    Attributes:
+        due: False leaves the pair unchanged, for a gap that is not used.
+        known: the slack of a bound that is known; work ends where no much better one is in sight.
+        most_steps: of each linear solve.
+    """
+
+    due: Any = True
+    known: Any = jnp.inf
+    most_steps: Any = CG_STEPS
+
+
 def certificate(
     problem: Any,
     x: FloatArray,
     image: FloatArray,
     loss_dual: FloatArray,
     dual: FloatArray | None = None,
-    *,
-    units: Units | None = None,
-    scales: tuple[Any, Any] | None = None,
-    precondition: Any = None,
-    due: Any = True,
-    known: Any = jnp.inf,
-    most_steps: Any = CG_STEPS,
+    metric: Metric | None = None,
+    effort: Effort | None = None,
 ) -> Certificate:
     """The relative duality gap at x by the dual pair, moved and scaled until it is feasible.
 
@@ -149,20 +172,17 @@ def certificate(
         image: `A x`.
         loss_dual: s, in the domain of f*, of the shape of `A x`.
         dual: u, in the domain of the penalty's conjugate, of the shape of `K x`; None for `-Aᵀ s`, without an operator.
-        units: those of x.
-        scales: one over the squared norms of A and of K in these units: how easily s and u move.
-        precondition: an approximate inverse of the scaled sum of `Aᵀ A` and `Kᵀ K` in these units, or None.
-        due: False leaves the pair unchanged, for a gap that is not used.
-        known: the slack of a bound that is known; work ends where no much better one is in sight.
-        most_steps: of each linear solve.
+        metric: in which the pair is moved; None takes that of the columns of A.
+        effort: what the moves may cost; None takes the default.
     """
     loss, penalty, plain = problem.loss, problem.penalty, problem.operator is None
     maps = or_identity(problem.operator, x)
     rows, y = loss.rows, maps.mv(x)
     # Whether u has a ball in which it can move.
-    bounded = not plain and isinstance(penalty, Norm)
+    bounded = not plain and is_norm(penalty)
     limits = jnp.finfo(x.dtype)
-    units = units_of(problem, x) if units is None else units
+    units, scales, precondition = Metric(units_of(problem, x)) if metric is None else metric
+    due, known, most_steps = Effort() if effort is None else effort
     scales = (1 / units.size**2, 1.0) if scales is None else scales
     objective = rows.value(image) + penalty.value(y)
     length = jnp.sqrt(total((x / units.of) ** 2))
@@ -215,7 +235,7 @@ def certificate(
     def move(carry: tuple[Array, FloatArray, FloatArray, Array, FloatArray]) -> tuple:
         index, s, u, held, apart = carry
         first = index == 0
-        if plain and not isinstance(penalty, Norm):
+        if plain and not is_norm(penalty):
             s, u, cut, apart = jax.lax.cond(first, lambda s, u: (s, u, held, apart), shift, s, u)
             held = held | cut
         slope = rows.slope(-s)
@@ -307,4 +327,4 @@ def composite_gap(
     size = norm_estimate(problem.operator.mv, problem.operator.rmv, x, 10)
     scales = (1 / curvature, 1 / jnp.maximum(size, jnp.finfo(x.dtype).tiny) ** 2)
     units = Units(jnp.ones_like(x), jnp.sqrt(curvature))
-    return certificate(problem, x, image, problem.loss.rows.gradient(image), dual, units=units, scales=scales).gap
+    return certificate(problem, x, image, problem.loss.rows.gradient(image), dual, Metric(units, scales)).gap

@@ -52,7 +52,7 @@ from sparseopt.core.operators.component_means import piece_labels, piece_means
 from sparseopt.core.operators.differences import Difference
 from sparseopt.core.operators.maps import or_identity
 from sparseopt.core.operators.matrices import norm_estimate
-from sparseopt.core.penalties.protocols import Norm, has_conjugate
+from sparseopt.core.penalties.protocols import has_conjugate, is_norm
 
 # The most steps of a linear solve, per unknown and in all.
 PER_UNKNOWN, MOST_STEPS = 8, 20_000
@@ -228,7 +228,7 @@ def _has_pieces(problem: Any) -> bool:
     operator, penalty = problem.operator, problem.penalty
     first = isinstance(operator, Difference) and operator.order == 1 and not operator.from_edges
     # A norm that is a sum over entries is linear on either side of 0: its J is a mask.
-    mask = isinstance(penalty, Norm) and getattr(penalty, "separable", False)
+    mask = is_norm(penalty) and getattr(penalty, "separable", False)
     return first and hasattr(operator.base, "ends") and mask and _is_diagonal(problem.loss)
 
 

@@ -7,7 +7,7 @@ A solver is a frozen pytree with four pure methods; the loop, the stopping rule,
 """
 
 import enum
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from sparseopt.core.base.types import FloatArray, pytree
 from sparseopt.core.operators.matrices import linear_map
 from sparseopt.core.penalties.entries import L1
-from sparseopt.core.penalties.protocols import Composite
+from sparseopt.core.penalties.protocols import is_composite
 
 # A residual within this multiple of eps may be as low as the precision allows.
 NEAR_ROUNDING = 1e3
@@ -124,6 +124,7 @@ class Progress(NamedTuple):
         return near & (self.waited >= patience) & (residual <= 2 * self.best)
 
 
+@runtime_checkable
 class Solver(Protocol):
     """The four methods that `solve` calls. All are pure; `problem` is passed in so that a solver holds no data.
 
@@ -137,7 +138,7 @@ class Solver(Protocol):
       then counted in iterations.
     * `duals(problem, state)`: the subgradients that the solver found, of a loss `f(A x)` at `A x` and of the penalty at
       `operator x`; None for one that it does not find. Derivatives of a solution with an operator need them.
-    * `solved(problem, state)`: the problem that the answer solves, where that is not the one given, such as one at
+    * `solves(problem, state)`: the problem that the answer solves, where that is not the one given, such as one at
       another level; derivatives are taken of it.
     * `prox_step(problem, state)`, or an attribute `step_size` of the state: the step of the penalty's prox, one number
       or one per entry. Derivatives for a penalty that is not convex need it.
@@ -171,15 +172,26 @@ class ProxSolver(PlainSolver):
 
     def solves(self, problem: Problem, state: Any) -> Problem:
         """With the inner penalty of a `Composite` and its operator."""
-        return unfold(problem, state.x) if isinstance(problem.penalty, Composite) else problem
+        return unfold(problem, state.x) if is_composite(problem.penalty) else problem
 
     def duals(self, problem: Problem, state: Any) -> tuple[None, Any]:
-        return None, problem.penalty.dual(state.prox_memory) if isinstance(problem.penalty, Composite) else None
+        return None, problem.penalty.dual(state.prox_memory) if is_composite(problem.penalty) else None
 
 
 def relative_change(x: FloatArray, previous: FloatArray) -> Float[Array, ""]:
     """The length of a step over that of the point before it."""
     return jnp.linalg.norm(x - previous) / jnp.maximum(jnp.linalg.norm(previous), jnp.finfo(x.dtype).tiny)
+
+
+@pytree
+class Start:
+    """Where a split ADMM starts; None for the solver's own rho, and for sigma, the rho of a loss."""
+
+    x: Any
+    dual: Any  # in row shape
+    rho: Any = None
+    settled: Any = None  # whether rho stays unchanged; None for False
+    sigma: Any = None
 
 
 def needs(
@@ -228,8 +240,8 @@ class Solution:
     residual: Any
     objective: Any
     gap: Any
-    history: Any
-    state: Any
+    history: Any = None
+    state: Any = None
     dual: Any = None
 
     def check(self) -> "Solution":

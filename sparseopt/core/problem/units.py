@@ -1,6 +1,5 @@
 """Units of x in which a problem is well scaled, as far as lengths of columns and rows decide that."""
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -8,8 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparseopt.core.base.types import FloatArray
-from sparseopt.core.operators.maps import Identity, or_identity
-from sparseopt.core.operators.matrices import Dense, SparseMatrix, norm_estimate
+from sparseopt.core.operators.maps import or_identity
+from sparseopt.core.operators.matrices import norm_estimate
 
 
 class Units(NamedTuple):
@@ -57,11 +56,7 @@ def scales_of(problem: Any, x: FloatArray, units: FloatArray) -> tuple[FloatArra
 
 def square_entries(given: Any, dtype: Any) -> Any | None:
     """The map whose matrix has the squares of the entries; None where they are not known, as for a user's own map."""
-    if isinstance(given, Dense):
-        return Dense(jnp.asarray(given.matrix, dtype) ** 2)
-    if isinstance(given, SparseMatrix):
-        return dataclasses.replace(given, values=jnp.asarray(given.values, dtype) ** 2)
-    return given if isinstance(given, Identity) else None
+    return getattr(given, "squared", lambda dtype: None)(dtype)
 
 
 def column_norms(given: Any, like: FloatArray, rows: FloatArray) -> FloatArray:

@@ -24,9 +24,9 @@ from jaxtyping import Array, Float
 
 from sparseopt.core.base.types import pytree, static
 from sparseopt.core.losses.data import DataLoss
-from sparseopt.core.losses.quadratic import PlainLoss, is_indefinite, is_smooth, with_image
-from sparseopt.core.penalties.protocols import Composite, cold_memory, has_conjugate, prox_from
-from sparseopt.core.problem.certify import certificate, composite_gap, proximal_gap
+from sparseopt.core.losses.quadratic import is_indefinite, is_smooth, with_image
+from sparseopt.core.penalties.protocols import cold_memory, has_conjugate, is_composite, prox_from
+from sparseopt.core.problem.certify import Metric, certificate, composite_gap, proximal_gap
 from sparseopt.core.problem.problem import Measure, Problem, Progress, ProxSolver, needs
 from sparseopt.core.problem.units import Units, units_of
 
@@ -98,7 +98,7 @@ class AcceleratedProximalGradient(ProxSolver):
         loss, start = with_image(problem.loss), jnp.asarray(start)
         image, zero, one = loss.image(start), jnp.zeros_like(start), jnp.ones((), start.dtype)
         units = columns = Units(jnp.ones_like(start), one)
-        if isinstance(loss, DataLoss) and has_conjugate(problem.penalty):
+        if _is_data(loss) and has_conjugate(problem.penalty):
             # Steps of each entry's own length need a penalty that takes them, and find another answer if it has many.
             units = columns = units_of(problem, start)
         if self.step_size is not None or not getattr(problem.penalty, "separable", False):
@@ -145,11 +145,8 @@ class AcceleratedProximalGradient(ProxSolver):
 
     def _advance(self, problem: Problem, state: AcceleratedState) -> AcceleratedState:
         loss, penalty = problem.loss, problem.penalty
-        y = state.x + state.momentum * (state.x - state.x_old)
-        if isinstance(loss, PlainLoss):
-            image_y = loss.image(y)
-        else:
-            image_y = state.image + state.momentum * (state.image - state.image_old)
+        y, affine = state.x + state.momentum * (state.x - state.x_old), getattr(loss, "affine_image", True)
+        image_y = state.image + state.momentum * (state.image - state.image_old) if affine else loss.image(y)
         gradient = loss.gradient_at(y, image_y)
         unit, squares = state.units.of, state.units.of**2
         eps = jnp.finfo(y.dtype).eps
@@ -211,9 +208,9 @@ class AcceleratedProximalGradient(ProxSolver):
         tiny = jnp.finfo(x.dtype).tiny
         residual = curvature * jnp.linalg.norm(apart.reshape(-1)) / jnp.maximum(state.scale, tiny)
         gap = jnp.full_like(residual, jnp.nan)
-        if has_conjugate(penalty) and isinstance(loss, DataLoss):
-            gap = certificate(problem, x, state.image, loss.rows.gradient(state.image), units=state.columns).gap
-        elif isinstance(penalty, Composite) and isinstance(loss, DataLoss):
+        if has_conjugate(penalty) and _is_data(loss):
+            gap = certificate(problem, x, state.image, loss.rows.gradient(state.image), None, Metric(state.columns)).gap
+        elif is_composite(penalty) and _is_data(loss):
             gap = composite_gap(problem, x, state.image, penalty.dual(memory), curvature)
         elif self._has_quadratic_gap(problem):
             gap = proximal_gap(loss, penalty, x, state.image, gradient, state.objective)
@@ -231,6 +228,10 @@ class AcceleratedProximalGradient(ProxSolver):
         level = None if state.prox_memory is None else float(jnp.finfo(state.residual.dtype).eps) ** 0.5
         stalled = state.progress.has_stalled(state.residual, PATIENCE, level)
         return Measure(state.residual, state.objective, state.gap, {"curvature": state.curvature}, stalled)
+
+
+def _is_data(loss: Any) -> bool:
+    return isinstance(loss, DataLoss)
 
 
 def _step(problem: Problem, x: Array, gradient: Array, steps: Array, memory: Any) -> tuple[Array, Any]:
@@ -257,7 +258,7 @@ class GraduatedState(AcceleratedState):
 class GraduatedProximalGradient(AcceleratedProximalGradient):
     """`AcceleratedProximalGradient` for a concave penalty, whose answer depends less on where it starts.
 
-    The penalty needs `curved(factor)`: itself, with the same slope at 0 and with its concavity times the factor. Two
+    The penalty needs `with_concavity(factor)`: itself, with the same slope at 0 and its concavity times the factor. Two
     paths lead from the start to the problem's own penalty, one from a penalty that is nearly convex and one from a very
     concave one, one step at each level. The better of their ends is where the solve then starts. Until then the
     residual is +inf.

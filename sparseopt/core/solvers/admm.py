@@ -25,16 +25,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
-from sparseopt.core.base.sums import total
+from sparseopt.core.base.sums import relative, rms, total
 from sparseopt.core.base.types import pytree, static
 from sparseopt.core.operators.maps import Split
-from sparseopt.core.penalties.protocols import Norm, dual_step, has_conjugate
+from sparseopt.core.penalties.protocols import dual_step, has_conjugate, is_norm
 from sparseopt.core.problem.certify import judge
-from sparseopt.core.problem.problem import Measure, Problem, Progress, needs
-from sparseopt.core.solvers.anderson import empty_memory, extrapolate, forget
+from sparseopt.core.problem.problem import Measure, Problem, Progress, Start, needs
+from sparseopt.core.solvers.anderson import continue_from, empty_memory, forget
 
 # The best rho lies near this multiple of rms(dual) / rms(y - x): measured on grids, chains and road graphs.
 BALANCE = 3.0
@@ -51,19 +50,8 @@ PATIENCE = 100
 ROUNDING_MARGIN = 30.0
 
 
-@pytree
-class Start:
-    """Where a split ADMM starts; None for the solver's own rho, and for sigma, the rho of a loss."""
-
-    x: Any
-    dual: Any  # in row shape
-    rho: Any = None
-    settled: Any = None  # whether rho stays unchanged; None for False
-    sigma: Any = None
-
-
 class Term(NamedTuple):
-    """A term `function(Ψ Δ x)` with its metrics; None for a map that is the identity."""
+    """A term `function(Ψ Δ x)` with its metrics."""
 
     function: Any
     outer: Any  # Ψ
@@ -71,11 +59,9 @@ class Term(NamedTuple):
     row_scale: Any  # S
     column_scale: Any  # C
 
-    def rows(self, z: Array) -> Array:
-        return z if self.outer is None else self.outer.mv(z)
-
-    def pull(self, dual: Array) -> Array:
-        return dual if self.outer is None else self.outer.rmv(dual)
+    def kept(self, z: Array) -> Array | None:
+        """What an iteration keeps of Δ x."""
+        return None if self.inner.order == 0 else z
 
 
 class Block(NamedTuple):
@@ -148,19 +134,6 @@ class AdmmState:
     def sigma(self) -> Any:
         """The rho of a loss; None for the square, which stays in the x-step."""
         return self.now.blocks[0].rho if len(self.now.blocks) > 1 else None
-
-
-def rms(scale: Any, values: Array) -> Array:
-    """The root of the mean square, weighted by `scale`; at least the root of the least normal number."""
-    tiny = jnp.finfo(values.dtype).tiny
-    scale = jnp.broadcast_to(scale, values.shape)
-    return jnp.sqrt(jnp.maximum(total(scale * values * values) / jnp.maximum(total(scale), tiny), tiny))
-
-
-def relative(a: Array, *others: Array) -> Array:
-    """The length of a over the largest length of the others."""
-    scale = jnp.max(jnp.stack([total(b * b) for b in others]))
-    return jnp.sqrt(total(a * a) / jnp.maximum(scale, jnp.finfo(a.dtype).tiny))
 
 
 def balanced_rho(split: Split, loss: Any, x: Array, dual: Array) -> Array:
@@ -239,8 +212,7 @@ class Admm:
     def _terms(self, problem: Problem) -> tuple[Term, ...]:
         """What the iteration dualises, as of `Moving.blocks`."""
         split = problem.operator
-        inner = None if split.inner.order == 0 else split.inner
-        return (Term(problem.penalty, split.outer, inner, split.row_scale, split.column_scale),)
+        return (Term(problem.penalty, split.outer, split.inner, split.row_scale, split.column_scale),)
 
     def _first_duals(self, problem: Problem, start: Start) -> tuple[tuple[Array, Any], ...]:
         """The dual and the rho of every term."""
@@ -253,37 +225,11 @@ class Admm:
         return self.node_solve.solve(loss.weights, problem.operator, right, rho, now.x)
 
     def init(self, problem: Problem, start: Start | AdmmState) -> AdmmState:
-        """Start with d = 0 and g the start's dual, or continue from a state of another precision, cast to this one."""
-        if isinstance(start, AdmmState):
-            return self._first(problem, start)
-        x, blocks = start.x, []
-        dtype, norm = x.dtype, isinstance(problem.penalty, Norm)
-        far = jnp.full((), jnp.inf, dtype)
-        for term, (dual, rho) in zip(self._terms(problem), self._first_duals(problem, start), strict=True):
-            z = x if term.inner is None else term.inner.mv(x)
-            prox = None if norm else term.rows(z)
-            inner = None if term.inner is None else z
-            blocks.append(Block(inner, jnp.zeros_like(z), dual, dual, prox, jnp.asarray(rho, dtype)))
-        noise = jnp.zeros((), dtype)
-        if has_conjugate(problem.penalty):
-            # Of alternating sign, which differences along a chain amplify.
-            signs = 1 - 2 * (sum(jnp.indices(start.dual.shape, sparse=True)) % 2)
-            noise = problem.penalty.value((problem.operator.row_scale * signs).astype(dtype))
-            noise = jnp.where(jnp.isfinite(noise), noise, 0)  # that of a set may be +inf
-        next_change = jnp.full((), FIRST_CHANGE if self.changes else -1, jnp.int32)
-        state = AdmmState(
-            now=Moving(x, tuple(blocks)),
-            count=jnp.zeros((), jnp.int32),
-            next_change=next_change if start.settled is None else jnp.where(start.settled, -1, next_change),
-            check=Check(far, far, far, Progress(far, jnp.zeros((), jnp.int32)), 0 * far, blocks[-1].rho),
-            unit_noise=noise,
-            past=empty_memory(z, x, self.acceleration) if self._accelerates(problem) else None,
-            mean=None,
-        )
-        return self._first(problem, state)
+        """From a start, or a state that goes on at another tolerance or penalty.
 
-    def _first(self, problem: Problem, state: AdmmState) -> AdmmState:
-        """The state with a check, as if it were the first; of a norm without a certificate, which every step brings."""
+        It has a check as if it were the first; of a norm one without a certificate, which every step brings.
+        """
+        state = start if isinstance(start, AdmmState) else self._begin(problem, start)
         far = jnp.full((), jnp.inf, state.now.x.dtype)
         residual, objective, gap, floor = far, far, far, jnp.zeros_like(far)
         if not has_conjugate(problem.penalty):
@@ -292,15 +238,42 @@ class Admm:
         check = Check(residual, objective, gap, progress, floor, state.check.motion)
         return dataclasses.replace(state, check=check)
 
+    def _begin(self, problem: Problem, start: Start) -> AdmmState:
+        """With d = 0, and g the start's dual."""
+        x, blocks = start.x, []
+        dtype, norm = x.dtype, is_norm(problem.penalty)
+        far = jnp.full((), jnp.inf, dtype)
+        for term, (dual, rho) in zip(self._terms(problem), self._first_duals(problem, start), strict=True):
+            z = term.inner.mv(x)
+            prox = None if norm else term.outer.mv(z)
+            blocks.append(Block(term.kept(z), jnp.zeros_like(z), dual, dual, prox, jnp.asarray(rho, dtype)))
+        noise = jnp.zeros((), dtype)
+        if has_conjugate(problem.penalty):
+            # Of alternating sign, which differences along a chain amplify.
+            signs = 1 - 2 * (sum(jnp.indices(start.dual.shape, sparse=True)) % 2)
+            noise = problem.penalty.value((problem.operator.row_scale * signs).astype(dtype))
+            noise = jnp.where(jnp.isfinite(noise), noise, 0)  # that of a set may be +inf
+        next_change = jnp.full((), FIRST_CHANGE if self.changes else -1, jnp.int32)
+        return AdmmState(
+            now=Moving(x, tuple(blocks)),
+            count=jnp.zeros((), jnp.int32),
+            next_change=next_change if start.settled is None else jnp.where(start.settled, -1, next_change),
+            check=Check(far, far, far, Progress(far, jnp.zeros((), jnp.int32)), 0 * far, blocks[-1].rho),
+            unit_noise=noise,
+            past=empty_memory(z, x, self.acceleration) if self._accelerates(problem) else None,
+            mean=None,
+        )
+
     @property
     def stride(self) -> int:
         return self.cadence
 
     def step(self, problem: Problem, state: AdmmState) -> AdmmState:
         if state.past is not None:
+            split = problem.operator
             # While rho finds its scale the memory would be dropped. A loop of at most one turn, since `cond` copies.
             due = (state.count > 0) & ((state.next_change < 0) | (state.next_change > MOVING))
-            state = jax.lax.fori_loop(0, due.astype(jnp.int32), lambda _, now: _extrapolate(problem, now), state)
+            state = jax.lax.fori_loop(0, due.astype(jnp.int32), lambda _, now: continue_from(split, now), state)
 
         def advance(_: Any, last: tuple[Moving, Mean | None]) -> tuple[Moving, Mean | None]:
             now, mean = self._advance(problem, last[0]), last[1]
@@ -319,17 +292,17 @@ class Admm:
         terms, blocks, pulled = self._terms(problem), list[Block](), jnp.zeros((), now.x.dtype)
         for term, block in zip(terms, now.blocks, strict=True):
             z, m, rho = now.inner(block), block.memory, block.rho
-            pushed = term.rows(rho * z - m) / term.row_scale + block.dual
+            pushed = term.outer.mv(rho * z - m) / term.row_scale + block.dual
             candidate, found = dual_step(term.function, pushed, rho / term.row_scale)
             dual = keep * block.dual + (1 - keep) * candidate
-            back = term.column_scale * (rho * z + keep * m) - term.pull(dual)
-            pulled = pulled + (back if term.inner is None else term.inner.rmv(back))
+            back = term.column_scale * (rho * z + keep * m) - term.outer.rmv(dual)
+            pulled = pulled + term.inner.rmv(back)
             blocks.append(block._replace(dual=dual, candidate=candidate, prox=None if block.prox is None else found))
         x = self._x_step(problem, now, pulled)
         for index, (term, block) in enumerate(zip(terms, blocks, strict=True)):
-            z = x if term.inner is None else term.inner.mv(x)
+            z = term.inner.mv(x)
             memory = keep * block.memory + block.rho * (now.inner(block) - z)
-            blocks[index] = block._replace(inner=None if term.inner is None else z, memory=memory)
+            blocks[index] = block._replace(inner=term.kept(z), memory=memory)
         return Moving(x, tuple(blocks))
 
     def _check(self, problem: Problem, state: AdmmState, before: Moving) -> AdmmState:
@@ -361,7 +334,7 @@ class Admm:
         x, g, unknown = state.now.x, state.candidate, jnp.full((), jnp.nan, state.now.x.dtype)
         objective, gap = judge(problem, x, g) if has_conjugate(penalty) else (unknown, unknown)
         residual = gap
-        if not isinstance(penalty, Norm):
+        if not is_norm(penalty):
             rows, pulled = jax.lax.optimization_barrier((problem.operator.mv(x), problem.operator.rmv(g)))
             balance = relative(loss.gradient(x) + pulled, loss.weigh(loss.target))
             of_signal = problem.operator.mv(loss.mask_missing(loss.target))
@@ -420,20 +393,3 @@ def restart(mean: Mean, due: Array, gap: Any) -> Mean:
     """The mean, begun anew at this gap where it is due."""
     sums = jax.tree.map(lambda s: jnp.where(due, 0, s), mean.sums)
     return Mean(sums, jnp.where(due, 0, mean.length), jnp.where(due, gap, mean.restart_gap))
-
-
-def _extrapolate(problem: Problem, state: AdmmState) -> AdmmState:
-    """The state from which the next step continues; any dual serves if the memory fits: `w = (rho z + m) / S - g`."""
-    inner, scale, rows, now = problem.operator.inner, problem.operator.row_scale, state.rows, state.now
-    z = now.inner(rows)
-    past, w, x = extrapolate(state.past, (rows.rho * z + rows.memory) / scale - rows.dual, now.x)
-    z = x if rows.inner is None else inner.mv(x)
-    memory = scale * (w + rows.dual) - rows.rho * z
-    rows = rows._replace(inner=None if rows.inner is None else z, memory=memory)
-    return dataclasses.replace(state, now=Moving(x, (rows,)), past=past)
-
-
-def standard_split(inner: Any, outer: Any, dtype: Any) -> Split:
-    """The split of the standard ADMM: `outer` the identity, both metrics 1."""
-    one = np.ones((), dtype)
-    return Split(outer, inner, one, one)

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 
 from sparseopt.core.base.dense import HIGHEST
 from sparseopt.core.base.types import FloatArray, pytree
+from sparseopt.core.operators.maps import Split
 
 # A residual that grew by this factor shows that the extrapolation failed.
 GROWTH = 2.0
@@ -143,3 +144,17 @@ def extrapolate(
         last=length,
     )
     return memory, point, beside
+
+
+def continue_from(split: Split, state: Any) -> Any:
+    """The state of an `Admm` from which the next step continues; its point is `w = (rho z + m) / S - g`.
+
+    Any dual serves if the memory m of the iteration fits.
+    """
+    rows, now, scale = state.rows, state.now, split.row_scale
+    z = now.inner(rows)
+    past, w, x = extrapolate(state.past, (rows.rho * z + rows.memory) / scale - rows.dual, now.x)
+    z = split.inner.mv(x)
+    memory = scale * (w + rows.dual) - rows.rho * z
+    rows = rows._replace(inner=None if rows.inner is None else z, memory=memory)
+    return dataclasses.replace(state, now=now._replace(x=x, blocks=(rows,)), past=past)

@@ -32,10 +32,10 @@ import numpy as np
 from sparseopt.core.base.types import pytree
 from sparseopt.core.operators.maps import Split
 from sparseopt.core.operators.row_tables import Sums
-from sparseopt.core.penalties.protocols import Norm
-from sparseopt.core.penalties.sums import lift
-from sparseopt.core.problem.problem import Problem
-from sparseopt.core.solvers.admm import Admm, AdmmState, Block, Moving, Start
+from sparseopt.core.penalties.protocols import is_norm
+from sparseopt.core.penalties.sums import Lifted
+from sparseopt.core.problem.problem import Problem, Start
+from sparseopt.core.solvers.admm import Admm, AdmmState, Block, Moving
 
 
 def doge_split(outer: Any, inner: Any, sums: Sums, dtype: Any, groups: int | None = None) -> Split:
@@ -72,7 +72,7 @@ class DogeGroups(Admm):
     Example:
         >>> from sparseopt.core.operators.differences import Difference, GridBase
         >>> from sparseopt.core.operators.maps import Identity
-        >>> from sparseopt.core.solvers.admm import Start
+        >>> from sparseopt.core.problem.problem import Start
         >>> from sparseopt.core.solvers.doge import DogeGroups, doge_split
         >>> from sparseopt.core.operators.normal_solves import Diagonal
         >>> outer, sums = Difference(GridBase((4,)), 1), so.Graph.grid((4,)).sums(1)
@@ -107,10 +107,8 @@ class DogeGroups(Admm):
             )
         return None
 
-    def init(self, problem: Problem, start: Start | AdmmState) -> AdmmState:
-        state = super().init(problem, start)
-        if isinstance(start, AdmmState):
-            return state
+    def _begin(self, problem: Problem, start: Start) -> AdmmState:
+        state = super()._begin(problem, start)
         now, rows = state.now, state.rows
         z = now.inner(rows)[..., None]
         theta = -problem.operator.outer.rmv(jnp.where(self.groups, rows.dual[..., None], 0)) / rows.rho
@@ -121,10 +119,10 @@ class DogeGroups(Admm):
         split, penalty, (rows,) = problem.operator, problem.penalty, now.blocks
         keep = 1 - jnp.asarray(self.relaxation, now.x.dtype)
         z, theta, rho = now.inner(rows)[..., None], rows.memory.theta, rows.rho
-        alpha, found, move = lift(penalty, split.outer, split.row_scale, self.groups).move(z - theta, 1 / rho)
+        alpha, found, move = Lifted(penalty, split.outer, split.row_scale, self.groups).move(z - theta, 1 / rho)
         # The dual and Ψ z row by row, for the checks; the iteration does not read them.
         candidate, prox = -rho * move, rows.prox
-        if isinstance(penalty, Norm):
+        if is_norm(penalty):
             candidate = penalty.project_dual(candidate)
         else:
             prox = found

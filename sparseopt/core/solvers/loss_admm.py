@@ -22,10 +22,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from sparseopt.core.base.sums import relative, rms
 from sparseopt.core.base.types import pytree
+from sparseopt.core.operators.maps import Identity
 from sparseopt.core.penalties.protocols import has_conjugate
 from sparseopt.core.problem.certify import judge
-from sparseopt.core.problem.problem import Measure, Problem
+from sparseopt.core.problem.problem import Measure, Problem, Start
 from sparseopt.core.solvers.admm import (
     BALANCE,
     LARGEST_FACTOR,
@@ -34,12 +36,9 @@ from sparseopt.core.solvers.admm import (
     AdmmState,
     Mean,
     Moving,
-    Start,
     Term,
     limit,
-    relative,
     restart,
-    rms,
     step_lengths,
 )
 
@@ -72,8 +71,8 @@ class LossAdmm(Admm):
         return self._refuses_split(problem, "value prox")
 
     def _terms(self, problem: Problem) -> tuple[Term, ...]:
-        metric = 1.0 if self.metric is None else self.metric
-        return Term(problem.loss, None, None, 1 / metric, metric), *super()._terms(problem)
+        metric, same = 1.0 if self.metric is None else self.metric, Identity(problem.loss.target.shape)
+        return Term(problem.loss, same, same, 1 / metric, metric), *super()._terms(problem)
 
     def _first_duals(self, problem: Problem, start: Start) -> tuple[tuple[Array, Any], ...]:
         pulled = -problem.operator.rmv(start.dual)
@@ -83,8 +82,8 @@ class LossAdmm(Admm):
         sigma, rho = (block.rho for block in now.blocks)
         return self.node_solve.solve(self.metric, problem.operator, pulled / sigma, rho / sigma, now.x)
 
-    def init(self, problem: Problem, start: Start | AdmmState) -> AdmmState:
-        state = super().init(problem, start)
+    def _begin(self, problem: Problem, start: Start) -> AdmmState:
+        state = super()._begin(problem, start)
         if not has_conjugate(problem.penalty):
             return state
         nothing = jax.tree.map(jnp.zeros_like, state.now)

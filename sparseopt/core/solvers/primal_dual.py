@@ -40,10 +40,10 @@ from sparseopt.core.base.sums import total
 from sparseopt.core.base.types import pytree, static
 from sparseopt.core.losses.data import DataLoss, as_least_squares
 from sparseopt.core.losses.quadratic import Quadratic, is_smooth
-from sparseopt.core.operators.maps import or_identity
+from sparseopt.core.operators.maps import Pair, or_identity
 from sparseopt.core.operators.matrices import norm_estimate
-from sparseopt.core.penalties.protocols import Norm, dual_step, has_conjugate
-from sparseopt.core.problem.certify import ROUNDING, certificate
+from sparseopt.core.penalties.protocols import dual_step, has_conjugate, is_norm
+from sparseopt.core.problem.certify import ROUNDING, Effort, Metric, certificate
 from sparseopt.core.problem.problem import Measure, Problem, Progress, needs
 from sparseopt.core.problem.units import Units, scales_of, units_of
 
@@ -64,21 +64,8 @@ CERTIFICATE_GROWTH, LEAST_SOLVE, SOLVE_SHARE = 1.3, 10, 10
 CHEAP = 3000
 
 
-class Maps(NamedTuple):
-    """`K~ = [A; K]`."""
-
-    data: Any
-    operator: Any
-
-    def mv(self, x: Array) -> tuple[Array, Array]:
-        return self.data.mv(x), self.operator.mv(x)
-
-    def rmv(self, duals: tuple[Array, Array]) -> Array:
-        return self.data.rmv(duals[0]) + self.operator.rmv(duals[1])
-
-
-def _maps(problem: Problem, x: Array) -> Maps:
-    return Maps(problem.loss.maps(x), or_identity(problem.operator, x))
+def _maps(problem: Problem, x: Array) -> Pair:
+    return Pair(problem.loss.maps(x), or_identity(problem.operator, x))
 
 
 class Point(NamedTuple):
@@ -176,7 +163,7 @@ class PrimalDual:
             return units.of * maps.rmv((scales[0] * along[0], scales[1] * along[1]))
 
         duals = (problem.loss.rows.gradient(images[0]).astype(x.dtype), jnp.zeros_like(images[1]))
-        pulled = maps.data.rmv(duals[0])
+        pulled = maps.first.rmv(duals[0])
         first = Point(x, duals, images, pulled)
         far, zero = jnp.full((), jnp.inf, x.dtype), jnp.zeros((), jnp.int32)
         objective = problem.loss.rows.value(images[0]) + problem.penalty.value(images[1])
@@ -268,25 +255,18 @@ class PrimalDual:
         if has_conjugate(penalty):
             # Rounding alone does not take an objective below a bound.
             refuted = bound - objective > 8 * ROUNDING * limits.eps * jnp.abs(objective)
-            found = certificate(
-                problem,
-                x,
-                image,
-                *at.duals,
-                units=state.units,
-                scales=state.scales,
-                precondition=partial(self._inverse, state) if jnp.ndim(state.metric) else None,
-                due=due,
-                known=jnp.where(refuted, jnp.inf, objective - bound),
-                most_steps=LEAST_SOLVE + state.steps // SOLVE_SHARE,
-            )
+            precondition = partial(self._inverse, state) if jnp.ndim(state.metric) else None
+            metric = Metric(state.units, state.scales, precondition)
+            known = jnp.where(refuted, jnp.inf, objective - bound)
+            effort = Effort(due, known, LEAST_SOLVE + state.steps // SOLVE_SHARE)
+            found = certificate(problem, x, image, *at.duals, metric, effort)
             bound = jnp.where(due & (refuted | (found.bound > bound)), found.bound, bound)
             # The difference of two numbers is known less accurately than a slack.
             slack = jnp.maximum(objective - bound, 4 * limits.eps * objective)
             earlier = jnp.where((bound > 0) & ~refuted, slack / jnp.maximum(bound, limits.tiny), jnp.inf)
             gap = jnp.where(due, jnp.minimum(found.gap, earlier), earlier)
         residual, gap = gap, jnp.where(jnp.isfinite(gap), gap, jnp.nan)
-        if not isinstance(penalty, Norm):
+        if not is_norm(penalty):
             # Outside the set of a constraint the objective is infinite.
             pairs = list(zip(at.images, state.copies, strict=True))
             sizes = sum(jnp.maximum(total(a**2), total(y**2)) for a, y in pairs)

@@ -24,8 +24,7 @@ from sparseopt.core.base.dense import product, spd_inverse
 from sparseopt.core.base.thresholds import support_change
 from sparseopt.core.base.types import pytree, static
 from sparseopt.core.problem.iterate import iterate
-from sparseopt.core.problem.problem import PlainSolver, Problem, Solution, needs
-from sparseopt.core.solvers.admm import Start
+from sparseopt.core.problem.problem import PlainSolver, Problem, Solution, Start, needs
 
 
 @pytree
@@ -65,9 +64,9 @@ class QuadraticAdmm(PlainSolver):
         return needs(self, problem, loss="hessian center value")
 
     def init(self, problem: Problem, start: Float[Array, "n ..."] | Start) -> QuadraticAdmmState:
-        x = start.x if isinstance(start, Start) else start
+        x, dual = (start.x, start.dual) if isinstance(start, Start) else (start, None)
         rho, hessian = jnp.asarray(self.rho, x.dtype), problem.loss.hessian
-        point = x + start.dual / rho if isinstance(start, Start) else x
+        point = x if dual is None else x + dual / rho
         inverse = spd_inverse(hessian + rho * jnp.eye(hessian.shape[0], dtype=hessian.dtype))
         objective = problem.loss.value(x) + problem.penalty.value(x) if self.watch else jnp.zeros((), x.dtype)
         return QuadraticAdmmState(x, point, rho, inverse, objective, jnp.full((), jnp.inf, x.dtype))

@@ -1,6 +1,7 @@
 """Signals on images, chains, graphs, regions and streets of a map; and the groups of Doge-ADMM."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,22 @@ def plot_image(image: Any, axis: Any = None, *, title: str = "", limits: tuple[f
     axis.set_title(title)
     style.bare(axis)
     return axis
+
+
+def before_and_after(
+    noisy: np.ndarray, denoised: np.ndarray, path: str | Path, captions: tuple[str, str] = ("before", "after")
+) -> None:
+    """Write two images side by side as a figure: grey, or three colours, without opacity and further channels."""
+    import matplotlib.pyplot as plt
+
+    top = float(np.iinfo(noisy.dtype).max) if noisy.dtype.kind in "ui" else max(float(np.nanmax(noisy)), 1e-12)
+    height, width = noisy.shape[:2]
+    axes = style.axes_or_new(None, 2, 2, (10, 5.4 * height / width + 0.4))
+    for axis, image, caption in zip(axes, (noisy, denoised), captions, strict=True):
+        colours = image if image.ndim < 3 else image[..., :3] if image.shape[-1] > 2 else image[..., 0]
+        plot_image(np.nan_to_num(colours), axis, title=caption, limits=(0, top))
+    axes[0].figure.savefig(path, dpi=150)
+    plt.close(axes[0].figure)
 
 
 def _image_limits(colours: np.ndarray) -> tuple[float, float] | None:

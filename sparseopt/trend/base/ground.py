@@ -16,12 +16,11 @@ from jaxtyping import Array
 from sparseopt.core.base.compile import Jitted
 from sparseopt.core.base.mesh import on_device
 from sparseopt.core.base.sums import total
-from sparseopt.core.base.types import pytree, static
+from sparseopt.core.base.types import namespace, pytree, static
 from sparseopt.core.losses.data import DataLoss
 from sparseopt.core.losses.quadratic import HIGHEST
 from sparseopt.core.losses.scalar import Squared
 from sparseopt.core.operators.maps import Stack
-from sparseopt.core.penalties.groups import GroupL2, SparseGroup
 from sparseopt.core.penalties.sums import stack
 from sparseopt.trend.base.layout import Layout
 
@@ -99,9 +98,8 @@ def leaves_as(tree: Any, kind: Any) -> Any:
     """A penalty or a loss with its numbers in the dtype `kind`."""
 
     def as_kind(leaf: Any) -> Any:
-        xp: Any = jnp if isinstance(leaf, jax.Array) else np
         real = np.ndim(leaf) == 0 or np.asarray(leaf).dtype.kind == "f"
-        return xp.asarray(leaf, kind) if real else xp.asarray(leaf)
+        return namespace(leaf).asarray(leaf, kind if real else None)
 
     return jax.tree.map(as_kind, tree)
 
@@ -127,7 +125,7 @@ def on_rows(terms: Terms, layout: Layout, kind: Any, channels: bool) -> Any:
 
 def couples_axes(penalty: Any) -> bool:
     """Whether a penalty couples the differences of a node along the axes of a grid: isotropic total variation."""
-    return isinstance(penalty, GroupL2 | SparseGroup) and 0 in np.atleast_1d(penalty.axis)
+    return 0 in getattr(penalty, "group_axes", ())
 
 
 def mean_weight(penalty: Any, padding: float) -> Array:
@@ -287,6 +285,9 @@ def null_space_dual(ground: Ground, pull: Array) -> tuple[Array, Array]:
     halves, odd = divmod(ground.highest.order, 2)
     z, solved = inverse_laplacian(ground, pull, halves + odd)
     return (ground.highest.base.difference(z) if odd else z), solved
+
+
+prepare = Jitted(data_of)
 
 
 @Jitted

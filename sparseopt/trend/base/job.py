@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,84 +13,29 @@ import numpy as np
 
 from sparseopt.core.base.arguments import (
     Limited,
-    is_positive,
     own_refusal,
     positive_number,
     real_array,
     require_memory,
     whole_number,
 )
-from sparseopt.core.losses.residuals import LossOfTwoSlopes, Squared
+from sparseopt.core.base.types import is_traced
+from sparseopt.core.losses.residuals import Squared, has_two_slopes
 from sparseopt.core.losses.scalar import ScalarLoss
 from sparseopt.core.penalties.entries import L1
-from sparseopt.core.penalties.groups import GroupL2, SparseGroup
 from sparseopt.core.penalties.protocols import Composite
 from sparseopt.core.penalties.sets import Box
-from sparseopt.core.problem.problem import Solution
-from sparseopt.core.solvers.admm import Start
+from sparseopt.core.problem.problem import Solution, Start
 from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.base.ground import Ground, Terms, couples_axes, ground_of, on_rows, strength
 from sparseopt.trend.base.layout import Layout
-from sparseopt.trend.base.signal import MOST_ORDER, UNKNOWN, Signal
+from sparseopt.trend.base.method import DEFAULTS, MOST_STEPS, Settings
+from sparseopt.trend.base.signal import MOST_ORDER, UNKNOWN
 
-# Steps are counted in int32, and the last check may be one cadence later.
-MOST_STEPS = 10**9
 # A number whose square is finite in float32, and large beside what a constraint or a ridge can bear.
 FAR = 1e18
 # Residual, objective, gap and rho per step of a history.
 STEP_BYTES = 4 * 8
-
-
-@runtime_checkable
-class Method(Protocol):
-    """A method with its settings."""
-
-    name: str  # for callers
-    single: bool = False  # whether it takes only one penalty, and the square loss
-    one_metric: bool = False  # whether its x-step may need one metric for all nodes
-    over_devices: bool = False  # whether it works over several devices
-    balances_rho: bool = False  # whether it computes rho again at every level of a path, from the start
-    keeps_rho_from: int = 0  # from this order on it keeps the rho of the previous level of a path, for a norm
-
-    def refuses(self, job: "Job") -> str | None:
-        """Why it cannot do a job, and what to do; None if it can. It does not look at the values of the signal."""
-        if self.single and not job.square:
-            return f"method={self.name!r} solves the square loss only; with loss={job.loss} use auto, doge, admm"
-        if self.single and job.several:
-            return f"method={self.name!r} solves single orders; with several penalties use auto, doge, admm"
-        return job.layout.refuses(job, self)
-
-    def plan(self, job: "Job") -> Any:
-        """The host work for a job: a pytree, cached for similar jobs; a plain object for a method on the host."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What every splitting method lets one set.
-
-    Args:
-        rho: the first ADMM parameter; None chooses it from the data.
-        relaxation: over-relaxation in (0, 2).
-        cadence: steps between two checks; None takes 10 for Doge, whose steps are cheap, and 5 for other methods. A
-            start that is the fit itself is checked after one step.
-    """
-
-    rho: float | None = None
-    relaxation: float = 1.7
-    cadence: int | None = None
-
-    def __post_init__(self) -> None:
-        relaxed = is_positive(self.relaxation) and self.relaxation < 2
-        if not (relaxed and (self.rho is None or is_positive(self.rho))):
-            raise ValueError(
-                f"rho must be positive and finite and relaxation in (0, 2), given rho={self.rho!r}, "
-                f"relaxation={self.relaxation!r}"
-            )
-        if self.cadence is not None:
-            object.__setattr__(self, "cadence", whole_number("cadence", self.cadence, 1, MOST_STEPS))
-
-
-DEFAULTS = Settings()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +47,7 @@ class Job:
     dtype: np.dtype  # of the computation
     channels: tuple[int, ...] = ()  # () or the number of channels
     weighted: bool = False  # whether nodes have weights or miss values
-    signal: Signal | None = None  # checked; None if it is not known yet
+    signal: Any = None  # a checked `Signal`; None if it is not known yet
     loss: ScalarLoss = dataclasses.field(default_factory=Squared)
     method: Any = None  # a `Method`; None for the one that is expected to be the fastest
     tol: float = 1e-6
@@ -115,6 +60,7 @@ class Job:
     several: bool = dataclasses.field(init=False)  # whether there are several penalties, or one on b itself
     penalty: Any = dataclasses.field(init=False)  # the penalty, if there is only one
     square: bool = dataclasses.field(init=False)  # whether the loss is the square
+    is_l1: bool = dataclasses.field(init=False)  # whether that penalty is L1
     settings: Settings = dataclasses.field(init=False)  # of the method
 
     def __post_init__(self) -> None:
@@ -125,12 +71,13 @@ class Job:
         fill("order", max(0, *self.terms))
         fill("several", len(self.terms) > 1 or -1 in self.terms)
         fill("penalty", next(iter(self.terms.values())))
-        fill("square", isinstance(self.loss, Squared))
+        fill("is_l1", isinstance(self.penalty, L1))
+        fill("square", getattr(self.loss, "is_square", False))
         fill("settings", self.method if isinstance(self.method, Settings) else DEFAULTS)
         if self.several and not self.square:
             raise ValueError(f"several penalties take the square loss, given loss={self.loss}")
         smooth = getattr(self.loss, "smooth", False)
-        if self.graph.free and not (smooth or (self.graph.is_chain and isinstance(self.loss, LossOfTwoSlopes))):
+        if self.graph.free and not (smooth or (self.graph.is_chain and has_two_slopes(self.loss))):
             raise ValueError(
                 f"free ends at order {self.order} take smooth losses, and on a chain Absolute and Quantile, "
                 f'given {type(self.loss).__name__}: take Huber, or ends="graph"'
@@ -141,10 +88,11 @@ class Job:
             what = f"a history of max_steps={self.max_steps:,} steps"
             require_memory(STEP_BYTES * self.max_steps, what, "lower max_steps")
         start: Any = self.start
-        if start is not None and not isinstance(start, Solution | Start):
-            raise TypeError(f"start is a Solution of trend_filter, given {start!r:.100}; tol is a keyword")
-        if isinstance(start, Solution) and not np.all(np.isfinite(np.asarray(start.value))):
-            raise ValueError("start holds values that are not finite; start without it")
+        if start is not None and not isinstance(start, Start):
+            if not isinstance(start, Solution):
+                raise TypeError(f"start is a Solution of trend_filter, given {start!r:.100}; tol is a keyword")
+            if not np.all(np.isfinite(np.asarray(start.value))):
+                raise ValueError("start holds values that are not finite; start without it")
 
     def at(self, weight: float) -> "Job":
         """The job with another weight of its penalty."""
@@ -163,13 +111,16 @@ class Job:
 
     @functools.cached_property
     def arrays(self) -> tuple[Any, Any]:
-        assert self.signal is not None
-        values: Any = self.signal.values
+        """The signal and its weights, whose last axis is 1 long where there are channels, or None."""
         weights: Any = self.signal.weights
-        values = values.reshape(self.graph.num_nodes, *self.channels)
         if weights is not None:
             weights = self.layout.put(self.layout.rows(weights.reshape(-1, *(1 for _ in self.channels)), 0))
-        return self.layout.put(self.layout.rows(values, 0)), weights
+        return self.on_nodes(self.signal.values), weights
+
+    def on_nodes(self, values: np.ndarray) -> jax.Array:
+        """Values at the nodes, whether they have an axis of channels or not, in the layout and the dtype."""
+        nodes = self.layout.rows(values.reshape(-1, *self.channels), 0)
+        return self.layout.put(nodes.astype(self.dtype, copy=False))
 
     @functools.cached_property
     def rows(self) -> Any:
@@ -192,8 +143,7 @@ class Job:
         require_start(value, dual, signal.values.size, rows)
         if not held:
             dual = layout.put(self._each(dual, layout.count, layout.lay_out_dual), self.order + 1)
-        x = layout.put(layout.rows(value.reshape(signal.values.shape), 0))
-        return start_at(dataclasses.replace(solution, value=x, dual=dual))
+        return start_at(dataclasses.replace(solution, value=self.on_nodes(value), dual=dual))
 
     def list_rows(self, found: Any) -> Any:
         """A fit with its rows in the order of `graph.matrix(order + 1)`; the dual of several penalties by orders.
@@ -273,8 +223,17 @@ def terms_of(penalty: Any, order: int) -> Terms:
 def check_terms(terms: Terms, layout: Layout, channels: tuple[int, ...], kind: np.dtype) -> Terms:
     """Checked penalties by order, without those that cost nothing unless all do."""
     for k, term in terms.items():
-        rows = layout.count(k + 1) if np.ndim(getattr(term, "weight", 0)) else None
-        check_penalty(term, layout.graph, k, channels, kind, rows)
+        require_penalty(term, layout.graph, k, bool(channels))
+        check_parameters(term, kind, layout.count(k + 1) if np.ndim(getattr(term, "weight", 0)) else None)
+        if layout.graph.shape is None or layout.graph.free:
+            continue  # whose rows are a list
+        for name in getattr(term, "number_names", ()):
+            shape = np.shape(getattr(term, name))
+            if name != "weight" and shape not in ((), channels):
+                raise ValueError(
+                    f"the {name} of {type(term).__name__} is one number on a grid, given the shape {shape}; L1 in "
+                    "`trend_filter` takes a weight for every difference"
+                )
     # Without edges there are no differences.
     edges = layout.graph.num_edges
     strong = {k: term for k, term in terms.items() if (edges or k == -1) and not vanishes(term)}
@@ -283,7 +242,7 @@ def check_terms(terms: Terms, layout: Layout, channels: tuple[int, ...], kind: n
 
 def _cost(penalty: Any, x: Any) -> float | None:
     """What x costs; None for a penalty that is traced, or of arrays of another shape."""
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(penalty)):
+    if is_traced(penalty):
         return None
     with jax.ensure_compile_time_eval(), contextlib.suppress(AttributeError, TypeError, ValueError):
         return float(penalty.value(jnp.asarray(x, jnp.float32)))
@@ -307,23 +266,6 @@ def _excludes_zero(penalty: Any) -> bool:
     return _cost(penalty, np.zeros((3, 1))) not in (0, None)
 
 
-def check_penalty(
-    penalty: Any, graph: Graph, order: int, channels: tuple[int, ...], kind: np.dtype, rows: int | None = None
-) -> Any:
-    """The penalty, after `require_penalty` and `check_parameters`."""
-    require_penalty(penalty, graph, order, bool(channels))
-    check_parameters(penalty, kind, rows)
-    if isinstance(penalty, Limited) and graph.shape is not None and not graph.free:  # whose rows are no list
-        for name in (*penalty.least, *penalty.above, *penalty.bounds):
-            shape = np.shape(getattr(penalty, name))
-            if name != "weight" and shape not in ((), channels):
-                raise ValueError(
-                    f"the {name} of {type(penalty).__name__} is one number on a grid, given the shape {shape}; L1 in "
-                    "`trend_filter` takes a weight for every difference"
-                )
-    return penalty
-
-
 def require_penalty(penalty: Any, graph: Graph, order: int, channels: bool) -> None:
     """Raise a TypeError or ValueError unless this is a penalty on the differences of an order."""
     if isinstance(penalty, type) or not (hasattr(penalty, "value") and hasattr(penalty, "prox")):
@@ -337,10 +279,9 @@ def require_penalty(penalty: Any, graph: Graph, order: int, channels: bool) -> N
             f"{name} has differences of its own, and the penalty here acts on those of the graph, as L1(0.5) does; "
             f"for {name} itself call its prox, or `sparseopt.solve`"
         )
-    if isinstance(penalty, GroupL2 | SparseGroup):
+    if axes := getattr(penalty, "group_axes", ()):
         if penalty.groups is not None:
             raise ValueError(f"{name} couples channels here; labelled groups of differences are not supported")
-        axes = tuple(np.atleast_1d(penalty.axis).tolist())
         if axes not in ((-1,), (0,), (0, -1)):
             raise ValueError(
                 f"{name} couples the channels by axis -1, the differences of a node along the axes of a grid by axis "
@@ -361,9 +302,9 @@ def require_penalty(penalty: Any, graph: Graph, order: int, channels: bool) -> N
 def check_parameters(penalty: Any, kind: np.dtype, rows: int | None = None) -> None:
     """Raise a ValueError unless a penalty's numbers are finite and its weight is a valid one in the dtype `kind`."""
     weight = check_weight(penalty, rows)
+    if is_traced(penalty):
+        raise TypeError(f"trend_filter checks a penalty's numbers, {UNKNOWN}")
     for leaf in jax.tree.leaves(penalty):
-        if isinstance(leaf, jax.core.Tracer):
-            raise TypeError(f"trend_filter checks a penalty's numbers, {UNKNOWN}")
         value = np.asarray(leaf)
         if value.dtype.kind not in "biuf":
             continue

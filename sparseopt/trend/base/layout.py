@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -21,9 +21,8 @@ from sparseopt.core.base.mesh import at_work, over, put, whole
 from sparseopt.core.operators.differences import Difference
 from sparseopt.core.operators.maps import Identity
 from sparseopt.core.operators.normal_solves import cosine_solve, free_solve
-from sparseopt.core.operators.parts import Cut, cut_graph, part_base
+from sparseopt.core.operators.parts import Cut, SlabBase, cut_graph, part_base
 from sparseopt.core.operators.row_tables import Sums, edge_grid, edge_rows, grid_edges
-from sparseopt.core.operators.slabs import SlabBase
 from sparseopt.core.penalties.entries import L1
 from sparseopt.trend.base.graph import Graph
 
@@ -39,10 +38,10 @@ class Layout:
     """
 
     several_devices = False
+    mesh: Mesh | None = None
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.tables: dict[Any, Any] = {}
 
     def working(self) -> contextlib.AbstractContextManager[Any]:
         """A context for programs that work on these arrays."""
@@ -63,10 +62,11 @@ class Layout:
         graph = self.graph
         return None if graph.shape is None else cosine_solve(graph.shape, (1,), dtype, graph.spacing)
 
-    def cache(self, key: Hashable, build: Callable[[], T]) -> T:
-        if key not in self.tables:
-            self.tables[key] = build()
-        return self.tables[key]
+    def cache(self, key: tuple[Any, ...], build: Callable[[], T]) -> T:
+        tables, key = self.graph.tables, (*key, self.mesh)
+        if key not in tables:
+            tables[key] = build()
+        return tables[key]
 
     def base(self, dtype: Any) -> Any:
         return self.graph.base(dtype)
@@ -147,10 +147,6 @@ class Layout:
         """An array on the rows of an order as it is laid out on one device."""
         return values
 
-    def reshape(self, values: Any, shape: tuple[int, ...]) -> Any:
-        """An array on the nodes, in the shape of the caller's signal."""
-        return self.gather(values, 0).reshape(shape)
-
     def fetch(self, solution: Any, native: bool) -> Any:
         """A solution as the caller gets it: as it is, or as host arrays where JAX's types of today are shorter.
 
@@ -162,7 +158,8 @@ class Layout:
     def holds(self, dual: Any) -> bool:
         """Whether the dual of an earlier solution lies in this layout over several devices; a ValueError for others."""
         if len(found := _devices_of(dual)) > 1:
-            raise _elsewhere(found)
+            count = len(found)
+            raise ValueError(f"start was found by {count} devices, and its state lies on them: give devices={count}")
         return False
 
 
@@ -190,6 +187,7 @@ class LayoutOver(Layout):
     """Arrays over the devices of a mesh of one axis, in equal parts, filled up by padding."""
 
     several_devices = True
+    mesh: Mesh
 
     def __init__(self, graph: Graph, mesh: Mesh) -> None:
         if graph.shape is not None and max(graph.shape) < mesh.size:
@@ -300,10 +298,6 @@ def layout_of(graph: Graph, mesh: Mesh | None = None) -> Layout:
         alone = FreeLayout if graph.free else Layout
         found = graph.tables["layout", mesh] = alone(graph) if mesh is None else LayoutOver(graph, mesh)
     return found
-
-
-def _elsewhere(found: set[jax.Device]) -> ValueError:
-    return ValueError(f"start was found by {len(found)} devices, and its state lies on them: give devices={len(found)}")
 
 
 def _devices_of(array: Any) -> set[jax.Device]:

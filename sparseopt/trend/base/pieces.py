@@ -23,9 +23,8 @@ import numpy as np
 
 from sparseopt.core.base.arguments import real_array
 from sparseopt.core.base.types import pytree, static
-from sparseopt.core.operators.maps import Stack
 from sparseopt.core.operators.row_tables import edge_rows
-from sparseopt.core.penalties.protocols import Norm
+from sparseopt.core.penalties.protocols import is_norm
 from sparseopt.core.problem.problem import Solution
 from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.base.ground import Ground, couples_axes, mean_weight
@@ -154,15 +153,15 @@ def nonzero_at(
     """
     rows, operator = ground.highest.mv(x), ground.operator
     flat: Any = False
-    if means is not None and (ground.basis is not None or not isinstance(penalty, Norm)):
+    if means is not None and (ground.basis is not None or not is_norm(penalty)):
         flat = jnp.all(x == means)
         rows = jnp.where(flat, 0, rows)
-    if isinstance(operator, Stack):
+    if operator.order is None:
         if operator.maps[-1].order != ground.highest.order:
             return rows != 0  # the values alone are penalised
         penalty, size = penalty.penalties[-1], penalty.sizes[-1]
         dual, prox = (None if part is None else part[-size:].reshape(rows.shape) for part in (dual, prox))
-    if not isinstance(penalty, Norm):
+    if not is_norm(penalty):
         return jnp.where(flat, False, prox != 0)
     scale = ground.row_norms * (noise / mean_weight(penalty, ground.padding[1]))
     if couples_axes(penalty):
@@ -264,7 +263,7 @@ def degrees_of_freedom(nonzero: Any, graph: Graph, order: int = 0, observed: Any
         )
     seen = None if observed is None else _booleans("observed", observed)
     if seen is not None and seen.shape != (graph.num_nodes,):
-        raise ValueError(f"`mask_missing` has one entry for each of {graph.num_nodes} nodes, given {seen.shape}")
+        raise ValueError(f"`observed` has one entry for each of {graph.num_nodes} nodes, given {seen.shape}")
     channels = mask.shape[1] if mask.ndim == 2 else 1
     return int(freedom_of_levels(layout.rows(mask, order + 1)[None], graph, order, seen, channels)[0])
 
@@ -281,16 +280,11 @@ def _booleans(name: str, given: Any) -> np.ndarray:
     return array.astype(bool)
 
 
-def _row_shape(graph: Graph, order: int) -> tuple[int, ...]:
-    """The shape of an array on the rows of `Δ^(order+1)` in its layout, without channels."""
-    return layout_of(graph).difference(order + 1, np.float64).out_shape
-
-
 def freedom_of_levels(
     nonzero: np.ndarray, graph: Graph, order: int, observed: np.ndarray | None, channels: int
 ) -> np.ndarray:
     """`degrees_of_freedom` of the `nonzero` of fits, `[levels, ...]`; a single column counts for every channel."""
-    shape = (len(nonzero), *_row_shape(graph, order))
+    shape = (len(nonzero), *layout_of(graph).difference(order + 1, np.float64).out_shape)
     columns = np.broadcast_to(nonzero if nonzero.ndim > len(shape) else nonzero[..., None], (*shape, channels))
     limit = graph.num_nodes if observed is None else int(observed.sum())
 

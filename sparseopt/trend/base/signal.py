@@ -155,6 +155,12 @@ def check_signal(
     return Signal(values, None if equal else weights.astype(kind), y.shape)
 
 
+def require_complete(signal: Signal) -> None:
+    """Raise a ValueError if nodes are missing, where no penalty ties them to others."""
+    if not signal.complete:
+        raise ValueError("without a penalty the fit is not defined at missing nodes: raise the penalty's weight")
+
+
 def require_node_weights(shape: tuple[int, ...], graph: Graph) -> None:
     """Raise a ValueError unless there is one for each node."""
     if shape not in graph.array_shapes:

@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from sparseopt.core.base.arguments import unknown
-from sparseopt.core.penalties.protocols import Norm
+from sparseopt.core.base.arguments import fits, unknown
+from sparseopt.core.penalties.protocols import is_norm
 from sparseopt.core.solvers.interior import is_available
-from sparseopt.trend.base.job import Job, Method, vanishes
-from sparseopt.trend.methods.admm_plan import Admm
-from sparseopt.trend.methods.doge_groups_plan import DogeGroups
-from sparseopt.trend.methods.doge_plan import Doge
-from sparseopt.trend.methods.fast_admm_plan import FastAdmm
+from sparseopt.trend.base.job import Job, vanishes
+from sparseopt.trend.base.method import Method
+from sparseopt.trend.methods.admm_plan import Admm, FastAdmm
+from sparseopt.trend.methods.doge_plan import Doge, DogeGroups
 from sparseopt.trend.methods.interior_plan import Interior, is_narrow
 
 AUTO = "auto"
@@ -28,12 +27,11 @@ VERY_STRONG, STRONG_PER_DIGIT = 20.0, 40.0
 MOST_NODES = 1_000_000
 # On a grid the factors fill up more: at order 1 this many nodes take a minute.
 MOST_GRID_NODES = 100_000
-# Doge-ADMM is bound by memory traffic, and float32 has half of it: from this many nodes on, for tolerances down to that
-# of the order, a signal in float64 is first solved in float32, and certified in float64. Above order 1 float32 may end
-# before such tolerances, above order 0 on other graphs than grids too.
-SHORT_FROM, SHORT_TOLS = 10_000, {0: 1e-6, 1: 1e-5}
-# From so many nodes on it pays for every tolerance, and for the standard ADMM too.
-ALWAYS_SHORT = 500_000
+# Doge-ADMM is bound by memory traffic, and float32 has half of it: from its number of nodes on, for tolerances down to
+# that of the order, a signal in float64 is first solved in float32, and certified in float64. Above order 1 float32 may
+# end before such tolerances, above order 0 on other graphs than grids too. From the number of the standard ADMM on it
+# pays for every tolerance.
+SHORT_TOLS = {0: 1e-6, 1: 1e-5}
 # The ratios of weight to noise above which an exact x-step saves so many steps that it is faster, at orders 0, 1 and 2,
 # for a chain or not and free ends or not; 0 above order 2. On chains with free ends Doge-ADMM may need 100 times as
 # many steps, and on grids of three axes many. On small pictures an exact x-step is cheap, on large ones less so.
@@ -116,13 +114,13 @@ def as_method(given: Any) -> Method | None:
         for key in settings.keys() - set(known):
             raise ValueError(unknown(f"setting of {given}", key, known))
         return dataclasses.replace(named, **settings)
-    if isinstance(given, Method) and not isinstance(given, type):
+    if isinstance(given, str) and given in (AUTO, *METHODS):
+        return METHODS.get(given)
+    if fits(given, Method):
         return given
     if isinstance(given, type) and given in map(type, METHODS.values()):
         raise ValueError(f"a method is a name or an object, given the class {given.__name__}: write {given.__name__}()")
-    if not (isinstance(given, str) and given in (AUTO, *METHODS)):
-        raise ValueError(unknown("method", given, (AUTO, *METHODS)))
-    return None if given == AUTO else METHODS[given]
+    raise ValueError(unknown("method", given, (AUTO, *METHODS)))
 
 
 def choose(job: Job, pure: bool = False) -> Method:
@@ -132,7 +130,7 @@ def choose(job: Job, pure: bool = False) -> Method:
     """
     if job.method is None:
         for method, pays in CHOICE.items():
-            if not (pure and isinstance(method, Interior)) and pays(job) and method.refuses(job) is None:
+            if not (pure and method.on_host) and pays(job) and method.refuses(job) is None:
                 return method
     named: Method = Doge() if job.method is None else job.method
     if reason := named.refuses(job):
@@ -143,23 +141,22 @@ def choose(job: Job, pure: bool = False) -> Method:
 def is_short(job: Job, method: Method | None = None) -> bool:
     """Whether a job in float64 is solved in float32 first, by its method if none is given."""
     signal, graph, nodes = job.signal, job.graph, job.graph.num_nodes
-    assert signal is not None
     plain = job.square and not (job.several or job.history or job.layout.several_devices)
     carries = job.tol >= SHORT_TOLS.get(job.order, np.inf)
-    always = nodes >= ALWAYS_SHORT
-    large = always or (nodes >= SHORT_FROM and carries and (job.order == 0 or graph.shape is not None))
-    known = isinstance(job.penalty, Norm) and graph.num_edges > 0 and not (graph.free and job.order)
+    soon = nodes >= Doge.short_from and carries and (job.order == 0 or graph.shape is not None)
+    large = soon or nodes >= Admm.short_from
+    known = graph.num_edges > 0 and not (graph.free and job.order)
     # At missing nodes rounding of the dual costs as much as the whole gap.
-    suits = plain and large and known and signal.complete and job.dtype == np.float64 and not vanishes(job.penalty)
-    return suits and isinstance(method or choose(job), Doge | Admm if always else Doge)
+    suits = plain and large and known and signal.complete and job.dtype == np.float64 and is_norm(job.penalty)
+    return suits and not vanishes(job.penalty) and nodes >= (method or choose(job)).short_from
 
 
 def choose_for_path(job: Job) -> Method:
-    """The method for the levels of a path, as `chosen`.
+    """The method for the levels of a path, as `choose`.
 
     Most steps of a path are spent where smoothing is strong, so conditioning decides.
     """
-    if job.method is not None or not isinstance(job.penalty, Norm):
+    if job.method is not None or not is_norm(job.penalty):
         return choose(job)
     method = choose(dataclasses.replace(job, assumed=math.inf))
     return Admm() if isinstance(method, Doge) and job.order else method

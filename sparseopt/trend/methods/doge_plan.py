@@ -1,22 +1,31 @@
-"""Doge-ADMM in its fused form, the method for every graph, penalty and loss.
+"""Doge-ADMM in its fused form, the method for every graph, penalty and loss; and as the paper stores it.
 
 A step costs two sparse products, at most a tenth of a cosine transform. It is the fastest method at order 0 on every
 graph but a chain, and at orders 1 and 2 unless smoothing is strong.
+
+The paper stores a copy of the signal and a dual for every group of rows. `DogeGroups` has the iterates of `doge.py`
+with the paper's metric at the cost of these copies, each moved along the rows of its group alone: for studying the
+method, for comparisons, for trying another prox of a group.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import numpy as np
 
-from sparseopt.core.base.arguments import whole_number
+from sparseopt.core.base.arguments import require_memory, whole_number
 from sparseopt.core.base.mesh import on_device
+from sparseopt.core.base.types import pytree
 from sparseopt.core.operators.differences import Difference
 from sparseopt.core.operators.maps import Identity, Split
 from sparseopt.core.operators.normal_solves import Diagonal
-from sparseopt.core.solvers.doge import doge_split
-from sparseopt.trend.base.job import Job, Method, Settings
+from sparseopt.core.solvers import doge
+from sparseopt.trend.base.graph import Graph
+from sparseopt.trend.base.ground import couples_axes
+from sparseopt.trend.base.job import Job
+from sparseopt.trend.base.method import Method, Settings
 from sparseopt.trend.base.signal import MOST_ORDER
 from sparseopt.trend.methods.admm_plan import node_solve
 from sparseopt.trend.methods.plan import Plan
@@ -38,6 +47,7 @@ class Doge(Settings, Method):
     name = "doge"
     balances_rho = over_devices = True
     keeps_rho_from = MOST_ORDER + 1
+    short_from = 10_000
 
     def refuses(self, job: Job) -> str | None:
         return refuses_block(self.B, job) or job.layout.refuses(job, self)
@@ -95,10 +105,10 @@ def split_of(job: Job, block: int, groups: int | None = None) -> Split:
             sums = dataclasses.replace(
                 sums, row_absolute=np.full_like(sums.row_absolute, 2), column_absolute=sums.column_squares
             )
-        return doge_split(outer, Identity(outer.in_shape), sums, job.dtype, groups)
+        return doge.doge_split(outer, Identity(outer.in_shape), sums, job.dtype, groups)
     base, on_edges = layout.base(job.dtype), (order - block) % 2 == 1
     outer, inner = Difference(base, block, on_edges), Difference(base, order - block)
-    return doge_split(outer, inner, layout.sums(block, on_edges), job.dtype, groups)
+    return doge.doge_split(outer, inner, layout.sums(block, on_edges), job.dtype, groups)
 
 
 def place(job: Job, split: Split) -> Split:
@@ -109,3 +119,65 @@ def place(job: Job, split: Split) -> Split:
 
     rows, columns = put(split.row_scale, job.order + 1), put(split.column_scale, split.inner.order)
     return dataclasses.replace(split, row_scale=rows, column_scale=columns)
+
+
+@pytree
+class GroupsPlan(Plan):
+    """A plan with the groups of rows, as of the solver."""
+
+    groups: Any = None
+
+    def refuses(self, penalty: Any, weighted: bool) -> str | None:
+        return _refuses(penalty) or super().refuses(penalty, weighted)
+
+    def solver(self, rho: Any, relaxation: Any = 1.7) -> doge.DogeGroups:
+        return doge.DogeGroups(self.node_solve, rho, relaxation, self.cadence, groups=self.groups)
+
+
+@dataclasses.dataclass(frozen=True)
+class DogeGroups(Settings, Method):
+    """Doge-ADMM with its copies; B as of `Doge`."""
+
+    B: int | None = None
+    name = "doge_groups"
+    single = True
+
+    def refuses(self, job: Job) -> str | None:
+        if job.graph.free:
+            return (
+                f'method="{self.name}" needs the ends of the graph: take ends="graph", or with free ends "doge", '
+                '"admm" or "interior"'
+            )
+        return _refuses(job.penalty) or super().refuses(job) or refuses_block(self.B, job)
+
+    def plan(self, job: Job) -> GroupsPlan:
+        """The plan, if the copies fit in memory: a hub makes them many."""
+        # Given edges that are those of a grid have the layout of the grid.
+        graph = job.graph if job.graph.shape is None else Graph.grid(job.graph.shape, job.graph.spacing)
+        kind, block = job.dtype, job.order + 1 if self.B is None else int(self.B)
+        cosines = graph.shape is not None and not job.weighted and block <= job.order
+        key = (self.name, job.order, block, cosines, kind.name, bool(job.channels))
+
+        def build() -> GroupsPlan:
+            on_edges = (job.order + 1 - block) % 2 == 1
+            matrix, labels = graph.matrix(block, on_edges), graph.groups(block, on_edges)
+            count = int(labels.max(initial=0)) + 1
+            # Every group has alpha and theta, and while it moves, a value and a move of each row.
+            needed = 2 * count * sum(matrix.shape) * math.prod(job.channels) * kind.itemsize
+            require_memory(needed, f"Doge-ADMM with its {count:,} groups", 'method="doge" stores no copies')
+            split = split_of(job, block, count)
+            solve: Any = Diagonal()
+            if split.inner.order:
+                solve = node_solve(job, (split.inner.order,), np.asarray(split.column_scale), cosines)
+            # 0 where there is no row.
+            rows = job.layout.grid_rows(labels + 1, job.order + 1)[..., None]
+            groups = (rows[..., None] if job.channels else rows) == np.arange(1, count + 1)
+            return on_device(GroupsPlan(job.ground, place(job, split), solve, CADENCE, groups=groups))
+
+        return job.layout.cache(key, build)
+
+
+def _refuses(penalty: Any) -> str | None:
+    if couples_axes(penalty):
+        return 'method="doge_groups" has its rows in separate groups; for isotropic total variation use "doge"'
+    return None

@@ -22,8 +22,9 @@ from sparseopt.core.penalties.entries import L1
 from sparseopt.core.problem.problem import Solution, Status
 from sparseopt.core.solvers.interior import MOST_STEPS, DualProgram, is_available
 from sparseopt.trend.base.graph import Graph
-from sparseopt.trend.base.ground import Data, Ground, data_of, on_rows
-from sparseopt.trend.base.job import Job, Method
+from sparseopt.trend.base.ground import Data, Ground, on_rows, prepare
+from sparseopt.trend.base.job import Job
+from sparseopt.trend.base.method import Method
 from sparseopt.trend.base.pieces import TrendSolution
 from sparseopt.trend.methods.plan import finish
 
@@ -45,7 +46,6 @@ class InteriorPlan:
     def __init__(self, job: Job) -> None:
         if not is_available():
             raise ImportError('method="interior" needs PIQP: pip install "sparseopt[interior]"')
-        assert job.signal is not None
         self.job = job
         self.columns = job.signal.columns
         # The program is scaled for times of step 1.
@@ -54,7 +54,7 @@ class InteriorPlan:
 
     @functools.cached_property
     def data(self) -> Data:
-        return _data(self.job.ground, *self.job.arrays)
+        return prepare(self.job.ground, *self.job.arrays)
 
     def null_fit(self, penalty: L1, dual: Any) -> TrendSolution:
         """The component means, certified by a dual point on the rows."""
@@ -98,22 +98,19 @@ class InteriorPlan:
         job = self.job
         terms = on_rows({job.order: penalty}, job.layout, job.dtype, bool(job.channels))
         value = job.layout.put(job.layout.rows(fit.reshape(-1, *job.channels), 0))
-        status = jnp.asarray(Status.CONVERGED if ended else Status.MAX_STEPS, jnp.int32)
-        count = jnp.asarray(steps, jnp.int32)
-        return _judge(job.ground, self.data, terms, value, dual, status, count, job.tol)
-
-
-_data = Jitted(data_of)
+        status = Status.CONVERGED if ended else Status.MAX_STEPS
+        end = jnp.asarray(status, jnp.int32), jnp.asarray(steps, jnp.int32)
+        return _judge(job.ground, self.data, terms, value, dual, end, job.tol)
 
 
 @Jitted
 def _judge(
-    ground: Ground, data: Data, penalty: Any, fit: Any, dual: Any, status: Any, steps: Any, tol: Any
+    ground: Ground, data: Data, penalty: Any, fit: Any, dual: Any, end: tuple[Any, Any], tol: Any
 ) -> TrendSolution:
     kind = data.shift.dtype
     unknown = jnp.full((), jnp.nan, kind)
     value = (fit - data.shift).astype(kind)
-    found = Solution(value, status, steps, unknown, unknown, unknown, None, None, dual)
+    found = Solution(value, *end, unknown, unknown, unknown, dual=dual)
     return finish(ground, data, penalty, found, dual, jnp.asarray(tol, kind))
 
 
@@ -144,7 +141,7 @@ class Interior(Method):
     """The interior point method for L1, on the host; needs the extra `interior`."""
 
     name = "interior"
-    single = True
+    single = on_host = True
 
     def refuses(self, job: Job) -> str | None:
         if reason := super().refuses(job):
@@ -156,7 +153,7 @@ class Interior(Method):
                 f'method="{self.name}" works on the host, where nothing is traced: take another for a solver that runs '
                 "under jit, vmap and grad, or sparseopt.trend_filter"
             )
-        if not isinstance(job.penalty, L1):
+        if not job.is_l1:
             return f'method="{self.name}" solves the L1 penalty, given {job.penalty}; use "doge" or "admm"'
         return None
 

@@ -9,7 +9,6 @@ best polynomial of degree k is.
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -19,19 +18,18 @@ import numpy as np
 from sparseopt.core.base.compile import Jitted
 from sparseopt.core.base.types import precision
 from sparseopt.core.losses.data import DataLoss
-from sparseopt.core.losses.residuals import LossOfTwoSlopes
-from sparseopt.core.losses.scalar import ScalarLoss, Squared
-from sparseopt.core.penalties.entries import L1
-from sparseopt.core.penalties.protocols import Norm, has_conjugate
+from sparseopt.core.losses.residuals import has_two_slopes
+from sparseopt.core.losses.scalar import ScalarLoss
+from sparseopt.core.penalties.protocols import has_conjugate, is_norm
 from sparseopt.core.problem.certify import Anchor, judge
 from sparseopt.core.problem.iterate import iterate
-from sparseopt.core.problem.problem import Problem, Solution, Status
-from sparseopt.core.solvers.admm import Start
+from sparseopt.core.problem.problem import Problem, Solution, Start, Status
 from sparseopt.core.solvers.loss_admm import LossAdmm
+from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.base.ground import BOX_RANGES, OF_MEAN_SIZE, Data, Ground, leaves_as, mean_weight, null_space_dual
 from sparseopt.trend.base.job import Job, vanishes
 from sparseopt.trend.base.pieces import TrendSolution
-from sparseopt.trend.base.signal import NULL_EPS, Signal
+from sparseopt.trend.base.signal import NULL_EPS, Signal, require_complete
 from sparseopt.trend.methods.choice import choose
 from sparseopt.trend.methods.plan import FIRST_RHO, finish, known_fit, to_next_check
 from sparseopt.trend.methods.polynomials import best_polynomials, linear_fits
@@ -42,18 +40,9 @@ LIGHT = 1e-2
 NULL_GAP_EPS = 256
 
 
-@dataclasses.dataclass(frozen=True)
-class Observations:
-    """The observations on the host, in float64: `[n, channels]`, weights `[n]`, component labels `[n]`."""
-
-    columns: np.ndarray
-    weights: np.ndarray
-    labels: np.ndarray
-
-
 def node_deviances(loss: ScalarLoss, fit: np.ndarray, y: np.ndarray) -> np.ndarray:
     """`2 f(fit; y)` entry by entry in float64, `(fit - y)²` for the square; where y is missing it means nothing."""
-    if isinstance(loss, Squared):
+    if getattr(loss, "is_square", False):
         # A path has many fits, and on the host this takes less time than JAX needs to begin.
         return (np.asarray(fit, np.float64) - y) ** 2
     with precision(np.dtype(np.float64)):
@@ -75,7 +64,7 @@ class BestConstants:
     """The best constants of the components, or with free ends the best polynomials; arrays are `[n, channels]`."""
 
     loss: ScalarLoss  # in the job's dtype
-    data: Observations
+    labels: np.ndarray  # the component of every node, `[n]`; without a penalty every node is one
     fit: np.ndarray
     pull: np.ndarray  # minus a subgradient of the loss there that no constant, or polynomial, sees
     exact: np.ndarray  # whether the fit is all that the node's component has observed
@@ -83,49 +72,47 @@ class BestConstants:
 
 def best_constants(job: Job) -> BestConstants:
     """Those of a job with a loss; its dtype must be enabled."""
-    assert job.signal is not None
-    nothing, loss = vanishes(job.penalty), leaves_as(job.loss, job.dtype)
-    data = _observations(job.signal, job, loss, free=nothing or job.graph.num_edges == 0)
-    columns = [np.ascontiguousarray(column) for column in data.columns.T]
-    fit = np.stack([loss.location(column, data.weights, data.labels)[data.labels] for column in columns], axis=1)
-    _require_finite(fit, data, loss, nothing)
-    if not job.graph.free or nothing:
-        pull = -_balance_gradient(data, DataLoss(loss, None, *job.arrays), fit, partial(_lay_out, job))
-        return BestConstants(loss, data, fit, pull, _sees_one_value(data))
-    fit, gradient = best_polynomials(loss, job.graph, job.order, data.columns, data.weights, fit)
-    seen = (data.weights > 0)[:, None]
-    apart = np.abs(np.where(seen, np.asarray(loss.mean(jnp.asarray(fit))) - data.columns, 0)).max(axis=0)
-    exact = apart <= NULL_EPS * np.finfo(job.dtype).eps * np.abs(np.where(seen, data.columns, 0)).max(axis=0)
-    return BestConstants(loss, data, fit, -gradient, np.broadcast_to(exact, fit.shape))
-
-
-def _lay_out(job: Job, values: np.ndarray) -> jax.Array:
-    """Values `[n, channels]` in the layout of the nodes."""
-    return job.layout.put(job.layout.rows(values.reshape(-1, *job.channels), 0).astype(job.dtype))
+    signal, graph, nothing, loss = job.signal, job.graph, vanishes(job.penalty), leaves_as(job.loss, job.dtype)
+    columns, weights, labels = signal.columns, signal.mass, graph.components
+    _require_domain(loss, graph, columns, weights)
+    if nothing or graph.num_edges == 0:
+        require_complete(signal)
+        labels = np.arange(graph.num_nodes)
+    each = [np.ascontiguousarray(column) for column in columns.T]
+    fit = np.stack([loss.location(column, weights, labels)[labels] for column in each], axis=1)
+    _require_finite(fit, labels, loss, nothing)
+    if not graph.free or nothing:
+        gradient = np.array(DataLoss(loss, None, *job.arrays).gradient(job.on_nodes(fit)), np.float64)
+        pull = -_balance(gradient.reshape(fit.shape), weights, labels)
+        return BestConstants(loss, labels, fit, pull, _sees_one_value(columns, weights, labels))
+    fit, gradient = best_polynomials(loss, graph, job.order, columns, weights, fit)
+    seen = (weights > 0)[:, None]
+    apart = np.abs(np.where(seen, np.asarray(loss.mean(jnp.asarray(fit))) - columns, 0)).max(axis=0)
+    exact = apart <= NULL_EPS * np.finfo(job.dtype).eps * np.abs(np.where(seen, columns, 0)).max(axis=0)
+    return BestConstants(loss, labels, fit, -gradient, np.broadcast_to(exact, fit.shape))
 
 
 def fit_loss(job: Job, best: BestConstants | None = None) -> TrendSolution:
     """The fit of a job with a loss, whose dtype must be enabled; `best` are its best constants, if they are known."""
     signal, graph, kind, tol = job.signal, job.graph, job.dtype, job.tol
-    assert signal is not None
     method, settings = choose(job), job.settings
     _require_connected(job.penalty)
     best = best_constants(job) if best is None else best
-    loss, data, null, alike = best.loss, best.data, best.fit, best.exact
-    penalty, laid_out, columns = job.rows, partial(_lay_out, job), np.ascontiguousarray(data.columns.T)
+    loss, null, alike = best.loss, best.fit, best.exact
+    penalty, laid_out, columns, mass = job.rows, job.on_nodes, signal.columns, signal.mass
     nothing = vanishes(job.penalty)
     if alike.all() and (nothing or float(_penalty_of(job.ground, penalty, laid_out(0 * null))[1]) == 0):
-        return known_fit(job, null.reshape(signal.values.shape), flat=not nothing)
+        return known_fit(job, null, flat=not nothing)
     y, weights = job.arrays
     low, high = _box(signal, loss, job.order, null)
     node_loss = DataLoss(loss, None, y, weights, jnp.asarray(low, kind), jnp.asarray(high, kind))
     # If a component has only one value and the domain of the conjugate ends at 0, its dual, 0, has no room for
     # rounding. Its fit is known and its loss 0: its nodes count as missing, and the fit is inserted at the end.
-    settled = _holding(data, alike & ~np.asarray(_zero_is_inside(node_loss)).reshape(alike.shape))
+    settled = _holding(mass, best.labels, alike & ~np.asarray(_zero_is_inside(node_loss)).reshape(alike.shape))
     if settled.any():
-        node_loss = dataclasses.replace(node_loss, weights=laid_out(data.weights[:, None] * ~settled))
-    curvatures = np.stack([loss.curvature(y, data.weights, null[:, c]) for c, y in enumerate(columns)], axis=1)
-    curvatures = curvatures * data.weights[:, None]
+        node_loss = dataclasses.replace(node_loss, weights=laid_out(mass[:, None] * ~settled))
+    each = zip(np.ascontiguousarray(columns.T), null.T, strict=True)
+    curvatures = np.stack([loss.curvature(column, mass, fit) for column, fit in each], axis=1) * mass[:, None]
     curvatures = np.maximum(curvatures, LIGHT * curvatures.mean())
     # Cosines need one metric for all nodes, bands one for all channels.
     transformed = job.ground.transform is not None
@@ -153,14 +140,14 @@ def fit_loss(job: Job, best: BestConstants | None = None) -> TrendSolution:
     problem = Problem(node_loss, penalty, plan.split)
     limit = to_next_check(job.max_steps, solver.cadence)
     enough = max(tol, NULL_GAP_EPS * float(jnp.finfo(kind).eps))
-    known = job.graph.free and isinstance(penalty, Norm)
+    known = job.graph.free and is_norm(penalty)
     known = known and float(_gap_at(problem, x, dual, solver.anchor, True)) <= enough
     if known:
         # The polynomial is the fit; for a large weight rounding of its rows would spoil an iteration.
         start, limit = Start(x, dual), 0
-    elif job.graph.free and job.method is None and isinstance(job.penalty, L1) and isinstance(loss, LossOfTwoSlopes):
+    elif job.graph.free and job.method is None and job.is_l1 and has_two_slopes(loss):
         # Of a long series the iteration would take many thousands of steps.
-        fit, rows = linear_fits(loss, job.graph, job.order, job.penalty.weight, data.columns, data.weights, null)
+        fit, rows = linear_fits(loss, job.graph, job.order, job.penalty.weight, columns, mass, null)
         start = Start(laid_out(fit), jnp.asarray(rows.reshape(dual.shape), kind))
         known = float(_gap_at(problem, start.x, start.dual, solver.anchor, False)) <= enough
         limit = 0 if known else limit
@@ -183,34 +170,30 @@ def _require_connected(penalty: Any) -> None:
         )
 
 
-def _observations(signal: Signal, job: Job, loss: ScalarLoss, free: bool) -> Observations:
-    """The data, checked to lie in the loss's domain; without a penalty every node is a component."""
-    graph, columns, weights = job.graph, signal.columns, signal.mass
+def _require_domain(loss: ScalarLoss, graph: Graph, columns: np.ndarray, weights: np.ndarray) -> None:
+    """Raise a ValueError for an observation outside the loss's domain."""
     wrong = loss.wrong(columns) & (weights > 0)[:, None]
-    if wrong.any():
-        node, channel = (int(i) for i in np.argwhere(wrong)[0])
-        place = f"node {node}"
-        if graph.shape is not None and len(graph.shape) > 1:
-            place += f", pixel {tuple(int(i) for i in np.unravel_index(node, graph.shape))}"
-        if columns.shape[1] > 1:
-            place += f", channel {channel}"
-        raise ValueError(
-            f"{type(loss).__name__} takes {loss.expected}, given {columns[node, channel]:g} at {place} "
-            f"({int(wrong.sum())} such)"
-        )
-    if free and not weights.all():
-        raise ValueError("without a penalty the fit is not defined at missing nodes: raise the penalty's weight")
-    return Observations(columns, weights, np.arange(graph.num_nodes) if free else graph.components)
+    if not wrong.any():
+        return
+    node, channel = (int(i) for i in np.argwhere(wrong)[0])
+    place = f"node {node}"
+    if graph.shape is not None and len(graph.shape) > 1:
+        place += f", pixel {tuple(int(i) for i in np.unravel_index(node, graph.shape))}"
+    if columns.shape[1] > 1:
+        place += f", channel {channel}"
+    raise ValueError(
+        f"{type(loss).__name__} takes {loss.expected}, given {columns[node, channel]:g} at {place} "
+        f"({int(wrong.sum())} such)"
+    )
 
 
-def _require_finite(null: np.ndarray, data: Observations, loss: ScalarLoss, unpenalised: bool) -> None:
+def _require_finite(null: np.ndarray, labels: np.ndarray, loss: ScalarLoss, unpenalised: bool) -> None:
     endless = ~np.isfinite(null)
     if not endless.any():
         return
     node, channel = (int(i) for i in np.argwhere(endless)[0])
-    component = int(data.labels[node])
-    size = int(np.sum(data.labels == component))
-    count = len(np.unique(data.labels[endless.any(axis=1)]))
+    size = int(np.sum(labels == labels[node]))
+    count = len(np.unique(labels[endless.any(axis=1)]))
     where = f"node {node}" if size == 1 else f"the component of node {node} ({size} nodes)"
     if null.shape[1] > 1:
         where += f" in channel {channel}"
@@ -223,20 +206,20 @@ def _require_finite(null: np.ndarray, data: Observations, loss: ScalarLoss, unpe
     )
 
 
-def _holding(data: Observations, marked: np.ndarray) -> np.ndarray:
+def _holding(weights: np.ndarray, labels: np.ndarray, marked: np.ndarray) -> np.ndarray:
     """Whether the node's component has a marked observation in that channel, `[n, channels]`."""
-    nodes, channels = np.nonzero(marked & (data.weights > 0)[:, None])
-    found = np.zeros((int(data.labels.max()) + 1, marked.shape[1]), bool)
-    found[data.labels[nodes], channels] = True
-    return found[data.labels]
+    nodes, channels = np.nonzero(marked & (weights > 0)[:, None])
+    found = np.zeros((int(labels.max()) + 1, marked.shape[1]), bool)
+    found[labels[nodes], channels] = True
+    return found[labels]
 
 
-def _sees_one_value(data: Observations) -> np.ndarray:
+def _sees_one_value(columns: np.ndarray, weights: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Whether the node's component has only one value in that channel: its best constant is then the fit."""
-    seen = np.flatnonzero(data.weights > 0)[::-1]
-    first = np.zeros(int(data.labels.max()) + 1, np.int64)
-    first[data.labels[seen]] = seen
-    return ~_holding(data, data.columns != data.columns[first[data.labels]])
+    seen = np.flatnonzero(weights > 0)[::-1]
+    first = np.zeros(int(labels.max()) + 1, np.int64)
+    first[labels[seen]] = seen
+    return ~_holding(weights, labels, columns != columns[first[labels]])
 
 
 def _box(signal: Signal, loss: ScalarLoss, order: int, null: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -251,19 +234,16 @@ def _box(signal: Signal, loss: ScalarLoss, order: int, null: np.ndarray) -> tupl
     return low - wider, high + wider
 
 
-def _balance_gradient(
-    data: Observations, node_loss: DataLoss, null: np.ndarray, laid_out: Callable[[np.ndarray], jax.Array]
-) -> np.ndarray:
-    """A subgradient of the loss at the best constants whose sum over every component is 0, `[n, channels]`."""
-    gradient = np.array(node_loss.gradient(laid_out(null)), np.float64).reshape(null.shape)
+def _balance(gradient: np.ndarray, weights: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """A subgradient of the loss `[n, channels]`, so moved that its sum over every component is 0."""
     for column in gradient.T:
         # Observations that the constant meets exactly take up the remainder: for the absolute loss their subgradients
         # are free. Without such observations the remainder is rounding.
-        met = data.weights * (column == 0)
-        met_mass = np.bincount(data.labels, met)
-        takes = np.where((met_mass > 0)[data.labels], met, data.weights)
-        left = np.bincount(data.labels, column) / np.bincount(data.labels, takes)
-        column -= takes * left[data.labels]
+        met = weights * (column == 0)
+        met_mass = np.bincount(labels, met)
+        takes = np.where((met_mass > 0)[labels], met, weights)
+        left = np.bincount(labels, column) / np.bincount(labels, takes)
+        column -= takes * left[labels]
     return gradient
 
 
@@ -277,7 +257,7 @@ def _null_dual(
     """
     on_nodes = laid_out(pull)
     nothing, cost = _penalty_of(ground, penalty, on_nodes)
-    if not isinstance(penalty, Norm):
+    if not is_norm(penalty):
         return nothing
     strong = float(cost) >= np.sum(pull**2)
     if not strong and np.asarray(_zero_is_inside(node_loss)).all():
@@ -335,7 +315,7 @@ def _first_rho(ground: Ground, penalty: Any, pull: jax.Array, sigma: float) -> j
 def _finish(
     ground: Ground, loss: DataLoss, penalty: Any, found: Solution, null: jax.Array, anchor: Anchor | None, tol: Any
 ) -> TrendSolution:
-    """`finished`, with the best constants for the means."""
+    """`finish`, with the best constants for the means."""
     # rho is about this multiple of the weight over the noise of the fit.
     noise = FIRST_RHO * mean_weight(penalty, ground.padding[1]) / found.state.rho
     data = Data(loss, loss, jnp.zeros((), null.dtype), null, noise)

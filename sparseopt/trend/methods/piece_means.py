@@ -17,12 +17,11 @@ import numpy as np
 
 from sparseopt.core.base.compile import Jitted
 from sparseopt.core.losses.data import DataLoss
-from sparseopt.core.losses.scalar import ScalarLoss, Squared
-from sparseopt.core.penalties.entries import L1
+from sparseopt.core.losses.scalar import ScalarLoss
 from sparseopt.core.penalties.protocols import has_conjugate
 from sparseopt.core.problem.certify import judge, promote
 from sparseopt.core.problem.problem import Problem, Status
-from sparseopt.trend.base.ground import Ground, data_of
+from sparseopt.trend.base.ground import Ground, data_of, prepare
 from sparseopt.trend.base.job import Job, start_at
 from sparseopt.trend.base.pieces import TrendSolution, average_pieces, edges_between, labels_of
 from sparseopt.trend.methods.choice import choose
@@ -38,9 +37,6 @@ EARLY, BELOW = 0.01, 0.95
 AIM, MOST = 0.7, 3.0
 
 
-_data = Jitted(data_of)
-
-
 def short_fit(job: Job) -> TrendSolution:
     """The fit of a job by its method, which begins in float32."""
     job = dataclasses.replace(job, method=choose(job))
@@ -52,7 +48,7 @@ def short_fit(job: Job) -> TrendSolution:
         if found is None:
             found = plan.fit_job(dataclasses.replace(working, tol=tol, max_steps=max_steps))
         else:
-            data = _data(working.ground, *working.arrays)
+            data = prepare(working.ground, *working.arrays)
             found, _ = resume(plan, data, working.rows, found.state, tol, max_steps, working.settings.relaxation)
         return found
 
@@ -61,7 +57,7 @@ def short_fit(job: Job) -> TrendSolution:
 
 def has_means(job: Job) -> bool:
     """Whether the means of pieces lower the gap of a fit."""
-    return job.order == 0 and isinstance(job.penalty, L1)
+    return job.order == 0 and job.is_l1
 
 
 def stop_early(job: Job, solve: Callable[[float, int], TrendSolution], early: float) -> tuple[TrendSolution, float]:
@@ -99,7 +95,6 @@ def next_stop(early: float, missed: float) -> float:
 def in_float32(job: Job) -> Job:
     """The job in float32."""
     signal, short = job.signal, np.dtype(np.float32)
-    assert signal is not None
     weights = None if signal.weights is None else signal.weights.astype(short)
     with np.errstate(over="ignore"):
         signal = dataclasses.replace(signal, values=signal.values.astype(short), weights=weights)
@@ -109,7 +104,8 @@ def in_float32(job: Job) -> Job:
 def certify(job: Job, found: TrendSolution) -> TrendSolution:
     """A fit in another precision as one of the job: judged there, at order 0 with the means of its pieces."""
     value, dual = found.value.astype(job.dtype), job.rows.project_dual(found.dual.astype(job.dtype))
-    objective, gap, status = _judge_at(job.ground, job.loss, job.rows, *job.arrays, dual, value, found.status, job.tol)
+    proof = dual, found.status
+    objective, gap, status = _judge_at(job.ground, job.loss, job.rows, job.arrays, value, proof, job.tol)
     found = dataclasses.replace(
         found, value=value, dual=dual, objective=objective, gap=gap, residual=gap, status=status
     )
@@ -129,8 +125,7 @@ def take_piece_means(job: Job, found: TrendSolution) -> TrendSolution:
     if job.order:
         return found
     graph, layout, signal, channels = job.graph, job.layout, job.signal, job.channels
-    assert signal is not None
-    columns = np.asarray(layout.reshape(found.value, signal.shape)).reshape(graph.num_nodes, -1)
+    columns = np.asarray(layout.gather(found.value, 0)).reshape(graph.num_nodes, -1)
     joined, between = ~np.asarray(found.nonzero), edges_between(graph, columns)
     if found.dual is None:
         # A fit that was known without an iteration is level. XLA reads its smallest differences as 0.
@@ -144,10 +139,10 @@ def take_piece_means(job: Job, found: TrendSolution) -> TrendSolution:
         if labels is None or not np.array_equal(joined[..., channel], joined[..., channel - 1]):
             labels = labels_of(graph, joined[..., channel])
         level[:, channel] = average_pieces(column, labels, signal.mass, job.ground.anchored)
-    value = layout.put(layout.rows(level.astype(job.dtype).reshape(-1, *channels), 0))
+    value = job.on_nodes(level)
 
     def judge_at(at: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return _judge_at(job.ground, job.loss, job.rows, *job.arrays, found.dual, at, found.status, job.tol)
+        return _judge_at(job.ground, job.loss, job.rows, job.arrays, at, (found.dual, found.status), job.tol)
 
     objective, gap, status = judge_at(value)
     certified = has_conjugate(job.rows)
@@ -167,16 +162,18 @@ def _judge_at(
     ground: Ground,
     family: ScalarLoss,
     penalty: Any,
-    y: Any,
-    weights: Any,
-    dual: Any,
+    arrays: tuple[Any, Any],
     x: Any,
-    status: jax.Array,
+    proof: tuple[Any, jax.Array],
     tol: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The objective at x, the relative duality gap for the square loss, else NaN, and the status then."""
+    """The objective at x, the relative duality gap for the square loss, else NaN, and the status then.
+
+    `arrays` are the signal and its weights, `proof` the dual and the status so far.
+    """
+    (y, weights), (dual, status) = arrays, proof
     loss: Any = DataLoss(family, None, y, weights)
-    if isinstance(family, Squared):
+    if getattr(family, "is_square", False):
         data = data_of(ground, y, weights)
         loss = data.loss
         if ground.present is not None:

@@ -16,14 +16,13 @@ from jaxtyping import Array
 
 from sparseopt.core.base.compile import Jitted
 from sparseopt.core.base.types import pytree, static
-from sparseopt.core.operators.maps import Split, Stack
-from sparseopt.core.operators.normal_solves import AxisTransform
-from sparseopt.core.penalties.protocols import Norm, feasible, has_conjugate
+from sparseopt.core.operators.maps import Split
+from sparseopt.core.penalties.protocols import feasible, has_conjugate, is_norm
 from sparseopt.core.problem.certify import Anchor, judge, promote, stationary
 from sparseopt.core.problem.differentiate import Found, attach
 from sparseopt.core.problem.iterate import iterate
-from sparseopt.core.problem.problem import Problem, Solution, Status
-from sparseopt.core.solvers.admm import Admm, Start
+from sparseopt.core.problem.problem import Problem, Solution, Start, Status
+from sparseopt.core.solvers.admm import Admm
 from sparseopt.trend.base.ground import Data, Ground, data_of, null_space_dual
 from sparseopt.trend.base.job import Job
 from sparseopt.trend.base.pieces import TrendSolution, nonzero_at
@@ -56,7 +55,7 @@ class Plan:
 
     def refuses(self, penalty: Any, weighted: bool) -> str | None:
         """Why the plan does not fit such a penalty, or a signal with node weights; None if it does."""
-        if weighted and isinstance(self.node_solve, AxisTransform):
+        if weighted and self.node_solve.one_weight:
             return "transforms along the axes solve for nodes of one weight alone"
         return None
 
@@ -84,7 +83,7 @@ class Plan:
         """
         ground, centre = self.ground, data.centred.target
         nothing = jnp.zeros(self.split.row_shape(centre), centre.dtype)
-        if not isinstance(penalty, Norm) or isinstance(ground.operator, Stack):
+        if not is_norm(penalty) or ground.operator.order is None:
             return Start(centre, nothing)
         apart = data.loss.target - data.means
         pull = apart if weights is None else weights * apart
@@ -131,20 +130,10 @@ class Plan:
 
     def fit_job(self, job: Job) -> TrendSolution:
         """The fit of a job's signal, in the layout of the nodes."""
-        plan = self.pace(job)
-        history = to_next_check(job.max_steps, plan.cadence) if job.history else 0
-        return fit(
-            plan,
-            job.arrays[0],
-            job.rows,
-            job.arrays[1],
-            job.tol,
-            job.max_steps,
-            start=job.first(),
-            rho=job.settings.rho,
-            relaxation=job.settings.relaxation,
-            history=history,
-        )
+        plan, (y, weights) = self.pace(job), job.arrays
+        options: Any = {"start": job.first(), "rho": job.settings.rho, "relaxation": job.settings.relaxation}
+        options["history"] = to_next_check(job.max_steps, plan.cadence) if job.history else 0
+        return fit(plan, y, job.rows, weights, job.tol, job.max_steps, **options)
 
 
 def to_next_check(max_steps: Any, cadence: int) -> Any:
@@ -152,13 +141,12 @@ def to_next_check(max_steps: Any, cadence: int) -> Any:
     return -(-max_steps // cadence) * cadence
 
 
-def known_fit(job: Job, value: Any, flat: bool = False) -> TrendSolution:
-    """The solution for a known fit `[n]` or `[n, channels]` of objective 0; the differences of a flat one are 0."""
-    value = job.layout.put(job.layout.rows(np.asarray(value, job.dtype), 0))
-    zero, none = jnp.zeros((), value.dtype), jnp.zeros((), jnp.int32)
-    found = Solution(value, jnp.asarray(Status.CONVERGED, jnp.int32), none, zero, zero, zero, None, None)
-    rows = job.layout.difference(job.order + 1, job.dtype).mv(value)
-    return TrendSolution.of(found, jnp.zeros(rows.shape, bool) if flat else rows != 0)
+def known_fit(job: Job, value: np.ndarray, flat: bool = False) -> TrendSolution:
+    """The solution for a known fit of objective 0; the differences of a flat one are 0."""
+    fit, zero, none = job.on_nodes(value), jnp.zeros((), job.dtype), jnp.zeros((), jnp.int32)
+    rows = job.layout.difference(job.order + 1, job.dtype).mv(fit)
+    nonzero = jnp.zeros(rows.shape, bool) if flat else rows != 0
+    return TrendSolution(fit, jnp.asarray(Status.CONVERGED, jnp.int32), none, zero, zero, zero, nonzero=nonzero)
 
 
 @partial(Jitted, static_argnames="history")
@@ -202,7 +190,7 @@ def fit(
     inner = plan.solver_penalty(penalty)
     if start is None or plan.exact:
         first = plan.start(penalty, data, weights)
-        if ground.basis is not None and isinstance(penalty, Norm):
+        if ground.basis is not None and is_norm(penalty):
             # The dual of the polynomial is exact where it exists; for large weights an iteration could only spoil it.
             proof = plan.row_dual(inner, first.dual)
             whole = Problem(data.loss, penalty, ground.operator)
@@ -289,7 +277,7 @@ def finish(
             for point, null in ((x, False), (data.means, ground.basis is not None))
         )
         # The rows of x may lie outside a set, by little: then the solver's copies tell the objective, there is no gap.
-        outside = ~jnp.isfinite(of_x) & (not isinstance(penalty, Norm))
+        outside = ~jnp.isfinite(of_x) & (not is_norm(penalty))
         of_x = jnp.where(outside, found.objective, of_x)
         take = of_means <= of_x
         certified = take | ~outside

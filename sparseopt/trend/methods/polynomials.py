@@ -27,7 +27,7 @@ from scipy import sparse
 
 from sparseopt.core.base.compile import Jitted
 from sparseopt.core.base.types import precision
-from sparseopt.core.losses.residuals import LossOfTwoSlopes
+from sparseopt.core.losses.residuals import LossOfTwoSlopes, has_two_slopes
 from sparseopt.core.losses.scalar import ScalarLoss
 from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.base.ground import leaves_as
@@ -54,7 +54,7 @@ def best_polynomials(
     with precision(np.dtype(np.float64)):
         found = []
         for y, constant in zip(columns.T, start.T.astype(np.float64), strict=True):
-            if isinstance(loss, LossOfTwoSlopes):
+            if has_two_slopes(loss):
                 found.append(_by_simplex(loss, difference, basis, y, weights, constant))
             else:
                 found.append(_by_newton(loss, basis, y, weights, constant))

@@ -99,7 +99,6 @@ def largest_weight(
 def null_fit(job: Job, tol: float) -> NullFit:
     """The bounds and the certificate; the interval may remain wider than `tol` at the step limit."""
     graph, order, layout, signal = job.graph, job.order, job.layout, job.signal
-    assert signal is not None
     pull = _pull(signal, graph, order) if job.square else null_pull(job)
     if not pull.any():
         u = np.zeros((layout.count(order + 1), pull.shape[1]))
@@ -228,7 +227,7 @@ def _least_congested(graph: Graph, order: int, demand: np.ndarray, tol: float) -
             method, accuracy = Interior(), 1e-3 * tol
     while upper > (1 + tol) * lower and steps <= MOST_STEPS:
         # At lower = lam_max the flow needs a little more room.
-        level, start = L1(lower * (1 + tol / 2)), None if isinstance(method, Interior) else fit
+        level, start = L1(lower * (1 + tol / 2)), None if method.on_host else fit
         fit = trend_filter(demand, graph, level, order, method, tol=accuracy, max_steps=steps, start=start, dtype=kind)
         part = np.asarray(fit.dual, np.float64)
         left = demand - difference.T @ part

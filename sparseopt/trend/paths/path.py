@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from sparseopt.core.base.arguments import is_positive, real_array, require_memory, whole_number
+from sparseopt.core.base.arguments import class_or_function, is_positive, real_array, require_memory, whole_number
 from sparseopt.core.base.types import precision
 from sparseopt.core.losses.scalar import ScalarLoss, check_scalar_loss
 from sparseopt.core.penalties.entries import L1, MCP, SCAD
 from sparseopt.core.penalties.groups import GroupL2
-from sparseopt.core.problem.problem import Solution, Status
+from sparseopt.core.problem.problem import Status
 from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.base.job import Job, require_representable
 from sparseopt.trend.base.layout import layout_of
@@ -122,9 +122,9 @@ class TrendPath:
             raise IndexError(f"the path has the levels 0..{len(self) - 1}, given {index}")
         fields: Any = (self.values, self.statuses, self.steps, self.residuals, self.objectives, self.gaps)
         value, status, steps, residual, objective, gap = (field[index] for field in fields)
-        found = Solution(value, status, steps, residual, objective, gap, None, None)
         nonzero = layout_of(self.graph).list_rows(self._nonzero[index], self.order + 1)
-        return dataclasses.replace(TrendSolution.of(found, nonzero), graph=self.graph, order=self.order)
+        rest: Any = {"nonzero": nonzero, "graph": self.graph, "order": self.order}
+        return TrendSolution(value, status, steps, residual, objective, gap, **rest)
 
 
 def trend_path(
@@ -182,7 +182,6 @@ def trend_path(
     options: Any = {"loss": check_scalar_loss(loss), "method": as_method(method), "tol": tol, "max_steps": max_steps}
     job = check_job(y, graph, template, order, node_weights, missing, dtype, **options)
     graph, k, signal, square = job.graph, job.order, job.signal, job.square
-    assert signal is not None
     if not (is_positive(ratio) and ratio < 1):
         raise ValueError(f"ratio, the last weight over the first, lies in (0, 1), given {ratio!r}")
     given = None if weights is None else _check_levels(weights, job.dtype)
@@ -204,10 +203,10 @@ def trend_path(
     job = job.at(given[0])
     noise = signal_noise(signal, graph, k) if square else math.nan
     with precision(job.dtype):
-        fits, rows = descend(job, given, first)
+        fits = descend(job, given, first)
     columns, mass, seen = signal.columns, signal.mass[:, None], None if signal.weights is None else signal.weights > 0
     values, flat = fits.value.reshape(num, *signal.shape), fits.value.reshape(num, *columns.shape)
-    freedom = partial(freedom_of_levels, rows, graph, k, seen, columns.shape[1])
+    freedom = partial(freedom_of_levels, fits.nonzero, graph, k, seen, columns.shape[1])
     if square and (isinstance(template, GroupL2) or not is_countable(graph)):
         freedom = partial(_divergences, job, given, values, noise)
     return TrendPath(
@@ -221,7 +220,7 @@ def trend_path(
         loss=job.loss,
         graph=graph,
         order=k,
-        _nonzero=rows,
+        _nonzero=fits.nonzero,
         _freedom=freedom,
     )
 
@@ -234,7 +233,6 @@ def _divergences(job: Job, weights: np.ndarray, values: np.ndarray, noise: float
     Processing 17 (2008), equation 16.
     """
     signal, rng, found = job.signal, np.random.default_rng(0), []
-    assert signal is not None
     given, flat = signal.values, (len(values), *signal.values.shape)
     step = MOVE * next((size for size in (noise, float(np.std(given))) if size > 0), 1.0)
     seen = 1 if signal.weights is None else signal.mass.reshape(-1, *(1 for _ in job.channels)) > 0
@@ -242,7 +240,7 @@ def _divergences(job: Job, weights: np.ndarray, values: np.ndarray, noise: float
         signs = rng.choice([-1.0, 1.0], given.shape)
         moved = dataclasses.replace(signal, values=(given + step * signs).astype(given.dtype))
         with precision(job.dtype):
-            fits, _ = descend(dataclasses.replace(job, signal=moved), weights, None)
+            fits = descend(dataclasses.replace(job, signal=moved), weights, None)
         apart = fits.value.reshape(flat) - values.reshape(flat)
         found.append(np.sum((seen * signs * apart).reshape(len(values), -1), axis=1) / step)
     return np.maximum(np.mean(found, axis=0), 0)
@@ -259,7 +257,7 @@ def _template(penalty: Any) -> Any:
             f"a path replaces the penalty's weight by one number for all rows, given one of shape "
             f"{np.shape(penalty.weight)}; fit with weights of rows by `trend_filter`, or give them as weights of edges"
         )
-    return penalty(1.0) if isinstance(penalty, type) else dataclasses.replace(penalty, weight=1.0)
+    return penalty(1.0) if class_or_function(penalty) else dataclasses.replace(penalty, weight=1.0)
 
 
 def _check_levels(weights: Any, kind: np.dtype) -> np.ndarray:

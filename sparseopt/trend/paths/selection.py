@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from sparseopt.core.base.arguments import is_positive, unknown, whole_number
-from sparseopt.core.losses.scalar import Logistic, Poisson, Squared
+from sparseopt.core.losses.scalar import Logistic, Poisson
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.problem.problem import Status
 from sparseopt.trend.base.graph import Graph
@@ -100,7 +100,7 @@ def select(path: TrendPath, criterion: str = "gcv", sigma: float | None = None) 
         raise TypeError(f"select takes a TrendPath, as trend_path returns it, given {type(path).__name__}")
     if criterion not in CRITERIA:
         raise ValueError(unknown("criterion", criterion, CRITERIA))
-    if criterion == "sure" and not isinstance(path.loss, Squared):
+    if criterion == "sure" and not getattr(path.loss, "is_square", False):
         raise ValueError(f"sure estimates a mean squared error, given a path with loss={path.loss}: take aic or gcv")
     if isinstance(path.loss, Logistic) and criterion in ("gcv", "aic"):
         raise ValueError(

@@ -16,13 +16,13 @@ from sparseopt.core.base.sums import total
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.penalties.protocols import feasible, has_conjugate
 from sparseopt.core.problem.certify import judge
-from sparseopt.core.problem.problem import Problem, Solution, Status
-from sparseopt.core.solvers.admm import Start, balanced_rho
+from sparseopt.core.problem.problem import Problem, Start, Status
+from sparseopt.core.solvers.admm import balanced_rho
 from sparseopt.core.solvers.fused_lasso import ChainTotalVariation, fused_pieces
 from sparseopt.trend.base.ground import Data, Ground, data_of
 from sparseopt.trend.base.job import Job, start_at
 from sparseopt.trend.base.pieces import TrendSolution
-from sparseopt.trend.methods.choice import Doge, FastAdmm, Interior, choose_for_path, is_short
+from sparseopt.trend.methods.choice import Doge, Interior, choose_for_path, is_short
 from sparseopt.trend.methods.losses import best_constants, fit_loss
 from sparseopt.trend.methods.piece_means import has_means, in_float32, stop_early
 from sparseopt.trend.methods.plan import FIRST_RHO, Plan, resume
@@ -37,30 +37,31 @@ SMALLEST_TABLE = 4096
 # The first level stops first at a gap of so many times its tolerance, since at strong smoothing the means of the pieces
 # were good enough at 30 to 70 times; a later level takes what the one before it needed.
 FIRST_STOP = 30.0
-# A fit without state and dual, and which of its differences are not zero, in the layout of `graph.base`.
-Level = tuple[Solution, Any]
 
 
-def descend(job: Job, weights: np.ndarray, first: NullFit | None) -> Level:
-    """The fits at descending weights, stacked, as NumPy arrays; the job's dtype must be enabled.
+def descend(job: Job, weights: np.ndarray, first: NullFit | None) -> TrendSolution:
+    """The fits at descending weights, stacked, as NumPy arrays, without states and duals.
 
-    The job has the penalty of the first weight, and `tol` and `max_steps` of each level. `first` is the proof that the
+    The job, whose dtype must be enabled, has the penalty of the first weight, and `tol` and `max_steps` of each level.
+    Rows are in the layout of `graph.base`. `first` is the proof that the
     means are the fit at the first weight, or None. Fit and dual are piecewise linear functions of the weight, so a
     level starts from the line through the last two fits. All levels share one compiled program.
     """
-    if job.square and _merges(job):
+    # The pieces of the exact fits of a chain only merge as the weight grows; a spacing weighs its differences.
+    merges = job.graph.is_chain and job.graph.spacing is None and job.order == 0 and job.is_l1
+    if job.square and merges and job.dtype == np.float64 and (job.method is None or job.method.merges):
         return _by_merging(job, weights)
     by = _by_solver if job.square else _by_loss
     levels = jax.device_get(by(job, weights, first))
     return jax.tree.map(lambda *parts: np.stack(parts), *levels)
 
 
-def _by_solver(job: Job, weights: np.ndarray, first: NullFit | None) -> list[Level]:
+def _by_solver(job: Job, weights: np.ndarray, first: NullFit | None) -> list[TrendSolution]:
     """The levels of the square loss, one after another, each started from the last two."""
     order, max_steps = job.order, job.max_steps
     method = choose_for_path(job)
     proof = None if first is None else first.dual if job.channels else first.dual[..., 0]
-    if isinstance(method, Interior):
+    if method.on_host:
         return _by_interior(job, weights, proof)
     early, means = FIRST_STOP, has_means(job)
     working = in_float32(job) if means and is_short(job, method) else job
@@ -68,7 +69,7 @@ def _by_solver(job: Job, weights: np.ndarray, first: NullFit | None) -> list[Lev
     tol = jnp.asarray(job.tol, kind)
 
     data, start = _first(plan, working.at(weights[0]).rows, *working.arrays, proof, working.first())
-    older, found = start, list[Level]()
+    older, found = start, list[TrendSolution]()
     for index, weight in enumerate(weights):
         penalty = working.at(weight).rows
         last, before = weights[max(index - 1, 0)], weights[max(index - 2, 0)]
@@ -93,7 +94,7 @@ def _by_solver(job: Job, weights: np.ndarray, first: NullFit | None) -> list[Lev
             level, early = stop_early(here, solve, early)
         else:
             level, start = resume(plan, data, penalty, state, tol, max_steps, settled=settled)
-        found.append((dataclasses.replace(level, state=None, dual=None, nonzero=None), level.nonzero))
+        found.append(dataclasses.replace(level, state=None, dual=None))
     return found
 
 
@@ -112,25 +113,18 @@ def _first(plan: Plan, penalty: Any, y: Any, weights: Any, proof: Any, last: Any
     return data, dataclasses.replace(start, rho=rho)
 
 
-def _by_loss(job: Job, weights: np.ndarray, _: Any) -> list[Level]:
+def _by_loss(job: Job, weights: np.ndarray, _: Any) -> list[TrendSolution]:
     """The levels with a loss, each started at the last one; the best constants are tried as the fit of each."""
-    levels, last, best = list[Level](), None, best_constants(job)
+    levels, last, best = list[TrendSolution](), None, best_constants(job)
     for weight in weights:
         fit = fit_loss(dataclasses.replace(job.at(weight), start=last), best)
-        levels.append((dataclasses.replace(fit, state=None, dual=None, nonzero=None), fit.nonzero))
+        levels.append(dataclasses.replace(fit, state=None, dual=None))
         # A known fit, as without any difference in the data, has no dual to start from.
         last = None if fit.dual is None else start_at(fit)
     return levels
 
 
-def _merges(job: Job) -> bool:
-    """Whether the pieces of the fits only merge as the weight grows, and the exact fits are wanted."""
-    # A chain with a spacing weighs its differences.
-    plain = job.graph.is_chain and job.graph.spacing is None and job.order == 0 and isinstance(job.penalty, L1)
-    return plain and job.dtype == np.float64 and (job.method is None or isinstance(job.method, FastAdmm))
-
-
-def _by_merging(job: Job, weights: np.ndarray) -> Level:
+def _by_merging(job: Job, weights: np.ndarray) -> TrendSolution:
     """The exact levels of a chain at order 0, from the last weight to the first.
 
     As the weight grows, the pieces of a fit only merge, also with node weights. So every level is the fused lasso of
@@ -141,7 +135,6 @@ def _by_merging(job: Job, weights: np.ndarray) -> Level:
     (2007), section 4.1.
     """
     signal = job.signal
-    assert signal is not None
     columns, mass = signal.columns, signal.mass
     n, channels = columns.shape
     fits = np.empty((len(weights), n, channels))
@@ -165,7 +158,7 @@ def _by_merging(job: Job, weights: np.ndarray) -> Level:
     found = _merged(job.ground, y, node_weights, weights, fits, tol)
     statuses, objectives, gaps, nonzero = jax.device_get(found)
     steps = np.zeros(len(weights), np.int32)
-    return Solution(fits, statuses, steps, gaps, objectives, gaps, None, None), nonzero
+    return TrendSolution(fits, statuses, steps, gaps, objectives, gaps, nonzero=nonzero)
 
 
 def _padded_size(count: int, n: int) -> int:
@@ -192,18 +185,18 @@ def _merged(ground: Ground, y: Any, node_weights: Any, weights: Any, fits: Any, 
     return jax.lax.map(judge_at, (weights, fits))
 
 
-def _by_interior(job: Job, weights: np.ndarray, proof: Any) -> list[Level]:
+def _by_interior(job: Job, weights: np.ndarray, proof: Any) -> list[TrendSolution]:
     """The levels by the interior point method, which starts cold but orders its factors only once.
 
     At order 0 Doge-ADMM, started from the last of them, is faster for the weaker levels.
     """
-    solver, strong, levels = Interior().plan(job), weights, list[Level]()
+    solver, strong, levels = Interior().plan(job), weights, list[TrendSolution]()
     if job.order == 0 and job.method is None:
         strong = weights[weights * job.strength > STRONG_LEVEL * weights[0]]
     for index, weight in enumerate(strong):
         penalty = job.at(weight).rows
         fit = solver.null_fit(penalty, proof) if index == 0 and proof is not None else solver.fit(penalty)
-        levels.append((dataclasses.replace(fit, dual=None, nonzero=None), fit.nonzero))
+        levels.append(dataclasses.replace(fit, dual=None))
     if strong.size < weights.size:
         rest = dataclasses.replace(job, method=Doge(), start=start_at(fit) if levels else None)
         levels += _by_solver(rest, weights[strong.size :], None)
@@ -236,7 +229,7 @@ def _begin(
 
 
 @Jitted
-def _null_level(plan: Plan, data: Data, start: Start, tol: Any) -> Level:
+def _null_level(plan: Plan, data: Data, start: Start, tol: Any) -> TrendSolution:
     """The component means for a penalty that is not a norm: stationary by their dual, without a step.
 
     A step could leave them: for a long 1 / rho, a prox that is not convex prefers other points.
@@ -249,8 +242,7 @@ def _null_level(plan: Plan, data: Data, start: Start, tol: Any) -> Level:
     none = jnp.zeros(start.dual.shape, bool)
     objective = data.loss.value(data.means)
     nothing, steps = jnp.full_like(objective, jnp.nan), jnp.zeros((), jnp.int32)
-    found = Solution(data.means, status, steps, residual, objective, nothing, None, None)
-    return TrendSolution.of(found, None), none
+    return TrendSolution(data.means, status, steps, residual, objective, nothing, nonzero=none)
 
 
 def _predict(penalty: Any, fits: tuple[Start, Start], move: tuple[Any, Any]) -> Start:
