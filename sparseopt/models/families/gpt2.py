@@ -60,4 +60,4 @@ KEYS = KeyTable(
 
 SIZES = SizeFields(("n_layer", "num_hidden_layers"), ("n_inner",), ("n_head", "num_attention_heads"))
 
-GPT2 = Family("gpt2", _read_config, KEYS, SIZES)
+FAMILY = Family("gpt2", _read_config, KEYS, SIZES)

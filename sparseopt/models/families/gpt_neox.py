@@ -38,4 +38,4 @@ BLOCK = (
 )
 BUFFERS = (r".*\.attention\.(bias|masked_bias)", r".*\.rotary_emb\.inv_freq")
 
-GPT_NEOX = Family("gpt_neox", _read_config, KeyTable(OUTER, BLOCK, base="gpt_neox.", ignored=BUFFERS))
+FAMILY = Family("gpt_neox", _read_config, KeyTable(OUTER, BLOCK, base="gpt_neox.", ignored=BUFFERS))

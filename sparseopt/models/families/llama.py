@@ -12,4 +12,4 @@ def _read_config(config: Config) -> DecoderConfig:
     return read_decoder(config, BlockKind(read_rope(config)), attention_bias=attention_bias, mlp_bias=mlp_bias)
 
 
-LLAMA = Family("llama", _read_config, refuses=refuses_undivided_width)
+FAMILY = Family("llama", _read_config, refuses=refuses_undivided_width)

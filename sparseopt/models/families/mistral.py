@@ -11,4 +11,4 @@ def _read_config(config: Config) -> DecoderConfig:
     return read_decoder(config, BlockKind(read_rope(config), optional(config, "sliding_window", default=4096)))
 
 
-MISTRAL = Family("mistral", _read_config)
+FAMILY = Family("mistral", _read_config)

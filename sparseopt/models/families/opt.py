@@ -46,4 +46,4 @@ BLOCK = (
     ("fc2", "mlp.down_proj"),
 )
 
-OPT = Family("opt", _read_config, KeyTable(OUTER, BLOCK, base="model."), SizeFields(channels=("ffn_dim",)))
+FAMILY = Family("opt", _read_config, KeyTable(OUTER, BLOCK, base="model."), SizeFields(channels=("ffn_dim",)))

@@ -25,4 +25,4 @@ def _refuses(config: DecoderConfig) -> str | None:
     return None
 
 
-PHI3 = Family("phi3", _read_config, refuses=_refuses)
+FAMILY = Family("phi3", _read_config, refuses=_refuses)

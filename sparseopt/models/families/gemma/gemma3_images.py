@@ -20,6 +20,6 @@ def _read_config(config: Config) -> DecoderConfig:
 
 OUTER = tuple((f"language_model.{key}", path) for key, path in OUTER_NAMES)
 
-GEMMA3_IMAGES = Family(
+FAMILY = Family(
     "gemma3", _read_config, KeyTable(OUTER, GEMMA_NORMS), replace(SIZES, table="text_config"), refuses_undivided_width
 )

@@ -21,4 +21,4 @@ BLOCK = (
     ("block_sparse_moe.experts.*.w2", "mlp.experts.*.down_proj"),
 )
 
-MIXTRAL = Family("mixtral", _read_config, KeyTable(block=BLOCK), SizeFields(experts=("num_local_experts",)))
+FAMILY = Family("mixtral", _read_config, KeyTable(block=BLOCK), SizeFields(experts=("num_local_experts",)))
