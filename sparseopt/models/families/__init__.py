@@ -22,6 +22,7 @@ FILES = (
     "gemma.gemma3_images",
     "phi3",
     "olmo2",
+    "starcoder2",
     "opt",
     "gpt2",
     "gpt_neox",
