@@ -27,7 +27,9 @@ def load_tokenizer(source: Source) -> Tokenizer:
         return stored[0]
     file = file_in(source.path, "tokenizer.json", source.follow_links)
     if not file.is_file():
-        return _convert_slow(source)
+        what = f"{source.path} has no tokenizer.json and transformers cannot make one"
+        advice = "; copy the model's tokenizer files into the folder"
+        return guarded(lambda: _read_by_transformers(source).backend_tokenizer, what, advice)
     if file.stat().st_size > MAX_FILE:
         raise ModelError(f"{file} has more than {MAX_FILE:,} bytes, which no tokenizer needs; download it again")
     tokenizer = guarded(lambda: Tokenizer.from_file(str(file)), f"{file} is no valid tokenizer")
@@ -35,14 +37,6 @@ def load_tokenizer(source: Source) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
-
-
-def _convert_slow(source: Source) -> Tokenizer:
-    return guarded(
-        lambda: _read_by_transformers(source).backend_tokenizer,
-        f"{source.path} has no tokenizer.json and transformers cannot make one",
-        "; copy the model's tokenizer files into the folder",
-    )
 
 
 def _read_by_transformers(source: Source) -> Any:
@@ -125,7 +119,7 @@ def start_token(source: Source, tokenizer: Tokenizer, bos: Bos = "auto") -> int 
             )
         return start
     asked = settings.get("add_bos_token")
-    adds = asked if isinstance(asked, bool) else front == [start]
+    adds = asked if asked in (True, False) else front == [start]
     return start if adds else None
 
 

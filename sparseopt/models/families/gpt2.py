@@ -19,7 +19,7 @@ def _read_config(config: Config) -> DecoderConfig:
     inner = 4 * require(usual, "hidden_size") if config.get("n_inner") is None else require(config, "n_inner")
     return read_decoder(
         ungrouped(usual),
-        BlockKind(rope=None),
+        (BlockKind(rope=None),),
         tied=True,
         activation="activation_function",
         default_activation="gelu_new",

@@ -10,7 +10,7 @@ def _read_config(config: Config) -> DecoderConfig:
     rope = read_rope(config, config.get("rotary_emb_base") or 10000.0, config.get("rotary_pct") or 0.25)
     return read_decoder(
         ungrouped(config),
-        BlockKind(rope),
+        (BlockKind(rope),),
         default_activation="gelu",
         norm="layer",
         norm_eps=require(config, "layer_norm_eps", float, default=1e-5),

@@ -10,7 +10,7 @@ def _read_config(config: Config) -> DecoderConfig:
     bias = bool(config.get("use_bias", True))
     return read_decoder(
         config,
-        BlockKind(read_rope(config), optional(config, "sliding_window")),
+        (BlockKind(read_rope(config), optional(config, "sliding_window")),),
         tied=True,
         default_activation="gelu_pytorch_tanh",
         norm="layer",
