@@ -105,7 +105,9 @@ def start_token(source: Source, tokenizer: Tokenizer, bos: Bos = "auto") -> int 
         raise ModelError(f"bos must be one of {', '.join(BOS_CHOICES)}, given {bos!r}")
     if bos == "no":
         return None
-    settings = _settings(source)
+    file = file_in(source.path, "tokenizer_config.json", source.follow_links)
+    # There is none beside a GGUF file.
+    settings = read_json(file) if file.is_file() else {}
     token = guarded(lambda: tokenizer.encode("a"), f"{source.path} has a tokenizer that cannot encode")
     marked = zip(token.ids, token.special_tokens_mask, strict=True)
     front = [number for number, _ in takewhile(lambda each: each[1], marked)]
@@ -121,12 +123,6 @@ def start_token(source: Source, tokenizer: Tokenizer, bos: Bos = "auto") -> int 
     asked = settings.get("add_bos_token")
     adds = asked if asked in (True, False) else front == [start]
     return start if adds else None
-
-
-def _settings(source: Source) -> dict[str, Any]:
-    """The content of tokenizer_config.json, empty where there is none, as beside a GGUF file."""
-    file = file_in(source.path, "tokenizer_config.json", source.follow_links)
-    return read_json(file) if file.is_file() else {}
 
 
 def _named_bos(settings: dict[str, Any], config: dict[str, Any], tokenizer: Tokenizer) -> int | None:

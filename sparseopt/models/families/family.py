@@ -132,10 +132,6 @@ class SizeFields:
         return config if self.table is None else require_table(config, self.table)
 
 
-def refuses_nothing(config: DecoderConfig) -> None:
-    """For a family whose models transformers loads with any number of heads."""
-
-
 def refuses_undivided_width(config: DecoderConfig) -> str | None:
     """As transformers refuses some families, a number of heads that does not divide the hidden size."""
     if config.hidden_size % config.num_heads == 0:
@@ -159,7 +155,7 @@ class Family:
     read_config: Callable[[Config], DecoderConfig] = field(repr=False)
     keys: KeyTable = field(repr=False, default=KeyTable())
     sizes: SizeFields = field(repr=False, default=SizeFields())
-    refuses: Callable[[DecoderConfig], str | None] = field(repr=False, default=refuses_nothing)
+    refuses: Callable[[DecoderConfig], str | None] = field(repr=False, default=lambda config: None)
 
     def configure(self, config: Config) -> DecoderConfig:
         """The result of `read_config`, where values of unexpected types raise a `ModelError` too."""

@@ -37,10 +37,6 @@ class PrunableBlock(Protocol):
         """Number of stacked experts, 0 without a mixture."""
 
     @property
-    def expert_share(self) -> float:
-        """Mean fraction of the tokens that reach an expert."""
-
-    @property
     def attention_width(self) -> int:
         """Width of the attention's mixed values."""
 
