@@ -7,7 +7,7 @@ raise a `ModelError` that names the field that is missing, inconsistent or not s
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 import jax
@@ -95,11 +95,14 @@ def _swapped(name: str, pairs: Pairs) -> str:
 def _swap(name: str, pairs: Pairs) -> str | None:
     """The name with the first matching prefix swapped, else None; `*` stands for a number that is carried over."""
     for old, new in pairs:
-        found = re.match(re.escape(old).replace(r"\*", r"(\d+)") + r"(?=\.|$)", name)
-        if found:
-            numbers = iter(found.groups())
-            return re.sub(r"\*", lambda _, n=numbers: next(n), new) + name[found.end() :]  # type: ignore[misc]
+        if found := _prefix(old).match(name):
+            return new.replace("*", "{}").format(*found.groups()) + name[found.end() :]
     return None
+
+
+@cache
+def _prefix(old: str) -> re.Pattern[str]:
+    return re.compile(re.escape(old).replace(r"\*", r"(\d+)") + r"(?=\.|$)")
 
 
 @dataclass(frozen=True)
