@@ -4,51 +4,43 @@ A name refers to a weight `[out, in]`; the pattern acts on the layer in solver l
 along the inputs of one output.
 """
 
+import math
 import re
-from typing import NamedTuple
+from types import UnionType
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
 
 from sparseopt.core.penalties.patterns import NM, BlockTopK, GroupTopK, Pattern, RowTopK, TopK, Within
 
-__all__ = [
-    "Counts",
-    "Pattern",
-    "check_cut",
-    "check_pattern",
-    "count_groups",
-    "group_size",
-    "implied_sparsity",
-    "is_group_pattern",
-    "outputs_together",
-    "parse_pattern",
-    "pattern_count",
-    "share_unit",
-]
-
 KNOWN = (
     "'unstructured', 'per-row', 'n:m' such as '2:4', 'block:RxC' such as 'block:4x4', and 'group:C' such as 'group:1', "
     "whole inputs"
 )
-_NM, _BLOCKS, _GROUPS = (re.compile(form) for form in (r"(\d+):(\d+)", r"block:(\d+)x(\d+)", r"group:(\d+)"))
+# The forms of names; their numbers are sizes.
+_FORMS = {"unstructured": "unstructured", "per-row": "per-row", "n:m": r"(\d+):(\d+)"}
+_FORMS |= {"block": r"block:(\d+)x(\d+)", "group": r"group:(\d+)"}
+_LEAST = {"block": "blocks of at least 1 output x 1 input", "group": "groups of at least 1 input"}
 
 
-def _sizes(form: re.Pattern[str], text: str) -> tuple[int, ...] | None:
-    """The numbers of a pattern of this form; None for another form."""
-    match = form.fullmatch(text)
-    return tuple(map(int, match.groups())) if match else None
+def _parts(text: str) -> tuple[str | None, tuple[int, ...]]:
+    """The form of a name and its sizes; no form for an unknown one."""
+    for form, expression in _FORMS.items():
+        if match := re.fullmatch(expression, text):
+            return form, tuple(map(int, match.groups()))
+    return None, ()
 
 
 def is_group_pattern(text: str) -> bool:
     """Whether the pattern is group:C."""
-    return _GROUPS.fullmatch(text) is not None
+    return _parts(text)[0] == "group"
 
 
 def implied_sparsity(text: str) -> float | None:
     """The share of zeros of an n:m pattern; None for other patterns, which need a sparsity."""
-    n, m = _sizes(_NM, text) or (0, 0)
-    return 1 - n / m if m else None
+    form, sizes = _parts(text)
+    return 1 - sizes[0] / sizes[1] if form == "n:m" and sizes[1] else None
 
 
 def check_pattern(text: str, sparsity: float | None) -> None:
@@ -59,9 +51,11 @@ def check_pattern(text: str, sparsity: float | None) -> None:
     """
     if sparsity is not None and not 0 <= sparsity < 1:
         raise ValueError(f"sparsity must lie in [0, 1), given {sparsity}; 0.5 keeps every second weight")
-    blocks, groups = _sizes(_BLOCKS, text), _sizes(_GROUPS, text)
-    if (n_m := _sizes(_NM, text)) is not None:
-        n, m = n_m
+    form, sizes = _parts(text)
+    if form is None:
+        raise ValueError(f"unknown pattern {text!r}; known are {KNOWN}")
+    if form == "n:m":
+        n, m = sizes
         if not 0 < n <= m:
             raise ValueError(f"pattern {text!r} must keep between 1 and {m} of every {m} weights")
         if sparsity is not None and abs(sparsity - (1 - n / m)) > 1e-9:
@@ -69,14 +63,10 @@ def check_pattern(text: str, sparsity: float | None) -> None:
                 f"pattern {text!r} has sparsity {1 - n / m:g}, which contradicts the sparsity {sparsity} given; "
                 f"give {1 - n / m:g}, or none"
             )
-    elif blocks is None and groups is None and text not in ("unstructured", "per-row"):
-        raise ValueError(f"unknown pattern {text!r}; known are {KNOWN}")
     elif sparsity is None:
         raise ValueError(f"pattern {text!r} needs a sparsity in [0, 1), given none")
-    elif blocks is not None and 0 in blocks:
-        raise ValueError(f"pattern {text!r} must have blocks of at least 1 output x 1 input")
-    elif groups == (0,):
-        raise ValueError(f"pattern {text!r} must have groups of at least 1 input")
+    elif 0 in sizes:
+        raise ValueError(f"pattern {text!r} must have {_LEAST[form]}")
 
 
 def parse_pattern(text: str, sparsity: float | None, shape: tuple[int, ...]) -> Pattern:
@@ -101,24 +91,25 @@ def parse_pattern(text: str, sparsity: float | None, shape: tuple[int, ...]) -> 
     check_pattern(text, sparsity)
     outputs, inputs = shape
     layer = f"a layer of shape [out={outputs}, in={inputs}] leaves"
-    n_m, groups = _sizes(_NM, text), _sizes(_GROUPS, text)
-    *_, unit = n_m or groups or (1,)
-    if left := inputs % unit:
+    form, sizes = _parts(text)
+    *_, unit = sizes or (1,)
+    left = inputs % unit
+    if left and form != "block":
         raise ValueError(f"pattern {text!r} needs a number of inputs divisible by {unit}; {layer} {left} over")
-    if n_m is not None:
-        return NM(n_m[0], unit, axis=0)
+    if form == "n:m":
+        return NM(sizes[0], unit, axis=0)
     assert sparsity is not None
-    if text == "unstructured":
+    if form == "unstructured":
         return TopK(round((1 - sparsity) * (outputs * inputs)))
-    if text == "per-row":
+    if form == "per-row":
         return RowTopK(round((1 - sparsity) * inputs), axis=0)
-    if groups is not None:
+    if form == "group":
         return GroupTopK(round((1 - sparsity) * (inputs // unit)), unit)
-    high, wide = _sizes(_BLOCKS, text) or (1, 1)
-    if outputs % high or inputs % wide:
+    high, wide = sizes
+    if outputs % high or left:
         raise ValueError(
             f"pattern {text!r} needs a number of outputs divisible by {high} and of inputs divisible by {wide}; "
-            f"{layer} {outputs % high} outputs and {inputs % wide} inputs over"
+            f"{layer} {outputs % high} outputs and {left} inputs over"
         )
     return BlockTopK(round((1 - sparsity) * ((outputs // high) * (inputs // wide))), (wide, high))
 
@@ -145,6 +136,13 @@ def pattern_count(pattern: Pattern, shape: tuple[int, ...]) -> int:
             return pattern_count(inner, shape)
 
 
+def taken(pattern: Pattern, classes: type | UnionType, what: str, advice: str) -> Any:
+    """The pattern, of one of the classes that a method takes; a `ValueError` for another."""
+    if not isinstance(pattern, classes):
+        raise ValueError(f"{what}, not {type(pattern).__name__}; {advice}")
+    return pattern
+
+
 def outputs_together(pattern: Pattern) -> int:
     """As many consecutive outputs stand or fall together: those of a block, otherwise 1."""
     return pattern.shape[1] if isinstance(pattern, BlockTopK) else 1
@@ -166,11 +164,10 @@ def group_size(pattern: GroupTopK) -> int:
 
 def share_unit(text: str, shape: tuple[int, ...]) -> int:
     """The zeros of a weight `(out, in)` come in multiples of this. Not for n:m patterns, which have one share only."""
-    if (blocks := _sizes(_BLOCKS, text)) is not None:
-        return blocks[0] * blocks[1]
-    if (groups := _sizes(_GROUPS, text)) is not None:
-        return groups[0] * shape[0]
-    return shape[0] if text == "per-row" else 1
+    form, sizes = _parts(text)
+    if form == "block":
+        return math.prod(sizes)
+    return {"group": shape[0] * math.prod(sizes), "per-row": shape[0]}.get(form or "", 1)
 
 
 class Counts(NamedTuple):

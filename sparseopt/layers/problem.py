@@ -11,6 +11,8 @@ An input that is zero on every calibration token is dead: `e = 0`, and nothing s
 inputs' weights are ranked by size below all others: their centers are the weights at the tiny scale of `ranking_scale`.
 """
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -61,6 +63,11 @@ class LayerJob:
     output_weights: Any = None
     input_variances: Any = None
     support: Any = None
+
+    def by_output(self, change: Callable[[Any], Any]) -> "LayerJob":
+        """The job with a function of what has an entry for each output: weight, output weights and support."""
+        found = jax.tree.map(change, (self.weight, self.output_weights, self.support))
+        return dataclasses.replace(self, weight=found[0], output_weights=found[1], support=found[2])
 
 
 @pytree

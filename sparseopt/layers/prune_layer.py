@@ -105,7 +105,12 @@ def prune_layer(
         if input_variances.min() < 0:
             raise ValueError(f"input_variances must be 0 or more, the least given is {input_variances.min():.3g}")
     if support is not None:
-        support = _check_support(support, weight.shape)
+        support = np.asarray(support)
+        if support.shape != weight.shape or support.dtype != np.bool_:
+            raise ValueError(
+                f"support must be bool [out, in] = {list(weight.shape)} as the weight, given {support.dtype} "
+                f"{list(support.shape)}"
+            )
     allowed = parse_pattern(pattern, sparsity, (outputs, inputs))
     job = LayerJob(weight, gram, test_gram, allowed, output_weights, input_variances, support)
     solver = find_method(method, preset, penalty, pattern=pattern)
@@ -115,9 +120,10 @@ def prune_layer(
     watch = Stopwatch()
     report = solve_within_memory(job, solver)
     seconds, _ = watch.read(report)
-    status = check_answer(report, solver, job.pattern)
+    status, pruned = check_answer(report, solver, job.pattern), np.asarray(report.weight)
     return LayerResult(
-        weight=_as_given(np.asarray(report.weight), weight, given),
+        # In the dtype given, where unchanged entries keep the value given.
+        weight=np.where((pruned == weight) & (pruned != 0), given, pruned.astype(given.dtype, copy=False)),
         relative_error=float(report.relative_error),
         test_error=float(report.test_error),
         sparsity=int(report.zeros) / weight.size,
@@ -127,20 +133,6 @@ def prune_layer(
         dead_inputs=int(report.dead_inputs),
         output_blocks=report.output_blocks,
     )
-
-
-def _check_support(support: Any, shape: tuple[int, ...]) -> np.ndarray:
-    support = np.asarray(support)
-    if support.shape != shape or support.dtype != np.bool_:
-        raise ValueError(
-            f"support must be bool [out, in] = {list(shape)} as the weight, given {support.dtype} {list(support.shape)}"
-        )
-    return support
-
-
-def _as_given(pruned: np.ndarray, dense: np.ndarray, given: np.ndarray) -> np.ndarray:
-    """The pruned weight in the dtype of the weight given; unchanged entries keep the value given."""
-    return np.where((pruned == dense) & (pruned != 0), given, pruned.astype(given.dtype, copy=False))
 
 
 def _check_finite(name: str, array: np.ndarray) -> None:

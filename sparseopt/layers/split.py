@@ -15,7 +15,8 @@ processes do not split: memory may run out in one of them while the others wait 
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -45,15 +46,10 @@ from sparseopt.system.machine import device_memory_left
 
 # With fewer outputs than this share of the inputs, the hessian `[in, in]` decides the memory: smaller blocks save none.
 LEAST_SHARE = 1 / 32
-# Weights scored at a time on the host, where memory may be short too.
-CHUNK = 1 << 20
 # What XLA says, in lower case; the last is a matrix product on the CPU that got no workspace.
 OUT_OF_MEMORY = ("resource_exhausted", "out of memory", "ynnpack operation failed")
 # The status of a layer whose blocks ended differently: the first of these that any of them has.
 WORST_FIRST = (Status.NONFINITE, Status.MAX_STEPS, Status.PRECISION, Status.STATIONARY, Status.CONVERGED)
-
-# Scores of the layer's rows in their order, in pieces `[rows, n]`, non-negative float32; made anew at each call.
-Scores = Callable[[], Iterator[np.ndarray]]
 
 
 def solve_within_memory(job: LayerJob, method: LayerMethod, mesh: Mesh | None = None) -> LayerReport:
@@ -141,21 +137,14 @@ def split_job(job: LayerJob, method: LayerMethod, parts: int) -> list[LayerJob]:
     outputs, unit, pattern = len(job.weight), outputs_together(job.pattern), job.pattern
     edges = [rows[0] * unit for rows in np.array_split(np.arange(outputs // unit), parts)] + [outputs]
     spans = [slice(start, stop) for start, stop in itertools.pairwise(edges)]
-    weights = [None if job.output_weights is None else job.output_weights[span] for span in spans]
     patterns = [pattern] * parts
     if isinstance(pattern, TopK | BlockTopK):
         kept = kept_by_row(job, int(pattern.k), method)
         counts = [int(kept[span.start // unit : span.stop // unit].sum()) for span in spans]
         patterns = [dataclasses.replace(pattern, k=count) for count in counts]
     return [
-        dataclasses.replace(
-            job,
-            weight=job.weight[span],
-            pattern=own,
-            output_weights=weight,
-            support=None if job.support is None else job.support[span],
-        )
-        for span, own, weight in zip(spans, patterns, weights, strict=True)
+        dataclasses.replace(job.by_output(operator.itemgetter(span)), pattern=own)
+        for span, own in zip(spans, patterns, strict=True)
     ]
 
 
@@ -180,83 +169,50 @@ def join_reports(reports: Sequence[LayerReport]) -> LayerReport:
 
 def kept_by_row(job: LayerJob, k: int, method: LayerMethod) -> np.ndarray:
     """How many of the layer's k every output gets, `[out]`; of k blocks every row of blocks, `[out / R]`."""
-    unit = outputs_together(job.pattern)
-    outputs, inputs = job.weight.shape
-    scale, output_scale = np.ones(inputs, np.float32), np.ones(outputs, np.float32)
-    if not isinstance(method, Magnitude):
-        scale = np.asarray(ranking_scale(jnp.sqrt(jnp.diagonal(job.gram))), np.float32)
-        if job.output_weights is not None:
-            output_scale = np.asarray(relative_scale(jnp.asarray(job.output_weights, jnp.float32)))
-    step = max(1, CHUNK // (inputs * unit)) * unit
-
-    def scores() -> Iterator[np.ndarray]:
-        for start in range(0, outputs, step):
-            rows = slice(start, start + step)
-            center = np.asarray(job.weight[rows], np.float32) * scale * output_scale[rows, None]
-            if job.support is not None:
-                center = np.where(job.support[rows], center, 0)
-            if isinstance(job.pattern, BlockTopK):
-                wide, high = job.pattern.shape
-                yield np.sum(center.reshape(-1, high, inputs // wide, wide) ** 2, axis=(1, 3))
-                continue
-            if job.support is not None:
-                # A zero in the support ranks above all that is off it.
-                center = np.where(job.support[rows], np.maximum(np.abs(center), np.finfo(np.float32).tiny), 0)
-            yield np.abs(center)
-
+    scores, support = _scores(job, method), job.support
     if not (isinstance(method, Wanda) and isinstance(job.pattern, TopK)):
         return largest_by_row(scores, k)
-    kept = _even_by_row(scores, outputs, k)
-    if job.support is None:
-        return kept
-    kept = np.minimum(kept, np.sum(job.support, axis=1))
-
-    def others() -> Iterator[np.ndarray]:
-        start = 0
-        for part in scores():
-            ranks = np.argsort(np.argsort(-part, axis=1, kind="stable"), axis=1)
-            yield np.where(ranks < kept[start : start + len(part), None], 0, part).astype(np.float32)
-            start += len(part)
-
-    # What outputs with little support leave goes to the best others.
-    return kept + largest_by_row(others, int(min(k, np.sum(job.support)) - kept.sum()))
-
-
-def _even_by_row(scores: Scores, rows: int, k: int) -> np.ndarray:
-    """As many of k in every row, and one more in the rows whose next score is largest, as Wanda does."""
-    each, left = divmod(k, rows)
-    kept = np.full(rows, each)
+    # As Wanda does: as many of k in every row, and one more in the rows whose next score is largest.
+    each, left = divmod(k, len(scores))
+    kept = np.full(len(scores), each)
     if left:
-        following = [np.partition(part, -each - 1, axis=1)[:, -each - 1] for part in scores()]
-        kept[np.argsort(-np.concatenate(following), kind="stable")[:left]] += 1
-    return kept
+        following = np.partition(scores, -each - 1, axis=1)[:, -each - 1]
+        kept[np.argsort(-following, kind="stable")[:left]] += 1
+    if support is None:
+        return kept
+    kept = np.minimum(kept, np.sum(support, axis=1))
+    for row, own in zip(scores, kept, strict=True):
+        row[np.argsort(-row, kind="stable")[:own]] = 0
+    # What outputs with little support leave goes to the best others.
+    return kept + largest_by_row(scores, int(min(k, np.sum(support)) - kept.sum()))
 
 
-def largest_by_row(scores: Scores, k: int) -> np.ndarray:
-    """How many of the k largest scores of all rows are in each row; equal ones at the limit are shared evenly.
+def _scores(job: LayerJob, method: LayerMethod) -> np.ndarray:
+    """The score of every weight, `[out, in]`, or of every block, `[out / R, in / C]`: 0 or more, float32."""
+    scores = np.array(job.weight, np.float32)
+    if not isinstance(method, Magnitude):
+        scores *= np.asarray(ranking_scale(jnp.sqrt(jnp.diagonal(job.gram))), np.float32)
+        if job.output_weights is not None:
+            scores *= np.asarray(relative_scale(jnp.asarray(job.output_weights, jnp.float32)))[:, None]
+    np.abs(scores, out=scores)
+    if job.support is not None:
+        # A zero in the support ranks above all that is off it.
+        np.maximum(scores, np.finfo(np.float32).tiny, out=scores)
+        scores[~np.asarray(job.support)] = 0
+    if isinstance(job.pattern, BlockTopK):
+        wide, high = job.pattern.shape
+        return np.sum(scores.reshape(-1, high, scores.shape[1] // wide, wide) ** 2, axis=(1, 3))
+    return scores
 
-    The limit is found digit by digit of 16 bits, from two histograms: non-negative floats are ordered as their bits
-    are, and no copy of the scores is sorted.
-    """
-    limit, left = 0, k
-    for shift in (16, 0):
-        counts = np.zeros(1 << 16, np.int64)
-        for part in scores():
-            bits = part.view(np.uint32)
-            digits = bits >> 16 if shift else bits[bits >> 16 == limit] & 0xFFFF
-            counts += np.bincount(digits.ravel(), minlength=1 << 16)
-        from_above = np.cumsum(counts[::-1])
-        place = int(np.searchsorted(from_above, left))
-        digit = len(counts) - 1 - place
-        left -= int(from_above[place] - counts[digit])
-        limit = limit << 16 | digit
-    above, tied = [], []
-    for part in scores():
-        bits = part.view(np.uint32)
-        above.append(np.count_nonzero(bits > limit, axis=1))
-        tied.append(np.count_nonzero(bits == limit, axis=1))
-    running = np.cumsum(np.concatenate(tied))
-    return np.concatenate(above) + np.diff(running * left // max(int(running[-1]), 1), prepend=0)
+
+def largest_by_row(scores: np.ndarray, k: int) -> np.ndarray:
+    """How many of the k largest scores of all rows are in each row; equal ones at the limit are shared evenly."""
+    if not k:
+        return np.zeros(len(scores), int)
+    limit = np.partition(scores, scores.size - k, axis=None)[scores.size - k]
+    above, tied = np.count_nonzero(scores > limit, axis=1), np.count_nonzero(scores == limit, axis=1)
+    running = np.cumsum(tied)
+    return above + np.diff(running * (k - above.sum()) // running[-1], prepend=0)
 
 
 @pytree
@@ -271,7 +227,7 @@ class Cut:
     outputs: int = static()
 
     def kept(self, rows: Any) -> Any:
-        return None if rows is None else jax.lax.with_sharding_constraint(rows[: self.outputs], over(self.mesh))
+        return jax.lax.with_sharding_constraint(rows[: self.outputs], over(self.mesh))
 
     def padded(self, rows: Any) -> Any:
         zeros = [(0, -self.outputs % self.mesh.size)] + [(0, 0)] * (rows.ndim - 1)
@@ -282,10 +238,7 @@ class Cut:
 
 def _solve_cut(weight: Any, job: LayerJob, cut: Cut, method: LayerMethod) -> LayerReport:
     """`solve_layer` of a job whose weight is given separately: the answer takes over its buffer."""
-    job = dataclasses.replace(
-        job, weight=cut.kept(weight), output_weights=cut.kept(job.output_weights), support=cut.kept(job.support)
-    )
-    report = solve_layer(job, method)
+    report = solve_layer(dataclasses.replace(job, weight=weight).by_output(cut.kept), method)
     return dataclasses.replace(report, weight=cut.padded(report.weight))
 
 
@@ -298,13 +251,9 @@ def solve_over(job: LayerJob, method: LayerMethod, mesh: Mesh) -> LayerReport:
 
     The job's weight, output weights and support are on the host, the Grams on one device or over the mesh.
     """
-    weight, weights, support = np.asarray(job.weight), job.output_weights, job.support
-    cut = Cut(mesh, len(weight))
-    if weights is not None:
-        weights = put(cut.padded(np.asarray(weights, np.float32)), over(mesh))
-    if support is not None:
-        support = put(cut.padded(np.asarray(support)), over(mesh))
+    cut = Cut(mesh, len(job.weight))
     gram, test_gram, variances = laid_on((job.gram, job.test_gram, job.input_variances), mesh)
-    rest = LayerJob(None, gram, test_gram, job.pattern, weights, variances, support)
-    report = whole(cut_solver(put(cut.padded(weight), over(mesh)), rest, cut, method))
+    job = job.by_output(lambda rows: put(cut.padded(np.asarray(rows)), over(mesh)))
+    rest = dataclasses.replace(job, weight=None, gram=gram, test_gram=test_gram, input_variances=variances)
+    report = whole(cut_solver(job.weight, rest, cut, method))
     return dataclasses.replace(report, weight=report.weight[: cut.outputs])

@@ -23,7 +23,8 @@ from sparseopt.models.export import (
     unread,
 )
 from sparseopt.models.families import FAMILIES, find_family
-from sparseopt.models.files.source import Source, TensorInfo, bundled_model, open_source
+from sparseopt.models.files.safetensors import TensorInfo
+from sparseopt.models.files.source import Source, bundled_model, open_source
 from sparseopt.models.reshape.reordered import Move, block_moves, reordered_block
 from sparseopt.models.reshape.shrunk import Kept, Sizes, possible_kv_heads, sizes_of, sliced_block, smaller_model
 from sparseopt.models.streaming.prunable import PrunableBlock, PrunableModel

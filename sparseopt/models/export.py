@@ -152,8 +152,7 @@ class ShardedWriter:
         stored: Mapping[str, np.ndarray | UnreadTensor] = converted
         metadata = None
         if self._pack:
-            whole = {key: v.read() if isinstance(v, UnreadTensor) else v for key, v in converted.items()}
-            stored, metadata = pack_tensors(whole)
+            stored, metadata = pack_tensors({key: value.read() for key, value in converted.items()})
         nbytes = sum(value.nbytes for value in stored.values())
         self._put(name, nbytes, lambda file: write_tensors(file, stored, metadata))
         if replaced is not None:
@@ -235,14 +234,15 @@ class ShardedWriter:
                 f"{self.output} has {free:,} bytes free, the model needs {needed:,}; make room or choose another"
             )
 
-    def _convert(self, key: str, value: np.ndarray | UnreadTensor, replaced: str | None) -> np.ndarray | UnreadTensor:
+    def _convert(self, key: str, value: np.ndarray | UnreadTensor, replaced: str | None) -> UnreadTensor:
         if key not in self._expected or self._places.get(key, replaced) != replaced:
             raise ModelError(f"{key} is no tensor of this model, or was written already")
         if value.shape != self._expected[key]:
             raise ModelError(f"{key} has the shape {list(value.shape)}, expected {list(self._expected[key])}")
         if isinstance(value, UnreadTensor):
             return UnreadTensor(value.shape, self.dtype_of(key), lambda: (self._cast(key, p) for p in value.pieces()))
-        return self._cast(key, value)
+        whole = self._cast(key, value)
+        return UnreadTensor(whole.shape, whole.dtype, lambda: [whole])
 
     def _cast(self, key: str, value: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore"):
@@ -286,10 +286,7 @@ def pack_folder(source: str | Path, output: str | Path, *, observer: Observer | 
         ModelError: before any work, if the source is no dense folder or the output cannot be used.
         DiskError: later, if the disk refuses.
     """
-    folder = _folder(source)
-    if is_packed(folder):
-        raise ModelError(f"{folder} is packed already; copy it, or unpack it with `sparseopt unpack`")
-    return _rewrite(folder, output, pack=True, observer=observer)
+    return _rewrite(source, output, pack=True, observer=observer)
 
 
 def unpack_folder(source: str | Path, output: str | Path, *, observer: Observer | None = None) -> ShardedWriter:
@@ -303,20 +300,17 @@ def unpack_folder(source: str | Path, output: str | Path, *, observer: Observer 
             a shard turns out to be corrupt.
         DiskError: later, if the disk refuses.
     """
-    folder = _folder(source)
-    if not is_packed(folder):
-        raise ModelError(f"{folder} is not packed: it has no {PACKED_INDEX}; a dense folder needs no unpacking")
-    return _rewrite(folder, output, pack=False, observer=observer)
+    return _rewrite(source, output, pack=False, observer=observer)
 
 
-def _folder(source: str | Path) -> Path:
+def _rewrite(source: str | Path, output: str | Path, *, pack: bool, observer: Observer | None) -> ShardedWriter:
     folder = Path(source).expanduser()
     if not folder.is_dir():
         raise ModelError(f"there is no folder {folder}; give the folder of a pruned model on this machine")
-    return folder
-
-
-def _rewrite(folder: Path, output: str | Path, *, pack: bool, observer: Observer | None) -> ShardedWriter:
+    if pack and is_packed(folder):
+        raise ModelError(f"{folder} is packed already; copy it, or unpack it with `sparseopt unpack`")
+    if not pack and not is_packed(folder):
+        raise ModelError(f"{folder} is not packed: it has no {PACKED_INDEX}; a dense folder needs no unpacking")
     model = open_model(FolderSource(folder))
     check_output(model.source, Path(output))
     # The shards are those that pruning writes, not those of the folder: memory holds one block at a time.

@@ -87,6 +87,7 @@ CASES: dict[str, dict[str, Any]] = {
     | _rope("longrope", **_LONG)
     | {"model_type": "phi3", "original_max_position_embeddings": 16, "tie_word_embeddings": False},
     "olmo2": _SIZES | {"model_type": "olmo2", "tie_word_embeddings": False},
+    "starcoder2": _SIZES | {"model_type": "starcoder2", "sliding_window": 7},
     "opt": _SIZES | {"model_type": "opt", "ffn_dim": 24, "word_embed_proj_dim": 16},
     "gpt2": {"model_type": "gpt2", "vocab_size": 40, "n_embd": 16, "n_head": 4, "n_layer": 3, "n_positions": 64},
     "gpt_neox": _SIZES | {"model_type": "gpt_neox"} | _rope("default", partial_rotary_factor=0.5),

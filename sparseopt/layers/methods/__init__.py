@@ -17,23 +17,6 @@ from sparseopt.layers.methods.splice import SplicePruning
 from sparseopt.layers.patterns import is_group_pattern
 from sparseopt.layers.problem import LayerMethod
 
-__all__ = [
-    "METHODS",
-    "AdmmPruning",
-    "Flap",
-    "GroupRemoval",
-    "Magnitude",
-    "MaihtPruning",
-    "MethodCost",
-    "NamedMethod",
-    "SparseGpt",
-    "SplicePruning",
-    "Wanda",
-    "Workspace",
-    "find_method",
-    "method_cost",
-]
-
 # Operations per weight for one input of SparseGPT's inner loop, which runs over vectors.
 COMPENSATION = 350
 # A solve that may stop early does so after about this fraction of its steps.

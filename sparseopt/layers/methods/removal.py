@@ -10,7 +10,7 @@ from sparseopt.core.base.dense import HIGHEST, product, spd_inverse
 from sparseopt.core.base.types import pytree, static
 from sparseopt.core.penalties.patterns import GroupTopK, Within
 from sparseopt.core.problem.problem import Status
-from sparseopt.layers.patterns import Pattern, group_size
+from sparseopt.layers.patterns import Pattern, group_size, taken
 from sparseopt.layers.problem import Pruned, ScaledLayer
 
 # About as many steps remove all groups. On layers of 1,536 inputs, 8 at a time lose nothing against one at a time.
@@ -60,23 +60,20 @@ class GroupRemoval:
                 "osscar updates one inverse for all outputs and cannot keep single weights at zero; methods 'admm', "
                 "'maiht', 'splice' and 'wanda' can"
             )
-        if not isinstance(pattern, GroupTopK):
-            raise ValueError(
-                "osscar removes whole groups of inputs and takes the pattern group:C only, not "
-                f"{type(pattern).__name__}; method 'best' takes all"
-            )
+        what = "osscar removes whole groups of inputs and takes the pattern group:C only"
+        wanted: GroupTopK = taken(pattern, GroupTopK, what, "method 'best' takes all")
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"osscar removes chunk = 1 or more groups in a step, given {self.chunk}")
-        size, inputs = group_size(pattern), layer.center.shape[0]
+        size, inputs = group_size(wanted), layer.center.shape[0]
         groups = inputs // size
         chunk = min(groups, max(1, groups // STEPS) if self.chunk is None else self.chunk)
 
         def too_many(left: _Remaining) -> Bool[Array, ""]:
-            return jnp.sum(left.alive, dtype=jnp.int32) > pattern.k
+            return jnp.sum(left.alive, dtype=jnp.int32) > wanted.k
 
         def remove(left: _Remaining) -> _Remaining:
             _, cheapest = jax.lax.top_k(-_costs(left, size), chunk)
-            gone = jnp.arange(chunk) < jnp.sum(left.alive, dtype=jnp.int32) - pattern.k
+            gone = jnp.arange(chunk) < jnp.sum(left.alive, dtype=jnp.int32) - wanted.k
             return _without(left, cheapest, gone, size)
 
         inverse = spd_inverse(layer.ridged(self.ridge).hessian)

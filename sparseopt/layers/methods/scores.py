@@ -9,7 +9,7 @@ from sparseopt.core.base.thresholds import among, count_nonzero, top_k_mask
 from sparseopt.core.base.types import pytree
 from sparseopt.core.penalties.patterns import GroupTopK, RowTopK, TopK, without_support
 from sparseopt.core.problem.problem import Status
-from sparseopt.layers.patterns import Pattern
+from sparseopt.layers.patterns import Pattern, taken
 from sparseopt.layers.problem import Pruned, ScaledLayer
 
 
@@ -67,12 +67,8 @@ class Flap:
     reads_variances = True
 
     def __call__(self, layer: ScaledLayer, pattern: Pattern) -> Pruned:
-        plain, _ = without_support(pattern)
-        if not isinstance(plain, GroupTopK):
-            raise ValueError(
-                "flap ranks whole groups of inputs and takes the pattern group:C only, not "
-                f"{type(plain).__name__}; method 'wanda' takes all"
-            )
+        what = "flap ranks whole groups of inputs and takes the pattern group:C only"
+        taken(without_support(pattern)[0], GroupTopK, what, "method 'wanda' takes all")
         if layer.variances is None:
             raise ValueError(
                 "flap ranks inputs by their variance, which a Gram does not have; give input_variances, or take "

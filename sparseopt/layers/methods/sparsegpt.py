@@ -12,7 +12,7 @@ from sparseopt.core.base.dense import product, spd_inverse_factor
 from sparseopt.core.base.types import pytree, static
 from sparseopt.core.penalties.patterns import NM, RowTopK, TopK, Within, without_support
 from sparseopt.core.problem.problem import Status
-from sparseopt.layers.patterns import Pattern
+from sparseopt.layers.patterns import Pattern, taken
 from sparseopt.layers.problem import Pruned, ScaledLayer
 
 
@@ -39,14 +39,12 @@ class SparseGpt:
     block: int = static(default=128)
 
     def __call__(self, layer: ScaledLayer, pattern: Pattern) -> Pruned:
-        pattern, support = without_support(pattern)
-        if isinstance(pattern, NM) and self.block % pattern.m:
-            raise ValueError(f"sparsegpt takes blocks of {self.block} inputs, which {pattern.m} does not divide")
-        if not isinstance(pattern, TopK | RowTopK | NM):
-            raise ValueError(
-                "sparsegpt decides input by input and takes the patterns unstructured, per-row and n:m, not "
-                f"{type(pattern).__name__}; method 'best' takes all"
-            )
+        given, support = without_support(pattern)
+        what = "sparsegpt decides input by input and takes the patterns unstructured, per-row and n:m"
+        plain = taken(given, TopK | RowTopK | NM, what, "method 'best' takes all")
+        groups = plain if isinstance(plain, NM) else None
+        if groups is not None and self.block % groups.m:
+            raise ValueError(f"sparsegpt takes blocks of {self.block} inputs, which {groups.m} does not divide")
         inputs, outputs = layer.center.shape
         # Whole blocks: padded inputs are independent of the others and have weight 0.
         padding = -inputs % self.block
@@ -58,7 +56,7 @@ class SparseGpt:
         candidates = jnp.ones((inputs, 1), jnp.bool_) if support is None else support
         candidates = jnp.pad(candidates, ((0, padding), (0, 0)))
         # The counts are the layer's, or those of every output.
-        whole = isinstance(pattern, TopK)
+        whole = isinstance(plain, TopK)
         tiles = candidates.reshape(-1, self.block, candidates.shape[1])
         room = jnp.sum(tiles, axis=(1, 2) if whole else 1, dtype=jnp.int32)
         if whole and support is None:
@@ -73,12 +71,10 @@ class SparseGpt:
             upper = jax.lax.dynamic_slice_in_dim(factor, first, self.block)
             square = jax.lax.dynamic_slice_in_dim(upper, first, self.block, axis=1)
             possible = jax.lax.dynamic_slice_in_dim(candidates, first, self.block)
-            keep, groups = jnp.zeros(rows.shape, bool), None
-            if isinstance(pattern, NM):
-                groups = pattern
-            else:
-                wanted = _share(jnp.minimum(pattern.k, seen[-1]), done, seen_here, room_here, seen[-1])
-                here, done = dataclasses.replace(pattern, k=wanted), done + wanted
+            keep = jnp.zeros(rows.shape, bool)
+            if groups is None:
+                wanted = _share(jnp.minimum(plain.k, seen[-1]), done, seen_here, room_here, seen[-1])
+                here, done = dataclasses.replace(plain, k=wanted), done + wanted
                 keep = Within(here, possible).mask((rows / jnp.diagonal(square)[:, None]) ** 2)
             kept, errors, keep = _compensate(rows, square, keep, possible, groups)
             values = jax.lax.dynamic_update_slice_in_dim(values, kept, first, 0)

@@ -1,7 +1,11 @@
 """The one error class of reading, running and writing models, and helpers for its texts."""
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+from pydantic import GetCoreSchemaHandler, TypeAdapter, ValidationError
+from pydantic_core import CoreSchema, core_schema
 
 T = TypeVar("T")
 
@@ -36,3 +40,26 @@ def guarded(build: Callable[[], T], what: str, advice: str = "; download it agai
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             raise ModelError(f"{what} ({type(error).__name__}: {str(error)[:300]}){advice}") from error
         raise
+
+
+@dataclass(frozen=True)
+class Said:
+    """In an `Annotated` type: what the error says of a value that is none of it."""
+
+    text: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.custom_error_schema(handler(source), "said", custom_error_message=self.text)
+
+
+JSON_OBJECT = TypeAdapter(Annotated[dict[str, Any], Said("no JSON object")])
+
+
+def checked(kind: TypeAdapter[T], value: Any, what: str, advice: str = "; download it again") -> T:
+    """The value, if it is of that kind as it is; otherwise a `ModelError` that begins with `what`."""
+    try:
+        return kind.validate_python(value, strict=True)
+    except ValidationError as error:
+        wrong = error.errors(include_url=False)[0]
+        place = "".join(f"{str(part)[:200]}: " for part in wrong["loc"])
+        raise ModelError(f"{what} ({place}{wrong['msg']}){advice}") from error

@@ -1,16 +1,20 @@
 """Fields of a Hugging Face configuration, read with checks: a `ModelError` names the field."""
 
 import math
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-from sparseopt.models.base.errors import ModelError
+from sparseopt.models.base.errors import JSON_OBJECT, ModelError, checked
 
 # A Hugging Face configuration, or a table in it.
 Config = Mapping[str, Any]
 
 # Upper bound of a size or count. Real ones are far smaller, and a product of two still fits in 64 bits.
 _LARGEST = 2**31 - 1
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 100
 
 
 def require(config: Config, name: str, kind: type[int] | type[float] = int, default: float | None = None) -> Any:
@@ -31,12 +35,15 @@ def optional(config: Config, name: str, kind: type[int] | type[float] = int, def
     return None if value is None else require({name: value}, name, kind)
 
 
+def require_table(config: Config, name: str) -> Config:
+    """A table in a configuration."""
+    what = f"the model configuration's {name} must be a table"
+    return checked(JSON_OBJECT, config.get(name), what, "; compare it with the published one")
+
+
 def shown(value: Any) -> str:
     """A value of a configuration as a message shows it."""
-    if isinstance(value, int) and value.bit_length() > 256:
-        return f"a number of {value.bit_length()} bits"
-    text = repr(value) if isinstance(value, int | float | str | None) else f"a {type(value).__name__}"
-    return text if len(text) < 100 else f"{text[:100]}..."
+    return _SHORT.repr(value)
 
 
 def refuse_unless(config: Config, allowed: Mapping[str, tuple]) -> None:

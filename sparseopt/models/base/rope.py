@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+from pydantic import PositiveFloat, TypeAdapter
 
-from sparseopt.models.base.errors import ModelError
-from sparseopt.models.base.fields import Config, optional, refuse_unless, require
+from sparseopt.models.base.errors import ModelError, checked
+from sparseopt.models.base.fields import Config, optional, refuse_unless, require, require_table
 
 
 def plain_frequencies(theta: float, size: int) -> np.ndarray:
@@ -186,6 +187,9 @@ class Rope:
         return 1.0 if self.scaling is None else self.scaling.magnitude
 
 
+_FACTORS = TypeAdapter(list[PositiveFloat])
+
+
 def _factor(fields: Config) -> float:
     return require(fields, "factor", float)
 
@@ -221,10 +225,9 @@ def _read_longrope(fields: Config) -> Scaling:
 
 
 def _factors(fields: Config, name: str) -> tuple[float, ...]:
-    values = fields.get(name)
-    if not isinstance(values, list) or not all(isinstance(v, int | float) and v > 0 for v in values):
-        raise ModelError(f"the rope's {name} must be a list of positive numbers, given {values!r}")
-    return tuple(map(float, values))
+    what = f"the rope's {name} must be a list of positive numbers"
+    factors = checked(_FACTORS, fields.get(name), what, "; take the model's published configuration")
+    return tuple(factors)
 
 
 _SCALINGS: dict[str, Callable[[Config], Scaling | None]] = {
@@ -278,12 +281,10 @@ def _rope_fields(config: Config, part: str | None) -> dict[str, Any]:
     fields = {name: config[name] for name in lengths if config.get(name) is not None}
     tables: list[dict[str, Any]] = []
     for name in ("rope_scaling", "rope_parameters"):
-        table = config.get(name) or {}
-        if part is not None and isinstance(table, Mapping):
-            table = table.get(part, {} if name == "rope_parameters" else table)
-        if not isinstance(table or {}, Mapping):
-            raise ModelError(f"the model configuration's {name} must be a table, given {table!r}")
-        table = {key: value for key, value in (table or {}).items() if value is not None}
+        table = require_table(config, name) if config.get(name) else {}
+        if part is not None and (part in table or name == "rope_parameters"):
+            table = require_table(table, part) if table.get(part) else {}
+        table = {key: value for key, value in table.items() if value is not None}
         if "type" in table:  # the older name
             table = {"rope_type": table["type"], **{key: table[key] for key in table if key != "type"}}
         tables.append(table)

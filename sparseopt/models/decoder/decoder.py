@@ -114,10 +114,6 @@ class Block(nnx.Module):
         return self.experts.count if self.experts else 0
 
     @property
-    def expert_share(self) -> float:
-        return self.experts.chosen / self.experts.count if self.experts else 1.0
-
-    @property
     def attention_width(self) -> int:
         return self.config.num_heads * self.config.head_dim
 

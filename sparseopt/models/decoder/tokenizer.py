@@ -27,7 +27,9 @@ def load_tokenizer(source: Source) -> Tokenizer:
         return stored[0]
     file = file_in(source.path, "tokenizer.json", source.follow_links)
     if not file.is_file():
-        return _convert_slow(source)
+        what = f"{source.path} has no tokenizer.json and transformers cannot make one"
+        advice = "; copy the model's tokenizer files into the folder"
+        return guarded(lambda: _read_by_transformers(source).backend_tokenizer, what, advice)
     if file.stat().st_size > MAX_FILE:
         raise ModelError(f"{file} has more than {MAX_FILE:,} bytes, which no tokenizer needs; download it again")
     tokenizer = guarded(lambda: Tokenizer.from_file(str(file)), f"{file} is no valid tokenizer")
@@ -35,14 +37,6 @@ def load_tokenizer(source: Source) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
-
-
-def _convert_slow(source: Source) -> Tokenizer:
-    return guarded(
-        lambda: _read_by_transformers(source).backend_tokenizer,
-        f"{source.path} has no tokenizer.json and transformers cannot make one",
-        "; copy the model's tokenizer files into the folder",
-    )
 
 
 def _read_by_transformers(source: Source) -> Any:
@@ -111,7 +105,9 @@ def start_token(source: Source, tokenizer: Tokenizer, bos: Bos = "auto") -> int 
         raise ModelError(f"bos must be one of {', '.join(BOS_CHOICES)}, given {bos!r}")
     if bos == "no":
         return None
-    settings = _settings(source)
+    file = file_in(source.path, "tokenizer_config.json", source.follow_links)
+    # There is none beside a GGUF file.
+    settings = read_json(file) if file.is_file() else {}
     token = guarded(lambda: tokenizer.encode("a"), f"{source.path} has a tokenizer that cannot encode")
     marked = zip(token.ids, token.special_tokens_mask, strict=True)
     front = [number for number, _ in takewhile(lambda each: each[1], marked)]
@@ -125,14 +121,8 @@ def start_token(source: Source, tokenizer: Tokenizer, bos: Bos = "auto") -> int 
             )
         return start
     asked = settings.get("add_bos_token")
-    adds = asked if isinstance(asked, bool) else front == [start]
+    adds = asked if asked in (True, False) else front == [start]
     return start if adds else None
-
-
-def _settings(source: Source) -> dict[str, Any]:
-    """The content of tokenizer_config.json, empty where there is none, as beside a GGUF file."""
-    file = file_in(source.path, "tokenizer_config.json", source.follow_links)
-    return read_json(file) if file.is_file() else {}
 
 
 def _named_bos(settings: dict[str, Any], config: dict[str, Any], tokenizer: Tokenizer) -> int | None:

@@ -7,14 +7,15 @@ raise a `ModelError` that names the field that is missing, inconsistent or not s
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from sparseopt.models.base.errors import ModelError, guarded
-from sparseopt.models.base.fields import Config, optional, refuse_unless, require
+from sparseopt.models.base.fields import Config, optional, refuse_unless, require, require_table
 from sparseopt.models.base.rope import max_positions
 from sparseopt.models.decoder.decoder import Block, Embedding, Head
 from sparseopt.models.decoder.experts import unstacked_names
@@ -53,13 +54,23 @@ class KeyTable:
     ignored: tuple[str, ...] = (STORED_FREQUENCIES,)
     transposed: tuple[str, ...] = ()
 
+    @cached_property
+    def pairs(self) -> Pairs:
+        """All pairs of whole names, those within a block before the others."""
+        blocks = next(old for old, new in self.outer if new == "layers")
+        return (*((f"{blocks}.*.{old}", f"layers.*.{new}") for old, new in self.block), *self.outer)
+
+    @cached_property
+    def _reversed(self) -> Pairs:
+        return tuple((new, old) for old, new in self.pairs)
+
     def to_path(self, key: str) -> str:
         """The module path of a checkpoint name."""
-        return _swap_inner(_swap_outer(key, self.outer), self.block)
+        return _swapped(key, self.pairs)
 
     def to_key(self, path: str) -> str:
         """The checkpoint name of a module path."""
-        return _swap_outer(_swap_inner(path, _reversed(self.block)), _reversed(self.outer))
+        return _swapped(path, self._reversed)
 
     def covers(self, key: str) -> bool:
         """Whether a checkpoint name lies in one of the decoder's parts."""
@@ -74,32 +85,24 @@ class KeyTable:
         return any(re.fullmatch(pattern, path) for pattern in self.transposed)
 
 
-def _reversed(pairs: Pairs) -> Pairs:
-    return tuple((new, old) for old, new in pairs)
-
-
-def _swap_outer(name: str, pairs: Pairs) -> str:
+def _swapped(name: str, pairs: Pairs) -> str:
     swapped = _swap(name, pairs)
     if swapped is None:
         raise KeyError(f"no entry of the key table begins {name!r}; it has {', '.join(old for old, _ in pairs)}")
     return swapped
 
 
-def _swap_inner(path: str, pairs: Pairs) -> str:
-    """The path with the part after `layers.N.` swapped."""
-    parts = path.split(".", 2)
-    swapped = _swap(parts[2], pairs) if len(parts) == 3 and parts[0] == "layers" else None
-    return path if swapped is None else f"layers.{parts[1]}.{swapped}"
-
-
 def _swap(name: str, pairs: Pairs) -> str | None:
     """The name with the first matching prefix swapped, else None; `*` stands for a number that is carried over."""
     for old, new in pairs:
-        found = re.match(re.escape(old).replace(r"\*", r"(\d+)") + r"(?=\.|$)", name)
-        if found:
-            numbers = iter(found.groups())
-            return re.sub(r"\*", lambda _, n=numbers: next(n), new) + name[found.end() :]  # type: ignore[misc]
+        if found := _prefix(old).match(name):
+            return new.replace("*", "{}").format(*found.groups()) + name[found.end() :]
     return None
+
+
+@cache
+def _prefix(old: str) -> re.Pattern[str]:
+    return re.compile(re.escape(old).replace(r"\*", r"(\d+)") + r"(?=\.|$)")
 
 
 @dataclass(frozen=True)
@@ -127,9 +130,9 @@ class SizeFields:
     by_block: tuple[str, ...] = ()
     table: str | None = None
 
-
-def refuses_nothing(config: DecoderConfig) -> None:
-    """For a family whose models transformers loads with any number of heads."""
+    def fields(self, config: Config) -> Config:
+        """The part of a configuration that holds them."""
+        return config if self.table is None else require_table(config, self.table)
 
 
 def refuses_undivided_width(config: DecoderConfig) -> str | None:
@@ -155,7 +158,7 @@ class Family:
     read_config: Callable[[Config], DecoderConfig] = field(repr=False)
     keys: KeyTable = field(repr=False, default=KeyTable())
     sizes: SizeFields = field(repr=False, default=SizeFields())
-    refuses: Callable[[DecoderConfig], str | None] = field(repr=False, default=refuses_nothing)
+    refuses: Callable[[DecoderConfig], str | None] = field(repr=False, default=lambda config: None)
 
     def configure(self, config: Config) -> DecoderConfig:
         """The result of `read_config`, where values of unexpected types raise a `ModelError` too."""
@@ -204,13 +207,16 @@ def part_template(
     return graphdef, tuple(nnx.to_flat_state(state))
 
 
-def build_part(
-    part: type[nnx.Module], *arguments: DecoderConfig | BlockKind, read: Callable[[str, tuple[int, ...]], jax.Array]
-) -> Any:
-    """A part with its parameters from `read(path, shape)`, where path is the dotted module path within the part."""
+def build_part(part: type[nnx.Module], *arguments: DecoderConfig | BlockKind, read: Callable[[str], jax.Array]) -> Any:
+    """A part with its parameters from `read(path)`, by dotted module path in the part, experts one by one."""
     graphdef, flat = part_template(part, *arguments)
-    filled = [(path, variable.replace(read(_dotted(path), tuple(variable.shape)))) for path, variable in flat]
-    return nnx.merge(graphdef, nnx.from_flat_state(filled))
+
+    def filled(path: str, shape: tuple[int, ...]) -> jax.Array:
+        alone = unstacked_names(path, shape[0]) if shape else None
+        return read(path) if alone is None else jnp.stack([read(name) for name in alone])
+
+    state = [(path, variable.replace(filled(_dotted(path), tuple(variable.shape)))) for path, variable in flat]
+    return nnx.merge(graphdef, nnx.from_flat_state(state))
 
 
 def part_shapes(part: type[nnx.Module], *arguments: DecoderConfig | BlockKind) -> Shapes:
@@ -235,7 +241,7 @@ def _dotted(path: tuple) -> str:
 
 def read_decoder(
     config: Config,
-    kinds: BlockKind | tuple[BlockKind, ...],
+    kinds: tuple[BlockKind, ...],
     *,
     tied: bool = False,
     attention_bias: bool = False,
@@ -248,7 +254,7 @@ def read_decoder(
 
     Args:
         config: a Hugging Face configuration.
-        kinds: one for all blocks, or one for each.
+        kinds: of each block, or the one of all.
         tied: whether the head is tied where the configuration does not say.
         attention_bias: `qkv_bias` and `output_bias`.
         activation: the field with the activation's name.
@@ -271,9 +277,8 @@ def read_decoder(
     given_size = optional(config, "head_dim", default=head_dim)
     if num_heads % num_kv_heads:
         raise ModelError(f"num_key_value_heads={num_kv_heads} must divide num_attention_heads={num_heads}")
-    if isinstance(kinds, BlockKind):
-        count: int = require(config, "num_hidden_layers")
-        kinds = (kinds,) * count
+    count: int = require(config, "num_hidden_layers")
+    kinds = kinds * count if len(kinds) == 1 else kinds
     if given_size is None and hidden_size % num_heads:
         raise ModelError(f"num_attention_heads={num_heads} must divide hidden_size={hidden_size}")
     size = given_size or hidden_size // num_heads

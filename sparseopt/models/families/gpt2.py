@@ -19,7 +19,7 @@ def _read_config(config: Config) -> DecoderConfig:
     inner = 4 * require(usual, "hidden_size") if config.get("n_inner") is None else require(config, "n_inner")
     return read_decoder(
         ungrouped(usual),
-        BlockKind(rope=None),
+        (BlockKind(rope=None),),
         tied=True,
         activation="activation_function",
         default_activation="gelu_new",
@@ -60,4 +60,4 @@ KEYS = KeyTable(
 
 SIZES = SizeFields(("n_layer", "num_hidden_layers"), ("n_inner",), ("n_head", "num_attention_heads"))
 
-GPT2 = Family("gpt2", _read_config, KEYS, SIZES)
+FAMILY = Family("gpt2", _read_config, KEYS, SIZES)

@@ -10,7 +10,7 @@ def _read_config(config: Config) -> DecoderConfig:
     rope = read_rope(config, config.get("rotary_emb_base") or 10000.0, config.get("rotary_pct") or 0.25)
     return read_decoder(
         ungrouped(config),
-        BlockKind(rope),
+        (BlockKind(rope),),
         default_activation="gelu",
         norm="layer",
         norm_eps=require(config, "layer_norm_eps", float, default=1e-5),
@@ -38,4 +38,4 @@ BLOCK = (
 )
 BUFFERS = (r".*\.attention\.(bias|masked_bias)", r".*\.rotary_emb\.inv_freq")
 
-GPT_NEOX = Family("gpt_neox", _read_config, KeyTable(OUTER, BLOCK, base="gpt_neox.", ignored=BUFFERS))
+FAMILY = Family("gpt_neox", _read_config, KeyTable(OUTER, BLOCK, base="gpt_neox.", ignored=BUFFERS))

@@ -9,7 +9,7 @@ from sparseopt.models.families.family import Family, read_decoder, refuses_undiv
 def _read_config(config: Config) -> DecoderConfig:
     refuse_unless(config, {"sliding_window": (None,)})
     attention_bias, mlp_bias = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
-    return read_decoder(config, BlockKind(read_rope(config)), attention_bias=attention_bias, mlp_bias=mlp_bias)
+    return read_decoder(config, (BlockKind(read_rope(config)),), attention_bias=attention_bias, mlp_bias=mlp_bias)
 
 
-LLAMA = Family("llama", _read_config, refuses=refuses_undivided_width)
+FAMILY = Family("llama", _read_config, refuses=refuses_undivided_width)

@@ -8,7 +8,8 @@ from sparseopt.models.families.family import Family, read_decoder
 
 def _read_config(config: Config) -> DecoderConfig:
     refuse_unless(config, {"layer_types": (None,)})
-    return read_decoder(config, BlockKind(read_rope(config), optional(config, "sliding_window", default=4096)))
+    kind = BlockKind(read_rope(config), optional(config, "sliding_window", default=4096))
+    return read_decoder(config, (kind,))
 
 
-MISTRAL = Family("mistral", _read_config)
+FAMILY = Family("mistral", _read_config)

@@ -11,11 +11,11 @@ NORMS = (("post_attention_layernorm", "attention_post_norm"), ("post_feedforward
 def _read_config(config: Config) -> DecoderConfig:
     return read_decoder(
         {"rms_norm_eps": 1e-5, **config},
-        BlockKind(read_rope(config)),
+        (BlockKind(read_rope(config)),),
         norms=tuple(name for _, name in NORMS),
         qk_norm="width",
         attention_bias=bool(config.get("attention_bias")),
     )
 
 
-OLMO2 = Family("olmo2", _read_config, KeyTable(block=NORMS))
+FAMILY = Family("olmo2", _read_config, KeyTable(block=NORMS))

@@ -15,7 +15,7 @@ def _read_config(config: Config) -> DecoderConfig:
     bias = bool(config.get("enable_bias", True))
     return read_decoder(
         ungrouped(config),
-        BlockKind(rope=None),
+        (BlockKind(rope=None),),
         tied=True,
         activation="activation_function",
         default_activation="relu",
@@ -46,4 +46,4 @@ BLOCK = (
     ("fc2", "mlp.down_proj"),
 )
 
-OPT = Family("opt", _read_config, KeyTable(OUTER, BLOCK, base="model."), SizeFields(channels=("ffn_dim",)))
+FAMILY = Family("opt", _read_config, KeyTable(OUTER, BLOCK, base="model."), SizeFields(channels=("ffn_dim",)))

@@ -10,7 +10,7 @@ from sparseopt.models.families.family import Family, read_decoder
 def _read_config(config: Config) -> DecoderConfig:
     rope = read_rope({"original_max_position_embeddings": 4096, **config})
     kind = BlockKind(rope, optional(config, "sliding_window"))
-    return read_decoder({"rms_norm_eps": 1e-5, **config}, kind, qkv="fused", gate="fused")
+    return read_decoder({"rms_norm_eps": 1e-5, **config}, (kind,), qkv="fused", gate="fused")
 
 
 def _refuses(config: DecoderConfig) -> str | None:
@@ -25,4 +25,4 @@ def _refuses(config: DecoderConfig) -> str | None:
     return None
 
 
-PHI3 = Family("phi3", _read_config, refuses=_refuses)
+FAMILY = Family("phi3", _read_config, refuses=_refuses)

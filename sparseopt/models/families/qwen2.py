@@ -21,4 +21,4 @@ def _read_config(config: Config) -> DecoderConfig:
 
 SIZES = SizeFields(by_block=("layer_types", "max_window_layers"))
 
-QWEN2 = Family("qwen2", _read_config, sizes=SIZES)
+FAMILY = Family("qwen2", _read_config, sizes=SIZES)

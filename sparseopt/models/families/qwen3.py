@@ -11,4 +11,4 @@ def _read_config(config: Config) -> DecoderConfig:
     return read_decoder(config, read_kinds(config), head_dim=128, qk_norm="head", attention_bias=bias)
 
 
-QWEN3 = Family("qwen3", _read_config, sizes=SIZES)
+FAMILY = Family("qwen3", _read_config, sizes=SIZES)

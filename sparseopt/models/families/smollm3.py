@@ -32,4 +32,4 @@ def _read_config(config: Config) -> DecoderConfig:
     )
 
 
-SMOLLM3 = Family("smollm3", _read_config, sizes=SizeFields(by_block=("layer_types", "no_rope_layers")))
+FAMILY = Family("smollm3", _read_config, sizes=SizeFields(by_block=("layer_types", "no_rope_layers")))

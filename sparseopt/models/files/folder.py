@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from sparseopt.models.base.errors import ModelError
+from sparseopt.models.base.errors import JSON_OBJECT, ModelError, checked
 from sparseopt.system.run_folder import RUN_FILES
 
 # Pickled files of torch and others. Loading a pickle runs whatever code is in it.
@@ -108,9 +108,7 @@ def read_json(file: Path, limit: int = MAX_CONFIG) -> dict[str, Any]:
             _check_depth(value, 0)
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{file} is no valid JSON ({error}); download it again") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{file} holds no JSON object; download it again")
-    return value
+    return checked(JSON_OBJECT, value, f"{file} cannot be used")
 
 
 def parse_json(raw: bytes) -> Any:

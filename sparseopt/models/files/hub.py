@@ -167,6 +167,10 @@ def _explain(error: Exception, name: HubName) -> str:
     revision = "" if name.revision is None else f" --revision {name.revision}"
     command = f"hf download {repository}{revision} --local-dir FOLDER"
     by_hand = f"fetch it where there is a network with `{command}` and give the folder"
+    unreached = (
+        f"{given}the Hugging Face hub cannot be reached to fetch it ({_short(error)}), and the cache "
+        f"{constants.HF_HUB_CACHE} holds no complete copy; {by_hand}"
+    )
     match error:
         # A gated repository is, to the library, a kind of unknown one.
         case errors.GatedRepoError():
@@ -184,16 +188,15 @@ def _explain(error: Exception, name: HubName) -> str:
                 f"{repository} on the hub has no revision {name.revision or 'main'}; give a branch, a tag or a commit "
                 f"of it, or {repository} alone for its main branch"
             )
-        case errors.HfHubHTTPError() if not isinstance(error, errors.EntryNotFoundError):
+        case errors.OfflineModeIsEnabled() | errors.EntryNotFoundError():
+            return unreached
+        case errors.HfHubHTTPError():
             return (
                 f"{given}the Hugging Face hub refused {name} ({_short(error)}); try again later, check `hf auth "
                 f"whoami`, or {by_hand}"
             )
-        case errors.OfflineModeIsEnabled() | errors.EntryNotFoundError() | errors.HTTPError():
-            return (
-                f"{given}the Hugging Face hub cannot be reached to fetch it ({_short(error)}), and the cache "
-                f"{constants.HF_HUB_CACHE} holds no complete copy; {by_hand}"
-            )
+        case errors.HTTPError():
+            return unreached
         case _:
             return (
                 f"{name} could not be written to the cache {constants.HF_HUB_CACHE} ({_short(error)}); make room, or "

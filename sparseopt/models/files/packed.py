@@ -13,15 +13,16 @@ its version, and the dense shapes as JSON. A tensor that would not become smalle
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from pydantic import TypeAdapter
 
-from sparseopt.models.base.errors import ModelError, bulleted
+from sparseopt.models.base.errors import ModelError, bulleted, checked, guarded
 from sparseopt.models.files.folder import file_in, parse_json
-from sparseopt.models.files.safetensors import StoredTensor, is_shape, read_header, read_metadata
+from sparseopt.models.files.safetensors import Shape, StoredTensor, TensorInfo, read_header, read_metadata
 
 # Not the names of a dense folder: a packed one read as dense would be a wrong model.
 PACKED_INDEX = "model.packed.index.json"
@@ -30,6 +31,7 @@ PACKED_PREFIX = "packed-"
 FORMAT = "sparseopt-packed"
 VERSION = "1"
 BITMASK, VALUES = ".bitmask", ".values"
+_SHAPES = TypeAdapter(dict[str, Shape])
 
 
 def packed_nbytes(array: np.ndarray) -> int:
@@ -61,17 +63,12 @@ def unpack_array(bitmask: np.ndarray, values: np.ndarray, shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class PackedTensor:
+class PackedTensor(TensorInfo):
     """Where a packed tensor is stored, with its dense name and shape."""
 
     name: str
-    shape: tuple[int, ...]
     bitmask: StoredTensor
     values: StoredTensor
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.values.dtype
 
     def read(self) -> np.ndarray:
         """The dense tensor; a `ModelError` if bitmask and values do not match."""
@@ -80,6 +77,9 @@ class PackedTensor:
             return unpack_array(bitmask, values, self.shape)
         except ModelError as error:
             raise ModelError(f"{self.name} in {self.values.file} is corrupt: {error}; copy the file again") from error
+
+    def pieces(self) -> Iterator[np.ndarray]:
+        yield self.read()
 
 
 def pack_tensors(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -125,7 +125,7 @@ def read_packed_header(file: Path) -> dict[str, StoredTensor | PackedTensor]:
         if name in entries:
             problems.append(f"{name} is stored dense and packed")
         problems += _half_problems(name, shape, bitmask, values)
-        tensors[name] = PackedTensor(name, shape, bitmask, values)
+        tensors[name] = PackedTensor(shape, values.dtype, name, bitmask, values)
     for name, entry in entries.items():
         if name.endswith((BITMASK, VALUES)):
             problems.append(f"{name} belongs to no tensor with a shape in the metadata")
@@ -143,14 +143,9 @@ def is_packed(folder: Path) -> bool:
 
 
 def _read_shapes(file: Path, text: str | None) -> dict[str, tuple[int, ...]]:
-    reason = "an impossible shape"
-    try:
-        shapes = parse_json((text or "").encode())
-        if isinstance(shapes, dict) and all(map(is_shape, shapes.values())):
-            return {name: tuple(shape) for name, shape in shapes.items()}
-    except (ValueError, RecursionError) as error:
-        reason = str(error)
-    raise ModelError(f"{file} has no table of dense shapes in its metadata ({reason}); copy it again")
+    what, advice = f"{file} has no table of dense shapes in its metadata", "; copy it again"
+    given = guarded(lambda: parse_json((text or "").encode()), what, advice)
+    return {name: tuple(shape) for name, shape in checked(_SHAPES, given, what, advice).items()}
 
 
 def _half_problems(name: str, shape: tuple[int, ...], bitmask: StoredTensor, values: StoredTensor) -> list[str]:

@@ -9,12 +9,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
 import ml_dtypes
 import numpy as np
+from pydantic import AfterValidator, BaseModel, Field, NonNegativeInt, TypeAdapter
 
-from sparseopt.models.base.errors import ModelError
+from sparseopt.models.base.errors import JSON_OBJECT, ModelError, Said, checked
 from sparseopt.models.files.folder import parse_json
 
 DTYPES: dict[str, np.dtype] = {
@@ -43,49 +44,87 @@ _MAX_HEADER = 100_000_000
 SLICE = 2**26
 
 
-def slices(tensor: Any) -> Iterator[Any]:
-    """A tensor on file, cut along its first axis into others of about `SLICE` bytes once they are read.
+def is_shape(sizes: list[int]) -> bool:
+    """Whether numbers of 0 or more can be the sizes of an array."""
+    # An empty array has no bytes in the file that would bound its other sizes.
+    bound = 2**31 if 0 in sizes else 2**60
+    return len(sizes) <= _MAX_AXES and math.prod(size or 1 for size in sizes) < bound
 
-    It is a dataclass with `start`, `shape`, `dtype` and `nbytes`.
-    """
-    rows = tensor.shape[0] if tensor.shape else 1
-    step = max(1, SLICE // max(1, math.prod(tensor.shape[1:]) * tensor.dtype.itemsize))
-    if rows <= step:
-        yield tensor
-        return
-    for first in range(0, rows, step):
-        start, shape = tensor.start + first * (tensor.nbytes // rows), (min(step, rows - first), *tensor.shape[1:])
-        yield replace(tensor, start=start, shape=shape)
+
+def _shape(sizes: list[int]) -> list[int]:
+    if not is_shape(sizes):
+        raise ValueError
+    return sizes
+
+
+Shape = Annotated[list[NonNegativeInt], AfterValidator(_shape), Said("an impossible shape")]
+_Offsets = Annotated[list[int], Field(min_length=2, max_length=2), Said("not two whole numbers")]
+
+
+class _Entry(BaseModel):
+    """A tensor in the header of a file; the offsets count from the header's end."""
+
+    dtype: Annotated[str, Said("no text")]
+    shape: Shape
+    data_offsets: _Offsets
+
+
+_ENTRIES = TypeAdapter(dict[str, _Entry])
+_METADATA = TypeAdapter(Annotated[dict[str, str], Said("metadata that is no text")])
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor is stored: its file, first byte, shape and dtype."""
+class TensorInfo:
+    """What is known of a tensor before it is read.
 
-    file: Path
-    start: int
+    Attributes:
+        shape: sizes, slowest axis first.
+        dtype: of the result; float32 for a tensor that is stored quantised.
+    """
+
     shape: tuple[int, ...]
     dtype: np.dtype
 
     @property
     def nbytes(self) -> int:
+        """Of the tensor in memory."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class StoredTensor(TensorInfo):
+    """One that a file stores in C order, from the byte `start` on."""
+
+    file: Path
+    start: int
+
+    @property
+    def stored_bytes(self) -> int:
+        return self.nbytes
 
     def read(self) -> np.ndarray:
         return read_part(self.file, self.dtype, math.prod(self.shape), self.start).reshape(self.shape)
 
+    def slices(self) -> Iterator[Self]:
+        """The tensor cut along its first axis into others of about `SLICE` bytes once they are read."""
+        rows = self.shape[0] if self.shape else 1
+        step = max(1, SLICE // max(1, math.prod(self.shape[1:]) * self.dtype.itemsize))
+        if rows <= step:
+            yield self
+            return
+        for first in range(0, rows, step):
+            start, shape = self.start + first * (self.stored_bytes // rows), (min(step, rows - first), *self.shape[1:])
+            yield replace(self, start=start, shape=shape)
+
+    def pieces(self) -> Iterator[np.ndarray]:
+        return (part.read() for part in self.slices())
+
 
 @dataclass(frozen=True)
-class UnreadTensor:
-    """A tensor that is read only when it is written, in pieces along its first axis."""
+class UnreadTensor(TensorInfo):
+    """One that is read only when it is written, in `pieces` along its first axis."""
 
-    shape: tuple[int, ...]
-    dtype: np.dtype
     pieces: Callable[[], Iterable[np.ndarray]]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> np.ndarray:
         pieces = list(self.pieces())
@@ -113,23 +152,20 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         ModelError: if the file is truncated, or its header is no JSON, does not describe every byte of the data, or
             names a dtype that is not supported.
     """
-    entries, data, size = _read_raw_header(file)
-    entries.pop("__metadata__", None)
-    for name, entry in entries.items():
-        problem = _entry_problem(entry)
-        if problem:
-            raise ModelError(f"{file} has a corrupt header ({name[:200]}: {problem}); download it again")
-    if unsupported := sorted({entry["dtype"] for entry in entries.values()} - set(DTYPES)):
+    raw, data, size = _read_raw_header(file)
+    raw.pop("__metadata__", None)
+    entries = checked(_ENTRIES, raw, f"{file} has a corrupt header")
+    if unsupported := sorted({entry.dtype for entry in entries.values()} - set(DTYPES)):
         shown = ", ".join(code[:20] for code in unsupported[:8])
         raise ModelError(f"{file} stores {shown}; supported are {', '.join(DTYPES)}; convert it first")
     found, start = {}, 0
-    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-        tensor = found[name] = StoredTensor(file, data + start, tuple(entry["shape"]), DTYPES[entry["dtype"]])
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+        tensor = found[name] = StoredTensor(tuple(entry.shape), DTYPES[entry.dtype], file, data + start)
         end = start + tensor.nbytes
-        if entry["data_offsets"] != [start, end]:
+        if entry.data_offsets != [start, end]:
             raise ModelError(
-                f"{file} is corrupt: {name[:200]} {entry['shape']} {entry['dtype']} needs bytes {start} to {end}, its "
-                f"header says {entry['data_offsets']}; download it again"
+                f"{file} is corrupt: {name[:200]} {entry.shape} {entry.dtype} needs bytes {start} to {end}, its "
+                f"header says {entry.data_offsets}; download it again"
             )
         start = end
     if data + start != size:
@@ -143,28 +179,6 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 def read_metadata(file: Path) -> dict[str, str]:
     """The metadata of a safetensors file, empty if there is none."""
     return _read_raw_header(file)[0].get("__metadata__", {})
-
-
-def is_shape(sizes: Any) -> bool:
-    """Whether a list can be the sizes of an array."""
-    if not isinstance(sizes, list) or len(sizes) > _MAX_AXES:
-        return False
-    whole = all(type(size) is int and 0 <= size < 2**63 for size in sizes)
-    # An empty array has no bytes in the file that would bound its other sizes.
-    return whole and math.prod(size or 1 for size in sizes) < (2**31 if 0 in sizes else 2**60)
-
-
-def _entry_problem(entry: Any) -> str | None:
-    if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
-        return "no dtype, shape and data_offsets"
-    if not isinstance(entry["dtype"], str):
-        return "a dtype that is no text"
-    if not is_shape(entry["shape"]):
-        return "an impossible shape"
-    span = entry["data_offsets"]
-    if not isinstance(span, list) or len(span) != 2 or any(type(place) is not int for place in span):
-        return "data_offsets that are not two whole numbers"
-    return None
 
 
 def _read_raw_header(file: Path) -> tuple[dict[str, Any], int, int]:
@@ -182,10 +196,8 @@ def _read_raw_header(file: Path) -> tuple[dict[str, Any], int, int]:
         header = parse_json(raw)
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{file} has a corrupt header ({error}); download it again") from error
-    metadata = header.get("__metadata__", {}) if isinstance(header, dict) else None
-    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        what = "no JSON object" if metadata is None else "metadata that is no text"
-        raise ModelError(f"{file} has a corrupt header ({what}); download it again")
+    header = checked(JSON_OBJECT, header, f"{file} has a corrupt header")
+    checked(_METADATA, header.get("__metadata__", {}), f"{file} has a corrupt header")
     return header, 8 + length, size
 
 

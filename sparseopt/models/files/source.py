@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from pydantic import TypeAdapter
 from tokenizers import Tokenizer
 
-from sparseopt.models.base.errors import ModelError, listed
+from sparseopt.models.base.errors import ModelError, checked, listed
 from sparseopt.models.files.folder import (
     MAX_CONFIG,
     MAX_INDEX,
@@ -25,22 +26,11 @@ from sparseopt.models.files.folder import (
 from sparseopt.models.files.gguf.source import GGUFSource
 from sparseopt.models.files.hub import fetch, parse_hub_name
 from sparseopt.models.files.packed import PACKED_INDEX, PACKED_PREFIX, PackedTensor, read_packed_header
-from sparseopt.models.files.safetensors import StoredTensor, read_header, slices
+from sparseopt.models.files.safetensors import StoredTensor, TensorInfo, read_header
 
 # A tensor of a folder, as it is stored.
 FileTensor = StoredTensor | PackedTensor
-
-
-class TensorInfo(Protocol):
-    """What is known of a tensor before it is read: its shape, and the dtype of the result."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Sizes, slowest axis first."""
-
-    @property
-    def dtype(self) -> np.dtype:
-        """Stored dtype; float32 for a tensor that is stored quantised."""
+_WEIGHT_MAP = TypeAdapter(dict[str, str])
 
 
 class Source(Protocol):
@@ -100,8 +90,7 @@ class FolderSource:
         return self.tensors[name].read()
 
     def pieces(self, name: str) -> Iterator[np.ndarray]:
-        tensor = self.tensors[name]
-        return (piece.read() for piece in (slices(tensor) if isinstance(tensor, StoredTensor) else [tensor]))
+        return self.tensors[name].pieces()
 
     def sidecars(self) -> dict[str, bytes]:
         return {file.name: file.read_bytes() for file in carried_files(self.path, self.follow_links)}
@@ -147,9 +136,8 @@ class FolderSource:
 
     def _read_shards(self, index: str, read: Callable[[Path], Mapping[str, FileTensor]]) -> dict[str, FileTensor]:
         folder = self.path
-        weight_map = self._read_json(index, MAX_INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise ModelError(f"the index in {folder} has no weight_map of names to files; download it again")
+        what = f"the index in {folder} has no weight_map of names to files"
+        weight_map = checked(_WEIGHT_MAP, self._read_json(index, MAX_INDEX).get("weight_map"), what)
         shards = sorted(set(weight_map.values()))
         outside = [name for name in shards if not is_plain_name(name)]
         if outside:

@@ -6,7 +6,7 @@
 Queries and keys stay as they are: rotary positions pair their features.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -17,39 +17,34 @@ from sparseopt.models.decoder.settings import DecoderConfig
 
 
 class Move(NamedTuple):
-    """Which row `[out]` and column `[in]` of a linear's weight moves to each place; None where all stay."""
+    """Which rows `[out]` and columns `[in]` of a linear's weight come to each place; None where all stay."""
 
     rows: np.ndarray | None = None
     columns: np.ndarray | None = None
 
 
-def block_moves(
-    config: DecoderConfig, linears: Collection[str], orders: Mapping[str, Int[np.ndarray, "in"]]
-) -> dict[str, Move]:
+def block_moves(config: DecoderConfig, orders: Mapping[str, Int[np.ndarray, "in"]]) -> dict[str, Move]:
     """What moves in a block, by linear, if the inputs of some have another order: their columns, and rows before them.
 
     Args:
         config: of the model.
-        linears: all of the block, by name.
         orders: of `self_attn.o_proj`, `mlp.down_proj` or `mlp.experts.3.down_proj`: which input moves to each place.
             Inputs of the output projection move within their head, alike in all heads of a KV group.
 
     Raises:
         ModelError: for an order that is no permutation, or moves inputs of the output projection in another way.
     """
-    moves = {}
+    moves: dict[str, Move] = {}
     for name, order in orders.items():
         if not np.array_equal(np.sort(order), np.arange(len(order))):
             raise ModelError(f"the order of the inputs of {name} must name each of them once, given {order}")
-        moves[name] = Move(columns=order)
         part, _, last = name.rpartition(".")
-        rows = _value_rows(config, order) if last == "o_proj" else _channel_rows(order)
-        moves |= {f"{part}.{own}": Move(rows=each) for own, each in rows.items() if f"{part}.{own}" in linears}
+        moves |= _value_moves(config, order) if last == "o_proj" else channel_moves(part, order, len(order))
     return moves
 
 
 def reordered_block(tensors: Mapping[str, np.ndarray], moves: Mapping[str, Move]) -> dict[str, np.ndarray]:
-    """The parameters of a block by path, linears as `[out, in]`, experts one by one, after `block_moves`."""
+    """The parameters of a block by path, linears as `[out, in]`, experts one by one, after these moves."""
     moved = {}
     for path, value in tensors.items():
         linear, _, leaf = path.rpartition(".")
@@ -59,11 +54,14 @@ def reordered_block(tensors: Mapping[str, np.ndarray], moves: Mapping[str, Move]
     return moved
 
 
-def _channel_rows(order: np.ndarray) -> dict[str, np.ndarray]:
-    return {"gate_proj": order, "up_proj": order, "gate_up_proj": np.concatenate([order, len(order) + order])}
+def channel_moves(part: str, channels: np.ndarray, count: int) -> dict[str, Move]:
+    """Those that bring these of the `count` channels of an MLP or an expert to its places, by linear."""
+    rows, fused = Move(rows=channels), Move(rows=np.concatenate([channels, count + channels]))
+    names = {"gate_proj": rows, "up_proj": rows, "gate_up_proj": fused, "down_proj": Move(columns=channels)}
+    return {f"{part}.{name}": move for name, move in names.items()}
 
 
-def _value_rows(config: DecoderConfig, order: np.ndarray) -> dict[str, np.ndarray]:
+def _value_moves(config: DecoderConfig, order: np.ndarray) -> dict[str, Move]:
     size, heads, groups = config.head_dim, config.num_heads, config.num_kv_heads
     inside = order.reshape(groups, -1, size) - size * np.arange(heads).reshape(groups, -1, 1)
     if (inside != inside[:, :1]).any() or inside.min() < 0 or inside.max() >= size:
@@ -76,4 +74,5 @@ def _value_rows(config: DecoderConfig, order: np.ndarray) -> dict[str, np.ndarra
     else:
         first = (heads + groups) * size
         rows = np.concatenate([np.arange(first), first + values])
-    return {"v_proj": values, "qkv_proj": rows.reshape(-1)}
+    names = {"v_proj": Move(values), "qkv_proj": Move(rows.reshape(-1)), "o_proj": Move(columns=order)}
+    return {f"self_attn.{name}": move for name, move in names.items()}

@@ -16,7 +16,9 @@ from sparseopt.models.decoder.decoder import Block
 from sparseopt.models.decoder.experts import stacked_name
 from sparseopt.models.decoder.settings import BlockKind, DecoderConfig, ExpertsConfig
 from sparseopt.models.families.family import part_shapes
-from sparseopt.models.files.source import Source, TensorInfo
+from sparseopt.models.files.safetensors import TensorInfo
+from sparseopt.models.files.source import Source
+from sparseopt.models.reshape.reordered import Move, channel_moves, reordered_block
 from sparseopt.models.streaming.prunable import PrunableModel
 from sparseopt.models.streaming.streamed import StreamedModel
 
@@ -65,18 +67,11 @@ class Kept(NamedTuple):
     experts: Int[np.ndarray, "experts"] | None = None
 
 
-class NewTensor(NamedTuple):
-    """A tensor of a smaller model that has no values yet."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-
 class Outline:
     """A `Source` of a smaller model whose blocks are not written yet; what lies outside them is the dense model's."""
 
     def __init__(
-        self, source: Source, config: dict[str, Any], outer: Mapping[str, TensorInfo], inner: Mapping[str, NewTensor]
+        self, source: Source, config: dict[str, Any], outer: Mapping[str, TensorInfo], inner: Mapping[str, TensorInfo]
     ) -> None:
         self.path, self.name, self.revision = source.path, source.name, source.revision
         self.config, self.follow_links, self.stored_tokenizer = config, source.follow_links, source.stored_tokenizer
@@ -153,7 +148,7 @@ def smaller_model(model: PrunableModel, sizes: Sizes) -> StreamedModel:
         for key in model.exported_keys()
         if key not in inner and (key in shapes or not keys.covers(key))
     }
-    new_tensors = {key: NewTensor(shapes[key], dtype) for key, dtype in inner.items()}
+    new_tensors = {key: TensorInfo(shapes[key], dtype) for key, dtype in inner.items()}
     return StreamedModel(Outline(model.source, _written(model, wanted), outer, new_tensors))
 
 
@@ -215,7 +210,7 @@ def _wanted(model: StreamedModel, sizes: Sizes) -> DecoderConfig:
 def _written(model: StreamedModel, wanted: DecoderConfig) -> dict[str, Any]:
     """The Hugging Face configuration of the smaller model; other fields are those of the dense model."""
     dense, names, config = model.config, model.family.sizes, model.source.config
-    text = config if names.table is None else config[names.table]
+    text = names.fields(config)
     resized = [
         (names.blocks, dense.num_layers, wanted.num_layers),
         (names.channels, dense.intermediate_size, wanted.intermediate_size),
@@ -257,10 +252,6 @@ def _objection(model: StreamedModel, sizes: Sizes) -> str | None:
     return model.family.refuses(wanted) if fewer_heads else None
 
 
-# Of one linear: its name in the smaller block, and the rows and columns that stay; None for all.
-_Slice = tuple[str, np.ndarray | None, np.ndarray | None]
-
-
 def sliced_block(
     config: DecoderConfig, kind: BlockKind, tensors: Mapping[str, np.ndarray], kept: Kept
 ) -> dict[str, np.ndarray]:
@@ -283,59 +274,42 @@ def sliced_block(
     Raises:
         ModelError: if indices are not ascending or out of range, or the channels are not those of the kept experts.
     """
-    plan = _attention_plan(config, _checked("groups", kept.groups, config.num_kv_heads))
+    groups = _checked("groups", kept.groups, config.num_kv_heads)
+    moves = {} if len(groups) == config.num_kv_heads else _group_moves(config, groups)
+    inner, experts, parts = config.intermediate_size, np.arange(0), {"mlp": kept.channels}
     if kind.experts:
         assert config.experts is not None
-        plan |= _experts_plan(config.experts, kept)
-    else:
-        inner = config.intermediate_size
-        plan |= _mlp_plan("mlp", "mlp", _checked("channels", kept.channels, inner), inner)
-    sliced = {}
-    for path, value in tensors.items():
-        linear, _, leaf = path.rpartition(".")
-        if linear not in plan:
-            if stacked_name(path)[1] is None:
-                sliced[path] = value
-            continue
-        name, rows, columns = plan[linear]
-        part = _taken(value, rows, 0)
-        sliced[f"{name}.{leaf}"] = _taken(part, columns, 1) if leaf == "weight" else part
+        inner, count = config.experts.intermediate_size, config.experts.count
+        experts = _checked("experts", np.arange(count) if kept.experts is None else kept.experts, count)
+        if len(kept.channels) != len(experts):
+            raise ModelError(f"channels of {len(kept.channels)} experts were given for {len(experts)} that are kept")
+        moves |= {} if len(experts) == count else {"mlp.router": Move(rows=experts)}
+        parts = {f"mlp.experts.{e}": channels for e, channels in zip(experts, kept.channels, strict=True)}
+    for part, given in parts.items():
+        *_, expert = part.split(".")
+        channels = _checked(f"channels of expert {expert}" if kind.experts else "channels", given, inner)
+        # As many ascending numbers as there are channels are all of them.
+        moves |= {} if len(channels) == inner else channel_moves(part, channels, inner)
+    sliced, places = {}, {old: new for new, old in enumerate(experts.tolist())}
+    for path, value in reordered_block(tensors, moves).items():
+        _, number = stacked_name(path)
+        if number is None:
+            sliced[path] = value
+        elif number in places:
+            sliced[path.replace(f".{number}.", f".{places[number]}.", 1)] = value
     return sliced
 
 
-def _attention_plan(config: DecoderConfig, groups: np.ndarray) -> dict[str, _Slice]:
+def _group_moves(config: DecoderConfig, groups: np.ndarray) -> dict[str, Move]:
     size, heads = config.head_dim, config.num_heads // config.num_kv_heads
     queries, pairs = _spans(groups, heads * size), _spans(groups, size)
     all_queries, all_pairs = config.num_heads * size, config.num_kv_heads * size
-    rows = {
-        "q_proj": queries,
-        "k_proj": pairs,
-        "v_proj": pairs,
-        # Interleaved heads each have their own key and value, hence one head in a group.
-        "qkv_proj": _spans(groups, 3 * size)
-        if config.qkv == "interleaved"
-        else np.concatenate([queries, all_queries + pairs, all_queries + all_pairs + pairs]),
-    }
-    plan: dict[str, _Slice] = {f"self_attn.{name}": (f"self_attn.{name}", own, None) for name, own in rows.items()}
-    return plan | {"self_attn.o_proj": ("self_attn.o_proj", None, queries)}
-
-
-def _experts_plan(mixture: ExpertsConfig, kept: Kept) -> dict[str, _Slice]:
-    experts = _checked("experts", np.arange(mixture.count) if kept.experts is None else kept.experts, mixture.count)
-    if len(kept.channels) != len(experts):
-        raise ModelError(f"channels of {len(kept.channels)} experts were given for {len(experts)} that are kept")
-    plan: dict[str, _Slice] = {"mlp.router": ("mlp.router", experts, None)}
-    inner = mixture.intermediate_size
-    for new, (old, channels) in enumerate(zip(experts, kept.channels, strict=True)):
-        checked = _checked(f"channels of expert {old}", channels, inner)
-        plan |= _mlp_plan(f"mlp.experts.{old}", f"mlp.experts.{new}", checked, inner)
-    return plan
-
-
-def _mlp_plan(old: str, new: str, channels: np.ndarray, inner: int) -> dict[str, _Slice]:
-    rows = {"gate_proj": channels, "up_proj": channels, "gate_up_proj": np.concatenate([channels, inner + channels])}
-    plan: dict[str, _Slice] = {f"{old}.{name}": (f"{new}.{name}", own, None) for name, own in rows.items()}
-    return plan | {f"{old}.down_proj": (f"{new}.down_proj", None, channels)}
+    # Interleaved heads each have their own key and value, hence one head in a group.
+    fused = np.concatenate([queries, all_queries + pairs, all_queries + all_pairs + pairs])
+    rows = _spans(groups, 3 * size) if config.qkv == "interleaved" else fused
+    names = {"q_proj": queries, "k_proj": pairs, "v_proj": pairs, "qkv_proj": rows}
+    moves = {f"self_attn.{name}": Move(rows=own) for name, own in names.items()}
+    return moves | {"self_attn.o_proj": Move(columns=queries)}
 
 
 def _checked(what: str, indices: np.ndarray, count: int) -> np.ndarray:
@@ -349,8 +323,3 @@ def _checked(what: str, indices: np.ndarray, count: int) -> np.ndarray:
 def _spans(starts: np.ndarray, size: int) -> np.ndarray:
     """The rows of spans of `size` rows each, by the spans' numbers."""
     return (starts[:, None] * size + np.arange(size)).reshape(-1)
-
-
-def _taken(value: np.ndarray, indices: np.ndarray | None, axis: int) -> np.ndarray:
-    # As many ascending indices as there are rows are all of them.
-    return value if indices is None or len(indices) == value.shape[axis] else np.take(value, indices, axis)

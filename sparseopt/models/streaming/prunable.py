@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from sparseopt.models.base.errors import ModelError, bulleted
 from sparseopt.models.decoder.decoder import Decoder
-from sparseopt.models.files.source import Source, TensorInfo
+from sparseopt.models.files.safetensors import TensorInfo
+from sparseopt.models.files.source import Source
 
 
 class PrunableBlock(Protocol):
@@ -34,10 +35,6 @@ class PrunableBlock(Protocol):
     @property
     def num_experts(self) -> int:
         """Number of stacked experts, 0 without a mixture."""
-
-    @property
-    def expert_share(self) -> float:
-        """Mean fraction of the tokens that reach an expert."""
 
     @property
     def attention_width(self) -> int:
@@ -164,7 +161,8 @@ class PrunableModel(ABC):
 
 
 def digest(
-    tensors: Iterable[tuple[str, TensorInfo, Iterable[np.ndarray]]], config: Mapping[str, Any] | None = None
+    tensors: Iterable[tuple[str, TensorInfo | np.ndarray, Iterable[np.ndarray]]],
+    config: Mapping[str, Any] | None = None,
 ) -> str:
     """32 hexadecimal digits of a configuration and of named tensors in pieces along their first axis."""
     state = hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode(), digest_size=16)

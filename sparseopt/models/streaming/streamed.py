@@ -19,7 +19,6 @@ from jaxtyping import Int
 from sparseopt.core.base.mesh import allocate, on_device
 from sparseopt.models.base.errors import ModelError
 from sparseopt.models.decoder.decoder import Block, Decoder, Embedding, Head
-from sparseopt.models.decoder.experts import unstacked_names
 from sparseopt.models.decoder.settings import BlockKind, DecoderConfig
 from sparseopt.models.families import FAMILIES, find_family
 from sparseopt.models.families.family import Family, Shapes, block_linears, build_part, part_shapes
@@ -34,9 +33,8 @@ class StreamedModel(PrunableModel):
     def __init__(self, source: Source) -> None:
         self.source = source
         self.family: Family = find_family(source.config, source.tensors)
-        text = source.config.get("text_config")
-        fields = {**source.config, **(text if isinstance(text, dict) else {})}
-        for name in ("num_hidden_layers", "n_layer"):
+        fields = self.family.sizes.fields(source.config)
+        for name in self.family.sizes.blocks:
             if isinstance(count := fields.get(name), int):
                 check_count(source, count, f"blocks ({name}) of several each")
         self.config: DecoderConfig = self.family.configure(source.config)
@@ -56,8 +54,8 @@ class StreamedModel(PrunableModel):
         if rows is None:
             return build_part(Embedding, self.config, read=whole)
 
-        def read(path: str, shape: tuple[int, ...]) -> jax.Array:
-            return self._read_rows(f"embed_tokens.{path}", rows) if path == "weight" else whole(path, shape)
+        def read(path: str) -> jax.Array:
+            return self._read_rows(f"embed_tokens.{path}", rows) if path == "weight" else whole(path)
 
         return build_part(Embedding, replace(self.config, vocab_size=len(rows)), read=read)
 
@@ -66,13 +64,9 @@ class StreamedModel(PrunableModel):
 
     def block_of(self, index: int, tensors: Mapping[str, np.ndarray]) -> Block:
         """Block `index` with these parameters, by path in the block, linears as `[out, in]`, experts one by one."""
-
-        def read(path: str, shape: tuple[int, ...]) -> jax.Array:
-            alone = unstacked_names(path, shape[0]) if shape else None
-            value = tensors[path] if alone is None else np.stack([tensors[name] for name in alone])
-            return jnp.asarray(value, jnp.float32)
-
-        return build_part(Block, self.config, self._kind(index), read=read)
+        return build_part(
+            Block, self.config, self._kind(index), read=lambda path: jnp.asarray(tensors[path], jnp.float32)
+        )
 
     def head(self) -> Head:
         """Read the final norm and the projection to logits; a tied head reads the embedding's matrix."""
@@ -107,10 +101,10 @@ class StreamedModel(PrunableModel):
         self._check_tied_head()
         embedding, stored = self.embedding(), self._reader("head")
 
-        def read(path: str, shape: tuple[int, ...]) -> jax.Array:
+        def read(path: str) -> jax.Array:
             # A tied head's matrix is in memory already.
             tied = self.config.tied and path == "lm_head.weight"
-            return embedding.weight[...] if tied else stored(path, shape)
+            return embedding.weight[...] if tied else stored(path)
 
         decoder = nnx.eval_shape(lambda: Decoder(self.config, rngs=nnx.Rngs(0)))
         decoder.embed_tokens = embedding
@@ -135,14 +129,8 @@ class StreamedModel(PrunableModel):
             first += len(piece)
         return on_device(value)
 
-    def _reader(self, part: str) -> Callable[[str, tuple[int, ...]], jax.Array]:
-        def read(path: str, shape: tuple[int, ...]) -> jax.Array:
-            alone = unstacked_names(path, shape[0]) if shape else None
-            if alone is None:
-                return self.read(f"{part}.{path}")
-            return jnp.stack([self.read(f"{part}.{name}") for name in alone])
-
-        return read
+    def _reader(self, part: str) -> Callable[[str], jax.Array]:
+        return lambda path: self.read(f"{part}.{path}")
 
     def _read_rows(self, path: str, rows: Int[np.ndarray, "rows"]) -> jax.Array:
         key, start = self.family.keys.to_key(path), 0

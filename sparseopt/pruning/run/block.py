@@ -252,7 +252,7 @@ def _moves(
         losses[name] = tensors[f"{name}.weight"].astype(np.float32) ** 2 * energy
         if key in plan.output_weights:
             losses[name] *= plan.output_weights[key][:, None]
-    return block_moves(block.config, block.linears, agreed(block_orders(block.config, losses, patterns)))
+    return block_moves(block.config, agreed(block_orders(block.config, losses, patterns)))
 
 
 def _evidence(plan: Plan, name: str, tap: str, grams: BlockGrams, tests: BlockGrams) -> tuple[int, bool, bool]:

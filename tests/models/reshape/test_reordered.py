@@ -30,7 +30,7 @@ def test_a_reordered_block_computes_the_same(name: str, tmp_path: Path) -> None:
     block, tensors = model.block(0), block_tensors(model, 0)
     widths = {linear: block.weight_shape(linear)[1] for linear in block.linears}
     orders = random_orders(model.config, block.linears, widths)
-    moved = reordered_block(tensors, block_moves(model.config, block.linears, orders))
+    moved = reordered_block(tensors, block_moves(model.config, orders))
     changed = {path for path, value in tensors.items() if not np.array_equal(value, moved[path])}
     assert {f"{linear}.weight" for linear in orders} < changed
     # Biases follow their rows.
@@ -40,10 +40,10 @@ def test_a_reordered_block_computes_the_same(name: str, tmp_path: Path) -> None:
 
 def test_an_order_that_changes_the_function_is_refused(tmp_path: Path) -> None:
     model = opened(ONE_EACH[0], tmp_path)
-    linears, config = model.block_linears(0), model.config
+    config = model.config
     twice = np.zeros(config.intermediate_size, int)
     with pytest.raises(ModelError, match="must name each of them once"):
-        block_moves(config, linears, {"mlp.down_proj": twice})
+        block_moves(config, {"mlp.down_proj": twice})
     across = np.roll(np.arange(config.num_heads * config.head_dim), 1)
     with pytest.raises(ModelError, match="move within their head, alike in all heads of a KV group"):
-        block_moves(config, linears, {"self_attn.o_proj": across})
+        block_moves(config, {"self_attn.o_proj": across})

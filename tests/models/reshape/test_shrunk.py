@@ -30,7 +30,6 @@ from sparseopt.models import (
     smaller_model,
     unread,
 )
-from sparseopt.models.decoder.experts import unstacked_names
 from sparseopt.models.families.family import build_part, part_shapes
 from tests.models.decoder.test_decoder import GOLDEN, write_golden
 from tests.models.tiny import random_tensors, tiny_config, write_folder
@@ -183,11 +182,7 @@ def test_block_kinds_follow_the_blocks_where_a_pattern_made_them(
 
 
 def built(config: DecoderConfig, kind: BlockKind, values: Mapping[str, np.ndarray]) -> Block:
-    def read(path: str, shape: tuple[int, ...]) -> jax.Array:
-        alone = unstacked_names(path, shape[0]) if shape else None
-        return jnp.asarray(values[path] if alone is None else np.stack([values[name] for name in alone]))
-
-    return build_part(Block, config, kind, read=read)
+    return build_part(Block, config, kind, read=lambda path: jnp.asarray(values[path]))
 
 
 def silenced(config: DecoderConfig, tensors: Mapping[str, np.ndarray], kept: Kept) -> dict[str, np.ndarray]:

@@ -57,7 +57,7 @@ def test_the_orders_of_a_block_fit_its_heads(tmp_path, rng):
     orders = block_orders(model.config, losses, dict.fromkeys(losses, TWO_OF_FOUR))
     assert set(orders) == {"self_attn.o_proj", "mlp.down_proj"}
     # Refused if values left their head, or moved otherwise in a head of the same group.
-    block_moves(model.config, block.linears, orders)
+    block_moves(model.config, orders)
     for name, order in orders.items():
         score = losses[name].T
         assert kept(score, order, TWO_OF_FOUR) > kept(score, np.arange(len(order)), TWO_OF_FOUR)

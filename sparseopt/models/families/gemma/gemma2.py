@@ -50,6 +50,6 @@ def _read_config(config: Config) -> DecoderConfig:
     return read_gemma(config, tuple(BlockKind(rope, window if slides else None) for slides in local), 50.0, 30.0)
 
 
-GEMMA2 = Family(
+FAMILY = Family(
     "gemma2", _read_config, KeyTable(block=GEMMA_NORMS), SizeFields(by_block=("layer_types",)), refuses_undivided_width
 )

@@ -41,4 +41,4 @@ def read_text_config(config: Config) -> DecoderConfig:
 
 SIZES = SizeFields(by_block=("layer_types",))
 
-GEMMA3 = Family("gemma3_text", read_text_config, KeyTable(block=GEMMA_NORMS), SIZES, refuses_undivided_width)
+FAMILY = Family("gemma3_text", read_text_config, KeyTable(block=GEMMA_NORMS), SIZES, refuses_undivided_width)

@@ -10,7 +10,7 @@ def _read_config(config: Config) -> DecoderConfig:
     given = {"num_local_experts": 8, "num_experts_per_tok": 2, "rms_norm_eps": 1e-5, **config}
     kind = BlockKind(read_rope(config, 1e6), optional(config, "sliding_window"), experts=True)
     experts = read_experts(given, "num_local_experts", "intermediate_size", normalise=True)
-    return read_decoder(given, kind, experts=experts)
+    return read_decoder(given, (kind,), experts=experts)
 
 
 BLOCK = (
@@ -21,4 +21,4 @@ BLOCK = (
     ("block_sparse_moe.experts.*.w2", "mlp.experts.*.down_proj"),
 )
 
-MIXTRAL = Family("mixtral", _read_config, KeyTable(block=BLOCK), SizeFields(experts=("num_local_experts",)))
+FAMILY = Family("mixtral", _read_config, KeyTable(block=BLOCK), SizeFields(experts=("num_local_experts",)))

@@ -30,4 +30,4 @@ SIZES = SizeFields(
     by_block=("mlp_only_layers", "decoder_sparse_step"),
 )
 
-QWEN3_MOE = Family("qwen3_moe", _read_config, KEYS, SIZES)
+FAMILY = Family("qwen3_moe", _read_config, KEYS, SIZES)

@@ -17,7 +17,7 @@ from gguf.quants import dequantize
 
 from sparseopt.models.base.errors import ModelError
 from sparseopt.models.base.fields import shown
-from sparseopt.models.files.safetensors import is_shape, read_part, slices
+from sparseopt.models.files.safetensors import StoredTensor, is_shape, read_part
 
 # Metadata value types 0 to 12; 8 is a string and 9 an array.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -36,12 +36,9 @@ _PLAIN = {
 
 
 @dataclass(frozen=True)
-class GGUFTensor:
-    """Where a tensor is stored: its file, first byte, shape (slowest axis first) and storage type."""
+class GGUFTensor(StoredTensor):
+    """Where a tensor is stored, and its storage type; a quantised one reads as float32."""
 
-    file: Path
-    start: int
-    shape: tuple[int, ...]
     kind: GGMLQuantizationType
 
     @property
@@ -49,21 +46,17 @@ class GGUFTensor:
         return self.kind not in _PLAIN
 
     @property
-    def dtype(self) -> np.dtype:
-        return _PLAIN.get(self.kind, np.dtype(np.float32))
-
-    @property
-    def nbytes(self) -> int:
+    def stored_bytes(self) -> int:
         block, block_bytes = GGML_QUANT_SIZES[self.kind]
         return math.prod(self.shape) // block * block_bytes
 
     def read(self) -> np.ndarray:
-        """The tensor; a quantised one as float32, piece by piece, since dequantising takes several times its memory."""
-        if self.kind in _PLAIN:
-            return read_part(self.file, self.dtype, math.prod(self.shape), self.start).reshape(self.shape)
+        """The tensor; a quantised one piece by piece, since dequantising takes several times its memory."""
+        if not self.quantised:
+            return super().read()
         found, first = np.empty(self.shape, self.dtype), 0
-        for piece in slices(self):
-            raw = read_part(self.file, np.dtype(np.uint8), piece.nbytes, piece.start)
+        for piece in self.slices():
+            raw = read_part(self.file, np.dtype(np.uint8), piece.stored_bytes, piece.start)
             try:
                 found[first : first + piece.shape[0]] = dequantize(raw, self.kind).reshape(piece.shape)
             except NotImplementedError as error:
@@ -156,7 +149,11 @@ def read_header(file: Path) -> GGUFHeader:
         if type(alignment) is not int or not 1 <= alignment <= 2**20:
             raise reader.corrupt(f"general.alignment is {shown(alignment)}")
         data = -(-stream.tell() // alignment) * alignment
-        tensors = {name: GGUFTensor(file, data + offset, shape, kind) for name, shape, kind, offset in table}
+        float32 = np.dtype(np.float32)
+        tensors = {
+            name: GGUFTensor(shape, _PLAIN.get(kind, float32), file, data + offset, kind)
+            for name, shape, kind, offset in table
+        }
         if len(tensors) < len(table):
             raise reader.corrupt("a tensor's name is given twice")
         _check_places(reader, tensors)
@@ -166,12 +163,13 @@ def read_header(file: Path) -> GGUFHeader:
 def _check_places(reader: _Reader, tensors: dict[str, GGUFTensor]) -> None:
     """Refuse tensors that lie outside the file or overlap, which would make a model larger than its file."""
     free = 0
-    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)):
-        if tensor.start + tensor.nbytes > reader.size:
-            raise reader.corrupt(f"tensor {name[:200]} ends at byte {tensor.start + tensor.nbytes} of {reader.size}")
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stored_bytes)):
+        end = tensor.start + tensor.stored_bytes
+        if end > reader.size:
+            raise reader.corrupt(f"tensor {name[:200]} ends at byte {end} of {reader.size}")
         if tensor.start < free:
             raise reader.corrupt(f"tensor {name[:200]} begins at byte {tensor.start}, in the tensor before it")
-        free = tensor.start + tensor.nbytes
+        free = end
 
 
 def _read_entry(reader: _Reader) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
@@ -182,6 +180,6 @@ def _read_entry(reader: _Reader) -> tuple[str, tuple[int, ...], GGMLQuantization
         kind = GGMLQuantizationType(code)
     except ValueError as error:
         raise reader.corrupt(f"tensor {name[:200]} has the unknown type {code}") from error
-    if not is_shape(sizes) or not sizes or sizes[0] % GGML_QUANT_SIZES[kind][0]:
+    if not sizes or not is_shape(sizes) or sizes[0] % GGML_QUANT_SIZES[kind][0]:
         raise reader.corrupt(f"tensor {name[:200]} of type {kind.name} has the sizes {sizes}")
     return name, tuple(reversed(sizes)), kind, offset

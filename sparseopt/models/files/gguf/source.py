@@ -13,7 +13,6 @@ from sparseopt.models.base.errors import ModelError
 from sparseopt.models.files.gguf.architectures import ARCHITECTURES, ROPE_FACTORS, Fields
 from sparseopt.models.files.gguf.header import GGUFTensor, read_header
 from sparseopt.models.files.gguf.tokenizer import build_tokenizer, tokenizer_config
-from sparseopt.models.files.safetensors import slices
 
 _MOST_BLOCKS = 10_000
 
@@ -28,7 +27,8 @@ class GGUFSource:
         self.follow_links = False
         self._metadata, tensors = read_header(path)
         name, parts = self._metadata.get("general.architecture"), self._metadata.get("split.count", 1)
-        if not isinstance(name, str) or name not in ARCHITECTURES:
+        # In a list: a damaged file may give a value that cannot be hashed.
+        if name not in list(ARCHITECTURES):
             raise ModelError(
                 f"{path} has the unknown architecture {repr(name)[:90]}; known are {', '.join(ARCHITECTURES)}"
             )
@@ -36,7 +36,7 @@ class GGUFSource:
             raise ModelError(
                 f"{path} is one of {repr(parts)[:20]} parts (split.count); join them with `llama-gguf-split --merge`"
             )
-        self._name, self._architecture = name, ARCHITECTURES[name]
+        self._name, self._architecture = str(name), ARCHITECTURES[str(name)]
         self._named = {self._architecture.hf_name(name): tensor for name, tensor in tensors.items()}
         self.tensors: dict[str, GGUFTensor] = {
             name: tensor for name, tensor in self._named.items() if name != ROPE_FACTORS
@@ -48,8 +48,8 @@ class GGUFSource:
     def pieces(self, name: str) -> Iterator[np.ndarray]:
         tensor, architecture = self.tensors[name], self._architecture
         # Where rows change places all are read at once.
-        for piece in [tensor] if architecture.moves_rows(name) else slices(tensor):
-            yield architecture.undo(name, piece.read(), self.config)
+        for piece in [tensor.read()] if architecture.moves_rows(name) else tensor.pieces():
+            yield architecture.undo(name, piece, self.config)
 
     @cached_property
     def config(self) -> dict[str, Any]:

@@ -6,9 +6,10 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from sparseopt.models.base.errors import ModelError, guarded
+from sparseopt.models.base.errors import ModelError, checked, guarded
 
 _PREFIX = "tokenizer.ggml."
 
@@ -20,6 +21,13 @@ _LONGEST_TOKEN = 1024
 
 # Special tokens by their names in Hugging Face and in GGUF.
 _SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+
+_TABLES: dict[str, TypeAdapter[Any]] = {
+    "tokens": TypeAdapter(list[str]),
+    "merges": TypeAdapter(list[str]),
+    "scores": TypeAdapter(list[float]),
+    "token_type": TypeAdapter(list[int]),
+}
 
 # GPT-2's words for all scripts; models differ in how many digits stay together.
 _WORD_PATTERN = (
@@ -93,11 +101,8 @@ def _end_token(stored: Mapping[str, Any], name: str, default: bool) -> list[str]
 
 def _check_tables(stored: Mapping[str, Any], path: Path) -> None:
     """Check the types of the tables and that the special ids are ids of tokens."""
-    kinds = {"tokens": str, "merges": str, "scores": float, "token_type": int}
-    for name, kind in kinds.items():
-        table = stored.get(name, [])
-        if not isinstance(table, list) or not all(type(item) is kind for item in table):
-            raise ModelError(f"{path} has a corrupt table {_PREFIX}{name}; download it again")
+    for name, kind in _TABLES.items():
+        checked(kind, stored.get(name, []), f"{path} has a corrupt table {_PREFIX}{name}")
     tokens, marks = stored["tokens"], stored.get("token_type")
     longest = max(map(len, tokens))
     if longest > _LONGEST_TOKEN:
@@ -117,7 +122,8 @@ def _check_tables(stored: Mapping[str, Any], path: Path) -> None:
 
 def _byte_level(stored: Mapping[str, Any], path: Path) -> Tokenizer:
     words = stored.get("pre")
-    if not isinstance(words, str) or words not in _WORDS:
+    # In a list: a damaged file may give a value that cannot be hashed.
+    if words not in list(_WORDS):
         raise ModelError(f"{path} splits words by {repr(words)[:100]} ({_PREFIX}pre); known are {', '.join(_WORDS)}")
     merges = [tuple(merge.split(" ", 1)) for merge in stored.get("merges", [])]
     vocab = {token: i for i, token in enumerate(stored["tokens"])}
@@ -125,7 +131,7 @@ def _byte_level(stored: Mapping[str, Any], path: Path) -> Tokenizer:
         raise ModelError(f"{path} has a tokenizer with a merge whose parts or whole are no token; download it again")
     # Llama 3 looks a whole word up before it merges.
     tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=words == "llama-bpe"))
-    tokenizer.pre_tokenizer = _WORDS[words]()
+    tokenizer.pre_tokenizer = _WORDS[str(words)]()
     tokenizer.decoder = decoders.ByteLevel()
     if words == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
