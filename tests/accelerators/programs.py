@@ -221,7 +221,7 @@ def _embedding(model: str, place: Place) -> jax.stages.Lowered:
 def _training(model: str) -> tuple[Any, Any, Reconstruction]:
     block, settings = part_of(Block, model), Reconstruction()
     masks = {name: jax.ShapeDtypeStruct(block.weight_shape(name), jnp.bool_) for name in block.linears}
-    graph, params, frozen = split_block(block, masks, settings)
+    graph, params, *frozen = split_block(block, masks, settings)
     fixed = Fixed(graph, frozen, jax.eval_shape(kept_entries, params, masks))
     return jax.eval_shape(start_state, params), fixed, settings
 

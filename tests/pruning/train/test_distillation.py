@@ -113,7 +113,7 @@ def test_a_step_follows_the_gradient_of_the_whole_model(model, monkeypatch):
     start = [params for _, params in split]
     loss, gradient = whole(start)
     trainer = distillation._ModelTrainer(
-        blocks, head, before, after, replace(QUICK, clip=1e6), told_nothing, [{}] * len(blocks)
+        head, told_nothing, blocks, [{}] * len(blocks), before, after, replace(QUICK, clip=1e6)
     )
     found, norm = trainer.step(1, rows, rate)
     assert float(found) == pytest.approx(float(loss), rel=1e-5)
@@ -263,7 +263,7 @@ def test_one_program_serves_all_blocks_and_settings_and_another_run(model):
 
 def test_the_estimate_covers_the_weights_and_moments_that_are_held(model):
     (before, after), (blocks, _) = streams(model), pruned(model)
-    trainer = distillation._ModelTrainer(blocks, model.head(), before, after, QUICK, told_nothing, [{}] * len(blocks))
+    trainer = distillation._ModelTrainer(model.head(), told_nothing, blocks, [{}] * len(blocks), before, after, QUICK)
     held = sum(leaf.nbytes for leaf in jax.tree.leaves([trainer.states, [nnx.state(block) for block in blocks]]))
     sizes = [sum(leaf.size for leaf in jax.tree.leaves(nnx.state(block))) for block in blocks]
     parts = distillation_bytes(model.config, sum(sizes), max(sizes), TIME)
