@@ -230,7 +230,7 @@ def _training_step(model: str, place: Place) -> jax.stages.Lowered:
     (state, fixed, settings), x = _training(model), _windows(model, place)
     rows = jax.ShapeDtypeStruct((settings.windows,), jnp.int32)
     weights, number = jax.ShapeDtypeStruct(x.shape[-1:], jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
-    return _step_of_rows.lower(*place.whole((state, fixed, weights, x, x, rows, number, number)))
+    return _step_of_rows.lower(*place.whole((state, fixed, weights, (x, x), rows, number, number)))
 
 
 def _distillation_step(model: str, place: Place) -> jax.stages.Lowered:

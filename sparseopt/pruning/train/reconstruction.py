@@ -82,14 +82,13 @@ def _train_step(
     state: TrainState,
     fixed: Fixed,
     weights: Float[Array, "D"],
-    inputs: Float[Array, "B T D"],
-    targets: Float[Array, "B T D"],
+    batch: tuple[Float[Array, "B T D"], Float[Array, "B T D"]],
     rows: Int[Array, "windows"],
     rate: Float[Array, ""],
     clip: Float[Array, ""],
 ) -> tuple[TrainState, Array, Array]:
-    """One update from some windows of a batch; returns the state, the loss before it and the gradient's norm."""
-    x, target = jnp.take(inputs, rows, axis=0), jnp.take(targets, rows, axis=0)
+    """One update from some windows of inputs and targets; the state, the loss before it and the gradient's norm."""
+    x, target = (jnp.take(each, rows, axis=0) for each in batch)
     loss, gradient = jax.value_and_grad(_loss)(state.params, fixed, weights, x, target)
     state, norm = updated(state, gradient, fixed.kept, rate, clip)
     return state, loss, norm
@@ -138,9 +137,9 @@ class _BlockTrainer(Trainer):
         return float(np.mean([float(loss) for loss in losses]))
 
     def step(self, index: int, rows: np.ndarray, rate: np.float32) -> tuple[Array, Array]:
-        (inputs, targets), clip = self.calibration, np.float32(self.settings.clip)
-        arguments = (self.states[0], self.fixed[0], self.weights, inputs[index], targets[index], rows, rate, clip)
-        self.states[0], loss, norm = _step_of_rows(*arguments)
+        inputs, targets = self.calibration
+        batch, clip = (inputs[index], targets[index]), np.float32(self.settings.clip)
+        self.states[0], loss, norm = _step_of_rows(self.states[0], self.fixed[0], self.weights, batch, rows, rate, clip)
         return loss, norm
 
 
