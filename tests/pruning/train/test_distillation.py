@@ -171,21 +171,6 @@ def test_a_model_that_gives_the_dense_answer_keeps_every_bit(model):
     assert_same_bits(before, parameters(blocks))
 
 
-@pytest.mark.parametrize("held_out", [True, False])
-def test_a_learning_rate_of_a_million_leaves_the_start_and_ends_early(model, held_out):
-    blocks, _ = pruned(model)
-    before, given = parameters(blocks), streams(model)
-    if not held_out:
-        given = tuple(Stream(stream.calibration, Batches()) for stream in given)
-    record = distil_quick(model, blocks, Distillation(learning_rate=1e6, windows=4, divergence=1.2), given=given)
-    assert record.status != TrainingStatus.FINISHED.name
-    assert record.best_epoch == 0
-    assert record.last_loss == record.first_loss
-    assert record.heldout_best == record.heldout_first
-    assert (record.heldout_best is not None) == held_out
-    assert_same_bits(before, parameters(blocks))
-
-
 def test_the_best_epoch_is_kept_when_later_ones_are_worse(model):
     """A warm-up over nearly all steps: the first epochs are calm, then the rate becomes far too large."""
     (before, after), (blocks, _), head = streams(model), pruned(model), model.head()
