@@ -233,7 +233,7 @@ def pruned_rows(
         except Exception as error:
             bench.fail(f"perplexity, {part}, {name} at {setting}", error)
             continue
-        passes.setdefault((recipe.output_weighting(), recipe.chosen_allocation), {})[name] = recipe
+        passes.setdefault((recipe.output_weights, recipe.allocation), {})[name] = recipe
     for rows in passes.values():
         for name, row in run_pass(bench.source, rows, bench.data, bench.scoring, f"{part} at {setting}"):
             if isinstance(row, Exception):

@@ -71,7 +71,7 @@ HOUSE = {
         "branch",
         "shared_pass",
     ],
-    "pruning/measure": ["block_removal survey", "mixing", "shaping"],
+    "pruning/measure": ["block_removal survey", "mixing"],
     "pruning": ["memory", "pipeline", "inspection", "__init__"],
     "experiments": [
         "names plots* read/*",

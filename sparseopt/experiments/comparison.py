@@ -177,7 +177,7 @@ def tabulate(
         labels: dict[str, Any] = {"method": folder.name, "pattern": None, "sparsity": None}
         try:
             if folder in errors:
-                labels = _labels(tasks[folder], tasks[folder].recipe().asked_sparsity)
+                labels = _labels(tasks[folder], tasks[folder].recipe().sparsity)
                 raise ValueError(errors[folder])
             finished = load_run(folder, allow_code)
         except ValueError as error:
@@ -208,7 +208,7 @@ def _figures(finished: FinishedRun) -> dict[str, Any]:
     figures["versions"] = ", ".join(f"{name} {number}" for name, number in start["versions"].items())
     if "layers" in record:
         recipe = finished.task.recipe()
-        moved = f", {recipe.propagated_share:g} of the upstream error corrected" if recipe.propagated_share else ""
+        moved = f", {recipe.propagate:g} of the upstream error corrected" if recipe.propagate else ""
         # What the layer errors are relative to.
         figures["errors"] = f"{recipe.weighting} tokens{moved}"
         figures["whole_seconds"], figures["peak_memory_GiB"] = record["seconds"], record["peak_memory_bytes"] / 2**30

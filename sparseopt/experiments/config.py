@@ -225,9 +225,9 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> Iterator[tuple[L
         place: Location = tuple(found["loc"])
         inner, key = found.get("ctx", {}).get("error"), str(place[-1]) if place else ""
         block = _model_at(model, place[:-1])
-        ended: Mapping[str, str] = getattr(block, "ended", {})
-        if said := {key, f"{key} {found['input']}"} & ended.keys():
-            yield place, ended[said.pop()]
+        said = getattr(block, "ended", None)
+        if said and (instead := said(key, found["input"])):
+            yield place, instead[1]
         elif isinstance(inner, Mistakes):
             for key, text in inner.found:
                 yield (*place, key), text

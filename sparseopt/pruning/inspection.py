@@ -203,7 +203,6 @@ def inspect_model(
     recipe = with_dtype(opened, recipe)
     if model is not None:
         recipe = recipe.model_copy(update={"windows": recipe.windows or default_windows(model, recipe.seqlen)})
-        recipe = recipe.model_copy(update={"variants": recipe.variant_count})  # their default depends on the windows
     dtypes: Counter[str] = Counter()
     for info in opened.tensors.values():
         dtypes[info.dtype.name] += _size(info) * info.dtype.itemsize
@@ -249,7 +248,7 @@ def measured_seconds(model: StreamedModel, recipe: Recipe) -> float:
         changed = {"calibration": ids, "bos": "auto", "seed": None, "score": recipe.score or "pydoc"}
         recipe = recipe.model_copy(update=changed)
     # The zeros of other models belong to all their blocks.
-    chosen = {"allocation": recipe.chosen_allocation, "permute": recipe.permutes, "masks": None}
+    chosen = {"allocation": recipe.allocation, "permute": recipe.permute, "masks": None}
     recipe = recipe.model_copy(update=chosen)
     seconds = []
     # Programs know the number of blocks, so each number compiles its own.
@@ -288,7 +287,7 @@ def _known(model: StreamedModel, recipe: Recipe, method: LayerMethod, device_mem
     zeros, saved = sum(_size(tensors[k]) - n for k, n in kept.items()), sum(dense[k] - n for k, n in packed.items())
     if recipe.chooses_linears:
         # As many linears have the pattern as make the sparsity.
-        share = recipe.asked_sparsity * _total(tensors[k] for k in kept) / zeros
+        share = recipe.sparsity * _total(tensors[k] for k in kept) / zeros
         zeros, saved = round(share * zeros), round(share * saved)
     room = device_memory_left() if device_memory is None else device_memory
     memory, on_disk = (prune_memory(model, recipe, method, where, room=room) for where in PLACES)

@@ -254,7 +254,7 @@ def choose_footprint(
     elif budget and not spread:
         # What torch holds is not known; activations do not add to it.
         where = "disk"
-        tokens = calibration.size * (1 + plans[0].recipe.variant_count) + heldout.size
+        tokens = calibration.size * (1 + plans[0].recipe.variants) + heldout.size
         scratch = (len(plans) + 3) * FLOAT32 * tokens * model.config.hidden_size
     output = [sum(output_bytes(plan.target, plan.recipe).values()) for plan in plans]
     _check_disks([plan.folder for plan in plans], [_disk_bytes(plan) for plan in plans], scratch)
@@ -353,7 +353,7 @@ def _phases(
     block = max(blocks, key=lambda b: b.parameters)
     weights = FLOAT32 * block.parameters
     grams = max(b.gram_bytes for b in blocks if b.solved)
-    sets = 1 + (recipe.heldout_windows > 0) + (recipe.propagated_share > 0)
+    sets = 1 + (recipe.heldout_windows > 0) + (recipe.propagate > 0)
     shapes = {(outputs, inputs) for b in blocks for outputs, inputs, _ in b.solved}
     widest = max(_nbytes(model.source.tensors[key]) for key in model.outer_keys())
     # Packed at once, else copied in pieces, which are read, dequantised and converted.
@@ -384,7 +384,7 @@ def _phases(
         left = max(0, room - sum(solves.values()))
     parts = {shape: fewest_blocks(shape, workspace, left) for shape in shapes}
     workspaces = [workspace.nbytes(-(-outputs // parts[outputs, inputs]), inputs) for outputs, inputs in shapes]
-    if recipe.propagated_share:
+    if recipe.propagate:
         workspaces += [PROPAGATION.nbytes(*shape) for shape in shapes]
     solves["workspace"] = max(workspaces)
     if recipe.needs_sensitivities:

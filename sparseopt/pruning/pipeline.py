@@ -29,7 +29,7 @@ from sparseopt.layers.split import is_out_of_memory
 from sparseopt.models import Source, TorchModel, check_output, open_model
 from sparseopt.pruning.base.activations import Stream, embed_windows
 from sparseopt.pruning.base.reports import Passed, PruneReport
-from sparseopt.pruning.measure.shaping import choose_shapes
+from sparseopt.pruning.measure.mixing import choose_shapes
 from sparseopt.pruning.measure.survey import survey
 from sparseopt.pruning.memory import choose_footprint
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe
@@ -258,7 +258,7 @@ def _run(work: Pass, stop: Callable[[], bool] | None) -> dict[str, Any]:
         for branch in branches:
             keep_drawn(branch.plan, work.windows)
     batches = work.batches
-    seen = with_variants(model, work.windows, recipes[0].variant_count, batches, runner, work.observer)
+    seen = with_variants(model, work.windows, recipes[0].variants, batches, runner, work.observer)
     return_freed_memory()
     stream, watch = Stream(*embed_windows(model, batches, *seen[:2])), Stopwatch()
     survey(work, stream)

@@ -5,6 +5,7 @@ other commands do not.
 """
 
 import contextlib
+import functools
 import inspect
 import itertools
 import os
@@ -85,13 +86,13 @@ class RecipeCommand(TyperCommand):
         Raises:
             ValueError: for an option that has ended, with what to use in its place.
         """
-        from sparseopt.pruning.recipe.options import ENDED
+        from sparseopt.pruning.recipe.options import ended
 
         for word, after in itertools.pairwise([*args, ""]):
             option, _, value = word.partition("=")
             name = option.removeprefix("--").replace("-", "_")
-            for ended in {name, f"{name} {value or after}"} & ENDED.keys() if word.startswith("--") else ():
-                raise ValueError(f"--{ended.replace('_', '-')} {ENDED[ended]}")
+            if word.startswith("--") and (said := ended(name, value or after)):
+                raise ValueError(f"--{said[0].replace('_', '-')} {said[1]}")
         assert self.callback is not None
         info = typer.models.CommandInfo(
             self.name, callback=completed(inspect.unwrap(self.callback)), epilog=self.epilog
@@ -102,31 +103,22 @@ class RecipeCommand(TyperCommand):
         return whole.make_context(info_name, args, parent, **extra)
 
 
-def recipe_model(name: str) -> "type[PassRecipe]":
-    """`Recipe` or `ShrinkRecipe`."""
-    from sparseopt import pruning
-
-    return getattr(pruning, name)
-
-
 def takes_recipe(
     model: str = "Recipe",
     *,
     only: Collection[str] = (),
     without: Collection[str] = (),
     lists: Mapping[str, str] | None = None,
-) -> Callable[[Callable[..., None]], Callable[[], None]]:
+) -> Callable[[Callable[..., None]], Any]:
     """Give a command the fields of a recipe as options, and in place of its keywords `**` those that are given.
 
     Unless it takes `only` some, `--recipe` reads from a file those that are not typed.
     `lists` has options that take several values with commas between, and what to add to their help.
     """
 
-    def marked(function: Callable[..., None]) -> Callable[[], None]:
-        def command() -> None: ...
-
-        command.__name__, command.__doc__ = function.__name__, function.__doc__
-        command.complete = lambda: _complete(function, recipe_model(model), only, without, lists or {})  # type: ignore[attr-defined]
+    def marked(function: Callable[..., None]) -> Any:
+        command: Any = _named(function, lambda: None)
+        command.complete = functools.partial(_complete, function, model, only, without, lists or {})
         return command
 
     return marked
@@ -161,15 +153,13 @@ def numbers(text: str, option: str, *, repeat: bool = False) -> list[float]:
 
 
 def _complete(
-    function: Callable[..., None],
-    model: "type[PassRecipe]",
-    only: Collection[str],
-    without: Collection[str],
-    lists: Mapping[str, str],
-) -> Callable[..., None]:
-    """The function with these fields in place of its `**`, all by keyword and sorted by panel."""
+    function: Callable[..., None], kind: str, only: Collection[str], without: Collection[str], lists: Mapping[str, str]
+) -> Any:
+    """The function with these fields of a kind of recipe in place of its `**`, all by keyword and sorted by panel."""
+    from sparseopt import pruning
     from sparseopt.pruning.recipe.options import CALIBRATION, HOW, KEEP, OUTPUT, WHAT
 
+    model: type[PassRecipe] = getattr(pruning, kind)
     panels = [None, OUTPUT, WHAT, KEEP, HOW, CALIBRATION, "Evaluation", MACHINE]
     own = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
     names = [name for name in only or model.model_fields if name not in without]
@@ -182,22 +172,24 @@ def _complete(
         [*(parameter.replace(kind=KEYWORD_ONLY) for parameter in own), *made],
         key=lambda each: panels.index(getattr(each.annotation.__metadata__[0], "rich_help_panel", None)),
     )
-    context = inspect.Parameter("context", KEYWORD_ONLY, annotation=typer.Context)
+    parameters.append(inspect.Parameter("context", KEYWORD_ONLY, annotation=typer.Context))
 
     def command(context: typer.Context, **given: Any) -> None:
         file = given.pop(FILE, None)
-        typed = {name: value for name, value in given.items() if name not in names or _is_typed(context, name)}
+        left = {name for name in names if getattr(context.get_parameter_source(name), "name", "") in ("", "DEFAULT")}
+        typed = {name: value for name, value in given.items() if name not in left}
         function(**(model.fields_in(file, without) if file else {}) | typed)
 
+    completed = _named(function, command)
+    completed.__signature__ = inspect.Signature(parameters)
+    completed.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return completed
+
+
+def _named(function: Callable[..., None], command: Any) -> Any:
+    """A command with the name and the text of a function."""
     command.__name__, command.__doc__ = function.__name__, function.__doc__
-    command.__signature__ = inspect.Signature([*parameters, context])  # type: ignore[attr-defined]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in [*parameters, context]}
     return command
-
-
-def _is_typed(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name != "DEFAULT"
 
 
 def _parameter(name: str, field: "FieldInfo", of_list: str | None, without_panel: bool) -> inspect.Parameter:

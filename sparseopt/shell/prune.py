@@ -47,10 +47,10 @@ def prune(
         from sparseopt.pruning import Recipe
 
         recipes = options.recipes(Recipe, given, ["sparsity"])
-        plans = [(each, output / f"{each.asked_sparsity:g}" if len(recipes) > 1 else output) for each in recipes]
+        plans = [(each, output / f"{each.sparsity:g}" if len(recipes) > 1 else output) for each in recipes]
         first = recipes[0]
         kept = first.has_support
-        asked = [f"{each.asked_sparsity:.0%}" if each.asked_sparsity or not kept else "given zeros" for each in recipes]
+        asked = [f"{each.sparsity:.0%}" if each.sparsity or not kept else "given zeros" for each in recipes]
         title = f"{' '.join(name_of(first))} {', '.join(asked)}"
         if first.pattern != "unstructured":
             title = f"{title} {first.pattern}"
@@ -63,31 +63,27 @@ def prune(
 
 def name_of(recipe: "PassRecipe") -> list[str]:
     """The effort and the method of a recipe as far as they are named; "good" where neither is."""
-    from sparseopt.pruning.recipe.effort import effort_of
-
-    return [str(name) for name in (effort_of(vars(recipe)), recipe.method) if name is not None]
+    return [str(name) for name in (recipe.effort, recipe.given("method")) if name is not None]
 
 
 def fast_is_faster(recipe: "PassRecipe") -> bool:
     """Whether effort fast takes less time than a recipe's effort."""
-    from sparseopt.pruning.recipe.effort import effort_of
-
-    return effort_of(vars(recipe)) in ("good", "most")
+    return recipe.effort in ("good", "most")
 
 
 def choice_lines(recipe: "PassRecipe", typed: Mapping[str, Any]) -> list[str]:
     """What a recipe takes where nothing was `typed`, with its cost, a choice a line."""
     from sparseopt.layers.patterns import implied_sparsity
     from sparseopt.pruning import Recipe
-    from sparseopt.pruning.recipe.effort import COSTS, PRUNES, SHRINKS, effort_of
+    from sparseopt.pruning.recipe.effort import COSTS, PRUNES, SHRINKS
 
     lines, prunes = [], isinstance(recipe, Recipe)
-    if (effort := effort_of(vars(recipe))) is not None:
+    if (effort := recipe.effort) is not None:
         usual = "" if "effort" in typed else "default "
         costs = "; its time beside others: " + ", ".join(f"{name} {cost:g}" for name, cost in COSTS.items())
         lines.append(f"{usual}--effort {effort}: {(PRUNES if prunes else SHRINKS)[effort]}{costs * prunes}")
     if isinstance(recipe, Recipe) and "sparsity" not in typed and implied_sparsity(recipe.pattern) is None:
-        lines.append(f"default --sparsity {recipe.asked_sparsity:g}: that fraction of the weights of every linear")
+        lines.append(f"default --sparsity {recipe.sparsity:g}: that fraction of the weights of every linear")
     if recipe.draws:
         usual = "" if "calibration" in typed else "default "
         lines.append(

@@ -221,7 +221,7 @@ def _embedding(model: str, place: Place) -> jax.stages.Lowered:
 def _training(model: str) -> tuple[Any, Any, Reconstruction]:
     block, settings = part_of(Block, model), Reconstruction()
     masks = {name: jax.ShapeDtypeStruct(block.weight_shape(name), jnp.bool_) for name in block.linears}
-    graph, params, frozen = split_block(block, masks, settings)
+    graph, params, *frozen = split_block(block, masks, settings)
     fixed = Fixed(graph, frozen, jax.eval_shape(kept_entries, params, masks))
     return jax.eval_shape(start_state, params), fixed, settings
 
@@ -230,7 +230,7 @@ def _training_step(model: str, place: Place) -> jax.stages.Lowered:
     (state, fixed, settings), x = _training(model), _windows(model, place)
     rows = jax.ShapeDtypeStruct((settings.windows,), jnp.int32)
     weights, number = jax.ShapeDtypeStruct(x.shape[-1:], jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
-    return _step_of_rows.lower(*place.whole((state, fixed, weights, x, x, rows, number, number)))
+    return _step_of_rows.lower(*place.whole((state, fixed, weights, (x, x), rows, number, number)))
 
 
 def _distillation_step(model: str, place: Place) -> jax.stages.Lowered:

@@ -169,14 +169,14 @@ def test_a_value_that_cannot_be_used_is_refused_with_those_that_can(changes, mes
 
 def test_bounds_and_penalty_are_read_from_their_texts(tmp_path, command):
     for arguments, message in (
-        (["--bounds", "low"], "bounds must be two numbers with a comma between, as in 0.3,0.8, given 'low'"),
+        (["--bounds", "low"], "bounds must be two shares of zeros, 0 <= low <= high < 1, as in 0.3,0.8, given 'low'"),
         (["--penalty", "ridge"], "unknown penalty 'ridge'; known are l1, l0, mcp, scad, group_l2"),
         (["--penalty", "mcp", "--method", "wanda"], "only method 'maiht' takes a penalty"),
     ):
         status, _, err = command("prune", "nowhere", "--output", tmp_path / "out", *arguments)
         assert status == 2
         assert message in err
-    with pytest.raises(ConfigError, match=r"bounds: .*two numbers with a comma between"):
+    with pytest.raises(ConfigError, match=r"bounds: .*two shares of zeros.* as in 0.3,0.8"):
         expand({"name": "x", "task": "prune", "bounds": "low"})
 
 
@@ -226,10 +226,10 @@ def test_an_effort_says_what_is_left_open_and_what_is_given_wins(given, effort, 
     assert values["effort"] == effort
     assert {name: values[name] for name in found} == found
     # What is used is what is recorded.
-    assert (recipe.chosen_method, recipe.chosen_allocation, recipe.permutes) == (
+    assert (recipe.method, recipe.allocation, recipe.permute) == (
         found["method"], found["allocation"], found["permute"],
     )  # fmt: skip
-    assert (recipe.output_weighting(), recipe.propagated_share) == (found["output_weights"], found["propagate"])
+    assert (recipe.output_weights, recipe.propagate) == (found["output_weights"], found["propagate"])
     trained = (recipe.reconstruction, recipe.distillation)
     assert [each.epochs if each else 0 for each in trained] == [found["train_epochs"], found["distil_epochs"]]
 

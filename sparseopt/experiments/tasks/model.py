@@ -5,7 +5,7 @@ import hashlib
 import json
 import shutil
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -30,8 +30,7 @@ from sparseopt.models import (
 )
 from sparseopt.pruning import METHODS, PruneReport, perplexity, prune_models
 from sparseopt.pruning.base.reports import Event, LayerRecord, Passed, mean_errors
-from sparseopt.pruning.recipe.effort import effort_of
-from sparseopt.pruning.recipe.options import ENDED, mistakes_of, plain_type
+from sparseopt.pruning.recipe.options import ended, mistakes_of, plain_type
 from sparseopt.pruning.recipe.pass_recipe import BosChoice, PassRecipe
 from sparseopt.pruning.run.calibration import PASS_FIELDS
 from sparseopt.pruning.run.plan import make_plan
@@ -56,7 +55,7 @@ def model_path(source: str) -> Path:
 class RecipeSettings(Strict):
     """The fields of a recipe as a config block."""
 
-    ended: ClassVar[Mapping[str, str]] = ENDED
+    ended: ClassVar[Callable[[str, Any], tuple[str, str] | None]] = staticmethod(ended)
 
 
 def settings_of(recipe: type[PassRecipe], without: Collection[str]) -> Any:
@@ -129,8 +128,7 @@ class ModelTask(Task):
             named = self.method if isinstance(self.method, str) else self.method.label
             return " ".join(filter(None, (getattr(self, "effort", None), named)))
         recipe = self.recipe()
-        effort = effort_of(vars(recipe))
-        return " ".join(filter(None, (effort, self.method if effort else str(recipe.chosen_method))))
+        return " ".join(filter(None, (recipe.effort, self.method if recipe.effort else str(recipe.method))))
 
     @property
     @abstractmethod
@@ -254,7 +252,7 @@ class ModelTask(Task):
         if self.method == "dense":
             return None
         recipe = self.recipe()
-        return self.source, self.devices, recipe.variant_count, *(getattr(recipe, name) for name in PASS_FIELDS)
+        return self.source, self.devices, recipe.variants, *(getattr(recipe, name) for name in PASS_FIELDS)
 
     @classmethod
     def prepare(cls, runs: Sequence[tuple[Any, Path]], observer: Observer) -> Sequence[RunUnit]:

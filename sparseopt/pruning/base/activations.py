@@ -74,14 +74,16 @@ class Batches:
     def first(self, count: int) -> "Batches":
         """The first windows as one device has them; all of fewer."""
         taken: list[np.ndarray] = []
+        count = min(count, self.windows)
         for batch in self:
             if sum(map(len, taken)) >= count:
                 break
-            taken.append(np.asarray(batch))
-        return _split(np.concatenate(taken)[:count], self.empty()) if taken else self.empty()
+            taken.append(np.asarray(batch) if self.mesh is None else whole(batch))
+        found = self.empty() if self.mesh is None else Batches()
+        return _split(np.concatenate(taken)[:count], found) if taken else found
 
     def on_one_device(self) -> "Batches":
-        return self
+        return self if self.mesh is None else self.first(self.windows)
 
     def embed(self, embedding: Embedding, tokens: Int[np.ndarray, "windows T"]) -> "Batches":
         """Windows of token ids, embedded batch by batch and stored where these batches are."""
@@ -159,17 +161,6 @@ class SpreadBatches(Batches):
     def counted(self, index: int) -> Bool[Array, "windows"]:
         size = len(self[index])
         return put(np.arange(index * size, (index + 1) * size) < self._windows, over(self.mesh))
-
-    def first(self, count: int) -> Batches:
-        local = Batches()
-        for batch in self:
-            if local.windows >= count:
-                break
-            local.append(whole(batch))
-        return local.first(min(count, self._windows))
-
-    def on_one_device(self) -> Batches:
-        return self.first(self._windows)
 
     def embed(self, embedding: Embedding, tokens: Int[np.ndarray, "windows T"]) -> "SpreadBatches":
         """As few batches as `BATCH_TOKENS` a device allow."""

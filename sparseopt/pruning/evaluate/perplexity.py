@@ -6,7 +6,7 @@ over non-overlapping windows; a window of n tokens predicts n - 1, and n - 2 whe
 The model is streamed block by block over as many windows as fit in `PASS_BYTES`, then again over the next ones.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from sparseopt.core.base.types import Observer
 from sparseopt.layers.compiled import Compiled
 from sparseopt.models import Decoder, Head, PrunableModel, check_window, open_model
 from sparseopt.pruning.base.activations import PASS_BYTES, windows_per_batch
-from sparseopt.pruning.base.grams import BlockRunner
 from sparseopt.pruning.base.torch_grams import runner_of
 from sparseopt.pruning.text.windows import begin_windows, check_vocabulary, token_array
 from sparseopt.system.machine import freed_memory_kept, return_freed_memory
@@ -90,10 +89,7 @@ def window_losses(
     observer: Observer | None = None,
 ) -> Float[np.ndarray, "windows"]:
     """The mean negative log-likelihood of the predictions of each window, in nats; arguments as of `perplexity`."""
-    whole = isinstance(model, Decoder)
-    opened: Any = model if isinstance(model, Decoder) else open_model(model)
-    config, blocks = (opened.embed_tokens.config, len(opened.layers)) if whole else (opened.config, opened.num_blocks)
-    runner = BlockRunner() if whole else runner_of(opened)
+    opened: Any = _InMemory(model) if isinstance(model, Decoder) else open_model(model)
     ids = token_array(token_ids)
     if not np.issubdtype(ids.dtype, np.integer) or ids.ndim not in (1, 2):
         raise ValueError(f"token_ids must be integers [n] or [windows, seqlen], given {ids.dtype} {list(ids.shape)}")
@@ -107,28 +103,57 @@ def window_losses(
         after = "" if bos is None else " after BOS"
         raise ValueError(f"windows of shape {list(ids.shape)} predict nothing{after}; give more or longer windows")
     ids = begin_windows(ids.astype(np.int64), bos)
-    check_window(ids.shape[1], config.max_positions)
-    check_vocabulary(ids, config.vocab_size)
+    check_window(ids.shape[1], opened.config.max_positions)
+    check_vocabulary(ids, opened.config.vocab_size)
     skipped, (count, length) = int(bos is not None), ids.shape
 
-    batches = ids.astype(np.int32).reshape(-1, windows_per_batch(count, length), length)
-    held = max(1, PASS_BYTES // (4 * batches[0].size * config.hidden_size))
-    passes = [batches[start : start + held] for start in range(0, len(batches), held)]
-    done, steps, found = 0, len(passes) * blocks, list[float]()
+    batches = list(ids.astype(np.int32).reshape(-1, windows_per_batch(count, length), length))
+    found = [
+        window_loss(head, x, row, skipped)
+        for batch, (head, x_BTD) in zip(batches, streamed(opened, batches, observer), strict=True)
+        for x, row in zip(x_BTD, batch, strict=True)
+    ]
+    return np.asarray(found) / (length - 1 - skipped)
+
+
+class _InMemory:
+    """A whole decoder with the parts of an opened model."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.config, self.num_blocks = decoder.embed_tokens.config, len(decoder.layers)
+        self.block, self.head = decoder.layers.__getitem__, lambda: decoder.head
+        self.embedding = lambda rows: lambda ids: decoder.embed_tokens(jnp.asarray(rows)[ids])
+
+
+def streamed(
+    model: Any, batches: Sequence[Int[np.ndarray, "B T"]], observer: Observer | None, what: str = "block"
+) -> Iterator[tuple[Any, Float[Array, "B T D"]]]:
+    """The head of a model, and the activations of each batch of token ids before it.
+
+    The blocks run over as many batches as fit in `PASS_BYTES`, then again over the next ones.
+    """
+    passes: list[list[np.ndarray]] = [[]]
+    held, runner = 0, runner_of(model)
+    for batch in batches:
+        size = 4 * batch.size * model.config.hidden_size
+        if passes[-1] and held + size > PASS_BYTES:
+            passes.append([])
+            held = 0
+        passes[-1].append(batch)
+        held += size
+    done = 0
     for part in passes:
-        activations = [opened.embed_tokens(jnp.asarray(ids)) for ids in part] if whole else embedded(opened, part)
-        for index in range(blocks):
-            block = opened.layers[index] if whole else opened.block(index)
+        activations = embedded(model, part)
+        for index in range(model.num_blocks):
+            block = model.block(index)
             for i, x in enumerate(activations):
                 activations[i] = runner.run(block, x)
             return_freed_memory()
             done += 1
             if observer:
-                observer("block", done, steps)
-        head = opened.head if whole else opened.head()
-        for batch, x_BTD in zip(part, activations, strict=True):
-            found += [window_loss(head, x, row, skipped) for x, row in zip(x_BTD, batch, strict=True)]
-    return np.asarray(found) / (length - 1 - skipped)
+                observer(what, done, len(passes) * model.num_blocks)
+        head = model.head()
+        yield from ((head, x) for x in activations)
 
 
 _loss_of_window = Compiled(negative_log_likelihood)
@@ -146,9 +171,8 @@ def window_loss(head: Any, x_TD: Array, tokens_T: Int[np.ndarray, "T"], skipped:
     return total
 
 
-def embedded(model: PrunableModel, batches: Iterable[Int[np.ndarray, "B T"]]) -> list[Array]:
+def embedded(model: Any, ids: Sequence[Int[np.ndarray, "B T"]]) -> list[Array]:
     """Token ids before the first block; as many rows of the embedding are read as there are tokens, at most."""
-    ids = list(batches)
     used = np.unique(np.concatenate([batch.ravel() for batch in ids]))
     # Padded to a number of rows that depends on the shapes alone, so that other texts reuse the compiled programs.
     spare = np.setdiff1d(np.arange(model.config.vocab_size), used)[: sum(batch.size for batch in ids) - len(used)]

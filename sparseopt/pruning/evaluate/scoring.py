@@ -19,11 +19,10 @@ from jaxtyping import Array, Bool, Float, Int
 from sparseopt.core.base.types import Observer
 from sparseopt.layers.compiled import Compiled
 from sparseopt.models import Head, PrunableModel, check_window
-from sparseopt.pruning.base.activations import BATCH_TOKENS, PASS_BYTES
-from sparseopt.pruning.base.grams import BlockRunner
-from sparseopt.pruning.evaluate.perplexity import LOGIT_ROWS, embedded, log_probabilities
+from sparseopt.pruning.base.activations import BATCH_TOKENS
+from sparseopt.pruning.evaluate.perplexity import LOGIT_ROWS, log_probabilities, streamed
 from sparseopt.pruning.text.windows import check_vocabulary
-from sparseopt.system.machine import freed_memory_kept, return_freed_memory
+from sparseopt.system.machine import freed_memory_kept
 
 Ids = Sequence[int]
 
@@ -51,7 +50,7 @@ def score_continuations(
 ) -> list[Score]:
     """The scores of (context, continuation) pairs of token ids, in their order; both need one token or more.
 
-    The observer is called with ("log-likelihoods", steps done, steps in all); a step is one batch through one block.
+    The observer is called with ("log-likelihoods", blocks done, blocks in all).
 
     Raises:
         ValueError: for an empty context or continuation, ids outside the vocabulary, or more tokens than the model is
@@ -82,36 +81,23 @@ def score_continuations(
     members: dict[int, list[int]] = {}
     batches: list[_Batch] = []
     for group in alike.values():
-        hosts = [group[host] for host in find_hosts([inputs[index] for index in group])]
-        for index, host in zip(group, hosts, strict=True):
-            members.setdefault(host, []).append(index)
-        batches += _make_batches(inputs, list(dict.fromkeys(hosts)), padded)
-    passes = _split_passes(batches, model.config.hidden_size)
-    runner, done, total = BlockRunner(), 0, len(batches) * model.num_blocks
+        shared = shared_inputs(inputs, group)
+        members |= shared
+        batches += _make_batches(inputs, list(shared), padded)
     log_p, likeliest = [np.zeros(0)] * len(pairs), [False] * len(pairs)
-    for part in passes:
-        activations = embedded(model, (batch.tokens for batch in part))
-        for index in range(model.num_blocks):
-            block = model.block(index)
-            for i, x in enumerate(activations):
-                activations[i] = runner.run(block, x)
-                done += 1
-                if observer:
-                    observer("log-likelihoods", done, total)
-            return_freed_memory()
-        head = model.head()
-        for batch, x in zip(part, activations, strict=True):
-            places = [
-                (row, len(pairs[member][0]) - 1 + step, token, member)
-                for row, host in enumerate(batch.inputs)
-                for member in members[host]
-                for step, token in enumerate(pairs[member][1])
-            ]
-            rows, times, targets, owners = np.asarray(places).T
-            scores, best = _score_rows(head, x, rows, times, targets)
-            for member in np.unique(owners):
-                log_p[member] = scores[owners == member]
-                likeliest[member] = bool(np.all(best[owners == member]))
+    streams = streamed(model, [batch.tokens for batch in batches], observer, "log-likelihoods")
+    for batch, (head, x) in zip(batches, streams, strict=True):
+        places = [
+            (row, len(pairs[member][0]) - 1 + step, token, member)
+            for row, host in enumerate(batch.inputs)
+            for member in members[host]
+            for step, token in enumerate(pairs[member][1])
+        ]
+        rows, times, targets, owners = np.asarray(places).T
+        scores, best = _score_rows(head, x, rows, times, targets)
+        for member in np.unique(owners):
+            log_p[member] = scores[owners == member]
+            likeliest[member] = bool(np.all(best[owners == member]))
     totals = [float(np.sum(values, dtype=np.float64)) for values in log_p]
     if not np.all(np.isfinite(totals)):
         bad = int(np.count_nonzero(~np.isfinite(totals)))
@@ -122,17 +108,18 @@ def score_continuations(
     return [Score(value, greedy) for value, greedy in zip(totals, likeliest, strict=True)]
 
 
-def find_hosts(inputs: Sequence[tuple[int, ...]]) -> list[int]:
-    """For each input the index of one that begins with it; its own where no other does.
+def shared_inputs(inputs: Sequence[tuple[int, ...]], chosen: Sequence[int]) -> dict[int, list[int]]:
+    """Of the chosen inputs those that no other one begins with, each with all that it begins with, itself included.
 
-    In sorted order, an input that begins others comes directly before one of them.
+    In descending order, an input that begins others comes directly after one of them.
     """
-    order = sorted(range(len(inputs)), key=lambda i: inputs[i])
-    hosts = list(range(len(inputs)))
-    for here, after in zip(order[-2::-1], order[:0:-1], strict=True):
-        if inputs[after][: len(inputs[here])] == inputs[here]:
-            hosts[here] = hosts[after]
-    return hosts
+    found: dict[int, list[int]] = {}
+    host = None
+    for index in sorted(chosen, key=lambda i: inputs[i], reverse=True):
+        if host is None or inputs[host][: len(inputs[index])] != inputs[index]:
+            host = index
+        found.setdefault(host, []).append(index)
+    return found
 
 
 def padded_length(length: int) -> int:
@@ -157,19 +144,6 @@ def _make_batches(inputs: Sequence[tuple[int, ...]], chosen: list[int], padded: 
             tokens[row, : len(inputs[index])] = inputs[index]
         batches.append(_Batch(tokens, taken))
     return batches
-
-
-def _split_passes(batches: list[_Batch], hidden_size: int) -> list[list[_Batch]]:
-    passes: list[list[_Batch]] = [[]]
-    held = 0
-    for batch in batches:
-        size = 4 * batch.tokens.size * hidden_size
-        if passes[-1] and held + size > PASS_BYTES:
-            passes.append([])
-            held = 0
-        passes[-1].append(batch)
-        held += size
-    return passes
 
 
 def _row_scores(

@@ -277,19 +277,6 @@ def zero_shot(
     }
 
 
-def _check_names(names: Sequence[str], known: Sequence[str]) -> None:
-    problems = []
-    for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-            problems.append(f"unknown task {name!r}" + (f"; nearest are {', '.join(near)}" if near else ""))
-    if problems:
-        raise ValueError(
-            "; ".join(problems)
-            + " (`lm-eval ls tasks` lists its own tasks; a file in include_path counts only if it is a valid task file)"
-        )
-
-
 def _find_tasks(names: Sequence[str], include_path: str | Path | None) -> TaskManager:
     # Reading lm-eval's own 15,000 task files takes seconds. Groups and tags may name some of them, single tasks do not.
     if include_path is not None:
@@ -297,7 +284,15 @@ def _find_tasks(names: Sequence[str], include_path: str | Path | None) -> TaskMa
         if set(names) <= set(own.all_subtasks):
             return own
     manager = TaskManager(include_path=include_path)
-    _check_names(names, manager.all_tasks)
+    problems = []
+    for name in (name for name in names if name not in manager.all_tasks):
+        near = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.5)
+        problems.append(f"unknown task {name!r}" + (f"; nearest are {', '.join(near)}" if near else ""))
+    if problems:
+        raise ValueError(
+            "; ".join(problems)
+            + " (`lm-eval ls tasks` lists its own tasks; a file in include_path counts only if it is a valid task file)"
+        )
     return manager
 
 

@@ -43,7 +43,7 @@ from sparseopt.pruning.base.grams import BlockRunner
 from sparseopt.pruning.base.reports import RemovalRecord
 from sparseopt.pruning.evaluate.perplexity import window_loss
 from sparseopt.pruning.recipe.shrink_recipe import BlockScore
-from sparseopt.pruning.run.calibration import CalibrationWindows
+from sparseopt.pruning.run.shared_pass import Pass
 from sparseopt.system import processes
 
 # Tokens that models are scored on, at most; at least one window.
@@ -80,27 +80,12 @@ def removal_order(
     return [RemovalRecord.from_dict(found) for found in processes.told([record.as_dict() for record in records])]
 
 
-def trial_of(
-    model: PrunableModel,
-    windows: CalibrationWindows,
-    runner: BlockRunner,
-    observer: Observer,
-    *,
-    kind: Batches,
-) -> "Trial":
-    """The dense model and the windows that it is scored on.
-
-    Of the calibration windows some at equal distances are scored, with `TOKENS` tokens at most. `kind` are batches
-    stored where activations between blocks are to be stored, see `Batches.empty`.
-    """
-    chosen = _spread(windows.calibration)
-    batches = embed_windows(model, kind, chosen)[0].on_one_device()
-    return Trial(model, batches, chosen, int(windows.bos is not None), runner, observer)
-
-
-def _spread(windows: Int[np.ndarray, "windows T"]) -> Int[np.ndarray, "chosen T"]:
+def trial_of(work: Pass, windows: Int[np.ndarray, "windows T"]) -> "Trial":
+    """The dense model of a pass, scored on some of these windows at equal distances, with `TOKENS` tokens at most."""
     count = min(len(windows), max(1, TOKENS // windows.shape[1]))
-    return windows[np.arange(count) * len(windows) // count]
+    chosen = windows[np.arange(count) * len(windows) // count]
+    batches = embed_windows(work.model, work.batches, chosen)[0].on_one_device()
+    return Trial(work.model, batches, chosen, int(work.windows.bos is not None), work.runner, work.observer)
 
 
 @dataclass(frozen=True)

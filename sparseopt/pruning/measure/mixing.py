@@ -1,4 +1,7 @@
-"""How many channels, key-value groups and blocks stay, so that a model meets a budget at the least loss.
+"""What the smaller models of one pass keep, chosen before the first block is pruned.
+
+By a recipe's shares it is known how much stays, and which blocks is measured. For a budget both are chosen, so that the
+model meets it at the least loss:
 
     minimise over c, k, n    rise(c channels) + rise(k groups) + rise(n blocks)    subject to cost(c, k, n) <= budget
 
@@ -23,16 +26,17 @@ interpolants", 1984.
 """
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
 from sparseopt.models import ModelError, PrunableModel, Sizes, sizes_of, smaller_model
 from sparseopt.pruning.base.activations import Stream
-from sparseopt.pruning.base.reports import RemovalRecord
+from sparseopt.pruning.base.reports import RemovalRecord, ShapeRecord
 from sparseopt.pruning.measure.block_removal import Trial, removal_order, trial_of
 from sparseopt.pruning.recipe.shrink_recipe import (
     BUDGET_ROUNDING,
@@ -87,7 +91,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class Search:
-    """The mixes that a plan's budget chooses among; no part is reduced further than it would be alone.
+    """The mixes that a budget chooses among; no part is reduced further than it would be alone.
 
     Attributes:
         channels: numbers of channels, ascending, the dense model's last.
@@ -95,8 +99,6 @@ class Search:
         removals: how many blocks may go, at most.
     """
 
-    plan: SmallerPlan
-    recipe: ShrinkRecipe
     costs: Costs
     budget: float
     channels: list[int]
@@ -104,41 +106,69 @@ class Search:
     removals: int
 
 
-def choose_mixes(work: Pass, plans: Sequence[SmallerPlan], stream: Stream) -> list[Mix]:
-    """What the smaller models of plans with a budget keep.
+def choose_shapes(work: Pass, stream: Stream) -> None:
+    """Give the plans of a pass the sizes of their smaller models; plans that only make zeros are unchanged.
 
-    Args:
-        work: the pass; losses are those of about `block_removal.TOKENS` tokens of its windows, the same for all curves.
-        plans: of `ShrinkRecipe` with a budget, at the dense model's sizes.
-        stream: before the first block; layers are fitted to the dense model's calibration stream.
+    Sizes are written to the plans' folders, and those that an earlier start chose are taken as they are. `stream` is
+    that before the first block; layers are fitted to the dense model's calibration stream.
 
     Raises:
         ModelError: for a budget that no mix meets, with the least possible.
         RuntimeError: if the loss of the dense model is not finite.
         PruningError: as `prune_block` does.
     """
+    start, model = time.perf_counter(), work.model
+    smaller = [(branch, cast(SmallerPlan, branch.plan)) for branch in work.branches if branch.plan.smaller]
+    new = [(branch, plan) for branch, plan in smaller if branch.progress.shape is None]
+    # Each score orders the blocks once for all plans.
+    counts: dict[BlockScore, int] = {}
+    for _, plan in new:
+        if removed := model.num_blocks - len(plan.stays):  # by the recipe's share; none yet with a budget
+            counts[plan.recipe.block_score] = max(removed, counts.get(plan.recipe.block_score, 0))
+    orders: dict[BlockScore, list[RemovalRecord]] = {}
+    if counts:
+        trial = trial_of(work, work.windows.calibration)
+        orders = {score: removal_order(trial, count, score=score) for score, count in counts.items()}
+    budgets = [plan for _, plan in new if plan.recipe.has_budget]
+    mixes = iter(choose_mixes(work, budgets, stream) if budgets else [])
+    seconds = time.perf_counter() - start
+    for branch, plan in new:
+        order = orders.get(plan.recipe.block_score, [])
+        gone = order[: model.num_blocks - len(plan.stays)]
+        mix = next(mixes) if plan.recipe.has_budget else _mix_of(model, plan.sizes, gone)
+        branch.keep(_shape(model, plan, mix, seconds))
+    for branch, plan in smaller:
+        if (shape := branch.progress.shape) is not None:
+            branch.plan = plan.with_shape(model, shape)
+            work.tell(shape)
+
+
+def choose_mixes(work: Pass, plans: Sequence[SmallerPlan], stream: Stream) -> list[Mix]:
+    """What the smaller models of plans with a budget keep.
+
+    The plans have the dense model's sizes. Losses are those of about `block_removal.TOKENS` tokens of the pass, the
+    same for all curves.
+    """
     model, windows = work.model, work.windows
-    searches = [_search(model, plan) for plan in plans]
-    scored = windows._replace(calibration=windows.heldout) if len(windows.heldout) else windows
-    trial = trial_of(model, scored, work.runner, work.observer, kind=work.batches)
+    searches = [_search(model, plan.recipe) for plan in plans]
+    trial = trial_of(work, windows.heldout if len(windows.heldout) else windows.calibration)
     levels = [_levels(model, search) for search in searches]
-    trials = [
-        _trial_plan(model, search.plan, sizes) for search, own in zip(searches, levels, strict=True) for sizes in own
-    ]
+    trials = [_trial_plan(model, plan, sizes) for plan, own in zip(plans, levels, strict=True) for sizes in own]
     dense, *losses = masked_losses(trial, trials, stream)
     trial = replace(trial, dense=dense)
     trial.dense_loss()  # refuses one that is not finite
     rises = iter(min(loss - dense, LARGEST_RISE) for loss in losses)
     curves = [_curves(model, [(sizes, next(rises)) for sizes in own]) for own in levels]
     orders: dict[BlockScore, list[RemovalRecord]] = {}
-    for score in dict.fromkeys(search.recipe.block_score for search in searches):
-        own = [(s, c) for s, c in zip(searches, curves, strict=True) if s.recipe.block_score == score]
+    scores = [plan.recipe.block_score for plan in plans]
+    for score in dict.fromkeys(scores):
+        own = [pair for pair, its in zip(zip(searches, curves, strict=True), scores, strict=True) if its == score]
         if count := max(search.removals for search, _ in own):
             most = max(best_mix(search, curve, []).rise for search, curve in own)
             orders[score] = removal_order(trial, count, score=score, most=most)
     return [
-        _mix(model, search, own, orders.get(search.recipe.block_score, [])[: search.removals])
-        for search, own in zip(searches, curves, strict=True)
+        _mix(model, search, curve, orders.get(score, [])[: search.removals])
+        for search, curve, score in zip(searches, curves, scores, strict=True)
     ]
 
 
@@ -182,8 +212,7 @@ def parameter_costs(model: PrunableModel, recipe: ShrinkRecipe) -> Costs:
     return Costs(outer, dense - channel * whole.channels - group * whole.kv_heads, channel, group)
 
 
-def _search(model: PrunableModel, plan: SmallerPlan) -> Search:
-    recipe = plan.recipe
+def _search(model: PrunableModel, recipe: ShrinkRecipe) -> Search:
     costs, dense = parameter_costs(model, recipe), sizes_of(model)
     budget = parameters_of(model) * ((recipe.parameters or 0) + BUDGET_ROUNDING)
 
@@ -197,7 +226,7 @@ def _search(model: PrunableModel, plan: SmallerPlan) -> Search:
         count for count in range(len(by_cost)) if costs.of(dense.channels, dense.kv_heads, by_cost[count:]) <= budget
     )
     return Search(
-        plan, recipe, costs, budget,
+        costs, budget,
         channels=alone(channels, [bool(costs.of(c, dense.kv_heads, dense.blocks) <= budget) for c in channels]),
         groups=alone(groups, [bool(costs.of(dense.channels, k, dense.blocks) <= budget) for k in groups]),
         removals=next(needed, len(by_cost) - 1),
@@ -242,10 +271,32 @@ def _mix(model: PrunableModel, search: Search, curves: Curves, order: list[Remov
     best = best_mix(search, curves, [record.block for record in order])
     if not math.isfinite(best.rise):
         raise ModelError("no choice of channels, heads and blocks meets the budget: give a larger one")
-    gone = order[: best.removed]
-    blocks = tuple(block for block in dense.blocks if block not in {record.block for record in gone})
-    sizes = replace(dense, channels=best.channels, kv_heads=best.groups, blocks=blocks)
-    return Mix(sizes, gone, curves)
+    sizes = replace(dense, channels=best.channels, kv_heads=best.groups)
+    return _mix_of(model, sizes, order[: best.removed])._replace(curves=curves)
+
+
+def _mix_of(model: PrunableModel, sizes: Sizes, gone: list[RemovalRecord]) -> Mix:
+    """These sizes, with all blocks of the model but those that go."""
+    blocks = {record.block for record in gone}
+    return Mix(replace(sizes, blocks=tuple(i for i in sizes_of(model).blocks if i not in blocks)), gone)
+
+
+def _shape(model: PrunableModel, plan: SmallerPlan, mix: Mix, seconds: float) -> ShapeRecord:
+    dense, sizes, tensors = sizes_of(model), mix.sizes, model.source.tensors
+    return ShapeRecord(
+        channels=sizes.channels,
+        kv_heads=sizes.kv_heads,
+        experts=sizes.experts,
+        blocks=sizes.blocks,
+        removed=tuple(record.block for record in mix.removed),
+        rises=tuple(record.rise for record in mix.removed),
+        dense=(dense.channels, dense.kv_heads, len(dense.blocks), dense.experts),
+        parameters=parameters_of(shrink_plan(model, plan, sizes).target),
+        dense_parameters=parameters_of(model),
+        dense_bytes=sum(math.prod(tensors[key].shape) * tensors[key].dtype.itemsize for key in model.exported_keys()),
+        seconds=seconds,
+        curves=mix.curves,
+    )
 
 
 class Best(NamedTuple):

@@ -30,7 +30,7 @@ approximate curvature", 2015.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -90,8 +90,8 @@ def survey(work: Pass, stream: Stream) -> None:
     model, windows, runner = work.model, work.windows, work.runner
     recipes = [branch.plan.recipe for branch in work.branches]
     open_plans = [branch.plan for branch in work.branches if branch.progress.allocation is None]
-    by_curves = [plan for plan in open_plans if plan.recipe.chosen_allocation == "curves"]
-    levels = _levels([recipe for plan in by_curves if isinstance(recipe := plan.recipe, Recipe)])
+    by_curves = [plan for plan in open_plans if plan.recipe.get("allocation") == "curves"]
+    levels = _levels([cast(Recipe, plan.recipe) for plan in by_curves])
     curved = {key for plan in by_curves for key in plan.patterns}
     weights: dict[str, np.ndarray] = {}
     curves: dict[str, np.ndarray] = {}
@@ -100,7 +100,7 @@ def survey(work: Pass, stream: Stream) -> None:
     def told(done: int, total: int) -> None:
         work.observer("survey, pass", done, total)
 
-    if by_curves or any(recipe.output_weighting() == "gradient" for recipe in recipes):
+    if by_curves or any(recipe.output_weights == "gradient" for recipe in recipes):
         tokens = windows.calibration[: max(1, TOKENS // windows.calibration.shape[1])]
         batches, skipped = stream.calibration.first(len(tokens)), int(windows.bos is not None)
         for site in backward_sweep(model, batches, tokens, runner, told, skipped=skipped):
@@ -110,7 +110,7 @@ def survey(work: Pass, stream: Stream) -> None:
             if names:
                 curves |= {keys[name]: curve for name, curve in _curves(site, names, levels, runner).items()}
         weights, curves = agreed((weights, curves))
-    if any(plan.recipe.chosen_allocation == "owl" for plan in open_plans):
+    if any(plan.recipe.get("allocation") == "owl" for plan in open_plans):
         batches = stream.calibration
         for index in range(model.num_blocks):
             block = model.block(index)
@@ -120,13 +120,14 @@ def survey(work: Pass, stream: Stream) -> None:
     for branch in work.branches:
         plan, own = branch.plan, branch.progress
         recipe, patterns = plan.recipe, plan.patterns
-        if isinstance(recipe, Recipe) and recipe.chosen_allocation != "uniform":
+        if recipe.get("allocation") not in (None, "uniform"):
+            recipe = cast(Recipe, recipe)
             if own.allocation is None:
                 shares = _shares(model, plan, recipe, levels, curves, outliers)
                 branch.keep(AllocationRecord(shares))
             assert own.allocation is not None
             patterns = layer_patterns(model, recipe, plan.method, own.allocation.shares)
-        own_weights = weights if recipe.output_weighting() == "gradient" else {}
+        own_weights = weights if recipe.output_weights == "gradient" else {}
         branch.plan = replace(plan, patterns=patterns, output_weights=own_weights)
 
 
@@ -142,7 +143,7 @@ def _levels(recipes: Sequence[Recipe]) -> np.ndarray:
 def _bounds(recipe: Recipe) -> tuple[float, float]:
     if (implied := implied_sparsity(recipe.pattern)) is not None:
         return implied, implied
-    return recipe.bounds or default_bounds(recipe.asked_sparsity)
+    return recipe.bounds or default_bounds(recipe.sparsity)
 
 
 def _curves(site: Site, names: Sequence[str], levels: np.ndarray, runner: BlockRunner) -> dict[str, np.ndarray]:
@@ -178,14 +179,14 @@ def _shares(
     outliers: Sequence[float],
 ) -> dict[str, float]:
     """The share of each linear that the plan prunes, by key; the total is over these."""
-    sparsity, bounds, keys = recipe.asked_sparsity, _bounds(recipe), list(plan.patterns)
+    sparsity, bounds, keys = recipe.sparsity, _bounds(recipe), list(plan.patterns)
     shapes = [model.weight_shape(key) for key in keys]
     sizes = np.array([np.prod(shape) for shape in shapes])
     if (implied := implied_sparsity(recipe.pattern)) is not None:
         found = between(levels, np.stack([curves[key] for key in keys]), np.array([implied]))[:, 0]
         pruned = choose_pruned(found, sizes, implied, sparsity)
         return {key: implied for key, goes in zip(keys, pruned, strict=True) if goes}
-    if recipe.chosen_allocation == "curves":
+    if recipe.allocation == "curves":
         shares = allocate_curves(levels, np.stack([curves[key] for key in keys]), sizes, sparsity, bounds)
     else:
         counts = np.array([len(plan.layers(model, index)) for index in range(model.num_blocks)])

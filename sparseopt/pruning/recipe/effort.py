@@ -70,7 +70,7 @@ def effort_of(fields: Mapping[str, Any]) -> str | None:
 def prune_defaults(fields: Mapping[str, Any]) -> Fields:
     """What `Recipe` takes for fields that are None, by its other fields."""
     effort = effort_of(fields)
-    found = NOTHING | {"allocation": "uniform", "permute": False}
+    found = NOTHING | {"effort": effort, "allocation": "uniform", "permute": False}
     if effort is None:
         return found | (BEST if fields["method"] == "best" else {"method": "maiht"})
     found |= PRUNE.get(effort, {})
@@ -88,6 +88,5 @@ def prune_defaults(fields: Mapping[str, Any]) -> Fields:
 def shrink_defaults(fields: Mapping[str, Any]) -> Fields:
     """The same of `ShrinkRecipe`."""
     effort = effort_of(fields)
-    if effort is None:
-        return NOTHING | ({"train_epochs": BEST["train_epochs"]} if fields["method"] == "best" else {})
-    return NOTHING | SHRINK.get(effort, {})
+    alone = {"train_epochs": BEST["train_epochs"]} if fields["method"] == "best" else {}
+    return NOTHING | {"effort": effort} | (alone if effort is None else SHRINK.get(effort, {}))

@@ -22,8 +22,8 @@ from sparseopt.system.yaml_file import Location
 # The headings that options are shown under.
 WHAT, KEEP, HOW, CALIBRATION, OUTPUT = "What to prune", "What to keep", "How to prune", "Calibration", "Output"
 
-# Options, and values of options, that are no more, and what to use in their place.
-ENDED = {
+# Options, and values of options, that are no more, and what to use in their place; see `ended`.
+_ENDED = {
     "samples": "is called `windows` since 0.3",
     "heldout_samples": "is called `heldout_windows` since 0.3",
     "windows first": "is `window_choice` first since 0.3: `windows` is their number",
@@ -36,6 +36,12 @@ ENDED = {
     "latency": "has ended: `parameters` is the budget of a smaller model",
     "gflops": "has ended: `sparseopt inspect --measure` measures the time of a run",
 }
+
+
+def ended(name: str, value: Any) -> tuple[str, str] | None:
+    """An option, or this value of one, that is no more, and what to use in its place; None of others."""
+    return next(((each, _ENDED[each]) for each in (name, f"{name} {value}") if each in _ENDED), None)
+
 
 # What a value must be, by pydantic's name of the error.
 _KINDS = {"int_type": "a whole number", "float_type": "a number", "bool_type": "true or false", "string_type": "a text"}
@@ -68,9 +74,10 @@ def option(default: Any, help: str, panel: str, **limits: float) -> Any:
 
 
 def plain_type(field: FieldInfo) -> Any:
-    """The type of the values that a file can hold, with all that annotates it."""
+    """The type of the values that a file can hold, with all that annotates it; None too of one that may be open."""
     plain = [each.type for each in field.metadata if isinstance(each, Plain)]
-    return plain[0] if plain else field.rebuild_annotation()
+    found = plain[0] if plain else field.rebuild_annotation()
+    return found if field.default is not None else found | None
 
 
 def _parts(annotation: Any) -> Iterator[Any]:
@@ -116,9 +123,8 @@ def _mistake(error: ErrorDetails, fields: dict[str, FieldInfo]) -> str:
     limits = dict(error.get("ctx", {}))
     if "error" in limits:
         return str(limits["error"])
-    for each in (name, f"{name} {given}"):
-        if each in ENDED:
-            return f"{each} {ENDED[each]}"
+    if found := ended(name, given):
+        return " ".join(found)
     if kind == "extra_forbidden":
         hint = suggest(name, fields)
         if name.endswith(("_stage", "_modifiers")):
@@ -137,6 +143,11 @@ def _mistake(error: ErrorDetails, fields: dict[str, FieldInfo]) -> str:
     top, end = (limits["le"], "]") if "le" in limits else (limits["lt"], ")")
     hint = f"; {given:g} % is {given / 100:g}" if top == 1 and 2 <= given <= 100 else ""
     return f"{name} must lie in [{limits['ge']:g}, {top:g}{end}, given {given}{hint}"
+
+
+def told(field: str, check: Callable[[], Any]) -> Iterator[tuple[str, str]]:
+    """The field with the text of the ValueError that a check raises; nothing without one."""
+    yield from ((field, text) for text in mistakes_of([check]))
 
 
 def mistakes_of(checks: Iterable[Callable[[], Any]]) -> list[str]:

@@ -6,7 +6,7 @@
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, cast
@@ -19,8 +19,7 @@ from sparseopt.layers.methods import METHODS
 from sparseopt.layers.problem import LayerMethod
 from sparseopt.models import Bos
 from sparseopt.pruning.base.grams import ExpertTokens, Weighting
-from sparseopt.pruning.recipe.allocation import Allocation
-from sparseopt.pruning.recipe.effort import BEST, PRUNE, PRUNES, Effort, effort_help, effort_of
+from sparseopt.pruning.recipe.effort import BEST, PRUNE, PRUNES, Effort, effort_help
 from sparseopt.pruning.recipe.options import (
     CALIBRATION,
     HOW,
@@ -29,8 +28,8 @@ from sparseopt.pruning.recipe.options import (
     RecipeError,
     describe,
     mistakes_in,
-    mistakes_of,
     option,
+    told,
 )
 from sparseopt.pruning.text.documents import SELF, TEXTS, check_text, is_text
 from sparseopt.pruning.text.windows import DocumentChoice, WindowChoice
@@ -47,8 +46,8 @@ SCORED = 0.25
 TOKENS_AN_INPUT, LEAST_WINDOWS, MOST_WINDOWS = 4, 16, 128
 
 T = TypeVar("T", bound=Training)
-# A check that raises a ValueError, and the fields that must be right for it, the one that it is about first.
-Check = tuple[tuple[str, ...], Callable[[], Any]]
+# A field and what is wrong with it.
+Problem = tuple[str, str]
 
 
 def read_word(given: Any) -> Any:
@@ -57,7 +56,7 @@ def read_word(given: Any) -> Any:
 
 
 BosChoice = Annotated[Bos, BeforeValidator(read_word)]
-Epochs = Annotated[int, Field(ge=0)] | None
+Epochs = Annotated[int, Field(ge=0)]
 
 
 class PassRecipe(BaseModel, ABC):
@@ -71,7 +70,8 @@ class PassRecipe(BaseModel, ABC):
     relative errors in a report weight tokens as the Gram matrices do, and outputs equally; with `propagate` they are
     relative to the corrected target. An expert that receives no token is always pruned by magnitude.
 
-    A recipe is checked as a whole when it is made, and then it is fixed; `model_copy(update=...)` makes another.
+    A recipe is checked as a whole when it is made, and then it is fixed: what its effort decides has been filled in.
+    `model_copy(update=...)` makes another, in which that is decided again.
 
     Raises:
         RecipeError: listing all that is wrong, one line each.
@@ -80,9 +80,9 @@ class PassRecipe(BaseModel, ABC):
     model_config = ConfigDict(
         strict=True, frozen=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True
     )
-    _layer_method: LayerMethod = PrivateAttr()
+    _open: frozenset[str] = PrivateAttr()
 
-    method: Annotated[Any, Plain(Literal[tuple(METHODS)] | None)] = option(
+    method: Annotated[Any, Plain(Literal[tuple(METHODS)])] = option(
         None, "Pruning method: {choices}. Default: that of the effort.", HOW
     )
     effort: Effort | None = option(None, effort_help(PRUNES), HOW)
@@ -92,25 +92,25 @@ class PassRecipe(BaseModel, ABC):
     weighting: Weighting = option(
         "uniform", "How tokens are weighted in the Gram matrices: {choices} (by the residual stream's size).", HOW
     )
-    output_weights: OutputWeighting | None = option(
+    output_weights: OutputWeighting = option(
         None,
         "How output errors are weighted: {choices}. Default: gradient with effort good and most and with method best, "
         "else uniform.",
         HOW,
     )
-    propagate: float | None = option(
+    propagate: float = option(
         None,
         f"Fraction of the upstream error that each layer corrects. Default: {BEST['propagate']} with effort good and "
         "most and with method best, else 0.",
         HOW, ge=0, le=1,
     )  # fmt: skip
-    train_epochs: Annotated[int | Reconstruction | None, Plain(Epochs)] = option(
+    train_epochs: Annotated[int | Reconstruction, Plain(Epochs)] = option(
         None,
         f"Epochs of training for each pruned block, 0 for none. Default: {BEST['train_epochs']} with effort most and "
         "with method best, else 0.",
         HOW,
     )
-    distil_epochs: Annotated[int | Distillation | None, Plain(Epochs)] = option(
+    distil_epochs: Annotated[int | Distillation, Plain(Epochs)] = option(
         None,
         "Epochs of training all kept weights together on the dense model's logits at the end, 0 for none. Default: "
         f"{PRUNE['most']['distil_epochs']} with effort most, else 0.",
@@ -162,7 +162,7 @@ class PassRecipe(BaseModel, ABC):
     window_choice: WindowChoice | None = option(
         None, "Which windows of the text are taken: {choices}. Default: spread, evenly from all of it.", CALIBRATION
     )
-    variants: int | None = option(
+    variants: int = option(
         None,
         "Variants of each calibration window in which the dense model has drawn some tokens again; an epoch of "
         f"training sees one of them. Default: {BEST['variants']} with effort most and with method best, fewer where "
@@ -188,11 +188,11 @@ class PassRecipe(BaseModel, ABC):
         given = {name: _plain(value) for name, value in given.items()}
         wrong = self._fill(given)
         problems = [(str(place[0]), text) for place, text in wrong.items()]
+        fields = {name for name, _ in problems}
         if problems:
             # With the others it still shows what does not go together.
-            fields = {name for name, _ in problems}
             self._fill({name: value for name, value in given.items() if name not in fields})
-        problems += self._contradictions({name for name, _ in problems})
+        problems += self._contradictions(fields.isdisjoint)
         if problems:
             raise RecipeError(problems)
 
@@ -202,11 +202,21 @@ class PassRecipe(BaseModel, ABC):
 
     def _fill(self, given: Mapping[str, Any]) -> dict[Location, str]:
         """Set the fields, unless a value cannot be used by itself: why not, by its place."""
+        may_be_open = {name for name, field in type(self).model_fields.items() if field.default is None}
         try:
-            super().__init__(**given)
+            super().__init__(**{n: value for n, value in given.items() if value is not None or n not in may_be_open})
         except ValidationError as error:
             return mistakes_in(error, type(self))
+        self._open = frozenset(name for name in may_be_open if getattr(self, name) is None)
+        found = dict(self._defaults())
+        # With many windows of text they gain less and cost more.
+        found["variants"] = max(0, min(found["variants"], MOST_WINDOWS // self.window_count - 1))
+        vars(self).update({name: value for name, value in found.items() if name in self._open})
         return {}
+
+    @abstractmethod
+    def _defaults(self) -> Mapping[str, Any]:
+        """What the effort says of fields that are left open, by name."""
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Self:
@@ -237,93 +247,51 @@ class PassRecipe(BaseModel, ABC):
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """The recipe with other fields, checked as a whole; pydantic's own copy is not."""
-        return type(self)(**(vars(super().model_copy(deep=deep)) | dict(update or {})))
-
-    @property
-    @abstractmethod
-    def defaults(self) -> Mapping[str, Any]:
-        """What the effort says of fields that are left open, by name."""
+        given = {name: value for name, value in vars(super().model_copy(deep=deep)).items() if name not in self._open}
+        return type(self)(**(given | dict(update or {})))
 
     def get(self, name: str) -> Any:
         """The value of a field; None where this kind of recipe has no such field."""
         return getattr(self, name, None)
 
-    def chosen(self, name: str) -> Any:
-        """The value of a field, or its default."""
-        given = getattr(self, name)
-        return self.defaults.get(name) if given is None else given
+    def given(self, name: str) -> Any:
+        """The value that was given for a field; None for one that was left open."""
+        return None if name in self._open else getattr(self, name)
 
     @property
+    @abstractmethod
     def layer_method(self) -> LayerMethod:
-        """The method with its settings."""
-        return self._layer_method
-
-    @property
-    def chosen_method(self) -> str | LayerMethod:
-        return self.chosen("method")
-
-    @property
-    def chosen_allocation(self) -> Allocation:
-        return "uniform"
+        """The method with its settings; a ValueError for one that does not exist or cannot take them."""
 
     @property
     def draws(self) -> bool:
         """Whether the model draws its calibration windows."""
-        return isinstance(self.calibration, str) and self.calibration == SELF
+        return is_text(self.calibration) and self.calibration == SELF
 
     @property
     def chooses_linears(self) -> bool:
         """Whether it turns out during the run which linears are pruned."""
         return False
 
-    @property
-    def permutes(self) -> bool:
-        return False
-
-    @property
-    def distillation(self) -> Distillation | None:
-        return self._training(Distillation, self.chosen("distil_epochs"))
-
-    def _contradictions(self, wrong: Collection[str]) -> Iterator[tuple[str, str]]:
-        """A field and what is wrong with it, for fields that do not go together; those `wrong` alone are not asked."""
-
-        def finds() -> None:
-            self._layer_method = self._find_method()
-
-        def trains(training: Training | None) -> None:
-            if training is not None:
-                training.check()
-
-        def draws_windows() -> None:
-            if self.seed is not None and self.window_choice != "random" and not self.draws:
-                raise ValueError(
-                    f"seed is for window_choice 'random', and it is {self.chosen_window_choice!r}; leave the seed out"
-                )
-
-        def reads() -> None:
-            if is_text(self.calibration) and not self.draws:
-                check_text(self.calibration, self.split, self.column)
-
-        def scores() -> None:
-            if self.score not in (None, "none"):
-                check_text(self.score)
-
-        checks: list[Check] = [
-            (("method", "effort", "preset", "ridge", "pattern"), finds),
-            (("train_epochs", "windows", "variants"), lambda: trains(self.reconstruction)),
-            (("distil_epochs", "windows", "variants"), lambda: trains(self.distillation)),
-            *self._checks(),
-            (("calibration",), reads),
-            (("score",), scores),
-            (("seed", "window_choice", "calibration"), draws_windows),
-        ]
-        for names, check in checks:
-            if not set(wrong).intersection(names):
-                yield from ((names[0], text) for text in mistakes_of([check]))
-        if not set(wrong).intersection(("calibration", "heldout_windows")):
+    def _contradictions(self, fine: Callable[[Collection[str]], bool]) -> Iterator[Problem]:
+        """What is wrong with fields that do not go together; `fine` says whether some are right by themselves."""
+        if fine({"method", "effort", "preset", "ridge", "pattern"}):
+            yield from told("method", lambda: self.layer_method)
+        for name, training in (("train_epochs", self.reconstruction), ("distil_epochs", self.distillation)):
+            if training is not None and fine({name, "windows", "variants"}):
+                yield from told(name, training.check)
+        if fine({"calibration"}) and is_text(self.calibration) and not self.draws:
+            yield from told("calibration", lambda: check_text(self.calibration, self.split, self.column))
+        if fine({"score"}) and self.score not in (None, "none"):
+            yield from told("score", lambda: check_text(self.score))
+        seeded = self.draws or self.window_choice == "random"
+        if self.seed is not None and not seeded and fine({"seed", "window_choice", "calibration"}):
+            choice = self.chosen_window_choice
+            yield "seed", f"seed is for window_choice 'random', and it is {choice!r}; leave the seed out"
+        if fine({"calibration", "heldout_windows"}):
             yield from self._without_text()
 
-    def _without_text(self) -> Iterator[tuple[str, str]]:
+    def _without_text(self) -> Iterator[Problem]:
         """Fields that say how a text is read, where there is none."""
         given = {name: getattr(self, name) for name in ("window_choice", "split", "column")}
         given |= {"documents": self.documents if self.documents == "separate" else None}
@@ -341,14 +309,6 @@ class PassRecipe(BaseModel, ABC):
                 why = f"there are {found} besides the held-out ones, given {self.windows}"
                 yield "windows", f"windows {ids}: {why}"
 
-    @abstractmethod
-    def _find_method(self) -> LayerMethod:
-        """The method with its settings; a ValueError for one that does not exist or cannot take them."""
-
-    @abstractmethod
-    def _checks(self) -> Sequence[Check]:
-        """The checks of this kind of recipe only."""
-
     @property
     def chosen_window_choice(self) -> WindowChoice:
         return self.window_choice or "spread"
@@ -359,28 +319,17 @@ class PassRecipe(BaseModel, ABC):
         return self.windows or LEAST_WINDOWS
 
     @property
-    def variant_count(self) -> int:
-        if self.variants is None:
-            # With many windows of text they gain less and cost more.
-            room = MOST_WINDOWS // self.window_count - 1
-            return max(0, min(self.defaults["variants"], room))
-        return self.variants
-
-    @property
     def all_windows(self) -> int:
         """Calibration windows with their variants."""
-        return self.window_count * (1 + self.variant_count)
-
-    def output_weighting(self) -> OutputWeighting:
-        return self.chosen("output_weights")
-
-    @property
-    def propagated_share(self) -> float:
-        return self.chosen("propagate")
+        return self.window_count * (1 + self.variants)
 
     @property
     def reconstruction(self) -> Reconstruction | None:
-        return self._training(Reconstruction, self.chosen("train_epochs"))
+        return self._training(Reconstruction, self.train_epochs)
+
+    @property
+    def distillation(self) -> Distillation | None:
+        return self._training(Distillation, self.distil_epochs)
 
     def _training(self, kind: type[T], given: T | int) -> T | None:
         """What is given, or this kind for so many epochs, which take as long as without variants; None for 0."""
@@ -388,37 +337,30 @@ class PassRecipe(BaseModel, ABC):
             return None
         # The kinds have defaults of all settings but this one, and `Training` has not.
         found: T = given if isinstance(given, kind) else cast(Any, kind)(epochs=given)
-        alone = not self.variant_count or found.epoch_windows is not None
+        alone = not self.variants or found.epoch_windows is not None
         return found if alone else replace(found, epoch_windows=self.window_count)
 
     @property
     def needs_sensitivities(self) -> bool:
         """Whether the gradient of the dense model's loss is asked for."""
-        return self.output_weighting() == "gradient" or self.chosen_allocation == "curves"
+        return self.output_weights == "gradient" or self.get("allocation") == "curves"
 
     @property
     def needs_dense_stream(self) -> bool:
         """Whether the dense model's own activations are carried through all blocks."""
-        return self.propagated_share > 0 or self.reconstruction is not None or self.distillation is not None
+        return bool(self.propagate or self.train_epochs or self.distil_epochs)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for a JSON record, those of open fields included.
-
-        Arrays of tokens appear by their shape, methods by their name.
-        """
-        values = {name: self.chosen(name) for name in type(self).model_fields}
-        values |= {"effort": effort_of(vars(self)), "variants": self.variant_count}
+        """Plain values for a JSON record: arrays of tokens appear by their shape, methods by their name."""
+        values = {name: getattr(self, name) for name in type(self).model_fields}
         values |= {name: asdict(value) for name, value in values.items() if isinstance(value, Training)}
-        if not isinstance(self.chosen_method, str):
-            values["method"] = described(self.method)
-        if self.get("penalty") is not None:
-            values["penalty"] = described(self.get("penalty"))
-        if not isinstance(self.calibration, str):
-            values["calibration"] = (
-                f"{len(self.calibration)} documents"
-                if is_text(self.calibration)
-                else f"token ids of shape {list(np.shape(self.calibration))}"
-            )
+        named = [name for name in ("method", "penalty") if not isinstance(values.get(name), str | None)]
+        values |= {name: described(values[name]) for name in named}
+        if is_text(self.calibration):
+            text = self.calibration
+            values["calibration"] = text if isinstance(text, str) else f"{len(text)} documents"
+        else:
+            values["calibration"] = f"token ids of shape {list(np.shape(self.calibration))}"
         return values
 
 

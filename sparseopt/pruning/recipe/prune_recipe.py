@@ -1,6 +1,7 @@
 """What to do to a model: one frozen recipe, checked as a whole before any work."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -13,9 +14,9 @@ from sparseopt.layers.patterns import KNOWN, check_pattern, implied_sparsity
 from sparseopt.layers.problem import LayerMethod
 from sparseopt.pruning.recipe.allocation import Allocation, check_allocation
 from sparseopt.pruning.recipe.effort import prune_defaults
-from sparseopt.pruning.recipe.options import HOW, OUTPUT, WHAT, Plain, option
-from sparseopt.pruning.recipe.pass_recipe import Check, PassRecipe
-from sparseopt.pruning.recipe.targets import Patterns, Targets, check_choice, read_patterns, read_targets
+from sparseopt.pruning.recipe.options import HOW, OUTPUT, WHAT, Plain, option, told
+from sparseopt.pruning.recipe.pass_recipe import PassRecipe, Problem
+from sparseopt.pruning.recipe.targets import Patterns, Targets, check_shares, read_patterns, read_targets
 
 PRESETS = tuple(dict.fromkeys(preset for method in METHODS.values() for preset in method.presets))
 
@@ -28,14 +29,15 @@ def penalty_named(name: str) -> Penalty:
 PenaltyName: Any = Annotated[Literal[tuple(BY_WEIGHT)], AfterValidator(penalty_named)]
 
 
-def read_bounds(given: Any) -> Any:
-    """Two numbers of a text with a comma between; what is no text is left unchanged."""
-    if not isinstance(given, str):
-        return given
+def read_bounds(given: Any) -> tuple[float, float]:
+    """Two shares of zeros, also of a text with a comma between."""
     try:
-        return tuple(float(part) for part in given.split(","))
-    except ValueError:
-        raise ValueError(f"bounds must be two numbers with a comma between, as in 0.3,0.8, given {given!r}") from None
+        low, high = map(float, given.split(",") if isinstance(given, str) else given)
+    except (TypeError, ValueError):
+        low = high = math.nan
+    if not 0 <= low <= high < 1:
+        raise ValueError(f"bounds must be two shares of zeros, 0 <= low <= high < 1, as in 0.3,0.8, given {given!r}")
+    return low, high
 
 
 class Recipe(PassRecipe):
@@ -49,7 +51,7 @@ class Recipe(PassRecipe):
     zeros as are asked for, or more, keeps its mask.
     """
 
-    sparsity: float | None = option(
+    sparsity: float = option(
         None,
         "Fraction of zeros in every linear. Default: 0.5, or that of an n:m pattern; none further with keep-zeros or "
         "masks.",
@@ -73,14 +75,14 @@ class Recipe(PassRecipe):
     ignore: Annotated[Patterns | None, SkipValidation, BeforeValidator(read_patterns)] = option(
         None, "Linears to leave out, written as the names of targets; ignore wins over targets.", WHAT
     )
-    allocation: Allocation | None = option(
+    allocation: Allocation = option(
         None,
         "How the sparsity is distributed over the layers: {choices}. With an n:m pattern and a sparsity below its own, "
         "curves chooses the linears that stay dense. Default: curves with effort most and no n:m pattern, else "
         "uniform.",
         WHAT,
     )
-    bounds: Annotated[tuple[float, float] | None, SkipValidation, BeforeValidator(read_bounds)] = option(
+    bounds: Annotated[tuple[float, float] | None, BeforeValidator(read_bounds)] = option(
         None, "Least and most sparsity of a layer, as in 0.3,0.8, for owl and curves.", WHAT
     )
     preset: Annotated[str | None, Plain(Literal[PRESETS] | None)] = option(
@@ -92,7 +94,7 @@ class Recipe(PassRecipe):
         "maiht and pattern unstructured.",
         HOW,
     )
-    permute: bool | None = option(
+    permute: bool = option(
         None,
         "Reorder channels so that an n:m pattern keeps more; the dense model computes the same in that order. Default: "
         "with effort most and an n:m pattern.",
@@ -102,25 +104,14 @@ class Recipe(PassRecipe):
         False, "Store zeros as a bitmask; `sparseopt unpack` writes the folder that transformers loads.", OUTPUT
     )
 
-    @property
-    def defaults(self) -> Mapping[str, Any]:
-        return prune_defaults(vars(self))
-
-    @property
-    def chosen_allocation(self) -> Allocation:
-        return self.chosen("allocation")
-
-    @property
-    def permutes(self) -> bool:
-        return self.chosen("permute")
-
-    @property
-    def asked_sparsity(self) -> float:
-        """The sparsity given, or its default."""
-        if self.sparsity is not None:
-            return self.sparsity
+    def _defaults(self) -> Mapping[str, Any]:
         implied = implied_sparsity(self.pattern)
-        return (0.0 if self.has_support else 0.5) if implied is None else implied
+        sparsity = (0.0 if self.has_support else 0.5) if implied is None else implied
+        return prune_defaults(vars(self)) | {"sparsity": sparsity}
+
+    @property
+    def layer_method(self) -> LayerMethod:
+        return find_method(self.method, self.preset, self.penalty, self.ridge, self.pattern)
 
     @property
     def has_support(self) -> bool:
@@ -130,54 +121,28 @@ class Recipe(PassRecipe):
     @property
     def chooses_linears(self) -> bool:
         """Whether curves choose the linears that have the n:m pattern; the others stay dense."""
-        return self.chosen_allocation == "curves" and implied_sparsity(self.pattern) is not None
+        return self.allocation == "curves" and implied_sparsity(self.pattern) is not None
 
-    def _find_method(self) -> LayerMethod:
-        return find_method(self.chosen_method, self.preset, self.penalty, self.chosen("ridge"), self.pattern)
-
-    def as_dict(self) -> dict[str, Any]:
-        return super().as_dict() | {"sparsity": self.asked_sparsity}
-
-    def _checks(self) -> Sequence[Check]:
-        def patterned() -> None:
-            sparsity = self.sparsity if implied_sparsity(self.pattern) is not None else self.asked_sparsity
-            check_pattern(self.pattern, None if self.chooses_linears else sparsity)
-
-        def allocated() -> None:
-            check_allocation(self.chosen_allocation, self.pattern, self.asked_sparsity, self.bounds)
-
-        def anywhere() -> None:
-            if self.penalty is not None and self.pattern != "unstructured":
-                raise ValueError(f"a penalty chooses weights anywhere, which contradicts the pattern {self.pattern!r}")
-
-        def by_linear() -> None:
-            fits = partial(check_pattern, self.pattern)
-            check_choice(self.targets, self.ignore, fits, self.chosen_allocation)
-
-        def permuted() -> None:
-            if not self.permutes:
-                return
+    def _contradictions(self, fine: Callable[[Collection[str]], bool]) -> Iterator[Problem]:
+        yield from super()._contradictions(fine)
+        if self.permute and fine({"permute", "pattern"}):
+            others = [name for name in ("keep_zeros", "masks", "targets", "ignore") if getattr(self, name)]
             if not implied_sparsity(self.pattern):
-                raise ValueError(
-                    f"permute is for n:m patterns with zeros, where the order of the inputs counts, and the pattern is "
-                    f"{self.pattern!r}; leave it out"
-                )
-            others = {name: getattr(self, name) for name in ("keep_zeros", "masks", "targets", "ignore")}
-            if given := [name for name, value in others.items() if value]:
-                raise ValueError(f"permute moves channels of all linears, which contradicts {given[0]}: leave one out")
-
-        def masked() -> None:
-            if self.masks is not None and self.chooses_linears:
-                raise ValueError(
-                    f"masks has zeros for every linear, and with pattern {self.pattern!r} allocation 'curves' leaves "
-                    "some dense: leave one of the two out"
-                )
-
-        return (
-            (("permute", "pattern"), permuted),
-            (("masks", "pattern"), masked),
-            (("pattern", "sparsity"), patterned),
-            (("targets", "ignore", "pattern", "allocation"), by_linear),
-            (("allocation", "bounds", "pattern", "sparsity"), allocated),
-            (("penalty", "pattern"), anywhere),
-        )
+                why = f"the order of the inputs counts, and the pattern is {self.pattern!r}; leave it out"
+                yield "permute", f"permute is for n:m patterns with zeros, where {why}"
+            elif others:
+                yield "permute", f"permute moves channels of all linears, which contradicts {others[0]}: leave one out"
+        if self.masks is not None and self.chooses_linears and fine({"masks", "pattern"}):
+            why = f"with pattern {self.pattern!r} allocation 'curves' leaves some dense: leave one of the two out"
+            yield "masks", f"masks has zeros for every linear, and {why}"
+        if fine({"pattern", "sparsity"}):
+            share = None if self.chooses_linears else self.sparsity
+            yield from told("pattern", lambda: check_pattern(self.pattern, share))
+        if fine({"targets", "ignore", "pattern", "allocation"}):
+            fits = partial(check_pattern, self.pattern)
+            yield from told("targets", lambda: check_shares(self.targets, fits, self.allocation))
+        if fine({"allocation", "bounds", "pattern", "sparsity"}):
+            given = (self.allocation, self.pattern, self.sparsity, self.bounds)
+            yield from told("allocation", lambda: check_allocation(*given))
+        if self.penalty is not None and self.pattern != "unstructured" and fine({"penalty", "pattern"}):
+            yield "penalty", f"a penalty chooses weights anywhere, which contradicts the pattern {self.pattern!r}"

@@ -8,7 +8,7 @@ Every block keeps the same numbers, so that the configuration of the smaller mod
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from sparseopt.layers.methods import METHODS, find_method
@@ -16,7 +16,7 @@ from sparseopt.layers.problem import LayerMethod
 from sparseopt.models import ModelError, PrunableModel, Sizes, possible_kv_heads, sizes_of
 from sparseopt.pruning.recipe.effort import SHRINKS, Effort, effort_help, shrink_defaults
 from sparseopt.pruning.recipe.options import HOW, KEEP, Plain, option
-from sparseopt.pruning.recipe.pass_recipe import Check, PassRecipe
+from sparseopt.pruning.recipe.pass_recipe import PassRecipe, Problem
 
 # A share may be rounded by this much of the whole at most.
 ROUNDING = 0.05
@@ -37,7 +37,7 @@ class ShrinkRecipe(PassRecipe):
     """
 
     effort: Effort | None = option(None, effort_help(SHRINKS), HOW)
-    method: Annotated[Any, Plain(Literal[CHOOSING] | None)] = option(
+    method: Annotated[Any, Plain(Literal[CHOOSING])] = option(
         None, "How channels and heads are chosen: {choices}. Default: best.", HOW
     )
     channels: float = option(1.0, "Fraction of the MLP's channels that stay.", KEEP, ge=0, le=1)
@@ -59,29 +59,28 @@ class ShrinkRecipe(PassRecipe):
         HOW,
     )
 
-    @property
-    def defaults(self) -> Mapping[str, Any]:
+    def _defaults(self) -> Mapping[str, Any]:
         return shrink_defaults(vars(self))
 
-    def _find_method(self) -> LayerMethod:
+    @property
+    def layer_method(self) -> LayerMethod:
         # Channels are groups of one input; the method is the same for larger ones.
-        return find_method(self.chosen_method, ridge=self.chosen("ridge"), pattern="group:1")
+        return find_method(self.method, ridge=self.ridge, pattern="group:1")
 
-    def _checks(self) -> Sequence[Check]:
-        return (((*SHARES, "parameters", "expert_tokens"), self._check_shares),)
-
-    def _check_shares(self) -> None:
+    def _contradictions(self, fine: Callable[[Collection[str]], bool]) -> Iterator[Problem]:
+        yield from super()._contradictions(fine)
+        if not fine({*SHARES, "parameters", "expert_tokens"}):
+            return
         given = {name: share for name in SHARES if (share := getattr(self, name)) != 1}
         if gone := [name for name, share in (given | {"parameters": self.parameters}).items() if share == 0]:
-            raise ValueError(f"{' and '.join(gone)} 0 leave nothing: give a share above 0")
-        if self.has_budget and given:
-            raise ValueError(f"parameters chooses what goes: leave {' and '.join(given)} out")
-        if self.experts < 1 and self.expert_tokens == "all":
-            raise ValueError(
-                "experts are removed by what they add to the tokens routed to them: leave expert_tokens 'all' out"
-            )
-        if not self.has_budget and not given:
-            raise ValueError("nothing would go: give channels, heads, layers or experts below 1, or a budget")
+            yield gone[0], f"{' and '.join(gone)} 0 leave nothing: give a share above 0"
+        elif self.has_budget and given:
+            yield "parameters", f"parameters chooses what goes: leave {' and '.join(given)} out"
+        elif self.experts < 1 and self.expert_tokens == "all":
+            why = "what they add to the tokens routed to them: leave expert_tokens 'all' out"
+            yield "experts", f"experts are removed by {why}"
+        elif not self.has_budget and not given:
+            yield "channels", "nothing would go: give channels, heads, layers or experts below 1, or a budget"
 
     @property
     def has_budget(self) -> bool:

@@ -18,7 +18,6 @@ import contextlib
 import difflib
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from numbers import Real
 from typing import Any
 
 from sparseopt.models.base.errors import listed
@@ -31,88 +30,14 @@ Patterns = tuple[str, ...]
 Targets = Patterns | tuple[tuple[str, float], ...]
 
 
-def read_patterns(given: Any) -> Any:
-    """Patterns as a tuple: of a text with commas outside brackets between, or of a sequence."""
-    if isinstance(given, str):
-        return tuple(_split(given))
-    return tuple(given) if isinstance(given, Sequence) else given
-
-
-def read_targets(given: Any) -> Any:
-    """Patterns, or pairs of patterns and sparsities: of a text as in `down_proj=0.6,q_proj=0`, or of a mapping.
+def read_patterns(given: Any, option: str = "ignore") -> Patterns:
+    """Patterns as a tuple: of a text with commas outside brackets between, or of a sequence.
 
     Raises:
-        ValueError: for a text in which some patterns have a sparsity, or one has two.
+        ValueError: for what are no names or expressions.
     """
-    if isinstance(given, Mapping):
-        return tuple(given.items())
-    parts = read_patterns(given)
-    if not isinstance(given, str):
-        # JSON has pairs as lists.
-        return tuple(tuple(e) if isinstance(e, list) else e for e in parts) if isinstance(parts, tuple) else parts
-    pairs: dict[str, float] = {}
-    for part in parts:
-        pattern, equals, number = part.rpartition("=")
-        with contextlib.suppress(ValueError):
-            if equals:
-                pairs[pattern] = float(number)
-    if pairs and len(pairs) < len(parts):
-        raise ValueError(
-            "targets must be patterns, or different patterns with a sparsity each, as in down_proj=0.6,q_proj=0.4, "
-            f"given {given!r}"
-        )
-    return tuple(pairs.items()) or parts
-
-
-def shares_in(targets: Targets | None) -> dict[str, float] | None:
-    """The sparsities of a table by pattern; None for a list."""
-    pairs = [each for each in targets or () if isinstance(each, tuple)]
-    return dict(pairs) if pairs else None
-
-
-def _split(text: str) -> Iterator[str]:
-    """The parts between commas, except those in brackets, which belong to an expression."""
-    start = depth = 0
-    for place, letter in enumerate(f"{text},"):
-        depth += (letter in "([{") - (letter in ")]}")
-        if letter == "," and (depth <= 0 or place == len(text)):
-            yield text[start:place].strip()
-            start = place + 1
-
-
-def check_choice(targets: Any, ignore: Any, check_share: Callable[[float], None], allocation: str) -> None:
-    """Check what can be checked without a model; `check_share` refuses a sparsity above 0.
-
-    Raises:
-        ValueError: for what are no names or expressions, a sparsity that is not possible, or sparsities together
-            with an allocation that is not uniform.
-    """
-    if ignore is not None:
-        _check_patterns("ignore", ignore)
-    pairs = [each for each in targets if isinstance(each, tuple)] if isinstance(targets, tuple) else []
-    if not pairs:
-        _check_patterns("targets", () if targets is None else targets)
-        return
-    if any(not isinstance(each, tuple) or len(each) != 2 for each in targets):
-        raise ValueError(f"targets must be patterns, or a table as in {{'down_proj': 0.6}}, given {targets!r}")
-    _check_patterns("targets", tuple(pattern for pattern, _ in pairs))
-    for pattern, share in pairs:
-        if not isinstance(share, Real) or isinstance(share, bool):
-            raise ValueError(f"targets: {pattern!r} must have a number in [0, 1), given {share!r}")
-        try:
-            if share != 0:
-                check_share(float(share))
-        except ValueError as error:
-            raise ValueError(f"targets: {pattern!r}: {error}") from None
-    if allocation != "uniform":
-        raise ValueError(
-            f"targets have sparsities, which allocation {allocation!r} is to choose: leave one of the two out; ignore "
-            "has the linears that are to stay as they are"
-        )
-
-
-def _check_patterns(option: str, patterns: Any) -> None:
-    for pattern in patterns if isinstance(patterns, tuple) else [patterns]:
+    found = tuple(_split(given)) if isinstance(given, str) else given
+    for pattern in found if isinstance(found, Sequence) else [found]:
         if not isinstance(pattern, str) or not pattern.removeprefix(EXPRESSION):
             raise ValueError(
                 f"{option} must be names of linears, or expressions after {EXPRESSION!r}, as in ['down_proj', "
@@ -123,6 +48,83 @@ def _check_patterns(option: str, patterns: Any) -> None:
                 re.compile(pattern.removeprefix(EXPRESSION))
             except re.error as error:
                 raise ValueError(f"{option}: {pattern!r} is not a regular expression: {error}") from None
+    return tuple(found)
+
+
+def read_targets(given: Any) -> Targets:
+    """Patterns, or pairs of patterns and sparsities: of a text as in `down_proj=0.6,q_proj=0`, or of a mapping.
+
+    Raises:
+        ValueError: as `read_patterns` does, for a text in which some patterns have a sparsity, or one has two, and for
+            a sparsity that is no number.
+    """
+    if isinstance(given, str):
+        given = _table_in(given) or given
+    if isinstance(given, Mapping):
+        given = tuple(given.items())
+    # JSON has pairs as lists.
+    pairs = [tuple(e) for e in given if isinstance(e, tuple | list)] if isinstance(given, Sequence) else []
+    if not pairs:
+        return read_patterns(given, "targets")
+    if len(pairs) < len(given) or any(len(pair) != 2 for pair in pairs):
+        raise ValueError(f"targets must be patterns, or a table as in {{'down_proj': 0.6}}, given {given!r}")
+    read_patterns([pattern for pattern, _ in pairs], "targets")
+    for pattern, share in pairs:
+        if not isinstance(share, int | float) or isinstance(share, bool):
+            raise ValueError(f"targets: {pattern!r} must have a number in [0, 1), given {share!r}")
+    return tuple(pairs)
+
+
+def _table_in(text: str) -> dict[str, float]:
+    """The sparsities that a text gives by pattern, empty for none."""
+    pairs: dict[str, float] = {}
+    parts = list(_split(text))
+    for part in parts:
+        pattern, equals, number = part.rpartition("=")
+        with contextlib.suppress(ValueError):
+            if equals:
+                pairs[pattern] = float(number)
+    if pairs and len(pairs) < len(parts):
+        raise ValueError(
+            "targets must be patterns, or different patterns with a sparsity each, as in down_proj=0.6,q_proj=0.4, "
+            f"given {text!r}"
+        )
+    return pairs
+
+
+def shares_in(targets: Targets | None) -> dict[str, float] | None:
+    """The sparsities of a table by pattern; None for a list."""
+    pairs: Any = targets
+    return dict(pairs) if targets and not isinstance(targets[0], str) else None
+
+
+def check_shares(targets: Targets | None, fits: Callable[[float], None], allocation: str) -> None:
+    """Check the sparsities of a table; `fits` refuses one above 0 that its pattern cannot have.
+
+    Raises:
+        ValueError: for one that is not possible, or together with an allocation that is not uniform.
+    """
+    for pattern, share in (shares := shares_in(targets) or {}).items():
+        try:
+            if share:
+                fits(share)
+        except ValueError as error:
+            raise ValueError(f"targets: {pattern!r}: {error}") from None
+    if shares and allocation != "uniform":
+        raise ValueError(
+            f"targets have sparsities, which allocation {allocation!r} is to choose: leave one of the two out; ignore "
+            "has the linears that are to stay as they are"
+        )
+
+
+def _split(text: str) -> Iterator[str]:
+    """The parts between commas, except those in brackets, which belong to an expression."""
+    start = depth = 0
+    for place, letter in enumerate(f"{text},"):
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and (depth <= 0 or place == len(text)):
+            yield text[start:place].strip()
+            start = place + 1
 
 
 def chosen_linears(

@@ -127,7 +127,7 @@ def prune_block(
     recipe, keys = plan.recipe, model.block_keys(dense.index)
     tensors = {path: model.stored(key) for path, key in keys.items()}
     dtypes = {path: dtype_of(key) for path, key in plan.target.block_keys(place).items()}
-    moves = _moves(plan, dense, stream, keys, tensors) if recipe.permutes else {}
+    moves = _moves(plan, dense, stream, keys, tensors) if recipe.get("permute") else {}
     tensors = reordered_block(tensors, moves)
     pruned = _pruned(plan, dense, stream, keys, tensors, dtypes, told, moves)
     tensors |= pruned
@@ -176,7 +176,7 @@ def _pruned(
     linears = {n: tap for n, tap in dense.block.linears.items() if keys[f"{n}.weight"] in plan.patterns}
     if not linears:
         return {}
-    grams, tests = dense.grams(stream, recipe, drift=recipe.propagated_share > 0)
+    grams, tests = dense.grams(stream, recipe, drift=recipe.propagate > 0)
     evidence = {name: _evidence(plan, name, tap, grams, tests) for name, tap in linears.items()}
 
     def task(name: str, tap: str) -> LayerTask:
@@ -194,8 +194,8 @@ def _pruned(
 
         def job() -> LayerJob:
             target, found = _stored_as(key, dense_weight, dtype), own(grams[tap])
-            if not starved and recipe.propagated_share and found.drift is not None:
-                target = propagated(target, found, recipe.propagated_share, mesh)
+            if not starved and recipe.propagate and found.drift is not None:
+                target = propagated(target, found, recipe.propagate, mesh)
             # So few tokens do not rank the weights: all inputs count the same.
             gram = jnp.eye(len(found.gram), dtype=jnp.float32) if starved else found.gram
             variances = None
@@ -243,7 +243,7 @@ def _moves(
 ) -> dict[str, Move]:
     """The channels that move so that the patterns keep more."""
     block = cast(Block, dense.block)  # the plan refuses torch models
-    grams = dense.grams(stream, plan.recipe, drift=plan.recipe.propagated_share > 0)[0]
+    grams = dense.grams(stream, plan.recipe, drift=plan.recipe.propagate > 0)[0]
     found = {n: plan.patterns.get(keys[f"{n}.weight"]) for n in block.linears}
     patterns = {name: pattern for name, pattern in found.items() if isinstance(pattern, NM)}
     losses = {}

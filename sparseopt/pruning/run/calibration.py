@@ -40,7 +40,7 @@ def with_windows(plans: Sequence[Plan], samples: int) -> list[Plan]:
         ValueError: for plans that would see other variants of them.
     """
     found = [dataclasses.replace(plan, recipe=plan.recipe.model_copy(update={"windows": samples})) for plan in plans]
-    counts = [plan.recipe.variant_count for plan in found]
+    counts = [plan.recipe.variants for plan in found]
     if len(set(counts)) > 1:
         raise ValueError(
             "recipes of one pass must see the same variants of their windows, and by their methods these have "
@@ -132,7 +132,7 @@ def describe_calibration(model: PrunableModel, plans: Sequence[Plan], windows: C
         if samples < default_windows(model, seqlen):
             why += "; the text has no more"
     inputs = _widest(model, [key for plan in plans for key in plan.patterns])
-    variants = recipe.model_copy(update={"windows": samples}).variant_count
+    variants = recipe.model_copy(update={"windows": samples}).variants
     if (tokens := samples * (1 + variants) * seqlen) < inputs and any(plan.patterns for plan in plans):
         warning = (
             f"calibration has {tokens:,} tokens and the widest linear {inputs:,} inputs: its Gram matrix is "

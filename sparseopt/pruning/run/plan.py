@@ -128,9 +128,9 @@ class Plan:
         """
         del place
         found = dict(parts.tensors)
-        if self.recipe.permutes:
+        if self.recipe.get("permute"):
             found = {path: found[path].astype(dtype) for path, dtype in parts.dtypes.items()}
-        block.write(found if self.recipe.permutes else parts.pruned)
+        block.write(found if self.recipe.get("permute") else parts.pruned)
         return block, found
 
     def restore(self, block: PrunableBlock, place: int, keys: Mapping[str, str], tensors: Tensors) -> PrunableBlock:
@@ -138,7 +138,7 @@ class Plan:
         del place
         # As in `finish`, what was not pruned, moved or trained runs as the source has it, not as it was stored.
         pruned = {path: value for path, value in tensors.items() if keys[path] in self.patterns}
-        changed = self.recipe.permutes or (pruned and self.recipe.reconstruction is not None)
+        changed = self.recipe.get("permute") or (pruned and self.recipe.reconstruction is not None)
         block.write(tensors if changed else pruned)
         return block
 
@@ -331,15 +331,15 @@ def fitting_recipe(model: PrunableModel, recipe: Recipe) -> Recipe:
     if not isinstance(model, TorchModel):
         return recipe
     problems = []
-    if recipe.output_weights == "gradient":
+    if recipe.given("output_weights") == "gradient":
         problems.append("output_weights='gradient' takes the gradient of the loss; leave it open or say 'uniform'")
-    if recipe.allocation == "curves":
+    if recipe.given("allocation") == "curves":
         problems.append("allocation='curves' takes the gradient of the loss; say 'uniform' or 'owl'")
-    if recipe.train_epochs:
+    if recipe.given("train_epochs"):
         problems.append("train_epochs trains the blocks by their gradients; leave it open or say 0")
-    if recipe.distil_epochs:
+    if recipe.given("distil_epochs"):
         problems.append("distil_epochs trains the model by its gradients; leave it out or say 0")
-    if recipe.permute:
+    if recipe.given("permute"):
         problems.append("permute moves channels of linears that are known to follow each other; leave it out")
     if recipe.precision != "highest":
         problems.append(f"precision={recipe.precision!r} is for JAX, and torch multiplies in float32; leave it out")
@@ -351,7 +351,7 @@ def fitting_recipe(model: PrunableModel, recipe: Recipe) -> Recipe:
             "blocks run in torch:\n  " + "\n  ".join(problems)
         )
     left: dict[str, Any] = {"output_weights": "uniform", "train_epochs": 0, "distil_epochs": 0, "permute": False}
-    return recipe.model_copy(update={"allocation": recipe.allocation or "uniform", **left})
+    return recipe.model_copy(update={"allocation": recipe.given("allocation") or "uniform", **left})
 
 
 def layer_shares(model: PrunableModel, recipe: Recipe) -> dict[str, float]:
@@ -365,7 +365,7 @@ def layer_shares(model: PrunableModel, recipe: Recipe) -> dict[str, float]:
     names = [key.removesuffix(".weight") for key in keys]
     chosen = chosen_linears(names, sorted(owners.difference(names)), recipe.targets, recipe.ignore)
     implied = implied_sparsity(recipe.pattern)
-    share = recipe.asked_sparsity if implied is None else implied
+    share = recipe.sparsity if implied is None else implied
     return {f"{name}.weight": share if own is None else own for name, own in chosen.items()}
 
 

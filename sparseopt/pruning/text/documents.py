@@ -16,7 +16,6 @@ No document is read both for calibration and for evaluation. Where no split sepa
 the hub, a split that you name), calibration reads the first, third, fifth, ... of them, evaluation the others.
 """
 
-import contextlib
 import csv
 import io
 import itertools
@@ -25,7 +24,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from glob import glob
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TextIO
+from typing import Any, Literal, TextIO
 
 from sparseopt.models.files.folder import PICKLES
 
@@ -43,6 +42,7 @@ _ENDINGS = {
     "csv": (".csv", ".csv.gz", ".csv.zst"),
     "parquet": (".parquet",),
 }
+_ALL_ENDINGS = tuple(itertools.chain(*_ENDINGS.values()))
 # The kind of a text that is no specification.
 _GIVEN = "a list of texts"
 _KINDS = ("pydoc", "file", *_ENDINGS, "wikitext2", "hf")
@@ -125,7 +125,7 @@ def load_documents(text: Any, part: Part, *, split: str | None = None, column: s
         case "wikitext2":
             found = _rows("parquet", _wikitext_files(rest, _SPLITS[part]), "text")
         case "hf":
-            found = _rows(None, _hub_files(_hub_name(rest), split or _SPLITS[part]), column)
+            found = _rows(None, _hub_files(rest, split or _SPLITS[part]), column)
         case _:
             found = _rows(kind, _row_files(kind, rest), column)
     if _alternates(text, split):
@@ -159,7 +159,7 @@ def load_text(text: str, part: Part, *, split: str | None = None, column: str | 
 
 def _alternates(text: Any, split: str | None) -> bool:
     kind, rest = _kind_of(text)
-    return kind in _ENDINGS or (kind == "hf" and (split is not None or _hub_name(rest).file is not None))
+    return kind in _ENDINGS or (kind == "hf" and (split is not None or _hub_name(rest)[1].endswith(_ALL_ENDINGS)))
 
 
 def _read_pydoc(part: Part) -> Iterator[str]:
@@ -208,23 +208,18 @@ def _read_file(path: str, part: Part) -> str:
 def _row_files(kind: str, path: str) -> list[Path]:
     place, endings = _path(path), _ENDINGS[kind]
     if place.is_dir():
-        found = sorted(file for file in place.iterdir() if file.name.endswith(endings) and file.is_file())
-        if not found:
-            raise TextError(f"the folder {path} has no files that end in {', '.join(endings)}")
-        return _once(found)
-    found = (
-        [place] if place.is_file() else sorted(f for f in map(Path, glob(str(place), recursive=True)) if f.is_file())
-    )
+        found = [file for file in place.iterdir() if file.name.endswith(endings)]
+        missing = f"the folder {path} has no files that end in {', '.join(endings)}"
+    else:
+        found = [place] if place.is_file() else list(map(Path, glob(str(place), recursive=True)))
+        missing = f"there is no file {path}; {kind}:PATH takes a file, a folder or a glob such as data/*.json.gz"
+    found = sorted(file for file in found if file.is_file())
     if not found:
-        raise TextError(f"there is no file {path}; {kind}:PATH takes a file, a folder or a glob such as data/*.json.gz")
-    return _once(found)
-
-
-def _once(files: list[Path]) -> list[Path]:
-    """The files; a `TextError` where one stands beside its unpacked self, whose documents would be read twice."""
-    if twice := [file for file in files if file.suffix in (".gz", ".zst") and file.with_suffix("") in files]:
+        raise TextError(missing)
+    # The documents of a file that stands beside its unpacked self would be read twice.
+    if twice := [file for file in found if file.suffix in (".gz", ".zst") and file.with_suffix("") in found]:
         raise TextError(f"{twice[0]} and {twice[0].with_suffix('')} hold the same documents; remove one of the two")
-    return files
+    return found
 
 
 def _wikitext_files(path: str, wanted: str) -> list[Path]:
@@ -238,39 +233,32 @@ def _wikitext_files(path: str, wanted: str) -> list[Path]:
     return files
 
 
-class _HubName(NamedTuple):
-    repository: str
-    config: str | None
-    file: str | None
-    revision: str | None
-
-
-def _hub_name(name: str) -> _HubName:
+def _hub_name(name: str) -> tuple[str, str, str | None]:
+    """The repository, its configuration or file, empty without, and the revision that a name has."""
     found = re.fullmatch(r"([^/@]+(?:/[^/@]+)?)(?:/([^@]+))?(?:@(.+))?", name)
     if found is None:
         raise TextError(
             f"hf:{name} names no data set; write hf:OWNER/NAME, and after it /CONFIG or /FILE, and @REVISION"
         )
-    repository, rest, revision = found.groups()
-    if rest and rest.endswith(tuple(itertools.chain(*_ENDINGS.values()))):
-        return _HubName(repository, None, rest, revision)
-    return _HubName(repository, rest, None, revision)
+    repository, inside, revision = found.groups()
+    return repository, inside or "", revision
 
 
-def _hub_files(name: _HubName, split: str) -> Iterator[Path]:
+def _hub_files(name: str, split: str) -> Iterator[Path]:
     """The file that is named, or those of a split, each fetched into the hub's cache when it is asked for."""
-    repository, config, file, revision = name
+    repository, inside, revision = _hub_name(name)
+    is_file = inside.endswith(_ALL_ENDINGS)
     try:
-        if file:
+        if is_file:
             from huggingface_hub import hf_hub_download
 
-            yield Path(hf_hub_download(repository, file, repo_type="dataset", revision=revision))
+            yield Path(hf_hub_download(repository, inside, repo_type="dataset", revision=revision))
             return
         # For the layout alone. Its own streaming of Parquet, left early, aborts the process at its end (arrow #45214).
         from datasets import DownloadManager, load_dataset_builder
 
         manager = DownloadManager(record_checksums=False)
-        found = load_dataset_builder(repository, config, revision=revision).config.data_files
+        found = load_dataset_builder(repository, inside or None, revision=revision).config.data_files
         if split not in found:
             raise ValueError(f"its splits are {', '.join(found)}")
         yield from (Path(manager.download(str(place))) for place in found[split])
@@ -281,7 +269,7 @@ def _hub_files(name: _HubName, split: str) -> Iterator[Path]:
     except Exception as error:  # failures of the network and of the hub have many classes
         why = " ".join(str(error).partition("Example of usage")[0].split())[:500]
         raise TextError(
-            f"cannot fetch {file or f'the split {split}'} of the data set {repository!r} from the hub "
+            f"cannot fetch {inside if is_file else f'the split {split}'} of the data set {repository!r} from the hub "
             f"({type(error).__name__}: {why}); name one configuration, hf:NAME/CONFIG, another split, or one file, "
             "hf:NAME/FILE; without network use pydoc or files: file:PATH, jsonl:PATH, csv:PATH, parquet:PATH, "
             f"wikitext2:PATH, as `hf download {repository} --repo-type dataset --local-dir FOLDER` fetches them"
@@ -293,22 +281,14 @@ def _rows(kind: str | None, files: Iterable[Path], column: str | None) -> Iterat
     for file in files:
         own = kind or next((each for each, endings in _ENDINGS.items() if file.name.endswith(endings)), None)
         if own is None:
-            raise TextError(f"{file} must end in one of {', '.join(itertools.chain(*_ENDINGS.values()))}")
+            raise TextError(f"{file} must end in one of {', '.join(_ALL_ENDINGS)}")
         read = {"jsonl": _json_rows, "csv": _csv_rows, "parquet": _parquet_rows}[own]
-        with _reading(file):
-            for place, value in read(file, column):
-                yield _document(value, f"{file}, {place}")
-
-
-@contextlib.contextmanager
-def _reading(file: Path) -> Iterator[None]:
-    """Within, what is wrong with a file becomes a `TextError` that names it."""
-    try:
-        yield
-    except TextError:
-        raise
-    except (OSError, ValueError, csv.Error) as error:
-        raise TextError(f"cannot read a text column from {file}: {error}") from error
+        try:
+            yield from (_document(value, f"{file}, {place}") for place, value in read(file, column))
+        except TextError:
+            raise
+        except (OSError, ValueError, csv.Error) as error:
+            raise TextError(f"cannot read a text column from {file}: {error}") from error
 
 
 def _column(names: Sequence[str], asked: str | None) -> str:

@@ -16,7 +16,7 @@ Source: Hinton, Vinyals, Dean, "Distilling the knowledge in a neural network", 2
 in Muralidharan, Sreenivas, Joshi and others, "Compact language models via pruning and knowledge distillation", 2024.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from sparseopt.core.base.mesh import on_device
 from sparseopt.core.base.types import Observer
@@ -36,13 +36,11 @@ from sparseopt.pruning.base.reports import DistillationRecord
 from sparseopt.pruning.evaluate.perplexity import LOGIT_ROWS
 from sparseopt.pruning.train.training import (
     Fixed,
+    Masks,
     Trainer,
     Training,
     TrainState,
     check_masks,
-    check_streams,
-    kept_entries,
-    start_state,
     updated,
 )
 from sparseopt.system import processes
@@ -70,7 +68,7 @@ def distil(
     dense_after: Stream,
     settings: Distillation,
     observer: Observer,
-    masks: Sequence[Mapping[str, Bool[Array, "out in"]]] | None = None,
+    masks: Sequence[Masks] | None = None,
 ) -> DistillationRecord:
     """Train the blocks of a model together, in place.
 
@@ -87,7 +85,6 @@ def distil(
     Raises:
         ValueError: before any work, for settings, masks or batches that cannot be used.
     """
-    settings.check()
     if not blocks:
         raise ValueError("no blocks to train; give at least one")
     if masks is not None and len(masks) != len(blocks):
@@ -98,8 +95,7 @@ def distil(
             check_masks(block, own)
     # A step sees one window or a few, in turn, so devices have nothing to share: one trains in each process.
     before, dense_after = before.on_one_device(), dense_after.on_one_device()
-    check_streams(before, dense_after)
-    trainer = _ModelTrainer(blocks, head, before, dense_after, settings, observer, masks)
+    trainer = _ModelTrainer(head, observer, blocks, masks, before, dense_after, settings)
     record = DistillationRecord(**trainer.train())
     if processes.count() > 1:
         # All processes continue with the first one's blocks.
@@ -161,24 +157,9 @@ class _ModelTrainer(Trainer):
     # The sum over the vocabulary leaves about 1e-7 of rounding.
     exact = 1e-6
 
-    def __init__(
-        self,
-        blocks: Sequence[Block],
-        head: Head,
-        before: Stream,
-        dense_after: Stream,
-        settings: Distillation,
-        observer: Observer,
-        masks: Sequence[Mapping[str, Array]],
-    ) -> None:
-        super().__init__(before, dense_after, settings)
-        self.blocks, self.head, self.observer = blocks, head, observer
-        self.fixed: list[Fixed] = []
-        self.states: list[TrainState] = []
-        for block, own in zip(blocks, masks, strict=True):
-            graph, params = nnx.split(block)
-            self.fixed.append(Fixed(graph, (), kept_entries(params, own)))
-            self.states.append(start_state(params))
+    def __init__(self, head: Head, observer: Observer, *trained: Any) -> None:
+        super().__init__(*trained)
+        self.head, self.observer = head, observer
 
     def loss(self, inputs: Batches, targets: Batches) -> float:
         losses = []
@@ -201,14 +182,6 @@ class _ModelTrainer(Trainer):
             norms.append(norm)
         self.observer("distillation, step", self.steps + 1, self.total)
         return loss, jnp.max(jnp.stack(norms))
-
-    def keep(self) -> None:
-        for block, state in zip(self.blocks, self.states, strict=True):
-            nnx.update(block, jax.tree.map(jnp.copy, state.params))
-
-    def restore(self) -> None:
-        for i, block in enumerate(self.blocks):
-            self.states[i] = self.states[i]._replace(params=nnx.state(block))
 
     def _trained(self) -> Iterator[Block]:
         return (fixed.module(state.params) for fixed, state in zip(self.fixed, self.states, strict=True))

@@ -11,15 +11,16 @@ these. A token whose target is zero counts nothing. Masks are frozen; linears wi
 optimiser: see `training`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from sparseopt.layers.compiled import Compiled
 from sparseopt.models import Block
@@ -28,13 +29,11 @@ from sparseopt.pruning.base.activations import Batches, Stream
 from sparseopt.pruning.base.reports import BlockRecord
 from sparseopt.pruning.train.training import (
     Fixed,
+    Masks,
     Trainer,
     Training,
     TrainState,
     check_masks,
-    check_streams,
-    kept_entries,
-    start_state,
     updated,
 )
 
@@ -83,14 +82,13 @@ def _train_step(
     state: TrainState,
     fixed: Fixed,
     weights: Float[Array, "D"],
-    inputs: Float[Array, "B T D"],
-    targets: Float[Array, "B T D"],
+    batch: tuple[Float[Array, "B T D"], Float[Array, "B T D"]],
     rows: Int[Array, "windows"],
     rate: Float[Array, ""],
     clip: Float[Array, ""],
 ) -> tuple[TrainState, Array, Array]:
-    """One update from some windows of a batch; returns the state, the loss before it and the gradient's norm."""
-    x, target = jnp.take(inputs, rows, axis=0), jnp.take(targets, rows, axis=0)
+    """One update from some windows of inputs and targets; the state, the loss before it and the gradient's norm."""
+    x, target = (jnp.take(each, rows, axis=0) for each in batch)
     loss, gradient = jax.value_and_grad(_loss)(state.params, fixed, weights, x, target)
     state, norm = updated(state, gradient, fixed.kept, rate, clip)
     return state, loss, norm
@@ -109,7 +107,7 @@ def channel_weights(targets: Iterable[Float[Array, "B T D"]]) -> Float[np.ndarra
     return mean / np.maximum(shares, FLOOR * mean) if mean > 0 else np.ones_like(shares)
 
 
-def split_block(block: Block, pruned: Iterable[str], settings: Reconstruction) -> tuple[Any, Any, list[Any]]:
+def split_block(block: Block, pruned: Iterable[str], settings: Reconstruction) -> tuple[Any, ...]:
     """A block's structure, the parameters that are trained where these linears are pruned, and the others."""
     owners = {stacked_name(name)[0] for name in pruned}
 
@@ -117,46 +115,37 @@ def split_block(block: Block, pruned: Iterable[str], settings: Reconstruction) -
         owner = ".".join(map(str, path[:-1]))
         return owner in owners or (settings.train_norms and owner.endswith("norm"))
 
-    graph, params, *frozen = nnx.split(block, trained, ...)
-    return graph, params, frozen
+    return nnx.split(block, trained, ...)
 
 
 class _BlockTrainer(Trainer):
     # A mean square error below this is what float32 leaves of two programs for one block.
     exact = 1e-12
+    settings: Reconstruction
 
-    def __init__(
-        self, block: Block, masks: Mapping[str, Array], stream: Stream, targets: Stream, settings: Reconstruction
-    ) -> None:
-        super().__init__(stream, targets, settings)
-        pruned = [name for name, mask in masks.items() if mask.any()]
-        graph, self.best_params, frozen = split_block(block, pruned, settings)
-        self.fixed = Fixed(graph, frozen, kept_entries(self.best_params, masks))
-        self.state = start_state(self.best_params)
-        self.weights = channel_weights(targets.calibration)
+    @cached_property
+    def weights(self) -> Float[np.ndarray, "D"]:
+        return channel_weights(self.calibration[1])
+
+    def split(self, block: Block, masks: Masks) -> tuple[Any, ...]:
+        return split_block(block, [name for name, mask in masks.items() if mask.any()], self.settings)
 
     def loss(self, inputs: Batches, targets: Batches) -> float:
         pairs = zip(inputs, targets, strict=True)
-        arguments = (self.state.params, self.fixed, self.weights)
+        arguments = (self.states[0].params, self.fixed[0], self.weights)
         losses = [_loss_of_batch(*arguments, x, target) for x, target in pairs]
         return float(np.mean([float(loss) for loss in losses]))
 
     def step(self, index: int, rows: np.ndarray, rate: np.float32) -> tuple[Array, Array]:
-        (inputs, targets), clip = self.calibration, np.float32(self.settings.clip)
-        arguments = (self.state, self.fixed, self.weights, inputs[index], targets[index], rows, rate, clip)
-        self.state, loss, norm = _step_of_rows(*arguments)
+        inputs, targets = self.calibration
+        batch, clip = (inputs[index], targets[index]), np.float32(self.settings.clip)
+        self.states[0], loss, norm = _step_of_rows(self.states[0], self.fixed[0], self.weights, batch, rows, rate, clip)
         return loss, norm
-
-    def keep(self) -> None:
-        self.best_params = jax.tree.map(jnp.copy, self.state.params)
-
-    def restore(self) -> None:
-        self.state = self.state._replace(params=self.best_params)
 
 
 def reconstruct_block(
     block: Block,
-    masks: Mapping[str, Bool[Array, "out in"]],
+    masks: Masks,
     stream: Stream,
     targets: Stream,
     settings: Reconstruction | None = None,
@@ -176,11 +165,6 @@ def reconstruct_block(
     Raises:
         ValueError: before any work, for settings, masks or batches that cannot be used.
     """
-    settings = settings or Reconstruction()
-    settings.check()
     check_masks(block, masks)
-    check_streams(stream, targets)
-    trainer = _BlockTrainer(block, masks, stream, targets, settings)
-    figures = trainer.train()
-    nnx.update(block, trainer.best_params)
-    return BlockRecord(block=index, **figures)
+    trainer = _BlockTrainer([block], [masks], stream, targets, settings or Reconstruction())
+    return BlockRecord(block=index, **trainer.train())

@@ -11,7 +11,7 @@ there than the start.
 import enum
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -20,13 +20,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from sparseopt.layers.compiled import Stopwatch
 from sparseopt.models import Block
 from sparseopt.models.decoder.experts import stacked_name
 from sparseopt.pruning.base.activations import Batches, Stream
 from sparseopt.pruning.base.grams import BlockRunner
+
+# True for the entries that are trained, by the linear's name.
+Masks = Mapping[str, Bool[Array, "out in"]]
 
 
 class TrainingStatus(enum.Enum):
@@ -139,7 +142,7 @@ def start_state(params: Any) -> TrainState:
     return TrainState(params, _adam.init(params))
 
 
-def kept_entries(params: Any, masks: Mapping[str, Array]) -> list[TrainedEntries]:
+def kept_entries(params: Any, masks: Masks) -> list[TrainedEntries]:
     """The entries that are trained, by leaf of `params`: all of a leaf without a mask.
 
     The bias of a linear whose mask has no True is not trained either.
@@ -180,10 +183,12 @@ def updated(
 
 
 class Trainer(ABC):
-    """The loop over the epochs: it makes the steps and chooses the best state.
+    """Trains blocks in place: the loop over the epochs, and the choice of the best state, which the blocks hold.
 
     Attributes:
         exact: a judging loss up to this leaves nothing to train.
+        fixed: of each block, what no step changes.
+        states: of each block, what a step changes.
         calibration: the inputs that steps draw from, with their targets.
         judges: the inputs whose loss chooses the best state, with theirs.
         best_epoch: the epoch that ended with the best state so far, 0 for the start.
@@ -192,28 +197,43 @@ class Trainer(ABC):
 
     exact: ClassVar[float]
 
-    def __init__(self, stream: Stream, targets: Stream, settings: Training) -> None:
-        self.settings, self.runner = settings, BlockRunner()
+    def __init__(
+        self, blocks: Sequence[Block], masks: Sequence[Masks], stream: Stream, targets: Stream, settings: Training
+    ) -> None:
+        settings.check()
+        check_streams(stream, targets)
+        self.blocks, self.masks, self.settings, self.runner = blocks, masks, settings, BlockRunner()
         self.calibration = (stream.calibration, targets.calibration)
         self.judges = (stream.heldout, targets.heldout) if stream.heldout else self.calibration
         self.epochs = self.steps = self.best_epoch = self.total = 0
         self.best = math.inf
+        parts = [self.split(*pair) for pair in zip(blocks, masks, strict=True)]
+        kept = [kept_entries(part[1], own) for part, own in zip(parts, masks, strict=True)]
+        self.fixed = [Fixed(graph, frozen, own) for (graph, _, *frozen), own in zip(parts, kept, strict=True)]
+        self.states = [start_state(params) for _, params, *_ in parts]
+
+    def split(self, block: Block, masks: Masks) -> tuple[Any, ...]:
+        """A block's structure, the parameters that are trained, and the others."""
+        del masks
+        return nnx.split(block, ...)
 
     @abstractmethod
     def step(self, index: int, rows: Int[np.ndarray, "windows"], rate: np.float32) -> tuple[Array, Array]:
-        """Update the state from some windows of a batch; the loss before it and the gradient's norm."""
+        """Update the states from some windows of a batch; the loss before it and the gradient's norm."""
 
     @abstractmethod
     def loss(self, inputs: Batches, targets: Batches) -> float:
-        """The mean loss of the state."""
+        """The mean loss of the states."""
 
-    @abstractmethod
     def keep(self) -> None:
-        """Keep the state as the best."""
+        """Keep the states as the best."""
+        for block, state in zip(self.blocks, self.states, strict=True):
+            nnx.update(block, jax.tree.map(jnp.copy, state.params))
 
-    @abstractmethod
     def restore(self) -> None:
-        """Return to the best state; no step follows."""
+        """Return to the best states; no step follows."""
+        pairs = zip(self.blocks, self.masks, self.states, strict=True)
+        self.states = [state._replace(params=self.split(block, masks)[1]) for block, masks, state in pairs]
 
     def train(self) -> dict[str, Any]:
         """Train to the end and leave the best state; returns the fields of a `TrainingRecord`."""
@@ -269,7 +289,7 @@ class Trainer(ABC):
         return TrainingStatus.FINISHED
 
 
-def check_masks(block: Block, masks: Mapping[str, Array]) -> None:
+def check_masks(block: Block, masks: Masks) -> None:
     """Raise a `ValueError` for masks that do not fit the linears of a pruned block; one without a True freezes one."""
     unknown = [name for name in masks if name not in block.linears]
     if unknown or not masks:
@@ -298,19 +318,18 @@ def check_masks(block: Block, masks: Mapping[str, Array]) -> None:
 
 def check_streams(inputs: Stream, targets: Stream) -> None:
     """Raise a `ValueError` for inputs and targets that do not pair up, or without calibration batches."""
-    _check_paired(inputs.calibration, targets.calibration, "calibration")
-    _check_paired(inputs.heldout, targets.heldout, "held-out")
+    shapes = {
+        "calibration": (inputs.calibration.shapes, targets.calibration.shapes),
+        "held-out": (inputs.heldout.shapes, targets.heldout.shapes),
+    }
+    for tokens, (given, wanted) in shapes.items():
+        if given != wanted or any(shape != given[0] for shape in given):
+            raise ValueError(
+                f"{tokens} inputs and targets must be as many batches, all of one shape, as `make_batches` gives; "
+                f"given inputs {given} and targets {wanted}"
+            )
     if not inputs.calibration:
         raise ValueError("no calibration batches to train on; give at least one")
-
-
-def _check_paired(inputs: Batches, targets: Batches, tokens: str) -> None:
-    given, wanted = inputs.shapes, targets.shapes
-    if given != wanted or any(shape != given[0] for shape in given):
-        raise ValueError(
-            f"{tokens} inputs and targets must be as many batches, all of one shape, as `make_batches` gives; given "
-            f"inputs {given} and targets {wanted}"
-        )
 
 
 def draw_orders(batches: Batches, settings: Training) -> list[list[tuple[int, np.ndarray]]]:

@@ -64,14 +64,14 @@ def test_a_token_whose_stream_overflows_cannot_drop_out_with_weight_0(source, to
 
 
 def test_best_takes_the_ridge_and_the_propagation_of_whole_models_and_the_others_their_own():
-    assert Recipe(method="best").propagated_share == 0.25
-    assert Recipe(method="best", propagate=0).propagated_share == 0
+    assert Recipe(method="best").propagate == 0.25
+    assert Recipe(method="best", propagate=0).propagate == 0
     assert Recipe(method="best").layer_method.ridge == 0.1
     assert Recipe(method="best", ridge=0.02).layer_method.ridge == 0.02
     for name in METHODS:
         # A layer alone and a layer of a model are pruned by the same method.
         assert Recipe(method=name).layer_method == find_method(name)
-        assert Recipe(method=name).propagated_share == (0.25 if name == "best" else 0)
+        assert Recipe(method=name).propagate == (0.25 if name == "best" else 0)
     assert Recipe(method="maiht", ridge=0.5).layer_method.ridge == 0.5
 
 

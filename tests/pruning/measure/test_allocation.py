@@ -143,14 +143,12 @@ def test_losses_between_levels_are_cubic_where_the_truth_is():
         ),
         (("curves", "2:4", 0.0, None), "must lie between 0 and 0.5, given 0; leave the allocation out"),
         (("uniform", "unstructured", 0.5, (0.3, 0.6)), "allocation 'uniform' takes no bounds"),
-        (("owl", "unstructured", 0.5, (0.6, 0.3)), "0 <= low <= high < 1, given"),
+        (("owl", "unstructured", 0.5, (0.6, 0.3)), "0 <= low <= high < 1, as in .* given"),
         (("curves", "unstructured", 0.7, (0.3, 0.6)), "at most 0.6 in every linear .* 0.1 below the 0.7 .* raise"),
         (("curves", "unstructured", 0.5, (0.6, 0.8)), "at least 0.6 in every linear .* 0.1 above the 0.5 .* lower"),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_bound_at_fault(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        check_allocation(*arguments)
     name, pattern, sparsity, bounds = arguments
     with pytest.raises(ValueError, match=message):
         Recipe(allocation=name, pattern=pattern, sparsity=sparsity, bounds=bounds)

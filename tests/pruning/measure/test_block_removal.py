@@ -52,7 +52,8 @@ def windows(model, tokens):
 
 
 def order(model, windows, count, told=lambda *_: None, *, kind=None, **settings):
-    trial = trial_of(model, windows, BlockRunner(), told, kind=kind or Batches())
+    work = SimpleNamespace(model=model, windows=windows, runner=BlockRunner(), observer=told, batches=kind or Batches())
+    trial = trial_of(work, windows.calibration)
     return removal_order(trial, count, **settings)
 
 

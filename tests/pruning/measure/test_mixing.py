@@ -11,7 +11,7 @@ import pytest
 from sparseopt.models import ModelError, Sizes, open_model, smaller_model
 from sparseopt.pruning import ShrinkRecipe, perplexity, prune_layer, prune_models, shrink_model
 from sparseopt.pruning.base.grams import tapped
-from sparseopt.pruning.measure import shaping
+from sparseopt.pruning.measure import mixing
 from sparseopt.pruning.measure.mixing import Costs, Search, _mix, best_mix, interpolated, parameter_costs
 from sparseopt.pruning.recipe.shrink_recipe import parameters_of
 from tests.models.tiny import random_tensors, tiny_config, write_folder
@@ -124,10 +124,9 @@ def test_what_does_nothing_goes_first(tmp_path, tensors, tokens, harmless, share
 
 def test_the_best_mix_is_that_of_all_which_fit():
     rng = np.random.default_rng(5)
-    recipe = ShrinkRecipe(parameters=0.5)
     for budget in (300.0, 420.0, 600.0):
         costs = Costs(50.0, rng.uniform(10, 20, 6), rng.uniform(0.5, 1, 6), rng.uniform(1, 5, 6))
-        search = Search(None, recipe, costs, budget, [16, 32, 48, 64], [2, 3, 4], 4)
+        search = Search(costs, budget, [16, 32, 48, 64], [2, 3, 4], 4)
         curves = {
             name: [[n, rise] for n, rise in zip(numbers, np.sort(rng.uniform(0, 1, len(numbers)))[::-1], strict=True)]
             for name, numbers in (("channels", (16, 48, 64)), ("heads", (2, 3, 4)), ("blocks", (2, 3, 4, 5, 6)))
@@ -146,7 +145,7 @@ def test_the_best_mix_is_that_of_all_which_fit():
 
 def test_a_budget_that_no_choice_meets_is_told(model):
     costs = Costs(50.0, np.full(3, 10.0), np.ones(3), np.ones(3))
-    search = Search(None, ShrinkRecipe(parameters=0.5), costs, 10.0, [32, 64], [1, 2], 0)
+    search = Search(costs, 10.0, [32, 64], [1, 2], 0)
     curves = {"channels": [[32, 1.0], [64, 0.0]], "heads": [[1, 1.0], [2, 0.0]], "blocks": [[3, 0.0]]}
     with pytest.raises(ModelError, match="no choice of channels, heads and blocks meets the budget"):
         _mix(model, search, curves, [])
@@ -172,7 +171,7 @@ def test_an_interrupted_run_finds_what_was_chosen(tmp_path, source, ids, report,
     recipe = recipe_of(ids, parameters=0.8)
     with pytest.raises(Broken):
         shrink_model(source, tmp_path / "out", recipe, observer=breaking_at(1))
-    monkeypatch.setattr(shaping, "choose_mixes", None)
+    monkeypatch.setattr(mixing, "choose_mixes", None)
     resumed = shrink_model(source, tmp_path / "out", recipe).shape
     assert dataclasses.replace(resumed, seconds=0) == dataclasses.replace(report.shape, seconds=0)
 

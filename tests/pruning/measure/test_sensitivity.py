@@ -128,8 +128,8 @@ def test_weights_that_cannot_be_are_refused(rng, weights, message):
 
 
 def test_best_weighs_outputs_on_whole_models_and_the_others_when_asked(tmp_path, source, tokens):
-    assert Recipe(method="best").output_weighting() == "gradient"
-    assert {Recipe(method=name).output_weighting() for name in METHODS.keys() - {"best"}} == {"uniform"}
+    assert Recipe(method="best").output_weights == "gradient"
+    assert {Recipe(method=name).output_weights for name in METHODS.keys() - {"best"}} == {"uniform"}
     recipe = Recipe(calibration=tokens, heldout_windows=0, method="sparsegpt", output_weights="gradient")
     prune_model(source, tmp_path / "weighted", recipe)
     model = open_model(source)

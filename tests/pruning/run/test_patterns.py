@@ -128,7 +128,7 @@ def test_a_recipe_lists_what_is_wrong_with_its_pattern():
 def test_a_changed_copy_of_a_recipe_keeps_only_what_was_given(first, then, sparsity):
     copied, made = Recipe(**first).model_copy(update=then), Recipe(**(first | then))
     assert copied == made
-    assert copied.asked_sparsity == copied.as_dict()["sparsity"] == sparsity
+    assert copied.sparsity == copied.as_dict()["sparsity"] == sparsity
 
 
 def test_on_the_shell_a_pattern_is_pruned_and_checked(tmp_path, source, command):

@@ -95,17 +95,17 @@ def test_epochs_share_the_windows(width):
 
 
 def test_only_what_trains_has_variants_unasked_and_its_epochs_stay_as_long():
-    assert Recipe().variant_count == 0
-    assert Recipe(effort="most").variant_count == 3
+    assert Recipe().variants == 0
+    assert Recipe(effort="most").variants == 3
     assert Recipe().all_windows == Recipe().window_count
     best = Recipe(method="best", windows=5)
-    assert best.variant_count == 3
+    assert best.variants == 3
     assert best.all_windows == 20
-    counts = [best.model_copy(update={"windows": count}).variant_count for count in (16, 32, 43, 64, 65, 128, 500)]
+    counts = [best.model_copy(update={"windows": count}).variants for count in (16, 32, 43, 64, 65, 128, 500)]
     assert counts == [3, 3, 1, 1, 0, 0, 0]
-    assert best.model_copy(update={"windows": 500, "variants": 2}).variant_count == 2
-    assert ShrinkRecipe(channels=0.5).variant_count == 0
-    assert ShrinkRecipe(channels=0.5, variants=1).variant_count == 1
+    assert best.model_copy(update={"windows": 500, "variants": 2}).variants == 2
+    assert ShrinkRecipe(channels=0.5).variants == 0
+    assert ShrinkRecipe(channels=0.5, variants=1).variants == 1
     assert best.reconstruction.epoch_windows == 5
     assert best.model_copy(update={"variants": 0}).reconstruction.epoch_windows is None
     assert best.model_copy(update={"train_epochs": Reconstruction(epoch_windows=7)}).reconstruction.epoch_windows == 7

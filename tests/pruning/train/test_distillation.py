@@ -113,7 +113,7 @@ def test_a_step_follows_the_gradient_of_the_whole_model(model, monkeypatch):
     start = [params for _, params in split]
     loss, gradient = whole(start)
     trainer = distillation._ModelTrainer(
-        blocks, head, before, after, replace(QUICK, clip=1e6), told_nothing, [{}] * len(blocks)
+        head, told_nothing, blocks, [{}] * len(blocks), before, after, replace(QUICK, clip=1e6)
     )
     found, norm = trainer.step(1, rows, rate)
     assert float(found) == pytest.approx(float(loss), rel=1e-5)
@@ -168,21 +168,6 @@ def test_a_model_that_gives_the_dense_answer_keeps_every_bit(model):
     assert record.status == TrainingStatus.EXACT.name
     assert (record.epochs, record.steps) == (0, 0)
     assert abs(record.last_loss) < 1e-6
-    assert_same_bits(before, parameters(blocks))
-
-
-@pytest.mark.parametrize("held_out", [True, False])
-def test_a_learning_rate_of_a_million_leaves_the_start_and_ends_early(model, held_out):
-    blocks, _ = pruned(model)
-    before, given = parameters(blocks), streams(model)
-    if not held_out:
-        given = tuple(Stream(stream.calibration, Batches()) for stream in given)
-    record = distil_quick(model, blocks, Distillation(learning_rate=1e6, windows=4, divergence=1.2), given=given)
-    assert record.status != TrainingStatus.FINISHED.name
-    assert record.best_epoch == 0
-    assert record.last_loss == record.first_loss
-    assert record.heldout_best == record.heldout_first
-    assert (record.heldout_best is not None) == held_out
     assert_same_bits(before, parameters(blocks))
 
 
@@ -263,7 +248,7 @@ def test_one_program_serves_all_blocks_and_settings_and_another_run(model):
 
 def test_the_estimate_covers_the_weights_and_moments_that_are_held(model):
     (before, after), (blocks, _) = streams(model), pruned(model)
-    trainer = distillation._ModelTrainer(blocks, model.head(), before, after, QUICK, told_nothing, [{}] * len(blocks))
+    trainer = distillation._ModelTrainer(model.head(), told_nothing, blocks, [{}] * len(blocks), before, after, QUICK)
     held = sum(leaf.nbytes for leaf in jax.tree.leaves([trainer.states, [nnx.state(block) for block in blocks]]))
     sizes = [sum(leaf.size for leaf in jax.tree.leaves(nnx.state(block))) for block in blocks]
     parts = distillation_bytes(model.config, sum(sizes), max(sizes), TIME)
