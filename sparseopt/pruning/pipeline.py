@@ -1,7 +1,7 @@
 """The pass, a plain loop over the blocks of a model.
 
     source -[embedding]-> activations
-    for each block:   read it; for each plan: prune its linears, store the shard, run it   (see `branch`, `block`)
+    for each block:   read it; for each plan: prune its linears, store the shard, run it   (see `shared_pass`, `block`)
     index, config, tokenizer; audit
 
 Memory holds one block and the activations, never the model. Every block sees the activations of the pruned blocks
@@ -36,12 +36,12 @@ from sparseopt.pruning.recipe.pass_recipe import PassRecipe
 from sparseopt.pruning.recipe.prune_recipe import Recipe
 from sparseopt.pruning.recipe.shrink_recipe import ShrinkRecipe
 from sparseopt.pruning.run.block import DenseBlock, PruningError
-from sparseopt.pruning.run.branch import Branch
 from sparseopt.pruning.run.calibration import (
     calibration_windows,
     check_same_calibration,
     default_windows,
     describe_calibration,
+    samples_to_score,
     with_windows,
 )
 from sparseopt.pruning.run.drawn import drawn_windows, keep_drawn
@@ -55,8 +55,7 @@ from sparseopt.pruning.run.folder import (
     recipe_identity,
 )
 from sparseopt.pruning.run.plan import Plan, make_plan
-from sparseopt.pruning.run.quality import Scoring, samples_to_score
-from sparseopt.pruning.run.shared_pass import Pass
+from sparseopt.pruning.run.shared_pass import Branch, Pass
 from sparseopt.pruning.run.variants import with_variants
 from sparseopt.system import processes
 from sparseopt.system.machine import freed_memory_kept, parse_bytes, peak_from_now, return_freed_memory
@@ -158,7 +157,7 @@ def prune_models(
             precision = work.branches[0].plan.recipe.precision
             with activations_in(precision), _memory_errors():
                 figures = _run(work, stop) | {"start": start, "precision": precision, "peak_memory_bytes": peak()}
-                made = {branch.plan.folder: branch.finish(work.scoring, **figures) for branch in work.branches}
+                made = {branch.plan.folder: branch.finish(work.scores, **figures) for branch in work.branches}
         return [made.get(plan.folder) or read_report(identity, plan) for plan in plans]
 
 
@@ -212,7 +211,7 @@ def open_pass(
         drawing = time.perf_counter() - drawing if recipe.draws else 0.0
         calibration = describe_calibration(model, plans, windows)
         plans, identity.tokens = with_windows(plans, calibration.windows), calibration.digest
-        scoring = Scoring(model, samples_to_score(model, plans[0].recipe, windows), observer)
+        samples = samples_to_score(model, plans[0].recipe, windows)
         processes.agree(
             {
                 "recipes": [recipe_identity(plan.recipe) for plan in plans],
@@ -229,7 +228,7 @@ def open_pass(
         footprint = choose_footprint(model, rest, *windows[:2], budget, spread=mesh is not None)
         read = processes.told([progress_in(identity, plan).as_dict() for plan in rest] if first else [])
         branches = [Branch(model, plan, Progress.from_dict(each)) for plan, each in zip(rest, read, strict=True)]
-        yield plans, identity, Pass(model, branches, windows, calibration, footprint, scoring, observer, mesh, drawing)
+        yield plans, identity, Pass(model, branches, windows, calibration, footprint, samples, observer, mesh, drawing)
 
 
 @contextlib.contextmanager
@@ -262,7 +261,8 @@ def _run(work: Pass, stop: Callable[[], bool] | None) -> dict[str, Any]:
     return_freed_memory()
     stream, watch = Stream(*embed_windows(model, batches, *seen[:2])), Stopwatch()
     survey(work, stream)
-    choose_shapes(work, stream)
+    if any(branch.plan.smaller for branch in branches):
+        choose_shapes(work, stream)
     survey_seconds, _ = watch.read()
     for branch in branches:
         branch.begin(stream)

@@ -8,10 +8,18 @@ import numpy as np
 
 from sparseopt.models import PrunableModel, check_window
 from sparseopt.pruning.base.reports import Calibration
-from sparseopt.pruning.recipe.pass_recipe import LEAST_WINDOWS, MOST_WINDOWS, TOKENS_AN_INPUT, PassRecipe
+from sparseopt.pruning.recipe.pass_recipe import (
+    LEAST_WINDOWS,
+    MOST_WINDOWS,
+    TOKENS_AN_INPUT,
+    PassRecipe,
+    scored_windows,
+)
 from sparseopt.pruning.run.plan import Plan
-from sparseopt.pruning.text.documents import TextError, is_text
+from sparseopt.pruning.text.documents import TextError, is_text, part_of_text
 from sparseopt.pruning.text.windows import begin_windows, check_vocabulary, text_windows, token_array, token_digest
+
+OWN = "text of its own"
 
 # Recipes that share a pass must agree in these.
 PASS_FIELDS = (
@@ -140,3 +148,41 @@ def describe_calibration(model: PrunableModel, plans: Sequence[Plan], windows: C
         )
     digest = token_digest(*windows[:2])
     return Calibration(samples, variants, len(windows.heldout), seqlen, digest, inputs, why, warning)
+
+
+class Sample(NamedTuple):
+    """Windows to score, without BOS, and the BOS that each should begin with; None for none."""
+
+    text: str
+    ids: np.ndarray
+    bos: int | None
+
+
+def samples_to_score(model: PrunableModel, recipe: PassRecipe, windows: CalibrationWindows) -> list[Sample]:
+    """What the perplexity before and after is measured on: the recipe's `score`, or its default.
+
+    Of a default text that is too short there is none, and token ids leave no text.
+
+    Raises:
+        TextError: for a `score` that cannot be read or is too short for a window.
+    """
+    count, length = scored_windows(recipe), windows.calibration.shape[1]
+
+    def read(text: str, **reading: str | None) -> Sample:
+        found = text_windows(
+            model.source, text, "evaluation", count, length,
+            bos=recipe.bos, documents=recipe.documents, least=1, **reading,  # type: ignore[arg-type]
+        )  # fmt: skip
+        return Sample(part_of_text(text, "evaluation", reading.get("split")), *found)
+
+    if recipe.score is not None:
+        return [] if recipe.score == "none" else [read(recipe.score)]
+    if recipe.draws:
+        # They begin with BOS, and `perplexity` puts it there.
+        ids = windows.scored if windows.bos is None else np.roll(windows.scored, -1, axis=1)
+        return [Sample(OWN, ids, windows.bos), read("pydoc")]
+    try:
+        own = isinstance(recipe.calibration, str)
+        return [read(recipe.calibration, split=recipe.split, column=recipe.column)] if own else []
+    except TextError:
+        return []
