@@ -330,7 +330,8 @@ def choose_footprint(
     elif budget and not spread:
         # What torch holds is not known; activations do not add to it.
         where = "disk"
-        tokens = calibration.size * (1 + plans[0].recipe.variant_count) + heldout.size
+        variants = max(plan.recipe.variant_count for plan in plans)
+        tokens = calibration.size * (1 + variants) + heldout.size
         scratch = (len(plans) + 3) * FLOAT32 * tokens * model.config.hidden_size
     output = [sum(output_bytes(plan.target, plan.recipe).values()) for plan in plans]
     _check_disks(plans, scratch)

@@ -42,19 +42,8 @@ def check_same_calibration(recipes: Sequence[PassRecipe]) -> None:
 
 
 def with_windows(plans: Sequence[Plan], samples: int) -> list[Plan]:
-    """The plans of a pass with the number of windows, which their recipes may leave open.
-
-    Raises:
-        ValueError: for plans that would see other variants of them.
-    """
-    found = [dataclasses.replace(plan, recipe=plan.recipe.model_copy(update={"windows": samples})) for plan in plans]
-    counts = [plan.recipe.variant_count for plan in found]
-    if len(set(counts)) > 1:
-        raise ValueError(
-            "recipes of one pass must see the same variants of their windows, and by their methods these have "
-            f"{', '.join(map(str, counts))}: give all the same variants, or prune one by one"
-        )
-    return found
+    """The plans of a pass with the number of windows, which their recipes may leave open."""
+    return [dataclasses.replace(plan, recipe=plan.recipe.model_copy(update={"windows": samples})) for plan in plans]
 
 
 class CalibrationWindows(NamedTuple):
@@ -128,10 +117,10 @@ def calibration_windows(model: PrunableModel, recipe: PassRecipe) -> Calibration
     return CalibrationWindows(windows[:split], windows[split:], windows[:0], bos)
 
 
-def describe_calibration(model: PrunableModel, plans: Sequence[Plan], windows: CalibrationWindows) -> Calibration:
-    """What the reports of a pass say about the tokens that it sees."""
-    (samples, seqlen), recipe = windows.calibration.shape, plans[0].recipe
-    why = warning = None
+def describe_calibration(model: PrunableModel, plans: Sequence[Plan], windows: CalibrationWindows) -> list[Calibration]:
+    """What the report of each plan of a pass says about the tokens that it sees."""
+    (samples, seqlen), recipe, found = windows.calibration.shape, plans[0].recipe, []
+    why = None
     if recipe.windows is None and is_text(recipe.calibration):
         why = (
             f"{TOKENS_AN_INPUT} tokens for each of the {_widest(model):,} inputs of the widest linear, in "
@@ -139,15 +128,17 @@ def describe_calibration(model: PrunableModel, plans: Sequence[Plan], windows: C
         )
         if samples < default_windows(model, seqlen):
             why += "; the text has no more"
+    digest, heldout = token_digest(*windows[:2]), len(windows.heldout)
     inputs = _widest(model, [key for plan in plans for key in plan.patterns])
-    variants = recipe.model_copy(update={"windows": samples}).variant_count
-    if (tokens := samples * (1 + variants) * seqlen) < inputs and any(plan.patterns for plan in plans):
-        warning = (
-            f"calibration has {tokens:,} tokens and the widest linear {inputs:,} inputs: its Gram matrix is "
-            f"singular; {-(-inputs // seqlen)} windows of {seqlen} or more would do"
-        )
-    digest = token_digest(*windows[:2])
-    return Calibration(samples, variants, len(windows.heldout), seqlen, digest, inputs, why, warning)
+    for plan in with_windows(plans, samples):
+        variants, warning = plan.recipe.variant_count, None
+        if (tokens := samples * (1 + variants) * seqlen) < inputs and any(plan.patterns for plan in plans):
+            warning = (
+                f"calibration has {tokens:,} tokens and the widest linear {inputs:,} inputs: its Gram matrix is "
+                f"singular; {-(-inputs // seqlen)} windows of {seqlen} or more would do"
+            )
+        found.append(Calibration(samples, variants, heldout, seqlen, digest, inputs, why, warning))
+    return found
 
 
 class Sample(NamedTuple):

@@ -35,7 +35,6 @@ from sparseopt.pruning.base.reports import (
     Replay,
     Score,
 )
-from sparseopt.pruning.base.torch_grams import runner_of
 from sparseopt.pruning.evaluate.perplexity import window_losses
 from sparseopt.pruning.run.block import DenseBlock, PruningError, prune_block, trained_entries
 from sparseopt.pruning.run.calibration import CalibrationWindows, Sample
@@ -55,6 +54,7 @@ class Branch:
     Attributes:
         model: the dense model.
         plan: what is done; a survey and the choice of shapes may change it before `begin`.
+        calibration: what its report says of the tokens that it sees.
         progress: the records, of an earlier start too.
         writer: of the folder.
         stream: before the next block.
@@ -62,12 +62,18 @@ class Branch:
 
     model: PrunableModel
     plan: Plan
+    calibration: Calibration
     progress: Progress
     writer: ShardedWriter = field(init=False)
     stream: Stream = field(init=False)
 
     def __post_init__(self) -> None:
         self.finished = self.progress.blocks
+
+    @property
+    def variants(self) -> int:
+        """Of each calibration window; runs that see as many have their first streams in common."""
+        return self.calibration.variants
 
     def begin(self, stream: Stream) -> None:
         """Write the tensors outside the blocks, unless they are there; the stream is that before the first block."""
@@ -179,6 +185,7 @@ class Branch:
             layers=layers,
             blocks=blocks,
             prunable_size=sum(math.prod(self.model.weight_shape(key)) for key in self.model.linear_keys()),
+            calibration=self.calibration,
             shape=self.progress.shape,
             distilled=self.progress.distilled,
             solver_seconds=sum(r.seconds for r in layers),
@@ -210,35 +217,31 @@ class Branch:
 
 @dataclass
 class Pass:
-    """A pass over the blocks of a model, in their order, for all runs that see the same tokens.
+    """A pass over the blocks of a model, in their order, for all runs on the same tokens.
 
     Attributes:
         model: the dense model.
         branches: the runs, each with its plan, its progress and its writer.
-        windows: the tokens that are seen.
-        calibration: what reports say of them.
+        windows: the tokens that are seen; a run may also see variants of them.
         footprint: the memory that the pass is expected to take.
         samples: what the finished models are scored on.
         observer: called with an event or a text, how much is done, and how much there is, see `prune_model`.
         mesh: the devices; None for one.
         draw_seconds: that drawing the windows took.
         runner: runs the blocks.
+        done: layers.
     """
 
     model: PrunableModel
     branches: list[Branch]
     windows: CalibrationWindows
-    calibration: Calibration
     footprint: Footprint
     samples: list[Sample]
     observer: Observer
     mesh: Mesh | None
     draw_seconds: float
-    runner: BlockRunner = field(init=False)
-    done: int = 0  # layers
-
-    def __post_init__(self) -> None:
-        self.runner = runner_of(self.model)
+    runner: BlockRunner
+    done: int = 0
 
     @property
     def batches(self) -> Batches:
