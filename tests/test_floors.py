@@ -64,11 +64,10 @@ HOUSE = {
     "pruning/train": ["training", "distillation reconstruction"],
     "pruning/recipe": ["allocation effort options targets", "pass_recipe", "prune_recipe shrink_recipe"],
     "pruning/run": [
-        "card permutation plan propagation",
+        "card permutation plan",
         "calibration",
-        "folder quality variants",
+        "folder variants",
         "block drawn",
-        "branch",
         "shared_pass",
     ],
     "pruning/measure": ["block_removal survey", "mixing"],

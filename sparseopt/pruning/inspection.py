@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from sparseopt.layers.patterns import pattern_count
 from sparseopt.layers.problem import LayerMethod
@@ -26,7 +27,7 @@ from sparseopt.models import (
     smaller_model,
 )
 from sparseopt.models.decoder.settings import BlockKind, DecoderConfig
-from sparseopt.pruning.memory import PLACES, output_bytes, prune_memory
+from sparseopt.pruning.memory import LIBRARIES, PLACES, output_bytes, prune_memory
 from sparseopt.pruning.pipeline import prune_model
 from sparseopt.pruning.recipe.prune_recipe import Recipe
 from sparseopt.pruning.recipe.targets import Targets, shares_in
@@ -156,13 +157,7 @@ class Inspection:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Inspection":
-        fields = dict(values)
-        fields["kinds"] = tuple(Blocks(kind["description"], tuple(kind["indices"])) for kind in fields["kinds"])
-        fields["linears"] = tuple(
-            LinearKind(**linear | {"blocks": tuple(linear["blocks"])}) for linear in fields["linears"]
-        )
-        fields["estimate"] = None if fields["estimate"] is None else Estimate(**fields["estimate"])
-        return cls(**fields)
+        return TypeAdapter(cls).validate_python(values)
 
 
 def inspect_model(
@@ -292,7 +287,8 @@ def _known(model: StreamedModel, recipe: Recipe, method: LayerMethod, device_mem
     room = device_memory_left() if device_memory is None else device_memory
     memory, on_disk = (prune_memory(model, recipe, method, where, room=room) for where in PLACES)
     if recipe.draws:
-        memory, on_disk = (each.with_drawing(drawing_bytes(model, recipe)) for each in (memory, on_disk))
+        drawing = {"drawing text": {"libraries": LIBRARIES, **drawing_bytes(model, recipe)}}
+        memory, on_disk = (replace(each, phases={**drawing, **each.phases}) for each in (memory, on_disk))
     return {
         "num_blocks": model.num_blocks,
         "kinds": tuple(

@@ -14,8 +14,9 @@ memory decides, which cannot be swapped: too little is an error.
 
 import math
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -91,31 +92,28 @@ class Memory:
     def peak_bytes(self) -> int:
         return sum(self.phases[self.peak_phase].values())
 
-    def with_drawing(self, held: Mapping[str, int]) -> "Memory":
-        """That of a run that first draws its text, which holds so much."""
-        return replace(self, phases={"drawing text": {"libraries": LIBRARIES, **held}, **self.phases})
-
 
 @dataclass(frozen=True)
 class BlockSizes:
-    """One kind of block; `share` is the fraction of the tokens that reach a linear, below 1 for experts."""
+    """One kind of block. Of a linear `(out, in, share)`, the share is the fraction of the tokens that reach it.
+
+    Attributes:
+        count: of such blocks.
+        parameters: of one.
+        stored: bytes, in the source's dtypes.
+        linears: all of them; the share is below 1 for experts.
+        solved: those that are pruned, for a smaller model all that may have to be.
+        gram_bytes: of a set of Grams.
+        widths: numbers per token in the inputs and outputs of all linears.
+    """
 
     count: int
     parameters: int
-    stored: int  # bytes, in the source's dtypes
-    linears: tuple[tuple[int, int, float], ...]  # `(out, in, share)` of each
-    solved: tuple[tuple[int, int, float], ...]  # of those that are pruned, for a smaller model all that may have to be
-    taps: tuple[tuple[int, float], ...]  # `(in, share)` of each distinct input of the linears
-    grams: tuple[tuple[int, float], ...]  # the same of each Gram
-
-    @property
-    def gram_bytes(self) -> int:
-        return FLOAT32 * sum(width**2 for width, _ in self.grams)
-
-    @property
-    def widths(self) -> float:
-        """Numbers per token in the inputs and outputs of all linears."""
-        return sum(width * share for width, share in self.taps) + sum(o * share for o, _, share in self.linears)
+    stored: int
+    linears: tuple[tuple[int, int, float], ...]
+    solved: tuple[tuple[int, int, float], ...]
+    gram_bytes: int
+    widths: float
 
 
 def block_sizes(model: StreamedModel, recipe: PassRecipe) -> list[BlockSizes]:
@@ -124,32 +122,36 @@ def block_sizes(model: StreamedModel, recipe: PassRecipe) -> list[BlockSizes]:
     routed = experts.chosen / experts.count if experts else 1.0
     targeted = layer_shares(model, recipe) if isinstance(recipe, Recipe) else None
 
-    def pruned(index: int) -> tuple[str, ...]:
-        names = model.block_linears(index)
-        if targeted is None:
-            return tuple(name for name in names if name.endswith(GROUPED))
-        return tuple(name for name in names if model.weight_key(index, name) in targeted)
+    def is_pruned(index: int, name: str) -> bool:
+        return name.endswith(GROUPED) if targeted is None else model.weight_key(index, name) in targeted
 
     alike: dict[Any, list[int]] = {}
     for index, kind in enumerate(model.config.kinds):
-        alike.setdefault((kind, pruned(index)), []).append(index)
+        pruned = tuple(name for name in model.block_linears(index) if is_pruned(index, name))
+        alike.setdefault((kind, pruned), []).append(index)
     found = []
     for (_, names), (index, *others) in alike.items():
         infos = [model.source.tensors[key] for key in model.block_keys(index).values()]
-        linears, solved, taps, grams = [], [], {}, {}
+        linears: dict[str, tuple[int, int, float]] = {}
+        taps, grams = {}, {}
         for name, tap in model.block_linears(index).items():
             outputs, inputs = model.weight_shape(model.weight_key(index, name))
             share = routed if ".experts." in name else 1.0
-            linears.append((outputs, inputs, share))
-            taps[tap] = (inputs, share)
+            linears[name] = (outputs, inputs, share)
+            taps[tap] = inputs * share
             shared = every and stacked_name(tap)[0] == EXPERTS_INPUT
-            grams[EXPERTS_INPUT if shared else tap] = (inputs, 1.0 if every else share)
-            if name in names:
-                solved.append(linears[-1])
-        parameters = sum(math.prod(info.shape) for info in infos)
-        stored = sum(map(_nbytes, infos))
-        kinds = tuple(linears), tuple(solved), tuple(taps.values()), tuple(grams.values())
-        found.append(BlockSizes(1 + len(others), parameters, stored, *kinds))
+            grams[EXPERTS_INPUT if shared else tap] = inputs
+        found.append(
+            BlockSizes(
+                count=1 + len(others),
+                parameters=sum(math.prod(info.shape) for info in infos),
+                stored=sum(map(_nbytes, infos)),
+                linears=tuple(linears.values()),
+                solved=tuple(linears[name] for name in names),
+                gram_bytes=FLOAT32 * sum(width**2 for width in grams.values()),
+                widths=sum(taps.values()) + sum(outputs * share for outputs, _, share in linears.values()),
+            )
+        )
     return found
 
 
@@ -166,22 +168,96 @@ def prune_memory(
     Each of the `plans` that share a pass has its own stream of activations. Layers whose solves would take more than
     is left of `room` bytes are taken by blocks of their outputs, as `split` does on a device.
     """
-    blocks, work = block_sizes(model, recipe), method_cost(method)
-    shapes = len({linear[:2] for block in blocks for linear in block.solved})
+    config, blocks, work = model.config, block_sizes(model, recipe), method_cost(method)
+    windows, token = recipe.all_windows + recipe.heldout_windows, FLOAT32 * config.hidden_size
+    block, largest_grams = max(blocks, key=lambda b: b.parameters), max(b.gram_bytes for b in blocks if b.solved)
+    shapes = {linear[:2] for b in blocks for linear in b.solved}
     # Each plan has one stream before a block, all share one after it, and the dense model has both.
-    stream = FLOAT32 * (recipe.all_windows + recipe.heldout_windows) * recipe.seqlen * model.config.hidden_size
+    stream = token * windows * recipe.seqlen
     streams = (plans + 1 + (2 if recipe.needs_dense_stream else 0)) * stream
     if isinstance(recipe, ShrinkRecipe) and recipe.has_budget:
         # The dense model's before and after a block, while the one before the first block waits for the pass.
         streams = max(streams, 3 * stream)
     # The backward pass keeps the streams of some blocks, see `survey`; its gradients stay in memory in any case.
-    gradient = FLOAT32 * _survey_tokens(recipe) * model.config.hidden_size if recipe.needs_sensitivities else 0
-    survey_streams = stream + (2 * math.isqrt(model.config.num_layers) + 3) * gradient
-    on_disk = activations == "disk"
-    kept = (0, 0, gradient) if on_disk else (stream, streams, survey_streams)
-    running = {"libraries": LIBRARIES, "compiled programs": PROGRAMS + work.program_mib * 2**20 * shapes}
-    phases, solve_blocks = _phases(model, recipe, blocks, work.workspace, running, kept, room)
-    return Memory(phases, solve_blocks, max(streams, survey_streams) if on_disk else 0)
+    surveyed = min(recipe.window_count, max(1, TOKENS // recipe.seqlen)) * recipe.seqlen
+    gradient = token * surveyed if recipe.needs_sensitivities else 0
+    survey_streams = stream + (2 * math.isqrt(config.num_layers) + 3) * gradient
+    scratch = 0
+    if activations == "disk":
+        scratch = max(streams, survey_streams)
+        stream, streams, survey_streams = 0, 0, gradient
+
+    batch = windows_per_batch(recipe.all_windows, recipe.seqlen) * recipe.seqlen
+    # A batch before a block and after it, of the dense model too.
+    current = 4 * token * batch
+    # Of one chunk of queries, before and after the softmax; a gradient keeps those of all chunks.
+    scores = 3 * FLOAT32 * batch * min(recipe.seqlen, QUERY_CHUNK) * config.num_heads
+    pairs = 2 * FLOAT32 * recipe.seqlen * config.num_heads
+
+    def backward(tokens: int) -> int:
+        """What a gradient through a block keeps of so many tokens."""
+        return tokens * pairs + int(3 * FLOAT32 * tokens * block.widths)
+
+    running = {"libraries": LIBRARIES, "compiled programs": PROGRAMS + work.program_mib * 2**20 * len(shapes)}
+    weights = FLOAT32 * block.parameters
+    sets = 1 + (recipe.heldout_windows > 0) + (recipe.propagate > 0)
+    widest = max(_nbytes(model.source.tensors[key]) for key in model.outer_keys())
+    # Packed at once, else copied in pieces, which are read, dequantised and converted.
+    copied = 2 * widest if recipe.get("pack") else 4 * min(widest, SLICE)
+    rows = min(config.vocab_size, windows * recipe.seqlen)
+    solves = running | {
+        "block": 2 * weights + 2 * block.stored,
+        "Grams": sets * largest_grams,
+        "activations": streams + current,
+    }
+    left = None
+    if room is not None and isinstance(recipe, Recipe) and not is_group_pattern(recipe.pattern):
+        left = max(0, room - sum(solves.values()))
+    parts = {shape: fewest_blocks(shape, work.workspace, left) for shape in shapes}
+    workspaces = [work.workspace.nbytes(-(-outputs // parts[outputs, inputs]), inputs) for outputs, inputs in shapes]
+    if recipe.propagate:
+        workspaces += [PROPAGATION.nbytes(*shape) for shape in shapes]
+    phases: dict[str, dict[str, int]] = {
+        "start": {
+            "libraries": LIBRARIES,
+            "embedding and head": max(copied, 2 * token * rows),
+            "activations": stream + current,
+        },
+        "Grams": running
+        | {
+            "block": 2 * weights,
+            "Grams": (sets + 1) * largest_grams,
+            "activations": streams + current + int(max(scores, FLOAT32 * batch * block.widths)),
+        },
+        "layer solves": solves | {"workspace": max(workspaces)},
+    }
+    if recipe.needs_sensitivities:
+        # Logits of a slice of rows, with their softmax and gradient. Nothing was solved before.
+        phases["survey"] = running | {
+            "compiled programs": PROGRAMS,
+            "block": 3 * weights,
+            "embedding and head": token * config.vocab_size + 3 * FLOAT32 * LOGIT_ROWS * config.vocab_size,
+            "activations": survey_streams + current + backward(batch),
+        }
+    if recipe.reconstruction is not None:
+        tokens = min(recipe.reconstruction.windows, recipe.window_count) * recipe.seqlen
+        phases["training"] = running | {
+            # Dense and pruned, gradient, two moments, the best state, updates.
+            "block": 8 * weights + 2 * block.stored,
+            "Grams": sets * largest_grams,
+            "activations": streams + current + scores + backward(tokens),
+        }
+    if recipe.distillation is not None:
+        # As if nothing went: the smaller model is not known yet.
+        tokens = min(recipe.distillation.windows, recipe.window_count) * recipe.seqlen
+        held = distillation_bytes(config, sum(b.count * b.parameters for b in blocks), block.parameters, tokens)
+        seen = tokens * pairs // recipe.seqlen + int(3 * FLOAT32 * tokens * block.widths)
+        held["activations of a step"] += 2 * stream + seen
+        phases["distillation"] = running | held
+    for held in phases.values():
+        arrays = sum(nbytes for part, nbytes in held.items() if part not in running)
+        held["freed, not returned"] = int(FREED * arrays)
+    return Memory(phases, max(parts.values()), scratch)
 
 
 def output_bytes(model: PrunableModel, recipe: PassRecipe) -> dict[str, int]:
@@ -254,10 +330,11 @@ def choose_footprint(
     elif budget and not spread:
         # What torch holds is not known; activations do not add to it.
         where = "disk"
-        tokens = calibration.size * (1 + plans[0].recipe.variants) + heldout.size
+        variants = max(plan.recipe.variants for plan in plans)
+        tokens = calibration.size * (1 + variants) + heldout.size
         scratch = (len(plans) + 3) * FLOAT32 * tokens * model.config.hidden_size
     output = [sum(output_bytes(plan.target, plan.recipe).values()) for plan in plans]
-    _check_disks([plan.folder for plan in plans], [_disk_bytes(plan) for plan in plans], scratch)
+    _check_disks(plans, scratch)
     stacked = model.stacked_weights if isinstance(model, TorchModel) else 0
     return Footprint(where, nbytes, dict(parts), phase, budget, sum(output), scratch, stacked)
 
@@ -280,13 +357,6 @@ def _choose(
     return where, largest
 
 
-def _disk_bytes(plan: Plan) -> int:
-    """What the output takes at most: blocks that distillation trains lie beside those that they replace."""
-    sizes = output_bytes(plan.target, plan.recipe)
-    twice = () if plan.recipe.distillation is None else sizes.keys() - set(plan.target.outer_keys())
-    return sum(sizes.values()) + sum(sizes[key] for key in twice)
-
-
 def _too_little(memory: Memory, what: str, instead: str) -> str:
     parts = sorted(memory.phases[memory.peak_phase].items(), key=lambda part: -part[1])
     advice = ADVICE.get(memory.peak_phase)
@@ -298,15 +368,17 @@ def _too_little(memory: Memory, what: str, instead: str) -> str:
     )
 
 
-def _check_disks(folders: Sequence[Path], output: Sequence[int], scratch: int) -> None:
+def _check_disks(plans: Sequence[Plan], scratch: int) -> None:
     """Raise a BudgetError without room for what is written, less what an earlier run has written already."""
-    needed: dict[int, int] = {}
-    places: dict[int, Path] = {}
-    for folder, nbytes in zip(folders, output, strict=True):
-        place = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
-        device = place.stat().st_dev
-        written = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
-        needed[device] = needed.get(device, 0) + max(0, nbytes - written)
+    needed, places = Counter[int](), dict[int, Path]()
+    for plan in plans:
+        place = next(parent for parent in (plan.folder, *plan.folder.parents) if parent.is_dir())
+        sizes, device = output_bytes(plan.target, plan.recipe), place.stat().st_dev
+        # Blocks that distillation trains lie beside those that they replace.
+        twice = () if plan.recipe.distillation is None else sizes.keys() - set(plan.target.outer_keys())
+        most = sum(sizes.values()) + sum(sizes[key] for key in twice)
+        written = sum(file.stat().st_size for file in plan.folder.glob("*.safetensors"))
+        needed[device] += max(0, most - written)
         places.setdefault(device, place)
     first = next(iter(places))
     needed[first] += scratch
@@ -322,98 +394,3 @@ def _check_disks(folders: Sequence[Path], output: Sequence[int], scratch: int) -
 
 def _nbytes(info: TensorInfo) -> int:
     return math.prod(info.shape) * info.dtype.itemsize
-
-
-def _survey_tokens(recipe: PassRecipe) -> int:
-    """Tokens on which the dense model's sensitivities are measured."""
-    return min(recipe.window_count, max(1, TOKENS // recipe.seqlen)) * recipe.seqlen
-
-
-def _phases(
-    model: StreamedModel,
-    recipe: PassRecipe,
-    blocks: list[BlockSizes],
-    workspace: Workspace,
-    running: dict[str, int],
-    kept: tuple[int, int, int],
-    room: int | None,
-) -> tuple[dict[str, dict[str, int]], int]:
-    """Bytes by phase and part, and the most blocks of outputs by which a layer is solved.
-
-    The workspace is that of the solve of a layer, `running` what the process holds besides arrays, `kept` the
-    activations at the start, then, and in the survey.
-    """
-    config, (start, streams, survey_streams) = model.config, kept
-    batch = windows_per_batch(recipe.all_windows, recipe.seqlen) * recipe.seqlen
-    # A batch before a block and after it, of the dense model too.
-    current = 4 * FLOAT32 * batch * config.hidden_size
-    # Of one chunk of queries, before and after the softmax; a gradient keeps those of all chunks.
-    scores = 3 * FLOAT32 * batch * min(recipe.seqlen, QUERY_CHUNK) * config.num_heads
-    pairs = 2 * FLOAT32 * recipe.seqlen * config.num_heads
-    block = max(blocks, key=lambda b: b.parameters)
-    weights = FLOAT32 * block.parameters
-    grams = max(b.gram_bytes for b in blocks if b.solved)
-    sets = 1 + (recipe.heldout_windows > 0) + (recipe.propagate > 0)
-    shapes = {(outputs, inputs) for b in blocks for outputs, inputs, _ in b.solved}
-    widest = max(_nbytes(model.source.tensors[key]) for key in model.outer_keys())
-    # Packed at once, else copied in pieces, which are read, dequantised and converted.
-    copied = 2 * widest if recipe.get("pack") else 4 * min(widest, SLICE)
-    rows = min(config.vocab_size, (recipe.all_windows + recipe.heldout_windows) * recipe.seqlen)
-    phases: dict[str, dict[str, int]] = {
-        "start": {
-            "libraries": running["libraries"],
-            "embedding and head": max(copied, 2 * FLOAT32 * rows * config.hidden_size),
-            "activations": start + current,
-        },
-        "Grams": running
-        | {
-            "block": 2 * weights,
-            "Grams": (sets + 1) * grams,
-            "activations": streams + current + int(max(scores, FLOAT32 * batch * block.widths)),
-        },
-        "layer solves": running
-        | {
-            "block": 2 * weights + 2 * block.stored,
-            "Grams": sets * grams,
-            "activations": streams + current,
-        },
-    }
-    solves = phases["layer solves"]
-    left = None
-    if room is not None and isinstance(recipe, Recipe) and not is_group_pattern(recipe.pattern):
-        left = max(0, room - sum(solves.values()))
-    parts = {shape: fewest_blocks(shape, workspace, left) for shape in shapes}
-    workspaces = [workspace.nbytes(-(-outputs // parts[outputs, inputs]), inputs) for outputs, inputs in shapes]
-    if recipe.propagate:
-        workspaces += [PROPAGATION.nbytes(*shape) for shape in shapes]
-    solves["workspace"] = max(workspaces)
-    if recipe.needs_sensitivities:
-        # Logits of a slice of rows, with their softmax and gradient.
-        logits = 3 * FLOAT32 * LOGIT_ROWS * config.vocab_size
-        # Nothing was solved before.
-        phases["survey"] = running | {
-            "compiled programs": PROGRAMS,
-            "block": 3 * weights,
-            "embedding and head": FLOAT32 * config.vocab_size * config.hidden_size + logits,
-            "activations": survey_streams + current + batch * pairs + int(3 * FLOAT32 * batch * block.widths),
-        }
-    if recipe.reconstruction is not None:
-        window = min(recipe.reconstruction.windows, recipe.window_count) * recipe.seqlen
-        seen = window * pairs + scores + int(3 * FLOAT32 * window * block.widths)
-        phases["training"] = running | {
-            # Dense and pruned, gradient, two moments, the best state, updates.
-            "block": 8 * weights + 2 * block.stored,
-            "Grams": sets * grams,
-            "activations": streams + current + seen,
-        }
-    if recipe.distillation is not None:
-        # As if nothing went: the smaller model is not known yet.
-        tokens = min(recipe.distillation.windows, recipe.window_count) * recipe.seqlen
-        held = distillation_bytes(config, sum(b.count * b.parameters for b in blocks), block.parameters, tokens)
-        seen = tokens * pairs // recipe.seqlen + int(3 * FLOAT32 * tokens * block.widths)
-        held["activations of a step"] += 2 * start + seen
-        phases["distillation"] = running | held
-    for held in phases.values():
-        arrays = sum(nbytes for part, nbytes in held.items() if part not in running)
-        held["freed, not returned"] = int(FREED * arrays)
-    return phases, max(parts.values())

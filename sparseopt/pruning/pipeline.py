@@ -1,7 +1,7 @@
 """The pass, a plain loop over the blocks of a model.
 
     source -[embedding]-> activations
-    for each block:   read it; for each plan: prune its linears, store the shard, run it   (see `branch`, `block`)
+    for each block:   read it; for each plan: prune its linears, store the shard, run it   (see `shared_pass`, `block`)
     index, config, tokenizer; audit
 
 Memory holds one block and the activations, never the model. Every block sees the activations of the pruned blocks
@@ -15,6 +15,7 @@ Over several devices the calibration windows are spread (`activations`), and so 
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from sparseopt.layers.split import is_out_of_memory
 from sparseopt.models import Source, TorchModel, check_output, open_model
 from sparseopt.pruning.base.activations import Stream, embed_windows
 from sparseopt.pruning.base.reports import Passed, PruneReport
+from sparseopt.pruning.base.torch_grams import runner_of
 from sparseopt.pruning.measure.mixing import choose_shapes
 from sparseopt.pruning.measure.survey import survey
 from sparseopt.pruning.memory import choose_footprint
@@ -36,12 +38,12 @@ from sparseopt.pruning.recipe.pass_recipe import PassRecipe
 from sparseopt.pruning.recipe.prune_recipe import Recipe
 from sparseopt.pruning.recipe.shrink_recipe import ShrinkRecipe
 from sparseopt.pruning.run.block import DenseBlock, PruningError
-from sparseopt.pruning.run.branch import Branch
 from sparseopt.pruning.run.calibration import (
     calibration_windows,
     check_same_calibration,
     default_windows,
     describe_calibration,
+    samples_to_score,
     with_windows,
 )
 from sparseopt.pruning.run.drawn import drawn_windows, keep_drawn
@@ -55,8 +57,7 @@ from sparseopt.pruning.run.folder import (
     recipe_identity,
 )
 from sparseopt.pruning.run.plan import Plan, make_plan
-from sparseopt.pruning.run.quality import Scoring, samples_to_score
-from sparseopt.pruning.run.shared_pass import Pass
+from sparseopt.pruning.run.shared_pass import Branch, Pass
 from sparseopt.pruning.run.variants import with_variants
 from sparseopt.system import processes
 from sparseopt.system.machine import freed_memory_kept, parse_bytes, peak_from_now, return_freed_memory
@@ -143,7 +144,8 @@ def prune_models(
 ) -> list[PruneReport]:
     """Prune one model by several recipes in one pass over its blocks, each into its own folder.
 
-    The recipes must agree on everything that decides the calibration tokens. Other arguments and errors are those of
+    The recipes must agree on everything that decides the calibration tokens; of these they may see different variants.
+    Other arguments and errors are those of
     `prune_model`, for the whole pass: the observer's number of layers is that of all recipes, and one recipe's failure
     ends them all.
 
@@ -158,7 +160,7 @@ def prune_models(
             precision = work.branches[0].plan.recipe.precision
             with activations_in(precision), _memory_errors():
                 figures = _run(work, stop) | {"start": start, "precision": precision, "peak_memory_bytes": peak()}
-                made = {branch.plan.folder: branch.finish(work.scoring, **figures) for branch in work.branches}
+                made = {branch.plan.folder: branch.finish(work.scores, **figures) for branch in work.branches}
         return [made.get(plan.folder) or read_report(identity, plan) for plan in plans]
 
 
@@ -210,26 +212,28 @@ def open_pass(
         else:
             windows = calibration_windows(model, recipe)
         drawing = time.perf_counter() - drawing if recipe.draws else 0.0
-        calibration = describe_calibration(model, plans, windows)
-        plans, identity.tokens = with_windows(plans, calibration.windows), calibration.digest
-        scoring = Scoring(model, samples_to_score(model, plans[0].recipe, windows), observer)
+        calibrations = describe_calibration(model, plans, windows)
+        plans, identity.tokens = with_windows(plans, len(windows.calibration)), calibrations[0].digest
+        samples = samples_to_score(model, plans[0].recipe, windows)
         processes.agree(
             {
                 "recipes": [recipe_identity(plan.recipe) for plan in plans],
-                "calibration tokens": calibration.digest,
+                "calibration tokens": identity.tokens,
                 "model": [model.source.name, model.source.config],
                 "output folders": [str(folder) for folder in folders],
             }
         )
         finished = processes.told([is_finished(identity, plan) for plan in plans] if first else [])
-        rest = [plan for plan, done in zip(plans, finished, strict=True) if not done]
+        rest = [(plan, own) for plan, own, done in zip(plans, calibrations, finished, strict=True) if not done]
         if not rest:
             yield plans, identity, None
             return
-        footprint = choose_footprint(model, rest, *windows[:2], budget, spread=mesh is not None)
-        read = processes.told([progress_in(identity, plan).as_dict() for plan in rest] if first else [])
-        branches = [Branch(model, plan, Progress.from_dict(each)) for plan, each in zip(rest, read, strict=True)]
-        yield plans, identity, Pass(model, branches, windows, calibration, footprint, scoring, observer, mesh, drawing)
+        unfinished = [plan for plan, _ in rest]
+        footprint = choose_footprint(model, unfinished, *windows[:2], budget, spread=mesh is not None)
+        read = processes.told([progress_in(identity, plan).as_dict() for plan in unfinished] if first else [])
+        branches = [Branch(model, *own, Progress.from_dict(each)) for own, each in zip(rest, read, strict=True)]
+        runner = runner_of(model)
+        yield plans, identity, Pass(model, branches, windows, footprint, samples, observer, mesh, drawing, runner)
 
 
 @contextlib.contextmanager
@@ -251,38 +255,49 @@ def _memory_errors() -> Iterator[None]:
 def _run(work: Pass, stop: Callable[[], bool] | None) -> dict[str, Any]:
     """Go through the blocks; figures of the whole pass, fields of its reports."""
     model, branches, runner, whole = work.model, work.branches, work.runner, Stopwatch()
-    recipes = [branch.plan.recipe for branch in branches]
-    work.tell(work.calibration)
+    for calibration in dict.fromkeys(branch.calibration for branch in branches):
+        work.tell(calibration)
     work.tell(work.footprint)
-    if recipes[0].draws:
+    if branches[0].plan.recipe.draws:
         for branch in branches:
             keep_drawn(branch.plan, work.windows)
-    batches = work.batches
-    seen = with_variants(model, work.windows, recipes[0].variants, batches, runner, work.observer)
-    return_freed_memory()
-    stream, watch = Stream(*embed_windows(model, batches, *seen[:2])), Stopwatch()
-    survey(work, stream)
-    choose_shapes(work, stream)
-    survey_seconds, _ = watch.read()
+    batches, survey_seconds = work.batches, 0.0
+    # By the number of variants; so are all streams of the dense model.
+    groups: dict[int, list[Branch]] = {}
     for branch in branches:
-        branch.begin(stream)
-    embedded = stream if any(recipe.distillation for recipe in recipes) else None
-    dense = stream if any(recipe.needs_dense_stream for recipe in recipes) else None
+        groups.setdefault(branch.variants, []).append(branch)
+    embedded, dense = dict[int, Stream](), dict[int, Stream]()
+    for variants, group in groups.items():
+        seen = with_variants(model, work.windows, variants, batches, runner, work.observer)
+        return_freed_memory()
+        stream, watch = Stream(*embed_windows(model, batches, *seen[:2])), Stopwatch()
+        alike = replace(work, branches=group)
+        survey(alike, stream)
+        choose_shapes(alike, stream)
+        survey_seconds += watch.read()[0]
+        for branch in group:
+            branch.begin(stream)
+        recipes = [branch.plan.recipe for branch in group]
+        if any(recipe.distillation for recipe in recipes):
+            embedded[variants] = stream
+        if any(recipe.needs_dense_stream for recipe in recipes):
+            dense[variants] = stream
     # Only the branches hold their streams, so one is freed when all of them have passed the block.
     del stream
     for index in range(model.num_blocks):
         return_freed_memory()
-        block, last = DenseBlock(model.block(index), index, dense, runner), index + 1 == model.num_blocks
+        read, last = model.block(index), index + 1 == model.num_blocks
+        blocks = {variants: DenseBlock(read, index, dense.get(variants), runner) for variants in groups}
         for branch in branches:
-            branch.advance(block, work.tell)
+            branch.advance(blocks[branch.variants], work.tell)
         work.tell(Passed(index, model.num_blocks))
-        dense = block.outputs if dense and (embedded or not last) else None
+        dense = {variants: blocks[variants].outputs for variants in (embedded if last else dense)}
         # The next block is read when this one and its Grams are gone.
-        del block
+        del read, blocks
         if not last and processes.any_of(stop is not None and stop()):
             raise Stopped(f"stopped after block {index + 1} of {model.num_blocks}; the same call resumes there")
     for branch in branches:
-        branch.distil(embedded, dense, work.tell, work.observer)
+        branch.distil(embedded.get(branch.variants), dense.get(branch.variants), work.tell, work.observer)
     return {
         "compile_seconds": whole.read()[1],
         "route": "torch" if isinstance(model, TorchModel) else "flax",
@@ -291,7 +306,6 @@ def _run(work: Pass, stop: Callable[[], bool] | None) -> dict[str, Any]:
         "draw_seconds": work.draw_seconds,
         "survey_seconds": survey_seconds,
         "calibration_seconds": runner.seconds,
-        "calibration": work.calibration,
         "footprint": work.footprint,
         "devices": 1 if work.mesh is None else work.mesh.size,
         "processes": processes.count(),

@@ -14,61 +14,91 @@ import typer
 from sparseopt.shell import console, options
 
 if TYPE_CHECKING:
+    from sparseopt.pruning import Recipe, ShrinkRecipe
     from sparseopt.pruning.recipe.pass_recipe import PassRecipe
 
 # EX_TEMPFAIL of sysexits: a scheduler that sent SIGTERM may start the same command again.
 RESUMABLE = 75
-# Options of `shrink` that take several numbers.
-SEVERAL = ("channels", "heads", "layers")
 
 
-@options.takes_recipe(lists={"sparsity": "Several, as in 0.5,0.6,0.7, share one pass."})
-def prune(
-    source: options.Source,
-    output: Annotated[
-        Path,
-        typer.Option(
-            help="Folder to write: new, empty or of the same run. Several sparsities get a folder in it each.",
-            rich_help_panel="Output",
-        ),
-    ],
-    memory: options.Memory = None,
-    devices: options.PassDevices = None,
-    distributed: options.Distributed = False,
-    coordinator: options.Coordinator = None,
-    processes: options.Processes = None,
-    process_id: options.ProcessId = None,
-    follow_links: options.FollowLinks = False,
-    **given: Any,
-) -> None:
+def makes_models(
+    recipe: str, several: Sequence[str], example: str, folders: str
+) -> Callable[[Callable[..., str]], Callable[[], None]]:
+    """Turn a function of recipes, which gives the title of their run, into the command that makes their models.
+
+    Args:
+        recipe: the name of its kind of recipe.
+        several: options that take several numbers; every combination is made in the same pass.
+        example: of such numbers.
+        folders: says where the models of several combinations lie.
+    """
+
+    def made(title: Callable[..., str]) -> Callable[[], None]:
+        def command(
+            source: options.Source,
+            output: Annotated[
+                Path,
+                typer.Option(
+                    help=f"Folder to write: new, empty or of the same run. {folders}", rich_help_panel="Output"
+                ),
+            ],
+            memory: options.Memory = None,
+            devices: options.PassDevices = None,
+            distributed: options.Distributed = False,
+            coordinator: options.Coordinator = None,
+            processes: options.Processes = None,
+            process_id: options.ProcessId = None,
+            follow_links: options.FollowLinks = False,
+            **given: Any,
+        ) -> None:
+            chosen = options.number_of_devices(devices)
+            with options.cooperating(distributed, coordinator, processes, process_id):
+                from sparseopt import pruning
+
+                recipes = options.recipes(getattr(pruning, recipe), given, several)
+                varied = [name for name in several if len({getattr(each, name) for each in recipes}) > 1]
+                named = "{1:g}" if len(several) == 1 else "{0}-{1:g}"
+                names = ["-".join(named.format(name, getattr(each, name)) for name in varied) for each in recipes]
+                for line in choice_lines(recipes[0], given):
+                    console.say(line)
+                plans = [(each, output / folder) for each, folder in zip(recipes, names, strict=True)]
+                code = run_pass(source, plans, output, title(recipes), memory, chosen, follow_links)
+            if code:
+                raise typer.Exit(code)
+
+        command.__name__, command.__doc__ = title.__name__, title.__doc__
+        lists = dict.fromkeys(several, f"Several, as in {example}, share one pass.")
+        return options.takes_recipe(recipe, lists=lists)(command)
+
+    return made
+
+
+@makes_models("Recipe", ("sparsity",), "0.5,0.6,0.7", "Several sparsities get a folder in it each.")
+def prune(recipes: "Sequence[Recipe]") -> str:
     """Prune a causal language model layer by layer and write a folder that transformers loads."""
-    chosen = options.number_of_devices(devices)
-    with options.cooperating(distributed, coordinator, processes, process_id):
-        from sparseopt.pruning import Recipe
+    first, sparsities = recipes[0], [each.sparsity for each in recipes]
+    asked = [f"{sparsity:.0%}" if sparsity or not first.has_support else "given zeros" for sparsity in sparsities]
+    title = f"{' '.join(name_of(first))} {', '.join(asked)}"
+    return title if first.pattern == "unstructured" else f"{title} {first.pattern}"
 
-        recipes = options.recipes(Recipe, given, ["sparsity"])
-        plans = [(each, output / f"{each.sparsity:g}" if len(recipes) > 1 else output) for each in recipes]
-        first = recipes[0]
-        kept = first.has_support
-        asked = [f"{each.sparsity:.0%}" if each.sparsity or not kept else "given zeros" for each in recipes]
-        title = f"{' '.join(name_of(first))} {', '.join(asked)}"
-        if first.pattern != "unstructured":
-            title = f"{title} {first.pattern}"
-        for line in choice_lines(first, given):
-            console.say(line)
-        code = run_pass(source, plans, output, title, memory, chosen, follow_links)
-    if code:
-        raise typer.Exit(code)
+
+@makes_models(
+    "ShrinkRecipe",
+    ("channels", "heads", "layers"),
+    "0.75,0.5",
+    "Of several shares each combination gets a folder in it, such as channels-0.75-layers-0.9.",
+)
+def shrink(recipes: "Sequence[ShrinkRecipe]") -> str:
+    """Make a smaller dense model of a causal language model: fewer channels, key-value groups, blocks or experts.
+
+    Writes a folder that transformers and other runtimes load like any model of the family.
+    """
+    return "shrink"
 
 
 def name_of(recipe: "PassRecipe") -> list[str]:
     """The effort and the method of a recipe as far as they are named; "good" where neither is."""
     return [str(name) for name in (recipe.effort, recipe.given("method")) if name is not None]
-
-
-def fast_is_faster(recipe: "PassRecipe") -> bool:
-    """Whether effort fast takes less time than a recipe's effort."""
-    return recipe.effort in ("good", "most")
 
 
 def choice_lines(recipe: "PassRecipe", typed: Mapping[str, Any]) -> list[str]:
@@ -93,47 +123,6 @@ def choice_lines(recipe: "PassRecipe", typed: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-@options.takes_recipe(
-    "ShrinkRecipe",
-    lists=dict.fromkeys(SEVERAL, "Several, as in 0.75,0.5, share one pass."),
-)
-def shrink(
-    source: options.Source,
-    output: Annotated[
-        Path,
-        typer.Option(
-            help="Folder to write: new, empty or of the same run. Of several shares each combination gets a folder "
-            "in it, such as channels-0.75-layers-0.9.",
-            rich_help_panel="Output",
-        ),
-    ],
-    memory: options.Memory = None,
-    devices: options.PassDevices = None,
-    distributed: options.Distributed = False,
-    coordinator: options.Coordinator = None,
-    processes: options.Processes = None,
-    process_id: options.ProcessId = None,
-    follow_links: options.FollowLinks = False,
-    **given: Any,
-) -> None:
-    """Make a smaller dense model of a causal language model: fewer channels, key-value groups, blocks or experts.
-
-    Writes a folder that transformers and other runtimes load like any model of the family.
-    """
-    chosen = options.number_of_devices(devices)
-    with options.cooperating(distributed, coordinator, processes, process_id):
-        from sparseopt.pruning import ShrinkRecipe
-
-        recipes = options.recipes(ShrinkRecipe, given, SEVERAL)
-        varied = [name for name in SEVERAL if len({getattr(each, name) for each in recipes}) > 1]
-        plans = [(each, output / "-".join(f"{name}-{getattr(each, name):g}" for name in varied)) for each in recipes]
-        for line in choice_lines(recipes[0], given):
-            console.say(line)
-        code = run_pass(source, plans, output, "shrink", memory, chosen, follow_links)
-    if code:
-        raise typer.Exit(code)
-
-
 def run_pass(
     source: str,
     plans: "Sequence[tuple[PassRecipe, Path]]",
@@ -156,8 +145,9 @@ def run_pass(
 
     # Opened before the bar starts, because a download shows its own.
     opened = open_source(source, follow_links=follow_links)
+    slow = plans[0][0].effort in ("good", "most")
     try:
-        with stop_asked() as stop, PruneProgress(title, fast_is_faster(plans[0][0])) as progress:
+        with stop_asked() as stop, PruneProgress(title, faster=slow) as progress:
             reports = prune_models(opened, plans, observer=progress, stop=stop, memory=memory, devices=devices)
     except KeyboardInterrupt:
         if count() > 1:

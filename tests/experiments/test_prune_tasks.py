@@ -245,14 +245,16 @@ METHODS = ["wanda", "sparsegpt", "admm"]
 
 
 def test_runs_of_one_model_and_text_share_a_pass_and_are_what_each_is_alone(tmp_path, prune, monkeypatch):
-    items = [{"method": "dense"}, *({"method": method} for method in METHODS), {"method": "wanda", "seqlen": 16}]
+    """Method best sees variants of the windows that the others see."""
+    methods = [*METHODS, "best"]
+    items = [{"method": "dense"}, *({"method": method} for method in methods), {"method": "wanda", "seqlen": 16}]
     runs = expand({**prune, "keep_model": True, "sweep": {"list": items}})
     alone = [execute(run, tmp_path / "alone", quiet) for run in runs]
     passes = watch_passes(monkeypatch)
     together = run_all(plan(runs, tmp_path / "together"), tmp_path / "together", lambda p: quiet)
     # The last has other windows.
-    assert passes == [METHODS, ["wanda"]]
-    assert [(outcome.error, outcome.apart, outcome.done) for outcome in together] == [(None, None, 1)] * 5
+    assert passes == [methods, ["wanda"]]
+    assert [(outcome.error, outcome.apart, outcome.done) for outcome in together] == [(None, None, 1)] * 6
     assert models(together) == models(alone)
     of_time = {"unit_seconds", "seconds", "peak_memory_bytes", "layers"}
     of_time |= {f"{part}_seconds" for part in ("solver", "survey", "reconstruction", "compile")}

@@ -205,8 +205,10 @@ def test_what_one_process_knows_of_an_earlier_run_is_what_it_tells_the_others():
     shape = ShapeRecord(4, 1, None, (0, 2), (1,), (0.2,), (8, 2, 3, None), 80, 160, 640, 0.5)
     distilled = DistillationRecord(0.2, 0.1, 0.3, 0.2, 4, "FINISHED", 1.0, 0.5, 3, 96)
     allocation = AllocationRecord({"a.q_proj.weight": 0.1 + 0.2})
-    known = Progress(1, [layer], [trained], allocation, shape, distilled, ["outer", "block-0000"])
+    known = Progress(1, ["outer", "block-0000"], [allocation, shape, layer, trained, distilled])
     assert Progress.from_dict(json.loads(json.dumps(known.as_dict()))) == known
+    assert (known.layers, known.trained) == ([layer], [trained])
+    assert (known.allocation, known.shape, known.distilled) == (allocation, shape, distilled)
     lost = replace(trained, first_loss=math.nan, last_loss=math.inf, status="NONFINITE")
     read = BlockRecord.from_dict(run_folder.plain(lost.as_dict()))
     assert math.isnan(read.first_loss)

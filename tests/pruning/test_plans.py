@@ -76,7 +76,6 @@ def test_what_the_models_see_alike_is_computed_once(tmp_path, source, tokens, mo
             "window_choice, seed, calibration",
         ),
         ({"calibration": "pydoc"}, "these differ in calibration"),
-        ({"variants": 1}, "must see the same variants of their windows, and by their methods these have 0, 1"),
     ],
 )
 def test_recipes_of_one_pass_share_their_tokens(tmp_path, source, tokens, changes, message):
@@ -87,14 +86,36 @@ def test_recipes_of_one_pass_share_their_tokens(tmp_path, source, tokens, change
     assert not (tmp_path / "a").exists()
 
 
-def test_the_variants_of_a_pass_follow_from_its_windows(tmp_path, source, rng):
+def test_recipes_that_see_other_variants_share_a_pass(tmp_path, source, tokens):
+    """Each model is that of its recipe alone, bit for bit; each report says the variants that its model saw."""
+    recipe = Recipe(method="wanda", calibration=tokens, heldout_windows=2)
+    changes = [
+        {"variants": 2, "propagate": 0.5, "train_epochs": 1, "output_weights": "gradient"},
+        {"sparsity": 0.7, "allocation": "owl"},
+        {"variants": 1, "distil_epochs": 1},
+    ]
+    plans = [(recipe.model_copy(update=each), tmp_path / f"together-{i}") for i, each in enumerate(changes)]
+    events = []
+    together = prune_models(source, plans, observer=lambda event, *_: events.append(event))
+    assert [report.plans for report in together] == [3, 3, 3]
+    assert [report.calibration.variants for report in together] == [2, 0, 1]
+    assert [event.variants for event in events if isinstance(event, Calibration)] == [2, 0, 1]
+    assert sum(isinstance(event, Passed) for event in events) == 3
+    for index, (each, folder) in enumerate(plans):
+        alone = prune_model(source, tmp_path / f"alone-{index}", each)
+        assert alone.calibration == together[index].calibration
+        ours, theirs = stored(folder), stored(alone.output)
+        for key in theirs:
+            np.testing.assert_array_equal(ours[key], theirs[key], err_msg=f"{index} {key}")
+
+
+def test_the_variants_of_a_recipe_follow_from_the_windows_of_its_pass(tmp_path, source, rng):
     """Method best has no variants of 100 windows, whatever it shares a pass with."""
     ids = rng.integers(0, len(VOCAB), (100, 4)).astype(np.int32)
-    recipe = Recipe(method="wanda", calibration=ids, heldout_windows=0, variants=3)
-    plans = [(recipe, tmp_path / "a"), (recipe.model_copy(update={"method": "best", "variants": None}), tmp_path / "b")]
-    with pytest.raises(ValueError, match="these have 3, 0: give all the same variants"):
-        prune_models(source, plans)
-    assert not (tmp_path / "a").exists()
+    recipe = Recipe(method="wanda", calibration=ids, heldout_windows=0, variants=1)
+    best = {"method": "best", "variants": None, "train_epochs": 0, "output_weights": "uniform"}
+    reports = prune_models(source, [(recipe, tmp_path / "a"), (recipe.model_copy(update=best), tmp_path / "b")])
+    assert [report.calibration.variants for report in reports] == [1, 0]
 
 
 def test_two_recipes_for_one_folder_and_none_at_all_are_refused(tmp_path, source, tokens):

@@ -252,7 +252,7 @@ class ModelTask(Task):
         if self.method == "dense":
             return None
         recipe = self.recipe()
-        return self.source, self.devices, recipe.variants, *(getattr(recipe, name) for name in PASS_FIELDS)
+        return self.source, self.devices, *(getattr(recipe, name) for name in PASS_FIELDS)
 
     @classmethod
     def prepare(cls, runs: Sequence[tuple[Any, Path]], observer: Observer) -> Sequence[RunUnit]:

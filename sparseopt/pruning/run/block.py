@@ -12,12 +12,16 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
 
-from sparseopt.core.base.mesh import whole
+from sparseopt.core.base.dense import product, spd_inverse
+from sparseopt.core.base.mesh import over, put, whole
 from sparseopt.core.penalties.patterns import NM
-from sparseopt.layers.problem import LayerJob, check_answer, reads_variances
+from sparseopt.layers.compiled import Compiled
+from sparseopt.layers.problem import LayerJob, check_answer, reads_variances, scaled_gram
 from sparseopt.layers.side_by_side import LayerTask, Solved, agreed, solve_block
+from sparseopt.layers.split import Cut
 from sparseopt.models import (
     Block,
     ModelError,
@@ -33,13 +37,14 @@ from sparseopt.pruning.base.reports import BlockRecord, LayerRecord
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe
 from sparseopt.pruning.run.permutation import block_orders
 from sparseopt.pruning.run.plan import Plan, PrunedParts
-from sparseopt.pruning.run.propagation import propagated
 from sparseopt.pruning.train.reconstruction import Reconstruction, reconstruct_block
 from sparseopt.system import processes
 
 # Of a linear's weights, those that the dtype to store may make zero: of any model a few lie that near to zero, and they
 # are the first to be pruned.
 MOST_LOST = 1e-3
+# Relative to each input's own square; a smaller one follows the drift of single tokens.
+PROPAGATION_RIDGE = 0.1
 
 
 class PruningError(RuntimeError):
@@ -127,8 +132,10 @@ def prune_block(
     recipe, keys = plan.recipe, model.block_keys(dense.index)
     tensors = {path: model.stored(key) for path, key in keys.items()}
     dtypes = {path: dtype_of(key) for path, key in plan.target.block_keys(place).items()}
-    moves = _moves(plan, dense, stream, keys, tensors) if recipe.get("permute") else {}
-    tensors = reordered_block(tensors, moves)
+    moves: Mapping[str, Move] = {}
+    if recipe.get("permute"):
+        moves = _moves(plan, dense, stream, keys, tensors)
+        tensors = reordered_block(tensors, moves)
     pruned = _pruned(plan, dense, stream, keys, tensors, dtypes, told, moves)
     tensors |= pruned
     parts = PrunedParts(tensors, pruned, dtypes, lambda: dense.grams(stream, recipe, drift=False)[0])
@@ -320,3 +327,40 @@ def _reconstruct(
         # All processes continue with the first one's block.
         block.write(agreed({path: np.asarray(block.read(path)) for path in paths}))
     return record
+
+
+def drifted_target(
+    weight: Float[Array, "out in"],
+    gram: Float[Array, "in in"],
+    drift: Float[Array, "in in"],
+    strength: float | Array,
+    ridge: float | Array,
+) -> Float[Array, "out in"]:
+    """Propagated error: the target that corrects what the layers before have lost, float32.
+
+        minimise over W'    1/2 ||X~ W'ᵀ - X Wᵀ||²  +  ridge/2 ||(W' - W) e||²                              [out, in]
+
+    with X~ the inputs in the pruned model, X those in the dense one, e the norms of X~. The minimiser is
+    `W' = W - ((Gram + ridge e²)⁻¹ drift Wᵀ)ᵀ`, with Gram `X~ᵀX~` and drift `X~ᵀ(X~ - X)`; strength is the part of the
+    way from W to it.
+
+    Source: the normal equations of Frantar and Alistarh, "SparseGPT", 2023, with a second input, as in Li, Yin, Lee,
+    Xiao, Panda, "GPTAQ: efficient finetuning-free quantization for asymmetric calibration", 2025.
+    """
+    hessian, _, inverse = scaled_gram(gram)
+    shifted = spd_inverse(hessian + ridge * jnp.eye(len(hessian), dtype=jnp.float32))
+    moved = product(inverse[:, None] * drift, weight.astype(jnp.float32).T)
+    return weight - strength * (inverse[:, None] * product(shifted, moved)).T
+
+
+propagated_target = Compiled(drifted_target)
+
+
+def propagated(weight: np.ndarray, grams: Grams, share: float, mesh: Mesh | None) -> np.ndarray:
+    """The `drifted_target` of a weight, in its dtype, from Grams with a drift; devices of a mesh share the rows."""
+    target: Any = weight
+    if mesh is not None:
+        # Each output has its own target: rows of zeros after them change none.
+        target = put(Cut(mesh, len(weight)).padded(weight), over(mesh))
+    found = propagated_target(target, grams.gram, grams.drift, np.float32(share), np.float32(PROPAGATION_RIDGE))
+    return whole(found)[: len(weight)].astype(weight.dtype)

@@ -8,10 +8,18 @@ import numpy as np
 
 from sparseopt.models import PrunableModel, check_window
 from sparseopt.pruning.base.reports import Calibration
-from sparseopt.pruning.recipe.pass_recipe import LEAST_WINDOWS, MOST_WINDOWS, TOKENS_AN_INPUT, PassRecipe
+from sparseopt.pruning.recipe.pass_recipe import (
+    LEAST_WINDOWS,
+    MOST_WINDOWS,
+    TOKENS_AN_INPUT,
+    PassRecipe,
+    scored_windows,
+)
 from sparseopt.pruning.run.plan import Plan
-from sparseopt.pruning.text.documents import TextError, is_text
+from sparseopt.pruning.text.documents import TextError, is_text, part_of_text
 from sparseopt.pruning.text.windows import begin_windows, check_vocabulary, text_windows, token_array, token_digest
+
+OWN = "text of its own"
 
 # Recipes that share a pass must agree in these.
 PASS_FIELDS = (
@@ -34,19 +42,8 @@ def check_same_calibration(recipes: Sequence[PassRecipe]) -> None:
 
 
 def with_windows(plans: Sequence[Plan], samples: int) -> list[Plan]:
-    """The plans of a pass with the number of windows, which their recipes may leave open.
-
-    Raises:
-        ValueError: for plans that would see other variants of them.
-    """
-    found = [dataclasses.replace(plan, recipe=plan.recipe.model_copy(update={"windows": samples})) for plan in plans]
-    counts = [plan.recipe.variants for plan in found]
-    if len(set(counts)) > 1:
-        raise ValueError(
-            "recipes of one pass must see the same variants of their windows, and by their methods these have "
-            f"{', '.join(map(str, counts))}: give all the same variants, or prune one by one"
-        )
-    return found
+    """The plans of a pass with the number of windows, which their recipes may leave open."""
+    return [dataclasses.replace(plan, recipe=plan.recipe.model_copy(update={"windows": samples})) for plan in plans]
 
 
 class CalibrationWindows(NamedTuple):
@@ -120,10 +117,10 @@ def calibration_windows(model: PrunableModel, recipe: PassRecipe) -> Calibration
     return CalibrationWindows(windows[:split], windows[split:], windows[:0], bos)
 
 
-def describe_calibration(model: PrunableModel, plans: Sequence[Plan], windows: CalibrationWindows) -> Calibration:
-    """What the reports of a pass say about the tokens that it sees."""
-    (samples, seqlen), recipe = windows.calibration.shape, plans[0].recipe
-    why = warning = None
+def describe_calibration(model: PrunableModel, plans: Sequence[Plan], windows: CalibrationWindows) -> list[Calibration]:
+    """What the report of each plan of a pass says about the tokens that it sees."""
+    (samples, seqlen), recipe, found = windows.calibration.shape, plans[0].recipe, []
+    why = None
     if recipe.windows is None and is_text(recipe.calibration):
         why = (
             f"{TOKENS_AN_INPUT} tokens for each of the {_widest(model):,} inputs of the widest linear, in "
@@ -131,12 +128,52 @@ def describe_calibration(model: PrunableModel, plans: Sequence[Plan], windows: C
         )
         if samples < default_windows(model, seqlen):
             why += "; the text has no more"
+    digest, heldout = token_digest(*windows[:2]), len(windows.heldout)
     inputs = _widest(model, [key for plan in plans for key in plan.patterns])
-    variants = recipe.model_copy(update={"windows": samples}).variants
-    if (tokens := samples * (1 + variants) * seqlen) < inputs and any(plan.patterns for plan in plans):
-        warning = (
-            f"calibration has {tokens:,} tokens and the widest linear {inputs:,} inputs: its Gram matrix is "
-            f"singular; {-(-inputs // seqlen)} windows of {seqlen} or more would do"
-        )
-    digest = token_digest(*windows[:2])
-    return Calibration(samples, variants, len(windows.heldout), seqlen, digest, inputs, why, warning)
+    for plan in with_windows(plans, samples):
+        variants, warning = plan.recipe.variants, None
+        if (tokens := samples * (1 + variants) * seqlen) < inputs and any(plan.patterns for plan in plans):
+            warning = (
+                f"calibration has {tokens:,} tokens and the widest linear {inputs:,} inputs: its Gram matrix is "
+                f"singular; {-(-inputs // seqlen)} windows of {seqlen} or more would do"
+            )
+        found.append(Calibration(samples, variants, heldout, seqlen, digest, inputs, why, warning))
+    return found
+
+
+class Sample(NamedTuple):
+    """Windows to score, without BOS, and the BOS that each should begin with; None for none."""
+
+    text: str
+    ids: np.ndarray
+    bos: int | None
+
+
+def samples_to_score(model: PrunableModel, recipe: PassRecipe, windows: CalibrationWindows) -> list[Sample]:
+    """What the perplexity before and after is measured on: the recipe's `score`, or its default.
+
+    Of a default text that is too short there is none, and token ids leave no text.
+
+    Raises:
+        TextError: for a `score` that cannot be read or is too short for a window.
+    """
+    count, length = scored_windows(recipe), windows.calibration.shape[1]
+
+    def read(text: str, **reading: str | None) -> Sample:
+        found = text_windows(
+            model.source, text, "evaluation", count, length,
+            bos=recipe.bos, documents=recipe.documents, least=1, **reading,  # type: ignore[arg-type]
+        )  # fmt: skip
+        return Sample(part_of_text(text, "evaluation", reading.get("split")), *found)
+
+    if recipe.score is not None:
+        return [] if recipe.score == "none" else [read(recipe.score)]
+    if recipe.draws:
+        # They begin with BOS, and `perplexity` puts it there.
+        ids = windows.scored if windows.bos is None else np.roll(windows.scored, -1, axis=1)
+        return [Sample(OWN, ids, windows.bos), read("pydoc")]
+    try:
+        own = isinstance(recipe.calibration, str)
+        return [read(recipe.calibration, split=recipe.split, column=recipe.column)] if own else []
+    except TextError:
+        return []

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -183,6 +183,7 @@ def _holds_a_model(folder: Path, why: str = "") -> FolderError:
 
 Finished = AllocationRecord | ShapeRecord | LayerRecord | BlockRecord | DistillationRecord
 KINDS: dict[str, type] = {each.kind: each for each in get_args(Finished)}
+R = TypeVar("R", bound=Finished)
 
 
 @dataclass
@@ -191,59 +192,43 @@ class Progress:
 
     Attributes:
         blocks: of the model, those that are finished, from the first.
-        layers: the records of their linears.
-        trained: those of blocks that were trained.
-        allocation: of the zeros over the linears, once it is chosen.
-        shape: the record of a smaller model's sizes, once they are chosen.
-        distilled: that of the distillation, once it is finished.
         tags: of the shards that stay.
+        records: of what is finished, in its order.
     """
 
     blocks: int = 0
-    layers: list[LayerRecord] = field(default_factory=list)
-    trained: list[BlockRecord] = field(default_factory=list)
-    allocation: AllocationRecord | None = None
-    shape: ShapeRecord | None = None
-    distilled: DistillationRecord | None = None
     tags: list[str] = field(default_factory=list)
-
-    def add(self, record: Finished) -> None:
-        match record:
-            case LayerRecord():
-                self.layers.append(record)
-            case BlockRecord():
-                self.trained.append(record)
-            case AllocationRecord():
-                self.allocation = record
-            case ShapeRecord():
-                self.shape = record
-            case DistillationRecord():
-                self.distilled = record
-
-    def of_block(self, index: int) -> list[LayerRecord | BlockRecord]:
-        records: list[LayerRecord | BlockRecord] = [*self.layers, *self.trained]
-        return [record for record in records if record.block == index]
+    records: list[Finished] = field(default_factory=list)
 
     @property
-    def records(self) -> list[Finished]:
-        return [
-            *([self.allocation] if self.allocation else []),
-            *([self.shape] if self.shape else []),
-            *self.layers,
-            *self.trained,
-            *([self.distilled] if self.distilled else []),
-        ]
+    def layers(self) -> list[LayerRecord]:
+        return self._all(LayerRecord)
+
+    @property
+    def trained(self) -> list[BlockRecord]:
+        return self._all(BlockRecord)
+
+    @property
+    def allocation(self) -> AllocationRecord | None:
+        return next(iter(self._all(AllocationRecord)), None)
+
+    @property
+    def shape(self) -> ShapeRecord | None:
+        return next(iter(self._all(ShapeRecord)), None)
+
+    @property
+    def distilled(self) -> DistillationRecord | None:
+        return next(iter(self._all(DistillationRecord)), None)
+
+    def _all(self, kind: type[R]) -> list[R]:
+        return [record for record in self.records if isinstance(record, kind)]
 
     def as_dict(self) -> dict[str, Any]:
-        records = [record.as_dict() for record in self.records]
-        return {"blocks": self.blocks, "tags": self.tags, "records": records}
+        return {"blocks": self.blocks, "tags": self.tags, "records": [record.as_dict() for record in self.records]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Progress":
-        found = cls(values["blocks"], tags=values["tags"])
-        for line in values["records"]:
-            found.add(_record_of(line))
-        return found
+        return cls(values["blocks"], values["tags"], list(map(_record_of, values["records"])))
 
 
 def _record_of(values: Mapping[str, Any]) -> Finished:
@@ -326,20 +311,17 @@ def _read_progress(model: PrunableModel, plan: Plan) -> Progress:
     if not (plan.folder / RUN).is_file():
         return Progress()
     records, found = run_folder.read_records(plan.folder, _record_of)[0], Progress()
-    for record in records:
-        if isinstance(record, AllocationRecord | ShapeRecord):
-            found.add(record)
+    found.records += {r.kind: r for r in records if isinstance(r, AllocationRecord | ShapeRecord)}.values()
     if not stored(OUTER_TAG) or (plan.smaller and found.shape is None):
         return found
     found.tags.append(OUTER_TAG)
     plan = plan.with_shape(model, found.shape)
     stays = plan.stays
     # The distillation is finished when all its shards are there, whatever became of those that they replace.
-    last = [record for record in records if isinstance(record, DistillationRecord)]
-    if last and all(stored(trained_tag(index)) for index in stays):
-        found.add(last[-1])
+    last = [record for record in records if isinstance(record, DistillationRecord)][-1:]
+    distilled = last if all(stored(trained_tag(index)) for index in stays) else []
     for index in range(model.num_blocks):
-        tag = trained_tag(index) if found.distilled else block_tag(index)
+        tag = trained_tag(index) if distilled else block_tag(index)
         own = [record for record in records if getattr(record, "block", None) == index]
         if index in stays:
             pruned = sorted(record.layer for record in own if isinstance(record, LayerRecord))
@@ -350,8 +332,8 @@ def _read_progress(model: PrunableModel, plan: Plan) -> Progress:
                 break
             found.tags.append(tag)
         found.blocks = index + 1
-        for record in own:
-            found.add(record)
+        found.records += own
+    found.records += distilled
     return found
 
 

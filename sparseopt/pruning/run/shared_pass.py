@@ -1,51 +1,247 @@
-"""What the runs of one pass over a model share, decided before any work."""
+"""What the runs of one pass over a model share, decided before any work, and what each has of its own."""
 
-from dataclasses import dataclass, field
+import itertools
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
 
+import numpy as np
 from jax.sharding import Mesh
 
 from sparseopt.core.base.types import Observer
-from sparseopt.models import PrunableModel
-from sparseopt.pruning.base.activations import Batches, DiskBatches, SpreadBatches
+from sparseopt.models import (
+    OUTER_TAG,
+    PrunableBlock,
+    PrunableModel,
+    ShardedWriter,
+    StreamedModel,
+    block_tag,
+    trained_tag,
+    unread,
+)
+from sparseopt.pruning.base.activations import Batches, DiskBatches, SpreadBatches, Stream
 from sparseopt.pruning.base.grams import BlockRunner
-from sparseopt.pruning.base.reports import Calibration, Event, Footprint, LayerRecord
-from sparseopt.pruning.base.torch_grams import runner_of
-from sparseopt.pruning.run.branch import Branch
-from sparseopt.pruning.run.calibration import CalibrationWindows
-from sparseopt.pruning.run.quality import Scoring
+from sparseopt.pruning.base.reports import (
+    BlockRecord,
+    Calibration,
+    Event,
+    Footprint,
+    LayerRecord,
+    PruneReport,
+    Replay,
+    Score,
+)
+from sparseopt.pruning.evaluate.perplexity import window_losses
+from sparseopt.pruning.run.block import DenseBlock, PruningError, prune_block, trained_entries
+from sparseopt.pruning.run.calibration import CalibrationWindows, Sample
+from sparseopt.pruning.run.card import CARD, model_card
+from sparseopt.pruning.run.folder import Finished, Progress
+from sparseopt.pruning.run.plan import Plan
+from sparseopt.pruning.train.distillation import distil
+from sparseopt.system import processes
+from sparseopt.system.files import write_whole
+from sparseopt.system.run_folder import append_record, write_summary
+
+
+@dataclass
+class Branch:
+    """One run of a pass: what it does, how far it came, and from `begin` on its writer and its stream.
+
+    Attributes:
+        model: the dense model.
+        plan: what is done; a survey and the choice of shapes may change it before `begin`.
+        calibration: what its report says of the tokens that it sees.
+        progress: the records, of an earlier start too.
+        writer: of the folder.
+        stream: before the next block.
+    """
+
+    model: PrunableModel
+    plan: Plan
+    calibration: Calibration
+    progress: Progress
+    writer: ShardedWriter = field(init=False)
+    stream: Stream = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.finished = self.progress.blocks
+
+    @property
+    def variants(self) -> int:
+        """Of each calibration window; runs that see as many have their first streams in common."""
+        return self.calibration.variants
+
+    def begin(self, stream: Stream) -> None:
+        """Write the tensors outside the blocks, unless they are there; the stream is that before the first block."""
+        plan, target, tags, self.stream = self.plan, self.plan.target, self.progress.tags, stream
+        self.writer = ShardedWriter(
+            plan.folder, target.source, plan.recipe.dtype, plan.pack, target.exported_keys(), tags,
+            writes=processes.is_first(),
+        )  # fmt: skip
+        if OUTER_TAG not in tags:
+            self.writer.write(OUTER_TAG, unread(self.model.source, target.outer_keys()))
+
+    def keep(self, record: Finished) -> None:
+        """Add the record of a finished piece of work to the progress and to the folder."""
+        self.progress.records.append(record)
+        if processes.is_first():
+            append_record(self.plan.folder, record.as_dict())
+
+    def advance(self, dense: DenseBlock, told: Callable[[Event], None]) -> None:
+        """Prune and store one block, or replay it where an earlier run has stored it, and run the stream through it.
+
+        A block that goes is passed over. `told` is called with every event.
+
+        Raises:
+            PruningError: as `prune_block` does.
+        """
+        place = self.plan.place(dense.index)
+        if place is None:
+            return
+        block = (self._replay if dense.index < self.finished else self._prune)(dense, place, told)
+        if place + 1 < self.plan.target.num_blocks:
+            self.stream = dense.runner.through(block, self.stream)
+
+    def _replay(self, dense: DenseBlock, place: int, told: Callable[[Event], None]) -> PrunableBlock:
+        told(Replay(len(self.plan.layers(self.model, dense.index))))
+        records: list[LayerRecord | BlockRecord] = [*self.progress.layers, *self.progress.trained]
+        for record in records:
+            if record.block == dense.index:
+                told(record)
+        tag = trained_tag if self.progress.distilled else block_tag
+        tensors = self._stored(tag(dense.index), place)
+        return self.plan.restore(dense.block.copy(), place, self.model.block_keys(dense.index), tensors)
+
+    def _stored(self, tag: str, place: int) -> dict[str, np.ndarray]:
+        """The tensors of a shard of a block of the target, by path, linears as `[out, in]`."""
+        stored, target = self.writer.stored(tag), self.plan.target
+        return {path: target.as_stored(key, stored[key]) for path, key in target.block_keys(place).items()}
+
+    def _prune(self, dense: DenseBlock, place: int, told: Callable[[Event], None]) -> PrunableBlock:
+        def kept(record: LayerRecord | BlockRecord) -> None:
+            self.keep(record)
+            told(record)
+
+        block, tensors = prune_block(self.model, self.plan, dense, place, self.stream, self.writer.dtype_of, kept)
+        self._write(block_tag(dense.index), tensors)
+        return block
+
+    def _write(self, tag: str, tensors: Mapping[str, np.ndarray], instead: str | None = None) -> None:
+        stored = {key: self.plan.target.as_stored(key, value) for key, value in tensors.items()}
+        self.writer.write(tag, stored, instead)
+
+    def distil(
+        self, before: Stream | None, dense_after: Stream | None, told: Callable[[Event], None], observer: Observer
+    ) -> None:
+        """Train the whole target on the dense model's logits, if the plan says so and no earlier run did.
+
+        Args:
+            before: the stream before the first block; None if no plan of the pass asks for this training.
+            dense_after: the dense model's stream after its last block, likewise.
+            told: called with the record.
+            observer: called with every step.
+        """
+        settings, stays = self.plan.recipe.distillation, self.plan.stays
+        if settings is None or self.progress.distilled:
+            return
+        assert before is not None
+        assert dense_after is not None
+        target = cast(StreamedModel, self.plan.target)  # the plan refuses torch models
+        blocks = [target.block_of(place, self._stored(block_tag(i), place)) for place, i in enumerate(stays)]
+        masks = None
+        if not self.plan.smaller:
+            pairs = zip(stays, blocks, strict=True)
+            masks = [trained_entries(self.plan, block, self.model.block_keys(i)) for i, block in pairs]
+        del self.stream
+        record = distil(blocks, target.head(), before, dense_after, settings, observer, masks)
+        for place, (index, block) in enumerate(zip(stays, blocks, strict=True)):
+            tensors = {key: np.asarray(block.read(path)) for path, key in target.block_keys(place).items()}
+            self._write(trained_tag(index), tensors, instead=block_tag(index))
+        self.keep(record)
+        told(record)
+
+    def finish(self, scoring: Callable[[Path], tuple[Score, ...]], start: float, **figures: Any) -> PruneReport:
+        """Complete the folder, read it back, score it, report.
+
+        Args:
+            scoring: gives the scores of the model in a folder.
+            start: when the pass began, by `time.perf_counter`.
+            figures: of the whole pass, fields of the report.
+
+        Raises:
+            PruningError: if what was stored breaks the pattern.
+        """
+        folder, first = self.plan.folder, processes.is_first()
+        layers, blocks = self.progress.layers, self.progress.trained
+        report = PruneReport(
+            output=folder,
+            source=self.model.source.name,
+            revision=self.model.source.revision,
+            recipe=self.plan.recipe.as_dict(),
+            layers=layers,
+            blocks=blocks,
+            prunable_size=sum(math.prod(self.model.weight_shape(key)) for key in self.model.linear_keys()),
+            calibration=self.calibration,
+            shape=self.progress.shape,
+            distilled=self.progress.distilled,
+            solver_seconds=sum(r.seconds for r in layers),
+            reconstruction_seconds=sum(r.seconds for r in blocks),
+            layer_compilations=sum(r.compile_seconds > 0 for r in layers),
+            dense_bytes=self.writer.dense_bytes,
+            stored_bytes=self.writer.stored_bytes,
+            resumed_blocks=self.finished,
+            seconds=0.0,
+            **figures,
+        )
+        # A card that somebody has put into the folder meanwhile stays.
+        card = model_card(report, self.writer.files).encode()
+        self.writer.finish({CARD: card})
+        if broken := processes.told(self.plan.broken() if first else []):
+            raise PruningError(
+                f"{len(broken)} linears read back from {folder} break their pattern, "
+                f"{broken[0]} first; was the folder changed while it was written?"
+            )
+        scores = scoring(folder)
+        report = replace(report, scores=scores, seconds=time.perf_counter() - start)
+        if first:
+            if (folder / CARD).read_bytes() == card:
+                write_whole(folder / CARD, model_card(report, self.writer.files))
+            write_summary(folder, report.summary())
+        processes.barrier("finished")
+        return report
 
 
 @dataclass
 class Pass:
-    """A pass over the blocks of a model, in their order, for all runs that see the same tokens.
+    """A pass over the blocks of a model, in their order, for all runs on the same tokens.
 
     Attributes:
         model: the dense model.
         branches: the runs, each with its plan, its progress and its writer.
-        windows: the tokens that are seen.
-        calibration: what reports say of them.
+        windows: the tokens that are seen; a run may also see variants of them.
         footprint: the memory that the pass is expected to take.
-        scoring: scores the finished models.
+        samples: what the finished models are scored on.
         observer: called with an event or a text, how much is done, and how much there is, see `prune_model`.
         mesh: the devices; None for one.
         draw_seconds: that drawing the windows took.
         runner: runs the blocks.
+        done: layers.
     """
 
     model: PrunableModel
     branches: list[Branch]
     windows: CalibrationWindows
-    calibration: Calibration
     footprint: Footprint
-    scoring: Scoring
+    samples: list[Sample]
     observer: Observer
     mesh: Mesh | None
     draw_seconds: float
-    runner: BlockRunner = field(init=False)
-    done: int = 0  # layers
-
-    def __post_init__(self) -> None:
-        self.runner = runner_of(self.model)
+    runner: BlockRunner
+    done: int = 0
 
     @property
     def batches(self) -> Batches:
@@ -60,3 +256,28 @@ class Pass:
         self.done += isinstance(event, LayerRecord)
         # What is pruned may be known only after the choice of sizes.
         self.observer(event, self.done, sum(len(branch.plan.patterns) for branch in self.branches))
+
+    def scores(self, folder: Path) -> tuple[Score, ...]:
+        """The perplexities of the dense model and of the one in a folder."""
+        after = self._perplexities(folder, "after")
+        pairs = zip(self.samples, self._before, after, strict=True)
+        return tuple(Score(each.text, len(each.ids), each.ids.shape[1], old, new) for each, old, new in pairs)
+
+    @cached_property
+    def _before(self) -> list[float]:
+        return self._perplexities(self.model, "before")
+
+    def _perplexities(self, model: PrunableModel | Path, when: str) -> list[float]:
+        """Of windows of one BOS together, for which the model is read once; one process measures them for all."""
+
+        def told(_: str, done: int, total: int) -> None:
+            self.observer(f"perplexity {when}, block", done, total)
+
+        losses = list[float]()
+        if processes.is_first():
+            for bos, group in itertools.groupby(self.samples, lambda sample: sample.bos):
+                parts = [sample.ids for sample in group]
+                found = window_losses(model, np.concatenate(parts), bos=bos, observer=told)
+                cuts = np.cumsum([len(ids) for ids in parts])[:-1]
+                losses += [float(part.mean()) for part in np.split(found, cuts)]
+        return processes.told([math.exp(loss) for loss in losses])

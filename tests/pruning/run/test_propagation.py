@@ -8,7 +8,7 @@ import pytest
 from sparseopt.models import load_decoder, open_model
 from sparseopt.pruning import Recipe, prune_model
 from sparseopt.pruning.base.grams import gather_grams, tapped
-from sparseopt.pruning.run.propagation import drifted_target
+from sparseopt.pruning.run.block import drifted_target
 from tests.jitted import run
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 
