@@ -29,7 +29,7 @@ from sparseopt.models import (
     start_token,
 )
 from sparseopt.pruning import METHODS, PruneReport, perplexity, prune_models
-from sparseopt.pruning.base.reports import Event, LayerRecord, Passed, mean_errors
+from sparseopt.pruning.base.records import Event, LayerRecord, Passed, mean_errors
 from sparseopt.pruning.recipe.effort import effort_of
 from sparseopt.pruning.recipe.options import ENDED, mistakes_of, plain_type
 from sparseopt.pruning.recipe.pass_recipe import BosChoice, PassRecipe

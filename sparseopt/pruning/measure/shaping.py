@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from sparseopt.models import PrunableModel, sizes_of
 from sparseopt.pruning.base.activations import Stream
-from sparseopt.pruning.base.reports import RemovalRecord, ShapeRecord
+from sparseopt.pruning.base.records import RemovalRecord, ShapeRecord
 from sparseopt.pruning.measure.block_removal import removal_order, trial_of
 from sparseopt.pruning.measure.mixing import Mix, choose_mixes
 from sparseopt.pruning.recipe.shrink_recipe import BlockScore, parameters_of

@@ -21,7 +21,8 @@ from sparseopt.models import (
     unread,
 )
 from sparseopt.pruning.base.activations import Stream
-from sparseopt.pruning.base.reports import BlockRecord, Event, LayerRecord, PruneReport, Replay, Score
+from sparseopt.pruning.base.records import BlockRecord, Event, LayerRecord, Replay, Score
+from sparseopt.pruning.base.reports import PruneReport
 from sparseopt.pruning.run.block import DenseBlock, PruningError, prune_block, trained_entries
 from sparseopt.pruning.run.card import CARD, model_card
 from sparseopt.pruning.run.folder import Finished, Progress

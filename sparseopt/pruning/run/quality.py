@@ -10,7 +10,7 @@ import numpy as np
 
 from sparseopt.core.base.types import Observer
 from sparseopt.models import PrunableModel
-from sparseopt.pruning.base.reports import Score
+from sparseopt.pruning.base.records import Score
 from sparseopt.pruning.evaluate.perplexity import window_losses
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe, scored_windows
 from sparseopt.pruning.run.calibration import CalibrationWindows

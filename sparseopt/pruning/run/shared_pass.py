@@ -8,7 +8,7 @@ from sparseopt.core.base.types import Observer
 from sparseopt.models import PrunableModel
 from sparseopt.pruning.base.activations import Batches, DiskBatches, SpreadBatches
 from sparseopt.pruning.base.grams import BlockRunner
-from sparseopt.pruning.base.reports import Calibration, Event, Footprint, LayerRecord
+from sparseopt.pruning.base.records import Calibration, Event, Footprint, LayerRecord
 from sparseopt.pruning.base.torch_grams import runner_of
 from sparseopt.pruning.run.branch import Branch
 from sparseopt.pruning.run.calibration import CalibrationWindows
