@@ -19,7 +19,7 @@ import numpy as np
 
 from sparseopt.experiments import plots
 from sparseopt.experiments.config import Run, expand
-from sparseopt.experiments.names import AllowCode
+from sparseopt.experiments.names import AllowCode, worded
 from sparseopt.experiments.report import Row, Section, write_csv
 from sparseopt.experiments.runs import Outcome, Planned, can_draw, check_all, fingerprint, load_run, plan
 from sparseopt.experiments.task import FinishedRun
@@ -205,7 +205,7 @@ def tabulate(
 
 
 def _labels(task: Prune, sparsity: float) -> dict[str, Any]:
-    pattern = None if task.method == "dense" else task.pattern
+    pattern = None if task.is_dense else task.pattern
     return {"method": method_name(task), "pattern": pattern, "sparsity": sparsity}
 
 
@@ -290,7 +290,7 @@ def _rows_by(rows: Sequence[Row], figures: tuple[str, ...], name: Callable[[Row]
 
 
 def _row_name(row: Row) -> str:
-    return " ".join(f"{value:.4g}" if isinstance(value, float) else value for value in row.labels.values() if value)
+    return " ".join(worded(value) for value in row.labels.values() if value)
 
 
 def write(section: Section, output: Path) -> list[Path]:

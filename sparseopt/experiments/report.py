@@ -11,6 +11,8 @@ from typing import Any
 
 from sparseopt.experiments.config import get_by_path
 from sparseopt.experiments.names import AllowCode
+from sparseopt.experiments.read.files import FileError
+from sparseopt.experiments.read.tables import write_parquet
 from sparseopt.experiments.runs import CONFIG, draw, load_run, summarise
 from sparseopt.experiments.task import FinishedRun, Paper
 from sparseopt.system.report import Fact, Report, Table, html_page, markdown
@@ -186,9 +188,10 @@ def write_report(sections: Sequence[Section], folder: Path) -> list[Path]:
     reports = [section.report(pictures[section.name]) for section in sections]
     files[1].write_text("\n\n".join(map(markdown, reports)) + "\n", encoding="utf-8")
     files[2].write_text(html_page("sparseopt report", reports), encoding="utf-8")
+    columns = {name: _of_one_type([line[name] for line in flat]) for name in (flat[0] if flat else ())}
     try:
-        _write_parquet(flat, files[3])
-    except ModuleNotFoundError:
+        write_parquet(files[3], columns)
+    except FileError:  # without pyarrow
         files.pop()
     return [*files, *(picture for each in pictures.values() for picture in each)]
 
@@ -219,18 +222,11 @@ def flat_rows(sections: Sequence[Section]) -> list[dict[str, Any]]:
     return [{name: line.get(name) for name in names} for line in flat]
 
 
-def _write_parquet(flat: Sequence[dict[str, Any]], file: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    columns = {}
-    for name in flat[0] if flat else ():
-        values = [line[name] for line in flat]
-        # A column of mixed types, such as a setting that is a number or a word, becomes text.
-        kinds = {type(value) for value in values if value is not None}
-        plain = len(kinds) <= 1 or kinds <= {int, float}
-        columns[name] = values if plain else [None if v is None else str(v) for v in values]
-    pq.write_table(pa.table(columns), file)
+def _of_one_type(values: list[Any]) -> list[Any]:
+    """A column for Parquet: of mixed types, such as a setting that is a number or a word, as text."""
+    kinds = {type(value) for value in values if value is not None}
+    plain = len(kinds) <= 1 or kinds <= {int, float}
+    return values if plain else [None if value is None else str(value) for value in values]
 
 
 def _cell(value: Any) -> str:
