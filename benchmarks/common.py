@@ -19,7 +19,7 @@ import numpy as np
 
 from sparseopt.models import ShardedWriter, bundled_model, open_source, unread
 from sparseopt.pruning import perplexity, prune_models
-from sparseopt.pruning.base.reports import Event
+from sparseopt.pruning.base.records import Event
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe
 from sparseopt.pruning.text.windows import begin_windows, text_windows
 from sparseopt.system.machine import environment

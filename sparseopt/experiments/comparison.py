@@ -10,7 +10,7 @@ cells.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -19,8 +19,8 @@ import numpy as np
 
 from sparseopt.experiments import plots
 from sparseopt.experiments.config import Run, expand
-from sparseopt.experiments.names import AllowCode
-from sparseopt.experiments.report import Row, Section, markdown, write_csv
+from sparseopt.experiments.names import AllowCode, worded
+from sparseopt.experiments.report import Row, Section, write_csv
 from sparseopt.experiments.runs import Outcome, Planned, can_draw, check_all, fingerprint, load_run, plan
 from sparseopt.experiments.task import FinishedRun
 from sparseopt.experiments.tasks.prune import Prune
@@ -28,6 +28,7 @@ from sparseopt.layers.patterns import implied_sparsity
 from sparseopt.pruning import METHODS
 from sparseopt.pruning.recipe.effort import PRUNE
 from sparseopt.pruning.text.documents import part_of_text
+from sparseopt.system.report import Fact, markdown
 from sparseopt.system.run_folder import RUN, SUMMARY, State, contents, differences, read_start, write_start
 
 CELLS, COMPARISON = "cells", "comparison"
@@ -42,6 +43,14 @@ COLUMNS = (
     "reconstruction_seconds", "whole_seconds", "peak_memory_GiB",
     "error",
 )  # fmt: skip
+COSTS = (
+    Fact(
+        "seconds",
+        "of the solver, and of the whole pass with compilation and forward passes, which cells of the same tokens "
+        "share",
+    ),
+    Fact("peak memory", "of the process in that pass; outside Linux, in that pass and the earlier ones"),
+)
 
 
 def read_lists(methods: str, sparsity: str, pattern: str) -> tuple[list[str], list[float], list[str]]:
@@ -188,11 +197,15 @@ def tabulate(
             labels = _labels(finished.task, finished.records[0]["sparsity"])
             figures = _figures(finished)
         rows.append(Row(labels, figures, {}, 1, folder))
-    return Section(COMPARISON, "Perplexity, layer errors, time and memory", COLUMNS, rows, None, runs)
+    task = next(iter(tasks.values()))
+    common = _common(task, runs)
+    for row in rows:
+        row.figures.update(common)
+    return Section(COMPARISON, task.title, COLUMNS, rows, facts_of(task, common, rows), runs)
 
 
 def _labels(task: Prune, sparsity: float) -> dict[str, Any]:
-    pattern = None if task.method == "dense" else task.pattern
+    pattern = None if task.is_dense else task.pattern
     return {"method": method_name(task), "pattern": pattern, "sparsity": sparsity}
 
 
@@ -215,9 +228,9 @@ def _figures(finished: FinishedRun) -> dict[str, Any]:
     return figures
 
 
-def _common(section: Section, task: Prune) -> dict[str, Any]:
+def _common(task: Prune, runs: Sequence[FinishedRun]) -> dict[str, Any]:
     """What all cells have in common, by its column."""
-    records = [record for run in section.runs for record in run.records]
+    records = [record for run in runs for record in run.records]
     # Where the number of windows was not given, a finished cell has it.
     found = (record["windows"] for record in records if "windows" in record)
     windows = task.windows or next(found, task.recipe().window_count)
@@ -235,69 +248,62 @@ def _common(section: Section, task: Prune) -> dict[str, Any]:
     }
 
 
-def head(section: Section, task: Prune) -> list[str]:
-    """What was run, in lines for the top of the table: model, texts and tokens, versions and machine."""
-    common = _common(section, task)
+def facts_of(task: Prune, common: Mapping[str, Any], rows: Sequence[Row]) -> list[Fact]:
+    """What was run: model, texts and tokens, versions and machine. The task is that of any cell."""
     calibrated, split = common["calibration_tokens"], task.reading("evaluation").get("split")
     bos = "" if common["bos"] is None else f", every window starts with its BOS (token {common['bos']})"
     seed = "" if task.seed is None else f", seed {task.seed}"
     ridge = "" if task.ridge is None else f", ridge {task.ridge:g}"
-    lines = [
-        f"model: {task.source}{bos}",
-        f"calibration: {part_of_text(task.calibration, 'calibration', task.split)}, "
-        f"{calibrated // task.seqlen} x {task.seqlen} = {calibrated:,} tokens, and {common['heldout_tokens']:,} held "
-        f"out; {common['window_choice']} windows{seed}{ridge}",
-        f"evaluation: {part_of_text(task.evaluation, 'evaluation', split)}, {task.evaluation_windows} x "
-        f"{task.evaluation_seqlen} = {common['evaluation_tokens']:,} tokens",
+    facts = [
+        Fact("model", f"{task.source}{bos}"),
+        Fact(
+            "calibration",
+            f"{part_of_text(task.calibration, 'calibration', task.split)}, {calibrated // task.seqlen} x {task.seqlen} "
+            f"= {calibrated:,} tokens, and {common['heldout_tokens']:,} held out; {common['window_choice']} windows"
+            f"{seed}{ridge}",
+        ),
+        Fact(
+            "evaluation",
+            f"{part_of_text(task.evaluation, 'evaluation', split)}, {task.evaluation_windows} x "
+            f"{task.evaluation_seqlen} = {common['evaluation_tokens']:,} tokens",
+        ),
     ]
-    kinds = _rows_by(section, ("errors",), lambda row: row.labels["method"])
+    kinds = _rows_by(rows, ("errors",), lambda row: row.labels["method"])
+    each = "; ".join(f"{kind}: {names}" for (kind,), names in kinds.items())
     if len(kinds) > 1:
-        each = "; ".join(f"{kind}: {names}" for (kind,), names in kinds.items())
-        lines.append(f"layer errors compare only within one kind ({each})")
+        facts.append(Fact("layer errors", f"compare only within one kind ({each})"))
     else:
-        lines += [f"layer errors: {kind}" for (kind,) in kinds]
-    machines = _rows_by(section, ("machine", "versions"), _row_name)
+        facts += [Fact("layer errors", kind) for (kind,) in kinds]
+    machines = _rows_by(rows, ("machine", "versions"), _row_name)
     for (machine, packages), names in machines.items():
         which = f" ({names})" if len(machines) > 1 else ""
-        lines.append(f"measured on: {machine}, with {packages}{which}")
-    return [
-        *lines,
-        "seconds: of the solver, and of the whole pass with compilation and forward passes, which cells of the same "
-        "tokens share",
-        "peak memory: of the process in that pass; outside Linux, in that pass and the earlier ones",
-    ]
+        facts.append(Fact("measured on", f"{machine}, with {packages}{which}"))
+    return [*facts, *COSTS]
 
 
-def _rows_by(section: Section, figures: tuple[str, ...], name: Callable[[Row], str]) -> dict[tuple[str, ...], str]:
+def _rows_by(rows: Sequence[Row], figures: tuple[str, ...], name: Callable[[Row], str]) -> dict[tuple[str, ...], str]:
     found: dict[tuple[str, ...], dict[str, None]] = {}
-    for row in section.rows:
+    for row in rows:
         if all(figure in row.figures for figure in figures):
             found.setdefault(tuple(row.figures[figure] for figure in figures), {})[name(row)] = None
     return {key: ", ".join(names) for key, names in found.items()}
 
 
 def _row_name(row: Row) -> str:
-    return " ".join(f"{value:.4g}" if isinstance(value, float) else value for value in row.labels.values() if value)
+    return " ".join(worded(value) for value in row.labels.values() if value)
 
 
-def write(section: Section, task: Prune, output: Path) -> list[Path]:
-    """Write `comparison.csv`, `comparison.md` and, with matplotlib, `comparison.png`, over those of an earlier call.
-
-    The task is that of any cell, for what all have in common.
-    """
+def write(section: Section, output: Path) -> list[Path]:
+    """Write `comparison.csv`, `comparison.md` and, with matplotlib, `comparison.png`, over those of an earlier call."""
     table, text, picture = (output / f"{COMPARISON}.{ending}" for ending in ("csv", "md", "png"))
-    common = _common(section, task)
-    names = [*section.labels(), *COLUMNS, "errors", *common, "machine", "versions", "folder"]
-    folders = [row.folder.relative_to(output).as_posix() for row in section.rows]
-    rows = [{**r.labels, **r.figures, **common, "folder": f} for r, f in zip(section.rows, folders, strict=True)]
-    write_csv(table, names, rows)
-    pictures = _draw(section, task.title, picture)
-    lines = "\n".join(f"* {line}" for line in head(section, task))
-    text.write_text(f"# {task.title}\n\n{lines}\n\n{markdown(section, pictures)}\n", encoding="utf-8")
+    rows = [{**r.labels, **r.figures, "folder": r.folder.relative_to(output).as_posix()} for r in section.rows]
+    write_csv(table, list(dict.fromkeys([*section.labels(), *COLUMNS, *(name for row in rows for name in row)])), rows)
+    pictures = _draw(section, picture)
+    text.write_text(f"{markdown(section.report(pictures))}\n", encoding="utf-8")
     return [table, text, *pictures]
 
 
-def _draw(section: Section, title: str, file: Path) -> list[Path]:
+def _draw(section: Section, file: Path) -> list[Path]:
     """The picture; none without matplotlib or without a finished pruned cell."""
     curves: dict[str, list[tuple[float, float, float]]] = {}
     dense = None
@@ -312,4 +318,4 @@ def _draw(section: Section, title: str, file: Path) -> list[Path]:
     if not curves or not can_draw():
         return []
     lines = {label: tuple(np.array(sorted(points)).T) for label, points in curves.items()}
-    return [plots.save_figure(plots.plot_comparison(lines, dense=dense), file, title)]
+    return [plots.save_figure(plots.plot_comparison(lines, dense=dense), file, section.title)]

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, ValidationError
 
 from sparseopt.core.base.arguments import Mistakes, suggest
-from sparseopt.experiments.names import AllowCode, shortened
+from sparseopt.experiments.names import AllowCode, shortened, worded
 from sparseopt.experiments.task import Strict, Task, find_task, nearest_task
 from sparseopt.system.yaml_file import (
     MAX_DEPTH,
@@ -183,11 +183,12 @@ def expand(
 
 
 def _swept(sweep: Any) -> list[str]:
-    """The keys that a sweep sets in every run, as far as it is one."""
-    parts = sweep if isinstance(sweep, dict) else {}
-    grid, items = parts.get("grid"), parts.get("list")
-    keys = [set(item) if isinstance(item, dict) else set() for item in items] if isinstance(items, list) else []
-    return [*(grid if isinstance(grid, dict) else ()), *sorted(map(str, set.intersection(*keys) if keys else ()))]
+    """The keys that a sweep sets in every run; none of a sweep that is none."""
+    try:
+        read = Sweep.model_validate(sweep or {})
+    except ValidationError:
+        return []  # `expand` says what is wrong
+    return [*read.grid, *sorted(set.intersection(*map(set, read.list)))]
 
 
 def _task_of(task_class: type[Task], values: Settings, settings: Settings, allow_code: AllowCode) -> Task:
@@ -230,11 +231,8 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> Iterator[tuple[L
             yield place, instead[1]
         elif isinstance(inner, Mistakes):
             for key, text in inner.found:
-                yield (*place, key), text
-        elif isinstance(inner, ValidationError):
-            # Of a block that was given as one word.
-            for _, text in _explain(inner, model):
-                yield place, text
+                # A block may be given as one word.
+                yield place if isinstance(found["input"], str) else (*place, key), text
         elif found["type"] == "extra_forbidden":
             yield place, f"no such key; {suggest(key, block.model_fields if block else ())}"
         elif found["type"] == "missing":
@@ -267,12 +265,12 @@ def _identity(settings: Settings, *, whole: bool = False) -> str:
 
 
 def _word(value: Any, whole: bool) -> str:
-    if isinstance(value, dict) and "name" in value and not whole:
+    if not isinstance(value, dict):
+        return _plain(worded(value))
+    if "name" in value and not whole:
         return _word(value["name"], whole)
-    if isinstance(value, dict):
-        parts = {key: _word(inner, whole) for key, inner in value.items()}
-        return "+".join(part if key == "name" else f"{_plain(key)}_{part}" for key, part in parts.items())
-    return _plain(f"{value:g}" if isinstance(value, float) else str(value))
+    parts = {key: _word(inner, whole) for key, inner in value.items()}
+    return "+".join(part if key == "name" else f"{_plain(key)}_{part}" for key, part in parts.items())
 
 
 def _plain(text: str) -> str:

@@ -2,6 +2,7 @@
 
 penalty: {name: l1, weight: 10}
 penalty: {name: my_package.penalties.CappedL1, weight: 10, cap: 60}
+method: doge
 
 Importing a path runs its module. A config may come from a stranger, so a path outside this package is imported only
 if the caller allows it: all paths, or those of the packages listed.
@@ -14,14 +15,22 @@ import inspect
 import reprlib
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, PrivateAttr, ValidationInfo, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    model_serializer,
+    model_validator,
+)
 
 import sparseopt as so
 from sparseopt.core.base.arguments import Mistakes, suggest
 from sparseopt.core.penalties.names import PENALTIES
-from sparseopt.trend.methods.choice import METHODS, as_method
+from sparseopt.trend.methods.choice import AUTO, METHODS
 
 # Whether paths outside this package may be imported: all, none, or those of the packages listed.
 AllowCode = bool | Collection[str]
@@ -38,6 +47,16 @@ def shortened(value: Any) -> str:
     writer = reprlib.Repr()
     writer.maxlevel, writer.maxstring, writer.maxother = 3, 100, 100
     return writer.repr(value)
+
+
+def worded(value: Any) -> str:
+    """A setting as a word of a name or a legend."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def standing(word: str) -> Callable[[], str]:
+    """A known name that stands for itself, since what takes it knows it."""
+    return lambda: word
 
 
 def may_import(path: str, allow_code: AllowCode) -> bool:
@@ -81,7 +100,7 @@ def find_class(
         ) from None
     found = getattr(module, attribute, None)
     if not callable(found):
-        classes = [n for n, value in vars(module).items() if isinstance(value, type)]
+        classes = [name for name, _ in inspect.getmembers(module, inspect.isclass)]
         raise ValueError(f"{kind} {name!r}: {module_name} has no class {attribute!r}; {suggest(attribute, classes)}")
     # Of this package only classes: a function would be called with whatever arguments a config holds.
     if not allowed and not (isinstance(found, type) and found.__module__.partition(".")[0] == "sparseopt"):
@@ -96,8 +115,9 @@ def file_digest(found: Callable[..., Any]) -> str:
 
 
 class Named(BaseModel):
-    """A class by name with its arguments; subclasses set the known names and the methods that the object must have.
+    """A class by name with its arguments; subclasses set the known names and the methods that your own must have.
 
+    A name without arguments may be given as a word; a known one is written as a word too.
     Paths are imported as the pydantic context `{"allow_code": ...}` allows; without one, none is.
 
     Attributes:
@@ -111,6 +131,15 @@ class Named(BaseModel):
 
     name: str
     _found: Callable[..., Any] = PrivateAttr()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_word(cls, given: Any) -> Any:
+        return {"name": given} if isinstance(given, str) else given
+
+    @model_serializer(mode="wrap")
+    def _as_word(self, as_block: SerializerFunctionWrapHandler) -> Any:
+        return self.name if self.name in self.known and not self.arguments else as_block(self)
 
     @model_validator(mode="after")
     def _arguments_fit(self, info: ValidationInfo) -> "Named":
@@ -131,7 +160,8 @@ class Named(BaseModel):
             for key, p in parameters.items()
             if p.default is p.empty and p.kind in plain and key not in self.arguments and key not in meant
         ]
-        lacking = [method for method in self.methods if not _has_method(found, method)]
+        asked = () if self.name in self.known else self.methods
+        lacking = [method for method in asked if not _has_method(found, method)]
         if lacking:
             wrong = [("name", f"{self.name} is no {self.kind}: it has no method {', '.join(lacking)}")]
         if wrong:
@@ -147,8 +177,7 @@ class Named(BaseModel):
     def label(self) -> str:
         """The class and its arguments, for tables and legends."""
         short = self.name.rpartition(".")[2]
-        given = self.arguments.items()
-        parts = [f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in given]
+        parts = [f"{key}={worded(value)}" for key, value in self.arguments.items()]
         return f"{short}({', '.join(parts)})" if parts else short
 
     def build(self) -> Any:
@@ -176,25 +205,13 @@ class PenaltyConfig(Named):
 
 
 class TrendMethod(Named):
-    """A method of the trend filter with its settings, as in `{name: doge, B: 2}`."""
+    """A method of the trend filter: the name of its defaults, or with settings, as in `{name: doge, B: 2}`."""
 
     kind: ClassVar[str] = "method"
-    known: ClassVar[Mapping[str, Callable[..., Any]]] = {name: type(method) for name, method in METHODS.items()}
+    known: ClassVar[Mapping[str, Callable[..., Any]]] = {
+        AUTO: standing(AUTO), **{name: type(method) for name, method in METHODS.items()},
+    }  # fmt: skip
     methods: ClassVar[tuple[str, ...]] = ("refuses", "plan")
-
-
-def trend_method(given: str | TrendMethod) -> Any:
-    """The method of a config as `trend_filter` takes it."""
-    return given if isinstance(given, str) else given.build()
-
-
-def _known_method(given: str | TrendMethod) -> str | TrendMethod:
-    as_method(trend_method(given))
-    return given
-
-
-# By the name of its defaults, or with settings.
-AnyTrendMethod = Annotated[str | TrendMethod, AfterValidator(_known_method)]
 
 
 class SolverConfig(Named):

@@ -1,11 +1,9 @@
-"""Tables of finished runs (terminal, Markdown, CSV, Parquet) and one page with their plots (HTML).
+"""Finished runs as tables and facts, written as CSV, Parquet, Markdown and one HTML page with their pictures.
 
-folders -> finished runs -> rows (settings, figures with their spread, the paper's figures) -> tables and pictures
+folders -> finished runs -> rows (settings, figures with their spread, the paper's figures) -> reports and pictures
 """
 
-import base64
 import csv
-import html
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +11,11 @@ from typing import Any
 
 from sparseopt.experiments.config import get_by_path
 from sparseopt.experiments.names import AllowCode
+from sparseopt.experiments.read.files import FileError
+from sparseopt.experiments.read.tables import write_parquet
 from sparseopt.experiments.runs import CONFIG, draw, load_run, summarise
 from sparseopt.experiments.task import FinishedRun, Paper
+from sparseopt.system.report import Fact, Report, Table, html_page, markdown
 from sparseopt.system.run_folder import RUN, SUMMARY
 
 
@@ -37,28 +38,34 @@ class Section:
     title: str
     columns: tuple[str, ...]  # names of the figures, in order
     rows: list[Row]
-    paper: Paper | None
+    facts: list[Fact]
     runs: list[FinishedRun]
 
     def labels(self) -> list[str]:
         """The settings that distinguish the rows."""
         return list(dict.fromkeys(key for row in self.rows for key in row.labels))
 
-    def table(self) -> tuple[list[str], list[list[str]]]:
-        """Headings and cells as text; columns without any figure are left out."""
-        columns = {key: [row.labels.get(key) for row in self.rows] for key in self.labels()}
+    def table(self) -> Table:
+        """Its rows as text; columns without any figure are left out."""
+        labels = self.labels()
+        columns = {key: [row.labels.get(key) for row in self.rows] for key in labels}
         for name in self.columns:
             words = name.replace("_", " ")
             for heading, values in (
                 (
-                    f"{words} (measured)" if words in self.labels() else words,
+                    f"{words} (measured)" if words in labels else words,
                     [row.figures.get(name) for row in self.rows],
                 ),
                 (f"{words} (paper)", [row.paper.get(name) for row in self.rows]),
             ):
                 if any(value is not None for value in values):
                     columns[heading] = values
-        return list(columns), [[_cell(value) for value in line] for line in zip(*columns.values(), strict=True)]
+        cells = [[_cell(value) for value in line] for line in zip(*columns.values(), strict=True)]
+        return Table(self.title, list(columns), cells, len(labels))
+
+    def report(self, pictures: Sequence[Path] = ()) -> Report:
+        """What Markdown and HTML show."""
+        return Report(self.table(), self.facts, pictures)
 
 
 def find_runs(folders: Iterable[Path]) -> list[Path]:
@@ -96,8 +103,16 @@ def gather(folders: Iterable[Path], allow_code: AllowCode = False) -> list[Secti
         first = members[0].task
         rows = _told_apart(members, [_rows(run) for run in members])
         columns = tuple(dict.fromkeys(column for run in members for column in run.task.columns))
-        sections.append(Section(name, first.title or name, columns, rows, first.paper, members))
+        sections.append(Section(name, first.title or name, columns, rows, _facts(rows, first.paper), members))
     return sections
+
+
+def _facts(rows: Sequence[Row], paper: Paper | None) -> list[Fact]:
+    most = max((row.repeats for row in rows), default=1)
+    facts = [Fact("repeats", f"mean and standard deviation of {most}")] if most > 1 else []
+    if paper:
+        facts += [Fact("original", paper.source), *(Fact("differs", sentence) for sentence in paper.differs)]
+    return facts
 
 
 def _told_apart(members: Sequence[FinishedRun], rows: Sequence[Sequence[Row]]) -> list[Row]:
@@ -170,12 +185,13 @@ def write_report(sections: Sequence[Section], folder: Path) -> list[Path]:
     files = [folder / f"report.{ending}" for ending in ("csv", "md", "html", "parquet")]
     write_csv(files[0], list(flat[0]) if flat else [], flat)
     pictures = {section.name: _draw_section(section, folder) for section in sections}
-    text = "\n\n".join(markdown(section, pictures[section.name]) for section in sections)
-    files[1].write_text(text + "\n", encoding="utf-8")
-    files[2].write_text(_page(sections, pictures), encoding="utf-8")
+    reports = [section.report(pictures[section.name]) for section in sections]
+    files[1].write_text("\n\n".join(map(markdown, reports)) + "\n", encoding="utf-8")
+    files[2].write_text(html_page("sparseopt report", reports), encoding="utf-8")
+    columns = {name: _of_one_type([line[name] for line in flat]) for name in (flat[0] if flat else ())}
     try:
-        _write_parquet(flat, files[3])
-    except ModuleNotFoundError:
+        write_parquet(files[3], columns)
+    except FileError:  # without pyarrow
         files.pop()
     return [*files, *(picture for each in pictures.values() for picture in each)]
 
@@ -206,59 +222,11 @@ def flat_rows(sections: Sequence[Section]) -> list[dict[str, Any]]:
     return [{name: line.get(name) for name in names} for line in flat]
 
 
-def markdown(section: Section, pictures: Sequence[Path] = ()) -> str:
-    """A section as Markdown."""
-    headings, cells = section.table()
-    lines = [f"## {section.title}", "", _pipes(headings), _pipes(["---"] * len(headings)), *map(_pipes, cells)]
-    lines += ["", *(f"* {remark}" for remark in _remarks(section))]
-    lines += [f"![{picture.stem}]({picture.name})" for picture in pictures]
-    return "\n".join(lines).rstrip()
-
-
-def _remarks(section: Section) -> list[str]:
-    repeats = {row.repeats for row in section.rows}
-    remarks = [f"Mean and standard deviation of {max(repeats)} repeats."] if repeats != {1} else []
-    if section.paper:
-        remarks.append(f"Original: {section.paper.source}.")
-        remarks += [f"Differs: {sentence}" for sentence in section.paper.differs]
-    return remarks
-
-
-def _page(sections: Sequence[Section], pictures: dict[str, list[Path]]) -> str:
-    """One HTML page with the pictures inside."""
-    body = []
-    for section in sections:
-        headings, cells = section.table()
-        head = "".join(f"<th>{html.escape(h)}</th>" for h in headings)
-        rows = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in line) + "</tr>" for line in cells)
-        remarks = "".join(f"<li>{html.escape(r)}</li>" for r in _remarks(section))
-        body.append(f"<h2>{html.escape(section.title)}</h2><table><tr>{head}</tr>{rows}</table><ul>{remarks}</ul>")
-        for picture in pictures[section.name]:
-            data = base64.b64encode(picture.read_bytes()).decode()
-            body.append(f'<img alt="{html.escape(picture.stem)}" src="data:image/png;base64,{data}">')
-    style = (
-        "body{font-family:sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}"
-        "table{border-collapse:collapse}th,td{padding:.3em .8em;border-bottom:1px solid #ccc;text-align:right}"
-        "th:first-child,td:first-child{text-align:left}img{max-width:100%;margin:1em 0}"
-    )
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>sparseopt report</title>'
-        f"<style>{style}</style></head><body>{''.join(body)}</body></html>\n"
-    )
-
-
-def _write_parquet(flat: Sequence[dict[str, Any]], file: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    columns = {}
-    for name in flat[0] if flat else ():
-        values = [line[name] for line in flat]
-        # A column of mixed types, such as a setting that is a number or a word, becomes text.
-        kinds = {type(value) for value in values if value is not None}
-        plain = len(kinds) <= 1 or kinds <= {int, float}
-        columns[name] = values if plain else [None if v is None else str(v) for v in values]
-    pq.write_table(pa.table(columns), file)
+def _of_one_type(values: list[Any]) -> list[Any]:
+    """A column for Parquet: of mixed types, such as a setting that is a number or a word, as text."""
+    kinds = {type(value) for value in values if value is not None}
+    plain = len(kinds) <= 1 or kinds <= {int, float}
+    return values if plain else [None if value is None else str(value) for value in values]
 
 
 def _cell(value: Any) -> str:
@@ -275,7 +243,3 @@ def _number(value: float, digits: int = 4) -> str:
     if value == int(value) and abs(value) < 1e7:
         return f"{int(value)}"
     return f"{value:.{digits}g}"
-
-
-def _pipes(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

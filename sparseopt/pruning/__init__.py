@@ -14,7 +14,8 @@ from sparseopt.layers.methods import (
 )
 from sparseopt.layers.problem import LayerJob, LayerMethod, LayerReport, Pruned, ScaledLayer, solve_layer
 from sparseopt.layers.prune_layer import LayerResult, prune_layer
-from sparseopt.pruning.base.reports import Footprint, LayerRecord, PruneReport
+from sparseopt.pruning.base.records import Footprint, LayerRecord
+from sparseopt.pruning.base.reports import PruneReport
 from sparseopt.pruning.evaluate.audit import LayerAudit, PatternAudit, audit_pattern, audit_sparsity, masks
 from sparseopt.pruning.evaluate.perplexity import perplexity
 from sparseopt.pruning.memory import BudgetError

@@ -34,7 +34,7 @@ from sparseopt.models.decoder.settings import DecoderConfig
 from sparseopt.models.files.safetensors import SLICE
 from sparseopt.pruning.base.activations import windows_per_batch
 from sparseopt.pruning.base.grams import EXPERTS_INPUT
-from sparseopt.pruning.base.reports import Footprint
+from sparseopt.pruning.base.records import Footprint
 from sparseopt.pruning.evaluate.perplexity import LOGIT_ROWS
 from sparseopt.pruning.measure.survey import TOKENS
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe

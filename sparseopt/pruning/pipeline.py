@@ -29,7 +29,8 @@ from sparseopt.layers.patterns import check_cut
 from sparseopt.layers.split import is_out_of_memory
 from sparseopt.models import Source, TorchModel, check_output, open_model
 from sparseopt.pruning.base.activations import Stream, embed_windows
-from sparseopt.pruning.base.reports import Passed, PruneReport
+from sparseopt.pruning.base.records import Passed
+from sparseopt.pruning.base.reports import PruneReport
 from sparseopt.pruning.base.torch_grams import runner_of
 from sparseopt.pruning.measure.mixing import choose_shapes
 from sparseopt.pruning.measure.survey import survey

@@ -16,11 +16,11 @@ from sparseopt.experiments.plots import plot_layer_errors, save_figure
 from sparseopt.experiments.plots.signals import before_and_after
 from sparseopt.models import bundled_model, encode_text, generate, load_decoder, load_tokenizer, open_model
 from sparseopt.pruning import PruneReport, Recipe, perplexity, prune_model
-from sparseopt.pruning.base.reports import mean_errors
+from sparseopt.pruning.base.records import mean_errors
+from sparseopt.pruning.run.facts import model_facts, run_facts
 from sparseopt.pruning.text.windows import text_windows
 from sparseopt.shell import console
 from sparseopt.shell.prune_progress import PruneProgress
-from sparseopt.shell.show_pruning import run_lines
 from sparseopt.system.machine import environment, peak_memory_bytes
 from sparseopt.trend.images import denoise, psnr
 
@@ -77,8 +77,8 @@ def run_demo(output: Path | None, source: str | None, calibration: str, sparsity
         folder = output / label.lower()
         with PruneProgress(f"{label} {sparsity:.0%}") as progress:
             report = prune_model(path, folder, recipe, observer=progress)
-        for line in run_lines(report):
-            say(f"{label}: {line}")
+        for fact in (*model_facts(report), *run_facts(report)):
+            say(f"{label}: {fact}")
         outcomes.append(judge(label, folder, report))
 
     title = f"{'SmolLM2' if source is None else path.name} pruned to {sparsity:.0%}"

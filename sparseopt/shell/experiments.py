@@ -127,16 +127,11 @@ def report(
 
 def _show(folders: list[Path], allowed: bool | list[str]) -> "list[Section]":
     from sparseopt.experiments.report import gather
-    from sparseopt.shell.show_experiments import section_tables
+    from sparseopt.shell.show_experiments import show_section
 
     sections = gather(folders, allowed)
     for section in sections:
-        for table in section_tables(section, console.width):
-            console.print(table)
-        if section.paper:
-            say(f"original: {section.paper.source}")
-            for sentence in section.paper.differs:
-                say(f"  differs: {sentence}")
+        show_section(section.report())
     return sections
 
 
@@ -177,7 +172,6 @@ def compare(
     """
     from sparseopt.experiments import comparison
     from sparseopt.experiments.runs import run_all
-    from sparseopt.experiments.tasks.prune import Prune
     from sparseopt.shell import show_experiments as shown
 
     allowed = permitted(allow_code, allow_package, Path.cwd())
@@ -198,14 +192,9 @@ def compare(
     planned = comparison.prepare(runs, output)
     say(shown.plan_line(planned))
     outcomes = _executed(planned, partial(run_all, planned, output))
-    dense = runs[0].task
-    assert isinstance(dense, Prune)
     section = comparison.tabulate(planned, outcomes, output, allowed)
-    written = comparison.write(section, dense, output)
-    for line in comparison.head(section, dense):
-        say(line)
-    for table in shown.section_tables(section, console.width):
-        console.print(table)
+    written = comparison.write(section, output)
+    shown.show_section(section.report())
     for file in written:
         say(f"wrote {file}")
     if not any(file.suffix == ".png" for file in written):

@@ -4,7 +4,7 @@ import time
 
 from rich.progress import TextColumn
 
-from sparseopt.pruning.base.reports import (
+from sparseopt.pruning.base.records import (
     BlockRecord,
     Calibration,
     DistillationRecord,

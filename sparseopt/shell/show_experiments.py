@@ -6,9 +6,9 @@ from typing import Any
 from rich.table import Table
 
 from sparseopt.core.base.types import Observer
-from sparseopt.experiments.report import Section
 from sparseopt.experiments.runs import Outcome, Planned
 from sparseopt.shell.console import comparison_table, console, counting_bar, say
+from sparseopt.system import report
 from sparseopt.system.run_folder import RECORDS, State
 
 
@@ -74,10 +74,17 @@ def plan_line(planned: Sequence[Planned], again: bool = False) -> str:
     return f"{count}{place}, {len(planned) - len(left)} finished"
 
 
-def section_tables(section: Section, width: int) -> list[Table]:
-    """A section as tables that fit a terminal; each part repeats the names of the rows."""
-    headings, cells = section.table()
-    labels = len(section.labels())
+def show_section(section: report.Report) -> None:
+    """Print the facts and the table of a report."""
+    for fact in section.facts:
+        say(str(fact))
+    for table in fitting_tables(section.table, console.width):
+        console.print(table)
+
+
+def fitting_tables(wide: report.Table, width: int) -> list[Table]:
+    """A table as tables that fit a terminal; each part repeats the names of the rows."""
+    headings, cells, labels = wide.headings, wide.rows, wide.labels
     # Figures are never broken, headings only between words; a column adds two blanks and a line.
     widths = [
         3 + max(len(word) for word in (*heading.split(), *(line[index] for line in cells)))
@@ -92,7 +99,7 @@ def section_tables(section: Section, width: int) -> list[Table]:
     tables = []
     for number, part in enumerate(parts):
         shown = [*range(labels), *part]
-        title = section.title if number == 0 else f"{section.title}, continued"
+        title = wide.title if number == 0 else f"{wide.title}, continued"
         rows = [[line[i] for i in shown] for line in cells]
         table = comparison_table(title, [headings[i] for i in shown], rows)
         spare = width - 1 - sum(widths[index] for index in shown)

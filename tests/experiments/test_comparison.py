@@ -97,8 +97,7 @@ def test_the_figures_are_those_of_prune_model_and_perplexity(tmp_path, settings,
 
 def test_table_and_picture_are_written_with_what_was_run(settings, finished):
     output, section = finished
-    runs = comparison.build(methods=METHODS, shares=SPARSITIES, patterns=PATTERNS, **settings)
-    files = comparison.write(section, runs[0].task, output)
+    files = comparison.write(section, output)
     assert [file.name for file in files] == ["comparison.csv", "comparison.md", "comparison.png"]
     with files[0].open(newline="") as stream:
         lines = list(csv.DictReader(stream))
@@ -121,22 +120,21 @@ def test_table_and_picture_are_written_with_what_was_run(settings, finished):
 
 def test_the_table_says_where_windows_begin_with_bos(settings, finished):
     _, section = finished
-    task = section.runs[0].task
-    assert "BOS" not in "".join(comparison.head(section, task))
-    behind = replace(section, runs=[replace(run, records=[{**run.records[0], "bos": 7}]) for run in section.runs])
-    lines = comparison.head(behind, task)
+    assert "BOS" not in str(section.facts)
+    behind = {**section.rows[0].figures, "bos": 7}
+    lines = list(map(str, comparison.facts_of(section.runs[0].task, behind, section.rows)))
     assert lines[0] == f"model: {settings['source']}, every window starts with its BOS (token 7)"
     assert f"calibration: the first half of {settings['calibration']}, 3 x 32" in lines[1]
     assert f"evaluation: the second half of {settings['evaluation']}, 2 x 48" in lines[2]
 
 
-def test_errors_of_different_kinds_are_told_apart(settings, finished):
+def test_errors_of_different_kinds_are_told_apart(finished):
     _, section = finished
-    section.rows[1].figures["errors"] = "residual tokens"
-    runs = comparison.build(methods=METHODS, shares=[0.5], patterns=PATTERNS, **settings)
-    head = "\n".join(comparison.head(section, runs[0].task))
-    section.rows[1].figures["errors"] = "uniform tokens"
-    assert "compare only within one kind (residual tokens: wanda; uniform tokens: wanda, magnitude)" in head
+    rows = list(section.rows)
+    rows[1] = replace(rows[1], figures={**rows[1].figures, "errors": "residual tokens"})
+    facts = dict(comparison.facts_of(section.runs[0].task, rows[0].figures, rows))
+    told = "compare only within one kind (residual tokens: wanda; uniform tokens: wanda, magnitude)"
+    assert facts["layer errors"] == told
 
 
 @pytest.mark.parametrize("lost", [["summary.json"], ["summary.json", "config.yaml"]])
@@ -182,7 +180,7 @@ def test_a_failed_cell_is_a_row_with_its_reason_and_is_tried_again(tmp_path, set
     assert [row.figures.get("error") for row in section.rows] == [None, reason, None]
     assert names(section)[1] == ("wanda", "2:4", 0.5)
     assert [bool(outcome.error) for outcome in outcomes] == [False, True, False]
-    files = comparison.write(section, section.runs[0].task, output)
+    files = comparison.write(section, output)
     assert f"| wanda | 2:4 | 0.5 |  |  |  |  |  |  |  |  | {reason} |" in files[1].read_text()
     monkeypatch.setattr(model_task, "prune_models", prune_models)
     section, outcomes = compared(output, settings, patterns=["2:4"])
@@ -194,7 +192,7 @@ def test_a_perplexity_that_is_not_finite_is_said_so(tmp_path, settings, monkeypa
     monkeypatch.setattr(model_task, "perplexity", lambda *_, **__: float("inf"))
     section, _ = compared(tmp_path / "out", settings, ["magnitude"], [0.5], ["unstructured"])
     assert [row.figures["perplexity"] for row in section.rows] == ["not finite"] * 2
-    files = comparison.write(section, section.runs[0].task, tmp_path / "out")
+    files = comparison.write(section, tmp_path / "out")
     assert "| magnitude | unstructured | 0.5 | not finite |" in files[1].read_text()
 
 

@@ -14,7 +14,7 @@ from sparseopt.experiments.report import gather
 from sparseopt.experiments.runs import check_all, execute, fingerprint, plan, records_in, run_all
 from sparseopt.experiments.tasks import model as model_task
 from sparseopt.pruning import audit_pattern, audit_sparsity, prune_models
-from sparseopt.pruning.base.reports import Passed
+from sparseopt.pruning.base.records import Passed
 from tests.models.files.test_hub import store
 from tests.models.tiny import random_tensors, tiny_config
 

@@ -7,8 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from sparseopt.experiments.config import expand
-from sparseopt.experiments.report import find_runs, flat_rows, gather, markdown, write_report
+from sparseopt.experiments.report import find_runs, flat_rows, gather, write_report
 from sparseopt.experiments.runs import plan, run_all
+from sparseopt.system.report import markdown
 
 TOY = "tests.experiments.toy.Toy"
 PAPER = {
@@ -36,18 +37,18 @@ def test_rows_hold_settings_means_spreads_and_the_papers_figures(runs):
     assert one.repeats == 4
     assert one.paper == {}
     assert two.paper == {"value": 7.5}
-    headings, cells = section.table()
-    assert headings == ["scale", "value", "value (paper)"]
-    assert cells == [["1", "1.5 ± 1.1", ""], ["2", "3 ± 2.2", "7.5"]]
+    table = section.table()
+    assert (table.headings, table.labels) == (["scale", "value", "value (paper)"], 1)
+    assert table.rows == [["1", "1.5 ± 1.1", ""], ["2", "3 ± 2.2", "7.5"]]
 
 
 def test_a_figure_with_the_name_of_a_setting_stands_beside_it(runs):
     (section,) = gather([runs], ["tests"])
     rows = [dataclasses.replace(row, labels={"value": 10.0 * i}) for i, row in enumerate(section.rows)]
     section = dataclasses.replace(section, rows=rows)
-    headings, cells = section.table()
-    assert headings == ["value", "value (measured)", "value (paper)"]
-    assert [line[0] for line in cells] == ["0", "10"]
+    table = section.table()
+    assert table.headings == ["value", "value (measured)", "value (paper)"]
+    assert [line[0] for line in table.rows] == ["0", "10"]
     assert [(line["value"], line["value_measured"]) for line in flat_rows([section])] == [(0.0, 1.5), (10.0, 3.0)]
 
 
@@ -73,11 +74,11 @@ def test_every_format_tells_the_same(runs, tmp_path):
     assert table == flat_rows(sections)
     text = files["report.md"].read_text()
     assert "| 2 | 3 ± 2.2 | 7.5 |" in text
-    assert "* Differs: Size: ours is smaller." in text
-    assert "* Mean and standard deviation of 4 repeats." in text
+    assert "* differs: Size: ours is smaller." in text
+    assert "* repeats: mean and standard deviation of 4" in text
     page = files["report.html"].read_text()
     assert "<td>3 ± 2.2</td><td>7.5</td>" in page
-    assert "Original: Toys, 2020, table 1." in page
+    assert "<li>original: Toys, 2020, table 1</li>" in page
 
 
 def test_a_report_never_overwrites_and_says_what_is_missing(runs, tmp_path):
@@ -96,4 +97,4 @@ def test_a_report_never_overwrites_and_says_what_is_missing(runs, tmp_path):
 
 def test_markdown_of_a_section_without_paper_has_a_table_alone(runs):
     (section,) = gather([runs / "toy" / "scale=1"], ["tests"])
-    assert markdown(section).startswith("## Toys | compared\n\n| scale | value |")
+    assert markdown(section.report()).startswith("## Toys | compared\n\n| scale | value |")

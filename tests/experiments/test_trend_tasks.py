@@ -209,12 +209,11 @@ def test_shipped_configs_run_to_a_report_when_cut_down(name: str, tmp_path: Path
     sections = gather([tmp_path / "runs"], allow_code=allowed)
     written = {file.suffix for file in write_report(sections, tmp_path / "report")}
     assert written >= {".csv", ".md", ".html", ".png"}
-    headings, cells = sections[0].table()
-    assert len(cells) >= len(planned)
-    paper = sections[0].paper
-    published = [heading for heading in headings if heading.endswith("(paper)")]
+    table, paper = sections[0].table(), planned[0].run.task.paper
+    assert len(table.rows) >= len(planned)
+    published = [heading for heading in table.headings if heading.endswith("(paper)")]
     assert bool(published) == bool(paper and paper.figures)
     if name == "doge-table1-order1":
-        assert cells[0][headings.index("seconds (paper)")] == "0.493"
+        assert table.rows[0][table.headings.index("seconds (paper)")] == "0.493"
     text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
     assert all(sentence in text for sentence in (paper.differs if paper else ()))

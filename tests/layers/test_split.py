@@ -23,7 +23,7 @@ from sparseopt.layers.split import (
     split_job,
 )
 from sparseopt.pruning import LayerJob, LayerRecord, PruningError, Recipe, prune_layer, prune_model
-from sparseopt.shell.show_pruning import run_lines
+from sparseopt.pruning.run.facts import run_facts
 from sparseopt.system.run_folder import RECORDS
 from tests.layers.layers import error_of, make_layer
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
@@ -208,7 +208,7 @@ def test_a_run_says_which_layers_were_solved_by_blocks_and_goes_on_to_the_bit(tm
     assert [line["output_blocks"] for line in lines] == [1, 1, 1, 1, 2, 2, 1] * 3
     assert json.loads((tmp_path / "whole" / "summary.json").read_text())["blocked_layers"] == whole.blocked_layers
     told = "6 layers did not fit in memory whole and were solved in blocks of outputs, up to 2: model.layers.0.mlp.gate"
-    assert any(line.startswith(told) for line in run_lines(whole))
+    assert any(fact.text.startswith(told) for fact in run_facts(whole))
     with pytest.raises(Broken):
         prune_model(source, tmp_path / "broken", recipe, observer=breaking_at(13))
     resumed = prune_model(source, tmp_path / "broken", recipe)

@@ -16,7 +16,7 @@ from sparseopt.models import open_model
 from sparseopt.models.files import safetensors
 from sparseopt.pruning import Recipe, memory, prune_model, prune_models
 from sparseopt.pruning.base.activations import Batches, DiskBatches, make_batches
-from sparseopt.pruning.base.reports import Footprint
+from sparseopt.pruning.base.records import Footprint
 from sparseopt.pruning.memory import BudgetError, choose_footprint, prune_memory
 from sparseopt.pruning.run.plan import make_plan
 from sparseopt.system import machine

@@ -12,7 +12,7 @@ from sparseopt.pruning import Recipe, ShrinkRecipe, audit_sparsity, prune_model
 from sparseopt.pruning.base.activations import make_batches
 from sparseopt.pruning.base.grams import BlockRunner, tapped
 from sparseopt.pruning.inspection import inspect_model
-from sparseopt.shell.show_pruning import run_lines
+from sparseopt.pruning.run.facts import run_facts
 from tests.jitted import run
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 from tests.tiers import often
@@ -174,7 +174,8 @@ def test_an_expert_without_tokens_is_starved_whatever_the_setting(tmp_path, sour
     assert [r for r in report.layers if r.starved] == without
     # Its error is that of its weights.
     assert all(r.relative_error > 0 for r in without)
-    assert any("experts saw no calibration token and were pruned by magnitude" in line for line in run_lines(report))
+    told = dict(run_facts(report))["starved experts"]
+    assert "experts saw no calibration token and were pruned by magnitude" in told
     report = prune_model(source, tmp_path / "all", recipe.model_copy(update={"expert_tokens": "all"}))
     assert not report.starved_experts
 
@@ -223,6 +224,6 @@ def test_starved_experts_are_named_on_the_screen(tmp_path, source, tokens):
     recipe = Recipe(method="magnitude", calibration=tokens, min_expert_tokens=10**6)
     report = prune_model(source, tmp_path / "out", recipe)
     assert len(report.starved_experts) == 2 * EXPERTS
-    (line,) = (line for line in run_lines(report) if "experts saw" in line)
+    (line,) = (fact.text for fact in run_facts(report) if fact.name == "starved experts")
     assert line.startswith("8 experts saw fewer than 1000000 calibration tokens and were pruned by magnitude: model.")
     assert "experts.2 and 5 more" in line

@@ -12,7 +12,7 @@ from sparseopt.layers.problem import check_answer
 from sparseopt.layers.split import _solve_parts, solve_within_memory, split_job
 from sparseopt.models import ModelError, open_model, pack_folder
 from sparseopt.pruning import LayerJob, Recipe, audit_pattern, masks, prune_layer, prune_model
-from sparseopt.shell.show_pruning import run_lines
+from sparseopt.pruning.run.facts import model_facts
 from sparseopt.system.run_folder import FolderError
 from tests.layers.layers import error_of, make_layer
 from tests.models.tiny import random_tensors, tiny_config, write_folder
@@ -176,7 +176,7 @@ def test_a_linear_with_more_zeros_than_asked_for_keeps_its_mask(tmp_path, pruned
     assert len(report.kept_masks) == len(report.layers) == 21
     before = weights_of(pruned)
     assert all(np.array_equal(weight, before[key]) for key, weight in weights_of(tmp_path / "out").items())
-    assert "give the dense model and --masks" in " ".join(run_lines(report))
+    assert "give the dense model and --masks" in " ".join(map(str, model_facts(report)))
 
 
 def test_the_weights_of_a_dense_model_are_fitted_on_the_masks_of_a_pruned_one(tmp_path, source, pruned, tokens):

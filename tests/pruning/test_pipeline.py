@@ -17,9 +17,9 @@ from sparseopt.models.files.safetensors import write_tensors
 from sparseopt.pruning import PruningError, Recipe, Wanda, audit_sparsity, perplexity, prune_model
 from sparseopt.pruning.base.activations import Batches, make_batches
 from sparseopt.pruning.base.grams import BlockRunner, gather_grams
-from sparseopt.pruning.base.reports import Calibration, Footprint, Passed
+from sparseopt.pruning.base.records import Calibration, Footprint, Passed
 from sparseopt.pruning.inspection import inspect_model
-from sparseopt.shell.show_pruning import run_lines
+from sparseopt.pruning.run.facts import run_facts
 from sparseopt.system.run_folder import FolderError
 from tests.jitted import run
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder, write_gguf
@@ -335,7 +335,7 @@ def test_a_quantised_file_leaves_in_bfloat16_unless_a_dtype_is_given(tmp_path, r
         found = open_source(tmp_path / stored)
         assert {info.dtype.name for info in found.tensors.values()} == {found.config["dtype"]} == {stored}
         assert report.recipe["dtype"] == stored
-        assert any("rounds the file's quantised weights" in line for line in run_lines(report)) == (dtype is None)
+        assert any("rounds the file's quantised weights" in fact.text for fact in run_facts(report)) == (dtype is None)
         np.testing.assert_array_equal(found.read(key), source.read(key).astype(stored))
         assert inspect_model(source, recipe.model_copy(update={"dtype": dtype})).dense_bytes == report.dense_bytes
     # What is not quantised keeps its dtype.

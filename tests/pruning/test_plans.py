@@ -9,7 +9,7 @@ import pytest
 from sparseopt.models import load_decoder, open_model
 from sparseopt.pruning import Recipe, audit_sparsity, prune_model, prune_models
 from sparseopt.pruning.base.grams import BlockRunner
-from sparseopt.pruning.base.reports import BlockRecord, Calibration, Footprint, LayerRecord, Passed
+from sparseopt.pruning.base.records import BlockRecord, Calibration, Footprint, LayerRecord, Passed
 from sparseopt.pruning.train.reconstruction import Reconstruction, channel_weights, stream_loss
 from tests.jitted import run
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder

@@ -16,7 +16,7 @@ import pytest
 
 from sparseopt.models import ModelError, pack_folder
 from sparseopt.pruning import LayerRecord, Recipe, Stopped, memory, prune_model, prune_models
-from sparseopt.pruning.base.reports import Passed, Replay
+from sparseopt.pruning.base.records import Passed, Replay
 from sparseopt.shell import prune_progress
 from sparseopt.shell.prune import RESUMABLE, stop_asked
 from sparseopt.shell.prune_progress import PruneProgress

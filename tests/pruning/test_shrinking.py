@@ -22,7 +22,7 @@ from sparseopt.pruning import (
 )
 from sparseopt.pruning.base.activations import make_batches
 from sparseopt.pruning.base.grams import BlockRunner
-from sparseopt.pruning.base.reports import (
+from sparseopt.pruning.base.records import (
     BlockRecord,
     DistillationRecord,
     LayerRecord,

@@ -112,7 +112,7 @@ def test_where_nothing_was_pruned_the_missing_picture_is_explained(compare, monk
 @pytest.mark.parametrize(
     ("arguments", "lists", "expected"),
     [
-        ([], {"methods": "wunda"}, "unknown method 'wunda': did you mean 'wanda'?"),
+        ([], {"methods": "wunda"}, "unknown pruning method 'wunda': did you mean 'wanda'?"),
         ([], {"sparsity": "0.5,50"}, "--sparsity: expected shares of zeros in [0, 1), as in 0.5,0.6, given 50"),
         (["--pattern", "5:6"], {}, "pattern '5:6' needs a number of inputs divisible by 6"),
         (["--weighting", "residul"], {}, "weighting: 'residul' is not known; did you mean 'residual'?"),

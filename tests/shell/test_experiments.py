@@ -10,7 +10,7 @@ import yaml
 from rich.console import Console
 
 from sparseopt.experiments.report import Row, Section
-from sparseopt.shell.show_experiments import section_tables
+from sparseopt.shell.show_experiments import fitting_tables
 
 TOY = "tests.experiments.toy.Toy"
 ALLOW = ("--allow-package", "tests")
@@ -80,7 +80,7 @@ def test_other_settings_in_the_folder_stop_everything_before_work(tmp_path, conf
 def shown(section, width):
     """A section's tables as a terminal of this width shows them."""
     text = io.StringIO()
-    for table in section_tables(section, width):
+    for table in fitting_tables(section.table(), width):
         Console(file=text, width=width).print(table)
     return text.getvalue()
 
@@ -96,7 +96,7 @@ def test_tables_are_whole_at_every_width(error):
         for method in ("best", "maiht:paper") for pattern in ("unstructured", "2:4")
     ]  # fmt: skip
     rows.append(Row({"method": "wanda", "pattern": "2:4", "sparsity": 0.5}, {"error": error}, {}, 1, Path("x")))
-    section = Section("compared", "Compared", (*figures, "error"), rows, None, [])
+    section = Section("compared", "Compared", (*figures, "error"), rows, [], [])
     ends = {"┏": "┓", "┃": "┃", "┡": "┩", "│": "│", "└": "┘"}
     for width in range(30, 180):
         text = shown(section, width)
@@ -117,8 +117,8 @@ def test_a_wide_table_is_shown_in_parts_and_no_figure_is_cut(width):
         Row({"method": method, "order": order}, dict.fromkeys(columns, (1.2345e-05, 4.3e-07)), {}, 3, Path("x"))
         for method in ("doge", "fast_admm") for order in (0, 1)
     ]  # fmt: skip
-    section = Section("wide", "Wide", columns, rows, None, [])
-    text, tables = shown(section, width), section_tables(section, width)
+    section = Section("wide", "Wide", columns, rows, [], [])
+    text, tables = shown(section, width), fitting_tables(section.table(), width)
     assert "…" not in text
     assert text.count("1.234e-05 ± 4.3e-07") == len(columns) * len(rows)
     assert text.count("fast_admm") == 2 * len(tables)

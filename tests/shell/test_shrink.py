@@ -42,7 +42,7 @@ def test_shrink_then_eval(tmp_path, call, command):
         "shrink: reading the model",
         f"shrink: block {removed} goes (1 of 1), loss ",
         f"shrink: {kept} ",
-        f"{kept} {new:,} of {old:,} parameters ({new / old:.1%}), {4 * new:,} of {4 * old:,} bytes",
+        f"{kept}; {new:,} of {old:,} parameters ({new / old:.1%}), {4 * new:,} of {4 * old:,} bytes",
         "shrink: layer 4/4, block ",
         "shrink: distillation, step 6/6",
         "o_proj │ 32x32 │ 0.5000",

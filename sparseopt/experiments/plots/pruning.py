@@ -9,7 +9,7 @@ from sparseopt.experiments.plots import style
 from sparseopt.experiments.plots.curves import checked_curves, plot_curves
 
 if TYPE_CHECKING:  # its package loads the models, which need flax
-    from sparseopt.pruning.base.reports import LayerRecord
+    from sparseopt.pruning.base.records import LayerRecord
 
 
 def plot_layer_errors(runs: "Mapping[str, Sequence[LayerRecord]]", axes: Any = None) -> Any:

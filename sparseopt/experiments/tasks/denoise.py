@@ -14,7 +14,7 @@ from sparseopt.core.base.types import Observer
 from sparseopt.core.problem.problem import Solution, Status
 from sparseopt.experiments import plots
 from sparseopt.experiments.datasets import Picture
-from sparseopt.experiments.names import AnyTrendMethod, PenaltyConfig, trend_method
+from sparseopt.experiments.names import PenaltyConfig, TrendMethod
 from sparseopt.experiments.task import FinishedRun, Record, Task, grouped
 from sparseopt.system import processes
 from sparseopt.trend.base.graph import Graph
@@ -177,17 +177,16 @@ class Denoise(NoisyPicture):
     many_devices: ClassVar[bool] = True
 
     task: Literal["denoise"]
-    method: AnyTrendMethod = "auto"
+    method: TrendMethod = TrendMethod(name="auto")
     dtype: Literal["float64", "float32"] = "float64"
 
     @property
     def label(self) -> str:
-        return self.method if isinstance(self.method, str) else self.method.label
+        return self.method.label
 
     def fit(self, y: np.ndarray, graph: Graph, max_steps: int) -> Solution:
-        method = trend_method(self.method)
         return trend_filter(
-            y, graph, self.penalty.build(), self.order, method, tol=self.tol, max_steps=max_steps,
+            y, graph, self.penalty.build(), self.order, self.method.build(), tol=self.tol, max_steps=max_steps,
             dtype=self.dtype, devices=self.devices,
         )  # fmt: skip
 

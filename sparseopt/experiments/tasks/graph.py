@@ -15,7 +15,7 @@ from sparseopt.core.losses.scalar import Squared, check_scalar_loss
 from sparseopt.core.problem.problem import Solution
 from sparseopt.experiments import plots
 from sparseopt.experiments.datasets import GraphData, GraphSource
-from sparseopt.experiments.names import AnyTrendMethod, PenaltyConfig, trend_method
+from sparseopt.experiments.names import PenaltyConfig, TrendMethod
 from sparseopt.experiments.task import FinishedRun, Record, Task, grouped
 from sparseopt.experiments.tasks.denoise import check_penalty, timed_fit
 from sparseopt.system import processes
@@ -65,7 +65,7 @@ class GraphSignal(Task):
     levels: int = Field(default=20, ge=2)
     loss: str = "square"
     order: int = Field(default=0, ge=0, le=3)
-    method: AnyTrendMethod = "auto"
+    method: TrendMethod = TrendMethod(name="auto")
     tol: float = Field(default=1e-6, gt=0)
     max_steps: int = Field(default=50_000, ge=1)
 
@@ -94,8 +94,7 @@ class GraphSignal(Task):
         may_hide = np.isfinite(observed) & (data.graph.degrees > 0)
         hidden = may_hide & (rng.random(observed.size) < self.hidden)
         seen = np.where(hidden, np.nan, observed)
-        penalty, loss = self.penalty.build(), check_scalar_loss(self.loss)
-        method = trend_method(self.method)
+        penalty, loss, method = self.penalty.build(), check_scalar_loss(self.loss), self.method.build()
         if self.choose is not None:
             observer(f"choosing a weight from {self.levels}", 0, 0)
             penalty = dataclasses.replace(penalty, weight=self._chosen_weight(seen, data.graph, penalty))

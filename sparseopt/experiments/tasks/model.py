@@ -5,19 +5,18 @@ import hashlib
 import json
 import shutil
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
-from pydantic import Field, ValidationInfo, create_model, field_validator, model_validator
+from pydantic import Field, create_model, model_validator
 
-from sparseopt.core.base.arguments import suggest
 from sparseopt.core.base.types import Observer
 from sparseopt.core.problem.problem import Status
 from sparseopt.experiments import plots
-from sparseopt.experiments.names import Named
+from sparseopt.experiments.names import Named, standing
 from sparseopt.experiments.task import FinishedRun, Record, RunUnit, Strict, Task
 from sparseopt.models import (
     PrunableModel,
@@ -29,7 +28,7 @@ from sparseopt.models import (
     start_token,
 )
 from sparseopt.pruning import METHODS, PruneReport, perplexity, prune_models
-from sparseopt.pruning.base.reports import Event, LayerRecord, Passed, mean_errors
+from sparseopt.pruning.base.records import Event, LayerRecord, Passed, mean_errors
 from sparseopt.pruning.recipe.options import ended, mistakes_of, plain_type
 from sparseopt.pruning.recipe.pass_recipe import BosChoice, PassRecipe
 from sparseopt.pruning.run.calibration import PASS_FIELDS
@@ -39,6 +38,8 @@ from sparseopt.pruning.text.windows import Windows, begin_windows, text_windows,
 from sparseopt.system import processes
 
 BUNDLED = "bundled:smollm2-135m"
+# The method that leaves a model as it is.
+DENSE = "dense"
 # The folder of the model that a run makes, in the run's own.
 MODEL = "model"
 # Bytes of documents after which a text is taken to be the one that it was, and of a file that is read whole.
@@ -66,9 +67,10 @@ def settings_of(recipe: type[PassRecipe], without: Collection[str]) -> Any:
 
 
 class MethodConfig(Named):
-    """A pruning method of your own, by its path, with its arguments."""
+    """A pruning method by its name, "dense", or your own by its path, with its arguments."""
 
     kind: ClassVar[str] = "pruning method"
+    known: ClassVar[Mapping[str, Callable[..., Any]]] = {name: standing(name) for name in (DENSE, *METHODS)}
     methods: ClassVar[tuple[str, ...]] = ("__call__",)
 
 
@@ -102,33 +104,32 @@ class ModelTask(Task):
     many_devices: ClassVar[bool] = True
 
     source: str = BUNDLED
-    method: str | MethodConfig | None = None
+    method: MethodConfig | None = None
     bos: BosChoice = "auto"
     evaluation: str = "pydoc"
     evaluation_windows: int = Field(default=8, ge=1)
     evaluation_seqlen: int = Field(default=1024, ge=2)
     keep_model: bool = False
 
-    @field_validator("method")
-    @classmethod
-    def _method_is_known(cls, method: str | MethodConfig | None, info: ValidationInfo) -> str | MethodConfig | None:
-        known = ("dense", *METHODS)
-        if not isinstance(method, str) or method in known:
-            return method
-        if "." in method:
-            return MethodConfig.model_validate({"name": method}, context=info.context)
-        raise ValueError(
-            f"unknown method {method!r}: {suggest(method, known)}; your own goes by its path, module.Class"
-        )
+    @property
+    def is_dense(self) -> bool:
+        """Whether the model stays as it is."""
+        return self.method is not None and self.method.name == DENSE
+
+    @property
+    def has_own_method(self) -> bool:
+        """Whether the method is a class of yours."""
+        return self.method is not None and self.method.name not in self.method.known
 
     @property
     def method_label(self) -> str:
         """The effort and the method, as far as they are named; "good" where neither is."""
-        if isinstance(self.method, MethodConfig) or self.method == "dense":
-            named = self.method if isinstance(self.method, str) else self.method.label
-            return " ".join(filter(None, (getattr(self, "effort", None), named)))
-        recipe = self.recipe()
-        return " ".join(filter(None, (recipe.effort, self.method if recipe.effort else str(recipe.method))))
+        effort, named = getattr(self, "effort", None), self.method.label if self.method else None
+        if not (self.is_dense or self.has_own_method):
+            recipe = self.recipe()
+            effort = recipe.effort
+            named = named if effort else str(recipe.method)
+        return " ".join(filter(None, (effort, named)))
 
     @property
     @abstractmethod
@@ -141,7 +142,7 @@ class ModelTask(Task):
 
     @model_validator(mode="after")
     def _recipe_is_possible(self) -> Self:
-        if self.method != "dense":
+        if not self.is_dense:
             self.recipe()
         return self
 
@@ -152,8 +153,7 @@ class ModelTask(Task):
     def recipe_values(self) -> dict[str, Any]:
         """The fields of the recipe, with the method as an object where it is your own."""
         values = {name: getattr(self, name) for name in self.kind.model_fields if name != "score"}
-        method = self.method.build() if isinstance(self.method, MethodConfig) else self.method
-        method = None if method == "dense" else method
+        method = None if self.method is None or self.is_dense else self.method.build()
         # The task scores the model itself.
         return values | {"method": method, "score": "none"}
 
@@ -166,7 +166,7 @@ class ModelTask(Task):
         model = open_model(source)
         most = model.config.max_positions
         checks: list[Callable[[], Any]] = [lambda: start_token(model.source, load_tokenizer(model.source), self.bos)]
-        if self.method != "dense":
+        if not self.is_dense:
             recipe = self.recipe()
             windows = (recipe.window_count + recipe.heldout_windows, recipe.seqlen, most)
             checks.append(lambda: make_plan(model, recipe, Path()))
@@ -180,7 +180,7 @@ class ModelTask(Task):
 
     def inputs(self) -> dict[str, str]:
         """Of models, on the hub their commits, and of the texts, where "pydoc" changes with Python's version."""
-        parts: tuple[Part, ...] = ("evaluation",) if self.method == "dense" else ("calibration", "evaluation")
+        parts: tuple[Part, ...] = ("evaluation",) if self.is_dense else ("calibration", "evaluation")
         found: dict[str, str] = {}
         for name in ("source", "masks"):
             if (model := getattr(self, name, None)) is not None:
@@ -204,7 +204,7 @@ class ModelTask(Task):
 
         A model that an earlier run left in the folder when it was killed, finished or not, is resumed.
         """
-        report = None if self.method == "dense" else self._make([(self, folder)], observer)[0]
+        report = None if self.is_dense else self._make([(self, folder)], observer)[0]
         return self._score(report, key, folder, observer)
 
     def _score(self, report: PruneReport | None, key: str, folder: Path, observer: Observer) -> Record:
@@ -249,7 +249,7 @@ class ModelTask(Task):
 
     def shares(self) -> Hashable | None:
         """Runs of one model that see the same tokens share a pass over its blocks."""
-        if self.method == "dense":
+        if self.is_dense:
             return None
         recipe = self.recipe()
         return self.source, self.devices, *(getattr(recipe, name) for name in PASS_FIELDS)

@@ -8,7 +8,7 @@ from pydantic import field_validator
 from sparseopt.experiments import plots
 from sparseopt.experiments.names import PenaltyConfig
 from sparseopt.experiments.task import Record
-from sparseopt.experiments.tasks.model import MethodConfig, ModelTask, settings_of
+from sparseopt.experiments.tasks.model import ModelTask, settings_of
 from sparseopt.models import PrunableModel
 from sparseopt.pruning import PruneReport, Recipe, audit_sparsity
 
@@ -43,10 +43,10 @@ class Prune(_Settings, ModelTask):
     @property
     def label(self) -> str:
         label = self.method_label
-        if not isinstance(self.method, MethodConfig):
+        if not self.has_own_method:
             label = f"{label} {self.preset or 'tuned'}" if label == "maiht" else label
             label = f"{label} {self.penalty.label}" if self.penalty else label
-        return label if self.pattern == "unstructured" or self.method == "dense" else f"{label} {self.pattern}"
+        return label if self.pattern == "unstructured" or self.is_dense else f"{label} {self.pattern}"
 
     def recipe(self) -> Recipe:
         return Recipe(**self.recipe_values() | {"penalty": self.penalty.build() if self.penalty else None})

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from sparseopt.experiments import plots
 from sparseopt.experiments.task import Record
-from sparseopt.experiments.tasks.model import ModelTask, settings_of
+from sparseopt.experiments.tasks.model import DENSE, ModelTask, settings_of
 from sparseopt.models import PrunableModel, sizes_of
 from sparseopt.pruning import PruneReport, ShrinkRecipe
 from sparseopt.pruning.recipe.shrink_recipe import SHARES, parameters_of
@@ -33,7 +33,7 @@ class Shrink(_Settings, ModelTask):
         """The method and what is reduced: all shares of the same parts are one line in a picture."""
         fields = self.kind.model_fields
         reduced = [part for part in (*SHARES, "parameters") if getattr(self, part) != fields[part].default]
-        return "dense" if self.method == "dense" else f"{self.method_label} {'+'.join(reduced)}"
+        return DENSE if self.is_dense else f"{self.method_label} {'+'.join(reduced)}"
 
     def recipe(self) -> ShrinkRecipe:
         return ShrinkRecipe(**self.recipe_values())

@@ -40,7 +40,7 @@ from sparseopt.layers.compiled import Compiled
 from sparseopt.models import PrunableModel
 from sparseopt.pruning.base.activations import Batches, embed_windows
 from sparseopt.pruning.base.grams import BlockRunner
-from sparseopt.pruning.base.reports import RemovalRecord
+from sparseopt.pruning.base.records import RemovalRecord
 from sparseopt.pruning.evaluate.perplexity import window_loss
 from sparseopt.pruning.recipe.shrink_recipe import BlockScore
 from sparseopt.pruning.run.shared_pass import Pass

@@ -36,7 +36,7 @@ from scipy.interpolate import PchipInterpolator
 
 from sparseopt.models import ModelError, PrunableModel, Sizes, sizes_of, smaller_model
 from sparseopt.pruning.base.activations import Stream
-from sparseopt.pruning.base.reports import RemovalRecord, ShapeRecord
+from sparseopt.pruning.base.records import RemovalRecord, ShapeRecord
 from sparseopt.pruning.measure.block_removal import Trial, removal_order, trial_of
 from sparseopt.pruning.recipe.shrink_recipe import (
     BUDGET_ROUNDING,

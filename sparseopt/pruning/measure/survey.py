@@ -44,7 +44,7 @@ from sparseopt.models import Block, Head, PrunableBlock, PrunableModel, Routed
 from sparseopt.models.decoder.experts import stacked_name, unstacked_names
 from sparseopt.pruning.base.activations import Batches, Stream
 from sparseopt.pruning.base.grams import BlockRunner
-from sparseopt.pruning.base.reports import AllocationRecord
+from sparseopt.pruning.base.records import AllocationRecord
 from sparseopt.pruning.evaluate.perplexity import negative_log_likelihood
 from sparseopt.pruning.recipe.allocation import (
     allocate_curves,

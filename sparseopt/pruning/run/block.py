@@ -33,7 +33,7 @@ from sparseopt.models import (
 )
 from sparseopt.pruning.base.activations import Batches, Stream
 from sparseopt.pruning.base.grams import BlockGrams, BlockRunner, Grams, nonfinite_windows
-from sparseopt.pruning.base.reports import BlockRecord, LayerRecord
+from sparseopt.pruning.base.records import BlockRecord, LayerRecord
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe
 from sparseopt.pruning.run.permutation import block_orders
 from sparseopt.pruning.run.plan import Plan, PrunedParts

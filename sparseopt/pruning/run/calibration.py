@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sparseopt.models import PrunableModel, check_window
-from sparseopt.pruning.base.reports import Calibration
+from sparseopt.pruning.base.records import Calibration
 from sparseopt.pruning.recipe.pass_recipe import (
     LEAST_WINDOWS,
     MOST_WINDOWS,

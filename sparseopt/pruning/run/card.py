@@ -4,17 +4,19 @@ import json
 import re
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from sparseopt.pruning.base.reports import PruneReport, mean_errors
+from sparseopt.pruning.base.reports import PruneReport
 from sparseopt.pruning.recipe.effort import prune_defaults, shrink_defaults
 from sparseopt.pruning.recipe.prune_recipe import Recipe
 from sparseopt.pruning.recipe.shrink_recipe import ShrinkRecipe
-from sparseopt.pruning.text.documents import part_of_text
+from sparseopt.pruning.run.facts import TOKEN_IDS, model_facts
 from sparseopt.system.machine import versions
+from sparseopt.system.report import bullets
 
 CARD = "README.md"
 # Metadata of the source's card that hold for the new model too.
@@ -23,8 +25,6 @@ CARRIED = ("language", "license", "license_name", "license_link")
 MOST = 64 * 1024
 # A text on this machine, as a recipe or a report names it.
 _LOCAL_TEXT = re.compile(r"\b(?:file|jsonl|csv|parquet|wikitext2):(.+)$")
-# What recipes write for calibrations that no command line can hold.
-TOKEN_IDS = "token ids of shape"
 _OBJECTS = re.compile(rf"{TOKEN_IDS}|\d+ documents$")
 PACKAGES = ("sparseopt", "jax", "transformers")
 
@@ -60,50 +60,21 @@ def model_card(report: PruneReport, files: Mapping[str, bytes]) -> str:
     name, found = source_name(report), versions()
     commit = f" (commit {report.revision})" if report.revision else ""
     terms = "The licence of the source applies." if "license" in kept else "The source names no licence."
-    lines = "\n".join(f"- {line}" for line in result_lines(report))
     used = ", ".join(f"{package} {found[package]}" for package in PACKAGES if package in found)
     return (
         f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n\n"
         f"# {name.rpartition('/')[2].partition('@')[0].removesuffix('.gguf')}, {'smaller' if smaller else 'pruned'}\n\n"
-        f"Made from {name}{commit}. {terms}\n\n## What was done\n\n```shell\n{command_of(report)}\n```\n\n{lines}\n\n"
+        f"Made from {name}{commit}. {terms}\n\n## What was done\n\n```shell\n{command_of(report)}\n```\n\n"
+        f"{bullets(model_facts(_published(report)), '-')}\n\n"
         f"## How to load it\n\n{LOADING}\n\n## Versions\n\n{used}, on {report.platform}.\n"
     )
 
 
-def result_lines(report: PruneReport) -> list[str]:
-    """What came out, a fact a line."""
-    recipe, shape = report.recipe, report.shape
-    if shape is None:
-        size = sum(r.size for r in report.layers)
-        lines = [f"{report.sparsity:.2%} of the {size:,} weights of {len(report.layers)} linears are zero."]
-        if report.kept_masks:
-            lines.append(f"{len(report.kept_masks)} linears keep the mask that they had before.")
-    else:
-        share = shape.parameters / shape.dense_parameters
-        lines = [
-            f"It keeps {shape.kept()}.",
-            f"{shape.parameters:,} of {shape.dense_parameters:,} parameters ({share:.1%}).",
-        ]
-    text = without_folders(part_of_text(str(recipe["calibration"]), "calibration", recipe.get("split")))
-    if not text.startswith(TOKEN_IDS):
-        variants = report.calibration.variants
-        varied = f", and {variants} variants of each that the dense model drew" if variants else ""
-        text = f"{recipe['windows']} windows of {recipe['seqlen']} tokens of {text}{varied}"
-    lines.append(f"Calibrated on {text}{'' if report.bos is None else f', each beginning with token {report.bos}'}.")
-    if report.layers:
-        error, heldout = mean_errors(report.layers)
-        other = "" if heldout is None else f", {heldout:.5f} on held-out tokens"
-        lines.append(
-            f"Relative squared error of the linears' outputs, mean: {error:.5f} on the calibration tokens{other}."
-        )
-    if report.blocks:
-        first, last = report.block_losses
-        lines.append(f"{len(report.blocks)} blocks were trained: mean relative error {first:.5f} -> {last:.5f}.")
-    if trained := report.distilled:
-        lines.append(
-            f"Distilled from the dense model: {trained.first_loss:.5f} -> {trained.last_loss:.5f} nats a token."
-        )
-    return [*lines, *(f"{score.line[0].upper()}{score.line[1:]}." for score in report.scores)]
+def _published(report: PruneReport) -> PruneReport:
+    """The report with the last part only of each folder on this machine."""
+    scores = tuple(replace(score, text=without_folders(score.text)) for score in report.scores)
+    recipe = report.recipe | {"calibration": without_folders(str(report.recipe["calibration"]))}
+    return replace(report, scores=scores, recipe=recipe)
 
 
 def command_of(report: PruneReport) -> str:

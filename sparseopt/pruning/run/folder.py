@@ -40,14 +40,8 @@ from sparseopt.models import (
 from sparseopt.models.files.packed import PACKED_INDEX
 from sparseopt.models.files.safetensors import read_header
 from sparseopt.models.streaming.prunable import digest
-from sparseopt.pruning.base.reports import (
-    AllocationRecord,
-    BlockRecord,
-    DistillationRecord,
-    LayerRecord,
-    PruneReport,
-    ShapeRecord,
-)
+from sparseopt.pruning.base.records import AllocationRecord, BlockRecord, DistillationRecord, LayerRecord, ShapeRecord
+from sparseopt.pruning.base.reports import PruneReport
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe, described
 from sparseopt.pruning.run.plan import Plan
 from sparseopt.system import run_folder

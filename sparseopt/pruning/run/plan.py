@@ -26,7 +26,7 @@ from sparseopt.models import (
 )
 from sparseopt.models.files.gguf.source import GGUFSource
 from sparseopt.pruning.base.grams import BlockGrams
-from sparseopt.pruning.base.reports import ShapeRecord
+from sparseopt.pruning.base.records import ShapeRecord
 from sparseopt.pruning.evaluate.audit import audit_stored
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe
 from sparseopt.pruning.recipe.prune_recipe import Recipe

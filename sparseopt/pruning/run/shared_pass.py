@@ -25,16 +25,8 @@ from sparseopt.models import (
 )
 from sparseopt.pruning.base.activations import Batches, DiskBatches, SpreadBatches, Stream
 from sparseopt.pruning.base.grams import BlockRunner
-from sparseopt.pruning.base.reports import (
-    BlockRecord,
-    Calibration,
-    Event,
-    Footprint,
-    LayerRecord,
-    PruneReport,
-    Replay,
-    Score,
-)
+from sparseopt.pruning.base.records import BlockRecord, Calibration, Event, Footprint, LayerRecord, Replay, Score
+from sparseopt.pruning.base.reports import PruneReport
 from sparseopt.pruning.evaluate.perplexity import window_losses
 from sparseopt.pruning.run.block import DenseBlock, PruningError, prune_block, trained_entries
 from sparseopt.pruning.run.calibration import CalibrationWindows, Sample

@@ -32,7 +32,7 @@ from sparseopt.layers.compiled import Compiled
 from sparseopt.layers.side_by_side import agreed
 from sparseopt.models import Block, Head
 from sparseopt.pruning.base.activations import Batches, Stream
-from sparseopt.pruning.base.reports import DistillationRecord
+from sparseopt.pruning.base.records import DistillationRecord
 from sparseopt.pruning.evaluate.perplexity import LOGIT_ROWS
 from sparseopt.pruning.train.training import (
     Fixed,

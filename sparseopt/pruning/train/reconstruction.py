@@ -26,7 +26,7 @@ from sparseopt.layers.compiled import Compiled
 from sparseopt.models import Block
 from sparseopt.models.decoder.experts import stacked_name
 from sparseopt.pruning.base.activations import Batches, Stream
-from sparseopt.pruning.base.reports import BlockRecord
+from sparseopt.pruning.base.records import BlockRecord
 from sparseopt.pruning.train.training import (
     Fixed,
     Masks,

@@ -13,7 +13,7 @@ from sparseopt.models import open_model
 from sparseopt.pruning import perplexity
 from sparseopt.pruning.base.activations import Batches, DiskBatches, SpreadBatches
 from sparseopt.pruning.base.grams import BlockRunner
-from sparseopt.pruning.base.reports import RemovalRecord
+from sparseopt.pruning.base.records import RemovalRecord
 from sparseopt.pruning.measure import block_removal
 from sparseopt.pruning.measure.block_removal import greedy_removal, removal_order, trial_of
 from sparseopt.pruning.run.calibration import CalibrationWindows

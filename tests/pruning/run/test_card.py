@@ -10,7 +10,9 @@ import yaml
 from sparseopt.models import open_source
 from sparseopt.models.files.source import FolderSource
 from sparseopt.pruning import LayerRecord, Recipe, ShrinkRecipe, prune_model, shrink_model
-from sparseopt.pruning.run.card import CARD, command_of, metadata_of, model_card, result_lines, without_folders
+from sparseopt.pruning.base.records import Score
+from sparseopt.pruning.run.card import CARD, command_of, metadata_of, model_card, without_folders
+from sparseopt.pruning.run.facts import model_facts
 
 OWN = """---
 language:
@@ -87,7 +89,7 @@ def test_without_a_licence_the_card_says_so_and_a_smaller_model_tells_its_sizes(
     head, body = parts_of(tmp_path / "out")
     assert head == {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["sparseopt", "pruned"]}
     assert "The source names no licence." in body
-    assert "It keeps 32 of 64 channels." in body
+    assert "- size: keeps 32 of 64 channels; " in body
     assert "sparseopt shrink model" in body
     assert "--channels 0.5" in body
 
@@ -101,11 +103,15 @@ def test_a_licence_file_alone_is_pointed_at(tmp_path, pruned, source):
 
 
 def test_the_tokens_that_a_model_was_calibrated_on_are_told_with_their_variants(pruned):
-    recipe = pruned.recipe | {"calibration": "file:/home/someone/notes.txt", "windows": 16, "seqlen": 512}
-    seen = replace(pruned, recipe=recipe, calibration=replace(pruned.calibration, variants=3))
-    (line,) = (line for line in result_lines(seen) if "Calibrated on" in line)
-    assert line.startswith("Calibrated on 16 windows of 512 tokens of ")
-    assert line.endswith("file:notes.txt, and 3 variants of each that the dense model drew.")
+    recipe = pruned.recipe | {"calibration": "file:/home/someone/notes.txt"}
+    calibration = replace(pruned.calibration, windows=16, seqlen=512, variants=3)
+    scored = (Score("the second half of file:/home/someone/notes.txt", 4, 512, 20.0, 25.0),)
+    seen = replace(pruned, recipe=recipe, calibration=calibration, scores=scored)
+    text = "16 windows of 512 tokens of the first half of file:{}notes.txt, and 3 variants of each that the dense model"
+    facts, card = dict(model_facts(seen)), model_card(seen, {})
+    assert facts["calibration"].startswith(text.format("/home/someone/"))
+    assert f"- calibration: {text.format('')} drew" in card
+    assert "- perplexity on the second half of file:notes.txt: 20.00 before, 25.00 after (+25.0 %)" in card
 
 
 def test_the_files_besides_the_weights_are_read_once(tmp_path, source, tokens, monkeypatch):

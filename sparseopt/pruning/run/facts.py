@@ -1,0 +1,176 @@
+"""What a finished run says of itself, once: facts about the model and the run, and a table of the linears."""
+
+import math
+
+from sparseopt.models.base.errors import listed
+from sparseopt.pruning.base.records import LayerRecord, Score, ShapeRecord, mean, mean_errors
+from sparseopt.pruning.base.reports import PruneReport
+from sparseopt.pruning.text.documents import part_of_text
+from sparseopt.system.machine import format_bytes
+from sparseopt.system.report import Fact, Table
+
+# What recipes write for calibrations that no command line can hold.
+TOKEN_IDS = "token ids of shape"
+
+
+def model_facts(report: PruneReport) -> list[Fact]:
+    """What was made, and how: the same for every run of the recipe on one machine, so that a card has it."""
+    facts = [_score(score) for score in report.scores]
+    facts += [_zeros(report)] if report.shape is None else _size(report, report.shape)
+    if given := sum(r.given_zeros for r in report.layers):
+        facts.append(_given_zeros(report, given))
+    facts.append(_calibration(report))
+    if report.layers:
+        error, heldout = mean_errors(report.layers)
+        other = "" if heldout is None else f", {heldout:.5f} on held-out tokens"
+        text = f"relative squared error of the linears' outputs, mean: {error:.5f} on the calibration tokens{other}"
+        facts.append(Fact("layer errors", text))
+    if report.blocks:
+        first, last = report.block_losses
+        stopped = sum(b.status in ("DIVERGED", "NONFINITE") for b in report.blocks)
+        text = f"{len(report.blocks)} blocks were trained, mean relative error {first:.5f} -> {last:.5f}"
+        facts.append(Fact("training", text + f"; {stopped} diverged and kept their best state" * (stopped > 0)))
+    if trained := report.distilled:
+        text = f"from the dense model, divergence {trained.first_loss:.5f} -> {trained.last_loss:.5f}"
+        if trained.heldout_first is not None:
+            text = f"{text}, held-out {trained.heldout_first:.5f} -> {trained.heldout_best:.5f}"
+        facts.append(Fact("distillation", f"{text} nats a token"))
+    return facts
+
+
+def _score(score: Score) -> Fact:
+    change = 100 * (score.after / score.before - 1) if score.before else math.nan
+    tokens = f"{score.windows} windows of {score.seqlen} tokens"
+    text = f"{score.before:.2f} before, {score.after:.2f} after ({change:+.1f} %); {tokens}"
+    return Fact(f"perplexity on {score.text}", text)
+
+
+def _zeros(report: PruneReport) -> Fact:
+    size = sum(r.size for r in report.layers)
+    text = f"{report.sparsity:.2%} of the {size:,} weights of {len(report.layers)} linears are zero"
+    if (stays := report.prunable_size - size) > 0:
+        text += f", {report.total_sparsity:.2%} of those of all linears: {stays:,} weights were not to be pruned"
+    return Fact("sparsity", text)
+
+
+def _size(report: PruneReport, shape: ShapeRecord) -> list[Fact]:
+    share = shape.parameters / shape.dense_parameters
+    parameters = f"{shape.parameters:,} of {shape.dense_parameters:,} parameters ({share:.1%})"
+    nbytes = f"{report.stored_bytes:,} of {shape.dense_bytes:,} bytes"
+    facts = [Fact("size", f"keeps {shape.kept()}; {parameters}, {nbytes}")]
+    if shape.rises:
+        facts.append(Fact("removing these blocks alone", f"loss {shape.rises[-1]:+.4f} nats a token"))
+    return facts
+
+
+def _calibration(report: PruneReport) -> Fact:
+    given, seen = str(report.recipe["calibration"]), report.calibration
+    read = part_of_text(given, "calibration", report.recipe.get("split"))
+    variants = f", and {seen.variants} variants of each that the dense model drew" if seen.variants else ""
+    tokens = "" if given.startswith(TOKEN_IDS) else f"{seen.windows} windows of {seen.seqlen} tokens of "
+    bos = "" if report.bos is None else f", each starting with the model's BOS (token {report.bos})"
+    rest = "" if read == given else "; the rest is left to `sparseopt eval`"
+    return Fact("calibration", f"{tokens}{read}{variants}{bos}{rest}")
+
+
+def _given_zeros(report: PruneReport, given: int) -> Fact:
+    text = f"{given:,} weights had to be zero ({given / sum(r.size for r in report.layers):.1%})"
+    if kept := report.kept_masks:
+        text += f"; {len(kept)} of {len(report.layers)} linears had as many zeros as asked for and keep their mask"
+        if len(kept) == len(report.layers) and report.recipe["masks"] is None:
+            # The model is its own target, which it meets.
+            text += " and weights; to fit the weights again, give the dense model and --masks"
+    return Fact("given zeros", text)
+
+
+def run_facts(report: PruneReport) -> list[Fact]:
+    """What the run took, and what was unusual in it."""
+    facts = [_time(report), _memory(report)]
+    if report.source.endswith(".gguf") and report.recipe["dtype"] == "bfloat16":
+        text = "stored in bfloat16, which rounds the file's quantised weights; --dtype float32 keeps them exact"
+        facts.append(Fact("dtype", text))
+    if report.devices > 1:
+        several = f" of {report.processes} processes" if report.processes > 1 else ""
+        facts.append(Fact("devices", f"{report.devices} devices{several} ({report.platform}) shared the work"))
+    if report.resumed_blocks:
+        text = f"{report.resumed_blocks} blocks were finished by an earlier run; the times include it"
+        facts.append(Fact("resumed", text))
+    if report.route == "torch":
+        text = (
+            "blocks ran in torch, since the model's family is not known here: all output errors have the same weight, "
+            "and blocks are not trained"
+        )
+        facts.append(Fact("torch", text))
+    if dead := sum(r.dead_inputs for r in report.layers):
+        text = (
+            f"{dead} inputs (one shared by several linears counts for each) were zero for all calibration tokens; "
+            "their weights were pruned first"
+        )
+        facts.append(Fact("dead inputs", text))
+    if blocked := report.blocked_layers:
+        text = (
+            f"{len(blocked)} layers did not fit in memory whole and were solved in blocks of outputs, up to "
+            f"{max(blocked.values())}: {listed(list(blocked), 3)}"
+        )
+        facts.append(Fact("split solves", text))
+    if starved := report.starved_experts:
+        least = report.recipe["min_expert_tokens"]
+        tokens = f"fewer than {least} calibration tokens" if least > 1 else "no calibration token"
+        text = (
+            f"{len(starved)} experts saw {tokens} and were pruned by magnitude: {listed(starved, 3)}; "
+            "give more --windows, or --expert-tokens all"
+        )
+        facts.append(Fact("starved experts", text))
+    return facts
+
+
+def _time(report: PruneReport) -> Fact:
+    phases = {
+        "survey of the dense model": report.survey_seconds,
+        "solver": report.solver_seconds,
+        "reconstruction": report.reconstruction_seconds,
+        "distillation": report.distilled.seconds if report.distilled else 0.0,
+        "forward passes": report.calibration_seconds,
+    }
+    parts = [f"{name} {seconds:.1f} s" for name, seconds in phases.items() if seconds]
+    compiling = f"compiling {report.compile_seconds:.1f} s ({report.layer_compilations} layer programs)"
+    return Fact("time", f"{report.seconds:.1f} s in all: {', '.join([*parts, compiling])}")
+
+
+def _memory(report: PruneReport) -> Fact:
+    """The peak beside its estimate."""
+    text = format_bytes(report.peak_memory_bytes)
+    asked, estimated = report.footprint.budget_bytes, report.footprint.memory_bytes
+    if estimated is not None:
+        text += f", estimated {format_bytes(estimated)}"
+    if asked is not None:
+        text += f", asked for {format_bytes(asked)}"
+        if report.peak_memory_bytes > asked:
+            text += ": MORE than asked for"
+    return Fact("peak memory", text)
+
+
+def layer_table(report: PruneReport) -> Table:
+    """Mean errors by kind of linear, and the totals; of a smaller model the fraction of inputs that stay."""
+    smaller = report.shape is not None
+    rows, groups = [], dict[str, list[LayerRecord]]()
+    for record in report.layers:
+        groups.setdefault(record.layer.rpartition(".")[2], []).append(record)
+    for kind, records in (groups | {"all": report.layers}).items():
+        shape = "" if kind == "all" else f"{records[0].shape[0]}x{records[0].shape[1]}"
+        error, heldout = mean_errors(records)
+        zeros = sum(r.zeros for r in records) / sum(r.size for r in records)
+        rows.append(
+            (
+                kind,
+                shape,
+                f"{1 - zeros if smaller else zeros:.4f}",
+                f"{error:.5f}",
+                "-" if heldout is None else f"{heldout:.5f}",
+                f"{mean(r.steps for r in records):.0f}",
+                f"{sum(r.seconds for r in records):.1f}",
+            )
+        )
+    title, share = ("Inputs kept", "kept") if smaller else ("Pruned layers", "sparsity")
+    headings = ("layer", "shape", share, "rel. error", "held-out", "steps", "seconds")
+    return Table(f"{title}, means over blocks", headings, rows)
