@@ -198,12 +198,8 @@ def _on_device(part: Any, device: Any) -> jax.Array:
 
 
 def _reports_of(found: LayerReport, count: int) -> list[LayerReport]:
-    outputs = len(found.weight) // len(found.steps)
-    scalars = replace(found, weight=None)
-    return [
-        replace(jax.tree.map(lambda row, i=i: row[i], scalars), weight=found.weight[i * outputs : (i + 1) * outputs])
-        for i in range(count)
-    ]
+    rows = replace(found, weight=found.weight.reshape(len(found.steps), -1, found.weight.shape[1]))
+    return [jax.tree.map(lambda row, i=i: row[i], rows) for i in range(count)]
 
 
 def agreed(values: Any) -> Any:

@@ -286,7 +286,7 @@ def _rope_fields(config: Config, part: str | None) -> dict[str, Any]:
             table = require_table(table, part) if table.get(part) else {}
         table = {key: value for key, value in table.items() if value is not None}
         if "type" in table:  # the older name
-            table = {"rope_type": table["type"], **{key: table[key] for key in table if key != "type"}}
+            table = {"rope_type": table.pop("type")} | table
         tables.append(table)
     older, newer = tables
     if newer and (differing := [key for key in older if older[key] != newer.get(key)]):

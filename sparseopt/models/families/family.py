@@ -243,23 +243,17 @@ def read_decoder(
     config: Config,
     kinds: tuple[BlockKind, ...],
     *,
-    tied: bool = False,
     attention_bias: bool = False,
     activation: str = "hidden_act",
-    default_activation: str = "silu",
-    head_dim: int | None = None,
     **switches: Any,
 ) -> DecoderConfig:
     """The fields that most families share, under their usual names, as a `DecoderConfig`.
 
     Args:
-        config: a Hugging Face configuration.
+        config: a Hugging Face configuration, with the family's own defaults of what it may leave out.
         kinds: of each block, or the one of all.
-        tied: whether the head is tied where the configuration does not say.
         attention_bias: `qkv_bias` and `output_bias`.
-        activation: the field with the activation's name.
-        default_activation: where that field is absent.
-        head_dim: H where the configuration gives none; default `hidden_size / num_attention_heads`.
+        activation: the field with the activation's name, "silu" where it is absent.
         switches: of `DecoderConfig`; they take precedence over the fields read here.
     """
     refuse_unless(
@@ -274,7 +268,7 @@ def read_decoder(
     )
     hidden_size, num_heads = require(config, "hidden_size"), require(config, "num_attention_heads")
     num_kv_heads = optional(config, "num_key_value_heads") or num_heads
-    given_size = optional(config, "head_dim", default=head_dim)
+    given_size = optional(config, "head_dim")
     if num_heads % num_kv_heads:
         raise ModelError(f"num_key_value_heads={num_kv_heads} must divide num_attention_heads={num_heads}")
     count: int = require(config, "num_hidden_layers")
@@ -291,10 +285,10 @@ def read_decoder(
         "num_kv_heads": num_kv_heads,
         "head_dim": size,
         "kinds": kinds,
-        "tied": bool(config.get("tie_word_embeddings", tied)),
+        "tied": bool(config.get("tie_word_embeddings")),
         "qkv_bias": attention_bias,
         "output_bias": attention_bias,
-        "activation": config.get(activation) or default_activation,
+        "activation": config.get(activation) or "silu",
         "max_positions": max_positions(config),
     }
     if "intermediate_size" not in switches:

@@ -18,11 +18,9 @@ def _read_config(config: Config) -> DecoderConfig:
     usual = dict(config) | {new: config[old] for old, new in FIELDS.items() if old in config}
     inner = 4 * require(usual, "hidden_size") if config.get("n_inner") is None else require(config, "n_inner")
     return read_decoder(
-        ungrouped(usual),
+        {"tie_word_embeddings": True, "activation_function": "gelu_new", **ungrouped(usual)},
         (BlockKind(rope=None),),
-        tied=True,
         activation="activation_function",
-        default_activation="gelu_new",
         intermediate_size=inner,
         norm="layer",
         norm_eps=require(config, "layer_norm_epsilon", float, default=1e-5),

@@ -9,9 +9,8 @@ from sparseopt.models.families.family import Family, KeyTable, read_decoder, ung
 def _read_config(config: Config) -> DecoderConfig:
     rope = read_rope(config, config.get("rotary_emb_base") or 10000.0, config.get("rotary_pct") or 0.25)
     return read_decoder(
-        ungrouped(config),
+        {"hidden_act": "gelu", **ungrouped(config)},
         (BlockKind(rope),),
-        default_activation="gelu",
         norm="layer",
         norm_eps=require(config, "layer_norm_eps", float, default=1e-5),
         parallel=bool(config.get("use_parallel_residual", True)),

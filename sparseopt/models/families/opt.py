@@ -14,11 +14,9 @@ def _read_config(config: Config) -> DecoderConfig:
     refuse_unless(config, allowed | {"_remove_final_layer_norm": (False,), "word_embed_proj_dim": (width, None)})
     bias = bool(config.get("enable_bias", True))
     return read_decoder(
-        ungrouped(config),
+        {"tie_word_embeddings": True, "activation_function": "relu", **ungrouped(config)},
         (BlockKind(rope=None),),
-        tied=True,
         activation="activation_function",
-        default_activation="relu",
         intermediate_size=require(config, "ffn_dim"),
         norm="layer",
         norm_eps=1e-5,

@@ -8,7 +8,7 @@ from sparseopt.models.families.qwen2 import SIZES, read_kinds
 
 def _read_config(config: Config) -> DecoderConfig:
     bias = bool(config.get("attention_bias"))
-    return read_decoder(config, read_kinds(config), head_dim=128, qk_norm="head", attention_bias=bias)
+    return read_decoder({"head_dim": 128, **config}, read_kinds(config), qk_norm="head", attention_bias=bias)
 
 
 FAMILY = Family("qwen3", _read_config, sizes=SIZES)

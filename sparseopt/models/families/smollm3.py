@@ -24,9 +24,8 @@ def _read_kinds(config: Config) -> tuple[BlockKind, ...]:
 
 def _read_config(config: Config) -> DecoderConfig:
     return read_decoder(
-        {"num_key_value_heads": 4, **config},
+        {"num_key_value_heads": 4, "tie_word_embeddings": True, **config},
         _read_kinds(config),
-        tied=True,
         attention_bias=bool(config.get("attention_bias")),
         mlp_bias=bool(config.get("mlp_bias")),
     )

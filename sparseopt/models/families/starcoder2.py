@@ -9,10 +9,8 @@ from sparseopt.models.families.family import BLOCK_NAMES, Family, KeyTable, read
 def _read_config(config: Config) -> DecoderConfig:
     bias = bool(config.get("use_bias", True))
     return read_decoder(
-        config,
+        {"tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh", **config},
         (BlockKind(read_rope(config), optional(config, "sliding_window")),),
-        tied=True,
-        default_activation="gelu_pytorch_tanh",
         norm="layer",
         norm_eps=require(config, "norm_epsilon", float, default=1e-5),
         attention_bias=bias,

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 from pydantic import AfterValidator, BaseModel, Field, NonNegativeInt, TypeAdapter
 
-from sparseopt.models.base.errors import JSON_OBJECT, ModelError, Said, checked
+from sparseopt.models.base.errors import JSON_OBJECT, ModelError, Said, checked, guarded
 from sparseopt.models.files.folder import parse_json
 
 DTYPES: dict[str, np.dtype] = {
@@ -192,12 +192,9 @@ def _read_raw_header(file: Path) -> tuple[dict[str, Any], int, int]:
                 f"{length}; download it again"
             )
         raw = stream.read(length)
-    try:
-        header = parse_json(raw)
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{file} has a corrupt header ({error}); download it again") from error
-    header = checked(JSON_OBJECT, header, f"{file} has a corrupt header")
-    checked(_METADATA, header.get("__metadata__", {}), f"{file} has a corrupt header")
+    what = f"{file} has a corrupt header"
+    header = checked(JSON_OBJECT, guarded(lambda: parse_json(raw), what), what)
+    checked(_METADATA, header.get("__metadata__", {}), what)
     return header, 8 + length, size
 
 

@@ -26,13 +26,11 @@ def read_gemma(
     config: Config, kinds: tuple[BlockKind, ...], score_cap: float | None, logit_cap: float | None, **more: Any
 ) -> DecoderConfig:
     """What Gemma 2 and 3 have in common; the caps are those of a configuration that names none."""
+    defaults = {"tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh", "head_dim": 256}
     return read_decoder(
-        config,
+        defaults | dict(config),
         kinds,
-        tied=True,
         activation="hidden_activation",
-        default_activation="gelu_pytorch_tanh",
-        head_dim=256,
         norm="rms_plus_one",
         norms=tuple(name for _, name in GEMMA_NORMS),
         attention_bias=bool(config.get("attention_bias")),
