@@ -108,7 +108,7 @@ class TrendSolver:
         if start is not None:
             start = dataclasses.replace(start, x=jnp.asarray(start.x, kind).reshape(nodes.shape))
         terms = on_rows({self.order: penalty}, self.layout, kind, bool(channels))
-        found = fit(plan, nodes, terms, node_weights, tol, max_steps, start=start)
+        found = fit(plan, (nodes, node_weights), terms, (tol, max_steps), start=start)
         return dataclasses.replace(found, value=found.value.reshape(y.shape), graph=graph, order=self.order)
 
     @property

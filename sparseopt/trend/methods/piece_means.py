@@ -49,7 +49,7 @@ def short_fit(job: Job) -> TrendSolution:
             found = plan.fit_job(dataclasses.replace(working, tol=tol, max_steps=max_steps))
         else:
             data = prepare(working.ground, *working.arrays)
-            found, _ = resume(plan, data, working.rows, found.state, tol, max_steps, working.settings.relaxation)
+            found, _ = resume(plan, data, working.rows, found.state, (tol, max_steps), working.settings.relaxation)
         return found
 
     return stop_early(job, solve, EARLY / math.sqrt(job.tol) if has_means(job) else BELOW)[0]

@@ -130,10 +130,10 @@ class Plan:
 
     def fit_job(self, job: Job) -> TrendSolution:
         """The fit of a job's signal, in the layout of the nodes."""
-        plan, (y, weights) = self.pace(job), job.arrays
-        options: Any = {"start": job.first(), "rho": job.settings.rho, "relaxation": job.settings.relaxation}
-        options["history"] = to_next_check(job.max_steps, plan.cadence) if job.history else 0
-        return fit(plan, y, job.rows, weights, job.tol, job.max_steps, **options)
+        plan, rates = self.pace(job), (job.settings.rho, job.settings.relaxation)
+        history = to_next_check(job.max_steps, plan.cadence) if job.history else 0
+        limits = job.tol, job.max_steps
+        return fit(plan, job.arrays, job.rows, limits, start=job.first(), rates=rates, history=history)
 
 
 def to_next_check(max_steps: Any, cadence: int) -> Any:
@@ -152,23 +152,22 @@ def known_fit(job: Job, value: np.ndarray, flat: bool = False) -> TrendSolution:
 @partial(Jitted, static_argnames="history")
 def fit(
     plan: Plan,
-    y: Array,
+    arrays: tuple[Array, Any],
     penalty: Any,
-    weights: Any,
-    tol: Any,
-    max_steps: Any,
+    limits: tuple[Any, Any],
     *,
     start: Start | None = None,
-    rho: Any = None,
-    relaxation: Any = 1.7,
+    rates: tuple[Any, Any] = (None, 1.7),
     history: int = 0,
 ) -> TrendSolution:
     """The fit of a signal, in its units and in the layout of the nodes, with its certificate and its derivatives.
 
-    The penalty is on the rows of `plan.ground.operator`. A start is a point in the caller's units with the dual of
-    its rows. If rho is None, or that of the start 0, it is chosen from the data. `history` is the number of steps
-    in the history, 0 for none.
+    `arrays` are the signal and its weights or None, `limits` the tolerance and the step limit, `rates` rho and the
+    relaxation. The penalty is on the rows of `plan.ground.operator`. A start is a point in the caller's units with the
+    dual of its rows. If rho is None, or that of the start 0, it is chosen from the data. `history` is the number of
+    steps in the history, 0 for none.
     """
+    (y, weights), (tol, max_steps), (rho, relaxation) = arrays, limits, rates
     given = y, penalty, weights
     plan, y, penalty, weights, start = jax.lax.stop_gradient((plan, y, penalty, weights, start))
     kind, ground = y.dtype, plan.ground
@@ -230,8 +229,7 @@ def resume(
     data: Data,
     penalty: Any,
     state: Any,
-    tol: Any,
-    max_steps: Any,
+    limits: tuple[Any, Any],
     relaxation: Any = 1.7,
     settled: Any = False,
 ) -> tuple[TrendSolution, Start]:
@@ -239,7 +237,7 @@ def resume(
 
     After a `settled` rho the next one moves towards the rho that the last step asks for.
     """
-    kind, inner = state.now.x.dtype, plan.solver_penalty(penalty)
+    kind, inner, (tol, max_steps) = state.now.x.dtype, plan.solver_penalty(penalty), limits
     solver, tol = plan.solver(state.rho, jnp.asarray(relaxation, kind)), jnp.asarray(tol, kind)
     limit = to_next_check(max_steps, plan.cadence)
     found = iterate(Problem(data.centred, inner, plan.split), solver, state, tol=tol, max_steps=limit)

@@ -87,13 +87,13 @@ def _by_solver(job: Job, weights: np.ndarray, first: NullFit | None) -> list[Tre
 
             def solve(tol: float, max_steps: int, penalty: Any = penalty) -> TrendSolution:
                 nonlocal state, start
-                level, start = resume(plan, data, penalty, state, tol, max_steps)
+                level, start = resume(plan, data, penalty, state, (tol, max_steps))
                 state = level.state
                 return level
 
             level, early = stop_early(here, solve, early)
         else:
-            level, start = resume(plan, data, penalty, state, tol, max_steps, settled=settled)
+            level, start = resume(plan, data, penalty, state, (tol, max_steps), settled=settled)
         found.append(dataclasses.replace(level, state=None, dual=None))
     return found
 
