@@ -64,6 +64,11 @@ def is_text(calibration: Any) -> bool:
     return isinstance(first, str) or (isinstance(first, list | tuple) and bool(first) and isinstance(first[0], dict))
 
 
+def is_chat(document: Document) -> bool:
+    """Whether a document is a list of messages."""
+    return not isinstance(document, str)
+
+
 def check_text(text: Any, split: str | None = None, column: str | None = None) -> None:
     """Raise a `TextError` for a specification of an unknown kind, and for options that its kind does not have."""
     kind, rest = _kind_of(text)
@@ -134,10 +139,10 @@ def load_documents(text: Any, part: Part, *, split: str | None = None, column: s
     for document in found:
         if document is None or document == []:
             continue
-        chats.add(is_chat := not isinstance(document, str))
+        chats.add(is_chat(document))
         if len(chats) > 1:
             raise TextError(f"{part_of_text(text, part, split)} has both texts and chats; give a column of one kind")
-        filled = filled or is_chat or bool(str(document).strip())
+        filled = filled or is_chat(document) or bool(str(document).strip())
         yield document
     if not filled:
         raise TextError(f"text {text!r} is empty in its {part} part")
@@ -149,9 +154,9 @@ def load_text(text: str, part: Part, *, split: str | None = None, column: str | 
     Raises:
         TextError: as there, and for chats, which only a model's template makes text of.
     """
-    documents = []
+    documents: list[Any] = []
     for document in load_documents(text, part, split=split, column=column):
-        if not isinstance(document, str):
+        if is_chat(document):
             raise TextError(f"{text} has chats, which the chat template of a model makes text of; use `text_windows`")
         documents.append(document)
     return "\n\n".join(documents)
