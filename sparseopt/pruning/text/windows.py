@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Int
 
 from sparseopt.models import Bos, Source, chat_writer, encode_text, load_tokenizer, start_token
-from sparseopt.pruning.text.documents import Part, TextError, is_chat, load_documents, part_of_text
+from sparseopt.pruning.text.chats import TextError, is_chat
+from sparseopt.pruning.text.documents import Part, load_documents, part_of_text
 
 WindowChoice = Literal["first", "spread", "random"]
 DocumentChoice = Literal["packed", "separate"]
