@@ -59,7 +59,7 @@ HOUSE = {
     "models/reshape": ["*"],
     "models": ["export", "__init__"],
     "pruning/base": ["activations records", "grams reports", "torch_grams"],
-    "pruning/text": ["documents", "windows"],
+    "pruning/text": ["chats", "documents", "windows"],
     "pruning/evaluate": ["perplexity audit", "scoring", "zero_shot"],
     "pruning/train": ["training", "distillation reconstruction"],
     "pruning/recipe": ["allocation effort options targets", "pass_recipe", "prune_recipe shrink_recipe"],

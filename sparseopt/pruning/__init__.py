@@ -23,7 +23,8 @@ from sparseopt.pruning.pipeline import Stopped, prune_model, prune_models, shrin
 from sparseopt.pruning.recipe.prune_recipe import Recipe
 from sparseopt.pruning.recipe.shrink_recipe import ShrinkRecipe
 from sparseopt.pruning.run.block import PruningError
-from sparseopt.pruning.text.documents import TextError, load_text
+from sparseopt.pruning.text.chats import TextError
+from sparseopt.pruning.text.documents import load_text
 from sparseopt.pruning.text.windows import text_windows, token_digest, token_windows
 
 __all__ = [

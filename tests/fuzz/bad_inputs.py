@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from sparseopt.experiments.config import ConfigError
 from sparseopt.experiments.read.files import FileError
 from sparseopt.models import ModelError
-from sparseopt.pruning.text.documents import TextError
+from sparseopt.pruning.text.chats import TextError
 from tests.fuzz.bad_configs import DOTTED, YAML
 from tests.fuzz.bad_files import NUMPY, PICTURES, TABLES, TEXTS
 from tests.fuzz.bad_models import CONFIG, GGUF, INDEX, SAFETENSORS

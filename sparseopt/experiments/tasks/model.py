@@ -33,7 +33,8 @@ from sparseopt.pruning.recipe.options import ended, mistakes_of, plain_type
 from sparseopt.pruning.recipe.pass_recipe import BosChoice, PassRecipe
 from sparseopt.pruning.run.calibration import PASS_FIELDS
 from sparseopt.pruning.run.plan import make_plan
-from sparseopt.pruning.text.documents import Document, Part, TextError, load_documents
+from sparseopt.pruning.text.chats import Document, TextError
+from sparseopt.pruning.text.documents import Part, load_documents
 from sparseopt.pruning.text.windows import Windows, begin_windows, text_windows, token_digest
 from sparseopt.system import processes
 

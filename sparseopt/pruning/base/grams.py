@@ -213,13 +213,18 @@ def tapped(block: Any, x: Float[Array, "B T D"]) -> tuple[dict[str, Any], Float[
     return inputs, output
 
 
+def rows_of(value: Any) -> Array:
+    """The values at a tap, `[..., in]`; those of experts are in tiles."""
+    return value.rows if isinstance(value, Routed) else value
+
+
 def nonfinite_windows(block: Any, batches: Batches, name: str) -> list[int]:
     """Numbers of the windows whose activations at a tap, squared as in a Gram, are not finite; experts are stacked."""
     found: list[int] = []
     first = 0
     for x in batches:
         value = tapped(block, x)[0][name]
-        rows = np.asarray(value.rows if isinstance(value, Routed) else value, np.float32)
+        rows = np.asarray(rows_of(value), np.float32)
         with np.errstate(over="ignore", invalid="ignore"):
             # A product of two of a token's entries is at most the sum of their squares.
             bad = ~np.isfinite(np.sum(rows**2, axis=-1))

@@ -43,7 +43,7 @@ from sparseopt.layers.side_by_side import agreed
 from sparseopt.models import Block, Head, PrunableBlock, PrunableModel, Routed
 from sparseopt.models.decoder.experts import stacked_name, unstacked_names
 from sparseopt.pruning.base.activations import Batches, Stream
-from sparseopt.pruning.base.grams import BlockRunner
+from sparseopt.pruning.base.grams import BlockRunner, rows_of
 from sparseopt.pruning.base.records import AllocationRecord
 from sparseopt.pruning.evaluate.perplexity import negative_log_likelihood
 from sparseopt.pruning.recipe.allocation import (
@@ -228,9 +228,6 @@ def _block_gradient(
             return value._replace(rows=value.rows + errors[name]) if isinstance(value, Routed) else value + errors[name]
 
         return block(x, tap=tap), outputs
-
-    def rows_of(value: Any) -> Any:
-        return value.rows if isinstance(value, Routed) else value
 
     shapes = jax.eval_shape(run, x, {})[1]
     errors = {name: jnp.zeros(rows_of(value).shape, x.dtype) for name, value in shapes.items()}

@@ -31,7 +31,8 @@ from sparseopt.pruning.recipe.options import (
     option,
     told,
 )
-from sparseopt.pruning.text.documents import SELF, TEXTS, check_text, is_text
+from sparseopt.pruning.text.chats import is_text
+from sparseopt.pruning.text.documents import SELF, TEXTS, check_text
 from sparseopt.pruning.text.windows import DocumentChoice, WindowChoice
 from sparseopt.pruning.train.distillation import Distillation
 from sparseopt.pruning.train.reconstruction import Reconstruction

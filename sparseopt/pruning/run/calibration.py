@@ -16,7 +16,8 @@ from sparseopt.pruning.recipe.pass_recipe import (
     scored_windows,
 )
 from sparseopt.pruning.run.plan import Plan
-from sparseopt.pruning.text.documents import TextError, is_text, part_of_text
+from sparseopt.pruning.text.chats import TextError, is_text
+from sparseopt.pruning.text.documents import part_of_text
 from sparseopt.pruning.text.windows import begin_windows, check_vocabulary, text_windows, token_array, token_digest
 
 OWN = "text of its own"

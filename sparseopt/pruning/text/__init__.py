@@ -1,1 +1,1 @@
-"""Text as tokens: `documents` finds the texts that a short specification names, `windows` cuts them into windows."""
+"""Text as tokens: `documents` finds what a short specification names, `chats` reads it, `windows` cuts windows."""

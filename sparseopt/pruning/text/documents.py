@@ -27,10 +27,9 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from sparseopt.models.files.folder import PICKLES
+from sparseopt.pruning.text.chats import Document, TextError, is_chat, read_document
 
 Part = Literal["calibration", "evaluation"]
-# A chat is a list of messages, each with a role, a content and what else a chat template reads.
-Document = str | list[dict[str, Any]]
 SELF = "self"
 TEXTS = "pydoc, file:PATH, jsonl:PATH, csv:PATH, parquet:PATH, wikitext2:PATH, hf:NAME, hf:NAME/CONFIG or hf:NAME/FILE"
 # Where no column is named, the first of these that exists is read.
@@ -50,18 +49,6 @@ _WITH_COLUMN = (*_ENDINGS, "hf")
 _SPLITS: dict[Part, str] = {"calibration": "validation", "evaluation": "test"}
 # Characters; a longer line would fill the memory before it could be refused.
 _LONGEST_LINE = 2**26
-# Those of ShareGPT, as chat templates call them.
-_ROLES = {"human": "user", "gpt": "assistant"}
-
-
-class TextError(ValueError):
-    """A text that cannot be read or is too short; the message says what to do."""
-
-
-def is_text(calibration: Any) -> bool:
-    """Whether a calibration is text, named or as a list of documents, and not token ids."""
-    first = calibration[0] if isinstance(calibration, list | tuple) and calibration else calibration
-    return isinstance(first, str) or (isinstance(first, list | tuple) and bool(first) and isinstance(first[0], dict))
 
 
 def check_text(text: Any, split: str | None = None, column: str | None = None) -> None:
@@ -117,7 +104,7 @@ def load_documents(text: Any, part: Part, *, split: str | None = None, column: s
     found: Iterable[Document | None]
     match kind:
         case _ if kind == _GIVEN:
-            found = (_document(value, f"document {number}") for number, value in enumerate(text, 1))
+            found = (read_document(value, f"document {number}") for number, value in enumerate(text, 1))
         case "pydoc":
             found = _read_pydoc(part)
         case "file":
@@ -134,10 +121,10 @@ def load_documents(text: Any, part: Part, *, split: str | None = None, column: s
     for document in found:
         if document is None or document == []:
             continue
-        chats.add(is_chat := not isinstance(document, str))
+        chats.add(is_chat(document))
         if len(chats) > 1:
             raise TextError(f"{part_of_text(text, part, split)} has both texts and chats; give a column of one kind")
-        filled = filled or is_chat or bool(str(document).strip())
+        filled = filled or is_chat(document) or bool(str(document).strip())
         yield document
     if not filled:
         raise TextError(f"text {text!r} is empty in its {part} part")
@@ -149,9 +136,9 @@ def load_text(text: str, part: Part, *, split: str | None = None, column: str | 
     Raises:
         TextError: as there, and for chats, which only a model's template makes text of.
     """
-    documents = []
+    documents: list[Any] = []
     for document in load_documents(text, part, split=split, column=column):
-        if not isinstance(document, str):
+        if is_chat(document):
             raise TextError(f"{text} has chats, which the chat template of a model makes text of; use `text_windows`")
         documents.append(document)
     return "\n\n".join(documents)
@@ -284,7 +271,7 @@ def _rows(kind: str | None, files: Iterable[Path], column: str | None) -> Iterat
             raise TextError(f"{file} must end in one of {', '.join(_ALL_ENDINGS)}")
         read = {"jsonl": _json_rows, "csv": _csv_rows, "parquet": _parquet_rows}[own]
         try:
-            yield from (_document(value, f"{file}, {place}") for place, value in read(file, column))
+            yield from (read_document(value, f"{file}, {place}") for place, value in read(file, column))
         except TextError:
             raise
         except (OSError, ValueError, csv.Error) as error:
@@ -367,53 +354,3 @@ def _lines(stream: TextIO) -> Iterator[str]:
         if len(line) == _LONGEST_LINE:
             raise ValueError(f"line {number} has more than {_LONGEST_LINE:,} characters")
         yield line
-
-
-def _document(value: Any, place: str) -> Document | None:
-    """A value of a column as a document, None for a missing one; messages have a role and a content."""
-    if value is None:
-        return None
-    if isinstance(value, str):
-        return _characters(value, place)
-    if not isinstance(value, list | tuple):
-        raise TextError(f"{place} holds {type(value).__name__} where a text or a list of messages is expected")
-    return [_message(each, place) for each in value]
-
-
-def _message(given: Any, place: str) -> dict[str, Any]:
-    """A message as chat templates know it: a content may be null beside tool calls, or a list of parts."""
-    found = _known(given) if isinstance(given, dict) else {}
-    role, content = (
-        next((found.pop(name) for name in names if name in found), None)
-        for names in (("role", "from"), ("content", "value"))
-    )
-    if isinstance(content, list):
-        content = [_known(part) if isinstance(part, dict) else part for part in content]
-    elif not (isinstance(content, str) or (content is None and "tool_calls" in found)):
-        role = None
-    if not isinstance(role, str):
-        raise TextError(
-            f"{place}: a message needs a role and a content, or from and value, given {repr(given)[:80]}; a content is "
-            "a text, a list of parts, or null beside tool_calls"
-        )
-    if isinstance(content, str):
-        _characters(content, place)
-    _characters(json.dumps([content, found], ensure_ascii=False, default=str), place)
-    return {"role": _ROLES.get(role, role), "content": content, **found}
-
-
-def _known(given: dict[str, Any]) -> dict[str, Any]:
-    """Without the nulls that rows of one type have wherever other rows have a value."""
-    return {name: value for name, value in given.items() if value is not None}
-
-
-def _characters(text: str, place: str) -> str:
-    """The text itself; a `TextError` for half a surrogate pair, which JSON can hold and no tokenizer reads."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise TextError(
-            f"{place}: character {error.start + 1} is {text[error.start]!a}, half of a surrogate pair, as a cut "
-            "emoji leaves it; remove it"
-        ) from None
-    return text

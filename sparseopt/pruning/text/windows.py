@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Int
 
 from sparseopt.models import Bos, Source, chat_writer, encode_text, load_tokenizer, start_token
-from sparseopt.pruning.text.documents import Part, TextError, load_documents, part_of_text
+from sparseopt.pruning.text.chats import TextError, is_chat
+from sparseopt.pruning.text.documents import Part, load_documents, part_of_text
 
 WindowChoice = Literal["first", "spread", "random"]
 DocumentChoice = Literal["packed", "separate"]
@@ -77,22 +78,22 @@ def text_windows(
     start = start_token(source, tokenizer, bos)
     loaded = load_documents(text, part, split=split, column=column)
     first = next(loaded)
-    is_chat = not isinstance(first, str)
+    of_chats = is_chat(first)
     texts: Iterator[Any] = itertools.chain([first], loaded)
-    if is_chat:
+    if of_chats:
         texts = map(chat_writer(source), texts)
 
     def encoded(written: str) -> np.ndarray:
         tokens = encode_text(tokenizer, written)
         # A template may write the BOS that every window begins with anyway.
-        return tokens[1:] if is_chat and len(tokens) and tokens[0] == start else tokens
+        return tokens[1:] if of_chats and len(tokens) and tokens[0] == start else tokens
 
     separate, found, seen = documents == "separate", [], 0
     for batch in _batches(texts, max(_LEAST_READ, _READ_A_TOKEN * count * length)):
         if separate:
             found += [tokens[:length] for tokens in map(encoded, batch) if len(tokens) >= length]
         else:
-            found.append(encoded(("" if is_chat else "\n\n").join([""] * bool(found) + batch)))
+            found.append(encoded(("" if of_chats else "\n\n").join([""] * bool(found) + batch)))
         seen += len(batch)
         available = len(found) if separate else sum(map(len, found)) // length
         if available >= count:

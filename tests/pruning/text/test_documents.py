@@ -15,7 +15,8 @@ import pytest
 from sparseopt.models import ModelError, encode_text, load_tokenizer, open_source
 from sparseopt.pruning import Recipe, TextError, load_text, prune_model, text_windows, token_digest
 from sparseopt.pruning.text import windows as texts
-from sparseopt.pruning.text.documents import is_text, load_documents
+from sparseopt.pruning.text.chats import is_text
+from sparseopt.pruning.text.documents import load_documents
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder, write_gguf
 from tests.pruning.test_pipeline import TOKENIZER
 from tests.tiers import often
