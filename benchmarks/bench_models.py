@@ -1,0 +1,212 @@
+"""Whole models, pruned and made smaller, and single layers: `make bench-quality DATA=folder`, and the same with prune
+and shrink in place of quality, with the WikiText-2 parquet files. JSON lines.
+
+    python benchmarks/bench_models.py --data FOLDER --only layers,draws [--settings 0.5,2:4] [key=value ...]
+
+    published  layer errors of both presets of mAIHT beside those of its published procedure
+    prune      whole models at 50 % by a few methods: perplexity, seconds, memory
+    layers     every method on twelve layers, Gram matrices of the dense model: error in float64, seconds
+    models     every method on the whole model: perplexity, layer errors, seconds; also published figures
+    ablation   changes to the recipe of method best: perplexity and additional seconds
+    complete   method best with all that lowers its perplexity, one-shot and trained
+    blind      what reads no text: the dense model, also by transformers, and magnitude
+    draws      every method on the whole model, calibrated on random windows of three texts, scored on two
+    tokens     perplexity and held-out error against the number of calibration tokens, at 50 %
+    sizes, methods, windows    smaller dense models, as configs/benchmarks/shrink-*.yaml say
+
+All but the layers and tokens are sweeps of `sparseopt run`: configs/benchmarks/ has their recipes, and the folder of
+--folder their finished runs, which are not run again. `key=value` changes all of them, for a trial. With `--record
+FILE` lines are also appended to a file. A failed run becomes a line with its error, and the exit status is 1.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import layer_errors
+from common import Recorder, say, selection
+from pruned import CONFIGS, KEPT, ROOT, SETTINGS, about, judged, model_and_text, text_options
+
+from sparseopt.experiments.config import Run, load_config
+from sparseopt.models import bundled_model
+
+AT_HALF: dict[str, dict[str, Any]] = {"whole": {}}
+# Zeros go where they cost least: to the linears by curves, in n:m groups by the order of the channels.
+PLACED: dict[str, dict[str, Any]] = {
+    name: setting | ({"permute": True} if name == "2:4" else {"allocation": "curves"})
+    for name, setting in SETTINGS.items()
+}
+# What random windows are drawn from.
+TEXTS: dict[str, dict[str, Any]] = {
+    "wikitext2": {},
+    "pydoc": {"calibration": "pydoc"},
+    "self": {"calibration": "self", "window_choice": None},
+}
+DRAWS = {"0": 0, "1": 1, "2": 2}
+
+
+class Sweep(NamedTuple):
+    """A config, what its runs vary besides, by a name, and whether each run is a pass and a process of its own."""
+
+    config: str
+    settings: dict[str, dict[str, Any]]
+    apart: bool = False
+    drawn: bool = False
+
+
+SWEEPS = {
+    "prune": [Sweep("prune", AT_HALF, apart=True)],
+    "models": [Sweep("quality-models", SETTINGS)],
+    "ablation": [Sweep("quality-ablation", {name: SETTINGS[name] for name in ("0.5", "0.7")})],
+    "complete": [Sweep("quality-complete", PLACED, apart=True)],
+    "blind": [Sweep("quality-blind", SETTINGS)],
+    "draws": [Sweep("quality-draws", SETTINGS, drawn=True)],
+    "sizes": [Sweep("shrink-sizes", AT_HALF)],
+    "methods": [Sweep("shrink-methods", AT_HALF)],
+    "windows": [Sweep("shrink-windows", AT_HALF), Sweep("prune-windows", AT_HALF)],
+}
+LAYERS: dict[str, Callable[..., None]] = {
+    "published": layer_errors.published_layers,
+    "layers": layer_errors.layers,
+    "tokens": layer_errors.tokens,
+}
+
+
+class Finished(NamedTuple):
+    """A run with its record, or the reason why it failed, and versions and machine."""
+
+    run: Run
+    record: dict[str, Any] | None
+    error: str
+    machine: dict[str, Any]
+
+
+def finished(sweep: Sweep, overrides: dict[str, Any], folder: Path) -> Iterator[Finished]:
+    """Run a sweep by the command, and read what its folder holds."""
+    config = CONFIGS / f"{sweep.config}.yaml"
+    changes = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+    runs = load_config(config, changes, allow_code=True)
+    count = len(runs) if sweep.apart else 1
+    for shard in range(1, count + 1):
+        command = [sys.executable, "-m", "sparseopt", "run", str(config), *changes, "--allow-code"]
+        command += ["--output", str(folder), "--shard", f"{shard}/{count}"]
+        # What failed is in the folders.
+        subprocess.run(command, stdout=sys.stderr, check=False)
+    for run in runs:
+        place = folder / run.subfolder
+        lines = (place / "records.jsonl").read_text().splitlines() if (place / "records.jsonl").is_file() else []
+        failure = place / "error.txt"
+        error = failure.read_text().strip() if failure.is_file() else "" if lines else "not run"
+        begun = json.loads((place / "run.json").read_text()) if (place / "run.json").is_file() else {}
+        machine = {name: begun.get(name) for name in ("versions", "machine")}
+        yield Finished(run, json.loads(lines[-1]) if lines else None, error, machine)
+
+
+def shown(record: dict[str, Any], task: Any) -> dict[str, Any]:
+    """The fields of the line of a perplexity."""
+    fields = {name: record[name] for name in (*KEPT, "seconds") if name in record}
+    fields |= {name: record[name] for name in record if name.startswith(("transformers_", "perplexity_"))}
+    if "removed" in record:
+        whole = record["blocks"] + len(record["removed"])
+        kept = [block for block in range(whole) if block not in record["removed"]]
+        sizes = {name: record[name] for name in ("parameters", "channels", "kv_heads", "experts")}
+        fields["shape"] = sizes | {"blocks": kept}
+    settings = task.model_dump(mode="json", exclude={"name", "title", "task", "source", "paper", "calibration"})
+    return fields | {"recipe": settings, "elsewhere": task.elsewhere}
+
+
+def run_sweep(recorder: Recorder, part: str, sweep: Sweep, base: dict[str, Any], given: Any) -> int:
+    """Emit the lines of a sweep at all its settings; returns how many runs failed."""
+    source, failures = Path(base["source"]), 0
+    drawn = [(text, DRAWS[draw]) for draw in given.draws for text in given.texts]
+    texts = {(text, draw): TEXTS[text] | {"seed": draw} for text, draw in drawn}
+    texts = texts if sweep.drawn else {("wikitext2", 0): {}}
+    for setting, changes in sweep.settings.items():
+        if setting in SETTINGS and setting not in given.settings:
+            continue
+        for (text, draw), windows in texts.items():
+            place = given.folder / source.name / sweep.config / f"{setting} {text} {draw}".replace(":", "-")
+            details = about(source, bool(given.changes))
+            details |= {"calibrated": text, "draw": draw} if part != "blind" else {"calibrated": None, "draw": None}
+            first: dict[str, Any] | None = None
+            for run, record, error, machine in finished(sweep, base | changes | windows, place):
+                name = run.task.title.format(**vars(run.task) | {"setting": setting})
+                if record is None:
+                    failures += 1
+                    say(f"{part}, {name} FAILED: {error}")
+                    recorder.emit(f"perplexity, {run.task.name}, {name}", value=None, error=error, **details, **machine)
+                    continue
+                first = first or record
+                for line in lines_of(part, name, record, run.task, first, source):
+                    recorder.emit(**line, **details, **machine)
+            for figure, value in published(run.task, setting).items() if part == "models" else ():
+                recorder.emit(figure, value=value, source="published reference, measured elsewhere", **details)
+    return failures
+
+
+def published(task: Any, setting: str) -> dict[str, float]:
+    """The published figures of a setting, by their names in lines."""
+    match = SETTINGS[setting]
+    found = (figure.values for figure in task.paper.figures if figure.match == match)
+    return {f"perplexity, models, {name} at {setting}": value for values in found for name, value in values.items()}
+
+
+def lines_of(
+    part: str, name: str, record: dict[str, Any], task: Any, first: dict[str, Any], source: Path
+) -> Iterator[dict[str, Any]]:
+    """The lines of a run: its perplexity, and what else the part measures."""
+    value = record["perplexity"]
+    # The goals are those of the bundled model.
+    goal = judged(value, task.goal if source == bundled_model() else None)
+    line = {"value": value, "unit": "perplexity", **goal, **shown(record, task)}
+    if part == "prune":
+        if name == "dense":
+            yield {"figure": "dense perplexity", **line}
+            return
+        whole = f"{name}, whole model at 50 %"
+        yield {"figure": f"perplexity, {whole}", **line}
+        yield {"figure": f"solver time, {whole}", "value": record["solver_seconds"], "unit": "s"}
+        yield {"figure": f"peak memory, {whole}", "value": record["peak_memory_bytes"] / 1e9, "unit": "GB"}
+        return
+    if part == "ablation":
+        timed = ("survey_seconds", "solver_seconds", "reconstruction_seconds")
+        line["difference_to_best"] = value - first["perplexity"]
+        line["extra"] = {key: record[key] - first[key] for key in timed}
+    yield {"figure": f"perplexity, {task.name}, {name}", **line}
+    if part == "models":
+        yield {"figure": f"solver time, models, {name}", "value": record["solver_seconds"], "unit": "s"}
+    if part == "complete":
+        yield {"figure": f"time, complete, {name}", "value": record["seconds"], "unit": "s"}
+
+
+def main() -> None:
+    """Run the selected parts."""
+    parser = text_options(__doc__)
+    selection(parser, "--only", [*LAYERS, *SWEEPS])
+    selection(parser, "--settings", SETTINGS)
+    selection(parser, "--texts", TEXTS)
+    selection(parser, "--draws", DRAWS)
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "benchmarks", help="of the finished runs")
+    parser.add_argument("--record", type=Path, help="file that lines are appended to")
+    parser.add_argument("--windows", type=int, help="for a trial: number of windows for layers and tokens")
+    parser.add_argument("changes", nargs="*", metavar="key=value", help="for a trial: changes of all configs")
+    given = parser.parse_args()
+    source, data = model_and_text(given, "bench_quality")
+    recorder, failures = Recorder(given.record), 0
+    base: dict[str, Any] = {"source": str(source), "calibration": data, "evaluation": data}
+    base |= {key: json.loads(value) for key, _, value in (change.partition("=") for change in given.changes)}
+    for part in given.only:
+        say(part)
+        if part in LAYERS:
+            LAYERS[part](recorder, source, data, given.windows)
+        for sweep in SWEEPS.get(part, []):
+            failures += run_sweep(recorder, part, sweep, base, given)
+    say(f"done, {failures} failed runs")
+    sys.exit(1 if failures else 0)
+
+
+if __name__ == "__main__":
+    main()
