@@ -133,7 +133,7 @@ def run_sweep(recorder: Recorder, part: str, sweep: Sweep, base: dict[str, Any],
             details |= {"calibrated": text, "draw": draw} if part != "blind" else {"calibrated": None, "draw": None}
             first: dict[str, Any] | None = None
             for run, record, error, machine in finished(sweep, base | changes | windows, place):
-                name = run.task.title.format(**vars(run.task) | {"setting": setting})
+                name = run.task.title.format(**run.settings, setting=setting)
                 if record is None:
                     failures += 1
                     say(f"{part}, {name} FAILED: {error}")

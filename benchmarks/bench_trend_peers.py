@@ -1,4 +1,4 @@
-"""Time to a true relative suboptimality of 1e-3, 1e-4 and 1e-6: trend_filter and the public solvers. JSON lines.
+"""Time to a true relative suboptimality of 1e-4 and 1e-6: trend_filter and the public solvers. JSON lines.
 
     python benchmarks/bench_trend_peers.py [--cores 1] [--limit 120] [--only grid256,road] [--solvers auto,PIQP]
         [--truth FOLDER] [--references FOLDER] [--python "cut pursuit=INTERPRETER"] [--quick]
@@ -41,7 +41,7 @@ from common import (
 from trend_problems import TrendProblem
 from trend_solvers import SOLVERS, Solver
 
-TARGETS = (1e-3, 1e-4, 1e-6)
+TARGETS = (1e-4, 1e-6)
 # The gap to which the optimum is computed.
 SOUGHT = 1e-9
 # Every call is made twice, since "auto" may change its method between rungs and compile again; if both together take

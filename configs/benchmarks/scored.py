@@ -1,6 +1,6 @@
 """The tasks of the benchmarks: `prune` and `shrink` with further scores of the same model.
 
-A `title` may name `{setting}`, the share of zeros or the pattern.
+A `title` may name what the sweep varies, as in `{method}`, and `{setting}`, the share of zeros or the pattern.
 """
 
 import math
