@@ -31,7 +31,6 @@ from common import Recorder, say, selection
 from pruned import CONFIGS, KEPT, ROOT, SETTINGS, about, judged, model_and_text, text_options
 
 from sparseopt.experiments.config import Run, load_config
-from sparseopt.models import bundled_model
 
 AT_HALF: dict[str, dict[str, Any]] = {"whole": {}}
 # Zeros go where they cost least: to the linears by curves, in n:m groups by the order of the channels.
@@ -62,7 +61,7 @@ SWEEPS = {
     "models": [Sweep("quality-models", SETTINGS)],
     "ablation": [Sweep("quality-ablation", {name: SETTINGS[name] for name in ("0.5", "0.7")})],
     "complete": [Sweep("quality-complete", PLACED, apart=True)],
-    "blind": [Sweep("quality-blind", SETTINGS)],
+    "blind": [Sweep("quality-dense", AT_HALF), Sweep("quality-blind", SETTINGS)],
     "draws": [Sweep("quality-draws", SETTINGS, drawn=True)],
     "sizes": [Sweep("shrink-sizes", AT_HALF)],
     "methods": [Sweep("shrink-methods", AT_HALF)],
@@ -123,6 +122,8 @@ def run_sweep(recorder: Recorder, part: str, sweep: Sweep, base: dict[str, Any],
     source, failures = Path(base["source"]), 0
     drawn = [(text, DRAWS[draw]) for draw in given.draws for text in given.texts]
     texts = {(text, draw): TEXTS[text] | {"seed": draw} for text, draw in drawn}
+    # The goals are those of the bundled model.
+    goals = given.model == "smollm2" and not (given.source or given.changes)
     texts = texts if sweep.drawn else {("wikitext2", 0): {}}
     for setting, changes in sweep.settings.items():
         if setting in SETTINGS and setting not in given.settings:
@@ -132,35 +133,38 @@ def run_sweep(recorder: Recorder, part: str, sweep: Sweep, base: dict[str, Any],
             details = about(source, bool(given.changes))
             details |= {"calibrated": text, "draw": draw} if part != "blind" else {"calibrated": None, "draw": None}
             first: dict[str, Any] | None = None
-            for run, record, error, machine in finished(sweep, base | changes | windows, place):
+            for index, (run, record, error, machine) in enumerate(finished(sweep, base | changes | windows, place)):
+                first = first if index else record
                 name = run.task.title.format(**run.settings, setting=setting)
                 if record is None:
                     failures += 1
                     say(f"{part}, {name} FAILED: {error}")
                     recorder.emit(f"perplexity, {run.task.name}, {name}", value=None, error=error, **details, **machine)
                     continue
-                first = first or record
-                for line in lines_of(part, name, record, run.task, first, source):
-                    recorder.emit(**line, **details, **machine)
-            for figure, value in published(run.task, setting).items() if part == "models" else ():
-                recorder.emit(figure, value=value, source="published reference, measured elsewhere", **details)
+                lines = [*lines_of(part, name, record, run.task, first, goals)]
+                lines += published(run.task, setting) if part == "models" and not index else []
+                for line in lines:
+                    known = recorder.found(figure=line["figure"], **details)
+                    if known is None or known["value"] is None:
+                        recorder.emit(**machine | line | details)
     return failures
 
 
-def published(task: Any, setting: str) -> dict[str, float]:
-    """The published figures of a setting, by their names in lines."""
-    match = SETTINGS[setting]
-    found = (figure.values for figure in task.paper.figures if figure.match == match)
-    return {f"perplexity, models, {name} at {setting}": value for values in found for name, value in values.items()}
+def published(task: Any, setting: str) -> Iterator[dict[str, Any]]:
+    """The lines of the published figures of a setting; names that end in "seconds" are those of a solver's time."""
+    for figure in (figure for figure in task.paper.figures if figure.match == SETTINGS[setting]):
+        for name, value in figure.values.items():
+            what = "solver time" if name.endswith(" seconds") else "perplexity"
+            run = f"models, {name.removesuffix(' seconds')} at {setting}"
+            yield {"figure": f"{what}, {run}", "value": value, "source": "published reference, measured elsewhere"}
 
 
 def lines_of(
-    part: str, name: str, record: dict[str, Any], task: Any, first: dict[str, Any], source: Path
+    part: str, name: str, record: dict[str, Any], task: Any, first: dict[str, Any] | None, goals: bool
 ) -> Iterator[dict[str, Any]]:
     """The lines of a run: its perplexity, and what else the part measures."""
     value = record["perplexity"]
-    # The goals are those of the bundled model.
-    goal = judged(value, task.goal if source == bundled_model() else None)
+    goal = judged(value, task.goal if goals else None)
     line = {"value": value, "unit": "perplexity", **goal, **shown(record, task)}
     if part == "prune":
         if name == "dense":
@@ -173,8 +177,8 @@ def lines_of(
         return
     if part == "ablation":
         timed = ("survey_seconds", "solver_seconds", "reconstruction_seconds")
-        line["difference_to_best"] = value - first["perplexity"]
-        line["extra"] = {key: record[key] - first[key] for key in timed}
+        line["difference_to_best"] = value - first["perplexity"] if value and first else None
+        line["extra"] = {key: record[key] - first[key] for key in timed} if first else None
     yield {"figure": f"perplexity, {task.name}, {name}", **line}
     if part == "models":
         yield {"figure": f"solver time, models, {name}", "value": record["solver_seconds"], "unit": "s"}

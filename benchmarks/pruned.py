@@ -87,9 +87,11 @@ def model_and_text(arguments: argparse.Namespace, name: str) -> tuple[Path, str]
         sys.exit(f"SKIPPED: {error}")
 
 
-def judged(value: float, bound: float | None) -> dict[str, Any]:
+def judged(value: float | None, bound: float | None) -> dict[str, Any]:
     """The target as text, and whether it was met."""
-    return {"target": "none", "met": None} if bound is None else {"target": f"at most {bound:g}", "met": value <= bound}
+    if bound is None:
+        return {"target": "none", "met": None}
+    return {"target": f"at most {bound:g}", "met": value is not None and value <= bound}
 
 
 def about(source: Path, trial: bool) -> dict[str, Any]:
