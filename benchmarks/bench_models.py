@@ -88,12 +88,13 @@ def finished(sweep: Sweep, overrides: dict[str, Any], folder: Path) -> Iterator[
     config = CONFIGS / f"{sweep.config}.yaml"
     changes = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
     runs = load_config(config, changes, allow_code=True)
+    command = [sys.executable, "-m", "sparseopt", "run", str(config), *changes, "--allow-code", "--output", str(folder)]
+    # A folder with the runs of other settings or of another version ends the benchmark.
+    subprocess.run([*command, "--dry-run"], stdout=sys.stderr, check=True)
     count = len(runs) if sweep.apart else 1
     for shard in range(1, count + 1):
-        command = [sys.executable, "-m", "sparseopt", "run", str(config), *changes, "--allow-code"]
-        command += ["--output", str(folder), "--shard", f"{shard}/{count}"]
         # What failed is in the folders.
-        subprocess.run(command, stdout=sys.stderr, check=False)
+        subprocess.run([*command, "--shard", f"{shard}/{count}"], stdout=sys.stderr, check=False)
     for run in runs:
         place = folder / run.subfolder
         lines = (place / "records.jsonl").read_text().splitlines() if (place / "records.jsonl").is_file() else []
