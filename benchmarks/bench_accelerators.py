@@ -7,8 +7,6 @@ would take hours; `--only` names those whose "kind, name, shape" contains a text
 record is not compiled again.
 """
 
-import argparse
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -20,39 +18,35 @@ sys.path.append(str(Path(__file__).parent.parent))
 from tests.accelerators.targets import HOST, TARGETS, Place, compiler, facts, missing  # noqa: I001
 from tests.accelerators.programs import Program, programs
 
-from common import emit_line, say
-
-from sparseopt.system.machine import environment
+from common import Recorder, options, say
 
 
 def main() -> None:
     """Compile the selected programs."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = options(__doc__)
     parser.add_argument("--record", type=Path, help="lines are added to this file; what it has is not compiled again")
     parser.add_argument("--target", nargs="*", choices=[*TARGETS, HOST], default=list(TARGETS))
     parser.add_argument("--only", nargs="*", default=[""], help='texts of "kind, name, shape", in this order')
     parser.add_argument("--minutes", type=float, help="no program is begun later than that")
     parser.add_argument("--list", action="store_true", help="print what would be compiled")
     arguments = parser.parse_args()
-    start = time.monotonic()
+    start, recorder = time.monotonic(), Recorder(arguments.record)
     for target in arguments.target:
         if reason := missing(target):
             say(f"SKIPPED {reason}")
             continue
-        done = recorded(arguments.record)
         for program in selected(arguments.only):
-            if (target, *program.key) in done:
+            kind, name, shape, devices = program.key
+            fields = {"target": target, "kind": kind, "program": name, "shape": shape, "devices": devices}
+            if recorder.found(**fields):
                 continue
             if arguments.list:
                 print(target, *program.key, sep=" | ")
                 continue
             if arguments.minutes is not None and time.monotonic() - start > 60 * arguments.minutes:
-                sys.exit(f"stopped after {arguments.minutes:g} minutes, before {program.name} {program.shape}")
-            say(f"{target}: {program.kind}, {program.name}, {program.shape}")
-            line = emit_line("program", **compiled(target, program), compiler=compiler(target), **environment())
-            if arguments.record:
-                with arguments.record.open("a", encoding="utf-8") as file:
-                    file.write(line + "\n")
+                sys.exit(f"stopped after {arguments.minutes:g} minutes, before {name} {shape}")
+            say(f"{target}: {kind}, {name}, {shape}")
+            recorder.emit("program", **fields, **compiled(target, program), compiler=compiler(target))
 
 
 def selected(texts: list[str]) -> Iterator[Program]:
@@ -64,22 +58,12 @@ def selected(texts: list[str]) -> Iterator[Program]:
     yield from chosen.values()
 
 
-def recorded(record: Path | None) -> set[tuple[Any, ...]]:
-    """What a record holds already."""
-    if record is None or not record.is_file():
-        return set()
-    lines = map(json.loads, record.read_text(encoding="utf-8").splitlines())
-    return {tuple(line[name] for name in ("target", "kind", "program", "shape", "devices")) for line in lines}
-
-
 def compiled(target: str, program: Program) -> dict[str, Any]:
-    """The fields of a program's line; one that cannot be compiled has the error instead of its figures."""
-    kind, name, shape, devices = program.key
-    fields = {"target": target, "kind": kind, "program": name, "shape": shape, "devices": devices}
+    """The figures of a program; one that cannot be compiled has the error instead."""
     try:
-        return fields | facts(lambda: program.lower(Place.on(target, devices)))
+        return facts(lambda: program.lower(Place.on(target, program.key[3])))
     except (RuntimeError, ValueError) as error:
-        return fields | {"failed": str(error)[:300]}
+        return {"failed": str(error)[:300]}
 
 
 if __name__ == "__main__":

@@ -14,24 +14,20 @@ that it has are not run again.
 """
 
 import itertools
-import multiprocessing
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from common import WINDOWS, Bench, Progress, calibration_windows, model_and_text, names_of, say, text_parser
+from common import Recorder, apart, say, selection
 from jax._src.lax.lax import _dot_general_lower
 from jax.interpreters import mlir
+from pruned import HELDOUT_WINDOWS, SEQLEN, WINDOWS, about, judged, model_and_text, prune_and_score, score, text_options
 
 from sparseopt.core.base.dense import HIGHEST
-from sparseopt.models import open_source
-from sparseopt.pruning import Recipe, masks, perplexity, prune_model
-from sparseopt.pruning.text.windows import text_windows
+from sparseopt.pruning import Recipe, masks
 
 METHODS: dict[str, dict[str, Any]] = {
     "maiht": {"method": "maiht"},
@@ -59,13 +55,11 @@ def emulate(bits: int, everywhere: bool) -> None:
     mlir.register_lowering(jax.lax.dot_general_p, lower, platform="cpu")
 
 
-def prune_rounded(
-    source: Path, output: Path, recipe: Recipe, rounding: tuple[int, bool] | None, label: str
-) -> dict[str, Any]:
-    """The summary of a run whose products are rounded; for a process of its own."""
+def pruned_rounded(source: Path, recipe: Recipe, output: Path, rounding: tuple[int, bool] | None) -> dict[str, Any]:
+    """The summary of a run whose products are rounded; for a process of its own, which does not score the model."""
     if rounding is not None:
         emulate(*rounding)
-    return prune_model(source, output, recipe, observer=Progress(label).told_of).summary()
+    return prune_and_score(source, recipe, output, {})
 
 
 def lost_share(kept: Path, other: Path) -> float:
@@ -76,54 +70,52 @@ def lost_share(kept: Path, other: Path) -> float:
     return float(lost / total)
 
 
-def bench_method(bench: Bench, name: str, rows: list[tuple[str, str]]) -> None:
-    """The float32 model of a method, then those of the rows that are not in the record."""
-    tokens = calibration_windows(bench.windows or WINDOWS)
-    recipe = Recipe(sparsity=SPARSITY, calibration=bench.data, **METHODS[name], **tokens)
-    figure = f"perplexity, precision, {name}"
-    ids, bos = text_windows(open_source(bench.source), bench.data, "evaluation", *bench.scoring)
-    wanted = [row for row in rows if not bench.found(figure, rounding=row[0], products=row[1])]
-    if not wanted:
-        return
+def run_method(recorder: Recorder, given: Any, name: str, source: Path, data: str) -> int:
+    """The float32 model of a method, then those of the rows that are not in the record; returns how many failed."""
+    count, failures = given.windows or WINDOWS, 0
+    tokens: dict[str, Any] = {"windows": count, "heldout_windows": min(HELDOUT_WINDOWS, count), "seqlen": SEQLEN}
+    recipe = Recipe(sparsity=SPARSITY, calibration=data, score="none", **METHODS[name], **tokens)
+    figure, shared = f"perplexity, precision, {name}", about(source, given.windows is not None)
+    rows = [*itertools.product(PLACES[:1] if name == "best" else PLACES, given.roundings)]
+    wanted = [row for row in rows if not recorder.found(figure=figure, products=row[0], rounding=row[1], **shared)]
     with tempfile.TemporaryDirectory() as folder:
         reference = Path(folder) / "float32"
-        for rounding, place in [("float32", "none"), *wanted]:
-            output = reference if place == "none" else Path(folder) / f"{rounding} {place}"
+        for place, rounding in [("none", "float32"), *wanted] if wanted else []:
+            output = Path(folder) / f"{rounding} {place}" if rounding != "float32" else reference
             precision, bits = ROUNDINGS.get(rounding, ("highest", 0))
             # All products are rounded in the lowering, so the recipe may leave them in the highest precision.
-            asked = Recipe(**vars(recipe) | {"precision": precision if place == PLACES[0] else "highest"})
-            label, rounded = f"{name}, {rounding} in {place}", (bits, place == PLACES[1]) if bits else None
-            say(label)
-            run = partial(prune_rounded, bench.source, output, asked, rounded, label)
+            asked = recipe.model_copy(update={"precision": precision if place == PLACES[0] else "highest"})
+            rounded = (bits, place == PLACES[1]) if bits else None
+            details = {"rounding": rounding, "products": place, **shared}
+            say(f"{name}, {rounding} in {place}")
             try:
-                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                    row = pool.submit(run).result()
+                row = apart(pruned_rounded, source, asked, output, rounded)
             except Exception as error:
-                bench.fail(figure, error, rounding=rounding, products=place)
+                failures += 1
+                say(f"FAILED: {error}")
+                recorder.emit(figure, value=None, error=f"{type(error).__name__}: {error}", **details)
                 if place == "none":
-                    return
+                    return failures
                 continue
-            if bench.found(figure, rounding=rounding, products=place):
-                continue
-            row["perplexity"], lost = perplexity(output, ids, bos=bos), lost_share(reference, output)
-            bench.emit_run(figure, row, ("none", None), rounding=rounding, products=place, lost_share=lost)
+            if recorder.found(figure=figure, **details) is None:
+                row["value"], lost = score(source, output, data), lost_share(reference, output)
+                recorder.emit(figure, unit="perplexity", **judged(0, None), **row, **details, lost_share=lost)
+    return failures
 
 
 def main() -> None:
     """Run the selected rows."""
-    parser = text_parser(__doc__)
-    parser.add_argument("--methods", type=names_of(METHODS), default=list(METHODS), help="comma-separated")
-    parser.add_argument("--roundings", type=names_of(ROUNDINGS), default=list(ROUNDINGS), help="comma-separated")
+    parser = text_options(__doc__)
+    selection(parser, "--methods", METHODS)
+    selection(parser, "--roundings", ROUNDINGS)
     parser.add_argument("--record", type=Path, help="file that lines are appended to; its rows are not run again")
     parser.add_argument("--windows", type=int, help="for a trial: number of calibration windows")
-    arguments = parser.parse_args()
-    source, data = model_and_text(arguments, "bench_precision")
-    bench = Bench(source, data, None, arguments.windows, arguments.windows is not None, record=arguments.record)
-    for name in arguments.methods:
-        places = PLACES[:1] if name == "best" else PLACES
-        bench_method(bench, name, [(r, place) for place, r in itertools.product(places, arguments.roundings)])
-    say(f"done, {bench.failures} failed rows")
-    sys.exit(1 if bench.failures else 0)
+    given = parser.parse_args()
+    source, data = model_and_text(given, "bench_precision")
+    recorder = Recorder(given.record)
+    failures = sum(run_method(recorder, given, name, source, data) for name in given.methods)
+    say(f"done, {failures} failed rows")
+    sys.exit(1 if failures else 0)
 
 
 if __name__ == "__main__":

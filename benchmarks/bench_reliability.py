@@ -1,89 +1,272 @@
-"""Reliability: killed runs, a memory budget, bad inputs and fuzzing. JSON lines.
+"""Reliability and memory of pruning: killed runs, budgets, bad inputs, fuzzing. JSON lines.
 
-    python benchmarks/bench_reliability.py [--only inputs,kills,budget,fuzz] [--kills 30] [--memory 1180MiB]
+    python benchmarks/bench_reliability.py [--only memory,inputs,kills,budget,fuzz] [--kills 30] [--memory 1180MiB]
 
+memory   peak memory against the number of blocks, for mAIHT
+inputs   bad inputs by kind, and how many ended in a clear error: those of the tests
 kills    a pruning run that receives thirty SIGKILLs: what was lost, and whether the final result is identical
 budget   a checkpoint of three times the memory budget
-inputs   bad inputs by kind, and how many ended in a clear error
 fuzz     executions, seconds and crashes of every target
+
+Models are random Llamas, pruned on random tokens in processes of their own.
 """
 
 import argparse
 import json
+import math
+import re
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import emit_line, say
-from reliability_budget import pruned_within
-from reliability_inputs import counted
-from reliability_kills import killed_runs
+import ml_dtypes
+import numpy as np
+from common import emit, environment, options, say, selection
 
-from sparseopt.system.machine import environment, parse_bytes
+from sparseopt.models import find_family
+from sparseopt.models.files.safetensors import write_tensors
+from sparseopt.system.machine import parse_bytes
 
-Lines = Iterator[dict[str, Any]]
+Lines = Iterable[dict[str, Any]]
+ROOT = Path(__file__).resolve().parent.parent
+TOKENS = (10, 512)
+# Random models have no tokenizer, so `prune_model` is called with token ids instead of the command.
+PRUNE = """
+import json, sys
+import numpy as np
+from sparseopt.pruning import Recipe, prune_model
+source, output, vocab, windows, seqlen, memory, recipe = sys.argv[1:]
+tokens = np.random.default_rng(0).integers(0, int(vocab), (int(windows), int(seqlen))).astype(np.int32)
+recipe = Recipe(**json.loads(recipe), calibration=tokens, heldout_windows=2)
+prune_model(source, output, recipe, memory=int(memory) or None)
+"""
 
 
-def kills(options: argparse.Namespace) -> Lines:
+def write_model(folder: Path, blocks: int, width: int, vocab: int, *, tied: bool = True, heads: int = 0) -> int:
+    """Write a random Llama in bfloat16, one shard per block; returns its bytes. Memory holds one block."""
+    config: dict[str, Any] = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": vocab,
+        "hidden_size": width,
+        "intermediate_size": 11 * width // 4,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": heads or width // 64,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": tied,
+        "dtype": "bfloat16",
+    }
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    family, rng, places, total = find_family(config), np.random.default_rng(0), dict[str, str](), 0
+    shapes = family.expected_shapes(family.read_config(config))
+    groups: dict[str, list[str]] = {}
+    for name in shapes:
+        groups.setdefault(name.split(".")[2] if name.startswith("model.layers.") else "outer", []).append(name)
+    for group, names in groups.items():
+        tensors = {}
+        for name in names:
+            values = rng.standard_normal(shapes[name], np.float32) / shapes[name][-1] ** 0.5 + ("norm" in name)
+            tensors[name] = values.astype(ml_dtypes.bfloat16)
+        write_tensors(folder / f"model-{group}.safetensors", tensors)
+        places |= dict.fromkeys(names, f"model-{group}.safetensors")
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    return total
+
+
+def start(
+    model: Path, output: Path, vocab: int, recipe: dict[str, Any], tokens: tuple[int, int] = TOKENS, memory: int = 0
+) -> subprocess.Popen:
+    """Start a process that prunes, within an amount of memory if one is given."""
+    given = [model, output, vocab, *tokens, memory, json.dumps(recipe)]
+    return subprocess.Popen([sys.executable, "-c", PRUNE, *map(str, given)], stderr=subprocess.PIPE)
+
+
+def summary_of(process: subprocess.Popen, output: Path) -> dict[str, Any]:
+    """The summary of a run, once it has ended."""
+    _, errors = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"pruning failed: {errors.decode()[-2000:]}")
+    return json.loads((output / "summary.json").read_text())
+
+
+def memory(given: argparse.Namespace) -> Lines:
+    """Both presets, few and many blocks."""
+    width, vocab = given.width, 8192
+    for preset in ("paper", "tuned"):
+        for blocks in (6, 24):
+            with tempfile.TemporaryDirectory() as place:
+                model, output = Path(place) / "model", Path(place) / "out"
+                size = write_model(model, blocks, width, vocab)
+                summary = summary_of(start(model, output, vocab, {"method": "maiht", "preset": preset}), output)
+            yield {
+                "blocks": blocks, "width": width, "preset": preset, "tokens": math.prod(TOKENS), "model_bytes": size,
+                "peak_memory_bytes": summary["peak_memory_bytes"], "seconds": summary["seconds"],
+            }  # fmt: skip
+
+
+def budget(given: argparse.Namespace) -> Lines:
+    """A model of at least so many times the budget, pruned within it."""
+    width, vocab = 2 * given.width, 250 * given.width
+    # Of an untied embedding and head, and of a block, in bfloat16.
+    outer, block = 4 * vocab * width, 2 * (4 * width * width + 3 * width * (11 * width // 4))
+    blocks = math.ceil((given.times * given.memory - outer) / block)
+    with tempfile.TemporaryDirectory() as place:
+        model, output = Path(place) / "model", Path(place) / "out"
+        size = write_model(model, blocks, width, vocab, tied=False)
+        summary = summary_of(start(model, output, vocab, {"method": given.method}, memory=given.memory), output)
+    footprint, used = summary["footprint"], summary["peak_memory_bytes"]
+    yield {
+        "memory_bytes": given.memory, "model_bytes": size, "model_to_budget": size / given.memory, "blocks": blocks,
+        "width": width, "vocab": vocab, "method": given.method, "tokens": math.prod(TOKENS),
+        "activations": footprint["activations"], "scratch_bytes": footprint["scratch_bytes"],
+        "estimated_bytes": footprint["memory_bytes"], "peak_memory_bytes": used,
+        "peak_to_budget": used / given.memory, "sparsity": summary["sparsity"], "seconds": summary["seconds"],
+    }  # fmt: skip
+
+
+def shards(output: Path) -> dict[str, bytes]:
+    """The shards of the model, by name."""
+    return {file.name: file.read_bytes() for file in output.glob("*.safetensors")}
+
+
+def killed_runs(place: Path, kills: int, seed: int = 0, blocks: int = 40) -> dict[str, Any]:
+    """A tiny model is pruned by processes that receive SIGKILL at random times, then by one that does not.
+
+    Args:
+        place: an empty folder.
+        kills: how many, at random times.
+        seed: of the times.
+        blocks: of the model.
+
+    Returns:
+        The number of kills, of those during the pass, of those that lost a finished block, and of runs that could not
+        be resumed; whether all results are byte for byte that of an uninterrupted run; and the seconds of such a run.
+    """
+    rng = np.random.default_rng(seed)
+    model, whole, broken = (place / name for name in ("model", "whole", "broken"))
+    write_model(model, blocks, 64, 64, heads=4)
+
+    def begin(output: Path) -> subprocess.Popen:
+        # Slow enough that most kills happen during the pass, fast enough for thirty of them.
+        return start(model, output, 64, {"method": "maiht", "preset": "paper"}, (8, 64))
+
+    began = time.perf_counter()
+    summary_of(begin(whole), whole)
+    seconds = time.perf_counter() - began
+    done = lost = refused = within = runs = 0
+    identical = True
+    while done < kills:
+        before = set(shards(broken))
+        process = begin(broken)
+        # Anywhere from the first import to slightly after the expected end.
+        left = 1 - len(before) / (blocks + 1)
+        try:
+            process.wait(rng.uniform(0.1, 1.0) * seconds * max(left, 0.4))
+        except subprocess.TimeoutExpired:
+            # The pass begins when the run holds its folder.
+            lock = broken / "run.lock"
+            within += lock.is_file() and f"process {process.pid} " in lock.read_text()
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            done += 1
+            lost += not before <= set(shards(broken))
+            if not (broken / "summary.json").is_file():
+                continue
+        if process.returncode > 0:
+            refused += 1
+            sys.stderr.write(process.stderr.read().decode() if process.stderr else "")
+            break
+        # It finished before the kill: compare, and kill a new run next.
+        identical &= shards(broken) == shards(whole)
+        runs += 1
+        broken = place / f"broken-{runs}"
+    last = begin(broken).wait()
+    return {
+        "kills": done,
+        "within_the_pass": within,
+        "lost_finished_blocks": lost,
+        "refused": refused + (last != 0),
+        "identical": identical and shards(broken) == shards(whole),
+        "seconds_unbroken": seconds,
+    }
+
+
+def kills(given: argparse.Namespace) -> Lines:
     """One line."""
     with tempfile.TemporaryDirectory() as place:
-        yield killed_runs(Path(place), options.kills, options.seed)
+        yield killed_runs(Path(place), given.kills, given.seed)
 
 
-def budget(options: argparse.Namespace) -> Lines:
-    """One line."""
-    with tempfile.TemporaryDirectory() as place:
-        yield pruned_within(Path(place), options.memory, options.times, method=options.method)
+def bad_inputs() -> Iterator[tuple[str, Callable[[Path], Callable[[], Any]], tuple[type[Exception], ...], str]]:
+    """Kind, a function that makes the call, the documented errors, and a part of the message or a pattern for it."""
+    sys.path.append(str(ROOT))
+    from tests.fuzz.bad_inputs import BAD_INPUTS
+    from tests.trend.test_hostile import BAD_INPUTS as TREND
+
+    for bad in BAD_INPUTS:
+        yield bad.kind, bad.make, (bad.error,), bad.text
+    for kind, _, call, text in TREND:
+        yield f"trend filter, {kind}", partial(_without_folder, call), (ValueError, TypeError), text
+
+
+def _without_folder(call: Callable[[], Any], _: Path) -> Callable[[], Any]:
+    return call
 
 
 def inputs(_: argparse.Namespace) -> Lines:
-    """One line per kind."""
-    return counted()
+    """One line per kind, in the order of the lists."""
+    found: dict[str, dict[str, int]] = {}
+    for kind, make, errors, text in bad_inputs():
+        counts = found.setdefault(kind, {"tried": 0, "clear_errors": 0})
+        counts["tried"] += 1
+        with tempfile.TemporaryDirectory() as place:
+            call = make(Path(place))
+            try:
+                call()
+            except errors as error:
+                counts["clear_errors"] += text in str(error) or re.search(text, str(error)) is not None
+            except Exception as error:
+                say(f"{kind}: {type(error).__name__}: {error}")
+    return [{"kind": kind, **counts} for kind, counts in found.items()]
 
 
-def fuzz(options: argparse.Namespace) -> Lines:
+def fuzz(given: argparse.Namespace) -> Lines:
     """A line for each target and engine, as `make fuzz` prints them."""
-    command = [sys.executable, "-m", "tests.fuzz.run", "--seconds", str(options.seconds), "--seed", str(options.seed)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent) as process:
-        for line in process.stdout or ():
-            record = json.loads(line)
-            if "target" in record:
-                yield record
+    command = [sys.executable, "-m", "tests.fuzz.run", "--seconds", str(given.seconds), "--seed", str(given.seed)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        yield from filter(lambda record: "target" in record, map(json.loads, process.stdout or ()))
 
 
 FIGURES: dict[str, Callable[[argparse.Namespace], Lines]] = {
-    "inputs": inputs,
-    "kills": kills,
-    "budget": budget,
-    "fuzz": fuzz,
-}
-
-
-def chosen(given: str) -> list[str]:
-    """The figures of a comma-separated list."""
-    if unknown := [name for name in given.split(",") if name not in FIGURES]:
-        raise argparse.ArgumentTypeError(f"unknown {', '.join(unknown)}; known are {', '.join(FIGURES)}")
-    return given.split(",")
+    "memory": memory, "inputs": inputs, "kills": kills, "budget": budget, "fuzz": fuzz,
+}  # fmt: skip
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", type=chosen, default=list(FIGURES))
+    parser = options(__doc__)
+    selection(parser, "--only", FIGURES)
+    parser.add_argument("--width", type=int, default=512, help="of the models for memory; twice that for budget")
     parser.add_argument("--seed", type=int, default=0, help="of the times of the kills, and of the fuzzer")
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--memory", type=parse_bytes, default=parse_bytes("1180MiB"), help="memory budget")
     parser.add_argument("--times", type=float, default=3.0, help="least size of the model, relative to the budget")
     parser.add_argument("--method", default="wanda", help="for the budget part; mAIHT takes an hour")
     parser.add_argument("--seconds", type=float, default=60.0, help="of fuzzing per target")
-    options = parser.parse_args()
-    for name in options.only:
+    given = parser.parse_args()
+    for name in given.only:
         say(name)
-        for record in FIGURES[name](options):
-            emit_line(name, **record, **environment())
+        for record in FIGURES[name](given):
+            emit(name, **record, **environment())
 
 
 if __name__ == "__main__":

@@ -11,10 +11,8 @@ Every part runs in its own process, on one core, in float64. Times are medians a
 fastprox needs Python 3.12 or newer; --python names an interpreter that has fastprox, NumPy and SciPy.
 """
 
-import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -25,8 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_core import installed, run_apart, timed, warmed
-from bench_trend_peers import emit, seconds_of, tell
+from common import Ended, emit, installed, options, run_parts, run_program, say, selection, timed, warmed
 from trend_problems import NOISE, grid_signal
 
 import sparseopt as so
@@ -60,28 +57,18 @@ def gradient(quick: bool, interpreter: str) -> None:
 
         known = differences(jax.jit(loss), point, along)
         forward, slopes = jax.jit(fit), jax.jit(jax.grad(loss, argnums=(0, 1)))
-        of_fit = warmed(lambda: jax.block_until_ready(forward(*point, TOL)))  # noqa: B023
-        of_both = warmed(lambda: jax.block_until_ready(slopes(*point, TOL)))  # noqa: B023
+        of_fit, of_both = (warmed(partial(call, *point, TOL)) for call in (forward, slopes))
         found = forward(*point, TOL)
-        ratio = of_both["seconds"] / of_fit["seconds"]
-        about = {"side": side, "order": order, "weight": weight, "tol": TOL, "reduced": quick}
         ours = [float(jnp.vdot(slope, move)) for slope, move in zip(slopes(*point, TOL), along, strict=True)]
-        tell(f"gradient, order {order}: {of_both['seconds']:.3g} s, {ratio:.3g} times the fit")
-        emit(
-            "gradient through a plan",
-            **about,
-            solver="sparseopt",
-            version=installed("sparseopt"),
-            steps=int(found.steps),
-            gap=float(found.gap),
-            **compared(of_fit, of_both, ours, known),
-            target=MOST_RATIO,
-            met=None if quick else ratio <= MOST_RATIO,
-        )
+        about = {"side": side, "order": order, "weight": weight, "tol": TOL, "reduced": quick}
+        fields = {"solver": "sparseopt", "version": installed("sparseopt"), "steps": int(found.steps)}
+        shown = compared(of_fit, of_both, ours, known)
+        met = None if quick else shown["ratio"] <= MOST_RATIO
+        emit("gradient through a plan", **about, **fields, **shown, target=MOST_RATIO, met=met)
         if order == 0:
             edges = {"weights": on_axes(point[1], side), "weights_along": on_axes(along[1], side)}
-            fields = {"y": y, "target": target, "along": along[0]}
-            shaped = {name: np.asarray(field).reshape(side, side) for name, field in fields.items()}
+            nodes = {"y": y, "target": target, "along": along[0]}
+            shaped = {name: np.asarray(field).reshape(side, side) for name, field in nodes.items()}
             fastprox(interpreter, {**shaped, **edges, "gap": TOL * float(found.objective)}, known, about)
 
 
@@ -105,8 +92,7 @@ def compared(fit: dict[str, Any], both: dict[str, Any], slopes: list[float], kno
         "fit_seconds": fit["seconds"],
         "gradient_seconds": both["seconds"],
         "ratio": both["seconds"] / fit["seconds"],
-        "first_call_seconds": both.get("first_call_seconds"),
-        "repeats": both["repeats"],
+        "first_call_seconds": both["first_call_seconds"],
         "error_in_signal": errors[0],
         "error_in_weights": errors[1],
     }
@@ -126,15 +112,13 @@ def fastprox(interpreter: str, given: dict[str, Any], known: list[float], about:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "problem.npz"
         np.savez(file, **given)
-        command = [interpreter, str(Path(__file__).with_name("trend_batch_peer.py")), str(file)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"])[-1]
-        tell(f"SKIPPED fastprox: {reason}")
-        emit("SKIPPED", part="gradient", solver="fastprox", reason=reason)
-        return
-    for line in done.stdout.splitlines():
-        answer = json.loads(line)
+        try:
+            lines = run_program([interpreter, Path(__file__).with_name("trend_batch_peer.py"), file]).splitlines()
+        except Ended as reason:
+            say(f"SKIPPED fastprox: {reason}")
+            emit("SKIPPED", part="gradient", solver="fastprox", reason=str(reason))
+            return
+    for answer in map(json.loads, lines):
         fit, both, slopes = (answer.pop(name) for name in ("fit", "both", "slopes"))
         emit("gradient through a plan", **about, **answer, **compared(fit, both, slopes, known))
 
@@ -159,31 +143,19 @@ def pictures(quick: bool, interpreter: str) -> None:
         known: np.ndarray | None = None
         calls: float | None = None
         for way, call in ways.items():
-            spent = warmed(lambda: jax.block_until_ready([found.value for found in call()]))  # noqa: B023
-            found = call()
+            spent, found = warmed(call), call()
             values, steps, status = (
                 np.concatenate([np.asarray(getattr(one, name)).reshape(-1) for one in found])
                 for name in ("value", "steps", "status")
             )
             known, calls = values if known is None else known, calls or spent["seconds"]
-            tell(f"pictures, order {order}: {way} {spent['seconds']:.3g} s")
             emit(
-                "pictures",
-                pictures=count,
-                side=side,
-                order=order,
-                weight=weight,
-                tol=TOL,
-                way=way,
-                **spent,
-                speedup=calls / spent["seconds"],
-                steps=float(steps.mean()),
-                most_steps=int(steps.max()),
+                "pictures", pictures=count, side=side, order=order, weight=weight, tol=TOL, way=way, **spent,
+                speedup=calls / spent["seconds"], steps=float(steps.mean()), most_steps=int(steps.max()),
                 converged=int((status == so.Status.CONVERGED).sum()),
                 # Relative to the largest value.
-                difference=float(np.abs(values - known).max() / np.abs(known).max()),
-                reduced=quick,
-            )
+                difference=float(np.abs(values - known).max() / np.abs(known).max()), reduced=quick,
+            )  # fmt: skip
 
 
 def calls(quick: bool, interpreter: str) -> None:
@@ -199,54 +171,35 @@ def calls(quick: bool, interpreter: str) -> None:
         "solver": fit,
         "trend_filter": partial(so.trend_filter, graph=graph, penalty=penalty, order=0, tol=TOL),
     }
-    first = {WORK: timed(lambda: jax.block_until_ready(looped(jnp.asarray(signals[:block]))))[0]}
-    first |= {way: timed(lambda: jax.block_until_ready(call(signals[0])))[0] for way, call in ways.items()}  # noqa: B023
+    first = {WORK: timed(partial(looped, jnp.asarray(signals[:block]))).seconds}
+    first |= {way: timed(partial(call, signals[0])).seconds for way, call in ways.items()}
     spent: dict[str, list[tuple[float, float]]] = {way: [] for way in first}
     # In turn, so that other load on the machine affects all of them.
     for some in np.split(signals, count // block):
-        here = jax.block_until_ready(jnp.asarray(some))
-        seconds, worked, _ = seconds_of(lambda: jax.block_until_ready(looped(here)))  # noqa: B023
-        spent[WORK].append((seconds / block, worked / block))
+        together = timed(partial(looped, jax.block_until_ready(jnp.asarray(some))))
+        spent[WORK].append((together.seconds / block, together.cpu_seconds / block))
         for way, call in ways.items():
-            spent[way] += [seconds_of(lambda: jax.block_until_ready(call(y).value))[:2] for y in some]  # noqa: B023
+            spent[way] += [timed(partial(call, y))[:2] for y in some]
     times = {way: [statistics.median(column) for column in zip(*found, strict=True)] for way, found in spent.items()}
     for way, (each, worked) in times.items():
         beyond = None if way == WORK else each - times[WORK][0]
-        tell(f"calls: {way} {each:.3g} s")
         emit(
-            "calls",
-            calls=count,
-            nodes=nodes,
-            order=0,
-            weight=CHAIN_WEIGHT,
-            tol=TOL,
-            way=way,
-            seconds_a_call=each,
-            # Less than the seconds if something else ran at the same time.
-            cpu_seconds=worked,
-            first_call_seconds=first[way],
-            overhead_seconds=beyond,
-            target=MOST_OVERHEAD,
-            met=None if quick or beyond is None else beyond <= MOST_OVERHEAD,
-            reduced=quick,
-        )
+            "calls", calls=count, nodes=nodes, order=0, weight=CHAIN_WEIGHT, tol=TOL, way=way, seconds_a_call=each,
+            cpu_seconds=worked, first_call_seconds=first[way], overhead_seconds=beyond, target=MOST_OVERHEAD,
+            met=None if quick or beyond is None else beyond <= MOST_OVERHEAD, reduced=quick,
+        )  # fmt: skip
 
 
 PARTS: dict[str, Callable[[bool, str], None]] = {"gradient": gradient, "pictures": pictures, "calls": calls}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", help="parts, comma-separated")
+    parser = options(__doc__)
+    selection(parser, "--only", PARTS)
     parser.add_argument("--quick", action="store_true", help="small problems, for a trial")
     parser.add_argument("--python", default=sys.executable, metavar="INTERPRETER", help="a Python with fastprox")
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.part:
-        jax.config.update("jax_enable_x64", True)
-        PARTS[arguments.part](arguments.quick, arguments.python)
-        return
-    run_apart(__file__, PARTS, arguments.only)
+    run_parts(PARTS, arguments.only, arguments.quick, arguments.python)
 
 
 if __name__ == "__main__":

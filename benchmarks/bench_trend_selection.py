@@ -18,20 +18,18 @@ errors at the best level as the measure; Toussaint, "The relative neighbourhood 
 Recognition 12 (1980), for the roads.
 """
 
-import argparse
 import functools
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from common import emit_line, names_of
+from common import emit, environment, options, selection
 from scipy import sparse, special
 from scipy.sparse import csgraph
 from scipy.spatial import Delaunay
 
 import sparseopt as so
-from sparseopt.system.machine import environment
 from sparseopt.trend.methods.losses import node_deviances
 from sparseopt.trend.paths.path import TrendPath, trend_path
 from sparseopt.trend.paths.selection import cross_validate, select
@@ -121,8 +119,6 @@ RULES: dict[str, Callable[[TrendPath], int]] = {
     "aic, corrected": lambda path: select(path, "aic").index,
     "bic": lambda path: select(path, "bic", path.noise).index,
 }
-
-
 CV_RULES = {"cv": "min", "cv, half a standard error": "half_se", "cv, one standard error": "one_se"}
 
 
@@ -154,59 +150,58 @@ def standardised(values: np.ndarray) -> np.ndarray:
     return (values - values.mean()) / values.std()
 
 
+def mean_ratios(errors: dict[str, list[float]]) -> dict[str, float]:
+    """The mean error of every rule over that of the oracle."""
+    best = np.mean(errors["oracle"])
+    return {rule: float(np.mean(found) / best) for rule, found in errors.items() if rule != "oracle"}
+
+
 def measure(name: str, repeats: int) -> None:
-    """Print the line of one problem."""
+    """Print the lines of one problem."""
     order, (kind, signal, *kinds) = PROBLEMS[name], name.split("-")
-    loss = kinds[0] if kinds else None
     graph, places = GRAPHS[kind]()
+    truth = standardised(SIGNALS[signal](graph, places))
+    about = {"problem": name, "graph": kind, "nodes": graph.num_nodes, "signal": signal, "order": order}
+    about |= {"repeats": repeats}
+    rules(about, graph, truth, kinds[0] if kinds else None)
+    if order == 0 and not kinds:
+        concave(about, graph, truth)
+
+
+def rules(about: dict[str, Any], graph: so.Graph, truth: np.ndarray, loss: str | None) -> None:
+    """The line of the error at the weight that each rule chooses."""
+    start, order = time.process_time(), about["order"]
     level, scale = SCALES[loss] if loss else (0.0, 1.0)
-    truth = level + scale * standardised(SIGNALS[signal](graph, places))
+    truth = level + scale * truth
     means = MEANS[loss](truth) if loss else truth
     # Weights of higher orders span a wider range. Without the cosine transforms of a grid, use many cheap steps.
-    options: dict[str, Any] = {"num": 30, "ratio": 1e-3} if order < 2 else {"num": 40, "ratio": 1e-4}
-    quick = kind == "grid" or order == 0
-    options |= {"tol": 1e-4, "method": "auto"} if quick else {"tol": 1e-3, "method": "doge"}
-    options |= {"loss": loss} if loss else {}
+    settings: dict[str, Any] = {"num": 30, "ratio": 1e-3} if order < 2 else {"num": 40, "ratio": 1e-4}
+    quick = about["graph"] == "grid" or order == 0
+    settings |= {"tol": 1e-4, "method": "auto"} if quick else {"tol": 1e-3, "method": "doge"}
+    settings |= {"loss": loss} if loss else {}
     errors: dict[str, list[float]] = {"oracle": []}
-    noise, start = [], time.process_time()
-    for repeat in range(repeats):
+    noise = []
+    for repeat in range(about["repeats"]):
         y = drawn(truth, loss, repeat)
         validation: dict[str, int] = {}
         if order:
-            path = trend_path(y, graph, order=order, **options).check()
+            path = trend_path(y, graph, order=order, **settings).check()
         else:
-            validated = cross_validate(y, graph, folds=FOLDS, seed=repeat, **options).check()
+            validated = cross_validate(y, graph, folds=FOLDS, seed=repeat, **settings).check()
             path = validated.path
             validation = {label: validated.index_by(rule) for label, rule in CV_RULES.items()}
         apart = node_deviances(path.loss, path.values.reshape(len(path), -1), means).mean(axis=1)
-        rules = LOSS_RULES if loss else RULES
-        taken = {"oracle": int(apart.argmin())} | {rule: take(path) for rule, take in rules.items()}
+        taken = {"oracle": int(apart.argmin())}
+        taken |= {rule: take(path) for rule, take in (LOSS_RULES if loss else RULES).items()}
         for rule, index in (taken | validation).items():
             errors.setdefault(rule, []).append(float(f"{apart[index]:.5g}"))
         noise.append(path.noise)
-    best = float(np.mean(errors["oracle"]))
-    ratios = {rule: float(np.mean(found)) / best for rule, found in errors.items() if rule != "oracle"}
-    emit_line(
-        "choice of the weight",
-        problem=name,
-        graph=kind,
-        nodes=graph.num_nodes,
-        edges=graph.num_edges,
-        signal=signal,
-        order=order,
-        noise=None if loss else NOISE,
-        noise_estimate=None if loss else float(np.mean(noise)),
-        repeats=repeats,
-        **options,
-        folds=None if order else FOLDS,
-        cpu_seconds=round(time.process_time() - start, 1),
-        oracle_error=best,
-        ratios=ratios,
-        target=TARGET,
-        met={rule: ratio <= TARGET for rule, ratio in ratios.items()},
-        errors=errors,
-        **environment(),
-    )
+    emit(
+        "choice of the weight", **about, **settings, folds=None if order else FOLDS, noise=None if loss else NOISE,
+        noise_estimate=None if loss else float(np.mean(noise)), oracle_error=float(np.mean(errors["oracle"])),
+        ratios=mean_ratios(errors), target=TARGET, errors=errors,
+        cpu_seconds=round(time.process_time() - start, 1), **environment(),
+    )  # fmt: skip
 
 
 def slope_of(fit: np.ndarray, truth: np.ndarray) -> float:
@@ -215,58 +210,41 @@ def slope_of(fit: np.ndarray, truth: np.ndarray) -> float:
     return float(apart @ fit / (apart @ apart))
 
 
-def concave(name: str, repeats: int) -> None:
-    """Print the line that compares L1 and MCP at their best weights."""
-    order, (kind, signal) = PROBLEMS[name], name.split("-")
-    graph, places = GRAPHS[kind]()
-    truth = standardised(SIGNALS[signal](graph, places))
+def concave(about: dict[str, Any], graph: so.Graph, truth: np.ndarray) -> None:
+    """The line that compares L1 and MCP at their best weights."""
+    start, order = time.process_time(), about["order"]
     penalties: dict[str, Callable[[float], Any]] = {"L1": so.L1}
     penalties |= {f"MCP, gamma {gamma:g}": functools.partial(so.MCP, gamma=gamma) for gamma in GAMMAS}
     found: dict[str, list[tuple[float, float]]] = {penalty: [] for penalty in penalties}
-    rounds, start = [], time.process_time()
-    for repeat in range(repeats):
-        y = truth + NOISE * np.random.default_rng(repeat).standard_normal(truth.size)
+    for repeat in range(about["repeats"]):
+        y = drawn(truth, None, repeat)
         weights = so.trend.largest_weight(y, graph, order) * np.geomspace(0.3, 3e-3, LEVELS)
         for penalty, make in penalties.items():
-            fits = []
-            for weight in weights:
-                if penalty == "L1":
-                    fits.append(np.asarray(so.trend_filter(y, graph, so.L1(weight), order, tol=1e-5).check().value))
-                else:
-                    fit = so.trend.reweighted(y, graph, make(weight), order, tol=1e-5)
-                    rounds.append(len(fit.objectives))
-                    fits.append(fit.value)
-            errors = [((fit.reshape(-1) - truth) ** 2).mean() for fit in fits]
+            fits: list[Any]
+            if penalty == "L1":
+                fits = [so.trend_filter(y, graph, make(weight), order, tol=1e-5).check() for weight in weights]
+            else:
+                fits = [so.trend.reweighted(y, graph, make(weight), order, tol=1e-5) for weight in weights]
+            values = [np.asarray(fit.value).reshape(-1) for fit in fits]
+            errors = [((fit - truth) ** 2).mean() for fit in values]
             best = int(np.argmin(errors))
-            found[penalty].append((float(errors[best]), slope_of(fits[best].reshape(-1), truth)))
+            found[penalty].append((float(errors[best]), slope_of(values[best], truth)))
     means = {penalty: np.mean(pairs, axis=0).tolist() for penalty, pairs in found.items()}
-    emit_line(
-        "concave penalty",
-        problem=name,
-        graph=kind,
-        nodes=graph.num_nodes,
-        signal=signal,
-        order=order,
-        noise=NOISE,
-        repeats=repeats,
-        levels=LEVELS,
-        rounds=float(np.mean(rounds)),
-        cpu_seconds=round(time.process_time() - start, 1),
+    emit(
+        "concave penalty", **about, noise=NOISE, levels=LEVELS,
         errors={penalty: mean[0] for penalty, mean in means.items()},
         slopes={penalty: mean[1] for penalty, mean in means.items()},
-        **environment(),
-    )
+        cpu_seconds=round(time.process_time() - start, 1), **environment(),
+    )  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", type=names_of(PROBLEMS), default=list(PROBLEMS), help="problems, separated by commas")
+    parser = options(__doc__)
+    selection(parser, "--only", PROBLEMS)
     parser.add_argument("--repeats", type=int, default=50, help="draws of the noise")
     arguments = parser.parse_args()
     for name in arguments.only:
         measure(name, arguments.repeats)
-        if PROBLEMS[name] == 0 and name.count("-") == 1:
-            concave(name, arguments.repeats)
 
 
 if __name__ == "__main__":

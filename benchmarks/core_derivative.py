@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from common import warmed
 from core_problems import Regression, correlated, measured
 
 import sparseopt as so
@@ -57,14 +58,6 @@ class Study:
         zeros = jnp.zeros(self.matrix.shape[1])
         return jax.lax.scan(step, (zeros, zeros, 1.0), None, length=steps)[0][0]
 
-    def implicit_loss(self, weight: Any, target: Any) -> Any:
-        """The validation loss of the solution by sparseopt."""
-        return self.judged(self.solved(weight, target).value)
-
-    def unrolled_loss(self, weight: Any, target: Any, steps: int) -> Any:
-        """The validation loss of the solution by FISTA."""
-        return self.judged(self.unrolled(weight, target, steps))
-
     def differences(self) -> np.ndarray:
         """Central differences in the weight and along the direction of the target.
 
@@ -86,33 +79,24 @@ class Study:
         along = value(weight, target + moved[1]) - value(weight, target - moved[1])
         return np.array([across / (2 * moved[0]), along / (2 * MOVE)])
 
-    def rows(self, clock: Callable[[Callable[[], Any]], dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """A record for every method, and for the solve alone.
-
-        Args:
-            clock: times a call and returns the fields with its time.
-        """
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """A record for every method, and for the solve alone."""
         point = jnp.asarray(self.problem.weight), jnp.asarray(self.problem.target)
         known = self.differences()
         forward = jax.jit(self.solved)
-        spent = clock(lambda: jax.block_until_ready(forward(*point)))
+        spent = warmed(partial(forward, *point))
         found = forward(*point)
         steps = int(found.steps)
         about = {"problem": self.problem.name, "tol": TOL, "steps": steps}
         yield {"way": "the solve alone", **about, **spent, "gap": self.problem.gap(np.asarray(found.value))}
         ways: dict[str, Callable] = {
-            "implicit": self.implicit_loss,
-            "unrolled FISTA": partial(self.unrolled_loss, steps=steps),
+            "implicit": lambda weight, target: self.judged(self.solved(weight, target).value),
+            "unrolled FISTA": lambda weight, target: self.judged(self.unrolled(weight, target, steps)),
         }
         for way, loss in ways.items():
             slopes = jax.jit(jax.grad(loss, argnums=(0, 1)))
-            spent = clock(lambda: jax.block_until_ready(slopes(*point)))  # noqa: B023
+            spent = warmed(partial(slopes, *point))
             of_weight, of_target = slopes(*point)
             errors = np.abs(np.array([of_weight, of_target @ self.direction]) / known - 1)
-            yield {
-                "way": way,
-                **about,
-                **spent,
-                "error_in_weight": float(errors[0]),
-                "error_in_target": float(errors[1]),
-            }
+            of = {"error_in_weight": float(errors[0]), "error_in_target": float(errors[1])}
+            yield {"way": way, **about, **spent, **of}

@@ -7,6 +7,7 @@ tolerances, from a cold start.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import jax
@@ -52,12 +53,12 @@ def core_problem(problem: Regression) -> so.Problem:
     return jax.tree.map(jnp.asarray, so.Problem(loss, penalty))
 
 
-def ours(problem: Regression, solver: so.core.Solver | None = None) -> Solve:
-    """`so.solve`, with the chosen solver or another."""
+def ours(problem: Regression) -> Solve:
+    """`so.solve`, with the chosen solver."""
     given = core_problem(problem)
 
     def solve(tol: float) -> Answer:
-        found = so.solve(given, solver, tol=tol, max_steps=MANY)
+        found = so.solve(given, tol=tol, max_steps=MANY)
         return np.asarray(found.value), {"steps": int(found.steps), "status": so.Status(int(found.status)).name}
 
     return solve
@@ -91,15 +92,22 @@ def ours_path(problem: Regression, warm: bool) -> Solve:
     return solve
 
 
-def fitted(make: Callable[[Regression, float], Any]) -> Callable[[Regression], Solve]:
-    """A solver that is an estimator in the style of scikit-learn."""
+def named(path: str) -> Any:
+    """What a module has under a name, imported when it is needed."""
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(module), name)
+
+
+def fitted(path: str, weight: Callable[[Regression], dict[str, Any]], **settings: Any) -> Callable[[Regression], Solve]:
+    """A solver that is an estimator in the style of scikit-learn; `weight` gives its arguments for a problem."""
 
     def prepare(problem: Regression) -> Solve:
         # Every library accepts labels of -1 and 1.
         target = 2 * problem.target - 1 if problem.logistic else problem.target
+        make = partial(named(path), **weight(problem), **{"fit_intercept": False, "max_iter": 1000} | settings)
 
         def solve(tol: float) -> Answer:
-            return np.ravel(make(problem, tol).fit(problem.matrix, target).coef_), {}
+            return np.ravel(make(tol=tol).fit(problem.matrix, target).coef_), {}
 
         return solve
 
@@ -111,120 +119,73 @@ def _mean(problem: Regression) -> Any:
     return problem.weight / problem.target.size
 
 
-def _sklearn_lasso(problem: Regression, tol: float) -> Any:
-    from sklearn.linear_model import Lasso
-
-    return Lasso(_mean(problem), fit_intercept=False, copy_X=False, max_iter=MANY, tol=tol)
+def _alpha(problem: Regression) -> dict[str, Any]:
+    return {"alpha": _mean(problem)}
 
 
-def _sklearn_logistic(problem: Regression, tol: float, solver: str) -> Any:
-    from sklearn.linear_model import LogisticRegression
-
-    most = SAGA_EPOCHS if solver == "saga" else MANY
-    return LogisticRegression(
-        C=1 / problem.weight, l1_ratio=1, solver=solver, fit_intercept=False, max_iter=most, tol=tol
-    )
+def _inverse(problem: Regression) -> dict[str, Any]:
+    return {"C": 1 / problem.weight}
 
 
-def _skglm_lasso(problem: Regression, tol: float) -> Any:
-    from skglm import Lasso
-
-    return Lasso(_mean(problem), fit_intercept=False, max_iter=1000, tol=tol)
+def _grouped(problem: Regression) -> dict[str, Any]:
+    return {"alpha": _mean(problem), "groups": problem.group}
 
 
-def _skglm_logistic(problem: Regression, tol: float) -> Any:
-    from skglm import SparseLogisticRegression
-
-    return SparseLogisticRegression(_mean(problem), fit_intercept=False, max_iter=1000, tol=tol)
+def _unweighted(problem: Regression) -> dict[str, Any]:
+    return {**_grouped(problem), "weights": np.ones(problem.matrix.shape[1] // problem.group)}
 
 
-def _skglm_group(problem: Regression, tol: float) -> Any:
-    from skglm import GroupLasso
+def _path(run: Callable[..., tuple]) -> Callable[[Regression], Solve]:
+    """A solver of a path: `run` takes matrix, target, weights and tolerance."""
 
-    count = problem.matrix.shape[1] // problem.group
-    return GroupLasso(
-        problem.group, _mean(problem), weights=np.ones(count), fit_intercept=False, max_iter=1000, tol=tol
-    )
+    def prepare(problem: Regression) -> Solve:
+        return lambda tol: (run(problem.matrix, problem.target, _mean(problem), tol)[1].T, {})
 
-
-def _celer_lasso(problem: Regression, tol: float) -> Any:
-    from celer import Lasso
-
-    return Lasso(_mean(problem), fit_intercept=False, max_iter=1000, tol=tol)
+    return prepare
 
 
-def _celer_logistic(problem: Regression, tol: float) -> Any:
-    from celer import LogisticRegression
-
-    return LogisticRegression(C=1 / problem.weight, fit_intercept=False, max_iter=1000, tol=tol)
+def _sklearn_path(matrix: Any, target: Any, alphas: Any, tol: float) -> tuple:
+    return named("sklearn.linear_model.lasso_path")(matrix, target, alphas=alphas, tol=tol, max_iter=MANY)
 
 
-def _celer_group(problem: Regression, tol: float) -> Any:
-    from celer import GroupLasso
-
-    return GroupLasso(problem.group, _mean(problem), fit_intercept=False, max_iter=1000, tol=tol)
+def _skglm_path(matrix: Any, target: Any, alphas: Any, tol: float) -> tuple:
+    return named("skglm.Lasso")(fit_intercept=False, max_iter=1000, tol=tol).path(matrix, target, alphas)
 
 
-def _sklearn_path(problem: Regression) -> Solve:
-    from sklearn.linear_model import lasso_path
-
-    def solve(tol: float) -> Answer:
-        found = lasso_path(problem.matrix, problem.target, alphas=_mean(problem), tol=tol, max_iter=MANY)
-        return found[1].T, {}
-
-    return solve
+def _celer_path(matrix: Any, target: Any, alphas: Any, tol: float) -> tuple:
+    return named("celer.celer_path")(matrix, target, "lasso", alphas=alphas, tol=tol, max_iter=1000)
 
 
-def _skglm_path(problem: Regression) -> Solve:
-    from skglm import Lasso
-
-    def solve(tol: float) -> Answer:
-        model = Lasso(fit_intercept=False, max_iter=1000, tol=tol)
-        return model.path(problem.matrix, problem.target, _mean(problem))[1].T, {}
-
-    return solve
-
-
-def _celer_path(problem: Regression) -> Solve:
-    from celer import celer_path
-
-    def solve(tol: float) -> Answer:
-        alphas = _mean(problem)
-        found = celer_path(problem.matrix, problem.target, "lasso", alphas=alphas, tol=tol, max_iter=1000)
-        return found[1].T, {}
-
-    return solve
-
-
+SKLEARN_LOGISTIC = partial(fitted, "sklearn.linear_model.LogisticRegression", _inverse, l1_ratio=1)
 OURS = [Solver("sparseopt", "sparseopt", ours, 1e-6)]
-OURS_PATH = [
-    Solver("sparseopt, vmap", "sparseopt", partial(ours_path, warm=False), 1e-6),
-    Solver("sparseopt, warm starts", "sparseopt", partial(ours_path, warm=True), 1e-6),
-]
 LASSO = [
-    Solver("scikit-learn Lasso", "scikit-learn", fitted(_sklearn_lasso)),
-    Solver("skglm Lasso", "skglm", fitted(_skglm_lasso)),
-    Solver("celer Lasso", "celer", fitted(_celer_lasso)),
-]
-LOGISTIC = [
-    Solver("scikit-learn liblinear", "scikit-learn", fitted(partial(_sklearn_logistic, solver="liblinear"))),
-    Solver("scikit-learn saga", "scikit-learn", fitted(partial(_sklearn_logistic, solver="saga"))),
-    Solver("skglm SparseLogisticRegression", "skglm", fitted(_skglm_logistic)),
-    Solver("celer LogisticRegression", "celer", fitted(_celer_logistic)),
-]
-GROUP = [
-    Solver("skglm GroupLasso", "skglm", fitted(_skglm_group)),
-    Solver("celer GroupLasso", "celer", fitted(_celer_group)),
-]
-PATH = [
-    Solver("scikit-learn lasso_path", "scikit-learn", _sklearn_path),
-    Solver("skglm path", "skglm", _skglm_path),
-    Solver("celer path", "celer", _celer_path),
+    *OURS,
+    Solver(
+        "scikit-learn Lasso", "scikit-learn", fitted("sklearn.linear_model.Lasso", _alpha, copy_X=False, max_iter=MANY)
+    ),
+    Solver("skglm Lasso", "skglm", fitted("skglm.Lasso", _alpha)),
+    Solver("celer Lasso", "celer", fitted("celer.Lasso", _alpha)),
 ]
 SOLVERS: dict[str, list[Solver]] = {
-    "lasso-dense": OURS + LASSO,
-    "lasso-sparse": OURS + LASSO,
-    "logistic-sparse": OURS + LOGISTIC,
-    "group-lasso": OURS + GROUP,
-    "lasso-path": OURS_PATH + PATH,
+    "lasso-dense": LASSO,
+    "lasso-sparse": LASSO,
+    "logistic-sparse": [
+        *OURS,
+        Solver("scikit-learn liblinear", "scikit-learn", SKLEARN_LOGISTIC(solver="liblinear", max_iter=MANY)),
+        Solver("scikit-learn saga", "scikit-learn", SKLEARN_LOGISTIC(solver="saga", max_iter=SAGA_EPOCHS)),
+        Solver("skglm SparseLogisticRegression", "skglm", fitted("skglm.SparseLogisticRegression", _alpha)),
+        Solver("celer LogisticRegression", "celer", fitted("celer.LogisticRegression", _inverse)),
+    ],
+    "group-lasso": [
+        *OURS,
+        Solver("skglm GroupLasso", "skglm", fitted("skglm.GroupLasso", _unweighted)),
+        Solver("celer GroupLasso", "celer", fitted("celer.GroupLasso", _grouped)),
+    ],
+    "lasso-path": [
+        Solver("sparseopt, vmap", "sparseopt", partial(ours_path, warm=False), 1e-6),
+        Solver("sparseopt, warm starts", "sparseopt", partial(ours_path, warm=True), 1e-6),
+        Solver("scikit-learn lasso_path", "scikit-learn", _path(_sklearn_path)),
+        Solver("skglm path", "skglm", _path(_skglm_path)),
+        Solver("celer path", "celer", _path(_celer_path)),
+    ],
 }

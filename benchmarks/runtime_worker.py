@@ -71,86 +71,6 @@ class Transformers:
         return found.logits
 
 
-class OpenVINO:
-    """OpenVINO on the file of optimum-intel; `float32` computes in float32, otherwise as OpenVINO chooses."""
-
-    packages = ("openvino", "optimum-intel", "nncf")
-
-    def __init__(self, *, float32: bool, sparse: float | None = None) -> None:
-        import openvino
-
-        self._openvino, self._core = openvino, openvino.Core()
-        self._settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": 1, "PERFORMANCE_HINT": "LATENCY"}
-        if float32:
-            self._settings |= {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
-        if sparse is not None:
-            self._settings["CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE"] = sparse
-
-    def load(self, folder: Path, positions: int, *, every: bool) -> None:
-        model = self._core.read_model(folder / "openvino_model.xml")
-        if not every:
-            self._keep_last(model)
-        self._request = self._core.compile_model(model, "CPU", self._settings).create_infer_request()
-        self._names = {name for port in model.inputs for name in port.names}
-
-    def prefill(self, ids: np.ndarray) -> np.ndarray:
-        self._request.reset_state()
-        self._past = 0
-        return self._run(ids)[0]
-
-    def step(self, token: int) -> None:
-        self._run(np.asarray([token]))
-
-    def _keep_last(self, model: Any) -> None:
-        """Let the head multiply the last position only, as OpenVINO GenAI does to what optimum-intel writes."""
-        head = model.output("logits").node
-        while head.get_type_name() != "MatMul":
-            head = head.input_value(0).node
-        bounds = (np.array([bound]) for bound in (-1, np.iinfo(np.int64).max, 1, 1))
-        last = self._openvino.opset13.slice(head.input_value(0), *bounds)
-        head.input(0).replace_source_output(last.output(0))
-        model.validate_nodes_and_infer_types()
-
-    def _run(self, ids: np.ndarray) -> np.ndarray:
-        end = self._past + len(ids)
-        given = {
-            "input_ids": ids[None].astype(np.int64),
-            "attention_mask": np.ones((1, end), np.int64),
-            "position_ids": np.arange(self._past, end)[None],
-            "beam_idx": np.zeros(1, np.int32),
-        }
-        self._past = end
-        found = self._request.infer({name: given[name] for name in self._names}, share_outputs=True)
-        return found["logits"]
-
-
-class ONNXRuntime:
-    """ONNX Runtime GenAI on the folders of its model builder, one for the last logits and one for all of them."""
-
-    packages = ("onnxruntime", "onnxruntime-genai")
-
-    def __init__(self) -> None:
-        import onnxruntime_genai
-
-        self._genai = onnxruntime_genai
-
-    def load(self, folder: Path, positions: int, *, every: bool) -> None:
-        config = self._genai.Config(str(folder / ("every" if every else "last")))
-        config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": 1}}}}))
-        self._model, self._positions = self._genai.Model(config), positions
-
-    def prefill(self, ids: np.ndarray) -> np.ndarray:
-        options = self._genai.GeneratorParams(self._model)
-        # It makes room for the longest text at the start.
-        options.set_search_options(max_length=self._positions, batch_size=1)
-        self._generator = self._genai.Generator(self._model, options)
-        self._generator.append_tokens(ids.astype(np.int32))
-        return self._generator.get_output("logits")[0]
-
-    def step(self, token: int) -> None:
-        self._generator.append_tokens(np.asarray([token], np.int32))
-
-
 class LlamaCpp:
     """llama.cpp on the file of its converter."""
 
@@ -208,15 +128,9 @@ class LlamaCpp:
         self._past += len(ids)
 
 
-# Fraction of zeros from which OpenVINO stores a weight in packed form.
-SPARSE_FROM = 0.6
 RUNTIMES: dict[str, Any] = {
     "transformers float32": lambda: Transformers("float32"),
     "transformers bfloat16": lambda: Transformers("bfloat16"),
-    "OpenVINO float32": lambda: OpenVINO(float32=True),
-    "OpenVINO int8": lambda: OpenVINO(float32=False),
-    "OpenVINO sparse int8": lambda: OpenVINO(float32=False, sparse=SPARSE_FROM),
-    "ONNX Runtime float32": ONNXRuntime,
     "llama.cpp float32": LlamaCpp,
     "llama.cpp Q8_0": LlamaCpp,
 }
@@ -268,8 +182,8 @@ def main() -> None:
         "instructions": getattr(runtime, "instructions", None),
     }
     print(json.dumps(answer), flush=True)
-    for line in sys.stdin:
-        if line.strip() == "time":
+    for question in map(json.loads, sys.stdin):
+        if question == "time":
             answer = timed(runtime, prompt, continued)
         else:
             runtime.load(folder, windows.shape[1], every=True)

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from bench_core import installed, warmed
+from common import installed, warmed
 
 MOST_STEPS = 10_000
 # Relative error to which the fit is refined; None for no refinement.

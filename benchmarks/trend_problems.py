@@ -12,6 +12,7 @@ import functools
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy import sparse, spatial
@@ -86,27 +87,15 @@ class TrendProblem:
 
 def save(problem: TrendProblem, path: Path) -> None:
     """Write a problem without its known optimum."""
-    shape = () if problem.shape is None else problem.shape
-    np.savez(
-        path,
-        name=problem.name,
-        y=problem.y,
-        edges=problem.edges,
-        grid=np.array(shape, np.int64),
-        order=problem.order,
-        weight=problem.weight,
-        isotropic=problem.isotropic,
-    )
+    fields = {field.name: getattr(problem, field.name) for field in dataclasses.fields(problem)}
+    np.savez(path, **fields | {"shape": problem.shape or (), "known": ()})
 
 
 def load(path: Path) -> TrendProblem:
     """Read what `save` wrote."""
     with np.load(path) as stored:
-        shape = tuple(int(n) for n in stored["grid"]) or None
-        order, weight, isotropic = int(stored["order"]), float(stored["weight"]), bool(stored["isotropic"])
-        return TrendProblem(
-            str(stored["name"]), stored["y"], stored["edges"], shape, order, weight, isotropic=isotropic
-        )
+        plain = {name: value.item() if value.ndim == 0 else value for name, value in stored.items()}
+    return TrendProblem(**plain | {"shape": tuple(map(int, plain["shape"])) or None, "known": None})
 
 
 def grid_edges(shape: tuple[int, ...]) -> np.ndarray:
@@ -137,6 +126,7 @@ def _noisy(clean: np.ndarray, seed: int) -> np.ndarray:
     return clean + NOISE * np.random.default_rng(seed).standard_normal(clean.shape)
 
 
+@functools.cache
 def road_like(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """A connected planar graph of short edges, and a signal on it: edges `[m, 2]` and y `[n]`.
 
@@ -162,23 +152,18 @@ def _isotropic(name: str, shape: tuple[int, ...], weight: float) -> TrendProblem
     return dataclasses.replace(_grid(name, shape, 0, weight), isotropic=True)
 
 
-@functools.cache
-def _kept_road(n: int) -> tuple[np.ndarray, np.ndarray]:
-    return road_like(n)
-
-
 def _road(name: str, n: int, order: int, weight: float) -> TrendProblem:
-    edges, y = _kept_road(n)
+    edges, y = road_like(n)
     return TrendProblem(name, y, edges, None, order, weight)
 
 
-def _stored(path: Path, name: str, weight: float | None = None) -> TrendProblem:
+def stored(path: Path, name: str, weight: float | None = None) -> TrendProblem:
     """A problem from a file with the fields y, edges, lam, k, beta_opt and u; another weight drops the optimum."""
-    with np.load(path) as stored:
-        y, edges, own = stored["y"].reshape(-1), stored["edges"].astype(np.int64), float(stored["lam"])
-        shape = tuple(int(n) for n in stored["shape"])
-        plain = TrendProblem(name, y, edges, None, int(stored["k"]), own if weight is None else weight)
-        known = (plain.objective(stored["beta_opt"]), plain.lower_bound(stored["u"])) if plain.weight == own else None
+    with np.load(path) as held:
+        y, edges, own = held["y"].reshape(-1), held["edges"].astype(np.int64), float(held["lam"])
+        shape = tuple(int(n) for n in held["shape"])
+        plain = TrendProblem(name, y, edges, None, int(held["k"]), own if weight is None else weight)
+        known = (plain.objective(held["beta_opt"]), plain.lower_bound(held["u"])) if plain.weight == own else None
         # Other graphs have a shape (n,) too: only the edges show whether it is a grid.
         grid = shape if int(np.prod(shape)) == y.size and _is_grid(shape, edges) else None
         return dataclasses.replace(plain, shape=grid, known=known)
@@ -195,30 +180,26 @@ def problems(quick: bool, truth: Path | None) -> dict[str, Callable[[], TrendPro
     short = 500 if quick else 5_000
     made: dict[str, Callable[[], TrendProblem]] = {}
 
-    def add(
-        make: Callable[..., TrendProblem], name: str, size: tuple[int, ...] | int, order: int, weight: float
-    ) -> None:
-        title = f"{name}_k{order}"
-        file = truth / f"{title}_lam10.npz" if truth else None
-        if file is not None and file.is_file() and not name.startswith("chain"):
-            made[title] = functools.partial(_stored, file, title, weight)
-        else:
-            made[title] = functools.partial(make, title, size, order, weight)
+    def add(make: Callable[..., TrendProblem], name: str, size: Any, *weights: float) -> None:
+        """The problems of one graph, with a weight for each order."""
+        for order, weight in enumerate(weights):
+            title = f"{name}_k{order}"
+            file = truth / f"{title}_lam10.npz" if truth else None
+            if file is not None and file.is_file() and not name.startswith("chain"):
+                made[title] = functools.partial(stored, file, title, weight)
+            else:
+                made[title] = functools.partial(make, title, size, order, weight)
 
-    for order, weight, weight_large in ((0, 20.0, 20.0), (1, 13.0, 20.0), (2, 6.0, 6.0)):
-        add(_grid, f"grid{side}", (side, side), order, weight)
-        add(_grid, f"grid{large}", (large, large), order, weight_large)
-    for order, weight in ((0, 20.0), (1, 13.0)):
-        add(_grid, f"cube{cube}", (cube,) * 3, order, weight)
-    for name, shape in ((f"grid{side}", (side,) * 2), (f"grid{large}", (large,) * 2), (f"cube{cube}", (cube,) * 3)):
-        made[f"{name}_isotropic"] = functools.partial(_isotropic, f"{name}_isotropic", shape, 20.0)
-    for order, weight in ((0, 25.0), (1, 40.0), (2, 60.0)):
-        add(_road, f"road{road // 1000}k", road, order, weight)
-    for order, weight in ((0, 10.0), (1, 10.0), (2, 10.0)):
-        add(_grid, f"chain{short}", (short,), order, weight)
-    for order, weight in ((0, 20.0), (1, 100.0)):
-        add(_grid, f"chain{long}", (long,), order, weight)
+    grids = {f"grid{side}": (side, side), f"grid{large}": (large, large), f"cube{cube}": (cube,) * 3}
+    add(_grid, f"grid{side}", (side, side), 20.0, 13.0, 6.0)
+    add(_grid, f"grid{large}", (large, large), 20.0, 20.0, 6.0)
+    add(_grid, f"cube{cube}", (cube,) * 3, 20.0, 13.0)
+    for name, shape in grids.items():
+        title = f"{name}_isotropic"
+        made[title] = functools.partial(_isotropic, title, shape, 20.0)
+    add(_road, f"road{road // 1000}k", road, 25.0, 40.0, 60.0)
+    add(_grid, f"chain{short}", (short,), 10.0, 10.0, 10.0)
+    add(_grid, f"chain{long}", (long,), 20.0, 100.0)
     if truth is not None and not quick:
-        for file in sorted(truth.glob("*.npz")):
-            made[file.stem] = functools.partial(_stored, file, file.stem)
+        made |= {file.stem: functools.partial(stored, file, file.stem) for file in sorted(truth.glob("*.npz"))}
     return made

@@ -1,8 +1,7 @@
 """A run killed thirty times at random moments: run by `make test-slow`."""
 
 import pytest
-
-from benchmarks.reliability_kills import killed_runs
+from bench_reliability import killed_runs
 
 pytestmark = pytest.mark.slow
 

@@ -1,0 +1,167 @@
+"""Parts of `bench_models.py`: errors of single layers, and the number of calibration tokens."""
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from common import Recorder, apart, say
+from pruned import SCORING, SEQLEN, SETTINGS, about, judged, prune_and_score
+
+from sparseopt.models import open_model, open_source
+from sparseopt.pruning import Recipe, prune_layer
+from sparseopt.pruning.base.activations import make_batches
+from sparseopt.pruning.base.grams import BlockRunner
+from sparseopt.pruning.text.windows import begin_windows, text_windows
+
+# A preset follows the name. The most thorough method is last, since its target depends on the others.
+THOROUGH = "admm_splice"
+METHODS = ("magnitude", "wanda", "sparsegpt", "splice", "admm", "maiht paper", "maiht tuned", "best", THOROUGH)
+LAYER_SETTINGS = ("0.5", "0.7", "2:4")
+BLOCKS = (0, 9, 20)
+LINEARS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+LAYER_WINDOWS = 24
+MEAN_TARGET = 0.00265
+# Of ALPS (Meng et al., 2024), on the same layers and tokens.
+ALPS_ERRORS = {
+    "0.mlp.down_proj": 0.00900, "0.mlp.gate_proj": 0.03733, "0.self_attn.o_proj": 0.00012,
+    "0.self_attn.q_proj": 0.00052, "20.mlp.down_proj": 0.04313, "20.mlp.gate_proj": 0.01982,
+    "20.self_attn.o_proj": 0.01831, "20.self_attn.q_proj": 0.01076, "9.mlp.down_proj": 0.03385,
+}  # fmt: skip
+# Relative errors of mAIHT's published procedure at 50 % on these layers, and how much of them each preset may have.
+PAPER_ERRORS = {"0.mlp.gate_proj": 0.01733, "9.self_attn.o_proj": 0.02159, "20.mlp.down_proj": 0.01828}
+PAPER_TARGETS = {"paper": 1.02, "tuned": 0.80}
+TOKEN_METHODS: dict[str, dict[str, Any]] = {
+    **{name: {"method": name} for name in ("wanda", "sparsegpt", "maiht", "admm")},
+    "best one shot": {"method": "best", "train_epochs": 0},
+    "best": {"method": "best"},
+}
+TOKEN_WINDOWS = (8, 16, 32, 64, 128, 256)
+TOKEN_HELDOUT = 16
+ELSEWHERE = "pydoc"
+
+
+class Layer(NamedTuple):
+    """A linear of the dense model, `[out, in]`, and the Gram matrices of its inputs, `[in, in]`, all float32."""
+
+    name: str
+    weight: np.ndarray
+    gram: np.ndarray
+    heldout: np.ndarray
+
+
+def dense_layers(source: Path, data: str, windows: int | None) -> Iterator[Layer]:
+    """The layers, with Gram matrices of the first calibration windows and, held out, of as many further windows."""
+    model, count = open_model(source), windows or LAYER_WINDOWS
+    ids = begin_windows(*text_windows(model.source, data, "calibration", 2 * count, SEQLEN))
+    parts = [make_batches(model.embedding()(jnp.asarray(part))) for part in (ids[:count], ids[count:])]
+    runner = BlockRunner()
+    for index in range(min(BLOCKS[-1] + 1, model.num_blocks)):
+        block = model.block(index)
+        if index in BLOCKS:
+            grams, tests = (runner.grams(block, part) for part in parts)
+            for name in LINEARS:
+                pair = (np.asarray(found[block.linears[name]].gram) for found in (grams, tests))
+                yield Layer(f"{index}.{name}", np.asarray(block.read(f"{name}.weight")), *pair)
+        parts = [runner.forward(block, part) for part in parts]
+
+
+def relative_error(pruned: np.ndarray, weight: np.ndarray, gram: np.ndarray) -> float:
+    """`||X (V - W)ᵀ||² / ||X Wᵀ||²` in float64, without ridge."""
+    dense, gram = weight.astype(np.float64), gram.astype(np.float64)
+    lost, present = (float(np.sum((v @ gram) * v)) for v in (pruned.astype(np.float64) - dense, dense))
+    return lost / present
+
+
+def pruned_layer(layer: Layer, method: str, setting: str) -> dict[str, Any]:
+    """The errors, steps and seconds of a method, without compilation; a preset follows its name."""
+    name, _, preset = method.partition(" ")
+    found = prune_layer(layer.weight, layer.gram, **SETTINGS[setting], method=name, preset=preset or None)
+    return {
+        "value": relative_error(found.weight, layer.weight, layer.gram),
+        "unit": "relative error",
+        "heldout_error": relative_error(found.weight, layer.weight, layer.heldout),
+        "seconds": found.seconds,
+        "steps": found.steps,
+        "status": found.status.name,
+        "sparsity": found.sparsity,
+    }
+
+
+def target_of(setting: str, layer: str, errors: Mapping[str, float]) -> dict[str, Any]:
+    """The target of the most thorough method in a layer, and whether it was met; `errors` by method."""
+    if setting == "2:4" and errors.keys() >= {"sparsegpt", "admm"}:
+        rivals = {rival: errors[rival] for rival in ("sparsegpt", "admm")}
+        shown = " and ".join(f"{rival}, {error:.3g}" for rival, error in rivals.items())
+        return {"target": f"below {shown}", "met": errors[THOROUGH] < min(rivals.values())}
+    if setting == "0.7" and layer in ALPS_ERRORS:
+        bound = ALPS_ERRORS[layer]
+        return {"target": f"at most ALPS, {bound:.5f}", "met": errors[THOROUGH] <= bound}
+    return judged(errors[THOROUGH], None)
+
+
+def layers(recorder: Recorder, source: Path, data: str, windows: int | None) -> None:
+    """Every method on every layer, and its geometric means."""
+    shared = about(source, windows is not None)
+    found = list(dense_layers(source, data, windows))
+    for setting in LAYER_SETTINGS:
+        errors: dict[str, dict[str, float]] = {layer.name: {} for layer in found}
+        for method in METHODS:
+            say(f"layers: {method} at {setting}")
+            rows = []
+            for layer in found:
+                row = pruned_layer(layer, method, setting)
+                errors[layer.name][method] = row["value"]
+                thorough = method == THOROUGH
+                goal = target_of(setting, layer.name, errors[layer.name]) if thorough else judged(0, None)
+                recorder.emit(f"layer error, {method}, {layer.name} at {setting}", **row, **goal, **shared)
+                rows.append(row)
+            mean, heldout = (
+                float(np.exp(np.mean(np.log([row[key] for row in rows])))) for key in ("value", "heldout_error")
+            )
+            bound = MEAN_TARGET if method == THOROUGH and setting == "0.5" else None
+            recorder.emit(
+                f"layer error, geometric mean, {method}, {len(rows)} layers at {setting}", value=mean,
+                unit="relative error", heldout_error=heldout, solver_seconds=sum(row["seconds"] for row in rows),
+                **judged(mean, bound), **shared,
+            )  # fmt: skip
+
+
+def published_layers(recorder: Recorder, source: Path, data: str, windows: int | None) -> None:
+    """Both presets of mAIHT on the layers of its published procedure, at 50 %."""
+    for layer in dense_layers(source, data, windows):
+        for preset, factor in PAPER_TARGETS.items() if layer.name in PAPER_ERRORS else ():
+            row, known = pruned_layer(layer, f"maiht {preset}", "0.5"), PAPER_ERRORS[layer.name]
+            recorder.emit(
+                f"layer error, {preset}, {layer.name}", **row, ratio=row["value"] / known,
+                target=f"at most {factor} x {known}", met=row["value"] <= factor * known,
+                **about(source, windows is not None),
+            )  # fmt: skip
+
+
+def tokens(recorder: Recorder, source: Path, data: str, windows: int | None) -> None:
+    """Growing sets of random windows with the same held-out ones; rows that the record has are not run again."""
+    most = windows or TOKEN_WINDOWS[-1]
+    counts, held = sorted({min(count, most) for count in TOKEN_WINDOWS}), min(TOKEN_HELDOUT, most)
+    drawn = text_windows(open_source(source), data, "calibration", held + counts[-1], SEQLEN, choice="random", seed=0)
+    heldout, others = np.split(begin_windows(*drawn), [held])
+    for count in counts:
+        ids = np.concatenate([others[:count], heldout])
+        details = {"calibrated": "wikitext2", "draw": 0, "calibration_tokens": count * SEQLEN}
+        details |= about(source, windows is not None)
+        for name, changes in TOKEN_METHODS.items():
+            figure = f"perplexity, tokens, {name} at 0.5"
+            if recorder.found(figure=figure, **details):
+                continue
+            say(f"tokens, {count * SEQLEN:,}, {name}")
+            recipe = Recipe(
+                sparsity=0.5, **changes, windows=count, heldout_windows=held, seqlen=SEQLEN, calibration=ids,
+                score="none",
+            )  # fmt: skip
+            texts = {"value": data, "perplexity_elsewhere": ELSEWHERE}
+            scoring = (min(SCORING[0], most), SCORING[1])
+            with tempfile.TemporaryDirectory() as folder:
+                row = apart(prune_and_score, source, recipe, Path(folder) / "out", texts, scoring)
+            recorder.emit(figure, unit="perplexity", **judged(0, None), **row, elsewhere=ELSEWHERE, **details)
