@@ -5,7 +5,7 @@ The objective is `1/2 ||X (V - W)ᵀ||² + ridge + level`, with the level fixed,
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -21,7 +21,7 @@ from sparseopt.core.base.thresholds import kth_largest
 from sparseopt.core.base.types import Observer
 from sparseopt.core.losses.quadratic import safe_step
 from sparseopt.experiments import plots
-from sparseopt.experiments.names import PenaltyConfig, SolverConfig
+from sparseopt.experiments.names import Named, PenaltyConfig
 from sparseopt.experiments.task import FinishedRun, Record, Task
 from sparseopt.experiments.tasks.model import BUNDLED, model_path
 from sparseopt.layers.problem import ScaledLayer, scale_layer
@@ -31,6 +31,16 @@ from sparseopt.pruning.base.activations import make_batches
 from sparseopt.pruning.base.torch_grams import runner_of
 from sparseopt.pruning.recipe.pass_recipe import BosChoice
 from sparseopt.pruning.run.calibration import calibration_windows
+
+
+class SolverConfig(Named):
+    """A solver for `sparseopt.solve`."""
+
+    kind: ClassVar[str] = "solver"
+    known: ClassVar[Mapping[str, Callable[..., Any]]] = {
+        "maiht": so.Maiht, "proximal_gradient": so.ProximalGradient, "iht": so.ProximalGradient,
+    }  # fmt: skip
+    methods: ClassVar[tuple[str, ...]] = ("init", "step", "measure", "extract")
 
 
 class Descent(Task):

@@ -15,14 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-
 from sparseopt.experiments import plots
 from sparseopt.experiments.config import Run, expand
 from sparseopt.experiments.names import AllowCode, worded
 from sparseopt.experiments.report import Row, Section, write_csv
 from sparseopt.experiments.runs import Outcome, Planned, can_draw, check_all, fingerprint, load_run, plan
 from sparseopt.experiments.task import FinishedRun
+from sparseopt.experiments.tasks.model import TIMES
 from sparseopt.experiments.tasks.prune import Prune
 from sparseopt.layers.patterns import implied_sparsity
 from sparseopt.pruning import METHODS
@@ -32,16 +31,12 @@ from sparseopt.system.report import Fact, markdown
 from sparseopt.system.run_folder import RUN, SUMMARY, State, contents, differences, read_start, write_start
 
 CELLS, COMPARISON = "cells", "comparison"
-# Seconds of the method itself; forward passes and compilation are common to all.
-TIMES = ("solver_seconds", "survey_seconds", "reconstruction_seconds")
 # What may differ between the cells of one folder.
 OWN_SETTINGS = {"effort", "method", "preset", "pattern", "sparsity"}
 # What all pruned cells read, besides the model.
 TEXTS = {"calibration", "masks"}
 COLUMNS = (
-    "perplexity", "mean_relative_error", "mean_heldout_error", "solver_seconds", "survey_seconds",
-    "reconstruction_seconds", "whole_seconds", "peak_memory_GiB",
-    "error",
+    "perplexity", "mean_relative_error", "mean_heldout_error", *TIMES, "whole_seconds", "peak_memory_GiB", "error",
 )  # fmt: skip
 COSTS = (
     Fact(
@@ -298,24 +293,7 @@ def write(section: Section, output: Path) -> list[Path]:
     table, text, picture = (output / f"{COMPARISON}.{ending}" for ending in ("csv", "md", "png"))
     rows = [{**r.labels, **r.figures, "folder": r.folder.relative_to(output).as_posix()} for r in section.rows]
     write_csv(table, list(dict.fromkeys([*section.labels(), *COLUMNS, *(name for row in rows for name in row)])), rows)
-    pictures = _draw(section, picture)
+    axes = Prune.draw_perplexity([record for run in section.runs for record in run.records]) if can_draw() else None
+    pictures = [] if axes is None else [plots.save_figure(axes, picture, section.title)]
     text.write_text(f"{markdown(section.report(pictures))}\n", encoding="utf-8")
     return [table, text, *pictures]
-
-
-def _draw(section: Section, file: Path) -> list[Path]:
-    """The picture; none without matplotlib or without a finished pruned cell."""
-    curves: dict[str, list[tuple[float, float, float]]] = {}
-    dense = None
-    for row in section.rows:
-        score = row.figures.get("perplexity")
-        score = score if isinstance(score, float) else float("nan")
-        if row.labels["method"] == "dense":
-            dense = score
-        elif "solver_seconds" in row.figures:
-            label = " ".join(row.labels[key] for key in ("method", "pattern") if row.labels[key] != "unstructured")
-            curves.setdefault(label, []).append((row.labels["sparsity"], score, sum(row.figures[t] for t in TIMES)))
-    if not curves or not can_draw():
-        return []
-    lines = {label: tuple(np.array(sorted(points)).T) for label, points in curves.items()}
-    return [plots.save_figure(plots.plot_comparison(lines, dense=dense), file, section.title)]

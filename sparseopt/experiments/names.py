@@ -1,4 +1,4 @@
-"""Penalties, solvers and pruning methods in a config, by short name or by the path of your own class.
+"""Penalties and methods in a config, by short name or by the path of your own class.
 
 penalty: {name: l1, weight: 10}
 penalty: {name: my_package.penalties.CappedL1, weight: 10, cap: 60}
@@ -27,19 +27,12 @@ from pydantic import (
     model_validator,
 )
 
-import sparseopt as so
 from sparseopt.core.base.arguments import Mistakes, suggest
 from sparseopt.core.penalties.names import PENALTIES
 from sparseopt.trend.methods.choice import AUTO, METHODS
 
 # Whether paths outside this package may be imported: all, none, or those of the packages listed.
 AllowCode = bool | Collection[str]
-
-SOLVERS: Mapping[str, Callable[..., Any]] = {
-    "maiht": so.Maiht,
-    "proximal_gradient": so.ProximalGradient,
-    "iht": so.ProximalGradient,
-}
 
 
 def shortened(value: Any) -> str:
@@ -212,11 +205,3 @@ class TrendMethod(Named):
         AUTO: standing(AUTO), **{name: type(method) for name, method in METHODS.items()},
     }  # fmt: skip
     methods: ClassVar[tuple[str, ...]] = ("refuses", "plan")
-
-
-class SolverConfig(Named):
-    """A solver for `sparseopt.solve`."""
-
-    kind: ClassVar[str] = "solver"
-    known: ClassVar[Mapping[str, Callable[..., Any]]] = SOLVERS
-    methods: ClassVar[tuple[str, ...]] = ("init", "step", "measure", "extract")

@@ -16,7 +16,7 @@ from sparseopt.experiments.read.tables import write_parquet
 from sparseopt.experiments.runs import CONFIG, draw, load_run, summarise
 from sparseopt.experiments.task import FinishedRun, Paper
 from sparseopt.system.report import Fact, Report, Table, html_page, markdown
-from sparseopt.system.run_folder import RUN, SUMMARY
+from sparseopt.system.run_folder import RUN, SUMMARY, flat
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,8 @@ def _told_apart(members: Sequence[FinishedRun], rows: Sequence[Sequence[Row]]) -
     found = [row for own in rows for row in own]
     if len({repr(row.labels) for row in found}) == len(found):
         return found
-    settings = [_flat(run.task.model_dump(mode="json", exclude={"title", "paper", "name", "task"})) for run in members]
+    left_out = {"title", "paper", "name", "task"}
+    settings = [dict(flat(run.task.model_dump(mode="json", exclude=left_out))) for run in members]
     names = dict.fromkeys(name for each in settings for name in each)
     differing = [name for name in names if len({repr(each.get(name)) for each in settings}) > 1]
     return [
@@ -128,14 +129,6 @@ def _told_apart(members: Sequence[FinishedRun], rows: Sequence[Sequence[Row]]) -
         for each, own in zip(settings, rows, strict=True)
         for row in own
     ]
-
-
-def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Settings by dotted name."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= _flat(value, f"{before}{name}.") if isinstance(value, dict) else {f"{before}{name}": value}
-    return found
 
 
 def _rows(finished: FinishedRun) -> list[Row]:
@@ -156,11 +149,8 @@ def _rows(finished: FinishedRun) -> list[Row]:
             known = {name: own.get(name, get_by_path(settings, name)) for name in figure.match}
             if known == figure.match:
                 paper |= figure.values
-        figures = {
-            name: (value["mean"], value["std"]) if isinstance(value, dict) and set(value) == {"mean", "std"} else value
-            for name, value in summarise(records).items()
-        }
-        rows.append(Row(labels, figures, paper, len(records), finished.folder))
+        spreads, words = summarise(records)
+        rows.append(Row(labels, {**spreads, **words}, paper, len(records), finished.folder))
     return rows
 
 

@@ -248,12 +248,13 @@ def _run_units(run: Run, folder: Path, observer: Observer, run_unit: RunUnit) ->
         draw(type(task), [finished], folder, task.title or task.name)
     except Exception as error:
         return _failed("drawing", error, folder, len(missing), torn)
+    spreads, words = summarise(finished.records)
     summary = {
         "name": task.name,
         "id": run.id,
         "settings": run.settings,
         "units": len(keys),
-        "figures": summarise(finished.records),
+        "figures": {name: {"mean": mean, "std": std} for name, (mean, std) in spreads.items()} | words,
         "seconds_this_start": time.perf_counter() - start,
         "peak_memory_bytes": peak_memory_bytes(),
     }
@@ -389,17 +390,17 @@ def _record_of(values: Any) -> Record:
     return values
 
 
-def summarise(records: Sequence[Record]) -> dict[str, Any]:
-    """Mean and standard deviation over the units of every numeric field; other fields where they all agree."""
-    figures: dict[str, Any] = {}
+def summarise(records: Sequence[Record]) -> tuple[dict[str, tuple[float, float]], dict[str, Any]]:
+    """Mean and standard deviation over the units of every numeric field, and other fields where they all agree."""
+    spreads, words = dict[str, tuple[float, float]](), dict[str, Any]()
     for name in dict.fromkeys(key for record in records for key in record if key not in ("unit", "unit_seconds")):
         values = [record.get(name) for record in records]
         numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
         if len(numbers) == len(values):
-            figures[name] = {"mean": float(np.mean(numbers)), "std": float(np.std(numbers))}
+            spreads[name] = float(np.mean(numbers)), float(np.std(numbers))
         elif all(value == values[0] for value in values):
-            figures[name] = values[0]
-    return figures
+            words[name] = values[0]
+    return spreads, words
 
 
 def _clear(folder: Path) -> None:

@@ -158,7 +158,7 @@ def read_start(folder: Path) -> dict[str, Any]:
 
 def differences(found: Fingerprint, wanted: Fingerprint) -> list[str]:
     """What differs between the fingerprint in a folder and that of a run, a line for each dotted name."""
-    old, new = dict(_flat(found)), dict(_flat(wanted))
+    old, new = ({name: repr(value) for name, value in flat(each)} for each in (found, wanted))
     return [
         f"{name}: {old.get(name)} there, {new.get(name)} here"
         for name in sorted(old.keys() | new.keys())
@@ -166,12 +166,13 @@ def differences(found: Fingerprint, wanted: Fingerprint) -> list[str]:
     ]
 
 
-def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values in nested mappings by their dotted name."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
-            yield from _flat(inner, f"{prefix}.{name}" if prefix else name)
+            yield from flat(inner, f"{prefix}.{name}" if prefix else name)
     else:
-        yield prefix, repr(value)
+        yield prefix, value
 
 
 def append_record(folder: Path, record: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from pydantic import ValidationError, model_validator
 
 import sparseopt as so
 from sparseopt.experiments.config import ConfigError, expand, load_config
-from sparseopt.experiments.names import PenaltyConfig, SolverConfig
+from sparseopt.experiments.names import PenaltyConfig, TrendMethod
 from sparseopt.system.yaml_file import parse_yaml, write_yaml
 from tests.experiments.toy import CappedL1, Toy
 
@@ -191,7 +191,8 @@ def test_names_and_paths_build_the_same_kind_of_object():
     assert own.build() == CappedL1(2.0)
     assert own.label == "CappedL1(weight=2)"
     assert own.code_digest()
-    assert isinstance(SolverConfig(name="maiht").build(), so.Maiht)
+    assert TrendMethod.model_validate("doge").build() == so.trend.Doge()
+    assert TrendMethod.model_validate({"name": "doge", "B": 2}).build() == so.trend.Doge(B=2)
 
 
 @pytest.mark.parametrize(

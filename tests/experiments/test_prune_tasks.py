@@ -57,7 +57,7 @@ def test_a_sweep_over_methods_reports_perplexity_and_exact_sparsity(tmp_path, pr
         assert len(rows[label]["layers"]) == 21
     assert rows["Wanda"]["mean_relative_error"] < rows["magnitude"]["mean_relative_error"]
     axes = type(section.runs[0].task).draw(section.runs)["perplexity"]
-    assert {line.get_label() for line in axes.get_lines()} >= {"magnitude", "Wanda"}
+    assert {line.get_label() for line in axes[0].get_lines()} >= {"magnitude", "Wanda"}
     assert (outcomes[1].folder / "layer-errors.png").is_file()
     assert not (outcomes[1].folder / "model").exists()
 

@@ -88,7 +88,7 @@ def broken(tmp_path):
         "series.nii": "(3, 4, 5, 2); give a volume of three axes",
         "rgb.nii": "give a volume of one number a voxel",
         "short.nii": "cannot read",
-        "other.npz": "it holds signal; name the array image or volume",
+        "other.npz": "it holds signal, expected one of volume, image",
         "flat.npz": "its array volume has the shape (3, 4)",
         "object.npz": "pickled",
         "text.npz": "it is not an NPZ archive",

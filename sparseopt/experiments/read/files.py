@@ -4,9 +4,11 @@ Files may be malicious. Pickled data are refused, and the claimed size of the co
 allocated.
 """
 
+import contextlib
 import math
 import os
 import zipfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,18 @@ class FileError(ValueError):
     """A file that cannot be read or must not be written; the text says why and what to do."""
 
 
+@contextlib.contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Within, all that readers raise for a broken file is a FileError that says what cannot be read."""
+    try:
+        yield
+    except (FileError, ModuleNotFoundError):
+        raise
+    except Exception as error:  # of NumPy, pyarrow, zipfile, Pillow and others, each with its own classes
+        why = str(error).partition("; use `usecols`")[0][:300] or type(error).__name__
+        raise FileError(f"cannot read {what}: {why}") from error
+
+
 def opened_npz(file: Path, example: str) -> Any:
     """The arrays of an archive, unread; `example` says in an error how one is written."""
     if not zipfile.is_zipfile(file):
@@ -28,7 +42,16 @@ def opened_npz(file: Path, example: str) -> Any:
     return np.load(file, allow_pickle=False)
 
 
-def check_npy(archive: zipfile.ZipFile, member: str, file: Path) -> None:
+def npz_array(arrays: Any, names: Sequence[str], file: Path) -> tuple[str, np.ndarray]:
+    """The first of the names that an archive has, and its array, once its header is checked."""
+    name = next((name for name in names if name in arrays), None)
+    if name is None:
+        raise ValueError(f"it holds {', '.join(arrays.files[:8])}, expected one of {', '.join(names)}")
+    _check_npy(arrays.zip, name if name in arrays.zip.namelist() else f"{name}.npy", file)
+    return name, arrays[name]
+
+
+def _check_npy(archive: zipfile.ZipFile, member: str, file: Path) -> None:
     """Raise an error unless the header of an array is one of plain numbers and fits its size."""
     info = archive.getinfo(member)
     check_unpacked(info.file_size, file)

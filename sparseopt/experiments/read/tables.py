@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sparseopt.experiments.read.files import FileError, check_npy, check_unpacked, opened_npz, readable
+from sparseopt.experiments.read.files import FileError, check_unpacked, npz_array, opened_npz, readable, reading
 
 TABLE_KINDS = (".csv", ".parquet", ".npz")
 # How programs write a missing value.
@@ -27,16 +27,11 @@ def read_table(
     kind = file.suffix.lower()
     if kind not in TABLE_KINDS:
         raise FileError(f"{file} must end in one of {', '.join(TABLE_KINDS)}")
-    try:
+    with reading(f"numbers from {file}"):
         if kind == ".npz":
             table = _read_npz(file, names)
         else:
             table = {".csv": _read_csv, ".parquet": _read_parquet}[kind](file, columns, texts)
-    except (FileError, ModuleNotFoundError):
-        raise
-    except Exception as error:  # pyarrow, zipfile and zlib have their own classes of errors
-        why = str(error).partition("; use `usecols`")[0][:300] or type(error).__name__
-        raise FileError(f"cannot read numbers from {file}: {why}") from error
     if table.size == 0 or table.ndim == 0:
         raise FileError(f"{file} holds no rows of numbers; give one row a node or an edge")
     return table.reshape(len(table), -1)
@@ -114,12 +109,8 @@ def write_parquet(file: Path, columns: dict[str, list[Any]]) -> None:
 
 def _read_npz(file: Path, names: tuple[str, ...]) -> np.ndarray:
     with opened_npz(file, "signal=y") as arrays:
-        found = [name for name in names if name in arrays] or ([arrays.files[0]] if len(arrays.files) == 1 else [])
-        if not found:
-            raise ValueError(f"it holds {', '.join(arrays.files[:8])}, expected one of {', '.join(names)}")
-        member = found[0] if found[0] in arrays.zip.namelist() else f"{found[0]}.npy"
-        check_npy(arrays.zip, member, file)
-        return np.asarray(arrays[found[0]], np.float64)
+        only = arrays.files if len(arrays.files) == 1 else []
+        return np.asarray(npz_array(arrays, [*names, *only], file)[1], np.float64)
 
 
 def heading_of(file: Path) -> list[str]:

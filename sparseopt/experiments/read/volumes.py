@@ -10,7 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from sparseopt.experiments.read.files import FileError, check_npy, check_unpacked, opened_npz, readable, write_npz
+from sparseopt.experiments.read.files import (
+    FileError,
+    check_unpacked,
+    npz_array,
+    opened_npz,
+    readable,
+    reading,
+    write_npz,
+)
 from sparseopt.experiments.read.images import encoded_image, read_image, write_image
 
 NIFTI, NPZ, TIFF = (".nii", ".nii.gz"), (".npz",), (".tif", ".tiff")
@@ -46,17 +54,13 @@ def read_scan(path: str | Path) -> Scan:
     """A picture or a volume; a FileError for a file that cannot be read as either."""
     file = readable(path, "a TIFF, NIfTI or NPZ")
     name = file.name.lower()
-    try:
+    with reading(f"{file} as a volume"):
         if name.endswith(NIFTI):
             return _read_nifti(file)
         if name.endswith(NPZ):
             return _read_npz(file)
         if name.endswith(TIFF) and (stack := _read_stack(file)) is not None:
             return stack
-    except (FileError, ModuleNotFoundError):
-        raise
-    except Exception as error:  # the readers raise all kinds of errors for broken files
-        raise FileError(f"cannot read {file} as a volume: {str(error)[:300] or type(error).__name__}") from error
     return Scan(read_image(file))
 
 
@@ -128,17 +132,14 @@ def _read_nifti(file: Path) -> Scan:
 
 def _read_npz(file: Path) -> Scan:
     with opened_npz(file, "volume=v") as arrays:
-        found = [name for name in ("volume", "image") if name in arrays]
-        if not found:
-            raise ValueError(f"it holds {', '.join(arrays.files[:8])}; name the array image or volume")
-        check_npy(arrays.zip, f"{found[0]}.npy", file)
-        values, volume = arrays[found[0]], found[0] == "volume"
+        name, values = npz_array(arrays, ("volume", "image"), file)
+        volume = name == "volume"
         if values.ndim not in (range(3, 5) if volume else range(2, 4)) or values.size == 0:
-            raise ValueError(f"its array {found[0]} has the shape {values.shape}")
+            raise ValueError(f"its array {name} has the shape {values.shape}")
         if not (volume and "spacing" in arrays):
             return Scan(values, volume)
-        check_npy(arrays.zip, "spacing.npy", file)
-        return Scan(values, volume, tuple(map(float, arrays["spacing"].reshape(-1))))
+        _, spacing = npz_array(arrays, ("spacing",), file)
+        return Scan(values, volume, tuple(map(float, spacing.reshape(-1))))
 
 
 def _read_stack(file: Path) -> Scan | None:

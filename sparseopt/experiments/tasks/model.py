@@ -75,10 +75,11 @@ class MethodConfig(Named):
     methods: ClassVar[tuple[str, ...]] = ("__call__",)
 
 
+# Seconds of the method itself; forward passes and compilation are common to all.
+TIMES = ("solver_seconds", "survey_seconds", "reconstruction_seconds")
 # The fields of a report that a record keeps.
 REPORTED = (
-    "solver_seconds", "survey_seconds", "reconstruction_seconds", "compile_seconds", "seconds", "peak_memory_bytes",
-    "dense_bytes", "stored_bytes",
+    *TIMES, "compile_seconds", "seconds", "peak_memory_bytes", "dense_bytes", "stored_bytes",
 )  # fmt: skip
 
 
@@ -96,7 +97,7 @@ class ModelTask(Task):
         keep_model: keep the model that was made in the run's folder; else it is removed once it is scored.
         kind: of its recipe (class attribute).
         size: the figure that pictures show perplexity against (class attribute).
-        plot: makes such a picture, see `plots.plot_perplexity` (class attribute).
+        plot: makes such a picture, see `plots.plot_comparison` (class attribute).
     """
 
     kind: ClassVar[type[PassRecipe]]
@@ -227,7 +228,7 @@ class ModelTask(Task):
             return processes.told(perplexity(model, ids, bos=bos, observer=scoring) if processes.is_first() else None)
 
         if report is None:
-            return {"label": "dense", **self.figures(model, None), **judged, "perplexity": scored(model)}
+            return {"label": DENSE, **self.figures(model, None), **judged, "perplexity": scored(model)}
         target = folder / MODEL
         score = scored(target)
         figures = self.figures(open_model(target), report)
@@ -283,21 +284,26 @@ class ModelTask(Task):
 
     @classmethod
     def draw(cls, runs: Sequence[FinishedRun]) -> dict[str, Any]:
-        """One run: errors by layer. Several: perplexity against size."""
+        """One run: errors by layer. Several: perplexity against size, see `draw_perplexity`."""
         records = [record for run in runs for record in run.records]
-        made = [record for record in records if "layers" in record]
         if len(runs) == 1:
-            errors = {r["label"]: [LayerRecord.from_dict(line) for line in r["layers"]] for r in made if r["layers"]}
+            made = [record for record in records if record.get("layers")]
+            errors = {r["label"]: [LayerRecord.from_dict(line) for line in r["layers"]] for r in made}
             return {"layer-errors": plots.plot_layer_errors(errors)} if errors else {}
-        curves: dict[str, list[tuple[float, float]]] = {}
+        axes = cls.draw_perplexity(records)
+        return {} if axes is None else {"perplexity": axes}
+
+    @classmethod
+    def draw_perplexity(cls, records: Sequence[Record]) -> Any:
+        """Perplexity, and for `prune` time, against size; None without a model that was made and scored."""
+        curves: dict[str, list[tuple[float, ...]]] = {}
         # Null is a perplexity that was not finite.
-        for record in [record for record in made if record["perplexity"] is not None]:
-            curves.setdefault(record["label"], []).append((record[cls.size], record["perplexity"]))
-        if not curves:
-            return {}
+        for record in [record for record in records if "layers" in record and record["perplexity"] is not None]:
+            point = (record[cls.size], record["perplexity"], sum(record[name] for name in TIMES))
+            curves.setdefault(record["label"], []).append(point)
         lines = {label: tuple(np.array(sorted(points)).T) for label, points in curves.items()}
-        dense = [record["perplexity"] for record in records if record["label"] == "dense"]
-        return {"perplexity": cls.plot(lines, dense=dense[0] if dense else None)}
+        dense = next((record["perplexity"] for record in records if record["label"] == DENSE), None)
+        return cls.plot(lines, dense=dense) if lines else None
 
 
 def _check_text(source: Path, text: str, part: Part, count: int, length: int, most: int | None, **reading: Any) -> None:

@@ -29,7 +29,7 @@ class Prune(_Settings, ModelTask):
     )  # fmt: skip
     kind: ClassVar[type[Recipe]] = Recipe
     size: ClassVar[str] = "sparsity"
-    plot: ClassVar[Callable[..., Any]] = plots.plot_perplexity
+    plot: ClassVar[Callable[..., Any]] = plots.plot_comparison
 
     task: Literal["prune"]
     penalty: PenaltyConfig | None = None

@@ -1,6 +1,6 @@
 """The task `shrink`: make a smaller dense model of a language model, and score it on other text."""
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from sparseopt.experiments import plots
@@ -24,9 +24,12 @@ class Shrink(_Settings, ModelTask):
     )  # fmt: skip
     kind: ClassVar[type[ShrinkRecipe]] = ShrinkRecipe
     size: ClassVar[str] = "parameters"
-    plot: ClassVar[Callable[..., Any]] = plots.plot_sizes
-
     task: Literal["shrink"]
+
+    @staticmethod
+    def plot(lines: Mapping[str, Sequence[Any]], dense: float | None) -> Any:
+        """Sizes and perplexities, without the times."""
+        return plots.plot_sizes({label: (sizes, scores) for label, (sizes, scores, _) in lines.items()}, dense=dense)
 
     @property
     def label(self) -> str:
