@@ -200,9 +200,7 @@ def nearest_task(kind: Any, allow_code: AllowCode = False) -> tuple[str | None, 
         return None, f"this key is missing; known tasks are {', '.join(TASKS)}"
     if not isinstance(kind, str):
         return None, f"must be the name of a task, given {shortened(kind)}; {suggest('', TASKS)}"
-    if kind in TASKS:
-        return kind, None
-    if "." in kind or kind in PAPERS:
+    if "." in kind or kind in PAPERS or kind in TASKS:
         try:
             find_task(kind, allow_code)
         except ValueError as error:
