@@ -2,7 +2,6 @@
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,14 +12,14 @@ from scipy.special import expit
 
 from sparseopt.core.base.arguments import finite_number, whole_number
 from sparseopt.core.base.types import precision
-from sparseopt.core.losses.scalar import Logistic, Poisson, ScalarLoss, Squared, SquaredHinge, check_scalar_loss
+from sparseopt.core.losses.scalar import Logistic, ScalarLoss, check_scalar_loss
 from sparseopt.core.penalties.names import BY_WEIGHT
 from sparseopt.core.problem.problem import Status
 from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.base.method import Settings
 from sparseopt.trend.base.signal import check_graph, check_order
 from sparseopt.trend.filter import trend_filter
-from sparseopt.trend.methods.choice import as_method
+from sparseopt.trend.methods.choice import AUTO, as_method
 from sparseopt.trend.samples import check_weights, distinct, neighbour_graph, node_numbers, require_alike
 
 try:
@@ -66,10 +65,9 @@ class OnGraph(BaseEstimator):
         own = {name: value for name, value in params.items() if not name.startswith("method__")}
         super().set_params(**own)
         if settings := {name.removeprefix("method__"): params[name] for name in params.keys() - own.keys()}:
-            method: Any = {"name": self.method} if isinstance(self.method, str) else self.method
-            if not isinstance(method, Mapping):
-                method = {"name": method.name, **dataclasses.asdict(method)}
-            self.method = as_method({**method, **settings})
+            method: Any = as_method(self.method)
+            known = {"name": AUTO} if method is None else {"name": method.name, **dataclasses.asdict(method)}
+            self.method = as_method({**known, **settings})
         return self
 
     def fit_nodes(self, X: np.ndarray, y: np.ndarray, weights: np.ndarray, loss: ScalarLoss) -> None:
@@ -93,9 +91,7 @@ class OnGraph(BaseEstimator):
             self.graph_ = self.graph
         count = self.graph_.num_nodes
         mass = np.bincount(node, weights, minlength=count)
-        if isinstance(loss, Squared | Poisson | Logistic):
-            # Exact: up to a constant these losses are linear in y, so those of a node's samples add up to the loss of
-            # their weighted mean with the sum of their weights.
+        if getattr(loss, "adds_up", False):
             gather = sparse.csr_array((weights, (node, np.arange(len(node)))), shape=(count, len(node)))
             observed = ((gather @ y).T / np.where(mass > 0, mass, 1)).T
         else:
@@ -214,7 +210,7 @@ class GraphTrendFilter(MultiOutputMixin, RegressorMixin, OnGraph):
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
-        tags.target_tags.positive_only = self.loss == "poisson" or isinstance(self.loss, Poisson)
+        tags.target_tags.positive_only = self.loss == "poisson" or getattr(self.loss, "counts", False)
         return tags
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> "GraphTrendFilter":
@@ -234,7 +230,7 @@ class GraphTrendFilter(MultiOutputMixin, RegressorMixin, OnGraph):
             ConvergenceWarning: if the tolerance was not reached, saying what to try.
         """
         loss = check_scalar_loss(self.loss)
-        if isinstance(loss, Logistic | SquaredHinge):
+        if getattr(loss, "labels", False):
             raise ValueError(
                 f"GraphTrendFilter is a regressor, and {type(loss).__name__} is for labels: use GraphTrendClassifier, "
                 "which takes two labels of any kind, without loss="
@@ -260,7 +256,7 @@ class GraphTrendFilter(MultiOutputMixin, RegressorMixin, OnGraph):
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """R², or for Poisson D², the share of the deviance that the prediction explains; averaged over the outputs."""
         found = self.predict(X)
-        if not isinstance(self.loss_, Poisson):
+        if not getattr(self.loss_, "counts", False):
             return float(r2_score(y, found, sample_weight=sample_weight))
         columns = (np.asarray(values).reshape(len(found), -1).T for values in (y, found))
         pairs = zip(*columns, strict=True)

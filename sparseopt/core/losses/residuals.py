@@ -57,7 +57,7 @@ class _LossOfResiduals:
 class Squared(_LossOfResiduals):
     """`f = (x - y)² / 2`: the fit is a mean."""
 
-    smooth = is_square = True
+    smooth = is_square = adds_up = True
 
     def value(self, x: FloatArray, y: FloatArray) -> FloatArray:
         return (x - y) ** 2 / 2

@@ -23,8 +23,10 @@ class ScalarLoss(Protocol):
     """The loss of one observation, a frozen pytree; its methods on arrays are elementwise.
 
     Further members are optional: `smooth`, True if the derivative of f in x is continuous (a loss without it counts as
-    not smooth), `is_square`, True for `Squared`, and `refuses()`, which says on the host why the loss's own parameters
-    cannot be used, or None.
+    not smooth); `is_square`, True for `Squared`; `adds_up`, True if the losses of several observations of one x are, up
+    to a constant, that of their weighted mean with the sum of their weights; `counts` and `labels`, True if it
+    observes them; `known_variance`, True if the mean of an observation tells its variance; and `refuses()`, which says
+    on the host why the loss's own parameters cannot be used, or None.
     """
 
     expected: str  # what an observation must be, for the error text
@@ -99,7 +101,7 @@ class Poisson:
     expected = "counts, finite and not negative"
     unbounded = "no positive count"
     span_holds_fit = False
-    smooth = True
+    smooth = counts = adds_up = known_variance = True
 
     def value(self, x: FloatArray, y: FloatArray) -> FloatArray:
         return _poisson_slack(y, x)
@@ -162,7 +164,7 @@ class Logistic:
     expected = "labels 0 or 1 or proportions between them"
     unbounded = "only one of the labels 0 and 1"
     span_holds_fit = False
-    smooth = True
+    smooth = labels = adds_up = known_variance = True
 
     def value(self, x: FloatArray, y: FloatArray) -> FloatArray:
         of_label = jax.nn.softplus(jnp.where(y > 0, -x, x))
@@ -237,7 +239,7 @@ class SquaredHinge:
     expected = "labels -1 or 1"
     unbounded = "no label"
     span_holds_fit = True
-    smooth = True
+    smooth = labels = True
 
     def value(self, x: FloatArray, y: FloatArray) -> FloatArray:
         lack = jnp.maximum(1 - y * x, 0)

@@ -61,6 +61,13 @@ class Cut:
         """The inverse of `pad`."""
         return values[self._places(on_edges)[0]]
 
+    def base(self, weights: np.ndarray | None, dtype: Any, mesh: Mesh) -> "PartBase":
+        """D for the graph's weights `[m]` or None, over a mesh with one device per part."""
+        root = None if weights is None else put(self.pad(np.sqrt(weights).astype(dtype), 1, 0), over(mesh))
+        tails, heads, *sent = (put(table, over(mesh)) for table in (self.tails, self.heads, *self.sent))
+        local_nodes = self.part_nodes + sum(table.size for table in self.sent) // self.parts
+        return PartBase(EdgeBase(tails, heads, root, local_nodes), tuple(sent), self.pairs, self.part_nodes, mesh)
+
     def _places(self, on_edges: int) -> tuple[np.ndarray, int]:
         return (self.edges, self.part_edges) if on_edges else (self.nodes, self.part_nodes)
 
@@ -179,14 +186,6 @@ class PartBase:
         return nodes
 
 
-def part_base(cut: Cut, weights: np.ndarray | None, dtype: Any, mesh: Mesh) -> PartBase:
-    """The `PartBase` of a cut graph and its weights `[m]` or None, over a mesh with one device per part."""
-    root = None if weights is None else put(cut.pad(np.sqrt(weights).astype(dtype), 1, 0), over(mesh))
-    tails, heads, *sent = (put(table, over(mesh)) for table in (cut.tails, cut.heads, *cut.sent))
-    local_nodes = cut.part_nodes + sum(table.size for table in cut.sent) // cut.parts
-    return PartBase(EdgeBase(tails, heads, root, local_nodes), tuple(sent), cut.pairs, cut.part_nodes, mesh)
-
-
 @pytree
 class SlabBase:
     """D of a grid over several devices; nodes `[*padded]`, edges `[dimensions, *padded]`, cut along one of its axes.
@@ -211,6 +210,10 @@ class SlabBase:
     @property
     def edge_shape(self) -> tuple[int, ...]:
         return (len(self.shape), *self.node_shape)
+
+    def base(self, weights: np.ndarray | None, dtype: Any, mesh: Mesh) -> "SlabBase":
+        """As of `Cut`: itself."""
+        return self
 
     def difference(self, x: FloatArray) -> FloatArray:
         return self._apart(GridBase.difference, 0, 1)(x)

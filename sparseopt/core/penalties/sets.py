@@ -116,6 +116,7 @@ class Box(_Interval):
     low: Any
     high: Any
     weight: Any = 0.0
+    may_be_infinite = True  # of its numbers the bounds
 
 
 @pytree

@@ -111,7 +111,7 @@ def on_rows(terms: Terms, layout: Layout, kind: Any, channels: bool) -> Any:
     for k, term in terms.items():
         weight = getattr(term, "weight", 0.0)
         if np.ndim(weight):
-            rows = layout.rows(weight if isinstance(weight, jax.Array) else np.asarray(weight, kind), k + 1)
+            rows = layout.rows(namespace(weight).asarray(weight, kind), k + 1)
             rows = (rows.reshape(-1) if several else rows).astype(kind)
             term = leaves_as(dataclasses.replace(term, weight=0.0), kind)
             rows = rows[..., None] if channels else rows

@@ -24,7 +24,6 @@ from sparseopt.core.losses.residuals import Squared, has_two_slopes
 from sparseopt.core.losses.scalar import ScalarLoss
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.penalties.protocols import Composite
-from sparseopt.core.penalties.sets import Box
 from sparseopt.core.problem.problem import Solution, Start
 from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.base.ground import Ground, Terms, couples_axes, ground_of, on_rows, strength
@@ -308,8 +307,8 @@ def check_parameters(penalty: Any, kind: np.dtype, rows: int | None = None) -> N
         value = np.asarray(leaf)
         if value.dtype.kind not in "biuf":
             continue
-        # The bounds of a box may be infinite.
-        if np.any(np.isnan(value) if isinstance(penalty, Box) else ~np.isfinite(value)):
+        wrong = np.isnan(value) if getattr(penalty, "may_be_infinite", False) else ~np.isfinite(value)
+        if wrong.any():
             raise ValueError(f"the penalty's parameters must be finite, given {penalty}")
     require_representable(np.asarray(weight, np.float64), kind)
 

@@ -21,7 +21,7 @@ from sparseopt.core.base.mesh import at_work, over, put, whole
 from sparseopt.core.operators.differences import Difference
 from sparseopt.core.operators.maps import Identity
 from sparseopt.core.operators.normal_solves import cosine_solve, free_solve
-from sparseopt.core.operators.parts import Cut, SlabBase, cut_graph, part_base
+from sparseopt.core.operators.parts import Cut, SlabBase, cut_graph
 from sparseopt.core.operators.row_tables import Sums, edge_grid, edge_rows, grid_edges
 from sparseopt.core.penalties.entries import L1
 from sparseopt.trend.base.graph import Graph
@@ -249,9 +249,7 @@ class LayoutOver(Layout):
         return SlabBase(graph.shape, int(np.argmax(graph.shape)), self.mesh, graph.spacing)
 
     def base(self, dtype: Any) -> Any:
-        if isinstance(self.parts, SlabBase):
-            return self.parts
-        build = functools.partial(part_base, self.parts, self.graph.weights, dtype, self.mesh)
+        build = functools.partial(self.parts.base, self.graph.weights, dtype, self.mesh)
         return self.cache(("base", np.dtype(dtype).name), build)
 
     def rows(self, values: np.ndarray, order: int) -> np.ndarray:

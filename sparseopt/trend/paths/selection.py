@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 
 from sparseopt.core.base.arguments import is_positive, unknown, whole_number
-from sparseopt.core.losses.scalar import Logistic, Poisson
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.problem.problem import Status
 from sparseopt.trend.base.graph import Graph
@@ -102,14 +101,14 @@ def select(path: TrendPath, criterion: str = "gcv", sigma: float | None = None) 
         raise ValueError(unknown("criterion", criterion, CRITERIA))
     if criterion == "sure" and not getattr(path.loss, "is_square", False):
         raise ValueError(f"sure estimates a mean squared error, given a path with loss={path.loss}: take aic or gcv")
-    if isinstance(path.loss, Logistic) and criterion in ("gcv", "aic"):
+    if _fits_odds(path.loss) and criterion in ("gcv", "aic"):
         raise ValueError(
             f"{criterion} does not choose among fits of labels, whose deviance is 0 on every piece of one label: take "
             "cross_validate, or bic"
         )
     if sigma is None and criterion == "sure":
         sigma = path.noise
-    if sigma is None and isinstance(path.loss, Poisson | Logistic):
+    if sigma is None and getattr(path.loss, "known_variance", False):
         sigma = 1.0
     _require_finite(path.statuses, "the path")
     if sigma is not None and not is_positive(sigma):
@@ -141,6 +140,11 @@ def select(path: TrendPath, criterion: str = "gcv", sigma: float | None = None) 
             f"({freedom.min():g} or more of {count} values); give sigma, with which 'sure' and 'aic' can"
         )
     return Selection(path, criterion, curve, int(np.argmin(curve)), sigma)
+
+
+def _fits_odds(loss: Any) -> bool:
+    """Whether it is the loss of labels by their probabilities."""
+    return getattr(loss, "labels", False) and getattr(loss, "known_variance", False)
 
 
 def _require_finite(statuses: np.ndarray, where: str) -> None:
@@ -258,7 +262,7 @@ def cross_validate(
         errors[fold], statuses[fold] = np.average(found.mean(axis=-1), axis=1, weights=level[out]), fit.statuses
     _require_finite(statuses, "the folds (fold, level)")
     mean, spread = errors.mean(axis=0), errors.std(axis=0, ddof=1) / math.sqrt(folds)
-    rule = rule or ("half_se" if isinstance(path.loss, Logistic) else "min")
+    rule = rule or ("half_se" if _fits_odds(path.loss) else "min")
     return CrossValidation(path, errors, mean, spread, held, rule, statuses)
 
 
