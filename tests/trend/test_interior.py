@@ -8,8 +8,7 @@ import pytest
 import sparseopt as so
 from sparseopt.trend.filter import chosen_method
 from tests.tiers import often
-from tests.trend.problems import GRAPHS, exact_fit, objective, random_graph
-from tests.trend.test_sums import exact
+from tests.trend.problems import GRAPHS, exact_fit, exact_sum, objective, random_graph
 
 
 @pytest.mark.parametrize("order", range(6))
@@ -31,7 +30,7 @@ def test_node_weights_row_weights_and_channels(rng, name, order):
     weights[::4] = 0
     found = so.trend_filter(y, graph, so.L1(weights), order, "interior", tol=1e-9, node_weights=w).check()
     for channel in range(2):
-        expected = exact(y[:, channel], graph, {order: weights}, w)
+        expected = exact_sum(y[:, channel], graph, {order: weights}, w)
         np.testing.assert_allclose(found.value[:, channel], expected, atol=2e-3)
 
 
