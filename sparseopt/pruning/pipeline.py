@@ -1,7 +1,7 @@
 """The pass, a plain loop over the blocks of a model.
 
     source -[embedding]-> activations
-    for each block:   read it; for each plan: prune its linears, store the shard, run it   (see `shared_pass`, `block`)
+    for each block:   read it; for each plan: prune its linears, store the shard, run it     (see `block`)
     index, config, tokenizer; audit
 
 Memory holds one block and the activations, never the model. Every block sees the activations of the pruned blocks
@@ -260,8 +260,8 @@ def _begin(work: Pass) -> tuple[dict[int, Stream], dict[int, Stream]]:
     """Measure what the runs ask for and begin their folders.
 
     Returns:
-        The dense model's streams before the first block, by the number of variants: those that are needed again after
-        the last block, and those that are needed in every block. The branches hold their own.
+        The dense model's streams before the first block, by the number of variants: those that are needed after the
+        last block, and those that are needed in every block. The branches hold their own.
     """
     again, dense = dict[int, Stream](), dict[int, Stream]()
     for variants, group in work.groups.items():

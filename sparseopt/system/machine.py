@@ -83,7 +83,7 @@ def _peak_bytes() -> int:
 
 
 def _bytes_in(file: Path, name: str) -> int | None:
-    """The amount of a name in one of the kernel's files, which count in kB; None if it is not there."""
+    """The amount that one of the kernel's files, which count in kB, has for a name; None without."""
     lines = file.read_text().splitlines() if file.is_file() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
 

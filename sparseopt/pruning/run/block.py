@@ -36,7 +36,7 @@ from sparseopt.pruning.base.records import BlockRecord, LayerRecord
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe
 from sparseopt.pruning.run.permutation import block_orders
 from sparseopt.pruning.run.plan import Plan, PrunedParts
-from sparseopt.pruning.train.reconstruction import Reconstruction, reconstruct_block
+from sparseopt.pruning.train.reconstruction import reconstruct_block
 from sparseopt.system import processes
 
 # Of a linear's weights, those that the dtype to store may make zero: of any model a few lie that near to zero, and they
@@ -56,7 +56,7 @@ class DenseBlock:
     Attributes:
         model: the dense model.
         index: of the block in it.
-        streams: of the dense model before the block, by the number of variants; none where no plan needs it.
+        streams: of the dense model before the block, by the number of variants, where a plan needs it.
         runner: runs the block.
         block: the block.
         keys: of its tensors, by path.
@@ -146,7 +146,7 @@ def prune_block(
     parts = PrunedParts(tensors, pruned, dtypes, lambda: dense.grams(stream, recipe, drift=False)[0])
     block, tensors = plan.finish(dense.block.copy(), place, parts)
     if recipe.reconstruction is not None and (pruned or plan.smaller):
-        told(_reconstruct(block, plan, dense, stream, recipe.reconstruction, list(dtypes)))
+        told(_reconstruct(block, plan, dense, stream, list(dtypes)))
         tensors = {path: np.asarray(block.read(path)).astype(dtype) for path, dtype in dtypes.items()}
         # The block runs with the rounding of what is stored.
         block.write(tensors)
@@ -309,14 +309,12 @@ def trained_entries(plan: Plan, block: PrunableBlock, keys: Mapping[str, str]) -
     }
 
 
-def _reconstruct(
-    block: PrunableBlock, plan: Plan, dense: DenseBlock, stream: Stream, settings: Reconstruction, paths: list[str]
-) -> BlockRecord:
+def _reconstruct(block: PrunableBlock, plan: Plan, dense: DenseBlock, stream: Stream, paths: list[str]) -> BlockRecord:
     flax = cast(Block, block)  # the plan refuses torch models
     # A step sees one window or a few, in turn, so devices have nothing to share: one trains in each process.
     before, after = stream.on_one_device(), dense.outputs(plan.recipe.variants).on_one_device()
     masks = trained_entries(plan, block, dense.keys)
-    record = reconstruct_block(flax, masks, before, after, settings, dense.index)
+    record = reconstruct_block(flax, masks, before, after, plan.recipe.reconstruction, dense.index)
     if processes.count() > 1:
         # All processes continue with the first one's block.
         block.write(agreed({path: np.asarray(block.read(path)) for path in paths}))

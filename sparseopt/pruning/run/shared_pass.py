@@ -247,7 +247,7 @@ class Pass:
 
     @property
     def groups(self) -> dict[int, list[Branch]]:
-        """The runs by the number of variants that they see; those of a group have the first streams in common."""
+        """The runs by the number of variants that they see; a group has its first streams in common."""
         found: dict[int, list[Branch]] = {}
         for branch in self.branches:
             found.setdefault(branch.variants, []).append(branch)
