@@ -95,7 +95,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class BlockSizes:
-    """One kind of block. Of a linear `(out, in, share)`, the share is the fraction of the tokens that reach it.
+    """One kind of block, with linears `(out, in, share)`: the fraction of the tokens that reach it.
 
     Attributes:
         count: of such blocks.

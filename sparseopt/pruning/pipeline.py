@@ -1,7 +1,7 @@
 """The pass, a plain loop over the blocks of a model.
 
     source -[embedding]-> activations
-    for each block:   read it; for each plan: prune its linears, store the shard, run it   (see `shared_pass`, `block`)
+    for each block:   read it; for each plan: prune its linears, store the shard, run it     (see `block`)
     index, config, tokenizer; audit
 
 Memory holds one block and the activations, never the model. Every block sees the activations of the pruned blocks
@@ -13,6 +13,7 @@ Over several devices the calibration windows are spread (`activations`), and so 
 """
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -29,6 +30,7 @@ from sparseopt.layers.patterns import check_cut
 from sparseopt.layers.split import is_out_of_memory
 from sparseopt.models import Source, TorchModel, check_output, open_model
 from sparseopt.pruning.base.activations import Stream, embed_windows
+from sparseopt.pruning.base.grams import BlockRunner
 from sparseopt.pruning.base.records import Passed
 from sparseopt.pruning.base.reports import PruneReport
 from sparseopt.pruning.base.torch_grams import runner_of
@@ -194,7 +196,8 @@ def open_pass(
     model = open_model(source)
     for folder in folders:
         check_output(model.source, folder)
-    if mesh is not None and isinstance(model, TorchModel):
+    in_torch = isinstance(model, TorchModel)
+    if mesh is not None and in_torch:
         raise ValueError(
             f"the blocks of a {model.config.model_type} model, whose family is not known here, run in torch, which is "
             f"for one device; given {mesh.size}: leave devices out"
@@ -233,7 +236,7 @@ def open_pass(
         footprint = choose_footprint(model, unfinished, *windows[:2], budget, spread=mesh is not None)
         read = processes.told([progress_in(identity, plan).as_dict() for plan in unfinished] if first else [])
         branches = [Branch(model, *own, Progress.from_dict(each)) for own, each in zip(rest, read, strict=True)]
-        runner = runner_of(model)
+        runner = runner_of(model) if in_torch else BlockRunner()
         yield plans, identity, Pass(model, branches, windows, footprint, samples, observer, mesh, drawing, runner)
 
 
@@ -253,6 +256,32 @@ def _memory_errors() -> Iterator[None]:
         ) from error
 
 
+def _begin(work: Pass) -> tuple[dict[int, Stream], dict[int, Stream]]:
+    """Measure what the runs ask for and begin their folders.
+
+    Returns:
+        The dense model's streams before the first block, by the number of variants: those that are needed after the
+        last block, and those that are needed in every block. The branches hold their own.
+    """
+    again, dense = dict[int, Stream](), dict[int, Stream]()
+    for variants, group in work.groups.items():
+        seen = with_variants(work.model, work.windows, variants, work.batches, work.runner, work.observer)
+        return_freed_memory()
+        stream, watch = Stream(*embed_windows(work.model, work.batches, *seen[:2])), Stopwatch()
+        alike, recipes = replace(work, branches=group), [branch.plan.recipe for branch in group]
+        survey(alike, stream)
+        if any(branch.plan.smaller for branch in group):
+            choose_shapes(alike, stream)
+        work.survey_seconds += watch.read()[0]
+        for branch in group:
+            branch.begin(stream)
+        if any(recipe.distillation for recipe in recipes):
+            again[variants] = stream
+        if any(recipe.needs_dense_stream for recipe in recipes):
+            dense[variants] = stream
+    return again, dense
+
+
 def _run(work: Pass, stop: Callable[[], bool] | None) -> dict[str, Any]:
     """Go through the blocks; figures of the whole pass, fields of its reports."""
     model, branches, runner, whole = work.model, work.branches, work.runner, Stopwatch()
@@ -262,39 +291,18 @@ def _run(work: Pass, stop: Callable[[], bool] | None) -> dict[str, Any]:
     if branches[0].plan.recipe.draws:
         for branch in branches:
             keep_drawn(branch.plan, work.windows)
-    batches, survey_seconds = work.batches, 0.0
-    # By the number of variants; so are all streams of the dense model.
-    groups: dict[int, list[Branch]] = {}
-    for branch in branches:
-        groups.setdefault(branch.variants, []).append(branch)
-    embedded, dense = dict[int, Stream](), dict[int, Stream]()
-    for variants, group in groups.items():
-        seen = with_variants(model, work.windows, variants, batches, runner, work.observer)
-        return_freed_memory()
-        stream, watch = Stream(*embed_windows(model, batches, *seen[:2])), Stopwatch()
-        alike = replace(work, branches=group)
-        survey(alike, stream)
-        choose_shapes(alike, stream)
-        survey_seconds += watch.read()[0]
-        for branch in group:
-            branch.begin(stream)
-        recipes = [branch.plan.recipe for branch in group]
-        if any(recipe.distillation for recipe in recipes):
-            embedded[variants] = stream
-        if any(recipe.needs_dense_stream for recipe in recipes):
-            dense[variants] = stream
-    # Only the branches hold their streams, so one is freed when all of them have passed the block.
-    del stream
+    # A stream that only branches hold is freed when all of them have passed the block.
+    embedded, dense = _begin(work)
     for index in range(model.num_blocks):
         return_freed_memory()
-        read, last = model.block(index), index + 1 == model.num_blocks
-        blocks = {variants: DenseBlock(read, index, dense.get(variants), runner) for variants in groups}
-        for branch in branches:
-            branch.advance(blocks[branch.variants], work.tell)
+        block, last = DenseBlock(model, index, dense, runner), index + 1 == model.num_blocks
+        # Those that share their Grams before the first block in turn.
+        for branch in itertools.chain(*work.groups.values()):
+            branch.advance(block, work.tell)
         work.tell(Passed(index, model.num_blocks))
-        dense = {variants: blocks[variants].outputs for variants in (embedded if last else dense)}
+        dense = {variants: block.outputs(variants) for variants in (embedded if last else dense)}
         # The next block is read when this one and its Grams are gone.
-        del read, blocks
+        del block
         if not last and processes.any_of(stop is not None and stop()):
             raise Stopped(f"stopped after block {index + 1} of {model.num_blocks}; the same call resumes there")
     for branch in branches:
@@ -305,7 +313,7 @@ def _run(work: Pass, stop: Callable[[], bool] | None) -> dict[str, Any]:
         "plans": len(branches),
         "bos": work.windows.bos,
         "draw_seconds": work.draw_seconds,
-        "survey_seconds": survey_seconds,
+        "survey_seconds": work.survey_seconds,
         "calibration_seconds": runner.seconds,
         "footprint": work.footprint,
         "devices": 1 if work.mesh is None else work.mesh.size,

@@ -24,7 +24,7 @@ RESUMABLE = 75
 def makes_models(
     recipe: str, several: Sequence[str], example: str, folders: str
 ) -> Callable[[Callable[..., str]], Callable[[], None]]:
-    """Turn a function of recipes, which gives the title of their run, into the command that makes their models.
+    """Turn a function that gives the title of a run of recipes into the command that makes their models.
 
     Args:
         recipe: the name of its kind of recipe.

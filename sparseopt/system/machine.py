@@ -14,6 +14,7 @@ from typing import Any
 
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")
+STATUS, MEMINFO = Path("/proc/self/status"), Path("/proc/meminfo")
 PACKAGES = ("sparseopt", "jax", "jaxlib", "numpy", "scipy", "optax", "flax", "transformers", "torch")
 
 
@@ -70,20 +71,20 @@ def peak_from_now() -> Callable[[], int]:
 
 def resident_bytes() -> int:
     """The resident set of this process; 0 if it is not known."""
-    return _memory_status("VmRSS") or 0
+    return _bytes_in(STATUS, "VmRSS") or 0
 
 
 def _peak_bytes() -> int:
     # On Linux getrusage counts the parent's pages until exec in a child's peak; the kernel's own mark does not.
-    if (mark := _memory_status("VmHWM")) is not None:
+    if (mark := _bytes_in(STATUS, "VmHWM")) is not None:
         return mark
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _memory_status(name: str) -> int | None:
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.is_file() else []
+def _bytes_in(file: Path, name: str) -> int | None:
+    """The amount that one of the kernel's files, which count in kB, has for a name; None without."""
+    lines = file.read_text().splitlines() if file.is_file() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
 
 
@@ -93,7 +94,7 @@ def available_memory_bytes() -> int:
     The system's available memory, or what the control group leaves if that is less. If neither is known, the memory of
     the machine; 2**63 - 1 if that is not known either.
     """
-    bounds = [_meminfo_available(), _control_group_left()]
+    bounds = [_bytes_in(MEMINFO, "MemAvailable"), _control_group_left()]
     known = [bound for bound in bounds if bound is not None]
     if known:
         return min(known)
@@ -115,14 +116,6 @@ def working_memory_bytes() -> int:
     """What a run can take: the memory available to this process, or what is left of the first device's if less."""
     left = device_memory_left()
     return available_memory_bytes() if left is None else min(available_memory_bytes(), left)
-
-
-def _meminfo_available() -> int | None:
-    file = Path("/proc/meminfo")
-    if not file.is_file():
-        return None
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", file.read_text(), re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
 
 
 def _control_group_left() -> int | None:

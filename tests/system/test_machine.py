@@ -50,7 +50,7 @@ def test_available_memory_is_less_than_there_is():
 
 
 def test_the_tighter_bound_counts(monkeypatch):
-    monkeypatch.setattr(machine, "_meminfo_available", lambda: 7)
+    monkeypatch.setattr(machine, "_bytes_in", lambda file, name: 7)
     monkeypatch.setattr(machine, "_control_group_left", lambda: 5)
     assert available_memory_bytes() == 5
     monkeypatch.setattr(machine, "_control_group_left", lambda: None)

@@ -182,9 +182,9 @@ def masked_losses(trial: Trial, plans: Sequence[Plan], stream: Stream) -> list[f
     stream = Stream(stream.calibration, stream.calibration.empty())
     whole, streams = trial.batches, [trial.batches] * len(plans)
     for index in range(model.num_blocks):
-        block = DenseBlock(model.block(index), index, None, runner)
+        block = DenseBlock(model, index, {}, runner)
         staying = [place for place, plan in enumerate(plans) if plan.place(index) is not None]
-        masked = masked_blocks(model, [plans[place] for place in staying], block, stream)
+        masked = masked_blocks([plans[place] for place in staying], block, stream)
         for place, own in zip(staying, masked, strict=True):
             streams[place] = runner.forward(own, streams[place])
         whole = runner.forward(block.block, whole)

@@ -6,7 +6,6 @@ stream before the block -> Grams -[propagate]-> targets -[method]-> pruned linea
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
 from typing import Any, cast
 
 import jax
@@ -37,7 +36,7 @@ from sparseopt.pruning.base.records import BlockRecord, LayerRecord
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe
 from sparseopt.pruning.run.permutation import block_orders
 from sparseopt.pruning.run.plan import Plan, PrunedParts
-from sparseopt.pruning.train.reconstruction import Reconstruction, reconstruct_block
+from sparseopt.pruning.train.reconstruction import reconstruct_block
 from sparseopt.system import processes
 
 # Of a linear's weights, those that the dtype to store may make zero: of any model a few lie that near to zero, and they
@@ -54,12 +53,20 @@ class PruningError(RuntimeError):
 class DenseBlock:
     """A dense block, of which plans prune copies, and what is computed with it once for all plans of a pass.
 
-    The stream is the dense model's own before the block; None where no plan needs it.
+    Attributes:
+        model: the dense model.
+        index: of the block in it.
+        streams: of the dense model before the block, by the number of variants, where a plan needs it.
+        runner: runs the block.
+        block: the block.
+        keys: of its tensors, by path.
     """
 
-    def __init__(self, block: PrunableBlock, index: int, stream: Stream | None, runner: BlockRunner) -> None:
-        self.block, self.index, self.stream, self.runner = block, index, stream, runner
+    def __init__(self, model: PrunableModel, index: int, streams: Mapping[int, Stream], runner: BlockRunner) -> None:
+        self.model, self.index, self.streams, self.runner = model, index, streams, runner
+        self.block, self.keys = model.block(index), model.block_keys(index)
         self._grams: dict[tuple[Any, ...], tuple[BlockGrams, BlockGrams]] = {}
+        self._outputs: dict[int, Stream] = {}
 
     def grams(self, stream: Stream, recipe: PassRecipe, *, drift: bool) -> tuple[BlockGrams, BlockGrams]:
         """Grams by tap, of the calibration tokens and of the held-out ones, empty without any.
@@ -74,7 +81,7 @@ class DenseBlock:
         if key not in self._grams:
             # Plans share a stream before the first block only; Grams of other streams are never asked for again.
             self._grams = {known: grams for known, grams in self._grams.items() if known[0] == stream}
-            dense = self.stream.calibration if drift and self.stream else None
+            dense = self.streams[recipe.variants].calibration if drift else None
             found = self.runner.grams(self.block, stream.calibration, weighting, dense, experts)
             tests = BlockGrams({})
             if stream.heldout:
@@ -84,11 +91,11 @@ class DenseBlock:
             self._grams[key] = (found, tests)
         return self._grams[key]
 
-    @cached_property
-    def outputs(self) -> Stream:
-        if self.stream is None:
-            raise RuntimeError("no plan asked for the dense stream")
-        return self.runner.through(self.block, self.stream)
+    def outputs(self, variants: int) -> Stream:
+        """The dense model's stream after the block."""
+        if variants not in self._outputs:
+            self._outputs[variants] = self.runner.through(self.block, self.streams[variants])
+        return self._outputs[variants]
 
     def _check(self, grams: BlockGrams, tokens: str, batches: Batches) -> None:
         for name, found in grams.stacked.items():
@@ -104,7 +111,6 @@ class DenseBlock:
 
 
 def prune_block(
-    model: PrunableModel,
     plan: Plan,
     dense: DenseBlock,
     place: int,
@@ -115,7 +121,6 @@ def prune_block(
     """Prune the linears of one block, and train the block if the plan says so.
 
     Args:
-        model: the dense model.
         plan: what is done.
         dense: the block.
         place: its index in the plan's target.
@@ -129,29 +134,26 @@ def prune_block(
     Raises:
         PruningError: naming the layer, if activations or a solve become non-finite, or a solve does not fit in memory.
     """
-    recipe, keys = plan.recipe, model.block_keys(dense.index)
-    tensors = {path: model.stored(key) for path, key in keys.items()}
+    recipe = plan.recipe
+    tensors = {path: dense.model.stored(key) for path, key in dense.keys.items()}
     dtypes = {path: dtype_of(key) for path, key in plan.target.block_keys(place).items()}
     moves: Mapping[str, Move] = {}
     if recipe.get("permute"):
-        moves = _moves(plan, dense, stream, keys, tensors)
+        moves = _moves(plan, dense, stream, tensors)
         tensors = reordered_block(tensors, moves)
-    pruned = _pruned(plan, dense, stream, keys, tensors, dtypes, told, moves)
+    pruned = _pruned(plan, dense, stream, tensors, dtypes, told, moves)
     tensors |= pruned
     parts = PrunedParts(tensors, pruned, dtypes, lambda: dense.grams(stream, recipe, drift=False)[0])
     block, tensors = plan.finish(dense.block.copy(), place, parts)
     if recipe.reconstruction is not None and (pruned or plan.smaller):
-        masks = trained_entries(plan, block, keys)
-        told(_reconstruct(block, masks, dense, stream, recipe.reconstruction, list(dtypes)))
+        told(_reconstruct(block, plan, dense, stream, list(dtypes)))
         tensors = {path: np.asarray(block.read(path)).astype(dtype) for path, dtype in dtypes.items()}
         # The block runs with the rounding of what is stored.
         block.write(tensors)
     return block, {key: tensors[path] for path, key in plan.target.block_keys(place).items()}
 
 
-def masked_blocks(
-    model: PrunableModel, plans: Sequence[Plan], dense: DenseBlock, stream: Stream
-) -> Iterator[PrunableBlock]:
+def masked_blocks(plans: Sequence[Plan], dense: DenseBlock, stream: Stream) -> Iterator[PrunableBlock]:
     """For each plan in turn the dense block with what goes set to zero, and the rest fitted again.
 
     It computes what the plan's smaller block would, before training. All plans share the Grams of the stream.
@@ -159,12 +161,11 @@ def masked_blocks(
     Raises:
         PruningError: as `prune_block` does.
     """
-    keys = model.block_keys(dense.index)
-    paths = {path for path, key in keys.items() if any(key in plan.patterns for plan in plans)}
-    tensors = {path: model.stored(keys[path]) for path in paths}
+    pruned = {path: key for path, key in dense.keys.items() if any(key in plan.patterns for plan in plans)}
+    tensors = {path: dense.model.stored(key) for path, key in pruned.items()}
     for plan in plans:
         block = dense.block.copy()
-        block.write(_pruned(plan, dense, stream, keys, tensors, {}, lambda record: None, {}))
+        block.write(_pruned(plan, dense, stream, tensors, {}, lambda record: None, {}))
         yield block
 
 
@@ -172,14 +173,13 @@ def _pruned(
     plan: Plan,
     dense: DenseBlock,
     stream: Stream,
-    keys: Mapping[str, str],
     tensors: Mapping[str, np.ndarray],
     dtypes: Mapping[str, np.dtype],
     told: Callable[[LayerRecord | BlockRecord], None],
     moves: Mapping[str, Move],
 ) -> dict[str, np.ndarray]:
     """The new weights of the linears that the plan prunes, by path; the tensors given are moved already."""
-    recipe, mesh = plan.recipe, stream.calibration.mesh
+    recipe, keys, mesh = plan.recipe, dense.keys, stream.calibration.mesh
     linears = {n: tap for n, tap in dense.block.linears.items() if keys[f"{n}.weight"] in plan.patterns}
     if not linears:
         return {}
@@ -245,11 +245,9 @@ def _stored_as(key: str, dense: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return weight
 
 
-def _moves(
-    plan: Plan, dense: DenseBlock, stream: Stream, keys: Mapping[str, str], tensors: Mapping[str, np.ndarray]
-) -> dict[str, Move]:
+def _moves(plan: Plan, dense: DenseBlock, stream: Stream, tensors: Mapping[str, np.ndarray]) -> dict[str, Move]:
     """The channels that move so that the patterns keep more."""
-    block = cast(Block, dense.block)  # the plan refuses torch models
+    block, keys = cast(Block, dense.block), dense.keys  # the plan refuses torch models
     grams = dense.grams(stream, plan.recipe, drift=plan.recipe.propagate > 0)[0]
     found = {n: plan.patterns.get(keys[f"{n}.weight"]) for n in block.linears}
     patterns = {name: pattern for name, pattern in found.items() if isinstance(pattern, NM)}
@@ -311,18 +309,12 @@ def trained_entries(plan: Plan, block: PrunableBlock, keys: Mapping[str, str]) -
     }
 
 
-def _reconstruct(
-    block: PrunableBlock,
-    masks: Mapping[str, Array],
-    dense: DenseBlock,
-    stream: Stream,
-    settings: Reconstruction,
-    paths: list[str],
-) -> BlockRecord:
+def _reconstruct(block: PrunableBlock, plan: Plan, dense: DenseBlock, stream: Stream, paths: list[str]) -> BlockRecord:
     flax = cast(Block, block)  # the plan refuses torch models
     # A step sees one window or a few, in turn, so devices have nothing to share: one trains in each process.
-    before, after = stream.on_one_device(), dense.outputs.on_one_device()
-    record = reconstruct_block(flax, masks, before, after, settings, dense.index)
+    before, after = stream.on_one_device(), dense.outputs(plan.recipe.variants).on_one_device()
+    masks = trained_entries(plan, block, dense.keys)
+    record = reconstruct_block(flax, masks, before, after, plan.recipe.reconstruction, dense.index)
     if processes.count() > 1:
         # All processes continue with the first one's block.
         block.write(agreed({path: np.asarray(block.read(path)) for path in paths}))

@@ -54,15 +54,14 @@ def drawn_windows(
     recipe = plans[0].recipe
     check_window(recipe.seqlen, model.config.max_positions)
     bos = start_token(model.source, load_tokenizer(model.source), recipe.bos)
-    sizes = _sizes(recipe)
-    shape = sum(sizes), recipe.seqlen
     ids = None
     if processes.is_first():
-        ids = _kept(plans, identity, shape)
+        ids = _kept(plans, identity)
         if ids is None:
-            ids = _cached(model, recipe, shape, bos, identity, budget, observer)
+            ids = _cached(model, recipe, bos, identity, budget, observer)
     told = processes.told(None if ids is None else ids.tolist())
-    calibration, heldout, scored = np.split(np.asarray(told, np.int32), np.cumsum(sizes)[:2])
+    ends = np.cumsum([recipe.window_count, recipe.heldout_windows])
+    calibration, heldout, scored = np.split(np.asarray(told, np.int32), ends)
     return CalibrationWindows(calibration, heldout, scored, bos)
 
 
@@ -73,31 +72,30 @@ def keep_drawn(plan: Plan, windows: CalibrationWindows) -> None:
         _write(file, np.concatenate(windows[:3]))
 
 
-def _kept(plans: Sequence[Plan], identity: Identity, shape: tuple[int, int]) -> np.ndarray | None:
+def _kept(plans: Sequence[Plan], identity: Identity) -> np.ndarray | None:
     """The windows in the first of the folders that has some; also checks that no folder holds another run."""
     begun = [plan for plan in plans if state_in(identity, plan) is not State.NEW]
-    found = (_read(plan.folder / DRAWN, shape) for plan in begun)
+    found = (_read(plan.folder / DRAWN, _shape(plan.recipe)) for plan in begun)
     return next((ids for ids in found if ids is not None), None)
 
 
 def _cached(
     model: PrunableModel,
     recipe: PassRecipe,
-    shape: tuple[int, int],
     bos: int | None,
     identity: Identity,
     budget: int | None,
     observer: Observer,
 ) -> np.ndarray:
     """The windows from the user's cache, drawn if they are not there yet."""
-    start, cache = _first_token(model, bos), cache_folder() / "drawn"
-    count, length = _texts(shape)
+    start, cache, shape = _first_token(model, bos), cache_folder() / "drawn", _shape(recipe)
+    count, length = _texts(recipe)
     draw = [recipe.seed or 0, *shape, length, start, bos, HOTTEST, COOLING]
     decided = {**identity.of(recipe), "recipe": None, "draw": draw}
     file = cache / f"{hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:32]}.json"
     if (ids := _read(file, shape)) is not None:
         return ids
-    _check_memory(model, shape, budget)
+    _check_memory(model, recipe, budget)
     decoder, drawn = model.decoder(), list[np.ndarray]()
     batches = np.array_split(np.arange(count), -(-count // BATCH))
 
@@ -121,24 +119,20 @@ def _cached(
 
 def drawing_bytes(model: StreamedModel, recipe: PassRecipe) -> dict[str, int]:
     """Bytes while the windows of a recipe are drawn, by what they hold."""
-    return _held(model, (sum(_sizes(recipe)), recipe.seqlen))
-
-
-def _sizes(recipe: PassRecipe) -> tuple[int, int, int]:
-    """The windows to calibrate on, those held out, and those to score."""
-    return recipe.window_count, recipe.heldout_windows, scored_windows(recipe)
-
-
-def _held(model: StreamedModel, shape: tuple[int, int]) -> dict[str, int]:
-    """Bytes while windows of a shape are drawn, by what they hold."""
-    count, length = _texts(shape)
+    count, length = _texts(recipe)
     return {"model": model.decoder_bytes(), "keys and values": kept_bytes(model.config, min(count, BATCH), length)}
 
 
-def _texts(shape: tuple[int, int]) -> tuple[int, int]:
-    """How many texts make so many windows of this length, and how long each is."""
-    parts = max(1, round(shape[1] / TEXT))
-    return shape[0] * parts, -(-shape[1] // parts)
+def _shape(recipe: PassRecipe) -> tuple[int, int]:
+    """Of the windows to calibrate on, those held out, and those to score."""
+    return recipe.window_count + recipe.heldout_windows + scored_windows(recipe), recipe.seqlen
+
+
+def _texts(recipe: PassRecipe) -> tuple[int, int]:
+    """How many texts make the windows of a recipe, and how long each is."""
+    windows, length = _shape(recipe)
+    parts = max(1, round(length / TEXT))
+    return windows * parts, -(-length // parts)
 
 
 def _first_token(model: PrunableModel, bos: int | None) -> int:
@@ -155,7 +149,7 @@ def _first_token(model: PrunableModel, bos: int | None) -> int:
     return int(start)
 
 
-def _check_memory(model: PrunableModel, shape: tuple[int, int], budget: int | None) -> None:
+def _check_memory(model: PrunableModel, recipe: PassRecipe, budget: int | None) -> None:
     """Refuse to draw with a model that has no decoder here or that memory cannot hold."""
     other = "give a text to calibrate on, as in calibration='file:PATH' or 'hf:OWNER/NAME' ('pydoc' is always at hand)"
     if not isinstance(model, StreamedModel):
@@ -163,7 +157,7 @@ def _check_memory(model: PrunableModel, shape: tuple[int, int], budget: int | No
             f"calibration 'self' is text that the model draws, and a {model.config.model_type} model, whose family is "
             f"not known here, cannot draw any: {other}"
         )
-    needed = sum(_held(model, shape).values())
+    needed = sum(drawing_bytes(model, recipe).values())
     limit = working_memory_bytes() if budget is None else budget
     if needed > limit:
         raise ModelError(

@@ -99,7 +99,7 @@ class Plan:
 
     def place(self, index: int) -> int | None:
         """The index in the target of a block of the model; None for a block that goes."""
-        return index
+        return self.stays.index(index) if index in self.stays else None
 
     @property
     def stays(self) -> Sequence[int]:
@@ -159,9 +159,6 @@ class SmallerPlan(Plan):
 
     recipe: ShrinkRecipe
     sizes: Sizes = dataclasses.field(kw_only=True)
-
-    def place(self, index: int) -> int | None:
-        return self.sizes.blocks.index(index) if index in self.sizes.blocks else None
 
     @property
     def stays(self) -> Sequence[int]:

@@ -64,7 +64,7 @@ class Branch:
 
     @property
     def variants(self) -> int:
-        """Of each calibration window; runs that see as many have their first streams in common."""
+        """Of each calibration window."""
         return self.calibration.variants
 
     def begin(self, stream: Stream) -> None:
@@ -106,7 +106,7 @@ class Branch:
                 told(record)
         tag = trained_tag if self.progress.distilled else block_tag
         tensors = self._stored(tag(dense.index), place)
-        return self.plan.restore(dense.block.copy(), place, self.model.block_keys(dense.index), tensors)
+        return self.plan.restore(dense.block.copy(), place, dense.keys, tensors)
 
     def _stored(self, tag: str, place: int) -> dict[str, np.ndarray]:
         """The tensors of a shard of a block of the target, by path, linears as `[out, in]`."""
@@ -118,7 +118,7 @@ class Branch:
             self.keep(record)
             told(record)
 
-        block, tensors = prune_block(self.model, self.plan, dense, place, self.stream, self.writer.dtype_of, kept)
+        block, tensors = prune_block(self.plan, dense, place, self.stream, self.writer.dtype_of, kept)
         self._write(block_tag(dense.index), tensors)
         return block
 
@@ -222,6 +222,7 @@ class Pass:
         draw_seconds: that drawing the windows took.
         runner: runs the blocks.
         done: layers.
+        survey_seconds: of what was measured before the first block.
     """
 
     model: PrunableModel
@@ -234,6 +235,7 @@ class Pass:
     draw_seconds: float
     runner: BlockRunner
     done: int = 0
+    survey_seconds: float = 0.0
 
     @property
     def batches(self) -> Batches:
@@ -242,6 +244,14 @@ class Pass:
             return SpreadBatches(self.mesh)
         on_disk = self.footprint.activations == "disk"
         return DiskBatches(self.branches[0].plan.folder) if on_disk else Batches()
+
+    @property
+    def groups(self) -> dict[int, list[Branch]]:
+        """The runs by the number of variants that they see; a group has its first streams in common."""
+        found: dict[int, list[Branch]] = {}
+        for branch in self.branches:
+            found.setdefault(branch.variants, []).append(branch)
+        return found
 
     def tell(self, event: Event) -> None:
         """Tell the observer, with the layers that are done and those of all runs."""
