@@ -84,25 +84,34 @@ class Finished(NamedTuple):
 
 
 def finished(sweep: Sweep, overrides: dict[str, Any], folder: Path) -> Iterator[Finished]:
-    """Run a sweep by the command, and read what its folder holds."""
+    """Run a sweep by the command, and read what its folder holds.
+
+    If a run cannot be done, or its folder holds other results, all are done one by one, so that only this one fails.
+    """
     config = CONFIGS / f"{sweep.config}.yaml"
     changes = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
     runs = load_config(config, changes, allow_code=True)
-    command = [sys.executable, "-m", "sparseopt", "run", str(config), *changes, "--allow-code", "--output", str(folder)]
-    # A folder with the runs of other settings or of another version ends the benchmark.
-    subprocess.run([*command, "--dry-run"], stdout=sys.stderr, check=True)
-    count = len(runs) if sweep.apart else 1
-    for shard in range(1, count + 1):
-        # What failed is in the folders.
-        subprocess.run([*command, "--shard", f"{shard}/{count}"], stdout=sys.stderr, check=False)
-    for run in runs:
-        place = folder / run.subfolder
-        lines = (place / "records.jsonl").read_text().splitlines() if (place / "records.jsonl").is_file() else []
-        failure = place / "error.txt"
-        error = failure.read_text().strip() if failure.is_file() else "" if lines else "not run"
-        begun = json.loads((place / "run.json").read_text()) if (place / "run.json").is_file() else {}
-        machine = {name: begun.get(name) for name in ("versions", "machine")}
-        yield Finished(run, json.loads(lines[-1]) if lines else None, error, machine)
+    command = ["-m", "sparseopt", "run", str(config), *changes, "--allow-code", "--output", str(folder)]
+    one_by_one = sweep.apart or not succeeds(command, "--dry-run")
+    if not one_by_one:
+        succeeds(command)
+    for index, run in enumerate(runs, 1):
+        place, error = folder / run.subfolder, ""
+        if one_by_one and not succeeds(command, "--shard", f"{index}/{len(runs)}"):
+            error = "the command refused it"
+        if (place / "error.txt").is_file():
+            error = (place / "error.txt").read_text().strip()
+        if error:
+            yield Finished(run, None, error, {})
+            continue
+        record = json.loads((place / "records.jsonl").read_text().splitlines()[-1])
+        begun = json.loads((place / "run.json").read_text())
+        yield Finished(run, record, "", {name: begun[name] for name in ("versions", "machine")})
+
+
+def succeeds(command: list[str], *options: str) -> bool:
+    """Whether a command of this Python succeeds; its output goes to stderr."""
+    return subprocess.run([sys.executable, *command, *options], stdout=sys.stderr, check=False).returncode == 0
 
 
 def shown(record: dict[str, Any], task: Any) -> dict[str, Any]:
@@ -157,7 +166,8 @@ def published(task: Any, setting: str) -> Iterator[dict[str, Any]]:
         for name, value in figure.values.items():
             what = "solver time" if name.endswith(" seconds") else "perplexity"
             run = f"models, {name.removesuffix(' seconds')} at {setting}"
-            yield {"figure": f"{what}, {run}", "value": value, "source": "published reference, measured elsewhere"}
+            elsewhere = {"source": "published reference, measured elsewhere", "versions": None, "machine": None}
+            yield {"figure": f"{what}, {run}", "value": value, **elsewhere}
 
 
 def lines_of(
