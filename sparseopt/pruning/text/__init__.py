@@ -1,1 +1,1 @@
-"""Text as tokens: `documents` finds what a short specification names, `chats` reads it, `windows` cuts windows."""
+"""Text as tokens: `documents` finds it, `chats` says what a document is, `windows` cuts it."""

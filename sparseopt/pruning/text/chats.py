@@ -1,4 +1,4 @@
-"""What a document is: a text, or a chat as a list of messages; and what is wrong with one that cannot be read."""
+"""What a document is: a text, or a chat as a list of messages."""
 
 import json
 from typing import Annotated, Any
@@ -48,7 +48,7 @@ def _known(given: Any) -> Any:
 
 
 class _Message(BaseModel):
-    """A message as chat templates know it: a content may be null beside tool calls, or a list of parts."""
+    """As chat templates know it: a content may be null beside tool calls, or a list of parts."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -78,7 +78,7 @@ def _read_message(given: Any, place: str) -> dict[str, Any]:
 
 
 def _characters(text: str, place: str) -> str:
-    """The text itself; a `TextError` for half a surrogate pair, which JSON can hold and no tokenizer reads."""
+    """The text itself; a `TextError` for half a surrogate pair, which no tokenizer reads."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
