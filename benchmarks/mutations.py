@@ -1,7 +1,7 @@
 """Mutation check: defects sown in places that a seeded draw chose, and which of them the fast tests find.
 
-    python benchmarks/mutations.py draw [--seed 44] [--count 30]   places, one line each, in proportion to the rooms' lines
-    python benchmarks/mutations.py run [--only NUMBER ...]         JSON lines: each defect of mutations.yaml, found by which test
+    python benchmarks/mutations.py draw [--seed 44] [--count 30]   places, in proportion to the statements of the rooms
+    python benchmarks/mutations.py run [--only NUMBER ...]         JSON lines: which test finds each of mutations.yaml
 
 A defect is one text replaced by another, sown in a copy of the tree. The tests of its room run first, then the others.
 """
@@ -28,13 +28,13 @@ FAST = "not thorough and not processes and not slow and not pages and not oracle
 def statements(file: Path) -> list[tuple[str, int, str]]:
     """The simple statements inside the functions of a file: function, line and text."""
     text = file.read_text(encoding="utf-8")
-    found = []
+    found, seen = [], set[ast.AST]()
     for function in ast.walk(ast.parse(text)):
         if not isinstance(function, ast.FunctionDef):
             continue
         for node in ast.walk(function):
-            if isinstance(node, ast.Assign | ast.AugAssign | ast.Return | ast.If) and not getattr(node, "seen", False):
-                node.seen = True
+            if isinstance(node, ast.Assign | ast.AugAssign | ast.Return | ast.If) and node not in seen:
+                seen.add(node)
                 line = text.splitlines()[node.lineno - 1].strip()
                 if not line.startswith(("return None", "return self", "raise ")):
                     found.append((function.name, node.lineno, line))
@@ -73,16 +73,33 @@ def run(only: list[int]) -> None:
             file = tree / defect["file"]
             text = file.read_text(encoding="utf-8")
             if text.count(defect["old"]) != 1:
-                raise ValueError(f"defect {number}: {defect['file']} has {text.count(defect['old'])} of {defect['old']!r}")
+                raise ValueError(
+                    f"defect {number}: {defect['file']} has {text.count(defect['old'])} of {defect['old']!r}"
+                )
             file.write_text(text.replace(defect["old"], defect["new"]), encoding="utf-8")
             room = defect["file"].split("/")[1]
             start, failed = time.time(), None
             for chosen in ([f"tests/{room}"], ["tests", f"--ignore=tests/{room}"]):
                 if chosen[0] != "tests" and not (tree / chosen[0]).is_dir():
                     continue
-                command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "2", "--dist", "loadfile", "-m", FAST, *chosen]
+                command = [
+                    sys.executable,
+                    "-m",
+                    "pytest",
+                    "-q",
+                    "-x",
+                    "-n",
+                    "2",
+                    "--dist",
+                    "loadfile",
+                    "-m",
+                    FAST,
+                    *chosen,
+                ]
                 shown = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False).stdout
-                failed = next((line.split()[1] for line in shown.splitlines() if line.startswith(("FAILED", "ERROR"))), None)
+                failed = next(
+                    (line.split()[1] for line in shown.splitlines() if line.startswith(("FAILED", "ERROR"))), None
+                )
                 if failed:
                     break
             record = {"number": number, "file": defect["file"], "kind": defect["kind"], "found_by": failed}

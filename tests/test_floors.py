@@ -52,7 +52,7 @@ HOUSE = {
         "hub",
         "source",
     ],
-    "models/decoder": ["layers", "settings", "attention experts", "decoder", "generate tokenizer"],
+    "models/decoder": ["layers", "settings", "attention experts", "decoder", "cached_decoding tokenizer"],
     # A family, one file each, below the table of all.
     "models/families": ["family", "*", "__init__"],
     "models/streaming": ["prunable", "torch_*", "streamed"],
@@ -66,7 +66,7 @@ HOUSE = {
     "pruning/run": [
         "facts permutation plan",
         "calibration card",
-        "folder variants",
+        "resumption variants",
         "block drawn",
         "shared_pass",
     ],

@@ -5,9 +5,9 @@ From the lowest: `base`, `files`, `decoder`, `families`, `streaming`, `reshape`,
 
 from sparseopt.models.base.errors import ModelError
 from sparseopt.models.base.rope import Rope
+from sparseopt.models.decoder.cached_decoding import generate
 from sparseopt.models.decoder.decoder import Block, Decoder, Embedding, Head
 from sparseopt.models.decoder.experts import Routed
-from sparseopt.models.decoder.generate import generate
 from sparseopt.models.decoder.layers import Linear
 from sparseopt.models.decoder.settings import BlockKind, DecoderConfig, ExpertsConfig, check_window
 from sparseopt.models.decoder.tokenizer import Bos, chat_writer, encode_text, load_tokenizer, start_token

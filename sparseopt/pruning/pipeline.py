@@ -50,7 +50,8 @@ from sparseopt.pruning.run.calibration import (
     with_windows,
 )
 from sparseopt.pruning.run.drawn import drawn_windows, keep_drawn
-from sparseopt.pruning.run.folder import (
+from sparseopt.pruning.run.plan import Plan, make_plan
+from sparseopt.pruning.run.resumption import (
     Identity,
     Progress,
     claimed,
@@ -59,7 +60,6 @@ from sparseopt.pruning.run.folder import (
     read_report,
     recipe_identity,
 )
-from sparseopt.pruning.run.plan import Plan, make_plan
 from sparseopt.pruning.run.shared_pass import Branch, Pass
 from sparseopt.pruning.run.variants import with_variants
 from sparseopt.system import processes

@@ -18,7 +18,7 @@ from sparseopt.layers.patterns import check_cut, parse_pattern
 from sparseopt.models import TorchModel, open_source
 from sparseopt.pruning import LayerRecord, pipeline, prune_model
 from sparseopt.pruning.base.records import AllocationRecord, BlockRecord, DistillationRecord, ShapeRecord
-from sparseopt.pruning.run.folder import Progress
+from sparseopt.pruning.run.resumption import Progress
 from sparseopt.system import run_folder
 from tests.pruning.on_devices import LAYERS
 

@@ -31,8 +31,8 @@ from sparseopt.pruning.base.records import (
     ShapeRecord,
 )
 from sparseopt.pruning.recipe.shrink_recipe import parameters_of
-from sparseopt.pruning.run.folder import recipe_identity
 from sparseopt.pruning.run.plan import make_plan
+from sparseopt.pruning.run.resumption import recipe_identity
 from sparseopt.pruning.train.distillation import Distillation
 from sparseopt.pruning.train.reconstruction import Reconstruction
 from sparseopt.system.run_folder import RECORDS, FolderError

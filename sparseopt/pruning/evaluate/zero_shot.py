@@ -31,7 +31,7 @@ from sparseopt.models import (
     open_model,
     start_token,
 )
-from sparseopt.models.decoder.generate import next_tokens
+from sparseopt.models.decoder.cached_decoding import next_tokens
 from sparseopt.pruning.evaluate.scoring import Score, score_continuations
 
 FEWSHOT_SEED = 1234  # lm-eval's own default

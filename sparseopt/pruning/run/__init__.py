@@ -1,5 +1,5 @@
-"""The run of a recipe: its plan for a model, its windows, its folder, and one block pruned, written and told.
+"""The run of a recipe: its plan for a model, its windows, its fingerprint, and one block pruned, written and told.
 
-`plan` checks all of it before any work, `block` prunes, `shared_pass` stores, `folder` resumes,
+`plan` checks all of it before any work, `block` prunes, `shared_pass` stores, `resumption` says what is done,
 `facts` and `card` describe.
 """

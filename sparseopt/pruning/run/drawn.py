@@ -15,11 +15,11 @@ import numpy as np
 
 from sparseopt.core.base.types import Observer
 from sparseopt.models import ModelError, PrunableModel, StreamedModel, check_window, load_tokenizer, start_token
-from sparseopt.models.decoder.generate import COOLING, HOTTEST, draw_texts, kept_bytes
+from sparseopt.models.decoder.cached_decoding import COOLING, HOTTEST, draw_texts, kept_bytes
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe, scored_windows
 from sparseopt.pruning.run.calibration import CalibrationWindows
-from sparseopt.pruning.run.folder import Identity, state_in
 from sparseopt.pruning.run.plan import Plan
+from sparseopt.pruning.run.resumption import Identity, state_in
 from sparseopt.pruning.text.windows import begin_windows
 from sparseopt.system import processes
 from sparseopt.system.files import write_whole

@@ -31,8 +31,8 @@ from sparseopt.pruning.evaluate.perplexity import window_losses
 from sparseopt.pruning.run.block import DenseBlock, PruningError, prune_block, trained_entries
 from sparseopt.pruning.run.calibration import CalibrationWindows, Sample
 from sparseopt.pruning.run.card import CARD, model_card
-from sparseopt.pruning.run.folder import Finished, Progress
 from sparseopt.pruning.run.plan import Plan
+from sparseopt.pruning.run.resumption import Finished, Progress
 from sparseopt.pruning.train.distillation import distil
 from sparseopt.system import processes
 from sparseopt.system.files import write_whole

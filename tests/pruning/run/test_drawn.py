@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sparseopt.models import ModelError, load_decoder, open_model
-from sparseopt.models.decoder.generate import draw_texts, kept_bytes
+from sparseopt.models.decoder.cached_decoding import draw_texts, kept_bytes
 from sparseopt.pruning import Recipe, pipeline, prune_model
 from sparseopt.pruning.run import drawn
 from sparseopt.system.run_folder import DRAWN, FolderError, read_start

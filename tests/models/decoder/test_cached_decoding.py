@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sparseopt.models import Decoder, generate, load_decoder
-from sparseopt.models.decoder.generate import _drawn
+from sparseopt.models.decoder.cached_decoding import _drawn
 from tests.jitted import run
 from tests.models.decoder.test_decoder import GOLDEN, write_golden
 from tests.models.tiny import random_tensors, tiny_config, write_folder

@@ -14,7 +14,7 @@ from sparseopt.layers.methods import MaihtPruning, SplicePruning, Wanda
 from sparseopt.models import ModelError, TorchModel, open_model
 from sparseopt.pruning import Recipe
 from sparseopt.pruning.run import folder as run_folder
-from sparseopt.pruning.run.folder import Identity, recipe_identity
+from sparseopt.pruning.run.resumption import Identity, recipe_identity
 from sparseopt.pruning.text.windows import token_digest
 from sparseopt.system.machine import PACKAGES
 from tests.models.tiny import random_tensors, tiny_config, write_folder
