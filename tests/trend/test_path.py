@@ -172,12 +172,17 @@ def test_a_path_costs_fewer_steps_than_its_levels_alone(rng):
     assert path.steps.sum() < 0.8 * sum(alone)
 
 
-def test_one_program_serves_all_levels(rng, traces_of):
+def test_one_program_serves_all_levels_and_takes_the_relaxation_that_is_given(rng, traces_of):
     seen = traces_of(Admm)
     graph = so.Graph.chain(17)  # a shape that no other test has compiled
     for scale, num in ((1.0, 5), (7.0, 9)):
         trend_path(scale * rng.standard_normal(17), graph, num=num, tol=10.0**-num, method="doge")
+    y = rng.standard_normal(17)
+    paths = [
+        trend_path(y, graph, num=9, tol=1e-9, method=so.trend.Doge(relaxation=relaxation)) for relaxation in (1.7, 0.5)
+    ]
     assert len(seen) == 1
+    assert paths[1].steps.sum() > 1.2 * paths[0].steps.sum()
 
 
 def test_missing_values_and_node_weights(rng):

@@ -230,7 +230,7 @@ def resume(
     penalty: Any,
     state: Any,
     limits: tuple[Any, Any],
-    relaxation: Any = 1.7,
+    relaxation: Any,
     settled: Any = False,
 ) -> tuple[TrendSolution, Start]:
     """A fit of prepared data from a state of the solver, and the start of a similar fit; arguments as of `fit`.

@@ -66,7 +66,7 @@ def _by_solver(job: Job, weights: np.ndarray, first: NullFit | None) -> list[Tre
     early, means = FIRST_STOP, has_means(job)
     working = in_float32(job) if means and is_short(job, method) else job
     kind, plan = working.dtype, method.plan(working).pace(working)
-    tol = jnp.asarray(job.tol, kind)
+    tol, relaxation = jnp.asarray(job.tol, kind), working.settings.relaxation
 
     data, start = _first(plan, working.at(weights[0]).rows, *working.arrays, proof, working.first())
     older, found = start, list[TrendSolution]()
@@ -87,13 +87,13 @@ def _by_solver(job: Job, weights: np.ndarray, first: NullFit | None) -> list[Tre
 
             def solve(tol: float, max_steps: int, penalty: Any = penalty) -> TrendSolution:
                 nonlocal state, start
-                level, start = resume(plan, data, penalty, state, (tol, max_steps))
+                level, start = resume(plan, data, penalty, state, (tol, max_steps), relaxation)
                 state = level.state
                 return level
 
             level, early = stop_early(here, solve, early)
         else:
-            level, start = resume(plan, data, penalty, state, (tol, max_steps), settled=settled)
+            level, start = resume(plan, data, penalty, state, (tol, max_steps), relaxation, settled)
         found.append(dataclasses.replace(level, state=None, dual=None))
     return found
 
