@@ -92,19 +92,22 @@ def finished(sweep: Sweep, overrides: dict[str, Any], folder: Path) -> Iterator[
     changes = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
     runs = load_config(config, changes, allow_code=True)
     command = ["-m", "sparseopt", "run", str(config), *changes, "--allow-code", "--output", str(folder)]
-    one_by_one = sweep.apart or not succeeds(command, "--dry-run")
-    if not one_by_one:
-        succeeds(command)
+    # A process that is killed takes the other runs of its pass with it.
+    one_by_one = sweep.apart or not (succeeds(command, "--dry-run") and succeeds(command))
     for index, run in enumerate(runs, 1):
         place, error = folder / run.subfolder, ""
         if one_by_one and not succeeds(command, "--shard", f"{index}/{len(runs)}"):
             error = "the command refused it"
+        records = place / "records.jsonl"
+        lines = records.read_text().splitlines() if records.is_file() else []
         if (place / "error.txt").is_file():
             error = (place / "error.txt").read_text().strip()
+        elif not lines:
+            error = error or "its process ended without a record"
         if error:
             yield Finished(run, None, error, {})
             continue
-        record = json.loads((place / "records.jsonl").read_text().splitlines()[-1])
+        record = json.loads(lines[-1])
         begun = json.loads((place / "run.json").read_text())
         yield Finished(run, record, "", {name: begun[name] for name in ("versions", "machine")})
 
@@ -209,7 +212,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, help="for a trial: number of windows for layers and tokens")
     parser.add_argument("changes", nargs="*", metavar="key=value", help="for a trial: changes of all configs")
     given = parser.parse_args()
-    source, data = model_and_text(given, "bench_quality")
+    source, data = model_and_text(given, "bench_models")
     recorder, failures = Recorder(given.record), 0
     base: dict[str, Any] = {"source": str(source), "calibration": data, "evaluation": data}
     base |= {key: json.loads(value) for key, _, value in (change.partition("=") for change in given.changes)}

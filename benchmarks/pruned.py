@@ -79,8 +79,7 @@ def text_options(description: str | None) -> argparse.ArgumentParser:
 def model_and_text(arguments: argparse.Namespace, name: str) -> tuple[Path, str]:
     """The model and the specification of the text; exits with a message if one of them is missing."""
     if not arguments.data:
-        make = name.replace("_", "-")
-        sys.exit(f"SKIPPED: {name} needs WikiText-2: make {make} DATA=folder with its parquet files")
+        sys.exit(f"SKIPPED: {name} needs WikiText-2: add DATA=folder with its parquet files to the make command")
     try:
         return arguments.source or MODELS[arguments.model](), f"wikitext2:{arguments.data}"
     except ValueError as error:

@@ -61,8 +61,11 @@ def select(records: Iterable[Record], figure: str) -> list[Record]:
 
 def missing(name: str) -> str:
     """The text in place of a table without records."""
+    needs = {"trend": "TRUTH=folder", "trend_peers": "TRUTH=folder REFERENCES=folder"}
+    needs |= dict.fromkeys(("quality", "prune", "shrink", "runtime", "precision"), "DATA=folder")
     target = name if name == "families" else f"bench-{name.replace('_', '-')}"
-    return f"No records are committed for this table; `make {target}` creates them."
+    command = " ".join(filter(None, ("make", target, needs.get(name))))
+    return f"No records are committed for this table; `{command}` creates them."
 
 
 def number(value: float) -> str:
@@ -123,7 +126,7 @@ EXPRESSIONS.filters |= {
     "spread": _spread,
     "fastest": _fastest,
     "times": _times,
-    "median": lambda values: statistics.median(list(values)),
+    "median": lambda values: statistics.median(found) if (found := list(values)) else None,
 }
 EXPRESSIONS.tests["startswith"] = str.startswith
 
@@ -161,7 +164,7 @@ def tables(name: str, columns: list[str], options: dict[str, str]) -> str:
     if "sort" in options:
         records = sorted(records, key=lambda record: evaluate(options["sort"], [record], every))
     if not records:
-        return missing(name)
+        return "None of the records." if every else missing(name)
     parts = []
     for part in groups(records, options["each"]) if "each" in options else [records]:
         if "each" in options:
@@ -200,10 +203,12 @@ def machine(file: str, peers: bool) -> str:
     lines = [f"Measured with {listed} on {', '.join(filter(None, parts))}."]
     if peers:
         others = [r for r in records if r.get("version") and not r["solver"].startswith("sparseopt")]
+        python = "".join({f" with Python {r['python']}" for r in others if "python" in r})
         solvers: dict[str, set[str]] = {}
         for record in others:
             name = record["solver"].partition(",")[0]
-            solvers.setdefault(f"{name.split()[0]} {record['version']}", set()).add(f"{name} {record['version']}")
+            version = f"{record['version']}{python}"
+            solvers.setdefault(f"{name.split()[0]} {version}", set()).add(f"{name} {version}")
         # Several solvers of one package are one peer.
         named = [package if len(same) > 1 else same.pop() for package, same in solvers.items()]
         seen = {record["solver"] for record in others}

@@ -48,7 +48,7 @@ CANDIDATES: tuple[tuple[Any, Callable[[Problem], bool] | None, str], ...] = (
     (Refit(), None, "a quadratic loss on a fixed support is a linear system: conjugate gradients"),
     (
         Maiht(),
-        lambda problem: not is_convex(problem.penalty),
+        lambda problem: isinstance(problem.loss, Quadratic) and not is_convex(problem.penalty),
         "a quadratic loss and a penalty that is not known to be convex: monotone accelerated hard thresholding",
     ),
     (

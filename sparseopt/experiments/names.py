@@ -205,3 +205,8 @@ class TrendMethod(Named):
         AUTO: standing(AUTO), **{name: type(method) for name, method in METHODS.items()},
     }  # fmt: skip
     methods: ClassVar[tuple[str, ...]] = ("refuses", "plan")
+
+    @model_validator(mode="after")
+    def _settings_fit(self) -> "TrendMethod":
+        self.build()
+        return self

@@ -165,7 +165,8 @@ def prune_memory(
 ) -> Memory:
     """The estimate for a model, of which the headers are enough, and a checked recipe with its method.
 
-    Each of the `plans` that share a pass has its own stream of activations. Layers whose solves would take more than
+    Each of the `plans` that share a pass has its own stream of activations. A further number of variants among them
+    counts as two plans, since the dense model's streams are held for each. Layers whose solves would take more than
     is left of `room` bytes are taken by blocks of their outputs, as `split` does on a device.
     """
     config, blocks, work = model.config, block_sizes(model, recipe), method_cost(method)
@@ -330,9 +331,9 @@ def choose_footprint(
     elif budget and not spread:
         # What torch holds is not known; activations do not add to it.
         where = "disk"
-        variants = max(plan.recipe.variants for plan in plans)
-        tokens = calibration.size * (1 + variants) + heldout.size
-        scratch = (len(plans) + 3) * FLOAT32 * tokens * model.config.hidden_size
+        variants = {plan.recipe.variants for plan in plans}
+        tokens = calibration.size * (1 + max(variants)) + heldout.size
+        scratch = (len(plans) + 2 * len(variants) + 1) * FLOAT32 * tokens * model.config.hidden_size
     output = [sum(output_bytes(plan.target, plan.recipe).values()) for plan in plans]
     _check_disks(plans, scratch)
     stacked = model.stacked_weights if isinstance(model, TorchModel) else 0
@@ -343,8 +344,9 @@ def _choose(
     model: StreamedModel, recipes: Sequence[tuple[PassRecipe, LayerMethod]], budget: int | None
 ) -> tuple[Activations, Memory]:
     limit, left = working_memory_bytes() if budget is None else budget, device_memory_left()
+    streams = len(recipes) + 2 * (len({recipe.variants for recipe, _ in recipes}) - 1)
     for where in PLACES:
-        found = [prune_memory(model, *recipe, activations=where, plans=len(recipes), room=left) for recipe in recipes]
+        found = [prune_memory(model, *recipe, activations=where, plans=streams, room=left) for recipe in recipes]
         largest = max(found, key=lambda memory: memory.peak_bytes)
         if largest.peak_bytes <= limit:
             return where, largest

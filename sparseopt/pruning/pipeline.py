@@ -148,9 +148,8 @@ def prune_models(
     """Prune one model by several recipes in one pass over its blocks, each into its own folder.
 
     The recipes must agree on everything that decides the calibration tokens; of these they may see different variants.
-    Other arguments and errors are those of
-    `prune_model`, for the whole pass: the observer's number of layers is that of all recipes, and one recipe's failure
-    ends them all.
+    Other arguments and errors are those of `prune_model`, for the whole pass: the observer's number of layers is that
+    of all recipes, and one recipe's failure ends them all.
 
     Returns:
         A report for each recipe, in their order; times of forward passes are those of the whole pass. Recipes that are

@@ -67,7 +67,8 @@ class OnGraph(BaseEstimator):
         if settings := {name.removeprefix("method__"): params[name] for name in params.keys() - own.keys()}:
             method: Any = as_method(self.method)
             known = {"name": AUTO} if method is None else {"name": method.name, **dataclasses.asdict(method)}
-            self.method = as_method({**known, **settings})
+            # Another method begins with its own defaults.
+            self.method = as_method(settings if "name" in settings else {**known, **settings})
         return self
 
     def fit_nodes(self, X: np.ndarray, y: np.ndarray, weights: np.ndarray, loss: ScalarLoss) -> None:
@@ -83,8 +84,9 @@ class OnGraph(BaseEstimator):
         if self.graph is None:
             first, node = distinct(X[rows])
             self.positions_ = X[rows[first]]
-            self.neighbors_ = NearestNeighbors(n_neighbors=min(self.n_neighbors, len(first))).fit(self.positions_)
-            self.graph_ = neighbour_graph(self.neighbors_, len(first), self.n_neighbors)
+            count = int(self.n_neighbors)
+            self.neighbors_ = NearestNeighbors(n_neighbors=min(count, len(first))).fit(self.positions_)
+            self.graph_ = neighbour_graph(self.neighbors_, len(first), count)
         else:
             node = node_numbers(X, self.graph)[rows]
             self.positions_ = self.neighbors_ = None
@@ -210,7 +212,7 @@ class GraphTrendFilter(MultiOutputMixin, RegressorMixin, OnGraph):
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
-        tags.target_tags.positive_only = self.loss == "poisson" or getattr(self.loss, "counts", False)
+        tags.target_tags.positive_only = self.loss == "poisson" or getattr(self.loss, "counts", False) is True
         return tags
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> "GraphTrendFilter":
@@ -230,7 +232,7 @@ class GraphTrendFilter(MultiOutputMixin, RegressorMixin, OnGraph):
             ConvergenceWarning: if the tolerance was not reached, saying what to try.
         """
         loss = check_scalar_loss(self.loss)
-        if getattr(loss, "labels", False):
+        if getattr(loss, "labels", False) is True:
             raise ValueError(
                 f"GraphTrendFilter is a regressor, and {type(loss).__name__} is for labels: use GraphTrendClassifier, "
                 "which takes two labels of any kind, without loss="
@@ -256,7 +258,7 @@ class GraphTrendFilter(MultiOutputMixin, RegressorMixin, OnGraph):
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """R², or for Poisson D², the share of the deviance that the prediction explains; averaged over the outputs."""
         found = self.predict(X)
-        if not getattr(self.loss_, "counts", False):
+        if getattr(self.loss_, "counts", False) is not True:
             return float(r2_score(y, found, sample_weight=sample_weight))
         columns = (np.asarray(values).reshape(len(found), -1).T for values in (y, found))
         pairs = zip(*columns, strict=True)

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import sys
 
 import pyarrow.parquet as pq
 import pytest
@@ -79,6 +80,14 @@ def test_every_format_tells_the_same(runs, tmp_path):
     page = files["report.html"].read_text()
     assert "<td>3 ± 2.2</td><td>7.5</td>" in page
     assert "<li>original: Toys, 2020, table 1</li>" in page
+
+
+def test_without_pyarrow_a_report_is_whole_but_for_parquet(runs, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.delitem(sys.modules, "pyarrow.parquet", raising=False)
+    written = {file.name for file in write_report(gather([runs], ["tests"]), tmp_path / "report")}
+    assert {"report.csv", "report.md", "report.html"} <= written
+    assert "report.parquet" not in written
 
 
 def test_a_report_never_overwrites_and_says_what_is_missing(runs, tmp_path):

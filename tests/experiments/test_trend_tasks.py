@@ -61,7 +61,11 @@ def test_denoise_recovers_a_picture_in_the_precision_asked_for(tmp_path: Path) -
 def test_a_method_has_its_settings_in_a_config() -> None:
     given = {"name": "tiny", "task": "denoise", "picture": TINY, "order": 1, "method": {"name": "doge", "B": 1}}
     assert Denoise.model_validate(given).label == "doge(B=1)"
-    for method, said in (({"name": "doge", "b": 1}, "b: doge has no such argument"), ("dogs", "did you mean 'doge'")):
+    for method, said in (
+        ({"name": "doge", "b": 1}, "b: doge has no such argument"),
+        ({"name": "doge", "relaxation": 3}, "given rho=None, relaxation=3"),
+        ("dogs", "did you mean 'doge'"),
+    ):
         with pytest.raises(ValueError, match=said):
             Denoise.model_validate(given | {"method": method})
 

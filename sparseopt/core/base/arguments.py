@@ -167,7 +167,8 @@ class Limited:
     bounds: ClassVar[tuple[str, ...]] = ()  # other numbers
     number_names: ClassVar[tuple[str, ...]] = ()  # all
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, **given: Any) -> None:
+        super().__init_subclass__(**given)
         cls.number_names = (*cls.least, *cls.above, *cls.bounds)
 
     def refuses(self) -> str | None:

@@ -197,7 +197,8 @@ class DataLoss:
         """Why the data cannot be used (shapes, or values outside the domain), or None; tracers are not checked."""
         if not fits(self.scalar, scalar.ScalarLoss):
             kind = class_or_function(self.scalar)
-            said = f"{self.scalar!r:.100}" if kind is None else f"{kind}: write {self.scalar.__name__}()"
+            made = f": write {self.scalar.__name__}()" if isinstance(self.scalar, type) else ""
+            said = f"{self.scalar!r:.100}" if kind is None else f"{kind}{made}"
             return f"a loss of data takes the loss of one observation, such as so.scalar.Logistic(), given {said}"
         name = self.name
         for what, leaf in (("target", self.target), ("weights", self.weights)):

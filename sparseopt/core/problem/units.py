@@ -56,7 +56,8 @@ def scales_of(problem: Any, x: FloatArray, units: FloatArray) -> tuple[FloatArra
 
 def square_entries(given: Any, dtype: Any) -> Any | None:
     """The map whose matrix has the squares of the entries; None where they are not known, as for a user's own map."""
-    return getattr(given, "squared", lambda dtype: None)(dtype)
+    squared = getattr(given, "squared", None)
+    return squared(dtype) if callable(squared) else None
 
 
 def column_norms(given: Any, like: FloatArray, rows: FloatArray) -> FloatArray:

@@ -102,9 +102,11 @@ def _read_parquet(file: Path, columns: tuple[int, ...], texts: bool) -> np.ndarr
 
 def write_parquet(file: Path, columns: dict[str, list[Any]]) -> None:
     """Write columns by their names."""
+    parquet = _parquet(file)  # says what to install
+
     import pyarrow
 
-    _parquet(file).write_table(pyarrow.table(columns), file)
+    parquet.write_table(pyarrow.table(columns), file)
 
 
 def _read_npz(file: Path, names: tuple[str, ...]) -> np.ndarray:

@@ -121,7 +121,7 @@ def start_token(source: Source, tokenizer: Tokenizer, bos: Bos = "auto") -> int 
             )
         return start
     asked = settings.get("add_bos_token")
-    adds = asked if asked in (True, False) else front == [start]
+    adds = asked if asked is True or asked is False else front == [start]
     return start if adds else None
 
 

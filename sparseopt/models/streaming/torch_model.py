@@ -43,7 +43,6 @@ class TorchBlock:
 
     # Experts are never stacked here: those that are linears go by their own names.
     num_experts = 0
-    expert_share = 1.0
     residual_taps: tuple[str, ...] = ()
 
     def __init__(self, module: Any, index: int, tensors: Tensors, model: "TorchModel") -> None:

@@ -84,9 +84,10 @@ def command_of(report: PruneReport) -> str:
     recipe, effort = report.recipe, report.recipe["effort"]
     kind, defaults = (ShrinkRecipe, shrink_defaults) if smaller else (Recipe, prune_defaults)
     usual = {name: field.default for name, field in kind.model_fields.items()}
-    usual["effort"] = "good" if effort else None
     # What the record says of fields that were left open is what the effort, or the method alone, says.
-    usual |= defaults(recipe)
+    usual |= defaults(recipe) | {"effort": "good" if effort else None}
+    if effort is None:
+        usual["method"] = None
     for name in kind.model_fields:
         value = recipe[name]
         if value == usual[name] or name == "pack" or _OBJECTS.match(str(value)):

@@ -261,8 +261,8 @@ class Pass:
 
     def scores(self, folder: Path) -> tuple[Score, ...]:
         """The perplexities of the dense model and of the one in a folder."""
-        after = self._perplexities(folder, "after")
-        pairs = zip(self.samples, self._before, after, strict=True)
+        before, after = self._before, self._perplexities(folder, "after")
+        pairs = zip(self.samples, before, after, strict=True)
         return tuple(Score(each.text, len(each.ids), each.ids.shape[1], old, new) for each, old, new in pairs)
 
     @cached_property

@@ -278,7 +278,7 @@ def require_penalty(penalty: Any, graph: Graph, order: int, channels: bool) -> N
             f"{name} has differences of its own, and the penalty here acts on those of the graph, as L1(0.5) does; "
             f"for {name} itself call its prox, or `sparseopt.solve`"
         )
-    if axes := getattr(penalty, "group_axes", ()):
+    if (axes := getattr(penalty, "group_axes", None)) is not None:
         if penalty.groups is not None:
             raise ValueError(f"{name} couples channels here; labelled groups of differences are not supported")
         if axes not in ((-1,), (0,), (0, -1)):

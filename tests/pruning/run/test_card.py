@@ -145,6 +145,14 @@ def test_a_damaged_card_has_no_metadata(card):
     assert "license" not in metadata_of(card)
 
 
+@pytest.mark.parametrize("given", [{"effort": "most"}, {"effort": "fast"}, {"method": "maiht"}, {"effort": "good"}, {}])
+def test_the_command_says_the_effort_or_the_method(pruned, given):
+    command = command_of(replace(pruned, recipe=Recipe(**given, calibration="pydoc").as_dict()))
+    for name in ("effort", "method"):
+        value = given.get(name)
+        assert (f"--{name} {value}" in command) == (value not in (None, "good")), command
+
+
 def test_the_command_leaves_out_what_no_command_can_hold(pruned):
     recipe = pruned.recipe | {"calibration": "3 documents"}
     assert "--calibration" not in command_of(replace(pruned, recipe=recipe))
