@@ -13,7 +13,7 @@ from sparseopt.core.base.types import pytree, static
 from sparseopt.layers.methods import MaihtPruning, SplicePruning, Wanda
 from sparseopt.models import ModelError, TorchModel, open_model
 from sparseopt.pruning import Recipe
-from sparseopt.pruning.run import folder as run_folder
+from sparseopt.pruning.run import resumption
 from sparseopt.pruning.run.resumption import Identity, recipe_identity
 from sparseopt.pruning.text.windows import token_digest
 from sparseopt.system.machine import PACKAGES
@@ -117,7 +117,7 @@ def own(folder, factor=1, operator="*"):
 def test_the_code_of_a_method_of_ones_own_counts(tmp_path, monkeypatch, make):
     def of(name, **changes):
         module = own(tmp_path / name, **changes)
-        monkeypatch.setitem(run_folder.sys.modules, "users_own_module", module)
+        monkeypatch.setitem(resumption.sys.modules, "users_own_module", module)
         return recipe_identity(Recipe(method=make(module)))
 
     first = of("first")
@@ -132,7 +132,7 @@ def test_a_class_without_a_file_counts_by_its_functions():
     space = {"__name__": "__main__"}
     exec("class Typed:\n    def __call__(self, layer, pattern):\n        return 1\n", space)
     space["Typed"].borrowed = changed
-    assert run_folder._source(space["Typed"]) == run_folder._source(changed)
+    assert resumption._source(space["Typed"]) == resumption._source(changed)
     assert list(recipe_identity(Recipe(method=space["Typed"]()))["code"]) == ["__main__.Typed"]
 
 
@@ -185,14 +185,14 @@ def model(source):
 )
 def test_the_versions_of_what_computes_count_and_no_others(model, tokens, monkeypatch, route, recipe, decisive):
     if route == "torch":
-        monkeypatch.setattr(run_folder, "TorchModel", type(model))
+        monkeypatch.setattr(resumption, "TorchModel", type(model))
     asked = Identity(model)
     found = dict.fromkeys((*PACKAGES, "python"), "1.0")
     counted = set()
     for name in found:
-        monkeypatch.setattr(run_folder, "versions", lambda: found)
+        monkeypatch.setattr(resumption, "versions", lambda: found)
         before = asked.of(recipe)
-        monkeypatch.setattr(run_folder, "versions", lambda name=name: found | {name: "2.0"})
+        monkeypatch.setattr(resumption, "versions", lambda name=name: found | {name: "2.0"})
         if asked.of(recipe) != before:
             counted.add(name)
     assert counted == {"sparseopt", "jax", "jaxlib", "numpy", "scipy"} | decisive
