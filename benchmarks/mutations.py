@@ -10,6 +10,7 @@ import argparse
 import ast
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -21,8 +22,11 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 LIST = Path(__file__).with_suffix(".yaml")
-FAST = "not thorough and not processes and not slow and not pages and not oracle and not package and not notebooks " \
-       "and not accelerators and not device"  # fmt: skip
+# What `make test` runs.
+OTHERS = re.search(r"^OTHERS := (.+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+assert OTHERS is not None
+FAST = f"not thorough and not processes and not {OTHERS[1]}"
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "2", "--dist", "loadfile", "-m", FAST]
 
 
 def statements(file: Path) -> list[tuple[str, int, str]]:
@@ -82,24 +86,9 @@ def run(only: list[int]) -> None:
             for chosen in ([f"tests/{room}"], ["tests", f"--ignore=tests/{room}"]):
                 if chosen[0] != "tests" and not (tree / chosen[0]).is_dir():
                     continue
-                command = [
-                    sys.executable,
-                    "-m",
-                    "pytest",
-                    "-q",
-                    "-x",
-                    "-n",
-                    "2",
-                    "--dist",
-                    "loadfile",
-                    "-m",
-                    FAST,
-                    *chosen,
-                ]
-                shown = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False).stdout
-                failed = next(
-                    (line.split()[1] for line in shown.splitlines() if line.startswith(("FAILED", "ERROR"))), None
-                )
+                shown = subprocess.run([*PYTEST, *chosen], cwd=tree, capture_output=True, text=True, check=False)
+                bad = [line for line in shown.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+                failed = bad[0].split()[1] if bad else None
                 if failed:
                     break
             record = {"number": number, "file": defect["file"], "kind": defect["kind"], "found_by": failed}

@@ -31,6 +31,7 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -45,8 +46,9 @@ FOLDER = Path(__file__).resolve().parent / "benchmarks"
 Record = dict[str, Any]
 
 
+@cache
 def read(name: str) -> list[Record]:
-    """The records of one file, none if there is no such file."""
+    """The records of one file, none if there is no such file; shared by all tables of it."""
     file = FOLDER / f"{name}.jsonl"
     if not file.is_file():
         return []
@@ -129,6 +131,7 @@ EXPRESSIONS.filters |= {
     "median": lambda values: statistics.median(found) if (found := list(values)) else None,
 }
 EXPRESSIONS.tests["startswith"] = str.startswith
+compiled = cache(EXPRESSIONS.compile_expression)
 
 
 def evaluate(expression: str, rows: list[Record], every: list[Record]) -> Any:
@@ -142,7 +145,7 @@ def evaluate(expression: str, rows: list[Record], every: list[Record]) -> Any:
         return found[-1] if found else None
 
     known = EXPRESSIONS.globals | rows[-1] | {"rows": rows, "of": of, "one": one, "all": every}
-    return EXPRESSIONS.compile_expression(expression)(known)
+    return compiled(expression)(known)
 
 
 def groups(records: list[Record], fields: str | None) -> list[list[Record]]:
