@@ -7,6 +7,7 @@ DATA ?=
 ONLY ?=
 TRUTH ?=
 REFERENCES ?=
+BENCHMARKS ?= build/benchopt
 CALIBRATION ?= pydoc
 MODEL ?=
 MODELS ?=
@@ -24,7 +25,7 @@ SHRINK := sizes,methods,windows
 RELIABILITY := inputs,kills,budget,fuzz
 OTHERS := slow and not pages and not oracle and not package and not notebooks and not accelerators and not device
 
-.PHONY: help demo test test-all test-thorough lint test-slow test-oracle test-notebooks test-package test-accelerators test-gpu fuzz families golden notebooks docs bench-prune bench-memory bench-reliability bench-scaling bench-accelerators bench-gpu bench-quality bench-precision bench-shrink bench-runtime bench-trend bench-trend-selection bench-trend-sizes bench-trend-peers bench-trend-batch bench-core clean
+.PHONY: help demo test test-all test-thorough lint test-slow test-oracle test-notebooks test-package test-accelerators test-gpu fuzz families golden notebooks docs bench-prune bench-memory bench-reliability bench-scaling bench-accelerators bench-gpu bench-quality bench-precision bench-shrink bench-runtime bench-trend bench-trend-selection bench-trend-sizes bench-trend-peers bench-trend-batch bench-core bench-benchopt clean
 
 # Two installations in one environment at the same time would break it.
 .NOTPARALLEL:
@@ -83,10 +84,16 @@ $(VENV)-accelerators/.installed: pyproject.toml
 	$(VENV)-accelerators/bin/python -m pip install --quiet -e '.[cuda]' || echo 'SKIPPED cuda: no matching wheels' >&2
 	@touch $@
 
-# celer has wheels for some Python versions only.
 $(VENV)/.installed-core-peers: $(VENV)/.created pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[core-peers]'
-	$(BIN)/python -m pip install --quiet --only-binary :all: 'celer>=0.7.4' || echo 'SKIPPED celer: no matching wheel' >&2
+	@touch $@
+
+# Two environments of their own: two of the suite's repositories are written for an older benchopt.
+$(VENV)-benchopt/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-benchopt
+	$(VENV)-benchopt/bin/python -m pip install --quiet -e '.[benchopt]' 'benchopt==1.7.0'
+	$(PYTHON) -m venv $(VENV)-benchopt/older
+	$(VENV)-benchopt/older/bin/python -m pip install --quiet -e '.[benchopt]' 'benchopt==1.4.0'
 	@touch $@
 
 # atheris has wheels for Linux and some Python versions only; the fuzzer reports if it is missing.
@@ -204,8 +211,11 @@ bench-trend-peers: $(VENV)/.installed-peers ## The trend filter and public solve
 bench-trend-batch: $(VENV)/.installed-peers ## Gradients, batches and calls of a planned trend filter (about 3 minutes); ONLY, PEER_PYTHON=a Python with fastprox.
 	$(BIN)/python benchmarks/bench_trend_batch.py $(if $(ONLY),--only $(ONLY)) $(if $(PEER_PYTHON),--python '$(PEER_PYTHON)')
 
-bench-core: $(VENV)/.installed-core-peers ## The core and public solvers, one core (about an hour); ONLY=lasso-dense,tv-deblurring,...
+bench-core: $(VENV)/.installed-core-peers ## The core and public solvers, one core (about 20 minutes); ONLY=tv-deblurring,...
 	$(BIN)/python benchmarks/bench_core.py $(if $(ONLY),--only $(ONLY))
+
+bench-benchopt: $(VENV)-benchopt/.installed ## sparseopt in benchopt's suites, one core (about an hour); BENCHMARKS=folder of clones, ONLY=lasso,...
+	$(VENV)-benchopt/bin/python benchmarks/bench_benchopt.py $(BENCHMARKS) --older $(VENV)-benchopt/older/bin/python $(if $(ONLY),--only $(ONLY))
 
 clean: ## Remove caches and build products, but neither results nor the virtual environment.
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,94 +1,27 @@
-"""The core against public solvers: sparse regression, total variation, derivatives. JSON lines.
+"""The core against public solvers: total variation, and derivatives of a lasso. JSON lines.
 
-    python benchmarks/bench_core.py [--only lasso-dense,tv-deblurring] [--small] [--limit 60]
+    python benchmarks/bench_core.py [--only tv-deblurring,lasso-derivative] [--small] [--limit 60]
 
-Sparse regression: seconds to a relative duality gap of 1e-6, measured by one NumPy function for all solvers (see
-`core_problems.py`). The tolerance of a solver is divided by about three until its answer has this gap. The time is the
-median of calls with that tolerance; the first call, which compiles, is reported separately. Total variation: seconds
-and iterations until the objective is within 1e-4 and 1e-6 of the best one known, from a run of 20,000 steps. Every part
-runs in its own process, on one core.
+Total variation: seconds and iterations until the objective is within 1e-4 and 1e-6 of the best one known, from a run of
+20,000 steps. Every part runs in its own process, on one core. Regressions are compared by `bench_benchopt.py`.
 """
 
 import contextlib
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import core_imaging
 import numpy as np
-from common import emit, fastest, installed, median_of, options, run_parts, say, selection, timed, warmed
+from common import emit, installed, median_of, options, run_parts, say, selection, timed, warmed
 from core_derivative import Study
 from core_imaging import TARGETS
-from core_peers import SOLVERS
-from core_problems import PROBLEMS, SHARES
 
 import sparseopt as so
 
-GAP = 1e-6
-# The factor between two tolerances, and the smallest one.
-FALL, LEAST_TOL = 10**-0.5, 1e-15
-# All tolerances together may take this many times the limit of one.
-LADDER = 4
+# Fractions of the smallest weight at which the answer of the lasso is 0.
+SHARES = (0.1, 0.02)
 REFERENCE_TOL, REFERENCE_STEPS = 1e-8, 20_000
-
-
-def climbed(problem: Any, solver: Any, limit: float) -> dict[str, Any]:
-    """The record of a solver: its coarsest tolerance that reaches the gap, and the time."""
-    solve = solver.prepare(problem)
-    tol = solver.first
-    total = first = timed(partial(solve, tol)).seconds
-    while True:
-        call = partial(solve, tol)
-        seconds, _, (answer, details) = timed(call)
-        if seconds > limit >= first:
-            # numba may compile code that no coarser tolerance needed.
-            seconds = timed(call).seconds
-        total += seconds
-        record = {"tol": tol, "gap": problem.gap(answer), "first_call_seconds": first, **details}
-        if record["gap"] <= GAP:
-            return {**record, **median_of(call, [seconds])}
-        slow = seconds > limit or total > LADDER * limit
-        if slow or tol * FALL < LEAST_TOL:
-            trouble = "time limit" if slow else "end of its tolerances"
-            return {**record, "seconds": None, "spent_seconds": seconds, "trouble": trouble}
-        tol *= FALL
-
-
-def compare(part: str, small: bool, limit: float) -> None:
-    """All solvers on all problems of a part, then sparseopt against the fastest peer."""
-    # Coordinate descents warn at coarse tolerances.
-    warnings.simplefilter("ignore")
-    for problem in PROBLEMS[part](small):
-        about = {"part": part, "problem": problem.name, "target": GAP, "reduced": small}
-        times: dict[str, float] = {}
-        for solver in SOLVERS[part]:
-            number = installed(solver.package)
-            if number is None:
-                emit("SKIPPED", **about, solver=solver.name, reason="not installed")
-                continue
-            try:
-                record = climbed(problem, solver, limit)
-            except Exception as error:
-                # A failing solver is a row and does not stop the others.
-                record = {"seconds": None, "trouble": f"{type(error).__name__}: {error}"[:200]}
-            if record["seconds"] is not None:
-                times[solver.name] = record["seconds"]
-            say(f"{part}, {problem.name}: {solver.name} {record['seconds']}")
-            emit("seconds to the gap", **about, solver=solver.name, version=number, **record)
-        (ours, seconds), (peer, theirs) = fastest(times, True), fastest(times, False)
-        ratio = seconds / theirs if seconds and theirs else None
-        # A trial cannot meet a target.
-        met = None if small or ratio is None else ratio < 1
-        shown = {
-            "ours": ours,
-            "ours_seconds": seconds,
-            "peer": peer,
-            "peer_seconds": theirs,
-            "ratio": ratio,
-            "met": met,
-        }
-        emit("ours against the fastest peer", **about, **shown)
 
 
 def picture(part: str, small: bool, limit: float) -> None:
@@ -151,7 +84,6 @@ def derivative(small: bool, limit: float) -> None:
 
 
 PARTS: dict[str, Callable[[bool, float], None]] = {
-    **{part: partial(compare, part) for part in PROBLEMS},
     **{part: partial(picture, part) for part in core_imaging.PICTURES},
     "lasso-derivative": derivative,
 }

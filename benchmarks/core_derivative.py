@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from common import warmed
-from core_problems import Regression, correlated, measured
 
 import sparseopt as so
 
@@ -19,21 +18,38 @@ TOL = 1e-6
 MOVE = 1e-6
 
 
+def correlated(rows: int, columns: int, rho: float, rng: np.random.Generator) -> np.ndarray:
+    """Normal columns, each correlated by rho with the previous one."""
+    matrix = rng.standard_normal((rows, columns))
+    for j in range(1, columns):
+        matrix[:, j] = rho * matrix[:, j - 1] + (1 - rho**2) ** 0.5 * matrix[:, j]
+    return matrix
+
+
 class Study:
-    """A lasso, validation rows, and the validation loss `1/2 ||V x(weight, target) - v||²`."""
+    """A lasso, validation rows, and the validation loss `1/2 ||V x(weight, target) - v||²`.
+
+    The weight is a fraction of the smallest one at which the answer is 0.
+    """
 
     def __init__(self, small: bool, share: float) -> None:
         rows, columns = (100, 200) if small else (500, 1000)
         rng = np.random.default_rng(6)
         matrix = correlated(2 * rows, columns, 0.5, rng)
-        target = measured(matrix, 1, rng)
-        name = f"{rows:,} x {columns:,}, weight {share:g}"
-        self.problem = Regression(name, matrix[:rows], target[:rows], None).at_shares(share)
+        # The image of a vector with 2 % nonzero entries, and noise of a third of its standard deviation.
+        truth = np.zeros(columns)
+        chosen = rng.choice(columns, columns // 50, replace=False)
+        truth[chosen] = rng.standard_normal(chosen.size)
+        image = matrix @ truth
+        target = image + image.std() / 3 * rng.standard_normal(image.size)
+        self.name = f"{rows:,} x {columns:,}, weight {share:g}"
+        self.target = target[:rows]
+        self.weight = share * float(np.abs(matrix[:rows].T @ self.target).max())
         self.matrix, self.held = jnp.asarray(matrix[:rows]), jnp.asarray(matrix[rows:])
         self.held_target = jnp.asarray(target[rows:])
         self.curvature = np.linalg.norm(matrix[:rows], 2) ** 2
         self.direction = rng.standard_normal(rows)
-        self.direction *= np.linalg.norm(self.problem.target) / np.linalg.norm(self.direction)
+        self.direction *= np.linalg.norm(self.target) / np.linalg.norm(self.direction)
 
     def judged(self, x: Any) -> Any:
         """The validation loss."""
@@ -73,7 +89,7 @@ class Study:
             x[kept] = np.linalg.solve(part.T @ part, part.T @ target - weight * np.sign(x[kept]))
             return float(self.judged(x))
 
-        weight, target = self.problem.weight, self.problem.target
+        weight, target = self.weight, self.target
         moved = MOVE * weight, MOVE * self.direction
         across = value(weight + moved[0], target) - value(weight - moved[0], target)
         along = value(weight, target + moved[1]) - value(weight, target - moved[1])
@@ -81,14 +97,14 @@ class Study:
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """A record for every method, and for the solve alone."""
-        point = jnp.asarray(self.problem.weight), jnp.asarray(self.problem.target)
+        point = jnp.asarray(self.weight), jnp.asarray(self.target)
         known = self.differences()
         forward = jax.jit(self.solved)
         spent = warmed(partial(forward, *point))
         found = forward(*point)
         steps = int(found.steps)
-        about = {"problem": self.problem.name, "tol": TOL, "steps": steps}
-        yield {"way": "the solve alone", **about, **spent, "gap": self.problem.gap(np.asarray(found.value))}
+        about = {"problem": self.name, "tol": TOL, "steps": steps}
+        yield {"way": "the solve alone", **about, **spent, "gap": float(found.gap)}
         ways: dict[str, Callable] = {
             "implicit": lambda weight, target: self.judged(self.solved(weight, target).value),
             "unrolled FISTA": lambda weight, target: self.judged(self.unrolled(weight, target, steps)),

@@ -1,0 +1,166 @@
+"""sparseopt in the benchmarks of benchopt, beside the solvers that they ship. JSON lines.
+
+    python benchmarks/bench_benchopt.py FOLDER [--only lasso,mcp] [--timeout 10] [--older PYTHON]
+
+FOLDER holds clones of the repositories in `SUITE`; those that are missing are cloned. Data, objective, clock and
+stopping rule are benchopt's; all solvers run on one core. A solver's time is that at which its curve is within 1e-3,
+1e-6 and 1e-9 of the best value that any solver found, relative to the largest value of all curves, that of the start.
+Two repositories are written for benchopt 1.4: `--older` names a Python that has it.
+"""
+
+import dataclasses
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from common import Ended, emit, environment, installed, last_line, options, pin, run_program, say, selection
+
+SOLVER = Path(__file__).with_name("benchopt_solver.py")
+ADDRESS = "https://github.com/benchopt/"
+TARGETS = (1e-3, 1e-6, 1e-9)
+# Points of a curve in a record.
+POINTS = 40
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """One repository, at one commit: which of its solvers, objectives and data."""
+
+    commit: str
+    solvers: tuple[str, ...]
+    objectives: tuple[str, ...]
+    data: tuple[str, ...] = ("Simulated",)
+    older: bool = False
+
+
+SUITE = {
+    "tv_1d": Benchmark(
+        "6655e8b",
+        (
+            "Celer synthesis",
+            "skglm synthesis",
+            "CondatVu analysis",
+            "Chambolle-Pock PD-split analysis",
+            "ADMM analysis",
+            "Dual PGD analysis[use_acceleration=True]",
+            "FP synthesis[use_acceleration=True]",
+        ),
+        ("TV1D[data_fit=quad,delta=0,reg=[0.1,0.5]]", "TV1D[data_fit=huber,delta=0.9,reg=[0.1,0.5]]"),
+        (
+            "Simulated[n_samples=400,n_features=400,type_A=[identity,random],type_x=block,type_n=gaussian]",
+            "Simulated[n_samples=400,n_features=250,type_A=conv,type_x=block,type_n=gaussian]",
+        ),
+    ),
+    "tv_2d": Benchmark(
+        "991c541",
+        ("ADMM", "Chambolle-Pock PD-split", "CondatVu", "Dual PGD analysis"),
+        ("TV2D",),
+        ("Simulated[type_n=gaussian]",),
+    ),
+    "lasso": Benchmark(
+        "bafd90d",
+        ("Celer", "skglm", "sklearn", "cd", "Python-PGD[use_acceleration=True]", "L-BFGS-B"),
+        ("Lasso Regression[reg=[0.1,0.05],fit_intercept=False]",),
+    ),
+    "elastic_net": Benchmark(
+        "7da4736", ("celer", "skglm", "sklearn", "cd"), ("Enet[fit_intercept=False]",), older=True
+    ),
+    "logreg_l1": Benchmark(
+        "3bcc5fb", ("Celer", "skglm", "sklearn", "Liblinear", "cd"), ("Sparse Logistic Regression",)
+    ),
+    "mcp": Benchmark("1efa410", ("skglm", "cd", "PGD"), ("MCP Regression",), older=True),
+    "nnls": Benchmark("9cd1f9b", ("skglm", "sklearn", "scipy", "cd", "PGD"), ("Non Negative Least Squares",)),
+    "quantile_regression": Benchmark(
+        "b34952a",
+        ("scipy-linprog[solver=[highs,highs-ipm]]",),
+        ("L1-regularized Quantile Regression[reg=[0.1],quantile=[0.2,0.5]]",),
+        ("Simulated[rho=0.6]",),
+    ),
+}
+
+
+def clone(folder: Path, name: str) -> Path:
+    """The repository of a benchmark at its commit, with our solver among its own."""
+    place = folder / f"benchmark_{name}"
+    if not place.is_dir():
+        run_program(["git", "clone", "--quiet", f"{ADDRESS}benchmark_{name}", place])
+    run_program(["git", "-C", place, "checkout", "--quiet", SUITE[name].commit])
+    shutil.copyfile(SOLVER, place / "solvers" / "sparseopt.py")
+    return place
+
+
+def curves(place: Path, benchmark: Benchmark, python: str, timeout: float) -> list[dict[str, Any]]:
+    """Run benchopt, and read the points that it wrote."""
+    command = [Path(python).with_name("benchopt"), "run", place, "--no-plot", "--max-runs", 200, "--n-repetitions", 1]
+    command += ["--timeout", timeout, "--output", "sparseopt"]
+    for option, values in (
+        ("-s", ("sparseopt", *benchmark.solvers)),
+        ("-o", benchmark.objectives),
+        ("-d", benchmark.data),
+    ):
+        for value in values:
+            command += [option, value]
+    for old in (place / "outputs").glob("sparseopt*"):
+        old.unlink()
+    done = subprocess.run(list(map(str, command)), stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False)
+    found = sorted((place / "outputs").glob("sparseopt*.parquet"))
+    if done.returncode or not found:
+        raise Ended(last_line(done.stderr))
+    from pyarrow import parquet
+
+    return list(parquet.read_table(found[-1]).to_pylist())
+
+
+def report(about: dict[str, Any], points: Iterable[dict[str, Any]]) -> None:
+    """For every problem and solver: the seconds to each target, and a thinned curve."""
+    problems: dict[tuple[str, str], dict[str, list[tuple[float, float]]]] = {}
+    for point in points:
+        # benchopt 1.4 has another name for the data.
+        key = point.get("dataset_name") or point["data_name"], point["objective_name"]
+        of_solver = problems.setdefault(key, {}).setdefault(point["solver_name"], [])
+        of_solver.append((float(point["time"]), float(point["objective_value"])))
+    for (data, objective), solvers in problems.items():
+        values = [value for curve in solvers.values() for _, value in curve]
+        best, scale = min(values), max(values) - min(values) or 1.0
+        for solver, curve in solvers.items():
+            of = about | {"data": data, "objective": objective, "solver": solver}
+            apart = [(seconds, (value - best) / scale) for seconds, value in sorted(curve)]
+            closest = min(far for _, far in apart)
+            for target in TARGETS:
+                seconds = next((seconds for seconds, far in apart if far <= target), None)
+                emit("seconds to the objective", **of, target=target, seconds=seconds, closest=closest)
+            thinned = apart[:: max(1, len(apart) // POINTS)]
+            emit("curve", **of, points=[[float(f"{seconds:.3g}"), float(f"{far:.3g}")] for seconds, far in thinned])
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("folder", type=Path, help="clones of the benchmarks, made where they are missing")
+    selection(parser, "--only", SUITE)
+    parser.add_argument("--timeout", type=float, default=10.0, help="time limit of a solver in seconds")
+    parser.add_argument("--older", default="", help="Python with benchopt 1.4, for elastic_net and mcp")
+    given = parser.parse_args()
+    peers = {name: installed(name) for name in ("benchopt", "celer", "skglm", "scikit-learn", "scipy", "numba")}
+    emit("environment", **environment(), cores=pin(1), peers=peers)
+    given.folder.mkdir(parents=True, exist_ok=True)
+    for name in given.only:
+        benchmark = SUITE[name]
+        about = {"benchmark": name, "commit": benchmark.commit}
+        if benchmark.older and not given.older:
+            emit("SKIPPED", **about, reason="written for benchopt 1.4: name a Python that has it by --older")
+            continue
+        say(name)
+        try:
+            place = clone(given.folder, name)
+            points = curves(place, benchmark, given.older if benchmark.older else sys.executable, given.timeout)
+        except Ended as error:
+            emit("SKIPPED", **about, reason=str(error))
+            continue
+        report(about, points)
+
+
+if __name__ == "__main__":
+    main()
