@@ -1,4 +1,7 @@
-"""Facts that hold for every penalty: one list for all tests."""
+"""Facts that hold for every penalty, for every one with a known conjugate, and for every norm: one table of cases.
+
+Then penalties against independent computations.
+"""
 
 import itertools
 
@@ -6,23 +9,52 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.optimize import brentq
 
 import sparseopt as so
+from sparseopt.core.base.types import precision
 from sparseopt.core.operators.matrices import linear_map
+from sparseopt.core.penalties.groups import threshold_singular_values
 from sparseopt.core.penalties.patterns import Within
 from sparseopt.core.penalties.protocols import Norm
 from sparseopt.core.penalties.sums import Lifted, stack
+from tests.experiments.toy import CappedL1
 from tests.jitted import Jitted
+from tests.trend.problems import random_graph
 
+DOUBLE = np.dtype(np.float64)
 SHAPE = (8, 6)
-CHAIN = so.Graph.chain(8)
 COTANGENT = np.linspace(-1, 2, 48).reshape(SHAPE)
 LABELS = np.array([0, 1, 1, 2, 0, 1, 1, 1])
 MASK = np.arange(48).reshape(SHAPE) % 3 != 0
-PENALTIES = {
+NORMS = {
+    "L1 of many weights": so.L1(np.linspace(0.2, 1, 6)),
+    "GroupL2": so.GroupL2(0.7),
+    "GroupL2 of labels": so.GroupL2(np.linspace(0.3, 1, 3), groups=LABELS),
+    "SparseGroup along columns": so.SparseGroup(0.2, 0.4, axis=0),
+    "SparseGroup of labels": so.SparseGroup(np.linspace(0.1, 0.5, 6), np.linspace(0.3, 1, 3), groups=LABELS),
+    "NuclearNorm": so.NuclearNorm(0.4),
+    "sum of norms": stack([so.L1(0.5), so.GroupL2(0.7)], [3, 5]),
+}
+CONJUGATES = NORMS | {
+    "ElasticNet": so.ElasticNet(0.3, 0.5),
+    "Nonnegative": so.Nonnegative(0.2),
+    "Box": so.Box(-0.5, np.linspace(0, 1, 6), weight=0.2),
+    "Box without 0": so.Box(0.3, 0.7, weight=0.2),
+    "Box without a roof": so.Box(np.linspace(-1, 1, 6), np.inf, weight=0.2),
+    "Box without a floor": so.Box(-np.inf, np.linspace(-1, 1, 6), weight=0.2),
+    "Simplex": so.Simplex(3.0),
+    "sum with others": stack([so.L1(0.5), so.ElasticNet(0.3, 0.5)], [3, 5]),
+}
+PENALTIES = CONJUGATES | {
     "L0": so.L0(0.3),
-    "L1": so.L1(0.3),
-    "L1 of many weights": so.L1(np.linspace(0, 1, 6)),
+    "L1, some of weight 0": so.L1(np.linspace(0, 1, 6)),
+    "GroupL2 along columns": so.GroupL2(0.3, axis=0),
+    "MCP": so.MCP(0.3),
+    "SCAD": so.SCAD(0.3),
+    "LogSum": so.LogSum(0.3, eps=1.0),
+    "LHalf": so.LHalf(0.3),
+    "CappedL1, of a user": CappedL1(0.7),
     "Sum": stack([so.L1(0.3), so.L0(0.2), so.TopK(4)], [3, 4, 1]),
     "TopK": so.TopK(17),
     "NM": so.NM(2, 4),
@@ -35,18 +67,15 @@ PENALTIES = {
     "Support": so.Support(MASK),
     "Within": Within(so.TopK(17), MASK),
     "Within, of lines": Within(so.RowTopK(np.arange(6)), MASK),
-    "ElasticNet": so.ElasticNet(0.3, 0.5),
-    "LogSum": so.LogSum(0.3, eps=1.0),
-    "LHalf": so.LHalf(0.3),
-    "Nonnegative": so.Nonnegative(0.2),
-    "Box": so.Box(-0.5, 1.0, weight=0.2),
-    "Box without a roof": so.Box(np.linspace(-1, 0, 6), np.inf, weight=0.2),
-    "Simplex": so.Simplex(3.0),
-    "GroupL2 of labels": so.GroupL2(np.linspace(0.3, 1, 3), groups=LABELS),
-    "SparseGroup": so.SparseGroup(0.2, 0.4),
-    "SparseGroup of labels": so.SparseGroup(np.linspace(0.1, 0.5, 6), np.linspace(0.3, 1, 3), groups=LABELS),
-    "NuclearNorm": so.NuclearNorm(0.4),
 }
+WITHOUT_ZERO = ("Simplex", "Box without 0", "Box without a roof", "Box without a floor")
+INDICATORS = ("TopK", "NM", "RowTopK", "BlockTopK", "GroupTopK", "Support", "Within", "Simplex")
+ROWS_OF_A_CHAIN = Lifted(
+    so.L1(0.3),
+    linear_map(so.Graph.chain(8).matrix(1)),
+    2 * np.ones(7),
+    np.arange(7)[:, None] % 6 == np.arange(6),
+)
 
 
 @jax.jit
@@ -55,69 +84,185 @@ def values(penalty, points):
     return jax.vmap(penalty.value)(points)
 
 
+def drawn(rng, scale=1):
+    return (scale * rng.standard_normal(SHAPE)).astype(np.float32)
+
+
 @pytest.fixture(params=PENALTIES.values(), ids=PENALTIES.keys())
 def penalty(request):
     return request.param
 
 
-@pytest.mark.parametrize("step", [0.1, 1.0, 7.0])
-def test_no_perturbation_beats_the_prox(penalty, rng, step):
-    x = rng.standard_normal(SHAPE).astype(np.float32)
-    best = Jitted(penalty).prox(x, step)
-    others = [best]
-    for _ in range(60):
-        moved = best + rng.standard_normal(SHAPE) * rng.choice([1e-3, 0.1, 1.0])
-        swapped = x * rng.permuted((best != 0).ravel()).reshape(SHAPE)
-        # The last one lies in the set of an indicator.
-        others += [moved, swapped, np.where(best != 0, moved, 0), Jitted(penalty).prox(moved.astype(np.float32), step)]
-
-    others = np.stack(others).astype(np.float32)
-    costs = 0.5 * np.sum((others - x) ** 2, axis=(1, 2)) + step * np.asarray(values(penalty, others))
-    assert np.isfinite(costs[0])
-    assert (costs[1:] >= costs[0] - 1e-4).all()
+@pytest.fixture(params=CONJUGATES.values(), ids=CONJUGATES.keys())
+def conjugate(request):
+    return request.param
 
 
-@pytest.mark.parametrize("name", sorted(PENALTIES.keys() - {"Simplex"}))
+@pytest.fixture(params=NORMS.values(), ids=NORMS.keys())
+def norm(request):
+    return request.param
+
+
+def test_no_perturbation_beats_the_prox(penalty, rng):
+    x, jitted = drawn(rng), Jitted(penalty)
+    for step in (0.1, 1.0, 7.0):
+        best = jitted.prox(x, step)
+        others = [best]
+        for _ in range(60):
+            moved = best + rng.standard_normal(SHAPE) * rng.choice([1e-3, 0.1, 1.0])
+            swapped = x * rng.permuted((best != 0).ravel()).reshape(SHAPE)
+            # The last one lies in the set of an indicator.
+            others += [moved, swapped, np.where(best != 0, moved, 0), jitted.prox(moved.astype(np.float32), step)]
+        others = np.stack(others).astype(np.float32)
+        costs = 0.5 * np.sum((others - x) ** 2, axis=(1, 2)) + step * np.asarray(values(penalty, others))
+        assert np.isfinite(costs[0])
+        assert (costs[1:] >= costs[0] - 1e-4).all()
+
+
+def test_a_prox_keeps_shape_and_dtype_and_has_lanes(penalty, rng):
+    assert isinstance(penalty, so.core.Penalty)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        answer = Jitted(penalty).prox(rng.standard_normal(SHAPE).astype(dtype), 0.5)
+        assert (answer.shape, answer.dtype) == (SHAPE, dtype)
+    batch = np.stack([drawn(rng) for _ in range(3)])
+    together = jax.jit(jax.vmap(lambda x: penalty.prox(x, 0.5)))(batch)
+    # A batch may be multiplied and summed in another order.
+    np.testing.assert_allclose(together, [Jitted(penalty).prox(x, 0.5) for x in batch], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", PENALTIES.keys() - WITHOUT_ZERO)
 def test_zero_costs_nothing_and_is_a_fixed_point(name):
-    penalty = PENALTIES[name]
     zero = np.zeros(SHAPE, np.float32)
-    assert values(penalty, zero[None]) == 0
-    assert (Jitted(penalty).prox(zero, 1.0) == 0).all()
+    assert values(PENALTIES[name], zero[None]) == 0
+    assert (Jitted(PENALTIES[name]).prox(zero, 1.0) == 0).all()
 
 
-def test_a_sum_of_norms_is_a_norm_and_of_others_is_none(rng):
-    both = stack([so.L1(0.5), so.GroupL2(0.7)], [3, 5])
-    assert isinstance(both, Norm)
+@pytest.mark.parametrize("penalty", [*PENALTIES.values(), ROWS_OF_A_CHAIN], ids=[*PENALTIES, "Lifted"])
+def test_the_prox_has_finite_gradients_at_zero_entries_and_slices(penalty, rng):
+    gradients = jax.jit(jax.grad(lambda x, step: jnp.sum(COTANGENT * penalty.prox(x, step)), argnums=(0, 1)))
+    x = drawn(rng)
+    x[2:5], x[6, 1] = 0, 0
+    for point, step in itertools.product((np.zeros_like(x), x), (0.0, 1.0)):
+        assert all(np.isfinite(gradient).all() for gradient in gradients(point, step))
+
+
+def test_slack_is_never_negative_and_differs_between_points_as_the_gap_does(conjugate, rng):
+    assert isinstance(conjugate, so.core.Conjugate)
+    jitted = Jitted(conjugate)
+    for _ in range(5):
+        x, y = (jitted.prox(drawn(rng, 2), 1.0) for _ in range(2))
+        dual = drawn(rng, 3)
+        dual = dual / max(jitted.dual_norm(dual), 1)
+        at_x, at_y = jitted.slack(x, dual), jitted.slack(y, dual)
+        assert min(at_x.min(), at_y.min()) >= -1e-5
+        gap = jitted.value(x) - jitted.value(y) - np.vdot(dual, x - y)
+        assert at_x.sum() - at_y.sum() == pytest.approx(gap, abs=1e-4)
+
+
+def test_slack_is_zero_where_the_dual_is_a_subgradient_and_the_dual_norm_scales(conjugate, rng):
+    # By Moreau v = x + u with x the prox, and u a subgradient at x, for which Fenchel's inequality is an equality.
+    jitted, v = Jitted(conjugate), drawn(rng, 2)
+    x = jitted.prox(v, 1.0)
+    np.testing.assert_allclose(jitted.slack(x, v - x), 0, atol=5e-5)
+    assert jitted.dual_norm(v - x) <= 1 + 1e-5
+    for t in (1e-12, 0.3, 1e12):
+        assert jitted.dual_norm(np.float32(t) * v) == pytest.approx(t * jitted.dual_norm(v), rel=1e-5)
+    assert jitted.dual_norm(0 * v) == 0
+
+
+def test_a_norm_has_a_dual_ball_in_which_its_prox_is_zero_and_on_which_it_projects(norm, rng):
+    assert isinstance(norm, Norm)
+    jitted, u = Jitted(norm), drawn(rng, 2)
+    size = jitted.dual_norm(u)
+    assert not jitted.prox(u * (1 - 1e-4), size).any()
+    assert jitted.prox(u * (1 + 1e-4), size).any()
+    inside = jitted.project_dual(u)
+    np.testing.assert_allclose(inside, u - jitted.prox(u, 1.0), atol=2e-6)
+    np.testing.assert_allclose(jitted.project_dual(inside), inside, atol=2e-6)
+    assert jitted.dual_norm(inside) <= 1 + 4e-6
+    x = drawn(rng)
+    assert jitted.slack(x, inside).sum() == pytest.approx(jitted.value(x) - np.vdot(inside, x), rel=1e-5)
+
+
+def test_what_is_no_norm_does_not_pass_for_one():
+    for name in CONJUGATES.keys() - NORMS.keys():
+        assert not isinstance(CONJUGATES[name], Norm), name
     assert not isinstance(stack([so.L1(0.5), so.L0(0.7)], [3, 5]), Norm)
-    x, dual = rng.standard_normal((2, *SHAPE)).astype(np.float32)
-    norm = Jitted(both)
-    inside = norm.project_dual(dual)
-    np.testing.assert_allclose(norm.project_dual(inside), inside, rtol=1e-6)
-    slack = norm.slack(x, inside)
-    assert slack.min() >= -1e-6
-    assert slack.sum() == pytest.approx(norm.value(x) - np.vdot(inside, x), rel=1e-5)
+    assert not isinstance(so.LogSum(1.0, 1.0), so.core.Conjugate)
 
 
-WITH_GRADIENTS = PENALTIES | {
-    "MCP": so.MCP(0.3),
-    "SCAD": so.SCAD(0.3),
-    "GroupL2": so.GroupL2(0.3),
-    "GroupL2 along columns": so.GroupL2(0.3, axis=0),
-    "NormSum": stack([so.L1(0.5), so.GroupL2(0.7)], [3, 5]),
-    "Lifted": Lifted(
-        so.L1(0.3), linear_map(CHAIN.matrix(1)), 2 * np.ones(7), np.arange(7)[:, None] % 6 == np.arange(6)
-    ),
+def test_indicators_are_infinite_off_their_set(rng):
+    x = drawn(rng)
+    for indicator in (*map(PENALTIES.get, INDICATORS), so.Nonnegative(), so.Box(-0.1, 0.2), so.Simplex()):
+        assert np.isinf(values(indicator, x[None]))
+        assert values(indicator, Jitted(indicator).prox(x, 1.0)[None]) == 0
+
+
+SCALARS = {
+    "L1": so.L1(0.7),
+    "L0": so.L0(0.9),
+    "MCP": so.MCP(0.7, 3.0),
+    "steep MCP": so.MCP(0.7, 1.2),
+    "SCAD": so.SCAD(0.7, 3.7),
+    "steep SCAD": so.SCAD(0.7, 2.1),
+    "LogSum": so.LogSum(0.8, 1.0),
+    "steep LogSum": so.LogSum(0.8, 0.3),
+    "CappedL1, of a user": CappedL1(0.7),
 }
 
 
-@pytest.mark.parametrize("penalty", WITH_GRADIENTS.values(), ids=WITH_GRADIENTS.keys())
-def test_the_prox_has_finite_gradients_at_zero_entries_and_slices(penalty, rng):
-    gradients = jax.jit(jax.grad(lambda x, step: jnp.sum(COTANGENT * penalty.prox(x, step)), argnums=(0, 1)))
-    x = rng.standard_normal(SHAPE).astype(np.float32)
-    x[2:5], x[6, 1] = 0, 0
-    for point in (np.zeros_like(x), x):
-        for step in (0.0, 1.0):
-            assert all(np.isfinite(gradient).all() for gradient in gradients(point, step))
+@pytest.mark.parametrize("penalty", SCALARS.values(), ids=SCALARS)
+def test_no_grid_point_beats_the_scalar_prox(penalty):
+    with precision(DOUBLE):
+        x, grid = np.linspace(-8, 8, 161), np.linspace(-9, 9, 18_001)
+        heights = np.asarray(values(penalty, grid))
+        for step in (0.0, 0.02, 0.1, 0.3, 1.0, 1.5, 4.0):
+            u = Jitted(penalty).prox(x, step)
+            reached = 0.5 * (u - x) ** 2 + step * np.asarray(values(penalty, u))
+            best = np.min(0.5 * (grid - x[:, None]) ** 2 + step * heights, axis=1)
+            assert np.max(reached - best) <= 1e-12, step
+
+
+@pytest.mark.parametrize("penalty", [*list(SCALARS.values())[:6], so.GroupL2(0.7)], ids=repr)
+def test_no_perturbation_beats_the_lifted_prox(rng, penalty):
+    with precision(DOUBLE):
+        graph = random_graph(rng, n=20, extra=12)
+        channels = (3,) if isinstance(penalty, so.GroupL2) else ()
+        for block in (1, 2):
+            matrix, labels = graph.matrix(block), graph.groups(block)
+            squares = np.asarray(matrix.multiply(matrix).sum(axis=1))
+            # The first group and the third, each with a copy of its own.
+            groups = (labels[:, None] == [0, 2]).reshape(-1, *[1 for _ in channels], 2)
+            lifted = Lifted(penalty, linear_map(matrix), squares, groups)
+            x = 2 * rng.standard_normal((20, *channels, 2))
+            best = Jitted(lifted).prox(x, 0.6)
+            # A value of exactly zero is judged as such: rounding in the product turns it into noise.
+            rows = np.where(groups, np.tensordot(matrix.toarray(), best, 1), 0)
+            rows = np.where(np.abs(rows) < 1e-12, 0, rows).swapaxes(0, -1)
+            rows = np.concatenate(rows.swapaxes(1, -1))
+            reached = 0.5 * np.sum((best - x) ** 2) + 0.6 * Jitted(penalty).value(rows)
+            sizes = np.repeat([1e-4, 1e-2, 1.0], 50).reshape(-1, *[1] * x.ndim)
+            others = best + sizes * rng.standard_normal((150, *x.shape))
+            costs = 0.5 * np.sum((others - x).reshape(150, -1) ** 2, axis=1) + 0.6 * np.asarray(values(lifted, others))
+            assert np.all(reached <= costs + 1e-12)
+
+
+def test_the_log_sum_has_the_slope_of_its_value_and_a_prox_continuous_up_to_the_square_of_eps():
+    with precision(DOUBLE):
+        x = np.linspace(0.05, 4, 80)
+        for eps in (0.3, 1.0):
+            slope = jax.vmap(jax.grad(so.LogSum(0.8, eps).value))(x)
+            np.testing.assert_allclose(so.LogSum(0.8, eps).slope(jnp.asarray(x)), slope, rtol=1e-12)
+        x = np.linspace(0, 3, 30_001)
+        jumps = [np.diff(Jitted(so.LogSum(1.0, 0.5)).prox(x, step)).max() for step in (0.2, 0.25, 0.5)]
+    assert max(jumps[:2]) < 0.01 < 0.1 < jumps[2]
+    huge = jnp.array([3e19, -3e38, 1e30, 0.0], jnp.float32)  # what its square would overflow
+    np.testing.assert_allclose(so.LogSum(1.0, 1.0).prox(huge, 1.0), huge, rtol=1e-6)
+
+
+def test_l0_threshold_is_the_root_of_twice_step_times_weight():
+    x = jnp.array([0.99, 1.01, -1.01])
+    assert so.L0(2.0).prox(x, 0.25).tolist() == pytest.approx([0.0, 1.01, -1.01])
 
 
 @pytest.mark.parametrize("penalty", [so.L1(0.0), so.GroupL2(0.0), so.SparseGroup(0.0, 0.0)], ids=repr)
@@ -128,65 +273,74 @@ def test_without_a_weight_the_prox_is_the_identity_with_its_derivative_also_at_z
     np.testing.assert_array_equal(jacobian.reshape(4, 4), np.eye(4))
 
 
-def test_prox_keeps_shape_and_dtype(penalty, rng):
-    for dtype in (jnp.float32, jnp.bfloat16):
-        answer = Jitted(penalty).prox(rng.standard_normal(SHAPE).astype(dtype), 0.5)
-        assert answer.shape == SHAPE
-        assert answer.dtype == dtype
-
-
-def test_penalty_is_a_pytree_that_vmaps_and_satisfies_the_protocol(penalty, rng):
-    assert isinstance(penalty, so.core.Penalty)
-    batch = rng.standard_normal((3, *SHAPE)).astype(np.float32)
-    together = jax.jit(jax.vmap(lambda x: penalty.prox(x, 0.5)))(batch)
-    # A batch may be multiplied and summed in another order.
-    np.testing.assert_allclose(together, [Jitted(penalty).prox(x, 0.5) for x in batch], rtol=1e-6, atol=1e-6)
-
-
-def test_a_changed_weight_does_not_retrace(rng):
+def test_weights_counts_and_labels_may_change_without_a_retrace(rng):
     traces = []
 
     @jax.jit
     def prox(penalty, x):
-        traces.append(1)
-        return penalty.prox(x, 1.0)
+        traces.append(type(penalty))
+        return penalty.prox(x, 1.0), penalty.value(x)
 
-    x = jnp.asarray(rng.standard_normal(10), jnp.float32)
-    for weight in (0.1, 0.2, 0.3):
-        prox(so.L0(weight), x)
-    assert len(traces) == 1
-
-
-def test_indicators_are_infinite_off_their_set(rng):
-    x = rng.standard_normal(SHAPE).astype(np.float32)
-    patterns = (so.TopK(17), so.NM(2, 4), so.RowTopK(3), so.BlockTopK(3, (2, 3)), so.GroupTopK(2, 2), so.Support(MASK))
-    patterns = (*patterns, Within(so.TopK(17), MASK))
-    for indicator in (*patterns, so.Nonnegative(), so.Box(-0.1, 0.2), so.Simplex()):
-        assert np.isinf(values(indicator, x[None]))
-        assert values(indicator, Jitted(indicator).prox(x, 1.0)[None]) == 0
+    x = drawn(rng)
+    for weight, k in ((0.1, 1), (0.2, 2), (0.3, 4)):
+        np.testing.assert_array_equal(prox(so.L0(weight), x)[0] != 0, np.abs(x) > np.sqrt(2 * weight))
+        assert np.count_nonzero(prox(so.RowTopK(k), x)[0]) == 6 * k
+        assert np.count_nonzero(prox(so.BlockTopK(k, (4, 2)), x)[0]) == 8 * k
+        assert np.count_nonzero(prox(so.GroupTopK(k, [0, 1, 2, 3] * 2), x)[0]) == 12 * k
+    three = jnp.array([3.0, 4.0, 2.0])
+    assert prox(so.GroupL2(1.0, groups=np.array([0, 0, 1])), three)[1] == 7
+    assert prox(so.GroupL2(1.0, groups=np.array([1, 0, 1])), three)[1] == pytest.approx(4 + 13**0.5)
+    assert len(traces) == 5
 
 
-def test_l0_threshold_is_the_root_of_twice_step_times_weight():
-    x = jnp.array([0.99, 1.01, -1.01])
-    assert so.L0(2.0).prox(x, 0.25).tolist() == pytest.approx([0.0, 1.01, -1.01])
+# Of an array [4, 3], and how many supports lie in each.
+SUPPORTED = {
+    "TopK": (so.TopK(5), 1586),
+    "NM": (so.NM(1, 2), 3**6),
+    "NM along columns": (so.NM(2, 3, axis=1), 7**4),
+    "RowTopK": (so.RowTopK(2), 11**3),
+    "RowTopK along columns": (so.RowTopK(2, axis=1), 7**4),
+    "a count for every line": (so.RowTopK(np.array([0, 1, 4])), 1 * 5 * 16),
+    "BlockTopK": (so.BlockTopK(1, (2, 3)), 127),
+    "blocks of entries": (so.BlockTopK(3, (1, 1)), 1 + 12 + 66 + 220),
+    "GroupTopK of rows": (so.GroupTopK(2), 1 + 4 * 7 + 6 * 49),
+    "GroupTopK of pairs": (so.GroupTopK(1, 2), 127),
+    "GroupTopK of labels": (so.GroupTopK(2, np.array([0, 1, 1, 2])), 4096 - 7 * 63 * 7),
+    "Support": (so.Support(MASK[:4, :3]), 256),
+    "Within": (Within(so.TopK(2), MASK[:4, :3]), 1 + 8 + 28),
+    "Within, of lines": (Within(so.RowTopK(np.array([1, 2, 4])), MASK[:4, :3]), 11 * 16),
+}
 
 
-def test_within_a_support_a_pattern_keeps_the_largest_of_it_and_never_more_than_it_has(rng):
-    x = rng.standard_normal(SHAPE).astype(np.float32)
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_a_pattern_has_exactly_its_supports_and_projects_onto_the_nearest(rng, name):
+    pattern, count = SUPPORTED[name]
+    supports = np.array(list(itertools.product([0, 1], repeat=12)), np.float32).reshape(-1, 4, 3)
+    allowed = supports[np.asarray(values(pattern, supports)) == 0]
+    assert len(allowed) == count
+    for _ in range(5):
+        x = rng.standard_normal((4, 3)).astype(np.float32)
+        kept = np.where(Jitted(pattern).prox(x, 1.0) != 0, 1, 0)
+        assert (allowed == kept).all(axis=(1, 2)).any()
+        energies = np.sum(allowed * x.astype(np.float64) ** 2, axis=(1, 2))
+        assert np.sum(kept * x.astype(np.float64) ** 2) == pytest.approx(energies.max(), rel=1e-14)
+        np.testing.assert_array_equal(Jitted(pattern).prox(x, 1.0), kept * x)
+
+
+def test_within_a_support_a_pattern_keeps_never_more_than_it_has(rng):
+    x = np.abs(drawn(rng))
     x[0, 1:3] = 0
     for k in (0, 5, 31, 40):
-        kept = np.asarray(Jitted(Within(so.TopK(k), MASK)).mask(np.abs(x)))
+        kept = np.asarray(Jitted(Within(so.TopK(k), MASK)).mask(x))
         assert kept.sum() == min(k, MASK.sum())
         assert not kept[~MASK].any()
-        left = np.sort(np.abs(x)[MASK])[::-1][: kept.sum()]
-        np.testing.assert_array_equal(np.sort(np.abs(x)[kept])[::-1], left)
     counts = np.array([0, 1, 2, 3, 4, 8])
-    kept = np.asarray(Jitted(Within(so.RowTopK(counts), MASK)).mask(np.abs(x)))
+    kept = np.asarray(Jitted(Within(so.RowTopK(counts), MASK)).mask(x))
     np.testing.assert_array_equal(kept.sum(axis=0), np.minimum(counts, MASK.sum(axis=0)))
 
 
-def test_row_top_k_keeps_the_largest_of_every_row_and_counts_are_exact_among_ties(rng):
-    x = rng.standard_normal(SHAPE).astype(np.float32)
+def test_row_top_k_keeps_the_largest_of_every_row_along_one_axis_and_counts_are_exact_among_ties(rng):
+    x = drawn(rng)
     x[:, 2:4] = 1.0  # ties at the threshold
     for k in range(7):
         mask = Jitted(so.RowTopK(k, axis=1)).mask(np.abs(x))
@@ -195,91 +349,18 @@ def test_row_top_k_keeps_the_largest_of_every_row_and_counts_are_exact_among_tie
         np.put_along_axis(expected, order, True, axis=1)
         np.testing.assert_array_equal(mask, expected)
         np.testing.assert_array_equal(Jitted(so.RowTopK(k)).mask(np.abs(x.T)), expected.T)
-
-
-def test_row_top_k_acts_along_one_axis_of_any_array(rng):
-    x = rng.standard_normal((3, 5, 4)).astype(np.float32)
-    kept = Jitted(so.RowTopK(2, axis=1)).prox(x, 1.0)
-    assert (np.count_nonzero(kept, axis=1) == 2).all()
-    assert np.count_nonzero(Jitted(so.RowTopK(2)).prox(x[0, :, 0], 1.0)) == 2
-
-
-@pytest.mark.parametrize("shape", [(2, 3), (8, 1), (1, 6), (4, 2), (8, 6), (1, 1)])
-def test_block_top_k_keeps_the_blocks_of_largest_energy(rng, shape):
-    x = rng.standard_normal(SHAPE).astype(np.float32)
-    high, wide = shape
-    corners = [(i, j) for i in range(0, 8, high) for j in range(0, 6, wide)]
-    energy = [np.sum(x[i : i + high, j : j + wide].astype(np.float64) ** 2) for i, j in corners]
-    k = max(1, len(corners) // 3)
-    expected = np.zeros_like(x)
-    for place in np.argsort(energy)[-k:]:
-        i, j = corners[place]
-        expected[i : i + high, j : j + wide] = x[i : i + high, j : j + wide]
-    np.testing.assert_array_equal(Jitted(so.BlockTopK(k, shape)).prox(x, 1.0), expected)
-
-
-def test_blocks_that_do_not_tile_are_an_error():
-    with pytest.raises(ValueError, match=r"blocks of 3 x 2 tile .* shape \(8, 6\)"):
-        so.BlockTopK(1, (3, 2)).mask(jnp.ones(SHAPE))
-    with pytest.raises(ValueError, match=r"shape \(48,\)"):
-        so.BlockTopK(1, (3, 2)).mask(jnp.ones(48))
-
-
-@pytest.mark.parametrize("groups", [1, 2, 4, LABELS], ids=["rows", "pairs", "fours", "labels"])
-def test_group_top_k_projects_onto_the_nearest_of_all_choices_of_groups(rng, groups):
-    labels = LABELS if groups is LABELS else np.arange(8) // groups
-    count = labels.max() + 1
-    for x in (rng.standard_normal(SHAPE), rng.standard_normal(8)):
-        for k in {0, 1, count // 2, count}:
-            choices = [np.isin(labels, chosen) for chosen in itertools.combinations(range(count), k)]
-            kept = max(choices, key=lambda rows: np.sum(x[rows] ** 2))
-            expected = np.where(kept[:, None] if x.ndim == 2 else kept, x, 0).astype(np.float32)
-            found = Jitted(so.GroupTopK(k, groups)).prox(x.astype(np.float32), 1.0)
-            np.testing.assert_array_equal(found, expected)
+    cube = rng.standard_normal((3, 5, 4)).astype(np.float32)
+    assert (np.count_nonzero(Jitted(so.RowTopK(2, axis=1)).prox(cube, 1.0), axis=1) == 2).all()
+    assert np.count_nonzero(Jitted(so.RowTopK(2)).prox(cube[0, :, 0], 1.0)) == 2
 
 
 def test_consecutive_groups_are_blocks_as_wide_as_the_matrix_and_equal_labels(rng):
-    x = rng.standard_normal(SHAPE).astype(np.float32)
+    x = drawn(rng)
     x[4:6] = x[0:2]  # on a tie the first win
     for k in range(5):
         mask = Jitted(so.GroupTopK(k, 2)).mask(np.abs(x))
         np.testing.assert_array_equal(mask, Jitted(so.BlockTopK(k, (2, 6))).mask(np.abs(x)))
         np.testing.assert_array_equal(mask, Jitted(so.GroupTopK(k, np.arange(8) // 2)).mask(np.abs(x)))
-
-
-@pytest.mark.parametrize(
-    ("groups", "message"),
-    [
-        (3, r"groups of 3 rows need .* shape \(8, 6\)"),
-        (0, "groups of 0 rows"),
-        ([0, 1], r"given 2 labels, 2 of them distinct, for an array of shape \(8, 6\)"),
-        ([0, 1, 3, 0, 1, 3, 0, 1], "integers 0 to G - 1, each at least once; given 8 labels, 3 of them distinct"),
-    ],
-)
-def test_groups_that_do_not_fit_the_rows_are_an_error(groups, message):
-    with pytest.raises(ValueError, match=message):
-        so.GroupTopK(1, groups).mask(jnp.ones(SHAPE))
-
-
-def test_the_count_of_a_pattern_is_a_leaf(rng):
-    traces = []
-
-    @jax.jit
-    def prox(penalty, x):
-        traces.append(type(penalty))
-        return penalty.prox(x, 1.0)
-
-    x = jnp.asarray(rng.standard_normal(SHAPE), jnp.float32)
-    for k in (1, 2, 4):
-        assert np.count_nonzero(prox(so.RowTopK(k), x)) == 6 * k
-        assert np.count_nonzero(prox(so.BlockTopK(k, (4, 2)), x)) == 8 * k
-        assert np.count_nonzero(prox(so.GroupTopK(k, [0, 1, 2, 3] * 2), x)) == 12 * k
-    assert len(traces) == 3
-
-
-def test_the_prox_of_a_log_sum_keeps_what_its_square_would_overflow():
-    x = jnp.array([3e19, -3e38, 1e30, 0.0], jnp.float32)
-    np.testing.assert_allclose(so.LogSum(1.0, 1.0).prox(x, 1.0), x, rtol=1e-6)
 
 
 @pytest.mark.parametrize("penalty", [so.TopK(2), so.RowTopK(2), so.NM(2, 4)])
@@ -296,14 +377,88 @@ def test_integers_are_floats_to_a_penalty(penalty):
     np.testing.assert_array_equal(penalty.value(x), penalty.value(x.astype(float)))
 
 
-def test_labels_are_checked_beside_their_number_too():
-    x = jnp.array([3.0, -1.0, 2.0, -4.0])
-    by_list = so.GroupL2(1.0, groups=[0, 1, 2, 2], num_groups=3).prox(x, 1.0)
-    np.testing.assert_array_equal(by_list, so.GroupL2(1.0, groups=np.array([0, 1, 2, 2])).prox(x, 1.0))
-    with pytest.raises(ValueError, match="num_groups=2 and a label 2"):
-        so.GroupL2(1.0, groups=np.array([0, 1, 2, 2]), num_groups=2)
-    with pytest.raises(ValueError, match=r"an integer from 0 on, .* from -1"):
-        so.GroupL2(1.0, groups=np.array([0, -1]), num_groups=2)
+def test_groups_of_equal_sizes_may_be_labelled_or_lie_along_an_axis(rng):
+    x, dual = drawn(rng), drawn(rng)
+    for kind, weights in ((so.GroupL2, (0.7,)), (so.SparseGroup, (0.2, 0.7))):
+        labelled, along = Jitted(kind(*weights, groups=np.repeat(range(4), 2))), Jitted(kind(*weights))
+        for name in ("prox", "project_dual", "slack", "value", "dual_norm"):
+            second = {"prox": 0.5, "slack": dual}.get(name)
+            rest = () if second is None else (second,)
+            flat = tuple(np.reshape(a, (4, 12)) if np.ndim(a) else a for a in (x, *rest))
+            one, other = getattr(labelled, name)(x, *rest), getattr(along, name)(*flat)
+            np.testing.assert_allclose(np.ravel(one), np.ravel(other), rtol=1e-5, atol=1e-6, err_msg=name)
+    listed = so.GroupL2(1.0, groups=[0, 1, 2, 2] * 2, num_groups=3).prox(x, 1.0)
+    np.testing.assert_array_equal(listed, so.GroupL2(1.0, groups=np.array([0, 1, 2, 2] * 2)).prox(x, 1.0))
+
+
+def test_a_zero_needs_no_weight_and_a_nonzero_dual_without_one_is_outside_every_ball():
+    weights = np.array([1.0, 0.0])
+    for penalty in (so.L1(weights), so.Nonnegative(weights), so.GroupL2(weights, groups=[0, 1])):
+        norm = Jitted(penalty)
+        assert norm.dual_norm(np.array([3.0, 0.0], np.float32)) == 3
+        assert norm.dual_norm(np.array([3.0, 1e-9], np.float32)) == np.inf
+    assert Jitted(so.Nonnegative()).dual_norm(np.array([-1.0, 0.0], np.float32)) == 0
+    assert Jitted(so.SparseGroup(weights, 0.0)).dual_norm(np.array([3.0, 1.0], np.float32)) == np.inf
+
+
+@pytest.mark.parametrize("group_weight", [0.0, 1e-3, 1.0, 50.0])
+def test_the_dual_norm_of_sparse_groups_is_the_root_of_its_equation(rng, group_weight):
+    with precision(DOUBLE):
+        u = rng.standard_normal((3, 200)) ** 3
+        norm = Jitted(so.SparseGroup(0.5, group_weight))
+        found, short = norm.dual_norm(u), norm.dual_norm(u.astype(np.float32))
+
+    def over(t, row):
+        return np.linalg.norm(np.maximum(np.abs(row) - 0.5 * t, 0)) - group_weight * t
+
+    roots = [brentq(over, 0, 1e3, args=(row,), xtol=1e-15, rtol=1e-15) for row in u] if group_weight else []
+    most = max(roots, default=np.abs(u).max() / 0.5)
+    assert found == pytest.approx(most, rel=1e-14)
+    assert short == pytest.approx(most, rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(7, 4), (4, 7), (5, 5)])
+def test_the_nuclear_norm_is_that_of_the_singular_values(rng, shape):
+    with precision(DOUBLE):
+        x, dual = rng.standard_normal((2, *shape))
+        x[1] = x[0]
+        left, singular, right = np.linalg.svd(x, full_matrices=False)
+        norm = Jitted(so.NuclearNorm(0.7))
+        assert norm.value(x) == pytest.approx(0.7 * singular.sum(), rel=1e-12)
+        assert norm.dual_norm(x) == pytest.approx(singular.max() / 0.7, rel=1e-12)
+        kept = (left * np.maximum(singular - 1.4, 0)) @ right
+        np.testing.assert_allclose(norm.prox(x, 2.0), kept, atol=1e-12)
+        assert norm.slack(x, dual).sum() == pytest.approx(norm.value(x) - np.vdot(dual, x), rel=1e-12)
+
+        # The derivative against central differences, at a matrix of deficient rank with equal singular values as well.
+        equal = (left * np.array([2.0, 2.0, 0.5, *[0.0] * (len(singular) - 3)])) @ right
+        threshold = jax.jit(threshold_singular_values)
+        tangent = jax.jit(lambda *both: jax.jvp(threshold_singular_values, both[:2], both[2:])[1])
+        for point, level_dot in itertools.product((x, equal), (0.0, 1.0)):
+            ahead, behind = (threshold(point + h * dual, 1.0 + h * level_dot) for h in (1e-6, -1e-6))
+            found = tangent(point, 1.0, dual, level_dot)
+            np.testing.assert_allclose(found, (ahead - behind) / 2e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("radius", [1e-3, 1.0, 50.0])
+@pytest.mark.parametrize("shift", [0.0, 1e4])
+def test_the_projection_onto_the_simplex_has_the_level_found_by_bisection(rng, radius, shift):
+    v = (rng.standard_normal(300) + shift).astype(np.float32)
+    exact = v.astype(np.float64)
+    level = brentq(lambda t: np.maximum(exact - t, 0).sum() - radius, exact.min() - radius, exact.max(), xtol=1e-13)
+    simplex = Jitted(so.Simplex(radius))
+    found = simplex.prox(v, 1.0)
+    np.testing.assert_allclose(found, np.maximum(exact - level, 0), rtol=0, atol=2e-6 * radius)
+    assert simplex.value(found) == 0
+    assert simplex.value(found * 1.01) == np.inf
+    assert simplex.value(found - radius / 300) == np.inf
+
+
+def test_a_projection_onto_the_simplex_with_many_equal_entries_keeps_its_sum():
+    v = np.full(100_000, -0.7, np.float32)
+    v[0] = 0.3 - 2e-6
+    simplex = Jitted(so.Simplex())
+    assert simplex.value(simplex.prox(v, 1.0)) == 0
 
 
 def test_classes_of_ones_own_with_a_prox_stay_as_they_are():
@@ -329,15 +484,3 @@ def test_classes_of_ones_own_with_a_prox_stay_as_they_are():
     np.testing.assert_array_equal(NoValue(1.0).prox(x, 2), [2, 4])
     np.testing.assert_array_equal(Named(0.5).prox(v=x.astype(float), t=1.0), [0.5, 1.5])
     np.testing.assert_array_equal(Named(0.5).prox(x, 1.0), [0.5, 1.5])
-
-
-def test_a_problem_with_labels_has_derivatives_in_every_leaf(rng):
-    loss = so.LeastSquares(rng.standard_normal((6, 3)), np.ones(6))
-    problem = so.Problem(loss, so.GroupL2(0.5, groups=np.array([0, 0, 1])))
-    found = jax.grad(lambda each: so.solve(each).value.sum(), allow_int=True)(problem).penalty.weight
-    step = 1e-2
-    near = [
-        so.solve(so.Problem(loss, so.GroupL2(0.5 + move, groups=problem.penalty.groups)), tol=1e-8)
-        for move in (step, -step)
-    ]
-    assert float(found) == pytest.approx(float((near[0].value - near[1].value).sum()) / (2 * step), rel=0.05)

@@ -1,4 +1,7 @@
-"""Theoretical guarantees of mAIHT, plain proximal gradient and the CG refit, checked numerically."""
+"""Solvers of a quadratic loss and a penalty that need not be convex: guarantees and exact counts, checked numerically.
+
+mAIHT, plain proximal gradient, the CG refit, splicing, and ADMM with a rising rho.
+"""
 
 import itertools
 
@@ -9,17 +12,41 @@ import pytest
 
 import sparseopt as so
 from sparseopt.core.losses.quadratic import largest_eigenvalue_bound
+from sparseopt.core.solvers.rising_admm import QuadraticAdmm, solve_rising
+from sparseopt.core.solvers.splice import Splice
 from tests.tiers import often
 
+PATTERNS = [so.TopK(150), so.RowTopK(13), so.NM(2, 4), so.BlockTopK(17, (4, 3))]
 
-def make_problem(rng, n=40, columns=12, weight=0.2, ridge=0.01):
+
+def make_problem(rng, penalty=None, n=40, columns=12, ridge=0.01):
     inputs = rng.standard_normal((3 * n, n)) @ (np.eye(n) + 0.5 * rng.standard_normal((n, n)))
     gram = inputs.T @ inputs
     scale = np.sqrt(np.diag(gram))
     hessian = gram / np.outer(scale, scale) + ridge * np.eye(n)
     center = rng.standard_normal((n, columns))
     loss = so.Quadratic(jnp.asarray(hessian, jnp.float32), jnp.asarray(center, jnp.float32))
-    return so.Problem(loss, so.L0(weight))
+    return so.Problem(loss, penalty or so.L0(0.2))
+
+
+@pytest.fixture(scope="module")
+def loss():
+    return make_problem(np.random.default_rng(20251125)).loss
+
+
+def objective(problem, x):
+    return float(problem.loss.value(x) + problem.penalty.value(x))
+
+
+def rising(problem, levels=5, growth=2.0, period=4, rho=0.1, **options):
+    return solve_rising(problem, problem.loss.center, rho=rho, growth=growth, levels=levels, period=period, **options)
+
+
+def least(hessian, center, chosen):
+    """The least loss over all x on a support of one column, float64."""
+    inside, change = list(chosen), -center
+    change[inside] += np.linalg.solve(hessian[np.ix_(inside, inside)], (hessian @ center)[inside])
+    return 0.5 * change @ hessian @ change
 
 
 @pytest.mark.parametrize("kind", ["random", "identity", "rank one", "tiny"])
@@ -33,40 +60,84 @@ def test_eigenvalue_bound_is_above_and_tight(rng, kind):
         assert exact * (1 - 1e-5) <= bound <= exact * 1.01
 
 
-@pytest.mark.parametrize("monitor", often(["always", "on_increase"], "on_increase"))
-@pytest.mark.parametrize("penalty", [so.L0(0.2), so.L1(0.2), so.TopK(150), so.NM(2, 4)])
-def test_objective_never_increases_at_a_fixed_level(rng, monitor, penalty):
-    problem = make_problem(rng)
-    problem = so.Problem(problem.loss, penalty)
-    answer = so.solve(problem, so.Maiht(monitor=monitor), problem.loss.center, tol=1e-6, max_steps=200, history=True)
-    values = np.asarray(answer.history.objective)[: int(answer.steps)]
-    assert len(values) > 5
-    assert (np.diff(values) <= 1e-5 * abs(values[0])).all()
-    assert np.isnan(np.asarray(answer.history.objective)[int(answer.steps) :]).all()
+ALWAYS, PLAIN = so.Maiht(monitor="always"), so.ProximalGradient()
+MONOTONE = [
+    *[(so.Maiht(), penalty, 1e-6, 1e-5) for penalty in (so.L0(0.2), so.L1(0.2), so.TopK(150), so.NM(2, 4))],
+    *[(ALWAYS, penalty, 1e-6, 1e-5) for penalty in (so.L0(0.2), so.L1(0.2), so.TopK(150), so.NM(2, 4))],
+    *[(Splice(), pattern, 0.0, 0.0) for pattern in PATTERNS],
+    (so.Refit(), so.Support(np.random.default_rng(0).random((40, 12)) < 0.5), 1e-5, 1e-5),
+]
+FAST = [*MONOTONE[:4], MONOTONE[8], MONOTONE[10], MONOTONE[12]]
 
 
-def test_plain_step_descends_by_the_promised_amount(rng):
-    problem = make_problem(rng)
-    top = np.linalg.eigvalsh(np.asarray(problem.loss.hessian, np.float64))[-1]
+@pytest.mark.parametrize(("solver", "penalty", "tol", "rounding"), often(MONOTONE, *FAST), ids=lambda part: None)
+def test_the_objective_never_increases_and_is_that_of_the_answer(loss, solver, penalty, tol, rounding):
+    problem, start = so.Problem(loss, penalty), loss.center
+    if not isinstance(solver, so.Maiht):
+        start = penalty.prox(start, 1.0)
+    answer = so.solve(problem, solver, start, tol=tol, max_steps=200, history=True)
+    values, steps = np.asarray(answer.history.objective), int(answer.steps)
+    assert steps > 5
+    first = [] if isinstance(solver, so.Maiht) else [objective(problem, start)]
+    assert (np.diff([*first, *values[:steps]]) <= rounding * abs(values[0])).all()
+    assert np.isnan(values[steps:]).all()
+    assert values[steps - 1] == pytest.approx(objective(problem, answer.value), rel=1e-3)
+    assert not first or values[steps - 1] < first[0]
+
+
+SPLICED = [(Splice(), pattern) for pattern in PATTERNS]
+COUNTED = [*SPLICED, *[(None, pattern) for pattern in PATTERNS]]
+
+
+@pytest.mark.parametrize(("solver", "pattern"), often(COUNTED, *COUNTED[::2]), ids=lambda part: None)
+def test_every_answer_lies_in_the_pattern_and_has_its_exact_count(loss, solver, pattern):
+    problem, first = so.Problem(loss, pattern), pattern.prox(loss.center, 1.0)
+    count = np.count_nonzero(pattern.mask(jnp.ones_like(first)))
+    if solver is None:
+        answer = rising(problem)
+        assert np.count_nonzero(answer.value) == count
+        assert int(answer.steps) == 20
+        # Far better than the dense values on the support of the largest.
+        assert objective(problem, answer.value) < 0.8 * objective(problem, first)
+    else:
+        answer = so.solve(problem, solver, first, tol=0.0, max_steps=30)
+        assert np.count_nonzero(answer.state.mask) == count
+        assert ((answer.value == 0) | answer.state.mask).all()
+    assert float(pattern.value(answer.value)) == 0
+
+
+def test_counts_and_rho_are_leaves_one_trace_serves_all(loss):
+    traces = []
+
+    @jax.jit
+    def run(solver, penalty, x):
+        traces.append(1)
+        found = so.solve(so.Problem(loss, penalty), solver, x, tol=-1.0, max_steps=3)
+        return found.state.mask if isinstance(solver, Splice) else found.value
+
+    for k, rho in ((40, 0.1), (90, 0.1), (200, 0.3)):
+        for solver in (Splice(), QuadraticAdmm(rho=rho)):
+            assert np.count_nonzero(run(solver, so.TopK(k), loss.center)) == k
+    assert len(traces) == 2
+
+
+def test_plain_step_descends_by_the_promised_amount(loss):
+    problem, x = so.Problem(loss, so.L0(0.2)), loss.center
+    top = np.linalg.eigvalsh(np.asarray(loss.hessian, np.float64))[-1]
     step = 0.97 / top
-    x = problem.loss.center
     for _ in range(20):
-        before = problem.loss.value(x) + problem.penalty.value(x)
-        after_x = problem.penalty.prox(x - step * problem.loss.gradient(x), step)
-        after = problem.loss.value(after_x) + problem.penalty.value(after_x)
-        promised = (1 / (2 * step) - top / 2) * float(jnp.sum((after_x - x) ** 2))
-        assert float(before - after) >= promised - 1e-4
-        x = after_x
+        after = problem.penalty.prox(x - step * loss.gradient(x), step)
+        promised = (1 / (2 * step) - top / 2) * float(jnp.sum((after - x) ** 2))
+        assert objective(problem, x) - objective(problem, after) >= promised - 1e-4
+        x = after
 
 
-@pytest.mark.parametrize("solver", [so.Maiht(), so.Maiht(monitor="always"), so.ProximalGradient()])
-def test_fixed_point_is_l_stationary(rng, solver):
-    problem = make_problem(rng)
-    answer = so.solve(problem, solver, problem.loss.center, tol=3e-7, max_steps=3000).check()
+@pytest.mark.parametrize("solver", [so.Maiht(), ALWAYS, PLAIN])
+def test_fixed_point_is_l_stationary(loss, solver):
+    weight = 0.2
+    answer = so.solve(so.Problem(loss, so.L0(weight)), solver, loss.center, tol=3e-7, max_steps=3000).check()
     step = float(answer.state.step_size)
-    weight = problem.penalty.weight
-    x = np.asarray(answer.value)
-    gradient = np.asarray(problem.loss.gradient(answer.value))
+    x, gradient = np.asarray(answer.value), np.asarray(loss.gradient(answer.value))
     kept = x != 0
     assert 0.1 < kept.mean() < 0.9
     assert np.abs(x[kept]).min() >= np.sqrt(2 * weight * step) * (1 - 1e-4)
@@ -75,65 +146,151 @@ def test_fixed_point_is_l_stationary(rng, solver):
 
 
 def test_acceleration_needs_fewer_steps_than_the_plain_iteration(rng):
-    problem = make_problem(rng, n=60, weight=1e-3, ridge=0.0)
-    problem = so.Problem(problem.loss, so.L1(0.05))
+    problem = make_problem(rng, so.L1(0.05), n=60, ridge=0.0)
     start = jnp.zeros_like(problem.loss.center)
-    plain = so.solve(problem, so.ProximalGradient(), start, tol=-1.0, max_steps=150)
-    fast = so.solve(problem, so.Maiht(), start, tol=-1.0, max_steps=150)
-    best = so.solve(problem, so.Maiht(), start, tol=-1.0, max_steps=4000).objective
-    assert fast.objective - best < 0.2 * (plain.objective - best)
+    plain, fast, best = (
+        so.solve(problem, solver, start, tol=-1.0, max_steps=steps).objective
+        for solver, steps in ((PLAIN, 150), (so.Maiht(), 150), (so.Maiht(), 4000))
+    )
+    assert fast - best < 0.2 * (plain - best)
 
 
 def test_adaptive_level_reaches_the_sparsity_asked_for(rng):
-    problem = make_problem(rng, n=64, columns=64)
+    problem = make_problem(rng, so.L0(1e-3), n=64, columns=64)
     for target in (0.3, 0.5, 0.7):
-        problem = so.Problem(problem.loss, so.L0(1e-3))
         answer = so.solve(problem, so.Maiht(target_sparsity=target), problem.loss.center, tol=-1.0, max_steps=80)
         assert abs(float((answer.value == 0).mean()) - target) < 0.08
 
 
-def test_support_rule_stops_when_the_support_rests(rng):
-    problem = make_problem(rng)
-    answer = so.solve(problem, so.Maiht(stop="support"), problem.loss.center, tol=0.0, max_steps=500).check()
-    again = so.Maiht(stop="support").step(problem, answer.state)
+def test_support_rule_stops_when_the_support_rests(loss):
+    problem, solver = so.Problem(loss, so.L0(0.2)), so.Maiht(stop="support")
+    answer = so.solve(problem, solver, loss.center, tol=0.0, max_steps=500).check()
+    again = solver.step(problem, answer.state)
     assert ((again.x != 0) == (answer.value != 0)).mean() > 0.99
 
 
 def test_refit_equals_least_squares_on_small_supports(rng):
-    n, k = 7, 3
-    problem = make_problem(rng, n=n, columns=1)
-    hessian = np.asarray(problem.loss.hessian, np.float64)
-    center = np.asarray(problem.loss.center, np.float64)[:, 0]
-    for chosen in itertools.combinations(range(n), k):
-        mask = np.isin(np.arange(n), chosen)[:, None]
-        fixed = so.Problem(problem.loss, so.Support(jnp.asarray(mask)))
-        answer = so.solve(fixed, so.Refit(), problem.loss.center, tol=1e-6, max_steps=20).check()
-        inside = list(chosen)
-        exact = np.linalg.solve(hessian[np.ix_(inside, inside)], (hessian @ center)[inside])
-        change = -center.copy()
-        change[inside] += exact
-        optimum = 0.5 * change @ hessian @ change
-        assert float(problem.loss.value(answer.value)) == pytest.approx(optimum, rel=1e-4)
+    loss = make_problem(rng, n=7, columns=1).loss
+    hessian, center = (np.asarray(part, np.float64) for part in (loss.hessian, loss.center[:, 0]))
+    for chosen in itertools.combinations(range(7), 3):
+        mask = np.isin(np.arange(7), chosen)[:, None]
+        fixed = so.Problem(loss, so.Support(jnp.asarray(mask)))
+        answer = so.solve(fixed, so.Refit(), loss.center, tol=1e-6, max_steps=20).check()
+        assert float(loss.value(answer.value)) == pytest.approx(least(hessian, center, chosen), rel=1e-4)
         assert (np.asarray(answer.value)[~mask] == 0).all()
 
 
-def test_refit_never_raises_the_error_and_keeps_the_support(rng):
-    problem = make_problem(rng)
-    mask = jnp.asarray(rng.random(problem.loss.center.shape) < 0.5)
-    fixed = so.Problem(problem.loss, so.Support(mask))
-    answer = so.solve(fixed, so.Refit(), problem.loss.center, tol=1e-5, max_steps=40, history=True)
-    values = np.asarray(answer.history.objective)[: int(answer.steps)]
-    start = float(problem.loss.value(jnp.where(mask, problem.loss.center, 0)))
-    assert (np.diff(np.concatenate([[start], values])) <= 1e-4).all()
-    assert values[-1] == pytest.approx(float(problem.loss.value(answer.value)), rel=1e-3)
-    assert ((answer.value == 0) | mask).all()
-
-
-def test_refit_leaves_solved_and_empty_columns_alone(rng):
-    problem = make_problem(rng, columns=3)
-    mask = jnp.ones_like(problem.loss.center, bool).at[:, 1].set(False)
-    fixed = so.Problem(problem.loss, so.Support(mask))
-    answer = so.solve(fixed, so.Refit(), problem.loss.center, tol=1e-6, max_steps=5)
-    assert so.Status(int(answer.status)) is so.Status.CONVERGED
+def test_refit_leaves_solved_and_empty_columns_alone(loss):
+    mask = jnp.ones_like(loss.center, bool).at[:, 1].set(False)
+    answer = so.solve(so.Problem(loss, so.Support(mask)), so.Refit(), loss.center, tol=1e-6, max_steps=5)
+    assert int(answer.status) == so.Status.CONVERGED
     assert (answer.value[:, 1] == 0).all()
-    np.testing.assert_array_equal(answer.value[:, 0], problem.loss.center[:, 0])
+    np.testing.assert_array_equal(answer.value[:, 0], loss.center[:, 0])
+
+
+def test_exchanges_beat_a_refit_of_the_first_support(loss):
+    start = so.TopK(150).prox(loss.center, 1.0)
+    refit = so.solve(so.Problem(loss, so.Support(start != 0)), so.Refit(), start, tol=1e-6, max_steps=60)
+    spliced = so.solve(so.Problem(loss, so.TopK(150)), Splice(), start, tol=0.0, max_steps=30)
+    assert float(spliced.objective) < 0.95 * float(refit.objective)
+
+
+def test_tiny_problems_end_at_the_best_subset_most_times_and_never_worse_than_they_began(rng):
+    penalty, losses = so.TopK(4), [make_problem(rng, n=8, columns=1).loss for _ in range(80)]
+
+    @jax.jit
+    @jax.vmap
+    def run(loss):
+        start = penalty.prox(loss.center, 1.0)
+        refit = so.solve(so.Problem(loss, so.Support(start != 0)), so.Refit(), start, tol=-1.0, max_steps=8)
+        spliced = so.solve(so.Problem(loss, penalty), Splice(refit_steps=8), start, tol=0.0, max_steps=40)
+        return refit.value, spliced.value
+
+    together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *losses)
+    hessians, centers = (np.asarray(part, np.float64) for part in (together.hessian, together.center))
+    changes = [np.asarray(x, np.float64) - centers for x in run(together)]
+    before, after = (0.5 * np.sum(change * (hessians @ change), axis=(1, 2)) for change in changes)
+    supports = list(itertools.combinations(range(8), 4))
+    best = np.array([min(least(h, c[:, 0], s) for s in supports) for h, c in zip(hessians, centers, strict=True)])
+    assert (after >= best * (1 - 1e-4)).all()
+    assert (after <= before * (1 + 1e-4)).all()
+    share_before, share_after = (np.mean(reached <= best * 1.001) for reached in (before, after))
+    assert share_after >= 0.5
+    assert share_after > 1.5 * share_before
+    assert np.mean(np.log(after / best)) < 0.5 * np.mean(np.log(before / best))
+
+
+def test_a_start_with_too_many_entries_is_cut_and_one_with_too_few_is_filled(loss):
+    for start in (loss.center, jnp.zeros_like(loss.center)):
+        assert np.count_nonzero(Splice().init(so.Problem(loss, so.TopK(100)), start).mask) == 100
+
+
+def test_rejections_in_a_row_end_the_search(loss):
+    answer = so.solve(so.Problem(loss, so.TopK(150)), Splice(patience=3), loss.center, tol=0.0, max_steps=200)
+    assert int(answer.status) == so.Status.STATIONARY
+    assert int(answer.state.rejected) == 3 or float(answer.state.swapped) == 0
+    assert int(answer.steps) < 200
+
+
+def test_with_l1_admm_reaches_the_optimum_that_monotone_fista_reaches(rng):
+    problem = make_problem(rng, so.L1(0.2), ridge=0.1)
+    start = jnp.zeros_like(problem.loss.center)
+    theirs = so.solve(problem, so.Maiht(), start, tol=1e-7, max_steps=3000)
+    ours = so.solve(problem, QuadraticAdmm(rho=0.5), start, tol=-1.0, max_steps=400)
+    assert objective(problem, ours.value) == pytest.approx(objective(problem, theirs.value), rel=1e-5)
+    np.testing.assert_allclose(ours.value, theirs.value, atol=2e-3)
+    # The fixed point is one: b and x agree, and v is the gradient there with its sign turned.
+    np.testing.assert_allclose(ours.state.dual, -problem.loss.gradient(ours.value), atol=2e-3)
+
+
+@pytest.fixture(scope="module")
+def wide(loss):
+    return so.Problem(loss, so.TopK(200))
+
+
+def test_a_rising_rho_closes_the_gap_between_both_copies(wide):
+    apart = []
+    for levels in (1, 4, 8):
+        state = rising(wide, levels).state
+        last = QuadraticAdmm().step(wide, state)
+        b = last.x + (last.dual - state.dual) / last.rho
+        apart.append(float(jnp.linalg.norm(b - last.x) / jnp.linalg.norm(last.x)))
+    assert apart[2] < 1e-2 * apart[0]
+    assert apart[1] < apart[0]
+
+
+def test_the_objective_is_the_loss_at_b_and_the_residual_the_share_of_the_support_that_moved(wide):
+    hessian, center = (np.asarray(part, np.float64) for part in (wide.loss.hessian, wide.loss.center))
+    for rho in (1.0, 0.2):
+        solver = QuadraticAdmm(rho=rho)
+        state, step = solver.init(wide, wide.loss.center), jax.jit(solver.step)
+        for _ in range(9):
+            previous, state = state, step(wide, state)
+            right = float(state.rho) * (np.asarray(previous.x, np.float64) - center) - np.asarray(previous.dual)
+            moved = np.linalg.solve(hessian + float(state.rho) * np.eye(len(hessian)), right)
+            assert float(state.objective) == pytest.approx(0.5 * np.sum(moved * (hessian @ moved)), rel=1e-3)
+            changed = np.mean((np.asarray(state.x) != 0) != (np.asarray(previous.x) != 0))
+            assert float(state.residual) == pytest.approx(changed, abs=1e-6)
+
+
+def test_a_level_starts_where_the_one_before_ended_and_ends_early_where_the_support_rests(wide):
+    """At a growth of 1 the levels are one solve in pieces; the last rho is that of the last level."""
+    whole = so.solve(wide, QuadraticAdmm(rho=0.2), wide.loss.center, tol=-1.0, max_steps=9)
+    parts = rising(wide, 3, 1.0, 3, rho=0.2)
+    np.testing.assert_array_equal(parts.value != 0, whole.value != 0)
+    np.testing.assert_allclose(parts.value, whole.value, rtol=1e-3, atol=1e-5)
+    grown = rising(wide, 3, 3.0, 2, rho=0.2)
+    assert float(grown.state.rho) == pytest.approx(0.2 * 9)
+    assert int(grown.steps) == 6
+    # With a share of 1 every step is at rest, and every level has one step, the first after which it is known.
+    assert int(rising(wide, 4, period=5, rho=0.2, rest=1.0).steps) == 4
+    assert 4 < int(rising(wide, 4, period=5, rho=0.2, rest=0.0).steps) <= 20
+
+
+def test_without_watching_the_answer_is_the_same(wide):
+    watched, blind = (
+        so.solve(wide, QuadraticAdmm(watch=watch), wide.loss.center, tol=-1.0, max_steps=12) for watch in (True, False)
+    )
+    np.testing.assert_array_equal(blind.value, watched.value)
+    assert int(blind.steps) == 12
+    assert np.isfinite(float(blind.objective))

@@ -1,0 +1,53 @@
+"""A small regression, and parts of a problem written outside the package."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+import sparseopt as so
+
+ROWS, COLUMNS = 30, 12
+DIFFERENCES = np.diff(np.eye(COLUMNS), axis=0)
+
+
+def drawn():
+    """A matrix, and a target that half of its columns explain."""
+    rng = np.random.default_rng(0)
+    matrix = rng.standard_normal((ROWS, COLUMNS))
+    truth = rng.standard_normal(COLUMNS) * (np.arange(COLUMNS) % 2)
+    return matrix, truth @ matrix.T + rng.standard_normal(ROWS)
+
+
+MATRIX, TARGET = drawn()
+LABELS = (TARGET > 0).astype(float)
+SQUARES = so.LeastSquares(MATRIX, TARGET)
+
+
+@so.pytree
+class OwnSquares:
+    """A loss with nothing but its value and its gradient."""
+
+    matrix: Any
+    target: Any
+
+    def value(self, x):
+        return 0.5 * jnp.sum((self.matrix @ x - self.target) ** 2)
+
+    def gradient(self, x):
+        return self.matrix.T @ (self.matrix @ x - self.target)
+
+
+@so.pytree
+class ImageGradient:
+    """Differences down and to the right, `[h, w]` to `[2, h, w]`, 0 at the edges."""
+
+    def mv(self, x):
+        down = jnp.zeros_like(x).at[:-1].set(x[1:] - x[:-1])
+        right = jnp.zeros_like(x).at[:, :-1].set(x[:, 1:] - x[:, :-1])
+        return jnp.stack([down, right])
+
+    def rmv(self, e):
+        down, right = e
+        x = jnp.zeros_like(down).at[1:].add(down[:-1]).at[:-1].add(-down[:-1])
+        return x.at[:, 1:].add(right[:, :-1]).at[:, :-1].add(-right[:, :-1])
