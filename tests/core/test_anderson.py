@@ -1,3 +1,5 @@
+"""Anderson acceleration of a fixed-point map, and of the ADMM that uses it."""
+
 import dataclasses
 
 import jax
@@ -11,13 +13,16 @@ from sparseopt.core.operators.differences import Difference
 from sparseopt.core.operators.maps import standard_split
 from sparseopt.core.operators.normal_solves import cosine_solve
 from sparseopt.core.problem.problem import Problem, Start
-from sparseopt.core.solve import solve
 from sparseopt.core.solvers.admm import Admm
 from sparseopt.core.solvers.anderson import empty_memory, extrapolate, forget
 from tests.tiers import often
 from tests.trend.problems import exact_fit, objective
 
-DOUBLE = np.dtype(np.float64)
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with precision(np.dtype(np.float64)):
+        yield
 
 
 def affine_map(rng, n):
@@ -45,75 +50,64 @@ def run(matrix, offset, calls, depth, carry):
     return points
 
 
+def plain(matrix, offset, calls):
+    point = jnp.zeros_like(offset)
+    for _ in range(calls):
+        point = matrix @ point + offset
+    return point
+
+
 def test_an_affine_map_of_n_unknowns_is_solved_by_n_differences(rng):
     # There type II is GMRES: n differences span the space.
-    with precision(DOUBLE):
-        matrix, offset, answer = affine_map(rng, 6)
-        carry = jnp.asarray(rng.standard_normal((3, 6)))
-        points = run(matrix, offset, 9, 8, carry)
-        plain = jnp.zeros(6)
-        for _ in range(9):
-            plain = matrix @ plain + offset
-        assert np.linalg.norm(points[-1][1] - answer) < 1e-6
-        assert np.linalg.norm(plain - answer) > 1e-2
-        for _, point, carried in points:
-            np.testing.assert_allclose(carried, carry @ point, atol=1e-9)
+    matrix, offset, answer = affine_map(rng, 6)
+    carry = jnp.asarray(rng.standard_normal((3, 6)))
+    points = run(matrix, offset, 9, 8, carry)
+    assert np.linalg.norm(points[-1][1] - answer) < 1e-6
+    assert np.linalg.norm(plain(matrix, offset, 9) - answer) > 1e-2
+    for _, point, carried in points:
+        np.testing.assert_allclose(carried, carry @ point, atol=1e-9)
 
 
 def test_a_short_memory_replaces_its_oldest_difference(rng):
-    with precision(DOUBLE):
-        basis, answer = np.linalg.qr(rng.standard_normal((12, 12)))[0], rng.standard_normal(12)
-        matrix = (basis * np.linspace(0, 0.98, 12)) @ basis.T
-        matrix, offset = jnp.asarray(matrix), jnp.asarray(answer - matrix @ answer)
-        memory, point, _ = run(matrix, offset, 30, 3, jnp.eye(12))[-1]
-        plain = jnp.zeros(12)
-        for _ in range(30):
-            plain = matrix @ plain + offset
-        assert np.linalg.norm(point - answer) < 0.1 * np.linalg.norm(plain - answer)
-        rows = np.asarray(memory.residuals)
-        np.testing.assert_allclose(memory.products, rows @ rows.T, rtol=1e-6, atol=1e-20)
+    basis, answer = np.linalg.qr(rng.standard_normal((12, 12)))[0], rng.standard_normal(12)
+    matrix = (basis * np.linspace(0, 0.98, 12)) @ basis.T
+    matrix, offset = jnp.asarray(matrix), jnp.asarray(answer - matrix @ answer)
+    memory, point, _ = run(matrix, offset, 30, 3, jnp.eye(12))[-1]
+    assert np.linalg.norm(point - answer) < 0.1 * np.linalg.norm(plain(matrix, offset, 30) - answer)
+    rows = np.asarray(memory.residuals)
+    np.testing.assert_allclose(memory.products, rows @ rows.T, rtol=1e-6, atol=1e-20)
 
 
-def test_a_grown_residual_is_not_extrapolated_and_empties_the_memory(rng):
-    with precision(DOUBLE):
-        matrix, offset, _ = affine_map(rng, 5)
-        memory, point, _ = run(matrix, offset, 4, 4, jnp.eye(5))[-1]
-        image = point + 3 * float(memory.last) * jnp.ones(5)
-        after, following, beside = extrapolate(memory, image, 2 * image)
-        np.testing.assert_array_equal(following, image)
-        np.testing.assert_array_equal(beside, 2 * image)
-        assert int(after.taken) == int(memory.taken) > 0
-        assert int(after.known) == 1
+def test_a_grown_residual_is_not_extrapolated_and_a_forgotten_memory_starts_afresh(rng):
+    matrix, offset, _ = affine_map(rng, 5)
+    memory, point, _ = run(matrix, offset, 4, 4, jnp.eye(5))[-1]
+    image = point + 3 * float(memory.last) * jnp.ones(5)
+    after, following, beside = extrapolate(memory, image, 2 * image)
+    np.testing.assert_array_equal(following, image)
+    np.testing.assert_array_equal(beside, 2 * image)
+    assert int(after.taken) == int(memory.taken) > 0
+    assert int(after.known) == 1
+    kept, dropped = forget(memory, False), forget(memory, True)
+    assert int(kept.known) == int(memory.known) > 1
+    for calls in range(3):
+        image = matrix @ point + offset
+        dropped, point, _ = extrapolate(dropped, image, image)
+        # The start, one residual, and only then a difference.
+        assert int(dropped.taken) == (calls == 2)
+        if calls < 2:
+            np.testing.assert_array_equal(point, image)
 
 
-def test_a_forgotten_memory_starts_afresh(rng):
-    with precision(DOUBLE):
-        matrix, offset, _ = affine_map(rng, 5)
-        memory, point, _ = run(matrix, offset, 4, 4, jnp.eye(5))[-1]
-        kept, dropped = forget(memory, False), forget(memory, True)
-        assert int(kept.known) == int(memory.known) > 1
-        for calls in range(3):
-            image = matrix @ point + offset
-            dropped, point, _ = extrapolate(dropped, image, image)
-            # The start, one residual, and only then a difference.
-            assert int(dropped.taken) == (calls == 2)
-            if calls < 2:
-                np.testing.assert_array_equal(point, image)
-
-
-def test_the_bound_falls_and_stops_what_does_not_converge(rng):
+def test_the_bound_falls_and_stops_what_does_not_converge():
     # A residual that stays as it is: the extrapolations are few, and then the plain iteration goes on.
-    with precision(DOUBLE):
-        memory = empty_memory(jnp.zeros(4), jnp.zeros(4), 3)
-        step = jax.jit(lambda memory, point, shift: extrapolate(memory, point + shift, point))
-        point = jnp.zeros(4)
-        taken = []
-        for count in range(1500):
-            shift = jnp.asarray(np.eye(4)[count % 4])
-            memory, point, _ = step(memory, point, shift)
-            taken.append(int(memory.taken))
-        assert 100 < taken[-1] < 1000
-        assert taken[-1] == taken[-300]
+    memory, point = empty_memory(jnp.zeros(4), jnp.zeros(4), 3), jnp.zeros(4)
+    step = jax.jit(lambda memory, point, shift: extrapolate(memory, point + shift, point))
+    taken = []
+    for count in range(1500):
+        memory, point, _ = step(memory, point, jnp.asarray(np.eye(4)[count % 4]))
+        taken.append(int(memory.taken))
+    assert 100 < taken[-1] < 1000
+    assert taken[-1] == taken[-300]
 
 
 def test_lanes_are_accelerated_as_if_alone(rng):
@@ -128,63 +122,52 @@ def test_lanes_are_accelerated_as_if_alone(rng):
         np.testing.assert_allclose(together[lane], last(offsets[lane]), rtol=2e-3, atol=2e-4)
 
 
-def strong_problem(rng, side, weight, order=1, penalty=so.L1):
-    """Strong smoothing on a grid, split for the standard ADMM; call it under `precision`."""
+def strong_problem(rng, side=6, weight=3.0, order=1):
+    """Strong smoothing on a grid, split for the standard ADMM."""
     graph = so.Graph.grid((side, side))
     i, j = np.mgrid[:side, :side]
     y = 20 * ((i - side / 2) ** 2 + (j - side / 3) ** 2 < side**2 / 9) + 5 * rng.standard_normal((side, side))
     y = y - y.mean()
-    base = graph.base(np.float64)
-    inner = Difference(base, order + 1)
-    split = standard_split(inner, np.float64)
+    split = standard_split(Difference(graph.base(np.float64), order + 1), np.float64)
     node_solve = jax.tree.map(jnp.asarray, cosine_solve((side, side), (order + 1,), np.float64))
     start = Start(jnp.asarray(y), jnp.zeros(split.row_shape(jnp.asarray(y))))
-    return graph, y, Problem(so.LeastSquares(None, jnp.asarray(y)), penalty(weight), split), node_solve, start
+    return graph, y, Problem(so.LeastSquares(None, jnp.asarray(y)), so.L1(weight), split), node_solve, start
 
 
 @pytest.mark.parametrize("order", often([0, 1, 2], 1))
 def test_the_accelerated_solver_gets_to_the_exact_fit(rng, order):
-    with precision(DOUBLE):
-        graph, y, problem, node_solve, start = strong_problem(rng, 6, 3.0, order)
-        solver = Admm(node_solve, 1.0, changes=0, acceleration=5)
-        found = solve(problem, solver, start, tol=1e-10, max_steps=5000)
-        assert so.Status(int(found.status)) is so.Status.CONVERGED
-        assert int(found.state.past.taken) > 0
-        flat = y.reshape(-1)
-        best = objective(exact_fit(flat, graph, 3.0, order), flat, graph, 3.0, order)
-        here = objective(np.asarray(found.value).reshape(-1), flat, graph, 3.0, order)
-        assert -1e-12 <= here / best - 1 <= float(found.gap) + 1e-12
+    graph, y, problem, node_solve, start = strong_problem(rng, order=order)
+    found = so.solve(problem, Admm(node_solve, 1.0, changes=0, acceleration=5), start, tol=1e-10, max_steps=5000)
+    assert int(found.status) == so.Status.CONVERGED
+    assert int(found.state.past.taken) > 0
+    best, here = (
+        objective(fit, y.ravel(), graph, 3.0, order)
+        for fit in (exact_fit(y.ravel(), graph, 3.0, order), np.ravel(found.value))
+    )
+    assert -1e-12 <= here / best - 1 <= float(found.gap) + 1e-12
 
 
 def test_acceleration_saves_steps_where_smoothing_is_strong(rng):
-    with precision(DOUBLE):
-        _, _, problem, node_solve, start = strong_problem(rng, 32, 100.0)
+    _, _, problem, node_solve, start = strong_problem(rng, 32, 100.0)
 
-        def steps(depth):
-            found = solve(problem, Admm(node_solve, 20.0, acceleration=depth), start, tol=1e-7, max_steps=20_000)
-            assert so.Status(int(found.status)) is so.Status.CONVERGED
-            return int(found.steps)
+    def steps(depth):
+        found = so.solve(problem, Admm(node_solve, 20.0, acceleration=depth), start, tol=1e-7, max_steps=20_000)
+        assert int(found.status) == so.Status.CONVERGED
+        return int(found.steps)
 
-        assert steps(10) < 0.8 * steps(0)
-
-
-def test_what_is_not_convex_or_not_split_that_way_is_not_accelerated(rng):
-    with precision(DOUBLE):
-        _, _, problem, node_solve, start = strong_problem(rng, 6, 3.0)
-        solver = Admm(node_solve, 1.0, acceleration=5)
-        assert solver.init(problem, start).past is not None
-        assert solver.init(dataclasses.replace(problem, penalty=so.MCP(3.0)), start).past is None
-        assert dataclasses.replace(solver, acceleration=0).init(problem, start).past is None
+    assert steps(10) < 0.8 * steps(0)
 
 
-def test_a_settled_start_keeps_its_rho(rng):
-    with precision(DOUBLE):
-        _, _, problem, node_solve, start = strong_problem(rng, 6, 3.0)
-        solver = Admm(node_solve, 1.0, acceleration=5)
-        for settled, expected in ((True, {5.0}), (False, None)):
-            given = dataclasses.replace(start, rho=5.0, settled=jnp.asarray(settled))
-            found = solve(problem, solver, given, tol=1e-8, max_steps=2000, history=True)
-            assert so.Status(int(found.status)) is so.Status.CONVERGED
-            rho = np.asarray(found.history.extra["rho"])[: int(found.steps)]
-            rho = set(rho[np.isfinite(rho)].tolist())
-            assert rho == expected if expected else len(rho) > 1
+def test_what_is_not_convex_is_not_accelerated_and_a_settled_start_keeps_its_rho(rng):
+    _, _, problem, node_solve, start = strong_problem(rng)
+    solver = Admm(node_solve, 1.0, acceleration=5)
+    assert solver.init(problem, start).past is not None
+    assert solver.init(dataclasses.replace(problem, penalty=so.MCP(3.0)), start).past is None
+    assert dataclasses.replace(solver, acceleration=0).init(problem, start).past is None
+    for settled in (True, False):
+        given = dataclasses.replace(start, rho=5.0, settled=jnp.asarray(settled))
+        found = so.solve(problem, solver, given, tol=1e-8, max_steps=2000, history=True)
+        assert int(found.status) == so.Status.CONVERGED
+        rho = np.asarray(found.history.extra["rho"])[: int(found.steps)]
+        rho = set(rho[np.isfinite(rho)].tolist())
+        assert rho == {5.0} if settled else len(rho) > 1

@@ -11,34 +11,23 @@ from sparseopt.core.base.compile import QUICK, Jitted
 FIRST, SECOND = (most for most, _ in QUICK)
 
 
-def counted():
+@pytest.mark.parametrize("size", [4, SECOND, SECOND + 1])
+def test_a_shape_is_traced_once_and_every_transformation_gives_what_a_call_gives(size):
     traces = []
 
     def function(x, power):
         traces.append(x.shape)
         return (x**power).sum()
 
-    return Jitted(function, static_argnums=1), traces
-
-
-def test_a_call_under_every_transformation_gives_what_it_gives_alone():
-    call, _ = counted()
-    x = jnp.arange(1.0, 5.0)
-    wanted = float(call(x, 3))
-    assert wanted == 100
-    # Known arguments inside a traced function: its program is part of the one around it.
-    assert jax.jit(lambda: call(x, 3))() == jax.jit(call, static_argnums=1)(x, 3) == wanted
-    np.testing.assert_array_equal(jax.vmap(lambda a: call(a, 3))(jnp.stack([x, 2 * x])), [wanted, 8 * wanted])
-    np.testing.assert_array_equal(jax.grad(lambda a: call(a, 3))(x), 3 * x**2)
-    assert jax.vmap(lambda scale: scale * call(x, 3))(jnp.ones(2)).tolist() == [wanted, wanted]
-
-
-@pytest.mark.parametrize("size", [3, SECOND, SECOND + 1])
-def test_a_shape_is_traced_once(size):
-    call, traces = counted()
+    call, x = Jitted(function, static_argnums=1), jnp.full(size, 2.0)
     for _ in range(3):
-        call(jnp.ones(size), 2)
+        assert float(call(x, 3)) == 8 * size
     assert traces == [(size,)]
+    # Known arguments inside a traced function: its program is part of the one around it.
+    assert jax.jit(lambda: call(x, 3))() == jax.jit(call, static_argnums=1)(x, 3) == 8 * size
+    np.testing.assert_array_equal(jax.vmap(lambda a: call(a, 3))(jnp.stack([x, 2 * x])), [8 * size, 64 * size])
+    np.testing.assert_array_equal(jax.grad(lambda a: call(a, 3))(x), 3 * x**2)
+    assert jax.vmap(lambda scale: scale * call(x, 3))(jnp.ones(2)).tolist() == [8 * size, 8 * size]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from sparseopt.core.base.dense import WHOLE, spd_inverse, spd_inverse_factor
 from tests.tiers import often
 
 SIZES = [1, 17, 100, 129, WHOLE, WHOLE + 1, 576]
+EPS = np.finfo(np.float32).eps
 # One program a size and dtype.
 inverse_of, factor_of = jax.jit(spd_inverse), jax.jit(spd_inverse_factor)
 
@@ -34,11 +35,10 @@ def test_it_is_numpys_inverse_in_float64(rng, size):
 
 @pytest.mark.parametrize("size", often(SIZES, *SIZES[:4]))
 def test_the_error_in_float32_is_a_small_multiple_of_eps_times_the_condition_number(rng, size):
-    condition = 1e3
-    matrix = make_matrix(rng, size, condition).astype(np.float32)
+    matrix = make_matrix(rng, size, 1e3).astype(np.float32)
     inverse = np.asarray(inverse_of(jnp.asarray(matrix)), np.float64)
     exact = np.linalg.inv(matrix.astype(np.float64))
-    assert np.linalg.norm(inverse - exact, 2) <= 5 * np.finfo(np.float32).eps * condition * np.linalg.norm(exact, 2)
+    assert np.linalg.norm(inverse - exact, 2) <= 5 * EPS * 1e3 * np.linalg.norm(exact, 2)
     np.testing.assert_array_equal(inverse, inverse.T)
 
 
@@ -49,7 +49,7 @@ def test_the_factor_is_that_of_a_matrix_that_differs_by_rounding_alone(rng, size
     np.testing.assert_array_equal(factor, np.triu(factor))
     assert (np.diagonal(factor) > 0).all()
     root = np.linalg.inv(factor)
-    assert np.linalg.norm(root @ root.T - matrix.astype(np.float64), 2) <= 20 * np.finfo(np.float32).eps
+    assert np.linalg.norm(root @ root.T - matrix.astype(np.float64), 2) <= 20 * EPS
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -64,17 +64,13 @@ def test_a_matrix_that_is_not_definite_has_no_silent_answer(last):
     assert not np.isfinite(factor_of(matrix)[:, -1]).any()
 
 
-def program_of(found, size):
-    """The program, without its numbers, and how many calls of a library it makes."""
-    text = found.lower(jax.ShapeDtypeStruct((size, size), jnp.float32)).as_text()
-    return re.sub(r"\d+", "", text), text.count("custom_call")
-
-
 @pytest.mark.parametrize("found", [inverse_of, factor_of], ids=["inverse", "factor"])
 def test_the_program_of_large_matrices_does_not_grow_with_them_and_calls_no_library(found):
-    few, many = program_of(found, 2 * WHOLE), program_of(found, 32 * WHOLE)
-    assert few == many
-    assert few[1] == 0
+    few, many = (
+        found.lower(jax.ShapeDtypeStruct((size, size), jnp.float32)).as_text() for size in (2 * WHOLE, 32 * WHOLE)
+    )
+    assert re.sub(r"\d+", "", few) == re.sub(r"\d+", "", many)
+    assert "custom_call" not in few
 
 
 def test_a_batch_is_inverted_as_one_by_one(rng):

@@ -1,20 +1,20 @@
+"""Doge-ADMM with copies, the iteration of the paper, and without; the exact fused lasso; the x-step of both."""
+
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.optimize import lsq_linear
 
 import sparseopt as so
-from sparseopt.core.base.sums import total
 from sparseopt.core.base.types import precision
 from sparseopt.core.losses.data import DataLoss
 from sparseopt.core.losses.scalar import Squared
 from sparseopt.core.operators.differences import Difference, GridBase
 from sparseopt.core.operators.maps import Identity
-from sparseopt.core.operators.matrices import linear_map
 from sparseopt.core.operators.normal_solves import ConjugateGradient, Diagonal, cosine_solve
-from sparseopt.core.penalties.sums import Lifted
 from sparseopt.core.problem.problem import Problem, Start
 from sparseopt.core.solvers.admm import Admm
 from sparseopt.core.solvers.doge import DogeGroups, doge_split
@@ -22,53 +22,13 @@ from sparseopt.core.solvers.fused_lasso import ChainTotalVariation, fused_lasso
 from sparseopt.trend.base.layout import layout_of
 from tests.jitted import Jitted
 from tests.tiers import often
-from tests.trend.problems import GRAPHS, exact_fit, random_graph
-
-PENALTIES = [so.L1(0.7), so.L0(0.9), so.MCP(0.7, 3.0), so.MCP(0.7, 1.2), so.SCAD(0.7, 3.7), so.SCAD(0.7, 2.1)]
-DOUBLE = np.dtype(np.float64)
+from tests.trend.problems import GRAPHS, random_graph
 
 
-@jax.jit
-def _values(penalty, points):
-    """The penalty of every point on its own."""
-    return jax.vmap(penalty.value)(points)
-
-
-@pytest.mark.parametrize("penalty", PENALTIES, ids=repr)
-@pytest.mark.parametrize("step", [0.1, 1.0, 4.0])
-def test_no_grid_point_beats_the_scalar_prox(penalty, step):
-    with precision(DOUBLE):
-        x, grid = np.linspace(-8, 8, 161), np.linspace(-9, 9, 3601)
-        u = Jitted(penalty).prox(x, step)
-        values = np.asarray(_values(penalty, np.concatenate([u, grid])))
-
-        reached = 0.5 * (u - x) ** 2 + step * values[:161]
-        best = np.min(0.5 * (grid - x[:, None]) ** 2 + step * values[161:], axis=1)
-        assert np.max(reached - best) <= 1e-10
-
-
-@pytest.mark.parametrize("penalty", [*PENALTIES, so.GroupL2(0.7)], ids=repr)
-def test_no_perturbation_beats_the_lifted_prox(rng, penalty):
-    with precision(DOUBLE):
-        graph = random_graph(rng, n=20, extra=12)
-        channels = (3,) if isinstance(penalty, so.GroupL2) else ()
-        for block in (1, 2):
-            matrix, labels = graph.matrix(block), graph.groups(block)
-            squares = np.asarray(matrix.multiply(matrix).sum(axis=1))
-            # The first group and the third, each with a copy of its own.
-            groups = (labels[:, None] == [0, 2]).reshape(-1, *[1 for _ in channels], 2)
-            lifted = Lifted(penalty, linear_map(matrix), squares, groups)
-            x = 2 * rng.standard_normal((20, *channels, 2))
-            best = Jitted(lifted).prox(x, 0.6)
-            # A value of exactly zero is judged as such: rounding in the product turns it into noise.
-            rows = np.where(groups, np.tensordot(matrix.toarray(), best, 1), 0)
-            rows = np.where(np.abs(rows) < 1e-12, 0, rows).swapaxes(0, -1)
-            rows = np.concatenate(rows.swapaxes(1, -1))
-            reached = 0.5 * np.sum((best - x) ** 2) + 0.6 * Jitted(penalty).value(rows)
-            sizes = np.repeat([1e-4, 1e-2, 1.0], 50).reshape(-1, *[1] * x.ndim)
-            others = best + sizes * rng.standard_normal((150, *x.shape))
-            costs = 0.5 * np.sum((others - x).reshape(150, -1) ** 2, axis=1) + 0.6 * np.asarray(_values(lifted, others))
-            assert np.all(reached <= costs + 1e-12)
+@pytest.fixture(scope="module", autouse=True)
+def _float64():
+    with precision(np.dtype(np.float64)):
+        yield
 
 
 def doge_problem(graph, order, block, loss, penalty):
@@ -94,32 +54,32 @@ def doge_problem(graph, order, block, loss, penalty):
 
 def test_the_solver_with_copies_is_the_iteration_of_the_paper(rng):
     # Written out in NumPy, group by group and row by row, with the paper's formula for L1.
-    with precision(DOUBLE):
-        graph = random_graph(rng, n=16, extra=8)
-        y, rho, relaxation, level = rng.standard_normal(16), 0.8, 1.6, 0.7
-        problem, node_solve, groups = doge_problem(graph, 1, 2, so.LeastSquares(None, jnp.asarray(y)), so.L1(level))
-        solver = DogeGroups(node_solve, rho, relaxation=relaxation, cadence=1, changes=0, groups=groups)
-        state = solver.init(problem, Start(problem.loss.target, jnp.zeros(16)))
-        step = jax.jit(solver.step)
+    graph = random_graph(rng, n=16, extra=8)
+    y, rho, relaxation, level = rng.standard_normal(16), 0.8, 1.6, 0.7
+    problem, node_solve, groups = doge_problem(graph, 1, 2, so.LeastSquares(None, jnp.asarray(y)), so.L1(level))
+    solver = DogeGroups(node_solve, rho, relaxation=relaxation, cadence=1, changes=0, groups=groups)
+    state = solver.init(problem, Start(problem.loss.target, jnp.zeros(16)))
+    step = jax.jit(solver.step)
 
-        matrix, labels = graph.matrix(2).toarray(), graph.groups(2)
-        parts = [matrix[labels == i] for i in range(labels.max() + 1)]
-        b, theta = y.copy(), np.zeros((len(parts), 16))
-        for _ in range(12):
-            alpha = b - theta
-            for i, part in enumerate(parts):
-                for a in part:
-                    s, length = a @ alpha[i], a @ a
-                    alpha[i] -= a * np.clip(s / length, -level / rho, level / rho)
-            relaxed = relaxation * alpha + (1 - relaxation) * b
-            b = (y + rho * (theta + relaxed).sum(axis=0)) / (1 + rho * len(parts))
-            theta = theta + relaxed - b
-            state = step(problem, state)
-            np.testing.assert_allclose(state.now.x, b, atol=1e-9)
-            np.testing.assert_allclose(state.rows.memory.alpha.T, alpha, atol=1e-9)
-            np.testing.assert_allclose(state.rows.memory.theta.T, theta, atol=1e-9)
+    matrix, labels = graph.matrix(2).toarray(), graph.groups(2)
+    parts = [matrix[labels == i] for i in range(labels.max() + 1)]
+    b, theta = y.copy(), np.zeros((len(parts), 16))
+    for _ in range(12):
+        alpha = b - theta
+        for i, part in enumerate(parts):
+            for a in part:
+                s, length = a @ alpha[i], a @ a
+                alpha[i] -= a * np.clip(s / length, -level / rho, level / rho)
+        relaxed = relaxation * alpha + (1 - relaxation) * b
+        b = (y + rho * (theta + relaxed).sum(axis=0)) / (1 + rho * len(parts))
+        theta = theta + relaxed - b
+        state = step(problem, state)
+        np.testing.assert_allclose(state.now.x, b, atol=1e-9)
+        np.testing.assert_allclose(state.rows.memory.alpha.T, alpha, atol=1e-9)
+        np.testing.assert_allclose(state.rows.memory.theta.T, theta, atol=1e-9)
 
 
+PENALTIES = {"L1": so.L1(0.7), "MCP": so.MCP(0.7, 3.0), "GroupL2": so.GroupL2(0.7)}
 WHOLE = [
     ("grid", 0, 1, "rows"),
     ("grid", 1, 1, "GroupL2"),
@@ -134,32 +94,31 @@ WHOLE = [
 
 @pytest.mark.parametrize(("name", "order", "block", "kind"), often(WHOLE, WHOLE[0], WHOLE[2]))
 def test_the_solver_without_copies_makes_the_same_iterates(rng, name, order, block, kind):
-    with precision(DOUBLE):
-        graph = GRAPHS[name](rng)
-        nodes, weights = graph.shape or (graph.num_nodes,), None
-        y = jnp.asarray(3 * rng.standard_normal((*nodes, 3) if kind == "GroupL2" else nodes))
-        penalty = {"L1": so.L1(0.7), "MCP": so.MCP(0.7, 3.0), "GroupL2": so.GroupL2(0.7)}.get(kind)
-        if kind == "rows":
-            levels = rng.uniform(0.2, 1, graph.matrix(order + 1).shape[0])
-            penalty = so.L1(jnp.asarray(layout_of(graph).rows(levels, order + 1)))
-            if block == order + 1:  # with missing nodes, where the x-step needs no cosines
-                weights = rng.uniform(0.5, 2, nodes) * (rng.uniform(size=nodes) > 0.2)
-        loss = DataLoss(Squared(), None, y, weights, -20.0, 20.0)
-        problem, node_solve, groups = doge_problem(graph, order, block, loss, penalty)
-        fused, literal = Admm(node_solve, 0.8), DogeGroups(node_solve, 0.8, groups=groups)
-        some = problem.operator.outer.mv(jnp.asarray(rng.standard_normal(problem.operator.inner.mv(y).shape)))
-        for dual, rho in ((0 * some, 0.8), (0.2 * some, 3.0)):
-            start = Start(y, dual, jnp.asarray(rho))
-            ours = so.solve(problem, literal, start, max_steps=120, history=True)
-            theirs = so.solve(problem, fused, start, max_steps=120, history=True)
-            assert (ours.steps, ours.status) == (theirs.steps, theirs.status)
-            assert np.isfinite(ours.history.objective).any()
-            np.testing.assert_allclose(ours.history.objective, theirs.history.objective, rtol=1e-9)
-            np.testing.assert_allclose(ours.history.extra["rho"], theirs.history.extra["rho"], rtol=1e-6)
-            np.testing.assert_allclose(ours.history.gap, theirs.history.gap, rtol=1e-6, atol=1e-11)
-            np.testing.assert_allclose(ours.history.residual, theirs.history.residual, rtol=1e-6, atol=1e-11)
-            np.testing.assert_allclose(ours.value, theirs.value, atol=1e-9)
-            np.testing.assert_allclose(ours.state.candidate, theirs.state.candidate, atol=1e-9)
+    graph, weights = GRAPHS[name](rng), None
+    nodes = graph.shape or (graph.num_nodes,)
+    y = jnp.asarray(3 * rng.standard_normal((*nodes, 3) if kind == "GroupL2" else nodes))
+    penalty = PENALTIES.get(kind)
+    if kind == "rows":
+        levels = rng.uniform(0.2, 1, graph.matrix(order + 1).shape[0])
+        penalty = so.L1(jnp.asarray(layout_of(graph).rows(levels, order + 1)))
+        if block == order + 1:  # with missing nodes, where the x-step needs no cosines
+            weights = rng.uniform(0.5, 2, nodes) * (rng.uniform(size=nodes) > 0.2)
+    loss = DataLoss(Squared(), None, y, weights, -20.0, 20.0)
+    problem, node_solve, groups = doge_problem(graph, order, block, loss, penalty)
+    fused, literal = Admm(node_solve, 0.8), DogeGroups(node_solve, 0.8, groups=groups)
+    some = problem.operator.outer.mv(jnp.asarray(rng.standard_normal(problem.operator.inner.mv(y).shape)))
+    for dual, rho in ((0 * some, 0.8), (0.2 * some, 3.0)):
+        start = Start(y, dual, jnp.asarray(rho))
+        ours, theirs = (so.solve(problem, s, start, max_steps=120, history=True) for s in (literal, fused))
+        assert (ours.steps, ours.status) == (theirs.steps, theirs.status)
+        one, other = ours.history, theirs.history
+        assert np.isfinite(one.objective).any()
+        np.testing.assert_allclose(one.objective, other.objective, rtol=1e-9)
+        np.testing.assert_allclose(one.extra["rho"], other.extra["rho"], rtol=1e-6)
+        np.testing.assert_allclose(one.gap, other.gap, rtol=1e-6, atol=1e-11)
+        np.testing.assert_allclose(one.residual, other.residual, rtol=1e-6, atol=1e-11)
+        np.testing.assert_allclose(ours.value, theirs.value, atol=1e-9)
+        np.testing.assert_allclose(ours.state.candidate, theirs.state.candidate, atol=1e-9)
 
 
 def test_the_solver_with_copies_refuses_groups_of_another_operator():
@@ -180,41 +139,34 @@ def test_the_solver_with_copies_refuses_groups_of_another_operator():
 @pytest.mark.parametrize("ends", [0.0, 0.3, 2.0])
 @pytest.mark.parametrize("n", [1, 2, 3, 30, 200])
 def test_the_fused_lasso_is_exact(rng, n, ends):
-    from scipy.optimize import lsq_linear
-
-    with precision(DOUBLE):
-        y = rng.standard_normal(n).cumsum()
-        levels = rng.uniform(0.1, 2.0, n + 1)
-        levels[[0, -1]] = ends
-        differences = np.eye(n + 1, n) - np.eye(n + 1, n, -1)
-        kept = levels > 0
-        expected = y
-        if kept.any():
-            part = differences[kept]
-            dual = lsq_linear(part.T, y, (-levels[kept], levels[kept]), method="bvls", tol=1e-15, max_iter=5000)
-            expected = y - part.T @ dual.x
-        np.testing.assert_allclose(jax.jit(fused_lasso)(y, levels), expected, atol=1e-7)
+    y, levels = rng.standard_normal(n).cumsum(), rng.uniform(0.1, 2.0, n + 1)
+    levels[[0, -1]] = ends
+    kept, expected = levels > 0, y
+    if kept.any():
+        part = (np.eye(n + 1, n) - np.eye(n + 1, n, -1))[kept]
+        dual = lsq_linear(part.T, y, (-levels[kept], levels[kept]), method="bvls", tol=1e-15, max_iter=5000)
+        expected = y - part.T @ dual.x
+    np.testing.assert_allclose(jax.jit(fused_lasso)(y, levels), expected, atol=1e-7)
 
 
 @pytest.mark.parametrize("ends", [0.0, 0.3, 2.0])
 def test_the_fused_lasso_moves_with_the_means_of_its_runs(rng, ends):
-    with precision(DOUBLE):
-        y, levels = rng.standard_normal(30).cumsum() - 2, rng.uniform(0.1, 2.0, 31)
-        levels[[0, -1]] = ends
-        moves = rng.standard_normal(30), np.pad(rng.standard_normal(29), 1, constant_values=float(ends > 0))
-        step = 1e-6
-        points = [np.stack([a + step * b, a - step * b, a]) for a, b in zip((y, levels), moves, strict=True)]
-        along = tuple(np.stack([move] * 3) for move in moves)
-        x, tangents = jax.jit(jax.vmap(lambda at, move: jax.jvp(fused_lasso, at, move)))(tuple(points), along)
-        assert 2 < len(np.unique(x[2])) < 30
-        np.testing.assert_allclose(tangents[2], (x[0] - x[1]) / (2 * step), atol=1e-7)
+    y, levels = rng.standard_normal(30).cumsum() - 2, rng.uniform(0.1, 2.0, 31)
+    levels[[0, -1]] = ends
+    moves = rng.standard_normal(30), np.pad(rng.standard_normal(29), 1, constant_values=float(ends > 0))
+    step = 1e-6
+    points = [np.stack([a + step * b, a - step * b, a]) for a, b in zip((y, levels), moves, strict=True)]
+    along = tuple(np.stack([move] * 3) for move in moves)
+    x, tangents = jax.jit(jax.vmap(lambda at, move: jax.jvp(fused_lasso, at, move)))(tuple(points), along)
+    assert 2 < len(np.unique(x[2])) < 30
+    np.testing.assert_allclose(tangents[2], (x[0] - x[1]) / (2 * step), atol=1e-7)
 
 
 def test_lanes_of_the_fused_lasso_are_its_answers_one_by_one_also_in_a_loop(rng):
     levels = np.full(41, 0.7, np.float32)
 
     def smoothed(y, times):
-        return jax.lax.fori_loop(0, times, lambda _, x: fused_lasso(1.1 * x, levels), y)
+        return jax.lax.fori_loop(0, times, lambda _, x: fused_lasso(np.float32(1.1) * x, levels), y)
 
     y, times = rng.standard_normal((3, 40)).astype(np.float32).cumsum(axis=1), np.array([1, 3, 2])
     together = jax.jit(jax.vmap(smoothed))(y, times)
@@ -224,47 +176,33 @@ def test_lanes_of_the_fused_lasso_are_its_answers_one_by_one_also_in_a_loop(rng)
 
 @pytest.mark.parametrize("pinned", [False, True])
 def test_the_chain_penalty_is_a_norm(rng, pinned):
-    with precision(DOUBLE):
-        penalty = Jitted(ChainTotalVariation(0.8, Difference(GridBase((12,)), 1, pinned)))
-        shape = (1, 12) if pinned else (12,)
-        x = rng.standard_normal(shape)
-        x[..., -1] *= not pinned  # the last place of an edge array is empty
-        dual = penalty.project_dual(x - penalty.prox(x, 1.0))
-        np.testing.assert_allclose(dual, x - penalty.prox(x, 1.0), atol=1e-12)
-        slack = penalty.slack(x, dual)
-        assert slack.min() >= -1e-15  # a product and a sum may be rounded as one
-        assert slack.sum() == pytest.approx(penalty.value(x) - np.vdot(dual, x), abs=1e-10)
-        assert isinstance(penalty.tree, so.core.Conjugate)
-        size = penalty.dual_norm(dual)
-        assert size == pytest.approx(1, abs=1e-12)  # a difference of the prox is not zero
-        assert penalty.dual_norm(0.3 * dual) == pytest.approx(0.3 * size, rel=1e-12)
-        assert np.abs(penalty.prox(dual, 1.01)).max() < 1e-12
-        assert np.abs(penalty.prox(dual, 0.99)).max() > 1e-3
+    penalty = Jitted(ChainTotalVariation(0.8, Difference(GridBase((12,)), 1, pinned)))
+    x = rng.standard_normal((1, 12) if pinned else (12,))
+    x[..., -1] *= not pinned  # the last place of an edge array is empty
+    dual = penalty.project_dual(x - penalty.prox(x, 1.0))
+    np.testing.assert_allclose(dual, x - penalty.prox(x, 1.0), atol=1e-12)
+    slack = penalty.slack(x, dual)
+    assert slack.min() >= -1e-15  # a product and a sum may be rounded as one
+    assert slack.sum() == pytest.approx(penalty.value(x) - np.vdot(dual, x), abs=1e-10)
+    assert isinstance(penalty.tree, so.core.Conjugate)
+    size = penalty.dual_norm(dual)
+    assert size == pytest.approx(1, abs=1e-12)  # a difference of the prox is not zero
+    assert penalty.dual_norm(0.3 * dual) == pytest.approx(0.3 * size, rel=1e-12)
+    assert np.abs(penalty.prox(dual, 1.01)).max() < 1e-12
+    assert np.abs(penalty.prox(dual, 0.99)).max() > 1e-3
 
 
 @pytest.mark.parametrize(("shape", "power"), [((9,), 1), ((6, 7), 2), ((3, 4, 5), 3)])
 def test_cosines_and_conjugate_gradients_solve_the_x_step(rng, shape, power):
-    with precision(DOUBLE):
-        graph = so.Graph.grid(shape)
-        inner = Difference(graph.base(np.float64), power)
-        split = doge_split(Identity(inner.out_shape), inner, graph.sums(power), np.float64)
-        split = dataclasses.replace(split, row_scale=jnp.asarray(1.0), column_scale=jnp.asarray(2.0))
-        right = rng.standard_normal((*shape, 2))
-        matrix = graph.matrix(power).toarray()
-        system = np.eye(graph.num_nodes) + 0.7 * 2.0 * matrix.T @ matrix
-        expected = np.linalg.solve(system, right.reshape(-1, 2)).reshape(right.shape)
-        exact = Jitted(cosine_solve(shape, (power,), np.float64)).solve(None, split, right, 0.7, 0 * right)
-        np.testing.assert_allclose(exact, expected, atol=1e-9)
-        diagonal = jnp.asarray(2.0 * graph.sums(power).column_squares.reshape(*shape, 1))
-        close = Jitted(ConjugateGradient(diagonal, 1e-10)).solve(None, split, right, 0.7, 0 * right)
-        np.testing.assert_allclose(close, expected, atol=1e-7)
-
-
-def test_sums_keep_their_accuracy_in_float32(rng):
-    x = rng.uniform(0, 1, 3_000_000).astype(np.float32)
-    assert float(total(jnp.asarray(x))) == pytest.approx(x.astype(np.float64).sum(), rel=1e-6)
-
-
-def test_the_independent_solver_agrees_with_a_closed_form():
-    graph = so.Graph.chain(2)
-    np.testing.assert_allclose(exact_fit(np.array([0.0, 10.0]), graph, 1.0, 0), [1, 9], atol=1e-9)
+    graph = so.Graph.grid(shape)
+    inner = Difference(graph.base(np.float64), power)
+    split = doge_split(Identity(inner.out_shape), inner, graph.sums(power), np.float64)
+    split = dataclasses.replace(split, row_scale=jnp.asarray(1.0), column_scale=jnp.asarray(2.0))
+    right = rng.standard_normal((*shape, 2))
+    matrix = graph.matrix(power).toarray()
+    system = np.eye(graph.num_nodes) + 0.7 * 2.0 * matrix.T @ matrix
+    expected = np.linalg.solve(system, right.reshape(-1, 2)).reshape(right.shape)
+    diagonal = jnp.asarray(2.0 * graph.sums(power).column_squares.reshape(*shape, 1))
+    for solver, atol in ((cosine_solve(shape, (power,), np.float64), 1e-9), (ConjugateGradient(diagonal, 1e-10), 1e-7)):
+        found = Jitted(solver).solve(None, split, right, 0.7, 0 * right)
+        np.testing.assert_allclose(found, expected, atol=atol)

@@ -1,15 +1,30 @@
+"""Differences on graphs against their matrices: products, sums, groups of rows, and the pieces that edges join."""
+
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import sparse
+from scipy.sparse.csgraph import connected_components
 
+import sparseopt as so
 from sparseopt.core.base.sums import total
 from sparseopt.core.base.types import precision
+from sparseopt.core.operators.component_means import piece_labels, piece_means
 from sparseopt.core.operators.differences import Difference, GridBase, edge_base
 from sparseopt.core.operators.maps import Identity, Stack
-from sparseopt.core.operators.row_tables import edge_grid
+from sparseopt.core.operators.row_tables import (
+    difference_matrix,
+    edge_grid,
+    edge_sums,
+    grid_edges,
+    grid_sums,
+    matrix_sums,
+)
 from tests.jitted import Jitted
-from tests.trend.problems import GRAPHS
+from tests.trend.problems import GRAPHS, exact_fit
 
 ORDERS = [(order, from_edges) for order in range(1, 5) for from_edges in (False, True)]
 
@@ -23,31 +38,25 @@ def in_rows(graph, values, on_edges):
 
 @pytest.mark.parametrize("name", GRAPHS)
 @pytest.mark.parametrize(("order", "from_edges"), ORDERS)
-def test_products_are_those_of_the_matrix(rng, name, order, from_edges):
+def test_products_are_those_of_the_matrix_channel_by_channel(rng, name, order, from_edges):
     with precision(np.dtype(np.float64)):
         graph = GRAPHS[name](rng)
         operator = Jitted(Difference(graph.base(np.float64), order, from_edges))
         matrix = graph.matrix(order, from_edges)
         ends_on_edges = (order - from_edges) % 2 == 1
-        x, e = rng.standard_normal(matrix.shape[1]), rng.standard_normal(matrix.shape[0])
-        image = operator.mv(np.asarray(in_rows(graph, x, from_edges)))
-        np.testing.assert_allclose(image, in_rows(graph, matrix @ x, ends_on_edges), atol=1e-12)
-        back = operator.rmv(np.asarray(in_rows(graph, e, ends_on_edges)))
-        np.testing.assert_allclose(back, in_rows(graph, matrix.T @ e, from_edges), atol=1e-12)
-        assert image.shape == operator.out_shape
-        assert back.shape == operator.in_shape
-
-
-@pytest.mark.parametrize("name", GRAPHS)
-@pytest.mark.parametrize("order", [1, 2, 3, 4])
-def test_the_transpose_is_adjoint_with_channels(rng, name, order):
-    operator = Jitted(Difference(GRAPHS[name](rng).base(np.float32), order))
-    x = rng.standard_normal((*operator.in_shape, 3)).astype(np.float32)
-    e = rng.standard_normal((*operator.out_shape, 3)).astype(np.float32)
-    image = operator.mv(x)
-    assert np.vdot(image, e) == pytest.approx(np.vdot(x, operator.rmv(e)), rel=2e-4, abs=2e-3)
-    alone = np.stack([operator.mv(x[..., i]) for i in range(3)], axis=-1)
-    np.testing.assert_allclose(image, alone, rtol=1e-5, atol=1e-5)
+        xs, es = (rng.standard_normal((3, size)) for size in matrix.shape[::-1])
+        given = [np.asarray(in_rows(graph, x, from_edges)) for x in xs]
+        image = operator.mv(given[0])
+        np.testing.assert_allclose(image, in_rows(graph, matrix @ xs[0], ends_on_edges), atol=1e-12)
+        pulled = [np.asarray(in_rows(graph, e, ends_on_edges)) for e in es]
+        back = operator.rmv(pulled[0])
+        np.testing.assert_allclose(back, in_rows(graph, matrix.T @ es[0], from_edges), atol=1e-12)
+        assert (image.shape, back.shape) == (operator.out_shape, operator.in_shape)
+        for product, one, parts in ((operator.mv, image, given), (operator.rmv, back, pulled)):
+            several = product(np.stack(parts, axis=-1))
+            assert several.shape == (*one.shape, 3)
+            np.testing.assert_allclose(several[..., 0], one, atol=1e-12)
+            np.testing.assert_allclose(several[..., 2], product(parts[2]), atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["grid", "random"])
@@ -70,7 +79,7 @@ def test_constants_vanish_exactly_in_float32(rng, name):
         assert not np.any(operator.mv(np.full(operator.in_shape, 123.456, np.float32)))
 
 
-def test_index_tables_are_arguments_of_the_compiled_function(rng):
+def test_index_tables_are_arguments_of_the_compiled_function():
     traces = []
 
     @jax.jit
@@ -87,10 +96,11 @@ def test_index_tables_are_arguments_of_the_compiled_function(rng):
     np.testing.assert_array_equal(second, [-5, -3, -1])
 
 
-def test_a_hub_sums_ten_thousand_edges_in_float32():
-    n = 10_001
-    edges = np.stack([np.zeros(n - 1, int), np.arange(1, n)], axis=1)
-    base = edge_base(edges, n, None, np.float32)
+def test_sums_keep_their_accuracy_in_float32(rng):
+    x = rng.uniform(0, 1, 3_000_000).astype(np.float32)
+    assert float(total(jnp.asarray(x))) == pytest.approx(x.astype(np.float64).sum(), rel=1e-6)
+    n = 10_001  # a hub with ten thousand edges
+    base = edge_base(np.stack([np.zeros(n - 1, int), np.arange(1, n)], axis=1), n, None, np.float32)
     at_hub = float(base.laplacian(jnp.asarray(np.arange(n), jnp.float32))[0])
     assert at_hub == pytest.approx(-n * (n - 1) / 2, rel=1e-4)
 
@@ -106,3 +116,72 @@ def test_float32_sums_of_stencils_are_right_under_64_bit_types(rng):
         found = jax.jit(lambda x: total(jnp.abs(base.laplacian(x))))(jnp.asarray(x))
     assert found.dtype == jnp.float32
     assert float(found) == pytest.approx(exact.sum(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["random", "weighted", "parts"])
+@pytest.mark.parametrize("order", [1, 2])
+def test_sums_from_the_degrees_are_those_of_the_matrix(rng, name, order):
+    graph = GRAPHS[name](rng)
+    quick = edge_sums(graph.edges, graph.num_nodes, graph.weights, order)
+    whole = matrix_sums(graph.matrix(order))
+    for field in dataclasses.fields(quick):
+        np.testing.assert_allclose(getattr(quick, field.name), getattr(whole, field.name), rtol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(3,), (40,), (23, 30), (30, 2), (13, 14, 15)])
+@pytest.mark.parametrize(("order", "from_edges"), [*ORDERS[::2], *ORDERS[1:4:2]])
+def test_grid_sums_are_those_of_the_whole_matrix(shape, order, from_edges):
+    whole = matrix_sums(difference_matrix(grid_edges(shape), int(np.prod(shape)), None, order, from_edges))
+    quick = grid_sums(shape, order, from_edges)
+    on_edges = (order - from_edges) % 2 == 1
+    for name in ("row_absolute", "row_squares", "column_absolute", "column_squares"):
+        values = getattr(whole, name)
+        edges = on_edges if name.startswith("row") else from_edges
+        expected = edge_grid(values, shape, 1.0) if edges else values.reshape(shape)
+        np.testing.assert_allclose(getattr(quick, name), expected, err_msg=name)
+
+
+NODES, EDGES = 400, 500
+
+
+def least_nodes(tails, heads, joins):
+    """The least node of each component, by SciPy."""
+    matrix = sparse.coo_array((np.ones(joins.sum()), (tails[joins], heads[joins])), (NODES, NODES))
+    count, labels = connected_components(matrix, directed=False)
+    least = np.full(count, NODES)
+    np.minimum.at(least, labels, np.arange(NODES))
+    return least[labels]
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_pieces_are_the_connected_components(rng, shuffled):
+    """Lanes: edges of a long path and random ones, few and many of which join."""
+    name = rng.permutation(NODES) if shuffled else np.arange(NODES)
+    path = np.stack([name[:-1], name[1:]])
+    tails, heads = np.concatenate([path, rng.integers(0, NODES, (2, EDGES - NODES + 1))], 1).astype(np.int32)
+    joins = rng.random((3, EDGES)) < np.array([[0.3], [0.95], [1.0]])
+    found = jax.jit(jax.vmap(lambda joins: piece_labels(tails, heads, joins, NODES)))(joins)
+    np.testing.assert_array_equal(found, [least_nodes(tails, heads, lane) for lane in joins])
+
+
+def test_means_are_those_of_the_pieces(rng):
+    labels = rng.integers(0, 5, 30)
+    sums, weights = rng.standard_normal(30).astype(np.float32), rng.uniform(0.5, 1, 30).astype(np.float32)
+    weights[labels == 3] = 0
+    over = np.bincount(labels, weights, 5)
+    means = np.divide(np.bincount(labels, sums, 5), over, out=np.zeros(5), where=over > 0)
+    np.testing.assert_allclose(jax.jit(piece_means)(sums, weights, labels), means[labels], atol=1e-5)
+
+
+def test_ends_are_those_of_the_differences(rng):
+    edges = edge_base(rng.permuted(np.arange(24)).reshape(12, 2), 24, np.arange(12.0), np.float32)
+    for base, scale in ((GridBase((4, 6)), 1), (edges, np.sqrt(np.arange(12)))):
+        x = rng.standard_normal(base.node_shape).astype(np.float32)
+        tails, heads = base.ends()
+        apart = scale * (x.ravel()[np.asarray(tails)] - x.ravel()[np.asarray(heads)])
+        np.testing.assert_allclose(base.difference(x), apart, atol=1e-6)
+
+
+def test_the_independent_solver_agrees_with_a_closed_form():
+    graph = so.Graph.chain(2)
+    np.testing.assert_allclose(exact_fit(np.array([0.0, 10.0]), graph, 1.0, 0), [1, 9], atol=1e-9)

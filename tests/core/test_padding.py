@@ -9,8 +9,8 @@ from sparseopt.core.problem.iterate import iterate
 from sparseopt.core.problem.padding import COARSE, FINE, pad_problem, round_up
 
 
-def draw(rows, columns, seed=0):
-    rng = np.random.default_rng(seed)
+def draw(rows, columns):
+    rng = np.random.default_rng(0)
     matrix = rng.standard_normal((rows, columns)).astype(np.float32)
     return matrix, (matrix[:, :3].sum(1) + rng.standard_normal(rows)).astype(np.float32)
 
@@ -25,25 +25,17 @@ def test_sizes_grow_by_a_quarter_at_most():
             assert size <= round_up(size, ratio) <= max(size * ratio, size + 1) or size < 2
 
 
-def weighted(loss, seed=1):
-    matrix, target = draw(45, 19)
-    return loss(matrix, target, np.random.default_rng(seed).uniform(0.5, 2, 45).astype(np.float32))
-
-
-def logistic():
-    matrix, target = draw(45, 19)
-    return so.LogisticLoss(matrix, (target > 0).astype(np.float32))
-
-
-WEIGHTS = np.linspace(0.5, 3, 19).astype(np.float32)
+MATRIX, TARGET = draw(45, 19)
+ROWS, WEIGHTS = np.linspace(0.5, 2, 45).astype(np.float32), np.linspace(0.5, 3, 19).astype(np.float32)
+SQUARES, LOGISTIC = so.LeastSquares(MATRIX, TARGET), so.LogisticLoss(MATRIX, (TARGET > 0).astype(np.float32))
 PROBLEMS = {
-    "lasso": lasso(45, 19),
-    "a weight per entry": so.Problem(so.LeastSquares(*draw(45, 19)), so.L1(WEIGHTS)),
-    "free entries": so.Problem(so.LeastSquares(*draw(45, 19)), so.L1(np.where(WEIGHTS < 1, 0, WEIGHTS))),
-    "weighted rows": so.Problem(weighted(so.LeastSquares), so.ElasticNet(2.0, 1.0)),
-    "logistic": so.Problem(logistic(), so.Nonnegative(0.5)),
-    "MCP": so.Problem(so.LeastSquares(*draw(45, 19)), so.MCP(2.0, 30.0)),
-    "square": so.Problem(so.LeastSquares(*draw(19, 19)), so.L1(2.0)),
+    "lasso": so.Problem(SQUARES, so.L1(2.0)),
+    "a weight per entry": so.Problem(SQUARES, so.L1(WEIGHTS)),
+    "free entries": so.Problem(SQUARES, so.L1(np.where(WEIGHTS < 1, 0, WEIGHTS))),
+    "weighted rows": so.Problem(so.LeastSquares(MATRIX, TARGET, ROWS), so.ElasticNet(2.0, 1.0)),
+    "logistic": so.Problem(LOGISTIC, so.Nonnegative(0.5)),
+    "MCP": so.Problem(SQUARES, so.MCP(2.0, 30.0)),
+    "square": lasso(19, 19),
 }
 
 
@@ -66,20 +58,19 @@ def test_a_padded_solution_is_the_solution(name):
 
 
 def test_what_does_not_say_so_is_not_padded():
-    plain, steps = lasso(45, 19), so.AcceleratedProximalGradient()
-    start = np.zeros(19, np.float32)
+    steps, start = so.AcceleratedProximalGradient(), np.zeros(19, np.float32)
     others = {
-        "a group": so.Problem(plain.loss, so.GroupL2(1.0)),
-        "an operator": so.Problem(plain.loss, so.L1(1.0), np.diff(np.eye(19, dtype=np.float32), axis=0)),
+        "a group": so.Problem(SQUARES, so.GroupL2(1.0)),
+        "an operator": so.Problem(SQUARES, so.L1(1.0), np.diff(np.eye(19, dtype=np.float32), axis=0)),
         "a loss of one's own": so.Problem(so.Quadratic(np.eye(19, dtype=np.float32), start), so.L1(1.0)),
-        "channels": so.Problem(so.LeastSquares(plain.loss.matrix, plain.loss.target[:, None]), so.L1(1.0)),
+        "channels": so.Problem(so.LeastSquares(MATRIX, TARGET[:, None]), so.L1(1.0)),
     }
     for name, problem in others.items():
         assert pad_problem(problem, steps, problem.loss.start()) is None, name
-    assert pad_problem(plain, so.PrimalDual(), start) is None
+    assert pad_problem(PROBLEMS["lasso"], so.PrimalDual(), start) is None
 
     def traced(weight):
-        assert pad_problem(so.Problem(plain.loss, so.L1(weight)), steps, start) is None
+        assert pad_problem(so.Problem(SQUARES, so.L1(weight)), steps, start) is None
         return weight
 
     jax.jit(traced)(1.0)

@@ -14,7 +14,6 @@ from sparseopt.core.losses.residuals import weighted_quantiles
 from sparseopt.core.losses.scalar import ScalarLoss, wright_omega
 from tests.jitted import Jitted
 
-DOUBLE = np.dtype(np.float64)
 CASES = {
     "Poisson": (so.scalar.Poisson(), [0.0, 1.0, 7.0, 400.0]),
     "logistic": (so.scalar.Logistic(), [0.0, 0.3, 1.0]),
@@ -24,7 +23,6 @@ CASES = {
     "absolute": (so.scalar.Absolute(), [-2.0, 0.0, 3.0]),
     "quantile": (so.scalar.Quantile(0.9), [-2.0, 0.0, 3.0]),
 }
-STEPS = [1e-8, 1.0, 1e6]
 
 
 @pytest.fixture(params=CASES.values(), ids=CASES.keys())
@@ -35,13 +33,13 @@ def case(request):
 
 @pytest.fixture(autouse=True)
 def double():
-    with precision(DOUBLE):
+    with precision(np.dtype(np.float64)):
         yield
 
 
-def pairs(observations, low=-8.0, high=8.0, count=161):
-    x, y = np.meshgrid(np.linspace(low, high, count), observations)
-    return x.ravel(), y.ravel()
+def pairs(observations, reach=8.0, count=161, kind=np.float64):
+    x, y = np.meshgrid(np.linspace(-reach, reach, count), observations)
+    return x.ravel().astype(kind), y.ravel().astype(kind)
 
 
 def finite_range(loss, y, reach):
@@ -58,48 +56,32 @@ def duals(loss, y, count=41):
 
 def test_the_least_value_is_zero_and_no_value_is_negative(case):
     loss, observations = case
-    x, y = pairs(observations, -40, 40, 4001)
-    value = loss.value(x, y)
     assert isinstance(loss.tree, ScalarLoss)
-    assert value.min() >= 0
+    assert loss.value(*pairs(observations, 40, 4001)).min() >= 0
     for observed in observations:
         found = minimize_scalar(lambda u, y=observed: float(loss.value(np.asarray(u), y)), bounds=(-40, 40))
         assert found.fun == pytest.approx(0, abs=1e-5)
 
 
-def test_the_derivative_is_that_of_the_value(case):
+def test_the_derivative_is_that_of_the_value_and_continuous_where_the_loss_is_smooth(case):
     loss, observations = case
     x, y = pairs(observations, count=160)  # no x is an observation, where the absolute loss has a kink
     slope = jax.jit(jax.vmap(jax.grad(loss.tree.value)))(x, y)
     np.testing.assert_allclose(loss.derivative(x, y), slope, rtol=1e-9, atol=1e-12)
-
-
-def test_the_derivative_is_continuous_where_the_loss_is_smooth(case):
-    loss, observations = case
-    x, y = pairs(observations, count=161)  # -8, -7.9, ..., so every kink is near one of them
+    x, y = pairs(observations)  # -8, -7.9, ..., so every kink is near one of them
     jump = np.abs(loss.derivative(x + 1e-9, y) - loss.derivative(x - 1e-9, y)) / (1 + np.abs(loss.derivative(x, y)))
     assert (jump.max() < 1e-6) == loss.smooth
 
 
-@pytest.mark.parametrize("step", STEPS)
-def test_no_point_beats_the_prox(case, step):
-    loss, observations = case
-    x, y = pairs(observations, count=41)
-    u = loss.prox(x, y, step)
-    others = u + np.concatenate([np.linspace(-3, 3, 601), [-1e-6, 1e-6]])[:, None]
-
-    def cost(u):
-        return 0.5 * (u - x) ** 2 / step + loss.value(u, y)
-
-    assert np.max(cost(u) - cost(others).min(axis=0)) <= 1e-9
-
-
-@pytest.mark.parametrize("step", STEPS)
-def test_the_prox_solves_its_optimality_condition(case, step):
-    # Moreau: (x - u) / step is a subgradient at u, so it and u are a Fenchel-Young pair.
+@pytest.mark.parametrize("step", [1e-8, 1.0, 1e6])
+def test_no_point_beats_the_prox_which_solves_its_optimality_condition(case, step):
     loss, observations = case
     x, y = pairs(observations)
     u = loss.prox(x, y, step)
+    others = u + np.concatenate([np.linspace(-3, 3, 601), [-1e-6, 1e-6]])[:, None]
+    reached, costs = (0.5 * (v - x) ** 2 / step + loss.value(v, y) for v in (u, others))
+    assert np.max(reached - costs.min(axis=0)) <= 1e-9
+    # Moreau: (x - u) / step is a subgradient at u, so it and u are a Fenchel-Young pair.
     dual = (x - u) / step
     low, high = loss.dual_range(y)
     rounding = 1e-14 * (1 + np.abs(x)) / step + 1e-12
@@ -124,42 +106,29 @@ def test_fenchel_young(case):
         x = np.linspace(-30, 30, 6001)
         y = np.full(x.shape, observed)
         dual = duals(loss, y[:1])
-        slack = loss.slack(x, dual, y)
+        slack, value = loss.slack(x, dual, y), loss.value(x, y)
         assert slack.min() >= 0
-        value = loss.value(x, y)
-        conjugate = slack - value + dual * x
-        near = np.abs(x) <= 8
+        conjugate, near = slack - value + dual * x, np.abs(x) <= 8
         spread = np.ptp(conjugate[:, near], axis=1)
         assert np.max(spread / (1 + np.abs(value[near]).max())) <= 1e-12
         # Inside the domain the supremum is attained; the grid is fine to 0.005.
         assert slack.min(axis=1)[1:-1].max() <= 1e-2 * (1 + abs(observed))
 
 
-def test_prox_and_slack_survive_float32_and_the_far_ends(case):
-    loss, observations = case
-    for kind in (np.float32, np.float64):
-        x, y = (v.astype(kind) for v in pairs(observations, -300, 300))
-        for step in (1e-6, 1.0, 1e8):
-            u = loss.prox(x, y, np.asarray(step, kind))
-            assert u.dtype == kind
-            assert np.isfinite(u).all()
-        dual = duals(loss, y).astype(kind)
-        slack = loss.slack(np.clip(x, -80, 80), dual, y)
-        assert np.all(np.isfinite(slack) & (slack >= 0))
-
-
-def test_the_prox_has_finite_gradients_everywhere(case):
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_prox_its_gradients_and_slack_survive_the_far_ends(case, kind):
     loss, observations = case
     slopes = jax.jit(jax.grad(lambda x, y, step: jnp.sum(loss.prox(x, y, step)), argnums=(0, 2)))
-    for kind in (np.float32, np.float64):
-        x, y = (v.astype(kind) for v in pairs(observations, -300, 300))
-        for step in (0, 1e-6, 1, 1e8):
-            by_point, by_step = slopes(x, y, jnp.asarray(step, kind))
-            assert bool(jnp.isfinite(by_point).all())
-            assert bool(jnp.isfinite(by_step))
+    x, y = pairs(observations, 300, kind=kind)
+    for step in np.array([0, 1e-6, 1, 1e8], kind):
+        u = loss.prox(x, y, step)
+        assert u.dtype == kind
+        assert all(np.isfinite(part).all() for part in (u, *slopes(x, y, step)))
+    slack = loss.slack(np.clip(x, -80, 80), duals(loss, y).astype(kind), y)
+    assert np.all(np.isfinite(slack) & (slack >= 0))
 
 
-def test_the_best_constant_beats_its_neighbours(rng, case):
+def test_the_best_constant_beats_its_neighbours_and_host_methods_describe_the_data(rng, case):
     loss, observations = case
     y, weights = rng.choice(observations, 60), rng.uniform(0.2, 2, 60)
     y[:4] = [observations[0], observations[-1]] * 2
@@ -173,17 +142,11 @@ def test_the_best_constant_beats_its_neighbours(rng, case):
 
         for other in fit[label] + np.array([-1, -0.1, -1e-4, 1e-4, 0.1, 1]):
             assert cost(fit[label]) <= cost(other) * (1 + 1e-13)
-
-
-def test_host_methods_describe_the_data(case):
-    loss, observations = case
-    y = np.array(observations * 3)
-    fit = np.full(y.size, loss.location(y, np.ones(y.size), np.zeros(y.size, int))[0])
+    low, high = loss.span(y)
+    assert np.all((low <= fit) & (fit <= high))
+    assert (loss.curvature(y, weights, fit[labels]) > 0).all()
     assert not loss.wrong(y).any()
     assert loss.wrong(np.array([np.inf])).all()
-    assert (loss.curvature(y, np.ones(y.size), fit) > 0).all()
-    low, high = loss.span(y)
-    assert low <= fit[0] <= high
     assert not hasattr(loss.tree, "refuses") or loss.refuses() is None
 
 
@@ -242,5 +205,4 @@ def test_the_feasible_share_is_the_largest(rng, case):
         share = float(node_loss.feasible_share(q, anchor))
         assert inside(share)
         assert share == 1 or not inside(share * (1 + 1e-12))
-        x = rng.uniform(-5, 5, 50)
-        assert float(node_loss.slack(x, anchor + share * (q - anchor))) >= 0
+        assert float(node_loss.slack(rng.uniform(-5, 5, 50), anchor + share * (q - anchor))) >= 0
