@@ -1,10 +1,18 @@
-"""Small graphs, and an independent solver: the dual as a box-constrained least-squares problem."""
+"""Small problems of the trend filter, and their independent answers by Clarabel."""
 
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
 import numpy as np
 from scipy import sparse
-from scipy.optimize import lsq_linear
+from scipy.linalg import null_space
+from scipy.special import xlogy
 
 import sparseopt as so
+from tests.core import conic
 
 
 def random_graph(rng, n=14, extra=8, weighted=False):
@@ -16,10 +24,10 @@ def random_graph(rng, n=14, extra=8, weighted=False):
     return so.Graph.from_edges(edges, n, weights)
 
 
-def two_parts(rng):
+def two_parts(rng, isolated=1):
     """A chain of 6, a triangle with a tail, and an isolated node."""
     edges = [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (6, 7), (7, 8), (6, 8), (8, 9)]
-    return so.Graph.from_edges(edges, 11)
+    return so.Graph.from_edges(edges, 10 + isolated)
 
 
 GRAPHS = {
@@ -30,37 +38,233 @@ GRAPHS = {
     "weighted": lambda rng: random_graph(rng, weighted=True),
     "parts": two_parts,
 }
+TIMES = np.cumsum(np.random.default_rng(5).uniform(0.2, 2.0, 30)) + 100  # steps that differ by a factor of up to ten
+FREE = {
+    "even chain": lambda rng: so.Graph.chain(30),
+    "uneven chain": lambda rng: so.Graph.chain(30, times=TIMES),
+    "free grid": lambda rng: so.Graph.grid((6, 5), (1.0, 1.5), ends="free"),
+}
 
 
-def rows_of(graph, order):
-    return sparse.eye_array(graph.num_nodes) if order == -1 else graph.matrix(order + 1)
+@so.pytree
+class SquareLoss(so.scalar.Huber):
+    """A loss of one's own: the square, which the trend filter otherwise solves by itself."""
+
+    def value(self, x, y):
+        return (x - y) ** 2 / 2
+
+    def derivative(self, x, y):
+        return x - y
+
+    def prox(self, x, y, step):
+        return (x + step * y) / (1 + step)
+
+    def dual_range(self, y):
+        return -jnp.inf, jnp.inf
+
+    def slack(self, x, dual, y):
+        return (x - y - dual) ** 2 / 2
+
+    def location(self, y, weights, labels):
+        return np.bincount(labels, weights * y) / np.bincount(labels, weights)
 
 
-def exact_sum(y, graph, weights, node_weights=None):
-    """`argmin 1/2 sum w (y - b)² + sum of |weight Δ b|` for `weights` by order, each a number or one a row.
+LOSSES = {
+    "square": "square",
+    "own square": SquareLoss(),
+    "poisson": so.scalar.Poisson(),
+    "logistic": so.scalar.Logistic(),
+    "squared_hinge": so.scalar.SquaredHinge(),
+    "huber": so.scalar.Huber(0.75),
+    "absolute": so.scalar.Absolute(),
+    "quantile": so.scalar.Quantile(0.9),
+}
+TERMS = {
+    "square": conic.squares,
+    "own square": conic.squares,
+    "poisson": conic.poisson,
+    "logistic": conic.logistic,
+    "squared_hinge": conic.squared_hinge,
+    "huber": conic.huber(0.75),
+    "absolute": conic.slopes(-1.0, 1.0),
+    "quantile": conic.slopes(-0.9, 0.1),
+}
 
-    By its dual, a box-constrained least squares, solved to rounding by active sets.
-    """
-    matrix = sparse.vstack([rows_of(graph, k) for k in weights]).toarray()
-    box = np.concatenate([np.broadcast_to(w, rows_of(graph, k).shape[0]) for k, w in weights.items()]).astype(float)
-    w = np.ones(graph.num_nodes) if node_weights is None else node_weights
-    root, free = np.sqrt(w), box > 0
-    scaled = matrix[free].T / root[:, None]
-    found = lsq_linear(scaled, root * y, (-box[free], box[free]), method="bvls", tol=1e-15, max_iter=5000)
-    return y - matrix[free].T @ found.x / w
+
+def observations(rng, loss, n):
+    """Data with a fit in every component."""
+    if loss == "poisson":
+        return rng.poisson(rng.choice([0.5, 6.0], n)) + 1.0 * (np.arange(n) % 5 == 0)
+    if loss in ("logistic", "squared_hinge"):
+        y = rng.integers(0, 2, n).astype(float)
+        y[:2], y[6:8] = (0, 1), (0, 1)
+        if loss == "squared_hinge":
+            return 2 * y - 1
+        y[2:5] = (0.25, 0.875, 1 / 256)  # proportions
+        return y
+    if loss in ("square", "own square"):
+        return 5 * rng.standard_normal(n)
+    return 2 * rng.standard_normal(n) + 15 * (rng.random(n) < 0.1)
+
+
+def node_values(loss, b, y):
+    """f and its derivative, written anew."""
+    r = b - y
+    if loss == "poisson":
+        return np.exp(b) - y * b + xlogy(y, y) - y, np.exp(b) - y
+    if loss == "logistic":
+        return np.logaddexp(0, b) - y * b + xlogy(y, y) + xlogy(1 - y, 1 - y), 1 / (1 + np.exp(-b)) - y
+    if loss == "squared_hinge":
+        lack = np.maximum(1 - y * b, 0)
+        return lack**2 / 2, -y * lack
+    if loss == "quantile":
+        return np.where(r > 0, 0.1 * r, -0.9 * r), np.where(r > 0, 0.1, -0.9)
+    if loss == "huber":
+        return np.where(abs(r) <= 0.75, r * r / 2, 0.75 * abs(r) - 0.28125), np.clip(r, -0.75, 0.75)
+    if loss == "absolute":
+        return abs(r), np.sign(r)
+    return r * r / 2, r
+
+
+def rows_of(graph, order, channels=1):
+    """The differences of an order, those of all channels of a row together; order -1 is the values themselves."""
+    rows = sparse.eye_array(graph.num_nodes) if order == -1 else graph.matrix(order + 1)
+    return sparse.csr_array(sparse.kron(rows, sparse.eye_array(channels)))
+
+
+def groups_of(graph, axis, rows, channels):
+    """The numbers of the rows that GroupL2 takes together: channels, or all that start at a node."""
+    if axis == -1:
+        return list(np.arange(rows).reshape(-1, channels))
+    tails = np.repeat(graph.edges.min(axis=1), channels)
+    groups = [np.flatnonzero(tails == node) for node in np.unique(tails)]
+    return groups if axis != 0 else [group[i::channels] for group in groups for i in range(channels)]
+
+
+@dataclasses.dataclass(eq=False)
+class Problem:
+    """A call of the trend filter; `penalty` is one, or several by their orders."""
+
+    y: np.ndarray
+    graph: so.Graph
+    penalty: Any
+    order: int = 0
+    node_weights: np.ndarray | None = None
+    loss: str = "square"
+
+    def fit(self, method="auto", **changes):
+        """The package's answer."""
+        call = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return so.trend_filter(**call | {"loss": LOSSES[self.loss], "method": method} | changes)
+
+    def but(self, **changes):
+        """The same problem with some changes."""
+        return dataclasses.replace(self, **changes)
+
+    @functools.cached_property
+    def channels(self):
+        return self.y.size // self.graph.num_nodes
+
+    @functools.cached_property
+    def mass(self):
+        """The weight of every entry of the signal, 0 where there is no observation."""
+        weights = np.ones(self.graph.num_nodes) if self.node_weights is None else self.node_weights
+        weights = np.repeat(np.asarray(weights, float).reshape(-1), self.channels)
+        return np.where(np.isnan(self.y.reshape(-1)), 0, weights)
+
+    @functools.cached_property
+    def terms(self):
+        """Penalty, rows, and for penalties of entries the weight of every row."""
+        terms = self.penalty if isinstance(self.penalty, Mapping) else {self.order: self.penalty}
+        found = []
+        for order, penalty in terms.items():
+            rows = rows_of(self.graph, order, self.channels)
+            weight = np.broadcast_to(penalty.weight, rows.shape[0] // self.channels)
+            found.append((penalty, rows, np.repeat(weight.astype(float), self.channels)))
+        return found
+
+    def objective(self, b):
+        """In float64, written anew."""
+        b, seen = np.asarray(b, float).reshape(-1), self.mass > 0
+        total = np.sum((self.mass * node_values(self.loss, b, self.y.reshape(-1))[0])[seen])
+        for penalty, rows, weight in self.terms:
+            values = rows @ b
+            if isinstance(penalty, so.GroupL2):
+                groups = groups_of(self.graph, penalty.axis, len(values), self.channels)
+                total += penalty.weight * sum(np.linalg.norm(values[group]) for group in groups)
+            else:
+                total += np.sum(weight * abs(values))
+            if isinstance(penalty, so.ElasticNet):
+                total += penalty.ridge / 2 * np.sum(values**2)
+        return total
+
+    @functools.cached_property
+    def exact(self):
+        """Where the objective is least."""
+        form, y, seen = conic.Conic(self.y.size), self.y.reshape(-1), self.mass > 0
+        TERMS[self.loss](form, sparse.eye_array(y.size, format="csr")[seen], y[seen], self.mass[seen])
+        for penalty, rows, weight in self.terms:
+            if isinstance(penalty, so.GroupL2):
+                groups = groups_of(self.graph, penalty.axis, rows.shape[0], self.channels)
+                conic.lengths(form, rows, penalty.weight, groups)
+                continue
+            if np.any(weight > 0):
+                conic.absolute(form, rows[weight > 0], weight[weight > 0])
+            if isinstance(penalty, so.ElasticNet):
+                conic.ridge(form, rows, penalty.ridge)
+            if isinstance(penalty, so.Box | so.Nonnegative):
+                conic.between(form, rows, penalty.low, penalty.high)
+        self.bound = form.least()
+        if self.loss == "logistic":
+            self.bound += np.sum((self.mass * (xlogy(y, y) + xlogy(1 - y, 1 - y)))[seen])
+        x = form.answer
+        if seen.all() and self.loss == "square" and all(type(penalty) is so.L1 for penalty, *_ in self.terms):
+            x = self._polished(x)
+        return x.reshape(self.y.shape)
+
+    @functools.cached_property
+    def least(self):
+        """The least objective: of the exact answer, or as Clarabel says."""
+        x = self.exact
+        constrained = any(isinstance(penalty, so.Box | so.Nonnegative) for penalty, *_ in self.terms)
+        return self.bound if constrained else self.objective(x)
+
+    def _polished(self, x):
+        """The minimum among the signals with the zero rows and the signs of x, exact up to rounding."""
+        rows, weight = sparse.vstack([rows for _, rows, _ in self.terms]), np.concatenate([w for *_, w in self.terms])
+        values = rows @ x
+        zero = (abs(values) < 1e-5) & (weight > 0)
+        free = null_space(rows.tocsr()[zero].toarray()) if zero.any() else np.eye(x.size)
+        pull = self.mass * self.y.reshape(-1) - rows.T @ np.where(zero, 0, weight * np.sign(values))
+        found = free @ np.linalg.solve(free.T @ (self.mass[:, None] * free), free.T @ pull)
+        assert abs(self.objective(found) - self.bound) <= 1e-8 * (1 + abs(self.bound))
+        return found
 
 
 def exact_fit(y, graph, weight, order, node_weights=None):
-    return exact_sum(y, graph, {order: weight}, node_weights)
+    return Problem(y, graph, so.L1(weight), order, node_weights).exact
 
 
 def objective(b, y, graph, weight, order, node_weights=None):
     """The L1 objective in float64."""
-    w = 1.0 if node_weights is None else node_weights
-    b, y = np.asarray(b, float), np.asarray(y, float)
-    return 0.5 * np.sum(w * (y - b) ** 2) + weight * np.abs(graph.matrix(order + 1) @ b).sum()
+    return Problem(np.asarray(y, float), graph, so.L1(weight), order, node_weights).objective(b)
 
 
-def of_block(method, block):
-    """A method with B of the differences row by row, or by its name."""
-    return method if block is None else {"name": method, "B": block}
+def largest_weight_by_clarabel(y, graph, order, node_weights=None):
+    """The least `max |u|` of a dual point that holds the signal at the best fit without a penalty."""
+    w = np.ones(graph.num_nodes) if node_weights is None else node_weights
+    rows = rows_of(graph, order)
+    form = conic.Conic(rows.shape[0])
+    top, eye = form.new(1), sparse.eye_array(rows.shape[0])
+    form.inside("zero", -(w * (y - unpenalised(y, graph, order, w))), (sparse.csr_array(rows.T), form.x))
+    for sign in (1.0, -1.0):
+        form.inside("positive", np.zeros(rows.shape[0]), (sign * eye, form.x), (np.ones((rows.shape[0], 1)), top))
+    form.cost(top, 1.0)
+    return form.least()
+
+
+def unpenalised(y, graph, order, w=1.0):
+    """The least squares fit whose differences are all zero: means of components, or polynomials."""
+    w = np.broadcast_to(w, graph.num_nodes)
+    free = null_space(rows_of(graph, order).toarray())
+    return free @ np.linalg.solve(free.T @ (w[:, None] * free), free.T @ (w * y))

@@ -42,19 +42,6 @@ def test_alpha_is_kept():
     assert np.var(found.image[..., 0].astype(float)) < np.var(image[..., 0].astype(float))
 
 
-def test_what_is_no_image_is_refused():
-    with pytest.raises(ValueError, match=r"an image has the shape.*given \(5,\)"):
-        denoise(np.zeros(5), 1.0)
-    with pytest.raises(ValueError, match="must not be negative"):
-        denoise(np.zeros((5, 5)), -1.0)
-
-
-def test_the_figure_is_written(tmp_path):
-    _, noisy, _ = picture(np.uint8)
-    before_and_after(noisy, denoise(noisy, 20.0).image, tmp_path / "both.png")
-    assert (tmp_path / "both.png").stat().st_size > 1000
-
-
 def test_the_answer_is_that_of_the_trend_filter():
     _, noisy, _ = picture(np.float32)
     direct = so.trend_filter(noisy, so.Graph.grid(noisy.shape), so.L1(9.0), 1, tol=1e-4)
@@ -105,40 +92,19 @@ def test_a_volume_has_spacing_and_channels():
     np.testing.assert_allclose(colours.image[..., 1], plain.image, atol=0.5)
 
 
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
-        ({"known": np.ones((5, 6), bool)}, r"for each of \(5, 5\) pixels.*given bool of shape \(5, 6\)"),
-        ({"known": np.ones((5, 5))}, "given float64 of shape"),
-        ({"volume": True}, r"a volume has the shape \[depth, height, width\].*given \(5, 5\)"),
-        ({"devices": 2}, "a weight is chosen on one device"),
-        ({"spacing": (1, 2, 3)}, "each of its 2 axes"),
-    ],
-)
-def test_arguments_that_do_not_fit_are_refused(options, text):
-    with pytest.raises(ValueError, match=text):
-        denoise(np.arange(25.0).reshape(5, 5), **options)
-
-
-def test_no_weight_is_chosen_for_a_picture_without_noise():
-    with pytest.raises(ValueError, match="the noise level of the picture is 0; give weight"):
-        denoise(np.full((5, 5), 7.0))
-
-
-def test_integers_of_32_bits_keep_their_digits_and_wider_ones_are_refused():
+def test_integers_of_32_bits_keep_their_digits():
     for kind, value in ((np.uint32, 2**32 - 1), (np.int32, 2**31 - 1), (np.int32, -(2**31))):
         assert (denoise(np.full((6, 6), value, kind), 10.0).image == value).all()
-    with pytest.raises(ValueError, match=r"integers of 8, 16 or 32 bits, given \(6, 6\) of int64"):
-        denoise(np.zeros((6, 6), np.int64), 10.0)
-    with pytest.raises(ValueError, match=r"weight is one number, given an array of shape \(2,\)"):
-        denoise(np.zeros((6, 6)), np.ones(2))
 
 
-@pytest.mark.parametrize("channels", [1, 2, 4, 5])
-def test_a_picture_of_any_number_of_channels_is_drawn(tmp_path, rng, channels):
-    image = rng.integers(0, 255, (8, 8, channels), dtype=np.uint8)
-    before_and_after(image, image, tmp_path / "shown.png")
-    assert (tmp_path / "shown.png").stat().st_size > 0
+def test_the_figure_is_written_for_any_number_of_channels(tmp_path, rng):
+    _, noisy, _ = picture(np.uint8)
+    before_and_after(noisy, denoise(noisy, 20.0).image, tmp_path / "shown.png")
+    assert (tmp_path / "shown.png").stat().st_size > 1000
+    for channels in (1, 2, 4, 5):
+        image = rng.integers(0, 255, (8, 8, channels), dtype=np.uint8)
+        before_and_after(image, image, tmp_path / f"{channels}.png")
+        assert (tmp_path / f"{channels}.png").stat().st_size > 0
 
 
 def test_a_pixel_that_is_not_known_leaves_the_others_on_the_picture(tmp_path, rng):

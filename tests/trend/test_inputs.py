@@ -1,5 +1,10 @@
+"""Graphs, signals and penalties as they are given: the same problem has the same fit, up to the edges of the range."""
+
 import copy
 import pickle
+import subprocess
+import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,59 +13,34 @@ import numpy as np
 import pytest
 
 import sparseopt as so
+from sparseopt.core.base import arguments
+from sparseopt.core.operators import row_tables as grouping
+from sparseopt.trend.base import signal
+from tests.tiers import often
+from tests.trend.problems import random_graph, two_parts
 
 Y = np.arange(6.0)
 CHAIN = so.Graph.chain(6)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "match"),
-    [
-        ({"y": np.zeros(5)}, r"6 nodes.*given \(5,\)"),
-        ({"y": Y + 1j}, "real numbers, given dtype complex128"),
-        ({"penalty": so.L1(np.ones(5))}, r"one for each of the 4 rows.*given the shape \(5,\)"),
-        ({"penalty": so.MCP(np.ones(6))}, r"one number here, given the shape \(6,\)"),
-        ({"penalty": so.SparseGroup(1.0, 1.0)}, "couples the channels"),
-        ({"penalty": so.GroupL2(1.0, groups=[0, 0, 1, 1, 1])}, "labelled groups of differences are not supported"),
-        ({"order": -1}, "order is a whole number from 0 .*given -1"),
-        ({"order": 0.5}, "given 0.5"),
-        ({"method": "newton"}, "unknown method 'newton'; known are auto, doge, admm, fast_admm, interior"),
-        ({"method": {"name": "doge", "B": 0}}, r"B is a whole number from 1 to 2 .*given 0"),
-        ({"method": so.trend.Doge(B=3)}, "1 to 2 .*given 3"),
-        ({"max_steps": 0}, "max_steps is a whole number from 1 .*given 0"),
-        ({"method": {"name": "doge", "relaxation": 2.0}}, r"relaxation in \(0, 2\)"),
-        ({"method": {"name": "admm", "rho": -1.0}}, "must be positive"),
-        ({"node_weights": np.ones(5)}, r"6 nodes need as many node weights, \[6\] or \(6,\), given 5"),
-        ({"node_weights": -Y}, "not negative, given -1.0 at node 1"),
-        ({"missing": "drop"}, 'missing must be "error" or "nan"'),
-        ({"graph": so.Graph.grid((2, 3)), "method": "fast_admm"}, 'needs a chain.*"doge" or "admm"'),
-        ({"method": "fast_admm", "penalty": so.MCP(1.0)}, "solves the L1 penalty"),
-    ],
-)
-def test_bad_input_is_an_error_that_names_it(arguments, match):
-    call = {"y": Y, "graph": CHAIN, "penalty": so.L1(1.0), "order": 1, **arguments}
-    with pytest.raises(ValueError, match=match):
-        so.trend_filter(**call)
+def status(solution):
+    return so.Status(int(solution.status))
 
 
-def test_an_integer_of_numpy_is_a_number_of_devices():
-    np.testing.assert_array_equal(so.trend_filter(Y, CHAIN, so.L1(0.0), devices=np.int64(1)).value, Y)
-
-
-def test_a_number_is_no_penalty():
-    with pytest.raises(TypeError, match=r"such as sparseopt\.L1"):
-        so.trend_filter(Y, CHAIN, 10.0)
-
-
-def test_a_component_without_observation_is_named():
-    graph = so.Graph.from_edges([(0, 1), (2, 3)], 4)
-    with pytest.raises(ValueError, match=r"1 components have no observed node \(one holds node 2\)"):
-        so.trend_filter([1.0, 2.0, np.nan, np.nan], graph, so.L1(1.0), missing="nan")
-
-
-def test_merge_adds_duplicates_and_drops_loops():
-    graph = so.Graph.from_edges([(0, 1), (1, 1), (1, 0), (1, 2)], weights=[1.0, 5.0, 2.0, 4.0], merge=True)
-    assert dict(zip(map(tuple, graph.edges.tolist()), graph.weights, strict=True)) == {(0, 1): 3.0, (1, 2): 4.0}
+def test_merge_adds_duplicates_and_drops_loops_whatever_the_graph_was_given_as():
+    given, weights = [(0, 1), (1, 2), (1, 1), (2, 1), (2, 3), (3, 3)], [1.0, 0.25, 9.0, 0.5, 2.0, 9.0]
+    network = nx.MultiGraph()
+    network.add_nodes_from(range(4))
+    network.add_weighted_edges_from((*pair, w) for pair, w in zip(given, weights, strict=True))
+    single = so.Graph.from_edges([(0, 1), (1, 2), (2, 3)], weights=[1.0, 0.75, 2.0])
+    expected = so.trend_filter(Y[:4] % 3, single, so.L1(0.3), 0, "doge").value
+    for graph in (
+        so.Graph.from_edges(given, weights=weights, merge=True),
+        so.Graph.from_networkx(network, merge=True),
+    ):
+        pairs = zip(map(tuple, np.sort(graph.edges).tolist()), graph.weights, strict=True)
+        assert dict(pairs) == {(0, 1): 1.0, (1, 2): 0.75, (2, 3): 2.0}
+        np.testing.assert_array_equal(so.trend_filter(Y[:4] % 3, graph, so.L1(0.3), 0, "doge").value, expected)
 
 
 def test_scipy_and_networkx_graphs_are_the_same_graph(rng):
@@ -107,12 +87,7 @@ def test_a_stored_graph_leaves_its_tables_out_and_a_copy_shares_them():
 
 @pytest.mark.processes
 def test_importing_the_package_stays_light():
-    import subprocess
-    import sys
-
-    code = (
-        "import sparseopt, sys; print([m for m in ('flax', 'transformers', 'matplotlib', 'PIL') if m in sys.modules])"
-    )
+    code = "import sparseopt, sys; print(sorted({'flax', 'transformers', 'matplotlib', 'PIL'} & {*sys.modules}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -155,10 +130,10 @@ class OwnL1:
     even = True
 
     def value(self, x):
-        return self.weight * jnp.sum(jnp.abs(x))
+        return so.L1(self.weight).value(x)
 
     def prox(self, x, step):
-        return jnp.sign(x) * jnp.maximum(jnp.abs(x) - step * self.weight, 0)
+        return so.L1(self.weight).prox(x, step)
 
 
 def test_paths_and_starts_know_the_direction_of_edges_too(rng):
@@ -201,12 +176,8 @@ class Unweighted:
     """A norm that names its weight otherwise."""
 
     size: object
-
-    def value(self, x):
-        return so.L1(self.size).value(x)
-
-    def prox(self, x, step):
-        return so.L1(self.size).prox(x, step)
+    weight = property(lambda self: self.size)
+    value, prox = OwnL1.value, OwnL1.prox
 
     def project_dual(self, dual):
         return so.L1(self.size).project_dual(dual)
@@ -240,21 +211,6 @@ def test_solutions_without_a_dual_are_starts_too(rng):
         so.trend_filter(y, CHAIN, so.L1(0.2), start=so.trend_filter(y, CHAIN, so.L1(0.2), order=1))
 
 
-def test_a_signal_that_a_device_cannot_hold_is_refused_before_any_work(monkeypatch):
-    monkeypatch.setattr("sparseopt.core.base.arguments.device_memory_left", lambda: 2**20)
-    signal, graph = np.zeros(2**20), so.Graph.chain(2**20)
-    for fit in (lambda: so.trend_filter(signal, graph, so.L1(1.0)), lambda: so.trend.trend_path(signal, graph)):
-        with pytest.raises(
-            ValueError, match=r"takes at least 128\.0 MiB of the device, and 1\.0 MiB are free there: .*CPU"
-        ):
-            fit()
-
-
-def test_a_traced_penalty_is_told_of_the_solver():
-    with pytest.raises(TypeError, match=r"a penalty's numbers, .* make a solver by sparseopt\.trend_solver"):
-        jax.jit(lambda weight: so.trend_filter(Y, CHAIN, so.L1(weight)).value)(1.0)
-
-
 def test_a_renumbered_graph_has_the_same_fit(rng):
     n = 60
     numbers = rng.permutation(n)
@@ -269,3 +225,172 @@ def test_a_renumbered_graph_has_the_same_fit(rng):
     fit = np.empty(n)
     fit[order] = so.trend_filter(y[order], local, so.L1(0.5), tol=1e-10).value
     np.testing.assert_allclose(fit, so.trend_filter(y, graph, so.L1(0.5), tol=1e-10).value, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "graph", [so.Graph.chain(1, ends="graph"), so.Graph.grid((1, 1, 1)), so.Graph.from_edges([], 4)], ids=repr
+)
+@pytest.mark.parametrize("order", often([0, 1, 2], 0, 2))
+def test_without_edges_the_fit_is_the_signal(rng, graph, order):
+    y = rng.standard_normal((graph.num_nodes, 2))
+    for penalty in (so.L1(1.0), so.MCP(1.0), so.SCAD(1.0), so.L0(1.0), so.GroupL2(1.0)):
+        found = so.trend_filter(y, graph, penalty, order)
+        np.testing.assert_array_equal(found.value, y)
+        assert status(found) is so.Status.CONVERGED
+        assert float(found.gap) == 0
+    for method in ("doge", "admm", "fast_admm", "interior"):
+        np.testing.assert_array_equal(so.trend_filter(y, graph, so.L1(1.0), order, method).value, y)
+    both = so.trend_filter(y, graph, {0: so.L1(1.0), 1: so.L1(1.0)})
+    np.testing.assert_array_equal(both.value, y)
+    again = so.trend.reweighted(y[:, 0], graph, so.MCP(1.0), order)
+    np.testing.assert_array_equal(again.value, y[:, 0])
+    assert again.status is so.Status.STATIONARY
+    assert so.trend.largest_weight(y, graph, order) == 0
+    assert np.isnan(so.trend.noise_level(y, graph, order))
+    rows = graph.num_nodes if order % 2 else 0
+    assert so.trend.degrees_of_freedom(np.zeros(rows, bool), graph, order) == graph.num_nodes
+
+
+@pytest.mark.parametrize("order", often([0, 1], 1))
+def test_components_are_solved_each_alone_and_an_isolated_node_keeps_its_value(rng, order):
+    graph, y = two_parts(rng), 5 * rng.standard_normal(11)
+    for method in ("doge", "auto", "interior"):
+        assert so.trend_filter(100 + y, graph, so.L1(0.4), order, method).value[10] == 100 + y[10]
+    together = so.trend_filter(y, graph, so.L1(0.7), order, "interior", tol=1e-12).check()
+    parts = [
+        (so.Graph.chain(6, ends="graph"), slice(6)),
+        (so.Graph.from_edges([(0, 1), (1, 2), (0, 2), (2, 3)]), slice(6, 10)),
+    ]
+    for part, nodes in parts:
+        alone = so.trend_filter(y[nodes], part, so.L1(0.7), order, "interior", tol=1e-12).check()
+        # Both are this close to the optimum, by their gaps.
+        far = 2 * np.sqrt(2 * 1e-12 * float(together.objective))
+        assert np.linalg.norm(alone.value - together.value[nodes]) <= far
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("name", ["L1", "MCP", "SCAD", "L0", "GroupL2", "row weights"])
+def test_weight_0_returns_the_signal_to_the_last_bit(rng, order, name):
+    graph, y = so.Graph.chain(12), rng.standard_normal((12, 2))
+    penalty = so.L1(np.zeros(11 - order)) if name == "row weights" else getattr(so, name)(0.0)
+    found = so.trend_filter(y, graph, penalty, order)
+    np.testing.assert_array_equal(found.value, y)
+    assert status(found) is so.Status.CONVERGED
+    assert float(found.gap) == 0
+    on_one = so.trend_filter(y, graph, penalty, order, devices=np.int64(1))  # an integer of NumPy is a number
+    np.testing.assert_array_equal(on_one.value, y)
+
+
+GIVEN = {
+    "a list": list,
+    "bool": lambda y: y > 4,
+    "big-endian": lambda y: y.astype(">f8"),
+    "every second": lambda y: np.repeat(y, 2)[::2],
+    "backwards": lambda y: y[::-1].copy()[::-1],
+    "read-only": lambda y: np.broadcast_to(y, (2, y.size))[0],
+}
+for name in ("int8", "uint8", "uint16", "int32", "int64", "float16", "float32", "longdouble"):
+    GIVEN[name] = partial(lambda kind, y: y.astype(kind), name)
+TREE = so.Graph.from_edges([(i, i // 2) for i in range(1, 12)])
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_numbers_of_every_kind_give_the_fit_of_their_values(rng, name):
+    given = GIVEN[name](rng.integers(0, 9, 12).astype(float))
+    kind = np.float32 if name in ("float16", "float32") else np.float64
+    plain = np.array(given, np.float64)
+    found = so.trend_filter(given, TREE, so.L1(1.0), 1, "doge", tol=1e-4)
+    assert found.value.dtype == kind
+    expected = so.trend_filter(plain, TREE, so.L1(1.0), 1, "doge", tol=1e-4, dtype=kind)
+    np.testing.assert_array_equal(found.value, expected.value)
+    np.testing.assert_array_equal(np.array(given, np.float64), plain)  # what the caller holds is left alone
+    assert so.trend.largest_weight(given, TREE, 1) == so.trend.largest_weight(plain, TREE, 1)
+    assert so.trend.noise_level(given, TREE) == so.trend.noise_level(plain, TREE)
+
+
+def test_layouts_in_memory_do_not_matter(rng):
+    graph, y, weights = so.Graph.grid((3, 4)), rng.standard_normal((3, 4, 2)), rng.uniform(0.5, 2.0, (3, 4))
+
+    def fit(y, **keywords):
+        return np.asarray(so.trend_filter(y, graph, so.L1(0.3), 1, "doge", **keywords).value)
+
+    expected = fit(y)
+    for given in (np.asfortranarray(y), y.transpose(2, 0, 1).copy().transpose(1, 2, 0), y.tolist()):
+        np.testing.assert_array_equal(fit(given), expected)
+    np.testing.assert_array_equal(fit(y.reshape(12, 2)).reshape(3, 4, 2), expected)
+    np.testing.assert_array_equal(fit(y, node_weights=weights), fit(y, node_weights=weights.reshape(-1)))
+
+
+@pytest.mark.parametrize("order", often([0, 1, 2], 0, 2))
+def test_one_observation_a_component_is_enough(rng, order):
+    # Only constants of a component cost nothing, so one value determines it, at every order.
+    graph, y = two_parts(rng), np.full(11, np.nan)
+    y[[2, 8, 10]] = 1.0, -3.0, 7.0
+    found = so.trend_filter(y, graph, so.L1(0.5), order, missing="nan", tol=1e-10)
+    assert status(found) is so.Status.CONVERGED
+    np.testing.assert_array_equal(found.value, np.repeat([1.0, -3.0, 7.0], [6, 4, 1]))
+    assert (float(found.objective), float(found.gap)) == (0, 0)
+    whole = so.trend_filter(np.asarray(found.value), graph, so.L1(0.5), order)
+    np.testing.assert_array_equal(whole.value, found.value)
+
+
+def test_masked_entries_and_nan_and_weights_of_0_are_the_same_missing_values(rng):
+    graph, y = so.Graph.grid((3, 4)), rng.standard_normal(12)
+    absent = np.isin(np.arange(12), [1, 7])
+    expected = so.trend_filter(y, graph, so.L1(0.3), node_weights=np.where(absent, 0.0, 1.0)).value
+    holes = so.trend_filter(np.where(absent, np.nan, y), graph, so.L1(0.3), missing="nan").value
+    masked = so.trend_filter(np.ma.array(y, mask=absent), graph, so.L1(0.3), missing="nan").value
+    np.testing.assert_array_equal(holes, expected)
+    np.testing.assert_array_equal(masked, expected)
+    assert so.trend.largest_weight(np.ma.array(np.arange(12), mask=False), graph, 1) == so.trend.largest_weight(
+        np.arange(12), graph, 1
+    )
+
+
+def test_an_order_that_fills_the_operator_is_refused_before_it_is_formed(rng, monkeypatch):
+    n = 2000
+    ends = np.stack([np.arange(1, n), rng.integers(0, np.arange(1, n))], axis=1)
+    monkeypatch.setattr(arguments, "ALWAYS_FREE", 0)
+    monkeypatch.setattr(arguments, "available_memory_bytes", lambda: 2**24)
+    for graph in (so.Graph.grid((12, 12, 12)), so.Graph.from_edges(ends)):
+        y = np.arange(float(graph.num_nodes))
+        assert graph.sums(2).row_squares.size == graph.num_nodes
+        with pytest.raises(ValueError, match=r"difference matrix of order 16 .* rows of .* entries and more takes"):
+            so.trend_filter(y, graph, so.L1(1.0), 15, "doge")
+
+
+def test_the_estimated_entries_are_a_lower_bound_near_the_truth(rng, monkeypatch):
+    asked = []
+    monkeypatch.setattr(grouping, "require_memory", lambda needed, *_: asked.append(needed))
+    for graph in (so.Graph.chain(200, ends="graph"), so.Graph.grid((15, 15)), random_graph(rng, n=200, extra=100)):
+        for order in (4, 5, 6):
+            truth = graph.matrix(order).nnz * grouping.ENTRY_BYTES
+            assert 0.5 * truth <= asked[-1] <= 1.15 * truth
+
+
+def test_what_needs_more_memory_than_there_is_is_refused(monkeypatch):
+    y, graph = np.arange(10_000.0), so.Graph.chain(10_000)
+    needed = signal.FIT_COPIES * y.nbytes
+    monkeypatch.setattr(arguments, "ALWAYS_FREE", 0)
+    monkeypatch.setattr(arguments, "available_memory_bytes", lambda: needed - 1)
+    for call in (so.trend_filter, so.trend.trend_path):
+        with pytest.raises(ValueError, match=r"10,000 values, takes at least 1\.8 MiB, and 1\.8 MiB are free"):
+            call(y, graph, so.L1(1.0))
+    monkeypatch.setattr(arguments, "available_memory_bytes", lambda: needed)
+    with pytest.raises(ValueError, match="a history of max_steps=1,000,000 steps takes"):
+        so.trend_filter(y, graph, so.L1(1.0), history=True, max_steps=10**6)
+    assert so.trend.noise_level(y, graph) > 0
+    monkeypatch.undo()
+    monkeypatch.setattr(arguments, "device_memory_left", lambda: 2**20)
+    y, graph = np.zeros(2**20), so.Graph.chain(2**20)
+    for call in (so.trend_filter, so.trend.trend_path):
+        with pytest.raises(
+            ValueError, match=r"takes at least 128\.0 MiB of the device, and 1\.0 MiB are free there: .*CPU"
+        ):
+            call(y, graph, so.L1(1.0))
+
+
+def test_the_unit_of_the_spacing_does_not_matter(rng):
+    y = rng.standard_normal((12, 10))
+    levels = [so.trend.noise_level(y, so.Graph.grid(y.shape, spacing=(h, 2 * h)), order=3) for h in (1e-7, 1.0, 1e7)]
+    np.testing.assert_allclose(levels, levels[1], rtol=1e-9)

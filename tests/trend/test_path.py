@@ -1,64 +1,16 @@
+"""The path of fits from the largest weight down; its facts at every case are in `test_facts.py`."""
+
 from unittest import mock
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.optimize import linprog
 
 import sparseopt as so
-from sparseopt.core.base.types import precision
-from sparseopt.core.losses.scalar import LOSSES
 from sparseopt.core.solvers.admm import Admm
 from sparseopt.trend.paths.largest_weight import largest_weight
 from sparseopt.trend.paths.path import trend_path
 from sparseopt.trend.paths.warm_starts import descend
-from tests.tiers import often
-from tests.trend.problems import GRAPHS, exact_fit, objective, two_parts
-
-
-def component_means(y, graph, w=None):
-    w = np.ones(graph.num_nodes) if w is None else w
-    parts = [graph.components == part for part in range(graph.num_components)]
-    means = np.array([np.average(y[part], weights=w[part], axis=0) for part in parts])
-    return means[graph.components]
-
-
-def least_congestion(y, graph, order, w=None):
-    """The same minimum as a linear program."""
-    w = np.ones(graph.num_nodes) if w is None else w
-    matrix = graph.matrix(order + 1).T.toarray()
-    rows = matrix.shape[1]
-    ones, eye = np.ones((rows, 1)), np.eye(rows)
-    found = linprog(
-        np.append(np.zeros(rows), 1),
-        A_eq=np.hstack([matrix, np.zeros((len(matrix), 1))]),
-        b_eq=w * (y - component_means(y, graph, w)),
-        A_ub=np.block([[eye, -ones], [-eye, -ones]]),
-        b_ub=np.zeros(2 * rows),
-        bounds=[(None, None)] * rows + [(0, None)],
-    )
-    assert found.status == 0
-    return found.fun
-
-
-@pytest.mark.parametrize("name", often(["chain", "grid", "weighted", "parts"], "chain", "weighted", "parts"))
-@pytest.mark.parametrize("order", range(4))
-def test_the_largest_weight_is_the_value_of_a_linear_program(rng, name, order):
-    graph = GRAPHS[name](rng)
-    y = 3 + 5 * rng.standard_normal(graph.num_nodes)
-    w = rng.uniform(0.5, 2.0, graph.num_nodes) if order in (0, 3) else None
-    found, best = largest_weight(y, graph, order, w), least_congestion(y, graph, order, w)
-    assert found == pytest.approx(best, rel=2e-6)
-    assert found >= best * (1 - 1e-9)  # an upper end, never below
-
-
-@pytest.mark.parametrize("order", range(3))
-def test_the_means_are_the_fit_from_the_largest_weight_on_and_not_before(rng, order):
-    graph = two_parts(rng)
-    y = 5 * rng.standard_normal(11)
-    weight, means = largest_weight(y, graph, order), component_means(y, graph)
-    np.testing.assert_allclose(exact_fit(y, graph, weight * (1 + 1e-6), order), means, atol=1e-6)
-    assert np.abs(exact_fit(y, graph, weight * (1 - 1e-3), order) - means).max() > 1e-4
+from tests.trend.problems import Problem, exact_fit, two_parts
 
 
 def test_small_largest_weights_by_hand():
@@ -100,29 +52,6 @@ def test_a_long_thin_graph_has_its_largest_weight(rng):
     assert largest_weight(y, graph, 1) == pytest.approx(largest_weight(y[place], chain, 1), rel=1e-6)
 
 
-@pytest.mark.parametrize(("name", "order"), often([("chain", 0), ("grid", 1), ("parts", 0)], ("chain", 0), ("grid", 1)))
-def test_every_level_is_within_its_gap_of_the_exact_fit(rng, name, order):
-    graph = GRAPHS[name](rng)
-    y = 5 * rng.standard_normal(graph.num_nodes)
-    path = trend_path(y, graph, order=order, num=12, tol=1e-5).check()
-    assert np.all(np.diff(path.weights) < 0)
-    assert path.weights[-1] == pytest.approx(1e-3 * path.weights[0])
-    assert path.weights[0] == path.largest_weight >= largest_weight(y, graph, order) / (1 + 1e-6)
-    matrix = graph.matrix(order + 1).toarray()
-    for index, weight in enumerate(path.weights):
-        exact = exact_fit(y, graph, weight, order)
-        best = objective(exact, y, graph, weight, order)
-        here = objective(path.values[index], y, graph, weight, order)
-        assert here == pytest.approx(path.objectives[index], rel=1e-9)
-        assert here / best - 1 <= path.gaps[index] + 1e-12 <= 1e-5 + 1e-12
-        zeros = np.abs(matrix @ exact) < 1e-8
-        rank = np.linalg.matrix_rank(matrix[zeros]) if zeros.any() else 0
-        assert path.degrees_of_freedom[index] == graph.num_nodes - rank
-    np.testing.assert_allclose(path.deviances, ((path.values - y) ** 2).sum(axis=1))
-    np.testing.assert_allclose(path.values[0], component_means(y, graph), rtol=1e-12)
-    assert path.degrees_of_freedom[0] == graph.num_components
-
-
 def test_a_path_of_a_chain_is_exact_and_its_pieces_only_merge(rng):
     graph, y = so.Graph.chain(15), 5 * rng.standard_normal(15)
     for w in (None, rng.uniform(0.5, 2.0, 15)):
@@ -140,25 +69,20 @@ def test_a_path_of_a_chain_is_exact_and_its_pieces_only_merge(rng):
     np.testing.assert_allclose(trend_path(y, graph, weights=path.weights[5:6]).values[0], alone.value, rtol=1e-12)
 
 
-def test_levels_of_a_picture_take_the_means_of_their_pieces(rng):
-    path = trend_path(5 * rng.standard_normal((4, 5)), so.Graph.grid((4, 5)), num=6, tol=1e-6).check()
+def test_levels_of_a_picture_take_the_means_of_their_pieces_and_are_the_cold_solves(rng):
+    graph, y = so.Graph.grid((4, 5)), 5 * rng.standard_normal((4, 5))
+    path = trend_path(y, graph, num=6, tol=1e-6).check()
     assert [len(np.unique(value)) for value in path.values] == path.degrees_of_freedom.tolist()
     # The pieces of a level, which are those of the fit alone.
     assert [path.at(i).pieces().max() + 1 for i in range(6)] == path.degrees_of_freedom.tolist()
-
-
-def test_a_warm_level_is_the_cold_solve(rng):
-    graph = so.Graph.grid((4, 5))
-    y = 5 * rng.standard_normal((4, 5))
     weights = [0.3, 4.0, 1.0, 0.1]
     path = trend_path(y, graph, so.L1(77.0), 1, weights=weights, tol=1e-8).check()
     assert path.largest_weight is None
     assert path.values.shape == (4, 4, 5)
     np.testing.assert_array_equal(path.weights, sorted(weights, reverse=True))
     for index, weight in enumerate(path.weights):
-        cold = so.trend_filter(y, graph, so.L1(weight), 1, tol=1e-8)
+        cold, level = so.trend_filter(y, graph, so.L1(weight), 1, tol=1e-8), path.at(index)
         assert path.objectives[index] == pytest.approx(float(cold.objective), rel=2e-8)
-        level = path.at(index)
         np.testing.assert_allclose(level.value, cold.value, atol=2e-3)
         assert level.check() is level
         assert float(level.gap) == path.gaps[index]
@@ -186,16 +110,14 @@ def test_one_program_serves_all_levels_and_takes_the_relaxation_that_is_given(rn
 
 
 def test_missing_values_and_node_weights(rng):
-    graph = so.Graph.chain(15)
+    graph, w = so.Graph.chain(15), rng.uniform(0.5, 2.0, 15)
     y = np.repeat([0.0, 4.0, 1.0], 5) + 0.3 * rng.standard_normal(15)
-    w = rng.uniform(0.5, 2.0, 15)
     w[[3, 8]] = 0
     holes = np.where(w == 0, np.nan, y)
     path = trend_path(holes, graph, num=6, tol=1e-7, node_weights=np.where(w == 0, 1, w), missing="nan").check()
-    light = np.where(w == 0, 1e-9, w)
-    for index, weight in enumerate(path.weights):
-        best = objective(exact_fit(y, graph, weight, 0, light), y, graph, weight, 0, w)
-        assert objective(path.values[index], y, graph, weight, 0, w) <= best * (1 + 1e-6)
+    for value, weight in zip(path.values, path.weights, strict=True):
+        problem = Problem(y, graph, so.L1(weight), 0, w)
+        assert problem.objective(value) <= problem.least * (1 + 1e-6)
     assert path.observations == 13
     assert path.degrees_of_freedom.max() <= 13
     np.testing.assert_allclose(path.deviances, (w * (path.values - y) ** 2).sum(axis=1))
@@ -219,7 +141,7 @@ def test_coupled_channels_begin_at_their_means_and_jump_together(rng, monkeypatc
     monkeypatch.setattr("sparseopt.trend.paths.path.descend", descents)
     path = trend_path(y, graph, so.GroupL2, num=5, tol=1e-7).check()
     assert descents.call_count == 1  # a cross-validation asks for nothing more
-    np.testing.assert_allclose(path.values[0], component_means(y, graph), rtol=1e-12)
+    np.testing.assert_allclose(path.values[0], np.broadcast_to(y.mean(axis=0), (15, 2)), rtol=1e-12)
     assert abs(path.degrees_of_freedom[0] - 2) < 1  # two means, along 16 times 30 random signs
     assert path.degrees_of_freedom is path.degrees_of_freedom
     assert descents.call_count == 1 + 16
@@ -251,95 +173,19 @@ def test_float32_stays_float32(rng):
     np.testing.assert_array_equal(path.degrees_of_freedom, exact.degrees_of_freedom)
 
 
-def test_check_names_the_levels_that_did_not_converge(rng):
-    path = trend_path(5 * rng.standard_normal((4, 5)), so.Graph.grid((4, 5)), order=1, num=6, tol=1e-12, max_steps=5)
+def test_a_level_takes_no_more_steps_than_the_limit_and_check_names_those_that_did_not_converge(rng):
+    y, graph = 5 * rng.standard_normal((4, 5)), so.Graph.grid((4, 5))
+    path = trend_path(y, graph, order=1, num=6, tol=1e-12, max_steps=5)
     with pytest.raises(RuntimeError, match=r"5 of 6 levels did not converge: level 1 \(weight .*MAX_STEPS.*raise"):
         path.check()
     assert path.steps.max() == 5
+    for method in ("doge", "admm"):
+        assert trend_path(y, graph, order=1, num=3, method=method, max_steps=2).steps.max() == 2
     with pytest.raises(IndexError, match=r"levels 0..5, given 6"):
         path.at(6)
 
 
-@pytest.mark.parametrize("method", ["doge", "admm"])
-def test_a_level_takes_no_more_steps_than_the_limit(rng, method):
-    y = 5 * rng.standard_normal((4, 5))
-    assert trend_path(y, so.Graph.grid((4, 5)), order=1, num=3, method=method, max_steps=2).steps.max() == 2
-
-
-Y = np.arange(6.0)
-CHAIN = so.Graph.chain(6)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "match"),
-    [
-        ({"y": np.zeros(5)}, r"6 nodes.*given \(5,\)"),
-        ({"y": np.full(6, 0.1)}, "the signal is the mean of its component everywhere.*every weight gives the same fit"),
-        ({"graph": so.Graph.from_edges([], 6)}, "no edges, so every weight gives the same fit"),
-        ({"weights": [1.0, 0.0]}, "weights are positive and finite, given 0.0"),
-        ({"weights": [1.0, np.nan]}, "positive and finite, given nan"),
-        ({"weights": []}, r"at least one number, given the shape \(0,\)"),
-        ({"weights": 3.0}, r"given the shape \(\)"),
-        ({"num": 0}, "num is a whole number of at least 1, given 0"),
-        ({"ratio": 1.0}, r"lies in \(0, 1\), given 1.0"),
-        ({"tol": 0.0}, "must be positive"),
-        ({"method": "newton"}, "unknown method 'newton'"),
-        ({"order": -1}, "order is a whole number from 0 .*given -1"),
-        ({"penalty": so.L0}, "where a path of L0.* begins is not known: give its weights"),
-        ({"penalty": so.GroupL2}, "couples the channels"),
-        ({"penalty": so.MCP(1.0, gamma=np.nan)}, "must be finite"),
-    ],
-)
-def test_bad_input_is_an_error_that_names_it(arguments, match):
-    with pytest.raises(ValueError, match=match):
-        trend_path(**{"y": Y, "graph": CHAIN, **arguments})
-
-
-@pytest.mark.parametrize("penalty", [3.0, so.NM(2, 4)])
-def test_a_penalty_without_a_weight_has_no_path(penalty):
-    with pytest.raises(TypeError, match=r"replaces the penalty's `weight`.*sparseopt.L1"):
-        trend_path(Y, CHAIN, penalty)
-
-
-def test_weights_of_rows_have_no_path():
-    penalty = so.L1(np.r_[np.ones(10), np.full(9, 100.0)])
-    with pytest.raises(ValueError, match=r"one number for all rows, given one of shape \(19,\)"):
-        trend_path(np.arange(20.0), so.Graph.chain(20), penalty, num=3)
-
-
-def test_the_largest_weight_refuses_what_the_filter_refuses():
-    with pytest.raises(ValueError, match=r"6 nodes need as many node weights, .* given 5"):
-        largest_weight(Y, CHAIN, node_weights=np.ones(5))
-    with pytest.raises(ValueError, match="tol must be positive"):
-        largest_weight(Y, CHAIN, tol=0.0)
-
-
-LABELS = (np.arange(15) % 5 > 1).astype(float)
 COUNTS = np.array([0, 1, 0, 2, 1, 4, 6, 5, 3, 7, 0, 1, 1, 0, 2.0])
-OBSERVED = {"poisson": COUNTS, "logistic": LABELS, "huber": 3 * COUNTS, "absolute": COUNTS}
-OBSERVED_ON = {"chain": so.Graph.chain(15), "grid": so.Graph.grid((3, 5))}
-
-
-@pytest.mark.parametrize("loss", often(OBSERVED, "poisson", "absolute"))
-@pytest.mark.parametrize("name", often(OBSERVED_ON, "chain"))
-def test_a_path_with_a_loss_begins_at_the_best_constant_and_agrees_with_single_fits(name, loss):
-    y, graph = OBSERVED[loss], OBSERVED_ON[name]
-    path = trend_path(y, graph, num=4, ratio=0.05, tol=1e-6, loss=loss).check()
-    top = float(path.largest_weight)
-    assert np.ptp(path.values[0]) < 1e-9
-    assert path.degrees_of_freedom[0] == 1
-    assert top >= largest_weight(y, graph, loss=loss) / 1.001
-    if loss in ("poisson", "logistic"):  # with kinks the weight may be larger than needed
-        below = so.trend_filter(y, graph, so.L1(0.95 * top), tol=1e-8, loss=loss).check()
-        assert np.ptp(below.value) > 1e-4
-    assert np.all(np.diff(path.deviances) < 0)
-    family = LOSSES[loss]
-    for level in (1, 3):
-        alone = so.trend_filter(y, graph, so.L1(path.weights[level]), tol=1e-6, loss=loss).check()
-        assert path.objectives[level] == pytest.approx(float(alone.objective), rel=2e-6)
-        with precision(np.dtype(np.float64)):
-            values = np.asarray(family.value(jnp.asarray(path.values[level]), jnp.asarray(y.reshape(15))))
-        assert path.deviances[level] == pytest.approx(2 * values.sum())
 
 
 def test_a_path_with_a_loss_takes_channels_and_missing_counts():
@@ -350,17 +196,3 @@ def test_a_path_with_a_loss_takes_channels_and_missing_counts():
     np.testing.assert_allclose(path.values[0], np.broadcast_to(np.log(means), (15, 2)))
     assert path.observations == 28
     assert path.degrees_of_freedom[0] == 2
-
-
-@pytest.mark.parametrize(
-    ("y", "options", "text"),
-    [
-        (COUNTS - 1, {"loss": "poisson"}, "Poisson takes counts"),
-        (np.ones(15), {"loss": "logistic"}, "only one of the labels 0 and 1"),
-        (np.full(15, 3.0), {"loss": "poisson"}, "so every weight gives the same fit"),
-        (COUNTS, {"loss": "nearly"}, "unknown loss 'nearly'"),
-    ],
-)
-def test_data_that_do_not_fit_the_loss_are_refused(y, options, text):
-    with pytest.raises(ValueError, match=text):
-        trend_path(y, so.Graph.chain(15), **options)

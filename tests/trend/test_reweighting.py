@@ -115,17 +115,6 @@ def test_pictures_other_losses_and_missing_values(rng):
     assert np.ptp(rates.value) > np.ptp(flat.value)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "match"),
-    [
-        ({"penalty": so.L1(1.0)}, TypeError, "`value` and `slope`"),
-        ({"y": np.zeros((60, 2))}, ValueError, r"shape \[60\] or \(60,\); given \(60, 2\): fit channels one by one"),
-        ({"rounds": 0}, ValueError, "rounds is a whole number of at least 1, given 0"),
-        ({"tol": 0.0}, ValueError, "tol must be positive and finite, given 0.0"),
-        ({"penalty": so.MCP(-1.0)}, ValueError, "must not be negative, given -1.0"),
-        ({"max_steps": 5, "method": so.trend.Doge(rho=1e-6)}, RuntimeError, "MAX_STEPS"),
-    ],
-)
-def test_bad_input_is_an_error_that_names_it(arguments, error, match):
-    with pytest.raises(error, match=match):
-        reweighted(**{"y": LEVELS + np.arange(60) % 2, "graph": CHAIN, "penalty": so.MCP(1.0), **arguments})
+def test_a_round_that_did_not_converge_is_an_error():
+    with pytest.raises(RuntimeError, match="MAX_STEPS"):
+        reweighted(LEVELS + np.arange(60) % 2, CHAIN, so.MCP(1.0), max_steps=5, method=so.trend.Doge(rho=1e-6))
