@@ -81,9 +81,10 @@ def plot_sizes(curves: Mapping[str, tuple[Any, Any]], axis: Any = None, *, dense
 
 
 def _perplexities(curves: Mapping[str, tuple[Any, Any]], axis: Any, dense: float | None, xlabel: str) -> Any:
-    axis = style.axis_or_new(axis)
     if dense is not None:
         style.check_positive(np.asarray([dense], float), "the dense perplexity")
+    axis = style.axis_or_new(axis)
+    if dense is not None:
         axis.axhline(dense, color=style.INK, linestyle=(0, (4, 3)), linewidth=1.2, label="dense")
     plot_curves(curves, axis, xlabel=xlabel, ylabel="perplexity", logy=True, markers=True)
     _plain_ticks(axis)
