@@ -1,13 +1,11 @@
-"""Figures are closed after each test; `settings` is a tiny model with a text."""
+"""Figures are closed after each test; one tiny model and text for all."""
 
 import matplotlib
 import pytest
 
-from tests.models.tiny import random_tensors, tiny_config, write_folder
-from tests.pruning.test_pipeline import TOKENIZER
+from tests.experiments.inputs import WINDOWS, write_inputs
 
 matplotlib.use("Agg")
-TEXT = "the quick brown fox jumps over the lazy dog, and then the dog tells the fox all about it.\n" * 60
 
 
 @pytest.fixture(autouse=True)
@@ -18,12 +16,8 @@ def _close_figures():
     plt.close("all")
 
 
-@pytest.fixture
-def settings(tmp_path, rng):
-    folder = write_folder(tmp_path / "source", tiny_config(), random_tensors(tiny_config(), rng))
-    (folder / "tokenizer.json").write_text(TOKENIZER)
-    (tmp_path / "text.txt").write_text(TEXT)
-    text = f"file:{tmp_path / 'text.txt'}"
-    return {
-        "name": "tiny", "source": str(folder), "calibration": text, "windows": 4, "seqlen": 32,
-    }  # fmt: skip
+@pytest.fixture(scope="session")
+def settings(tmp_path_factory):
+    """What tasks of models share; no test writes into its folders."""
+    source, text = write_inputs(tmp_path_factory.mktemp("inputs"))
+    return {"name": "tiny", "source": str(source), "calibration": text, "evaluation": text, **WINDOWS}

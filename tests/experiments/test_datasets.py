@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -16,6 +17,9 @@ from sparseopt.experiments.datasets import (
     load_minnesota,
     load_soho,
 )
+
+Source = Picture | GraphSource
+SOURCES = [Picture(), Picture(name="brain"), *(GraphSource(name=name) for name in ("counties", "minnesota", "soho"))]
 
 
 @pytest.mark.parametrize("name", PICTURES)
@@ -34,15 +38,21 @@ def test_a_crop_is_that_part_of_the_picture() -> None:
     np.testing.assert_array_equal(part, whole[10:40, 20:60])
 
 
-def test_wrong_pictures_are_refused() -> None:
-    with pytest.raises(ValueError, match="did you mean 'camera'"):
-        Picture(name="camara").load()
-    with pytest.raises(ValueError, match="leaves camera"):
-        Picture(name="camera", crop=(500, 0, 20, 20)).load()
-    with pytest.raises(ValueError, match="crop of brain has 6 numbers"):
-        Picture(name="brain", crop=(0, 0, 8, 8)).check()
-    with pytest.raises(ValueError, match="is a volume and is not scaled"):
-        Picture(name="brain", size=8).check()
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (Picture(name="camara").load, "did you mean 'camera'"),
+        (Picture(name="camera", crop=(500, 0, 20, 20)).load, "leaves camera"),
+        (Picture(name="brain", crop=(26, 27, 180, 4, 4, 20)).load, "leaves brain"),
+        (Picture(name="brain", crop=(0, 0, 8, 8)).check, "crop of brain has 6 numbers"),
+        (Picture(name="brain", size=8).check, "is a volume and is not scaled"),
+        (GraphSource(name="minnesota", states=("MN",)).check, "only the counties have states"),
+        (lambda: load_counties(("XX",)), "no counties of XX"),
+    ],
+)
+def test_what_there_is_not_is_refused(call: Callable[[], object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        call()
 
 
 def test_the_brain_is_a_symmetric_volume_and_its_picture_looks_ahead() -> None:
@@ -54,8 +64,6 @@ def test_the_brain_is_a_symmetric_volume_and_its_picture_looks_ahead() -> None:
     assert np.abs(brain - brain[::-1]).mean() < 2  # left and right
     shown = picture.shown(brain)
     np.testing.assert_array_equal(shown[0], brain[:, -1, 1])
-    with pytest.raises(ValueError, match="leaves brain"):
-        Picture(name="brain", crop=(26, 27, 180, 4, 4, 20)).load()
     assert "nilearn" not in sys.modules
 
 
@@ -87,13 +95,6 @@ def test_centroids_lie_within_the_outlines_box() -> None:
         points = np.concatenate(rings)
         assert (points.min(axis=0) < position).all()
         assert (position < points.max(axis=0)).all()
-
-
-def test_an_unknown_state_is_named() -> None:
-    with pytest.raises(ValueError, match="no counties of XX"):
-        load_counties(("XX",))
-    with pytest.raises(ValueError, match="only the counties have states"):
-        GraphSource(name="minnesota", states=("MN",)).check()
 
 
 def test_minnesota_is_one_connected_road_network() -> None:
@@ -133,13 +134,8 @@ def test_the_streets_of_soho_hang_together_and_the_deaths_are_at_the_pump_of_bro
     assert "libpysal" not in sys.modules
 
 
-@pytest.mark.parametrize(
-    "source",
-    [Picture(), Picture(name="brain"), *(GraphSource(name=name) for name in ("counties", "minnesota", "soho"))],
-)
-def test_a_missing_package_is_named_with_its_command(
-    source: Picture | GraphSource, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
+def test_a_missing_package_is_named_with_its_command(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install"):
         source.check()

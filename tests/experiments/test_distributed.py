@@ -12,10 +12,8 @@ import yaml
 
 from sparseopt.experiments.config import load_config
 from sparseopt.experiments.runs import execute
-from tests.experiments.conftest import TEXT
-from tests.models.tiny import random_tensors, tiny_config, write_folder
+from tests.experiments.inputs import WINDOWS, quiet, write_inputs
 from tests.processes import free_port, start, wait
-from tests.pruning.test_pipeline import TOKENIZER
 
 BLOCKS = 6
 
@@ -24,20 +22,11 @@ BLOCKS = 6
 def folder(tmp_path_factory):
     """A small model, a text, and two configs: prune the model, and smooth a picture by Doge-ADMM."""
     folder = tmp_path_factory.mktemp("distributed")
-    config = tiny_config(num_hidden_layers=BLOCKS)
-    source = write_folder(folder / "source", config, random_tensors(config, np.random.default_rng(1)))
-    (source / "tokenizer.json").write_text(TOKENIZER)
-    (folder / "text.txt").write_text(TEXT)
-    text = f"file:{folder / 'text.txt'}"
-    prune = {
-        "name": "prune", "task": "prune", "source": str(source), "calibration": text, "evaluation": text, "windows": 4,
-        "seqlen": 32, "heldout_windows": 2, "evaluation_windows": 2, "evaluation_seqlen": 32, "preset": "paper",
-        "keep_model": True,
-    }  # fmt: skip
-    denoise = {
-        "name": "denoise", "task": "denoise", "picture": {"name": "camera", "size": 40}, "method": "doge",
-        "tol": 1e-6,
-    }  # fmt: skip
+    source, text = write_inputs(folder, num_hidden_layers=BLOCKS)
+    texts = {"source": str(source), "calibration": text, "evaluation": text}
+    prune = {"name": "prune", "task": "prune", **texts, **WINDOWS, "preset": "paper", "keep_model": True}
+    picture = {"picture": {"name": "camera", "size": 40}}
+    denoise = {"name": "denoise", "task": "denoise", **picture, "method": "doge", "tol": 1e-6}
     for values in (prune, denoise):
         (folder / f"{values['name']}.yaml").write_text(yaml.safe_dump(values))
     return folder
@@ -49,7 +38,7 @@ def alone(folder):
 
     def run(name):
         (planned,) = load_config(folder / f"{name}.yaml")
-        outcome = execute(planned, folder / "alone", lambda text, done, total: None)
+        outcome = execute(planned, folder / "alone", quiet)
         assert outcome.error is None
         return record(outcome.folder)
 
@@ -93,7 +82,8 @@ def test_a_killed_process_ends_all_and_the_same_command_goes_on_behind_the_last_
     ended = wait(running, tmp_path)
     assert time.monotonic() - began < 30
     assert [process.status for process in ended] == [1, 1, -signal.SIGKILL, 1]
-    assert ended[0].err.count("error: process 2 of 4 was lost") == 1
+    said = "error: process 2 of 4 was lost: it was killed, or its machine or the network failed."
+    assert ended[0].err.count(said) == 1
     assert "Traceback" not in ended[0].err
     assert [process.err for process in (ended[1], ended[3])] == ["", ""]
     assert not (output / "prune" / "summary.json").exists()
@@ -124,7 +114,7 @@ def test_two_processes_share_a_pass_of_a_sweep(tmp_path, folder):
     assert [process.status for process in ended] == [0, 0], ended[0].err
     assert ended[0].out.count("done ") == 2
     for run in load_config(config):
-        outcome = execute(run, tmp_path / "alone", lambda text, done, total: None)
+        outcome = execute(run, tmp_path / "alone", quiet)
         same_layers(record(output / run.subfolder), record(outcome.folder))
 
 
@@ -151,28 +141,9 @@ def test_processes_with_another_setting_stop_before_any_work(tmp_path, folder):
     commands = [launched(config, output, *(["sparsity=0.6"] if index == 1 else [])) for index in range(2)]
     ended = wait(start(commands, tmp_path, free_port()), tmp_path)
     assert [process.status for process in ended] == [2, 2]
-    assert "not all processes were given the same settings: process 1 of 2 and process 0 differ" in ended[0].err
-    assert not output.exists()
-
-
-def test_a_task_for_one_device_is_refused_with_what_to_do(command, tmp_path):
-    (tmp_path / "toy.yaml").write_text("name: d\ntask: tests.experiments.toy.Toy\n")
-    given = ["--devices", "all", "--allow-code", "--output", tmp_path / "runs"]
-    status, _, err = command("run", tmp_path / "toy.yaml", *given)
-    assert status == 2
     assert (
-        "the task 'tests.experiments.toy.Toy' works on one device, given devices='all': share its runs with --shard i/n"
-        in err
-    )
-
-
-@pytest.mark.parametrize(
-    ("given", "text"),
-    [
-        (["--devices", "0"], "--devices must be a whole number from 1, or all, given '0'"),
-        (["--processes", "4"], "--coordinator, --processes and --process-id belong to --distributed: add it"),
-    ],
-)
-def test_options_that_make_no_sense_are_refused(command, folder, given, text):
-    status, _, err = command("run", folder / "prune.yaml", *given)
-    assert (status, text in err) == (2, True)
+        "not all processes were given the same settings: process 1 of 2 and process 0 differ; start all with the same "
+        "command, files and version"
+    ) in ended[0].err
+    assert ended[1].err == ""
+    assert not output.exists()

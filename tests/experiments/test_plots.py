@@ -1,7 +1,10 @@
-"""Pictures: the data drawn, limits, labels and units, and the axes used."""
+"""Pictures: what a person sees of each kind (data, limits, labels, units, legend), the axes used, and refusals."""
 
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
@@ -11,13 +14,15 @@ import pytest
 from sparseopt import L1, Graph, Solution, trend_filter
 from sparseopt.core import Measure
 from sparseopt.experiments import plots
+from sparseopt.pruning import LayerRecord
 
 TRIANGLE = np.array([[0, 0], [1, 0], [0, 1]])
-
-
-@pytest.fixture
-def axis():
-    return plt.figure().add_subplot()
+SQUARE = [(0, 0), (1, 0), (1, 1), (0, 1)]
+X, YEARS = np.arange(1, 5), np.arange(6) * 2 + 1950
+VALUES = np.random.default_rng(0).normal(size=(3, 6))
+CHAIN, GRID, PLACES = Graph.chain(3), Graph.grid((2, 3)), np.random.default_rng(1).random((6, 2))
+RGBA = np.array([[[0, 255, 51, 102]]], np.uint8)
+COMPARED = {"best": ([0.5, 0.6], [30.0, 40.0], [9.0, 8.0]), "wanda": ([0.5, 0.6], [50.0, np.nan], [0.2, 0.1])}
 
 
 def solution(objective, gap=None, steps=None, max_steps=8):
@@ -32,17 +37,234 @@ def solution(objective, gap=None, steps=None, max_steps=8):
     return Solution(None, 0, jnp.asarray(steps), gap[-1], objective[-1], gap[-1], history, None)
 
 
+def layers(level):
+    figures = [(f"model.layers.{b}.mlp.{kind}_proj", level * 2.0**b, b) for b in range(3) for kind in ("up", "down")]
+    return [LayerRecord(b, name, (4, 4), 16, 8, error, None, 1, "CONVERGED", 0, 0, 0, 9) for name, error, b in figures]
+
+
 def texts(items):
     return [item.get_text() for item in items]
 
 
-def drawn(lines, label):
-    line = next(line for line in lines if line.get_label() == label)
+def drawn(axis, label):
+    line = next(line for line in axis.lines if line.get_label() == label)
     return np.asarray(line.get_xdata(), float), np.asarray(line.get_ydata(), float)
 
 
-def colour_bar_of(axis):
-    return next(other for other in axis.figure.axes if other is not axis)
+def given(*arguments, **options):
+    return arguments, options
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A picture: the function and what it is given, and what a person sees."""
+
+    plot: Callable[..., Any]
+    given: tuple[tuple[Any, ...], dict[str, Any]]
+    labels: tuple[str, str] = ("", "")
+    scales: tuple[str, str] = ("linear", "linear")
+    lines: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    legend: list[str] | None = None
+    # Of an image or a map.
+    colours: Any = None
+    limits: tuple[float, float] | None = None
+    bar: str | None = None
+
+    def draw(self, axis=None):
+        arguments, options = self.given
+        return self.plot(*arguments, axis=axis, **options)
+
+
+RUNS = {f"run {i}": (X, X**i) for i in range(14)}
+ABOVE = "(objective − reference) / |reference|"
+SHARES = {"maiht": ([0.5, 0.6, 0.7], [12.5, 14.0, 18.0])}
+KINDS = {
+    "curves": Kind(
+        plots.plot_curves, given(RUNS, xlabel="nodes", ylabel="time (s)", logx=True, logy=True),
+        ("nodes", "time (s)"), ("log", "log"), {"run 2": (X, X**2)}, list(RUNS),
+    ),
+    "objective up to the last step": Kind(
+        plots.plot_history, given({"a": solution([5.0, 4.0, 3.5]), "b": solution([5.0, -1.0])}),
+        ("step", "objective"), lines={"a": ([1, 2, 3], [5, 4, 3.5]), "b": ([1, 2], [5, -1])},
+    ),
+    "gap": Kind(
+        plots.plot_history, given({"a": solution([3.0, 2.0])}, "gap"),
+        ("step", "relative duality gap"), ("linear", "log"), {"a": ([1, 2], [3, 2])},
+    ),
+    # The last step reached the reference.
+    "objective against time and a reference": Kind(
+        plots.plot_history, given({"a": solution([6.0, 4.0, 3.0, 2.0])}, seconds={"a": 2.0}, reference=2.0),
+        ("time (s)", ABOVE), ("linear", "log"), {"a": ([0.5, 1, 1.5], [2, 1, 0.5])},
+    ),
+    "objective above a negative reference": Kind(
+        plots.plot_history, given({"a": solution([-1.0, -2.0])}, reference=-4.0),
+        ("step", ABOVE), ("linear", "log"), {"a": ([1, 2], [0.75, 0.5])},
+    ),
+    "every coefficient of a path in the order of the weights": Kind(
+        plots.plot_path, given([1.0, 100.0, 10.0], VALUES, ylabel="effect (mm)"), ("penalty weight", "effect (mm)"),
+        ("log", "linear"), {str(i): ([1, 10, 100], VALUES[[0, 2, 1], i]) for i in range(6)},
+    ),
+    "chain": Kind(
+        plots.plot_chain, given(VALUES[0], VALUES[1], truth=VALUES[2], positions=YEARS), ("position", "signal"),
+        lines={label: (YEARS, values) for label, values in zip(("observed", "fit", "truth"), VALUES, strict=True)},
+    ),
+    "chain of nodes": Kind(plots.plot_chain, given(VALUES[0], VALUES[1]), ("node", "signal")),
+    "graph": Kind(
+        plots.plot_graph_signal, given(GRID, PLACES, VALUES[0], limits=(-1, 1), label="height (m)"),
+        colours=VALUES[0], limits=(-1, 1), bar="height (m)",
+    ),
+    "graph without edges": Kind(
+        plots.plot_graph_signal, given(GRID, PLACES, VALUES[0], edges=False),
+        colours=VALUES[0], limits=(VALUES[0].min(), VALUES[0].max()),
+    ),
+    # All outlines of a region have its value.
+    "regions": Kind(
+        plots.plot_regions, given([TRIANGLE, [TRIANGLE + 2, SQUARE], SQUARE], [3.0, 5.0, np.nan], label="cases (%)"),
+        colours=[3, 5, 5, np.nan], limits=(3, 5), bar="cases (%)",
+    ),
+    "regions between limits": Kind(
+        plots.plot_regions, given([TRIANGLE], [3.0], limits=(0, 9)), colours=[3], limits=(0, 9)
+    ),
+    # High values lie above the others.
+    "lines on a map": Kind(
+        plots.plot_lines, given([TRIANGLE, TRIANGLE + 2, TRIANGLE[:2]], [5.0, np.nan, 3.0], label="cases"),
+        colours=[np.nan, 3, 5], limits=(3, 5), bar="cases",
+    ),
+    "colour image with its alpha": Kind(plots.plot_image, given(RGBA), colours=[[[0, 1, 0.2, 0.4]]]),
+    "colour image between limits": Kind(
+        plots.plot_image, given(RGBA[..., :3] * 2.0, limits=(0, 510)), colours=[[[0, 1, 0.2]]]
+    ),
+    "perplexity": Kind(
+        plots.plot_perplexity, given(SHARES, dense=12.0), ("sparsity (%)", "perplexity"), ("linear", "log"),
+        {"maiht": ([50, 60, 70], [12.5, 14, 18]), "dense": ([0, 1], [12, 12])}, ["dense", "maiht"],
+    ),
+}  # fmt: skip
+# Grey images keep their values; the limits are those of the type, or of the values.
+for image, limits in (
+    (np.full((2, 3), 7, np.uint8), (0, 255)),
+    (np.full((2, 3), 7, np.uint16), (0, 65535)),
+    (np.array([[0.2, 0.4]]), (0, 1)),
+    (np.array([[True, False]]), (0, 1)),
+    (np.array([[-3.0, 9.0, np.nan]]), (-3, 9)),
+    (np.array([[5.0, 5.0]]), (4.5, 5.5)),
+):
+    KINDS[f"image from {limits[0]} to {limits[1]} in {image.dtype}"] = Kind(
+        plots.plot_image, given(image), colours=image.astype(float), limits=limits
+    )
+KINDS["image between limits"] = Kind(
+    plots.plot_image, given([[-3.0, 9.0]], limits=(0, 2)), colours=[[-3, 9]], limits=(0, 2)
+)
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_a_person_sees_the_data_with_labels_and_limits_on_the_axis_given_or_a_new_one(kind):
+    own = plt.figure().add_subplot()
+    assert kind.draw(own) is own
+    made = kind.draw()
+    assert made.figure is not own.figure
+    for axis in (own, made):
+        assert axis.has_data()
+        assert (axis.get_xlabel(), axis.get_ylabel()) == kind.labels
+        assert (axis.get_xscale(), axis.get_yscale()) == kind.scales
+        for label, (x, y) in kind.lines.items():
+            np.testing.assert_allclose(drawn(axis, label), [x, y], rtol=1e-15, err_msg=label)
+        if kind.legend:
+            assert texts(axis.get_legend().get_texts()) == kind.legend
+            assert not axis.get_legend().get_frame_on()
+        if kind.colours is not None:
+            shown = [*axis.images, *axis.collections][-1]
+            np.testing.assert_allclose(np.ma.filled(shown.get_array(), np.nan), kind.colours, rtol=1e-15)
+            assert kind.limits is None or shown.get_clim() == kind.limits
+        assert not axis.images or len(axis.get_xticks()) == len(axis.get_yticks()) == 0
+        bars = [other.get_ylabel() for other in axis.figure.axes if other is not axis]
+        assert not kind.bar or bars == [kind.bar]
+    made.figure.draw_without_rendering()
+
+
+AXIS = "the axis of another figure"
+REFUSED = {
+    plots.plot_curves: [
+        (given({}), "expected at least one curve, given none"),
+        (given({"a": ([1, 2], [1])}), "'a' needs as many x as y, at least one, given 2 and 1"),
+        (given({"a": ([1, 2],)}), "a pair"),
+        (given({"a": ([[1]], [1])}), r"\[n\], given \[1, 1\]"),
+        (given({"a": ([1, 2], ["x", "y"])}), "an array of numbers"),
+        (given({"a": ([1, 2], [3, -1])}, logy=True), "y of curve 'a' must be positive for a log axis, given -1"),
+        (given({"a": ([0, 2], [3, -1])}, logx=True), "x of curve 'a' must be positive for a log axis, given 0"),
+    ],
+    plots.plot_history: [
+        (given({}), "at least one solution"),
+        (given({"a": Solution(None, 0, 3, 0, 0, 0, None, None)}), "'a' has no history: solve it with history=True"),
+        (given({"a": solution([1.0])}, "speed"), "unknown quantity 'speed'; known are objective, gap, residual"),
+        (given({"a": solution([1.0], [np.nan])}, "gap"), "'a' has no positive finite gap in 1 steps"),
+        (given({"a": solution([1.0], steps=0)}), "took no steps"),
+        (given({"a": solution([1.0], steps=[1, 1])}), "a batch of 2 solves"),
+        (given({"a": solution([1.0])}, seconds={"b": 1.0}), "the positive time of 'a'"),
+        (given({"a": solution([1.0])}, reference=2.0), "falls below the reference 2 by 0.5"),
+        (given({"a": solution([1.0])}, reference=0.0), "other than 0"),
+        (given({"a": solution([1.0])}, "gap", reference=1.0), "for 'gap'"),
+    ],
+    plots.plot_path: [
+        (given([1.0, 2.0], VALUES[:, :4]), r"values has the shape \[2, n\], given \[3, 4\]"),
+        (given([1.0, 0.0, 2.0], VALUES), "weights must be positive for a log axis, given 0 at place 1"),
+    ],
+    plots.plot_image: [
+        *((given(wrong), r"the shape \[height, width\]") for wrong in (np.zeros((2, 2, 2)), np.zeros(4), [["a"]])),
+        (given(np.zeros((0, 3))), r"has the shape \[height, width\]"),
+        (given(RGBA, limits=(1, 1)), r"low < high, given \(1, 1\)"),
+        (given(np.full((1, 1, 3), np.nan)), "finite numbers"),
+        (given([[np.nan]]), "no finite value among 1"),
+    ],
+    plots.plot_chain: [
+        (given(VALUES[0], VALUES[1, :5]), r"fit has the shape \[6\], given \[5\]"),
+        (given(X, X, positions=[0, 1, 1, 2]), "must ascend, given 1 and then 1 at place 1"),
+        (given([], []), "at least one node"),
+    ],
+    plots.plot_graph_signal: [
+        (given(CHAIN, np.zeros((3, 3)), np.zeros(3)), r"positions has the shape \[3, 2\], given \[3, 3\]"),
+        (given(CHAIN, TRIANGLE, np.zeros(4)), r"signal has the shape \[3\], given \[4\]"),
+        (given(CHAIN, TRIANGLE, np.full(3, np.nan)), "no finite value among 3"),
+        (given(CHAIN, [[0, 0], [np.inf, 0], [1, 1]], np.zeros(3)), "must be finite, given .* at place 1"),
+    ],
+    plots.plot_regions: [
+        (given([TRIANGLE], [1.0, 2.0]), r"values has the shape \[1\], given \[2\]"),
+        (given([np.zeros((3, 3))], [1.0]), r"region 0 has the shape \[m, 2\], given \[3, 3\]"),
+        (given([TRIANGLE[:2]], [1.0]), "an outline of 2 points"),
+        (given([], []), "at least one region"),
+        (given([[]], [1.0]), "at least one outline in region 0"),
+    ],
+    plots.plot_lines: [
+        (given([TRIANGLE], [1.0, 2.0]), r"values has the shape \[1\], given \[2\]"),
+        (given([], []), "at least one line"),
+    ],
+    plots.plot_groups: [
+        (given((2, 2, 2), 1), "1 or 2 axes"),
+        (given((1,), 1), "2 to 400 nodes"),
+        (given((100, 100), 1), r"given the shape \(100, 100\)"),
+        (given((3, 3), 4), "1, 2 or 3 difference factors, given 4"),
+        (given((3, 3), 1, AXIS), "4 panels and needs as many axes, given 1"),
+        (given((3, 3), 1, columns=0), "columns must be 1 or more, given 0"),
+    ],
+    plots.plot_layer_errors: [
+        (given({}), "at least one run"),
+        (given({"a": []}), "at least one layer record in the run 'a'"),
+        (given({"a": layers(1.0)}, AXIS), "2 panels and needs as many axes, given 1"),
+    ],
+    plots.plot_comparison: [(given(COMPARED, AXIS), "2 panels and needs as many axes, given 1")],
+    plots.plot_perplexity: [
+        (given({"a": ([50], [12.0])}), "a share of zeros from 0 to 1, given 50 in the curve 'a'"),
+        (given({"a": ([0.5], [0.0])}), "must be positive for a log axis, given 0"),
+        (given({"a": ([0.5], [9.0])}, dense=-1.0), "the dense perplexity must be positive"),
+    ],
+}
+
+
+@pytest.mark.parametrize(("plot", "call", "words"), [(p, *row) for p, rows in REFUSED.items() for row in rows])
+def test_what_cannot_be_drawn_is_refused_and_leaves_no_figure(plot, call, words):
+    axis = plt.figure().add_subplot()
+    with pytest.raises(ValueError, match=words):
+        plot(*(axis if given is AXIS else given for given in call[0]), **call[1])
+    assert plt.get_fignums() == [axis.figure.number]
 
 
 @pytest.mark.processes
@@ -55,70 +277,16 @@ def test_importing_needs_neither_matplotlib_nor_the_models():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(
-    "draw",
-    [
-        lambda a: plots.plot_curves({"a": ([1, 2], [3, 4])}, a),
-        lambda a: plots.plot_history({"a": solution([3.0, 2.0])}, "gap", a),
-        lambda a: plots.plot_image(np.ones((2, 3)), a),
-        lambda a: plots.plot_chain([1.0, 2.0], [1.0, 1.5], a),
-        lambda a: plots.plot_graph_signal(Graph.chain(3), TRIANGLE, [1.0, 2.0, 3.0], a),
-        lambda a: plots.plot_regions([TRIANGLE], [1.0], a),
-        lambda a: plots.plot_lines([TRIANGLE], [1.0], a),
-        lambda a: plots.plot_path([1.0, 2.0], np.ones((2, 3)), a),
-        lambda a: plots.plot_perplexity({"a": ([0.5], [20.0])}, a),
-    ],
-)
-def test_the_given_axis_comes_back_and_a_new_one_is_made_without(draw, axis):
-    assert draw(axis) is axis
-    assert axis.has_data()
-    other = draw(None)
-    assert other.figure is not axis.figure
-    other.figure.canvas.draw()
-
-
-def test_curves_differ_in_colour_and_dash_and_name_their_axes():
-    x = np.arange(1, 5)
-    axis = plots.plot_curves(
-        {f"run {i}": (x, x**i) for i in range(14)}, xlabel="nodes", ylabel="time (s)", logx=True, logy=True
-    )
+def test_curves_differ_in_colour_and_dash_or_in_markers_and_one_point_is_a_marker():
+    axis = KINDS["curves"].draw()
     # get_linestyle() calls every custom dash "--"; what is drawn is the pattern.
     assert len({(line.get_color(), str(line._dash_pattern)) for line in axis.lines}) == 14
-    np.testing.assert_array_equal(drawn(axis.lines, "run 2")[1], x**2)
-    assert (axis.get_xlabel(), axis.get_ylabel()) == ("nodes", "time (s)")
-    assert (axis.get_xscale(), axis.get_yscale()) == ("log", "log")
-    assert texts(axis.get_legend().get_texts()) == [f"run {i}" for i in range(14)]
-    assert not axis.get_legend().get_frame_on()
     assert {line.get_marker() for line in axis.lines} == {"None"}
-    marked = plots.plot_curves({"a": (x, x), "b": (x, -x)}, markers=True)
+    marked = plots.plot_curves({"a": (X, X), "b": (X, -X)}, markers=True)
     assert len({line.get_marker() for line in marked.lines} - {"None"}) == 2
-
-
-@pytest.mark.parametrize(
-    ("curves", "options", "message"),
-    [
-        ({}, {}, "expected at least one curve, given none"),
-        ({"a": ([1, 2], [1])}, {}, "'a' needs as many x as y, at least one, given 2 and 1"),
-        ({"a": ([1, 2],)}, {}, "a pair"),
-        ({"a": ([[1]], [1])}, {}, r"\[n\], given \[1, 1\]"),
-        ({"a": ([1, 2], ["x", "y"])}, {}, "an array of numbers"),
-        (
-            {"a": ([1, 2], [3, -1])},
-            {"logy": True},
-            "y of curve 'a' must be positive for a log axis, given -1 at place 1",
-        ),
-        ({"a": ([0, 2], [3, -1])}, {"logx": True}, "x of curve 'a' must be positive for a log axis, given 0"),
-    ],
-)
-def test_curves_refuse_what_they_cannot_draw(curves, options, message):
-    with pytest.raises(ValueError, match=message):
-        plots.plot_curves(curves, **options)
-    assert not plt.get_fignums()
-
-
-def test_a_curve_of_one_point_is_a_marker():
-    axis = plots.plot_curves({"exact": ([1.0], [1e-15]), "others": ([1.0, 2.0], [1.0, 0.5])}, logy=True)
-    assert [line.get_marker() for line in axis.lines] == ["o", "None"]
+    single = plots.plot_curves({"exact": ([1.0], [1e-15]), "others": ([1.0, 2.0], [1.0, 0.5])}, logy=True)
+    assert [line.get_marker() for line in single.lines] == ["o", "None"]
+    assert [line.get_linestyle() for line in KINDS["chain"].draw().lines] == ["None", "--", "-"]
 
 
 @pytest.mark.parametrize("count", [1, 40])
@@ -133,147 +301,28 @@ def test_a_legend_below_panels_is_not_wider_than_their_figure(count):
     assert legend._ncols == (3 if count == 1 else 2)
 
 
-def test_history_draws_the_objective_up_to_the_last_step():
-    axis = plots.plot_history({"a": solution([5.0, 4.0, 3.5]), "b": solution([5.0, -1.0])})
-    x, y = drawn(axis.lines, "a")
-    np.testing.assert_array_equal(x, [1, 2, 3])
-    np.testing.assert_array_equal(y, [5, 4, 3.5])
-    np.testing.assert_array_equal(drawn(axis.lines, "b")[1], [5, -1])
-    assert (axis.get_xlabel(), axis.get_ylabel(), axis.get_yscale()) == ("step", "objective", "linear")
-
-
-def test_history_of_the_trend_filter_has_the_gaps_that_were_measured(rng):
-    y = rng.normal(size=30).astype(np.float32)
+def test_history_of_the_trend_filter_has_the_gaps_that_were_measured():
+    y = np.random.default_rng(0).normal(size=30).astype(np.float32)
     found = trend_filter(
         y, Graph.chain(30), L1(1.0), 1, {"name": "doge", "cadence": 5}, tol=1e-3, max_steps=100, history=True
     )
-    steps, gaps = int(found.steps), np.asarray(found.history.gap)
-    kept = np.flatnonzero(np.isfinite(gaps[:steps]) & (gaps[:steps] > 0))
-    axis = plots.plot_history({"doge": found}, "gap")
-    x, drawn_gaps = drawn(axis.lines, "doge")
-    np.testing.assert_array_equal(x, kept + 1)
-    np.testing.assert_array_equal(drawn_gaps, gaps[kept].astype(float))
-    assert (x % 5 == 0).all()
-    assert (axis.get_ylabel(), axis.get_yscale()) == ("relative duality gap", "log")
-    objective = drawn(plots.plot_history({"doge": found}).lines, "doge")[1]
-    measured = np.asarray(found.history.objective, float)[:steps]
-    np.testing.assert_array_equal(objective, measured[np.isfinite(measured)])
+    for quantity in ("gap", "objective"):
+        measured = np.asarray(getattr(found.history, quantity), float)[: int(found.steps)]
+        kept = np.flatnonzero(np.isfinite(measured) & (measured > 0))
+        axis = plots.plot_history({"doge": found}, quantity)
+        np.testing.assert_array_equal(drawn(axis, "doge"), [kept + 1, measured[kept]])
+        assert ((kept + 1) % 5 == 0).all()
 
 
-def test_history_against_time_and_a_reference():
-    axis = plots.plot_history({"a": solution([6.0, 4.0, 3.0, 2.0])}, seconds={"a": 2.0}, reference=2.0)
-    x, y = drawn(axis.lines, "a")
-    np.testing.assert_allclose(x, [0.5, 1, 1.5])  # the last step reached the reference
-    np.testing.assert_allclose(y, [2, 1, 0.5])
-    assert (axis.get_xlabel(), axis.get_yscale()) == ("time (s)", "log")
-    assert "reference" in axis.get_ylabel()
-    below = plots.plot_history({"a": solution([-1.0, -2.0])}, reference=-4.0)
-    np.testing.assert_allclose(drawn(below.lines, "a")[1], [0.75, 0.5])
-
-
-@pytest.mark.parametrize(
-    ("given", "options", "message"),
-    [
-        ({}, {}, "at least one solution"),
-        ({"a": Solution(None, 0, 3, 0, 0, 0, None, None)}, {}, "'a' has no history: solve it with history=True"),
-        ({"a": solution([1.0])}, {"quantity": "speed"}, "unknown quantity 'speed'; known are objective, gap, residual"),
-        ({"a": solution([1.0], [np.nan])}, {"quantity": "gap"}, "'a' has no positive finite gap in 1 steps"),
-        ({"a": solution([1.0], steps=0)}, {}, "took no steps"),
-        ({"a": solution([1.0], steps=[1, 1])}, {}, "a batch of 2 solves"),
-        ({"a": solution([1.0])}, {"seconds": {"b": 1.0}}, "the positive time of 'a'"),
-        ({"a": solution([1.0])}, {"reference": 2.0}, "falls below the reference 2 by 0.5"),
-        ({"a": solution([1.0])}, {"reference": 0.0}, "other than 0"),
-        ({"a": solution([1.0])}, {"quantity": "gap", "reference": 1.0}, "for 'gap'"),
-    ],
-)
-def test_history_refuses_what_it_cannot_draw(given, options, message):
-    with pytest.raises(ValueError, match=message):
-        plots.plot_history(given, **options)
-
-
-def test_path_draws_every_coefficient_in_the_order_of_the_weights(rng):
-    values = rng.normal(size=(3, 4))
-    axis = plots.plot_path([1.0, 100.0, 10.0], values, ylabel="effect (mm)")
-    for index in range(4):
-        x, y = drawn(axis.lines, str(index))
-        np.testing.assert_array_equal(x, [1, 10, 100])
-        np.testing.assert_array_equal(y, values[[0, 2, 1], index])
-    assert (axis.get_xlabel(), axis.get_ylabel(), axis.get_xscale()) == ("penalty weight", "effect (mm)", "log")
-    with pytest.raises(ValueError, match=r"values has the shape \[2, n\], given \[3, 4\]"):
-        plots.plot_path([1.0, 2.0], values)
-    with pytest.raises(ValueError, match="weights must be positive for a log axis, given 0 at place 1"):
-        plots.plot_path([1.0, 0.0, 2.0], values)
-
-
-@pytest.mark.parametrize(
-    ("image", "limits", "expected"),
-    [
-        (np.full((2, 3), 7, np.uint8), None, (0, 255)),
-        (np.full((2, 3), 7, np.uint16), None, (0, 65535)),
-        (np.array([[0.2, 0.4]]), None, (0, 1)),
-        (np.array([[True, False]]), None, (0, 1)),
-        (np.array([[-3.0, 9.0, np.nan]]), None, (-3, 9)),
-        (np.array([[5.0, 5.0]]), None, (4.5, 5.5)),
-        (np.array([[-3.0, 9.0]]), (0, 2), (0, 2)),
-    ],
-)
-def test_grey_images_keep_their_values_and_limits(image, limits, expected):
-    axis = plots.plot_image(image, title="a title", limits=limits)
-    assert axis.images[0].get_clim() == expected
-    np.testing.assert_array_equal(np.ma.filled(axis.images[0].get_array(), np.nan), image.astype(float))
-    assert axis.get_title() == "a title"
-    assert len(axis.get_xticks()) == len(axis.get_yticks()) == 0
-
-
-def test_colour_images_are_scaled_and_keep_their_alpha():
-    rgba = np.array([[[0, 255, 51, 102]]], np.uint8)
-    np.testing.assert_allclose(plots.plot_image(rgba).images[0].get_array(), [[[0, 1, 0.2, 0.4]]])
-    grown = plots.plot_image(rgba[..., :3] * 2.0, limits=(0, 510)).images[0].get_array()
-    np.testing.assert_allclose(grown, [[[0, 1, 0.2]]])
-    for wrong in (np.zeros((2, 2, 2)), np.zeros(4), np.zeros((0, 3)), np.array([["a"]])):
-        with pytest.raises(ValueError, match=r"has the shape \[height, width\]"):
-            plots.plot_image(wrong)
-    with pytest.raises(ValueError, match="low < high, given \\(1, 1\\)"):
-        plots.plot_image(rgba, limits=(1, 1))
-    with pytest.raises(ValueError, match="finite numbers"):
-        plots.plot_image(np.full((1, 1, 3), np.nan))
-    with pytest.raises(ValueError, match="no finite value among 1"):
-        plots.plot_image(np.array([[np.nan]]))
-
-
-def test_a_chain_has_dots_a_fit_and_a_truth(rng):
-    observed, fit, truth = rng.normal(size=(3, 6))
-    axis = plots.plot_chain(observed, fit, truth=truth, positions=np.arange(6) * 2 + 1950)
-    for label, values in (("observed", observed), ("fit", fit), ("truth", truth)):
-        x, y = drawn(axis.lines, label)
-        np.testing.assert_array_equal(y, values)
-        np.testing.assert_array_equal(x, np.arange(6) * 2 + 1950)
-    assert [line.get_linestyle() for line in axis.lines] == ["None", "--", "-"]
-    assert axis.get_xlabel() == "position"
-    assert plots.plot_chain(observed, fit).get_xlabel() == "node"
-    with pytest.raises(ValueError, match=r"fit has the shape \[6\], given \[5\]"):
-        plots.plot_chain(observed, fit[:5])
-    with pytest.raises(ValueError, match="must ascend, given 1 and then 1 at place 1"):
-        plots.plot_chain(observed, fit, positions=[0, 1, 1, 2, 3, 4])
-    with pytest.raises(ValueError, match="at least one node"):
-        plots.plot_chain([], [])
-
-
-def test_a_graph_has_an_edge_collection_and_coloured_nodes(rng):
-    graph, places, signal = Graph.grid((3, 4)), rng.random((12, 2)), rng.normal(size=12)
-    axis = plots.plot_graph_signal(graph, places, signal, limits=(-1, 1), label="height (m)")
-    lines, dots = axis.collections
-    np.testing.assert_array_equal(np.array(lines.get_segments()), places[graph.edges])
-    np.testing.assert_array_equal(dots.get_offsets(), places)
-    np.testing.assert_array_equal(dots.get_array(), signal)
-    assert dots.get_clim() == (-1, 1)
-    assert colour_bar_of(axis).get_ylabel() == "height (m)"
-    bare = plots.plot_graph_signal(graph, places, signal, edges=False)
-    assert len(bare.collections) == 1
-    assert bare.collections[0].get_clim() == (signal.min(), signal.max())
-
-
-def test_every_dot_of_a_flat_graph_lies_inside_its_axis():
+def test_maps_show_edges_outlines_and_titles_where_they_are_and_every_dot_whole():
+    lines, dots = KINDS["graph"].draw().collections
+    np.testing.assert_array_equal(np.array(lines.get_segments()), PLACES[GRID.edges])
+    np.testing.assert_array_equal(dots.get_offsets(), PLACES)
+    assert len(KINDS["graph without edges"].draw().collections) == 1
+    np.testing.assert_array_equal(KINDS["regions"].draw().collections[0].get_paths()[1].vertices[:3], TRIANGLE + 2)
+    np.testing.assert_array_equal(KINDS["lines on a map"].draw().collections[0].get_segments()[-1], TRIANGLE)
+    assert plots.plot_image([[0.2, 0.4]], title="a title").get_title() == "a title"
+    # On a flat graph.
     places = np.stack([np.arange(20.0), np.zeros(20)], axis=1)
     axis = plots.plot_graph_signal(Graph.chain(20), places, np.arange(20.0))
     axis.figure.canvas.draw()
@@ -283,58 +332,12 @@ def test_every_dot_of_a_flat_graph_lies_inside_its_axis():
     assert (spots + radius <= frame.max).all()
 
 
-def test_a_graph_refuses_what_does_not_fit_its_nodes():
-    graph, places = Graph.chain(3), TRIANGLE
-    with pytest.raises(ValueError, match=r"positions has the shape \[3, 2\], given \[3, 3\]"):
-        plots.plot_graph_signal(graph, np.zeros((3, 3)), np.zeros(3))
-    with pytest.raises(ValueError, match=r"signal has the shape \[3\], given \[4\]"):
-        plots.plot_graph_signal(graph, places, np.zeros(4))
-    with pytest.raises(ValueError, match="no finite value among 3"):
-        plots.plot_graph_signal(graph, places, np.full(3, np.nan))
-    with pytest.raises(ValueError, match=r"must be finite, given .* at place 1"):
-        plots.plot_graph_signal(graph, [[0, 0], [np.inf, 0], [1, 1]], np.zeros(3))
-
-
-def test_all_outlines_of_a_region_have_its_value():
-    square = [(0, 0), (1, 0), (1, 1), (0, 1)]
-    axis = plots.plot_regions([TRIANGLE, [TRIANGLE + 2, square], square], [3.0, 5.0, np.nan], label="cases (%)")
-    drawn_map = axis.collections[0]
-    np.testing.assert_array_equal(np.ma.filled(drawn_map.get_array(), np.nan), [3, 5, 5, np.nan])
-    np.testing.assert_array_equal(drawn_map.get_paths()[1].vertices[:3], TRIANGLE + 2)
-    assert drawn_map.get_clim() == (3, 5)
-    assert colour_bar_of(axis).get_ylabel() == "cases (%)"
-    assert plots.plot_regions([TRIANGLE], [3.0], limits=(0, 9)).collections[0].get_clim() == (0, 9)
-    with pytest.raises(ValueError, match=r"values has the shape \[1\], given \[2\]"):
-        plots.plot_regions([TRIANGLE], [1.0, 2.0])
-    with pytest.raises(ValueError, match=r"region 0 has the shape \[m, 2\], given \[3, 3\]"):
-        plots.plot_regions([np.zeros((3, 3))], [1.0])
-    with pytest.raises(ValueError, match="an outline of 2 points"):
-        plots.plot_regions([TRIANGLE[:2]], [1.0])
-    with pytest.raises(ValueError, match="at least one region"):
-        plots.plot_regions([], [])
-    with pytest.raises(ValueError, match="at least one outline in region 0"):
-        plots.plot_regions([[]], [1.0])
-
-
-def test_lines_on_a_map_show_the_high_values_above_the_others():
-    axis = plots.plot_lines([TRIANGLE, TRIANGLE + 2, TRIANGLE[:2]], [5.0, np.nan, 3.0], label="cases")
-    (drawn,) = axis.collections
-    np.testing.assert_array_equal(np.ma.filled(drawn.get_array(), np.nan), [np.nan, 3, 5])
-    np.testing.assert_array_equal(drawn.get_segments()[-1], TRIANGLE)
-    assert colour_bar_of(axis).get_ylabel() == "cases"
-    with pytest.raises(ValueError, match=r"values has the shape \[1\], given \[2\]"):
-        plots.plot_lines([TRIANGLE], [1.0, 2.0])
-    with pytest.raises(ValueError, match="at least one line"):
-        plots.plot_lines([], [])
-
-
 @pytest.mark.parametrize(("block", "panels"), [(1, 4), (2, 5), (3, 16)])
 def test_groups_show_every_row_once_in_patches_that_do_not_meet(block, panels):
     axes = plots.plot_groups((5, 6), block)
     assert axes.shape == (panels,)
     assert len({id(panel.figure) for panel in axes}) == 1
-    graph = Graph.grid((5, 6))
-    counts = np.bincount(graph.groups(block))
+    counts = np.bincount(Graph.grid((5, 6)).groups(block))
     wanted = [f"group {i}: {n} row{'s' if n != 1 else ''}" for i, n in enumerate(counts, start=1)]
     assert [panel.get_title() for panel in axes] == wanted
     nodes = np.stack(np.divmod(np.arange(30), 6)[::-1], axis=1)
@@ -345,29 +348,57 @@ def test_groups_show_every_row_once_in_patches_that_do_not_meet(block, panels):
             assert sum(patch.contains_points(nodes).astype(int) for patch in patches).max() == 1
 
 
-def test_groups_of_a_chain_fill_the_axes_they_are_given():
+def test_groups_of_a_chain_fill_the_axes_they_are_given_and_are_saved_with_a_title_and_closed(tmp_path):
     given = plt.subplots(1, 2)[1]
     axes = plots.plot_groups((6,), 1, given)
     assert list(axes) == list(given)
     np.testing.assert_array_equal(axes[1].collections[1].get_segments(), [[[1, 0], [2, 0]], [[3, 0], [4, 0]]])
     assert plots.plot_groups((3, 3), 2, columns=2)[4].get_gridspec().ncols == 2
-    for shape, block, message in [
-        ((2, 2, 2), 1, "1 or 2 axes"),
-        ((1,), 1, "2 to 400 nodes"),
-        ((100, 100), 1, r"given the shape \(100, 100\)"),
-        ((3, 3), 4, "1, 2 or 3 difference factors, given 4"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            plots.plot_groups(shape, block)
-    with pytest.raises(ValueError, match="4 panels and needs as many axes, given 2"):
-        plots.plot_groups((3, 3), 1, given)
-    with pytest.raises(ValueError, match="columns must be 1 or more, given 0"):
-        plots.plot_groups((3, 3), 1, columns=0)
-
-
-def test_a_saved_figure_is_titled_written_and_closed(tmp_path):
+    plt.close("all")
     axes = plots.plot_groups((3, 3), 1)
     path = plots.save_figure(axes, tmp_path / "groups.png", "Groups")
     assert path.read_bytes().startswith(b"\x89PNG")
     assert axes[0].figure.get_suptitle() == "Groups"
     assert not plt.get_fignums()
+
+
+@pytest.mark.parametrize(
+    ("runs", "heights"),
+    [
+        ({"a": layers(1.0), "b": layers(3.0)}, [[1, 2, 4], [3, 6, 12]]),
+        # A run with other blocks stands at its own.
+        ({"a": layers(1.0), "b": layers(1.0)[4:]}, [[1, 2, 4], [np.nan, np.nan, 4]]),
+    ],
+)
+def test_layer_errors_distinguish_runs_and_name_their_axes(runs, heights):
+    given = plt.subplots(1, 2)[1]
+    for axes in (plots.plot_layer_errors(runs), plots.plot_layer_errors(runs, given)):
+        bars = np.array([bar.get_height() for bar in axes[0].patches]).reshape(2, 3)
+        np.testing.assert_allclose(bars, heights)
+        assert (axes[0].get_xlabel(), axes[0].get_ylabel()) == ("block", "relative output error")
+        assert texts(axes[0].get_xticklabels()) == ["0", "1", "2"]
+        assert texts(axes[1].get_xticklabels()) == ["up", "down"]
+        assert texts(axes[0].get_legend().get_texts()) == ["a", "b"]
+    assert list(axes) == list(given)
+
+
+@pytest.mark.parametrize(("top", "plain"), [(18.0, "14"), (9_000.0, "2,000"), (3e6, "1,000,000")])
+def test_perplexity_is_labelled_in_plain_numbers(top, plain):
+    axis = plots.plot_perplexity({"maiht": ([0.5, 0.6, 0.7], [12.5, 14.0, top])}, dense=12.0)
+    axis.figure.canvas.draw()
+    low, high = axis.get_ylim()
+    labels = [t.get_text() for t in axis.get_yticklabels() if low <= t.get_position()[1] <= high]
+    assert plain in labels
+    assert 3 <= len(labels) <= 12
+
+
+def test_a_comparison_shows_perplexity_and_time_in_one_style():
+    left, right = plots.plot_comparison(COMPARED, dense=20.0)
+    for label, (sparsity, score, seconds) in COMPARED.items():
+        np.testing.assert_allclose(drawn(left, label), [np.multiply(sparsity, 100), score])
+        np.testing.assert_allclose(drawn(right, label), [np.multiply(sparsity, 100), seconds])
+        one, other = (next(line for line in axis.lines if line.get_label() == label) for axis in (left, right))
+        assert (one.get_color(), one.get_marker()) == (other.get_color(), other.get_marker())
+    assert (left.get_ylabel(), right.get_ylabel()) == ("perplexity", "time of the method (s)")
+    assert left.get_yscale() == right.get_yscale() == "log"
+    assert texts(right.get_legend().get_texts()) == ["dense", "best", "wanda"]

@@ -1,18 +1,22 @@
-"""Reports: rows with their spread, the paper's figures and ours, the same numbers in every format."""
+"""Reports: rows with their spread, the figures of papers and ours, the same in every format and at every width."""
 
 import csv
 import dataclasses
+import io
 import sys
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
 from sparseopt.experiments.config import expand
-from sparseopt.experiments.report import find_runs, flat_rows, gather, write_report
+from sparseopt.experiments.report import Row, Section, find_runs, flat_rows, gather, write_report
 from sparseopt.experiments.runs import plan, run_all
+from sparseopt.shell.show_experiments import fitting_tables
 from sparseopt.system.report import markdown
+from tests.experiments.inputs import TOY, quiet
 
-TOY = "tests.experiments.toy.Toy"
 PAPER = {
     "source": "Toys, 2020, table 1",
     "figures": [{"match": {"scale": 2.0}, "values": {"value": 7.5}}],
@@ -20,31 +24,37 @@ PAPER = {
 }
 
 
-@pytest.fixture
-def runs(tmp_path):
-    output = tmp_path / "runs"
-    values = {"name": "toy", "title": "Toys | compared", "task": TOY, "paper": PAPER}
-    planned = plan(expand({**values, "sweep": {"grid": {"scale": [1.0, 2.0]}}}, allow_code=True), output)
-    run_all(planned, output, lambda p: lambda *_: None)
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return made(tmp_path_factory.mktemp("runs"), title="Toys | compared", paper=PAPER)
+
+
+def made(output, **values):
+    """Two toys, of which only the scale differs."""
+    values |= {"name": "toy", "task": TOY, "sweep": {"grid": {"scale": [1.0, 2.0]}}}
+    run_all(plan(expand(values, allow_code=True), output), output, lambda p: quiet)
     return output
 
 
-def test_rows_hold_settings_means_spreads_and_the_papers_figures(runs):
+@pytest.fixture(scope="module")
+def section(runs):
     (section,) = gather([runs], ["tests"])
+    return section
+
+
+def test_rows_hold_settings_means_spreads_and_the_papers_figures(section):
     assert section.name == "toy"
     one, two = section.rows
     assert one.labels == {"scale": 1.0}
     assert one.figures["value"] == (1.5, pytest.approx(1.25**0.5))
     assert one.repeats == 4
-    assert one.paper == {}
-    assert two.paper == {"value": 7.5}
+    assert (one.paper, two.paper) == ({}, {"value": 7.5})
     table = section.table()
     assert (table.headings, table.labels) == (["scale", "value", "value (paper)"], 1)
     assert table.rows == [["1", "1.5 ± 1.1", ""], ["2", "3 ± 2.2", "7.5"]]
 
 
-def test_a_figure_with_the_name_of_a_setting_stands_beside_it(runs):
-    (section,) = gather([runs], ["tests"])
+def test_a_figure_with_the_name_of_a_setting_stands_beside_it(section):
     rows = [dataclasses.replace(row, labels={"value": 10.0 * i}) for i, row in enumerate(section.rows)]
     section = dataclasses.replace(section, rows=rows)
     table = section.table()
@@ -54,17 +64,13 @@ def test_a_figure_with_the_name_of_a_setting_stands_beside_it(runs):
 
 
 def test_runs_of_one_name_are_told_apart_by_what_differs(runs, tmp_path):
-    values = {"name": "toy", "task": TOY, "count": 2, "sweep": {"grid": {"scale": [1.0, 2.0]}}}
-    planned = plan(expand(values, allow_code=True), tmp_path / "more")
-    run_all(planned, tmp_path / "more", lambda p: lambda *_: None)
-    (section,) = gather([runs, tmp_path / "more"], ["tests"])
+    (section,) = gather([runs, made(tmp_path, count=2)], ["tests"])
     labels = [tuple(row.labels.items()) for row in section.rows]
     assert labels == [(("count", n), ("scale", scale)) for n in (4, 2) for scale in (1.0, 2.0)]
 
 
-def test_every_format_tells_the_same(runs, tmp_path):
-    sections = gather([runs], ["tests"])
-    files = {file.name: file for file in write_report(sections, tmp_path / "report")}
+def test_every_format_tells_the_same(section, tmp_path):
+    files = {file.name: file for file in write_report([section], tmp_path / "report")}
     assert set(files) >= {"report.csv", "report.parquet", "report.md", "report.html"}
     with files["report.csv"].open() as stream:
         rows = list(csv.DictReader(stream))
@@ -72,7 +78,7 @@ def test_every_format_tells_the_same(runs, tmp_path):
     table = pq.read_table(files["report.parquet"]).to_pylist()
     assert [row["value"] for row in table] == [1.5, 3.0]
     assert table[1]["value_paper"] == 7.5
-    assert table == flat_rows(sections)
+    assert table == flat_rows([section])
     text = files["report.md"].read_text()
     assert "| 2 | 3 ± 2.2 | 7.5 |" in text
     assert "* differs: Size: ours is smaller." in text
@@ -82,16 +88,20 @@ def test_every_format_tells_the_same(runs, tmp_path):
     assert "<li>original: Toys, 2020, table 1</li>" in page
 
 
-def test_without_pyarrow_a_report_is_whole_but_for_parquet(runs, tmp_path, monkeypatch):
+def test_without_pyarrow_a_report_is_whole_but_for_parquet(section, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.delitem(sys.modules, "pyarrow.parquet", raising=False)
-    written = {file.name for file in write_report(gather([runs], ["tests"]), tmp_path / "report")}
+    written = {file.name for file in write_report([section], tmp_path / "report")}
     assert {"report.csv", "report.md", "report.html"} <= written
     assert "report.parquet" not in written
 
 
-def test_a_report_never_overwrites_and_says_what_is_missing(runs, tmp_path):
+def test_a_report_never_overwrites_and_says_what_is_missing(tmp_path):
+    runs = made(tmp_path / "runs")
     sections = gather([runs], ["tests"])
+    # Without a paper a section is its title and a table alone.
+    (one,) = gather([runs / "toy" / "scale=1"], ["tests"])
+    assert markdown(one.report()).startswith("## toy\n\n| scale | value |")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("x")
     with pytest.raises(ValueError, match="is not empty; name a new one"):
@@ -104,6 +114,49 @@ def test_a_report_never_overwrites_and_says_what_is_missing(runs, tmp_path):
         find_runs([runs / "toy" / "scale=1"])
 
 
-def test_markdown_of_a_section_without_paper_has_a_table_alone(runs):
-    (section,) = gather([runs / "toy" / "scale=1"], ["tests"])
-    assert markdown(section.report()).startswith("## Toys | compared\n\n| scale | value |")
+def shown(section, width):
+    """A section's tables as a terminal of this width shows them."""
+    text = io.StringIO()
+    for table in fitting_tables(section.table(), width):
+        Console(file=text, width=width).print(table)
+    return text.getvalue()
+
+
+@pytest.mark.parametrize("error", [None, "model: RuntimeError: model.layers.0.self_attn.q_proj became non-finite"])
+def test_tables_are_whole_at_every_width(error):
+    figures = {
+        "perplexity": 49.8, "mean_relative_error": 0.0095, "mean_heldout_error": 0.0155, "solver_seconds": 94.2,
+        "peak_memory_GiB": 1.1,
+    }  # fmt: skip
+    rows = [
+        Row({"method": method, "pattern": pattern, "sparsity": 0.5}, figures, {}, 1, Path("x"))
+        for method in ("best", "maiht:paper") for pattern in ("unstructured", "2:4")
+    ]  # fmt: skip
+    rows.append(Row({"method": "wanda", "pattern": "2:4", "sparsity": 0.5}, {"error": error}, {}, 1, Path("x")))
+    section = Section("compared", "Compared", (*figures, "error"), rows, [], [])
+    ends = {"┏": "┓", "┃": "┃", "┡": "┩", "│": "│", "└": "┘"}
+    for width in range(30, 180):
+        text = shown(section, width)
+        lines = [line for line in text.splitlines() if line[0] in ends]
+        assert len(lines) > len(rows)
+        assert all(line[-1] == ends[line[0]] for line in lines), text
+        assert max(map(len, lines)) <= width
+        assert "…" not in text
+        # Labels and the widest single figure fit: no word of a heading is broken.
+        if width >= 60:
+            assert all(f" {word} " in text for name in figures for word in name.split("_")), text
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_a_wide_table_is_shown_in_parts_and_no_figure_is_cut(width):
+    columns = tuple(f"figure_{number}" for number in range(9))
+    rows = [
+        Row({"method": method, "order": order}, dict.fromkeys(columns, (1.2345e-05, 4.3e-07)), {}, 3, Path("x"))
+        for method in ("doge", "fast_admm") for order in (0, 1)
+    ]  # fmt: skip
+    section = Section("wide", "Wide", columns, rows, [], [])
+    text, tables = shown(section, width), fitting_tables(section.table(), width)
+    assert "…" not in text
+    assert text.count("1.234e-05 ± 4.3e-07") == len(columns) * len(rows)
+    assert text.count("fast_admm") == 2 * len(tables)
+    assert max(map(len, text.splitlines())) <= width

@@ -1,4 +1,4 @@
-"""Run folders: consistent at any time, resumable, never overwritten without `--again`, shared by shards."""
+"""Runs and `sparseopt run`: folders consistent at any time, resumable, never overwritten without `--again`, shared."""
 
 import json
 import os
@@ -14,200 +14,237 @@ import yaml
 
 from sparseopt.experiments import runs as runs_module
 from sparseopt.experiments.config import expand
-from sparseopt.experiments.runs import (
-    check_all,
-    execute,
-    fingerprint,
-    load_run,
-    plan,
-    records_in,
-    run_all,
-    state_of,
-    take_shard,
-)
-from sparseopt.shell.show_experiments import SweepProgress
-from sparseopt.system.run_folder import FolderInUse, State
+from sparseopt.experiments.runs import check_all, execute, fingerprint, load_run, plan, records_in, run_all, state_of
+from sparseopt.system.run_folder import FORMAT, LOCK, FolderInUse, State
+from tests.experiments.inputs import TOY, quiet
 
-TOY = "tests.experiments.toy.Toy"
 ROOT = Path(__file__).parents[2]
+ALLOW = ("--allow-package", "tests")
+THREE = {"grid": {"scale": [1.0, 2.0, 3.0]}}
 
 
-def quiet(text, done, total):
-    del done, total, text
+def toys(**fields):
+    return expand({"name": "toy", "task": TOY, **fields}, allow_code=True)
 
 
 def toy(**fields):
-    (run,) = expand({"name": "toy", "task": TOY, **fields}, allow_code=True)
+    (run,) = toys(**fields)
+    return run
+
+
+def start(runs, output):
+    return run_all(plan(runs, output), output, lambda planned: quiet)
+
+
+def files_in(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.fixture
+def run(tmp_path, command):
+    """`sparseopt run` of toys with these values, into `tmp_path/runs`."""
+
+    def run(*arguments, **values):
+        path = tmp_path / "toy.yaml"
+        path.write_text(yaml.safe_dump({"name": "toy", "title": "A toy", "task": TOY, **values}))
+        return command("run", path, *ALLOW, "--output", tmp_path / "runs", *arguments)
+
     return run
 
 
 def test_a_run_leaves_config_header_records_and_summary(tmp_path):
-    run = toy(seed=3)
-    outcome = execute(run, tmp_path, quiet)
-    assert outcome.error is None
-    assert outcome.done == 4
+    outcome = execute(toy(seed=3), tmp_path, quiet)
+    assert (outcome.error, outcome.done) == (None, 4)
     folder = tmp_path / "toy"
-    assert yaml.safe_load((folder / "config.yaml").read_text())["count"] == 4
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["count"] == 4
+    assert config == expand(config, allow_code=True)[0].task.model_dump(mode="json", exclude_none=True)
     header = json.loads((folder / "run.json").read_text())
-    assert header["seed"] == 3
+    assert (header["format"], header["seed"]) == (FORMAT, 3)
     assert "jax" in header["versions"]
     assert header["machine"]["cores"] == os.cpu_count()
     assert header["machine"]["processor"]
     records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
     assert [r["unit"] for r in records] == ["unit-0", "unit-1", "unit-2", "unit-3"]
-    assert records[2]["value"] == 2
-    assert records[2]["nothing"] is None
+    assert (records[2]["value"], records[2]["nothing"]) == (2, None)
     figures = json.loads((folder / "summary.json").read_text())["figures"]
     assert figures["value"] == {"mean": 1.5, "std": pytest.approx(1.25**0.5)}
     assert figures["kind"] == "toy"
-    assert (yaml.safe_load((folder / "config.yaml").read_text())) == expand(
-        yaml.safe_load((folder / "config.yaml").read_text()), allow_code=True
-    )[0].task.model_dump(mode="json", exclude_none=True)
 
 
-def test_a_finished_run_is_kept_unless_asked(tmp_path):
+def test_a_finished_run_is_kept_unless_asked_and_titles_do_not_count(tmp_path):
     log = tmp_path / "log"
     run = toy(log=str(log))
-    execute(run, tmp_path, quiet)
-    assert execute(run, tmp_path, quiet).done == 0
+    assert [execute(run, tmp_path, quiet).done for _ in range(2)] == [4, 0]
+    assert execute(toy(log=str(log), title="another title"), tmp_path, quiet).done == 0
     assert len(log.read_text().splitlines()) == 4
-    assert execute(run, tmp_path, quiet, again=True).done == 4
-    assert len(log.read_text().splitlines()) == 8
-
-
-def test_other_settings_never_overwrite_and_titles_do_not_count(tmp_path):
-    execute(toy(), tmp_path, quiet)
-    kept = (tmp_path / "toy" / "records.jsonl").read_text()
-    with pytest.raises(ValueError, match=r"\(settings.scale: 1.0 there, 2.0 here\); give another --output, or --again"):
-        execute(toy(scale=2.0), tmp_path, quiet)
-    assert (tmp_path / "toy" / "records.jsonl").read_text() == kept
-    assert execute(toy(title="another title"), tmp_path, quiet).done == 0
-    assert execute(toy(scale=2.0), tmp_path, quiet, again=True).done == 4
-
-
-def test_a_folder_of_something_else_is_never_touched(tmp_path):
-    (tmp_path / "toy").mkdir()
-    (tmp_path / "toy" / "thesis.tex").write_text("years")
-    run = toy()
-    state, why = state_of(tmp_path / "toy", fingerprint(run.task))
-    assert (state, why) == (State.OTHER, f"{tmp_path / 'toy'} holds no run: it has no run.json")
-    with pytest.raises(ValueError, match="nothing was run"):
-        check_all(plan([run], tmp_path), again=False)
-    with pytest.raises(ValueError, match=r"it has no run\.json; give another --output, or empty it"):
-        check_all(plan([run], tmp_path), again=True)
-    with pytest.raises(ValueError, match="or empty it"):
-        execute(run, tmp_path, quiet, again=True)
-    assert (tmp_path / "toy" / "thesis.tex").read_text() == "years"
-
-
-def test_what_a_run_did_not_write_stays_when_it_is_repeated(tmp_path):
-    execute(toy(), tmp_path, quiet)
+    # What a run did not write stays when it is repeated.
     (tmp_path / "toy" / "notes").mkdir()
     (tmp_path / "toy" / "notes" / "thesis.tex").write_text("years")
-    assert execute(toy(scale=2.0), tmp_path, quiet, again=True).done == 4
+    assert execute(run, tmp_path, quiet, again=True).done == 4
+    assert len(log.read_text().splitlines()) == 8
     assert (tmp_path / "toy" / "notes" / "thesis.tex").read_text() == "years"
 
 
-def test_the_runs_of_a_sweep_are_not_replaced_by_a_single_run(tmp_path):
-    sweep = expand({"name": "toy", "task": TOY, "sweep": {"grid": {"scale": [1.0, 2.0]}}}, allow_code=True)
-    run_all(plan(sweep, tmp_path), tmp_path, lambda planned: quiet)
-    with pytest.raises(ValueError, match="holds the runs of a sweep, and this is a single run; give another --output"):
+# What stands in run.json of a folder with results, and what is said of it.
+OLD = "finish or read it with the version that wrote it, or choose another folder"
+UNUSABLE = {
+    "other settings": (None, r"holds the results of other settings .*\(settings.scale: 2.0 there, 1.0 here\)"),
+    "cut": ("{", "is not valid JSON"),
+    "deep": ("[" * 100_000, "is not valid JSON"),
+    "a list": ("[]", "holds no JSON object"),
+    "version 0.1.0": ('{"fingerprint": "0123"}', f"has the format of sparseopt 0.1.0, and .* only format 3: {OLD}"),
+    "format 2": ('{"format": 2, "fingerprint": {}}', f"has format 2, and this version reads only format 3: {OLD}"),
+    "no fingerprint": ('{"format": 3}', "has format 3"),
+}
+
+
+@pytest.mark.parametrize(("start", "words"), UNUSABLE.values(), ids=UNUSABLE)
+def test_a_folder_with_other_results_is_refused_with_what_to_do_and_replaced_on_request(tmp_path, start, words):
+    folder = tmp_path / "toy"
+    execute(toy(scale=2.0), tmp_path, quiet)
+    if start is not None:
+        (folder / "run.json").write_text(start)
+        with pytest.raises(ValueError, match=f"cannot be read: .*{words}"):
+            load_run(folder, allow_code=True)
+    before = files_in(folder)
+    planned = plan([toy()], tmp_path)
+    assert planned[0].state is State.OTHER
+    for begin in (lambda: check_all(planned, again=False), lambda: execute(toy(), tmp_path, quiet)):
+        with pytest.raises(ValueError, match=f"{words}.*; give another --output, or --again"):
+            begin()
+    assert files_in(folder) == before
+    check_all(planned, again=True)
+    assert execute(toy(), tmp_path, quiet, again=True).done == 4
+
+
+def test_a_folder_of_something_else_or_of_a_sweep_is_never_touched(tmp_path):
+    (tmp_path / "a" / "toy").mkdir(parents=True)
+    (tmp_path / "a" / "toy" / "thesis.tex").write_text("years")
+    sweep = toys(sweep=THREE)
+    start(sweep, tmp_path / "b")
+    for output, words in (
+        (tmp_path / "a", "holds no run: it has no run.json"),
+        (tmp_path / "b", "holds the runs of a sweep, and this is a single run"),
+    ):
+        planned = plan([toy()], output)
+        assert (planned[0].state, planned[0].why) == (State.OTHER, f"{output / 'toy'} {words}")
+        for again in (False, True):
+            with pytest.raises(ValueError, match=f"(?s)nothing was run:.*{words}; give another --output, or empty it"):
+                check_all(planned, again=again)
+            with pytest.raises(ValueError, match=f"{words}; give another --output, or empty it"):
+                execute(toy(), output, quiet, again=again)
+    assert files_in(tmp_path / "a" / "toy") == {"thesis.tex": b"years"}
+    assert all(state_of(tmp_path / "b" / run.subfolder, fingerprint(run.task))[0] is State.FINISHED for run in sweep)
+
+
+@pytest.mark.parametrize("name", [LOCK, "records.jsonl"])
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_in_a_folder_is_not_written_through(tmp_path, name, exists):
+    folder, target = tmp_path / "toy", tmp_path / "thesis.tex"
+    folder.mkdir()
+    if exists:
+        target.write_text("years")
+    (folder / name).symlink_to(target)
+    with pytest.raises(ValueError, match=rf"has links to other places \({name}\), which no run creates"):
         execute(toy(), tmp_path, quiet, again=True)
-    assert all(state_of(tmp_path / run.subfolder, fingerprint(run.task))[0] is State.FINISHED for run in sweep)
+    assert target.exists() == exists
+    assert not exists or target.read_text() == "years"
 
 
-def in_the_layout_of_version_0_1_0(folder):
-    """A finished folder as that version wrote it: no format, the fingerprint a hash, the lock left behind."""
-    start = json.loads((folder / "run.json").read_text())
-    del start["format"]
-    (folder / "run.json").write_text(json.dumps(start | {"fingerprint": "0123456789abcdef"}, indent=2) + "\n")
-    (folder / ".lock").touch()
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
+def test_a_sweep_is_planned_shared_by_shards_kept_and_never_mixed_with_other_settings(tmp_path, run, command):
+    status, out, _ = run("count=2", "--dry-run", sweep=THREE)
+    assert (status, out.count("new")) == (0, 3)
+    assert f"3 runs, in {tmp_path / 'runs' / 'toy'}, 0 finished" in out
+    assert "cores" not in out
+    assert not (tmp_path / "runs").exists()
+    for shard, done in (("1/2", 2), ("2/2", 1)):
+        status, out, _ = run("--shard", shard, sweep=THREE)
+        assert (status, out.count("done")) == (0, done)
+        assert f"(shard {shard})" in out
+    status, out, _ = run(sweep=THREE)
+    assert (status, out.count("kept")) == (0, 3)
+    assert "3 runs, finished before" in out
+    status, out, _ = command("report", tmp_path / "runs", *ALLOW, "--output", tmp_path / "report")
+    assert status == 0
+    assert "A toy" in out
+    assert "3 ± 2.2" in out
+    assert (tmp_path / "report" / "report.html").is_file()
+    status, _, err = run("count=9", sweep=THREE)
+    assert (status, err.count("holds the results of other settings")) == (2, 3)
+    assert run("count=9", "--again", sweep=THREE)[0] == 0
 
 
-def test_a_folder_of_version_0_1_0_is_refused_with_what_to_do(tmp_path):
-    run, folder = toy(), tmp_path / "toy"
-    execute(run, tmp_path, quiet)
-    before = in_the_layout_of_version_0_1_0(folder)
-    text = r"has the format of sparseopt 0\.1\.0.*finish or read it with the version that wrote it, or choose another"
-    with pytest.raises(ValueError, match=rf"{text} folder; give another --output, or --again"):
-        check_all(plan([run], tmp_path), again=False)
-    with pytest.raises(ValueError, match=text):
-        execute(run, tmp_path, quiet)
-    with pytest.raises(ValueError, match=rf"cannot be read: .*{text}"):
-        load_run(folder, allow_code=True)
-    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
-    assert execute(run, tmp_path, quiet, again=True).done == 4
+def test_shards_are_disjoint_and_complete():
+    runs = toys(sweep={"grid": {"seed": list(range(7))}})
+    parts = [runs_module.take_shard(runs, f"{i}/3") for i in (1, 2, 3)]
+    assert sorted(run.id for part in parts for run in part) == sorted(run.id for run in runs)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    for wrong in ("0/3", "4/3", "1", "a/b", "1/0", "-1/2"):
+        with pytest.raises(ValueError, match=r"--shard must be i/n"):
+            runs_module.take_shard(runs, wrong)
 
 
-def test_a_failed_run_keeps_its_records_and_the_others_go_on(tmp_path):
-    runs = expand({"name": "toy", "task": TOY, "sweep": {"list": [{"fail_at": 2}, {"scale": 3.0}]}}, allow_code=True)
-    outcomes = run_all(plan(runs, tmp_path), tmp_path, lambda planned: quiet)
-    assert "RuntimeError: the toy broke" in outcomes[0].error
-    assert (outcomes[0].folder / "error.txt").read_text().startswith("unit-2: RuntimeError")
-    assert len(records_in(outcomes[0].folder)[0]) == 2
-    assert outcomes[1].error is None
-    assert state_of(outcomes[0].folder, fingerprint(runs[0].task)) == (State.UNFINISHED, "")
+def test_a_failed_run_keeps_its_records_and_the_others_go_on(tmp_path, run):
+    sweep = {"list": [{"fail_at": 2}, {"scale": 3.0}]}
+    status, out, err = run(sweep=sweep)
+    assert status == 1
+    assert (out.count("FAILED"), out.count("done")) == (1, 1)
+    assert "RuntimeError: the toy broke" in out
+    assert "1 of 2 runs failed" in err
+    failed, other = toys(title="A toy", sweep=sweep)
+    folder = tmp_path / "runs" / failed.subfolder
+    assert (folder / "error.txt").read_text().startswith("unit-2: RuntimeError")
+    assert len(records_in(folder)[0]) == 2
+    assert state_of(folder, fingerprint(failed.task)) == (State.UNFINISHED, "")
+    assert state_of(tmp_path / "runs" / other.subfolder, fingerprint(other.task))[0] is State.FINISHED
 
 
 def test_a_picture_that_cannot_be_drawn_fails_its_run_alone_and_is_drawn_later(tmp_path, monkeypatch):
-    runs = expand({"name": "toy", "task": TOY, "sweep": {"grid": {"scale": [1.0, 2.0]}}}, allow_code=True)
-    draw = runs_module.draw
+    runs, draw = toys(sweep={"grid": {"scale": [1.0, 2.0]}}), runs_module.draw
 
     def broken(kind, finished, *rest):
         if finished[0].task.scale == 1:
             raise ValueError("no axis")
         return draw(kind, finished, *rest)
 
-    monkeypatch.setattr(runs_module, "draw", broken)
-    outcomes = run_all(plan(runs, tmp_path), tmp_path, lambda planned: quiet)
+    with monkeypatch.context() as patch:
+        patch.setattr(runs_module, "draw", broken)
+        outcomes = start(runs, tmp_path)
     assert [outcome.error for outcome in outcomes] == ["drawing: ValueError: no axis", None]
     assert (outcomes[0].folder / "error.txt").read_text() == "drawing: ValueError: no axis\n"
-    monkeypatch.setattr(runs_module, "draw", draw)
-    outcomes = run_all(plan(runs, tmp_path), tmp_path, lambda planned: quiet)
-    assert [(outcome.error, outcome.done) for outcome in outcomes] == [(None, 0), (None, 0)]
+    assert [(outcome.error, outcome.done) for outcome in start(runs, tmp_path)] == [(None, 0), (None, 0)]
 
 
-def test_a_line_cut_in_the_middle_is_done_again_and_a_doubled_one_counts_once(tmp_path):
-    log = tmp_path / "log"
-    run = toy(log=str(log))
-    execute(run, tmp_path, quiet)
-    folder = tmp_path / "toy"
-    (folder / "summary.json").unlink()
-    lines = (folder / "records.jsonl").read_text().splitlines(keepends=True)
-    (folder / "records.jsonl").write_text(lines[0] + lines[0] + lines[1] + lines[2][:9])
-    assert execute(run, tmp_path, quiet).done == 2
-    assert list(records_in(folder)[0]) == ["unit-0", "unit-1", "unit-2", "unit-3"]
-    assert len(log.read_text().splitlines()) == 6
+# In place of the second line of four; a last line that was cut, and a line that stands twice.
+TORN = {
+    "cut": '{"unit": "un', "empty": "", "without its unit": '{"value": 3}', "deep": "[" * 100_000, "bytes": "\x00\x85{",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("finished", [True, False])
-@pytest.mark.parametrize("torn", ['{"unit": "un', "", '{"value": 3}', "[" * 100_000, "\x00\x85{"])
-def test_a_torn_line_among_others_is_named_and_its_unit_alone_run_again(tmp_path, capsys, torn, finished):
+@pytest.mark.parametrize("torn", [*TORN, "cut at the end"])
+def test_a_torn_line_is_named_and_its_unit_alone_run_again(tmp_path, run, torn, finished):
     log = tmp_path / "log"
-    runs = expand(
-        {"name": "toy", "task": TOY, "log": str(log), "sweep": {"list": [{"scale": 2.0}, {"scale": 3.0}]}},
-        allow_code=True,
-    )
-    shown = SweepProgress(2)
-
-    def sweep():
-        return run_all(plan(runs, tmp_path), tmp_path, lambda planned: quiet, ended=shown.ended)
-
-    folder = sweep()[0].folder
+    sweep = {"log": str(log), "sweep": {"list": [{"scale": 2.0}, {"scale": 3.0}]}}
+    run(**sweep)
+    folder = tmp_path / "runs" / "toy" / "scale=2"
     lines = (folder / "records.jsonl").read_text().split("\n")
-    (folder / "records.jsonl").write_text("\n".join([lines[0], torn, *lines[2:]]))
-    if finished:
+    among = torn in TORN
+    lines = [lines[0], TORN[torn], *lines[2:]] if among else [lines[0], lines[0], *lines[1:3], lines[3][:9]]
+    (folder / "records.jsonl").write_text("\n".join(lines))
+    if not finished:
+        (folder / "summary.json").unlink()
+    elif among:
         with pytest.raises(ValueError, match=r"line 2 of records.jsonl holds no record; `sparseopt run`"):
             load_run(folder, allow_code=True)
-    else:
-        (folder / "summary.json").unlink()
-    outcomes = sweep()
-    assert [(outcome.done, outcome.lost) for outcome in outcomes] == [(1, (2,)), (0, ())]
-    assert log.read_text().splitlines()[8:] == ["2 unit-1"]
-    assert [r["value"] for r in load_run(folder, allow_code=True).records] == [0, 4, 6, 2]
-    said = " ".join(capsys.readouterr().out.split())
-    assert f"line 2 of {folder / 'records.jsonl'} held no record; its unit was run again" in said
+    status, out, _ = run(**sweep)
+    assert (status, out.count("done"), out.count("kept")) == (0, 1, 1)
+    number, unit = (2, 1) if among else (5, 3)
+    assert f"line {number} of {folder / 'records.jsonl'} held no record; its unit was run again" in out
+    assert log.read_text().splitlines()[8:] == [f"2 unit-{unit}"]
+    # A line that stands twice counts once.
+    assert [r["value"] for r in load_run(folder, allow_code=True).records] == ([0, 4, 6, 2] if among else [0, 2, 4, 6])
 
 
 @pytest.mark.parametrize(
@@ -228,6 +265,7 @@ def test_a_start_killed_before_its_first_unit_is_made_good(tmp_path, monkeypatch
         return replace(file, target)
 
     run, folder = toy(), tmp_path / "toy"
+    assert state_of(folder, fingerprint(run.task))[0] is State.NEW
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", killed)
         patch.setattr(Path, "unlink", kept)
@@ -242,12 +280,11 @@ def test_a_start_killed_before_its_first_unit_is_made_good(tmp_path, monkeypatch
 
 
 def test_two_processes_never_share_a_folder(tmp_path):
-    run = toy()
-    held = []
+    run, held = toy(), []
 
     def observer(text, done, total):
         if not held:
-            with pytest.raises(FolderInUse, match=f"in use by process {os.getpid()}"):
+            with pytest.raises(FolderInUse, match=f"in use by process {os.getpid()} on .*; wait for it"):
                 execute(run, tmp_path, quiet)
             held.append(text)
 
@@ -256,24 +293,11 @@ def test_two_processes_never_share_a_folder(tmp_path):
     assert execute(run, tmp_path, quiet).done == 0
 
 
-def test_shards_are_disjoint_and_complete():
-    runs = expand({"name": "toy", "task": TOY, "sweep": {"grid": {"seed": list(range(7))}}}, allow_code=True)
-    parts = [take_shard(runs, f"{i}/3") for i in (1, 2, 3)]
-    assert sorted(run.id for part in parts for run in part) == sorted(run.id for run in runs)
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
-    for wrong in ("0/3", "4/3", "1", "a/b", "1/0", "-1/2"):
-        with pytest.raises(ValueError, match=r"--shard must be i/n"):
-            take_shard(runs, wrong)
-
-
 @pytest.mark.processes
 def test_a_sweep_killed_again_and_again_loses_and_doubles_nothing(tmp_path):
     """SIGKILL after different numbers of records, twice within a write's reach of another; then a start to the end."""
     log, output, config = tmp_path / "log", tmp_path / "runs", tmp_path / "killed.yaml"
-    values = {
-        "name": "killed", "task": TOY, "count": 5, "pause": 0.04, "log": str(log),
-        "sweep": {"grid": {"scale": [1.0, 2.0, 3.0]}},
-    }  # fmt: skip
+    values = {"name": "killed", "task": TOY, "count": 5, "pause": 0.04, "log": str(log), "sweep": THREE}
     config.write_text(yaml.safe_dump(values))
     command = [sys.executable, "-m", "sparseopt", "run", str(config), "--output", str(output), "--allow-code"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}

@@ -1,4 +1,4 @@
-"""The trend-filtering tasks on tiny settings, from units to pictures, and all of their configs."""
+"""The trend-filtering tasks, ours and those of the Doge-ADMM paper, on tiny settings, and the shipped configs."""
 
 import re
 from pathlib import Path
@@ -7,31 +7,41 @@ from typing import Any
 import numpy as np
 import pytest
 
+from doge_convergence import look_steps
+from doge_race import Race
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.problem.iterate import iterate
-from sparseopt.experiments.config import ConfigError, expand, load_config
+from sparseopt.experiments.config import expand, load_config
 from sparseopt.experiments.report import gather, write_report
 from sparseopt.experiments.runs import check_all, plan, run_all
-from sparseopt.experiments.task import FinishedRun, Task
-from sparseopt.experiments.tasks.denoise import Denoise, timed_fit
-from sparseopt.experiments.tasks.graph import GraphSignal, count_levels
+from sparseopt.experiments.task import FinishedRun
+from sparseopt.experiments.tasks.denoise import timed_fit
+from sparseopt.experiments.tasks.graph import count_levels
 from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.methods import plan as plan_module
+from tests.experiments.inputs import quiet
 from tests.tiers import often
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PAPERS = CONFIGS / "papers"
-TINY = {"name": "camera", "size": 16}
+TINY = {"picture": {"name": "camera", "size": 16}, "order": 1}
+ROADS = {"graph": {"name": "minnesota"}}
 
 
-def finish(task: Task, folder: Path) -> FinishedRun:
+def finish(folder: Path, task: str, **values: Any) -> FinishedRun:
+    """All units of a task."""
     folder.mkdir(parents=True, exist_ok=True)
-    task.check()
-    units = task.units()
+    (run,) = expand({"name": "tiny", "task": task, **values}, allow_code=True)
+    run.task.check()
+    units = run.task.units()
     assert len(set(units)) == len(units)
-    records = [{"unit": key, **task.run_unit(key, folder, lambda *_: None)} for key in units]
-    return FinishedRun(folder, task, records)
+    records = [{"unit": key, **run.task.run_unit(key, folder, quiet)} for key in units]
+    return FinishedRun(folder, run.task, records)
+
+
+def pictures_of(*runs: FinishedRun) -> dict[str, Any]:
+    return type(runs[0].task).draw(runs)
 
 
 def test_what_runs_before_the_clock_has_the_program_of_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,51 +51,42 @@ def test_what_runs_before_the_clock_has_the_program_of_the_fit(monkeypatch: pyte
         traces.append(1)
         return iterate(*arguments, **options)
 
+    def fit(limit: int) -> Any:
+        return trend_filter(y, graph, L1(1.0), 0, "doge", tol=1e-9, max_steps=limit)
+
     monkeypatch.setattr(plan_module, "iterate", traced)
-    timed_fit(
-        lambda limit: trend_filter(y, graph, L1(1.0), 0, "doge", tol=1e-9, max_steps=limit), 500, lambda *_: None, "fit"
-    )
+    timed_fit(fit, 500, quiet, "fit")
     assert len(traces) == 1
 
 
 def test_denoise_recovers_a_picture_in_the_precision_asked_for(tmp_path: Path) -> None:
-    given = {"name": "tiny", "task": "denoise", "picture": TINY, "order": 1, "method": "doge", "dtype": "float32"}
-    run = finish(Denoise.model_validate(given), tmp_path)
+    run = finish(tmp_path, "denoise", **TINY, method="doge", dtype="float32")
     (record,) = run.records
     assert (record["status"], record["label"]) == ("CONVERGED", "doge")
+    assert set(type(run.task).columns) <= record.keys()
     assert record["psnr_after"] > record["psnr_before"]
-    assert set(Denoise.columns) <= record.keys()
-    assert np.shape(Denoise.draw([run])["pictures"]) == (1, 3)
+    assert np.shape(pictures_of(run)["pictures"]) == (1, 3)
 
 
-def test_a_method_has_its_settings_in_a_config() -> None:
-    given = {"name": "tiny", "task": "denoise", "picture": TINY, "order": 1, "method": {"name": "doge", "B": 1}}
-    assert Denoise.model_validate(given).label == "doge(B=1)"
-    for method, said in (
-        ({"name": "doge", "b": 1}, "b: doge has no such argument"),
-        ({"name": "doge", "relaxation": 3}, "given rho=None, relaxation=3"),
-        ("dogs", "did you mean 'doge'"),
-    ):
-        with pytest.raises(ValueError, match=said):
-            Denoise.model_validate(given | {"method": method})
+@pytest.mark.thorough
+def test_a_volume_is_denoised_in_three_dimensions_and_its_slice_drawn(tmp_path: Path) -> None:
+    picture, penalty = {"name": "brain", "crop": [80, 80, 70, 12, 10, 4]}, {"name": "group_l2", "weight": 9, "axis": 0}
+    run = finish(tmp_path, "denoise", picture=picture, penalty=penalty, dtype="float32")
+    assert run.task.grid().shape == (12, 10, 4)
+    assert run.records[0]["psnr_after"] > run.records[0]["psnr_before"]
+    (axes,) = pictures_of(run)["pictures"]
+    assert axes[0].images[0].get_array().shape == (10, 12)
 
 
 @pytest.mark.thorough
 def test_graph_signal_recovers_levels_and_hidden_rates(tmp_path: Path) -> None:
-    roads = GraphSignal.model_validate(
-        {
-            "name": "roads", "task": "graph_signal", "graph": {"name": "minnesota"}, "signal": "plateaus",
-            "penalty": {"name": "l1", "weight": 0.5},
-        }
-    )  # fmt: skip
-    rates = GraphSignal.model_validate(
-        {
-            "name": "rates", "task": "graph_signal", "graph": {"name": "counties", "states": ["GA", "SC"]},
-            "hidden": 0.1,
-        }
-    )  # fmt: skip
-    runs = [finish(roads, tmp_path / "roads"), finish(rates, tmp_path / "rates")]
-    found, measured = runs[0].records[0], runs[1].records[0]
+    weight = {"name": "l1", "weight": 0.5}
+    some = {"name": "counties", "states": ["GA", "SC"]}
+    runs = [
+        finish(tmp_path / "roads", "graph_signal", **ROADS, signal="plateaus", penalty=weight),
+        finish(tmp_path / "rates", "graph_signal", graph=some, hidden=0.1),
+    ]
+    found, measured = (run.records[0] for run in runs)
     assert found["status"] == measured["status"] == "CONVERGED"
     assert found["rmse_after"] < 0.5 * found["rmse_before"]
     assert 3 <= found["levels"] < 400
@@ -95,36 +96,14 @@ def test_graph_signal_recovers_levels_and_hidden_rates(tmp_path: Path) -> None:
         assert np.isnan(stored["observed"]).sum() > 5
         assert np.isfinite(stored["fitted"]).all()
     assert measured["rmse_hidden"] < spread
-    pictures = GraphSignal.draw(runs)
-    assert len(pictures) == 2
-    sizes = sorted(len(axes) for axes in pictures.values())
-    assert sizes == [2, 3]
+    pictures = pictures_of(*runs)
+    assert sorted(len(axes) for axes in pictures.values()) == [2, 3]
     for axes in pictures.values():
         assert all(axis.get_title() for axis in axes)
 
 
-@pytest.mark.thorough
-def test_a_volume_is_denoised_in_three_dimensions_and_its_slice_drawn(tmp_path: Path) -> None:
-    given = {
-        "name": "tiny", "task": "denoise", "picture": {"name": "brain", "crop": [80, 80, 70, 12, 10, 4]},
-        "penalty": {"name": "group_l2", "weight": 9, "axis": 0}, "dtype": "float32",
-    }  # fmt: skip
-    task = Denoise.model_validate(given)
-    assert task.grid().shape == (12, 10, 4)
-    run = finish(task, tmp_path)
-    assert run.records[0]["psnr_after"] > run.records[0]["psnr_before"]
-    (axes,) = Denoise.draw([run])["pictures"]
-    assert axes[0].images[0].get_array().shape == (10, 12)
-
-
 def test_counts_on_streets_get_rates_and_a_chosen_weight(tmp_path: Path) -> None:
-    task = GraphSignal.model_validate(
-        {
-            "name": "deaths", "task": "graph_signal", "graph": {"name": "soho"}, "loss": "poisson", "choose": "bic",
-            "levels": 3, "tol": 1e-3,
-        }
-    )  # fmt: skip
-    run = finish(task, tmp_path)
+    run = finish(tmp_path, "graph_signal", graph={"name": "soho"}, loss="poisson", choose="bic", levels=3, tol=1e-3)
     (record,) = run.records
     assert record["status"] == "CONVERGED"
     assert record["weight"] == pytest.approx(2.3, rel=0.1)  # the second of three; the penalty has another
@@ -132,7 +111,7 @@ def test_counts_on_streets_get_rates_and_a_chosen_weight(tmp_path: Path) -> None
         # Rates, not their logarithms; their sum is that of the counts, since a constant is not penalised.
         assert stored["fitted"].min() > 0
         assert stored["fitted"].sum() == pytest.approx(392, rel=1e-2)
-    (axes,) = GraphSignal.draw([run]).values()
+    (axes,) = pictures_of(run).values()
     assert f"chosen weight {record['weight']:.3g}" in axes[1].get_title()
     assert len(axes[1].collections[0].get_segments()) == 699
 
@@ -141,14 +120,92 @@ def test_levels_are_connected_parts_of_equal_value() -> None:
     assert count_levels(Graph.chain(6), np.array([1.0, 1.0, 2.0, 2.0, 1.0, 1.0])) == 3
 
 
-def test_a_road_network_has_no_measured_signal() -> None:
-    task = GraphSignal.model_validate({"name": "x", "task": "graph_signal", "graph": {"name": "minnesota"}})
-    with pytest.raises(ValueError, match="plateaus"):
-        task.check()
-    with pytest.raises(ValueError, match="take loss=square, not poisson"):
-        task.model_copy(update={"signal": "waves", "loss": "poisson"}).check()
-    with pytest.raises(ValueError, match="unknown loss 'poison'"):
-        task.model_copy(update={"signal": "waves", "loss": "poison"}).check()
+@pytest.mark.parametrize(
+    ("task", "values", "words"),
+    [
+        ("graph_signal", ROADS, "plateaus"),
+        ("graph_signal", ROADS | {"signal": "waves", "loss": "poisson"}, "take loss=square, not poisson"),
+        ("graph_signal", ROADS | {"signal": "waves", "loss": "poison"}, "unknown loss 'poison'"),
+        ("doge_convergence.Convergence", TINY | {"penalty": {"name": "l0", "weight": 10}}, "certified optimum"),
+    ],
+)
+def test_what_a_task_cannot_do_is_found_by_its_check(task: str, values: dict[str, Any], words: str) -> None:
+    (run,) = expand({"name": "x", "task": task, **values}, allow_code=True)
+    with pytest.raises(ValueError, match=words):
+        run.task.check()
+
+
+def test_a_race_compares_methods_on_one_problem(tmp_path: Path) -> None:
+    runs = [
+        finish(tmp_path / method, "doge_race.Race", **TINY, method=method, repeats=2, tol=1e-5)
+        for method in ("doge", "gtf_admm", "fast_admm")
+    ]
+    first = [run.records[0] for run in runs]
+    for record in first:
+        assert record["status"] == "CONVERGED"
+        assert record["gap"] <= 1e-5
+        assert record["psnr_after"] > record["psnr_before"]
+        assert record["mse_after"] < record["mse_before"]
+        assert record["seconds"] > 0
+        assert set(Race.columns) <= record.keys()
+    objectives = [record["objective"] for record in first]
+    assert max(objectives) / min(objectives) - 1 <= 1e-5
+    assert [record["algorithm"] for record in first] == ["doge", "admm", "fast_admm"]
+    assert first[2]["inner_steps"] > first[2]["steps"]
+    # Repeats have noise of their own, the same for every method.
+    assert runs[0].records[1]["mse_before"] == runs[1].records[1]["mse_before"] != first[0]["mse_before"]
+    pictures = pictures_of(*runs)
+    assert set(pictures) == {"pictures", "seconds"}
+    assert np.shape(pictures["pictures"]) == (1, 3)
+    (axis,) = pictures["seconds"]
+    assert "(s)" in axis.get_xlabel()
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["Doge-ADMM", "GTF-ADMM", "fast ADMM"]
+    assert set(Race.draw(runs[:1])) == {"pictures"}
+
+
+def test_a_fit_that_stands_still_need_not_be_there(tmp_path: Path) -> None:
+    fields = {"method": "doge", "settings": "published", "stop": "change", "tol": 1e-4}
+    (record,) = finish(tmp_path, "doge_race.Race", **TINY, **fields, repeats=1).records
+    assert record["status"] == "CONVERGED"
+    assert record["gap"] > 1e-5
+
+
+def test_convergence_records_losses_above_the_optimum(tmp_path: Path) -> None:
+    contenders = [{"method": "doge"}, {"method": "fast_admm", "settings": "published"}]
+    run = finish(tmp_path, "doge_convergence.Convergence", **TINY, passes=1, contenders=contenders)
+    for record in run.records:
+        with np.load(tmp_path / f"history-{record['unit']}.npz") as stored:
+            loss, gap, looks, seconds = (stored[n] for n in ("loss", "gap", "look_steps", "look_seconds"))
+        assert loss.size == record["steps"] + 1
+        assert loss.min() >= -1e-9
+        # The gap is an upper bound on the loss at every step.
+        assert (gap[1:] >= loss[1:] - 2e-9).all()
+        assert loss[record["steps_to_1e-4"]] <= 1e-4 < loss[record["steps_to_1e-4"] - 1]
+        assert looks[0] == seconds[0] == 0
+        assert looks[-1] == record["steps"]
+        assert (np.diff(looks) > 0).all()
+        assert (np.diff(seconds) > 0).all()
+        assert 0 < record["seconds_to_1e-4"] <= record["seconds_to_1e-6"] <= record["seconds"]
+    axes = pictures_of(run)["convergence"]
+    assert [axis.get_xlabel() for axis in axes] == ["time (s)", "iteration"]
+    assert all("optimum" in axis.get_ylabel() for axis in axes)
+    assert len(axes[0].get_lines()) == 2
+
+
+@pytest.mark.parametrize(("steps", "apart"), [(3, 5), (5, 5), (7, 5), (400, 5), (9, 1)])
+def test_looks_end_at_the_last_step(steps: int, apart: int) -> None:
+    looks = look_steps(steps, apart)
+    assert (looks[0], looks[-1]) == (0, steps)
+    assert (np.diff(looks) > 0).all()
+    assert (looks[:-1] % apart == 0).all()
+
+
+def test_groups_are_those_of_the_paper(tmp_path: Path) -> None:
+    run = finish(tmp_path, "doge_groups.Groups", shape=[8, 8])
+    assert [record["groups"] for record in run.records] == [4, 5, 16]
+    assert all(record["disjoint"] and record["complete"] for record in run.records)
+    assert [record["rows"] for record in run.records] == [112, 64, 112]
+    assert [len(axes) for axes in pictures_of(run).values()] == [4, 5, 16]
 
 
 # What makes an experiment small: settings that leave its kind and its comparison with the paper as they are.
@@ -174,41 +231,26 @@ SMALL = {
 ONE_OF_EACH_KIND = ["doge-table1-order1", "doge-groupings", "denoise-medical", "denoise-volume", "minnesota"]
 
 
-def config_of(name: str) -> Path:
-    (path,) = CONFIGS.rglob(f"{name}.yaml")
-    return path
-
-
-@pytest.mark.parametrize("name", sorted(path.stem for path in PAPERS.glob("*.yaml")))
-def test_tasks_of_the_papers_are_imported_only_where_that_is_allowed(name: str) -> None:
-    with pytest.raises(ConfigError, match="importing it runs whatever code its module holds"):
-        load_config(PAPERS / f"{name}.yaml")
-
-
-@pytest.mark.parametrize(("kind", "path"), [("race", "doge_race.Race"), ("descent", "maiht_descent.Descent")])
-def test_a_task_that_left_the_package_is_named_with_its_place(kind: str, path: str) -> None:
-    with pytest.raises(ConfigError, match=rf"the task '{kind}' has left the package: it is {path}, in configs/papers"):
-        expand({"name": "x", "task": kind})
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_shipped_configs_can_run(name: str) -> None:
-    path = config_of(name)
-    text = path.read_text(encoding="utf-8")
-    assert text.startswith("# Needs --allow-code" if path.parent == PAPERS else "# ")
-    assert re.search(r"^# .*Time: \d+", text, re.MULTILINE)
-    for run in load_config(path, allow_code=path.parent == PAPERS):
-        assert run.task.name == name
-        run.task.check()
+@pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.yaml")), ids=lambda file: file.stem)
+def test_every_shipped_config_is_one_of_this_version_and_those_of_trends_can_run(file: Path) -> None:
+    runs = load_config(file, allow_code=True)
+    assert runs
+    if file.stem in SMALL:
+        text = file.read_text(encoding="utf-8")
+        assert text.startswith("# Needs --allow-code" if file.parent == PAPERS else "# ")
+        assert re.search(r"^# .*Time: \d+", text, re.MULTILINE)
+        for run in load_config(file, allow_code=file.parent == PAPERS):
+            assert run.task.name == file.stem
+            run.task.check()
 
 
 @pytest.mark.parametrize("name", often(SMALL, *ONE_OF_EACH_KIND))
 def test_shipped_configs_run_to_a_report_when_cut_down(name: str, tmp_path: Path) -> None:
-    path = config_of(name)
+    (path,) = CONFIGS.rglob(f"{name}.yaml")
     allowed = path.parent == PAPERS
     planned = plan(load_config(path, SMALL[name], allow_code=allowed), tmp_path / "runs")
     check_all(planned, again=False)
-    outcomes = run_all(planned, tmp_path / "runs", lambda _: lambda *_: None)
+    outcomes = run_all(planned, tmp_path / "runs", lambda _: quiet)
     assert [outcome.error for outcome in outcomes] == [None] * len(planned)
     sections = gather([tmp_path / "runs"], allow_code=allowed)
     written = {file.suffix for file in write_report(sections, tmp_path / "report")}

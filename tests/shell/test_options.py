@@ -2,8 +2,6 @@
 
 import inspect
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +9,12 @@ import pytest
 
 import sparseopt as so
 from sparseopt.core.penalties.names import BY_WEIGHT, PENALTIES
-from sparseopt.experiments.config import ConfigError, expand
+from sparseopt.experiments.config import expand
 from sparseopt.experiments.task import find_task
 from sparseopt.pruning import METHODS, Recipe, ShrinkRecipe
 from sparseopt.pruning.recipe.shrink_recipe import CHOOSING
-from sparseopt.shell.app import app
 from sparseopt.shell.options import completed
+from tests.shell.test_app import COMMANDS
 
 TASKS = {"prune": Recipe, "shrink": ShrinkRecipe}
 # Values that are not the defaults, in groups that go together.
@@ -42,9 +40,6 @@ GIVEN = {
         {"parameters": 0.9},
     ],
 }  # fmt: skip
-COMMANDS = {
-    command.name or command.callback.__name__.replace("_", "-"): command.callback for command in app.registered_commands
-}
 
 
 def names(recipe):
@@ -87,34 +82,15 @@ def test_every_field_of_a_recipe_is_explained_in_the_reference(recipe):
     assert f"automodule:: {recipe.__module__}\n" in page.read_text()
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_shows_its_options_in_80_columns(name, command, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    status, out, err = command(name, "--help")
-    assert status == 0, err
-    options = inspect.signature(completed(COMMANDS[name])).parameters
-    assert options
-    for option in options.keys() - {"as_json", "context"}:
-        assert option in out or option.replace("_", "-") in out
-
-
 @pytest.mark.parametrize(
     ("name", "verb", "options", "words"),
     [
-        (
-            "prune",
-            "prune",
-            ("--output", "--sparsity", "--method", "--windows", "--memory"),
-            (*METHODS, "paper or tuned", *BY_WEIGHT, "block:4x4", "group:1"),
-        ),
-        (
-            "shrink",
-            "keep",
-            ("--dtype", "--channels", "--block-score", "--windows", "--devices"),
-            (*CHOOSING, "loss or cosine", "share one pass"),
-        ),
+        ("prune", "prune", ("--output", "--sparsity", "--method", "--windows", "--memory"),
+         (*METHODS, "paper or tuned", *BY_WEIGHT, "block:4x4", "group:1")),
+        ("shrink", "keep", ("--dtype", "--channels", "--block-score", "--windows", "--devices"),
+         (*CHOOSING, "loss or cosine", "share one pass")),
     ],
-)
+)  # fmt: skip
 def test_the_options_of_a_recipe_stand_in_panels(name, verb, options, words, command):
     _, out, _ = command(name, "--help")
     panels = ("Output", f"What to {verb}", "How to prune", "Calibration", "Machine")
@@ -126,58 +102,9 @@ def test_the_options_of_a_recipe_stand_in_panels(name, verb, options, words, com
         assert word in out
 
 
-@pytest.mark.processes
-def test_the_other_commands_need_nothing_of_the_pruner():
-    code = (
-        "import sys; sys.modules['flax'] = None; sys.argv = ['sparseopt', 'denoise', '--help']"
-        "; from sparseopt.shell.app import main; main()"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"weighting": "residul"},
-            "unknown weighting 'residul'; known are uniform, residual; did you mean 'residual'?",
-        ),
-        ({"output_weights": "x"}, "unknown output_weights 'x'; known are uniform, gradient"),
-        ({"method": "wunda"}, "unknown method 'wunda'; known are best, .*; did you mean 'wanda'?"),
-        (
-            {"method": "wanda", "preset": "paper"},
-            "method 'wanda' has no presets, given preset 'paper'; leave the preset out",
-        ),
-        ({"dtype": "int8"}, "unknown dtype 'int8'; known are float32, float16, bfloat16"),
-        ({"bos": None}, "unknown bos None; known are auto, yes, no"),
-        ({"propagate": 1.5}, r"propagate must lie in \[0, 1\], given 1.5"),
-        ({"sparsity": 1.0}, r"sparsity must lie in \[0, 1\), given 1.0"),
-        ({"ridge": float("nan")}, "ridge must be finite, given nan"),
-        ({"seqlen": 1}, "seqlen must be at least 2, given 1"),
-        (
-            {"seed": 3, "calibration": "pydoc"},
-            "seed is for window_choice 'random', and it is 'spread'; leave the seed out",
-        ),
-        ({"window_choice": "spread", "calibration": np.ones((6, 8), int)}, "window_choice is for text"),
-    ],
-)
-def test_a_value_that_cannot_be_used_is_refused_with_those_that_can(changes, message):
-    with pytest.raises(ValueError, match=message):
-        Recipe(**changes)
-
-
-def test_bounds_and_penalty_are_read_from_their_texts(tmp_path, command):
-    for arguments, message in (
-        (["--bounds", "low"], "bounds must be two shares of zeros, 0 <= low <= high < 1, as in 0.3,0.8, given 'low'"),
-        (["--penalty", "ridge"], "unknown penalty 'ridge'; known are l1, l0, mcp, scad, group_l2"),
-        (["--penalty", "mcp", "--method", "wanda"], "only method 'maiht' takes a penalty"),
-    ):
-        status, _, err = command("prune", "nowhere", "--output", tmp_path / "out", *arguments)
-        assert status == 2
-        assert message in err
-    with pytest.raises(ConfigError, match=r"bounds: .*two shares of zeros.* as in 0.3,0.8"):
-        expand({"name": "x", "task": "prune", "bounds": "low"})
+def test_a_choice_of_windows_is_for_text():
+    with pytest.raises(ValueError, match="window_choice is for text"):
+        Recipe(window_choice="spread", calibration=np.ones((6, 8), int))
 
 
 def test_only_methods_with_several_settings_have_presets():

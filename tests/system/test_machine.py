@@ -1,29 +1,25 @@
-"""Facts about the machine."""
+"""Facts about the machine: amounts, memory, and rates."""
 
 import gc
 import resource
 import sys
+import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-from sparseopt.system import machine
+from sparseopt.system import machine, speed
 from sparseopt.system.machine import available_memory_bytes, format_bytes, parse_bytes
 
+AMOUNTS = {
+    "8GiB": 8 * 2**30, "8 gib": 8 * 2**30, "1.5GB": 1_500_000_000, "800M": 800_000_000, "2Ti": 2**41, "512B": 512,
+    4096: 4096,
+}  # fmt: skip
 
-@pytest.mark.parametrize(
-    ("text", "nbytes"),
-    [
-        ("8GiB", 8 * 2**30),
-        ("8 gib", 8 * 2**30),
-        ("1.5GB", 1_500_000_000),
-        ("800M", 800_000_000),
-        ("2Ti", 2**41),
-        ("512B", 512),
-        (4096, 4096),
-    ],
-)
+
+@pytest.mark.parametrize(("text", "nbytes"), AMOUNTS.items())
 def test_amounts_are_read_as_people_write_them(text, nbytes):
     assert parse_bytes(text) == nbytes
 
@@ -34,11 +30,9 @@ def test_other_amounts_are_refused(given):
         parse_bytes(given)
 
 
-@pytest.mark.parametrize(
-    ("nbytes", "text"), [(0, "0.0 KiB"), (3000, "2.9 KiB"), (5 << 20, "5.0 MiB"), (3 << 30, "3.00 GiB")]
-)
-def test_amounts_are_written_so(nbytes, text):
-    assert format_bytes(nbytes) == text
+def test_amounts_are_written_so():
+    written = {0: "0.0 KiB", 3000: "2.9 KiB", 5 << 20: "5.0 MiB", 3 << 30: "3.00 GiB"}
+    assert {amount: format_bytes(amount) for amount in written} == written
 
 
 def test_available_memory_is_less_than_there_is():
@@ -59,23 +53,23 @@ def test_the_tighter_bound_counts(monkeypatch):
 
 def test_what_a_control_group_leaves(tmp_path, monkeypatch):
     """The page cache that the kernel would give back counts as free; a limit of `max` is none."""
-    (tmp_path / "memory.max").write_text("1000\n")
-    (tmp_path / "memory.current").write_text("700\n")
-    (tmp_path / "memory.stat").write_text("anon 400\ninactive_file 250\n")
+
+    def group(folder, limit, used, cached):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in (("max", limit), ("current", used), ("stat", f"anon 400\ninactive_file {cached}")):
+            (folder / f"memory.{name}").write_text(f"{text}\n")
+
+    group(tmp_path, 1000, 700, 250)
     monkeypatch.setattr(machine, "CONTROL_GROUPS", tmp_path)
     monkeypatch.setattr(machine, "OWN_GROUPS", tmp_path / "groups")
     (tmp_path / "groups").write_text("3:cpuset:/\n0::/job/step\n")
     assert machine._control_group_left() == 550
     # The group of a scheduler's job, within which that of its step has no limit.
-    inner = tmp_path / "job" / "step"
-    inner.mkdir(parents=True)
-    for folder, limit in ((inner.parent, "900"), (inner, "max")):
-        (folder / "memory.max").write_text(limit)
-        (folder / "memory.current").write_text("600")
-        (folder / "memory.stat").write_text("inactive_file 0")
+    group(tmp_path / "job", 900, 600, 0)
+    group(tmp_path / "job" / "step", "max", 600, 0)
     assert machine._control_group_left() == 300
-    (inner.parent / "memory.max").write_text("max")
-    (tmp_path / "memory.max").write_text("max\n")
+    group(tmp_path / "job", "max", 600, 0)
+    group(tmp_path, "max", 700, 250)
     assert machine._control_group_left() is None
     (tmp_path / "memory.max").unlink()
     assert machine._control_group_left() is None
@@ -118,3 +112,11 @@ def test_freed_memory_is_kept_for_what_comes_next_and_given_back_at_the_end():
         del large
     # Threads of earlier tests may allocate meanwhile.
     assert full - resident() > 200 * 2**20
+
+
+def test_rates_are_those_of_the_calls(monkeypatch):
+    """With calls that take a known time, the rate is the work over that time."""
+    monkeypatch.setattr(jax, "jit", lambda function: lambda *arguments: time.sleep(0.02))
+    size = 1024 if jax.default_backend() == "cpu" else 4096
+    assert speed.measure_gflops(0.1) == pytest.approx(2 * size**3 / 0.02 / 1e9, rel=0.3)
+    assert speed.measure_gigabytes(0.1) == pytest.approx(2 * 4 * 2**26 / 0.02 / 1e9, rel=0.3)

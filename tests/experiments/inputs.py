@@ -1,0 +1,56 @@
+"""Tiny inputs of runs and commands: a model with a tokenizer, a text, and settings of which all compile the same."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparseopt.experiments.tasks import model as model_task
+from sparseopt.pruning import prune_models
+from tests.models.tiny import random_tensors, tiny_config, write_folder
+from tests.pruning.test_pipeline import TOKENIZER
+
+TOY = "tests.experiments.toy.Toy"
+TEXT = "the quick brown fox jumps over the lazy dog, and then the dog tells the fox all about it.\n" * 60
+# Windows of calibration and evaluation, as settings and as options.
+WINDOWS = {
+    "windows": 4, "seqlen": 32, "heldout_windows": 2, "evaluation_windows": 2, "evaluation_seqlen": 48,
+}  # fmt: skip
+CALIBRATED = ("--windows", 4, "--seqlen", 32, "--heldout-windows", 2)
+# All linears have one shape.
+SQUARE = {"intermediate_size": 32, "num_key_value_heads": 4}
+
+
+def quiet(text, done, total):
+    del done, total, text
+
+
+def write_inputs(folder: Path, dtype: Any = np.float32, **changes: Any) -> tuple[Path, str]:
+    """A model with a tokenizer in `folder/source`; the text `file:folder/text.txt`."""
+    config = tiny_config(**SQUARE | {"dtype": np.dtype(dtype).name} | changes)
+    source = write_folder(folder / "source", config, random_tensors(config, np.random.default_rng(3), dtype))
+    (source / "tokenizer.json").write_text(TOKENIZER)
+    (folder / "text.txt").write_text(TEXT)
+    return source, f"file:{folder / 'text.txt'}"
+
+
+def watch_passes(monkeypatch, error=None, where=bool, observe=None):
+    """The method and sparsity of every recipe of each pass, in order; a pass for whose recipes `where` holds raises.
+
+    `observe(recipes, event)` is told every event of a pass, and may raise too.
+    """
+    passes = []
+
+    def watched(source, recipes, *, observer, **others):
+        def told(event, done, total):
+            if observe:
+                observe([recipe for recipe, _ in recipes], event)
+            observer(event, done, total)
+
+        passes.append([(recipe.method, recipe.sparsity) for recipe, _ in recipes])
+        if error and where([recipe for recipe, _ in recipes]):
+            raise error
+        return prune_models(source, recipes, observer=told, **others)
+
+    monkeypatch.setattr(model_task, "prune_models", watched)
+    return passes

@@ -1,0 +1,275 @@
+"""The commands that make and score models: what a person sees, the folders, resumption after Ctrl-C."""
+
+import json
+
+import numpy as np
+import pytest
+from skimage import data
+
+from sparseopt.models import open_model, open_source, sizes_of
+from sparseopt.models.files.packed import PackedTensor
+from sparseopt.pruning import Recipe, audit_sparsity
+from sparseopt.pruning.recipe.shrink_recipe import parameters_of
+from sparseopt.shell import demo
+from sparseopt.shell.prune_progress import PruneProgress
+from tests.experiments.inputs import CALIBRATED, TEXT, write_inputs
+from tests.models.tiny import VOCAB
+from tests.pruning.test_pipeline import TOKENIZER
+from tests.tiers import often
+
+WEIGHTS = 21 * 32 * 32  # of 21 linears, each 4 bytes
+SCORED = ("--windows", 2, "--seqlen", 48)
+
+
+@pytest.fixture
+def prune(tmp_path, inputs, done):
+    """`sparseopt prune` into `tmp_path/name`: what it printed."""
+
+    def run(name, *options, source=inputs[0], using=done):
+        return using("prune", source, "--output", tmp_path / name, "--calibration", inputs[1], *CALIBRATED, *options)
+
+    return run
+
+
+@pytest.fixture
+def shrink(tmp_path, inputs, done):
+    """`sparseopt shrink` into `tmp_path/out`, without training: what it printed."""
+
+    def run(*options, using=done):
+        call = ["shrink", inputs[0], "--output", tmp_path / "out", "--calibration", inputs[1], "--train-epochs", 0]
+        return using(*call, *CALIBRATED, *options)
+
+    return run
+
+
+@pytest.fixture
+def score(inputs, done):
+    """`sparseopt eval` of a folder: the figures of its line of JSON, without the folder."""
+
+    def run(folder, *options):
+        found = json.loads(done("eval", folder, "--text", inputs[1], *SCORED, "--json", *options))
+        del found["model"]
+        return found
+
+    return run
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Ctrl-C once a layer of this block is finished."""
+
+    def at(block):
+        def stopped(self, record, done, total):
+            if getattr(record, "block", None) == block:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(PruneProgress, "__call__", stopped)
+
+    return at
+
+
+def model_files(folder):
+    """All files but those that tell of the run that made them."""
+    accounts = ("run.json", "summary.json", "records.jsonl")
+    return {f.name: f.read_bytes() for f in folder.iterdir() if f.name not in accounts}
+
+
+def test_prune_then_eval(tmp_path, inputs, prune, done, score, command):
+    given = ("--sparsity", 0.5, "--method", "maiht", "--preset", "paper")
+    out, folder, text = prune("out", *given), tmp_path / "out", inputs[1]
+    for line in (
+        "reading the model", "layer 21/21, block 2", "down_proj │ 32x32 │ 0.5000", "peak memory", f"wrote {folder}",
+        "calibration on 4 windows of 32 tokens, 128 in all, and 2 held out; digest ",
+        # On the half of the text that was not calibrated on.
+        f"perplexity on the second half of {text}: ",
+    ):  # fmt: skip
+        assert line in out, line
+    # What was typed is no default.
+    for option in ("--effort", "default --sparsity", "default --calibration", "default --windows"):
+        assert option not in out
+    for name in ("summary.json", "records.jsonl", "model.safetensors.index.json", "config.json", "tokenizer.json"):
+        assert (folder / name).is_file()
+    said, found = done("eval", folder, "--text", text, *SCORED), score(folder)
+    assert "on 2 windows of 48 tokens" in said
+    assert f"sparsity 0.500000: {WEIGHTS // 2:,} zeros of {WEIGHTS:,} weights in 21 linears" in said
+    assert f"; digest {found['digest']} " in said
+    assert found["zeros"] == WEIGHTS // 2
+    # The same text as rows, each long enough for a window, of which every other one is read.
+    rows = [{"id": i, "body": TEXT[-len(TEXT) // 2 + 300 * i :][:90]} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    rows = ["--text", f"jsonl:{tmp_path / 'rows.jsonl'}", "--column", "body", "--documents", "separate"]
+    assert f"on 2 windows of 48 tokens of documents 2, 4, 6, ... of jsonl:{tmp_path}" in done(
+        "eval", folder, *rows, *SCORED
+    )
+    # A requeued job: the same command shows the same figures, and others are refused.
+    out = prune("out", *given)
+    assert "layer 21/21" not in out
+    assert "down_proj │ 32x32 │ 0.5000" in out
+    assert f"finished before, in {folder}" in out
+    status, _, err = prune("out", *given, "--ridge", 0.5, using=command)
+    assert status == 2
+    assert "is not empty (it holds a model); choose another or empty it" in err
+    assert "recipe.ridge: None there, 0.5 here" in err
+
+
+def test_calibration_and_evaluation_begin_with_the_bos_of_the_tokenizer(tmp_path, inputs, prune, done, score):
+    source, _ = write_inputs(tmp_path)
+    frame = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<|start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {
+            "<|start|>": {"id": "<|start|>", "ids": [VOCAB.index("<|start|>")], "tokens": ["<|start|>"]}
+        },
+    }
+    (source / "tokenizer.json").write_text(json.dumps(json.loads(TOKENIZER) | {"post_processor": frame}))
+    out, folder, text = prune("out", "--method", "wanda", source=source), tmp_path / "out", inputs[1]
+    assert f"4 windows of 32 tokens of the first half of {text}, each starting with the model's BOS (token 1)" in out
+    assert "; the rest is left to `sparseopt eval`" in out
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["bos"], summary["recipe"]["bos"]) == (1, "auto")
+    out = done("eval", folder, "--text", text, *SCORED)
+    assert f"on 2 windows of 48 tokens of the second half of {text}, each starting with BOS (token 1)" in out
+    behind, without = (score(folder, "--bos", bos) for bos in ("yes", "no"))
+    assert (behind["bos"], without["bos"]) == (1, None)
+    assert behind["perplexity"] != without["perplexity"]
+
+
+def test_several_sparsities_with_all_that_surrounds_a_method(tmp_path, prune):
+    out = prune(
+        "out", "--sparsity", "0.4,0.6", "--method", "sparsegpt", "--allocation", "curves", "--bounds", "0.3,0.8",
+        "--propagate", 0.2, "--train-epochs", 1,
+    )  # fmt: skip
+    assert "sparsegpt 40%, 60%: survey, pass 7/7" in out
+    assert "layer 42/42" in out
+    assert out.count("reconstruction") == out.count("survey of the dense model") == 2
+    for share in ("0.4", "0.6"):
+        assert f"wrote {tmp_path / 'out' / share}" in out
+        audits = audit_sparsity(tmp_path / "out" / share)
+        assert sum(a.zeros for a in audits) == round(float(share) * WEIGHTS)
+
+
+@pytest.mark.parametrize("method", often(["maiht", "admm", "wanda"], "wanda"))
+def test_a_packed_model_has_the_scores_of_the_dense_one_and_is_it_once_unpacked(tmp_path, prune, done, score, method):
+    assert "bytes packed" not in prune("dense", "--method", method)
+    out = prune("packed", "--method", method, "--pack")
+    dense, packed = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("dense", "packed"))
+    size, stored = packed["dense_bytes"], packed["stored_bytes"]
+    assert f"tensors: {size:,} bytes dense, {stored:,} bytes packed, ratio {stored / size:.4f}" in out
+    assert packed["recipe"]["pack"] is True
+    assert dense["dense_bytes"] == dense["stored_bytes"] == size
+    # Half of the weights of the linears, at 4 bytes, and a bit for each weight: no zero is a negative one.
+    tensors = [t for t in open_source(tmp_path / "packed").tensors.values() if isinstance(t, PackedTensor)]
+    linears = sum(t.bitmask.shape[0] + 4 * t.values.shape[0] for t in tensors)
+    assert linears == 2.125 * WEIGHTS == stored - (size - 4 * WEIGHTS)
+    assert score(tmp_path / "dense") == score(tmp_path / "packed")
+    for make, made, model in (("unpack", "packed", "dense"), ("pack", "dense", "packed")):
+        out = done(make, tmp_path / made, "--output", tmp_path / f"{make}ed again")
+        assert f"wrote {tmp_path / f'{make}ed again'}" in out
+        assert model_files(tmp_path / f"{make}ed again") == model_files(tmp_path / model)
+    assert "bytes packed, ratio 0." in out
+
+
+@pytest.mark.thorough
+def test_a_packed_model_is_pruned_again(tmp_path, prune):
+    prune("half", "--method", "magnitude", "--pack")
+    prune("more", "--sparsity", 0.75, "--method", "magnitude", source=tmp_path / "half")
+    assert {audit.sparsity for audit in audit_sparsity(tmp_path / "more")} == {0.75}
+    assert (tmp_path / "more" / "model.safetensors.index.json").is_file()
+    more, half = open_source(tmp_path / "more"), open_source(tmp_path / "half")
+    for audit in audit_sparsity(tmp_path / "more"):
+        name = f"{audit.layer}.weight"
+        assert not np.any((more.read(name) != 0) & (half.read(name) == 0)), name
+
+
+def test_shrink_then_eval(tmp_path, inputs, shrink, done):
+    everything = ("--channels", 0.75, "--heads", 0.5, "--layers", 0.67, "--multiple", 8, "--distil-epochs", 1)
+    out = shrink(*everything)
+    small = open_model(tmp_path / "out")
+    sizes = sizes_of(small)
+    assert (sizes.channels, sizes.kv_heads, len(sizes.blocks)) == (24, 2, 2)
+    removed = json.loads((tmp_path / "out" / "summary.json").read_text())["shape"]["removed"][0]
+    new, old = parameters_of(small), parameters_of(open_model(inputs[0]))
+    kept = f"keeps 24 of 32 channels, 2 of 4 key-value groups, 2 of 3 blocks, without blocks {removed}"
+    for line in (
+        "shrink: reading the model",
+        f"shrink: block {removed} goes (1 of 1), loss ",
+        f"shrink: {kept} ",
+        f"{kept}; {new:,} of {old:,} parameters ({new / old:.1%}), {4 * new:,} of {4 * old:,} bytes",
+        "shrink: layer 4/4, block ",
+        "shrink: distillation, step ",
+        "o_proj │ 32x32 │ 0.5000",
+        "down_proj │ 32x32 │ 0.7500",
+        "removing these blocks alone: loss ",
+        ", held-out ",
+        "peak memory",
+        f"wrote {tmp_path / 'out'}",
+    ):
+        assert line in out, line
+    assert "sparsity 0.000000" in done("eval", tmp_path / "out", "--text", inputs[1], *SCORED)
+    out = shrink(*everything)
+    assert "layer 4/4" not in out
+    assert f"finished before, in {tmp_path / 'out'}" in out
+
+
+def test_without_fewer_channels_or_heads_the_blocks_are_counted_and_there_is_no_table(tmp_path, shrink):
+    out = shrink("--layers", 0.67)
+    assert "shrink: block 3/3, " in out
+    assert "keeps 2 of 3 blocks, without blocks " in out
+    assert "│" not in out
+    assert f"wrote {tmp_path / 'out'}" in out
+
+
+@pytest.mark.thorough
+def test_several_shares_share_a_pass_and_get_folders_of_what_varies(tmp_path, shrink):
+    shares = ("--channels", "0.75,0.5", "--layers", "1,0.67", "--heads", 0.5)
+    out = shrink(*shares, "--multiple", 8, "--method", "wanda")
+    assert "shrink: layer 20/20" in out
+    assert out.count("(1 of 1), loss ") == 1
+    found = {folder.name: sizes_of(open_model(folder)) for folder in (tmp_path / "out").iterdir()}
+    assert {name: (sizes.channels, sizes.kv_heads, len(sizes.blocks)) for name, sizes in found.items()} == {
+        "channels-0.75-layers-1": (24, 2, 3),
+        "channels-0.75-layers-0.67": (24, 2, 2),
+        "channels-0.5-layers-1": (16, 2, 3),
+        "channels-0.5-layers-0.67": (16, 2, 2),
+    }
+
+
+def test_ctrl_c_keeps_finished_shards_and_says_how_to_go_on(tmp_path, prune, shrink, command, interrupt):
+    interrupt(2)
+    status, _, err = prune("pruned", using=command)
+    assert status == 130
+    assert "3 finished shards" in err
+    assert "Run the same command again to resume after them" in err
+    shards = [f"model-{part}.safetensors" for part in ("block-0000", "block-0001", "outer")]
+    assert sorted(f.name for f in (tmp_path / "pruned").glob("*.safetensors")) == shards
+    assert len((tmp_path / "pruned" / "records.jsonl").read_text().splitlines()) == 15
+    interrupt(1)
+    status, _, err = shrink("--channels", "0.75,0.5", "--multiple", 8, "--method", "wanda", using=command)
+    assert status == 130
+    # Of both models the tensors outside the blocks and the first block.
+    assert "stopped: 4 finished shards" in err
+    assert "Run the same command again to resume after them" in err
+
+
+def test_demo_shows_a_comparison_and_writes_picture_samples_and_models(tmp_path, inputs, command, monkeypatch):
+    photograph = data.camera()[128:256, 128:256]
+    monkeypatch.setattr(data, "camera", lambda: photograph)
+    monkeypatch.setattr(demo, "EVALUATION", (2, 48))
+    monkeypatch.setattr(demo, "Recipe", lambda **fields: Recipe(windows=4, seqlen=32, **fields))
+    monkeypatch.chdir(tmp_path)
+    status, out, err = command("demo", "--source", inputs[0], "--calibration", inputs[1])
+    assert status == 0, err
+    for label in ("dense", "fast", "Wanda"):
+        assert f"│ {label} │" in out
+    assert "noise sigma 20, PSNR 22.1" in out
+    output = tmp_path / "demo-output"
+    for order in (0, 1):
+        assert (output / f"photograph-order-{order}.png").is_file()
+    rows = json.loads((output / "summary.json").read_text())["photograph"]
+    assert all(row["psnr"] > 28 and row["relative_duality_gap"] <= 1e-4 for row in rows)
+    assert (output / "layer-errors.png").read_bytes().startswith(b"\x89PNG")
+    assert "fast:\nThe ocean" in (output / "samples.txt").read_text()
+    for method in ("fast", "wanda"):
+        assert open_model(output / method).num_blocks == 3
+    assert demo.free_folder(output).name == "demo-output-2"

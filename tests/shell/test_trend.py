@@ -1,0 +1,106 @@
+"""The commands `denoise` and `trend`: what they read, print and write."""
+
+import json
+
+import numpy as np
+import pytest
+
+import sparseopt as so
+from sparseopt.experiments.read.images import read_image, write_image
+
+TIMES = np.cumsum(np.random.default_rng(0).uniform(0.2, 2, 30))
+LINE = 3 + 2 * TIMES
+
+
+@pytest.fixture
+def fit(tmp_path, command):
+    """`sparseopt trend` with `tmp_path/y.csv` as signal: what it said, the lines of `fit.csv`, and its summary."""
+
+    def run(*options, signal=tmp_path / "y.csv", weight=5.0):
+        output = tmp_path / "fit.csv"
+        call = ["trend", "--signal", signal, "--weight", weight, "--output", output, "--force", *options]
+        status, out, err = command(*call)
+        assert status == 0, err
+        return out, output.read_text().splitlines(), json.loads((tmp_path / "fit-summary.json").read_text())
+
+    return run
+
+
+def numbers(lines):
+    return np.array([line.split(",") for line in lines[1:]], float).T
+
+
+def test_denoise_writes_image_picture_and_summary(tmp_path, command):
+    clean = np.where(np.arange(32) < 16, 60, 190) * np.ones((24, 1))
+    noisy = np.clip(clean + np.random.default_rng(0).normal(0, 15, clean.shape), 0, 255).astype(np.uint8)
+    write_image(tmp_path / "noisy.png", noisy)
+    calm = tmp_path / "calm.png"
+    call = ["denoise", tmp_path / "noisy.png", "--weight", 20, "--output", calm]
+    status, out, err = command(*call)
+    assert status == 0, err
+    assert "CONVERGED: relative duality gap" in out
+    assert np.abs(read_image(calm) - clean).mean() < 4 < np.abs(noisy - clean).mean()
+    assert (tmp_path / "calm-before-after.png").is_file()
+    summary = json.loads((tmp_path / "calm-summary.json").read_text())
+    assert summary["status"] == "CONVERGED"
+    assert summary["relative_duality_gap"] <= 1e-4
+    status, _, err = command(*call, "--order", 1, "--ends", "free", "--force")
+    assert status == 0, err
+    assert json.loads((tmp_path / "calm-summary.json").read_text())["ends"] == "free"
+
+
+def test_trend_fits_a_signal_on_the_graph_of_a_file(tmp_path, fit):
+    edges = np.stack([np.arange(29), np.arange(1, 30)], axis=1)
+    y = np.repeat([1.0, 5.0, 2.0], 10) + 0.3 * np.random.default_rng(1).standard_normal(30)
+    np.savetxt(tmp_path / "edges.csv", edges, fmt="%d", delimiter=",", header="from,to", comments="")
+    np.savetxt(tmp_path / "y.csv", y)
+    out, lines, summary = fit("--graph", tmp_path / "edges.csv", weight=1.0)
+    assert "30 nodes and 29 edges" in out
+    assert lines[0] == "node,value,piece"
+    nodes, values, pieces = numbers(lines)
+    np.testing.assert_array_equal(nodes, np.arange(30))
+    expected = so.trend_filter(y, so.Graph.from_edges(edges, 30), so.L1(1.0), tol=1e-8).value
+    np.testing.assert_allclose(values, expected, atol=0.02)
+    np.testing.assert_array_equal(pieces, np.cumsum(np.diff(values, prepend=values[0]) != 0))
+    assert (summary["pieces"], summary["ends"]) == (pieces[-1] + 1, "graph")
+    assert "no certificate" in fit("--graph", tmp_path / "edges.csv", "--penalty", "mcp", weight=1.0)[0]
+
+
+def test_trend_fits_a_series_with_free_ends(tmp_path, fit):
+    np.savetxt(tmp_path / "t.csv", TIMES)
+    np.savetxt(tmp_path / "y.csv", LINE)
+    _, lines, summary = fit("--order", 1, "--times", tmp_path / "t.csv")
+    np.testing.assert_allclose(numbers(lines), [np.arange(30), LINE], rtol=1e-12)
+    assert summary["ends"] == "free"
+
+
+# The heading of a table of times, a rising and a falling line, which of its columns, and what is said of the channels.
+@pytest.mark.parametrize(
+    ("heading", "columns", "said"), [("Time,up,down", 3, "2 channels: up, down"), ("time,up", 2, "1 channel: up")]
+)
+def test_a_column_of_times_is_no_channel(tmp_path, fit, heading, columns, said):
+    table = np.stack([TIMES, LINE, -TIMES], axis=1)[:, :columns]
+    np.savetxt(tmp_path / "y.csv", table, delimiter=",", header=heading, comments="")
+    out, lines, summary = fit("--order", 1)
+    assert lines[0] == f"node,{heading}"
+    np.testing.assert_allclose(numbers(lines)[1:].T, table, rtol=1e-12)
+    assert said in out
+    assert summary["channels"] == heading.split(",")[1:]
+    # What does not increase is a channel; it is named.
+    np.savetxt(tmp_path / "y.csv", table[::-1], delimiter=",", header=heading, comments="")
+    assert f"{columns} channels: {heading.replace(',', ', ')}" in fit("--order", 1)[0]
+
+
+def test_a_fit_has_the_ids_and_the_heading_of_its_signal_and_is_a_signal_again(tmp_path, fit):
+    (tmp_path / "roads.csv").write_text("from,to\nChur,Bern\nBern,Genf\nGenf,Lugano\n")
+    (tmp_path / "y.csv").write_text("id,rain\nLugano,9\nBern,1.1\nChur,0.9\nGenf,9.2\n")
+    _, lines, _ = fit("--graph", tmp_path / "roads.csv", weight=0.5)
+    rows = [line.split(",") for line in lines]
+    assert rows[0] == ["id", "rain", "piece"]
+    assert [(row[0], row[2]) for row in rows[1:]] == [("Lugano", "0"), ("Bern", "1"), ("Chur", "1"), ("Genf", "0")]
+    np.testing.assert_allclose([float(row[1]) for row in rows[1:]], [8.85, 1.25, 1.25, 8.85], atol=1e-3)
+    (tmp_path / "fit.csv").rename(tmp_path / "rain.csv")
+    # At order 1 a fit has no pieces.
+    _, lines, _ = fit("--graph", tmp_path / "roads.csv", "--order", 1, signal=tmp_path / "rain.csv", weight=0.5)
+    assert lines[0] == "id,rain"
+    assert lines[1].startswith("Lugano,")
