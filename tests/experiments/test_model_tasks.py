@@ -51,11 +51,18 @@ def prune(settings):
     return dict(zip(PRUNED, expand(values, allow_code=True), strict=True))
 
 
+ALONE = ["dense", *METHODS, "other windows"]
+
+
 @pytest.fixture(scope="module")
 def alone(prune, tmp_path_factory):
-    """Each case run by itself: its outcome."""
+    """The outcome of each case, run by itself or, those that nothing is compared with, in one sweep."""
     folder = tmp_path_factory.mktemp("alone")
-    return {case: execute(run, folder, quiet) for case, run in prune.items()}
+    outcomes = {case: execute(prune[case], folder, quiet) for case in ALONE}
+    others = [case for case in PRUNED if case not in ALONE]
+    planned = plan([prune[case] for case in others], folder)
+    check_all(planned, again=False)
+    return outcomes | dict(zip(others, run_all(planned, folder, lambda p: quiet), strict=True))
 
 
 def record_of(outcome):
@@ -113,18 +120,17 @@ def test_a_start_killed_between_pruning_and_scoring_scores_the_model_as_it_is(tm
 
 def test_runs_of_one_model_and_text_share_a_pass_and_are_what_each_is_alone(tmp_path, prune, alone, monkeypatch):
     """Method best sees variants of the windows that the others see."""
-    cases = ["dense", *METHODS, "other windows"]
-    planned = plan([prune[case] for case in cases], tmp_path)
+    planned = plan([prune[case] for case in ALONE], tmp_path)
     passes = watch_passes(monkeypatch)
     together = run_all(planned, tmp_path, lambda p: quiet)
     assert passes == [[(method, 0.5) for method in METHODS], [("wanda", 0.5)]]
     assert [(outcome.error, outcome.apart, outcome.done) for outcome in together] == [(None, None, 1)] * 6
-    assert models(together) == models(alone[case] for case in cases)
-    for ours, case in zip(together, cases, strict=True):
+    assert models(together) == models(alone[case] for case in ALONE)
+    for ours, case in zip(together, ALONE, strict=True):
         one, other = record_of(ours), record_of(alone[case])
         assert one | dict.fromkeys(TIMES) == other | dict.fromkeys(TIMES)
     passes.clear()
-    run_all(plan([prune[case] for case in cases], tmp_path), tmp_path, lambda p: quiet)
+    run_all(plan([prune[case] for case in ALONE], tmp_path), tmp_path, lambda p: quiet)
     assert passes == []
 
 

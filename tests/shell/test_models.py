@@ -256,7 +256,7 @@ def test_demo_shows_a_comparison_and_writes_picture_samples_and_models(tmp_path,
     photograph = data.camera()[128:256, 128:256]
     monkeypatch.setattr(data, "camera", lambda: photograph)
     monkeypatch.setattr(demo, "EVALUATION", (2, 48))
-    monkeypatch.setattr(demo, "Recipe", lambda **fields: Recipe(windows=4, seqlen=32, **fields))
+    monkeypatch.setattr(demo, "Recipe", lambda **fields: Recipe(windows=4, seqlen=32, heldout_windows=2, **fields))
     monkeypatch.chdir(tmp_path)
     status, out, err = command("demo", "--source", inputs[0], "--calibration", inputs[1])
     assert status == 0, err
