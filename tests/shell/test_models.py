@@ -197,7 +197,7 @@ def test_shrink_then_eval(tmp_path, inputs, shrink, done):
         f"shrink: {kept} ",
         f"{kept}; {new:,} of {old:,} parameters ({new / old:.1%}), {4 * new:,} of {4 * old:,} bytes",
         "shrink: layer 4/4, block ",
-        "shrink: distillation, step ",
+        "shrink: distillation, step 4/4",
         "o_proj │ 32x32 │ 0.5000",
         "down_proj │ 32x32 │ 0.7500",
         "removing these blocks alone: loss ",
