@@ -1,4 +1,4 @@
-"""Layers with correlated inputs, as real ones have, and the mAIHT paper's procedure in plain NumPy."""
+"""Layers with correlated inputs, as real ones have, and the procedures of papers in plain NumPy."""
 
 import numpy as np
 
@@ -58,3 +58,43 @@ def paper_procedure(weight, gram, sparsity, iterations=20, refit=30, ridge=0.1):
     for _ in range(refit):
         x = (x - alpha * (h @ (x - b))) * mask
     return (x / scale[:, None]).T
+
+
+def largest(score, count):
+    """True at the `count` largest of each row."""
+    mask = np.zeros(score.shape, bool)
+    np.put_along_axis(mask, np.argsort(-score, axis=1, kind="stable")[:, :count], True, axis=1)
+    return mask
+
+
+def wanda(weight, gram, pattern, sparsity):
+    """Eq. 1 of Sun et al. (2023): scores |W_ij| ||X_j||, compared among the inputs of an output, or four of them."""
+    score = np.abs(weight) * np.sqrt(np.diag(gram))
+    count = 2 if pattern == "2:4" else round((1 - sparsity) * score.shape[1])
+    rows = score.reshape(-1, 4) if pattern == "2:4" else score
+    return np.where(largest(rows, count).reshape(score.shape), weight, 0)
+
+
+def sparsegpt(weight, gram, pattern, sparsity, ridge=0.01):
+    """Algorithm 1 of Frantar and Alistarh (2023) row by row in float64; masks for 128 inputs, or for four of n:m.
+
+    Their code damps with a share of the Hessian's mean diagonal entry; here each input has that share of its own.
+    """
+    scale = np.sqrt(np.diag(gram).astype(np.float64))
+    w = weight.astype(np.float64) * scale
+    inputs, size = len(scale), 4 if pattern == "2:4" else 128
+    hessian = gram / np.outer(scale, scale) + ridge * np.eye(inputs)
+    upper = np.linalg.cholesky(np.linalg.inv(hessian)).T
+    # Of each row, or of the whole layer.
+    kept = 0 if sparsity is None else round((1 - sparsity) * (inputs if pattern == "per-row" else w.size))
+    for first in range(0, inputs, size):
+        last = min(first + size, inputs)
+        saliency = (w[:, first:last] / np.diag(upper)[first:last]) ** 2
+        count = 2 if pattern == "2:4" else kept * last // inputs - kept * first // inputs
+        rows = saliency.reshape(1, -1) if pattern == "unstructured" else saliency
+        keep = largest(rows, count).reshape(saliency.shape)
+        for i in range(first, last):
+            error = np.where(keep[:, i - first], 0, w[:, i]) / upper[i, i]
+            w[:, i:] -= np.outer(error, upper[i, i:])
+            w[:, i] = np.where(keep[:, i - first], w[:, i], 0)
+    return w / scale

@@ -8,15 +8,7 @@ from sparseopt.layers.side_by_side import LayerTask, quicker_side_by_side, share
 from sparseopt.pruning import find_method
 
 # Of a 7B model.
-LLAMA = {
-    "q": (4096, 4096),
-    "k": (4096, 4096),
-    "v": (4096, 4096),
-    "o": (4096, 4096),
-    "gate": (11008, 4096),
-    "up": (11008, 4096),
-    "down": (4096, 11008),
-}
+LLAMA = dict.fromkeys("qkvo", (4096, 4096)) | {"gate": (11008, 4096), "up": (11008, 4096), "down": (4096, 11008)}
 
 
 def linears(shapes):

@@ -38,30 +38,18 @@ FAILURES = {
 SHORT_ADMM = AdmmPruning(levels=3, period=4, refit_steps=5)
 
 
-def running_out(monkeypatch, outputs, failure="device"):
+def running_out(monkeypatch, outputs, failure=None):
     """Let every solve of more outputs than that run out of memory; what was tried is returned."""
     tried = []
 
     def solve(job, method):
         tried.append(len(job.weight))
         if len(job.weight) > outputs:
-            raise FAILURES[failure]
+            raise failure or FAILURES["device"]
         return layer_solver(job, method)
 
     monkeypatch.setattr(split, "layer_solver", solve)
     return tried
-
-
-def test_a_device_that_tells_its_memory_gets_the_blocks_of_the_estimate_at_once(layer, monkeypatch):
-    job, method = make_job(layer, "unstructured"), SparseGpt()
-    outputs, inputs = job.weight.shape
-    workspace = method_cost(method).workspace
-    tried = running_out(monkeypatch, outputs)
-    for room, blocks in ((workspace.nbytes(outputs, inputs), 1), (workspace.nbytes(outputs // 4, inputs), 4), (1, 16)):
-        monkeypatch.setattr(split, "device_memory_left", lambda room=room: room)
-        assert solve_within_memory(job, method).output_blocks == blocks
-        assert fewest_blocks((outputs, inputs), workspace, room) == blocks
-    assert tried == [outputs, *[outputs // 4] * 4, *[outputs // 16] * 16]
 
 
 @pytest.fixture
@@ -154,33 +142,45 @@ def test_the_largest_scores_are_counted_row_by_row(rng, k, ties):
         assert (found <= above + tied).all()
 
 
-def test_a_layer_that_fits_in_no_blocks_is_refused_with_its_sizes(layer, monkeypatch):
-    tried = running_out(monkeypatch, 0, "host")
-    with pytest.raises(
-        MemoryError, match=r"\[out=48, in=64\] does not fit in memory, not even by blocks of 3 outputs.*1 GiB"
-    ):
-        prune_layer(*layer[:2], 0.5, method="wanda")
-    assert tried == [48, 24, 12, 6, 3]
+def test_a_device_that_tells_its_memory_gets_the_blocks_of_the_estimate_at_once(layer, monkeypatch):
+    job, method = make_job(layer, "unstructured"), SparseGpt()
+    outputs, inputs = job.weight.shape
+    workspace = method_cost(method).workspace
+    tried = running_out(monkeypatch, outputs)
+    for room, blocks in ((workspace.nbytes(outputs, inputs), 1), (workspace.nbytes(outputs // 4, inputs), 4), (1, 16)):
+        monkeypatch.setattr(split, "device_memory_left", lambda room=room: room)
+        assert solve_within_memory(job, method).output_blocks == blocks
+        assert fewest_blocks((outputs, inputs), workspace, room) == blocks
+    assert tried == [outputs, *[outputs // 4] * 4, *[outputs // 16] * 16]
 
 
-def test_a_layer_of_groups_is_not_split(layer, monkeypatch):
-    tried = running_out(monkeypatch, 24)
-    with pytest.raises(MemoryError, match="groups of inputs are chosen for all outputs together, so it is not split"):
-        prune_layer(*layer[:2], 0.5, "group:4", "wanda")
-    assert tried == [48]
+OTHER = jax.errors.JaxRuntimeError("INTERNAL: something else")
+NO_BLOCKS = r"\[out=48, in=64\] does not fit in memory, not even by blocks of 3 outputs.*1 GiB"
+GROUPS = "groups of inputs are chosen for all outputs together, so it is not split"
 
 
-def test_other_errors_of_a_solve_are_not_taken_for_missing_memory(layer, monkeypatch):
-    monkeypatch.setitem(FAILURES, "device", jax.errors.JaxRuntimeError("INTERNAL: something else"))
-    tried = running_out(monkeypatch, 0)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
-        prune_layer(*layer[:2], 0.5, method="wanda")
-    assert tried == [48]
+@pytest.mark.parametrize(
+    ("failure", "pattern", "message", "expected"),
+    [
+        (FAILURES["host"], "unstructured", NO_BLOCKS, [48, 24, 12, 6, 3]),
+        (FAILURES["device"], "group:4", GROUPS, [48]),
+        # Not taken for missing memory.
+        (OTHER, "unstructured", "something else", [48]),
+    ],
+)
+def test_a_layer_that_cannot_be_split_is_refused_with_its_sizes(
+    layer, monkeypatch, failure, pattern, message, expected
+):
+    tried = running_out(monkeypatch, 0, failure)
+    with pytest.raises((MemoryError, jax.errors.JaxRuntimeError), match=message) as caught:
+        prune_layer(*layer[:2], 0.5, pattern, "wanda")
+    assert type(caught.value) is (type(OTHER) if failure is OTHER else MemoryError)
+    assert tried == expected
 
 
 def test_prune_layer_says_by_how_many_blocks(layer, monkeypatch):
     assert prune_layer(*layer[:2], 0.5, method="wanda").output_blocks == 1
-    running_out(monkeypatch, 24, "host")
+    running_out(monkeypatch, 24, FAILURES["host"])
     assert prune_layer(*layer[:2], 0.5, method="wanda").output_blocks == 2
 
 
