@@ -5,6 +5,7 @@ No array is made but the tables of graphs: arguments are shapes, placed on a tar
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -71,6 +72,7 @@ GRIDS: dict[str, tuple[int, ...]] = {
 NODES = 20_000  # of the graph that is no grid
 ORDERS = (0, 1, 2)
 DEFAULTS = Recipe(method="maiht", calibration="pydoc")
+_float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
 
 
 class Program(NamedTuple):
@@ -127,14 +129,13 @@ def method_names(pattern: str) -> list[tuple[str, str | None]]:
 def layer_job(shape: tuple[int, int], method: Any, pattern: str) -> LayerJob:
     """A layer as a run with default options has it: weights in bfloat16, a held-out Gram, for best output weights."""
     outputs, inputs = shape
-    float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     return LayerJob(
         weight=jax.ShapeDtypeStruct(shape, jnp.bfloat16),
-        gram=float32((inputs, inputs)),
-        test_gram=float32((inputs, inputs)) if DEFAULTS.heldout_windows else None,
+        gram=_float32((inputs, inputs)),
+        test_gram=_float32((inputs, inputs)) if DEFAULTS.heldout_windows else None,
         pattern=parse_pattern(pattern, PATTERNS[pattern], shape),
-        output_weights=float32((outputs,)) if method == find_method("best", pattern=pattern) else None,
-        input_variances=float32((inputs,)) if reads_variances(method) else None,
+        output_weights=_float32((outputs,)) if method == find_method("best", pattern=pattern) else None,
+        input_variances=_float32((inputs,)) if reads_variances(method) else None,
     )
 
 
@@ -148,7 +149,7 @@ def _layer_cut(shape: tuple[int, int], name: str, preset: str | None, place: Pla
     job = layer_job(shape, method, "unstructured")
     outputs = -(-shape[0] // MESH) * MESH
     weight = jax.ShapeDtypeStruct((outputs, shape[1]), job.weight.dtype)
-    weights = None if job.output_weights is None else place.cut(jax.ShapeDtypeStruct((outputs,), jnp.float32))
+    weights = None if job.output_weights is None else place.cut(_float32((outputs,)))
     rest = dataclasses.replace(place.whole(dataclasses.replace(job, weight=None)), output_weights=weights)
     assert place.mesh is not None
     return cut_solver.lower(place.cut(weight), rest, Cut(place.mesh, shape[0]), place.whole(method))
@@ -172,21 +173,21 @@ def _layers_beside(shape: tuple[int, int], name: str, preset: str | None, place:
 def _windows(model: str, place: Place) -> Any:
     """A batch of the stream: as many windows as a device takes at a time, of each device."""
     count = BATCH_TOKENS // DEFAULTS.seqlen * (place.mesh.size if place.mesh else 1)
-    return jax.ShapeDtypeStruct((count, DEFAULTS.seqlen, config_of(model).hidden_size), jnp.float32)
+    return _float32((count, DEFAULTS.seqlen, config_of(model).hidden_size))
 
 
 def _window(model: str) -> Any:
-    return jax.ShapeDtypeStruct((1, DEFAULTS.seqlen, config_of(model).hidden_size), jnp.float32)
+    return _float32((1, DEFAULTS.seqlen, config_of(model).hidden_size))
 
 
 def _linear(shape: tuple[int, int]) -> tuple[Any, ...]:
     """A weight in float32, two matrices of its inputs and a number for each output."""
     outputs, inputs = shape
     shapes = (shape, (inputs, inputs), (inputs, inputs), (outputs,))
-    return tuple(jax.ShapeDtypeStruct(each, jnp.float32) for each in shapes)
+    return tuple(_float32(each) for each in shapes)
 
 
-def _grams(model: str, drift: bool, place: Place) -> jax.stages.Lowered:
+def _grams(model: str, place: Place, drift: bool) -> jax.stages.Lowered:
     block, x, mesh = part_of(Block, model), _windows(model, place), place.mesh
     dense = x if drift else None
     totals = jax.eval_shape(gather_grams, block, x, dense_x=dense)
@@ -229,13 +230,13 @@ def _training(model: str) -> tuple[Any, Any, Reconstruction]:
 def _training_step(model: str, place: Place) -> jax.stages.Lowered:
     (state, fixed, settings), x = _training(model), _windows(model, place)
     rows = jax.ShapeDtypeStruct((settings.windows,), jnp.int32)
-    weights, number = jax.ShapeDtypeStruct(x.shape[-1:], jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
+    weights, number = _float32(x.shape[-1:]), _float32(())
     return _step_of_rows.lower(*place.whole((state, fixed, weights, (x, x), rows, number, number)))
 
 
 def _distillation_step(model: str, place: Place) -> jax.stages.Lowered:
     state, fixed, _ = _training(model)
-    x, number = _window(model), jax.ShapeDtypeStruct((), jnp.float32)
+    x, number = _window(model), _float32(())
     return distillation._step_of_block.lower(*place.whole((state, fixed, x, x, number, number)))
 
 
@@ -257,7 +258,7 @@ def _gradient_through(model: str, place: Place) -> jax.stages.Lowered:
 
 def _curve(shape: tuple[int, int], place: Place) -> jax.stages.Lowered:
     weight, gram, _, outputs = _linear(shape)
-    levels = jax.ShapeDtypeStruct(survey.LEVELS.shape, jnp.float32)
+    levels = _float32(survey.LEVELS.shape)
     return losses_of_linear.lower(*place.whole((weight, gram, outputs, outputs, levels)))
 
 
@@ -268,7 +269,7 @@ def _propagated(shape: tuple[int, int], place: Place) -> jax.stages.Lowered:
 
 def _perplexity(model: str, place: Place) -> jax.stages.Lowered:
     config, time = config_of(model), 2048
-    x, tokens = jax.ShapeDtypeStruct((time, config.hidden_size), jnp.float32), jax.ShapeDtypeStruct((time,), jnp.int32)
+    x, tokens = _float32((time, config.hidden_size)), jax.ShapeDtypeStruct((time,), jnp.int32)
     return _loss_of_window.lower(*place.whole((part_of(Head, model), x, tokens, 1)))
 
 
@@ -311,72 +312,58 @@ def _label(name: str, preset: str | None) -> str:
     return name if preset is None else f"{name} {preset}"
 
 
-def layers(model: str) -> Iterator[Program]:
-    """The layer solves of a model on one device, one for each method, pattern and shape of a linear."""
+# The programs that run a model's blocks, its embedding and its head.
+BLOCKS: dict[str, Callable[[str, Place], jax.stages.Lowered]] = {
+    "embedding": _embedding,
+    "forward": _forward,
+    "Grams": functools.partial(_grams, drift=False),
+    "Grams and drift": functools.partial(_grams, drift=True),
+    "step of reconstruction": _training_step,
+    "gradient of the loss": _loss_gradient,
+    "gradient through the block": _gradient_through,
+    "gradient of the divergence": _divergence_gradient,
+    "step of distillation": _distillation_step,
+    "perplexity of a window": _perplexity,
+}
+OVER_MESH = {name: BLOCKS[name] for name in ("forward", "Grams and drift")} | {"sum of Grams": _grams_summed}
+# What is computed of a linear besides its solve.
+LINEARS = {"curve of sparsities": _curve, "propagated target": _propagated}
+CUT: tuple[tuple[str, str | None], ...] = (("maiht", "paper"), ("maiht", "tuned"), ("best", None), ("wanda", None))
+
+
+def of_model(model: str) -> Iterator[Program]:
+    """The programs of a model: solves of layers for each method, pattern and shape, and blocks; also over the mesh."""
     for shape in linear_shapes(model):
+        size = f"{shape[0]} x {shape[1]}"
         for pattern in PATTERNS:
             for name, preset in method_names(pattern):
                 lower = functools.partial(_layer, shape, name, preset, pattern)
-                yield Program("layer", f"{_label(name, preset)}, {pattern}", f"{shape[0]} x {shape[1]}", 1, lower)
-
-
-def linears(model: str) -> Iterator[Program]:
-    """What is computed of a linear besides its solve, on one device."""
-    for shape in linear_shapes(model):
-        for name, lower in (("curve of sparsities", _curve), ("propagated target", _propagated)):
-            yield Program("linear", name, f"{shape[0]} x {shape[1]}", 1, functools.partial(lower, shape))
-
-
-def blocks(model: str) -> Iterator[Program]:
-    """The programs that run a model's blocks, its embedding and its head, on one device."""
-    yield Program("block", "embedding", model, 1, functools.partial(_embedding, model))
-    yield Program("block", "forward", model, 1, functools.partial(_forward, model))
-    yield Program("block", "Grams", model, 1, functools.partial(_grams, model, False))
-    yield Program("block", "Grams and drift", model, 1, functools.partial(_grams, model, True))
-    yield Program("block", "step of reconstruction", model, 1, functools.partial(_training_step, model))
-    yield Program("block", "gradient of the loss", model, 1, functools.partial(_loss_gradient, model))
-    yield Program("block", "gradient through the block", model, 1, functools.partial(_gradient_through, model))
-    yield Program("block", "gradient of the divergence", model, 1, functools.partial(_divergence_gradient, model))
-    yield Program("block", "step of distillation", model, 1, functools.partial(_distillation_step, model))
-    yield Program("block", "perplexity of a window", model, 1, functools.partial(_perplexity, model))
+                yield Program("layer", f"{_label(name, preset)}, {pattern}", size, 1, lower)
+        for name, lower in LINEARS.items():
+            yield Program("linear", name, size, 1, functools.partial(lower, shape))
+        for name, preset in CUT:
+            for how, lower in (("cut", _layer_cut), ("side by side", _layers_beside)):
+                lowered = functools.partial(lower, shape, name, preset)
+                yield Program("mesh", f"{_label(name, preset)}, {how}", size, MESH, lowered)
+    for name, lower in BLOCKS.items():
+        yield Program("block", name, model, 1, functools.partial(lower, model))
+    for name, lower in OVER_MESH.items():
+        yield Program("mesh", name, model, MESH, functools.partial(lower, model))
 
 
 def trends() -> Iterator[Program]:
-    """The trend filter on grids and on a triangulation."""
+    """The trend filter on grids and on a triangulation, on one device and over the mesh."""
     for name, shape in {**GRIDS, f"{NODES:,} nodes": (NODES,)}.items():
-        for order in ORDERS:
-            for method in ("doge", "admm"):
-                lower = functools.partial(_trend, shape, order, method)
-                yield Program("trend", f"order {order}, {method}", name, 1, lower)
-
-
-def meshes(model: str) -> Iterator[Program]:
-    """Programs over eight devices: layers cut and side by side, Grams, and the trend filter."""
-    for shape in linear_shapes(model):
-        size = f"{shape[0]} x {shape[1]}"
-        for name, preset in (("maiht", "paper"), ("maiht", "tuned"), ("best", None), ("wanda", None)):
-            label = _label(name, preset)
-            yield Program("mesh", f"{label}, cut", size, MESH, functools.partial(_layer_cut, shape, name, preset))
-            lower = functools.partial(_layers_beside, shape, name, preset)
-            yield Program("mesh", f"{label}, side by side", size, MESH, lower)
-    yield Program("mesh", "forward", model, MESH, functools.partial(_forward, model))
-    yield Program("mesh", "Grams and drift", model, MESH, functools.partial(_grams, model, True))
-    yield Program("mesh", "sum of Grams", model, MESH, functools.partial(_grams_summed, model))
-
-
-def trend_meshes() -> Iterator[Program]:
-    """The trend filter over eight devices."""
-    for name, shape in {**GRIDS, f"{NODES:,} nodes": (NODES,)}.items():
-        for order in ORDERS:
-            yield Program("mesh", f"order {order}, doge", name, MESH, functools.partial(_trend, shape, order, "doge"))
+        for order, method in itertools.product(ORDERS, ("doge", "admm")):
+            lower = functools.partial(_trend, shape, order, method)
+            yield Program("trend", f"order {order}, {method}", name, 1, lower)
+            if method == "doge":
+                yield Program("mesh", f"order {order}, doge", name, MESH, lower)
 
 
 def programs() -> dict[tuple[str, str, str, int], Program]:
     """All programs, each once: two models may share a shape."""
     found: dict[tuple[str, str, str, int], Program] = {}
-    for model in MODELS:
-        for program in (*layers(model), *linears(model), *blocks(model), *meshes(model)):
-            found.setdefault(program.key, program)
-    for program in (*trends(), *trend_meshes()):
+    for program in (*itertools.chain.from_iterable(map(of_model, MODELS)), *trends()):
         found.setdefault(program.key, program)
     return found

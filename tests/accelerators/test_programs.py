@@ -1,11 +1,13 @@
-"""Facts about a few compiled programs. Each is compiled once, or not at all where a record given has it.
+"""Facts about the programs: of a few once compiled, of every kind before that.
 
-`make bench-accelerators` records the others; `SPARSEOPT_ACCELERATOR_RECORD` names the record.
+Each is compiled once, or not at all where a record given has it. `make bench-accelerators` records the others;
+`SPARSEOPT_ACCELERATOR_RECORD` names the record.
 """
 
 import functools
 import json
 import os
+import re
 from pathlib import Path
 
 import jax
@@ -14,7 +16,7 @@ import pytest
 from sparseopt.core.base.dense import HIGH_BY_TF32
 from sparseopt.core.base.mesh import AXIS
 from sparseopt.layers.methods import find_method, method_cost
-from tests.accelerators.programs import config_of, linear_shapes, programs
+from tests.accelerators.programs import PATTERNS, config_of, linear_shapes, programs
 from tests.accelerators.targets import HOST, MESH, TARGETS, Place, facts, missing
 
 pytestmark = pytest.mark.accelerators
@@ -88,6 +90,7 @@ def test_high_is_three_products_in_tf32_on_an_h100():
 
 
 def test_devices_with_a_linear_each_or_windows_of_their_own_exchange_nothing(target):
+    assert Place.on(target, MESH).mesh.shape == {AXIS: MESH}
     assert found(target, "mesh", "forward", "SmolLM2-135M", MESH)["collectives"] == {}
     assert found(target, "mesh", "wanda, side by side", SMALL, MESH)["collectives"] == {}
 
@@ -121,7 +124,53 @@ def test_a_step_of_the_trend_filter_sends_what_it_sends_on_the_host(target):
     assert all(there["loop_bytes"][loops] == here["loop_bytes"][loops] for loops in "12")
 
 
-def test_the_mesh_and_the_shapes_are_those_of_the_models(target):
-    assert Place.on(target, MESH).mesh.shape == {AXIS: MESH}
+# Before they are compiled, at shapes that take too long to compile in a test --------------
+
+
+EVERY_LAYER = [key for key in PROGRAMS if key[0] == "layer" and key[2] == SMALL]
+OTHERS = [
+    key
+    for key in PROGRAMS
+    if (key[0] == "block" and key[2] in ("SmolLM2-135M", "Qwen3-30B-A3B"))
+    or (key[0] == "linear" and key[2] == SMALL)
+    or (key[0] == "trend" and key[2] in ("512²", "128³", "20,000 nodes"))
+]
+OPERATION = re.compile(r"(?:stablehlo|chlo|func|mhlo|sdy)\.[a-z_]+")
+# Operations of the padding that some sizes need: the largest program has 4,000.
+PADDING = 10
+
+
+def text_of(target, key):
+    return PROGRAMS[key].lower(Place.on(target, PROGRAMS[key].devices)).as_text()
+
+
+def named(key):
+    return ", ".join(key[:3])
+
+
+@pytest.mark.parametrize("key", EVERY_LAYER + OTHERS, ids=named)
+def test_no_program_calls_python_or_has_an_array_in_float64_and_all_sum_products_in_float32(target, key):
+    # With 64-bit types enabled an array that is silently promoted shows; settings are numbers in float64 then.
+    with jax.enable_x64(True):
+        text = text_of(target, key)
+    assert "callback" not in text
+    assert not re.findall(r"tensor<(?:\d+x)+f64>", text)
+    products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    assert all(line.endswith(("f32>", "f32> loc(#loc)")) for line in products)
+
+
+@pytest.mark.parametrize("key", EVERY_LAYER, ids=named)
+def test_a_layer_s_lowered_program_does_not_grow_with_the_layer(target, key):
+    """Each function that is called counts once, as it is compiled once or inlined."""
+    shapes = ("4096 x 4096", "8192 x 28672")
+    sizes = [len(OPERATION.findall(text_of(target, (key[0], key[1], shape, key[3])))) for shape in shapes]
+    assert abs(sizes[1] - sizes[0]) <= PADDING
+
+
+def test_every_pattern_and_model_is_in_the_list_with_the_shapes_of_the_models():
+    assert {name.partition(", ")[2] for kind, name, *_ in PROGRAMS if kind == "layer"} == set(PATTERNS)
+    models = {"SmolLM2-135M", "Qwen3-0.6B", "Qwen3-30B-A3B", "LLaMA-2-7B", "LLaMA-2-70B"}
+    assert {key[2] for key in PROGRAMS if key[1] == "Grams"} == models
+    assert set(TARGETS) == {"v5e", "v6e", "h100"}
     assert linear_shapes("LLaMA-2-7B") == [(4096, 4096), (11008, 4096), (4096, 11008)]
     assert (8192, 28672) in linear_shapes("LLaMA-2-70B")
