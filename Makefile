@@ -153,8 +153,7 @@ fuzz: $(VENV)/.installed-fuzz ## Fuzz every reader and argument check for FUZZ_S
 
 families: $(VENV)/.installed-oracle ## Compare every model family with torch and record the results for the documentation.
 	rm -f build/families.jsonl && mkdir -p build
-	SPARSEOPT_FAMILY_RECORDS=build/families.jsonl $(BIN)/python -m pytest -n 2 -m oracle tests/oracle/test_families.py \
-		tests/oracle/test_gguf_reference.py
+	SPARSEOPT_FAMILY_RECORDS=build/families.jsonl $(BIN)/python -m pytest -n 2 -m oracle tests/oracle/test_families.py
 	sort build/families.jsonl > docs/benchmarks/families.jsonl
 
 golden: $(VENV)/.installed-oracle ## Recreate the golden files with torch and transformers.

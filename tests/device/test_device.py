@@ -45,7 +45,7 @@ def layer_job(rng: np.random.Generator, outputs: int, inputs: int, pattern: str 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("name", METHODS)
-def test_a_layer_is_solved_as_on_the_cpu(rng: np.random.Generator, name: str, pattern: str) -> None:
+def test_a_layer_is_solved_as_on_the_cpu(rng, name, pattern):
     job, method = layer_job(rng, 96, 128, pattern), find_method(name, None)
     found = jax.device_get(layer_solver(job, method))
     there = on_the_cpu(lambda: layer_solver(job, method))
@@ -56,7 +56,7 @@ def test_a_layer_is_solved_as_on_the_cpu(rng: np.random.Generator, name: str, pa
 
 
 @pytest.mark.parametrize(("order", "penalty"), [(0, so.L1(0.7)), (1, so.L1(0.7)), (0, so.GroupL2(0.7, axis=0))])
-def test_a_picture_is_filtered_as_on_the_cpu(rng: np.random.Generator, order: int, penalty: Any) -> None:
+def test_a_picture_is_filtered_as_on_the_cpu(rng, order, penalty):
     y = np.kron(rng.integers(0, 4, (4, 4)), np.ones((8, 8))) + rng.standard_normal((32, 32)) / 2
     y, graph = y.astype(np.float32), so.Graph.grid((32, 32))
     found = so.trend_filter(y, graph, penalty, order, tol=1e-4)
@@ -68,7 +68,7 @@ def test_a_picture_is_filtered_as_on_the_cpu(rng: np.random.Generator, order: in
 @pytest.mark.parametrize(
     ("dtype", "precision"), [(np.float32, "highest"), (np.float32, "default"), (jnp.bfloat16, "high")]
 )
-def test_a_model_is_pruned_as_on_the_cpu(tmp_path: Any, rng: np.random.Generator, dtype: Any, precision: Any) -> None:
+def test_a_model_is_pruned_as_on_the_cpu(tmp_path, rng, dtype, precision):
     source = write_folder(tmp_path / "source", tiny_config(), random_tensors(tiny_config(), rng, dtype))
     recipe = Recipe(method="best", sparsity=0.5, calibration=make_tokens(rng, 8), precision=precision)
     scores = make_tokens(rng, 8)
@@ -86,7 +86,7 @@ def hog(left: int) -> Any:
     return jax.block_until_ready(jnp.zeros(max(0, free - left), jnp.uint8))
 
 
-def test_a_layer_that_does_not_fit_is_solved_by_blocks(rng: np.random.Generator) -> None:
+def test_a_layer_that_does_not_fit_is_solved_by_blocks(rng):
     job, method = layer_job(rng, 16384, 512), find_method("wanda", None)
     taken = hog(100 * 2**20)
     report = solve_within_memory(job, method)
@@ -95,7 +95,7 @@ def test_a_layer_that_does_not_fit_is_solved_by_blocks(rng: np.random.Generator)
     del taken
 
 
-def test_memory_that_runs_out_ends_in_a_sentence_and_the_run_goes_on(tmp_path: Any, rng: np.random.Generator) -> None:
+def test_memory_that_runs_out_ends_in_a_sentence_and_the_run_goes_on(tmp_path, rng):
     config = tiny_config(hidden_size=1024, intermediate_size=4096, num_hidden_layers=2)
     source = write_folder(tmp_path / "source", config, random_tensors(config, rng))
     recipe = Recipe(method="admm", sparsity=0.5, calibration=make_tokens(rng, 8))
@@ -108,7 +108,7 @@ def test_memory_that_runs_out_ends_in_a_sentence_and_the_run_goes_on(tmp_path: A
     assert prune_model(source, tmp_path / "out", recipe).sparsity == pytest.approx(0.5, abs=1e-3)
 
 
-def test_blocks_in_torch_share_the_devices_memory(tmp_path: Any, rng: np.random.Generator) -> None:
+def test_blocks_in_torch_share_the_devices_memory(tmp_path, rng):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     from sparseopt.models.streaming.torch_bridge import to_jax, to_torch, torch_device
 

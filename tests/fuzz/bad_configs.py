@@ -1,32 +1,26 @@
 """Bad configs: invalid or oversized YAML, and paths to code that is not allowed."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from sparseopt.experiments.config import load_config
-from tests.fuzz.making import Make, write
+from tests.fuzz.making import Make, reading
 
-# YAML -------------------------------------------------------------------------------------------------------------
+# YAML ----------------------------------------------------------------------------------
 
 
-def _yaml(content: str | bytes, **options: Any) -> Make:
-    raw = content.encode() if isinstance(content, str) else content
-
-    def make(folder: Path) -> Callable[[], Any]:
-        write({"a.yaml": raw}, folder)
-        return lambda: load_config(folder / "a.yaml", **options)
-
-    return make
+def _yaml(content: str | bytes) -> Make:
+    return reading(load_config, "a.yaml", content.encode() if isinstance(content, str) else content)
 
 
 BASE = "name: a\ntask: denoise\n"
-LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
-    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
-)
-MERGES = "a: &a {x: 1}\n" + "".join(
-    f"{new}: &{new} {{<<: [{', '.join([f'*{old}'] * 9)}]}}\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
-)
+ALIASES = list(zip("abcdefgh", "bcdefghi", strict=True))
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n"
+LAUGHS += "".join(f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in ALIASES)
+MERGES = "a: &a {x: 1}\n"
+MERGES += "".join(f"{new}: &{new} {{<<: [{', '.join([f'*{old}'] * 9)}]}}\n" for old, new in ALIASES)
 YAML = (
     ("an empty file", _yaml(""), "must hold a mapping"),
     ("a list", _yaml("- a\n"), "must hold a mapping"),
@@ -45,6 +39,7 @@ YAML = (
     ("a character beyond Unicode", _yaml('name: "\\UFFFFFFFF"'), "not valid YAML"),
     ("half a character", _yaml('name: "\\ud800"'), "half a character"),
     ("a key that is a number", _yaml("1: x\n"), "the key 1 is not text"),
+    ("a key of bytes", _yaml("? !!binary aGk=\n: 1\n"), "the key aGk= is not text"),
     ("a key that is a list", _yaml("? [a, b]\n: c\n"), "not valid YAML"),
     ("a key twice", _yaml("name: a\nname: b\n"), "is given twice"),
     ("two documents", _yaml("name: a\n---\nname: b\n"), "not valid YAML"),
@@ -69,8 +64,6 @@ def _code(text: str, **options: Any) -> Make:
         (folder / "a.yaml").write_text(text.replace("CANARY", name))
 
         def use() -> None:
-            import sys
-
             sys.path.insert(0, str(folder))
             try:
                 load_config(folder / "a.yaml", **options)
@@ -91,22 +84,15 @@ DOTTED = (
     ("a task, told how", _code("name: a\ntask: CANARY.Own\n"), "--allow-code"),
     ("a penalty", _code(DENOISE + "penalty: {name: CANARY.Own, weight: 1}\n"), "line 3: penalty.name: "),
     ("a penalty of a sweep", _code(DENOISE + "sweep: {list: [{penalty: {name: CANARY.Own}}]}"), REFUSED),
-    (
-        "a penalty of a grid",
-        _code(DENOISE + "penalty: {name: l1}\nsweep: {grid: {penalty.name: [CANARY.Own]}}"),
-        REFUSED,
-    ),
+    ("a penalty of a grid",
+     _code(DENOISE + "penalty: {name: l1}\nsweep: {grid: {penalty.name: [CANARY.Own]}}"), REFUSED),
     ("a method", _code("name: a\ntask: prune\nmethod: CANARY.Own\n"), REFUSED),
     ("a method with arguments", _code("name: a\ntask: prune\nmethod: {name: CANARY.Own}\n"), REFUSED),
     ("a solver", _code("name: a\ntask: graph_signal\nmethod: {name: CANARY.Own}\n"), "cannot be used"),
     ("a package that is not the one allowed", _code("name: a\ntask: CANARY.Own\n", allow_code=["canary"]), REFUSED),
-    (
-        "a function of ours as a method",
-        _yaml("name: a\ntask: prune\nmethod: sparseopt.pruning.prune_model"),
-        "no class of",
-    ),
+    ("a function of ours", _yaml("name: a\ntask: prune\nmethod: sparseopt.pruning.prune_model"), "no class of"),
     ("what a module of ours imports", _yaml("name: a\ntask: sparseopt.system.files.Path"), "no class of sparseopt"),
     ("a module of the system", _yaml("name: a\ntask: os.system"), REFUSED),
     ("a relative path", _yaml("name: a\ntask: ..os.system"), "unknown task"),
     ("a path with a space", _yaml("name: a\ntask: os.sys tem"), "unknown task"),
-)
+)  # fmt: skip

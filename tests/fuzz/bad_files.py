@@ -14,9 +14,9 @@ import numpy as np
 from sparseopt.experiments.read.graph_files import read_edges, read_signal
 from sparseopt.experiments.read.images import read_image
 from sparseopt.pruning.text.documents import load_text
-from tests.fuzz.making import Make, write
+from tests.fuzz.making import Make, reading, write
 
-# Pictures ---------------------------------------------------------------------------------------------------------
+# Pictures ------------------------------------------------------------------------------
 
 
 def _png(width: int, height: int, depth: int = 8, colour: int = 0, data: bytes = b"") -> bytes:
@@ -30,11 +30,7 @@ def _png(width: int, height: int, depth: int = 8, colour: int = 0, data: bytes =
 
 
 def _image(content: bytes, name: str = "a.png") -> Make:
-    def make(folder: Path) -> Callable[[], Any]:
-        write({name: content}, folder)
-        return lambda: read_image(folder / name)
-
-    return make
+    return reading(read_image, name, content)
 
 
 def _bmp(width: int, height: int) -> bytes:
@@ -54,19 +50,22 @@ PICTURES = (
     ("16-bit colour that is cut", _image(_png(50, 50, 16, 2, bytes(700))), READ),
     ("16-bit colour without a row", _image(_png(0, 0, 16, 2)), "give 8- or 16-bit"),
     ("PostScript, which Pillow would run", _image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), READ),
+    ("a size that is no number", _image(b"P6\n4 \x01\x00255\n" + bytes(60), "a"), READ),
+    (
+        "a frame that is cut",
+        _image(b"GIF87a\x04\0\x05\0\x80\0\0" + bytes(6) + b",\xff\0\0\0\x04\0\x05\0\0\x02", "a"),
+        READ,
+    ),
+    ("a directory of nothing", _image(b"II*\x00\x08\x00\x00\x00\x01\x00" + bytes(20), "a"), READ),
     ("a pickle", _image(pickle.dumps([1]), "a.pkl"), "pickled objects"),
     ("an array file", _image(b"\x93NUMPY", "a.npy"), "pickled objects"),
 )
 
-# Arrays and tables ------------------------------------------------------------------------------------------------
+# Arrays and tables ---------------------------------------------------------------------
 
 
 def _table(content: bytes, name: str, read: Callable[[Path], Any] = read_signal) -> Make:
-    def make(folder: Path) -> Callable[[], Any]:
-        write({name: content}, folder)
-        return lambda: read(folder / name)
-
-    return make
+    return reading(read, name, content)
 
 
 def _npz(**arrays: Any) -> bytes:
@@ -98,6 +97,8 @@ NUMPY = (
     ("a file of torch", _table(b"PK", "a.pt"), "pickled objects"),
     ("a pickle called an archive", _table(pickle.dumps([1.0]), "a.npz"), "not an NPZ archive"),
     ("an array called an archive", _table(b"\x93NUMPY\x01\x00" + bytes(100), "a.npz"), "not an NPZ archive"),
+    ("nothing", _table(b"", "a.npz"), "not an NPZ archive"),
+    ("four bytes", _table(b"PK\x03\x04", "a.npz"), "not an NPZ archive"),
     ("a terabyte claimed", _table(_npz_with(_header("(1000000000000,)"), b""), "a.npz"), "claims the shape"),
     ("a negative size", _table(_npz_with(_header("(-1,)"), bytes(8)), "a.npz"), "cannot read numbers"),
     ("a header that is code", _table(_npz_with("__import__('os').getcwd()", b""), "a.npz"), "cannot read numbers"),
@@ -131,12 +132,13 @@ TABLES = (
     ("an infinite node", _table(b"0,inf\n", "a.csv", read_edges), "node numbers are whole"),
     ("a node beyond 64 bits", _table(b"0,1e300\n", "a.csv", read_edges), "node numbers are whole"),
     ("a Parquet file that is none", _table(b"PAR1" + bytes(20), "a.parquet"), "cannot read numbers"),
+    ("a Parquet file cut short", _table(b"PAR1\0\0\0\0\xff\xff\xff\xffPAR1", "a.parquet"), "cannot read numbers"),
     ("a Parquet file with text", _table(_parquet(a=["x"]), "a.parquet"), "cannot read numbers"),
     ("a Parquet file with lists", _table(_parquet(a=[[1, 2], [3]]), "a.parquet"), "cannot read numbers"),
     ("a Parquet bomb", _table(_parquet(a=np.zeros(2**26, np.int8)), "a.parquet"), "would unpack to"),
-)
+)  # fmt: skip
 
-# Calibration text -------------------------------------------------------------------------------------------------
+# Calibration text ----------------------------------------------------------------------
 
 
 def _text_file(content: bytes | None, name: str = "a.txt", specification: str = "file:{}") -> Any:
@@ -149,6 +151,7 @@ def _text_file(content: bytes | None, name: str = "a.txt", specification: str = 
     return make
 
 
+NO_COLUMN = "cannot read a text column"
 TEXTS = (
     ("an unknown kind", _text_file(None, specification="x:{}"), "known are pydoc"),
     ("no name", _text_file(None, specification="file:"), "names no source"),
@@ -161,17 +164,13 @@ TEXTS = (
     ("a pickle", _text_file(pickle.dumps(["text"], 0), "a.pkl"), "pickled objects"),
     ("arrays", _text_file(_npz(a=np.zeros(2)), "a.npz"), "pickled objects"),
     ("no Parquet file", _text_file(b"", "other.csv", "wikitext2:{}"), "has no validation*.parquet"),
-    ("a broken Parquet file", _text_file(b"PAR1", "validation.parquet", "wikitext2:{}"), "cannot read a text column"),
-    (
-        "no column text",
-        _text_file(_parquet(a=["x"]), "validation.parquet", "wikitext2:{}"),
-        "cannot read a text column",
-    ),
+    ("a broken Parquet file", _text_file(b"PAR1", "validation.parquet", "wikitext2:{}"), NO_COLUMN),
+    ("no column text", _text_file(_parquet(a=["x"]), "validation.parquet", "wikitext2:{}"), NO_COLUMN),
     ("rows that are no JSON", _text_file(b'{"text": "a"}\n{', "a.jsonl", "jsonl:{}"), "line 2 is no JSON"),
     ("rows that are no objects", _text_file(b'["a"]', "a.json", "jsonl:{}"), "line 1 is list"),
     ("deep JSON", _text_file(b"[" * 10**6, "a.json", "jsonl:{}"), "line 1 is no JSON"),
-    ("a broken archive", _text_file(b"\x1f\x8b\x08x", "a.json.gz", "jsonl:{}"), "cannot read a text column"),
-    ("no archive", _text_file(b"{}", "a.csv.gz", "csv:{}"), "cannot read a text column"),
+    ("a broken archive", _text_file(b"\x1f\x8b\x08x", "a.json.gz", "jsonl:{}"), NO_COLUMN),
+    ("no archive", _text_file(b"{}", "a.csv.gz", "csv:{}"), NO_COLUMN),
     ("CSV without the column", _text_file(b"a,b\n1,2\n", "a.csv", "csv:{}"), "its columns are a, b"),
     ("no heading", _text_file(b"", "a.csv", "csv:{}"), "its columns are none"),
     ("a chat without roles", _text_file(b'{"messages": [1]}', "a.jsonl", "jsonl:{}"), "a message needs a role"),

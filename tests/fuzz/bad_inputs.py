@@ -1,6 +1,6 @@
 """Bad inputs by kind, each with the expected error. A benchmark counts how many raise it."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from sparseopt.experiments.config import ConfigError
 from sparseopt.experiments.read.files import FileError
@@ -8,36 +8,29 @@ from sparseopt.models import ModelError
 from sparseopt.pruning.text.chats import TextError
 from tests.fuzz.bad_configs import DOTTED, YAML
 from tests.fuzz.bad_files import NUMPY, PICTURES, TABLES, TEXTS
-from tests.fuzz.bad_models import CONFIG, GGUF, INDEX, SAFETENSORS
+from tests.fuzz.bad_models import CONFIG, GGUF, INDEX, PACKED, SAFETENSORS, TOKENIZERS
 from tests.fuzz.making import Make
 
 
-@dataclass(frozen=True)
-class BadInput:
-    """A bad input.
-
-    Attributes:
-        kind: of input.
-        name: what is wrong with it.
-        make: puts it into a folder and gives the call that meets it.
-        error: the documented class.
-        text: a part of the message.
-    """
+class BadInput(NamedTuple):
+    """A bad input: what kind, what is wrong, what makes the call, the documented class, a part of the message."""
 
     kind: str
     name: str
     make: Make
     error: type[Exception]
-    text: str
+    text: str  # or a pattern
 
 
 BAD_INPUTS: list[BadInput] = [
     BadInput(kind, name, make, error, text)
     for kind, error, cases in (
         ("safetensors", ModelError, SAFETENSORS),
+        ("packed", ModelError, PACKED),
         ("config.json", ModelError, CONFIG),
         ("index", ModelError, INDEX),
         ("GGUF", ModelError, GGUF),
+        ("tokenizer", ModelError, TOKENIZERS),
         ("YAML", ConfigError, YAML),
         ("dotted path", ConfigError, DOTTED),
         ("picture", FileError, PICTURES),

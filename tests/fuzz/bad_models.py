@@ -1,19 +1,37 @@
-"""Bad models: safetensors and GGUF files, configurations, indices, links and pickles."""
+"""Bad models: safetensors, packed and GGUF files, configurations, indices, tokenizers, links and pickles."""
 
 import json
 import os
 import pickle
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sparseopt.models import load_tokenizer, open_model, open_source
-from sparseopt.models.files.safetensors import read_header
-from tests.fuzz.making import Make, write
-from tests.fuzz.targets import FAMILY_CONFIGS, seed_folders, with_header
+import ml_dtypes
+import numpy as np
 
-# safetensors ------------------------------------------------------------------------------------------------------
+from sparseopt.models import load_tokenizer, open_model, open_source
+from sparseopt.models.files.gguf.tokenizer import build_tokenizer
+from sparseopt.models.files.packed import PACKED_INDEX, pack_tensors, read_packed_header
+from sparseopt.models.files.safetensors import read_header, read_metadata, write_tensors
+from tests.fuzz.making import Make, reading, write
+from tests.fuzz.targets import seed_folders, seed_gguf, seed_tokenizer, with_header
+from tests.models.tiny import VOCAB, sentencepiece_metadata
+from tests.oracle.make_golden import CASES
+
+INFINITY = float("inf")
+# Negative, with a positive product, beyond 64 bits, hidden behind a zero, too many axes, and no whole numbers.
+SHAPES: tuple[Any, ...] = (
+    *([-4], [-2, -2], [-6, -4], [2**62, 2**62], [2**40, 2**40], [0, 2**62], [1] * 1000, [6, 4] + [1] * 63),
+    *([4, True], [24, True], [4.7], [6, 4.0], [INFINITY], "4", "64"),
+)
+
+# safetensors ---------------------------------------------------------------------------
+
+
+def _safetensors(content: bytes) -> Make:
+    return reading(lambda file: (read_metadata(file), read_header(file)), "model.safetensors", content)
 
 
 def _tensors(header: Any, data: int = 16) -> Make:
@@ -21,79 +39,116 @@ def _tensors(header: Any, data: int = 16) -> Make:
     return _safetensors(with_header(raw, bytes(data)))
 
 
-def _safetensors(content: bytes) -> Make:
-    def make(folder: Path) -> Callable[[], Any]:
-        write({"model.safetensors": content}, folder)
-        return lambda: read_header(folder / "model.safetensors")
-
-    return make
-
-
-def _entry(**changes: Any) -> dict[str, Any]:
-    return {"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]} | changes}
+def _entry(**changes: Any) -> Make:
+    return _tensors({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]} | changes})
 
 
 SAFETENSORS = (
     ("an empty file", _safetensors(b""), "truncated or no safetensors file"),
     ("a header longer than the file", _safetensors(b"\xff" * 8 + b"{}"), "claims a header"),
     ("a cut header", _safetensors(with_header(b'{"a": {"dty', b"")), "corrupt header"),
+    ("a header that is no text", _tensors(b"\xff" * 16), "corrupt header"),
     ("a header in another encoding", _tensors("{}".encode("utf-16")), "corrupt header"),
-    ("a header that is a list", _tensors([1, 2]), "no JSON object"),
+    ("a header that is a list", _tensors([1, 2]), "corrupt header.*no JSON object"),
+    ("a tensor that is a number", _tensors({"a": 3}), "corrupt header"),
+    ("a tensor without a place", _tensors({"a": {"dtype": "F32", "shape": [4]}}), "corrupt header"),
     ("deep nesting", _tensors(b"[" * 100_000), "corrupt header"),
     ("a name twice", _tensors(b'{"a": 1, "a": 2}'), "given twice"),
-    ("a negative size", _tensors(_entry(shape=[-4])), "an impossible shape"),
-    ("two negative sizes with a positive product", _tensors(_entry(shape=[-2, -2])), "an impossible shape"),
-    ("a product beyond 64 bits", _tensors(_entry(shape=[2**62, 2**62])), "an impossible shape"),
-    ("a size hidden behind a zero", _tensors(_entry(shape=[0, 2**62])), "an impossible shape"),
-    ("a thousand axes", _tensors(_entry(shape=[1] * 1000)), "an impossible shape"),
-    ("a size that is a truth value", _tensors(_entry(shape=[4, True])), "an impossible shape"),
-    ("a size that is a fraction", _tensors(_entry(shape=[4.7])), "an impossible shape"),
-    ("a shape that is text", _tensors(_entry(shape="4")), "an impossible shape"),
-    ("an infinite offset", _tensors(_entry(data_offsets=[0, float("inf")])), "two whole numbers"),
-    ("a tensor behind the end", _tensors(_entry(shape=[400], data_offsets=[0, 1600])), "is truncated"),
-    ("a hole before the tensor", _tensors(_entry(data_offsets=[4, 20])), "needs bytes 0 to 16"),
-    ("bytes that no tensor has", _tensors(_entry(), data=20), "too long"),
-    ("an unknown dtype", _tensors(_entry(dtype="F8_E4M3")), "stores F8_E4M3"),
-    ("metadata that are no text", _tensors({"__metadata__": {"a": 1}}, 0), "metadata that is no text"),
+    *((f"the shape {shape!r:.30}", _entry(shape=shape), "corrupt header.*an impossible shape") for shape in SHAPES),
+    ("an infinite offset", _entry(data_offsets=[0, INFINITY]), "corrupt header.*two whole numbers"),
+    ("infinite offsets", _entry(data_offsets=[INFINITY, INFINITY]), "corrupt header.*two whole numbers"),
+    ("a tensor behind the end", _entry(shape=[400], data_offsets=[0, 1600]), "is truncated"),
+    ("a tensor longer than its place", _entry(data_offsets=[0, 12]), "needs bytes 0 to 16"),
+    ("a hole before the tensor", _entry(data_offsets=[4, 20]), "needs bytes 0 to 16"),
+    ("an unknown dtype", _entry(dtype="F8_E4M3"), "stores F8_E4M3"),
+    *(
+        (f"the metadata {value!r}", _tensors({"__metadata__": value}, 0), "corrupt header.*metadata that is no text")
+        for value in ([1], {"a": 1}, "text", None)
+    ),
     ("half a character", _tensors(b'{"\\ud800": 1}'), "surrogates not allowed"),
-)  # fmt: skip
+)
 
-# Model folders ----------------------------------------------------------------------------------------------------
+# Packed files and folders --------------------------------------------------------------
 
 
-def _folder(which: int, name: str, content: bytes | None) -> Make:
-    """A valid model with one file replaced, or removed."""
+def _packed(halves: Mapping[str, np.ndarray | None] | None = None, **metadata: str | None) -> Make:
+    """A good file of two tensors, of which one is packed, with other halves or metadata; None leaves one out."""
 
     def make(folder: Path) -> Callable[[], Any]:
-        files = {**seed_folders()[which], **({} if content is None else {name: content})}
-        write({n: c for n, c in files.items() if n != name or content is not None}, folder)
-        return lambda: open_model(folder)
+        half = np.repeat([0, 1], 12).reshape(6, 4).astype(ml_dtypes.bfloat16)
+        stored, said = pack_tensors({"w": half, "norm": np.ones(4, np.float32)})
+        file = folder / "packed-a.safetensors"
+        given = ({name: value for name, value in each.items() if value is not None}
+                 for each in (stored | dict(halves or {}), said | metadata))  # fmt: skip
+        write_tensors(file, *given)
+        return lambda: [tensor.read() for tensor in read_packed_header(file).values()]
 
     return make
 
 
-def _config(raw: bytes | None = None, base: int | None = None, **changes: Any) -> Make:
+BITS, IMPOSSIBLE = np.zeros(3, np.uint8), "(w: an impossible shape)"
+WRONG = {"w.bitmask": BITS[:2], "w.values": np.ones(25, np.int8), "x.bitmask": BITS[:1]}
+PACKED = (
+    ("no bitmask", _packed({"w.bitmask": None}), "missing: w.bitmask"),
+    ("no values", _packed({"w.values": None}), "missing: w.values"),
+    ("no halves", _packed({"w.bitmask": None, "w.values": None}), "missing: w.bitmask, w.values"),
+    ("a short bitmask", _packed({"w.bitmask": BITS[:2]}), "w.bitmask is uint8 [2], the shape [6, 4] needs uint8 [3]"),
+    ("a wide bitmask", _packed({"w.bitmask": BITS.astype(np.int16)}), "w.bitmask is int16 [3]"),
+    ("a folded bitmask", _packed({"w.bitmask": BITS[:, None]}), "w.bitmask is uint8 [3, 1]"),
+    ("too many values", _packed({"w.values": np.ones(25)}), "w.values is [25], expected one axis of at"),
+    ("folded values", _packed({"w.values": np.ones((3, 4))}), "w.values is [3, 4], expected one axis"),
+    ("a value too few", _packed({"w.values": np.ones(11)}),
+     r"w in .*packed-a\.safetensors is corrupt: the bitmask has 12 ones and there are 11 values"),
+    ("dense and packed", _packed({"w": np.ones((6, 4))}), "w is stored dense and packed"),
+    ("values of no tensor", _packed({"v.values": np.ones(3)}), "v.values belongs to no tensor with a shape"),
+    ("three problems", _packed(WRONG), "corrupt (3 problems)"),
+    ("another shape", _packed(shapes='{"w": [6, 6]}'), "the shape [6, 6] needs uint8 [5]"),
+    ("more shapes", _packed(shapes='{"w": [6, 4], "u": [8]}'), "missing: u.bitmask, u.values"),
+    ("no shapes", _packed(shapes=None), "no table of dense shapes"),
+    *((f"the shapes {text}", _packed(shapes=text), "no table of dense shapes") for text in ("{", "[1]", '{"w": 24}')),
+    *((f"the shape {shape!r:.30}", _packed(shapes=json.dumps({"w": shape})), IMPOSSIBLE) for shape in SHAPES),
+    ("another format", _packed(format="pt"), "is not packed: its format is 'pt', expected 'sparseopt-packed'"),
+    ("a later version", _packed(version="2"), "version '2' of the format, this sparseopt reads '1'"),
+)  # fmt: skip
+
+# Model folders -------------------------------------------------------------------------
+
+
+def _folder(which: int | None, changes: Mapping[str, bytes | None], read: Callable[[Path], Any] = open_model) -> Make:
+    """A valid model, or an empty folder, with some files replaced; None leaves one out."""
+
     def make(folder: Path) -> Callable[[], Any]:
-        config = json.loads(seed_folders()[0]["config.json"]) | ({} if base is None else FAMILY_CONFIGS[base])
-        return _folder(0, "config.json", json.dumps(config | changes).encode() if raw is None else raw)(folder)
+        files = ({} if which is None else seed_folders()[which]) | dict(changes)
+        write({name: content for name, content in files.items() if content is not None}, folder)
+        return lambda: read(folder)
+
+    return make
+
+
+def _config(raw: bytes | None = None, base: str | None = None, **changes: Any) -> Make:
+    def make(folder: Path) -> Callable[[], Any]:
+        config = json.loads(seed_folders()[0]["config.json"]) | ({} if base is None else CASES[base])
+        return _folder(0, {"config.json": json.dumps(config | changes).encode() if raw is None else raw})(folder)
 
     return make
 
 
 CONFIG = (
-    ("no file", _folder(0, "config.json", None), "has no config.json"),
+    ("no file", _folder(0, {"config.json": None}), "has no config.json; it holds model.safetensors"),
     ("no JSON", _config(b"{"), "no valid JSON"),
     ("bytes that are no UTF-8", _config(b'{"model_type": "\xff"}'), "no valid JSON"),
     ("a list", _config(b"[]"), "no JSON object"),
+    ("nothing", _config(b"{}"), "unknown model_type None; known are"),
     ("deep nesting", _config(b'{"a": ' + b"[" * 60 + b"]" * 60 + b"}"), "nested blocks"),
     ("very deep nesting", _config(b'{"a": ' * 100_000), "no valid JSON"),
     ("a key twice", _config(b'{"model_type": "llama", "model_type": "opt"}'), "'model_type' is given twice"),
     ("NaN", _config(rms_norm_eps=float("nan")), "NaN is not allowed in JSON"),
-    ("an infinite size", _config(rms_norm_eps=float("inf")), "rms_norm_eps must be a positive float"),
+    ("an infinite size", _config(rms_norm_eps=INFINITY), "rms_norm_eps must be a positive float"),
     ("more than any configuration", _config(b" " * (5 * 2**20)), "which no such file needs"),
     ("a number of ten thousand digits", _config(b'{"vocab_size": ' + b"9" * 10_000 + b"}"), "no valid JSON"),
     ("a model type that is a list", _config(model_type=["llama"]), "has the model_type ['llama'], expected a name"),
-    ("a billion blocks", _config(num_hidden_layers=10**9), "asks for 1000000000 blocks"),
+    ("a billion blocks", _config(num_hidden_layers=10**9),
+     "holds 11 tensors, its configuration asks for 1000000000 blocks"),
     ("blocks that are a truth value", _config(num_hidden_layers=True), "num_hidden_layers must be a positive int"),
     ("a size beyond 31 bits", _config(vocab_size=2**40), "at most 2147483647 is possible"),
     ("a size beyond all floats", _config(rms_norm_eps=10**400), "rms_norm_eps must be a positive float"),
@@ -103,28 +158,27 @@ CONFIG = (
     ("a rope that is a list", _config(rope_parameters=[1]), "rope_parameters must be a table"),
     ("a kind of rope that is a table", _config(rope_parameters={"rope_type": [1]}), "cannot have"),
     ("a rope's factor that is text", _config(rope_parameters={"rope_type": "linear", "factor": "x"}), "factor must be"),
-    ("two ropes", _config(base=9, rope_parameters={"rope_type": "default"}), "they differ in rope_type"),
+    ("two ropes", _config(rope_scaling={"rope_type": "linear", "factor": 2.0}), "they differ in rope_type"),
     ("an activation that is a list", _config(hidden_act=["silu"]), "hidden_act"),
-    ("a hundred million experts", _config(base=0, num_local_experts=10**8), "asks for 100000000 experts"),
-    ("layer types that are a number", _config(base=3, layer_types=3), "cannot have"),
+    ("a hundred million experts", _config(base="mixtral", num_local_experts=10**8), "asks for 300000000 experts"),
+    ("layer types that are a number", _config(base="gemma2", layer_types=8), "cannot have"),
+    *((f"dense blocks {at}", _config(base="qwen3_moe", mlp_only_layers=at), "cannot have") for at in (3, [[0]])),
     ("other weights", _config(hidden_size=16), "misshapen"),
-)
+)  # fmt: skip
 
 
 def _index(weight_map: Any) -> Make:
-    return _folder(1, "model.safetensors.index.json", json.dumps({"weight_map": weight_map}).encode())
+    return _folder(1, {"model.safetensors.index.json": json.dumps({"weight_map": weight_map}).encode()})
 
 
-def _linked(name: str, target: Callable[[Path], Path], read: Callable[[Path], Any] = open_model) -> Any:
+def _linked(name: str, read: Callable[[Path], Any] = open_model) -> Make:
     """A folder where one file is a link to its content elsewhere."""
 
     def make(folder: Path) -> Callable[[], Any]:
-        inside = folder / "model"
+        inside, elsewhere = folder / "model", folder / "secret"
         inside.mkdir()
-        files = {"tokenizer.json": b"{}", **seed_folders()[1]}
+        files = {name: b"{}", **seed_folders()[1]}
         write(files, inside)
-        elsewhere = target(folder)
-        elsewhere.parent.mkdir(parents=True, exist_ok=True)
         elsewhere.write_bytes(files[name])
         (inside / name).unlink()
         (inside / name).symlink_to(os.path.relpath(elsewhere, inside))
@@ -133,72 +187,63 @@ def _linked(name: str, target: Callable[[Path], Path], read: Callable[[Path], An
     return make
 
 
-def _pickles(name: str) -> Make:
-    def make(folder: Path) -> Callable[[], Any]:
-        write({"config.json": seed_folders()[0]["config.json"], name: pickle.dumps({"w": [1.0]})}, folder)
-        return lambda: open_model(folder)
-
-    return make
+def _tokenizer_of(folder: Path) -> Any:
+    return load_tokenizer(open_source(folder))
 
 
-def _pickled_file(name: str) -> Make:
-    def make(folder: Path) -> Callable[[], Any]:
-        write({name: pickle.dumps({"w": [1.0]})}, folder)
-        return lambda: open_source(folder / name)
-
-    return make
+def _copied(folder: Path) -> Any:
+    return open_source(folder).sidecars()
 
 
-OUTSIDE = "files outside the folder"
-SHARD = "model-00001-of-00002.safetensors"
+CONFIG_FILE, EMPTY = {"config.json": b"{}"}, b""
+PICKLE, RUNS_CODE = pickle.dumps({"w": [1.0]}), "pickled weights can run code when loaded and are not read"
+SHARD, OTHER_INDEX = "model-00001-of-00002.safetensors", b'{"weight_map": {"w": "../x.safetensors"}}'
+OUTSIDE, LINK = "files outside the folder", "is a link to .*, outside its folder, and is not followed"
+ODD_NAMES = ("../x.safetensors", "/etc/passwd", "sub/x.safetensors", "..\\x", ".", "..", "", "x\x00y", "x" * 300)
 INDEX = (
-    ("the folder above", _index({"a": "../x.safetensors"}), OUTSIDE),
-    ("an absolute path", _index({"a": "/etc/passwd"}), OUTSIDE),
-    ("a folder below", _index({"a": "sub/x.safetensors"}), OUTSIDE),
-    ("a path of Windows", _index({"a": "..\\x"}), OUTSIDE),
-    ("the folder itself", _index({"a": "."}), OUTSIDE),
-    ("an empty name", _index({"a": ""}), OUTSIDE),
-    ("a zero byte", _index({"a": "x\x00y"}), OUTSIDE),
-    ("a name longer than any file's", _index({"a": "x" * 300}), OUTSIDE),
+    *((f"a shard called {name!r:.30}", _index({"a": name}), OUTSIDE) for name in ODD_NAMES),
     ("half a character", _index({"a": "\ud800"}), "no valid JSON"),
     ("a shard that is a number", _index({"a": 3}), "no weight_map"),
     ("no table", _index([1]), "no weight_map"),
-    ("a shard that is not there", _index({"a": "x.safetensors"}), "lacks shards that its index names"),
+    ("a shard that is not there", _index({"a": "x.safetensors"}), "lacks shards that its index names: x.safetensors"),
     ("a shard that is no weights", _index({"a": "config.json"}), "truncated or no safetensors file"),
-    ("a shard linked to elsewhere", _linked(SHARD, lambda f: f / "secret"), "is a link to"),
-    ("a configuration linked to elsewhere", _linked("config.json", lambda f: f / "secret"), "is a link to"),
-    ("an index linked to elsewhere", _linked("model.safetensors.index.json", lambda f: f / "secret"), "is a link to"),
-    (
-        "a tokenizer linked to elsewhere",
-        _linked("tokenizer.json", lambda f: f / "secret", lambda f: load_tokenizer(open_source(f))),
-        "is a link to",
-    ),
-    (
-        "a tokenizer linked to elsewhere, to be copied",
-        _linked("tokenizer.json", lambda f: f / "secret", lambda f: open_source(f).sidecars()),
-        "is a link to",
-    ),
-    *((f"pickled weights in {name}", _pickles(name), "pickled weights can run code") for name in (
+    ("a tensor that its shard lacks", _index({"ghost": SHARD}),
+     "names 1 tensors that their shards lack, the first ghost in model-00001"),
+    ("a packed and a dense model", _folder(2, {"model.safetensors": EMPTY}), "holds a packed model and a dense one"),
+    ("a packed shard elsewhere", _folder(2, {PACKED_INDEX: OTHER_INDEX}), OUTSIDE),
+    ("a packed shard missing", _folder(2, {"packed-all.safetensors": None}), r"lacks shards .* packed-all\.safe"),
+    ("packed shards alone", _folder(2, {PACKED_INDEX: None}), "packed shards and no model.packed.index.json"),
+    *((f"{name} linked to elsewhere", _linked(name), LINK) for name in (
+        SHARD, "config.json", "model.safetensors.index.json")),
+    # transformers would convert the other names of a tokenizer.
+    *((f"{name} linked to elsewhere", _linked(name, _tokenizer_of), LINK) for name in ("tokenizer.json", "vocab.json")),
+    ("a tokenizer linked to elsewhere, to be copied", _linked("tokenizer.json", _copied), LINK),
+    ("no path", lambda folder: lambda: open_source(folder / "no"), "does not exist; .*hf download"),
+    ("a path of nobody", lambda _: lambda: open_model("~nobody-of-this-name/model"), "no model at"),
+    ("a path longer than any", lambda _: lambda: open_model("x" * 300), "no model at"),
+    ("a file of text", reading(open_source, "model.txt", EMPTY), "is a file but no .gguf"),
+    ("a folder of text", _folder(None, {"model.txt": EMPTY}), "has no config.json; it holds model.txt"),
+    ("a folder without weights", _folder(None, CONFIG_FILE | {"model.txt": EMPTY}),
+     "no model.safetensors and no model.safetensors.index.json; it holds config.json, model.txt"),
+    ("a folder of GGUF", _folder(None, CONFIG_FILE | {"part.gguf": EMPTY}), "give the path of one .gguf file"),
+    *((f"pickled weights in {name}", _folder(None, CONFIG_FILE | {name: PICKLE}),
+       f"has only pickled weights .*{RUNS_CODE}.*save_pretrained") for name in (
         "pytorch_model.bin", "model.pt", "model.pth", "model.ckpt", "model.pkl", "model.npz")),
-    *((f"a pickle given as a model, {name}", _pickled_file(name), "pickled weights can run code") for name in (
+    *((f"a pickle given as a model, {name}", reading(open_source, name, PICKLE), RUNS_CODE) for name in (
         "model.bin", "model.PT", "model.npy")),
 )  # fmt: skip
 
-# GGUF -------------------------------------------------------------------------------------------------------------
+# GGUF ----------------------------------------------------------------------------------
+
+
+def _open_gguf(file: Path) -> None:
+    source = open_source(file)
+    source.sidecars()
+    open_model(source)
 
 
 def _gguf(content: bytes) -> Make:
-    def make(folder: Path) -> Callable[[], Any]:
-        file = write({"m.gguf": content}, folder) / "m.gguf"
-
-        def use() -> None:
-            source = open_source(file)
-            source.sidecars()
-            open_model(source)
-
-        return use
-
-    return make
+    return reading(_open_gguf, "m.gguf", content)
 
 
 def _text(value: str) -> bytes:
@@ -216,8 +261,56 @@ def _gguf_tensor(name: str, sizes: list[int], kind: int = 0, offset: int = 0) ->
     return _text(name) + struct.pack(f"<I{len(sizes)}QIQ", len(sizes), *sizes, kind, offset)
 
 
+def _table(*tensors: bytes) -> Make:
+    return _gguf_of([LLAMA], list(tensors), bytes(32))
+
+
+def _other_heads(folder: Path) -> Callable[[], Any]:
+    """A file whose queries have rows of another number of heads than it says."""
+    key = b"llama.attention.head_count" + struct.pack("<I", 4)
+    content = seed_gguf()[-1]
+    assert content.count(key) == 1
+    changed = content.replace(key + struct.pack("<I", 4), key + struct.pack("<I", 5))
+    file = write({"m.gguf": changed}, folder) / "m.gguf"
+    return lambda: open_source(file).read("model.layers.0.self_attn.q_proj.weight")
+
+
 LLAMA = ("general.architecture", 8, _text("llama"))
 NESTED = b"".join(struct.pack("<IQ", 9, 1) for _ in range(5000)) + struct.pack("<IQ", 0, 0)
+HEAD = struct.pack("<IQQ", 3, 0, 1)
+GGUF = (
+    ("an empty file", _gguf(b""), "does not begin with 'GGUF'"),
+    ("another file", _gguf(b"PK\x03\x04" + bytes(60)), "does not begin with 'GGUF'"),
+    ("another version", _gguf(b"GGUF" + struct.pack("<IQQ", 9, 0, 0)), "GGUF version 9"),
+    ("the first version", _gguf(b"GGUF" + struct.pack("<IQQ", 1, 0, 0)), "GGUF version 1"),
+    ("another order of bytes", _gguf(b"GGUF" + struct.pack(">IQQ", 3, 0, 0)), "GGUF version 50331648"),
+    ("more tensors than bytes", _gguf(b"GGUF" + struct.pack("<IQQ", 3, 2**63, 0)), "items claimed"),
+    ("more metadata than bytes", _gguf(b"GGUF" + struct.pack("<IQQ", 3, 0, 2**63)), "items claimed"),
+    ("a key longer than the file", _gguf(b"GGUF" + HEAD + b"\xff" * 32), "bytes wanted"),
+    ("a key that is no UTF-8", _gguf(b"GGUF" + HEAD + struct.pack("<Q", 1) + b"\xff" + bytes(20)), "not UTF-8"),
+    ("a string longer than the file", _gguf_of([(*LLAMA[:2], struct.pack("<Q", 2**62))]), "bytes wanted"),
+    ("an array longer than the file", _gguf_of([("a", 9, struct.pack("<IQ", 0, 2**62))]), "items claimed"),
+    ("arrays of arrays of arrays", _gguf_of([("a", 9, NESTED)]), "nested arrays"),
+    ("a string that is no UTF-8", _gguf_of([("a", 8, struct.pack("<Q", 2) + b"\xff\xfe")]), "not UTF-8"),
+    ("a key twice", _gguf_of([LLAMA, LLAMA]), "given twice"),
+    ("a type that is unknown", _gguf_of([("a", 99, b"")]), "unknown metadata type 99"),
+    ("an alignment of zero", _gguf_of([LLAMA, ("general.alignment", 4, bytes(4))]), "general.alignment is 0"),
+    ("an alignment beyond the file", _gguf_of([LLAMA, ("general.alignment", 10, b"\xff" * 8)]), "general.alignment"),
+    ("a tensor twice", _table(*[_gguf_tensor("a", [4])] * 2), "name is given twice"),
+    ("tensors in each other", _table(*(_gguf_tensor(name, [4]) for name in "ab")), "in the tensor before it"),
+    ("sizes beyond 64 bits", _table(_gguf_tensor("a", [2**63] * 4)), "has the sizes"),
+    ("five axes", _table(_gguf_tensor("a", [1] * 5)), "has the sizes"),
+    ("a tensor behind the end", _table(_gguf_tensor("a", [4], 0, 2**62)), "ends at byte"),
+    ("a tensor of an unknown type", _table(_gguf_tensor("a", [4], 999)), "unknown type 999"),
+    ("no architecture", _gguf_of([]), "unknown architecture None"),
+    ("an architecture that is a number", _gguf_of([("general.architecture", 4, bytes(4))]), "unknown architecture 0"),
+    ("another architecture", _gguf_of([(*LLAMA[:2], _text("mamba"))]),
+     "unknown architecture 'mamba'; known are llama, qwen2, qwen3, gemma2, gemma3"),
+    ("four billion blocks", _gguf_of([LLAMA, ("llama.block_count", 4, b"\xff" * 4)]), "at most 10,000 make sense"),
+    ("rows of other heads", _other_heads, "has no rows of 5 heads"),
+)  # fmt: skip
+
+# Tokenizers ----------------------------------------------------------------------------
 
 
 def _tokens(tokens: list[str], **more: tuple[int, bytes]) -> Make:
@@ -228,35 +321,40 @@ def _tokens(tokens: list[str], **more: tuple[int, bytes]) -> Make:
     return _gguf_of(values + [(f"tokenizer.ggml.{name}", kind, raw) for name, (kind, raw) in more.items()])
 
 
-GGUF = (
-    ("an empty file", _gguf(b""), "does not begin with 'GGUF'"),
-    ("another file", _gguf(b"PK\x03\x04" + bytes(60)), "does not begin with 'GGUF'"),
-    ("another version", _gguf(b"GGUF" + struct.pack("<IQQ", 9, 0, 0)), "GGUF version 9"),
-    ("more tensors than bytes", _gguf(b"GGUF" + struct.pack("<IQQ", 3, 2**63, 0)), "items claimed"),
-    ("more metadata than bytes", _gguf(b"GGUF" + struct.pack("<IQQ", 3, 0, 2**63)), "items claimed"),
-    ("a string longer than the file", _gguf_of([(*LLAMA[:2], struct.pack("<Q", 2**62))]), "bytes wanted"),
-    ("an array longer than the file", _gguf_of([("a", 9, struct.pack("<IQ", 0, 2**62))]), "items claimed"),
-    ("arrays of arrays of arrays", _gguf_of([("a", 9, NESTED)]), "nested arrays"),
-    ("a string that is no UTF-8", _gguf_of([("a", 8, struct.pack("<Q", 2) + b"\xff\xfe")]), "not UTF-8"),
-    ("a key twice", _gguf_of([LLAMA, LLAMA]), "given twice"),
-    ("a type that is unknown", _gguf_of([("a", 99, b"")]), "unknown metadata type 99"),
-    ("an alignment of zero", _gguf_of([LLAMA, ("general.alignment", 4, bytes(4))]), "general.alignment is 0"),
-    ("an alignment beyond the file", _gguf_of([LLAMA, ("general.alignment", 10, b"\xff" * 8)]), "general.alignment"),
-    ("a tensor twice", _gguf_of([LLAMA], [_gguf_tensor("a", [4])] * 2, bytes(32)), "name is given twice"),
-    (
-        "tensors in each other",
-        _gguf_of([LLAMA], [_gguf_tensor(n, [4]) for n in "ab"], bytes(32)),
-        "in the tensor before it",
-    ),
-    ("sizes beyond 64 bits", _gguf_of([LLAMA], [_gguf_tensor("a", [2**63] * 4)], bytes(32)), "has the sizes"),
-    ("five axes", _gguf_of([LLAMA], [_gguf_tensor("a", [1] * 5)], bytes(32)), "has the sizes"),
-    ("a tensor behind the end", _gguf_of([LLAMA], [_gguf_tensor("a", [4], 0, 2**62)], bytes(32)), "ends at byte"),
-    ("a tensor of an unknown type", _gguf_of([LLAMA], [_gguf_tensor("a", [4], 999)], bytes(32)), "unknown type 999"),
-    ("no architecture", _gguf_of([]), "unknown architecture None"),
-    ("an architecture that is a number", _gguf_of([("general.architecture", 4, bytes(4))]), "unknown architecture 0"),
-    ("four billion blocks", _gguf_of([LLAMA, ("llama.block_count", 4, b"\xff" * 4)]), "at most 10,000 make sense"),
+def _metadata(**changes: Any) -> Make:
+    """The tokenizer of a GGUF file's metadata."""
+    base = {"model": "gpt2", "pre": "smollm", "tokens": VOCAB} | changes
+    metadata = {f"tokenizer.ggml.{name}": value for name, value in base.items()}
+    return lambda folder: lambda: build_tokenizer(metadata, folder / "m.gguf")
+
+
+def _panicking(folder: Path) -> Callable[[], Any]:
+    """A tokenizer at which the tokenizers package panics: the merge is "" and "x"."""
+    stored = json.loads(json.dumps(seed_tokenizer()))
+    vocabulary = stored["model"]["vocab"]
+    stored["model"]["vocab"] = {**vocabulary, "": len(vocabulary)}
+    stored["model"]["continuing_subword_prefix"] = "longer than any token"
+    return _folder(0, {"tokenizer.json": json.dumps(stored).encode()}, _tokenizer_of)(folder)
+
+
+PIECES = {name.removeprefix("tokenizer.ggml."): value for name, value in sentencepiece_metadata(True).items()}
+TOKENIZERS = (
+    ("none in the folder", _folder(0, {}, _tokenizer_of), r"no tokenizer\.json and transformers cannot make one"),
+    ("an empty table", _folder(0, {"tokenizer.json": b"{}"}, _tokenizer_of), "no valid tokenizer"),
+    ("a panic", _panicking, "is no valid tokenizer"),
     ("a token twice", _tokens(["a", "b", "a"]), "has a token twice"),
     ("a token of a megabyte", _tokens(["a", "a" * 10**6]), "has a token of 1000000 characters"),
     ("a first token that is none", _tokens(["a"], bos_token_id=(4, struct.pack("<I", 7))), "none of its 1 tokens"),
     ("a first token that is a template", _tokens(["$:x", "b"], bos_token_id=(4, bytes(4))), "cannot be built"),
+    ("a token of half a character", _metadata(tokens=["\ud800", *VOCAB[1:]]), "cannot be built"),
+    ("no tokens", _metadata(tokens=[]), "carries no tokenizer"),
+    ("tokens that are numbers", _metadata(tokens=[1, 2]), "corrupt table tokenizer.ggml.tokens"),
+    ("another kind", _metadata(model="bert"), "kind 'bert'; known are 'gpt2' and 'llama'"),
+    ("other words", _metadata(pre="odd"), "splits words by 'odd'.*known are smollm, gpt-2, llama-bpe, qwen2"),
+    ("a last token that is none", _metadata(eos_token_id=49), "eos_token_id = 49, which is none of its 49 tokens"),
+    ("a merge of no tokens", _metadata(merges=["q z"]), "a merge whose parts or whole are no token"),
+    ("no scores", _metadata(model="llama"), "49 tokens and 0 scores"),
+    ("a token type too many", _metadata(token_type=[1] * 50), "49 tokens and 50 token types"),
+    ("spaces taken out", _metadata(**PIECES, remove_extra_whitespaces=True), "that normalises text"),
+    ("characters replaced", _metadata(**PIECES, precompiled_charsmap=[1]), "that normalises text"),
 )

@@ -7,7 +7,10 @@ Readers rarely look beyond the first four of arbitrary bytes.
 import copy
 import json
 from collections.abc import Sequence
+from random import Random
 from typing import Any, Protocol, TypeVar
+
+from hypothesis import strategies
 
 T = TypeVar("T")
 
@@ -25,14 +28,31 @@ class HypothesisChoices:
         self.draw = draw
 
     def integer(self, low: int, high: int) -> int:
-        from hypothesis import strategies as st
-
-        return self.draw(st.integers(low, high))
+        return self.draw(strategies.integers(low, high))
 
     def blob(self, most: int) -> bytes:
-        from hypothesis import strategies as st
+        return self.draw(strategies.binary(max_size=most))
 
-        return self.draw(st.binary(max_size=most))
+
+def inputs_of(target: Any) -> Any:
+    """The inputs of a target as a strategy of hypothesis."""
+
+    @strategies.composite
+    def inputs(draw: Any) -> Any:
+        return target.make(HypothesisChoices(draw))
+
+    return inputs()
+
+
+class SeededChoices:
+    def __init__(self, random: Random) -> None:
+        self.random = random
+
+    def integer(self, low: int, high: int) -> int:
+        return self.random.randint(low, high)
+
+    def blob(self, most: int) -> bytes:
+        return self.random.randbytes(self.random.randint(0, most))
 
 
 class AtherisChoices:
@@ -57,27 +77,8 @@ def chance(choices: Choices, one_in: int) -> bool:
     return choices.integer(0, one_in - 1) == one_in - 1
 
 
-NUMBERS = (
-    0,
-    1,
-    2,
-    3,
-    7,
-    8,
-    31,
-    255,
-    256,
-    2**15,
-    2**16,
-    2**20,
-    2**31 - 1,
-    2**31,
-    2**32 - 1,
-    2**32,
-    2**53,
-    2**63,
-    2**64 - 1,
-)
+POWERS = (8, 15, 16, 20, 31, 32, 53, 63, 64)
+NUMBERS = (0, 1, 2, 3, 7, 8, 31, *(2**power - less for power in POWERS for less in (0, 1)))
 
 
 def mutated_bytes(choices: Choices, seeds: Sequence[bytes]) -> bytes:

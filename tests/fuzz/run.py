@@ -9,8 +9,10 @@ of the process. Exits with status 1 if there was a crash.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
+import random
 import resource
 import signal
 import subprocess
@@ -18,6 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +41,10 @@ class Recorder:
         self.target = target
         self.executions = self.refused = 0
         self.crashes: dict[str, dict[str, str]] = {}
+        self.start = time.monotonic()
 
     def __call__(self, given: Any) -> None:
+        """Run on one input; what it raises is kept, but for an interrupt."""
         self.executions += 1
         start = time.process_time()
         signal.alarm(HANG)
@@ -50,32 +55,44 @@ class Recorder:
         except KeyboardInterrupt:
             raise
         except BaseException as error:
-            frames = [f for f in traceback.extract_tb(error.__traceback__) if "sparseopt" in f.filename]
-            place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "?"
-            key = f"{type(error).__name__} at {place}"
-            if key not in self.crashes:
-                self.crashes[key] = {"error": f"{key}: {str(error)[:300]}", "input": self._keep(given)}
+            self._keep(error, given)
             raise
         finally:
             signal.alarm(0)
 
-    def _keep(self, given: Any) -> str:
+    def _keep(self, error: BaseException, given: Any) -> None:
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if "sparseopt" in f.filename]
+        place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "?"
+        key = f"{type(error).__name__} at {place}"
+        if key in self.crashes:
+            return
         INPUTS.mkdir(parents=True, exist_ok=True)
-        name = f"{self.target.name.replace(' ', '-')}-{hashlib.sha256(repr(given).encode()).hexdigest()[:12]}.txt"
-        (INPUTS / name).write_text(repr(given))
-        return str(INPUTS / name)
+        digest = hashlib.sha256(repr(given).encode()).hexdigest()[:12]
+        file = INPUTS / f"{self.target.name.replace(' ', '-')}-{digest}.txt"
+        file.write_text(repr(given))
+        self.crashes[key] = {"error": f"{key}: {str(error)[:300]}", "input": str(file)}
+
+    def counts(self) -> dict[str, Any]:
+        seconds, crashes = round(time.monotonic() - self.start, 1), list(self.crashes.values())
+        return {"executions": self.executions, "refused": self.refused, "seconds": seconds, "crashes": crashes}
+
+
+@contextlib.contextmanager
+def kept_by(recorder: Recorder) -> Any:
+    """What is raised inside is among the crashes already; what remains is to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        assert recorder.crashes
 
 
 def fuzz_by_hypothesis(recorder: Recorder, seconds: float, seed: int) -> None:
     """Batches of examples until the time is over; a crash is shrunk, and the next batch goes on with another seed."""
     import hypothesis
-    from hypothesis import strategies as st
 
-    from tests.fuzz.choices import HypothesisChoices
-
-    @st.composite
-    def inputs(draw: Any) -> Any:
-        return recorder.target.make(HypothesisChoices(draw))
+    from tests.fuzz.choices import inputs_of
 
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -90,105 +107,75 @@ def fuzz_by_hypothesis(recorder: Recorder, seconds: float, seed: int) -> None:
             phases=[hypothesis.Phase.generate],
             report_multiple_bugs=False,
         )
-        @hypothesis.given(inputs())
+        @hypothesis.given(inputs_of(recorder.target))
         def batch(given: Any) -> None:
             if time.monotonic() < end:
                 recorder(given)
 
-        try:
+        with kept_by(recorder):
             batch()
-        except KeyboardInterrupt:
-            raise
-        except BaseException:
-            assert recorder.crashes  # kept there; what remains is to go on
 
 
-def fuzz_by_atheris(recorder: Recorder, seconds: float, seed: int, result: Path) -> None:
+def fuzz_by_atheris(recorder: Recorder, seconds: float, seed: int, tell: Callable[[], Any]) -> None:
     """Coverage-guided; never returns, since libFuzzer ends the process. The record is written as it goes."""
     import atheris
 
     from tests.fuzz.choices import AtherisChoices
 
-    start = time.monotonic()
-
     def one(data: bytes) -> None:
         given = recorder.target.make(AtherisChoices(data))
-        try:
+        with kept_by(recorder):
             recorder(given)
-        except KeyboardInterrupt:
-            raise
-        except BaseException:
-            pass  # kept by the recorder
-        if recorder.executions % 50 == 0 or time.monotonic() - start > seconds - 1:
-            result.write_text(json.dumps(record_of(recorder, "atheris", time.monotonic() - start)))
+        if recorder.executions % 50 == 0 or time.monotonic() - recorder.start > seconds - 1:
+            tell()
 
     # Its own record of what went wrong, and of slow inputs, which ours has too.
-    kept = f"-artifact_prefix={result.parent}/"
-    arguments = [sys.argv[0], kept, f"-max_total_time={int(seconds)}", f"-seed={seed}", "-max_len=4096"]
-    atheris.Setup([*arguments, "-rss_limit_mb=0", "-timeout=60", "-verbosity=0", "-len_control=0"], one)
-    atheris.Fuzz()
-
-
-def record_of(recorder: Recorder, engine: str, seconds: float) -> dict[str, Any]:
-    return {
-        "target": recorder.target.name,
-        "engine": engine,
-        "executions": recorder.executions,
-        "refused": recorder.refused,
-        "seconds": round(seconds, 1),
-        "crashes": list(recorder.crashes.values()),
-    }
+    with tempfile.TemporaryDirectory() as own:
+        arguments = [sys.argv[0], f"-artifact_prefix={own}/", f"-max_total_time={int(seconds)}", f"-seed={seed}"]
+        more = ["-max_len=4096", "-rss_limit_mb=0", "-timeout=60", "-verbosity=0", "-len_control=0"]
+        atheris.Setup([*arguments, *more], one)
+        atheris.Fuzz()
 
 
 def run_one(name: str, engine: str, seconds: float, seed: int, result: Path) -> None:
-    """Fuzz one target in this process and leave the record in a file."""
+    """Fuzz one target in this process and leave its counts in a file."""
+    instrumented: Any = contextlib.nullcontext()
     if engine == "atheris":
         import atheris
 
-        with atheris.instrument_imports(include=["sparseopt"], enable_loader_override=False):
-            targets = all_targets()
-    else:
-        targets = all_targets()
-    target = next(target for target in targets if target.name == name)
+        instrumented = atheris.instrument_imports(include=["sparseopt"], enable_loader_override=False)
+    with instrumented:
+        target = next(target for target in all_targets() if target.name == name)
 
     def interrupt(*_: Any) -> None:
         raise Slow(f"more than {HANG} s")
 
     signal.signal(signal.SIGALRM, interrupt)
-    recorder = Recorder(target)
     warm_up(target)
     if target.bounded:
         size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, resource.RLIM_INFINITY))
-    start = time.monotonic()
+    recorder = Recorder(target)
+
+    def tell() -> None:
+        result.write_text(json.dumps(recorder.counts()))
+
     if engine == "atheris":
-        fuzz_by_atheris(recorder, seconds, seed, result)
+        fuzz_by_atheris(recorder, seconds, seed, tell)
     else:
         fuzz_by_hypothesis(recorder, seconds, seed)
-    result.write_text(json.dumps(record_of(recorder, engine, time.monotonic() - start)))
+    tell()
 
 
 def warm_up(target: Any) -> None:
     """Some inputs before memory is limited and time counts: imports, seeds, first compilations."""
-    import random
-
-    class Seeded:
-        def __init__(self, seed: int) -> None:
-            self.random = random.Random(seed)
-
-        def integer(self, low: int, high: int) -> int:
-            return self.random.randint(low, high)
-
-        def blob(self, most: int) -> bytes:
-            return self.random.randbytes(self.random.randint(0, most))
+    from tests.fuzz.choices import SeededChoices
 
     if target.first is not None:
         target(target.first())
     for seed in range(30):
-        try:
-            target(target.make(Seeded(seed)))
-        except Exception:
-            continue  # found again, and told, where it counts
+        with contextlib.suppress(Exception):  # found again, and told, where it counts
+            target(target.make(SeededChoices(random.Random(seed))))
 
 
 def all_targets() -> tuple[Any, ...]:
@@ -237,35 +224,17 @@ def main() -> int:
 def _in_a_process(name: str, engine: str, seconds: float, seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="sparseopt-fuzz-run-") as folder:
         result = Path(folder) / "result.json"
-        command = [
-            sys.executable,
-            "-m",
-            "tests.fuzz.run",
-            "--target",
-            name,
-            "--engine",
-            engine,
-            "--result",
-            str(result),
-        ]
-        command += ["--seconds", str(seconds), "--seed", str(seed)]
+        command = [sys.executable, "-m", "tests.fuzz.run", "--target", name, "--engine", engine]
+        command += ["--result", str(result), "--seconds", str(seconds), "--seed", str(seed)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 600, errors="replace")
+        record = {"executions": 0, "refused": 0, "seconds": seconds, "crashes": []}
         if result.is_file():
             record = json.loads(result.read_text())
-        else:
-            record = {
-                "target": name,
-                "engine": engine,
-                "executions": 0,
-                "refused": 0,
-                "seconds": seconds,
-                "crashes": [],
-            }
         # libFuzzer's own ends: 77 a crash, 70 a hang, 71 no memory. A signal is negative.
         if done.returncode:
             ended = f"the process ended with status {done.returncode}"
             record["crashes"].append({"error": ended, "input": done.stderr[-2000:]})
-        return record
+        return {"target": name, "engine": engine, **record}
 
 
 if __name__ == "__main__":

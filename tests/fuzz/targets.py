@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,8 +27,8 @@ from sparseopt.models.files.gguf.tokenizer import build_tokenizer, tokenizer_con
 from sparseopt.models.files.packed import read_packed_header
 from sparseopt.models.files.safetensors import read_header, read_metadata
 from tests.fuzz.choices import Choices, chance, json_bytes, mutated_bytes, mutated_json, pick
-from tests.models.tiny import random_tensors, tiny_config, write_folder, write_gguf
-from tests.models.tiny_gguf import CONFIGS, byte_level_metadata, sentencepiece_metadata, tensors_of, write_architecture
+from tests.models import tiny
+from tests.oracle.make_golden import CASES
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,10 @@ def seed_folders() -> tuple[dict[str, bytes], ...]:
     """Valid models as files: one file, shards, packed."""
     rng, found = np.random.default_rng(1), []
     with folder_of({}) as folder:
-        config = tiny_config(num_hidden_layers=1, hidden_size=8, intermediate_size=8, num_attention_heads=2)
-        tensors = random_tensors(config, rng)
-        write_folder(folder / "one", config, tensors)
-        write_folder(folder / "shards", config, tensors, 2)
+        config = tiny.tiny_config(num_hidden_layers=1, hidden_size=8, intermediate_size=8, num_attention_heads=2)
+        tensors = tiny.random_tensors(config, rng)
+        tiny.write_folder(folder / "one", config, tensors)
+        tiny.write_folder(folder / "shards", config, tensors, 2)
         source = open_source(folder / "one")
         writer = ShardedWriter(folder / "packed", source, pack=True)
         writer.write("all", {name: np.where(np.abs(value) < 0.3, 0, value) for name, value in tensors.items()})
@@ -88,27 +89,6 @@ def seed_folders() -> tuple[dict[str, bytes], ...]:
         for name in ("one", "shards", "packed"):
             found.append({f.name: f.read_bytes() for f in sorted((folder / name).iterdir())})
     return tuple(found)
-
-
-FAMILY_CONFIGS: tuple[dict[str, Any], ...] = (
-    {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 4},
-    {"model_type": "qwen3_moe", "num_experts": 2, "moe_intermediate_size": 8, "mlp_only_layers": [0]},
-    {
-        "model_type": "gemma3",
-        "text_config": {"num_hidden_layers": 1, "hidden_size": 8, "layer_types": ["full_attention"]},
-    },
-    {"model_type": "gemma2", "layer_types": ["sliding_attention"], "query_pre_attn_scalar": 8, "sliding_window": 4},
-    {"model_type": "phi3", "rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}},
-    {"model_type": "smollm3", "no_rope_layers": [1]},
-    {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1, "n_positions": 16},
-    {"model_type": "opt", "ffn_dim": 8},
-    {"model_type": "gpt_neox", "rotary_pct": 0.25},
-    {
-        "model_type": "llama",
-        "rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8},
-    },
-    {"model_type": "llama", "rope_scaling": {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0}},
-)
 
 
 def split_header(content: bytes) -> tuple[Any, bytes]:
@@ -154,7 +134,7 @@ def make_folder(choices: Choices) -> dict[str, bytes]:
     files = dict(pick(choices, seed_folders()))
     name = pick(choices, sorted(files))
     if chance(choices, 3):
-        base = json.loads(files["config.json"]) | pick(choices, FAMILY_CONFIGS)
+        base = json.loads(files["config.json"]) | pick(choices, list(CASES.values()))
         files["config.json"] = json_bytes(choices, base)
     elif name.endswith(".safetensors"):
         files[name] = any_safetensors(choices, files[name])
@@ -179,12 +159,12 @@ def run_folder(files: dict[str, bytes]) -> None:
 def seed_gguf() -> tuple[bytes, ...]:
     rng, found = np.random.default_rng(2), []
     with folder_of({}) as folder:
-        for architecture, config in CONFIGS.items():
-            small = {**config, "num_hidden_layers": 1, "layer_types": ["full_attention"]}
-            tensors = tensors_of(architecture, small, rng)
-            found.append(write_architecture(folder / "m.gguf", architecture, small, tensors).read_bytes())
-        config = tiny_config(num_hidden_layers=1)
-        found.append(write_gguf(folder / "m.gguf", config, random_tensors(config, rng)).read_bytes())
+        for architecture, config in tiny.CONFIGS.items():
+            small = config | {"num_hidden_layers": 1} | {k: config[k][:1] for k in ("layer_types",) if k in config}
+            tensors = tiny.random_tensors(small, rng)
+            found.append(tiny.write_architecture(folder / "m.gguf", architecture, small, tensors).read_bytes())
+        config = tiny.tiny_config(num_hidden_layers=1)
+        found.append(tiny.write_gguf(folder / "m.gguf", config, tiny.random_tensors(config, rng)).read_bytes())
         # The tensors' data are nothing to look into.
         header = read_gguf_header(folder / "m.gguf")
     assert header.tensors
@@ -204,11 +184,12 @@ def run_gguf(content: bytes) -> None:
         source.sidecars()
         for name in source.tensors:
             source.read(name)
+        open_model(source)
 
 
 def make_gguf_metadata(choices: Choices) -> dict[str, Any]:
-    base = pick(choices, [byte_level_metadata("qwen2"), byte_level_metadata("smollm"), sentencepiece_metadata(True)])
-    base = {"general.architecture": "llama", **base, "tokenizer.ggml.add_bos_token": True}
+    bases = [tiny.byte_level_metadata("qwen2"), tiny.byte_level_metadata("smollm"), tiny.sentencepiece_metadata(True)]
+    base = {"general.architecture": "llama", **pick(choices, bases), "tokenizer.ggml.add_bos_token": True}
     mutated = mutated_json(choices, base)
     return mutated if isinstance(mutated, dict) else {"tokenizer.ggml.tokens": mutated}
 
@@ -221,7 +202,7 @@ def run_gguf_tokenizer(metadata: dict[str, Any]) -> None:
 
 @cache
 def seed_tokenizer() -> Any:
-    return json.loads(build_tokenizer(byte_level_metadata("qwen2"), Path("m.gguf")).to_str())
+    return json.loads(build_tokenizer(tiny.byte_level_metadata("qwen2"), Path("m.gguf")).to_str())
 
 
 def make_tokenizer(choices: Choices) -> bytes:
@@ -233,22 +214,17 @@ def run_tokenizer(content: bytes) -> None:
         load_tokenizer(open_source(folder))
 
 
+CANARY, MCP = "tests.fuzz.canary.Canary", "sparseopt.core.penalties.entries.MCP"
+SIGNAL: dict[str, Any] = {"name": "a", "task": "graph_signal"}
+DENOISE: dict[str, Any] = {"name": "a", "task": "denoise"}
+SWEEP = {"grid": {"sparsity": [0.5, 0.6]}, "list": [{"seed": 1}]}
 SEED_CONFIGS = (
-    {"name": "a", "task": "denoise", "picture": {"name": "camera", "size": 32}, "penalty": {"name": "l1", "weight": 1}},
-    {
-        "name": "a",
-        "task": "prune",
-        "method": "wanda",
-        "sweep": {"grid": {"sparsity": [0.5, 0.6]}, "list": [{"seed": 1}]},
-    },
-    {"name": "a", "task": "graph_signal", "graph": {"name": "minnesota"}, "paper": {"source": "x", "differs": ["y"]}},
-    {"name": "a", "task": "tests.fuzz.canary.Canary", "method": {"name": "tests.fuzz.canary.Canary", "weight": 1}},
-    {
-        "name": "a",
-        "task": "graph_signal",
-        "penalty": {"name": "sparseopt.core.penalties.entries.MCP", "weight": 1, "gamma": 2},
-    },
-    {"name": "a", "task": "denoise", "sweep": {"list": [{"penalty": {"name": "l0", "weight": w}} for w in (1, 2)]}},
+    DENOISE | {"picture": {"name": "camera", "size": 32}, "penalty": {"name": "l1", "weight": 1}},
+    {"name": "a", "task": "prune", "method": "wanda", "sweep": SWEEP},
+    SIGNAL | {"graph": {"name": "minnesota"}, "paper": {"source": "x", "differs": ["y"]}},
+    {"name": "a", "task": CANARY, "method": {"name": CANARY, "weight": 1}},
+    SIGNAL | {"penalty": {"name": MCP, "weight": 1, "gamma": 2}},
+    DENOISE | {"sweep": {"list": [{"penalty": {"name": "l0", "weight": w}} for w in (1, 2)]}},
 )
 YAML_PIECES = (
     "&a [*a]\n", "a: &a [1, 1]\nb: &b [*a, *a]\nc: [*b, *b]\n", "<<: {x: 1}\n", "? [1]\n: 2\n",
@@ -270,13 +246,11 @@ def make_config(choices: Choices) -> bytes:
 
 
 def run_config(content: bytes) -> None:
-    import sys
-
     with folder_of({"a.yaml": content}) as folder:
         try:
             load_config(folder / "a.yaml")
         finally:
-            assert "tests.fuzz.canary" not in sys.modules, "code was imported that nobody allowed"
+            assert CANARY.rpartition(".")[0] not in sys.modules, "code was imported that nobody allowed"
 
 
 @cache

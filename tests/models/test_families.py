@@ -1,4 +1,4 @@
-"""Families without torch: names in both directions, pruned exports, and unsupported configurations."""
+"""Every family without torch: its golden models have every fact of the list, and what it does not do is refused."""
 
 import json
 from collections.abc import Callable
@@ -9,25 +9,37 @@ import jax
 import numpy as np
 import pytest
 
-from sparseopt.models import FAMILIES, ModelError, find_family, generate, load_decoder, open_model
+from sparseopt.models import (
+    FAMILIES,
+    ModelError,
+    block_moves,
+    find_family,
+    generate,
+    load_decoder,
+    open_model,
+    reordered_block,
+)
 from sparseopt.models.base.rope import max_positions, read_rope
 from sparseopt.models.files import safetensors
 from sparseopt.models.files.safetensors import read_header
 from sparseopt.pruning import Recipe, audit_sparsity, perplexity, prune_model
 from sparseopt.pruning.evaluate.scoring import score_continuations
 from tests.jitted import run
-from tests.models.decoder.test_decoder import GOLDEN, write_golden
+from tests.models.conftest import Golden
+from tests.models.tiny import GOLDEN, tiny_config, write_folder
 from tests.oracle.make_golden import CASES
 from tests.tiers import often
 
-FOLDER = GOLDEN[0].parent
+Open = Callable[[str], Golden]
 TOKENS = np.random.default_rng(1).integers(0, 40, (6, 16)).astype(np.int32)
+PROMPT = np.array([5, 9, 30])
 # One case of each family.
 ONE_EACH = list({case["model_type"]: name for name, case in CASES.items()}.values())
+EVERY = pytest.mark.parametrize("name", CASES)
 
 
 def golden_config(name: str) -> dict[str, Any]:
-    return json.loads(str(np.load(FOLDER / f"{name}.npz")["config"]))
+    return json.loads(str(np.load(GOLDEN / f"{name}.npz")["config"]))
 
 
 def stored_bytes(folder: Path) -> dict[str, bytes]:
@@ -35,119 +47,9 @@ def stored_bytes(folder: Path) -> dict[str, bytes]:
     return {name: tensor.read().tobytes() for header in headers for name, tensor in header.items()}
 
 
-@pytest.mark.parametrize("name", list(CASES))
-def test_names_go_to_module_paths_and_back(name: str) -> None:
-    weights = {key.removeprefix("weight/") for key in np.load(FOLDER / f"{name}.npz") if key.startswith("weight/")}
-    family = find_family(golden_config(name), weights)
-    expected = family.expected_shapes(family.read_config(golden_config(name)))
-    assert set(expected) <= weights
-    assert [family.keys.to_key(family.keys.to_path(key)) for key in expected] == list(expected)
-
-
-@pytest.mark.parametrize("name", often(["gpt2", "opt", "gpt_neox", "tied_grouped"], "gpt2"))
-def test_checkpoints_of_the_bare_model_are_read_and_exported_by_their_own_names(name: str, tmp_path: Path) -> None:
-    golden = write_golden(FOLDER / f"{name}.npz", tmp_path / "whole")
-    base = FAMILIES[golden_config(name)["model_type"]].keys.base
-    bare = {key.replace("weight/" + base, "weight/"): value for key, value in golden.items()}
-    np.savez(tmp_path / "bare.npz", **bare)
-    write_golden(tmp_path / "bare.npz", tmp_path / "bare")
-    model = open_model(tmp_path / "bare")
-    assert not any(key.startswith(base) for key in model.exported_keys())
-    np.testing.assert_allclose(run(model.decoder(), golden["tokens"]), golden["logits"], atol=1e-4)
-    prune_model(tmp_path / "bare", tmp_path / "out", Recipe(method="magnitude", calibration=TOKENS))
-    assert set(stored_bytes(tmp_path / "out")) == set(stored_bytes(tmp_path / "bare"))
-
-
-# Those of the other families are laid out as one of these is.
-@pytest.mark.parametrize("name", often(ONE_EACH, "opt", "gpt2"))
-def test_a_pruned_export_keeps_names_layouts_and_untouched_bytes(name: str, tmp_path: Path) -> None:
-    write_golden(FOLDER / f"{name}.npz", tmp_path / "source")
-    recipe = Recipe(method="wanda", calibration=TOKENS, min_expert_tokens=2)
-    report = prune_model(tmp_path / "source", tmp_path / "out", recipe)
-    before, after = (open_model(tmp_path / folder).source for folder in ("source", "out"))
-    assert {key: info.shape for key, info in after.tensors.items()} == {
-        key: info.shape for key, info in before.tensors.items()
-    }
-    pruned = {f"{record.layer}.weight" for record in report.layers}
-    old, new = stored_bytes(tmp_path / "source"), stored_bytes(tmp_path / "out")
-    for key, raw in old.items():
-        assert (new[key] == raw) == (key not in pruned), key
-    assert all(audit.zeros == audit.size // 2 for audit in audit_sparsity(tmp_path / "out"))
-    assert np.isfinite(run(load_decoder(tmp_path / "out"), TOKENS)).all()
-
-
-def test_fused_and_transposed_matrices_are_pruned_as_they_lie_on_disk(tmp_path: Path) -> None:
-    write_golden(FOLDER / "gpt2.npz", tmp_path / "gpt2")
-    report = prune_model(tmp_path / "gpt2", tmp_path / "out", Recipe(pattern="2:4", method="wanda", calibration=TOKENS))
-    stored = open_model(tmp_path / "out").source.read("transformer.h.0.attn.c_attn.weight")
-    assert stored.shape == (16, 48)
-    # The pattern runs along the inputs, which Conv1D stores as rows.
-    assert (np.count_nonzero(stored.reshape(4, 4, 48), axis=1) <= 2).all()
-    first = next(record for record in report.layers if record.layer == "transformer.h.0.attn.c_attn")
-    assert first.shape == (48, 16)
-    phi3 = open_model(write_golden_folder("phi3", tmp_path / "phi3"))
-    assert [*phi3.block_linears(0)] == ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"]
-    assert phi3.weight_shape("model.layers.0.self_attn.qkv_proj.weight") == (32, 16)
-
-
-@pytest.mark.parametrize("name", ["gpt2", "mixtral"])
-def test_parameters_that_are_read_in_pieces_are_those_read_at_once(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = open_model(write_golden_folder(name, tmp_path / name))
-    whole = jax.tree.leaves((model.embedding(), model.block(0), model.head()))
-    monkeypatch.setattr(safetensors, "SLICE", 200)
-    for one, other in zip(whole, jax.tree.leaves((model.embedding(), model.block(0), model.head())), strict=True):
-        np.testing.assert_array_equal(one, other)
-
-
-def write_golden_folder(name: str, folder: Path) -> Path:
-    write_golden(FOLDER / f"{name}.npz", folder)
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("name", "changes", "named"),
-    [
-        ("mistral", {"sliding_window": 0}, "sliding_window must be a positive int, given 0"),
-        ("mistral", {"layer_types": ["full_attention"] * 3}, "layer_types="),
-        ("qwen2", {"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, "chunked_attention"),
-        ("qwen2", {"layer_types": ["full_attention"]}, "layer_types must name .* for each of 3 blocks, given 1"),
-        ("qwen3", {"rope_parameters": {"rope_type": "proportional"}}, "rope_type='proportional' is unknown"),
-        ("qwen2", {"rope_parameters": {"mrope_section": [1, 1, 2]}}, "mrope_section="),
-        ("smollm3", {"no_rope_layers": [1, 2, 0]}, "no_rope_layers must hold 0 or 1"),
-        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
-        ("gemma2", {"hidden_activation": "relu2"}, "hidden_activation='relu2'"),
-        ("gemma2", {"attn_logit_softcapping": -1.0}, "attn_logit_softcapping must be a positive float"),
-        ("gemma3_text", {"sliding_window_pattern": 0}, "sliding_window_pattern must be a positive int"),
-        ("gemma3_images", {"text_config": None}, "text_config must be a table"),
-        ("phi3", {"partial_rotary_factor": 2.0, "rope_parameters": None}, "partial_rotary_factor must be in"),
-        ("phi3", {"rope_parameters": {"rope_type": "longrope", "short_factor": 1}}, "short_factor must be a list"),
-        (
-            "phi3_longrope",
-            {"num_attention_heads": 2},
-            "short_factor has 2 entries, expected 4: .* 8 rotated features",
-        ),
-        ("mistral", {"max_position_embeddings": 0}, "max_position_embeddings must be a positive int, given 0"),
-        ("olmo2", {"num_key_value_heads": 3}, "num_key_value_heads=3 must divide"),
-        ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before=False"),
-        ("opt", {"word_embed_proj_dim": 8}, "word_embed_proj_dim=8"),
-        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
-        ("gpt2", {"add_cross_attention": True}, "add_cross_attention=True"),
-        ("gpt2", {"n_embd": None}, "hidden_size must be a positive int"),
-        ("gpt_neox", {"rotary_pct": -0.5, "rope_parameters": None}, "partial_rotary_factor must be a positive"),
-        ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok=9"),
-        ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window=True"),
-        ("llama3_rope", {"quantization_config": {"bits": 4}}, "quantization_config="),
-    ],
-)
-def test_what_a_family_does_not_do_is_refused_by_its_field(name: str, changes: dict, named: str) -> None:
-    config = golden_config(name)
-    with pytest.raises(ModelError, match=named):
-        find_family(config).read_config({**config, **changes})
-
-
-def test_the_documented_table_of_families_is_whole() -> None:
+def test_every_family_has_a_golden_model_and_its_proofs_in_the_documentation():
+    assert {file.stem for file in GOLDEN.glob("*.npz")} == set(CASES)
+    assert {case["model_type"] for case in CASES.values()} == set(FAMILIES)
     file = Path(__file__).parents[2] / "docs" / "benchmarks" / "families.jsonl"
     records = [json.loads(line) for line in file.read_text().splitlines()]
     for fact, times in (("logits", 1), ("pruned", 2)):
@@ -158,13 +60,184 @@ def test_the_documented_table_of_families_is_whole() -> None:
     assert max(r["largest_error"] for r in records if "largest_error" in r) < 1e-4
 
 
+@EVERY
+def test_every_layer_equals_the_reference(name, golden):
+    _, arrays, model = golden(name)
+    hidden, logits = arrays["hidden"], arrays["logits"]
+    found = {"embedding": (run(model.embedding(), arrays["tokens"]), hidden[0])}
+    # Each block gets the reference's input, so that a fault shows in its own layer only.
+    for i in range(model.num_blocks):
+        found[f"block {i}"] = (run(model.block(i), hidden[i]), hidden[i + 1])
+    found["head"] = (run(model.head(), found[f"block {model.num_blocks - 1}"][0]), logits)
+    found["whole model"] = (run(model.decoder(), arrays["tokens"]), logits)
+    for part, (ours, theirs) in found.items():
+        np.testing.assert_allclose(ours, theirs, atol=1e-4, err_msg=part)
+
+
+@EVERY
+def test_names_go_to_module_paths_and_back_and_positions_are_read(name, golden):
+    folder, _, model = golden(name)
+    weights, family = set(stored_bytes(folder)), model.family
+    expected = family.expected_shapes(model.config)
+    assert set(expected) <= weights
+    assert [family.keys.to_key(family.keys.to_path(key)) for key in expected] == list(expected)
+    with pytest.raises(KeyError, match="no entry of the key table"):
+        family.keys.to_path("nothing.weight")
+    assert model.config.max_positions == {"dynamic_rope": 48, "legacy_linear": 128}.get(name, 64)
+
+
+# Windows, capped scores, learned positions, experts.
+@pytest.mark.parametrize("name", often(list(CASES), "gemma2", "gpt2", "qwen3_moe"))
+def test_kept_keys_and_values_give_the_logits_of_the_whole_text(name, golden):
+    decoder = golden(name).model.decoder()
+    # After one token, and after several at once.
+    for prompt in (PROMPT[:1], PROMPT):
+        new = generate(decoder, prompt, 12 - len(prompt))
+        assert (new.shape, new.dtype) == ((12 - len(prompt),), np.int32)
+        # Attention is causal, so that one pass over the whole text gives the choice at each of its tokens.
+        choices = np.argmax(run(decoder, np.concatenate([prompt, new])[None])[0], axis=-1)
+        np.testing.assert_array_equal(new, choices[len(prompt) - 1 : -1])
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_a_block_whose_inner_channels_stand_in_another_order_computes_the_same(name, golden):
+    _, arrays, model = golden(name)
+    config, block, rng = model.config, model.block(0), np.random.default_rng(0)
+    tensors = {path: model.stored(key) for path, key in model.block_keys(0).items()}
+    downs = [linear for linear in block.linears if linear.endswith("down_proj")]
+    orders = {linear: rng.permutation(block.weight_shape(linear)[1]) for linear in downs}
+    # Within a head, alike in all heads of a KV group.
+    values = np.stack([rng.permutation(config.head_dim) for _ in range(config.num_kv_heads)])
+    heads = np.arange(config.num_heads)
+    of_heads = values[heads * config.num_kv_heads // config.num_heads] + config.head_dim * heads[:, None]
+    moved = reordered_block(tensors, block_moves(config, orders | {"self_attn.o_proj": of_heads.reshape(-1)}))
+    changed = {path for path, value in tensors.items() if not np.array_equal(value, moved[path])}
+    assert {f"{linear}.weight" for linear in (*orders, "self_attn.o_proj")} < changed
+    # Biases follow their rows.
+    assert all(path in changed for path in tensors if path.endswith(("v_proj.bias", "up_proj.bias", "qkv_proj.bias")))
+    x = arrays["hidden"][0]
+    np.testing.assert_allclose(run(model.block_of(0, moved), x), run(block, x), rtol=1e-4, atol=1e-5)
+
+
+def test_an_order_that_changes_the_function_is_refused(golden):
+    config = golden(ONE_EACH[0]).model.config
+    across = np.roll(np.arange(config.num_heads * config.head_dim), 1)
+    for orders, words in (
+        ({"mlp.down_proj": np.zeros(config.intermediate_size, int)}, "must name each of them once"),
+        ({"self_attn.o_proj": across}, "move within their head, alike in all heads of a KV group"),
+    ):
+        with pytest.raises(ModelError, match=words):
+            block_moves(config, orders)
+
+
+@pytest.mark.parametrize("name", often(["gpt2", "opt", "gpt_neox", "tied_grouped"], "gpt2"))
+def test_checkpoints_of_the_bare_model_are_read_and_exported_by_their_own_names(name, golden, tmp_path):
+    _, arrays, whole = golden(name)
+    base = whole.family.keys.base
+    tensors = {key.removeprefix(base): whole.source.read(key) for key in whole.source.tensors}
+    bare = write_folder(tmp_path / "bare", whole.source.config, tensors)
+    model = open_model(bare)
+    assert not any(key.startswith(base) for key in model.exported_keys())
+    np.testing.assert_allclose(run(model.decoder(), arrays["tokens"]), arrays["logits"], atol=1e-4)
+    prune_model(bare, tmp_path / "out", Recipe(method="magnitude", calibration=TOKENS))
+    assert set(stored_bytes(tmp_path / "out")) == set(stored_bytes(bare))
+
+
+# Those of the other families are laid out as one of these is.
+@pytest.mark.parametrize("name", often(ONE_EACH, "opt", "gpt2"))
+def test_a_pruned_export_keeps_names_layouts_and_untouched_bytes(name, golden, tmp_path):
+    source = golden(name).folder
+    report = prune_model(source, tmp_path, Recipe(method="wanda", calibration=TOKENS, min_expert_tokens=2))
+    before, after = (open_model(folder).source.tensors for folder in (source, tmp_path))
+    assert {key: info.shape for key, info in after.items()} == {key: info.shape for key, info in before.items()}
+    pruned = {f"{record.layer}.weight" for record in report.layers}
+    old, new = stored_bytes(source), stored_bytes(tmp_path)
+    for key, raw in old.items():
+        assert (new[key] == raw) == (key not in pruned), key
+    assert all(audit.zeros == audit.size // 2 for audit in audit_sparsity(tmp_path))
+    assert np.isfinite(run(load_decoder(tmp_path), TOKENS)).all()
+
+
+def test_fused_and_transposed_matrices_are_pruned_as_they_lie_on_disk(golden, tmp_path):
+    recipe = Recipe(pattern="2:4", method="wanda", calibration=TOKENS)
+    report = prune_model(golden("gpt2").folder, tmp_path, recipe)
+    stored = open_model(tmp_path).source.read("transformer.h.0.attn.c_attn.weight")
+    assert stored.shape == (16, 48)
+    # The pattern runs along the inputs, which Conv1D stores as rows.
+    assert (np.count_nonzero(stored.reshape(4, 4, 48), axis=1) <= 2).all()
+    first = next(record for record in report.layers if record.layer == "transformer.h.0.attn.c_attn")
+    assert first.shape == (48, 16)
+    phi3 = golden("phi3").model
+    assert [*phi3.block_linears(0)] == ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"]
+    assert phi3.weight_shape("model.layers.0.self_attn.qkv_proj.weight") == (32, 16)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral"])
+def test_parameters_that_are_read_in_pieces_are_those_read_at_once(name, golden, monkeypatch):
+    model = golden(name).model
+    whole = jax.tree.leaves((model.embedding(), model.block(0), model.head()))
+    monkeypatch.setattr(safetensors, "SLICE", 200)
+    for one, other in zip(whole, jax.tree.leaves((model.embedding(), model.block(0), model.head())), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+ROPE_SCALING = {"rope_type": "linear", "factor": 8.0}
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("tiny", {"hidden_act": "quick_gelu"}, "hidden_act='quick_gelu'"),
+    ("tiny", {"sliding_window": 128}, "sliding_window=128"),
+    ("tiny", {"quantization_config": {"bits": 4}}, "quantization_config="),
+    ("tiny", {"hidden_size": None}, "hidden_size must be a positive int, given None"),
+    ("tiny", {"num_attention_heads": True}, "num_attention_heads must be a positive int, given True"),
+    ("tiny", {"num_key_value_heads": 3}, "num_key_value_heads=3 must divide"),
+    ("tiny", {"head_dim": 7}, "given 7 of head_dim=7"),
+    ("tiny", {"rms_norm_eps": "small"}, "rms_norm_eps must be a positive float"),
+    ("tiny", {"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "rope_type='spiral' is unknown"),
+    ("tiny", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "factor must be a positive float"),
+    ("tiny", {"rope_parameters": {"partial_rotary_factor": 1.5}}, "partial_rotary_factor must be in"),
+    ("tiny", {"rope_scaling": 2.0}, "rope_scaling must be a table"),
+    ("tiny", {"rope_scaling": ROPE_SCALING}, "they differ in rope_type, factor"),
+    ("mistral", {"sliding_window": 0}, "sliding_window must be a positive int, given 0"),
+    ("mistral", {"layer_types": ["full_attention"] * 3}, "layer_types="),
+    ("mistral", {"max_position_embeddings": 0}, "max_position_embeddings must be a positive int, given 0"),
+    ("qwen2", {"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, "chunked_attention"),
+    ("qwen2", {"layer_types": ["full_attention"]}, "layer_types must name .* for each of 3 blocks, given 1"),
+    ("qwen2", {"rope_parameters": {"mrope_section": [1, 1, 2]}}, "mrope_section="),
+    ("qwen3", {"rope_parameters": {"rope_type": "proportional"}}, "rope_type='proportional' is unknown"),
+    ("smollm3", {"no_rope_layers": [1, 2, 0]}, "no_rope_layers must hold 0 or 1"),
+    ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+    ("gemma2", {"hidden_activation": "relu2"}, "hidden_activation='relu2'"),
+    ("gemma2", {"attn_logit_softcapping": -1.0}, "attn_logit_softcapping must be a positive float"),
+    ("gemma3_text", {"sliding_window_pattern": 0}, "sliding_window_pattern must be a positive int"),
+    ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+    ("gemma3_images", {"text_config": None}, "text_config must be a table"),
+    ("phi3", {"partial_rotary_factor": 2.0, "rope_parameters": None}, "partial_rotary_factor must be in"),
+    ("phi3", {"rope_parameters": {"rope_type": "longrope", "short_factor": 1}}, "short_factor must be a list"),
+    ("phi3_longrope", {"num_attention_heads": 2}, "short_factor has 2 entries, expected 4: .* 8 rotated features"),
+    ("olmo2", {"num_key_value_heads": 3}, "num_key_value_heads=3 must divide"),
+    ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before=False"),
+    ("opt", {"word_embed_proj_dim": 8}, "word_embed_proj_dim=8"),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
+    ("gpt2", {"add_cross_attention": True}, "add_cross_attention=True"),
+    ("gpt2", {"n_embd": None}, "hidden_size must be a positive int"),
+    ("gpt_neox", {"rotary_pct": -0.5, "rope_parameters": None}, "partial_rotary_factor must be a positive"),
+    ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok=9"),
+    ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window=True"),
+    ("llama3_rope", {"quantization_config": {"bits": 4}}, "quantization_config="),
+    ("tiny", {"model_type": "mamba"}, "unknown model_type 'mamba'; known are gemma2, .*llama"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "named"), REFUSED)
+def test_what_a_family_does_not_do_is_refused_by_its_field(name, changes, named):
+    config = (tiny_config() if name == "tiny" else golden_config(name)) | changes
+    with pytest.raises(ModelError, match=named):
+        find_family(config).read_config(config)
+
+
 @pytest.mark.parametrize(("name", "longest"), [("opt", 64), ("dynamic_rope", 48)])
-def test_a_window_beyond_the_positions_of_a_model_is_refused_before_any_work(
-    name: str, longest: int, tmp_path: Path
-) -> None:
-    source = write_golden_folder(name, tmp_path / "source")
-    ids = np.zeros((2, longest + 1), np.int32)
-    model, decoder = open_model(source), load_decoder(source)
+def test_a_window_beyond_the_positions_of_a_model_is_refused_before_any_work(name, longest, golden, tmp_path):
+    source, _, model = golden(name)
+    ids, decoder = np.zeros((2, longest + 1), np.int32), model.decoder()
     attempts: dict[str, Callable[[], Any]] = {
         "embedding": lambda: decoder(ids),
         "perplexity": lambda: perplexity(model, ids),
@@ -175,40 +248,33 @@ def test_a_window_beyond_the_positions_of_a_model_is_refused_before_any_work(
         # Said before the folder's lack of a tokenizer is.
         "text": lambda: prune_model(source, tmp_path / "out", Recipe(seqlen=longest + 1)),
     }
+    words = f"a window of {longest + 1} tokens is longer than the {longest} positions"
     for attempt in attempts.values():
-        with pytest.raises(
-            ModelError, match=f"a window of {longest + 1} tokens is longer than the {longest} positions"
-        ):
+        with pytest.raises(ModelError, match=words):
             attempt()
     assert not (tmp_path / "out").exists()
     # The window grows in steps, and not beyond what the model reads.
     assert generate(decoder, ids[0, :-2], 1).shape == (1,)
 
 
-def test_gemma_3_has_the_defaults_of_its_class_and_its_own_base_for_local_blocks() -> None:
+def test_gemma_3_has_the_defaults_of_its_class_and_its_own_base_for_local_blocks():
     # What the published configurations of the 4B model state.
     published = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "sliding_window": 1024}
-    scaled = published | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}
-    read = FAMILIES["gemma3"].configure({"text_config": scaled})
+    read = FAMILIES["gemma3"].configure({"text_config": published | {"rope_scaling": ROPE_SCALING}})
     assert (read.vocab_size, read.num_heads, read.num_kv_heads, read.head_dim) == (262_208, 8, 4, 256)
     assert (read.num_layers, read.max_positions) == (34, 8 * 131_072)
     ropes = {"sliding_attention": {"rope_type": "default"}, "full_attention": {"rope_type": "default"}}
     own = published | {"rope_theta": 1e6, "rope_local_base_freq": 5e3, "rope_parameters": ropes}
     read = FAMILIES["gemma3_text"].configure(own)
     assert {kind.rope.theta: kind.window for kind in read.kinds if kind.rope} == {5e3: 1024, 1e6: None}
-    with pytest.raises(ModelError, match="attn_logit_softcapping"):
-        FAMILIES["gemma3_text"].configure({"attn_logit_softcapping": 50.0})
 
 
-def test_a_length_beside_the_rope_counts_as_in_transformers() -> None:
+def test_two_names_of_one_rope_agree_and_a_length_beside_it_counts_as_in_transformers():
     factors = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "factor": 8.0}
     rope = {"rope_type": "llama3", "original_max_position_embeddings": 64, **factors}
     inside, both = {"rope_parameters": rope}, {"rope_parameters": rope, "original_max_position_embeddings": 128}
     outside = {"rope_parameters": {**rope, "original_max_position_embeddings": 128}}
     assert read_rope(both) == read_rope(outside) != read_rope(inside)
-
-
-def test_two_names_of_one_rope_are_no_contradiction() -> None:
     old, new = {"type": "linear", "factor": 2.0}, {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
     assert read_rope({"rope_scaling": old, "rope_parameters": new}) == read_rope({"rope_parameters": new})
 
@@ -225,14 +291,9 @@ def test_two_names_of_one_rope_are_no_contradiction() -> None:
         ({"rope_type": "longrope", "factor": 8.0, "original_max_position_embeddings": 16}, 64),
     ],
 )
-def test_a_scaling_stretches_the_positions_that_it_does_not_count_in(rope: dict | None, expected: int) -> None:
+def test_a_scaling_stretches_the_positions_that_it_does_not_count_in(rope, expected):
     assert max_positions({"max_position_embeddings": 64, "rope_scaling": rope}) == expected
     assert max_positions({"rope_scaling": rope}) is None
     # Of two ropes, the one that reaches least far counts.
     both = {"full_attention": rope or {}, "sliding_attention": {"rope_type": "default"}}
     assert max_positions({"max_position_embeddings": 64, "rope_parameters": both}) == 64
-
-
-def test_positions_are_read_under_the_names_of_every_family() -> None:
-    found = {name: find_family(golden_config(name)).configure(golden_config(name)).max_positions for name in CASES}
-    assert found == dict.fromkeys(CASES, 64) | {"dynamic_rope": 48, "legacy_linear": 128}

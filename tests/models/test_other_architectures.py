@@ -16,20 +16,11 @@ def test_without_torch_the_known_families_and_the_way_out_are_named(tmp_path, rn
     config = tiny_config()
     folder = write_folder(tmp_path / "m", config | {"model_type": "stablelm"}, random_tensors(config, rng))
     text = r"unknown model_type 'stablelm'; known are .*llama.* is not installed: pip install 'sparseopt\[torch\]'"
-    for opening in (open_model, load_decoder):
+    recipe = Recipe(calibration=np.zeros((6, 8), np.int32))
+    for call in (open_model, load_decoder, lambda path: prune_model(path, tmp_path / "out", recipe)):
         with pytest.raises(ModelError, match=text):
-            opening(folder)
-    with pytest.raises(ModelError, match=text):
-        prune_model(folder, tmp_path / "out", Recipe(calibration=np.zeros((6, 8), np.int32)))
+            call(folder)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_configuration_without_a_model_type_names_the_families(tmp_path, rng):
-    config = tiny_config()
-    folder = write_folder(tmp_path, config, random_tensors(config, rng))
-    (folder / "config.json").write_text("{}")
-    with pytest.raises(ModelError, match="unknown model_type None; known are"):
-        open_model(folder)
 
 
 @pytest.mark.processes

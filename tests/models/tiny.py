@@ -1,20 +1,26 @@
-"""Tiny random Llama models as files: Hugging Face folders (one file or shards) and GGUF."""
+"""Tiny random models as files: Hugging Face folders, golden models of the families, and GGUF of every architecture.
+
+Tensor names and metadata keys of GGUF are the `gguf` package's own.
+"""
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
+from gguf import GGMLQuantizationType, Keys
 from safetensors.numpy import save_file
 
-from sparseopt.models import find_family
+from sparseopt.models import OUTER_TAG, ShardedWriter, StreamedModel, block_tag, find_family
 
 # The smallest byte-level alphabet that covers the tests' texts, three merges and three special tokens.
 LETTERS = [*"abcdefghijklmnopqrstuvwxyz0123456789.,!?'", "Ġ", "Ċ"]
 MERGES = ["h e", "l l", "Ġ t"]
 SPECIAL = ["<|end|>", "<|start|>", "<|stop|>"]
 VOCAB = [*SPECIAL, *LETTERS, "he", "ll", "Ġt"]
+GOLDEN = Path(__file__).parent / "golden"
 
 
 def tiny_config(**changes: Any) -> dict[str, Any]:
@@ -67,6 +73,168 @@ def write_folder(folder: Path, config: dict[str, Any], tensors: dict[str, np.nda
     return folder
 
 
+def copy_model(model: StreamedModel, folder: Path, **options: Any) -> ShardedWriter:
+    """The model written out again, a shard for each block."""
+    writer = ShardedWriter(folder, model.source, **options)
+    writer.write(OUTER_TAG, {key: model.source.read(key) for key in model.outer_keys()})
+    for index in range(model.num_blocks):
+        keys = model.block_keys(index).values()
+        writer.write(block_tag(index), {key: model.source.read(key) for key in keys})
+    writer.finish()
+    return writer
+
+
+def write_golden(file: Path, folder: Path) -> dict[str, np.ndarray]:
+    """The model of a golden file as a folder, in float32; returns the arrays of the file."""
+    arrays = dict(np.load(file))
+    stored = {key.removeprefix("weight/"): value for key, value in arrays.items() if key.startswith("weight/")}
+    tensors = {key: value.astype(np.float32) for key, value in stored.items()}
+    write_folder(folder, json.loads(str(arrays["config"])), tensors)
+    return arrays
+
+
+_SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+    "dtype": "float32",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "rope_theta": 10000.0,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+}
+_LLAMA = _SIZES | {"head_dim": 8, "hidden_act": "silu", "mlp_bias": False}
+_LONG_ROPE = {"rope_theta": 1000000.0, "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}}
+_QWEN = _SIZES | _LONG_ROPE | {"hidden_act": "silu", "use_sliding_window": False}
+_GEMMA = _SIZES | {
+    "head_dim": 16,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 16,
+    "sliding_window": 8,
+    "tie_word_embeddings": True,
+}
+_QWEN2 = {name: value for name, value in _QWEN.items() if name != "attention_bias"}
+_GEMMA3_ROPES = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+}
+_GEMMA2_CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+
+
+def _architecture(name: str, model_type: str, fields: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"architectures": [f"{name}ForCausalLM"], "model_type": model_type} | fields | more
+
+
+# Whole configurations by GGUF architecture: what a file written from them must give again.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": _architecture("Llama", "llama", _LLAMA),
+    "qwen2": _architecture("Qwen2", "qwen2", _QWEN2, head_dim=8, tie_word_embeddings=True),
+    "qwen3": _architecture("Qwen3", "qwen3", _QWEN, head_dim=16),
+    "gemma2": _architecture(
+        "Gemma2",
+        "gemma2",
+        _GEMMA | _GEMMA2_CAPS,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "gemma3": _architecture(
+        "Gemma3",
+        "gemma3_text",
+        _GEMMA | dict.fromkeys(_GEMMA2_CAPS),
+        num_hidden_layers=7,
+        rope_theta=1000000.0,
+        rope_local_base_freq=10000.0,
+        rope_parameters=_GEMMA3_ROPES,
+        layer_types=["sliding_attention"] * 5 + ["full_attention", "sliding_attention"],
+    ),
+}
+# Metadata of every architecture, by the field that holds them.
+_FIELDS = {
+    Keys.LLM.BLOCK_COUNT: "num_hidden_layers",
+    Keys.LLM.CONTEXT_LENGTH: "max_position_embeddings",
+    Keys.LLM.EMBEDDING_LENGTH: "hidden_size",
+    Keys.LLM.FEED_FORWARD_LENGTH: "intermediate_size",
+    Keys.Attention.HEAD_COUNT: "num_attention_heads",
+    Keys.Attention.HEAD_COUNT_KV: "num_key_value_heads",
+    Keys.Attention.LAYERNORM_RMS_EPS: "rms_norm_eps",
+    Keys.Rope.FREQ_BASE: "rope_theta",
+    Keys.Tokenizer.BOS_ID: "bos_token_id",
+    Keys.Tokenizer.EOS_ID: "eos_token_id",
+    Keys.Tokenizer.PAD_ID: "pad_token_id",
+}
+_HEAD_SIZES = dict.fromkeys((Keys.Attention.KEY_LENGTH, Keys.Attention.VALUE_LENGTH), "head_dim")
+_WINDOW = {Keys.Attention.SLIDING_WINDOW: "sliding_window"}
+# What else an architecture's metadata hold.
+_MORE_FIELDS: dict[str, dict[str, str]] = {
+    "llama": {Keys.LLM.VOCAB_SIZE: "vocab_size", Keys.Rope.DIMENSION_COUNT: "head_dim"},
+    "qwen2": {},
+    "qwen3": _HEAD_SIZES,
+    "gemma2": _HEAD_SIZES
+    | _WINDOW
+    | {
+        Keys.LLM.ATTN_LOGIT_SOFTCAPPING: "attn_logit_softcapping",
+        Keys.LLM.FINAL_LOGIT_SOFTCAPPING: "final_logit_softcapping",
+    },
+    "gemma3": _HEAD_SIZES | _WINDOW | {"{arch}.rope.freq_base_swa": "rope_local_base_freq"},
+}
+
+
+def metadata_of(architecture: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a converter writes for this architecture, tokenizer included."""
+    gemma = architecture.startswith("gemma")
+    found = sentencepiece_metadata(prefix=False) if gemma else byte_level_metadata("qwen2")
+    found |= {key: config[name] for key, name in (_FIELDS | _MORE_FIELDS[architecture]).items()}
+    if architecture == "gemma2":
+        del found[Keys.Rope.FREQ_BASE]
+    if architecture == "gemma3":
+        found |= {Keys.Rope.SCALING_TYPE: "linear", Keys.Rope.SCALING_FACTOR: 8.0}
+    return {key.format(arch=architecture): value for key, value in found.items()}
+
+
+def byte_level_metadata(pre: str) -> dict[str, Any]:
+    return {
+        Keys.Tokenizer.MODEL: "gpt2",
+        Keys.Tokenizer.PRE: pre,
+        Keys.Tokenizer.LIST: VOCAB,
+        Keys.Tokenizer.TOKEN_TYPE: [3] * len(SPECIAL) + [1] * (len(VOCAB) - len(SPECIAL)),
+        Keys.Tokenizer.MERGES: MERGES,
+        Keys.Tokenizer.ADD_BOS: False,
+    }
+
+
+# Pieces in order of training, as SentencePiece lays them out: specials, user-defined, bytes, merges, letters.
+_USER_DEFINED = ["\n\n", "  ", "   ", "    ", "<b>"]
+_MERGED = ["he", "ll", "▁t", "lo", "hell", "▁the", "▁hello", "hello", "▁a", "é▁", "aa", "aaa"]
+_PIECES = ["▁", *"abcdefghijklmnopqrstuvwxyz", "\n", "é"]
+
+
+def sentencepiece_metadata(prefix: bool) -> dict[str, Any]:
+    """A SentencePiece vocabulary as converters store it: user-defined tokens with real spaces and a made-up score."""
+    head = ["<pad>", "<bos>", "<eos>", "<unk>", *_USER_DEFINED]
+    tokens = [*head, *(f"<0x{byte:02X}>" for byte in range(256)), *_MERGED, *_PIECES]
+    scores = [-1000.0] * len(head) + [0.0] * 256 + [-float(i) for i in range(len(_MERGED) + len(_PIECES))]
+    kinds = [3, 3, 3, 2, 4, 4, 4, 4, 4] + [6] * 256 + [1] * (len(_MERGED) + len(_PIECES))
+    return {
+        Keys.Tokenizer.MODEL: "llama",
+        Keys.Tokenizer.PRE: "default",
+        Keys.Tokenizer.LIST: tokens,
+        Keys.Tokenizer.SCORES: scores,
+        Keys.Tokenizer.TOKEN_TYPE: kinds,
+        Keys.Tokenizer.BOS_ID: 1,
+        Keys.Tokenizer.EOS_ID: 2,
+        Keys.Tokenizer.UNK_ID: 3,
+        Keys.Tokenizer.PAD_ID: 0,
+        Keys.Tokenizer.ADD_PREFIX: prefix,
+    }
+
+
 def pair_heads(tensor: np.ndarray, heads: int) -> np.ndarray:
     """The row order of GGUF: of every head the rows 0, H/2, 1, H/2 + 1, ..."""
     half = tensor.shape[0] // heads // 2
@@ -74,71 +242,57 @@ def pair_heads(tensor: np.ndarray, heads: int) -> np.ndarray:
     return tensor[order]
 
 
-GGUF_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
-
-def gguf_name(name: str) -> str:
-    stem, kind = name.rsplit(".", 1)
-    if stem in GGUF_NAMES:
-        return f"{GGUF_NAMES[stem]}.{kind}"
-    _, _, block, part = stem.split(".", 3)
-    return f"blk.{block}.{GGUF_NAMES[part]}.{kind}"
+def write_architecture(
+    file: Path,
+    architecture: str,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    kind: GGMLQuantizationType = GGMLQuantizationType.F32,
+    changes: Mapping[str, Any] | None = None,
+) -> Path:
+    """Matrices are stored as `kind`, vectors as float32; `changes` to the metadata by key, None takes one out."""
+    writer = gguf.GGUFWriter(file, architecture)
+    add: dict[type, Callable[[str, Any], None]] = {
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+        list: writer.add_array,
+    }
+    for key, value in (metadata_of(architecture, config) | dict(changes or {})).items():
+        if value is not None:
+            add[type(value)](key, value)
+    number = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
+    names = gguf.get_tensor_name_map(number, config["num_hidden_layers"])
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    for name, stored in tensors.items():
+        if architecture == "llama" and (part := name.split(".")[-2]) in heads:
+            stored = pair_heads(stored, heads[part])
+        if architecture.startswith("gemma") and name.endswith("norm.weight"):
+            stored = stored + 1
+        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert gguf_name is not None, name
+        if stored.ndim == 2:
+            writer.add_tensor(gguf_name, gguf.quants.quantize(stored, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(gguf_name, stored.astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
 
 
 def write_gguf(
     file: Path,
     config: dict[str, Any],
     tensors: dict[str, np.ndarray],
-    kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    kind: GGMLQuantizationType = GGMLQuantizationType.F32,
     pre: str = "smollm",
-    architecture: str = "llama",
 ) -> Path:
-    """Matrices are stored as `kind`, vectors as float32, q and k with paired rows."""
-    writer = gguf.GGUFWriter(file, architecture)
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_theta"])
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(VOCAB)
-    writer.add_token_types([3] * len(SPECIAL) + [1] * (len(VOCAB) - len(SPECIAL)))
-    writer.add_token_merges(MERGES)
-    writer.add_bos_token_id(config["bos_token_id"])
-    writer.add_eos_token_id(config["eos_token_id"])
-    writer.add_pad_token_id(config["pad_token_id"])
-    writer.add_add_bos_token(False)
-    writer.add_chat_template("{% for m in messages %}<|start|>{{ m['content'] }}<|stop|>{% endfor %}")
-    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    for name, tensor in tensors.items():
-        stored = tensor
-        for part, count in heads.items():
-            if part in name:
-                stored = pair_heads(tensor, count)
-        if stored.ndim == 2:
-            data = gguf.quants.quantize(stored, kind)
-            writer.add_tensor(gguf_name(name), data, raw_dtype=kind)
-        else:
-            writer.add_tensor(gguf_name(name), stored.astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return file
+    """A file of the architecture llama, with the tokenizer of `VOCAB` and a chat template."""
+    template = "{% for m in messages %}<|start|>{{ m['content'] }}<|stop|>{% endfor %}"
+    whole = {"head_dim": config["hidden_size"] // config["num_attention_heads"]} | config
+    # Without a size of heads, which the file then has by its other sizes.
+    changes = {Keys.Tokenizer.PRE: pre, Keys.Tokenizer.CHAT_TEMPLATE: template, "llama.rope.dimension_count": None}
+    return write_architecture(file, "llama", whole, tensors, kind, changes)

@@ -5,6 +5,7 @@ No network is used: tasks, data and models are files of the test.
 
 import json
 import socket
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,23 +15,13 @@ from tokenizers import processors
 from sparseopt.models import encode_text, load_tokenizer, open_model
 from sparseopt.pruning import perplexity
 from sparseopt.pruning.evaluate.scoring import Score
-from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder, write_gguf
-from tests.models.tiny_gguf import CONFIGS
-from tests.oracle.test_reference import export
+from tests.models.tiny import CONFIGS, VOCAB, copy_model, random_tensors, tiny_config, write_folder, write_gguf
 from tests.pruning.test_pipeline import TOKENIZER
 
 pytestmark = pytest.mark.oracle
 
-QUESTIONS = [
-    "the hen lays",
-    "a bell tells",
-    "he fell in the",
-    "hello there, tell",
-    "ten of the",
-    "all",
-    "seven",
-    "what?",
-]
+QUESTIONS = ["the hen lays", "a bell tells", "he fell in the", "hello there, tell"]
+QUESTIONS += ["ten of the", "all", "seven", "what?"]
 CHOICES = [[" hell", " the", " a", " e"], [" well.", " o", " time he", " b"]] * 4
 TEXTS = ["hello there. the bell fell in the well", "all the hens tell the time.\nten of them", "he"]
 
@@ -47,7 +38,8 @@ def offline(monkeypatch):
 def model(tmp_path, rng):
     config = tiny_config()
     tensors = {name: 3 * tensor for name, tensor in random_tensors(config, rng).items()}
-    return export(open_model(write_gguf(tmp_path / "model.gguf", config, tensors)), tmp_path / "model")
+    copy_model(open_model(write_gguf(tmp_path / "model.gguf", config, tensors)), tmp_path / "model")
+    return tmp_path / "model"
 
 
 def write_task(folder, name, rows, **settings):
@@ -230,44 +222,52 @@ def test_the_longest_input_is_the_familys_own(tmp_path, rng, config, longest):
 def test_mistakes_are_named(tmp_path, model, command):
     from sparseopt.pruning.evaluate.zero_shot import DecoderLM, zero_shot
 
-    folder = tmp_path / "tasks"
+    folder, seen = tmp_path / "tasks", []
     write_choice_task(folder, model, wrong=0)
-    status, _, err = command("zero-shot", model, "--tasks", "hans,hens,arc_eazy", "--include-path", folder)
-    assert status == 2
-    assert "unknown task 'hans'; nearest are hens" in err
-    assert "unknown task 'arc_eazy'; nearest are arc_easy" in err
-    status, _, err = command("zero-shot", model, "--tasks", "hens", "--include-path", tmp_path / "nothing")
-    assert status == 2
-    assert "include_path must be a folder" in err
-    for wrong in ({"limit": 0}, {"limit": 1.5}, {"shots": 1.5}):
-        with pytest.raises(ValueError, match="limit and shots are whole numbers"):
-            zero_shot(model, ["hens"], include_path=folder, **wrong)
-    with pytest.raises(ValueError, match=r"max_length is at most the .* tokens that the model is made for, given 9999"):
-        DecoderLM(model, max_length=9999)
     drawn = {"output_type": "generate_until", "doc_to_text": "{{text}}", "doc_to_target": "{{text}}"}
     drawn |= {"generation_kwargs": {"do_sample": True, "max_gen_toks": 2, "until": ["."]}}
     write_task(folder, "drawn", [{"text": "he"}], **drawn, metric_list=[{"metric": "exact_match"}])
-    seen = []
-    with pytest.raises(ValueError, match="only greedy generation"):
-        zero_shot(model, ["hens", "drawn"], include_path=folder, observer=lambda *step: seen.append(step))
+    lm, numbers = DecoderLM(model, max_length=16), "limit and shots are whole numbers"
+    scored = partial(zero_shot, model, ["hens"], include_path=folder)
+    refused = [
+        *((partial(scored, **wrong), numbers) for wrong in ({"limit": 0}, {"limit": 1.5}, {"shots": 1.5})),
+        (partial(scored, shots=1000), r"hens has examples for at most .* shots, given 1000"),
+        (
+            partial(zero_shot, model, ["hens", "drawn"], include_path=folder, observer=lambda *step: seen.append(step)),
+            "only greedy generation",
+        ),
+        (partial(DecoderLM, model, max_length=9999), r"at most the .* tokens that the model is made for, given 9999"),
+        *(
+            (partial(getattr(lm, kind), requests_of(kind, [request])), words)
+            for kind, request, words in (
+                ("generate_until", ("he", {"do_sample": True, "max_gen_toks": 4}), "only greedy generation"),
+                ("generate_until", ("he", {"max_gen_toks": 16}), "asks for 16 new tokens; the model reads 16"),
+                ("loglikelihood", ("he", "a" * 40), "a continuation has 40 tokens, the model reads 16"),
+                ("loglikelihood", ("he", ""), "empty continuation"),
+            )
+        ),
+    ]
+    for call, words in refused:
+        with pytest.raises(ValueError, match=words):
+            call()
     assert not seen  # before any work
-    with pytest.raises(ValueError, match=r"hens has examples for at most .* shots, given 1000"):
-        zero_shot(model, ["hens"], include_path=folder, shots=1000)
+
+    def told(tasks, place):
+        return command("zero-shot", model, "--tasks", tasks, "--include-path", place)
+
+    status, _, err = told("hans,hens,arc_eazy", folder)
+    assert status == 2
+    assert "unknown task 'hans'; nearest are hens" in err
+    assert "unknown task 'arc_eazy'; nearest are arc_easy" in err
+    status, _, err = told("hens", tmp_path / "nothing")
+    assert status == 2
+    assert "include_path must be a folder" in err
     (folder / "hens.jsonl").unlink()
-    status, _, err = command("zero-shot", model, "--tasks", "hens", "--include-path", folder)
+    status, _, err = told("hens", folder)
     assert status == 1
     assert "cannot be loaded" in err
     assert "hens.jsonl" in err
     (folder / "hens.jsonl").write_text("{no json\n")
-    status, _, err = command("zero-shot", model, "--tasks", "hens", "--include-path", folder)
+    status, _, err = told("hens", folder)
     assert status == 1
     assert "the tasks hens cannot be loaded" in err
-    lm = DecoderLM(model, max_length=16)
-    with pytest.raises(ValueError, match="only greedy generation"):
-        lm.generate_until(requests_of("generate_until", [("he", {"do_sample": True, "max_gen_toks": 4})]))
-    with pytest.raises(ValueError, match="asks for 16 new tokens; the model reads 16"):
-        lm.generate_until(requests_of("generate_until", [("he", {"max_gen_toks": 16})]))
-    with pytest.raises(ValueError, match="a continuation has 40 tokens, the model reads 16"):
-        lm.loglikelihood(requests_of("loglikelihood", [("he", "a" * 40)]))
-    with pytest.raises(ValueError, match="empty continuation"):
-        lm.loglikelihood(requests_of("loglikelihood", [("he", "")]))

@@ -36,9 +36,7 @@ from sparseopt.pruning.run.resumption import recipe_identity
 from sparseopt.pruning.train.distillation import Distillation
 from sparseopt.pruning.train.reconstruction import Reconstruction
 from sparseopt.system.run_folder import RECORDS, FolderError
-from tests.models.decoder.test_decoder import write_golden
-from tests.models.reshape.test_shrunk import FOLDER
-from tests.models.tiny import random_tensors, tiny_config, write_folder
+from tests.models.tiny import GOLDEN, random_tensors, tiny_config, write_folder, write_golden
 from tests.pruning.test_experts import EXPERTS, routed_inputs
 from tests.pruning.test_resumption import Broken, breaking_at, model_bytes
 from tests.tiers import often
@@ -85,7 +83,7 @@ FAMILIES = {
 @pytest.mark.parametrize("name", often(FAMILIES, "gpt2"))
 def test_a_folder_of_the_sizes_asked_for_is_written_and_runs(tmp_path, tokens, name):
     shares, wanted = FAMILIES[name]
-    write_golden(FOLDER / f"{name}.npz", tmp_path / "source")
+    write_golden(GOLDEN / f"{name}.npz", tmp_path / "source")
     (tmp_path / "source" / "tokenizer.json").write_text("{}")
     tokens, source = tokens % 40, open_model(tmp_path / "source")
     # Few tokens reach an expert of the tiny mixture.
@@ -348,10 +346,10 @@ def test_blocks_without_experts_keep_their_width_also_where_it_is_that_of_an_exp
 
 
 def test_shares_that_a_family_or_torch_cannot_have_are_refused(tmp_path, source, tokens):
-    write_golden(FOLDER / "olmo2.npz", tmp_path / "olmo2")
+    write_golden(GOLDEN / "olmo2.npz", tmp_path / "olmo2")
     with pytest.raises(ModelError, match=r"heads 0.5 would keep 1 of 2 key-value groups; give 1 for 2"):
         shrink_model(tmp_path / "olmo2", tmp_path / "out", recipe(tokens % 40, heads=0.5))
-    write_golden(FOLDER / "mixtral.npz", tmp_path / "mixtral")
+    write_golden(GOLDEN / "mixtral.npz", tmp_path / "mixtral")
     with pytest.raises(ModelError, match="experts=1, expected a whole number from 2 to 4"):
         shrink_model(tmp_path / "mixtral", tmp_path / "out", recipe(tokens % 40, experts=0.25))
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,16 @@ from tokenizers import processors
 
 from sparseopt.models import ModelError, encode_text, load_tokenizer, open_source, start_token
 from sparseopt.models.files.gguf.tokenizer import build_tokenizer
-from tests.models.tiny import MERGES, VOCAB, random_tensors, tiny_config, write_folder, write_gguf
-from tests.models.tiny_gguf import byte_level_metadata, sentencepiece_metadata
+from tests.models.tiny import (
+    MERGES,
+    VOCAB,
+    byte_level_metadata,
+    random_tensors,
+    sentencepiece_metadata,
+    tiny_config,
+    write_folder,
+    write_gguf,
+)
 
 TEXT = "hello the 2024 hell!\n<|stop|>he's"
 
@@ -27,7 +35,7 @@ def ids(*tokens: str) -> list[int]:
     return [VOCAB.index(token) for token in tokens]
 
 
-def test_byte_level_tokens_from_gguf(source: Any) -> None:
+def test_byte_level_tokens_from_gguf(source):
     tokenizer = load_tokenizer(source)
     got = encode_text(tokenizer, TEXT)
     assert got.dtype == np.int32
@@ -38,7 +46,7 @@ def test_byte_level_tokens_from_gguf(source: Any) -> None:
     assert tokenizer.decode(got.tolist(), skip_special_tokens=False) == TEXT
 
 
-def test_an_export_gives_the_same_ids(tmp_path: Path, source: Any) -> None:
+def test_an_export_gives_the_same_ids(tmp_path, source):
     from transformers import AutoTokenizer
 
     out = tmp_path / "out"
@@ -54,7 +62,7 @@ def test_an_export_gives_the_same_ids(tmp_path: Path, source: Any) -> None:
     assert "<|start|>{{ m['content'] }}<|stop|>" in theirs.chat_template
 
 
-def test_a_saved_cut_or_padding_is_taken_off(tmp_path: Path, source: Any) -> None:
+def test_a_saved_cut_or_padding_is_taken_off(tmp_path, source):
     tokenizer = load_tokenizer(source)
     whole = encode_text(tokenizer, TEXT).tolist()
     tokenizer.enable_truncation(3)
@@ -64,52 +72,16 @@ def test_a_saved_cut_or_padding_is_taken_off(tmp_path: Path, source: Any) -> Non
     assert encode_text(load_tokenizer(open_source(tmp_path)), TEXT).tolist() == whole
 
 
-def test_folders_without_a_usable_tokenizer(tmp_path: Path) -> None:
-    source = open_source(write_folder(tmp_path, tiny_config(), {}))
-    with pytest.raises(ModelError, match=r"no tokenizer\.json and transformers cannot make one"):
-        load_tokenizer(source)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ModelError, match="no valid tokenizer"):
-        load_tokenizer(source)
+DIGITS = {"smollm": [*"1234"], "gpt-2": ["1234"], "llama-bpe": ["123", "4"], "qwen2": [*"1234"]}
 
 
-@pytest.mark.parametrize(
-    ("changes", "text"),
-    [
-        ({"tokenizer.ggml.tokens": []}, "carries no tokenizer"),
-        ({"tokenizer.ggml.model": "bert"}, "kind 'bert'; known are 'gpt2' and 'llama'"),
-        ({"tokenizer.ggml.pre": "odd"}, "splits words by 'odd'.*known are smollm, gpt-2, llama-bpe, qwen2"),
-        ({"tokenizer.ggml.tokens": [1, 2]}, "corrupt table tokenizer.ggml.tokens"),
-        ({"tokenizer.ggml.eos_token_id": 49}, "eos_token_id = 49, which is none of its 49 tokens"),
-        ({"tokenizer.ggml.merges": ["q z"]}, "a merge whose parts or whole are no token"),
-        ({"tokenizer.ggml.model": "llama"}, "49 tokens and 0 scores"),
-        ({"tokenizer.ggml.token_type": [1] * 50}, "49 tokens and 50 token types"),
-        (sentencepiece_metadata(True) | {"tokenizer.ggml.remove_extra_whitespaces": True}, "that normalises text"),
-        (sentencepiece_metadata(True) | {"tokenizer.ggml.precompiled_charsmap": [1]}, "that normalises text"),
-    ],
-)
-def test_metadata_that_describe_no_known_tokenizer(changes: dict, text: str) -> None:
-    metadata = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.tokens": VOCAB}
-    with pytest.raises(ModelError, match=text):
-        build_tokenizer(metadata | changes, Path("m.gguf"))
+@pytest.mark.parametrize(("pre", "digits"), DIGITS.items())
+def test_words_are_cut_as_named(pre, digits):
+    tokenizer = build_tokenizer(byte_level_metadata(pre), Path("m.gguf"))
+    assert [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str("1234 ab")] == [*digits, "Ġab"]
 
 
-@pytest.mark.parametrize(
-    ("pre", "words"),
-    [
-        ("smollm", [*"1234", "Ġab"]),
-        ("gpt-2", ["1234", "Ġab"]),
-        ("llama-bpe", ["123", "4", "Ġab"]),
-        ("qwen2", [*"1234", "Ġab"]),
-    ],
-)
-def test_words_are_cut_as_named(pre: str, words: list[str]) -> None:
-    metadata = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre, "tokenizer.ggml.tokens": VOCAB}
-    tokenizer = build_tokenizer(metadata, Path("m.gguf"))
-    assert [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str("1234 ab")] == words
-
-
-def test_qwen2_cuts_and_normalises_as_the_reference() -> None:
+def test_qwen2_cuts_and_normalises_as_the_reference():
     from transformers import Qwen2Tokenizer
 
     metadata = byte_level_metadata("qwen2")
@@ -124,19 +96,8 @@ def test_qwen2_cuts_and_normalises_as_the_reference() -> None:
 
 
 TRICKY = [
-    "hello the hell",
-    " hello",
-    "the  the   the    the",
-    "\n\n\nhello\n",
-    "<b>hello<b> the",
-    "<eos>hello <bos>",
-    "aaaa aaa",
-    "é e\u0301 é",
-    "日本 🦙\t",
-    "Hello, 12",
-    "a▁b",
-    " ",
-    "",
+    *("hello the hell", " hello", "the  the   the    the", "\n\n\nhello\n", "<b>hello<b> the", "<eos>hello <bos>"),
+    *("aaaa aaa", "é e\u0301 é", "日本 🦙\t", "Hello, 12", "a▁b", " ", ""),
 ]
 
 
@@ -168,7 +129,7 @@ def pieces_by_definition(text: str, metadata: dict, prefix: bool) -> list[str]:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
-def test_sentencepiece_merges_by_definition(architecture: str) -> None:
+def test_sentencepiece_merges_by_definition(architecture):
     metadata = sentencepiece_metadata(prefix=False) | {"general.architecture": architecture}
     tokenizer = build_tokenizer(metadata, Path("m.gguf"))
     for text in TRICKY:
@@ -177,7 +138,7 @@ def test_sentencepiece_merges_by_definition(architecture: str) -> None:
         assert tokenizer.decode(got.ids, skip_special_tokens=False) == text.replace("▁", " "), text
 
 
-def test_a_prefixed_space_goes_before_every_stretch_of_text() -> None:
+def test_a_prefixed_space_goes_before_every_stretch_of_text():
     metadata = sentencepiece_metadata(prefix=True)
     metadata["tokenizer.ggml.token_type"] = [1 if kind == 4 else kind for kind in metadata["tokenizer.ggml.token_type"]]
     # Plain tokens need plain scores, and no spaces.
@@ -191,18 +152,17 @@ def test_a_prefixed_space_goes_before_every_stretch_of_text() -> None:
     assert tokenizer.decode(tokenizer.encode("hello  the").ids) == "hello  the"
 
 
-def test_text_begins_and_ends_as_the_file_says() -> None:
+def test_text_begins_and_ends_as_the_file_says():
     metadata = sentencepiece_metadata(prefix=False)
-    for bos in (True, False):
-        for eos in (True, False):
-            flags = {"tokenizer.ggml.add_bos_token": bos, "tokenizer.ggml.add_eos_token": eos}
-            tokenizer = build_tokenizer(metadata | flags, Path("m.gguf"))
-            ends = ["<bos>"] * bos, ["<eos>"] * eos
-            assert tokenizer.encode("lo").tokens == [*ends[0], "lo", *ends[1]]
-            assert tokenizer.encode("lo", "he").tokens == [*ends[0], "lo", *ends[1], *ends[0], "he", *ends[1]]
+    for bos, eos in product((True, False), repeat=2):
+        flags = {"tokenizer.ggml.add_bos_token": bos, "tokenizer.ggml.add_eos_token": eos}
+        tokenizer = build_tokenizer(metadata | flags, Path("m.gguf"))
+        ends = ["<bos>"] * bos, ["<eos>"] * eos
+        assert tokenizer.encode("lo").tokens == [*ends[0], "lo", *ends[1]]
+        assert tokenizer.encode("lo", "he").tokens == [*ends[0], "lo", *ends[1], *ends[0], "he", *ends[1]]
 
 
-def test_sentencepiece_tokens_from_gguf() -> None:
+def test_sentencepiece_tokens_from_gguf():
     plain = ["▁", "h", "e", "l", "o", "▁h", "el", "lo", "hel", "▁hello", "▁hel"]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *plain]
     # Better pieces have higher scores: "▁h" first, then "el", then "lo", ...
@@ -233,8 +193,7 @@ def with_tokenizer(folder: Path, tokenizer: Any, config: dict | None = None, **s
 
 def beginning_with(token: str) -> Any:
     """The tokenizer of `source`, with a post-processor that puts a token in front and one behind."""
-    metadata = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.tokens": VOCAB}
-    tokenizer = build_tokenizer(metadata, Path("m.gguf"))
+    tokenizer = build_tokenizer(byte_level_metadata("smollm"), Path("m.gguf"))
     number = VOCAB.index(token)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=[token, "$A", token], special_tokens=[(token, number)]
@@ -242,7 +201,7 @@ def beginning_with(token: str) -> Any:
     return tokenizer
 
 
-def test_text_begins_with_what_the_tokenizer_itself_puts_in_front(tmp_path: Path, source: Any) -> None:
+def test_text_begins_with_what_the_tokenizer_itself_puts_in_front(tmp_path, source):
     plain = load_tokenizer(source)
     for name, tokenizer, settings, expected in [
         ("a", plain, {}, None),
@@ -258,7 +217,7 @@ def test_text_begins_with_what_the_tokenizer_itself_puts_in_front(tmp_path: Path
         assert start_token(made, load_tokenizer(made), "no") is None
 
 
-def test_yes_takes_the_named_token_and_refuses_a_tokenizer_without(tmp_path: Path, source: Any) -> None:
+def test_yes_takes_the_named_token_and_refuses_a_tokenizer_without(tmp_path, source):
     plain = load_tokenizer(source)
     assert start_token(source, plain, "yes") == 1  # tokenizer.ggml.bos_token_id
     for name, config, settings in [
@@ -272,7 +231,7 @@ def test_yes_takes_the_named_token_and_refuses_a_tokenizer_without(tmp_path: Pat
         start_token(source, plain, "si")
 
 
-def test_a_gguf_file_says_whether_text_begins_with_bos(tmp_path: Path, source: Any) -> None:
+def test_a_gguf_file_says_whether_text_begins_with_bos(tmp_path, source):
     tokenizer = load_tokenizer(source)
     assert start_token(source, tokenizer) is None  # add_bos_token is false there
     metadata = sentencepiece_metadata(prefix=False)

@@ -1,65 +1,50 @@
-"""GGUF files: values, names, row order, configuration, and all kinds of damage."""
+"""What a GGUF file says of its model beyond tensors: scalings, layers, constants; the rest is refused by name."""
 
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+from gguf import MODEL_TENSOR
+from transformers import AutoConfig
 
-from sparseopt.models import ModelError, load_decoder, open_model, open_source
+from sparseopt.models import ModelError, open_model, open_source
 from sparseopt.models.base.rope import Llama3, plain_frequencies
-from sparseopt.models.files.gguf.architectures import llama3_scaling, unpair_heads
+from sparseopt.models.files.gguf.architectures import ARCHITECTURES, llama3_scaling, unpair_heads
 from sparseopt.models.files.gguf.header import read_header
-from tests.jitted import run
-from tests.models.tiny import pair_heads, random_tensors, tiny_config, write_folder, write_gguf
+from tests.models.tiny import CONFIGS, pair_heads, random_tensors, tiny_config, write_architecture, write_gguf
 
-Kind = gguf.GGMLQuantizationType
-
-
-@pytest.mark.parametrize(
-    ("kind", "dtype"),
-    [
-        (Kind.F32, "float32"),
-        (Kind.F16, "float16"),
-        (Kind.BF16, "bfloat16"),
-        (Kind.Q8_0, "float32"),
-        (Kind.Q4_1, "float32"),
-    ],
-    ids=lambda value: getattr(value, "name", value),
-)
-def test_tensors_come_back_under_their_names(tmp_path: Path, rng: np.random.Generator, kind: Kind, dtype: str) -> None:
-    config = tiny_config()
-    tensors = random_tensors(config, rng)
-    source = open_source(write_gguf(tmp_path / "m.gguf", config, tensors, kind))
-    assert set(source.tensors) == set(tensors)
-    assert source.config["dtype"] == dtype
-    for name, expected in tensors.items():
-        got = source.read(name)
-        assert got.shape == source.tensors[name].shape == expected.shape, name
-        assert got.dtype == source.tensors[name].dtype, name
-        if expected.ndim == 2:
-            assert got.dtype.name == dtype, name
-            # Rows are quantised on their own, so that their order does not change their values.
-            expected = gguf.quants.dequantize(gguf.quants.quantize(expected, kind), kind)
-        np.testing.assert_array_equal(got.astype(np.float32), expected, err_msg=name)
+NUMBERS = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_gguf_file_is_the_model_of_its_folder(tmp_path: Path, rng: np.random.Generator, tied: bool) -> None:
-    config = tiny_config(tie_word_embeddings=tied)
-    tensors = random_tensors(config, rng)
-    folder = write_folder(tmp_path / "folder", config, tensors)
-    file = write_gguf(tmp_path / "m.gguf", config, tensors)
-    assert open_model(file).config == open_model(folder).config
-    made = open_source(file).config
-    assert {key: made[key] for key in config} == config
-    tokens = rng.integers(0, 49, (2, 9))
-    np.testing.assert_array_equal(*(run(load_decoder(path), tokens) for path in (file, folder)))
+def source_with(place: Path, architecture: str, changes: dict[str, Any], **sizes: int) -> Any:
+    """A file with no tensor but the embedding, since only its metadata matter; keys without their first part."""
+    config = CONFIGS[architecture] | sizes
+    tensors = {"model.embed_tokens.weight": np.zeros((config["vocab_size"], config["hidden_size"]), np.float32)}
+    keys = {f"{architecture}.{name}": value for name, value in changes.items()}
+    return open_source(write_architecture(place / "m.gguf", architecture, config, tensors, changes=keys))
 
 
-def test_row_order_is_undone(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_every_tensor_of_the_format_has_a_name_and_the_reference_takes_every_field(architecture):
+    """Of what the gguf package lists for the architecture; experts and stored rotary tables are not read."""
+    unread = {MODEL_TENSOR.ROPE_FREQS, MODEL_TENSOR.ATTN_ROT_EMBD, MODEL_TENSOR.FFN_GATE_INP}
+    unread |= {MODEL_TENSOR.FFN_GATE_EXP, MODEL_TENSOR.FFN_DOWN_EXP, MODEL_TENSOR.FFN_UP_EXP}
+    known, config = ARCHITECTURES[architecture], CONFIGS[architecture]
+    for tensor in set(gguf.MODEL_TENSORS[NUMBERS[architecture]]) - unread:
+        name = gguf.TENSOR_NAMES[tensor].format(bid=2) + ".weight"
+        assert known.hf_name(name).startswith(("model.", "lm_head.")), name
+    assert known.hf_name("blk.2.ffn_gate_exps.weight") == "blk.2.ffn_gate_exps.weight"
+    theirs = AutoConfig.for_model(**config)
+    assert type(theirs).__name__.startswith(config["architectures"][0].removesuffix("ForCausalLM"))
+    kept = {name: config[name] for name in config if name not in ("dtype", "rope_theta", "rope_local_base_freq")}
+    assert {name: getattr(theirs, name) for name in kept} == kept
+
+
+def test_row_order_is_undone(rng):
     for shape in [(12, 5), (12,)]:
         tensor = rng.normal(size=shape)
         paired = pair_heads(tensor, 3)
@@ -67,86 +52,123 @@ def test_row_order_is_undone(rng: np.random.Generator) -> None:
         np.testing.assert_array_equal(unpair_heads(paired, 3), tensor)
 
 
-def test_every_cut_of_a_file_is_noticed(tmp_path: Path, rng: np.random.Generator) -> None:
-    config = tiny_config(num_hidden_layers=1)
-    file = write_gguf(tmp_path / "m.gguf", config, random_tensors(config, rng))
-    whole = file.read_bytes()
-    # The file may end with padding after its last tensor; a cut in it loses nothing.
-    end = max(tensor.start + tensor.nbytes for tensor in read_header(file).tensors.values())
-    for length in [*range(200), *range(200, end, 997), end - 1]:
-        file.write_bytes(whole[:length])
-        with pytest.raises(ModelError, match=r"truncated|no GGUF file"):
-            open_source(file)
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "gemma2", "gemma3"])
+def test_constants_that_no_file_holds_are_the_reference_s(tmp_path, architecture):
+    """Written without its optional values, a file gives what the reference's class has by default."""
+    optional = ("rope.freq_base_swa", "rope.scaling.type", "rope.scaling.factor")
+    optional += ("attn_logit_softcapping", "final_logit_softcapping")
+    made = source_with(tmp_path, architecture, dict.fromkeys(optional)).config
+    default = AutoConfig.for_model(made["model_type"], num_hidden_layers=made["num_hidden_layers"])
+    names = {"attn_logit_softcapping", "final_logit_softcapping", "layer_types", "hidden_activation", "hidden_act"}
+    for name in (names | {"use_sliding_window", "attention_bias"}) & made.keys():
+        assert made[name] == getattr(default, name), name
+    if architecture == "gemma3":
+        assert made["rope_parameters"] == default.rope_parameters
+    if architecture == "gemma2":
+        assert made["rope_parameters"]["rope_theta"] == default.default_theta
 
 
-@pytest.mark.parametrize(
-    ("start", "content", "text"),
-    [
-        (0, b"GGML", "does not begin with 'GGUF'"),
-        (4, b"\x01", "version 1"),
-        (4, b"\x00\x00\x00\x03", "version 50331648"),
-        (8, b"\xff" * 7, "items claimed"),
-        (16, b"\xff" * 7, "items claimed"),
-        (24, b"\xff" * 7, "bytes wanted"),
-        (32, b"\xff", "not UTF-8"),
-        (52, b"\x63", "unknown metadata type 99"),
-    ],
-)
-def test_corrupt_files(tmp_path: Path, rng: np.random.Generator, start: int, content: bytes, text: str) -> None:
-    config = tiny_config(num_hidden_layers=1)
-    file = write_gguf(tmp_path / "m.gguf", config, random_tensors(config, rng))
-    raw = bytearray(file.read_bytes())
-    assert raw[32:52] == b"general.architecture"
-    raw[start : start + len(content)] = content
-    file.write_bytes(raw)
-    with pytest.raises(ModelError, match=text):
+YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 64}
+MORE_YARN = {"attn_factor": 1.1, "beta_fast": 24.0, "beta_slow": 2.0, "ext_factor": 1.0}
+YARN_READ = {"rope_type": "yarn", "rope_theta": 1000000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+SLIDING = (["sliding_attention"] * 2 + ["full_attention"]) * 2 + ["sliding_attention"]
+READ: dict[str, tuple[str, dict[str, Any], str, Any]] = {
+    "yarn": ("qwen2", YARN, "rope_parameters", YARN_READ),
+    "yarn with factors": (
+        "qwen2",
+        YARN | {f"rope.scaling.yarn_{name}": value for name, value in MORE_YARN.items()},
+        "rope_parameters",
+        YARN_READ | {"attention_factor": 1.1, "beta_fast": 24.0, "beta_slow": 2.0},
+    ),
+    "a factor without a type": (
+        "qwen3",
+        {"rope.scaling.factor": 2.0},
+        "rope_parameters",
+        {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 2.0},
+    ),
+    "which layers slide": ("gemma3", {"attention.sliding_window_pattern": 3}, "layer_types", SLIDING),
+    "each layer that slides": (
+        "gemma3",
+        {"attention.sliding_window_pattern": [True, True, False] * 2 + [True]},
+        "layer_types",
+        SLIDING,
+    ),
+    # The largest Gemma scales by another width.
+    "a small gemma2": ("gemma2", {}, "query_pre_attn_scalar", 16),
+    "the largest gemma2": ("gemma2", {"block_count": 46}, "query_pre_attn_scalar", 32 // 4),
+    "a small gemma3": ("gemma3", {}, "query_pre_attn_scalar", 16),
+    "the largest gemma3": ("gemma3", {"block_count": 62}, "query_pre_attn_scalar", 32 // 4),
+}
+
+
+@pytest.mark.parametrize(("architecture", "changes", "field", "expected"), READ.values(), ids=READ)
+def test_metadata_become_fields(tmp_path, architecture, changes, field, expected):
+    assert source_with(tmp_path, architecture, changes).config[field] == expected
+
+
+def test_biases_are_seen_in_the_tensors(tmp_path, rng):
+    config = CONFIGS["qwen3"]
+    tensors = random_tensors(config, rng)
+    tensors |= {f"model.layers.{i}.self_attn.q_proj.bias": np.ones(64, np.float32) for i in range(3)}
+    made = open_source(write_architecture(tmp_path / "m.gguf", "qwen3", config, tensors))
+    assert made.config["attention_bias"]
+    np.testing.assert_array_equal(made.read("model.layers.1.self_attn.q_proj.bias"), 1)
+
+
+REFUSED = [
+    ("qwen2", {"rope.scaling.type": "longrope"}, "qwen2.rope.scaling.type = 'longrope', supported are none, linear"),
+    ("qwen2", {"rope.scaling.type": "linear"}, "qwen2.rope.scaling.factor = None, expected one positive float"),
+    ("qwen2", {"pooling_type": 3}, "not supported: qwen2.pooling_type"),
+    ("qwen2", {"attention.sliding_window": 64}, "not supported: qwen2.attention.sliding_window"),
+    ("qwen2", {"rope.dimension_sections": [1, 1, 1, 0], "scale": 1.0}, "qwen2.rope.dimension_sections, qwen2.scale"),
+    ("qwen3", {"rope.dimension_count": 8}, "qwen3.rope.dimension_count = 8, 16 is the only value supported"),
+    ("qwen3", {"attention.value_length": 8}, "qwen3.attention.value_length = 8, 16 is the only"),
+    ("qwen3", {"attention.causal": False}, "qwen3.attention.causal = False, True is the only"),
+    ("llama", {"expert_count": 8}, "llama.expert_count = 8, 0 is the only"),
+    ("gemma2", {"attention.head_count_kv": [1, 2, 2]}, "head_count_kv = [1, 2, 2], expected one positive int"),
+    ("gemma2", {"attention.scale": 0.1}, "not supported: gemma2.attention.scale"),
+    ("gemma3", {"attention.sliding_window": None}, "gemma3.attention.sliding_window = None, expected"),
+    ("gemma3", {"attention.sliding_window_pattern": [True] * 3}, "expected a positive int or 7 booleans"),
+    ("gemma3", {"attention.sliding_window_pattern": 0}, "expected a positive int or 7 booleans"),
+    ("gemma3", {"attn_logit_softcapping": 50.0}, "not supported: gemma3.attn_logit_softcapping"),
+    ("gemma3", YARN | {"rope.scaling.yarn_ext_factor": 0.5}, "yarn_ext_factor = 0.5, 1.0 is"),
+    ("gemma3", {"block_count": None}, "gemma3.block_count = None, expected one positive int"),
+]
+
+
+@pytest.mark.parametrize(("architecture", "changes", "text"), REFUSED)
+def test_what_a_file_asks_for_beyond_that_is_refused(tmp_path, architecture, changes, text):
+    source = source_with(tmp_path, architecture, changes)
+    with pytest.raises(ModelError) as caught:
+        _ = source.config
+    assert text in str(caught.value)
+
+
+def test_a_part_of_a_split_model_and_more_tokens_than_rows_are_refused(tmp_path):
+    config, tensors = CONFIGS["qwen2"], {"model.norm.weight": np.ones(32, np.float32)}
+    file = write_architecture(tmp_path / "part.gguf", "qwen2", config, tensors, changes={"split.count": 3})
+    with pytest.raises(ModelError, match=r"one of 3 parts \(split.count\); join them"):
         open_source(file)
+    with pytest.raises(ModelError, match="306 tokens and an embedding of 96 rows"):
+        source_with(tmp_path, "gemma2", {}, vocab_size=96).stored_tokenizer()
+    assert source_with(tmp_path, "gemma2", {}).stored_tokenizer()[0].get_vocab_size() == 306
 
 
-def test_random_damage_raises_model_errors_only(tmp_path: Path, rng: np.random.Generator) -> None:
-    config = tiny_config(num_hidden_layers=1)
-    file = write_gguf(tmp_path / "m.gguf", config, random_tensors(config, rng))
-    whole = file.read_bytes()
-    table_end = min(tensor.start for tensor in read_header(file).tensors.values())
-    refused = 0
-    for _ in range(300):
-        raw = bytearray(whole)
-        raw[int(rng.integers(table_end))] = int(rng.integers(256))
-        file.write_bytes(raw)
-        try:
-            open_model(file)
-        except ModelError:
-            refused += 1
-    assert refused > 30
-
-
-def test_a_type_that_cannot_be_decoded(tmp_path: Path, rng: np.random.Generator) -> None:
-    config = tiny_config(num_hidden_layers=1)
-    file = write_gguf(tmp_path / "m.gguf", config, random_tensors(config, rng))
-    tensor = replace(read_header(file).tensors["output_norm.weight"], kind=Kind.I64)
+def test_a_type_that_cannot_be_decoded_and_tensors_missing_are_named(tmp_path, rng):
+    tensors = random_tensors(tiny_config(), rng)
+    del tensors["model.layers.2.mlp.down_proj.weight"]
+    tensors["model.layers.0.self_attn.q_proj.bias"] = np.ones(32, np.float32)
+    file = write_gguf(tmp_path / "m.gguf", tiny_config(), tensors)
+    with pytest.raises(ModelError) as caught:
+        open_model(file)
+    assert "missing: model.layers.2.mlp.down_proj.weight" in str(caught.value)
+    assert "missing: model.layers.1.self_attn.q_proj.bias" in str(caught.value)
+    tensor = replace(read_header(file).tensors["output_norm.weight"], kind=gguf.GGMLQuantizationType.I64)
     with pytest.raises(ModelError, match="a tensor of type I64, which is not supported"):
         tensor.read()
 
 
-def test_an_unknown_architecture_names_those_known(tmp_path: Path, rng: np.random.Generator) -> None:
-    config = tiny_config()
-    file = write_gguf(tmp_path / "m.gguf", config, random_tensors(config, rng), architecture="mamba")
-    with pytest.raises(ModelError, match="unknown architecture 'mamba'; known are llama, qwen2, qwen3, gemma2, gemma3"):
-        open_source(file)
-
-
-def test_missing_and_extra_tensors_are_reported(tmp_path: Path, rng: np.random.Generator) -> None:
-    config = tiny_config()
-    tensors = random_tensors(config, rng)
-    del tensors["model.layers.2.mlp.down_proj.weight"]
-    tensors["model.layers.0.self_attn.q_proj.bias"] = np.ones(32, np.float32)
-    with pytest.raises(ModelError) as caught:
-        open_model(write_gguf(tmp_path / "m.gguf", config, tensors))
-    assert "missing: model.layers.2.mlp.down_proj.weight" in str(caught.value)
-    assert "missing: model.layers.1.self_attn.q_proj.bias" in str(caught.value)
-
-
-def test_llama3_factors_become_a_scaling(tmp_path: Path) -> None:
+def test_llama3_factors_become_a_scaling(tmp_path):
     factors = plain_frequencies(500000.0, 64) / Llama3(32.0, 1.0, 4.0, 8192).frequencies(500000.0, 64, time=1)
     made = llama3_scaling(factors, 500000.0, tmp_path)
     assert (made["rope_type"], made["factor"], made["original_max_position_embeddings"]) == ("llama3", 32.0, 8192)
@@ -154,9 +176,10 @@ def test_llama3_factors_become_a_scaling(tmp_path: Path) -> None:
         llama3_scaling(np.linspace(1, 8, 32), 500000.0, tmp_path)
 
 
-def test_sidecars_hold_ids_and_chat_template(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_sidecars_hold_ids_and_chat_template(tmp_path, rng):
     config = tiny_config()
     files = open_source(write_gguf(tmp_path / "m.gguf", config, random_tensors(config, rng))).sidecars()
+    assert files.keys() >= {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
     assert json.loads(files["generation_config.json"]) == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
     made = json.loads(files["tokenizer_config.json"])
     assert (made["bos_token"], made["eos_token"]) == ("<|start|>", "<|stop|>")

@@ -54,8 +54,7 @@ class Hub:
         self.files = sorted(file.name for file in folder.iterdir()) if folder else []
         self.sizes: dict[str, int] = {}
         self.asked: list[tuple[str | None, list[str]]] = []
-        self.info_error: Exception | None = None
-        self.download_error: Exception | None = None
+        self.raised: dict[str, Exception] = {}  # by call
         monkeypatch.setattr(huggingface_hub.HfApi, "model_info", self.model_info)
         monkeypatch.setattr(huggingface_hub, "snapshot_download", self.snapshot_download)
 
@@ -63,8 +62,8 @@ class Hub:
         self, repository: str, revision: str | None = None, timeout: float | None = None, files_metadata: bool = False
     ) -> Any:
         assert files_metadata
-        if self.info_error is not None:
-            raise self.info_error
+        if "info" in self.raised:
+            raise self.raised["info"]
         return SimpleNamespace(
             siblings=[SimpleNamespace(rfilename=name, size=self.sizes.get(name)) for name in self.files]
         )
@@ -74,8 +73,8 @@ class Hub:
     ) -> str:
         if local_files_only:
             raise errors.LocalEntryNotFoundError("nothing in the cache")
-        if self.download_error is not None:
-            raise self.download_error
+        if "download" in self.raised:
+            raise self.raised["download"]
         self.asked.append((revision, list(allow_patterns)))
         target = self.cache / "models--lab--tiny" / "snapshots" / SHA
         target.mkdir(parents=True, exist_ok=True)
@@ -105,7 +104,7 @@ def answer(kind: type[errors.HfHubHTTPError], status: int) -> errors.HfHubHTTPEr
         ),
     ],
 )
-def test_a_name_is_owner_name_and_perhaps_a_revision_all_else_is_a_path(text: str, name: HubName | None) -> None:
+def test_a_name_is_owner_name_and_perhaps_a_revision_all_else_is_a_path(text, name):
     assert parse_hub_name(text) == name
     assert name is None or str(name) == text
 
@@ -125,16 +124,14 @@ def test_a_name_is_owner_name_and_perhaps_a_revision_all_else_is_a_path(text: st
         ("lab/tiny@a b", "given 'a b'"),
     ],
 )
-def test_what_looks_like_a_name_and_is_none_says_why(text: str, why: str) -> None:
+def test_what_looks_like_a_name_and_is_none_says_why(text, why):
     with pytest.raises(ModelError, match=r"no path .*give OWNER/NAME") as caught:
         open_source(text)
     assert why in str(caught.value)
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-def test_without_a_network_the_cache_does_and_that_is_said(
-    cache: Path, tensors: dict, shards: int, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_without_a_network_the_cache_does_and_that_is_said(cache, tensors, shards, caplog):
     folder = store(cache, tensors, shards)
     with caplog.at_level(logging.WARNING):
         source = open_source("lab/tiny")
@@ -148,33 +145,23 @@ def test_without_a_network_the_cache_does_and_that_is_said(
     assert source.sidecars() == {"tokenizer.json": b"{}"}
 
 
-def test_a_branch_a_commit_and_main_are_three_names(cache: Path, tensors: dict) -> None:
+def test_a_branch_a_commit_and_main_are_three_names_and_a_local_folder_comes_first(cache, tensors):
     store(cache, tensors)
     store(cache, tensors, sha=OLD_SHA, refs=("v1", "refs/pr/1"))
-    found = {
-        name: open_source(f"lab/tiny{name}").revision for name in ("", "@main", "@v1", f"@{OLD_SHA}", "@refs/pr/1")
-    }
-    assert found == {"": SHA, "@main": SHA, "@v1": OLD_SHA, f"@{OLD_SHA}": OLD_SHA, "@refs/pr/1": OLD_SHA}
-
-
-def test_a_model_and_a_decoder_open_by_name(cache: Path, tensors: dict) -> None:
-    store(cache, tensors)
+    names = {"": SHA, "@main": SHA, "@v1": OLD_SHA, f"@{OLD_SHA}": OLD_SHA, "@refs/pr/1": OLD_SHA}
+    assert {name: open_source(f"lab/tiny{name}").revision for name in names} == names
     model = open_model("lab/tiny")
     assert model.source.revision == SHA
     assert open_model(model.source).source is model.source
     found = load_decoder(Path("lab/tiny")).head.lm_head.weight[...]
     np.testing.assert_array_equal(found, tensors["model.embed_tokens.weight"])
-
-
-def test_a_local_folder_comes_before_the_hub(cache: Path, tensors: dict) -> None:
-    store(cache, tensors)
     mine = write_folder(Path("lab/tiny"), tiny_config(), tensors)
     source = open_source("lab/tiny")
     assert (source.path, source.name, source.revision) == (mine, "lab/tiny", None)
 
 
 @pytest.mark.parametrize("lost", ["config.json", "model-00002-of-00003.safetensors", "snapshot", "all"])
-def test_without_a_network_and_a_whole_copy_the_way_out_is_named(cache: Path, tensors: dict, lost: str) -> None:
+def test_without_a_network_and_a_whole_copy_the_way_out_is_named(cache, tensors, lost):
     if lost != "all":
         folder = store(cache, tensors, 3)
         folder.rename(folder.with_name(OLD_SHA)) if lost == "snapshot" else (folder / lost).unlink()
@@ -186,12 +173,10 @@ def test_without_a_network_and_a_whole_copy_the_way_out_is_named(cache: Path, te
     assert "`hf download lab/tiny --revision main --local-dir FOLDER` and give the folder" in text
 
 
-def test_a_broken_connection_is_told_from_an_answer(
-    cache: Path, tensors: dict, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_broken_connection_is_told_from_an_answer(cache, tensors, monkeypatch, caplog):
     broken = getattr(__import__(errors.HTTPError.__module__.partition(".")[0]), "ConnectError")  # noqa: B009
     fake = Hub(monkeypatch, cache)
-    fake.info_error = broken("[Errno -2] Name or service not known")
+    fake.raised["info"] = broken("[Errno -2] Name or service not known")
     with pytest.raises(ModelError, match=r"cannot be reached .*ConnectError: \[Errno -2\].*`hf download lab/tiny"):
         open_source("lab/tiny")
     monkeypatch.undo()
@@ -202,9 +187,7 @@ def test_a_broken_connection_is_told_from_an_answer(
     assert "not fetched again (ConnectError" in caplog.text
 
 
-def test_only_what_is_needed_is_fetched_and_the_commit_is_pinned(
-    tmp_path: Path, cache: Path, tensors: dict, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_only_what_is_needed_is_fetched_and_the_commit_is_pinned(tmp_path, cache, tensors, monkeypatch, caplog):
     folder = write_folder(tmp_path / "upstream", tiny_config(), tensors, 3)
     left = ("consolidated.safetensors", "pytorch_model.bin", ".gitattributes", "film.mp4")
     for extra in ("tokenizer.json", "LICENSE", "README.md", "preprocessor_config.json", *left):
@@ -226,75 +209,49 @@ def test_only_what_is_needed_is_fetched_and_the_commit_is_pinned(
     assert [record.message for record in caplog.records] == ["lab/tiny@v2: not fetched because of their size: film.mp4"]
 
 
-HELD = {
-    "pickled": (["config.json", "pytorch_model.bin"], r"has no model\.safetensors.*pickled weights.*save_pretrained"),
-    "gguf": (["README.md", "tiny-Q4.gguf"], r"`hf download lab/tiny FILE\.gguf --local-dir FOLDER` and give the path"),
-    "adapter": (
-        ["adapter.safetensors"],
-        r"has no model\.safetensors.*it holds adapter\.safetensors; name the repository of",
-    ),
-    "no configuration": (["model.safetensors"], r"has no config\.json.*it holds model\.safetensors"),
-    "nothing": ([], "it holds nothing"),
-    "many": ([f"{i}.txt" for i in range(11)], r"it holds 0\.txt, .* and 3 more; name the"),
-}
+WHOLE = ["config.json", "model.safetensors"]
+NO_REVISION = answer(errors.RevisionNotFoundError, 404)
+# What a repository holds that is no model, and what is told.
+HELD = [
+    (["config.json", "pytorch_model.bin"], r"has no model\.safetensors.*pickled weights.*save_pretrained"),
+    (["README.md", "tiny-Q4.gguf"], r"`hf download lab/tiny FILE\.gguf --local-dir FOLDER` and give the path"),
+    (["adapter.safetensors"], r"no model\.safetensors.*it holds adapter\.safetensors; name the repository of"),
+    (["model.safetensors"], r"has no config\.json.*it holds model\.safetensors"),
+    ([], "it holds nothing"),
+    ([f"{i}.txt" for i in range(11)], r"it holds 0\.txt, .* and 3 more; name the"),
+]
+# What the hub answers.
+REPLIES = [
+    (answer(errors.RepositoryNotFoundError, 404), r"has no model repository lab/tiny, or it is private; .*hf auth"),
+    (answer(errors.GatedRepoError, 403), r"access on request: ask at https://huggingface\.co/lab/tiny.*hf auth login"),
+    (NO_REVISION, "lab/tiny on the hub has no revision v9; give a branch, a tag"),
+    (answer(errors.HfHubHTTPError, 503), r"hub refused lab/tiny@v9 \(HfHubHTTPError: 503.*\); try again later"),
+]
+DISK = OSError(28, "No space left on device"), r"not be written to the cache .*No space left.*set HF_HUB_CACHE"
+ANSWERS: list[tuple[list[str], dict[str, Exception], str]] = [
+    *((files, {}, message) for files, message in HELD),
+    *((WHOLE, {when: error}, message) for when in ("info", "download") for error, message in REPLIES),
+    (WHOLE, {"download": DISK[0]}, DISK[1]),
+]
 
 
-@pytest.mark.parametrize(("files", "message"), HELD.values(), ids=HELD.keys())
-def test_a_repository_without_safetensors_is_refused_before_a_download(
-    cache: Path, monkeypatch: pytest.MonkeyPatch, files: list[str], message: str
-) -> None:
+@pytest.mark.parametrize(("files", "raised", "message"), ANSWERS)
+def test_what_the_hub_answers_is_told_with_what_to_do_before_a_download(cache, monkeypatch, files, raised, message):
     fake = Hub(monkeypatch, cache)
-    fake.files = files
+    fake.files, fake.raised = files, raised
     with pytest.raises(ModelError, match=message):
-        open_source("lab/tiny")
+        open_source("lab/tiny@v9")
     assert not fake.asked
 
 
-ANSWERS = {
-    "unknown": (
-        errors.RepositoryNotFoundError,
-        404,
-        r"has no model repository lab/tiny, or it is private; .*hf auth",
-    ),
-    "gated": (errors.GatedRepoError, 403, r"access on request: ask at https://huggingface\.co/lab/tiny.*hf auth login"),
-    "revision": (errors.RevisionNotFoundError, 404, "lab/tiny on the hub has no revision v9; give a branch, a tag"),
-    "down": (errors.HfHubHTTPError, 503, r"hub refused lab/tiny@v9 \(HfHubHTTPError: 503.*\); try again later"),
-}
-
-
-@pytest.mark.parametrize("when", ["asked", "fetched"])
-@pytest.mark.parametrize(("kind", "status", "message"), ANSWERS.values(), ids=ANSWERS.keys())
-def test_what_the_hub_answers_is_told_with_what_to_do(
-    cache: Path, monkeypatch: pytest.MonkeyPatch, when: str, kind: Any, status: int, message: str
-) -> None:
-    fake = Hub(monkeypatch, cache)
-    fake.files = ["config.json", "model.safetensors"]
-    setattr(fake, "info_error" if when == "asked" else "download_error", answer(kind, status))
-    with pytest.raises(ModelError, match=message):
-        open_source("lab/tiny@v9")
-
-
-def test_an_unknown_revision_is_never_answered_from_the_cache(
-    cache: Path, tensors: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unknown_revision_is_never_answered_from_the_cache(cache, tensors, monkeypatch):
     store(cache, tensors, refs=("v9",))
-    fake = Hub(monkeypatch, cache)
-    fake.info_error = answer(errors.RevisionNotFoundError, 404)
+    Hub(monkeypatch, cache).raised = {"info": NO_REVISION}
     with pytest.raises(ModelError, match="no revision v9"):
         open_source("lab/tiny@v9")
 
 
-def test_a_full_disk_is_no_missing_network(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = Hub(monkeypatch, cache)
-    fake.files = ["config.json", "model.safetensors"]
-    fake.download_error = OSError(28, "No space left on device")
-    with pytest.raises(ModelError, match=r"could not be written to the cache .*No space left.*set HF_HUB_CACHE"):
-        open_source("lab/tiny")
-
-
-def test_an_index_that_names_files_elsewhere_fetches_none_of_them(
-    tmp_path: Path, cache: Path, tensors: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_index_that_names_files_elsewhere_fetches_none_of_them(tmp_path, cache, tensors, monkeypatch):
     folder = write_folder(tmp_path / "upstream", tiny_config(), tensors, 2)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
     fake = Hub(monkeypatch, cache, folder)

@@ -1,7 +1,6 @@
 """Smaller models without torch: their folders and configurations, slices that change no output, and what is refused."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,22 +30,14 @@ from sparseopt.models import (
     unread,
 )
 from sparseopt.models.families.family import build_part, part_shapes
-from tests.models.decoder.test_decoder import GOLDEN, write_golden
+from tests.models.conftest import Golden
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 from tests.oracle.make_golden import CASES
 from tests.tiers import often
 
-FOLDER = GOLDEN[0].parent
-ONE_EACH = list({case["model_type"]: name for name, case in CASES.items()}.values())
+Open = Callable[[str], Golden]
 # Their configurations cannot say fewer heads of the same size.
 WHOLE_HEADS = ("opt", "gpt2", "gpt_neox", "gpt_neox_serial", "olmo2", "phi3_longrope")
-
-
-def opened(name: str, folder: Path) -> StreamedModel:
-    write_golden(FOLDER / f"{name}.npz", folder)
-    model = open_model(folder)
-    assert isinstance(model, StreamedModel)
-    return model
 
 
 def reduced(model: StreamedModel, blocks: tuple[int, ...] = (0, 2)) -> Sizes:
@@ -93,11 +84,10 @@ def write_smaller(model: StreamedModel, sizes: Sizes, folder: Path, seed: int = 
 
 
 @pytest.mark.parametrize("name", list(CASES))
-def test_a_smaller_folder_opens_with_the_sizes_asked_for_and_the_other_files(name: str, tmp_path: Path) -> None:
-    model = opened(name, tmp_path / "source")
-    (tmp_path / "source" / "tokenizer.json").write_text("{}")
+def test_a_smaller_folder_opens_with_the_sizes_asked_for_and_the_other_files(name, golden, tmp_path):
+    model = golden(name).model
     sizes = reduced(model)
-    small = open_model(write_smaller(model, sizes, tmp_path / "out"))
+    small = open_model(write_smaller(model, sizes, tmp_path))
     dense, got = model.config, small.config
     assert sizes_of(small) == replace(sizes, blocks=(0, 1))
     assert got.kinds == (dense.kinds[0], dense.kinds[2])
@@ -111,7 +101,7 @@ def test_a_smaller_folder_opens_with_the_sizes_asked_for_and_the_other_files(nam
         experts=got.experts,
     )
     assert got == same
-    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    assert (tmp_path / "NOTICE").read_text() == "goes along"
     for key in small.outer_keys():
         np.testing.assert_array_equal(small.stored(key), model.stored(key), err_msg=key)
 
@@ -147,8 +137,8 @@ FIELDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", list(FIELDS))
-def test_the_configuration_changes_in_the_fields_of_its_family_alone(name: str, tmp_path: Path) -> None:
-    model = opened(name, tmp_path)
+def test_the_configuration_changes_in_the_fields_of_its_family_alone(name, golden):
+    model = golden(name).model
     assert changed_fields(model, reduced(model)) == FIELDS[name]
     assert smaller_model(model, sizes_of(model)).source.config == model.source.config
 
@@ -164,12 +154,9 @@ def test_the_configuration_changes_in_the_fields_of_its_family_alone(name: str, 
     ],
 )
 @pytest.mark.parametrize("blocks", [(1,), (0, 2), (1, 2)])
-def test_block_kinds_follow_the_blocks_where_a_pattern_made_them(
-    name: str, without: tuple[str, ...], blocks: tuple[int, ...], tmp_path: Path
-) -> None:
-    write_golden(FOLDER / f"{name}.npz", tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config = {k: v for k, v in config.items() if k not in without} | {"no_rope_layer_interval": 2}
+def test_block_kinds_follow_the_blocks_where_a_pattern_made_them(name, without, blocks, golden, tmp_path):
+    given = golden(name).model.source.config
+    config = {k: v for k, v in given.items() if k not in without} | {"no_rope_layer_interval": 2}
     if name == "qwen3_moe":
         config["decoder_sparse_step"] = 2
     else:
@@ -212,10 +199,8 @@ def outputs(dense: Block, small: Block, x: jax.Array) -> tuple[jax.Array, jax.Ar
 
 
 @pytest.mark.parametrize("name", often(list(CASES), "untied_biases", "gemma2", "phi3", "gpt2", "gpt_neox", "qwen3_moe"))
-def test_slicing_out_what_has_no_effect_does_not_change_a_block(
-    name: str, tmp_path: Path, rng: np.random.Generator
-) -> None:
-    model = opened(name, tmp_path)
+def test_slicing_out_what_has_no_effect_does_not_change_a_block(name, golden, rng):
+    model = golden(name).model
     config, whole = model.config, sizes_of(model)
     # Also where the configuration of a whole model could not say it; a norm over all heads sees every group.
     groups = whole.kv_heads if config.qk_norm == "width" else max(1, whole.kv_heads // 2)
@@ -239,8 +224,8 @@ def test_slicing_out_what_has_no_effect_does_not_change_a_block(
         np.testing.assert_allclose(after, before, atol=2e-5)
 
 
-def test_keeping_everything_returns_the_tensors_themselves(tmp_path: Path) -> None:
-    model = opened("mixtral", tmp_path)
+def test_keeping_everything_returns_the_tensors_themselves(golden):
+    model = golden("mixtral").model
     tensors = block_tensors(model, 1)
     whole = Kept(np.tile(np.arange(24), (4, 1)), np.arange(2))
     sliced = sliced_block(model.config, model.config.kinds[1], tensors, whole)
@@ -248,8 +233,8 @@ def test_keeping_everything_returns_the_tensors_themselves(tmp_path: Path) -> No
     assert all(sliced[path] is value for path, value in tensors.items())
 
 
-def test_an_outline_reads_what_lies_outside_the_blocks_alone(tmp_path: Path) -> None:
-    model = opened("gemma3_images", tmp_path)
+def test_an_outline_reads_what_lies_outside_the_blocks_alone(golden):
+    model = golden("gemma3_images").model
     small = smaller_model(model, reduced(model))
     images = [key for key in model.source.tensors if "vision" in key]
     assert images
@@ -260,7 +245,7 @@ def test_an_outline_reads_what_lies_outside_the_blocks_alone(tmp_path: Path) -> 
     assert (small.source.path, small.source.name) == (model.source.path, model.source.name)
 
 
-def test_buffers_that_hold_no_weights_and_a_second_copy_of_a_tied_head_are_left_out(tmp_path: Path) -> None:
+def test_buffers_that_hold_no_weights_and_a_second_copy_of_a_tied_head_are_left_out(tmp_path):
     config = tiny_config()
     tensors = random_tensors(config, np.random.default_rng(0), np.float16)
     spare = {
@@ -300,15 +285,15 @@ def test_buffers_that_hold_no_weights_and_a_second_copy_of_a_tied_head_are_left_
         ),
     ],
 )
-def test_sizes_that_cannot_be_are_refused(name: str, changes: dict, named: str, tmp_path: Path) -> None:
-    model = opened(name, tmp_path)
+def test_sizes_that_cannot_be_are_refused(name, changes, named, golden):
+    model = golden(name).model
     with pytest.raises(ModelError, match=named):
         smaller_model(model, replace(sizes_of(model), **changes))
 
 
 @pytest.mark.parametrize("name", list(CASES))
-def test_the_possible_numbers_of_groups_are_those_that_are_not_refused(name: str, tmp_path: Path) -> None:
-    model = opened(name, tmp_path)
+def test_the_possible_numbers_of_groups_are_those_that_are_not_refused(name, golden):
+    model = golden(name).model
     whole = sizes_of(model)
     possible = possible_kv_heads(model)
     assert (possible == (whole.kv_heads,)) == (name in WHOLE_HEADS or whole.kv_heads == 1)
@@ -335,18 +320,16 @@ NOT_KEPT = {
 
 
 @pytest.mark.parametrize(("name", "kept", "named"), NOT_KEPT.values(), ids=NOT_KEPT)
-def test_indices_that_are_not_ascending_or_outside_are_refused(
-    name: str, kept: Kept, named: str, tmp_path: Path
-) -> None:
-    model = opened(name, tmp_path)
+def test_indices_that_are_not_ascending_or_outside_are_refused(name, kept, named, golden):
+    model = golden(name).model
     with pytest.raises(ModelError, match=named):
         sliced_block(model.config, model.config.kinds[0], {}, kept)
 
 
-def test_a_model_that_runs_in_torch_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_runs_in_torch_is_refused(golden):
     class Foreign(TorchModel):
         def __init__(self) -> None:
-            self.source = opened("tied_grouped", tmp_path).source
+            self.source = golden("tied_grouped").model.source
 
     for call in (sizes_of, possible_kv_heads, lambda model: smaller_model(model, Sizes(1, 1, (0,)))):
         with pytest.raises(ModelError, match="'llama', which runs in torch"):

@@ -1,0 +1,35 @@
+"""The golden models, each written and opened once for all tests of a process."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from sparseopt.models import StreamedModel, open_model
+from tests.models.tiny import GOLDEN, write_golden
+
+
+class Golden(NamedTuple):
+    """A golden model: its folder, which no test changes, the reference's arrays, and the opened model."""
+
+    folder: Path
+    arrays: dict[str, np.ndarray]
+    model: StreamedModel
+
+
+@pytest.fixture(scope="session")
+def golden(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Golden]:
+    place = tmp_path_factory.mktemp("golden")
+
+    @cache
+    def opened(name: str) -> Golden:
+        arrays = write_golden(GOLDEN / f"{name}.npz", place / name)
+        (place / name / "NOTICE").write_text("goes along")
+        model = open_model(place / name)
+        assert isinstance(model, StreamedModel)
+        return Golden(place / name, arrays, model)
+
+    return opened
