@@ -59,30 +59,41 @@ def test_later_tokens_change_no_earlier_logit_and_one_out_of_range_gives_nan_and
     assert bool(jnp.isnan(Embedding(SMALL, rngs=nnx.Rngs(0))(np.array([[19]]))).all())
 
 
-def test_taps_see_input_and_output_of_each_linear_by_name_and_may_change_them(rng):
-    block = Block(SMALL, SMALL.kinds[0], rngs=nnx.Rngs(3))
-    x = jnp.asarray(rng.normal(size=(2, 7, 12)), jnp.float32)
-    seen: dict[str, jax.Array] = {}
+def recording(seen):
+    """A tap that changes nothing and keeps what it sees by name."""
 
-    def record(name: str, value: jax.Array) -> jax.Array:
+    def record(name, value):
         assert name not in seen, f"{name} was tapped twice"
         seen[name] = value
         return value
 
+    return record
+
+
+def test_taps_see_input_and_output_of_each_linear_by_name_and_may_change_them(rng):
+    block = Block(SMALL, SMALL.kinds[0], rngs=nnx.Rngs(3))
     with pytest.raises(KeyError, match=r"self_attn.x_proj.*self_attn.q_proj"):
         block.read("self_attn.x_proj.weight")
-    plain = block(x, tap=record)
-    np.testing.assert_array_equal(plain, block(x))
+
+    @jax.jit
+    def tapped(block, x):
+        seen = {}
+        pairs = {"output": (block(x, tap=recording(seen)), block(x))}
+        for linear, tap in block.linears.items():
+            pairs[linear] = (seen[linear], attrgetter(linear)(block)(seen[tap]))
+        pairs["attention_input"] = (seen["attention_input"], block.attention_norm(x))
+        gate, up = (part(seen["mlp_input"]) for part in (block.mlp.gate_proj, block.mlp.up_proj))
+        pairs["mlp_hidden"] = (seen["mlp_hidden"], jax.nn.silu(gate) * up)
+        # With its last input replaced by zeros the MLP adds nothing to what attention gave.
+        silenced = block(x, tap=lambda name, value: 0 * value if name == "mlp_hidden" else value)
+        return seen, pairs, (silenced, x + block.self_attn(block.attention_norm(x)))
+
+    seen, pairs, (silenced, attended) = tapped(block, jnp.asarray(rng.normal(size=(2, 7, 12)), jnp.float32))
     assert set(seen) == {*block.linears, *block.linears.values()}
+    for name, (found, expected) in pairs.items():
+        np.testing.assert_array_equal(found, expected, err_msg=name)
     for linear, tap in block.linears.items():
-        np.testing.assert_array_equal(seen[linear], attrgetter(linear)(block)(seen[tap]))
         assert seen[tap].shape == (2, 7, block.weight_shape(linear)[1]), linear
-    np.testing.assert_array_equal(seen["attention_input"], block.attention_norm(x))
-    gate = block.mlp.gate_proj(seen["mlp_input"])
-    np.testing.assert_allclose(seen["mlp_hidden"], jax.nn.silu(gate) * block.mlp.up_proj(seen["mlp_input"]))
-    # With its last input replaced by zeros the MLP adds nothing to what attention gave.
-    silenced = block(x, tap=lambda name, value: 0 * value if name == "mlp_hidden" else value)
-    attended = x + block.self_attn(block.attention_norm(x))
     np.testing.assert_allclose(silenced, attended, atol=1e-6)
 
 

@@ -9,6 +9,7 @@ from flax import nnx
 from sparseopt.models import Block, BlockKind, DecoderConfig, ExpertsConfig, Routed
 from sparseopt.models.decoder.experts import MixtureOfExperts, route, stacked_name, unstacked_names
 from tests.jitted import run
+from tests.models.decoder.test_decoder import recording
 from tests.tiers import often
 
 EXPERTS = ExpertsConfig(count=5, chosen=2, intermediate_size=6, normalise=True)
@@ -84,32 +85,32 @@ def test_every_choice_has_one_row_in_a_tile_of_its_expert(rng, tokens):
 
 def test_taps_on_experts_see_their_tokens_and_may_change_them(rng):
     block = Block(CONFIG, CONFIG.kinds[0], rngs=nnx.Rngs(1))
+
+    def silence(name, value):
+        return value._replace(rows=0 * value.rows) if name == "mlp.experts.hidden" else value
+
+    @jax.jit
+    def tapped(block, x):
+        seen = {}
+        attended = x + block.self_attn(block.attention_norm(x))
+        outputs = block(x, tap=recording(seen)), block(x)
+        return seen, outputs, (block(x, tap=silence), attended), block.mlp_norm(attended)
+
     x = jnp.asarray(rng.normal(size=(2, 9, 8)), jnp.float32)
-    seen = {}
-
-    def record(name, value):
-        assert name not in seen
-        seen[name] = value
-        return value
-
-    np.testing.assert_array_equal(block(x, tap=record), block(x))
+    seen, outputs, silenced, normed = tapped(block, x)
+    np.testing.assert_array_equal(*outputs)
+    np.testing.assert_allclose(*silenced, atol=1e-6)
     names = {stacked_name(name)[0] for pair in block.linears.items() for name in pair}
     assert set(seen) == names
     assert all(isinstance(seen[name], Routed) == (".experts." in name) for name in names)
     given = seen["mlp.experts.input"]
-    normed = np.asarray(block.mlp_norm(x + block.self_attn(block.attention_norm(x)))).reshape(-1, 8)
-    rows = np.vstack([normed, np.zeros(8)])[np.asarray(given.token)]
+    rows = np.vstack([np.asarray(normed).reshape(-1, 8), np.zeros(8)])[np.asarray(given.token)]
     np.testing.assert_allclose(given.rows, rows, atol=1e-5)
     for e in range(5):
         weight = block.read(f"mlp.experts.{e}.up_proj.weight")
         tiles = np.flatnonzero(np.asarray(given.expert) == e)
         got = np.asarray(seen["mlp.experts.up_proj"].rows)[tiles]
         np.testing.assert_allclose(got, np.asarray(given.rows)[tiles] @ np.asarray(weight).T, atol=1e-5)
-
-    def silence(name, value):
-        return value._replace(rows=0 * value.rows) if name == "mlp.experts.hidden" else value
-
-    np.testing.assert_allclose(block(x, tap=silence), x + block.self_attn(block.attention_norm(x)), atol=1e-6)
 
 
 def test_a_gradient_passes_through_the_mixture(mixture, rng):
