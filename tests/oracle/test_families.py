@@ -205,7 +205,8 @@ def test_transformers_reads_the_same_model_and_tokens_from_gguf(tmp_path, rng, a
     # A folder written from what was read is the same model.
     copy_model(model, out)
     tokens = rng.integers(0, 320, (2, 40))
-    logits, copied = reference_logits(theirs, tokens), reference(out, attn_implementation="sdpa")
+    logits = reference_logits(theirs, tokens)
+    copied = reference(out, attn_implementation=theirs.config._attn_implementation)
     np.testing.assert_allclose(reference_logits(copied, tokens), logits, rtol=1.3e-6, atol=1e-5)
 
     ours, exported = load_tokenizer(source), AutoTokenizer.from_pretrained(out)
