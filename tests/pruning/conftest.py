@@ -1,17 +1,33 @@
-"""A tiny model and its tokens, one for each test file without a model."""
+"""Tiny models and their tokens, each written once, and a text; tests read them and write elsewhere."""
+
+from functools import cache
 
 import numpy as np
 import pytest
 
-from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
+from tests.models.tiny import VOCAB
+from tests.pruning.whole_runs import write_model
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    rng = np.random.default_rng(7)
-    return write_folder(tmp_path_factory.mktemp("model"), tiny_config(), random_tensors(tiny_config(), rng))
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """`models("experts")`: the folder of a model in `MODELS`."""
+    return cache(lambda name: write_model(tmp_path_factory.mktemp("models") / name, name))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
+def source(models):
+    return models("llama")
+
+
+@pytest.fixture(scope="session")
 def tokens():
     return np.random.default_rng(8).integers(0, len(VOCAB), (7, 24)).astype(np.int32)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """A text to calibrate on, as recipes name it."""
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("the quick brown fox jumps over the lazy dog, and then the dog tells all.\n" * 60)
+    return f"file:{file}"

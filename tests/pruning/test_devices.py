@@ -10,13 +10,11 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from sparseopt.layers.patterns import check_cut, parse_pattern
-from sparseopt.models import TorchModel, open_source
-from sparseopt.pruning import LayerRecord, pipeline, prune_model
+from sparseopt.pruning import LayerRecord
 from sparseopt.pruning.base.records import AllocationRecord, BlockRecord, DistillationRecord, ShapeRecord
 from sparseopt.pruning.run.resumption import Progress
 from sparseopt.system import run_folder
@@ -187,18 +185,6 @@ def test_a_budget_is_for_one_device(found):
     )
 
 
-def test_blocks_that_run_in_torch_are_for_one_device(tmp_path, source, monkeypatch):
-    class Foreign(TorchModel):
-        def __init__(self):
-            self.config = SimpleNamespace(model_type="foreign")
-            self.source = open_source(source)
-
-    monkeypatch.setattr(pipeline, "open_model", lambda _: Foreign())
-    monkeypatch.setattr(pipeline, "device_line", lambda _: SimpleNamespace(size=2))
-    with pytest.raises(ValueError, match=r"blocks of a foreign model.*run in torch.*given 2: leave devices out"):
-        prune_model("any", tmp_path / "out", devices=2)
-
-
 def test_what_one_process_knows_of_an_earlier_run_is_what_it_tells_the_others():
     trained = BlockRecord(0.2, 0.1, None, None, 4, "FINISHED", 1.0, 0.5, 3, 96, block=0)
     layer = LayerRecord(0, "a.q_proj", (4, 8), 32, 16, 0.1, None, 20, "CONVERGED", 1.0, 0.5, 0, 64, output_blocks=2)
@@ -214,15 +200,3 @@ def test_what_one_process_knows_of_an_earlier_run_is_what_it_tells_the_others():
     assert math.isnan(read.first_loss)
     assert math.isnan(read.last_loss)
     assert replace(read, first_loss=0.2, last_loss=0.1, status="FINISHED") == trained
-
-
-@pytest.mark.parametrize("text", ["0", "some", "-1"])
-def test_the_command_takes_a_number_of_devices_or_all(command, tmp_path, source, text):
-    status, _, error = command("prune", source, "--output", tmp_path / "out", f"--devices={text}")
-    assert status == 2
-    assert f"--devices must be a whole number from 1, or all, given '{text}'" in error
-
-
-def test_more_devices_than_there_are_are_refused(tmp_path, source):
-    with pytest.raises(ValueError, match=r"devices must be a number from 1 to 1.*given 64"):
-        prune_model(source, tmp_path / "out", devices=64)

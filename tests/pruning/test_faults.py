@@ -1,6 +1,7 @@
 """Faults of the machine during a run: it ends with one clear message or continues, and no work is lost.
 
-`FAULTS` lists all faults by kind.
+`STRUCK` lists those that come inside a run; those of memory inside a solve are in `test_split`, SIGKILL in
+`test_resumption`.
 """
 
 import builtins
@@ -13,7 +14,9 @@ import resource
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +28,11 @@ from sparseopt.pruning import LayerRecord, PruningError, Recipe, prune_model
 from sparseopt.pruning.base import activations
 from sparseopt.pruning.base.activations import make_batches
 from sparseopt.pruning.base.grams import BlockRunner, nonfinite_windows
+from sparseopt.pruning.run.card import CARD
 from sparseopt.shell.prune import RESUMABLE
 from sparseopt.system.files import DiskError
 from sparseopt.system.run_folder import RECORDS, FolderError
-from tests.models.tiny import random_tensors, tiny_config, write_folder
-from tests.pruning.test_pipeline import TOKENIZER
-from tests.pruning.test_resumption import model_bytes
+from tests.pruning.whole_runs import model_bytes, tensors_of, write_model
 
 # The file that the disk does not take, and the write to it at which it is full.
 WRITES = {
@@ -47,14 +49,15 @@ WRITES = {
     "index": (".model.safetensors.index.json.tmp", 1),
     "summary": (".summary.json.tmp", 1),
 }
-# Which read of a tensor fails: of 29 tensors read once to check them, then outside the blocks, then block by block.
+# Which read of a tensor fails: of 29 tensors read once to check them, then outside the blocks, then block by block; and
+# how many blocks are then finished.
 READS = {
-    "first look": 3,
-    "outside the blocks": 30,
-    "first block": 35,
-    "second block": 60,
-    "last block": 80,
-    "reading back": -2,
+    "first look": (3, 0),
+    "outside the blocks": (30, 0),
+    "first block": (35, 0),
+    "second block": (60, 1),
+    "last block": (80, 2),
+    "reading back": (-2, 3),
 }
 # How a shell starts a process whose output nobody takes, or not as it is.
 CONSOLES = {
@@ -63,46 +66,18 @@ CONSOLES = {
     "none at all": ">&- 2>&- <&-",
     "one of ASCII": "PYTHONIOENCODING=ascii",
 }
-FAULTS = [
-    *(("full disk", name) for name in WRITES),
-    ("full disk", "limit on the size of a file"),
-    ("full disk", "a full file system"),
-    *(("read error", name) for name in READS),
-    ("read error", "source cut short under way"),
-    ("read error", "source gone under way"),
-    ("non-finite", "one token of one window overflows"),
-    ("non-finite", "held-out window overflows"),
-    ("non-finite", "weights of a later block overflow"),
-    ("non-finite", "NaN in the weights"),
-    ("console", "a pager that was closed"),
-    *(("console", name) for name in CONSOLES),
-    ("out of memory", "between layers"),
-    # In `test_split`.
-    *(("out of memory", name) for name in ("said by the device", "said by the host", "in every size", "a real limit")),
-    # Here and in `test_resumption`.
-    ("signal", "SIGTERM"),
-    ("signal", "SIGKILL"),
-]
-
-# All linears and Grams of one shape: one program each to compile.
-CONFIG = tiny_config(intermediate_size=32, num_key_value_heads=4)
-SETTINGS = ["--method", "wanda", "--windows", "4", "--seqlen", "16", "--heldout-windows", "0"]
+FIELDS = {"method": "wanda", "windows": 4, "seqlen": 16, "heldout_windows": 0}
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    write_folder(folder / "source", CONFIG, random_tensors(CONFIG, np.random.default_rng(7)))
-    (folder / "source" / "tokenizer.json").write_text(TOKENIZER)
-    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog, and then the dog tells all.\n" * 20)
-    return folder / "source"
+def source(models):
+    """All linears and Grams of one shape: one program each to compile."""
+    return models("square")
 
 
 @pytest.fixture(scope="module")
-def recipe(source):
-    return Recipe(
-        method="wanda", windows=4, seqlen=16, heldout_windows=0, calibration=f"file:{source.parent / 'text.txt'}"
-    )
+def recipe(text):
+    return Recipe(**FIELDS, calibration=text)
 
 
 @pytest.fixture(scope="module")
@@ -114,10 +89,10 @@ def whole(source, recipe, tmp_path_factory):
 
 
 @pytest.fixture
-def arguments(source, tmp_path):
+def arguments(source, text, tmp_path):
     """The same run from the shell."""
-    text = f"file:{source.parent / 'text.txt'}"
-    return ["prune", str(source), "--output", str(tmp_path / "out"), "--calibration", text, *SETTINGS]
+    given = (f"--{name.replace('_', '-')}={value}" for name, value in FIELDS.items())
+    return ["prune", str(source), "--output", str(tmp_path / "out"), "--calibration", text, *given]
 
 
 class FullDisk:
@@ -154,31 +129,122 @@ class _Stream:
         return self._stream.write(content)
 
 
-@pytest.mark.parametrize("name", WRITES)
-def test_a_disk_that_becomes_full_ends_the_run_in_a_sentence_and_it_goes_on(
-    tmp_path, source, recipe, whole, monkeypatch, name
+class BadSector:
+    """Takes the place of `numpy.fromfile`: the given call fails."""
+
+    def __init__(self, count):
+        self.calls, self.count, self._read = 0, count, np.fromfile
+
+    def __call__(self, *rest, **fields):
+        self.calls += 1
+        if self.calls == self.count:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return self._read(*rest, **fields)
+
+
+@pytest.fixture(scope="module")
+def reads(source, recipe, tmp_path_factory):
+    """How often an unbroken run reads a tensor."""
+    counting = BadSector(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(np, "fromfile", counting)
+        prune_model(source, tmp_path_factory.mktemp("counted") / "out", recipe)
+    return counting.calls
+
+
+class ShortMemory:
+    """Takes the place of `BlockRunner.forward`: the third call finds no memory."""
+
+    def __init__(self):
+        self.calls, self._forward = 0, BlockRunner.forward
+
+    def forward(self, runner, block, batches):
+        self.calls += 1
+        if self.calls == 3:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore")
+        return self._forward(runner, block, batches)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ends: the error, its words, and the blocks that it has finished, where that is known."""
+
+    error: type
+    words: str
+    blocks: int | None = None
+
+
+OUT_OF_MEMORY = (
+    r"memory ran out \(RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes\.\); finished blocks are stored: start"
+)
+BAD_READ = r"could not read \S+\.safetensors from byte [\d,]+ on: Input/output error; check"
+STRUCK = {
+    **{("full disk", name): Outcome(DiskError, "No space left on device") for name in WRITES},
+    ("full disk", "lock"): Outcome(FolderError, "No space left on device"),
+    **{("read error", name): Outcome(ModelError, BAD_READ, blocks) for name, (_, blocks) in READS.items()},
+    ("read error", "source cut short under way"): Outcome(
+        ModelError, "became shorter while it was read; copy it again and start the same", 2
+    ),
+    ("read error", "source gone under way"): Outcome(ModelError, "No such file", 2),
+    ("out of memory", "between layers"): Outcome(PruningError, OUT_OF_MEMORY, 2),
+}
+
+
+def strike(patch: pytest.MonkeyPatch, kind: str, name: str, source: Path, reads: int) -> Any:
+    """Have the fault come; an observer where it comes with an event."""
+    if kind == "full disk":
+        disk = FullDisk(*WRITES[name])
+        for module in (io, builtins):  # that of `Path.open`, and the plain one
+            patch.setattr(module, "open", disk.open)
+    elif name in READS:
+        count, _ = READS[name]
+        patch.setattr(np, "fromfile", BadSector(count if count > 0 else reads + count))
+    elif kind == "out of memory":
+        memory = ShortMemory()
+        patch.setattr(BlockRunner, "forward", lambda *given: memory.forward(*given))
+    else:
+        weights = source / "model.safetensors"
+
+        def lose(event, done, total):
+            if isinstance(event, LayerRecord) and event.block == 1 and weights.exists():
+                if "gone" in name:
+                    weights.unlink()
+                else:
+                    os.truncate(weights, weights.stat().st_size // 2)
+
+        return lose
+    return None
+
+
+@pytest.mark.parametrize(("kind", "name"), STRUCK)
+def test_a_fault_ends_the_run_in_a_sentence_and_it_goes_on(
+    tmp_path, source, recipe, whole, reads, monkeypatch, kind, name
 ):
-    file, count = WRITES[name]
-    disk = FullDisk(file, count)
-    for module in (io, builtins):  # that of `Path.open`, and the plain one
-        monkeypatch.setattr(module, "open", disk.open)
-    with pytest.raises(FolderError if name == "lock" else DiskError) as caught:
-        prune_model(source, tmp_path / "out", recipe)
+    moved, folder, outcome = tmp_path / source.name, tmp_path / "out", STRUCK[kind, name]
+    shutil.copytree(source, moved)
+    observer = strike(monkeypatch, kind, name, moved, reads)
+    with pytest.raises(outcome.error, match=outcome.words) as caught:
+        prune_model(moved, folder, recipe, observer=observer)
     monkeypatch.undo()
-    text = str(caught.value)
-    assert "No space left on device" in text
-    if name != "lock":
-        final = file.removeprefix(".").removesuffix(".tmp")
-        assert f"could not write {tmp_path / 'out' / final}: " in text
-        assert re.search(r"\([\d,]+ bytes were to be written, [\d,]+ bytes are free there\)", text)
-        assert text.endswith("make room on the disk and start the same command again")
-    # A run that had written nothing leaves no folder.
-    left = [entry.name for entry in (tmp_path / "out").glob("*")]
-    assert not [entry for entry in left if entry.endswith(".tmp")]
-    if RECORDS in left:
-        assert all(json.loads(line) for line in (tmp_path / "out" / RECORDS).read_text().splitlines())
-    prune_model(source, tmp_path / "out", recipe)
-    assert model_bytes(tmp_path / "out") == whole
+    said = str(caught.value)
+    if outcome.error is DiskError:
+        file = WRITES[name][0].removeprefix(".").removesuffix(".tmp")
+        assert f"could not write {folder / file}: " in said
+        assert re.search(r"\([\d,]+ bytes were to be written, [\d,]+ bytes are free there\)", said)
+        assert said.endswith("make room on the disk and start the same command again")
+    if observer is not None:
+        assert str(moved / "model.safetensors") in said
+        shutil.copy(source / "model.safetensors", moved)
+    # A run that had written nothing leaves no folder, and what is finished has the bytes of an unbroken run; only the
+    # card is written once more.
+    left = model_bytes(folder) if folder.exists() else {}
+    assert {file: left[file] for file in left if file != CARD} == {file: whole[file] for file in left if file != CARD}
+    if (folder / RECORDS).exists():
+        assert all(json.loads(line) for line in (folder / RECORDS).read_text().splitlines())
+    report = prune_model(moved, folder, recipe)
+    assert outcome.blocks in (None, report.resumed_blocks)
+    assert model_bytes(folder) == whole
+    assert model_bytes(moved) == model_bytes(source)
 
 
 def test_a_limit_of_the_system_on_files_ends_the_command_with_status_1(tmp_path, whole, arguments, command):
@@ -260,65 +326,14 @@ def test_a_full_file_system_is_outlived(tmp_path, whole, arguments):
     assert model_bytes(tmp_path / "copied") == whole
 
 
-class BadSector:
-    """Takes the place of `numpy.fromfile`: the given call fails."""
-
-    def __init__(self, count):
-        self.calls, self.count, self._read = 0, count, np.fromfile
-
-    def __call__(self, *rest, **fields):
-        self.calls += 1
-        if self.calls == self.count:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return self._read(*rest, **fields)
-
-
-@pytest.mark.parametrize("name", READS)
-def test_a_read_error_names_the_file_and_the_run_goes_on(tmp_path, source, recipe, whole, monkeypatch, name):
-    counting = BadSector(0)
-    monkeypatch.setattr(np, "fromfile", counting)
-    prune_model(source, tmp_path / "counted", recipe)
-    count = READS[name] if READS[name] > 0 else counting.calls + READS[name]
-    monkeypatch.setattr(np, "fromfile", BadSector(count))
-    with pytest.raises(
-        ModelError, match=r"could not read \S+\.safetensors from byte [\d,]+ on: Input/output error; check"
-    ):
-        prune_model(source, tmp_path / "out", recipe)
-    monkeypatch.undo()
-    report = prune_model(source, tmp_path / "out", recipe)
-    assert report.resumed_blocks == {"second block": 1, "last block": 2, "reading back": 3}.get(name, 0)
-    assert model_bytes(tmp_path / "out") == whole
-
-
-@pytest.mark.parametrize("lost", ["cut short", "gone"])
-def test_a_source_that_changes_under_way_is_named_and_the_run_goes_on(tmp_path, source, recipe, whole, lost):
-    moved = shutil.copytree(source, tmp_path / "source")
-    weights = moved / "model.safetensors"
-
-    def lose(event, done, total):
-        if isinstance(event, LayerRecord) and event.block == 1 and weights.exists():
-            if lost == "gone":
-                weights.unlink()
-            else:
-                os.truncate(weights, weights.stat().st_size // 2)
-
-    message = "No such file" if lost == "gone" else "became shorter while it was read; copy it again and start the same"
-    with pytest.raises(ModelError, match=rf"{re.escape(str(weights))}.*{message}"):
-        prune_model(moved, tmp_path / "out", recipe, observer=lose)
-    shutil.copy(source / "model.safetensors", weights)
-    assert prune_model(moved, tmp_path / "out", recipe).resumed_blocks == 2
-    assert model_bytes(tmp_path / "out") == whole
-    assert model_bytes(source)
-
-
-@pytest.fixture
-def overflowing(tmp_path):
+@pytest.fixture(scope="module")
+def overflowing(tmp_path_factory):
     """A model of which the token 40 alone overflows, in front of the first block, in float32."""
-    tensors = random_tensors(CONFIG, np.random.default_rng(7))
+    tensors = tensors_of("square")
     tensors["model.embed_tokens.weight"][:, 5] = 0
     tensors["model.embed_tokens.weight"][40, 5] = 1
     tensors["model.layers.0.input_layernorm.weight"][5] = 1e25
-    return write_folder(tmp_path / "overflowing", CONFIG, tensors)
+    return write_model(tmp_path_factory.mktemp("overflowing"), "square", tensors)
 
 
 @pytest.mark.parametrize(("window", "tokens"), [(2, "calibration"), (4, "held-out")])
@@ -337,42 +352,19 @@ def test_one_token_that_overflows_cannot_get_lost_in_a_gram(tmp_path, overflowin
     assert nonfinite_windows(model.block(0), batches, "attention_input") == [window]
 
 
-def test_memory_that_runs_out_between_layers_ends_the_run_in_a_sentence_and_it_goes_on(
-    tmp_path, source, recipe, whole, monkeypatch
-):
-    calls, forward = [], BlockRunner.forward
-
-    def short(runner, block, batches):
-        calls.append(1)
-        if len(calls) == 3:
-            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore")
-        return forward(runner, block, batches)
-
-    monkeypatch.setattr(BlockRunner, "forward", short)
-    said = (
-        r"memory ran out \(RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes\.\); finished blocks are stored: start"
-    )
-    with pytest.raises(PruningError, match=said):
-        prune_model(source, tmp_path / "out", recipe)
-    assert prune_model(source, tmp_path / "out", recipe).resumed_blocks > 0
-    assert model_bytes(tmp_path / "out") == whole
-
-
-def test_weights_that_overflow_in_a_later_block_leave_the_earlier_blocks_whole(tmp_path, source, recipe, whole):
-    tensors = random_tensors(CONFIG, np.random.default_rng(7))
+def test_weights_that_overflow_in_a_later_block_leave_the_earlier_blocks_whole(tmp_path, recipe, whole):
+    tensors = tensors_of("square")
     tensors["model.layers.2.mlp.up_proj.weight"] *= 1e30
-    bad = write_folder(tmp_path / "bad", CONFIG, tensors)
-    shutil.copy(source / "tokenizer.json", bad)
+    bad = write_model(tmp_path / "bad", "square", tensors)
     with pytest.raises(PruningError, match="non-finite activations in block 2, mlp_hidden, on the calibration tokens"):
         prune_model(bad, tmp_path / "out", recipe)
     shards = {"model-block-0000.safetensors", "model-block-0001.safetensors"}
     found = model_bytes(tmp_path / "out")
     assert {name: found[name] for name in shards} == {name: whole[name] for name in shards}
     tensors["model.layers.2.mlp.up_proj.weight"][3, 4] = np.nan
-    bad = write_folder(tmp_path / "worse", CONFIG, tensors)
-    shutil.copy(source / "tokenizer.json", bad)
+    worse = write_model(tmp_path / "worse", "square", tensors)
     with pytest.raises(ModelError, match=r"model.layers.2.mlp.up_proj.weight in .* holds 1 NaN or infinite values"):
-        prune_model(bad, tmp_path / "refused", recipe)
+        prune_model(worse, tmp_path / "refused", recipe)
     assert not (tmp_path / "refused").exists()
 
 

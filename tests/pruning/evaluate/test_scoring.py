@@ -13,11 +13,6 @@ from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 from tests.tiers import often
 
 
-@pytest.fixture
-def folder(tmp_path, rng):
-    return write_folder(tmp_path / "model", tiny_config(), random_tensors(tiny_config(), rng))
-
-
 def random_pairs(rng, count):
     def ids(low, high):
         return rng.integers(0, len(VOCAB), rng.integers(low, high)).tolist()
@@ -36,13 +31,13 @@ def independent_scores(decoder, texts, starts):
 
 
 @pytest.mark.parametrize("length", often([9, 24], 9))
-def test_scores_are_sums_of_log_softmax_of_the_decoder(folder, rng, length):
-    decoder = load_decoder(folder)
+def test_scores_are_sums_of_log_softmax_of_the_decoder(source, rng, length):
+    decoder = load_decoder(source)
     texts = rng.integers(0, len(VOCAB), (10, length))
     texts[:, -1] = np.asarray(run(decoder, texts))[:, -2].argmax(-1)  # the last token is the likeliest
     starts = [*rng.integers(1, length - 1, 7).tolist(), 1, length - 1, length - 1]
     pairs = [(text[:start].tolist(), text[start:].tolist()) for text, start in zip(texts, starts, strict=True)]
-    found = score_continuations(open_model(folder), pairs)
+    found = score_continuations(open_model(source), pairs)
     expected, greedy = zip(*independent_scores(decoder, texts, starts), strict=True)
     np.testing.assert_allclose([s.log_likelihood for s in found], expected, rtol=1e-5)
     assert [s.greedy for s in found] == list(greedy)
@@ -50,17 +45,17 @@ def test_scores_are_sums_of_log_softmax_of_the_decoder(folder, rng, length):
     assert not greedy[-3]
 
 
-def test_probabilities_of_all_next_tokens_add_to_one_and_cost_one_input(folder):
+def test_probabilities_of_all_next_tokens_add_to_one_and_cost_one_input(source):
     seen = []
     pairs = [([5, 6, 7], [token]) for token in range(len(VOCAB))]
-    scores = score_continuations(open_model(folder), pairs, observer=lambda _, *step: seen.append(step))
+    scores = score_continuations(open_model(source), pairs, observer=lambda _, *step: seen.append(step))
     assert sum(np.exp(s.log_likelihood) for s in scores) == pytest.approx(1, abs=1e-5)
     assert sum(s.greedy for s in scores) == 1
     assert seen == [(1, 3), (2, 3), (3, 3)]  # one batch through three blocks
 
 
-def test_batches_passes_and_order_change_nothing(folder, rng, monkeypatch):
-    model = open_model(folder)
+def test_batches_passes_and_order_change_nothing(source, rng, monkeypatch):
+    model = open_model(source)
     pairs = random_pairs(rng, 30)
     whole = np.array([s.log_likelihood for s in score_continuations(model, pairs)])
     order = rng.permutation(len(pairs))
@@ -92,11 +87,11 @@ def test_lengths_that_change_the_rotations_are_scored_as_if_alone(tmp_path, rng)
         assert score.log_likelihood == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_text_scored_token_by_token_has_the_perplexity_of_its_window(folder, rng):
+def test_a_text_scored_token_by_token_has_the_perplexity_of_its_window(source, rng):
     windows = rng.integers(0, len(VOCAB), (5, 33)).astype(np.int32)
-    scores = score_continuations(open_model(folder), [([int(w[0])], w[1:].tolist()) for w in windows])
+    scores = score_continuations(open_model(source), [([int(w[0])], w[1:].tolist()) for w in windows])
     mean = -sum(s.log_likelihood for s in scores) / (5 * 32)
-    assert np.exp(mean) == pytest.approx(perplexity(folder, windows), rel=1e-5)
+    assert np.exp(mean) == pytest.approx(perplexity(source, windows), rel=1e-5)
 
 
 def test_a_host_begins_with_its_members():
@@ -118,8 +113,8 @@ def test_padded_lengths_are_few_and_close():
     assert np.all([padded_length(int(n)) == n for n in padded])
 
 
-def test_bad_pairs_are_refused(folder):
-    model = open_model(folder)
+def test_bad_pairs_are_refused(source):
+    model = open_model(source)
     assert score_continuations(model, []) == []
     with pytest.raises(ValueError, match="pair 1 has 0 context and 2 continuation tokens"):
         score_continuations(model, [([1], [2]), ([], [2, 3])])

@@ -6,8 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparseopt.models import open_model
-from sparseopt.pruning import Recipe, Stopped, audit_pattern, audit_sparsity, prune_layer, prune_model, prune_models
+from sparseopt.pruning import Recipe, Stopped, audit_pattern, prune_layer, prune_model, prune_models
 from sparseopt.pruning.inspection import inspect_model
 from sparseopt.pruning.recipe.allocation import (
     ROWS,
@@ -23,8 +22,7 @@ from sparseopt.pruning.recipe.allocation import (
     outlier_share,
 )
 from tests.layers.layers import make_layer
-from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
-from tests.tiers import often
+from tests.pruning.whole_runs import stored, tensors_of, write_model
 
 LEVELS = np.linspace(0.3, 0.9, 7)
 
@@ -131,29 +129,6 @@ def test_losses_between_levels_are_cubic_where_the_truth_is():
     np.testing.assert_allclose(between(LEVELS, cubes, grid), [grid**3, 5 * grid**3])
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("even", "unstructured", 0.5, None), "unknown allocation 'even'; known are uniform, owl, curves"),
-        (("owl", "2:4", None, None), "pattern '2:4' fixes the share of zeros .* the allocation 'owl'; leave it out"),
-        (("curves", "2:4", 0.3, (0.1, 0.5)), "pattern '2:4' fixes the share of zeros .* contradicts bounds; leave"),
-        (
-            ("curves", "2:4", 0.5, None),
-            "some linears dense, so the sparsity must lie between 0 and 0.5, given 0.5",
-        ),
-        (("curves", "2:4", 0.0, None), "must lie between 0 and 0.5, given 0; leave the allocation out"),
-        (("uniform", "unstructured", 0.5, (0.3, 0.6)), "allocation 'uniform' takes no bounds"),
-        (("owl", "unstructured", 0.5, (0.6, 0.3)), "0 <= low <= high < 1, as in .* given"),
-        (("curves", "unstructured", 0.7, (0.3, 0.6)), "at most 0.6 in every linear .* 0.1 below the 0.7 .* raise"),
-        (("curves", "unstructured", 0.5, (0.6, 0.8)), "at least 0.6 in every linear .* 0.1 above the 0.5 .* lower"),
-    ],
-)
-def test_what_cannot_be_is_refused_with_the_bound_at_fault(arguments, message):
-    name, pattern, sparsity, bounds = arguments
-    with pytest.raises(ValueError, match=message):
-        Recipe(allocation=name, pattern=pattern, sparsity=sparsity, bounds=bounds)
-
-
 def test_the_linears_that_are_pruned_alike_cost_least_a_weight(rng):
     losses, sizes = rng.random(12), rng.integers(50, 500, 12)
     for sparsity in (0.01, 0.2, 0.37, 0.499):
@@ -219,36 +194,8 @@ def test_outliers_are_counted_against_the_mean_of_the_block():
     assert float(outlier_share(weights, {"a": gram, "b": gram})) == pytest.approx(2 / 40)
 
 
-@pytest.mark.parametrize(
-    ("allocation", "pattern"),
-    often(
-        [("curves", "unstructured"), ("owl", "unstructured"), ("curves", "per-row"), ("owl", "block:4x4")],
-        ("owl", "unstructured"),
-    ),
-)
-def test_a_whole_model_has_the_total_and_every_linear_its_bounds(tmp_path, rng, allocation, pattern):
-    source = write_folder(tmp_path / "source", tiny_config(), random_tensors(tiny_config(), rng))
-    tokens = rng.integers(0, len(VOCAB), (8, 12)).astype(np.int32)
-    recipe = Recipe(
-        sparsity=0.6, pattern=pattern, method="wanda", allocation=allocation, calibration=tokens, bounds=(0.4, 0.75)
-    )
-    report = prune_model(source, tmp_path / "out", recipe)
-    audits = audit_sparsity(tmp_path / "out")
-    zeros, size = sum(a.zeros for a in audits), sum(a.size for a in audits)
-    assert abs(zeros - 0.6 * size) <= (0.5 if pattern == "unstructured" else 32)
-    assert min(a.sparsity for a in audits) >= 0.4
-    assert max(a.sparsity for a in audits) <= 0.75
-    assert len({a.zeros / a.size for a in audits}) > 2
-    assert report.survey_seconds > 0
-    if allocation == "owl":
-        blocks = np.array([a.sparsity for a in audits]).reshape(3, 7)
-        assert np.ptp(blocks, axis=1).max() < 0.05
-
-
-def test_a_pass_of_several_recipes_goes_on_one_by_one_with_what_was_allocated(tmp_path, rng):
+def test_a_pass_of_several_recipes_goes_on_one_by_one_with_what_was_allocated(tmp_path, source, tokens):
     """Levels of sparsity are those of all recipes of a pass, so curves of one alone are slightly different."""
-    source = write_folder(tmp_path / "source", tiny_config(), random_tensors(tiny_config(), rng))
-    tokens = rng.integers(0, len(VOCAB), (8, 12)).astype(np.int32)
     recipes = [Recipe(sparsity=s, allocation="curves", method="wanda", calibration=tokens) for s in (0.4, 0.75)]
     folders = [(recipe, tmp_path / f"{recipe.sparsity}") for recipe in recipes]
     with pytest.raises(Stopped):
@@ -260,25 +207,26 @@ def test_a_pass_of_several_recipes_goes_on_one_by_one_with_what_was_allocated(tm
         assert [record.zeros for record in one.layers] == [record.zeros for record in other.layers]
 
 
-def test_curves_take_from_linears_that_the_loss_does_not_see(tmp_path, rng):
+def test_curves_take_from_linears_that_the_loss_does_not_see(tmp_path, tokens):
     """Without an output projection a block's queries, keys and values change nothing: they lose all they may."""
-    tensors = random_tensors(tiny_config(), rng)
+    tensors = tensors_of()
     tensors["model.layers.1.self_attn.o_proj.weight"][:] = 0
-    source = write_folder(tmp_path / "source", tiny_config(), tensors)
-    tokens = rng.integers(0, len(VOCAB), (8, 12)).astype(np.int32)
-    recipe = Recipe(sparsity=0.6, allocation="curves", bounds=(0.3, 0.8), method="wanda", calibration=tokens)
-    prune_model(source, tmp_path / "out", recipe)
-    shares = {a.layer: a.sparsity for a in audit_sparsity(tmp_path / "out")}
-    for index in range(3):
-        for name in ("q_proj", "k_proj", "v_proj"):
-            share = shares[f"model.layers.{index}.self_attn.{name}"]
-            assert share == pytest.approx(0.8, abs=2e-3) if index == 1 else share < 0.8
+    source = write_model(tmp_path / "source", tensors=tensors)
+    common = {"allocation": "curves", "method": "wanda", "calibration": tokens}
+    report = prune_model(source, tmp_path / "out", Recipe(sparsity=0.6, bounds=(0.3, 0.8), **common))
+    shares = {record.layer: record.sparsity for record in report.layers}
+    unseen = {f"model.layers.1.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj")}
+    for layer in unseen:
+        assert shares[layer] == pytest.approx(0.8, abs=2e-3)
+        for index in "02":
+            assert shares[layer.replace("1", index)] < 0.8
     # With a pattern that fixes the share, they are pruned and what costs more stays dense, to the byte.
-    recipe = Recipe(sparsity=0.2, pattern="2:4", allocation="curves", method="wanda", calibration=tokens)
+    recipe = Recipe(sparsity=0.2, pattern="2:4", **common)
     report = prune_model(source, tmp_path / "pattern", recipe)
     sizes = [record.size for record in report.layers]
     assert 0 <= 0.5 * sum(sizes) - 0.2 * report.prunable_size < 0.5 * max(sizes)
     pruned = {record.layer for record in report.layers}
+    assert unseen <= pruned
     # What the run chose is known from its records: it is finished, and one that was stopped goes on.
     assert {record.layer for record in prune_model(source, tmp_path / "pattern", recipe).layers} == pruned
     with pytest.raises(Stopped):
@@ -287,8 +235,7 @@ def test_curves_take_from_linears_that_the_loss_does_not_see(tmp_path, rng):
     assert (resumed.resumed_blocks, {record.layer for record in resumed.layers}) == (1, pruned)
     found = inspect_model(source, recipe)
     assert found.zeros == pytest.approx(0.2 * found.prunable_parameters, abs=1)
-    assert {f"model.layers.1.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj")} <= pruned
-    before, after = (open_model(folder).source for folder in (source, tmp_path / "pattern"))
-    for key in before.tensors.keys() - {f"{layer}.weight" for layer in pruned}:
-        assert before.read(key).tobytes() == after.read(key).tobytes()
+    before, after = stored(source), stored(tmp_path / "pattern")
+    for key in before.keys() - {f"{layer}.weight" for layer in pruned}:
+        assert before[key].tobytes() == after[key].tobytes()
     assert all(audit.fits for audit in audit_pattern(tmp_path / "pattern", "2:4") if audit.layer in pruned)

@@ -20,7 +20,7 @@ from sparseopt.pruning.run.calibration import CalibrationWindows
 from sparseopt.pruning.text.windows import begin_windows
 from tests.jitted import run
 from tests.models.tiny import random_tensors, tiny_config, write_folder
-from tests.pruning.whole_models import predicted, without
+from tests.pruning.whole_runs import predicted, without
 
 BLOCKS, BOS = 5, 1
 # What the linears that write into the stream are multiplied with, block by block: they differ in what they do.

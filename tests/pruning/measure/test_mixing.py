@@ -14,16 +14,15 @@ from sparseopt.pruning.base.grams import tapped
 from sparseopt.pruning.measure import mixing
 from sparseopt.pruning.measure.mixing import Costs, Search, _mix, best_mix, interpolated, parameter_costs
 from sparseopt.pruning.recipe.shrink_recipe import parameters_of
-from tests.models.tiny import random_tensors, tiny_config, write_folder
-from tests.pruning.test_resumption import Broken, breaking_at
-from tests.pruning.whole_models import predicted, without
+from tests.models.tiny import tiny_config, write_folder
+from tests.pruning.whole_runs import Broken, breaking_at, predicted, tensors_of, without
 
 BLOCKS, HELD = tuple(range(3)), 3
 
 
 @pytest.fixture(scope="module")
 def tensors():
-    return random_tensors(tiny_config(), np.random.default_rng(7))
+    return tensors_of()
 
 
 @pytest.fixture(scope="module")
@@ -182,28 +181,3 @@ def test_a_loss_that_is_not_finite_is_told_by_its_cause(tmp_path, tensors, ids):
     source = write_folder(tmp_path / "model", tiny_config(), tensors | norm)
     with pytest.raises(RuntimeError, match=r"the loss of .* is not finite: activations overflow"):
         shrink_model(source, tmp_path / "out", recipe_of(ids, parameters=0.8))
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"parameters": 1.0}, r"parameters must lie in \[0, 1\), given 1"),
-        ({"parameters": 0.0}, "parameters 0 leave nothing"),
-        ({"parameters": 0.5, "channels": 0.5, "layers": 0.5}, "leave channels and layers out"),
-        ({}, "nothing would go: .* or a budget"),
-    ],
-)
-def test_budgets_that_contradict_are_refused(given, message):
-    with pytest.raises(ValueError, match=message):
-        ShrinkRecipe(**given)
-
-
-def test_a_budget_of_time_has_ended():
-    with pytest.raises(ValueError, match="latency has ended: `parameters` is the budget"):
-        ShrinkRecipe(latency=0.8)
-
-
-def test_a_budget_below_the_smallest_model_is_refused_before_any_work(tmp_path, source, ids):
-    with pytest.raises(ModelError, match=r"parameters 0.1 is too little: .* the model has 0\.\d+ of its parameters"):
-        shrink_model(source, tmp_path / "out", recipe_of(ids, parameters=0.1))
-    assert not (tmp_path / "out").exists()

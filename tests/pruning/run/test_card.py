@@ -90,7 +90,7 @@ def test_without_a_licence_the_card_says_so_and_a_smaller_model_tells_its_sizes(
     assert head == {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["sparseopt", "pruned"]}
     assert "The source names no licence." in body
     assert "- size: keeps 32 of 64 channels; " in body
-    assert "sparseopt shrink model" in body
+    assert f"sparseopt shrink {source.name} " in body
     assert "--channels 0.5" in body
 
 

@@ -11,18 +11,16 @@ from sparseopt.pruning import Recipe, pipeline, prune_model
 from sparseopt.pruning.run import drawn
 from sparseopt.system.run_folder import DRAWN, FolderError, read_start
 from tests.jitted import run
-from tests.models.tiny import random_tensors, tiny_config, write_folder
-from tests.pruning.test_pipeline import TOKENIZER
+from tests.models.tiny import tiny_config
+from tests.pruning.whole_runs import write_model
 
 RECIPE = Recipe(method="wanda", windows=4, seqlen=16, heldout_windows=2, score="none")
 
 
 @pytest.fixture
-def source(tmp_path, rng, monkeypatch):
+def source(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder = write_folder(tmp_path / "source", tiny_config(), random_tensors(tiny_config(), rng))
-    (folder / "tokenizer.json").write_text(TOKENIZER)
-    return folder
+    return write_model(tmp_path / "source")
 
 
 @pytest.fixture
@@ -108,18 +106,3 @@ def test_the_memory_that_drawing_takes_is_that_of_its_arrays(source):
     assert model.decoder_bytes() == 4 * sum(np.prod(info.shape) for info in model.source.tensors.values())
     # Keys and values of three blocks with two heads of width 8, for two windows of 64 tokens.
     assert kept_bytes(model.config, 2, 64) == 4 * 2 * (2 * 3 * 64 * 2 * 8 + 3 * model.config.vocab_size)
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"window_choice": "random"}, "window_choice is for a text, and calibration 'self' has none"),
-        ({"split": "train"}, "split is for a text"),
-        ({"documents": "separate"}, "documents is for a text"),
-        ({"score": "self"}, "text 'self' is drawn by the model"),
-        ({"effort": "best"}, "unknown effort 'best'"),
-    ],
-)
-def test_options_of_texts_are_refused_without_a_text(changes, words):
-    with pytest.raises(ValueError, match=words):
-        RECIPE.model_copy(update=changes)

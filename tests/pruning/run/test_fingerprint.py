@@ -17,7 +17,7 @@ from sparseopt.pruning.run import resumption
 from sparseopt.pruning.run.resumption import Identity, recipe_identity
 from sparseopt.pruning.text.windows import token_digest
 from sparseopt.system.machine import PACKAGES
-from tests.models.tiny import random_tensors, tiny_config, write_folder
+from tests.pruning.whole_runs import tensors_of, write_model
 
 
 @pytree
@@ -144,8 +144,7 @@ IMAGES = "vision_tower.patch.weight"
 
 
 def model_with(folder, value):
-    tensors = random_tensors(tiny_config(), np.random.default_rng(7))
-    return open_model(write_folder(folder, tiny_config(), tensors | {IMAGES: np.full((4, 8), value, np.float32)}))
+    return open_model(write_model(folder, tensors=tensors_of() | {IMAGES: np.full((4, 8), value, np.float32)}))
 
 
 def test_tensors_that_are_only_copied_count_and_are_checked_before_any_work(tmp_path):

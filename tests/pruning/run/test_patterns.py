@@ -1,4 +1,4 @@
-"""Patterns from their names to the stored model: parsed, refused, kept through a whole model, audited, shown."""
+"""Patterns from their names to the stored model: parsed, given to recipes, audited, shown."""
 
 import json
 
@@ -7,12 +7,9 @@ import pytest
 
 import sparseopt as so
 from sparseopt.layers.patterns import count_groups, implied_sparsity, parse_pattern, pattern_count
-from sparseopt.models import open_model
 from sparseopt.models.files.safetensors import write_tensors
-from sparseopt.pruning import Recipe, audit_pattern, audit_sparsity, prune_model
-from tests.models.tiny import random_tensors, tiny_config, write_folder
-from tests.pruning.test_pipeline import TOKENIZER, make_tokens
-from tests.tiers import often
+from sparseopt.pruning import Recipe, audit_pattern, prune_model
+from tests.pruning.whole_runs import stored
 
 PARSED = {
     "unstructured": so.TopK(round(0.4 * 48 * 64)),
@@ -41,40 +38,12 @@ def test_only_groups_have_a_sparsity_of_their_own():
     assert implied_sparsity("1:4") == 0.75
     assert [implied_sparsity(text) for text in ("unstructured", "per-row", "block:4x4", "4:0", "")] == [None] * 5
     assert parse_pattern("1:4", None, (3, 8)) == parse_pattern("1:4", 0.75, (3, 8))
+    assert Recipe(pattern="1:4").sparsity == 0.75
 
 
-@pytest.fixture
-def source(tmp_path, rng):
-    folder = write_folder(tmp_path / "source", tiny_config(), random_tensors(tiny_config(), rng))
-    (folder / "tokenizer.json").write_text(TOKENIZER)
-    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog.\n" * 60)
-    return folder
-
-
-def wanda(rng, **fields):
-    return Recipe(calibration=make_tokens(rng, 12), method="wanda", **fields)
-
-
-@pytest.mark.parametrize(
-    ("pattern", "sparsity"),
-    often([("per-row", 0.6), ("1:4", None), ("block:4x8", 0.6), ("group:8", 0.5)], ("per-row", 0.6), ("1:4", None)),
-)
-def test_a_model_has_its_pattern_in_every_linear_on_disk(tmp_path, rng, source, pattern, sparsity):
-    report = prune_model(source, tmp_path / "out", wanda(rng, pattern=pattern, sparsity=sparsity))
-    audits = audit_pattern(tmp_path / "out", pattern, sparsity)
-    assert len(audits) == 21
-    assert all(audit.exact and audit.fits for audit in audits)
-    assert not any(audit.fits for audit in audit_pattern(source, pattern, sparsity))
-    kept = sum(pattern_count(parse_pattern(pattern, sparsity, a.shape), a.shape) for a in audits)
-    assert sum(a.size - a.zeros for a in audit_sparsity(tmp_path / "out")) == kept
-    assert report.sparsity == pytest.approx(sparsity or 0.75, abs=0.02)
-    assert json.loads((tmp_path / "out" / "summary.json").read_text())["recipe"]["pattern"] == pattern
-
-
-def test_the_audit_finds_one_weight_too_many_and_one_too_few(tmp_path, rng, source):
-    prune_model(source, tmp_path / "out", wanda(rng, pattern="2:4"))
-    model = open_model(tmp_path / "out")
-    tensors = {key: np.array(model.source.read(key)) for key in model.source.tensors}
+def test_the_audit_finds_one_weight_too_many_and_one_too_few(tmp_path, source, tokens):
+    prune_model(source, tmp_path / "out", Recipe(method="wanda", calibration=tokens, pattern="2:4"))
+    tensors = {key: np.array(value) for key, value in stored(tmp_path / "out").items()}
     more, fewer = (tensors[f"model.layers.1.mlp.{name}_proj.weight"] for name in ("up", "down"))
     more[3, np.flatnonzero(more[3] == 0)[0]] = 1e-30
     fewer[5, np.flatnonzero(fewer[5])[0]] = 0
@@ -89,30 +58,12 @@ def test_the_audit_finds_one_weight_too_many_and_one_too_few(tmp_path, rng, sour
     assert sum(audit.exact for audit in audits.values()) == 19
 
 
-def test_an_impossible_pattern_names_the_layer_before_any_work(tmp_path, rng, source):
-    # 32 and 64 inputs, 16 to 64 outputs: blocks 32 high fit the first linear and not the keys.
-    for pattern, message in [
-        ("block:32x8", r"model.layers.0.self_attn.k_proj: .*out=16, in=32\] leaves 16 outputs"),
-        ("2:5", r"model.layers.0.self_attn.q_proj: .*divisible by 5"),
-        ("group:5", r"model.layers.0.self_attn.q_proj: .*divisible by 5; .* leaves 2 over"),
-    ]:
-        recipe = wanda(rng, pattern=pattern, sparsity=0.6)
-        with pytest.raises(ValueError, match=message):
-            prune_model(source, tmp_path / "out", recipe)
-        with pytest.raises(ValueError, match=message):
-            audit_pattern(source, pattern, 0.6)
-    recipe = Recipe(calibration=recipe.calibration, method="sparsegpt", pattern="block:4x8")
-    with pytest.raises(ValueError, match=r"q_proj: sparsegpt decides input by input"):
-        prune_model(source, tmp_path / "out", recipe)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_recipe_lists_what_is_wrong_with_its_pattern():
-    with pytest.raises(ValueError, match=r"(?s)windows.*'1:4' has sparsity 0.75, which contradicts the sparsity 0.5"):
-        Recipe(pattern="1:4", sparsity=0.5, windows=0)
-    with pytest.raises(ValueError, match="which contradicts the pattern 'per-row'"):
-        Recipe(pattern="per-row", penalty=so.L1(1.0))
-    Recipe(pattern="1:4")
+@pytest.mark.parametrize("pattern", ["per-row", "1:4", "block:4x8", "group:8"])
+def test_a_dense_model_has_no_pattern_and_an_impossible_one_is_refused(source, pattern):
+    assert not any(audit.fits for audit in audit_pattern(source, pattern, None if pattern == "1:4" else 0.6))
+    for impossible, words in (("block:32x8", "leaves 16 outputs"), ("2:5", "by 5"), ("group:5", "leaves 2 over")):
+        with pytest.raises(ValueError, match=words):
+            audit_pattern(source, impossible, 0.6)
 
 
 @pytest.mark.parametrize(
@@ -131,17 +82,13 @@ def test_a_changed_copy_of_a_recipe_keeps_only_what_was_given(first, then, spars
     assert copied.sparsity == copied.as_dict()["sparsity"] == sparsity
 
 
-def test_on_the_shell_a_pattern_is_pruned_and_checked(tmp_path, source, command):
-    text = ["file:" + str(tmp_path / "text.txt")]
+def test_on_the_shell_a_pattern_is_pruned_and_checked(tmp_path, source, text, command):
     few = ["--windows", 6, "--seqlen", 32, "--heldout-windows", 2]
-    prune = ["prune", source, "--output", tmp_path / "out", "--calibration", *text, *few, "--method", "wanda"]
-    status, _, err = command(*prune, "--pattern", "sideways")
-    assert status == 2
-    assert "unknown pattern 'sideways'; known are 'unstructured', 'per-row'" in err
+    prune = ["prune", source, "--output", tmp_path / "out", "--calibration", text, *few, "--method", "wanda"]
     status, out, _ = command(*prune, "--pattern", "1:4")
     assert status == 0
     assert "wanda 75% 1:4: layer 21/21" in out
-    score = ["eval", tmp_path / "out", "--text", *text, "--windows", 2, "--seqlen", 32]
+    score = ["eval", tmp_path / "out", "--text", text, "--windows", 2, "--seqlen", 32]
     status, out, _ = command(*score, "--pattern", "1:4")
     assert status == 0
     assert "pattern 1:4 holds in all 21 linears, exact in 21" in out

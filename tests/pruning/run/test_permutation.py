@@ -8,11 +8,9 @@ import pytest
 
 from sparseopt.core.penalties.patterns import NM
 from sparseopt.models import block_moves, load_decoder, open_model
-from sparseopt.pruning import Recipe, prune_model, prune_models
-from sparseopt.pruning.pipeline import Stopped
+from sparseopt.pruning import Recipe, prune_models
 from sparseopt.pruning.run.permutation import best_order, block_orders
 from tests.jitted import run
-from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 
 TWO_OF_FOUR = NM(2, 4)
 
@@ -49,9 +47,8 @@ def test_of_few_inputs_the_order_is_nearly_the_best_of_all(rng):
         assert kept(score, best_order(score, TWO_OF_FOUR), TWO_OF_FOUR) >= 0.98 * best
 
 
-def test_the_orders_of_a_block_fit_its_heads(tmp_path, rng):
-    config = tiny_config(num_hidden_layers=1)
-    model = open_model(write_folder(tmp_path / "source", config, random_tensors(config, rng)))
+def test_the_orders_of_a_block_fit_its_heads(source, rng):
+    model = open_model(source)
     block = model.block(0)
     losses = {name: rng.gamma(0.5, size=block.weight_shape(name)) for name in block.linears}
     orders = block_orders(model.config, losses, dict.fromkeys(losses, TWO_OF_FOUR))
@@ -65,56 +62,13 @@ def test_the_orders_of_a_block_fit_its_heads(tmp_path, rng):
     assert set(block_orders(model.config, losses, dict.fromkeys(losses, NM(8, 16)))) == {"mlp.down_proj"}
 
 
-@pytest.fixture
-def planted(tmp_path, rng):
-    """A model with biases in which 2:4 loses nothing once channels stand in the right order.
-
-    Inputs of the residual stream follow the pattern already; the second half of the MLP's channels and of each head's
-    values is not read.
-    """
-    config = tiny_config(model_type="qwen2", num_hidden_layers=2)
-    tensors = random_tensors(config, rng)
-    for key, value in tensors.items():
-        if "o_proj" in key:
-            value.reshape(32, -1, 8)[:, :, 4:] = 0
-        elif "down_proj" in key:
-            value[:, 32:] = 0
-        elif value.ndim == 2 and "layers" in key:
-            value.reshape(len(value), -1, 4)[:, :, 2:] = 0
-    return write_folder(tmp_path / "source", config, tensors)
-
-
-def test_a_pruned_model_in_the_right_order_computes_the_dense_function(tmp_path, planted, rng):
-    tokens = rng.integers(0, len(VOCAB), (6, 32)).astype(np.int32)
-    recipe = Recipe(method="wanda", pattern="2:4", calibration=tokens, permute=True)
-    outputs = tmp_path / "ordered", tmp_path / "plain"
-    ordered, plain = prune_models(
-        planted, list(zip((recipe, recipe.model_copy(update={"permute": False})), outputs, strict=True))
-    )
+def test_a_pruned_model_in_the_right_order_computes_the_dense_function(tmp_path, models, tokens):
+    source, outputs = models("planted"), (tmp_path / "ordered", tmp_path / "plain")
+    recipes = [Recipe(method="wanda", pattern="2:4", calibration=tokens, permute=permute) for permute in (True, False)]
+    ordered, plain = prune_models(source, list(zip(recipes, outputs, strict=True)))
     assert max(layer.relative_error for layer in ordered.layers) < 1e-10
     lossy = {layer.layer.rpartition(".")[2] for layer in plain.layers if layer.relative_error > 0.01}
     assert lossy == {"o_proj", "down_proj"}
-    dense, pruned, unordered = (np.asarray(run(load_decoder(folder), tokens)) for folder in (planted, *outputs))
+    dense, pruned, unordered = (np.asarray(run(load_decoder(folder), tokens)) for folder in (source, *outputs))
     np.testing.assert_allclose(pruned, dense, rtol=1e-5, atol=1e-5)
     assert np.abs(unordered - dense).max() > 0.01
-
-
-@pytest.mark.thorough
-def test_an_interrupted_run_moves_the_same_channels(tmp_path, planted, rng):
-    tokens = rng.integers(0, len(VOCAB), (6, 32)).astype(np.int32)
-    recipe = Recipe(pattern="2:4", calibration=tokens, permute=True, dtype="bfloat16", propagate=0.5)
-    prune_model(planted, tmp_path / "whole", recipe)
-    with pytest.raises(Stopped):
-        prune_model(planted, tmp_path / "parts", recipe, stop=lambda: True)
-    prune_model(planted, tmp_path / "parts", recipe)
-    whole, parts = (
-        {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
-        for folder in (tmp_path / "whole", tmp_path / "parts")
-    )
-    assert whole == parts
-
-
-def test_an_order_without_a_pattern_that_needs_it_is_refused():
-    for pattern in ("unstructured", "4:4"):
-        with pytest.raises(ValueError, match=f"permute is for n:m patterns with zeros.*'{pattern}'; leave it out"):
-            Recipe(pattern=pattern, permute=True)

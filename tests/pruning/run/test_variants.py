@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sparseopt.models import open_model
-from sparseopt.pruning import Recipe, ShrinkRecipe, prune_model
+from sparseopt.pruning import Recipe, ShrinkRecipe
 from sparseopt.pruning.base.activations import Batches, DiskBatches, make_batches
 from sparseopt.pruning.base.grams import BlockRunner
 from sparseopt.pruning.run import variants
@@ -16,15 +16,9 @@ from sparseopt.pruning.run.calibration import CalibrationWindows
 from sparseopt.pruning.run.variants import SHARE, draw, with_variants
 from sparseopt.pruning.train.reconstruction import Reconstruction
 from sparseopt.pruning.train.training import draw_orders
-from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
+from tests.models.tiny import VOCAB
 
 WINDOWS, TIME = 4, 24
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    rng = np.random.default_rng(0)
-    return write_folder(tmp_path_factory.mktemp("source"), tiny_config(), random_tensors(tiny_config(), rng))
 
 
 @pytest.fixture
@@ -109,13 +103,3 @@ def test_only_what_trains_has_variants_unasked_and_its_epochs_stay_as_long():
     assert best.reconstruction.epoch_windows == 5
     assert best.model_copy(update={"variants": 0}).reconstruction.epoch_windows is None
     assert best.model_copy(update={"train_epochs": Reconstruction(epoch_windows=7)}).reconstruction.epoch_windows == 7
-
-
-@pytest.mark.thorough
-def test_a_model_is_pruned_and_trained_with_variants(tmp_path, source, windows):
-    ids = np.concatenate(windows[:2])
-    recipe = Recipe(method="wanda", calibration=ids, heldout_windows=1, variants=2, train_epochs=2)
-    report = prune_model(source, tmp_path / "out", recipe)
-    assert report.calibration.variants == 2
-    assert {record.tokens for record in report.layers} == {3 * WINDOWS * TIME}
-    assert {record.steps for record in report.blocks} <= {WINDOWS, 2 * WINDOWS}
