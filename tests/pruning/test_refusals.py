@@ -27,8 +27,7 @@ from sparseopt.pruning.train.distillation import Distillation
 from sparseopt.pruning.train.reconstruction import Reconstruction
 from sparseopt.system.run_folder import FolderError
 from tests.layers.layers import make_layer
-from tests.models.tiny import GOLDEN, write_golden
-from tests.models.tiny import tiny_config, write_folder
+from tests.models.tiny import GOLDEN, tiny_config, write_folder, write_golden
 from tests.pruning.whole_runs import tensors_of
 
 NINE = np.ones((9, 9), int)
