@@ -16,55 +16,38 @@ from matplotlib.lines import Line2D
 from records import Record, groups, missing, read, select
 
 SETTINGS = {"0.5": "50 %", "0.6": "60 %", "0.7": "70 %", "2:4": "2:4"}
-
-OURS = "#0072B2"
+BLUE, ORANGE, GREEN, SKY, PINK, RED = "#0072B2", "#E69F00", "#009E73", "#56B4E9", "#CC79A7", "#D55E00"
+# The colours and markers of lines, by what the records call them.
 PEERS = {
-    "ALPS": ("#009E73", "D"),
-    "ADMM (Boza)": ("#CC79A7", "^"),
-    "SparseGPT": ("#E69F00", "s"),
-    "mAIHT reference": ("#56B4E9", "v"),
-    "Wanda": ("#D55E00", "X"),
-}
-# Methods over calibration tokens.
-COLOURS = {
-    "best": (OURS, "o"),
-    "best one shot": ("#56B4E9", "v"),
-    "admm": ("#CC79A7", "^"),
-    "maiht": ("#009E73", "D"),
-    "sparsegpt": ("#E69F00", "s"),
-    "wanda": ("#D55E00", "X"),
-}
+    "best": (BLUE, "o"), "ALPS": (GREEN, "D"), "ADMM (Boza)": (PINK, "^"), "SparseGPT": (ORANGE, "s"),
+    "mAIHT reference": (SKY, "v"), "Wanda": (RED, "X"),
+}  # fmt: skip
+METHODS = {
+    "best": (BLUE, "o"), "best one shot": (SKY, "v"), "admm": (PINK, "^"), "maiht": (GREEN, "D"),
+    "sparsegpt": (ORANGE, "s"), "wanda": (RED, "X"),
+}  # fmt: skip
 # What was done to a model, see `_treatment`.
-TREATMENTS = {
-    "dense": ("#000000", "*"),
-    "shrunk": (OURS, "s"),
-    "pruned": ("#E69F00", "^"),
-    "both": ("#009E73", "D"),
-}
+TREATMENTS = {"dense": ("#000000", "*"), "shrunk": (BLUE, "s"), "pruned": (ORANGE, "^"), "both": (GREEN, "D")}
+SOLVERS = {"sparseopt auto": (BLUE, "o"), "fastprox": (ORANGE, "s"), "PIQP": (GREEN, "^")}
 # Filled markers show the first of these runtimes that is recorded, hollow ones the others.
 FRONTIER_RUNTIMES = ("transformers float32", "llama.cpp Q8_0")
-SOLVERS = {"sparseopt auto": (OURS, "o"), "fastprox": ("#E69F00", "s"), "PIQP": ("#009E73", "^")}
 
 
 def quality(records: list[Record], dense: float) -> Any:
     """Perplexity over sparsity, one line per method, with the dense model's."""
     models = select(records, r"perplexity, models, (?P<run>.+) at (?P<setting>[^,]+)")
-    found = {(record["run"], record["setting"]): record for record in models}
+    found = {(record["run"], record["setting"]): record["value"] for record in models}
     figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
-    for name, (colour, marker) in ({"best": (OURS, "o")} | PEERS).items():
-        points = {setting: found[name, setting]["value"] for setting in SETTINGS if (name, setting) in found}
-        places = [place for place, setting in enumerate(SETTINGS) if setting in points]
+    for name, (colour, marker) in PEERS.items():
         ours = name == "best"
-        label = "sparseopt, best" if ours else name
-        # 2:4 is not the next sparsity, so no line connects it.
-        unstructured = [place for place in places if place < 3]
-        values = list(points.values())
         style: dict[str, Any] = {"color": colour, "marker": marker, "linewidth": 2.6 if ours else 1.4}
-        axis.plot(unstructured, values[: len(unstructured)], label=label, zorder=3 if ours else 2, **style)
-        axis.plot(places[len(unstructured) :], values[len(unstructured) :], **style)
-        if ours:
-            for place, value in zip(places, values, strict=True):
-                axis.annotate(f"{value:.1f}", (place, value), (0, -14), textcoords="offset points", ha="center")
+        points = {place: found[name, s] for place, s in enumerate(SETTINGS) if (name, s) in found}
+        # 2:4 is not the next sparsity, so no line connects it.
+        last = {3: points.pop(3)} if 3 in points else {}
+        axis.plot(*_pair(points), label="sparseopt, best" if ours else name, zorder=3 if ours else 2, **style)
+        axis.plot(*_pair(last), **style)
+        for point in (points | last).items() if ours else ():
+            axis.annotate(f"{point[1]:.1f}", point, (0, -14), textcoords="offset points", ha="center")
     axis.axhline(dense, color="#666666", linestyle="--", linewidth=1)
     axis.annotate(f"dense {dense:.1f}", (2.5, dense), (0, 4), textcoords="offset points", color="#444444", ha="center")
     axis.set(yscale="log", ylabel="perplexity", xlabel="zeros in every linear layer", xlim=(-0.3, 3.3))
@@ -77,17 +60,12 @@ def quality(records: list[Record], dense: float) -> Any:
 def peers(records: list[Record]) -> Any:
     """Seconds to two tolerances, one row per problem, sorted by order and size."""
     found = [record for record in select(records, "time to target") if record["target"] < 1e-3 and record["seconds"]]
-    problems = sorted(
-        {(record["order"], record["nodes"], record["problem"]) for record in found},
-        reverse=True,
-    )
+    problems = sorted({(record["order"], record["nodes"], record["problem"]) for record in found}, reverse=True)
     figure, panels = plt.subplots(1, 2, figsize=(9, 4.6), sharey=True, sharex=True, layout="constrained")
     for axis, exponent in zip(panels, (-4, -6), strict=True):
+        close = {(r["problem"], r["solver"]): r["seconds"] for r in found if r["target"] == 10.0**exponent}
         for row, (_, _, problem) in enumerate(problems):
-            times = {
-                r["solver"]: r["seconds"] for r in found if r["problem"] == problem and r["target"] == 10.0**exponent
-            }
-            shown = {solver: times[solver] for solver in SOLVERS if solver in times}
+            shown = {solver: close[problem, solver] for solver in SOLVERS if (problem, solver) in close}
             axis.plot([min(shown.values()), max(shown.values())], [row, row], color="#cccccc", zorder=1)
             for solver, seconds in shown.items():
                 colour, marker = SOLVERS[solver]
@@ -95,37 +73,22 @@ def peers(records: list[Record]) -> Any:
         axis.set(xscale="log", xlabel="seconds, one core", title=f"relative suboptimality $10^{{{exponent}}}$")
         axis.grid(axis="x", color="#eeeeee")
     panels[0].set_yticks(range(len(problems)), [_problem(*problem) for problem in problems])
-    handles = [
-        Line2D([], [], color=colour, marker=marker, linestyle="", label=solver.replace(" auto", ""))
-        for solver, (colour, marker) in SOLVERS.items()
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    _legend(figure, {solver.replace(" auto", ""): {"color": c, "marker": m} for solver, (c, m) in SOLVERS.items()})
     return figure
 
 
 def memory(pruning: list[Record], sizes: list[Record]) -> Any:
     """Peak memory: of pruning over the model's size, of the trend filter over the number of nodes."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for preset, marker in (("paper", "s"), ("tuned", "o")):
-        runs = [record for record in pruning if record["preset"] == preset]
-        left.plot(
-            [record["model_bytes"] / 1e6 for record in runs],
-            [record["peak_memory_bytes"] / 1e6 for record in runs],
-            marker=marker,
-            color=OURS if preset == "tuned" else "#E69F00",
-            label=f"mAIHT, preset {preset}",
-        )
+    for preset, marker, colour in (("paper", "s", ORANGE), ("tuned", "o", BLUE)):
+        points = {r["model_bytes"] / 1e6: r["peak_memory_bytes"] / 1e6 for r in pruning if r["preset"] == preset}
+        left.plot(*_pair(points), marker=marker, color=colour, label=f"mAIHT, preset {preset}")
     left.set(xlabel="model, MB", ylabel="peak memory, MB", ylim=(0, 1200), title="Pruning a model")
     left.legend(loc="lower right", frameon=False)
-    for order, colour in ((0, OURS), (1, "#E69F00")):
-        grids = [r for r in select(sizes, "size") if r["problem"] == "picture" and r["order"] == order]
-        right.plot(
-            [record["nodes"] for record in grids],
-            [record["peak_bytes"] / 1e9 for record in grids],
-            marker="o",
-            color=colour,
-            label=f"order {order}",
-        )
+    pictures = [record for record in select(sizes, "size") if record["problem"] == "picture"]
+    for order, colour in ((0, BLUE), (1, ORANGE)):
+        points = {r["nodes"]: r["peak_bytes"] / 1e9 for r in pictures if r["order"] == order}
+        right.plot(*_pair(points), marker="o", color=colour, label=f"order {order}")
     right.set(xscale="log", yscale="log", xlabel="nodes of the grid", ylabel="peak memory, GB", title="Trend filtering")
     _logarithmic(right.yaxis, [0.5, 1, 2, 5])
     right.legend(loc="upper left", frameon=False)
@@ -143,25 +106,18 @@ def tokens(records: list[Record]) -> Any:
     for of_model, row in zip(models, panels, strict=True):
         counts = sorted({record["calibration_tokens"] for record in of_model})
         for axis, (field, label) in zip(row, errors.items(), strict=True):
-            for run, (colour, marker) in COLOURS.items():
+            for run, (colour, marker) in METHODS.items():
                 # The median over the draws of each number of tokens.
                 draws = groups([r for r in of_model if r["run"] == run], "calibration_tokens")
                 medians = {draw[0]["calibration_tokens"]: statistics.median(r[field] for r in draw) for draw in draws}
-                axis.plot(*zip(*sorted(medians.items()), strict=True), color=colour, marker=marker, label=run)
+                axis.plot(*_pair(medians), color=colour, marker=marker, label=run)
             axis.set(xscale="log", xlabel="calibration tokens", ylabel=label, title=of_model[0]["model"])
             axis.set_xticks(counts, [f"{count:,}" for count in counts], rotation=30)
             axis.minorticks_off()
             axis.grid(color="#eeeeee")
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    return figure
-
-
-def _without_records(name: str) -> Any:
-    """A line of text in place of a picture."""
-    figure, axis = plt.subplots(figsize=(9, 0.6), layout="constrained")
-    axis.text(0, 0.5, missing(name).replace("`", ""), va="center")
-    axis.set_axis_off()
+    there = {record["run"] for record in scored}
+    lines = {run: {"color": c, "marker": m, "linestyle": "-"} for run, (c, m) in METHODS.items() if run in there}
+    _legend(figure, lines)
     return figure
 
 
@@ -177,8 +133,7 @@ def frontier(records: list[Record]) -> Any:
     for axis, (label, name, unit) in zip(panels, scales, strict=True):
         for record in found:
             colour, marker = TREATMENTS[_treatment(record["model"])]
-            place = (record[name] * unit, record["perplexity"])
-            hollow = record["runtime"] != runtimes[0]
+            place, hollow = (record[name] * unit, record["perplexity"]), record["runtime"] != runtimes[0]
             axis.plot(*place, marker=marker, color=colour, markerfacecolor="none" if hollow else colour, linestyle="")
             if not hollow:
                 axis.annotate(record["model"], place, (-6, 0), color=colour, **beside)
@@ -187,17 +142,30 @@ def frontier(records: list[Record]) -> Any:
     shown = [record["perplexity"] for record in found]
     _logarithmic(panels[0].yaxis, [30, 40, 50, 70, 100, 200])
     panels[0].set(ylabel="perplexity", ylim=(0.95 * min(shown), 1.05 * max(shown)))
-    treatments = dict.fromkeys(_treatment(record["model"]) for record in found)
-    handles = [
-        Line2D([], [], color=TREATMENTS[name][0], marker=TREATMENTS[name][1], linestyle="", label=name)
-        for name in TREATMENTS
-        if name in treatments
-    ]
-    handles += [
-        Line2D([], [], color="#666666", marker="o", markerfacecolor=face, linestyle="", label=runtime)
-        for runtime, face in zip(runtimes, ("#666666", "none"), strict=False)
-    ]
+    there = {_treatment(record["model"]) for record in found}
+    entries = {name: {"color": c, "marker": m} for name, (c, m) in TREATMENTS.items() if name in there}
+    for runtime, face in zip(runtimes, ("#666666", "none"), strict=False):
+        entries[runtime] = {"color": "#666666", "marker": "o", "markerfacecolor": face}
+    _legend(figure, entries)
+    return figure
+
+
+def _pair(points: dict[Any, Any]) -> tuple[list[Any], list[Any]]:
+    """Places and values of points, by place."""
+    return sorted(points), [points[place] for place in sorted(points)]
+
+
+def _legend(figure: Any, entries: dict[str, dict[str, Any]]) -> None:
+    """One legend below all panels."""
+    handles = [Line2D([], [], label=label, **({"linestyle": ""} | style)) for label, style in entries.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+
+
+def _without_records(name: str) -> Any:
+    """A line of text in place of a picture."""
+    figure, axis = plt.subplots(figsize=(9, 0.6), layout="constrained")
+    axis.text(0, 0.5, missing(name).replace("`", ""), va="center")
+    axis.set_axis_off()
     return figure
 
 
