@@ -43,8 +43,7 @@ def gradient(quick: bool, interpreter: str) -> None:
     side = 32 if quick else 256
     y, target = (jnp.asarray(grid_signal((side, side), seed)) for seed in (0, 1))
     for order, weight in enumerate(WEIGHTS):
-        solver = so.trend_solver(so.Graph.grid((side, side)), order)
-        rng = np.random.default_rng(order)
+        solver, rng = so.trend_solver(so.Graph.grid((side, side)), order), np.random.default_rng(order)
         size = solver.layout.count(order + 1)
         point = y, jnp.asarray(weight * rng.uniform(0.5, 1.5, size))
         along = target - y, jnp.asarray(weight * rng.uniform(-0.5, 0.5, size))
@@ -57,19 +56,25 @@ def gradient(quick: bool, interpreter: str) -> None:
 
         known = differences(jax.jit(loss), point, along)
         forward, slopes = jax.jit(fit), jax.jit(jax.grad(loss, argnums=(0, 1)))
-        of_fit, of_both = (warmed(partial(call, *point, TOL)) for call in (forward, slopes))
         found = forward(*point, TOL)
-        ours = [float(jnp.vdot(slope, move)) for slope, move in zip(slopes(*point, TOL), along, strict=True)]
+        answer = {
+            "solver": "sparseopt",
+            "version": installed("sparseopt"),
+            "steps": int(found.steps),
+            "fit": warmed(partial(forward, *point, TOL)),
+            "both": warmed(partial(slopes, *point, TOL)),
+            "slopes": [float(jnp.vdot(slope, move)) for slope, move in zip(slopes(*point, TOL), along, strict=True)],
+        }
         about = {"side": side, "order": order, "weight": weight, "tol": TOL, "reduced": quick}
-        fields = {"solver": "sparseopt", "version": installed("sparseopt"), "steps": int(found.steps)}
-        shown = compared(of_fit, of_both, ours, known)
+        shown = compared(answer, known)
         met = None if quick else shown["ratio"] <= MOST_RATIO
-        emit("gradient through a plan", **about, **fields, **shown, target=MOST_RATIO, met=met)
+        emit("gradient through a plan", **about, **shown, target=MOST_RATIO, met=met)
         if order == 0:
-            edges = {"weights": on_axes(point[1], side), "weights_along": on_axes(along[1], side)}
             nodes = {"y": y, "target": target, "along": along[0]}
             shaped = {name: np.asarray(field).reshape(side, side) for name, field in nodes.items()}
-            fastprox(interpreter, {**shaped, **edges, "gap": TOL * float(found.objective)}, known, about)
+            edges = {"weights": on_axes(point[1], side), "weights_along": on_axes(along[1], side)}
+            for peer in fastprox(interpreter, {**shaped, **edges, "gap": TOL * float(found.objective)}):
+                emit("gradient through a plan", **about, **compared(peer, known))
 
 
 def differences(loss: Callable[..., Any], point: tuple, along: tuple) -> list[float]:
@@ -85,17 +90,14 @@ def differences(loss: Callable[..., Any], point: tuple, along: tuple) -> list[fl
     return found
 
 
-def compared(fit: dict[str, Any], both: dict[str, Any], slopes: list[float], known: list[float]) -> dict[str, Any]:
-    """Times of a fit and of a fit with its gradient, and the errors of the slopes in the two directions."""
-    errors = [abs(slope / value - 1) for slope, value in zip(slopes, known, strict=True)]
-    return {
-        "fit_seconds": fit["seconds"],
-        "gradient_seconds": both["seconds"],
-        "ratio": both["seconds"] / fit["seconds"],
-        "first_call_seconds": both["first_call_seconds"],
-        "error_in_signal": errors[0],
-        "error_in_weights": errors[1],
-    }
+def compared(answer: dict[str, Any], known: list[float]) -> dict[str, Any]:
+    """An answer with the times of its fit and of a fit with its gradient, and its errors in the two directions."""
+    fit, both, slopes = (answer.pop(name) for name in ("fit", "both", "slopes"))
+    in_signal, in_weights = (abs(slope / value - 1) for slope, value in zip(slopes, known, strict=True))
+    return answer | {
+        "fit_seconds": fit["seconds"], "gradient_seconds": both["seconds"], "ratio": both["seconds"] / fit["seconds"],
+        "first_call_seconds": both["first_call_seconds"], "error_in_signal": in_signal, "error_in_weights": in_weights,
+    }  # fmt: skip
 
 
 def on_axes(values: Any, side: int) -> np.ndarray:
@@ -107,8 +109,8 @@ def on_axes(values: Any, side: int) -> np.ndarray:
     return found
 
 
-def fastprox(interpreter: str, given: dict[str, Any], known: list[float], about: dict[str, Any]) -> None:
-    """The same gradient by fastprox in a separate process, or the reason why it is missing."""
+def fastprox(interpreter: str, given: dict[str, Any]) -> list[dict[str, Any]]:
+    """The answers of fastprox in a separate process; none, with a line on the reason, if it is missing."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "problem.npz"
         np.savez(file, **given)
@@ -117,10 +119,8 @@ def fastprox(interpreter: str, given: dict[str, Any], known: list[float], about:
         except Ended as reason:
             say(f"SKIPPED fastprox: {reason}")
             emit("SKIPPED", part="gradient", solver="fastprox", reason=str(reason))
-            return
-    for answer in map(json.loads, lines):
-        fit, both, slopes = (answer.pop(name) for name in ("fit", "both", "slopes"))
-        emit("gradient through a plan", **about, **answer, **compared(fit, both, slopes, known))
+            return []
+    return [json.loads(line) for line in lines]
 
 
 def pictures(quick: bool, interpreter: str) -> None:

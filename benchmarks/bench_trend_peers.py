@@ -12,70 +12,60 @@ best objective and the best lower bound is printed with every row as reference_g
 with stored optima, NPZ files with the fields y, edges, lam, k, shape, beta_opt, u.
 """
 
+import argparse
+import contextlib
 import dataclasses
 import json
+import pickle
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
-import trend_problems
-from common import (
-    Child,
-    Ended,
-    answers,
-    emit,
-    environment,
-    fastest,
-    installed,
-    names_of,
-    options,
-    pin,
-    say,
-    selection,
-    timed,
-)
-from trend_problems import TrendProblem
+from common import emit, say, timed
+from trend_problems import TrendProblem, problems
 from trend_solvers import SOLVERS, Solver
 
 TARGETS = (1e-4, 1e-6)
-# The gap to which the optimum is computed.
-SOUGHT = 1e-9
+# The gap to which the optimum is computed, and the least limit in seconds of a run that seeks it.
+SOUGHT, SEEKING = 1e-9, 120.0
 # Every call is made twice, since "auto" may change its method between rungs and compile again; if both together take
 # less than this, once more. The fastest counts.
 REPEAT_BELOW, LEAST, REPEATS = 1.0, 2, 3
-# The least limit of a run that seeks the optimum.
-SEEKING = 120.0
 # Seconds for imports, layout and compilation on top of a limit.
 STARTING = 60.0
 
 
 @dataclasses.dataclass
 class Bounds:
-    """Bounds on the optimum of a problem: the best objective and the best lower bound."""
+    """The best objective and the best lower bound of a problem, and how close they must be."""
 
     upper: float = np.inf
     lower: float = -np.inf
-
-    def learn(self, upper: float, lower: float | None) -> None:
-        """Tighten the bounds with those of a run."""
-        self.upper = min(self.upper, upper)
-        self.lower = max(self.lower, -np.inf if lower is None else lower)
+    sought: float = SOUGHT
 
     @property
     def gap(self) -> float:
         """Relative to the lower bound."""
         return self.upper / self.lower - 1 if 0 < self.lower < np.inf else np.inf
 
+    def enough(self, record: dict[str, Any]) -> bool:
+        """Tighten the bounds with those of a run: whether they are close, and the run is at the best objective."""
+        self.upper = min(self.upper, record["objective"])
+        self.lower = max(self.lower, -np.inf if record["lower"] is None else record["lower"])
+        # Without a known optimum a solver would be compared with itself.
+        return self.gap <= self.sought and record["objective"] <= self.upper * (1 + self.sought)
 
-def serve(path: Path, name: str) -> None:
+
+def serve(file: Path, name: str) -> None:
     """The separate process: answer every rung on stdin with a line of measurements."""
-    out = answers()
-    solver, problem = SOLVERS[name], trend_problems.load(path)
-    number = installed(solver.package) or "unknown" if find_spec(solver.module) else None
+    out = common.answers()
+    solver, problem = SOLVERS[name], pickle.loads(file.read_bytes())
+    number = common.installed(solver.package) or "unknown" if find_spec(solver.module) else None
     print(json.dumps({"version": number}), file=out, flush=True)
     cold = solver.compiles
     for line in sys.stdin:
@@ -92,11 +82,8 @@ def measured(solver: Solver, problem: TrendProblem, rung: Any, cold: bool) -> di
         runs.append(timed(call))
     seconds, worked, (fit, lower) = min(runs, key=lambda run: run.seconds)
     return record | {
-        "seconds": seconds,
-        "cpu_seconds": worked,
-        "objective": problem.objective(fit),
-        "lower": lower,
-    }
+        "seconds": seconds, "cpu_seconds": worked, "objective": problem.objective(fit), "lower": lower,
+    }  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -108,176 +95,134 @@ class Climb:
     trouble: str | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Course:
-    """Settings of all runs.
-
-    Attributes:
-        limit: seconds that one call may take.
-        cores: number of cores for each solver.
-        interpreters: of solvers that need another Python.
-        folder: for the problem files.
-        kept: folder of computed optima.
-        reduced: whether this is a trial.
-    """
-
-    limit: float
-    cores: int
-    interpreters: dict[str, str]
-    folder: Path
-    kept: Path | None
-    reduced: bool
-
-    def climb(
-        self, problem: TrendProblem, solver: Solver, rungs: Sequence[Any], enough: Callable[[dict[str, Any]], bool]
-    ) -> Climb:
-        """Run the rungs until one is accurate enough or too slow."""
-        path = self.folder / f"{problem.name}.npz"
-        if not path.is_file():
-            trend_problems.save(problem, path)
-        climb, child = Climb(), None
-        try:
-            interpreter = self.interpreters.get(solver.name, sys.executable)
-            child = Child([interpreter, __file__, "--serve", path, solver.name], STARTING)
-            climb.version = child.about["version"]
-            for rung in () if climb.version is None else rungs:
-                record = child.ask(rung, 2 * self.limit + STARTING)
-                if record["seconds"] > self.limit:
-                    raise Ended("time limit")
-                climb.found.append({"rung": rung, **record})
+def climb(
+    given: argparse.Namespace, problem: TrendProblem, solver: Solver, rungs: Sequence[Any], limit: float, bounds: Bounds
+) -> Climb:
+    """Run the rungs until one is accurate enough or too slow."""
+    file = given.folder / f"{problem.name}.pickle"
+    if not file.is_file():
+        file.write_bytes(pickle.dumps(problem))
+    found, interpreter = Climb(), dict(given.python).get(solver.name, sys.executable)
+    try:
+        with contextlib.closing(common.Child([interpreter, __file__, "--serve", file, solver.name], STARTING)) as child:
+            found.version = child.about["version"]
+            for rung in () if found.version is None else rungs:
+                record = child.ask(rung, 2 * limit + STARTING)
+                if record["seconds"] > limit:
+                    raise common.Ended("time limit")
+                found.found.append({"rung": rung, **record})
                 say(f"{problem.name}: {solver.name} at {rung}: {record['seconds']:.3g} s, {record['objective']:.9g}")
-                if enough(record):
+                if bounds.enough(record):
                     break
-        except Ended as reason:
-            climb.trouble = str(reason)
-        finally:
-            if child is not None:
-                child.close()
-        return climb
+    except common.Ended as reason:
+        found.trouble = str(reason)
+    return found
 
-    def reference(self, problem: TrendProblem) -> Bounds:
-        """The optimum: stored with the problem or in a folder, otherwise from accurate runs, which are then stored."""
-        if problem.known is not None:
-            return Bounds(*problem.known)
-        file = None if self.kept is None else self.kept / f"{problem.key}.npz"
-        if file is not None and file.is_file():
-            with np.load(file) as stored:
-                return Bounds(float(stored["upper"]), float(stored["lower"]))
-        bounds, patient = Bounds(), dataclasses.replace(self, limit=max(self.limit, SEEKING))
 
-        def enough(record: dict[str, Any]) -> bool:
-            bounds.learn(record["objective"], record["lower"])
-            return bounds.gap <= SOUGHT
+def reference(given: argparse.Namespace, problem: TrendProblem) -> Bounds:
+    """The optimum: stored with the problem or in a folder, otherwise from accurate runs, which are then stored."""
+    if problem.known is not None:
+        return Bounds(*problem.known)
+    file = None if given.references is None else given.references / f"{problem.key}.npz"
+    if file is not None and file.is_file():
+        with np.load(file) as stored:
+            return Bounds(float(stored["upper"]), float(stored["lower"]))
+    bounds = Bounds()
+    runs = [("sparseopt auto", [1e-7, SOUGHT]), ("PIQP", [1e-10])]
+    # Factorisations are cheap on sparse planar graphs.
+    for name, rungs in runs if problem.shape is not None else reversed(runs):
+        if bounds.gap > SOUGHT and SOLVERS[name].takes(problem):
+            climb(given, problem, SOLVERS[name], rungs, max(given.limit, SEEKING), bounds)
+    say(f"{problem.name}: the optimum is known to a gap of {bounds.gap:.1e}")
+    if file is not None and bounds.upper < np.inf:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(file, upper=bounds.upper, lower=bounds.lower)
+    return bounds
 
-        runs = [("sparseopt auto", [1e-7, SOUGHT]), ("PIQP", [1e-10])]
-        # Factorisations are cheap on sparse planar graphs.
-        for name, rungs in runs if problem.shape is not None else reversed(runs):
-            if bounds.gap > SOUGHT and SOLVERS[name].takes(problem):
-                patient.climb(problem, SOLVERS[name], rungs, enough)
-        say(f"{problem.name}: the optimum is known to a gap of {bounds.gap:.1e}")
-        if file is not None and bounds.upper < np.inf:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            np.savez(file, upper=bounds.upper, lower=bounds.lower)
-        return bounds
 
-    def compare(self, problem: TrendProblem, solvers: Iterable[Solver]) -> None:
-        """Every solver on one problem: a line for each target, then a comparison with the fastest peer."""
-        bounds = self.reference(problem)
+def compare(given: argparse.Namespace, problem: TrendProblem, solvers: Iterable[Solver]) -> None:
+    """Every solver on one problem: a line for each target, then a comparison with the fastest peer."""
+    bounds = reference(given, problem)
+    bounds.sought = min(TARGETS)
+    taking = [solver for solver in solvers if solver.takes(problem)]
+    climbs = {
+        solver.name: climb(given, problem, solver, solver.rungs(problem), given.limit, bounds) for solver in taking
+    }
+    about = {
+        "problem": problem.name, "nodes": problem.y.size, "order": problem.order, "weight": problem.weight,
+        "cores": given.cores, "reduced": given.quick, "reference_gap": bounds.gap,
+    }  # fmt: skip
+    times: dict[float, dict[str, float]] = {target: {} for target in TARGETS}
+    for name, climbed in climbs.items():
+        if climbed.version is None:
+            reason = climbed.trouble or "not installed"
+            say(f"SKIPPED {name}: {reason}")
+            emit("SKIPPED", solver=name, problem=problem.name, reason=reason)
+            continue
+        rows = [{**row, "suboptimality": row["objective"] / bounds.upper - 1} for row in climbed.found]
+        closest = min((row["suboptimality"] for row in rows), default=None)
+        compiled = rows[0].get("first_call_seconds") if rows else None
+        for target in TARGETS:
+            close = [row for row in rows if row["suboptimality"] <= target]
+            shown: dict[str, Any] = {
+                "seconds": None,
+                "suboptimality": closest,
+                "trouble": climbed.trouble or "end of its ladder",
+            }
+            if close:
+                shown = min(close, key=lambda row: row["seconds"])
+                times[target][name] = shown["seconds"]
+            fields = {key: shown[key] for key in shown if key not in ("objective", "lower")}
+            fields |= {"solver": name, "version": climbed.version, "target": target, "first_call_seconds": compiled}
+            emit("time to target", **about, **fields)
+    for target, reached in times.items():
+        (ours, seconds), (peer, theirs) = common.fastest(reached, True), common.fastest(reached, False)
+        auto = reached.get("sparseopt auto")
+        # A trial cannot meet a target.
+        met = None if given.quick or theirs is None else auto is not None and auto < theirs
+        emit(
+            "ours against the fastest peer", target=target, **about, auto_seconds=auto, ours=ours, ours_seconds=seconds,
+            peer=peer, peer_seconds=theirs, met=met, note="no peer finished" if peer is None else None,
+        )  # fmt: skip
 
-        def enough(record: dict[str, Any]) -> bool:
-            bounds.learn(record["objective"], record["lower"])
-            # Without a known optimum a solver would be compared with itself.
-            return bounds.gap <= min(TARGETS) and record["objective"] <= bounds.upper * (1 + min(TARGETS))
 
-        climbs = {
-            solver.name: self.climb(problem, solver, solver.ladder(problem), enough)
-            for solver in solvers
-            if solver.takes(problem)
-        }
-        about = {
-            "problem": problem.name,
-            "nodes": problem.y.size,
-            "order": problem.order,
-            "weight": problem.weight,
-            "cores": self.cores,
-            "reduced": self.reduced,
-            "reference_gap": bounds.gap,
-        }
-        times: dict[float, dict[str, float]] = {target: {} for target in TARGETS}
-        for name, climb in climbs.items():
-            if climb.version is None:
-                reason = climb.trouble or "not installed"
-                say(f"SKIPPED {name}: {reason}")
-                emit("SKIPPED", solver=name, problem=problem.name, reason=reason)
-                continue
-            rows = [{**row, "suboptimality": row["objective"] / bounds.upper - 1} for row in climb.found]
-            best = min((row["suboptimality"] for row in rows), default=None)
-            about_solver = {"solver": name, "version": climb.version, **about}
-            compiled = rows[0].get("first_call_seconds") if rows else None
-            for target in TARGETS:
-                close = [row for row in rows if row["suboptimality"] <= target]
-                shown = min(close, key=lambda row: row["seconds"], default=None)
-                if shown is not None:
-                    times[target][name] = shown["seconds"]
-                else:
-                    trouble = climb.trouble or "end of its ladder"
-                    shown = {"seconds": None, "suboptimality": best, "trouble": trouble}
-                fields = {key: shown[key] for key in shown if key not in ("objective", "lower")}
-                fields |= {"target": target, "first_call_seconds": compiled}
-                emit("time to target", **about_solver, **fields)
-        for target, reached in times.items():
-            (ours, seconds), (peer, theirs) = fastest(reached, True), fastest(reached, False)
-            auto = reached.get("sparseopt auto")
-            emit(
-                "ours against the fastest peer",
-                target=target,
-                **about,
-                auto_seconds=auto,
-                ours=ours,
-                ours_seconds=seconds,
-                peer=peer,
-                peer_seconds=theirs,
-                # A trial cannot meet a target.
-                met=None if self.reduced or theirs is None else auto is not None and auto < theirs,
-                note="no peer finished" if peer is None else None,
-            )
+def solver_python(given: str) -> tuple[str, str]:
+    """SOLVER=INTERPRETER."""
+    name, _, interpreter = given.partition("=")
+    if name not in SOLVERS or not interpreter:
+        raise argparse.ArgumentTypeError(f"expected SOLVER=INTERPRETER of {', '.join(SOLVERS)}; given {given}")
+    return name, interpreter
 
 
 def main() -> None:
-    parser = options(__doc__)
+    parser = common.options(__doc__)
     parser.add_argument("--truth", type=Path, help="folder with problems with a stored optimum")
     parser.add_argument("--references", type=Path, help="folder for computed optima")
     parser.add_argument("--cores", type=int, default=1, help="cores for each solver")
     parser.add_argument("--limit", type=float, default=120.0, help="time limit of a call in seconds")
     parser.add_argument("--only", help="parts of problem names, comma-separated")
-    selection(parser, "--solvers", SOLVERS)
+    common.selection(parser, "--solvers", SOLVERS)
     parser.add_argument(
-        "--python",
-        action="append",
-        default=[],
-        metavar="SOLVER=INTERPRETER",
+        "--python", action="append", default=[], type=solver_python, metavar="SOLVER=INTERPRETER",
         help="run a solver with another Python, which also needs NumPy and SciPy",
-    )
+    )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="small problems, for a trial")
     parser.add_argument("--serve", nargs=2, help="for its own processes: a problem's file and a solver")
-    arguments = parser.parse_args()
-    if arguments.serve:
-        serve(Path(arguments.serve[0]), arguments.serve[1])
+    given = parser.parse_args()
+    if given.serve:
+        serve(Path(given.serve[0]), given.serve[1])
         return
-    interpreters = dict(pair.split("=", 1) for pair in arguments.python)
-    if unknown := set(interpreters) - set(SOLVERS):
-        parser.error(f"--python names {', '.join(unknown)}; known are {', '.join(SOLVERS)}")
-    cores = pin(arguments.cores)
-    emit("environment", **environment(), cores=cores)
-    if arguments.truth is None or not arguments.truth.is_dir():
-        emit("SKIPPED", solver=None, problem="stored optima", reason=f"no folder at {arguments.truth}")
+    given.cores = common.pin(given.cores)
+    emit("environment", **common.environment(), cores=given.cores)
+    if given.truth is None or not given.truth.is_dir():
+        emit("SKIPPED", solver=None, problem="stored optima", reason=f"no folder at {given.truth}")
         say("SKIPPED the problems with stored optima: give --truth FOLDER")
-        arguments.truth = None
-    makers = trend_problems.problems(arguments.quick, arguments.truth)
+        given.truth = None
+    makers = problems(given.quick, given.truth)
     with tempfile.TemporaryDirectory() as folder:
-        course = Course(arguments.limit, cores, interpreters, Path(folder), arguments.references, arguments.quick)
-        for name in names_of(makers)(arguments.only) if arguments.only else makers:
-            course.compare(makers[name](), [SOLVERS[name] for name in arguments.solvers])
+        given.folder = Path(folder)
+        for name in common.names_of(makers)(given.only) if given.only else makers:
+            compare(given, makers[name](), [SOLVERS[name] for name in given.solvers])
 
 
 if __name__ == "__main__":

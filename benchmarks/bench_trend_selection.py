@@ -95,45 +95,31 @@ GRAPHS = {"grid": grid, "road": road}
 SIGNALS = {"constant": constant, "linear": linear, "smooth": smooth, "spiky": spiky}
 # The order that suits the signal; order 2 would take hours on the road graph.
 PROBLEMS = {
-    "grid-constant": 0,
-    "grid-linear": 1,
-    "grid-smooth": 2,
-    "grid-spiky": 1,
-    "road-constant": 0,
-    "road-linear": 1,
-    "road-smooth": 1,
-    "road-spiky": 1,
-    "grid-constant-poisson": 0,
-    "grid-constant-logistic": 0,
-    "road-constant-poisson": 0,
-    "road-constant-logistic": 0,
-}
+    "grid-constant": 0, "grid-linear": 1, "grid-smooth": 2, "grid-spiky": 1,
+    "road-constant": 0, "road-linear": 1, "road-smooth": 1, "road-spiky": 1,
+    "grid-constant-poisson": 0, "grid-constant-logistic": 0, "road-constant-poisson": 0, "road-constant-logistic": 0,
+}  # fmt: skip
 # Level and scale of log-rates and log-odds: rates of about 1 to 10, probabilities of about 0.2 to 0.95.
 SCALES = {"poisson": (1.0, 0.8), "logistic": (0.0, 1.5)}
 MEANS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"poisson": np.exp, "logistic": special.expit}
-# Rules that need one path; cross-validation is added to them.
-RULES: dict[str, Callable[[TrendPath], int]] = {
-    "sure": lambda path: select(path, "sure").index,
-    "sure, true noise": lambda path: select(path, "sure", NOISE).index,
-    "gcv": lambda path: select(path, "gcv").index,
-    "aic, corrected": lambda path: select(path, "aic").index,
-    "bic": lambda path: select(path, "bic", path.noise).index,
-}
 CV_RULES = {"cv": "min", "cv, half a standard error": "half_se", "cv, one standard error": "one_se"}
 
 
-def least_gcv(path: TrendPath) -> int:
-    """As `select`, which refuses labels."""
+def levels_of(path: TrendPath, loss: str | None) -> dict[str, int]:
+    """The level that each rule chooses that needs one path; for counts and labels those that need no noise level."""
+    if loss is None:
+        return {
+            "sure": select(path, "sure").index,
+            "sure, true noise": select(path, "sure", NOISE).index,
+            "gcv": select(path, "gcv").index,
+            "aic, corrected": select(path, "aic").index,
+            "bic": select(path, "bic", path.noise).index,
+        }
     share = path.degrees_of_freedom / path.observations
-    return int(np.argmin(np.where(share <= 0.5, path.deviances / (1 - np.minimum(share, 0.5)) ** 2, np.inf)))
-
-
-# Those that need no noise level.
-LOSS_RULES: dict[str, Callable[[TrendPath], int]] = {
-    "gcv": least_gcv,
-    "aic": lambda path: int(np.argmin(path.deviances + 2 * path.degrees_of_freedom)),
-    "bic": lambda path: select(path, "bic").index,
-}
+    # As `select`, which refuses labels.
+    gcv = np.where(share <= 0.5, path.deviances / (1 - np.minimum(share, 0.5)) ** 2, np.inf)
+    aic = path.deviances + 2 * path.degrees_of_freedom
+    return {"gcv": int(np.argmin(gcv)), "aic": int(np.argmin(aic)), "bic": select(path, "bic").index}
 
 
 def drawn(truth: np.ndarray, loss: str | None, seed: int) -> np.ndarray:
@@ -146,21 +132,12 @@ def drawn(truth: np.ndarray, loss: str | None, seed: int) -> np.ndarray:
     return truth + NOISE * rng.standard_normal(truth.size)
 
 
-def standardised(values: np.ndarray) -> np.ndarray:
-    return (values - values.mean()) / values.std()
-
-
-def mean_ratios(errors: dict[str, list[float]]) -> dict[str, float]:
-    """The mean error of every rule over that of the oracle."""
-    best = np.mean(errors["oracle"])
-    return {rule: float(np.mean(found) / best) for rule, found in errors.items() if rule != "oracle"}
-
-
 def measure(name: str, repeats: int) -> None:
     """Print the lines of one problem."""
     order, (kind, signal, *kinds) = PROBLEMS[name], name.split("-")
     graph, places = GRAPHS[kind]()
-    truth = standardised(SIGNALS[signal](graph, places))
+    truth = SIGNALS[signal](graph, places)
+    truth = (truth - truth.mean()) / truth.std()
     about = {"problem": name, "graph": kind, "nodes": graph.num_nodes, "signal": signal, "order": order}
     about |= {"repeats": repeats}
     rules(about, graph, truth, kinds[0] if kinds else None)
@@ -191,28 +168,22 @@ def rules(about: dict[str, Any], graph: so.Graph, truth: np.ndarray, loss: str |
             path = validated.path
             validation = {label: validated.index_by(rule) for label, rule in CV_RULES.items()}
         apart = node_deviances(path.loss, path.values.reshape(len(path), -1), means).mean(axis=1)
-        taken = {"oracle": int(apart.argmin())}
-        taken |= {rule: take(path) for rule, take in (LOSS_RULES if loss else RULES).items()}
-        for rule, index in (taken | validation).items():
+        for rule, index in ({"oracle": int(apart.argmin())} | levels_of(path, loss) | validation).items():
             errors.setdefault(rule, []).append(float(f"{apart[index]:.5g}"))
         noise.append(path.noise)
+    means_of = {rule: float(np.mean(values)) for rule, values in errors.items()}
+    oracle = means_of.pop("oracle")
     emit(
         "choice of the weight", **about, **settings, folds=None if order else FOLDS, noise=None if loss else NOISE,
-        noise_estimate=None if loss else float(np.mean(noise)), oracle_error=float(np.mean(errors["oracle"])),
-        ratios=mean_ratios(errors), target=TARGET, errors=errors,
+        noise_estimate=None if loss else float(np.mean(noise)), oracle_error=oracle,
+        ratios={rule: mean / oracle for rule, mean in means_of.items()}, target=TARGET, errors=errors,
         cpu_seconds=round(time.process_time() - start, 1), **environment(),
     )  # fmt: skip
 
 
-def slope_of(fit: np.ndarray, truth: np.ndarray) -> float:
-    """The slope of the least-squares line of the fit over the truth."""
-    apart = truth - truth.mean()
-    return float(apart @ fit / (apart @ apart))
-
-
 def concave(about: dict[str, Any], graph: so.Graph, truth: np.ndarray) -> None:
     """The line that compares L1 and MCP at their best weights."""
-    start, order = time.process_time(), about["order"]
+    start, order, apart = time.process_time(), about["order"], truth - truth.mean()
     penalties: dict[str, Callable[[float], Any]] = {"L1": so.L1}
     penalties |= {f"MCP, gamma {gamma:g}": functools.partial(so.MCP, gamma=gamma) for gamma in GAMMAS}
     found: dict[str, list[tuple[float, float]]] = {penalty: [] for penalty in penalties}
@@ -220,15 +191,16 @@ def concave(about: dict[str, Any], graph: so.Graph, truth: np.ndarray) -> None:
         y = drawn(truth, None, repeat)
         weights = so.trend.largest_weight(y, graph, order) * np.geomspace(0.3, 3e-3, LEVELS)
         for penalty, make in penalties.items():
-            fits: list[Any]
-            if penalty == "L1":
-                fits = [so.trend_filter(y, graph, make(weight), order, tol=1e-5).check() for weight in weights]
-            else:
-                fits = [so.trend.reweighted(y, graph, make(weight), order, tol=1e-5) for weight in weights]
+            fits: list[Any] = [
+                so.trend_filter(y, graph, make(weight), order, tol=1e-5).check() if penalty == "L1"
+                else so.trend.reweighted(y, graph, make(weight), order, tol=1e-5)
+                for weight in weights
+            ]  # fmt: skip
             values = [np.asarray(fit.value).reshape(-1) for fit in fits]
             errors = [((fit - truth) ** 2).mean() for fit in values]
             best = int(np.argmin(errors))
-            found[penalty].append((float(errors[best]), slope_of(values[best], truth)))
+            # The slope of the least-squares line of the fit over the truth.
+            found[penalty].append((float(errors[best]), float(apart @ values[best] / (apart @ apart))))
     means = {penalty: np.mean(pairs, axis=0).tolist() for penalty, pairs in found.items()}
     emit(
         "concave penalty", **about, noise=NOISE, levels=LEVELS,

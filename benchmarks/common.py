@@ -104,12 +104,6 @@ def warmed(call: Callable[[], Any]) -> dict[str, Any]:
     return {"first_call_seconds": timed(call).seconds, **median_of(call)}
 
 
-def least_of(call: Callable[[], Any], repeats: int = 3) -> float:
-    """The seconds of the fastest of some calls, after one that compiles."""
-    timed(call)
-    return min(timed(call).seconds for _ in range(repeats))
-
-
 def installed(package: str) -> str | None:
     """The version of a package, None if it is not installed."""
     try:
@@ -179,7 +173,11 @@ class Child:
         )
         self._lines: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
-        self.about = self._answer(limit)
+        try:
+            self.about = self._answer(limit)
+        except Ended:
+            self.close()
+            raise
 
     def ask(self, question: Any, limit: float | None = None) -> dict[str, Any]:
         """The answer.

@@ -23,10 +23,11 @@ REFINED: dict[str, float | None] = {"fastprox": None, "fastprox, refined": 1e-7}
 
 
 def main() -> None:
-    try:
-        import fastprox
-    except ImportError:
-        sys.exit(f"not installed for Python {platform.python_version()}; it needs 3.12 or newer")
+    about = {"version": installed("fastprox"), "python": platform.python_version()}
+    if about["version"] is None:
+        sys.exit(f"not installed for Python {about['python']}; it needs 3.12 or newer")
+    import fastprox
+
     # The record says whether the derivative is exact.
     warnings.simplefilter("ignore")
     with np.load(sys.argv[1]) as stored:
@@ -47,20 +48,10 @@ def main() -> None:
 
     fit = warmed(lambda: operator.prox(y, 1.0, **options))
     for name, refine in REFINED.items():
-        call = partial(slopes, refine)
-        both = warmed(call)
-        context, in_y, in_weights, steps = call()
-        record = {
-            "solver": name,
-            "version": installed("fastprox"),
-            "python": platform.python_version(),
-            "steps": steps,
-            "exact": bool(context.deriv.exact),
-            "fit": fit,
-            "both": both,
-            "slopes": [float(np.vdot(in_y, given["along"])), float(np.vdot(in_weights, given["weights_along"]))],
-        }
-        print(json.dumps(record))
+        both, (context, in_y, in_weights, steps) = warmed(partial(slopes, refine)), slopes(refine)
+        along = [float(np.vdot(in_y, given["along"])), float(np.vdot(in_weights, given["weights_along"]))]
+        found = {"solver": name, "steps": steps, "exact": bool(context.deriv.exact)}
+        print(json.dumps(about | found | {"fit": fit, "both": both, "slopes": along}))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import functools
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy import sparse, spatial
@@ -85,19 +84,6 @@ class TrendProblem:
         return f"{self.name}_{content.hexdigest()[:12]}"
 
 
-def save(problem: TrendProblem, path: Path) -> None:
-    """Write a problem without its known optimum."""
-    fields = {field.name: getattr(problem, field.name) for field in dataclasses.fields(problem)}
-    np.savez(path, **fields | {"shape": problem.shape or (), "known": ()})
-
-
-def load(path: Path) -> TrendProblem:
-    """Read what `save` wrote."""
-    with np.load(path) as stored:
-        plain = {name: value.item() if value.ndim == 0 else value for name, value in stored.items()}
-    return TrendProblem(**plain | {"shape": tuple(map(int, plain["shape"])) or None, "known": None})
-
-
 def grid_edges(shape: tuple[int, ...]) -> np.ndarray:
     """The edges of a grid in row-major order, axis by axis, `[m, 2]`."""
     nodes = np.arange(int(np.prod(shape))).reshape(shape)
@@ -144,19 +130,6 @@ def road_like(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return edges[np.sort(first)], signal
 
 
-def _grid(name: str, shape: tuple[int, ...], order: int, weight: float) -> TrendProblem:
-    return TrendProblem(name, grid_signal(shape), grid_edges(shape), shape, order, weight)
-
-
-def _isotropic(name: str, shape: tuple[int, ...], weight: float) -> TrendProblem:
-    return dataclasses.replace(_grid(name, shape, 0, weight), isotropic=True)
-
-
-def _road(name: str, n: int, order: int, weight: float) -> TrendProblem:
-    edges, y = road_like(n)
-    return TrendProblem(name, y, edges, None, order, weight)
-
-
 def stored(path: Path, name: str, weight: float | None = None) -> TrendProblem:
     """A problem from a file with the fields y, edges, lam, k, beta_opt and u; another weight drops the optimum."""
     with np.load(path) as held:
@@ -169,6 +142,14 @@ def stored(path: Path, name: str, weight: float | None = None) -> TrendProblem:
         return dataclasses.replace(plain, shape=grid, known=known)
 
 
+def generated(name: str, shape: tuple[int, ...], order: int, weight: float, isotropic: bool = False) -> TrendProblem:
+    """A grid of a shape, or a road-like graph, whose shape is its number of nodes."""
+    if name.startswith("road"):
+        edges, y = road_like(*shape)
+        return TrendProblem(name, y, edges, None, order, weight)
+    return TrendProblem(name, grid_signal(shape), grid_edges(shape), shape, order, weight, isotropic=isotropic)
+
+
 def problems(quick: bool, truth: Path | None) -> dict[str, Callable[[], TrendProblem]]:
     """A function that makes each problem, by name.
 
@@ -176,30 +157,29 @@ def problems(quick: bool, truth: Path | None) -> dict[str, Callable[[], TrendPro
         quick: at most a few thousand nodes, for a trial.
         truth: folder of problems with known optima; grid256 and road100k use its graphs and signals.
     """
-    side, large, cube, road, long = (32, 48, 8, 1_000, 2_000) if quick else (256, 1024, 32, 100_000, 1_000_000)
-    short = 500 if quick else 5_000
+    side, large, cube, road, short, long = (32, 48, 8, 1_000, 500, 2_000)
+    if not quick:
+        side, large, cube, road, short, long = (256, 1024, 32, 100_000, 5_000, 1_000_000)
+    # The shape of each graph, and a weight for each order.
+    graphs: dict[str, tuple[tuple[int, ...], tuple[float, ...]]] = {
+        f"grid{side}": ((side, side), (20.0, 13.0, 6.0)),
+        f"grid{large}": ((large, large), (20.0, 20.0, 6.0)),
+        f"cube{cube}": ((cube,) * 3, (20.0, 13.0)),
+        f"road{road // 1000}k": ((road,), (25.0, 40.0, 60.0)),
+        f"chain{short}": ((short,), (10.0, 10.0, 10.0)),
+        f"chain{long}": ((long,), (20.0, 100.0)),
+    }
     made: dict[str, Callable[[], TrendProblem]] = {}
-
-    def add(make: Callable[..., TrendProblem], name: str, size: Any, *weights: float) -> None:
-        """The problems of one graph, with a weight for each order."""
+    for name, (shape, weights) in graphs.items():
         for order, weight in enumerate(weights):
             title = f"{name}_k{order}"
-            file = truth / f"{title}_lam10.npz" if truth else None
-            if file is not None and file.is_file() and not name.startswith("chain"):
+            made[title] = functools.partial(generated, title, shape, order, weight)
+            file = truth / f"{title}_lam10.npz" if truth and not name.startswith("chain") else None
+            if file is not None and file.is_file():
                 made[title] = functools.partial(stored, file, title, weight)
-            else:
-                made[title] = functools.partial(make, title, size, order, weight)
-
-    grids = {f"grid{side}": (side, side), f"grid{large}": (large, large), f"cube{cube}": (cube,) * 3}
-    add(_grid, f"grid{side}", (side, side), 20.0, 13.0, 6.0)
-    add(_grid, f"grid{large}", (large, large), 20.0, 20.0, 6.0)
-    add(_grid, f"cube{cube}", (cube,) * 3, 20.0, 13.0)
-    for name, shape in grids.items():
-        title = f"{name}_isotropic"
-        made[title] = functools.partial(_isotropic, title, shape, 20.0)
-    add(_road, f"road{road // 1000}k", road, 25.0, 40.0, 60.0)
-    add(_grid, f"chain{short}", (short,), 10.0, 10.0, 10.0)
-    add(_grid, f"chain{long}", (long,), 20.0, 100.0)
+        if len(shape) > 1:
+            title = f"{name}_isotropic"
+            made[title] = functools.partial(generated, title, shape, 0, 20.0, isotropic=True)
     if truth is not None and not quick:
         made |= {file.stem: functools.partial(stored, file, file.stem) for file in sorted(truth.glob("*.npz"))}
     return made

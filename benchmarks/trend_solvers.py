@@ -1,7 +1,7 @@
 """Solvers of the trend-filter problem with one interface: sparseopt and public ones. To add one, see `Solver`.
 
 Not included: cvxpy, which would call OSQP; exact maximum flow by PyMaxflow, which is GPL (cut pursuit represents graph
-cuts).
+cuts); other methods of proxTV than the two that were the fastest on some problem.
 """
 
 import ctypes
@@ -27,6 +27,9 @@ class Answer(NamedTuple):
     lower: float | None = None
 
 
+Call = Callable[[], Answer]
+
+
 @dataclasses.dataclass(frozen=True)
 class Solver:
     """One solver.
@@ -37,7 +40,7 @@ class Solver:
         module: the module to import.
         solve: prepares the data for the library, for a problem and a rung. The returned call is timed, from a cold
             start, on one thread.
-        ladder: settings ("rungs") of a problem from coarse to fine.
+        ladder: settings ("rungs") from coarse to fine, or a function of the problem that gives them.
         can: whether it solves a problem, if it is of one of its kinds.
         kinds: which values of `problem.isotropic` it takes.
         compiles: whether the first call compiles, which is timed separately.
@@ -46,8 +49,8 @@ class Solver:
     name: str
     package: str
     module: str
-    solve: Callable[[TrendProblem, Any], Callable[[], Answer]]
-    ladder: Callable[[TrendProblem], Sequence[Any]]
+    solve: Callable[[TrendProblem, Any], Call]
+    ladder: Sequence[Any] | Callable[[TrendProblem], Sequence[Any]]
     can: Callable[[TrendProblem], bool]
     kinds: tuple[bool, ...] = (False,)
     compiles: bool = False
@@ -55,6 +58,10 @@ class Solver:
     def takes(self, problem: TrendProblem) -> bool:
         """Whether it solves a problem."""
         return problem.isotropic in self.kinds and self.can(problem)
+
+    def rungs(self, problem: TrendProblem) -> Sequence[Any]:
+        """The ladder of a problem."""
+        return self.ladder(problem) if callable(self.ladder) else self.ladder
 
 
 def powers(first: int, last: int, per_decade: int = 1) -> list[float]:
@@ -67,11 +74,6 @@ def doubled(first: int, last: int) -> list[int]:
     return [count for power in range(32) if (count := first << power) <= last]
 
 
-def always(rungs: Sequence[Any]) -> Callable[[TrendProblem], Sequence[Any]]:
-    """The same ladder for every problem."""
-    return lambda problem: rungs
-
-
 def axes(problem: TrendProblem) -> int:
     """Of the grid; 0 for other graphs."""
     return 0 if problem.shape is None else len(problem.shape)
@@ -82,9 +84,23 @@ def fused(problem: TrendProblem) -> bool:
     return problem.order == 0
 
 
+def on_axes(count: int, problem: TrendProblem) -> bool:
+    """Order 0 on a grid with so many axes."""
+    return fused(problem) and axes(problem) == count
+
+
 def factored(problem: TrendProblem) -> bool:
     """Whether the factors of a sparse matrix fit in memory."""
     return problem.y.size <= LARGEST_FACTORED
+
+
+def graph_of(problem: TrendProblem) -> Any:
+    """A new graph of sparseopt, without tables and factors."""
+    import sparseopt as so
+
+    if problem.shape is None:
+        return so.Graph.from_edges(problem.edges, problem.y.size)
+    return so.Graph.grid(problem.shape)
 
 
 def sparseopt(method: str, dtype: str | None = None) -> Solver:
@@ -93,17 +109,13 @@ def sparseopt(method: str, dtype: str | None = None) -> Solver:
     Every timed call has a new graph, so that it includes tables and factors.
     """
 
-    def solve(problem: TrendProblem, tol: float) -> Callable[[], Answer]:
+    def solve(problem: TrendProblem, tol: float) -> Call:
         import sparseopt as so
 
         def call() -> Answer:
-            if problem.shape is None:
-                graph = so.Graph.from_edges(problem.edges, problem.y.size)
-            else:
-                graph = so.Graph.grid(problem.shape)
             penalty: Any = so.GroupL2(problem.weight, axis=0) if problem.isotropic else so.L1(problem.weight)
             options: dict[str, Any] = {"tol": tol, "max_steps": 500_000, "dtype": dtype}
-            found = so.trend_filter(problem.y, graph, penalty, problem.order, method, **options)
+            found = so.trend_filter(problem.y, graph_of(problem), penalty, problem.order, method, **options)
             gap = float(found.gap)
             lower = float(found.objective) / (1 + gap) if dtype is None and np.isfinite(gap) else None
             return Answer(np.asarray(found.value), lower)
@@ -116,7 +128,7 @@ def sparseopt(method: str, dtype: str | None = None) -> Solver:
         return method != "fast_admm" or axes(problem) == 1
 
     # float32 stops where rounding limits the gap.
-    ladder = always(powers(-2, -7 if dtype is None else -5, 2))
+    ladder = powers(-2, -7 if dtype is None else -5, 2)
     name = " ".join(filter(None, ["sparseopt", method, dtype]))
     return Solver(name, "sparseopt", "sparseopt", solve, ladder, can, kinds=(False, True), compiles=True)
 
@@ -146,7 +158,7 @@ def program(problem: TrendProblem) -> tuple[Any, np.ndarray, Any, np.ndarray | N
 def dual(prepare: Callable[[TrendProblem, float], Callable[[], Any]]) -> Callable[[TrendProblem, float], Any]:
     """A solver from one of the dual: the fit is `y - Δᵀ u`. Its set-up, with a factorisation, is part of the call."""
 
-    def solve(problem: TrendProblem, tol: float) -> Callable[[], Answer]:
+    def solve(problem: TrendProblem, tol: float) -> Call:
         find = prepare(problem, tol)
 
         def call() -> Answer:
@@ -225,7 +237,7 @@ def osqp(problem: TrendProblem, tol: float) -> Callable[[], Any]:
     return call
 
 
-def fastprox(problem: TrendProblem, tol: float | None) -> Callable[[], Answer]:
+def fastprox(problem: TrendProblem, tol: float | None) -> Call:
     """The tolerance is that of its gap, relative to the energy of the signal; chains are solved directly."""
     import fastprox
 
@@ -240,26 +252,17 @@ def fastprox(problem: TrendProblem, tol: float | None) -> Callable[[], Answer]:
     return lambda: Answer(variation(field, problem.weight, **options)[0])
 
 
-def prox_tv(method: str, dimension: int) -> Solver:
-    """ProxTV on chains or pictures by one of its methods; the rung is the iteration count, if there is one."""
+def prox_tv(problem: TrendProblem, count: int) -> Call:
+    """The taut string on chains, Kolmogorov's splitting on pictures; the rung is its number of iterations."""
+    import prox_tv
 
-    def solve(problem: TrendProblem, count: int) -> Callable[[], Answer]:
-        import prox_tv
-
-        if dimension == 1:
-            return lambda: Answer(prox_tv.tv1_1d(problem.y, problem.weight, method=method))
-        picture = np.asfortranarray(problem.y.reshape(problem.shape))
-        options = {"n_threads": 1, "max_iters": count, "method": method}
-        return lambda: Answer(prox_tv.tv1_2d(picture, problem.weight, **options))
-
-    def can(problem: TrendProblem) -> bool:
-        return fused(problem) and axes(problem) == dimension
-
-    ladder = always([0] if dimension == 1 else doubled(8, 2048))
-    return Solver(f"proxTV {method}", "prox-tv-sdist", "prox_tv", solve, ladder, can)
+    if axes(problem) == 1:
+        return lambda: Answer(prox_tv.tv1_1d(problem.y, problem.weight, method="hybridtautstring"))
+    picture, options = np.asfortranarray(problem.y.reshape(problem.shape)), {"n_threads": 1, "method": "kolmogorov"}
+    return lambda: Answer(prox_tv.tv1_2d(picture, problem.weight, max_iters=count, **options))
 
 
-def cut_pursuit(problem: TrendProblem, change: float) -> Callable[[], Answer]:
+def cut_pursuit(problem: TrendProblem, change: float) -> Call:
     """The rung is the relative change at which its outer loop stops; the default of the inner one is a hundredth of it.
 
     Its wheels free memory twice on a signal with one channel: see `build_peers.sh`.
@@ -309,7 +312,7 @@ def pointer(array: np.ndarray) -> Any:
     return array.ctypes.data_as(ctypes.POINTER(REAL if array.dtype == np.float64 else COUNT))
 
 
-def pygfl(problem: TrendProblem, count: int) -> Callable[[], Answer]:
+def pygfl(problem: TrendProblem, count: int) -> Call:
     """ADMM on trails at order 0, projected Newton on the dual at other orders; the rung is its step limit.
 
     This calls the C library: decomposing a graph into trails takes its Python files minutes. Parameters are the
@@ -343,20 +346,16 @@ def pygfl(problem: TrendProblem, count: int) -> Callable[[], Answer]:
     return call
 
 
-def scikit_image(problem: TrendProblem, count: int, method: str) -> Callable[[], Answer]:
-    """The rung is the number of iterations; its own stop never acts."""
-    from skimage import restoration
+def scikit_image(problem: TrendProblem, count: int) -> Call:
+    """Chambolle's method; the rung is the number of iterations, and its own stop never acts."""
+    from skimage.restoration import denoise_tv_chambolle
 
     assert problem.shape is not None
-    field, weight = problem.y.reshape(problem.shape), problem.weight
-    if method == "Chambolle":
-        options: dict[str, Any] = {"eps": 0, "max_num_iter": count}
-        return lambda: Answer(restoration.denoise_tv_chambolle(field, weight, **options))
-    options = {"eps": 1e-30, "max_num_iter": count, "isotropic": True}
-    return lambda: Answer(restoration.denoise_tv_bregman(field, 1 / weight, **options))
+    field = problem.y.reshape(problem.shape)
+    return lambda: Answer(denoise_tv_chambolle(field, problem.weight, eps=0, max_num_iter=count))
 
 
-def pyunlocbox(problem: TrendProblem, count: int) -> Callable[[], Answer]:
+def pyunlocbox(problem: TrendProblem, count: int) -> Call:
     """FISTA on the dual; the rung is the number of iterations, and its own stop never acts."""
     from pyunlocbox import functions
 
@@ -366,17 +365,8 @@ def pyunlocbox(problem: TrendProblem, count: int) -> Callable[[], Answer]:
     return lambda: Answer(norm.prox(field.copy(), problem.weight))
 
 
-def _image(method: str, most: int, can: Callable[[TrendProblem], bool]) -> Solver:
-    solve, ladder = partial(scikit_image, method=method), always(doubled(8, most))
-    return Solver(f"scikit-image {method}", "scikit-image", "skimage", solve, ladder, can, kinds=(True,))
-
-
-def _two_axes(problem: TrendProblem) -> bool:
-    return axes(problem) == 2
-
-
 # An interior point method gains about one digit with each step.
-FINE = always(powers(0, -9))
+FINE = powers(0, -9)
 OURS = (
     *(sparseopt(method) for method in ("auto", "doge", "admm", "fast_admm", "interior")),
     sparseopt("auto", "float32"),
@@ -386,14 +376,16 @@ PEERS = (
         "fastprox", "fastprox", "fastprox", fastprox,
         lambda problem: [None] if axes(problem) == 1 else powers(-4, -9, 2), fused, kinds=(False, True),
     ),
-    *(prox_tv(method, 2) for method in ("dr", "pd", "yang", "kolmogorov", "condat")),
-    *(prox_tv(method, 1) for method in ("hybridtautstring", "dp")),
-    _image("Chambolle", 16384, lambda problem: axes(problem) > 0),
-    _image("split Bregman", 512, _two_axes),
+    Solver("proxTV kolmogorov", "prox-tv-sdist", "prox_tv", prox_tv, doubled(8, 2048), partial(on_axes, 2)),
+    Solver("proxTV hybridtautstring", "prox-tv-sdist", "prox_tv", prox_tv, [0], partial(on_axes, 1)),
     Solver(
-        "pyunlocbox", "pyunlocbox", "pyunlocbox", pyunlocbox, always(doubled(8, 4096)), _two_axes, kinds=(True,)
+        "scikit-image Chambolle", "scikit-image", "skimage", scikit_image, doubled(8, 16384),
+        lambda problem: axes(problem) > 0, kinds=(True,),
     ),
-    Solver("cut pursuit", "pycut-pursuit", "pycut_pursuit", cut_pursuit, always(powers(-1, -6)), fused),
+    Solver(
+        "pyunlocbox", "pyunlocbox", "pyunlocbox", pyunlocbox, doubled(8, 4096), partial(on_axes, 2), kinds=(True,)
+    ),
+    Solver("cut pursuit", "pycut-pursuit", "pycut_pursuit", cut_pursuit, powers(-1, -6), fused),
     Solver(
         "pygfl", "pygfl", "libgraphfl", pygfl,
         lambda problem: doubled(5, 640) if problem.order else doubled(16, 8192),
@@ -402,6 +394,6 @@ PEERS = (
     ),
     Solver("PIQP", "piqp", "piqp", piqp, FINE, factored),
     Solver("Clarabel", "clarabel", "clarabel", clarabel, FINE, factored),
-    Solver("OSQP", "osqp", "osqp", osqp, always(powers(-1, -7)), factored),
+    Solver("OSQP", "osqp", "osqp", osqp, powers(-1, -7), factored),
 )  # fmt: skip
 SOLVERS: dict[str, Solver] = {solver.name: solver for solver in (*OURS, *PEERS)}
