@@ -8,7 +8,9 @@ stray |, * and name_           -> escaped
 """
 
 import importlib
+import itertools
 import re
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -17,6 +19,7 @@ CODE = re.compile(r"`+([^`]+)`+")
 # A sentence of one letter would be the marker of a list.
 LETTER = re.compile(r"(^\s*|: )([A-Za-z])\.(?=\s|$)")
 STRAY = re.compile(r"([|*])|(?<=\w)_(?!\w)")
+LITERAL = (".. code-block:: text", "")
 PUBLIC = ("sparseopt", "sparseopt.pruning", "sparseopt.models")
 
 
@@ -45,54 +48,31 @@ def convert(lines: list[str], own: str = "") -> list[str]:
     out: list[str] = []
     section, index = False, 0
     while index < len(lines):
-        line = lines[index]
-        paragraph = _paragraph(lines, index)
+        line, paragraph = lines[index], _until(lines, index, lambda row: bool(row.strip()))
         starts = index == 0 or not lines[index - 1].strip()
         if line and not line[0].isspace():
             section = bool(SECTIONS.fullmatch(line))
-        if not line.strip():
-            out.append(line)
-            index += 1
-        elif starts and line.startswith(">>>"):
-            out += paragraph
-            index += len(paragraph)
+        if ">>>" in line or (section and line.lstrip().startswith("...")):
+            taken = made = paragraph
         elif starts and line.startswith("|") and len(paragraph) > 2:
-            out += _table(paragraph, own)
-            index += len(paragraph)
-        elif starts and line.startswith("    ") and not section:
-            block = _block(lines, index)
-            out += [".. code-block:: text", "", *block, ""]
-            index += len(block)
+            taken, made = paragraph, _table(paragraph, own)
+        elif starts and line.startswith("    ") and line.strip() and not section:
+            taken = _until(lines, index, lambda row: not row.strip() or row.startswith("    "))
+            while not taken[-1].strip():
+                taken.pop()
+            made = [*LITERAL, *taken, ""]
         elif starts and not section and _aligned(paragraph):
-            out += [".. code-block:: text", "", *(f"    {row}" for row in paragraph), ""]
-            index += len(paragraph)
-        elif ">>>" in line or (section and line.lstrip().startswith("...")):
-            out.append(line)
-            index += 1
-            while index < len(lines) and lines[index].strip():
-                out.append(lines[index])
-                index += 1
+            taken, made = paragraph, [*LITERAL, *(f"    {row}" for row in paragraph), ""]
         else:
-            out.append(inline(line, own))
-            index += 1
+            taken, made = [line], [inline(line, own) if line.strip() else line]
+        out += made
+        index += len(taken)
     return out
 
 
-def _paragraph(lines: list[str], start: int) -> list[str]:
-    end = start
-    while end < len(lines) and lines[end].strip():
-        end += 1
-    return lines[start:end]
-
-
-def _block(lines: list[str], start: int) -> list[str]:
-    """An indented block, up to the next line at the margin."""
-    end = start
-    while end < len(lines) and (not lines[end].strip() or lines[end].startswith("    ")):
-        end += 1
-    while not lines[end - 1].strip():
-        end -= 1
-    return lines[start:end]
+def _until(lines: list[str], start: int, holds: Callable[[str], bool]) -> list[str]:
+    """The lines from one on, as long as something holds."""
+    return list(itertools.takewhile(holds, lines[start:]))
 
 
 def _aligned(paragraph: list[str]) -> bool:
