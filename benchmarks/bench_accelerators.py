@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 # The list of programs is part of the tests; JAX starts when `targets` has said how.
 sys.path.append(str(Path(__file__).parent.parent))
@@ -46,7 +45,11 @@ def main() -> None:
             if arguments.minutes is not None and time.monotonic() - start > 60 * arguments.minutes:
                 sys.exit(f"stopped after {arguments.minutes:g} minutes, before {name} {shape}")
             say(f"{target}: {kind}, {name}, {shape}")
-            recorder.emit("program", **fields, **compiled(target, program), compiler=compiler(target))
+            try:
+                found = facts(lambda: program.lower(Place.on(target, devices)))  # noqa: B023
+            except (RuntimeError, ValueError) as error:
+                found = {"failed": str(error)[:300]}
+            recorder.emit("program", **fields, **found, compiler=compiler(target))
 
 
 def selected(texts: list[str]) -> Iterator[Program]:
@@ -56,14 +59,6 @@ def selected(texts: list[str]) -> Iterator[Program]:
     if not chosen:
         sys.exit(f"no program contains {' or '.join(map(repr, texts))}; --list shows all")
     yield from chosen.values()
-
-
-def compiled(target: str, program: Program) -> dict[str, Any]:
-    """The figures of a program; one that cannot be compiled has the error instead."""
-    try:
-        return facts(lambda: program.lower(Place.on(target, program.key[3])))
-    except (RuntimeError, ValueError) as error:
-        return {"failed": str(error)[:300]}
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ Models are random Llamas, pruned on random tokens in processes of their own.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import re
@@ -20,13 +21,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+import pytest
 from common import emit, environment, options, say, selection
 
 from sparseopt.models import find_family
@@ -36,6 +37,11 @@ from sparseopt.system.machine import parse_bytes
 Lines = Iterable[dict[str, Any]]
 ROOT = Path(__file__).resolve().parent.parent
 TOKENS = (10, 512)
+# The tests that each meet one.
+BAD_INPUTS = (
+    "tests/fuzz/test_bad_inputs.py::test_it_ends_in_a_clear_error",
+    "tests/trend/test_hostile.py::test_bad_input_ends_in_an_error_that_says_what_was_given",
+)
 # Random models have no tokenizer, so `prune_model` is called with token ids instead of the command.
 PRUNE = """
 import json, sys
@@ -67,16 +73,14 @@ def write_model(folder: Path, blocks: int, width: int, vocab: int, *, tied: bool
     (folder / "config.json").write_text(json.dumps(config))
     family, rng, places, total = find_family(config), np.random.default_rng(0), dict[str, str](), 0
     shapes = family.expected_shapes(family.read_config(config))
-    groups: dict[str, list[str]] = {}
-    for name in shapes:
-        groups.setdefault(name.split(".")[2] if name.startswith("model.layers.") else "outer", []).append(name)
-    for group, names in groups.items():
-        tensors = {}
-        for name in names:
+    inside = {name: name.split(".")[2] if name.startswith("model.layers.") else "outer" for name in shapes}
+    for part in dict.fromkeys(inside.values()):
+        tensors, file = {}, f"model-{part}.safetensors"
+        for name in (name for name in shapes if inside[name] == part):
             values = rng.standard_normal(shapes[name], np.float32) / shapes[name][-1] ** 0.5 + ("norm" in name)
             tensors[name] = values.astype(ml_dtypes.bfloat16)
-        write_tensors(folder / f"model-{group}.safetensors", tensors)
-        places |= dict.fromkeys(names, f"model-{group}.safetensors")
+        write_tensors(folder / file, tensors)
+        places |= dict.fromkeys(tensors, file)
         total += sum(tensor.nbytes for tensor in tensors.values())
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     return total
@@ -98,38 +102,39 @@ def summary_of(process: subprocess.Popen, output: Path) -> dict[str, Any]:
     return json.loads((output / "summary.json").read_text())
 
 
+def pruned(
+    blocks: int, width: int, vocab: int, recipe: dict[str, Any], memory: int = 0
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a line says of the pruning of a random model, and the summary. A budget unties the head."""
+    with tempfile.TemporaryDirectory() as place:
+        model, output = Path(place) / "model", Path(place) / "out"
+        size = write_model(model, blocks, width, vocab, tied=not memory)
+        summary = summary_of(start(model, output, vocab, recipe, memory=memory), output)
+    figures = {name: summary[name] for name in ("peak_memory_bytes", "seconds")}
+    return {"blocks": blocks, "width": width, "tokens": math.prod(TOKENS), "model_bytes": size} | figures, summary
+
+
 def memory(given: argparse.Namespace) -> Lines:
     """Both presets, few and many blocks."""
-    width, vocab = given.width, 8192
     for preset in ("paper", "tuned"):
         for blocks in (6, 24):
-            with tempfile.TemporaryDirectory() as place:
-                model, output = Path(place) / "model", Path(place) / "out"
-                size = write_model(model, blocks, width, vocab)
-                summary = summary_of(start(model, output, vocab, {"method": "maiht", "preset": preset}), output)
-            yield {
-                "blocks": blocks, "width": width, "preset": preset, "tokens": math.prod(TOKENS), "model_bytes": size,
-                "peak_memory_bytes": summary["peak_memory_bytes"], "seconds": summary["seconds"],
-            }  # fmt: skip
+            line, _ = pruned(blocks, given.width, 8192, {"method": "maiht", "preset": preset})
+            yield line | {"preset": preset}
 
 
 def budget(given: argparse.Namespace) -> Lines:
     """A model of at least so many times the budget, pruned within it."""
-    width, vocab = 2 * given.width, 250 * given.width
+    width, vocab, most = 2 * given.width, 250 * given.width, given.memory
     # Of an untied embedding and head, and of a block, in bfloat16.
     outer, block = 4 * vocab * width, 2 * (4 * width * width + 3 * width * (11 * width // 4))
-    blocks = math.ceil((given.times * given.memory - outer) / block)
-    with tempfile.TemporaryDirectory() as place:
-        model, output = Path(place) / "model", Path(place) / "out"
-        size = write_model(model, blocks, width, vocab, tied=False)
-        summary = summary_of(start(model, output, vocab, {"method": given.method}, memory=given.memory), output)
-    footprint, used = summary["footprint"], summary["peak_memory_bytes"]
-    yield {
-        "memory_bytes": given.memory, "model_bytes": size, "model_to_budget": size / given.memory, "blocks": blocks,
-        "width": width, "vocab": vocab, "method": given.method, "tokens": math.prod(TOKENS),
+    blocks = math.ceil((given.times * most - outer) / block)
+    line, summary = pruned(blocks, width, vocab, {"method": given.method}, most)
+    footprint = summary["footprint"]
+    yield line | {
+        "memory_bytes": most, "model_to_budget": line["model_bytes"] / most, "vocab": vocab, "method": given.method,
         "activations": footprint["activations"], "scratch_bytes": footprint["scratch_bytes"],
-        "estimated_bytes": footprint["memory_bytes"], "peak_memory_bytes": used,
-        "peak_to_budget": used / given.memory, "sparsity": summary["sparsity"], "seconds": summary["seconds"],
+        "estimated_bytes": footprint["memory_bytes"], "peak_to_budget": line["peak_memory_bytes"] / most,
+        "sparsity": summary["sparsity"],
     }  # fmt: skip
 
 
@@ -206,37 +211,27 @@ def kills(given: argparse.Namespace) -> Lines:
         yield killed_runs(Path(place), given.kills, given.seed)
 
 
-def bad_inputs() -> Iterator[tuple[str, Callable[[Path], Callable[[], Any]], tuple[type[Exception], ...], str]]:
-    """Kind, a function that makes the call, the documented errors, and a part of the message or a pattern for it."""
-    sys.path.append(str(ROOT))
-    from tests.fuzz.bad_inputs import BAD_INPUTS
-    from tests.trend.test_hostile import BAD_INPUTS as TREND
+class Counts:
+    """A plugin of pytest that counts the bad inputs of a kind, which the id of a test begins with."""
 
-    for bad in BAD_INPUTS:
-        yield bad.kind, bad.make, (bad.error,), bad.text
-    for kind, _, call, text in TREND:
-        yield f"trend filter, {kind}", partial(_without_folder, call), (ValueError, TypeError), text
+    def __init__(self) -> None:
+        self.found: dict[str, dict[str, int]] = {}
 
-
-def _without_folder(call: Callable[[], Any], _: Path) -> Callable[[], Any]:
-    return call
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.when == "call":
+            kind = re.split("[:,]", report.nodeid.partition("[")[2])[0]
+            name = f"trend filter, {kind}" if "trend" in report.fspath else kind
+            counts = self.found.setdefault(name, {"tried": 0, "clear_errors": 0})
+            counts["tried"] += 1
+            counts["clear_errors"] += report.passed
 
 
 def inputs(_: argparse.Namespace) -> Lines:
-    """One line per kind, in the order of the lists."""
-    found: dict[str, dict[str, int]] = {}
-    for kind, make, errors, text in bad_inputs():
-        counts = found.setdefault(kind, {"tried": 0, "clear_errors": 0})
-        counts["tried"] += 1
-        with tempfile.TemporaryDirectory() as place:
-            call = make(Path(place))
-            try:
-                call()
-            except errors as error:
-                counts["clear_errors"] += text in str(error) or re.search(text, str(error)) is not None
-            except Exception as error:
-                say(f"{kind}: {type(error).__name__}: {error}")
-    return [{"kind": kind, **counts} for kind, counts in found.items()]
+    """One line per kind, in the order of the tests."""
+    counts = Counts()
+    with contextlib.redirect_stdout(sys.stderr):
+        pytest.main(["-q", "--tb=line", "-p", "no:cacheprovider", *(f"{ROOT}/{test}" for test in BAD_INPUTS)], [counts])
+    return [{"kind": kind, **found} for kind, found in counts.found.items()]
 
 
 def fuzz(given: argparse.Namespace) -> Lines:
