@@ -1,12 +1,17 @@
-"""Strong and weak scaling of both solvers over processes and virtual devices on this machine.
+"""Strong and weak scaling of both solvers over processes and virtual devices on this machine, or their speed on one
+accelerator.
 
-    python benchmarks/bench_scaling.py [--only machine,grid,layer,block] [--repeats 3]
+    python benchmarks/bench_scaling.py [--only machine,grid,layer,block] [--repeats 3] [--device [--record FILE]]
 
 Layouts: one process per core, joined by gloo, with one XLA thread each; one process with one thread (the baseline of
 every ratio), with one thread per core, and with virtual devices. On grids also processes that work on their parts at
 the same time without exchange: the best that the memory bandwidth allows. Processes are not pinned, since the thread
 that waits for an exchange would block the one that serves it. The layouts of a comparison run in turn and are repeated;
 the fastest run of each counts. Prints one JSON line per layout.
+
+With --device larger tasks run on a GPU or TPU in this process: layers in the shapes of a 7B Llama, and grids. `flops`
+are the operations that a layer takes, `moved` the bytes that a step on a grid must move at least, beside the device's
+rates. A task that fails has the reason.
 """
 
 import json
@@ -16,14 +21,20 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import emit, environment, options, say, selection, timed
+from common import Recorder, emit, environment, options, say, selection, timed
 
 GRID_STEPS = 100
 # Solves, of which the first one compiles.
 RUNS = 4
+# An inverse of n x n, in operations over n³.
+INVERSE = 6
+# Arrays that a step of Doge-ADMM on a grid must read or write at least once. Nodes: x and the memory m, read and
+# written, and y, read. Edges, two per node: the dual and its prox point, read, written, and read by the divergence.
+NODE_PASSES, EDGE_PASSES = 5, 3
 
 
 def main() -> None:
@@ -32,18 +43,42 @@ def main() -> None:
     selection(parser, "--only", WORK)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--small", action="store_true", help="the first task of each comparison, for a trial")
+    parser.add_argument("--device", action="store_true", help="on a GPU or TPU; with --small also on a CPU")
+    parser.add_argument("--record", type=Path, help="lines of the device are also added to this file")
     parser.add_argument("--worker", type=json.loads, help="for its own processes: a task")
-    arguments = parser.parse_args()
-    if arguments.worker:
-        work(arguments.worker)
-        return
+    given = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
-    if cores < 2:
+    if given.worker:
+        work(given.worker)
+    elif given.device:
+        on_device(given.only, Recorder(given.record), given.small)
+    elif cores < 2:
         sys.exit("SKIPPED: bench-scaling needs two cores or more")
-    emit("versions", **environment())
-    for name in arguments.only:
-        for task in MEASURED[name][: 1 if arguments.small else None]:
-            compare(name, task, cores, arguments.repeats)
+    else:
+        emit("versions", **environment())
+        for name in given.only:
+            for task in MEASURED[name][: 1 if given.small else None]:
+                compare(name, task, cores, given.repeats)
+
+
+def on_device(names: list[str], recorder: Recorder, small: bool) -> None:
+    """The tasks of the first device."""
+    import jax
+
+    device = jax.devices()[0]
+    if device.platform == "cpu" and not small:
+        sys.exit("SKIPPED: bench-gpu needs a GPU or TPU, and JAX finds none (pip install 'jax[cuda13]')")
+    alone = {"processes": 1, "index": 0, "alone": False, "devices": None}
+    tasks = [(name, task) for name in names for task in ON_DEVICE.get(name, [])[: 1 if small else None]]
+    for name, task in tasks:
+        given = task | ({key: SMALL[key] for key in task if key in SMALL} if small else {})
+        say(f"{name} {given}")
+        try:
+            found: dict[str, Any] = WORK[name](given | alone)
+        except (RuntimeError, ValueError) as error:
+            found = {"failed": str(error)[:200]}
+        peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
+        recorder.emit(name, device=device.device_kind, **given, **found, peak_bytes=peak)
 
 
 def compare(name: str, task: dict[str, Any], cores: int, repeats: int) -> None:
@@ -128,7 +163,8 @@ def grid(task: dict[str, Any]) -> dict[str, float]:
     run(10)
     # The difference excludes the fixed cost of a fit.
     (short, few), (long, many) = min(run(10), run(10)), run(10 + GRID_STEPS)
-    return {"seconds": (long - short) / (many - few), "steps": many}
+    moved = truth.size * np.dtype(task["dtype"]).itemsize * (NODE_PASSES + EDGE_PASSES * (2 - min(task["order"], 1)))
+    return {"seconds": (long - short) / (many - few), "steps": many, "moved": moved}
 
 
 def gram_of_tokens(rng: Any, inputs: int) -> Any:
@@ -138,29 +174,34 @@ def gram_of_tokens(rng: Any, inputs: int) -> Any:
     return tokens.T @ tokens
 
 
-def job_of(rng: Any, outputs: int, inputs: int, gram: Any) -> Any:
+def job_of(rng: Any, outputs: int, inputs: int, gram: Any, dtype: str = "float32") -> Any:
     """A random layer to prune to 50 %."""
     from sparseopt.layers.patterns import parse_pattern
     from sparseopt.layers.problem import LayerJob
 
-    weight = (rng.standard_normal((outputs, inputs)) / inputs**0.5).astype(np.float32)
+    weight = (rng.standard_normal((outputs, inputs)) / inputs**0.5).astype(np.dtype(dtype))
     return LayerJob(weight, gram, None, parse_pattern("unstructured", 0.5, weight.shape))
 
 
 def layer(task: dict[str, Any]) -> dict[str, float]:
     """Seconds of a layer solve at 50 %."""
     from sparseopt.core.base.mesh import device_line
-    from sparseopt.layers.methods import find_method
+    from sparseopt.layers.methods import find_method, method_cost
     from sparseopt.layers.split import solve_within_memory
 
     outputs, inputs = task["outputs"] * task.get("grow", 1), task["inputs"]
     rng = np.random.default_rng(0)
-    job = job_of(rng, outputs, inputs, gram_of_tokens(rng, inputs))
+    job = job_of(rng, outputs, inputs, gram_of_tokens(rng, inputs), task.get("dtype", "float32"))
     method, mesh = find_method(task["method"], task["preset"]), device_line(task["devices"])
     runs = [together(partial(solve_within_memory, job, method, mesh)) for _ in range(RUNS)]
     report = runs[-1].result
-    error = float(report.relative_error)
-    return {"seconds": min(run.seconds for run in runs), "steps": int(report.steps), "error": error}
+    cost = method_cost(method)
+    return {
+        "seconds": min(run.seconds for run in runs),
+        "steps": int(report.steps),
+        "error": float(report.relative_error),
+        "flops": cost.products * 2.0 * inputs**2 * outputs + cost.inverses * INVERSE * inputs**3,
+    }
 
 
 def block(task: dict[str, Any]) -> dict[str, float]:
@@ -204,12 +245,13 @@ def machine(task: dict[str, Any]) -> dict[str, float]:
         timed(call)
         return min(together(call).seconds for _ in range(5))
 
-    values, square = jnp.zeros(1 << 25, jnp.float32), jnp.full((1024, 1024), 0.5)
+    side, dtype = task.get("square", 1024), task.get("products", "float32")
+    values, square = jnp.zeros(1 << 25, jnp.float32), jnp.full((side, side), 0.5, dtype)
     # Many turns in one buffer: allocating a new one would cost more than the copy.
     add = jax.jit(lambda x: jnp.sum(jax.lax.fori_loop(0, 20, lambda _, y: y + 1, x)))
-    product = jax.jit(lambda x: x @ x)
+    product = jax.jit(partial(jnp.matmul, precision=task.get("precision")))
     seconds = quickest(partial(add, values)) / 20
-    rate = 2**31 / quickest(partial(product, square))
+    rate = 2 * side**3 / quickest(partial(product, square, square))
     found = {"seconds": seconds, "bandwidth": 8 * values.size / seconds, "rate": rate}
     mesh = device_line(task["devices"])
     if mesh is None:
@@ -251,6 +293,23 @@ MEASURED: dict[str, list[dict[str, Any]]] = {
         {"width": 768, "wide": 2048, "narrow": 768, "method": "admm", "preset": None},
     ],
 }
+ON_DEVICE: dict[str, list[dict[str, Any]]] = {
+    "machine": [
+        {"square": 8192, "products": "bfloat16"},
+        {"square": 8192, "products": "float32"},
+        {"square": 8192, "products": "float32", "precision": "highest"},
+    ],
+    "layer": [
+        {"outputs": outputs, "inputs": inputs, "method": method, "preset": preset, "dtype": "bfloat16"}
+        for outputs, inputs in ((4096, 4096), (11008, 4096), (4096, 11008))
+        for method, preset in (("maiht", "paper"), ("maiht", "tuned"), ("admm", None), ("sparsegpt", None))
+    ],
+    "grid": [
+        {"side": side, "order": order, "dtype": "float32"} for side in (1024, 2048, 4096, 8192) for order in (0, 1)
+    ],
+}
+# In place of the sizes on a device, for a trial.
+SMALL = {"square": 256, "outputs": 96, "inputs": 64, "side": 128}
 
 
 if __name__ == "__main__":
