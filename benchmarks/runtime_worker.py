@@ -19,24 +19,9 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-
-
-class Runtime(Protocol):
-    """A model in a runtime. `__init__` imports the runtime and loads nothing."""
-
-    packages: tuple[str, ...]
-
-    def load(self, folder: Path, positions: int, *, every: bool) -> None:
-        """Load the model, with room for `positions` tokens; `every` if a prefill gives the logits at every position."""
-
-    def prefill(self, ids: np.ndarray) -> np.ndarray:
-        """Start a new text and run its first tokens: the logits `[tokens, vocabulary]`, or `[1, vocabulary]`."""
-
-    def step(self, token: int) -> None:
-        """Run one further token."""
 
 
 class Transformers:
@@ -128,6 +113,9 @@ class LlamaCpp:
         self._past += len(ids)
 
 
+# Each imports its packages when it is made. `load` makes room for so many tokens; `every` if a prefill gives the logits
+# at every position. `prefill` starts a new text, with the logits `[tokens, vocabulary]` or `[1, vocabulary]`; `step`
+# runs one further token.
 RUNTIMES: dict[str, Any] = {
     "transformers float32": lambda: Transformers("float32"),
     "transformers bfloat16": lambda: Transformers("bfloat16"),
@@ -136,7 +124,7 @@ RUNTIMES: dict[str, Any] = {
 }
 
 
-def timed(runtime: Runtime, prompt: np.ndarray, continued: list[int]) -> dict[str, float]:
+def timed(runtime: Any, prompt: np.ndarray, continued: list[int]) -> dict[str, float]:
     """Seconds of a prefill, the median of those of the decoding steps, and the cores that both kept busy."""
     begun, used = time.perf_counter(), time.process_time()
     runtime.prefill(prompt)
@@ -149,7 +137,7 @@ def timed(runtime: Runtime, prompt: np.ndarray, continued: list[int]) -> dict[st
     return {"prefill": prefill, "step": float(np.median(steps)), "cores": cores}
 
 
-def perplexity(runtime: Runtime, windows: np.ndarray, skipped: int) -> float:
+def perplexity(runtime: Any, windows: np.ndarray, skipped: int) -> float:
     """As `sparseopt.pruning.perplexity`, from the runtime's logits."""
     losses = []
     for ids in windows:
@@ -171,13 +159,11 @@ def main() -> None:
         prompt, windows, skipped = stored["prompt"], stored["windows"], int(stored["skipped"])
         continued = stored["continued"].tolist()
     runtime = RUNTIMES[name]()
-    before, start = resident_bytes(), time.perf_counter()
+    before = resident_bytes()
     runtime.load(folder, len(prompt) + len(continued), every=False)
-    loaded = time.perf_counter() - start
     timed(runtime, prompt, continued[:2])
     answer: dict[str, Any] = {
         "memory_bytes": resident_bytes() - before,
-        "load_seconds": loaded,
         "runtime_versions": {package: importlib.metadata.version(package) for package in runtime.packages},
         "instructions": getattr(runtime, "instructions", None),
     }
