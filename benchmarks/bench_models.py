@@ -1,5 +1,5 @@
-"""Whole models, pruned and made smaller, and single layers: `make bench-quality DATA=folder`, and the same with prune
-and shrink in place of quality, with the WikiText-2 parquet files. JSON lines.
+"""Whole models, pruned and made smaller, and single layers: `make bench-quality DATA=folder`, and the same with prune,
+shrink or precision in place of quality, with the WikiText-2 parquet files. JSON lines.
 
     python benchmarks/bench_models.py --data FOLDER --only layers,draws [--settings 0.5,2:4] [key=value ...]
 
@@ -12,34 +12,40 @@ and shrink in place of quality, with the WikiText-2 parquet files. JSON lines.
     blind      what reads no text: the dense model, also by transformers, and magnitude
     draws      every method on the whole model, calibrated on random windows of three texts, scored on two
     tokens     perplexity and held-out error against the number of calibration tokens, at 50 %
+    precision  what products of fewer bits cost, emulated: perplexity, errors, other weights kept
     sizes, methods, windows    smaller dense models, as configs/benchmarks/shrink-*.yaml say
 
-All but the layers and tokens are sweeps of `sparseopt run`: configs/benchmarks/ has their recipes, and the folder of
---folder their finished runs, which are not run again. `key=value` changes all of them, for a trial. With `--record
-FILE` lines are also appended to a file. A failed run becomes a line with its error, and the exit status is 1.
+All but the layers are sweeps of `sparseopt run`: configs/benchmarks/ has their recipes, and the folder of --folder
+their finished runs, which are not run again. `key=value` changes all of them, for a trial. With `--record FILE` lines
+are also appended to a file. A failed run becomes a line with its error, and the exit status is 1.
 """
 
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import layer_errors
 from common import Recorder, say, selection
+from layer_errors import layers, published_layers
 from pruned import CONFIGS, KEPT, ROOT, SETTINGS, about, judged, model_and_text, text_options
 
 from sparseopt.experiments.config import Run, load_config
 
-AT_HALF: dict[str, dict[str, Any]] = {"whole": {}}
+Settings = dict[str, dict[str, Any]]
+AT_HALF: Settings = {"whole": {}}
 # Zeros go where they cost least: to the linears by curves, in n:m groups by the order of the channels.
-PLACED: dict[str, dict[str, Any]] = {
+PLACED: Settings = {
     name: setting | ({"permute": True} if name == "2:4" else {"allocation": "curves"})
     for name, setting in SETTINGS.items()
 }
+ROUNDED: Settings = {
+    "maiht": {"method": "maiht"},
+    "best one shot": {"method": "best", "train_epochs": 0, "variants": 0},
+}
 # What random windows are drawn from.
-TEXTS: dict[str, dict[str, Any]] = {
+TEXTS: Settings = {
     "wikitext2": {},
     "pydoc": {"calibration": "pydoc"},
     "self": {"calibration": "self", "window_choice": None},
@@ -51,27 +57,30 @@ class Sweep(NamedTuple):
     """A config, what its runs vary besides, by a name, and whether each run is a pass and a process of its own."""
 
     config: str
-    settings: dict[str, dict[str, Any]]
+    settings: Settings = AT_HALF
     apart: bool = False
     drawn: bool = False
 
 
 SWEEPS = {
-    "prune": [Sweep("prune", AT_HALF, apart=True)],
+    "prune": [Sweep("prune", apart=True)],
     "models": [Sweep("quality-models", SETTINGS)],
     "ablation": [Sweep("quality-ablation", {name: SETTINGS[name] for name in ("0.5", "0.7")})],
     "complete": [Sweep("quality-complete", PLACED, apart=True)],
-    "blind": [Sweep("quality-dense", AT_HALF), Sweep("quality-blind", SETTINGS)],
+    "blind": [Sweep("quality-dense"), Sweep("quality-blind", SETTINGS)],
     "draws": [Sweep("quality-draws", SETTINGS, drawn=True)],
-    "sizes": [Sweep("shrink-sizes", AT_HALF)],
-    "methods": [Sweep("shrink-methods", AT_HALF)],
-    "windows": [Sweep("shrink-windows", AT_HALF), Sweep("prune-windows", AT_HALF)],
+    "tokens": [Sweep("quality-tokens", {"0.5": SETTINGS["0.5"]}, apart=True)],
+    "precision": [
+        Sweep("precision", ROUNDED),
+        Sweep("precision-activations", {"best": {"method": "best"}}),
+    ],
+    "sizes": [Sweep("shrink-sizes")],
+    "methods": [Sweep("shrink-methods")],
+    "windows": [Sweep("shrink-windows"), Sweep("prune-windows")],
 }
-LAYERS: dict[str, Callable[..., None]] = {
-    "published": layer_errors.published_layers,
-    "layers": layer_errors.layers,
-    "tokens": layer_errors.tokens,
-}
+LAYERS = {"published": published_layers, "layers": layers}
+# What lines say of calibration text and draw, where it is not the sweep's.
+UNNAMED: Settings = {"precision": {}, "blind": {"calibrated": None, "draw": None}}
 
 
 class Finished(NamedTuple):
@@ -119,7 +128,7 @@ def succeeds(command: list[str], *options: str) -> bool:
 
 def shown(record: dict[str, Any], task: Any) -> dict[str, Any]:
     """The fields of the line of a perplexity."""
-    fields = {name: record[name] for name in (*KEPT, "seconds") if name in record}
+    fields = {name: record[name] for name in KEPT if name in record}
     fields |= {name: record[name] for name in record if name.startswith(("transformers_", "perplexity_"))}
     if "removed" in record:
         whole = record["blocks"] + len(record["removed"])
@@ -136,30 +145,32 @@ def run_sweep(recorder: Recorder, part: str, sweep: Sweep, base: dict[str, Any],
     drawn = [(text, DRAWS[draw]) for draw in given.draws for text in given.texts]
     texts = {(text, draw): TEXTS[text] | {"seed": draw} for text, draw in drawn}
     # The goals are those of the bundled model.
-    goals = given.model == "smollm2" and not (given.source or given.changes)
+    goals = not (given.source or given.changes)
     texts = texts if sweep.drawn else {("wikitext2", 0): {}}
     for setting, changes in sweep.settings.items():
         if setting in SETTINGS and setting not in given.settings:
             continue
         for (text, draw), windows in texts.items():
             place = given.folder / source.name / sweep.config / f"{setting} {text} {draw}".replace(":", "-")
-            details = about(source, bool(given.changes))
-            details |= {"calibrated": text, "draw": draw} if part != "blind" else {"calibrated": None, "draw": None}
+            told = UNNAMED.get(part, {"calibrated": text, "draw": draw})
+            details = about(source, bool(given.changes)) | told
             first: dict[str, Any] | None = None
             for index, (run, record, error, machine) in enumerate(finished(sweep, base | changes | windows, place)):
+                task: Any = run.task
                 first = first if index else record
-                name = run.task.title.format(**run.settings, setting=setting)
+                own = details | task.line()
+                name = task.title.format(**run.settings, setting=setting)
                 if record is None:
                     failures += 1
                     say(f"{part}, {name} FAILED: {error}")
-                    recorder.emit(f"perplexity, {run.task.name}, {name}", value=None, error=error, **details, **machine)
+                    recorder.emit(f"perplexity, {task.name}, {name}", value=None, error=error, **own, **machine)
                     continue
-                lines = [*lines_of(part, name, record, run.task, first, goals)]
-                lines += published(run.task, setting) if part == "models" and not index else []
+                lines = [*lines_of(part, name, record, task, first, goals)]
+                lines += published(task, setting) if part == "models" and not index else []
                 for line in lines:
-                    known = recorder.found(figure=line["figure"], **details)
+                    known = recorder.found(figure=line["figure"], **own)
                     if known is None or known["value"] is None:
-                        recorder.emit(**machine | line | details)
+                        recorder.emit(**machine | line | own)
     return failures
 
 
@@ -209,7 +220,7 @@ def main() -> None:
     selection(parser, "--draws", DRAWS)
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "benchmarks", help="of the finished runs")
     parser.add_argument("--record", type=Path, help="file that lines are appended to")
-    parser.add_argument("--windows", type=int, help="for a trial: number of windows for layers and tokens")
+    parser.add_argument("--windows", type=int, help="for a trial: number of windows for layers")
     parser.add_argument("changes", nargs="*", metavar="key=value", help="for a trial: changes of all configs")
     given = parser.parse_args()
     source, data = model_and_text(given, "bench_models")

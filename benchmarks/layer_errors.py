@@ -1,17 +1,16 @@
-"""Parts of `bench_models.py`: errors of single layers, and the number of calibration tokens."""
+"""Parts of `bench_models.py`: errors of single layers."""
 
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from common import Recorder, apart, say
-from pruned import SCORING, SEQLEN, SETTINGS, about, judged, prune_and_score
+from common import Recorder, say
+from pruned import SETTINGS, about, judged
 
-from sparseopt.models import open_model, open_source
-from sparseopt.pruning import Recipe, prune_layer
+from sparseopt.models import open_model
+from sparseopt.pruning import prune_layer
 from sparseopt.pruning.base.activations import make_batches
 from sparseopt.pruning.base.grams import BlockRunner
 from sparseopt.pruning.text.windows import begin_windows, text_windows
@@ -22,7 +21,7 @@ METHODS = ("magnitude", "wanda", "sparsegpt", "splice", "admm", "maiht paper", "
 LAYER_SETTINGS = ("0.5", "0.7", "2:4")
 BLOCKS = (0, 9, 20)
 LINEARS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
-LAYER_WINDOWS = 24
+LAYER_WINDOWS, SEQLEN = 24, 512
 MEAN_TARGET = 0.00265
 # Of ALPS (Meng et al., 2024), on the same layers and tokens.
 ALPS_ERRORS = {
@@ -33,14 +32,6 @@ ALPS_ERRORS = {
 # Relative errors of mAIHT's published procedure at 50 % on these layers, and how much of them each preset may have.
 PAPER_ERRORS = {"0.mlp.gate_proj": 0.01733, "9.self_attn.o_proj": 0.02159, "20.mlp.down_proj": 0.01828}
 PAPER_TARGETS = {"paper": 1.02, "tuned": 0.80}
-TOKEN_METHODS: dict[str, dict[str, Any]] = {
-    **{name: {"method": name} for name in ("wanda", "sparsegpt", "maiht", "admm")},
-    "best one shot": {"method": "best", "train_epochs": 0},
-    "best": {"method": "best"},
-}
-TOKEN_WINDOWS = (8, 16, 32, 64, 128, 256)
-TOKEN_HELDOUT = 16
-ELSEWHERE = "pydoc"
 
 
 class Layer(NamedTuple):
@@ -146,29 +137,3 @@ def published_layers(recorder: Recorder, source: Path, data: str, windows: int |
                 figure, **row, ratio=row["value"] / known, target=f"at most {factor} x {known}",
                 met=row["value"] <= factor * known, **shared,
             )  # fmt: skip
-
-
-def tokens(recorder: Recorder, source: Path, data: str, windows: int | None) -> None:
-    """Growing sets of random windows with the same held-out ones; rows that the record has are not run again."""
-    most = windows or TOKEN_WINDOWS[-1]
-    counts, held = sorted({min(count, most) for count in TOKEN_WINDOWS}), min(TOKEN_HELDOUT, most)
-    drawn = text_windows(open_source(source), data, "calibration", held + counts[-1], SEQLEN, choice="random", seed=0)
-    heldout, others = np.split(begin_windows(*drawn), [held])
-    for count in counts:
-        ids = np.concatenate([others[:count], heldout])
-        details = {"calibrated": "wikitext2", "draw": 0, "calibration_tokens": count * SEQLEN}
-        details |= about(source, windows is not None)
-        for name, changes in TOKEN_METHODS.items():
-            figure = f"perplexity, tokens, {name} at 0.5"
-            if recorder.found(figure=figure, **details):
-                continue
-            say(f"tokens, {count * SEQLEN:,}, {name}")
-            recipe = Recipe(
-                sparsity=0.5, **changes, windows=count, heldout_windows=held, seqlen=SEQLEN, calibration=ids,
-                score="none",
-            )  # fmt: skip
-            texts = {"value": data, "perplexity_elsewhere": ELSEWHERE}
-            scoring = (min(SCORING[0], most), SCORING[1])
-            with tempfile.TemporaryDirectory() as folder:
-                row = apart(prune_and_score, source, recipe, Path(folder) / "out", texts, scoring)
-            recorder.emit(figure, unit="perplexity", **judged(0, None), **row, elsewhere=ELSEWHERE, **details)

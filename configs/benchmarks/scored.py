@@ -6,19 +6,31 @@ A `title` may name what the sweep varies, as in `{method}`, and `{setting}`, the
 import math
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
+from jax._src.lax.lax import _dot_general_lower
+from jax.interpreters import mlir
+from pydantic import Field
 
+from sparseopt.core.base.dense import HIGHEST
+from sparseopt.core.base.types import Observer
 from sparseopt.experiments.task import Record, Strict
+from sparseopt.experiments.tasks.model import MODEL, model_path
 from sparseopt.experiments.tasks.prune import Prune
 from sparseopt.experiments.tasks.shrink import Shrink
-from sparseopt.models import PrunableModel, ShardedWriter, Source, unread
-from sparseopt.pruning import PruneReport, perplexity
+from sparseopt.models import PrunableModel, ShardedWriter, Source, open_source, unread
+from sparseopt.pruning import PruneReport, Recipe, masks, perplexity, prune_models
 from sparseopt.pruning.text.windows import begin_windows, text_windows
+
+# The bits of a significand without its first, which is always 1; 0 where nothing is rounded.
+ROUNDINGS = {"float32": 0, "3xbf16": 15, "tf32": 10, "bf16": 7}
 
 
 class Scores(Strict):
@@ -33,6 +45,10 @@ class Scores(Strict):
     elsewhere: str | None = None
     transformers: bool = False
     goal: float | None = None
+
+    def line(self) -> Record:
+        """The settings that tell the lines of one title apart."""
+        return {}
 
 
 def scores(task: Any, model: PrunableModel, report: PruneReport | None) -> Record:
@@ -109,3 +125,87 @@ class ScoredShrink(Scores, Shrink):
 
     def figures(self, model: PrunableModel, report: PruneReport | None) -> Record:
         return super().figures(model, report) | scores(self, model, report)
+
+
+class NestedPrune(ScoredPrune):
+    """Prune by the first of random windows that runs share: the held-out ones, then all that any of them sees.
+
+    Attributes:
+        drawn: how many, besides those held out.
+    """
+
+    task: Literal["scored.NestedPrune"]  # type: ignore[assignment]
+    drawn: int = Field(ge=1)
+
+    def line(self) -> Record:
+        return {"calibration_tokens": (self.windows or 0) * self.seqlen}
+
+    def shares(self) -> None:
+        """Nothing: each has its own tokens."""
+
+    def run_unit(self, key: str, folder: Path, observer: Observer) -> Record:
+        source, held = model_path(self.source), self.heldout_windows
+        drawn = text_windows(
+            open_source(source), self.calibration, "calibration", held + self.drawn, self.seqlen, choice="random"
+        )
+        heldout, others = np.split(begin_windows(*drawn), [held])
+        ids = np.concatenate([others[: self.windows], heldout])
+        recipe = Recipe(**self.recipe_values() | {"calibration": ids})
+        (report,) = prune_models(source, [(recipe, folder / MODEL)])
+        return self._score(report, key, folder, observer)
+
+
+class RoundedPrune(ScoredPrune):
+    """Prune with products of fewer bits, which a CPU emulates in a process of its own, and score in float32.
+
+    Both operands of a product are rounded, and it is added up in float32: 3xbf16 is precision high on a TPU, tf32
+    default on an NVIDIA GPU, bf16 default on a TPU. An accelerator differs in the order of the sum alone.
+
+    Attributes:
+        rounding: of operands.
+        products: those of "activations", which are not in the highest precision, or all.
+    """
+
+    task: Literal["scored.RoundedPrune"]  # type: ignore[assignment]
+    rounding: Literal["float32", "3xbf16", "tf32", "bf16"]
+    products: Literal["none", "activations", "all products"]
+
+    def line(self) -> Record:
+        return {"rounding": self.rounding, "products": self.products}
+
+    def shares(self) -> None:
+        """Nothing: each has its own products."""
+
+    def run_unit(self, key: str, folder: Path, observer: Observer) -> Record:
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            given = model_path(self.source), self.recipe(), folder / MODEL, self.rounding, self.products
+            report = pool.submit(made_rounded, *given).result()
+        (reference,) = folder.parent.glob("*float32*")
+        lost = lost_share(reference / MODEL, folder / MODEL)
+        return self._score(report, key, folder, observer) | {"lost_share": lost}
+
+
+def made_rounded(source: Path, recipe: Recipe, output: Path, rounding: str, products: str) -> PruneReport:
+    """Prune, for a process of its own: its programs stay rounded."""
+    bits, everywhere = ROUNDINGS[rounding], products == "all products"
+    half = mlir.lower_fun(lambda x: jax.lax.reduce_precision(x, 8, bits), multiple_results=False)
+
+    def lower(context: mlir.LoweringRuleContext, left: Any, right: Any, **params: Any) -> Any:
+        if bits and (everywhere or params["precision"] != (HIGHEST, HIGHEST)):
+            left, right = (
+                half(context.replace(avals_in=[aval], avals_out=[aval]), value)[0]
+                for value, aval in zip((left, right), context.avals_in, strict=True)
+            )
+        return _dot_general_lower(context, left, right, platform="cpu", **params)
+
+    mlir.register_lowering(jax.lax.dot_general_p, lower, platform="cpu")
+    (report,) = prune_models(source, [(recipe, output)])
+    return report
+
+
+def lost_share(kept: Path, other: Path) -> float:
+    """The share of the weights that one pruned model keeps and another does not."""
+    pairs = zip(masks(kept), masks(other), strict=True)
+    counts = [(np.sum(mine & ~theirs), np.sum(mine)) for (_, mine), (_, theirs) in pairs]
+    lost, total = np.sum(counts, axis=0)
+    return float(lost / total)
