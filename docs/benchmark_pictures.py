@@ -2,16 +2,19 @@
 
 quality.svg: perplexity of each pruning method at each sparsity, with public codes.
 peers.svg: seconds to an accurate answer for each trend-filtering problem, with public solvers.
+benchopt.svg: distance to the best objective over seconds in each suite of benchopt.
 memory.svg: peak memory against the size of a model, and of a graph.
 tokens.svg: perplexity and held-out error against the number of calibration tokens.
 frontier.svg: perplexity against seconds a token and against megabytes, for dense, smaller and pruned models.
 """
 
 import statistics
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.lines import Line2D
 from records import Record, groups, missing, read, select
 
@@ -74,6 +77,33 @@ def peers(records: list[Record]) -> Any:
         axis.grid(axis="x", color="#eeeeee")
     panels[0].set_yticks(range(len(problems)), [_problem(*problem) for problem in problems])
     _legend(figure, {solver.replace(" auto", ""): {"color": c, "marker": m} for solver, (c, m) in SOLVERS.items()})
+    return figure
+
+
+def suites(records: list[Record]) -> Any:
+    """Distance to the best objective over seconds, for one problem of each of benchopt's suites."""
+    curves = select(records, "curve")
+    if not curves:
+        return _without_records("benchopt")
+    shown = {record["benchmark"]: (record["data"], record["objective"]) for record in curves}
+    figure, panels = plt.subplots(2, -(-len(shown) // 2), figsize=(10, 4.8), layout="constrained", squeeze=False)
+    for axis, (benchmark, problem) in zip(panels.flat, sorted(shown.items()), strict=False):
+        found = [r for r in curves if r["benchmark"] == benchmark and (r["data"], r["objective"]) == problem]
+        reached = {r["solver"]: min((s for s, far in r["points"] if far <= 1e-6), default=inf) for r in found}
+        peer = min((solver for solver in reached if solver != "sparseopt"), key=reached.__getitem__)
+        for record in found:
+            solver = record["solver"]
+            colour, width = {"sparseopt": (BLUE, 2.4), peer: (ORANGE, 1.8)}.get(solver, ("#bbbbbb", 1.0))
+            seconds, far = np.transpose(record["points"])
+            nearest = np.maximum(np.minimum.accumulate(far), 1e-10)
+            label = solver.partition("[")[0] if solver in ("sparseopt", peer) else None
+            axis.plot(seconds, nearest, color=colour, linewidth=width, label=label, zorder=width)
+        axis.set(xscale="log", yscale="log", title=benchmark, ylim=(5e-11, 2))
+        axis.legend(fontsize=7, frameon=False, loc="lower left")
+    for axis in panels[-1]:
+        axis.set_xlabel("seconds, one core")
+    for axis in panels[:, 0]:
+        axis.set_ylabel("distance to the best")
     return figure
 
 
@@ -203,6 +233,7 @@ def write_all(target: Path) -> None:
     pictures = {
         "quality": quality(read("quality"), dense),
         "peers": peers(read("trend_peers")),
+        "benchopt": suites(read("benchopt")),
         "memory": memory(read("memory"), read("trend_sizes")),
         "tokens": tokens(read("quality")),
         "frontier": frontier(read("runtime")),
