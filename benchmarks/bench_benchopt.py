@@ -77,7 +77,7 @@ SUITE = {
         "b34952a",
         ("scipy-linprog[solver=[highs,highs-ipm]]",),
         ("L1-regularized Quantile Regression[reg=[0.1],quantile=[0.2,0.5]]",),
-        ("Simulated[rho=0.6]",),
+        ("Simulated[n_samples=500,n_features=600]",),
     ),
 }
 
@@ -114,24 +114,38 @@ def curves(place: Path, benchmark: Benchmark, python: str, timeout: float) -> li
     return list(parquet.read_table(found[-1]).to_pylist())
 
 
+def shortened(names: Iterable[str]) -> dict[str, str]:
+    """Names such as `Simulated[rho=0,snr=3]` with those parameters alone in which they differ."""
+    parts = {name: (name.partition("[")[0], name.partition("[")[2].rstrip("]").split(",")) for name in names}
+    short = {}
+    for name, (head, parameters) in parts.items():
+        alike = [others for other, others in parts.values() if other == head]
+        kept = [one for one in parameters if any(one not in others for others in alike)]
+        short[name] = " ".join([head, ", ".join(kept)]).strip()
+    return short
+
+
 def report(about: dict[str, Any], points: Iterable[dict[str, Any]]) -> None:
-    """For every problem and solver: the seconds to each target, and a thinned curve."""
+    """For every problem and solver: the seconds to each target; for the last problem also a thinned curve."""
     problems: dict[tuple[str, str], dict[str, list[tuple[float, float]]]] = {}
     for point in points:
         # benchopt 1.4 has another name for the data.
         key = point.get("dataset_name") or point["data_name"], point["objective_name"]
         of_solver = problems.setdefault(key, {}).setdefault(point["solver_name"], [])
         of_solver.append((float(point["time"]), float(point["objective_value"])))
+    short = shortened({name for key, solvers in problems.items() for name in (*key, *solvers)})
     for (data, objective), solvers in problems.items():
         values = [value for curve in solvers.values() for _, value in curve]
         best, scale = min(values), max(values) - min(values) or 1.0
         for solver, curve in solvers.items():
-            of = about | {"data": data, "objective": objective, "solver": solver}
+            of = about | {"data": short[data], "objective": short[objective], "solver": short[solver]}
             apart = [(seconds, (value - best) / scale) for seconds, value in sorted(curve)]
             closest = min(far for _, far in apart)
             for target in TARGETS:
                 seconds = next((seconds for seconds, far in apart if far <= target), None)
                 emit("seconds to the objective", **of, target=target, seconds=seconds, closest=closest)
+            if (data, objective) != list(problems)[-1]:
+                continue
             thinned = apart[:: max(1, len(apart) // POINTS)]
             emit("curve", **of, points=[[float(f"{seconds:.3g}"), float(f"{far:.3g}")] for seconds, far in thinned])
 

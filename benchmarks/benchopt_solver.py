@@ -72,7 +72,7 @@ def quantile(X: Any, y: Any, lmbd: float, quantile: float, fit_intercept: bool) 
     """The mean pinball loss and `lmbd ||b||_1`, both times n; the intercept is a column without a penalty."""
     weights = np.full(X.shape[1] + fit_intercept, lmbd * len(y))
     weights[X.shape[1] :] = 0
-    matrix = np.column_stack([X, np.ones((len(y), fit_intercept))])
+    matrix = np.column_stack([X, np.ones((len(y), int(fit_intercept)))])
     return solving(so.QuantileLoss(matrix, y, quantile), so.L1(weights))
 
 
