@@ -178,6 +178,7 @@ WITHOUT = [
     ("float32", lambda case: case.loss not in ("square", "huber"), "the objective is not strongly convex"),
     ("relabelled", lambda case: case.free or not case.l1, "its rows are in the order of the nodes"),
     ("unit short limit path solver derivative lanes", lambda case: not case.l1, "these are of one weight"),
+    ("limit", lambda case: case.loss == "huber" and case.order > 1, "its gap is of rounding at a weight of 1e11"),
     ("channels", lambda case: case.channels, "it has channels"),
     ("limit path derivative lanes", lambda case: case.channels, "these are of one channel"),
     ("missing", lambda case: case.channels and not case.l1, "one channel has the fact"),
@@ -560,7 +561,8 @@ def test_pieces_have_one_value_to_the_last_bit_and_are_those_of_the_optimum(case
         assert so.trend.degrees_of_freedom(found.nonzero, problem.graph) == labels.max() + 1
     if case.loss != "square":
         np.testing.assert_array_equal(labels, case.found(case.methods[0], tol=1e-10).pieces())
-    assert labels.max() + 1 < problem.graph.num_nodes
+    # The weight of the absolute loss joins no nodes.
+    assert (labels.max() + 1 < problem.graph.num_nodes) == (case.loss != "absolute")
     if case.penalty == so.GroupL2(1.5):
         same = np.diff(np.asarray(found.value)[problem.graph.edges], axis=1)[:, 0] == 0
         assert np.all(same.all(axis=1) == same.any(axis=1))

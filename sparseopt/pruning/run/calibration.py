@@ -130,10 +130,10 @@ def describe_calibration(model: PrunableModel, plans: Sequence[Plan], windows: C
         if samples < default_windows(model, seqlen):
             why += "; the text has no more"
     digest, heldout = token_digest(*windows[:2]), len(windows.heldout)
-    inputs = _widest(model, [key for plan in plans for key in plan.patterns])
     for plan in with_windows(plans, samples):
         variants, warning = plan.recipe.variants, None
-        if (tokens := samples * (1 + variants) * seqlen) < inputs and any(plan.patterns for plan in plans):
+        inputs = _widest(model, list(plan.patterns))
+        if (tokens := samples * (1 + variants) * seqlen) < inputs and plan.patterns:
             warning = (
                 f"calibration has {tokens:,} tokens and the widest linear {inputs:,} inputs: its Gram matrix is "
                 f"singular; {-(-inputs // seqlen)} windows of {seqlen} or more would do"
