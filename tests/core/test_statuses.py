@@ -264,7 +264,8 @@ def test_many_problems_at_once_are_solved_as_one_by_one_each_with_its_own_end(na
     np.testing.assert_allclose(together.value[:-1], [each.value for each in alone], rtol=atol, atol=atol)
     np.testing.assert_array_equal(together.steps[:-1], [each.steps for each in alone])
     np.testing.assert_array_equal(together.status, [so.Status.CONVERGED] * 8 + [so.Status.NONFINITE])
-    assert len(set(together.steps.tolist())) > 3
+    # Methods of few steps end at the same check.
+    assert len(set(together.steps.tolist())) > (3 if deep else 1)
 
 
 @pytest.mark.parametrize("name", often(CONVEX, "proximal gradient", "accelerated"))
