@@ -295,7 +295,8 @@ def test_limits_of_steps_are_kept_also_by_the_history_and_a_start_at_the_answer_
     assert int(seven.steps) == seven.history.residual.shape[0] == 7 + -7 % stride
     assert status(seven) is so.Status.MAX_STEPS
     assert float(seven.history.objective[-1]) == float(seven.objective)
-    if not isinstance(start, Start):
+    # Solvers with a dual part must find it from any x, and a refit projects its start.
+    if not isinstance(start, Start) and name not in ("primal-dual", "split admm", "refit"):
         none = so.solve(problem, solver, start + 1, max_steps=0)
         np.testing.assert_array_equal(none.value, start + 1)
         again = so.solve(problem, solver, jnp.asarray(runs(name).value), tol=1e-5)
