@@ -51,8 +51,8 @@ KEPT = [
     ("logistic, L1, dense", APG),
 ]
 # By APG and PD to a gap far below the root of eps.
-DEEP = ["squares, L1, dense", "squared hinge, L1, dense", "logistic, L1, dense", "poisson, elastic net, dense"]
-DEEP += ["huber, groups, dense"]
+DEEP = dict.fromkeys(["squares, L1, dense", "squared hinge, L1, dense", "logistic, L1, dense"], 1e-12)
+DEEP |= {"poisson, elastic net, dense": 1e-12, "huber, groups, dense": 1e-10}
 
 
 def kind_of(solver):
@@ -66,7 +66,7 @@ def test_every_solver_that_takes_a_problem_finds_its_optimum_and_its_gap_bounds_
     assert so.chosen_solver(problems[0]).solver in takers(kind)
     assert solver.refuses(problems[0]) is None
     assert has_conjugate(problems[0].penalty)
-    tol = 1e-12 if name in DEEP and solver in (APG, PD) else 1e-7
+    tol = DEEP.get(name, 1e-7) if solver in (APG, PD) else 1e-7
     found = solved(together, solver, tol=tol, max_steps=100_000)
     value = np.asarray(objective(together, found.value))
     inside = np.isfinite(value)
@@ -77,8 +77,9 @@ def test_every_solver_that_takes_a_problem_finds_its_optimum_and_its_gap_bounds_
     assert set(found.status.tolist()) == {so.Status.CONVERGED}
     assert np.all(found.residual <= tol)
     if solver not in kind.more:
-        # The gap bounds the true distance from the optimum, up to Clarabel's own error.
-        assert np.all(found.gap[inside] >= (reached - least)[inside] / least[inside] - 1e-9)
+        # The gap bounds the true distance from the optimum, up to Clarabel's own error; of a set there may be none.
+        known = inside & np.isfinite(found.gap) if kind.penalty == "nonnegative" else inside
+        assert np.all(found.gap[known] >= (reached - least)[known] / least[known] - 1e-9)
 
 
 FAR = [
