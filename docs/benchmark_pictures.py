@@ -99,6 +99,7 @@ def suites(records: list[Record]) -> Any:
             label = solver.partition("[")[0] if solver in ("sparseopt", peer) else None
             axis.plot(seconds, nearest, color=colour, linewidth=width, label=label, zorder=width)
         axis.set(xscale="log", yscale="log", title=benchmark, ylim=(5e-11, 2))
+        axis.xaxis.set_minor_formatter("")
         axis.legend(fontsize=7, frameon=False, loc="lower left")
     for axis in panels[-1]:
         axis.set_xlabel("seconds, one core")
