@@ -62,16 +62,19 @@ class Conic:
             for data, row, column in row_block
         ]
         data, row, column = (np.concatenate(part) for part in zip(*entries, strict=True))
-        matrix = sparse.csc_matrix((-data, (row, column)), shape=(int(starts[-1]), self.count))
-        quadratic, offsets = sparse.csc_matrix(sparse.diags(hessian)), np.concatenate(self.offsets)
+        matrix = sparse.csc_array((-data, (row, column)), shape=(int(starts[-1]), self.count))
         settings = clarabel.DefaultSettings()
         settings.verbose = False
-        # The last digit is out of reach for some orders of sums.
-        for tol in (1e-10, 1e-9):
-            settings.tol_gap_abs = settings.tol_gap_rel = settings.tol_feas = tol
-            answer = clarabel.DefaultSolver(quadratic, linear, matrix, offsets, self.cones, settings).solve()
-            if str(answer.status) == "Solved":
-                break
+        settings.tol_gap_abs = settings.tol_gap_rel = settings.tol_feas = 1e-10
+        solver = clarabel.DefaultSolver(
+            sparse.csc_matrix(sparse.diags(hessian)),
+            linear,
+            sparse.csc_matrix(matrix),
+            np.concatenate(self.offsets),
+            self.cones,
+            settings,
+        )
+        answer = solver.solve()
         assert str(answer.status) == "Solved", answer.status
         self.answer = np.asarray(answer.x)[self.x]
         return answer.obj_val + self.constant

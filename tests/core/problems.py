@@ -270,7 +270,7 @@ def drawn(rng, kind, spread, dtype=np.float64):
 @cache
 def made(kind, instances, spread=False, dtype=np.float64):
     """Several problems, alone and stacked, Clarabel's optima and where it has them."""
-    rng = np.random.default_rng([7, LISTED.index(kind), np.dtype(dtype).itemsize, spread])
+    rng = np.random.default_rng([3 if spread else 7, LISTED.index(kind), np.dtype(dtype).itemsize, spread])
     found = []
     while len(found) < instances:
         one = drawn(rng, kind, spread, dtype)

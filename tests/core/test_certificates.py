@@ -118,8 +118,7 @@ def test_no_gap_is_below_the_true_suboptimality(name, solver, dtype, instances):
     # And a gap is found: other units of the columns change little.
     certified = (found.status == so.Status.CONVERGED) & (found.gap <= TOL[dtype])
     # Coupled entries have one step, which other units make short.
-    coupled = 0.4 if kind.loss == "huber" else 0.5
-    assert np.mean(certified) >= (coupled if kind.penalty == "groups" else 0.85)
+    assert np.mean(certified) >= (0.5 if kind.penalty == "groups" else 0.85)
     assert set(found.status.tolist()) <= {so.Status.CONVERGED, so.Status.MAX_STEPS}
 
 
