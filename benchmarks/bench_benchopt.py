@@ -133,6 +133,7 @@ def report(about: dict[str, Any], points: Iterable[dict[str, Any]]) -> None:
         key = point.get("dataset_name") or point["data_name"], point["objective_name"]
         of_solver = problems.setdefault(key, {}).setdefault(point["solver_name"], [])
         of_solver.append((float(point["time"]), float(point["objective_value"])))
+    *_, last = problems
     short = shortened({name for key, solvers in problems.items() for name in (*key, *solvers)})
     for (data, objective), solvers in problems.items():
         values = [value for curve in solvers.values() for _, value in curve]
@@ -144,7 +145,7 @@ def report(about: dict[str, Any], points: Iterable[dict[str, Any]]) -> None:
             for target in TARGETS:
                 seconds = next((seconds for seconds, far in apart if far <= target), None)
                 emit("seconds to the objective", **of, target=target, seconds=seconds, closest=closest)
-            if (data, objective) != list(problems)[-1]:
+            if (data, objective) != last:
                 continue
             thinned = apart[:: max(1, len(apart) // POINTS)]
             emit("curve", **of, points=[[float(f"{seconds:.3g}"), float(f"{far:.3g}")] for seconds, far in thinned])

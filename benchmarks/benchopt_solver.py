@@ -98,21 +98,12 @@ def smoothing(matrix: np.ndarray, y: np.ndarray, delta: float, data_fit: str, gr
         loss = so.scalar.Huber(delta) if huber else "square"
         return lambda tol: np.asarray(so.trend_filter(y, graph, penalty, loss=loss, tol=tol, max_steps=MANY).value)
     if isinstance(penalty, so.GroupL2):
-        differences, penalty = both_axes(y.shape), so.GroupL2(penalty.weight, groups=np.arange(2 * y.size) // 2)
-    else:
-        differences = graph.matrix(1)
+        # The edges that begin at a pixel are its gradient.
+        penalty = so.GroupL2(penalty.weight, groups=np.unique(graph.edges[:, 0], return_inverse=True)[1])
     target = y.reshape(-1)
-    solve = solving(
-        so.HuberLoss(matrix, target, delta) if huber else so.LeastSquares(matrix, target), penalty, differences
-    )
+    fit = so.HuberLoss(matrix, target, delta) if huber else so.LeastSquares(matrix, target)
+    solve = solving(fit, penalty, graph.matrix(1))
     return lambda tol: solve(tol).reshape(-1, *y.shape[1:])
-
-
-def both_axes(shape: tuple[int, ...]) -> np.ndarray:
-    """The differences of a picture at each pixel along both axes, 0 at the border."""
-    basis = np.eye(int(np.prod(shape))).reshape(-1, *shape)
-    along = [np.diff(basis, axis=axis, append=np.take(basis, [-1], axis=axis)) for axis in (1, 2)]
-    return np.stack(along, axis=-1).reshape(len(basis), -1).T
 
 
 # By the names that a benchmark hands over; and the name that it has for the answer.

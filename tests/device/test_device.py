@@ -19,7 +19,7 @@ from sparseopt.pruning.base.torch_grams import runner_of
 from sparseopt.pruning.memory import BudgetError
 from sparseopt.system.machine import device_memory_left
 from tests.models.tiny import random_tensors, tiny_config, write_folder
-from tests.pruning.test_pipeline import make_tokens
+from tests.pruning.whole_runs import make_tokens
 
 pytestmark = pytest.mark.device
 

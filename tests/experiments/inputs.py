@@ -8,7 +8,7 @@ import numpy as np
 from sparseopt.experiments.tasks import model as model_task
 from sparseopt.pruning import prune_models
 from tests.models.tiny import random_tensors, tiny_config, write_folder
-from tests.pruning.test_pipeline import TOKENIZER
+from tests.pruning.whole_runs import TOKENIZER
 
 TOY = "tests.experiments.toy.Toy"
 TEXT = "the quick brown fox jumps over the lazy dog, and then the dog tells the fox all about it.\n" * 60

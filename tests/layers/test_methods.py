@@ -31,7 +31,7 @@ from sparseopt.pruning.base.grams import tapped
 from tests.experiments.toy import CappedL1
 from tests.layers.layers import GROUP_METHODS, error_of, make_layer, paper_procedure, sparsegpt, wanda
 from tests.models.tiny import random_tensors, tiny_config, write_folder
-from tests.pruning.test_pipeline import make_tokens
+from tests.pruning.whole_runs import make_tokens
 from tests.tiers import often
 
 PATTERNS = ["unstructured", "per-row", "2:4", "block:2x8", "group:4"]

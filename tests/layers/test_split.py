@@ -27,7 +27,7 @@ from sparseopt.pruning.run.facts import run_facts
 from sparseopt.system.run_folder import RECORDS
 from tests.layers.layers import error_of, make_layer
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
-from tests.pruning.test_resumption import Broken, breaking_at, model_bytes
+from tests.pruning.whole_runs import Broken, breaking_at, model_bytes
 from tests.tiers import often
 
 # What XLA says on a device, and what Python says on the host.

@@ -23,7 +23,7 @@ from sparseopt.pruning.base.activations import Batches, make_batches
 from sparseopt.pruning.base.torch_grams import TorchRunner, runner_of
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 from tests.oracle.conftest import reference, reference_logits
-from tests.pruning.test_pipeline import TOKENIZER, make_tokens
+from tests.pruning.whole_runs import TOKENIZER, make_tokens
 
 pytestmark = pytest.mark.oracle
 

@@ -16,7 +16,7 @@ from sparseopt.models import encode_text, load_tokenizer, open_model
 from sparseopt.pruning import perplexity
 from sparseopt.pruning.evaluate.scoring import Score
 from tests.models.tiny import CONFIGS, VOCAB, copy_model, random_tensors, tiny_config, write_folder, write_gguf
-from tests.pruning.test_pipeline import TOKENIZER
+from tests.pruning.whole_runs import TOKENIZER
 
 pytestmark = pytest.mark.oracle
 

@@ -9,6 +9,13 @@ from tests.models.tiny import VOCAB
 from tests.pruning.whole_runs import write_model
 
 
+@pytest.fixture(scope="module")
+def module_monkeypatch():
+    """`monkeypatch` for all tests of a file."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     """`models("experts")`: the folder of a model in `MODELS`."""

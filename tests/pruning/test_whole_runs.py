@@ -159,10 +159,8 @@ class Whole(NamedTuple):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _several_batches():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(activations, "BATCH_TOKENS", 48)
-        yield
+def _several_batches(module_monkeypatch):
+    module_monkeypatch.setattr(activations, "BATCH_TOKENS", 48)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from sparseopt.shell import demo
 from sparseopt.shell.prune_progress import PruneProgress
 from tests.experiments.inputs import CALIBRATED, TEXT, write_inputs
 from tests.models.tiny import VOCAB
-from tests.pruning.test_pipeline import TOKENIZER
+from tests.pruning.whole_runs import TOKENIZER
 from tests.tiers import often
 
 WEIGHTS = 21 * 32 * 32  # of 21 linears, each 4 bytes

@@ -132,7 +132,7 @@ def describe_calibration(model: PrunableModel, plans: Sequence[Plan], windows: C
     digest, heldout = token_digest(*windows[:2]), len(windows.heldout)
     for plan in with_windows(plans, samples):
         variants, warning = plan.recipe.variants, None
-        inputs = _widest(model, list(plan.patterns))
+        inputs = _widest(model, plan.patterns)
         if (tokens := samples * (1 + variants) * seqlen) < inputs and plan.patterns:
             warning = (
                 f"calibration has {tokens:,} tokens and the widest linear {inputs:,} inputs: its Gram matrix is "

@@ -10,7 +10,7 @@ import pytest
 from sparseopt.models import ModelError, ShardedWriter, load_tokenizer, open_model, open_source
 from sparseopt.models.files.folder import file_in, is_plain_name, parse_json, read_json
 from tests.models.tiny import random_tensors, tiny_config, write_folder
-from tests.pruning.test_pipeline import TOKENIZER
+from tests.pruning.whole_runs import TOKENIZER
 
 REFUSED = "outside its folder, and is not followed"
 

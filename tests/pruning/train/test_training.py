@@ -25,11 +25,9 @@ WINDOWS, HELDOUT, TIME = 8, 4, 24
 
 
 @pytest.fixture(scope="module", autouse=True)
-def slices():
+def slices(module_monkeypatch):
     """The logits of a batch do not fit into one slice, nor into any number of them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distillation, "LOGIT_ROWS", 10)
-        yield
+    module_monkeypatch.setattr(distillation, "LOGIT_ROWS", 10)
 
 
 @pytest.fixture(scope="module")
