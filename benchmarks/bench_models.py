@@ -6,6 +6,7 @@ shrink or precision in place of quality, with the WikiText-2 parquet files. JSON
     published  layer errors of both presets of mAIHT beside those of its published procedure
     prune      whole models at 50 % by a few methods: perplexity, seconds, memory
     layers     every method on twelve layers, Gram matrices of the dense model: error in float64, seconds
+    grids      layers on grids of few bits, beside the same layers in floats and by plain rounding
     models     every method on the whole model: perplexity, layer errors, seconds; also published figures
     ablation   changes to the recipe of method best: perplexity and additional seconds
     complete   method best with all that lowers its perplexity, one-shot and trained
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common import Recorder, say, selection
-from layer_errors import layers, published_layers
+from layer_errors import grids, layers, published_layers
 from pruned import CONFIGS, KEPT, ROOT, SETTINGS, about, judged, model_and_text, text_options
 
 from sparseopt.experiments.config import Run, load_config
@@ -78,7 +79,7 @@ SWEEPS = {
     "methods": [Sweep("shrink-methods")],
     "windows": [Sweep("shrink-windows"), Sweep("prune-windows")],
 }
-LAYERS = {"published": published_layers, "layers": layers}
+LAYERS = {"published": published_layers, "layers": layers, "grids": grids}
 # What lines say of calibration text and draw, where it is not the sweep's.
 UNNAMED: Settings = {"precision": {}, "blind": {"calibrated": None, "draw": None}}
 

@@ -1,6 +1,6 @@
 """Parts of `bench_models.py`: errors of single layers."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +32,14 @@ ALPS_ERRORS = {
 # Relative errors of mAIHT's published procedure at 50 % on these layers, and how much of them each preset may have.
 PAPER_ERRORS = {"0.mlp.gate_proj": 0.01733, "9.self_attn.o_proj": 0.02159, "20.mlp.down_proj": 0.01828}
 PAPER_TARGETS = {"paper": 1.02, "tuned": 0.80}
+
+# Of layers put on a grid: method, setting and bits, and the most that the error may be of that without the grid; of
+# dense layers, of that of plain rounding.
+ON_GRIDS = {
+    ("admm_splice", "0.5", "q4_0"): 1.33, ("best", "0.5", "q4_0"): 1.33, ("best", "2:4", "q4_0"): 1.33,
+    ("admm_splice", "0.5", "q8_0"): 1.004, ("best", "0.5", "q8_0"): 1.004, ("best", "0.5", "q5_0"): None,
+    ("best", "0.5", "int8"): None, ("best", "0.5", "int4:64"): None, ("wanda", "0", "q4_0"): 0.33,
+}  # fmt: skip
 
 
 class Layer(NamedTuple):
@@ -112,9 +120,7 @@ def layers(recorder: Recorder, source: Path, data: str, windows: int | None) -> 
                 if known is None:
                     recorder.emit(figure, **row, **goal, **shared)
                 rows.append(row)
-            mean, heldout = (
-                float(np.exp(np.mean(np.log([row[key] for row in rows])))) for key in ("value", "heldout_error")
-            )
+            mean, heldout = (geometric_mean([row[key] for row in rows]) for key in ("value", "heldout_error"))
             bound = MEAN_TARGET if method == THOROUGH and setting == "0.5" else None
             figure = f"layer error, geometric mean, {method}, {len(rows)} layers at {setting}"
             if recorder.found(figure=figure, **shared) is None:
@@ -122,6 +128,36 @@ def layers(recorder: Recorder, source: Path, data: str, windows: int | None) -> 
                     figure, value=mean, unit="relative error", heldout_error=heldout,
                     solver_seconds=sum(row["seconds"] for row in rows), **judged(mean, bound), **shared,
                 )  # fmt: skip
+
+
+def grids(recorder: Recorder, source: Path, data: str, windows: int | None) -> None:
+    """Layers on grids of few bits: geometric means over the layers, and the time beside that of the method alone."""
+    shared, found = about(source, windows is not None), list(dense_layers(source, data, windows))
+    for (method, setting, bits), bound in ON_GRIDS.items():
+        figure = f"error on a grid, {method} at {setting}, {bits}"
+        if recorder.found(figure=figure, **shared):
+            continue
+        say(figure)
+        sizes = {"sparsity": 0.0} if setting == "0" else SETTINGS[setting]
+        given = [{"weight": layer.weight, "gram": layer.gram, "method": method, **sizes} for layer in found]
+        alone, rounded = ([prune_layer(**each, bits=form) for each in given] for form in (None, bits))
+        before = [each.pruned_error if setting != "0" else each.rounded_error for each in rounded]
+        errors = [
+            relative_error(each.weight, layer.weight, layer.gram) for each, layer in zip(rounded, found, strict=True)
+        ]
+        ratios = [error / known for error, known in zip(errors, before, strict=True)]
+        plain = [each.rounded_error / known for each, known in zip(rounded, before, strict=True)]
+        seconds = [sum(each.seconds for each in some) for some in (alone, rounded)]
+        value = geometric_mean(ratios)
+        recorder.emit(
+            figure, value=value, unit="times the error before", error=geometric_mean(errors),
+            plain_rounding=geometric_mean(plain), of_sums=sum(errors) / sum(before), method_seconds=seconds[0],
+            grid_seconds=seconds[1] - seconds[0], **judged(value, bound), **shared,
+        )  # fmt: skip
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    return float(np.exp(np.mean(np.log(values))))
 
 
 def published_layers(recorder: Recorder, source: Path, data: str, windows: int | None) -> None:

@@ -24,7 +24,7 @@ from sparseopt.core.losses.data import (
 from sparseopt.core.losses.quadratic import Quadratic
 from sparseopt.core.penalties.entries import L0, L1, MCP, SCAD, ElasticNet, LHalf, LogSum
 from sparseopt.core.penalties.groups import GroupL2, NuclearNorm, SparseGroup
-from sparseopt.core.penalties.patterns import NM, BlockTopK, GroupTopK, RowTopK, TopK
+from sparseopt.core.penalties.patterns import NM, BlockTopK, Grid, GroupTopK, RowTopK, TopK
 from sparseopt.core.penalties.sets import Box, Nonnegative, Simplex, Support
 from sparseopt.core.problem.problem import Problem, Solution, Status
 from sparseopt.core.proximal import proximal, proximal_adam
@@ -61,6 +61,7 @@ __all__ = [
     "Graph",
     "GraphTrendClassifier",
     "GraphTrendFilter",
+    "Grid",
     "GroupL2",
     "GroupTopK",
     "HuberLoss",

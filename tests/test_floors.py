@@ -20,7 +20,7 @@ HOUSE = {
         "divided_differences matrices row_tables",
         "edge_lists parts normal_solves",
     ],
-    "core/penalties": ["protocols", "entries groups sets patterns", "sums names"],
+    "core/penalties": ["protocols", "entries groups sets", "patterns", "sums names"],
     "core/losses": ["quadratic residuals", "scalar", "data"],
     "core/problem": ["problem units", "certify padding", "differentiate", "iterate"],
     "core/solvers": ["*"],

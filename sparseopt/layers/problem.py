@@ -95,6 +95,17 @@ class ScaledLayer:
         return Quadratic(self.hessian + ridge * jnp.eye(self.hessian.shape[0], dtype=jnp.float32), self.center)
 
 
+class OnGrid(NamedTuple):
+    """What a method of few bits gives besides: weights `[in, out]`, to be stored exactly as they are.
+
+    With the scaled values before they were rounded, and the weights that plain rounding gives.
+    """
+
+    weights: Array
+    before: Array
+    rounded: Array
+
+
 class Pruned(NamedTuple):
     """A method's answer in scaled coordinates: values `[in, out]`, which entries are kept, and how it went."""
 
@@ -102,6 +113,7 @@ class Pruned(NamedTuple):
     mask: Array
     steps: Array | int
     status: Array | int
+    grid: OnGrid | None = None
 
 
 class LayerMethod(Protocol):
@@ -137,7 +149,7 @@ class LayerReport:
     """What `solve_layer` returns; all but the weight are scalars.
 
     Attributes:
-        weight: pruned weight `[out, in]` in the job's dtype, pruned entries exactly zero.
+        weight: pruned weight `[out, in]` in the job's dtype, or in float32 on a grid; pruned entries exactly zero.
         energies: of the stored weight on the calibration Gram, no ridge; their ratio is the relative error.
         test_energies: the same on the held-out Gram, NaN without one.
         zeros: number of zero entries of `weight`.
@@ -148,6 +160,8 @@ class LayerReport:
         dead_inputs: number of inputs that were zero on every calibration token.
         steps: iterations of the method.
         status: a `Status`.
+        grid_energies: on the calibration Gram, of the weights before they went on a grid of few bits, and of those that
+            plain rounding gives; None without a grid.
         output_blocks: into how many blocks of outputs the solve was split to fit in memory; 1 when it fitted whole.
     """
 
@@ -162,6 +176,7 @@ class LayerReport:
     dead_inputs: Any
     steps: Any
     status: Any
+    grid_energies: tuple[Energies, Energies] | None = None
     output_blocks: int = static(default=1)
 
     @property
@@ -248,14 +263,22 @@ def solve_layer(job: LayerJob, method: LayerMethod) -> LayerReport:
     dead = (layer.scale == 0)[:, None]
     inverse = jnp.where(dead, 0, 1 / jnp.where(dead, 1, layer.scale[:, None]))
     dense = job.weight.astype(jnp.float32)
-    values = pruned.values * inverse / layer.output_scale
-    # What a method left unchanged keeps its exact weight, and so does a weight on a dead input that the count forces
-    # us to keep; where only zeros are pruned, a refit has nothing to correct.
-    untouched = (pruned.values == layer.center) | dead | jnp.all(pruned.mask | (dense.T == 0))
-    values = jnp.where(untouched, dense.T, values)
-    stored = jnp.where(pruned.mask, values, 0).T.astype(job.weight.dtype)
+
+    def unscaled(values: Array) -> Array:
+        # What a method left unchanged keeps its exact weight, and so does a weight on a dead input that the count
+        # forces us to keep; where only zeros are pruned, a refit has nothing to correct.
+        untouched = (values == layer.center) | dead | jnp.all(pruned.mask | (dense.T == 0))
+        values = jnp.where(untouched, dense.T, values * inverse / layer.output_scale)
+        return jnp.where(pruned.mask, values, 0).T
+
+    grid = pruned.grid
+    stored = unscaled(pruned.values).astype(job.weight.dtype) if grid is None else grid.weights.T
     change = stored.astype(jnp.float32) - dense
     energies = energies_of(change, dense, job.gram)
+    others = None
+    if grid is not None:
+        before, rounded = unscaled(grid.before), grid.rounded.T
+        others = (energies_of(before - dense, dense, job.gram), energies_of(rounded - dense, dense, job.gram))
     nothing = Energies(jnp.float32(jnp.nan), jnp.float32(jnp.nan))
     test_energies = nothing if job.test_gram is None else energies_of(change, dense, job.test_gram)
     # Scores of NaN keep every weight, and these would be taken as they were.
@@ -273,6 +296,7 @@ def solve_layer(job: LayerJob, method: LayerMethod) -> LayerReport:
         dead_inputs=jnp.sum(dead, dtype=jnp.int32),
         steps=jnp.asarray(pruned.steps, jnp.int32),
         status=jnp.where(finite, pruned.status, Status.NONFINITE).astype(jnp.int32),
+        grid_energies=others,
     )
 
 
@@ -312,7 +336,7 @@ def check_method(
     kinds, expected = ("float", "bool", "int", "int"), ((inputs, outputs), (inputs, outputs), (), ())
     wrong = [
         f"{field} of {found.dtype} {list(found.shape)}, expected {kind} {list(size)}"
-        for field, found, kind, size in zip(Pruned._fields, answer, kinds, expected, strict=True)
+        for field, found, kind, size in zip(Pruned._fields[:-1], answer[:-1], kinds, expected, strict=True)
         if found.shape != size or not jnp.issubdtype(found.dtype, KINDS[kind])
     ]
     if wrong:

@@ -1,5 +1,6 @@
 """`prune_layer`, one weight and one Gram from a notebook: checks on the host, then the jitted solve."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ class LayerResult:
     """A pruned layer.
 
     Attributes:
-        weight: `[out, in]` in the dtype given, pruned entries exactly zero.
+        weight: `[out, in]` in the dtype given, or with bits in float32; pruned entries exactly zero.
         relative_error: `||X (V - W)ᵀ||² / ||X Wᵀ||²` on the Gram given.
         test_error: the same on the held-out Gram, NaN without one.
         sparsity: share of zeros.
@@ -30,6 +31,8 @@ class LayerResult:
         status: how it ended.
         dead_inputs: number of inputs that were zero on every token; their weights were pruned first.
         output_blocks: into how many blocks of outputs the solve was split to fit in memory; 1 when it fitted whole.
+        pruned_error: with bits, the relative error of the zeros alone; NaN without.
+        rounded_error: with bits, that of the zeros and plain rounding.
     """
 
     weight: np.ndarray
@@ -41,6 +44,8 @@ class LayerResult:
     status: Status
     dead_inputs: int
     output_blocks: int = 1
+    pruned_error: float = math.nan
+    rounded_error: float = math.nan
 
 
 def prune_layer(
@@ -51,6 +56,7 @@ def prune_layer(
     method: str | LayerMethod = "maiht",
     preset: str | None = None,
     *,
+    bits: str | None = None,
     penalty: Penalty | None = None,
     test_gram: Any = None,
     output_weights: Any = None,
@@ -70,6 +76,9 @@ def prune_layer(
             whole groups of C consecutive inputs.
         method: a name in `METHODS`, or your own `LayerMethod`.
         preset: settings of the method: for "maiht" "paper", the published ones, or "tuned"; None for its own.
+        bits: the grid that the remaining weights are put on: "q8_0", "q5_0" or "q4_0", a scale for each 32 inputs and
+            output as GGUF stores them, "int8", a scale for each output, or "int4:64" with the number of inputs that
+            share one ("int4" is of 128). All are symmetric: others would move zeros. None leaves floats.
         penalty: chooses the weights that survive by its prox, in place of L0 (method "maiht", unstructured). Its
             field `weight` is set by the sparsity asked for; a refit removes the shrinkage of convex penalties.
         test_gram: Gram of held-out inputs, for a second error.
@@ -79,7 +88,8 @@ def prune_layer(
             where fewer are left than it asks for, all stay: a sparsity of 0 fits W on the support.
 
     Raises:
-        ValueError: for an impossible sparsity, pattern, penalty, method, shape or non-finite value, before any work.
+        ValueError: for an impossible sparsity, pattern, bits, penalty, method, shape or non-finite value, before any
+            work.
         RuntimeError: if the solve became non-finite, or your own method does not keep the pattern's count.
         MemoryError: if the solve does not fit in memory, not even in small blocks of outputs, into which the pattern
             group:C cannot be split.
@@ -113,7 +123,7 @@ def prune_layer(
             )
     allowed = parse_pattern(pattern, sparsity, (outputs, inputs))
     job = LayerJob(weight, gram, test_gram, allowed, output_weights, input_variances, support)
-    solver = find_method(method, preset, penalty, pattern=pattern)
+    solver = find_method(method, preset, penalty, pattern=pattern, bits=bits)
     if penalty is not None and not isinstance(job.pattern, TopK):
         raise ValueError(f"a penalty chooses weights anywhere in the layer, which contradicts the pattern {pattern!r}")
     check_method(solver, job.pattern, weight.shape, input_variances is not None, support is not None)
@@ -121,9 +131,12 @@ def prune_layer(
     report = solve_within_memory(job, solver)
     seconds, _ = watch.read(report)
     status, pruned = check_answer(report, solver, job.pattern), np.asarray(report.weight)
+    before, rounded = report.grid_energies or (None, None)
     return LayerResult(
         # In the dtype given, where unchanged entries keep the value given.
-        weight=np.where((pruned == weight) & (pruned != 0), given, pruned.astype(given.dtype, copy=False)),
+        weight=pruned
+        if before
+        else np.where((pruned == weight) & (pruned != 0), given, pruned.astype(given.dtype, copy=False)),
         relative_error=float(report.relative_error),
         test_error=float(report.test_error),
         sparsity=int(report.zeros) / weight.size,
@@ -132,6 +145,8 @@ def prune_layer(
         status=status,
         dead_inputs=int(report.dead_inputs),
         output_blocks=report.output_blocks,
+        pruned_error=float(before.ratio) if before else math.nan,
+        rounded_error=float(rounded.ratio) if rounded else math.nan,
     )
 
 

@@ -29,7 +29,7 @@ from sparseopt.core.base.types import pytree, static
 from sparseopt.core.penalties.patterns import BlockTopK, GroupTopK, TopK
 from sparseopt.core.problem.problem import Status
 from sparseopt.layers.compiled import Compiled, laid_on
-from sparseopt.layers.methods import Workspace, method_cost
+from sparseopt.layers.methods import Workspace, chooser, method_cost
 from sparseopt.layers.methods.scores import Magnitude, Wanda
 from sparseopt.layers.patterns import outputs_together
 from sparseopt.layers.problem import (
@@ -139,7 +139,7 @@ def split_job(job: LayerJob, method: LayerMethod, parts: int) -> list[LayerJob]:
     spans = [slice(start, stop) for start, stop in itertools.pairwise(edges)]
     patterns = [pattern] * parts
     if isinstance(pattern, TopK | BlockTopK):
-        kept = kept_by_row(job, int(pattern.k), method)
+        kept = kept_by_row(job, int(pattern.k), chooser(method))
         counts = [int(kept[span.start // unit : span.stop // unit].sum()) for span in spans]
         patterns = [dataclasses.replace(pattern, k=count) for count in counts]
     return [

@@ -67,9 +67,13 @@ PENALTIES = CONJUGATES | {
     "Support": so.Support(MASK),
     "Within": Within(so.TopK(17), MASK),
     "Within, of lines": Within(so.RowTopK(np.arange(6)), MASK),
+    "Grid": so.Grid(np.linspace(-0.5, 0.5, 6), -3, 2),
+    "Grid of a support": so.Grid(0.4, -8, 7, so.Support(MASK)),
+    "Grid of a count": so.Grid(0.4, -2, 2, so.TopK(17)),
+    "Grid of n:m": so.Grid(np.full((8, 1), 0.7), -1, 1, so.NM(2, 4)),
 }
 WITHOUT_ZERO = ("Simplex", "Box without 0", "Box without a roof", "Box without a floor")
-INDICATORS = ("TopK", "NM", "RowTopK", "BlockTopK", "GroupTopK", "Support", "Within", "Simplex")
+INDICATORS = ("TopK", "NM", "RowTopK", "BlockTopK", "GroupTopK", "Support", "Within", "Simplex", "Grid", "Grid of n:m")
 ROWS_OF_A_CHAIN = Lifted(
     so.L1(0.3),
     linear_map(so.Graph.chain(8).matrix(1)),
@@ -325,6 +329,20 @@ def test_a_pattern_has_exactly_its_supports_and_projects_onto_the_nearest(rng, n
         energies = np.sum(allowed * x.astype(np.float64) ** 2, axis=(1, 2))
         assert np.sum(kept * x.astype(np.float64) ** 2) == pytest.approx(energies.max(), rel=1e-14)
         np.testing.assert_array_equal(Jitted(pattern).prox(x, 1.0), kept * x)
+
+
+@pytest.mark.parametrize(
+    "pattern", [None, so.Support(np.array([True, False, True, True])), so.TopK(2), so.NM(1, 2)], ids=repr
+)
+def test_a_grid_projects_onto_the_nearest_of_all_its_points(rng, pattern):
+    grid = so.Grid(np.array([0.5, -0.7, 0.3, 0.6], np.float32), -1, 2, pattern)
+    points = np.float32(list(itertools.product(range(-1, 3), repeat=4))) * grid.scale
+    allowed = points[np.asarray(values(grid, points)) == 0]
+    assert len(allowed) == {None: 256, so.Support: 64, so.TopK: 1 + 12 + 54, so.NM: 49}[pattern and type(pattern)]
+    for x in rng.standard_normal((40, 4)).astype(np.float32):
+        found = Jitted(grid).prox(x, 1.0)
+        assert (allowed == found).all(axis=1).any()
+        assert np.sum((found - x) ** 2) == pytest.approx(np.sum((allowed - x) ** 2, axis=1).min(), rel=1e-6)
 
 
 def test_within_a_support_a_pattern_keeps_never_more_than_it_has(rng):

@@ -60,6 +60,22 @@ def test_accelerated_steps_never_raise_the_objective(name):
     assert np.all(np.isnan(found.history.objective[int(found.steps) :]))
 
 
+@pytest.mark.parametrize("k", [12, 7])
+def test_integer_least_squares_end_where_all_combinations_were_tried(k):
+    rng = np.random.default_rng(k)
+    matrix, truth = rng.standard_normal((60, 12)), rng.integers(-1, 2, 12) * (np.arange(12) < k)
+    y = matrix @ truth + 0.5 * rng.standard_normal(60)
+    points = np.stack(np.meshgrid(*[(-1, 0, 1)] * 12, indexing="ij"), axis=-1).reshape(-1, 12)
+    points = points[np.count_nonzero(points, axis=1) <= k]
+    best = points[np.argmin(np.sum((points @ matrix.T - y) ** 2, axis=1))]
+    problem = so.Problem(so.LeastSquares(matrix, y), so.Grid(1.0, -1, 1, so.TopK(k)))
+    start = np.linalg.lstsq(matrix, y, rcond=None)[0]
+    found = so.solve(problem, start=start, history=True)
+    np.testing.assert_array_equal(found.value, best)
+    assert status(found) is so.Status.STATIONARY
+    assert not (np.diff(np.asarray(found.history.objective)[1 : int(found.steps)]) > 1e-12).any()
+
+
 @pytest.mark.parametrize(
     "problem", [LASSO, pytest.param(FUSED, marks=pytest.mark.thorough)], ids=["accelerated", "split ADMM"]
 )

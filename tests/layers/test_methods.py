@@ -304,8 +304,9 @@ def scaled_shapes(inputs):
         (SplicePruning(first=AdmmPruning(levels=1)), so.RowTopK(8)),
         (SparseGpt(), so.RowTopK(8)),
         (GroupRemoval(chunk=8), so.GroupTopK(8)),
+        (find_method("wanda", bits="q4_0"), so.RowTopK(8)),
     ],
-    ids=["admm_splice", "sparsegpt", "osscar"],
+    ids=["admm_splice", "sparsegpt", "osscar", "bits"],
 )
 def test_the_program_of_a_layer_does_not_grow_with_its_inputs(method, pattern):
     solve = jax.jit(lambda layer: method(layer, pattern))
@@ -315,9 +316,12 @@ def test_the_program_of_a_layer_does_not_grow_with_its_inputs(method, pattern):
 
 
 @pytest.mark.parametrize(
-    ("method", "pattern"), [("osscar", "group:4"), ("sparsegpt", "per-row"), ("maiht", "unstructured")]
+    ("method", "pattern", "bits"),
+    [("osscar", "group:4", None), ("sparsegpt", "per-row", None), ("maiht", "unstructured", "q5_0")],
 )
-def test_a_layer_stays_in_float32_where_64_bit_types_are_enabled(method, pattern):
+def test_a_layer_stays_in_float32_where_64_bit_types_are_enabled(method, pattern, bits):
     with jax.enable_x64(True):
-        answer = jax.eval_shape(find_method(method), scaled_shapes(64), parse_pattern(pattern, 0.5, (48, 64)))
+        answer = jax.eval_shape(
+            find_method(method, bits=bits), scaled_shapes(64), parse_pattern(pattern, 0.5, (48, 64))
+        )
     assert answer.values.dtype == jnp.float32

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from sparseopt.core.base.arguments import unknown
 from sparseopt.core.penalties.protocols import Penalty
 from sparseopt.layers.methods.admm import AdmmPruning
+from sparseopt.layers.methods.few_bits import PANEL, FewBits, parse_bits
 from sparseopt.layers.methods.maiht import MaihtPruning
 from sparseopt.layers.methods.removal import STEPS, GroupRemoval
 from sparseopt.layers.methods.scores import Flap, Magnitude, Wanda
@@ -83,21 +84,28 @@ def find_method(
     penalty: Any = None,
     ridge: float | None = None,
     pattern: str = "unstructured",
+    bits: str | None = None,
 ) -> LayerMethod:
     """The method object for a name, a preset and the name of a pattern; an object is returned unchanged.
 
     A penalty replaces L0 in the choice of the support, of method "maiht" only; a ridge replaces the method's own.
-    For the pattern group:C, "best" is another method.
+    For the pattern group:C, "best" is another method. With bits the answer is put on their grid.
 
     Raises:
-        ValueError: for an unknown name or preset, listing those known, or a preset, penalty or ridge that the method
-            does not take.
+        ValueError: for an unknown name, preset or bits, listing those known, or a preset, penalty or ridge that the
+            method does not take.
     """
     found = _named(method, preset, pattern)
     if ridge is not None:
         found = _with_ridge(found, ridge)
-    if penalty is None:
-        return found
+    if penalty is not None:
+        found = _with_penalty(found, method, penalty)
+    # One loss for both, so that the descent starts at its minimiser.
+    return found if bits is None else FewBits(found, parse_bits(bits), getattr(found, "ridge", 0.1))
+
+
+def _with_penalty(found: LayerMethod, method: Any, penalty: Any) -> LayerMethod:
+    """The method mAIHT with another penalty than L0."""
     if not isinstance(found, MaihtPruning):
         raise ValueError(f"only method 'maiht' takes a penalty, given {method!r}; leave the penalty out")
     named = dataclasses.is_dataclass(penalty) and "weight" in {f.name for f in dataclasses.fields(penalty)}
@@ -107,6 +115,11 @@ def find_method(
             f"sparseopt.pytree with a field `weight`, given {penalty!r}"
         )
     return dataclasses.replace(found, penalty=penalty)
+
+
+def chooser(method: LayerMethod) -> LayerMethod:
+    """The method that chooses the weights that stay."""
+    return method.first if isinstance(method, FewBits) else method
 
 
 def _named(method: str | LayerMethod, preset: str | None, pattern: str) -> LayerMethod:
@@ -206,5 +219,17 @@ def method_cost(method: LayerMethod) -> MethodCost:
                 updates=first.updates,
                 workspace=Workspace(max(first.workspace.square, 2.5), max(first.workspace.wide, 7.5)),
                 program_mib=first.program_mib + 180,
+            )
+        case FewBits():
+            first = method_cost(method.first)
+            if first is OWN:
+                return OWN
+            return MethodCost(
+                products=first.products + method.sweeps + 1,
+                inverses=first.inverses + 1,
+                sums=first.sums,
+                updates=first.updates + (method.sweeps + 1) * (method.bits.group or PANEL) * COMPENSATION,
+                workspace=Workspace(max(first.workspace.square, 3), max(first.workspace.wide, 8)),
+                program_mib=first.program_mib + 60,
             )
     return OWN

@@ -129,10 +129,17 @@ def _compensate(
         if groups is not None:
             chosen = partial(with_group, groups)
             keep = jax.lax.cond(index % groups.m == 0, chosen, lambda _, keep, __: keep, rows, keep, index)
-        error = jnp.where(keep[index], 0, rows[index]) / upper[index, index]
-        following = jnp.arange(rows.shape[0]) > index
-        rows = rows - jnp.where(following, upper[index], 0)[:, None] * error[None, :]
+        rows, error = pass_on(rows, upper, index, jnp.where(keep[index], rows[index], 0))
         return (rows, keep), error
 
     (rows, keep), errors = jax.lax.scan(one_input, (rows, keep), jnp.arange(rows.shape[0]))
-    return jnp.where(keep, rows, 0), errors, keep
+    return rows, errors, keep
+
+
+def pass_on(
+    rows: Float[Array, "block out"], upper: Float[Array, "block block"], index: Array, new: Float[Array, " out"]
+) -> tuple[Float[Array, "block out"], Float[Array, " out"]]:
+    """The rows with row `index` at `new`, its error compensated by those after it, and that error over `U_ii`."""
+    error = (rows[index] - new) / upper[index, index]
+    following = jnp.arange(rows.shape[0]) > index
+    return (rows - jnp.where(following, upper[index], 0)[:, None] * error).at[index].set(new), error

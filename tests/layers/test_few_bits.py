@@ -1,0 +1,98 @@
+"""Layers on a grid of few bits: zeros stay, every group has a scale, and the errors told are those of the weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparseopt.layers.methods import find_method
+from sparseopt.layers.methods.few_bits import FewBits, parse_bits
+from sparseopt.layers.patterns import parse_pattern
+from sparseopt.layers.problem import LayerJob, layer_solver, scaled_gram
+from sparseopt.layers.split import join_reports, split_job
+from sparseopt.pruning import Wanda, prune_layer
+from tests.layers.layers import error_of, make_layer
+from tests.tiers import often
+
+ALL = ("q8_0", "q5_0", "q4_0", "int8", "int4:16")
+CASES = [
+    *[("wanda", "per-row", bits) for bits in ALL],
+    *[("wanda", "2:4", "q4_0"), ("best", "unstructured", "q4_0"), ("wanda", "dense", "q4_0")],
+]
+
+
+@pytest.fixture(scope="module")
+def layer():
+    """Weight, Gram and held-out Gram; three inputs are dead, and one output has small weights only."""
+    weight, gram, test_gram = make_layer(np.random.default_rng(5), outputs=24)
+    gram[:, 7:10], gram[7:10], weight[3] = 0, 0, 1e-3 * weight[3]
+    return weight, gram, test_gram
+
+
+def prune(layer, method, pattern, bits=None):
+    sparsity = {"2:4": None, "dense": 0.0}.get(pattern, 0.5)
+    name = "per-row" if pattern == "dense" else pattern
+    return prune_layer(*layer[:2], sparsity, name, method, bits=bits, test_gram=layer[2])
+
+
+def grouped(weight, bits):
+    """The weights of each group, `[groups, group]`, in float64."""
+    return weight.astype(np.float64).reshape(-1, bits.group or weight.shape[1])
+
+
+def multiples_of_a_half(group, bits):
+    """Whether the weights of a group are whole multiples, in the grid's range, of one number of float16."""
+    if not group.any():
+        return True
+    top = group[np.argmax(np.abs(group))]
+    for multiple in (*range(bits.low, 0), *range(1, bits.high + 1)):
+        scale = top / multiple
+        if scale == np.float64(np.float16(scale)) and np.all((group / scale) % 1 == 0):
+            return bits.low <= np.min(group / scale) and np.max(group / scale) <= bits.high
+    return False
+
+
+@pytest.mark.parametrize(("method", "pattern", "bits"), often(CASES, *CASES[2:4]))
+def test_of_every_grid_every_fact_holds(layer, method, pattern, bits):
+    found, floats, grid = prune(layer, method, pattern, bits), prune(layer, method, pattern), parse_bits(bits)
+    assert found.weight.dtype == np.float32
+    assert all(multiples_of_a_half(group, grid) for group in grouped(found.weight, grid))
+    # Zeros stay, and the errors are those of the weights.
+    assert not found.weight[floats.weight == 0].any()
+    assert found.sparsity == np.mean(found.weight == 0)
+    for gram, error in ((layer[1], found.relative_error), (layer[2], found.test_error)):
+        assert error == pytest.approx(error_of(found.weight, layer[0], gram), rel=1e-3)
+    assert found.pruned_error == pytest.approx(floats.relative_error, rel=1e-4, abs=1e-9)
+    # Plain rounding, written out.
+    groups = grouped(floats.weight, grid)
+    scale = np.take_along_axis(groups, np.argmax(np.abs(groups), 1)[:, None], 1) / grid.low
+    scale = scale.astype(np.float16).astype(np.float64)
+    rounded = scale * np.clip(np.round(groups / np.where(scale == 0, 1, scale)), grid.low, grid.high)
+    told = error_of(rounded.reshape(floats.weight.shape), *layer[:2])
+    assert found.rounded_error == pytest.approx(told, rel=1e-2)
+    assert found.relative_error < (0.8 if grid.high < 127 else 1.02) * found.rounded_error
+
+
+def test_a_sweep_never_raises_the_loss(layer):
+    weight, gram, _ = layer
+    job = LayerJob(weight, gram, None, parse_pattern("per-row", 0.5, weight.shape))
+    ridge, (hessian, scale, _) = 0.3, map(np.float64, scaled_gram(jnp.asarray(gram)))
+    losses = []
+    for sweeps in range(4):
+        change = (
+            np.asarray(layer_solver(job, FewBits(Wanda(), parse_bits("q4_0"), ridge, sweeps)).weight) - weight
+        ) * scale
+        losses.append(np.sum((change @ (hessian + ridge * np.eye(len(gram)))) * change))
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.95 * losses[0]
+
+
+def test_blocks_of_outputs_are_rounded_as_the_whole(layer):
+    weight, gram, _ = layer
+    job = LayerJob(weight, gram, None, parse_pattern("unstructured", 0.5, weight.shape))
+    method = find_method("wanda", bits="q4_0")
+    whole = layer_solver(job, method)
+    parts = join_reports([jax.device_get(layer_solver(part, method)) for part in split_job(job, method, 2)])
+    np.testing.assert_array_equal(parts.weight, whole.weight)
+    for one, other in zip(parts.grid_energies, whole.grid_energies, strict=True):
+        assert one.lost == pytest.approx(float(other.lost), rel=1e-4)
