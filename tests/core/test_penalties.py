@@ -92,17 +92,31 @@ def drawn(rng, scale=1):
     return (scale * rng.standard_normal(SHAPE)).astype(np.float32)
 
 
-@pytest.fixture(params=PENALTIES.values(), ids=PENALTIES.keys())
+# Their code runs in others too: the same along another axis, with labels, or on one side.
+SELDOM = {
+    *("GroupL2 of labels", "SparseGroup along columns", "GroupL2 along columns", "Box without a roof"),
+    *("Box without a floor", "sum with others", "NM along columns", "RowTopK along columns", "GroupTopK of labels"),
+    *("Within, of lines", "Grid of a support", "Grid of n:m", "LHalf"),
+}
+
+
+def cases(table):
+    """The cases of a table; those of SELDOM for the thorough tests alone."""
+    marks = {True: pytest.mark.thorough, False: ()}
+    return [pytest.param(case, id=name, marks=marks[name in SELDOM]) for name, case in table.items()]
+
+
+@pytest.fixture(params=cases(PENALTIES))
 def penalty(request):
     return request.param
 
 
-@pytest.fixture(params=CONJUGATES.values(), ids=CONJUGATES.keys())
+@pytest.fixture(params=cases(CONJUGATES))
 def conjugate(request):
     return request.param
 
 
-@pytest.fixture(params=NORMS.values(), ids=NORMS.keys())
+@pytest.fixture(params=cases(NORMS))
 def norm(request):
     return request.param
 
@@ -141,7 +155,7 @@ def test_zero_costs_nothing_and_is_a_fixed_point(name):
     assert (Jitted(PENALTIES[name]).prox(zero, 1.0) == 0).all()
 
 
-@pytest.mark.parametrize("penalty", [*PENALTIES.values(), ROWS_OF_A_CHAIN], ids=[*PENALTIES, "Lifted"])
+@pytest.mark.parametrize("penalty", cases(PENALTIES | {"Lifted": ROWS_OF_A_CHAIN}))
 def test_the_prox_has_finite_gradients_at_zero_entries_and_slices(penalty, rng):
     gradients = jax.jit(jax.grad(lambda x, step: jnp.sum(COTANGENT * penalty.prox(x, step)), argnums=(0, 1)))
     x = drawn(rng)

@@ -10,6 +10,7 @@ from sparseopt.models import load_decoder
 from sparseopt.pruning import Recipe, prune_model, prune_models
 from sparseopt.pruning.base.grams import BlockRunner
 from sparseopt.pruning.base.records import BlockRecord, Calibration, Footprint, LayerRecord, Passed
+from sparseopt.pruning.recipe import pass_recipe
 from sparseopt.pruning.train.reconstruction import Reconstruction, channel_weights, stream_loss
 from tests.jitted import run
 from tests.models.tiny import VOCAB
@@ -40,10 +41,10 @@ def test_what_the_models_see_alike_is_computed_once(tmp_path, source, tokens, mo
     assert {total for _, total in events} == {sum(map(len, blocks)) - 3}
 
 
-def test_the_variants_of_a_recipe_follow_from_the_windows_of_its_pass(tmp_path, source, rng):
-    """Method best has no variants of 100 windows, whatever it shares a pass with."""
-    ids = rng.integers(0, len(VOCAB), (100, 4)).astype(np.int32)
-    recipe = Recipe(method="wanda", calibration=ids, heldout_windows=0, variants=1)
+def test_the_variants_of_a_recipe_follow_from_the_windows_of_its_pass(tmp_path, source, tokens, monkeypatch):
+    """Method best has no variants of many windows, whatever it shares a pass with."""
+    monkeypatch.setattr(pass_recipe, "MOST_WINDOWS", 5)
+    recipe = Recipe(method="wanda", calibration=tokens, variants=1)
     best = {"method": "best", "variants": None, "train_epochs": 0, "output_weights": "uniform"}
     reports = prune_models(source, [(recipe, tmp_path / "a"), (recipe.model_copy(update=best), tmp_path / "b")])
     assert [report.calibration.variants for report in reports] == [1, 0]

@@ -64,7 +64,9 @@ CONSTRAINED = {
 }
 
 
-@pytest.mark.parametrize("case", CONSTRAINED)
+@pytest.mark.parametrize(
+    "case", often(CONSTRAINED, "rises of at most a half", "of values", "another loss", "without constants", "isotonic")
+)
 def test_rows_in_a_set_and_penalties_of_weight_0_end_at_the_optimum(case):
     y, penalty, loss, tol, near = CONSTRAINED[case]
     problem = Problem(y, so.Graph.chain(len(y)), penalty, loss=loss)
