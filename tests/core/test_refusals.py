@@ -214,6 +214,11 @@ def test_bad_input_of_solve_is_refused_in_a_sentence_before_any_work(monkeypatch
     assert "\n" not in sentence or sentence.startswith("no solver takes this problem")
 
 
+def test_what_is_no_problem_is_refused():
+    with pytest.raises(ValueError, match=r"solve needs a sparseopt.Problem.*, given DataLoss"):
+        so.solve(SQUARES)
+
+
 def began(*_):
     pytest.fail("it began")
 

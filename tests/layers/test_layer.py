@@ -96,12 +96,19 @@ def test_one_compile_a_shape_whatever_the_values_and_the_sparsity(rng):
 WEIGHT = np.ones((48, 64), np.float32)
 BROKEN = WEIGHT.copy()
 BROKEN[1, 2], BROKEN[3, 4] = np.nan, np.inf
+NEGATIVE, SKEW = np.diag([-1.0] + [1.0] * 63), np.eye(64) + 10 * np.eye(64, k=3) * (np.arange(64) == 5)
 GIVEN = {"weight": WEIGHT, "gram": np.eye(64), "sparsity": 0.5}
 GROUPS = {"pattern": "group:4", "method": "osscar"}
 # Changes to what is given, and what is told.
 REFUSED = {
     "NaN and infinity": ({"weight": BROKEN}, "weight has 2 NaN or infinite entries of 3072"),
     "a vector": ({"weight": WEIGHT[0]}, r"matrix \[out, in\], given shape \[64\]"),
+    "an infinite gram": ({"gram": np.full((64, 64), np.inf)}, "gram has 4096 NaN or infinite entries"),
+    "no square gram": ({"gram": np.eye(64, 63)}, r"gram must be \[in, in\] = \[64, 64\] .*given \[64, 63\]"),
+    "a gram of other inputs": ({"gram": np.eye(48)}, r"gram must be \[in, in\] .*given \[48, 48\]"),
+    "a test gram of other inputs": ({"test_gram": np.eye(3)}, r"test_gram must be \[in, in\] .*given \[3, 3\]"),
+    "a skew gram": ({"gram": SKEW}, r"gram is not symmetric: entry \(2, 5\) is 10, its mirror 0"),
+    "a negative square": ({"gram": NEGATIVE}, r"gram has a negative diagonal entry \(-1\)"),
     "whole numbers": ({"weight": WEIGHT.astype(np.int64)}, "must be of a float dtype, given int64"),
     "complex numbers": ({"weight": WEIGHT.astype(complex)}, "must be of a float dtype, given complex128"),
     "sparsity 1": ({"sparsity": 1.0}, r"sparsity must lie in \[0, 1\), given 1.0"),

@@ -221,7 +221,7 @@ def scaled(penalty, factor):
 @has(
     "optimum",
     *["chain, order 1", "grid, order 1", "grid, coupled", "cube, a weight a row", "uneven chain", "three orders"],
-    *["free grid, order 2", "two orders, free", "isotropic", "isotropic, channels apart"],
+    *["free grid", "free grid, order 2", "two orders, free", "isotropic", "isotropic, channels apart"],
     *["elastic", "elastic, huber", "own square", "counts", "labels", "hinge", "median", "counts, free"],
     *["median, free", "quantile, free", "random, order 3", *[f"weighted, order {order}" for order in range(6)]],
     *[f"free, order {order}" for order in range(4)],

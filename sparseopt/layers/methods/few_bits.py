@@ -2,10 +2,10 @@
 
     minimise over q, d    1/2 ||X (d q)ᵀ - X Wᵀ||²    q whole, low <= q <= high, zero off the mask;  d [groups, out]
 
-Three steps, all outputs at once. The inputs are rounded group by group as another method left them: a scale is searched
-when its group is reached, and each error is passed on to the inputs after it; a pruned weight is one whose grid is 0.
-Then sweeps of coordinate descent on the loss of the layer, each weight the best point of its grid given all others,
-and after every group its best scale given the multiples. A sweep never raises the loss.
+Three steps, all outputs at once. The inputs are rounded as another method left them, group by group, the strongest
+first: a scale is searched when its group is reached, and each error is passed on to the inputs after it; a pruned
+weight is one whose grid is 0. Then sweeps of coordinate descent on the loss of the layer, each weight the best point of
+its grid given all others, and after every group its best scale given the multiples. A sweep never raises the loss.
 """
 
 import re
@@ -28,7 +28,7 @@ from sparseopt.layers.problem import OnGrid, Pruned, ScaledLayer
 PANEL = 128
 # Scales are searched at these shares of the one that just holds the group's largest weight, and their negatives; each
 # is then fitted to its multiples.
-SHARES = (0.6, 0.75, 0.9, 1.05)
+SHARES = (0.5, 0.6, 0.7, 0.78, 0.86, 0.93, 1.0, 1.08)
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class FewBits:
     first: Any
     bits: Bits = static()
     ridge: Any = 0.1
-    sweeps: int = static(default=3)
+    sweeps: int = static(default=4)
 
     @property
     def reads_variances(self) -> bool:
@@ -158,9 +158,17 @@ class FewBits:
     def _rounded(
         self, hessian: Array, start: Array, mask: Bool[Array, "in out"], unit: Array
     ) -> tuple[Array, Float[Array, "groups out"]]:
-        """The start on a grid, every error compensated by the inputs after it; and the scales."""
-        size, factor = self._panel(len(start)), spd_inverse_factor(hessian)
+        """The start on a grid, every error compensated by the inputs after it; and the scales.
+
+        The steps of strong inputs are the coarsest, so these come first, while many others can still compensate.
+        """
+        size, group = self._panel(len(start)), self.bits.group or 1
+        strength = jnp.sum(unit**2, axis=1).reshape(-1, group)
+        groups = jnp.argsort(-jnp.sum(strength, axis=1))
+        order = (group * groups[:, None] + jnp.argsort(-strength, axis=1)[groups]).reshape(-1)
+        factor = spd_inverse_factor(hessian[order][:, order])
         common = None if self.bits.group else self._searched(start, unit, mask)
+        start, mask, unit = start[order], mask[order], unit[order]
 
         def panel(values: Array, first: Array) -> tuple[Array, Array]:
             rows, upper, units, kept = (
@@ -179,7 +187,7 @@ class FewBits:
             return jax.lax.dynamic_update_slice_in_dim(values, rows, first, 0), scale[0]
 
         values, scales = jax.lax.scan(panel, start, jnp.arange(0, len(start), size))
-        return values, scales if common is None else common
+        return values[jnp.argsort(order)], scales[jnp.argsort(groups)] if common is None else common
 
     def _sweep(
         self, hessian: Array, center: Array, mask: Array, unit: Array, values: Array, scale: Array
