@@ -1,9 +1,11 @@
 """Mutation check: defects sown in places that a seeded draw chose, and which of them the fast tests find.
 
     python benchmarks/mutations.py draw [--seed 44] [--count 30]   places, in proportion to the statements of the rooms
-    python benchmarks/mutations.py run [--only NUMBER ...]         JSON lines: which test finds each of mutations.yaml
+    python benchmarks/mutations.py run [--only NUMBER ...] [--record FILE]     which test finds each of mutations.yaml
 
-A defect is one text replaced by another, sown in a copy of the tree. The tests of its room run first, then the others.
+A defect is one text replaced by another, sown in a copy of the tree. With the record of the fast tests that `pytest
+--cov=sparseopt --cov-context=test` makes (package pytest-cov), the tests that ran the changed lines run, and a defect
+that none of them finds counts as not found; without, those of its room, then all others. JSON lines.
 """
 
 import argparse
@@ -62,7 +64,19 @@ def draw(seed: int, count: int) -> None:
             print(f"{file}:{line} {function}: {text}")
 
 
-def run(only: list[int]) -> None:
+def tests_at(record: Path, file: str, first: int, last: int) -> list[str]:
+    """The tests that ran some of a file's lines; those of its room first."""
+    from coverage import CoverageData
+
+    data = CoverageData(str(record))
+    data.read()
+    name = next((name for name in data.measured_files() if name.endswith(f"/{file}")), None)
+    lines = data.contexts_by_lineno(name) if name else {}
+    found = {test.rpartition("|")[0] for line in range(first, last + 1) for test in lines.get(line, []) if test}
+    return sorted(found, key=lambda test: (not test.startswith(f"tests/{file.split('/')[1]}"), test))
+
+
+def run(only: list[int], record: Path | None) -> None:
     """Sow each defect in a copy of the tree, and run the fast tests until one fails."""
     defects = yaml.safe_load(LIST.read_text(encoding="utf-8"))
     for number, defect in enumerate(defects, 1):
@@ -81,18 +95,21 @@ def run(only: list[int]) -> None:
                     f"defect {number}: {defect['file']} has {text.count(defect['old'])} of {defect['old']!r}"
                 )
             file.write_text(text.replace(defect["old"], defect["new"]), encoding="utf-8")
-            room = defect["file"].split("/")[1]
-            start, failed = time.time(), None
-            for chosen in ([f"tests/{room}"], ["tests", f"--ignore=tests/{room}"]):
-                if chosen[0] != "tests" and not (tree / chosen[0]).is_dir():
-                    continue
+            room, start, failed = defect["file"].split("/")[1], time.time(), None
+            parts = [[f"tests/{room}"], ["tests", f"--ignore=tests/{room}"]][not (tree / "tests" / room).is_dir() :]
+            if record is not None:
+                first = text[: text.index(defect["old"])].count("\n") + 1
+                found = tests_at(record, defect["file"], first, first + defect["old"].count("\n"))
+                (tree / "chosen").write_text("\n".join(found), encoding="utf-8")
+                parts = [["@chosen"]] if found else []
+            for chosen in parts:
                 shown = subprocess.run([*PYTEST, *chosen], cwd=tree, capture_output=True, text=True, check=False)
                 bad = [line for line in shown.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
                 failed = bad[0].split()[1] if bad else None
                 if failed:
                     break
-            record = {"number": number, "file": defect["file"], "kind": defect["kind"], "found_by": failed}
-            print(json.dumps(record | {"seconds": round(time.time() - start)}), flush=True)
+            line = {"number": number, "file": defect["file"], "kind": defect["kind"], "found_by": failed}
+            print(json.dumps(line | {"seconds": round(time.time() - start)}), flush=True)
 
 
 if __name__ == "__main__":
@@ -103,8 +120,9 @@ if __name__ == "__main__":
     drawing.add_argument("--count", type=int, default=30)
     running = commands.add_parser("run")
     running.add_argument("--only", type=int, nargs="*", default=[])
+    running.add_argument("--record", type=Path)
     options = parser.parse_args()
     if options.command == "draw":
         draw(options.seed, options.count)
     else:
-        run(options.only)
+        run(options.only, options.record)
