@@ -11,7 +11,8 @@ from sparseopt.core.penalties.patterns import TopK
 from sparseopt.core.penalties.protocols import Penalty
 from sparseopt.core.problem.problem import Status
 from sparseopt.layers.compiled import Stopwatch
-from sparseopt.layers.methods import find_method
+from sparseopt.layers.methods import chooser, find_method
+from sparseopt.layers.methods.few_bits import FewBits
 from sparseopt.layers.patterns import parse_pattern
 from sparseopt.layers.problem import LayerJob, LayerMethod, check_answer, check_method
 from sparseopt.layers.split import solve_within_memory
@@ -78,7 +79,8 @@ def prune_layer(
         preset: settings of the method: for "maiht" "paper", the published ones, or "tuned"; None for its own.
         bits: the grid that the remaining weights are put on: "q8_0", "q5_0" or "q4_0", a scale for each 32 inputs and
             output as GGUF stores them, "int8", a scale for each output, or "int4:64" with the number of inputs that
-            share one ("int4" is of 128). All are symmetric: others would move zeros. None leaves floats.
+            share one ("int4" is of 128). Scales are of float16. All grids are symmetric: others would move zeros. None
+            leaves floats.
         penalty: chooses the weights that survive by its prox, in place of L0 (method "maiht", unstructured). Its
             field `weight` is set by the sparsity asked for; a refit removes the shrinkage of convex penalties.
         test_gram: Gram of held-out inputs, for a second error.
@@ -126,11 +128,16 @@ def prune_layer(
     solver = find_method(method, preset, penalty, pattern=pattern, bits=bits)
     if penalty is not None and not isinstance(job.pattern, TopK):
         raise ValueError(f"a penalty chooses weights anywhere in the layer, which contradicts the pattern {pattern!r}")
+    first = chooser(solver)
+    if isinstance(solver, FewBits):
+        solver.bits.check(inputs, float(np.max(np.abs(weight.astype(np.float32)))))
+        # By itself, so that what is wrong is told of it.
+        check_method(first, job.pattern, weight.shape, input_variances is not None, support is not None)
     check_method(solver, job.pattern, weight.shape, input_variances is not None, support is not None)
     watch = Stopwatch()
     report = solve_within_memory(job, solver)
     seconds, _ = watch.read(report)
-    status, pruned = check_answer(report, solver, job.pattern), np.asarray(report.weight)
+    status, pruned = check_answer(report, first, job.pattern), np.asarray(report.weight)
     before, rounded = report.grid_energies or (None, None)
     return LayerResult(
         # In the dtype given, where unchanged entries keep the value given.

@@ -359,6 +359,24 @@ def test_a_grid_projects_onto_the_nearest_of_all_its_points(rng, pattern):
         assert np.sum((found - x) ** 2) == pytest.approx(np.sum((allowed - x) ** 2, axis=1).min(), rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("scale", "dtype"), [(1.0, np.float16), (2e-4, np.float16), (1e19, np.float32), (1e-23, np.float32)]
+)
+def test_a_grid_in_a_pattern_neither_overflows_nor_underflows(scale, dtype):
+    x = np.array([3.2, -3.0, 2.9, 0.0], np.float32) * scale * (100 if scale == 1 else 1)
+    found = so.Grid(scale, -1000, 1000, so.TopK(1)).prox(jnp.asarray(x, dtype), 1.0)
+    assert np.flatnonzero(found).tolist() == [0]
+
+
+def test_a_projection_onto_a_grid_is_one_in_16_bits(rng):
+    for scale in rng.uniform(0.01, 1, 20).astype(np.float32):
+        grid = so.Grid(scale, -127, 127)
+        x = jnp.asarray(scale * rng.uniform(-130, 130, 500), jnp.bfloat16)
+        near = grid.prox(x, 1.0)
+        np.testing.assert_array_equal(grid.prox(near, 1.0), near)
+        assert grid.value(near) == 0
+
+
 def test_within_a_support_a_pattern_keeps_never_more_than_it_has(rng):
     x = np.abs(drawn(rng))
     x[0, 1:3] = 0

@@ -10,7 +10,7 @@ from sparseopt.layers.methods.few_bits import FewBits, parse_bits
 from sparseopt.layers.patterns import parse_pattern
 from sparseopt.layers.problem import LayerJob, layer_solver, scaled_gram
 from sparseopt.layers.split import join_reports, split_job
-from sparseopt.pruning import Wanda, prune_layer
+from sparseopt.pruning import AdmmPruning, Wanda, prune_layer
 from tests.layers.layers import error_of, make_layer
 from tests.tiers import often
 
@@ -77,14 +77,51 @@ def test_a_sweep_never_raises_the_loss(layer):
     weight, gram, _ = layer
     job = LayerJob(weight, gram, None, parse_pattern("per-row", 0.5, weight.shape))
     ridge, (hessian, scale, _) = 0.3, map(np.float64, scaled_gram(jnp.asarray(gram)))
+    start = np.asarray(layer_solver(job, Wanda()).weight)
     losses = []
     for sweeps in range(4):
-        change = (
-            np.asarray(layer_solver(job, FewBits(Wanda(), parse_bits("q4_0"), ridge, sweeps)).weight) - weight
-        ) * scale
-        losses.append(np.sum((change @ (hessian + ridge * np.eye(len(gram)))) * change))
+        found = np.asarray(layer_solver(job, FewBits(Wanda(), parse_bits("q4_0"), ridge, sweeps)).weight)
+        change, moved = (found - weight) * scale, (found - start) * scale
+        losses.append(np.sum((change @ hessian) * change) + ridge * np.sum(moved**2))
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.95 * losses[0]
+
+
+# What is done to the weight and to the inputs.
+HARD = {
+    "strong inputs": (lambda w: w, lambda x: x * np.exp(2.5 * np.random.default_rng(3).standard_normal(64))),
+    "outliers in every group": (lambda w: w, lambda x: x * np.where(np.arange(64) % 8 == 0, 1000, 1)),
+    "a dead group": (lambda w: w, lambda x: x * (np.arange(64) >= 32)),
+    "half a group dead, with larger weights": (
+        lambda w: w * np.where(np.arange(64) < 16, 5, 1),
+        lambda x: x * (np.arange(64) >= 16),
+    ),
+    "no input": (lambda w: w, lambda x: 0 * x),
+    "scales at the end of float16": (lambda w: w * 1e-6, lambda x: x),
+    "inputs of any unit": (lambda w: w, lambda x: 1e13 * x),
+    "no weight": (lambda w: 0 * w, lambda x: x),
+}
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_where_it_is_hard_it_is_no_worse_than_plain_rounding_and_no_input_is_lost(rng, name):
+    weights, inputs = HARD[name]
+    weight, x = weights(rng.standard_normal((24, 64))).astype(np.float32), rng.standard_normal((200, 64))
+    gram, fresh = inputs(x), rng.standard_normal((200, 64))
+    gram = (gram.T @ gram).astype(np.float32)
+    for bits in ("q8_0", "q4_0", "int8"):
+        found = prune_layer(weight, gram, 0.0, "per-row", "magnitude", bits=bits)
+        assert found.relative_error <= 1.001 * found.rounded_error, bits
+        # On tokens in which all inputs are alive.
+        lost = np.linalg.norm(fresh @ (found.weight - weight).T) / max(np.linalg.norm(fresh @ weight.T), 1e-30)
+        if name not in ("strong inputs", "outliers in every group"):
+            assert lost < (0.4 if bits == "q4_0" else 0.05), bits
+
+
+def test_an_exact_answer_of_ones_own_stays_as_exact_as_the_grid_allows(rng):
+    weight, x = rng.standard_normal((24, 64)).astype(np.float32), rng.standard_normal((40, 64))
+    found = prune_layer(weight, (x.T @ x).astype(np.float32), 0.5, "per-row", AdmmPruning(ridge=1e-4), bits="q8_0")
+    assert found.relative_error < 1.05 * found.rounded_error
 
 
 def test_blocks_of_outputs_are_rounded_as_the_whole(layer):

@@ -159,7 +159,15 @@ REFUSED = {
     "unknown bits": ({"bits": "q4"}, "unknown bits 'q4'; known are q8_0, q5_0, q4_0, int8, int4, int4:group; did you"),
     "a grid with an offset": ({"bits": "q4_1"}, "'q4_1' moves zeros, since its grid has an offset; known are q8_0"),
     "empty groups of bits": ({"bits": "int4:0"}, "bits 'int4:0' needs groups of at least 1 input"),
-    "a scale for more inputs": ({"bits": "int4"}, "groups of 128 inputs with a scale each do not tile 64 inputs"),
+    "a scale for more inputs": (
+        {"bits": "int4"},
+        "'int4' have a scale for each 128 inputs, which do not tile 64: take",
+    ),
+    "bits as a number": ({"bits": 4}, "bits is one of q8_0, q5_0, q4_0, int8, int4, int4:group, given 4"),
+    "weights beyond all scales": (
+        {"weight": 1e6 * WEIGHT, "bits": "q4_0"},
+        "hold weights up to 524032, given one of 1e",
+    ),
     "no level": ({"penalty": so.TopK(3)}, "with a field `weight`"),
     "no penalty": ({"penalty": 0.1}, "an object with value"),
 }

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from sparseopt.core.base.arguments import known_numbers, own_refusal
+from sparseopt.core.base.arguments import Limited, known_numbers, own_refusal
 from sparseopt.core.base.thresholds import among, count_nonzero, infinite_unless, kth_largest, n_of_m_mask, top_k_mask
-from sparseopt.core.base.types import BoolArray, FloatArray, Scalar, pytree, static
+from sparseopt.core.base.types import BoolArray, FloatArray, Scalar, is_traced, pytree, static
 from sparseopt.core.penalties.sets import Support
 
 
@@ -235,8 +235,12 @@ class Within(_SparseSet):
         return (self.pattern.value(x) == 0) & (count_nonzero(jnp.where(self.support, 0, x)) == 0)
 
 
+# Whole numbers up to this size are exact in float32.
+MOST = 2**24
+
+
 @pytree
-class Grid:
+class Grid(Limited):
     """Indicator of arrays whose entries are whole multiples of `scale`, from `low * scale` to `high * scale`.
 
     With a pattern, or a `Support`, of those that also lie in it. Prox: the nearest such array, exactly: alone the
@@ -246,8 +250,8 @@ class Grid:
     Attributes:
         scale: the distance of neighbouring points, an array that broadcasts to x; a negative one turns the grid round,
             and 0 leaves 0 alone.
-        low: the least multiple, a whole number.
-        high: the largest.
+        low: the least multiple, a whole number from -2**24.
+        high: the largest, up to 2**24.
         pattern: any pattern, or a `Support`; None for all arrays. 0 must then be on the grid.
 
     Example:
@@ -261,6 +265,8 @@ class Grid:
     low: Any
     high: Any
     pattern: Any = None
+    least = ()
+    bounds = ("scale", "low", "high")
 
     @property
     def separable(self) -> bool:
@@ -271,20 +277,31 @@ class Grid:
         return bool(np.any(known_numbers(self, "low") > 0) or np.any(known_numbers(self, "high") < 0))
 
     def refuses(self) -> str | None:
-        low, high = (known_numbers(self, name) for name in ("low", "high"))
-        if np.any((low % 1 != 0) & ~np.isnan(low)) or np.any((high % 1 != 0) & ~np.isnan(high)) or np.any(low > high):
-            return f"a Grid runs from a whole number low to a whole number high >= low, given {self.low} to {self.high}"
-        if not np.all(np.isfinite(scale := known_numbers(self, "scale")) | np.isnan(scale)):
-            return f"the scale of a Grid must be finite, given {self.scale}"
-        if self.pattern is not None and self.excludes_zero:
+        if reason := super().refuses():
+            return reason
+        for name in self.bounds:
+            if not is_traced(given := getattr(self, name)) and not np.all(np.isfinite(known_numbers(self, name))):
+                return f"the {name} of a Grid must be finite, given {given}"
+        low, high = known_numbers(self, "low"), known_numbers(self, "high")
+        if any(np.any((ends % 1 != 0) & ~np.isnan(ends) | (np.abs(ends) > MOST)) for ends in (low, high)):
+            return f"low and high of a Grid are whole numbers of at most {MOST}, given {self.low} and {self.high}"
+        if np.any(low > high):
+            return f"a Grid runs from low to high >= low, given {self.low} to {self.high}"
+        if self.pattern is None:
+            return None
+        if not isinstance(self.pattern, Pattern | Support):
+            return f"the pattern of a Grid is one such as TopK(k), or a Support, given {type(self.pattern).__name__}"
+        if self.excludes_zero:
             return f"a pattern needs 0 on the Grid, which runs from {self.low} to {self.high}"
         return own_refusal(self.pattern)
 
     def nearest(self, x: FloatArray) -> FloatArray:
         """The nearest point of the grid for every entry, whatever the pattern."""
-        scale = jnp.asarray(self.scale, x.dtype)
+        # In 16 bits a quotient would round to the next multiple.
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        scale = jnp.asarray(self.scale, wide)
         flat = scale == 0
-        multiple = jnp.clip(jnp.round(x / jnp.where(flat, 1, scale)), self.low, self.high)
+        multiple = jnp.clip(jnp.round(x.astype(wide) / jnp.where(flat, 1, scale)), self.low, self.high)
         # Never a negative zero.
         return jnp.where(flat | (multiple == 0), 0, scale * multiple).astype(x.dtype)
 
@@ -299,9 +316,14 @@ class Grid:
             return near
         if isinstance(self.pattern, Support):
             return self.pattern.prox(near, step)
-        # The root, since a pattern sums squares of scores.
-        gain = jnp.sqrt(jnp.maximum(near * (2 * x - near), 0))
-        return jnp.where(self.pattern.mask(gain), near, 0) if x.size else x
+        if not x.size:
+            return x
+        # The root of what an entry gains, `near (2 x - near)`, since a pattern sums squares of scores; by its factors,
+        # which neither overflow nor underflow.
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        one, other = near.astype(wide), 2 * x.astype(wide) - near.astype(wide)
+        gain = jnp.sqrt(jnp.abs(one)) * jnp.sqrt(jnp.abs(other))
+        return jnp.where(self.pattern.mask(jnp.where(one * jnp.sign(other) > 0, gain, 0)), near, 0)
 
 
 Pattern = TopK | RowTopK | NM | BlockTopK | GroupTopK | Within

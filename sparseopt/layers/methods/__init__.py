@@ -100,8 +100,7 @@ def find_method(
         found = _with_ridge(found, ridge)
     if penalty is not None:
         found = _with_penalty(found, method, penalty)
-    # One loss for both, so that the descent starts at its minimiser.
-    return found if bits is None else FewBits(found, parse_bits(bits), getattr(found, "ridge", 0.1))
+    return found if bits is None else FewBits(found, parse_bits(bits))
 
 
 def _with_penalty(found: LayerMethod, method: Any, penalty: Any) -> LayerMethod:

@@ -1,11 +1,12 @@
 """A pruned layer in few bits: every weight a whole multiple of the scale of its group of inputs, zeros where they were.
 
-    minimise over q, d    1/2 ||X (d q)ᵀ - X Wᵀ||²    q whole, low <= q <= high, zero off the mask;  d [groups, out]
+    minimise over q, d    1/2 ||X (V - W)ᵀ||² + ridge/2 ||(V - V0) e||²,    V = d q,  q whole, low <= q <= high
 
-Three steps, all outputs at once. The inputs are rounded as another method left them, group by group, the strongest
-first: a scale is searched when its group is reached, and each error is passed on to the inputs after it; a pruned
-weight is one whose grid is 0. Then sweeps of coordinate descent on the loss of the layer, each weight the best point of
-its grid given all others, and after every group its best scale given the multiples. A sweep never raises the loss.
+with V zero off the mask, scales d `[groups, out]`, V0 the answer of another method, and e the norms of the inputs.
+Three steps, all outputs at once. V0 is rounded group by group, the strongest inputs first: a scale is searched when its
+group is reached, and each error is passed on to the inputs after it; a pruned weight is one whose grid is 0. An output
+for which plain rounding has the smaller loss takes that. Then sweeps of coordinate descent, each weight the best point
+of its grid given all others, and after every group its best scale given the multiples. A sweep never raises the loss.
 """
 
 import re
@@ -14,7 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from sparseopt.core.base.arguments import unknown
 from sparseopt.core.base.dense import product, spd_inverse_factor
@@ -29,6 +30,10 @@ PANEL = 128
 # Scales are searched at these shares of the one that just holds the group's largest weight, and their negatives; each
 # is then fitted to its multiples.
 SHARES = (0.5, 0.6, 0.7, 0.78, 0.86, 0.93, 1.0, 1.08)
+# The norm of a dead input, as a share of the root mean square: its weights count a little, for the tokens to come.
+DEAD_NORM = 0.1
+# Of float16, in which scales are stored.
+LEAST_SCALE, MOST_SCALE = 2.0**-24, 65504.0
 
 
 @dataclass(frozen=True)
@@ -36,28 +41,42 @@ class Bits:
     """A symmetric grid: 0 is on it, so zeros stay. Scales are stored in float16.
 
     Attributes:
+        name: as a user gives it.
         low: the least multiple of the scale; high: the largest.
         group: the number of consecutive inputs that share a scale; None where all inputs of an output do.
     """
 
+    name: str
     low: int
     high: int
     group: int | None
 
-    def check(self, inputs: int) -> None:
-        """Raise a ValueError if the groups do not tile the inputs."""
+    def check(self, inputs: int, largest: float = 0.0) -> None:
+        """Raise a ValueError if the groups do not tile the inputs, or no scale holds the largest weight."""
         if self.group and inputs % self.group:
-            raise ValueError(f"groups of {self.group} inputs with a scale each do not tile {inputs} inputs")
+            raise ValueError(
+                f"bits {self.name!r} have a scale for each {self.group} inputs, which do not tile {inputs}: "
+                "take int8, or int4:group with a divisor"
+            )
+        if largest > MOST_SCALE * -self.low:
+            raise ValueError(
+                f"bits {self.name!r} hold weights up to {MOST_SCALE * -self.low:g}, given one of {largest:g}"
+            )
 
 
 # Those of 32 inputs are GGUF's; int4 takes the size of a group, as in int4:64.
 BITS = {
-    "q8_0": Bits(-127, 127, 32),
-    "q5_0": Bits(-16, 15, 32),
-    "q4_0": Bits(-8, 7, 32),
-    "int8": Bits(-127, 127, None),
-    "int4": Bits(-8, 7, 128),
+    bits.name: bits
+    for bits in (
+        Bits("q8_0", -127, 127, 32),
+        Bits("q5_0", -16, 15, 32),
+        Bits("q4_0", -8, 7, 32),
+        Bits("int8", -127, 127, None),
+        Bits("int4", -8, 7, 128),
+    )
 }
+# Of GGUF.
+WITH_OFFSET = ("q4_1", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
 
 
 def parse_bits(text: str) -> Bits:
@@ -66,15 +85,35 @@ def parse_bits(text: str) -> Bits:
     Raises:
         ValueError: for any other, saying which are known and that a grid must not move zeros.
     """
+    known = [*BITS, "int4:group"]
+    if not isinstance(text, str):
+        raise ValueError(f"bits is one of {', '.join(known)}, given {text!r}")
     if match := re.fullmatch(r"int4:(\d+)", text):
         if not int(match[1]):
             raise ValueError(f"bits {text!r} needs groups of at least 1 input")
-        return Bits(-8, 7, int(match[1]))
-    if text in ("q4_1", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k"):
-        raise ValueError(f"bits {text!r} moves zeros, since its grid has an offset; known are {', '.join(BITS)}")
+        return Bits(text, -8, 7, int(match[1]))
+    if text.lower() in WITH_OFFSET:
+        raise ValueError(f"bits {text!r} moves zeros, since its grid has an offset; known are {', '.join(known)}")
     if text not in BITS:
-        raise ValueError(unknown("bits", text, [*BITS, "int4:group"]))
+        raise ValueError(unknown("bits", text, known))
     return BITS[text]
+
+
+@pytree
+class _Layer:
+    """A layer and an answer V0 in coordinates in which no input has norm 0, all `[in, out]` but the hessian."""
+
+    hessian: Any
+    center: Any  # W
+    start: Any  # V0
+    mask: Any
+    unit: Any  # of a weight
+    ridge: Any
+
+    def losses(self, values: Array) -> Float[Array, " out"]:
+        """Twice the loss of every output."""
+        change, moved = values - self.center, values - self.start
+        return jnp.sum(change * product(self.hessian, change) + self.ridge * moved**2, axis=0)
 
 
 @pytree
@@ -84,7 +123,7 @@ class FewBits:
     Attributes:
         first: the method that chooses the mask and the weights before they are rounded.
         bits: the grid.
-        ridge: added to the unit diagonal of the scaled Hessian.
+        ridge: see the loss above; relative to the inputs' own squares.
         sweeps: of coordinate descent.
 
     Source: the order of rounding and its compensation are those of Frantar, Ashkboos, Hoefler and Alistarh, "GPTQ:
@@ -104,28 +143,35 @@ class FewBits:
     def __call__(self, layer: ScaledLayer, pattern: Pattern) -> Pruned:
         inputs, _ = layer.center.shape
         self.bits.check(inputs)
-        group = self.bits.group or inputs
-        found = self.first(layer, pattern)
-        start = jnp.where(found.mask, found.values, 0)
-        # A weight's unit in scaled coordinates: 0 at dead inputs, whose weights do not matter.
-        unit = layer.scale[:, None] * layer.output_scale
-        hessian = layer.ridged(self.ridge).hessian
-        values, scale = self._rounded(hessian, start, found.mask, unit)
+        found, dead = self.first(layer, pattern), (layer.scale == 0)[:, None]
+        mask = found.mask
+        # In coordinates in which no input has norm 0; the weights of dead ones are those of the dense layer.
+        typical = jnp.sqrt(jnp.mean(layer.scale**2))
+        least = jnp.where(typical > 0, DEAD_NORM * typical, 1)
+        unit = jnp.where(dead, least, layer.scale[:, None]) * layer.output_scale
+        center = jnp.where(dead, layer.weight * unit, layer.center)
+        start = jnp.where(mask, jnp.where(dead, center, found.values.astype(jnp.float32)), 0)
+        hessian = layer.hessian + jnp.diag(dead[:, 0].astype(jnp.float32))
+        problem = _Layer(hessian, center, start, mask, unit, jnp.float32(self.ridge))
 
-        def sweep(_: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-            return self._sweep(hessian, layer.center, found.mask, unit, *carry)
+        widest = self._scale_of_largest(start / unit)
+        plain = self._landed(start, self._each(widest, inputs) * unit, mask)
+        values, scale = self._rounded(problem, widest)
+        worse = problem.losses(plain) < problem.losses(values)
+        first = jnp.where(worse, plain, values), jnp.where(worse, widest, scale)
+        values, scale = jax.lax.fori_loop(0, self.sweeps, lambda _, carry: self._sweep(problem, *carry), first)
 
-        values, scale = jax.lax.fori_loop(0, self.sweeps, sweep, (values, scale))
+        weights, rounded = (
+            self._landed(scaled / unit, self._each(each, inputs), mask)
+            for scaled, each in ((values, scale), (plain, widest))
+        )
+        # What the method gave off its own mask is left for the check of its answer.
+        values = jnp.where(mask, values, found.values)
+        return found._replace(values=values, grid=OnGrid(weights, found.values, rounded))
 
-        def stored(scaled: Array, scale: Array) -> Array:
-            weights = jnp.where(unit == 0, layer.weight, _divide(scaled, unit))
-            return self._landed(weights, jnp.repeat(scale, group, axis=0), found.mask)
-
-        # As a user would round: to multiples of the scale that just holds the largest weight of the group.
-        plain = jnp.where(unit == 0, layer.weight, _divide(start, unit)) * found.mask
-        largest = _scale_of_largest(plain.reshape(-1, group, plain.shape[1]), self.bits)
-        grid = OnGrid(stored(values, scale), start, stored(start, largest))
-        return found._replace(values=jnp.where(found.mask, values, 0), grid=grid)
+    def _each(self, scale: Float[Array, "groups out"], inputs: int) -> Float[Array, "in out"]:
+        """The scale of every input's group."""
+        return jnp.repeat(scale, self.bits.group or inputs, axis=0)
 
     def _landed(self, x: Array, step: Array, kept: Array) -> Array:
         """The nearest points of grids with these steps, 0 where nothing is kept."""
@@ -135,73 +181,86 @@ class FewBits:
         """Inputs that are rounded one after the other before a product tells the others."""
         return self.bits.group or max(size for size in range(1, PANEL + 1) if inputs % size == 0)
 
-    def _searched(self, values: Array, unit: Array, mask: Array) -> Float[Array, "1 out"]:
-        """The scale of one group for every output: values, their unit and the mask, `[group, out]`.
+    def _scale_of_largest(self, weights: Float[Array, "in out"]) -> Float[Array, "groups out"]:
+        """The scale at which each group's largest weight is the last multiple below 0."""
+        groups = weights.reshape(-1, self.bits.group or len(weights), weights.shape[1])
+        place = jnp.argmax(jnp.abs(groups), axis=1, keepdims=True)
+        return _in_half(jnp.take_along_axis(groups, place, axis=1)[:, 0] / self.bits.low)
+
+    def _searched(self, values: Array, unit: Array, kept: Array, widest: Array) -> Float[Array, "1 out"]:
+        """The scale of one group for every output: values, their unit and mask `[group, out]`, and a first scale.
 
         With the multiples q of a candidate the best scale is `<q, w> / <q, q>`, and it leaves `<w, w> - <q, w>² /
         <q, q>` of the squared error, all weighted by the squared unit.
         """
-        weights = jnp.where(mask, _divide(values, unit), 0)
-        widest = _scale_of_largest(weights[None], self.bits)
+        weights = jnp.where(kept, values / unit, 0)
+        # Ratios alone count; squares of the units themselves could overflow.
+        unit = unit / jnp.max(unit, axis=0)
         shares = (*SHARES, *(-share for share in SHARES)) if self.bits.low != -self.bits.high else SHARES
 
         def better(best: tuple[Array, Array], share: Array) -> tuple[tuple[Array, Array], None]:
             near = jnp.clip(jnp.round(_divide(weights, share * widest)), self.bits.low, self.bits.high)
             size = jnp.sum((near * unit) ** 2, axis=0, keepdims=True)
             along = jnp.sum(near * unit**2 * weights, axis=0, keepdims=True)
-            gain = _divide(along**2, size)
+            gain = along * _divide(along, size)
             return (jnp.maximum(gain, best[0]), jnp.where(gain > best[0], _divide(along, size), best[1])), None
 
         (_, scale), _ = jax.lax.scan(better, (jnp.zeros_like(widest), widest), jnp.asarray(shares, jnp.float32))
         return _in_half(scale)
 
-    def _rounded(
-        self, hessian: Array, start: Array, mask: Bool[Array, "in out"], unit: Array
-    ) -> tuple[Array, Float[Array, "groups out"]]:
-        """The start on a grid, every error compensated by the inputs after it; and the scales.
+    def _rounded(self, layer: _Layer, widest: Array) -> tuple[Array, Float[Array, "groups out"]]:
+        """V0 on a grid, every error compensated by the inputs after it; and the scales.
 
         The steps of strong inputs are the coarsest, so these come first, while many others can still compensate.
         """
-        size, group = self._panel(len(start)), self.bits.group or 1
-        strength = jnp.sum(unit**2, axis=1).reshape(-1, group)
+        inputs = len(layer.start)
+        size, group = self._panel(inputs), self.bits.group or 1
+        strength = jnp.sum(layer.unit**2, axis=1).reshape(-1, group)
         groups = jnp.argsort(-jnp.sum(strength, axis=1))
         order = (group * groups[:, None] + jnp.argsort(-strength, axis=1)[groups]).reshape(-1)
+        hessian = layer.hessian + layer.ridge * jnp.eye(inputs, dtype=jnp.float32)
         factor = spd_inverse_factor(hessian[order][:, order])
-        common = None if self.bits.group else self._searched(start, unit, mask)
-        start, mask, unit = start[order], mask[order], unit[order]
+        start, mask, unit = layer.start[order], layer.mask[order], layer.unit[order]
+        common = None if self.bits.group else self._searched(start, unit, mask, widest)
 
-        def panel(values: Array, first: Array) -> tuple[Array, Array]:
+        def panel(values: Array, place: tuple[Array, Array]) -> tuple[Array, Array]:
+            first, widest = place
             rows, upper, units, kept = (
                 jax.lax.dynamic_slice_in_dim(whole, first, size) for whole in (values, factor, unit, mask)
             )
             square = jax.lax.dynamic_slice_in_dim(upper, first, size, axis=1)
-            scale = self._searched(rows, units, kept) if common is None else common
+            scale = self._searched(rows, units, kept, widest[None]) if common is None else common
             steps = scale * units
 
             def one_input(rows: Array, index: Array) -> tuple[Array, Array]:
                 return pass_on(rows, square, index, self._landed(rows[index], steps[index], kept[index]))
 
             rows, errors = jax.lax.scan(one_input, rows, jnp.arange(size))
-            beyond = jnp.arange(len(values)) >= first + size
+            beyond = jnp.arange(inputs) >= first + size
             values = values - product(jnp.where(beyond[:, None], upper.T, 0), errors)
             return jax.lax.dynamic_update_slice_in_dim(values, rows, first, 0), scale[0]
 
-        values, scales = jax.lax.scan(panel, start, jnp.arange(0, len(start), size))
+        firsts = jnp.arange(0, inputs, size)
+        # Where all inputs share a scale, every panel gets it.
+        widths = widest[groups] if self.bits.group else jnp.broadcast_to(widest, (len(firsts), widest.shape[1]))
+        values, scales = jax.lax.scan(panel, start, (firsts, widths))
         return values[jnp.argsort(order)], scales[jnp.argsort(groups)] if common is None else common
 
-    def _sweep(
-        self, hessian: Array, center: Array, mask: Array, unit: Array, values: Array, scale: Array
-    ) -> tuple[Array, Array]:
+    def _sweep(self, layer: _Layer, values: Array, scale: Array) -> tuple[Array, Array]:
         """Every weight in turn at the best point of its grid, and after each group its scale."""
-        size = self._panel(len(center))
+        inputs, ridge = len(values), layer.ridge
+        size = self._panel(inputs)
 
         def panel(change: Array, place: tuple[Array, Array]) -> tuple[Array, Array]:
             first, scale = place
-            across, centers, changes, units, kept = (
-                jax.lax.dynamic_slice_in_dim(whole, first, size) for whole in (hessian, center, change, unit, mask)
+            across, changes, centers, starts, kept, units = (
+                jax.lax.dynamic_slice_in_dim(whole, first, size)
+                for whole in (layer.hessian, change, layer.center, layer.start, layer.mask, layer.unit)
             )
             square = jax.lax.dynamic_slice_in_dim(across, first, size, axis=1)
-            gradient, steps = product(across, change), scale * units
+            square = square + ridge * jnp.eye(size, dtype=jnp.float32)
+            rows, steps = changes + centers, scale * units
+            gradient = product(across, change) + ridge * (rows - starts)
 
             def one_input(index: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
                 rows, gradient = carry
@@ -210,7 +269,7 @@ class FewBits:
                 gradient = gradient + square[:, index, None] * (near - rows[index])
                 return rows.at[index].set(near), gradient
 
-            rows, gradient = jax.lax.fori_loop(0, size, one_input, (changes + centers, gradient))
+            rows, gradient = jax.lax.fori_loop(0, size, one_input, (rows, gradient))
             if self.bits.group:
                 # Given the multiples, the loss is a parabola in the scale; in half precision, its best may be worse.
                 along = jnp.round(_divide(rows, steps)) * units
@@ -220,10 +279,10 @@ class FewBits:
                 rows, scale = rows + move * along, scale + move
             return jax.lax.dynamic_update_slice_in_dim(change, rows - centers, first, 0), scale
 
-        firsts = jnp.arange(0, len(center), size)
+        firsts = jnp.arange(0, inputs, size)
         scales = scale if self.bits.group else jnp.broadcast_to(scale, (len(firsts), scale.shape[1]))
-        change, found = jax.lax.scan(panel, values - center, (firsts, scales))
-        return change + center, found if self.bits.group else scale
+        change, found = jax.lax.scan(panel, values - layer.center, (firsts, scales))
+        return change + layer.center, found if self.bits.group else scale
 
 
 def _divide(a: Array, b: Array) -> Array:
@@ -232,12 +291,6 @@ def _divide(a: Array, b: Array) -> Array:
 
 
 def _in_half(scale: Array) -> Array:
-    """The scale as float16 stores it, at most its largest number."""
-    limit = float(jnp.finfo(jnp.float16).max)
-    return jnp.clip(scale, -limit, limit).astype(jnp.float16).astype(jnp.float32)
-
-
-def _scale_of_largest(weights: Float[Array, "groups group out"], bits: Bits) -> Float[Array, "groups out"]:
-    """The scale at which each group's largest weight is the last multiple below 0."""
-    place = jnp.argmax(jnp.abs(weights), axis=1, keepdims=True)
-    return _in_half(jnp.take_along_axis(weights, place, axis=1)[:, 0] / bits.low)
+    """The scale as float16 stores it; one that is not 0 does not become 0, nor infinite."""
+    size = jnp.clip(jnp.abs(scale), LEAST_SCALE, MOST_SCALE)
+    return jnp.where(scale == 0, 0, jnp.copysign(size, scale)).astype(jnp.float16).astype(jnp.float32)
