@@ -12,7 +12,7 @@ from sparseopt.core.penalties.protocols import Penalty
 from sparseopt.core.problem.problem import Status
 from sparseopt.layers.compiled import Stopwatch
 from sparseopt.layers.methods import chooser, find_method
-from sparseopt.layers.methods.few_bits import FewBits
+from sparseopt.layers.methods.few_bits import parse_bits
 from sparseopt.layers.patterns import parse_pattern
 from sparseopt.layers.problem import LayerJob, LayerMethod, check_answer, check_method
 from sparseopt.layers.split import solve_within_memory
@@ -129,8 +129,8 @@ def prune_layer(
     if penalty is not None and not isinstance(job.pattern, TopK):
         raise ValueError(f"a penalty chooses weights anywhere in the layer, which contradicts the pattern {pattern!r}")
     first = chooser(solver)
-    if isinstance(solver, FewBits):
-        solver.bits.check(inputs, float(np.max(np.abs(weight.astype(np.float32)))))
+    if bits is not None:
+        parse_bits(bits).check(inputs, float(np.max(np.abs(weight.astype(np.float32)))))
         # By itself, so that what is wrong is told of it.
         check_method(first, job.pattern, weight.shape, input_variances is not None, support is not None)
     check_method(solver, job.pattern, weight.shape, input_variances is not None, support is not None)

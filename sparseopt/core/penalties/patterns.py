@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from sparseopt.core.base.arguments import Limited, known_numbers, own_refusal
+from sparseopt.core.base.arguments import known_numbers, own_refusal
 from sparseopt.core.base.thresholds import among, count_nonzero, infinite_unless, kth_largest, n_of_m_mask, top_k_mask
 from sparseopt.core.base.types import BoolArray, FloatArray, Scalar, is_traced, pytree, static
-from sparseopt.core.penalties.sets import Support
+from sparseopt.core.penalties.sets import Ended, Support
 
 
 class _SparseSet:
@@ -240,7 +240,7 @@ MOST = 2**24
 
 
 @pytree
-class Grid(Limited):
+class Grid(Ended):
     """Indicator of arrays whose entries are whole multiples of `scale`, from `low * scale` to `high * scale`.
 
     With a pattern, or a `Support`, of those that also lie in it. Prox: the nearest such array, exactly: alone the
@@ -270,11 +270,7 @@ class Grid(Limited):
 
     @property
     def separable(self) -> bool:
-        return self.pattern is None or isinstance(self.pattern, Support)
-
-    @property
-    def excludes_zero(self) -> bool:
-        return bool(np.any(known_numbers(self, "low") > 0) or np.any(known_numbers(self, "high") < 0))
+        return self.pattern is None or getattr(self.pattern, "separable", False)
 
     def refuses(self) -> str | None:
         if reason := super().refuses():
@@ -314,7 +310,7 @@ class Grid(Limited):
         near = self.nearest(x)
         if self.pattern is None:
             return near
-        if isinstance(self.pattern, Support):
+        if self.separable:
             return self.pattern.prox(near, step)
         if not x.size:
             return x

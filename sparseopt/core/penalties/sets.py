@@ -33,18 +33,23 @@ class Support:
         return jnp.where(self.mask, x, jnp.zeros((), x.dtype))
 
 
-class _Interval(Limited):
-    """Indicator of `low <= x <= high`, plus `weight * ||x||_1`."""
+class Ended(Limited):
+    """A set between two ends, low and high."""
 
     low: Any
     high: Any
-    weight: Any
-    separable = True
-    bounds = ("low", "high")
 
     @property
     def excludes_zero(self) -> bool:
         return bool(np.any(known_numbers(self, "low") > 0) or np.any(known_numbers(self, "high") < 0))
+
+
+class _Interval(Ended):
+    """Indicator of `low <= x <= high`, plus `weight * ||x||_1`."""
+
+    weight: Any
+    separable = True
+    bounds = ("low", "high")
 
     def refuses(self) -> str | None:
         if reason := super().refuses():

@@ -21,7 +21,7 @@ from sparseopt.core.base.arguments import unknown
 from sparseopt.core.base.dense import product, spd_inverse_factor
 from sparseopt.core.base.types import pytree, static
 from sparseopt.core.penalties.patterns import Grid
-from sparseopt.layers.methods.sparsegpt import pass_on
+from sparseopt.layers.methods.sparsegpt import pass_beyond, pass_on
 from sparseopt.layers.patterns import Pattern
 from sparseopt.layers.problem import OnGrid, Pruned, ScaledLayer
 
@@ -236,9 +236,7 @@ class FewBits:
                 return pass_on(rows, square, index, self._landed(rows[index], steps[index], kept[index]))
 
             rows, errors = jax.lax.scan(one_input, rows, jnp.arange(size))
-            beyond = jnp.arange(inputs) >= first + size
-            values = values - product(jnp.where(beyond[:, None], upper.T, 0), errors)
-            return jax.lax.dynamic_update_slice_in_dim(values, rows, first, 0), scale[0]
+            return pass_beyond(values, upper, first, rows, errors), scale[0]
 
         firsts = jnp.arange(0, inputs, size)
         # Where all inputs share a scale, every panel gets it.

@@ -77,10 +77,7 @@ class SparseGpt:
                 here, done = dataclasses.replace(plain, k=wanted), done + wanted
                 keep = Within(here, possible).mask((rows / jnp.diagonal(square)[:, None]) ** 2)
             kept, errors, keep = _compensate(rows, square, keep, possible, groups)
-            values = jax.lax.dynamic_update_slice_in_dim(values, kept, first, 0)
-            beyond = jnp.arange(values.shape[0]) >= first + self.block
-            values = values - product(jnp.where(beyond[:, None], upper.T, 0), errors)
-            return (values, done), keep
+            return (pass_beyond(values, upper, first, kept, errors), done), keep
 
         places = (jnp.arange(0, inputs + padding, self.block), seen, room)
         (values, _), kept = jax.lax.scan(one_block, (values, jnp.zeros_like(room[0])), places)
@@ -143,3 +140,16 @@ def pass_on(
     error = (rows[index] - new) / upper[index, index]
     following = jnp.arange(rows.shape[0]) > index
     return (rows - jnp.where(following, upper[index], 0)[:, None] * error).at[index].set(new), error
+
+
+def pass_beyond(
+    values: Float[Array, "in out"],
+    upper: Float[Array, "block in"],
+    first: Array,
+    rows: Float[Array, "block out"],
+    errors: Float[Array, "block out"],
+) -> Float[Array, "in out"]:
+    """The values with a block of rows put in at `first`, its errors over `U_ii` compensated by the rows beyond."""
+    values = jax.lax.dynamic_update_slice_in_dim(values, rows, first, 0)
+    beyond = jnp.arange(len(values)) >= first + len(rows)
+    return values - product(jnp.where(beyond[:, None], upper.T, 0), errors)
