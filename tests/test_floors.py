@@ -43,7 +43,14 @@ HOUSE = {
         "images",
         "__init__",
     ],
-    "layers": ["compiled patterns", "problem", "methods/*", "methods/__init__", "split", "prune_layer side_by_side"],
+    "layers": [
+        "bits compiled patterns",
+        "problem",
+        "methods/*",
+        "methods/__init__",
+        "split",
+        "prune_layer side_by_side",
+    ],
     "models/base": ["errors", "fields", "rope"],
     "models/files": [
         "folder",

@@ -10,9 +10,9 @@ import numpy as np
 from sparseopt.core.penalties.patterns import TopK
 from sparseopt.core.penalties.protocols import Penalty
 from sparseopt.core.problem.problem import Status
+from sparseopt.layers.bits import parse_bits
 from sparseopt.layers.compiled import Stopwatch
 from sparseopt.layers.methods import chooser, find_method
-from sparseopt.layers.methods.few_bits import parse_bits
 from sparseopt.layers.patterns import parse_pattern
 from sparseopt.layers.problem import LayerJob, LayerMethod, check_answer, check_method
 from sparseopt.layers.split import solve_within_memory

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sparseopt.layers.bits import multiples_of, parse_bits
 from sparseopt.layers.methods import find_method
-from sparseopt.layers.methods.few_bits import FewBits, parse_bits
+from sparseopt.layers.methods.few_bits import FewBits
 from sparseopt.layers.patterns import parse_pattern
 from sparseopt.layers.problem import LayerJob, layer_solver, scaled_gram
 from sparseopt.layers.split import join_reports, split_job
@@ -56,6 +57,9 @@ def multiples_of_a_half(group, bits):
 def test_of_every_grid_every_fact_holds(layer, method, pattern, bits):
     found, floats, grid = prune(layer, method, pattern, bits), prune(layer, method, pattern), parse_bits(bits)
     assert found.weight.dtype == np.float32
+    multiples, scales = multiples_of(found.weight, grid)
+    apart = scales.astype(np.float32)[..., None] * multiples.reshape(*scales.shape, -1)
+    assert np.array_equal(apart.reshape(found.weight.shape), found.weight)
     assert all(multiples_of_a_half(group, grid) for group in grouped(found.weight, grid))
     # Zeros stay, and the errors are those of the weights.
     assert not found.weight[floats.weight == 0].any()
@@ -133,3 +137,8 @@ def test_blocks_of_outputs_are_rounded_as_the_whole(layer):
     np.testing.assert_array_equal(parts.weight, whole.weight)
     for one, other in zip(parts.grid_energies, whole.grid_energies, strict=True):
         assert one.lost == pytest.approx(float(other.lost), rel=1e-4)
+
+
+def test_floats_lie_on_no_grid(layer):
+    with pytest.raises(ValueError, match="lie on no grid of 'q4_0'"):
+        multiples_of(layer[0], parse_bits("q4_0"))

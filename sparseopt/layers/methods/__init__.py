@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 from sparseopt.core.base.arguments import unknown
 from sparseopt.core.penalties.protocols import Penalty
+from sparseopt.layers.bits import parse_bits
 from sparseopt.layers.methods.admm import AdmmPruning
-from sparseopt.layers.methods.few_bits import PANEL, FewBits, parse_bits
+from sparseopt.layers.methods.few_bits import PANEL, FewBits
 from sparseopt.layers.methods.maiht import MaihtPruning
 from sparseopt.layers.methods.removal import STEPS, GroupRemoval
 from sparseopt.layers.methods.scores import Flap, Magnitude, Wanda

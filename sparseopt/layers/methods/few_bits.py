@@ -9,18 +9,16 @@ for which plain rounding has the smaller loss takes that. Then sweeps of coordin
 of its grid given all others, and after every group its best scale given the multiples. A sweep never raises the loss.
 """
 
-import re
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparseopt.core.base.arguments import unknown
 from sparseopt.core.base.dense import product, spd_inverse_factor
 from sparseopt.core.base.types import pytree, static
 from sparseopt.core.penalties.patterns import Grid
+from sparseopt.layers.bits import LEAST_SCALE, MOST_SCALE, Bits
 from sparseopt.layers.methods.sparsegpt import pass_beyond, pass_on
 from sparseopt.layers.patterns import Pattern
 from sparseopt.layers.problem import OnGrid, Pruned, ScaledLayer
@@ -32,71 +30,6 @@ PANEL = 128
 SHARES = (0.5, 0.6, 0.7, 0.78, 0.86, 0.93, 1.0, 1.08)
 # The norm of a dead input, as a share of the root mean square: its weights count a little, for the tokens to come.
 DEAD_NORM = 0.1
-# Of float16, in which scales are stored.
-LEAST_SCALE, MOST_SCALE = 2.0**-24, 65504.0
-
-
-@dataclass(frozen=True)
-class Bits:
-    """A symmetric grid: 0 is on it, so zeros stay. Scales are stored in float16.
-
-    Attributes:
-        name: as a user gives it.
-        low: the least multiple of the scale; high: the largest.
-        group: the number of consecutive inputs that share a scale; None where all inputs of an output do.
-    """
-
-    name: str
-    low: int
-    high: int
-    group: int | None
-
-    def check(self, inputs: int, largest: float = 0.0) -> None:
-        """Raise a ValueError if the groups do not tile the inputs, or no scale holds the largest weight."""
-        if self.group and inputs % self.group:
-            raise ValueError(
-                f"bits {self.name!r} have a scale for each {self.group} inputs, which do not tile {inputs}: "
-                "take int8, or int4:group with a divisor"
-            )
-        if largest > MOST_SCALE * -self.low:
-            raise ValueError(
-                f"bits {self.name!r} hold weights up to {MOST_SCALE * -self.low:g}, given one of {largest:g}"
-            )
-
-
-# Those of 32 inputs are GGUF's; int4 takes the size of a group, as in int4:64.
-BITS = {
-    bits.name: bits
-    for bits in (
-        Bits("q8_0", -127, 127, 32),
-        Bits("q5_0", -16, 15, 32),
-        Bits("q4_0", -8, 7, 32),
-        Bits("int8", -127, 127, None),
-        Bits("int4", -8, 7, 128),
-    )
-}
-# Of GGUF.
-WITH_OFFSET = ("q4_1", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
-
-
-def parse_bits(text: str) -> Bits:
-    """The grid that a name means, one of BITS or int4:group.
-
-    Raises:
-        ValueError: for any other, saying which are known and that a grid must not move zeros.
-    """
-    known = [*BITS, "int4:group"]
-    if not isinstance(text, str):
-        raise ValueError(f"bits is one of {', '.join(known)}, given {text!r}")
-    if match := re.fullmatch(r"int4:(\d+)", text):
-        if not int(match[1]):
-            raise ValueError(f"bits {text!r} needs groups of at least 1 input")
-        return Bits(text, -8, 7, int(match[1]))
-    if text.lower() in WITH_OFFSET:
-        raise ValueError(f"bits {text!r} moves zeros, since its grid has an offset; known are {', '.join(known)}")
-    if text not in BITS:
-        raise ValueError(unknown("bits", text, known))
-    return BITS[text]
 
 
 @pytree

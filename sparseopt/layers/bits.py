@@ -1,0 +1,112 @@
+"""Grids of few bits by name: whole multiples of a scale that a group of inputs shares, in half precision.
+
+    weight [out, in] = scale [out, groups] * multiple [out, in],    low <= multiple <= high
+
+A weight on a grid is held as float32, in which the product is exact; `multiples_of` takes it apart again.
+"""
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from sparseopt.core.base.arguments import unknown
+
+# Of float16, in which scales are stored.
+LEAST_SCALE, MOST_SCALE = 2.0**-24, 65504.0
+
+
+@dataclass(frozen=True)
+class Bits:
+    """A symmetric grid: 0 is on it, so zeros stay. Scales are stored in float16.
+
+    Attributes:
+        name: as a user gives it.
+        low: the least multiple of the scale; high: the largest.
+        group: the number of consecutive inputs that share a scale; None where all inputs of an output do.
+    """
+
+    name: str
+    low: int
+    high: int
+    group: int | None
+
+    def check(self, inputs: int, largest: float = 0.0) -> None:
+        """Raise a ValueError if the groups do not tile the inputs, or no scale holds the largest weight."""
+        if self.group and inputs % self.group:
+            raise ValueError(
+                f"bits {self.name!r} have a scale for each {self.group} inputs, which do not tile {inputs}: "
+                "take int8, or int4:group with a divisor"
+            )
+        if largest > MOST_SCALE * -self.low:
+            raise ValueError(
+                f"bits {self.name!r} hold weights up to {MOST_SCALE * -self.low:g}, given one of {largest:g}"
+            )
+
+
+# Those of 32 inputs are GGUF's; int4 takes the size of a group, as in int4:64.
+BITS = {
+    bits.name: bits
+    for bits in (
+        Bits("q8_0", -127, 127, 32),
+        Bits("q5_0", -16, 15, 32),
+        Bits("q4_0", -8, 7, 32),
+        Bits("int8", -127, 127, None),
+        Bits("int4", -8, 7, 128),
+    )
+}
+# Of GGUF.
+WITH_OFFSET = ("q4_1", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
+
+
+def parse_bits(text: str) -> Bits:
+    """The grid that a name means, one of BITS or int4:group.
+
+    Raises:
+        ValueError: for any other, saying which are known and that a grid must not move zeros.
+    """
+    known = [*BITS, "int4:group"]
+    if not isinstance(text, str):
+        raise ValueError(f"bits is one of {', '.join(known)}, given {text!r}")
+    if match := re.fullmatch(r"int4:(\d+)", text):
+        if not int(match[1]):
+            raise ValueError(f"bits {text!r} needs groups of at least 1 input")
+        return Bits(text, -8, 7, int(match[1]))
+    if text.lower() in WITH_OFFSET:
+        raise ValueError(f"bits {text!r} moves zeros, since its grid has an offset; known are {', '.join(known)}")
+    if text not in BITS:
+        raise ValueError(unknown("bits", text, known))
+    return BITS[text]
+
+
+def multiples_of(
+    weight: Float[np.ndarray, "out in"], bits: Bits
+) -> tuple[Int[np.ndarray, "out in"], Float[np.ndarray, "out groups"]]:
+    """The multiples, int8, and the scales, float16, of a weight that lies on a grid.
+
+    Where several scales fit a group, one is taken; their products are the same.
+
+    Raises:
+        ValueError: if a group lies on no such grid.
+    """
+    outputs, inputs = weight.shape
+    groups = np.asarray(weight, np.float32).reshape(-1, bits.group or inputs)
+    largest = np.take_along_axis(groups, np.abs(groups).argmax(axis=1)[:, None], axis=1)[:, 0]
+    scale, open_ = np.zeros(len(groups), np.float32), largest != 0
+    # The largest weight is some multiple, and then the scale is known; few of these scales are numbers of float16.
+    for multiple in (*range(bits.low, 0), *range(bits.high, 0, -1)):
+        if bits.low == -bits.high and multiple > 0:
+            break
+        (rows,) = np.nonzero(open_)
+        with np.errstate(over="ignore"):
+            tried = (largest[rows] / np.float32(multiple)).astype(np.float16).astype(np.float32)
+        fits = (tried * np.float32(multiple) == largest[rows]) & (tried != 0)
+        rows, tried = rows[fits], tried[fits]
+        near = np.clip(np.rint(groups[rows] / tried[:, None]), bits.low, bits.high)
+        whole = np.all(near * tried[:, None] == groups[rows], axis=1)
+        scale[rows[whole]], open_[rows[whole]] = tried[whole], False
+    if open_.any():
+        raise ValueError(f"{np.count_nonzero(open_):,} of {len(groups):,} groups lie on no grid of {bits.name!r}")
+    multiples = np.rint(groups / np.where(scale == 0, 1, scale)[:, None]).astype(np.int8)
+    return multiples.reshape(weight.shape), scale.astype(np.float16).reshape(outputs, -1)
