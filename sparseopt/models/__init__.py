@@ -17,13 +17,13 @@ from sparseopt.models.export import (
     block_tag,
     check_output,
     pack_folder,
-    shard_name,
     trained_tag,
     unpack_folder,
     unread,
 )
 from sparseopt.models.families import FAMILIES, find_family
-from sparseopt.models.files.safetensors import TensorInfo
+from sparseopt.models.files.forms import Compressed, Form, Joined, Packed
+from sparseopt.models.files.safetensors import TensorInfo, UnreadTensor
 from sparseopt.models.files.source import Source, bundled_model, open_source
 from sparseopt.models.reshape.reordered import Move, block_moves, reordered_block
 from sparseopt.models.reshape.shrunk import Kept, Sizes, possible_kv_heads, sizes_of, sliced_block, smaller_model
@@ -37,15 +37,19 @@ __all__ = [
     "Block",
     "BlockKind",
     "Bos",
+    "Compressed",
     "Decoder",
     "DecoderConfig",
     "Embedding",
     "ExpertsConfig",
+    "Form",
     "Head",
+    "Joined",
     "Kept",
     "Linear",
     "ModelError",
     "Move",
+    "Packed",
     "PrunableBlock",
     "PrunableModel",
     "Rope",
@@ -56,6 +60,7 @@ __all__ = [
     "StreamedModel",
     "TensorInfo",
     "TorchModel",
+    "UnreadTensor",
     "block_moves",
     "block_tag",
     "bundled_model",
@@ -72,7 +77,6 @@ __all__ = [
     "pack_folder",
     "possible_kv_heads",
     "reordered_block",
-    "shard_name",
     "sizes_of",
     "sliced_block",
     "smaller_model",

@@ -19,17 +19,10 @@ import numpy as np
 
 from sparseopt.core.base.types import Observer
 from sparseopt.models.base.errors import ModelError, listed
-from sparseopt.models.files.packed import (
-    FORMAT,
-    PACKED_INDEX,
-    PACKED_PREFIX,
-    VERSION,
-    is_packed,
-    pack_tensors,
-    read_packed_header,
-)
-from sparseopt.models.files.safetensors import WRITABLE, UnreadTensor, read_header, write_tensors
-from sparseopt.models.files.source import FileTensor, FolderSource, Source
+from sparseopt.models.files.forms import Form, Joined, Packed
+from sparseopt.models.files.packed import PACKED_INDEX, is_packed
+from sparseopt.models.files.safetensors import WRITABLE, UnreadTensor
+from sparseopt.models.files.source import FolderSource, Source
 from sparseopt.models.streaming.streamed import open_model
 from sparseopt.system.files import replacing
 
@@ -46,11 +39,6 @@ def trained_tag(index: int) -> str:
     return f"trained-{index:04d}"
 
 
-def shard_name(tag: str, pack: bool) -> str:
-    """The file name of a shard."""
-    return f"{PACKED_PREFIX if pack else 'model-'}{tag}.safetensors"
-
-
 def check_output(source: Source, output: Path) -> None:
     """Refuse, with a `ModelError`, an output folder in the source's folder, which holds a model and nothing else."""
     if source.path.resolve() in output.expanduser().resolve().parents:
@@ -63,7 +51,9 @@ def check_output(source: Source, output: Path) -> None:
 def unread(source: Source, keys: Iterable[str]) -> dict[str, UnreadTensor]:
     """Tensors of a source, each to be read when it is written."""
     infos = source.tensors
-    return {key: UnreadTensor(infos[key].shape, infos[key].dtype, partial(source.pieces, key)) for key in keys}
+    return {
+        key: UnreadTensor(infos[key].shape, infos[key].dtype, partial(source.pieces, key), infos[key]) for key in keys
+    }
 
 
 class ShardedWriter:
@@ -79,7 +69,7 @@ class ShardedWriter:
         output: str | Path,
         source: Source,
         dtype: Any = None,
-        pack: bool = False,
+        form: Form | None = None,
         keys: Collection[str] | None = None,
         keep: Collection[str] | None = None,
         writes: bool = True,
@@ -90,7 +80,7 @@ class ShardedWriter:
             output: a folder that is empty or does not exist.
             source: the model that the tensors come from; gives names, shapes, dtypes and the other files.
             dtype: of all float tensors written; None keeps each tensor's own (float32 where it was quantised).
-            pack: store tensors with many zeros as in `packed`; only sparseopt reads such a folder.
+            form: in which tensors are stored; None for safetensors.
             keys: names of the tensors that the folder must hold; default: all of the source.
             keep: tags of shards that an earlier writer finished in the folder, which may then hold other files too;
                 None requires an empty folder.
@@ -103,7 +93,7 @@ class ShardedWriter:
         self._stored: dict[str, int] = {}  # bytes by shard
         self._replaced: list[str] = []
         self._source = source
-        self._pack, self._writes = pack, writes
+        self._form, self._writes = form or Form(), writes
         self._dtype = None if dtype is None else _writable(dtype)
         self._expected = {key: info.shape for key, info in source.tensors.items() if keys is None or key in keys}
         self._places: dict[str, str] = {}
@@ -112,7 +102,7 @@ class ShardedWriter:
         if writes:
             self._prepare(keep)
         for tag in keep or ():
-            self._adopt(shard_name(tag, pack))
+            self._adopt(self._form.file_name(tag))
 
     @property
     def shards(self) -> list[str]:
@@ -131,6 +121,9 @@ class ShardedWriter:
 
     def dtype_of(self, key: str) -> np.dtype:
         own = self._source.tensors[key].dtype
+        # In which a multiple of a scale is exact.
+        if key in self._form.bits:
+            return np.dtype(np.float32)
         return self._dtype if self._dtype is not None and jnp.issubdtype(own, jnp.floating) else own
 
     def write(self, tag: str, tensors: Mapping[str, np.ndarray | UnreadTensor], instead: str | None = None) -> str:
@@ -144,25 +137,21 @@ class ShardedWriter:
             ModelError: for a name, shape or value that cannot be written.
             DiskError: if the disk refuses, naming the shard that failed and those that are safe.
         """
-        name = shard_name(tag, self._pack)
+        name = self._form.file_name(tag)
         if not re.fullmatch(r"[A-Za-z0-9-]+", tag) or name in self.shards:
             raise ModelError(f"shard tag {tag!r} is taken or not made of letters, digits and hyphens")
-        replaced = None if instead is None else shard_name(instead, self._pack)
+        replaced = None if instead is None else self._form.file_name(instead)
         converted = {key: self._convert(key, value, replaced) for key, value in tensors.items()}
-        stored: Mapping[str, np.ndarray | UnreadTensor] = converted
-        metadata = None
-        if self._pack:
-            stored, metadata = pack_tensors({key: value.read() for key, value in converted.items()})
-        nbytes = sum(value.nbytes for value in stored.values())
-        self._put(name, nbytes, lambda file: write_tensors(file, stored, metadata))
+        shard = self._form.shard(converted)
+        self._put(name, *shard)
         if replaced is not None:
             self._replace(replaced)
-        self._stored[name] = nbytes
+        self._stored[name] = shard.nbytes
         self._places |= dict.fromkeys(converted, name)
         return name
 
     def stored(self, tag: str) -> dict[str, np.ndarray]:
-        return {key: tensor.read() for key, tensor in self._header(shard_name(tag, self._pack)).items()}
+        return {key: tensor.read() for key, tensor in self._read(self._form.file_name(tag)).items()}
 
     def finish(self, files: Mapping[str, bytes] | None = None) -> None:
         """Write the other files of the source, the configuration and the index, which complete the model.
@@ -176,35 +165,47 @@ class ShardedWriter:
         missing = [key for key in self._expected if key not in self._places]
         if missing:
             raise ModelError(f"{len(missing)} tensors were not written, the first {missing[0]}; write all, then finish")
+        if not self._writes:
+            return
         own = files or {}
-        for name, content in {**self.files, **own}.items():
+        carried = {} if isinstance(self._form, Joined) else self.files
+        for name, content in {**carried, **own}.items():
             if name not in own or not (self.output / name).exists():
                 self._put_content(name, content)
+        # The last file comes last: a model that has it is complete.
+        if isinstance(self._form, Joined):
+            self._put(self._form.last, *self._form.joined(self.output / name for name in self._stored))
+        else:
+            self._put_content("config.json", _to_json(self._config()))
+            self._put_content(self._form.last, _to_json(self._index()))
+        for name in self._replaced:
+            (self.output / name).unlink(missing_ok=True)
+
+    def _config(self) -> dict[str, Any]:
         config = dict(self._source.config)
         sizes: Counter[str] = Counter()
         for key in self._places:
-            sizes[self.dtype_of(key).name] += self._nbytes(key)
+            if key not in self._form.bits:
+                sizes[self.dtype_of(key).name] += self._nbytes(key)
         for name in [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]:
             config[name] = sizes.most_common(1)[0][0]
-        self._put_content("config.json", _to_json(config))
-        metadata: dict[str, Any] = {"total_size": self.stored_bytes}
-        if self._pack:
-            metadata |= {"format": FORMAT, "version": VERSION, "dense_size": self.dense_bytes}
-        index = {"metadata": metadata, "weight_map": dict(sorted(self._places.items()))}
-        # The index comes last: a folder that has one is complete.
-        self._put_content(PACKED_INDEX if self._pack else "model.safetensors.index.json", _to_json(index))
-        for name in self._replaced if self._writes else ():
-            (self.output / name).unlink(missing_ok=True)
+        matrices = [key for key, shape in self._expected.items() if len(shape) == 2]
+        return self._form.config(config, [key.removesuffix(".weight") for key in matrices if key.endswith(".weight")])
+
+    def _index(self) -> dict[str, Any]:
+        metadata = {"total_size": self.stored_bytes, **self._form.index(self.dense_bytes)}
+        places = {key: name for name in self._stored for key in self._form.indexed(self.output / name)}
+        return {"metadata": metadata, "weight_map": dict(sorted(places.items()))}
 
     def _put_content(self, name: str, content: bytes) -> None:
         self._put(name, len(content), lambda file: file.write_bytes(content))
 
-    def _header(self, name: str) -> dict[str, FileTensor]:
-        return read_packed_header(self.output / name) if self._pack else dict(read_header(self.output / name))
+    def _read(self, name: str) -> Mapping[str, TensorInfo]:
+        return self._form.read(self.output / name)
 
     def _adopt(self, name: str) -> None:
-        self._stored[name] = sum(tensor.nbytes for tensor in read_header(self.output / name).values())
-        self._places |= dict.fromkeys(self._header(name), name)
+        self._stored[name] = self._form.stored_bytes(self.output / name)
+        self._places |= dict.fromkeys(self._read(name), name)
 
     def _replace(self, name: str) -> None:
         """Count the tensors of a finished shard as not written; its file is removed at the end."""
@@ -226,9 +227,10 @@ class ShardedWriter:
             raise ModelError(
                 f"the output folder {self.output} is not empty (it holds {listed(held)}); choose another or empty it"
             )
-        # An upper bound for a packed folder: the number of zeros is not known yet.
-        needed = sum(map(self._nbytes, self._expected))
-        needed -= sum((self.output / shard_name(tag, self._pack)).stat().st_size for tag in keep or ())
+        needed = sum(
+            self._form.most_bytes(key, TensorInfo(shape, self.dtype_of(key))) for key, shape in self._expected.items()
+        )
+        needed -= sum((self.output / self._form.file_name(tag)).stat().st_size for tag in keep or ())
         if needed > free:
             raise ModelError(
                 f"{self.output} has {free:,} bytes free, the model needs {needed:,}; make room or choose another"
@@ -240,7 +242,8 @@ class ShardedWriter:
         if value.shape != self._expected[key]:
             raise ModelError(f"{key} has the shape {list(value.shape)}, expected {list(self._expected[key])}")
         if isinstance(value, UnreadTensor):
-            return UnreadTensor(value.shape, self.dtype_of(key), lambda: (self._cast(key, p) for p in value.pieces()))
+            dtype = self.dtype_of(key)
+            return UnreadTensor(value.shape, dtype, lambda: (self._cast(key, p) for p in value.pieces()), value.origin)
         whole = self._cast(key, value)
         return UnreadTensor(whole.shape, whole.dtype, lambda: [whole])
 
@@ -317,7 +320,7 @@ def _rewrite(source: str | Path, output: str | Path, *, pack: bool, observer: Ob
     shards = {OUTER_TAG: model.outer_keys()} | {
         block_tag(index): list(model.block_keys(index).values()) for index in range(model.num_blocks)
     }
-    writer = ShardedWriter(output, model.source, pack=pack, keys=model.exported_keys())
+    writer = ShardedWriter(output, model.source, form=Packed() if pack else Form(), keys=model.exported_keys())
     for done, (tag, keys) in enumerate(shards.items(), 1):
         writer.write(tag, unread(model.source, keys))
         if observer:

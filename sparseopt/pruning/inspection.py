@@ -18,6 +18,7 @@ from sparseopt.layers.patterns import pattern_count
 from sparseopt.layers.problem import LayerMethod
 from sparseopt.models import (
     FAMILIES,
+    Form,
     ModelError,
     Source,
     StreamedModel,
@@ -276,7 +277,7 @@ def _known(model: StreamedModel, recipe: Recipe, method: LayerMethod, device_mem
     patterns = layer_patterns(model, recipe, method, shares)
     kept = {key: pattern_count(pattern, model.weight_shape(key)) for key, pattern in patterns.items()}
     expected = model.family.expected_shapes(model.config)
-    dense = output_bytes(model, recipe)
+    dense = output_bytes(model, recipe, Form())
     # A bit for each weight, and the weights kept; what would not get smaller stays dense.
     packed = {k: min(dense[k], -(-_size(tensors[k]) // 8) + n * dense[k] // _size(tensors[k])) for k, n in kept.items()}
     zeros, saved = sum(_size(tensors[k]) - n for k, n in kept.items()), sum(dense[k] - n for k, n in packed.items())

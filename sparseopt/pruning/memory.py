@@ -24,10 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.layers.methods import Workspace, method_cost
+from sparseopt.layers.methods.few_bits import FewBits
 from sparseopt.layers.patterns import is_group_pattern
 from sparseopt.layers.problem import LayerMethod
 from sparseopt.layers.split import fewest_blocks
-from sparseopt.models import PrunableModel, StreamedModel, TensorInfo, TorchModel
+from sparseopt.models import Form, PrunableModel, StreamedModel, TensorInfo, TorchModel
 from sparseopt.models.decoder.attention import QUERY_CHUNK
 from sparseopt.models.decoder.experts import stacked_name
 from sparseopt.models.decoder.settings import DecoderConfig
@@ -261,14 +262,14 @@ def prune_memory(
     return Memory(phases, max(parts.values()), scratch)
 
 
-def output_bytes(model: PrunableModel, recipe: PassRecipe) -> dict[str, int]:
-    """Bytes of each tensor of the output, dense."""
+def output_bytes(model: PrunableModel, recipe: PassRecipe, form: Form) -> dict[str, int]:
+    """Bytes of each tensor of the output, at most."""
     found = {}
     for key in model.exported_keys():
         info = model.source.tensors[key]
         floating = jnp.issubdtype(info.dtype, jnp.floating)
         dtype = jnp.dtype(recipe.dtype) if recipe.dtype and floating else info.dtype
-        found[key] = math.prod(info.shape) * dtype.itemsize
+        found[key] = form.most_bytes(key, TensorInfo(info.shape, dtype))
     return found
 
 
@@ -316,7 +317,7 @@ def choose_footprint(
             fit on the disk.
     """
     sizes = {"windows": len(calibration), "seqlen": calibration.shape[1], "heldout_windows": len(heldout)}
-    recipes = [(plan.recipe.model_copy(update=sizes), plan.method) for plan in plans]
+    recipes = [(plan.recipe.model_copy(update=sizes), _costliest(plan)) for plan in plans]
     where: Activations = "memory"
     parts: Mapping[str, int] = {}
     nbytes, phase, scratch = None, "", 0
@@ -334,10 +335,16 @@ def choose_footprint(
         variants = {plan.recipe.variants for plan in plans}
         tokens = calibration.size * (1 + max(variants)) + heldout.size
         scratch = (len(plans) + 2 * len(variants) + 1) * FLOAT32 * tokens * model.config.hidden_size
-    output = [sum(output_bytes(plan.target, plan.recipe).values()) for plan in plans]
+    output = [sum(output_bytes(plan.target, plan.recipe, plan.form).values()) for plan in plans]
     _check_disks(plans, scratch)
     stacked = model.stacked_weights if isinstance(model, TorchModel) else 0
     return Footprint(where, nbytes, dict(parts), phase, budget, sum(output), scratch, stacked)
+
+
+def _costliest(plan: Plan) -> LayerMethod:
+    """The method of a plan with what puts its answers on grids, whose memory is that of the larger one."""
+    bits = next(iter(plan.form.bits.values()), None)
+    return plan.method if bits is None else FewBits(plan.method, bits)
 
 
 def _choose(
@@ -375,11 +382,11 @@ def _check_disks(plans: Sequence[Plan], scratch: int) -> None:
     needed, places = Counter[int](), dict[int, Path]()
     for plan in plans:
         place = next(parent for parent in (plan.folder, *plan.folder.parents) if parent.is_dir())
-        sizes, device = output_bytes(plan.target, plan.recipe), place.stat().st_dev
+        sizes, device = output_bytes(plan.target, plan.recipe, plan.form), place.stat().st_dev
         # Blocks that distillation trains lie beside those that they replace.
         twice = () if plan.recipe.distillation is None else sizes.keys() - set(plan.target.outer_keys())
         most = sum(sizes.values()) + sum(sizes[key] for key in twice)
-        written = sum(file.stat().st_size for file in plan.folder.glob("*.safetensors"))
+        written = sum(file.stat().st_size for file in plan.folder.glob(plan.form.file_name("*")))
         needed[device] += max(0, most - written)
         places.setdefault(device, place)
     first = next(iter(places))

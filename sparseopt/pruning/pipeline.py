@@ -80,14 +80,15 @@ def prune_model(
     memory: int | str | None = None,
     devices: Devices = None,
 ) -> PruneReport:
-    """Prune all linears of a causal language model and write a folder that transformers loads.
+    """Prune all linears of a causal language model and write a folder that transformers loads, or a GGUF file.
 
     Args:
         source: a Hugging Face model folder (safetensors), a GGUF file, or a name on the Hugging Face hub, `OWNER/NAME`
             or `OWNER/NAME@REVISION`; or what `open_source` made of one.
-        output: a folder that does not exist yet or is empty. If the same run was interrupted there, it resumes after
-            the last finished block, and the result is identical to that of an uninterrupted run. If the same run is
-            finished there, nothing is done and its report is returned.
+        output: a folder that does not exist yet or is empty, or a file that does not exist yet whose name ends in
+            ".gguf"; its run then lies in a folder beside it whose name ends in ".gguf.run". If the same run was
+            interrupted there, it resumes after the last finished block, and the result is identical to that of an
+            uninterrupted run. If the same run is finished there, nothing is done and its report is returned.
         recipe: what to do; default: half of the weights, with effort good, calibrated on text that the model draws.
         observer: called with an `Event`, how many layers are done, and how many there are in all. For a text, which
             names what is being measured or trained, and for the record of a block that goes, the numbers count steps.
@@ -162,8 +163,8 @@ def prune_models(
             precision = work.branches[0].plan.recipe.precision
             with activations_in(precision), _memory_errors():
                 figures = _run(work, stop) | {"start": start, "precision": precision, "peak_memory_bytes": peak()}
-                made = {branch.plan.folder: branch.finish(work.scores, **figures) for branch in work.branches}
-        return [made.get(plan.folder) or read_report(identity, plan) for plan in plans]
+                made = {branch.plan.output: branch.finish(work.scores, **figures) for branch in work.branches}
+        return [made.get(plan.output) or read_report(identity, plan) for plan in plans]
 
 
 @contextlib.contextmanager
@@ -184,30 +185,30 @@ def open_pass(
     if not recipes:
         raise ValueError("nothing to do: give at least one recipe and its output folder")
     check_same_calibration([recipe for recipe, _ in recipes])
-    folders = [Path(output).expanduser().resolve() for _, output in recipes]
-    if len(set(folders)) < len(folders):
-        raise ValueError(f"every recipe needs its own output folder, given {', '.join(map(str, folders))}")
+    outputs = [Path(output).expanduser().resolve() for _, output in recipes]
+    if len(set(outputs)) < len(outputs):
+        raise ValueError(f"every recipe needs its own output folder, given {', '.join(map(str, outputs))}")
     mesh = device_line("all" if devices is None and processes.count() > 1 else devices)
     if mesh is not None and budget is not None:
         raise ValueError(
             f"a budget of memory is for one device, given {memory} and {mesh.size} devices: leave one of the two out"
         )
     model = open_model(source)
-    for folder in folders:
-        check_output(model.source, folder)
+    for output in outputs:
+        check_output(model.source, output)
     in_torch = isinstance(model, TorchModel)
     if mesh is not None and in_torch:
         raise ValueError(
             f"the blocks of a {model.config.model_type} model, whose family is not known here, run in torch, which is "
             f"for one device; given {mesh.size}: leave devices out"
         )
-    plans = [make_plan(model, recipe, folder) for (recipe, _), folder in zip(recipes, folders, strict=True)]
+    plans = [make_plan(model, recipe, output) for (recipe, _), output in zip(recipes, outputs, strict=True)]
     for plan in plans:
         for key, pattern in plan.patterns.items():
             check_cut(pattern, model.weight_shape(key), mesh)
     identity, first = Identity(model), processes.is_first()
     # One process holds the folders for all.
-    with claimed(folders) if first else contextlib.nullcontext():
+    with claimed([plan.folder for plan in plans]) if first else contextlib.nullcontext():
         recipe, drawing = plans[0].recipe, time.perf_counter()
         if recipe.draws:
             sized = with_windows(plans, recipe.windows or default_windows(model, recipe.seqlen))
@@ -223,7 +224,7 @@ def open_pass(
                 "recipes": [recipe_identity(plan.recipe) for plan in plans],
                 "calibration tokens": identity.tokens,
                 "model": [model.source.name, model.source.config],
-                "output folders": [str(folder) for folder in folders],
+                "outputs": [str(output) for output in outputs],
             }
         )
         finished = processes.told([is_finished(identity, plan) for plan in plans] if first else [])

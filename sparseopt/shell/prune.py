@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # EX_TEMPFAIL of sysexits: a scheduler that sent SIGTERM may start the same command again.
 RESUMABLE = 75
+# Endings of the shards of an unfinished run.
+SHARDS = (".safetensors", ".gguf")
 
 
 def makes_models(
@@ -39,7 +41,8 @@ def makes_models(
             output: Annotated[
                 Path,
                 typer.Option(
-                    help=f"Folder to write: new, empty or of the same run. {folders}", rich_help_panel="Output"
+                    help=f"Folder to write: new, empty or of the same run; or a new GGUF file, NAME.gguf. {folders}",
+                    rich_help_panel="Output",
                 ),
             ],
             memory: options.Memory = None,
@@ -61,8 +64,8 @@ def makes_models(
                 names = ["-".join(named.format(name, getattr(each, name)) for name in varied) for each in recipes]
                 for line in choice_lines(recipes[0], given):
                     console.say(line)
-                plans = [(each, output / folder) for each, folder in zip(recipes, names, strict=True)]
-                code = run_pass(source, plans, output, title(recipes), memory, chosen, follow_links)
+                plans = [(each, output_named(output, name)) for each, name in zip(recipes, names, strict=True)]
+                code = run_pass(source, plans, title(recipes), memory, chosen, follow_links)
             if code:
                 raise typer.Exit(code)
 
@@ -73,7 +76,9 @@ def makes_models(
     return made
 
 
-@makes_models("Recipe", ("sparsity",), "0.5,0.6,0.7", "Several sparsities get a folder in it each.")
+@makes_models(
+    "Recipe", ("sparsity",), "0.5,0.6,0.7", "Several sparsities get a folder in it each, or a file beside it."
+)
 def prune(recipes: "Sequence[Recipe]") -> str:
     """Prune a causal language model layer by layer and write a folder that transformers loads."""
     first, sparsities = recipes[0], [each.sparsity for each in recipes]
@@ -94,6 +99,13 @@ def shrink(recipes: "Sequence[ShrinkRecipe]") -> str:
     Writes a folder that transformers and other runtimes load like any model of the family.
     """
     return "shrink"
+
+
+def output_named(output: Path, name: str) -> Path:
+    """The output of one of several models: a folder in a folder, a file beside a file; of a single one the output."""
+    from sparseopt.pruning.run.output_form import is_file
+
+    return output.with_stem(f"{output.stem}-{name}") if name and is_file(output) else output / name
 
 
 def name_of(recipe: "PassRecipe") -> list[str]:
@@ -126,19 +138,19 @@ def choice_lines(recipe: "PassRecipe", typed: Mapping[str, Any]) -> list[str]:
 def run_pass(
     source: str,
     plans: "Sequence[tuple[PassRecipe, Path]]",
-    output: Path,
     title: str,
     memory: str | None,
     devices: int | Literal["all"] | None,
     follow_links: bool = False,
 ) -> int:
-    """Make the models of one pass, in folders at or below `output`, and show its progress and their figures.
+    """Make the models of one pass, each into its output, and show its progress and their figures.
 
     Returns:
         The exit status: 0; 130 after Ctrl-C; `RESUMABLE` after SIGTERM.
     """
     from sparseopt.models import open_source
     from sparseopt.pruning import Stopped, prune_models
+    from sparseopt.pruning.run.output_form import run_folder_of
     from sparseopt.shell.prune_progress import PruneProgress
     from sparseopt.shell.show_pruning import show_report
     from sparseopt.system.processes import count, is_first
@@ -152,10 +164,10 @@ def run_pass(
     except KeyboardInterrupt:
         if count() > 1:
             raise
-        output = output.expanduser()
-        shards = sorted(output.rglob("*.safetensors")) if output.is_dir() else []
+        folders = [run_folder_of(output.expanduser()) for _, output in plans]
+        shards = [shard for folder in folders for shard in folder.glob("*-*") if shard.suffix in SHARDS]
         console.errors.print(
-            f"\nstopped: {len(shards)} finished shards in {output} are whole and stay there. "
+            f"\nstopped: {len(shards)} finished shards in {', '.join(map(str, folders))} are whole and stay there. "
             f"Run the same command again to resume after them",
             markup=False,
             soft_wrap=True,

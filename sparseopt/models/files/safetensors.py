@@ -122,9 +122,14 @@ class StoredTensor(TensorInfo):
 
 @dataclass(frozen=True)
 class UnreadTensor(TensorInfo):
-    """One that is read only when it is written, in `pieces` along its first axis."""
+    """One that is read only when it is written, in `pieces` along its first axis.
+
+    Attributes:
+        origin: the tensor of a file that it is without a change, if it is one.
+    """
 
     pieces: Callable[[], Iterable[np.ndarray]]
+    origin: TensorInfo | None = None
 
     def read(self) -> np.ndarray:
         pieces = list(self.pieces())

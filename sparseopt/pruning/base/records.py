@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from sparseopt.models import Sizes
@@ -85,6 +85,31 @@ class LayerRecord(_Record):
 
 
 @dataclass(frozen=True)
+class GridRecord(_Record):
+    """One linear that was put on a grid of few bits.
+
+    Attributes:
+        block: index of its block.
+        layer: its name in the dense model, without `.weight`.
+        bits: the grid.
+        relative_error: `||X (V - W)ᵀ||² / ||X Wᵀ||²` on the calibration tokens, W before it was put on the grid.
+        rounded_error: the same of the nearest points of the grid.
+        seconds: device time of the solve.
+        compile_seconds: time compiling for it, 0 when the program was available.
+    """
+
+    kind = "grid"
+
+    block: int
+    layer: str
+    bits: str
+    relative_error: float
+    rounded_error: float
+    seconds: float
+    compile_seconds: float
+
+
+@dataclass(frozen=True)
 class TrainingRecord(_Record):
     """How something was trained after pruning, see `Trainer`.
 
@@ -126,6 +151,14 @@ class BlockRecord(TrainingRecord):
     kind = "block"
 
     block: int
+
+    def followed_by(self, other: "BlockRecord") -> "BlockRecord":
+        """The record of this training and another one after it."""
+        names = ("epochs", "seconds", "compile_seconds", "steps")
+        sums = {name: getattr(self, name) + getattr(other, name) for name in names}
+        best = self.epochs + other.best_epoch if other.best_epoch else self.best_epoch
+        first = {"first_loss": self.first_loss, "heldout_first": self.heldout_first, "best_epoch": best}
+        return replace(other, **first, **sums)
 
 
 @dataclass(frozen=True)
@@ -322,6 +355,7 @@ Event = (
     | RemovalRecord
     | ShapeRecord
     | LayerRecord
+    | GridRecord
     | BlockRecord
     | DistillationRecord
     | str
@@ -339,6 +373,18 @@ class MeanErrors(NamedTuple):
 
     mean_relative_error: float | None
     mean_heldout_error: float | None
+
+
+class GridErrors(NamedTuple):
+    """The mean relative errors of what grids add to layers, and of plain rounding; None without any."""
+
+    mean_grid_error: float | None
+    mean_rounded_error: float | None
+
+
+def mean_grid_errors(grids: Sequence[GridRecord]) -> GridErrors:
+    """Those of the records of some layers."""
+    return GridErrors(mean(r.relative_error for r in grids), mean(r.rounded_error for r in grids))
 
 
 def mean_errors(layers: Sequence[LayerRecord]) -> MeanErrors:

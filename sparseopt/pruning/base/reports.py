@@ -10,11 +10,13 @@ from sparseopt.pruning.base.records import (
     Calibration,
     DistillationRecord,
     Footprint,
+    GridRecord,
     LayerRecord,
     Score,
     ShapeRecord,
     mean,
     mean_errors,
+    mean_grid_errors,
     own_fields,
 )
 from sparseopt.system.machine import environment
@@ -25,13 +27,14 @@ class PruneReport:
     """One finished run.
 
     Attributes:
-        output: the folder written.
+        output: the folder or file written.
         source: the model pruned, as it was given: a path or a name on the hub.
         revision: its commit on the hub, a sha; None for your own files.
         recipe: the recipe as plain values; through torch its open fields are filled in.
         route: what ran the blocks: "flax", or "torch" for a family that is not known here.
         layers: a record each, in the model's order.
         blocks: a record of each block that was reconstructed.
+        grids: a record of each linear that was put on a grid of few bits.
         prunable_size: number of weights in all linears of the model's blocks, those that stay dense included.
         plans: number of recipes that shared the pass over the blocks.
         bos: the token id before every window; None for none.
@@ -46,7 +49,7 @@ class PruneReport:
         calibration: the tokens that the run saw.
         footprint: what the run was expected to take.
         dense_bytes: of the model's tensors in the dtypes written, dense.
-        stored_bytes: of the same tensors as stored; fewer only where they were packed.
+        stored_bytes: of the same tensors as stored; fewer where they were packed or put on grids.
         devices: number of devices, of all processes together.
         processes: number of processes; times and memory are those of the first.
         platform: of the devices, as JAX names it: "cpu", "gpu", "tpu".
@@ -66,6 +69,7 @@ class PruneReport:
     route: Literal["flax", "torch"]
     layers: list[LayerRecord] = field(repr=False)
     blocks: list[BlockRecord] = field(repr=False)
+    grids: list[GridRecord] = field(repr=False)
     prunable_size: int
     plans: int
     bos: int | None
@@ -107,7 +111,7 @@ class PruneReport:
     @property
     def sparsity(self) -> float:
         """The share of zeros in the linears that were pruned; 0 for a smaller dense model."""
-        if self.shape is not None:
+        if self.shape is not None or not self.layers:
             return 0.0
         return sum(r.zeros for r in self.layers) / sum(r.size for r in self.layers)
 
@@ -137,12 +141,13 @@ class PruneReport:
 
     def summary(self) -> dict[str, Any]:
         """For `summary.json`."""
-        figures = {k: v for k, v in asdict(self).items() if k not in ("layers", "blocks", "kept")}
+        figures = {k: v for k, v in asdict(self).items() if k not in ("layers", "blocks", "grids", "kept")}
         return {
             **figures,
             "output": str(self.output),
             "layers": len(self.layers),
             "reconstructed_blocks": len(self.blocks),
+            **mean_grid_errors(self.grids)._asdict(),
             "sparsity": self.sparsity,
             "total_sparsity": self.total_sparsity,
             **mean_errors(self.layers)._asdict(),

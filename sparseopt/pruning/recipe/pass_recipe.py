@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
 
 from sparseopt.core.base.dense import Precision
+from sparseopt.layers.bits import BITS, parse_bits
 from sparseopt.layers.methods import METHODS
 from sparseopt.layers.problem import LayerMethod
 from sparseopt.models import Bos
@@ -40,6 +41,7 @@ from sparseopt.pruning.train.training import Training
 from sparseopt.system.yaml_file import ConfigError, Location, read_yaml, refused
 
 OutputWeighting = Literal["uniform", "gradient"]
+HeadBits = Literal["q8_0", "q5_0", "q4_0"]
 # Windows whose perplexity is measured before and after, as a fraction of those of the calibration.
 SCORED = 0.25
 # Calibration windows, where their number is not given: as many as give the widest linear so many tokens an input. With
@@ -181,6 +183,21 @@ class PassRecipe(BaseModel, ABC):
     min_expert_tokens: int = option(
         64, "An expert that receives fewer calibration tokens than this is pruned by magnitude.", CALIBRATION, ge=0
     )
+    bits: str | None = option(
+        None,
+        f"Put the weights that stay on a grid of few bits: {', '.join(BITS)}, or int4:group. The first three are those "
+        "of GGUF files, for an output that ends in .gguf, with a scale for each 32 inputs; int8 has one for each "
+        "output of a linear, and int4 one for each 128 inputs. A linear whose inputs no group tiles stays as it is. "
+        "Default: none; where a GGUF file is made of a quantised one, the grid without an offset that is as wide as "
+        "the file's.",
+        OUTPUT,
+    )
+    head_bits: HeadBits | None = option(
+        None,
+        "Grid of embedding and head in a GGUF file: {choices}. Default: q8_0 beside bits, and as it is in a file that "
+        "is quantised.",
+        OUTPUT,
+    )
     dtype: Literal["float32", "float16", "bfloat16"] | None = option(
         None, "Data type to store: {choices}. Default: the source's; for quantised weights, bfloat16.", OUTPUT
     )
@@ -278,6 +295,8 @@ class PassRecipe(BaseModel, ABC):
         """What is wrong with fields that do not go together; `fine` says whether some are right by themselves."""
         if fine({"method", "effort", "preset", "ridge", "pattern"}):
             yield from told("method", lambda: self.layer_method)
+        if self.bits is not None and fine({"bits"}):
+            yield from told("bits", lambda: parse_bits(str(self.bits)))
         for name, training in (("train_epochs", self.reconstruction), ("distil_epochs", self.distillation)):
             if training is not None and fine({name, "windows", "variants"}):
                 yield from told(name, training.check)

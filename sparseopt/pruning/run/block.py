@@ -17,25 +17,30 @@ from jaxtyping import Array, Float
 from sparseopt.core.base.dense import product, spd_inverse
 from sparseopt.core.base.mesh import over, put, whole
 from sparseopt.core.penalties.patterns import NM
+from sparseopt.layers.bits import Bits
 from sparseopt.layers.compiled import Compiled
 from sparseopt.layers.problem import LayerJob, check_answer, reads_variances, scaled_gram
 from sparseopt.layers.side_by_side import LayerTask, Solved, agreed, solve_block
 from sparseopt.layers.split import Cut
 from sparseopt.models import (
     Block,
+    Joined,
     ModelError,
     Move,
     PrunableBlock,
     PrunableModel,
+    UnreadTensor,
     block_moves,
     reordered_block,
+    unread,
 )
 from sparseopt.pruning.base.activations import Batches, Stream
 from sparseopt.pruning.base.grams import BlockGrams, BlockRunner, Grams, nonfinite_windows
-from sparseopt.pruning.base.records import BlockRecord, LayerRecord
+from sparseopt.pruning.base.records import BlockRecord, GridRecord, LayerRecord
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe
 from sparseopt.pruning.run.permutation import block_orders
 from sparseopt.pruning.run.plan import Plan, PrunedParts
+from sparseopt.pruning.run.rounding import round_block
 from sparseopt.pruning.train.reconstruction import reconstruct_block
 from sparseopt.system import processes
 
@@ -97,6 +102,16 @@ class DenseBlock:
             self._outputs[variants] = self.runner.through(self.block, self.streams[variants])
         return self._outputs[variants]
 
+    def unchanged(self, tensors: Mapping[str, np.ndarray]) -> dict[str, UnreadTensor]:
+        """Those of these tensors, by path, that are the block's own, as the source has them."""
+        source = self.model.source
+        same = {path for path, value in tensors.items() if path in self.keys and self._has(path, value)}
+        return {path: unread(source, [self.keys[path]])[self.keys[path]] for path in same}
+
+    def _has(self, path: str, value: np.ndarray) -> bool:
+        own = np.asarray(self.block.read(path))
+        return own.shape == value.shape and np.array_equal(own, value.astype(np.float32))
+
     def _check(self, grams: BlockGrams, tokens: str, batches: Batches) -> None:
         for name, found in grams.stacked.items():
             if not all(bool(jnp.isfinite(part).all()) for part in found if part is not None):
@@ -116,9 +131,9 @@ def prune_block(
     place: int,
     stream: Stream,
     dtype_of: Callable[[str], np.dtype],
-    told: Callable[[LayerRecord | BlockRecord], None],
-) -> tuple[PrunableBlock, dict[str, np.ndarray]]:
-    """Prune the linears of one block, and train the block if the plan says so.
+    told: Callable[[LayerRecord | GridRecord | BlockRecord], None],
+) -> tuple[PrunableBlock, dict[str, np.ndarray | UnreadTensor]]:
+    """Prune the linears of one block, train the block and put its linears on grids, as far as the plan says so.
 
     Args:
         plan: what is done.
@@ -129,7 +144,8 @@ def prune_block(
         told: called with each record as soon as it is known.
 
     Returns:
-        The target's block and all its tensors, by key, linears as `[out, in]`.
+        The target's block and all its tensors, by key, linears as `[out, in]`; in one file those that did not change
+        are the source's.
 
     Raises:
         PruningError: naming the layer, if activations or a solve become non-finite, or a solve does not fit in memory.
@@ -144,13 +160,49 @@ def prune_block(
     pruned = _pruned(plan, dense, stream, tensors, dtypes, told, moves)
     tensors |= pruned
     parts = PrunedParts(tensors, pruned, dtypes, lambda: dense.grams(stream, recipe, drift=False)[0])
-    block, tensors = plan.finish(dense.block.copy(), place, parts)
-    if recipe.reconstruction is not None and (pruned or plan.smaller):
-        told(_reconstruct(block, plan, dense, stream, list(dtypes)))
-        tensors = {path: np.asarray(block.read(path)).astype(dtype) for path, dtype in dtypes.items()}
+    block, found = plan.finish(dense.block.copy(), place, parts)
+    trained = None
+
+    def train(masks: Mapping[str, Array]) -> BlockRecord:
+        record = _reconstruct(block, masks, plan, dense, stream, list(dtypes))
+        found.update({path: np.asarray(block.read(path)).astype(dtype) for path, dtype in dtypes.items()})
         # The block runs with the rounding of what is stored.
-        block.write(tensors)
-    return block, {key: tensors[path] for path, key in plan.target.block_keys(place).items()}
+        block.write(found)
+        return record
+
+    if recipe.reconstruction is not None and (pruned or plan.smaller):
+        trained = train(trained_entries(plan, block, dense.keys))
+    if linears := _to_round(plan, dense, place, block, found):
+        try:
+            rounded = round_block(plan, dense.index, block, linears, stream, dense.runner, told)
+        except (MemoryError, RuntimeError) as error:
+            raise PruningError(f"{error}; then start the same command again") from error
+        block.write(rounded)
+        found.update(rounded)
+        if recipe.reconstruction is not None:
+            # Only the norms: the weights stay on their grids.
+            nothing = {name: jnp.zeros(block.weight_shape(name), bool) for name in block.linears}
+            after = train(nothing)
+            trained = after if trained is None else trained.followed_by(after)
+    if trained is not None:
+        told(trained)
+    stays = dense.unchanged(found) if isinstance(plan.form, Joined) else {}
+    return block, {key: stays.get(path, found[path]) for path, key in plan.target.block_keys(place).items()}
+
+
+def _to_round(
+    plan: Plan, dense: DenseBlock, place: int, block: PrunableBlock, tensors: Mapping[str, np.ndarray]
+) -> dict[str, tuple[str, Bits]]:
+    """The linears that are put on a grid, with their key in the dense model: where bits are not asked for, none that is
+    as the source has it.
+    """
+    same = {} if plan.recipe.bits is not None else dense.unchanged(tensors)
+    keys = {name: plan.target.weight_key(place, name) for name in block.linears}
+    return {
+        name: (dense.keys[f"{name}.weight"], plan.form.bits[key])
+        for name, key in keys.items()
+        if key in plan.form.bits and f"{name}.weight" not in same
+    }
 
 
 def masked_blocks(plans: Sequence[Plan], dense: DenseBlock, stream: Stream) -> Iterator[PrunableBlock]:
@@ -309,11 +361,17 @@ def trained_entries(plan: Plan, block: PrunableBlock, keys: Mapping[str, str]) -
     }
 
 
-def _reconstruct(block: PrunableBlock, plan: Plan, dense: DenseBlock, stream: Stream, paths: list[str]) -> BlockRecord:
+def _reconstruct(
+    block: PrunableBlock,
+    masks: Mapping[str, Array],
+    plan: Plan,
+    dense: DenseBlock,
+    stream: Stream,
+    paths: list[str],
+) -> BlockRecord:
     flax = cast(Block, block)  # the plan refuses torch models
     # A step sees one window or a few, in turn, so devices have nothing to share: one trains in each process.
     before, after = stream.on_one_device(), dense.outputs(plan.recipe.variants).on_one_device()
-    masks = trained_entries(plan, block, dense.keys)
     record = reconstruct_block(flax, masks, before, after, plan.recipe.reconstruction, dense.index)
     if processes.count() > 1:
         # All processes continue with the first one's block.

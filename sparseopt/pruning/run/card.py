@@ -15,6 +15,7 @@ from sparseopt.pruning.recipe.effort import prune_defaults, shrink_defaults
 from sparseopt.pruning.recipe.prune_recipe import Recipe
 from sparseopt.pruning.recipe.shrink_recipe import ShrinkRecipe
 from sparseopt.pruning.run.facts import TOKEN_IDS, model_facts
+from sparseopt.pruning.run.output_form import is_file
 from sparseopt.system.machine import versions
 from sparseopt.system.report import bullets
 
@@ -38,6 +39,11 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 
 If its files are called `packed-*.safetensors`, write the dense model first: `sparseopt unpack PACKED --output FOLDER`.
 `sparseopt eval FOLDER` measures its perplexity."""
+LOADING_FILE = """```shell
+llama-cli --model FILE.gguf
+```
+
+`sparseopt eval FILE.gguf` measures its perplexity."""
 
 
 def model_card(report: PruneReport, files: Mapping[str, bytes]) -> str:
@@ -53,11 +59,12 @@ def model_card(report: PruneReport, files: Mapping[str, bytes]) -> str:
         kept |= {"license": "other", "license_link": licence}
     smaller, pattern = report.shape is not None, report.recipe.get("pattern", "unstructured")
     tags = ["sparseopt", "pruned", *([] if smaller or pattern == "unstructured" else [pattern])]
+    name, found, file = source_name(report), versions(), is_file(report.output)
     head = {
         **({} if base is None else {"base_model": base}), **kept,
-        "library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags,
+        "library_name": "gguf" if file else "transformers", "pipeline_tag": "text-generation", "tags": tags,
     }  # fmt: skip
-    name, found = source_name(report), versions()
+    loading = LOADING_FILE if file else LOADING
     commit = f" (commit {report.revision})" if report.revision else ""
     terms = "The licence of the source applies." if "license" in kept else "The source names no licence."
     used = ", ".join(f"{package} {found[package]}" for package in PACKAGES if package in found)
@@ -66,7 +73,7 @@ def model_card(report: PruneReport, files: Mapping[str, bytes]) -> str:
         f"# {name.rpartition('/')[2].partition('@')[0].removesuffix('.gguf')}, {'smaller' if smaller else 'pruned'}\n\n"
         f"Made from {name}{commit}. {terms}\n\n## What was done\n\n```shell\n{command_of(report)}\n```\n\n"
         f"{bullets(model_facts(_published(report)), '-')}\n\n"
-        f"## How to load it\n\n{LOADING}\n\n## Versions\n\n{used}, on {report.platform}.\n"
+        f"## How to load it\n\n{loading}\n\n## Versions\n\n{used}, on {report.platform}.\n"
     )
 
 
@@ -80,7 +87,8 @@ def _published(report: PruneReport) -> PruneReport:
 def command_of(report: PruneReport) -> str:
     """The command of the run, with the options that are not the defaults; objects as Python shows them."""
     smaller = report.shape is not None
-    parts = ["sparseopt", "shrink" if smaller else "prune", source_name(report), "--output", "FOLDER"]
+    parts = ["sparseopt", "shrink" if smaller else "prune", source_name(report), "--output"]
+    parts.append("FILE.gguf" if is_file(report.output) else "FOLDER")
     recipe, effort = report.recipe, report.recipe["effort"]
     kind, defaults = (ShrinkRecipe, shrink_defaults) if smaller else (Recipe, prune_defaults)
     usual = {name: field.default for name, field in kind.model_fields.items()}

@@ -3,7 +3,7 @@
 import math
 
 from sparseopt.models.base.errors import listed
-from sparseopt.pruning.base.records import LayerRecord, Score, ShapeRecord, mean, mean_errors
+from sparseopt.pruning.base.records import LayerRecord, Score, ShapeRecord, mean, mean_errors, mean_grid_errors
 from sparseopt.pruning.base.reports import PruneReport
 from sparseopt.pruning.text.documents import part_of_text
 from sparseopt.system.machine import format_bytes
@@ -16,7 +16,10 @@ TOKEN_IDS = "token ids of shape"
 def model_facts(report: PruneReport) -> list[Fact]:
     """What was made, and how: the same for every run of the recipe on one machine, so that a card has it."""
     facts = [_score(score) for score in report.scores]
-    facts += [_zeros(report)] if report.shape is None else _size(report, report.shape)
+    if report.shape is not None:
+        facts += _size(report, report.shape)
+    elif report.layers:
+        facts.append(_zeros(report))
     if given := sum(r.given_zeros for r in report.layers):
         facts.append(_given_zeros(report, given))
     facts.append(_calibration(report))
@@ -25,6 +28,8 @@ def model_facts(report: PruneReport) -> list[Fact]:
         other = "" if heldout is None else f", {heldout:.5f} on held-out tokens"
         text = f"relative squared error of the linears' outputs, mean: {error:.5f} on the calibration tokens{other}"
         facts.append(Fact("layer errors", text))
+    if report.grids:
+        facts.append(_grids(report))
     if report.blocks:
         first, last = report.block_losses
         stopped = sum(b.status in ("DIVERGED", "NONFINITE") for b in report.blocks)
@@ -51,6 +56,13 @@ def _zeros(report: PruneReport) -> Fact:
     if (stays := report.prunable_size - size) > 0:
         text += f", {report.total_sparsity:.2%} of those of all linears: {stays:,} weights were not to be pruned"
     return Fact("sparsity", text)
+
+
+def _grids(report: PruneReport) -> Fact:
+    error, rounded = mean_grid_errors(report.grids)
+    names = ", ".join(dict.fromkeys(record.bits for record in report.grids))
+    text = f"{len(report.grids)} linears in {names}; what that adds to the relative squared error, mean: {error:.5f}"
+    return Fact("few bits", f"{text}, by plain rounding {rounded:.5f}")
 
 
 def _size(report: PruneReport, shape: ShapeRecord) -> list[Fact]:

@@ -11,6 +11,7 @@ from sparseopt.layers.patterns import GroupTopK, Pattern, implied_sparsity, pars
 from sparseopt.layers.problem import LayerMethod, check_method, reads_variances
 from sparseopt.models import (
     Block,
+    Form,
     Kept,
     ModelError,
     PrunableBlock,
@@ -38,6 +39,7 @@ from sparseopt.pruning.recipe.shrink_recipe import (
     smallest_sizes,
 )
 from sparseopt.pruning.recipe.targets import chosen_linears
+from sparseopt.pruning.run.output_form import chosen_form, is_file, run_folder_of
 
 # The linears that have fewer inputs in a smaller model: key-value groups, and channels.
 GROUPED = HEADS, CHANNELS = "o_proj", "down_proj"
@@ -65,13 +67,15 @@ class PrunedParts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What one run does that makes zeros: a checked recipe and its method, into an output folder.
+    """What one run does that makes zeros: a checked recipe and its method, into an output.
 
     Attributes:
+        output: the folder of the new model, or its GGUF file.
         target: the model that is written: the model itself, or the outline of a smaller one.
         patterns: which weights may survive, by the key of the weight of every linear that is pruned.
         output_weights: of the squared errors at a linear's outputs, `[out]`, by the same keys; empty for equal ones.
         masks: a model of the same shape whose zeros become zeros; None for none.
+        form: in which the target is stored; has the grids of its linears.
         smaller: whether groups of weights go altogether.
     """
 
@@ -79,16 +83,17 @@ class Plan:
 
     recipe: PassRecipe
     method: LayerMethod
-    folder: Path
+    output: Path
     target: PrunableModel
     patterns: Mapping[str, Pattern]
     output_weights: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     masks: PrunableModel | None = None
+    form: Form = dataclasses.field(default_factory=Form)
 
     @property
-    def pack(self) -> bool:
-        """Whether zeros are stored as a bitmask."""
-        return bool(self.recipe.get("pack"))
+    def folder(self) -> Path:
+        """Of the run."""
+        return run_folder_of(self.output)
 
     def support(self, key: str, weight: np.ndarray) -> np.ndarray | None:
         """The weights of a linear that may be non-zero, `[out, in]` bool as the dense weight; None for all."""
@@ -105,6 +110,11 @@ class Plan:
     def stays(self) -> Sequence[int]:
         """The blocks of the model that are blocks of the target."""
         return range(self.target.num_blocks)
+
+    @property
+    def layer_count(self) -> int:
+        """Linears that are solved: pruned, and put on a grid."""
+        return len(self.patterns) + (0 if self.recipe.bits is None else len(self.form.bits))
 
     def with_shape(self, model: PrunableModel, shape: ShapeRecord | None) -> "Plan":
         """The plan for the sizes that a run chose, if it did."""
@@ -137,14 +147,15 @@ class Plan:
         """A block of the target that an earlier run stored, from a copy of the dense one, whose `keys` are by path."""
         del place
         # As in `finish`, what was not pruned, moved or trained runs as the source has it, not as it was stored.
-        pruned = {path: value for path, value in tensors.items() if keys[path] in self.patterns}
+        changed_keys = {*self.patterns, *self.form.bits}
+        pruned = {path: value for path, value in tensors.items() if keys[path] in changed_keys}
         changed = self.recipe.get("permute") or (pruned and self.recipe.reconstruction is not None)
         block.write(tensors if changed else pruned)
         return block
 
     def broken(self) -> list[str]:
-        """The linears in the finished folder that break their pattern."""
-        return [audit.layer for audit in audit_stored(self.folder, self.patterns) if not audit.fits]
+        """The linears in the finished model that break their pattern."""
+        return [audit.layer for audit in audit_stored(self.output, self.patterns) if not audit.fits]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +211,7 @@ class SmallerPlan(Plan):
 
     def broken(self) -> list[str]:
         # It has no pattern; opening it checks its tensors against its configuration.
-        open_model(self.folder)
+        open_model(self.output)
         return []
 
 
@@ -221,7 +232,7 @@ def _energy(weight: np.ndarray, grams: BlockGrams, expert: int) -> float:
     return float(np.sum((weight @ np.asarray(grams[f"mlp.experts.{expert}.hidden"].gram)) * weight))
 
 
-def make_plan(model: PrunableModel, recipe: PassRecipe, folder: Path) -> Plan:
+def make_plan(model: PrunableModel, recipe: PassRecipe, output: Path) -> Plan:
     """The plan of a recipe for a model, with the recipe's sparsity in every linear it targets, or its shares of groups.
 
     Raises:
@@ -229,18 +240,38 @@ def make_plan(model: PrunableModel, recipe: PassRecipe, folder: Path) -> Plan:
             the layer where the pattern is impossible.
     """
     check_expert_tokens(model, recipe)
-    recipe = with_dtype(model.source, recipe)
+    if not is_file(output):
+        recipe = with_dtype(model.source, recipe)
     if isinstance(recipe, ShrinkRecipe):
-        plan = SmallerPlan(recipe, recipe.layer_method, folder, model, {}, sizes=sizes_of(model))
+        form = chosen_form(model, model, range(model.num_blocks), recipe, output, None)
+        recipe = _without_distillation(recipe, form)
+        plan = SmallerPlan(recipe, recipe.layer_method, output, model, {}, sizes=sizes_of(model))
         plan = shrink_plan(model, plan, shrunk_sizes(model, recipe))
         if recipe.has_budget:
             _check_budget(model, plan, recipe)
         return plan
     assert isinstance(recipe, Recipe)
     recipe = fitting_recipe(model, recipe)
-    method = recipe.layer_method
-    patterns = layer_patterns(model, recipe, method, layer_shares(model, recipe))
-    return Plan(recipe, method, folder, model, patterns, masks=_model_of_masks(model, recipe, patterns))
+    method, shares = recipe.layer_method, layer_shares(model, recipe)
+    form = chosen_form(model, model, range(model.num_blocks), recipe, output, shares)
+    recipe = _without_distillation(recipe, form)
+    if recipe.bits is not None and not recipe.has_support:
+        # Nothing is to be found in a linear that has no zeros; it is put on its grid as it is.
+        shares = {key: share for key, share in shares.items() if share}
+    patterns = layer_patterns(model, recipe, method, shares)
+    return Plan(recipe, method, output, model, patterns, masks=_model_of_masks(model, recipe, patterns), form=form)
+
+
+def _without_distillation(recipe: T, form: Form) -> T:
+    """The recipe without training of the whole model where linears lie on a grid, which it would leave."""
+    if not form.bits or recipe.distillation is None:
+        return recipe
+    if recipe.given("distil_epochs"):
+        raise ValueError(
+            "distil_epochs trains the whole model after its linears were put on grids of few bits, which they would "
+            "leave: leave distil_epochs out, or bits"
+        )
+    return recipe.model_copy(update={"distil_epochs": 0})
 
 
 def _model_of_masks(model: PrunableModel, recipe: Recipe, keys: Collection[str]) -> PrunableModel | None:
@@ -289,7 +320,8 @@ def shrink_plan(model: PrunableModel, plan: SmallerPlan, sizes: Sizes) -> Smalle
                 patterns[key] = GroupTopK(sizes.channels)
     for shape, pattern in {model.weight_shape(key): pattern for key, pattern in patterns.items()}.items():
         check_method(plan.method, pattern, shape, reads_variances(plan.method))
-    return dataclasses.replace(plan, target=small, patterns=patterns, sizes=sizes)
+    form = chosen_form(model, small, sizes.blocks, plan.recipe, plan.output, None)
+    return dataclasses.replace(plan, target=small, patterns=patterns, sizes=sizes, form=form)
 
 
 def _check_budget(model: PrunableModel, plan: SmallerPlan, recipe: ShrinkRecipe) -> None:

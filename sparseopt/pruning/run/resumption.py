@@ -1,6 +1,7 @@
 """The run folder of pruning, a `system.run_folder` with a model in it, and the fingerprint of its run.
 
     *.safetensors   a block is finished when its shard and the records of all its linears are there
+    *.gguf          such shards of a GGUF file, which lies beside the folder
 
     with claimed(folders):                                         # one writer at a time, nothing else in them
         if is_finished(identity, plan):
@@ -34,13 +35,18 @@ from sparseopt.models import (
     TorchModel,
     block_tag,
     open_model,
-    shard_name,
     trained_tag,
 )
 from sparseopt.models.files.packed import PACKED_INDEX
-from sparseopt.models.files.safetensors import read_header
 from sparseopt.models.streaming.prunable import digest
-from sparseopt.pruning.base.records import AllocationRecord, BlockRecord, DistillationRecord, LayerRecord, ShapeRecord
+from sparseopt.pruning.base.records import (
+    AllocationRecord,
+    BlockRecord,
+    DistillationRecord,
+    GridRecord,
+    LayerRecord,
+    ShapeRecord,
+)
 from sparseopt.pruning.base.reports import PruneReport
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe, described
 from sparseopt.pruning.run.plan import Plan
@@ -175,7 +181,7 @@ def _holds_a_model(folder: Path, why: str = "") -> FolderError:
     return FolderError(f"the output folder {folder} is not empty (it holds a model); choose another or empty it{why}")
 
 
-Finished = AllocationRecord | ShapeRecord | LayerRecord | BlockRecord | DistillationRecord
+Finished = AllocationRecord | ShapeRecord | LayerRecord | GridRecord | BlockRecord | DistillationRecord
 KINDS: dict[str, type] = {each.kind: each for each in get_args(Finished)}
 R = TypeVar("R", bound=Finished)
 
@@ -197,6 +203,10 @@ class Progress:
     @property
     def layers(self) -> list[LayerRecord]:
         return self._all(LayerRecord)
+
+    @property
+    def grids(self) -> list[GridRecord]:
+        return self._all(GridRecord)
 
     @property
     def trained(self) -> list[BlockRecord]:
@@ -252,7 +262,7 @@ def state_in(identity: Identity, plan: Plan) -> State:
         wanted["tokens"] = read_start(folder)["fingerprint"].get("tokens")
     state, different = run_folder.state_of(folder, wanted)
     # The summary comes last: a run that was killed between index and summary is finished once more.
-    ended = (folder / SUMMARY).is_file() and any((folder / index).is_file() for index in INDEXES)
+    ended = (folder / SUMMARY).is_file() and any((folder / last).is_file() for last in {*INDEXES, plan.form.last})
     if not different:
         return State.UNFINISHED if state is State.FINISHED and not ended else state
     if ended:
@@ -273,7 +283,13 @@ def read_report(identity: Identity, plan: Plan) -> PruneReport:
     summary = run_folder.read_json(folder / SUMMARY)
     try:
         return PruneReport.from_summary(
-            summary, folder, layers=found.layers, blocks=found.trained, shape=found.shape, distilled=found.distilled
+            summary,
+            plan.output,
+            layers=found.layers,
+            grids=found.grids,
+            blocks=found.trained,
+            shape=found.shape,
+            distilled=found.distilled,
         )
     except (KeyError, TypeError) as error:
         raise _holds_a_model(folder, f". Its {SUMMARY} is not that of a pruning run ({error})") from error
@@ -286,13 +302,16 @@ def progress_in(identity: Identity, plan: Plan) -> Progress:
         FolderError: if another run was started there, listing every difference.
     """
     folder = plan.folder
-    if state_in(identity, plan) is State.NEW:
+    new = state_in(identity, plan) is State.NEW
+    found = Progress() if new else _read_progress(identity.model, plan)
+    if plan.output.is_file() and found.blocks < identity.model.num_blocks:
+        raise FolderError(f"{plan.output} exists and is not of this run; choose another output or remove it")
+    if new:
         run_folder.write_start(folder, identity.of(plan.recipe))
-        return Progress()
-    found = _read_progress(identity.model, plan)
-    kept = {shard_name(tag, plan.pack) for tag in found.tags}
+        return found
+    kept = {plan.form.file_name(tag) for tag in found.tags}
     for entry in folder.iterdir():
-        if entry.suffix in (".tmp", ".safetensors") and entry.name not in kept:
+        if entry.suffix in (".tmp", ".safetensors", ".gguf") and entry.name not in kept:
             entry.unlink()
     run_folder.write_records(folder, (record.as_dict() for record in found.records))
     return found
@@ -300,7 +319,10 @@ def progress_in(identity: Identity, plan: Plan) -> Progress:
 
 def _read_progress(model: PrunableModel, plan: Plan) -> Progress:
     def stored(tag: str) -> bool:
-        return _is_whole(plan.folder / shard_name(tag, plan.pack))
+        file = plan.folder / plan.form.file_name(tag)
+        with contextlib.suppress(ModelError):
+            return file.is_file() and bool(plan.form.read(file))
+        return False
 
     if not (plan.folder / RUN).is_file():
         return Progress()
@@ -329,10 +351,3 @@ def _read_progress(model: PrunableModel, plan: Plan) -> Progress:
         found.records += own
     found.records += distilled
     return found
-
-
-def _is_whole(file: Path) -> bool:
-    try:
-        return file.is_file() and bool(read_header(file))
-    except ModelError:
-        return False

@@ -19,13 +19,23 @@ from sparseopt.models import (
     PrunableModel,
     ShardedWriter,
     StreamedModel,
+    UnreadTensor,
     block_tag,
     trained_tag,
     unread,
 )
 from sparseopt.pruning.base.activations import Batches, DiskBatches, SpreadBatches, Stream
 from sparseopt.pruning.base.grams import BlockRunner
-from sparseopt.pruning.base.records import BlockRecord, Calibration, Event, Footprint, LayerRecord, Replay, Score
+from sparseopt.pruning.base.records import (
+    BlockRecord,
+    Calibration,
+    Event,
+    Footprint,
+    GridRecord,
+    LayerRecord,
+    Replay,
+    Score,
+)
 from sparseopt.pruning.base.reports import PruneReport
 from sparseopt.pruning.evaluate.perplexity import window_losses
 from sparseopt.pruning.run.block import DenseBlock, PruningError, prune_block, trained_entries
@@ -71,7 +81,7 @@ class Branch:
         """Write the tensors outside the blocks, unless they are there; the stream is that before the first block."""
         plan, target, tags, self.stream = self.plan, self.plan.target, self.progress.tags, stream
         self.writer = ShardedWriter(
-            plan.folder, target.source, plan.recipe.dtype, plan.pack, target.exported_keys(), tags,
+            plan.folder, target.source, plan.recipe.dtype, plan.form, target.exported_keys(), tags,
             writes=processes.is_first(),
         )  # fmt: skip
         if OUTER_TAG not in tags:
@@ -100,7 +110,11 @@ class Branch:
 
     def _replay(self, dense: DenseBlock, place: int, told: Callable[[Event], None]) -> PrunableBlock:
         told(Replay(len(self.plan.layers(self.model, dense.index))))
-        records: list[LayerRecord | BlockRecord] = [*self.progress.layers, *self.progress.trained]
+        records: list[LayerRecord | GridRecord | BlockRecord] = [
+            *self.progress.layers,
+            *self.progress.grids,
+            *self.progress.trained,
+        ]
         for record in records:
             if record.block == dense.index:
                 told(record)
@@ -114,7 +128,7 @@ class Branch:
         return {path: target.as_stored(key, stored[key]) for path, key in target.block_keys(place).items()}
 
     def _prune(self, dense: DenseBlock, place: int, told: Callable[[Event], None]) -> PrunableBlock:
-        def kept(record: LayerRecord | BlockRecord) -> None:
+        def kept(record: LayerRecord | GridRecord | BlockRecord) -> None:
             self.keep(record)
             told(record)
 
@@ -122,8 +136,11 @@ class Branch:
         self._write(block_tag(dense.index), tensors)
         return block
 
-    def _write(self, tag: str, tensors: Mapping[str, np.ndarray], instead: str | None = None) -> None:
-        stored = {key: self.plan.target.as_stored(key, value) for key, value in tensors.items()}
+    def _write(self, tag: str, tensors: Mapping[str, np.ndarray | UnreadTensor], instead: str | None = None) -> None:
+        stored = {
+            key: value if isinstance(value, UnreadTensor) else self.plan.target.as_stored(key, value)
+            for key, value in tensors.items()
+        }
         self.writer.write(tag, stored, instead)
 
     def distil(
@@ -167,22 +184,23 @@ class Branch:
         Raises:
             PruningError: if what was stored breaks the pattern.
         """
-        folder, first = self.plan.folder, processes.is_first()
+        folder, output, first = self.plan.folder, self.plan.output, processes.is_first()
         layers, blocks = self.progress.layers, self.progress.trained
         report = PruneReport(
-            output=folder,
+            output=output,
             source=self.model.source.name,
             revision=self.model.source.revision,
             recipe=self.plan.recipe.as_dict(),
             layers=layers,
             blocks=blocks,
+            grids=self.progress.grids,
             prunable_size=sum(math.prod(self.model.weight_shape(key)) for key in self.model.linear_keys()),
             calibration=self.calibration,
             shape=self.progress.shape,
             distilled=self.progress.distilled,
-            solver_seconds=sum(r.seconds for r in layers),
+            solver_seconds=sum(r.seconds for r in (*layers, *self.progress.grids)),
             reconstruction_seconds=sum(r.seconds for r in blocks),
-            layer_compilations=sum(r.compile_seconds > 0 for r in layers),
+            layer_compilations=sum(r.compile_seconds > 0 for r in (*layers, *self.progress.grids)),
             dense_bytes=self.writer.dense_bytes,
             stored_bytes=self.writer.stored_bytes,
             resumed_blocks=self.finished,
@@ -194,10 +212,10 @@ class Branch:
         self.writer.finish({CARD: card})
         if broken := processes.told(self.plan.broken() if first else []):
             raise PruningError(
-                f"{len(broken)} linears read back from {folder} break their pattern, "
-                f"{broken[0]} first; was the folder changed while it was written?"
+                f"{len(broken)} linears read back from {output} break their pattern, "
+                f"{broken[0]} first; was it changed while it was written?"
             )
-        scores = scoring(folder)
+        scores = scoring(output)
         report = replace(report, scores=scores, seconds=time.perf_counter() - start)
         if first:
             if (folder / CARD).read_bytes() == card:
@@ -255,13 +273,13 @@ class Pass:
 
     def tell(self, event: Event) -> None:
         """Tell the observer, with the layers that are done and those of all runs."""
-        self.done += isinstance(event, LayerRecord)
+        self.done += isinstance(event, LayerRecord | GridRecord)
         # What is pruned may be known only after the choice of sizes.
-        self.observer(event, self.done, sum(len(branch.plan.patterns) for branch in self.branches))
+        self.observer(event, self.done, sum(branch.plan.layer_count for branch in self.branches))
 
-    def scores(self, folder: Path) -> tuple[Score, ...]:
-        """The perplexities of the dense model and of the one in a folder."""
-        before, after = self._before, self._perplexities(folder, "after")
+    def scores(self, output: Path) -> tuple[Score, ...]:
+        """The perplexities of the dense model and of the one that was written."""
+        before, after = self._before, self._perplexities(output, "after")
         pairs = zip(self.samples, before, after, strict=True)
         return tuple(Score(each.text, len(each.ids), each.ids.shape[1], old, new) for each, old, new in pairs)
 

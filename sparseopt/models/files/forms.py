@@ -1,0 +1,228 @@
+"""The forms in which a model is written: what becomes of tensors in a shard, and the file that completes the model.
+
+Form         safetensors, which transformers loads
+Packed       zeros as a bitmask, see `packed`
+Compressed   linears of few bits, see `compressed`
+Joined       one GGUF file, of which every shard is a part, see `gguf.writer`
+"""
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from gguf import GGMLQuantizationType
+
+from sparseopt.layers.bits import Bits
+from sparseopt.models.files.compressed import compress_tensors, quantization_config, read_compressed_header
+from sparseopt.models.files.gguf.architectures import Architecture, architecture_of
+from sparseopt.models.files.gguf.header import GGUFTensor
+from sparseopt.models.files.gguf.header import read_header as read_gguf_header
+from sparseopt.models.files.gguf.metadata import Value, metadata_of
+from sparseopt.models.files.gguf.source import GGUFSource
+from sparseopt.models.files.gguf.writer import (
+    FLOATS,
+    KINDS,
+    Encoded,
+    bytes_as,
+    copied,
+    on_grid,
+    rounded,
+    write_gguf,
+)
+from sparseopt.models.files.packed import FORMAT, PACKED_INDEX, PACKED_PREFIX, VERSION, pack_tensors, read_packed_header
+from sparseopt.models.files.safetensors import TensorInfo, UnreadTensor, read_header, write_tensors
+from sparseopt.models.files.source import FileTensor, Source
+
+
+class Shard(NamedTuple):
+    """A file to write: the bytes of its tensors as stored, and what writes it."""
+
+    nbytes: int
+    write: Callable[[Path], None]
+
+
+@dataclass(frozen=True)
+class Form:
+    """Safetensors, which transformers loads.
+
+    Attributes:
+        bits: the grid of every weight that lies on one, by its name.
+    """
+
+    bits: Mapping[str, Bits] = field(default_factory=dict)
+
+    @property
+    def last(self) -> str:
+        """The path, from the model's folder, of the file that completes the model: its index."""
+        return "model.safetensors.index.json"
+
+    def file_name(self, tag: str) -> str:
+        return f"model-{tag}.safetensors"
+
+    def most_bytes(self, name: str, info: TensorInfo) -> int:
+        """Of a tensor as stored, at most."""
+        del name
+        return info.nbytes
+
+    def shard(self, tensors: Mapping[str, UnreadTensor]) -> Shard:
+        return _safetensors(tensors)
+
+    def read(self, file: Path) -> Mapping[str, FileTensor | UnreadTensor]:
+        """The tensors of a shard by their names; a ModelError for a file that is not whole."""
+        return read_header(file)
+
+    def indexed(self, file: Path) -> Collection[str]:
+        """The names in the index of what a shard holds."""
+        return self.read(file)
+
+    def stored_bytes(self, file: Path) -> int:
+        """Of the tensors of a shard."""
+        return sum(tensor.nbytes for tensor in read_header(file).values())
+
+    def index(self, dense_bytes: int) -> dict[str, Any]:
+        """What the index says besides."""
+        del dense_bytes
+        return {}
+
+    def config(self, config: dict[str, Any], linears: Collection[str]) -> dict[str, Any]:
+        """The configuration to write; `linears` are the names of all matrices that a linear may have."""
+        del linears
+        return config
+
+
+class Packed(Form):
+    """Zeros as a bitmask, which sparseopt reads."""
+
+    @property
+    def last(self) -> str:
+        return PACKED_INDEX
+
+    def file_name(self, tag: str) -> str:
+        return f"{PACKED_PREFIX}{tag}.safetensors"
+
+    def shard(self, tensors: Mapping[str, UnreadTensor]) -> Shard:
+        return _safetensors(*pack_tensors({name: tensor.read() for name, tensor in tensors.items()}))
+
+    def read(self, file: Path) -> Mapping[str, FileTensor]:
+        return read_packed_header(file)
+
+    def index(self, dense_bytes: int) -> dict[str, Any]:
+        return {"format": FORMAT, "version": VERSION, "dense_size": dense_bytes}
+
+
+class Compressed(Form):
+    """Linears of few bits as the compressed-tensors package stores them, through which transformers loads them."""
+
+    def most_bytes(self, name: str, info: TensorInfo) -> int:
+        # 4 bytes for a scale, and rows filled up to whole numbers of 32 bits.
+        return info.nbytes if name not in self.bits else info.nbytes // 4 + 8 * info.shape[0]
+
+    def shard(self, tensors: Mapping[str, UnreadTensor]) -> Shard:
+        on_grid = {name: tensor.read() for name, tensor in tensors.items() if name in self.bits}
+        others = {name: tensor for name, tensor in tensors.items() if name not in on_grid}
+        return _safetensors({**others, **compress_tensors(on_grid, self.bits)})
+
+    def read(self, file: Path) -> Mapping[str, FileTensor]:
+        return read_compressed_header(file)
+
+    def indexed(self, file: Path) -> Collection[str]:
+        return read_header(file)
+
+    def config(self, config: dict[str, Any], linears: Collection[str]) -> dict[str, Any]:
+        return {**config, "quantization_config": quantization_config(self.bits, linears)}
+
+
+@dataclass(frozen=True)
+class Joined(Form):
+    """One GGUF file, of which every shard is a part, itself a file in GGUF.
+
+    A tensor that comes unchanged from a GGUF file is copied as it is stored there. Embedding and head are rounded to a
+    type of their own, if there is one.
+
+    Attributes:
+        file: the path of the whole file.
+        source: the model that is written; gives its configuration, metadata and tokenizer.
+        outer_bits: the grid of embedding and head; None leaves them as they are.
+    """
+
+    file: Path = field(kw_only=True)
+    source: Source = field(kw_only=True)
+    outer_bits: Bits | None = field(kw_only=True)
+
+    @property
+    def last(self) -> str:
+        return str(self.file)
+
+    def file_name(self, tag: str) -> str:
+        return f"model-{tag}.gguf"
+
+    def most_bytes(self, name: str, info: TensorInfo) -> int:
+        # Of a shard, and of the file.
+        return 2 * bytes_as(self._kind(name, info), info.shape)
+
+    def shard(self, tensors: Mapping[str, UnreadTensor]) -> Shard:
+        found = {self._architecture.gguf_name(name): self._encoded(name, tensor) for name, tensor in tensors.items()}
+        return self._written(found, self._metadata(tokenizer=False))
+
+    def joined(self, shards: Iterable[Path]) -> Shard:
+        """The whole file."""
+        tensors = {name: copied(each) for file in shards for name, each in read_gguf_header(file).tensors.items()}
+        tensors |= {name: plain(value) for name, value in self._architecture.spare_tensors(self.source.config).items()}
+        return self._written(tensors, self._metadata(tokenizer=True))
+
+    def read(self, file: Path) -> Mapping[str, UnreadTensor]:
+        found = GGUFSource(file)
+        return {
+            name: UnreadTensor(each.shape, each.dtype, partial(found.pieces, name), each)
+            for name, each in found.tensors.items()
+        }
+
+    def stored_bytes(self, file: Path) -> int:
+        return sum(tensor.stored_bytes for tensor in read_gguf_header(file).tensors.values())
+
+    @cached_property
+    def _architecture(self) -> Architecture:
+        return architecture_of(self.source.config)[1]
+
+    def _kind(self, name: str, info: TensorInfo) -> GGMLQuantizationType:
+        """The type that a tensor is stored in."""
+        if name in self.bits:
+            return KINDS[self.bits[name].name]
+        if len(info.shape) < 2:
+            return GGMLQuantizationType.F32
+        outer = self.outer_bits
+        if outer is not None and self._is_outer(name) and info.shape[-1] % (outer.group or 1) == 0:
+            return KINDS[outer.name]
+        return FLOATS.get(info.dtype, GGMLQuantizationType.F32)
+
+    def _is_outer(self, name: str) -> bool:
+        return self._architecture.gguf_name(name) in ("token_embd.weight", "output.weight")
+
+    def _encoded(self, name: str, tensor: UnreadTensor) -> Encoded:
+        architecture, config, origin = self._architecture, self.source.config, tensor.origin
+        if isinstance(origin, GGUFTensor) and not (self.outer_bits and self._is_outer(name)):
+            return copied(origin)
+        if name in self.bits:
+            return on_grid(architecture.redo(name, tensor.read(), config), self.bits[name])
+
+        def pieces() -> Iterable[np.ndarray]:
+            whole = architecture.moves_rows(name)
+            return (architecture.redo(name, each, config) for each in ([tensor.read()] if whole else tensor.pieces()))
+
+        return rounded(pieces, self._kind(name, tensor), tensor.shape)
+
+    def _metadata(self, tokenizer: bool) -> Mapping[str, Value]:
+        found = metadata_of(self.source, self.source.config)
+        return {key: value for key, value in found.items() if tokenizer or not key.startswith("tokenizer.")}
+
+    def _written(self, tensors: Mapping[str, Encoded], metadata: Mapping[str, Value]) -> Shard:
+        nbytes = sum(tensor.nbytes for tensor in tensors.values())
+        return Shard(nbytes, lambda file: write_gguf(file, metadata, tensors))
+
+
+def _safetensors(tensors: Mapping[str, np.ndarray | UnreadTensor], metadata: Mapping[str, str] | None = None) -> Shard:
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    return Shard(nbytes, lambda file: write_tensors(file, tensors, metadata))

@@ -1,0 +1,125 @@
+"""Tensors as GGUF stores them, and a file of them, written with the `gguf` package.
+
+A tensor is copied from another GGUF file as it is stored there, or a weight that lies on a grid is packed with the
+scales that it has, or it is rounded to a type.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGUFWriter, LlamaFileType
+from gguf import GGMLQuantizationType as Kind
+from gguf.quants import quantize
+from jaxtyping import Float
+
+from sparseopt.layers.bits import Bits, multiples_of
+from sparseopt.models.files.gguf.header import GGUFTensor
+from sparseopt.models.files.gguf.metadata import Value
+from sparseopt.models.files.safetensors import SLICE, read_part
+
+# The types of grids, and of those of GGUF's own the grid without an offset that takes as many bits, or the next more.
+KINDS = {"q4_0": Kind.Q4_0, "q5_0": Kind.Q5_0, "q8_0": Kind.Q8_0}
+SAME_WIDTH = {
+    **dict.fromkeys((Kind.Q2_K, Kind.Q3_K, Kind.Q4_0, Kind.Q4_1, Kind.Q4_K, Kind.IQ4_NL, Kind.IQ4_XS), "q4_0"),
+    **dict.fromkeys((Kind.Q5_0, Kind.Q5_1, Kind.Q5_K), "q5_0"),
+    **dict.fromkeys((Kind.Q6_K, Kind.Q8_0, Kind.Q8_K), "q8_0"),
+}
+FLOATS = {np.dtype(np.float32): Kind.F32, np.dtype(np.float16): Kind.F16, np.dtype(ml_dtypes.bfloat16): Kind.BF16}
+# The version of GGUF's quantised types.
+QUANTISATION = 2
+# What is written of every file's own.
+_OWN = ("general.architecture", "general.file_type", "general.quantization_version")
+
+
+class Encoded(NamedTuple):
+    """A tensor as stored: its type, its shape, and its bytes in pieces."""
+
+    kind: Kind
+    shape: tuple[int, ...]
+    pieces: Callable[[], Iterable[np.ndarray]]
+
+    @property
+    def nbytes(self) -> int:
+        return bytes_as(self.kind, self.shape)
+
+
+def bytes_as(kind: Kind, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor of a type."""
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    return int(np.prod(shape, dtype=np.int64)) // block * block_bytes
+
+
+def copied(tensor: GGUFTensor) -> Encoded:
+    """A tensor as another file stores it, byte for byte."""
+
+    def pieces() -> Iterable[np.ndarray]:
+        for first in range(0, tensor.stored_bytes, SLICE):
+            count = min(SLICE, tensor.stored_bytes - first)
+            yield read_part(tensor.file, np.dtype(np.uint8), count, tensor.start + first)
+
+    return Encoded(tensor.kind, tensor.shape, pieces)
+
+
+def rounded(pieces: Callable[[], Iterable[np.ndarray]], kind: Kind, shape: tuple[int, ...]) -> Encoded:
+    """Values, in pieces along their first axis, rounded to a type."""
+    return Encoded(kind, shape, lambda: (quantize(piece.astype(np.float32), kind) for piece in pieces()))
+
+
+def on_grid(weight: Float[np.ndarray, "out in"], bits: Bits) -> Encoded:
+    """A weight on a grid, exactly; a ValueError if it lies on none."""
+    kind = KINDS[bits.name]
+    multiples, scales = multiples_of(weight, bits)
+    # A block: its scale, and 32 multiples.
+    whole = multiples.reshape(-1, 32)
+    parts = [scales.reshape(-1, 1).view(np.uint8)]
+    if kind == Kind.Q8_0:
+        parts.append(whole.view(np.uint8))
+    else:
+        # Half-bytes of the first and of the last 16; the fifth bits of all 32 come before them.
+        above = (whole - np.int8(bits.low)).astype(np.uint8)
+        if kind == Kind.Q5_0:
+            parts.append(np.packbits(above >> 4, axis=1, bitorder="little"))
+        parts.append((above[:, :16] & 15) | (above[:, 16:] & 15) << 4)
+    blocks = np.concatenate(parts, axis=1)
+    return Encoded(kind, weight.shape, lambda: [blocks])
+
+
+def write_gguf(file: Path, metadata: Mapping[str, Value], tensors: Mapping[str, Encoded]) -> None:
+    """Write a file with these key-value pairs and these tensors, by their names in GGUF."""
+    writer = GGUFWriter(file, metadata["general.architecture"].value)
+    for key, value in metadata.items():
+        if key not in _OWN:
+            writer.add_key_value(key, value.value, value.kind, value.item)
+    writer.add_file_type(_file_type(tensors))
+    writer.add_quantization_version(QUANTISATION)
+    writer.data_alignment = metadata["general.alignment"].value if "general.alignment" in metadata else 32
+    for name, tensor in tensors.items():
+        writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), tensor.nbytes, tensor.kind)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        stream: Any = writer.fout[0]
+        writer.write_padding(stream, stream.tell())
+        for tensor in tensors.values():
+            for piece in tensor.pieces():
+                stream.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
+            writer.write_padding(stream, tensor.nbytes)
+    finally:
+        # Also where opening failed.
+        for stream in writer.fout or ():
+            stream.close()
+
+
+def _file_type(tensors: Mapping[str, Encoded]) -> LlamaFileType:
+    """The type of most matrices' weights, which programs show."""
+    sizes: dict[Kind, int] = {}
+    for tensor in tensors.values():
+        if len(tensor.shape) > 1:
+            sizes[tensor.kind] = sizes.get(tensor.kind, 0) + int(np.prod(tensor.shape, dtype=np.int64))
+    kind = max(sizes, key=lambda each: sizes[each], default=Kind.F32)
+    names = {"F32": "ALL_F32", "Q4_K": "MOSTLY_Q4_K_M", "Q5_K": "MOSTLY_Q5_K_M", "Q3_K": "MOSTLY_Q3_K_M"}
+    return LlamaFileType[names.get(kind.name, f"MOSTLY_{kind.name}")]

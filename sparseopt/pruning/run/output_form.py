@@ -1,0 +1,101 @@
+"""In which form a run stores its model, and which linears lie on a grid of few bits: decided before any work.
+
+output ends in .gguf    one GGUF file, with its run in a folder beside it, whose name ends in .gguf.run
+bits int8, int4         a folder in the form of compressed-tensors
+else                    a folder of safetensors, packed if asked for
+"""
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from sparseopt.layers.bits import BITS, Bits, parse_bits
+from sparseopt.models import Compressed, Form, Joined, ModelError, Packed, PrunableModel
+from sparseopt.models.files.gguf.architectures import architecture_of
+from sparseopt.models.files.gguf.header import GGUFTensor
+from sparseopt.models.files.gguf.writer import KINDS, SAME_WIDTH
+from sparseopt.pruning.recipe.pass_recipe import PassRecipe
+
+ENDING = ".gguf"
+# Of embedding and head, where linears have fewer bits.
+OUTER_BITS = "q8_0"
+
+
+def is_file(output: Path) -> bool:
+    """Whether a model is written as one file."""
+    return output.suffix.lower() == ENDING
+
+
+def run_folder_of(output: Path) -> Path:
+    """The folder of the run that writes an output."""
+    return output.with_name(f"{output.name}.run") if is_file(output) else output
+
+
+def chosen_form(
+    model: PrunableModel,
+    target: PrunableModel,
+    stays: Sequence[int],
+    recipe: PassRecipe,
+    output: Path,
+    targeted: Collection[str] | None,
+) -> Form:
+    """The form of a run's output.
+
+    Args:
+        model: the dense model.
+        target: the model that is written.
+        stays: the blocks of the model that are the target's.
+        recipe: checked.
+        output: the folder or file.
+        targeted: the keys of the weights that the recipe is for, in the dense model; None for all linears.
+
+    Raises:
+        ValueError: for bits or a pack that this output cannot have, and bits whose groups tile no linear.
+        ModelError: for a family that GGUF does not name.
+    """
+    asked, file = None if recipe.bits is None else parse_bits(recipe.bits), is_file(output)
+    if file and recipe.get("pack"):
+        raise ValueError(f"pack stores zeros as a bitmask in a folder, and the output is {output}: leave pack out")
+    if asked and file != (asked.name in KINDS):
+        where = "in a folder: leave .gguf out of the output, or give q8_0, q5_0 or q4_0"
+        if not file:
+            where = "in a GGUF file: give an output that ends in .gguf, or int8 or int4 for a folder"
+        raise ValueError(f"bits {asked.name!r} are stored {where}")
+    if recipe.head_bits is not None and not file:
+        raise ValueError("head_bits are stored in a GGUF file: give an output that ends in .gguf, or leave them out")
+    bits: dict[str, Bits] = {}
+    for place, index in enumerate(stays):
+        for name in target.block_linears(place):
+            dense, key = model.weight_key(index, name), target.weight_key(place, name)
+            own = (asked if targeted is None or dense in targeted else None) if asked else _same_width(model, dense)
+            if own is not None and (asked or file) and target.weight_shape(key)[1] % (own.group or 1) == 0:
+                bits[key] = own
+    if asked and not bits:
+        widths = sorted({target.weight_shape(key)[1] for key in target.linear_keys()})
+        raise ValueError(
+            f"bits {asked.name!r} have a scale for each {asked.group} inputs, which tile no linear of this model, of "
+            f"{', '.join(map(str, widths))} inputs: take int8, or int4:group with a divisor"
+        )
+    if file:
+        architecture_of(target.source.config)
+        return Joined(bits, file=output, source=target.source, outer_bits=_outer_bits(model, recipe))
+    if bits:
+        return Compressed(bits)
+    return Packed() if recipe.get("pack") else Form()
+
+
+def _same_width(model: PrunableModel, key: str) -> Bits | None:
+    """The grid without an offset that takes as many bits as a GGUF file has for a tensor; None for floats."""
+    info = model.source.tensors[key]
+    name = SAME_WIDTH.get(info.kind) if isinstance(info, GGUFTensor) else None
+    if isinstance(info, GGUFTensor) and info.quantised and name is None:
+        raise ModelError(f"{key} has the type {info.kind.name}, and no grid without an offset is as wide: give bits")
+    return None if name is None else BITS[name]
+
+
+def _outer_bits(model: PrunableModel, recipe: PassRecipe) -> Bits | None:
+    """The grid of embedding and head: as given, and of floats beside linears of few bits `OUTER_BITS`."""
+    if recipe.head_bits is not None:
+        return BITS[recipe.head_bits]
+    infos = [model.source.tensors[key] for key in model.outer_keys()]
+    quantised = any(isinstance(info, GGUFTensor) and info.quantised for info in infos)
+    return BITS[OUTER_BITS] if recipe.bits is not None and not quantised else None

@@ -1,0 +1,85 @@
+"""The linears of a finished block put on grids of few bits, one after the other or side by side, as they are pruned.
+
+    minimise over V    1/2 ||X (V - W)ᵀ||²    subject to V on the grid, and zero where W is
+
+with W the linear after pruning and training, and X its inputs in this block, before it is rounded.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+
+from sparseopt.layers.bits import Bits
+from sparseopt.layers.methods.few_bits import FewBits
+from sparseopt.layers.methods.scores import Magnitude
+from sparseopt.layers.patterns import parse_pattern
+from sparseopt.layers.problem import LayerJob, check_answer
+from sparseopt.layers.side_by_side import LayerTask, solve_block
+from sparseopt.models import PrunableBlock
+from sparseopt.pruning.base.activations import Stream
+from sparseopt.pruning.base.grams import BlockGrams, BlockRunner
+from sparseopt.pruning.base.records import GridRecord
+from sparseopt.pruning.run.plan import Plan
+
+
+def round_block(
+    plan: Plan,
+    index: int,
+    block: PrunableBlock,
+    linears: dict[str, tuple[str, Bits]],
+    stream: Stream,
+    runner: BlockRunner,
+    told: Callable[[GridRecord], None],
+) -> dict[str, np.ndarray]:
+    """Put linears of a block on their grids.
+
+    Args:
+        plan: what is done.
+        index: of the block in the dense model.
+        block: of the target; its parameters stay.
+        linears: by name, their key in the dense model and their grid.
+        stream: before the block.
+        runner: runs it.
+        told: called with each record.
+
+    Returns:
+        The weights by path, float32.
+
+    Raises:
+        RuntimeError: if a solve is not finite.
+        MemoryError: as `solve_block` does.
+    """
+    recipe, found, weights = plan.recipe, dict[str, np.ndarray](), dict[str, np.ndarray]()
+    grams = runner.grams(block, stream.calibration, recipe.weighting, None, recipe.expert_tokens)
+    for name in linears:
+        weights[name] = np.asarray(block.read(f"{name}.weight"), np.float32)
+    for bits in dict.fromkeys(bits for _, bits in linears.values()):
+        names = [name for name, (_, own) in linears.items() if own == bits]
+        method = FewBits(Magnitude(), bits)
+        tasks = [_task(plan, block, name, linears[name][0], weights[name], grams) for name in names]
+        for name, solved in zip(names, solve_block(tasks, method, stream.calibration.mesh), strict=True):
+            report, shape = solved.report, weights[name].shape
+            check_answer(report, method.first, parse_pattern("unstructured", 0.0, shape))
+            found[f"{name}.weight"] = np.asarray(report.weight)
+            plain = report.grid_energies[1].ratio if report.grid_energies else math.nan
+            errors = float(report.relative_error), float(plain)
+            key = linears[name][0].removesuffix(".weight")
+            told(GridRecord(index, key, bits.name, *errors, solved.seconds, solved.compile_seconds))
+    return found
+
+
+def _task(plan: Plan, block: PrunableBlock, name: str, key: str, weight: np.ndarray, grams: BlockGrams) -> LayerTask:
+    tap, shape = block.linears[name], weight.shape
+    starved = ".experts." in name and grams.tokens(tap) < max(1, plan.recipe.min_expert_tokens)
+    outputs = plan.output_weights.get(key)
+    # Of a smaller model, and where outputs have changed places, they are not known.
+    outputs = None if starved or plan.smaller or plan.recipe.get("permute") else outputs
+
+    def job() -> LayerJob:
+        gram = jnp.eye(shape[1], dtype=jnp.float32) if starved else grams[tap].gram
+        pattern = parse_pattern("unstructured", 0.0, shape)
+        return LayerJob(weight, gram, None, pattern, outputs, None, weight != 0)
+
+    return LayerTask(key.removesuffix(".weight"), (shape[0], shape[1]), (shape, outputs is None), job)
