@@ -55,7 +55,7 @@ HOUSE = {
     "models/files": [
         "folder",
         "safetensors",
-        "gguf/* packed",
+        "compressed gguf/* packed",
         "hub",
         "source",
     ],

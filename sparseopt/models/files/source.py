@@ -6,13 +6,14 @@ A source knows its configuration and the name, shape and dtype of each tensor; a
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from pydantic import TypeAdapter
 from tokenizers import Tokenizer
 
 from sparseopt.models.base.errors import ModelError, checked, listed
+from sparseopt.models.files.compressed import CompressedTensor, join_parts, read_quantization
 from sparseopt.models.files.folder import (
     MAX_CONFIG,
     MAX_INDEX,
@@ -30,6 +31,7 @@ from sparseopt.models.files.safetensors import StoredTensor, TensorInfo, read_he
 
 # A tensor of a folder, as it is stored.
 FileTensor = StoredTensor | PackedTensor
+T = TypeVar("T", bound=FileTensor)
 _WEIGHT_MAP = TypeAdapter(dict[str, str])
 
 
@@ -72,7 +74,8 @@ class Source(Protocol):
 class FolderSource:
     """A Hugging Face folder: config.json and model.safetensors, whole or in shards with an index, dense or packed.
 
-    Packed tensors look like dense ones; see `packed`.
+    Packed tensors and those of few bits look like dense ones, see `packed` and `compressed`; the configuration then has
+    no quantization_config.
     """
 
     def __init__(
@@ -84,7 +87,7 @@ class FolderSource:
         model_type = self.config.get("model_type")
         if model_type is not None and not isinstance(model_type, str):
             raise ModelError(f"{path / 'config.json'} has the model_type {model_type!r}, expected a name")
-        self.tensors: dict[str, FileTensor] = self._find_tensors()
+        self.tensors: dict[str, FileTensor | CompressedTensor] = self._find_tensors()
 
     def read(self, name: str) -> np.ndarray:
         return self.tensors[name].read()
@@ -108,18 +111,18 @@ class FolderSource:
             raise ModelError(f"{self.path} has no {name}; it holds {_listing(self.path)}")
         return read_json(file, limit)
 
-    def _find_tensors(self) -> dict[str, FileTensor]:
+    def _find_tensors(self) -> dict[str, FileTensor | CompressedTensor]:
         folder = self.path
         index, single = self.file("model.safetensors.index.json"), self.file("model.safetensors")
         if self.file(PACKED_INDEX).is_file():
             if index.is_file() or single.is_file():
                 raise ModelError(f"{folder} holds a packed model and a dense one; move one of them to another folder")
-            return self._read_shards(PACKED_INDEX, read_packed_header)
+            return dict(self._read_shards(PACKED_INDEX, read_packed_header))
         # In the order of transformers.
         if single.is_file():
-            return dict(read_header(single))
+            return self._dense(read_header(single))
         if index.is_file():
-            return self._read_shards(index.name, read_header)
+            return self._dense(self._read_shards(index.name, read_header))
         if any(folder.glob(f"{PACKED_PREFIX}*.safetensors")):
             raise ModelError(
                 f"{folder} has packed shards and no {PACKED_INDEX}: writing it was interrupted, or the index was not "
@@ -134,7 +137,15 @@ class FolderSource:
             f"{folder} has no model.safetensors and no model.safetensors.index.json; it holds {_listing(folder)}"
         )
 
-    def _read_shards(self, index: str, read: Callable[[Path], Mapping[str, FileTensor]]) -> dict[str, FileTensor]:
+    def _dense(self, stored: dict[str, StoredTensor]) -> dict[str, FileTensor | CompressedTensor]:
+        """The tensors by their dense names. A quantization_config that this takes care of leaves the configuration."""
+        bits = read_quantization(self.config)
+        if bits is None:
+            return dict(stored)
+        del self.config["quantization_config"]
+        return dict(join_parts(self.path, stored, bits))
+
+    def _read_shards(self, index: str, read: Callable[[Path], Mapping[str, T]]) -> dict[str, T]:
         folder = self.path
         what = f"the index in {folder} has no weight_map of names to files"
         weight_map = checked(_WEIGHT_MAP, self._read_json(index, MAX_INDEX).get("weight_map"), what)
