@@ -19,9 +19,9 @@ import numpy as np
 
 from sparseopt.core.base.types import Observer
 from sparseopt.models.base.errors import ModelError, listed
-from sparseopt.models.files.forms import Form, Joined, Packed
+from sparseopt.models.files.forms import Form, Joined, Packed, Readable
 from sparseopt.models.files.packed import PACKED_INDEX, is_packed
-from sparseopt.models.files.safetensors import WRITABLE, UnreadTensor
+from sparseopt.models.files.safetensors import WRITABLE, TensorInfo, UnreadTensor
 from sparseopt.models.files.source import FolderSource, Source
 from sparseopt.models.streaming.streamed import open_model
 from sparseopt.system.files import replacing
@@ -200,7 +200,7 @@ class ShardedWriter:
     def _put_content(self, name: str, content: bytes) -> None:
         self._put(name, len(content), lambda file: file.write_bytes(content))
 
-    def _read(self, name: str) -> Mapping[str, TensorInfo]:
+    def _read(self, name: str) -> Mapping[str, Readable]:
         return self._form.read(self.output / name)
 
     def _adopt(self, name: str) -> None:

@@ -7,7 +7,7 @@
     MODULE.weight_shape   int64 [2]                          out and in
 
 The bits are 4 or 8; a row ends with zero bits if it does not fill its last word. The folder is otherwise a dense one.
-transformers and vLLM load it because config.json says how its weights are stored, see `quantization_config`.
+transformers loads it because config.json says how its weights are stored, see `quantization_config`.
 """
 
 import math

@@ -16,11 +16,18 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from sparseopt.layers.bits import Bits
-from sparseopt.models.files.compressed import compress_tensors, quantization_config, read_compressed_header
-from sparseopt.models.files.gguf.architectures import Architecture, architecture_of
-from sparseopt.models.files.gguf.header import GGUFTensor
+from sparseopt.models.files.compressed import (
+    CompressedTensor,
+    compress_tensors,
+    quantization_config,
+    read_compressed_header,
+)
+from sparseopt.models.files.gguf.architecture import Architecture
+from sparseopt.models.files.gguf.architectures import architecture_of
+from sparseopt.models.files.gguf.header import GGUFTensor, Value
 from sparseopt.models.files.gguf.header import read_header as read_gguf_header
-from sparseopt.models.files.gguf.metadata import Value, metadata_of
+from sparseopt.models.files.gguf.metadata import metadata_of
+from sparseopt.models.files.gguf.scaling import ROPE_FACTORS, llama3_factors
 from sparseopt.models.files.gguf.source import GGUFSource
 from sparseopt.models.files.gguf.writer import (
     FLOATS,
@@ -35,6 +42,8 @@ from sparseopt.models.files.gguf.writer import (
 from sparseopt.models.files.packed import FORMAT, PACKED_INDEX, PACKED_PREFIX, VERSION, pack_tensors, read_packed_header
 from sparseopt.models.files.safetensors import TensorInfo, UnreadTensor, read_header, write_tensors
 from sparseopt.models.files.source import FileTensor, Source
+
+Readable = FileTensor | CompressedTensor | UnreadTensor
 
 
 class Shard(NamedTuple):
@@ -70,7 +79,7 @@ class Form:
     def shard(self, tensors: Mapping[str, UnreadTensor]) -> Shard:
         return _safetensors(tensors)
 
-    def read(self, file: Path) -> Mapping[str, FileTensor | UnreadTensor]:
+    def read(self, file: Path) -> Mapping[str, Readable]:
         """The tensors of a shard by their names; a ModelError for a file that is not whole."""
         return read_header(file)
 
@@ -106,7 +115,7 @@ class Packed(Form):
     def shard(self, tensors: Mapping[str, UnreadTensor]) -> Shard:
         return _safetensors(*pack_tensors({name: tensor.read() for name, tensor in tensors.items()}))
 
-    def read(self, file: Path) -> Mapping[str, FileTensor]:
+    def read(self, file: Path) -> Mapping[str, Readable]:
         return read_packed_header(file)
 
     def index(self, dense_bytes: int) -> dict[str, Any]:
@@ -125,7 +134,7 @@ class Compressed(Form):
         others = {name: tensor for name, tensor in tensors.items() if name not in on_grid}
         return _safetensors({**others, **compress_tensors(on_grid, self.bits)})
 
-    def read(self, file: Path) -> Mapping[str, FileTensor]:
+    def read(self, file: Path) -> Mapping[str, Readable]:
         return read_compressed_header(file)
 
     def indexed(self, file: Path) -> Collection[str]:
@@ -144,12 +153,14 @@ class Joined(Form):
 
     Attributes:
         file: the path of the whole file.
-        source: the model that is written; gives its configuration, metadata and tokenizer.
+        source: the dense model; gives metadata and tokenizer.
+        model_config: the configuration of the model that is written.
         outer_bits: the grid of embedding and head; None leaves them as they are.
     """
 
     file: Path = field(kw_only=True)
     source: Source = field(kw_only=True)
+    model_config: Mapping[str, Any] = field(kw_only=True)
     outer_bits: Bits | None = field(kw_only=True)
 
     @property
@@ -170,10 +181,11 @@ class Joined(Form):
     def joined(self, shards: Iterable[Path]) -> Shard:
         """The whole file."""
         tensors = {name: copied(each) for file in shards for name, each in read_gguf_header(file).tensors.items()}
-        tensors |= {name: plain(value) for name, value in self._architecture.spare_tensors(self.source.config).items()}
+        if (factors := llama3_factors(self.model_config)) is not None and ROPE_FACTORS not in tensors:
+            tensors[ROPE_FACTORS] = rounded(lambda: [factors], GGMLQuantizationType.F32, factors.shape)
         return self._written(tensors, self._metadata(tokenizer=True))
 
-    def read(self, file: Path) -> Mapping[str, UnreadTensor]:
+    def read(self, file: Path) -> Mapping[str, Readable]:
         found = GGUFSource(file)
         return {
             name: UnreadTensor(each.shape, each.dtype, partial(found.pieces, name), each)
@@ -185,7 +197,7 @@ class Joined(Form):
 
     @cached_property
     def _architecture(self) -> Architecture:
-        return architecture_of(self.source.config)[1]
+        return architecture_of(self.model_config)[1]
 
     def _kind(self, name: str, info: TensorInfo) -> GGMLQuantizationType:
         """The type that a tensor is stored in."""
@@ -202,7 +214,7 @@ class Joined(Form):
         return self._architecture.gguf_name(name) in ("token_embd.weight", "output.weight")
 
     def _encoded(self, name: str, tensor: UnreadTensor) -> Encoded:
-        architecture, config, origin = self._architecture, self.source.config, tensor.origin
+        architecture, config, origin = self._architecture, self.model_config, tensor.origin
         if isinstance(origin, GGUFTensor) and not (self.outer_bits and self._is_outer(name)):
             return copied(origin)
         if name in self.bits:
@@ -215,7 +227,7 @@ class Joined(Form):
         return rounded(pieces, self._kind(name, tensor), tensor.shape)
 
     def _metadata(self, tokenizer: bool) -> Mapping[str, Value]:
-        found = metadata_of(self.source, self.source.config)
+        found = metadata_of(self.source, self.model_config)
         return {key: value for key, value in found.items() if tokenizer or not key.startswith("tokenizer.")}
 
     def _written(self, tensors: Mapping[str, Encoded], metadata: Mapping[str, Value]) -> Shard:

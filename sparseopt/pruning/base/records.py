@@ -157,8 +157,7 @@ class BlockRecord(TrainingRecord):
         names = ("epochs", "seconds", "compile_seconds", "steps")
         sums = {name: getattr(self, name) + getattr(other, name) for name in names}
         best = self.epochs + other.best_epoch if other.best_epoch else self.best_epoch
-        first = {"first_loss": self.first_loss, "heldout_first": self.heldout_first, "best_epoch": best}
-        return replace(other, **first, **sums)
+        return replace(other, first_loss=self.first_loss, heldout_first=self.heldout_first, best_epoch=best, **sums)
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,8 @@ def chosen_form(
         )
     if file:
         architecture_of(target.source.config)
-        return Joined(bits, file=output, source=target.source, outer_bits=_outer_bits(model, recipe))
+        outer = _outer_bits(model, recipe)
+        return Joined(bits, file=output, source=model.source, model_config=target.source.config, outer_bits=outer)
     if bits:
         return Compressed(bits)
     return Packed() if recipe.get("pack") else Form()

@@ -186,6 +186,7 @@ class Branch:
         """
         folder, output, first = self.plan.folder, self.plan.output, processes.is_first()
         layers, blocks = self.progress.layers, self.progress.trained
+        solves: list[LayerRecord | GridRecord] = [*layers, *self.progress.grids]
         report = PruneReport(
             output=output,
             source=self.model.source.name,
@@ -198,9 +199,9 @@ class Branch:
             calibration=self.calibration,
             shape=self.progress.shape,
             distilled=self.progress.distilled,
-            solver_seconds=sum(r.seconds for r in (*layers, *self.progress.grids)),
+            solver_seconds=sum(r.seconds for r in solves),
             reconstruction_seconds=sum(r.seconds for r in blocks),
-            layer_compilations=sum(r.compile_seconds > 0 for r in (*layers, *self.progress.grids)),
+            layer_compilations=sum(r.compile_seconds > 0 for r in solves),
             dense_bytes=self.writer.dense_bytes,
             stored_bytes=self.writer.stored_bytes,
             resumed_blocks=self.finished,

@@ -6,7 +6,7 @@ scales that it has, or it is rounded to a type.
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -16,8 +16,7 @@ from gguf.quants import quantize
 from jaxtyping import Float
 
 from sparseopt.layers.bits import Bits, multiples_of
-from sparseopt.models.files.gguf.header import GGUFTensor
-from sparseopt.models.files.gguf.metadata import Value
+from sparseopt.models.files.gguf.header import GGUFTensor, Value
 from sparseopt.models.files.safetensors import SLICE, read_part
 
 # The types of grids, and of those of GGUF's own the grid without an offset that takes as many bits, or the next more.
@@ -74,7 +73,7 @@ def on_grid(weight: Float[np.ndarray, "out in"], bits: Bits) -> Encoded:
     multiples, scales = multiples_of(weight, bits)
     # A block: its scale, and 32 multiples.
     whole = multiples.reshape(-1, 32)
-    parts = [scales.reshape(-1, 1).view(np.uint8)]
+    parts: list[np.ndarray] = [scales.reshape(-1, 1).view(np.uint8)]
     if kind == Kind.Q8_0:
         parts.append(whole.view(np.uint8))
     else:
@@ -102,7 +101,7 @@ def write_gguf(file: Path, metadata: Mapping[str, Value], tensors: Mapping[str, 
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        stream: Any = writer.fout[0]
+        (stream,) = list(writer.fout or ())
         writer.write_padding(stream, stream.tell())
         for tensor in tensors.values():
             for piece in tensor.pieces():
@@ -110,8 +109,8 @@ def write_gguf(file: Path, metadata: Mapping[str, Value], tensors: Mapping[str, 
             writer.write_padding(stream, tensor.nbytes)
     finally:
         # Also where opening failed.
-        for stream in writer.fout or ():
-            stream.close()
+        for each in writer.fout or ():
+            each.close()
 
 
 def _file_type(tensors: Mapping[str, Encoded]) -> LlamaFileType:
