@@ -58,6 +58,7 @@ HOUSE = {
         "compressed gguf/* packed",
         "hub",
         "source",
+        "forms",
     ],
     "models/decoder": ["layers", "settings", "attention experts", "decoder", "cached_decoding tokenizer"],
     # A family, one file each, below the table of all.
@@ -71,8 +72,9 @@ HOUSE = {
     "pruning/train": ["training", "distillation reconstruction"],
     "pruning/recipe": ["allocation effort options targets", "pass_recipe", "prune_recipe shrink_recipe"],
     "pruning/run": [
+        "output_form",
         "facts permutation plan",
-        "calibration card",
+        "calibration card rounding",
         "resumption variants",
         "block drawn",
         "shared_pass",

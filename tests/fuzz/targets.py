@@ -83,7 +83,7 @@ def seed_folders() -> tuple[dict[str, bytes], ...]:
         tiny.write_folder(folder / "one", config, tensors)
         tiny.write_folder(folder / "shards", config, tensors, 2)
         source = open_source(folder / "one")
-        writer = ShardedWriter(folder / "packed", source, pack=True)
+        writer = ShardedWriter(folder / "packed", source, form=Packed())
         writer.write("all", {name: np.where(np.abs(value) < 0.3, 0, value) for name, value in tensors.items()})
         writer.finish()
         for name in ("one", "shards", "packed"):

@@ -23,6 +23,7 @@ COMMON = {
     "train_epochs": 2, "calibration": "hf:x", "bos": "yes", "windows": 3, "seqlen": 7, "heldout_windows": 1,
     "window_choice": "random", "seed": 5, "split": "train", "column": "body", "documents": "separate", "variants": 1,
     "dtype": "bfloat16", "min_expert_tokens": 9, "distil_epochs": 2, "precision": "high", "effort": "most",
+    "bits": "q4_0", "head_bits": "q5_0",
 }  # fmt: skip
 GIVEN = {
     "prune": [

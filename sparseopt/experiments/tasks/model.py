@@ -27,11 +27,13 @@ from sparseopt.models import (
     open_source,
     start_token,
 )
+from sparseopt.models.files.gguf.writer import KINDS
 from sparseopt.pruning import METHODS, PruneReport, perplexity, prune_models
-from sparseopt.pruning.base.records import Event, LayerRecord, Passed, mean_errors
+from sparseopt.pruning.base.records import Event, LayerRecord, Passed, mean_errors, mean_grid_errors
 from sparseopt.pruning.recipe.options import ended, mistakes_of, plain_type
 from sparseopt.pruning.recipe.pass_recipe import BosChoice, PassRecipe
 from sparseopt.pruning.run.calibration import PASS_FIELDS
+from sparseopt.pruning.run.output_form import ENDING, is_file, run_folder_of
 from sparseopt.pruning.run.plan import make_plan
 from sparseopt.pruning.text.chats import Document, TextError
 from sparseopt.pruning.text.documents import Part, load_documents
@@ -41,7 +43,7 @@ from sparseopt.system import processes
 BUNDLED = "bundled:smollm2-135m"
 # The method that leaves a model as it is.
 DENSE = "dense"
-# The folder of the model that a run makes, in the run's own.
+# The folder of the model that a run makes, or its file without the ending, in the run's own.
 MODEL = "model"
 # Bytes of documents after which a text is taken to be the one that it was, and of a file that is read whole.
 MARKED = 2**26
@@ -148,6 +150,12 @@ class ModelTask(Task):
             self.recipe()
         return self
 
+    def output(self, folder: Path) -> Path:
+        """Where the model of a run lies: in a GGUF file where it has grids of such files, else in a folder."""
+        recipe = self.recipe()
+        one_file = recipe.bits in KINDS or recipe.head_bits is not None
+        return folder / (MODEL + ENDING if one_file else MODEL)
+
     @abstractmethod
     def figures(self, model: PrunableModel, report: PruneReport | None) -> Record:
         """What a record says about the size of a model; the dense one has no report."""
@@ -171,7 +179,7 @@ class ModelTask(Task):
         if not self.is_dense:
             recipe = self.recipe()
             windows = (recipe.window_count + recipe.heldout_windows, recipe.seqlen, most)
-            checks.append(lambda: make_plan(model, recipe, Path()))
+            checks.append(lambda: make_plan(model, recipe, self.output(Path())))
             if not recipe.draws:
                 given = partial(_check_text, source, recipe.calibration, "calibration", *windows)
                 checks.append(partial(given, **self.reading("calibration")))
@@ -229,12 +237,14 @@ class ModelTask(Task):
 
         if report is None:
             return {"label": DENSE, **self.figures(model, None), **judged, "perplexity": scored(model)}
-        target = folder / MODEL
+        target = self.output(folder)
         score = scored(target)
         figures = self.figures(open_model(target), report)
         processes.barrier("model scored")
         if not self.keep_model and processes.is_first():
-            shutil.rmtree(target, ignore_errors=True)
+            shutil.rmtree(run_folder_of(target), ignore_errors=True)
+            if is_file(target):
+                target.unlink(missing_ok=True)
         layers = report.layers
         return {
             "label": self.label,
@@ -244,6 +254,7 @@ class ModelTask(Task):
             "calibration_digest": report.calibration.digest,
             "perplexity": score,
             **mean_errors(layers)._asdict(),
+            **mean_grid_errors(report.grids)._asdict(),
             **{name: getattr(report, name) for name in REPORTED},
             "unconverged": sum(r.status not in (Status.CONVERGED.name, Status.STATIONARY.name) for r in layers),
             "layers": [r.as_dict() for r in layers],
@@ -279,7 +290,7 @@ class ModelTask(Task):
                 observer(event, done, total)
 
         task = runs[0][0]
-        recipes = [(task.recipe(), folder / MODEL) for task, folder in runs]
+        recipes = [(task.recipe(), task.output(folder)) for task, folder in runs]
         return prune_models(model_path(task.source), recipes, observer=told, devices=task.devices)
 
     @classmethod
