@@ -41,7 +41,8 @@ DENSE = "model.layers.1.mlp.down_proj"
 
 def on_grid(rng: np.random.Generator, shape: tuple[int, int], bits: Bits) -> np.ndarray:
     """A weight on a grid, a third of it zeros, with a group of zeros only."""
-    scales = np.exp2(rng.normal(-6, 1, (shape[0], shape[1] // (bits.group or shape[1])))).astype(np.float16)
+    sizes = np.exp2(rng.normal(-2, 1, (shape[0], shape[1] // (bits.group or shape[1]))))
+    scales = (sizes / bits.high).astype(np.float16)
     scales[0, 0] = 0
     multiples = rng.integers(bits.low, bits.high, (*scales.shape, bits.group or shape[1]), endpoint=True)
     multiples[rng.random(multiples.shape) < 1 / 3] = 0
