@@ -20,7 +20,7 @@ from sparseopt.experiments.config import ConfigError, load_config
 from sparseopt.experiments.read.files import FileError
 from sparseopt.experiments.read.graph_files import read_edges, read_signal
 from sparseopt.experiments.read.images import read_image
-from sparseopt.models import ModelError, load_tokenizer, open_model, open_source
+from sparseopt.models import ModelError, Packed, load_tokenizer, open_model, open_source
 from sparseopt.models.export import ShardedWriter
 from sparseopt.models.files.gguf.header import read_header as read_gguf_header
 from sparseopt.models.files.gguf.tokenizer import build_tokenizer, tokenizer_config

@@ -69,7 +69,7 @@ def write_folder(folder: Path, config: dict[str, Any], tensors: dict[str, np.nda
         names = sorted(tensors)[shard::shards]
         save_file({name: tensors[name] for name in names}, folder / file)
         places |= dict.fromkeys(names, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
     return folder
 
 

@@ -7,10 +7,10 @@
     MODULE.weight_shape   int64 [2]                          out and in
 
 The bits are 4 or 8; a row ends with zero bits if it does not fill its last word. The folder is otherwise a dense one.
-transformers loads it because config.json says how its weights are stored, see `quantization_config`.
+transformers loads it where compressed-tensors is installed: config.json says how its weights are stored, see
+`quantization_config`.
 """
 
-import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from sparseopt.models.files.safetensors import StoredTensor, TensorInfo, is_shap
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
 WEIGHT = ".weight"
 PACKED, SCALE, SHAPE = ENDINGS = (".weight_packed", ".weight_scale", ".weight_shape")
-# Of scales: a product with a multiple is then computed in float32, which changes no scale.
+# Of scales. Float32, in which they are multiplied, holds each of them.
 _SCALES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 # With fewer inputs a row is one word, whether of 4 or of 8 bits.
 _LEAST_INPUTS = 5
@@ -71,7 +71,7 @@ def quantization_config(bits: Mapping[str, Bits], linears: Collection[str]) -> d
 
     Args:
         bits: the grid of each such tensor; all have the same.
-        linears: names of all linear modules of the model, the head included.
+        linears: names of all linear modules of the model in transformers, the head included.
 
     Raises:
         ValueError: if there is not exactly one grid, it has other than 4 or 8 bits, or a tensor is of no linear module.
@@ -109,7 +109,7 @@ def quantization_config(bits: Mapping[str, Bits], linears: Collection[str]) -> d
 
 
 class _Weights(BaseModel):
-    """How the weights of a group of modules are stored, as far as it is read here; so below."""
+    """How the weights of a group of modules are stored: the values that are read here."""
 
     num_bits: Literal[4, 8]
     type: Literal["int"]
@@ -136,7 +136,7 @@ _Nothing = Annotated[dict[str, Any], Field(max_length=0)] | None
 class _Quantization(BaseModel):
     quant_method: Literal["compressed-tensors"]
     format: Literal["pack-quantized"]
-    # Older files are frozen.
+    # Older versions of the package leave it at frozen.
     quantization_status: Literal["compressed", "frozen"]
     config_groups: dict[str, _Group] = Field(min_length=1, max_length=1)
     kv_cache_scheme: None = None
@@ -275,7 +275,7 @@ def _num_bits(bits: Bits) -> int:
 
 def _width(inputs: int, num_bits: int) -> int:
     """The words of a row."""
-    return math.ceil(inputs * num_bits / 32)
+    return -(-inputs * num_bits // 32)
 
 
 def _pack(multiples: Int[np.ndarray, "out in"], num_bits: int) -> Int[np.ndarray, "out words"]:

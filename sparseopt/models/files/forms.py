@@ -1,9 +1,11 @@
 """The forms in which a model is written: what becomes of tensors in a shard, and the file that completes the model.
 
-Form         safetensors, which transformers loads
-Packed       zeros as a bitmask, see `packed`
-Compressed   linears of few bits, see `compressed`
-Joined       one GGUF file, of which every shard is a part, see `gguf.writer`
+    Form         safetensors, which transformers loads
+    Packed       zeros as a bitmask, see `packed`
+    Compressed   linears of few bits, see `compressed`
+    Joined       one GGUF file, of which every shard is a part, see `gguf.writer`
+
+What is read back are the tensors that were given.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -16,12 +18,7 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from sparseopt.layers.bits import Bits
-from sparseopt.models.files.compressed import (
-    CompressedTensor,
-    compress_tensors,
-    quantization_config,
-    read_compressed_header,
-)
+from sparseopt.models.files.compressed import compress_tensors, quantization_config, read_compressed_header
 from sparseopt.models.files.gguf.architecture import Architecture
 from sparseopt.models.files.gguf.architectures import architecture_of
 from sparseopt.models.files.gguf.header import GGUFTensor, Value
@@ -43,7 +40,7 @@ from sparseopt.models.files.packed import FORMAT, PACKED_INDEX, PACKED_PREFIX, V
 from sparseopt.models.files.safetensors import TensorInfo, UnreadTensor, read_header, write_tensors
 from sparseopt.models.files.source import FileTensor, Source
 
-Readable = FileTensor | CompressedTensor | UnreadTensor
+Readable = FileTensor | UnreadTensor
 
 
 class Shard(NamedTuple):

@@ -30,7 +30,7 @@ from sparseopt.models.files.packed import PACKED_INDEX, PACKED_PREFIX, PackedTen
 from sparseopt.models.files.safetensors import StoredTensor, TensorInfo, read_header
 
 # A tensor of a folder, as it is stored.
-FileTensor = StoredTensor | PackedTensor
+FileTensor = StoredTensor | PackedTensor | CompressedTensor
 T = TypeVar("T", bound=FileTensor)
 _WEIGHT_MAP = TypeAdapter(dict[str, str])
 
@@ -87,7 +87,7 @@ class FolderSource:
         model_type = self.config.get("model_type")
         if model_type is not None and not isinstance(model_type, str):
             raise ModelError(f"{path / 'config.json'} has the model_type {model_type!r}, expected a name")
-        self.tensors: dict[str, FileTensor | CompressedTensor] = self._find_tensors()
+        self.tensors: dict[str, FileTensor] = self._find_tensors()
 
     def read(self, name: str) -> np.ndarray:
         return self.tensors[name].read()
@@ -111,7 +111,7 @@ class FolderSource:
             raise ModelError(f"{self.path} has no {name}; it holds {_listing(self.path)}")
         return read_json(file, limit)
 
-    def _find_tensors(self) -> dict[str, FileTensor | CompressedTensor]:
+    def _find_tensors(self) -> dict[str, FileTensor]:
         folder = self.path
         index, single = self.file("model.safetensors.index.json"), self.file("model.safetensors")
         if self.file(PACKED_INDEX).is_file():
@@ -137,7 +137,7 @@ class FolderSource:
             f"{folder} has no model.safetensors and no model.safetensors.index.json; it holds {_listing(folder)}"
         )
 
-    def _dense(self, stored: dict[str, StoredTensor]) -> dict[str, FileTensor | CompressedTensor]:
+    def _dense(self, stored: dict[str, StoredTensor]) -> dict[str, FileTensor]:
         """The tensors by their dense names. A quantization_config that this takes care of leaves the configuration."""
         bits = read_quantization(self.config)
         if bits is None:

@@ -80,6 +80,11 @@ def chosen_form(
         outer = _outer_bits(model, recipe)
         return Joined(bits, file=output, source=model.source, model_config=target.source.config, outer_bits=outer)
     if bits:
+        if any(target.is_transposed(key) for key in bits):
+            raise ModelError(
+                f"bits {recipe.bits!r} are stored in a folder for weights [out, in], and a "
+                f"{target.source.config.get('model_type')} model stores [in, out]: leave bits out"
+            )
         return Compressed(bits)
     return Packed() if recipe.get("pack") else Form()
 

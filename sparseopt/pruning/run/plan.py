@@ -243,10 +243,9 @@ def make_plan(model: PrunableModel, recipe: PassRecipe, output: Path) -> Plan:
     if not is_file(output):
         recipe = with_dtype(model.source, recipe)
     if isinstance(recipe, ShrinkRecipe):
-        form = chosen_form(model, model, range(model.num_blocks), recipe, output, None)
-        recipe = _without_distillation(recipe, form)
         plan = SmallerPlan(recipe, recipe.layer_method, output, model, {}, sizes=sizes_of(model))
         plan = shrink_plan(model, plan, shrunk_sizes(model, recipe))
+        plan = dataclasses.replace(plan, recipe=_without_distillation(recipe, plan.form))
         if recipe.has_budget:
             _check_budget(model, plan, recipe)
         return plan

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparseopt.layers.bits import BITS, Bits, parse_bits
-from sparseopt.models import ModelError, load_decoder, open_model, open_source
+from sparseopt.models import Form, ModelError, Packed, load_decoder, open_model, open_source
 from sparseopt.models.files import safetensors
 from sparseopt.models.files.compressed import (
     CompressedTensor,
@@ -41,7 +41,8 @@ DENSE = "model.layers.1.mlp.down_proj"
 
 def on_grid(rng: np.random.Generator, shape: tuple[int, int], bits: Bits) -> np.ndarray:
     """A weight on a grid, a third of it zeros, with a group of zeros only."""
-    scales = np.exp2(rng.normal(-6, 1, (shape[0], shape[1] // (bits.group or shape[1])))).astype(np.float16)
+    sizes = np.exp2(rng.normal(-2, 1, (shape[0], shape[1] // (bits.group or shape[1]))))
+    scales = (sizes / bits.high).astype(np.float16)
     scales[0, 0] = 0
     multiples = rng.integers(bits.low, bits.high, (*scales.shape, bits.group or shape[1]), endpoint=True)
     multiples[rng.random(multiples.shape) < 1 / 3] = 0
@@ -216,7 +217,7 @@ def test_a_folder_reads_as_the_dense_one(tmp_path, rng, name, shards):
 @pytest.mark.parametrize("pack", [False, True])
 def test_a_copy_is_a_dense_or_packed_folder(tmp_path, rng, pack):
     tensors = write_compressed(tmp_path / "few", rng)
-    copy_model(open_model(tmp_path / "few"), tmp_path / "out", pack=pack)
+    copy_model(open_model(tmp_path / "few"), tmp_path / "out", form=Packed() if pack else Form())
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     copied = open_source(tmp_path / "out")
     assert all(copied.read(key).tobytes() == value.tobytes() for key, value in tensors.items())

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from sparseopt.models import ModelError, open_model, open_source, pack_folder, unpack_folder
+from sparseopt.models import ModelError, Packed, open_model, open_source, pack_folder, unpack_folder
 from sparseopt.models.files.packed import (
     FORMAT,
     PACKED_INDEX,
@@ -137,7 +137,7 @@ def test_a_packed_folder_has_the_files_and_bytes_of_its_model_and_unpacks_to_the
     seen: list[tuple[str, int, int]] = []
     done = pack_folder(half, tmp_path / "packed", observer=lambda *step: seen.append(step))
     assert seen == [("shards", 1, 4), ("shards", 2, 4), ("shards", 3, 4), ("shards", 4, 4)]
-    writer = copy_model(open_model(half), tmp_path / "copied", pack=True)
+    writer = copy_model(open_model(half), tmp_path / "copied", form=Packed())
     assert files_of(tmp_path / "copied") == files_of(tmp_path / "packed")
     shards = [f"packed-{tag}.safetensors" for tag in ("block-0000", "block-0001", "block-0002", "outer")]
     others = ["LICENSE", "config.json", PACKED_INDEX, "tokenizer_config.json"]
