@@ -1,8 +1,10 @@
 """In which form a run stores its model, and which linears lie on a grid of few bits: decided before any work.
 
-output ends in .gguf    one GGUF file, with its run in a folder beside it, whose name ends in .gguf.run
-bits int8, int4         a folder in the form of compressed-tensors
-else                    a folder of safetensors, packed if asked for
+    output ends in .gguf    one GGUF file, with its run in a folder beside it, whose name ends in .gguf.run
+    bits int8, int4         a folder in the form of compressed-tensors
+    else                    a folder of safetensors, packed if asked for
+
+Bits of GGUF files are for such files alone, and the others for folders.
 """
 
 from collections.abc import Collection, Sequence
