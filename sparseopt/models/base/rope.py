@@ -302,14 +302,10 @@ def _rope_fields(config: Config, part: str | None) -> dict[str, Any]:
     return found
 
 
-def read_rope(config: Config, theta: float = 10000.0, share: float = 1.0, part: str | None = None) -> Rope:
-    """The position embedding, from `rope_parameters` or from the older `rope_theta` and `rope_scaling`.
+def rope_table(config: Config, theta: float = 10000.0, share: float = 1.0, part: str | None = None) -> dict[str, Any]:
+    """The fields of a position embedding, from `rope_parameters` or from the older `rope_theta` and `rope_scaling`.
 
-    Args:
-        config: a Hugging Face configuration.
-        theta: the default.
-        share: default of `partial_rotary_factor`.
-        part: the layer type to read, where `rope_parameters` has a table for each.
+    `rope_type` is one of those known. The arguments are those of `read_rope`.
     """
     fields: dict[str, Any] = {
         "rope_theta": config.get("rope_theta") or theta,
@@ -322,7 +318,20 @@ def read_rope(config: Config, theta: float = 10000.0, share: float = 1.0, part: 
     if kind in _EXTENDED:
         fields.setdefault("original_max_position_embeddings", fields.get("max_position_embeddings"))
     refuse_unless(fields, {"mrope_section": (None,), "mrope_interleaved": (None, False)})
+    return fields | {"rope_type": kind}
+
+
+def read_rope(config: Config, theta: float = 10000.0, share: float = 1.0, part: str | None = None) -> Rope:
+    """The position embedding of a Hugging Face configuration.
+
+    Args:
+        config: a Hugging Face configuration.
+        theta: the default.
+        share: default of `partial_rotary_factor`.
+        part: the layer type to read, where `rope_parameters` has a table for each.
+    """
+    fields = rope_table(config, theta, share, part)
     share = require(fields, "partial_rotary_factor", float)
     if share > 1:
         raise ModelError(f"the model configuration's partial_rotary_factor must be in (0, 1], given {share}")
-    return Rope(require(fields, "rope_theta", float), _SCALINGS[kind](fields), share)
+    return Rope(require(fields, "rope_theta", float), _SCALINGS[fields["rope_type"]](fields), share)

@@ -13,8 +13,10 @@ from transformers import AutoConfig
 
 from sparseopt.models import ModelError, open_model, open_source
 from sparseopt.models.base.rope import Llama3, plain_frequencies
-from sparseopt.models.files.gguf.architectures import ARCHITECTURES, llama3_scaling, unpair_heads
+from sparseopt.models.files.gguf.architecture import unpair_heads
+from sparseopt.models.files.gguf.architectures import ARCHITECTURES
 from sparseopt.models.files.gguf.header import read_header
+from sparseopt.models.files.gguf.scaling import llama3_scaling
 from tests.models.tiny import CONFIGS, pair_heads, random_tensors, tiny_config, write_architecture, write_gguf
 
 NUMBERS = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}

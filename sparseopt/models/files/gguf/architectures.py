@@ -1,29 +1,22 @@
 """The supported GGUF architectures: tensor names, layout and configuration of each in Hugging Face.
 
 Some constants are not in GGUF files, because the programs that run them know the architecture; they are given here. A
-new architecture is one function and one entry of `ARCHITECTURES`.
+new architecture is two functions, one that reads a configuration and one that writes it, and one entry of
+`ARCHITECTURES`.
 """
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from sparseopt.models.base.errors import ModelError
-from sparseopt.models.base.rope import Llama3, plain_frequencies
-from sparseopt.models.files.gguf.header import GGUFTensor
+from sparseopt.models.base.fields import optional, require, shown
+from sparseopt.models.base.rope import rope_table
+from sparseopt.models.files.gguf.architecture import Architecture, Config, Fields, Tensors, Values
+from sparseopt.models.files.gguf.header import count, number
+from sparseopt.models.files.gguf.scaling import llama3_factors, read_scaling, write_scaling
 
-# Tensors by their Hugging Face names; one without keeps its own.
-Tensors = Mapping[str, GGUFTensor]
-Config = dict[str, Any]
+Read = dict[str, Any]
 
-# Frequency factors of a scaled rotary embedding: part of the configuration, not of a module.
-ROPE_FACTORS = "rope_freqs.weight"
-
-_OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LLAMA_BLOCK = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -44,123 +37,7 @@ _GEMMA_BLOCK = _LLAMA_BLOCK | {
 }
 
 
-class Fields:
-    """The metadata under `{architecture}.`, by the rest of their keys; reading marks a key."""
-
-    def __init__(self, path: Path, architecture: str, metadata: Mapping[str, Any]) -> None:
-        self.path, self._prefix, self._metadata = path, f"{architecture}.", metadata
-        self._read: set[str] = set()
-
-    def __contains__(self, name: str) -> bool:
-        return self._prefix + name in self._metadata
-
-    def get(self, name: str, default: Any = None) -> Any:
-        self._read.add(self._prefix + name)
-        return self._metadata.get(self._prefix + name, default)
-
-    def count(self, name: str, default: int | None = None) -> int:
-        """A positive integer; where one is given for each block, all must be equal."""
-        return self._positive(name, int, default)
-
-    def number(self, name: str, default: float | None = None) -> float:
-        """A positive number, as the shortest decimal that rounds to the stored float32."""
-        return shortest(self._positive(name, float, default))
-
-    def numbers(self, names: Mapping[str, str]) -> dict[str, float]:
-        """Those numbers of `{GGUF name: Hugging Face name}` that the file has, by their Hugging Face names."""
-        return {there: self.number(here) for here, there in names.items() if here in self}
-
-    def require(self, name: str, value: Any) -> None:
-        """Refuse a key with another value; it may be absent."""
-        if self.get(name, value) != value:
-            raise self.error(name, f"{value!r} is the only value supported")
-
-    def refuse_unread(self) -> None:
-        """Refuse keys of the architecture that were never read: they ask for something that is not supported."""
-        unread = [key for key in self._metadata if key.startswith(self._prefix) and key not in self._read]
-        if unread:
-            raise ModelError(
-                f"{self.path} has metadata that are not supported: "
-                f"{', '.join(unread)}; use the model's Hugging Face folder instead"
-            )
-
-    def error(self, name: str, text: str) -> ModelError:
-        value = self._metadata.get(self._prefix + name)
-        return ModelError(f"{self.path} has {self._prefix}{name} = {repr(value)[:100]}, {text}")
-
-    def _positive(self, name: str, kind: type[int] | type[float], default: Any) -> Any:
-        value = self.get(name, default)
-        if isinstance(value, list) and value and all(item == value[0] for item in value):
-            value = value[0]
-        if type(value) is not kind or not 0 < value < math.inf:
-            raise self.error(name, f"expected one positive {kind.__name__}; convert the model again")
-        return value
-
-
-def shortest(value: float) -> float:
-    """The shortest decimal that rounds to the same float32: 1e-05 for 9.99999975e-06."""
-    return float(str(np.float32(value)))
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A GGUF architecture in the terms of Hugging Face.
-
-    Attributes:
-        model_type: its `model_type`.
-        class_name: its class, for `architectures`.
-        block: names of a block's tensors in GGUF and Hugging Face, without the endings ".weight" and ".bias".
-        read_config: the configuration, without the entries that all architectures share.
-        paired_heads: the rows of q and k are stored pair by pair and must be put in half-rotation order.
-        shifted_norms: norm weights are stored with 1 added.
-    """
-
-    model_type: str
-    class_name: str
-    block: Mapping[str, str] = field(repr=False)
-    read_config: Callable[[Fields, Tensors], Config] = field(repr=False)
-    paired_heads: bool = False
-    shifted_norms: bool = False
-
-    def hf_name(self, name: str) -> str:
-        """The Hugging Face name of a GGUF tensor; one without keeps its own, to be reported as extra."""
-        stem, _, kind = name.rpartition(".")
-        if stem in _OUTER:
-            return f"{_OUTER[stem]}.{kind}"
-        parts = stem.split(".", 2)
-        if len(parts) == 3 and parts[0] == "blk" and parts[2] in self.block:
-            return f"model.layers.{parts[1]}.{self.block[parts[2]]}.{kind}"
-        return name
-
-    def undo(self, name: str, tensor: np.ndarray, config: Config) -> np.ndarray:
-        """The tensor of a Hugging Face name in the layout of Hugging Face and its own dtype."""
-        if self.shifted_norms and name.endswith("norm.weight"):
-            return (tensor.astype(np.float32) - 1).astype(tensor.dtype)
-        return unpair_heads(tensor, config[_HEADS[_owner(name)]]) if self.moves_rows(name) else tensor
-
-    def moves_rows(self, name: str) -> bool:
-        """Whether `undo` changes the order of a tensor's rows."""
-        return self.paired_heads and _owner(name) in _HEADS
-
-
-# The number of heads of the linears that have them in pairs, by its name in a configuration.
-_HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
-
-
-def _owner(name: str) -> str:
-    """The module that a tensor belongs to, without those around it."""
-    return name.rpartition(".")[0].rpartition(".")[2]
-
-
-def unpair_heads(tensor: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of every head from the order (0, H/2, 1, H/2 + 1, ...) back to 0 .. H - 1; `[heads H, ...]`."""
-    if not tensor.ndim or tensor.shape[0] % (2 * heads):
-        raise ModelError(f"a tensor {list(tensor.shape)} has no rows of {heads} heads; convert the model again")
-    pairs = tensor.reshape(heads, -1, 2, *tensor.shape[1:])
-    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(tensor.shape)
-
-
-def _shared(fields: Fields, tensors: Tensors, theta: float = 10000.0) -> Config:
+def _shared(fields: Fields, tensors: Tensors, theta: float = 10000.0) -> Read:
     """Fields of every architecture; `theta` is the rotary base of a file that has none.
 
     The vocabulary has the embedding's rows: converters may remove its padding.
@@ -188,11 +65,11 @@ def _shared(fields: Fields, tensors: Tensors, theta: float = 10000.0) -> Config:
         "rms_norm_eps": fields.number("attention.layer_norm_rms_epsilon"),
         "tie_word_embeddings": "lm_head.weight" not in tensors,
         "rope_theta": theta,
-        "rope_parameters": {"rope_theta": theta, **_scaling(fields, tensors, theta)},
+        "rope_parameters": {"rope_theta": theta, **read_scaling(fields, tensors, theta)},
     }
 
 
-def _llama(fields: Fields, tensors: Tensors) -> Config:
+def _llama(fields: Fields, tensors: Tensors) -> Read:
     return {
         **_shared(fields, tensors),
         "hidden_act": "silu",
@@ -201,16 +78,16 @@ def _llama(fields: Fields, tensors: Tensors) -> Config:
     }
 
 
-def _qwen2(fields: Fields, tensors: Tensors) -> Config:
+def _qwen2(fields: Fields, tensors: Tensors) -> Read:
     """Biases of q, k and v are part of the family; GGUF stores no sliding windows."""
     return {**_shared(fields, tensors), "hidden_act": "silu", "use_sliding_window": False}
 
 
-def _qwen3(fields: Fields, tensors: Tensors) -> Config:
+def _qwen3(fields: Fields, tensors: Tensors) -> Read:
     return {**_qwen2(fields, tensors), "attention_bias": _has_bias(tensors, "self_attn.q_proj")}
 
 
-def _gemma2(fields: Fields, tensors: Tensors) -> Config:
+def _gemma2(fields: Fields, tensors: Tensors) -> Read:
     return {
         **_gemma(fields, tensors, 10000.0, big=46, pattern=2),
         "sliding_window": fields.count("attention.sliding_window", 4096),
@@ -219,7 +96,7 @@ def _gemma2(fields: Fields, tensors: Tensors) -> Config:
     }
 
 
-def _gemma3(fields: Fields, tensors: Tensors) -> Config:
+def _gemma3(fields: Fields, tensors: Tensors) -> Read:
     """Sliding layers have their own rotary base and no scaling."""
     config = _gemma(fields, tensors, 1000000.0, big=62, pattern=6)
     local = fields.number("rope.freq_base_swa", 10000.0)
@@ -235,7 +112,7 @@ def _gemma3(fields: Fields, tensors: Tensors) -> Config:
     }
 
 
-def _gemma(fields: Fields, tensors: Tensors, theta: float, big: int, pattern: int) -> Config:
+def _gemma(fields: Fields, tensors: Tensors, theta: float, big: int, pattern: int) -> Read:
     """Fields that Gemma 2 and 3 share; one of every `pattern` layers attends to all tokens.
 
     The scale of attention is in no file. It is the head's width, except in the released 27B model, recognised by its
@@ -262,52 +139,148 @@ def _has_bias(tensors: Tensors, linear: str) -> bool:
     return f"model.layers.0.{linear}.bias" in tensors
 
 
-def _scaling(fields: Fields, tensors: Tensors, theta: float) -> Config:
-    # A factor without a type scales linearly.
-    kind = fields.get("rope.scaling.type", "linear" if "rope.scaling.factor" in fields else "none")
-    if ROPE_FACTORS in tensors:
-        return llama3_scaling(tensors[ROPE_FACTORS].read(), theta, fields.path)
-    if kind == "none":
-        return {"rope_type": "default"}
-    if kind == "linear":
-        return {"rope_type": "linear", "factor": fields.number("rope.scaling.factor")}
-    if kind == "yarn":
-        fields.require("rope.scaling.yarn_ext_factor", 1.0)
-        return {
-            "rope_type": "yarn",
-            "factor": fields.number("rope.scaling.factor"),
-            "original_max_position_embeddings": fields.count("rope.scaling.original_context_length"),
-            **fields.numbers(
-                {
-                    "rope.scaling.yarn_attn_factor": "attention_factor",
-                    "rope.scaling.yarn_beta_fast": "beta_fast",
-                    "rope.scaling.yarn_beta_slow": "beta_slow",
-                }
-            ),
-        }
-    raise fields.error("rope.scaling.type", "supported are none, linear, yarn, and llama3 by its factors")
+# What transformers fills in where a configuration has no value.
+_QWEN3_DEFAULTS = {"head_dim": 128}
+_GEMMA_DEFAULTS = {"head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096}
+_GEMMA2_DEFAULTS = _GEMMA_DEFAULTS | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 
 
-def llama3_scaling(factors: np.ndarray, theta: float, path: Path) -> Config:
-    """The llama3 scaling with these frequency factors; the released models differ in `factor` alone."""
-    scaling = Llama3(shortest(float(factors.max())), 1.0, 4.0, 8192)
-    size = 2 * factors.size
-    expected = plain_frequencies(theta, size) / scaling.frequencies(theta, size, time=1)
-    if not np.allclose(expected, factors, rtol=1e-3):
-        raise ModelError(f"{path} has rope_freqs that are not those of Llama 3; use the Hugging Face folder instead")
+def _write_shared(config: Config, rope: Config, scalings: tuple[str, ...] = ("linear", "yarn")) -> Values:
+    """Metadata of every architecture."""
+    _refuse(rope, {"partial_rotary_factor": (None, 1.0)})
+    hidden_size, heads = require(config, "hidden_size"), require(config, "num_attention_heads")
+    head_dim = optional(config, "head_dim") or hidden_size // heads
     return {
-        "rope_type": "llama3",
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low,
-        "high_freq_factor": scaling.high,
-        "original_max_position_embeddings": scaling.length,
+        "vocab_size": count(require(config, "vocab_size")),
+        "context_length": count(require(config, "max_position_embeddings")),
+        "embedding_length": count(hidden_size),
+        "block_count": count(require(config, "num_hidden_layers")),
+        "feed_forward_length": count(require(config, "intermediate_size")),
+        "attention.head_count": count(heads),
+        "attention.head_count_kv": count(optional(config, "num_key_value_heads") or heads),
+        "attention.key_length": count(head_dim),
+        "attention.value_length": count(head_dim),
+        "attention.layer_norm_rms_epsilon": number(require(config, "rms_norm_eps", float, default=1e-6)),
+        "rope.dimension_count": count(head_dim),
+        **write_scaling(rope, scalings),
     }
 
 
+def _write_llama(config: Config) -> Values:
+    """Llama and Mistral; a window that covers all positions is none."""
+    longest = require(config, "max_position_embeddings")
+    window = optional(config, "sliding_window", default=4096 if config.get("model_type") == "mistral" else None)
+    if window is not None and window < longest:
+        raise ModelError(
+            f"GGUF files of Llama and Mistral models have no sliding windows, given sliding_window={window} with "
+            f"max_position_embeddings={longest}; set sliding_window to null in config.json for full attention, or "
+            f"max_position_embeddings to {window}"
+        )
+    _refuse(config, {"hidden_act": ("silu",)})
+    return _write_shared(config, rope_table(config), ("linear", "yarn", "llama3"))
+
+
+def _write_qwen2(config: Config) -> Values:
+    slides = config.get("use_sliding_window") and config.get("sliding_window", 4096) is not None
+    if slides and "sliding_attention" in (config.get("layer_types") or ["sliding_attention"]):
+        _refuse(config, {"use_sliding_window": (False,)})
+    _refuse(config, {"hidden_act": ("silu",)})
+    return _write_shared(config, rope_table(config))
+
+
+def _write_qwen3(config: Config) -> Values:
+    return _write_qwen2(_QWEN3_DEFAULTS | dict(config))
+
+
+def _write_gemma2(config: Config) -> Values:
+    config = _GEMMA2_DEFAULTS | dict(config)
+    # llama.cpp has no head apart from the embedding, and caps in any case.
+    _refuse(config, {"tie_word_embeddings": (True,)})
+    return {
+        **_write_gemma(config, rope_table(config), big=46, pattern=2),
+        "attn_logit_softcapping": number(require(config, "attn_logit_softcapping", float)),
+        "final_logit_softcapping": number(require(config, "final_logit_softcapping", float)),
+    }
+
+
+def _write_gemma3(config: Config) -> Values:
+    config = _GEMMA_DEFAULTS | dict(config)
+    _refuse(config, {"attn_logit_softcapping": (None,)})
+    nearby: Config = {"rope_theta": require(config, "rope_local_base_freq", float, default=1e4)}
+    if "sliding_attention" in (config.get("rope_parameters") or {}):
+        nearby = rope_table({**config, **nearby}, part="sliding_attention")
+        _refuse(nearby, {"rope_type": ("default",)})
+    cap = optional(config, "final_logit_softcapping", float)
+    pattern = require(config, "sliding_window_pattern", default=6)
+    return {
+        **_write_gemma(config, rope_table(config, 1e6, part="full_attention"), big=62, pattern=pattern, usual=6),
+        "rope.freq_base_swa": number(require(nearby, "rope_theta", float)),
+        **({} if cap is None else {"final_logit_softcapping": number(cap)}),
+    }
+
+
+def _write_gemma(config: Config, rope: Config, big: int, pattern: int, usual: int | None = None) -> Values:
+    """See `_gemma`; `pattern` is the configuration's own, and `usual` that of the programs where it differs."""
+    fields, layers = _write_shared(config, rope), require(config, "num_hidden_layers")
+    heads = require(config, "num_attention_heads")
+    scalar = require(config, "hidden_size") // heads if layers == big else require(config, "head_dim")
+    _refuse(config, {"query_pre_attn_scalar": (scalar,), "hidden_activation": ("gelu_pytorch_tanh", None)})
+    types = config.get("layer_types") or _layer_types(layers, pattern)
+    usual = usual or pattern
+    fields["attention.sliding_window"] = count(require(config, "sliding_window"))
+    if types == _layer_types(layers, usual):
+        return fields
+    for other in range(1, layers + 2):
+        if types == _layer_types(layers, other):
+            return fields | {"attention.sliding_window_pattern": count(other)}
+    raise ModelError(
+        f"the model configuration's layer_types={shown(types)} has no full attention in every n-th layer, as programs "
+        "that run GGUF files of Gemma models expect; write the model as a Hugging Face folder instead"
+    )
+
+
+def _layer_types(layers: int, pattern: int) -> list[str]:
+    """One of every `pattern` layers attends to all tokens."""
+    return ["sliding_attention" if (index + 1) % pattern else "full_attention" for index in range(layers)]
+
+
+def _refuse(config: Config, allowed: Mapping[str, tuple]) -> None:
+    """Refuse other values of fields that GGUF has no key for; they may be absent."""
+    for name, values in allowed.items():
+        if name in config and config[name] not in values:
+            raise ModelError(
+                f"the model configuration has {name}={shown(config[name])}, and a GGUF file of this architecture can "
+                f"only mean {' or '.join(map(repr, values))}; write the model as a Hugging Face folder instead"
+            )
+
+
 ARCHITECTURES = {
-    "llama": Architecture("llama", "LlamaForCausalLM", _LLAMA_BLOCK, _llama, paired_heads=True),
-    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", _LLAMA_BLOCK, _qwen2),
-    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", _LLAMA_BLOCK | _HEAD_NORMS, _qwen3),
-    "gemma2": Architecture("gemma2", "Gemma2ForCausalLM", _GEMMA_BLOCK, _gemma2, shifted_norms=True),
-    "gemma3": Architecture("gemma3_text", "Gemma3ForCausalLM", _GEMMA_BLOCK | _HEAD_NORMS, _gemma3, shifted_norms=True),
+    "llama": Architecture(
+        "llama", "LlamaForCausalLM", _LLAMA_BLOCK, _llama, _write_llama, llama3_factors, paired_heads=True
+    ),
+    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", _LLAMA_BLOCK, _qwen2, _write_qwen2),
+    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", _LLAMA_BLOCK | _HEAD_NORMS, _qwen3, _write_qwen3),
+    "gemma2": Architecture("gemma2", "Gemma2ForCausalLM", _GEMMA_BLOCK, _gemma2, _write_gemma2, shifted_norms=True),
+    "gemma3": Architecture(
+        "gemma3_text", "Gemma3ForCausalLM", _GEMMA_BLOCK | _HEAD_NORMS, _gemma3, _write_gemma3, shifted_norms=True
+    ),
 }
+# By `model_type`. Mistral has the tensors of Llama.
+_WRITTEN_AS = {known.model_type: name for name, known in ARCHITECTURES.items()} | {"mistral": "llama"}
+
+
+def architecture_of(config: Config) -> tuple[str, Architecture]:
+    """The architecture that a Hugging Face configuration is written as, with its name in GGUF.
+
+    Raises:
+        ModelError: if its `model_type` has no name here, naming those known.
+    """
+    model_type = config.get("model_type")
+    # In a list: a damaged file may give a value that cannot be hashed.
+    if model_type not in list(_WRITTEN_AS):
+        raise ModelError(
+            f"the model_type {shown(model_type)} has no name in GGUF here; known are {', '.join(_WRITTEN_AS)}: write "
+            "the model as a Hugging Face folder instead"
+        )
+    name = _WRITTEN_AS[str(model_type)]
+    return name, ARCHITECTURES[name]

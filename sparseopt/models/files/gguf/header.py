@@ -12,16 +12,16 @@ from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from gguf.quants import dequantize
 
 from sparseopt.models.base.errors import ModelError
 from sparseopt.models.base.fields import shown
 from sparseopt.models.files.safetensors import StoredTensor, is_shape, read_part
 
-# Metadata value types 0 to 12; 8 is a string and 9 an array.
+# Metadata value types 0 to 12 other than strings and arrays.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
+_STRING, _ARRAY = GGUFValueType.STRING, GGUFValueType.ARRAY
 # Nested arrays: the format allows them, but no writer makes any.
 _MAX_DEPTH = 4
 # ggml has four axes.
@@ -66,11 +66,39 @@ class GGUFTensor(StoredTensor):
         return found
 
 
+class Value(NamedTuple):
+    """A value of the metadata with its type, and the type of its items for an array."""
+
+    value: Any
+    kind: GGUFValueType
+    item: GGUFValueType | None = None
+
+
+def count(value: int) -> Value:
+    """A whole number, as converters store it."""
+    return Value(value, GGUFValueType.UINT32)
+
+
+def number(value: float) -> Value:
+    """A real number, as converters store it."""
+    return Value(float(value), GGUFValueType.FLOAT32)
+
+
+def text(value: str) -> Value:
+    """A string."""
+    return Value(value, GGUFValueType.STRING)
+
+
 class GGUFHeader(NamedTuple):
     """A file's metadata by key and its tensors by GGUF name."""
 
-    metadata: dict[str, Any]
+    values: dict[str, Value]
     tensors: dict[str, GGUFTensor]
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The metadata without their types."""
+        return {key: value for key, (value, *_) in self.values.items()}
 
 
 class _Reader:
@@ -97,6 +125,17 @@ class _Reader:
             return raw.decode()
         except UnicodeDecodeError as error:
             raise self.corrupt(f"a string before byte {self.stream.tell()} is not UTF-8") from error
+
+    def typed(self) -> Value:
+        """The next type and its value."""
+        kind, place = self.scalar("I"), self.stream.tell()
+        item = self.scalar("I") if kind == _ARRAY else None
+        self.stream.seek(place)
+        value = self.value(kind)
+        try:
+            return Value(value, GGUFValueType(kind), None if item is None else GGUFValueType(item))
+        except ValueError as error:
+            raise self.corrupt(f"unknown metadata type {item} before byte {self.stream.tell()}") from error
 
     def value(self, kind: int, depth: int = 0) -> Any:
         if kind == _STRING:
@@ -138,14 +177,14 @@ def read_header(file: Path) -> GGUFHeader:
         num_tensors, num_values = reader.scalar("Q"), reader.scalar("Q")
         reader.bounded(num_tensors, 24)
         reader.bounded(num_values, 12)
-        metadata: dict[str, Any] = {}
+        values: dict[str, Value] = {}
         for _ in range(num_values):
             key = reader.text()
-            if key in metadata:
+            if key in values:
                 raise reader.corrupt(f"the key {key[:200]} is given twice")
-            metadata[key] = reader.value(reader.scalar("I"))
+            values[key] = reader.typed()
         table = [_read_entry(reader) for _ in range(num_tensors)]
-        alignment = metadata.get("general.alignment", 32)
+        alignment = values["general.alignment"].value if "general.alignment" in values else 32
         if type(alignment) is not int or not 1 <= alignment <= 2**20:
             raise reader.corrupt(f"general.alignment is {shown(alignment)}")
         data = -(-stream.tell() // alignment) * alignment
@@ -157,7 +196,7 @@ def read_header(file: Path) -> GGUFHeader:
         if len(tensors) < len(table):
             raise reader.corrupt("a tensor's name is given twice")
         _check_places(reader, tensors)
-    return GGUFHeader(metadata, tensors)
+    return GGUFHeader(values, tensors)
 
 
 def _check_places(reader: _Reader, tensors: dict[str, GGUFTensor]) -> None:

@@ -10,22 +10,29 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from sparseopt.models.base.errors import ModelError
-from sparseopt.models.files.gguf.architectures import ARCHITECTURES, ROPE_FACTORS, Fields
+from sparseopt.models.files.gguf.architecture import Fields
+from sparseopt.models.files.gguf.architectures import ARCHITECTURES
 from sparseopt.models.files.gguf.header import GGUFTensor, read_header
+from sparseopt.models.files.gguf.scaling import ROPE_FACTORS
 from sparseopt.models.files.gguf.tokenizer import build_tokenizer, tokenizer_config
 
 _MOST_BLOCKS = 10_000
 
 
 class GGUFSource:
-    """One GGUF file of a known architecture. Quantised tensors read as float32."""
+    """One GGUF file of a known architecture. Quantised tensors read as float32.
+
+    Attributes:
+        values: the metadata with their types.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.name = str(path)
         self.revision: str | None = None
         self.follow_links = False
-        self._metadata, tensors = read_header(path)
+        header = read_header(path)
+        self.values, self._metadata, tensors = header.values, header.metadata, header.tensors
         name, parts = self._metadata.get("general.architecture"), self._metadata.get("split.count", 1)
         # In a list: a damaged file may give a value that cannot be hashed.
         if name not in list(ARCHITECTURES):
