@@ -58,6 +58,8 @@ HOUSE = {
         "gguf/* packed",
         "hub",
         "source",
+        "gguf/vocabulary",
+        "gguf/metadata",
     ],
     "models/decoder": ["layers", "settings", "attention experts", "decoder", "cached_decoding tokenizer"],
     # A family, one file each, below the table of all.

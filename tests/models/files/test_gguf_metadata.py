@@ -1,5 +1,6 @@
 """A model's configuration, tensors and tokenizer as GGUF metadata: what is written reads as what it was."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +8,19 @@ import gguf
 import numpy as np
 import pytest
 
-from sparseopt.models import open_source
+from sparseopt.models import load_tokenizer, open_source
 from sparseopt.models.files.gguf.architectures import architecture_of
 from sparseopt.models.files.gguf.header import Value, text
+from sparseopt.models.files.gguf.metadata import metadata_of
 from sparseopt.models.files.gguf.scaling import ROPE_FACTORS
-from tests.models.tiny import CONFIGS, random_tensors
+from tests.models.tiny import (
+    CONFIGS,
+    byte_level_metadata,
+    random_tensors,
+    sentencepiece_metadata,
+    write_architecture,
+    write_folder,
+)
 
 
 def write(file: Path, config: dict[str, Any], tensors: dict[str, np.ndarray], values: dict[str, Value]) -> Path:
@@ -78,3 +87,54 @@ def test_a_configuration_and_its_tensors_come_back(tmp_path, rng, architecture, 
         # Gemma's norms have been through + 1 and - 1 in float32.
         atol = 2e-7 if architecture.startswith("gemma") and tensor.ndim == 1 else 0
         np.testing.assert_allclose(source.read(name), tensor, rtol=0, atol=atol, err_msg=name)
+
+
+TEXTS = [
+    "hello the lo hell",
+    " hello  the\n\nhe  ll",
+    "a1234 tell<b>x",
+    "aaa été 日本<|stop|>he<eos>",
+    "hehe aaaa   !",
+    "",
+]
+TOKENIZERS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{pre: ("llama", byte_level_metadata(pre)) for pre in ("smollm", "gpt-2", "llama-bpe", "qwen2", "smaug-bpe")},
+    "begins with BOS": ("qwen2", byte_level_metadata("qwen2") | {"tokenizer.ggml.add_bos_token": True}),
+    "ends with EOS": ("qwen2", byte_level_metadata("qwen2") | {"tokenizer.ggml.add_eos_token": True}),
+    "sentencepiece": ("llama", sentencepiece_metadata(prefix=True)),
+    "sentencepiece without a space": ("llama", sentencepiece_metadata(prefix=False)),
+    "gemma": ("gemma3", sentencepiece_metadata(prefix=False)),
+}
+
+
+def as_folder(folder: Path, architecture: str, tokenizer: dict[str, Any], rng: np.random.Generator) -> Any:
+    """A Hugging Face folder with the tokenizer of these metadata, and more rows of the embedding than tokens."""
+    config = CONFIGS[architecture]
+    tensors = random_tensors(config, rng)
+    model = {"tokenizer.chat_template": "{{ messages }}"} | tokenizer
+    source = open_source(write_architecture(folder.with_suffix(".gguf"), architecture, config, tensors, changes=model))
+    write_folder(folder, config, tensors)
+    for name, raw in source.sidecars().items():
+        (folder / name).write_bytes(raw)
+    return open_source(folder)
+
+
+@pytest.mark.parametrize(("architecture", "tokenizer"), TOKENIZERS.values(), ids=TOKENIZERS)
+def test_a_tokenizer_comes_back(tmp_path, rng, architecture, tokenizer):
+    source = as_folder(tmp_path / "model", architecture, tokenizer, rng)
+    values = metadata_of(source, source.config)
+    assert values["general.name"].value == "model"
+    assert len(values["tokenizer.ggml.tokens"].value) == source.config["vocab_size"]
+    if "tokenizer.ggml.pre" in tokenizer:
+        assert values["tokenizer.ggml.pre"].value == tokenizer["tokenizer.ggml.pre"]
+    tensors = {name: source.read(name) for name in source.tensors}
+    back = open_source(write(tmp_path / "back.gguf", source.config, tensors, values))
+    assert back.config == source.config
+    before, after = load_tokenizer(source), load_tokenizer(back)
+    assert before.get_vocab() == after.get_vocab()
+    for text_ in TEXTS:
+        assert after.encode(text_).ids == before.encode(text_).ids, text_
+        assert after.decode(after.encode(text_).ids) == before.decode(before.encode(text_).ids), text_
+    theirs, ours = source.sidecars(), back.sidecars()
+    assert json.loads(ours["tokenizer_config.json"]) == json.loads(theirs["tokenizer_config.json"])
+    assert json.loads(ours["tokenizer.json"])["added_tokens"] == json.loads(theirs["tokenizer.json"])["added_tokens"]
