@@ -60,14 +60,26 @@ CHANGED: dict[str, tuple[str, dict[str, Any]]] = {
         {"rope_parameters": YARN | {"attention_factor": 1.25, "beta_fast": 24.0, "beta_slow": 2.0}},
     ),
     "llama3": ("llama", {"rope_theta": 500000.0, "rope_parameters": LLAMA3}),
-    "heads that do not divide": ("qwen2", {"num_attention_heads": 3, "num_key_value_heads": 1}),
+    **{
+        f"fewer heads of {name}": (name, {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8} | own)
+        for name, own in {
+            "llama": {},
+            "qwen3": {},
+            "smollm3": {},
+            "gemma2": {"query_pre_attn_scalar": 8},
+            "gemma3": {"query_pre_attn_scalar": 8},
+        }.items()
+    },
     "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "other sliding layers": ("gemma2", {"layer_types": ["sliding_attention"] * 2 + ["full_attention"]}),
     "all sliding": ("gemma3", {"layer_types": ["sliding_attention"] * 7}),
-    "none sliding": ("gemma3", {"layer_types": ["full_attention"] * 7}),
     "the largest gemma2": (
         "gemma2",
-        {"num_hidden_layers": 46, "query_pre_attn_scalar": 8, "layer_types": None},
+        {
+            "num_hidden_layers": 46,
+            "query_pre_attn_scalar": 8,
+            "layer_types": ["sliding_attention", "full_attention"] * 23,
+        },
     ),
     "a cap": ("gemma3", {"final_logit_softcapping": 20.0}),
 }
@@ -76,8 +88,6 @@ CHANGED: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize(("architecture", "changes"), CHANGED.values(), ids=CHANGED)
 def test_a_configuration_and_its_tensors_come_back(tmp_path, rng, architecture, changes):
     config = CONFIGS[architecture] | changes
-    if config.get("layer_types", ()) is None:
-        config["layer_types"] = ["sliding_attention", "full_attention"] * (config["num_hidden_layers"] // 2)
     tensors = random_tensors(config, rng)
     source = written(tmp_path / "m.gguf", config, tensors)
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")

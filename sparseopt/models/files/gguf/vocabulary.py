@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models
 from sparseopt.models.base.errors import ModelError, checked, guarded
 from sparseopt.models.base.fields import shown
 from sparseopt.models.files.folder import parse_json
-from sparseopt.models.files.gguf.architecture import Config
+from sparseopt.models.files.gguf.fields import Config
 from sparseopt.models.files.gguf.header import Value, count, text
 from sparseopt.models.files.gguf.tokenizer import SPECIAL, WORDS, build_tokenizer, padding_token
 from sparseopt.models.files.source import Source
