@@ -58,7 +58,8 @@ HOUSE = {
         "compressed gguf/* packed",
         "hub",
         "source",
-        "forms",
+        "gguf/vocabulary",
+        "gguf/metadata",
     ],
     "models/decoder": ["layers", "settings", "attention experts", "decoder", "cached_decoding tokenizer"],
     # A family, one file each, below the table of all.

@@ -122,6 +122,7 @@ _GEMMA = _SIZES | {
     "tie_word_embeddings": True,
 }
 _QWEN2 = {name: value for name, value in _QWEN.items() if name != "attention_bias"}
+_QWEN2_SIZES = {name: value for name, value in _SIZES.items() if name != "attention_bias"} | {"head_dim": 8}
 _GEMMA3_ROPES = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
@@ -138,6 +139,24 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llama": _architecture("Llama", "llama", _LLAMA),
     "qwen2": _architecture("Qwen2", "qwen2", _QWEN2, head_dim=8, tie_word_embeddings=True),
     "qwen3": _architecture("Qwen3", "qwen3", _QWEN, head_dim=16),
+    # A block without a position embedding.
+    "smollm3": _architecture(
+        "SmolLM3", "smollm3", _LLAMA, num_hidden_layers=5, no_rope_layers=[1, 1, 1, 0, 1], use_sliding_window=False
+    ),
+    "phi3": _architecture(
+        "Phi3", "phi3", _QWEN2_SIZES, sliding_window=None, hidden_act="silu", original_max_position_embeddings=64
+    ),
+    "olmo2": _architecture("Olmo2", "olmo2", _SIZES, head_dim=8, hidden_act="silu"),
+    "starcoder2": _architecture(
+        "Starcoder2",
+        "starcoder2",
+        {name: value for name, value in _QWEN2_SIZES.items() if name != "rms_norm_eps"},
+        norm_epsilon=1e-5,
+        use_bias=True,
+        sliding_window=None,
+        hidden_act="gelu_pytorch_tanh",
+        tie_word_embeddings=True,
+    ),
     "gemma2": _architecture(
         "Gemma2",
         "gemma2",
@@ -176,6 +195,13 @@ _MORE_FIELDS: dict[str, dict[str, str]] = {
     "llama": {Keys.LLM.VOCAB_SIZE: "vocab_size", Keys.Rope.DIMENSION_COUNT: "head_dim"},
     "qwen2": {},
     "qwen3": _HEAD_SIZES,
+    "smollm3": {Keys.LLM.VOCAB_SIZE: "vocab_size", Keys.Rope.DIMENSION_COUNT: "head_dim"},
+    "phi3": {
+        Keys.Rope.DIMENSION_COUNT: "head_dim",
+        Keys.Rope.SCALING_ORIG_CTX_LEN: "original_max_position_embeddings",
+    },
+    "olmo2": {},
+    "starcoder2": {Keys.Attention.LAYERNORM_EPS: "norm_epsilon"},
     "gemma2": _HEAD_SIZES
     | _WINDOW
     | {
@@ -190,7 +216,8 @@ def metadata_of(architecture: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """What a converter writes for this architecture, tokenizer included."""
     gemma = architecture.startswith("gemma")
     found = sentencepiece_metadata(prefix=False) if gemma else byte_level_metadata("qwen2")
-    found |= {key: config[name] for key, name in (_FIELDS | _MORE_FIELDS[architecture]).items()}
+    fields = _FIELDS | _MORE_FIELDS[architecture]
+    found |= {key: config[name] for key, name in fields.items() if name in config}
     if architecture == "gemma2":
         del found[Keys.Rope.FREQ_BASE]
     if architecture == "gemma3":
@@ -266,7 +293,7 @@ def write_architecture(
     names = gguf.get_tensor_name_map(number, config["num_hidden_layers"])
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     for name, stored in tensors.items():
-        if architecture == "llama" and (part := name.split(".")[-2]) in heads:
+        if architecture in ("llama", "smollm3") and (part := name.split(".")[-2]) in heads:
             stored = pair_heads(stored, heads[part])
         if architecture.startswith("gemma") and name.endswith("norm.weight"):
             stored = stored + 1

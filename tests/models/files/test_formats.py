@@ -104,8 +104,8 @@ def test_configuration_and_tensors_come_back_and_parts_are_float32(written):
         atol = written.atol if expected.ndim == 1 else 0
         found, expected = (array.astype(np.float64) for array in (found, expected))
         np.testing.assert_allclose(found, expected, rtol=0, atol=atol, err_msg=name)
-    name = "model.layers.1.mlp.up_proj.weight"
-    weight = model.block(1).mlp.up_proj.weight[...]
+    name = "model.layers.1.self_attn.o_proj.weight"
+    weight = model.block(1).self_attn.o_proj.weight[...]
     assert weight.dtype == jnp.float32
     np.testing.assert_array_equal(weight, written.tensors[name].astype(np.float32))
 

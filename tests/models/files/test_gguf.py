@@ -13,8 +13,10 @@ from transformers import AutoConfig
 
 from sparseopt.models import ModelError, open_model, open_source
 from sparseopt.models.base.rope import Llama3, plain_frequencies
-from sparseopt.models.files.gguf.architectures import ARCHITECTURES, llama3_scaling, unpair_heads
+from sparseopt.models.files.gguf.architecture import unpair_heads
+from sparseopt.models.files.gguf.architectures import ARCHITECTURES
 from sparseopt.models.files.gguf.header import read_header
+from sparseopt.models.files.gguf.scaling import llama3_scaling
 from tests.models.tiny import CONFIGS, pair_heads, random_tensors, tiny_config, write_architecture, write_gguf
 
 NUMBERS = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
@@ -30,13 +32,17 @@ def source_with(place: Path, architecture: str, changes: dict[str, Any], **sizes
 
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_every_tensor_of_the_format_has_a_name_and_the_reference_takes_every_field(architecture):
-    """Of what the gguf package lists for the architecture; experts and stored rotary tables are not read."""
+    """Of what the gguf package lists for the architecture, but experts, stored rotary tables and q, k, v of Phi-3."""
     unread = {MODEL_TENSOR.ROPE_FREQS, MODEL_TENSOR.ATTN_ROT_EMBD, MODEL_TENSOR.FFN_GATE_INP}
     unread |= {MODEL_TENSOR.FFN_GATE_EXP, MODEL_TENSOR.FFN_DOWN_EXP, MODEL_TENSOR.FFN_UP_EXP}
+    unread |= {MODEL_TENSOR.ROPE_FACTORS_LONG, MODEL_TENSOR.ROPE_FACTORS_SHORT}
+    if architecture == "phi3":
+        unread |= {MODEL_TENSOR.ATTN_Q, MODEL_TENSOR.ATTN_K, MODEL_TENSOR.ATTN_V}
     known, config = ARCHITECTURES[architecture], CONFIGS[architecture]
     for tensor in set(gguf.MODEL_TENSORS[NUMBERS[architecture]]) - unread:
         name = gguf.TENSOR_NAMES[tensor].format(bid=2) + ".weight"
         assert known.hf_name(name).startswith(("model.", "lm_head.")), name
+        assert known.gguf_name(known.hf_name(name)) == name
     assert known.hf_name("blk.2.ffn_gate_exps.weight") == "blk.2.ffn_gate_exps.weight"
     theirs = AutoConfig.for_model(**config)
     assert type(theirs).__name__.startswith(config["architectures"][0].removesuffix("ForCausalLM"))

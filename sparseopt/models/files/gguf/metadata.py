@@ -1,12 +1,65 @@
-"""Stub."""
+"""The metadata of a GGUF file to be written: those of a GGUF source, or made from a Hugging Face model's files."""
 
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any
 
-from sparseopt.models.files.gguf.header import Value
+from sparseopt.models.files.gguf.architectures import architecture_of
+from sparseopt.models.files.gguf.header import Value, text
+from sparseopt.models.files.gguf.source import GGUFSource
+from sparseopt.models.files.gguf.vocabulary import tokenizer_values
+from sparseopt.models.files.source import Source
+
+# Of the file that was read, not of the one to be written: its parts, types of tensors and places of data.
+_OF_THE_FILE = ("split.", "quantize.imatrix.")
+_OF_THE_TENSORS = ("general.file_type", "general.quantization_version", "general.alignment")
+# Wrong for a smaller model.
+_OF_THE_SIZE = ("general.size_label", "general.parameter_count")
 
 
-def metadata_of(source: Any, config: Mapping[str, Any]) -> dict[str, Value]:
-    """Stub."""
-    del config
-    return dict(source.values)
+def metadata_of(source: Source, config: Mapping[str, Any]) -> dict[str, Value]:
+    """The metadata of a file with the model of this configuration, by key.
+
+    A GGUF source's own are kept with their types, and the fields of the architecture that differ are written over them.
+    From other sources come the name, the architecture and the tokenizer, if the model has one. Left to the writer are
+    `general.file_type`, `general.quantization_version` and `general.alignment`.
+
+    Args:
+        source: the model that is written, or that a smaller one is made from.
+        config: its Hugging Face configuration, or that of the smaller model.
+
+    Raises:
+        ModelError: for a configuration or a tokenizer that GGUF cannot describe.
+    """
+    name, architecture = architecture_of(config)
+    fields = {f"{name}.{key}": value for key, value in architecture.write_config(config).items()}
+    if isinstance(source, GGUFSource):
+        before = {f"{name}.{key}": value for key, value in architecture.write_config(source.config).items()}
+        kept = {
+            key: value
+            for key, value in source.values.items()
+            if not key.startswith(_OF_THE_FILE) and key not in _OF_THE_TENSORS
+        }
+        return kept if fields == before else _resized(kept, before, fields)
+    return {
+        "general.architecture": text(name),
+        "general.name": text(_short_name(source)),
+        **fields,
+        **tokenizer_values(source, config, name),
+    }
+
+
+def _resized(kept: dict[str, Value], before: dict[str, Value], fields: dict[str, Value]) -> dict[str, Value]:
+    """The metadata of a GGUF file with the fields of another size."""
+    prefix = next(iter(fields)).partition(".")[0] + "."
+    # A list has an entry for each of the blocks that there were.
+    stale = [key for key, (value, *_) in kept.items() if key.startswith(prefix) and isinstance(value, list)]
+    kept = {key: value for key, value in kept.items() if key not in (*stale, *_OF_THE_SIZE)}
+    # What followed from other fields need not follow from the new ones, so that every field is written.
+    return kept | {key: value for key, value in fields.items() if key not in kept or before.get(key) != value}
+
+
+def _short_name(source: Source) -> str:
+    """The last part of a folder's path or of a name on the hub, without its revision."""
+    path = PurePath(source.name.rstrip("/"))
+    return path.name.partition("@")[0] if source.revision else path.name or source.path.resolve().name

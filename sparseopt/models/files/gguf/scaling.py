@@ -12,7 +12,7 @@ import numpy as np
 from sparseopt.models.base.errors import ModelError
 from sparseopt.models.base.fields import refuse_unless, require
 from sparseopt.models.base.rope import Llama3, plain_frequencies, read_rope, rope_table
-from sparseopt.models.files.gguf.architecture import Config, Fields, Tensors, Values, shortest
+from sparseopt.models.files.gguf.fields import Config, Fields, Tensors, Values, shortest
 from sparseopt.models.files.gguf.header import count, number, text
 
 # Frequency factors of a scaled rotary embedding: part of the configuration, not of a module.

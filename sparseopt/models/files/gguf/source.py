@@ -10,8 +10,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from sparseopt.models.base.errors import ModelError
-from sparseopt.models.files.gguf.architecture import Fields
 from sparseopt.models.files.gguf.architectures import ARCHITECTURES
+from sparseopt.models.files.gguf.fields import Fields
 from sparseopt.models.files.gguf.header import GGUFTensor, read_header
 from sparseopt.models.files.gguf.scaling import ROPE_FACTORS
 from sparseopt.models.files.gguf.tokenizer import build_tokenizer, tokenizer_config

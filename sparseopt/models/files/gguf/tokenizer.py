@@ -13,14 +13,14 @@ from sparseopt.models.base.errors import ModelError, checked, guarded
 
 _PREFIX = "tokenizer.ggml."
 
-# Token types of the format: 2 unknown, 3 control, 4 user-defined. The others are plain or bytes.
-_UNKNOWN, _CONTROL, _USER = 2, 3, 4
+# Token types of the format: 2 unknown, 3 control, 4 user-defined, 5 unused. The others are plain or bytes.
+_UNKNOWN, _CONTROL, _USER, _UNUSED = 2, 3, 4, 5
 
 # Characters; longer tokens would only make the search for merges slow.
 _LONGEST_TOKEN = 1024
 
 # Special tokens by their names in Hugging Face and in GGUF.
-_SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 _TABLES: dict[str, TypeAdapter[Any]] = {
     "tokens": TypeAdapter(list[str]),
@@ -46,13 +46,22 @@ def _words_with(digits: str) -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
-# How text is split into words before byte-pair merging, by `tokenizer.ggml.pre`.
-_WORDS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
-    "smollm": _single_digits,
-    "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
-    "llama-bpe": lambda: _words_with(r"\p{N}{1,3}"),
-    "qwen2": lambda: _words_with(r"\p{N}"),
+# How text is split into words before byte-pair merging, by `tokenizer.ggml.pre`, and whether a whole word is looked up
+# before it is merged. Of names that mean the same, the first one is written.
+WORDS: dict[str, tuple[Callable[[], pre_tokenizers.PreTokenizer], bool]] = {
+    "smollm": (_single_digits, False),
+    "gpt-2": (lambda: pre_tokenizers.ByteLevel(add_prefix_space=False), False),
+    "llama-bpe": (lambda: _words_with(r"\p{N}{1,3}"), True),
+    "qwen2": (lambda: _words_with(r"\p{N}"), False),
+    "smaug-bpe": (lambda: _words_with(r"\p{N}{1,3}"), False),
+    "dbrx": (lambda: _words_with(r"\p{N}{1,3}"), False),
+    "starcoder": (_single_digits, False),
 }
+
+
+def padding_token(number: int) -> str:
+    """The name that converters give a row of the embedding that no token has."""
+    return f"[PAD{number}]"
 
 
 def build_tokenizer(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
@@ -111,7 +120,7 @@ def _check_tables(stored: Mapping[str, Any], path: Path) -> None:
         raise ModelError(f"{path} has a token twice in {_PREFIX}tokens; download it again")
     if marks and len(marks) != len(tokens):
         raise ModelError(f"{path} has {len(tokens)} tokens and {len(marks)} token types; download it again")
-    for name in _SPECIAL.values():
+    for name in SPECIAL.values():
         number = stored.get(f"{name}_token_id")
         if number is not None and (type(number) is not int or not 0 <= number < len(tokens)):
             raise ModelError(
@@ -120,18 +129,25 @@ def _check_tables(stored: Mapping[str, Any], path: Path) -> None:
             )
 
 
+def _vocabulary(stored: Mapping[str, Any]) -> dict[str, int]:
+    """The ids of tokens, without those that only fill up the rows of the embedding."""
+    marks = zip_longest(stored["tokens"], stored.get("token_type", []))
+    padding = {i for i, (token, mark) in enumerate(marks) if mark == _UNUSED and token == padding_token(i)}
+    return {token: i for i, token in enumerate(stored["tokens"]) if i not in padding}
+
+
 def _byte_level(stored: Mapping[str, Any], path: Path) -> Tokenizer:
     words = stored.get("pre")
     # In a list: a damaged file may give a value that cannot be hashed.
-    if words not in list(_WORDS):
-        raise ModelError(f"{path} splits words by {repr(words)[:100]} ({_PREFIX}pre); known are {', '.join(_WORDS)}")
+    if words not in list(WORDS):
+        raise ModelError(f"{path} splits words by {repr(words)[:100]} ({_PREFIX}pre); known are {', '.join(WORDS)}")
+    split, looks_up = WORDS[str(words)]
     merges = [tuple(merge.split(" ", 1)) for merge in stored.get("merges", [])]
-    vocab = {token: i for i, token in enumerate(stored["tokens"])}
+    vocab = _vocabulary(stored)
     if any(len(merge) != 2 or not vocab.keys() >= {*merge, "".join(merge)} for merge in merges):
         raise ModelError(f"{path} has a tokenizer with a merge whose parts or whole are no token; download it again")
-    # Llama 3 looks a whole word up before it merges.
-    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=words == "llama-bpe"))
-    tokenizer.pre_tokenizer = _WORDS[str(words)]()
+    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=looks_up))
+    tokenizer.pre_tokenizer = split()
     tokenizer.decoder = decoders.ByteLevel()
     if words == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
@@ -155,7 +171,7 @@ def _sentencepiece(stored: Mapping[str, Any], by_ids: bool, path: Path) -> Token
     if not by_ids:
         # The stored score of a user-defined token means nothing: it comes first.
         ranks = [-math.inf if mark == _USER else -score for score, mark in zip_longest(scores, marks)]
-    vocab = {token: i for i, token in enumerate(tokens)}
+    vocab = _vocabulary(stored)
     merges = _implied_merges(vocab, ranks)
     unknown = stored.get("unknown_token_id")
     unk_token = None if unknown is None else tokens[unknown]
@@ -208,7 +224,7 @@ def tokenizer_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
         "clean_up_tokenization_spaces": False,
         "model_max_length": metadata.get(f"{architecture}.context_length", 1_000_000),
     }
-    for name, short in _SPECIAL.items():
+    for name, short in SPECIAL.items():
         number = metadata.get(f"{_PREFIX}{short}_token_id")
         if number is not None:
             config[name] = tokens[number]

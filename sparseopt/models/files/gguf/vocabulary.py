@@ -1,0 +1,274 @@
+"""A Hugging Face tokenizer as GGUF metadata: the inverse of `tokenizer`.
+
+Two kinds have names there: byte-level BPE ("gpt2") and SentencePiece BPE ("llama"), whose merges are stored as scores
+of the tokens. What is written is read again, and must be the same tokenizer.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from gguf import GGUFValueType, TokenType
+from pydantic import TypeAdapter
+from tokenizers import Tokenizer, models
+
+from sparseopt.models.base.errors import ModelError, checked, guarded
+from sparseopt.models.base.fields import shown
+from sparseopt.models.files.folder import parse_json
+from sparseopt.models.files.gguf.fields import Config
+from sparseopt.models.files.gguf.header import Value, count, text
+from sparseopt.models.files.gguf.tokenizer import SPECIAL, WORDS, build_tokenizer, padding_token
+from sparseopt.models.files.source import Source
+
+_PREFIX = "tokenizer.ggml."
+# Scores of tokens that no merge makes, as converters give them.
+_MARKED_SCORE = -1000.0
+
+_TOKENIZER: TypeAdapter[Any] = TypeAdapter(dict[str, Any])
+_MERGES: TypeAdapter[Any] = TypeAdapter(list[str] | list[tuple[str, str]])
+_VOCAB: TypeAdapter[Any] = TypeAdapter(dict[str, int])
+# Tokenizers in older files.
+_OLDER = frozenset(("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt"))
+_INSTEAD = "write the model as a Hugging Face folder instead"
+
+
+def tokenizer_values(source: Source, config: Config, architecture: str) -> dict[str, Value]:
+    """The metadata of a model's tokenizer, by key; none for a model without tokenizer.json.
+
+    The vocabulary is filled up to the rows of the embedding, since llama.cpp takes its size for their number.
+
+    Args:
+        source: a model whose tokenizer lies in files.
+        config: its Hugging Face configuration.
+        architecture: the name in GGUF.
+
+    Raises:
+        ModelError: for a tokenizer of another kind.
+    """
+    files = source.sidecars()
+    if "tokenizer.json" not in files:
+        if other := sorted(_OLDER & files.keys()):
+            raise ModelError(
+                f"{source.path} has {other[0]} and no tokenizer.json, from which a GGUF file's tokenizer is made; make "
+                "one: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            )
+        return {}
+    stored = checked(_TOKENIZER, _parsed(files, "tokenizer.json", source), f"{source.path} has no valid tokenizer.json")
+    settings = _parsed(files, "tokenizer_config.json", source)
+    tokenizer = guarded(
+        lambda: Tokenizer.from_str(files["tokenizer.json"].decode()), f"{source.path} has no valid tokenizer.json"
+    )
+    model = stored.get("model") or {}
+    if model.get("type") != "BPE":
+        raise _unknown(source, f"the model {model.get('type')!r}", "BPE")
+    refused = {"dropout", "continuing_subword_prefix", "end_of_word_suffix"}
+    if given := sorted(name for name in refused if model.get(name)):
+        raise _unknown(source, f"the field {given[0]} of BPE", "BPE without it")
+    write = _sentencepiece if model.get("byte_fallback") else _byte_level
+    values = write(stored, _listed_tokens(stored, config, source), source)
+    ids = _special_ids(tokenizer, config, settings, _parsed(files, "generation_config.json", source))
+    values |= {f"{name}_token_id": count(number) for name, number in ids.items()}
+    for name, adds in _ends(tokenizer, ids, settings, source).items():
+        values[f"add_{name}_token"] = Value(adds, GGUFValueType.BOOL)
+    found = {_PREFIX + name: value for name, value in values.items()} | _templates(files, settings)
+    _check(stored, found, architecture, source)
+    return found
+
+
+def _parsed(files: Mapping[str, bytes], name: str, source: Source) -> dict[str, Any]:
+    """The object in a JSON file, empty for a file that is not there."""
+    what = f"{source.path / name} is no valid JSON"
+    return checked(_TOKENIZER, guarded(lambda: parse_json(files.get(name, b"{}")), what), what)
+
+
+def _unknown(source: Source, given: str, expected: str) -> ModelError:
+    return ModelError(f"{source.path} has a tokenizer with {given}, GGUF has a name for {expected}; {_INSTEAD}")
+
+
+def _listed_tokens(stored: Mapping[str, Any], config: Config, source: Source) -> list[tuple[str, TokenType]]:
+    """Text and type of every token by its id, up to the rows of the embedding."""
+    vocab = checked(_VOCAB, stored["model"].get("vocab"), f"{source.path} has a tokenizer with a corrupt vocabulary")
+    types = dict.fromkeys(vocab.values(), TokenType.NORMAL)
+    names = {number: token for token, number in vocab.items()}
+    for added in stored.get("added_tokens") or []:
+        names[added["id"]] = added["content"]
+        types[added["id"]] = TokenType.CONTROL if added.get("special") else TokenType.USER_DEFINED
+    rows = config["vocab_size"]
+    if max(names, default=0) >= rows:
+        raise ModelError(
+            f"{source.path} has a token with the id {max(names)} and an embedding of {rows} rows; take the tokenizer "
+            "that belongs to the model"
+        )
+    return [(names.get(i, padding_token(i)), types.get(i, TokenType.UNUSED)) for i in range(rows)]
+
+
+def _tables(tokens: list[tuple[str, TokenType]]) -> dict[str, Value]:
+    texts, types = [token for token, _ in tokens], [int(kind) for _, kind in tokens]
+    return {
+        "tokens": Value(texts, GGUFValueType.ARRAY, GGUFValueType.STRING),
+        "token_type": Value(types, GGUFValueType.ARRAY, GGUFValueType.INT32),
+    }
+
+
+def _byte_level(stored: Mapping[str, Any], tokens: list[tuple[str, TokenType]], source: Source) -> dict[str, Value]:
+    """Words are split as a name of `WORDS` says. NFC is left out, since no name stands for it."""
+    words = _plain_words(stored.get("pre_tokenizer"))
+    whole = bool(stored["model"].get("ignore_merges"))
+    known = [
+        name for name, (make, ignores) in WORDS.items() if ignores == whole and words == _plain_words(_state(make))
+    ]
+    if not known:
+        raise _unknown(source, f"the pre-tokenizer {shown(stored.get('pre_tokenizer'))}", ", ".join(WORDS))
+    steps = _steps(stored.get("normalizer"), "normalizers")
+    if any(step.get("type") != "NFC" for step in steps):
+        raise _unknown(source, f"the normalizer {shown(stored.get('normalizer'))}", "none and NFC")
+    merges = [" ".join(merge) for merge in _merges(stored, source)]
+    # GGUF has no empty lists.
+    table = {"merges": Value(merges, GGUFValueType.ARRAY, GGUFValueType.STRING)} if merges else {}
+    return {"model": text("gpt2"), "pre": text(known[0]), **_tables(tokens), **table}
+
+
+def _sentencepiece(stored: Mapping[str, Any], tokens: list[tuple[str, TokenType]], source: Source) -> dict[str, Value]:
+    """Tokens score the higher the earlier a merge makes them."""
+    order: dict[str, int] = {}
+    for left, right in _merges(stored, source):
+        order.setdefault(left + right, len(order))
+    unknown, typed, scores = stored["model"].get("unk_token"), [], []
+    for token, kind in tokens:
+        score = -float(order.get(token, len(order)))
+        if token == unknown:
+            kind, score = TokenType.UNKNOWN, _MARKED_SCORE
+        elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            kind, score = TokenType.BYTE, 0.0
+        elif kind == TokenType.USER_DEFINED:
+            # They are looked for in the text as it is, before its spaces become "▁".
+            token, score = token.replace("▁", " "), _MARKED_SCORE
+        elif kind != TokenType.NORMAL:
+            score = _MARKED_SCORE
+        typed.append((token, kind))
+        scores.append(score)
+    return {
+        "model": text("llama"),
+        "pre": text("default"),
+        **_tables(typed),
+        "scores": Value(scores, GGUFValueType.ARRAY, GGUFValueType.FLOAT32),
+        "add_space_prefix": Value(_begins_with_space(stored, source), GGUFValueType.BOOL),
+    }
+
+
+def _begins_with_space(stored: Mapping[str, Any], source: Source) -> bool:
+    """Whether a text begins with a space of its own, of a tokenizer whose spaces become "▁" and which has no words."""
+    steps = _steps(stored.get("normalizer"), "normalizers") + _steps(stored.get("pre_tokenizer"), "pretokenizers")
+    prefix = {"type": "Prepend", "prepend": "▁"} in steps
+    for step in steps:
+        scheme = step.get("prepend_scheme", "always")
+        if step in (
+            {"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        ):
+            continue
+        # Gemma's, which finds no space left.
+        if step.get("type") == "Split" and step.get("pattern") == {"String": " "}:
+            continue
+        if step.get("type") == "Metaspace" and step.get("replacement") == "▁" and step.get("split") is False:
+            prefix = prefix or scheme != "never"
+            continue
+        raise _unknown(source, f"the step {shown(step)}", "whole texts with ▁ for spaces")
+    if not {"Replace", "Metaspace"} & {step["type"] for step in steps}:
+        raise _unknown(source, "byte fallback and spaces as they are", "whole texts with ▁ for spaces")
+    return prefix
+
+
+def _steps(step: Any, inner: str) -> list[dict[str, Any]]:
+    """The steps of a normalizer or pre-tokenizer, one by one."""
+    if not isinstance(step, dict):
+        return []
+    return (
+        [one for part in step.get(inner) or [] for one in _steps(part, inner)]
+        if step.get("type") == "Sequence"
+        else [step]
+    )
+
+
+def _plain_words(step: Any) -> list[dict[str, Any]]:
+    """A pre-tokenizer without what does not change its words."""
+    usual = {"use_regex": True, "invert": False}
+    return [
+        (usual if one.get("type") == "ByteLevel" else {})
+        | {name: value for name, value in one.items() if name != "trim_offsets"}
+        for one in _steps(step, "pretokenizers")
+    ]
+
+
+def _state(make: Any) -> Any:
+    """A pre-tokenizer as tokenizer.json has it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = make()
+    return json.loads(tokenizer.to_str())["pre_tokenizer"]
+
+
+def _merges(stored: Mapping[str, Any], source: Source) -> list[tuple[str, str]]:
+    """The merges in order; older files have the two parts in one string."""
+    what = f"{source.path} has a tokenizer with a corrupt list of merges"
+    raw = [tuple(merge) if isinstance(merge, list) else merge for merge in stored["model"].get("merges") or []]
+    merges = checked(_MERGES, raw, what)
+    found = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else merge for merge in merges]
+    if any(len(merge) != 2 for merge in found):
+        raise ModelError(f"{what}; download it again")
+    return [(left, right) for left, right in found]
+
+
+def _special_ids(
+    tokenizer: Tokenizer, config: Config, settings: Mapping[str, Any], generation: Mapping[str, Any]
+) -> dict[str, int]:
+    """Ids of the special tokens by their names in GGUF: as the tokenizer names them, else as the configurations do."""
+    found: dict[str, int] = {}
+    for name, short in SPECIAL.items():
+        named = settings.get(name)
+        content = named.get("content") if isinstance(named, dict) else named
+        numbers = [tokenizer.token_to_id(content) if isinstance(content, str) else None]
+        numbers += [table.get(f"{name}_id") for table in (config, generation)]
+        # A configuration may name several ends.
+        numbers = [number[0] if isinstance(number, list) and number else number for number in numbers]
+        valid = [number for number in numbers if type(number) is int and 0 <= number < config["vocab_size"]]
+        if valid:
+            found[short] = valid[0]
+    return found
+
+
+def _ends(tokenizer: Tokenizer, ids: Mapping[str, int], settings: Mapping[str, Any], source: Source) -> dict[str, bool]:
+    """Whether texts begin with BOS and end with EOS, as the settings say or else as the tokenizer does."""
+    whole, inner = tokenizer.encode("a").ids, tokenizer.encode("a", add_special_tokens=False).ids
+    start = next((i for i in range(len(whole)) if whole[i : i + len(inner)] == inner), len(whole))
+    around = {"bos": whole[:start], "eos": whole[start + len(inner) :]}
+    found = {}
+    for name, numbers in around.items():
+        asked = settings.get(f"add_{name}_token")
+        if numbers and numbers != [ids.get(name)]:
+            raise _unknown(source, f"the tokens {numbers} around every text", "one BOS and one EOS")
+        found[name] = asked if asked is True or asked is False else bool(numbers)
+    return found
+
+
+def _templates(files: Mapping[str, bytes], settings: Mapping[str, Any]) -> dict[str, Value]:
+    """The chat template, which a file of its own takes precedence for; of several, the one called default."""
+    given = files["chat_template.jinja"].decode() if "chat_template.jinja" in files else settings.get("chat_template")
+    if isinstance(given, list):
+        given = {each["name"]: each["template"] for each in given}.get("default")
+    return {"tokenizer.chat_template": text(given)} if isinstance(given, str) else {}
+
+
+def _check(stored: Mapping[str, Any], values: Mapping[str, Value], architecture: str, source: Source) -> None:
+    """Refuse a tokenizer whose merges are others when it is read again."""
+    metadata = {"general.architecture": architecture} | {key: value for key, (value, *_) in values.items()}
+    back = json.loads(build_tokenizer(metadata, source.path).to_str())
+    # Special tokens are found before any merge.
+    apart = {added["content"] for added in stored.get("added_tokens") or [] if added.get("special")}
+    if not architecture.startswith("gemma") and metadata[f"{_PREFIX}model"] == "llama":
+        apart |= {added["content"] for added in stored.get("added_tokens") or []}
+    before, after = (
+        [merge for merge in _merges(each, source) if "".join(merge) not in apart] for each in (stored, back)
+    )
+    made, made_back = (list(dict.fromkeys(map("".join, merges))) for merges in (before, after))
+    if set(before) != set(after) or made != made_back:
+        raise _unknown(source, "merges that do not follow from an order of its tokens", "such as do")
