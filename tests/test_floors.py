@@ -60,6 +60,7 @@ HOUSE = {
         "source",
         "gguf/vocabulary",
         "gguf/metadata",
+        "forms",
     ],
     "models/decoder": ["layers", "settings", "attention experts", "decoder", "cached_decoding tokenizer"],
     # A family, one file each, below the table of all.

@@ -293,7 +293,7 @@ def test_a_family_that_gguf_does_not_name_is_refused_before_any_work(tmp_path, m
 
 
 def test_an_effort_that_would_train_on_leaves_that_out(tmp_path, source, tokens):
-    recipe = Recipe(effort="most", calibration=tokens, bits="q8_0", windows=5, allocation="uniform", score="none")
+    recipe = Recipe(effort="most", calibration=tokens, bits="q8_0", allocation="uniform", score="none")
     assert recipe.distillation is not None
     report = prune_model(source, tmp_path / "out.gguf", recipe)
     assert report.distilled is None

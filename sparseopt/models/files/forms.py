@@ -24,7 +24,7 @@ from sparseopt.models.files.gguf.architectures import architecture_of
 from sparseopt.models.files.gguf.header import GGUFTensor, Value
 from sparseopt.models.files.gguf.header import read_header as read_gguf_header
 from sparseopt.models.files.gguf.metadata import metadata_of
-from sparseopt.models.files.gguf.scaling import ROPE_FACTORS, llama3_factors
+from sparseopt.models.files.gguf.scaling import ROPE_FACTORS
 from sparseopt.models.files.gguf.source import GGUFSource
 from sparseopt.models.files.gguf.writer import (
     FLOATS,
@@ -173,14 +173,16 @@ class Joined(Form):
 
     def shard(self, tensors: Mapping[str, UnreadTensor]) -> Shard:
         found = {self._architecture.gguf_name(name): self._encoded(name, tensor) for name, tensor in tensors.items()}
-        return self._written(found, self._metadata(tokenizer=False))
+        # Without a tokenizer.
+        metadata = {key: value for key, value in self._metadata.items() if not key.startswith("tokenizer.")}
+        return self._written(found, metadata)
 
     def joined(self, shards: Iterable[Path]) -> Shard:
         """The whole file."""
         tensors = {name: copied(each) for file in shards for name, each in read_gguf_header(file).tensors.items()}
-        if (factors := llama3_factors(self.model_config)) is not None and ROPE_FACTORS not in tensors:
+        if (factors := self._architecture.rope_factors(self.model_config)) is not None:
             tensors[ROPE_FACTORS] = rounded(lambda: [factors], GGMLQuantizationType.F32, factors.shape)
-        return self._written(tensors, self._metadata(tokenizer=True))
+        return self._written(tensors, self._metadata)
 
     def read(self, file: Path) -> Mapping[str, Readable]:
         found = GGUFSource(file)
@@ -191,6 +193,12 @@ class Joined(Form):
 
     def stored_bytes(self, file: Path) -> int:
         return sum(tensor.stored_bytes for tensor in read_gguf_header(file).tensors.values())
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raise a ModelError for a model of these tensors that GGUF cannot describe."""
+        for name in names:
+            self._architecture.gguf_name(name)
+        assert self._metadata
 
     @cached_property
     def _architecture(self) -> Architecture:
@@ -223,9 +231,9 @@ class Joined(Form):
 
         return rounded(pieces, self._kind(name, tensor), tensor.shape)
 
-    def _metadata(self, tokenizer: bool) -> Mapping[str, Value]:
-        found = metadata_of(self.source, self.model_config)
-        return {key: value for key, value in found.items() if tokenizer or not key.startswith("tokenizer.")}
+    @cached_property
+    def _metadata(self) -> Mapping[str, Value]:
+        return metadata_of(self.source, self.model_config)
 
     def _written(self, tensors: Mapping[str, Encoded], metadata: Mapping[str, Value]) -> Shard:
         nbytes = sum(tensor.nbytes for tensor in tensors.values())

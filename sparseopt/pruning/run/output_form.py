@@ -12,7 +12,6 @@ from pathlib import Path
 
 from sparseopt.layers.bits import BITS, Bits, parse_bits
 from sparseopt.models import Compressed, Form, Joined, ModelError, Packed, PrunableModel
-from sparseopt.models.files.gguf.architectures import architecture_of
 from sparseopt.models.files.gguf.header import GGUFTensor
 from sparseopt.models.files.gguf.writer import KINDS, SAME_WIDTH
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe
@@ -78,9 +77,10 @@ def chosen_form(
             f"{', '.join(map(str, widths))} inputs: take int8, or int4:group with a divisor"
         )
     if file:
-        architecture_of(target.source.config)
         outer = _outer_bits(model, recipe)
-        return Joined(bits, file=output, source=model.source, model_config=target.source.config, outer_bits=outer)
+        form = Joined(bits, file=output, source=model.source, model_config=target.source.config, outer_bits=outer)
+        form.check(target.exported_keys())
+        return form
     if bits:
         if any(target.is_transposed(key) for key in bits):
             raise ModelError(

@@ -94,7 +94,6 @@ def write_gguf(file: Path, metadata: Mapping[str, Value], tensors: Mapping[str, 
             writer.add_key_value(key, value.value, value.kind, value.item)
     writer.add_file_type(_file_type(tensors))
     writer.add_quantization_version(QUANTISATION)
-    writer.data_alignment = metadata["general.alignment"].value if "general.alignment" in metadata else 32
     for name, tensor in tensors.items():
         writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), tensor.nbytes, tensor.kind)
     try:
