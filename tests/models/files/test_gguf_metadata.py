@@ -1,16 +1,19 @@
 """A model's configuration, tensors and tokenizer as GGUF metadata: what is written reads as what it was."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+from gguf import GGUFValueType
+from transformers import AutoConfig
 
-from sparseopt.models import load_tokenizer, open_source
-from sparseopt.models.files.gguf.architectures import architecture_of
-from sparseopt.models.files.gguf.header import Value, text
+from sparseopt.models import ModelError, load_tokenizer, open_source
+from sparseopt.models.files.gguf.architectures import ARCHITECTURES, architecture_of
+from sparseopt.models.files.gguf.header import Value, count, text
 from sparseopt.models.files.gguf.metadata import metadata_of
 from sparseopt.models.files.gguf.scaling import ROPE_FACTORS
 from tests.models.tiny import (
@@ -142,9 +145,176 @@ def test_a_tokenizer_comes_back(tmp_path, rng, architecture, tokenizer):
     assert back.config == source.config
     before, after = load_tokenizer(source), load_tokenizer(back)
     assert before.get_vocab() == after.get_vocab()
-    for text_ in TEXTS:
-        assert after.encode(text_).ids == before.encode(text_).ids, text_
-        assert after.decode(after.encode(text_).ids) == before.decode(before.encode(text_).ids), text_
+    for words in TEXTS:
+        ids = before.encode(words).ids
+        assert after.encode(words).ids == ids, words
+        assert after.decode(ids) == before.decode(ids), words
     theirs, ours = source.sidecars(), back.sidecars()
     assert json.loads(ours["tokenizer_config.json"]) == json.loads(theirs["tokenizer_config.json"])
     assert json.loads(ours["tokenizer.json"])["added_tokens"] == json.loads(theirs["tokenizer.json"])["added_tokens"]
+
+
+def gguf_source(file: Path, rng: np.random.Generator, architecture: str = "llama", **changes: Any) -> Any:
+    config = CONFIGS[architecture]
+    return open_source(write_architecture(file, architecture, config, random_tensors(config, rng), changes=changes))
+
+
+def test_metadata_of_a_gguf_file_are_kept_with_their_types(tmp_path, rng):
+    """Of all types; what says how this file was made is left out."""
+    source = gguf_source(tmp_path / "m.gguf", rng)
+    file = tmp_path / "typed.gguf"
+    own = {
+        "general.tags": Value(["a", "b"], GGUFValueType.ARRAY, GGUFValueType.STRING),
+        "own.small": Value(-3, GGUFValueType.INT8),
+        "own.large": Value(2**40, GGUFValueType.UINT64),
+        "own.double": Value(0.1, GGUFValueType.FLOAT64),
+        "own.bytes": Value([1, 2], GGUFValueType.ARRAY, GGUFValueType.UINT8),
+        "own.flags": Value([True, False], GGUFValueType.ARRAY, GGUFValueType.BOOL),
+        "llama.block_count": Value(3, GGUFValueType.UINT16),
+    }
+    left = {
+        "general.file_type": count(7),
+        "general.quantization_version": count(2),
+        "split.count": count(1),
+        "quantize.imatrix.file": text("matrix"),
+    }
+    tensors = {name: source.read(name) for name in source.tensors}
+    typed = open_source(write(file, source.config, tensors, {**source.values, **own, **left}))
+    found = metadata_of(typed, typed.config)
+    assert found == source.values | own
+
+
+def test_a_smaller_model_has_its_own_sizes(tmp_path, rng):
+    """Fields that the dense model's file could leave out are written; lists with an entry for each block are not."""
+    changes = {
+        "gemma3.attention.head_count_kv": [2] * 7,
+        "gemma3.attention.sliding_window_pattern": [True] * 5 + [False, True],
+        "gemma3.attention.key_length": None,
+        "gemma3.attention.value_length": None,
+        "gemma3.embedding_length": 64,
+        "general.size_label": "1M",
+        "general.license": "mit",
+    }
+    source = gguf_source(tmp_path / "m.gguf", rng, "gemma3", **changes)
+    assert metadata_of(source, source.config) == source.values
+    smaller = source.config | {"num_hidden_layers": 6, "num_attention_heads": 2, "num_key_value_heads": 1}
+    smaller["layer_types"] = source.config["layer_types"][:6]
+    values = metadata_of(source, smaller)
+    assert "general.size_label" not in values
+    assert values["general.license"].value == "mit"
+    back = open_source(write(tmp_path / "s.gguf", smaller, random_tensors(smaller, rng), values))
+    assert back.config == smaller
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_what_a_configuration_leaves_out_is_what_transformers_fills_in(architecture):
+    """A configuration with the least of fields gives the metadata of the whole one."""
+    whole = CONFIGS[architecture]
+    least = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    given = {name: whole[name] for name in ("model_type", *least, "max_position_embeddings")}
+    # Heads that divide, so that a size that is derived is an integer.
+    given |= {"hidden_size": 64, "num_attention_heads": 8}
+    filled = AutoConfig.for_model(**given).to_dict() | given
+    # The number of KV heads has a default that only the sizes of the smallest released model agree with.
+    if architecture not in ("smollm3",):
+        filled["num_key_value_heads"] = 8
+    filled["pad_token_id"] = 0
+    values = ARCHITECTURES[architecture].write_config(given)
+    assert values == ARCHITECTURES[architecture].write_config(filled)
+
+
+MISTRAL = CONFIGS["llama"] | {"model_type": "mistral"}
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    (CONFIGS["llama"] | {"model_type": "opt"}, "the model_type 'opt' has no name in GGUF here; known are llama, qwen2"),
+    (MISTRAL | {"max_position_embeddings": 8192}, "given sliding_window=4096 with max_position_embeddings=8192; set"),
+    (CONFIGS["llama"] | {"hidden_act": "gelu"}, "hidden_act='gelu', and a GGUF file of this architecture can only"),
+    (CONFIGS["llama"] | {"rope_parameters": LLAMA3 | {"low_freq_factor": 2.0}}, "cannot be told from its factors"),
+    (CONFIGS["qwen2"] | {"rope_parameters": LLAMA3}, "rope_type='llama3' cannot be written"),
+    (CONFIGS["qwen2"] | {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type='dynamic' cannot be"),
+    (CONFIGS["qwen2"] | {"num_attention_heads": 2}, "given 2 times 8 with hidden_size=32; keep all heads"),
+    (CONFIGS["qwen3"] | {"use_sliding_window": True, "sliding_window": 8}, "use_sliding_window=True"),
+    (CONFIGS["smollm3"] | {"no_rope_layers": [1, 1, 0, 1, 1]}, "no_rope_layers=[1, 1, 0, 1, 1]"),
+    (CONFIGS["gemma2"] | {"query_pre_attn_scalar": 24}, "query_pre_attn_scalar=24"),
+    (CONFIGS["gemma2"] | {"attn_logit_softcapping": None}, "attn_logit_softcapping must be a positive float"),
+    (CONFIGS["gemma3"] | {"layer_types": ["full_attention"] * 7}, "are not full_attention in every n-th layer"),
+    (CONFIGS["olmo2"] | {"tie_word_embeddings": True}, "tie_word_embeddings=True"),
+    (CONFIGS["phi3"] | {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+    (CONFIGS["starcoder2"] | {"use_bias": False}, "use_bias=False"),
+]
+
+
+@pytest.mark.parametrize(("config", "words"), REFUSED)
+def test_a_configuration_without_a_name_in_gguf_is_refused(config, words):
+    def described() -> Any:
+        _, architecture = architecture_of(config)
+        return architecture.write_config(config), architecture.rope_factors(config)
+
+    with pytest.raises(ModelError) as caught:
+        described()
+    assert words in str(caught.value)
+
+
+def test_a_tensor_without_a_name_and_rows_of_other_arrays():
+    llama, config = ARCHITECTURES["llama"], CONFIGS["llama"]
+    with pytest.raises(ModelError, match=r"model.layers.0.self_attn.q_norm.weight has no name in GGUF files of llama"):
+        llama.gguf_name("model.layers.0.self_attn.q_norm.weight")
+    name = "model.layers.0.self_attn.k_proj.weight"
+    rows = np.arange(16, dtype=np.int8)
+    assert llama.redo(name, rows, config).tolist()[:8] == [0, 4, 1, 5, 2, 6, 3, 7]
+    scales = np.repeat(rows[:, None], 3, axis=1).astype(np.float16)
+    np.testing.assert_array_equal(llama.redo(name, scales, config)[:, 1], llama.redo(name, rows, config))
+    np.testing.assert_array_equal(llama.undo(name, llama.redo(name, scales, config), config), scales)
+
+
+WORDS = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
+CHANGES: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
+    (lambda file: file.update(model=WORDS), "the model WordLevel, GGUF has a name for BPE"),
+    (lambda file: file["model"].update(dropout=0.1), "the field dropout of BPE"),
+    (lambda file: file.update(pre_tokenizer={"type": "Whitespace"}), "the pre-tokenizer {'type': 'Whitespace'}"),
+    (lambda file: file.update(normalizer={"type": "Lowercase"}), "the normalizer {'type': 'Lowercase'}"),
+    (lambda file: file["model"].update(byte_fallback=True), "the step {"),
+    (lambda file: file["model"]["vocab"].update(extra=999), "a token with the id 999 and an embedding of 320 rows"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), CHANGES)
+def test_a_tokenizer_without_a_name_in_gguf_is_refused(tmp_path, rng, change, words):
+    source = as_folder(tmp_path / "model", "llama", byte_level_metadata("qwen2"), rng)
+    file = tmp_path / "model" / "tokenizer.json"
+    stored = json.loads(file.read_text())
+    change(stored)
+    file.write_text(json.dumps(stored))
+    with pytest.raises(ModelError) as caught:
+        metadata_of(source, source.config)
+    assert words in str(caught.value)
+
+
+def test_merges_that_are_no_order_of_tokens_are_refused(tmp_path, rng):
+    """In scores, "hell" of "he" and "ll" cannot come before "hello" in one way and after it in another."""
+    source = as_folder(tmp_path / "model", "llama", sentencepiece_metadata(prefix=True), rng)
+    file = tmp_path / "model" / "tokenizer.json"
+    stored = json.loads(file.read_text())
+    stored["model"]["merges"].remove(["he", "ll"])
+    file.write_text(json.dumps(stored))
+    with pytest.raises(ModelError, match="merges that do not follow from an order of its tokens"):
+        metadata_of(source, source.config)
+
+
+def test_special_tokens_template_and_older_files(tmp_path, rng):
+    """The tokenizer names its tokens before the configuration does, and a template's own file comes first."""
+    source = as_folder(tmp_path / "model", "llama", byte_level_metadata("qwen2"), rng)
+    folder = tmp_path / "model"
+    settings = {"eos_token": {"content": "<|end|>"}, "add_bos_token": True, "chat_template": "old"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "chat_template.jinja").write_text("new")
+    values = metadata_of(source, source.config | {"bos_token_id": [2, 1]})
+    ids = [values[f"tokenizer.ggml.{name}_token_id"].value for name in ("bos", "eos", "padding")]
+    assert ids == [2, 0, 0]
+    assert values["tokenizer.ggml.add_bos_token"].value is True
+    assert values["tokenizer.ggml.add_eos_token"].value is False
+    assert values["tokenizer.chat_template"].value == "new"
+    (folder / "tokenizer.json").unlink()
+    assert not any(key.startswith("tokenizer.") for key in metadata_of(source, source.config))
+    (folder / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"has tokenizer.model and no tokenizer.json"):
+        metadata_of(source, source.config)

@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from gguf import GGUFValueType, TokenType
-from pydantic import TypeAdapter
 from tokenizers import Tokenizer, models
 
-from sparseopt.models.base.errors import ModelError, checked, guarded
+from sparseopt.models.base.errors import JSON_OBJECT, ModelError, checked, guarded
 from sparseopt.models.base.fields import shown
 from sparseopt.models.files.folder import parse_json
 from sparseopt.models.files.gguf.fields import Config
@@ -24,9 +23,6 @@ _PREFIX = "tokenizer.ggml."
 # Scores of tokens that no merge makes, as converters give them.
 _MARKED_SCORE = -1000.0
 
-_TOKENIZER: TypeAdapter[Any] = TypeAdapter(dict[str, Any])
-_MERGES: TypeAdapter[Any] = TypeAdapter(list[str] | list[tuple[str, str]])
-_VOCAB: TypeAdapter[Any] = TypeAdapter(dict[str, int])
 # Tokenizers in older files.
 _OLDER = frozenset(("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt"))
 _INSTEAD = "write the model as a Hugging Face folder instead"
@@ -53,14 +49,14 @@ def tokenizer_values(source: Source, config: Config, architecture: str) -> dict[
                 "one: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
             )
         return {}
-    stored = checked(_TOKENIZER, _parsed(files, "tokenizer.json", source), f"{source.path} has no valid tokenizer.json")
     settings = _parsed(files, "tokenizer_config.json", source)
-    tokenizer = guarded(
-        lambda: Tokenizer.from_str(files["tokenizer.json"].decode()), f"{source.path} has no valid tokenizer.json"
-    )
-    model = stored.get("model") or {}
-    if model.get("type") != "BPE":
-        raise _unknown(source, f"the model {model.get('type')!r}", "BPE")
+    what = f"{source.path} has no valid tokenizer.json"
+    tokenizer = guarded(lambda: Tokenizer.from_str(files["tokenizer.json"].decode()), what)
+    # Older files write it otherwise.
+    stored = json.loads(tokenizer.to_str())
+    model = stored["model"]
+    if model["type"] != "BPE":
+        raise _unknown(source, f"the model {model['type']}", "BPE")
     refused = {"dropout", "continuing_subword_prefix", "end_of_word_suffix"}
     if given := sorted(name for name in refused if model.get(name)):
         raise _unknown(source, f"the field {given[0]} of BPE", "BPE without it")
@@ -78,7 +74,7 @@ def tokenizer_values(source: Source, config: Config, architecture: str) -> dict[
 def _parsed(files: Mapping[str, bytes], name: str, source: Source) -> dict[str, Any]:
     """The object in a JSON file, empty for a file that is not there."""
     what = f"{source.path / name} is no valid JSON"
-    return checked(_TOKENIZER, guarded(lambda: parse_json(files.get(name, b"{}")), what), what)
+    return checked(JSON_OBJECT, guarded(lambda: parse_json(files.get(name, b"{}")), what), what)
 
 
 def _unknown(source: Source, given: str, expected: str) -> ModelError:
@@ -87,12 +83,12 @@ def _unknown(source: Source, given: str, expected: str) -> ModelError:
 
 def _listed_tokens(stored: Mapping[str, Any], config: Config, source: Source) -> list[tuple[str, TokenType]]:
     """Text and type of every token by its id, up to the rows of the embedding."""
-    vocab = checked(_VOCAB, stored["model"].get("vocab"), f"{source.path} has a tokenizer with a corrupt vocabulary")
+    vocab: dict[str, int] = stored["model"]["vocab"]
     types = dict.fromkeys(vocab.values(), TokenType.NORMAL)
     names = {number: token for token, number in vocab.items()}
-    for added in stored.get("added_tokens") or []:
+    for added in stored["added_tokens"]:
         names[added["id"]] = added["content"]
-        types[added["id"]] = TokenType.CONTROL if added.get("special") else TokenType.USER_DEFINED
+        types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
     rows = config["vocab_size"]
     if max(names, default=0) >= rows:
         raise ModelError(
@@ -122,7 +118,7 @@ def _byte_level(stored: Mapping[str, Any], tokens: list[tuple[str, TokenType]], 
     steps = _steps(stored.get("normalizer"), "normalizers")
     if any(step.get("type") != "NFC" for step in steps):
         raise _unknown(source, f"the normalizer {shown(stored.get('normalizer'))}", "none and NFC")
-    merges = [" ".join(merge) for merge in _merges(stored, source)]
+    merges = [" ".join(merge) for merge in _merges(stored)]
     # GGUF has no empty lists.
     table = {"merges": Value(merges, GGUFValueType.ARRAY, GGUFValueType.STRING)} if merges else {}
     return {"model": text("gpt2"), "pre": text(known[0]), **_tables(tokens), **table}
@@ -131,7 +127,7 @@ def _byte_level(stored: Mapping[str, Any], tokens: list[tuple[str, TokenType]], 
 def _sentencepiece(stored: Mapping[str, Any], tokens: list[tuple[str, TokenType]], source: Source) -> dict[str, Value]:
     """Tokens score the higher the earlier a merge makes them."""
     order: dict[str, int] = {}
-    for left, right in _merges(stored, source):
+    for left, right in _merges(stored):
         order.setdefault(left + right, len(order))
     unknown, typed, scores = stored["model"].get("unk_token"), [], []
     for token, kind in tokens:
@@ -207,15 +203,8 @@ def _state(make: Any) -> Any:
     return json.loads(tokenizer.to_str())["pre_tokenizer"]
 
 
-def _merges(stored: Mapping[str, Any], source: Source) -> list[tuple[str, str]]:
-    """The merges in order; older files have the two parts in one string."""
-    what = f"{source.path} has a tokenizer with a corrupt list of merges"
-    raw = [tuple(merge) if isinstance(merge, list) else merge for merge in stored["model"].get("merges") or []]
-    merges = checked(_MERGES, raw, what)
-    found = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else merge for merge in merges]
-    if any(len(merge) != 2 for merge in found):
-        raise ModelError(f"{what}; download it again")
-    return [(left, right) for left, right in found]
+def _merges(stored: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(left, right) for left, right in stored["model"]["merges"]]
 
 
 def _special_ids(
@@ -254,7 +243,7 @@ def _templates(files: Mapping[str, bytes], settings: Mapping[str, Any]) -> dict[
     """The chat template, which a file of its own takes precedence for; of several, the one called default."""
     given = files["chat_template.jinja"].decode() if "chat_template.jinja" in files else settings.get("chat_template")
     if isinstance(given, list):
-        given = {each["name"]: each["template"] for each in given}.get("default")
+        given = next((each.get("template") for each in given if each.get("name") == "default"), None)
     return {"tokenizer.chat_template": text(given)} if isinstance(given, str) else {}
 
 
@@ -263,12 +252,10 @@ def _check(stored: Mapping[str, Any], values: Mapping[str, Value], architecture:
     metadata = {"general.architecture": architecture} | {key: value for key, (value, *_) in values.items()}
     back = json.loads(build_tokenizer(metadata, source.path).to_str())
     # Special tokens are found before any merge.
-    apart = {added["content"] for added in stored.get("added_tokens") or [] if added.get("special")}
+    apart = {added["content"] for added in stored["added_tokens"] if added["special"]}
     if not architecture.startswith("gemma") and metadata[f"{_PREFIX}model"] == "llama":
-        apart |= {added["content"] for added in stored.get("added_tokens") or []}
-    before, after = (
-        [merge for merge in _merges(each, source) if "".join(merge) not in apart] for each in (stored, back)
-    )
+        apart |= {added["content"] for added in stored["added_tokens"]}
+    before, after = ([merge for merge in _merges(each) if "".join(merge) not in apart] for each in (stored, back))
     made, made_back = (list(dict.fromkeys(map("".join, merges))) for merges in (before, after))
     if set(before) != set(after) or made != made_back:
         raise _unknown(source, "merges that do not follow from an order of its tokens", "such as do")
