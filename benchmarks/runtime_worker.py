@@ -1,6 +1,7 @@
 """One converted model in one runtime, on one thread, timed on request; a process of `bench_runtime.py`.
 
     INTERPRETER benchmarks/runtime_worker.py RUNTIME FOLDER TOKENS.npz
+    INTERPRETER benchmarks/runtime_worker.py quantise FILE.gguf OUTPUT.gguf TYPE [MATRIX.npz]
 
 RUNTIME is a name of RUNTIMES and FOLDER what its converter wrote. TOKENS holds token ids: `prompt`, `continued`, and
 `windows`, `[count, length]`, in which the first `skipped` predictions do not count. The process imports the runtime,
@@ -153,7 +154,31 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def quantise(given: str, output: str, kind: str, matrix: str | None = None) -> None:
+    """A GGUF file quantised by llama.cpp, embedding and head in q8_0, with an importance matrix by tensor."""
+    runtime = LlamaCpp()
+    ffi, lib, eight = runtime._ffi, runtime._lib, 8  # GGML_TYPE_Q8_0
+    options = lib.llama_model_quantize_default_params()
+    options.ftype = getattr(lib, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    options.output_tensor_type = options.token_embedding_type = eight
+    held: list[Any] = []
+    if matrix is not None:
+        with np.load(matrix) as stored:
+            rows = [(name.encode(), np.ascontiguousarray(stored[name], np.float32)) for name in stored.files]
+        # The row after the last has no name.
+        table = ffi.new("struct llama_model_imatrix_data[]", len(rows) + 1)
+        for row, (name, values) in zip(table, rows, strict=False):
+            held += [ffi.new("char[]", name), ffi.from_buffer("float[]", values)]
+            row.name, row.data, row.size = held[-2], held[-1], len(values)
+        options.imatrix, held = table, [*held, table]
+    if lib.llama_model_quantize(given.encode(), output.encode(), ffi.addressof(options)):
+        raise RuntimeError(f"llama.cpp cannot quantise {given} as {kind}")
+
+
 def main() -> None:
+    if sys.argv[1] == "quantise":
+        quantise(*sys.argv[2:])
+        return
     name, folder = sys.argv[1], Path(sys.argv[2])
     with np.load(sys.argv[3]) as stored:
         prompt, windows, skipped = stored["prompt"], stored["windows"], int(stored["skipped"])

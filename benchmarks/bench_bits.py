@@ -1,0 +1,175 @@
+"""Models in few bits in llama.cpp: `make bench-bits DATA=folder` with the WikiText-2 parquet files.
+
+    python benchmarks/bench_bits.py --data FOLDER [--source MODEL] [--python INTERPRETER] [--only NAME,...]
+
+One JSON line for each model. Its value is the perplexity on the first 8 x 1024 test tokens, computed by sparseopt from
+the very file. Fields:
+
+    llama_perplexity   the same by llama.cpp
+    megabytes          of the file
+    decode_tokens      a second, one thread, after 512 tokens; median of three rounds in which the models take turns
+    prefill_tokens     a second, of the first 512 tokens
+    grid, rounded      mean relative error that the grid adds to a linear, and that plain rounding would have added
+
+The dense model is in 16 bits. Those of llama.cpp are made by its own quantisation of that file, with embedding and head
+in q8_0 as in ours; its importance matrix is of the calibration tokens that ours see. INTERPRETER has llama.cpp.
+"""
+
+import statistics
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from bench_runtime import DECODED, PROMPT, WINDOWS
+from common import Child, emit, environment, run_program, say, selection
+from pruned import ROOT, about, judged, model_and_text, text_options
+
+from sparseopt.models import open_model, open_source
+from sparseopt.models.files.gguf.architectures import architecture_of
+from sparseopt.pruning import PruneReport, Recipe, ShrinkRecipe, perplexity, prune_model, prune_models
+from sparseopt.pruning.base.activations import Batches, Stream, embed_windows
+from sparseopt.pruning.base.grams import BlockRunner
+from sparseopt.pruning.text.windows import begin_windows, text_windows
+
+CALIBRATION: dict[str, Any] = {"window_choice": "first", "windows": 32, "score": "none"}
+DENSE = "dense, 16 bits"
+# Of llama.cpp: the type, and whether it has an importance matrix.
+THEIRS = {
+    "llama.cpp q8_0": ("Q8_0", False),
+    "llama.cpp q4_0": ("Q4_0", False),
+    "llama.cpp q4_0, importance matrix": ("Q4_0", True),
+}
+OURS: dict[str, Any] = {
+    "q4_0": Recipe(sparsity=0.0, bits="q4_0"),
+    "half zeros": Recipe(sparsity=0.5),
+    "half zeros, q8_0": Recipe(sparsity=0.5, bits="q8_0"),
+    "half zeros, q4_0": Recipe(sparsity=0.5, bits="q4_0"),
+    "0.75 of the channels, q4_0": ShrinkRecipe(channels=0.75, bits="q4_0"),
+}
+# What the perplexity is to be at most, as a multiple of another's.
+BOUNDS = {
+    "q4_0": ("llama.cpp q4_0, importance matrix", 1.0),
+    "half zeros, q8_0": ("half zeros", 1.005),
+    "half zeros, q4_0": ("half zeros", 1.04),
+}
+
+
+def file_of(place: Path, name: str) -> Path:
+    """The file of a model, by its name."""
+    return place / name.replace(" ", "-").replace(",", "") / "model.gguf"
+
+
+def importance(dense: Path, data: str, file: Path) -> None:
+    """The mean square of every input of every linear on the calibration tokens, by the name of its tensor in GGUF."""
+    model, count = open_model(dense), CALIBRATION["windows"]
+    architecture = architecture_of(model.source.config)[1]
+    ids, bos = text_windows(model.source, data, "calibration", count, 512, choice="first")
+    (embedded,), runner, found = embed_windows(model, Batches(), begin_windows(ids, bos)), BlockRunner(), {}
+    stream = Stream(embedded, Batches())
+    for index in range(model.num_blocks):
+        block = model.block(index)
+        grams = runner.grams(block, stream.calibration, "uniform", None, "routed")
+        for name, tap in block.linears.items():
+            squares = np.diagonal(np.asarray(grams[tap].gram)) / grams.tokens(tap)
+            found[architecture.gguf_name(model.weight_key(index, name))] = squares.astype(np.float32)
+        stream = runner.through(block, stream)
+    np.savez(file, allow_pickle=False, **found)
+
+
+def make_models(source: Path, data: str, place: Path, python: Path) -> dict[str, PruneReport]:
+    """Make all files, those that are there excepted; reports of ours."""
+    dense, folder = file_of(place, DENSE), place / "folder"
+    nothing: dict[str, Any] = {"sparsity": 0.0, "method": "magnitude", "heldout_windows": 0, "score": "none"}
+    nothing |= {"calibration": data, "windows": 1, "seqlen": 64}
+    prune_model(source, folder, Recipe(**nothing, dtype="float16"))
+    prune_model(folder, dense, Recipe(**nothing))
+    for name, (kind, weighted) in THEIRS.items():
+        file, matrix = file_of(place, name), place / "importance.npz"
+        file.parent.mkdir(exist_ok=True)
+        if not file.is_file():
+            if weighted and not matrix.is_file():
+                importance(dense, data, matrix)
+            program = [python, Path(__file__).with_name("runtime_worker.py"), "quantise", dense, file, kind]
+            run_program([*program, *([matrix] if weighted else [])])
+    recipes = {name: recipe.model_copy(update=CALIBRATION | {"calibration": data}) for name, recipe in OURS.items()}
+    pairs = [(recipe, file_of(place, name)) for name, recipe in recipes.items()]
+
+    def told(event: Any, done: int, total: int) -> None:
+        if isinstance(event, str):
+            say(f"{event} {done} of {total}")
+
+    return dict(zip(recipes, prune_models(folder, pairs, observer=told), strict=True))
+
+
+def measure(files: dict[str, Path], python: Path, tokens: Path, rounds: int) -> dict[str, dict[str, Any]]:
+    """What llama.cpp makes of each file: speed, with all in turn, and perplexity."""
+    script, found = Path(__file__).with_name("runtime_worker.py"), dict[str, dict[str, Any]]()
+    with ExitStack() as started:
+        workers = {}
+        for name, file in files.items():
+            workers[name] = Child(
+                ["env", "OMP_NUM_THREADS=1", python, script, "llama.cpp float32", file.parent, tokens]
+            )
+            started.callback(workers[name].close)
+        times = []
+        for index in range(rounds):
+            say(f"llama.cpp: round {index + 1} of {rounds}")
+            times.append({name: worker.ask("time") for name, worker in workers.items()})
+        for name, worker in workers.items():
+            step, prefill = (statistics.median(row[name][key] for row in times) for key in ("step", "prefill"))
+            score = worker.ask("score")["perplexity"]
+            found[name] = {
+                "llama_perplexity": score, "decode_tokens": 1 / step, "prefill_tokens": PROMPT / prefill,
+                **worker.about,
+            }  # fmt: skip
+            worker.close()
+    return found
+
+
+def main() -> None:
+    """Make, measure and judge all models."""
+    parser = text_options(__doc__)
+    parser.add_argument("--python", type=Path, default=Path(sys.executable), help="interpreter with llama.cpp")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "benchmarks" / "bits", help="of the models")
+    parser.add_argument("--rounds", type=int, default=3)
+    selection(parser, "--only", [DENSE, *THEIRS, *OURS])
+    given = parser.parse_args()
+    source, data = model_and_text(given, "bench_bits")
+    probe = [given.python, "-c", "import llama_cpp_py_sync"]
+    if subprocess.run(probe, check=False, capture_output=True).returncode:
+        sys.exit(f"SKIPPED: {given.python} has no llama.cpp: pip install llama-cpp-py-sync")
+    place = given.folder / source.name
+    reports = make_models(source, data, place, given.python)
+    files = {name: file_of(place, name) for name in given.only}
+    (count, length), dense = WINDOWS, open_source(file_of(place, DENSE))
+    ids, bos = text_windows(dense, data, "evaluation", count, length)
+    windows = begin_windows(ids, bos)
+    with tempfile.TemporaryDirectory() as folder:
+        tokens = Path(folder) / "tokens.npz"
+        np.savez(
+            tokens, prompt=windows[0, :PROMPT], continued=windows[0, PROMPT : PROMPT + DECODED], windows=windows,
+            skipped=np.array(bos is not None, int),
+        )  # fmt: skip
+        theirs = measure(files, given.python.absolute(), tokens, given.rounds)
+    scores = {}
+    for name, file in files.items():
+        say(f"perplexity of {name}")
+        scores[name] = perplexity(open_model(file), ids, bos=bos)
+        other, times = BOUNDS.get(name, (None, 1.0))
+        bound = None if other not in scores else times * scores[other]
+        grids = [] if name not in reports else reports[name].grids
+        errors = {"grid": float(np.mean([r.relative_error for r in grids]))} if grids else {}
+        errors |= {"rounded": float(np.mean([r.rounded_error for r in grids]))} if grids else {}
+        emit(
+            f"few bits, {name}", value=scores[name], unit="perplexity", bits_of=name, **judged(scores[name], bound),
+            megabytes=file.stat().st_size / 1e6, evaluation=f"first {count} x {length} test tokens", **errors,
+            **theirs[name], **about(source, False), **environment(),
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
