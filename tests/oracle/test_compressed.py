@@ -8,8 +8,10 @@ import pytest
 from sparseopt.layers.bits import parse_bits
 from sparseopt.models import load_decoder, open_model, open_source
 from sparseopt.models.files.compressed import compress_tensors
+from sparseopt.pruning import Recipe, prune_model
 from tests.jitted import run
 from tests.models.files.test_compressed import DENSE, UP, on_grid, write_compressed
+from tests.models.tiny import GOLDEN, write_golden
 from tests.oracle.conftest import reference, reference_logits
 
 pytestmark = pytest.mark.oracle
@@ -31,6 +33,17 @@ def test_transformers_loads_the_folder_with_our_logits(tmp_path, rng, name, shar
     np.testing.assert_allclose(run(load_decoder(tmp_path), tokens), logits, rtol=0, atol=1e-5)
     for key, value in tensors.items():
         np.testing.assert_array_equal(model.get_parameter(key).numpy(force=True), value, err_msg=key)
+
+
+@pytest.mark.parametrize("case", ["mistral", "mixtral", "gemma3_text", "gemma3_images", "smollm3"])
+@pytest.mark.parametrize("bits", ["int8", "int4:8"])
+def test_transformers_loads_a_model_that_was_pruned_in_few_bits(tmp_path, rng, case, bits):
+    write_golden(GOLDEN / f"{case}.npz", tmp_path / "dense")
+    tokens = rng.integers(0, open_model(tmp_path / "dense").config.vocab_size, (5, 24)).astype(np.int32)
+    recipe = Recipe(method="wanda", bits=bits, calibration=tokens, score="none", min_expert_tokens=1)
+    prune_model(tmp_path / "dense", tmp_path / "few", recipe)
+    logits = reference_logits(reference(tmp_path / "few"), tokens)
+    np.testing.assert_allclose(run(load_decoder(tmp_path / "few"), tokens), logits, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["int8", "int4:32"])

@@ -138,7 +138,10 @@ class Compressed(Form):
         return read_header(file)
 
     def config(self, config: dict[str, Any], linears: Collection[str]) -> dict[str, Any]:
-        return {**config, "quantization_config": quantization_config(self.bits, linears)}
+        # A tied head is stored nowhere, and transformers puts parts beside the decoder, such as an image encoder, into
+        # a `model` of their own.
+        names = dict.fromkeys([*linears, "lm_head", *(f"model.{name}" for name in linears)])
+        return {**config, "quantization_config": quantization_config(self.bits, names)}
 
 
 @dataclass(frozen=True)
