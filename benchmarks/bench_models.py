@@ -10,6 +10,7 @@ shrink or precision in place of quality, with the WikiText-2 parquet files. JSON
     models     every method on the whole model: perplexity, layer errors, seconds; also published figures
     ablation   changes to the recipe of method best: perplexity and additional seconds
     complete   method best with all that lowers its perplexity, one-shot and trained
+    patterns   n:m along the inputs, and as many zeros anywhere
     blind      what reads no text: the dense model, also by transformers, and magnitude
     draws      every method on the whole model, calibrated on random windows of three texts, scored on two
     tokens     perplexity and held-out error against the number of calibration tokens, at 50 %
@@ -68,6 +69,7 @@ SWEEPS = {
     "models": [Sweep("quality-models", SETTINGS)],
     "ablation": [Sweep("quality-ablation", {name: SETTINGS[name] for name in ("0.5", "0.7")})],
     "complete": [Sweep("quality-complete", PLACED, apart=True)],
+    "patterns": [Sweep("quality-patterns")],
     "blind": [Sweep("quality-dense"), Sweep("quality-blind", SETTINGS)],
     "draws": [Sweep("quality-draws", SETTINGS, drawn=True)],
     "tokens": [Sweep("quality-tokens", {"0.5": SETTINGS["0.5"]}, apart=True)],
