@@ -74,6 +74,12 @@ PROMISES = {
         r"cross-validation weight 1\.\d+, \d+ pieces of equal rate",
         r"order 1: highest rate \d+\.\d deaths on 20 m, \d+ m from a pump",
     ],
+    "09": [
+        r"THIS IS NOT SmolLM2-135M",
+        r"50% zeros, q4_0 +0\.\d+ +0\.\d+ +0\.\d+",
+        r"half zeros, four bits +\d+\.\d MB, types F32, Q4_0",
+        r"fewer blocks +perplexity +\d+\.\d\d on 3,072 tokens",
+    ],
 }
 
 
@@ -86,7 +92,7 @@ def build():
     return module
 
 
-def test_there_are_eight_and_each_has_its_pair():
+def test_there_are_nine_and_each_has_its_pair():
     assert [source.stem[:2] for source in SOURCES] == list(PROMISES)
     assert sorted(path.stem for path in FOLDER.glob("*.ipynb")) == [source.stem for source in SOURCES]
 
@@ -147,7 +153,7 @@ def printed(notebook):
 @pytest.mark.parametrize("number", PROMISES)
 def test_it_runs_and_finds_what_it_promises(number, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_ENABLE_X64")}
-    if number == "03":
+    if number in ("03", "09"):
         # A tiny model instead of SmolLM2; most of the time is compilation.
         config = tiny_config(max_position_embeddings=512)
         tensors = random_tensors(config, np.random.default_rng(0))
