@@ -34,7 +34,8 @@ from sparseopt.pruning.recipe.prune_recipe import Recipe
 from sparseopt.pruning.recipe.targets import Targets, shares_in
 from sparseopt.pruning.run.calibration import default_windows
 from sparseopt.pruning.run.drawn import drawing_bytes
-from sparseopt.pruning.run.plan import check_expert_tokens, layer_patterns, layer_shares, with_dtype
+from sparseopt.pruning.run.output_form import with_dtype
+from sparseopt.pruning.run.plan import check_expert_tokens, layer_patterns, layer_shares
 from sparseopt.pruning.text.chats import is_text
 from sparseopt.system.machine import device_memory_left
 

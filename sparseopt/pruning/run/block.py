@@ -17,7 +17,6 @@ from jaxtyping import Array, Float
 from sparseopt.core.base.dense import product, spd_inverse
 from sparseopt.core.base.mesh import over, put, whole
 from sparseopt.core.penalties.patterns import NM
-from sparseopt.layers.bits import Bits
 from sparseopt.layers.compiled import Compiled
 from sparseopt.layers.problem import LayerJob, check_answer, reads_variances, scaled_gram
 from sparseopt.layers.side_by_side import LayerTask, Solved, agreed, solve_block
@@ -40,7 +39,7 @@ from sparseopt.pruning.base.records import BlockRecord, GridRecord, LayerRecord
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe
 from sparseopt.pruning.run.permutation import block_orders
 from sparseopt.pruning.run.plan import Plan, PrunedParts
-from sparseopt.pruning.run.rounding import round_block
+from sparseopt.pruning.run.rounding import linears_to_round, round_block
 from sparseopt.pruning.train.reconstruction import reconstruct_block
 from sparseopt.system import processes
 
@@ -172,7 +171,9 @@ def prune_block(
 
     if recipe.reconstruction is not None and (pruned or plan.smaller):
         trained = train(trained_entries(plan, block, dense.keys))
-    if linears := _to_round(plan, dense, place, block, found):
+    # Where bits are not asked for, a linear that is as the source has it stays so.
+    same = {} if recipe.bits is not None else dense.unchanged(found)
+    if linears := linears_to_round(plan, block, place, dense.keys, same):
         try:
             rounded = round_block(plan, dense.index, block, linears, stream, dense.runner, told)
         except (MemoryError, RuntimeError) as error:
@@ -188,21 +189,6 @@ def prune_block(
         told(trained)
     stays = dense.unchanged(found) if isinstance(plan.form, Joined) else {}
     return block, {key: stays.get(path, found[path]) for path, key in plan.target.block_keys(place).items()}
-
-
-def _to_round(
-    plan: Plan, dense: DenseBlock, place: int, block: PrunableBlock, tensors: Mapping[str, np.ndarray]
-) -> dict[str, tuple[str, Bits]]:
-    """The linears that are put on a grid, with their key in the dense model: where bits are not asked for, none that is
-    as the source has it.
-    """
-    same = {} if plan.recipe.bits is not None else dense.unchanged(tensors)
-    keys = {name: plan.target.weight_key(place, name) for name in block.linears}
-    return {
-        name: (dense.keys[f"{name}.weight"], plan.form.bits[key])
-        for name, key in keys.items()
-        if key in plan.form.bits and f"{name}.weight" not in same
-    }
 
 
 def masked_blocks(plans: Sequence[Plan], dense: DenseBlock, stream: Stream) -> Iterator[PrunableBlock]:

@@ -9,16 +9,20 @@ Bits of GGUF files are for such files alone, and the others for folders.
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from sparseopt.layers.bits import BITS, Bits, parse_bits
-from sparseopt.models import Compressed, Form, Joined, ModelError, Packed, PrunableModel
+from sparseopt.models import Compressed, Form, Joined, ModelError, Packed, PrunableModel, Source
 from sparseopt.models.files.gguf.header import GGUFTensor
+from sparseopt.models.files.gguf.source import GGUFSource
 from sparseopt.models.files.gguf.writer import KINDS, SAME_WIDTH
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe
 
 ENDING = ".gguf"
 # Of embedding and head, where linears have fewer bits.
 OUTER_BITS = "q8_0"
+
+T = TypeVar("T", bound=PassRecipe)
 
 
 def is_file(output: Path) -> bool:
@@ -107,3 +111,21 @@ def _outer_bits(model: PrunableModel, recipe: PassRecipe) -> Bits | None:
     infos = [model.source.tensors[key] for key in model.outer_keys()]
     quantised = any(isinstance(info, GGUFTensor) and info.quantised for info in infos)
     return BITS[OUTER_BITS] if recipe.bits is not None and not quantised else None
+
+
+def with_dtype(source: Source, recipe: T) -> T:
+    """The recipe with a dtype for a source that is stored quantised, which float32 would make far larger."""
+    quantised = isinstance(source, GGUFSource) and any(tensor.quantised for tensor in source.tensors.values())
+    return recipe.model_copy(update={"dtype": "bfloat16"}) if quantised and recipe.dtype is None else recipe
+
+
+def without_distillation(recipe: T, form: Form) -> T:
+    """The recipe without training of the whole model where linears lie on a grid, which it would leave."""
+    if not form.bits or recipe.distillation is None:
+        return recipe
+    if recipe.given("distil_epochs"):
+        raise ValueError(
+            "distil_epochs trains the whole model after its linears were put on grids of few bits, which they would "
+            "leave: leave distil_epochs out, or bits"
+        )
+    return recipe.model_copy(update={"distil_epochs": 0})

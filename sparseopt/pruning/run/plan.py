@@ -17,7 +17,6 @@ from sparseopt.models import (
     PrunableBlock,
     PrunableModel,
     Sizes,
-    Source,
     StreamedModel,
     TorchModel,
     open_model,
@@ -25,7 +24,6 @@ from sparseopt.models import (
     sliced_block,
     smaller_model,
 )
-from sparseopt.models.files.gguf.source import GGUFSource
 from sparseopt.pruning.base.grams import BlockGrams
 from sparseopt.pruning.base.records import ShapeRecord
 from sparseopt.pruning.evaluate.audit import audit_stored
@@ -39,7 +37,7 @@ from sparseopt.pruning.recipe.shrink_recipe import (
     smallest_sizes,
 )
 from sparseopt.pruning.recipe.targets import chosen_linears
-from sparseopt.pruning.run.output_form import chosen_form, is_file, run_folder_of
+from sparseopt.pruning.run.output_form import chosen_form, is_file, run_folder_of, with_dtype, without_distillation
 
 # The linears that have fewer inputs in a smaller model: key-value groups, and channels.
 GROUPED = HEADS, CHANNELS = "o_proj", "down_proj"
@@ -245,7 +243,7 @@ def make_plan(model: PrunableModel, recipe: PassRecipe, output: Path) -> Plan:
     if isinstance(recipe, ShrinkRecipe):
         plan = SmallerPlan(recipe, recipe.layer_method, output, model, {}, sizes=sizes_of(model))
         plan = shrink_plan(model, plan, shrunk_sizes(model, recipe))
-        plan = dataclasses.replace(plan, recipe=_without_distillation(recipe, plan.form))
+        plan = dataclasses.replace(plan, recipe=without_distillation(recipe, plan.form))
         if recipe.has_budget:
             _check_budget(model, plan, recipe)
         return plan
@@ -253,24 +251,12 @@ def make_plan(model: PrunableModel, recipe: PassRecipe, output: Path) -> Plan:
     recipe = fitting_recipe(model, recipe)
     method, shares = recipe.layer_method, layer_shares(model, recipe)
     form = chosen_form(model, model, range(model.num_blocks), recipe, output, shares)
-    recipe = _without_distillation(recipe, form)
+    recipe = without_distillation(recipe, form)
     if recipe.bits is not None and not recipe.has_support:
         # Nothing is to be found in a linear that has no zeros; it is put on its grid as it is.
         shares = {key: share for key, share in shares.items() if share}
     patterns = layer_patterns(model, recipe, method, shares)
     return Plan(recipe, method, output, model, patterns, masks=_model_of_masks(model, recipe, patterns), form=form)
-
-
-def _without_distillation(recipe: T, form: Form) -> T:
-    """The recipe without training of the whole model where linears lie on a grid, which it would leave."""
-    if not form.bits or recipe.distillation is None:
-        return recipe
-    if recipe.given("distil_epochs"):
-        raise ValueError(
-            "distil_epochs trains the whole model after its linears were put on grids of few bits, which they would "
-            "leave: leave distil_epochs out, or bits"
-        )
-    return recipe.model_copy(update={"distil_epochs": 0})
 
 
 def _model_of_masks(model: PrunableModel, recipe: Recipe, keys: Collection[str]) -> PrunableModel | None:
@@ -342,12 +328,6 @@ def check_expert_tokens(model: PrunableModel, recipe: PassRecipe) -> None:
             "expert_tokens 'all' is for mixtures of experts of the families that run in JAX, and this "
             f"{model.source.config.get('model_type')} model is none; leave it out"
         )
-
-
-def with_dtype(source: Source, recipe: T) -> T:
-    """The recipe with a dtype for a source that is stored quantised, which float32 would make far larger."""
-    quantised = isinstance(source, GGUFSource) and any(tensor.quantised for tensor in source.tensors.values())
-    return recipe.model_copy(update={"dtype": "bfloat16"}) if quantised and recipe.dtype is None else recipe
 
 
 def fitting_recipe(model: PrunableModel, recipe: Recipe) -> Recipe:

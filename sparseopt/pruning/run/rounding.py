@@ -6,7 +6,7 @@ with W the linear after pruning and training, and X its inputs in this block, be
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +22,23 @@ from sparseopt.pruning.base.activations import Stream
 from sparseopt.pruning.base.grams import BlockGrams, BlockRunner
 from sparseopt.pruning.base.records import GridRecord
 from sparseopt.pruning.run.plan import Plan
+
+
+def linears_to_round(
+    plan: Plan, block: PrunableBlock, place: int, keys: Mapping[str, str], same: Collection[str]
+) -> dict[str, tuple[str, Bits]]:
+    """The linears of a block of the target that are put on a grid: by name, their key in the dense model, and the grid.
+
+    Args:
+        plan: what is done.
+        block: of the target.
+        place: its index there.
+        keys: of the dense block's tensors, by path.
+        same: paths of those that stay as they are.
+    """
+    grids = {name: plan.form.bits.get(plan.target.weight_key(place, name)) for name in block.linears}
+    paths = {name: f"{name}.weight" for name in block.linears}
+    return {name: (keys[paths[name]], bits) for name, bits in grids.items() if bits and paths[name] not in same}
 
 
 def round_block(
