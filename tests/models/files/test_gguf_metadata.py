@@ -84,6 +84,11 @@ CHANGED: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "full_attention"] * 23,
         },
     ),
+    "partly rotated heads": (
+        "phi3",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+    ),
+    "one after the other": ("gptneox", {"use_parallel_residual": False}),
     "a cap": ("gemma3", {"final_logit_softcapping": 20.0}),
 }
 
@@ -238,7 +243,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (CONFIGS["gemma2"] | {"attn_logit_softcapping": None}, "attn_logit_softcapping must be a positive float"),
     (CONFIGS["gemma3"] | {"layer_types": ["full_attention"] * 7}, "are not full_attention in every n-th layer"),
     (CONFIGS["olmo2"] | {"tie_word_embeddings": True}, "tie_word_embeddings=True"),
-    (CONFIGS["phi3"] | {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+    (CONFIGS["llama"] | {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
     (CONFIGS["starcoder2"] | {"use_bias": False}, "use_bias=False"),
 ]
 

@@ -15,7 +15,7 @@ from sparseopt.models.base.errors import JSON_OBJECT, ModelError, checked, guard
 from sparseopt.models.base.fields import shown
 from sparseopt.models.files.folder import parse_json
 from sparseopt.models.files.gguf.fields import Config
-from sparseopt.models.files.gguf.header import Value, count, text
+from sparseopt.models.files.gguf.header import Value, count, flag, text
 from sparseopt.models.files.gguf.tokenizer import SPECIAL, WORDS, build_tokenizer, padding_token
 from sparseopt.models.files.source import Source
 
@@ -65,7 +65,7 @@ def tokenizer_values(source: Source, config: Config, architecture: str) -> dict[
     ids = _special_ids(tokenizer, config, settings, _parsed(files, "generation_config.json", source))
     values |= {f"{name}_token_id": count(number) for name, number in ids.items()}
     for name, adds in _ends(tokenizer, ids, settings, source).items():
-        values[f"add_{name}_token"] = Value(adds, GGUFValueType.BOOL)
+        values[f"add_{name}_token"] = flag(adds)
     found = {_PREFIX + name: value for name, value in values.items()} | _templates(files, settings)
     _check(stored, found, architecture, source)
     return found
@@ -148,7 +148,7 @@ def _sentencepiece(stored: Mapping[str, Any], tokens: list[tuple[str, TokenType]
         "pre": text("default"),
         **_tables(typed),
         "scores": Value(scores, GGUFValueType.ARRAY, GGUFValueType.FLOAT32),
-        "add_space_prefix": Value(_begins_with_space(stored, source), GGUFValueType.BOOL),
+        "add_space_prefix": flag(_begins_with_space(stored, source)),
     }
 
 
