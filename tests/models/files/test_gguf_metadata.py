@@ -63,6 +63,8 @@ CHANGED: dict[str, tuple[str, dict[str, Any]]] = {
         {"rope_parameters": YARN | {"attention_factor": 1.25, "beta_fast": 24.0, "beta_slow": 2.0}},
     ),
     "llama3": ("llama", {"rope_theta": 500000.0, "rope_parameters": LLAMA3}),
+    "llama3 with another factor": ("llama", {"rope_theta": 500000.0, "rope_parameters": LLAMA3 | {"factor": 10.0}}),
+    "a window that llama.cpp ignores": ("phi3", {"sliding_window": 16}),
     **{
         f"fewer heads of {name}": (name, {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8} | own)
         for name, own in {
@@ -122,6 +124,7 @@ TOKENIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "sentencepiece": ("llama", sentencepiece_metadata(prefix=True)),
     "sentencepiece without a space": ("llama", sentencepiece_metadata(prefix=False)),
     "gemma": ("gemma3", sentencepiece_metadata(prefix=False)),
+    "neox": ("gptneox", byte_level_metadata("gpt-2")),
 }
 
 
@@ -202,6 +205,8 @@ def test_a_smaller_model_has_its_own_sizes(tmp_path, rng):
     }
     source = gguf_source(tmp_path / "m.gguf", rng, "gemma3", **changes)
     assert metadata_of(source, source.config) == source.values
+    plain = source.config | {"layer_types": ["sliding_attention", "full_attention"] * 3 + ["sliding_attention"]}
+    assert metadata_of(source, plain)["gemma3.attention.sliding_window_pattern"] == count(2)
     smaller = source.config | {"num_hidden_layers": 6, "num_attention_heads": 2, "num_key_value_heads": 1}
     smaller["layer_types"] = source.config["layer_types"][:6]
     values = metadata_of(source, smaller)
@@ -209,6 +214,10 @@ def test_a_smaller_model_has_its_own_sizes(tmp_path, rng):
     assert values["general.license"].value == "mit"
     back = open_source(write(tmp_path / "s.gguf", smaller, random_tensors(smaller, rng), values))
     assert back.config == smaller
+    # A key that the smaller model does not have.
+    source = open_source(write(tmp_path / "p.gguf", plain, random_tensors(plain, rng), metadata_of(source, plain)))
+    usual = plain | {"num_hidden_layers": 1, "layer_types": ["sliding_attention"]}
+    assert "gemma3.attention.sliding_window_pattern" not in metadata_of(source, usual)
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
@@ -274,7 +283,7 @@ def test_a_tensor_without_a_name_and_rows_of_other_arrays():
 WORDS = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
 CHANGES: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda file: file.update(model=WORDS), "the model WordLevel, GGUF has a name for BPE"),
-    (lambda file: file["model"].update(dropout=0.1), "the field dropout of BPE"),
+    (lambda file: file["model"].update(dropout=0.1), "a tokenizer with dropout=0.1, GGUF has a name for BPE"),
     (lambda file: file.update(pre_tokenizer={"type": "Whitespace"}), "the pre-tokenizer {'type': 'Whitespace'}"),
     (lambda file: file.update(normalizer={"type": "Lowercase"}), "the normalizer {'type': 'Lowercase'}"),
     (lambda file: file["model"].update(byte_fallback=True), "the step {"),

@@ -121,8 +121,7 @@ def _phi3(fields: Fields, tensors: Tensors) -> dict[str, Any]:
 
 
 def _write_phi3(config: Config) -> Values:
-    """llama.cpp takes a length before scaling, and a window of zero for none."""
-    _refuse_windows(config)
+    """llama.cpp takes a window of zero for none, and so far ignores any other."""
     refuse_other_width(config)
     refuse_unless_meant(config, {"hidden_act": ("silu",)})
     length = require(config, "original_max_position_embeddings", default=4096)
