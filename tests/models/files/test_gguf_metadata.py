@@ -16,6 +16,7 @@ from sparseopt.models.files.gguf.architectures import ARCHITECTURES, architectur
 from sparseopt.models.files.gguf.header import Value, count, text
 from sparseopt.models.files.gguf.metadata import metadata_of
 from sparseopt.models.files.gguf.scaling import ROPE_FACTORS
+from sparseopt.models.files.source import FolderSource
 from tests.models.tiny import (
     CONFIGS,
     byte_level_metadata,
@@ -266,6 +267,18 @@ def test_a_configuration_without_a_name_in_gguf_is_refused(config, words):
     with pytest.raises(ModelError) as caught:
         described()
     assert words in str(caught.value)
+
+
+def test_mistral_is_written_as_llama_with_the_last_part_of_its_name(tmp_path, rng):
+    tensors = random_tensors(CONFIGS["llama"], rng)
+    folder = write_folder(tmp_path / "snapshot", MISTRAL, tensors)
+    source = FolderSource(folder, "mistralai/Small-7B@main", "0" * 40)
+    values = metadata_of(source, source.config)
+    assert [values[f"general.{name}"].value for name in ("architecture", "name")] == ["llama", "Small-7B"]
+    back = open_source(write(tmp_path / "m.gguf", MISTRAL, tensors, values))
+    assert (back.config["model_type"], back.config["num_hidden_layers"]) == ("llama", 3)
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(back.read(name), tensor)
 
 
 def test_a_tensor_without_a_name_and_rows_of_other_arrays():
