@@ -308,7 +308,7 @@ GGUF = (
     ("no architecture", _gguf_of([]), "unknown architecture None"),
     ("a number as architecture", _gguf_of([("general.architecture", 4, bytes(4))]), "unknown architecture 0"),
     ("another architecture", _gguf_of([(*LLAMA[:2], _text("mamba"))]),
-     "unknown architecture 'mamba'; known are llama, qwen2, qwen3, gemma2, gemma3"),
+     "unknown architecture 'mamba'; known are llama, qwen2, qwen3, smollm3, gemma2"),
     ("four billion blocks", _gguf_of([LLAMA, ("llama.block_count", 4, b"\xff" * 4)]), "at most 10,000 make sense"),
     ("rows of other heads", _other_heads, "has no rows of 5 heads"),
 )  # fmt: skip

@@ -144,7 +144,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "SmolLM3", "smollm3", _LLAMA, num_hidden_layers=5, no_rope_layers=[1, 1, 1, 0, 1], use_sliding_window=False
     ),
     "phi3": _architecture(
-        "Phi3", "phi3", _QWEN2_SIZES, sliding_window=None, hidden_act="silu", original_max_position_embeddings=64
+        "Phi3",
+        "phi3",
+        _QWEN2_SIZES,
+        sliding_window=None,
+        hidden_act="silu",
+        original_max_position_embeddings=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
     ),
     "olmo2": _architecture("Olmo2", "olmo2", _SIZES, head_dim=8, hidden_act="silu"),
     "starcoder2": _architecture(
@@ -156,6 +162,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
         sliding_window=None,
         hidden_act="gelu_pytorch_tanh",
         tie_word_embeddings=True,
+    ),
+    "gptneox": _architecture(
+        "GPTNeoX",
+        "gpt_neox",
+        {name: value for name, value in _SIZES.items() if name not in ("rms_norm_eps", "num_key_value_heads")},
+        layer_norm_eps=1e-5,
+        attention_bias=True,
+        hidden_act="gelu",
+        use_parallel_residual=True,
+        rotary_emb_base=10000.0,
+        rotary_pct=0.5,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
     ),
     "gemma2": _architecture(
         "Gemma2",
@@ -202,6 +220,10 @@ _MORE_FIELDS: dict[str, dict[str, str]] = {
     },
     "olmo2": {},
     "starcoder2": {Keys.Attention.LAYERNORM_EPS: "norm_epsilon"},
+    "gptneox": {
+        Keys.Attention.LAYERNORM_EPS: "layer_norm_eps",
+        Keys.LLM.USE_PARALLEL_RESIDUAL: "use_parallel_residual",
+    },
     "gemma2": _HEAD_SIZES
     | _WINDOW
     | {
@@ -218,8 +240,10 @@ def metadata_of(architecture: str, config: Mapping[str, Any]) -> dict[str, Any]:
     found = sentencepiece_metadata(prefix=False) if gemma else byte_level_metadata("qwen2")
     fields = _FIELDS | _MORE_FIELDS[architecture]
     found |= {key: config[name] for key, name in fields.items() if name in config}
-    if architecture == "gemma2":
+    if architecture in ("gemma2", "gptneox"):
         del found[Keys.Rope.FREQ_BASE]
+    if architecture == "gptneox":
+        found[Keys.Rope.DIMENSION_COUNT] = 4
     if architecture == "gemma3":
         found |= {Keys.Rope.SCALING_TYPE: "linear", Keys.Rope.SCALING_FACTOR: 8.0}
     return {key.format(arch=architecture): value for key, value in found.items()}
@@ -269,6 +293,13 @@ def pair_heads(tensor: np.ndarray, heads: int) -> np.ndarray:
     return tensor[order]
 
 
+def fuse_heads(tensor: np.ndarray, heads: int) -> np.ndarray:
+    """The row order of GGUF: q of all heads, then k, then v."""
+    size = tensor.shape[0] // heads // 3
+    order = [(head * 3 + part) * size + i for part in range(3) for head in range(heads) for i in range(size)]
+    return tensor[order]
+
+
 def write_architecture(
     file: Path,
     architecture: str,
@@ -291,10 +322,12 @@ def write_architecture(
             add[type(value)](key, value)
     number = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
     names = gguf.get_tensor_name_map(number, config["num_hidden_layers"])
-    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config.get("num_key_value_heads")}
     for name, stored in tensors.items():
         if architecture in ("llama", "smollm3") and (part := name.split(".")[-2]) in heads:
             stored = pair_heads(stored, heads[part])
+        if ".query_key_value." in name:
+            stored = fuse_heads(stored, config["num_attention_heads"])
         if architecture.startswith("gemma") and name.endswith("norm.weight"):
             stored = stored + 1
         gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))

@@ -1,6 +1,7 @@
 """What a GGUF file says of its model beyond tensors: scalings, layers, constants; the rest is refused by name."""
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,18 @@ from transformers import AutoConfig
 
 from sparseopt.models import ModelError, open_model, open_source
 from sparseopt.models.base.rope import Llama3, plain_frequencies
-from sparseopt.models.files.gguf.architecture import unpair_heads
 from sparseopt.models.files.gguf.architectures import ARCHITECTURES
 from sparseopt.models.files.gguf.header import read_header
 from sparseopt.models.files.gguf.scaling import llama3_scaling
-from tests.models.tiny import CONFIGS, pair_heads, random_tensors, tiny_config, write_architecture, write_gguf
+from tests.models.tiny import (
+    CONFIGS,
+    fuse_heads,
+    pair_heads,
+    random_tensors,
+    tiny_config,
+    write_architecture,
+    write_gguf,
+)
 
 NUMBERS = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
 
@@ -41,21 +49,32 @@ def test_every_tensor_of_the_format_has_a_name_and_the_reference_takes_every_fie
     known, config = ARCHITECTURES[architecture], CONFIGS[architecture]
     for tensor in set(gguf.MODEL_TENSORS[NUMBERS[architecture]]) - unread:
         name = gguf.TENSOR_NAMES[tensor].format(bid=2) + ".weight"
-        assert known.hf_name(name).startswith(("model.", "lm_head.")), name
+        assert known.hf_name(name).startswith(("model.", "lm_head.", "gpt_neox.", "embed_out.")), name
         assert known.gguf_name(known.hf_name(name)) == name
     assert known.hf_name("blk.2.ffn_gate_exps.weight") == "blk.2.ffn_gate_exps.weight"
-    theirs = AutoConfig.for_model(**config)
+    # transformers writes into the tables that it is given.
+    theirs = AutoConfig.for_model(**deepcopy(config))
     assert type(theirs).__name__.startswith(config["architectures"][0].removesuffix("ForCausalLM"))
-    kept = {name: config[name] for name in config if name not in ("dtype", "rope_theta", "rope_local_base_freq")}
+    older = ("dtype", "rope_theta", "rope_local_base_freq", "rotary_emb_base", "rotary_pct")
+    kept = {name: config[name] for name in config if name not in older}
     assert {name: getattr(theirs, name) for name in kept} == kept
 
 
-def test_row_order_is_undone(rng):
-    for shape in [(12, 5), (12,)]:
-        tensor = rng.normal(size=shape)
-        paired = pair_heads(tensor, 3)
-        assert not np.array_equal(paired, tensor)
-        np.testing.assert_array_equal(unpair_heads(paired, 3), tensor)
+def test_row_order_is_undone_and_redone(rng):
+    orders = {
+        ("llama", "model.layers.0.self_attn.q_proj"): lambda tensor: pair_heads(tensor, 4),
+        ("gptneox", "gpt_neox.layers.0.attention.query_key_value"): lambda tensor: fuse_heads(tensor, 4),
+    }
+    for (architecture, linear), order in orders.items():
+        known, config = ARCHITECTURES[architecture], CONFIGS[architecture]
+        for name, shape in [(f"{linear}.weight", (24, 5)), (f"{linear}.bias", (24,))]:
+            tensor = rng.normal(size=shape)
+            moved = order(tensor)
+            assert not np.array_equal(moved, tensor)
+            np.testing.assert_array_equal(known.undo(name, moved, config), tensor)
+            np.testing.assert_array_equal(known.redo(name, tensor, config), moved)
+        with pytest.raises(ModelError, match=r"has no rows of 4 heads"):
+            known.undo(name, rng.normal(size=23), config)
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "gemma2", "gemma3"])

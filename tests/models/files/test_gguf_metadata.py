@@ -16,6 +16,7 @@ from sparseopt.models.files.gguf.architectures import ARCHITECTURES, architectur
 from sparseopt.models.files.gguf.header import Value, count, text
 from sparseopt.models.files.gguf.metadata import metadata_of
 from sparseopt.models.files.gguf.scaling import ROPE_FACTORS
+from sparseopt.models.files.source import FolderSource
 from tests.models.tiny import (
     CONFIGS,
     byte_level_metadata,
@@ -63,6 +64,8 @@ CHANGED: dict[str, tuple[str, dict[str, Any]]] = {
         {"rope_parameters": YARN | {"attention_factor": 1.25, "beta_fast": 24.0, "beta_slow": 2.0}},
     ),
     "llama3": ("llama", {"rope_theta": 500000.0, "rope_parameters": LLAMA3}),
+    "llama3 with another factor": ("llama", {"rope_theta": 500000.0, "rope_parameters": LLAMA3 | {"factor": 10.0}}),
+    "a window that llama.cpp ignores": ("phi3", {"sliding_window": 16}),
     **{
         f"fewer heads of {name}": (name, {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8} | own)
         for name, own in {
@@ -84,6 +87,11 @@ CHANGED: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "full_attention"] * 23,
         },
     ),
+    "partly rotated heads": (
+        "phi3",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+    ),
+    "one after the other": ("gptneox", {"use_parallel_residual": False}),
     "a cap": ("gemma3", {"final_logit_softcapping": 20.0}),
 }
 
@@ -117,6 +125,7 @@ TOKENIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "sentencepiece": ("llama", sentencepiece_metadata(prefix=True)),
     "sentencepiece without a space": ("llama", sentencepiece_metadata(prefix=False)),
     "gemma": ("gemma3", sentencepiece_metadata(prefix=False)),
+    "neox": ("gptneox", byte_level_metadata("gpt-2")),
 }
 
 
@@ -197,6 +206,8 @@ def test_a_smaller_model_has_its_own_sizes(tmp_path, rng):
     }
     source = gguf_source(tmp_path / "m.gguf", rng, "gemma3", **changes)
     assert metadata_of(source, source.config) == source.values
+    plain = source.config | {"layer_types": ["sliding_attention", "full_attention"] * 3 + ["sliding_attention"]}
+    assert metadata_of(source, plain)["gemma3.attention.sliding_window_pattern"] == count(2)
     smaller = source.config | {"num_hidden_layers": 6, "num_attention_heads": 2, "num_key_value_heads": 1}
     smaller["layer_types"] = source.config["layer_types"][:6]
     values = metadata_of(source, smaller)
@@ -204,6 +215,10 @@ def test_a_smaller_model_has_its_own_sizes(tmp_path, rng):
     assert values["general.license"].value == "mit"
     back = open_source(write(tmp_path / "s.gguf", smaller, random_tensors(smaller, rng), values))
     assert back.config == smaller
+    # A key that the smaller model does not have.
+    source = open_source(write(tmp_path / "p.gguf", plain, random_tensors(plain, rng), metadata_of(source, plain)))
+    usual = plain | {"num_hidden_layers": 1, "layer_types": ["sliding_attention"]}
+    assert "gemma3.attention.sliding_window_pattern" not in metadata_of(source, usual)
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
@@ -238,7 +253,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (CONFIGS["gemma2"] | {"attn_logit_softcapping": None}, "attn_logit_softcapping must be a positive float"),
     (CONFIGS["gemma3"] | {"layer_types": ["full_attention"] * 7}, "are not full_attention in every n-th layer"),
     (CONFIGS["olmo2"] | {"tie_word_embeddings": True}, "tie_word_embeddings=True"),
-    (CONFIGS["phi3"] | {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+    (CONFIGS["llama"] | {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
     (CONFIGS["starcoder2"] | {"use_bias": False}, "use_bias=False"),
 ]
 
@@ -252,6 +267,18 @@ def test_a_configuration_without_a_name_in_gguf_is_refused(config, words):
     with pytest.raises(ModelError) as caught:
         described()
     assert words in str(caught.value)
+
+
+def test_mistral_is_written_as_llama_with_the_last_part_of_its_name(tmp_path, rng):
+    tensors = random_tensors(CONFIGS["llama"], rng)
+    folder = write_folder(tmp_path / "snapshot", MISTRAL, tensors)
+    source = FolderSource(folder, "mistralai/Small-7B@main", "0" * 40)
+    values = metadata_of(source, source.config)
+    assert [values[f"general.{name}"].value for name in ("architecture", "name")] == ["llama", "Small-7B"]
+    back = open_source(write(tmp_path / "m.gguf", MISTRAL, tensors, values))
+    assert (back.config["model_type"], back.config["num_hidden_layers"]) == ("llama", 3)
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(back.read(name), tensor)
 
 
 def test_a_tensor_without_a_name_and_rows_of_other_arrays():
@@ -269,7 +296,7 @@ def test_a_tensor_without_a_name_and_rows_of_other_arrays():
 WORDS = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
 CHANGES: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda file: file.update(model=WORDS), "the model WordLevel, GGUF has a name for BPE"),
-    (lambda file: file["model"].update(dropout=0.1), "the field dropout of BPE"),
+    (lambda file: file["model"].update(dropout=0.1), "a tokenizer with dropout=0.1, GGUF has a name for BPE"),
     (lambda file: file.update(pre_tokenizer={"type": "Whitespace"}), "the pre-tokenizer {'type': 'Whitespace'}"),
     (lambda file: file.update(normalizer={"type": "Lowercase"}), "the normalizer {'type': 'Lowercase'}"),
     (lambda file: file["model"].update(byte_fallback=True), "the step {"),

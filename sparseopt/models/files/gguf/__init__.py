@@ -1,4 +1,5 @@
-"""GGUF files read as Hugging Face models: header, names and layouts by architecture, tokenizer.
+"""GGUF files read as Hugging Face models, and what is needed to write one.
 
-`source` has the `GGUFSource` that puts them together.
+`source` has the `GGUFSource` that reads a file, `architectures` the names and layouts of both, `metadata` the metadata
+of a file to be written.
 """

@@ -8,9 +8,7 @@ from typing import Any
 import numpy as np
 
 from sparseopt.models.base.errors import ModelError
-from sparseopt.models.files.gguf.fields import Config, Fields, Tensors, Values
-
-_OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+from sparseopt.models.files.gguf.fields import OUTER, Config, Fields, Tensors, Values
 
 
 @dataclass(frozen=True)
@@ -27,6 +25,9 @@ class Architecture:
         rope_factors: the tensor `ROPE_FACTORS` of a configuration, float32 `[H/2]`; None for a model without.
         paired_heads: the rows of q and k are stored pair by pair and must be put in half-rotation order.
         shifted_norms: norm weights are stored with 1 added.
+        interleaved: the linear whose rows are q, k, v of each head, stored as all q, all k, all v; None for none.
+        outer: names of tensors outside the blocks in GGUF and Hugging Face.
+        layers: what the names of a block's tensors in Hugging Face begin with.
     """
 
     model_type: str
@@ -37,15 +38,18 @@ class Architecture:
     rope_factors: Callable[[Config], np.ndarray | None] = field(repr=False, default=lambda config: None)
     paired_heads: bool = False
     shifted_norms: bool = False
+    interleaved: str | None = None
+    outer: Mapping[str, str] = field(repr=False, default_factory=lambda: OUTER)
+    layers: str = "model.layers"
 
     def hf_name(self, name: str) -> str:
         """The Hugging Face name of a GGUF tensor; one without keeps its own, to be reported as extra."""
         stem, _, kind = name.rpartition(".")
-        if stem in _OUTER:
-            return f"{_OUTER[stem]}.{kind}"
+        if stem in self.outer:
+            return f"{self.outer[stem]}.{kind}"
         parts = stem.split(".", 2)
         if len(parts) == 3 and parts[0] == "blk" and parts[2] in self.block:
-            return f"model.layers.{parts[1]}.{self.block[parts[2]]}.{kind}"
+            return f"{self.layers}.{parts[1]}.{self.block[parts[2]]}.{kind}"
         return name
 
     def gguf_name(self, name: str) -> str:
@@ -55,9 +59,11 @@ class Architecture:
             ModelError: for a tensor that the architecture does not have.
         """
         stem, _, kind = name.rpartition(".")
-        names = {long: short for short, long in _OUTER.items()}
-        if found := re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem):
-            names = {f"model.layers.{found[1]}.{long}": f"blk.{found[1]}.{short}" for short, long in self.block.items()}
+        names = {long: short for short, long in self.outer.items()}
+        if found := re.fullmatch(rf"{re.escape(self.layers)}\.(\d+)\.(.+)", stem):
+            names = {
+                f"{self.layers}.{found[1]}.{long}": f"blk.{found[1]}.{short}" for short, long in self.block.items()
+            }
         if stem in names:
             return f"{names[stem]}.{kind}"
         raise ModelError(
@@ -69,7 +75,11 @@ class Architecture:
         """The tensor of a Hugging Face name in the layout of Hugging Face and its own dtype."""
         if self._shifts(name):
             return (tensor.astype(np.float32) - 1).astype(tensor.dtype)
-        return unpair_heads(tensor, _heads(name, config)) if self.moves_rows(name) else tensor
+        if not self.moves_rows(name):
+            return tensor
+        axes, first, second = self._axes(name, tensor, config)
+        axes[first], axes[second] = axes[second], axes[first]
+        return _exchanged(tensor, axes, first, second)
 
     def redo(self, name: str, tensor: np.ndarray, config: Config) -> np.ndarray:
         """The tensor of a Hugging Face name in the layout of GGUF: the inverse of `undo`.
@@ -79,14 +89,30 @@ class Architecture:
         """
         if self._shifts(name):
             return tensor.astype(np.float32) + 1
-        return pair_heads(tensor, _heads(name, config)) if self.moves_rows(name) else tensor
+        return _exchanged(tensor, *self._axes(name, tensor, config)) if self.moves_rows(name) else tensor
 
     def moves_rows(self, name: str) -> bool:
         """Whether `undo` and `redo` change the order of a tensor's rows."""
-        return self.paired_heads and _owner(name) in ("q_proj", "k_proj")
+        owner = _owner(name)
+        return owner == self.interleaved or (self.paired_heads and owner in ("q_proj", "k_proj"))
 
     def _shifts(self, name: str) -> bool:
         return self.shifted_norms and name.endswith("norm.weight")
+
+    def _axes(self, name: str, tensor: np.ndarray, config: Config) -> tuple[list[int], int, int]:
+        """The axes that the rows of a Hugging Face tensor have, and which two of them GGUF exchanges.
+
+        They are [heads, q k v, H] where those are interleaved, or [heads, halves, H / 2] of q or k.
+        """
+        owner, heads = _owner(name), config["num_attention_heads"]
+        if owner == "k_proj":
+            heads = config.get("num_key_value_heads") or heads
+        parts, first, second = (3, 0, 1) if owner == self.interleaved else (2, 1, 2)
+        if not tensor.ndim or tensor.shape[0] % (parts * heads):
+            raise ModelError(
+                f"the tensor {name[:200]} {list(tensor.shape)} has no rows of {heads} heads; convert the model again"
+            )
+        return [heads, parts, tensor.shape[0] // (parts * heads)], first, second
 
 
 def _owner(name: str) -> str:
@@ -94,25 +120,7 @@ def _owner(name: str) -> str:
     return name.rpartition(".")[0].rpartition(".")[2]
 
 
-def _heads(name: str, config: Config) -> int:
-    """The number of heads in the rows of q or k."""
-    heads: int = config["num_attention_heads"]
-    return heads if _owner(name) == "q_proj" else config.get("num_key_value_heads") or heads
-
-
-def unpair_heads(tensor: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of every head from the order (0, H/2, 1, H/2 + 1, ...) back to 0 .. H - 1; `[heads H, ...]`."""
-    return _exchanged(tensor, heads, (-1, 2))
-
-
-def pair_heads(tensor: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of every head from 0 .. H - 1 to the order (0, H/2, 1, H/2 + 1, ...); `[heads H, ...]`."""
-    return _exchanged(tensor, heads, (2, -1))
-
-
-def _exchanged(tensor: np.ndarray, heads: int, split: tuple[int, int]) -> np.ndarray:
-    """The rows of every head split over two axes, which are then exchanged."""
-    if not tensor.ndim or tensor.shape[0] % (2 * heads):
-        raise ModelError(f"a tensor {list(tensor.shape)} has no rows of {heads} heads; convert the model again")
-    axes = tensor.reshape(heads, *split, *tensor.shape[1:])
-    return np.ascontiguousarray(axes.swapaxes(1, 2)).reshape(tensor.shape)
+def _exchanged(tensor: np.ndarray, axes: list[int], first: int, second: int) -> np.ndarray:
+    """The rows split over these axes, two of which are exchanged."""
+    split = tensor.reshape(*axes, *tensor.shape[1:])
+    return np.ascontiguousarray(split.swapaxes(first, second)).reshape(tensor.shape)

@@ -9,6 +9,7 @@ from sparseopt.models.base.fields import shown
 from sparseopt.models.files.gguf.architecture import Architecture
 from sparseopt.models.files.gguf.fields import Config
 from sparseopt.models.files.gguf.gemmas import GEMMA2, GEMMA3
+from sparseopt.models.files.gguf.gpts import GPTNEOX
 from sparseopt.models.files.gguf.llamas import LLAMA, OLMO2, PHI3, QWEN2, QWEN3, SMOLLM3, STARCODER2
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -21,6 +22,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "phi3": PHI3,
     "olmo2": OLMO2,
     "starcoder2": STARCODER2,
+    "gptneox": GPTNEOX,
 }
 # By `model_type`. Mistral has the tensors of Llama.
 _WRITTEN_AS = {known.model_type: name for name, known in ARCHITECTURES.items()} | {"mistral": "llama"}

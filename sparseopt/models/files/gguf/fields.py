@@ -17,6 +17,9 @@ Config = Mapping[str, Any]
 # Metadata under `{architecture}.`, by the rest of their keys.
 Values = dict[str, Value]
 
+# Tensors outside the blocks in GGUF and, for most architectures, in Hugging Face.
+OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+
 
 class Fields:
     """The metadata under `{architecture}.`, by the rest of their keys; reading marks a key."""

@@ -84,6 +84,11 @@ def number(value: float) -> Value:
     return Value(float(value), GGUFValueType.FLOAT32)
 
 
+def flag(value: bool) -> Value:
+    """A truth value."""
+    return Value(value, GGUFValueType.BOOL)
+
+
 def text(value: str) -> Value:
     """A string."""
     return Value(value, GGUFValueType.STRING)

@@ -9,7 +9,7 @@ from sparseopt.models.files.gguf.architecture import Architecture
 from sparseopt.models.files.gguf.fields import Config, Fields, Tensors, Values, has_bias, refuse_unless_meant
 from sparseopt.models.files.gguf.header import count
 from sparseopt.models.files.gguf.scaling import llama3_factors
-from sparseopt.models.files.gguf.shared import read_shared, write_shared
+from sparseopt.models.files.gguf.shared import read_shared, refuse_other_width, write_shared
 
 LLAMA_BLOCK = {
     "attn_norm": "input_layernorm",
@@ -63,7 +63,7 @@ def _qwen2(fields: Fields, tensors: Tensors) -> dict[str, Any]:
 
 def _write_qwen2(config: Config) -> Values:
     _refuse_switched_windows(config)
-    _refuse_other_width(config)
+    refuse_other_width(config)
     return write_shared(config, rope_table(config))
 
 
@@ -103,14 +103,14 @@ def _olmo2(fields: Fields, tensors: Tensors) -> dict[str, Any]:
 
 def _write_olmo2(config: Config) -> Values:
     """llama.cpp has neither biases nor a tied head."""
-    _refuse_other_width(config)
+    refuse_other_width(config)
     refuse_unless_meant(config, {"tie_word_embeddings": (False,), "attention_bias": (False,), "hidden_act": ("silu",)})
     return write_shared(config, rope_table(config), eps=1e-5)
 
 
 def _phi3(fields: Fields, tensors: Tensors) -> dict[str, Any]:
     """A window of zero is none. LongRoPE, whose factors are tensors, is not supported."""
-    config = read_shared(fields, tensors)
+    config = read_shared(fields, tensors, partial=True)
     longest = config["max_position_embeddings"]
     return {
         **config,
@@ -121,14 +121,13 @@ def _phi3(fields: Fields, tensors: Tensors) -> dict[str, Any]:
 
 
 def _write_phi3(config: Config) -> Values:
-    """llama.cpp takes a length before scaling, and a window of zero for none."""
-    _refuse_windows(config)
-    _refuse_other_width(config)
+    """llama.cpp takes a window of zero for none, and so far ignores any other."""
+    refuse_other_width(config)
     refuse_unless_meant(config, {"hidden_act": ("silu",)})
     length = require(config, "original_max_position_embeddings", default=4096)
     window = optional(config, "sliding_window") or 0
     return {
-        **write_shared(config, rope_table(config), ("linear",), eps=1e-5),
+        **write_shared(config, rope_table(config), ("linear",), eps=1e-5, partial=True),
         "rope.scaling.original_context_length": count(length),
         "attention.sliding_window": count(window),
     }
@@ -146,7 +145,7 @@ def _starcoder2(fields: Fields, tensors: Tensors) -> dict[str, Any]:
 def _write_starcoder2(config: Config) -> Values:
     """llama.cpp loads no model without biases."""
     _refuse_windows(config)
-    _refuse_other_width(config)
+    refuse_other_width(config)
     refuse_unless_meant(config, {"hidden_act": ("gelu_pytorch_tanh",), "use_bias": (True,)})
     return write_shared(config, rope_table(config), norm=_LAYER_NORM, eps=1e-5)
 
@@ -168,18 +167,6 @@ def _refuse_switched_windows(config: Config) -> None:
     if slides and "sliding_attention" in (config.get("layer_types") or ["sliding_attention"]):
         refuse_unless_meant(config, {"use_sliding_window": (False,)})
     refuse_unless_meant(config, {"hidden_act": ("silu",)})
-
-
-def _refuse_other_width(config: Config) -> None:
-    """Refuse heads that together are not as wide as the residual stream, which llama.cpp does not load here."""
-    hidden_size, heads = require(config, "hidden_size"), require(config, "num_attention_heads")
-    head_dim = optional(config, "head_dim") or hidden_size // heads
-    if heads * head_dim != hidden_size:
-        raise ModelError(
-            f"a GGUF file of this architecture has num_attention_heads times head_dim equal to hidden_size, given "
-            f"{heads} times {head_dim} with hidden_size={hidden_size}; keep all heads, or write the model as a Hugging "
-            "Face folder instead"
-        )
 
 
 LLAMA = Architecture("llama", "LlamaForCausalLM", LLAMA_BLOCK, _llama, _write_llama, llama3_factors, paired_heads=True)

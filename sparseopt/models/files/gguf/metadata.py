@@ -54,7 +54,8 @@ def _resized(kept: dict[str, Value], before: dict[str, Value], fields: dict[str,
     prefix = next(iter(fields)).partition(".")[0] + "."
     # A list has an entry for each of the blocks that there were.
     stale = [key for key, (value, *_) in kept.items() if key.startswith(prefix) and isinstance(value, list)]
-    kept = {key: value for key, value in kept.items() if key not in (*stale, *_OF_THE_SIZE)}
+    gone = {*stale, *_OF_THE_SIZE, *(before.keys() - fields.keys())}
+    kept = {key: value for key, value in kept.items() if key not in gone}
     # What followed from other fields need not follow from the new ones, so that every field is written.
     return kept | {key: value for key, value in fields.items() if key not in kept or before.get(key) != value}
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from sparseopt.models.base.errors import ModelError
-from sparseopt.models.base.fields import refuse_unless, require
+from sparseopt.models.base.fields import require
 from sparseopt.models.base.rope import Llama3, plain_frequencies, read_rope, rope_table
-from sparseopt.models.files.gguf.fields import Config, Fields, Tensors, Values, shortest
+from sparseopt.models.files.gguf.fields import Config, Fields, Tensors, Values, refuse_unless_meant, shortest
 from sparseopt.models.files.gguf.header import count, number, text
 
 # Frequency factors of a scaled rotary embedding: part of the configuration, not of a module.
@@ -90,7 +90,7 @@ def write_scaling(rope: Config, kinds: tuple[str, ...]) -> Values:
     if kind == "linear":
         scaling = {"rope.scaling.factor": number(require(rope, "factor", float))}
         return base | {"rope.scaling.type": text(kind)} | scaling
-    refuse_unless(rope, {"truncate": (None, True)})
+    refuse_unless_meant(rope, {"truncate": (None, True)})
     length = require(rope, "original_max_position_embeddings")
     factor = require(rope, "factor", float, default=rope.get("max_position_embeddings", 0) / length)
     given = dict(rope)
@@ -124,9 +124,12 @@ def llama3_factors(config: Config) -> np.ndarray | None:
         return None
     rope = read_rope(config)
     size = config.get("head_dim") or require(config, "hidden_size") // require(config, "num_attention_heads")
-    factors = (plain_frequencies(rope.theta, size) / rope.frequencies(size)).astype(np.float32)
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     expected = {name: fields.get(name) for name in names}
+    factors = (plain_frequencies(rope.theta, size) / rope.frequencies(size)).astype(np.float32)
+    # The largest are the factor itself, which the quotient may miss by rounding.
+    factor = require(fields, "factor", float)
+    factors[np.isclose(factors, factor, rtol=1e-6)] = factor
     try:
         found = llama3_scaling(factors, rope.theta, Path("the file"))
     except ModelError:

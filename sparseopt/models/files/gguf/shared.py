@@ -1,9 +1,11 @@
 """Sizes and position embedding, which all architectures have, read and written."""
 
+from collections.abc import Mapping
 from typing import Any
 
+from sparseopt.models.base.errors import ModelError
 from sparseopt.models.base.fields import optional, require
-from sparseopt.models.files.gguf.fields import Config, Fields, Tensors, Values, refuse_unless_meant
+from sparseopt.models.files.gguf.fields import OUTER, Config, Fields, Tensors, Values, refuse_unless_meant
 from sparseopt.models.files.gguf.header import count, number
 from sparseopt.models.files.gguf.scaling import read_scaling, write_scaling
 
@@ -12,17 +14,34 @@ RMS_NORM = ("attention.layer_norm_rms_epsilon", "rms_norm_eps")
 
 
 def read_shared(
-    fields: Fields, tensors: Tensors, theta: float = 10000.0, norm: tuple[str, str] = RMS_NORM
+    fields: Fields,
+    tensors: Tensors,
+    theta: float = 10000.0,
+    norm: tuple[str, str] = RMS_NORM,
+    outer: Mapping[str, str] = OUTER,
+    partial: bool = False,
 ) -> dict[str, Any]:
-    """Fields of every architecture; `theta` is the rotary base of a file that has none.
+    """Fields of every architecture.
 
     The vocabulary has the embedding's rows: converters may remove its padding.
+
+    Args:
+        fields: the metadata.
+        tensors: all tensors, from which biases and a tied head are seen.
+        theta: the rotary base of a file that has none.
+        norm: the names of the norms' epsilon in GGUF and in the configuration.
+        outer: names of tensors outside the blocks.
+        partial: heads may be rotated in part.
     """
     hidden_size, heads = fields.count("embedding_length"), fields.count("attention.head_count")
     head_dim = fields.count("attention.key_length", hidden_size // heads)
-    embedding, theta = tensors.get("model.embed_tokens.weight"), fields.number("rope.freq_base", theta)
+    embedding, theta = tensors.get(f"{outer['token_embd']}.weight"), fields.number("rope.freq_base", theta)
     fields.require("attention.value_length", head_dim)
-    fields.require("rope.dimension_count", head_dim)
+    rope: dict[str, Any] = {"rope_theta": theta}
+    if partial:
+        rope["partial_rotary_factor"] = fields.count("rope.dimension_count", head_dim) / head_dim
+    else:
+        fields.require("rope.dimension_count", head_dim)
     fields.require("attention.causal", True)
     fields.require("expert_count", 0)
     fields.require("expert_used_count", 0)
@@ -39,9 +58,9 @@ def read_shared(
         "head_dim": head_dim,
         "max_position_embeddings": fields.count("context_length"),
         norm[1]: fields.number(norm[0]),
-        "tie_word_embeddings": "lm_head.weight" not in tensors,
+        "tie_word_embeddings": f"{outer['output']}.weight" not in tensors,
         "rope_theta": theta,
-        "rope_parameters": {"rope_theta": theta, **read_scaling(fields, tensors, theta)},
+        "rope_parameters": rope | read_scaling(fields, tensors, theta),
     }
 
 
@@ -51,6 +70,7 @@ def write_shared(
     scalings: tuple[str, ...] = ("linear", "yarn"),
     norm: tuple[str, str] = RMS_NORM,
     eps: float = 1e-6,
+    partial: bool = False,
 ) -> Values:
     """Metadata of every architecture.
 
@@ -60,8 +80,10 @@ def write_shared(
         scalings: those that programs apply to models of the architecture.
         norm: the names of the norms' epsilon in GGUF and in the configuration.
         eps: of a configuration without it.
+        partial: heads may be rotated in part.
     """
-    refuse_unless_meant(rope, {"partial_rotary_factor": (None, 1.0)})
+    if not partial:
+        refuse_unless_meant(rope, {"partial_rotary_factor": (None, 1.0)})
     hidden_size, heads = require(config, "hidden_size"), require(config, "num_attention_heads")
     head_dim = optional(config, "head_dim") or hidden_size // heads
     return {
@@ -75,6 +97,18 @@ def write_shared(
         "attention.key_length": count(head_dim),
         "attention.value_length": count(head_dim),
         norm[0]: number(require(config, norm[1], float, default=eps)),
-        "rope.dimension_count": count(head_dim),
+        "rope.dimension_count": count(int(head_dim * (rope.get("partial_rotary_factor") or 1.0))),
         **write_scaling(rope, scalings),
     }
+
+
+def refuse_other_width(config: Config) -> None:
+    """Refuse heads that together are not as wide as the residual stream, which llama.cpp does not load here."""
+    hidden_size, heads = require(config, "hidden_size"), require(config, "num_attention_heads")
+    head_dim = optional(config, "head_dim") or hidden_size // heads
+    if heads * head_dim != hidden_size:
+        raise ModelError(
+            f"a GGUF file of this architecture has num_attention_heads times head_dim equal to hidden_size, given "
+            f"{heads} times {head_dim} with hidden_size={hidden_size}; keep all heads, or write the model as a Hugging "
+            "Face folder instead"
+        )

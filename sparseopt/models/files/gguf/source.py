@@ -83,7 +83,8 @@ class GGUFSource:
         return {name: json.dumps(value, indent=2, ensure_ascii=False).encode() for name, value in files.items()}
 
     def stored_tokenizer(self) -> tuple[Tokenizer, dict[str, Any]]:
-        tokenizer, embedding = build_tokenizer(self._metadata, self.path), self.tensors.get("model.embed_tokens.weight")
+        tokenizer = build_tokenizer(self._metadata, self.path)
+        embedding = self.tensors.get(f"{self._architecture.outer['token_embd']}.weight")
         # Fewer tokens than rows is usual: the rest is padding.
         if embedding and tokenizer.get_vocab_size() > embedding.shape[0]:
             raise ModelError(

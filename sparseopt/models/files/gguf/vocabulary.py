@@ -5,17 +5,17 @@ of the tokens. What is written is read again, and must be the same tokenizer.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from gguf import GGUFValueType, TokenType
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from sparseopt.models.base.errors import JSON_OBJECT, ModelError, checked, guarded
 from sparseopt.models.base.fields import shown
 from sparseopt.models.files.folder import parse_json
 from sparseopt.models.files.gguf.fields import Config
-from sparseopt.models.files.gguf.header import Value, count, text
+from sparseopt.models.files.gguf.header import Value, count, flag, text
 from sparseopt.models.files.gguf.tokenizer import SPECIAL, WORDS, build_tokenizer, padding_token
 from sparseopt.models.files.source import Source
 
@@ -58,14 +58,14 @@ def tokenizer_values(source: Source, config: Config, architecture: str) -> dict[
     if model["type"] != "BPE":
         raise _unknown(source, f"the model {model['type']}", "BPE")
     refused = {"dropout", "continuing_subword_prefix", "end_of_word_suffix"}
-    if given := sorted(name for name in refused if model.get(name)):
-        raise _unknown(source, f"the field {given[0]} of BPE", "BPE without it")
-    write = _sentencepiece if model.get("byte_fallback") else _byte_level
+    if given := sorted(name for name in refused if model[name]):
+        raise _unknown(source, f"{given[0]}={shown(model[given[0]])}", "BPE without it")
+    write = _sentencepiece if model["byte_fallback"] else _byte_level
     values = write(stored, _listed_tokens(stored, config, source), source)
     ids = _special_ids(tokenizer, config, settings, _parsed(files, "generation_config.json", source))
     values |= {f"{name}_token_id": count(number) for name, number in ids.items()}
     for name, adds in _ends(tokenizer, ids, settings, source).items():
-        values[f"add_{name}_token"] = Value(adds, GGUFValueType.BOOL)
+        values[f"add_{name}_token"] = flag(adds)
     found = {_PREFIX + name: value for name, value in values.items()} | _templates(files, settings)
     _check(stored, found, architecture, source)
     return found
@@ -108,16 +108,13 @@ def _tables(tokens: list[tuple[str, TokenType]]) -> dict[str, Value]:
 
 def _byte_level(stored: Mapping[str, Any], tokens: list[tuple[str, TokenType]], source: Source) -> dict[str, Value]:
     """Words are split as a name of `WORDS` says. NFC is left out, since no name stands for it."""
-    words = _plain_words(stored.get("pre_tokenizer"))
-    whole = bool(stored["model"].get("ignore_merges"))
-    known = [
-        name for name, (make, ignores) in WORDS.items() if ignores == whole and words == _plain_words(_state(make))
-    ]
+    words, whole = _plain_words(stored["pre_tokenizer"]), stored["model"]["ignore_merges"]
+    known = [name for name, (make, looks_up) in WORDS.items() if looks_up == whole and words == _words_of(make)]
     if not known:
-        raise _unknown(source, f"the pre-tokenizer {shown(stored.get('pre_tokenizer'))}", ", ".join(WORDS))
-    steps = _steps(stored.get("normalizer"), "normalizers")
-    if any(step.get("type") != "NFC" for step in steps):
-        raise _unknown(source, f"the normalizer {shown(stored.get('normalizer'))}", "none and NFC")
+        given = f"the pre-tokenizer {shown(stored['pre_tokenizer'])} and ignore_merges={whole}"
+        raise _unknown(source, given, f"those of {', '.join(WORDS)}")
+    if any(step["type"] != "NFC" for step in _steps(stored["normalizer"], "normalizers")):
+        raise _unknown(source, f"the normalizer {shown(stored['normalizer'])}", "none and NFC")
     merges = [" ".join(merge) for merge in _merges(stored)]
     # GGUF has no empty lists.
     table = {"merges": Value(merges, GGUFValueType.ARRAY, GGUFValueType.STRING)} if merges else {}
@@ -129,7 +126,7 @@ def _sentencepiece(stored: Mapping[str, Any], tokens: list[tuple[str, TokenType]
     order: dict[str, int] = {}
     for left, right in _merges(stored):
         order.setdefault(left + right, len(order))
-    unknown, typed, scores = stored["model"].get("unk_token"), [], []
+    unknown, typed, scores = stored["model"]["unk_token"], [], []
     for token, kind in tokens:
         score = -float(order.get(token, len(order)))
         if token == unknown:
@@ -148,59 +145,47 @@ def _sentencepiece(stored: Mapping[str, Any], tokens: list[tuple[str, TokenType]
         "pre": text("default"),
         **_tables(typed),
         "scores": Value(scores, GGUFValueType.ARRAY, GGUFValueType.FLOAT32),
-        "add_space_prefix": Value(_begins_with_space(stored, source), GGUFValueType.BOOL),
+        "add_space_prefix": flag(_begins_with_space(stored, source)),
     }
 
 
 def _begins_with_space(stored: Mapping[str, Any], source: Source) -> bool:
     """Whether a text begins with a space of its own, of a tokenizer whose spaces become "▁" and which has no words."""
-    steps = _steps(stored.get("normalizer"), "normalizers") + _steps(stored.get("pre_tokenizer"), "pretokenizers")
-    prefix = {"type": "Prepend", "prepend": "▁"} in steps
+    steps = _steps(stored["normalizer"], "normalizers") + _steps(stored["pre_tokenizer"], "pretokenizers")
+    prefix = replaces = False
     for step in steps:
-        scheme = step.get("prepend_scheme", "always")
-        if step in (
-            {"type": "Prepend", "prepend": "▁"},
-            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-        ):
-            continue
-        # Gemma's, which finds no space left.
-        if step.get("type") == "Split" and step.get("pattern") == {"String": " "}:
-            continue
-        if step.get("type") == "Metaspace" and step.get("replacement") == "▁" and step.get("split") is False:
-            prefix = prefix or scheme != "never"
-            continue
-        raise _unknown(source, f"the step {shown(step)}", "whole texts with ▁ for spaces")
-    if not {"Replace", "Metaspace"} & {step["type"] for step in steps}:
+        if step == {"type": "Prepend", "prepend": "▁"}:
+            prefix = True
+        elif step == {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}:
+            replaces = True
+        elif step["type"] == "Metaspace" and step["replacement"] == "▁" and step.get("split") is False:
+            prefix, replaces = prefix or step.get("prepend_scheme") != "never", True
+        # Gemma splits at spaces after it has replaced them all.
+        elif not (step["type"] == "Split" and step["pattern"] == {"String": " "} and replaces):
+            raise _unknown(source, f"the step {shown(step)}", "whole texts with ▁ for spaces")
+    if not replaces:
         raise _unknown(source, "byte fallback and spaces as they are", "whole texts with ▁ for spaces")
     return prefix
 
 
 def _steps(step: Any, inner: str) -> list[dict[str, Any]]:
-    """The steps of a normalizer or pre-tokenizer, one by one."""
-    if not isinstance(step, dict):
+    """The steps of a normalizer or pre-tokenizer, one by one; none for None."""
+    if step is None:
         return []
-    return (
-        [one for part in step.get(inner) or [] for one in _steps(part, inner)]
-        if step.get("type") == "Sequence"
-        else [step]
-    )
+    return [one for part in step[inner] for one in _steps(part, inner)] if step["type"] == "Sequence" else [step]
 
 
 def _plain_words(step: Any) -> list[dict[str, Any]]:
-    """A pre-tokenizer without what does not change its words."""
-    usual = {"use_regex": True, "invert": False}
-    return [
-        (usual if one.get("type") == "ByteLevel" else {})
-        | {name: value for name, value in one.items() if name != "trim_offsets"}
-        for one in _steps(step, "pretokenizers")
-    ]
+    """The steps of a pre-tokenizer, without the field that changes offsets and no words."""
+    steps = _steps(step, "pretokenizers")
+    return [{name: value for name, value in one.items() if name != "trim_offsets"} for one in steps]
 
 
-def _state(make: Any) -> Any:
-    """A pre-tokenizer as tokenizer.json has it."""
+def _words_of(make: Callable[[], pre_tokenizers.PreTokenizer]) -> list[dict[str, Any]]:
+    """The same of a pre-tokenizer of `WORDS`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = make()
-    return json.loads(tokenizer.to_str())["pre_tokenizer"]
+    return _plain_words(json.loads(tokenizer.to_str())["pre_tokenizer"])
 
 
 def _merges(stored: Mapping[str, Any]) -> list[tuple[str, str]]:
