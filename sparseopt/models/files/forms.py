@@ -24,7 +24,7 @@ from sparseopt.models.files.gguf.architectures import architecture_of
 from sparseopt.models.files.gguf.header import GGUFTensor, Value
 from sparseopt.models.files.gguf.header import read_header as read_gguf_header
 from sparseopt.models.files.gguf.metadata import metadata_of
-from sparseopt.models.files.gguf.scaling import ROPE_FACTORS
+from sparseopt.models.files.gguf.shared import ROPE_FACTORS
 from sparseopt.models.files.gguf.source import GGUFSource
 from sparseopt.models.files.gguf.writer import (
     FLOATS,

@@ -16,7 +16,7 @@ from sparseopt.models import ModelError, open_model, open_source
 from sparseopt.models.base.rope import Llama3, plain_frequencies
 from sparseopt.models.files.gguf.architectures import ARCHITECTURES
 from sparseopt.models.files.gguf.header import read_header
-from sparseopt.models.files.gguf.scaling import llama3_scaling
+from sparseopt.models.files.gguf.shared import llama3_scaling
 from tests.models.tiny import (
     CONFIGS,
     fuse_heads,

@@ -8,8 +8,7 @@ from sparseopt.models.base.rope import rope_table
 from sparseopt.models.files.gguf.architecture import Architecture
 from sparseopt.models.files.gguf.fields import Config, Fields, Tensors, Values, has_bias, refuse_unless_meant
 from sparseopt.models.files.gguf.header import count
-from sparseopt.models.files.gguf.scaling import llama3_factors
-from sparseopt.models.files.gguf.shared import read_shared, refuse_other_width, write_shared
+from sparseopt.models.files.gguf.shared import llama3_factors, read_shared, refuse_other_width, write_shared
 
 LLAMA_BLOCK = {
     "attn_norm": "input_layernorm",

@@ -13,7 +13,7 @@ from sparseopt.models.base.errors import ModelError
 from sparseopt.models.files.gguf.architectures import ARCHITECTURES
 from sparseopt.models.files.gguf.fields import Fields
 from sparseopt.models.files.gguf.header import GGUFTensor, read_header
-from sparseopt.models.files.gguf.scaling import ROPE_FACTORS
+from sparseopt.models.files.gguf.shared import ROPE_FACTORS
 from sparseopt.models.files.gguf.tokenizer import build_tokenizer, tokenizer_config
 
 _MOST_BLOCKS = 10_000
