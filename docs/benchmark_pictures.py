@@ -6,6 +6,7 @@ benchopt.svg: distance to the best objective over seconds in each suite of bench
 memory.svg: peak memory against the size of a model, and of a graph.
 tokens.svg: perplexity and held-out error against the number of calibration tokens.
 frontier.svg: perplexity against seconds a token and against megabytes, for dense, smaller and pruned models.
+bits.svg: perplexity against megabytes, for models in few bits.
 """
 
 import statistics
@@ -31,6 +32,8 @@ METHODS = {
 }  # fmt: skip
 # What was done to a model, see `_treatment`.
 TREATMENTS = {"dense": ("#000000", "*"), "shrunk": (BLUE, "s"), "pruned": (ORANGE, "^"), "both": (GREEN, "D")}
+# Who quantised a model.
+MAKERS = {"dense": ("#000000", "*"), "llama.cpp": (ORANGE, "s"), "sparseopt": (BLUE, "o")}
 SOLVERS = {"sparseopt auto": (BLUE, "o"), "fastprox": (ORANGE, "s"), "PIQP": (GREEN, "^")}
 # Filled markers show the first of these runtimes that is recorded, hollow ones the others.
 FRONTIER_RUNTIMES = ("transformers float32", "llama.cpp Q8_0")
@@ -181,6 +184,30 @@ def frontier(records: list[Record]) -> Any:
     return figure
 
 
+def bits(records: list[Record]) -> Any:
+    """Perplexity over megabytes, a panel for each model."""
+    found = select(records, r"few bits, (?P<run>.+)")
+    if not found:
+        return _without_records("bits")
+    models = list(dict.fromkeys(record["model"] for record in found))
+    figure, panels = plt.subplots(1, len(models), figsize=(9, 4.2), layout="constrained", squeeze=False)
+    for axis, model in zip(panels[0], models, strict=True):
+        for record in [record for record in found if record["model"] == model]:
+            run = record["run"]
+            kind = "dense" if run.startswith("dense") else "llama.cpp" if "llama.cpp" in run else "sparseopt"
+            colour, marker = MAKERS[kind]
+            place = (record["megabytes"], record["value"])
+            axis.plot(*place, marker=marker, color=colour, linestyle="")
+            label = run.removeprefix("llama.cpp ")
+            axis.annotate(label, place, (6, 0), textcoords="offset points", color=colour, va="center", fontsize=8)
+        axis.margins(x=0.45, y=0.1)
+        axis.set(xlabel="MB", title=model.removesuffix(".gguf"))
+        axis.grid(color="#eeeeee")
+    panels[0, 0].set_ylabel("perplexity")
+    _legend(figure, {name: {"color": colour, "marker": marker} for name, (colour, marker) in MAKERS.items()})
+    return figure
+
+
 def _pair(points: dict[Any, Any]) -> tuple[list[Any], list[Any]]:
     """Places and values of points, by place."""
     return sorted(points), [points[place] for place in sorted(points)]
@@ -238,6 +265,7 @@ def write_all(target: Path) -> None:
         "memory": memory(read("memory"), read("trend_sizes")),
         "tokens": tokens(read("quality")),
         "frontier": frontier(read("runtime")),
+        "bits": bits(read("bits")),
     }
     for name, figure in pictures.items():
         figure.savefig(target / f"{name}.svg")

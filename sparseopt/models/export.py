@@ -227,7 +227,7 @@ class ShardedWriter:
             raise ModelError(
                 f"the output folder {self.output} is not empty (it holds {listed(held)}); choose another or empty it"
             )
-        needed = sum(
+        needed = self._form.copies * sum(
             self._form.most_bytes(key, TensorInfo(shape, self.dtype_of(key))) for key, shape in self._expected.items()
         )
         needed -= sum((self.output / self._form.file_name(tag)).stat().st_size for tag in keep or ())

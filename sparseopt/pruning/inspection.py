@@ -18,7 +18,6 @@ from sparseopt.layers.patterns import pattern_count
 from sparseopt.layers.problem import LayerMethod
 from sparseopt.models import (
     FAMILIES,
-    Form,
     ModelError,
     Source,
     StreamedModel,
@@ -34,7 +33,7 @@ from sparseopt.pruning.recipe.prune_recipe import Recipe
 from sparseopt.pruning.recipe.targets import Targets, shares_in
 from sparseopt.pruning.run.calibration import default_windows
 from sparseopt.pruning.run.drawn import drawing_bytes
-from sparseopt.pruning.run.output_form import with_dtype
+from sparseopt.pruning.run.output_form import chosen_form, output_of, with_dtype
 from sparseopt.pruning.run.plan import check_expert_tokens, layer_patterns, layer_shares
 from sparseopt.pruning.text.chats import is_text
 from sparseopt.system.machine import device_memory_left
@@ -257,7 +256,7 @@ def measured_seconds(model: StreamedModel, recipe: Recipe) -> float:
         vars(source).update(config=few.config, tensors={key: model.source.tensors[key] for key in few.tensors})
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
-            prune_model(source, Path(folder) / "few", recipe)
+            prune_model(source, output_of(recipe, Path(folder), "few"), recipe)
             seconds.append(time.perf_counter() - start)
     first, _, two, one = seconds
     return first + max(0, model.num_blocks - 2) * max(0.0, two - one)
@@ -278,7 +277,9 @@ def _known(model: StreamedModel, recipe: Recipe, method: LayerMethod, device_mem
     patterns = layer_patterns(model, recipe, method, shares)
     kept = {key: pattern_count(pattern, model.weight_shape(key)) for key, pattern in patterns.items()}
     expected = model.family.expected_shapes(model.config)
-    dense = output_bytes(model, recipe, Form())
+    output = output_of(recipe, Path(), "output")
+    form = chosen_form(model, model, range(model.num_blocks), recipe, output, shares)
+    dense = output_bytes(model, recipe, form)
     # A bit for each weight, and the weights kept; what would not get smaller stays dense.
     packed = {k: min(dense[k], -(-_size(tensors[k]) // 8) + n * dense[k] // _size(tensors[k])) for k, n in kept.items()}
     zeros, saved = sum(_size(tensors[k]) - n for k, n in kept.items()), sum(dense[k] - n for k, n in packed.items())

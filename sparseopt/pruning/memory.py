@@ -385,7 +385,7 @@ def _check_disks(plans: Sequence[Plan], scratch: int) -> None:
         sizes, device = output_bytes(plan.target, plan.recipe, plan.form), place.stat().st_dev
         # Blocks that distillation trains lie beside those that they replace.
         twice = () if plan.recipe.distillation is None else sizes.keys() - set(plan.target.outer_keys())
-        most = sum(sizes.values()) + sum(sizes[key] for key in twice)
+        most = plan.form.copies * sum(sizes.values()) + sum(sizes[key] for key in twice)
         written = sum(file.stat().st_size for file in plan.folder.glob(plan.form.file_name("*")))
         needed[device] += max(0, most - written)
         places.setdefault(device, place)

@@ -27,13 +27,12 @@ from sparseopt.models import (
     open_source,
     start_token,
 )
-from sparseopt.models.files.gguf.writer import KINDS
 from sparseopt.pruning import METHODS, PruneReport, perplexity, prune_models
 from sparseopt.pruning.base.records import Event, LayerRecord, Passed, mean_errors, mean_grid_errors
 from sparseopt.pruning.recipe.options import ended, mistakes_of, plain_type
 from sparseopt.pruning.recipe.pass_recipe import BosChoice, PassRecipe
 from sparseopt.pruning.run.calibration import PASS_FIELDS
-from sparseopt.pruning.run.output_form import ENDING, is_file, run_folder_of
+from sparseopt.pruning.run.output_form import is_file, output_of, run_folder_of
 from sparseopt.pruning.run.plan import make_plan
 from sparseopt.pruning.text.chats import Document, TextError
 from sparseopt.pruning.text.documents import Part, load_documents
@@ -152,9 +151,7 @@ class ModelTask(Task):
 
     def output(self, folder: Path) -> Path:
         """Where the model of a run lies: in a GGUF file where it has grids of such files, else in a folder."""
-        recipe = self.recipe()
-        one_file = recipe.bits in KINDS or recipe.head_bits is not None
-        return folder / (MODEL + ENDING if one_file else MODEL)
+        return output_of(self.recipe(), folder, MODEL)
 
     @abstractmethod
     def figures(self, model: PrunableModel, report: PruneReport | None) -> Record:

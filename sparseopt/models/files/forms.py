@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from gguf import GGMLQuantizationType
@@ -59,6 +59,8 @@ class Form:
     """
 
     bits: Mapping[str, Bits] = field(default_factory=dict)
+    # How often a tensor lies on the disk when all is done.
+    copies: ClassVar[int] = 1
 
     @property
     def last(self) -> str:
@@ -158,6 +160,9 @@ class Joined(Form):
         outer_bits: the grid of embedding and head; None leaves them as they are.
     """
 
+    # In a shard, and in the file.
+    copies: ClassVar[int] = 2
+
     file: Path = field(kw_only=True)
     source: Source = field(kw_only=True)
     model_config: Mapping[str, Any] = field(kw_only=True)
@@ -171,8 +176,7 @@ class Joined(Form):
         return f"model-{tag}.gguf"
 
     def most_bytes(self, name: str, info: TensorInfo) -> int:
-        # Of a shard, and of the file.
-        return 2 * bytes_as(self._kind(name, info), info.shape)
+        return bytes_as(self._kind(name, info), info.shape)
 
     def shard(self, tensors: Mapping[str, UnreadTensor]) -> Shard:
         found = {self._architecture.gguf_name(name): self._encoded(name, tensor) for name, tensor in tensors.items()}

@@ -35,6 +35,11 @@ def run_folder_of(output: Path) -> Path:
     return output.with_name(f"{output.name}.run") if is_file(output) else output
 
 
+def output_of(recipe: PassRecipe, folder: Path, name: str) -> Path:
+    """An output in a folder that a recipe can have: a file where its bits are those of GGUF files."""
+    return folder / (name + ENDING if recipe.bits in KINDS or recipe.head_bits is not None else name)
+
+
 def chosen_form(
     model: PrunableModel,
     target: PrunableModel,
