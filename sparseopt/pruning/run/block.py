@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from sparseopt.core.base.dense import product, spd_inverse
 from sparseopt.core.base.mesh import over, put, whole
 from sparseopt.core.penalties.patterns import NM
+from sparseopt.layers.bits import Bits
 from sparseopt.layers.compiled import Compiled
 from sparseopt.layers.problem import LayerJob, check_answer, reads_variances, scaled_gram
 from sparseopt.layers.side_by_side import LayerTask, Solved, agreed, solve_block
@@ -162,8 +163,8 @@ def prune_block(
     block, found = plan.finish(dense.block.copy(), place, parts)
     trained = None
 
-    def train(masks: Mapping[str, Array]) -> BlockRecord:
-        record = _reconstruct(block, masks, plan, dense, stream, list(dtypes))
+    def train(masks: Mapping[str, Array], grids: Mapping[str, Bits] | None = None) -> BlockRecord:
+        record = _reconstruct(block, masks, grids, plan, dense, stream, list(dtypes))
         found.update({path: np.asarray(block.read(path)).astype(dtype) for path, dtype in dtypes.items()})
         # The block runs with the rounding of what is stored.
         block.write(found)
@@ -181,9 +182,9 @@ def prune_block(
         block.write(rounded)
         found.update(rounded)
         if recipe.reconstruction is not None:
-            # Only the norms: the weights stay on their grids.
+            # Norms and scales: the weights stay on their grids.
             nothing = {name: jnp.zeros(block.weight_shape(name), bool) for name in block.linears}
-            after = train(nothing)
+            after = train(nothing, {name: bits for name, (_, bits) in linears.items()})
             trained = after if trained is None else trained.followed_by(after)
     if trained is not None:
         told(trained)
@@ -350,6 +351,7 @@ def trained_entries(plan: Plan, block: PrunableBlock, keys: Mapping[str, str]) -
 def _reconstruct(
     block: PrunableBlock,
     masks: Mapping[str, Array],
+    grids: Mapping[str, Bits] | None,
     plan: Plan,
     dense: DenseBlock,
     stream: Stream,
@@ -358,7 +360,7 @@ def _reconstruct(
     flax = cast(Block, block)  # the plan refuses torch models
     # A step sees one window or a few, in turn, so devices have nothing to share: one trains in each process.
     before, after = stream.on_one_device(), dense.outputs(plan.recipe.variants).on_one_device()
-    record = reconstruct_block(flax, masks, before, after, plan.recipe.reconstruction, dense.index)
+    record = reconstruct_block(flax, masks, before, after, plan.recipe.reconstruction, dense.index, grids)
     if processes.count() > 1:
         # All processes continue with the first one's block.
         block.write(agreed({path: np.asarray(block.read(path)) for path in paths}))

@@ -11,7 +11,7 @@ these. A token whose target is zero counts nothing. Masks are frozen; linears wi
 optimiser: see `training`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,6 +22,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from sparseopt.layers.bits import Bits, multiples_of
 from sparseopt.layers.compiled import Compiled
 from sparseopt.models import Block
 from sparseopt.models.decoder.experts import stacked_name
@@ -118,17 +119,51 @@ def split_block(block: Block, pruned: Iterable[str], settings: Reconstruction) -
     return nnx.split(block, trained, ...)
 
 
+def _scales(params: Any, block: Block, grids: Mapping[str, Bits]) -> tuple[Any, list[Array | None]]:
+    """Parameters with scales in place of the weights of linears on grids; and by leaf the multiples, None of others."""
+    leaves, tree = jax.tree.flatten(params)
+    found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    for name, bits in grids.items():
+        parts = multiples_of(np.asarray(block.read(f"{name}.weight")), bits)
+        found.setdefault(f"{stacked_name(name)[0]}.weight", []).append(parts)
+    multiples: list[Array | None] = [None] * len(leaves)
+    for index, (path, _) in enumerate(nnx.to_flat_state(params)):
+        if own := found.get(".".join(map(str, path))):
+            # The experts of a stack come in their order.
+            whole, scales = (np.stack(each).reshape(*leaves[index].shape[:-1], -1) for each in zip(*own, strict=True))
+            multiples[index], leaves[index] = jnp.asarray(whole, jnp.float32), jnp.asarray(scales, jnp.float32)
+    return jax.tree.unflatten(tree, leaves), multiples
+
+
 class _BlockTrainer(Trainer):
     # A mean square error below this is what float32 leaves of two programs for one block.
     exact = 1e-12
     settings: Reconstruction
+
+    def __init__(self, block: Block, masks: Masks, grids: Mapping[str, Bits], *given: Any) -> None:
+        """Take the grids of some linears, and otherwise what all trainers do."""
+        self.grids, self.multiples = grids, list[Array | None]()
+        super().__init__([block], [masks], *given)
+        if grids:
+            self.fixed = [self.fixed[0]._replace(multiples=self.multiples)]
 
     @cached_property
     def weights(self) -> Float[np.ndarray, "D"]:
         return channel_weights(self.calibration[1])
 
     def split(self, block: Block, masks: Masks) -> tuple[Any, ...]:
-        return split_block(block, [name for name, mask in masks.items() if mask.any()], self.settings)
+        trained = [*self.grids, *(name for name, mask in masks.items() if mask.any())]
+        graph, params, *frozen = split_block(block, trained, self.settings)
+        if self.grids:
+            params, self.multiples = _scales(params, block, self.grids)
+        return graph, params, *frozen
+
+    def halve(self) -> None:
+        """Round the scales of the best state to the half precision in which they are stored."""
+        leaves, tree = jax.tree.flatten(self.kept[0])
+        pairs = zip(leaves, self.multiples, strict=True)
+        rounded = [leaf if each is None else leaf.astype(jnp.float16).astype(leaf.dtype) for leaf, each in pairs]
+        nnx.update(self.blocks[0], self.fixed[0].weights(jax.tree.unflatten(tree, rounded)))
 
     def loss(self, inputs: Batches, targets: Batches) -> float:
         pairs = zip(inputs, targets, strict=True)
@@ -150,8 +185,9 @@ def reconstruct_block(
     targets: Stream,
     settings: Reconstruction | None = None,
     index: int = 0,
+    grids: Mapping[str, Bits] | None = None,
 ) -> BlockRecord:
-    """Train the kept weights of a pruned block, in place.
+    """Train the kept weights of a pruned block, in place; of linears on grids their scales.
 
     Args:
         block: the pruned block; it is left in the best state seen.
@@ -161,10 +197,16 @@ def reconstruct_block(
         targets: what the dense block gave for the same tokens.
         settings: default: `Reconstruction()`.
         index: the number of the block in the record.
+        grids: of linears whose weights lie on them, by name; they stay there, with other scales.
 
     Raises:
         ValueError: before any work, for settings, masks or batches that cannot be used.
     """
     check_masks(block, masks)
-    trainer = _BlockTrainer([block], [masks], stream, targets, settings or Reconstruction())
-    return BlockRecord(block=index, **trainer.train())
+    grids = grids or {}
+    others = {name: mask for name, mask in masks.items() if name not in grids}
+    trainer = _BlockTrainer(block, others, grids, stream, targets, settings or Reconstruction())
+    record = BlockRecord(block=index, **trainer.train())
+    if grids and trainer.kept:
+        trainer.halve()
+    return record

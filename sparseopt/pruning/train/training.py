@@ -122,14 +122,36 @@ class TrainedEntries(NamedTuple):
 
 
 class Fixed(NamedTuple):
-    """What a step does not change: a block's structure, the parameters that are not trained, the entries kept."""
+    """What a step does not change.
+
+    Attributes:
+        graph: a block's structure.
+        frozen: the parameters that are not trained.
+        kept: by leaf of the others, see `kept_entries`.
+        multiples: by leaf too, those of a weight `[..., out, in]` on a grid, of which the scales are trained, which are
+            `[..., out, groups]`; None of others, and where there are no grids.
+    """
 
     graph: Any
     frozen: Any
-    kept: list[TrainedEntries]  # see `kept_entries`
+    kept: list[TrainedEntries]
+    multiples: list[Array | None] | None = None
+
+    def weights(self, params: Any) -> Any:
+        """The parameters with weights in place of their scales."""
+        if self.multiples is None:
+            return params
+        leaves, tree = jax.tree.flatten(params)
+        pairs = zip(leaves, self.multiples, strict=True)
+        return jax.tree.unflatten(tree, [leaf if each is None else scaled(each, leaf) for leaf, each in pairs])
 
     def module(self, params: Any) -> Block:
-        return nnx.merge(self.graph, params, *self.frozen)
+        return nnx.merge(self.graph, self.weights(params), *self.frozen)
+
+
+def scaled(multiples: Float[Array, "*n out in"], scales: Float[Array, "*n out groups"]) -> Float[Array, "*n out in"]:
+    """The weights on a grid."""
+    return (multiples.reshape(*scales.shape, -1) * scales[..., None]).reshape(multiples.shape)
 
 
 # Adam's eps is far below the gradient of a kept weight (about 1e-6), yet an input that never fires stays at rest.
@@ -191,7 +213,8 @@ class Trainer(ABC):
         states: of each block, what a step changes.
         calibration: the inputs that steps draw from, with their targets.
         judges: the inputs whose loss chooses the best state, with theirs.
-        best_epoch: the epoch that ended with the best state so far, 0 for the start.
+        kept: of each block, what a step changes, in the best state so far; empty before there is a better one.
+        best_epoch: the epoch that ended with it, 0 for the start.
         total: steps of all epochs.
     """
 
@@ -211,6 +234,7 @@ class Trainer(ABC):
         kept = [kept_entries(part[1], own) for part, own in zip(parts, masks, strict=True)]
         self.fixed = [Fixed(graph, frozen, own) for (graph, _, *frozen), own in zip(parts, kept, strict=True)]
         self.states = [start_state(params) for _, params, *_ in parts]
+        self.kept: list[Any] = []
 
     def split(self, block: Block, masks: Masks) -> tuple[Any, ...]:
         """A block's structure, the parameters that are trained, and the others."""
@@ -227,13 +251,14 @@ class Trainer(ABC):
 
     def keep(self) -> None:
         """Keep the states as the best."""
-        for block, state in zip(self.blocks, self.states, strict=True):
-            nnx.update(block, jax.tree.map(jnp.copy, state.params))
+        # Step programs take over the buffers of a state.
+        self.kept = [jax.tree.map(jnp.copy, state.params) for state in self.states]
+        for block, fixed, params in zip(self.blocks, self.fixed, self.kept, strict=True):
+            nnx.update(block, fixed.weights(params))
 
     def restore(self) -> None:
         """Return to the best states; no step follows."""
-        pairs = zip(self.blocks, self.masks, self.states, strict=True)
-        self.states = [state._replace(params=self.split(block, masks)[1]) for block, masks, state in pairs]
+        self.states = [state._replace(params=params) for state, params in zip(self.states, self.kept, strict=True)]
 
     def train(self) -> dict[str, Any]:
         """Train to the end and leave the best state; returns the fields of a `TrainingRecord`."""

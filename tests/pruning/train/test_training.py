@@ -10,6 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
+from sparseopt.layers.bits import multiples_of, parse_bits
 from sparseopt.models import Block, open_model
 from sparseopt.models.decoder.attention import QUERY_CHUNK
 from sparseopt.pruning.base.activations import Batches, DiskBatches, Stream
@@ -312,6 +313,34 @@ def test_only_linears_with_a_mask_are_trained_and_norms_if_asked_for(of_block):
     after = parameters(blocks)
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     assert changed == {"0.mlp.gate_proj.weight", "0.mlp.gate_proj.bias"}
+
+
+@pytest.mark.parametrize("number", [0, pytest.param("experts", marks=pytest.mark.thorough)])
+def test_of_weights_on_a_grid_the_scales_are_trained_and_the_multiples_stay(of_block, models, number):
+    bits, (before, after) = parse_bits("int4:8"), of_block.streams
+    block = of_block.dense()[0] if number == 0 else open_model(models(number)).block(0)
+
+    def on_grid(weight):
+        groups = np.asarray(weight).reshape(-1, 8)
+        scale = (np.abs(groups).max(axis=1, keepdims=True) / 7).astype(np.float16).astype(np.float32)
+        return (scale * np.clip(np.rint(groups / scale), -8, 7)).reshape(weight.shape)
+
+    names = [name for name in block.linears if name != "self_attn.k_proj"]
+    block.write({f"{name}.weight": on_grid(block.read(f"{name}.weight")) for name in names})
+    kept, start = block.copy(), parameters([block])
+    nothing = {name: jnp.zeros(block.weight_shape(name), bool) for name in block.linears}
+    settings = replace(of_block.quick, learning_rate=1e-2)
+    record = reconstruct_block(block, nothing, before, after, settings, 0, dict.fromkeys(names, bits))
+    assert record.heldout_best < 0.98 * record.heldout_first
+    for name in names:
+        (old, first), (new, last) = (
+            multiples_of(np.asarray(each.read(f"{name}.weight")), bits) for each in (kept, block)
+        )
+        assert np.array_equal(old, new), name
+        assert not np.array_equal(first, last), name
+    changed = {name for name, value in parameters([block]).items() if not np.array_equal(value, start[name])}
+    assert "0.self_attn.k_proj.weight" not in changed
+    assert "0.attention_norm.weight" in changed
 
 
 def test_a_step_is_relative_to_the_size_of_the_weights(of_block):
