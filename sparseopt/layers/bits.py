@@ -13,6 +13,8 @@ from jaxtyping import Float, Int
 
 from sparseopt.core.base.arguments import unknown
 
+# Of the weights that are not 0, those that a grid may make 0 because its scales are numbers of float16.
+MOST_LOST = 1e-3
 # Of float16, in which scales are stored.
 LEAST_SCALE, MOST_SCALE = 2.0**-24, 65504.0
 
@@ -32,16 +34,29 @@ class Bits:
     high: int
     group: int | None
 
-    def check(self, inputs: int, largest: float = 0.0) -> None:
-        """Raise a ValueError if the groups do not tile the inputs, or no scale holds the largest weight."""
+    def check(self, inputs: int) -> None:
+        """Raise a ValueError if the groups do not tile the inputs."""
         if self.group and inputs % self.group:
             raise ValueError(
                 f"bits {self.name!r} have a scale for each {self.group} inputs, which do not tile {inputs}: "
                 "take int8, or int4:group with a divisor"
             )
-        if largest > MOST_SCALE * -self.low:
+
+    def check_weight(self, weight: Float[np.ndarray, "out in"]) -> None:
+        """Raise a ValueError if no scale of float16 holds the largest weight, or scales would make many weights 0."""
+        self.check(weight.shape[1])
+        sizes = np.abs(np.asarray(weight, np.float32))
+        if (largest := float(np.max(sizes))) > MOST_SCALE * -self.low:
             raise ValueError(
                 f"bits {self.name!r} hold weights up to {MOST_SCALE * -self.low:g}, given one of {largest:g}"
+            )
+        # At most half of a scale.
+        groups = sizes.reshape(-1, self.group or weight.shape[1])
+        lost = np.count_nonzero(groups[np.max(groups, axis=1) < LEAST_SCALE / 2])
+        if lost > MOST_LOST * np.count_nonzero(sizes):
+            raise ValueError(
+                f"bits {self.name!r} make {lost:,} weights 0, which are below {LEAST_SCALE / 2:.2g}, half of the least "
+                "scale of float16: leave them in floats"
             )
 
 

@@ -130,7 +130,7 @@ def prune_layer(
         raise ValueError(f"a penalty chooses weights anywhere in the layer, which contradicts the pattern {pattern!r}")
     first = chooser(solver)
     if bits is not None:
-        parse_bits(bits).check(inputs, float(np.max(np.abs(weight.astype(np.float32)))))
+        parse_bits(bits).check_weight(weight)
         # By itself, so that what is wrong is told of it.
         check_method(first, job.pattern, weight.shape, input_variances is not None, support is not None)
     check_method(solver, job.pattern, weight.shape, input_variances is not None, support is not None)

@@ -19,6 +19,7 @@ import numpy as np
 
 from sparseopt.core.base.types import Observer
 from sparseopt.models.base.errors import ModelError, listed
+from sparseopt.models.files.compressed import CompressedTensor
 from sparseopt.models.files.forms import Form, Joined, Packed, Readable
 from sparseopt.models.files.packed import PACKED_INDEX, is_packed
 from sparseopt.models.files.safetensors import WRITABLE, TensorInfo, UnreadTensor
@@ -315,6 +316,8 @@ def _rewrite(source: str | Path, output: str | Path, *, pack: bool, observer: Ob
     if not pack and not is_packed(folder):
         raise ModelError(f"{folder} is not packed: it has no {PACKED_INDEX}; a dense folder needs no unpacking")
     model = open_model(FolderSource(folder))
+    if any(isinstance(tensor, CompressedTensor) for tensor in model.source.tensors.values()):
+        raise ModelError(f"{folder} is stored in few bits, which packing would undo; copy it")
     check_output(model.source, Path(output))
     # The shards are those that pruning writes, not those of the folder: memory holds one block at a time.
     shards = {OUTER_TAG: model.outer_keys()} | {

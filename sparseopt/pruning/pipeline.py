@@ -50,6 +50,7 @@ from sparseopt.pruning.run.calibration import (
     with_windows,
 )
 from sparseopt.pruning.run.drawn import drawn_windows, keep_drawn
+from sparseopt.pruning.run.output_form import run_folder_of
 from sparseopt.pruning.run.plan import Plan, make_plan
 from sparseopt.pruning.run.resumption import (
     Identity,
@@ -186,7 +187,7 @@ def open_pass(
         raise ValueError("nothing to do: give at least one recipe and its output folder")
     check_same_calibration([recipe for recipe, _ in recipes])
     outputs = [Path(output).expanduser().resolve() for _, output in recipes]
-    if len(set(outputs)) < len(outputs):
+    if len({run_folder_of(output) for output in outputs}) < len(outputs):
         raise ValueError(f"every recipe needs its own output folder, given {', '.join(map(str, outputs))}")
     mesh = device_line("all" if devices is None and processes.count() > 1 else devices)
     if mesh is not None and budget is not None:

@@ -10,6 +10,7 @@ from sparseopt.pruning.base.records import (
     DistillationRecord,
     Event,
     Footprint,
+    GridRecord,
     LayerRecord,
     Passed,
     RemovalRecord,
@@ -32,6 +33,7 @@ class PruneProgress:
         self._title, self._faster = title, faster
         self._start = time.perf_counter()
         self._block: list[LayerRecord] = []
+        self._grids: list[GridRecord] = []
         self._replayed, self._finished, self._blocks_left = False, 0, 0
         self._worked_from = self._passed = self._start
         self._bar = counting_bar(console, TextColumn("{task.fields[note]}"))
@@ -61,6 +63,8 @@ class PruneProgress:
                 self._replayed = True
             case LayerRecord():
                 self._tell_layer(event, done, total)
+            case GridRecord():
+                self._tell_grid(event, done, total)
             case Passed(block, blocks):
                 self._tell_block(block, blocks, done, total)
             case BlockRecord():
@@ -86,6 +90,12 @@ class PruneProgress:
         self._bar.update(self._task, total=total, completed=done, note=note)
         self._block.append(record)
 
+    def _tell_grid(self, record: GridRecord, done: int, total: int) -> None:
+        layer = record.layer.split(".", 3)[-1]
+        note = f"block {record.block} {layer} in {record.bits}, adds {record.relative_error:.4f}{self._left()}"
+        self._bar.update(self._task, total=total, completed=done, note=note)
+        self._grids.append(record)
+
     def _tell_block(self, block: int, blocks: int, done: int, total: int) -> None:
         self._passed, self._blocks_left = time.perf_counter(), blocks - block - 1
         if self._replayed:
@@ -97,7 +107,10 @@ class PruneProgress:
         if self._block:
             error = mean(record.relative_error for record in self._block)
             what = f"layer {done}/{total}, block {block}, mean relative error {error:.5f}"
-        self._block = []
+        elif self._grids:
+            error = mean(record.relative_error for record in self._grids)
+            what = f"layer {done}/{total}, block {block}, mean relative error of the grid {error:.5f}"
+        self._block, self._grids = [], []
         if not total:
             self._bar.update(self._task, total=blocks, completed=block + 1, note=what)
         if not console.is_terminal:

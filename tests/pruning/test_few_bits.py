@@ -12,7 +12,7 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 
 from sparseopt.layers.bits import BITS, multiples_of, parse_bits
-from sparseopt.models import load_decoder, load_tokenizer, open_model
+from sparseopt.models import ModelError, load_decoder, load_tokenizer, open_model, pack_folder
 from sparseopt.models.files.gguf.header import read_header
 from sparseopt.models.files.safetensors import read_part
 from sparseopt.pruning import PruneReport, Recipe, ShrinkRecipe, prune_model, prune_models
@@ -22,8 +22,8 @@ from sparseopt.system import files
 from sparseopt.system.files import DiskError
 from sparseopt.system.run_folder import FolderError
 from tests.jitted import run
-from tests.models.tiny import random_tensors, tiny_config, write_folder, write_gguf
-from tests.pruning.whole_runs import TOKENIZER, Broken, breaking_at, ended_by, tensors_of
+from tests.models.tiny import CONFIGS, random_tensors, tiny_config, write_folder, write_gguf
+from tests.pruning.whole_runs import TOKENIZER, Broken, breaking_at, ended_by, tensors_of, write_model
 
 HELDOUT = 2
 
@@ -247,6 +247,122 @@ def test_a_file_of_somebody_else_is_never_replaced(tmp_path, source, tokens):
     assert output.read_text() == "mine"
 
 
+def test_a_file_that_appears_before_the_end_or_after_it_is_kept(tmp_path, source, whole):
+    """Put there while the run was broken off behind its last block, while it works, and when it is finished."""
+    done, output = whole("zeros"), tmp_path / "out.gguf"
+    with pytest.raises(Broken):
+        prune_model(source, output, done.recipe, observer=ended_by(Passed, 3))
+    output.write_text("mine")
+    with pytest.raises(
+        ModelError, match=r"out\.gguf exists and is not of this run: move it, and start the same command"
+    ):
+        prune_model(source, output, done.recipe)
+    assert output.read_text() == "mine"
+    output.unlink()
+    assert prune_model(source, output, done.recipe).resumed_blocks == 3
+    # Killed before its end was noted.
+    summary = run_folder_of(output) / "summary.json"
+    noted = summary.read_text()
+    summary.unlink()
+    assert not prune_model(source, output, done.recipe).kept
+    assert json.loads(summary.read_text())["stored_bytes"] == json.loads(noted)["stored_bytes"]
+    output.write_text("mine")
+    with pytest.raises(FolderError, match=r"out\.gguf is not the file that its run in .*run wrote: move it"):
+        prune_model(source, output, done.recipe)
+    assert output.read_text() == "mine"
+
+
+def test_a_folder_in_place_of_the_file_is_refused_before_any_work(tmp_path, source, whole):
+    (tmp_path / "out.gguf").mkdir()
+    with pytest.raises(FolderError, match=r"out\.gguf exists and is not of this run"):
+        prune_model(source, tmp_path / "out.gguf", whole("zeros").recipe)
+
+
+@pytest.mark.parametrize(
+    ("key", "factor", "words"),
+    [
+        (
+            "model.layers.1.self_attn.q_proj.weight",
+            1e7,
+            r"1\.self_attn\.q_proj\.weight: bits 'q4_0' hold weights up to 52",
+        ),
+        (
+            "model.layers.1.self_attn.q_proj.weight",
+            1e-9,
+            r"q_proj\.weight: bits 'q4_0' make 1,024 weights 0, which are",
+        ),
+        ("model.embed_tokens.weight", 1e8, r"model\.embed_tokens\.weight: bits 'q8_0' hold weights up to 8.3"),
+        ("model.embed_tokens.weight", 1e-9, r"model\.embed_tokens\.weight: bits 'q8_0' make 1,[0-9]* weights 0"),
+    ],
+)
+def test_weights_that_no_scale_in_half_precision_holds_are_named(tmp_path, tokens, key, factor, words):
+    tensors = tensors_of()
+    tensors[key] = tensors[key] * np.float32(factor)
+    source = write_model(tmp_path / "in", tensors=tensors)
+    recipe = Recipe(method="wanda", calibration=tokens, sparsity=0.0, bits="q4_0", score="none")
+    with pytest.raises(ModelError, match=words):
+        prune_model(source, tmp_path / "out.gguf", recipe)
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_floats_of_a_file_take_the_dtype_asked_for(tmp_path, tokens):
+    source = write_gguf(tmp_path / "in.gguf", tiny_config(), tensors_of())
+    recipe = Recipe(method="wanda", calibration=tokens, dtype="float16", ignore=["k_proj"], score="none")
+    prune_model(source, tmp_path / "out.gguf", recipe)
+    kinds = {len(tensor.shape): tensor.kind for tensor in read_header(tmp_path / "out.gguf").tensors.values()}
+    assert kinds == {1: Kind.F32, 2: Kind.F16}
+
+
+def test_types_without_a_grid_as_wide_are_pruned_into_folders_or_with_bits(tmp_path, tokens):
+    source = write_gguf(tmp_path / "in.gguf", tiny_config(), tensors_of(), Kind.MXFP4)
+    plain = {"method": "wanda", "calibration": tokens, "score": "none"}
+    with pytest.raises(ModelError, match="has the type MXFP4, and no grid without an offset is as wide: give bits"):
+        prune_model(source, tmp_path / "out.gguf", Recipe(**plain))
+    prune_model(source, tmp_path / "folder", Recipe(**plain))
+    prune_model(source, tmp_path / "out.gguf", Recipe(**plain, bits="q4_0", ignore=["k_proj", "v_proj", "mlp.up_proj"]))
+    kinds = {name: tensor.kind for name, tensor in read_header(tmp_path / "out.gguf").tensors.items()}
+    assert (kinds["blk.0.attn_k.weight"], kinds["blk.0.attn_q.weight"]) == (Kind.MXFP4, Kind.Q4_0)
+
+
+def test_without_zeros_nothing_is_distributed(tmp_path, source, tokens):
+    plain = {"calibration": tokens, "sparsity": 0.0, "bits": "q4_0", "score": "none"}
+    with pytest.raises(ValueError, match="allocation 'curves' distributes zeros, and none are asked for: leave it out"):
+        prune_model(source, tmp_path / "a.gguf", Recipe(method="wanda", allocation="curves", **plain))
+    report = prune_model(source, tmp_path / "b.gguf", Recipe(effort="most", train_epochs=0, **plain))
+    assert (report.layers, len(report.grids)) == ([], 21)
+    card = (tmp_path / "b.gguf.run" / "README.md").read_text()
+    assert ", in few bits" in card
+    assert "- pruned" not in card
+    zeros = sum(record.zeros for record in report.grids) / sum(record.size for record in report.grids)
+    assert f"21 linears in q4_0, {zeros:.2%} of whose weights are then zero" in card
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "words"),
+    [
+        ("qwen2", {"parameters": 0.8}, r"parameters may choose what a GGUF file cannot have .*give channels or layers"),
+        (
+            "smollm3",
+            {"layers": 0.67},
+            r"measured losses choose the blocks that go, and a GGUF file cannot be without any",
+        ),
+    ],
+)
+def test_a_smaller_model_that_gguf_cannot_express_is_refused_before_any_work(tmp_path, tokens, family, fields, words):
+    config = CONFIGS[family] | {"vocab_size": 320}
+    source = write_folder(tmp_path / "in", config, random_tensors(config, np.random.default_rng(1)))
+    recipe = ShrinkRecipe(method="wanda", calibration=tokens, multiple=32, bits="q8_0", **fields)
+    told = []
+    with pytest.raises(ModelError, match=words):
+        prune_models(source, [(recipe, tmp_path / "out.gguf")], observer=lambda *event: told.append(event))
+    assert told == []
+
+
+def test_a_folder_of_few_bits_is_not_packed(tmp_path, whole):
+    with pytest.raises(ModelError, match="is stored in few bits, which packing would undo; copy it"):
+        pack_folder(whole("a folder").output, tmp_path / "packed")
+
+
 def test_a_disk_that_is_full_at_the_end_leaves_the_shards_and_no_file(tmp_path, source, tokens, monkeypatch, whole):
     output, recipe = tmp_path / "out.gguf", whole("zeros").recipe
     real = files.temporary_of
@@ -273,7 +389,8 @@ REFUSED = [
     ({"bits": "q4_k"}, "out.gguf", "moves zeros"),
     ({"bits": "int4:48"}, "out", r"a scale for each 48 inputs, which tile no linear of this model, of 32, 64 inputs"),
     ({"head_bits": "q8_0"}, "out", "head_bits are stored in a GGUF file"),
-    ({"pack": True}, "out.gguf", "pack stores zeros as a bitmask in a folder"),
+    ({"pack": True}, "out.gguf", "pack stores zeros as a bitmask in a folder of floats"),
+    ({"pack": True, "bits": "int8"}, "out", "pack stores zeros as a bitmask in a folder of floats"),
     ({"bits": "q4_0", "distil_epochs": 1}, "out.gguf", "trains the whole model after its linears were put on grids"),
 ]
 

@@ -26,6 +26,14 @@ def bulleted(problems: Sequence[str], most: int = 20) -> str:
     return "".join(f"\n  {problem}" for problem in shown)
 
 
+def named(name: str, check: Callable[[], T]) -> T:
+    """The result of a check of a tensor, whose `ValueError` becomes a `ModelError` that names it."""
+    try:
+        return check()
+    except ValueError as error:
+        raise ModelError(f"{name}: {error}") from error
+
+
 def guarded(build: Callable[[], T], what: str, advice: str = "; download it again") -> T:
     """The result of a call into another package, whose exceptions of any class become a `ModelError`.
 

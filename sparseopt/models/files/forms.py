@@ -8,6 +8,7 @@
 What is read back are the tensors that were given.
 """
 
+import filecmp
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -18,6 +19,7 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from sparseopt.layers.bits import Bits
+from sparseopt.models.base.errors import ModelError, named
 from sparseopt.models.files.compressed import compress_tensors, quantization_config, read_compressed_header
 from sparseopt.models.files.gguf.architecture import Architecture
 from sparseopt.models.files.gguf.architectures import architecture_of
@@ -189,7 +191,17 @@ class Joined(Form):
         tensors = {name: copied(each) for file in shards for name, each in read_gguf_header(file).tensors.items()}
         if (factors := self._architecture.rope_factors(self.model_config)) is not None:
             tensors[ROPE_FACTORS] = rounded(lambda: [factors], GGMLQuantizationType.F32, factors.shape)
-        return self._written(tensors, self._metadata)
+        shard = self._written(tensors, self._metadata)
+
+        def write(file: Path) -> None:
+            shard.write(file)
+            # Of a run that was killed before its end was noted it is there already.
+            if self.file.exists() and not filecmp.cmp(file, self.file, shallow=False):
+                raise ModelError(
+                    f"{self.file} exists and is not of this run: move it, and start the same command again"
+                )
+
+        return Shard(shard.nbytes, write)
 
     def read(self, file: Path) -> Mapping[str, Readable]:
         found = GGUFSource(file)
@@ -227,14 +239,21 @@ class Joined(Form):
 
     def _encoded(self, name: str, tensor: UnreadTensor) -> Encoded:
         architecture, config, origin = self._architecture, self.model_config, tensor.origin
-        if isinstance(origin, GGUFTensor) and not (self.outer_bits and self._is_outer(name)):
+        rounds = self.outer_bits is not None and self._is_outer(name)
+        if (
+            isinstance(origin, GGUFTensor)
+            and not rounds
+            and (origin.quantised or self._kind(name, tensor) == origin.kind)
+        ):
             return copied(origin)
         if name in self.bits:
             return on_grid(architecture.redo(name, tensor.read(), config), self.bits[name])
 
         def pieces() -> Iterable[np.ndarray]:
-            whole = architecture.moves_rows(name)
-            return (architecture.redo(name, each, config) for each in ([tensor.read()] if whole else tensor.pieces()))
+            for each in [tensor.read()] if architecture.moves_rows(name) else tensor.pieces():
+                if self.outer_bits is not None and rounds:
+                    named(name, partial(self.outer_bits.check_weight, each))
+                yield architecture.redo(name, each, config)
 
         return rounded(pieces, self._kind(name, tensor), tensor.shape)
 

@@ -92,6 +92,8 @@ class GridRecord(_Record):
         block: index of its block.
         layer: its name in the dense model, without `.weight`.
         bits: the grid.
+        size: number of weights.
+        zeros: zero weights as stored.
         relative_error: `||X (V - W)ᵀ||² / ||X Wᵀ||²` on the calibration tokens, W before it was put on the grid.
         rounded_error: the same of the nearest points of the grid.
         seconds: device time of the solve.
@@ -103,6 +105,8 @@ class GridRecord(_Record):
     block: int
     layer: str
     bits: str
+    size: int
+    zeros: int
     relative_error: float
     rounded_error: float
     seconds: float

@@ -58,7 +58,14 @@ def model_card(report: PruneReport, files: Mapping[str, bytes]) -> str:
     if "license" not in kept and licence is not None:
         kept |= {"license": "other", "license_link": licence}
     smaller, pattern = report.shape is not None, report.recipe.get("pattern", "unstructured")
-    tags = ["sparseopt", "pruned", *([] if smaller or pattern == "unstructured" else [pattern])]
+    pruned = bool(report.layers) or smaller
+    made = "smaller" if smaller else "pruned" if pruned else "in few bits"
+    tags = [
+        "sparseopt",
+        *["pruned"] * pruned,
+        *["quantized"] * bool(report.grids),
+        *([] if smaller or pattern == "unstructured" else [pattern]),
+    ]
     name, found, file = source_name(report), versions(), is_file(report.output)
     head = {
         **({} if base is None else {"base_model": base}), **kept,
@@ -70,7 +77,7 @@ def model_card(report: PruneReport, files: Mapping[str, bytes]) -> str:
     used = ", ".join(f"{package} {found[package]}" for package in PACKAGES if package in found)
     return (
         f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n\n"
-        f"# {name.rpartition('/')[2].partition('@')[0].removesuffix('.gguf')}, {'smaller' if smaller else 'pruned'}\n\n"
+        f"# {name.rpartition('/')[2].partition('@')[0].removesuffix('.gguf')}, {made}\n\n"
         f"Made from {name}{commit}. {terms}\n\n## What was done\n\n```shell\n{command_of(report)}\n```\n\n"
         f"{bullets(model_facts(_published(report)), '-')}\n\n"
         f"## How to load it\n\n{loading}\n\n## Versions\n\n{used}, on {report.platform}.\n"

@@ -5,6 +5,7 @@ import math
 from sparseopt.models.base.errors import listed
 from sparseopt.pruning.base.records import LayerRecord, Score, ShapeRecord, mean, mean_errors, mean_grid_errors
 from sparseopt.pruning.base.reports import PruneReport
+from sparseopt.pruning.run.output_form import is_file
 from sparseopt.pruning.text.documents import part_of_text
 from sparseopt.system.machine import format_bytes
 from sparseopt.system.report import Fact, Table
@@ -61,8 +62,10 @@ def _zeros(report: PruneReport) -> Fact:
 def _grids(report: PruneReport) -> Fact:
     error, rounded = mean_grid_errors(report.grids)
     names = ", ".join(dict.fromkeys(record.bits for record in report.grids))
-    text = f"{len(report.grids)} linears in {names}; what that adds to the relative squared error, mean: {error:.5f}"
-    return Fact("few bits", f"{text}, by plain rounding {rounded:.5f}")
+    zeros = sum(record.zeros for record in report.grids) / sum(record.size for record in report.grids)
+    text = f"{len(report.grids)} linears in {names}, {zeros:.2%} of whose weights are then zero; "
+    text += f"what that adds to the relative squared error, mean: {error:.5f}, by plain rounding {rounded:.5f}"
+    return Fact("few bits", text)
 
 
 def _size(report: PruneReport, shape: ShapeRecord) -> list[Fact]:
@@ -98,7 +101,7 @@ def _given_zeros(report: PruneReport, given: int) -> Fact:
 def run_facts(report: PruneReport) -> list[Fact]:
     """What the run took, and what was unusual in it."""
     facts = [_time(report), _memory(report)]
-    if report.source.endswith(".gguf") and report.recipe["dtype"] == "bfloat16":
+    if report.source.endswith(".gguf") and not is_file(report.output) and report.recipe["dtype"] == "bfloat16":
         text = "stored in bfloat16, which rounds the file's quantised weights; --dtype float32 keeps them exact"
         facts.append(Fact("dtype", text))
     if report.devices > 1:

@@ -17,6 +17,7 @@ from sparseopt.models.files.gguf.header import GGUFTensor
 from sparseopt.models.files.gguf.source import GGUFSource
 from sparseopt.models.files.gguf.writer import KINDS, SAME_WIDTH
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe
+from sparseopt.pruning.recipe.prune_recipe import Recipe
 
 ENDING = ".gguf"
 # Of embedding and head, where linears have fewer bits.
@@ -63,8 +64,8 @@ def chosen_form(
         ModelError: for a family that GGUF does not name.
     """
     asked, file = None if recipe.bits is None else parse_bits(recipe.bits), is_file(output)
-    if file and recipe.get("pack"):
-        raise ValueError(f"pack stores zeros as a bitmask in a folder, and the output is {output}: leave pack out")
+    if (file or asked) and recipe.get("pack"):
+        raise ValueError("pack stores zeros as a bitmask in a folder of floats: leave pack out, or bits and .gguf")
     if asked and file != (asked.name in KINDS):
         where = "in a folder: leave .gguf out of the output, or give q8_0, q5_0 or q4_0"
         if not file:
@@ -76,8 +77,9 @@ def chosen_form(
     for place, index in enumerate(stays):
         for name in target.block_linears(place):
             dense, key = model.weight_key(index, name), target.weight_key(place, name)
-            own = (asked if targeted is None or dense in targeted else None) if asked else _same_width(model, dense)
-            if own is not None and (asked or file) and target.weight_shape(key)[1] % (own.group or 1) == 0:
+            chosen = targeted is None or dense in targeted
+            own = (asked if chosen else None) if asked else _same_width(model, dense, chosen) if file else None
+            if own is not None and target.weight_shape(key)[1] % (own.group or 1) == 0:
                 bits[key] = own
     if asked and not bits:
         widths = sorted({target.weight_shape(key)[1] for key in target.linear_keys()})
@@ -100,11 +102,15 @@ def chosen_form(
     return Packed() if recipe.get("pack") else Form()
 
 
-def _same_width(model: PrunableModel, key: str) -> Bits | None:
-    """The grid without an offset that takes as many bits as a GGUF file has for a tensor; None for floats."""
+def _same_width(model: PrunableModel, key: str, chosen: bool) -> Bits | None:
+    """The grid without an offset that takes as many bits as a GGUF file has for a tensor; None for floats.
+
+    Raises:
+        ModelError: if a tensor that is chosen has another type.
+    """
     info = model.source.tensors[key]
     name = SAME_WIDTH.get(info.kind) if isinstance(info, GGUFTensor) else None
-    if isinstance(info, GGUFTensor) and info.quantised and name is None:
+    if isinstance(info, GGUFTensor) and info.quantised and name is None and chosen:
         raise ModelError(f"{key} has the type {info.kind.name}, and no grid without an offset is as wide: give bits")
     return None if name is None else BITS[name]
 
@@ -134,3 +140,12 @@ def without_distillation(recipe: T, form: Form) -> T:
             "leave: leave distil_epochs out, or bits"
         )
     return recipe.model_copy(update={"distil_epochs": 0})
+
+
+def without_allocation(recipe: Recipe) -> Recipe:
+    """The recipe of a run without zeros, which it would distribute."""
+    if recipe.allocation == "uniform":
+        return recipe
+    if recipe.given("allocation"):
+        raise ValueError(f"allocation {recipe.allocation!r} distributes zeros, and none are asked for: leave it out")
+    return recipe.model_copy(update={"allocation": "uniform"})

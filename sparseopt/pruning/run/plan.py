@@ -37,7 +37,14 @@ from sparseopt.pruning.recipe.shrink_recipe import (
     smallest_sizes,
 )
 from sparseopt.pruning.recipe.targets import chosen_linears
-from sparseopt.pruning.run.output_form import chosen_form, is_file, run_folder_of, with_dtype, without_distillation
+from sparseopt.pruning.run.output_form import (
+    chosen_form,
+    is_file,
+    run_folder_of,
+    with_dtype,
+    without_allocation,
+    without_distillation,
+)
 
 # The linears that have fewer inputs in a smaller model: key-value groups, and channels.
 GROUPED = HEADS, CHANNELS = "o_proj", "down_proj"
@@ -112,7 +119,10 @@ class Plan:
     @property
     def layer_count(self) -> int:
         """Linears that are solved: pruned, and put on a grid."""
-        return len(self.patterns) + (0 if self.recipe.bits is None else len(self.form.bits))
+        rounded = {*self.form.bits}
+        if self.recipe.bits is None and not (self.smaller or self.recipe.get("permute")):
+            rounded &= self.patterns.keys()
+        return len(self.patterns) + len(rounded)
 
     def with_shape(self, model: PrunableModel, shape: ShapeRecord | None) -> "Plan":
         """The plan for the sizes that a run chose, if it did."""
@@ -244,6 +254,8 @@ def make_plan(model: PrunableModel, recipe: PassRecipe, output: Path) -> Plan:
         plan = SmallerPlan(recipe, recipe.layer_method, output, model, {}, sizes=sizes_of(model))
         plan = shrink_plan(model, plan, shrunk_sizes(model, recipe))
         plan = dataclasses.replace(plan, recipe=without_distillation(recipe, plan.form))
+        if is_file(output) and (recipe.has_budget or recipe.layers < 1):
+            _check_removal(model, plan)
         if recipe.has_budget:
             _check_budget(model, plan, recipe)
         return plan
@@ -255,6 +267,7 @@ def make_plan(model: PrunableModel, recipe: PassRecipe, output: Path) -> Plan:
     if recipe.bits is not None and not recipe.has_support:
         # Nothing is to be found in a linear that has no zeros; it is put on its grid as it is.
         shares = {key: share for key, share in shares.items() if share}
+        recipe = recipe if shares else without_allocation(recipe)
     patterns = layer_patterns(model, recipe, method, shares)
     return Plan(recipe, method, output, model, patterns, masks=_model_of_masks(model, recipe, patterns), form=form)
 
@@ -309,10 +322,31 @@ def shrink_plan(model: PrunableModel, plan: SmallerPlan, sizes: Sizes) -> Smalle
     return dataclasses.replace(plan, target=small, patterns=patterns, sizes=sizes, form=form)
 
 
+def _check_removal(model: PrunableModel, plan: SmallerPlan) -> None:
+    """Raise a `ModelError`, before measuring, where a GGUF file cannot be of a model without any block."""
+    every = sizes_of(model)
+    try:
+        for block in every.blocks if len(every.blocks) > 1 else ():
+            blocks = tuple(index for index in every.blocks if index != block)
+            shrink_plan(model, plan, dataclasses.replace(every, blocks=blocks))
+    except ModelError as error:
+        raise ModelError(
+            f"measured losses choose the blocks that go, and a GGUF file cannot be without any of them ({error}): "
+            "write a folder"
+        ) from error
+
+
 def _check_budget(model: PrunableModel, plan: SmallerPlan, recipe: ShrinkRecipe) -> None:
     """Raise a `ModelError` for a budget that no smaller model can meet, before measuring."""
     # Also shows whether the method takes the patterns.
-    smallest = shrink_plan(model, plan, smallest_sizes(model, recipe)).target
+    try:
+        smallest = shrink_plan(model, plan, smallest_sizes(model, recipe)).target
+    except ModelError as error:
+        if not is_file(plan.output):
+            raise
+        raise ModelError(
+            f"parameters may choose what a GGUF file cannot have ({error}): give channels or layers instead"
+        ) from error
     least = parameters_of(smallest) / parameters_of(model)
     if recipe.parameters is not None and recipe.parameters + BUDGET_ROUNDING < least:
         raise ModelError(

@@ -49,6 +49,7 @@ from sparseopt.pruning.base.records import (
 )
 from sparseopt.pruning.base.reports import PruneReport
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe, described
+from sparseopt.pruning.run.output_form import is_file
 from sparseopt.pruning.run.plan import Plan
 from sparseopt.system import run_folder
 from sparseopt.system.machine import versions
@@ -281,6 +282,8 @@ def read_report(identity: Identity, plan: Plan) -> PruneReport:
         missing = f"shard or records of block {found.blocks}" if found.tags else "the tensors outside the blocks"
         raise _holds_a_model(folder, f". Its run is finished, but {missing} are missing or damaged")
     summary = run_folder.read_json(folder / SUMMARY)
+    if is_file(plan.output):
+        _check_file(plan, summary)
     try:
         return PruneReport.from_summary(
             summary,
@@ -295,6 +298,18 @@ def read_report(identity: Identity, plan: Plan) -> PruneReport:
         raise _holds_a_model(folder, f". Its {SUMMARY} is not that of a pruning run ({error})") from error
 
 
+def _check_file(plan: Plan, summary: Mapping[str, Any]) -> None:
+    """Raise a FolderError for a file that is not the one of a finished run."""
+    held = -1
+    with contextlib.suppress(ModelError, OSError):
+        held = plan.form.stored_bytes(plan.output)
+    if held < summary.get("stored_bytes", 0):
+        raise FolderError(
+            f"{plan.output} is not the file that its run in {plan.folder} wrote: move it, and start the same command "
+            "again"
+        )
+
+
 def progress_in(identity: Identity, plan: Plan) -> Progress:
     """How far a run came in its claimed folder: a new one gets the fingerprint, an old one loses its unfinished block.
 
@@ -304,7 +319,7 @@ def progress_in(identity: Identity, plan: Plan) -> Progress:
     folder = plan.folder
     new = state_in(identity, plan) is State.NEW
     found = Progress() if new else _read_progress(identity.model, plan)
-    if plan.output.is_file() and found.blocks < identity.model.num_blocks:
+    if is_file(plan.output) and plan.output.exists() and found.blocks < identity.model.num_blocks:
         raise FolderError(f"{plan.output} exists and is not of this run; choose another output or remove it")
     if new:
         run_folder.write_start(folder, identity.of(plan.recipe))

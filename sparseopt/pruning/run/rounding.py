@@ -7,6 +7,7 @@ with W the linear after pruning and training, and X its inputs in this block, be
 
 import math
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +19,7 @@ from sparseopt.layers.patterns import parse_pattern
 from sparseopt.layers.problem import LayerJob, check_answer
 from sparseopt.layers.side_by_side import LayerTask, solve_block
 from sparseopt.models import PrunableBlock
+from sparseopt.models.base.errors import named
 from sparseopt.pruning.base.activations import Stream
 from sparseopt.pruning.base.grams import BlockGrams, BlockRunner
 from sparseopt.pruning.base.records import GridRecord
@@ -65,13 +67,15 @@ def round_block(
         The weights by path, float32.
 
     Raises:
+        ModelError: naming the linear, if its weights are too large or too small for scales of float16.
         RuntimeError: if a solve is not finite.
         MemoryError: as `solve_block` does.
     """
     recipe, found, weights = plan.recipe, dict[str, np.ndarray](), dict[str, np.ndarray]()
     grams = runner.grams(block, stream.calibration, recipe.weighting, None, recipe.expert_tokens)
-    for name in linears:
+    for name, (key, bits) in linears.items():
         weights[name] = np.asarray(block.read(f"{name}.weight"), np.float32)
+        named(key, partial(bits.check_weight, weights[name]))
     for bits in dict.fromkeys(bits for _, bits in linears.values()):
         names = [name for name, (_, own) in linears.items() if own == bits]
         method = FewBits(Magnitude(), bits)
@@ -83,7 +87,8 @@ def round_block(
             plain = report.grid_energies[1].ratio if report.grid_energies else math.nan
             errors = float(report.relative_error), float(plain)
             key = linears[name][0].removesuffix(".weight")
-            told(GridRecord(index, key, bits.name, *errors, solved.seconds, solved.compile_seconds))
+            zeros, times = int(report.zeros), (solved.seconds, solved.compile_seconds)
+            told(GridRecord(index, key, bits.name, weights[name].size, zeros, *errors, *times))
     return found
 
 

@@ -90,7 +90,8 @@ def write_gguf(file: Path, metadata: Mapping[str, Value], tensors: Mapping[str, 
     """Write a file with these key-value pairs and these tensors, by their names in GGUF."""
     writer = GGUFWriter(file, metadata["general.architecture"].value)
     for key, value in metadata.items():
-        if key not in _OWN:
+        # The package refuses empty arrays.
+        if key not in _OWN and value.value != []:
             writer.add_key_value(key, value.value, value.kind, value.item)
     writer.add_file_type(_file_type(tensors))
     writer.add_quantization_version(QUANTISATION)
@@ -120,4 +121,5 @@ def _file_type(tensors: Mapping[str, Encoded]) -> LlamaFileType:
             sizes[tensor.kind] = sizes.get(tensor.kind, 0) + int(np.prod(tensor.shape, dtype=np.int64))
     kind = max(sizes, key=lambda each: sizes[each], default=Kind.F32)
     names = {"F32": "ALL_F32", "Q4_K": "MOSTLY_Q4_K_M", "Q5_K": "MOSTLY_Q5_K_M", "Q3_K": "MOSTLY_Q3_K_M"}
-    return LlamaFileType[names.get(kind.name, f"MOSTLY_{kind.name}")]
+    name = names.get(kind.name, f"MOSTLY_{kind.name}")
+    return LlamaFileType[name] if name in LlamaFileType.__members__ else LlamaFileType.GUESSED
