@@ -74,7 +74,7 @@ HOUSE = {
     "pruning/train": ["training", "distillation reconstruction"],
     "pruning/recipe": ["allocation effort options targets", "pass_recipe", "prune_recipe shrink_recipe"],
     "pruning/run": [
-        "output_form",
+        "layer_patterns output_form",
         "facts permutation plan",
         "calibration card rounding",
         "resumption variants",

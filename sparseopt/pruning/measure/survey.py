@@ -57,7 +57,8 @@ from sparseopt.pruning.recipe.allocation import (
     outliers_of_block,
 )
 from sparseopt.pruning.recipe.prune_recipe import Recipe
-from sparseopt.pruning.run.plan import Plan, layer_patterns
+from sparseopt.pruning.run.layer_patterns import layer_patterns
+from sparseopt.pruning.run.plan import Plan
 from sparseopt.pruning.run.shared_pass import Pass
 
 # Calibration tokens taken at most for sensitivities and curves, and at least one window: both are means over tokens.

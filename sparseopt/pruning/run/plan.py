@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import numpy as np
 
-from sparseopt.layers.patterns import GroupTopK, Pattern, implied_sparsity, parse_pattern
+from sparseopt.layers.patterns import GroupTopK, Pattern
 from sparseopt.layers.problem import LayerMethod, check_method, reads_variances
 from sparseopt.models import (
     Block,
@@ -36,7 +36,7 @@ from sparseopt.pruning.recipe.shrink_recipe import (
     shrunk_sizes,
     smallest_sizes,
 )
-from sparseopt.pruning.recipe.targets import chosen_linears
+from sparseopt.pruning.run.layer_patterns import layer_patterns, layer_shares
 from sparseopt.pruning.run.output_form import (
     chosen_form,
     is_file,
@@ -394,40 +394,3 @@ def fitting_recipe(model: PrunableModel, recipe: Recipe) -> Recipe:
         )
     left: dict[str, Any] = {"output_weights": "uniform", "train_epochs": 0, "distil_epochs": 0, "permute": False}
     return recipe.model_copy(update={"allocation": recipe.given("allocation") or "uniform", **left})
-
-
-def layer_shares(model: PrunableModel, recipe: Recipe) -> dict[str, float]:
-    """The share of zeros of every linear that is pruned, in the model's order, by the key of its weight.
-
-    Raises:
-        ValueError: for names and expressions in the recipe that match no linear, or leave none.
-    """
-    keys = model.linear_keys()
-    owners = {key.rpartition(".")[0] for key in model.exported_keys()}
-    names = [key.removesuffix(".weight") for key in keys]
-    chosen = chosen_linears(names, sorted(owners.difference(names)), recipe.targets, recipe.ignore)
-    implied = implied_sparsity(recipe.pattern)
-    share = recipe.sparsity if implied is None else implied
-    return {f"{name}.weight": share if own is None else own for name, own in chosen.items()}
-
-
-def layer_patterns(
-    model: PrunableModel, recipe: Recipe, method: LayerMethod, shares: Mapping[str, float]
-) -> dict[str, Pattern]:
-    """The pattern of each linear that has a share of zeros, by the key of its weight.
-
-    Raises:
-        ValueError: naming the layer, if the pattern is impossible there or the method cannot take it.
-    """
-    patterns: dict[str, Pattern] = {}
-    checked: set[tuple[int, ...]] = set()
-    for key, share in shares.items():
-        shape = model.weight_shape(key)
-        try:
-            patterns[key] = parse_pattern(recipe.pattern, share, shape)
-            if shape not in checked:
-                check_method(method, patterns[key], shape, reads_variances(method), recipe.has_support)
-        except ValueError as error:
-            raise ValueError(f"{key.removesuffix('.weight')}: {error}") from error
-        checked.add(shape)
-    return patterns
