@@ -80,14 +80,15 @@ def importance(dense: Path, data: str, file: Path) -> None:
     np.savez(file, allow_pickle=False, **found)
 
 
-def make_models(source: Path, data: str, place: Path, python: Path) -> dict[str, PruneReport]:
-    """Make all files, those that are there excepted; reports of ours."""
+def make_models(source: Path, data: str, place: Path, python: Path, names: list[str]) -> dict[str, PruneReport]:
+    """Make the files of these names, those that are there excepted; reports of ours."""
     dense, folder = file_of(place, DENSE), place / "folder"
     nothing: dict[str, Any] = {"sparsity": 0.0, "method": "magnitude", "heldout_windows": 0, "score": "none"}
     nothing |= {"calibration": data, "windows": 1, "seqlen": 64}
     prune_model(source, folder, Recipe(**nothing, dtype="float16"))
     prune_model(folder, dense, Recipe(**nothing))
-    for name, (kind, weighted) in THEIRS.items():
+    for name in [name for name in THEIRS if name in names]:
+        kind, weighted = THEIRS[name]
         file, matrix = file_of(place, name), place / "importance.npz"
         file.parent.mkdir(exist_ok=True)
         if not file.is_file():
@@ -95,14 +96,15 @@ def make_models(source: Path, data: str, place: Path, python: Path) -> dict[str,
                 importance(dense, data, matrix)
             program = [python, Path(__file__).with_name("runtime_worker.py"), "quantise", dense, file, kind]
             run_program([*program, *([matrix] if weighted else [])])
-    recipes = {name: recipe.model_copy(update=CALIBRATION | {"calibration": data}) for name, recipe in OURS.items()}
+    asked = {name: recipe for name, recipe in OURS.items() if name in names}
+    recipes = {name: recipe.model_copy(update=CALIBRATION | {"calibration": data}) for name, recipe in asked.items()}
     pairs = [(recipe, file_of(place, name)) for name, recipe in recipes.items()]
 
     def told(event: Any, done: int, total: int) -> None:
         if isinstance(event, str):
             say(f"{event} {done} of {total}")
 
-    return dict(zip(recipes, prune_models(folder, pairs, observer=told), strict=True))
+    return dict(zip(recipes, prune_models(folder, pairs, observer=told), strict=True)) if pairs else {}
 
 
 def measure(files: dict[str, Path], python: Path, tokens: Path, rounds: int) -> dict[str, dict[str, Any]]:
@@ -143,7 +145,7 @@ def main() -> None:
     if subprocess.run(probe, check=False, capture_output=True).returncode:
         sys.exit(f"SKIPPED: {given.python} has no llama.cpp: pip install llama-cpp-py-sync")
     place = given.folder / source.name
-    reports = make_models(source, data, place, given.python)
+    reports = make_models(source, data, place, given.python, given.only)
     files = {name: file_of(place, name) for name in given.only}
     (count, length), dense = WINDOWS, open_source(file_of(place, DENSE))
     ids, bos = text_windows(dense, data, "evaluation", count, length)
