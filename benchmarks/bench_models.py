@@ -10,7 +10,7 @@ shrink or precision in place of quality, with the WikiText-2 parquet files. JSON
     models     every method on the whole model: perplexity, layer errors, seconds; also published figures
     ablation   changes to the recipe of method best: perplexity and additional seconds
     complete   method best with all that lowers its perplexity, one-shot and trained
-    patterns   n:m along the inputs, and as many zeros anywhere
+    patterns   layers with n:m along the inputs, beside as many zeros anywhere
     blind      what reads no text: the dense model, also by transformers, and magnitude
     draws      every method on the whole model, calibrated on random windows of three texts, scored on two
     tokens     perplexity and held-out error against the number of calibration tokens, at 50 %
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common import Recorder, say, selection
-from layer_errors import grids, layers, published_layers
+from layer_errors import grids, layers, patterns, published_layers
 from pruned import CONFIGS, KEPT, ROOT, SETTINGS, about, judged, model_and_text, text_options
 
 from sparseopt.experiments.config import Run, load_config
@@ -69,7 +69,6 @@ SWEEPS = {
     "models": [Sweep("quality-models", SETTINGS)],
     "ablation": [Sweep("quality-ablation", {name: SETTINGS[name] for name in ("0.5", "0.7")})],
     "complete": [Sweep("quality-complete", PLACED, apart=True)],
-    "patterns": [Sweep("quality-patterns")],
     "blind": [Sweep("quality-dense"), Sweep("quality-blind", SETTINGS)],
     "draws": [Sweep("quality-draws", SETTINGS, drawn=True)],
     "tokens": [Sweep("quality-tokens", {"0.5": SETTINGS["0.5"]}, apart=True)],
@@ -81,7 +80,7 @@ SWEEPS = {
     "methods": [Sweep("shrink-methods")],
     "windows": [Sweep("shrink-windows"), Sweep("prune-windows")],
 }
-LAYERS = {"published": published_layers, "layers": layers, "grids": grids}
+LAYERS = {"published": published_layers, "layers": layers, "grids": grids, "patterns": patterns}
 # What lines say of calibration text and draw, where it is not the sweep's.
 UNNAMED: Settings = {"precision": {}, "blind": {"calibrated": None, "draw": None}}
 

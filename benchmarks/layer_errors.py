@@ -42,6 +42,10 @@ ON_GRIDS = {
 }  # fmt: skip
 
 
+# Patterns along the inputs, with their share of zeros.
+ALONG = {"6:8": 0.25, "2:4": 0.5, "4:8": 0.5, "8:16": 0.5, "1:4": 0.75}
+
+
 class Layer(NamedTuple):
     """A linear of the dense model, `[out, in]`, and the Gram matrices of its inputs, `[in, in]`, all float32."""
 
@@ -154,6 +158,29 @@ def grids(recorder: Recorder, source: Path, data: str, windows: int | None) -> N
             plain_rounding=geometric_mean(plain), of_sums=sum(errors) / sum(before), method_seconds=seconds[0],
             grid_seconds=seconds[1] - seconds[0], **judged(value, bound), **shared,
         )  # fmt: skip
+
+
+def patterns(recorder: Recorder, source: Path, data: str, windows: int | None) -> None:
+    """Layers with n:m along the inputs: geometric means over the layers, beside as many zeros anywhere."""
+    shared, found = about(source, windows is not None), list(dense_layers(source, data, windows))
+    for method in ("wanda", "maiht", "best"):
+        for pattern, share in ALONG.items():
+            figure = f"layer error, along the inputs, {method}, {pattern}"
+            if recorder.found(figure=figure, **shared):
+                continue
+            say(figure)
+            errors = {}
+            for name in (pattern, "unstructured"):
+                given = [prune_layer(each.weight, each.gram, share, name, method).weight for each in found]
+                pairs = list(zip(given, found, strict=True))
+                for tokens in ("gram", "heldout"):
+                    each = [relative_error(v, layer.weight, getattr(layer, tokens)) for v, layer in pairs]
+                    errors[name, tokens] = geometric_mean(each)
+            recorder.emit(
+                figure, value=errors[pattern, "gram"], unit="relative error", zeros=share,
+                heldout_error=errors[pattern, "heldout"], anywhere=errors["unstructured", "gram"],
+                anywhere_heldout=errors["unstructured", "heldout"], **judged(0, None), **shared,
+            )  # fmt: skip
 
 
 def geometric_mean(values: Sequence[float]) -> float:
