@@ -198,9 +198,9 @@ def bits(records: list[Record]) -> Any:
             colour, marker = MAKERS[kind]
             place = (record["megabytes"], record["value"])
             axis.plot(*place, marker=marker, color=colour, linestyle="")
-            label = run.removeprefix("llama.cpp ")
-            axis.annotate(label, place, (6, 0), textcoords="offset points", color=colour, va="center", fontsize=8)
-        axis.margins(x=0.45, y=0.1)
+            label, above = run.removeprefix("llama.cpp "), 7 * ("channels" in run)
+            axis.annotate(label, place, (6, above), textcoords="offset points", color=colour, va="center", fontsize=8)
+        axis.margins(x=0.6, y=0.1)
         axis.set(xlabel="MB", title=model.removesuffix(".gguf"))
         axis.grid(color="#eeeeee")
     panels[0, 0].set_ylabel("perplexity")
