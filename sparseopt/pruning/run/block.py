@@ -173,7 +173,7 @@ def prune_block(
     if recipe.reconstruction is not None and (pruned or plan.smaller):
         trained = train(trained_entries(plan, block, dense.keys))
     # Where bits are not asked for, a linear that is as the source has it stays so.
-    same = {} if recipe.bits is not None else dense.unchanged(found)
+    same = dense.unchanged(found) if plan.form.bits and recipe.bits is None else {}
     if linears := linears_to_round(plan, block, place, dense.keys, same):
         try:
             rounded = round_block(plan, dense.index, block, linears, stream, dense.runner, told)
