@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_runtime import DECODED, PROMPT, WINDOWS
+from bench_runtime import PROMPT, WINDOWS, write_tokens
 from common import Child, emit, environment, run_program, say, selection
 from pruned import ROOT, about, judged, model_and_text, text_options
 
@@ -152,10 +152,7 @@ def main() -> None:
     windows = begin_windows(ids, bos)
     with tempfile.TemporaryDirectory() as folder:
         tokens = Path(folder) / "tokens.npz"
-        np.savez(
-            tokens, prompt=windows[0, :PROMPT], continued=windows[0, PROMPT : PROMPT + DECODED], windows=windows,
-            skipped=np.array(bos is not None, int),
-        )  # fmt: skip
+        write_tokens(tokens, windows, bos)
         theirs = measure(files, given.python.absolute(), tokens, given.rounds)
     scores = {}
     for name, file in files.items():

@@ -127,6 +127,14 @@ def converted(weights: str | None, python: Path, place: Path, model: Model) -> P
     return output
 
 
+def write_tokens(file: Path, windows: np.ndarray, bos: int | None) -> None:
+    """What `runtime_worker.py` reads, of windows that begin with BOS or without."""
+    np.savez(
+        file, prompt=windows[0, :PROMPT], continued=windows[0, PROMPT : PROMPT + DECODED], windows=windows,
+        skipped=np.array(bos is not None, int),
+    )  # fmt: skip
+
+
 def check_processor(flag: str | None) -> None:
     """Without /proc/cpuinfo, the runtime decides."""
     file = Path("/proc/cpuinfo")
@@ -199,10 +207,7 @@ def main() -> None:
     windows = begin_windows(ids, bos)
     with tempfile.TemporaryDirectory() as folder:
         tokens = Path(folder) / "tokens.npz"
-        np.savez(
-            tokens, prompt=windows[0, :PROMPT], continued=windows[0, PROMPT : PROMPT + DECODED], windows=windows,
-            skipped=np.array(bos is not None, int),
-        )  # fmt: skip
+        write_tokens(tokens, windows, bos)
         for name in given.only:
             try:
                 rows = measure(name, models, given.python.absolute(), tokens, given.rounds)

@@ -23,7 +23,7 @@ from sparseopt.models.base.errors import ModelError, named
 from sparseopt.models.files.compressed import compress_tensors, quantization_config, read_compressed_header
 from sparseopt.models.files.gguf.architecture import Architecture
 from sparseopt.models.files.gguf.architectures import architecture_of
-from sparseopt.models.files.gguf.header import GGUFTensor, Value
+from sparseopt.models.files.gguf.header import GGUFTensor, Value, bytes_as
 from sparseopt.models.files.gguf.header import read_header as read_gguf_header
 from sparseopt.models.files.gguf.metadata import metadata_of
 from sparseopt.models.files.gguf.shared import ROPE_FACTORS
@@ -32,7 +32,6 @@ from sparseopt.models.files.gguf.writer import (
     FLOATS,
     KINDS,
     Encoded,
-    bytes_as,
     copied,
     on_grid,
     rounded,

@@ -24,6 +24,7 @@ from sparseopt.models import (
     sliced_block,
     smaller_model,
 )
+from sparseopt.models.files.gguf.architectures import architecture_of
 from sparseopt.pruning.base.grams import BlockGrams
 from sparseopt.pruning.base.records import ShapeRecord
 from sparseopt.pruning.evaluate.audit import audit_stored
@@ -255,7 +256,7 @@ def make_plan(model: PrunableModel, recipe: PassRecipe, output: Path) -> Plan:
         plan = shrink_plan(model, plan, shrunk_sizes(model, recipe))
         plan = dataclasses.replace(plan, recipe=without_distillation(recipe, plan.form))
         if is_file(output) and (recipe.has_budget or recipe.layers < 1):
-            _check_removal(model, plan)
+            _check_removal(model)
         if recipe.has_budget:
             _check_budget(model, plan, recipe)
         return plan
@@ -322,13 +323,15 @@ def shrink_plan(model: PrunableModel, plan: SmallerPlan, sizes: Sizes) -> Smalle
     return dataclasses.replace(plan, target=small, patterns=patterns, sizes=sizes, form=form)
 
 
-def _check_removal(model: PrunableModel, plan: SmallerPlan) -> None:
+def _check_removal(model: PrunableModel) -> None:
     """Raise a `ModelError`, before measuring, where a GGUF file cannot be of a model without any block."""
     every = sizes_of(model)
     try:
         for block in every.blocks if len(every.blocks) > 1 else ():
             blocks = tuple(index for index in every.blocks if index != block)
-            shrink_plan(model, plan, dataclasses.replace(every, blocks=blocks))
+            # The configuration alone: the tokenizer is that of the plan, which was checked.
+            config = smaller_model(model, dataclasses.replace(every, blocks=blocks)).source.config
+            architecture_of(config)[1].write_config(config)
     except ModelError as error:
         raise ModelError(
             f"measured losses choose the blocks that go, and a GGUF file cannot be without any of them ({error}): "

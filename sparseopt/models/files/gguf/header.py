@@ -35,6 +35,12 @@ _PLAIN = {
 }
 
 
+def bytes_as(kind: GGMLQuantizationType, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor of a type."""
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    return math.prod(shape) // block * block_bytes
+
+
 @dataclass(frozen=True)
 class GGUFTensor(StoredTensor):
     """Where a tensor is stored, and its storage type; a quantised one reads as float32."""
@@ -47,8 +53,7 @@ class GGUFTensor(StoredTensor):
 
     @property
     def stored_bytes(self) -> int:
-        block, block_bytes = GGML_QUANT_SIZES[self.kind]
-        return math.prod(self.shape) // block * block_bytes
+        return bytes_as(self.kind, self.shape)
 
     def read(self) -> np.ndarray:
         """The tensor; a quantised one piece by piece, since dequantising takes several times its memory."""

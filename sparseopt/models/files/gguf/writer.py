@@ -4,19 +4,20 @@ A tensor is copied from another GGUF file as it is stored there, or a weight tha
 scales that it has, or it is rounded to a type.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGUFWriter, LlamaFileType
 from gguf import GGMLQuantizationType as Kind
+from gguf import GGUFWriter, LlamaFileType
 from gguf.quants import quantize
 from jaxtyping import Float
 
 from sparseopt.layers.bits import Bits, multiples_of
-from sparseopt.models.files.gguf.header import GGUFTensor, Value
+from sparseopt.models.files.gguf.header import GGUFTensor, Value, bytes_as
 from sparseopt.models.files.safetensors import SLICE, read_part
 
 # The types of grids, and of those of GGUF's own the grid without an offset that takes as many bits, or the next more.
@@ -43,12 +44,6 @@ class Encoded(NamedTuple):
     @property
     def nbytes(self) -> int:
         return bytes_as(self.kind, self.shape)
-
-
-def bytes_as(kind: Kind, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor of a type."""
-    block, block_bytes = GGML_QUANT_SIZES[kind]
-    return int(np.prod(shape, dtype=np.int64)) // block * block_bytes
 
 
 def copied(tensor: GGUFTensor) -> Encoded:
@@ -118,7 +113,7 @@ def _file_type(tensors: Mapping[str, Encoded]) -> LlamaFileType:
     sizes: dict[Kind, int] = {}
     for tensor in tensors.values():
         if len(tensor.shape) > 1:
-            sizes[tensor.kind] = sizes.get(tensor.kind, 0) + int(np.prod(tensor.shape, dtype=np.int64))
+            sizes[tensor.kind] = sizes.get(tensor.kind, 0) + math.prod(tensor.shape)
     kind = max(sizes, key=lambda each: sizes[each], default=Kind.F32)
     names = {"F32": "ALL_F32", "Q4_K": "MOSTLY_Q4_K_M", "Q5_K": "MOSTLY_Q5_K_M", "Q3_K": "MOSTLY_Q3_K_M"}
     name = names.get(kind.name, f"MOSTLY_{kind.name}")
