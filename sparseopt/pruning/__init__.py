@@ -20,6 +20,7 @@ from sparseopt.pruning.evaluate.audit import LayerAudit, PatternAudit, audit_pat
 from sparseopt.pruning.evaluate.perplexity import perplexity
 from sparseopt.pruning.memory import BudgetError
 from sparseopt.pruning.pipeline import Stopped, prune_model, prune_models, shrink_model
+from sparseopt.pruning.prune_module import ModuleReport, prune_module
 from sparseopt.pruning.recipe.prune_recipe import Recipe
 from sparseopt.pruning.recipe.shrink_recipe import ShrinkRecipe
 from sparseopt.pruning.run.block import PruningError
@@ -42,6 +43,7 @@ __all__ = [
     "LayerResult",
     "Magnitude",
     "MaihtPruning",
+    "ModuleReport",
     "PatternAudit",
     "PruneReport",
     "Pruned",
@@ -63,6 +65,7 @@ __all__ = [
     "prune_layer",
     "prune_model",
     "prune_models",
+    "prune_module",
     "shrink_model",
     "solve_layer",
     "text_windows",

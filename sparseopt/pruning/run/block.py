@@ -19,7 +19,8 @@ from sparseopt.core.base.mesh import over, put, whole
 from sparseopt.core.penalties.patterns import NM
 from sparseopt.layers.bits import Bits
 from sparseopt.layers.compiled import Compiled
-from sparseopt.layers.problem import LayerJob, check_answer, reads_variances, scaled_gram
+from sparseopt.layers.patterns import Pattern
+from sparseopt.layers.problem import LayerJob, LayerMethod, check_answer, reads_variances, scaled_gram
 from sparseopt.layers.side_by_side import LayerTask, Solved, agreed, solve_block
 from sparseopt.layers.split import Cut
 from sparseopt.models import (
@@ -258,7 +259,10 @@ def _pruned(
     try:
         for name, solved in zip(linears, solve_block(tasks, plan.method, mesh), strict=True):
             path = f"{name}.weight"
-            record = _record(plan, dense.index, keys[path], solved, *evidence[name])
+            key = keys[path]
+            record = layer_record(
+                dense.index, key.removesuffix(".weight"), solved, plan.method, plan.patterns[key], *evidence[name]
+            )
             found[path] = np.asarray(solved.report.weight)
             told(record)
     except MemoryError as error:
@@ -306,12 +310,21 @@ def _evidence(plan: Plan, name: str, tap: str, grams: BlockGrams, tests: BlockGr
     return tokens, starved, not starved and bool(tests) and tests.tokens(tap) > 0
 
 
-def _record(plan: Plan, block: int, key: str, solved: Solved, tokens: int, starved: bool, tested: bool) -> LayerRecord:
+def layer_record(
+    block: int,
+    name: str,
+    solved: Solved,
+    method: LayerMethod,
+    pattern: Pattern,
+    tokens: int,
+    starved: bool,
+    tested: bool,
+) -> LayerRecord:
     """The record of a solved linear; a PruningError if its answer is not finite or breaks the pattern."""
-    report, name = solved.report, key.removesuffix(".weight")
+    report = solved.report
     heldout = float(report.test_error) if tested else math.inf
     try:
-        status = check_answer(report, plan.method, plan.patterns[key])
+        status = check_answer(report, method, pattern)
     except RuntimeError as error:
         raise PruningError(f"{name}: {error}") from error
     shape = report.weight.shape

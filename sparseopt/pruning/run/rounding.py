@@ -6,11 +6,12 @@ with W the linear after pruning and training, and X its inputs in this block, be
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from sparseopt.layers.bits import Bits
 from sparseopt.layers.methods.few_bits import FewBits
@@ -71,24 +72,48 @@ def round_block(
         RuntimeError: if a solve is not finite.
         MemoryError: as `solve_block` does.
     """
-    recipe, found, weights = plan.recipe, dict[str, np.ndarray](), dict[str, np.ndarray]()
+    recipe, weights = plan.recipe, dict[str, np.ndarray]()
     grams = runner.grams(block, stream.calibration, recipe.weighting, None, recipe.expert_tokens)
     for name, (key, bits) in linears.items():
         weights[name] = np.asarray(block.read(f"{name}.weight"), np.float32)
         named(key, partial(bits.check_weight, weights[name]))
-    for bits in dict.fromkeys(bits for _, bits in linears.values()):
-        names = [name for name, (_, own) in linears.items() if own == bits]
-        method = FewBits(Magnitude(), bits)
-        tasks = [_task(plan, block, name, linears[name][0], weights[name], grams) for name in names]
-        for name, solved in zip(names, solve_block(tasks, method, stream.calibration.mesh), strict=True):
-            report, shape = solved.report, weights[name].shape
-            check_answer(report, method.first, parse_pattern("unstructured", 0.0, shape))
-            found[f"{name}.weight"] = np.asarray(report.weight)
+    keys = {name: key.removesuffix(".weight") for name, (key, _) in linears.items()}
+    grids = {keys[name]: bits for name, (_, bits) in linears.items()}
+    tasks = [_task(plan, block, name, linears[name][0], weights[name], grams) for name in linears]
+    found = round_linears(index, tasks, grids, stream.calibration.mesh, told)
+    return {f"{name}.weight": found[key] for name, key in keys.items()}
+
+
+def round_linears(
+    block: int,
+    tasks: Sequence[LayerTask],
+    grids: Mapping[str, Bits],
+    mesh: Mesh | None,
+    told: Callable[[GridRecord], None],
+) -> dict[str, np.ndarray]:
+    """Put linears on grids, those of one grid after the other.
+
+    Args:
+        block: its index, for the records.
+        tasks: whose jobs have the weights, with their zeros as supports.
+        grids: by the names of the tasks.
+        mesh: the devices.
+        told: called with each record.
+
+    Returns:
+        The weights by the names of the tasks, float32; errors are those of `round_block`.
+    """
+    found = dict[str, np.ndarray]()
+    for bits in dict.fromkeys(grids.values()):
+        own, method = [task for task in tasks if grids[task.name] == bits], FewBits(Magnitude(), bits)
+        for task, solved in zip(own, solve_block(own, method, mesh), strict=True):
+            report = solved.report
+            check_answer(report, method.first, parse_pattern("unstructured", 0.0, task.shape))
+            found[task.name] = np.asarray(report.weight)
             plain = report.grid_energies[1].ratio if report.grid_energies else math.nan
             errors = float(report.relative_error), float(plain)
-            key = linears[name][0].removesuffix(".weight")
-            zeros, times = int(report.zeros), (solved.seconds, solved.compile_seconds)
-            told(GridRecord(index, key, bits.name, weights[name].size, zeros, *errors, *times))
+            sizes, times = (report.weight.size, int(report.zeros)), (solved.seconds, solved.compile_seconds)
+            told(GridRecord(block, task.name, bits.name, *sizes, *errors, *times))
     return found
 
 

@@ -241,6 +241,10 @@ class Trainer(ABC):
         del masks
         return nnx.split(block, ...)
 
+    def orders(self) -> list[list[tuple[int, np.ndarray]]]:
+        """The steps of each epoch, see `draw_orders`."""
+        return draw_orders(self.calibration[0], self.settings)
+
     @abstractmethod
     def step(self, index: int, rows: Int[np.ndarray, "windows"], rate: np.float32) -> tuple[Array, Array]:
         """Update the states from some windows of a batch; the loss before it and the gradient's norm."""
@@ -290,7 +294,7 @@ class Trainer(ABC):
         }
 
     def _run(self, first: float) -> TrainingStatus:
-        settings, orders = self.settings, draw_orders(self.calibration[0], self.settings)
+        settings, orders = self.settings, self.orders()
         self.total = sum(map(len, orders))
         rates = settings.rates(self.total).reshape(settings.epochs, -1)
         for order, epoch_rates in zip(orders, rates, strict=True):

@@ -1,0 +1,233 @@
+"""What NNX and Linen have in common: the layouts of Flax's linears, and the programs that parts run in.
+
+A part runs in a program of its own, compiled once for parts of the same structure and shapes.
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from flax.linen.linear import canonicalize_padding
+
+from sparseopt.pruning.base.grams import Grams
+from sparseopt.pruning.modules.lanes import PartCall
+from sparseopt.pruning.modules.layouts import Layout, Window, einsum_layout
+from sparseopt.pruning.modules.watched import Inputs, Observer, Sums, Visit, Watched, input_of
+
+# The classes that have a layout, or that are named among what is left out; of NNX, of Linen.
+DENSE, GENERAL = ("Linear", "Dense"), ("LinearGeneral", "DenseGeneral")
+KINDS = (*DENSE, *GENERAL, "Einsum", "Conv", "ConvTranspose", "ConvLocal")
+
+
+def kind_of(cls: type, package: str) -> str | None:
+    """The name of the Flax class that a class is or extends; None of no linear."""
+    return next((c.__name__ for c in cls.__mro__ if c.__name__ in KINDS and c.__module__.startswith(package)), None)
+
+
+def layout_of(module: Any, kind: str, kernel: tuple[int, ...], input_ndim: int = 0) -> Layout | str:
+    """The layout of a linear with a kernel of this shape; a text says why it has none.
+
+    The number of axes of its input is needed for einsums and for axes that are counted from the front.
+    """
+    if kind in DENSE and len(kernel) == 2:
+        return Layout((1, 0))
+    if kind in GENERAL:
+        if getattr(module, "batch_axis", None) or getattr(module, "batch_dims", None):
+            return "it has a kernel for each index of a batch axis"
+        axes = (module.axis,) if isinstance(module.axis, int) else tuple(module.axis)
+        inputs = len(axes)
+        order = (*range(inputs, len(kernel)), *range(inputs))
+        outputs = len(kernel) - inputs
+        return Layout(order, outputs, axes, results=tuple(range(-outputs, 0)))
+    if kind == "Einsum":
+        if module.einsum_str is None:
+            return "its text is known only when it is called"
+        return einsum_layout(module.einsum_str, input_ndim)
+    if kind == "Conv":
+        return _of_convolution(module, kernel)
+    if kind == "ConvTranspose":
+        return "a transposed convolution"
+    return f"a kernel of {len(kernel)} axes"
+
+
+def _of_convolution(module: Any, kernel: tuple[int, ...]) -> Layout | str:
+    size = (module.kernel_size,) if isinstance(module.kernel_size, int) else tuple(module.kernel_size)
+    if module.feature_group_count > 1:
+        return f"a convolution in {module.feature_group_count} groups"
+    if module.mask is not None:
+        return "a convolution with a mask of its own"
+
+    def each(value: Any) -> tuple[int, ...]:
+        return (value or 1,) * len(size) if value is None or isinstance(value, int) else tuple(value)
+
+    padding: Any = canonicalize_padding(module.padding, len(size))
+    dilation, pads, mode = each(module.kernel_dilation), None, "constant"
+    spans = [(k - 1) * d + 1 for k, d in zip(size, dilation, strict=True)]
+    if padding in ("CIRCULAR", "REFLECT"):
+        pads = tuple(((span - 1) // 2, span // 2) for span in spans)
+        padding, mode = "VALID", {"CIRCULAR": "wrap", "REFLECT": "reflect"}[padding]
+    elif padding == "CAUSAL":
+        pads, padding = ((spans[0] - 1, 0),), "VALID"
+    padding = padding if isinstance(padding, str) else tuple(map(tuple, padding))
+    window = Window(size, each(module.strides), padding, each(module.input_dilation), dilation, pads, mode)
+    axes = len(kernel)
+    return Layout((axes - 1, axes - 2, *range(axes - 2)), 1, (), window)
+
+
+def grams_inside(layout: Layout, value: Any, dense: Any) -> Grams:
+    """The Grams of an input, in a program of more than that; `grams_of` is one by itself."""
+    return layout.grams(value, dense)
+
+
+def cut(arguments: Any, structure: Any = None) -> tuple[list[Any], Any] | None:
+    """The arrays among arguments, and all else, for which a program is compiled; None where that cannot be."""
+    try:
+        hash(structure)
+    except TypeError:
+        return None
+    leaves, tree = jax.tree.flatten(arguments)
+    places = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
+    rest = tuple(None if place else leaf for leaf, place in zip(leaves, places, strict=True))
+    if not all(isinstance(leaf, bool | int | float | str | None) for leaf in rest):
+        return None
+    arrays = [leaf for leaf, place in zip(leaves, places, strict=True) if place]
+    return arrays, (tree, tuple(places), rest)
+
+
+def joined(arrays: list[Any], rest: Any) -> Any:
+    """The arguments again."""
+    tree, places, others = rest
+    given = iter(arrays)
+    return jax.tree.unflatten(tree, [next(given) if place else own for place, own in zip(places, others, strict=True)])
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked of a part: its "output", the "sums" of what its linears read, or these "inputs" themselves.
+
+    The layouts are those of its linears by their names in the part.
+    """
+
+    what: str
+    layouts: tuple[tuple[str, Layout], ...]
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Rest:
+    """What `cut` left of the arguments of a part."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class Inside:
+    """Names in a part, so that blocks alike share their programs."""
+
+    part: str
+
+    def own(self, name: str) -> str:
+        return name.removeprefix(self.part).removeprefix(".")
+
+    def renamed(self, found: Any) -> Any:
+        """Sums or inputs by their names in the module."""
+
+        def whole(name: str) -> str:
+            return f"{self.part}.{name}" if name else self.part
+
+        if isinstance(found, Sums):
+            grams = {whole(name): each for name, each in found.found.items()}
+            return Sums(grams, tuple((whole(name), whole(owner)) for name, owner in found.readers))
+        return {whole(name): values for name, values in found.items()}
+
+
+# The parameters of a part, and its other variables.
+Values = tuple[Any, Any]
+
+
+class Structure(Protocol):
+    """A part without its values; static, and hashable where it is to be compiled."""
+
+    def __call__(self, values: Values, args: Any, kwargs: Any, visit: Visit | None) -> Any:
+        """Its output; calls of the parts in it, by their names in it, go to a visit."""
+
+
+def _run(
+    structure: Structure, values: Values, arguments: Any, wanted: Wanted, dense: Inputs | None, gram: Any = grams_inside
+) -> Any:
+    args, kwargs = arguments
+    if wanted.what == "output":
+        return structure(values, args, kwargs, None)
+    observer = Observer(dict(wanted.layouts), gram if wanted.what == "sums" else None, dense)
+    structure(values, args, kwargs, observer)
+    return observer.sums() if wanted.what == "sums" else observer.inputs()
+
+
+@jax.jit
+def _compiled(
+    structure: Structure, values: Values, arrays: list[Any], rest: Rest, wanted: Wanted, dense: Inputs | None
+) -> Any:
+    return _run(structure, values, joined(arrays, rest.value), wanted, dense)
+
+
+grams_of = jax.jit(lambda layout, value, dense: layout.grams(value, dense))
+
+
+class FlaxModule(Watched):
+    """A Flax module, whose parts are functions of their values."""
+
+    @abstractmethod
+    def part(self, name: str) -> tuple[Structure, Values]:
+        """A part and its values now; "" is the module, whose only argument is a batch."""
+
+    @abstractmethod
+    def set_params(self, name: str, params: Any) -> None:
+        """Set the parameters of a part."""
+
+    @abstractmethod
+    def kernel(self, name: str) -> Any:
+        """The kernel of a linear now."""
+
+    def observed(self, call: PartCall, layouts: Mapping[str, Layout], dense: Inputs | None = None) -> Sums:
+        if call.name in self.linears:
+            observer = Observer(layouts, grams_of, dense)
+            observer.read(call.name, input_of(call))
+            return observer.sums()
+        return self._run(call, "sums", layouts, dense)
+
+    def inputs(self, call: PartCall, layouts: Mapping[str, Layout]) -> Inputs:
+        if call.name in self.linears:
+            return {call.name: [input_of(call)]}
+        return self._run(call, "inputs", layouts)
+
+    def output(self, call: PartCall) -> Any:
+        return self._run(call, "output", {})
+
+    def _run(self, call: PartCall, what: str, layouts: Mapping[str, Layout], dense: Inputs | None = None) -> Any:
+        """Run a part as it is now: its output, or what its linears read."""
+        inside, (structure, values) = Inside(call.name), self.part(call.name)
+        wanted = Wanted(what, tuple((inside.own(name), layout) for name, layout in layouts.items()))
+        dense = None if dense is None else {inside.own(name): each for name, each in dense.items()}
+        found = cut((call.args, call.kwargs), structure)
+        with self._visited_by(None):
+            if found is None:
+                result = _run(structure, values, (call.args, call.kwargs), wanted, dense, grams_of)
+            else:
+                result = _compiled(structure, values, found[0], Rest(found[1]), wanted, dense)
+        return result if what == "output" else inside.renamed(result)
+
+    def gram(self, layout: Layout, value: Any, dense: Any) -> Grams:
+        return grams_of(layout, value, dense)
+
+    def read(self, name: str) -> np.ndarray:
+        return self._layout(name).matrix(self.kernel(name))
+
+    def _as_kernel(self, name: str, weight: np.ndarray) -> Any:
+        """A weight `[out, in]` as the kernel of a linear, where that lies."""
+        kernel = self.kernel(name)
+        found = self._layout(name).kernel(weight, kernel.shape)
+        return jax.device_put(found, kernel.sharding) if isinstance(kernel, jax.Array) else found

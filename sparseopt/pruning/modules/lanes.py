@@ -1,0 +1,130 @@
+"""Forward passes of one module on many batches, in step: each stops where it calls a part that is to be pruned.
+
+So every batch goes through a part as it was, for what is observed, and again as it is pruned, and nothing is assumed
+about what the module does between its parts. A lane is a thread, of which one runs at a time; what it holds while it
+stops is what the forward pass holds.
+"""
+
+import contextvars
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class PartCall:
+    """A call of a part of a module.
+
+    Attributes:
+        name: of the part.
+        args: that it was given.
+        kwargs: that it was given.
+        function: runs it as it is now, with arguments of these kinds.
+    """
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    function: Callable[..., Any]
+
+    def run(self) -> Any:
+        """Run the part, within the pass that called it."""
+        return self.function(*self.args, **self.kwargs)
+
+
+class _Ended(BaseException):
+    """Ends a forward pass before its end."""
+
+
+class Lane:
+    """One forward pass.
+
+    Attributes:
+        at: the call before which it stops; None when it has ended.
+    """
+
+    def __init__(self, forward: Callable[["Lane"], Any]) -> None:
+        self.at: PartCall | None = None
+        self._forward = forward
+        self._error: BaseException | None = None
+        self._goes, self._stops = threading.Semaphore(0), threading.Semaphore(0)
+        self._work: Callable[[], Any] | None = None
+        self._answer: Any = None
+        self._ends = False
+        context = contextvars.copy_context()
+        self._thread = threading.Thread(target=context.run, args=(self._main,), daemon=True)
+        self._thread.start()
+
+    @property
+    def call(self) -> PartCall:
+        """That before which it stops."""
+        assert self.at is not None
+        return self.at
+
+    def resume(self, output: Any = None) -> None:
+        """Go on, with this output of the part, to the next stop or the end; raises what the module raises."""
+        self._answer = output
+        self._switch()
+
+    def work(self, function: Callable[[], Any]) -> Any:
+        """The result of a function in the thread of the pass, while it stops."""
+        self._work = function
+        self._switch()
+        return self._answer
+
+    def end(self) -> None:
+        """Leave the pass where it is."""
+        if self._thread.is_alive():
+            self._ends = True
+            self._goes.release()
+            self._thread.join()
+
+    def stop_at(self, call: PartCall) -> Any:
+        """The output of a part as the thread that owns the lane gives it; called by the pass."""
+        self.at = call
+        while True:
+            self._stops.release()
+            self._goes.acquire()
+            if self._ends:
+                raise _Ended
+            if self._work is None:
+                self.at = None
+                return self._answer
+            work, self._work = self._work, None
+            try:
+                self._answer = work()
+            except Exception as error:  # told to the owner; the pass is where it was
+                self._error = error
+
+    def _switch(self) -> None:
+        self._goes.release()
+        self._stops.acquire()
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _main(self) -> None:
+        self._goes.acquire()
+        try:
+            if not self._ends:
+                self._answer = self._forward(self)
+        except _Ended:
+            pass
+        except BaseException as error:
+            self._error = error
+        finally:
+            self.at = None
+            self._stops.release()
+
+
+@contextmanager
+def lanes(forwards: Sequence[Callable[[Lane], Any]]) -> Iterator[list[Lane]]:
+    """A lane for each forward pass, none begun; all are left at the end."""
+    found = [Lane(forward) for forward in forwards]
+    try:
+        yield found
+    finally:
+        for lane in found:
+            lane.end()

@@ -1,0 +1,161 @@
+"""A Flax Linen module with its variables: `Dense`, `DenseGeneral`, `Einsum`, `Conv`, and what is made of them.
+
+Calls are seen through `flax.linen.intercept_methods`. The parts of a Linen module are known only when it has run.
+"""
+
+import copy
+import re
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from sparseopt.pruning.modules.flax_module import FlaxModule, Structure, Values, kind_of, layout_of
+from sparseopt.pruning.modules.lanes import PartCall
+from sparseopt.pruning.modules.layouts import Layout
+from sparseopt.pruning.modules.watched import Linear, Visit, block_names
+
+Path = tuple[str, ...]
+
+
+class LinenModule(FlaxModule):
+    """A Linen module; its variables are never changed in place."""
+
+    def __init__(self, module: Any, variables: Any, batch: Any, call: Callable[[Any, Any], Any] | None = None) -> None:
+        """Run the module on one batch to see its parts."""
+        super().__init__()
+        self.module, self._given = module, variables
+        self._bare = "params" not in variables
+        whole = {"params": variables} if self._bare else dict(variables)
+        self._variables = {kind: flatten_dict(tree) for kind, tree in whole.items()}
+        self._call = call or (lambda module, batch: module(batch))
+        self._modules: dict[str, Any] = {}
+        self._ndim: dict[str, int] = {}
+        self._names: dict[Path, str] = {}
+
+        def seen(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            name = ".".join(context.module.path)
+            if context.method_name == "__call__":
+                self._modules.setdefault(name, context.module.clone(parent=None))
+                given = args[0] if args else next(iter(kwargs.values()), None)
+                self._ndim.setdefault(name, getattr(given, "ndim", 0))
+            return next_fun(*args, **kwargs)
+
+        with nn.intercept_methods(seen):
+            self._call(self.module.bind(self._bound()), batch)
+        self._find_parts()
+
+    def _find_parts(self) -> None:
+        params = self._variables["params"]
+        arrays: dict[int, list[Path]] = {}
+        for path, value in params.items():
+            arrays.setdefault(id(value), []).append(path)
+        self.linears = {}
+        # In the order of the parameters, which is that of the first calls in `init`.
+        for path, kernel in params.items():
+            name, part = ".".join(path[:-1]), self._modules.get(".".join(path[:-1]))
+            kind = kind_of(type(part), "flax.linen")
+            if path[-1] != "kernel" or kind is None:
+                continue
+            layout = layout_of(part, kind, kernel.shape, self._ndim[name])
+            tied = tuple(".".join(each[:-1]) for each in arrays[id(kernel)] if each != path)
+            shape = layout.shape(kernel.shape) if isinstance(layout, Layout) else (0, 0)
+            self.linears[name] = Linear(shape, layout, tied)
+        self.left_out = {
+            ".".join(path): f"a weight of {list(value.shape)} of a part that is no linear, or was not called"
+            for path, value in params.items()
+            if value.ndim > 1 and ".".join(path[:-1]) not in self.linears
+        }
+        children: dict[str, list[tuple[str, type]]] = {}
+        for name, part in self._modules.items():
+            children.setdefault(name.rpartition(".")[0], [])
+            if name:
+                # `blocks_0` and `blocks_1` are entries of a list that has no name of its own.
+                owner, _, last = name.rpartition(".")
+                stem = re.sub(r"_?\d+$", "", last)
+                place = f"{owner}/{stem}" if stem != last else owner
+                children.setdefault(place, []).append((name, type(part)))
+        lists = [name for name in children if "/" in name]
+        for name in lists:
+            children[name.partition("/")[0]] += [(name, list)]
+        self.blocks = block_names(children, lists, self.linears)
+        self._names = {tuple(name.split(".")): name for name in (*self.linears, *self.blocks)}
+
+    def _bound(self) -> dict[str, Any]:
+        return {kind: unflatten_dict(flat) for kind, flat in self._variables.items()}
+
+    def call(self, batch: Any) -> Any:
+        def visited(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            name = self._names.get(context.module.path)
+            if name is None or context.method_name != "__call__":
+                return next_fun(*args, **kwargs)
+            return self._visit(name, next_fun, args, kwargs)
+
+        with nn.intercept_methods(visited):
+            return self._call(self.module.bind(self._bound()), batch)
+
+    def watching(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def part(self, name: str) -> tuple[Structure, Values]:
+        path = tuple(name.split(".")) if name else ()
+        values = {
+            kind: unflatten_dict({own[len(path) :]: value for own, value in flat.items() if own[: len(path)] == path})
+            for kind, flat in self._variables.items()
+        }
+        params = values.pop("params")
+        module = self._modules[name] if name else self.module
+        return LinenPart(module, None if name else self._call), (params, values)
+
+    def set_params(self, name: str, params: Any) -> None:
+        path = tuple(name.split(".")) if name else ()
+        self._variables["params"] |= {path + own: value for own, value in flatten_dict(params).items()}
+
+    def kernel(self, name: str) -> Any:
+        return self._variables["params"][(*name.split("."), "kernel")]
+
+    def write(self, name: str, weight: np.ndarray) -> None:
+        kernel, params = self.kernel(name), self._variables["params"]
+        shared = [path for path, value in params.items() if value is kernel]
+        params |= dict.fromkeys(shared, self._as_kernel(name, weight))
+
+    def dense(self) -> "LinenModule":
+        other = copy.copy(self)
+        other._variables = {kind: dict(flat) for kind, flat in self._variables.items()}
+        other._here = threading.local()
+        return other
+
+    def result(self) -> Any:
+        """The variables, of the structure that was given."""
+        found = self._bound()["params"] if self._bare else self._bound()
+        return jax.tree.unflatten(jax.tree.structure(self._given), jax.tree.leaves(found))
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class LinenPart:
+    """The structure of a part."""
+
+    module: Any
+    call: Callable[..., Any] | None = None  # of the whole module
+
+    def __call__(self, values: Values, args: Any, kwargs: Any, visit: Visit | None) -> Any:
+        params, rest = values
+        bound = {"params": params, **rest}
+
+        def visited(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            name = ".".join(context.module.path)
+            if not name or visit is None or context.method_name != "__call__":
+                return next_fun(*args, **kwargs)
+            return visit(PartCall(name, args, kwargs, next_fun))
+
+        with nn.intercept_methods(visited):
+            if self.call is not None:
+                return self.call(self.module.bind(bound), *args)
+            return self.module.apply(bound, *args, **kwargs)

@@ -1,0 +1,194 @@
+"""What `prune_module` decides before any work: the linears, in which parts, and what the recipe means for a module."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from sparseopt.layers.bits import parse_bits
+from sparseopt.layers.patterns import Pattern, implied_sparsity, parse_pattern
+from sparseopt.layers.problem import LayerMethod, check_method, reads_variances
+from sparseopt.models.base.errors import listed
+from sparseopt.pruning.modules.layouts import Layout
+from sparseopt.pruning.modules.watched import Discovery, Watched
+from sparseopt.pruning.recipe.prune_recipe import Recipe
+from sparseopt.pruning.recipe.targets import chosen_linears
+
+# Fields that say how a text is read or how a folder is written.
+ELSEWHERE = (
+    "calibration", "score", "split", "column", "documents", "bos", "windows", "seqlen", "heldout_windows",
+    "window_choice", "variants", "seed", "dtype", "pack", "head_bits", "masks",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class ModulePlan:
+    """What is done to a module.
+
+    Attributes:
+        recipe: with what its open fields mean for a module.
+        method: of the linears.
+        patterns: which weights of each linear may survive, in the order of execution; those that share a weight have
+            one pattern, under the name of the first.
+        readers: the linears that have the weight of each of these, itself first.
+        parts: the linears that are solved together, by the part that is called; in the order of execution.
+        last: those that are solved when all others are, since they are called more than once.
+        left_out: all other linears and weights, and why.
+    """
+
+    recipe: Recipe
+    method: LayerMethod
+    patterns: Mapping[str, Pattern]
+    readers: Mapping[str, tuple[str, ...]]
+    parts: Mapping[str, list[str]]
+    last: list[str]
+    left_out: Mapping[str, str]
+
+    def layouts(self, module: Watched, names: list[str]) -> dict[str, Layout]:
+        """Of all linears whose inputs are those of some weights."""
+        return {each: module.linears[each].layout for name in names for each in self.readers[name]}  # type: ignore[misc]
+
+
+def plan_module(module: Watched, found: Discovery, recipe: Recipe, targets: Any) -> ModulePlan:
+    """Choose the linears and the parts.
+
+    Raises:
+        ValueError: for targets that match nothing, a linear that was not called, a weight that is tied to one left out,
+            a pattern that is impossible in a linear, or a module without linears.
+    """
+    whole = {name: each for name, each in module.linears.items() if isinstance(each.layout, Layout)}
+    if not whole:
+        reasons = {name: each.layout for name, each in module.linears.items()}
+        others = f"; {listed([f'{name}: {why}' for name, why in reasons.items()])}" if reasons else ""
+        raise ValueError(f"the module has no linear that can be pruned{others}")
+    left_out: dict[str, str] = {
+        **module.left_out, **{name: str(each.layout) for name, each in module.linears.items() if name not in whole}
+    }  # fmt: skip
+    inside = {name for name in whole if any(name.startswith(f"{block}.") for block in module.blocks)}
+    if targets is not None:
+        if recipe.targets is not None:
+            raise ValueError("targets are given twice, in the call and in the recipe: leave one of the two out")
+        recipe = recipe.model_copy(update={"targets": targets})
+    called = sorted(whole, key=lambda name: _place(found, name))
+    # As in a language model: what is not in a block is an embedding, a stem or a head.
+    default = [name for name in called if name in inside] if inside and recipe.targets is None else called
+    shares = chosen_linears(default, [*left_out, *(set(called) - set(default))], recipe.targets, recipe.ignore)
+    left_out |= {name: "outside the blocks" for name in called if name not in default}
+    left_out |= {name: "not chosen by targets and ignore" for name in default if name not in shares}
+    _check_called(found, list(shares))
+    readers = _readers(module, shares)
+    parts, last = _parts(module, found, readers)
+    implied = implied_sparsity(recipe.pattern)
+    share = recipe.sparsity if implied is None else implied
+    method, patterns = recipe.layer_method, dict[str, Pattern]()
+    for name in readers:
+        own = shares[name]
+        try:
+            shape = whole[name].shape
+            patterns[name] = parse_pattern(recipe.pattern, share if own is None else own, shape)
+            check_method(method, patterns[name], shape, reads_variances(method), recipe.keep_zeros)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}; leave it out by ignore, or give another pattern") from error
+    if recipe.bits is not None:
+        parse_bits(recipe.bits)
+    return ModulePlan(recipe, method, patterns, readers, parts, last, left_out)
+
+
+def _place(found: Discovery, name: str) -> int:
+    order = list(found.linears)
+    return order.index(name) if name in found.linears else len(order)
+
+
+def _check_called(found: Discovery, names: list[str]) -> None:
+    # A mixture may send no token of the first batch to an expert.
+    missed = [name for name in names if name not in found.linears and ".experts." not in name]
+    if missed:
+        raise ValueError(
+            f"the first batch does not reach {listed(missed)}: nothing says what their inputs are. Feed the module so "
+            "that it calls them (see `call`), or leave them out by the recipe's ignore. A module that uses a weight "
+            "without calling its linear hides the input"
+        )
+
+
+def _readers(module: Watched, shares: Mapping[str, float | None]) -> dict[str, tuple[str, ...]]:
+    """The linears by the first that has their weight."""
+    readers: dict[str, tuple[str, ...]] = {}
+    known: set[str] = set()
+    for name in shares:
+        if name in known:
+            continue
+        tied = module.linears[name].tied
+        outside = [each for each in tied if each not in shares]
+        if outside:
+            raise ValueError(
+                f"the weight of {name} is that of {listed(outside)} too, which is left out and would be pruned with "
+                f"it: leave {name} out by the recipe's ignore, or untie them"
+            )
+        readers[name] = (name, *tied)
+        known.update(readers[name])
+    return readers
+
+
+def _parts(
+    module: Watched, found: Discovery, readers: Mapping[str, tuple[str, ...]]
+) -> tuple[dict[str, list[str]], list[str]]:
+    """The weights by the part whose call reaches them, and those that are reached again later."""
+    parts: dict[str, list[str]] = {}
+    last = []
+    for name, own in readers.items():
+        calls = [call for each in own for call in found.linears.get(each, [])]
+        blocks = {call[-1] if call else None for call in calls}
+        block = next(iter(blocks)) if len(blocks) == 1 else None
+        if not calls:
+            # An expert that the first batch does not reach.
+            block = next((each for each in module.blocks if name.startswith(f"{each}.")), None)
+        if block is not None and found.blocks.get(block) == 1:
+            parts.setdefault(block, []).append(name)
+        elif len(calls) == 1 and not calls[0]:
+            parts[name] = [name]
+        else:
+            last.append(name)
+    return parts, last
+
+
+def module_recipe(recipe: Recipe, *, trains: bool, has_loss: bool) -> Recipe:
+    """The recipe for a module: what it leaves open and a module cannot give is left.
+
+    Args:
+        recipe: as it was given.
+        trains: whether the module has gradients in JAX.
+        has_loss: whether a loss was given.
+
+    Raises:
+        ValueError: naming all that the recipe asks for and the module cannot do.
+    """
+    fields = type(recipe).model_fields
+    given = [name for name in ELSEWHERE if _is_given(recipe, name, fields[name].default)]
+    problems = [f"{name} is for models in folders: leave it out, batches are given as they are" for name in given]
+    if recipe.given("output_weights") == "gradient" and not has_loss:
+        problems.append("output_weights='gradient' takes the gradient of a loss: give loss=, or say 'uniform'")
+    if recipe.given("allocation") not in (None, "uniform"):
+        problems.append(f"allocation={recipe.allocation!r} is for language models: say 'uniform', or give targets")
+    if recipe.given("permute"):
+        problems.append("permute moves channels of linears that are known to follow each other: leave it out")
+    if recipe.weighting == "residual":
+        problems.append("weighting='residual' takes linears that are known to write into the stream: say 'uniform'")
+    if recipe.expert_tokens == "all":
+        problems.append("expert_tokens='all' is for mixtures that are known: leave it out")
+    for name in ("train_epochs", "distil_epochs"):
+        if recipe.given(name) and not trains:
+            problems.append(f"{name} trains by gradients in JAX, and the module is one of torch: leave it out or say 0")
+    if problems:
+        raise ValueError("the recipe cannot be used on a module:\n  " + "\n  ".join(problems))
+    left: dict[str, Any] = {"allocation": "uniform", "permute": False, "variants": 0}
+    if not has_loss:
+        left["output_weights"] = "uniform"
+    if not trains:
+        left |= {"train_epochs": 0, "distil_epochs": 0}
+    return recipe.model_copy(update={name: value for name, value in left.items() if recipe.get(name) != value})
+
+
+def _is_given(recipe: Recipe, name: str, default: Any) -> bool:
+    if default is None:
+        return recipe.given(name) is not None
+    value = recipe.get(name)
+    return not isinstance(value, type(default)) or value != default

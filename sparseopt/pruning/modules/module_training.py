@@ -1,0 +1,198 @@
+"""Gradients of a Flax module: a part, or all of it, trained on what the dense module gives; and how outputs matter.
+
+    minimise over the kept weights    mean over batches of  stream_loss(part(x), y)
+
+with y the dense part's outputs, for its own inputs, and the loss, the optimiser and the choice of the best state those
+of `train`. Of outputs that are several arrays the first of floats counts.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from sparseopt.pruning.base.records import BlockRecord
+from sparseopt.pruning.measure.survey import output_weights
+from sparseopt.pruning.modules.flax_module import FlaxModule, Rest, Structure, Values, cut, joined
+from sparseopt.pruning.modules.lanes import PartCall
+from sparseopt.pruning.modules.layouts import Layout
+from sparseopt.pruning.train.reconstruction import channel_weights, stream_loss
+from sparseopt.pruning.train.training import (
+    TrainedEntries,
+    Trainer,
+    Training,
+    TrainState,
+    start_state,
+    updated,
+)
+
+# Arguments of a part: positional ones and those by name.
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _floats(output: Any) -> Float[Array, "... D"]:
+    """The first array of floats in an output."""
+    return next(leaf for leaf in jax.tree.leaves(output) if jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.floating))
+
+
+def _with(params: Any, trained: Mapping[int, Array]) -> Any:
+    """Parameters with the trained ones in place, in their own dtypes."""
+    leaves, tree = jax.tree.flatten(params)
+    for index, value in trained.items():
+        leaves[index] = value.astype(leaves[index].dtype)
+    return jax.tree.unflatten(tree, leaves)
+
+
+def _loss(
+    trained: Any, structure: Structure, values: Values, weights: Array, arrays: list[Any], rest: Rest, target: Array
+) -> Array:
+    params, others = values
+    args, kwargs = joined(arrays, rest.value)
+    output = structure((_with(params, trained), others), args, kwargs, None)
+    return stream_loss(_floats(output).astype(jnp.float32), target.astype(jnp.float32), weights)
+
+
+@jax.jit
+def _step(state: TrainState, kept: list[TrainedEntries], rate: Array, clip: Array, *given: Any) -> Any:
+    loss, gradient = jax.value_and_grad(_loss)(state.params, *given)
+    state, norm = updated(state, gradient, kept, rate, clip)
+    return state, loss, norm
+
+
+_loss_of_batch = jax.jit(_loss)
+
+
+class _PartTrainer(Trainer):
+    """Trains one part, a batch a step."""
+
+    exact = 1e-12
+
+    def __init__(
+        self, structure: Structure, values: Values, masks: Mapping[int, Array | None], inputs: Sequence[Arguments],
+        targets: Sequence[Array], settings: Training,
+    ) -> None:  # fmt: skip
+        settings.check()
+        self.settings, self.structure, self.values = settings, structure, values
+        leaves = jax.tree.leaves(values[0])
+        params = {index: leaves[index].astype(jnp.float32) for index in masks}
+        self.calibration = self.judges = (list(inputs), list(targets))  # type: ignore[assignment]
+        self.epochs = self.steps = self.best_epoch = self.total = 0
+        self.states, self.kept = [start_state(params)], []
+        every = {index: jnp.asarray(True) if mask is None else mask for index, mask in masks.items()}
+        self.entries = [
+            TrainedEntries(mask, jnp.maximum(jnp.sum(jnp.broadcast_to(mask, params[index].shape)), 1))
+            for index, mask in every.items()
+        ]
+
+    @cached_property
+    def weights(self) -> Float[np.ndarray, "D"]:
+        return channel_weights(self.calibration[1])
+
+    def orders(self) -> list[list[tuple[int, np.ndarray]]]:
+        rng, whole = np.random.default_rng(self.settings.seed), np.zeros(0, np.int32)
+        count = len(self.calibration[0])
+        return [[(int(i), whole) for i in rng.permutation(count)] for _ in range(self.settings.epochs)]
+
+    def _given(self, arguments: Arguments, target: Array) -> tuple[Any, ...]:
+        found = cut(arguments, self.structure)
+        assert found is not None
+        return self.structure, self.values, self.weights, found[0], Rest(found[1]), target
+
+    def step(self, index: int, rows: np.ndarray, rate: np.float32) -> tuple[Array, Array]:
+        inputs, targets = self.calibration
+        given = self._given(inputs[index], targets[index])  # type: ignore[arg-type]
+        self.states[0], loss, norm = _step(self.states[0], self.entries, rate, np.float32(self.settings.clip), *given)
+        return loss, norm
+
+    def loss(self, inputs: Any, targets: Any) -> float:
+        pairs = zip(inputs, targets, strict=True)
+        return float(np.mean([float(_loss_of_batch(self.states[0].params, *self._given(*pair))) for pair in pairs]))
+
+    def keep(self) -> None:
+        self.kept = [jax.tree.map(jnp.copy, self.states[0].params)]
+
+    def params(self) -> Any:
+        """The parameters of the part, in the best state."""
+        return _with(self.values[0], self.kept[0]) if self.kept else self.values[0]
+
+
+def train_part(
+    module: FlaxModule, name: str, masks: Mapping[str, Array], inputs: Sequence[Arguments], outputs: Sequence[Any],
+    settings: Training, index: int, *, everything: bool = False,
+) -> BlockRecord | None:  # fmt: skip
+    """Train what is kept of a part, in place; None where it cannot be compiled, as with objects among its arguments.
+
+    Args:
+        module: the pruned module.
+        name: of the part; "" is the module itself, whose argument is a batch.
+        masks: the entries that are kept, as kernels, by the name of the kernel's linear.
+        inputs: what the part is given, by batch.
+        outputs: what the dense part gives for its own inputs.
+        settings: of the training.
+        index: of the part, for the record.
+        everything: whether weights without a mask are trained too; else only biases and scales are, of one axis.
+    """
+    structure, values = module.part(name)
+    if any(cut(each, structure) is None for each in inputs):
+        return None
+    trained: dict[int, Array | None] = {}
+    for place, (path, leaf) in enumerate(jax.tree_util.tree_flatten_with_path(values[0])[0]):
+        keys = [str(getattr(key, "key", getattr(key, "idx", ""))) for key in path]
+        owner = ".".join([part for part in (name, *keys[:-1]) if part])
+        if keys[-1:] == ["kernel"] and owner in masks:
+            trained[place] = masks[owner]
+        elif jnp.issubdtype(leaf.dtype, jnp.floating) and (everything or leaf.ndim < 2):
+            trained[place] = None
+    trainer = _PartTrainer(structure, values, trained, inputs, [_floats(each) for each in outputs], settings)
+    record = BlockRecord(block=index, **trainer.train())
+    module.set_params(name, trainer.params())
+    return record
+
+
+def weights_of_outputs(
+    module: FlaxModule, batches: Sequence[Any], loss: Callable[[Any, Any], Any], layouts: Mapping[str, Layout]
+) -> dict[str, Float[np.ndarray, "out"]]:
+    """By linear, the weights of squared errors at its outputs, from the mean square of the loss's gradient there."""
+    squares: dict[str, np.ndarray] = {}
+    for batch in batches:
+        for name, square in _squares(module, batch, loss, layouts).items():
+            squares[name] = squares.get(name, 0) + np.asarray(square, np.float64)
+    return {name: output_weights(square.astype(np.float32)) for name, square in squares.items()}
+
+
+def _squares(
+    module: FlaxModule, batch: Any, loss: Callable[[Any, Any], Any], layouts: Mapping[str, Layout]
+) -> dict[str, Array]:
+    """The squared gradients at the outputs of linears, summed over the tokens of a batch, `[out]`."""
+    shapes: dict[str, list[Any]] = {}
+
+    def noted(call: PartCall) -> Any:
+        output = call.run()
+        if call.name in layouts:
+            shapes.setdefault(call.name, []).append(jax.ShapeDtypeStruct(output.shape, output.dtype))
+        return output
+
+    jax.eval_shape(lambda: module.forward(batch, noted))
+
+    def run(errors: dict[str, list[Array]]) -> Array:
+        left = {name: iter(each) for name, each in errors.items()}
+
+        def moved(call: PartCall) -> Any:
+            output = call.run()
+            return output + next(left[call.name]) if call.name in left else output
+
+        found = jnp.asarray(loss(module.forward(batch, moved), batch))
+        if found.ndim:
+            raise ValueError(f"loss must give a number, given an array of shape {list(found.shape)}")
+        return found
+
+    gradients = jax.grad(run)({name: [jnp.zeros(s.shape, s.dtype) for s in own] for name, own in shapes.items()})
+    squares = {}
+    for name, own in gradients.items():
+        found = [layouts[name].by_output(jnp.asarray(gradient, jnp.float32) ** 2) for gradient in own]
+        squares[name] = sum(found[1:], found[0])
+    return squares

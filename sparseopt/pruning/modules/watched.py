@@ -1,0 +1,340 @@
+"""A module whose linears can be watched while it runs, whatever framework it is of.
+
+A part is a linear, or an entry of a list of blocks; it goes by its path, such as `encoder.layers.0.attention.query`. A
+`Visit` stands in place of the calls of parts. The frameworks: `nnx_module`, `linen_module`, `torch_module`.
+"""
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparseopt.core.base.types import pytree, static
+from sparseopt.pruning.base.grams import Grams
+from sparseopt.pruning.modules.lanes import PartCall
+from sparseopt.pruning.modules.layouts import Layout
+
+# Called in place of a part; gives its output.
+Visit = Callable[[PartCall], Any]
+# What linears read in each of their calls.
+Inputs = Mapping[str, Sequence[Any]]
+
+
+class Linear(NamedTuple):
+    """A linear of a module.
+
+    Attributes:
+        shape: `(out, in)` of its weight.
+        layout: how its kernel is a matrix; or why it cannot be pruned.
+        tied: the names of others that have the very same weight: linears, and parameters of other parts.
+    """
+
+    shape: tuple[int, int]
+    layout: Layout | str
+    tied: tuple[str, ...] = ()
+
+
+@dataclass
+class Discovery:
+    """What the module calls for one batch, in the order of execution.
+
+    Attributes:
+        linears: for each call of a linear the blocks that it was called in, the outermost first.
+        blocks: how often each block was called.
+    """
+
+    linears: dict[str, list[tuple[str, ...]]] = field(default_factory=dict)
+    blocks: dict[str, int] = field(default_factory=dict)
+
+
+@pytree
+class Sums:
+    """Grams of the distinct inputs of some linears.
+
+    Attributes:
+        found: by the first linear that reads each.
+        readers: linears with the one in whose name their Grams are.
+    """
+
+    found: dict[str, Grams]
+    readers: tuple[tuple[str, str], ...] = static(default=())
+
+    def __getitem__(self, name: str) -> Grams:
+        return self.found[dict(self.readers)[name]]
+
+    def __contains__(self, name: str) -> bool:
+        return name in dict(self.readers)
+
+
+_added = jax.jit(lambda one, two: jax.tree.map(jnp.add, one, two), donate_argnums=(0,))
+
+
+def added(one: Sums | None, two: Sums) -> Sums:
+    """The sums of both; where not the same linears share inputs in both, each has its own."""
+    if one is None:
+        return two
+    if one.readers == two.readers and len(jax.tree.leaves(one)) == len(jax.tree.leaves(two)):
+        return _added(one, two)
+    names = dict.fromkeys(name for name, _ in (*one.readers, *two.readers))
+    found = {name: reduce(sum_of, [sums[name] for sums in (one, two) if name in sums]) for name in names}
+    return Sums(found, tuple((name, name) for name in names))
+
+
+class _Seen(NamedTuple):
+    """One distinct input of linears."""
+
+    value: Any  # kept, since identities are unique only among living objects
+    version: int  # torch counts the writes to a tensor
+    reading: tuple[Any, ...]  # how its layout reads it
+    found: Any  # its Grams, or what is kept of it
+
+
+class Observer:
+    """A `Visit` that sums the Grams of what linears read, before it may be written to.
+
+    Linears that read the very same input share one Gram.
+    """
+
+    def __init__(
+        self,
+        layouts: Mapping[str, Layout],
+        gram: Callable[[Layout, Any, Any], Grams] | None,
+        dense: Inputs | None = None,
+        kept: Callable[[Any], Any] = lambda value: value,
+    ) -> None:
+        """Take the layouts of the linears.
+
+        Args:
+            layouts: by name.
+            gram: gives the Grams of an input, and its drift from that of the dense module or None; None for `inputs`.
+            dense: what the linears read in the dense module.
+            kept: what is kept of an input for `inputs`.
+        """
+        self._layouts, self._gram, self._dense, self._kept = layouts, gram, dense or {}, kept
+        self._seen: list[_Seen] = []
+        self._read: dict[str, list[int]] = {}
+
+    def __call__(self, call: PartCall) -> Any:
+        if call.name in self._layouts:
+            self.read(call.name, input_of(call))
+        return call.run()
+
+    def read(self, name: str, value: Any) -> None:
+        """Note the input of a linear."""
+        layout, version = self._layouts[name], getattr(value, "_version", 0)
+        reading, places = (layout.axes, layout.window), self._read.setdefault(name, [])
+        for index, seen in enumerate(self._seen):
+            if seen.value is value and (seen.version, seen.reading) == (version, reading):
+                places.append(index)
+                return
+        found = None
+        if self._gram is None:
+            found = self._kept(value)
+        else:
+            others = self._dense.get(name, ())
+            dense = others[len(places)] if len(places) < len(others) else None
+            # Experts and the like read other tokens in the dense module.
+            found = self._gram(layout, value, dense if dense is not None and dense.shape == value.shape else None)
+        places.append(len(self._seen))
+        self._seen.append(_Seen(value, version, reading, found))
+
+    def _owners(self) -> dict[str, str]:
+        """The linears, each with the first that reads the same inputs."""
+        first: dict[tuple[int, ...], str] = {}
+        return {name: first.setdefault(tuple(places), name) for name, places in self._read.items()}
+
+    def inputs(self) -> Inputs:
+        """What linears have read, by the first that reads it."""
+        owners = set(self._owners().values())
+        return {name: [self._seen[i].found for i in places] for name, places in self._read.items() if name in owners}
+
+    def sums(self) -> Sums:
+        found = {name: reduce(sum_of, grams) for name, grams in self.inputs().items()}
+        return Sums(found, tuple(self._owners().items()))
+
+
+def sum_of(one: Grams, two: Grams) -> Grams:
+    """Of the Grams of the same linear; without a drift where one has none."""
+    drift = None if one.drift is None or two.drift is None else one.drift + two.drift
+    return Grams(one.gram + two.gram, one.mass + two.mass, one.tokens + two.tokens, one.total + two.total, drift)
+
+
+def input_of(call: PartCall) -> Any:
+    """What a linear reads."""
+    return call.args[0] if call.args else next(iter(call.kwargs.values()))
+
+
+class Watched(ABC):
+    """A module and its parts by name.
+
+    Attributes:
+        linears: in the module's own order.
+        blocks: the names of the entries of lists of blocks.
+        left_out: other parts with weights of two axes or more, and why they are never pruned.
+    """
+
+    linears: dict[str, Linear]
+    blocks: Sequence[str] = ()
+    left_out: Mapping[str, str] = {}
+
+    def __init__(self) -> None:
+        self._here = threading.local()
+
+    @abstractmethod
+    def call(self, batch: Any) -> Any:
+        """The module's output for a batch."""
+
+    @abstractmethod
+    def observed(self, call: PartCall, layouts: Mapping[str, Layout], dense: Inputs | None = None) -> Sums:
+        """The sums of the inputs of linears in a part that is called, as it is now; with drifts from dense inputs."""
+
+    @abstractmethod
+    def inputs(self, call: PartCall, layouts: Mapping[str, Layout]) -> Inputs:
+        """What linears read in a part that is called, of those that read the same the first."""
+
+    @abstractmethod
+    def gram(self, layout: Layout, value: Any, dense: Any) -> Grams:
+        """The Grams of an input of a linear; with the drift from that of the dense module, if there is one."""
+
+    @abstractmethod
+    def output(self, call: PartCall) -> Any:
+        """The output of a part that is called, as it is now."""
+
+    @abstractmethod
+    def read(self, name: str) -> np.ndarray:
+        """The weight of a linear, `[out, in]`."""
+
+    @abstractmethod
+    def write(self, name: str, weight: np.ndarray) -> None:
+        """Set the weight of a linear."""
+
+    @abstractmethod
+    def dense(self) -> "Watched":
+        """The module as it is now, whatever is written to this one."""
+
+    @abstractmethod
+    def result(self) -> Any:
+        """The module as the caller gets it back."""
+
+    @abstractmethod
+    def watching(self) -> AbstractContextManager[Any]:
+        """The context in which calls of parts are visited, and the module computes as it does after training."""
+
+    def forward(self, batch: Any, visit: Visit) -> Any:
+        """The module's output for a batch; calls of its parts, in this thread, go to a visit."""
+        with self._visited_by(visit):
+            return self.call(batch)
+
+    def read_by(self, batch: Any, layouts: Mapping[str, Layout]) -> Sums:
+        """The sums of what linears read in all their calls."""
+        observer = Observer(layouts, self.gram)
+
+        def visit(call: PartCall) -> Any:
+            check_outside(call)
+            return observer(call)
+
+        self.forward(batch, visit)
+        return observer.sums()
+
+    @contextmanager
+    def _visited_by(self, visit: Visit | None) -> Iterator[None]:
+        before, self._here.visit = getattr(self._here, "visit", None), visit
+        try:
+            yield
+        finally:
+            self._here.visit = before
+
+    def _visit(self, name: str, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of a part, as the visit has it."""
+        visit: Visit | None = getattr(self._here, "visit", None)
+        return run(*args, **kwargs) if visit is None else visit(PartCall(name, args, kwargs, run))
+
+    def _layout(self, name: str) -> Layout:
+        layout = self.linears[name].layout
+        assert isinstance(layout, Layout)
+        return layout
+
+
+def discover(module: Watched, batch: Any) -> Discovery:
+    """Run the module on one batch."""
+    found, inside = Discovery(), list[str]()
+
+    def visit(call: PartCall) -> Any:
+        check_outside(call)
+        if call.name in module.blocks:
+            found.blocks[call.name] = found.blocks.get(call.name, 0) + 1
+            inside.append(call.name)
+            try:
+                return call.run()
+            finally:
+                inside.pop()
+        found.linears.setdefault(call.name, []).append(tuple(inside))
+        return call.run()
+
+    module.forward(batch, visit)
+    return found
+
+
+def check_outside(call: PartCall) -> None:
+    """Refuse a part that runs in a program of the module's own, where it cannot stop."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((call.args, call.kwargs))):
+        raise ValueError(
+            f"{call.name} is called in a program that the module compiles (jit, remat, scan, vmap), where its input "
+            "cannot be seen: call the function without it, as through `call`, or leave its linears out by the recipe's "
+            "ignore"
+        )
+
+
+def block_names(
+    children: Mapping[str, Sequence[tuple[str, type]]], lists: Iterable[str], linears: Iterable[str]
+) -> list[str]:
+    """The entries of the lists of blocks in a tree of modules.
+
+    A list of blocks has at least two entries of one class, with several linears in each. Where all linears of an entry
+    lie in further such lists, as those of the stages of a residual network do, these have the blocks.
+
+    Args:
+        children: the names and classes of the parts directly in each part; the root is "".
+        lists: the parts that are lists.
+        linears: names of all linears.
+    """
+    linears = list(linears)
+
+    def held(name: str) -> list[str]:
+        return [each for each in linears if each.startswith(f"{name}.")]
+
+    entries = {
+        each: [name for name, _ in children[each]]
+        for each in lists
+        if len(children[each]) > 1 and len({kind for _, kind in children[each]}) == 1
+    }
+    blocks = {name for names in entries.values() for name in names if len(held(name)) > 1}
+
+    def within(name: str) -> list[str]:
+        """The blocks in a block that have all its linears; itself where there are none."""
+        inner = [each for each in blocks if each.startswith(f"{name}.")]
+        own = held(name)
+        covered = all(any(linear.startswith(f"{each}.") for each in inner) for linear in own)
+        return inner if inner and covered else [name]
+
+    chosen: list[str] = []
+    for name in sorted(blocks, key=lambda each: each.count(".")):
+        if any(name.startswith(f"{each}.") for each in chosen):
+            continue
+        if within(name) == [name]:
+            chosen.append(name)
+    order = {name: place for place, name in enumerate(_walk(children))}
+    return sorted(chosen, key=lambda name: order[name])
+
+
+def _walk(children: Mapping[str, Sequence[tuple[str, type]]], name: str = "") -> Iterator[str]:
+    for child, _ in children.get(name, ()):
+        yield child
+        yield from _walk(children, child)
