@@ -115,7 +115,7 @@ def test_blocks_in_torch_share_the_devices_memory(tmp_path, rng):
     if jax.default_backend() != "cpu" and torch_device().type == "cpu":
         pytest.skip("SKIPPED: torch is not built for this device; its blocks run on the CPU")
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = transformers.AutoConfig.for_model("stablelm", vocab_size=64, num_key_value_heads=2, **sizes)
+    config = transformers.AutoConfig.for_model("nemotron", vocab_size=64, num_key_value_heads=2, **sizes)
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
     model = open_model(tmp_path)
     tokens = jnp.asarray(rng.integers(0, 64, (4, 16)))

@@ -214,6 +214,15 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("phi3", {"rope_parameters": {"rope_type": "longrope", "short_factor": 1}}, "short_factor must be a list"),
     ("phi3_longrope", {"num_attention_heads": 2}, "short_factor has 2 entries, expected 4: .* 8 rotated features"),
     ("olmo2", {"num_key_value_heads": 3}, "num_key_value_heads=3 must divide"),
+    ("stablelm", {"qk_layernorm": True}, "qk_layernorm=True"),
+    ("stablelm", {"head_dim": 8}, "head_dim=8"),
+    ("granite", {"residual_multiplier": 0.0}, "residual_multiplier must be a positive float"),
+    ("granite", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+    ("cohere", {"use_qk_norm": True}, "use_qk_norm=True"),
+    ("cohere", {"logit_scale": None}, "logit_scale must be a positive float"),
+    ("cohere2", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+    ("cohere2", {"sliding_window": None}, "sliding_window must be a positive int, given None"),
+    ("glm4", {"rope_parameters": {"partial_rotary_factor": 0.4}}, "given 3 of head_dim=8"),
     ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before=False"),
     ("opt", {"word_embed_proj_dim": 8}, "word_embed_proj_dim=8"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
@@ -223,7 +232,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok=9"),
     ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window=True"),
     ("llama3_rope", {"quantization_config": {"bits": 4}}, "quantization_config="),
-    ("tiny", {"model_type": "mamba"}, "unknown model_type 'mamba'; known are gemma2, .*llama"),
+    ("tiny", {"model_type": "mamba"}, "unknown model_type 'mamba'; known are cohere, .*llama"),
 ]
 
 

@@ -14,8 +14,8 @@ from tests.models.tiny import random_tensors, tiny_config, write_folder
 def test_without_torch_the_known_families_and_the_way_out_are_named(tmp_path, rng, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     config = tiny_config()
-    folder = write_folder(tmp_path / "m", config | {"model_type": "stablelm"}, random_tensors(config, rng))
-    text = r"unknown model_type 'stablelm'; known are .*llama.* is not installed: pip install 'sparseopt\[torch\]'"
+    folder = write_folder(tmp_path / "m", config | {"model_type": "nemotron"}, random_tensors(config, rng))
+    text = r"unknown model_type 'nemotron'; known are .*llama.* is not installed: pip install 'sparseopt\[torch\]'"
     recipe = Recipe(calibration=np.zeros((6, 8), np.int32))
     for call in (open_model, load_decoder, lambda path: prune_model(path, tmp_path / "out", recipe)):
         with pytest.raises(ModelError, match=text):

@@ -88,6 +88,21 @@ CASES: dict[str, dict[str, Any]] = {
     | {"model_type": "phi3", "original_max_position_embeddings": 16, "tie_word_embeddings": False},
     "olmo2": _SIZES | {"model_type": "olmo2", "tie_word_embeddings": False},
     "starcoder2": _SIZES | {"model_type": "starcoder2", "sliding_window": 7},
+    "stablelm": _SIZES | {"model_type": "stablelm", "use_qkv_bias": True} | _rope("default", partial_rotary_factor=0.5),
+    "stablelm_parallel": _SIZES
+    | {"model_type": "stablelm", "use_parallel_residual": True, "tie_word_embeddings": True}
+    | _rope("default", partial_rotary_factor=0.5),
+    "granite": _SIZES
+    | {"model_type": "granite", "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}
+    | {"embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.4, "logits_scaling": 2.0},
+    "cohere": _SIZES | {"model_type": "cohere", "logit_scale": 0.5},
+    "cohere2": _SIZES
+    | {"model_type": "cohere2", "logit_scale": 0.25, "sliding_window": 7, "sliding_window_pattern": 2}
+    | {"attention_bias": True, "head_dim": 6, "tie_word_embeddings": False},
+    "glm": _SIZES | {"model_type": "glm", "head_dim": 8} | _rope("default", partial_rotary_factor=0.5),
+    "glm4": _SIZES
+    | {"model_type": "glm4", "head_dim": 8, "attention_bias": False, "tie_word_embeddings": True}
+    | _rope("default", partial_rotary_factor=0.5),
     "opt": _SIZES | {"model_type": "opt", "ffn_dim": 24, "word_embed_proj_dim": 16},
     "gpt2": {"model_type": "gpt2", "vocab_size": 40, "n_embd": 16, "n_head": 4, "n_layer": 3, "n_positions": 64},
     "gpt_neox": _SIZES | {"model_type": "gpt_neox"} | _rope("default", partial_rotary_factor=0.5),

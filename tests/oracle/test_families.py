@@ -52,6 +52,9 @@ SPELLED_OTHERWISE = {"architectures", "dtype", "rope_theta", "rope_local_base_fr
 # number of rows of the embedding, so that tiny files do not fit.
 IN_GGUF = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
 REFUSED_IN_GGUF = ("smollm3", "olmo2", "gptneox", "starcoder2")
+# Cases of families that have a field for the head size.
+HEADS_APART = ("legacy_rope", "mistral", "qwen3", "gemma2", "gemma3_text", "phi3", "qwen3_moe", "granite", "cohere")
+HEADS_APART += ("cohere2", "glm", "glm4")
 # Fields that a class lacks, or that transformers does not read from a file.
 UNREAD_IN_GGUF = {"qwen2": {"head_dim"}, "phi3": {"head_dim", "original_max_position_embeddings"}}
 
@@ -122,7 +125,7 @@ def test_a_smaller_model_is_loaded_with_our_logits(name, dtype, tmp_path):
         np.testing.assert_allclose(run(load_decoder(folder), TOKENS), reference_logits(loaded, TOKENS), atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["legacy_rope", "mistral", "qwen3", "gemma2", "gemma3_text", "phi3", "qwen3_moe"])
+@pytest.mark.parametrize("name", HEADS_APART)
 def test_three_groups_of_four_are_refused_where_transformers_refuses_them(name, tmp_path):
     from transformers import AutoConfig
 

@@ -40,8 +40,8 @@ _SIZES = {
 }
 _GPT_SIZES = {"vocab_size": len(VOCAB), "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 256}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
-    # Partial rotary positions, biases on q, k and v.
-    "stablelm": _SIZES | {"num_key_value_heads": 2, "use_qkv_bias": True},
+    # Partial rotary positions, biases in attention, an MLP without gate.
+    "nemotron": _SIZES | {"num_key_value_heads": 2, "attention_bias": True},
     # ALiBi, a norm behind the embedding, q, k and v in one linear, a tied head.
     "bloom": {"vocab_size": len(VOCAB), "hidden_size": 32, "n_layer": 3, "n_head": 4},
     # Attention beside the MLP, the stream as a keyword, a head with a bias.
@@ -49,7 +49,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     # Weights stored [in, out], norms behind, a list as output.
     "openai-gpt": _GPT_SIZES,
     # Another mask in every fourth block, which has no positions either.
-    "cohere2": _SIZES | {"num_hidden_layers": 4, "num_key_value_heads": 2, "sliding_window": 6},
+    "exaone4": _SIZES | {"num_hidden_layers": 4, "num_key_value_heads": 2, "sliding_window": 6},
     # Stacked experts, also in the checkpoint; sinks in attention.
     "gpt_oss": _SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2, "head_dim": 8},
     # Experts apart in the checkpoint, a shared one, latent attention, a dense first block.
@@ -135,7 +135,7 @@ def test_grams_streams_and_perplexity_are_those_of_the_whole_model_in_torch(writ
             gram = expected[model.weight_key(index, linear)]
             np.testing.assert_allclose(grams[tap].gram, gram, atol=2e-5 * np.abs(gram).max(), err_msg=linear)
             assert int(grams[tap].tokens) == tokens.size
-        if name == "stablelm":  # linears that read one tensor share its Gram
+        if name == "nemotron":  # linears that read one tensor share its Gram
             assert len({id(grams[f"self_attn.{linear}_proj"].gram) for linear in "qkv"}) == 1
             assert len({id(gram.gram) for gram in grams.values()}) == 4
         batches = runner.forward(block, batches)
@@ -258,11 +258,11 @@ def test_several_recipes_share_a_pass(written, tmp_path, rng):
 
 
 def test_what_takes_gradients_is_refused_before_any_work(written, tmp_path, rng):
-    source, tokens = written("stablelm"), make_tokens(rng, 8)
+    source, tokens = written("nemotron"), make_tokens(rng, 8)
     recipe = Recipe(
         output_weights="gradient", allocation="curves", train_epochs=2, weighting="residual", calibration=tokens
     )
-    with pytest.raises(ValueError, match=r"(?s)stablelm.*output_weights=.*allocation=.*train_epochs.*weighting="):
+    with pytest.raises(ValueError, match=r"(?s)nemotron.*output_weights=.*allocation=.*train_epochs.*weighting="):
         prune_model(source, tmp_path / "out", recipe)
     assert not (tmp_path / "out").exists()
     best = prune_model(source, tmp_path / "out", Recipe(method="best", calibration=tokens))
@@ -284,7 +284,7 @@ def test_what_cannot_run_block_by_block_is_refused_by_name(tmp_path):
 
 
 def test_names_and_values_that_do_not_fit_are_listed(written, tmp_path):
-    file = shutil.copytree(written("stablelm"), tmp_path, dirs_exist_ok=True) / "model.safetensors"
+    file = shutil.copytree(written("nemotron"), tmp_path, dirs_exist_ok=True) / "model.safetensors"
     tensors = load_file(file)
     key = "model.layers.1.mlp.up_proj.weight"
     save_file({**tensors, key: np.full_like(tensors[key], np.nan)}, file)
@@ -323,9 +323,9 @@ def test_masks_of_old_checkpoints_are_no_weights(tmp_path):
 
 
 def test_models_that_nobody_knows_and_code_beside_the_weights(written, tmp_path):
-    with pytest.raises(ModelError, match="stablelm model runs block by block in torch and cannot be loaded"):
-        load_decoder(written("stablelm"))
-    shutil.copytree(written("stablelm"), tmp_path, dirs_exist_ok=True)
+    with pytest.raises(ModelError, match="nemotron model runs block by block in torch and cannot be loaded"):
+        load_decoder(written("nemotron"))
+    shutil.copytree(written("nemotron"), tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "config.json").read_text())
     remote = {"AutoModelForCausalLM": "modeling_mine.Mine"}
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "mine", "auto_map": remote}))

@@ -157,11 +157,13 @@ class Rope:
         theta: the base.
         scaling: None for plain frequencies.
         share: fraction of a head's features that are rotated; the first ones.
+        interleaved: the pairs are neighbours, (2i, 2i + 1), not (i, i + R/2).
     """
 
     theta: float
     scaling: Scaling | None = None
     share: float = 1.0
+    interleaved: bool = False
 
     def size(self, head_dim: int) -> int:
         """R, the number of rotated features of a head."""
@@ -321,7 +323,9 @@ def rope_table(config: Config, theta: float = 10000.0, share: float = 1.0, part:
     return fields | {"rope_type": kind}
 
 
-def read_rope(config: Config, theta: float = 10000.0, share: float = 1.0, part: str | None = None) -> Rope:
+def read_rope(
+    config: Config, theta: float = 10000.0, share: float = 1.0, part: str | None = None, *, interleaved: bool = False
+) -> Rope:
     """The position embedding of a Hugging Face configuration.
 
     Args:
@@ -329,9 +333,10 @@ def read_rope(config: Config, theta: float = 10000.0, share: float = 1.0, part: 
         theta: the default.
         share: default of `partial_rotary_factor`.
         part: the layer type to read, where `rope_parameters` has a table for each.
+        interleaved: as in `Rope`; a configuration does not say.
     """
     fields = rope_table(config, theta, share, part)
     share = require(fields, "partial_rotary_factor", float)
     if share > 1:
         raise ModelError(f"the model configuration's partial_rotary_factor must be in (0, 1], given {share}")
-    return Rope(require(fields, "rope_theta", float), _SCALINGS[fields["rope_type"]](fields), share)
+    return Rope(require(fields, "rope_theta", float), _SCALINGS[fields["rope_type"]](fields), share, interleaved)

@@ -33,7 +33,8 @@ def rotate(
 ) -> Float[Array, "B T N H"]:
     """Rotate the pairs (i, i + R/2) of every head by position times frequency; features from R on are unchanged.
 
-    The positions are `first`, `first + 1`, ...; the frequencies are those of a window of that many tokens, None for T.
+    The pairs are (2i, 2i + 1) in an interleaved embedding. The positions are `first`, `first + 1`, ...; the frequencies
+    are those of a window of that many tokens, None for T.
     """
     time, head_dim = x_BTNH.shape[1], x_BTNH.shape[3]
     frequencies = rope.frequencies(head_dim, window or time)
@@ -42,8 +43,10 @@ def rotate(
     if rope.magnitude != 1:
         cos, sin = cos * rope.magnitude, sin * rope.magnitude
     turned, kept = jnp.split(x_BTNH, [rope.size(head_dim)], axis=-1)
-    first, second = jnp.split(turned, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, kept], axis=-1)
+    first, second = (turned[..., ::2], turned[..., 1::2]) if rope.interleaved else jnp.split(turned, 2, axis=-1)
+    pair = (first * cos - second * sin, second * cos + first * sin)
+    parts = (jnp.stack(pair, axis=-1).reshape(turned.shape),) if rope.interleaved else pair
+    return jnp.concatenate([*parts, kept], axis=-1)
 
 
 def causal_attention(

@@ -77,10 +77,15 @@ class Block(nnx.Module):
     def __call__(
         self, x_BTD: Float[Array, "B T D"], tap: Tap = no_tap, attend: Attend | None = None
     ) -> Float[Array, "B T D"]:
-        mixed_BTD = self.self_attn(self._norm("attention_norm")(x_BTD), tap, attend)
-        mixed_BTD = self._norm("attention_post_norm")(mixed_BTD)
-        seen_BTD = x_BTD if self.config.parallel else x_BTD + mixed_BTD
-        acted_BTD = self._norm("mlp_post_norm")(self.mlp(self._norm("mlp_norm")(seen_BTD), tap))
+        parallel, scale = self.config.parallel, self.config.residual_scale
+        read_BTD = self._norm("attention_norm")(x_BTD)
+        mixed_BTD = self._norm("attention_post_norm")(self.self_attn(read_BTD, tap, attend))
+        mixed_BTD = mixed_BTD if scale == 1 else mixed_BTD * scale
+        # A parallel MLP without a norm of its own shares that of attention.
+        if not parallel or "mlp_norm" in self.config.norms:
+            read_BTD = self._norm("mlp_norm")(x_BTD if parallel else x_BTD + mixed_BTD)
+        acted_BTD = self._norm("mlp_post_norm")(self.mlp(read_BTD, tap))
+        acted_BTD = acted_BTD if scale == 1 else acted_BTD * scale
         return x_BTD + mixed_BTD + acted_BTD
 
     def read(self, path: str) -> Array:
@@ -164,10 +169,11 @@ class Head(nnx.Module):
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
         self.norm = make_norm(config.norm, config.hidden_size, config.norm_eps)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, rngs=rngs)
-        self.cap = config.logit_cap
+        self.scale, self.cap = config.logit_scale, config.logit_cap
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         logits_BTV = self.lm_head(self.norm(x_BTD))
+        logits_BTV = logits_BTV if self.scale == 1 else logits_BTV * self.scale
         return logits_BTV if self.cap is None else self.cap * jnp.tanh(logits_BTV / self.cap)
 
 

@@ -28,7 +28,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_pytorch_tanh": jax.nn.gelu,
 }
 
-NormKind = Literal["rms", "rms_plus_one", "layer"]
+NormKind = Literal["rms", "rms_plus_one", "layer", "layer_without_bias"]
 
 
 def no_tap(name: str, x: Any) -> Any:
@@ -64,21 +64,22 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """`(x - mean) / sqrt(var + eps) * weight + bias`, over the last axis."""
+    """`(x - mean) / sqrt(var + eps) * weight + bias`, over the last axis; Cohere's has no bias."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, *, use_bias: bool = True) -> None:
         self.weight = nnx.Param(jnp.ones((size,)))
-        self.bias = nnx.Param(jnp.zeros((size,)))
+        self.bias = nnx.Param(jnp.zeros((size,))) if use_bias else None
         self.eps = eps
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         centred = x - jnp.mean(x, axis=-1, keepdims=True)
         spread = jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.eps)
-        return centred * spread * self.weight[...] + self.bias[...]
+        y = centred * spread * self.weight[...]
+        return y if self.bias is None else y + self.bias[...]
 
 
 def make_norm(kind: NormKind, size: int, eps: float) -> RMSNorm | LayerNorm:
     """A norm of the given kind."""
-    if kind == "layer":
-        return LayerNorm(size, eps)
+    if kind in ("layer", "layer_without_bias"):
+        return LayerNorm(size, eps, use_bias=kind == "layer")
     return RMSNorm(size, eps, offset=1.0 if kind == "rms_plus_one" else 0.0)

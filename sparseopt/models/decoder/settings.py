@@ -57,7 +57,7 @@ class DecoderConfig:
         norm: the kind of all norms.
         norms: those that a block has: `attention_norm` and `mlp_norm` before, `attention_post_norm` and `mlp_post_norm`
             after the part.
-        parallel: attention and MLP both read the block's input.
+        parallel: attention and MLP both read the block's input, through one norm where `norms` has no `mlp_norm`.
         qkv: q, k and v are three linears, or one whose rows are q, k, v ("fused") or q, k, v of each head
             ("interleaved").
         qk_norm: queries and keys are normalised, each head alone ("head") or all heads together ("width").
@@ -70,9 +70,11 @@ class DecoderConfig:
         activation: as Hugging Face calls it, a name of `ACTIVATIONS`.
         mlp_bias: the MLP's linears have a bias.
         experts: the mixture, where a block's kind has one.
+        residual_scale: of what attention and MLP add to the residual stream.
         embedding_scale: of embedded tokens.
         learned_positions: each position has a row of a table, `position_offset + max_positions` rows in all.
         position_offset: the row of the first position.
+        logit_scale: of the head's products, before the cap.
         logit_cap: c in `c tanh(logit / c)`; None for none.
         max_positions: tokens of the longest window that the model supports; None where its configuration does not say.
     """
@@ -99,9 +101,11 @@ class DecoderConfig:
     activation: str = "silu"
     mlp_bias: bool = False
     experts: ExpertsConfig | None = None
+    residual_scale: float = 1.0
     embedding_scale: float = 1.0
     learned_positions: bool = False
     position_offset: int = 0
+    logit_scale: float = 1.0
     logit_cap: float | None = None
     max_positions: int | None = None
 

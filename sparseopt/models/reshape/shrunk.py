@@ -104,9 +104,10 @@ def sizes_of(model: PrunableModel) -> Sizes:
 def possible_kv_heads(model: PrunableModel) -> tuple[int, ...]:
     """The numbers of KV groups that a smaller model may keep, ascending; the last is that of the dense model.
 
-    Not every number is possible: the configuration of some families (GPT-2, OPT, GPT-NeoX) has no field for the head
-    size, a norm over all heads (OLMo 2) changes with their number, and transformers requires of some (Llama, Gemma)
-    that the number of query heads divides the hidden size, and derives LongRoPE's factors (Phi-3) from that number.
+    Not every number is possible: the configuration of some families (GPT-2, OPT, GPT-NeoX, StableLM) has no field for
+    the head size, a norm over all heads (OLMo 2) changes with their number, and transformers requires of some (Llama,
+    Gemma) that the number of query heads divides the hidden size, and derives LongRoPE's factors (Phi-3) from that
+    number.
     """
     model = _known(model)
     every = sizes_of(model)

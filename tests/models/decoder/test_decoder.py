@@ -39,9 +39,10 @@ def test_attention_equals_the_plain_formula(time, rng):
     np.testing.assert_allclose(got, expected, atol=2e-6)
 
 
-def test_rotated_scores_depend_on_distance_alone(rng):
+@pytest.mark.parametrize("rope", [Rope(100.0), Rope(100.0, share=0.5), Rope(100.0, interleaved=True)])
+def test_rotated_scores_depend_on_distance_alone(rope, rng):
     q, k = (jnp.asarray(np.tile(rng.normal(size=8), (1, 9, 1, 1)), jnp.float32) for _ in range(2))
-    scores = np.einsum("bth,bsh->ts", rotate(q, Rope(100.0))[:, :, 0], rotate(k, Rope(100.0))[:, :, 0])
+    scores = np.einsum("bth,bsh->ts", rotate(q, rope)[:, :, 0], rotate(k, rope)[:, :, 0])
     for offset in range(-8, 9):
         diagonal = np.diagonal(scores, offset)
         np.testing.assert_allclose(diagonal, diagonal[0], atol=1e-5)

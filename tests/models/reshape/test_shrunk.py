@@ -37,7 +37,7 @@ from tests.tiers import often
 
 Open = Callable[[str], Golden]
 # Their configurations cannot say fewer heads of the same size.
-WHOLE_HEADS = ("opt", "gpt2", "gpt_neox", "gpt_neox_serial", "olmo2", "phi3_longrope")
+WHOLE_HEADS = ("stablelm", "stablelm_parallel", "opt", "gpt2", "gpt_neox", "gpt_neox_serial", "olmo2", "phi3_longrope")
 
 
 def reduced(model: StreamedModel, blocks: tuple[int, ...] = (0, 2)) -> Sizes:
@@ -276,6 +276,7 @@ def test_buffers_that_hold_no_weights_and_a_second_copy_of_a_tied_head_are_left_
         ("gpt2", {"kv_heads": 3}, "num_attention_heads=3 must divide hidden_size=16"),
         ("opt", {"kv_heads": 2}, "head_dim=8 for 4"),
         ("gpt_neox", {"kv_heads": 2}, "head_dim=8 for 4"),
+        ("stablelm", {"kv_heads": 1}, "head_dim=4 .supported: None, 8.*possible for kv_heads: 2"),
         ("olmo2", {"kv_heads": 1}, "norms of queries and keys run over all heads together"),
         ("phi3_longrope", {"kv_heads": 1}, "transformers expects rope factors for heads of 8 features"),
         (
