@@ -58,7 +58,7 @@ HOUSE = {
         "compressed gguf/* packed",
         "hub",
         "source",
-        "gguf/vocabulary",
+        "gguf/vocabulary memory",
         "gguf/metadata",
         "forms",
     ],

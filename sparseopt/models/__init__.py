@@ -28,7 +28,7 @@ from sparseopt.models.files.source import Source, bundled_model, open_source
 from sparseopt.models.reshape.reordered import Move, block_moves, reordered_block
 from sparseopt.models.reshape.shrunk import Kept, Sizes, possible_kv_heads, sizes_of, sliced_block, smaller_model
 from sparseopt.models.streaming.prunable import PrunableBlock, PrunableModel
-from sparseopt.models.streaming.streamed import StreamedModel, load_decoder, open_model
+from sparseopt.models.streaming.streamed import ModelSource, StreamedModel, load_decoder, open_model, source_of
 from sparseopt.models.streaming.torch_model import TorchModel
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "Kept",
     "Linear",
     "ModelError",
+    "ModelSource",
     "Move",
     "Packed",
     "PrunableBlock",
@@ -80,6 +81,7 @@ __all__ = [
     "sizes_of",
     "sliced_block",
     "smaller_model",
+    "source_of",
     "start_token",
     "trained_tag",
     "unpack_folder",

@@ -19,12 +19,13 @@ from sparseopt.layers.problem import LayerMethod
 from sparseopt.models import (
     FAMILIES,
     ModelError,
+    ModelSource,
     Source,
     StreamedModel,
     TensorInfo,
-    open_source,
     sizes_of,
     smaller_model,
+    source_of,
 )
 from sparseopt.models.decoder.settings import BlockKind, DecoderConfig
 from sparseopt.pruning.memory import LIBRARIES, PLACES, output_bytes, prune_memory
@@ -163,7 +164,7 @@ class Inspection:
 
 
 def inspect_model(
-    source: str | Path | Source,
+    source: ModelSource,
     recipe: Recipe | None = None,
     *,
     measure: bool = False,
@@ -172,7 +173,7 @@ def inspect_model(
     """Say what a model is, and what pruning it by a recipe would take.
 
     Args:
-        source: a Hugging Face folder, a GGUF file or a name on the hub, or what `open_source` made of one.
+        source: a Hugging Face folder, a GGUF file or a name on the hub, or a model in memory, as for `prune_model`.
         recipe: of the pruning run; default: that of `prune_model`. Its calibration text is not read.
         measure: also measure the time of a run, which reads and prunes two blocks of the model; see
             `measured_seconds`.
@@ -186,7 +187,7 @@ def inspect_model(
     """
     recipe = recipe or Recipe()
     method = recipe.layer_method
-    opened = open_source(source) if isinstance(source, str | Path) else source
+    opened = source_of(source)
     supported = opened.config.get("model_type") in FAMILIES
     model = StreamedModel(opened) if supported else None
     if measure and model is None:

@@ -28,7 +28,7 @@ from sparseopt.core.base.types import Observer
 from sparseopt.layers.compiled import Stopwatch
 from sparseopt.layers.patterns import check_cut
 from sparseopt.layers.split import is_out_of_memory
-from sparseopt.models import Source, TorchModel, check_output, open_model
+from sparseopt.models import ModelSource, TorchModel, check_output, open_model
 from sparseopt.pruning.base.activations import Stream, embed_windows
 from sparseopt.pruning.base.grams import BlockRunner
 from sparseopt.pruning.base.records import Passed
@@ -72,7 +72,7 @@ class Stopped(PruningError):
 
 
 def prune_model(
-    source: str | Path | Source,
+    source: ModelSource,
     output: str | Path,
     recipe: Recipe | None = None,
     *,
@@ -85,7 +85,10 @@ def prune_model(
 
     Args:
         source: a Hugging Face model folder (safetensors), a GGUF file, or a name on the Hugging Face hub, `OWNER/NAME`
-            or `OWNER/NAME@REVISION`; or what `open_source` made of one.
+            or `OWNER/NAME@REVISION`; or what `open_source` made of one. Or a model in memory, which stays as it is: a
+            transformers model in torch, or a `Decoder` from `load_decoder`, also after training. Its tokenizer and
+            other files are those of the folder that it was loaded from; without such a folder, calibration must be
+            token ids.
         output: a folder that does not exist yet or is empty, or a file that does not exist yet whose name ends in
             ".gguf"; its run then lies in a folder beside it whose name ends in ".gguf.run". If the same run was
             interrupted there, it resumes after the last finished block, and the result is identical to that of an
@@ -119,7 +122,7 @@ def prune_model(
     )[0]
 
 
-def shrink_model(source: str | Path | Source, output: str | Path, recipe: ShrinkRecipe, **options: Any) -> PruneReport:
+def shrink_model(source: ModelSource, output: str | Path, recipe: ShrinkRecipe, **options: Any) -> PruneReport:
     """Make a smaller dense model of a causal language model: fewer MLP channels, key-value groups, blocks or experts.
 
         minimise over V and S    1/2 ||X Vᵀ - Y||²    subject to V vanishing outside the kept groups of inputs S
@@ -139,7 +142,7 @@ def shrink_model(source: str | Path | Source, output: str | Path, recipe: Shrink
 
 @freed_memory_kept()
 def prune_models(
-    source: str | Path | Source,
+    source: ModelSource,
     recipes: Sequence[tuple[PassRecipe, str | Path]],
     *,
     observer: Observer | None = None,
@@ -170,7 +173,7 @@ def prune_models(
 
 @contextlib.contextmanager
 def open_pass(
-    source: str | Path | Source,
+    source: ModelSource,
     recipes: Sequence[tuple[PassRecipe, str | Path]],
     observer: Observer,
     memory: int | str | None,

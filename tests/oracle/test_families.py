@@ -14,6 +14,7 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from sparseopt.models import (
+    ModelError,
     StreamedModel,
     find_family,
     load_decoder,
@@ -22,7 +23,8 @@ from sparseopt.models import (
     unpack_folder,
 )
 from sparseopt.models.files.safetensors import read_header, write_tensors
-from sparseopt.pruning import Recipe, audit_sparsity, prune_model
+from sparseopt.pruning import Recipe, audit_sparsity, perplexity, prune_model
+from sparseopt.system.run_folder import FolderError
 from tests.jitted import run
 from tests.models.decoder.test_tokenizer import TRICKY
 from tests.models.reshape.test_shrunk import reduced, write_smaller
@@ -41,6 +43,7 @@ from tests.models.tiny import (
 )
 from tests.oracle.conftest import reference, reference_logits
 from tests.oracle.make_golden import CASES, build_model, compute_case
+from tests.pruning.whole_runs import TOKENIZER
 
 pytestmark = pytest.mark.oracle
 
@@ -111,6 +114,82 @@ def test_a_pruned_export_is_loaded_with_our_logits_and_untouched_bytes(name, pre
     assert json.loads((output / "config.json").read_text())["model_type"] == CASES[name]["model_type"]
     error = float(np.abs(ours - logits).max())
     proof(CASES[name]["model_type"], "pruned", case=name, preset=preset, dtype=dtype, largest_error=error)
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_a_model_in_memory_is_that_of_its_saved_folder(name, tmp_path):
+    import torch
+
+    model = build_model(name).to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    memory, folder = open_model(model), open_model(tmp_path)
+    assert sorted(memory.exported_keys()) == sorted(folder.exported_keys())
+    assert memory.check_finite() == folder.check_finite()
+    assert memory.source.config == folder.source.config
+    assert memory.source.sidecars() == {
+        file: (tmp_path / file).read_bytes() for file in ("generation_config.json",) if (tmp_path / file).exists()
+    }
+
+
+# A tied head, transposed weights, and experts that transformers stacks in memory.
+@pytest.mark.parametrize("name", ["tied_grouped", "gpt2", "mixtral"])
+def test_pruning_a_model_in_memory_gives_what_pruning_its_saved_folder_gives(name, tmp_path):
+    import torch
+
+    model = build_model(name).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "source")
+    recipe = Recipe(method="wanda", calibration=torch.tensor(CALIBRATION), min_expert_tokens=8)
+    prune_model(tmp_path / "source", tmp_path / "folder", recipe)
+    prune_model(model, tmp_path / "memory", recipe)
+    assert stored_bytes(tmp_path / "memory") == stored_bytes(tmp_path / "folder")
+    configs = [(tmp_path / each / "config.json").read_text() for each in ("memory", "folder")]
+    assert configs[0] == configs[1]
+    # The model itself is not changed, and if it is that is another run.
+    assert open_model(model).check_finite() == open_model(tmp_path / "source").check_finite()
+    assert perplexity(model, TOKENS) == perplexity(tmp_path / "source", TOKENS)
+    assert prune_model(model, tmp_path / "folder", recipe).kept
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0, 0] += 1
+    with pytest.raises(FolderError, match=r"(?s)these differ:.*weights"):
+        prune_model(model, tmp_path / "folder", recipe)
+    with pytest.raises(ModelError, match="comes without a tokenizer"):
+        prune_model(model, tmp_path / "out", Recipe(method="wanda", calibration="pydoc", seqlen=16))
+
+
+def test_the_tokenizer_of_a_model_in_memory_is_that_of_its_folder(tmp_path, rng):
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_config()
+    source = write_folder(tmp_path / "source", config, random_tensors(config, rng))
+    (source / "tokenizer.json").write_text(TOKENIZER)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    recipe = Recipe(method="wanda", calibration=["the quick brown fox " * 50], windows=2, seqlen=24)
+    reports = [prune_model(each, tmp_path / f"out{i}", recipe) for i, each in enumerate((model, source))]
+    assert reports[0].calibration == reports[1].calibration
+    assert (tmp_path / "out0" / "tokenizer.json").read_text() == TOKENIZER
+    model.name_or_path = ""
+    with pytest.raises(ModelError, match=r"set model\.name_or_path"):
+        load_tokenizer(open_model(model).source)
+
+
+def test_what_cannot_be_pruned_from_memory_says_why():
+    import torch
+    from transformers import AutoModelForCausalLM, GPTJConfig
+
+    unknown = AutoModelForCausalLM.from_config(
+        GPTJConfig(n_embd=16, n_layer=1, n_head=2, rotary_dim=4, vocab_size=40, bos_token_id=1, eos_token_id=2)
+    )
+    quantised = build_model("qwen2")
+    quantised.config.quantization_config = {"quant_method": "bitsandbytes"}
+    for model, words in [
+        (torch.nn.Linear(2, 2), "Linear is a torch module and no transformers model.*pruning.prune_module"),
+        (unknown, r"GPTJForCausalLM \(in memory\) has the model_type 'gptj'.*pruning.prune_module"),
+        (quantised, "the Qwen2ForCausalLM is quantised: load the model that it was made from"),
+        (build_model("qwen2").to("meta"), r"39 tensors .* cannot be read: .*weight \(on the meta device\)"),
+        (build_model("qwen2").to(torch.float8_e4m3fn), r"embed_tokens.weight \(float8_e4m3fn\).*in float32, float16"),
+    ]:
+        with pytest.raises(ModelError, match=words):
+            open_model(model)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

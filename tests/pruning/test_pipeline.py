@@ -4,14 +4,18 @@ import hashlib
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
+import pytest
 from gguf import GGMLQuantizationType
 
 import sparseopt as so
-from sparseopt.models import load_decoder, open_source
+from sparseopt.models import ModelError, load_decoder, open_model, open_source
+from sparseopt.models.files.memory import MemorySource
 from sparseopt.pruning import Recipe, prune_model
 from sparseopt.pruning.inspection import inspect_model
 from sparseopt.pruning.run.facts import run_facts
+from sparseopt.system.run_folder import FolderError
 from tests.jitted import run
 from tests.models.tiny import tiny_config, write_gguf
 from tests.pruning.whole_runs import TOKENIZER, make_tokens, stored, tensors_of, write_model
@@ -74,3 +78,40 @@ def test_a_dead_input_is_reported(tmp_path, tokens):
     assert dead["model.layers.0.self_attn.q_proj"] == 1
     assert dead["model.layers.0.mlp.up_proj"] == 0
     assert (stored(tmp_path / "out")["model.layers.0.self_attn.q_proj.weight"][:, 5] == 0).all()
+
+
+def test_a_decoder_in_memory_is_pruned_as_its_folder_and_stays_as_it_is(tmp_path, source, tokens):
+    decoder, recipe = load_decoder(source), Recipe(method="wanda", calibration=jnp.asarray(tokens))
+    for name, model in {"folder": source, "memory": decoder}.items():
+        prune_model(model, tmp_path / name, recipe)
+        prune_model(model, tmp_path / f"{name}.gguf", recipe)
+    assert (tmp_path / "memory.gguf").read_bytes() == (tmp_path / "folder.gguf").read_bytes()
+    files = [{file.name: file.read_bytes() for file in (tmp_path / name).glob("*.*")} for name in ("folder", "memory")]
+    # Model card and records name the source and the time.
+    same = {name for name in files[0] if files[0][name] == files[1][name]}
+    assert same == files[0].keys() - {"README.md", "records.jsonl", "summary.json"}
+    assert "Made from llama (in memory)" in files[1]["README.md"].decode()
+    assert open_model(decoder).check_finite() == open_model(source).check_finite()
+    # The same weights are the same run, and others are others.
+    assert prune_model(decoder, tmp_path / "folder", recipe).kept
+    decoder.embed_tokens.weight[...] = decoder.embed_tokens.weight[...].at[0, 0].add(1)
+    with pytest.raises(FolderError, match=r"(?s)result of another run, these differ:.*weights"):
+        prune_model(decoder, tmp_path / "folder", recipe)
+    prune_model(decoder, tmp_path / "changed", recipe)
+    embedding = stored(tmp_path / "changed")["model.embed_tokens.weight"]
+    np.testing.assert_array_equal(embedding, decoder.embed_tokens.weight[...])
+
+
+def test_a_model_without_a_tokenizer_is_pruned_by_token_ids_alone(tmp_path, source, tokens, text):
+    opened = open_model(load_decoder(source)).source
+    alone = MemorySource("Alone", opened.config, opened.tensors, None)
+    of_text = Recipe(method="wanda", calibration=text, windows=3, seqlen=24)
+    for recipe in (Recipe(method="wanda", seqlen=24), of_text):
+        with pytest.raises(ModelError, match=r"Alone \(in memory\) comes without a tokenizer.*give token ids"):
+            prune_model(alone, tmp_path / "out", recipe)
+    assert not list(tmp_path.glob("out/*.safetensors"))
+    prune_model(alone, tmp_path / "alone", Recipe(method="wanda", calibration=tokens))
+    report = prune_model(opened, tmp_path / "text", of_text)
+    assert not (tmp_path / "alone" / "tokenizer.json").exists()
+    assert (tmp_path / "text" / "tokenizer.json").read_text() == TOKENIZER
+    assert [score.text for score in report.scores] == [f"the second half of {text}"]

@@ -5,10 +5,12 @@ jitted function of a block is traced once.
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial, reduce
 from pathlib import Path
+from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,8 @@ from sparseopt.models.decoder.decoder import Block, Decoder, Embedding, Head
 from sparseopt.models.decoder.settings import BlockKind, DecoderConfig
 from sparseopt.models.families import FAMILIES, find_family
 from sparseopt.models.families.family import Family, Shapes, block_linears, build_part, part_shapes
+from sparseopt.models.files.memory import MemorySource, TransformersModel, is_torch_module, transformers_source
+from sparseopt.models.files.safetensors import UnreadTensor
 from sparseopt.models.files.source import Source, open_source
 from sparseopt.models.streaming.prunable import PrunableModel, check_count, check_tensors
 from sparseopt.models.streaming.torch_model import TorchModel
@@ -112,6 +116,7 @@ class StreamedModel(PrunableModel):
         decoder.head = build_part(Head, self.config, read=read)
         if self.config.tied:
             decoder.head.lm_head.weight = embedding.weight
+        _ORIGINS[decoder] = self.source
         return decoder
 
     def read(self, path: str) -> jax.Array:
@@ -170,14 +175,44 @@ class StreamedModel(PrunableModel):
         return self.config.kinds[index]
 
 
-def open_model(source: str | Path | Source | PrunableModel) -> PrunableModel:
+# What a model is given as.
+ModelSource = str | Path | Source | PrunableModel | Decoder | TransformersModel
+
+# Where a decoder was read from. Not an attribute: programs compiled for one model would not serve another.
+_ORIGINS: WeakKeyDictionary[Decoder, Source] = WeakKeyDictionary()
+
+
+def source_of(model: ModelSource) -> Source:
+    """The source of a model, see `open_model`; a model in memory becomes a source without a copy of its tensors.
+
+    Raises:
+        ModelError: if there is no usable model.
+    """
+    if isinstance(model, PrunableModel):
+        return model.source
+    if isinstance(model, str | Path):
+        return open_source(model)
+    if isinstance(model, Decoder):
+        return _decoder_source(model)
+    if is_torch_module(model):
+        return transformers_source(model)
+    if not hasattr(model, "stored_tokenizer"):
+        raise ModelError(
+            "a model is a path, a name on the hub, what open_source or load_decoder returned, or a transformers model "
+            f"in torch, given {type(model).__name__}"
+        )
+    return cast(Source, model)
+
+
+def open_model(source: ModelSource) -> PrunableModel:
     """Open a model and check it; no tensor is read.
 
     A model whose family is not known here is opened through torch (extra `torch`), see `torch_model`.
 
     Args:
         source: a Hugging Face folder, a GGUF file or a name on the hub, as in `open_source`, or what that returned; a
-            model that is open is returned.
+            transformers model in torch, or a decoder that `load_decoder` returned, with the weights that it has when
+            they are read; a model that is open is returned.
 
     Raises:
         ModelError: if the files are unusable, the model type unknown, its configuration not supported, or its
@@ -185,11 +220,63 @@ def open_model(source: str | Path | Source | PrunableModel) -> PrunableModel:
     """
     if isinstance(source, PrunableModel):
         return source
-    opened = open_source(source) if isinstance(source, str | Path) else source
+    opened = source_of(source)
     model_type = opened.config.get("model_type")
-    return StreamedModel(opened) if model_type is None or model_type in FAMILIES else TorchModel(opened)
+    if model_type is None or model_type in FAMILIES:
+        return StreamedModel(opened)
+    if isinstance(opened, MemorySource):
+        raise ModelError(
+            f"{opened.name} has the model_type {model_type!r}, whose family is not known here: prune it in torch with "
+            "sparseopt.pruning.prune_module"
+        )
+    return TorchModel(opened)
 
 
-def load_decoder(source: str | Path | Source) -> Decoder:
-    """Read a whole model into memory, as float32; a `ModelError` also where its family is not known here."""
+def load_decoder(source: ModelSource) -> Decoder:
+    """Read a whole model into memory, as float32; a `ModelError` also where its family is not known here.
+
+    `open_model` takes the decoder back, with the weights that it has then.
+    """
     return open_model(source).decoder()
+
+
+def _decoder_source(decoder: Decoder) -> MemorySource:
+    """A decoder's weights by the names of the model that it was read from, whose other tensors and files stay."""
+    origin = _ORIGINS.get(decoder)
+    if origin is None:
+        raise ModelError(
+            "of this Decoder no configuration is known, since load_decoder did not return it: load the model again and "
+            "put the weights into it, nnx.update(loaded, nnx.state(decoder))"
+        )
+    model = StreamedModel(origin)
+    if _shapes(decoder) != _shapes(nnx.eval_shape(lambda: Decoder(model.config, rngs=nnx.Rngs(0)))):
+        raise ModelError(
+            f"the Decoder of {origin.name} has other parameters than it was loaded with; put its weights into one that "
+            "has not been changed"
+        )
+    tensors: dict[str, UnreadTensor] = {}
+    for key in model.exported_keys():
+        info, dtype = origin.tensors[key], np.dtype(np.float32)
+        if key in model._expected:
+            path = model.family.keys.to_path(key)
+            tensors[key] = UnreadTensor(info.shape, dtype, partial(_pieces, decoder, path, model.is_transposed(key)))
+        else:
+            tensors[key] = UnreadTensor(info.shape, info.dtype, partial(origin.pieces, key))
+    return MemorySource(origin.name, origin.config, tensors, origin)
+
+
+def _shapes(decoder: Decoder) -> dict[str, tuple[int, ...]]:
+    """By path. Of tied parameters there is one."""
+    return {".".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(decoder))}
+
+
+def _pieces(decoder: Decoder, path: str, transposed: bool) -> Iterator[np.ndarray]:
+    """The parameter at a path as a checkpoint stores it, whole."""
+    part, _, rest = path.partition(".")
+    found: Any = getattr(decoder, part)
+    if part == "layers":
+        index, _, rest = rest.partition(".")
+        value = found[int(index)].read(rest)
+    else:
+        value = reduce(getattr, rest.split("."), found)[...]
+    yield np.asarray(value, np.float32).T if transposed else np.asarray(value, np.float32)

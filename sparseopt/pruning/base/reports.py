@@ -28,7 +28,8 @@ class PruneReport:
 
     Attributes:
         output: the folder or file written.
-        source: the model pruned, as it was given: a path or a name on the hub.
+        source: the model pruned, as it was given: a path or a name on the hub; for one in memory, what it names as its
+            own.
         revision: its commit on the hub, a sha; None for your own files.
         recipe: the recipe as plain values; through torch its open fields are filled in.
         route: what ran the blocks: "flax", or "torch" for a family that is not known here.

@@ -7,7 +7,6 @@ The model is streamed block by block over as many windows as fit in `PASS_BYTES`
 """
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from sparseopt.core.base.types import Observer
 from sparseopt.layers.compiled import Compiled
-from sparseopt.models import Decoder, Head, PrunableModel, check_window, open_model
+from sparseopt.models import Decoder, Head, ModelSource, check_window, open_model
 from sparseopt.pruning.base.activations import PASS_BYTES, windows_per_batch
 from sparseopt.pruning.base.torch_grams import runner_of
 from sparseopt.pruning.text.windows import begin_windows, check_vocabulary, token_array
@@ -55,7 +54,7 @@ def negative_log_likelihood(
 
 
 def perplexity(
-    model: str | Path | PrunableModel | Decoder,
+    model: ModelSource,
     token_ids: Any,
     seqlen: int = 1024,
     *,
@@ -65,7 +64,8 @@ def perplexity(
     """Perplexity of a model on token ids in non-overlapping windows.
 
     Args:
-        model: a model folder, a GGUF file, a name on the hub, an opened model, or a whole decoder in memory.
+        model: a model folder, a GGUF file, a name on the hub, an opened model, or one in memory: a transformers model
+            in torch, or a `Decoder`.
         token_ids: integer ids, `[n]` (split into windows from the start, without the rest) or `[windows, seqlen]`.
         seqlen: tokens per window when `token_ids` is flat.
         bos: the id of a token to put first in every window, whose last token is left out. The token after it is not
@@ -81,7 +81,7 @@ def perplexity(
 
 @freed_memory_kept()
 def window_losses(
-    model: str | Path | PrunableModel | Decoder,
+    model: ModelSource,
     token_ids: Any,
     seqlen: int = 1024,
     *,

@@ -66,8 +66,9 @@ class PassRecipe(BaseModel, ABC):
     """What all recipes say: the method, and the tokens that one pass over the blocks sees.
 
     In Python, `method` may also be a `LayerMethod` of your own, `train_epochs` a whole `Reconstruction`, and
-    `calibration` a list of texts or of chats (lists of messages with `role` and `content`), or token ids
-    `[windows, seqlen]`, which are taken as they are: their last `heldout_windows` windows are held out.
+    `calibration` a list of texts or of chats (lists of messages with `role` and `content`), a `datasets.Dataset` with a
+    column of either, or token ids `[windows, seqlen]` of NumPy, JAX or torch, which are taken as they are: their last
+    `heldout_windows` windows are held out.
 
     On few tokens a larger `ridge` overfits less: 0.1 is best, by held-out error, for 8,192 tokens of SmolLM2. The
     relative errors in a report weight tokens as the Gram matrices do, and outputs equally; with `propagate` they are

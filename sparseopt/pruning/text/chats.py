@@ -1,6 +1,8 @@
 """What a document is: a text, or a chat as a list of messages."""
 
 import json
+import sys
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -16,8 +18,16 @@ class TextError(ValueError):
     """A text that cannot be read or is too short; the message says what to do."""
 
 
+def is_data_set(given: Any) -> bool:
+    """Whether an object is a `Dataset` of the package datasets."""
+    datasets = sys.modules.get("datasets")
+    return datasets is not None and isinstance(given, datasets.Dataset)
+
+
 def is_text(calibration: Any) -> bool:
-    """Whether a calibration is text, named or as a list of documents, and not token ids."""
+    """Whether a calibration is text, named or as a list or data set of documents, and not token ids."""
+    if isinstance(calibration, Mapping) or type(calibration).__module__.startswith("datasets."):
+        return True
     first = calibration[0] if isinstance(calibration, list | tuple) and calibration else calibration
     return isinstance(first, str) or (isinstance(first, list | tuple) and bool(first) and isinstance(first[0], dict))
 

@@ -21,13 +21,14 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from glob import glob
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+from sparseopt.models.base.errors import listed
 from sparseopt.models.files.folder import PICKLES
-from sparseopt.pruning.text.chats import Document, TextError, is_chat, read_document
+from sparseopt.pruning.text.chats import Document, TextError, is_chat, is_data_set, read_document
 
 Part = Literal["calibration", "evaluation"]
 SELF = "self"
@@ -42,8 +43,8 @@ _ENDINGS = {
     "parquet": (".parquet",),
 }
 _ALL_ENDINGS = tuple(itertools.chain(*_ENDINGS.values()))
-# The kind of a text that is no specification.
-_GIVEN = "a list of texts"
+# The kinds of a text that is no specification.
+_GIVEN, _DATA_SET = "a list of texts", "a Dataset"
 _KINDS = ("pydoc", "file", *_ENDINGS, "wikitext2", "hf")
 _WITH_COLUMN = (*_ENDINGS, "hf")
 _SPLITS: dict[Part, str] = {"calibration": "validation", "evaluation": "test"}
@@ -56,11 +57,21 @@ def check_text(text: Any, split: str | None = None, column: str | None = None) -
     kind, rest = _kind_of(text)
     if text == SELF:
         raise TextError(f"text {SELF!r} is drawn by the model, to calibrate on it; known here are {TEXTS}")
-    if kind not in (*_KINDS, _GIVEN):
+    if isinstance(text, Mapping):
+        raise TextError(
+            f"texts are a list or a Dataset, given a mapping of {listed(list(map(str, text)))}: give one of its "
+            "values, such as a split of a DatasetDict, or the input_ids of a tokenizer"
+        )
+    if kind == _GIVEN and type(text).__module__.startswith("datasets."):
+        raise TextError(
+            f"texts are a list or a Dataset, given {type(text).__name__}: give a list, or some rows of a stream as "
+            "datasets.Dataset.from_list(list(stream.take(1000)))"
+        )
+    if kind not in (*_KINDS, _GIVEN, _DATA_SET):
         raise TextError(f"unknown text {text!r}; known are {TEXTS}, and to calibrate on {SELF}")
-    if kind not in ("pydoc", _GIVEN) and not rest:
+    if kind not in ("pydoc", _GIVEN, _DATA_SET) and not rest:
         raise TextError(f"text {text!r} names no source; write {kind}:{'NAME' if kind == 'hf' else 'PATH'}")
-    if column is not None and kind not in _WITH_COLUMN:
+    if column is not None and kind not in (*_WITH_COLUMN, _DATA_SET):
         raise TextError(f"column {column!r} is for {', '.join(f'{k}:' for k in _WITH_COLUMN)}, not for {kind}: omit it")
     if split is not None and kind != "hf":
         raise TextError(f"split {split!r} is for data sets of the hub (hf:), not for {kind}: leave it out")
@@ -68,14 +79,16 @@ def check_text(text: Any, split: str | None = None, column: str | None = None) -
 
 def _kind_of(text: Any) -> tuple[str, str]:
     """What stands before and behind the colon of a specification."""
-    kind, _, rest = text.partition(":") if isinstance(text, str) else (_GIVEN, "", "")
+    if not isinstance(text, str):
+        return _DATA_SET if is_data_set(text) else _GIVEN, ""
+    kind, _, rest = text.partition(":")
     return kind, rest
 
 
 def part_of_text(text: Any, part: Part, split: str | None = None) -> str:
     """The specification; where no split separates the parts, also which part of it is read."""
     kind, _ = _kind_of(text)
-    if kind == _GIVEN:
+    if kind in (_GIVEN, _DATA_SET):
         return f"{len(text)} documents"
     if text == SELF:
         return "text that the model drew itself"
@@ -90,7 +103,7 @@ def load_documents(text: Any, part: Part, *, split: str | None = None, column: s
     """The documents of a part of a text, one after the other; files are read only as far as they are asked for.
 
     Args:
-        text: a specification, or a list of texts or of chats, which are taken whole.
+        text: a specification, or a list or `Dataset` of texts or of chats, which is taken whole.
         part: which documents.
         split: of a data set of the hub, in place of the part's own.
         column: of the rows; None for the first of `COLUMNS` that exists.
@@ -105,6 +118,8 @@ def load_documents(text: Any, part: Part, *, split: str | None = None, column: s
     match kind:
         case _ if kind == _GIVEN:
             found = (read_document(value, f"document {number}") for number, value in enumerate(text, 1))
+        case _ if kind == _DATA_SET:
+            found = _data_set_rows(text, column)
         case "pydoc":
             found = _read_pydoc(part)
         case "file":
@@ -127,7 +142,8 @@ def load_documents(text: Any, part: Part, *, split: str | None = None, column: s
         filled = filled or is_chat(document) or bool(str(document).strip())
         yield document
     if not filled:
-        raise TextError(f"text {text!r} is empty in its {part} part")
+        given = repr(text) if isinstance(text, str) else part_of_text(text, part)
+        raise TextError(f"text {given} is empty in its {part} part")
 
 
 def load_text(text: str, part: Part, *, split: str | None = None, column: str | None = None) -> str:
@@ -304,6 +320,16 @@ def _parquet_rows(file: Path, column: str | None) -> Iterator[tuple[str, Any]]:
                 yield f"row {number}", value
     except pyarrow.ArrowException as error:
         raise ValueError(str(error)) from error
+
+
+def _data_set_rows(data: Any, column: str | None) -> Iterator[Document | None]:
+    try:
+        name = _column(data.column_names, column)
+    except ValueError as error:
+        raise TextError(f"cannot read a text column from the Dataset: {error}") from error
+    # Plain values, in whatever format the data set gives them.
+    rows = data.select_columns([name]).with_format(None)
+    return (read_document(row[name], f"row {number}") for number, row in enumerate(rows, 1))
 
 
 def _json_rows(file: Path, column: str | None) -> Iterator[tuple[str, Any]]:

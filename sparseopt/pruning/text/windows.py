@@ -55,7 +55,7 @@ def text_windows(
 
     Args:
         source: of the model.
-        text: a specification or a list of documents, as `split`, `column` and `part` see `load_documents`.
+        text: a specification, a list or a `Dataset`, as `split`, `column` and `part` see `load_documents`.
         part: which documents.
         count: windows wanted.
         length: tokens a window.
@@ -177,9 +177,10 @@ def token_windows(
 
 
 def token_array(given: Any) -> np.ndarray:
-    """Token ids as an array; a `TextError` where windows have different lengths."""
+    """Token ids of any array library as an array; a `TextError` where windows have different lengths."""
     try:
-        return np.asarray(given)
+        # torch does not give those on a GPU to NumPy.
+        return np.asarray(given.cpu() if hasattr(given, "cpu") else given)
     except ValueError:
         raise TextError("all windows of token ids must have the same number of tokens") from None
 

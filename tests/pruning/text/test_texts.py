@@ -330,6 +330,38 @@ def test_no_more_of_a_source_is_read_than_is_needed(tokenized, monkeypatch):
     assert next(read) < 100
 
 
+def test_a_data_set_in_memory_is_the_list_of_its_column(tokenized):
+    from datasets import Dataset, DatasetDict
+
+    settings(tokenized, chat_template=TEMPLATE)
+    given = {"body": TEXTS[::-1], "text": TEXTS, "messages": [CHAT] * 5, "number": range(5)}
+    for columns, column, documents in [
+        (("number", "messages", "text"), None, TEXTS),
+        (("number", "messages"), None, [CHAT] * 5),
+        (("number", "text", "body"), "body", TEXTS[::-1]),
+    ]:
+        data = Dataset.from_dict({name: given[name] for name in columns}).with_format("numpy")
+        recipe = Recipe(calibration=data, column=column)
+        assert recipe.as_dict()["calibration"] == "5 documents"
+        found = text_windows(tokenized, recipe.calibration, "calibration", 4, 8, column=column)
+        expected = text_windows(tokenized, documents, "calibration", 4, 8)
+        np.testing.assert_array_equal(found.ids, expected.ids)
+    stream = data.to_iterable_dataset()
+    for refused, words in [
+        ({"calibration": DatasetDict({"train": data})}, "given a mapping of train: give one of its values"),
+        ({"calibration": {"input_ids": [[1, 2]]}}, "a mapping of input_ids: give one of its values"),
+        ({"calibration": stream}, r"given IterableDataset: give .*Dataset.from_list\(list\(stream.take\(1000\)\)\)"),
+        ({"calibration": data, "split": "train"}, "for data sets of the hub .*not for a Dataset"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            Recipe(**refused)
+    for column, words in ((None, "no column 'text' or .*; its columns are number"), ("number", "row 1 holds int")):
+        with pytest.raises(TextError, match=words):
+            list(load_documents(data.select_columns(["number"]), "calibration", column=column))
+    with pytest.raises(TextError, match="text 5 documents is empty"):
+        list(load_documents(Dataset.from_dict({"text": [None] * 5}), "calibration"))
+
+
 def test_what_is_a_text():
     given = ("pydoc", ["a"], [CHAT], [[1, 2]], [], np.ones((2, 2)))
     assert [is_text(each) for each in given] == [True] * 3 + [False] * 3

@@ -8,6 +8,7 @@ from sparseopt.models.files.gguf.architectures import architecture_of
 from sparseopt.models.files.gguf.header import Value, text
 from sparseopt.models.files.gguf.source import GGUFSource
 from sparseopt.models.files.gguf.vocabulary import tokenizer_values
+from sparseopt.models.files.memory import IN_MEMORY
 from sparseopt.models.files.source import Source
 
 # Of the file that was read, not of the one to be written: its parts, types of tensors and places of data.
@@ -62,5 +63,5 @@ def _resized(kept: dict[str, Value], before: dict[str, Value], fields: dict[str,
 
 def _short_name(source: Source) -> str:
     """The last part of a folder's path or of a name on the hub, without its revision."""
-    path = PurePath(source.name.rstrip("/"))
+    path = PurePath(source.name.removesuffix(IN_MEMORY).rstrip("/"))
     return path.name.partition("@")[0] if source.revision else path.name or source.path.resolve().name
