@@ -82,7 +82,13 @@ HOUSE = {
         "shared_pass",
     ],
     "pruning/measure": ["block_removal survey", "mixing"],
-    "pruning": ["memory", "pipeline", "inspection", "__init__"],
+    "pruning/modules": [
+        "lanes layouts",
+        "watched",
+        "flax_module module_plan torch_module",
+        "linen_module module_training nnx_module",
+    ],
+    "pruning": ["memory prune_module", "pipeline", "inspection", "__init__"],
     "experiments": [
         "names plots* read/*",
         "task",
