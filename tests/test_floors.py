@@ -86,7 +86,7 @@ HOUSE = {
         "lanes layouts",
         "watched",
         "flax_module module_plan torch_module",
-        "linen_module module_training nnx_module",
+        "linen_module masks module_training nnx_module",
     ],
     "pruning": ["memory prune_module", "pipeline", "inspection", "__init__"],
     "experiments": [

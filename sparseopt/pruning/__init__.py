@@ -16,9 +16,10 @@ from sparseopt.layers.problem import LayerJob, LayerMethod, LayerReport, Pruned,
 from sparseopt.layers.prune_layer import LayerResult, prune_layer
 from sparseopt.pruning.base.records import Footprint, LayerRecord
 from sparseopt.pruning.base.reports import PruneReport
-from sparseopt.pruning.evaluate.audit import LayerAudit, PatternAudit, audit_pattern, audit_sparsity, masks
+from sparseopt.pruning.evaluate.audit import LayerAudit, PatternAudit, audit_pattern, audit_sparsity
 from sparseopt.pruning.evaluate.perplexity import perplexity
 from sparseopt.pruning.memory import BudgetError
+from sparseopt.pruning.modules.masks import masks
 from sparseopt.pruning.pipeline import Stopped, prune_model, prune_models, shrink_model
 from sparseopt.pruning.prune_module import ModuleReport, prune_module
 from sparseopt.pruning.recipe.prune_recipe import Recipe

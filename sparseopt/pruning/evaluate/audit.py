@@ -101,19 +101,8 @@ def _audit(layer: str, weight: np.ndarray, pattern: Pattern) -> PatternAudit:
     return PatternAudit(layer, weight.shape, counts.unit, counts.each.size, counts.allowed, least, most)
 
 
-def masks(model: str | Path | PrunableModel) -> Iterator[tuple[str, np.ndarray]]:
-    """Which weights of a pruned model are kept, to train it elsewhere without changing its zeros.
-
-    Args:
-        model: a model folder, dense or packed, a GGUF file, a name on the hub, or an opened model.
-
-    Returns:
-        For every prunable linear the name of its weight in the checkpoint, and a bool array in the checkpoint's own
-        layout, True where the weight is not zero. Each is read when its turn comes; `dict(masks(folder))` holds all.
-
-    Raises:
-        ModelError: if the model cannot be used.
-    """
+def stored_masks(model: str | Path | PrunableModel) -> Iterator[tuple[str, np.ndarray]]:
+    """The key of every prunable linear's weight, and which of its entries are not zero, see `masks`."""
     opened = open_model(model)
     return ((key, opened.as_stored(key, opened.stored(key) != 0)) for key in opened.linear_keys())
 
