@@ -23,7 +23,7 @@ SHRINK := sizes,methods,windows
 RELIABILITY := inputs,kills,budget,fuzz
 OTHERS := slow and not pages and not oracle and not package and not notebooks and not accelerators and not device
 
-.PHONY: help demo test test-all test-thorough lint test-slow test-oracle test-notebooks test-package test-accelerators test-gpu fuzz families golden notebooks docs bench-prune bench-memory bench-reliability bench-scaling bench-accelerators bench-gpu bench-quality bench-precision bench-shrink bench-runtime bench-bits bench-trend bench-trend-selection bench-trend-sizes bench-trend-peers bench-trend-batch bench-core bench-benchopt clean
+.PHONY: help demo test test-all test-thorough lint test-slow test-oracle test-notebooks test-package test-accelerators test-gpu fuzz families golden notebooks docs bench-prune bench-memory bench-reliability bench-scaling bench-accelerators bench-gpu bench-quality bench-precision bench-shrink bench-runtime bench-bits bench-modules bench-trend bench-trend-selection bench-trend-sizes bench-trend-peers bench-trend-batch bench-core bench-benchopt clean
 
 # Two installations in one environment at the same time would break it.
 .NOTPARALLEL:
@@ -200,6 +200,9 @@ bench-runtime: $(VENV)/.installed-demo $(VENV)-runtimes/.installed ## Dense and 
 bench-bits: $(VENV)/.installed-demo $(VENV)-runtimes/.installed $(if $(filter gemma3-270m,$(MODEL)),$(GEMMA)) ## Models in few bits in llama.cpp (an hour); DATA=folder, MODEL=gemma3-270m or a folder, ONLY.
 	$(BIN)/python benchmarks/bench_bits.py --python $(VENV)-runtimes/bin/python $(if $(DATA),--data '$(DATA)') \
 		$(if $(MODEL),--source '$(if $(filter gemma3-270m,$(MODEL)),$(GEMMA),$(MODEL))') $(if $(ONLY),--only '$(ONLY)')
+
+bench-modules: $(VENV)/.installed-demo ## What watching a network costs in prune_module (two minutes).
+	$(BIN)/python benchmarks/bench_modules.py
 
 bench-trend: $(VENV)/.installed-demo ## Benchmark of the trend filter; TRUTH=folder with certified problems.
 	$(BIN)/python benchmarks/bench_trend.py --only steps,paths,scaling,truth $(if $(TRUTH),--truth '$(TRUTH)')
