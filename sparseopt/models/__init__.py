@@ -1,6 +1,6 @@
 """Decoder-only language models in Flax NNX: read from Hugging Face folders or GGUF, run, exported.
 
-From the lowest: `base`, `files`, `decoder`, `families`, `streaming`, `reshape`, and `export`.
+From the lowest: `base`, `files`, `decoder`, `families`, `streaming`, `reshape`, and `export` and `loaded`.
 """
 
 from sparseopt.models.base.errors import ModelError
@@ -13,6 +13,7 @@ from sparseopt.models.decoder.settings import BlockKind, DecoderConfig, ExpertsC
 from sparseopt.models.decoder.tokenizer import Bos, chat_writer, encode_text, load_tokenizer, start_token
 from sparseopt.models.export import (
     OUTER_TAG,
+    WHOLE_TAG,
     ShardedWriter,
     block_tag,
     check_output,
@@ -25,15 +26,16 @@ from sparseopt.models.families import FAMILIES, find_family
 from sparseopt.models.files.forms import Compressed, Form, Joined, Packed
 from sparseopt.models.files.safetensors import TensorInfo, UnreadTensor
 from sparseopt.models.files.source import Source, bundled_model, open_source
+from sparseopt.models.loaded import LoadedModel, open_any
 from sparseopt.models.reshape.reordered import Move, block_moves, reordered_block
 from sparseopt.models.reshape.shrunk import Kept, Sizes, possible_kv_heads, sizes_of, sliced_block, smaller_model
-from sparseopt.models.streaming.prunable import PrunableBlock, PrunableModel
+from sparseopt.models.streaming.prunable import PrunableModel
 from sparseopt.models.streaming.streamed import ModelSource, StreamedModel, load_decoder, open_model, source_of
-from sparseopt.models.streaming.torch_model import TorchModel
 
 __all__ = [
     "FAMILIES",
     "OUTER_TAG",
+    "WHOLE_TAG",
     "Block",
     "BlockKind",
     "Bos",
@@ -47,11 +49,11 @@ __all__ = [
     "Joined",
     "Kept",
     "Linear",
+    "LoadedModel",
     "ModelError",
     "ModelSource",
     "Move",
     "Packed",
-    "PrunableBlock",
     "PrunableModel",
     "Rope",
     "Routed",
@@ -60,7 +62,6 @@ __all__ = [
     "Source",
     "StreamedModel",
     "TensorInfo",
-    "TorchModel",
     "UnreadTensor",
     "block_moves",
     "block_tag",
@@ -73,6 +74,7 @@ __all__ = [
     "generate",
     "load_decoder",
     "load_tokenizer",
+    "open_any",
     "open_model",
     "open_source",
     "pack_folder",

@@ -24,10 +24,12 @@ from sparseopt.models.files.forms import Form, Joined, Packed, Readable
 from sparseopt.models.files.packed import PACKED_INDEX, is_packed
 from sparseopt.models.files.safetensors import WRITABLE, TensorInfo, UnreadTensor
 from sparseopt.models.files.source import FolderSource, Source
-from sparseopt.models.streaming.streamed import open_model
+from sparseopt.models.streaming.streamed import is_known, open_model
 from sparseopt.system.files import replacing
 
 OUTER_TAG = "outer"
+# Of a shard that has all tensors.
+WHOLE_TAG = "whole"
 
 
 def block_tag(index: int) -> str:
@@ -315,18 +317,30 @@ def _rewrite(source: str | Path, output: str | Path, *, pack: bool, observer: Ob
         raise ModelError(f"{folder} is packed already; copy it, or unpack it with `sparseopt unpack`")
     if not pack and not is_packed(folder):
         raise ModelError(f"{folder} is not packed: it has no {PACKED_INDEX}; a dense folder needs no unpacking")
-    model = open_model(FolderSource(folder))
-    if any(isinstance(tensor, CompressedTensor) for tensor in model.source.tensors.values()):
+    opened = FolderSource(folder)
+    if any(isinstance(tensor, CompressedTensor) for tensor in opened.tensors.values()):
         raise ModelError(f"{folder} is stored in few bits, which packing would undo; copy it")
-    check_output(model.source, Path(output))
+    check_output(opened, Path(output))
     # The shards are those that pruning writes, not those of the folder: memory holds one block at a time.
-    shards = {OUTER_TAG: model.outer_keys()} | {
-        block_tag(index): list(model.block_keys(index).values()) for index in range(model.num_blocks)
-    }
-    writer = ShardedWriter(output, model.source, form=Packed() if pack else Form(), keys=model.exported_keys())
-    for done, (tag, keys) in enumerate(shards.items(), 1):
-        writer.write(tag, unread(model.source, keys))
+    shards = _shards(opened)
+    keys = [key for each in shards.values() for key in each]
+    writer = ShardedWriter(output, opened, form=Packed() if pack else Form(), keys=keys)
+    for done, (tag, own) in enumerate(shards.items(), 1):
+        writer.write(tag, unread(opened, own))
         if observer:
             observer("shards", done, len(shards))
     writer.finish()
     return writer
+
+
+def _shards(source: Source) -> dict[str, list[str]]:
+    """The names of the tensors outside the blocks and of each block, by the tag of their shard."""
+    if is_known(source):
+        model = open_model(source)
+        inner = {block_tag(index): list(model.block_keys(index).values()) for index in range(model.num_blocks)}
+        return {OUTER_TAG: model.outer_keys()} | inner
+    shards: dict[str, list[str]] = {}
+    for key in source.tensors:
+        number = re.search(r"\.(\d+)\.", key)
+        shards.setdefault(block_tag(int(number[1])) if number else OUTER_TAG, []).append(key)
+    return shards

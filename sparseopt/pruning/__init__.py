@@ -20,11 +20,11 @@ from sparseopt.pruning.evaluate.audit import LayerAudit, PatternAudit, audit_pat
 from sparseopt.pruning.evaluate.perplexity import perplexity
 from sparseopt.pruning.memory import BudgetError
 from sparseopt.pruning.modules.masks import masks
-from sparseopt.pruning.pipeline import Stopped, prune_model, prune_models, shrink_model
+from sparseopt.pruning.pipeline import prune_model, prune_models, shrink_model
 from sparseopt.pruning.prune_module import ModuleReport, prune_module
 from sparseopt.pruning.recipe.prune_recipe import Recipe
 from sparseopt.pruning.recipe.shrink_recipe import ShrinkRecipe
-from sparseopt.pruning.run.block import PruningError
+from sparseopt.pruning.run.block import PruningError, Stopped
 from sparseopt.pruning.text.chats import TextError
 from sparseopt.pruning.text.documents import load_text
 from sparseopt.pruning.text.windows import text_windows, token_digest, token_windows

@@ -28,7 +28,7 @@ from sparseopt.layers.methods.few_bits import FewBits
 from sparseopt.layers.patterns import is_group_pattern
 from sparseopt.layers.problem import LayerMethod
 from sparseopt.layers.split import fewest_blocks
-from sparseopt.models import Form, PrunableModel, StreamedModel, TensorInfo, TorchModel
+from sparseopt.models import Form, PrunableModel, StreamedModel, TensorInfo
 from sparseopt.models.decoder.attention import QUERY_CHUNK
 from sparseopt.models.decoder.experts import stacked_name
 from sparseopt.models.decoder.settings import DecoderConfig
@@ -295,7 +295,7 @@ def distillation_bytes(config: DecoderConfig, parameters: int, largest: int, tok
 
 
 def choose_footprint(
-    model: PrunableModel,
+    model: StreamedModel,
     plans: Sequence[Plan],
     calibration: np.ndarray,
     heldout: np.ndarray,
@@ -322,7 +322,7 @@ def choose_footprint(
     where: Activations = "memory"
     parts: Mapping[str, int] = {}
     nbytes, phase, scratch = None, "", 0
-    if isinstance(model, StreamedModel) and not spread:
+    if not spread:
         where, memory = _choose(model, recipes, budget)
         phase, scratch = memory.peak_phase, memory.scratch_bytes
         parts, held = memory.phases[phase], resident_bytes() - LIBRARIES
@@ -330,16 +330,9 @@ def choose_footprint(
             # Of earlier work in this process: no part of the run, but of the peak that is measured.
             parts = {**parts, "held before the run": held}
         nbytes = sum(parts.values())
-    elif budget and not spread:
-        # What torch holds is not known; activations do not add to it.
-        where = "disk"
-        variants = {plan.recipe.variants for plan in plans}
-        tokens = calibration.size * (1 + max(variants)) + heldout.size
-        scratch = (len(plans) + 2 * len(variants) + 1) * FLOAT32 * tokens * model.config.hidden_size
     output = [sum(output_bytes(plan.target, plan.recipe, plan.form).values()) for plan in plans]
-    _check_disks(plans, scratch)
-    stacked = model.stacked_weights if isinstance(model, TorchModel) else 0
-    return Footprint(where, nbytes, dict(parts), phase, budget, sum(output), scratch, stacked)
+    check_disks(plans, scratch)
+    return Footprint(where, nbytes, dict(parts), phase, budget, sum(output), scratch)
 
 
 def _costliest(plan: Plan) -> LayerMethod:
@@ -378,7 +371,7 @@ def _too_little(memory: Memory, what: str, instead: str) -> str:
     )
 
 
-def _check_disks(plans: Sequence[Plan], scratch: int) -> None:
+def check_disks(plans: Sequence[Plan], scratch: int) -> None:
     """Raise a BudgetError without room for what is written, less what an earlier run has written already."""
     needed, places = Counter[int](), dict[int, Path]()
     for plan in plans:

@@ -28,19 +28,19 @@ from sparseopt.core.base.types import Observer
 from sparseopt.layers.compiled import Stopwatch
 from sparseopt.layers.patterns import check_cut
 from sparseopt.layers.split import is_out_of_memory
-from sparseopt.models import ModelSource, TorchModel, check_output, open_model
+from sparseopt.models import LoadedModel, ModelSource, check_output, open_any
 from sparseopt.pruning.base.activations import Stream, embed_windows
 from sparseopt.pruning.base.grams import BlockRunner
 from sparseopt.pruning.base.records import Passed
 from sparseopt.pruning.base.reports import PruneReport
-from sparseopt.pruning.base.torch_grams import runner_of
+from sparseopt.pruning.loaded_pass import loaded_footprint, plan_for, prune_loaded
 from sparseopt.pruning.measure.mixing import choose_shapes
 from sparseopt.pruning.measure.survey import survey
 from sparseopt.pruning.memory import choose_footprint
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe
 from sparseopt.pruning.recipe.prune_recipe import Recipe
 from sparseopt.pruning.recipe.shrink_recipe import ShrinkRecipe
-from sparseopt.pruning.run.block import DenseBlock, PruningError
+from sparseopt.pruning.run.block import DenseBlock, PruningError, Stopped
 from sparseopt.pruning.run.calibration import (
     calibration_windows,
     check_same_calibration,
@@ -51,7 +51,7 @@ from sparseopt.pruning.run.calibration import (
 )
 from sparseopt.pruning.run.drawn import drawn_windows, keep_drawn
 from sparseopt.pruning.run.output_form import run_folder_of
-from sparseopt.pruning.run.plan import Plan, make_plan
+from sparseopt.pruning.run.plan import Plan
 from sparseopt.pruning.run.resumption import (
     Identity,
     Progress,
@@ -65,10 +65,6 @@ from sparseopt.pruning.run.shared_pass import Branch, Pass
 from sparseopt.pruning.run.variants import with_variants
 from sparseopt.system import processes
 from sparseopt.system.machine import freed_memory_kept, parse_bytes, peak_from_now, return_freed_memory
-
-
-class Stopped(PruningError):
-    """A run that stopped after a finished block because it was asked to; the same call resumes it."""
 
 
 def prune_model(
@@ -197,16 +193,17 @@ def open_pass(
         raise ValueError(
             f"a budget of memory is for one device, given {memory} and {mesh.size} devices: leave one of the two out"
         )
-    model = open_model(source)
+    # Of one that is loaded whole, plan and pass ask for names and shapes alone.
+    model: Any = open_any(source)
     for output in outputs:
         check_output(model.source, output)
-    in_torch = isinstance(model, TorchModel)
-    if mesh is not None and in_torch:
+    whole = isinstance(model, LoadedModel)
+    if mesh is not None and whole:
         raise ValueError(
-            f"the blocks of a {model.config.model_type} model, whose family is not known here, run in torch, which is "
-            f"for one device; given {mesh.size}: leave devices out"
+            f"a {model.config.model_type} model, whose family is not known here, is loaded whole on one device; given "
+            f"{mesh.size}: leave devices out"
         )
-    plans = [make_plan(model, recipe, output) for (recipe, _), output in zip(recipes, outputs, strict=True)]
+    plans = [plan_for(model, recipe, output) for (recipe, _), output in zip(recipes, outputs, strict=True)]
     for plan in plans:
         for key, pattern in plan.patterns.items():
             check_cut(pattern, model.weight_shape(key), mesh)
@@ -237,11 +234,15 @@ def open_pass(
             yield plans, identity, None
             return
         unfinished = [plan for plan, _ in rest]
-        footprint = choose_footprint(model, unfinished, *windows[:2], budget, spread=mesh is not None)
+        if whole:
+            footprint = loaded_footprint(model, unfinished, windows.calibration, budget)
+            _ = model.module  # refused, if it cannot be loaded, before anything is written
+        else:
+            footprint = choose_footprint(model, unfinished, *windows[:2], budget, spread=mesh is not None)
         read = processes.told([progress_in(identity, plan).as_dict() for plan in unfinished] if first else [])
         branches = [Branch(model, *own, Progress.from_dict(each)) for own, each in zip(rest, read, strict=True)]
-        runner = runner_of(model) if in_torch else BlockRunner()
-        yield plans, identity, Pass(model, branches, windows, footprint, samples, observer, mesh, drawing, runner)
+        work = Pass(model, branches, windows, footprint, samples, observer, mesh, drawing, BlockRunner())
+        yield plans, identity, work
 
 
 @contextlib.contextmanager
@@ -287,14 +288,34 @@ def _begin(work: Pass) -> tuple[dict[int, Stream], dict[int, Stream]]:
 
 
 def _run(work: Pass, stop: Callable[[], bool] | None) -> dict[str, Any]:
-    """Go through the blocks; figures of the whole pass, fields of its reports."""
-    model, branches, runner, whole = work.model, work.branches, work.runner, Stopwatch()
+    """Go through the model; figures of the whole pass, fields of its reports."""
+    branches, whole, loaded = work.branches, Stopwatch(), isinstance(work.model, LoadedModel)
     for calibration in dict.fromkeys(branch.calibration for branch in branches):
         work.tell(calibration)
     work.tell(work.footprint)
     if branches[0].plan.recipe.draws:
         for branch in branches:
             keep_drawn(branch.plan, work.windows)
+    (prune_loaded if loaded else _run_blocks)(work, stop)
+    return {
+        "compile_seconds": whole.read()[1],
+        "route": "torch" if loaded else "flax",
+        "other_weights": getattr(work.model, "other_weights", 0),
+        "plans": len(branches),
+        "bos": work.windows.bos,
+        "draw_seconds": work.draw_seconds,
+        "survey_seconds": work.survey_seconds,
+        "calibration_seconds": work.runner.seconds,
+        "footprint": work.footprint,
+        "devices": 1 if work.mesh is None else work.mesh.size,
+        "processes": processes.count(),
+        "platform": jax.devices()[0].platform,
+    }
+
+
+def _run_blocks(work: Pass, stop: Callable[[], bool] | None) -> None:
+    """Go through the blocks of a model that is streamed."""
+    model, branches, runner = work.model, work.branches, work.runner
     # A stream that only branches hold is freed when all of them have passed the block.
     embedded, dense = _begin(work)
     for index in range(model.num_blocks):
@@ -311,16 +332,3 @@ def _run(work: Pass, stop: Callable[[], bool] | None) -> dict[str, Any]:
             raise Stopped(f"stopped after block {index + 1} of {model.num_blocks}; the same call resumes there")
     for branch in branches:
         branch.distil(embedded.get(branch.variants), dense.get(branch.variants), work.tell, work.observer)
-    return {
-        "compile_seconds": whole.read()[1],
-        "route": "torch" if isinstance(model, TorchModel) else "flax",
-        "plans": len(branches),
-        "bos": work.windows.bos,
-        "draw_seconds": work.draw_seconds,
-        "survey_seconds": work.survey_seconds,
-        "calibration_seconds": runner.seconds,
-        "footprint": work.footprint,
-        "devices": 1 if work.mesh is None else work.mesh.size,
-        "processes": processes.count(),
-        "platform": jax.devices()[0].platform,
-    }

@@ -27,7 +27,7 @@ EXTRAS = {
     "plot": ("matplotlib",),
     "sklearn": ("sklearn",),
     "interior": ("piqp",),
-    "torch": ("torch", "accelerate"),
+    "torch": ("torch",),
     "eval": ("lm_eval", "datasets", "evaluate"),
     "datasets": ("datasets",),
 }

@@ -64,7 +64,7 @@ def model_lines(found: "Inspection") -> list[str]:
     family = f"{found.model_type}, {found.num_blocks} blocks"
     if not found.supported:
         family += (
-            "; this package's decoder does not have this family, but torch can run it "
+            "; this package's decoder does not have this family: `sparseopt prune` loads it whole through transformers "
             "(`pip install 'sparseopt[torch]'`). What follows is taken from the names of its tensors"
         )
     lines = [f"{where}{revision}", family]

@@ -211,7 +211,7 @@ def evaluate(
     **given: Any,
 ) -> None:
     """Token-level perplexity of a model, and the exact sparsity of its linears."""
-    from sparseopt.models import check_window, open_model, open_source
+    from sparseopt.models import check_window, open_any, open_source
     from sparseopt.pruning import Recipe, audit_pattern, audit_sparsity, perplexity
     from sparseopt.pruning.run.layer_patterns import layer_shares
     from sparseopt.pruning.text.documents import part_of_text
@@ -219,7 +219,7 @@ def evaluate(
 
     if sparsity is not None and pattern is None:
         raise ValueError("--sparsity is that of a pattern to check: give --pattern too, as in --pattern unstructured")
-    opened = open_model(open_source(model, follow_links=follow_links))
+    opened = open_any(open_source(model, follow_links=follow_links))
     reading = {name: given.pop(name) for name in options.READING if name in given}
     chosen = layer_shares(opened, Recipe(**given))
     check_window(seqlen, opened.config.max_positions)

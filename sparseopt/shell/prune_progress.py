@@ -159,6 +159,4 @@ def footprint_lines(footprint: Footprint) -> list[str]:
     disk = f"disk {format_bytes(footprint.output_bytes)} for the model"
     if footprint.activations == "disk":
         disk += f" and {format_bytes(footprint.scratch_bytes)} for activations, until the run ends"
-    if footprint.stacked_weights:
-        lines.append(f"{footprint.stacked_weights:,} weights of stacked experts are no linears and stay as they are")
     return [*lines, disk]

@@ -19,21 +19,20 @@ from sparseopt.experiments import plots
 from sparseopt.experiments.names import Named, standing
 from sparseopt.experiments.task import FinishedRun, Record, RunUnit, Strict, Task
 from sparseopt.models import (
-    PrunableModel,
     bundled_model,
     check_window,
     load_tokenizer,
-    open_model,
+    open_any,
     open_source,
     start_token,
 )
 from sparseopt.pruning import METHODS, PruneReport, perplexity, prune_models
 from sparseopt.pruning.base.records import Event, LayerRecord, Passed, mean_errors, mean_grid_errors
+from sparseopt.pruning.loaded_pass import plan_for
 from sparseopt.pruning.recipe.options import ended, mistakes_of, plain_type
 from sparseopt.pruning.recipe.pass_recipe import BosChoice, PassRecipe
 from sparseopt.pruning.run.calibration import PASS_FIELDS
 from sparseopt.pruning.run.output_form import is_file, output_of, run_folder_of
-from sparseopt.pruning.run.plan import make_plan
 from sparseopt.pruning.text.chats import Document, TextError
 from sparseopt.pruning.text.documents import Part, load_documents
 from sparseopt.pruning.text.windows import Windows, begin_windows, text_windows, token_digest
@@ -154,7 +153,7 @@ class ModelTask(Task):
         return output_of(self.recipe(), folder, MODEL)
 
     @abstractmethod
-    def figures(self, model: PrunableModel, report: PruneReport | None) -> Record:
+    def figures(self, model: Any, report: PruneReport | None) -> Record:
         """What a record says about the size of a model; the dense one has no report."""
 
     def recipe_values(self) -> dict[str, Any]:
@@ -170,13 +169,13 @@ class ModelTask(Task):
     def check(self) -> None:
         """The recipe holds, the model can have what it asks for, and the texts are long enough."""
         source = model_path(self.source)
-        model = open_model(source)
+        model = open_any(source)
         most = model.config.max_positions
         checks: list[Callable[[], Any]] = [lambda: start_token(model.source, load_tokenizer(model.source), self.bos)]
         if not self.is_dense:
             recipe = self.recipe()
             windows = (recipe.window_count + recipe.heldout_windows, recipe.seqlen, most)
-            checks.append(lambda: make_plan(model, recipe, self.output(Path())))
+            checks.append(lambda: plan_for(model, recipe, self.output(Path())))
             if not recipe.draws:
                 given = partial(_check_text, source, recipe.calibration, "calibration", *windows)
                 checks.append(partial(given, **self.reading("calibration")))
@@ -217,7 +216,7 @@ class ModelTask(Task):
     def _score(self, report: PruneReport | None, key: str, folder: Path, observer: Observer) -> Record:
         """The record of the model that was made in the folder; of the dense one without a report."""
         del key
-        model = open_model(model_path(self.source))
+        model = open_any(model_path(self.source))
         windows, length = self.evaluation_windows, self.evaluation_seqlen
         ids, bos = text_windows(
             model.source, self.evaluation, "evaluation", windows, length,
@@ -236,7 +235,7 @@ class ModelTask(Task):
             return {"label": DENSE, **self.figures(model, None), **judged, "perplexity": scored(model)}
         target = self.output(folder)
         score = scored(target)
-        figures = self.figures(open_model(target), report)
+        figures = self.figures(open_any(target), report)
         processes.barrier("model scored")
         if not self.keep_model and processes.is_first():
             shutil.rmtree(run_folder_of(target), ignore_errors=True)
@@ -326,7 +325,7 @@ def _check_text(source: Path, text: str, part: Part, count: int, length: int, mo
 @lru_cache(maxsize=4)
 def _windows(source: Path, *windows: Any, **reading: Any) -> Windows:
     # Kept, because every run of a sweep is checked, mostly with the same texts.
-    return text_windows(open_model(source).source, *windows, bos="no", **reading)
+    return text_windows(open_any(source).source, *windows, bos="no", **reading)
 
 
 def _mark_model(path: Path) -> str:

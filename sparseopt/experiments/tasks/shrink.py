@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 from sparseopt.experiments import plots
 from sparseopt.experiments.task import Record
 from sparseopt.experiments.tasks.model import DENSE, ModelTask, settings_of
-from sparseopt.models import PrunableModel, sizes_of
+from sparseopt.models import StreamedModel, sizes_of
 from sparseopt.pruning import PruneReport, ShrinkRecipe
 from sparseopt.pruning.recipe.shrink_recipe import SHARES, parameters_of
 
@@ -41,7 +41,7 @@ class Shrink(_Settings, ModelTask):
     def recipe(self) -> ShrinkRecipe:
         return ShrinkRecipe(**self.recipe_values())
 
-    def figures(self, model: PrunableModel, report: PruneReport | None) -> Record:
+    def figures(self, model: StreamedModel, report: PruneReport | None) -> Record:
         sizes = sizes_of(model)
         return {
             "parameters": parameters_of(model),

@@ -56,7 +56,7 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention and MLP, each between the norms of the family, added to the residual stream; a `PrunableBlock`.
+    """Attention and MLP, each between the norms of the family, added to the residual stream.
 
     `tap(name, x) -> x` is called once on each distinct input of the linears, by the tap's name, and on the output
     of each linear, by the linear's name. Experts are tapped together, by the name without their number, and give a

@@ -177,7 +177,7 @@ def _stored_tensors(model: Any, state: Mapping[str, Any]) -> dict[str, UnreadTen
     # The experts of a stack are read one after the other.
     @lru_cache(maxsize=1)
     def parts(name: str) -> dict[str, np.ndarray]:
-        return {key: _as_numpy(tensor) for key, tensor in stored_as({name: state[name].cpu()}).items()}
+        return {key: as_numpy(tensor) for key, tensor in stored_as({name: state[name].cpu()}).items()}
 
     def reader(key: str) -> Callable[[], Iterator[np.ndarray]]:
         if key in renamed:
@@ -195,10 +195,10 @@ def _pieces(tensor: Any) -> Iterator[np.ndarray]:
     """A torch tensor cut along its first axis, in pieces of about `SLICE` bytes."""
     rows = len(tensor) if tensor.ndim else 0
     parts = tensor.split(max(1, SLICE * rows // max(1, tensor.nbytes))) if rows else [tensor]
-    return map(_as_numpy, parts)
+    return map(as_numpy, parts)
 
 
-def _as_numpy(tensor: Any) -> np.ndarray:
+def as_numpy(tensor: Any) -> np.ndarray:
     """A torch tensor, in every dtype bit for bit; read only, since it may be the model's own memory."""
     import torch
 

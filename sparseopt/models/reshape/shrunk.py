@@ -19,7 +19,6 @@ from sparseopt.models.families.family import part_shapes
 from sparseopt.models.files.safetensors import TensorInfo
 from sparseopt.models.files.source import Source
 from sparseopt.models.reshape.reordered import Move, channel_moves, reordered_block
-from sparseopt.models.streaming.prunable import PrunableModel
 from sparseopt.models.streaming.streamed import StreamedModel
 
 # The width of an expert is a multiple of this: transformers multiplies all experts at once, with torch's
@@ -93,15 +92,15 @@ class Outline:
         return self._source.sidecars()
 
 
-def sizes_of(model: PrunableModel) -> Sizes:
-    """The sizes of a dense model, which keep all of it; a `ModelError` for a model that runs in torch."""
-    dense = _known(model).config
+def sizes_of(model: StreamedModel) -> Sizes:
+    """The sizes of a dense model, which keep all of it."""
+    dense = model.config
     mixture = _mixture(dense)
     channels, experts = (mixture.intermediate_size, mixture.count) if mixture else (dense.intermediate_size, None)
     return Sizes(channels, dense.num_kv_heads, tuple(range(dense.num_layers)), experts)
 
 
-def possible_kv_heads(model: PrunableModel) -> tuple[int, ...]:
+def possible_kv_heads(model: StreamedModel) -> tuple[int, ...]:
     """The numbers of KV groups that a smaller model may keep, ascending; the last is that of the dense model.
 
     Not every number is possible: the configuration of some families (GPT-2, OPT, GPT-NeoX, StableLM) has no field for
@@ -109,13 +108,12 @@ def possible_kv_heads(model: PrunableModel) -> tuple[int, ...]:
     Gemma) that the number of query heads divides the hidden size, and derives LongRoPE's factors (Phi-3) from that
     number.
     """
-    model = _known(model)
     every = sizes_of(model)
     *fewer, whole = range(1, every.kv_heads + 1)
     return (*(k for k in fewer if _objection(model, replace(every, kv_heads=k)) is None), whole)
 
 
-def smaller_model(model: PrunableModel, sizes: Sizes) -> StreamedModel:
+def smaller_model(model: StreamedModel, sizes: Sizes) -> StreamedModel:
     """A smaller model without values in its blocks: its configuration, and the names, shapes and dtypes of its tensors.
 
     Its source is an `Outline`, which a `ShardedWriter` takes as it takes any source: write the tensors outside the
@@ -123,10 +121,9 @@ def smaller_model(model: PrunableModel, sizes: Sizes) -> StreamedModel:
     decoder does not have, such as an image encoder, pass through; stored buffers that hold no weights are left out.
 
     Raises:
-        ModelError: if the model runs in torch, the sizes keep nothing or more than there is, or its family's
-            configuration cannot describe the result, saying what is possible.
+        ModelError: if the sizes keep nothing or more than there is, or the family's configuration cannot describe the
+            result, saying what is possible.
     """
-    model = _known(model)
     problems = _problems(model, sizes)
     if problems:
         raise ModelError(f"no smaller model of {model.source.path} has these sizes: {'; '.join(problems)}")
@@ -151,15 +148,6 @@ def smaller_model(model: PrunableModel, sizes: Sizes) -> StreamedModel:
     }
     new_tensors = {key: TensorInfo(shapes[key], dtype) for key, dtype in inner.items()}
     return StreamedModel(Outline(model.source, _written(model, wanted), outer, new_tensors))
-
-
-def _known(model: PrunableModel) -> StreamedModel:
-    if not isinstance(model, StreamedModel):
-        raise ModelError(
-            f"{model.source.path} has the model_type {model.source.config.get('model_type')!r}, which runs in torch: "
-            "smaller models are made of the families that run in JAX; prune it instead, or shrink one of those"
-        )
-    return model
 
 
 def _mixture(config: DecoderConfig) -> ExpertsConfig | None:

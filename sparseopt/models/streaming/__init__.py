@@ -1,4 +1,4 @@
-"""A model opened in parts, its blocks read one by one: as Flax modules, or through torch.
+"""A model opened in parts, its blocks read one by one as Flax modules.
 
-`prunable` has what both are, a `PrunableModel`; `streamed` has `open_model`.
+`prunable` has what every model that is pruned has, a `PrunableModel`; `streamed` has `open_model`.
 """

@@ -28,11 +28,12 @@ from sparseopt.models.files.memory import MemorySource, TransformersModel, is_to
 from sparseopt.models.files.safetensors import UnreadTensor
 from sparseopt.models.files.source import Source, open_source
 from sparseopt.models.streaming.prunable import PrunableModel, check_count, check_tensors
-from sparseopt.models.streaming.torch_model import TorchModel
 
 
 class StreamedModel(PrunableModel):
     """A checked source whose parts are read as float32 modules; `family` has the names that the files use."""
+
+    packages = ("flax",)
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -54,6 +55,10 @@ class StreamedModel(PrunableModel):
         )
 
     def embedding(self, rows: Int[np.ndarray, "rows"] | None = None) -> Embedding:
+        """Read what maps token ids `[B, T]` to the stream before the first block.
+
+        With `rows`, ascending, ids count in these rows of the embedding matrix.
+        """
         whole = self._reader("embed_tokens")
         if rows is None:
             return build_part(Embedding, self.config, read=whole)
@@ -78,14 +83,25 @@ class StreamedModel(PrunableModel):
         return build_part(Head, self.config, read=self._reader("head"))
 
     def block_keys(self, index: int) -> dict[str, str]:
+        """The checkpoint name of every tensor of a block by path in the block (`mlp.up_proj.weight`)."""
         shapes = part_shapes(Block, self.config, self._kind(index))
         return {path: self.family.keys.to_key(f"layers.{index}.{path}") for path in shapes}
 
     def block_linears(self, index: int) -> dict[str, str]:
+        """`linears` of a block that is not read."""
         return block_linears(self.config, self._kind(index))
 
     def weight_key(self, index: int, name: str) -> str:
+        """The checkpoint name of the weight of a block's linear."""
         return self.family.keys.to_key(f"layers.{index}.{name}.weight")
+
+    def linear_keys(self) -> list[str]:
+        return [self.weight_key(index, name) for index in range(self.num_blocks) for name in self.block_linears(index)]
+
+    def outer_keys(self) -> list[str]:
+        """The checkpoint names outside the blocks, unused tensors included."""
+        inner = {key for index in range(self.num_blocks) for key in self.block_keys(index).values()}
+        return [key for key in self.exported_keys() if key not in inner]
 
     def exported_keys(self) -> list[str]:
         """All checkpoint names but those of a second copy of a tied head and of buffers, which hold no weight."""
@@ -102,6 +118,7 @@ class StreamedModel(PrunableModel):
         return 4 * sum(map(math.prod, self._expected.values()))
 
     def decoder(self) -> Decoder:
+        """Read the whole model."""
         self._check_tied_head()
         embedding, stored = self.embedding(), self._reader("head")
 
@@ -171,7 +188,8 @@ class StreamedModel(PrunableModel):
         return self.family.expected_shapes(self.config)
 
     def _kind(self, index: int) -> BlockKind:
-        self._check_index(index)
+        if not 0 <= index < self.num_blocks:
+            raise IndexError(f"block {index} asked for; the model has blocks 0 to {self.num_blocks - 1}")
         return self.config.kinds[index]
 
 
@@ -204,10 +222,13 @@ def source_of(model: ModelSource) -> Source:
     return cast(Source, model)
 
 
-def open_model(source: ModelSource) -> PrunableModel:
-    """Open a model and check it; no tensor is read.
+def is_known(source: Source) -> bool:
+    """Whether the family of a source is known here; that of one without a model type is asked for when it is opened."""
+    return source.config.get("model_type") in (None, *FAMILIES)
 
-    A model whose family is not known here is opened through torch (extra `torch`), see `torch_model`.
+
+def open_model(source: ModelSource) -> StreamedModel:
+    """Open a model of a family that is known here and check it; no tensor is read.
 
     Args:
         source: a Hugging Face folder, a GGUF file or a name on the hub, as in `open_source`, or what that returned; a
@@ -218,18 +239,19 @@ def open_model(source: ModelSource) -> PrunableModel:
         ModelError: if the files are unusable, the model type unknown, its configuration not supported, or its
             tensors not those of the configuration.
     """
-    if isinstance(source, PrunableModel):
+    if isinstance(source, StreamedModel):
         return source
     opened = source_of(source)
-    model_type = opened.config.get("model_type")
-    if model_type is None or model_type in FAMILIES:
+    if is_known(opened):
         return StreamedModel(opened)
+    unknown = f"{opened.name} has the model_type {opened.config['model_type']!r}, whose family is not known here"
     if isinstance(opened, MemorySource):
-        raise ModelError(
-            f"{opened.name} has the model_type {model_type!r}, whose family is not known here: prune it in torch with "
-            "sparseopt.pruning.prune_module"
-        )
-    return TorchModel(opened)
+        raise ModelError(f"{unknown}: prune it in torch with sparseopt.pruning.prune_module")
+    raise ModelError(
+        f"{unknown}; known are {', '.join(sorted(FAMILIES))}. It has no parts to open: `prune_model`, `perplexity` and "
+        "`sparseopt prune` and `eval` load it whole through transformers (pip install 'sparseopt[torch]'), and "
+        "sparseopt.pruning.prune_module prunes one that you hold; lm-eval itself runs its zero-shot tasks"
+    )
 
 
 def load_decoder(source: ModelSource) -> Decoder:

@@ -1,4 +1,4 @@
 """What the room stands on: activations between blocks, Grams of the linears of a block, and records of a run.
 
-`torch_grams` is `grams` for blocks that run in torch; `records` are a run's events, `reports` has `PruneReport`.
+`records` are a run's events, `reports` has `PruneReport`.
 """

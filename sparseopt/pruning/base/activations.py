@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from sparseopt.core.base.mesh import on_device, over, put, whole
-from sparseopt.models import PrunableModel
+from sparseopt.models import StreamedModel
 from sparseopt.system.files import write_all
 
 # Tokens in a batch: enough for the matrix products to reach their rate, few enough to stay in cache.
@@ -194,7 +194,7 @@ class Stream:
         return Stream(self.calibration.on_one_device(), self.heldout.on_one_device())
 
 
-def embed_windows(model: PrunableModel, kind: Batches, *parts: Int[np.ndarray, "windows T"]) -> list[Batches]:
+def embed_windows(model: StreamedModel, kind: Batches, *parts: Int[np.ndarray, "windows T"]) -> list[Batches]:
     """Windows of token ids before the first block, stored as `kind` is; only their rows of the embedding are read."""
     rows, ids = np.unique(np.concatenate([part.ravel() for part in parts]), return_inverse=True)
     embedding, ends = model.embedding(rows), np.cumsum([part.size for part in parts])

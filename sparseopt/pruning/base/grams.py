@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sparseopt.core.base.dense import activation_precision
 from sparseopt.core.base.mesh import AXIS, on_device, over
 from sparseopt.layers.compiled import Compiled, Stopwatch, laid_on
-from sparseopt.models import PrunableBlock, Routed
+from sparseopt.models import Block, Routed
 from sparseopt.models.decoder.experts import rows_of_tokens, stacked_name, unstacked_names
 from sparseopt.pruning.base.activations import Batches, Stream
 
@@ -306,7 +306,7 @@ class BlockRunner:
 
     def grams(
         self,
-        block: PrunableBlock,
+        block: Block,
         batches: Batches,
         weighting: Weighting = "uniform",
         dense: Batches | None = None,
@@ -325,10 +325,10 @@ class BlockRunner:
         self.seconds += watch.read(found)[0]
         return BlockGrams(found)
 
-    def run(self, block: PrunableBlock, x: Array, mesh: Mesh | None = None) -> Array:
+    def run(self, block: Block, x: Array, mesh: Mesh | None = None) -> Array:
         return _output_over(mesh)(block, x)
 
-    def forward(self, block: PrunableBlock, batches: Batches) -> Batches:
+    def forward(self, block: Block, batches: Batches) -> Batches:
         watch, outputs, laid, y = Stopwatch(), batches.empty(), laid_on(block, batches.mesh), None
         for x in batches:
             y = self.run(laid, x, batches.mesh)
@@ -336,5 +336,5 @@ class BlockRunner:
         self.seconds += watch.read(y)[0]
         return outputs
 
-    def through(self, block: PrunableBlock, stream: Stream) -> Stream:
+    def through(self, block: Block, stream: Stream) -> Stream:
         return Stream(self.forward(block, stream.calibration), self.forward(block, stream.heldout))

@@ -264,14 +264,12 @@ class Footprint:
 
     Attributes:
         activations: where those between blocks are kept, "memory" or "disk".
-        memory_bytes: estimated peak, device and host together; None for blocks that run in torch and for several
-            devices.
+        memory_bytes: estimated peak, device and host together; None for several devices.
         memory_parts: bytes by what takes them, in the phase of the peak.
         phase: the phase of the peak.
         budget_bytes: the budget given; None for what the machine has available.
         output_bytes: of all folders, dense.
         scratch_bytes: largest size of activations on disk, gone when the run ends.
-        stacked_weights: of experts that transformers stacks and that therefore stay as they are; 0 outside torch.
     """
 
     activations: Literal["memory", "disk"]
@@ -281,7 +279,6 @@ class Footprint:
     budget_bytes: int | None
     output_bytes: int
     scratch_bytes: int
-    stacked_weights: int = 0
 
 
 @dataclass(frozen=True)

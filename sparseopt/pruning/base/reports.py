@@ -31,8 +31,8 @@ class PruneReport:
         source: the model pruned, as it was given: a path or a name on the hub; for one in memory, what it names as its
             own.
         revision: its commit on the hub, a sha; None for your own files.
-        recipe: the recipe as plain values; through torch its open fields are filled in.
-        route: what ran the blocks: "flax", or "torch" for a family that is not known here.
+        recipe: the recipe as plain values.
+        route: what ran the model: "flax", or "torch", whole, where its family is not known here.
         layers: a record each, in the model's order.
         blocks: a record of each block that was reconstructed.
         grids: a record of each linear that was put on a grid of few bits.
@@ -59,6 +59,8 @@ class PruneReport:
         shape: what a smaller model keeps; None where only zeros were made.
         distilled: the training of the whole model at the end; None without.
         scores: perplexities before and after; none of a recipe with `score` "none".
+        other_weights: number of weights in matrices of the blocks that are no linears, such as experts that
+            transformers stacks, and stay as they are; 0 for a known family.
         draw_seconds: wall-clock time of drawing the calibration windows; 0 where they were given or kept.
         kept: whether an earlier call had finished the run; the report is then that call's.
     """
@@ -93,6 +95,7 @@ class PruneReport:
     shape: ShapeRecord | None = None
     distilled: DistillationRecord | None = None
     scores: tuple[Score, ...] = ()
+    other_weights: int = 0
     draw_seconds: float = 0.0
     resumed_blocks: int = 0
     kept: bool = False

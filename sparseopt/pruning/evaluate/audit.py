@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from sparseopt.layers.patterns import Pattern, check_pattern, count_groups, parse_pattern
-from sparseopt.models import PrunableModel, open_model
+from sparseopt.models import PrunableModel, open_any
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _audit(layer: str, weight: np.ndarray, pattern: Pattern) -> PatternAudit:
 
 def stored_masks(model: str | Path | PrunableModel) -> Iterator[tuple[str, np.ndarray]]:
     """The key of every prunable linear's weight, and which of its entries are not zero, see `masks`."""
-    opened = open_model(model)
+    opened = open_any(model)
     return ((key, opened.as_stored(key, opened.stored(key) != 0)) for key in opened.linear_keys())
 
 
@@ -111,7 +111,7 @@ def _linears(
     model: str | Path | PrunableModel, only: Collection[str] | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The linears by name, `only` those with these keys, read one by one."""
-    model = open_model(model)
+    model = open_any(model)
     for key in model.linear_keys():
         if only is None or key in only:
             yield key.removesuffix(".weight"), model.stored(key)

@@ -3,7 +3,8 @@
     perplexity = exp( - sum log p(token_t | tokens before it in its window) / number of predicted tokens )
 
 over non-overlapping windows; a window of n tokens predicts n - 1, and n - 2 where it begins with BOS (see `windows`).
-The model is streamed block by block over as many windows as fit in `PASS_BYTES`, then again over the next ones.
+The model is streamed block by block over as many windows as fit in `PASS_BYTES`, then again over the next ones; one
+whose family is not known here is loaded whole.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,9 +17,9 @@ from jaxtyping import Array, Float, Int
 
 from sparseopt.core.base.types import Observer
 from sparseopt.layers.compiled import Compiled
-from sparseopt.models import Decoder, Head, ModelSource, check_window, open_model
+from sparseopt.models import Decoder, Head, LoadedModel, ModelSource, check_window, open_any
 from sparseopt.pruning.base.activations import PASS_BYTES, windows_per_batch
-from sparseopt.pruning.base.torch_grams import runner_of
+from sparseopt.pruning.base.grams import BlockRunner
 from sparseopt.pruning.text.windows import begin_windows, check_vocabulary, token_array
 from sparseopt.system.machine import freed_memory_kept, return_freed_memory
 
@@ -89,7 +90,7 @@ def window_losses(
     observer: Observer | None = None,
 ) -> Float[np.ndarray, "windows"]:
     """The mean negative log-likelihood of the predictions of each window, in nats; arguments as of `perplexity`."""
-    opened: Any = _InMemory(model) if isinstance(model, Decoder) else open_model(model)
+    opened: Any = _InMemory(model) if isinstance(model, Decoder) else open_any(model)
     ids = token_array(token_ids)
     if not np.issubdtype(ids.dtype, np.integer) or ids.ndim not in (1, 2):
         raise ValueError(f"token_ids must be integers [n] or [windows, seqlen], given {ids.dtype} {list(ids.shape)}")
@@ -107,6 +108,13 @@ def window_losses(
     check_vocabulary(ids, opened.config.vocab_size)
     skipped, (count, length) = int(bos is not None), ids.shape
 
+    if isinstance(opened, LoadedModel):
+        losses = []
+        for done, row in enumerate(ids, 1):
+            losses.append(opened.loss(row, skipped))
+            if observer:
+                observer("window", done, count)
+        return np.asarray(losses) / (length - 1 - skipped)
     batches = list(ids.astype(np.int32).reshape(-1, windows_per_batch(count, length), length))
     found = [
         window_loss(head, x, row, skipped)
@@ -133,7 +141,7 @@ def streamed(
     The blocks run over as many batches as fit in `PASS_BYTES`, then again over the next ones.
     """
     passes: list[list[np.ndarray]] = [[]]
-    held, runner = 0, runner_of(model)
+    held, runner = 0, BlockRunner()
     for batch in batches:
         size = 4 * batch.size * model.config.hidden_size
         if passes[-1] and held + size > PASS_BYTES:
@@ -160,15 +168,8 @@ _loss_of_window = Compiled(negative_log_likelihood)
 
 
 def window_loss(head: Any, x_TD: Array, tokens_T: Int[np.ndarray, "T"], skipped: int) -> float:
-    """`negative_log_likelihood` of a window, compiled unless the head runs in torch."""
-    if isinstance(head, Head):
-        return float(_loss_of_window(head, x_TD, tokens_T, skipped))
-    total, predicted = 0.0, len(tokens_T) - 1
-    for start in range(skipped, predicted, LOGIT_ROWS):
-        end = min(start + LOGIT_ROWS, predicted)
-        logits_RV = head(x_TD[None, start:end])[0]
-        total -= float(jnp.sum(log_probabilities(logits_RV, jnp.asarray(tokens_T[start + 1 : end + 1]))))
-    return total
+    """`negative_log_likelihood` of a window, compiled."""
+    return float(_loss_of_window(head, x_TD, tokens_T, skipped))
 
 
 def embedded(model: Any, ids: Sequence[Int[np.ndarray, "B T"]]) -> list[Array]:

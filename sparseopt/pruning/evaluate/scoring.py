@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparseopt.core.base.types import Observer
 from sparseopt.layers.compiled import Compiled
-from sparseopt.models import Head, PrunableModel, check_window
+from sparseopt.models import Head, StreamedModel, check_window
 from sparseopt.pruning.base.activations import BATCH_TOKENS
 from sparseopt.pruning.evaluate.perplexity import LOGIT_ROWS, log_probabilities, streamed
 from sparseopt.pruning.text.windows import check_vocabulary
@@ -43,7 +43,7 @@ class _Batch(NamedTuple):
 
 @freed_memory_kept()
 def score_continuations(
-    model: PrunableModel,
+    model: StreamedModel,
     pairs: Sequence[tuple[Ids, Ids]],
     *,
     observer: Observer | None = None,

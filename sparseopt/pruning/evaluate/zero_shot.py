@@ -20,12 +20,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from sparseopt.core.base.types import Observer
 from sparseopt.models import (
-    FAMILIES,
     Bos,
     Decoder,
     ModelError,
-    PrunableModel,
-    TorchModel,
+    StreamedModel,
     encode_text,
     load_tokenizer,
     open_model,
@@ -54,7 +52,7 @@ class DecoderLM(TemplateLM):
 
     def __init__(
         self,
-        model: str | Path | PrunableModel,
+        model: str | Path | StreamedModel,
         *,
         max_length: int | None = None,
         bos: Bos = "auto",
@@ -62,11 +60,6 @@ class DecoderLM(TemplateLM):
     ) -> None:
         super().__init__()
         self.model = open_model(model)
-        if isinstance(self.model, TorchModel):
-            raise ModelError(
-                f"zero-shot tasks take a family known here: {', '.join(sorted(FAMILIES))}; the model's is "
-                f"{self.model.config.model_type!r} (`lm-eval` itself runs such models in torch)"
-            )
         self.tokenizer = load_tokenizer(self.model.source)
         self.bos = start_token(self.model.source, self.tokenizer, bos)
         config = self.model.source.config
@@ -205,7 +198,7 @@ class DecoderLM(TemplateLM):
 
 
 def zero_shot(
-    model: str | Path | PrunableModel,
+    model: str | Path | StreamedModel,
     tasks: Sequence[str],
     *,
     limit: int | None = None,

@@ -37,7 +37,7 @@ from jaxtyping import Array, Float, Int
 
 from sparseopt.core.base.types import Observer
 from sparseopt.layers.compiled import Compiled
-from sparseopt.models import PrunableModel
+from sparseopt.models import StreamedModel
 from sparseopt.pruning.base.activations import Batches, embed_windows
 from sparseopt.pruning.base.grams import BlockRunner
 from sparseopt.pruning.base.records import RemovalRecord
@@ -99,7 +99,7 @@ class Trial:
         dense: the loss with all blocks, if it is known.
     """
 
-    model: PrunableModel
+    model: StreamedModel
     batches: Batches
     tokens: Int[np.ndarray, "windows T"]
     skipped: int

@@ -34,7 +34,7 @@ from typing import NamedTuple, cast
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
-from sparseopt.models import ModelError, PrunableModel, Sizes, sizes_of, smaller_model
+from sparseopt.models import ModelError, Sizes, StreamedModel, sizes_of, smaller_model
 from sparseopt.pruning.base.activations import Stream
 from sparseopt.pruning.base.records import RemovalRecord, ShapeRecord
 from sparseopt.pruning.measure.block_removal import Trial, removal_order, trial_of
@@ -195,7 +195,7 @@ def masked_losses(trial: Trial, plans: Sequence[Plan], stream: Stream) -> list[f
     return processes.told([trial.loss(head, each) for each in (whole, *streams)])
 
 
-def parameter_costs(model: PrunableModel, recipe: ShrinkRecipe) -> Costs:
+def parameter_costs(model: StreamedModel, recipe: ShrinkRecipe) -> Costs:
     """Exact, because the parameters of a block are linear in its channels and in its groups."""
     whole, least = sizes_of(model), smallest_sizes(model, recipe)
     outline = smaller_model(model, whole)
@@ -212,7 +212,7 @@ def parameter_costs(model: PrunableModel, recipe: ShrinkRecipe) -> Costs:
     return Costs(outer, dense - channel * whole.channels - group * whole.kv_heads, channel, group)
 
 
-def _search(model: PrunableModel, recipe: ShrinkRecipe) -> Search:
+def _search(model: StreamedModel, recipe: ShrinkRecipe) -> Search:
     costs, dense = parameter_costs(model, recipe), sizes_of(model)
     budget = parameters_of(model) * ((recipe.parameters or 0) + BUDGET_ROUNDING)
 
@@ -233,7 +233,7 @@ def _search(model: PrunableModel, recipe: ShrinkRecipe) -> Search:
     )  # fmt: skip
 
 
-def _levels(model: PrunableModel, search: Search) -> list[Sizes]:
+def _levels(model: StreamedModel, search: Search) -> list[Sizes]:
     """The sizes at which the curves of channels and of groups are measured."""
 
     def spread(numbers: list[int]) -> list[int]:
@@ -247,12 +247,12 @@ def _levels(model: PrunableModel, search: Search) -> list[Sizes]:
     ]
 
 
-def _trial_plan(model: PrunableModel, plan: SmallerPlan, sizes: Sizes) -> SmallerPlan:
+def _trial_plan(model: StreamedModel, plan: SmallerPlan, sizes: Sizes) -> SmallerPlan:
     # The stream is the dense model's, so there is no upstream error to correct.
     return shrink_plan(model, replace(plan, recipe=plan.recipe.model_copy(update={"propagate": 0})), sizes)
 
 
-def _curves(model: PrunableModel, measured: list[tuple[Sizes, float]]) -> Curves:
+def _curves(model: StreamedModel, measured: list[tuple[Sizes, float]]) -> Curves:
     """The curves of channels and of groups; of blocks only the dense model's point."""
     dense = sizes_of(model)
     channels = [[sizes.channels, rise] for sizes, rise in measured if sizes.channels < dense.channels]
@@ -264,7 +264,7 @@ def _curves(model: PrunableModel, measured: list[tuple[Sizes, float]]) -> Curves
     }
 
 
-def _mix(model: PrunableModel, search: Search, curves: Curves, order: list[RemovalRecord]) -> Mix:
+def _mix(model: StreamedModel, search: Search, curves: Curves, order: list[RemovalRecord]) -> Mix:
     dense = sizes_of(model)
     left = [[len(dense.blocks) - count, min(each.rise, LARGEST_RISE)] for count, each in enumerate(order, 1)]
     curves = curves | {"blocks": [*left[::-1], *curves["blocks"]]}
@@ -275,13 +275,13 @@ def _mix(model: PrunableModel, search: Search, curves: Curves, order: list[Remov
     return _mix_of(model, sizes, order[: best.removed])._replace(curves=curves)
 
 
-def _mix_of(model: PrunableModel, sizes: Sizes, gone: list[RemovalRecord]) -> Mix:
+def _mix_of(model: StreamedModel, sizes: Sizes, gone: list[RemovalRecord]) -> Mix:
     """These sizes, with all blocks of the model but those that go."""
     blocks = {record.block for record in gone}
     return Mix(replace(sizes, blocks=tuple(i for i in sizes_of(model).blocks if i not in blocks)), gone)
 
 
-def _shape(model: PrunableModel, plan: SmallerPlan, mix: Mix, seconds: float) -> ShapeRecord:
+def _shape(model: StreamedModel, plan: SmallerPlan, mix: Mix, seconds: float) -> ShapeRecord:
     dense, sizes, tensors = sizes_of(model), mix.sizes, model.source.tensors
     return ShapeRecord(
         channels=sizes.channels,

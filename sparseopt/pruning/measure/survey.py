@@ -40,7 +40,7 @@ from jaxtyping import Array, Float, Int
 from sparseopt.layers.compiled import Compiled
 from sparseopt.layers.patterns import implied_sparsity, share_unit
 from sparseopt.layers.side_by_side import agreed
-from sparseopt.models import Block, Head, PrunableBlock, PrunableModel, Routed
+from sparseopt.models import Block, Head, Routed, StreamedModel
 from sparseopt.models.decoder.experts import stacked_name, unstacked_names
 from sparseopt.pruning.base.activations import Batches, Stream
 from sparseopt.pruning.base.grams import BlockRunner, rows_of
@@ -164,7 +164,7 @@ def _curves(site: Site, names: Sequence[str], levels: np.ndarray, runner: BlockR
     return curves
 
 
-def _outliers(block: PrunableBlock, batches: Batches, runner: BlockRunner) -> float:
+def _outliers(block: Block, batches: Batches, runner: BlockRunner) -> float:
     grams = runner.grams(block, batches)
     weights = {name: block.read(f"{name}.weight") for name in block.linears}
     inputs = {name: grams[tap].gram for name, tap in block.linears.items()}
@@ -172,7 +172,7 @@ def _outliers(block: PrunableBlock, batches: Batches, runner: BlockRunner) -> fl
 
 
 def _shares(
-    model: PrunableModel,
+    model: StreamedModel,
     plan: Plan,
     recipe: Recipe,
     levels: np.ndarray,
@@ -249,7 +249,7 @@ _gradient_through_block = Compiled(_block_gradient)
 
 
 def backward_sweep(
-    model: PrunableModel,
+    model: StreamedModel,
     batches: Batches,
     tokens: Int[np.ndarray, "windows T"],
     runner: BlockRunner,

@@ -24,7 +24,7 @@ _grams_of_input = jax.jit(lambda layout, x, dense_x: layout.grams(x, dense_x))
 def to_jax(tensor: Any) -> Array:
     """A torch tensor as a JAX array, not copied where both are on the same device."""
     if tensor.device.type == "cpu":
-        return jax.device_put(tensor.detach().contiguous().numpy())
+        return jax.device_put(to_numpy(tensor))
     return jax.dlpack.from_dlpack(tensor.detach().contiguous())
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from sparseopt.layers.methods import METHODS, find_method
 from sparseopt.layers.problem import LayerMethod
-from sparseopt.models import ModelError, PrunableModel, Sizes, possible_kv_heads, sizes_of
+from sparseopt.models import ModelError, Sizes, StreamedModel, possible_kv_heads, sizes_of
 from sparseopt.pruning.recipe.effort import SHRINKS, Effort, effort_help, shrink_defaults
 from sparseopt.pruning.recipe.options import HOW, KEEP, Plain, option
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe, Problem
@@ -88,7 +88,7 @@ class ShrinkRecipe(PassRecipe):
         return self.parameters is not None
 
 
-def shrunk_sizes(model: PrunableModel, recipe: ShrinkRecipe) -> Sizes:
+def shrunk_sizes(model: StreamedModel, recipe: ShrinkRecipe) -> Sizes:
     """The sizes that the shares of a recipe give; with a budget, those of the dense model.
 
     Of `blocks` only the number counts: which blocks stay is measured later.
@@ -111,24 +111,24 @@ def shrunk_sizes(model: PrunableModel, recipe: ShrinkRecipe) -> Sizes:
     )
 
 
-def channel_choices(model: PrunableModel, recipe: ShrinkRecipe) -> list[int]:
+def channel_choices(model: StreamedModel, recipe: ShrinkRecipe) -> list[int]:
     """The numbers of channels that a model may keep, ascending, the dense model's last."""
     dense = sizes_of(model).channels
     return [*range(recipe.multiple, dense, recipe.multiple), dense]
 
 
-def kv_head_choices(model: PrunableModel) -> list[int]:
+def kv_head_choices(model: StreamedModel) -> list[int]:
     """The numbers of key-value groups that a budget chooses among: at least half of them."""
     return [number for number in possible_kv_heads(model) if 2 * number >= sizes_of(model).kv_heads]
 
 
-def smallest_sizes(model: PrunableModel, recipe: ShrinkRecipe) -> Sizes:
+def smallest_sizes(model: StreamedModel, recipe: ShrinkRecipe) -> Sizes:
     """The least that a budget can choose."""
     dense = sizes_of(model)
     return Sizes(channel_choices(model, recipe)[0], kv_head_choices(model)[0], dense.blocks[:1], dense.experts)
 
 
-def parameters_of(model: PrunableModel) -> int:
+def parameters_of(model: StreamedModel) -> int:
     """The number of parameters of an export; a tied head counts once."""
     return sum(math.prod(model.source.tensors[key].shape) for key in model.exported_keys())
 

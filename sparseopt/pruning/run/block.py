@@ -6,7 +6,7 @@ stream before the block -> Grams -[propagate]-> targets -[method]-> pruned linea
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,7 @@ from sparseopt.models import (
     Joined,
     ModelError,
     Move,
-    PrunableBlock,
-    PrunableModel,
+    StreamedModel,
     UnreadTensor,
     block_moves,
     reordered_block,
@@ -56,6 +55,10 @@ class PruningError(RuntimeError):
     """A run that had to stop; the message names the layer and what to do."""
 
 
+class Stopped(PruningError):
+    """A run that stopped after a finished block because it was asked to; the same call resumes it."""
+
+
 class DenseBlock:
     """A dense block, of which plans prune copies, and what is computed with it once for all plans of a pass.
 
@@ -68,7 +71,7 @@ class DenseBlock:
         keys: of its tensors, by path.
     """
 
-    def __init__(self, model: PrunableModel, index: int, streams: Mapping[int, Stream], runner: BlockRunner) -> None:
+    def __init__(self, model: StreamedModel, index: int, streams: Mapping[int, Stream], runner: BlockRunner) -> None:
         self.model, self.index, self.streams, self.runner = model, index, streams, runner
         self.block, self.keys = model.block(index), model.block_keys(index)
         self._grams: dict[tuple[Any, ...], tuple[BlockGrams, BlockGrams]] = {}
@@ -133,7 +136,7 @@ def prune_block(
     stream: Stream,
     dtype_of: Callable[[str], np.dtype],
     told: Callable[[LayerRecord | GridRecord | BlockRecord], None],
-) -> tuple[PrunableBlock, dict[str, np.ndarray | UnreadTensor]]:
+) -> tuple[Block, dict[str, np.ndarray | UnreadTensor]]:
     """Prune the linears of one block, train the block and put its linears on grids, as far as the plan says so.
 
     Args:
@@ -193,7 +196,7 @@ def prune_block(
     return block, {key: stays.get(path, found[path]) for path, key in plan.target.block_keys(place).items()}
 
 
-def masked_blocks(plans: Sequence[Plan], dense: DenseBlock, stream: Stream) -> Iterator[PrunableBlock]:
+def masked_blocks(plans: Sequence[Plan], dense: DenseBlock, stream: Stream) -> Iterator[Block]:
     """For each plan in turn the dense block with what goes set to zero, and the rest fitted again.
 
     It computes what the plan's smaller block would, before training. All plans share the Grams of the stream.
@@ -290,7 +293,7 @@ def _stored_as(key: str, dense: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 def _moves(plan: Plan, dense: DenseBlock, stream: Stream, tensors: Mapping[str, np.ndarray]) -> dict[str, Move]:
     """The channels that move so that the patterns keep more."""
-    block, keys = cast(Block, dense.block), dense.keys  # the plan refuses torch models
+    block, keys = dense.block, dense.keys
     grams = dense.grams(stream, plan.recipe, drift=plan.recipe.propagate > 0)[0]
     found = {n: plan.patterns.get(keys[f"{n}.weight"]) for n in block.linears}
     patterns = {name: pattern for name, pattern in found.items() if isinstance(pattern, NM)}
@@ -348,7 +351,7 @@ def layer_record(
     )
 
 
-def trained_entries(plan: Plan, block: PrunableBlock, keys: Mapping[str, str]) -> dict[str, Array]:
+def trained_entries(plan: Plan, block: Block, keys: Mapping[str, str]) -> dict[str, Array]:
     """True for the weights that training may change, by linear; `keys` are those of the dense block.
 
     Zeros stay, also where the pattern would have allowed a weight that was itself zero. Where only zeros are made, a
@@ -362,7 +365,7 @@ def trained_entries(plan: Plan, block: PrunableBlock, keys: Mapping[str, str]) -
 
 
 def _reconstruct(
-    block: PrunableBlock,
+    block: Block,
     masks: Mapping[str, Array],
     grids: Mapping[str, Bits] | None,
     plan: Plan,
@@ -370,10 +373,9 @@ def _reconstruct(
     stream: Stream,
     paths: list[str],
 ) -> BlockRecord:
-    flax = cast(Block, block)  # the plan refuses torch models
     # A step sees one window or a few, in turn, so devices have nothing to share: one trains in each process.
     before, after = stream.on_one_device(), dense.outputs(plan.recipe.variants).on_one_device()
-    record = reconstruct_block(flax, masks, before, after, plan.recipe.reconstruction, dense.index, grids)
+    record = reconstruct_block(block, masks, before, after, plan.recipe.reconstruction, dense.index, grids)
     if processes.count() > 1:
         # All processes continue with the first one's block.
         block.write(agreed({path: np.asarray(block.read(path)) for path in paths}))

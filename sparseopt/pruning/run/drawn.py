@@ -9,12 +9,14 @@ Source: Williams, Chrysostomou, Aletras, "Self-calibration for language model qu
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from sparseopt.core.base.types import Observer
-from sparseopt.models import ModelError, PrunableModel, StreamedModel, check_window, load_tokenizer, start_token
+from sparseopt.models import LoadedModel, ModelError, PrunableModel, check_window, load_tokenizer, start_token
 from sparseopt.models.decoder.cached_decoding import COOLING, HOTTEST, draw_texts, kept_bytes
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe, scored_windows
 from sparseopt.pruning.run.calibration import CalibrationWindows
@@ -80,7 +82,7 @@ def _kept(plans: Sequence[Plan], identity: Identity) -> np.ndarray | None:
 
 
 def _cached(
-    model: PrunableModel,
+    model: Any,
     recipe: PassRecipe,
     bos: int | None,
     identity: Identity,
@@ -96,7 +98,8 @@ def _cached(
     if (ids := _read(file, shape)) is not None:
         return ids
     _check_memory(model, recipe, budget)
-    decoder, drawn = model.decoder(), list[np.ndarray]()
+    drawn = list[np.ndarray]()
+    draws: Any = model.draw if isinstance(model, LoadedModel) else partial(draw_texts, model.decoder())
     batches = np.array_split(np.arange(count), -(-count // BATCH))
 
     def told(stage: str, done: int, total: int) -> None:
@@ -104,7 +107,7 @@ def _cached(
 
     for number, batch in enumerate(batches):
         seed = (recipe.seed or 0) * 1_000_003 + number
-        drawn.append(draw_texts(decoder, len(batch), length, start, seed=seed, observer=told))
+        drawn.append(draws(len(batch), length, start, seed=seed, observer=told))
     # Kept as the model reads them: what is kept once must not begin with BOS twice.
     ids = begin_windows(np.concatenate(drawn).reshape(shape[0], -1)[:, : shape[1]], bos)
     try:
@@ -117,8 +120,10 @@ def _cached(
     return ids
 
 
-def drawing_bytes(model: StreamedModel, recipe: PassRecipe) -> dict[str, int]:
+def drawing_bytes(model: Any, recipe: PassRecipe) -> dict[str, int]:
     """Bytes while the windows of a recipe are drawn, by what they hold."""
+    if isinstance(model, LoadedModel):
+        return {"model": model.nbytes}
     count, length = _texts(recipe)
     return {"model": model.decoder_bytes(), "keys and values": kept_bytes(model.config, min(count, BATCH), length)}
 
@@ -150,19 +155,14 @@ def _first_token(model: PrunableModel, bos: int | None) -> int:
 
 
 def _check_memory(model: PrunableModel, recipe: PassRecipe, budget: int | None) -> None:
-    """Refuse to draw with a model that has no decoder here or that memory cannot hold."""
+    """Refuse to draw with a model that memory cannot hold."""
     other = "give a text to calibrate on, as in calibration='file:PATH' or 'hf:OWNER/NAME' ('pydoc' is always at hand)"
-    if not isinstance(model, StreamedModel):
-        raise ModelError(
-            f"calibration 'self' is text that the model draws, and a {model.config.model_type} model, whose family is "
-            f"not known here, cannot draw any: {other}"
-        )
     needed = sum(drawing_bytes(model, recipe).values())
     limit = working_memory_bytes() if budget is None else budget
     if needed > limit:
         raise ModelError(
-            f"calibration 'self' is text that the model draws, which takes all of it in memory, {format_bytes(needed)} "
-            f"in float32, and there are {format_bytes(limit)}: {other}, or more memory"
+            f"calibration 'self' is text that the model draws, which takes all of it in memory, {format_bytes(needed)}"
+            f", and there are {format_bytes(limit)}: {other}, or more memory"
         )
 
 

@@ -56,6 +56,8 @@ def _zeros(report: PruneReport) -> Fact:
     text = f"{report.sparsity:.2%} of the {size:,} weights of {len(report.layers)} linears are zero"
     if (stays := report.prunable_size - size) > 0:
         text += f", {report.total_sparsity:.2%} of those of all linears: {stays:,} weights were not to be pruned"
+    if others := report.other_weights:
+        text += f"; {others:,} weights in other matrices of the blocks, such as stacked experts, stay as they are"
     return Fact("sparsity", text)
 
 
@@ -112,8 +114,8 @@ def run_facts(report: PruneReport) -> list[Fact]:
         facts.append(Fact("resumed", text))
     if report.route == "torch":
         text = (
-            "blocks ran in torch, since the model's family is not known here: all output errors have the same weight, "
-            "and blocks are not trained"
+            "the model was loaded whole by transformers, since its family is not known here: all output errors have "
+            "the same weight, and nothing is trained"
         )
         facts.append(Fact("torch", text))
     if dead := sum(r.dead_inputs for r in report.layers):

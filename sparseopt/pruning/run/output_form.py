@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from sparseopt.layers.bits import BITS, Bits, parse_bits
-from sparseopt.models import Compressed, Form, Joined, ModelError, Packed, PrunableModel, Source
+from sparseopt.models import Compressed, Form, Joined, ModelError, Packed, Source, StreamedModel
 from sparseopt.models.files.gguf.header import GGUFTensor
 from sparseopt.models.files.gguf.source import GGUFSource
 from sparseopt.models.files.gguf.writer import KINDS, SAME_WIDTH
@@ -42,8 +42,8 @@ def output_of(recipe: PassRecipe, folder: Path, name: str) -> Path:
 
 
 def chosen_form(
-    model: PrunableModel,
-    target: PrunableModel,
+    model: StreamedModel,
+    target: StreamedModel,
     stays: Sequence[int],
     recipe: PassRecipe,
     output: Path,
@@ -102,7 +102,7 @@ def chosen_form(
     return Packed() if recipe.get("pack") else Form()
 
 
-def _same_width(model: PrunableModel, key: str, chosen: bool) -> Bits | None:
+def _same_width(model: StreamedModel, key: str, chosen: bool) -> Bits | None:
     """The grid without an offset that takes as many bits as a GGUF file has for a tensor; None for floats.
 
     Raises:
@@ -115,7 +115,7 @@ def _same_width(model: PrunableModel, key: str, chosen: bool) -> Bits | None:
     return None if name is None else BITS[name]
 
 
-def _outer_bits(model: PrunableModel, recipe: PassRecipe) -> Bits | None:
+def _outer_bits(model: StreamedModel, recipe: PassRecipe) -> Bits | None:
     """The grid of embedding and head: as given, and of floats beside linears of few bits `OUTER_BITS`."""
     if recipe.head_bits is not None:
         return BITS[recipe.head_bits]

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar, cast
+from typing import ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -14,11 +14,8 @@ from sparseopt.models import (
     Form,
     Kept,
     ModelError,
-    PrunableBlock,
-    PrunableModel,
     Sizes,
     StreamedModel,
-    TorchModel,
     open_model,
     sizes_of,
     sliced_block,
@@ -90,10 +87,10 @@ class Plan:
     recipe: PassRecipe
     method: LayerMethod
     output: Path
-    target: PrunableModel
+    target: StreamedModel
     patterns: Mapping[str, Pattern]
     output_weights: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    masks: PrunableModel | None = None
+    masks: StreamedModel | None = None
     form: Form = dataclasses.field(default_factory=Form)
 
     @property
@@ -125,19 +122,17 @@ class Plan:
             rounded &= self.patterns.keys()
         return len(self.patterns) + len(rounded)
 
-    def with_shape(self, model: PrunableModel, shape: ShapeRecord | None) -> "Plan":
+    def with_shape(self, model: StreamedModel, shape: ShapeRecord | None) -> "Plan":
         """The plan for the sizes that a run chose, if it did."""
         del model, shape
         return self
 
-    def layers(self, model: PrunableModel, index: int) -> list[str]:
+    def layers(self, model: StreamedModel, index: int) -> list[str]:
         """The names of the linears of a block that are pruned, as in their records."""
         keys = [model.weight_key(index, name) for name in model.block_linears(index)]
         return [key.removesuffix(".weight") for key in keys if key in self.patterns]
 
-    def finish(
-        self, block: PrunableBlock, place: int, parts: PrunedParts
-    ) -> tuple[PrunableBlock, dict[str, np.ndarray]]:
+    def finish(self, block: Block, place: int, parts: PrunedParts) -> tuple[Block, dict[str, np.ndarray]]:
         """A block of the target and all its tensors, by path.
 
         Args:
@@ -152,7 +147,7 @@ class Plan:
         block.write(found if self.recipe.get("permute") else parts.pruned)
         return block, found
 
-    def restore(self, block: PrunableBlock, place: int, keys: Mapping[str, str], tensors: Tensors) -> PrunableBlock:
+    def restore(self, block: Block, place: int, keys: Mapping[str, str], tensors: Tensors) -> Block:
         """A block of the target that an earlier run stored, from a copy of the dense one, whose `keys` are by path."""
         del place
         # As in `finish`, what was not pruned, moved or trained runs as the source has it, not as it was stored.
@@ -184,22 +179,20 @@ class SmallerPlan(Plan):
     def stays(self) -> Sequence[int]:
         return self.sizes.blocks
 
-    def with_shape(self, model: PrunableModel, shape: ShapeRecord | None) -> "SmallerPlan":
+    def with_shape(self, model: StreamedModel, shape: ShapeRecord | None) -> "SmallerPlan":
         return self if shape is None else shrink_plan(model, self, shape.sizes)
 
-    def finish(
-        self, block: PrunableBlock, place: int, parts: PrunedParts
-    ) -> tuple[PrunableBlock, dict[str, np.ndarray]]:
+    def finish(self, block: Block, place: int, parts: PrunedParts) -> tuple[Block, dict[str, np.ndarray]]:
         """The block and its tensors with the groups that were kept, and the experts that do most."""
-        target, dense, sizes = cast(StreamedModel, self.target), cast(Block, block), self.sizes
+        target, sizes = self.target, self.sizes
         tensors = parts.tensors
 
         def width(name: str) -> int:
             return target.weight_shape(target.weight_key(place, name))[1]
 
         experts = None
-        if dense.num_experts:
-            count, experts = sizes.experts or dense.num_experts, np.arange(dense.num_experts)
+        if block.num_experts:
+            count, experts = sizes.experts or block.num_experts, np.arange(block.num_experts)
             if count < len(experts):
                 found = parts.grams()
                 energy = [_energy(tensors[f"mlp.experts.{e}.down_proj.weight"], found, e) for e in range(len(experts))]
@@ -210,13 +203,13 @@ class SmallerPlan(Plan):
             channels = _kept(tensors["mlp.down_proj.weight"], width("mlp.down_proj"))
         size = width("self_attn.o_proj") // sizes.kv_heads
         groups = _kept(tensors["self_attn.o_proj.weight"], sizes.kv_heads, size)
-        sliced = sliced_block(dense.config, dense.self_attn.kind, tensors, Kept(channels, groups, experts))
+        sliced = sliced_block(block.config, block.self_attn.kind, tensors, Kept(channels, groups, experts))
         # The block runs with the rounding of what is stored.
         sliced = {path: value.astype(parts.dtypes[path], copy=False) for path, value in sliced.items()}
         return target.block_of(place, sliced), sliced
 
-    def restore(self, block: PrunableBlock, place: int, keys: Mapping[str, str], tensors: Tensors) -> PrunableBlock:
-        return cast(StreamedModel, self.target).block_of(place, tensors)
+    def restore(self, block: Block, place: int, keys: Mapping[str, str], tensors: Tensors) -> Block:
+        return self.target.block_of(place, tensors)
 
     def broken(self) -> list[str]:
         # It has no pattern; opening it checks its tensors against its configuration.
@@ -241,7 +234,7 @@ def _energy(weight: np.ndarray, grams: BlockGrams, expert: int) -> float:
     return float(np.sum((weight @ np.asarray(grams[f"mlp.experts.{expert}.hidden"].gram)) * weight))
 
 
-def make_plan(model: PrunableModel, recipe: PassRecipe, output: Path) -> Plan:
+def make_plan(model: StreamedModel, recipe: PassRecipe, output: Path) -> Plan:
     """The plan of a recipe for a model, with the recipe's sparsity in every linear it targets, or its shares of groups.
 
     Raises:
@@ -261,7 +254,6 @@ def make_plan(model: PrunableModel, recipe: PassRecipe, output: Path) -> Plan:
             _check_budget(model, plan, recipe)
         return plan
     assert isinstance(recipe, Recipe)
-    recipe = fitting_recipe(model, recipe)
     method, shares = recipe.layer_method, layer_shares(model, recipe)
     form = chosen_form(model, model, range(model.num_blocks), recipe, output, shares)
     recipe = without_distillation(recipe, form)
@@ -273,7 +265,7 @@ def make_plan(model: PrunableModel, recipe: PassRecipe, output: Path) -> Plan:
     return Plan(recipe, method, output, model, patterns, masks=_model_of_masks(model, recipe, patterns), form=form)
 
 
-def _model_of_masks(model: PrunableModel, recipe: Recipe, keys: Collection[str]) -> PrunableModel | None:
+def _model_of_masks(model: StreamedModel, recipe: Recipe, keys: Collection[str]) -> StreamedModel | None:
     """The opened model that `recipe.masks` names, None without; also checks that there are zeros to keep.
 
     Raises:
@@ -296,7 +288,7 @@ def _model_of_masks(model: PrunableModel, recipe: Recipe, keys: Collection[str])
     return masks
 
 
-def shrink_plan(model: PrunableModel, plan: SmallerPlan, sizes: Sizes) -> SmallerPlan:
+def shrink_plan(model: StreamedModel, plan: SmallerPlan, sizes: Sizes) -> SmallerPlan:
     """The plan with other sizes of the smaller model.
 
     Raises:
@@ -323,7 +315,7 @@ def shrink_plan(model: PrunableModel, plan: SmallerPlan, sizes: Sizes) -> Smalle
     return dataclasses.replace(plan, target=small, patterns=patterns, sizes=sizes, form=form)
 
 
-def _check_removal(model: PrunableModel) -> None:
+def _check_removal(model: StreamedModel) -> None:
     """Raise a `ModelError`, before measuring, where a GGUF file cannot be of a model without any block."""
     every = sizes_of(model)
     try:
@@ -339,7 +331,7 @@ def _check_removal(model: PrunableModel) -> None:
         ) from error
 
 
-def _check_budget(model: PrunableModel, plan: SmallerPlan, recipe: ShrinkRecipe) -> None:
+def _check_budget(model: StreamedModel, plan: SmallerPlan, recipe: ShrinkRecipe) -> None:
     """Raise a `ModelError` for a budget that no smaller model can meet, before measuring."""
     # Also shows whether the method takes the patterns.
     try:
@@ -358,42 +350,10 @@ def _check_budget(model: PrunableModel, plan: SmallerPlan, recipe: ShrinkRecipe)
         )
 
 
-def check_expert_tokens(model: PrunableModel, recipe: PassRecipe) -> None:
-    """Raise a `ModelError` where experts are to see all tokens and there are none, or none that run in JAX."""
-    if recipe.expert_tokens == "all" and not (isinstance(model, StreamedModel) and model.config.experts):
+def check_expert_tokens(model: StreamedModel, recipe: PassRecipe) -> None:
+    """Raise a `ModelError` where experts are to see all tokens and there are none."""
+    if recipe.expert_tokens == "all" and not model.config.experts:
         raise ModelError(
-            "expert_tokens 'all' is for mixtures of experts of the families that run in JAX, and this "
+            "expert_tokens 'all' is for mixtures of experts, and this "
             f"{model.source.config.get('model_type')} model is none; leave it out"
         )
-
-
-def fitting_recipe(model: PrunableModel, recipe: Recipe) -> Recipe:
-    """The recipe for a model's blocks: those that run in torch are not trained, and their output errors count alike.
-
-    Raises:
-        ValueError: naming all that the recipe asks for and torch blocks cannot do.
-    """
-    if not isinstance(model, TorchModel):
-        return recipe
-    problems = []
-    if recipe.given("output_weights") == "gradient":
-        problems.append("output_weights='gradient' takes the gradient of the loss; leave it open or say 'uniform'")
-    if recipe.given("allocation") == "curves":
-        problems.append("allocation='curves' takes the gradient of the loss; say 'uniform' or 'owl'")
-    if recipe.given("train_epochs"):
-        problems.append("train_epochs trains the blocks by their gradients; leave it open or say 0")
-    if recipe.given("distil_epochs"):
-        problems.append("distil_epochs trains the model by its gradients; leave it out or say 0")
-    if recipe.given("permute"):
-        problems.append("permute moves channels of linears that are known to follow each other; leave it out")
-    if recipe.precision != "highest":
-        problems.append(f"precision={recipe.precision!r} is for JAX, and torch multiplies in float32; leave it out")
-    if recipe.weighting == "residual":
-        problems.append("weighting='residual' takes linears that are known to write into the stream; say 'uniform'")
-    if problems:
-        raise ValueError(
-            f"the recipe cannot be used on a {model.config.model_type} model, whose family is not known here and whose "
-            "blocks run in torch:\n  " + "\n  ".join(problems)
-        )
-    left: dict[str, Any] = {"output_weights": "uniform", "train_epochs": 0, "distil_epochs": 0, "permute": False}
-    return recipe.model_copy(update={"allocation": recipe.given("allocation") or "uniform", **left})

@@ -30,9 +30,10 @@ import numpy as np
 
 from sparseopt.models import (
     OUTER_TAG,
+    WHOLE_TAG,
     ModelError,
     PrunableModel,
-    TorchModel,
+    StreamedModel,
     block_tag,
     open_model,
     trained_tag,
@@ -57,8 +58,6 @@ from sparseopt.system.run_folder import RUN, SUMMARY, Fingerprint, FolderError, 
 
 # Another version may round differently, and a resumed run must give the result of an uninterrupted one, bit for bit.
 DECISIVE = ("sparseopt", "jax", "jaxlib", "numpy", "scipy")
-# The packages that run the blocks, by the kind of model.
-FLAX_ROUTE, TORCH_ROUTE = ("flax",), ("torch", "transformers")
 TRAINING = ("optax",)
 # A folder that holds one of these holds a whole model.
 INDEXES = ("model.safetensors.index.json", PACKED_INDEX)
@@ -90,9 +89,8 @@ class Identity:
     def of(self, recipe: PassRecipe) -> Fingerprint:
         """What decides the result of a recipe's run, as plain JSON values."""
         found = versions()
-        route = TORCH_ROUTE if isinstance(self.model, TorchModel) else FLAX_ROUTE
         trains = recipe.reconstruction is not None or recipe.distillation is not None
-        decisive = (*DECISIVE, *route, *(TRAINING if trains else ()))
+        decisive = (*DECISIVE, *self.model.packages, *(TRAINING if trains else ()))
         device, masks = jax.devices()[0], recipe.get("masks")
         return run_folder.plain({
             "weights": self.weights,
@@ -342,6 +340,10 @@ def _read_progress(model: PrunableModel, plan: Plan) -> Progress:
     if not (plan.folder / RUN).is_file():
         return Progress()
     records, found = run_folder.read_records(plan.folder, _record_of)[0], Progress()
+    if not isinstance(model, StreamedModel):
+        # All tensors are in one shard, which comes after all records.
+        whole = stored(WHOLE_TAG) and len(records) == len(plan.patterns)
+        return Progress(model.num_blocks, [WHOLE_TAG], records) if whole else found
     found.records += {r.kind: r for r in records if isinstance(r, AllocationRecord | ShapeRecord)}.values()
     if not stored(OUTER_TAG) or (plan.smaller and found.shape is None):
         return found

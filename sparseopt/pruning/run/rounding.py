@@ -19,7 +19,7 @@ from sparseopt.layers.methods.scores import Magnitude
 from sparseopt.layers.patterns import parse_pattern
 from sparseopt.layers.problem import LayerJob, check_answer
 from sparseopt.layers.side_by_side import LayerTask, solve_block
-from sparseopt.models import PrunableBlock
+from sparseopt.models import Block
 from sparseopt.models.base.errors import named
 from sparseopt.pruning.base.activations import Stream
 from sparseopt.pruning.base.grams import BlockGrams, BlockRunner
@@ -28,7 +28,7 @@ from sparseopt.pruning.run.plan import Plan
 
 
 def linears_to_round(
-    plan: Plan, block: PrunableBlock, place: int, keys: Mapping[str, str], same: Collection[str]
+    plan: Plan, block: Block, place: int, keys: Mapping[str, str], same: Collection[str]
 ) -> dict[str, tuple[str, Bits]]:
     """The linears of a block of the target that are put on a grid: by name, their key in the dense model, and the grid.
 
@@ -47,7 +47,7 @@ def linears_to_round(
 def round_block(
     plan: Plan,
     index: int,
-    block: PrunableBlock,
+    block: Block,
     linears: dict[str, tuple[str, Bits]],
     stream: Stream,
     runner: BlockRunner,
@@ -117,7 +117,7 @@ def round_linears(
     return found
 
 
-def _task(plan: Plan, block: PrunableBlock, name: str, key: str, weight: np.ndarray, grams: BlockGrams) -> LayerTask:
+def _task(plan: Plan, block: Block, name: str, key: str, weight: np.ndarray, grams: BlockGrams) -> LayerTask:
     tap, shape = block.linears[name], weight.shape
     starved = ".experts." in name and grams.tokens(tap) < max(1, plan.recipe.min_expert_tokens)
     outputs = plan.output_weights.get(key)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -15,8 +15,7 @@ from jax.sharding import Mesh
 from sparseopt.core.base.types import Observer
 from sparseopt.models import (
     OUTER_TAG,
-    PrunableBlock,
-    PrunableModel,
+    Block,
     ShardedWriter,
     StreamedModel,
     UnreadTensor,
@@ -62,7 +61,7 @@ class Branch:
         stream: before the next block.
     """
 
-    model: PrunableModel
+    model: StreamedModel
     plan: Plan
     calibration: Calibration
     progress: Progress
@@ -77,15 +76,20 @@ class Branch:
         """Of each calibration window."""
         return self.calibration.variants
 
-    def begin(self, stream: Stream) -> None:
-        """Write the tensors outside the blocks, unless they are there; the stream is that before the first block."""
-        plan, target, tags, self.stream = self.plan, self.plan.target, self.progress.tags, stream
+    def open(self) -> None:
+        """Make the writer, which goes on after the shards that are there."""
+        plan, target = self.plan, self.plan.target
         self.writer = ShardedWriter(
-            plan.folder, target.source, plan.recipe.dtype, plan.form, target.exported_keys(), tags,
+            plan.folder, target.source, plan.recipe.dtype, plan.form, target.exported_keys(), self.progress.tags,
             writes=processes.is_first(),
         )  # fmt: skip
-        if OUTER_TAG not in tags:
-            self.writer.write(OUTER_TAG, unread(self.model.source, target.outer_keys()))
+
+    def begin(self, stream: Stream) -> None:
+        """Write the tensors outside the blocks, unless they are there; the stream is that before the first block."""
+        self.stream = stream
+        self.open()
+        if OUTER_TAG not in self.progress.tags:
+            self.writer.write(OUTER_TAG, unread(self.model.source, self.plan.target.outer_keys()))
 
     def keep(self, record: Finished) -> None:
         """Add the record of a finished piece of work to the progress and to the folder."""
@@ -108,7 +112,7 @@ class Branch:
         if place + 1 < self.plan.target.num_blocks:
             self.stream = dense.runner.through(block, self.stream)
 
-    def _replay(self, dense: DenseBlock, place: int, told: Callable[[Event], None]) -> PrunableBlock:
+    def _replay(self, dense: DenseBlock, place: int, told: Callable[[Event], None]) -> Block:
         told(Replay(len(self.plan.layers(self.model, dense.index))))
         records: list[LayerRecord | GridRecord | BlockRecord] = [
             *self.progress.layers,
@@ -127,7 +131,7 @@ class Branch:
         stored, target = self.writer.stored(tag), self.plan.target
         return {path: target.as_stored(key, stored[key]) for path, key in target.block_keys(place).items()}
 
-    def _prune(self, dense: DenseBlock, place: int, told: Callable[[Event], None]) -> PrunableBlock:
+    def _prune(self, dense: DenseBlock, place: int, told: Callable[[Event], None]) -> Block:
         def kept(record: LayerRecord | GridRecord | BlockRecord) -> None:
             self.keep(record)
             told(record)
@@ -159,7 +163,7 @@ class Branch:
             return
         assert before is not None
         assert dense_after is not None
-        target = cast(StreamedModel, self.plan.target)  # the plan refuses torch models
+        target = self.plan.target
         blocks = [target.block_of(place, self._stored(block_tag(i), place)) for place, i in enumerate(stays)]
         masks = None
         if not self.plan.smaller:
@@ -244,7 +248,7 @@ class Pass:
         survey_seconds: of what was measured before the first block.
     """
 
-    model: PrunableModel
+    model: StreamedModel
     branches: list[Branch]
     windows: CalibrationWindows
     footprint: Footprint
@@ -280,19 +284,20 @@ class Pass:
 
     def scores(self, output: Path) -> tuple[Score, ...]:
         """The perplexities of the dense model and of the one that was written."""
-        before, after = self._before, self._perplexities(output, "after")
+        before, after = self.before, self._perplexities(output, "after")
         pairs = zip(self.samples, before, after, strict=True)
         return tuple(Score(each.text, len(each.ids), each.ids.shape[1], old, new) for each, old, new in pairs)
 
     @cached_property
-    def _before(self) -> list[float]:
+    def before(self) -> list[float]:
+        """The perplexities of the dense model."""
         return self._perplexities(self.model, "before")
 
-    def _perplexities(self, model: PrunableModel | Path, when: str) -> list[float]:
+    def _perplexities(self, model: StreamedModel | Path, when: str) -> list[float]:
         """Of windows of one BOS together, for which the model is read once; one process measures them for all."""
 
-        def told(_: str, done: int, total: int) -> None:
-            self.observer(f"perplexity {when}, block", done, total)
+        def told(what: str, done: int, total: int) -> None:
+            self.observer(f"perplexity {when}, {what}", done, total)
 
         losses = list[float]()
         if processes.is_first():

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 from sparseopt.core.base.types import Observer
 from sparseopt.layers.compiled import Compiled
 from sparseopt.layers.side_by_side import agreed
-from sparseopt.models import Head, PrunableModel
+from sparseopt.models import StreamedModel
 from sparseopt.pruning.base.activations import Batches, embed_windows
 from sparseopt.pruning.base.grams import BlockRunner
 from sparseopt.pruning.evaluate.perplexity import LOGIT_ROWS
@@ -40,7 +40,7 @@ LOGIT_BYTES = 2**26
 
 
 def with_variants(
-    model: PrunableModel,
+    model: StreamedModel,
     windows: CalibrationWindows,
     count: int,
     kind: Batches,
@@ -90,10 +90,9 @@ _draw = Compiled(draw)
 
 
 def _drawn(head: Any, x_RD: Array, key_R: Array, vocabulary: int) -> np.ndarray:
-    """`draw` for slices of rows, whose logits fit in memory; compiled unless the head runs in torch."""
+    """`draw` for slices of rows, whose logits fit in memory; compiled."""
     found, size = [], min(LOGIT_ROWS, max(1, LOGIT_BYTES // (4 * vocabulary)))
     for start in range(0, len(x_RD), size):
         own = slice(start, start + size)
-        arguments = (head, x_RD[own], key_R[own])
-        found.append(np.asarray(_draw(*arguments) if isinstance(head, Head) else draw(*arguments)))
+        found.append(np.asarray(_draw(head, x_RD[own], key_R[own])))
     return np.concatenate(found)

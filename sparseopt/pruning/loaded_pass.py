@@ -1,0 +1,152 @@
+"""The pass over a model whose family is not known here: loaded whole by transformers, pruned by `prune_module`.
+
+Texts, folders, records, scores and reports are those of `pipeline`. There is one shard, written when all linears are
+pruned, so a run that was interrupted before begins anew.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparseopt.layers.methods import method_cost
+from sparseopt.models import WHOLE_TAG, Form, LoadedModel, ModelError, Packed, unread
+from sparseopt.models.files.memory import as_numpy
+from sparseopt.pruning.base.activations import windows_per_batch
+from sparseopt.pruning.base.records import Footprint, LayerRecord, Passed
+from sparseopt.pruning.memory import LIBRARIES, PROGRAMS, BudgetError, check_disks, output_bytes
+from sparseopt.pruning.modules.module_plan import ELSEWHERE, module_recipe
+from sparseopt.pruning.prune_module import prune_module
+from sparseopt.pruning.recipe.pass_recipe import PassRecipe
+from sparseopt.pruning.recipe.prune_recipe import Recipe
+from sparseopt.pruning.recipe.targets import shares_in
+from sparseopt.pruning.run.block import Stopped
+from sparseopt.pruning.run.layer_patterns import layer_patterns, layer_shares
+from sparseopt.pruning.run.output_form import is_file
+from sparseopt.pruning.run.plan import Plan, make_plan
+from sparseopt.pruning.run.shared_pass import Branch, Pass
+from sparseopt.system.machine import format_bytes, working_memory_bytes
+from sparseopt.system.run_folder import DRAWN, RUN
+
+# Resident bytes of torch and of transformers' model classes.
+TORCH = 350 * 2**20
+# What stays open in a recipe for a family, and is decided for a module.
+DECIDED = ("allocation", "permute", "output_weights", "train_epochs", "distil_epochs")
+
+
+def plan_for(model: Any, recipe: PassRecipe, output: Path) -> Plan:
+    """`make_plan`, also for a model that is loaded whole; its errors are the same."""
+    if not isinstance(model, LoadedModel):
+        return make_plan(model, recipe, output)
+    kind = f"{model.source.path} holds a {model.config.model_type} model, whose family is not known here"
+    if not isinstance(recipe, Recipe):
+        raise ModelError(f"{kind}, and smaller models are made of known families: prune it instead")
+    asked = {name: recipe.given(name) for name in ("bits", "head_bits", "masks", "variants")}
+    asked["an output that ends in .gguf"] = is_file(output)
+    if wrong := [name for name, value in asked.items() if value]:
+        raise ValueError(f"{kind}, and {', '.join(wrong)} cannot be had of it: leave that out")
+    fitted = module_recipe(_of_module(recipe), trains=False, has_loss=False)
+    recipe = recipe.model_copy(update={"variants": 0, **{name: getattr(fitted, name) for name in DECIDED}})
+    patterns = layer_patterns(model, recipe, recipe.layer_method, layer_shares(model, recipe))
+    target: Any = model
+    return Plan(recipe, recipe.layer_method, output, target, patterns, form=Packed() if recipe.pack else Form())
+
+
+def _of_module(recipe: Recipe, **changes: Any) -> Recipe:
+    """The recipe without what it says of texts and folders."""
+    return recipe.model_copy(update={name: Recipe.model_fields[name].default for name in ELSEWHERE} | changes)
+
+
+def loaded_footprint(model: Any, plans: list[Plan], windows: np.ndarray, budget: int | None) -> Footprint:
+    """What the pass over a model that is loaded whole takes; arguments as of `choose_footprint`.
+
+    Raises:
+        BudgetError: if it is more than the budget or, without one, than the memory available; or for a full disk.
+    """
+    shapes = sorted(map(model.weight_shape, model.linear_keys()), key=lambda shape: shape[1])
+    block = shapes[-(-len(shapes) // model.num_blocks) * -1 :]
+    modules = 1 + any(plan.recipe.needs_dense_stream for plan in plans)
+    parts = {
+        "libraries": LIBRARIES + TORCH,
+        "compiled programs": PROGRAMS,
+        "model": modules * model.nbytes,
+        # Each window waits before a block with its stream, a few times as large.
+        "activations": modules * 4 * 4 * windows.size * model.config.hidden_size,
+        "Grams": modules * 4 * sum(inputs**2 for _, inputs in block),
+        "workspace": max(method_cost(plan.method).workspace.nbytes(*shape) for plan in plans for shape in set(shapes)),
+    }
+    model.forget()  # it may have drawn the windows
+    needed, limit = sum(parts.values()), working_memory_bytes() if budget is None else budget
+    if needed > limit:
+        held = ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in parts.items())
+        raise BudgetError(
+            f"a {model.config.model_type} model, whose family is not known here, is loaded whole: the run is estimated "
+            f"to take {format_bytes(needed)} ({held}), and there are {format_bytes(limit)}; fewer windows, or "
+            "propagate=0, which needs no second copy of the model, take less"
+        )
+    check_disks(plans, 0)
+    output = sum(sum(output_bytes(model, plan.recipe, plan.form).values()) for plan in plans)
+    return Footprint("memory", needed, parts, "layer solves", budget, output, 0)
+
+
+def prune_loaded(work: Pass, stop: Callable[[], bool] | None) -> None:
+    """Prune by each recipe in turn, each the model as it is in the source, and write the shard of each.
+
+    Raises:
+        Stopped: if `stop` asked for it.
+        PruningError: as `prune_module` does.
+    """
+    model: Any = work.model
+    _ = work.before  # while the model is in memory, and dense
+    for branch in work.branches:
+        pruned = {} if branch.progress.tags else _pruned(work, branch, stop)
+        branch.open()
+        if pruned:
+            rest = [key for key in branch.plan.target.exported_keys() if key not in pruned]
+            branch.writer.write(WHOLE_TAG, {**unread(branch.model.source, rest), **pruned})
+        del pruned
+        model.forget()
+
+
+def _pruned(work: Pass, branch: Branch, stop: Callable[[], bool] | None) -> dict[str, np.ndarray]:
+    """The weights that were pruned, as the files have them."""
+    model: Any = work.model
+    recipe, tokens, last = branch.plan.recipe, work.windows.calibration, 0
+    assert isinstance(recipe, Recipe)
+
+    def told(record: LayerRecord, *_: int) -> None:
+        nonlocal last
+        if record.block > last:
+            work.tell(Passed(last, model.num_blocks))
+            if stop is not None and stop():
+                raise Stopped(f"stopped after {record.block} parts; the same call begins anew")
+            last = record.block
+        record = replace(record, layer=keys[record.layer].removesuffix(".weight"))
+        branch.keep(record)
+        work.tell(record)
+
+    keys = {name: key for key, name in model.linears.items()}
+    shares = {model.linears[key]: share for key, share in layer_shares(model, recipe).items()}
+    # A table leaves the others as they are.
+    targets = tuple(shares) if shares_in(recipe.targets) is None else (*shares.items(), ("re:.*", 0.0))
+    step = windows_per_batch(*tokens.shape)
+    batches = [model.ids(tokens[first : first + step]) for first in range(0, len(tokens), step)]
+    module = _of_module(recipe, targets=targets, ignore=None)
+    try:
+        _, report = prune_module(model.module, batches, module, call=_through_blocks, inplace=True, observer=told)
+    except ValueError:
+        # Nothing was done: the folder is free for another recipe.
+        for name in (RUN, DRAWN):
+            (branch.plan.folder / name).unlink(missing_ok=True)
+        raise
+    work.tell(Passed(last, model.num_blocks))
+    work.runner.seconds += report.seconds - report.solver_seconds
+    parts = dict(model.module.named_modules())
+    return {key: as_numpy(parts[model.linears[key]].weight) for key in branch.plan.patterns}
+
+
+def _through_blocks(module: Any, ids: Any) -> Any:
+    """Without the head, whose logits would be the largest of all activations."""
+    return module.base_model(input_ids=ids, use_cache=False)
