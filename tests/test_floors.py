@@ -66,10 +66,10 @@ HOUSE = {
     "models/decoder": ["layers", "settings", "attention experts", "decoder", "cached_decoding tokenizer"],
     # A family, one file each, below the table of all.
     "models/families": ["family", "*", "__init__"],
-    "models/streaming": ["prunable", "torch_*", "streamed"],
+    "models/streaming": ["prunable", "streamed"],
     "models/reshape": ["*"],
-    "models": ["export", "__init__"],
-    "pruning/base": ["activations records", "grams reports", "torch_grams"],
+    "models": ["export loaded", "__init__"],
+    "pruning/base": ["activations records", "grams reports"],
     "pruning/text": ["chats", "documents", "windows"],
     "pruning/evaluate": ["perplexity audit", "scoring", "zero_shot"],
     "pruning/train": ["training", "distillation reconstruction"],
@@ -89,7 +89,7 @@ HOUSE = {
         "flax_module module_plan torch_module",
         "linen_module masks module_training nnx_module",
     ],
-    "pruning": ["memory prune_module", "pipeline", "inspection", "__init__"],
+    "pruning": ["memory prune_module", "loaded_pass", "pipeline", "inspection", "__init__"],
     "experiments": [
         "names plots* read/*",
         "task",

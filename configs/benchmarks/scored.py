@@ -25,7 +25,7 @@ from sparseopt.experiments.task import Record, Strict
 from sparseopt.experiments.tasks.model import MODEL, model_path
 from sparseopt.experiments.tasks.prune import Prune
 from sparseopt.experiments.tasks.shrink import Shrink
-from sparseopt.models import PrunableModel, ShardedWriter, Source, open_source, unread
+from sparseopt.models import PrunableModel, ShardedWriter, Source, StreamedModel, open_source, unread
 from sparseopt.pruning import PruneReport, Recipe, masks, perplexity, prune_models
 from sparseopt.pruning.text.windows import begin_windows, text_windows
 
@@ -123,7 +123,7 @@ class ScoredShrink(Scores, Shrink):
 
     task: Literal["scored.ScoredShrink"]  # type: ignore[assignment]
 
-    def figures(self, model: PrunableModel, report: PruneReport | None) -> Record:
+    def figures(self, model: StreamedModel, report: PruneReport | None) -> Record:
         return super().figures(model, report) | scores(self, model, report)
 
 

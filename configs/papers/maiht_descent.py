@@ -25,10 +25,10 @@ from sparseopt.experiments.names import Named, PenaltyConfig
 from sparseopt.experiments.task import FinishedRun, Record, Task
 from sparseopt.experiments.tasks.model import BUNDLED, model_path
 from sparseopt.layers.problem import ScaledLayer, scale_layer
-from sparseopt.models import Bos, PrunableModel, check_window, load_tokenizer, open_model, start_token
+from sparseopt.models import Bos, StreamedModel, check_window, load_tokenizer, open_model, start_token
 from sparseopt.pruning import Recipe, load_text
 from sparseopt.pruning.base.activations import make_batches
-from sparseopt.pruning.base.torch_grams import runner_of
+from sparseopt.pruning.base.grams import BlockRunner
 from sparseopt.pruning.recipe.pass_recipe import BosChoice
 from sparseopt.pruning.run.calibration import calibration_windows
 
@@ -142,7 +142,7 @@ def _draw_descent(curves: dict[str, np.ndarray], layer: str) -> Any:
     return axes
 
 
-def _block_of(model: PrunableModel, layer: str) -> tuple[int, str]:
+def _block_of(model: StreamedModel, layer: str) -> tuple[int, str]:
     """The block of a linear and its name there."""
     names = {
         key.removesuffix(".weight"): (index, path.removesuffix(".weight"))
@@ -161,7 +161,7 @@ def layer_problem(source: str, layer: str, calibration: str, bos: Bos, windows: 
     block_index, name = _block_of(model, layer)
     recipe = Recipe(calibration=calibration, bos=bos, windows=windows, seqlen=seqlen, heldout_windows=0)
     ids = calibration_windows(model, recipe).calibration
-    runner = runner_of(model)
+    runner = BlockRunner()
     batches = make_batches(model.embedding()(jnp.asarray(ids)))
     for index in range(block_index):
         batches = runner.forward(model.block(index), batches)

@@ -89,10 +89,6 @@ def test_plans_that_share_a_pass_have_a_stream_each(tmp_path, model, recipe, tok
     stream = 4 * 7 * 24 * 32
     assert (one, three) == (2 * stream, 4 * stream)
     assert cost_of(model, recipe, "disk", propagate=0.5).scratch_bytes == 4 * stream
-    # Blocks in torch count the variants too.
-    plans = [make_plan(model, recipe.model_copy(update={"variants": 3}), tmp_path / "out")]
-    found = choose_footprint(SimpleNamespace(config=model.config), plans, tokens[:5], tokens[5:], 2**30)
-    assert found.scratch_bytes == (1 + 3) * 4 * (5 * 24 * (1 + 3) + 2 * 24) * 32
 
 
 def test_a_disk_with_too_little_room_is_refused_before_any_work(tmp_path, source, model, recipe, tokens, monkeypatch):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import sparseopt as so
-from sparseopt.models import ModelError, TorchModel, open_source, pack_folder
+from sparseopt.models import LoadedModel, ModelError, open_source, pack_folder
 from sparseopt.pruning import (
     Recipe,
     ShrinkRecipe,
@@ -22,7 +22,6 @@ from sparseopt.pruning import (
     shrink_model,
 )
 from sparseopt.pruning.inspection import inspect_model
-from sparseopt.pruning.run.plan import make_plan
 from sparseopt.pruning.train.distillation import Distillation
 from sparseopt.pruning.train.reconstruction import Reconstruction
 from sparseopt.system.run_folder import FolderError
@@ -323,19 +322,22 @@ def test_devices_and_memory_that_are_not_there_are_refused(tmp_path, source, tok
     assert not (tmp_path / "out").exists()
 
 
-def test_blocks_that_run_in_torch_refuse_what_is_for_jax(tmp_path, source, tokens, monkeypatch):
-    class Foreign(TorchModel):
+def test_a_model_that_is_loaded_whole_refuses_what_is_for_known_families(tmp_path, source, tokens, monkeypatch):
+    class Foreign(LoadedModel):
         def __init__(self):
             self.config = SimpleNamespace(model_type="foreign")
             self.source = open_source(source)
 
-    monkeypatch.setattr(pipeline, "open_model", lambda _: Foreign())
-    with pytest.raises(ValueError, match=r"foreign model.*run in torch:\n  precision='high' is for JAX.*leave it out"):
-        prune_model("any", tmp_path / "out", Recipe(precision="high"))
-    with pytest.raises(ModelError, match="which runs in torch: smaller models are made of the families"):
-        make_plan(Foreign(), ShrinkRecipe(calibration=tokens, channels=0.5, multiple=8), tmp_path / "out")
+    monkeypatch.setattr(pipeline, "open_any", lambda _: Foreign())
+    for recipe, words in (
+        (Recipe(bits="int8", variants=2), "foreign model, whose family is not known here, and bits, variants cannot"),
+        (Recipe(output_weights="gradient", expert_tokens="all"), r"output_weights='gradient'.*\n  expert_tokens='all'"),
+        (ShrinkRecipe(calibration=tokens, channels=0.5, multiple=8), "smaller models are made of known families"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            prune_models("any", [(recipe, tmp_path / "out")])
     monkeypatch.setattr(pipeline, "device_line", lambda _: SimpleNamespace(size=2))
-    with pytest.raises(ValueError, match=r"blocks of a foreign model.*run in torch.*given 2: leave devices out"):
+    with pytest.raises(ValueError, match=r"a foreign model.*is loaded whole on one device; given 2: leave devices out"):
         prune_model("any", tmp_path / "out", devices=2)
     assert not (tmp_path / "out").exists()
 

@@ -20,7 +20,6 @@ from sparseopt.models import (
     ShardedWriter,
     Sizes,
     StreamedModel,
-    TorchModel,
     block_tag,
     open_model,
     possible_kv_heads,
@@ -325,13 +324,3 @@ def test_indices_that_are_not_ascending_or_outside_are_refused(name, kept, named
     model = golden(name).model
     with pytest.raises(ModelError, match=named):
         sliced_block(model.config, model.config.kinds[0], {}, kept)
-
-
-def test_a_model_that_runs_in_torch_is_refused(golden):
-    class Foreign(TorchModel):
-        def __init__(self) -> None:
-            self.source = golden("tied_grouped").model.source
-
-    for call in (sizes_of, possible_kv_heads, lambda model: smaller_model(model, Sizes(1, 1, (0,)))):
-        with pytest.raises(ModelError, match="'llama', which runs in torch"):
-            call(Foreign())

@@ -11,7 +11,7 @@ import pytest
 
 from sparseopt.core.base.types import pytree, static
 from sparseopt.layers.methods import MaihtPruning, SplicePruning, Wanda
-from sparseopt.models import ModelError, TorchModel, open_model
+from sparseopt.models import LoadedModel, ModelError, open_model
 from sparseopt.pruning import Recipe
 from sparseopt.pruning.run import resumption
 from sparseopt.pruning.run.resumption import Identity, recipe_identity
@@ -154,21 +154,6 @@ def test_tensors_that_are_only_copied_count_and_are_checked_before_any_work(tmp_
         model_with(tmp_path / "nan", np.nan).check_finite()
 
 
-def test_tensors_that_torch_does_not_use_count():
-    def digest(value):
-        model = object.__new__(TorchModel)
-        tensors = {"used": np.ones(2, np.float32), IMAGES: np.full(2, value, np.float32)}
-        model.source = SimpleNamespace(
-            config={}, path="model", tensors=tensors, pieces=lambda key: iter([tensors[key]])
-        )
-        model.__dict__ |= {"_findings": None, "_names": dict.fromkeys(tensors)}
-        return model.check_finite()
-
-    assert digest(1.0) == digest(1.0) != digest(2.0)
-    with pytest.raises(ModelError, match=f"{IMAGES} in model holds 2 NaN"):
-        digest(np.inf)
-
-
 @pytest.fixture(scope="module")
 def model(source):
     return open_model(source)
@@ -184,7 +169,7 @@ def model(source):
 )
 def test_the_versions_of_what_computes_count_and_no_others(model, tokens, monkeypatch, route, recipe, decisive):
     if route == "torch":
-        monkeypatch.setattr(resumption, "TorchModel", type(model))
+        monkeypatch.setattr(type(model), "packages", LoadedModel.packages)
     asked = Identity(model)
     found = dict.fromkeys((*PACKAGES, "python"), "1.0")
     counted = set()
