@@ -8,6 +8,7 @@ and every part sees the pruned ones before it.
 """
 
 import contextlib
+import copy
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -180,11 +181,13 @@ def _opened(module: Any, batch: Any, call: Any, params: Any, inplace: bool) -> W
 
         return NnxModule(module, call, inplace=inplace)
     if _is_torch(module):
-        import copy
-
         from sparseopt.pruning.modules.torch_module import TorchModule
 
-        return TorchModule(module if inplace else copy.deepcopy(module), call)
+        try:
+            return TorchModule(module if inplace else copy.deepcopy(module), call)
+        except RuntimeError as error:
+            # As with weights that an older weight_norm, or torch's own pruning, makes of others.
+            raise ValueError(f"the module cannot be copied, say inplace=True: {error}") from error
     raise ValueError(
         f"module must be one of Flax (NNX, or Linen with params=) or torch, given a {type(module).__name__}; for a "
         "single weight see `prune_layer`, for a model in a folder `prune_model`"

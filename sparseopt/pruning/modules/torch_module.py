@@ -79,7 +79,9 @@ class TorchModule(Watched):
             if parameter.ndim > 1 and name.rpartition(".")[0] not in self.linears
         }
         children = {
-            name: [(f"{name}.{child}".lstrip("."), type(own)) for child, own in part.named_children()]
+            name: [
+                (f"{name}.{child}".lstrip("."), type(own)) for child, own in part._modules.items() if own is not None
+            ]
             for name, part in parts.items()
         }
         lists = [name for name, part in parts.items() if isinstance(part, torch.nn.ModuleList | torch.nn.Sequential)]
