@@ -182,6 +182,8 @@ def module_recipe(recipe: Recipe, *, trains: bool, has_loss: bool) -> Recipe:
         problems.append("weighting='residual' takes linears that are known to write into the stream: say 'uniform'")
     if recipe.expert_tokens == "all":
         problems.append("expert_tokens='all' is for mixtures that are known: leave it out")
+    if recipe.bits is not None and recipe.given("distil_epochs"):
+        problems.append("distil_epochs trains weights off their grid of bits: leave one of the two out")
     for name in ("train_epochs", "distil_epochs"):
         if recipe.given(name) and not trains:
             problems.append(f"{name} trains by gradients in JAX, and the module is one of torch: leave it out or say 0")
@@ -190,6 +192,8 @@ def module_recipe(recipe: Recipe, *, trains: bool, has_loss: bool) -> Recipe:
     left: dict[str, Any] = {"allocation": "uniform", "permute": False, "variants": 0}
     if not has_loss:
         left["output_weights"] = "uniform"
+    if recipe.bits is not None:
+        left["distil_epochs"] = 0
     if not trains:
         left |= {"train_epochs": 0, "distil_epochs": 0}
     return recipe.model_copy(update={name: value for name, value in left.items() if recipe.get(name) != value})

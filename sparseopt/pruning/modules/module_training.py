@@ -164,9 +164,10 @@ def train_part(
     structure, values = module.part(name)
     trained: dict[int, Array | None] = {}
     for place, (path, leaf) in enumerate(jax.tree_util.tree_flatten_with_path(values[0])[0]):
+        # The last of NNX is an attribute of its variable.
         keys = [str(getattr(key, "key", getattr(key, "idx", ""))) for key in path]
-        owner = ".".join([part for part in (name, *keys[:-1]) if part])
-        if keys[-1:] == ["kernel"] and owner in masks:
+        owner, _, last = ".".join(part for part in (name, *keys) if part).rpartition(".")
+        if last == "kernel" and owner in masks:
             trained[place] = masks[owner]
         elif jnp.issubdtype(leaf.dtype, jnp.floating) and (everything or leaf.ndim < 2):
             trained[place] = None
