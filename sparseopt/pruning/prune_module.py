@@ -107,7 +107,9 @@ def prune_module(
     `LinearGeneral`, `Einsum` and `Conv` of NNX, with the projections of attention; `Dense`, `DenseGeneral`, `Einsum`
     and `Conv` of Linen; `Linear`, `Conv1d` to `Conv3d` and transformers' `Conv1D` of torch. The inputs of a convolution
     are its patches, channel by channel. The module's own code runs unchanged, as after training: without dropout, with
-    stored statistics.
+    stored statistics. Each pass over an NNX module begins with the caches, counters and random numbers that it was
+    given, and the pruned module has these again. Linears that run in a program of the module's own (jit, remat, scan)
+    cannot be seen: an error names them, unless they are left out.
 
     Where the module has lists of blocks (entries of one class, as the layers of a transformer or of a stage of a
     ResNet), the linears in them are pruned, a block at a time, and what is outside is left out unless targets name it.
@@ -132,8 +134,8 @@ def prune_module(
 
     Raises:
         ValueError: before any work, for a recipe, targets or batches that cannot be used; naming a linear that the
-            first batch does not reach, or whose weight is tied to one left out. What the module raises on the first
-            batch is raised.
+            first batch does not reach, or whose weight is tied to one left out; or when it turns out that a part
+            cannot be trained. What the module raises on the first batch is raised.
         PruningError: if inputs of a linear or a solve are not finite, or no batch reaches a linear.
     """
     start = time.perf_counter()
@@ -144,6 +146,8 @@ def prune_module(
     if not batches:
         raise ValueError("no batches: give at least one, nothing else says what the linears read")
     recipe = Recipe() if recipe is None else recipe
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"recipe must be a Recipe, as in Recipe(sparsity=0.5), given a {type(recipe).__name__}")
     opened = _opened(module, batches[0], call, params, inplace)
     trains = not _is_torch(module)
     recipe = module_recipe(recipe, trains=trains, has_loss=loss is not None)

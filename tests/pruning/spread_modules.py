@@ -8,8 +8,9 @@ import flax.linen as nn
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
-from sparseopt.core.base.mesh import device_line, over, put
+from sparseopt.core.base.mesh import device_line, over
 from sparseopt.pruning import Recipe, prune_module
 from tests.pruning.test_modules import TOKENS, WIDTH, LinenNet, Mlp, Net, params_of
 
@@ -37,12 +38,17 @@ def main(path: Path) -> None:
         "images": (Images(), images, plain, {}),
         "trained": (Net(), tokens, trained, {}),
         "linen": (LinenNet(), tokens, plain, {"params": params}),
+        "explicit": (Net(), tokens, plain, {}),
     }
+    # One whose arrays have the cut in their types.
+    explicit = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    by_rows = NamedSharding(explicit, PartitionSpec("data"))
     found = {}
     for name, (module, batches, recipe, more) in cases.items():
         answers = []
         for spread in (False, True):
-            given = [put(x, over(mesh)) if spread else jax.device_put(x) for x in batches]
+            places = by_rows if name == "explicit" else over(mesh)
+            given = [jax.device_put(x, places if spread else None) for x in batches]
             answer, _ = prune_module(module, given, recipe, **more)
             answers.append(jax.tree.leaves(answer if isinstance(module, nn.Module) else nnx.state(answer)))
         pairs = [(np.asarray(one), np.asarray(many)) for one, many in zip(*answers, strict=True)]

@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -451,13 +453,41 @@ def test_a_linear_that_a_block_calls_twice_is_pruned_with_the_block(batches):
     assert {r.layer: r.tokens for r in report.layers}["blocks.0.up"] == 6 * TOKENS
 
 
+@dataclass
+class Output:
+    """Of a class that JAX does not know."""
+
+    x: Any
+    rest: Any
+    text: str
+
+
 class Arguments(Block):
     """A block that is given more than arrays, and gives more than one."""
 
     def __call__(self, x, *, mask=None, scale=1.0, names=("a", None), cache=None):
         if cache is not None:
             cache.calls[...] = cache.calls[...] + 1
-        return super().__call__(x) * scale, {"mask": mask, "rest": None}
+        return Output(super().__call__(x) * scale, {"mask": mask, "rest": None}, "a text")
+
+
+class Tuples(Block):
+    def __call__(self, x, mask, scale):
+        return super().__call__(x) * scale, (mask, None), 3, "a text"
+
+
+class WithTuples(Net):
+    def __call__(self, batch):
+        x = self.stem(batch["x"])
+        for block in self.blocks:
+            x, _, number, text = block(x, batch["mask"], scale=0.5)
+            assert (type(number), text) == (int, "a text")
+        return self.head(x)
+
+
+def same_kernels(one, two):
+    pairs = zip(jax.tree.leaves(nnx.state(one)), jax.tree.leaves(nnx.state(two)), strict=True)
+    return all(np.array_equal(a, b) for a, b in pairs)
 
 
 class Calls(nnx.Module):
@@ -469,7 +499,9 @@ class WithArguments(Net):
     def __call__(self, batch, cache=None):
         x = self.stem(batch["x"])
         for block in self.blocks:
-            x, _ = block(x, mask=batch["mask"], scale=0.5, cache=cache)
+            found = block(x, mask=batch["mask"], scale=0.5, cache=cache)
+            assert found.text == "a text"
+            x = found.x
         return self.head(x) if cache is None else self.head(x) * cache.calls[...]
 
 
@@ -477,6 +509,8 @@ def test_blocks_are_called_as_the_module_calls_them(batches):
     given = [{"x": x, "mask": None if index else x > 0} for index, x in enumerate(batches)]
     found, report = prune_module(WithArguments(Arguments), iter(given), wanda())
     assert report.parts == ["blocks.0", "blocks.1", "blocks.2"]
+    plain, _ = prune_module(WithTuples(Tuples), given, wanda())
+    assert same_kernels(plain, found)
     # What a block writes to an argument is there for the parts after it.
     targets = ["up", "down", "head"]
     cached, own = prune_module(
@@ -525,6 +559,15 @@ ERRORS = {
     "hidden": (lambda xs: prune_module(Net(), xs, call=inside_a_program), "blocks.0.up is called in a program"),
     "tied": (lambda xs: prune_module(tied_outside(), xs), "blocks.0.up is that of head too"),
     "no such pattern": (lambda xs: prune_module(Net(), xs, wanda(pattern="2:16")), "blocks.0.up.*16"),
+    "no floats": (
+        lambda xs: prune_module(Net(), xs, wanda(distil_epochs=1), call=lambda net, x: jnp.argmax(net(x), -1)),
+        "no array of floats",
+    ),
+    "objects to train on": (
+        lambda xs: prune_module(Net(), [object()], wanda(distil_epochs=1), call=lambda net, _: net(xs[0])),
+        "say distil_epochs=0",
+    ),
+    "no recipe": (lambda xs: prune_module(Net(), xs, {"sparsity": 0.5}), "must be a Recipe"),
     "loss of several": (
         lambda xs: prune_module(Net(), xs, wanda(output_weights="gradient"), loss=lambda y, x: y),
         "loss must give a number",
@@ -640,14 +683,14 @@ def test_a_linen_block_that_is_given_a_module_is_no_part(batches):
 def test_a_pass_has_the_settings_of_jax_of_its_caller(batches):
     seen = set()
 
-    class Seeing(Block):
+    class Seeing(Mlp):
         def __call__(self, x):
             seen.add((jax.config.jax_default_matmul_precision, jax.sharding.get_abstract_mesh().axis_names))
             return super().__call__(x)
 
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     with jax.default_matmul_precision("float32"), jax.set_mesh(mesh):
-        prune_module(Net(Seeing, 2), batches, wanda(precision="high"))
+        prune_module(Seeing(), batches, wanda(precision="high"))
     assert seen == {("high", ("data",))}
 
 

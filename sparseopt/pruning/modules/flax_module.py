@@ -127,7 +127,7 @@ class Wanted:
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Rest:
-    """What `cut` left of the arguments of a part."""
+    """What `cut` left of the arguments of a part, or of its output."""
 
     value: Any
 
@@ -186,7 +186,17 @@ def _run(
 def _compiled(
     structure: Structure, values: Values, arrays: list[Any], rest: Rest, wanted: Wanted, dense: Inputs | None
 ) -> Any:
-    return _run(structure, values, joined(arrays, rest.value), wanted, dense)
+    result = _run(structure, values, joined(arrays, rest.value), wanted, dense)
+    if wanted.what != "output":
+        return result
+    found = cut(result)
+    if found is None:
+        raise _NoProgramError
+    return found[0], Rest(found[1])
+
+
+class _NoProgramError(Exception):
+    """What a part gives cannot leave a program, as an object that JAX does not know."""
 
 
 def _variables(arguments: Any) -> list[Any]:
@@ -239,10 +249,13 @@ class FlaxModule(Watched):
         writes = what == "output" and any(isinstance(leaf, nnx.Variable) for leaf in _variables(arguments))
         found = None if writes else cut(arguments, structure)
         with self._visited_by(None):
-            if found is None:
-                result = _run(structure, values, arguments, wanted, dense, grams_of)
-            else:
-                result = _compiled(structure, values, found[0], Rest(found[1]), wanted, dense)
+            if found is not None:
+                try:
+                    result = _compiled(structure, values, found[0], Rest(found[1]), wanted, dense)
+                    return joined(result[0], result[1].value) if what == "output" else inside.renamed(result)
+                except _NoProgramError:
+                    pass
+            result = _run(structure, values, arguments, wanted, dense, grams_of)
         return result if what == "output" else inside.renamed(result)
 
     def gram(self, layout: Layout, value: Any, dense: Any) -> Grams:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from sparseopt.core.base.dense import activation_precision
@@ -110,6 +111,14 @@ class Layout:
 
     def grams(self, x: Array, dense_x: Array | None = None) -> Grams:
         """The sums over the tokens of an input; with that of the dense module also the drift from it."""
+        mesh = jax.typeof(x).sharding.mesh
+        if not mesh.explicit_axes:
+            return self._grams(x, dense_x)
+        # Sums over axes that are cut explicitly: XLA says how the devices add up.
+        whole = NamedSharding(mesh, PartitionSpec())
+        return jax.sharding.auto_axes(self._grams, axes=mesh.explicit_axes, out_sharding=whole)(x, dense_x)
+
+    def _grams(self, x: Array, dense_x: Array | None) -> Grams:
         x = x.astype(jnp.float32)
         dense_x = None if dense_x is None else dense_x.astype(jnp.float32)
         if self.window is None:

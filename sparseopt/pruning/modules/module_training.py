@@ -45,7 +45,10 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 def _floats(output: Any) -> Float[Array, "... D"]:
     """The first array of floats in an output."""
-    return next(leaf for leaf in jax.tree.leaves(output) if jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.floating))
+    for leaf in jax.tree.leaves(output):
+        if isinstance(leaf, jax.Array | np.ndarray) and jnp.issubdtype(leaf.dtype, jnp.floating):
+            return jnp.asarray(leaf)
+    raise ValueError(f"the output, a {type(output).__name__}, holds no array of floats to train on: say 0 epochs")
 
 
 def _with(params: Any, trained: Mapping[int, Array]) -> Any:
@@ -62,7 +65,7 @@ def _loss(
     params, others = values
     args, kwargs = joined(arrays, rest.value)
     output = structure((_with(params, trained), others), args, kwargs, None)
-    return stream_loss(_floats(output).astype(jnp.float32), target.astype(jnp.float32), weights)
+    return stream_loss(_floats(output).astype(jnp.float32), target, weights)
 
 
 @jax.jit
@@ -171,7 +174,8 @@ def train_part(
             trained[place] = masks[owner]
         elif jnp.issubdtype(leaf.dtype, jnp.floating) and (everything or leaf.ndim < 2):
             trained[place] = None
-    trainer = _PartTrainer(structure, values, trained, inputs, [_floats(each) for each in outputs], settings)
+    targets = [_floats(each).astype(jnp.float32) for each in outputs]
+    trainer = _PartTrainer(structure, values, trained, inputs, targets, settings)
     record = BlockRecord(block=index, **trainer.train())
     module.set_params(name, trainer.params())
     return record
