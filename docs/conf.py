@@ -95,6 +95,8 @@ html_theme = "furo"
 html_title = f"sparseopt {version}"
 html_static_path = ["_static"]
 html_css_files = ["wide.css"]
+html_js_files = ["copy.js"]
+html_favicon = "_static/favicon.svg"
 html_theme_options = {"navigation_with_keys": True}
 html_copy_source = False
 
