@@ -12,8 +12,8 @@ from typing import Any
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.tri import Triangulation
 from benchmark_pictures import draw_quality
+from matplotlib.tri import Triangulation
 from PIL import Image
 from records import read, select
 from scipy.sparse import csr_array
@@ -60,8 +60,9 @@ def readme_picture() -> None:
     figure, axes = plt.subplot_mosaic(
         [["measured", "perplexity"], ["smoothed", "perplexity"]], figsize=(11, 5.6), layout="constrained"
     )
+    unit = counties.unit.replace(" in", ",")
     for title, values in (("measured", y), ("smoothed", fit.value)):
-        plot_regions(counties.polygons, values, axes[title], limits=(3.0, 15.0), label=counties.unit.replace(" in", ","))
+        plot_regions(counties.polygons, values, axes[title], limits=(3.0, 15.0), label=unit)
         axes[title].set_title(f"unemployment in 2009, {title}")
     axis = axes["perplexity"]
     draw_quality(axis, read("quality"), select(read("prune"), "dense perplexity")[0]["value"])
