@@ -114,7 +114,8 @@ def prune_module(
     Where the module has lists of blocks (entries of one class, as the layers of a transformer or of a stage of a
     ResNet), the linears in them are pruned, a block at a time, and what is outside is left out unless targets name it.
     Without such lists every linear is pruned, one after the other. A weight that several linears share is pruned once,
-    on the inputs of all.
+    on the inputs of all, when the others are done. `distil_epochs` trains the whole module on the outputs of the dense
+    one: all parameters, those of what is left out too, and every zero stays.
 
     Args:
         module: the module; of Linen together with `params`.

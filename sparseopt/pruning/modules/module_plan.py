@@ -174,6 +174,8 @@ def module_recipe(recipe: Recipe, *, trains: bool, has_loss: bool) -> Recipe:
         problems.append("output_weights='gradient' takes the gradient of a loss: give loss=, or say 'uniform'")
     if has_loss and not trains:
         problems.append("loss is for gradients in JAX, and the module is one of torch: leave it out")
+    if has_loss and trains and recipe.output_weights != "gradient":
+        problems.append("loss is for output_weights='gradient', and they are uniform: leave loss out, or say so")
     if recipe.given("allocation") not in (None, "uniform"):
         problems.append(f"allocation={recipe.allocation!r} is for language models: say 'uniform', or give targets")
     if recipe.given("permute"):
