@@ -6,9 +6,11 @@ letters.
 
 import contextlib
 import os
+import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, TextIO, cast
 
 from rich.console import Console
@@ -24,6 +26,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from sparseopt.system.files import write_whole
 from sparseopt.system.machine import format_bytes
 
 
@@ -102,6 +105,21 @@ errors = Console(file=cast(Any, Outlet("stderr")), highlight=False)
 def say(text: str) -> None:
     """Print one line, never wrapped at the width of something that is not a terminal."""
     console.print(text, soft_wrap=True, markup=False)
+
+
+def command_line() -> str:
+    """What was typed."""
+    return shlex.join(["sparseopt", *sys.argv[1:]])
+
+
+def write_page(file: Path, page: Callable[[str], str]) -> None:
+    """Write the page that `page` makes of the command. The run is finished, so what goes wrong is only a warning."""
+    try:
+        write_whole(file, page(command_line()).encode(errors="replace"))
+    except Exception as error:
+        errors.print(f"warning: no report: {error}", markup=False, soft_wrap=True)
+    else:
+        say(f"report: {file}")
 
 
 @contextmanager
