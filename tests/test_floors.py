@@ -2,6 +2,7 @@
 
 import ast
 import fnmatch
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -170,3 +171,9 @@ def test_every_public_name_exists():
         assert getattr(sparseopt, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'; it has"):
         _ = sparseopt.nothing
+
+
+@pytest.mark.parametrize("room", ["", ".core", ".trend", ".models", ".pruning"])
+def test_dir_shows_the_public_names_and_nothing_else(room):
+    module = importlib.import_module(f"sparseopt{room}")
+    assert dir(module) == sorted(module.__all__)

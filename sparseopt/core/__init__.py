@@ -10,3 +10,7 @@ from sparseopt.core.penalties.protocols import Composite, Conjugate, IterativePr
 from sparseopt.core.problem.problem import Measure, Solver
 
 __all__ = ["Composite", "Conjugate", "IterativeProx", "LinearMap", "Measure", "Norm", "Penalty", "ScalarLoss", "Solver"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -41,6 +41,10 @@ UNCHANGED = "unchanged"
 # Bytes in the name of a run's folder, of which file systems take 255.
 MAX_NAME = 240
 
+_PACKAGE = Path(__file__).parents[1]
+# The configs that come with the package. A wheel has them inside; in a checkout they are next to it.
+SHIPPED = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
+
 Settings = dict[str, Any]
 # Their place and text, each once.
 _Mistakes = dict[tuple[Location, str], None]
@@ -82,9 +86,25 @@ class Run:
         return Path(self.task.name) / self.id if self.id else Path(self.task.name)
 
 
+def find_config(path: Path) -> Path:
+    """The file of a config: the path itself, or else the config of this name that comes with the package.
+
+    Raises:
+        ConfigError: if there is neither; it lists the names.
+    """
+    if path.is_file():
+        return path
+    shipped = {file.stem: file for file in sorted(SHIPPED.glob("*.yaml"))}
+    if (name := str(path).removesuffix(".yaml")) not in shipped:
+        known = ", ".join(shipped)
+        raise ConfigError(f"there is no config file {path}; the configs that come with sparseopt are {known}")
+    return shipped[name]
+
+
 def load_config(path: Path, overrides: Sequence[str] = (), *, allow_code: AllowCode = False) -> list[Run]:
     """Read an experiment, apply `key=value` overrides, expand its sweep, and check every run.
 
+    `path` may be the name of a config that comes with the package, such as `minnesota`; a file goes first.
     `allow_code` says whether tasks, penalties and methods that the config names by a path outside this package are
     imported, which runs their modules: True for all, or the names of the packages whose paths are.
 
@@ -92,8 +112,7 @@ def load_config(path: Path, overrides: Sequence[str] = (), *, allow_code: AllowC
         ConfigError: listing all mistakes, a line each: place in the file, what is wrong, the nearest known name. A
             path that is not allowed is one, and nothing was imported.
     """
-    if not path.is_file():
-        raise ConfigError(f"there is no config file {path}; the project's own are in configs/")
+    path = find_config(path)
     values, lines = read_yaml(path)
     for override in overrides:
         key, equals, text = override.partition("=")

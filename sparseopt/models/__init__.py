@@ -87,3 +87,7 @@ __all__ = [
     "unpack_folder",
     "unread",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

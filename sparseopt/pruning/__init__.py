@@ -73,3 +73,7 @@ __all__ = [
     "token_digest",
     "token_windows",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from sparseopt.shell import experiments, inspect, prune, trend, zero_shot
+from sparseopt.shell.console import errors, say
 from sparseopt.shell.doctor import EXTRAS, doctor
 from sparseopt.shell.options import TEXT_HELP, RecipeCommand
 from sparseopt.system.programs import keep_programs
@@ -101,8 +102,8 @@ COMMANDS: dict[str, dict[Callable[..., None], tuple[str, str]]] = {
     },
     "Experiments": {
         experiments.run: (
-            "sparseopt run configs/minnesota.yaml",
-            "sparseopt run configs/shrink.yaml --output runs --shard 1/2",
+            "sparseopt run minnesota",
+            "sparseopt run sweep.yaml --output runs --shard 1/2",
         ),
         experiments.report: (
             "sparseopt report runs",
@@ -140,11 +141,11 @@ def main() -> None:
         extra = next((extra for extra, packages in EXTRAS.items() if missing in packages), None)
         if extra is None:
             raise
-        typer.echo(f"error: this command needs {error.name}: pip install 'sparseopt[{extra}]'", err=True)
+        say(f"error: this command needs {error.name}: pip install 'sparseopt[{extra}]'", errors)
         sys.exit(2)
     except ValueError as error:
-        typer.echo(f"error: {error}", err=True)
+        say(f"error: {error}", errors)
         sys.exit(2)
     except (RuntimeError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
+        say(f"error: {error}", errors)
         sys.exit(1)

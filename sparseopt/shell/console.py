@@ -8,6 +8,7 @@ import contextlib
 import os
 import shlex
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,13 +99,21 @@ def _open_nowhere(number: int) -> None:
 
 
 hold_streams()
-console = Console(file=cast(Any, Outlet("stdout")), highlight=False)
-errors = Console(file=cast(Any, Outlet("stderr")), highlight=False)
+console = Console(file=cast(Any, Outlet("stdout")), highlight=False, emoji=False)
+errors = Console(file=cast(Any, Outlet("stderr")), highlight=False, emoji=False)
 
 
-def say(text: str) -> None:
-    """Print one line, never wrapped at the width of something that is not a terminal."""
-    console.print(text, soft_wrap=True, markup=False)
+def say(text: str, place: Console = console) -> None:
+    """Print lines, on a terminal broken between words only, so that paths stay whole, and elsewhere not at all."""
+    if place.is_terminal:
+        text = "\n".join(_wrapped(line, place.width) for line in text.split("\n"))
+    place.print(text, soft_wrap=True, markup=False)
+
+
+def _wrapped(line: str, width: int) -> str:
+    """A line as lines of its indentation; rich would break long words or none."""
+    indent = " " * (len(line) - len(line.lstrip()))
+    return textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def command_line() -> str:
@@ -117,7 +126,7 @@ def write_page(file: Path, page: Callable[[str], str]) -> None:
     try:
         write_whole(file, page(command_line()).encode(errors="replace"))
     except Exception as error:
-        errors.print(f"warning: no report: {error}", markup=False, soft_wrap=True)
+        say(f"warning: no report: {error}", errors)
     else:
         say(f"report: {file}")
 

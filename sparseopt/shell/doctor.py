@@ -44,7 +44,7 @@ def doctor(as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps(found))
         return
-    for line in lines_of(found):
+    for line in (*lines_of(found), found["verdict"]):
         console.say(line)
 
 
@@ -57,7 +57,7 @@ def examine() -> dict[str, Any]:
     except RuntimeError as failure:
         error = str(failure)
     folder = getattr(jax.config, "jax_compilation_cache_dir", None)
-    return {
+    found = {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "processor": processor(),
         "cores": os.cpu_count(),
@@ -71,10 +71,11 @@ def examine() -> dict[str, Any]:
         "precision": activation_precision(),
         **(_speed() if devices else dict.fromkeys(("gflops", "gigabytes_a_second", "speed_error"))),
     }
+    return found | {"verdict": _verdict(found)}
 
 
 def lines_of(found: dict[str, Any]) -> list[str]:
-    """The same for a person."""
+    """The same for a person, without the verdict."""
     memory = format_bytes(found["memory_available_bytes"])
     lines = [
         f"{found['system']}, {found['processor']}, {found['cores']} cores, {memory} of memory available",
@@ -89,7 +90,7 @@ def lines_of(found: dict[str, Any]) -> list[str]:
         memory = "" if limit is None else f", {format_bytes(limit)} of memory, {format_bytes(used)} of it in use"
         lines.append(f"device {device['name']}: {device['kind']}{memory}")
     if found["device_error"]:
-        return [*lines, f"no device: {found['device_error']}", "check JAX_PLATFORMS and how JAX was installed"]
+        return [*lines, f"no device: {found['device_error']}"]
     if (programs := found["programs"]) is None:
         lines.append(f"compiled programs are not kept: {SWITCH} is 0, or the cache folder cannot be written")
     else:
@@ -108,6 +109,17 @@ def lines_of(found: dict[str, Any]) -> list[str]:
         f"{found['gigabytes_a_second']:,.1f} GB/s of memory read and written"
     )
     return lines
+
+
+def _verdict(found: dict[str, Any]) -> str:
+    """What works here, and what to do about the rest."""
+    if found["device_error"]:
+        return "verdict: nothing runs here; check JAX_PLATFORMS and how JAX was installed"
+    if found["speed_error"]:
+        return "verdict: a first product failed, and runs would too; free the device's memory or choose another device"
+    if found["extras"]["prune"]:
+        return "verdict: signals and so.solve work; language models need pip install 'sparseopt[prune]'"
+    return "verdict: signals, so.solve and language models work"
 
 
 def _speed() -> dict[str, Any]:

@@ -46,7 +46,7 @@ def permitted(allow_code: bool, packages: list[str] | None, *folders: Path) -> b
 
 
 def run(
-    config: Annotated[Path, typer.Argument(help="Experiment file, as in configs/.")],
+    config: Annotated[Path, typer.Argument(help="Experiment file, or one that comes with sparseopt: minnesota.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings to change: key=value, penalty.weight=20.")
     ] = None,
@@ -63,15 +63,16 @@ def run(
     allow_package: AllowPackages = None,
 ) -> None:
     """Run an experiment or a sweep. Finished runs are kept, interrupted ones resume where they stopped."""
-    allowed = permitted(allow_code, allow_package, Path.cwd(), config.resolve().parent)
     with options.cooperating(distributed, coordinator, processes, process_id):
-        from sparseopt.experiments.config import load_config
+        from sparseopt.experiments.config import find_config, load_config
         from sparseopt.experiments.report import run_page
         from sparseopt.experiments.runs import FAILURE, check_all, plan, run_all, take_shard
         from sparseopt.shell import show_experiments as shown
         from sparseopt.system.processes import is_first
         from sparseopt.system.run_folder import PAGE
 
+        config = find_config(config)
+        allowed = permitted(allow_code, allow_package, Path.cwd(), config.resolve().parent)
         runs = take_shard(load_config(config, overrides or [], allow_code=allowed), shard)
         asked = "all" if devices is None and distributed else devices
         if (chosen := options.number_of_devices(asked)) is not None:
@@ -107,7 +108,7 @@ def _executed(planned: "Sequence[Planned]", work: "Callable[..., list[Outcome]]"
         with SweepProgress(len(planned)) as progress:
             return work(observer=progress.observer, ended=progress.ended)
     except KeyboardInterrupt:
-        errors.print("\nstopped; the same command continues with what is missing")
+        say("\nstopped; the same command continues with what is missing", errors)
         raise typer.Exit(130) from None
 
 

@@ -166,16 +166,15 @@ def run_pass(
             raise
         folders = [run_folder_of(output.expanduser()) for _, output in plans]
         shards = [shard for folder in folders for shard in folder.glob("*-*") if shard.suffix in SHARDS]
-        console.errors.print(
+        console.say(
             f"\nstopped: {len(shards)} finished shards in {', '.join(map(str, folders))} are whole and stay there. "
             f"Run the same command again to resume after them",
-            markup=False,
-            soft_wrap=True,
+            console.errors,
         )
         return 130
     except Stopped as stopped:
         if is_first():
-            console.errors.print(f"\n{stopped}", markup=False, soft_wrap=True)
+            console.say(f"\n{stopped}", console.errors)
         return RESUMABLE
 
     for report in reports:

@@ -87,7 +87,7 @@ def task_progress() -> Iterator[Observer]:
             tenth, spent = 10 * done // total, time.perf_counter() - start
             left = spent / done * (total - done)
             line = f"{title}: {100 * done // total} %, {spent:.0f} s, {left:.0f} s left"
-            console.errors.print(line, soft_wrap=True, markup=False)
+            console.say(line, console.errors)
 
     try:
         yield observe

@@ -36,3 +36,7 @@ __all__ = [
     "trend_path",
     "trend_solver",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

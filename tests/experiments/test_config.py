@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError, model_validator
 
 import sparseopt as so
-from sparseopt.experiments.config import ConfigError, expand, load_config
+from sparseopt.experiments.config import ConfigError, expand, find_config, load_config
 from sparseopt.experiments.names import PenaltyConfig, TrendMethod, find_class, may_import
 from sparseopt.experiments.report import gather
 from sparseopt.experiments.runs import execute
@@ -158,9 +158,15 @@ def test_an_override_that_cannot_be_used_is_named(load, text, overrides, words):
     assert words in str(caught.value)
 
 
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="there is no config file"):
-        load_config(tmp_path / "none.yaml")
+def test_a_name_is_a_file_or_else_a_config_of_the_package_and_an_unknown_one_gets_the_list(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_config(Path("minnesota")) == find_config(Path("minnesota.yaml")) == ROOT / "configs" / "minnesota.yaml"
+    assert {run.task.name for run in load_config(Path("minnesota"))} == {"minnesota"}
+    for path in (tmp_path / "minnesota", Path("../configs/minnesota"), Path("papers")):
+        with pytest.raises(ConfigError, match=r"no config file .*; the configs that come with .* minnesota, shr"):
+            find_config(path)
+    Path("minnesota").touch()
+    assert find_config(Path("minnesota")) == Path("minnesota")
 
 
 def test_overrides_reach_blocks_and_read_yaml_values_and_give_way_to_an_item_of_a_sweep(load):

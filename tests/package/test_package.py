@@ -48,13 +48,17 @@ def test_it_installs_into_nothing_and_runs_the_quickstart(distributions, tmp_pat
     version = run("-m", "sparseopt", "--version").strip()
     assert f"-{version}" in file.name
     assert (Path(where.strip()).parent / "py.typed").is_file()
-    # What needs an extra says which.
-    done = subprocess.run(
-        [python, "-m", "sparseopt", "prune", "model", "--output", "out"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "pip install 'sparseopt[prune]'" in done.stderr
+    # What needs an extra says which, and the configs are inside.
+    for arguments, words in (
+        (["prune", "model", "--output", "out"], "pip install 'sparseopt[prune]'"),
+        (["run", "nothing"], "the configs that come with sparseopt are counties,"),
+    ):
+        done = subprocess.run(
+            [python, "-m", "sparseopt", *arguments],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert words in done.stderr
 
 
 def test_the_sdist_holds_what_tests_need(distributions):
@@ -64,4 +68,5 @@ def test_the_sdist_holds_what_tests_need(distributions):
     with tarfile.open(file) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"pyproject.toml", "README.md", "LICENSE", "Makefile", "configs/maiht-perplexity.yaml"} <= names
+    assert {"CITATION.cff", "CONTRIBUTING.md", "SECURITY.md"} <= names
     assert {"tests/conftest.py", "notebooks/01_proximal_operators_and_penalties.py", "docs/index.md"} <= names

@@ -342,7 +342,7 @@ def test_blocks_that_run_in_torch_refuse_what_is_for_jax(tmp_path, source, token
 
 FILES = [
     ("method: magnitude\nwindow: 4", "line 2: window: no such key; did you mean 'windows'?"),
-    ("sparsity_stage: {}", "it is one of llm-compressor's recipes, see docs/how-to/coming-from-pruners.md"),
+    ("sparsity_stage: {}", "it is one of llm-compressor's recipes; the documentation has a page on coming from it"),
     ("method: wanda\nseqlen: half", "line 2: seqlen must be a whole number, given 'half'"),
     ("ignore: ['re:(']", "ignore: 're:(' is not a regular expression"),
     ("- a", "must hold a mapping of settings"),

@@ -1,6 +1,7 @@
 """All commands: their help, what they import, what surrounds them, and what `sparseopt doctor` says."""
 
 import inspect
+import io
 import json
 import os
 import shlex
@@ -11,9 +12,10 @@ from importlib.metadata import PackageNotFoundError, version
 import jax
 import pytest
 import typer
+from rich.console import Console
 
 from sparseopt.shell import app as cli
-from sparseopt.shell import doctor
+from sparseopt.shell import console, doctor
 from sparseopt.shell.options import completed
 from tests.experiments.inputs import write_inputs
 
@@ -127,6 +129,7 @@ def test_doctor_tells_what_a_run_would_use(diagnose, monkeypatch):
         f"speed of {name}: 71 GFLOP/s in float32 products, 9.9 GB/s of memory read and written",
     ):  # fmt: skip
         assert line in out
+    assert out.rstrip().endswith("verdict: signals, so.solve and language models work")
     assert "secret" not in out
     assert found["devices"][0]["platform"] == jax.default_backend()
     assert found["extras"]["prune"] == []
@@ -134,8 +137,10 @@ def test_doctor_tells_what_a_run_would_use(diagnose, monkeypatch):
 
 
 def test_doctor_names_a_missing_package_with_the_command_that_installs_it(diagnose, monkeypatch):
+    absent = ["matplotlib", "lm-eval"]
+
     def without(name):
-        if name in ("matplotlib", "lm-eval"):
+        if name in absent:
             raise PackageNotFoundError(name)
         return version(name)
 
@@ -143,6 +148,9 @@ def test_doctor_names_a_missing_package_with_the_command_that_installs_it(diagno
     out, _ = diagnose()
     assert "extra plot: not installed (matplotlib): pip install 'sparseopt[plot]'" in out
     assert "extra eval: not installed (lm-eval): pip install 'sparseopt[eval]'" in out
+    absent.append("flax")
+    out, _ = diagnose()
+    assert out.rstrip().endswith("so.solve work; language models need pip install 'sparseopt[prune]'")
 
 
 def test_doctor_tells_of_no_device_of_a_full_one_and_of_a_lower_precision(diagnose, monkeypatch):
@@ -156,13 +164,22 @@ def test_doctor_tells_of_no_device_of_a_full_one_and_of_a_lower_precision(diagno
         patch.setattr(jax, "local_devices", fails("Unable to initialize backend 'cuda': no GPU"))
         out, found = diagnose()
     assert "no device: Unable to initialize backend 'cuda': no GPU" in out
-    assert "check JAX_PLATFORMS and how JAX was installed" in out
+    assert out.rstrip().endswith("verdict: nothing runs here; check JAX_PLATFORMS and how JAX was installed")
     assert found["gflops"] is None
     monkeypatch.setattr(doctor, "measure_gflops", fails("RESOURCE_EXHAUSTED: out of memory\nlong"))
     with jax.default_matmul_precision("high"):
         out, _ = diagnose()
-    assert out.rstrip().endswith("not measured: RESOURCE_EXHAUSTED: out of memory")
+    assert "not measured: RESOURCE_EXHAUSTED: out of memory verdict: a first product failed, and runs would too" in out
     assert "JAX is set to products in precision high; pruning takes what --precision says" in out
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_line_is_broken_only_between_words_and_only_on_a_terminal(terminal):
+    place = Console(file=io.StringIO(), width=20, force_terminal=terminal, highlight=False)
+    console.say("2 mistakes: [bold]\n  a sentence that is longer, in /a/folder/with/a/long/name", place)
+    broken = ["2 mistakes: [bold]", "  a sentence that is", "  longer, in", "  /a/folder/with/a/long/name"]
+    whole = ["2 mistakes: [bold]", "  a sentence that is longer, in /a/folder/with/a/long/name"]
+    assert [line.rstrip() for line in place.file.getvalue().splitlines()] == (broken if terminal else whole)
 
 
 def test_programs_that_are_kept_are_counted(tmp_path):

@@ -128,7 +128,7 @@ def _mistake(error: ErrorDetails, fields: dict[str, FieldInfo]) -> str:
     if kind == "extra_forbidden":
         hint = suggest(name, fields)
         if name.endswith(("_stage", "_modifiers")):
-            hint = "it is one of llm-compressor's recipes, see docs/how-to/coming-from-pruners.md"
+            hint = "it is one of llm-compressor's recipes; the documentation has a page on coming from it"
         return f"{name}: no such key; {hint}"
     if kind == "literal_error":
         return unknown(name, given, choices_of(fields[name]))
