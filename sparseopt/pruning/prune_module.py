@@ -38,6 +38,7 @@ from sparseopt.pruning.recipe.prune_recipe import Recipe
 from sparseopt.pruning.run.block import PruningError, layer_record, propagated
 from sparseopt.pruning.run.rounding import round_linears
 from sparseopt.pruning.train.training import Training
+from sparseopt.system.report import Fact, html_facts
 
 # What a batch, and the module's output for it, cost: a number to be differentiated.
 Loss = Callable[[Any, Any], Any]
@@ -76,6 +77,13 @@ class ModuleReport:
     @property
     def solver_seconds(self) -> float:
         return sum(r.seconds for r in self.layers) + sum(r.seconds for r in self.grids)
+
+    def _repr_html_(self) -> str:
+        zeros, size = sum(r.zeros for r in self.layers), sum(r.size for r in self.layers)
+        figures = {"mean relative error": self.mean_relative_error, "seconds": self.seconds}
+        facts = [Fact(name, f"{value:.5g}") for name, value in figures.items()]
+        pruned = f"{len(self.layers)} pruned, {zeros:,} of {size:,} weights are zero; {len(self.grids)} in few bits"
+        return html_facts("ModuleReport", [Fact("linears", pruned), *facts])
 
     def __str__(self) -> str:
         width = max(len(r.layer) for r in self.layers)
