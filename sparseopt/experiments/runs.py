@@ -31,12 +31,14 @@ from sparseopt.experiments.task import FinishedRun, Record, RunUnit, Task, find_
 from sparseopt.system import processes, run_folder
 from sparseopt.system.files import write_whole
 from sparseopt.system.machine import environment, peak_memory_bytes, versions
-from sparseopt.system.run_folder import RECORDS, RUN, SUMMARY, Fingerprint, FolderError, State
+from sparseopt.system.report import Fact
+from sparseopt.system.run_folder import PAGE, RECORDS, RUN, SUMMARY, Fingerprint, FolderError, State
 from sparseopt.system.yaml_file import read_yaml, write_yaml
 
 CONFIG, FAILURE = "config.yaml", "error.txt"
+NO_FIGURES = Fact("figures", "none, since matplotlib is not installed: pip install 'sparseopt[plot]'")
 # What a run writes besides its `run.json`; `model` is that of `tasks.model`.
-WRITTEN = (SUMMARY, RECORDS, CONFIG, FAILURE, "*.png", "*.npz", "model")
+WRITTEN = (SUMMARY, RECORDS, CONFIG, FAILURE, PAGE, "*.png", "*.npz", "model")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ and every part sees the pruned ones before it.
 """
 
 import contextlib
+import copy
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -31,12 +32,13 @@ from sparseopt.pruning.base.records import BlockRecord, GridRecord, LayerRecord,
 from sparseopt.pruning.modules.flax_module import FlaxModule
 from sparseopt.pruning.modules.lanes import Lane, PartCall, lanes
 from sparseopt.pruning.modules.module_plan import ModulePlan, module_recipe, plan_module
-from sparseopt.pruning.modules.module_training import train_part, weights_of_outputs
-from sparseopt.pruning.modules.watched import Sums, Watched, added, check_outside, discover
+from sparseopt.pruning.modules.module_training import check_trainable, train_part, weights_of_outputs
+from sparseopt.pruning.modules.watched import Sums, Watched, added, check_outside, is_expert
 from sparseopt.pruning.recipe.prune_recipe import Recipe
 from sparseopt.pruning.run.block import PruningError, layer_record, propagated
 from sparseopt.pruning.run.rounding import round_linears
 from sparseopt.pruning.train.training import Training
+from sparseopt.system.report import Fact, html_facts
 
 # What a batch, and the module's output for it, cost: a number to be differentiated.
 Loss = Callable[[Any, Any], Any]
@@ -76,6 +78,13 @@ class ModuleReport:
     def solver_seconds(self) -> float:
         return sum(r.seconds for r in self.layers) + sum(r.seconds for r in self.grids)
 
+    def _repr_html_(self) -> str:
+        zeros, size = sum(r.zeros for r in self.layers), sum(r.size for r in self.layers)
+        figures = {"mean relative error": self.mean_relative_error, "seconds": self.seconds}
+        facts = [Fact(name, f"{value:.5g}") for name, value in figures.items()]
+        pruned = f"{len(self.layers)} pruned, {zeros:,} of {size:,} weights are zero; {len(self.grids)} in few bits"
+        return html_facts("ModuleReport", [Fact("linears", pruned), *facts])
+
     def __str__(self) -> str:
         width = max(len(r.layer) for r in self.layers)
         lines = [f"{'linear':{width}}  {'out x in':>13}  {'zeros':>6}  {'error':>9}"]
@@ -106,12 +115,15 @@ def prune_module(
     `LinearGeneral`, `Einsum` and `Conv` of NNX, with the projections of attention; `Dense`, `DenseGeneral`, `Einsum`
     and `Conv` of Linen; `Linear`, `Conv1d` to `Conv3d` and transformers' `Conv1D` of torch. The inputs of a convolution
     are its patches, channel by channel. The module's own code runs unchanged, as after training: without dropout, with
-    stored statistics.
+    stored statistics. Each pass over an NNX module begins with the caches, counters and random numbers that it was
+    given, and the pruned module has these again. Linears that run in a program of the module's own (jit, remat, scan)
+    cannot be seen: an error names them, unless they are left out.
 
     Where the module has lists of blocks (entries of one class, as the layers of a transformer or of a stage of a
     ResNet), the linears in them are pruned, a block at a time, and what is outside is left out unless targets name it.
     Without such lists every linear is pruned, one after the other. A weight that several linears share is pruned once,
-    on the inputs of all.
+    on the inputs of all, when the others are done. `distil_epochs` trains the whole module on the outputs of the dense
+    one: all parameters, those of what is left out too, and every zero stays.
 
     Args:
         module: the module; of Linen together with `params`.
@@ -131,21 +143,26 @@ def prune_module(
 
     Raises:
         ValueError: before any work, for a recipe, targets or batches that cannot be used; naming a linear that the
-            first batch does not reach, or whose weight is tied to one left out. What the module raises on the first
-            batch is raised.
+            first batch does not reach, or whose weight is tied to one left out; or when it turns out that a part
+            cannot be trained. What the module raises on the first batch is raised.
         PruningError: if inputs of a linear or a solve are not finite, or no batch reaches a linear.
     """
     start = time.perf_counter()
+    if isinstance(batches, Mapping) or hasattr(batches, "shape"):
+        kind = type(batches).__name__
+        raise ValueError(f"batches must be several, given one {kind}: say [batch], or list(batches) if it holds some")
     batches = list(batches)
     if not batches:
         raise ValueError("no batches: give at least one, nothing else says what the linears read")
     recipe = Recipe() if recipe is None else recipe
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"recipe must be a Recipe, as in Recipe(sparsity=0.5), given a {type(recipe).__name__}")
     opened = _opened(module, batches[0], call, params, inplace)
     trains = not _is_torch(module)
     recipe = module_recipe(recipe, trains=trains, has_loss=loss is not None)
     dense = opened.dense() if recipe.needs_dense_stream else None
     with activations_in(recipe.precision), opened.watching(), dense.watching() if dense else contextlib.nullcontext():
-        plan = plan_module(opened, discover(opened, batches[0]), recipe, targets)
+        plan = plan_module(opened, opened.discover(batches[0]), recipe, targets)
         work = _Work(opened, dense, plan, batches, loss, observer or (lambda *_: None))
         work.run()
         result = opened.result()
@@ -177,11 +194,13 @@ def _opened(module: Any, batch: Any, call: Any, params: Any, inplace: bool) -> W
 
         return NnxModule(module, call, inplace=inplace)
     if _is_torch(module):
-        import copy
-
         from sparseopt.pruning.modules.torch_module import TorchModule
 
-        return TorchModule(module if inplace else copy.deepcopy(module), call)
+        try:
+            return TorchModule(module if inplace else copy.deepcopy(module), call)
+        except RuntimeError as error:
+            # As with weights that an older weight_norm, or torch's own pruning, makes of others.
+            raise ValueError(f"the module cannot be copied, say inplace=True: {error}") from error
     raise ValueError(
         f"module must be one of Flax (NNX, or Linen with params=) or torch, given a {type(module).__name__}; for a "
         "single weight see `prune_layer`, for a model in a folder `prune_model`"
@@ -213,6 +232,8 @@ class _Work:
 
     def run(self) -> None:
         recipe, module = self.plan.recipe, self.module
+        if recipe.distillation is not None and isinstance(module, FlaxModule):
+            check_trainable(module, "", [((batch,), {}) for batch in self.batches])
         if recipe.output_weights == "gradient" and self.loss is not None and isinstance(module, FlaxModule):
             layouts = self.plan.layouts(module, list(self.plan.patterns))
             self.output_weights = weights_of_outputs(module, self.batches, self.loss, layouts)
@@ -237,15 +258,21 @@ class _Work:
             while stopped := {lane.at.name for lane in here if lane.at}:
                 name = min(stopped, key=order.__getitem__)
                 others: Sequence[Lane | None] = there or [None] * len(here)
-                pairs = [pair for pair in zip(here, others, strict=True) if _at(pair[0], name)]
-                self._part(name, [_Stop(own, _at(other, name)) for own, other in pairs], dense)
+                stops = [
+                    _Stop(own, _at(other, name)) for own, other in zip(here, others, strict=True) if _at(own, name)
+                ]
+                self._part(name, stops, dense)
                 waiting.discard(name)
                 if not waiting:
                     return
-                for own, other in pairs:
-                    _go_on(own, self.module)
-                    if dense is not None and (there_too := _at(other, name)):
-                        _go_on(there_too, dense)
+                for stop in stops:
+                    _go_on(stop.lane, self.module)
+                for lane in there:
+                    # Also one whose batch does not get here in the pruned module.
+                    if dense is not None and _at(lane, name):
+                        _go_on(lane, dense)
+        for name in sorted(waiting, key=order.__getitem__):
+            self._part(name, [], dense)  # which the pruned module does not call
 
     def _part(self, name: str, stops: Sequence["_Stop"], dense: Watched | None) -> None:
         """Prune the linears of a part at which these batches stop, in the module and in the dense one."""
@@ -257,12 +284,11 @@ class _Work:
             if stop.dense is not None and dense is not None and recipe.propagate:
                 inputs = stop.dense.work(partial(dense.inputs, stop.dense.call, layouts))
             total = added(total, stop.lane.work(partial(self.module.observed, stop.lane.call, layouts, inputs)))
-        assert total is not None
         train = None
         if recipe.reconstruction is not None and dense is not None and name not in names:
             # A linear by itself has been fitted to these outputs already.
             train = partial(self._train_block, name, stops, dense)
-        self._solve(name, names, total, train)
+        self._solve(name, names, Sums({}) if total is None else total, train)
 
     def _train_block(self, name: str, stops: Sequence["_Stop"], dense: Watched) -> None:
         both = [stop for stop in stops if stop.dense is not None]
@@ -280,9 +306,8 @@ class _Work:
         masks = {each: jnp.asarray(module.kernel(each)) != 0 for name in names for each in self.plan.readers[name]}
         index = len(self.parts) - (1 if part else 0)
         record = train_part(module, part, masks, inputs, outputs, settings, index, everything=everything)
-        if record is not None:
-            self.blocks.append(record)
-            self.tell(record)
+        self.blocks.append(record)
+        self.tell(record)
 
     def _run_last(self) -> None:
         """Linears that are called more than once, when the others are pruned."""
@@ -317,9 +342,12 @@ class _Work:
     def _grams(self, name: str, sums: Sums) -> Grams:
         """Those of all linears that have a weight, on one device."""
         found = [sums[each] for each in self.plan.readers[name] if each in sums]
-        if not found:
-            if ".experts." not in name:
-                raise PruningError(f"no batch reaches {name}: nothing says what its inputs are; leave it out by ignore")
+        if not sum(int(each.tokens) for each in found):
+            if not is_expert(name):
+                raise PruningError(
+                    f"no batch reaches {name}, or only empty ones: nothing says what its inputs are; leave it out by "
+                    "the recipe's ignore"
+                )
             width = self.module.linears[name].shape[1]
             zeros = jnp.zeros((width, width), jnp.float32), jnp.zeros(width, jnp.float32)
             return Grams(zeros[0], jnp.float32(0), jnp.int32(0), zeros[1])
@@ -333,7 +361,7 @@ class _Work:
         return whole
 
     def _starved(self, name: str, grams: Grams) -> bool:
-        return ".experts." in name and int(grams.tokens) < max(1, self.plan.recipe.min_expert_tokens)
+        return is_expert(name) and int(grams.tokens) < max(1, self.plan.recipe.min_expert_tokens)
 
     def _task(self, name: str, grams: Grams) -> LayerTask:
         recipe, pattern = self.plan.recipe, self.plan.patterns[name]

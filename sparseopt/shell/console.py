@@ -6,10 +6,12 @@ letters.
 
 import contextlib
 import os
+import shlex
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, TextIO, cast
 
 from rich.console import Console
@@ -25,6 +27,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from sparseopt.system.files import write_whole
 from sparseopt.system.machine import format_bytes
 
 
@@ -111,6 +114,21 @@ def _wrapped(line: str, width: int) -> str:
     """A line as lines of its indentation; rich would break long words or none."""
     indent = " " * (len(line) - len(line.lstrip()))
     return textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+def command_line() -> str:
+    """What was typed."""
+    return shlex.join(["sparseopt", *sys.argv[1:]])
+
+
+def write_page(file: Path, page: Callable[[str], str]) -> None:
+    """Write the page that `page` makes of the command. The run is finished, so what goes wrong is only a warning."""
+    try:
+        write_whole(file, page(command_line()).encode(errors="replace"))
+    except Exception as error:
+        say(f"warning: no report: {error}", errors)
+    else:
+        say(f"report: {file}")
 
 
 @contextmanager

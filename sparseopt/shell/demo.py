@@ -22,6 +22,8 @@ from sparseopt.pruning.text.windows import text_windows
 from sparseopt.shell import console
 from sparseopt.shell.prune_progress import PruneProgress
 from sparseopt.system.machine import environment, peak_memory_bytes
+from sparseopt.system.report import Fact, Figure, Report, Table, html_page
+from sparseopt.system.run_folder import PAGE
 from sparseopt.trend.images import denoise, psnr
 
 RECIPES: tuple[tuple[str, dict[str, Any]], ...] = (("fast", {"effort": "fast"}), ("Wanda", {"method": "wanda"}))
@@ -62,7 +64,7 @@ def run_demo(output: Path | None, source: str | None, calibration: str, sparsity
     prompt = np.append([] if bos is None else [bos], encode_text(tokenizer, PROMPT)).astype(np.int32)
     output = output or free_folder(Path("demo-output"))
     output.mkdir(parents=True, exist_ok=False)
-    photograph = _denoise_photograph(output)
+    photograph, shown = _denoise_photograph(output)
     say(f"\nmodel: {path.name}, {model.num_blocks} blocks of width {model.config.hidden_size}; results in {output}/")
 
     def judge(label: str, folder: Path, report: PruneReport | None) -> Outcome:
@@ -83,12 +85,11 @@ def run_demo(output: Path | None, source: str | None, calibration: str, sparsity
 
     title = f"{'SmolLM2' if source is None else path.name} pruned to {sparsity:.0%}"
     headings = ("model", "perplexity", "sparsity", "layer error", "held-out error", "solver seconds")
-    console.console.print(console.comparison_table(title, headings, [_cells(outcome) for outcome in outcomes]))
-    picture = save_figure(
-        plot_layer_errors({o.label: o.report.layers for o in outcomes if o.report}),
-        output / "layer-errors.png",
-        f"Error of each layer's output after pruning to {sparsity:.0%} (calibration tokens, log scale)",
-    )
+    table = Table(title, headings, [_cells(outcome) for outcome in outcomes])
+    console.console.print(console.comparison_table(title, headings, table.rows))
+    caption = f"Error of each layer's output after pruning to {sparsity:.0%} (calibration tokens, log scale)"
+    errors = plot_layer_errors({o.label: o.report.layers for o in outcomes if o.report})
+    picture = save_figure(errors, output / "layer-errors.png", caption)
     samples = "\n\n".join(f"{o.label}:\n{o.sample}" for o in outcomes)
     (output / "samples.txt").write_text(samples + "\n", encoding="utf-8")
     say(f"\nA sample, {NEW_TOKENS} likeliest tokens after the prompt:\n\n{samples}\n")
@@ -104,6 +105,11 @@ def run_demo(output: Path | None, source: str | None, calibration: str, sparsity
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     say(f"picture: {picture}; models: {', '.join(str(o.report.output) for o in outcomes if o.report)}")
     say(f"{seconds:.0f} s in all, peak memory {peak_memory_bytes() / 2**30:.2f} GiB")
+    pruned = Report(table, [Fact(f"{o.label} writes", o.sample) for o in outcomes], [Figure(picture, caption)])
+    steps = [Fact("sparseopt prune MODEL --output FOLDER", "prunes a model of yours")]
+    steps += [Fact("sparseopt denoise PHOTO.png --output CALM.png", "denoises a picture of yours")]
+    parts = [shown, pruned]
+    console.write_page(output / PAGE, lambda command: html_page("sparseopt demo", parts, command, summary, steps))
 
 
 def _cells(outcome: Outcome) -> tuple[str, ...]:
@@ -121,15 +127,15 @@ def _cells(outcome: Outcome) -> tuple[str, ...]:
     )
 
 
-def _denoise_photograph(output: Path) -> list[dict[str, float]]:
-    """Fit scikit-image's camera photograph with noise; returns a row of figures for each order."""
+def _denoise_photograph(output: Path) -> tuple[list[dict[str, float]], Report]:
+    """Fit scikit-image's camera photograph with noise; returns a row of figures for each order, and what is shown."""
     from skimage.data import camera
 
     clean = np.asarray(camera(), np.float32)
     noisy = clean + np.asarray(np.random.default_rng(0).normal(0, NOISE, clean.shape), np.float32)
     start = psnr(noisy, clean)
     console.say(f"photograph: {clean.shape[0]} x {clean.shape[1]} pixels, noise sigma {NOISE}, PSNR {start:.2f} dB")
-    rows, pictures = [], []
+    rows, figures = [], []
     for order, weight in LEVELS:
         seconds = []
         for _ in range(2):  # the first call compiles
@@ -146,18 +152,20 @@ def _denoise_photograph(output: Path) -> list[dict[str, float]]:
             "first_call_seconds": seconds[0],
         }
         rows.append(row)
-        pictures.append(output / f"photograph-order-{order}.png")
         captions = (
             f"noise sigma {NOISE}: {start:.1f} dB",
             f"trend filter of order {order}, weight {weight:g}: {row['psnr']:.1f} dB",
         )
-        before_and_after(_as_grey(noisy), _as_grey(found.image), pictures[-1], captions)
+        picture = output / f"photograph-order-{order}.png"
+        before_and_after(_as_grey(noisy), _as_grey(found.image), picture, captions)
+        figures.append(Figure(picture, f"{captions[0]}, and {captions[1]}"))
     headings = ("order", "weight", "PSNR dB", "duality gap", "steps", "seconds", "with compiling")
     formats = ("{:d}", "{:g}", "{:.2f}", "{:.1e}", "{:d}", "{:.2f}", "{:.2f}")
     cells = [[form.format(value) for form, value in zip(formats, row.values(), strict=True)] for row in rows]
-    console.console.print(console.comparison_table("Photograph denoised by trend filtering", headings, cells))
-    console.say(f"pictures: {', '.join(map(str, pictures))}")
-    return rows
+    table = Table("Photograph denoised by trend filtering", headings, cells)
+    console.console.print(console.comparison_table(table.title, headings, cells))
+    console.say(f"pictures: {', '.join(str(figure.picture) for figure in figures)}")
+    return rows, Report(table, figures=figures)
 
 
 def _as_grey(image: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sparseopt.shell import options
-from sparseopt.shell.console import console, errors, say
+from sparseopt.shell.console import command_line, console, errors, say, write_page
 
 if TYPE_CHECKING:
     from sparseopt.experiments.report import Section
@@ -65,9 +65,11 @@ def run(
     """Run an experiment or a sweep. Finished runs are kept, interrupted ones resume where they stopped."""
     with options.cooperating(distributed, coordinator, processes, process_id):
         from sparseopt.experiments.config import find_config, load_config
+        from sparseopt.experiments.report import run_page
         from sparseopt.experiments.runs import FAILURE, check_all, plan, run_all, take_shard
         from sparseopt.shell import show_experiments as shown
         from sparseopt.system.processes import is_first
+        from sparseopt.system.run_folder import PAGE
 
         config = find_config(config)
         allowed = permitted(allow_code, allow_package, Path.cwd(), config.resolve().parent)
@@ -92,8 +94,9 @@ def run(
                 + (f". See {FAILURE} in {told}" if told else "")
             )
         if planned and is_first():
-            _show([p.folder for p in planned], allowed)
+            sections = _show([p.folder for p in planned], allowed)
             folder = output / planned[0].run.task.name
+            write_page(folder / PAGE, partial(run_page, sections, folder))
             say(f"sparseopt report {folder} --output FOLDER writes this as files, with pictures")
 
 
@@ -122,7 +125,7 @@ def report(
 
     sections = _show(folders, permitted(allow_code, allow_package, Path.cwd()))
     if output is not None:
-        for file in write_report(sections, output):
+        for file in write_report(sections, output, command_line()):
             say(f"wrote {file}")
 
 
@@ -174,6 +177,7 @@ def compare(
     from sparseopt.experiments import comparison
     from sparseopt.experiments.runs import run_all
     from sparseopt.shell import show_experiments as shown
+    from sparseopt.system.run_folder import PAGE
 
     allowed = permitted(allow_code, allow_package, Path.cwd())
     usual = "0" if given.get("keep_zeros") or given.get("masks") else "0.5"
@@ -200,6 +204,7 @@ def compare(
         say(f"wrote {file}")
     if not any(file.suffix == ".png" for file in written):
         say("no picture: it needs a pruned cell that is finished, and matplotlib (pip install 'sparseopt[plot]')")
+    write_page(output / PAGE, partial(comparison.page, section, written, source))
     failed = [outcome for outcome in outcomes if outcome.error]
     if failed:
         raise RuntimeError(

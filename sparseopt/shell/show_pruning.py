@@ -1,12 +1,16 @@
-"""What a finished run that prunes or shrinks shows: a table of its linears, and its facts."""
+"""What a finished run that prunes or shrinks shows: a table of its linears, its facts, and its page."""
 
 from sparseopt.pruning.base.reports import PruneReport
+from sparseopt.pruning.run.card import run_page
 from sparseopt.pruning.run.facts import layer_table, model_facts, run_facts
-from sparseopt.shell.console import comparison_table, console, packed_line, say
+from sparseopt.pruning.run.output_form import run_folder_of
+from sparseopt.shell.console import comparison_table, console, packed_line, say, write_page
+from sparseopt.system.processes import is_first
+from sparseopt.system.run_folder import PAGE, SUMMARY, read_json
 
 
 def show_report(report: PruneReport) -> None:
-    """Print the table and the facts of a finished run."""
+    """Print the table and the facts of a finished run, and write its page unless an earlier command did."""
     if report.layers:
         found = layer_table(report)
         table = comparison_table(found.title, found.headings, found.rows)
@@ -17,3 +21,6 @@ def show_report(report: PruneReport) -> None:
     if report.recipe.get("pack"):
         say(packed_line(report.dense_bytes, report.stored_bytes))
     say(f"finished before, in {report.output}" if report.kept else f"wrote {report.output}")
+    folder = run_folder_of(report.output)
+    if is_first() and not (report.kept and (folder / PAGE).is_file()):
+        write_page(folder / PAGE, lambda command: run_page(report, command, read_json(folder / SUMMARY)))

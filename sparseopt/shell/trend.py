@@ -13,6 +13,8 @@ import sparseopt as so
 from sparseopt.core.penalties.names import BY_WEIGHT, penalty_of_weight
 from sparseopt.shell import console
 from sparseopt.shell.options import ManyDevices, number_of_devices, numbers
+from sparseopt.system import report
+from sparseopt.system.machine import environment
 from sparseopt.trend.methods.choice import AUTO, METHODS
 
 # Steps of times that differ by less than this fraction are equal.
@@ -49,15 +51,15 @@ def denoise(
     devices: ManyDevices = None,
     force: Annotated[bool, typer.Option("--force", help="Replace outputs that exist.")] = False,
 ) -> None:
-    """Denoise an image or a volume by trend filtering on its grid; writes a before/after picture beside the output."""
+    """Denoise an image or a volume by trend filtering on its grid, with a before/after picture and a report."""
     from sparseopt.experiments.plots.signals import before_and_after
     from sparseopt.experiments.read import files, volumes
     from sparseopt.trend.images import denoise as denoise_array
 
     chosen = number_of_devices(devices)
     stem = output.with_suffix("")
-    picture, summary = Path(f"{stem}-before-after.png"), Path(f"{stem}-summary.json")
-    for target in (output, picture, summary):
+    picture, summary, page = (Path(f"{stem}-{end}") for end in ("before-after.png", "summary.json", "report.html"))
+    for target in (output, picture, summary, page):
         files.check_output(target, None, force)
     scan = volumes.read_scan(image)
     volumes.check_format(output, scan)
@@ -84,6 +86,17 @@ def denoise(
         "weight": found.weight, "order": order, "ends": ends, "isotropic": isotropic,
     }  # fmt: skip
     _finish_fit(found.solution, figures, seconds, summary, [output, picture])
+
+    def made(command: str) -> str:
+        rows = [(name.replace("_", " "), report.cell(value)) for name, value in figures.items()]
+        shown = report.Report(
+            report.Table("The fit", ("figure", "value"), rows),
+            figures=[report.Figure(picture, f"{captions[0]}, and its fit of {captions[1]}")],
+        )
+        steps = [report.Fact(f"--weight {2 * found.weight:.3g} --force", "in the same command smooths more")]
+        return report.html_page(f"{image.name}, denoised", [shown], command, environment(), steps)
+
+    console.write_page(page, made)
 
 
 def trend(

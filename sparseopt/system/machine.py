@@ -7,7 +7,7 @@ import platform
 import re
 import resource
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,12 @@ def environment() -> dict[str, Any]:
             "devices": [str(d) for d in jax.devices()],
         },
     }
+
+
+def environment_texts(record: Mapping[str, Any]) -> tuple[str, str]:
+    """Machine and versions of a record, as text."""
+    machine, packages = record["machine"], ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    return f"{machine['system']}, {machine['cores']} cores, {' '.join(machine['devices'])}", packages
 
 
 # The largest peaks of this process that the kernel has forgotten since.

@@ -4,6 +4,7 @@
     run.json        the format, the fingerprint (all that decides the result) and facts about the start; written first
     records.jsonl   one JSON line for each finished piece of work; NaN and infinities, which JSON lacks, are null
     summary.json    written last: a folder that has one holds a finished run
+    report.html     all of it for people, written by the commands after the run; nothing reads it
 
 A run with the same fingerprint resumes, one with another is refused and told what differs. Every write raises
 `DiskError` if the disk does not take it, and leaves what was there.
@@ -25,7 +26,9 @@ from pydantic_core import to_json
 
 from sparseopt.system.files import append_line, temporary_of, write_whole
 
-RUN_FILES = LOCK, RUN, DRAWN, RECORDS, SUMMARY = "run.lock", "run.json", "drawn.json", "records.jsonl", "summary.json"
+LOCK, RUN, DRAWN, RECORDS, SUMMARY = "run.lock", "run.json", "drawn.json", "records.jsonl", "summary.json"
+PAGE = "report.html"
+RUN_FILES = LOCK, RUN, DRAWN, RECORDS, SUMMARY, PAGE
 # Of the layout above. Version 0.1.0 wrote no number.
 FORMAT = 3
 

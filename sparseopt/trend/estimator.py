@@ -134,6 +134,19 @@ class OnGraph(BaseEstimator):
             found[new] = np.einsum("mk,mk...->m...", shares, values[near])
         return found
 
+    @property
+    def _repr_html_(self) -> Any:
+        # scikit-learn has no such attribute where it is asked for text, and else a function.
+        shown = super()._repr_html_
+        return lambda: shown() + self._html_of_fit()
+
+    def _repr_mimebundle_(self, **options: Any) -> dict[str, str]:
+        found = super()._repr_mimebundle_(**options)
+        return found | {kind: text + self._html_of_fit() for kind, text in found.items() if kind == "text/html"}
+
+    def _html_of_fit(self) -> str:
+        return self.solution_._repr_html_() if hasattr(self, "solution_") else ""
+
     def _check_penalty(self) -> Any:
         """The penalty of weight alpha, after a check of all parameters that both estimators have."""
         if not finite_number(self.alpha) >= 0:

@@ -15,6 +15,7 @@ from sparseopt.models import open_model
 from sparseopt.pruning import Recipe, audit_sparsity, perplexity, prune_model
 from sparseopt.pruning.text.windows import text_windows
 from tests.experiments.inputs import CALIBRATED, TEXT, WINDOWS, quiet, watch_passes, write_inputs
+from tests.system.pages import whole_page
 
 METHODS, SHARES, PATTERNS = "wanda,magnitude", "0.75,0.25", "unstructured,2:4"
 CELLS = [
@@ -116,7 +117,7 @@ def test_table_and_picture_are_written_with_what_was_run(settings, finished):
     assert "* measured on: " in text
     assert "* layer errors: uniform tokens\n" in text
     assert text.count("\n| wanda | ") == 3
-    assert "![comparison](comparison.png)" in text
+    assert f"![{comparison.CAPTION}](comparison.png)" in text
     assert (output / FILES[2]).read_bytes().startswith(b"\x89PNG")
 
 
@@ -159,6 +160,12 @@ def test_the_command_measures_the_cell_without_a_record_alone_and_shows_all(
     ]
     assert places == sorted(places)
     assert all(f"wrote {copied / name}" in out and (copied / name).is_file() for name in FILES)
+    page = whole_page(copied / "report.html")
+    (table,) = page.tables
+    perplexities = [f"{float(line['perplexity']):.4g}" for line in lines_of(copied)]
+    assert [row[table[0].index("perplexity")] for row in table[1:]] == perplexities
+    assert (page.captions, len(page.loaded)) == ([comparison.CAPTION], 1)
+    assert page.command.startswith(f"sparseopt compare {settings['source']} --output {copied} ")
     status, again, _ = compare()
     assert (status, again.count("kept ")) == (0, 7)
     assert again[again.index("model: ") :] == out[out.index("model: ") :]
@@ -229,6 +236,8 @@ def test_options_of_the_recipe_reach_every_cell_and_a_missing_picture_is_explain
     status, out, _ = compare(*options, methods="maiht", sparsity="0.5", pattern="unstructured")
     assert status == 1
     assert "no picture: it needs a pruned cell that is finished" in out
+    page = whole_page(tmp_path / "out" / "report.html")
+    assert (page.loaded, "RuntimeError: the layer broke" in page.words) == ([], True)
     assert "random windows, seed 3" in out
     (cell,) = (tmp_path / "out" / "cells").glob("method=maiht*")
     config = (cell / "config.yaml").read_text()

@@ -16,6 +16,7 @@ from sparseopt.experiments.runs import plan, run_all
 from sparseopt.shell.show_experiments import fitting_tables
 from sparseopt.system.report import markdown
 from tests.experiments.inputs import TOY, quiet
+from tests.system.pages import whole_page
 
 PAPER = {
     "source": "Toys, 2020, table 1",
@@ -83,9 +84,9 @@ def test_every_format_tells_the_same(section, tmp_path):
     assert "| 2 | 3 ± 2.2 | 7.5 |" in text
     assert "* differs: Size: ours is smaller." in text
     assert "* repeats: mean and standard deviation of 4" in text
-    page = files["report.html"].read_text()
-    assert "<td>3 ± 2.2</td><td>7.5</td>" in page
-    assert "<li>original: Toys, 2020, table 1</li>" in page
+    page = whole_page(files["report.html"])
+    assert page.tables == [[["scale", "value", "value (paper)"], ["1", "1.5 ± 1.1", ""], ["2", "3 ± 2.2", "7.5"]]]
+    assert "original: Toys, 2020, table 1" in page.words
 
 
 def test_without_pyarrow_a_report_is_whole_but_for_parquet(section, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from sparseopt.experiments.config import expand
 from sparseopt.experiments.runs import check_all, execute, fingerprint, load_run, plan, records_in, run_all, state_of
 from sparseopt.system.run_folder import FORMAT, LOCK, FolderInUse, State
 from tests.experiments.inputs import TOY, quiet
+from tests.system.pages import whole_page
 
 ROOT = Path(__file__).parents[2]
 ALLOW = ("--allow-package", "tests")
@@ -169,10 +170,24 @@ def test_a_sweep_is_planned_shared_by_shards_kept_and_never_mixed_with_other_set
     assert status == 0
     assert "A toy" in out
     assert "3 ± 2.2" in out
-    assert (tmp_path / "report" / "report.html").is_file()
+    for place, name in (("report", "report"), ("runs/toy", "run")):
+        page = whole_page(tmp_path / place / "report.html")
+        assert [row[-1] for row in page.tables[0][1:]] == ["1.5 ± 1.1", "3 ± 2.2", "4.5 ± 3.4"]
+        assert page.command.startswith(f"sparseopt {name} ")
     status, _, err = run("count=9", sweep=THREE)
     assert (status, err.count("holds the results of other settings")) == (2, 3)
     assert run("count=9", "--again", sweep=THREE)[0] == 0
+
+
+def test_a_single_run_has_its_page_in_its_folder_also_without_matplotlib(tmp_path, run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for more, kept in (([], 0), ([], 1), (["--again"], 0)):
+        status, out, _ = run("count=2", *more)
+        assert (status, out.count("kept ")) == (0, kept)
+        page = whole_page(tmp_path / "runs" / "toy" / "report.html")
+        assert page.tables == [[["value"], ["0.5 ± 0.5"]]]
+        assert "figures: none, since matplotlib is not installed" in page.words
+        assert page.command.endswith(" ".join(["count=2", *more]))
 
 
 def test_shards_are_disjoint_and_complete():
@@ -240,6 +255,7 @@ def test_a_torn_line_is_named_and_its_unit_alone_run_again(tmp_path, run, torn, 
             load_run(folder, allow_code=True)
     status, out, _ = run(**sweep)
     assert (status, out.count("done"), out.count("kept")) == (0, 1, 1)
+    assert [row[0] for row in whole_page(folder.parent / "report.html").tables[0]] == ["scale", "2", "3"]
     number, unit = (2, 1) if among else (5, 3)
     assert f"line {number} of {folder / 'records.jsonl'} held no record; its unit was run again" in out
     assert log.read_text().splitlines()[8:] == [f"2 unit-{unit}"]

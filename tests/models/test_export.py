@@ -24,7 +24,7 @@ LEFT = (
     *("pytorch_model.bin", "consolidated.00.PTH", "flax_model.msgpack", "tf_model.h5", "model.onnx", "model.onnx.data"),
     *("pytorch_model.bin.index.json", "model.gguf", ".gitattributes", ".git/config", "original/params.json"),
     # An earlier pruning's account of itself.
-    *("run.json", "records.jsonl", "summary.json"),
+    *("run.json", "records.jsonl", "summary.json", "report.html"),
 )
 SHARDS = ("model-block-0000", "model-block-0001", "model-block-0002", "model-outer")
 

@@ -15,6 +15,7 @@ from sparseopt.shell.prune_progress import PruneProgress
 from tests.experiments.inputs import CALIBRATED, TEXT, write_inputs
 from tests.models.tiny import VOCAB
 from tests.pruning.whole_runs import TOKENIZER
+from tests.system.pages import whole_page
 from tests.tiers import often
 
 WEIGHTS = 21 * 32 * 32  # of 21 linears, each 4 bytes
@@ -70,7 +71,7 @@ def interrupt(monkeypatch):
 
 def model_files(folder):
     """All files but those that tell of the run that made them."""
-    accounts = ("run.json", "summary.json", "records.jsonl")
+    accounts = ("run.json", "summary.json", "records.jsonl", "report.html")
     return {f.name: f.read_bytes() for f in folder.iterdir() if f.name not in accounts}
 
 
@@ -101,8 +102,23 @@ def test_prune_then_eval(tmp_path, inputs, prune, done, score, command):
     assert f"on 2 windows of 48 tokens of documents 2, 4, 6, ... of jsonl:{tmp_path}" in done(
         "eval", folder, *rows, *SCORED
     )
-    # A requeued job: the same command shows the same figures, and others are refused.
+    page = whole_page(folder / "report.html")
+    figures = json.loads((folder / "summary.json").read_text())
+    records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+    means, linears = page.tables
+    assert means[-1][2:5] == ["0.5000", f"{figures['mean_relative_error']:.5f}", f"{figures['mean_heldout_error']:.5f}"]
+    assert len(linears) == 1 + len(records) == 22
+    for row, record in zip(linears[1:], records, strict=True):
+        assert record["layer"].endswith(f".{row[1]}.{row[0]}")
+        assert row[2:4] == [f"{record[name]:.5g}" for name in ("relative_error", "heldout_error")]
+    assert page.command.startswith(f"sparseopt prune {inputs[0]} --output {folder} --calibration {text} --windows 4 ")
+    assert f"{figures['scores'][0]['after']:.2f} after" in page.words
+    assert (page.tags.count("svg"), page.tags.count("rect"), len(page.captions)) == (1, 3, 1)
+    # A requeued job: the same command shows the same figures, and others are refused. A page that was lost is written.
+    (folder / "report.html").rename(tmp_path / "first.html")
     out = prune("out", *given)
+    assert whole_page(folder / "report.html").tables == page.tables
+    (tmp_path / "first.html").replace(folder / "report.html")
     assert "layer 21/21" not in out
     assert "down_proj │ 32x32 │ 0.5000" in out
     assert f"finished before, in {folder}" in out
@@ -113,7 +129,7 @@ def test_prune_then_eval(tmp_path, inputs, prune, done, score, command):
 
 
 def test_calibration_and_evaluation_begin_with_the_bos_of_the_tokenizer(tmp_path, inputs, prune, done, score):
-    source, _ = write_inputs(tmp_path)
+    source = write_inputs(tmp_path)[0].rename(tmp_path / "<script>alert(1)<b>")
     frame = {
         "type": "TemplateProcessing",
         "single": [{"SpecialToken": {"id": "<|start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
@@ -126,6 +142,10 @@ def test_calibration_and_evaluation_begin_with_the_bos_of_the_tokenizer(tmp_path
     out, folder, text = prune("out", "--method", "wanda", source=source), tmp_path / "out", inputs[1]
     assert f"4 windows of 32 tokens of the first half of {text}, each starting with the model's BOS (token 1)" in out
     assert "; the rest is left to `sparseopt eval`" in out
+    # The name of a model is text.
+    page = whole_page(folder / "report.html")
+    assert "<script>alert(1)<b>, pruned" in page.words
+    assert page.command.startswith(f"sparseopt prune '{source}' ")
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["bos"], summary["recipe"]["bos"]) == (1, "auto")
     out = done("eval", folder, "--text", text, *SCORED)
@@ -145,6 +165,7 @@ def test_several_sparsities_with_all_that_surrounds_a_method(tmp_path, prune):
     assert out.count("reconstruction") == out.count("survey of the dense model") == 2
     for share in ("0.4", "0.6"):
         assert f"wrote {tmp_path / 'out' / share}" in out
+        assert whole_page(tmp_path / "out" / share / "report.html").command.count("0.4,0.6") == 1
         audits = audit_sparsity(tmp_path / "out" / share)
         assert sum(a.zeros for a in audits) == round(float(share) * WEIGHTS)
 
@@ -218,6 +239,9 @@ def test_without_fewer_channels_or_heads_the_blocks_are_counted_and_there_is_no_
     assert "keeps 2 of 3 blocks, without blocks " in out
     assert "│" not in out
     assert f"wrote {tmp_path / 'out'}" in out
+    page = whole_page(tmp_path / "out" / "report.html")
+    assert page.tables == []
+    assert "keeps 2 of 3 blocks, without blocks " in page.words
 
 
 @pytest.mark.thorough
@@ -235,7 +259,7 @@ def test_several_shares_share_a_pass_and_get_folders_of_what_varies(tmp_path, sh
     }
 
 
-def test_ctrl_c_keeps_finished_shards_and_says_how_to_go_on(tmp_path, prune, shrink, command, interrupt):
+def test_ctrl_c_keeps_finished_shards_and_says_how_to_go_on(tmp_path, prune, shrink, command, interrupt, monkeypatch):
     interrupt(2)
     status, _, err = prune("pruned", using=command)
     assert status == 130
@@ -250,6 +274,12 @@ def test_ctrl_c_keeps_finished_shards_and_says_how_to_go_on(tmp_path, prune, shr
     # Of both models the tensors outside the blocks and the first block.
     assert "stopped: 4 finished shards" in err
     assert "Run the same command again to resume after them" in err
+    assert not list(tmp_path.rglob("report.html"))
+    monkeypatch.undo()
+    assert f"report: {tmp_path / 'pruned' / 'report.html'}" in prune("pruned")
+    page = whole_page(tmp_path / "pruned" / "report.html")
+    assert "resumed: 2 blocks were finished by an earlier run" in page.words
+    assert len(page.tables[1]) == 1 + 21
 
 
 def test_demo_shows_a_comparison_and_writes_picture_samples_and_models(tmp_path, inputs, command, monkeypatch):
@@ -270,6 +300,10 @@ def test_demo_shows_a_comparison_and_writes_picture_samples_and_models(tmp_path,
     assert all(row["psnr"] > 28 and row["relative_duality_gap"] <= 1e-4 for row in rows)
     assert (output / "layer-errors.png").read_bytes().startswith(b"\x89PNG")
     assert "fast:\nThe ocean" in (output / "samples.txt").read_text()
+    page = whole_page(output / "report.html")
+    assert [len(table) for table in page.tables] == [3, 4]
+    assert [float(row[2]) for row in page.tables[0][1:]] == [round(row["psnr"], 2) for row in rows]
+    assert len(page.loaded) == len(page.captions) == 3
     for method in ("fast", "wanda"):
         assert open_model(output / method).num_blocks == 3
     assert demo.free_folder(output).name == "demo-output-2"

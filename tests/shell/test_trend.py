@@ -7,6 +7,7 @@ import pytest
 
 import sparseopt as so
 from sparseopt.experiments.read.images import read_image, write_image
+from tests.system.pages import whole_page
 
 TIMES = np.cumsum(np.random.default_rng(0).uniform(0.2, 2, 30))
 LINE = 3 + 2 * TIMES
@@ -44,6 +45,16 @@ def test_denoise_writes_image_picture_and_summary(tmp_path, command):
     summary = json.loads((tmp_path / "calm-summary.json").read_text())
     assert summary["status"] == "CONVERGED"
     assert summary["relative_duality_gap"] <= 1e-4
+    page = whole_page(tmp_path / "calm-report.html")
+    rows = dict(page.tables[0][1:])
+    assert (rows["shape"], rows["status"], rows["steps"]) == ("24x32", "CONVERGED", str(summary["steps"]))
+    assert float(rows["relative duality gap"]) == pytest.approx(summary["relative_duality_gap"], rel=1e-4)
+    assert (page.command, len(page.loaded)) == (f"sparseopt {' '.join(map(str, call))}", 1)
+    for name in ("calm.png", "calm-before-after.png", "calm-summary.json"):
+        (tmp_path / name).rename(tmp_path / f"old-{name}")
+    status, _, err = command(*call)
+    assert status == 2
+    assert "calm-report.html exists already" in err
     status, _, err = command(*call, "--order", 1, "--ends", "free", "--force")
     assert status == 0, err
     assert json.loads((tmp_path / "calm-summary.json").read_text())["ends"] == "free"

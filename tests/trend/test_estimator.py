@@ -6,6 +6,7 @@ import warnings
 import jax
 import numpy as np
 import pytest
+from sklearn import config_context
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import mean_poisson_deviance
@@ -116,6 +117,13 @@ def test_labels_of_a_node_count_as_a_proportion(rng):
     model = GraphTrendClassifier(0, 0.5, graph, tol=1e-8, label_smoothing=0.1)
     model.fit(column(nodes), np.where(ones, "yes", "no"), weights)
     assert model.classes_.tolist() == ["no", "yes"]
+    # A notebook shows the parameters, as for every estimator, and how the fit ended.
+    shown, parameters = model._repr_html_(), clone(model)._repr_html_()
+    assert ("TrendSolution" in shown, "TrendSolution" in parameters, "label_smoothing" in parameters) == (1, 0, 1)
+    assert "<th>status</th><td>CONVERGED</td>" in model._repr_mimebundle_()["text/html"]
+    with config_context(display="text"):
+        assert not hasattr(model, "_repr_html_")
+        assert set(model._repr_mimebundle_()) == {"text/plain"}
     direct = so.trend_filter(proportions, graph, so.L1(0.5), tol=1e-8, node_weights=mass, loss="logistic")
     np.testing.assert_allclose(model.fitted_values_, direct.value, atol=1e-9)
     every = column(range(14))

@@ -57,6 +57,7 @@ def test_a_path_of_a_chain_is_exact_and_its_pieces_only_merge(rng):
     for w in (None, rng.uniform(0.5, 2.0, 15)):
         path = trend_path(y, graph, num=12, node_weights=w).check()
         assert path.gaps.max() <= 1e-12
+        assert "<th>levels</th><td>12 CONVERGED</td>" in path._repr_html_()
         for value, weight in zip(path.values, path.weights, strict=True):
             np.testing.assert_allclose(value, exact_fit(y, graph, weight, 0, w), atol=1e-8)
         jumps = np.diff(path.values, axis=1) != 0

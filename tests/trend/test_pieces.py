@@ -63,13 +63,18 @@ def test_pieces_of_channels_apart_are_those_in_which_all_channels_agree(rng):
 
 def test_a_bend_without_noise_is_one_knot():
     bend = np.abs(np.arange(21.0) - 10)
-    assert so.trend_filter(bend, so.Graph.chain(21), so.L1(1.0), order=1).knots().tolist() == [10]
+    found = so.trend_filter(bend, so.Graph.chain(21), so.L1(1.0), order=1)
+    assert found.knots().tolist() == [10]
+    assert "<th>differences not zero</th><td>1 of 19</td>" in found._repr_html_()
 
 
 def test_breakpoints_are_knots_of_order_zero():
     y = np.repeat([1.0, 5.0, 2.0], 10)
     found = so.trend_filter(y, so.Graph.chain(30), so.L1(0.1))
     assert found.knots().tolist() == [10, 20]
+    shown = found._repr_html_()
+    for name, text in (("status", "CONVERGED"), ("pieces", "3"), ("zeros", "0 of 30"), ("steps", str(found.steps))):
+        assert f"<tr><th>{name}</th><td>{text}</td></tr>" in shown
     still = so.trend_filter(y, so.Graph.chain(30), so.L1(1e3))
     assert still.knots().tolist() == []
     assert still.pieces().max() == 0
@@ -88,6 +93,7 @@ def test_a_planned_fit_has_pieces_and_a_batch_none(rng):
     batch = jax.jit(jax.vmap(lambda y: solver(y, so.L1(2.0))))(y)
     with pytest.raises(ValueError, match=r"given a batch of \(2,\): take one by jax.tree.map"):
         batch.pieces()
+    assert f"<td>{min(batch.objective):.5g} to {max(batch.objective):.5g}</td>" in batch._repr_html_()
     for lane in range(2):
         one = jax.tree.map(lambda leaf, lane=lane: leaf[lane], batch)
         np.testing.assert_array_equal(one.pieces(), so.trend_filter(y[lane], graph, so.L1(2.0)).pieces())

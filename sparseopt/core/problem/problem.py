@@ -9,6 +9,7 @@ A solver is a frozen pytree with four pure methods; the loop, the stopping rule,
 import enum
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -17,6 +18,7 @@ from sparseopt.core.base.types import FloatArray, pytree
 from sparseopt.core.operators.matrices import linear_map
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.penalties.protocols import is_composite
+from sparseopt.system.report import Fact, html_facts, spread
 
 # A residual within this multiple of eps may be as low as the precision allows.
 NEAR_ROUNDING = 1e3
@@ -243,6 +245,24 @@ class Solution:
     history: Any = None
     state: Any = None
     dual: Any = None
+
+    def _repr_html_(self) -> str:
+        return html_facts(type(self).__name__, self._facts())
+
+    def _facts(self) -> list[Fact]:
+        """How it ended, in short; of a batch the ranges."""
+        ended = ", ".join(Status(int(status)).name for status in np.unique(self.status))
+        entries = [np.asarray(leaf) for leaf in jax.tree.leaves(self.value)]
+        zeros, size = sum(int((leaf == 0).sum()) for leaf in entries), sum(leaf.size for leaf in entries)
+        gap = spread(self.gap) if np.isfinite(self.gap).all() else "no certificate"
+        figures = {"steps": self.steps, "residual": self.residual, "objective": self.objective}
+        ends = [Fact(name, spread(values)) for name, values in figures.items()]
+        return [
+            Fact("status", ended),
+            Fact("relative duality gap", gap),
+            *ends,
+            Fact("zeros", f"{zeros:,} of {size:,}"),
+        ]
 
     def check(self) -> "Solution":
         """Return self if every lane converged, with a certificate or to a stationary point.

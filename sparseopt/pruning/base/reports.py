@@ -20,6 +20,7 @@ from sparseopt.pruning.base.records import (
     own_fields,
 )
 from sparseopt.system.machine import environment
+from sparseopt.system.report import Fact, html_facts
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,14 @@ class PruneReport:
     def block_losses(self) -> tuple[float | None, float | None]:
         """The mean error of the trained blocks before and after their training."""
         return mean(b.first_loss for b in self.blocks), mean(b.last_loss for b in self.blocks)
+
+    def _repr_html_(self) -> str:
+        error, heldout = mean_errors(self.layers)
+        figures = {"zeros": self.sparsity, "mean relative error": error, "on held-out tokens": heldout}
+        facts = [Fact(name, f"{value:.5g}") for name, value in figures.items() if value is not None]
+        scores = [Fact(f"perplexity on {s.text}", f"{s.before:.2f} before, {s.after:.2f} after") for s in self.scores]
+        ends = [Fact("model", self.source), Fact("output", str(self.output))]
+        return html_facts("PruneReport", [*ends, *facts, *scores, Fact("seconds", f"{self.seconds:.1f}")])
 
     def summary(self) -> dict[str, Any]:
         """For `summary.json`."""

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+from flax import nnx
 from flax.linen.linear import canonicalize_padding
 
 from sparseopt.pruning.base.grams import Grams
@@ -27,33 +28,40 @@ def kind_of(cls: type, package: str) -> str | None:
     return next((c.__name__ for c in cls.__mro__ if c.__name__ in KINDS and c.__module__.startswith(package)), None)
 
 
-def layout_of(module: Any, kind: str, kernel: tuple[int, ...], input_ndim: int = 0) -> Layout | str:
-    """The layout of a linear with a kernel of this shape; a text says why it has none.
-
-    The number of axes of its input is needed for einsums and for axes that are counted from the front.
-    """
-    if kind in DENSE and len(kernel) == 2:
-        return Layout((1, 0))
-    if kind in GENERAL:
-        if getattr(module, "batch_axis", None) or getattr(module, "batch_dims", None):
-            return "it has a kernel for each index of a batch axis"
-        axes = (module.axis,) if isinstance(module.axis, int) else tuple(module.axis)
-        inputs = len(axes)
-        order = (*range(inputs, len(kernel)), *range(inputs))
-        outputs = len(kernel) - inputs
-        return Layout(order, outputs, axes, results=tuple(range(-outputs, 0)))
-    if kind == "Einsum":
-        if module.einsum_str is None:
-            return "its text is known only when it is called"
-        return einsum_layout(module.einsum_str, input_ndim)
-    if kind == "Conv":
-        return _of_convolution(module, kernel)
-    if kind == "ConvTranspose":
-        return "a transposed convolution"
-    return f"a kernel of {len(kernel)} axes"
+def layout_of(module: Any, kind: str, kernel: tuple[int, ...]) -> Layout | str:
+    """The layout of a linear with a kernel of this shape; a text says why it has none."""
+    if kind in DENSE:
+        layout: Layout | str = Layout((1, 0))
+    elif kind in GENERAL:
+        layout = _of_general(module)
+    elif kind == "Einsum":
+        text = module.einsum_str
+        layout = "its text is known only when it is called" if text is None else einsum_layout(text)
+    elif kind == "Conv":
+        layout = _of_convolution(module)
+    else:
+        layout = "a transposed convolution" if kind == "ConvTranspose" else "a convolution without shared weights"
+    # Of modules that are stacked, as for a scan.
+    stacked = isinstance(layout, Layout) and len(layout.order) != len(kernel)
+    return f"a kernel of {len(kernel)} axes" if stacked else layout
 
 
-def _of_convolution(module: Any, kernel: tuple[int, ...]) -> Layout | str:
+def _of_general(module: Any) -> Layout | str:
+    if getattr(module, "batch_axis", None) or getattr(module, "batch_dims", None):
+        return "it has a kernel for each index of a batch axis"
+    axes, features = (
+        (each,) if isinstance(each, int) else tuple(each)
+        for each in (module.axis, module.features if hasattr(module, "features") else module.out_features)
+    )
+    if min(axes) < 0 <= max(axes):
+        return "its axes are counted from both ends"
+    inputs, outputs = len(axes), len(features)
+    # Flax takes the axes in the order of the input, however they are given.
+    order = (*range(inputs, inputs + outputs), *range(inputs))
+    return Layout(order, outputs, tuple(sorted(axes)), results=tuple(range(-outputs, 0)))
+
+
+def _of_convolution(module: Any) -> Layout | str:
     size = (module.kernel_size,) if isinstance(module.kernel_size, int) else tuple(module.kernel_size)
     if module.feature_group_count > 1:
         return f"a convolution in {module.feature_group_count} groups"
@@ -73,8 +81,8 @@ def _of_convolution(module: Any, kernel: tuple[int, ...]) -> Layout | str:
         pads, padding = ((spans[0] - 1, 0),), "VALID"
     padding = padding if isinstance(padding, str) else tuple(map(tuple, padding))
     window = Window(size, each(module.strides), padding, each(module.input_dilation), dilation, pads, mode)
-    axes = len(kernel)
-    return Layout((axes - 1, axes - 2, *range(axes - 2)), 1, (), window)
+    count = len(size)
+    return Layout((count + 1, count, *range(count)), 1, (), window)
 
 
 def grams_inside(layout: Layout, value: Any, dense: Any) -> Grams:
@@ -119,7 +127,7 @@ class Wanted:
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Rest:
-    """What `cut` left of the arguments of a part."""
+    """What `cut` left of the arguments of a part, or of its output."""
 
     value: Any
 
@@ -143,6 +151,13 @@ class Inside:
             grams = {whole(name): each for name, each in found.found.items()}
             return Sums(grams, tuple((whole(name), whole(owner)) for name, owner in found.readers))
         return {whole(name): values for name, values in found.items()}
+
+
+def placed_as(value: Any, like: Any) -> Any:
+    """An array where another lies; as free as that to be moved to the devices of a batch."""
+    if not isinstance(like, jax.Array):
+        return np.asarray(value)
+    return jax.device_put(value, like.sharding) if like.committed else jax.device_put(np.asarray(value))
 
 
 # The parameters of a part, and its other variables.
@@ -171,7 +186,22 @@ def _run(
 def _compiled(
     structure: Structure, values: Values, arrays: list[Any], rest: Rest, wanted: Wanted, dense: Inputs | None
 ) -> Any:
-    return _run(structure, values, joined(arrays, rest.value), wanted, dense)
+    result = _run(structure, values, joined(arrays, rest.value), wanted, dense)
+    if wanted.what != "output":
+        return result
+    found = cut(result)
+    if found is None:
+        raise _NoProgramError
+    return found[0], Rest(found[1])
+
+
+class _NoProgramError(Exception):
+    """What a part gives cannot leave a program, as an object that JAX does not know."""
+
+
+def _variables(arguments: Any) -> list[Any]:
+    """The leaves of arguments, with variables of NNX as leaves."""
+    return jax.tree.leaves(arguments, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
 grams_of = jax.jit(lambda layout, value, dense: layout.grams(value, dense))
@@ -212,12 +242,20 @@ class FlaxModule(Watched):
         inside, (structure, values) = Inside(call.name), self.part(call.name)
         wanted = Wanted(what, tuple((inside.own(name), layout) for name, layout in layouts.items()))
         dense = None if dense is None else {inside.own(name): each for name, each in dense.items()}
-        found = cut((call.args, call.kwargs), structure)
+        arguments = (call.args, call.kwargs)
+        if what != "output":
+            arguments = jax.tree.map(lambda leaf: leaf, arguments)  # so that nothing of NNX is written to twice
+        # What a part writes to, such as a cache that it is given, a program would keep to itself.
+        writes = what == "output" and any(isinstance(leaf, nnx.Variable) for leaf in _variables(arguments))
+        found = None if writes else cut(arguments, structure)
         with self._visited_by(None):
-            if found is None:
-                result = _run(structure, values, (call.args, call.kwargs), wanted, dense, grams_of)
-            else:
-                result = _compiled(structure, values, found[0], Rest(found[1]), wanted, dense)
+            if found is not None:
+                try:
+                    result = _compiled(structure, values, found[0], Rest(found[1]), wanted, dense)
+                    return joined(result[0], result[1].value) if what == "output" else inside.renamed(result)
+                except _NoProgramError:
+                    pass
+            result = _run(structure, values, arguments, wanted, dense, grams_of)
         return result if what == "output" else inside.renamed(result)
 
     def gram(self, layout: Layout, value: Any, dense: Any) -> Grams:
@@ -229,5 +267,4 @@ class FlaxModule(Watched):
     def _as_kernel(self, name: str, weight: np.ndarray) -> Any:
         """A weight `[out, in]` as the kernel of a linear, where that lies."""
         kernel = self.kernel(name)
-        found = self._layout(name).kernel(weight, kernel.shape)
-        return jax.device_put(found, kernel.sharding) if isinstance(kernel, jax.Array) else found
+        return placed_as(self._layout(name).kernel(weight, kernel.shape), kernel)

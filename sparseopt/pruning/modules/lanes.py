@@ -8,9 +8,37 @@ stops is what the forward pass holds.
 import contextvars
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
+
+import jax
+
+# JAX's settings by context, which hold in one thread each: a pass has those of the thread that began it.
+_CONTEXTS: dict[str, Callable[[Any], Any]] = {
+    "jax_default_matmul_precision": jax.default_matmul_precision,
+    "jax_default_device": jax.default_device,
+    "jax_enable_x64": jax.enable_x64,
+    "jax_numpy_dtype_promotion": jax.numpy_dtype_promotion,
+    "jax_debug_nans": jax.debug_nans,
+}
+
+
+def _settings() -> tuple[dict[str, Any], Any]:
+    return {name: getattr(cast(Any, jax.config), name) for name in _CONTEXTS}, jax.sharding.get_mesh()
+
+
+@contextmanager
+def _with_settings(wanted: dict[str, Any], mesh: Any) -> Iterator[None]:
+    # A program traced under another setting is traced again, so only what differs is set.
+    with ExitStack() as stack:
+        own, own_mesh = _settings()
+        for name, value in wanted.items():
+            if own[name] != value:
+                stack.enter_context(_CONTEXTS[name](value))
+        if mesh != own_mesh:
+            stack.enter_context(jax.set_mesh(mesh))
+        yield
 
 
 @dataclass(frozen=True)
@@ -53,6 +81,7 @@ class Lane:
         self._work: Callable[[], Any] | None = None
         self._answer: Any = None
         self._ends = False
+        self._settings = _settings()
         context = contextvars.copy_context()
         self._thread = threading.Thread(target=context.run, args=(self._main,), daemon=True)
         self._thread.start()
@@ -83,12 +112,14 @@ class Lane:
 
     def stop_at(self, call: PartCall) -> Any:
         """The output of a part as the thread that owns the lane gives it; called by the pass."""
-        self.at = call
         while True:
+            if self._ends:
+                raise _Ended  # again, where the module caught it
+            self.at = call
             self._stops.release()
             self._goes.acquire()
             if self._ends:
-                raise _Ended
+                continue
             if self._work is None:
                 self.at = None
                 return self._answer
@@ -109,7 +140,8 @@ class Lane:
         self._goes.acquire()
         try:
             if not self._ends:
-                self._answer = self._forward(self)
+                with _with_settings(*self._settings):
+                    self._answer = self._forward(self)
         except _Ended:
             pass
         except BaseException as error:
@@ -122,8 +154,10 @@ class Lane:
 @contextmanager
 def lanes(forwards: Sequence[Callable[[Lane], Any]]) -> Iterator[list[Lane]]:
     """A lane for each forward pass, none begun; all are left at the end."""
-    found = [Lane(forward) for forward in forwards]
+    found: list[Lane] = []
     try:
+        for forward in forwards:
+            found.append(Lane(forward))
         yield found
     finally:
         for lane in found:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from sparseopt.core.base.dense import activation_precision
@@ -110,13 +111,24 @@ class Layout:
 
     def grams(self, x: Array, dense_x: Array | None = None) -> Grams:
         """The sums over the tokens of an input; with that of the dense module also the drift from it."""
+        mesh = jax.typeof(x).sharding.mesh
+        if not mesh.explicit_axes:
+            return self._grams(x, dense_x)
+        # Sums over axes that are cut explicitly: XLA says how the devices add up.
+        whole = NamedSharding(mesh, PartitionSpec())
+        return jax.sharding.auto_axes(self._grams, axes=mesh.explicit_axes, out_sharding=whole)(x, dense_x)
+
+    def _grams(self, x: Array, dense_x: Array | None) -> Grams:
         x = x.astype(jnp.float32)
         dense_x = None if dense_x is None else dense_x.astype(jnp.float32)
         if self.window is None:
             return _grams(self._rows(x), None if dense_x is None else self._rows(dense_x))
         window = self.window
         images = [window.images(each) for each in (x, dense_x) if each is not None]
-        count, rows = len(images[0]), jax.eval_shape(window.patches, images[0][:1]).shape[0]
+        count = len(images[0])
+        if not count:
+            return _grams(*map(window.patches, images))
+        rows = jax.eval_shape(window.patches, images[0][:1]).shape[0]
         part = max(n for n in range(1, count + 1) if count % n == 0 and (n == 1 or n * rows <= PATCH_ROWS))
         parts = [each.reshape(count // part, part, *each.shape[1:]) for each in images]
 
@@ -144,7 +156,7 @@ def _grams(rows: Float[Array, "rows in"], dense: Float[Array, "rows in"] | None 
     return Grams(product(rows), jnp.float32(count), jnp.int32(count), jnp.sum(rows, axis=0), drift)
 
 
-def einsum_layout(text: str, input_ndim: int) -> Layout | str:
+def einsum_layout(text: str) -> Layout | str:
     """The layout of an einsum of an input and a kernel; or why there is none."""
     operands, result = text.replace(" ", "").split("->")
     given, kernel = operands.split(",")
@@ -157,14 +169,16 @@ def einsum_layout(text: str, input_ndim: int) -> Layout | str:
         return "it sums its kernel alone"
     before, dots, after = given.partition("...")
     free = [letter for letter in before + after if letter not in kernel]
-    if any(letter not in result for letter in free) or len(set(before + after)) < len(before + after) or not summed:
+    if any(letter not in result for letter in free) or len(set(before + after)) < len(before + after):
         return "it sums its input alone"
+    if not summed:
+        return "it sums nothing"
     # Counted from the front before an ellipsis, and from the back after it.
     places = {letter: index for index, letter in enumerate(before)}
     places |= {letter: index - len(after) for index, letter in enumerate(after)} if dots else {}
     outputs = [axis for axis, letter in enumerate(kernel) if letter not in summed]
     order = (*outputs, *(kernel.index(letter) for letter in summed))
-    axes = tuple(places[letter] % input_ndim for letter in summed)
+    axes = tuple(places[letter] for letter in summed)
     first, _, rest = result.partition("...")
     ends = {letter: index for index, letter in enumerate(first)}
     ends |= {letter: index - len(rest) for index, letter in enumerate(rest)}

@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from sparseopt.pruning.modules.flax_module import FlaxModule, Structure, Values, kind_of, layout_of
 from sparseopt.pruning.modules.lanes import PartCall
 from sparseopt.pruning.modules.layouts import Layout
-from sparseopt.pruning.modules.watched import Linear, Visit, block_names
+from sparseopt.pruning.modules.watched import Discovery, Linear, Visit, block_names, is_traced
 
 Path = tuple[str, ...]
 
@@ -32,22 +32,25 @@ class LinenModule(FlaxModule):
         super().__init__()
         self.module, self._given = module, variables
         self._bare = "params" not in variables
-        whole = {"params": variables} if self._bare else dict(variables)
+        whole = nn.meta.unbox({"params": variables} if self._bare else dict(variables))
         self._variables = {kind: flatten_dict(tree) for kind, tree in whole.items()}
         self._call = call or (lambda module, batch: module(batch))
         self._modules: dict[str, Any] = {}
-        self._ndim: dict[str, int] = {}
-        self._names: dict[Path, str] = {}
+        self._calls: list[tuple[str, tuple[str, ...], bool]] = []
+        around: list[str] = []
 
-        def seen(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
-            name = ".".join(context.module.path)
-            if context.method_name == "__call__":
-                self._modules.setdefault(name, context.module.clone(parent=None))
-                given = args[0] if args else next(iter(kwargs.values()), None)
-                self._ndim.setdefault(name, getattr(given, "ndim", 0))
-            return next_fun(*args, **kwargs)
+        def seen(module: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+            name = ".".join(module.path)
+            # Without its name blocks alike are equal.
+            self._modules.setdefault(name, module.clone(parent=None, name=None))
+            self._calls.append((name, tuple(around), is_traced(args, kwargs)))
+            around.append(name)
+            try:
+                return run(*args, **kwargs)
+            finally:
+                around.pop()
 
-        with nn.intercept_methods(seen):
+        with _calls_to(seen):
             self._call(self.module.bind(self._bound()), batch)
         self._find_parts()
 
@@ -63,7 +66,7 @@ class LinenModule(FlaxModule):
             kind = kind_of(type(part), "flax.linen")
             if path[-1] != "kernel" or kind is None:
                 continue
-            layout = layout_of(part, kind, kernel.shape, self._ndim[name])
+            layout = layout_of(part, kind, kernel.shape)
             tied = tuple(".".join(each[:-1]) for each in arrays[id(kernel)] if each != path)
             shape = layout.shape(kernel.shape) if isinstance(layout, Layout) else (0, 0)
             self.linears[name] = Linear(shape, layout, tied)
@@ -84,20 +87,32 @@ class LinenModule(FlaxModule):
         lists = [name for name in children if "/" in name]
         for name in lists:
             children[name.partition("/")[0]] += [(name, list)]
-        self.blocks = block_names(children, lists, self.linears)
+        # One that calls what it was given, and does not own, has no values of its own to run on.
+        open_ = {each for name, around, _ in self._calls for each in around if not name.startswith(f"{each}.")}
+        self.blocks = [name for name in block_names(children, lists, self.linears) if name not in open_]
         self._names = {tuple(name.split(".")): name for name in (*self.linears, *self.blocks)}
+
+    def discover(self, batch: Any) -> Discovery:
+        """Of the first batch, on which the parts were found."""
+        found = Discovery()
+        for name, around, hidden in self._calls:
+            if hidden:
+                found.hidden.add(name)
+            if name in self.blocks:
+                found.blocks[name] = found.blocks.get(name, 0) + 1
+            elif name in self.linears:
+                found.linears.setdefault(name, []).append(tuple(each for each in around if each in self.blocks))
+        return found
 
     def _bound(self) -> dict[str, Any]:
         return {kind: unflatten_dict(flat) for kind, flat in self._variables.items()}
 
     def call(self, batch: Any) -> Any:
-        def visited(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
-            name = self._names.get(context.module.path)
-            if name is None or context.method_name != "__call__":
-                return next_fun(*args, **kwargs)
-            return self._visit(name, next_fun, args, kwargs)
+        def visited(module: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+            name = self._names.get(module.path)
+            return run(*args, **kwargs) if name is None else self._visit(name, run, args, kwargs)
 
-        with nn.intercept_methods(visited):
+        with _calls_to(visited):
             return self._call(self.module.bind(self._bound()), batch)
 
     def watching(self) -> AbstractContextManager[None]:
@@ -137,6 +152,24 @@ class LinenModule(FlaxModule):
         return jax.tree.unflatten(jax.tree.structure(self._given), jax.tree.leaves(found))
 
 
+def _calls_to(function: Callable[..., Any]) -> AbstractContextManager[None]:
+    """Have calls of modules go to a function: the module, its own call, and the arguments."""
+    paths: list[Path] = []
+
+    def seen(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        path = context.module.path
+        # A class that calls the one which it extends is one part.
+        if context.method_name != "__call__" or paths[-1:] == [path]:
+            return next_fun(*args, **kwargs)
+        paths.append(path)
+        try:
+            return function(context.module, next_fun, args, kwargs)
+        finally:
+            paths.pop()
+
+    return nn.intercept_methods(seen)
+
+
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class LinenPart:
@@ -149,13 +182,11 @@ class LinenPart:
         params, rest = values
         bound = {"params": params, **rest}
 
-        def visited(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
-            name = ".".join(context.module.path)
-            if not name or visit is None or context.method_name != "__call__":
-                return next_fun(*args, **kwargs)
-            return visit(PartCall(name, args, kwargs, next_fun))
+        def visited(module: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+            name = ".".join(module.path)
+            return run(*args, **kwargs) if not name or visit is None else visit(PartCall(name, args, kwargs, run))
 
-        with nn.intercept_methods(visited):
+        with _calls_to(visited):
             if self.call is not None:
                 return self.call(self.module.bind(bound), *args)
             return self.module.apply(bound, *args, **kwargs)

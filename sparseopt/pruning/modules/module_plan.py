@@ -9,7 +9,7 @@ from sparseopt.layers.patterns import Pattern, implied_sparsity, parse_pattern
 from sparseopt.layers.problem import LayerMethod, check_method, reads_variances
 from sparseopt.models.base.errors import listed
 from sparseopt.pruning.modules.layouts import Layout
-from sparseopt.pruning.modules.watched import Discovery, Watched
+from sparseopt.pruning.modules.watched import Discovery, Watched, is_expert, refuse_hidden
 from sparseopt.pruning.recipe.prune_recipe import Recipe
 from sparseopt.pruning.recipe.targets import chosen_linears
 
@@ -55,6 +55,8 @@ def plan_module(module: Watched, found: Discovery, recipe: Recipe, targets: Any)
         ValueError: for targets that match nothing, a linear that was not called, a weight that is tied to one left out,
             a pattern that is impossible in a linear, or a module without linears.
     """
+    if "" in module.linears:
+        raise ValueError("the module is a linear itself: see `prune_layer`, or make it a part of a module")
     whole = {name: each for name, each in module.linears.items() if isinstance(each.layout, Layout)}
     if not whole:
         reasons = {name: each.layout for name, each in module.linears.items()}
@@ -100,13 +102,16 @@ def _place(found: Discovery, name: str) -> int:
 
 def _check_called(found: Discovery, names: list[str]) -> None:
     # A mixture may send no token of the first batch to an expert.
-    missed = [name for name in names if name not in found.linears and ".experts." not in name]
+    missed = [name for name in names if name not in found.linears and not is_expert(name)]
     if missed:
         raise ValueError(
             f"the first batch does not reach {listed(missed)}: nothing says what their inputs are. Feed the module so "
             "that it calls them (see `call`), or leave them out by the recipe's ignore. A module that uses a weight "
-            "without calling its linear hides the input"
+            "without calling its linear, or calls it in a program of its own (jit, remat), hides the input"
         )
+    for name in names:
+        if name in found.hidden:
+            refuse_hidden(name)
 
 
 def _readers(module: Watched, shares: Mapping[str, float | None]) -> dict[str, tuple[str, ...]]:
@@ -141,7 +146,8 @@ def _parts(
         if not calls:
             # An expert that the first batch does not reach.
             block = next((each for each in module.blocks if name.startswith(f"{each}.")), None)
-        if block is not None and found.blocks.get(block) == 1:
+        # A linear may be one that a block is given, not one of its own.
+        if block is not None and found.blocks.get(block) == 1 and all(each.startswith(f"{block}.") for each in own):
             parts.setdefault(block, []).append(name)
         elif len(calls) == 1 and not calls[0]:
             parts[name] = [name]
@@ -166,6 +172,10 @@ def module_recipe(recipe: Recipe, *, trains: bool, has_loss: bool) -> Recipe:
     problems = [f"{name} is for models in folders: leave it out, batches are given as they are" for name in given]
     if recipe.given("output_weights") == "gradient" and not has_loss:
         problems.append("output_weights='gradient' takes the gradient of a loss: give loss=, or say 'uniform'")
+    if has_loss and not trains:
+        problems.append("loss is for gradients in JAX, and the module is one of torch: leave it out")
+    if has_loss and trains and recipe.output_weights != "gradient":
+        problems.append("loss is for output_weights='gradient', and they are uniform: leave loss out, or say so")
     if recipe.given("allocation") not in (None, "uniform"):
         problems.append(f"allocation={recipe.allocation!r} is for language models: say 'uniform', or give targets")
     if recipe.given("permute"):
@@ -174,6 +184,8 @@ def module_recipe(recipe: Recipe, *, trains: bool, has_loss: bool) -> Recipe:
         problems.append("weighting='residual' takes linears that are known to write into the stream: say 'uniform'")
     if recipe.expert_tokens == "all":
         problems.append("expert_tokens='all' is for mixtures that are known: leave it out")
+    if recipe.bits is not None and recipe.given("distil_epochs"):
+        problems.append("distil_epochs trains weights off their grid of bits: leave one of the two out")
     for name in ("train_epochs", "distil_epochs"):
         if recipe.given(name) and not trains:
             problems.append(f"{name} trains by gradients in JAX, and the module is one of torch: leave it out or say 0")
@@ -182,6 +194,8 @@ def module_recipe(recipe: Recipe, *, trains: bool, has_loss: bool) -> Recipe:
     left: dict[str, Any] = {"allocation": "uniform", "permute": False, "variants": 0}
     if not has_loss:
         left["output_weights"] = "uniform"
+    if recipe.bits is not None:
+        left["distil_epochs"] = 0
     if not trains:
         left |= {"train_epochs": 0, "distil_epochs": 0}
     return recipe.model_copy(update={name: value for name, value in left.items() if recipe.get(name) != value})

@@ -17,7 +17,16 @@ from jaxtyping import Array, Float
 
 from sparseopt.pruning.base.records import BlockRecord
 from sparseopt.pruning.measure.survey import output_weights
-from sparseopt.pruning.modules.flax_module import FlaxModule, Rest, Structure, Values, cut, joined
+from sparseopt.pruning.modules.flax_module import (
+    FlaxModule,
+    Rest,
+    Structure,
+    Values,
+    Wanted,
+    cut,
+    joined,
+    placed_as,
+)
 from sparseopt.pruning.modules.lanes import PartCall
 from sparseopt.pruning.modules.layouts import Layout
 from sparseopt.pruning.train.reconstruction import channel_weights, stream_loss
@@ -36,7 +45,10 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 def _floats(output: Any) -> Float[Array, "... D"]:
     """The first array of floats in an output."""
-    return next(leaf for leaf in jax.tree.leaves(output) if jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.floating))
+    for leaf in jax.tree.leaves(output):
+        if isinstance(leaf, jax.Array | np.ndarray) and jnp.issubdtype(leaf.dtype, jnp.floating):
+            return jnp.asarray(leaf)
+    raise ValueError(f"the output, a {type(output).__name__}, holds no array of floats to train on: say 0 epochs")
 
 
 def _with(params: Any, trained: Mapping[int, Array]) -> Any:
@@ -53,7 +65,7 @@ def _loss(
     params, others = values
     args, kwargs = joined(arrays, rest.value)
     output = structure((_with(params, trained), others), args, kwargs, None)
-    return stream_loss(_floats(output).astype(jnp.float32), target.astype(jnp.float32), weights)
+    return stream_loss(_floats(output).astype(jnp.float32), target, weights)
 
 
 @jax.jit
@@ -117,14 +129,26 @@ class _PartTrainer(Trainer):
 
     def params(self) -> Any:
         """The parameters of the part, in the best state."""
-        return _with(self.values[0], self.kept[0]) if self.kept else self.values[0]
+        params = self.values[0]
+        return jax.tree.map(placed_as, _with(params, self.kept[0]), params) if self.kept else params
+
+
+def check_trainable(module: FlaxModule, name: str, inputs: Sequence[Arguments]) -> None:
+    """Raise a ValueError if a part cannot be compiled for what it is given, as with objects among its arguments."""
+    structure, _ = module.part(name)
+    if any(cut(each, structure) is None for each in inputs):
+        epochs = "train_epochs" if name else "distil_epochs"
+        raise ValueError(
+            f"{name or 'the module'} cannot be trained: it is given, or has, objects that no program can be compiled "
+            f"for, where arrays, numbers and texts are; say {epochs}=0"
+        )
 
 
 def train_part(
     module: FlaxModule, name: str, masks: Mapping[str, Array], inputs: Sequence[Arguments], outputs: Sequence[Any],
     settings: Training, index: int, *, everything: bool = False,
-) -> BlockRecord | None:  # fmt: skip
-    """Train what is kept of a part, in place; None where it cannot be compiled, as with objects among its arguments.
+) -> BlockRecord:  # fmt: skip
+    """Train what is kept of a part, in place.
 
     Args:
         module: the pruned module.
@@ -135,19 +159,23 @@ def train_part(
         settings: of the training.
         index: of the part, for the record.
         everything: whether weights without a mask are trained too; else only biases and scales are, of one axis.
+
+    Raises:
+        ValueError: as `check_trainable` does.
     """
+    check_trainable(module, name, inputs)
     structure, values = module.part(name)
-    if any(cut(each, structure) is None for each in inputs):
-        return None
     trained: dict[int, Array | None] = {}
     for place, (path, leaf) in enumerate(jax.tree_util.tree_flatten_with_path(values[0])[0]):
+        # The last of NNX is an attribute of its variable.
         keys = [str(getattr(key, "key", getattr(key, "idx", ""))) for key in path]
-        owner = ".".join([part for part in (name, *keys[:-1]) if part])
-        if keys[-1:] == ["kernel"] and owner in masks:
+        owner, _, last = ".".join(part for part in (name, *keys) if part).rpartition(".")
+        if last == "kernel" and owner in masks:
             trained[place] = masks[owner]
         elif jnp.issubdtype(leaf.dtype, jnp.floating) and (everything or leaf.ndim < 2):
             trained[place] = None
-    trainer = _PartTrainer(structure, values, trained, inputs, [_floats(each) for each in outputs], settings)
+    targets = [_floats(each).astype(jnp.float32) for each in outputs]
+    trainer = _PartTrainer(structure, values, trained, inputs, targets, settings)
     record = BlockRecord(block=index, **trainer.train())
     module.set_params(name, trainer.params())
     return record
@@ -157,15 +185,28 @@ def weights_of_outputs(
     module: FlaxModule, batches: Sequence[Any], loss: Callable[[Any, Any], Any], layouts: Mapping[str, Layout]
 ) -> dict[str, Float[np.ndarray, "out"]]:
     """By linear, the weights of squared errors at its outputs, from the mean square of the loss's gradient there."""
+    structure, values = module.part("")
+    wanted = Wanted("squares", tuple(layouts.items()))
     squares: dict[str, np.ndarray] = {}
     for batch in batches:
-        for name, square in _squares(module, batch, loss, layouts).items():
+        found = cut(batch, (structure, loss))
+        if found is None:
+            new = _squares(structure, values, batch, loss, layouts)
+        else:
+            new = _compiled_squares(structure, values, found[0], Rest((found[1], loss)), wanted)
+        for name, square in new.items():
             squares[name] = squares.get(name, 0) + np.asarray(square, np.float64)
     return {name: output_weights(square.astype(np.float32)) for name, square in squares.items()}
 
 
+@jax.jit
+def _compiled_squares(structure: Structure, values: Values, arrays: list[Any], rest: Rest, wanted: Wanted) -> Any:
+    others, loss = rest.value
+    return _squares(structure, values, joined(arrays, others), loss, dict(wanted.layouts))
+
+
 def _squares(
-    module: FlaxModule, batch: Any, loss: Callable[[Any, Any], Any], layouts: Mapping[str, Layout]
+    structure: Structure, values: Values, batch: Any, loss: Callable[[Any, Any], Any], layouts: Mapping[str, Layout]
 ) -> dict[str, Array]:
     """The squared gradients at the outputs of linears, summed over the tokens of a batch, `[out]`."""
     shapes: dict[str, list[Any]] = {}
@@ -176,7 +217,7 @@ def _squares(
             shapes.setdefault(call.name, []).append(jax.ShapeDtypeStruct(output.shape, output.dtype))
         return output
 
-    jax.eval_shape(lambda: module.forward(batch, noted))
+    jax.eval_shape(lambda: structure(values, (batch,), {}, noted))
 
     def run(errors: dict[str, list[Array]]) -> Array:
         left = {name: iter(each) for name, each in errors.items()}
@@ -185,7 +226,7 @@ def _squares(
             output = call.run()
             return output + next(left[call.name]) if call.name in left else output
 
-        found = jnp.asarray(loss(module.forward(batch, moved), batch))
+        found = jnp.asarray(loss(structure(values, (batch,), {}, moved), batch))
         if found.ndim:
             raise ValueError(f"loss must give a number, given an array of shape {list(found.shape)}")
         return found

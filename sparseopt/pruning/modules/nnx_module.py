@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import wraps
 from typing import Any
 
 import jax
@@ -21,6 +21,9 @@ from sparseopt.pruning.modules.watched import Linear, Visit, block_names
 
 # By thread: what calls of patched classes go to, see `_patched`.
 _here = threading.local()
+# Of each patched class its own `__call__`, and how many watch it.
+_own_calls: dict[type, tuple[Any, int]] = {}
+_lock = threading.Lock()
 
 
 class NnxModule(FlaxModule):
@@ -50,19 +53,24 @@ class NnxModule(FlaxModule):
             if isinstance(variable, nnx.Param) and len(variable.shape) > 1 and path.rpartition(".")[0] not in kinds
         }
         self.blocks = block_names(tree.children, tree.lists, self.linears)
-        self._names = {id(tree.parts[name]): name for name in (*self.linears, *self.blocks)}
 
     def call(self, batch: Any) -> Any:
-        with _visited(self._on_call):
-            return self._call(self.module, batch)
+        # Caches, counters and what is sown begin in each pass as they were given.
+        graph, params, *others = nnx.split(self.module, nnx.Param, ...)
+        module = nnx.merge(graph, params, *jax.tree.map(lambda leaf: leaf, others), copy=False)
+        watched = {*self.linears, *self.blocks}
+        names = {id(part): name for name, part in _Tree(module).parts.items() if name in watched}
 
-    def _on_call(self, part: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        name = self._names.get(id(part))
-        return run(*args, **kwargs) if name is None else self._visit(name, run, args, kwargs)
+        def on_call(part: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+            name = names.get(id(part))
+            return run(*args, **kwargs) if name is None else self._visit(name, run, args, kwargs)
+
+        with _visited(on_call):
+            return self._call(module, batch)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        with _patched(type(self._parts[name]) for name in self._names.values()):
+        with _patched(type(self._parts[name]) for name in (*self.linears, *self.blocks)):
             yield
 
     def part(self, name: str) -> tuple[Structure, Values]:
@@ -82,12 +90,9 @@ class NnxModule(FlaxModule):
         return NnxModule(self.module, self._call)
 
     def result(self) -> Any:
-        state = nnx.state(self.module)
-        if self._inplace:
-            nnx.update(self._given, state)
-            return self._given
-        # With the modes of the module that was given.
-        return nnx.merge(nnx.graphdef(self._given), state)
+        found = self._given if self._inplace else nnx.clone(self._given)
+        nnx.update(found, nnx.state(self.module, nnx.Any(nnx.Param, nnx.PathContains("kernel"))))
+        return found
 
 
 @jax.tree_util.register_static
@@ -99,7 +104,7 @@ class NnxPart:
     call: Callable[..., Any] | None = None  # of the whole module
 
     def __call__(self, values: Values, args: Any, kwargs: Any, visit: Visit | None) -> Any:
-        part = nnx.merge(self.graph, *values)
+        part = nnx.merge(self.graph, *values, copy=True)  # written to in this program alone
         names = {} if visit is None else {id(own): name for name, own in _Tree(part).parts.items()}
 
         def on_call(own: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -169,21 +174,37 @@ def _visited(function: Callable[..., Any] | None) -> Iterator[None]:
 @contextmanager
 def _patched(classes: Iterable[type]) -> Iterator[None]:
     """Have the calls of classes, and of what they inherit it from, go to the function of their thread."""
-    owners = {next(c for c in own.__mro__ if "__call__" in vars(c)): None for own in classes if callable(own)}
-    own_calls = {owner: vars(owner)["__call__"] for owner in owners}
-
-    def patched(run: Callable[..., Any]) -> Callable[..., Any]:
-        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            function = getattr(_here, "function", None)
-            bound = partial(run, self)
-            return bound(*args, **kwargs) if function is None else function(self, bound, args, kwargs)
-
-        return call
-
-    for owner, run in own_calls.items():
-        owner.__call__ = patched(run)  # type: ignore[method-assign]
+    owners = {owner for own in classes if (owner := _owner(own)) is not None}
+    with _lock:
+        for owner in owners:
+            run, count = _own_calls.get(owner, (vars(owner)["__call__"], 0))
+            if not count:
+                owner.__call__ = _passing(owner, run)  # type: ignore[method-assign]
+            _own_calls[owner] = run, count + 1
     try:
         yield
     finally:
-        for owner, run in own_calls.items():
-            owner.__call__ = run  # type: ignore[method-assign]
+        with _lock:
+            for owner in owners:
+                run, count = _own_calls.pop(owner)
+                if count > 1:
+                    _own_calls[owner] = run, count - 1
+                else:
+                    owner.__call__ = run  # type: ignore[method-assign]
+
+
+def _owner(own: type) -> type | None:
+    """The class that a class has its `__call__` from."""
+    return next((c for c in own.__mro__ if "__call__" in vars(c)), None)
+
+
+def _passing(owner: type, run: Any) -> Callable[..., Any]:
+    @wraps(run)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        function, bound = getattr(_here, "function", None), run.__get__(self, type(self))
+        # A class that calls the one which it extends is one part.
+        if function is None or _owner(type(self)) is not owner:
+            return bound(*args, **kwargs)
+        return function(self, bound, args, kwargs)
+
+    return call

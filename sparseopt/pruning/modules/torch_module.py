@@ -18,14 +18,7 @@ from sparseopt.pruning.modules.lanes import PartCall
 from sparseopt.pruning.modules.layouts import Layout, Window
 from sparseopt.pruning.modules.watched import Inputs, Linear, Observer, Sums, Watched, block_names, input_of
 
-_grams_of_input = jax.jit(lambda layout, x, dense_x: layout.grams(x, dense_x))
-
-
-def to_jax(tensor: Any) -> Array:
-    """A torch tensor as a JAX array, not copied where both are on the same device."""
-    if tensor.device.type == "cpu":
-        return jax.device_put(to_numpy(tensor))
-    return jax.dlpack.from_dlpack(tensor.detach().contiguous())
+_grams_of_input = jax.jit(lambda layout, x, dense_x=None: layout.grams(x, dense_x))
 
 
 def to_numpy(tensor: Any) -> np.ndarray:
@@ -48,9 +41,17 @@ class TorchModule(Watched):
 
         self.module, self._call = module, call or (lambda module, batch: module(batch))
         parts = dict(module.named_modules())
+        compiled = [part for part in parts.values() if _is_compiled(part)]
+        if compiled:
+            raise ValueError(
+                f"the module has a compiled {type(compiled[0]).__name__}, which hides its parts: prune the one that it "
+                "was made of, and compile the result"
+            )
         names: dict[int, list[str]] = {}
-        for name, parameter in module.named_parameters(remove_duplicate=False):
-            names.setdefault(id(parameter), []).append(name)
+        for name, part in parts.items():
+            for key, parameter in part._parameters.items():
+                if parameter is not None:
+                    names.setdefault(id(parameter), []).append(f"{name}.{key}".lstrip("."))
         hidden = {
             id(part): f"{name} uses its weight without a call"
             for name, own in parts.items()
@@ -63,13 +64,13 @@ class TorchModule(Watched):
             layout = _layout_of(part)
             if layout is None:
                 continue
-            layout = hidden.get(id(part), layout)
-            tied = tuple(
-                each.removesuffix(".weight") if each.removesuffix(".weight") in parts else each
-                for each in names[id(part.weight)]
-                if each != f"{name}.weight"
-            )
-            shape = layout.shape(tuple(part.weight.shape)) if isinstance(layout, Layout) else (0, 0)
+            layout, weight = hidden.get(id(part), layout), part._parameters.get("weight")
+            if weight is None:
+                layout = "its weight is computed from others"
+            elif not weight.is_floating_point():
+                layout = f"its weight is of {weight.dtype}"
+            tied = tuple(each.removesuffix(".weight") for each in names.get(id(weight), ()) if each != f"{name}.weight")
+            shape = layout.shape(tuple(weight.shape)) if isinstance(layout, Layout) else (0, 0)
             self.linears[name] = Linear(shape, layout, tied)
             self._parts[name] = part
         self.left_out = {
@@ -78,7 +79,9 @@ class TorchModule(Watched):
             if parameter.ndim > 1 and name.rpartition(".")[0] not in self.linears
         }
         children = {
-            name: [(f"{name}.{child}".lstrip("."), type(own)) for child, own in part.named_children()]
+            name: [
+                (f"{name}.{child}".lstrip("."), type(own)) for child, own in part._modules.items() if own is not None
+            ]
             for name, part in parts.items()
         }
         lists = [name for name, part in parts.items() if isinstance(part, torch.nn.ModuleList | torch.nn.Sequential)]
@@ -87,26 +90,31 @@ class TorchModule(Watched):
 
     @contextmanager
     def watching(self) -> Iterator[None]:
+        import torch
+
         training = [part for part in self.module.modules() if part.training]
         own = {name: vars(part).get("forward") for name, part in self._parts.items()}
         caching = [config for config in _configs(self.module) if config.use_cache]
-        self.module.eval()
-        for config in caching:
-            config.use_cache = False  # lanes would hold all keys and values
-        for name, part in self._parts.items():
-            # An attribute of the object itself comes before the method of its class.
-            part.forward = partial(self._forward, name, part.forward)
+        fast = torch.backends.mha.get_fastpath_enabled()
         try:
+            self.module.eval()
+            torch.backends.mha.set_fastpath_enabled(False)  # it takes the weights of an encoder's linears
+            for config in caching:
+                config.use_cache = False  # lanes would hold all keys and values
+            for name, part in self._parts.items():
+                # An attribute of the object itself comes before the method of its class.
+                part.forward = partial(self._forward, name, part.forward)
             yield
         finally:
             for name, part in self._parts.items():
-                del part.forward
+                vars(part).pop("forward", None)
                 if own[name] is not None:
                     part.forward = own[name]
             for part in training:
                 part.training = True
             for config in caching:
                 config.use_cache = True
+            torch.backends.mha.set_fastpath_enabled(fast)
 
     def _forward(self, name: str, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return self._visit(name, run, args, kwargs)
@@ -168,6 +176,13 @@ class TorchModule(Watched):
         return self.module
 
 
+def _is_compiled(module: Any) -> bool:
+    import torch
+
+    compiled = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+    return compiled or isinstance(module, torch.jit.ScriptModule)
+
+
 def _configs(module: Any) -> list[Any]:
     """The configurations of transformers' models in a module."""
     found = {id(part.config): part.config for part in module.modules() if hasattr(part, "config")}
@@ -182,24 +197,27 @@ def _copied(value: Any) -> Any:
 
 def _grams_of(layout: Layout, value: Any, dense: Any) -> Grams:
     """The Grams of a tensor; a linear of a mixture gets another number of tokens each time."""
+    values = [value] if dense is None else [value, dense]
     if layout.window is not None:
-        return _grams_of_input(layout, _single(value), None if dense is None else _single(dense))
+        return _grams_of_input(layout, *map(to_jax, values))
     import torch
 
-    rows = value.reshape(-1, value.shape[-1])
-    count = len(rows)
-    height = 1 << max(count - 1, 0).bit_length()
-    if value.ndim == 2 and count != height:
+    values = [each.reshape(-1, each.shape[-1]) for each in values]
+    count = height = len(values[0])
+    if value.ndim == 2:
         # Few heights, so that few programs serve all.
-        rows = torch.nn.functional.pad(rows, (0, 0, 0, height - count))
-        found = _grams_of_input(layout, _single(rows), None)
-        return found._replace(mass=jax.numpy.float32(count), tokens=jax.numpy.int32(count))
-    return _grams_of_input(layout, _single(rows), None if dense is None else _single(dense.reshape(rows.shape)))
+        height = 1 << max(count - 1, 0).bit_length()
+    padded = [torch.nn.functional.pad(each, (0, 0, 0, height - count)) for each in values]
+    found = _grams_of_input(layout, *map(to_jax, padded))
+    return found._replace(mass=jax.numpy.float32(count), tokens=jax.numpy.int32(count))
 
 
-def _single(tensor: Any) -> Array:
-    """In float32 at most, as Grams are."""
-    return to_jax(tensor if tensor.element_size() <= 4 else tensor.float())
+def to_jax(tensor: Any) -> Array:
+    """A torch tensor in float32, copied: torch may write to it while JAX still reads it."""
+    import torch
+
+    copy = tensor.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    return jax.device_put(copy.numpy()) if copy.device.type == "cpu" else jax.dlpack.from_dlpack(copy)
 
 
 def _layout_of(part: Any) -> Layout | str | None:

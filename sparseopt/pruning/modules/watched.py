@@ -4,6 +4,7 @@ A part is a linear, or an entry of a list of blocks; it goes by its path, such a
 `Visit` stands in place of the calls of parts. The frameworks: `nnx_module`, `linen_module`, `torch_module`.
 """
 
+import re
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -48,10 +49,12 @@ class Discovery:
     Attributes:
         linears: for each call of a linear the blocks that it was called in, the outermost first.
         blocks: how often each block was called.
+        hidden: parts that were called in a program that the module compiles itself.
     """
 
     linears: dict[str, list[tuple[str, ...]]] = field(default_factory=dict)
     blocks: dict[str, int] = field(default_factory=dict)
+    hidden: set[str] = field(default_factory=set)
 
 
 @pytree
@@ -237,11 +240,32 @@ class Watched(ABC):
         observer = Observer(layouts, self.gram)
 
         def visit(call: PartCall) -> Any:
-            check_outside(call)
+            if call.name in layouts:
+                check_outside(call)
             return observer(call)
 
         self.forward(batch, visit)
         return observer.sums()
+
+    def discover(self, batch: Any) -> Discovery:
+        """Run the module on one batch."""
+        found, inside = Discovery(), list[str]()
+
+        def visit(call: PartCall) -> Any:
+            if is_traced(call.args, call.kwargs):
+                found.hidden.add(call.name)
+            if call.name not in self.blocks:
+                found.linears.setdefault(call.name, []).append(tuple(inside))
+                return call.run()
+            found.blocks[call.name] = found.blocks.get(call.name, 0) + 1
+            inside.append(call.name)
+            try:
+                return call.run()
+            finally:
+                inside.pop()
+
+        self.forward(batch, visit)
+        return found
 
     @contextmanager
     def _visited_by(self, visit: Visit | None) -> Iterator[None]:
@@ -262,34 +286,28 @@ class Watched(ABC):
         return layout
 
 
-def discover(module: Watched, batch: Any) -> Discovery:
-    """Run the module on one batch."""
-    found, inside = Discovery(), list[str]()
+def is_expert(name: str) -> bool:
+    """Whether a linear is of a mixture's experts, to which a batch may send no token."""
+    return re.search(r"(^|[.])experts[._]", name) is not None
 
-    def visit(call: PartCall) -> Any:
-        check_outside(call)
-        if call.name in module.blocks:
-            found.blocks[call.name] = found.blocks.get(call.name, 0) + 1
-            inside.append(call.name)
-            try:
-                return call.run()
-            finally:
-                inside.pop()
-        found.linears.setdefault(call.name, []).append(tuple(inside))
-        return call.run()
 
-    module.forward(batch, visit)
-    return found
+def is_traced(*values: Any) -> bool:
+    """Whether values are those of a program that is being compiled."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
+
+
+def refuse_hidden(name: str) -> None:
+    """Refuse a part that runs in a program of the module's own, where it cannot stop."""
+    raise ValueError(
+        f"{name} is called in a program that the module compiles (jit, remat, scan, vmap), where its input cannot be "
+        "seen: call the function without it, as through `call`, or leave its linears out by the recipe's ignore"
+    )
 
 
 def check_outside(call: PartCall) -> None:
-    """Refuse a part that runs in a program of the module's own, where it cannot stop."""
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((call.args, call.kwargs))):
-        raise ValueError(
-            f"{call.name} is called in a program that the module compiles (jit, remat, scan, vmap), where its input "
-            "cannot be seen: call the function without it, as through `call`, or leave its linears out by the recipe's "
-            "ignore"
-        )
+    """As `refuse_hidden`, when it is called."""
+    if is_traced(call.args, call.kwargs):
+        refuse_hidden(call.name)
 
 
 def block_names(

@@ -1,6 +1,7 @@
-"""The model card of a finished run, README.md: metadata for the Hugging Face hub, and what was done."""
+"""A finished run for readers: README.md, its model card for the Hugging Face hub, and report.html."""
 
 import json
+import math
 import re
 import shlex
 from collections.abc import Mapping
@@ -14,10 +15,10 @@ from sparseopt.pruning.base.reports import PruneReport
 from sparseopt.pruning.recipe.effort import prune_defaults, shrink_defaults
 from sparseopt.pruning.recipe.prune_recipe import Recipe
 from sparseopt.pruning.recipe.shrink_recipe import ShrinkRecipe
-from sparseopt.pruning.run.facts import TOKEN_IDS, model_facts
+from sparseopt.pruning.run.facts import TOKEN_IDS, layer_table, linear_table, model_facts, run_facts
 from sparseopt.pruning.run.output_form import is_file
 from sparseopt.system.machine import versions
-from sparseopt.system.report import bullets
+from sparseopt.system.report import Fact, Figure, Report, Table, bars, bullets, html_page
 
 CARD = "README.md"
 # Metadata of the source's card that hold for the new model too.
@@ -59,7 +60,6 @@ def model_card(report: PruneReport, files: Mapping[str, bytes]) -> str:
         kept |= {"license": "other", "license_link": licence}
     smaller, pattern = report.shape is not None, report.recipe.get("pattern", "unstructured")
     pruned = bool(report.layers) or smaller
-    made = "smaller" if smaller else "pruned" if pruned else "in few bits"
     tags = [
         "sparseopt",
         *["pruned"] * pruned,
@@ -77,11 +77,42 @@ def model_card(report: PruneReport, files: Mapping[str, bytes]) -> str:
     used = ", ".join(f"{package} {found[package]}" for package in PACKAGES if package in found)
     return (
         f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n\n"
-        f"# {name.rpartition('/')[2].partition('@')[0].removesuffix('.gguf')}, {made}\n\n"
+        f"# {title_of(report)}\n\n"
         f"Made from {name}{commit}. {terms}\n\n## What was done\n\n```shell\n{command_of(report)}\n```\n\n"
         f"{bullets(model_facts(_published(report)), '-')}\n\n"
         f"## How to load it\n\n{loading}\n\n## Versions\n\n{used}, on {report.platform}.\n"
     )
+
+
+def title_of(report: PruneReport) -> str:
+    """The model's own name, and what it became."""
+    made = "smaller" if report.shape is not None else "pruned" if report.layers else "in few bits"
+    return f"{source_name(report).rpartition('/')[2].partition('@')[0].removesuffix('.gguf')}, {made}"
+
+
+def run_page(report: PruneReport, command: str, environment: Mapping[str, Any]) -> str:
+    """The text of report.html: what the card says, what the run took, and every linear."""
+    tables = [layer_table(report), linear_table("Every pruned linear", report.layers)] if report.layers else []
+    tables += [linear_table("Every linear in few bits", report.grids)] if report.grids else []
+    errors = dict[str, list[float]]()
+    for record in report.layers or report.grids:
+        errors.setdefault(f"block {record.block}", []).append(record.relative_error)
+    drawn = bars({name: math.fsum(values) / len(values) for name, values in errors.items()})
+    figures = [Figure(drawn, "Relative squared error of the linears' outputs, mean of each block")] if errors else []
+    first = Report(Table("What was done"), [*model_facts(report), *run_facts(report)], figures)
+    return html_page(title_of(report), [first, *map(Report, tables)], command, environment, _steps(report))
+
+
+def _steps(report: PruneReport) -> list[Fact]:
+    output = shlex.quote(str(report.output))
+    steps = [Fact(f"sparseopt eval {output} --text file:TEXT", "measures the perplexity on a text of yours")]
+    if is_file(report.output):
+        steps.append(Fact(f"llama-cli --model {output}", "runs it"))
+    elif not report.recipe.get("pack"):
+        steps.append(Fact(f"AutoModelForCausalLM.from_pretrained({str(report.output)!r})", "loads it in transformers"))
+    if report.layers and report.recipe["effort"] != "most":
+        steps.append(Fact("--effort most", "takes longer and usually loses less; it needs another --output"))
+    return steps
 
 
 def _published(report: PruneReport) -> PruneReport:

@@ -1,6 +1,8 @@
 """What a finished run says of itself, once: facts about the model and the run, and a table of the linears."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 from sparseopt.models.base.errors import listed
 from sparseopt.pruning.base.records import LayerRecord, Score, ShapeRecord, mean, mean_errors, mean_grid_errors
@@ -8,10 +10,18 @@ from sparseopt.pruning.base.reports import PruneReport
 from sparseopt.pruning.run.output_form import is_file
 from sparseopt.pruning.text.documents import part_of_text
 from sparseopt.system.machine import format_bytes
-from sparseopt.system.report import Fact, Table
+from sparseopt.system.report import Fact, Table, cell
 
 # What recipes write for calibrations that no command line can hold.
 TOKEN_IDS = "token ids of shape"
+# More rows make a page slow.
+MOST_ROWS = 2000
+# Fields of the records of single linears, with their headings.
+COLUMNS = {
+    "relative_error": "rel. error", "heldout_error": "held-out", "rounded_error": "by rounding",
+    "sparsity": "sparsity", "bits": "bits", "shape": "shape", "steps": "steps", "seconds": "seconds",
+    "status": "status",
+}  # fmt: skip
 
 
 def model_facts(report: PruneReport) -> list[Fact]:
@@ -190,4 +200,16 @@ def layer_table(report: PruneReport) -> Table:
         )
     title, share = ("Inputs kept", "kept") if smaller else ("Pruned layers", "sparsity")
     headings = ("layer", "shape", share, "rel. error", "held-out", "steps", "seconds")
-    return Table(f"{title}, means over blocks", headings, rows)
+    return Table(f"{title}, means over blocks", headings, rows, totals=1)
+
+
+def linear_table(title: str, records: Sequence[Any]) -> Table:
+    """The records of single linears, layers or grids; of very many those with the largest errors."""
+    if len(records) > MOST_ROWS:
+        title = f"{title}, the {MOST_ROWS:,} of {len(records):,} with the largest errors"
+        records = sorted(records, key=lambda r: r.relative_error, reverse=True)[:MOST_ROWS]
+    names = [name for name in COLUMNS if any(getattr(r, name, None) is not None for r in records)]
+    # The names without the path of their block.
+    own = ((r.layer.split(f".{r.block}.", 1)[-1], r) for r in records)
+    rows = [[linear, str(r.block), *(cell(getattr(r, name)) for name in names)] for linear, r in own]
+    return Table(title, ["linear", "block", *(COLUMNS[name] for name in names)], rows)

@@ -26,6 +26,7 @@ from sparseopt.core.base.types import pytree, static
 from sparseopt.core.operators.row_tables import edge_rows
 from sparseopt.core.penalties.protocols import is_norm
 from sparseopt.core.problem.problem import Solution
+from sparseopt.system.report import Fact
 from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.base.ground import Ground, couples_axes, mean_weight
 from sparseopt.trend.base.layout import layout_of
@@ -53,6 +54,14 @@ class TrendSolution(Solution):
     def of(cls, solution: Solution, nonzero: Any) -> "TrendSolution":
         fields = {field.name: getattr(solution, field.name) for field in dataclasses.fields(Solution)}
         return cls(**fields, nonzero=nonzero)
+
+    def _facts(self) -> list[Fact]:
+        """Also the pieces at order 0, elsewhere the differences that are not zero; of a single fit."""
+        if self.nonzero is None or self.graph is None or np.ndim(self.status):
+            return super()._facts()
+        nonzero = f"{np.count_nonzero(self.nonzero):,} of {np.size(self.nonzero):,}"
+        own = Fact("differences not zero", nonzero) if self.order else Fact("pieces", f"{self.pieces().max() + 1:,}")
+        return [*super()._facts(), own]
 
     def pieces(self) -> np.ndarray:
         """The piece of every node of a fit of order 0, integers `[n]`.

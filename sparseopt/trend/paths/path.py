@@ -22,6 +22,7 @@ from sparseopt.core.losses.scalar import ScalarLoss, check_scalar_loss
 from sparseopt.core.penalties.entries import L1, MCP, SCAD
 from sparseopt.core.penalties.groups import GroupL2
 from sparseopt.core.problem.problem import Status
+from sparseopt.system.report import Fact, html_facts, spread
 from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.base.job import Job, require_representable
 from sparseopt.trend.base.layout import layout_of
@@ -95,6 +96,12 @@ class TrendPath:
         they are `sum_j d fit_j / d y_j` along random directions, by up to 16 more paths.
         """
         return self._freedom()
+
+    def _repr_html_(self) -> str:
+        ended = ", ".join(f"{(self.statuses == s).sum()} {Status(int(s)).name}" for s in np.unique(self.statuses))
+        figures = {"weights": self.weights, "relative duality gaps": self.gaps, "steps": self.steps}
+        spreads = [Fact(name, spread(values)) for name, values in figures.items()]
+        return html_facts("TrendPath", [Fact("levels", ended), *spreads])
 
     def check(self) -> "TrendPath":
         """Return self if every level converged, with a certificate or to a stationary point.

@@ -11,6 +11,7 @@ from sparseopt.models import open_source
 from sparseopt.models.files.source import FolderSource
 from sparseopt.pruning import LayerRecord, Recipe, ShrinkRecipe, prune_model, shrink_model
 from sparseopt.pruning.base.records import Score
+from sparseopt.pruning.prune_module import ModuleReport
 from sparseopt.pruning.run.card import CARD, command_of, metadata_of, model_card, without_folders
 from sparseopt.pruning.run.facts import model_facts
 
@@ -66,6 +67,13 @@ def test_a_card_carries_the_licence_and_says_what_was_done(pruned, described):
     assert "token ids of shape [7, 24]" in body
     assert "`sparseopt unpack PACKED --output FOLDER`" in body
     assert 'AutoTokenizer.from_pretrained("FOLDER")' in body
+    # In a notebook, names are text.
+    shown = replace(pruned, source="<b>", scores=(Score("a<i>", 2, 8, 10.0, 11.0),))._repr_html_()
+    for text in ("&lt;b&gt;", "perplexity on a&lt;i&gt;</th><td>10.00 before, 11.00 after", "<td>0.5</td>"):
+        assert text in shown
+    module = ModuleReport(pruned.layers, [], {})._repr_html_()
+    zeros, size = sum(r.zeros for r in pruned.layers), sum(r.size for r in pruned.layers)
+    assert f"<td>21 pruned, {zeros:,} of {size:,} weights are zero; 0 in few bits</td>" in module
     # Folders of this machine are nobody's business.
     assert str(described.parent) not in body
     assert (pruned.output / "LICENSE").read_text() == "terms"

@@ -1,0 +1,395 @@
+"""`prune_module` on torch modules: the masks of plain torch loops, torch's own patches, and what is left alone."""
+
+import copy
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sparseopt.pruning import Recipe, prune_module
+from sparseopt.pruning.modules.torch_module import TorchModule
+
+torch = pytest.importorskip("torch")
+nn, functional = torch.nn, torch.nn.functional
+
+pytestmark = pytest.mark.oracle
+
+_SIZES = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_LLAMA = _SIZES | {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "max_position_embeddings": 32,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+def tokens(*shape: int) -> Any:
+    return torch.randint(3, 64, shape)
+
+
+def t5() -> tuple[Any, list[Any]]:
+    import transformers
+
+    config = transformers.T5Config(
+        **_SIZES, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0
+    )
+    batches = [{"input_ids": tokens(2, size), "decoder_input_ids": tokens(2, size - 2)} for size in (7, 5)]
+    return transformers.T5ForConditionalGeneration(config), batches
+
+
+def bert() -> tuple[Any, list[Any]]:
+    import transformers
+
+    config = transformers.BertConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2
+    )
+    mask = (torch.arange(7) < torch.tensor([[5], [7]])).long()
+    batches = [{"input_ids": tokens(2, 7), "attention_mask": mask} for _ in range(2)]
+    return transformers.BertForSequenceClassification(config), batches
+
+
+def resnet() -> tuple[Any, list[Any]]:
+    import transformers
+
+    config = transformers.ResNetConfig(embedding_size=4, hidden_sizes=[8, 16], depths=[2, 2], layer_type="basic")
+    batches = [{"pixel_values": torch.randn(2, 3, 32, 32, dtype=torch.float64)} for _ in range(2)]
+    return transformers.ResNetForImageClassification(config), batches
+
+
+def llama(**fields: Any) -> Any:
+    import transformers
+
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**(_LLAMA | fields)))
+
+
+# With the prefixes of their blocks, in the order of execution.
+MODELS = {
+    "t5": (t5, ["encoder.block.0", "encoder.block.1", "decoder.block.0", "decoder.block.1"]),
+    "bert": (bert, [f"bert.encoder.layer.{index}" for index in range(3)]),
+    "resnet": (resnet, [f"resnet.encoder.stages.{s}.layers.{index}" for s in range(2) for index in range(2)]),
+}
+
+
+def feed(module: Any, batch: Any) -> Any:
+    return module(**batch)
+
+
+def squares_of(part: Any, x: Any) -> Any:
+    """The sums of the squares of what a linear or convolution reads, `[in]`."""
+    if isinstance(part, nn.Conv2d):
+        rows = functional.unfold(x, part.kernel_size, part.dilation, part.padding, part.stride)
+        return (rows**2).sum((0, 2))
+    return (x.reshape(-1, x.shape[-1]) ** 2).sum(0)
+
+
+def reference(model: Any, batches: list[Any], blocks: list[str], method: str) -> dict[str, Any]:
+    """The masks of a method, by hooks and loops: all batches run whole again for each block."""
+    model, masks = copy.deepcopy(model).eval(), {}
+    for block in blocks:
+        parts = {
+            f"{block}.{name}": part
+            for name, part in model.get_submodule(block).named_modules()
+            if isinstance(part, nn.Linear | nn.Conv2d)
+        }
+        squares: dict[str, Any] = dict.fromkeys(parts, 0)
+
+        def hook(part: Any, inputs: Any, name: str, squares: dict[str, Any]) -> None:
+            squares[name] = squares[name] + squares_of(part, inputs[0])
+
+        hooks = [
+            part.register_forward_pre_hook(lambda part, inputs, name=name, s=squares: hook(part, inputs, name, s))
+            for name, part in parts.items()
+        ]
+        with torch.no_grad():
+            for batch in batches:
+                feed(model, batch)
+        for each in hooks:
+            each.remove()
+        for name, part in parts.items():
+            weight = part.weight.detach().reshape(len(part.weight), -1)
+            if method == "wanda":
+                order = (weight.abs() * squares[name].sqrt()).argsort(1)
+                mask = torch.ones_like(weight, dtype=torch.bool)
+                mask.scatter_(1, order[:, : weight.shape[1] // 2], False)
+            else:
+                mask = torch.ones(weight.numel(), dtype=torch.bool)
+                mask[weight.abs().flatten().argsort()[: weight.numel() // 2]] = False
+            masks[name] = mask.reshape(part.weight.shape)
+            with torch.no_grad():
+                part.weight *= masks[name]
+    return masks
+
+
+@pytest.mark.parametrize("method", ["wanda", "magnitude"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_masks_are_those_of_plain_torch(name: str, method: str) -> None:
+    make, blocks = MODELS[name]
+    model, batches = make()
+    model = model.double()
+    expected = reference(model, batches, blocks, method)
+    found, report = prune_module(model, batches, Recipe(method=method), call=feed)
+    assert report.parts == blocks
+    assert {r.layer for r in report.layers} == set(expected)
+    for each, mask in expected.items():
+        weight = found.get_submodule(each).weight
+        torch.testing.assert_close(weight, model.get_submodule(each).weight * mask, rtol=0, atol=0)
+    assert {"lm_head", "classifier", "classifier.1"} & set(report.left_out)
+
+
+CONVOLUTIONS = {
+    "strided": {"stride": (2, 1), "padding": (1, 0)},
+    "same, even": {"kernel_size": (4, 3), "padding": "same"},
+    "dilated": {"dilation": (1, 2)},
+    "reflect": {"padding": (1, 2), "padding_mode": "reflect"},
+    "replicate": {"padding": 1, "padding_mode": "replicate"},
+    "circular": {"padding": 1, "padding_mode": "circular"},
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_the_patches_of_a_convolution_are_those_of_unfold(name: str) -> None:
+    part = nn.Conv2d(3, 4, **({"kernel_size": (3, 2)} | CONVOLUTIONS[name]), bias=False)
+    x = torch.randn(2, 3, 7, 6)
+    opened = TorchModule(nn.Sequential(part, nn.ReLU(inplace=True)))
+    with opened.watching():
+        found = opened.read_by(x, {"0": opened.linears["0"].layout})["0"]
+    mode = {"zeros": "constant"}.get(part.padding_mode, part.padding_mode)
+    padded = functional.pad(x, part._reversed_padding_repeated_twice, mode=mode).double()
+    rows = functional.unfold(padded, part.kernel_size, part.dilation, 0, part.stride).transpose(1, 2).flatten(0, 1)
+    np.testing.assert_allclose(found.gram, rows.T @ rows, rtol=1e-5, atol=1e-5)
+    assert int(found.tokens) == len(rows)
+    output = part(x).detach().flatten(2).transpose(1, 2).flatten(0, 1)
+    np.testing.assert_allclose(rows.numpy() @ opened.read("0").T, output, rtol=1e-4, atol=1e-5)
+
+
+def test_convolutions_of_lines_and_volumes_have_the_patches_that_give_their_outputs() -> None:
+    for part, x in ((nn.Conv1d(3, 4, 3, dilation=2, padding=2), torch.randn(2, 3, 9)),
+                    (nn.Conv3d(3, 4, (2, 1, 2), stride=(1, 2, 1)), torch.randn(3, 4, 5, 4))):  # fmt: skip
+        opened = TorchModule(nn.Sequential(part))
+        with opened.watching():
+            found = opened.read_by(x, {"0": opened.linears["0"].layout})["0"]
+        output = part(x).detach().double() - part.bias.detach().double().reshape(-1, *[1] * (part.weight.ndim - 2))
+        squares = (output.reshape(-1, *output.shape[-part.weight.ndim + 1 :]) ** 2).flatten(2).sum((0, 2))
+        weight = opened.read("0").astype(np.float64)
+        np.testing.assert_allclose(np.diag(weight @ np.asarray(found.gram, np.float64) @ weight.T), squares, rtol=1e-4)
+
+
+class Block(nn.Module):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, width), nn.Linear(width, width)
+        self.dropout, self.act = nn.Dropout(0.5), nn.ReLU(inplace=True)
+
+    def forward(self, x: Any) -> Any:
+        return x + self.dropout(self.down(self.act(self.up(self.norm(x)))))
+
+
+class Net(nn.Module):
+    def __init__(self, block: Any = Block, count: int = 3) -> None:
+        super().__init__()
+        self.stem, self.blocks = nn.Linear(8, 8), nn.ModuleList([block() for _ in range(count)])
+
+    def forward(self, x: Any) -> Any:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.fixture
+def batches(_seeded: None) -> list[Any]:
+    return [torch.randn(17, 8) for _ in range(3)]
+
+
+def weights(module: Any) -> list[Any]:
+    return [value.clone() for value in module.state_dict().values()]
+
+
+def same(one: list[Any], two: list[Any]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_modes_hooks_and_forward_are_as_before(fails: bool, batches: list[Any]) -> None:
+    net, seen = Net(), []
+    net.blocks[0].eval()
+    net.blocks[1].up.register_forward_hook(lambda *_: seen.append(1))
+    own = net.blocks[2].down.forward
+    net.blocks[2].down.forward = lambda x: own(x)
+    net.config = type("Config", (), {"use_cache": True})()
+    forward, modes, before = net.blocks[2].down.forward, [part.training for part in net.modules()], weights(net)
+    calls, threads = [], threading.active_count()
+
+    def call(module: Any, batch: Any) -> Any:
+        calls.append(module.config.use_cache)
+        if fails and len(calls) == 4:
+            raise KeyError("four")
+        return module(batch)
+
+    if fails:
+        with pytest.raises(KeyError, match="four"):
+            prune_module(net, batches, Recipe(method="wanda"), call=call, inplace=True)
+        found = net
+    else:
+        found, _ = prune_module(net, batches, Recipe(method="wanda"), call=call)
+        assert same(before, weights(net))
+        assert found is not net
+        assert prune_module(net, batches, Recipe(method="wanda"), call=call, inplace=True)[0] is net
+        assert same(weights(found), weights(net))
+    assert seen
+    assert not any(calls)
+    for each in (found, net):
+        assert [part.training for part in each.modules()] == modes
+        assert [name for name, part in each.named_modules() if "forward" in vars(part)] == ["blocks.2.down"]
+        assert each.config.use_cache
+    assert net.blocks[2].down.forward is forward
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert threading.active_count() == threads
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_module_keeps_its_dtype_and_its_kept_weights(dtype: Any) -> None:
+    model = llama().to(dtype)
+    found, report = prune_module(model, [{"input_ids": tokens(2, 7)}], Recipe(method="wanda"), call=feed)
+    assert len(report.layers) == 14
+    for record in report.layers:
+        before, after = (each.get_submodule(record.layer).weight for each in (model, found))
+        assert after.dtype == dtype
+        assert int((after == 0).sum()) == after.numel() // 2
+        assert torch.equal(after, before * (after != 0))
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")
+def test_a_cache_and_blocks_that_write_to_their_input_change_nothing(batches: list[Any]) -> None:
+    import transformers
+
+    class Writing(Block):
+        def forward(self, x: Any) -> Any:
+            y = self.down(self.act(self.up(self.norm(x))))
+            x += y
+            return x
+
+    net, writing = Net(), Net(Writing)
+    writing.load_state_dict(net.state_dict())
+    found = [prune_module(each, batches, Recipe(method="wanda"))[0] for each in (net, writing)]
+    assert same(*map(weights, found))
+
+    model, given = llama(), [{"input_ids": tokens(2, 7)} for _ in range(2)]
+
+    def cached(module: Any, batch: Any) -> Any:
+        return module(**batch, past_key_values=transformers.DynamicCache(), use_cache=True)
+
+    found = [prune_module(model, given, Recipe(method="wanda"), call=call)[0] for call in (feed, cached)]
+    assert same(*map(weights, found))
+
+
+def test_a_linear_is_seen_before_its_input_is_written_to(batches: list[Any]) -> None:
+    class Wiping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(512, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Any) -> Any:
+            x = x.clone()
+            y = self.first(x)
+            x.fill_(7.0)
+            return self.second(y)
+
+    x = torch.randn(4096, 512)
+    opened = TorchModule(Wiping())
+    with opened.watching():
+        found = opened.read_by(x, {"first": opened.linears["first"].layout})["first"]
+    np.testing.assert_allclose(found.gram, x.double().T @ x.double(), rtol=1e-4, atol=1e-1)
+
+
+def test_propagation_corrects_what_earlier_blocks_do(batches: list[Any]) -> None:
+    net = Net(count=4).eval()
+    errors = []
+    for share in (0.0, 1.0):
+        found, _ = prune_module(net, batches, Recipe(method="maiht", propagate=share))
+        with torch.no_grad():
+            errors.append(sum(float(((found(x) - net(x)) ** 2).sum()) for x in batches))
+    assert errors[1] < errors[0]
+
+
+def test_what_hides_its_weight_is_left_out_and_the_rest_is_pruned() -> None:
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+    # The fast path of torch does not call these.
+    _, report = prune_module(encoder, [torch.randn(2, 4, 8)], Recipe(method="wanda"))
+    assert {r.layer for r in report.layers} == {f"layers.{i}.linear{j}" for i in range(2) for j in (1, 2)}
+    assert "without a call" in report.left_out["layers.0.self_attn.out_proj"]
+    net = Net()
+    nn.utils.parametrizations.weight_norm(net.blocks[1].up)
+    _, report = prune_module(net, [torch.randn(5, 8)], Recipe(method="wanda"))
+    assert "computed from others" in report.left_out["blocks.1.up"]
+    assert len(report.layers) == 5
+
+
+def test_shared_blocks_and_tied_weights_are_pruned_once(batches: list[Any]) -> None:
+    net = Net()
+    net.blocks = nn.ModuleList([net.blocks[0]] * 3)
+    net.again = net.blocks[0].up
+    _, report = prune_module(net, batches, Recipe(method="wanda"))
+    assert {r.layer: r.tokens for r in report.layers} == dict.fromkeys(["blocks.0.up", "blocks.0.down"], 9 * 17)
+    net = Net()
+    net.blocks[1].up.weight = net.blocks[0].up.weight
+    found, _ = prune_module(net, batches, Recipe(method="wanda"))
+    assert found.blocks[1].up.weight is found.blocks[0].up.weight
+    net.stem.weight = net.blocks[0].up.weight
+    with pytest.raises(ValueError, match=r"blocks.0.up is that of stem, blocks.1.up|stem too"):
+        prune_module(net, batches, Recipe(method="wanda"))
+
+
+def test_experts_without_tokens_are_pruned_by_magnitude() -> None:
+    class Mixture(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pre, self.experts = nn.Linear(8, 8), nn.ModuleList([Block() for _ in range(3)])
+
+        def forward(self, x: Any) -> Any:
+            x, chosen = self.pre(x), (x[:, 0] > 0).long()  # never the third
+            y = torch.zeros_like(x)
+            for index, expert in enumerate(self.experts):
+                if (chosen == index).any():
+                    y[chosen == index] = expert(x[chosen == index])
+            return y
+
+    given = [torch.randn(40, 8) for _ in range(3)]
+    _, report = prune_module(Net(Mixture, 2), given, Recipe(method="wanda", propagate=0.5, min_expert_tokens=8))
+    assert {r.layer for r in report.layers if r.starved} == {
+        f"blocks.{index}.experts.2.{name}" for index in range(2) for name in ("up", "down")
+    }
+    assert {r.layer: r.tokens for r in report.layers}["blocks.0.experts.0.up"] < 120
+
+
+def compiled(net: Any) -> Any:
+    return torch.compile(net, backend="eager")
+
+
+def old_weight_norm(net: Any) -> Any:
+    nn.utils.weight_norm(net.blocks[0].up)
+    return net
+
+
+ERRORS = {
+    "compiled": (lambda xs: prune_module(compiled(Net()), xs), "compiled OptimizedModule"),
+    "a weight made of others": (lambda xs: prune_module(old_weight_norm(Net()), xs), "cannot be copied"),
+    "a linear": (lambda xs: prune_module(nn.Linear(8, 8), xs), "prune_layer"),
+    "params": (lambda xs: prune_module(Net(), xs, params={}), "is for Linen"),
+    "a loss": (lambda xs: prune_module(Net(), xs, loss=lambda *_: 0), "gradients in JAX"),
+    "training": (lambda xs: prune_module(Net(), xs, Recipe(train_epochs=1)), "train_epochs trains"),
+    "a dict": (lambda xs: prune_module(Net(), {"x": xs}), r"say \[batch\]"),
+    "a wrong batch": (lambda xs: prune_module(Net(), [xs[0][:, :3]]), "cannot be multiplied"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name", ERRORS)
+def test_an_error_names_what_cannot_be_done(name: str, batches: list[Any]) -> None:
+    call, words = ERRORS[name]
+    with pytest.raises((ValueError, RuntimeError), match=words):
+        call(batches)
