@@ -16,7 +16,7 @@ from sparseopt.models import WHOLE_TAG, Form, LoadedModel, ModelError, Packed, u
 from sparseopt.models.files.memory import as_numpy
 from sparseopt.pruning.base.activations import windows_per_batch
 from sparseopt.pruning.base.records import Footprint, LayerRecord, Passed
-from sparseopt.pruning.memory import LIBRARIES, PROGRAMS, BudgetError, check_disks, output_bytes
+from sparseopt.pruning.memory import FLOAT32, LIBRARIES, PROGRAMS, BudgetError, check_disks, output_bytes
 from sparseopt.pruning.modules.module_plan import ELSEWHERE, module_recipe
 from sparseopt.pruning.prune_module import prune_module
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe
@@ -27,11 +27,12 @@ from sparseopt.pruning.run.layer_patterns import layer_patterns, layer_shares
 from sparseopt.pruning.run.output_form import is_file
 from sparseopt.pruning.run.plan import Plan, make_plan
 from sparseopt.pruning.run.shared_pass import Branch, Pass
-from sparseopt.system.machine import format_bytes, working_memory_bytes
+from sparseopt.system.machine import format_bytes, return_freed_memory, working_memory_bytes
 from sparseopt.system.run_folder import DRAWN, RUN
 
-# Resident bytes of torch and of transformers' model classes.
-TORCH = 350 * 2**20
+# Resident bytes of torch and of transformers' model classes, and what the arrays of a block that are not counted take
+# besides those that are: measured on a CPU.
+TORCH, UNCOUNTED = 350 * 2**20, 0.4
 # What stays open in a recipe for a family, and is decided for a module.
 DECIDED = ("allocation", "permute", "output_weights", "train_epochs", "distil_epochs")
 
@@ -65,18 +66,21 @@ def loaded_footprint(model: Any, plans: list[Plan], windows: np.ndarray, budget:
     Raises:
         BudgetError: if it is more than the budget or, without one, than the memory available; or for a full disk.
     """
-    shapes = sorted(map(model.weight_shape, model.linear_keys()), key=lambda shape: shape[1])
-    block = shapes[-(-len(shapes) // model.num_blocks) * -1 :]
+    shapes, batch = [model.weight_shape(key) for key in model.linear_keys()], windows_per_batch(*windows.shape)
+    widths, squares = (sum(each) / model.num_blocks for each in (map(sum, shapes), (w**2 for _, w in shapes)))
     modules = 1 + any(plan.recipe.needs_dense_stream for plan in plans)
     parts = {
-        "libraries": LIBRARIES + TORCH,
-        "compiled programs": PROGRAMS,
         "model": modules * model.nbytes,
-        # Each window waits before a block with its stream, a few times as large.
-        "activations": modules * 4 * 4 * windows.size * model.config.hidden_size,
-        "Grams": modules * 4 * sum(inputs**2 for _, inputs in block),
+        # Each window waits before a block with a few times its stream.
+        "activations": modules * 4 * FLOAT32 * windows.size * model.config.hidden_size,
+        # A batch in a block, with copies for JAX.
+        "batch": int(modules * 1.5 * FLOAT32 * batch * windows.shape[1] * widths),
+        # Those of all batches so far, and of one.
+        "Grams": int(modules * 2 * FLOAT32 * squares),
         "workspace": max(method_cost(plan.method).workspace.nbytes(*shape) for plan in plans for shape in set(shapes)),
     }
+    uncounted = int(UNCOUNTED * sum(parts.values()))
+    parts |= {"other arrays": uncounted, "libraries": LIBRARIES + TORCH, "compiled programs": PROGRAMS}
     model.forget()  # it may have drawn the windows
     needed, limit = sum(parts.values()), working_memory_bytes() if budget is None else budget
     if needed > limit:
@@ -123,6 +127,7 @@ def _pruned(work: Pass, branch: Branch, stop: Callable[[], bool] | None) -> dict
             if stop is not None and stop():
                 raise Stopped(f"stopped after {record.block} parts; the same call begins anew")
             last = record.block
+            return_freed_memory()
         record = replace(record, layer=keys[record.layer].removesuffix(".weight"))
         branch.keep(record)
         work.tell(record)
