@@ -87,7 +87,8 @@ HOUSE = {
         "lanes layouts",
         "watched",
         "flax_module module_plan torch_module",
-        "linen_module masks module_training nnx_module",
+        "linen_module masks module_report module_training nnx_module",
+        "module_pass",
     ],
     "pruning": ["memory prune_module", "loaded_pass", "pipeline", "inspection", "__init__"],
     "experiments": [

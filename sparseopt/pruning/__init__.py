@@ -20,8 +20,9 @@ from sparseopt.pruning.evaluate.audit import LayerAudit, PatternAudit, audit_pat
 from sparseopt.pruning.evaluate.perplexity import perplexity
 from sparseopt.pruning.memory import BudgetError
 from sparseopt.pruning.modules.masks import masks
+from sparseopt.pruning.modules.module_report import ModuleReport
 from sparseopt.pruning.pipeline import prune_model, prune_models, shrink_model
-from sparseopt.pruning.prune_module import ModuleReport, prune_module
+from sparseopt.pruning.prune_module import prune_module
 from sparseopt.pruning.recipe.prune_recipe import Recipe
 from sparseopt.pruning.recipe.shrink_recipe import ShrinkRecipe
 from sparseopt.pruning.run.block import PruningError, Stopped

@@ -10,7 +10,7 @@ import numpy as np
 
 from sparseopt.models import load_decoder, open_model
 from sparseopt.pruning import LayerRecord
-from sparseopt.system.run_folder import LOCK, RECORDS, RUN
+from sparseopt.system.run_folder import RUN_FILES
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 
 # A tokenizer of single letters, enough to turn any text into ids of the tiny vocabulary.
@@ -105,8 +105,7 @@ def breaking_at(count):
 
 def model_bytes(folder: Path) -> dict[str, bytes]:
     """The files of the model itself."""
-    accounts = (RUN, RECORDS, "summary.json", LOCK)
-    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name not in accounts}
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name not in RUN_FILES}
 
 
 def written(folder: Path) -> dict[str, tuple[bytes, int]]:

@@ -1,0 +1,284 @@
+"""The pass over a module: all batches from one part to the next, and what is done to each part.
+
+    for each part, in the order of execution:   all batches stop before it (see `lanes`)
+        what its linears read -> Grams -> prune, train, put on a grid; run it as it is now, and go on
+
+A part is a block where the module has a list of blocks, and otherwise a linear. So a block runs twice on every batch,
+and every part sees the pruned ones before it.
+"""
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparseopt.core.base.types import Observer
+from sparseopt.layers.bits import Bits, parse_bits
+from sparseopt.layers.compiled import mesh_of
+from sparseopt.layers.patterns import parse_pattern
+from sparseopt.layers.problem import LayerJob, reads_variances
+from sparseopt.layers.side_by_side import LayerTask, solve_block
+from sparseopt.pruning.base.grams import Grams
+from sparseopt.pruning.base.records import BlockRecord, GridRecord, LayerRecord
+from sparseopt.pruning.modules.flax_module import FlaxModule
+from sparseopt.pruning.modules.lanes import Lane, PartCall, lanes
+from sparseopt.pruning.modules.module_plan import ModulePlan
+from sparseopt.pruning.modules.module_training import check_trainable, train_part, weights_of_outputs
+from sparseopt.pruning.modules.watched import Sums, Watched, added, check_outside, is_expert
+from sparseopt.pruning.run.block import PruningError, layer_record, propagated
+from sparseopt.pruning.run.rounding import round_linears
+from sparseopt.pruning.train.training import Training
+
+# What a batch, and the module's output for it, cost: a number to be differentiated.
+Loss = Callable[[Any, Any], Any]
+
+
+@dataclass
+class ModulePass:
+    """The pass over a module; `dense` is the module as it was, where the recipe needs it."""
+
+    module: Watched
+    dense: Watched | None
+    plan: ModulePlan
+    batches: list[Any]
+    loss: Loss | None
+    observer: Observer
+
+    def __post_init__(self) -> None:
+        recipe = self.plan.recipe
+        self.layers: list[LayerRecord] = []
+        self.grids: list[GridRecord] = []
+        self.blocks: list[BlockRecord] = []
+        self.parts: list[str] = []
+        self.total = len(self.plan.patterns) * (1 + (recipe.bits is not None))
+        self.output_weights: Mapping[str, np.ndarray] = {}
+
+    def tell(self, record: Any) -> None:
+        self.observer(record, len(self.layers) + len(self.grids), self.total)
+
+    def run(self) -> None:
+        recipe, module = self.plan.recipe, self.module
+        if recipe.distillation is not None and isinstance(module, FlaxModule):
+            check_trainable(module, "", [((batch,), {}) for batch in self.batches])
+        if recipe.output_weights == "gradient" and self.loss is not None and isinstance(module, FlaxModule):
+            layouts = self.plan.layouts(module, list(self.plan.patterns))
+            self.output_weights = weights_of_outputs(module, self.batches, self.loss, layouts)
+        self._run_parts(self.dense)
+        if self.plan.last:
+            self._run_last()
+        if recipe.distillation is not None and self.dense is not None:
+            inputs: list[Any] = [((batch,), {}) for batch in self.batches]
+            outputs = [self.dense.call(batch) for batch in self.batches]
+            self._train("", list(self.plan.patterns), inputs, outputs, recipe.distillation, everything=True)
+
+    def _run_parts(self, dense: Watched | None) -> None:
+        """All batches from one part to the next."""
+        order = {name: place for place, name in enumerate(self.plan.parts)}
+        waiting = set(order)
+        with (
+            _stopping(self.module, waiting, order, self.batches) as here,
+            _stopping(dense, waiting, order, self.batches) as there,
+        ):
+            for lane in (*here, *there) if order else ():
+                lane.resume()
+            while stopped := {lane.at.name for lane in here if lane.at}:
+                name = min(stopped, key=order.__getitem__)
+                others: Sequence[Lane | None] = there or [None] * len(here)
+                stops = [
+                    _Stop(own, _at(other, name)) for own, other in zip(here, others, strict=True) if _at(own, name)
+                ]
+                self._part(name, stops, dense)
+                waiting.discard(name)
+                if not waiting:
+                    return
+                for stop in stops:
+                    _go_on(stop.lane, self.module)
+                for lane in there:
+                    # Also one whose batch does not get here in the pruned module.
+                    if dense is not None and _at(lane, name):
+                        _go_on(lane, dense)
+        for name in sorted(waiting, key=order.__getitem__):
+            self._part(name, [], dense)  # which the pruned module does not call
+
+    def _part(self, name: str, stops: Sequence["_Stop"], dense: Watched | None) -> None:
+        """Prune the linears of a part at which these batches stop, in the module and in the dense one."""
+        names, recipe = self.plan.parts[name], self.plan.recipe
+        layouts = self.plan.layouts(self.module, names)
+        total: Sums | None = None
+        for stop in stops:
+            inputs = None
+            if stop.dense is not None and dense is not None and recipe.propagate:
+                inputs = stop.dense.work(partial(dense.inputs, stop.dense.call, layouts))
+            total = added(total, stop.lane.work(partial(self.module.observed, stop.lane.call, layouts, inputs)))
+        train = None
+        if recipe.reconstruction is not None and dense is not None and name not in names:
+            # A linear by itself has been fitted to these outputs already.
+            train = partial(self._train_block, name, stops, dense)
+        self._solve(name, names, Sums({}) if total is None else total, train)
+
+    def _train_block(self, name: str, stops: Sequence["_Stop"], dense: Watched) -> None:
+        both = [stop for stop in stops if stop.dense is not None]
+        outputs = [stop.dense.work(partial(dense.output, stop.dense.call)) for stop in both if stop.dense]
+        inputs = [(stop.lane.call.args, stop.lane.call.kwargs) for stop in both]
+        if self.plan.recipe.reconstruction is not None and both:
+            self._train(name, self.plan.parts[name], inputs, outputs, self.plan.recipe.reconstruction)
+
+    def _train(
+        self, part: str, names: Sequence[str], inputs: Sequence[Any], outputs: Sequence[Any], settings: Training, *,
+        everything: bool = False,
+    ) -> None:  # fmt: skip
+        module = self.module
+        assert isinstance(module, FlaxModule)  # others are refused
+        masks = {each: jnp.asarray(module.kernel(each)) != 0 for name in names for each in self.plan.readers[name]}
+        index = len(self.parts) - (1 if part else 0)
+        record = train_part(module, part, masks, inputs, outputs, settings, index, everything=everything)
+        self.blocks.append(record)
+        self.tell(record)
+
+    def _run_last(self) -> None:
+        """Linears that are called more than once, when the others are pruned."""
+        names = self.plan.last
+        layouts = self.plan.layouts(self.module, names)
+        total: Sums | None = None
+        for batch in self.batches:
+            total = added(total, self.module.read_by(batch, layouts))
+        assert total is not None
+        self._solve("shared", names, total)
+
+    def _solve(self, part: str, names: Sequence[str], sums: Sums, train: Callable[[], None] | None = None) -> None:
+        index, recipe, method = len(self.parts), self.plan.recipe, self.plan.method
+        self.parts.append(part)
+        grams = {name: self._grams(name, sums) for name in names}
+        tasks = [self._task(name, grams[name]) for name in names]
+        try:
+            for name, solved in zip(names, solve_block(tasks, method, None), strict=True):
+                tokens, starved = int(grams[name].tokens), self._starved(name, grams[name])
+                pattern = self.plan.patterns[name]
+                record = layer_record(index, name, solved, method, pattern, tokens, starved, False)
+                self._write(name, np.asarray(solved.report.weight))
+                self.layers.append(record)
+                self.tell(record)
+            if train is not None:
+                train()
+            if recipe.bits is not None:
+                self._round(index, names, grams, parse_bits(recipe.bits))
+        except MemoryError as error:
+            raise PruningError(str(error)) from error
+
+    def _grams(self, name: str, sums: Sums) -> Grams:
+        """Those of all linears that have a weight, on one device."""
+        found = [sums[each] for each in self.plan.readers[name] if each in sums]
+        if not sum(int(each.tokens) for each in found):
+            if not is_expert(name):
+                raise PruningError(
+                    f"no batch reaches {name}, or only empty ones: nothing says what its inputs are; leave it out by "
+                    "the recipe's ignore"
+                )
+            width = self.module.linears[name].shape[1]
+            zeros = jnp.zeros((width, width), jnp.float32), jnp.zeros(width, jnp.float32)
+            return Grams(zeros[0], jnp.float32(0), jnp.int32(0), zeros[1])
+        whole = jax.tree.map(lambda *parts: sum(parts), *found) if len(found) > 1 else found[0]
+        whole = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)) if mesh_of(leaf) else leaf, whole)
+        if not all(bool(jnp.isfinite(part).all()) for part in whole if part is not None):
+            raise PruningError(
+                f"{name} reads values that are not finite, or whose squares are not: the module overflows there, or a "
+                "batch has NaN or infinite values"
+            )
+        return whole
+
+    def _starved(self, name: str, grams: Grams) -> bool:
+        return is_expert(name) and int(grams.tokens) < max(1, self.plan.recipe.min_expert_tokens)
+
+    def _task(self, name: str, grams: Grams) -> LayerTask:
+        recipe, pattern = self.plan.recipe, self.plan.patterns[name]
+        weight, starved = self.module.read(name), self._starved(name, grams)
+        shape = (weight.shape[0], weight.shape[1])
+
+        def job() -> LayerJob:
+            target = weight.astype(np.float32) if weight.itemsize > 4 else weight
+            if recipe.propagate and grams.drift is not None and not starved:
+                target = propagated(target, grams, recipe.propagate, None)
+            variances = None
+            if reads_variances(self.plan.method):
+                variances = np.ones(shape[1], np.float32) if starved else np.asarray(grams.variances)
+            # So few tokens do not rank the weights: all inputs count the same.
+            gram = jnp.eye(shape[1], dtype=jnp.float32) if starved else grams.gram
+            outputs = None if starved else self.output_weights.get(name)
+            return LayerJob(target, gram, None, pattern, outputs, variances, weight != 0 if recipe.keep_zeros else None)
+
+        return LayerTask(name, shape, (shape, weight.dtype, jax.tree.structure(pattern)), job)
+
+    def _write(self, name: str, pruned: np.ndarray) -> None:
+        """Set a weight, in the dtype it has, in which what did not change stays as it was."""
+        given = self.module.read(name)
+        if given.dtype != pruned.dtype:
+            same = (given.astype(pruned.dtype) == pruned) & (pruned != 0)
+            pruned = np.where(same, given, pruned.astype(given.dtype))
+        self.module.write(name, pruned)
+
+    def _round(self, index: int, names: Sequence[str], grams: Mapping[str, Grams], bits: Bits) -> None:
+        """Put the linears of a part on a grid; one whose inputs no group tiles stays as it is."""
+        tasks = []
+        for name in names:
+            weight = self.module.read(name).astype(np.float32)
+            if bits.group and weight.shape[1] % bits.group:
+                continue
+            bits.check_weight(weight)
+            tasks.append(self._grid_task(name, weight, grams[name]))
+
+        def told(record: GridRecord) -> None:
+            self.grids.append(record)
+            self.tell(record)
+
+        for name, weight in round_linears(index, tasks, {task.name: bits for task in tasks}, None, told).items():
+            self._write(name, weight)
+
+    def _grid_task(self, name: str, weight: np.ndarray, grams: Grams) -> LayerTask:
+        shape = (weight.shape[0], weight.shape[1])
+        gram = jnp.eye(shape[1], dtype=jnp.float32) if self._starved(name, grams) else grams.gram
+        outputs = self.output_weights.get(name)
+
+        def job() -> LayerJob:
+            return LayerJob(weight, gram, None, parse_pattern("unstructured", 0.0, shape), outputs, None, weight != 0)
+
+        return LayerTask(name, shape, (shape, outputs is None), job)
+
+
+class _Stop(NamedTuple):
+    """A batch that stops before a part, in the module and, where it stops there too, in the dense one."""
+
+    lane: Lane
+    dense: Lane | None
+
+
+def _at(lane: Lane | None, name: str) -> Lane | None:
+    return lane if lane is not None and lane.at is not None and lane.at.name == name else None
+
+
+def _go_on(lane: Lane, module: Watched) -> None:
+    lane.resume(lane.work(partial(module.output, lane.call)))
+
+
+@contextlib.contextmanager
+def _stopping(
+    module: Watched | None, waiting: Collection[str], parts: Collection[str], batches: Sequence[Any]
+) -> Iterator[list[Lane]]:
+    """A lane for each batch, which stops at parts while they wait; none without a module."""
+
+    def forward(module: Watched, batch: Any, lane: Lane) -> Any:
+        def visit(call: PartCall) -> Any:
+            if call.name not in parts:
+                return call.run()
+            check_outside(call)
+            # Called again, after it was pruned.
+            return lane.stop_at(call) if call.name in waiting else module.output(call)
+
+        return module.forward(batch, visit)
+
+    with lanes([] if module is None else [partial(forward, module, batch) for batch in batches]) as found:
+        yield found

@@ -1,0 +1,58 @@
+"""What `prune_module` reports."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from sparseopt.pruning.base.records import BlockRecord, GridRecord, LayerRecord, mean
+from sparseopt.system.report import Fact, html_facts
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """What `prune_module` did.
+
+    Attributes:
+        layers: a record of each pruned weight, in the order of execution; `block` is the index of its part.
+        parts: the names of the parts, one solve after the other: blocks, or linears where there are none.
+        left_out: the linears and weights that were not pruned, and why.
+        grids: a record of each linear that was put on a grid of few bits.
+        blocks: a record of each part that was trained, and of the whole module as the last.
+        seconds: wall-clock time of all.
+        solver_seconds: of the solves, without compiling.
+    """
+
+    layers: list[LayerRecord]
+    parts: list[str]
+    left_out: Mapping[str, str]
+    grids: list[GridRecord] = field(default_factory=list)
+    blocks: list[BlockRecord] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def sparsity(self) -> float:
+        """The share of zeros in the weights that were pruned."""
+        return sum(r.zeros for r in self.layers) / sum(r.size for r in self.layers)
+
+    @property
+    def mean_relative_error(self) -> float:
+        return mean(r.relative_error for r in self.layers) or 0.0
+
+    @property
+    def solver_seconds(self) -> float:
+        return sum(r.seconds for r in self.layers) + sum(r.seconds for r in self.grids)
+
+    def _repr_html_(self) -> str:
+        zeros, size = sum(r.zeros for r in self.layers), sum(r.size for r in self.layers)
+        figures = {"mean relative error": self.mean_relative_error, "seconds": self.seconds}
+        facts = [Fact(name, f"{value:.5g}") for name, value in figures.items()]
+        pruned = f"{len(self.layers)} pruned, {zeros:,} of {size:,} weights are zero; {len(self.grids)} in few bits"
+        return html_facts("ModuleReport", [Fact("linears", pruned), *facts])
+
+    def __str__(self) -> str:
+        width = max(len(r.layer) for r in self.layers)
+        lines = [f"{'linear':{width}}  {'out x in':>13}  {'zeros':>6}  {'error':>9}"]
+        for r in self.layers:
+            shape = f"{r.shape[0]} x {r.shape[1]}"
+            lines.append(f"{r.layer:{width}}  {shape:>13}  {r.sparsity:6.1%}  {r.relative_error:9.2e}")
+        lines += [f"left out: {name} ({why})" for name, why in self.left_out.items()]
+        return "\n".join(lines)
