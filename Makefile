@@ -133,7 +133,7 @@ test-oracle: $(VENV)/.installed-oracle ## Comparisons with torch and transformer
 	$(BIN)/python -m pytest -n 2 -m oracle
 
 test-notebooks: $(VENV)/.installed-test ## Execute every notebook on small inputs and check its results.
-	$(BIN)/python -m pytest -n 2 -m notebooks
+	$(BIN)/python -m pytest -n 2 -m notebooks -rs
 
 test-package: $(VENV)/.installed-test ## Install wheel and sdist into empty environments and run the quickstart.
 	$(BIN)/python -m pytest -m package
@@ -147,7 +147,7 @@ test-accelerators: $(VENV)-accelerators/.installed ## Compile for TPUs and an H1
 test-gpu: $(VENV)/.installed-oracle ## Tests that need a GPU or TPU; skipped if JAX finds none.
 	SPARSEOPT_TEST_COMPILE=full $(BIN)/python -m pytest -m device -rs tests/device
 
-notebooks: $(VENV)/.installed-docs ## Execute the notebooks again and store their results (about 7 minutes).
+notebooks: $(VENV)/.installed-docs ## Execute the notebooks again and store their results (about 12 minutes); 11 needs torch.
 	$(BIN)/python notebooks/build.py run
 
 docs: $(VENV)/.installed-docs $(VENV)/.installed-test ## Build the pages into build/docs, with warnings as errors, run their examples, and check links and looks.

@@ -80,6 +80,22 @@ PROMISES = {
         r"half zeros, four bits +\d+\.\d MB, types F32, Q4_0",
         r"fewer blocks +perplexity +\d+\.\d\d on 3,072 tokens",
     ],
+    "10": [
+        r"vision transformer +58,138 parameters, accuracy 9[5-9]\.\d %\nconvolutional network +56,522 parameters",
+        r"blocks\.1\.down +48 x 192 +80\.0%",
+        r"left out: positions \(a weight of \[16, 48\] that is no linear's\)",
+        r"vision transformer +effort good +as pruned +9\d\.\d",
+        r"convolutional network +effort most +trained further +9\d\.\d +9\d\.\d +9\d\.\d",
+        r"convolutional network +effort most +\d\d\.\d +\d\d\.\d +\d\d\.\d",
+    ],
+    "11": [
+        r"left out: blocks\.0\.depthwise \(a convolution in 32 groups\)",
+        r"named: +blocks\.1\.conv2 50 %, blocks\.2\.conv2 50 %, head 50 %",
+        r"by table: blocks\.0\.conv1 80 %, blocks\.0\.conv2 40 %,.* blocks\.2\.conv1 80 %\n",
+        r"2:4, effort good: accuracy 9\d\.\d %",
+        r"trained further +effort good +9\d\.\d +9\d\.\d +9\d\.\d",
+        r"bert\.encoder\.layer\.1\.output\.dense +64 x 256 +60\.0%",
+    ],
 }
 
 
@@ -92,7 +108,7 @@ def build():
     return module
 
 
-def test_there_are_nine_and_each_has_its_pair():
+def test_each_has_promises_and_its_pair():
     assert [source.stem[:2] for source in SOURCES] == list(PROMISES)
     assert sorted(path.stem for path in FOLDER.glob("*.ipynb")) == [source.stem for source in SOURCES]
 
@@ -149,9 +165,26 @@ def printed(notebook):
     return "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
 
 
+def test_what_is_not_installed_is_skipped_unless_it_is_named(build, tmp_path, monkeypatch, capsys):
+    (tmp_path / "01_small.py").write_text("# %%\nprint(1)\n")
+    monkeypatch.setattr(build, "FOLDER", tmp_path)
+    monkeypatch.setattr(build, "NEEDS", {"01": ("no_such_module", "pip install it")})
+    assert build.lacking("02") is None
+    assert build.run(tmp_path, []) == 0
+    assert build.run(tmp_path, ["01"]) == 1
+    assert capsys.readouterr().err == 2 * "SKIPPED: notebook 01 needs no_such_module (pip install it)\n"
+    assert not list(tmp_path.glob("*.ipynb"))
+
+
 @pytest.mark.notebooks
-@pytest.mark.parametrize("number", PROMISES)
-def test_it_runs_and_finds_what_it_promises(number, tmp_path):
+@pytest.mark.parametrize(
+    # The environment of `make test-oracle` has torch.
+    "number",
+    [pytest.param(number, marks=pytest.mark.oracle if number == "11" else ()) for number in PROMISES],
+)
+def test_it_runs_and_finds_what_it_promises(number, build, tmp_path):
+    if lacks := build.lacking(number):
+        pytest.skip(lacks)
     environment = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_ENABLE_X64")}
     if number in ("03", "09"):
         # A tiny model instead of SmolLM2; most of the time is compilation.
