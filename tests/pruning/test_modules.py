@@ -415,6 +415,10 @@ def test_what_is_left_out_has_a_reason(batches):
     assert "left out: stem (outside the blocks)" in str(report)
     _, report = prune_module(Net(), batches, wanda(), targets=["stem", "up"])
     assert report.parts == ["stem", "blocks.0", "blocks.1", "blocks.2"]
+    # A table has the blocks, and what it names outside of them.
+    _, report = prune_module(Net(), batches, wanda(), targets={"stem": 0.25})
+    assert {r.layer: r.sparsity for r in report.layers if "blocks" not in r.layer} == {"stem": 0.25}
+    assert report.left_out["head"] == outside
 
 
 def test_a_shared_linear_is_pruned_last_on_the_inputs_of_all_its_calls(batches):

@@ -11,7 +11,7 @@ from sparseopt.models.base.errors import listed
 from sparseopt.pruning.modules.layouts import Layout
 from sparseopt.pruning.modules.watched import Discovery, Watched, is_expert, refuse_hidden
 from sparseopt.pruning.recipe.prune_recipe import Recipe
-from sparseopt.pruning.recipe.targets import chosen_linears
+from sparseopt.pruning.recipe.targets import chosen_linears, shares_in
 
 # Fields that say how a text is read or how a folder is written.
 ELSEWHERE = (
@@ -74,6 +74,12 @@ def plan_module(module: Watched, found: Discovery, recipe: Recipe, targets: Any)
     # As in a language model: what is not in a block is an embedding, a stem or a head.
     default = [name for name in called if name in inside] if inside and recipe.targets is None else called
     shares = chosen_linears(default, [*left_out, *(set(called) - set(default))], recipe.targets, recipe.ignore)
+    if inside:
+        # A table names shares for some of the linears, and all others are those of the blocks.
+        shares = {
+            name: own for name, own in shares.items() if name in inside or own or shares_in(recipe.targets) is None
+        }
+        default = [name for name in default if name in inside or name in shares]
     left_out |= {name: "outside the blocks" for name in called if name not in default}
     left_out |= {name: "not chosen by targets and ignore" for name in default if name not in shares}
     _check_called(found, list(shares))
