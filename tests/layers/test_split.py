@@ -274,7 +274,8 @@ def test_a_solve_that_really_runs_out_of_memory_is_done_by_blocks():
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_ARENA_MAX": "1"}
     call = [sys.executable, "-c", LIMITED]
     done = subprocess.run(call, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode < 0:
+    # By a signal, or by the system's library where a thread that begins only now has no memory for its own data.
+    if done.returncode < 0 or "thread-local data: ABORT" in done.stderr:
         pytest.skip(
             f"SKIPPED: a limit on memory ends the process here (status {done.returncode}): {done.stderr[-300:]}"
         )
