@@ -414,7 +414,7 @@ shell.check_returncode()
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(8.5, 4.6), layout="constrained")
 gains = []
-for axis, folder in zip(axes, sorted(Path("runs/log-sum").iterdir()), strict=True):
+for axis, folder in zip(axes, sorted(Path("runs/log-sum").glob("*/")), strict=True):
     (record,) = map(json.loads, (folder / "records.jsonl").read_text().splitlines())
     fitted = np.load(folder / "picture-repeat-0.npz")["fitted"]
     plots.plot_image(fitted, axis, title=f"{folder.name}: {record['psnr_after']:.1f} dB", limits=(0, 255))
