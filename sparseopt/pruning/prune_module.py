@@ -2,13 +2,13 @@
 
 import contextlib
 import copy
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from sparseopt.core.base.dense import activations_in
 from sparseopt.core.base.types import Observer
+from sparseopt.models.files.memory import is_torch_module
 from sparseopt.pruning.modules.module_pass import Loss, ModulePass
 from sparseopt.pruning.modules.module_plan import module_recipe, plan_module
 from sparseopt.pruning.modules.module_report import ModuleReport
@@ -79,7 +79,7 @@ def prune_module(
     if not isinstance(recipe, Recipe):
         raise ValueError(f"recipe must be a Recipe, as in Recipe(sparsity=0.5), given a {type(recipe).__name__}")
     opened = _opened(module, batches[0], call, params, inplace)
-    trains = not _is_torch(module)
+    trains = not is_torch_module(module)
     recipe = module_recipe(recipe, trains=trains, has_loss=loss is not None)
     dense = opened.dense() if recipe.needs_dense_stream else None
     with activations_in(recipe.precision), opened.watching(), dense.watching() if dense else contextlib.nullcontext():
@@ -89,11 +89,6 @@ def prune_module(
         result = opened.result()
     report = ModuleReport(work.layers, work.parts, plan.left_out, work.grids, work.blocks, time.perf_counter() - start)
     return result, report
-
-
-def _is_torch(module: Any) -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(module, torch.nn.Module)
 
 
 def _opened(module: Any, batch: Any, call: Any, params: Any, inplace: bool) -> Watched:
@@ -114,7 +109,7 @@ def _opened(module: Any, batch: Any, call: Any, params: Any, inplace: bool) -> W
         from sparseopt.pruning.modules.nnx_module import NnxModule
 
         return NnxModule(module, call, inplace=inplace)
-    if _is_torch(module):
+    if is_torch_module(module):
         from sparseopt.pruning.modules.torch_module import TorchModule
 
         try:

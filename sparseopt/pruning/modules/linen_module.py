@@ -17,9 +17,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sparseopt.pruning.modules.flax_module import FlaxModule, Structure, Values, kind_of, layout_of
-from sparseopt.pruning.modules.lanes import PartCall
 from sparseopt.pruning.modules.layouts import Layout
-from sparseopt.pruning.modules.watched import Discovery, Linear, Visit, block_names, is_traced
+from sparseopt.pruning.modules.watched import Discovery, Linear, Visit, block_names, is_traced, visited
 
 Path = tuple[str, ...]
 
@@ -108,11 +107,10 @@ class LinenModule(FlaxModule):
         return {kind: unflatten_dict(flat) for kind, flat in self._variables.items()}
 
     def call(self, batch: Any) -> Any:
-        def visited(module: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-            name = self._names.get(module.path)
-            return run(*args, **kwargs) if name is None else self._visit(name, run, args, kwargs)
+        def on_call(module: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+            return self._visit(self._names.get(module.path), run, args, kwargs)
 
-        with _calls_to(visited):
+        with _calls_to(on_call):
             return self._call(self.module.bind(self._bound()), batch)
 
     def watching(self) -> AbstractContextManager[None]:
@@ -182,11 +180,10 @@ class LinenPart:
         params, rest = values
         bound = {"params": params, **rest}
 
-        def visited(module: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-            name = ".".join(module.path)
-            return run(*args, **kwargs) if not name or visit is None else visit(PartCall(name, args, kwargs, run))
+        def on_call(module: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+            return visited(visit, ".".join(module.path), run, args, kwargs)
 
-        with _calls_to(visited):
+        with _calls_to(on_call):
             if self.call is not None:
                 return self.call(self.module.bind(bound), *args)
             return self.module.apply(bound, *args, **kwargs)

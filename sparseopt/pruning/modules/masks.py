@@ -1,6 +1,5 @@
 """Which weights of a pruned model may change while it is trained further."""
 
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.models import PrunableModel
+from sparseopt.models.files.memory import is_torch_module
 from sparseopt.pruning.evaluate.audit import stored_masks
 
 
@@ -36,8 +36,7 @@ def masks(model: Any) -> Any:
     """
     if isinstance(model, str | Path | PrunableModel):
         return stored_masks(model)
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(model, torch.nn.Module):
+    if is_torch_module(model):
         return dict(_of_torch(model))
     from flax import nnx
 

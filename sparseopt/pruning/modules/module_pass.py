@@ -10,7 +10,7 @@ and every part sees the pruned ones before it.
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +20,6 @@ import numpy as np
 from sparseopt.core.base.types import Observer
 from sparseopt.layers.bits import Bits, parse_bits
 from sparseopt.layers.compiled import mesh_of
-from sparseopt.layers.patterns import parse_pattern
 from sparseopt.layers.problem import LayerJob, reads_variances
 from sparseopt.layers.side_by_side import LayerTask, solve_block
 from sparseopt.pruning.base.grams import Grams
@@ -29,9 +28,9 @@ from sparseopt.pruning.modules.flax_module import FlaxModule
 from sparseopt.pruning.modules.lanes import Lane, PartCall, lanes
 from sparseopt.pruning.modules.module_plan import ModulePlan
 from sparseopt.pruning.modules.module_training import check_trainable, train_part, weights_of_outputs
-from sparseopt.pruning.modules.watched import Sums, Watched, added, check_outside, is_expert
+from sparseopt.pruning.modules.watched import Sums, Watched, added, check_outside, is_expert, sum_of
 from sparseopt.pruning.run.block import PruningError, layer_record, propagated
-from sparseopt.pruning.run.rounding import round_linears
+from sparseopt.pruning.run.rounding import grid_task, round_linears
 from sparseopt.pruning.train.training import Training
 
 # What a batch, and the module's output for it, cost: a number to be differentiated.
@@ -68,7 +67,7 @@ class ModulePass:
         if recipe.output_weights == "gradient" and self.loss is not None and isinstance(module, FlaxModule):
             layouts = self.plan.layouts(module, list(self.plan.patterns))
             self.output_weights = weights_of_outputs(module, self.batches, self.loss, layouts)
-        self._run_parts(self.dense)
+        self._run_parts()
         if self.plan.last:
             self._run_last()
         if recipe.distillation is not None and self.dense is not None:
@@ -76,8 +75,9 @@ class ModulePass:
             outputs = [self.dense.call(batch) for batch in self.batches]
             self._train("", list(self.plan.patterns), inputs, outputs, recipe.distillation, everything=True)
 
-    def _run_parts(self, dense: Watched | None) -> None:
+    def _run_parts(self) -> None:
         """All batches from one part to the next."""
+        dense = self.dense
         order = {name: place for place, name in enumerate(self.plan.parts)}
         waiting = set(order)
         with (
@@ -92,7 +92,7 @@ class ModulePass:
                 stops = [
                     _Stop(own, _at(other, name)) for own, other in zip(here, others, strict=True) if _at(own, name)
                 ]
-                self._part(name, stops, dense)
+                self._part(name, stops)
                 waiting.discard(name)
                 if not waiting:
                     return
@@ -103,11 +103,11 @@ class ModulePass:
                     if dense is not None and _at(lane, name):
                         _go_on(lane, dense)
         for name in sorted(waiting, key=order.__getitem__):
-            self._part(name, [], dense)  # which the pruned module does not call
+            self._part(name, [])  # which the pruned module does not call
 
-    def _part(self, name: str, stops: Sequence["_Stop"], dense: Watched | None) -> None:
+    def _part(self, name: str, stops: Sequence["_Stop"]) -> None:
         """Prune the linears of a part at which these batches stop, in the module and in the dense one."""
-        names, recipe = self.plan.parts[name], self.plan.recipe
+        names, recipe, dense = self.plan.parts[name], self.plan.recipe, self.dense
         layouts = self.plan.layouts(self.module, names)
         total: Sums | None = None
         for stop in stops:
@@ -182,8 +182,9 @@ class ModulePass:
             width = self.module.linears[name].shape[1]
             zeros = jnp.zeros((width, width), jnp.float32), jnp.zeros(width, jnp.float32)
             return Grams(zeros[0], jnp.float32(0), jnp.int32(0), zeros[1])
-        whole = jax.tree.map(lambda *parts: sum(parts), *found) if len(found) > 1 else found[0]
-        whole = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)) if mesh_of(leaf) else leaf, whole)
+        whole = jax.tree.map(
+            lambda leaf: jnp.asarray(np.asarray(leaf)) if mesh_of(leaf) else leaf, reduce(sum_of, found)
+        )
         if not all(bool(jnp.isfinite(part).all()) for part in whole if part is not None):
             raise PruningError(
                 f"{name} reads values that are not finite, or whose squares are not: the module overflows there, or a "
@@ -239,14 +240,8 @@ class ModulePass:
             self._write(name, weight)
 
     def _grid_task(self, name: str, weight: np.ndarray, grams: Grams) -> LayerTask:
-        shape = (weight.shape[0], weight.shape[1])
-        gram = jnp.eye(shape[1], dtype=jnp.float32) if self._starved(name, grams) else grams.gram
-        outputs = self.output_weights.get(name)
-
-        def job() -> LayerJob:
-            return LayerJob(weight, gram, None, parse_pattern("unstructured", 0.0, shape), outputs, None, weight != 0)
-
-        return LayerTask(name, shape, (shape, outputs is None), job)
+        gram = jnp.eye(weight.shape[1], dtype=jnp.float32) if self._starved(name, grams) else grams.gram
+        return grid_task(name, weight, lambda: gram, self.output_weights.get(name))
 
 
 class _Stop(NamedTuple):

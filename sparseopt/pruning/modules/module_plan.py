@@ -70,7 +70,8 @@ def plan_module(module: Watched, found: Discovery, recipe: Recipe, targets: Any)
         if recipe.targets is not None:
             raise ValueError("targets are given twice, in the call and in the recipe: leave one of the two out")
         recipe = recipe.model_copy(update={"targets": targets})
-    called = sorted(whole, key=lambda name: _place(found, name))
+    order = {name: place for place, name in enumerate(found.linears)}
+    called = sorted(whole, key=lambda name: order.get(name, len(order)))
     # As in a language model: what is not in a block is an embedding, a stem or a head.
     default = [name for name in called if name in inside] if inside and recipe.targets is None else called
     shares = chosen_linears(default, [*left_out, *(set(called) - set(default))], recipe.targets, recipe.ignore)
@@ -99,11 +100,6 @@ def plan_module(module: Watched, found: Discovery, recipe: Recipe, targets: Any)
     if recipe.bits is not None:
         parse_bits(recipe.bits)
     return ModulePlan(recipe, method, patterns, readers, parts, last, left_out)
-
-
-def _place(found: Discovery, name: str) -> int:
-    order = list(found.linears)
-    return order.index(name) if name in found.linears else len(order)
 
 
 def _check_called(found: Discovery, names: list[str]) -> None:

@@ -15,9 +15,8 @@ import numpy as np
 from flax import nnx
 
 from sparseopt.pruning.modules.flax_module import FlaxModule, Structure, Values, kind_of, layout_of
-from sparseopt.pruning.modules.lanes import PartCall
 from sparseopt.pruning.modules.layouts import Layout
-from sparseopt.pruning.modules.watched import Linear, Visit, block_names
+from sparseopt.pruning.modules.watched import Linear, Visit, block_names, visited
 
 # By thread: what calls of patched classes go to, see `_patched`.
 _here = threading.local()
@@ -62,8 +61,7 @@ class NnxModule(FlaxModule):
         names = {id(part): name for name, part in _Tree(module).parts.items() if name in watched}
 
         def on_call(part: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-            name = names.get(id(part))
-            return run(*args, **kwargs) if name is None else self._visit(name, run, args, kwargs)
+            return self._visit(names.get(id(part)), run, args, kwargs)
 
         with _visited(on_call):
             return self._call(module, batch)
@@ -108,8 +106,7 @@ class NnxPart:
         names = {} if visit is None else {id(own): name for name, own in _Tree(part).parts.items()}
 
         def on_call(own: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-            name = names.get(id(own))
-            return run(*args, **kwargs) if not name or visit is None else visit(PartCall(name, args, kwargs, run))
+            return visited(visit, names.get(id(own)), run, args, kwargs)
 
         with _visited(on_call):
             return part(*args, **kwargs) if self.call is None else self.call(part, *args)

@@ -13,23 +13,13 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
+from sparseopt.models.files.memory import as_numpy
 from sparseopt.pruning.base.grams import Grams
 from sparseopt.pruning.modules.lanes import PartCall
 from sparseopt.pruning.modules.layouts import Layout, Window
 from sparseopt.pruning.modules.watched import Inputs, Linear, Observer, Sums, Watched, block_names, input_of
 
 _grams_of_input = jax.jit(lambda layout, x, dense_x=None: layout.grams(x, dense_x))
-
-
-def to_numpy(tensor: Any) -> np.ndarray:
-    """A torch tensor as a host array of its own dtype."""
-    import ml_dtypes
-    import torch
-
-    tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
 
 
 class TorchModule(Watched):
@@ -154,7 +144,7 @@ class TorchModule(Watched):
             return call.run()
 
     def read(self, name: str) -> np.ndarray:
-        return self._layout(name).matrix(to_numpy(self._parts[name].weight))
+        return self._layout(name).matrix(as_numpy(self._parts[name].weight))
 
     def write(self, name: str, weight: np.ndarray) -> None:
         import torch

@@ -174,6 +174,13 @@ def input_of(call: PartCall) -> Any:
     return call.args[0] if call.args else next(iter(call.kwargs.values()))
 
 
+def visited(
+    visit: Visit | None, name: str | None, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """The output of a call: as a visit has it, where there is one and the part goes by a name."""
+    return visit(PartCall(name, args, kwargs, run)) if visit is not None and name else run(*args, **kwargs)
+
+
 class Watched(ABC):
     """A module and its parts by name.
 
@@ -275,10 +282,9 @@ class Watched(ABC):
         finally:
             self._here.visit = before
 
-    def _visit(self, name: str, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call of a part, as the visit has it."""
-        visit: Visit | None = getattr(self._here, "visit", None)
-        return run(*args, **kwargs) if visit is None else visit(PartCall(name, args, kwargs, run))
+    def _visit(self, name: str | None, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """As `visited`, by the visit of this thread."""
+        return visited(getattr(self._here, "visit", None), name, run, args, kwargs)
 
     def _layout(self, name: str) -> Layout:
         layout = self.linears[name].layout
@@ -335,18 +341,14 @@ def block_names(
     }
     blocks = {name for names in entries.values() for name in names if len(held(name)) > 1}
 
-    def within(name: str) -> list[str]:
-        """The blocks in a block that have all its linears; itself where there are none."""
+    def is_covered(name: str) -> bool:
+        """Whether all linears of a block lie in blocks within it."""
         inner = [each for each in blocks if each.startswith(f"{name}.")]
-        own = held(name)
-        covered = all(any(linear.startswith(f"{each}.") for each in inner) for linear in own)
-        return inner if inner and covered else [name]
+        return all(any(linear.startswith(f"{each}.") for each in inner) for linear in held(name))
 
     chosen: list[str] = []
     for name in sorted(blocks, key=lambda each: each.count(".")):
-        if any(name.startswith(f"{each}.") for each in chosen):
-            continue
-        if within(name) == [name]:
+        if not is_covered(name) and not any(name.startswith(f"{each}.") for each in chosen):
             chosen.append(name)
     order = {name: place for place, name in enumerate(_walk(children))}
     return sorted(chosen, key=lambda name: order[name])

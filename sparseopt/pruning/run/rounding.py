@@ -12,6 +12,7 @@ from functools import partial
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array
 
 from sparseopt.layers.bits import Bits
 from sparseopt.layers.methods.few_bits import FewBits
@@ -124,9 +125,24 @@ def _task(plan: Plan, block: Block, name: str, key: str, weight: np.ndarray, gra
     # Of a smaller model, and where outputs have changed places, they are not known.
     outputs = None if starved or plan.smaller or plan.recipe.get("permute") else outputs
 
-    def job() -> LayerJob:
-        gram = jnp.eye(shape[1], dtype=jnp.float32) if starved else grams[tap].gram
-        pattern = parse_pattern("unstructured", 0.0, shape)
-        return LayerJob(weight, gram, None, pattern, outputs, None, weight != 0)
+    def gram() -> Array:
+        return jnp.eye(shape[1], dtype=jnp.float32) if starved else grams[tap].gram
 
-    return LayerTask(key.removesuffix(".weight"), (shape[0], shape[1]), (shape, outputs is None), job)
+    return grid_task(key.removesuffix(".weight"), weight, gram, outputs)
+
+
+def grid_task(name: str, weight: np.ndarray, gram: Callable[[], Array], outputs: np.ndarray | None) -> LayerTask:
+    """A linear to be put on a grid: no more of its weights become zero, and those that are stay so.
+
+    Args:
+        name: of the linear.
+        weight: `[out, in]`, float32.
+        gram: gives the Gram of its inputs when its turn comes.
+        outputs: weights of the squared errors at its outputs; None for equal ones.
+    """
+    shape = (weight.shape[0], weight.shape[1])
+
+    def job() -> LayerJob:
+        return LayerJob(weight, gram(), None, parse_pattern("unstructured", 0.0, shape), outputs, None, weight != 0)
+
+    return LayerTask(name, shape, (shape, outputs is None), job)
