@@ -283,7 +283,7 @@ _ = axes[0].set_ylabel("coefficient (dots: truth)")
 # %% [markdown]
 # ## Any problem
 #
-# `so.solve` takes every problem $\min_x \text{loss}(x) + p(K x)$, with a matrix in the loss *and* a linear map $K$ in
+# `so.solve` accepts every problem $\min_x \text{loss}(x) + p(K x)$, with a matrix in the loss *and* a linear map $K$ in
 # the penalty, and chooses the solver. An example is tomography: of an image of $32 \times 32$ pixels only sums along
 # rays are known, from twelve directions. That is half as many equations as unknowns. A prior replaces the missing ones:
 # the image is flat nearly everywhere, so its *differences* are sparse.
@@ -327,7 +327,7 @@ print(f"tomography: {so.Status(int(fit.status)).name} after {int(fit.steps)} ste
 assert fit.gap <= 1e-3
 
 # %% [markdown]
-# The matrices are SciPy's. `so.chosen_solver` takes `so.PrimalDual` here, which needs only products with the two
+# The matrices are SciPy's. `so.chosen_solver` chooses `so.PrimalDual` here, which needs only products with the two
 # matrices. The **gap** is a certificate: no image has an objective that is lower by more than this fraction.
 #
 # ### Choose the weight by its gradient

@@ -80,8 +80,8 @@ for order, (axis, path) in enumerate(zip(axes, paths, strict=True)):
 #
 # One fit with one weight is `trend_filter`. Besides the fit it finds a lower bound on the objective, and
 # stops when the two agree to `tol`. `solution.gap` is this relative **duality gap**: the objective is at most so much
-# above its minimum. `check()` raises an error if the tolerance was not reached. On a chain at order 0 the method is exact,
-# so the gap is tiny; elsewhere it is just below `tol`.
+# above its minimum. `check()` raises an error if the tolerance was not reached. On a chain at order 0 the method is
+# exact, so the gap is tiny; elsewhere it is just below `tol`.
 
 # %%
 steps = so.trend_filter(observed[0], chain, so.L1(2.0), order=0).check()
@@ -194,7 +194,8 @@ assert errors["smooth", 1] < errors["smooth", 0]
 # ## What to remember
 #
 # * `so.trend_filter(y, graph, so.L1(weight), order)` is one fit; read `gap`, or call `check()`.
-# * The order is the expected shape; the weight is how much is noise. `trend_path` and `select` or `cross_validate` choose it.
+# * The order is the expected shape; the weight is how much is noise. `trend_path` with `select`, or `cross_validate`,
+#   chooses it.
 # * Images: `denoise`. Missing values: `missing="nan"` or `node_weights`.
 #
 # Next: the same solver core on [the weights of a language model](03_pruning_a_small_llm.ipynb).

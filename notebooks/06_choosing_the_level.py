@@ -13,7 +13,7 @@
 #
 # A trend filter needs a weight,
 #
-# $$\hat b(\lambda) = \arg\min_b\; \tfrac12 \|y - b\|^2 + \lambda\,\bigl\|\Delta^{(k+1)} b\bigr\|_1 ,$$
+# $$\hat b(\lambda) = \arg\min_b\; \tfrac12 \|y - b\|^2 + \lambda\,\|\Delta^{(k+1)} b\|_1 .$$
 #
 # A small weight follows the noise, and a large one flattens the signal. The recommendation first: **solve a path and
 # let GCV choose**,
@@ -24,8 +24,8 @@
 # ```
 #
 # and cross-validate, with `so.trend.cross_validate(y, graph)`, for penalties other than `L1`, or if you doubt the model.
-# The rest of this lesson says why: it solves a whole path, and five rules choose from it. The truth is known, so each rule is compared with the **oracle**: the level whose fit is
-# closest to the truth.
+# The rest of this lesson says why: it solves a whole path, and five rules choose from it. The truth is known, so each
+# rule is compared with the **oracle**: the level whose fit is closest to the truth.
 
 # %%
 import matplotlib.pyplot as plt
@@ -114,7 +114,7 @@ assert abs(pieces - path.degrees_of_freedom[level]) <= 1
 # %% [markdown]
 # ## The noise level
 #
-# Some rules need $\sigma$. `noise_level` takes the median size of the differences $(\Delta^{(k+1)}y)_r$ relative to
+# Some rules need $\sigma$. `noise_level` uses the median size of the differences $(\Delta^{(k+1)}y)_r$ relative to
 # pure noise of standard deviation 1. A few jumps hardly change the median. If the truth bends everywhere, the
 # estimate is too large, and a higher order of the differences helps. `path.noise` is the estimate at the path's order.
 
@@ -180,7 +180,7 @@ assert path.degrees_of_freedom[chosen["BIC"].index] < path.degrees_of_freedom[ch
 # `MCP`. It costs one more path per fold. Its curve includes the noise of the hidden nodes and is flat near its minimum,
 # so its choice varies more than with SURE.
 #
-# The mean over the folds has a standard error. The rule `one_se` takes the *largest* weight whose error is within one
+# The mean over the folds has a standard error. The rule `one_se` chooses the *largest* weight whose error is within one
 # standard error of the minimum: a simpler fit that is not clearly worse.
 
 # %% alt="The held-out error against the weight, with bars of one standard error: it is smallest at 0.5 and within one standard error up to 1.8."

@@ -208,7 +208,7 @@ print(f"{np.mean(counts == 0):.0%} of the pieces have none, one has {counts.max(
 # `loss="poisson"` says so. The fit $b$ is then the logarithm of the rate, and the rate is positive.
 #
 # Deaths came by household, up to 18 in one house, so they vary more than independent ones do. A criterion that relies
-# on the Poisson distribution, such as AIC, takes such a house for signal and chooses a small weight. Cross-validation
+# on the Poisson distribution, such as AIC, mistakes such a house for signal and chooses a small weight. Cross-validation
 # does not: it predicts each piece from the others.
 
 # %% alt="The held-out deviance against the weight, with bars of one standard error: it is smallest at 1.25."
@@ -255,7 +255,7 @@ for order, rate in rates.items():
 #
 # ## What to remember
 #
-# * `denoise(volume=True)` takes three axes; `isotropic=True` has no preferred direction; `spacing` is for thick slices.
+# * `denoise(volume=True)` accepts three axes; `isotropic=True` has no preferred direction; `spacing` is for thick slices.
 # * Choose the weight on a part of a large volume. If the content is rich, estimate the noise from differences of a
 #   higher order.
 # * Any mesh is a graph: the sorted, distinct edges of its triangles.

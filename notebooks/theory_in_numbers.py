@@ -266,7 +266,7 @@ for count in (10, 50, 250):
     assert apart < 1e-9
 
 # %% [markdown]
-# The copies cost time, here on a picture of 64 × 64 pixels:
+# The copies cost time, here on an image of 64 × 64 pixels:
 
 # %%
 
