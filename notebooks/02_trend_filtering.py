@@ -96,7 +96,7 @@ steps
 # a line along the path, coloured by its true step. On the way to larger weights, nodes merge into pieces. Nodes that
 # have merged stay together, and in the end one value is left.
 
-# %% alt="The fitted values of 25 nodes against the weight, on a log axis, in four colours for the four true steps. At small weights the lines scatter; at the weights chosen by GCV and by cross-validation, marked by vertical lines, they lie on four levels; at large weights on one."
+# %% alt="The fitted values of single nodes against the weight, on a log axis, in four colours for the four true steps. At small weights the lines scatter; at the weights chosen by GCV and by cross-validation, marked by vertical lines, they lie on four levels; at large weights on one."
 path = paths[0]
 validated = cross_validate(observed[0], chain, order=0, folds=5, seed=0).check()
 rules = {"GCV": select(path, "gcv"), "cross-validation": validated}
