@@ -8,7 +8,6 @@ frontier.svg: perplexity against seconds a token and against megabytes, for dens
 bits.svg: perplexity against megabytes, for models in few bits.
 """
 
-import statistics
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ PEERS = {
     "mAIHT reference": (SKY, "v"), "Wanda": (RED, "X"),
 }  # fmt: skip
 METHODS = {
-    "best": (BLUE, "o"), "best one shot": (SKY, "v"), "admm": (PINK, "^"), "maiht": (GREEN, "D"),
+    "best": (BLUE, "o"), "admm": (PINK, "^"), "maiht": (GREEN, "D"),
     "sparsegpt": (ORANGE, "s"), "wanda": (RED, "X"),
 }  # fmt: skip
 # What was done to a model, see `_treatment`.
@@ -34,7 +33,7 @@ TREATMENTS = {"dense": ("#000000", "*"), "shrunk": (BLUE, "s"), "pruned": (ORANG
 # Who quantised a model.
 MAKERS = {"dense": ("#000000", "*"), "llama.cpp": (ORANGE, "s"), "sparseopt": (BLUE, "o")}
 SOLVERS = {"sparseopt auto": (BLUE, "o"), "fastprox": (ORANGE, "s"), "PIQP": (GREEN, "^")}
-# Filled markers show the first of these runtimes that is recorded, hollow ones the others.
+# Filled markers show the first of these runtimes, hollow ones the second.
 FRONTIER_RUNTIMES = ("transformers float32", "llama.cpp Q8_0")
 
 
@@ -89,11 +88,8 @@ def peers(records: list[Record]) -> Any:
 
 def suites(records: list[Record]) -> Any:
     """Distance to the best objective over seconds, for one problem of each of benchopt's suites."""
-    curves = select(records, "curve")
-    shown = {record["benchmark"]: (record["data"], record["objective"]) for record in curves}
-    figure, panels = plt.subplots(2, -(-len(shown) // 2), figsize=(10, 4.8), layout="constrained", squeeze=False)
-    for axis, (benchmark, problem) in zip(panels.flat, sorted(shown.items()), strict=False):
-        found = [r for r in curves if r["benchmark"] == benchmark and (r["data"], r["objective"]) == problem]
+    figure, panels = plt.subplots(2, 4, figsize=(10, 5.4), layout="constrained")
+    for axis, found in zip(panels.flat, groups(select(records, "curve"), "benchmark"), strict=True):
         reached = {r["solver"]: min((s for s, far in r["points"] if far <= 1e-6), default=inf) for r in found}
         peer = min((solver for solver in reached if solver != "sparseopt"), key=reached.__getitem__)
         for record in found:
@@ -101,38 +97,34 @@ def suites(records: list[Record]) -> Any:
             colour, width = {"sparseopt": (BLUE, 2.4), peer: (ORANGE, 1.8)}.get(solver, ("#bbbbbb", 1.0))
             seconds, far = np.transpose(record["points"])
             nearest = np.maximum(np.minimum.accumulate(far), 1e-10)
-            label = solver.partition("[")[0] if solver in ("sparseopt", peer) else None
-            axis.plot(seconds, nearest, color=colour, linewidth=width, label=label, zorder=width)
-        axis.set(xscale="log", yscale="log", title=benchmark, ylim=(5e-11, 2))
+            axis.plot(seconds, nearest, color=colour, linewidth=width, zorder=width)
+        axis.set(xscale="log", yscale="log", ylim=(5e-11, 2))
+        axis.set_title(f"{found[0]['benchmark']}\norange: {peer.partition(' ')[0].partition('[')[0]}", fontsize=10)
         axis.xaxis.set_minor_formatter("")
-        axis.legend(fontsize=7, frameon=False, loc="lower left")
     for axis in panels[-1]:
         axis.set_xlabel("seconds, one core")
     for axis in panels[:, 0]:
         axis.set_ylabel("distance to the best")
+    lines = {"sparseopt": BLUE, "fastest other solver": ORANGE, "the others": "#bbbbbb"}
+    _legend(figure, {name: {"color": colour, "linestyle": "-"} for name, colour in lines.items()})
     return figure
 
 
 def tokens(records: list[Record]) -> Any:
-    """Perplexity and held-out error over the calibration tokens, a row of panels for each model."""
+    """Perplexity and held-out error over the calibration tokens."""
     scored = [r for r in select(records, r"perplexity, tokens, (?P<run>.+) at .+") if r["value"] is not None]
-    models = groups(scored, "model")
-    figure, panels = plt.subplots(len(models), 2, figsize=(9, 3.6 * len(models)), squeeze=False, layout="constrained")
+    counts = sorted({record["calibration_tokens"] for record in scored})
+    runs = {record["run"] for record in scored}
+    lines = {run: {"color": c, "marker": m, "linestyle": "-"} for run, (c, m) in METHODS.items() if run in runs}
     errors = {"value": "perplexity", "mean_heldout_error": "held-out error of the layers"}
-    for of_model, row in zip(models, panels, strict=True):
-        counts = sorted({record["calibration_tokens"] for record in of_model})
-        for axis, (field, label) in zip(row, errors.items(), strict=True):
-            for run, (colour, marker) in METHODS.items():
-                # The median over the draws of each number of tokens.
-                draws = groups([r for r in of_model if r["run"] == run], "calibration_tokens")
-                medians = {draw[0]["calibration_tokens"]: statistics.median(r[field] for r in draw) for draw in draws}
-                axis.plot(*_pair(medians), color=colour, marker=marker, label=run)
-            axis.set(xscale="log", xlabel="calibration tokens", ylabel=label, title=model_name(of_model[0]["model"]))
-            axis.set_xticks(counts, [f"{count:,}" for count in counts], rotation=30)
-            axis.minorticks_off()
-            axis.grid(color="#eeeeee")
-    there = {record["run"] for record in scored}
-    lines = {run: {"color": c, "marker": m, "linestyle": "-"} for run, (c, m) in METHODS.items() if run in there}
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for axis, (field, label) in zip(panels, errors.items(), strict=True):
+        for run, style in lines.items():
+            axis.plot(*_pair({r["calibration_tokens"]: r[field] for r in scored if r["run"] == run}), **style)
+        axis.set(xscale="log", xlabel="calibration tokens", ylabel=label)
+        axis.set_xticks(counts, [f"{count:,}" for count in counts], rotation=30)
+        axis.minorticks_off()
+        axis.grid(color="#eeeeee")
     _legend(figure, lines)
     return figure
 
@@ -140,14 +132,13 @@ def tokens(records: list[Record]) -> Any:
 def frontier(records: list[Record]) -> Any:
     """Perplexity over milliseconds a token and over megabytes on disk; points of a runtime are all in one run."""
     found = [r for r in records if r["figure"].startswith("decode, ") and r["runtime"] in FRONTIER_RUNTIMES]
-    runtimes = [name for name in FRONTIER_RUNTIMES if any(record["runtime"] == name for record in found)]
     scales = (("milliseconds a token, one thread", "decode_seconds", 1e3), ("MB on disk", "disk_bytes", 1e-6))
     beside: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "va": "center", "fontsize": 8}
     figure, panels = plt.subplots(1, 2, figsize=(9, 4.4), sharey=True, layout="constrained")
     for axis, (label, name, unit) in zip(panels, scales, strict=True):
         for record in found:
             colour, marker = TREATMENTS[_treatment(record["model"])]
-            place, hollow = (record[name] * unit, record["perplexity"]), record["runtime"] != runtimes[0]
+            place, hollow = (record[name] * unit, record["perplexity"]), record["runtime"] != FRONTIER_RUNTIMES[0]
             axis.plot(*place, marker=marker, color=colour, markerfacecolor="none" if hollow else colour, linestyle="")
             if not hollow:
                 axis.annotate(record["model"], place, (-6, 0), color=colour, **beside)
@@ -156,9 +147,8 @@ def frontier(records: list[Record]) -> Any:
     shown = [record["perplexity"] for record in found]
     _logarithmic(panels[0].yaxis, [30, 40, 50, 70, 100, 200])
     panels[0].set(ylabel="perplexity", ylim=(0.95 * min(shown), 1.05 * max(shown)))
-    there = {_treatment(record["model"]) for record in found}
-    entries = {name: {"color": c, "marker": m} for name, (c, m) in TREATMENTS.items() if name in there}
-    for runtime, face in zip(runtimes, ("#666666", "none"), strict=False):
+    entries: dict[str, dict[str, Any]] = {name: {"color": c, "marker": m} for name, (c, m) in TREATMENTS.items()}
+    for runtime, face in zip(FRONTIER_RUNTIMES, ("#666666", "none"), strict=True):
         entries[runtime] = {"color": "#666666", "marker": "o", "markerfacecolor": face}
     _legend(figure, entries)
     return figure
