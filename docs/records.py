@@ -17,8 +17,7 @@ Each line is a column, its heading and a Jinja expression of the record's fields
     rows       fields; the records that agree in them are one row, with the fields of the last
 
 In an expression `rows` are the records of the row, `of(field=value)` those that agree and `one(field=value)` the
-last of these. A column without any value is left out. If several versions of sparseopt made the records of a file, its
-tables say which.
+last of these. A column without any value is left out. A table says which version of sparseopt made its records.
 
 `{machine} FILE` links the file and says which versions, peers and machine it is from.
 """
@@ -176,19 +175,17 @@ def table(name: str, columns: list[str], options: dict[str, str]) -> str:
         heading, _, expression = column.partition(" = ")
         found.append((heading, [evaluate(expression or heading, row) for row in rows]))
     made = [versions(row) for row in rows]
-    below = ""
-    if "," in versions(every):
-        if len({*made} - {""}) > 1:
-            found.append(("sparseopt", made))
-        else:
-            below = f"\n\nMeasured with sparseopt {versions(records)}."
+    several = len({*made} - {""}) > 1
+    if several:
+        found.append(("sparseopt", made))
     shown = []
     for heading, values in found:
         if any(value not in (None, "") for value in values):
             cells = [_shown(value) for value in values]
             numbers = all(map(NUMBER.fullmatch, cells)) and not {"no", "–"}.issuperset(cells)
             shown.append([heading, "---:" if numbers else ":---", *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in zip(*shown, strict=True)) + below
+    lines = "\n".join(f"| {' | '.join(line)} |" for line in zip(*shown, strict=True))
+    return lines if several else f"{lines}\n\nMeasured with sparseopt {versions(records) or versions(every)}."
 
 
 def machine(name: str, place: str) -> str:
