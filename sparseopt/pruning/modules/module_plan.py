@@ -1,4 +1,4 @@
-"""What `prune_module` decides before any work: the linears, in which parts, and what the recipe means for a module."""
+"""What `prune_module` decides before any work: the layers, their parts, and the recipe for a module."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -25,14 +25,14 @@ class ModulePlan:
     """What is done to a module.
 
     Attributes:
-        recipe: with what its open fields mean for a module.
-        method: of the linears.
-        patterns: which weights of each linear may survive, in the order of execution; those that share a weight have
+        recipe: the recipe, with its open fields filled in for a module.
+        method: the pruning method.
+        patterns: which weights of each layer may survive, in the order of execution; layers that share a weight have
             one pattern, under the name of the first.
-        readers: the linears that have the weight of each of these, itself first.
-        parts: the linears that are solved together, by the part that is called; in the order of execution.
-        last: those that are solved when all others are, since they are called more than once.
-        left_out: all other linears and weights, and why.
+        readers: for each of these layers, all layers that have its weight, itself first.
+        parts: the layers that are solved together, by the part that is called, in the order of execution.
+        last: layers that are solved after all others, since they are called more than once.
+        left_out: all other layers and weights, and why.
     """
 
     recipe: Recipe
@@ -44,16 +44,16 @@ class ModulePlan:
     left_out: Mapping[str, str]
 
     def layouts(self, module: Watched, names: list[str]) -> dict[str, Layout]:
-        """Of all linears whose inputs are those of some weights."""
+        """The layouts of all layers that read with one of these weights."""
         return {each: module.linears[each].layout for name in names for each in self.readers[name]}  # type: ignore[misc]
 
 
 def plan_module(module: Watched, found: Discovery, recipe: Recipe, targets: Any) -> ModulePlan:
-    """Choose the linears and the parts.
+    """Choose the layers and the parts.
 
     Raises:
-        ValueError: for targets that match nothing, a linear that was not called, a weight that is tied to one left out,
-            a pattern that is impossible in a linear, or a module without linears.
+        ValueError: if targets match nothing, a layer was not called, a weight is tied to one left out, a pattern is
+            impossible in a layer, or the module has no linear layers.
     """
     if "" in module.linears:
         raise ValueError("the module is a linear itself: see `prune_layer`, or make it a part of a module")
@@ -72,11 +72,11 @@ def plan_module(module: Watched, found: Discovery, recipe: Recipe, targets: Any)
         recipe = recipe.model_copy(update={"targets": targets})
     order = {name: place for place, name in enumerate(found.linears)}
     called = sorted(whole, key=lambda name: order.get(name, len(order)))
-    # As in a language model: what is not in a block is an embedding, a stem or a head.
+    # As in a language model: layers outside blocks are an embedding, a stem or a head.
     default = [name for name in called if name in inside] if inside and recipe.targets is None else called
     shares = chosen_linears(default, [*left_out, *(set(called) - set(default))], recipe.targets, recipe.ignore)
     if inside:
-        # A table names shares for some of the linears, and all others are those of the blocks.
+        # A table names sparsities for some layers; all others are in blocks.
         shares = {
             name: own for name, own in shares.items() if name in inside or own or shares_in(recipe.targets) is None
         }
@@ -117,7 +117,7 @@ def _check_called(found: Discovery, names: list[str]) -> None:
 
 
 def _readers(module: Watched, shares: Mapping[str, float | None]) -> dict[str, tuple[str, ...]]:
-    """The linears by the first that has their weight."""
+    """The layers, by the first layer that has their weight."""
     readers: dict[str, tuple[str, ...]] = {}
     known: set[str] = set()
     for name in shares:
@@ -138,7 +138,7 @@ def _readers(module: Watched, shares: Mapping[str, float | None]) -> dict[str, t
 def _parts(
     module: Watched, found: Discovery, readers: Mapping[str, tuple[str, ...]]
 ) -> tuple[dict[str, list[str]], list[str]]:
-    """The weights by the part whose call reaches them, and those that are reached again later."""
+    """The weights by the part whose call reaches them, and the weights that are reached again later."""
     parts: dict[str, list[str]] = {}
     last = []
     for name, own in readers.items():
@@ -148,7 +148,7 @@ def _parts(
         if not calls:
             # An expert that the first batch does not reach.
             block = next((each for each in module.blocks if name.startswith(f"{each}.")), None)
-        # A linear may be one that a block is given, not one of its own.
+        # A block may call a layer that it was given and does not own.
         if block is not None and found.blocks.get(block) == 1 and all(each.startswith(f"{block}.") for each in own):
             parts.setdefault(block, []).append(name)
         elif len(calls) == 1 and not calls[0]:
@@ -159,15 +159,15 @@ def _parts(
 
 
 def module_recipe(recipe: Recipe, *, trains: bool, has_loss: bool) -> Recipe:
-    """The recipe for a module: what it leaves open and a module cannot give is left.
+    """The recipe for a module; open fields that a module cannot support stay off.
 
     Args:
-        recipe: as it was given.
+        recipe: the recipe as given.
         trains: whether the module has gradients in JAX.
         has_loss: whether a loss was given.
 
     Raises:
-        ValueError: naming all that the recipe asks for and the module cannot do.
+        ValueError: listing everything in the recipe that the module does not support.
     """
     fields = type(recipe).model_fields
     given = [name for name in ELSEWHERE if _is_given(recipe, name, fields[name].default)]
