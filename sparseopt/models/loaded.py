@@ -55,7 +55,7 @@ class LoadedModel(PrunableModel):
         parts = {name: part for name, part in self._outline.named_modules() if isinstance(part, Linear | Conv1D)}
         found = {f"{name}.weight": part for name, part in parts.items() if _IN_BLOCK.match(name)}
         if not found:
-            raise ModelError(f"the blocks of a {self.config.model_type} model have no linears: nothing can be pruned")
+            raise ModelError(f"the blocks of a {self.config.model_type} model have no linear layers: nothing to prune")
         self._check([f"missing: {name}" for name in found if keys.get(name) not in source.tensors])
         self.linears = {keys[name]: name.removesuffix(".weight") for name in found}
         self._transposed = {keys[name] for name, part in found.items() if isinstance(part, Conv1D)}

@@ -63,7 +63,7 @@ ADVICE = {
     "survey": "output_weights='uniform' and an allocation without curves do without the survey",
     "training": "train_epochs=0 trains no blocks",
     "distillation": "distil_epochs=0 leaves out the training of the whole model",
-    "layer solves": "method 'wanda' or 'magnitude' needs the least for a solve",
+    "layer solves": "method 'wanda' or 'magnitude' needs the least memory for a solve",
     "Grams": "heldout_windows=0 and propagate=0 gather one set of Grams only",
 }
 

@@ -74,7 +74,7 @@ def prune_module(
         raise ValueError(f"batches must be several, given one {kind}: say [batch], or list(batches) if it holds some")
     batches = list(batches)
     if not batches:
-        raise ValueError("no batches: give at least one, nothing else says what the linears read")
+        raise ValueError("no batches: give at least one, nothing else says what the layers read")
     recipe = Recipe() if recipe is None else recipe
     if not isinstance(recipe, Recipe):
         raise ValueError(f"recipe must be a Recipe, as in Recipe(sparsity=0.5), given a {type(recipe).__name__}")
@@ -101,7 +101,7 @@ def _opened(module: Any, batch: Any, call: Any, params: Any, inplace: bool) -> W
         if params is None:
             raise ValueError("a Linen module holds no parameters: give its variables, as in params=variables")
         if inplace:
-            raise ValueError("the variables of a Linen module cannot change in place: take those that are returned")
+            raise ValueError("the variables of a Linen module cannot change in place: use the returned ones")
         return LinenModule(module, params, batch, call)
     if params is not None:
         raise ValueError(f"params is for Linen modules; a {type(module).__name__} holds its own: leave it out")

@@ -134,7 +134,7 @@ class Block(nnx.Module):
         for part in stacked.split("."):
             found = getattr(found, part, None)
         if not isinstance(found, nnx.Param) or (expert is not None and expert >= found.shape[0]):
-            raise KeyError(f"no parameter {path!r} in a block; its linears are {', '.join(self.linears)}")
+            raise KeyError(f"no parameter {path!r} in a block; its linear layers are {', '.join(self.linears)}")
         return found, expert
 
 

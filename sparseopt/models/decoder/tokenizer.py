@@ -73,7 +73,7 @@ def chat_writer(source: Source) -> Callable[[Sequence[Mapping[str, Any]]], str]:
     def write(messages: Sequence[Mapping[str, Any]]) -> str:
         written = guarded(
             lambda: str(tokenizer.apply_chat_template([dict(each) for each in messages], tokenize=False)),
-            f"the chat template of {source.name} refuses the chat {repr(messages)[:200]}",
+            f"the chat template of {source.name} rejects the chat {repr(messages)[:200]}",
             "; leave this chat out",
         )
         contents = [each.get("content") for each in messages]

@@ -70,7 +70,7 @@ class LinenModule(FlaxModule):
             shape = layout.shape(kernel.shape) if isinstance(layout, Layout) else (0, 0)
             self.linears[name] = Linear(shape, layout, tied)
         self.left_out = {
-            ".".join(path): f"a weight of {list(value.shape)} of a part that is no linear, or was not called"
+            ".".join(path): f"a weight of {list(value.shape)} of a part that is no linear layer, or was not called"
             for path, value in params.items()
             if value.ndim > 1 and ".".join(path[:-1]) not in self.linears
         }

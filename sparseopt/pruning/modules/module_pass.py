@@ -176,7 +176,7 @@ class ModulePass:
         if not sum(int(each.tokens) for each in found):
             if not is_expert(name):
                 raise PruningError(
-                    f"no batch reaches {name}, or only empty ones: nothing says what its inputs are; leave it out by "
+                    f"no batch reaches {name}, or only empty ones: nothing says what its inputs are; leave it out with "
                     "the recipe's ignore"
                 )
             width = self.module.linears[name].shape[1]

@@ -56,12 +56,12 @@ def plan_module(module: Watched, found: Discovery, recipe: Recipe, targets: Any)
             impossible in a layer, or the module has no linear layers.
     """
     if "" in module.linears:
-        raise ValueError("the module is a linear itself: see `prune_layer`, or make it a part of a module")
+        raise ValueError("the module itself is a linear layer: see `prune_layer`, or make it a part of a module")
     whole = {name: each for name, each in module.linears.items() if isinstance(each.layout, Layout)}
     if not whole:
         reasons = {name: each.layout for name, each in module.linears.items()}
         others = f"; {listed([f'{name}: {why}' for name, why in reasons.items()])}" if reasons else ""
-        raise ValueError(f"the module has no linear that can be pruned{others}")
+        raise ValueError(f"the module has no layer that can be pruned{others}")
     left_out: dict[str, str] = {
         **module.left_out, **{name: str(each.layout) for name, each in module.linears.items() if name not in whole}
     }  # fmt: skip
@@ -96,7 +96,7 @@ def plan_module(module: Watched, found: Discovery, recipe: Recipe, targets: Any)
             patterns[name] = parse_pattern(recipe.pattern, share if own is None else own, shape)
             check_method(method, patterns[name], shape, reads_variances(method), recipe.keep_zeros)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}; leave it out by ignore, or give another pattern") from error
+            raise ValueError(f"{name}: {error}; leave it out with ignore, or give another pattern") from error
     if recipe.bits is not None:
         parse_bits(recipe.bits)
     return ModulePlan(recipe, method, patterns, readers, parts, last, left_out)
@@ -108,8 +108,8 @@ def _check_called(found: Discovery, names: list[str]) -> None:
     if missed:
         raise ValueError(
             f"the first batch does not reach {listed(missed)}: nothing says what their inputs are. Feed the module so "
-            "that it calls them (see `call`), or leave them out by the recipe's ignore. A module that uses a weight "
-            "without calling its linear, or calls it in a program of its own (jit, remat), hides the input"
+            "that it calls them (see `call`), or leave them out with the recipe's ignore. A module that uses a weight "
+            "without calling its layer, or calls it in a program of its own (jit, remat), hides the input"
         )
     for name in names:
         if name in found.hidden:
@@ -127,8 +127,8 @@ def _readers(module: Watched, shares: Mapping[str, float | None]) -> dict[str, t
         outside = [each for each in tied if each not in shares]
         if outside:
             raise ValueError(
-                f"the weight of {name} is that of {listed(outside)} too, which is left out and would be pruned with "
-                f"it: leave {name} out by the recipe's ignore, or untie them"
+                f"{name} shares its weight with {listed(outside)}, which is left out and would be pruned with it: "
+                f"leave {name} out with the recipe's ignore, or untie them"
             )
         readers[name] = (name, *tied)
         known.update(readers[name])
@@ -173,7 +173,7 @@ def module_recipe(recipe: Recipe, *, trains: bool, has_loss: bool) -> Recipe:
     given = [name for name in ELSEWHERE if _is_given(recipe, name, fields[name].default)]
     problems = [f"{name} is for models in folders: leave it out, batches are given as they are" for name in given]
     if recipe.given("output_weights") == "gradient" and not has_loss:
-        problems.append("output_weights='gradient' takes the gradient of a loss: give loss=, or say 'uniform'")
+        problems.append("output_weights='gradient' needs the gradient of a loss: give loss=, or say 'uniform'")
     if has_loss and not trains:
         problems.append("loss is for gradients in JAX, and the module is one of torch: leave it out")
     if has_loss and trains and recipe.output_weights != "gradient":
@@ -181,9 +181,9 @@ def module_recipe(recipe: Recipe, *, trains: bool, has_loss: bool) -> Recipe:
     if recipe.given("allocation") not in (None, "uniform"):
         problems.append(f"allocation={recipe.allocation!r} is for language models: say 'uniform', or give targets")
     if recipe.given("permute"):
-        problems.append("permute moves channels of linears that are known to follow each other: leave it out")
+        problems.append("permute moves channels of layers that are known to follow each other: leave it out")
     if recipe.weighting == "residual":
-        problems.append("weighting='residual' takes linears that are known to write into the stream: say 'uniform'")
+        problems.append("weighting='residual' needs layers that are known to write into the stream: say 'uniform'")
     if recipe.expert_tokens == "all":
         problems.append("expert_tokens='all' is for mixtures that are known: leave it out")
     if recipe.bits is not None and recipe.given("distil_epochs"):

@@ -306,7 +306,7 @@ def refuse_hidden(name: str) -> None:
     """Reject a part that runs inside a program compiled by the module, where it cannot stop."""
     raise ValueError(
         f"{name} is called in a program that the module compiles (jit, remat, scan, vmap), where its input cannot be "
-        "seen: call the function without it, as through `call`, or leave its linears out by the recipe's ignore"
+        "seen: call the function without it, as through `call`, or leave its layers out with the recipe's ignore"
     )
 
 
