@@ -104,7 +104,7 @@ def possible_kv_heads(model: StreamedModel) -> tuple[int, ...]:
     """The numbers of KV groups that a smaller model may keep, ascending; the last is the dense model's number.
 
     Not every number is possible: the configuration of some families (GPT-2, OPT, GPT-NeoX, StableLM) has no field for
-    the head size, a norm over all heads (OLMo 2) changes with their number, and and transformers requires for some
+    the head size, a norm over all heads (OLMo 2) changes with their number, and transformers requires for some
     (Llama, Gemma) that the number of query heads divides the hidden size, and for Phi-3 derives LongRoPE's factors from
     this number.
     """

@@ -54,8 +54,8 @@ class ShrinkRecipe(PassRecipe):
     multiple: int = option(64, "Round the number of channels to a multiple of this.", KEEP, ge=1)
     block_score: BlockScore = option(
         "loss",
-        "How to choose the blocks to remove, {choices}: by the rise of the loss without them, or by how little they "
-        "turn the residual stream.",
+        "Score that chooses the blocks to remove: {choices}, i.e. the rise of the loss without them, or how little "
+        "they turn the residual stream.",
         HOW,
     )
 

@@ -68,8 +68,7 @@ def build_tokenizer(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     """The tokenizer of a GGUF file: byte-level BPE ("gpt2") or SentencePiece BPE ("llama").
 
     Raises:
-        ModelError: if the file has no tokenizer or an unknown kind (the known ones are listed), or its tables are
-            corrupt.
+        ModelError: if the file has no tokenizer, or one of an unknown kind, or its tables are corrupt.
     """
     return guarded(lambda: _build(metadata, path), f"{path} has a tokenizer that cannot be built")
 
