@@ -163,7 +163,7 @@ class ShardedWriter:
 
         Raises:
             ModelError: if tensors of the model were never written.
-            DiskError: if the disk refuses.
+            DiskError: if writing fails.
         """
         missing = [key for key in self._expected if key not in self._places]
         if missing:

@@ -1,6 +1,6 @@
 """The pass over a model whose family is not known here: loaded whole by transformers, pruned by `prune_module`.
 
-Texts, folders, records, scores and reports are those of `pipeline`. There is one shard, written when all layers are
+Texts, folders, records, scores and reports are as in `pipeline`. There is one shard, written when all layers are
 pruned, so an interrupted run starts again from the beginning.
 """
 

@@ -87,7 +87,7 @@ def prune_model(
             ids.
         output: a new or empty folder, or a new file whose name ends in ".gguf"; records of the run are then in a folder
             beside it whose name ends in ".gguf.run". If the same run was interrupted there, it resumes after the last
-            finished block, and the result is identical to that of an uninterrupted run. If the same run is finished
+            finished block, and the result is identical to an uninterrupted run's. If the same run is finished
             there, nothing is done and its report is returned.
         recipe: what to do; default: remove half of the weights, with effort good, calibrated on text that the model
             draws.

@@ -244,7 +244,7 @@ _EACH, _ALL = PartitionSpec(AXIS), PartitionSpec()
 # Kept for the process: all blocks of all models of the same shape share a compiled program.
 @cache
 def grams_over(mesh: Mesh | None, weighting: Weighting, expert_tokens: ExpertTokens) -> Compiled:
-    """Adds the Grams of a batch to the totals; over a mesh each device adds those of its windows to its own totals."""
+    """Add a batch's Grams to the totals; over a mesh each device adds its windows' Grams to its own totals."""
 
     def add(block: Any, x: Array, dense_x: Array | None, counted: Array | None, totals: Any) -> Any:
         found = gather_grams(block, x, weighting, dense_x, counted, expert_tokens)

@@ -56,7 +56,7 @@ def _of_general(module: Any) -> Layout | str:
     if min(axes) < 0 <= max(axes):
         return "its axes are counted from both ends"
     inputs, outputs = len(axes), len(features)
-    # Flax takes the axes in the order of the input, however they are given.
+    # Flax uses the axes in the order of the input, however they are given.
     order = (*range(inputs, inputs + outputs), *range(inputs))
     return Layout(order, outputs, tuple(sorted(axes)), results=tuple(range(-outputs, 0)))
 

@@ -114,7 +114,7 @@ class Lane:
         """The output of a part as the thread that owns the lane gives it; called by the pass."""
         while True:
             if self._ends:
-                raise _Ended  # again, where the module caught it
+                raise _Ended  # again, if the module caught it
             self.at = call
             self._stops.release()
             self._goes.acquire()

@@ -77,7 +77,7 @@ def _gains(
     candidates = scores[taken]
 
     def of_group(others: Array) -> Array:
-        # A newcomer displaces the n-th largest of the others, where it is larger.
+        # A newcomer displaces the n-th largest of the others if it is larger.
         displaced = jnp.sort(scores[others], axis=0)[-n]
         return jnp.sum(jnp.maximum(candidates - displaced, 0), axis=1)
 

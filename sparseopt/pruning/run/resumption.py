@@ -123,7 +123,7 @@ def _array(leaf: Any) -> np.ndarray:
 
 
 def _own_code(value: Any) -> Iterator[Any]:
-    """The classes and functions in a value, except those of Python and of the `DECISIVE` packages."""
+    """The classes and functions in a value, except from Python and the `DECISIVE` packages."""
     for kind in [inspect.unwrap(value)] if hasattr(value, "__qualname__") else type(value).__mro__:
         root = (getattr(kind, "__module__", None) or "builtins").partition(".")[0]
         if root == "__main__" or root not in {*DECISIVE, *sys.stdlib_module_names}:

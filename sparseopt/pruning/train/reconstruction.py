@@ -62,7 +62,7 @@ class Reconstruction(Training):
 def stream_loss(
     output: Float[Array, "B T D"], target: Float[Array, "B T D"], weights: Float[Array, "D"]
 ) -> Float[Array, ""]:
-    """Mean over tokens of the weighted squared error relative to that of zero outputs, ignoring zero targets."""
+    """Mean over tokens of the weighted squared error relative to zero outputs' error, ignoring zero targets."""
     error = jnp.sum(weights * (output - target) ** 2, axis=-1)
     size = jnp.sum(weights * target**2, axis=-1)
     # Not `size > 0`, which would silently drop a token with a NaN target.

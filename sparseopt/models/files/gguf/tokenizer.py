@@ -130,7 +130,7 @@ def _check_tables(stored: Mapping[str, Any], path: Path) -> None:
 
 
 def _vocabulary(stored: Mapping[str, Any]) -> dict[str, int]:
-    """The ids of tokens, without those that only fill up the rows of the embedding."""
+    """The ids of tokens, without tokens that only pad the rows of the embedding."""
     marks = zip_longest(stored["tokens"], stored.get("token_type", []))
     padding = {i for i, (token, mark) in enumerate(marks) if mark == _UNUSED and token == padding_token(i)}
     return {token: i for i, token in enumerate(stored["tokens"]) if i not in padding}

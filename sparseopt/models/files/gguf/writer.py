@@ -85,7 +85,7 @@ def write_gguf(file: Path, metadata: Mapping[str, Value], tensors: Mapping[str, 
     """Write a file with this metadata and these tensors, by GGUF name."""
     writer = GGUFWriter(file, metadata["general.architecture"].value)
     for key, value in metadata.items():
-        # The package refuses empty arrays.
+        # The package rejects empty arrays.
         if key not in _OWN and value.value != []:
             writer.add_key_value(key, value.value, value.kind, value.item)
     writer.add_file_type(_file_type(tensors))
