@@ -61,7 +61,7 @@ def plan_module(module: Watched, found: Discovery, recipe: Recipe, targets: Any)
     if not whole:
         reasons = {name: each.layout for name, each in module.linears.items()}
         others = f"; {listed([f'{name}: {why}' for name, why in reasons.items()])}" if reasons else ""
-        raise ValueError(f"the module has no layer that can be pruned{others}")
+        raise ValueError(f"the module has no linear layer that can be pruned{others}")
     left_out: dict[str, str] = {
         **module.left_out, **{name: str(each.layout) for name, each in module.linears.items() if name not in whole}
     }  # fmt: skip
