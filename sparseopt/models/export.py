@@ -28,7 +28,7 @@ from sparseopt.models.streaming.streamed import is_known, open_model
 from sparseopt.system.files import replacing
 
 OUTER_TAG = "outer"
-# The tag of a shard that has all tensors.
+#: The tag of a shard that has all tensors.
 WHOLE_TAG = "whole"
 
 

@@ -62,7 +62,7 @@ def run(
     allow_code: AllowAll = False,
     allow_package: AllowPackages = None,
 ) -> None:
-    """Run an experiment or a sweep. Finished runs are kept; interrupted ones resume where they stopped."""
+    """Run an experiment or a sweep. Finished runs are kept, interrupted ones resume where they stopped."""
     with options.cooperating(distributed, coordinator, processes, process_id):
         from sparseopt.experiments.config import find_config, load_config
         from sparseopt.experiments.report import run_page

@@ -193,7 +193,7 @@ class StreamedModel(PrunableModel):
         return self.config.kinds[index]
 
 
-# The forms in which a model may be given.
+# What a model is given as.
 ModelSource = str | Path | Source | PrunableModel | Decoder | TransformersModel
 
 # The source of each decoder. Not an attribute: programs compiled for one model would not serve another.
