@@ -18,8 +18,8 @@ FITS = (
 )
 REFUSALS = {
     "more": 'devices must be a number from 1 to 8, what JAX sees here, or "all"; given 9',
-    "method": 'several devices work by method="doge", given method="admm"',
-    "B": "several devices take B = order + 1 = 3, which needs no solve over the whole graph, given B=1",
+    "method": 'several devices work with method="doge", given method="admm"',
+    "B": "several devices need B = order + 1 = 3, which needs no solve over the whole graph, given B=1",
     "loss": "several devices fit the square loss, given Huber",
     "several": "several devices fit one penalty, given penalties of several orders",
     "rows": "the gamma of MCP is one number on a grid, given the shape (5,)",
