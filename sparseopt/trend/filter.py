@@ -10,6 +10,7 @@ Tibshirani, "Adaptive piecewise polynomial estimation via trend filtering", Anna
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from sparseopt.core.base.arguments import renames
 from sparseopt.core.base.mesh import Devices, device_line
 from sparseopt.core.base.types import precision, wide_types
 from sparseopt.core.losses.scalar import check_scalar_loss
+from sparseopt.core.penalties.protocols import Penalty
 from sparseopt.core.problem.problem import Solution, Status
 from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.base.job import Job, check_terms, graph_for, terms_of, vanishes
@@ -39,7 +41,7 @@ from sparseopt.trend.methods.plan import known_fit
 def trend_filter(
     y: Any,
     graph: Graph,
-    penalty: Any,
+    penalty: Penalty | Mapping[int, Penalty],
     order: int = 0,
     method: Any = "auto",
     start: Solution | None = None,
@@ -125,7 +127,7 @@ def trend_filter(
 def chosen_method(
     y: Any,
     graph: Graph,
-    penalty: Any,
+    penalty: Penalty | Mapping[int, Penalty],
     order: int = 0,
     *,
     tol: float = 1e-6,
