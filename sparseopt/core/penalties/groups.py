@@ -100,8 +100,8 @@ class _Grouped(Limited):
 class GroupL2(_Grouped):
     """`weight * sum of ||x_g||_2` over groups of entries that vanish together.
 
-    The groups are the slices of `axis`, one axis or several, such as the channels of a row, or with `groups` the rows
-    of one label: `[rows]` integers; the trailing axes of x belong to their row. There may be one weight per group.
+    The groups are the slices of `axis`, one axis or several, such as the channels of a row, or the rows that share a
+    label in `groups`, integers `[rows]`; the trailing axes of x belong to their row. There may be one weight per group.
     Labels may change between calls of a compiled program if `num_groups`, by default found from them, does not.
 
     Prox: `x_g * max(0, 1 - step * weight / ||x_g||)`. Source: Yuan and Lin, "Model selection and estimation in
