@@ -30,7 +30,7 @@ from sparseopt.core.operators.matrices import Dense, Matrix, linear_map, refuses
 class DataLoss:
     """`value(x) = sum_i w_i f((A x)_i; b_i)` for the loss f of one observation, such as `so.scalar.Logistic()`.
 
-    `LeastSquares`, `LogisticLoss` and the others make it for the losses of the package.
+    `LeastSquares`, `LogisticLoss` and the others make one for each loss of the package.
 
     Attributes:
         scalar: f, a `ScalarLoss`.

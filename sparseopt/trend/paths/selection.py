@@ -85,7 +85,7 @@ def select(path: TrendPath, criterion: str = "gcv", sigma: float | None = None) 
 
     Raises:
         ValueError: also for "sure" with a loss other than the square, whose risk it estimates, and for "gcv" and "aic"
-            with the logistic loss, since in a study they chose fits with up to 49 times the smallest error.
+            with the logistic loss, which in our benchmarks chose fits with up to 49 times the smallest error.
         RuntimeError: if a level of the path has values that are not finite.
 
     Example:
@@ -231,7 +231,7 @@ def cross_validate(
 
     There are `folds` >= 2 folds, drawn with the `seed`. The `rule` "min" picks the smallest error, "half_se" and
     "one_se" the largest weight within half a standard error or one of it; None is "half_se" for the logistic loss,
-    since it came closest to the best fits of labels in a study, and "min" for others. All other arguments are as in
+    since it came closest to the best fits in our benchmarks, and "min" for others. All other arguments are as in
     `trend_path`.
 
     Raises:
