@@ -26,7 +26,7 @@ REFUSALS = {
     "axes": 'the mesh must have one axis, "devices"',
     "warm start": "start was found by 2 devices, and its state lies on them: give devices=2",
     "other warm start": "start was found by 2 devices, and its state lies on them: give devices=2",
-    "short": "that of (5, 5) has 5 nodes for 8 devices",
+    "short": "the one of (5, 5) has 5 nodes for 8 devices",
     "few": "3 nodes are too few for 8 devices",
 }
 
