@@ -232,7 +232,7 @@ def test_recipes_that_cannot_share_a_pass_are_refused(tmp_path, source, tokens, 
 
 LAYERS = [
     ({"output_weights": np.ones(3)}, r"output_weights must be \[out\] = \[48\], given \[3\]"),
-    ({"output_weights": np.zeros(48)}, "output_weights must be above 0, the least given is 0"),
+    ({"output_weights": np.zeros(48)}, "output_weights must be above 0, the smallest given is 0"),
     ({"output_weights": np.full(48, np.nan)}, "output_weights has 48 NaN or infinite entries"),
     ({"support": np.ones((64, 48), bool)}, r"support must be bool \[out, in\] = \[48, 64\] .*given bool \[64, 48\]"),
     (

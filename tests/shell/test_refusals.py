@@ -32,7 +32,7 @@ REFUSED = {
         ("--seqlen 1", "seqlen must be at least 2, given 1"),
         ("--seed 3", "seed is for window_choice 'random', and it is 'spread'; leave the seed out"),
         ("--penalty ridge", "unknown penalty 'ridge'; known are l1, l0, mcp, scad, group_l2"),
-        ("--penalty mcp --method wanda", "only method 'maiht' takes a penalty"),
+        ("--penalty mcp --method wanda", "only method 'maiht' accepts a penalty"),
         ("", "a window of 512 tokens is longer than the 256 positions that the model supports"),
         ("--calibration file:/nowhere --seqlen 32", "cannot read the text file /nowhere"),
         ("--windows 9000 --seqlen 32", "fewer windows or a shorter seqlen"),
