@@ -48,7 +48,7 @@ extensions = [
     "mathml",
     "records",
 ]
-exclude_patterns = ["_generated", "_static", "benchmarks", "**/.ipynb_checkpoints"]
+exclude_patterns = ["_generated", "_static", "**/.ipynb_checkpoints"]
 
 # MyST and notebooks. `make notebooks` executes them; a build never does.
 myst_enable_extensions = ["dollarmath", "amsmath", "deflist", "colon_fence"]
