@@ -147,7 +147,7 @@ test-accelerators: $(VENV)-accelerators/.installed ## Compile for TPUs and an H1
 test-gpu: $(VENV)/.installed-oracle ## Tests that need a GPU or TPU; skipped if JAX finds none.
 	SPARSEOPT_TEST_COMPILE=full $(BIN)/python -m pytest -m device -rs tests/device
 
-notebooks: $(VENV)/.installed-docs ## Execute the notebooks again and store their results (about 12 minutes); 11 needs torch.
+notebooks: $(VENV)/.installed-docs ## Execute the notebooks again and store their results (about 25 minutes); 11 needs torch.
 	$(BIN)/python notebooks/build.py run
 
 docs: $(VENV)/.installed-docs $(VENV)/.installed-test ## Build the pages into build/docs, with warnings as errors, run their examples, and check links and looks.
