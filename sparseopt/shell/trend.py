@@ -33,6 +33,7 @@ RULES = {
 }
 # Where the last of a path's weights is the best, as of a long series at order 1, a path from there follows.
 LEVELS, RATIO, MOST_PATHS = 50, 1e-3, 4
+DIGITS = 10  # of the values that are written: more than a certificate confirms
 
 
 def denoise(
@@ -203,7 +204,8 @@ def trend(
     seconds = time.perf_counter() - start
     pieces = None if order else found.pieces()
     # Of counts and labels the fit is a logarithm or a score, and a signal its mean.
-    fit = dataclasses.replace(given, values=np.asarray(family.mean(found.value)))
+    rounded = np.vectorize(lambda value: float(f"{value:.{DIGITS}g}"))
+    fit = dataclasses.replace(given, values=rounded(family.mean(found.value)))
     graph_files.write_fit(output, fit, pieces)
     positions = given.times if given.dates is None else np.array(given.dates, "datetime64[us]")
     if graph is None and positions is None:

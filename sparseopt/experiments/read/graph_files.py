@@ -23,8 +23,6 @@ ID_NAMES, PIECE = ("node", "id"), "piece"
 # A column of a series beside others holds its times if it has one of these names, and increases.
 TIME_NAMES = ("time", "date", "t", "index")
 MICROSECONDS = 24 * 3600 * 10**6  # of a day
-# Of a value in a CSV file: more than any certificate confirms.
-DIGITS = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +62,8 @@ def read_signal(path: str | Path, series: bool = False) -> NodeTable:
         return _with_names(read_table(file, ("signal", "y")), heading, series)
     columns = tuple(index for index in places if dates is None or index != place)
     if not columns:
-        raise FileError(f"{file} has the columns {heading[:last]} and none of values")
+        what = "the ids of the nodes" if named else "dates"
+        raise FileError(f"{file} has {what} but no column of values")
     table = read_table(file, columns=columns)
     nodes = tuple(read_table(file, columns=(0,), texts=True)[:, 0]) if named else None
     for texts, what in ((nodes, "ids"), (dates and dates.dates, "dates")):
@@ -176,13 +175,14 @@ def write_fit(path: str | Path, fit: NodeTable, pieces: np.ndarray | None) -> No
     if fit.times is not None:
         columns[fit.times_name] = list(fit.dates or fit.times.tolist())
     for name, column in zip(fit.names, fit.values.reshape(len(fit.values), -1).T, strict=True):
-        columns[name] = [float(f"{value:.{DIGITS}g}") for value in column] if kind == ".csv" else column.tolist()
+        columns[name] = column.tolist()
     if pieces is not None:
         columns[PIECE] = pieces.tolist()
     if kind == ".csv":
         with file.open("w", encoding="utf-8", newline="") as stream:
             writer = csv.writer(stream, lineterminator="\n")
             writer.writerow(columns)
+            # Python writes the shortest digits that give a number back.
             writer.writerows(zip(*columns.values(), strict=True))
     elif kind == ".npz":
         arrays: dict[str, Any] = {"signal": fit.values, "node": np.array(nodes)}
