@@ -200,7 +200,8 @@ def trend(
     with console.waiting(f"fitting {place}, weight {level:.3g}"):
         made = penalty_of_weight(penalty, level)
         found = so.trend_filter(y, network, made, order, method, tol=tol, devices=chosen, **options)
-    noise = so.trend.noise_level(y, network, order, missing=absent) if loss == "square" else math.nan
+    known = loss == "square" and chosen is None
+    noise = so.trend.noise_level(y, network, order, missing=absent) if known else math.nan
     seconds = time.perf_counter() - start
     pieces = None if order else found.pieces()
     # Of counts and labels the fit is a logarithm or a score, and a signal its mean.

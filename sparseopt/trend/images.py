@@ -1,6 +1,7 @@
 """Denoise and complete an array of pixels or voxels; its type and range are kept."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +30,7 @@ class Denoised:
     image: np.ndarray  # of the shape and dtype of the input; integers are rounded and clipped to their range
     solution: TrendSolution  # of the trend filter, in the input's units
     weight: float  # of the penalty: the given or the chosen one
-    noise: float  # the `noise_level` of the input, of order 1 or higher; NaN if it is too small to have one
+    noise: float  # the `noise_level` of the input, of order 1 or higher; NaN if it is too small, and on several devices
     isotropic: bool  # of the fit, as `couple`
     couple: bool
 
@@ -127,7 +128,9 @@ def denoise(
     options: dict[str, Any] = {"node_weights": mask, "missing": missing, "tol": tol, "max_steps": max_steps}
     options |= {"method": method, "dtype": dtype}
     # Differences of neighbours hold much of what is in an image, those of order 1 little.
-    noise = noise_level(colours, grid, max(order, 1), mask, missing=missing)
+    noise = math.nan
+    if devices is None:
+        noise = noise_level(colours, grid, max(order, 1), mask, missing=missing)
     if weight is None:
         if devices is not None:
             raise ValueError("a weight is chosen on one device: give weight, or leave out devices")

@@ -93,7 +93,7 @@ REFUSED = {
         ("--signal line.csv --loss logistic --weight gcv", "does not choose well for --loss logistic: give cv or bic"),
         ("--signal line.csv --weight cv --penalty l0", "for --penalty l0 no rule chooses a weight"),
         ("--signal line.csv --weight cv --devices all", "a weight is chosen on one device"),
-        ("--signal line.csv --order 1 --loss poisson --method fast_admm", "takes the square loss"),
+        ("--signal line.csv --order 1 --loss poisson --method fast_admm", "solves the square loss only"),
         ("--signal timed.csv --order 1 --ends graph", "times of the column 'time' are uneven: leave out --ends graph"),
         ("--signal timed.csv --order 1 --times t.csv", "has its times in the column 'time': leave out --times"),
     ],
