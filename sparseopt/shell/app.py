@@ -92,7 +92,7 @@ COMMANDS: dict[str, dict[Callable[..., None], tuple[str, str]]] = {
     },
     "Smooth signals and images": {
         trend.trend: (
-            "sparseopt trend --signal series.csv --output smooth.csv --weight 5 --order 1",
+            "sparseopt trend --signal series.csv --output smooth.csv --order 1",
             "sparseopt trend --signal towns.csv --graph roads.csv --output smooth.csv --weight 2",
         ),
         trend.denoise: (

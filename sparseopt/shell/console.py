@@ -132,16 +132,16 @@ def write_page(file: Path, page: Callable[[str], str]) -> None:
 
 
 @contextmanager
-def waiting(title: str) -> Iterator[None]:
-    """Show that a long call is running: a spinner and the time on a terminal, one line elsewhere."""
+def waiting(title: str) -> Iterator[Callable[[Any, int, int], None]]:
+    """Show that a long call is running: a spinner and the time on a terminal, one line elsewhere; for an observer."""
     with Progress(
         SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn(), console=console,
         transient=True, disable=not console.is_terminal,
     ) as bar:  # fmt: skip
-        bar.add_task(title, total=None)
+        task = bar.add_task(title, total=None)
         if not console.is_terminal:
             say(title)
-        yield
+        yield lambda what, done, total: bar.update(task, description=f"{title}: {what} {done + 1} of {total}")
 
 
 def packed_line(dense_bytes: int, stored_bytes: int) -> str:

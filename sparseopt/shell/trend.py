@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,6 +12,7 @@ import numpy as np
 import typer
 
 import sparseopt as so
+from sparseopt.core.losses.scalar import LOSSES, check_scalar_loss
 from sparseopt.core.penalties.names import BY_WEIGHT, penalty_of_weight
 from sparseopt.shell import console
 from sparseopt.shell.options import ManyDevices, number_of_devices, numbers
@@ -20,6 +23,17 @@ from sparseopt.trend.methods.choice import AUTO, METHODS
 # Steps of times that differ by less than this fraction are equal.
 EVEN = 1e-6
 METHOD_HELP = f"{', '.join((AUTO, *METHODS))}."
+# How a weight is chosen, as it is said.
+RULES = {
+    "gcv": "by GCV",
+    "sure": "by SURE, the smallest estimated error",
+    "aic": "by AIC",
+    "bic": "by BIC",
+    "cv": "by cross-validation",
+}
+# Where the last of a path's weights is the best, as of a long series at order 1, a path from there follows.
+LEVELS, RATIO, MOST_PATHS = 50, 1e-3, 4
+DIGITS = 10  # of the values that are written: more than a certificate confirms
 
 
 def denoise(
@@ -28,13 +42,24 @@ def denoise(
     ],
     output: Annotated[Path, typer.Option(help="File to write; volumes as TIFF, NPZ or, from NIfTI, NIfTI.")],
     weight: Annotated[
-        float | None, typer.Option(help="Smoothing level, in grey levels. Default: that of the least estimated error.")
+        float | None,
+        typer.Option(help="Smoothing level, in grey levels. Default: chosen to minimise the estimated error (SURE)."),
     ] = None,
     order: Annotated[int, typer.Option(help="0: flat patches with sharp edges; 1: slopes; 2: curves.")] = 0,
     isotropic: Annotated[
-        bool, typer.Option("--isotropic", help="Order 0: edges in all directions cost the same.")
-    ] = False,
-    couple: Annotated[bool, typer.Option(help="Let the colours of a pixel change together.")] = False,
+        bool | None,
+        typer.Option(
+            "--isotropic/--no-isotropic",
+            help="Order 0: edges in all directions cost the same. Default: for colour images.",
+        ),
+    ] = None,
+    couple: Annotated[
+        bool | None,
+        typer.Option(
+            "--couple/--no-couple",
+            help="Couple the colour channels, so that edges coincide. Default: for colour images at order 0.",
+        ),
+    ] = None,
     spacing: Annotated[
         str | None,
         typer.Option(help="Distance of neighbours along each axis, as in 2.5,1,1. Default: that in the file."),
@@ -67,10 +92,11 @@ def denoise(
     mask = None if known is None else volumes.read_known(known, scan)
     absent: Literal["nan", "error"] = "nan" if missing else "error"
     start = time.perf_counter()
-    with console.waiting(f"denoising {image.name}, {' x '.join(map(str, pixels.shape))}, order {order}"):
+    with console.waiting(f"denoising {image.name}, {' x '.join(map(str, pixels.shape))}, order {order}") as observer:
         found = denoise_array(
             pixels, weight, order, isotropic=isotropic, couple=couple, volume=scan.volume, spacing=step, ends=ends,
             known=mask, missing=absent, method=method, tol=tol, devices=chosen,
+            observer=observer,
         )  # fmt: skip
     seconds = time.perf_counter() - start
     volumes.write_scan(output, found.image, scan)
@@ -78,25 +104,16 @@ def denoise(
     before = pixels
     if mask is not None:  # what is not known is black
         before = pixels * mask.reshape(*mask.shape, *(1 for _ in pixels.shape[mask.ndim :]))
-    before_and_after(scan.shown(before), scan.shown(found.image), picture, captions)
-    if weight is None:
-        console.say(f"weight {found.weight:.3g}, of the least estimated error (Stein, 1981)")
+    drawn = _draw(picture, lambda: before_and_after(scan.shown(before), scan.shown(found.image), picture, captions))
     figures = {
         "image": str(image), "shape": pixels.shape, "spacing": step, "dtype": str(pixels.dtype),
-        "weight": found.weight, "order": order, "ends": ends, "isotropic": isotropic,
+        "noise": _number(found.noise), "weight": found.weight, "weight_rule": "given" if weight is not None else "sure",
+        "order": order, "ends": ends, "isotropic": found.isotropic, "couple": found.couple,
     }  # fmt: skip
-    _finish_fit(found.solution, figures, seconds, summary, [output, picture])
-
-    def made(command: str) -> str:
-        rows = [(name.replace("_", " "), report.cell(value)) for name, value in figures.items()]
-        shown = report.Report(
-            report.Table("The fit", ("figure", "value"), rows),
-            figures=[report.Figure(picture, f"{captions[0]}, and its fit of {captions[1]}")],
-        )
-        steps = [report.Fact(f"--weight {2 * found.weight:.3g} --force", "in the same command smooths more")]
-        return report.html_page(f"{image.name}, denoised", [shown], command, environment(), steps)
-
-    console.write_page(page, made)
+    figures |= _said(found.solution, figures, seconds)
+    title = f"{image.name}, denoised"
+    shown = report.Figure(picture, f"{captions[0]}, and its fit of {captions[1]}")
+    _write(title, figures, (summary, page), [output, *drawn], [shown] if drawn else [])
 
 
 def trend(
@@ -110,7 +127,20 @@ def trend(
     output: Annotated[
         Path, typer.Option(help="File for nodes, values and, at order 0, pieces: .csv, .parquet or .npz.")
     ],
-    weight: Annotated[float, typer.Option(help="Penalty level, in units of the signal.")],
+    weight: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Penalty level, in units of the signal, or the rule that chooses it: {', '.join(RULES)}. Default: "
+            "gcv, or cv for labels, losses of outliers and penalties that are not convex."
+        ),
+    ] = None,
+    loss: Annotated[
+        str,
+        typer.Option(
+            help=f"{', '.join(LOSSES)}, or quantile:LEVEL. Of counts (poisson) the fit is the rate, of labels 0, 1 "
+            "(logistic) the probability of 1; huber and absolute are for outliers."
+        ),
+    ] = "square",
     graph: Annotated[
         Path | None,
         typer.Option(
@@ -132,14 +162,19 @@ def trend(
     merge: Annotated[bool, typer.Option("--merge", help="Drop self-loops and add up duplicate edges.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace outputs that exist.")] = False,
 ) -> None:
-    """Smooth a signal on a graph; files are CSV, Parquet or NPZ."""
+    """Smooth a signal on a graph, with a figure and a report; files are CSV, Parquet or NPZ."""
+    from sparseopt.experiments.plots.signals import observed_and_fit
     from sparseopt.experiments.read import files, graph_files, tables
 
     chosen = number_of_devices(devices)
-    made = penalty_of_weight(penalty, weight)
-    summary = Path(f"{output.with_suffix('')}-summary.json")
+    template, family, rule = penalty_of_weight(penalty, 1.0), _loss(loss), _rule(weight, loss, penalty)
+    if rule is not None and chosen is not None:
+        raise ValueError("a weight is chosen on one device: give --weight a number, or leave out --devices")
+    stem = output.with_suffix("")
+    picture, summary, page = Path(f"{stem}.png"), Path(f"{stem}-summary.json"), Path(f"{stem}-report.html")
     files.check_output(output, tables.TABLE_KINDS, force)
-    files.check_output(summary, None, force)
+    for target in (picture, summary, page):
+        files.check_output(target, None, force)
     if graph is not None and (times is not None or ends not in (None, "graph")):
         raise ValueError("--times and --ends belong to a series, given --graph too: leave out --graph, or both of them")
     if graph is None and merge:
@@ -153,22 +188,84 @@ def trend(
     else:
         edges, edge_weights = graph_files.read_edges(graph, given.nodes)
         network = so.Graph.from_edges(edges, len(y), edge_weights, merge=merge)
-    title = f"fitting {signal.name} on {network.num_nodes:,} nodes and {network.num_edges:,} edges, order {order}"
+    place = f"{signal.name} on {network.num_nodes:,} nodes and {network.num_edges:,} edges, order {order}"
+    absent: Literal["nan", "error"] = "nan" if missing else "error"
+    options: dict[str, Any] = {"missing": absent, "loss": family}
     start = time.perf_counter()
-    with console.waiting(title):
-        absent: Literal["nan", "error"] = "nan" if missing else "error"
-        found = so.trend_filter(y, network, made, order, method, tol=tol, missing=absent, devices=chosen)
+    if rule is not None:
+        with console.waiting(f"choosing the weight {RULES[rule]}: {place}"):
+            level = _chosen_weight(rule, (y, network, template, order), options | {"method": method})
+    else:
+        level = float(str(weight))
+    with console.waiting(f"fitting {place}, weight {level:.3g}"):
+        made = penalty_of_weight(penalty, level)
+        found = so.trend_filter(y, network, made, order, method, tol=tol, devices=chosen, **options)
+    known = loss == "square" and chosen is None
+    noise = so.trend.noise_level(y, network, order, missing=absent) if known else math.nan
     seconds = time.perf_counter() - start
     pieces = None if order else found.pieces()
-    graph_files.write_fit(output, dataclasses.replace(given, values=np.asarray(found.value)), pieces)
+    # Of counts and labels the fit is a logarithm or a score, and a signal its mean.
+    rounded = np.vectorize(lambda value: float(f"{value:.{DIGITS}g}"))
+    fit = dataclasses.replace(given, values=rounded(family.mean(found.value)))
+    graph_files.write_fit(output, fit, pieces)
+    positions = given.times if given.dates is None else np.array(given.dates, "datetime64[us]")
+    if graph is None and positions is None:
+        positions = np.arange(len(y))
+    draws = y.reshape(len(y), -1), fit.values.reshape(len(y), -1), given.names, picture
+    drawn = _draw(picture, lambda: observed_and_fit(*draws, times=positions, places=given.times_name or "node"))
     figures = {
         "graph": None if graph is None else str(graph), "ends": ends, "signal": str(signal),
-        "channels": given.names, "nodes": network.num_nodes, "edges": network.num_edges,
-        "penalty": penalty, "weight": weight, "order": order,
+        "channels": given.names, "nodes": network.num_nodes, "edges": network.num_edges, "loss": loss,
+        "noise": _number(noise), "penalty": penalty, "weight": level, "weight_rule": rule or "given", "order": order,
     }  # fmt: skip
     if pieces is not None:
         figures["pieces"] = int(pieces.max()) + 1
-    _finish_fit(found, figures, seconds, summary, [output])
+    figures |= _said(found, figures, seconds)
+    shown = report.Figure(picture, f"{', '.join(given.names)}: observed, and the fit of order {order}")
+    _write(f"{signal.name}, smoothed", figures, (summary, page), [output, *drawn], [shown] if drawn else [])
+
+
+def _loss(text: str) -> Any:
+    """The loss of a name, or of the quantile with a level."""
+    name, _, level = text.partition(":")
+    if name != "quantile":
+        return check_scalar_loss(text)
+    try:
+        return check_scalar_loss(so.scalar.Quantile(float(level)))
+    except ValueError:
+        raise ValueError(f"--loss quantile needs a level between 0 and 1, as in quantile:0.9, given {text!r}") from None
+
+
+def _rule(weight: str | None, loss: str, penalty: str) -> str | None:
+    """The rule that chooses the weight, None for a number; the defaults are those of how-to/choose.md."""
+    if weight is None or weight in RULES:
+        if penalty == "l0":
+            raise ValueError("for --penalty l0 no rule chooses a weight: give --weight a number")
+        if (loss == "logistic" and weight in ("gcv", "aic")) or (loss != "square" and weight == "sure"):
+            raise ValueError(f"--weight {weight} does not choose well for --loss {loss}: give cv or bic")
+        likely = loss in ("square", "poisson") and penalty in ("l1", "group_l2")
+        return weight or ("gcv" if likely else "cv")
+    try:
+        float(weight)
+    except ValueError:
+        raise ValueError(f"--weight is a number or one of {', '.join(RULES)}, given {weight!r}") from None
+    return None
+
+
+def _chosen_weight(rule: str, problem: tuple[Any, ...], options: dict[str, Any]) -> float:
+    """The weight of the best level of a path, which goes on while its last level is the best."""
+    for path in range(MOST_PATHS):
+        if rule == "cv":
+            chosen: Any = so.trend.cross_validate(*problem, **options)
+        else:
+            levels = so.trend.trend_path(*problem, **options)
+            # Without a noise level BIC falls without bound towards the signal.
+            noise = levels.noise if rule == "bic" and levels.noise > 0 else None
+            chosen = so.trend.select(levels, rule, noise)
+        if chosen.index < len(chosen.path) - 1 or path == MOST_PATHS - 1:
+            break
+        options = options | {"weights": chosen.weight * np.geomspace(1, RATIO, LEVELS)}
+    return chosen.weight
 
 
 def _series(given: Any, times: np.ndarray | None, ends: str, order: int) -> so.Graph:
@@ -187,21 +284,58 @@ def _series(given: Any, times: np.ndarray | None, ends: str, order: int) -> so.G
     return so.Graph.chain(len(given.values), given.times if ends == "free" else None, ends)
 
 
-def _finish_fit(found: Any, figures: dict[str, Any], seconds: float, summary: Path, written: list[Path]) -> None:
-    """Say how a fit ended, and write the same as JSON."""
+def _number(value: float) -> float | None:
+    """A number as JSON knows it."""
+    return value if math.isfinite(value) else None
+
+
+def _draw(picture: Path, draw: Callable[[], None]) -> list[Path]:
+    """The figure that was written. The fit is finished, so what goes wrong is only a warning."""
+    try:
+        draw()
+    except ModuleNotFoundError as error:
+        console.say(f"no figure, which needs {error.name}: pip install 'sparseopt[plot]'")
+    except Exception as error:
+        console.say(f"warning: no figure: {error}", console.errors)
+    else:
+        return [picture]
+    return []
+
+
+def _said(found: Any, figures: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Say how a fit ended; the figures of it."""
     status = so.Status(int(found.status))
     steps, gap, residual = int(found.steps), float(found.gap), float(found.residual)
-    figures |= {
+    noise, rule = figures["noise"], RULES.get(figures["weight_rule"])
+    level = f"weight {figures['weight']:.3g}" + (f" chosen {rule}" if rule else "")
+    about = f"noise about {noise:.3g}, " if noise else ""
+    console.say(f"done in {console.duration(seconds)} ({about}{level})")
+    measure = f"relative duality gap {gap:.2e}" if gap == gap else f"residual {residual:.2e}, no certificate"
+    console.say(f"{status.name}: {measure}{f' after {steps} steps' if steps else ', solved directly'}")
+    if status not in (so.Status.CONVERGED, so.Status.STATIONARY):
+        console.say(status.advice)
+    return {
         "status": status.name,
         "steps": steps,
         "objective": float(found.objective),
-        "relative_duality_gap": None if gap != gap else gap,
+        "relative_duality_gap": _number(gap),
         "residual": residual,
         "seconds": seconds,
     }
+
+
+def _write(
+    title: str, figures: dict[str, Any], ends: tuple[Path, Path], written: list[Path], drawn: list[report.Figure]
+) -> None:
+    """Write a fit's figures as JSON and as a page."""
+    summary, page = ends
     summary.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    measure = f"relative duality gap {gap:.2e}" if gap == gap else f"residual {residual:.2e}, no certificate"
-    console.say(f"{status.name}: {measure} after {steps} steps, {seconds:.1f} s with compiling")
-    if status not in (so.Status.CONVERGED, so.Status.STATIONARY):
-        console.say(status.advice)
     console.say(f"wrote {', '.join(map(str, [*written, summary]))}")
+
+    def made(command: str) -> str:
+        rows = [(name.replace("_", " "), report.cell(value)) for name, value in figures.items()]
+        shown = report.Report(report.Table("The fit", ("figure", "value"), rows), figures=drawn)
+        steps = [report.Fact(f"--weight {2 * figures['weight']:.3g} --force", "in the same command smooths more")]
+        return report.html_page(title, [shown], command, environment(), steps)
+
+    console.write_page(page, made)

@@ -1,12 +1,14 @@
 """Denoise and complete an array of pixels or voxels; its type and range are kept."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from sparseopt.core.base.mesh import Devices
+from sparseopt.core.base.types import Observer
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.penalties.groups import GroupL2
 from sparseopt.trend.base.graph import Graph
@@ -14,10 +16,11 @@ from sparseopt.trend.base.pieces import TrendSolution
 from sparseopt.trend.base.signal import noise_level
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.paths.path import trend_path
-from sparseopt.trend.paths.selection import Selection, select
+from sparseopt.trend.paths.selection import select
 
-# Weights over the noise level, among which one is chosen, and how often the range is moved if the best is at its end.
-HIGHEST, RATIO, LEVELS, MOVES = 4.0, 2.0**-0.5, 11, 4
+# The relative gap of the fits by which a weight is chosen, and how many weights are tried at most: far more than the
+# usual three or four. On four photographs smaller gaps and weights chose no better ones.
+CHOICE_TOL, MOST_WEIGHTS = 1e-3, 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +30,9 @@ class Denoised:
     image: np.ndarray  # of the shape and dtype of the input; integers are rounded and clipped to their range
     solution: TrendSolution  # of the trend filter, in the input's units
     weight: float  # of the penalty: the given or the chosen one
+    noise: float  # the `noise_level` of the input, of order 1 or higher; NaN if it is too small, and on several devices
+    isotropic: bool  # of the fit, as `couple`
+    couple: bool
 
 
 def denoise(
@@ -34,8 +40,8 @@ def denoise(
     weight: float | None = None,
     order: int = 0,
     *,
-    isotropic: bool = False,
-    couple: bool = False,
+    isotropic: bool | None = None,
+    couple: bool | None = None,
     volume: bool = False,
     spacing: Sequence[float] | None = None,
     ends: str = "graph",
@@ -46,6 +52,7 @@ def denoise(
     max_steps: int = 20_000,
     dtype: Any = None,
     devices: Devices = None,
+    observer: Observer | None = None,
 ) -> Denoised:
     """Fit a trend to every channel of an image or a volume on its grid, and fill in unknown pixels.
 
@@ -53,12 +60,14 @@ def denoise(
         image: `[height, width]` or `[height, width, channels]`, of integers of 8, 16 or 32 bits or floats; an alpha
             channel (the last of 2 or 4) is kept unchanged. With `volume` `[depth, height, width]` or the same with
             channels.
-        weight: of the penalty, in the image's units (grey levels); None takes that of the least `sure`, among eleven
-            about the noise level that are spaced by a factor of `2^(1/2)`.
+        weight: of the penalty, in the image's units (grey levels); None chooses the one with the smallest estimated
+            error: weights that differ by factors of 2, from the noise level on, are tried until one is better than its
+            neighbours by `sure`; the weight is the minimum of the parabola through these three over the logarithm.
         order: 0 for flat patches with sharp edges, 1 for slopes.
         isotropic: at order 0, penalise the length of the gradient (`GroupL2` with axis 0) instead of its entries, so
-            that edges in all directions cost the same.
-        couple: let the channels of a pixel change together (`GroupL2`) instead of separately (`L1`).
+            that edges in all directions cost the same. None does so for three colours, without or with alpha.
+        couple: let the channels of a pixel change together (`GroupL2`) instead of separately (`L1`). None does so at
+            order 0 for three colours, without or with alpha.
         volume: whether the image has three axes besides channels.
         spacing: the distance of neighbours along each axis; only its ratios matter. None for equal ones.
         ends: as in `Graph.grid`; "free" leaves slopes unchanged at order 1, even at the borders.
@@ -71,6 +80,8 @@ def denoise(
         dtype: of the computation; None uses float32, or float64 for integers of 32 bits, with free ends from order 1
             on, and if pixels are unknown, since rounding would hide their part of the gap.
         devices: as in `trend_filter`; not without a weight.
+        observer: called with "weight", how many weights were tried, and how many there will be as far as is known, the
+            fit at the chosen one included; that may become more.
 
     Raises:
         ValueError: for invalid arguments, and for an image without noise if no weight is given.
@@ -99,7 +110,9 @@ def denoise(
     grid = Graph.grid(shape, spacing, ends)
     if grid.spacing is not None:  # with 1 for the shortest, a weight keeps its meaning
         grid = Graph.grid(shape, [h / min(grid.spacing) for h in grid.spacing], ends)
-    coupled = couple and has_channels
+    coloured = has_channels and colours.shape[-1] == 3 and order == 0
+    isotropic = coloured if isotropic is None else isotropic
+    coupled = has_channels and (coloured if couple is None else couple)
     axis = (0, -1) if coupled else 0
     template: Any = GroupL2(1.0, axis) if isotropic else GroupL2(1.0) if coupled else L1(1.0)
     mask = None if known is None else np.asarray(known)
@@ -114,11 +127,15 @@ def denoise(
         dtype = np.float32 if whole and narrow and not (grid.free and order) else np.float64
     options: dict[str, Any] = {"node_weights": mask, "missing": missing, "tol": tol, "max_steps": max_steps}
     options |= {"method": method, "dtype": dtype}
+    # Differences of neighbours hold much of what is in an image, those of order 1 little.
+    noise = math.nan
+    if devices is None:
+        noise = noise_level(colours, grid, max(order, 1), mask, missing=missing)
     if weight is None:
         if devices is not None:
             raise ValueError("a weight is chosen on one device: give weight, or leave out devices")
-        chosen = _of_least_risk(colours, grid, template, order, options)
-        weight, solution = chosen.weight, chosen.path.at(chosen.index)
+        weight = _of_least_risk(colours, grid, template, order, noise, options, observer)
+        solution = trend_path(colours, grid, template, order, weights=[weight], **options).at(0)
     else:
         penalty = dataclasses.replace(template, weight=weight)
         solution = trend_filter(colours, grid, penalty, order, devices=devices, **options)
@@ -129,23 +146,38 @@ def denoise(
     fitted = fitted.astype(given.dtype)
     if has_alpha:
         fitted = np.concatenate([fitted, given[..., -1:]], axis=-1)
-    return Denoised(fitted, solution, float(weight))
+    return Denoised(fitted, solution, float(weight), noise, isotropic, coupled)
 
 
-def _of_least_risk(y: np.ndarray, grid: Graph, template: Any, order: int, options: dict[str, Any]) -> Selection:
-    """The fit of the least unbiased estimate of risk among weights about the noise level."""
-    # Differences of neighbours hold much of what is in a picture, those of order 1 little.
-    noise = noise_level(y, grid, max(order, 1), options["node_weights"], missing=options["missing"])
+def _of_least_risk(
+    y: np.ndarray,
+    grid: Graph,
+    template: Any,
+    order: int,
+    noise: float,
+    options: dict[str, Any],
+    observer: Observer | None,
+) -> float:
+    """The weight of the least unbiased estimate of risk, between weights that differ by factors of 2."""
     if not noise > 0:
-        raise ValueError(f"no weight can be chosen: the noise level of the picture is {noise:g}; give weight")
-    top = HIGHEST * noise
-    for _ in range(MOVES):
-        path = trend_path(y, grid, template, order, weights=top * RATIO ** np.arange(LEVELS), **options)
-        chosen = select(path, "sure", noise)
-        if 0 < chosen.index < LEVELS - 1:
+        raise ValueError(f"no weight can be chosen: the noise level of the image is {noise:g}; give weight")
+    options = options | {"tol": max(options["tol"], CHOICE_TOL)}
+    risks, best = dict[int, float](), 0  # by the powers of 2
+    while len(risks) < MOST_WEIGHTS:
+        near = [power for power in (best, best - 1, best + 1) if power not in risks]
+        if not near:
             break
-        top *= RATIO ** (LEVELS - 2 if chosen.index else 2 - LEVELS)
-    return chosen
+        if observer is not None:
+            observer("weight", len(risks), len(risks) + len(near) + 1)
+        path = trend_path(y, grid, template, order, weights=[noise * 2.0 ** near[0]], **options)
+        risks[near[0]] = float(select(path, "sure", noise).curve[0])
+        best = min(risks, key=lambda power: risks[power])
+    if observer is not None:
+        observer("weight", len(risks), len(risks) + 1)
+    low, middle, high = (risks.get(best + move, np.inf) for move in (-1, 0, 1))
+    bend = low - 2 * middle + high
+    move = (low - high) / (2 * bend) if 0 < bend < np.inf else 0.0
+    return float(noise * 2.0 ** (best + move))
 
 
 def psnr(image: np.ndarray, reference: np.ndarray, peak: float = 255.0) -> float:

@@ -67,6 +67,7 @@ COLOURED = np.zeros((3, 4, 5), np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
 CUT = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x00\x00\x08\x00\x00\x00\x08\x10\x02\x00\x00\x00"
 OF_BERN = partial(read_edges, nodes=IDS)
 OTHER_SHAPE = r"has the shape \(5, 12, 10\), and the scan that it belongs to \(6, 12, 10\)"
+SERIES = partial(read_signal, series=True)
 INDEX = "the ids of the nodes stand in the first one"
 # What is called, the name of the file, what is in it, and what is said.
 REFUSED = [
@@ -94,7 +95,10 @@ REFUSED = [
     (read_edges, "e.csv", "0\n1\n", "has 1 columns; an edge is two node numbers"),
     (read_signal, "y.csv", "node,y\na,1\nb,2\na,3\n", "names the node 'a' in 2 rows; give a node one row"),
     (read_signal, "y.csv", "node\na\nb\n", "has the ids of the nodes but no column of values"),
-    (read_signal, "y.csv", "node,y\na,1\nb,two\n", "cannot read numbers"),
+    (read_signal, "y.csv", "node,y\na,1\nb,two\n", "'two' in the column 'y', row 2 below the heading, is no number"),
+    (SERIES, "y.csv", "date,y\n2020-01-01,1\n1 May,2\n", "has '1 May' in row 2 of the column 'date'"),
+    (SERIES, "y.csv", "t,y\n2020-02-01,1\n2020-01-01,2\n", "in the column 't': sort the rows by it"),
+    (SERIES, "y.csv", "date\n2020-01-01\n", "has dates but no column of values"),
     (read_signal, "y.csv", "NA\n2\n3\n", "in its first row; leave a cell empty where a value is missing"),
     (read_signal, "y.csv", ",rain\n0,1.5\n1,2.5\n2,3.5\n", INDEX),
     (read_signal, "y.parquet", frame("__index_level_0__"), INDEX),
@@ -281,7 +285,7 @@ def test_the_command_denoises_a_scan_with_holes(tmp_path, command):
     assert not output.exists()
     status, out, err = command("denoise", source, "--output", output, "--isotropic", "--missing")
     assert status == 0, err
-    assert "of the least estimated error" in out
+    assert "chosen by SURE, the smallest estimated error" in out
     fitted = nibabel.load(output)
     np.testing.assert_array_equal(fitted.affine, AFFINE)
     assert np.abs(fitted.get_fdata() - clean).mean() < 10

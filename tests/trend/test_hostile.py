@@ -479,7 +479,7 @@ rows(
     (ALONG, {"y": Y - 1, "loss": "poisson"}, "Poisson needs counts"),
     (ESTIMATOR, SAMPLES | COUNTED | {"X": column(0, 1, 1), "y": [1, 4, -1]}, "given y = -1 in row 2 (1 such)"),
     ("labels", {"y": [0.5, 1.5, 1.7]}, "Unknown label type: continuous"),
-    ("denoise", {"image": np.full((5, 5), 7.0), "weight": None}, "noise level of the picture is 0; give weight"),
+    ("denoise", {"image": np.full((5, 5), 7.0), "weight": None}, "noise level of the image is 0; give weight"),
 )
 rows(
     "component",

@@ -28,6 +28,24 @@ def test_noise_goes_and_type_and_range_stay(kind, channels, couple):
     assert psnr(found.image, clean, top) > psnr(noisy, clean, top) + 8
 
 
+def test_colours_are_coupled_and_isotropic_unless_told_otherwise():
+    rows, columns = np.indices((20, 24))
+    clean = 60.0 + 100 * (((rows - 10) ** 2 + (columns - 12) ** 2 < 50)[..., None] * [1, 0.7, -0.5])
+    noisy = np.clip(clean + 20 * np.random.default_rng(0).standard_normal(clean.shape), 0, 255).astype(np.uint8)
+    options = {"isotropic": False, "couple": False}
+    usual, apart = denoise(noisy, 20.0), denoise(noisy, 20.0, **options)
+    np.testing.assert_array_equal(usual.image, denoise(noisy, 20.0, isotropic=True, couple=True).image)
+    assert (usual.isotropic, usual.couple, apart.isotropic, apart.couple) == (True, True, False, False)
+    best, best_apart = (
+        max(psnr(denoise(noisy, weight, **which).image, clean) for weight in (20.0, 28.0, 40.0, 56.0, 80.0))
+        for which in ({}, options)
+    )
+    assert best > best_apart + 1
+    grey = denoise(noisy[..., 0], 20.0)
+    np.testing.assert_allclose(grey.image, apart.image[..., 0], atol=1)
+    assert not grey.isotropic
+
+
 def test_integers_saturate_instead_of_wrapping():
     image = np.full((6, 6), 255, np.uint8)
     image[2, 2] = 0
@@ -56,13 +74,17 @@ def test_the_chosen_weight_is_nearly_the_best(options):
     if options.get("order"):
         clean = 3.0 * np.abs(rows) + 2.0 * columns
     noisy = clean + 20 * rng.standard_normal(clean.shape)
-    found = denoise(noisy, **options)
+    counts = []
+    found = denoise(noisy, **options, observer=lambda what, done, total: counts.append((done, total)))
+    assert [done for done, _ in counts] == list(range(len(counts)))
+    assert 4 <= counts[-1][1] == len(counts) <= 6
     errors = [
         np.mean((denoise(noisy, found.weight * factor, **options).image - clean) ** 2)
         for factor in (0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
     ]
     assert np.mean((found.image - clean) ** 2) <= 1.1 * min(errors)
     assert float(found.solution.gap) <= 1e-4
+    assert abs(found.noise - 20) < 2
     if not options.get("order"):
         assert found.solution.pieces().shape == (48 * 48,)
 

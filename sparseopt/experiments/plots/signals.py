@@ -10,6 +10,7 @@ from sparseopt.experiments.plots import style
 from sparseopt.trend.base.graph import Graph
 
 GROUP_NODES = 400  # a picture of groups with more nodes shows nothing
+MOST_PANELS = 6  # of a signal's channels
 PAD = 0.22  # of a patch around its nodes, in grid steps; patches of a group are at least 0.7 apart
 
 
@@ -64,6 +65,42 @@ def before_and_after(
     for axis, image, caption in zip(axes, (noisy, denoised), captions, strict=True):
         colours = image if image.ndim < 3 else image[..., :3] if image.shape[-1] > 2 else image[..., 0]
         plot_image(np.nan_to_num(colours), axis, title=caption, limits=(0, top))
+    axes[0].figure.savefig(path, dpi=150)
+    plt.close(axes[0].figure)
+
+
+def observed_and_fit(
+    observed: np.ndarray,
+    fit: np.ndarray,
+    names: Sequence[str],
+    path: str | Path,
+    *,
+    times: np.ndarray | None = None,
+    places: str = "node",
+) -> None:
+    """Write a signal and its fit as a figure, a panel for each of the first `MOST_PANELS` channels.
+
+    Args:
+        observed: `[n, channels]`; NaN where missing.
+        fit: `[n, channels]`.
+        names: of the channels.
+        path: of the PNG file.
+        times: ascending `[n]`, numbers or dates; None for a graph, whose nodes stand in the order of their fit.
+        places: what the times are.
+    """
+    import matplotlib.pyplot as plt
+    from matplotlib import dates
+
+    shown = min(len(names), MOST_PANELS)
+    axes = style.axes_or_new(None, shown, 1, (8, 3.2 * shown))
+    dated = times is not None and times.dtype.kind == "M"
+    positions = dates.date2num(times) if dated else times
+    for axis, name, dots, line in zip(axes, names, observed.T, fit.T, strict=False):
+        order = np.argsort(line, kind="stable") if times is None else np.arange(line.size)
+        plot_chain(dots[order], line[order], axis, positions=positions)
+        axis.set(xlabel="nodes, in the order of their fit" if times is None else places, ylabel=name)
+        if dated:
+            axis.xaxis_date()
     axes[0].figure.savefig(path, dpi=150)
     plt.close(axes[0].figure)
 

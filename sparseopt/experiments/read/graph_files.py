@@ -11,7 +11,7 @@ import collections
 import csv
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from sparseopt.experiments.read.tables import TABLE_KINDS, heading_of, is_number
 ID_NAMES, PIECE = ("node", "id"), "piece"
 # A column of a series beside others holds its times if it has one of these names, and increases.
 TIME_NAMES = ("time", "date", "t", "index")
+MICROSECONDS = 24 * 3600 * 10**6  # of a day
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +35,15 @@ class NodeTable:
     nodes_name: str = "node"  # of the column of ids
     times: np.ndarray | None = None  # of the nodes of a series, `[n]`; None where the file has none
     times_name: str = ""  # of their column
+    dates: tuple[str, ...] | None = None  # of the nodes, where the column holds dates; their times are days
 
 
 def read_signal(path: str | Path, series: bool = False) -> NodeTable:
     """A signal with a column a channel; row j belongs to node j.
 
     In a CSV or Parquet file, a first column named `node` or `id` holds the ids of the nodes, numbers or texts; then a
-    last column named `piece`, as `write_fit` adds it, is left out. Of a `series` a column of `TIME_NAMES` holds times.
+    last column named `piece`, as `write_fit` adds it, is left out. Of a `series` a column of `TIME_NAMES` holds times,
+    numbers or dates as in 2020-12-31.
     """
     file = readable(path, "a CSV or NPZ")
     heading = heading_of(file)
@@ -51,21 +54,59 @@ def read_signal(path: str | Path, series: bool = False) -> NodeTable:
             f"{file} has the columns {heading[:8]}: the ids of the nodes stand in the first one, called node or id. "
             "pandas writes its index too: name it node and put it first, or use index=False"
         )
-    if not named:
+    last = len(heading) - (named and len(heading) > 2 and heading[-1] == PIECE)
+    places = range(int(named), last)
+    place = next((index for index in places if series and heading[index].lower() in TIME_NAMES), None)
+    dates = None if place is None else _read_dates(file, place, heading[place])
+    if not named and dates is None:
         return _with_names(read_table(file, ("signal", "y")), heading, series)
-    last = len(heading) - (len(heading) > 2 and heading[-1] == PIECE)
-    if last == 1:
-        raise FileError(f"{file} has the ids of the nodes but no column of values")
-    table, nodes = (
-        read_table(file, columns=tuple(range(1, last))),
-        tuple(read_table(file, columns=(0,), texts=True)[:, 0]),
-    )
-    if len(nodes) != len(table):
-        raise FileError(f"{file} has {len(nodes)} ids and {len(table)} rows of values; leave out comments and blanks")
-    node, count = collections.Counter(nodes).most_common(1)[0]
-    if count > 1:
-        raise FileError(f"{file} names the node {node!r} in {count} rows; give a node one row")
-    return _with_names(table, heading[1:last], series, nodes, heading[0])
+    columns = tuple(index for index in places if dates is None or index != place)
+    if not columns:
+        what = "the ids of the nodes" if named else "dates"
+        raise FileError(f"{file} has {what} but no column of values")
+    table = read_table(file, columns=columns)
+    nodes = tuple(read_table(file, columns=(0,), texts=True)[:, 0]) if named else None
+    for texts, what in ((nodes, "ids"), (dates and dates.dates, "dates")):
+        if texts is not None and len(texts) != len(table):
+            raise FileError(
+                f"{file} has {len(texts)} {what} and {len(table)} rows of values; leave out comments and blanks"
+            )
+    if nodes is not None and (repeated := collections.Counter(nodes).most_common(1)[0])[1] > 1:
+        raise FileError(f"{file} names the node {repeated[0]!r} in {repeated[1]} rows; give a node one row")
+    names, nodes_name = [heading[index] for index in columns], heading[0] if named else "node"
+    found = _with_names(table, names, series and dates is None, nodes, nodes_name)
+    return found if dates is None else dataclasses.replace(found, **dates._asdict())
+
+
+class _Dates(NamedTuple):
+    """The fields of a table that a column of dates gives."""
+
+    times: np.ndarray
+    times_name: str
+    dates: tuple[str, ...]
+
+
+def _read_dates(file: Path, place: int, name: str) -> _Dates | None:
+    """A column of dates, or None if it begins with a number."""
+    texts = tuple(read_table(file, columns=(place,), texts=True)[:, 0])
+    if not texts[0] or is_number(texts[0]):
+        return None
+    days = np.empty(len(texts))
+    for row, text in enumerate(texts):
+        try:
+            days[row] = np.datetime64(text, "us").astype(np.int64) / MICROSECONDS
+        except ValueError:
+            raise FileError(
+                f"{file} has {text!r} in row {row + 1} of the column {name!r}, where the first row is a date: write "
+                "dates as in 2020-12-31 or 2020-12-31T23:59, or leave out the column"
+            ) from None
+    if not (np.diff(days) > 0).all():
+        row = int(np.argmin(np.diff(days) > 0))
+        raise FileError(
+            f"{file} has {texts[row]} and then {texts[row + 1]} in the column {name!r}: sort the rows by it, and give "
+            "a date one row"
+        )
+    return _Dates(days - days[0], name, texts)
 
 
 def _with_names(
@@ -132,7 +173,7 @@ def write_fit(path: str | Path, fit: NodeTable, pieces: np.ndarray | None) -> No
     nodes: Any = range(len(fit.values)) if fit.nodes is None else fit.nodes
     columns: dict[str, list[Any]] = {fit.nodes_name: list(nodes)}
     if fit.times is not None:
-        columns[fit.times_name] = fit.times.tolist()
+        columns[fit.times_name] = list(fit.dates or fit.times.tolist())
     for name, column in zip(fit.names, fit.values.reshape(len(fit.values), -1).T, strict=True):
         columns[name] = column.tolist()
     if pieces is not None:

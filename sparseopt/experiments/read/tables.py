@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ from sparseopt.experiments.read.files import FileError, check_unpacked, npz_arra
 TABLE_KINDS = (".csv", ".parquet", ".npz")
 # How programs write a missing value.
 NOT_THERE = ("na", "n/a", "null", "none", "?", "-")
+# What NumPy says of a text that is no number.
+NO_NUMBER = re.compile(r"could not convert string (.*) to float64 at row (\d+), column (\d+)")
 
 
 def read_table(
@@ -45,18 +48,25 @@ def _read_csv(file: Path, columns: tuple[int, ...], texts: bool) -> np.ndarray:
     with file.open(encoding="utf-8-sig") as stream, warnings.catch_warnings():
         # The caller reports an empty table.
         warnings.filterwarnings("ignore", "loadtxt: input contained no data", UserWarning)
-        return np.loadtxt(
-            _with_blanks(stream, heading) if len(cells) == 1 and not texts else file,
-            dtype=object if texts else np.float64,
-            delimiter=",",
-            skiprows=int(heading),
-            ndmin=2,
-            usecols=columns or None,
-            comments=None if columns or texts else "#",  # an id may have one
-            quotechar='"',
-            converters=str.strip if texts else lambda cell: float(cell or "nan"),
-            encoding="utf-8-sig",
-        )
+        try:
+            return np.loadtxt(
+                _with_blanks(stream, heading) if len(cells) == 1 and not texts else file,
+                dtype=object if texts else np.float64,
+                delimiter=",",
+                skiprows=int(heading),
+                ndmin=2,
+                usecols=columns or None,
+                comments=None if columns or texts else "#",  # an id may have one
+                quotechar='"',
+                converters=str.strip if texts else lambda cell: float(cell or "nan"),
+                encoding="utf-8-sig",
+            )
+        except ValueError as error:
+            if (found := NO_NUMBER.match(str(error))) is None:
+                raise
+            text, row, column = found[1], int(found[2]) + 1, int(found[3])
+            where = f"the column {cells[column - 1]!r}, row {row} below the heading" if heading else f"row {row}"
+            raise ValueError(f"{text} in {where}, is no number: leave out columns of texts") from error
 
 
 def _with_blanks(lines: Iterable[str], heading: bool) -> Iterator[str]:

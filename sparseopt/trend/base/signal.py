@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.core.base.arguments import real_array, require_memory, whole_number
+from sparseopt.core.base.compile import Jitted
 from sparseopt.core.base.types import precision
 from sparseopt.core.operators.differences import Difference
 from sparseopt.core.operators.normal_solves import LONGEST_FREE_AXIS
@@ -308,13 +309,17 @@ def noise_level(y: Any, graph: Graph, order: int = 0, node_weights: Any = None, 
     return signal_noise(signal, graph_at(graph, order), order)
 
 
+# As one program: operation by operation it would be twenty.
+_rows = Jitted(lambda difference, x: difference.mv(x))
+
+
 def signal_noise(signal: Signal, graph: Graph, order: int) -> float:
     """`noise_level` of a checked signal."""
     values = signal.columns
     if signal.weights is None and not graph.free:
         with precision(np.dtype(np.float64)):
             on_nodes = jnp.asarray(values.reshape(*graph.node_shape, -1))
-            rows = np.asarray(Difference(graph.base(np.float64), order + 1).mv(on_nodes))
+            rows = np.asarray(_rows(Difference(graph.base(np.float64), order + 1), on_nodes))
         squares = graph.sums(order + 1).row_squares
         if graph.shape is not None and order % 2 == 0:
             rows, squares = edge_rows(rows, graph.shape), edge_rows(squares, graph.shape)
