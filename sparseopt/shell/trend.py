@@ -193,8 +193,9 @@ def trend(
     options: dict[str, Any] = {"missing": absent, "loss": family}
     start = time.perf_counter()
     if rule is not None:
-        with console.waiting(f"choosing the weight {RULES[rule]}: {place}"):
-            level = _chosen_weight(rule, (y, network, template, order), options | {"method": method})
+        with console.waiting(f"choosing the weight {RULES[rule]}: {place}") as observer:
+            choice = options | {"method": method, "observer": observer}
+            level = _chosen_weight(rule, (y, network, template, order), choice)
     else:
         level = float(str(weight))
     with console.waiting(f"fitting {place}, weight {level:.3g}"):

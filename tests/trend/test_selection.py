@@ -247,7 +247,9 @@ def test_deviances_of_counts_are_chosen_by_their_own_dispersion():
 
 @pytest.mark.thorough
 def test_held_out_counts_are_judged_by_their_deviance():
-    chosen = cross_validate(COUNTS, CHAIN, num=4, folds=2, loss="poisson")
+    heard: list[tuple[str, int, int]] = []
+    chosen = cross_validate(COUNTS, CHAIN, num=4, folds=2, loss="poisson", observer=lambda *each: heard.append(each))
+    assert heard == [("weight", done, 3 * 4) for done in range(3 * 4)]  # of the path of all nodes and of both folds
     held = chosen.folds == 1
     kept = np.where(held, 0.0, 1.0)
     fit = trend_path(COUNTS, CHAIN, weights=chosen.path.weights, node_weights=kept, loss="poisson").values[2]

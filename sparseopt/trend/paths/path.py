@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from sparseopt.core.base.arguments import class_or_function, is_positive, real_array, require_memory, whole_number
-from sparseopt.core.base.types import precision
+from sparseopt.core.base.types import Observer, precision
 from sparseopt.core.losses.scalar import ScalarLoss, check_scalar_loss
 from sparseopt.core.penalties.entries import L1, MCP, SCAD
 from sparseopt.core.penalties.groups import GroupL2
@@ -150,6 +150,7 @@ def trend_path(
     missing: str = "error",
     dtype: Any = None,
     loss: Any = "square",
+    observer: Observer | None = None,
 ) -> TrendPath:
     """Trend-filter fits along falling weights, from the one that leaves only the component means to nearly the signal.
 
@@ -171,6 +172,7 @@ def trend_path(
         missing: as in `trend_filter`.
         dtype: as in `trend_filter`.
         loss: as in `trend_filter`; the first fit is then the best constant of every component.
+        observer: called with "weight", the number of finished levels and the number of levels, before each level.
 
     Returns:
         A `TrendPath`; it holds every fit, so it needs the memory of `num` signals.
@@ -210,7 +212,7 @@ def trend_path(
     job = job.at(given[0])
     noise = signal_noise(signal, graph, k) if square else math.nan
     with precision(job.dtype):
-        fits = descend(job, given, first)
+        fits = descend(job, given, first, observer)
     columns, mass, seen = signal.columns, signal.mass[:, None], None if signal.weights is None else signal.weights > 0
     values, flat = fits.value.reshape(num, *signal.shape), fits.value.reshape(num, *columns.shape)
     freedom = partial(freedom_of_levels, fits.nonzero, graph, k, seen, columns.shape[1])

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from sparseopt.core.base.arguments import is_positive, unknown, whole_number
+from sparseopt.core.base.types import Observer
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.problem.problem import Status
 from sparseopt.trend.base.graph import Graph
@@ -251,13 +252,21 @@ def cross_validate(
     signal = check_signal(y, graph, check_order(order), node_weights, missing, options.get("dtype"))
     level, columns = signal.mass, signal.columns
     held = random_folds(graph, level > 0, folds, seed)
-    folds = int(folds)
-    path = trend_path(y, graph, penalty, order, node_weights=node_weights, missing=missing, **options)
+    folds, observer = int(folds), options.pop("observer", None)
+
+    def part(paths: int) -> Observer | None:
+        """The observer of one path, after some finished ones."""
+        if observer is None:
+            return None
+        return lambda what, done, total: observer(what, paths * total + done, (folds + 1) * total)
+
+    path = trend_path(y, graph, penalty, order, node_weights=node_weights, missing=missing, observer=part(0), **options)
     options["weights"] = path.weights
     errors, statuses = np.empty((folds, len(path))), np.empty((folds, len(path)), np.int32)
     for fold in range(folds):
         out = held == fold
-        fit = trend_path(signal.values, graph, penalty, order, node_weights=np.where(out, 0, level), **options)
+        options |= {"node_weights": np.where(out, 0, level), "observer": part(fold + 1)}
+        fit = trend_path(signal.values, graph, penalty, order, **options)
         found = node_deviances(fit.loss, fit.values.reshape(len(fit), *columns.shape)[:, out], columns[out])
         errors[fold], statuses[fold] = np.average(found.mean(axis=-1), axis=1, weights=level[out]), fit.statuses
     _require_finite(statuses, "the folds (fold, level)")

@@ -4,6 +4,8 @@ The first level is the one whose answer is known: the component means, or for a 
 """
 
 import dataclasses
+import itertools
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,6 +15,7 @@ import numpy as np
 
 from sparseopt.core.base.compile import Jitted
 from sparseopt.core.base.sums import total
+from sparseopt.core.base.types import Observer
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.penalties.protocols import feasible, has_conjugate
 from sparseopt.core.problem.certify import judge
@@ -38,31 +41,39 @@ SMALLEST_TABLE = 4096
 # pieces were good enough at 30 to 70 times; a later level uses what the one before it needed.
 FIRST_STOP = 30.0
 
+Begin = Callable[[], None]  # called before each level
 
-def descend(job: Job, weights: np.ndarray, first: NullFit | None) -> TrendSolution:
+
+def descend(job: Job, weights: np.ndarray, first: NullFit | None, observer: Observer | None = None) -> TrendSolution:
     """The fits at descending weights, stacked, as NumPy arrays, without states and duals.
 
     The job, whose dtype must be enabled, has the penalty of the first weight, and `tol` and `max_steps` of each level.
-    Rows are in the layout of `graph.base`. `first` is the proof that the
-    means are the fit at the first weight, or None. Fit and dual are piecewise linear functions of the weight, so a
-    level starts from the line through the last two fits. All levels share one compiled program.
+    Rows are in the layout of `graph.base`. `first` is the proof that the means are the fit at the first weight, or
+    None. Fit and dual are piecewise linear functions of the weight, so a level starts from the line through the last
+    two fits. All levels share one compiled program. The observer hears "weight" before each.
     """
     # The pieces of the exact fits of a chain only merge as the weight grows; a spacing weighs its differences.
     merges = job.graph.is_chain and job.graph.spacing is None and job.order == 0 and job.is_l1
     if job.square and merges and job.dtype == np.float64 and (job.method is None or job.method.merges):
         return _by_merging(job, weights)
+    done = itertools.count()
+
+    def begin() -> None:
+        if observer is not None:
+            observer("weight", next(done), len(weights))
+
     by = _by_solver if job.square else _by_loss
-    levels = jax.device_get(by(job, weights, first))
+    levels = jax.device_get(by(job, weights, first, begin))
     return jax.tree.map(lambda *parts: np.stack(parts), *levels)
 
 
-def _by_solver(job: Job, weights: np.ndarray, first: NullFit | None) -> list[TrendSolution]:
+def _by_solver(job: Job, weights: np.ndarray, first: NullFit | None, begin: Begin) -> list[TrendSolution]:
     """The levels of the square loss, one after another, each started from the last two."""
     order, max_steps = job.order, job.max_steps
     method = choose_for_path(job)
     proof = None if first is None else first.dual if job.channels else first.dual[..., 0]
     if method.on_host:
-        return _by_interior(job, weights, proof)
+        return _by_interior(job, weights, proof, begin)
     early, means = FIRST_STOP, has_means(job)
     working = in_float32(job) if means and is_short(job, method) else job
     kind, plan = working.dtype, method.plan(working).pace(working)
@@ -71,6 +82,7 @@ def _by_solver(job: Job, weights: np.ndarray, first: NullFit | None) -> list[Tre
     data, start = _first(plan, working.at(weights[0]).rows, *working.arrays, proof, working.first())
     older, found = start, list[TrendSolution]()
     for index, weight in enumerate(weights):
+        begin()
         penalty = working.at(weight).rows
         last, before = weights[max(index - 1, 0)], weights[max(index - 2, 0)]
         ahead = min((last - weight) / (before - last), 1.0) if before > last else 0.0
@@ -113,10 +125,11 @@ def _first(plan: Plan, penalty: Any, y: Any, weights: Any, proof: Any, last: Any
     return data, dataclasses.replace(start, rho=rho)
 
 
-def _by_loss(job: Job, weights: np.ndarray, _: Any) -> list[TrendSolution]:
+def _by_loss(job: Job, weights: np.ndarray, _: Any, begin: Begin) -> list[TrendSolution]:
     """The levels with a loss, each started at the last one; the best constants are tried as the fit of each."""
     levels, last, best = list[TrendSolution](), None, best_constants(job)
     for weight in weights:
+        begin()
         fit = fit_loss(dataclasses.replace(job.at(weight), start=last), best)
         levels.append(dataclasses.replace(fit, state=None, dual=None))
         # A known fit, as without any difference in the data, has no dual to start from.
@@ -185,7 +198,7 @@ def _merged(ground: Ground, y: Any, node_weights: Any, weights: Any, fits: Any, 
     return jax.lax.map(judge_at, (weights, fits))
 
 
-def _by_interior(job: Job, weights: np.ndarray, proof: Any) -> list[TrendSolution]:
+def _by_interior(job: Job, weights: np.ndarray, proof: Any, begin: Begin) -> list[TrendSolution]:
     """The levels with the interior point method, which starts cold but orders its factors only once.
 
     At order 0, Doge-ADMM started from the last of them is faster for weaker levels.
@@ -194,13 +207,14 @@ def _by_interior(job: Job, weights: np.ndarray, proof: Any) -> list[TrendSolutio
     if job.order == 0 and job.method is None:
         strong = weights[weights * job.strength > STRONG_LEVEL * weights[0]]
     for index, weight in enumerate(strong):
+        begin()
         here = job.at(weight)
         fit = solver.null_fit(here.rows, proof) if index == 0 and proof is not None else solver.fit(here.rows)
         fit = unless_rounded(here, fit)
         levels.append(dataclasses.replace(fit, state=None, dual=None))
     if strong.size < weights.size:
         rest = dataclasses.replace(job, method=Doge(), start=start_at(fit) if levels else None)
-        levels += _by_solver(rest, weights[strong.size :], None)
+        levels += _by_solver(rest, weights[strong.size :], None, begin)
     return levels
 
 
