@@ -9,8 +9,10 @@ import os
 import shlex
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from glob import escape as exactly
 from pathlib import Path
 from typing import Any, Literal, TextIO, cast
 
@@ -29,6 +31,9 @@ from rich.table import Table
 
 from sparseopt.system.files import write_whole
 from sparseopt.system.machine import format_bytes
+from sparseopt.system.run_folder import LOCK
+
+NOTHING = "stopped; nothing was written"
 
 
 class Outlet:
@@ -114,6 +119,46 @@ def _wrapped(line: str, width: int) -> str:
     """A line as lines of its indentation; rich would break long words or none."""
     indent = " " * (len(line) - len(line.lstrip()))
     return textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+class Stop:
+    """What Ctrl-C leaves behind, in the words of the command that runs. They are said once."""
+
+    def __init__(self) -> None:
+        self.asked, self._lock = False, threading.Lock()
+        self.begin(lambda: NOTHING)
+
+    def begin(self, words: Callable[[], str]) -> None:
+        """A command begins, which would say these words; it may change them."""
+        self.words, self._said = words, False
+
+    def say(self) -> None:
+        """Say the words, below the bars of a terminal, whose cursor is shown again."""
+        with self._lock:
+            if not self._said:
+                self._said = True
+                console.show_cursor()
+                say("\n" * errors.is_terminal + self.words(), errors)
+
+
+stop = Stop()
+
+
+def left_in(output: Path | None, since: float) -> str:
+    """What a command has written since that time, in seconds, into its output folder or file, or beside the file."""
+
+    def is_new(file: Path) -> bool:
+        # A file may go meanwhile.
+        with contextlib.suppress(OSError):
+            return file.is_file() and file.stat().st_mtime >= since and not file.name.startswith((".", LOCK))
+        return False
+
+    if output is None:
+        return NOTHING
+    near = output.rglob("*") if output.is_dir() else output.parent.glob(f"{exactly(output.stem)}*")
+    found = [str(file) for file in sorted(near) if is_new(file)]
+    shown = ", ".join(found) if len(found) < 5 else f"{len(found)} files in {output}"
+    return f"stopped; what was written stays: {shown}" if found else NOTHING
 
 
 def command_line() -> str:

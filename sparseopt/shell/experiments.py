@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sparseopt.shell import options
-from sparseopt.shell.console import command_line, console, errors, say, write_page
+from sparseopt.shell.console import command_line, console, say, stop, write_page
 
 if TYPE_CHECKING:
     from sparseopt.experiments.report import Section
@@ -101,15 +101,12 @@ def run(
 
 
 def _executed(planned: "Sequence[Planned]", work: "Callable[..., list[Outcome]]") -> "list[Outcome]":
-    """The outcomes of runs whose progress is shown; Ctrl-C ends the command."""
+    """The outcomes of runs whose progress is shown."""
     from sparseopt.shell.show_experiments import SweepProgress
 
-    try:
-        with SweepProgress(len(planned)) as progress:
-            return work(observer=progress.observer, ended=progress.ended)
-    except KeyboardInterrupt:
-        say("\nstopped; the same command continues with what is missing", errors)
-        raise typer.Exit(130) from None
+    stop.words = lambda: "stopped; the same command continues with what is missing"
+    with SweepProgress(len(planned)) as progress:
+        return work(observer=progress.observer, ended=progress.ended)
 
 
 def report(

@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from sparseopt.shell import console
-from sparseopt.shell.options import AsJson, FollowLinks, Source, machine_option, takes_recipe
+from sparseopt.shell.options import AsJson, FollowLinks, Source, machine_option, opened, takes_recipe
 from sparseopt.system.machine import format_bytes, parse_bytes, working_memory_bytes
 
 if TYPE_CHECKING:  # its package needs flax
@@ -38,15 +38,13 @@ def inspect(
     """What a model is, what pruning it would zero, and how much memory that takes. Reads headers only, unless asked to
     measure the time.
     """
-    from sparseopt.models import open_source
     from sparseopt.pruning import Recipe
     from sparseopt.pruning.inspection import inspect_model
 
     device = None if device_memory is None else parse_bytes(device_memory)
     limit = (device or working_memory_bytes()) if memory is None else parse_bytes(memory)
     recipe = Recipe(**options)
-    opened = open_source(source, follow_links=follow_links)
-    found = inspect_model(opened, recipe, measure=measure, device_memory=device)
+    found = inspect_model(opened(source, follow_links), recipe, measure=measure, device_memory=device)
     if as_json:
         typer.echo(json.dumps(found.as_dict()))
         return

@@ -1,6 +1,7 @@
 """The commands `prune`, `shrink`, `eval`, `pack` and `unpack`."""
 
 import contextlib
+import functools
 import json
 import math
 import signal
@@ -12,8 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from sparseopt.shell import console, options
+from sparseopt.system.run_folder import RUN
 
 if TYPE_CHECKING:
+    from sparseopt.models import Source
     from sparseopt.pruning import Recipe, ShrinkRecipe
     from sparseopt.pruning.recipe.pass_recipe import PassRecipe
 
@@ -62,10 +65,11 @@ def makes_models(
                 varied = [name for name in several if len({getattr(each, name) for each in recipes}) > 1]
                 named = "{1:g}" if len(several) == 1 else "{0}-{1:g}"
                 names = ["-".join(named.format(name, getattr(each, name)) for name in varied) for each in recipes]
+                plans = [(each, output_named(output, name)) for each, name in zip(recipes, names, strict=True)]
+                opened = options.opened(source, follow_links)
                 for line in choice_lines(recipes[0], given):
                     console.say(line)
-                plans = [(each, output_named(output, name)) for each, name in zip(recipes, names, strict=True)]
-                code = run_pass(source, plans, title(recipes), memory, chosen, follow_links)
+                code = run_pass(opened, plans, title(recipes), memory, chosen)
             if code:
                 raise typer.Exit(code)
 
@@ -136,42 +140,28 @@ def choice_lines(recipe: "PassRecipe", typed: Mapping[str, Any]) -> list[str]:
 
 
 def run_pass(
-    source: str,
+    opened: "Source",
     plans: "Sequence[tuple[PassRecipe, Path]]",
     title: str,
     memory: str | None,
     devices: int | Literal["all"] | None,
-    follow_links: bool = False,
 ) -> int:
     """Make the models of one pass, each into its output, and show its progress and their figures.
 
     Returns:
-        The exit status: 0; 130 after Ctrl-C; `RESUMABLE` after SIGTERM.
+        The exit status: 0, or `RESUMABLE` after SIGTERM.
     """
-    from sparseopt.models import open_source
     from sparseopt.pruning import Stopped, prune_models
     from sparseopt.pruning.run.output_form import run_folder_of
     from sparseopt.shell.prune_progress import PruneProgress
     from sparseopt.shell.show_pruning import show_report
-    from sparseopt.system.processes import count, is_first
+    from sparseopt.system.processes import is_first
 
-    # Opened before the bar starts, because a download shows its own.
-    opened = open_source(source, follow_links=follow_links)
+    console.stop.words = functools.partial(kept, [run_folder_of(output.expanduser()) for _, output in plans])
     slow = plans[0][0].effort in ("good", "most")
     try:
         with stop_asked() as stop, PruneProgress(title, faster=slow) as progress:
             reports = prune_models(opened, plans, observer=progress, stop=stop, memory=memory, devices=devices)
-    except KeyboardInterrupt:
-        if count() > 1:
-            raise
-        folders = [run_folder_of(output.expanduser()) for _, output in plans]
-        shards = [shard for folder in folders for shard in folder.glob("*-*") if shard.suffix in SHARDS]
-        console.say(
-            f"\nstopped: {len(shards)} finished shards in {', '.join(map(str, folders))} are whole and stay there. "
-            f"Run the same command again to resume after them",
-            console.errors,
-        )
-        return 130
     except Stopped as stopped:
         if is_first():
             console.say(f"\n{stopped}", console.errors)
@@ -180,6 +170,17 @@ def run_pass(
     for report in reports:
         show_report(report)
     return 0
+
+
+def kept(folders: Sequence[Path]) -> str:
+    """What Ctrl-C leaves of runs in these folders."""
+    if not any((folder / RUN).is_file() for folder in folders):
+        return console.NOTHING
+    shards = [shard for folder in folders for shard in folder.glob("*-*") if shard.suffix in SHARDS]
+    return (
+        f"stopped: {len(shards)} finished shards in {', '.join(map(str, folders))} are whole and stay there. "
+        "Run the same command again to resume after them"
+    )
 
 
 @contextlib.contextmanager
@@ -211,7 +212,7 @@ def evaluate(
     **given: Any,
 ) -> None:
     """Token-level perplexity of a model, and the exact sparsity of its linears."""
-    from sparseopt.models import check_window, open_any, open_source
+    from sparseopt.models import check_window, open_any
     from sparseopt.pruning import Recipe, audit_pattern, audit_sparsity, perplexity
     from sparseopt.pruning.run.layer_patterns import layer_shares
     from sparseopt.pruning.text.documents import part_of_text
@@ -219,7 +220,7 @@ def evaluate(
 
     if sparsity is not None and pattern is None:
         raise ValueError("--sparsity is that of a pattern to check: give --pattern too, as in --pattern unstructured")
-    opened = open_any(open_source(model, follow_links=follow_links))
+    opened = open_any(options.opened(model, follow_links))
     reading = {name: given.pop(name) for name in options.READING if name in given}
     chosen = layer_shares(opened, Recipe(**given))
     check_window(seqlen, opened.config.max_positions)
