@@ -24,10 +24,11 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     SpinnerColumn,
+    Task,
     TextColumn,
-    TimeElapsedColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from sparseopt.system.files import write_whole
 from sparseopt.system.machine import format_bytes
@@ -176,11 +177,18 @@ def write_page(file: Path, page: Callable[[str], str]) -> None:
         say(f"report: {file}")
 
 
+class Elapsed(ProgressColumn):
+    """The time since the start, written as the time left is."""
+
+    def render(self, task: Task) -> Text:
+        return Text(duration(task.finished_time or task.elapsed or 0))
+
+
 @contextmanager
 def waiting(title: str) -> Iterator[None]:
     """Show that a long call is running: a spinner and the time on a terminal, one line elsewhere."""
     with Progress(
-        SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn(), console=console,
+        SpinnerColumn(), TextColumn("{task.description}", markup=False), Elapsed(), console=console,
         transient=True, disable=not console.is_terminal,
     ) as bar:  # fmt: skip
         bar.add_task(title, total=None)
@@ -212,7 +220,7 @@ def counting_bar(place: Console, *more: ProgressColumn) -> Progress:
     """Progress bars with counts, the time and further columns; nothing if the place is not a terminal."""
     return Progress(
         TextColumn("{task.description}", "bold", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(),
-        TimeElapsedColumn(), *more, console=place, disable=not place.is_terminal,
+        Elapsed(), *more, console=place, disable=not place.is_terminal,
     )  # fmt: skip
 
 

@@ -125,10 +125,11 @@ def prune_lines(found: "Inspection", memory_bytes: int) -> list[str]:
         lines.insert(0, f"{stays:,} weights of linears are not to be pruned and stay as they are")
     parts, variants = console.bytes_by_size(estimate.memory[estimate.peak_phase]), recipe["variants"]
     windows = f"{recipe['windows']} + {recipe['heldout_windows']} windows of {recipe['seqlen']} tokens"
-    lines.append(
+    lines += [
         f"estimated memory of `sparseopt prune` with {windows}{f' and {variants} variants' * bool(variants)}: "
-        f"{format_bytes(estimate.peak_memory_bytes)}, in phase {estimate.peak_phase} ({', '.join(parts)})"
-    )
+        f"{format_bytes(estimate.peak_memory_bytes)}, in phase {estimate.peak_phase}",
+        *(f"  {part}" for part in parts),
+    ]
     if estimate.solve_blocks > 1:
         lines.append(f"its largest layers are solved by up to {estimate.solve_blocks} blocks of their outputs")
     lines.append(

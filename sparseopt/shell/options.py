@@ -62,6 +62,7 @@ PassDevices = Annotated[
     machine_option("Devices to work on: a number, or all. Default: one; in several processes all."),
 ]
 ManyDevices = Annotated[str | None, machine_option("Devices to work on: a number, or all. Default: one.")]
+Log = Annotated[str | None, machine_option("Log the run in a tracker too: mlflow or wandb, which must be installed.")]
 Distributed = Annotated[
     bool,
     machine_option(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from sparseopt.experiments.tracking import Tracked, check_tracker
 from sparseopt.shell import console, options
 from sparseopt.system.run_folder import RUN
 
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
 RESUMABLE = 75
 # Endings of the shards of an unfinished run.
 SHARDS = (".safetensors", ".gguf")
+# Of a finished run's summary, what a tracker gets besides perplexities.
+LOGGED = (
+    "sparsity", "total_sparsity", "mean_relative_error", "mean_heldout_error", "mean_grid_error", "seconds",
+    "peak_memory_bytes", "stored_bytes",
+)  # fmt: skip
 
 
 def makes_models(
@@ -54,9 +60,11 @@ def makes_models(
             coordinator: options.Coordinator = None,
             processes: options.Processes = None,
             process_id: options.ProcessId = None,
+            log: options.Log = None,
             follow_links: options.FollowLinks = False,
             **given: Any,
         ) -> None:
+            check_tracker(log)
             chosen = options.number_of_devices(devices)
             with options.cooperating(distributed, coordinator, processes, process_id):
                 from sparseopt import pruning
@@ -69,7 +77,7 @@ def makes_models(
                 opened = options.opened(source, follow_links)
                 for line in choice_lines(recipes[0], given):
                     console.say(line)
-                code = run_pass(opened, plans, title(recipes), memory, chosen)
+                code = run_pass(opened, plans, title(recipes), memory, chosen, log)
             if code:
                 raise typer.Exit(code)
 
@@ -145,8 +153,9 @@ def run_pass(
     title: str,
     memory: str | None,
     devices: int | Literal["all"] | None,
+    log: str | None,
 ) -> int:
-    """Make the models of one pass, each into its output, and show its progress and their figures.
+    """Make the models of one pass, each into its output, and show and log its progress and their figures.
 
     Returns:
         The exit status: 0, or `RESUMABLE` after SIGTERM.
@@ -159,17 +168,37 @@ def run_pass(
 
     console.stop.words = functools.partial(kept, [run_folder_of(output.expanduser()) for _, output in plans])
     slow = plans[0][0].effort in ("good", "most")
-    try:
-        with stop_asked() as stop, PruneProgress(title, faster=slow) as progress:
-            reports = prune_models(opened, plans, observer=progress, stop=stop, memory=memory, devices=devices)
-    except Stopped as stopped:
-        if is_first():
-            console.say(f"\n{stopped}", console.errors)
-        return RESUMABLE
+    with Tracked(log if is_first() else None, title, parameters(opened.name, plans)) as tracked:
+        try:
+            with stop_asked() as stop, PruneProgress(title, faster=slow) as progress:
 
-    for report in reports:
-        show_report(report)
+                def observe(*event: Any) -> None:
+                    progress(*event)
+                    tracked(*event)
+
+                reports = prune_models(opened, plans, observer=observe, stop=stop, memory=memory, devices=devices)
+        except Stopped as stopped:
+            if is_first():
+                console.say(f"\n{stopped}", console.errors)
+            return RESUMABLE
+        for report in reports:
+            page, summary = show_report(report), report.summary()
+            figures = {name: summary[name] for name in LOGGED}
+            for number, score in enumerate(report.scores, 1):
+                figures |= {f"perplexity_{number}_before": score.before, f"perplexity_{number}_after": score.after}
+            prefix = f"{report.output.name}/" if len(reports) > 1 else ""
+            tracked.log({prefix + name: value for name, value in figures.items()})
+            tracked.keep(page)
     return 0
+
+
+def parameters(source: str, plans: "Sequence[tuple[PassRecipe, Path]]") -> dict[str, Any]:
+    """What a pass is logged with: the source, and the fields of its recipes; a list where they differ."""
+    fields = [{"source": source} | recipe.model_dump(mode="json", exclude_none=True) for recipe, _ in plans]
+    return {
+        name: value if all(each.get(name) == value for each in fields) else [each.get(name) for each in fields]
+        for name, value in fields[0].items()
+    }
 
 
 def kept(folders: Sequence[Path]) -> str:

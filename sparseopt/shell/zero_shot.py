@@ -86,7 +86,7 @@ def task_progress() -> Iterator[Observer]:
         if not console.errors.is_terminal and 10 * done // total > tenth:
             tenth, spent = 10 * done // total, time.perf_counter() - start
             left = spent / done * (total - done)
-            line = f"{title}: {100 * done // total} %, {spent:.0f} s, {left:.0f} s left"
+            line = f"{title}: {100 * done // total} %, {console.duration(spent)}, {console.duration(left)} left"
             console.say(line, console.errors)
 
     try:

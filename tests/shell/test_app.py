@@ -106,7 +106,7 @@ def test_a_missing_extra_is_named_with_its_remedy(monkeypatch, command):
         monkeypatch.delitem(sys.modules, name)
     status, _, err = command("zero-shot", "model", "--tasks", "arc_easy")
     assert (status, "pip install 'sparseopt[eval]'" in err) == (2, True), err
-    monkeypatch.setattr(cli, "app", lambda: __import__("importlib").import_module("tifffile.absent_part"))
+    monkeypatch.setattr(cli, "app", lambda **_: __import__("importlib").import_module("tifffile.absent_part"))
     status, _, err = command("denoise")
     assert (status, "pip install 'sparseopt[images]'" in err) == (2, True), err
 
