@@ -207,7 +207,7 @@ def _run() -> None:
     except UsageError as error:
         # Without an argument, typer has shown the help.
         if text := error.format_message():
-            say(f"error: {text[0].lower()}{text[1:]} See {error.ctx.command_path} --help", errors)
+            say(f"error: {text[0].lower()}{text[1:].rstrip('.')}. See {error.ctx.command_path} --help", errors)
         sys.exit(2)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]

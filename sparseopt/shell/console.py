@@ -105,8 +105,14 @@ def _open_nowhere(number: int) -> None:
 
 
 hold_streams()
-console = Console(file=cast(Any, Outlet("stdout")), highlight=False, emoji=False)
-errors = Console(file=cast(Any, Outlet("stderr")), highlight=False, emoji=False)
+
+
+def console_of(name: Literal["stdout", "stderr"]) -> Console:
+    """A console of its own on a stream."""
+    return Console(file=cast(Any, Outlet(name)), highlight=False, emoji=False)
+
+
+console, errors = console_of("stdout"), console_of("stderr")
 
 
 def say(text: str, place: Console = console) -> None:
@@ -138,8 +144,10 @@ class Stop:
         with self._lock:
             if not self._said:
                 self._said = True
-                console.show_cursor()
-                say("\n" * errors.is_terminal + self.words(), errors)
+                # Not through a console that shows bars: it would draw them again below the words.
+                place = console_of("stderr")
+                place.show_cursor()
+                say("\n" * place.is_terminal + self.words(), place)
 
 
 stop = Stop()

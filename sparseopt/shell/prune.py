@@ -206,8 +206,11 @@ def kept(folders: Sequence[Path]) -> str:
     if not any((folder / RUN).is_file() for folder in folders):
         return console.NOTHING
     shards = [shard for folder in folders for shard in folder.glob("*-*") if shard.suffix in SHARDS]
+    where = ", ".join(map(str, folders))
+    if not shards:
+        return f"stopped: no shard in {where} is finished yet. Run the same command again"
     return (
-        f"stopped: {len(shards)} finished shards in {', '.join(map(str, folders))} are whole and stay there. "
+        f"stopped: {len(shards)} finished shards in {where} are whole and stay there. "
         "Run the same command again to resume after them"
     )
 
