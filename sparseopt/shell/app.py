@@ -151,12 +151,13 @@ def stopped_in_time() -> Iterator[None]:
     signals, came = os.pipe()
     os.set_blocking(came, False)
     threading.Thread(target=_end_in_time, args=(signals,), daemon=True).start()
-    before = signal.signal(signal.SIGINT, _interrupt), signal.set_wakeup_fd(came, warn_on_full_buffer=False)
     stop.asked = False
+    before = signal.signal(signal.SIGINT, _interrupt), signal.set_wakeup_fd(came, warn_on_full_buffer=False)
     try:
         yield
     finally:
         if stop.asked:
+            stop.say()
             # The end of an interpreter with large arrays takes seconds. All that was said has been flushed.
             os._exit(STOPPED)
         signal.signal(signal.SIGINT, before[0])
@@ -173,13 +174,13 @@ def _interrupt(*_: Any) -> None:
 
 def _end_in_time(signals: int) -> None:
     with open(signals, "rb", buffering=0) as stream:
-        while (one := stream.read(1)) and one[0] != signal.SIGINT:
-            pass
-        if not one:
-            return
+        pressed = bytes([signal.SIGINT])
+        while (one := stream.read(1)) != pressed:
+            if not one:
+                return
         end = time.monotonic() + GRACE
         while (left := end - time.monotonic()) > 0 and select.select([stream], [], [], left)[0]:
-            if stream.read(1)[0] == signal.SIGINT:
+            if stream.read(1) == pressed:
                 break
     try:
         processes.stop(stop.words())

@@ -87,7 +87,8 @@ class Command(TyperCommand):
 
     def invoke(self, context: Any) -> Any:
         output = context.params.get("output")
-        console.stop.begin(functools.partial(console.left_in, output and output.expanduser(), time.time()))
+        place = None if output is None else Path(os.path.expanduser(output))
+        console.stop.begin(functools.partial(console.left_in, place, time.time()))
         return super().invoke(context)
 
 
@@ -143,7 +144,7 @@ def opened(source: str, follow_links: bool) -> "ModelSource":
     from sparseopt.models import open_source
 
     words = console.stop.words
-    if not Path(source).expanduser().exists():
+    if not os.path.exists(os.path.expanduser(source)):
         console.stop.words = lambda: "stopped; files that were fetched stay in the cache of the hub"
     found = open_source(source, follow_links=follow_links)
     console.stop.words = words

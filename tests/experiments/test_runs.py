@@ -162,7 +162,7 @@ def test_the_finished_runs_of_a_sweep_are_logged_once(tmp_path, run, trackers):
     assert told[0][1] == {"run_name": "scale=1"}
     assert told[1][1][0]["scale"] == 1.0
     summary = json.loads((tmp_path / "runs/toy/scale=1/summary.json").read_text())
-    assert told[2][1][0] == {name: each["mean"] for name, each in summary["figures"].items() if "mean" in each}
+    assert told[2][1][0] == {name: each["mean"] for name, each in summary["figures"].items() if isinstance(each, dict)}
     assert "A toy" in whole_page(tmp_path / "runs/toy/scale=1/report.html").words
 
 

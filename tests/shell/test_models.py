@@ -269,6 +269,8 @@ def test_ctrl_c_keeps_finished_shards_and_says_how_to_go_on(tmp_path, prune, shr
     shards = [f"model-{part}.safetensors" for part in ("block-0000", "block-0001", "outer")]
     assert sorted(f.name for f in (tmp_path / "pruned").glob("*.safetensors")) == shards
     assert len((tmp_path / "pruned" / "records.jsonl").read_text().splitlines()) == 15
+    status, _, err = command("eval", tmp_path / "pruned")
+    assert (status, "holds an unfinished run: start the same command again" in err) == (2, True)
     interrupt(1)
     status, _, err = shrink("--channels", "0.75,0.5", "--multiple", 8, "--method", "wanda", using=command)
     assert status == 130
