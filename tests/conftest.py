@@ -117,3 +117,21 @@ def command(monkeypatch, capsys):
         return status, re.sub(r"\s+", " ", shown.out), re.sub(r"\s+", " ", shown.err)
 
     return run
+
+
+@pytest.fixture
+def trackers(monkeypatch):
+    """What mlflow and wandb are told, each a list of (what, arguments); neither needs to be installed."""
+
+    class Told(list):
+        def __getattr__(self, name):
+            def call(*given, **named):
+                self.append((name, given or named))
+                return self
+
+            return call
+
+    told = {"mlflow": Told(), "wandb": Told()}
+    for name, tracker in told.items():
+        monkeypatch.setitem(sys.modules, name, tracker)
+    return told

@@ -92,7 +92,7 @@ HOUSE = {
     ],
     "pruning": ["memory prune_module", "loaded_pass", "pipeline", "inspection", "__init__"],
     "experiments": [
-        "names plots* read/*",
+        "names plots* read/* tracking",
         "task",
         "config datasets",
         "runs tasks/*",

@@ -6,6 +6,7 @@ A sweep lists settings to vary by dotted key: `grid` takes every combination, `l
 """
 
 import copy
+import difflib
 import functools
 import itertools
 import math
@@ -96,8 +97,9 @@ def find_config(path: Path) -> Path:
         return path
     shipped = {file.stem: file for file in sorted(SHIPPED.glob("*.yaml"))}
     if (name := str(path).removesuffix(".yaml")) not in shipped:
+        near = "".join(f"; did you mean {close}?" for close in difflib.get_close_matches(name, shipped, n=1))
         known = ", ".join(shipped)
-        raise ConfigError(f"there is no config file {path}; the configs that come with sparseopt are {known}")
+        raise ConfigError(f"there is no config file {path}; the configs that come with sparseopt are {known}{near}")
     return shipped[name]
 
 
@@ -156,6 +158,9 @@ def expand(
     if count > MAX_RUNS:
         mistakes[("sweep",), f"asks for {count:,} runs, at most {MAX_RUNS:,} are possible; split it"] = None
         sweep = Sweep()
+    if "task" not in values:
+        for key in difflib.get_close_matches("task", values, n=1):
+            mistakes[(key,), "no such key; did you mean 'task'?"] = None
     near, text = nearest_task(values.get("task"), allow_code)
     if text:
         mistakes[("task",), text] = None

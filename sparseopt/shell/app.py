@@ -1,19 +1,30 @@
 """The `sparseopt` command. It reads arguments, calls the library, and shows what came of it."""
 
+import contextlib
 import os
 import re
+import select
+import signal
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from sparseopt.shell import experiments, inspect, prune, trend, zero_shot
-from sparseopt.shell.console import errors, say
+from sparseopt.shell.console import errors, say, stop
 from sparseopt.shell.doctor import EXTRAS, doctor
-from sparseopt.shell.options import TEXT_HELP, RecipeCommand
+from sparseopt.shell.options import TEXT_HELP, Command, RecipeCommand
+from sparseopt.system import processes
 from sparseopt.system.programs import keep_programs
+
+# The exit status after Ctrl-C, and the seconds that a command has to put its things away.
+STOPPED, GRACE = 130, 0.3
+# Of the options and arguments, in every version of typer.
+UsageError: Any = typer.BadParameter.__base__
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
@@ -119,7 +130,7 @@ for heading, commands in COMMANDS.items():
     for function, examples in commands.items():
         app.command(
             name="eval" if function is prune.evaluate else None,
-            cls=RecipeCommand if hasattr(function, "complete") else None,
+            cls=RecipeCommand if hasattr(function, "complete") else Command,
             rich_help_panel=heading,
             epilog="\n\n".join(("Examples:", *examples)),
         )(function)
@@ -129,13 +140,76 @@ def _at_home(option: re.Match[str]) -> str:
     return option[1] + os.path.expanduser(option[2])
 
 
+@contextlib.contextmanager
+def stopped_in_time() -> Iterator[None]:
+    """Within it Ctrl-C ends the process within a second, and a second one at once.
+
+    Python raises KeyboardInterrupt in the main thread, but not before a call of compiled code has returned: a solve, a
+    compilation. So a thread reads the signals, and ends a process that has not ended by then. Nothing on disk needs the
+    main thread for that: files are written under temporary names, and the system releases locks.
+    """
+    signals, came = os.pipe()
+    os.set_blocking(came, False)
+    threading.Thread(target=_end_in_time, args=(signals,), daemon=True).start()
+    stop.asked = False
+    before = signal.signal(signal.SIGINT, _interrupt), signal.set_wakeup_fd(came, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        if stop.asked:
+            stop.say()
+            # The end of an interpreter with large arrays takes seconds. All that was said has been flushed.
+            os._exit(STOPPED)
+        signal.signal(signal.SIGINT, before[0])
+        signal.set_wakeup_fd(before[1])
+        os.close(came)
+
+
+def _interrupt(*_: Any) -> None:
+    stop.asked = True
+    # Where an exception has nowhere to go, as in a callback of the garbage collector, Python prints it.
+    sys.unraisablehook = lambda _: None
+    raise KeyboardInterrupt
+
+
+def _end_in_time(signals: int) -> None:
+    with open(signals, "rb", buffering=0) as stream:
+        pressed = bytes([signal.SIGINT])
+        while (one := stream.read(1)) != pressed:
+            if not one:
+                return
+        end = time.monotonic() + GRACE
+        while (left := end - time.monotonic()) > 0 and select.select([stream], [], [], left)[0]:
+            if stream.read(1) == pressed:
+                break
+    try:
+        processes.stop(stop.words())
+        stop.say()
+    finally:
+        os._exit(STOPPED)
+
+
 def main() -> None:
     """Entry point: input errors end in one clear sentence and exit status 2, failed runs in status 1."""
+    with stopped_in_time():
+        _run()
+
+
+def _run() -> None:
     keep_programs()
     # A shell leaves `--output=~/x` as it is; nobody means a folder called "~".
     sys.argv[1:] = [re.sub(r"^(--[a-z-]+=)(~.*)", _at_home, word) for word in sys.argv[1:]]
     try:
-        app()
+        code = app(standalone_mode=False)
+        if code == STOPPED:
+            stop.say()
+        if code:
+            sys.exit(code)
+    except UsageError as error:
+        # Without an argument, typer has shown the help.
+        if text := error.format_message():
+            say(f"error: {text[0].lower()}{text[1:].rstrip('.')}. See {error.ctx.command_path} --help", errors)
+        sys.exit(2)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         extra = next((extra for extra, packages in EXTRAS.items() if missing in packages), None)

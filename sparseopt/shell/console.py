@@ -9,8 +9,10 @@ import os
 import shlex
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from glob import escape as exactly
 from pathlib import Path
 from typing import Any, Literal, TextIO, cast
 
@@ -22,13 +24,17 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     SpinnerColumn,
+    Task,
     TextColumn,
-    TimeElapsedColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from sparseopt.system.files import write_whole
 from sparseopt.system.machine import format_bytes
+from sparseopt.system.run_folder import LOCK
+
+NOTHING = "stopped; nothing was written"
 
 
 class Outlet:
@@ -99,8 +105,14 @@ def _open_nowhere(number: int) -> None:
 
 
 hold_streams()
-console = Console(file=cast(Any, Outlet("stdout")), highlight=False, emoji=False)
-errors = Console(file=cast(Any, Outlet("stderr")), highlight=False, emoji=False)
+
+
+def console_of(name: Literal["stdout", "stderr"]) -> Console:
+    """A console of its own on a stream."""
+    return Console(file=cast(Any, Outlet(name)), highlight=False, emoji=False)
+
+
+console, errors = console_of("stdout"), console_of("stderr")
 
 
 def say(text: str, place: Console = console) -> None:
@@ -114,6 +126,48 @@ def _wrapped(line: str, width: int) -> str:
     """A line as lines of its indentation; rich would break long words or none."""
     indent = " " * (len(line) - len(line.lstrip()))
     return textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+class Stop:
+    """What Ctrl-C leaves behind, in the words of the command that runs. They are said once."""
+
+    def __init__(self) -> None:
+        self.asked, self._lock = False, threading.Lock()
+        self.begin(lambda: NOTHING)
+
+    def begin(self, words: Callable[[], str]) -> None:
+        """A command begins, which would say these words; it may change them."""
+        self.words, self._said = words, False
+
+    def say(self) -> None:
+        """Say the words, below the bars of a terminal, whose cursor is shown again."""
+        with self._lock:
+            if not self._said:
+                self._said = True
+                # Not through a console that shows bars: it would draw them again below the words.
+                place = console_of("stderr")
+                place.show_cursor()
+                say("\n" * place.is_terminal + self.words(), place)
+
+
+stop = Stop()
+
+
+def left_in(output: Path | None, since: float) -> str:
+    """What a command has written since that time, in seconds, into its output folder or file, or beside the file."""
+
+    def is_new(file: Path) -> bool:
+        # A file may go meanwhile.
+        with contextlib.suppress(OSError):
+            return file.is_file() and file.stat().st_mtime >= since and not file.name.startswith((".", LOCK))
+        return False
+
+    if output is None:
+        return NOTHING
+    near = output.rglob("*") if output.is_dir() else output.parent.glob(f"{exactly(output.stem)}*")
+    found = [str(file) for file in sorted(near) if is_new(file)]
+    shown = ", ".join(found) if len(found) < 5 else f"{len(found)} files in {output}"
+    return f"stopped; what was written stays: {shown}" if found else NOTHING
 
 
 def command_line() -> str:
@@ -131,11 +185,18 @@ def write_page(file: Path, page: Callable[[str], str]) -> None:
         say(f"report: {file}")
 
 
+class Elapsed(ProgressColumn):
+    """The time since the start, written as the time left is."""
+
+    def render(self, task: Task) -> Text:
+        return Text(duration(task.finished_time or task.elapsed or 0))
+
+
 @contextmanager
 def waiting(title: str) -> Iterator[Callable[[Any, int, int], None]]:
     """Show that a long call is running: a spinner and the time on a terminal, one line elsewhere; for an observer."""
     with Progress(
-        SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn(), console=console,
+        SpinnerColumn(), TextColumn("{task.description}", markup=False), Elapsed(), console=console,
         transient=True, disable=not console.is_terminal,
     ) as bar:  # fmt: skip
         task = bar.add_task(title, total=None)
@@ -167,7 +228,7 @@ def counting_bar(place: Console, *more: ProgressColumn) -> Progress:
     """Progress bars with counts, the time and further columns; nothing if the place is not a terminal."""
     return Progress(
         TextColumn("{task.description}", "bold", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(),
-        TimeElapsedColumn(), *more, console=place, disable=not place.is_terminal,
+        Elapsed(), *more, console=place, disable=not place.is_terminal,
     )  # fmt: skip
 
 

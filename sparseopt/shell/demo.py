@@ -4,6 +4,7 @@ noisy photograph -> fits of order 0 and 1 -> table, before/after pictures
 dense model -> prune with each method -> perplexity on held-out text -> table, bar chart, samples
 """
 
+import functools
 import json
 import time
 from dataclasses import dataclass
@@ -64,6 +65,7 @@ def run_demo(output: Path | None, source: str | None, calibration: str, sparsity
     prompt = np.append([] if bos is None else [bos], encode_text(tokenizer, PROMPT)).astype(np.int32)
     output = output or free_folder(Path("demo-output"))
     output.mkdir(parents=True, exist_ok=False)
+    console.stop.words = functools.partial(console.left_in, output, time.time())
     photograph, shown = _denoise_photograph(output)
     say(f"\nmodel: {path.name}, {model.num_blocks} blocks of width {model.config.hidden_size}; results in {output}/")
 

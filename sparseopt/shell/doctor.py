@@ -31,8 +31,8 @@ EXTRAS = {
     "eval": ("lm_eval", "datasets", "evaluate"),
     "datasets": ("datasets",),
 }
-# What decides on devices and programs.
-VARIABLES = re.compile(r"JAX_\w+|XLA_\w+|CUDA_VISIBLE_DEVICES|TPU_\w+|LIBTPU_\w+|SPARSEOPT_\w+")
+# What decides on devices and programs. TPU_SKIP_MDS_QUERY is set by JAX itself.
+VARIABLES = re.compile(r"JAX_\w+|XLA_\w+|CUDA_VISIBLE_DEVICES|TPU_(?!SKIP_MDS_QUERY)\w+|LIBTPU_\w+|SPARSEOPT_\w+")
 
 
 def doctor(as_json: AsJson = False) -> None:

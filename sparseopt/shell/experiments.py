@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sparseopt.experiments.tracking import Tracked, check_tracker
 from sparseopt.shell import options
-from sparseopt.shell.console import command_line, console, errors, say, write_page
+from sparseopt.shell.console import command_line, console, say, stop, write_page
 
 if TYPE_CHECKING:
     from sparseopt.experiments.report import Section
@@ -59,10 +60,12 @@ def run(
     coordinator: options.Coordinator = None,
     processes: options.Processes = None,
     process_id: options.ProcessId = None,
+    log: options.Log = None,
     allow_code: AllowAll = False,
     allow_package: AllowPackages = None,
 ) -> None:
     """Run an experiment or a sweep. Finished runs are kept, interrupted ones resume where they stopped."""
+    check_tracker(log)
     with options.cooperating(distributed, coordinator, processes, process_id):
         from sparseopt.experiments.config import find_config, load_config
         from sparseopt.experiments.report import run_page
@@ -85,7 +88,7 @@ def run(
         if dry_run:
             return
         say(shown.plan_line(planned, again) + ("" if shard == "1/1" else f" (shard {shard})"))
-        outcomes = _executed(planned, partial(run_all, planned, output, again=again))
+        outcomes = _executed(planned, partial(run_all, planned, output, again=again), partial(_logged, log, allowed))
         failed = [outcome for outcome in outcomes if outcome.error]
         if failed:
             told = ", ".join(str(outcome.folder) for outcome in failed if (outcome.folder / FAILURE).is_file())
@@ -100,16 +103,39 @@ def run(
             say(f"sparseopt report {folder} --output FOLDER writes this as files, with pictures")
 
 
-def _executed(planned: "Sequence[Planned]", work: "Callable[..., list[Outcome]]") -> "list[Outcome]":
-    """The outcomes of runs whose progress is shown; Ctrl-C ends the command."""
+def _executed(
+    planned: "Sequence[Planned]",
+    work: "Callable[..., list[Outcome]]",
+    then: "Callable[[Planned, Outcome], None]" = lambda planned, outcome: None,
+) -> "list[Outcome]":
+    """The outcomes of runs whose progress is shown; `then` is called after each."""
     from sparseopt.shell.show_experiments import SweepProgress
 
-    try:
-        with SweepProgress(len(planned)) as progress:
-            return work(observer=progress.observer, ended=progress.ended)
-    except KeyboardInterrupt:
-        say("\nstopped; the same command continues with what is missing", errors)
-        raise typer.Exit(130) from None
+    stop.words = lambda: "stopped; the same command continues with what is missing"
+    with SweepProgress(len(planned)) as progress:
+
+        def ended(run: "Planned", outcome: "Outcome") -> None:
+            progress.ended(run, outcome)
+            then(run, outcome)
+
+        return work(observer=progress.observer, ended=ended)
+
+
+def _logged(log: str | None, allowed: bool | list[str], planned: "Planned", outcome: "Outcome") -> None:
+    """Log a run that has just been finished: its settings, its mean figures, and a page of its own."""
+    from sparseopt.experiments.report import gather, run_page
+    from sparseopt.shell.show_experiments import name_of
+    from sparseopt.system.processes import is_first
+    from sparseopt.system.run_folder import PAGE, SUMMARY, flat, read_json
+
+    if log is None or outcome.error or not (outcome.done and is_first()):
+        return
+    with Tracked(log, name_of(planned), dict(flat(planned.run.task.model_dump(mode="json")))) as tracked:
+        figures = read_json(outcome.folder / SUMMARY)["figures"]
+        tracked.log({name: value.get("mean") for name, value in figures.items() if hasattr(value, "get")})
+        page = outcome.folder / PAGE
+        write_page(page, partial(run_page, gather([outcome.folder], allowed), outcome.folder))
+        tracked.keep(page)
 
 
 def report(

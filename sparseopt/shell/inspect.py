@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from sparseopt.shell import console
-from sparseopt.shell.options import AsJson, FollowLinks, Source, machine_option, takes_recipe
+from sparseopt.shell.options import AsJson, FollowLinks, Source, machine_option, opened, takes_recipe
 from sparseopt.system.machine import format_bytes, parse_bytes, working_memory_bytes
 
 if TYPE_CHECKING:  # its package needs flax
@@ -39,15 +39,13 @@ def inspect(
 
     Only headers are read, unless the time is measured.
     """
-    from sparseopt.models import open_source
     from sparseopt.pruning import Recipe
     from sparseopt.pruning.inspection import inspect_model
 
     device = None if device_memory is None else parse_bytes(device_memory)
     limit = (device or working_memory_bytes()) if memory is None else parse_bytes(memory)
     recipe = Recipe(**options)
-    opened = open_source(source, follow_links=follow_links)
-    found = inspect_model(opened, recipe, measure=measure, device_memory=device)
+    found = inspect_model(opened(source, follow_links), recipe, measure=measure, device_memory=device)
     if as_json:
         typer.echo(json.dumps(found.as_dict()))
         return
@@ -128,10 +126,11 @@ def prune_lines(found: "Inspection", memory_bytes: int) -> list[str]:
         lines.insert(0, f"{stays:,} weights of linears are not to be pruned and stay as they are")
     parts, variants = console.bytes_by_size(estimate.memory[estimate.peak_phase]), recipe["variants"]
     windows = f"{recipe['windows']} + {recipe['heldout_windows']} windows of {recipe['seqlen']} tokens"
-    lines.append(
+    lines += [
         f"estimated memory of `sparseopt prune` with {windows}{f' and {variants} variants' * bool(variants)}: "
-        f"{format_bytes(estimate.peak_memory_bytes)}, in phase {estimate.peak_phase} ({', '.join(parts)})"
-    )
+        f"{format_bytes(estimate.peak_memory_bytes)}, in phase {estimate.peak_phase}",
+        *(f"  {part}" for part in parts),
+    ]
     if estimate.solve_blocks > 1:
         lines.append(f"its largest layers are solved by up to {estimate.solve_blocks} blocks of their outputs")
     lines.append(

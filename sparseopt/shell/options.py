@@ -9,6 +9,7 @@ import functools
 import inspect
 import itertools
 import os
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
@@ -16,9 +17,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 import typer
 from typer.core import TyperCommand
 
+from sparseopt.shell import console
+
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
+    from sparseopt.models import Source as ModelSource
     from sparseopt.pruning.recipe.pass_recipe import PassRecipe
 
     P = TypeVar("P", bound=PassRecipe)
@@ -58,6 +62,7 @@ PassDevices = Annotated[
     machine_option("Number of devices to use, or all. Default: one; with several processes all."),
 ]
 ManyDevices = Annotated[str | None, machine_option("Number of devices to use, or all. Default: one.")]
+Log = Annotated[str | None, machine_option("Log the run in a tracker too: mlflow or wandb, which must be installed.")]
 Distributed = Annotated[
     bool,
     machine_option(
@@ -75,6 +80,16 @@ Processes = Annotated[
 ProcessId = Annotated[
     int | None, machine_option("Number of this process, from 0. Default: JAX_PROCESS_ID.", min=0, metavar="<int>")
 ]
+
+
+class Command(TyperCommand):
+    """A command that Ctrl-C stops with words on what it has written."""
+
+    def invoke(self, context: Any) -> Any:
+        output = context.params.get("output")
+        place = None if output is None else Path(os.path.expanduser(output))
+        console.stop.begin(functools.partial(console.left_in, place, time.time()))
+        return super().invoke(context)
 
 
 class RecipeCommand(TyperCommand):
@@ -95,7 +110,7 @@ class RecipeCommand(TyperCommand):
                 raise ValueError(f"--{said[0].replace('_', '-')} {said[1]}")
         assert self.callback is not None
         info = typer.models.CommandInfo(
-            self.name, callback=completed(inspect.unwrap(self.callback)), epilog=self.epilog
+            self.name, cls=Command, callback=completed(inspect.unwrap(self.callback)), epilog=self.epilog
         )
         whole = typer.main.get_command_from_info(
             info, pretty_exceptions_short=False, rich_markup_mode=self.rich_markup_mode
@@ -122,6 +137,18 @@ def takes_recipe(
         return command
 
     return marked
+
+
+def opened(source: str, follow_links: bool) -> "ModelSource":
+    """The model of a command's argument; one on the hub is fetched, with a bar of its own."""
+    from sparseopt.models import open_source
+
+    words = console.stop.words
+    if not os.path.exists(os.path.expanduser(source)):
+        console.stop.words = lambda: "stopped; files that were fetched stay in the cache of the hub"
+    found = open_source(source, follow_links=follow_links)
+    console.stop.words = words
+    return found
 
 
 def completed(command: Callable[..., None]) -> Callable[..., None]:
@@ -227,7 +254,11 @@ def cooperating(
         if not joined.is_first():
             nowhere = silent.enter_context(open(os.devnull, "w", encoding="utf-8"))
             silent.enter_context(contextlib.redirect_stdout(nowhere))
-        yield
+        try:
+            yield
+        except KeyboardInterrupt:
+            joined.stop(console.stop.words())
+            raise
 
 
 def number_of_devices(text: str | None) -> int | Literal["all"] | None:

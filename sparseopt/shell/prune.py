@@ -1,6 +1,7 @@
 """The commands `prune`, `shrink`, `eval`, `pack` and `unpack`."""
 
 import contextlib
+import functools
 import json
 import math
 import signal
@@ -11,9 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from sparseopt.experiments.tracking import Tracked, check_tracker
 from sparseopt.shell import console, options
+from sparseopt.system.run_folder import RUN
 
 if TYPE_CHECKING:
+    from sparseopt.models import Source
     from sparseopt.pruning import Recipe, ShrinkRecipe
     from sparseopt.pruning.recipe.pass_recipe import PassRecipe
 
@@ -21,6 +25,11 @@ if TYPE_CHECKING:
 RESUMABLE = 75
 # Endings of the shards of an unfinished run.
 SHARDS = (".safetensors", ".gguf")
+# Of a finished run's summary, what a tracker gets besides perplexities.
+LOGGED = (
+    "sparsity", "total_sparsity", "mean_relative_error", "mean_heldout_error", "mean_grid_error", "seconds",
+    "peak_memory_bytes", "stored_bytes",
+)  # fmt: skip
 
 
 def makes_models(
@@ -51,9 +60,11 @@ def makes_models(
             coordinator: options.Coordinator = None,
             processes: options.Processes = None,
             process_id: options.ProcessId = None,
+            log: options.Log = None,
             follow_links: options.FollowLinks = False,
             **given: Any,
         ) -> None:
+            check_tracker(log)
             chosen = options.number_of_devices(devices)
             with options.cooperating(distributed, coordinator, processes, process_id):
                 from sparseopt import pruning
@@ -62,10 +73,11 @@ def makes_models(
                 varied = [name for name in several if len({getattr(each, name) for each in recipes}) > 1]
                 named = "{1:g}" if len(several) == 1 else "{0}-{1:g}"
                 names = ["-".join(named.format(name, getattr(each, name)) for name in varied) for each in recipes]
+                plans = [(each, output_named(output, name)) for each, name in zip(recipes, names, strict=True)]
+                opened = options.opened(source, follow_links)
                 for line in choice_lines(recipes[0], given):
                     console.say(line)
-                plans = [(each, output_named(output, name)) for each, name in zip(recipes, names, strict=True)]
-                code = run_pass(source, plans, title(recipes), memory, chosen, follow_links)
+                code = run_pass(opened, plans, title(recipes), memory, chosen, log)
             if code:
                 raise typer.Exit(code)
 
@@ -136,50 +148,71 @@ def choice_lines(recipe: "PassRecipe", typed: Mapping[str, Any]) -> list[str]:
 
 
 def run_pass(
-    source: str,
+    opened: "Source",
     plans: "Sequence[tuple[PassRecipe, Path]]",
     title: str,
     memory: str | None,
     devices: int | Literal["all"] | None,
-    follow_links: bool = False,
+    log: str | None,
 ) -> int:
-    """Make the models of one pass, each into its output, and show its progress and their figures.
+    """Make the models of one pass, each into its output, and show and log its progress and their figures.
 
     Returns:
-        The exit status: 0; 130 after Ctrl-C; `RESUMABLE` after SIGTERM.
+        The exit status: 0, or `RESUMABLE` after SIGTERM.
     """
-    from sparseopt.models import open_source
     from sparseopt.pruning import Stopped, prune_models
     from sparseopt.pruning.run.output_form import run_folder_of
     from sparseopt.shell.prune_progress import PruneProgress
     from sparseopt.shell.show_pruning import show_report
-    from sparseopt.system.processes import count, is_first
+    from sparseopt.system.processes import is_first
 
-    # Opened before the bar starts, because a download shows its own.
-    opened = open_source(source, follow_links=follow_links)
+    console.stop.words = functools.partial(kept, [run_folder_of(output.expanduser()) for _, output in plans])
     slow = plans[0][0].effort in ("good", "most")
-    try:
-        with stop_asked() as stop, PruneProgress(title, faster=slow) as progress:
-            reports = prune_models(opened, plans, observer=progress, stop=stop, memory=memory, devices=devices)
-    except KeyboardInterrupt:
-        if count() > 1:
-            raise
-        folders = [run_folder_of(output.expanduser()) for _, output in plans]
-        shards = [shard for folder in folders for shard in folder.glob("*-*") if shard.suffix in SHARDS]
-        console.say(
-            f"\nstopped: {len(shards)} finished shards in {', '.join(map(str, folders))} are whole and stay there. "
-            f"Run the same command again to resume after them",
-            console.errors,
-        )
-        return 130
-    except Stopped as stopped:
-        if is_first():
-            console.say(f"\n{stopped}", console.errors)
-        return RESUMABLE
+    with Tracked(log if is_first() else None, title, parameters(opened.name, plans)) as tracked:
+        try:
+            with stop_asked() as stop, PruneProgress(title, faster=slow) as progress:
 
-    for report in reports:
-        show_report(report)
+                def observe(*event: Any) -> None:
+                    progress(*event)
+                    tracked(*event)
+
+                reports = prune_models(opened, plans, observer=observe, stop=stop, memory=memory, devices=devices)
+        except Stopped as stopped:
+            if is_first():
+                console.say(f"\n{stopped}", console.errors)
+            return RESUMABLE
+        for report in reports:
+            page, summary = show_report(report), report.summary()
+            figures = {name: summary[name] for name in LOGGED}
+            for number, score in enumerate(report.scores, 1):
+                figures |= {f"perplexity_{number}_before": score.before, f"perplexity_{number}_after": score.after}
+            prefix = f"{report.output.name}/" if len(reports) > 1 else ""
+            tracked.log({prefix + name: value for name, value in figures.items()})
+            tracked.keep(page)
     return 0
+
+
+def parameters(source: str, plans: "Sequence[tuple[PassRecipe, Path]]") -> dict[str, Any]:
+    """What a pass is logged with: the source, and the fields of its recipes; a list where they differ."""
+    fields = [{"source": source} | recipe.model_dump(mode="json", exclude_none=True) for recipe, _ in plans]
+    return {
+        name: value if all(each.get(name) == value for each in fields) else [each.get(name) for each in fields]
+        for name, value in fields[0].items()
+    }
+
+
+def kept(folders: Sequence[Path]) -> str:
+    """What Ctrl-C leaves of runs in these folders."""
+    if not any((folder / RUN).is_file() for folder in folders):
+        return console.NOTHING
+    shards = [shard for folder in folders for shard in folder.glob("*-*") if shard.suffix in SHARDS]
+    where = ", ".join(map(str, folders))
+    if not shards:
+        return f"stopped: no shard in {where} is finished yet. Run the same command again"
+    return (
+        f"stopped: {len(shards)} finished shards in {where} are whole and stay there. "
+        "Run the same command again to resume after them"
+    )
 
 
 @contextlib.contextmanager
@@ -211,7 +244,7 @@ def evaluate(
     **given: Any,
 ) -> None:
     """Measure the token-level perplexity of a model, and the exact sparsity of its layers."""
-    from sparseopt.models import check_window, open_any, open_source
+    from sparseopt.models import check_window, open_any
     from sparseopt.pruning import Recipe, audit_pattern, audit_sparsity, perplexity
     from sparseopt.pruning.run.layer_patterns import layer_shares
     from sparseopt.pruning.text.documents import part_of_text
@@ -219,7 +252,7 @@ def evaluate(
 
     if sparsity is not None and pattern is None:
         raise ValueError("--sparsity is that of a pattern to check: give --pattern too, as in --pattern unstructured")
-    opened = open_any(open_source(model, follow_links=follow_links))
+    opened = open_any(options.opened(model, follow_links))
     reading = {name: given.pop(name) for name in options.READING if name in given}
     chosen = layer_shares(opened, Recipe(**given))
     check_window(seqlen, opened.config.max_positions)

@@ -82,7 +82,7 @@ class PruneProgress:
             self._worked_from = time.perf_counter()
         self._bar.update(self._task, total=total, completed=done, note=stage)
         if not console.is_terminal and done in (1, total):
-            say(f"{self._title}: {stage} {done}/{total}, {time.perf_counter() - self._start:.0f} s")
+            say(f"{self._title}: {stage} {done}/{total}, {duration(time.perf_counter() - self._start)}")
 
     def _tell_layer(self, record: LayerRecord, done: int, total: int) -> None:
         layer = record.layer.split(".", 3)[-1]
@@ -114,7 +114,7 @@ class PruneProgress:
         if not total:
             self._bar.update(self._task, total=blocks, completed=block + 1, note=what)
         if not console.is_terminal:
-            say(f"{self._title}: {what}, {self._passed - self._start:.0f} s{self._left()}")
+            say(f"{self._title}: {what}, {duration(self._passed - self._start)}{self._left()}")
         left = self._seconds_left()
         if left is not None:
             # Once, after the first block that this run has finished.
@@ -124,7 +124,7 @@ class PruneProgress:
 
     def _left(self) -> str:
         seconds = self._seconds_left()
-        return "" if seconds is None else f", {seconds:.0f} s left"
+        return "" if seconds is None else f", {duration(seconds)} left"
 
     def _seconds_left(self) -> float | None:
         """The time left, at the pace of the blocks that this run has finished; None before the first."""

@@ -1,5 +1,7 @@
 """What a finished run that prunes or shrinks shows: a table of its linears, its facts, and its page."""
 
+from pathlib import Path
+
 from sparseopt.pruning.base.reports import PruneReport
 from sparseopt.pruning.run.card import run_page
 from sparseopt.pruning.run.facts import layer_table, model_facts, run_facts
@@ -9,8 +11,8 @@ from sparseopt.system.processes import is_first
 from sparseopt.system.run_folder import PAGE, SUMMARY, read_json
 
 
-def show_report(report: PruneReport) -> None:
-    """Print the table and the facts of a finished run, and write its page unless an earlier command did."""
+def show_report(report: PruneReport) -> Path:
+    """Print the table and the facts of a finished run, and write its page unless an earlier command did; the page."""
     if report.layers:
         found = layer_table(report)
         table = comparison_table(found.title, found.headings, found.rows)
@@ -22,5 +24,7 @@ def show_report(report: PruneReport) -> None:
         say(packed_line(report.dense_bytes, report.stored_bytes))
     say(f"finished before, in {report.output}" if report.kept else f"wrote {report.output}")
     folder = run_folder_of(report.output)
-    if is_first() and not (report.kept and (folder / PAGE).is_file()):
-        write_page(folder / PAGE, lambda command: run_page(report, command, read_json(folder / SUMMARY)))
+    page = folder / PAGE
+    if is_first() and not (report.kept and page.is_file()):
+        write_page(page, lambda command: run_page(report, command, read_json(folder / SUMMARY)))
+    return page

@@ -11,7 +11,7 @@ import typer
 
 from sparseopt.core.base.types import Observer
 from sparseopt.shell import console
-from sparseopt.shell.options import AsJson, FollowLinks, Source, takes_recipe
+from sparseopt.shell.options import AsJson, FollowLinks, Source, opened, takes_recipe
 
 
 @takes_recipe(only=["bos"])
@@ -29,13 +29,13 @@ def zero_shot(
     **options: Any,
 ) -> None:
     """Measure accuracy on lm-eval tasks, with data from the Hugging Face hub or your own files."""
-    from sparseopt.models import open_model, open_source
+    from sparseopt.models import open_model
     from sparseopt.pruning.evaluate.zero_shot import zero_shot as run_tasks
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     with task_progress() as progress:
         found = run_tasks(
-            open_model(open_source(model, follow_links=follow_links)),
+            open_model(opened(model, follow_links)),
             names,
             limit=limit,
             include_path=include_path,
@@ -86,7 +86,7 @@ def task_progress() -> Iterator[Observer]:
         if not console.errors.is_terminal and 10 * done // total > tenth:
             tenth, spent = 10 * done // total, time.perf_counter() - start
             left = spent / done * (total - done)
-            line = f"{title}: {100 * done // total} %, {spent:.0f} s, {left:.0f} s left"
+            line = f"{title}: {100 * done // total} %, {console.duration(spent)}, {console.duration(left)} left"
             console.say(line, console.errors)
 
     try:

@@ -26,6 +26,8 @@ PROBE_AFTER, PROBES = 5, 3
 # How long an error waits for news of a lost process, which may have caused it.
 GRACE_SECONDS = 1.0
 CONNECT_SECONDS = 10.0
+# The same after Ctrl-C, for which a person waits.
+STOP_SECONDS = 0.3
 # The usual names; JAX itself reads the first.
 ENVIRONMENT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
@@ -107,6 +109,13 @@ def together() -> Iterator[None]:
     bond.release()
 
 
+def stop(words: str) -> None:
+    """After Ctrl-C: end all processes that work together, with these words; return if this one works alone."""
+    if _Bond.held is not None:
+        _Bond.held.fail(KeyboardInterrupt(words))
+        os._exit(130)
+
+
 def barrier(name: str) -> None:
     """Wait until all processes are here."""
     if count() > 1:
@@ -185,10 +194,11 @@ class _Bond:
 
     def fail(self, error: BaseException) -> None:
         """End all processes for an error in this one; returns only if it cannot be reported."""
-        time.sleep(GRACE_SECONDS)
-        code = 130 if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, ValueError) else 1
+        stopped = isinstance(error, KeyboardInterrupt)
+        time.sleep(0 if stopped else GRACE_SECONDS)
+        code = 130 if stopped else 2 if isinstance(error, ValueError) else 1
         code = getattr(error, "exit_code", code)  # `typer.Exit` has its own
-        message = "stopped" if code == 130 else str(error) or type(error).__name__
+        message = str(error) or ("stopped" if stopped else type(error).__name__)
         verdict = {"text": f"process {self._index} of {self._count}: {message}", "code": code}
         with contextlib.suppress(OSError):
             if self._index == 0:
@@ -196,7 +206,7 @@ class _Bond:
             else:
                 _send(self._peers[0], verdict)
             # Process 0 answers by telling all, also this one; or another of its threads is about to.
-            time.sleep(CONNECT_SECONDS)
+            time.sleep(STOP_SECONDS if stopped else CONNECT_SECONDS)
 
     def release(self) -> None:
         """The work is done: the end of another process is no longer a loss."""
@@ -235,10 +245,11 @@ class _Bond:
         if self._index == 0 or speak:
             # Progress bars hide the cursor of a terminal.
             show = "\x1b[?25h\n" if sys.stderr.isatty() else ""
-            os.write(2, f"{show}error: {verdict['text']}\n".encode())
+            error = "" if verdict["code"] == 130 else "error: "
+            os.write(2, f"{show}{error}{verdict['text']}\n".encode())
         if self._index == 0:
             # Process 0 runs JAX's own service: it exits last.
-            time.sleep(GRACE_SECONDS)
+            time.sleep(STOP_SECONDS if verdict["code"] == 130 else GRACE_SECONDS)
         os._exit(verdict["code"])
 
 

@@ -81,6 +81,7 @@ TEXTS = [
     ("- a\n- b", "must hold a mapping"),
     ("name: x\ntask: denoise\nname: y", "line 3: name is given twice"),
     ("name: x", "task: this key is missing; known tasks are denoise"),
+    ("name: x\ntsk: trend", "line 2: tsk: no such key; did you mean 'task'?"),
     ("name: a/b\ntask: denoise", "name: string should match pattern"),
 ]
 

@@ -153,6 +153,19 @@ def test_a_link_in_a_folder_is_not_written_through(tmp_path, name, exists):
     assert not exists or target.read_text() == "years"
 
 
+def test_the_finished_runs_of_a_sweep_are_logged_once(tmp_path, run, trackers):
+    for _ in range(2):
+        assert run("--log", "mlflow", sweep=THREE)[0] == 0
+    told = trackers["mlflow"]
+    kinds = ["start_run", "log_params", "log_metrics", "log_artifact", "end_run"]
+    assert [what for what, _ in told] == 3 * kinds
+    assert told[0][1] == {"run_name": "scale=1"}
+    assert told[1][1][0]["scale"] == 1.0
+    summary = json.loads((tmp_path / "runs/toy/scale=1/summary.json").read_text())
+    assert told[2][1][0] == {name: each["mean"] for name, each in summary["figures"].items() if isinstance(each, dict)}
+    assert "A toy" in whole_page(tmp_path / "runs/toy/scale=1/report.html").words
+
+
 def test_a_sweep_is_planned_shared_by_shards_kept_and_never_mixed_with_other_settings(tmp_path, run, command):
     status, out, _ = run("count=2", "--dry-run", sweep=THREE)
     assert (status, out.count("new")) == (0, 3)

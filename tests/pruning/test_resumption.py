@@ -278,7 +278,7 @@ def test_the_time_left_does_not_count_what_came_before_the_blocks(clock, capsys)
         progress(linear(0, "up"), 1, 2)
         progress(Passed(0, 2), 1, 2)
     said = capsys.readouterr().out
-    assert "layer 1/2, block 0, mean relative error 0.10000, 5003 s, 3 s left" in said
+    assert "layer 1/2, block 0, mean relative error 0.10000, 83 min, 3 s left" in said
     assert "effort fast" not in said
 
 

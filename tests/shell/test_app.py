@@ -1,5 +1,6 @@
 """All commands: their help, what they import, what surrounds them, and what `sparseopt doctor` says."""
 
+import contextlib
 import inspect
 import io
 import json
@@ -7,7 +8,9 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import jax
 import pytest
@@ -93,6 +96,81 @@ def test_a_platform_that_is_not_there_ends_in_a_sentence_before_any_work(tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture
+def pressed(tmp_path):
+    """Run the command in a terminal and press Ctrl-C so many times once it shows a text: status, seconds, the rest."""
+
+    def run(when, presses, *call, before):
+        spawn = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+        main = f"import sys; from sparseopt.shell import app; sys.argv[0] = 'sparseopt'; {before}; app.main()"
+        line = [sys.executable, "-c", spawn, sys.executable, "-c", main, *map(str, call)]
+        shown = b""
+        place = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(Path.cwd())}}
+        with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **place) as started:
+            while when.encode() not in shown:
+                read = os.read(started.stdout.fileno(), 4096)
+                assert read, shown.decode()
+                shown += read
+            time.sleep(1)
+            start = time.monotonic()
+            with contextlib.suppress(BrokenPipeError):  # it may have ended meanwhile
+                for _ in range(presses):
+                    os.write(started.stdin.fileno(), b"\x03")
+                    time.sleep(0.2)
+            rest = started.stdout.read().decode()
+            return started.wait(), time.monotonic() - start, " ".join(rest.split())
+
+    return run
+
+
+# In place of a command: compiled code without end, in which the main thread raises nothing.
+ENDLESS = (
+    "import jax; loop = jax.jit(lambda x: jax.lax.while_loop(lambda v: v > 0, lambda v: v + 1, x)); "
+    "app.app = lambda **_: (print('begins', flush=True), loop(1.0).block_until_ready())"
+)
+READING = ["eval", "source", "--text", "file:long.txt", "--windows", 3_000, "--seqlen", 128]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("when", "presses", "call", "before"),
+    [
+        ("begins", 1, [], ENDLESS),
+        ("begins", 2, [], f"{ENDLESS}; app.GRACE = 600"),
+        ("perplexity", 1, READING, "pass"),
+    ],
+)
+def test_ctrl_c_ends_a_command_in_time_and_says_that_nothing_was_written(
+    tmp_path, pressed, when, presses, call, before
+):
+    write_inputs(tmp_path)
+    (tmp_path / "long.txt").write_text("the quick brown fox jumps over the lazy dog\n\n" * 60_000)
+    held = set(tmp_path.iterdir())
+    status, seconds, rest = pressed(when, presses, *call, before=before)
+    assert status == 130, rest
+    assert rest.endswith("stopped; nothing was written")
+    assert seconds < 20  # 1, where nothing else runs
+    assert set(tmp_path.iterdir()) == held
+
+
+def test_what_a_stopped_command_has_written_is_told(tmp_path):
+    for name in ("calm.png", "calm-summary.json", ".calm-picture.png.tmp", "other.png"):
+        (tmp_path / name).touch()
+    before, after = 0.0, time.time() + 60
+    assert console.left_in(tmp_path / "calm.png", after) == console.left_in(None, before) == console.NOTHING
+    names = ", ".join(str(tmp_path / name) for name in ("calm-summary.json", "calm.png"))
+    assert console.left_in(tmp_path / "calm.png", before) == f"stopped; what was written stays: {names}"
+    assert str(tmp_path / "other.png") in console.left_in(tmp_path, before)
+
+
+def test_a_mistyped_option_is_one_line_with_the_way_to_the_help(command):
+    status, out, err = command("prune", "model", "--outptu", "x")
+    assert (status, out) == (2, "")
+    assert err.startswith("error: no such option")
+    assert "--output" in err
+    assert err.endswith("prune --help ")
+
+
 def test_a_home_in_an_option_is_found(tmp_path, monkeypatch, command):
     monkeypatch.setenv("HOME", str(tmp_path))
     _, _, err = command("denoise", "absent.png", "--output=~/x.png")
@@ -106,7 +184,7 @@ def test_a_missing_extra_is_named_with_its_remedy(monkeypatch, command):
         monkeypatch.delitem(sys.modules, name)
     status, _, err = command("zero-shot", "model", "--tasks", "arc_easy")
     assert (status, "pip install 'sparseopt[eval]'" in err) == (2, True), err
-    monkeypatch.setattr(cli, "app", lambda: __import__("importlib").import_module("tifffile.absent_part"))
+    monkeypatch.setattr(cli, "app", lambda **_: __import__("importlib").import_module("tifffile.absent_part"))
     status, _, err = command("denoise")
     assert (status, "pip install 'sparseopt[images]'" in err) == (2, True), err
 

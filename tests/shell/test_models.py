@@ -1,6 +1,7 @@
 """The commands that make and score models: what a person sees, the folders, resumption after Ctrl-C."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -268,6 +269,8 @@ def test_ctrl_c_keeps_finished_shards_and_says_how_to_go_on(tmp_path, prune, shr
     shards = [f"model-{part}.safetensors" for part in ("block-0000", "block-0001", "outer")]
     assert sorted(f.name for f in (tmp_path / "pruned").glob("*.safetensors")) == shards
     assert len((tmp_path / "pruned" / "records.jsonl").read_text().splitlines()) == 15
+    status, _, err = command("eval", tmp_path / "pruned")
+    assert (status, "holds an unfinished run: start the same command again" in err) == (2, True)
     interrupt(1)
     status, _, err = shrink("--channels", "0.75,0.5", "--multiple", 8, "--method", "wanda", using=command)
     assert status == 130
@@ -280,6 +283,37 @@ def test_ctrl_c_keeps_finished_shards_and_says_how_to_go_on(tmp_path, prune, shr
     page = whole_page(tmp_path / "pruned" / "report.html")
     assert "resumed: 2 blocks were finished by an earlier run" in page.words
     assert len(page.tables[1]) == 1 + 21
+
+
+def test_a_pruning_run_is_logged_layer_by_layer_and_with_its_page(tmp_path, prune, trackers):
+    prune("out", "--sparsity", 0.5, "--method", "wanda", "--log", "mlflow")
+    start, parameters, *layers, end, page, last = trackers["mlflow"]
+    assert start == ("start_run", {"run_name": "wanda 50%"})
+    assert (parameters[1][0]["method"], parameters[1][0]["sparsity"]) == ("wanda", 0.5)
+    records = [json.loads(line) for line in (tmp_path / "out" / "records.jsonl").read_text().splitlines()]
+    assert len(layers) == len(records) == 21
+    assert [given[0]["layer/relative_error"] for _, given in layers] == [each["relative_error"] for each in records]
+    assert end[1][0]["sparsity"] == 0.5
+    assert {page, last} == {("log_artifact", (str(tmp_path / "out" / "report.html"),)), ("end_run", ("FINISHED",))}
+    prune("both", "--sparsity", "0.4,0.6", "--method", "wanda", "--log", "wandb")
+    (_, given), *_, last = trackers["wandb"]
+    assert given["config"]["sparsity"] == [0.4, 0.6]
+    figures = {name: value for what, named in trackers["wandb"] if what == "log" for name, value in named[0].items()}
+    assert (figures["0.4/sparsity"], figures["0.6/sparsity"]) == pytest.approx((0.4, 0.6), abs=1e-3)
+    assert last == ("finish", {"exit_code": 0})
+
+
+def test_a_tracker_that_is_not_there_is_an_error_and_one_that_fails_ends_no_run(
+    tmp_path, prune, command, monkeypatch, trackers
+):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    for name, words in (("wandb", "pip install wandb"), ("mlfow", "did you mean 'mlflow'?")):
+        status, _, err = prune("out", "--log", name, using=command)
+        assert (status, words in err) == (2, True), err
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(trackers["mlflow"], "log_metrics", lambda *_: 1 / 0, raising=False)
+    prune("out", "--method", "wanda", "--log", "mlflow")
+    assert [what for what, _ in trackers["mlflow"]] == ["start_run", "log_params"]
 
 
 def test_demo_shows_a_comparison_and_writes_picture_samples_and_models(tmp_path, inputs, command, monkeypatch):

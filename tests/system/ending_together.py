@@ -29,6 +29,8 @@ with processes.together():
         float(total(values))
         if index == who and how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        if index == who and how == "stopped":
+            os.kill(os.getpid(), signal.SIGINT)
         if index == who and how == "raises":
             raise OSError("the disk is full")
 print("ended", flush=True)

@@ -41,6 +41,12 @@ def test_one_that_fails_ends_all_and_the_first_says_why(tmp_path):
 
 
 @pytest.mark.processes
+def test_ctrl_c_in_one_ends_all_with_130_and_no_error(tmp_path):
+    found = ended(tmp_path, "stopped", 1, 2)
+    assert [(process.status, process.err) for process in found] == [(130, "process 1 of 2: stopped\n"), (130, "")]
+
+
+@pytest.mark.processes
 def test_where_the_first_is_killed_the_others_end_within_half_a_minute_and_say_so(tmp_path):
     running = start([[sys.executable, str(SCRIPT), "killed", "0"]] * 2, tmp_path, free_port())
     running[0].wait(timeout=120)

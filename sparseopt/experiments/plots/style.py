@@ -1,11 +1,14 @@
 """What all figures share: colours and line styles, checks of the data, helpers for axes."""
 
+import io
 import textwrap
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from sparseopt.system.files import write_whole
 
 # Distinguishable with any colour vision; dashes and hatches distinguish them in grey print.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
@@ -146,6 +149,8 @@ def save_figure(axes: Any, path: Path, title: str) -> Path:
 
     figure = np.ravel(axes)[0].figure
     figure.suptitle(textwrap.fill(title, max(int(TITLE_CHARACTERS * figure.get_figwidth()), 20)))
-    figure.savefig(path, dpi=130)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=130)
     plt.close(figure)
+    write_whole(path, drawn.getvalue())
     return path

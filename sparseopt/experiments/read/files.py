@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from sparseopt.system.files import replacing
+
 PICKLES = (".npy", ".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib")
 # The largest size of an unpacked file: this many bytes, or this many times the size of the file.
 FREE_BYTES, MAX_RATIO = 2**28, 100
@@ -107,5 +109,6 @@ def check_output(path: str | Path, kinds: tuple[str, ...] | None, force: bool) -
 
 def write_npz(file: Path, arrays: dict[str, Any]) -> None:
     """Write an archive with exactly this name, to which NumPy would add an ending."""
-    with file.open("wb") as stream:
+    nbytes = sum(np.asarray(each).nbytes for each in arrays.values())
+    with replacing(file, nbytes) as temporary, temporary.open("wb") as stream:
         np.savez_compressed(stream, **arrays)

@@ -17,6 +17,7 @@ import numpy as np
 
 from sparseopt.experiments.read.files import FileError, readable, write_npz
 from sparseopt.experiments.read.tables import TABLE_KINDS, heading_of, is_number, read_table, write_parquet
+from sparseopt.system.files import replacing
 
 # The first column of a signal holds ids of nodes if it has one of these names; the column of pieces of a fit.
 ID_NAMES, PIECE = ("node", "id"), "piece"
@@ -179,7 +180,10 @@ def write_fit(path: str | Path, fit: NodeTable, pieces: np.ndarray | None) -> No
     if pieces is not None:
         columns[PIECE] = pieces.tolist()
     if kind == ".csv":
-        with file.open("w", encoding="utf-8", newline="") as stream:
+        with (
+            replacing(file, fit.values.nbytes) as temporary,
+            temporary.open("w", encoding="utf-8", newline="") as stream,
+        ):
             writer = csv.writer(stream, lineterminator="\n")
             writer.writerow(columns)
             # Python writes the shortest digits that give a number back.

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from sparseopt.experiments.read.files import FileError, check_unpacked, npz_array, opened_npz, readable, reading
+from sparseopt.system.files import replacing
 
 TABLE_KINDS = (".csv", ".parquet", ".npz")
 # How programs write a missing value.
@@ -116,7 +117,9 @@ def write_parquet(file: Path, columns: dict[str, list[Any]]) -> None:
 
     import pyarrow
 
-    parquet.write_table(pyarrow.table(columns), file)
+    table = pyarrow.table(columns)
+    with replacing(file, table.nbytes) as temporary:
+        parquet.write_table(table, temporary)
 
 
 def _read_npz(file: Path, names: tuple[str, ...]) -> np.ndarray:

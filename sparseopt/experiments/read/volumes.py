@@ -5,6 +5,7 @@ NIfTI (.nii, .nii.gz; the extra `volumes`), or an array `volume` in an NPZ file,
 """
 
 import dataclasses
+import gzip
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from sparseopt.experiments.read.files import (
     write_npz,
 )
 from sparseopt.experiments.read.images import encoded_image, read_image, write_image
+from sparseopt.system.files import replacing, write_whole
 
 NIFTI, NPZ, TIFF = (".nii", ".nii.gz"), (".npz",), (".tif", ".tiff")
 
@@ -88,7 +90,8 @@ def write_scan(path: Path, values: np.ndarray, like: Scan) -> None:
         header = like.source.header.copy()
         header.set_data_dtype(values.dtype)
         header.set_slope_inter(1, 0)
-        nibabel.save(nibabel.Nifti1Image(values, like.source.affine, header), path)
+        content = nibabel.Nifti1Image(values, like.source.affine, header).to_bytes()
+        write_whole(path, gzip.compress(content, 1, mtime=0) if name.endswith(".gz") else content)
     elif name.endswith(NPZ):
         more: dict[str, Any] = {} if like.spacing is None else {"spacing": np.asarray(like.spacing)}
         write_npz(path, {"volume" if like.volume else "image": values, **more})
@@ -96,7 +99,8 @@ def write_scan(path: Path, values: np.ndarray, like: Scan) -> None:
         import tifffile
 
         colours = values.ndim > len(like.shape)
-        tifffile.imwrite(path, values, photometric="rgb" if colours else "minisblack")
+        with replacing(path, values.nbytes) as temporary:
+            tifffile.imwrite(temporary, values, photometric="rgb" if colours else "minisblack")
     else:
         write_image(path, values)
 

@@ -89,7 +89,8 @@ def chat_writer(source: Source) -> Callable[[Sequence[Mapping[str, Any]]], str]:
 
 def encode_text(tokenizer: Tokenizer, text: str) -> Int[np.ndarray, " tokens"]:
     """The token ids of a text, int32, without special tokens at its ends."""
-    return np.asarray(tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+    # Alone, `encode` would keep every other thread waiting, for minutes of a long text.
+    return np.asarray(tokenizer.encode_batch([text], add_special_tokens=False)[0].ids, np.int32)
 
 
 def start_token(source: Source, tokenizer: Tokenizer, bos: Bos = "auto") -> int | None:

@@ -28,6 +28,7 @@ from sparseopt.models.files.gguf.source import GGUFSource
 from sparseopt.models.files.hub import fetch, parse_hub_name
 from sparseopt.models.files.packed import PACKED_INDEX, PACKED_PREFIX, PackedTensor, read_packed_header
 from sparseopt.models.files.safetensors import StoredTensor, TensorInfo, read_header
+from sparseopt.system.run_folder import LOCK, RUN, SUMMARY
 
 # A tensor of a folder, as stored.
 FileTensor = StoredTensor | PackedTensor | CompressedTensor
@@ -108,6 +109,9 @@ class FolderSource:
     def _read_json(self, name: str, limit: int = MAX_CONFIG) -> dict[str, Any]:
         file = self.file(name)
         if not file.is_file():
+            begun = any((self.path / each).is_file() for each in (LOCK, RUN))
+            if begun and not (self.path / SUMMARY).is_file():
+                raise ModelError(f"{self.path} holds an unfinished run: start the same command again, which resumes it")
             raise ModelError(f"{self.path} has no {name}; it holds {_listing(self.path)}")
         return read_json(file, limit)
 

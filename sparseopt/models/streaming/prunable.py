@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.models.base.errors import ModelError, bulleted
+from sparseopt.models.files.memory import IN_MEMORY
 from sparseopt.models.files.safetensors import TensorInfo
 from sparseopt.models.files.source import Source
 
@@ -80,7 +81,10 @@ class PrunableModel(ABC):
     def _check_values(self, key: str, value: np.ndarray) -> None:
         bad = value.size - np.count_nonzero(np.isfinite(value))
         if bad:
-            raise ModelError(f"{key} in {self.source.path} holds {bad} NaN or infinite values; download it again")
+            what, source = f"holds {bad} NaN or infinite values", self.source
+            if source.name.endswith(IN_MEMORY):
+                raise ModelError(f"{key} of {source.name} {what}; load the model again")
+            raise ModelError(f"{key} in {source.path} {what}; download it again")
 
 
 def digest(

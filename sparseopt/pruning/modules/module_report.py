@@ -50,9 +50,9 @@ class ModuleReport:
 
     def __str__(self) -> str:
         width = max(len(r.layer) for r in self.layers)
-        lines = [f"{'linear':{width}}  {'out x in':>13}  {'zeros':>6}  {'error':>9}"]
+        lines = [f"{'linear':{width}}  {'out x in':>13}  {'zeros':>7}  {'error':>9}"]
         for r in self.layers:
             shape = f"{r.shape[0]} x {r.shape[1]}"
-            lines.append(f"{r.layer:{width}}  {shape:>13}  {r.sparsity:6.1%}  {r.relative_error:9.2e}")
+            lines.append(f"{r.layer:{width}}  {shape:>13}  {100 * r.sparsity:5.1f} %  {r.relative_error:9.2e}")
         lines += [f"left out: {name} ({why})" for name, why in self.left_out.items()]
         return "\n".join(lines)
