@@ -90,7 +90,8 @@ nitpicky = True
 nitpick_ignore_regex = [
     # What is internal here has no page, and what others document is linked only with their inventories.
     ("py:.*", r"sparseopt(\.[a-z_]+){2,}\.\w+"),
-    ("py:.*", r"(?!sparseopt\b)\w+(\.\w+)+"),
+    ("py:.*", r"(?!sparseopt\b)\w+\..*"),
+    ("py:exc", "DiskError|ConfigError|RecipeError"),
 ]
 # Types of other packages become links with SPHINX_INTERSPHINX=1, which needs the network.
 if os.environ.get("SPHINX_INTERSPHINX", "0") != "0":

@@ -25,6 +25,9 @@ CODE = re.compile(r"`+([^`]+)`+")
 # A sentence of one letter would be the marker of a list.
 LETTER = re.compile(r"(^\s*|: )([A-Za-z])\.(?=\s|$)")
 STRAY = re.compile(r"([|*])|(?<=\w)_(?!\w)")
+# Arrays in a signature, and the names that their own documentation gives them.
+ARRAY = re.compile(r"(?<![\w.])(?:jaxlib\._jax\.)?(Array|ndarray)\b")
+ARRAYS = {"Array": "~jax.Array", "ndarray": "~numpy.ndarray"}
 LITERAL = (".. code-block:: text", "")
 # Where public names are, in this order of precedence for a name that several hand out.
 PUBLIC = ("sparseopt", "core", "trend", "models", "pruning", "scalar")
@@ -73,8 +76,9 @@ def process(app: Any, what: str, name: str, thing: Any, options: Any, lines: lis
         lines[:] = _comment(name.rpartition(".")[2], thing) or lines
     if what == "method" and (not any(lines) or lines[0] == "Call self as a function."):
         lines[:] = _protocol(*name.rpartition(".")[::2])
-    lines[:] = convert(lines, {code: path for code, path in links().items() if code not in _own(name, thing)})
-    if what in ("property", "attribute", "data"):
+    own = _own(name, thing)
+    lines[:] = convert(lines, {code: path for code, path in links().items() if code not in own})
+    if what in ("property", "attribute"):
         lines.insert(0, "\\ ")  # or napoleon takes the words before the first colon for a type
 
 
@@ -178,14 +182,14 @@ def _escaped(text: str) -> str:
 def signature(
     app: Any, what: str, name: str, thing: Any, options: Any, arguments: str | None, returns: str | None
 ) -> tuple[str | None, str | None]:
-    """Array types by their public name; protocols, configs and enums list their parts below and show no arguments."""
+    """Arrays by their public names; protocols, configs and enums list their parts below and show no arguments."""
     if what == "class":
         if getattr(thing, "_is_protocol", False) or hasattr(thing, "model_fields") or issubclass(thing, enum.Enum):
             return "", None
         if (arguments or "").startswith("(*args"):  # of the metaclass of Flax's modules
             own = sphinx_inspect.signature(thing.__init__, bound_method=True)
-            arguments = sphinx_inspect.stringify_signature(own, unqualified_typehints=True)
-    return tuple(text and text.replace("jaxlib._jax.Array", "Array") for text in (arguments, returns))  # type: ignore
+            arguments = sphinx_inspect.stringify_signature(own, unqualified_typehints=True, show_return_annotation=False)
+    return tuple(text and ARRAY.sub(lambda found: ARRAYS[found[1]], text) for text in (arguments, returns))  # type: ignore
 
 
 def skip(app: Any, what: str, name: str, thing: Any, skipped: bool, options: Any) -> bool | None:

@@ -118,7 +118,7 @@ def test_each_public_name_has_one_page_and_is_in_a_table_of_the_reference():
     assert made <= paths.keys()
     assert sorted(id(paths[path]) for path in made) == sorted({id(thing) for thing in paths.values()})
     subjects = [file.read_text(encoding="utf-8").partition("<article")[2] for file in NAMES.parent.glob("*.html")]
-    assert sorted(re.findall(r'<td><p><a [^>]*href="names/([\w.]+)\.html', "".join(subjects))) == sorted(made)
+    assert sorted(re.findall(r'<tr[^>]*><td><p><a [^>]*href="names/([\w.]+)\.html', "".join(subjects))) == sorted(made)
 
 
 def test_what_is_not_public_has_no_place_in_the_reference():
