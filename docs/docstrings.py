@@ -18,7 +18,8 @@ from functools import cache
 from typing import Any
 
 from sphinx.pycode import ModuleAnalyzer
-from sphinx.util import inspect as sphinx_inspect
+from sphinx.util.inspect import signature as signature_of
+from sphinx.util.inspect import stringify_signature
 
 SECTIONS = re.compile(r"(Args|Attributes|Returns|Raises|Yields|Example|Examples|Note):$")
 CODE = re.compile(r"`+([^`]+)`+")
@@ -187,8 +188,8 @@ def signature(
         if getattr(thing, "_is_protocol", False) or hasattr(thing, "model_fields") or issubclass(thing, enum.Enum):
             return "", None
         if (arguments or "").startswith("(*args"):  # of the metaclass of Flax's modules
-            own = sphinx_inspect.signature(thing.__init__, bound_method=True)
-            arguments = sphinx_inspect.stringify_signature(own, unqualified_typehints=True, show_return_annotation=False)
+            own = signature_of(thing.__init__, bound_method=True)
+            arguments = stringify_signature(own, unqualified_typehints=True, show_return_annotation=False)
     return tuple(text and ARRAY.sub(lambda found: ARRAYS[found[1]], text) for text in (arguments, returns))  # type: ignore
 
 
