@@ -1,15 +1,13 @@
-"""Pictures of the committed benchmark records, as SVG files; the tables on the same page have the figures.
+"""Pictures of the committed benchmark records, as SVG files.
 
 quality.svg: perplexity of each pruning method at each sparsity, with public codes.
 peers.svg: seconds to an accurate answer for each trend-filtering problem, with public solvers.
 benchopt.svg: distance to the best objective over seconds in each suite of benchopt.
-memory.svg: peak memory against the size of a model, and of a graph.
 tokens.svg: perplexity and held-out error against the number of calibration tokens.
 frontier.svg: perplexity against seconds a token and against megabytes, for dense, smaller and pruned models.
 bits.svg: perplexity against megabytes, for models in few bits.
 """
 
-import statistics
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -17,17 +15,17 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.lines import Line2D
-from records import Record, groups, missing, read, select
+from records import Record, groups, model_name, problem_name, read, select
 
 SETTINGS = {"0.5": "50 %", "0.6": "60 %", "0.7": "70 %", "2:4": "2:4"}
 BLUE, ORANGE, GREEN, SKY, PINK, RED = "#0072B2", "#E69F00", "#009E73", "#56B4E9", "#CC79A7", "#D55E00"
 # The colours and markers of lines, by what the records call them.
 PEERS = {
-    "best": (BLUE, "o"), "ALPS": (GREEN, "D"), "ADMM (Boza)": (PINK, "^"), "SparseGPT": (ORANGE, "s"),
+    "best": (BLUE, "o"), "ALPS": (GREEN, "D"), "ADMM (Boža)": (PINK, "^"), "SparseGPT": (ORANGE, "s"),
     "mAIHT reference": (SKY, "v"), "Wanda": (RED, "X"),
 }  # fmt: skip
 METHODS = {
-    "best": (BLUE, "o"), "best one shot": (SKY, "v"), "admm": (PINK, "^"), "maiht": (GREEN, "D"),
+    "best": (BLUE, "o"), "admm": (PINK, "^"), "maiht": (GREEN, "D"),
     "sparsegpt": (ORANGE, "s"), "wanda": (RED, "X"),
 }  # fmt: skip
 # What was done to a model, see `_treatment`.
@@ -35,7 +33,7 @@ TREATMENTS = {"dense": ("#000000", "*"), "shrunk": (BLUE, "s"), "pruned": (ORANG
 # Who quantised a model.
 MAKERS = {"dense": ("#000000", "*"), "llama.cpp": (ORANGE, "s"), "sparseopt": (BLUE, "o")}
 SOLVERS = {"sparseopt auto": (BLUE, "o"), "fastprox": (ORANGE, "s"), "PIQP": (GREEN, "^")}
-# Filled markers show the first of these runtimes that is recorded, hollow ones the others.
+# Filled markers show the first of these runtimes, hollow ones the second.
 FRONTIER_RUNTIMES = ("transformers float32", "llama.cpp Q8_0")
 
 
@@ -75,28 +73,23 @@ def peers(records: list[Record]) -> Any:
     figure, panels = plt.subplots(1, 2, figsize=(9, 4.6), sharey=True, sharex=True, layout="constrained")
     for axis, exponent in zip(panels, (-4, -6), strict=True):
         close = {(r["problem"], r["solver"]): r["seconds"] for r in found if r["target"] == 10.0**exponent}
-        for row, (_, _, problem) in enumerate(problems):
-            shown = {solver: close[problem, solver] for solver in SOLVERS if (problem, solver) in close}
+        for row, (_, _, name) in enumerate(problems):
+            shown = {solver: close[name, solver] for solver in SOLVERS if (name, solver) in close}
             axis.plot([min(shown.values()), max(shown.values())], [row, row], color="#cccccc", zorder=1)
             for solver, seconds in shown.items():
                 colour, marker = SOLVERS[solver]
                 axis.plot(seconds, row, marker=marker, color=colour, markersize=7, linestyle="", zorder=2)
         axis.set(xscale="log", xlabel="seconds, one core", title=f"relative suboptimality $10^{{{exponent}}}$")
         axis.grid(axis="x", color="#eeeeee")
-    panels[0].set_yticks(range(len(problems)), [_problem(*problem) for problem in problems])
+    panels[0].set_yticks(range(len(problems)), [problem_name(name, nodes, order) for order, nodes, name in problems])
     _legend(figure, {solver.replace(" auto", ""): {"color": c, "marker": m} for solver, (c, m) in SOLVERS.items()})
     return figure
 
 
 def suites(records: list[Record]) -> Any:
     """Distance to the best objective over seconds, for one problem of each of benchopt's suites."""
-    curves = select(records, "curve")
-    if not curves:
-        return _without_records("benchopt")
-    shown = {record["benchmark"]: (record["data"], record["objective"]) for record in curves}
-    figure, panels = plt.subplots(2, -(-len(shown) // 2), figsize=(10, 4.8), layout="constrained", squeeze=False)
-    for axis, (benchmark, problem) in zip(panels.flat, sorted(shown.items()), strict=False):
-        found = [r for r in curves if r["benchmark"] == benchmark and (r["data"], r["objective"]) == problem]
+    figure, panels = plt.subplots(2, 4, figsize=(10, 5.4), layout="constrained")
+    for axis, found in zip(panels.flat, groups(select(records, "curve"), "benchmark"), strict=True):
         reached = {r["solver"]: min((s for s, far in r["points"] if far <= 1e-6), default=inf) for r in found}
         peer = min((solver for solver in reached if solver != "sparseopt"), key=reached.__getitem__)
         for record in found:
@@ -104,58 +97,34 @@ def suites(records: list[Record]) -> Any:
             colour, width = {"sparseopt": (BLUE, 2.4), peer: (ORANGE, 1.8)}.get(solver, ("#bbbbbb", 1.0))
             seconds, far = np.transpose(record["points"])
             nearest = np.maximum(np.minimum.accumulate(far), 1e-10)
-            label = solver.partition("[")[0] if solver in ("sparseopt", peer) else None
-            axis.plot(seconds, nearest, color=colour, linewidth=width, label=label, zorder=width)
-        axis.set(xscale="log", yscale="log", title=benchmark, ylim=(5e-11, 2))
+            axis.plot(seconds, nearest, color=colour, linewidth=width, zorder=width)
+        axis.set(xscale="log", yscale="log", ylim=(5e-11, 2))
+        axis.set_title(f"{found[0]['benchmark']}\norange: {peer.partition(' ')[0].partition('[')[0]}", fontsize=10)
         axis.xaxis.set_minor_formatter("")
-        axis.legend(fontsize=7, frameon=False, loc="lower left")
     for axis in panels[-1]:
         axis.set_xlabel("seconds, one core")
     for axis in panels[:, 0]:
         axis.set_ylabel("distance to the best")
-    return figure
-
-
-def memory(pruning: list[Record], sizes: list[Record]) -> Any:
-    """Peak memory: of pruning over the model's size, of the trend filter over the number of nodes."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for preset, marker, colour in (("paper", "s", ORANGE), ("tuned", "o", BLUE)):
-        points = {r["model_bytes"] / 1e6: r["peak_memory_bytes"] / 1e6 for r in pruning if r["preset"] == preset}
-        left.plot(*_pair(points), marker=marker, color=colour, label=f"mAIHT, preset {preset}")
-    left.set(xlabel="model, MB", ylabel="peak memory, MB", ylim=(0, 1200), title="Pruning a model")
-    left.legend(loc="lower right", frameon=False)
-    pictures = [record for record in select(sizes, "size") if record["problem"] == "picture"]
-    for order, colour in ((0, BLUE), (1, ORANGE)):
-        points = {r["nodes"]: r["peak_bytes"] / 1e9 for r in pictures if r["order"] == order}
-        right.plot(*_pair(points), marker="o", color=colour, label=f"order {order}")
-    right.set(xscale="log", yscale="log", xlabel="nodes of the grid", ylabel="peak memory, GB", title="Trend filtering")
-    _logarithmic(right.yaxis, [0.5, 1, 2, 5])
-    right.legend(loc="upper left", frameon=False)
+    lines = {"sparseopt": BLUE, "fastest other solver": ORANGE, "the others": "#bbbbbb"}
+    _legend(figure, {name: {"color": colour, "linestyle": "-"} for name, colour in lines.items()})
     return figure
 
 
 def tokens(records: list[Record]) -> Any:
-    """Perplexity and held-out error over the calibration tokens, a row of panels for each model."""
+    """Perplexity and held-out error over the calibration tokens."""
     scored = [r for r in select(records, r"perplexity, tokens, (?P<run>.+) at .+") if r["value"] is not None]
-    models = groups(scored, "model")
-    if not models:
-        return _without_records("quality")
-    figure, panels = plt.subplots(len(models), 2, figsize=(9, 3.6 * len(models)), squeeze=False, layout="constrained")
+    counts = sorted({record["calibration_tokens"] for record in scored})
+    runs = {record["run"] for record in scored}
+    lines = {run: {"color": c, "marker": m, "linestyle": "-"} for run, (c, m) in METHODS.items() if run in runs}
     errors = {"value": "perplexity", "mean_heldout_error": "held-out error of the layers"}
-    for of_model, row in zip(models, panels, strict=True):
-        counts = sorted({record["calibration_tokens"] for record in of_model})
-        for axis, (field, label) in zip(row, errors.items(), strict=True):
-            for run, (colour, marker) in METHODS.items():
-                # The median over the draws of each number of tokens.
-                draws = groups([r for r in of_model if r["run"] == run], "calibration_tokens")
-                medians = {draw[0]["calibration_tokens"]: statistics.median(r[field] for r in draw) for draw in draws}
-                axis.plot(*_pair(medians), color=colour, marker=marker, label=run)
-            axis.set(xscale="log", xlabel="calibration tokens", ylabel=label, title=of_model[0]["model"])
-            axis.set_xticks(counts, [f"{count:,}" for count in counts], rotation=30)
-            axis.minorticks_off()
-            axis.grid(color="#eeeeee")
-    there = {record["run"] for record in scored}
-    lines = {run: {"color": c, "marker": m, "linestyle": "-"} for run, (c, m) in METHODS.items() if run in there}
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for axis, (field, label) in zip(panels, errors.items(), strict=True):
+        for run, style in lines.items():
+            axis.plot(*_pair({r["calibration_tokens"]: r[field] for r in scored if r["run"] == run}), **style)
+        axis.set(xscale="log", xlabel="calibration tokens", ylabel=label)
+        axis.set_xticks(counts, [f"{count:,}" for count in counts], rotation=30)
+        axis.minorticks_off()
+        axis.grid(color="#eeeeee")
     _legend(figure, lines)
     return figure
 
@@ -163,16 +132,13 @@ def tokens(records: list[Record]) -> Any:
 def frontier(records: list[Record]) -> Any:
     """Perplexity over milliseconds a token and over megabytes on disk; points of a runtime are all in one run."""
     found = [r for r in records if r["figure"].startswith("decode, ") and r["runtime"] in FRONTIER_RUNTIMES]
-    if not found:
-        return _without_records("runtime")
-    runtimes = [name for name in FRONTIER_RUNTIMES if any(record["runtime"] == name for record in found)]
     scales = (("milliseconds a token, one thread", "decode_seconds", 1e3), ("MB on disk", "disk_bytes", 1e-6))
     beside: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "va": "center", "fontsize": 8}
     figure, panels = plt.subplots(1, 2, figsize=(9, 4.4), sharey=True, layout="constrained")
     for axis, (label, name, unit) in zip(panels, scales, strict=True):
         for record in found:
             colour, marker = TREATMENTS[_treatment(record["model"])]
-            place, hollow = (record[name] * unit, record["perplexity"]), record["runtime"] != runtimes[0]
+            place, hollow = (record[name] * unit, record["perplexity"]), record["runtime"] != FRONTIER_RUNTIMES[0]
             axis.plot(*place, marker=marker, color=colour, markerfacecolor="none" if hollow else colour, linestyle="")
             if not hollow:
                 axis.annotate(record["model"], place, (-6, 0), color=colour, **beside)
@@ -181,9 +147,8 @@ def frontier(records: list[Record]) -> Any:
     shown = [record["perplexity"] for record in found]
     _logarithmic(panels[0].yaxis, [30, 40, 50, 70, 100, 200])
     panels[0].set(ylabel="perplexity", ylim=(0.95 * min(shown), 1.05 * max(shown)))
-    there = {_treatment(record["model"]) for record in found}
-    entries = {name: {"color": c, "marker": m} for name, (c, m) in TREATMENTS.items() if name in there}
-    for runtime, face in zip(runtimes, ("#666666", "none"), strict=False):
+    entries: dict[str, dict[str, Any]] = {name: {"color": c, "marker": m} for name, (c, m) in TREATMENTS.items()}
+    for runtime, face in zip(FRONTIER_RUNTIMES, ("#666666", "none"), strict=True):
         entries[runtime] = {"color": "#666666", "marker": "o", "markerfacecolor": face}
     _legend(figure, entries)
     return figure
@@ -192,12 +157,10 @@ def frontier(records: list[Record]) -> Any:
 def bits(records: list[Record]) -> Any:
     """Perplexity over megabytes, a panel for each model."""
     found = select(records, r"few bits, (?P<run>.+)")
-    if not found:
-        return _without_records("bits")
-    models = list(dict.fromkeys(record["model"] for record in found))
+    models = groups(found, "model")
     figure, panels = plt.subplots(1, len(models), figsize=(9, 4.2), layout="constrained", squeeze=False)
-    for axis, model in zip(panels[0], models, strict=True):
-        for record in [record for record in found if record["model"] == model]:
+    for axis, of_model in zip(panels[0], models, strict=True):
+        for record in of_model:
             run = record["run"]
             kind = "dense" if run.startswith("dense") else "llama.cpp" if "llama.cpp" in run else "sparseopt"
             colour, marker = MAKERS[kind]
@@ -206,7 +169,7 @@ def bits(records: list[Record]) -> Any:
             label, above = run.removeprefix("llama.cpp "), 7 * ("channels" in run)
             axis.annotate(label, place, (6, above), textcoords="offset points", color=colour, va="center", fontsize=8)
         axis.margins(x=0.6, y=0.1)
-        axis.set(xlabel="MB", title=model.removesuffix(".gguf"))
+        axis.set(xlabel="MB", title=model_name(of_model[0]["model"]))
         axis.grid(color="#eeeeee")
     panels[0, 0].set_ylabel("perplexity")
     _legend(figure, {name: {"color": colour, "marker": marker} for name, (colour, marker) in MAKERS.items()})
@@ -224,33 +187,11 @@ def _legend(figure: Any, entries: dict[str, dict[str, Any]]) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
 
 
-def _without_records(name: str) -> Any:
-    """A line of text in place of a picture."""
-    figure, axis = plt.subplots(figsize=(9, 0.6), layout="constrained")
-    axis.text(0, 0.5, missing(name).replace("`", ""), va="center")
-    axis.set_axis_off()
-    return figure
-
-
 def _treatment(model: str) -> str:
     """What was done to a model by its name: "channels 0.75", "pruned 0.5", "channels 0.75, pruned 0.5"."""
     if "pruned" not in model:
         return "dense" if model == "dense" else "shrunk"
     return "pruned" if model.startswith("pruned") else "both"
-
-
-def _problem(order: int, nodes: int, name: str) -> str:
-    """The label of a problem: "grid256_k0" is a picture of 256 x 256 at order 0."""
-    kind, _, rest = name.partition("_")
-    graph = {
-        "grid": "picture {0} x {0}",
-        "cube": "cube {0}³",
-        "road": "roads, {1:,} nodes",
-        "chain": "chain, {1:,} nodes",
-    }
-    word = kind.rstrip("0123456789k")
-    penalty = rest if rest == "isotropic" else f"order {order}"
-    return f"{graph[word].format(kind.removeprefix(word), nodes)}, {penalty}"
 
 
 def _logarithmic(axis: Any, ticks: list[float]) -> None:
@@ -267,7 +208,6 @@ def write_all(target: Path) -> None:
         "quality": quality(read("quality"), dense),
         "peers": peers(read("trend_peers")),
         "benchopt": suites(read("benchopt")),
-        "memory": memory(read("memory"), read("trend_sizes")),
         "tokens": tokens(read("quality")),
         "frontier": frontier(read("runtime")),
         "bits": bits(read("bits")),

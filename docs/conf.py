@@ -51,7 +51,7 @@ extensions = [
     "mathml",
     "records",
 ]
-exclude_patterns = ["_generated/*.md", "_static", "_templates", "benchmarks", "**/.ipynb_checkpoints"]
+exclude_patterns = ["_generated/*.md", "_static", "_templates", "**/.ipynb_checkpoints"]
 
 # MyST and notebooks. `make notebooks` executes them; a build never does.
 myst_enable_extensions = ["dollarmath", "amsmath", "deflist", "colon_fence"]

@@ -15,19 +15,16 @@ Each line is a column, its heading and a Jinja expression of the record's fields
     where      an expression: the records that count
     sort       an expression: their order
     rows       fields; the records that agree in them are one row, with the fields of the last
-    each       fields; the records that agree in them have a table of their own
-    title      an expression: the words above each of these tables
-    total      the name of a last row that adds up the numbers
 
-In an expression `rows` are the records of the row, `of(field=value)` those of them that agree, `one(field=value)` the
-last of these, and `all` the records of the file. A column without any value is left out.
+In an expression `rows` are the records of the row, `of(field=value)` those that agree and `one(field=value)` the
+last of these. A column without any value is left out. A table says which version of sparseopt made its records.
 
-`{machine} FILE` is the line on versions and machine, and with `:peers:` the public solvers and what was not measured.
-A table without records becomes a sentence that names the command which makes them.
+`{machine} FILE` links the file and says which versions, peers and machine it is from.
 """
 
 import json
 import math
+import os
 import re
 import statistics
 from collections.abc import Callable, Iterable
@@ -43,31 +40,24 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 FOLDER = Path(__file__).resolve().parent / "benchmarks"
+# What a column of numbers may hold.
+NUMBER = re.compile(r"[-+−]?[\d,.]+(\s×\s10[⁻⁰¹²³⁴-⁹]+)?( %)?|10[⁻⁰¹²³⁴-⁹]+|[–∞]|no")
+GRAPHS = {"grid": "image {0} × {0}", "cube": "cube {0} × {0} × {0}", "chain": "chain, {1:,} nodes",
+          "road": "road network, {1:,} nodes", "minnesota": "Minnesota's roads, {1:,} nodes",
+          "rgg": "random geometric graph, {1:,} nodes"}  # fmt: skip
 Record = dict[str, Any]
 
 
 @cache
 def read(name: str) -> list[Record]:
-    """The records of one file, none if there is no such file; shared by all tables of it."""
-    file = FOLDER / f"{name}.jsonl"
-    if not file.is_file():
-        return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    """The records of one file, shared by all tables of it."""
+    return [json.loads(line) for line in (FOLDER / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def select(records: Iterable[Record], figure: str) -> list[Record]:
     """The records whose whole figure matches a regular expression, with its named groups as further fields."""
     found = ((record, re.fullmatch(figure, record.get("figure", ""))) for record in records)
     return [record | match.groupdict() for record, match in found if match]
-
-
-def missing(name: str) -> str:
-    """The text in place of a table without records."""
-    needs = {"trend": "TRUTH=folder", "trend_peers": "TRUTH=folder REFERENCES=folder"}
-    needs |= dict.fromkeys(("quality", "prune", "shrink", "runtime", "precision"), "DATA=folder")
-    target = name if name == "families" else f"bench-{name.replace('_', '-')}"
-    command = " ".join(filter(None, ("make", target, needs.get(name))))
-    return f"No records are committed for this table; `{command}` creates them."
 
 
 def number(value: float) -> str:
@@ -78,74 +68,22 @@ def number(value: float) -> str:
         return "∞"
     size = abs(value)
     if size and (size < 1e-3 or size >= 1e6):
-        mantissa, exponent = f"{value:.1e}".split("e")
+        mantissa, exponent = f"{value:.1e}".replace("-", "−", value < 0).split("e")
         power = "10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-        return power if mantissa == "1.0" else f"{mantissa}·{power}"
+        return power if mantissa == "1.0" else f"{mantissa}\u00a0×\u00a0{power}"
     return f"{value:,.0f}" if size >= 1000 else f"{value:.3g}"
 
 
-def _digits(value: Any, count: int) -> str | None:
-    """A fixed number of digits behind the point, nothing for nothing."""
-    return f"{value:.{count}f}" if isinstance(value, float | int) else None
+def problem_name(name: str, nodes: int, order: int) -> str:
+    """A graph and a penalty in words: "grid256_k0" is an image of 256 × 256, order 0."""
+    kind, _, rest = name.partition("_")
+    word, size, _ = re.fullmatch(r"([a-z]+)(\d*)(k?)", kind).groups()
+    return f"{GRAPHS[word].format(size, nodes)}, {'isotropic' if rest == 'isotropic' else f'order {order}'}"
 
 
-def _spread(values: Iterable[float]) -> str | None:
-    """The median, and the range in parentheses."""
-    values = list(values)
-    if not values:
-        return None
-    between = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
-    return f"{statistics.median(values):.2f}{between}"
-
-
-def _fastest(values: Iterable[float | None]) -> str | None:
-    """The least of the seconds of those who reached the target."""
-    values = list(values)
-    reached = [value for value in values if value]
-    return number(min(reached)) if reached else ("no" if values else None)
-
-
-def _times(records: Iterable[Record]) -> str:
-    """Each solver with its seconds, the fastest first."""
-    order = sorted(records, key=lambda record: record["seconds"] or math.inf)
-    return ", ".join(f"{r['solver']} {number(r['seconds']) if r['seconds'] else '–'}" for r in order)
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return number(value)
-    if isinstance(value, int):
-        return f"{value:,}"
-    return str(value or "") or "–"
-
-
-EXPRESSIONS = Environment(undefined=ChainableUndefined, autoescape=False)
-EXPRESSIONS.filters |= {
-    "digits": _digits,
-    "number": number,
-    "spread": _spread,
-    "fastest": _fastest,
-    "times": _times,
-    "median": lambda values: statistics.median(found) if (found := list(values)) else None,
-}
-EXPRESSIONS.tests["startswith"] = str.startswith
-compiled = cache(EXPRESSIONS.compile_expression)
-
-
-def evaluate(expression: str, rows: list[Record], every: list[Record]) -> Any:
-    """The value of an expression for the records of one row."""
-
-    def of(**fields: Any) -> list[Record]:
-        return [row for row in rows if fields.items() <= {key: row.get(key) for key in fields}.items()]
-
-    def one(**fields: Any) -> Record | None:
-        found = of(**fields)
-        return found[-1] if found else None
-
-    known = EXPRESSIONS.globals | rows[-1] | {"rows": rows, "of": of, "one": one, "all": every}
-    return compiled(expression)(known)
+def model_name(file: str) -> str:
+    """The name of a model by that of its file."""
+    return "Gemma 3" if file.startswith("gemma-3-270m") else "SmolLM2"
 
 
 def groups(records: list[Record], fields: str | None) -> list[list[Record]]:
@@ -158,67 +96,118 @@ def groups(records: list[Record], fields: str | None) -> list[list[Record]]:
     return list(found.values())
 
 
-def tables(name: str, columns: list[str], options: dict[str, str]) -> str:
-    """The MyST text of the tables that a directive asks for."""
+def _digits(value: Any, count: int) -> str | None:
+    """A fixed number of digits behind the point, none of a large number, nothing for nothing."""
+    if not isinstance(value, float | int):
+        return None
+    return number(value) if abs(value) >= 1000 else f"{value:.{count}f}"
+
+
+def _fastest(records: Iterable[Record], *names: str) -> str | None:
+    """The fewest seconds of the solvers whose names begin so, "no" if none of them reached the target."""
+    values = [record["seconds"] for record in records if record["solver"].startswith(names)]
+    reached = [value for value in values if value]
+    return number(min(reached)) if reached else ("no" if values else None)
+
+
+def _against(records: list[Record], ours: str) -> Record:
+    """How often one solver is the fastest, and its seconds over those of the fastest other one."""
+    ratios = []
+    for part in groups(records, "data, objective"):
+        mine, *others = sorted(part, key=lambda record: record["solver"] != ours)
+        least = min(record["seconds"] or math.inf for record in others)
+        ratios.append((mine["seconds"] or math.inf) / least if mine["seconds"] or least < math.inf else 1.0)
+    return {"problems": len(ratios), "first": sum(ratio < 1 for ratio in ratios), "median": statistics.median(ratios)}
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return number(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return re.sub(r"(?<=\d) x (?=\d)", "\u00a0×\u00a0", str(value or "–"))
+
+
+EXPRESSIONS = Environment(undefined=ChainableUndefined, autoescape=False)
+EXPRESSIONS.globals |= {"problem_name": problem_name, "model_name": model_name}
+EXPRESSIONS.filters |= {
+    "digits": _digits,
+    "number": number,
+    "fastest": _fastest,
+    "against": _against,
+    "reached": lambda r: number(r["seconds"]) if r["gap"] <= 1e-9 else f"gap {number(r['gap'])}",
+    "median": lambda values: statistics.median(found) if (found := list(values)) else None,
+}
+compiled = cache(EXPRESSIONS.compile_expression)
+
+
+def evaluate(expression: str, rows: list[Record]) -> Any:
+    """The value of an expression for the records of one row."""
+
+    def of(**fields: Any) -> list[Record]:
+        return [row for row in rows if fields.items() <= {key: row.get(key) for key in fields}.items()]
+
+    def one(**fields: Any) -> Record | None:
+        found = of(**fields)
+        return found[-1] if found else None
+
+    return compiled(expression)(EXPRESSIONS.globals | rows[-1] | {"rows": rows, "of": of, "one": one})
+
+
+def versions(records: list[Record]) -> str:
+    """The versions of sparseopt that made some records."""
+    return ", ".join(sorted({record["versions"]["sparseopt"] for record in records if "versions" in record}))
+
+
+def table(name: str, columns: list[str], options: dict[str, str]) -> str:
+    """The pipe table that a directive asks for; columns of numbers are aligned right, others left."""
     every = read(name)
     records = select(every, options["figure"]) if "figure" in options else every
     if "where" in options:
-        records = [record for record in records if evaluate(options["where"], [record], every)]
+        records = [record for record in records if evaluate(options["where"], [record])]
     if "sort" in options:
-        records = sorted(records, key=lambda record: evaluate(options["sort"], [record], every))
-    if not records:
-        return "None of the records." if every else missing(name)
-    parts = []
-    for part in groups(records, options["each"]) if "each" in options else [records]:
-        if "each" in options:
-            parts.append(f"**{evaluate(options.get('title', options['each']), part, every)}**")
-        parts.append(_table(groups(part, options.get("rows")), columns, every, options.get("total")))
-    return "\n\n".join(parts)
-
-
-def _table(rows: list[list[Record]], columns: list[str], every: list[Record], total: str | None) -> str:
-    """A pipe table; the first column is aligned left, the others right."""
-    shown = []
+        records = sorted(records, key=lambda record: evaluate(options["sort"], [record]))
+    rows = groups(records, options.get("rows"))
+    found = []
     for column in columns:
         heading, _, expression = column.partition(" = ")
-        values = [evaluate(expression or heading, row, every) for row in rows]
-        if total:
-            numbers = [value for value in values if isinstance(value, int | float)]
-            values.append(sum(numbers) if numbers else total)
+        found.append((heading, [evaluate(expression or heading, row) for row in rows]))
+    made = [versions(row) for row in rows]
+    several = len({*made} - {""}) > 1
+    if several:
+        found.append(("sparseopt", made))
+    shown = []
+    for heading, values in found:
         if any(value not in (None, "") for value in values):
-            align = "---:" if shown else "---"
-            shown.append([heading, align, *map(_shown, values)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in zip(*shown, strict=True))
+            cells = [_shown(value) for value in values]
+            numbers = all(map(NUMBER.fullmatch, cells)) and not {"no", "–"}.issuperset(cells)
+            shown.append([heading, "---:" if numbers else ":---", *cells])
+    lines = "\n".join(f"| {' | '.join(line)} |" for line in zip(*shown, strict=True))
+    return lines if several else f"{lines}\n\nMeasured with sparseopt {versions(records) or versions(every)}."
 
 
-def machine(file: str, peers: bool) -> str:
-    """Where the figures of a file come from, and on request whom they compare with."""
-    records = read(file)
-    if not records:
-        return missing(file)
-    first = next((record for record in records if "machine" in record), {})
-    versions: Record = {}
+def machine(name: str, place: str) -> str:
+    """The link to a file of records, and where they come from."""
+    records = read(name)
+    first = next(record for record in records if "machine" in record)
+    listed: dict[str, str] = {}
     for record in records:
-        versions |= record.get("runtime_versions", {})
+        listed |= record.get("versions", {}) | record.get("runtime_versions", {})
+    listed["sparseopt"] = versions(records).replace(", ", " and ")
+    peers = first.get("peers", {}) | {
+        {"cut": "cut pursuit"}.get(word := record["solver"].split()[0], word): record["version"]
+        for record in records
+        if record.get("version") and not record["solver"].startswith("sparseopt")
+    }
     host = first["machine"]
-    parts = [host["system"], host.get("processor"), f"{host['cores']} cores", *host["devices"]]
-    listed = ", ".join(f"{package} {version}" for package, version in (versions or first["versions"]).items())
-    lines = [f"Measured with {listed} on {', '.join(filter(None, parts))}."]
-    if peers:
-        others = [r for r in records if r.get("version") and not r["solver"].startswith("sparseopt")]
-        python = "".join({f" with Python {r['python']}" for r in others if "python" in r})
-        solvers: dict[str, set[str]] = {}
-        for record in others:
-            name = record["solver"].partition(",")[0]
-            version = f"{record['version']}{python}"
-            solvers.setdefault(f"{name.split()[0]} {version}", set()).add(f"{name} {version}")
-        # Several solvers of one package are one peer.
-        named = [package if len(same) > 1 else same.pop() for package, same in solvers.items()]
-        seen = {record["solver"] for record in others}
-        lines.append(f"Each solver had {first['cores']} core. Peers: {', '.join(named) or 'none'}.")
-        skipped = {r.get("solver") or r.get("part"): r["reason"] for r in select(records, "SKIPPED")}
-        lines += [f"Not measured: {what} ({why})." for what, why in skipped.items() if what and what not in seen]
-    return " ".join(lines)
+    made = ", ".join(f"{package} {version}" for package, version in listed.items())
+    where = ", ".join(filter(None, (host["system"], host.get("processor"), f"{host['cores']} cores")))
+    against = ", ".join(f"{package} {version}" for package, version in peers.items())
+    return f"`{name}.jsonl`, [all {len(records):,} records]({place}): {made}; {where}." + (
+        f" Peers: {against}." if against else ""
+    )
 
 
 class _Shown(SphinxDirective):
@@ -245,20 +234,19 @@ class Records(_Shown):
     """`{records}`."""
 
     option_spec: ClassVar[dict[str, Callable[[str], Any]]] = dict.fromkeys(
-        ("figure", "where", "sort", "rows", "each", "title", "total"), directives.unchanged_required
+        ("figure", "where", "sort", "rows"), directives.unchanged_required
     )
 
     def make(self) -> str:
-        return tables(self.arguments[0], [line for line in self.content if line.strip()], self.options)
+        return table(self.arguments[0], [line for line in self.content if line.strip()], self.options)
 
 
 class Machine(_Shown):
     """`{machine}`."""
 
-    option_spec: ClassVar[dict[str, Callable[[str], Any]]] = {"peers": directives.flag}
-
     def make(self) -> str:
-        return machine(self.arguments[0], "peers" in self.options)
+        file = FOLDER / f"{self.arguments[0]}.jsonl"
+        return machine(self.arguments[0], os.path.relpath(file, Path(self.env.doc2path(self.env.docname)).parent))
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

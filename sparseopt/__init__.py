@@ -108,7 +108,7 @@ __all__ = [
 
 # Where the public names of 0.2 are.
 MOVED = {
-    "Composed": "so.DataLoss, or so.LogisticLoss(A, y) and its kin",
+    "Composed": "so.DataLoss, or a ready-made loss such as so.LogisticLoss(A, y)",
     "Conjugate": "so.core.Conjugate",
     "Measure": "so.core.Measure",
     "Penalty": "so.core.Penalty",

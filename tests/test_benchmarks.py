@@ -1,10 +1,12 @@
-"""The benchmarks: each can say what it does, so its options and imports fit."""
+"""The benchmarks: each can say what it does, so its options and imports fit. Their pages link all records."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+DOCS = FOLDER.parent / "docs"
 # One process for all: most of the time goes into importing JAX.
 HELP_OF_ALL = """
 import contextlib, io, runpy, sys
@@ -27,3 +29,11 @@ def test_every_benchmark_has_a_help_text():
         [sys.executable, "-c", HELP_OF_ALL, *scripts], cwd=FOLDER, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_pages_have_few_tables_and_link_all_records():
+    pages = [*DOCS.glob("benchmarks/*.md"), DOCS / "scaling.md", DOCS / "accelerators.md", DOCS / "families.md"]
+    texts = {page.name: page.read_text(encoding="utf-8") for page in pages}
+    assert [name for name, text in texts.items() if len(re.findall(r"^(```\{records\}|\|:?-)", text, re.M)) > 3] == []
+    linked = set(re.findall(r"^```\{machine\} (\w+)$", "\n".join(texts.values()), re.M))
+    assert linked == {file.stem for file in DOCS.glob("benchmarks/*.jsonl")}

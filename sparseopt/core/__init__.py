@@ -1,7 +1,7 @@
 """The optimisation core, `minimise loss(x) + penalty(K x)`: base, operators, penalties, losses, problem and solvers.
 
-`so.solve` and its kin are handed out at the top; this module hands out what a loss, a penalty, an operator or a solver
-of your own is: the protocols.
+`so.solve`, the losses and the penalties are names of `sparseopt`; this module exports the protocols that your own loss,
+penalty, operator or solver implements.
 """
 
 from sparseopt.core.losses.scalar import ScalarLoss

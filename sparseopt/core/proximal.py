@@ -51,12 +51,12 @@ def proximal(penalty: Penalty, step: Scalar | Schedule, *, mask: Mask = None) ->
     entries are rounded, and bfloat16, with 8 significant bits, drops a move below `|p| / 512`.
 
     Args:
-        penalty: any penalty, also your own. It acts on every leaf separately: `TopK(k)` keeps k entries per leaf,
-            `GroupL2(w, axis=-1)` groups by rows, the inputs of a Flax kernel `[in, out]`. For several penalties use
-            `optax.partition` (`optax.multi_transform` in older versions) with one `proximal` per label. Its arrays may
-            be traced: make the chain inside the jitted or vmapped function.
-        step: the step size, or an optax schedule of the number of updates, such as that of the learning rate.
-        mask: which leaves get the prox; None takes all. A pytree of bools like the parameters or a prefix of it, or a
+        penalty: any penalty, including your own. It acts on every leaf separately: `TopK(k)` keeps k entries per leaf,
+            `GroupL2(w, axis=-1)` groups by rows, which are the inputs of a Flax kernel `[in, out]`. For several
+            penalties use `optax.partition` (`optax.multi_transform` in older versions) with one `proximal` per label.
+            Its arrays may be traced: make the chain inside the jitted or vmapped function.
+        step: the step size, or an optax schedule of the number of updates, such as the schedule of the learning rate.
+        mask: which leaves get the prox; None for all. A pytree of bools like the parameters or a prefix of it, or a
             function from the parameters to one. Updates of other leaves pass unchanged.
 
     Returns:
@@ -116,18 +116,18 @@ def proximal_adam(
     eps: Scalar = 1e-8,
     mask: Mask = None,
 ) -> "optax.GradientTransformation":
-    """Adam for `loss + penalty`, with the prox in Adam's own metric. It takes gradients and must be last in a chain.
+    """Adam for `loss + penalty`, with the prox in Adam's own metric; expects gradients, last in a chain.
 
     With the corrected moments m and v of the gradient, entry by entry, `d = (sqrt(v) + eps) / learning_rate` and
     `z = p - m / d`, which is Adam's point, the new parameters are
 
         argmin over u    1/2 sum_i d_i (u_i - z_i)² + value(u)
 
-    The optimality condition at a fixed point, where m is the gradient, is `0 in gradient + subgradient of value`:
-    that of the problem, whatever d is. (The prox with one step for all entries leaves d in it; see `proximal`.)
+    The optimality condition at a fixed point, where m is the gradient, is `0 in gradient + subgradient of value`, the
+    problem's own condition, whatever d is. (The prox with one step for all entries leaves d in it; see `proximal`.)
 
     For a separable penalty the minimiser is the prox with the array of steps `1 / d`. For a pattern (`TopK`,
-    `RowTopK`, `NM`, `BlockTopK`, `GroupTopK`) it keeps the largest `d_i z_i²`. Other coupled penalties are refused.
+    `RowTopK`, `NM`, `BlockTopK`, `GroupTopK`) it keeps the largest `d_i z_i²`. Other coupled penalties raise an error.
 
     The step `1 / d` of an entry grows to `learning_rate / eps` as its gradients vanish. This is harmless for convex
     penalties. For a non-convex penalty (L0, MCP, SCAD) the prox is the global minimiser, which for a long step is zero
@@ -138,7 +138,7 @@ def proximal_adam(
 
     Args:
         penalty: `L0`, `L1`, `MCP`, `SCAD`, `Support`, a pattern such as `TopK`, or your own with `separable = True`
-            on the class: its value is then a sum over entries, and `prox(x, step)` takes a step of the shape of x. As
+            on the class: its value is then a sum over entries, and `prox(x, step)` accepts a step of the shape of x. As
             in `proximal`, it acts on every leaf separately, and its arrays may be traced.
         learning_rate: a number, or an optax schedule of the number of updates.
         b1: decay of the mean of the gradients.
@@ -147,7 +147,7 @@ def proximal_adam(
         mask: which leaves get the prox, as in `proximal`; the others get plain Adam.
 
     Returns:
-        A transformation; its state is `optax.ScaleByAdamState`, in float32 also for leaves of lower precision.
+        A transformation; its state is `optax.ScaleByAdamState`, in float32 even for leaves of lower precision.
 
     Raises:
         ValueError: for a penalty that is coupled or does not say that it is separable, a negative learning rate, or a
@@ -171,12 +171,12 @@ def proximal_adam(
     import optax
 
     schedule = _schedule(penalty, learning_rate, "proximal_adam", "learning_rate")
-    # The class must say so: a probe on some array can miss a coupling, and needs concrete numbers where the weight may
+    # The class must say so: a probe on some array can miss a coupling, and needs concrete numbers, but the weight may
     # be a tracer. Without the attribute a penalty counts as coupled, which is safe.
     if not (is_pattern(penalty) or getattr(penalty, "separable", False)):
         name = type(penalty).__name__
         raise ValueError(
-            f"proximal_adam needs a penalty whose prox it can take with one step an entry, given {name}, which does "
+            f"proximal_adam needs a penalty whose prox accepts one step per entry, given {name}, which does "
             f"not say that it is separable. If {name}.value is a sum over entries and its prox accepts an array of "
             "steps, write `separable = True` in the class; if not, as for groups, use "
             "optax.chain(optax.sgd(rate), sparseopt.proximal(penalty, rate))"

@@ -43,7 +43,7 @@ def _exact_pays(problem: Problem) -> bool:
     return size <= FEW or size**2 <= ENTRIES * sum(leaf.size for leaf in jax.tree.leaves(maps))
 
 
-# The first that accepts a problem and suits it is taken; one with None suits every problem that it accepts.
+# The first that accepts a problem and suits it is chosen; one with None suits every problem that it accepts.
 CANDIDATES: tuple[tuple[Any, Callable[[Problem], bool] | None, str], ...] = (
     (Refit(), None, "a quadratic loss on a fixed support is a linear system: conjugate gradients"),
     (
@@ -70,10 +70,10 @@ CANDIDATES: tuple[tuple[Any, Callable[[Problem], bool] | None, str], ...] = (
 
 
 def chosen_solver(problem: Problem) -> Choice:
-    """The solver that `solve` takes for a problem when none is given, and why.
+    """Return the solver that `solve` uses for a problem if none is given, and why.
 
     Raises:
-        ValueError: if no solver takes the problem, with what each of them needs.
+        ValueError: if no solver accepts the problem, with what each of them needs.
 
     Example:
         >>> loss = so.LeastSquares(np.eye(3), np.ones(3))
@@ -88,7 +88,7 @@ def chosen_solver(problem: Problem) -> Choice:
         if reason is None and (suits is None or suits(problem)):
             return Choice(solver, why)
         reasons += [reason] if reason else []
-    raise ValueError("no solver takes this problem:\n" + "\n".join(f"  {reason}" for reason in reasons))
+    raise ValueError("no solver accepts this problem:\n" + "\n".join(f"  {reason}" for reason in reasons))
 
 
 @renames(x0="start")
@@ -101,29 +101,29 @@ def solve(
     max_steps: int | Array = 10_000,
     history: bool = False,
 ) -> Solution:
-    """Solve a problem; under `jit`, `vmap` and `grad` as well.
+    """Solve a problem; works under `jit`, `vmap` and `grad` too.
 
-    The answer has derivatives (`jax.grad`, `jax.jvp`) in every leaf of the problem, in `value` and `objective`, by the
-    implicit function theorem: one linear solve, whatever the number of iterations. So have its derivatives. They are
-    exact where the active set (the zeros of x or of `operator x`, the kept entries of a pattern) is locally constant,
-    which is almost everywhere; at a tie they are one-sided. Everything else in a `Solution` has derivatives of 0.
+    `value` and `objective` have derivatives of every order (`jax.grad`, `jax.jvp`) with respect to every leaf of the
+    problem, by the implicit function theorem: one linear solve, whatever the number of iterations. They are exact where
+    the active set (the zeros of x or of `operator x`, the kept entries of a pattern) is locally constant, which is
+    almost everywhere; at a tie they are one-sided. Everything else in a `Solution` has zero derivatives.
 
     Args:
         problem: what to minimise.
-        solver: how; None for `chosen_solver(problem)`.
+        solver: a solver such as `so.PrimalDual()`; None uses `chosen_solver(problem)`.
         start: where to begin, of the answer's shape and dtype, or None for zeros. With None,
             `AcceleratedProximalGradient` and a concave penalty (`MCP`, `SCAD`, `LogSum`) the first 200 iterations
             follow paths of such penalties to a better start (`GraduatedProximalGradient`).
-        tol: bound on the solver's residual: the relative duality gap `(P - D) / D` where there is a certificate. With a
-            negative one the solver runs `max_steps` steps.
+        tol: bound on the solver's residual: the relative duality gap `(P - D) / D` if there is a certificate. With a
+            negative `tol` the solver runs `max_steps` steps.
         max_steps: step limit, 0 or more; a solver whose steps make `stride` iterations rounds it up to whole steps. An
             integer if a history is requested.
         history: record residual, objective and gap after every step. If a step of the solver makes `stride` iterations,
             the history has one entry per iteration, and those between steps are NaN.
 
     Returns:
-        A `Solution`. It never raises on non-convergence; `solution.check()` does. An answer with an entry that is not
-        finite has the status NONFINITE.
+        A `Solution`. `solve` never raises on non-convergence; `solution.check()` does. An answer with an entry that is
+        not finite has the status NONFINITE.
 
     Raises:
         ValueError: before any work, for a problem that the solver cannot solve (with the text of its `refuses`), for
@@ -187,7 +187,7 @@ def _refuses_data(problem: Problem) -> str | None:
     if isinstance(problem.loss, ScalarLoss):
         name = type(problem.loss).__name__
         return (
-            "a loss here is one of data, such as sparseopt.LogisticLoss(A, y), given one of a single observation: "
+            "solve needs a loss of data, such as sparseopt.LogisticLoss(A, y), given the loss of one observation: "
             f"write DataLoss(so.scalar.{name}(), matrix, target)"
         )
     if reason := refuses_map("operator", problem.operator):

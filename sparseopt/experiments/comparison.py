@@ -3,7 +3,7 @@
     OUTPUT/run.json                            what all cells share: settings, code and texts
     OUTPUT/cells/method=dense/                 the dense model, always measured, first
     OUTPUT/cells/method=wanda,pattern=2_4/     one run folder for each cell, see `runs`
-    OUTPUT/comparison.csv, .md, .png           the table and the picture of all finished cells
+    OUTPUT/comparison.csv, .md, .png           the table and the figure of all finished cells
     OUTPUT/report.html                         the same as one page
 
 The cells of a folder differ only in method, pattern and sparsity, so their figures can be compared; later calls add
@@ -35,7 +35,7 @@ from sparseopt.system.run_folder import RUN, SUMMARY, State, contents, differenc
 
 CELLS, COMPARISON = "cells", "comparison"
 CAPTION = "Perplexity, and the time of solver, survey and training, by sparsity"
-# What may differ between the cells of one folder.
+# Settings that may differ between the cells of one folder.
 OWN_SETTINGS = {"effort", "method", "preset", "pattern", "sparsity"}
 # What all pruned cells read, besides the model.
 TEXTS = {"calibration", "masks"}
@@ -53,7 +53,7 @@ COSTS = (
 
 
 def read_lists(methods: str, sparsity: str, pattern: str) -> tuple[list[str], list[float], list[str]]:
-    """The three comma-separated lists of a command line; `build` checks what is in them.
+    """Read the three comma-separated lists of a command line; `build` checks their contents.
 
     Raises:
         ValueError: listing every empty place, every sparsity outside [0, 1), and "dense".
@@ -92,11 +92,11 @@ def build(
     ridge: float | None = None,
     **common: Any,
 ) -> list[Run]:
-    """The runs of a comparison: the dense model, then every method with every pattern and share, in this order.
+    """The runs of a comparison: the dense model, then every method with every pattern and sparsity, in this order.
 
-    A method is an effort, a name in `METHODS`, `maiht:paper` for a preset, or the path of your own. An n:m pattern has
-    its own sparsity and makes one cell, unless `allocation` is "curves". `common` are settings of the task `prune` that
-    all cells share; a ridge goes to the methods that have one.
+    A method is an effort, a name in `METHODS`, `maiht:paper` for a preset, or the path of your own method. An n:m
+    pattern has its own sparsity and makes one cell, unless `allocation` is "curves". `common` has settings of the task
+    `prune` that all cells share; a ridge is used by the methods that have one.
 
     Raises:
         ConfigError: listing all settings that cannot be used, with the nearest known name.
@@ -105,7 +105,7 @@ def build(
     for method in methods:
         settings = _method_settings(method)
         for pattern in patterns:
-            # Curves choose the linears that get an n:m pattern, so that a sparsity below its own means something.
+            # Curves choose the layers that get an n:m pattern, so a sparsity below the pattern's makes sense.
             implied = implied_sparsity(pattern) is not None and common.get("allocation") != "curves"
             points: list[dict[str, Any]] = [{}] if implied else [{"sparsity": share} for share in shares]
             cells += [{**settings, "pattern": pattern, **point} for point in points]
@@ -130,20 +130,20 @@ def _method_settings(word: str) -> dict[str, str]:
 
 
 def method_name(task: Prune) -> str:
-    """The name of the effort or of the method on the command line."""
+    """The effort or method as named on the command line."""
     return task.method_label if task.preset is None else f"{task.method_label}:{task.preset}"
 
 
 def _takes_ridge(method: Any) -> bool:
-    """False for those of our methods that have no ridge; they stand beside the others without one."""
+    """False for methods of ours without a ridge; in a comparison they run without one."""
     return not isinstance(method, str) or method not in METHODS or hasattr(METHODS[method].method, "ridge")
 
 
 def prepare(runs: Sequence[Run], output: Path) -> list[Planned]:
-    """The plan of a comparison in a folder that is new or holds one with the same settings, checked by `check_all`.
+    """The plan of a comparison, checked by `check_all`; the folder is new or holds one with the same settings.
 
     Raises:
-        ValueError: listing how the comparison in the folder differs, or what the model or the texts do not allow.
+        ValueError: listing how the comparison in the folder differs, or what the model or the texts do not support.
     """
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file; give --output a folder that is new or holds this comparison")
@@ -152,7 +152,7 @@ def prepare(runs: Sequence[Run], output: Path) -> list[Planned]:
         old = (output / CELLS).is_dir() and not begun
         held = "a comparison of an earlier version" if old else "no comparison and is not empty"
         raise ValueError(f"{output} holds {held}; give another --output or empty it")
-    # The dense model, which comes first, has the ridge of all, and the others the calibration.
+    # The dense model, which comes first, has the common ridge, and the others the calibration.
     shared, pruned = fingerprint(runs[0].task), fingerprint(runs[-1].task)["inputs"]
     wanted = {name: value for name, value in shared["settings"].items() if name not in OWN_SETTINGS}
     wanted |= {"code": shared["code"], "inputs": {name: value for name, value in pruned.items() if name in TEXTS}}
@@ -189,7 +189,7 @@ def tabulate(
                 raise ValueError(errors[folder])
             finished = load_run(folder, allow_code)
         except ValueError as error:
-            # One of an earlier call may be unreadable: what this one has computed is told all the same.
+            # A cell of an earlier call may be unreadable: the results of this call are reported all the same.
             figures: dict[str, Any] = {"error": " ".join(str(error).split())}
         else:
             runs.append(finished)
@@ -212,7 +212,7 @@ def _figures(finished: FinishedRun) -> dict[str, Any]:
     """The figures of a finished row, and what they were measured with; the dense model has only a perplexity."""
     (record,) = finished.records
     start = read_start(finished.folder)
-    # In a record, null is a figure that was not finite.
+    # In a record, null is a non-finite figure.
     figures = {name: record[name] for name in COLUMNS if name in record}
     figures["perplexity"] = "not finite" if record["perplexity"] is None else record["perplexity"]
     figures["machine"], figures["versions"] = environment_texts(start)
@@ -228,7 +228,7 @@ def _figures(finished: FinishedRun) -> dict[str, Any]:
 def _common(task: Prune, runs: Sequence[FinishedRun]) -> dict[str, Any]:
     """What all cells have in common, by its column."""
     records = [record for run in runs for record in run.records]
-    # Where the number of windows was not given, a finished cell has it.
+    # If the number of windows was not given, a finished cell has it.
     found = (record["windows"] for record in records if "windows" in record)
     windows = task.windows or next(found, task.recipe().window_count)
     return {
@@ -246,7 +246,7 @@ def _common(task: Prune, runs: Sequence[FinishedRun]) -> dict[str, Any]:
 
 
 def facts_of(task: Prune, common: Mapping[str, Any], rows: Sequence[Row]) -> list[Fact]:
-    """What was run: model, texts and tokens, versions and machine. The task is that of any cell."""
+    """What was run: model, texts and tokens, versions and machine. `task` may be the task of any cell."""
     calibrated, split = common["calibration_tokens"], task.reading("evaluation").get("split")
     bos = "" if common["bos"] is None else f", every window starts with its BOS (token {common['bos']})"
     seed = "" if task.seed is None else f", seed {task.seed}"
@@ -291,7 +291,7 @@ def _row_name(row: Row) -> str:
 
 
 def write(section: Section, output: Path) -> list[Path]:
-    """Write `comparison.csv`, `comparison.md` and, with matplotlib, `comparison.png`, over those of an earlier call."""
+    """Write `comparison.csv`, `comparison.md` and, with matplotlib, `comparison.png`, replacing earlier ones."""
     table, text, picture = (output / f"{COMPARISON}.{ending}" for ending in ("csv", "md", "png"))
     rows = [{**r.labels, **r.figures, "folder": r.folder.relative_to(output).as_posix()} for r in section.rows]
     write_csv(table, list(dict.fromkeys([*section.labels(), *COLUMNS, *(name for row in rows for name in row)])), rows)
@@ -306,7 +306,7 @@ def _figures_in(files: Sequence[Path]) -> list[Figure]:
 
 
 def page(section: Section, files: Sequence[Path], source: str, command: str) -> str:
-    """The text of report.html; `files` are those that `write` wrote."""
+    """The text of report.html; `files` are the results of `write`."""
     steps = [
         Fact(f"sparseopt prune {shlex.quote(source)} --output FOLDER --method NAME", "makes the model of a row"),
         Fact("--methods NAME --sparsity SHARE", "in the same command adds rows; finished ones are kept"),

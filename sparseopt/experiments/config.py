@@ -33,12 +33,12 @@ from sparseopt.system.yaml_file import (
     refused,
 )
 
-# Of one experiment: runs, and settings of all runs together. More is a mistake, and would fill the memory.
+# Limits of one experiment: runs, and settings of all runs together. More is a mistake, and would fill the memory.
 MAX_RUNS = 5_000
 MAX_SETTINGS = 1_000_000
-# The id of a run for an item of a sweep that varies nothing.
+# The id of a run for a sweep item that varies nothing.
 UNCHANGED = "unchanged"
-# Bytes in the name of a run's folder, of which file systems take 255.
+# Bytes in the name of a run's folder; file systems allow 255.
 MAX_NAME = 240
 
 _PACKAGE = Path(__file__).parents[1]
@@ -57,7 +57,7 @@ class Sweep(Strict):
     """The settings that an experiment varies.
 
     Attributes:
-        grid: a list of values for each key, as in `order: [0, 1]`; every combination is taken.
+        grid: a list of values for each key, as in `order: [0, 1]`; every combination is run.
         list: combinations, as in `- {method: doge, order: 0}`; each is combined with every point of the grid.
     """
 
@@ -70,8 +70,8 @@ class Run:
     """One resolved run of an experiment.
 
     Attributes:
-        id: the settings that the sweep varies, as `key=value` joined by commas; "unchanged" where one of several runs
-            varies none; empty for a run alone.
+        id: the settings that the sweep varies, as `key=value` joined by commas; "unchanged" if one of several runs
+            varies none; empty for a single run.
         settings: those settings.
         task: the typed config.
     """
@@ -87,10 +87,10 @@ class Run:
 
 
 def find_config(path: Path) -> Path:
-    """The file of a config: the path itself, or else the config of this name that comes with the package.
+    """The file of a config: the path itself, or else the config with this name in the package.
 
     Raises:
-        ConfigError: if there is neither; it lists the names.
+        ConfigError: if neither exists, with a list of the names.
     """
     if path.is_file():
         return path
@@ -104,13 +104,13 @@ def find_config(path: Path) -> Path:
 def load_config(path: Path, overrides: Sequence[str] = (), *, allow_code: AllowCode = False) -> list[Run]:
     """Read an experiment, apply `key=value` overrides, expand its sweep, and check every run.
 
-    `path` may be the name of a config that comes with the package, such as `minnesota`; a file goes first.
+    `path` may be the name of a config in the package, such as `minnesota`; a file takes precedence.
     `allow_code` says whether tasks, penalties and methods that the config names by a path outside this package are
-    imported, which runs their modules: True for all, or the names of the packages whose paths are.
+    imported, which runs their modules: True for all, or the names of allowed packages.
 
     Raises:
-        ConfigError: listing all mistakes, a line each: place in the file, what is wrong, the nearest known name. A
-            path that is not allowed is one, and nothing was imported.
+        ConfigError: listing all mistakes, one per line: place in the file, what is wrong, the nearest known name. A
+            path that is not allowed is one; nothing is then imported.
     """
     path = find_config(path)
     values, lines = read_yaml(path)
@@ -161,7 +161,7 @@ def expand(
         mistakes[("task",), text] = None
     if near is None:
         raise report(mistakes)
-    # The other mistakes are those of the task that was meant.
+    # Further mistakes are reported for the task that was meant.
     values["task"] = near
     task_class = find_task(near, allow_code)
     points = [dict(zip(sweep.grid, point, strict=True)) for point in itertools.product(*sweep.grid.values())]
@@ -178,7 +178,7 @@ def expand(
         if identities[identity] > 1:
             identity = _identity(settings, whole=True)
         if not identity and len(combinations) > 1:
-            # Without a name its folder would hold those of the other runs.
+            # Without a name its folder would contain the folders of the other runs.
             identity = UNCHANGED
         try:
             task = _task_of(task_class, values, settings, allow_code)
@@ -202,7 +202,7 @@ def expand(
 
 
 def _swept(sweep: Any) -> list[str]:
-    """The keys that a sweep sets in every run; none of a sweep that is none."""
+    """The keys that a sweep sets in every run; none if it is not a sweep."""
     try:
         read = Sweep.model_validate(sweep or {})
     except ValidationError:
@@ -219,7 +219,7 @@ def _task_of(task_class: type[Task], values: Settings, settings: Settings, allow
 
 
 def _set_by_path(values: Settings, key: str, value: Any) -> None:
-    """Set a dotted key, creating missing blocks; ValueError where a part of the path is a plain value."""
+    """Set a dotted key, creating missing blocks; ValueError if a part of the path is a plain value."""
     *blocks, last = key.split(".")
     if len(blocks) > MAX_DEPTH:
         raise ValueError(f"cannot set {key[:80]}...: {len(blocks) + 1} parts, at most {MAX_DEPTH} are possible")
@@ -279,7 +279,7 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
 
 
 def _identity(settings: Settings, *, whole: bool = False) -> str:
-    """The name of a run; of blocks only their `name`, or, where that is not unique, all their settings."""
+    """The name of a run; for blocks only their `name` or, if that is not unique, all their settings."""
     return ",".join(f"{_plain(key)}={_word(value, whole)}" for key, value in settings.items())
 
 
@@ -293,7 +293,7 @@ def _word(value: Any, whole: bool) -> str:
 
 
 def _plain(text: str) -> str:
-    """Only characters that are safe in a folder's name on every system; no way out of the output folder."""
+    """Keep only characters that are safe in folder names on every system and cannot leave the output folder."""
     return "".join(c if c.isalnum() or c in "._+-" else "_" for c in text)
 
 

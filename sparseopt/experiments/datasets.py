@@ -1,4 +1,4 @@
-"""Pictures, volumes and graphs from inside pip packages, read without a download.
+"""Images, volumes and graphs inside pip packages, read without a download.
 
 | name | what | package | terms |
 |---|---|---|---|
@@ -14,10 +14,10 @@
 | minnesota | graph: roads of Minnesota | pygsp | BSD-3; David Gleich, MatlabBGL |
 | soho | graph: streets of Soho, deaths of cholera in 1854 | libpysal | BSD-3; after John Snow's map |
 
-The terms of scikit-image's pictures are in the docstrings of `skimage.data`. Those of the counties are in the
-licence folder of the wheel (`datasets.json`, `geographic-boundaries.txt`): the rates are public domain, from the US
-Bureau of Labor Statistics; the outlines are free to use with acknowledgement, from the US Census Bureau's
-TIGER/Line Shapefiles of about 2009. The package itself is BSD-3.
+The terms of scikit-image's images are in the docstrings of `skimage.data`. The terms of the counties are in the licence
+folder of the wheel (`datasets.json`, `geographic-boundaries.txt`): the rates are public domain, from the US Bureau of
+Labor Statistics; the outlines are free to use with acknowledgement, from the US Census Bureau's TIGER/Line Shapefiles
+of about 2009. The package itself is BSD-3.
 
 The brain is the ICBM 152 template, release 2009a, nonlinear, symmetric (Fonov, Evans, McKinstry, Almli, Collins,
 NeuroImage 47, 2009), an average of 152 people. Copyright 1993-2009 Louis Collins, McConnell Brain Imaging Centre,
@@ -69,20 +69,20 @@ NOT_CONTIGUOUS = frozenset({"AK", "HI", "PR", "AS", "GU", "MP", "VI"})
 PLACES = 1e5
 # A single common point is a corner where four counties meet.
 BORDER_POINTS = 2
-# Metres: of a piece of a street, and between places on streets that meet.
+# Metres: length of a piece of a street, and distance between places on streets that meet.
 PIECE, REACH = 20.0, 1.0
 EARTH = 6_378_137.0  # metres, the radius of the Web Mercator projection
 
 
 class Picture(Strict):
-    """A picture or a volume, or a part of it, in grey levels 0..255.
+    """An image or a volume, or a part of it, in grey levels 0..255.
 
     Attributes:
         name: one of `PICTURES` or `VOLUMES`.
-        crop: the part to take: first row, first column, height and width; of a volume the first place on its three
-            axes (right, ahead, up) and three lengths.
-        size: rows and columns to scale (the part of) the picture to, with smoothing against aliases; not of a volume.
-        grey: one channel, by luminance.
+        crop: the part to use: first row, first column, height and width; for a volume the first place on its three axes
+            (right, ahead, up) and three lengths.
+        size: rows and columns to scale (the part of) the image to, with anti-aliasing; not for a volume.
+        grey: convert to one channel, by luminance.
     """
 
     name: str = "camera"
@@ -91,7 +91,7 @@ class Picture(Strict):
     grey: bool = False
 
     def check(self) -> None:
-        """Raise ValueError if the picture or its package is missing, or for a part that it does not have."""
+        """Raise ValueError if the image or its package is missing, or if it does not have this part."""
         if self.name not in (*PICTURES, *VOLUMES):
             raise ValueError(f"there is no picture {self.name!r}: {suggest(self.name, (*PICTURES, *VOLUMES))}")
         if self.crop is not None and len(self.crop) != 2 * self.axes:
@@ -103,18 +103,18 @@ class Picture(Strict):
 
     @property
     def axes(self) -> int:
-        """3 for a volume, 2 for a picture."""
+        """3 for a volume, 2 for an image."""
         return 3 if self.name in VOLUMES else 2
 
     def shown(self, values: np.ndarray) -> np.ndarray:
-        """What can be drawn of an array like `load()`: of a volume its middle slice from above, the face upwards."""
+        """The drawable part of an array like `load()`: for a volume its middle slice from above, face upwards."""
         return values if self.axes == 2 else from_above(values)
 
     def load(self) -> np.ndarray:
         """`[height, width]`, `[height, width, channels]` or a volume `[right, ahead, up]`, float64.
 
         Raises:
-            ValueError: as `check`, and for a crop that leaves the picture.
+            ValueError: as for `check`, or if a crop leaves the image.
         """
         self.check()
         if self.axes == 3:
@@ -161,14 +161,14 @@ class GraphSource(Strict):
 
     Attributes:
         name: "counties", "minnesota" or "soho".
-        states: of the counties, postal abbreviations; empty for the 48 contiguous states and the capital.
+        states: postal abbreviations, for the counties; empty for the 48 contiguous states and the capital.
     """
 
     name: Literal["counties", "minnesota", "soho"] = "counties"
     states: tuple[str, ...] = Field(default=())
 
     def check(self) -> None:
-        """Raise ValueError if the package is missing, or for states of a graph without states."""
+        """Raise ValueError if the package is missing, or states are given for another graph."""
         if self.states and self.name != "counties":
             raise ValueError(f"only the counties have states, given {self.states} with {self.name}")
         needed = {"counties": ("bokeh_sampledata",), "minnesota": ("pygsp",), "soho": ("libpysal", "shapefile")}
@@ -176,7 +176,7 @@ class GraphSource(Strict):
             require(package)
 
     def load(self) -> GraphData:
-        """The graph with its data; ValueError as `check` and `load_counties`."""
+        """The graph with its data; raises ValueError like `check` and `load_counties`."""
         self.check()
         if self.name == "counties":
             return load_counties(self.states)
@@ -205,7 +205,7 @@ def load_counties(states: tuple[str, ...] = ()) -> GraphData:
         states: postal abbreviations; empty for the 48 contiguous states and the capital.
 
     Raises:
-        ValueError: for an unknown state, a missing package, or a file of another layout.
+        ValueError: if a state is unknown, a package is missing, or a file has another layout.
     """
     folder = require("bokeh_sampledata") / "_data"
     wanted = {state.upper() for state in states}
@@ -323,7 +323,7 @@ def load_soho() -> GraphData:
 
 
 def cut(line: np.ndarray, length: float) -> list[np.ndarray]:
-    """A line `[points, 2]` in equal pieces of about a length."""
+    """Cut a line `[points, 2]` into equal pieces of about this length."""
     along = _distances(line)
     ends = np.linspace(0, along[-1], max(round(along[-1] / length), 1) + 1)
     stops = [np.concatenate([[a], along[(along > a) & (along < b)], [b]]) for a, b in itertools.pairwise(ends)]
@@ -331,9 +331,9 @@ def cut(line: np.ndarray, length: float) -> list[np.ndarray]:
 
 
 def join(lines: Sequence[np.ndarray], points: np.ndarray, reach: float) -> tuple[Graph, np.ndarray]:
-    """The graph that joins lines which come within a reach of each other, and the line nearest to each point.
+    """The graph that joins lines within `reach` of each other, and the line nearest to each point.
 
-    Lines are compared at places at most a reach apart, so that those which cross are found too.
+    Lines are compared at places at most `reach` apart, so that crossing lines are found too.
     """
     lengths = [_distances(line)[-1] for line in lines]
     places = [_at(line, np.linspace(0, m, int(m / reach) + 2)) for line, m in zip(lines, lengths, strict=True)]
@@ -345,7 +345,7 @@ def join(lines: Sequence[np.ndarray], points: np.ndarray, reach: float) -> tuple
 
 
 def _distances(line: np.ndarray) -> np.ndarray:
-    """From the first point of a line to each of its points, along the line."""
+    """Distances from the first point of a line to each of its points, along the line."""
     return np.concatenate([[0], np.cumsum(np.linalg.norm(np.diff(line, axis=0), axis=1))])
 
 

@@ -4,8 +4,8 @@ penalty: {name: l1, weight: 10}
 penalty: {name: my_package.penalties.CappedL1, weight: 10, cap: 60}
 method: doge
 
-Importing a path runs its module. A config may come from a stranger, so a path outside this package is imported only
-if the caller allows it: all paths, or those of the packages listed.
+Importing a path runs its module. A config may come from a stranger, so a path outside this package is imported only if
+the caller allows it: all paths, or paths in the listed packages.
 """
 
 import difflib
@@ -31,7 +31,7 @@ from sparseopt.core.base.arguments import Mistakes, suggest
 from sparseopt.core.penalties.names import PENALTIES
 from sparseopt.trend.methods.choice import AUTO, METHODS
 
-# Whether paths outside this package may be imported: all, none, or those of the packages listed.
+# Whether paths outside this package may be imported: all, none, or paths in the listed packages.
 AllowCode = bool | Collection[str]
 
 
@@ -48,7 +48,7 @@ def worded(value: Any) -> str:
 
 
 def standing(word: str) -> Callable[[], str]:
-    """A known name that stands for itself, since what takes it knows it."""
+    """A known name that stands for itself, since its user knows it."""
     return lambda: word
 
 
@@ -63,7 +63,7 @@ def may_import(path: str, allow_code: AllowCode) -> bool:
 def find_class(
     name: str, known: Mapping[str, Callable[..., Any]], kind: str, allow_code: AllowCode = False
 ) -> Callable[..., Any]:
-    """The class of a short name, or the one at a dotted path; those of this package are always allowed.
+    """The class with a short name or at a dotted path; classes of this package are always allowed.
 
     Raises:
         ValueError: if there is none, with the nearest known name; before any import, if the path is not allowed.
@@ -95,23 +95,23 @@ def find_class(
     if not callable(found):
         classes = [name for name, _ in inspect.getmembers(module, inspect.isclass)]
         raise ValueError(f"{kind} {name!r}: {module_name} has no class {attribute!r}; {suggest(attribute, classes)}")
-    # Of this package only classes: a function would be called with whatever arguments a config holds.
+    # From this package only classes: a function would be called with any arguments in a config.
     if not allowed and not (isinstance(found, type) and found.__module__.partition(".")[0] == "sparseopt"):
         raise ValueError(f"{kind} {name!r}: {attribute} is no class of sparseopt; name a class")
     return found
 
 
 def file_digest(found: Callable[..., Any]) -> str:
-    """A hash of the file that defines a class; empty where there is no file."""
+    """A hash of the file that defines a class; empty if there is no file."""
     file = getattr(inspect.getmodule(found), "__file__", None)
     return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
 
 
 class Named(BaseModel):
-    """A class by name with its arguments; subclasses set the known names and the methods that your own must have.
+    """A class by name with its arguments; subclasses set the known names and the methods that your own class must have.
 
     A name without arguments may be given as a word; a known one is written as a word too.
-    Paths are imported as the pydantic context `{"allow_code": ...}` allows; without one, none is.
+    Paths are imported if the pydantic context `{"allow_code": ...}` allows; without one, none are.
 
     Attributes:
         name: short name or dotted path; every other key is an argument of the class.
@@ -198,7 +198,7 @@ class PenaltyConfig(Named):
 
 
 class TrendMethod(Named):
-    """A method of the trend filter: the name of its defaults, or with settings, as in `{name: doge, B: 2}`."""
+    """A method of the trend filter: a name for its defaults, or with settings, as in `{name: doge, B: 2}`."""
 
     kind: ClassVar[str] = "method"
     known: ClassVar[Mapping[str, Callable[..., Any]]] = {

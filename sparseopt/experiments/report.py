@@ -1,6 +1,6 @@
-"""Finished runs as tables and facts, written as CSV, Parquet, Markdown and one HTML page with their pictures.
+"""Finished runs as tables and facts, written as CSV, Parquet, Markdown and one HTML page with figures.
 
-folders -> finished runs -> rows (settings, figures with their spread, the paper's figures) -> reports and pictures
+folders -> finished runs -> rows (settings, values with their spread, the paper's values) -> reports and figures
 """
 
 import csv
@@ -67,7 +67,7 @@ class Section:
         return Table(self.title, list(columns), cells, len(labels))
 
     def report(self, figures: Sequence[Figure] = ()) -> Report:
-        """What Markdown and HTML show."""
+        """The section as shown in Markdown and HTML."""
         return Report(self.table(), self.facts, figures)
 
 
@@ -75,7 +75,7 @@ def find_runs(folders: Iterable[Path]) -> list[Path]:
     """Folders of finished runs, at or below the given ones.
 
     Raises:
-        ValueError: if a folder does not exist or holds none.
+        ValueError: if a folder does not exist or holds no finished run.
     """
     found: dict[Path, None] = {}
     for folder in folders:
@@ -95,7 +95,7 @@ def gather(folders: Iterable[Path], allow_code: AllowCode = False) -> list[Secti
     """One section for each experiment with finished runs at or below the folders; `allow_code` as in `load_config`.
 
     Raises:
-        ValueError: as `find_runs` and `load_run` do.
+        ValueError: as for `find_runs` and `load_run`.
     """
     runs: dict[str, list[FinishedRun]] = {}
     for folder in find_runs(folders):
@@ -119,7 +119,7 @@ def _facts(rows: Sequence[Row], paper: Paper | None) -> list[Fact]:
 
 
 def _told_apart(members: Sequence[FinishedRun], rows: Sequence[Sequence[Row]]) -> list[Row]:
-    """The rows of several runs; where some have the same labels, with all settings in which the runs differ."""
+    """The rows of several runs; if labels coincide, with all settings in which the runs differ."""
     found = [row for own in rows for row in own]
     if len({repr(row.labels) for row in found}) == len(found):
         return found
@@ -167,7 +167,7 @@ def _draw_section(section: Section, folder: Path) -> list[Figure]:
 
 
 def page_of(title: str, reports: Sequence[Report], command: str, steps: Sequence[Fact] = ()) -> str:
-    """The text of report.html, which says why it has no figures where they cannot be drawn."""
+    """The text of report.html, which says why there are no figures if they cannot be drawn."""
     note = [] if can_draw() else [NO_FIGURES]
     noted = [replace(report, facts=[*report.facts, *note]) for report in reports]
     return html_page(title, noted, command, environment(), steps)
@@ -183,7 +183,7 @@ def run_page(sections: Sequence[Section], folder: Path, command: str) -> str:
 
 
 def write_report(sections: Sequence[Section], folder: Path, command: str = "sparseopt report") -> list[Path]:
-    """Write `report.csv`, `.parquet` (with pyarrow), `.md`, `.html` and the pictures into a new or empty folder.
+    """Write `report.csv`, `.parquet` (with pyarrow), `.md`, `.html` and the figures into a new or empty folder.
 
     Raises:
         ValueError: if the folder holds files.
@@ -206,7 +206,7 @@ def write_report(sections: Sequence[Section], folder: Path, command: str = "spar
 
 
 def write_csv(file: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write rows as CSV; what a row does not have is left empty."""
+    """Write rows as CSV; missing values are left empty."""
     with file.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, columns)
         writer.writeheader()
@@ -232,7 +232,7 @@ def flat_rows(sections: Sequence[Section]) -> list[dict[str, Any]]:
 
 
 def _of_one_type(values: list[Any]) -> list[Any]:
-    """A column for Parquet: of mixed types, such as a setting that is a number or a word, as text."""
+    """A column for Parquet; mixed types, such as a setting that is a number or a word, become text."""
     kinds = {type(value) for value in values if value is not None}
     plain = len(kinds) <= 1 or kinds <= {int, float}
     return values if plain else [None if value is None else str(value) for value in values]
@@ -243,7 +243,7 @@ def _cell(value: Any) -> str:
         return ""
     if isinstance(value, tuple):
         mean, std = value
-        # A spread below the digits shown of the mean is left out.
+        # A spread below the shown digits of the mean is left out.
         return f"{_number(mean)} ± {_number(std, 2)}" if std > 1e-4 * abs(mean) else _number(mean)
     return _number(value) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 

@@ -1,13 +1,13 @@
 """The runs of an experiment. Besides the files of `system.run_folder`, the folder of each run holds
 
-    config.yaml     the resolved config; `sparseopt run` takes it again
-    *.png           pictures
+    config.yaml     the resolved config; `sparseopt run` accepts it again
+    *.png           figures
     error.txt       why the last start failed, if it did
 
-A finished unit is a record. An interrupted run keeps the whole lines of its records and runs the units that have none.
+A finished unit is a record. An interrupted run keeps complete lines of its records and runs the units without one.
 
-Several processes that work together (`system.processes`) run every unit together; the first decides what there is to
-do, tells the others, and writes. Processes that know nothing of each other share the runs by `--shard i/n`.
+Several processes that work together (`system.processes`) run every unit together; the first decides what to do, tells
+the others, and writes. Independent processes share the runs with `--shard i/n`.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ from sparseopt.system.yaml_file import read_yaml, write_yaml
 
 CONFIG, FAILURE = "config.yaml", "error.txt"
 NO_FIGURES = Fact("figures", "none, since matplotlib is not installed: pip install 'sparseopt[plot]'")
-# What a run writes besides its `run.json`; `model` is that of `tasks.model`.
+# What a run writes besides its `run.json`; `model` is from `tasks.model`.
 WRITTEN = (SUMMARY, RECORDS, CONFIG, FAILURE, PAGE, "*.png", "*.npz", "model")
 
 
@@ -55,8 +55,8 @@ class Planned:
 class Outcome:
     """What `execute` did: how many units were run, and why the run failed, if it did.
 
-    The units of the lost lines of `records.jsonl`, which held no record, were run again. `apart` says why the work that
-    the run shares with others ended, so that each went on by itself.
+    Units with a damaged line in `records.jsonl` were run again. `apart` says why the work that the run shares with
+    others failed, so that each continued by itself.
     """
 
     folder: Path
@@ -68,7 +68,7 @@ class Outcome:
 
 @cache
 def code_digest() -> str:
-    """A hash of the package's own source files: other code may give another result."""
+    """A hash of the package's own source files, since other code may give another result."""
     package = Path(__file__).parent.parent
     digest = hashlib.sha256()
     for file in sorted(package.rglob("*.py")):
@@ -77,10 +77,10 @@ def code_digest() -> str:
 
 
 def fingerprint(task: Task) -> Fingerprint:
-    """What a result depends on: settings, code, the files of classes named by path, models and texts.
+    """Everything a result depends on: settings, code, the files of classes named by path, models and texts.
 
-    Left out are the title and the published figures, and the number of devices, which changes a result by rounding
-    only. So are the versions of other packages, which `run.json` records.
+    Left out are the title, the published figures, and the number of devices, which changes results only by rounding.
+    The versions of other packages are left out too; `run.json` records them.
     """
     return run_folder.plain({
         "settings": task.model_dump(mode="json", exclude={"title", "paper", "name", "devices"}),
@@ -118,14 +118,14 @@ def _is_run(folder: Path) -> bool:
 
 
 def _refusal(folder: Path, why: str, again: bool) -> str | None:
-    """What is said of a folder of another run, and what to do; None where it may be replaced."""
+    """The message for a folder of another run, and what to do; None if it may be replaced."""
     if not _is_run(folder):
         return f"{why}; give another --output, or empty it"
     return None if again else f"{why}; give another --output, or --again to replace what is there"
 
 
 def take_shard(runs: Sequence[Run], shard: str) -> list[Run]:
-    """Of the shard `"i/n"` every n-th run, from the i-th: the shards are disjoint, complete, and of similar size."""
+    """The shard `"i/n"`: every n-th run from the i-th on. Shards are disjoint, complete, and of similar size."""
     first, slash, count = shard.partition("/")
     if not (slash and first.isdecimal() and count.isdecimal() and 1 <= int(first) <= int(count)):
         raise ValueError(f"--shard must be i/n with 1 <= i <= n, as in 2/4, given {shard!r}")
@@ -133,7 +133,7 @@ def take_shard(runs: Sequence[Run], shard: str) -> list[Run]:
 
 
 def plan(runs: Sequence[Run], output: Path) -> list[Planned]:
-    """What would happen, without any work; several processes all take what the first finds in the folders."""
+    """Plan the runs without any work; several processes all use what the first finds in the folders."""
     wanted = [fingerprint(run.task) for run in runs]
     processes.agree({"settings": wanted, "output folder": str(output.absolute())})
     folders = [output / run.subfolder for run in runs]
@@ -144,7 +144,7 @@ def plan(runs: Sequence[Run], output: Path) -> list[Planned]:
 
 
 def check_all(planned: Sequence[Planned], *, again: bool) -> None:
-    """Find what would stop a run in the middle of a sweep.
+    """Check for everything that would stop a run in the middle of a sweep.
 
     Raises:
         ValueError: listing every folder that holds something else, and everything that a task lacks.
@@ -171,11 +171,11 @@ def check_all(planned: Sequence[Planned], *, again: bool) -> None:
 def execute(
     run: Run, output: Path, observer: Observer, *, again: bool = False, run_unit: RunUnit | None = None
 ) -> Outcome:
-    """Finish one run: all of it, what is missing, or nothing if it is finished.
+    """Finish one run: the whole run, the missing part, or nothing if it is finished.
 
-    It works in `output / run.subfolder` and tells the observer how many units are done, of how many, and what is being
-    done. With `again`, what a run left in the folder is removed first. `run_unit` does the units in place of the task's
-    own, see `Task.prepare`.
+    It works in `output / run.subfolder` and calls the observer with the number of finished units, their total, and the
+    current work. With `again`, earlier results in the folder are removed first. `run_unit` replaces the task's own, see
+    `Task.prepare`.
 
     Raises:
         FolderError: if another process works in the folder, it has links, or it holds something else and `again` is
@@ -195,7 +195,7 @@ def execute(
 
 
 def _begin(run: Run, folder: Path, again: bool) -> bool:
-    """Begin a run in its claimed folder, or find it begun there; False if it is finished."""
+    """Begin or continue a run in its claimed folder; False if it is finished."""
     wanted = fingerprint(run.task)
     state, why = state_of(folder, wanted)
     if state is State.OTHER and (refusal := _refusal(folder, why, again)):
@@ -220,7 +220,7 @@ def _missing(task: Task, records: Container[str]) -> list[str]:
 
 
 def _inside(observer: Observer, done: int, total: int) -> Observer:
-    """Observes the parts of a piece of work, after so many pieces of all."""
+    """An observer for the parts of one piece of work, after `done` pieces."""
 
     def observe(text: Any, part: int, parts: int) -> None:
         observer(f"{text} {part}/{parts}" if parts else text, done, total)
@@ -265,7 +265,7 @@ def _run_units(run: Run, folder: Path, observer: Observer, run_unit: RunUnit) ->
 
 
 def _failed(what: str, error: Exception, folder: Path, done: int, torn: Sequence[int]) -> Outcome:
-    """The outcome of a run whose unit or drawing failed; of several processes all end with the error."""
+    """The outcome of a run whose unit or drawing failed; with several processes, all end with the error."""
     if processes.count() > 1:
         raise error  # the others may be waiting inside the unit, or one of them was lost
     text = f"{what}: {type(error).__name__}: {error}"
@@ -281,11 +281,11 @@ def run_all(
     again: bool = False,
     ended: Callable[[Planned, Outcome], None] = lambda planned, outcome: None,
 ) -> list[Outcome]:
-    """Execute the planned runs in order; after one that fails, the next one starts.
+    """Execute the planned runs in order; if one fails, the next one starts.
 
-    Runs whose tasks agree in `Task.shares` do what they share together, before the first of them. If that fails, each
-    goes on by itself. If several processes work together, a failure in one ends them all. `observer` makes the observer
-    of a run, `ended` is called after it, and `again` repeats finished runs too.
+    Runs whose tasks agree in `Task.shares` do their shared work together, before the first of them. If that fails, each
+    continues by itself. If several processes work together, a failure in one ends them all. `observer` makes the
+    observer of a run, `ended` is called after it, and `again` repeats finished runs too.
     """
     groups: dict[Hashable, list[Planned]] = {}
     shares = [p.run.task.shares() for p in planned]
@@ -312,11 +312,11 @@ def run_all(
 
 
 def _prepare(group: Sequence[Planned], observer: Observer, again: bool) -> tuple[dict[Path, RunUnit], str | None]:
-    """Do what unfinished runs share. Returns what does their units from there on, and why it failed, if it did."""
+    """Do the shared work of unfinished runs. Returns what then runs their units, and why it failed, if it did."""
     unfinished: list[int] = []
     with contextlib.ExitStack() as held:
         for index, p in enumerate(group if processes.is_first() else []):
-            # What is wrong with a folder is said where its run is executed.
+            # Problems with a folder are reported when its run is executed.
             with contextlib.suppress(FolderError, OSError):
                 held.enter_context(run_folder.claimed(p.folder))
                 if _begin(p.run, p.folder, again) and _missing(p.run.task, records_in(p.folder)[0]):
@@ -335,13 +335,13 @@ def _prepare(group: Sequence[Planned], observer: Observer, again: bool) -> tuple
 
 
 def draw(kind: type[Task], runs: Sequence[FinishedRun], folder: Path, title: str, prefix: str = "") -> list[Path]:
-    """Save the pictures that a task draws of its runs; none without matplotlib."""
+    """Save the figures that a task draws for its runs; none without matplotlib."""
     pictures = kind.draw(runs) if can_draw() else {}
     return [save_figure(axes, folder / f"{prefix}{stem}.png", title) for stem, axes in pictures.items()]
 
 
 def can_draw() -> bool:
-    """Whether matplotlib, which is an extra, is installed; it then draws into files."""
+    """Whether matplotlib (an extra) is installed; it is then set to draw into files."""
     try:
         import matplotlib
     except ModuleNotFoundError:
@@ -354,8 +354,8 @@ def load_run(folder: Path, allow_code: AllowCode = False) -> FinishedRun:
     """A finished run; `allow_code` as in `load_config`.
 
     Raises:
-        ValueError: if the folder holds none, or files that no run of this version writes, or its config names code
-            that is not allowed.
+        ValueError: if the folder holds no finished run, or files that no run of this version writes, or its config
+            names code that is not allowed.
     """
     if not (folder / SUMMARY).is_file():
         raise ValueError(f"{folder} holds no finished run: it has no {SUMMARY}")
@@ -378,7 +378,7 @@ def load_run(folder: Path, allow_code: AllowCode = False) -> FinishedRun:
 
 
 def records_in(folder: Path) -> tuple[dict[str, Record], list[int]]:
-    """The records in a folder by their unit, the first of each, and the numbers of the lines that hold none."""
+    """The records in a folder by unit, the first of each, and the numbers of the lines without a record."""
     found, torn = run_folder.read_records(folder, _record_of)
     records: dict[str, Record] = {}
     for record in found:
@@ -393,7 +393,7 @@ def _record_of(values: Any) -> Record:
 
 
 def summarise(records: Sequence[Record]) -> tuple[dict[str, tuple[float, float]], dict[str, Any]]:
-    """Mean and standard deviation over the units of every numeric field, and other fields where they all agree."""
+    """Mean and standard deviation over the units for every numeric field, and other fields if they all agree."""
     spreads, words = dict[str, tuple[float, float]](), dict[str, Any]()
     for name in dict.fromkeys(key for record in records for key in record if key not in ("unit", "unit_seconds")):
         values = [record.get(name) for record in records]

@@ -1,4 +1,4 @@
-"""What an experiment is. A task is a typed config that knows its units of work, their records and pictures.
+"""The definition of an experiment. A task is a typed config that knows its units of work, their records and figures.
 
 A run executes the units of one resolved config and writes a record for each; a unit with a record is not repeated.
 A report groups finished runs by task, and the task's `draw` compares them.
@@ -26,7 +26,7 @@ TASKS = {
     "prune": "tasks.prune.Prune",
     "shrink": "tasks.shrink.Shrink",
 }
-# Those of the two papers are no part of the package: their configs, in configs/papers, name them by their path.
+# The papers' tasks are not part of the package: their configs, in configs/papers, name them by path.
 PAPERS = {
     "race": "doge_race.Race",
     "convergence": "doge_convergence.Convergence",
@@ -35,12 +35,12 @@ PAPERS = {
 }
 
 Record = dict[str, Any]
-# Does a unit of a task by its key, see `Task.run_unit`.
+# Runs a unit of a task by its key, see `Task.run_unit`.
 RunUnit = Callable[[str, Path, Observer], Record]
 
 
 class Strict(BaseModel):
-    """A config block: unknown keys are errors, all values are checked, nothing changes afterwards."""
+    """A config block: unknown keys are errors, all values are checked, and it is immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
@@ -49,8 +49,8 @@ class PaperFigure(Strict):
     """Published figures, shown next to ours in the row of each run whose settings match.
 
     Attributes:
-        match: settings by dotted path, as in `{method: doge, order: 1}`; all must equal those of the run.
-        values: the figures by the name of the field in our record.
+        match: settings by dotted path, as in `{method: doge, order: 1}`; all must equal the run's settings.
+        values: the published figures, by the name of the field in our record.
     """
 
     match: dict[str, Any] = {}
@@ -63,7 +63,7 @@ class Paper(Strict):
     Attributes:
         source: authors, year, table or figure.
         figures: the published figures.
-        differs: a sentence for every setting that is not that of the paper.
+        differs: a sentence for every setting that differs from the paper.
     """
 
     source: str
@@ -81,7 +81,7 @@ class FinishedRun:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def arrays(self, kind: str, record: Record) -> dict[str, np.ndarray]:
-        """What the unit of a record stored as `KIND-UNIT.npz`."""
+        """The arrays that the unit of a record stored as `KIND-UNIT.npz`."""
         with np.load(self.folder / f"{kind}-{record['unit']}.npz") as stored:
             return dict(stored)
 
@@ -91,15 +91,15 @@ class Task(Strict, ABC):
 
     Attributes:
         name: short name, and the name of the folder of its runs.
-        title: one line for people.
+        title: one line for readers.
         task: the kind of task.
-        seed: of everything random.
+        seed: seed for everything random.
         paper: the original experiment, for a reproduction.
-        devices: how many to use, or "all"; None for one. The result is the same up to rounding, so this does not make
-            a different run.
+        devices: number of devices, or "all"; None for one. Results agree up to rounding, so this does not make a
+            different run.
         columns: record fields that are columns of a report's table, in order (class attribute).
-        row_by: record fields that distinguish the rows of one run; records that agree in them are repeats, of which
-            a report gives mean and spread (class attribute).
+        row_by: record fields that distinguish the rows of one run; records that agree in them are repeats, for which a
+            report gives mean and spread (class attribute).
         many_devices: whether `run_unit` supports several devices, and several processes that all call it (class
             attribute).
     """
@@ -145,21 +145,21 @@ class Task(Strict, ABC):
         return {}
 
     def shares(self) -> Hashable | None:
-        """What runs of an experiment must agree in to do some of their work together; None for a run by itself."""
+        """What runs of an experiment must agree on to do some of their work together; None for a run by itself."""
         return None
 
     @classmethod
     def prepare(cls, runs: Sequence[tuple[Any, Path]], observer: Observer) -> Sequence[RunUnit]:
-        """Do together what runs with equal `shares`, given with their folders, share.
+        """Do the shared work of runs with equal `shares`, given with their folders.
 
         Returns:
-            For each run what does its units from there on, in place of its `run_unit`.
+            For each run, the function that replaces its `run_unit` from then on.
         """
         return [task.run_unit for task, _ in runs]
 
     @classmethod
     def draw(cls, runs: Sequence[FinishedRun]) -> dict[str, Any]:
-        """Pictures of one run, or of several compared: matplotlib axes (or arrays of them) by the stem of the file."""
+        """Figures of one run, or comparing several: matplotlib axes (or arrays of them) by the stem of the file."""
         return {}
 
 
@@ -173,10 +173,10 @@ def grouped(runs: Iterable[FinishedRun], key: Callable[[Any], str]) -> dict[str,
 
 
 def find_task(kind: str, allow_code: AllowCode = False) -> type[Task]:
-    """The class of a name in `TASKS`, or the one at a dotted path.
+    """The task class with a name in `TASKS`, or at a dotted path.
 
     Raises:
-        ValueError: for a path that is not that of a task, or not allowed.
+        ValueError: if the path does not lead to a task, or is not allowed.
         ModuleNotFoundError: if a package of its extra is missing.
     """
     if kind in PAPERS:

@@ -2,7 +2,7 @@
 
     weight [out, in] = scale [out, groups] * multiple [out, in],    low <= multiple <= high
 
-A weight on a grid is held as float32, in which the product is exact; `multiples_of` takes it apart again.
+A weight on a grid is held as float32, in which the product is exact; `multiples_of` splits it again.
 """
 
 import re
@@ -13,9 +13,9 @@ from jaxtyping import Float, Int
 
 from sparseopt.core.base.arguments import unknown
 
-# Of the weights that are not 0, those that a grid may make 0 because its scales are numbers of float16.
+# The fraction of non-zero weights that a grid may make 0 because its scales are float16 numbers.
 MOST_LOST = 1e-3
-# Of float16, in which scales are stored.
+# The range of float16, in which scales are stored.
 LEAST_SCALE, MOST_SCALE = 2.0**-24, 65504.0
 
 
@@ -24,9 +24,9 @@ class Bits:
     """A symmetric grid: 0 is on it, so zeros stay. Scales are stored in float16.
 
     Attributes:
-        name: as a user gives it.
-        low: the least multiple of the scale; high: the largest.
-        group: the number of consecutive inputs that share a scale; None where all inputs of an output do.
+        name: the user's name for it.
+        low: the smallest multiple of the scale; high: the largest.
+        group: the number of consecutive inputs that share a scale; None if all inputs of an output do.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Bits:
         if self.group and inputs % self.group:
             raise ValueError(
                 f"bits {self.name!r} have a scale for each {self.group} inputs, which do not tile {inputs}: "
-                "take int8, or int4:group with a divisor"
+                "use int8, or int4:group with a divisor"
             )
 
     def check_weight(self, weight: Float[np.ndarray, "out in"]) -> None:
@@ -55,12 +55,12 @@ class Bits:
         lost = np.count_nonzero(groups[np.max(groups, axis=1) < LEAST_SCALE / 2])
         if lost > MOST_LOST * np.count_nonzero(sizes):
             raise ValueError(
-                f"bits {self.name!r} make {lost:,} weights 0, which are below {LEAST_SCALE / 2:.2g}, half of the least "
+                f"bits {self.name!r} make {lost:,} weights 0, which are below {LEAST_SCALE / 2:.2g}, half the smallest "
                 "scale of float16: leave them in floats"
             )
 
 
-# Those of 32 inputs are GGUF's; int4 takes the size of a group, as in int4:64.
+# The grids of 32 inputs are GGUF's; int4 accepts the size of a group, as in int4:64.
 BITS = {
     bits.name: bits
     for bits in (
@@ -76,10 +76,10 @@ WITH_OFFSET = ("q4_1", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
 
 
 def parse_bits(text: str) -> Bits:
-    """The grid that a name means, one of BITS or int4:group.
+    """The grid with a name, one of BITS or int4:group.
 
     Raises:
-        ValueError: for any other, saying which are known and that a grid must not move zeros.
+        ValueError: for any other name, listing the known ones and saying that a grid must not move zeros.
     """
     known = [*BITS, "int4:group"]
     if not isinstance(text, str):
@@ -100,7 +100,7 @@ def multiples_of(
 ) -> tuple[Int[np.ndarray, "out in"], Float[np.ndarray, "out groups"]]:
     """The multiples, int8, and the scales, float16, of a weight that lies on a grid.
 
-    Where several scales fit a group, one is taken; their products are the same.
+    If several scales fit a group, one of them is used; their products are the same.
 
     Raises:
         ValueError: if a group lies on no such grid.

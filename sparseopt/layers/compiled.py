@@ -14,13 +14,13 @@ from sparseopt.core.base.mesh import on_device, over, put
 class Compiled:
     """A pure function compiled once for each structure, shape, dtype and layout of its arguments and each precision.
 
-    The precision is that of products of activations, see `core.dense`.
+    The precision is the one of products of activations, see `core.base.dense`.
 
-    Where an argument is spread over several devices, those on one device are copied whole to each of them: a program
-    runs on all devices or on one. What is used more than once is better copied before, by `laid_on`.
+    If an argument is spread over several devices, arguments on one device are copied whole to each of them: a program
+    runs on all devices or on one. What is used more than once is better copied before, with `laid_on`.
 
     Attributes:
-        seconds: spent compiling by all programs of the process.
+        seconds: compile time of all programs of the process.
     """
 
     seconds: ClassVar[float] = 0.0
@@ -49,12 +49,12 @@ class Compiled:
             self._programs[key] = self.lower(*arguments).compile()
             Compiled.seconds += time.perf_counter() - start
         value = self._programs[key](*arguments)
-        # A CPU would run several programs at once, each with a workspace of its own.
+        # A CPU would run several programs at once, each with its own workspace.
         return jax.block_until_ready(value) if jax.default_backend() == "cpu" else value
 
 
 class Stopwatch:
-    """Seconds since it was made, with those of compiling apart."""
+    """Seconds since it was made, with compile time apart."""
 
     def __init__(self) -> None:
         self._start, self._compiling = time.perf_counter(), Compiled.seconds
@@ -74,7 +74,7 @@ def mesh_of(leaf: Any) -> Mesh | None:
 
 
 def laid_on(tree: Any, mesh: Mesh | None) -> Any:
-    """The tree with every leaf over the mesh: those that are not yet, whole on each device. Unchanged without one."""
+    """The tree with every leaf over the mesh: other leaves are put whole on each device. Unchanged without a mesh."""
     if mesh is None:
         return tree
     layout = over(mesh, None)

@@ -21,7 +21,7 @@ KNOWN = (
 # The forms of names; their numbers are sizes.
 _FORMS = {"unstructured": "unstructured", "per-row": "per-row", "n:m": r"(\d+):(\d+)"}
 _FORMS |= {"block": r"block:(\d+)x(\d+)", "group": r"group:(\d+)"}
-_LEAST = {"block": "blocks of at least 1 output x 1 input", "group": "groups of at least 1 input"}
+_LEAST = {"block": "blocks of at least 1 output × 1 input", "group": "groups of at least 1 input"}
 
 
 def _parts(text: str) -> tuple[str | None, tuple[int, ...]]:
@@ -38,7 +38,7 @@ def is_group_pattern(text: str) -> bool:
 
 
 def implied_sparsity(text: str) -> float | None:
-    """The share of zeros of an n:m pattern; None for other patterns, which need a sparsity."""
+    """The fraction of zeros of an n:m pattern; None for other patterns, which need a sparsity."""
     form, sizes = _parts(text)
     return 1 - sizes[0] / sizes[1] if form == "n:m" and sizes[1] else None
 
@@ -61,7 +61,7 @@ def check_pattern(text: str, sparsity: float | None) -> None:
         if sparsity is not None and abs(sparsity - (1 - n / m)) > 1e-9:
             raise ValueError(
                 f"pattern {text!r} has sparsity {1 - n / m:g}, which contradicts the sparsity {sparsity} given; "
-                f"give {1 - n / m:g}, or none"
+                f"give {1 - n / m:g}, or no sparsity"
             )
     elif sparsity is None:
         raise ValueError(f"pattern {text!r} needs a sparsity in [0, 1), given none")
@@ -77,12 +77,12 @@ def parse_pattern(text: str, sparsity: float | None, shape: tuple[int, ...]) -> 
     | unstructured | `round((1 - sparsity) * out * in)` weights anywhere in the layer |
     | per-row | `round((1 - sparsity) * in)` weights of every output row |
     | n:m | n of every m consecutive inputs of every output row |
-    | block:RxC | `round((1 - sparsity) * blocks)` whole blocks of R outputs x C inputs |
+    | block:RxC | `round((1 - sparsity) * blocks)` whole blocks of R outputs × C inputs |
     | group:C | `round((1 - sparsity) * in / C)` whole groups of C consecutive inputs, for all outputs |
 
     Args:
         text: one of the above.
-        sparsity: share of zeros in [0, 1); with n:m it may be None and must otherwise be `1 - n/m`.
+        sparsity: fraction of zeros in [0, 1); with n:m it is None or `1 - n/m`.
         shape: `(out, in)`.
 
     Raises:
@@ -115,7 +115,7 @@ def parse_pattern(text: str, sparsity: float | None, shape: tuple[int, ...]) -> 
 
 
 def pattern_count(pattern: Pattern, shape: tuple[int, ...]) -> int:
-    """The number of surviving weights of a layer `(out, in)`; within a support the most.
+    """The number of surviving weights of a layer `(out, in)`; within a support, at most this many.
 
     Raises:
         ValueError: for groups given by labels, see `group_size`.
@@ -137,14 +137,14 @@ def pattern_count(pattern: Pattern, shape: tuple[int, ...]) -> int:
 
 
 def taken(pattern: Pattern, classes: type | UnionType, what: str, advice: str) -> Any:
-    """The pattern, of one of the classes that a method takes; a `ValueError` for another."""
+    """The pattern, if its class is one that a method accepts; else a `ValueError`."""
     if not isinstance(pattern, classes):
         raise ValueError(f"{what}, not {type(pattern).__name__}; {advice}")
     return pattern
 
 
 def outputs_together(pattern: Pattern) -> int:
-    """As many consecutive outputs stand or fall together: those of a block, otherwise 1."""
+    """The number of consecutive outputs that are kept or pruned together: those of a block, otherwise 1."""
     return pattern.shape[1] if isinstance(pattern, BlockTopK) else 1
 
 
@@ -163,7 +163,7 @@ def group_size(pattern: GroupTopK) -> int:
 
 
 def share_unit(text: str, shape: tuple[int, ...]) -> int:
-    """The zeros of a weight `(out, in)` come in multiples of this. Not for n:m patterns, which have one share only."""
+    """The zeros of a weight `(out, in)` come in multiples of this. Not for n:m patterns, whose fraction is fixed."""
     form, sizes = _parts(text)
     if form == "block":
         return math.prod(sizes)

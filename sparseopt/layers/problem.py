@@ -1,11 +1,10 @@
-"""One layer. Job in, report out, pure and jitted; one compile for every distinct shape and method.
+"""One layer. Job in, report out, pure and jitted; one compilation for each shape and method.
 
     minimise over V    1/2 ||X Vᵀ - X Wᵀ||²    subject to V in the pattern          W, V [out, in],  Gram = XᵀX
 
-A layer is solved in scaled coordinates: `e = sqrt(diag Gram)`, hessian `Gram_ij / (e_i e_j)` with unit diagonal,
-center `(W e)ᵀ [in, out]`. There the magnitude of an entry is Wanda's score. Where outputs have weights s, [out], the
-norm is that of `X (V - W)ᵀ sqrt(s)`, and the center `(sqrt(s) W e)ᵀ`: the weights move with the outputs' scale, the
-hessian stays.
+A layer is solved in scaled coordinates: `e = sqrt(diag Gram)`, hessian `Gram_ij / (e_i e_j)` with unit diagonal, center
+`(W e)ᵀ [in, out]`. There the magnitude of an entry is Wanda's score. If outputs have weights s, [out], the norm is of
+`X (V - W)ᵀ sqrt(s)`, and the center is `(sqrt(s) W e)ᵀ`: the weights move with the outputs' scale, the hessian stays.
 
 An input that is zero on every calibration token is dead: `e = 0`, and nothing says which of its weights matter. Dead
 inputs' weights are ranked by size below all others: their centers are the weights at the tiny scale of `ranking_scale`.
@@ -34,7 +33,7 @@ from sparseopt.layers.patterns import Pattern, count_groups, pattern_count
 # Scale of a dead input's weights relative to the smallest other scale: they rank last, and their squares are still
 # normal float32 numbers.
 DEAD_SCALE = 1e-9
-# Least variance of a scaled input that is not dead: a constant one still ranks above dead ones.
+# Smallest variance of a scaled input that is not dead: a constant one still ranks above dead ones.
 LEAST_VARIANCE = 1e-12
 KINDS: dict[str, Any] = {"float": jnp.floating, "bool": jnp.bool_, "int": jnp.integer}
 
@@ -44,15 +43,15 @@ class LayerJob:
     """What to prune.
 
     A weight off the support is zero in the answer, whatever it is in `weight`, which may be a target that is not zero
-    there. The pattern chooses among the others: where fewer are left than it asks for, all of them stay.
+    there. The pattern chooses among the others: if fewer are left than it asks for, all of them stay.
 
     Attributes:
         weight: dense weight, `[out, in]`, any float dtype; the answer keeps that dtype.
         gram: calibration Gram `XᵀX`, `[in, in]`, float32.
-        test_gram: Gram of held-out inputs for the second error, `[in, in]`, or None.
+        test_gram: Gram matrix of held-out inputs for the second error, `[in, in]`, or None.
         pattern: which weights may survive.
-        output_weights: of the squared error at each output, `[out]`, above 0; None for equal ones.
-        input_variances: over the calibration tokens, `[in]`, in any common unit; None where they are not known.
+        output_weights: weight of the squared error at each output, `[out]`, above 0; None for equal ones.
+        input_variances: over the calibration tokens, `[in]`, in any common unit; None if unknown.
         support: the weights that may be non-zero, `[out, in]` bool; None for all.
     """
 
@@ -65,7 +64,7 @@ class LayerJob:
     support: Any = None
 
     def by_output(self, change: Callable[[Any], Any]) -> "LayerJob":
-        """The job with a function of what has an entry for each output: weight, output weights and support."""
+        """The job with `change` applied to what has an entry per output: weight, output weights and support."""
         found = jax.tree.map(change, (self.weight, self.output_weights, self.support))
         return dataclasses.replace(self, weight=found[0], output_weights=found[1], support=found[2])
 
@@ -77,10 +76,10 @@ class ScaledLayer:
     Attributes:
         hessian: `[in, in]`, unit diagonal except at dead inputs, where row and column are zero.
         weight: the dense weight, `[in, out]`.
-        center: the scaled dense weight, `[in, out]`; at dead inputs by `ranking_scale`.
+        center: the scaled dense weight, `[in, out]`; at dead inputs scaled by `ranking_scale`.
         scale: `e`, `[in]`, the norm of each input over the calibration tokens; 0 at dead inputs.
-        output_scale: `[out]`, above 0, the root of the outputs' weights over its geometric mean; ones without any.
-        variances: of the scaled inputs, `[in]`, in any common unit, 1 at dead ones; None where they are not known.
+        output_scale: `[out]`, above 0, the root of the outputs' weights over its geometric mean; ones without weights.
+        variances: of the scaled inputs, `[in]`, in any common unit, 1 at dead ones; None if unknown.
     """
 
     hessian: Any
@@ -96,7 +95,7 @@ class ScaledLayer:
 
 
 class OnGrid(NamedTuple):
-    """What a method of few bits gives besides: weights `[in, out]`, to be stored exactly as they are.
+    """What a method of few bits also returns: weights `[in, out]`, stored exactly as they are.
 
     With the scaled values before they were rounded, and the weights that plain rounding gives.
     """
@@ -117,7 +116,7 @@ class Pruned(NamedTuple):
 
 
 class LayerMethod(Protocol):
-    """A pruning method: a frozen pytree that solves a scaled layer. Pure, traced once a shape.
+    """A pruning method: a frozen pytree that solves a scaled layer. Pure, traced once per shape.
 
     A pass over a model gives the layer its `variances` if the method has an attribute `reads_variances = True`.
     """
@@ -125,7 +124,7 @@ class LayerMethod(Protocol):
     def __call__(self, layer: ScaledLayer, pattern: Pattern) -> Pruned:
         """Values that vanish off a mask with exactly the pattern's count.
 
-        Where some weights must stay zero, the pattern is `Within` another, and the mask may have fewer.
+        If some weights must stay zero, the pattern is `Within` another, and the mask may keep fewer.
         """
 
 
@@ -156,12 +155,12 @@ class LayerReport:
         kept: number of entries that the method's mask keeps.
         fits: whether that mask lies in the pattern.
         stray: number of non-zero values that the method gave off its mask; they are not stored.
-        supported: number of weights that may be non-zero; their total without a support.
+        supported: number of weights that may be non-zero; all of them without a support.
         dead_inputs: number of inputs that were zero on every calibration token.
         steps: iterations of the method.
         status: a `Status`.
-        grid_energies: on the calibration Gram, of the weights before they went on a grid of few bits, and of those that
-            plain rounding gives; None without a grid.
+        grid_energies: on the calibration Gram, of the weights before they were put on a grid of few bits, and of
+            plainly rounded weights; None without a grid.
         output_blocks: into how many blocks of outputs the solve was split to fit in memory; 1 when it fitted whole.
     """
 
@@ -208,7 +207,7 @@ def scale_layer(
 def refitted(
     loss: Quadratic, start: Array, mask: Array, steps: int, *, done: Array | int, status: Array, solver: Any = None
 ) -> Pruned:
-    """The last stage of a method: the loss minimised on the mask, by conjugate gradients if no solver is given.
+    """The last stage of a method: the loss minimised on the mask, with conjugate gradients if no solver is given.
 
     The support was found in `done` iterations that ended with `status`; using up a fixed number of steps counts as
     converged.
@@ -237,7 +236,7 @@ def relative_scale(output_weights: Float[Array, "out"]) -> Float[Array, "out"]:
 
 
 def ranking_scale(scale: Float[Array, "in"]) -> Float[Array, "in"]:
-    """The scale by which weights are compared: `DEAD_SCALE` of the smallest, or of 1, where it is 0."""
+    """The scale by which weights are compared: `DEAD_SCALE` of the smallest, or of 1, if it is 0."""
     alive = scale > 0
     smallest = jnp.min(jnp.where(alive, scale, jnp.inf))
     return jnp.where(alive, scale, DEAD_SCALE * jnp.where(jnp.any(alive), smallest, 1))
@@ -281,7 +280,7 @@ def solve_layer(job: LayerJob, method: LayerMethod) -> LayerReport:
         others = (energies_of(before - dense, dense, job.gram), energies_of(rounded - dense, dense, job.gram))
     nothing = Energies(jnp.float32(jnp.nan), jnp.float32(jnp.nan))
     test_energies = nothing if job.test_gram is None else energies_of(change, dense, job.test_gram)
-    # Scores of NaN keep every weight, and these would be taken as they were.
+    # Scores of NaN keep every weight, which would then be returned unchanged.
     solved = jnp.where(pruned.mask, pruned.values, 0)
     finite = jnp.isfinite(energies.ratio) & jnp.all(jnp.isfinite(stored)) & jnp.all(jnp.isfinite(solved))
     return LayerReport(
@@ -306,7 +305,7 @@ def reads_variances(method: LayerMethod) -> bool:
 
 
 def _answer(method: LayerMethod, layer: ScaledLayer, pattern: Pattern) -> Pruned:
-    # JAX remembers the trace, so a method is traced once a shape.
+    # JAX remembers the trace, so a method is traced once per shape.
     answer = method(layer, pattern)
     if not isinstance(answer, Pruned):
         raise ValueError(
@@ -354,7 +353,7 @@ def check_answer(report: LayerReport, method: LayerMethod, pattern: Pattern) -> 
     status = Status(int(report.status))
     if status is Status.NONFINITE:
         raise RuntimeError(
-            f"the solve became non-finite: {status.advice}; where inputs are linearly dependent, give a larger ridge"
+            f"the solve became non-finite: {status.advice}; if inputs are linearly dependent, give a larger ridge"
         )
     name, expected = type(method).__name__, pattern_count(pattern, report.weight.shape)
     exact = int(report.supported) == report.weight.size
@@ -368,7 +367,7 @@ def check_answer(report: LayerReport, method: LayerMethod, pattern: Pattern) -> 
     if not bool(report.fits):
         if int(report.kept) <= expected and int(report.supported) < report.weight.size:
             raise RuntimeError(
-                f"{name} does not keep the zeros that are to stay; `pattern.mask(score)` gives a mask that does"
+                f"{name} does not keep the zeros that must stay; `pattern.mask(score)` gives a mask that does"
             )
         counts = count_groups(np.asarray(report.weight), pattern)
         raise RuntimeError(

@@ -23,17 +23,17 @@ class LayerResult:
     """A pruned layer.
 
     Attributes:
-        weight: `[out, in]` in the dtype given, or with bits in float32; pruned entries exactly zero.
-        relative_error: `||X (V - W)ᵀ||² / ||X Wᵀ||²` on the Gram given.
-        test_error: the same on the held-out Gram, NaN without one.
-        sparsity: share of zeros.
+        weight: `[out, in]` in the given dtype, or with bits in float32; pruned entries are exactly zero.
+        relative_error: `||X (V - W)ᵀ||² / ||X Wᵀ||²` on the given Gram matrix.
+        test_error: the same on the held-out Gram matrix, NaN without one.
+        sparsity: fraction of zeros.
         steps: iterations.
         seconds: device time of the solve, without compilation.
         status: how it ended.
         dead_inputs: number of inputs that were zero on every token; their weights were pruned first.
-        output_blocks: into how many blocks of outputs the solve was split to fit in memory; 1 when it fitted whole.
+        output_blocks: number of blocks of outputs in which the layer was solved to fit in memory; 1 if it fitted whole.
         pruned_error: with bits, the relative error of the zeros alone; NaN without.
-        rounded_error: with bits, that of the zeros and plain rounding.
+        rounded_error: with bits, the relative error of the zeros and plain rounding.
     """
 
     weight: np.ndarray
@@ -66,28 +66,27 @@ def prune_layer(
 ) -> LayerResult:
     """Prune one linear layer: minimise `||X Vᵀ - X Wᵀ||²` over V in the pattern, given `gram = XᵀX`.
 
-    With output weights s the norm is that of `(X Vᵀ - X Wᵀ) diag(sqrt(s))`; the errors reported are without them.
+    With output weights s the norm is of `(X Vᵀ - X Wᵀ) diag(sqrt(s))`; the reported errors ignore them.
 
     Args:
-        weight: dense weight W, `[out, in]`, any float dtype; used in float32 where that is wider.
+        weight: dense weight W, `[out, in]`, any float dtype; used in float32 if that is wider.
         gram: `XᵀX` of the layer's inputs over the calibration tokens, `[in, in]`; used in float32.
-        sparsity: share of zeros in [0, 1), exact to the weight; may be left out with an n:m pattern.
-        pattern: "unstructured" (anywhere in the layer), "per-row" (as many in every output row), "n:m" such as
-            "2:4" along the inputs of each output, "block:RxC", whole blocks of R outputs x C inputs, or "group:C",
+        sparsity: fraction of zeros in [0, 1), exact to one weight; optional with an n:m pattern.
+        pattern: "unstructured" (anywhere in the layer), "per-row" (equally many in every output row), "n:m" such as
+            "2:4" along the inputs of each output, "block:RxC", whole blocks of R outputs × C inputs, or "group:C",
             whole groups of C consecutive inputs.
         method: a name in `METHODS`, or your own `LayerMethod`.
-        preset: settings of the method: for "maiht" "paper", the published ones, or "tuned"; None for its own.
-        bits: the grid that the remaining weights are put on: "q8_0", "q5_0" or "q4_0", a scale for each 32 inputs and
-            output as GGUF stores them, "int8", a scale for each output, or "int4:64" with the number of inputs that
-            share one ("int4" is of 128). Scales are of float16. All grids are symmetric: others would move zeros. None
-            leaves floats.
-        penalty: chooses the weights that survive by its prox, in place of L0 (method "maiht", unstructured). Its
-            field `weight` is set by the sparsity asked for; a refit removes the shrinkage of convex penalties.
-        test_gram: Gram of held-out inputs, for a second error.
+        preset: settings of the method: for "maiht" "paper", the published ones, or "tuned"; None for its defaults.
+        bits: the grid that the remaining weights are put on: "q8_0", "q5_0" or "q4_0" with a scale per 32 inputs and
+            output as GGUF stores them, "int8" with a scale per output, or "int4:G" with a scale per G inputs and output
+            ("int4": G = 128). Scales are float16. All grids are symmetric: others would move zeros. None keeps floats.
+        penalty: chooses the weights that survive with its prox, instead of L0 (method "maiht", unstructured). The
+            sparsity sets its field `weight`; a refit removes the shrinkage of convex penalties.
+        test_gram: Gram matrix of held-out inputs, for a second error.
         output_weights: weight of the squared error at each output, `[out]`, above 0; None for equal ones.
         input_variances: variance of each input over the calibration tokens, `[in]`, for method "flap".
         support: the weights that may be non-zero, `[out, in]` bool; None for all. The pattern chooses among them, and
-            where fewer are left than it asks for, all stay: a sparsity of 0 fits W on the support.
+            if fewer are left than it asks for, all stay: a sparsity of 0 fits W on the support.
 
     Raises:
         ValueError: for an impossible sparsity, pattern, bits, penalty, method, shape or non-finite value, before any
@@ -111,11 +110,11 @@ def prune_layer(
     if output_weights is not None:
         output_weights = _one_each("output_weights", output_weights, "out", outputs)
         if output_weights.min() <= 0:
-            raise ValueError(f"output_weights must be above 0, the least given is {output_weights.min():.3g}")
+            raise ValueError(f"output_weights must be above 0, the smallest given is {output_weights.min():.3g}")
     if input_variances is not None:
         input_variances = _one_each("input_variances", input_variances, "in", inputs)
         if input_variances.min() < 0:
-            raise ValueError(f"input_variances must be 0 or more, the least given is {input_variances.min():.3g}")
+            raise ValueError(f"input_variances must be 0 or more, the smallest given is {input_variances.min():.3g}")
     if support is not None:
         support = np.asarray(support)
         if support.shape != weight.shape or support.dtype != np.bool_:
@@ -131,7 +130,7 @@ def prune_layer(
     first = chooser(solver)
     if bits is not None:
         parse_bits(bits).check_weight(weight)
-        # By itself, so that what is wrong is told of it.
+        # Checked alone, so that the message names it.
         check_method(first, job.pattern, weight.shape, input_variances is not None, support is not None)
     check_method(solver, job.pattern, weight.shape, input_variances is not None, support is not None)
     watch = Stopwatch()
@@ -140,7 +139,7 @@ def prune_layer(
     status, pruned = check_answer(report, first, job.pattern), np.asarray(report.weight)
     before, rounded = report.grid_energies or (None, None)
     return LayerResult(
-        # In the dtype given, where unchanged entries keep the value given.
+        # In the given dtype, in which unchanged entries keep the given value.
         weight=pruned
         if before
         else np.where((pruned == weight) & (pruned != 0), given, pruned.astype(given.dtype, copy=False)),

@@ -1,12 +1,12 @@
-"""The linears of a block, in turn on one device; over several, each cut or several side by side.
+"""The linear layers of a block, in turn on one device; over several, each cut or several side by side.
 
-    cut             each device holds a share of a linear's outputs; all of them sum a dozen numbers at each iteration
-    side by side    each device solves its own linear, all of one shape, and exchanges nothing
+    cut             each device holds a part of a layer's outputs; all of them sum a dozen numbers at each iteration
+    side by side    each device solves its own layer, all of one shape, and exchanges nothing
 
-d linears of one shape take d times a d-th of one linear's time when they are cut, and one linear's time, without the
-sums, side by side. So on two devices query and output run side by side, and gate and up; experts do on any number. A
-linear that is left over is cut, unless `quicker_side_by_side` says that the other devices should rather be idle. Side
-by side each device needs the memory for a whole linear; where that is too much, the linear is cut.
+d layers of one shape take d times a d-th of one layer's time if they are cut, and one layer's time, without the sums,
+side by side. So on two devices query and output run side by side, and gate and up; experts do on any number. A layer
+that is left over is cut, unless `quicker_side_by_side` says that the other devices should rather be idle. Side by side
+each device needs the memory for a whole layer; if that is too much, the layer is cut.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ class LayerTask:
 
 
 class Solved(NamedTuple):
-    """The report of a layer, with the seconds that its job and its solve took, without and of compiling."""
+    """The report of a layer, with the seconds of its job and its solve, without compilation and of compilation."""
 
     report: LayerReport
     seconds: float
@@ -91,16 +91,16 @@ def share_out(tasks: Sequence[LayerTask], method: LayerMethod, devices: int, pla
 
 
 def quicker_side_by_side(count: int, shape: tuple[int, int], method: LayerMethod, devices: int, platform: str) -> bool:
-    """Whether some linears, at most as many as devices, take less time one a device than cut one after the other."""
+    """Whether some layers, at most as many as devices, take less time one per device than cut one after the other."""
     if count == devices:
         return True
     cost = method_cost(method)
     outputs, inputs = shape
     products = 2.0 * inputs**2 * outputs * cost.products + cost.updates * inputs * outputs
-    inverses = 2.0 * inputs**3 * cost.inverses  # on every device, also of a linear that is cut
+    inverses = 2.0 * inputs**3 * cost.inverses  # on every device, even for a layer that is cut
     stages = math.ceil(math.log2(devices))
     summing = cost.sums * stages * STAGE.get(platform, ACCELERATOR_STAGE)
-    # Never of a method of your own, whose operations are NaN.
+    # Never for your own method, whose operations are NaN.
     return inverses + products < count * (inverses + products / devices + summing)
 
 
@@ -112,7 +112,7 @@ def _solve_one(name: str, job: LayerJob, method: LayerMethod, mesh: Mesh | None)
 
 
 def _solve_batch(batch: Sequence[LayerTask], method: LayerMethod, mesh: Mesh) -> dict[str, Solved]:
-    """All of a batch at once, or in turn where memory is too short for that."""
+    """All of a batch at once, or in turn if memory is too short for that."""
     watch, names, jobs = Stopwatch(), [task.name for task in batch], [task.job() for task in batch]
     reports: list[LayerReport] = []
     with contextlib.suppress(MemoryError):
@@ -141,7 +141,7 @@ def solve_side_by_side(jobs: Sequence[LayerJob], method: LayerMethod, mesh: Mesh
         if not is_out_of_memory(error):
             raise
         failed = str(error).partition("\n")[0]
-    # The solve needs no other process; what follows needs all of them.
+    # The solve needs no other process; the next step needs all of them.
     if processes.any_of(bool(failed)):
         raise MemoryError(f"{len(jobs)} layers do not fit side by side ({failed or 'in another process'})")
     return _reports_of(whole(found), len(jobs))

@@ -1,12 +1,12 @@
-"""One layer solved: whole, by blocks of its outputs where memory is short, and cut over several devices.
+"""Solve one layer: whole, in blocks of its outputs if memory is short, or cut over several devices.
 
     minimise over V    1/2 ||X Vᵀ - X Wᵀ||² = sum over outputs i of 1/2 ||X (v_i - w_i)||²,   V in the pattern
 
 Outputs are coupled by the pattern alone. Per-row and n:m patterns have a count for every output, so a block of outputs
 is its own problem. A count over the whole layer is first divided among the blocks: each gets as many as it has among
-the layer's largest by Wanda's score, `|W_ij| ||X_j||`, and the total stays exact. Whole groups of inputs are chosen for
-all outputs together: such a layer is not split. Where JAX knows the device's memory, the method's workspace says how
-many blocks are tried first; elsewhere the whole layer is tried, and split when memory runs out.
+the layer's largest Wanda scores, `|W_ij| ||X_j||`, and the total stays exact. Whole groups of inputs are chosen for all
+outputs together: such a layer is not split. If JAX knows the device's memory, the method's workspace says how many
+blocks are tried first; otherwise the whole layer is tried, and split when memory runs out.
 
 Over several devices a layer or block is cut by outputs over all of them, and its Gram is whole on each. Products
 with the Gram stay on their device; devices exchange counts, sums and the sample that starts a selection. Several
@@ -44,22 +44,22 @@ from sparseopt.layers.problem import (
 from sparseopt.system import processes
 from sparseopt.system.machine import device_memory_left
 
-# With fewer outputs than this share of the inputs, the hessian `[in, in]` decides the memory: smaller blocks save none.
+# With fewer outputs than this fraction of inputs, the hessian `[in, in]` decides the memory: smaller blocks save none.
 LEAST_SHARE = 1 / 32
-# What XLA says, in lower case; the last is a matrix product on the CPU that got no workspace.
+# What XLA says, in lower case; the last is a matrix product on the CPU without a workspace.
 OUT_OF_MEMORY = ("resource_exhausted", "out of memory", "ynnpack operation failed")
 # The status of a layer whose blocks ended differently: the first of these that any of them has.
 WORST_FIRST = (Status.NONFINITE, Status.MAX_STEPS, Status.PRECISION, Status.STATIONARY, Status.CONVERGED)
 
 
 def solve_within_memory(job: LayerJob, method: LayerMethod, mesh: Mesh | None = None) -> LayerReport:
-    """Solve a layer whole, or where memory is too short by 2, 4, 8, ... blocks of its outputs.
+    """Solve a layer whole, or in 2, 4, 8, ... blocks of its outputs if memory is too short.
 
     Over a mesh the job's weight is on the host.
 
     Raises:
-        MemoryError: if the smallest blocks do not fit either, with their sizes; where the layer is not split, in
-            several processes and for the pattern group:C, if the whole does not fit.
+        MemoryError: if the smallest blocks do not fit either, with their sizes; if the whole layer does not fit and is
+            not split, as in several processes and for the pattern group:C.
     """
     outputs, inputs = job.weight.shape
     parts, unit, grouped = 1, outputs_together(job.pattern), isinstance(job.pattern, GroupTopK)
@@ -77,7 +77,7 @@ def solve_within_memory(job: LayerJob, method: LayerMethod, mesh: Mesh | None = 
         if processes.count() > 1:
             raise MemoryError(
                 f"the solve of a layer [out={outputs}, in={inputs}] does not fit in the memory of process "
-                f"{jax.process_index()} ({said}); several processes do not split a layer: take more devices, or method "
+                f"{jax.process_index()} ({said}); several processes do not split a layer: use more devices, or method "
                 "'wanda'"
             )
         if grouped:
@@ -89,7 +89,7 @@ def solve_within_memory(job: LayerJob, method: LayerMethod, mesh: Mesh | None = 
         tried, parts = parts, 2 * parts
         if not _splits((outputs, inputs), parts, unit):
             raise MemoryError(
-                f"the solve of a layer [out={outputs}, in={inputs}] does not fit in memory, not even by blocks of "
+                f"the solve of a layer [out={outputs}, in={inputs}] does not fit in memory, not even in blocks of "
                 f"{-(-outputs // tried)} outputs, below which its Gram of {4 * inputs**2:,} bytes decides ({said}); "
                 "use a device with more memory, or method 'wanda'"
             )
@@ -98,7 +98,7 @@ def solve_within_memory(job: LayerJob, method: LayerMethod, mesh: Mesh | None = 
 def fewest_blocks(shape: tuple[int, int], workspace: Workspace, room: int | None, unit: int = 1) -> int:
     """The fewest blocks of outputs, a power of two, of which each is estimated to fit in `room` bytes.
 
-    As many as there may be, if none fits; 1 where room is not known. `unit` outputs stay together.
+    As many as there may be, if none fits; 1 if room is not known. `unit` outputs stay together.
     """
     outputs, inputs = shape
     parts = 1
@@ -122,15 +122,15 @@ def _solve_parts(job: LayerJob, method: LayerMethod, parts: int, mesh: Mesh | No
     reports = []
     for each in split_job(job, method, parts):
         report = layer_solver(each, method) if mesh is None else solve_over(each, method, mesh)
-        # Moved off the device at once where more follow; waited for, because memory may run out until then.
+        # Moved off the device at once if more follow; waited for, because memory may run out until then.
         reports.append(jax.block_until_ready(report) if parts == 1 else jax.device_get(report))
     return join_reports(reports)
 
 
 def split_job(job: LayerJob, method: LayerMethod, parts: int) -> list[LayerJob]:
-    """Jobs for consecutive blocks of outputs, all of one size where the number of outputs allows it, else of two.
+    """Jobs for consecutive blocks of outputs, all of one size if the number of outputs allows it, else of two.
 
-    Magnitude and Wanda rank weights in their own way; their blocks get the counts that these give.
+    Magnitude and Wanda rank weights in their own way; their blocks get the counts of that ranking.
     """
     if parts == 1:
         return [job]
@@ -149,7 +149,7 @@ def split_job(job: LayerJob, method: LayerMethod, parts: int) -> list[LayerJob]:
 
 
 def join_reports(reports: Sequence[LayerReport]) -> LayerReport:
-    """The report of a layer from those of its blocks of outputs, in their order; errors are those of the whole."""
+    """The report of a layer from the reports of its blocks of outputs, in order; errors are of the whole layer."""
     if len(reports) == 1:
         return reports[0]
     # Most scalars are sums; the others follow.
@@ -206,7 +206,7 @@ def _scores(job: LayerJob, method: LayerMethod) -> np.ndarray:
 
 
 def largest_by_row(scores: np.ndarray, k: int) -> np.ndarray:
-    """How many of the k largest scores of all rows are in each row; equal ones at the limit are shared evenly."""
+    """How many of the k largest scores of all rows are in each row; equal scores at the limit are shared evenly."""
     if not k:
         return np.zeros(len(scores), int)
     limit = np.partition(scores, scores.size - k, axis=None)[scores.size - k]
@@ -220,7 +220,7 @@ class Cut:
     """How a layer is cut: over which mesh, and how many of its padded rows are outputs; structure, not arrays.
 
     An array that enters or leaves a program must be cut evenly, so it is padded with zeros there; inside they are gone,
-    and counts are those of the layer.
+    and counts are the layer's.
     """
 
     mesh: Mesh = static()

@@ -1,6 +1,6 @@
-"""Decoder-only language models in Flax NNX: read from Hugging Face folders or GGUF, run, exported.
+"""Decoder-only language models in Flax NNX: reading from Hugging Face folders or GGUF, running, and export.
 
-From the lowest: `base`, `files`, `decoder`, `families`, `streaming`, `reshape`, and `export` and `loaded`.
+From the lowest: `base`, `files`, `decoder`, `families`, `streaming`, `reshape`, then `export` and `loaded`.
 """
 
 from sparseopt.models.base.errors import ModelError

@@ -1,4 +1,4 @@
-"""A model written out, one safetensors shard at a time, as a folder that transformers loads.
+"""Export of a model, one safetensors shard at a time, as a folder that transformers loads.
 
 Every file is written under a temporary name, forced to disk and renamed: a file under its final name is whole.
 """
@@ -44,7 +44,7 @@ def trained_tag(index: int) -> str:
 
 
 def check_output(source: Source, output: Path) -> None:
-    """Refuse, with a `ModelError`, an output folder in the source's folder, which holds a model and nothing else."""
+    """Raise a `ModelError` if an output folder is inside the source's folder, which should hold one model only."""
     if source.path.resolve() in output.expanduser().resolve().parents:
         raise ModelError(
             f"the output folder {output} lies in the model's folder {source.path}, which would then hold two models; "
@@ -53,7 +53,7 @@ def check_output(source: Source, output: Path) -> None:
 
 
 def unread(source: Source, keys: Iterable[str]) -> dict[str, UnreadTensor]:
-    """Tensors of a source, each to be read when it is written."""
+    """Tensors of a source, each of which is read when it is written."""
     infos = source.tensors
     return {
         key: UnreadTensor(infos[key].shape, infos[key].dtype, partial(source.pieces, key), infos[key]) for key in keys
@@ -65,7 +65,7 @@ class ShardedWriter:
 
     Attributes:
         output: the folder.
-        files: of the source, by name, besides configuration and weights.
+        files: the source's files by name, besides configuration and weights.
     """
 
     def __init__(
@@ -82,13 +82,13 @@ class ShardedWriter:
 
         Args:
             output: a folder that is empty or does not exist.
-            source: the model that the tensors come from; gives names, shapes, dtypes and the other files.
-            dtype: of all float tensors written; None keeps each tensor's own (float32 where it was quantised).
-            form: in which tensors are stored; None for safetensors.
+            source: the original model; provides names, shapes, dtypes and the other files.
+            dtype: dtype of all float tensors written; None keeps each tensor's own (float32 if it was quantised).
+            form: how tensors are stored; None for safetensors.
             keys: names of the tensors that the folder must hold; default: all of the source.
-            keep: tags of shards that an earlier writer finished in the folder, which may then hold other files too;
+            keep: tags of shards that an earlier writer finished in the folder, which may then also hold other files;
                 None requires an empty folder.
-            writes: False keeps the same account and writes nothing, for the other processes of a distributed run.
+            writes: False keeps the same records but writes nothing, for the other processes of a distributed run.
 
         Raises:
             ModelError: if the folder cannot be used, its disk has too little space, or a file cannot be copied.
@@ -101,7 +101,7 @@ class ShardedWriter:
         self._dtype = None if dtype is None else _writable(dtype)
         self._expected = {key: info.shape for key, info in source.tensors.items() if keys is None or key in keys}
         self._places: dict[str, str] = {}
-        # Read now: what cannot be copied is refused before the work.
+        # Read now, so that a file that cannot be copied is an error before any work.
         self.files = source.sidecars() if writes else {}
         if writes:
             self._prepare(keep)
@@ -110,22 +110,22 @@ class ShardedWriter:
 
     @property
     def shards(self) -> list[str]:
-        """Names of the finished shard files, in the order of writing."""
+        """Names of the finished shard files, in order of writing."""
         return list(self._stored)
 
     @property
     def dense_bytes(self) -> int:
-        """Of all tensors written so far, without packing."""
+        """Size of all tensors written so far, without packing."""
         return sum(map(self._nbytes, self._places))
 
     @property
     def stored_bytes(self) -> int:
-        """Of the same tensors as stored."""
+        """Size of the same tensors as stored."""
         return sum(self._stored.values())
 
     def dtype_of(self, key: str) -> np.dtype:
         own = self._source.tensors[key].dtype
-        # In which a multiple of a scale is exact.
+        # In float32 a multiple of a scale is exact.
         if key in self._form.bits:
             return np.dtype(np.float32)
         return self._dtype if self._dtype is not None and jnp.issubdtype(own, jnp.floating) else own
@@ -133,13 +133,13 @@ class ShardedWriter:
     def write(self, tag: str, tensors: Mapping[str, np.ndarray | UnreadTensor], instead: str | None = None) -> str:
         """Write one shard and return its file name. The shard is then safe on disk.
 
-        The tag names the shard: letters, digits and hyphens, new to this writer. Tensors go by checkpoint name, in any
-        float dtype; an `UnreadTensor` is read when it is written, unless packed. `instead` is the tag of a finished
-        shard with the same tensors, which this one replaces; its file stays until `finish`.
+        The tag names the shard: letters, digits and hyphens, new to this writer. Tensors are given by checkpoint name,
+        in any float dtype; an `UnreadTensor` is read when it is written, unless packed. `instead` is the tag of a
+        finished shard with the same tensors, which this one replaces; its file stays until `finish`.
 
         Raises:
-            ModelError: for a name, shape or value that cannot be written.
-            DiskError: if the disk refuses, naming the shard that failed and those that are safe.
+            ModelError: if a name, shape or value cannot be written.
+            DiskError: if writing fails, naming the failed shard and the shards that are safe.
         """
         name = self._form.file_name(tag)
         if not re.fullmatch(r"[A-Za-z0-9-]+", tag) or name in self.shards:
@@ -160,11 +160,11 @@ class ShardedWriter:
     def finish(self, files: Mapping[str, bytes] | None = None) -> None:
         """Write the other files of the source, the configuration and the index, which complete the model.
 
-        `files`, by name, are written in place of those of the source, except where the folder holds one of that name.
+        `files`, by name, replace the source's files, unless the folder already holds a file with that name.
 
         Raises:
             ModelError: if tensors of the model were never written.
-            DiskError: if the disk refuses.
+            DiskError: if writing fails.
         """
         missing = [key for key in self._expected if key not in self._places]
         if missing:
@@ -212,7 +212,7 @@ class ShardedWriter:
         self._places |= dict.fromkeys(self._read(name), name)
 
     def _replace(self, name: str) -> None:
-        """Count the tensors of a finished shard as not written; its file is removed at the end."""
+        """Count the tensors of a finished shard as unwritten; its file is removed at the end."""
         del self._stored[name]
         self._replaced.append(name)
         self._places = {key: place for key, place in self._places.items() if place != name}
@@ -279,19 +279,19 @@ def _to_json(value: Any) -> bytes:
 
 
 def pack_folder(source: str | Path, output: str | Path, *, observer: Observer | None = None) -> ShardedWriter:
-    """Rewrite a dense model folder with its tensors packed where that makes them smaller, see `packed`.
+    """Rewrite a dense model folder with tensors packed if that makes them smaller, see `packed`.
 
     Args:
-        source: a Hugging Face folder with safetensors, of a model that was pruned.
-        output: a folder that does not exist yet or is empty.
-        observer: called with ("shards", those done, all).
+        source: a Hugging Face folder of a pruned model, with safetensors.
+        output: a new or empty folder.
+        observer: called with ("shards", shards done, shards in all).
 
     Returns:
         The finished writer, with the folder and the bytes of its tensors.
 
     Raises:
-        ModelError: before any work, if the source is no dense folder or the output cannot be used.
-        DiskError: later, if the disk refuses.
+        ModelError: before any work, if the source is not a dense folder or the output cannot be used.
+        DiskError: later, if writing fails.
     """
     return _rewrite(source, output, pack=True, observer=observer)
 
@@ -299,13 +299,13 @@ def pack_folder(source: str | Path, output: str | Path, *, observer: Observer | 
 def unpack_folder(source: str | Path, output: str | Path, *, observer: Observer | None = None) -> ShardedWriter:
     """Rewrite a packed model folder as a dense one that transformers loads; the reverse of `pack_folder`.
 
-    Its tensors are identical to those of the model that was packed. The other files of the folder are copied; those of
-    a pruning run, hidden files and folders are left out.
+    Its tensors are identical to those of the original model. Other files of the folder are copied, except files of a
+    pruning run, hidden files and folders.
 
     Raises:
         ModelError: before any work, if the source is not packed or corrupt or the output cannot be used; later if
             a shard turns out to be corrupt.
-        DiskError: later, if the disk refuses.
+        DiskError: later, if writing fails.
     """
     return _rewrite(source, output, pack=False, observer=observer)
 
@@ -322,7 +322,7 @@ def _rewrite(source: str | Path, output: str | Path, *, pack: bool, observer: Ob
     if any(isinstance(tensor, CompressedTensor) for tensor in opened.tensors.values()):
         raise ModelError(f"{folder} is stored in few bits, which packing would undo; copy it")
     check_output(opened, Path(output))
-    # The shards are those that pruning writes, not those of the folder: memory holds one block at a time.
+    # The shards are cut as in pruning, not as in the folder: memory holds one block at a time.
     shards = _shards(opened)
     keys = [key for each in shards.values() for key in each]
     writer = ShardedWriter(output, opened, form=Packed() if pack else Form(), keys=keys)

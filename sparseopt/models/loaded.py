@@ -1,7 +1,7 @@
-"""A model of an architecture that only transformers knows, whole in memory as a module of torch (extra `torch`).
+"""A model with an architecture that only transformers knows, whole in memory as a torch module (extra `torch`).
 
-It is opened as an outline, the module without values, which has the names and shapes; its tensors are read from the
-source when the module is asked for. Code that comes with a model is never run.
+It is opened as an outline, the module without values, which has the names and shapes; tensors are read from the source
+when the module is needed. Code that comes with a model is never run.
 """
 
 import copy
@@ -30,17 +30,17 @@ _IN_BLOCK = re.compile(r".*\.\d+\..")
 
 
 class LoadedModel(PrunableModel):
-    """A model that transformers loads; its linears are torch's `Linear` and transformers' `Conv1D` in the blocks.
+    """A model that transformers loads; its layers are torch's `Linear` and transformers' `Conv1D` in the blocks.
 
     Attributes:
-        linears: their names in the module, by the checkpoint names of their weights.
+        linears: names of the linear layers in the module, by the checkpoint names of their weights.
         other_weights: number of weights in other matrices of the blocks, such as experts in one stack.
     """
 
     packages = ("torch", "transformers")
 
     def __init__(self, source: Source) -> None:
-        """Build the outline and find the linears; a `ModelError` says why that is not possible."""
+        """Build the outline and find the linear layers; a `ModelError` says why that is not possible."""
         self.source = source
         made = f"transformers makes no causal language model of the configuration in {source.path}"
         self._outline, self.config = guarded(lambda: _outline(source), made, advice="")
@@ -55,7 +55,7 @@ class LoadedModel(PrunableModel):
         parts = {name: part for name, part in self._outline.named_modules() if isinstance(part, Linear | Conv1D)}
         found = {f"{name}.weight": part for name, part in parts.items() if _IN_BLOCK.match(name)}
         if not found:
-            raise ModelError(f"the blocks of a {self.config.model_type} model have no linears: nothing can be pruned")
+            raise ModelError(f"the blocks of a {self.config.model_type} model have no linear layers: nothing to prune")
         self._check([f"missing: {name}" for name in found if keys.get(name) not in source.tensors])
         self.linears = {keys[name]: name.removesuffix(".weight") for name in found}
         self._transposed = {keys[name] for name, part in found.items() if isinstance(part, Conv1D)}
@@ -70,7 +70,7 @@ class LoadedModel(PrunableModel):
 
     @cached_property
     def module(self) -> Any:
-        """The module with its values, read now, in the dtype that most of them have; see `forget`."""
+        """The module with its values, read now, in the most common dtype among them; see `forget`."""
         import torch
 
         def load() -> Any:
@@ -95,7 +95,7 @@ class LoadedModel(PrunableModel):
 
     @property
     def nbytes(self) -> int:
-        """Of the module."""
+        """Size of the module."""
         return sum(info.nbytes for info in self.source.tensors.values())
 
     def ids(self, tokens: Int[np.ndarray, "B T"]) -> Any:
@@ -105,7 +105,7 @@ class LoadedModel(PrunableModel):
         return torch.as_tensor(np.asarray(tokens, np.int64), device=self.module.device)
 
     def loss(self, tokens_T: Int[np.ndarray, "T"], skipped: int) -> float:
-        """`- sum_t log p(tokens[t + 1])` of a window, less the first `skipped` predictions."""
+        """`- sum_t log p(tokens[t + 1])` of a window, without the first `skipped` predictions."""
         import torch
 
         ids = self.ids(tokens_T)
@@ -116,7 +116,7 @@ class LoadedModel(PrunableModel):
     def draw(
         self, count: int, length: int, start: int, *, seed: int, observer: Observer
     ) -> Int[np.ndarray, "count length"]:
-        """Texts of the model's own, `length` tokens each after the token `start`, drawn at temperature 1."""
+        """Texts drawn from the model at temperature 1, `length` tokens each after the token `start`."""
         import torch
 
         begin = self.ids(np.full((count, 1), start))
@@ -130,7 +130,7 @@ class LoadedModel(PrunableModel):
         return found[:, 1:].cpu().numpy().astype(np.int32)
 
     def _key(self, key: str) -> str:
-        """The name of a tensor in this checkpoint; some leave out the first part."""
+        """The name of a tensor in this checkpoint; some checkpoints omit the first part."""
         short = key.removeprefix(f"{self._outline.base_model_prefix}.")
         return short if key not in self.source.tensors and short in self.source.tensors else key
 
@@ -143,7 +143,7 @@ class LoadedModel(PrunableModel):
 
 
 def open_any(source: ModelSource) -> PrunableModel:
-    """`open_model`, and a `LoadedModel` where the family is not known here; errors are those of both."""
+    """`open_model`, or a `LoadedModel` if the family is not known here; raises the errors of both."""
     if isinstance(source, PrunableModel):
         return source
     opened = source_of(source)
@@ -173,7 +173,7 @@ def _outline(source: Source) -> tuple[Any, Any]:
     check_count(source, sizes.num_hidden_layers, "blocks")
     with torch.device("meta"):
         module = transformers.AutoModelForCausalLM.from_config(read, trust_remote_code=False)
-    # By attribute: transformers has one name for fields that configurations call by several.
+    # By attribute: transformers has one name for fields that have several names in configurations.
     found = {name: getattr(sizes, name, None) for name in ("max_position_embeddings", "rope_parameters")}
     return module, SimpleNamespace(
         model_type=model_type, vocab_size=sizes.vocab_size, hidden_size=sizes.hidden_size,

@@ -1,4 +1,4 @@
-"""What a model is and what pruning it would take: from its headers alone, or for the time from runs on a few blocks."""
+"""What a model is and what pruning it would cost, from its headers alone; the time is measured on a few blocks."""
 
 import copy
 import math
@@ -46,17 +46,17 @@ _IN_BLOCK = re.compile(r".*?\.(\d+)\.(.+)")
 
 @dataclass(frozen=True)
 class LinearKind:
-    """Linears of one name, shape and sparsity.
+    """Linear layers with the same name, shape and sparsity.
 
     Attributes:
-        name: inside its block, `*` for the number of an expert.
+        name: name inside the block; `*` stands for the number of an expert.
         outputs: rows of the weight.
-        inputs: its columns.
-        count: over all blocks.
-        dtype: as stored; float32 where stored quantised.
-        zeros: in all of them after pruning; None for those that stay as they are, and where this package's decoder does
-            not run the model.
-        blocks: that hold them, counted from 0; empty where this package's decoder does not run the model.
+        inputs: columns of the weight.
+        count: number of them in all blocks.
+        dtype: as stored; float32 if stored quantised.
+        zeros: zeros in all of them after pruning; None if they are not pruned, or if this package's decoder does not
+            run the model.
+        blocks: the blocks that hold them, counted from 0; empty if this package's decoder does not run the model.
     """
 
     name: str
@@ -74,7 +74,7 @@ class LinearKind:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Blocks of one kind: what distinguishes it, and which they are, counted from 0."""
+    """Blocks of one kind: a description of the kind, and the numbers of its blocks, counted from 0."""
 
     description: str
     indices: tuple[int, ...]
@@ -82,13 +82,14 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a pruning run needs of memory and disk, roughly: see `memory`.
+    """A rough estimate of the memory and disk that a pruning run needs; see `memory`.
 
     Attributes:
-        memory: bytes by phase and by what they hold, device and host together.
+        memory: bytes by phase and by content, device and host together.
         disk_peak_memory_bytes: peak with the activations on disk.
-        scratch_bytes: what those take there.
-        solve_blocks: by how many blocks of its outputs a layer is solved at most, so that it fits the device.
+        scratch_bytes: size of these activations.
+        solve_blocks: the largest number of blocks of outputs into which a layer is split so that its solve fits the
+            device.
     """
 
     memory: dict[str, dict[str, int]]
@@ -105,27 +106,27 @@ class Inspection:
 
     Attributes:
         source: the model as it was given: a path or a name on the hub.
-        path: of the files.
+        path: where its files are.
         revision: the commit on the hub, a sha; None for your own files.
-        model_type: of the Hugging Face configuration.
-        supported: whether this package's decoder has the family.
-        linears: of the blocks, in the order of the first block.
-        dtypes: bytes of the tensors by dtype, as they read.
-        file_bytes: of the files with the tensors.
-        parameters: of the model in all, a tied head counted once.
-        block_parameters: in blocks.
-        prunable_parameters: in the linears of blocks.
-        head_parameters: of the projection to logits, 0 where it is the embedding.
-        recipe: of the pruning run that is estimated, as plain values.
-        kinds: of blocks; one where all are alike, none for a family that is not supported.
-        unused_parameters: of tensors that the decoder does not have, such as an image encoder's.
-        targeted_parameters: in linears that are pruned; None for a family that is not supported, as what follows.
-        zeros: that pruning makes in these; those that the model or `masks` has may come on top of them.
-        dense_bytes: of the output.
-        packed_bytes: of the output with the zeros stored as a bitmask.
-        seconds: of the pruning run, see `measured_seconds`; None where they were not measured.
-        no_text: why a GGUF file's tokenizer cannot be used, so that no text can be read; None where it can. A folder's
-            may need transformers and is not tried.
+        model_type: as in its Hugging Face configuration.
+        supported: whether this package's decoder runs the family.
+        linears: the linear layers of the blocks, in the order of the first block.
+        dtypes: bytes of the tensors by dtype, as read.
+        file_bytes: size of the files that hold the tensors.
+        parameters: of the whole model, with a tied head counted once.
+        block_parameters: in all blocks.
+        prunable_parameters: in the linear layers of all blocks.
+        head_parameters: of the projection to logits; 0 if it is tied to the embedding.
+        recipe: the recipe of the estimated run, as plain values.
+        kinds: the kinds of blocks; one if all are alike, none if the family is not supported.
+        unused_parameters: in tensors that the decoder does not use, such as an image encoder.
+        targeted_parameters: in layers that are pruned. This and what follows is None if the family is not supported.
+        zeros: zeros that pruning makes in these layers, not counting further ones of the model or of `masks`.
+        dense_bytes: size of the output.
+        packed_bytes: size of the output with the zeros stored as a bitmask.
+        seconds: time of the pruning run, see `measured_seconds`; None if not measured.
+        no_text: why the tokenizer of a GGUF file cannot be used to read text; None if it can. A folder's tokenizer may
+            need transformers and is not tried.
     """
 
     source: str
@@ -170,20 +171,18 @@ def inspect_model(
     measure: bool = False,
     device_memory: int | None = None,
 ) -> Inspection:
-    """Say what a model is, and what pruning it by a recipe would take.
+    """Describe a model and estimate what pruning it with a recipe would cost.
 
     Args:
         source: a Hugging Face folder, a GGUF file or a name on the hub, or a model in memory, as for `prune_model`.
-        recipe: of the pruning run; default: that of `prune_model`. Its calibration text is not read.
-        measure: also measure the time of a run, which reads and prunes two blocks of the model; see
-            `measured_seconds`.
-        device_memory: bytes of the device, for which large layers are solved by blocks of their outputs; None for what
-            is left on this machine's, and where that is not known, as on a CPU, layers are taken whole.
+        recipe: recipe of the pruning run; default: the default of `prune_model`. Its calibration text is not read.
+        measure: also measure the time of a run, by reading and pruning two blocks of the model; see `measured_seconds`.
+        device_memory: memory of the device in bytes; layers too large for it are solved in blocks of outputs. None uses
+            what is free on this machine's device; if that is not known, as on a CPU, layers are solved whole.
 
     Raises:
-        ValueError: for a model whose files are unusable, and for a recipe that cannot be used, whose pattern a linear
-            cannot have, or whose names match no linear; to `measure`, for a model of a family that this package does
-            not have, which is no error otherwise.
+        ValueError: if the model's files or the recipe cannot be used, if a layer cannot have the recipe's pattern, or
+            if its names match no layer; with `measure`, also if this package does not have the model's family.
     """
     recipe = recipe or Recipe()
     method = recipe.layer_method
@@ -221,13 +220,13 @@ def inspect_model(
 
 
 def measured_seconds(model: StreamedModel, recipe: Recipe) -> float:
-    """Seconds of a run on this machine, from runs on the model's first two blocks and on its first.
+    """Estimate the seconds of a run on this machine from runs on the first two blocks and on the first block.
 
         two blocks, with all compilation  +  (blocks - 2) (two blocks again - one block again)
 
-    The runs are whole ones, with survey, training and scores, and write into a temporary folder. A text that the model
-    would draw is random tokens here: its time, once for a model, is not counted. A recipe for some of the linears is
-    measured as if all blocks had theirs.
+    The runs are complete, with survey, training and scores, and write into a temporary folder. Random tokens replace
+    text that the model would draw; the time of drawing, once for a model, is not counted. A recipe for some of the
+    blocks is measured as if every block had such layers.
 
     Raises:
         ValueError, RuntimeError: as `prune_model` does.
@@ -237,7 +236,7 @@ def measured_seconds(model: StreamedModel, recipe: Recipe) -> float:
     by_name = {name: share for key, share in shares.items() for name in names if key.endswith(f".{name}.weight")}
     table = shares_in(recipe.targets) is not None
     if len(shares) < len(model.linear_keys()) or table:
-        # The table leaves the others as they are.
+        # The table leaves the others unchanged.
         named: Targets = (*by_name.items(), ("re:.*", 0.0)) if table else tuple(by_name)
         recipe = recipe.model_copy(update={"targets": named, "ignore": None})
     if recipe.draws:
@@ -245,7 +244,7 @@ def measured_seconds(model: StreamedModel, recipe: Recipe) -> float:
         ids = np.random.default_rng(recipe.seed or 0).integers(0, model.config.vocab_size, shape)
         changed = {"calibration": ids, "bos": "auto", "seed": None, "score": recipe.score or "pydoc"}
         recipe = recipe.model_copy(update=changed)
-    # The zeros of other models belong to all their blocks.
+    # Masks of another model cover all its blocks.
     chosen = {"allocation": recipe.allocation, "permute": recipe.permute, "masks": None}
     recipe = recipe.model_copy(update=chosen)
     seconds = []
@@ -253,7 +252,7 @@ def measured_seconds(model: StreamedModel, recipe: Recipe) -> float:
     for count in (2, 1, 2, 1):
         blocks = tuple(range(min(count, model.num_blocks)))
         few = smaller_model(model, replace(sizes_of(model), blocks=blocks)).source
-        # Their tensors are those of the whole model, by the same names, and so is the tokenizer.
+        # Tensors, their names and the tokenizer are the same as in the whole model.
         source = copy.copy(model.source)
         vars(source).update(config=few.config, tensors={key: model.source.tensors[key] for key in few.tensors})
         with tempfile.TemporaryDirectory() as folder:
@@ -286,7 +285,7 @@ def _known(model: StreamedModel, recipe: Recipe, method: LayerMethod, device_mem
     packed = {k: min(dense[k], -(-_size(tensors[k]) // 8) + n * dense[k] // _size(tensors[k])) for k, n in kept.items()}
     zeros, saved = sum(_size(tensors[k]) - n for k, n in kept.items()), sum(dense[k] - n for k, n in packed.items())
     if recipe.chooses_linears:
-        # As many linears have the pattern as make the sparsity.
+        # As many layers have the pattern as the sparsity needs.
         share = recipe.sparsity * _total(tensors[k] for k in kept) / zeros
         zeros, saved = round(share * zeros), round(share * saved)
     room = device_memory_left() if device_memory is None else device_memory
@@ -326,7 +325,7 @@ def _known(model: StreamedModel, recipe: Recipe, method: LayerMethod, device_mem
 
 
 def _foreign(source: Source) -> dict[str, Any]:
-    """A model of an unknown family, by the names of its tensors: matrices inside a numbered block count as linears."""
+    """An unknown family's model, by the names of its tensors: matrices in a numbered block count as linear layers."""
     inner: dict[str, TensorInfo] = {}
     linears: Counter[tuple[str, int, int, str]] = Counter()
     blocks: set[int] = set()
@@ -366,7 +365,7 @@ def _without_expert(name: str) -> str:
 
 
 def _linears(model: StreamedModel, shares: Mapping[str, float], kept: Mapping[str, int]) -> tuple[LinearKind, ...]:
-    # Each kind with its share of zeros, None for those that stay as they are.
+    # Each kind with its fraction of zeros, None for unpruned layers.
     found: dict[tuple[str, int, int, str, float | None], list[tuple[int, int]]] = {}
     for index in range(model.num_blocks):
         for name in model.block_linears(index):

@@ -1,7 +1,7 @@
 """The pass over a model whose family is not known here: loaded whole by transformers, pruned by `prune_module`.
 
-Texts, folders, records, scores and reports are those of `pipeline`. There is one shard, written when all linears are
-pruned, so a run that was interrupted before begins anew.
+Texts, folders, records, scores and reports are as in `pipeline`. There is one shard, written when all layers are
+pruned, so an interrupted run starts again from the beginning.
 """
 
 from collections.abc import Callable
@@ -30,15 +30,15 @@ from sparseopt.pruning.run.shared_pass import Branch, Pass
 from sparseopt.system.machine import format_bytes, return_freed_memory, working_memory_bytes
 from sparseopt.system.run_folder import DRAWN, RUN
 
-# Resident bytes of torch and of transformers' model classes, and what the arrays of a block that are not counted take
-# besides those that are: measured on a CPU.
+# Resident bytes of torch and of transformers' model classes, and the memory of a block's uncounted arrays relative to
+# its counted ones: measured on a CPU.
 TORCH, UNCOUNTED = 350 * 2**20, 0.4
-# What stays open in a recipe for a family, and is decided for a module.
+# What a recipe leaves open for a known family, and what is decided for a module.
 DECIDED = ("allocation", "permute", "output_weights", "train_epochs", "distil_epochs")
 
 
 def plan_for(model: Any, recipe: PassRecipe, output: Path) -> Plan:
-    """`make_plan`, also for a model that is loaded whole; its errors are the same."""
+    """`make_plan`, also for a model that is loaded whole; it raises the same errors."""
     if not isinstance(model, LoadedModel):
         return make_plan(model, recipe, output)
     kind = f"{model.source.path} holds a {model.config.model_type} model, whose family is not known here"
@@ -56,26 +56,26 @@ def plan_for(model: Any, recipe: PassRecipe, output: Path) -> Plan:
 
 
 def _of_module(recipe: Recipe, **changes: Any) -> Recipe:
-    """The recipe without what it says of texts and folders."""
+    """The recipe without its options for texts and folders."""
     return recipe.model_copy(update={name: Recipe.model_fields[name].default for name in ELSEWHERE} | changes)
 
 
 def loaded_footprint(model: Any, plans: list[Plan], windows: np.ndarray, budget: int | None) -> Footprint:
-    """What the pass over a model that is loaded whole takes; arguments as of `choose_footprint`.
+    """The memory and disk that a pass over a model loaded whole needs; arguments as for `choose_footprint`.
 
     Raises:
-        BudgetError: if it is more than the budget or, without one, than the memory available; or for a full disk.
+        BudgetError: if it exceeds the budget or, without one, the available memory; or if the disk is too full.
     """
     shapes, batch = [model.weight_shape(key) for key in model.linear_keys()], windows_per_batch(*windows.shape)
     widths, squares = (sum(each) / model.num_blocks for each in (map(sum, shapes), (w**2 for _, w in shapes)))
     modules = 1 + any(plan.recipe.needs_dense_stream for plan in plans)
     parts = {
         "model": modules * model.nbytes,
-        # Each window waits before a block with a few times its stream.
+        # A window that waits before a block holds a few times its stream.
         "activations": modules * 4 * FLOAT32 * windows.size * model.config.hidden_size,
         # A batch in a block, with copies for JAX.
         "batch": int(modules * 1.5 * FLOAT32 * batch * windows.shape[1] * widths),
-        # Those of all batches so far, and of one.
+        # The sums of all batches so far, and of one.
         "Grams": int(modules * 2 * FLOAT32 * squares),
         "workspace": max(method_cost(plan.method).workspace.nbytes(*shape) for plan in plans for shape in set(shapes)),
     }
@@ -96,7 +96,7 @@ def loaded_footprint(model: Any, plans: list[Plan], windows: np.ndarray, budget:
 
 
 def prune_loaded(work: Pass, stop: Callable[[], bool] | None) -> None:
-    """Prune by each recipe in turn, each the model as it is in the source, and write the shard of each.
+    """Prune the source's model with each recipe in turn, and write a shard for each.
 
     Raises:
         Stopped: if `stop` asked for it.
@@ -115,7 +115,7 @@ def prune_loaded(work: Pass, stop: Callable[[], bool] | None) -> None:
 
 
 def _pruned(work: Pass, branch: Branch, stop: Callable[[], bool] | None) -> dict[str, np.ndarray]:
-    """The weights that were pruned, as the files have them."""
+    """The pruned weights, in the layout of the files."""
     model: Any = work.model
     recipe, tokens, last = branch.plan.recipe, work.windows.calibration, 0
     assert isinstance(recipe, Recipe)
@@ -134,7 +134,7 @@ def _pruned(work: Pass, branch: Branch, stop: Callable[[], bool] | None) -> dict
 
     keys = {name: key for key, name in model.linears.items()}
     shares = {model.linears[key]: share for key, share in layer_shares(model, recipe).items()}
-    # A table leaves the others as they are.
+    # A table leaves the others unchanged.
     targets = tuple(shares) if shares_in(recipe.targets) is None else (*shares.items(), ("re:.*", 0.0))
     step = windows_per_batch(*tokens.shape)
     batches = [model.ids(tokens[first : first + step]) for first in range(0, len(tokens), step)]
@@ -153,5 +153,5 @@ def _pruned(work: Pass, branch: Branch, stop: Callable[[], bool] | None) -> dict
 
 
 def _through_blocks(module: Any, ids: Any) -> Any:
-    """Without the head, whose logits would be the largest of all activations."""
+    """Run without the head, whose logits would be the largest activations."""
     return module.base_model(input_ids=ids, use_cache=False)

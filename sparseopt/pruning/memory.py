@@ -1,15 +1,15 @@
-"""What a run will take of memory and disk, estimated from shapes alone, and so where its activations are kept.
+"""The memory and disk that a run needs, estimated from shapes alone, and where it keeps its activations.
 
-Memory is what a phase of the run holds at once; the peak is that of the largest phase. The constants were measured on a
-CPU with two cores, where the estimate is mostly within a tenth of what a run reports. It decides where the activations
-of a pass are:
+Memory is what a phase of the run holds at once; the peak is the memory of the largest phase. The constants were
+measured on a CPU with two cores, where estimates are mostly within 10 % of what a run reports. The estimate decides
+where the activations of a pass are kept:
 
     estimate with activations in memory <= budget      they stay there
     estimate with activations on disk <= budget        one file per stream, in the first output folder's file system
-    neither                                            an error that says what takes the memory
+    neither                                            an error that says what needs the memory
 
-Without a budget, the memory that the machine has available decides, and nothing is refused. On an accelerator its own
-memory decides, which cannot be swapped: too little is an error.
+Without a budget, the machine's available memory decides, and no run is rejected. On an accelerator its own memory
+decides; it cannot be swapped, so too little is an error.
 """
 
 import math
@@ -51,11 +51,11 @@ PLACES: tuple[Activations, ...] = get_args(Activations)
 
 FLOAT32 = 4
 
-# Of finding a target with propagated errors.
+# For finding a target with propagated errors.
 PROPAGATION = Workspace(5, 3)
-# Resident bytes of the interpreter with its libraries, and of the programs of a pass.
+# Resident bytes of the interpreter with its libraries, and of a pass's compiled programs.
 LIBRARIES, PROGRAMS = 300 * 2**20, 50 * 2**20
-# The allocator keeps this fraction of the arrays besides, of those freed since it last returned all to the system.
+# Fraction of the arrays' size that the allocator keeps besides, in arrays freed since it last returned memory.
 FREED = 0.05
 
 # What reduces the memory of each phase.
@@ -63,13 +63,13 @@ ADVICE = {
     "survey": "output_weights='uniform' and an allocation without curves do without the survey",
     "training": "train_epochs=0 trains no blocks",
     "distillation": "distil_epochs=0 leaves out the training of the whole model",
-    "layer solves": "method 'wanda' or 'magnitude' needs the least for a solve",
+    "layer solves": "method 'wanda' or 'magnitude' needs the least memory for a solve",
     "Grams": "heldout_windows=0 and propagate=0 gather one set of Grams only",
 }
 
 
 class BudgetError(ValueError):
-    """A run that memory or disk cannot hold; the text says what takes the room and what would take less."""
+    """Raised if a run does not fit in memory or on disk; the message says what needs the space and how to need less."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,9 @@ class Memory:
     """The estimate of one run.
 
     Attributes:
-        phases: bytes by phase and by what they hold, device and host together.
-        solve_blocks: of its outputs, by which a layer is solved, at most.
-        scratch_bytes: of activations on disk.
+        phases: bytes by phase and by content, device and host together.
+        solve_blocks: the largest number of blocks of outputs into which a layer is split.
+        scratch_bytes: size of the activations on disk.
     """
 
     phases: Mapping[str, Mapping[str, int]]
@@ -97,16 +97,16 @@ class Memory:
 
 @dataclass(frozen=True)
 class BlockSizes:
-    """One kind of block, with linears `(out, in, share)`: the fraction of the tokens that reach it.
+    """One kind of block. Layers are `(out, in, share)`; the share is the fraction of the tokens that reach the layer.
 
     Attributes:
-        count: of such blocks.
-        parameters: of one.
-        stored: bytes, in the source's dtypes.
-        linears: all of them; the share is below 1 for experts.
-        solved: those that are pruned, for a smaller model all that may have to be.
-        gram_bytes: of a set of Grams.
-        widths: numbers per token in the inputs and outputs of all linears.
+        count: number of such blocks.
+        parameters: of one block.
+        stored: bytes of one block in the source's dtypes.
+        linears: all linear layers; `share` is below 1 for experts.
+        solved: the layers that are pruned; for a smaller model, all that may have to be.
+        gram_bytes: of one set of Grams.
+        widths: numbers per token in the inputs and outputs of all linear layers.
     """
 
     count: int
@@ -119,7 +119,7 @@ class BlockSizes:
 
 
 def block_sizes(model: StreamedModel, recipe: PassRecipe) -> list[BlockSizes]:
-    """The kinds of blocks, by what they hold and what is pruned, in the order of the first; headers are enough."""
+    """The kinds of blocks, by content and by what is pruned, in order of first appearance; headers are enough."""
     experts, every = model.config.experts, recipe.expert_tokens == "all"
     routed = experts.chosen / experts.count if experts else 1.0
     targeted = layer_shares(model, recipe) if isinstance(recipe, Recipe) else None
@@ -165,11 +165,11 @@ def prune_memory(
     plans: int = 1,
     room: int | None = None,
 ) -> Memory:
-    """The estimate for a model, of which the headers are enough, and a checked recipe with its method.
+    """Estimate the memory for a model, whose headers are enough, and a checked recipe with its method.
 
-    Each of the `plans` that share a pass has its own stream of activations. A further number of variants among them
-    counts as two plans, since the dense model's streams are held for each. Layers whose solves would take more than
-    is left of `room` bytes are taken by blocks of their outputs, as `split` does on a device.
+    Each of the `plans` that share a pass has its own stream of activations. Each further number of variants counts as
+    two plans, since the dense model's streams are held for it. If a layer's solve would need more than is left of
+    `room` bytes, it is split into blocks of outputs, as `split` does on a device.
     """
     config, blocks, work = model.config, block_sizes(model, recipe), method_cost(method)
     windows, token = recipe.all_windows + recipe.heldout_windows, FLOAT32 * config.hidden_size
@@ -193,12 +193,12 @@ def prune_memory(
     batch = windows_per_batch(recipe.all_windows, recipe.seqlen) * recipe.seqlen
     # A batch before a block and after it, of the dense model too.
     current = 4 * token * batch
-    # Of one chunk of queries, before and after the softmax; a gradient keeps those of all chunks.
+    # Scores of one chunk of queries, before and after the softmax; a gradient keeps the scores of all chunks.
     scores = 3 * FLOAT32 * batch * min(recipe.seqlen, QUERY_CHUNK) * config.num_heads
     pairs = 2 * FLOAT32 * recipe.seqlen * config.num_heads
 
     def backward(tokens: int) -> int:
-        """What a gradient through a block keeps of so many tokens."""
+        """Bytes that a gradient through a block keeps for this many tokens."""
         return tokens * pairs + int(3 * FLOAT32 * tokens * block.widths)
 
     running = {"libraries": LIBRARIES, "compiled programs": PROGRAMS + work.program_mib * 2**20 * len(shapes)}
@@ -251,7 +251,7 @@ def prune_memory(
             "activations": streams + current + scores + backward(tokens),
         }
     if recipe.distillation is not None:
-        # As if nothing went: the smaller model is not known yet.
+        # As if nothing were removed: the smaller model is not known yet.
         tokens = min(recipe.distillation.windows, recipe.window_count) * recipe.seqlen
         held = distillation_bytes(config, sum(b.count * b.parameters for b in blocks), block.parameters, tokens)
         seen = tokens * pairs // recipe.seqlen + int(3 * FLOAT32 * tokens * block.widths)
@@ -264,7 +264,7 @@ def prune_memory(
 
 
 def output_bytes(model: PrunableModel, recipe: PassRecipe, form: Form) -> dict[str, int]:
-    """Bytes of each tensor of the output, at most."""
+    """Largest possible bytes of each tensor of the output."""
     found = {}
     for key in model.exported_keys():
         info = model.source.tensors[key]
@@ -275,13 +275,13 @@ def output_bytes(model: PrunableModel, recipe: PassRecipe, form: Form) -> dict[s
 
 
 def distillation_bytes(config: DecoderConfig, parameters: int, largest: int, tokens: int) -> dict[str, int]:
-    """Bytes of `distil` by what they hold, without the streams given and what one block's gradient keeps.
+    """Bytes of `distil` by content, without the given streams and without what one block's gradient keeps.
 
     Args:
-        config: the model's.
+        config: configuration of the model.
         parameters: of all blocks.
         largest: parameters of the largest block.
-        tokens: of one step.
+        tokens: number of tokens in one step.
     """
     # The dense model's logits of a slice and the model's, the logarithms of their softmax, and the gradient.
     logits = 5 * LOGIT_ROWS * config.vocab_size
@@ -309,9 +309,9 @@ def choose_footprint(
         model: opened.
         plans: their folders need not exist yet.
         calibration: windows of token ids, `[windows, seqlen]`.
-        heldout: windows of held-out tokens, `[0, seqlen]` without any.
+        heldout: windows of held-out tokens; `[0, seqlen]` if there are none.
         budget: bytes of memory, device and host together.
-        spread: whether the run uses several devices; activations then stay in their memories, and nothing is estimated.
+        spread: whether the run uses several devices; these then hold the activations, and nothing is estimated.
 
     Raises:
         BudgetError: if the run does not fit the budget or, without one, the device; if output and activations do not
@@ -327,7 +327,7 @@ def choose_footprint(
         phase, scratch = memory.peak_phase, memory.scratch_bytes
         parts, held = memory.phases[phase], resident_bytes() - LIBRARIES
         if budget is None and held > 0:
-            # Of earlier work in this process: no part of the run, but of the peak that is measured.
+            # From earlier work in this process: not part of the run, but of the measured peak.
             parts = {**parts, "held before the run": held}
         nbytes = sum(parts.values())
     output = [sum(output_bytes(plan.target, plan.recipe, plan.form).values()) for plan in plans]
@@ -336,7 +336,7 @@ def choose_footprint(
 
 
 def _costliest(plan: Plan) -> LayerMethod:
-    """The method of a plan with what puts its answers on grids, whose memory is that of the larger one."""
+    """The method of a plan with its rounding to grids; the larger of the two decides the memory."""
     bits = next(iter(plan.form.bits.values()), None)
     return plan.method if bits is None else FewBits(plan.method, bits)
 
@@ -372,12 +372,12 @@ def _too_little(memory: Memory, what: str, instead: str) -> str:
 
 
 def check_disks(plans: Sequence[Plan], scratch: int) -> None:
-    """Raise a BudgetError without room for what is written, less what an earlier run has written already."""
+    """Raise a BudgetError if the disk lacks room for what is still to be written."""
     needed, places = Counter[int](), dict[int, Path]()
     for plan in plans:
         place = next(parent for parent in (plan.folder, *plan.folder.parents) if parent.is_dir())
         sizes, device = output_bytes(plan.target, plan.recipe, plan.form), place.stat().st_dev
-        # Blocks that distillation trains lie beside those that they replace.
+        # Blocks that distillation trains are stored beside the ones that they replace.
         twice = () if plan.recipe.distillation is None else sizes.keys() - set(plan.target.outer_keys())
         most = plan.form.copies * sum(sizes.values()) + sum(sizes[key] for key in twice)
         written = sum(file.stat().st_size for file in plan.folder.glob(plan.form.file_name("*")))

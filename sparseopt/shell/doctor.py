@@ -36,7 +36,7 @@ VARIABLES = re.compile(r"JAX_\w+|XLA_\w+|CUDA_VISIBLE_DEVICES|TPU_\w+|LIBTPU_\w+
 
 
 def doctor(as_json: AsJson = False) -> None:
-    """What is installed, which devices and how much memory there are, what a run would use, and a test of the speed.
+    """Show what is installed, the devices and memory available, what a run would use, and the measured speed.
 
     Include the output in bug reports.
     """

@@ -22,7 +22,7 @@ AllowAll = Annotated[
     typer.Option(
         "--allow-code",
         help="Import any class that a config names by path, also from the current folder and the config's folder. "
-        "This runs the code of its module: only for configs that you trust.",
+        "This runs the code of its module, so use it only with configs that you trust.",
     ),
 ]
 AllowPackages = Annotated[
@@ -50,8 +50,8 @@ def run(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings to change: key=value, penalty.weight=20.")
     ] = None,
-    output: Annotated[Path, typer.Option(help="Folder of all runs; each gets a folder below it.")] = Path("runs"),
-    shard: Annotated[str, typer.Option(help="i/n: do every n-th run from the i-th, for n processes.")] = "1/1",
+    output: Annotated[Path, typer.Option(help="Folder of all runs; each gets a subfolder.")] = Path("runs"),
+    shard: Annotated[str, typer.Option(help="i/n: do every n-th run from the i-th on, for n processes.")] = "1/1",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, and stop.")] = False,
     again: Annotated[bool, typer.Option("--again", help="Repeat finished runs; their results are replaced.")] = False,
     devices: options.ManyDevices = None,
@@ -115,12 +115,12 @@ def _executed(planned: "Sequence[Planned]", work: "Callable[..., list[Outcome]]"
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Folders of runs, or folders that hold them.")],
     output: Annotated[
-        Path | None, typer.Option(help="New folder for CSV, Parquet, Markdown, HTML and pictures.")
+        Path | None, typer.Option(help="New folder for CSV, Parquet, Markdown, HTML and figures.")
     ] = None,
     allow_code: AllowAll = False,
     allow_package: AllowPackages = None,
 ) -> None:
-    """Gather finished runs into one table, and with --output into files and one page of plots."""
+    """Collect finished runs in one table and, with --output, in files and a page of plots."""
     from sparseopt.experiments.report import write_report
 
     sections = _show(folders, permitted(allow_code, allow_package, Path.cwd()))
@@ -141,21 +141,21 @@ def _show(folders: list[Path], allowed: bool | list[str]) -> "list[Section]":
 
 @options.takes_recipe(
     without=["effort", "method", "preset", "score"],
-    lists={"sparsity": "Several with commas between: 0.5,0.6.", "pattern": "Several with commas between."},
+    lists={"sparsity": "Several are separated by commas: 0.5,0.6.", "pattern": "Several are separated by commas."},
 )
 def compare(
     source: options.Source,
     output: Annotated[
         Path,
         typer.Option(
-            help="Folder for the table, the picture and the cells; new, or of this comparison.",
+            help="Folder for the table, the figure and the cells; new, or of this comparison.",
             rich_help_panel="Output",
         ),
     ],
     methods: Annotated[
         str,
         typer.Option(
-            help="Efforts and methods as in `sparseopt prune`, with commas between; a preset follows a colon.",
+            help="Efforts and methods as in `sparseopt prune`, separated by commas; a preset follows a colon.",
             rich_help_panel="How to prune",
         ),
     ] = "good,fast,wanda",
@@ -163,16 +163,14 @@ def compare(
     eval_windows: Annotated[
         int, typer.Option(help="Windows from the start of the evaluation text.", rich_help_panel=EVALUATION)
     ] = 8,
-    eval_seqlen: Annotated[
-        int, typer.Option(help="Tokens in an evaluation window.", rich_help_panel=EVALUATION)
-    ] = 1024,
+    eval_seqlen: Annotated[int, typer.Option(help="Tokens per evaluation window.", rich_help_panel=EVALUATION)] = 1024,
     allow_code: AllowAll = False,
     allow_package: AllowPackages = None,
     **given: Any,
 ) -> None:
-    """Prune by several methods at several sparsities, and compare perplexity, errors, time and memory.
+    """Prune with several methods at several sparsities, and compare perplexity, errors, time and memory.
 
-    Writes one table and one picture. Run again, it computes the missing cells; new methods and sparsities are added.
+    Writes one table and one figure. A second run computes missing cells and adds new methods and sparsities.
     """
     from sparseopt.experiments import comparison
     from sparseopt.experiments.runs import run_all

@@ -20,7 +20,7 @@ def inspect(
     source: Source,
     measure: Annotated[
         bool,
-        machine_option("Also say the time of a run, from runs of the recipe on the first blocks.", "--measure"),
+        machine_option("Also estimate the time of a run, by running the recipe on the first blocks.", "--measure"),
     ] = False,
     memory: Annotated[
         str | None, machine_option("Memory to compare with, as in 16GiB. Default: this machine's.")
@@ -28,15 +28,16 @@ def inspect(
     device_memory: Annotated[
         str | None,
         machine_option(
-            "Memory of a GPU or TPU that is not here, as in 80GiB: layers too large for it are solved by blocks."
+            "Memory of a GPU or TPU that is not here, as in 80GiB; larger layers are solved in blocks of outputs."
         ),
     ] = None,
     follow_links: FollowLinks = False,
     as_json: AsJson = False,
     **options: Any,
 ) -> None:
-    """What a model is, what pruning it would zero, and how much memory that takes. Reads headers only, unless asked to
-    measure the time.
+    """Describe a model, what pruning would remove, and the memory needed.
+
+    Only headers are read, unless the time is measured.
     """
     from sparseopt.models import open_source
     from sparseopt.pruning import Recipe

@@ -29,14 +29,14 @@ KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 SOURCE_HELP = (
     "Model folder (safetensors), GGUF file, or name on the Hugging Face hub: OWNER/NAME or OWNER/NAME@REVISION."
 )
-TEXT_HELP = "Text, given as in `sparseopt prune --calibration`, which reads another part of it."
+TEXT_HELP = "Text, given as for `sparseopt prune --calibration`, which reads another part of it."
 # How a text is read, for commands that evaluate.
 READING = ("bos", "split", "column", "documents")
 
 Source = Annotated[str, typer.Argument(help=SOURCE_HELP)]
 FollowLinks = Annotated[
     bool,
-    typer.Option("--follow-links", help="Read files of the model's folder that link elsewhere, if you trust it."),
+    typer.Option("--follow-links", help="Follow links that lead out of the model's folder, if you trust it."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON line and nothing else.")]
 MACHINE = "Machine"
@@ -50,30 +50,30 @@ def machine_option(text: str, *names: str, **details: Any) -> Any:
 Memory = Annotated[
     str | None,
     machine_option(
-        "Memory that the run may use, as in 8GiB; activations go to disk where needed. Default: what is available."
+        "Memory that the run may use, as in 8GiB; activations go to disk if needed. Default: what is available."
     ),
 ]
 PassDevices = Annotated[
     str | None,
-    machine_option("Devices to work on: a number, or all. Default: one; in several processes all."),
+    machine_option("Number of devices to use, or all. Default: one; with several processes all."),
 ]
-ManyDevices = Annotated[str | None, machine_option("Devices to work on: a number, or all. Default: one.")]
+ManyDevices = Annotated[str | None, machine_option("Number of devices to use, or all. Default: one.")]
 Distributed = Annotated[
     bool,
     machine_option(
-        "Work together with other processes that were started with the same command, on all their devices. In a "
-        "SLURM or MPI job, Kubernetes or a Cloud TPU they find each other; elsewhere give the three options below.",
+        "Work together with other processes started with the same command, on all their devices. In a SLURM or MPI "
+        "job, Kubernetes or a Cloud TPU they find each other; elsewhere give the three options below.",
         "--distributed",
     ),
 ]
 Coordinator = Annotated[
-    str | None, machine_option("HOST:PORT of process 0, for all of them; or JAX_COORDINATOR_ADDRESS.")
+    str | None, machine_option("HOST:PORT of process 0, the same for all. Default: JAX_COORDINATOR_ADDRESS.")
 ]
 Processes = Annotated[
-    int | None, machine_option("How many processes there are; or JAX_NUM_PROCESSES.", min=1, metavar="<int>")
+    int | None, machine_option("Number of processes. Default: JAX_NUM_PROCESSES.", min=1, metavar="<int>")
 ]
 ProcessId = Annotated[
-    int | None, machine_option("The number of this one, from 0; or JAX_PROCESS_ID.", min=0, metavar="<int>")
+    int | None, machine_option("Number of this process, from 0. Default: JAX_PROCESS_ID.", min=0, metavar="<int>")
 ]
 
 
@@ -165,7 +165,7 @@ def _complete(
     names = [name for name in only or model.model_fields if name not in without]
     made = [_parameter(name, model.model_fields[name], lists.get(name), bool(only)) for name in names]
     if not only:
-        text = "YAML file with options of the recipe, as in `windows: 64`. What is typed here wins."
+        text = "YAML file with options of the recipe, as in `windows: 64`. Typed options take precedence."
         info = typer.Option(help=text, rich_help_panel=WHAT)
         made.insert(0, inspect.Parameter(FILE, KEYWORD_ONLY, default=None, annotation=Annotated[Path | None, info]))
     parameters = sorted(

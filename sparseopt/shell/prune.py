@@ -77,10 +77,10 @@ def makes_models(
 
 
 @makes_models(
-    "Recipe", ("sparsity",), "0.5,0.6,0.7", "Several sparsities get a folder in it each, or a file beside it."
+    "Recipe", ("sparsity",), "0.5,0.6,0.7", "With several sparsities, each gets a subfolder, or a file beside it."
 )
 def prune(recipes: "Sequence[Recipe]") -> str:
-    """Prune a causal language model layer by layer and write a folder that transformers loads."""
+    """Prune a causal language model one layer at a time and write a folder that transformers loads."""
     first, sparsities = recipes[0], [each.sparsity for each in recipes]
     asked = [f"{sparsity:.0%}" if sparsity or not first.has_support else "given zeros" for sparsity in sparsities]
     title = f"{' '.join(name_of(first))} {', '.join(asked)}"
@@ -91,12 +91,12 @@ def prune(recipes: "Sequence[Recipe]") -> str:
     "ShrinkRecipe",
     ("channels", "heads", "layers"),
     "0.75,0.5",
-    "Of several shares each combination gets a folder in it, such as channels-0.75-layers-0.9.",
+    "With several fractions, each combination gets a subfolder, such as channels-0.75-layers-0.9.",
 )
 def shrink(recipes: "Sequence[ShrinkRecipe]") -> str:
-    """Make a smaller dense model of a causal language model: fewer channels, key-value groups, blocks or experts.
+    """Shrink a causal language model to a dense one with fewer channels, key-value groups, blocks or experts.
 
-    Writes a folder that transformers and other runtimes load like any model of the family.
+    The result is a folder that transformers and other runtimes load like any model of the family.
     """
     return "shrink"
 
@@ -201,16 +201,16 @@ def evaluate(
     model: options.Source,
     text: Annotated[str, typer.Option(help=options.TEXT_HELP)] = "pydoc",
     windows: Annotated[int, typer.Option(help="Windows from the start of the evaluation text.")] = 8,
-    seqlen: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
+    seqlen: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
     pattern: Annotated[
-        str | None, typer.Option(help="Also check that every linear has this pattern, as in `sparseopt prune`.")
+        str | None, typer.Option(help="Also check that every layer has this pattern, as in `sparseopt prune`.")
     ] = None,
-    sparsity: Annotated[float | None, typer.Option(help="The pattern's fraction of zeros; n:m has its own.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="The pattern's fraction of zeros; implied by n:m.")] = None,
     follow_links: options.FollowLinks = False,
     as_json: options.AsJson = False,
     **given: Any,
 ) -> None:
-    """Token-level perplexity of a model, and the exact sparsity of its linears."""
+    """Measure the token-level perplexity of a model, and the exact sparsity of its layers."""
     from sparseopt.models import check_window, open_any, open_source
     from sparseopt.pruning import Recipe, audit_pattern, audit_sparsity, perplexity
     from sparseopt.pruning.run.layer_patterns import layer_shares
@@ -265,10 +265,10 @@ def evaluate(
 
 
 def pack(
-    folder: Annotated[Path, typer.Argument(help="Folder of a pruned model, dense.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of a dense, pruned model.")],
     output: Annotated[Path, typer.Option(help="Folder to write, new or empty.")],
 ) -> None:
-    """Store a pruned model's zeros as a bitmask: smaller on disk, for sparseopt only until it is unpacked."""
+    """Store a pruned model's zeros as a bitmask: smaller on disk, but only sparseopt reads it until it is unpacked."""
     from sparseopt.models import pack_folder
 
     with console.block_progress(f"packing {folder.name}") as progress:
@@ -281,7 +281,7 @@ def unpack(
     folder: Annotated[Path, typer.Argument(help="Folder of a packed model.")],
     output: Annotated[Path, typer.Option(help="Folder to write, new or empty.")],
 ) -> None:
-    """Write a packed model as the dense folder that transformers loads, identical to the one that was packed."""
+    """Write a packed model as a dense folder that transformers loads, identical to the original."""
     from sparseopt.models import unpack_folder
 
     with console.block_progress(f"unpacking {folder.name}") as progress:

@@ -17,18 +17,18 @@ from sparseopt.shell.options import AsJson, FollowLinks, Source, takes_recipe
 @takes_recipe(only=["bos"])
 def zero_shot(
     model: Source,
-    tasks: Annotated[str, typer.Option(help="Names of lm-eval tasks or groups, with commas between.")],
+    tasks: Annotated[str, typer.Option(help="Names of lm-eval tasks or groups, separated by commas.")],
     include_path: Annotated[Path | None, typer.Option(help="Folder of your own task files.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Maximum number of examples of each task, from its start.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Largest number of examples per task, from its start.")] = None,
     shots: Annotated[int, typer.Option(help="Solved examples in each prompt.")] = 0,
     max_length: Annotated[
-        int | None, typer.Option(help="Tokens that the model reads at most; default: its own limit.")
+        int | None, typer.Option(help="Most tokens that the model reads. Default: its own limit.")
     ] = None,
     follow_links: FollowLinks = False,
     as_json: AsJson = False,
     **options: Any,
 ) -> None:
-    """Accuracy on tasks of lm-eval, whose data come from the Hugging Face hub or from your own files."""
+    """Measure accuracy on lm-eval tasks, with data from the Hugging Face hub or your own files."""
     from sparseopt.models import open_model, open_source
     from sparseopt.pruning.evaluate.zero_shot import zero_shot as run_tasks
 

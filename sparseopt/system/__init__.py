@@ -1,1 +1,1 @@
-"""What the operating system gives: files and locks, memory, processes."""
+"""Operating-system services: files and locks, memory, processes."""

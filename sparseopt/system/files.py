@@ -1,4 +1,4 @@
-"""Files that a crash leaves whole."""
+"""Crash-safe writing of files."""
 
 import contextlib
 import errno
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 class DiskError(OSError):
-    """A file that could not be written; the text says which, its size, what is free, and what to do."""
+    """Raised if a file could not be written; the message says which, its size, the free space, and what to do."""
 
 
 REMEDIES = {
@@ -40,10 +40,10 @@ def temporary_of(file: Path) -> Path:
 
 @contextlib.contextmanager
 def replacing(file: Path, nbytes: int, kept: str = "") -> Iterator[Path]:
-    """Give a path to write `nbytes` to, which then replace a file: a crash leaves the old one or the new one.
+    """Give a path to write `nbytes` to, which then replaces a file: a crash leaves the old file or the new one.
 
     Raises:
-        DiskError: if the disk refuses; the old file stays, and `kept` says what else is safe.
+        DiskError: if writing fails; the old file stays, and `kept` says what else is safe.
     """
     temporary = temporary_of(file)
     try:
@@ -70,14 +70,14 @@ def _sync(path: Path) -> None:
 
 
 def write_whole(file: Path, text: str | bytes) -> None:
-    """Replace a file by its new content, see `replacing`."""
+    """Replace a file with new content, see `replacing`."""
     content = text.encode() if isinstance(text, str) else text
     with replacing(file, len(content)) as temporary:
         temporary.write_bytes(content)
 
 
 def append_line(file: Path, text: str) -> None:
-    """Append a line to a file, whole or not at all, and force it to the disk; a missing file is created."""
+    """Append a line to a file, completely or not at all, and force it to disk; a missing file is created."""
     content = (text + "\n").encode()
     try:
         # Unbuffered: a buffer could still be written after the error.
@@ -94,7 +94,7 @@ def append_line(file: Path, text: str) -> None:
 
 
 def write_all(stream: RawIOBase, content: bytes | memoryview) -> None:
-    """Write all of `content` to an unbuffered stream, whose `write` may take a part."""
+    """Write all of `content` to an unbuffered stream, whose `write` may accept only a part."""
     rest = memoryview(content)
     while rest:
         rest = rest[stream.write(rest) or 0 :]

@@ -57,7 +57,7 @@ def environment_texts(record: Mapping[str, Any]) -> tuple[str, str]:
     return f"{machine['system']}, {machine['cores']} cores, {' '.join(machine['devices'])}", packages
 
 
-# The largest peaks of this process that the kernel has forgotten since.
+# The largest peak of this process that the kernel has since reset.
 _forgotten: list[int] = []
 
 
@@ -67,7 +67,7 @@ def peak_memory_bytes() -> int:
 
 
 def peak_from_now() -> Callable[[], int]:
-    """A function that gives the largest resident set since this call; since the start, where the system cannot tell."""
+    """A function that returns the largest resident set since this call, or since the start if the system cannot say."""
     before = peak_memory_bytes()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
@@ -89,13 +89,13 @@ def _peak_bytes() -> int:
 
 
 def _bytes_in(file: Path, name: str) -> int | None:
-    """The amount that one of the kernel's files, which count in kB, has for a name; None without."""
+    """The amount for a name in one of the kernel's files, which count in kB; None if missing."""
     lines = file.read_text().splitlines() if file.is_file() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
 
 
 def available_memory_bytes() -> int:
-    """The memory that this process can still take without swapping.
+    """The memory that this process can still use without swapping.
 
     The system's available memory, or what the control group leaves if that is less. If neither is known, the memory of
     the machine; 2**63 - 1 if that is not known either.
@@ -111,7 +111,7 @@ def available_memory_bytes() -> int:
 
 
 def device_memory_left() -> int | None:
-    """What JAX can still take of the first device's memory, in bytes; None where it does not say, as on a CPU."""
+    """What JAX can still use of the first device's memory, in bytes; None if not known, as on a CPU."""
     import jax
 
     known = jax.devices()[0].memory_stats() or {}
@@ -119,15 +119,15 @@ def device_memory_left() -> int | None:
 
 
 def working_memory_bytes() -> int:
-    """What a run can take: the memory available to this process, or what is left of the first device's if less."""
+    """The memory that a run can use: available to this process or, if less, left on the first device."""
     left = device_memory_left()
     return available_memory_bytes() if left is None else min(available_memory_bytes(), left)
 
 
 def _control_group_left() -> int | None:
-    """What the limits of a container or a scheduler leave, page cache counted as free; None without a limit.
+    """What the limits of a container or scheduler leave, counting page cache as free; None without a limit.
 
-    Each group lies in another, up to the root that the process sees, and the tightest limit of these holds.
+    Groups are nested up to the root that the process sees, and the tightest limit applies.
     """
     bounds = []
     with contextlib.suppress(OSError):
@@ -157,7 +157,7 @@ def _group_left(folder: Path) -> int | None:
     return None
 
 
-# glibc's numbers of its options; with the second values it keeps as much as it ever does by itself.
+# glibc's option numbers; with the second values it keeps as much as it ever does by itself.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8
 _KEEPING = {_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1, _ARENA_MAX: 1}
 _BY_ITSELF = {_MMAP_MAX: 2**16, _TRIM_THRESHOLD: 2**26, _MMAP_THRESHOLD: 2**25}
@@ -165,13 +165,13 @@ _BY_ITSELF = {_MMAP_MAX: 2**16, _TRIM_THRESHOLD: 2**26, _MMAP_THRESHOLD: 2**25}
 
 @contextlib.contextmanager
 def freed_memory_kept() -> Iterator[bool]:
-    """Within it the C library keeps what is freed for what is asked for next, until `return_freed_memory` or the end.
+    """Context in which the C library keeps freed memory for reuse, until `return_freed_memory` or the end.
 
     The arrays within a compiled program are one piece of memory, freed when it ends. Left to itself, glibc returns
     large pieces at once, and the system clears every page again for the next program: a quarter of the time of pruning
-    a small model on a CPU. Kept for long, what is free lies between what is not, and the resident set grows: return it
-    now and then. From the first time on new threads share one heap, so that they share what is kept: the context is
-    best entered before they start. Gives False, and does nothing, where the C library has no such options.
+    a small model on a CPU. If it is kept for long, fragmentation makes the resident set grow: return it now and then.
+    After the first use, new threads share one heap and so the kept memory: it is best to enter the context before they
+    start. Gives False, and does nothing, if the C library has no such options.
     """
     kept = all(_in_library("mallopt", *option) for option in _KEEPING.items())
     try:
@@ -189,7 +189,7 @@ def return_freed_memory() -> None:
 
 
 def _in_library(function: str, *arguments: int) -> bool:
-    """Whether the C library has such a function, and the call succeeded."""
+    """Whether the C library has this function and the call succeeded."""
     try:
         return bool(getattr(ctypes.CDLL(None), function)(*arguments))
     except (AttributeError, OSError, TypeError):

@@ -1,8 +1,8 @@
 """Several processes that run one program together, on one machine or on many, and end together.
 
 JAX joins them (`jax.distributed`) and exchanges their data. But if one process raises, the others wait forever, and if
-one is killed, each prints an error of its network library. So every process holds one connection to process 0, which
-closes when the process ends. Process 0 then tells the others why, prints it once, and all stop.
+one is killed, each prints an error of its network library. So every process holds a connection to process 0, which
+closes when the process ends. Process 0 then tells the others why, prints the reason once, and all stop.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-# Connections are idle for hours: the system probes them after so many seconds without an answer, so many times.
+# Connections are idle for hours: the system probes them after this many seconds without an answer, this many times.
 PROBE_AFTER, PROBES = 5, 3
 # How long an error waits for news of a lost process, which may have caused it.
 GRACE_SECONDS = 1.0
@@ -46,9 +46,9 @@ def join(
     """Join the other processes; call this before any computation.
 
     Args:
-        coordinator: "HOST:PORT" of process 0, reachable for the others; None takes `JAX_COORDINATOR_ADDRESS`.
-        processes: the number of processes; None takes `JAX_NUM_PROCESSES`.
-        index: the number of this process, from 0; None takes `JAX_PROCESS_ID`. JAX finds missing values itself in a
+        coordinator: "HOST:PORT" of process 0, reachable for the others; None uses `JAX_COORDINATOR_ADDRESS`.
+        processes: the number of processes; None uses `JAX_NUM_PROCESSES`.
+        index: the number of this process, from 0; None uses `JAX_PROCESS_ID`. JAX finds missing values itself in a
             SLURM or MPI job, in Kubernetes or on a Cloud TPU.
         timeout: seconds to wait for the others.
 
@@ -89,7 +89,7 @@ def _number(given: int | None, name: str) -> int | None:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """The context of common work: if a process raises in it, or is lost, all end, with one message from process 0.
+    """Context of joint work: if a process raises in it, or is lost, all end, with one message from process 0.
 
     A single process just raises.
     """
@@ -130,7 +130,7 @@ def any_of(flag: bool) -> bool:
 
 
 def agree(parts: Mapping[str, Any]) -> None:
-    """Raise a ValueError in every process unless all have the same values, which are JSON-ready and named."""
+    """Raise a ValueError in every process unless all have the same named, JSON-ready values."""
     texts = [json.dumps(value, sort_keys=True, default=str) for value in parts.values()]
     digests = b"".join(hashlib.sha256(text.encode()).digest() for text in texts)
     found = _gathered(np.frombuffer(digests, np.uint8).reshape(len(texts), -1))
@@ -158,7 +158,7 @@ def _gathered(values: np.ndarray) -> np.ndarray:
 
 
 class _Bond:
-    """The connections of process 0 with all others, or of another with process 0, and the threads that watch them."""
+    """The connections of process 0 to all others, or of another process to it, and the threads that watch them."""
 
     held: "_Bond | None" = None
 
@@ -173,7 +173,7 @@ class _Bond:
 
     @classmethod
     def hold(cls, host: str) -> None:
-        """Connect all processes with process 0; `host` is its name, or "" if that is not known."""
+        """Connect all processes to process 0; `host` is its name, or "" if not known."""
         if is_first():
             with socket.create_server(("", 0), backlog=count()) as listener:
                 own, secret = socket.gethostname(), secrets.token_hex(16)

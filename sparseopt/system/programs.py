@@ -1,6 +1,6 @@
 """Compiled programs on disk, so that a second process need not compile them again.
 
-Only `keep_programs` changes settings of JAX, and only the `sparseopt` command calls it unasked.
+Only `keep_programs` changes settings of JAX, and only the `sparseopt` command calls it by itself.
 """
 
 import hashlib
@@ -60,11 +60,11 @@ def keep_programs() -> Path | None:
 
     Most of the time of a first call is compilation. Call this once, before the first solve, in a script or notebook
     that runs more than once. The folder, of at most 1 GiB, is separate for each version of JAX and each processor. All
-    programs of the process are kept, also those that have nothing to do with this package. The `sparseopt` command
-    calls this itself; importing the package does not.
+    programs of the process are kept, even ones unrelated to this package. The `sparseopt` command calls this itself;
+    importing the package does not.
 
     Returns:
-        The folder, or None where nothing is kept. Nothing is kept if the variable SPARSEOPT_KEEP_PROGRAMS is 0, if
+        The folder, or None if nothing is kept. Nothing is kept if the variable SPARSEOPT_KEEP_PROGRAMS is 0, if
         JAX was told of a folder already (JAX_COMPILATION_CACHE_DIR), or if the folder cannot be written.
     """
     if os.environ.get(SWITCH) == "0" or getattr(jax.config, "jax_compilation_cache_dir", None):
@@ -73,7 +73,7 @@ def keep_programs() -> Path | None:
         kept = cache_folder() / "programs"
         folder = programs_folder(kept)
         folder.mkdir(parents=True, exist_ok=True)
-        # Looking at thousands of files takes tenths of a second, so only a start after new programs does it.
+        # Checking thousands of files takes tenths of a second, so it is done only after new programs.
         checked = kept / "checked"
         if not checked.exists() or checked.stat().st_mtime_ns < folder.stat().st_mtime_ns:
             trim(kept, SIZE_LIMIT)
@@ -83,7 +83,7 @@ def keep_programs() -> Path | None:
         return None
     if not writable:
         return None
-    # A disk that fills up is no reason to warn: the program runs all the same.
+    # A full disk is no reason to warn: the program runs all the same.
     warnings.filterwarnings("ignore", message=".*persistent compilation cache")
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

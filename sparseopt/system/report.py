@@ -1,6 +1,6 @@
 """A report as data: facts, tables and figures, shown as Markdown, as one HTML page, and in a notebook.
 
-A page needs nothing but itself: figures are inside it, and its policy forbids the browser to load anything.
+A page is self-contained: figures are inside it, and its policy forbids the browser to load anything.
 """
 
 import math
@@ -17,7 +17,7 @@ import numpy as np
 
 from sparseopt.system.machine import environment_texts
 
-# Where tables and figures are wider than the page, they scroll and the page does not.
+# Tables and figures wider than the page scroll; the page does not.
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:68em;margin:2em auto;padding:0 1em;color:#222;overflow-wrap:anywhere}
 h1,h2{line-height:1.25}h2,footer{margin-top:2em}pre{white-space:pre-wrap;padding:.6em .8em}
@@ -32,7 +32,7 @@ button{all:unset;cursor:pointer;font-weight:bold}button:focus-visible{outline:2p
 [aria-sort=ascending] button::after{content:" \\25b2"}[aria-sort=descending] button::after{content:" \\25bc"}
 @media(max-width:40em){body{font-size:15px}th,td{padding:.3em .4em}}
 """
-# A click on a heading sorts: numbers by value, before texts; a second click turns the order round.
+# A click on a heading sorts: numbers by value, before texts; a second click reverses the order.
 SCRIPT = """
 const number=row=>{const word=row[0].split(" ")[0].replace(/[,%]/g,"");return word===""?NaN:Number(word)}
 document.querySelectorAll("thead button").forEach(button=>button.onclick=()=>{
@@ -58,7 +58,7 @@ class Fact(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text; the first columns, so many as `labels`, say what a row is; the last rows may be `totals`."""
+    """Cells as text; the first `labels` columns name the row; the last `totals` rows are totals."""
 
     title: str
     headings: Sequence[str] = ()
@@ -76,7 +76,7 @@ class Figure(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """What is known of one experiment or comparison, with the figures that were drawn of it."""
+    """The results of one experiment or comparison, with its figures."""
 
     table: Table
     facts: Sequence[Fact] = ()
@@ -89,7 +89,7 @@ def bullets(facts: Iterable[Fact], mark: str) -> str:
 
 
 def markdown(report: Report) -> str:
-    """A section of a Markdown page in the folder of the pictures."""
+    """A section of a Markdown page in the folder of the figures."""
     table = report.table
     lines = [_pipes(table.headings), _pipes(["---"] * len(table.headings)), *map(_pipes, table.rows)]
     files = ((picture, caption) for picture, caption in report.figures if isinstance(picture, Path))
@@ -105,7 +105,7 @@ def _pipes(cells: Sequence[str]) -> str:
 def html_page(
     title: str, reports: Iterable[Report], command: str, environment: Mapping[str, Any], steps: Iterable[Fact] = ()
 ) -> str:
-    """One page with everything inside; `environment` is that of a record, `steps` are commands and what they do."""
+    """One self-contained page; `environment` comes from a record, `steps` are commands and what they do."""
     following = "".join(f"<li><code>{_words(name)}</code>: {_text(text)}</li>" for name, text in steps)
     sections = "".join(_section(report, title) for report in reports)
     made = "".join(f"<p>{escape(text)}</p>" for text in environment_texts(environment))
@@ -126,7 +126,7 @@ def html_facts(title: str, facts: Iterable[Fact]) -> str:
 
 
 def spread(values: Any) -> str:
-    """A number, or the least and the largest of several."""
+    """A number, or the smallest and the largest of several."""
     low, high = float(np.min(values)), float(np.max(values))
     return f"{low:.5g}" if low == high or low != low else f"{low:.5g} to {high:.5g}"
 
@@ -138,7 +138,7 @@ def cell(value: Any) -> str:
 
 
 def _words(command: str) -> str:
-    """A command, whose lines then break between words and not at the hyphens of its options."""
+    """A command whose lines break between words, not at the hyphens of options."""
     return " ".join(f"<span>{escape(word)}</span>" for word in command.split(" "))
 
 
@@ -175,13 +175,13 @@ def _table(table: Table) -> str:
 
 
 def _cell(text: str, label: bool) -> str:
-    # Numbers stay on one line, also with an exponent; a sentence does not.
+    # Numbers stay on one line, even with an exponent; sentences do not.
     kind = " class=text" if len(text) > 30 else ""
     return f'<th scope="row">{escape(text)}</th>' if label else f"<td{kind}>{escape(text)}</td>"
 
 
 def bars(values: Mapping[str, float]) -> str:
-    """Horizontal bars with their values, as SVG. Widths are shares of the page's, so that letters keep their size."""
+    """Horizontal bars with their values, as SVG. Widths are relative to the page, so that letters keep their size."""
     top = max(filter(math.isfinite, values.values()), default=0.0) or 1.0
     rows = []
     for y, (name, value) in enumerate(values.items()):

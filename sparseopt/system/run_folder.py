@@ -1,4 +1,4 @@
-"""The folder of a run, of pruning and of experiments alike; it is whole at every moment.
+"""The folder of a run, for pruning and experiments alike; it is consistent at every moment.
 
     run.lock        held by the process that writes; the system releases it when that process ends, however it ends
     run.json        the format, the fingerprint (all that decides the result) and facts about the start; written first
@@ -6,8 +6,8 @@
     summary.json    written last: a folder that has one holds a finished run
     report.html     all of it for people, written by the commands after the run; nothing reads it
 
-A run with the same fingerprint resumes, one with another is refused and told what differs. Every write raises
-`DiskError` if the disk does not take it, and leaves what was there.
+A run with the same fingerprint resumes; another fingerprint raises an error that says what differs. A failed write
+raises `DiskError` and leaves what was there.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from sparseopt.system.files import append_line, temporary_of, write_whole
 LOCK, RUN, DRAWN, RECORDS, SUMMARY = "run.lock", "run.json", "drawn.json", "records.jsonl", "summary.json"
 PAGE = "report.html"
 RUN_FILES = LOCK, RUN, DRAWN, RECORDS, SUMMARY, PAGE
-# Of the layout above. Version 0.1.0 wrote no number.
+# Version of the layout above. sparseopt 0.1.0 wrote no number.
 FORMAT = 3
 
 Fingerprint = dict[str, Any]
@@ -37,11 +37,11 @@ T = TypeVar("T")
 
 
 class FolderError(ValueError):
-    """A folder that a run may not use; the text says why and what to do."""
+    """Raised if a run may not use a folder; the message says why and what to do."""
 
 
 class FolderInUse(FolderError):
-    """A folder that another process writes to."""
+    """Raised if another process writes to a folder."""
 
 
 class State(Enum):
@@ -50,16 +50,16 @@ class State(Enum):
     NEW = "new"
     UNFINISHED = "unfinished"  # same fingerprint, and something is missing: resumed
     FINISHED = "finished"  # same fingerprint: not repeated
-    OTHER = "another run"  # another fingerprint or no run: refused
+    OTHER = "another run"  # another fingerprint or no run: an error
 
 
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process. It is made if needed, and removed again if nothing was written into it.
+    """Lock a folder for this process. It is created if needed, and removed again if nothing was written into it.
 
     Raises:
         FolderInUse: if another process holds it.
-        FolderError: if it cannot be made or locked, or holds links, through which any file could be overwritten.
+        FolderError: if it cannot be created or locked, or holds links, through which any file could be overwritten.
     """
     with contextlib.ExitStack() as held:
         try:
@@ -106,7 +106,7 @@ def locked(file: Path) -> Iterator[None]:
             raise _in_use(file, lock.read().strip() or "another process") from None
         if os.fstat(lock.fileno()).st_nlink > 1:
             raise OSError(errno.EMLINK, f"{file.name} has a second name in the file system", str(file))
-        # The last owner may have removed the file between its opening and its locking.
+        # The last owner may have removed the file between opening and locking.
         if not (file.exists() and os.path.samestat(file.stat(), os.fstat(lock.fileno()))):
             raise _in_use(file, "a process that has just ended")
         lock.truncate(0)
@@ -121,7 +121,7 @@ def _in_use(lock: Path, owner: str) -> FolderInUse:
 
 
 def contents(folder: Path) -> set[str]:
-    """Names in a folder, without those of a start that was killed before it had written anything."""
+    """Names in a folder, without files of a start that was killed before it had written anything."""
     try:
         names = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
     except OSError as error:
@@ -130,10 +130,10 @@ def contents(folder: Path) -> set[str]:
 
 
 def state_of(folder: Path, wanted: Fingerprint) -> tuple[State, list[str]]:
-    """What a folder holds for the run with this fingerprint, and of another run what differs, as in `differences`.
+    """What a folder holds for the run with this fingerprint and, for another run, the `differences`.
 
     Raises:
-        FolderError: for a folder that holds something else than a run, or a run of another format.
+        FolderError: if the folder holds something other than a run, or a run of another format.
     """
     if not contents(folder):
         return State.NEW, []
@@ -160,7 +160,7 @@ def read_start(folder: Path) -> dict[str, Any]:
 
 
 def differences(found: Fingerprint, wanted: Fingerprint) -> list[str]:
-    """What differs between the fingerprint in a folder and that of a run, a line for each dotted name."""
+    """The differences between the fingerprint in a folder and a run's, one line for each dotted name."""
     old, new = ({name: repr(value) for name, value in flat(each)} for each in (found, wanted))
     return [
         f"{name}: {old.get(name)} there, {new.get(name)} here"
@@ -184,10 +184,10 @@ def append_record(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_records(folder: Path, parse: Callable[[Any], T]) -> tuple[list[T], list[int]]:
-    """The records of a run, and the numbers of the lines that hold none.
+    """The records of a run, and the numbers of the lines without one.
 
-    A kill cuts the last line short, a failing disk any line. `parse` makes a record of a line's JSON value, and raises
-    ValueError, KeyError or TypeError if it is none.
+    A kill may truncate the last line, a failing disk any line. `parse` turns a line's JSON value into a record, and
+    raises ValueError, KeyError or TypeError if it is none.
     """
     file = folder / RECORDS
     *lines, rest = file.read_text(encoding="utf-8", errors="replace").split("\n") if file.is_file() else [""]
@@ -216,7 +216,7 @@ def _write_json(file: Path, value: Mapping[str, Any]) -> None:
 
 
 def plain(value: Any) -> Any:
-    """The JSON value that the files of a run have for a value: null for NaN and infinities, text for other objects."""
+    """A value as JSON in the files of a run: null for NaN and infinities, text for other objects."""
     return json.loads(_text(value))
 
 

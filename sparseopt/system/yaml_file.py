@@ -1,8 +1,8 @@
-"""A YAML file as plain values with the line of every key, safe for files from strangers.
+"""Reading YAML files as plain values with the line of every key, safe for untrusted files.
 
 The safe loader makes no Python objects. What remains is size: an alias stands for a whole block, and a block of aliases
 of such blocks for exponentially more ("billion laughs"), so values are counted as if they were written out. Values are
-text, numbers, booleans, null, lists and mappings by text; other tags are refused.
+text, numbers, booleans, null, lists and mappings with text keys; other tags raise an error.
 """
 
 import re
@@ -30,11 +30,11 @@ _PLAIN = {f"{_CORE}{kind}" for kind in ("str", "int", "float", "bool", "null", "
 
 
 class ConfigError(ValueError):
-    """A config that cannot be used; the text lists every mistake with its place and what to do."""
+    """Raised if a config cannot be used; the message lists every mistake with its place and what to do."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML of bounded size with the numbers of YAML 1.2: 1e-6 is one, and 2:4, 010 and a date are text.
+    """Safe YAML of bounded size with the numbers of YAML 1.2: 1e-6 is a number; 2:4, 010 and dates are text.
 
     Attributes:
         lines: the line of every key.
@@ -54,7 +54,7 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def check(self, node: yaml.Node, place: Location = (), inside: tuple[yaml.Node, ...] = ()) -> None:
-        """Look at a node, and at all inside it, before anything is made of them."""
+        """Check a node, and everything inside it, before anything is constructed."""
         self._written_out += 1
         if any(node is outer for outer in inside):
             raise ComposerError(None, None, "an alias of a block inside that block", node.start_mark)
@@ -104,7 +104,7 @@ _Loader.add_constructor(f"{_CORE}int", lambda _, node: int(node.value, 0))
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what the loader would not read as text."""
+    """Quotes text that the loader would not read as text."""
 
     yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
@@ -141,7 +141,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[Location, int]]:
     """Plain values of a YAML file, and the line of every key.
 
     Raises:
-        ConfigError: for a file that is too large, is not a YAML mapping, or has a key that is not text or given twice.
+        ConfigError: if the file is too large, is not a YAML mapping, or has a key that is not text or given twice.
         OSError: if it cannot be read.
     """
     with path.open("rb") as stream:
@@ -161,7 +161,7 @@ def parse_yaml(text: str, source: str) -> Any:
     """The plain value of a short YAML text, such as the right side of `key=value`; the source is for messages.
 
     Raises:
-        ConfigError: for text that is not YAML, or has a key that is not text or given twice.
+        ConfigError: if the text is not YAML, or has a key that is not text or given twice.
     """
     return _parse(text[: MAX_BYTES + 1], source)[0]
 
@@ -173,7 +173,7 @@ def path_text(place: Location) -> str:
 
 
 def refused(mistakes: Sequence[tuple[Location, str]], lines: Mapping[Location, int], source: str) -> ConfigError:
-    """The error for a file with these mistakes, each with its place and text, by their lines."""
+    """The error for a file with these mistakes, each with its place and text, ordered by line."""
     listed = []
     for place, text in mistakes[:MAX_MISTAKES]:
         known = next((place[:end] for end in range(len(place), 0, -1) if place[:end] in lines), None)

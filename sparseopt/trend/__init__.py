@@ -1,6 +1,6 @@
 """Trend filtering on graphs: signals whose differences along the edges are mostly zero.
 
-`so.trend_filter` fits one signal, `so.trend_solver` makes a pure function for many; this module hands out the rest:
+`so.trend_filter` fits one signal, `so.trend_solver` makes a pure function for many; this module exports the rest:
 paths of weights and the choice among them, images, concave penalties, and the methods with their settings.
 """
 

@@ -54,14 +54,14 @@ class OnGraph(BaseEstimator):
     method: Any = "auto"
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """As of scikit-learn; settings of a method are `method__B`, `method__rho`, ..."""
+        """As in scikit-learn; settings of a method are `method__B`, `method__rho`, ..."""
         found = super().get_params(deep)
         method: Any = self.method
         settings = dataclasses.asdict(method) if deep and isinstance(method, Settings) else {}
         return found | {f"method__{name}": value for name, value in settings.items()}
 
     def set_params(self, **params: Any) -> Any:
-        """As of scikit-learn; `method__B=2` changes a setting of the method, which may be given by its name."""
+        """As in scikit-learn; `method__B=2` changes a setting of the method, which may be given by its name."""
         own = {name: value for name, value in params.items() if not name.startswith("method__")}
         super().set_params(**own)
         if settings := {name.removeprefix("method__"): params[name] for name in params.keys() - own.keys()}:
@@ -78,7 +78,7 @@ class OnGraph(BaseEstimator):
         if (wrong := loss.wrong(y)).any():  # a mean of several samples might hide it
             place = tuple(np.argwhere(wrong)[0])
             raise ValueError(
-                f"{type(loss).__name__} takes {loss.expected}, given y = {y[place]:g} in row {rows[place[0]]} "
+                f"{type(loss).__name__} needs {loss.expected}, given y = {y[place]:g} in row {rows[place[0]]} "
                 f"({int(wrong.sum())} such)"
             )
         if self.graph is None:
@@ -136,7 +136,7 @@ class OnGraph(BaseEstimator):
 
     @property
     def _repr_html_(self) -> Any:
-        # scikit-learn has no such attribute where it is asked for text, and else a function.
+        # scikit-learn has no such attribute if it is asked for text, and a function otherwise.
         shown = super()._repr_html_
         return lambda: shown() + self._html_of_fit()
 
@@ -148,7 +148,7 @@ class OnGraph(BaseEstimator):
         return self.solution_._repr_html_() if hasattr(self, "solution_") else ""
 
     def _check_penalty(self) -> Any:
-        """The penalty of weight alpha, after a check of all parameters that both estimators have."""
+        """The penalty with weight alpha, after a check of all parameters that both estimators have."""
         if not finite_number(self.alpha) >= 0:
             raise ValueError(f"alpha is the weight of the penalty, a finite number >= 0, given {self.alpha!r}")
         check_order(self.order)
@@ -166,19 +166,19 @@ class OnGraph(BaseEstimator):
 
 @dataclasses.dataclass(eq=False, repr=False)
 class GraphTrendFilter(MultiOutputMixin, RegressorMixin, OnGraph):
-    """Smooth observations on a graph so that few differences of the fit are not zero.
+    """Smooth observations on a graph so that most differences of the fit are exactly zero.
 
         minimise over b    sum_i s_i f(b[node(i)]; y_i)  +  penalty(Δ^(order+1) b)
 
-    with the sample weights `s_i`, a loss f, for the square `1/2 (y_i - b[node(i)])²`, and a penalty of weight `alpha`.
-    It is solved by `trend_filter`, in float64. For labels there is `GraphTrendClassifier`.
+    with the sample weights `s_i`, a loss f (the square is `1/2 (y_i - b[node(i)])²`) and a penalty with weight
+    `alpha`. `trend_filter` solves it in float64. For labels use `GraphTrendClassifier`.
 
-    With `graph=None` a sample is a point, a row of X `[m, features]`. The nodes are the distinct points, in the order
+    With `graph=None`, a sample is a point, a row of X `[m, features]`. The nodes are the distinct points, in the order
     of their first appearance. Two nodes are joined by an edge of weight 1 if one is among the `n_neighbors` nearest
     (Euclidean) neighbours of the other. Scale the features first.
 
-    With a graph a sample is an observation of one of its nodes: X `[m, 1]` holds node numbers `0..n-1`. Nodes without a
-    sample are missing values, and the fit fills them in; cross-validation holds nodes out.
+    With a graph, a sample is an observation of one of its nodes: X `[m, 1]` holds node numbers `0..n-1`. Nodes without
+    a sample are missing values, and the fit fills them in; cross-validation holds nodes out.
 
     For the square and Poisson several samples of a node count as their weighted mean with the sum of their weights:
     repeating a sample is the same as doubling its weight. For other losses a mean does not have that property, so the
@@ -186,16 +186,16 @@ class GraphTrendFilter(MultiOutputMixin, RegressorMixin, OnGraph):
 
     Args:
         order: k >= 0; 0 fits piecewise constants, 1 piecewise linear, 2 piecewise quadratic signals.
-        alpha: the weight of the penalty as in `trend_filter`, in the units of y times those of the sample weights; the
-            loss is not divided by the number of samples. For L1 at order 0 with the square or Poisson, one edge of
+        alpha: the weight of the penalty as in `trend_filter`, in the units of y times the units of the sample weights;
+            the loss is not divided by the number of samples. For L1 at order 0 with the square or Poisson, one edge of
             weight 1 between two plateaus moves the prediction of a plateau of total sample weight s by `alpha / s`
             towards the other. 0 returns the data.
         graph: a `Graph`, or None for the nearest neighbours of the rows of X.
-        n_neighbors: the least number of neighbours of a point, for the graph and for `predict`; fewer if there are
+        n_neighbors: the smallest number of neighbours of a point, for the graph and for `predict`; fewer if there are
             fewer points. Not used with a graph.
         penalty: "l1", "l0", "mcp", "scad", "group_l2" (which couples the outputs), or a function of the weight that
             returns a penalty, such as `so.MCP`.
-        tol, max_steps, method: of `trend_filter`.
+        tol, max_steps, method: as in `trend_filter`.
         loss: "square", "poisson" (counts), "huber", "absolute", or a `ScalarLoss` such as `so.scalar.Quantile(0.9)`.
 
     Attributes:
@@ -237,8 +237,8 @@ class GraphTrendFilter(MultiOutputMixin, RegressorMixin, OnGraph):
             sample_weight: `[m]`, finite and not negative; None is 1 each. 0 drops a sample.
 
         Raises:
-            ValueError, TypeError: on parameters or data that do not fit, and for a component of the graph where no fit
-                is defined: one without a sample or, for Poisson, without a positive count.
+            ValueError, TypeError: for invalid parameters or data, and for a component of the graph without a defined
+                fit: one without a sample or, for Poisson, without a positive count.
             RuntimeError: if the computation overflows.
 
         Warns:
@@ -248,7 +248,7 @@ class GraphTrendFilter(MultiOutputMixin, RegressorMixin, OnGraph):
         if getattr(loss, "labels", False) is True:
             raise ValueError(
                 f"GraphTrendFilter is a regressor, and {type(loss).__name__} is for labels: use GraphTrendClassifier, "
-                "which takes two labels of any kind, without loss="
+                "which accepts two labels of any kind, without loss="
             )
         X, y = validate_data(self, X, y, dtype=np.float64, multi_output=True, y_numeric=True)
         self.fit_nodes(X, y.astype(np.float64), check_weights(sample_weight, len(X)), loss)
@@ -259,9 +259,9 @@ class GraphTrendFilter(MultiOutputMixin, RegressorMixin, OnGraph):
         """The mean of an observation at nodes `[m, 1]` or points `[m, features]`: `[m]`, or `[m, outputs]`.
 
         The mean is `fitted_values_`, its exponential for Poisson, and `loss.mean(fitted_values_)` in general. Without a
-        graph, a point of the fit gets that of its node, and any other point the average of those of its `n_neighbors`
-        nearest nodes, weighted by 1 / distance. So at every order the prediction stays in the range of its neighbours:
-        it continues a constant but not a slope.
+        graph, a point of the fit gets its node's mean, and any other point the average over its `n_neighbors` nearest
+        nodes, weighted by 1 / distance. So at every order the prediction stays in the range of its neighbours: it
+        continues a constant but not a slope.
         """
         check_is_fitted(self)
         with precision(np.dtype(np.float64)):
@@ -269,7 +269,7 @@ class GraphTrendFilter(MultiOutputMixin, RegressorMixin, OnGraph):
         return self.at(X, means)
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
-        """R², or for Poisson D², the share of the deviance that the prediction explains; averaged over the outputs."""
+        """R², or for Poisson D², the explained fraction of the deviance; averaged over the outputs."""
         found = self.predict(X)
         if getattr(self.loss_, "counts", False) is not True:
             return float(r2_score(y, found, sample_weight=sample_weight))
@@ -280,23 +280,23 @@ class GraphTrendFilter(MultiOutputMixin, RegressorMixin, OnGraph):
 
 @dataclasses.dataclass(eq=False, repr=False)
 class GraphTrendClassifier(ClassifierMixin, OnGraph):
-    """Fit the log-odds of two labels on a graph so that few of their differences are not zero.
+    """Fit the log-odds of two labels on a graph so that most of their differences are exactly zero.
 
         minimise over b    sum_i s_i (log(1 + exp(b[node(i)])) - p_i b[node(i)])  +  penalty(Δ^(order+1) b)
 
     with the sample weights `s_i` and `p_i = 1 - label_smoothing / 2` for the second label, `label_smoothing / 2` for
-    the first. A sample is a point, or with a graph an observation of one of its nodes, as for `GraphTrendFilter`.
+    the first. A sample is a point, or with a graph an observation of one of its nodes, as in `GraphTrendFilter`.
     Several samples of a node count as the proportion of their labels with the sum of their weights.
 
     More than two classes: `sklearn.multiclass.OneVsRestClassifier(GraphTrendClassifier(...))`.
 
     Args:
-        order, graph, n_neighbors, tol, max_steps, method: of `GraphTrendFilter`.
+        order, graph, n_neighbors, tol, max_steps, method: as in `GraphTrendFilter`.
         alpha: the weight of the penalty, in the units of the sample weights. For L1 at order 0, one edge of weight 1
-            between two plateaus moves the probability of a plateau of total sample weight s by `alpha / s` towards that
-            of the other.
+            between two plateaus moves the probability of a plateau of total sample weight s by `alpha / s` towards the
+            other's.
         penalty: "l1", "l0", "mcp", "scad", or a function of the weight that returns a penalty.
-        label_smoothing: in [0, 1). It keeps the log-odds finite where all samples of a component have the same label,
+        label_smoothing: in [0, 1). It keeps the log-odds finite if all samples of a component have the same label,
             as in separate clusters of points: the fit there is `log(2 / label_smoothing - 1)` in size. With 0 such a
             component is an error.
 
@@ -332,7 +332,7 @@ class GraphTrendClassifier(ClassifierMixin, OnGraph):
             y: labels `[m]` with two values, numbers or strings.
             sample_weight: `[m]`, finite and not negative; None is 1 each. 0 drops a sample.
 
-        Raises, warns: as `GraphTrendFilter.fit`; a ValueError also for other than two classes.
+        Raises, warns: as `GraphTrendFilter.fit`; a ValueError too unless there are two classes.
         """
         smoothing = self.label_smoothing
         if not 0 <= finite_number(smoothing) < 1:
@@ -358,7 +358,7 @@ class GraphTrendClassifier(ClassifierMixin, OnGraph):
         return self
 
     def decision_function(self, X: Any) -> np.ndarray:
-        """The log-odds of `classes_[1]`, `[m]`: those of the probabilities of `predict_proba`."""
+        """The log-odds of `classes_[1]`, `[m]`, from the probabilities of `predict_proba`."""
         first, second = np.log(self.predict_proba(X)).T
         return second - first
 

@@ -10,6 +10,7 @@ Tibshirani, "Adaptive piecewise polynomial estimation via trend filtering", Anna
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from sparseopt.core.base.arguments import renames
 from sparseopt.core.base.mesh import Devices, device_line
 from sparseopt.core.base.types import precision, wide_types
 from sparseopt.core.losses.scalar import check_scalar_loss
+from sparseopt.core.penalties.protocols import Penalty
 from sparseopt.core.problem.problem import Solution, Status
 from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.base.job import Job, check_terms, graph_for, terms_of, vanishes
@@ -39,7 +41,7 @@ from sparseopt.trend.methods.plan import known_fit
 def trend_filter(
     y: Any,
     graph: Graph,
-    penalty: Any,
+    penalty: Penalty | Mapping[int, Penalty],
     order: int = 0,
     method: Any = "auto",
     start: Solution | None = None,
@@ -53,26 +55,26 @@ def trend_filter(
     loss: Any = "square",
     devices: Devices = None,
 ) -> TrendSolution:
-    """Fit `b` to a signal `y` on a graph so that few of its differences `Δ^(order+1) b` are not zero.
+    """Fit `b` to a signal `y` on a graph so that most of its differences `Δ^(order+1) b` are exactly zero.
 
     Args:
-        y: `[n]` or `[n, channels]` in the graph's node order; on a grid also `[*shape]` or `[*shape, channels]`.
+        y: `[n]` or `[n, channels]` in the graph's node order; on a grid, also `[*shape]` or `[*shape, channels]`.
             The computation runs in float64 for float64 and integer signals and for free ends from order 1 on, else in
-            float32. Large signals of low order are first solved in float32; objective and gap are those of float64.
+            float32. Large signals of low order are first solved in float32; objective and gap are computed in float64.
         graph: the graph of the signal.
         penalty: `L1`, `MCP`, `SCAD`, `L0`, `GroupL2`, or any object with `value` and `prox`. `GroupL2(w)` couples the
             channels; on a grid at order 0 `GroupL2(w, axis=0)` is isotropic total variation, the sum over the nodes of
             the length of the gradient, for every channel, and with axis (0, -1) for all channels together. The weight
-            of L1 is a number, or one for each row of `graph.matrix(order + 1)`. Or several penalties by their
-            orders, as in `{-1: L1(0.5), 0: L1(2.0)}`: their sum, where order -1 penalises b itself.
+            of L1 is a number, or one for each row of `graph.matrix(order + 1)`. Several penalties are given by their
+            orders, as in `{-1: L1(0.5), 0: L1(2.0)}`, and add up; order -1 penalises b itself.
         order: k >= 0; 0 fits piecewise constants, 1 piecewise linear, 2 piecewise quadratic signals. It must be 0 for
             several penalties. On `Graph.chain(n)` polynomials of degree k are left unchanged, as genlasso does. On
-            `Graph.chain(n, ends="graph")`, grids and other graphs the differences are those of the graph: orders of 1
-            and more penalise a slope at the ends.
+            `Graph.chain(n, ends="graph")`, grids and other graphs the differences are the graph's: orders of 1 and more
+            penalise a slope at the ends.
         method: "doge", "admm", "fast_admm" (chains), "interior" (L1; needs the extra `interior`), "doge_groups"
             (Doge-ADMM as the paper stores it), or an object with settings such as `so.trend.Doge(B=2, rho=1.0)`; or
-            "auto", of which `so.trend.chosen_method` tells which method it takes.
-        start: an earlier solution on the same graph at the same order, of any method with the same B.
+            "auto"; `so.trend.chosen_method` says which method that chooses.
+        start: an earlier solution on the same graph at the same order, from any method with the same B.
         tol: the relative duality gap to reach; for a penalty without a conjugate, the stationarity residual.
         max_steps: step limit.
         node_weights: w >= 0, `[n]`; 0 marks a missing observation. At orders >= 1 with missing nodes the gap
@@ -85,23 +87,23 @@ def trend_filter(
         loss: "square", "poisson" (counts; b is the log-rate), "logistic" (labels 0 and 1, or proportions of ones; b is
             the log-odds), "squared_hinge" (labels -1 and 1; b is a score), "huber", "absolute", or an object of
             `so.scalar` such as `so.scalar.Huber(delta)` or `so.scalar.Quantile(level)`, or your own `ScalarLoss`. Not
-            with "fast_admm". With free ends from order 1 on a loss of your own is smooth; for L1 with an absolute or
-            quantile loss "auto" takes linear programming, whose fits count no steps. See `trend.methods.losses`.
+            with "fast_admm". With free ends from order 1 on, your own loss must be smooth; for L1 with an absolute or
+            quantile loss "auto" uses linear programming, whose fits count no steps. See `trend.methods.losses`.
         devices: the number of devices for the fit, "all", or a `jax.sharding.Mesh` of one axis "devices"; None for one.
-            Several devices take one penalty and the square loss by "doge" with B = order + 1; the answer is that of one
-            device up to rounding. With several processes each calls this with the same arguments and gets the whole
+            Several devices need one penalty, the square loss and "doge" with B = order + 1; up to rounding they give
+            the answer of one device. With several processes, each calls this with the same arguments and gets the whole
             answer. `.state` stays on the devices.
 
     Returns:
         A `TrendSolution`: a `Solution` with `.pieces()` and `.knots()`. At order 0 the nodes of a piece have exactly
         equal values, unless that would raise the objective of an inexact fit. Its `.gap` is `(P - D) / D`, an upper
-        bound on the relative suboptimality of `.value`, or NaN where the penalty has no dual. `.status` is CONVERGED,
+        bound on the relative suboptimality of `.value`, or NaN if the penalty has no dual. `.status` is CONVERGED,
         STATIONARY (converged without a certificate), PRECISION (rounding keeps the gap above tol), MAX_STEPS or
         NONFINITE; `.check()` raises for the last three. Arrays are NumPy arrays if float64 was used while JAX's 64-bit
         flag is off.
 
     Raises:
-        ValueError, TypeError: on input that does not fit, saying what was given and what was expected.
+        ValueError, TypeError: for invalid input, saying what was given and what was expected.
 
     Example:
         >>> y = np.array([0.1, -0.1, 0.0, 5.1, 4.9, 5.0])
@@ -125,7 +127,7 @@ def trend_filter(
 def chosen_method(
     y: Any,
     graph: Graph,
-    penalty: Any,
+    penalty: Penalty | Mapping[int, Penalty],
     order: int = 0,
     *,
     tol: float = 1e-6,
@@ -133,9 +135,9 @@ def chosen_method(
     missing: str = "error",
     dtype: Any = None,
 ) -> str:
-    """The method that `trend_filter(..., method="auto")` takes for the square loss, with the same arguments.
+    """Return the method that `trend_filter(..., method="auto")` chooses for the square loss and the same arguments.
 
-    "interior" takes no start and keeps no history: where they are requested, another method is taken.
+    "interior" accepts no start and keeps no history: if they are requested, another method is chosen.
 
     Example:
         >>> so.trend.chosen_method(np.arange(6.0) % 2, so.Graph.grid((2, 3)), so.L1(0.3), order=2)
@@ -189,7 +191,7 @@ def _fit(job: Job) -> TrendSolution:
             "L1(0.5).prox(y, 1.0)"
         )
     if graph.free and job.method is not None:
-        choose(job)  # what it cannot do is an error also where the fit is known
+        choose(job)  # what it cannot do is an error even if the fit is known
     if graph.free and not job.several and (null := as_null_fit(signal, graph, job.order)) is not None:
         # A polynomial costs nothing: a method would only round it.
         flat = jnp.zeros((job.layout.count(job.order + 1), *job.channels), job.dtype)

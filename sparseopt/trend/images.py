@@ -47,7 +47,7 @@ def denoise(
     dtype: Any = None,
     devices: Devices = None,
 ) -> Denoised:
-    """Fit a trend of an order to every channel of an image or a volume on its grid, and fill in what is not known.
+    """Fit a trend to every channel of an image or a volume on its grid, and fill in unknown pixels.
 
     Args:
         image: `[height, width]` or `[height, width, channels]`, of integers of 8, 16 or 32 bits or floats; an alpha
@@ -61,19 +61,19 @@ def denoise(
         couple: let the channels of a pixel change together (`GroupL2`) instead of separately (`L1`).
         volume: whether the image has three axes besides channels.
         spacing: the distance of neighbours along each axis; only its ratios matter. None for equal ones.
-        ends: of `Graph.grid`: "free" leaves slopes unchanged at order 1, also at the borders.
-        known: booleans `[height, width]` (a volume's `[depth, height, width]`): False where a pixel is not known; the
-            fit fills it in. None for all.
-        missing: "nan" fills in pixels that are NaN as well; "error" raises.
-        method: of `trend_filter`.
+        ends: as in `Graph.grid`; "free" leaves slopes unchanged at order 1, even at the borders.
+        known: booleans `[height, width]` (a volume's `[depth, height, width]`): False where a pixel is unknown; the fit
+            fills it in. None for all.
+        missing: "nan" fills in NaN pixels too; "error" raises.
+        method: as in `trend_filter`.
         tol: relative duality gap; 1e-4 is below one grey level.
         max_steps: step limit.
-        dtype: of the computation; None takes float32, or float64 for integers of 32 bits, with free ends from order 1
-            on, and where pixels are not known, since rounding of their part of the gap would hide it.
+        dtype: of the computation; None uses float32, or float64 for integers of 32 bits, with free ends from order 1
+            on, and if pixels are unknown, since rounding would hide their part of the gap.
         devices: as in `trend_filter`; not without a weight.
 
     Raises:
-        ValueError: for arguments that do not fit, also for a picture without noise if no weight is given.
+        ValueError: for invalid arguments, and for an image without noise if no weight is given.
 
     Example:
         >>> from sparseopt.trend.images import denoise

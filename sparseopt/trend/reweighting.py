@@ -1,9 +1,9 @@
-"""Concave penalties by a sequence of convex ones: large differences keep their size, every step is certified.
+"""Concave penalties as a sequence of convex ones: large differences keep their size, and every step is certified.
 
     minimise over b    loss(b) + sum_r p(|(Δ^(k+1) b)_r|),        p rising and concave: MCP, SCAD, or your own
 
 The tangent of p at the last fit lies above p, so the fit for the weights `w_r = p'(|(Δ b)_r|)` lowers the objective
-until it is stationary; the first tangent is that at 0, the L1 fit. Each round is a convex problem with a duality gap.
+until it is stationary; the first tangent, at 0, gives the L1 fit. Each round is a convex problem with a duality gap.
 
 Source: Zou and Li, "One-step sparse estimates in nonconcave penalized likelihood models", Annals of Statistics 36
 (2008); Candès, Wakin, Boyd, "Enhancing sparsity by reweighted l1 minimization", 2008; Varma, Lee, Kovačević, Chi,
@@ -27,7 +27,7 @@ from sparseopt.trend.base.signal import check_graph, check_order, compute_dtype
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.methods.choice import as_method
 
-# With a loss, the least weight of a row, as a share of its first.
+# With a loss, the smallest weight of a row, as a fraction of its first weight.
 LEAST = 1e-4
 
 
@@ -61,7 +61,7 @@ class Reweighted:
 def reweighted(
     y: Any, graph: Graph, penalty: Any, order: int = 0, *, rounds: int = 10, tol: float = 1e-6, **options: Any
 ) -> Reweighted:
-    """Fit a signal under a concave penalty by weighted L1 penalties, starting from the L1 fit.
+    """Fit a signal under a concave penalty with weighted L1 penalties, starting from the L1 fit.
 
     Args:
         y: `[n]`, on a grid also `[*shape]`.
@@ -69,11 +69,11 @@ def reweighted(
         penalty: `MCP`, `SCAD`, or any penalty with a `slope(x)`, the elementwise derivative of its value in `|x|`: not
             negative, and decreasing in `|x|`.
         order: k.
-        rounds: the most fits, the L1 fit included; two are the one-step estimate of Zou and Li.
+        rounds: the limit on fits, the L1 fit included; two give the one-step estimate of Zou and Li.
         tol: the relative duality gap of each fit, and the relative decrease of the objective that ends the rounds.
-        **options: of `trend_filter`, such as `method`, `node_weights`, `missing`, `dtype`, `loss` or `max_steps`. With
-            a loss, or where nodes are missing, rows keep a ten-thousandth of their first weight: a part that is cut off
-            may have no fit.
+        **options: passed to `trend_filter`, such as `method`, `node_weights`, `missing`, `dtype`, `loss` or
+            `max_steps`. With a loss, or if nodes are missing, rows keep a ten-thousandth of their first weight: a
+            part that is cut off may have no fit.
 
     Raises:
         RuntimeError: if a round does not converge, see `Solution.check`.

@@ -31,7 +31,7 @@ def check_weights(sample_weight: Any, count: int) -> np.ndarray:
         return np.ones(count)
     weights = real_array("sample_weight", sample_weight).astype(np.float64)
     if weights.shape != (count,):
-        raise ValueError(f"sample_weight has one entry a sample, the shape ({count},), given {weights.shape}")
+        raise ValueError(f"sample_weight has one entry per sample, the shape ({count},), given {weights.shape}")
     require_not_negative(weights, "sample weights", "in row")
     if not weights.any():
         raise ValueError("every sample weight is zero, which drops all samples; give at least one a positive weight")
@@ -39,7 +39,7 @@ def check_weights(sample_weight: Any, count: int) -> np.ndarray:
 
 
 def node_numbers(X: np.ndarray, graph: Graph) -> np.ndarray:
-    """The nodes that the samples are of, `[m]`; a ValueError for a row that names none."""
+    """The node of each sample, `[m]`; a ValueError for a row that names no node."""
     if X.shape[1] != 1:
         raise ValueError(f"with a graph, X is one column of node numbers, [m, 1]; given the shape {X.shape}")
     column = X[:, 0]
@@ -61,7 +61,7 @@ def distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def neighbour_graph(search: Any, count: int, n_neighbors: int) -> Graph:
-    """An edge wherever one of two points is among the nearest neighbours of the other, itself excluded."""
+    """A graph with an edge between two points if one is among the other's nearest neighbours, itself excluded."""
     if count == 1:
         return Graph.from_edges([], 1)
     nearest = search.kneighbors_graph(n_neighbors=min(n_neighbors, count - 1))

@@ -47,11 +47,11 @@ class TrendSolver:
 
         Args:
             y: as in `trend_filter`, of the solver's graph and channels; missing values have the node weight 0.
-            penalty: one, as in `trend_filter`: on the differences of the solver's order.
+            penalty: one penalty, as in `trend_filter`, on the differences of the solver's order.
             node_weights: w >= 0, `[n]` or in the shape of a grid, or None for ones.
             tol: the relative duality gap to reach.
             max_steps: step limit.
-            start: an earlier solution, or a point in the shape of y with the dual of its rows; None for none.
+            start: an earlier solution, or a point in the shape of y with the dual of its rows; None for no start.
 
         Returns:
             As `trend_filter`, in the shape of y; under vmap with one status per lane. Values are not checked: for a
@@ -72,7 +72,7 @@ class TrendSolver:
             )
         rows = (self.layout.count(self.order + 1), *self.axes)
         if isinstance(given, Solution):
-            # Fits that are known without an iteration, and those of a path, have neither dual nor state.
+            # Fits known without an iteration, and the fits of a path, have neither dual nor state.
             dual = jnp.zeros(rows, self.dtype) if given.dual is None else given.dual
             given = Start(given.value, dual, getattr(given.state, "rho", None))
         require_start(given.x, given.dual, size, rows)
@@ -92,8 +92,8 @@ class TrendSolver:
         weight = check_weight(penalty, self.layout.count(self.order + 1))
         if graph_for(graph, penalty) is not graph:
             raise ValueError(
-                f"a solver on {graph!r} has the rows of the grid that its edges are, in which {type(penalty).__name__} "
-                "does not act: plan one on graph.as_edges(), for signals of the shape [n]"
+                f"a solver on {graph!r} has the rows of the grid that its edges form, but {type(penalty).__name__} "
+                "does not act on them: plan one on graph.as_edges(), for signals of the shape [n]"
             )
         if is_traced(weight):
             y = jnp.where(jnp.any(weight < 0), jnp.nan, y)
@@ -113,7 +113,7 @@ class TrendSolver:
 
     @property
     def axes(self) -> tuple[int, ...]:
-        """Those of its signals besides the nodes: () or the channels."""
+        """The axes of its signals besides the nodes: () or the channels."""
         return () if self.channels is None else (self.channels,)
 
     @property
@@ -130,14 +130,14 @@ def trend_solver(
     dtype: Any = None,
     channels: int | None = None,
 ) -> TrendSolver:
-    """A solver for signals on a graph, with all host work done: call it under `jit`, `vmap` and `grad`.
+    """Make a solver for signals on a graph, with all host work done: call it under `jit`, `vmap` and `grad`.
 
         solver(y, penalty).value = argmin over b    1/2 sum_j w_j (y_j - b_j)²  +  penalty(Δ^(order+1) b)
 
     Args:
         graph: the graph of the signals, with at least one edge.
         order: k >= 0, as in `trend_filter`.
-        method: as in `trend_filter`, except "interior", which works on the host; "auto" takes the method that is
+        method: as in `trend_filter`, except "interior", which works on the host; "auto" chooses the method that is
             expected to be the fastest for a weight about the size of the noise.
         dtype: float32 or float64; None for JAX's default. float64 needs 64-bit types to be enabled.
         channels: the length of the signals' last axis; None for signals without channels.
@@ -155,7 +155,7 @@ def trend_solver(
     if kind == np.float64 and not wide_types():
         raise ValueError(
             'a solver in float64 needs 64-bit types: jax.config.update("jax_enable_x64", True) at the start of the '
-            "program, or take dtype=jnp.float32"
+            "program, or use dtype=jnp.float32"
         )
     if channels is not None:
         channels = whole_number("channels", channels, 1)

@@ -73,18 +73,18 @@ class TotalVariation:
     Order 0 is the total variation: on a grid the anisotropic one, with `axis=0` the isotropic one, the sum of the
     lengths of the gradient. The prox is the fit of `trend_filter(x, graph, L1(step * weight), order)`, to the relative
     duality gap `tol`. `prox_from` starts where the last prox ended, with an error of at most a fifth of the last
-    change; its memory tells its accuracy (see `ProxMemory`).
+    change; its memory reports its accuracy (see `ProxMemory`).
 
     x has the shape `[n]` in the graph's node order, or `[*shape]` on a grid, or either with trailing channels, which
     are penalised separately. The host work is done once, here. All methods run under `jit` and `vmap`. The prox has
-    derivatives in x, step and weight, by the optimality conditions of the fit.
+    derivatives in x, step and weight, from the optimality conditions of the fit.
 
-    `AcceleratedProximalGradient` certifies its answer by a duality gap if the loss is one of data: the
-    dual point of the last prox is one of the whole problem. In float32 that gap ends near 1e-4 or 1e-5. For other
-    losses CONVERGED means that the optimality conditions hold to the tolerance. The penalty is convex, but not a
-    `Norm`, since projecting onto its dual ball is expensive; nor is it separable. For a loss with kinks, and for one
-    that is cheap (a product costs less than about 20 iterations of a prox), use `L1` with the operator
-    `graph.matrix(order + 1)`: in a deblurring it took a fifth of the time.
+    `AcceleratedProximalGradient` certifies its answer with a duality gap if the loss is a `DataLoss`: the dual point of
+    the last prox is one for the whole problem. In float32 that gap ends near 1e-4 or 1e-5. For other losses CONVERGED
+    means that the optimality conditions hold to the tolerance. The penalty is convex, but not a `Norm`, since
+    projecting onto its dual ball is expensive; nor is it separable. For a loss with kinks or a cheap loss (a product
+    costs less than about 20 iterations of a prox), use `L1` with the operator `graph.matrix(order + 1)`: deblurring
+    then took a fifth of the time.
 
     Args:
         graph: the graph of x, with at least one edge.
@@ -95,9 +95,9 @@ class TotalVariation:
         method: as in `trend_solver`.
         dtype: of the iterations, float32 or float64; None for JAX's default.
         channels: the length of the last axis of x; None for an x without channels.
-        axis: None for L1; or as of `GroupL2`, for one weight: 0 for isotropic total variation on a grid, -1 to couple
-            the channels, (0, -1) for both.
-        solver: that of an earlier TotalVariation, instead of graph, order, method, dtype and channels. JAX and
+        axis: None for L1; or an axis of `GroupL2`, with one weight: 0 for isotropic total variation on a grid, -1 to
+            couple the channels, (0, -1) for both.
+        solver: the solver of an earlier TotalVariation, instead of graph, order, method, dtype and channels. JAX and
             `dataclasses.replace` use it.
 
     Example:
@@ -200,7 +200,7 @@ class TotalVariation:
         solver = self.solver
         if x.shape not in solver.shapes:
             raise ValueError(
-                f"this TotalVariation takes an x of shape {' or '.join(map(str, solver.shapes))}, given {x.shape}; "
+                f"this TotalVariation needs an x of shape {' or '.join(map(str, solver.shapes))}, given {x.shape}; "
                 "give the number of channels of x when it is made"
             )
         inner = on_rows({solver.order: _penalty(self.weight, self.axis)}, solver.layout, _wide(x), bool(solver.axes))

@@ -89,20 +89,20 @@ def squares(target=TARGET, weights=None, matrix=MATRIX):
 VALUES = of(
     "loss",
     {
-        "Poisson takes counts, finite and not negative, given -1 at target 0 \\(30 such\\)": so.PoissonLoss(
+        "Poisson needs counts, finite and not negative, given -1 at target 0 \\(30 such\\)": so.PoissonLoss(
             MATRIX, -np.ones(ROWS)
         ),
-        "the loss Logistic takes labels 0 or 1 or proportions between them, given 2 at target 29 \\(1 such\\)": of_data(
+        "the loss Logistic needs labels 0 or 1 or proportions between them, given 2 at target 29 \\(1 such\\)": of_data(
             so.scalar.Logistic(), np.r_[LABELS[:-1], 2.0]
         ),
-        "takes finite numbers, given nan at target 0": squares(np.r_[np.nan, TARGET[1:]]),
+        "needs finite numbers, given nan at target 0": squares(np.r_[np.nan, TARGET[1:]]),
         "the weights of least squares must be finite and not negative": squares(weights=-np.ones(ROWS)),
         "the quantile loss needs a level between 0 and 1": of_data(so.scalar.Quantile(2.0)),
     },
 )
 # What follows from shapes and classes: refused under jit too.
 SHAPES = {
-    r"the operator does not take an x of shape \(12,\)": Bad(operator=np.eye(5)),
+    r"the operator does not accept an x of shape \(12,\)": Bad(operator=np.eye(5)),
     "needs one weight for every target": Bad(squares(weights=np.ones(3))),
     r"one target for every row of its matrix, given a matrix of 30 rows and a target of shape \(29,\)": Bad(
         squares(TARGET[1:])
@@ -121,20 +121,20 @@ SHAPES = {
     "needs a loss with .*, given L1 without": Bad(so.L1(1.0), so.L0(0.2), solver=so.ProximalGradient()),
     "given TopK without weight": Bad(QUADRATIC, so.TopK(3), solver=so.Maiht(target_sparsity=0.5)),
     "without an operator.* use PrimalDual": Bad(operator=np.diff(np.eye(COLUMNS), axis=0), solver=APG),
-    "PrimalDual needs the prox of the loss .* given OwnSquares": Bad(OWN, solver=PD, start=ZERO),
+    "PrimalDual needs the prox of the loss, .* given OwnSquares": Bad(OWN, solver=PD, start=ZERO),
     "a smooth loss, given Absolute, which has kinks; use PrimalDual": Bad(of_data(so.scalar.Absolute()), solver=APG),
-    "takes up to 3,000, given 4,000; use PrimalDual": Bad(so.LeastSquares(None, np.zeros(4000)), solver=ADMM),
+    "accepts up to 3,000, given 4,000; use PrimalDual": Bad(so.LeastSquares(None, np.zeros(4000)), solver=ADMM),
 }
 # What is no part of a problem.
 LOSSES = {
     "the matrix of least squares must be None, a dense matrix .* given list": squares(matrix=[1.0, 2.0]),
-    r"a loss of data takes the loss of one observation, .* given the class Logistic: write Logistic\(\)": of_data(
+    r"a loss of data needs the loss of one observation, .* given the class Logistic: write Logistic\(\)": of_data(
         so.scalar.Logistic, LABELS
     ),
     r"the loss of one observation, such as so.scalar.Logistic\(\), given 'huber'": of_data("huber"),
     "given the class Quadratic": so.Quadratic,
     "given the function LeastSquares": so.LeastSquares,
-    r"one of a single observation: write DataLoss\(so.scalar.Logistic\(\), matrix, target\)": so.scalar.Logistic(),
+    r"the loss of one observation: write DataLoss\(so.scalar.Logistic\(\), matrix, target\)": so.scalar.Logistic(),
     "positive, finite delta": so.HuberLoss(MATRIX, TARGET, "a"),
     "needs a positive, finite delta": of_data(so.scalar.Huber(0.0)),
     "the weights of least squares must hold numbers": squares(weights=["a"] * ROWS),
@@ -201,7 +201,7 @@ OBJECTS |= {
     ),
     "needs a loss with value, gradient, given ValueOnly without gradient": Bad(ValueOnly(), solver=APG, start=ZERO),
     "needs a penalty with value, prox, given ValueOnly without prox": Bad(penalty=ValueOnly(), solver=APG),
-    "no solver takes this problem": Bad(ValueOnly(), ValueOnly()),
+    "no solver accepts this problem": Bad(ValueOnly(), ValueOnly()),
 }
 BAD = VALUES | SHAPES | OBJECTS
 
@@ -215,7 +215,7 @@ def test_bad_input_of_solve_is_refused_in_a_sentence_before_any_work(monkeypatch
     with pytest.raises(ValueError, match=words) as error:
         so.solve(bad.problem, bad.solver, bad.start)
     sentence = str(error.value)
-    assert "\n" not in sentence or sentence.startswith("no solver takes this problem")
+    assert "\n" not in sentence or sentence.startswith("no solver accepts this problem")
 
 
 def test_what_is_no_problem_is_refused():
@@ -274,7 +274,7 @@ def update(make, *parameters, **options):
 
 
 CALLS = [
-    (r"blocks of 3 x 2 tile .* shape \(8, 6\)", lambda: so.BlockTopK(1, (3, 2)).mask(X)),
+    (r"blocks of 3 × 2 need .* shape \(8, 6\)", lambda: so.BlockTopK(1, (3, 2)).mask(X)),
     (r"shape \(48,\)", lambda: so.BlockTopK(1, (3, 2)).mask(jnp.ones(48))),
     (r"groups of 3 rows need .* shape \(8, 6\)", lambda: so.GroupTopK(1, 3).mask(X)),
     ("groups of 0 rows", lambda: so.GroupTopK(1, 0).mask(X)),
@@ -302,7 +302,7 @@ CALLS = [
     ),
     # One step a row would not be the prox of a group.
     (
-        "labelled groups take one step",
+        "labelled groups need one step",
         lambda: so.GroupL2(1.0, groups=[0, 1]).prox(jnp.ones((2, 3)), jnp.ones((2, 1))),
     ),
     (r"a matrix \[m, n\], given the shape \(3,\)", lambda: so.NuclearNorm(1.0).prox(ROW, 1.0)),

@@ -120,7 +120,7 @@ REFUSED = [
     ("prune", {"pattern": "1:4", "sparsity": 0.5}, "  pattern: pattern '1:4' has sparsity 0.75, which contradicts"),
     ("prune", {"preset": "pape"}, "did you mean 'paper'?"),
     ("prune", {"bos": "always"}, "bos"),
-    ("prune", {"bounds": "low"}, "two shares of zeros, 0 <= low <= high < 1, as in 0.3,0.8"),
+    ("prune", {"bounds": "low"}, "two fractions of zeros, 0 <= low <= high < 1, as in 0.3,0.8"),
     ("shrink", {}, "nothing would go"),
     ("shrink", {"channel": 0.5}, "did you mean 'channels'?"),
     ("shrink", {"channels": 1.5}, "channels: input should be less than or equal to 1, given 1.5"),

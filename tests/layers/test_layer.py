@@ -122,7 +122,7 @@ REFUSED = {
     "indivisible": ({"sparsity": None, "pattern": "2:7"}, "divisible by 7.*leaves 1 over"),
     "blocks too high": ({"pattern": "block:5x4"}, r"outputs divisible by 5 .*out=48, in=64\] leaves 3 outputs and 0"),
     "blocks too wide": ({"pattern": "block:4x48"}, "leaves 0 outputs and 16 inputs over"),
-    "empty blocks": ({"pattern": "block:0x4"}, "at least 1 output x 1 input"),
+    "empty blocks": ({"pattern": "block:0x4"}, "at least 1 output × 1 input"),
     "empty groups": ({"pattern": "group:0"}, "'group:0' must have groups of at least 1 input"),
     "groups that do not divide": ({"pattern": "group:5"}, "inputs divisible by 5; .*leaves 4 over"),
     "unknown pattern": ({"pattern": "blocky"}, "unknown pattern 'blocky'; known are 'unstructured', 'per-row', 'n:m'"),
@@ -144,14 +144,14 @@ REFUSED = {
         GROUPS | {"input_variances": np.ones(12)},
         r"input_variances must be \[in\] = \[64\], given \[12\]",
     ),
-    "negative variances": (GROUPS | {"input_variances": np.full(64, -1.0)}, "0 or more, the least given is -1"),
+    "negative variances": (GROUPS | {"input_variances": np.full(64, -1.0)}, "0 or more, the smallest given is -1"),
     "unknown method": ({"method": "magic"}, "unknown method 'magic'; known are best, maiht, admm"),
     "unknown preset": ({"preset": "fast"}, "unknown preset 'fast'; known are paper, tuned"),
     "no presets": (
         {"method": "wanda", "preset": "tuned"},
         "method 'wanda' has no presets, given preset 'tuned'; leave",
     ),
-    "another method": ({"method": "wanda", "penalty": so.L1(1.0)}, "only method 'maiht' takes a penalty"),
+    "another method": ({"method": "wanda", "penalty": so.L1(1.0)}, "only method 'maiht' accepts a penalty"),
     "a penalty for a pattern": (
         {"sparsity": None, "pattern": "2:4", "penalty": so.L1(1.0)},
         re.escape("contradicts the pattern '2:4'"),
@@ -161,7 +161,7 @@ REFUSED = {
     "empty groups of bits": ({"bits": "int4:0"}, "bits 'int4:0' needs groups of at least 1 input"),
     "a scale for more inputs": (
         {"bits": "int4"},
-        "'int4' have a scale for each 128 inputs, which do not tile 64: take",
+        "'int4' have a scale for each 128 inputs, which do not tile 64: use",
     ),
     "bits as a number": ({"bits": 4}, "bits is one of q8_0, q5_0, q4_0, int8, int4, int4:group, given 4"),
     "weights beyond all scales": (

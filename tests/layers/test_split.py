@@ -155,7 +155,7 @@ def test_a_device_that_tells_its_memory_gets_the_blocks_of_the_estimate_at_once(
 
 
 OTHER = jax.errors.JaxRuntimeError("INTERNAL: something else")
-NO_BLOCKS = r"\[out=48, in=64\] does not fit in memory, not even by blocks of 3 outputs.*1 GiB"
+NO_BLOCKS = r"\[out=48, in=64\] does not fit in memory, not even in blocks of 3 outputs.*1 GiB"
 GROUPS = "groups of inputs are chosen for all outputs together, so it is not split"
 
 

@@ -387,11 +387,11 @@ REFUSED = [
     ({"bits": "int8"}, "out.gguf", "bits 'int8' are stored in a folder: leave .gguf out of the output, or give q8_0"),
     ({"bits": "q4_1"}, "out.gguf", "bits 'q4_1' moves zeros, since its grid has an offset"),
     ({"bits": "q4_k"}, "out.gguf", "moves zeros"),
-    ({"bits": "int4:48"}, "out", r"a scale for each 48 inputs, which tile no linear of this model, of 32, 64 inputs"),
+    ({"bits": "int4:48"}, "out", r"a scale for each 48 inputs, which tile no layer of this model, of 32, 64 inputs"),
     ({"head_bits": "q8_0"}, "out", "head_bits are stored in a GGUF file"),
     ({"pack": True}, "out.gguf", "pack stores zeros as a bitmask in a folder of floats"),
     ({"pack": True, "bits": "int8"}, "out", "pack stores zeros as a bitmask in a folder of floats"),
-    ({"bits": "q4_0", "distil_epochs": 1}, "out.gguf", "trains the whole model after its linears were put on grids"),
+    ({"bits": "q4_0", "distil_epochs": 1}, "out.gguf", "trains the whole model after its layers were put on grids"),
 ]
 
 

@@ -561,7 +561,7 @@ ERRORS = {
     "no such target": (lambda xs: prune_module(Net(), xs, targets="dawn"), "did you mean 'down'"),
     "unreached": (lambda xs: prune_module(Net(), xs, call=unreached), "does not reach blocks.0.down"),
     "hidden": (lambda xs: prune_module(Net(), xs, call=inside_a_program), "blocks.0.up is called in a program"),
-    "tied": (lambda xs: prune_module(tied_outside(), xs), "blocks.0.up is that of head too"),
+    "tied": (lambda xs: prune_module(tied_outside(), xs), "blocks.0.up shares its weight with head"),
     "no such pattern": (lambda xs: prune_module(Net(), xs, wanda(pattern="2:16")), "blocks.0.up.*16"),
     "no floats": (
         lambda xs: prune_module(Net(), xs, wanda(distil_epochs=1), call=lambda net, x: jnp.argmax(net(x), -1)),

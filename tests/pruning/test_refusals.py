@@ -81,20 +81,20 @@ RECIPES = [
     ({"pattern": "4:4", "permute": True}, "permute is for n:m patterns with zeros.*'4:4'; leave it out"),
     (
         {"masks": "pruned", "pattern": "2:4", "sparsity": 0.2} | CURVES,
-        "masks has zeros for every linear, and with pattern '2:4' allocation 'curves' leaves some dense",
+        "masks has zeros for every layer, and with pattern '2:4' allocation 'curves' leaves some dense",
     ),
-    ({"bounds": 0.5} | OWL, "bounds must be two shares of zeros, .* given 0.5"),
+    ({"bounds": 0.5} | OWL, "bounds must be two fractions of zeros, .* given 0.5"),
     ({"bounds": (0.6, 0.3)} | OWL, "0 <= low <= high < 1, as in .* given"),
-    ({"bounds": (0.3, 0.6), "allocation": "uniform"}, "allocation 'uniform' takes no bounds"),
+    ({"bounds": (0.3, 0.6), "allocation": "uniform"}, "allocation 'uniform' accepts no bounds"),
     ({"allocation": "even"}, "unknown allocation 'even'; known are uniform, owl, curves"),
-    ({"pattern": "2:4"} | OWL, "pattern '2:4' fixes the share of zeros .* the allocation 'owl'; leave it out"),
+    ({"pattern": "2:4"} | OWL, "pattern '2:4' fixes the fraction of zeros .* the allocation 'owl'; leave it out"),
     (
         {"pattern": "2:4", "sparsity": 0.3, "bounds": (0.1, 0.5)} | CURVES,
-        "pattern '2:4' fixes the share of zeros .* contradicts bounds; leave",
+        "pattern '2:4' fixes the fraction of zeros .* contradicts bounds; leave",
     ),
     (
         {"pattern": "2:4", "sparsity": 0.5} | CURVES,
-        "some linears dense, so the sparsity must lie between 0 and 0.5, given 0.5",
+        "some layers dense, so the sparsity must lie between 0 and 0.5, given 0.5",
     ),
     (
         {"pattern": "2:4", "sparsity": 0.0} | CURVES,
@@ -102,15 +102,15 @@ RECIPES = [
     ),
     (
         {"sparsity": 0.7, "bounds": (0.3, 0.6)} | CURVES,
-        "at most 0.6 in every linear .* 0.1 below the 0.7 .* raise",
+        "at most 0.6 in every layer .* 0.1 below the 0.7 .* raise",
     ),
     (
         {"sparsity": 0.5, "bounds": (0.6, 0.8)} | CURVES,
-        "at least 0.6 in every linear .* 0.1 above the 0.5 .* lower",
+        "at least 0.6 in every layer .* 0.1 above the 0.5 .* lower",
     ),
     ({"ignore": ["re:("]}, r"ignore: 're:\(' is not a regular expression: missing \)"),
-    ({"targets": ["re:"]}, "targets must be names of linears, or expressions after 're:'.*given 're:'"),
-    ({"targets": 3}, "targets must be names of linears.*given 3"),
+    ({"targets": ["re:"]}, "targets must be names of layers, or expressions after 're:'.*given 're:'"),
+    ({"targets": 3}, "targets must be names of layers.*given 3"),
     ({"targets": "q_proj=0.6,k_proj"}, "targets must be patterns, or different patterns with a sparsity each"),
     ({"targets": "q_proj=0.6,q_proj=0.5"}, "different patterns with a sparsity each.*'q_proj=0.6,q_proj=0.5'"),
     ({"targets": ["q_proj", ["k_proj", 0.5]]}, r"patterns, or a table as in \{'down_proj': 0.6\}, given"),
@@ -128,19 +128,19 @@ MODEL = [
     ({"pattern": "group:5", "sparsity": 0.6}, r"layers.0.self_attn.q_proj: .*divisible by 5; .* leaves 2 over"),
     ({"pattern": "block:4x8", "method": "sparsegpt"}, r"q_proj: sparsegpt decides input by input"),
     ({"expert_tokens": "all"}, r"'all' is for mixtures .* this llama model is none; leave it out"),
-    ({"targets": ["mlp.down_porj"]}, "'mlp.down_porj' matches no linear; did you mean 'mlp.down_proj'"),
-    ({"ignore": ["up_porj"]}, "the linears to prune cannot be chosen:\n  ignore: 'up_porj'"),
-    ({"ignore": ["xyz"]}, "ignore: 'xyz' matches no linear; names end in .*q_proj, .*down_proj$"),
+    ({"targets": ["mlp.down_porj"]}, "'mlp.down_porj' matches no layer; did you mean 'mlp.down_proj'"),
+    ({"ignore": ["up_porj"]}, "the layers to prune cannot be chosen:\n  ignore: 'up_porj'"),
+    ({"ignore": ["xyz"]}, "ignore: 'xyz' matches no layer; names end in .*q_proj, .*down_proj$"),
     ({"targets": ["re:layers"]}, "from the start of names such as model.layers.0.*leave targets out"),
-    ({"targets": ["lm_head"]}, "'lm_head' matches lm_head, but only linears of the blocks are pruned"),
-    ({"targets": ["re:.*embed"]}, "matches model.embed_tokens, but only linears of the blocks"),
-    ({"targets": {"norm": 0.5}}, "targets: 'norm' matches model.norm, but only linears"),
+    ({"targets": ["lm_head"]}, "'lm_head' matches lm_head, but only layers of the blocks are pruned"),
+    ({"targets": ["re:.*embed"]}, "matches model.embed_tokens, but only layers of the blocks"),
+    ({"targets": {"norm": 0.5}}, "targets: 'norm' matches model.norm, but only layers"),
     ({"ignore": ["re:.*"]}, r"none of 21 is left with ignore \('re:.\*',\); change one"),
     ({"targets": {"re:.*": 0.0}}, "none of 21 is left with targets {'re:.*': 0.0}"),
     ({"targets": []}, r"none of 21 is left with targets \(\)"),
     (
         {"ignore": ["mlp.down_proj"], "targets": {"down_proj": 0.5}},
-        r"'down_proj' is given 0.5, but ignore leaves none of its linears \(model.layers.0.mlp.down_proj",
+        r"'down_proj' is given 0.5, but ignore leaves none of its layers \(model.layers.0.mlp.down_proj",
     ),
 ]
 # Tokens and texts that it cannot see.
@@ -170,7 +170,7 @@ def test_a_recipe_that_cannot_be_is_refused_before_any_work(tmp_path, source, to
 
 SHRINKS = [
     ({}, "nothing would go: give channels, heads, layers or experts below 1, or a budget"),
-    ({"channels": 0.0, "layers": 0.0}, "channels and layers 0 leave nothing: give a share above 0"),
+    ({"channels": 0.0, "layers": 0.0}, "channels and layers 0 leave nothing: give a fraction above 0"),
     ({"heads": 1.2}, r"heads must lie in \[0, 1\], given 1.2"),
     ({"channels": 0.5, "method": "wunda"}, "unknown method 'wunda'"),
     ({"channels": 0.5, "method": "sparsegpt"}, "unknown method .sparsegpt."),
@@ -232,7 +232,7 @@ def test_recipes_that_cannot_share_a_pass_are_refused(tmp_path, source, tokens, 
 
 LAYERS = [
     ({"output_weights": np.ones(3)}, r"output_weights must be \[out\] = \[48\], given \[3\]"),
-    ({"output_weights": np.zeros(48)}, "output_weights must be above 0, the least given is 0"),
+    ({"output_weights": np.zeros(48)}, "output_weights must be above 0, the smallest given is 0"),
     ({"output_weights": np.full(48, np.nan)}, "output_weights has 48 NaN or infinite entries"),
     ({"support": np.ones((64, 48), bool)}, r"support must be bool \[out, in\] = \[48, 64\] .*given bool \[64, 48\]"),
     (
@@ -278,10 +278,10 @@ def test_masks_that_cannot_be_kept_are_refused_before_any_work(tmp_path, source,
     wider, deeper = models("wider"), models("deeper")
     groups = {"pattern": "group:4", "sparsity": 0.5, "method": "best"}
     for model, fields, words in [
-        (source, {"keep_zeros": True}, "has no zero in any linear: leave keep_zeros out"),
+        (source, {"keep_zeros": True}, "has no zero in any layer: leave keep_zeros out"),
         (source, {"masks": str(source)} | groups, r"q_proj: osscar"),
-        (source, {"masks": str(wider)}, r"9 of 21 linears differ; .*gate_proj.* \[96, 32\].*expected \[64, 32\]"),
-        (deeper, {"masks": str(source)}, r"7 of 28 linears differ; model.layers.3.*is not there"),
+        (source, {"masks": str(wider)}, r"9 of 21 layers differ; .*gate_proj.* \[96, 32\].*expected \[64, 32\]"),
+        (deeper, {"masks": str(source)}, r"7 of 28 layers differ; model.layers.3.*is not there"),
     ]:
         with pytest.raises(ValueError, match=words):
             prune_model(model, tmp_path / "out", Recipe(calibration=tokens, **fields))

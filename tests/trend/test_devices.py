@@ -18,15 +18,15 @@ FITS = (
 )
 REFUSALS = {
     "more": 'devices must be a number from 1 to 8, what JAX sees here, or "all"; given 9',
-    "method": 'several devices work by method="doge", given method="admm"',
-    "B": "several devices take B = order + 1 = 3, which needs no solve over the whole graph, given B=1",
+    "method": 'several devices work with method="doge", given method="admm"',
+    "B": "several devices need B = order + 1 = 3, which needs no solve over the whole graph, given B=1",
     "loss": "several devices fit the square loss, given Huber",
     "several": "several devices fit one penalty, given penalties of several orders",
     "rows": "the gamma of MCP is one number on a grid, given the shape (5,)",
     "axes": 'the mesh must have one axis, "devices"',
     "warm start": "start was found by 2 devices, and its state lies on them: give devices=2",
     "other warm start": "start was found by 2 devices, and its state lies on them: give devices=2",
-    "short": "that of (5, 5) has 5 nodes for 8 devices",
+    "short": "the one of (5, 5) has 5 nodes for 8 devices",
     "few": "3 nodes are too few for 8 devices",
 }
 

@@ -297,7 +297,7 @@ def test_the_command_denoises_a_scan_with_holes(tmp_path, command):
     [
         (("--spacing", "1,2"), "one positive number for each of its 3 axes"),
         (("--spacing", "wide"), "--spacing takes numbers separated by commas"),
-        (("--isotropic", "--order", 1), "takes order 0 and a grid of 2 or 3 axes, given order 1"),
+        (("--isotropic", "--order", 1), "needs order 0 and a grid of 2 or 3 axes, given order 1"),
     ],
 )
 def test_options_that_do_not_fit_end_before_any_work(tmp_path, command, options, text):

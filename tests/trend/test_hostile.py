@@ -201,7 +201,7 @@ bad(
     "penalty",
 )
 bad("penalty", "must be finite", ["trend_filter", "trend_path", "reweighted"], {"MCP NaN": so.MCP(1.0, NAN)}, "penalty")
-bad("penalty", "of its own", ["trend_filter"], {"TotalVariation": so.TotalVariation(CHAIN, 0.5)}, "penalty")
+bad("penalty", "its own", ["trend_filter"], {"TotalVariation": so.TotalVariation(CHAIN, 0.5)}, "penalty")
 bad("penalty", "couples the channels", ["trend_filter"], {"GroupL2": so.GroupL2(1.0)}, "penalty")
 OF_NO_WEIGHT = {"TopK": so.TopK(2), "NM": so.NM, "2:4": so.NM(2, 4), "a number": 3.0}
 bad("penalty", "replaces the penalty's `weight`.*sparseopt.L1", ["trend_path"], OF_NO_WEIGHT, "penalty")
@@ -404,10 +404,10 @@ LONG = {"y": np.zeros((2, 5000)), "graph": so.Graph.grid((2, 5000), ends="free")
 SIX, CLOSE = so.Graph.grid((2, 3)), so.Graph.chain(4, times=1e-30 * np.arange(4))
 HALF = np.r_[np.ones(6), np.full(5, NAN)]
 SEPARATED = "no fit exists at order 1: Logistic falls without end along a polynomial"
-AXES = "by axis -1, the differences of a node along the axes of a grid by axis 0"
-OF_KINKS = "free ends at order 1 take smooth losses, and on a chain Absolute and .*, given Kinked"
+AXES = "with axis -1, the differences of a node along a grid's axes with axis 0"
+OF_KINKS = "free ends at order 1 need smooth losses, or on a chain Absolute or .*, given Kinked"
 # Of free ends: what does not go with them is told with the way out.
-GRAPH_ENDS = '.*take .*ends="graph"'
+GRAPH_ENDS = '.*use .*ends="graph"'
 
 
 def column(*numbers):
@@ -418,7 +418,7 @@ def apart(order, kind=np.float64, by=1e-6):
     """A chain with two nearly equal times, and what is said of them."""
     times = np.arange(30.0)
     times[10] = times[9] + by
-    said = f"nodes 9 and 10 are {by:.3g} apart, .*order {order + 1} in {np.dtype(kind)}: take one"
+    said = f"nodes 9 and 10 are {by:.3g} apart, .*order {order + 1} in {np.dtype(kind)}: use one"
     return {"y": np.arange(30.0) ** 2, "graph": so.Graph.chain(30, times), "order": order, "dtype": kind}, said
 
 
@@ -470,13 +470,13 @@ rows(
     "signal value",
     (FIT, {"y": [1, 2, -3, -4, 1, 1], "loss": "poisson"}, "counts, finite and not negative, given -3 at"),
     (FIT, {"y": [1, 2, -3, -4, 1, 1], "loss": "poisson"}, "given -3 at node 2 (2 such)"),
-    (FIT, {"y": LABELS[:6] * 2, "loss": "logistic"}, "takes labels 0 or 1 or proportions between them"),
+    (FIT, {"y": LABELS[:6] * 2, "loss": "logistic"}, "needs labels 0 or 1 or proportions between them"),
     (FIT, {"y": LABELS[:6] * 2, "loss": "logistic"}, "given 2 at node 1 (2 such)"),
     (FIT, {"y": [-0.5, 1, 0, 1, 1, 1], "loss": "logistic"}, "given -0.5 at node 0"),
     (FIT, {"y": [1, INF, 0, 0, 1, 1], "loss": "poisson"}, "1 infinite values"),
     (FIT, {"y": [1, 0, -1, 1, 1, 1], "loss": "squared_hinge"}, "labels -1 or 1, given 0 at node 1 (1 such)"),
     (FIT, COUNTED | {"y": NEGATIVE, "graph": SIX}, "given -1 at node 5, pixel (1, 2), channel 1"),
-    (ALONG, {"y": Y - 1, "loss": "poisson"}, "Poisson takes counts"),
+    (ALONG, {"y": Y - 1, "loss": "poisson"}, "Poisson needs counts"),
     (ESTIMATOR, SAMPLES | COUNTED | {"X": column(0, 1, 1), "y": [1, 4, -1]}, "given y = -1 in row 2 (1 such)"),
     ("labels", {"y": [0.5, 1.5, 1.7]}, "Unknown label type: continuous"),
     ("denoise", {"image": np.full((5, 5), 7.0), "weight": None}, "noise level of the picture is 0; give weight"),
@@ -511,7 +511,7 @@ rows(
     (FIT, {"node_weights": np.ones(5)}, "6 nodes need as many node weights, [6] or (6,), given 5"),
     (FIT, {"node_weights": -np.arange(6.0)}, "not negative, given -1.0 at node 1"),
     (PLANNED, {"node_weights": np.ones(3)}, "6 nodes need as many"),
-    (ESTIMATOR, SAMPLES | {"node_weights": [1, 1]}, "one entry a sample, the shape (3,), given (2,)"),
+    (ESTIMATOR, SAMPLES | {"node_weights": [1, 1]}, "one entry per sample, the shape (3,), given (2,)"),
     (ESTIMATOR, SAMPLES | {"node_weights": [1, -1, 1]}, "finite and not negative, given -1.0 in row 1"),
     (ESTIMATOR, SAMPLES | {"node_weights": [1, NAN, 1]}, "given nan in row 1"),
     (ESTIMATOR, SAMPLES | {"node_weights": [0, 0, 0]}, "every sample weight is zero"),
@@ -554,11 +554,11 @@ rows(
     (FIT, BOTH | {"order": 1}, "keyed by their orders [-1, 0], leave order out; given order=1"),
     ("trend_filter trend_solver", {"penalty": so.MCP(1.0), "method": "fast_admm"}, "solves the L1 penalty"),
     (FIT, {"penalty": so.MCP(1.0), "method": "interior"}, "solves the L1 penalty, given MCP"),
-    (FIT, ISOTROPIC | {"order": 1}, "takes order 0 and a grid of 2 or 3 axes, given order 1"),
+    (FIT, ISOTROPIC | {"order": 1}, "needs order 0 and a grid of 2 or 3 axes, given order 1"),
     (FIT, ISOTROPIC | {"graph": so.Graph.chain(30)}, "a grid of 2 or 3 axes, given order 0 on Graph.chain"),
     (FIT, ISOTROPIC | {"penalty": so.GroupL2(1.0, axis=1)}, AXES),
     (FIT, ISOTROPIC | {"penalty": so.GroupL2(1.0, axis=(0, -1))}, "this one has none: use L1, or on a grid axis 0"),
-    (FIT, ISOTROPIC | {"penalty": {-1: so.L1(1.0), 0: so.GroupL2(1.0, axis=0)}}, "taken alone here"),
+    (FIT, ISOTROPIC | {"penalty": {-1: so.L1(1.0), 0: so.GroupL2(1.0, axis=0)}}, "must be the only penalty here"),
     (ALONG, {"penalty": so.GroupL2}, "couples the channels"),
     (PLANNED, {"penalty": so.Box(2.0, 1.0)}, "must be low <= high"),
     (PLANNED, ISOTROPIC | {"method": "doge_groups"}, 'for isotropic total variation use "doge"'),
@@ -567,8 +567,8 @@ rows(
 )
 rows(
     "loss",
-    (FIT, BOTH | {"loss": "poisson"}, "several penalties take the square loss"),
-    (FIT, ON_FREE | {"loss": "absolute"}, "free ends at order 1 take smooth losses"),
+    (FIT, BOTH | {"loss": "poisson"}, "several penalties need the square loss"),
+    (FIT, ON_FREE | {"loss": "absolute"}, "free ends at order 1 need smooth losses"),
     (FIT, ON_CHAIN | {"loss": Kinked()}, OF_KINKS + GRAPH_ENDS),
     *[(FIT, {"method": name, "loss": "huber"}, "solves the square loss only") for name in ("fast_admm", "interior")],
     (ALONG, COUNTED | {"y": np.ones(1600), "graph": LARGE_GRID, "order": 1}, "free ends of at most 1,024 nodes"),
@@ -604,7 +604,7 @@ rows(
     (FIT, ON_FREE | {"order": 5}, "order 5 with free ends needs at least 7 nodes along an axis, given 6"),
     (FIT, ON_FREE | {"node_weights": np.arange(30) < 5}, "at least 4 observed nodes, given 5, and they must"),
     (FIT, ON_FREE | {"node_weights": np.arange(30) < 5}, "they must determine a polynomial"),
-    (FIT, LONG | {"order": 1}, "takes a grid of at most 4,096 nodes along an axis, given 5,000"),
+    (FIT, LONG | {"order": 1}, "needs a grid of at most 4,096 nodes along an axis, given 5,000"),
     (FIT, ON_CHAIN | {"graph": CLOSE, "dtype": np.float32}, "squares are beyond float32: divide the times by"),
     *[
         ("trend_filter trend_path", *apart(order, kind, by))
@@ -618,8 +618,8 @@ rows(
     ("Graph.chain", {"times": [0.0, 1.0, 2.0], "ends": "graph"}, 'times need ends="free"'),
     ("Graph.chain", {"times": ["a", "b", "c"]}, "times must hold real numbers"),
     ("Graph.grid", {"ends": "open"}, "unknown ends 'open'; known are graph, free"),
-    ("Graph.grid", {"shape": (5,), "spacing": (2.0,), "ends": "free"}, "a grid of one axis takes no spacing"),
-    ("Graph.grid", {"shape": (4,), "spacing": (2.0,)}, "a grid of one axis takes no spacing"),
+    ("Graph.grid", {"shape": (5,), "spacing": (2.0,), "ends": "free"}, "a grid of one axis has no spacing"),
+    ("Graph.grid", {"shape": (4,), "spacing": (2.0,)}, "a grid of one axis has no spacing"),
 )
 rows(
     "setting",
@@ -657,7 +657,7 @@ def path():
 
 PLAN = so.TotalVariation(GRID, 1.0)
 TOO_LARGE = "the rank of a matrix, which is found for at most 1,024 nodes, given 1,600"
-TRACED = r"a penalty's numbers, .* make a solver by sparseopt\.trend_solver"
+TRACED = r"a penalty's numbers, .* make a solver outside with sparseopt\.trend_solver"
 OF_DOGE = "unknown setting of doge 'b'; known are rho, relaxation, cadence, B"
 OTHERS = {
     "graph constructor": [
@@ -700,9 +700,9 @@ OTHERS = {
         ("knots", lambda: known(GRID).knots(), "knots are ordered along a chain, and Graph.grid((5, 6)) is not"),
         ("knots of a free grid", lambda: known(ON_FREE["graph"]).knots(), "knots are ordered along a chain"),
         ("pieces", lambda: known(CHAIN).pieces(), "a fit of order 1 has no pieces of one value, .*: on a chain `knots"),
-        ("devices, free chain", lambda: layout_of(CHAIN, mesh()), r"several devices take .* or take ends=\"graph\""),
-        ("devices, grid", lambda: layout_of(ON_FREE["graph"], mesh()), "several devices take the ends of the graph"),
-        ("traced signal", lambda: jax.jit(lambda y: fit(y=y))(Y), "make a solver by"),
+        ("devices, free chain", lambda: layout_of(CHAIN, mesh()), r"several devices need .* or use ends=\"graph\""),
+        ("devices, grid", lambda: layout_of(ON_FREE["graph"], mesh()), "several devices need the ends of the graph"),
+        ("traced signal", lambda: jax.jit(lambda y: fit(y=y))(Y), "make a solver outside with"),
         ("traced weight", lambda: jax.jit(lambda w: fit(penalty=so.L1(w)))(1.0), TRACED),
         ("another plan", lambda: so.TotalVariation(weight=1.0, order=1, solver=PLAN.solver), "needs another plan"),
         *[

@@ -104,7 +104,7 @@ def test_the_direction_of_edges_counts_where_the_sign_does(turned):
         fits = [so.trend_filter(y, each, penalty, tol=1e-9).value for each in (graph, other)]
         np.testing.assert_allclose(*fits, atol=1e-4)
     so.trend_solver(graph, 0)(y, so.L1(0.25))
-    with pytest.raises(ValueError, match=r"Nonnegative does not act: plan one on graph\.as_edges\(\)"):
+    with pytest.raises(ValueError, match=r"Nonnegative does not act on them: plan one on graph\.as_edges\(\)"):
         so.trend_solver(graph, 0)(y, so.Nonnegative())
     fit = so.trend_solver(graph.as_edges(), 0)(y, so.Nonnegative()).value
     np.testing.assert_allclose(fit, so.trend_filter(y, other, so.Nonnegative()).value, atol=1e-4)

@@ -91,7 +91,7 @@ def test_a_planned_fit_has_pieces_and_a_batch_none(rng):
     y = 5 * rng.standard_normal((2, 4, 5)).astype(np.float32)
     solver = so.trend_solver(graph, order=0)
     batch = jax.jit(jax.vmap(lambda y: solver(y, so.L1(2.0))))(y)
-    with pytest.raises(ValueError, match=r"given a batch of \(2,\): take one by jax.tree.map"):
+    with pytest.raises(ValueError, match=r"given a batch of \(2,\): select one with jax.tree.map"):
         batch.pieces()
     assert f"<td>{min(batch.objective):.5g} to {max(batch.objective):.5g}</td>" in batch._repr_html_()
     for lane in range(2):

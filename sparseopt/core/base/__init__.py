@@ -1,1 +1,1 @@
-"""What everything stands on: pytrees and types, checks of arguments, thresholds, dense products, a line of devices."""
+"""The lowest floor: pytrees and types, checks of arguments, thresholds, dense products, a line of devices."""

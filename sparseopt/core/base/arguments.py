@@ -14,18 +14,18 @@ import numpy as np
 from sparseopt.core.base.types import T, is_traced
 from sparseopt.system.machine import available_memory_bytes, device_memory_left, format_bytes
 
-# A need below this does not ask the machine.
+# A need below this is not compared with the machine's memory.
 ALWAYS_FREE = 2**26
 
 
 def renames(**names: str) -> Callable[[T], T]:
-    """A decorator: an argument by one of these old names is a TypeError that says what to write now."""
+    """A decorator that makes an argument with an old name a TypeError that says what to write now."""
 
     def wrap(function: Any) -> Any:
         @functools.wraps(function)
         def called(*args: Any, **kwargs: Any) -> Any:
             for old in names.keys() & kwargs.keys():
-                raise TypeError(f"{function.__name__} takes no {old} since 0.3: give {names[old]}")
+                raise TypeError(f"{function.__name__} has no argument {old} since 0.3: give {names[old]}")
             return function(*args, **kwargs)
 
         return called
@@ -34,7 +34,7 @@ def renames(**names: str) -> Callable[[T], T]:
 
 
 def whole_number(name: str, given: Any, least: int, most: float = math.inf, meaning: str = "") -> int:
-    """`given`, also a float, as an int if it is a whole number in `[least, most]`; else a ValueError with `meaning`."""
+    """`given` as an int if it is a whole number, even a float, in `[least, most]`; else a ValueError with `meaning`."""
     value = finite_number(given)
     if not (value % 1 == 0 and least <= value <= most):
         limits = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
@@ -71,13 +71,13 @@ def real_array(name: str, given: Any) -> np.ndarray:
         raise ValueError(f"{name} is not an array of real numbers: {error}") from error
     # An empty list has no numbers of a wrong kind. bfloat16 is not one of NumPy's own kinds.
     if array.size and array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
-        advice = "; if it holds numbers, convert it by .astype(float)" if array.dtype.kind in "OUS" else ""
+        advice = "; if it holds numbers, convert it with .astype(float)" if array.dtype.kind in "OUS" else ""
         raise ValueError(f"{name} must hold real numbers, given dtype {array.dtype}{advice}")
     return array
 
 
 def refuses_leaves(name: str, given: Any) -> str | None:
-    """Why a pytree cannot be computed with: it is none, or a leaf holds no real numbers. Tracers are not checked."""
+    """Why a pytree cannot be computed with: it is not one, or a leaf holds no real numbers. Tracers are not checked."""
     for leaf in jax.tree.leaves(given):
         if not hasattr(leaf, "dtype") and not isinstance(leaf, bool | int | float | complex | str):
             what = class_or_function(leaf) or f"an object of {type(leaf).__name__}"
@@ -103,14 +103,14 @@ def fits(given: Any, protocol: type) -> bool:
 
 
 def own_refusal(given: Any, *asked: Any) -> str | None:
-    """What the method `refuses` of a penalty, a loss, or a solver asked for a problem, says; None without it."""
+    """What the method `refuses` of a penalty, a loss or a solver (asked about a problem) says; None without it."""
     return given.refuses(*asked) if hasattr(given, "refuses") else None
 
 
 def require_memory(needed: int, what: str, advice: str, on_device: int = 0) -> None:
     """Raise a ValueError unless `needed` bytes, a lower bound on the need of `what`, are free; `advice` ends it.
 
-    `on_device` is what it takes at least of the first device's memory, which counts where JAX knows it.
+    `on_device` is what it needs at least of the first device's memory, which counts if JAX knows it.
     """
     if needed > ALWAYS_FREE and needed > (free := available_memory_bytes()):
         raise ValueError(f"{what} takes at least {format_bytes(needed)}, and {format_bytes(free)} are free: {advice}")
@@ -130,7 +130,7 @@ class Mistakes(ValueError):
 
 
 def unknown(kind: str, given: Any, known: Iterable[str]) -> str:
-    """The sentence for a name that is not known: it lists those that are, and the nearest."""
+    """The sentence for an unknown name: it lists the known names, and the nearest."""
     names = list(known)
     near = difflib.get_close_matches(given, names, n=1) if isinstance(given, str) else []
     return f"unknown {kind} {given!r}; known are {', '.join(names)}" + (f"; did you mean {near[0]!r}?" if near else "")
@@ -149,10 +149,10 @@ def _suggest(given: str, known: tuple[str, ...]) -> str:
 
 
 def known_numbers(given: Any, name: str) -> np.ndarray:
-    """An attribute in float64; NaN for one that is traced or holds no numbers."""
+    """An attribute in float64; NaN if it is traced or holds no numbers."""
     value = getattr(given, name)
     if isinstance(value, int | float | np.number | np.ndarray | jax.Array) and not is_traced(value):
-        # By NumPy: under jit, JAX would trace even what is known.
+        # With NumPy: under jit, JAX would trace even what is known.
         number = np.asarray(value)
         if jax.numpy.issubdtype(number.dtype, jax.numpy.number):
             return number.astype(np.float64)
@@ -160,7 +160,7 @@ def known_numbers(given: Any, name: str) -> np.ndarray:
 
 
 class Limited:
-    """The numbers of a penalty: those that must not be below 0, those that must be above a number, and others."""
+    """The numbers of a penalty: some must not be below 0, some must be above a number, and others are free."""
 
     least: ClassVar[tuple[str, ...]] = ("weight",)
     above: ClassVar[Mapping[str, float]] = MappingProxyType({})
@@ -172,7 +172,7 @@ class Limited:
         cls.number_names = (*cls.least, *cls.above, *cls.bounds)
 
     def refuses(self) -> str | None:
-        """Why its numbers mean nothing, as far as these are known outside jit, or None."""
+        """Why its numbers make no sense, as far as these are known outside jit, or None."""
         for name in self.number_names:
             if (given := getattr(self, name)) is None or isinstance(given, str | list | tuple):
                 return f"the penalty's {name} must hold real numbers, given {given!r}"

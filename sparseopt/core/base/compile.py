@@ -1,7 +1,7 @@
 """Programs of small problems, compiled in a third or half of the time.
 
-A first call takes seconds of compilation and milliseconds of work. Most of the former is LLVM's optimisation, which
-saves little of the latter where arrays are small. So small problems have programs of their own, on a CPU.
+A first call takes seconds of compilation and milliseconds of work. Most of the compilation is LLVM's optimisation,
+which saves little work if arrays are small. So on a CPU small problems have their own programs.
 """
 
 import functools
@@ -13,9 +13,9 @@ import numpy as np
 
 from sparseopt.core.base.types import is_traced
 
-# Up to so many entries of all arrays together, these options. CPU seconds of a first call, then milliseconds of the
-# next ones: a lasso of 100 x 20 takes 0.60 and 1.5 with the first, 1.20 and 1.2 with the second, 2.11 and 1.3 with
-# neither; a grid of 20 x 20 0.66 and 5.2, 1.35 and 3.1, 2.57 and 3.7. On a grid of 256 x 256 the second would take 1.4
+# Up to this many entries of all arrays together, these options. CPU seconds of a first call, then milliseconds of the
+# next ones: a lasso of 100 × 20 takes 0.60 and 1.5 with the first, 1.20 and 1.2 with the second, 2.11 and 1.3 with
+# neither; a grid of 20 × 20 0.66 and 5.2, 1.35 and 3.1, 2.57 and 3.7. On a grid of 256 × 256 the second would take 1.4
 # times the time of neither.
 QUICK: tuple[tuple[int, dict[str, Any]], ...] = (
     (2**12, {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}),
@@ -24,7 +24,7 @@ QUICK: tuple[tuple[int, dict[str, Any]], ...] = (
 
 
 class Jitted:
-    """`jax.jit(function, **options)`; known arguments of few entries on a CPU take a program that compiles quickly.
+    """`jax.jit(function, **options)`; known arguments with few entries on a CPU use a program that compiles quickly.
 
     Attributes:
         usual: the function as `jax.jit` compiles it.
@@ -61,7 +61,7 @@ def _known_size(arguments: Any) -> float:
 
 @functools.cache
 def _knows_quick() -> bool:
-    """Whether this jaxlib takes the options, which are not part of its promises."""
+    """Whether this jaxlib accepts the options, which it does not promise."""
     try:
         jax.jit(lambda: 0, compiler_options=QUICK[0][1]).lower().compile()
     except Exception:

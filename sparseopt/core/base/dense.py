@@ -1,4 +1,4 @@
-"""The precision of products, and dense symmetric positive definite matrices by matrix products alone.
+"""The precision of products, and inverses of dense positive definite matrices from matrix products alone.
 
 A LAPACK factorisation on the host, or a triangular solve on an accelerator, runs far below the rate of a product.
 """
@@ -27,7 +27,7 @@ LEAST_CAPABILITY = 8
 
 
 def activation_precision() -> str:
-    """The precision of products of activations: JAX's `jax_default_matmul_precision` where it is set, else "highest".
+    """The precision of products of activations: JAX's `jax_default_matmul_precision` if it is set, else "highest".
 
     All other products of this package are in the highest precision whatever JAX's setting is. All sums are in float32.
     """
@@ -36,7 +36,7 @@ def activation_precision() -> str:
 
 def activations_in(precision: Precision) -> AbstractContextManager[Any]:
     """A context in which products of activations have this precision; see `activation_precision`."""
-    # Programs traced under another setting are traced again, so it is changed only where it differs.
+    # Programs traced under another setting are traced again, so it is changed only if it differs.
     if precision == activation_precision():
         return contextlib.nullcontext()
     return jax.default_matmul_precision(precision_on(jax.devices()[0], precision))
@@ -55,7 +55,7 @@ def product(a: Array, b: Array) -> Array:
 
 
 def spd_inverse(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    """The inverse of a symmetric positive definite matrix, symmetric; NaN where rounding finds it not definite.
+    """The inverse of a symmetric positive definite matrix, symmetric; NaN if rounding finds it not definite.
 
     A large matrix is cut into halves, `[[A, B], [Bᵀ, D]]`. With `T = A⁻¹ B` and the Schur complement `S = D - Bᵀ T` its
     inverse is `[[A⁻¹ + T S⁻¹ Tᵀ, -T S⁻¹], [-S⁻¹ Tᵀ, S⁻¹]]`, and A and S are inverted in a loop over panels.
@@ -76,9 +76,9 @@ def spd_inverse(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
 
 
 def spd_inverse_factor(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    """The upper triangular U with `Uᵀ U = H⁻¹` of a symmetric positive definite H; NaN where it is not definite.
+    """The upper triangular U with `Uᵀ U = H⁻¹` of a symmetric positive definite H; NaN if it is not definite.
 
-    H⁻¹ itself is never formed, whose error grows with the condition number of H: `(Uᵀ U)⁻¹` differs from H by a small
+    H⁻¹ itself, whose error grows with the condition number of H, is never formed: `(Uᵀ U)⁻¹` differs from H by a small
     multiple of eps. U is the inverse of the upper R with `R Rᵀ = H`. In halves, with F for the factor and
     `R₁₂ = B F(D)ᵀ`,
 
@@ -110,8 +110,8 @@ def _inverse_by_panels(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
 class _Sweep(NamedTuple):
     """What a loop over panels makes of one row, and of a panel.
 
-    `panel` takes the panel's rows, the result for its square on the diagonal, the matrix with 0 in the panel's rows and
-    columns, and the number of its first row; it gives the next matrix.
+    `panel` gets the panel's rows, the result for its square on the diagonal, the matrix with 0 in the panel's rows
+    and columns, and the number of its first row; it returns the next matrix.
     """
 
     row: Callable[[Array], Array]

@@ -20,7 +20,7 @@ Devices = int | Literal["all"] | Mesh | None
 
 
 def device_line(devices: Devices) -> Mesh | None:
-    """The devices to use as a mesh of one axis; None for the default device of JAX.
+    """The devices to use, as a mesh of one axis; None for JAX's default device.
 
     Args:
         devices: the number of devices, over all processes; "all"; a `Mesh` of one axis named "devices"; or None for one
@@ -92,7 +92,7 @@ def whole(values: Any) -> Any:
 
 @functools.cache
 def _bring_together(layout: NamedSharding) -> Any:
-    """The function that changes the layout; cached, since a new function would be compiled again at each call."""
+    """A function that changes the layout; cached, since a new function would be compiled again at each call."""
     return jax.jit(lambda tree: tree, out_shardings=layout)
 
 

@@ -1,4 +1,4 @@
-"""Sums that are accurate in float32, and lengths by them."""
+"""Sums that are accurate in float32, and lengths from them."""
 
 from typing import Any
 
@@ -45,7 +45,7 @@ def _total_apart(x: FloatArray, parts: int) -> Float[Array, ""]:
 
 
 def rms(scale: Any, values: FloatArray) -> Float[Array, ""]:
-    """The root of the mean square, weighted by `scale`; at least the root of the least normal number."""
+    """The root of the mean square, weighted by `scale`; at least the root of the smallest normal number."""
     tiny = jnp.finfo(values.dtype).tiny
     scale = jnp.broadcast_to(scale, values.shape)
     return jnp.sqrt(jnp.maximum(total(scale * values * values) / jnp.maximum(total(scale), tiny), tiny))

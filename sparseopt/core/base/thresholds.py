@@ -36,7 +36,7 @@ def soft_threshold(x: FloatArray, threshold: Numbers) -> FloatArray:
 
     Source: Donoho and Johnstone, "Ideal spatial adaptation by wavelet shrinkage", 1994.
     """
-    # A threshold of 0 leaves x as it is, with a derivative of 1 also at 0.
+    # A threshold of 0 leaves x unchanged, with a derivative of 1 even at 0.
     return jnp.where((jnp.abs(x) <= threshold) & (jnp.asarray(threshold) > 0), 0, x - jnp.sign(x) * threshold)
 
 
@@ -72,13 +72,13 @@ def count_nonzero(x: FloatArray) -> Int[Array, ""]:
 
 
 def support_change(x: FloatArray, previous: FloatArray) -> Float[Array, ""]:
-    """The share of the entries that entered or left the support."""
+    """The fraction of the entries that entered or left the support."""
     entered, left = count_each((x != 0) & (previous == 0), (x == 0) & (previous != 0))
     return ((entered + left) / x.size).astype(x.dtype)
 
 
 def _as_bits(x: FloatArray) -> Array:
-    """The bit patterns, which are ordered like the values where these are not negative."""
+    """The bit patterns, which are ordered like the values if these are not negative."""
     unsigned = {16: jnp.uint16, 32: jnp.uint32, 64: jnp.uint64}[x.dtype.itemsize * 8]
     return jax.lax.bitcast_convert_type(x, unsigned)
 
@@ -87,9 +87,9 @@ def _separate(x: FloatArray, k: Count) -> tuple[Array, Int[Array, ""]]:
     """A level (a bit pattern) with at least k entries of `x >= 0` at or above it, and their number: k unless tied.
 
     Each pass counts the entries at three levels inside the bracket that holds the answer. The first three levels come
-    from a sorted sample, later ones from interpolation between the counts at the bracket's ends. Every third pass
-    takes the quarters, which bounds the number of passes for any data. Smooth data need six or seven passes. For a k
-    above the size the level is 0.
+    from a sorted sample, later ones from interpolation between the counts at the bracket's ends. Every third pass uses
+    the quarters, which bounds the number of passes for any data. Smooth data need six or seven passes. For a k above
+    the size the level is 0.
     """
     bits, above = _as_bits(x), _as_bits(jnp.asarray(jnp.inf, x.dtype)) + 1
     kind = jnp.float32
@@ -100,7 +100,7 @@ def _separate(x: FloatArray, k: Count) -> tuple[Array, Int[Array, ""]]:
     share = 1 - jnp.asarray(k).astype(kind) / bits.size
     around = jnp.arange(-1, 2, dtype=kind)
     places = jnp.round(sample.size * (share + around / math.sqrt(sample.size)))
-    # Neighbouring levels where these are equal: a tie is bracketed from both sides.
+    # Neighbouring levels if these are equal: a tie is bracketed from both sides.
     guesses = sample[jnp.clip(places, 0, sample.size - 1).astype(jnp.int32)] + jnp.arange(3, dtype=bits.dtype)
 
     def narrow(carry: tuple) -> tuple:
@@ -132,8 +132,8 @@ def _separate(x: FloatArray, k: Count) -> tuple[Array, Int[Array, ""]]:
 def kth_largest(x: FloatArray, k: Count) -> Float[Array, ""]:
     """The k-th largest entry of a non-negative array, `k` in 1..size, exactly; +inf for `k = 0`.
 
-    `k` may be traced: one compiled program works for every sparsity. Equal entries count one each. For `k > size` the
-    answer is the least entry. The order of NaN entries is undefined.
+    `k` may be traced: one compiled program works for every sparsity. Equal entries count separately. For `k > size` the
+    answer is the smallest entry. The order of NaN entries is undefined.
     """
     level, _ = _separate(x, k)
     # No entry is left at or above the level for k = 0.
@@ -164,7 +164,7 @@ def top_k_mask(score: FloatArray, k: Count) -> BoolArray:
 def _first_true(mask: BoolArray, count: Int[Array, ""]) -> BoolArray:
     """The first `count` True entries in the order of the flattened array.
 
-    Totals along the first axis tell in which row the last one lies, and only that row is searched: a running count over
+    Totals along the first axis say in which row the last one lies, and only that row is searched: a running count over
     the whole array would gather it from all devices.
     """
     if mask.ndim <= 1:

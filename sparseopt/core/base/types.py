@@ -33,7 +33,7 @@ def is_traced(tree: Any) -> bool:
 
 
 def namespace(values: Any) -> Any:
-    """`jax.numpy` for an array of JAX, also a traced one; else `numpy`."""
+    """`jax.numpy` for a JAX array, even a traced one; else `numpy`."""
     return jnp if isinstance(values, jax.Array) else np
 
 
@@ -56,7 +56,7 @@ def pytree(cls: Any = None, *, eq: bool = True) -> Any:
     """Make a class a frozen dataclass and a JAX pytree: plain fields are leaves, `static()` fields are structure.
 
     `dataclasses.replace` makes a changed copy. Changing a leaf between calls of a jitted function needs no new trace;
-    changing a static field does. A class with a `prox` is a penalty, and its `value` and `prox` get integers as floats.
+    changing a static field does. A class with a `prox` is a penalty: its `value` and `prox` turn integers into floats.
     """
 
     def wrap(cls: Any) -> Any:
@@ -90,7 +90,7 @@ def _register(cls: type, data: tuple[str, ...], meta: tuple[str, ...]) -> None:
     """Register a node type whose structure equals only that of its own class.
 
     `jax.tree_util.register_dataclass` of jaxlib 0.10 compares the static fields of two nodes but not their types. Two
-    penalties of one weight each then have equal structures, and if their hashes agree in 7 bits, `jax.jit` runs the
+    penalties with one weight each then have equal structures, and if their hashes agree in 7 bits, `jax.jit` runs the
     program that it compiled for the other one.
     """
     keys = tuple(jax.tree_util.GetAttrKey(name) for name in data)

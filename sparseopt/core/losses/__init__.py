@@ -1,1 +1,1 @@
-"""Losses: the quadratic, losses of single observations, and those of data with a matrix or at the nodes of a graph."""
+"""Losses: the quadratic, losses of single observations, and losses of data with a matrix or at the nodes of a graph."""

@@ -5,7 +5,7 @@ Bregman divergence, computed without cancellation,
 
     D(z', z) = sum_i w_i ( f(z'_i) + f*(f'(z_i)) - f'(z_i) z'_i )
 
-with `||x' - x||² / (2 t)`. Methods that solve for z, or for x where A is the identity, take `rows`, the loss of z.
+with `||x' - x||² / (2 t)`. Methods that solve for z, or for x if A is the identity, use `rows`, the loss of z.
 """
 
 import dataclasses
@@ -30,16 +30,16 @@ from sparseopt.core.operators.matrices import Dense, Matrix, linear_map, refuses
 class DataLoss:
     """`value(x) = sum_i w_i f((A x)_i; b_i)` for the loss f of one observation, such as `so.scalar.Logistic()`.
 
-    `LeastSquares`, `LogisticLoss` and the others make it for the losses of the package.
+    `LeastSquares`, `LogisticLoss` and the others make one for each loss of the package.
 
     Attributes:
         scalar: f, a `ScalarLoss`.
         matrix: A: a dense or SciPy sparse matrix `[rows, columns]`, a linear map, or None for the identity. It may have
             more columns than rows.
         target: b, `[rows]`, or `[rows, channels]` for an x of `[columns, channels]`, in the domain of f.
-        weights: w, `[rows]`, not negative; None for ones. Where it is 0, b is not observed.
-        low: of a loss without a matrix, the lower end of the box that holds, or is assumed to hold, x where it is not
-            observed, `[channels]` or a number; None for 0.
+        weights: w, `[rows]`, not negative; None for ones. A weight of 0 marks a b that is not observed.
+        low: for a loss without a matrix, the lower end of the box in which an unobserved x lies, or is assumed to lie,
+            `[channels]` or a number; None for 0.
         high: its upper end.
 
     Example:
@@ -81,7 +81,7 @@ class DataLoss:
 
     @property
     def dtype(self) -> Any:
-        """That of the floats in matrix and target; for data of integers alone the widest float."""
+        """The dtype of the floats in matrix and target; for data of integers alone the widest float."""
         kinds = [jax.dtypes.canonicalize_dtype(leaf.dtype) for leaf in (*jax.tree.leaves(self.matrix), self.target)]
         floats = [kind for kind in kinds if jnp.issubdtype(kind, jnp.floating)]
         return jnp.result_type(*floats) if floats else jnp.result_type(float)
@@ -137,10 +137,10 @@ class DataLoss:
         return jnp.where(seen, -q / jnp.where(seen, self.weights, 1), 0)
 
     def feasible_share(self, q: FloatArray, anchor: FloatArray) -> Float[Array, ""]:
-        """The largest share s in [0, 1] with `anchor + s (q - anchor)` in the domain of the conjugate of -q.
+        """The largest fraction s in [0, 1] with `anchor + s (q - anchor)` in the domain of the conjugate of -q.
 
-        The domain is convex, so it holds every smaller share too. `anchor` must lie in it. Entries without an
-        observation do not limit the share: their conjugate is that of the box.
+        The domain is convex, so it contains every smaller fraction too. `anchor` must lie in it. Entries without an
+        observation do not limit the fraction: their conjugate is the box's.
         """
         slope, safe = self.slope(q), self.slope(anchor)
         low, high = self.scalar.dual_range(self.target)
@@ -149,13 +149,13 @@ class DataLoss:
         apart = jnp.where(outside, slope - safe, 1)
         share = jnp.clip(jnp.where(outside, (end - safe) / apart, 1), 0, 1)
         least = jnp.min(share)
-        # A share on the boundary is pulled inside by its rounding error.
+        # A fraction on the boundary is pulled inside by its rounding error.
         return jnp.where(least < 1, least * (1 - 4 * jnp.finfo(q.dtype).eps), 1)
 
     def slack(self, x: FloatArray, q: FloatArray) -> Float[Array, ""]:
-        """`value(x) + conjugate(-q) + <q, x>` for q in the domain, by terms that are not negative.
+        """`value(x) + conjugate(-q) + <q, x>` for q in the domain, from terms that are not negative.
 
-        Where nothing is observed the conjugate is that of the box, and the term `q x - min(q low, q high)`. Where x
+        Where nothing is observed the conjugate is the box's, and the term `q x - min(q low, q high)`. Where x
         lies outside the box, the box reaches to it: no term may be negative and cancel others.
         """
         slack = self.weigh(self.scalar.slack(x, self.slope(q), self.target))
@@ -166,7 +166,7 @@ class DataLoss:
         return total(jnp.where(self.weights > 0, slack, q * x - jnp.minimum(q * low, q * high)))
 
     def start(self) -> FloatArray:
-        # Not by `jnp.zeros`, which is a program for every shape.
+        # Not `jnp.zeros`, which is a program for every shape.
         return jax.device_put(np.zeros(self.start_shape(), jnp.result_type(jnp.float32, self.dtype)))
 
     def start_shape(self) -> tuple[int, ...]:
@@ -177,9 +177,9 @@ class DataLoss:
         return jax.eval_shape(self.pull, jax.ShapeDtypeStruct(target, jnp.result_type(float))).shape
 
     def pad(self, rows: int, columns: int) -> Any:
-        """The loss with so many rows and columns of zeros appended; None if its matrix is not dense.
+        """The loss with this many rows and columns of zeros appended; None if its matrix is not dense.
 
-        The new rows cost nothing: those of least squares have the target 0, those of other losses the weight 0.
+        The new rows cost nothing: they have the target 0 in least squares, and the weight 0 in other losses.
         """
         weights, target = self.weights, np.asarray(self.target)
         if not isinstance(self.matrix, Dense) or np.ndim(weights) > 1 or not target.size:
@@ -199,7 +199,7 @@ class DataLoss:
             kind = class_or_function(self.scalar)
             made = f": write {self.scalar.__name__}()" if isinstance(self.scalar, type) else ""
             said = f"{self.scalar!r:.100}" if kind is None else f"{kind}{made}"
-            return f"a loss of data takes the loss of one observation, such as so.scalar.Logistic(), given {said}"
+            return f"a loss of data needs the loss of one observation, such as so.scalar.Logistic(), given {said}"
         name = self.name
         for what, leaf in (("target", self.target), ("weights", self.weights)):
             if reason := refuses_leaves(f"{what} of {name}", leaf):
@@ -230,7 +230,7 @@ class DataLoss:
             return None
         place = tuple(int(i) for i in np.argwhere(wrong)[0])
         return (
-            f"{name} takes {self.scalar.expected}, given {target[place]:g} at target "
+            f"{name} needs {self.scalar.expected}, given {target[place]:g} at target "
             f"{place[0] if len(place) == 1 else place} ({int(wrong.sum())} such)"
         )
 
@@ -241,7 +241,7 @@ class DataLoss:
 
 
 def LeastSquares(matrix: Any, target: Any, weights: Any = None) -> DataLoss:
-    """`value(x) = 1/2 sum_i w_i ((A x)_i - b_i)²`; the arguments are those of `DataLoss`.
+    """`value(x) = 1/2 sum_i w_i ((A x)_i - b_i)²`; the arguments are described in `DataLoss`.
 
     Example:
         >>> loss = so.LeastSquares(jnp.array([[1.0, 1.0], [0.0, 2.0]]), jnp.array([3.0, 2.0]))
@@ -270,7 +270,7 @@ def PoissonLoss(matrix: Any, target: Any, weights: Any = None) -> DataLoss:
 
 
 def SquaredHingeLoss(matrix: Any, target: Any, weights: Any = None) -> DataLoss:
-    """A support vector machine on labels -1 and 1: `so.scalar.SquaredHinge` of the scores `A x`."""
+    """Support vector machine on labels -1 and 1: `so.scalar.SquaredHinge` of the scores `A x`."""
     return DataLoss(scalar.SquaredHinge(), matrix, target, weights)
 
 

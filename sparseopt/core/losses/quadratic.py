@@ -11,7 +11,7 @@ from sparseopt.core.base.arguments import refuses_leaves
 from sparseopt.core.base.dense import HIGHEST, product
 from sparseopt.core.base.types import is_traced, pytree
 
-# The most rows of a Hessian that is checked.
+# Hessians of up to this many rows are checked.
 MOST_CHECKED = 256
 LANCZOS_STEPS = 24
 # The fraction of 1/L in the paper of mAIHT: below 1, so that every plain step descends by a multiple of its length.
@@ -46,7 +46,7 @@ class Quadratic:
         return self.gradient(x)
 
     def image_of_zero(self, zero: Array, like: Array) -> Array:
-        """The image of 0, at the price of what is not known; `like` is any image."""
+        """The image of 0, computing only what is not known; `like` is any image."""
         return self.gradient(zero)
 
     def value_at(self, x: Float[Array, "n ..."], gradient: Float[Array, "n ..."]) -> Float[Array, ""]:
@@ -61,7 +61,7 @@ class Quadratic:
         return 0.5 * jnp.sum((x - x_old) * (gradient - gradient_old))
 
     def scaled_slack(self, x: Array, gradient: Array, share: Any) -> Float[Array, ""]:
-        """`loss(x) + conjugate(s) - <s, x>` for s = share * gradient at x: never negative."""
+        """`loss(x) + conjugate(s) - <s, x>` for `s = share * gradient` at x: never negative."""
         return (1 - share) ** 2 * self.value_at(x, gradient)
 
     def start(self) -> Array:
@@ -74,7 +74,7 @@ class Quadratic:
         return self.value_at(x, self.gradient(x))
 
     def refuses(self) -> str | None:
-        """Why its hessian does not do; values are checked for few rows, since many would take as long as a solve."""
+        """Why its hessian cannot be used; values are checked for few rows, since many would take as long as a solve."""
         if reason := refuses_leaves("loss", self):
             return reason
         center, given = jnp.shape(self.center), jnp.shape(self.hessian)
@@ -89,7 +89,7 @@ class Quadratic:
         matrix = matrix.astype(np.float64)
         rounding = 10 * precision * len(matrix) * np.max(np.abs(matrix), initial=0)
         if np.max(np.abs(matrix - matrix.T), initial=0) > rounding:
-            return "a Quadratic needs a symmetric hessian, given one that is not; LeastSquares takes any matrix"
+            return "a Quadratic needs a symmetric hessian, given one that is not; LeastSquares accepts any matrix"
         if (least := np.min(np.linalg.eigvalsh(matrix), initial=0)) < -rounding:
             return (
                 f"a Quadratic needs a positive semidefinite hessian, given one with the eigenvalue {least:.3g}: such a "
@@ -118,23 +118,23 @@ class PlainLoss:
         return image[1]
 
     def divergence(self, x: Array, image: tuple[Array, Array], x_old: Array, image_old: tuple[Array, Array]) -> Array:
-        """`loss(x) - loss(x_old) - <gradient(x_old), x - x_old>`, less its rounding error."""
+        """`loss(x) - loss(x_old) - <gradient(x_old), x - x_old>`, minus its rounding error."""
         apart = image[0] - image_old[0] - jnp.sum(image_old[1] * (x - x_old))
         return apart - 8 * jnp.finfo(x.dtype).eps * jnp.abs(image_old[0])
 
 
 def with_image(loss: Any) -> Any:
-    """The loss, as one with an image from which value and gradient follow."""
+    """The loss with an image from which value and gradient follow."""
     return loss if hasattr(loss, "image") else PlainLoss(loss)
 
 
 def is_smooth(loss: Any) -> bool:
-    """Whether the loss is differentiable; a loss that does not say counts as such."""
+    """Whether the loss is differentiable; a loss that does not say so counts as differentiable."""
     return getattr(loss, "smooth", True)
 
 
 def safe_step(hessian: Float[Array, "n n"], seed: int) -> Float[Array, ""]:
-    """The step of proximal gradient methods; `seed` is that of the random start of the eigenvalue bound."""
+    """The step of proximal gradient methods; `seed` is for the random start of the eigenvalue bound."""
     return STEP_FRACTION / largest_eigenvalue_bound(hessian, jax.random.key(seed))
 
 

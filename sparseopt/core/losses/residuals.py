@@ -83,7 +83,7 @@ class Squared(_LossOfResiduals):
 
 @pytree
 class Huber(_LossOfResiduals):
-    """`f = r² / 2` for `|r| = |x - y| <= delta`, `delta |r| - delta² / 2` beyond: outliers pull with the force delta.
+    """`f = r² / 2` for `|r| = |x - y| <= delta`, `delta |r| - delta² / 2` beyond: delta caps the pull of an outlier.
 
     Source: Huber, "Robust estimation of a location parameter", Annals of Mathematical Statistics 35 (1964).
 
@@ -124,14 +124,14 @@ class Huber(_LossOfResiduals):
         return -self._delta(y), self._delta(y)
 
     def slack(self, x: FloatArray, dual: FloatArray, y: FloatArray) -> FloatArray:
-        """Half the square of `derivative - dual`; beyond delta also the distance times the missing slope."""
+        """Half the square of `derivative - dual`; beyond delta, plus the distance times the missing slope."""
         delta = self._delta(x)
         near = jnp.clip(x - y, -delta, delta)
         far = jnp.abs(x - y - near)
         return (near - dual) ** 2 / 2 + far * jnp.maximum(delta - dual * jnp.sign(near), 0)
 
     def location(self, y: np.ndarray, weights: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Huber's estimate, by Newton's method within delta of the median."""
+        """Huber's estimate, with Newton's method within delta of the median."""
         delta = float(self.delta)
         fit = weighted_quantiles(y, weights, labels, 0.5)
         low, high = fit - delta, fit + delta
@@ -176,7 +176,7 @@ class LossOfTwoSlopes(_LossOfResiduals):
     def prox(self, x: FloatArray, y: FloatArray, step: Any) -> FloatArray:
         """Move x towards y by `step` times the slope on its side, but not beyond y."""
         below, above = (jnp.asarray(step, x.dtype) * slope for slope in self._slopes(x))
-        # y itself, not x - (x - y), where the prox ends there.
+        # y itself, not x - (x - y), if the prox ends there.
         ends = (x - y >= below) & (x - y <= above)
         return jnp.where(ends, y, x - jnp.clip(x - y, below, above))
 
@@ -193,7 +193,7 @@ class LossOfTwoSlopes(_LossOfResiduals):
         return weighted_quantiles(y, weights, labels, float(self.level))
 
     def curvature(self, y: np.ndarray, weights: np.ndarray, fit: np.ndarray) -> np.ndarray:
-        """The mean slope at the quantile over the mean distance: there a square of that curvature pulls as hard."""
+        """The mean slope at the quantile over the mean distance: there a square with that curvature pulls as hard."""
         apart, level = _mean_distance(y, weights, fit), float(self.level)
         return np.full(y.shape, 2 * self.scale * level * (1 - level) / apart if apart > 0 else 1.0)
 
@@ -205,7 +205,7 @@ def has_two_slopes(loss: Any) -> TypeGuard[LossOfTwoSlopes]:
 
 @pytree
 class Absolute(LossOfTwoSlopes):
-    """`f = |x - y|`: the fit is a median where that of the square is a mean, and tolerates outliers of any size.
+    """`f = |x - y|`: the fit is a median instead of a mean, and tolerates outliers of any size.
 
     Example:
         >>> so.scalar.Absolute().prox(jnp.array([3.0, 0.5]), jnp.zeros(2), step=1.0)
@@ -236,6 +236,6 @@ class Quantile(LossOfTwoSlopes):
         if is_positive(self.level) and self.level < 1:
             return None
         return (
-            "the quantile loss needs a level between 0 and 1, both excluded, the share of the observations below the "
+            "the quantile loss needs a level between 0 and 1, both excluded, the fraction of observations below the "
             f"fit; given {self.level}"
         )

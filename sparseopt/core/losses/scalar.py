@@ -1,8 +1,8 @@
-"""The loss of one observation, `f(x; y)`: what it needs, those there are, and their names. Public as `so.scalar`.
+"""The loss of one observation, `f(x; y)`: what it needs, the package's losses and their names (`so.scalar`).
 
 Every loss is scaled so that `f >= 0`, with 0 at the best x for the observation alone: half the deviance of its
-distribution. Its conjugate is `f*(s; y) = max over x of s x - f(x; y)`. The trend filter takes one at every node, and
-`data.py` those of many observations with a matrix. Losses of residuals are in `residuals.py`.
+distribution. Its conjugate is `f*(s; y) = max over x of s x - f(x; y)`. The trend filter uses one at every node, and
+`data.py` combines many observations with a matrix. Losses of residuals are in `residuals.py`.
 """
 
 from typing import Any, Protocol, runtime_checkable
@@ -23,10 +23,10 @@ class ScalarLoss(Protocol):
     """The loss of one observation, a frozen pytree; its methods on arrays are elementwise.
 
     Further members are optional: `smooth`, True if the derivative of f in x is continuous (a loss without it counts as
-    not smooth); `is_square`, True for `Squared`; `adds_up`, True if the losses of several observations of one x are, up
-    to a constant, that of their weighted mean with the sum of their weights; `counts` and `labels`, True if it
-    observes them; `known_variance`, True if the mean of an observation tells its variance; and `refuses()`, which says
-    on the host why the loss's own parameters cannot be used, or None.
+    not smooth); `is_square`, True for `Squared`; `adds_up`, True if the losses of several observations of one x sum, up
+    to a constant, to the loss of their weighted mean with their total weight; `counts` and `labels`, True if it
+    observes them; `known_variance`, True if the mean of an observation determines its variance; and `refuses()`, which
+    says on the host why the loss's own parameters cannot be used, or None.
     """
 
     expected: str  # what an observation must be, for the error text
@@ -55,13 +55,13 @@ class ScalarLoss(Protocol):
         """On the host: where y lies outside the domain."""
 
     def location(self, y: np.ndarray, weights: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """On the host: the constant of least loss for every label `0..max`; infinite if none is finite."""
+        """On the host: the constant with the smallest loss for every label `0..max`; infinite if none is finite."""
 
     def curvature(self, y: np.ndarray, weights: np.ndarray, fit: np.ndarray) -> np.ndarray:
         """On the host: a positive guess `[n]`, from the constant fit, of the second derivative at the answer."""
 
     def span(self, y: np.ndarray) -> tuple[float, float]:
-        """On the host: the least and the largest fit that single observations suggest."""
+        """On the host: the smallest and the largest fit that single observations suggest."""
 
 
 def wright_omega(z: FloatArray) -> FloatArray:
@@ -110,7 +110,7 @@ class Poisson:
         return jnp.exp(x) - y
 
     def prox(self, x: FloatArray, y: FloatArray, step: Any) -> FloatArray:
-        """`u + step e^u = x + step y`, by `wright_omega`."""
+        """`u + step e^u = x + step y`, with `wright_omega`."""
         step = jnp.broadcast_to(jnp.asarray(step, x.dtype), x.shape)
         level = x + step * y
         log_step = jnp.log(jnp.where(step > 0, step, 1))
@@ -168,14 +168,14 @@ class Logistic:
 
     def value(self, x: FloatArray, y: FloatArray) -> FloatArray:
         of_label = jax.nn.softplus(jnp.where(y > 0, -x, x))
-        # The terms of a proportion nearly cancel where the fit is good; those of the divergence do not.
+        # The terms of a proportion nearly cancel if the fit is good; the terms of the divergence do not.
         return jnp.where((y > 0) & (y < 1), self.slack(x, jnp.zeros_like(x), y), of_label)
 
     def derivative(self, x: FloatArray, y: FloatArray) -> FloatArray:
         return jax.nn.sigmoid(x) - y
 
     def prox(self, x: FloatArray, y: FloatArray, step: Any) -> FloatArray:
-        """`u + step sigmoid(u) = x + step y`, by a monotone Newton's method."""
+        """`u + step sigmoid(u) = x + step y`, with a monotone Newton's method."""
         step = jnp.asarray(step, x.dtype)
         level = x + step * y
         # On u <= 0 the left side is convex; the other half is its mirror image.
@@ -214,7 +214,7 @@ class Logistic:
         return 1 / (2 + np.exp(fit) + np.exp(-fit))
 
     def span(self, y: np.ndarray) -> tuple[float, float]:
-        """Log-odds of 1 to 100 and of 100 to 1, or those of a proportion that is further from 1/2."""
+        """Log-odds of 1:100 and 100:1, or the log-odds of a proportion that is further from 1/2."""
         inner = y[(y > 0) & (y < 1)]
         odds = np.concatenate([[0.01, 100], inner / (1 - inner)])
         return float(np.log(odds.min())), float(np.log(odds.max()))
@@ -224,8 +224,8 @@ class Logistic:
 class SquaredHinge:
     """Labels -1 or 1 with score x: `f = max(0, 1 - y x)² / 2`.
 
-    Unlike with `Logistic`, a label whose margin `y x` is at least 1 has no pull, so the fit is finite even where
-    all labels are equal.
+    Unlike with `Logistic`, a label whose margin `y x` is at least 1 has no pull, so the fit is finite even if all
+    labels are equal.
 
     Source: Cortes and Vapnik, "Support-vector networks", Machine Learning 20 (1995), with the power 2; Zhang,
     "Statistical behavior and consistency of classification methods based on convex risk minimization", Annals of
@@ -249,7 +249,7 @@ class SquaredHinge:
         return -y * jnp.maximum(1 - y * x, 0)
 
     def prox(self, x: FloatArray, y: FloatArray, step: Any) -> FloatArray:
-        """Shrink `x - y` by the factor `1 + step` where the margin is below 1."""
+        """Shrink `x - y` by the factor `1 + step` if the margin is below 1."""
         step = jnp.asarray(step, x.dtype)
         return x + y * jnp.maximum(1 - y * x, 0) * (step / (1 + step))
 
@@ -281,7 +281,7 @@ class SquaredHinge:
         return -1.0, 1.0
 
 
-# Those that need no parameter, by their names in configs, on the command line and in the estimator.
+# The losses that need no parameter, by their names in configs, on the command line and in the estimator.
 LOSSES: dict[str, ScalarLoss] = {
     "square": Squared(),
     "poisson": Poisson(),
@@ -293,14 +293,14 @@ LOSSES: dict[str, ScalarLoss] = {
 
 
 def check_scalar_loss(loss: Any) -> ScalarLoss:
-    """The loss of one observation, by object or name; a ValueError or TypeError for what is none."""
+    """The loss of one observation, by object or name; a ValueError or TypeError for anything else."""
     if isinstance(loss, str):
         if loss not in LOSSES:
             raise ValueError(unknown("loss", loss, LOSSES))
         return LOSSES[loss]
     if isinstance(getattr(loss, "scalar", None), ScalarLoss):
         raise TypeError(
-            "a loss here is that of one observation, given one of data, which are the signal: write "
+            "a loss here is for one observation, given one with data, but the data are the signal: write "
             f"sparseopt.scalar.{loss.scalar}"
         )
     if not fits(loss, ScalarLoss):

@@ -11,10 +11,10 @@ JUMPS = 3
 def piece_labels(
     tails: Int[Array, " m"], heads: Int[Array, " m"], joins: Bool[Array, " m"], num_nodes: int
 ) -> Int[Array, " n"]:
-    """The least node of the piece of each node; `joins` says which edges join their ends.
+    """The smallest node of the piece of each node; `joins` says which edges join their ends.
 
     Labels fall until they are constant on pieces: the larger label at the ends of an edge becomes the smaller one, and
-    labels of labels halve the distance to the least (Shiloach and Vishkin, "An O(log n) parallel connectivity
+    labels of labels halve the distance to the smallest (Shiloach and Vishkin, "An O(log n) parallel connectivity
     algorithm", 1982).
 
     Example:

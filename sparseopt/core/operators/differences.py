@@ -110,7 +110,7 @@ def spread(factor: Any, like: FloatArray) -> FloatArray:
 
 @pytree
 class EdgeBase:
-    """D of any graph by gathers and scattered sums; nodes `[n]`, edges `[m]`.
+    """D of any graph with gathers and scattered sums; nodes `[n]`, edges `[m]`.
 
     Sums are scattered edge by edge: tables that let every node gather its edges took four times as long on a CPU.
     """
@@ -168,7 +168,7 @@ class Difference:
     """
 
     base: Any  # D, Dᵀ and L of a graph
-    order: int = static()  # how many factors D or Dᵀ, at least 1
+    order: int = static()  # the number of factors D or Dᵀ, at least 1
     from_edges: bool = static(default=False)  # the input is an edge array (j odd) instead of a node array (j even)
 
     @property

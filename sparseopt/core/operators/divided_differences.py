@@ -4,7 +4,7 @@
 
 `D^(m)` has `n - m` rows, of full rank, and vanishes on the polynomials in t of degree below m, and on nothing else. At
 the times 0, 1, 2, ... its rows are the binomial coefficients of sign +, -, +, ...: `D^(2)` has 1, -2, 1. It is the
-operator of R's genlasso and glmgen (their `pos` or `x` is t) up to the sign `(-1)^m`, which no penalty here sees.
+operator of R's genlasso and glmgen (their `pos` or `x` is t) up to the sign `(-1)^m`, which affects no penalty here.
 
 Source: Kim, Koh, Boyd, Gorinevsky, "l1 trend filtering", SIAM Review 51 (2009), for even times; Tibshirani, "Adaptive
 piecewise polynomial estimation via trend filtering", Annals of Statistics 42 (2014), section 6, and Ramdas and
@@ -26,7 +26,7 @@ from sparseopt.core.base.types import FloatArray, pytree, static
 from sparseopt.core.operators.differences import pad, spread
 from sparseopt.core.operators.maps import Stack
 
-# Nearly equal times make nearly parallel rows that are so many times their neighbours; a solve loses the square in
+# Nearly equal times make nearly parallel rows, up to this many times their neighbours; a solve loses the square in
 # digits. On chains of 24 nodes with two or three near times, at orders 1 to 3 and weights of 0.5, 5 and 50 % of the
 # largest, "auto" certified 21 of 39 fits in float64 up to this ratio, 5 of 21 up to ten times it and 0 of 48 beyond; in
 # float32 45 of 66 up to it and 0 of 24 beyond.
@@ -52,7 +52,7 @@ class DividedDifference:
     scales: tuple[Any, ...]
     in_shape: tuple[int, ...] = static()
     order: int = static()  # at least 1
-    axis: int = static(default=0)  # 0 where there are scales
+    axis: int = static(default=0)  # 0 if there are scales
     unit: float = static(default=1.0)  # what divides the rows
 
     @property
@@ -60,7 +60,7 @@ class DividedDifference:
         return tuple(n - self.order * (i == self.axis) for i, n in enumerate(self.in_shape))
 
     def _scale(self, x: FloatArray, taken: int) -> Any:
-        """What x, the result of so many differences, is multiplied with."""
+        """The factor of x, the result of `taken` differences."""
         return spread(self.scales[taken - 1], x) if taken <= len(self.scales) else 1
 
     def mv(self, x: FloatArray) -> FloatArray:
@@ -98,7 +98,7 @@ class DividedDifference:
         line = functools.reduce(lambda found, step: step @ found, self.steps()) / self.unit
         before, after = (math.prod(part) for part in (self.in_shape[: self.axis], self.in_shape[self.axis + 1 :]))
         found = sparse.csr_array(sparse.kron(sparse.kron(sparse.eye_array(before), line), sparse.eye_array(after)))
-        found.eliminate_zeros()  # those of small blocks, which SciPy keeps dense
+        found.eliminate_zeros()  # zeros of small blocks, which SciPy keeps dense
         found.sort_indices()
         return found
 
@@ -106,7 +106,7 @@ class DividedDifference:
 def axis_differences(shape: tuple[int, ...], order: int, spacing: tuple[float, ...] | None = None) -> Stack:
     """The plain differences of an order, at least 1, along every axis of a grid, over that power of the axis's spacing.
 
-    The map takes `[*shape]` to `[rows]`: axis by axis the differences of all its lines, in row-major order. An axis of
+    It maps `[*shape]` to `[rows]`: axis by axis the differences of all its lines, in row-major order. An axis of
     at most `order` nodes has none. It vanishes on the sums of products of polynomials of degree below `order` in each
     axis, and on nothing else. `spacing` is None for ones.
 
@@ -145,7 +145,7 @@ def divided_difference(
 
 
 def _require_apart(times: np.ndarray, scales: list[np.ndarray], order: int, limits: Any) -> None:
-    """Raise a ValueError if rows are too large beside their neighbours."""
+    """Raise a ValueError if rows are too large compared with their neighbours."""
     from scipy import ndimage
 
     size = np.zeros(len(times))
@@ -157,8 +157,8 @@ def _require_apart(times: np.ndarray, scales: list[np.ndarray], order: int, limi
         steps = np.diff(times[row : row + len(scales) + 1])
         first = row + int(np.argmin(steps))
         raise ValueError(
-            f"the times of the nodes {first} and {first + 1} are {steps.min():.3g} apart, too little beside their "
-            f"neighbours for divided differences of order {order} in {limits.dtype}: take one node in their place, "
+            f"the times of the nodes {first} and {first + 1} are {steps.min():.3g} apart, much closer than their "
+            f"neighbours, too close for differences of order {order} in {limits.dtype}: use one node, "
             "with the mean of their values and the sum of their weights"
         )
 
@@ -176,7 +176,7 @@ def check_times(times: Any, n: int) -> np.ndarray:
         first = int(np.argmax(late))
         raise ValueError(
             f"times increase from node to node, given {found[first]:.9g} and then {found[first + 1]:.9g} at node "
-            f"{first + 1} ({int(late.sum())} such): sort by time, and take the mean where a time occurs more than once"
+            f"{first + 1} ({int(late.sum())} such): sort by time, and average the values of equal times"
         )
     return found
 

@@ -56,12 +56,12 @@ def require_positive(level: np.ndarray) -> None:
         row = int(np.argmax(wrong))
         raise ValueError(
             f"edge weights are positive and finite, given {level[row]} at edge {row} ({int(wrong.sum())} such); "
-            "leave an edge of weight 0 out"
+            "leave out an edge of weight 0"
         )
 
 
 def check_adjacency(adjacency: Any) -> Any:
-    """An adjacency matrix as a SciPy COO array in float64 without zeros; a ValueError if it is not a symmetric one."""
+    """An adjacency matrix as a SciPy COO array in float64 without zeros; a ValueError if it is not symmetric."""
     if not sparse.issparse(adjacency):
         adjacency = np.asarray(real_array("an adjacency matrix", adjacency), np.float64)
     if adjacency.dtype.kind not in "biuf":
@@ -85,7 +85,7 @@ def check_adjacency(adjacency: Any) -> Any:
 
 
 def grid_shape(pairs: np.ndarray, count: int) -> tuple[int, ...] | None:
-    """The shape if the edges are those of a chain or a 2-D grid in row-major order, for which stencils are used."""
+    """The shape if the edges form a chain or a 2-D grid in row-major order, for which stencils are used."""
     steps = np.abs(pairs[:, 1] - pairs[:, 0])
     if count < 2 or steps.size == 0 or steps.min() != 1:
         return None
@@ -107,7 +107,7 @@ def check_spacing(spacing: Any, axes: int) -> tuple[float, ...] | None:
         return None
     if axes == 1:
         raise ValueError(
-            'a grid of one axis takes no spacing: Graph.chain(n, times=..., ends="free") takes the times of its nodes'
+            'a grid of one axis has no spacing: Graph.chain(n, times=..., ends="free") accepts the times of its nodes'
         )
     given = tuple(spacing) if np.iterable(spacing) else (spacing,)
     if len(given) != axes or not all(map(is_positive, given)):

@@ -42,7 +42,7 @@ class Stack:
     """
 
     maps: tuple[Any, ...]
-    order: int | None = static(default=None)  # of differences of one signal, where all are of one
+    order: int | None = static(default=None)  # the order of the differences, if all maps are differences of one signal
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -67,7 +67,7 @@ class Stack:
         return sum(images[1:], images[0])
 
     def matrix(self) -> sparse.csr_array:
-        """The map on the host, in float64, of maps that have a matrix."""
+        """The map on the host, in float64, if every map has a matrix."""
         return sparse.csr_array(sparse.vstack([part.matrix() for part in self.maps]))
 
 
@@ -110,7 +110,7 @@ class Identity:
 
 
 def or_identity(given: Any, x: FloatArray) -> Any:
-    """A linear map of arrays like x, for which None is the identity."""
+    """The linear map of arrays like x that was given; None means the identity."""
     return Identity(x.shape) if given is None else given
 
 

@@ -23,7 +23,7 @@ PROVEN: tuple[type, ...] = (Difference, Identity, Split, Stack)
 
 
 class Matrix:
-    """A map by the entries of its matrix `[rows, columns]`, on vectors `[columns]` or on `[columns, channels]`."""
+    """A map with a matrix `[rows, columns]`, on vectors `[columns]` or on `[columns, channels]`."""
 
     shape: Any
 
@@ -59,7 +59,7 @@ class Dense(Matrix):
 
 @pytree
 class SparseMatrix(Matrix):
-    """A sparse matrix by the coordinates of its entries."""
+    """A sparse matrix given by the coordinates of its entries."""
 
     values: Any  # `[entries]`
     rows: Any  # int32 `[entries]`
@@ -121,7 +121,7 @@ def refuses_map(name: str, given: Any) -> str | None:
 
 
 def refuses_transpose(name: str, given: Any, x: Any) -> str | None:
-    """Why a map does not take arrays like `x`, or why its `rmv` is not the transpose of its `mv`; None if it does.
+    """Why a map does not accept arrays like `x`, or why its `rmv` is not the transpose of its `mv`; None if it does.
 
     Shapes are found without computing. The transpose of a user's own map is tested on one pair of random arrays, if its
     values are known.
@@ -133,7 +133,7 @@ def refuses_transpose(name: str, given: Any, x: Any) -> str | None:
         image = jax.eval_shape(given.mv, like)
         back = jax.eval_shape(given.rmv, image)
     except (TypeError, ValueError, IndexError) as error:
-        return f"the {name} does not take an x of shape {like.shape}: {str(error).splitlines()[0]}"
+        return f"the {name} does not accept an x of shape {like.shape}: {str(error).splitlines()[0]}"
     if back.shape != like.shape:
         return (
             f"the {name} maps shape {like.shape} to {image.shape} and its rmv maps that to {back.shape}: rmv must be "
@@ -157,7 +157,7 @@ def refuses_transpose(name: str, given: Any, x: Any) -> str | None:
 def norm_estimate(mv: Any, rmv: Any, like: FloatArray, steps: int = 20) -> Float[Array, ""]:
     """The spectral norm of a linear map by the power method: from below, within a few percent after 20 steps.
 
-    `like` has the shape and dtype that `mv` takes.
+    `like` has the shape and dtype that `mv` accepts.
     """
     tiny = jnp.finfo(like.dtype).tiny
 

@@ -1,7 +1,7 @@
 """The x-step of the split ADMM, `(W + rho Δᵀ C Δ) x = right`.
 
-Each class has `solve(weights, split, right, rho, guess)`, for weights that may be None for ones, and must be where it
-says `one_weight`; rho may be traced.
+Each class has `solve(weights, split, right, rho, guess)`. Weights of None are ones, as a class with `one_weight`
+requires; rho may be traced.
 """
 
 import math
@@ -51,18 +51,18 @@ def cosine_halves(n: int) -> tuple[np.ndarray, np.ndarray]:
 class AxisTransform:
     """W = I and C constant on a grid: `ΔᵀΔ` is diagonal under an orthonormal transform along each axis; exact.
 
-    For the ends of the graph it is a sum of powers of L, and the transform the DCT-II. For free ends it is a sum over
-    the axes, and the transform of an axis consists of the right singular vectors of its differences.
+    For the ends of the graph it is a sum of powers of L, and the transform is the DCT-II. For free ends it is a sum
+    over the axes, and the transform of an axis consists of the right singular vectors of its differences.
 
     The transform is a product with matrices along each axis. Their rows are even or odd about the middle of an axis:
     products with half matrices of both kinds halve the work, and the spectrum has the even ones first. On a CPU that is
     faster than the FFT up to a thousand points per axis, if there are at least half as many lines as points in them;
-    otherwise reading the matrix decides, and cosines go by the FFT.
+    otherwise reading the matrix decides, and cosines use the FFT.
     """
 
     matrices: tuple[Any, ...]  # of each axis, even [ceil(n / 2)]² and odd [n // 2]²; None for the FFT
     eigenvalues: Any  # of L or of ΔᵀΔ, [*shape], in the order of the spectrum
-    powers: tuple[int, ...] = static(default=(1,))  # those of the eigenvalues whose sum is ΔᵀΔ
+    powers: tuple[int, ...] = static(default=(1,))  # the powers of the eigenvalues whose sum is ΔᵀΔ
     one_weight = True
 
     def _transform(self, x: FloatArray, inverse: bool) -> FloatArray:
@@ -174,8 +174,8 @@ class ConjugateGradient(_NodeSolve):
 
     An `AxisTransform` solves exactly for the mean weight at every node.
 
-    It stops at `tolerance` times the residual of the guess, so that the inner error shrinks with the outer one. That of
-    `jax.scipy` multiplies once more in every solve, and few steps are enough here.
+    It stops at `tolerance` times the residual of the guess, so that the inner error shrinks with the outer one.
+    `jax.scipy`'s CG multiplies once more in every solve, and few steps are enough here.
     """
 
     diagonal: Any  # of Δᵀ C Δ, at the nodes; unused with a transform
@@ -225,7 +225,7 @@ class Banded(_NodeSolve):
     On a CPU a node takes 15 to 100 ns, less than in the fused lasso.
     """
 
-    columns: Any  # of the lower triangle of ΔᵀΔ: the entry `[j, m]` is that of row j + m and column j
+    columns: Any  # of the lower triangle of ΔᵀΔ: the entry `[j, m]` is in row j + m and column j
 
     def solve(self, weights: Any, split: Split, right: FloatArray, rho: Any, guess: FloatArray) -> FloatArray:
         weights = 1 if weights is None else weights.reshape(-1)

@@ -51,7 +51,7 @@ class Cut:
         return self.parts * most / place.size
 
     def pad(self, values: np.ndarray, on_edges: int, fill: Any) -> np.ndarray:
-        """Values in the layout of `EdgeBase` in that of all parts, with `fill` in padded places."""
+        """Convert values from the layout of `EdgeBase` to the layout of all parts, with `fill` in padded places."""
         place, most = self._places(on_edges)
         found = np.full((self.parts * most, *values.shape[1:]), fill, values.dtype)
         found[place] = values
@@ -127,7 +127,7 @@ def cut_graph(edges: np.ndarray, order: np.ndarray, parts: int) -> Cut:
 
 
 def places_within(owner: np.ndarray, count: int) -> tuple[np.ndarray, int]:
-    """The place of every item among those of its owner, in the given order, and the largest number that one owns."""
+    """The place of every item among its owner's items, in the given order, and the largest number that one owns."""
     counts = np.bincount(owner, minlength=count)
     order = np.argsort(owner, kind="stable")
     place = np.empty(owner.size, np.int64)
@@ -142,7 +142,7 @@ class PartBase:
     Padded places are 0 in its inputs and outputs.
     """
 
-    edges: EdgeBase  # of every part, cut like the edges; its nodes are those of one part, then its ghosts
+    edges: EdgeBase  # of every part, cut like the edges; its nodes are the nodes of one part, then its ghosts
     sent: tuple[Any, ...]
     pairs: tuple[tuple[tuple[int, int], ...], ...] = static()
     part_nodes: int = static()
@@ -212,7 +212,7 @@ class SlabBase:
         return (len(self.shape), *self.node_shape)
 
     def base(self, weights: np.ndarray | None, dtype: Any, mesh: Mesh) -> "SlabBase":
-        """As of `Cut`: itself."""
+        """As in `Cut`: returns itself."""
         return self
 
     def difference(self, x: FloatArray) -> FloatArray:
@@ -233,7 +233,7 @@ class SlabBase:
         return self.node_shape[self.axis] / self.shape[self.axis]
 
     def pad(self, values: np.ndarray, on_edges: int, fill: Any) -> np.ndarray:
-        """Values in the layout of `GridBase` in that of all slabs, with `fill` in padded places."""
+        """Convert values from the layout of `GridBase` to the layout of all slabs, with `fill` in padded places."""
         axis = self.cut_axis(on_edges)
         rows = self.node_shape[self.axis] - values.shape[axis]
         if rows == 0:
@@ -280,7 +280,7 @@ class SlabBase:
         return jax.shard_map(local, mesh=self.mesh, in_specs=specs[0], out_specs=specs[1])
 
     def _sent(self, row: FloatArray, step: int) -> FloatArray:
-        """The row that the slab `step` places before sends; zeros where there is none."""
+        """The row that the slab `step` places before sends; zeros if there is none."""
         slabs = range(self.mesh.size)
         return jax.lax.ppermute(row, AXIS, [(i, i + step) for i in slabs if i + step in slabs])
 

@@ -63,7 +63,7 @@ def require_matrix_memory(edges: np.ndarray, num_nodes: int, order: int) -> None
         # It only grows, so the first excess decides.
         each = reached.nnz // len(start)
         what = f"a difference matrix of order {order} with {rows:,} rows of {each:,} entries and more"
-        require_memory(ENTRY_BYTES * rows * each, what, "take a lower order, or a graph of fewer edges")
+        require_memory(ENTRY_BYTES * rows * each, what, "use a lower order, or a graph with fewer edges")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Sums:
 
 
 def matrix_sums(matrix: sparse.csr_array, columns: tuple[int, ...] = (-1,)) -> Sums:
-    """The sums of a sparse matrix, those of its columns in a shape."""
+    """The sums of a sparse matrix, with the sums of its columns in a shape."""
     size = abs(matrix)
     both = [size, size.multiply(size)]
     return Sums(*(np.asarray(m.sum(axis=1)) for m in both), *(np.asarray(m.sum(axis=0)).reshape(columns) for m in both))
@@ -99,7 +99,7 @@ def edge_sums(edges: np.ndarray, num_nodes: int, weights: np.ndarray | None, ord
 
 
 def edge_grid(values: Any, shape: tuple[int, ...], fill: float) -> Any:
-    """Edge values `[m, ...]` in the order of `grid_edges` as `[dimensions, *shape, ...]`, `fill` where no edge is."""
+    """Edge values `[m, ...]` in the order of `grid_edges` as `[dimensions, *shape, ...]`, `fill` elsewhere."""
     xp = namespace(values)
     parts, found = xp.split(values, np.cumsum(_edge_counts(shape))[:-1]), []
     for axis, part in enumerate(parts):
@@ -154,7 +154,7 @@ def grid_sums(
 
 @functools.lru_cache(maxsize=64)
 def _small_grid_sums(shape: tuple[int, ...], order: int, from_edges: bool, spacing: tuple[float, ...] | None) -> Sums:
-    """The sums of the matrix itself; kept, since most of the set-up for a short chain would be theirs."""
+    """The sums of the matrix itself; cached, since they are most of the set-up for a short chain."""
     edges, nodes = grid_edges(shape), math.prod(shape)
     weights = None if spacing is None else grid_weights(shape, spacing)
     require_matrix_memory(edges, nodes, order)
@@ -168,7 +168,7 @@ def _positions(shape: tuple[int, ...], axis: int | None) -> np.ndarray:
 
 
 def grid_groups(shape: tuple[int, ...], block: int, from_edges: bool = False) -> np.ndarray | None:
-    """The group of every row of a grid's Ψ in closed form, or None where there is no formula.
+    """The group of every row of a grid's Ψ in closed form, or None if there is no formula.
 
     | Ψ | support of a row | groups in 1, 2, 3 dimensions |
     |---|---|---|

@@ -75,8 +75,8 @@ class ElasticNet(_OnEntries):
     """`weight * ||x||_1 + ridge / 2 * ||x||²`; prox: soft threshold at `step * weight`, over `1 + step * ridge`.
 
     Weight and ridge may be arrays that broadcast to x. The conjugate is `||soft(u, weight)||² / (2 ridge)`, finite
-    where the ridge is positive; where it is 0 it is that of L1. Source: Zou and Hastie, "Regularization and variable
-    selection via the elastic net", 2005.
+    where the ridge is positive; where the ridge is 0, it is the conjugate of L1. Source: Zou and Hastie,
+    "Regularization and variable selection via the elastic net", 2005.
 
     Example:
         >>> so.ElasticNet(1.0, ridge=1.0).prox(jnp.array([-3.0, 0.5, 2.0]), step=1.0)
@@ -109,8 +109,8 @@ class ElasticNet(_OnEntries):
 class MCP(_OnEntries):
     """Minimax concave penalty: `weight |x| - x² / (2 gamma)` up to `|x| = gamma weight`, constant beyond.
 
-    The prox is a global minimiser for every step, and continuous for `step < gamma`; as gamma grows it becomes that of
-    L1. Source: Zhang, "Nearly unbiased variable selection under minimax concave penalty", 2010, eq. 2.1.
+    The prox is a global minimiser for every step, and continuous for `step < gamma`; as gamma grows it becomes L1's
+    prox. Source: Zhang, "Nearly unbiased variable selection under minimax concave penalty", 2010, eq. 2.1.
 
     Example:
         >>> so.MCP(1.0, gamma=2.0).prox(jnp.array([0.5, 1.5, 4.0]), step=1.0)  # large entries are unchanged
@@ -168,7 +168,7 @@ class SCAD(_OnEntries):
     def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
         """The best of the minimisers on the three pieces, each on its own interval.
 
-        A piece is concave at an end that a neighbour shares.
+        A piece is concave at an end that it shares with a neighbour.
         """
         weight, a, step = (jnp.asarray(number, x.dtype) for number in (self.weight, self.a, step))
         size = jnp.abs(x)
@@ -223,7 +223,7 @@ class LogSum(_OnEntries):
         """Where u > 0, the larger root of `(u - |x|)(u + eps) + step weight` is the local minimum.
 
         For `step weight <= eps²` the cost is convex: the root wins from `|x| = step weight / eps` on, where it is 0.
-        For larger steps it wins where it costs less than 0, and the prox jumps.
+        For larger steps it wins if it costs less than 0, and the prox jumps.
         """
         weight, eps = jnp.asarray(self.weight, x.dtype), jnp.asarray(self.eps, x.dtype)
         level, size = jnp.asarray(step, x.dtype) * weight, jnp.abs(x)
@@ -231,7 +231,7 @@ class LogSum(_OnEntries):
         share = 1 - 4 * level / (size + eps) / (size + eps)
         real = share > 0
         root = (size + eps) * jnp.sqrt(jnp.where(real, share, 1))
-        # Each form where it does not cancel.
+        # Each form is used where it does not cancel.
         small = size < eps
         u = jnp.where(
             small, 2 * (size * eps - level) / jnp.where(small, eps - size + root, 1), (size - eps) / 2 + root / 2

@@ -38,11 +38,11 @@ class _Grouped(Limited):
             return
         name = type(self).__name__
         if is_traced(self.groups):
-            raise ValueError(f"traced labels do not say how many groups there are: give {name} num_groups")
+            raise ValueError(f"traced labels do not show how many groups there are: give {name} num_groups")
         labels = np.asarray(self.groups)
         if labels.ndim != 1 or labels.dtype.kind not in "iu" or labels.min(initial=0) < 0:
             raise ValueError(
-                f"{name} takes one label for every row, an integer from 0 on, given groups of shape {labels.shape}, "
+                f"{name} needs one label for every row, an integer from 0 on, given groups of shape {labels.shape}, "
                 f"{labels.dtype}" + (f", from {labels.min()}" if labels.size else "")
             )
         count = int(labels.max(initial=-1)) + 1
@@ -85,10 +85,10 @@ class _Grouped(Limited):
         return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), squares)
 
     def _shorten(self, x: FloatArray, threshold: FloatArray) -> FloatArray:
-        """Every group shortened by the threshold, to exactly zero where it is shorter than that."""
+        """Every group shortened by the threshold, to exactly zero if it is shorter than that."""
         if self.groups is not None and threshold.ndim > 1:
             raise ValueError(
-                f"labelled groups take one step and one weight a group, given thresholds of shape {threshold.shape}"
+                f"labelled groups need one step and one weight per group, given thresholds of shape {threshold.shape}"
             )
         length = self._lengths(x)
         kept = (length > threshold) | (threshold <= 0)
@@ -100,8 +100,8 @@ class _Grouped(Limited):
 class GroupL2(_Grouped):
     """`weight * sum of ||x_g||_2` over groups of entries that vanish together.
 
-    The groups are the slices of `axis`, one axis or several, such as the channels of a row, or with `groups` the rows
-    of one label: `[rows]` integers; the trailing axes of x belong to their row. There may be one weight per group.
+    The groups are the slices of `axis`, one axis or several, such as the channels of a row, or the rows that share a
+    label in `groups`, integers `[rows]`; the trailing axes of x belong to their row. There may be one weight per group.
     Labels may change between calls of a compiled program if `num_groups`, by default found from them, does not.
 
     Prox: `x_g * max(0, 1 - step * weight / ||x_g||)`. Source: Yuan and Lin, "Model selection and estimation in
@@ -109,7 +109,7 @@ class GroupL2(_Grouped):
 
     Raises:
         ValueError: for labels that are not a row of integers from 0 on; for traced labels without `num_groups`; in the
-            methods, for an array of another number of rows.
+            methods, for an array with another number of rows.
 
     Example:
         >>> so.GroupL2(1.0).prox(jnp.array([[3.0, 4.0], [0.5, 0.5]]), step=1.0)  # rows shrink together
@@ -147,11 +147,11 @@ class SparseGroup(_Grouped):
     """`weight * ||x||_1 + group_weight * sum of ||x_g||_2`: few groups, and few entries in each of them.
 
     Groups are given as in `GroupL2`, with the same errors. `weight` may be an array that broadcasts to x, and
-    `group_weight` one number a group.
+    `group_weight` one number per group.
 
-    Prox: soft threshold at `step * weight`, then that of `GroupL2`. Sources: Friedman, Hastie and Tibshirani, "A note
-    on the group lasso and a sparse group lasso", 2010; Simon, Friedman, Hastie and Tibshirani, "A sparse-group lasso",
-    2013.
+    Prox: soft threshold at `step * weight`, then the prox of `GroupL2`. Sources: Friedman, Hastie and Tibshirani, "A
+    note on the group lasso and a sparse group lasso", 2010; Simon, Friedman, Hastie and Tibshirani, "A sparse-group
+    lasso", 2013.
 
     Example:
         >>> penalty = so.SparseGroup(1.0, group_weight=1.0)
@@ -182,7 +182,7 @@ class SparseGroup(_Grouped):
         return self._sums(weight * jnp.abs(x) - dual * x) + group_weight * self._lengths(x)
 
     def dual_norm(self, dual: FloatArray) -> Float[Array, ""]:
-        """The largest t with `||soft(dual_g, t weight)|| = t group_weight`, by Newton's method from below.
+        """The largest t with `||soft(dual_g, t weight)|| = t group_weight`, with Newton's method from below.
 
         With `s = soft(|dual_g|, t weight)` a step is `t = <|dual_g|, s> / value(s)`: without cancellation, and never
         above the dual norm.
@@ -243,7 +243,7 @@ class NuclearNorm(Limited):
 
 def _wide(x: FloatArray) -> FloatArray:
     if x.ndim != 2:
-        raise ValueError(f"the singular values are those of a matrix [m, n], given the shape {x.shape}")
+        raise ValueError(f"singular values need a matrix [m, n], given the shape {x.shape}")
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 

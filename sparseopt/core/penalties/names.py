@@ -26,14 +26,14 @@ PENALTIES: Mapping[str, Callable[..., Any]] = {
     "top_k": TopK,
     "n_of_m": NM,
 }
-# Those that need a weight and nothing else, and that every front end takes.
+# Penalties that need only a weight, and that every front end accepts.
 BY_WEIGHT: Mapping[str, Callable[[Any], Any]] = {
     name: PENALTIES[name] for name in ("l1", "l0", "mcp", "scad", "group_l2")
 }
 
 
 def penalty_of_weight(name: str, weight: float) -> Any:
-    """The penalty of a name in `BY_WEIGHT`; a ValueError for another name, with those known."""
+    """The penalty with a name in `BY_WEIGHT`; a ValueError for another name, with the known ones."""
     if name not in BY_WEIGHT:
         raise ValueError(unknown("penalty", name, BY_WEIGHT))
     return BY_WEIGHT[name](weight)

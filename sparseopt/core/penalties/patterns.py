@@ -1,6 +1,6 @@
 """Patterns, the indicator penalties of sparse sets that can also turn scores into a mask, and a grid.
 
-A pattern has also `mask(score)`, True where an entry survives, with exactly the pattern's count. A score is
+A pattern also has `mask(score)`, True where an entry survives, with exactly the pattern's count. A score is
 non-negative and has the unit of a magnitude: the mask keeps the largest sum of squared scores that the set allows.
 """
 
@@ -78,7 +78,7 @@ class RowTopK(_SparseSet):
     """Indicator of arrays with at most `k` non-zeros along `axis`, at every position of the other axes.
 
     For a weight in solver layout `[in, out]` the axis is 0: k inputs for every output row. `k` is a leaf: one number,
-    or for a matrix one for each of its lines along the axis.
+    or, for a matrix, one for each of its lines along the axis.
 
     Example:
         >>> so.RowTopK(1, axis=1).prox(jnp.array([[3.0, -1.0], [2.0, -4.0]]), step=1.0)
@@ -146,7 +146,7 @@ class BlockTopK(_UnitsTopK):
         rows, columns = self.shape
         if x.ndim != 2 or x.shape[0] % rows or x.shape[1] % columns:
             raise ValueError(
-                f"blocks of {rows} x {columns} tile matrices of such multiples only, given an array of shape {x.shape}"
+                f"blocks of {rows} × {columns} need sides that are their multiples, given an array of shape {x.shape}"
             )
         of_rows = jnp.sum(x.reshape(-1, rows, x.shape[1]), axis=1)
         return sum((of_rows[:, column::columns] for column in range(1, columns)), of_rows[:, ::columns])
@@ -198,7 +198,7 @@ class GroupTopK(_UnitsTopK):
             return jnp.sum(of_rows.reshape(-1, self.groups), axis=1)
         if x.shape[:1] != (len(self.groups),) or set(self.groups) != set(range(len(set(self.groups)))):
             raise ValueError(
-                f"groups takes one label for every row, the integers 0 to G - 1, each at least once; given "
+                f"groups needs one label for every row, the integers 0 to G - 1, each at least once; given "
                 f"{len(self.groups)} labels, {len(set(self.groups))} of them distinct, for an array of shape {x.shape}"
             )
         return jax.ops.segment_sum(of_rows, np.asarray(self.groups), max(self.groups) + 1)
@@ -212,12 +212,12 @@ class GroupTopK(_UnitsTopK):
 class Within(_SparseSet):
     """Indicator of the arrays of another pattern that also vanish off a support, such as the zeros of a pruned weight.
 
-    Prox: the pattern's, of x with zeros off the support, which is the projection onto both. The mask lies in the
-    support: where that has fewer entries than the pattern asks for, all of them survive, and the count is smaller.
+    Prox: the pattern's prox of x with zeros off the support, which projects onto both. The mask lies in the support: if
+    that has fewer entries than the pattern asks for, all of them survive, and the count is smaller.
 
     Attributes:
         pattern: any other pattern.
-        support: True where an entry may be non-zero, of the shape of the arrays.
+        support: True where an entry may be non-zero, in the shape of the arrays.
 
     Example:
         >>> from sparseopt.core.penalties.patterns import Within
@@ -243,15 +243,15 @@ MOST = 2**24
 class Grid(Ended):
     """Indicator of arrays whose entries are whole multiples of `scale`, from `low * scale` to `high * scale`.
 
-    With a pattern, or a `Support`, of those that also lie in it. Prox: the nearest such array, exactly: alone the
-    nearest point of the grid for every entry; of a pattern those entries keep theirs that gain most by it, where
-    staying at `near` in place of 0 gains `x² - (x - near)²`. Not convex.
+    With a pattern or a `Support`, the arrays must lie in it too. Prox: the nearest such array, exactly. Without a
+    pattern, every entry moves to its nearest grid point; with one, the pattern keeps the entries that gain most, where
+    `near` instead of 0 gains `x² - (x - near)²`. Not convex.
 
     Attributes:
-        scale: the distance of neighbouring points, an array that broadcasts to x; a negative one turns the grid round,
-            and 0 leaves 0 alone.
-        low: the least multiple, a whole number from -2**24.
-        high: the largest, up to 2**24.
+        scale: the distance of neighbouring points, an array that broadcasts to x; a negative one reverses the grid, and
+            0 leaves only 0.
+        low: the smallest multiple, a whole number from -2**24.
+        high: the largest multiple, up to 2**24.
         pattern: any pattern, or a `Support`; None for all arrays. 0 must then be on the grid.
 
     Example:
@@ -314,8 +314,8 @@ class Grid(Ended):
             return self.pattern.prox(near, step)
         if not x.size:
             return x
-        # The root of what an entry gains, `near (2 x - near)`, since a pattern sums squares of scores; by its factors,
-        # which neither overflow nor underflow.
+        # The root of what an entry gains, `near (2 x - near)`, since a pattern sums squares of scores; from its
+        # factors, which neither overflow nor underflow.
         wide = jnp.promote_types(x.dtype, jnp.float32)
         one, other = near.astype(wide), 2 * x.astype(wide) - near.astype(wide)
         gain = jnp.sqrt(jnp.abs(one)) * jnp.sqrt(jnp.abs(other))
@@ -326,12 +326,12 @@ Pattern = TopK | RowTopK | NM | BlockTopK | GroupTopK | Within
 
 
 def is_pattern(penalty: Any) -> bool:
-    """Whether a penalty is one of this file, with a `mask` for scores."""
+    """Whether a penalty is a pattern, with a `mask` for scores."""
     return isinstance(penalty, Pattern)
 
 
 def without_support(pattern: Pattern) -> tuple[Pattern, BoolArray | None]:
-    """A pattern, and the support that it is `Within`; None for none."""
+    """A pattern, and the support that it is `Within`, or None."""
     return (pattern.pattern, pattern.support) if isinstance(pattern, Within) else (pattern, None)
 
 

@@ -1,5 +1,5 @@
 """What a solver asks of a penalty. A penalty is a frozen pytree with a `value` and a `prox`; nothing else is required.
-What else others may ask, a penalty says about itself, see `Penalty`.
+What else callers may ask, a penalty states about itself; see `Penalty`.
 
 `prox(x, step)` returns the minimiser over u of
 
@@ -21,18 +21,18 @@ from sparseopt.core.base.types import FloatArray, Scalar
 class Penalty(Protocol):
     """What a solver needs of a penalty. Write your own as a frozen pytree with these two methods.
 
-    What it does not say by a class attribute counts as false:
+    What no class attribute states counts as false:
 
-    - `separable = True`: the value is a sum over entries, and `prox` takes an array of steps, one per entry.
+    - `separable = True`: the value is a sum over entries, and `prox` accepts an array of steps, one per entry.
       `proximal_adam` needs it.
     - `keeps_zeros = True`: separable, costs nothing at 0, and the prox of 0 is 0. Small problems of similar sizes then
       share a compiled program, see `sparseopt.core.problem.padding`.
-    - `convex = True`, of one without a conjugate: a solve ends as `CONVERGED` instead of `STATIONARY`.
-    - `even = True`: the same if rows change their order or their sign, and if rows of zeros are added. A trend filter
+    - `convex = True`, for a penalty without a conjugate: a solve ends as `CONVERGED` instead of `STATIONARY`.
+    - `even = True`: unchanged if rows change their order or their sign, or if rows of zeros are added. A trend filter
       may then store the edges of a graph that is a grid as a grid.
-    - `excludes_zero = True`: 0 costs something.
+    - `excludes_zero = True`: the value at 0 is not 0.
 
-    A method `refuses()` says on the host why the numbers of the penalty mean nothing, or None.
+    A method `refuses()` says on the host why the numbers of the penalty make no sense, or None.
     """
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
@@ -61,7 +61,7 @@ class Norm(Penalty, Protocol):
 class Conjugate(Penalty, Protocol):
     """A convex penalty whose Fenchel conjugate `f*(u) = max over x of <u, x> - value(x)` is known.
 
-    It has a duality gap. The conjugate of a norm is 0 in the dual ball and +inf outside, and its slack is that of
+    It has a duality gap. The conjugate of a norm is 0 in the dual ball and +inf outside, and its slack is the one of
     `Norm`.
     """
 
@@ -69,7 +69,7 @@ class Conjugate(Penalty, Protocol):
         """Terms that add up to `value(x) + f*(dual) - <dual, x>`, none negative for a dual in the domain of `f*`."""
 
     def dual_norm(self, dual: FloatArray) -> Float[Array, ""]:
-        """The least `t >= 0` for which `dual / t` lies in the domain of `f*`; 0 where `f*` is finite everywhere.
+        """The smallest `t >= 0` for which `dual / t` lies in the domain of `f*`; 0 if `f*` is finite everywhere.
 
         For a norm this is its dual norm, the weight included; 0 / 0 counts as 0, and a nonzero entry of weight 0 makes
         it +inf.
@@ -96,7 +96,7 @@ class Composite(IterativeProx, Protocol):
     """`value(x) = inner(K x)`: a convex penalty whose prox also finds a subgradient of `inner`.
 
     With it `AcceleratedProximalGradient` has a duality gap, and a solution has derivatives that do not pass through the
-    iterations of the prox: both are those of the problem with the operator K.
+    iterations of the prox: both are computed for the problem with the operator K.
     """
 
     def parts(self, x: FloatArray) -> tuple[Any, Any]:
@@ -123,7 +123,7 @@ def prox_from(penalty: Any, x: FloatArray, step: Scalar, memory: Any) -> tuple[F
 def dual_step(term: Any, v: FloatArray, step: Any) -> tuple[FloatArray, FloatArray]:
     """`v - step * u`, for a norm in its dual ball, and `u = prox(v / step, 1 / step)`; term is a penalty or a loss."""
     if is_norm(term) and getattr(term, "nearest", True):
-        # By Moreau's identity, without the rounding error of a long step.
+        # With Moreau's identity, without the rounding error of a long step.
         dual = term.project_dual(v)
         return dual, (v - dual) / step
     u = term.prox(v / step, 1 / step)
@@ -137,7 +137,7 @@ def is_norm(penalty: Any) -> bool:
 
 
 def is_composite(penalty: Any) -> bool:
-    """Whether a penalty is another one of the image of an operator."""
+    """Whether a penalty is another penalty of the image of an operator."""
     return isinstance(penalty, Composite)
 
 
@@ -157,7 +157,7 @@ def feasible(penalty: Any, dual: FloatArray) -> FloatArray:
 
 
 def gauge(penalty: Any, dual: FloatArray) -> Float[Array, ""]:
-    """The least t >= 0 for which `dual / t` lies in the domain of the penalty's conjugate."""
+    """The smallest t >= 0 for which `dual / t` lies in the domain of the penalty's conjugate."""
     if isinstance(penalty, Conjugate):
         return jnp.asarray(penalty.dual_norm(dual), dual.dtype)
     # A user's norm without `dual_norm`: bisect for the largest multiple that the projection leaves unchanged.

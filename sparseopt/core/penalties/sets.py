@@ -66,7 +66,7 @@ class _Interval(Ended):
         return jnp.sum(self.weight * jnp.abs(x)) + infinite_unless(jnp.all((x >= low) & (x <= high)), x)
 
     def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
-        # On a line the prox of a convex function, clipped, is that of the function on the interval.
+        # On a line, the clipped prox of a convex function is the prox of the function on the interval.
         return jnp.clip(soft_threshold(x, jnp.asarray(step * self.weight, x.dtype)), *self._bounds(x))
 
     def slack(self, x: FloatArray, dual: FloatArray) -> FloatArray:
@@ -143,7 +143,7 @@ class Simplex(Limited):
     excludes_zero = True
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
-        """0 where no entry is negative and the sum is the radius up to `8 eps sqrt(x.size)` of it, +inf elsewhere."""
+        """0 if no entry is negative and the sum is the radius up to `8 eps sqrt(x.size)` of it, +inf otherwise."""
         allowed = 8 * jnp.finfo(x.dtype).eps * x.size**0.5 * self.radius
         return infinite_unless(jnp.all(x >= 0) & (jnp.abs(jnp.sum(x) - self.radius) <= allowed), x)
 

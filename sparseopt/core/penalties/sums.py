@@ -15,7 +15,7 @@ from sparseopt.core.penalties.protocols import Penalty, gauge, has_conjugate, is
 
 @pytree
 class Lifted:
-    """`sum_i penalty(Ψ_i x_i)` of groups of rows that share no column, each with a copy of its own in x.
+    """`sum_i penalty(Ψ_i x_i)` over groups of rows that share no column, each with its own copy in x.
 
     x is `[*columns, groups]`, with channels `[*columns, channels, groups]`.
 
@@ -26,10 +26,10 @@ class Lifted:
     Attributes:
         penalty: any penalty that acts on every entry (or every slice of channels) separately; its prox is called with
             one step per row.
-        rows: a linear map, Ψ, that takes trailing axes.
-        squares: the squared norm of each of its rows; for a row without entries any positive number.
+        rows: a linear map, Ψ, that accepts trailing axes.
+        squares: the squared norm of each of its rows; any positive number for a row without entries.
         groups: booleans `[*rows, groups]`, with channels `[*rows, 1, groups]`: the rows of each group, of which no two
-            share a column. A row is in one group, or in none, and then left out.
+            share a column. A row in no group is left out.
 
     Source: Bu, Wu, Zuo, "Doge-ADMM", section 3; for orthogonal rows, Combettes and Pesquet, 2007, prop. 11.
 
@@ -91,7 +91,7 @@ class Sum:
 
 @pytree
 class ConjugateSum(Sum):
-    """A `Sum` of convex penalties with known conjugates, whose conjugate is the sum of theirs."""
+    """A `Sum` of convex penalties with known conjugates, whose conjugate is the sum of their conjugates."""
 
     def slack(self, x: FloatArray, dual: FloatArray) -> FloatArray:
         terms = [penalty.slack(part, of_part) for penalty, part, of_part in self._parts(x, dual)]
@@ -103,7 +103,7 @@ class ConjugateSum(Sum):
 
 @pytree
 class NormSum(ConjugateSum):
-    """A `Sum` of norms, which is a norm; its dual norm is the largest of theirs."""
+    """A `Sum` of norms, which is a norm; its dual norm is the largest of their dual norms."""
 
     def project_dual(self, dual: FloatArray) -> FloatArray:
         return jnp.concatenate([penalty.project_dual(part) for penalty, part in self._parts(dual)])

@@ -1,17 +1,17 @@
 """The duality gap, for every solver and front-end.
 
-For any s in the domain of f* and u in that of penalty*, with `Aᵀ s + Kᵀ u = 0`, weak duality bounds the optimum P* of
-`f(A x) + penalty(K x)` from below by `D = -f*(s) - penalty*(u)`. The gap P - D is a sum of two Fenchel slacks. None of
-their terms is negative, so nothing cancels:
+For any s in the domain of f* and u in the domain of penalty*, with `Aᵀ s + Kᵀ u = 0`, weak duality bounds the optimum
+P* of `f(A x) + penalty(K x)` from below by `D = -f*(s) - penalty*(u)`. The gap P - D is a sum of two Fenchel slacks.
+None of their terms is negative, so nothing cancels:
 
     P(x) - D = [f(A x) + f*(s) - <s, A x>] + [penalty(K x) + penalty*(u) - <u, K x>]
 
-A pair (s, u) that violates the equation is first moved, by a short change that restores it; one outside the domains is
-scaled by the largest factor that brings it inside. The equation must hold up to the rounding of its sums, in units in
-which the columns of A are equally long: what it lacks shifts the bound by its product with the answer, whose length is
-not known. Otherwise nothing is claimed.
+If a pair (s, u) violates the equation, a short move first restores it; if it lies outside the domains, the largest
+factor that brings it inside scales it. The equation must hold up to the rounding of its sums, in units in which the
+columns of A are equally long: an error in it shifts the bound by the product with the answer, whose length is unknown.
+Otherwise nothing is claimed.
 
-Source: Rockafellar, "Convex analysis", 1970, section 31; the scaling is that of Fercoq, Gramfort and Salmon, "Mind the
+Source: Rockafellar, "Convex analysis", 1970, section 31; the scaling comes from Fercoq, Gramfort and Salmon, "Mind the
 duality gap", ICML 2015.
 """
 
@@ -32,24 +32,24 @@ from sparseopt.core.problem.units import Units, units_of
 # Steps of a linear solve for a change.
 CG_STEPS = 500
 # A certificate first moves u this much less than s: the bound loses the square of a move of s, but a move of u scales
-# both. What that leaves is small, and moves both alike, which takes fewer steps.
+# both. The rest is small, and moves both alike, which needs fewer steps.
 PENALTY_MOVE = 1e-3
-# A pair whose slack is at most this share of the objective first moves u within its ball, some times, since the whole
-# pair is scaled by the entry or group that is furthest out. Entries so near the surface lie on it.
+# A pair whose slack is at most this fraction of the objective first moves u within its ball, some times, since the
+# whole pair is scaled by the entry or group that is furthest out. Entries so near the surface lie on it.
 CLOSE, ALONG, SURFACE = 1e-5, 3, 1e-4
-# The moves; what the equation may lack in the end, in eps of the lengths of its columns times that of the dual.
+# The moves; the error of the equation that may remain, in eps times the lengths of its columns and of the dual.
 ROUNDS, ROUNDING = 6, 8
-# The later moves are made where the slack is at most the first share of the objective, and the second of the slack of
-# the best bound so far. They take some steps more than the first one, whose use is limited.
+# The later moves are made if the slack is at most the first fraction of the objective, and the second of the slack of
+# the best bound so far. They run some steps more than the first one, whose use is limited.
 PROMISING, BETTER, MORE_STEPS = 0.1, 0.1, 50
-# More than what a one-sided domain asks for, so that a rounded move meets it.
+# More than a one-sided domain asks for, so that a rounded move still meets it.
 MARGIN = 1.1
 
 
 def relative_gap(slack: Float[Array, ""], objective: Float[Array, ""], least: Any = None) -> Float[Array, ""]:
-    """`(P - D) / D` from the slack `P - D` and the objective P; +inf where D is not positive.
+    """`(P - D) / D` from the slack `P - D` and the objective P; +inf if D is not positive.
 
-    It is an upper bound on `(P - P*) / P*`. `least` is a floor for D, so that a problem of optimum 0 can converge.
+    It is an upper bound on `(P - P*) / P*`. `least` is a floor for D, so that a problem with optimum 0 can converge.
     """
     floor = jnp.finfo(objective.dtype).tiny if least is None else least
     bound = objective - slack
@@ -76,7 +76,7 @@ def stationary(status: Array) -> Array:
 
 @pytree
 class Anchor:
-    """A dual point u in the domain of the penalty's conjugate, and its image `Kᵀ u`, inside that of the loss's."""
+    """A dual point u in the domain of the penalty's conjugate, and its image `Kᵀ u`, inside the loss's domain."""
 
     dual: Any
     pulled: Any
@@ -85,13 +85,13 @@ class Anchor:
 def judge(
     problem: Any, x: FloatArray, dual: FloatArray, anchor: Anchor | None = None, null: Any = False
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """The objective at x, and its relative duality gap by a dual point, for a loss of x itself: there `s = -Kᵀ u`.
+    """The objective at x, and its relative duality gap with a dual point, for a loss of x itself, so that `s = -Kᵀ u`.
 
     Args:
         problem: its loss is a `DataLoss` without a matrix, its penalty has a conjugate.
         x: the point.
         dual: u, in the domain of the penalty's conjugate up to rounding.
-        anchor: where u is moved to until it lies in the domain of the loss's conjugate; None where that has no ends.
+        anchor: u is moved towards it until it lies in the domain of the loss's conjugate; None if that has no ends.
         null: whether no penalty sees x: its rows are 0 up to rounding, and count as 0.
     """
     loss, penalty, operator = problem.loss, problem.penalty, problem.operator
@@ -111,7 +111,7 @@ def judge(
 
 
 def _at_zero_end(penalty: Any, dual: FloatArray) -> Array:
-    """Which entries lie beyond an end of the conjugate's domain that is 0, where scaling does not help."""
+    """Which entries lie beyond an end of the conjugate's domain that is 0, so that scaling does not help."""
     return (feasible(penalty, dual) == 0) & (dual != 0)
 
 
@@ -131,7 +131,7 @@ class Metric(NamedTuple):
     """How a pair is moved.
 
     Attributes:
-        units: those of x.
+        units: the units of x.
         scales: one over the squared norms of A and of K in these units: how easily s and u move.
         precondition: an approximate inverse of the scaled sum of `Aᵀ A` and `Kᵀ K` in these units, or None.
     """
@@ -146,8 +146,8 @@ class Effort(NamedTuple):
 
     Attributes:
         due: False leaves the pair unchanged, for a gap that is not used.
-        known: the slack of a bound that is known; work ends where no much better one is in sight.
-        most_steps: of each linear solve.
+        known: the slack of a known bound; work ends if no much better one is in sight.
+        most_steps: step limit of each linear solve.
     """
 
     due: Any = True
@@ -164,7 +164,7 @@ def certificate(
     metric: Metric | None = None,
     effort: Effort | None = None,
 ) -> Certificate:
-    """The relative duality gap at x by the dual pair, moved and scaled until it is feasible.
+    """The relative duality gap at x with the dual pair, moved and scaled until it is feasible.
 
     Args:
         problem: its loss is a `DataLoss`, its penalty has a conjugate.
@@ -172,8 +172,8 @@ def certificate(
         image: `A x`.
         loss_dual: s, in the domain of f*, of the shape of `A x`.
         dual: u, in the domain of the penalty's conjugate, of the shape of `K x`; None for `-Aᵀ s`, without an operator.
-        metric: in which the pair is moved; None takes that of the columns of A.
-        effort: what the moves may cost; None takes the default.
+        metric: in which the pair is moved; None uses the metric of the columns of A.
+        effort: what the moves may cost; None uses the default.
     """
     loss, penalty, plain = problem.loss, problem.penalty, problem.operator is None
     maps = or_identity(problem.operator, x)
@@ -191,9 +191,9 @@ def certificate(
     above, below = (_at_zero_end(penalty, sign * jnp.ones_like(y)) for sign in (1, -1))
 
     def settle(s: FloatArray, u: Any) -> tuple[FloatArray, FloatArray, Array, FloatArray]:
-        """The pair within the ends that are 0; the equation decides u where it can. And the cut entries; what it lacks.
+        """The pair within the ends that are 0, u from the equation if possible; the cut entries; the equation's error.
 
-        Products with A cost most, so what the equation lacks is kept.
+        Products with A cost most, so the error of the equation is kept.
         """
         slope = jnp.clip(rows.slope(-s), jnp.where(low < 0, -jnp.inf, low), jnp.where(high > 0, jnp.inf, high))
         s = rows.weigh(slope)
@@ -208,7 +208,7 @@ def certificate(
         return ROUNDING * limits.eps * (length if plain else length + jnp.sqrt(total(u * u / scales[1])))
 
     def rounded(s: FloatArray) -> Array:
-        """What the objective is known to: the rounding error of `<s, A x>`, and the penalty of that of `K x`."""
+        """The accuracy of the objective: the rounding of `<s, A x>`, and the penalty of the rounding of `K x`."""
         error = ROUNDING * limits.eps * jnp.max(jnp.abs(x / units.of), initial=0) / jnp.sqrt(scales[1])
         of_penalty = penalty.value(jnp.broadcast_to(error, y.shape).astype(y.dtype))
         of_loss = ROUNDING * limits.eps * length * jnp.sqrt(total(s * s) / scales[0])
@@ -240,7 +240,7 @@ def certificate(
             held = held | cut
         slope = rows.slope(-s)
         loose = seen & ((slope > low) & (slope < high) | (low < 0) & (high > 0))
-        # Without an operator u follows from s, but where it is held.
+        # Without an operator u follows from s, except where it is held.
         kept = first | held | (not plain)
         of_u = scales[1] * jnp.where(first, PENALTY_MOVE, 0.0 if plain else 1.0)
 
@@ -248,7 +248,7 @@ def certificate(
         along = (index < ALONG) & (off <= CLOSE * objective) if bounded else None
 
         def within(v: FloatArray) -> FloatArray:
-            """What of a move of u stays in a norm's dual ball to first order: none out of it at its surface."""
+            """The part of a move of u that stays in a norm's dual ball to first order: nothing outwards."""
             if along is None:
                 return v
             return jnp.where(along, jax.jvp(penalty.project_dual, ((1 + SURFACE) * u,), (v,))[1], v)
@@ -276,7 +276,7 @@ def certificate(
         )
         e, v = changes(z)
         if along is not None:
-            # The projection on a ball with corners, such as that of singular values, has not everywhere a derivative.
+            # The projection on a ball with corners, as of singular values, is not differentiable everywhere.
             fine = ~along | jnp.isfinite(total(e) + total(v))
             e, v = jnp.where(fine, e, 0), jnp.where(fine, v, 0)
             index = jnp.where(fine, index, ALONG - 1)
@@ -294,7 +294,7 @@ def certificate(
     _, loss_dual, dual, _, apart = jax.lax.while_loop(going, move, carry)
     left = jnp.sqrt(total(apart**2))
     feasible = left <= allowed(loss_dual, dual)
-    # The domains are convex and contain 0, so that a share of the pair lies in them too.
+    # The domains are convex and contain 0, so that a fraction of the pair lies in them too.
     slope = rows.slope(-loss_dual)
     beyond = jnp.maximum(slope / jnp.where(high > 0, high, jnp.inf), slope / jnp.where(low < 0, low, -jnp.inf))
     share = 1 / jnp.maximum(jnp.maximum(gauge(penalty, dual), jnp.max(beyond, initial=0)), 1)
@@ -303,7 +303,7 @@ def certificate(
     # What rounding leaves of the equation, for an answer up to twice as long as x.
     slack = slack + 2 * left * length
     gap = relative_gap(slack, objective)
-    # Where P is its own rounding error, the optimum is 0 as far as it is known.
+    # If P is its own rounding error, the optimum is 0 as far as it is known.
     nothing = jnp.maximum(objective, slack) <= rounded(loss_dual)
     gap = jnp.where(nothing, jnp.minimum(gap, limits.eps), gap)
     return Certificate(jnp.where(feasible, gap, jnp.inf), jnp.where(feasible, objective - slack, -jnp.inf))
@@ -312,7 +312,7 @@ def certificate(
 def proximal_gap(
     loss: Any, penalty: Any, x: FloatArray, image: FloatArray, gradient: FloatArray, objective: Float[Array, ""]
 ) -> Float[Array, ""]:
-    """The relative gap at x of a problem without an operator, by the scaled gradient of a loss with `scaled_slack`."""
+    """The relative gap at x without an operator, from the scaled gradient of a loss with `scaled_slack`."""
     share = 1 / jnp.maximum(gauge(penalty, -gradient), 1)
     slack = loss.scaled_slack(x, image, share) + total(penalty.slack(x, -share * gradient))
     least = jnp.finfo(x.dtype).eps * loss.value(jnp.zeros_like(x))
@@ -322,7 +322,7 @@ def proximal_gap(
 def composite_gap(
     problem: Any, x: FloatArray, image: FloatArray, dual: FloatArray, curvature: Float[Array, ""]
 ) -> Float[Array, ""]:
-    """The relative gap of a `DataLoss` and a `Composite` penalty by the subgradient `dual` of a prox near x."""
+    """The relative gap of a `DataLoss` and a `Composite` penalty with the subgradient `dual` of a prox near x."""
     problem = unfold(problem, x)
     size = norm_estimate(problem.operator.mv, problem.operator.rmv, x, 10)
     scales = (1 / curvature, 1 / jnp.maximum(size, jnp.finfo(x.dtype).tiny) ** 2)

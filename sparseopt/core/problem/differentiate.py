@@ -1,8 +1,8 @@
-"""The implicit derivative of a solution in every leaf of its problem, by one linear solve.
+"""The implicit derivative of a solution with respect to every leaf of its problem, by one linear solve.
 
 Where the active set (the rows of `operator x` that the penalty holds at its kink, the entries that a pattern keeps) is
 locally constant, which is almost everywhere, the optimality conditions are smooth equations. At a tie the answer is a
-one-sided derivative; where the solution is not unique, it is that of the shortest change.
+one-sided derivative; if the solution is not unique, it is the one with the shortest change.
 
 Without an operator, with `T = prox(x - t gradient(x), t)`, `J` the Jacobian of the prox, `H` the Hessian of the loss
 and `p` the movement of the prox with its own parameters, the derivative of `x = T(x)` is
@@ -14,20 +14,20 @@ With an operator K, dual u, and `K x = prox(K x + t u, t)`, `N = I - J`,
     H dx + Kᵀ du = r = -dgradient - dKᵀ u
     N K dx - t J du = q = p - N dK x
 
-A loss that is not smooth adds one more such block, for its dual. Derivatives of these derivatives are those of the
-linear systems, at an x and a u that move with the problem. Both systems are solved through symmetric ones,
+A loss that is not smooth adds one more such block, for its dual. Second and higher derivatives differentiate the linear
+systems, at an x and a u that move with the problem. Both systems are solved through symmetric ones,
 
     (J - J² + t J H J) z = J (r + N r - t H N r),        dx = N r + J z
 
     H dx + (1/t) Kᵀ N s = r + (1/t) Kᵀ q
     (1/t) N K dx - (1/t) N J s = (1/t) N q,        du = (N s - q) / t
 
-and so are their transposes. Where H is the identity, dx is eliminated, and conjugate gradients take a tenth of the
-time; with r the first right-hand side,
+and so are their transposes. If H is the identity, dx is eliminated, and conjugate gradients need a tenth of the time;
+with r the first right-hand side,
 
     (N K Kᵀ N + t N J) s = N (K r - q),        dx = r - Kᵀ N s
 
-Where K is the first difference of a graph, J a mask and H diagonal, x is constant on the pieces that zero rows join,
+If K is the first difference of a graph, J a mask and H diagonal, x is constant on the pieces that zero rows join,
 and on each dx is the sum of r over the sum of H.
 
 Source: Bertrand et al., "Implicit differentiation for fast hyperparameter selection in non-smooth convex learning",
@@ -54,7 +54,7 @@ from sparseopt.core.operators.maps import or_identity
 from sparseopt.core.operators.matrices import norm_estimate
 from sparseopt.core.penalties.protocols import has_conjugate, is_norm
 
-# The most steps of a linear solve, per unknown and in all.
+# The step limit of a linear solve, per unknown and in total.
 PER_UNKNOWN, MOST_STEPS = 8, 20_000
 # The residual at which conjugate gradients stop, and what rounding allows in eps, relative to the right-hand side. The
 # solver's own residual moves the active set by more.
@@ -65,15 +65,15 @@ class Found(NamedTuple):
     """What a solver knows about a solution besides its value; None if unknown."""
 
     loss_dual: Any  # the subgradient of a loss `f(A x)` at A x
-    dual: Any  # that of the penalty at `operator x`
+    dual: Any  # the subgradient of the penalty at `operator x`
     step_size: Any  # one at which the solution is a fixed point, of the proximal gradient step or of the penalty's prox
 
 
 @jax.custom_jvp
 def attach(problem: Any, value: FloatArray, objective: Array, found: Found) -> tuple[FloatArray, Array, Found]:
-    """`value`, `objective` and the duals in `found` with the derivatives of the solution in the problem's leaves.
+    """`value`, `objective` and the duals in `found` with their derivatives with respect to the problem's leaves.
 
-    Only derivatives that need the duals have theirs.
+    The duals have derivatives only if the others need them.
     """
     return value, objective, found
 
@@ -95,7 +95,7 @@ def _along(function: Callable[[Any], Any], tree: Any, moved: Any) -> Any:
 
 
 def _value_along(term: Any, term_moved: Any, x: FloatArray, dx: FloatArray) -> Array:
-    """The derivative of `term.value(x)` where both move."""
+    """The derivative of `term.value(x)` if both move."""
     return _along(lambda both: both[0].value(both[1]), (term, x), (term_moved, dx.astype(x.dtype)))
 
 
@@ -104,7 +104,7 @@ class _Term(NamedTuple):
 
     mv: Any
     rmv: Any
-    copy: Any  # K x as the prox gives it, at its kinks and inside its set exactly
+    copy: Any  # K x as the prox returns it, exactly at its kinks and inside its set
     jacobian: Any
     step: Any
     pushed: Any  # p
@@ -122,7 +122,7 @@ class _Term(NamedTuple):
 
 
 def _linearise(given: Any, given_moved: Any, term: Any, term_moved: Any, x: FloatArray, dual: Any, step: Any) -> _Term:
-    """`term(given x)` with its dual, at a step for which `given x` is the prox; None takes a balanced step."""
+    """`term(given x)` with its dual, at a step for which `given x` is the prox; None uses a balanced step."""
     maps, maps_moved = or_identity(given, x), or_identity(given_moved, x)
     rows, tiny = maps.mv(x), jnp.finfo(x.dtype).tiny
     if step is None:
@@ -242,10 +242,10 @@ def _constant_on_pieces(operator: Any, hessian: Any, right: FloatArray, term: _T
 
 
 def _solution(hessian: Any, right: FloatArray, terms: tuple[_Term, ...]) -> tuple[FloatArray, ...]:
-    """The changes dx, and du of every term; None for H is the identity, with one term whose penalty is convex.
+    """The changes dx, and du of every term; a `hessian` of None is the identity, with one term and a convex penalty.
 
-    The system is the one whose matrix and right-hand side have the solution's own derivatives; it is not symmetric, and
-    it and its transpose are solved by way of a symmetric one.
+    The system's matrix and right-hand side carry the solution's own derivatives; it is not symmetric, so it and its
+    transpose are solved through a symmetric one.
     """
     curved = (lambda dx: dx) if hessian is None else hessian
     find = partial(_eliminate, terms[0]) if hessian is None else partial(_saddle_solution, hessian, terms)
@@ -278,7 +278,7 @@ def _solution(hessian: Any, right: FloatArray, terms: tuple[_Term, ...]) -> tupl
 
 
 def _eliminate(term: _Term, top: FloatArray, wanted: list[FloatArray]) -> tuple[FloatArray, FloatArray]:
-    """`_saddle_solution` where H is the identity and the penalty is convex."""
+    """`_saddle_solution` if H is the identity and the penalty is convex."""
 
     def system(s: FloatArray) -> FloatArray:
         return term.free(term.mv(term.rmv(term.free(s))) + term.step * term.jacobian(s))

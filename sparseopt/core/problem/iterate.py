@@ -26,9 +26,9 @@ def iterate(
 ) -> Solution:
     """Iterate `solver` on `problem` until its residual is at most `tol`; arguments and errors as in `sparseopt.solve`.
 
-    `start` is one as the solver takes it.
+    `start` is in the form that the solver expects.
     """
-    # By Python: under jit, JAX would trace even what is known.
+    # In Python: under jit, JAX would trace even what is known.
     if not is_traced(max_steps) and float(max_steps) < 0:
         raise ValueError(f"max_steps must be 0 or more, given {max_steps}")
     if reason := own_refusal(solver, problem):
@@ -92,7 +92,7 @@ def _iterate(
     # A NaN in the answer may not show in the solver's measure.
     finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(value)]))
     status = jnp.where(last.stalled, Status.PRECISION, Status.MAX_STEPS)
-    # Without convexity a small residual says no more.
+    # Without convexity a small residual proves no more.
     reached = Status.CONVERGED if is_convex(problem.penalty) else Status.STATIONARY
     status = jnp.where(last.residual <= tol, reached, status)
     status = jnp.where(sound(last, steps) & finite, status, Status.NONFINITE).astype(jnp.int32)

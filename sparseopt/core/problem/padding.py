@@ -1,9 +1,9 @@
 """Problems of many sizes as problems of few, so that they share compiled programs.
 
 A matrix gets rows and columns of zeros; the entries of x that multiply these columns start at 0 and stay there. This is
-done only where a class says that it changes nothing but the rounding of sums: the loss by a method `pad`, the
-penalty by `keeps_zeros = True`, the solver by `ignores_zeros = True`. And only for known arrays on the default device:
-a tracer belongs to a program that is compiled for its shapes anyway.
+done only if each class says that it changes nothing but the rounding of sums: the loss with a method `pad`, the penalty
+with `keeps_zeros = True`, the solver with `ignores_zeros = True`; and only for known arrays on the default device: a
+tracer belongs to a program that is compiled for its shapes anyway.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ import numpy as np
 from sparseopt.core.base.types import is_traced
 from sparseopt.core.problem.problem import Problem, Solution
 
-# Sizes are rounded up to a geometric sequence: of the first ratio for matrices of up to FEW entries, whose products
-# take less time than the rest of an iteration, else of the second. From MANY entries on the copies and the longer
+# Sizes are rounded up to a geometric sequence: with the first ratio for matrices of up to FEW entries, whose products
+# take less time than the rest of an iteration, else with the second. From MANY entries on the copies and the longer
 # products would cost too much.
 COARSE, FINE = 1.25, 1.0625
 FEW, MANY = 2**14, 2**16
@@ -31,7 +31,7 @@ def round_up(size: int, ratio: float) -> int:
 
 
 def pad_problem(problem: Problem, solver: Any, start: Any) -> tuple[Problem, Any] | None:
-    """The problem and its start with zeros appended, or None where nothing is or may be appended."""
+    """The problem and its start with zeros appended, or None if nothing is or may be appended."""
     loss, penalty = problem.loss, problem.penalty
     say = ((loss, "pad"), (penalty, "keeps_zeros"), (solver, "ignores_zeros"))
     if problem.operator is not None or not all(getattr(part, name, False) for part, name in say):
@@ -46,7 +46,7 @@ def pad_problem(problem: Problem, solver: Any, start: Any) -> tuple[Problem, Any
         return None
     ratio = COARSE if rows * columns <= FEW else FINE
     more_rows, more_columns = (round_up(size, ratio) - size for size in (rows, columns))
-    # Different lengths tell arrays on the rows from arrays on the columns.
+    # Different lengths distinguish arrays on the rows from arrays on the columns.
     more_rows += rows != columns and rows + more_rows == columns + more_columns
     if not (more_rows or more_columns) or (loss := loss.pad(more_rows, more_columns)) is None:
         return None
@@ -71,7 +71,7 @@ def cut(found: Solution, problem: Problem, padded: Problem, start: Any) -> Solut
     lengths[np.shape(found.value)] = np.size(start)
     leaves, tree = jax.tree.flatten((found.value, found.dual, found.state))
     long = {place: leaf for place, leaf in enumerate(leaves) if leaf.shape in lengths}
-    # By NumPy, since a slice by JAX is a program for every length.
+    # With NumPy, since a slice in JAX is a program for every length.
     short = jax.device_put([np.asarray(leaf)[: lengths[leaf.shape]] for leaf in long.values()])
     for place, leaf in zip(long, short, strict=True):
         leaves[place] = leaf

@@ -29,10 +29,10 @@ class Problem:
     """`minimise loss(x) + penalty(operator x)`; without an operator the penalty acts on x itself.
 
     Attributes:
-        loss: `value(x)` and `gradient(x)`, and what the chosen solver needs besides.
-        penalty: `value(z)` and `prox(z, step)` for z = operator x. None is no penalty, and kept as `L1(0.0)`.
+        loss: `value(x)` and `gradient(x)`, and what else the chosen solver needs.
+        penalty: `value(z)` and `prox(z, step)` for z = operator x. None is no penalty, stored as `L1(0.0)`.
         operator: None, a dense matrix `[rows, columns]`, a SciPy sparse matrix, or an object with `mv(x)` and its
-            transpose `rmv(e)`. A matrix is kept as a linear map.
+            transpose `rmv(e)`. A matrix is stored as a linear map.
 
     Example:
         >>> loss = so.LeastSquares(None, jnp.array([0.0, 0.2, 3.0, 3.1]))
@@ -88,7 +88,7 @@ class Status(enum.IntEnum):
 
 
 class Measure(NamedTuple):
-    """What a solver says about its state.
+    """What a solver reports after each check.
 
     Attributes:
         residual: the stopping measure.
@@ -108,7 +108,7 @@ class Measure(NamedTuple):
 class Progress(NamedTuple):
     """How a residual falls, to detect that rounding keeps it from falling further."""
 
-    best: Any  # the least residual so far
+    best: Any  # the smallest residual so far
     waited: Any  # checks since it last fell by a tenth
 
     def after(self, residual: Array, looked: Any = True) -> "Progress":
@@ -119,8 +119,8 @@ class Progress(NamedTuple):
     def has_stalled(self, residual: Array, patience: int, level: float | None = None) -> Array:
         """Whether the last `patience` checks near the rounding level brought no progress.
 
-        A last residual above twice the best does not end a solve. `level` is what counts as near the rounding level;
-        None is `NEAR_ROUNDING * eps`.
+        A last residual above twice the best does not end a solve. Residuals up to `level` count as near the rounding
+        level; None is `NEAR_ROUNDING * eps`.
         """
         near = self.best <= (NEAR_ROUNDING * jnp.finfo(residual.dtype).eps if level is None else level)
         return near & (self.waited >= patience) & (residual <= 2 * self.best)
@@ -132,7 +132,7 @@ class Solver(Protocol):
 
     The other members are optional:
 
-    * `refuses(problem) -> str | None` is the only place where a solver says what it needs of a problem: what is wrong
+    * `refuses(problem) -> str | None` is the only place where a solver states what a problem must have: what is wrong
       and what to do, or None if it can solve it. It looks at the problem's structure (types, attributes, whether there
       is an operator) and never at values, so it works on tracers; `solve` calls it first. A solver without it accepts
       every problem.
@@ -140,8 +140,8 @@ class Solver(Protocol):
       then counted in iterations.
     * `duals(problem, state)`: the subgradients that the solver found, of a loss `f(A x)` at `A x` and of the penalty at
       `operator x`; None for one that it does not find. Derivatives of a solution with an operator need them.
-    * `solves(problem, state)`: the problem that the answer solves, where that is not the one given, such as one at
-      another level; derivatives are taken of it.
+    * `solves(problem, state)`: the problem that the answer solves, if it is not the one given, such as one at another
+      level; derivatives follow from it.
     * `prox_step(problem, state)`, or an attribute `step_size` of the state: the step of the penalty's prox, one number
       or one per entry. Derivatives for a penalty that is not convex need it.
     """
@@ -170,7 +170,7 @@ class PlainSolver:
 
 
 class ProxSolver(PlainSolver):
-    """For those that take the prox of the penalty, from a `prox_memory` in the state where it is iterative."""
+    """For solvers that use the prox of the penalty, from a `prox_memory` in the state if it is iterative."""
 
     def solves(self, problem: Problem, state: Any) -> Problem:
         """With the inner penalty of a `Composite` and its operator."""
@@ -205,7 +205,7 @@ def needs(
     """
     if problem.operator is not None and not operator:
         return (
-            f"{type(solver).__name__} takes the prox of the penalty alone and solves problems without an operator, "
+            f"{type(solver).__name__} uses the prox of the penalty alone and solves problems without an operator, "
             f"given the operator {type(problem.operator).__name__}; use PrimalDual or SplitAdmm, or "
             "sparseopt.trend_filter for the differences of a graph"
         )
@@ -213,7 +213,7 @@ def needs(
         if absent := [name for name in wanted if not hasattr(given, name)]:
             return (
                 f"{type(solver).__name__} needs a {part} with {', '.join(wanted)}, given {type(given).__name__} "
-                f"without {', '.join(absent)}; give the {part} what is missing, or take another solver"
+                f"without {', '.join(absent)}; give the {part} what is missing, or use another solver"
             )
     return None
 
@@ -232,8 +232,8 @@ class Solution:
         history: a `Measure` of arrays `[max_steps]`, NaN beyond `steps`, or None if it was not requested (its `stalled`
             is None).
         state: the solver's last state, for a warm start or inspection.
-        dual: the subgradient of the penalty at `operator x`, if the solver finds one; for a `Composite` penalty that of
-            its inner penalty.
+        dual: the subgradient of the penalty at `operator x`, if the solver finds one; for a `Composite` penalty, the
+            subgradient of its inner penalty.
     """
 
     value: Any
@@ -250,7 +250,7 @@ class Solution:
         return html_facts(type(self).__name__, self._facts())
 
     def _facts(self) -> list[Fact]:
-        """How it ended, in short; of a batch the ranges."""
+        """How it ended, in short; for a batch the ranges."""
         ended = ", ".join(Status(int(status)).name for status in np.unique(self.status))
         entries = [np.asarray(leaf) for leaf in jax.tree.leaves(self.value)]
         zeros, size = sum(int((leaf == 0).sum()) for leaf in entries), sum(leaf.size for leaf in entries)

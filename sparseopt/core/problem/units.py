@@ -15,8 +15,8 @@ class Units(NamedTuple):
     """Units of x in which the columns of A, and of an operator, are about equally long.
 
     Attributes:
-        of: like x: the unit of every entry, a power of two, 1 where columns differ by little.
-        size: the length of the columns of A then.
+        of: like x: the unit of every entry, a power of two, or 1 if columns differ by little.
+        size: the length of the columns of A in these units.
     """
 
     of: Array
@@ -24,7 +24,7 @@ class Units(NamedTuple):
 
 
 def units_of(problem: Any, x: FloatArray) -> Units:
-    """The units of a problem with a `DataLoss`; a map whose entries are not known says nothing of them."""
+    """The units of a problem with a `DataLoss`; a map with unknown entries says nothing about them."""
     rows = problem.loss.rows
     seen = jnp.ones_like(rows.target) if rows.weights is None else jnp.ones_like(rows.target) * (rows.weights > 0)
     lengths = column_norms(problem.loss.maps(x), x, seen)
@@ -39,7 +39,7 @@ def units_of(problem: Any, x: FloatArray) -> Units:
 def scales_of(problem: Any, x: FloatArray, units: FloatArray) -> tuple[FloatArray, FloatArray]:
     """One over the squared norms of A and K in the units of x; for K one per row, after rows are made equally long.
 
-    Rows of K differ only if the penalty takes a step for each of them.
+    Rows of K differ only if the penalty accepts a step for each of them.
     """
     tiny = jnp.finfo(x.dtype).tiny ** 0.25
     data, operator = problem.loss.maps(x), or_identity(problem.operator, x)
@@ -55,7 +55,7 @@ def scales_of(problem: Any, x: FloatArray, units: FloatArray) -> tuple[FloatArra
 
 
 def square_entries(given: Any, dtype: Any) -> Any | None:
-    """The map whose matrix has the squares of the entries; None where they are not known, as for a user's own map."""
+    """The map whose matrix has the squares of the entries; None if they are unknown, as for a user's own map."""
     squared = getattr(given, "squared", None)
     return squared(dtype) if callable(squared) else None
 
@@ -63,7 +63,7 @@ def square_entries(given: Any, dtype: Any) -> Any | None:
 def column_norms(given: Any, like: FloatArray, rows: FloatArray) -> FloatArray:
     """The norms of the columns of a map of arrays like `like`, each row times the root of `rows`.
 
-    The columns of a map whose entries are not known are taken to be equally long.
+    The columns of a map with unknown entries are assumed to be equally long.
     """
     squares = square_entries(given, like.dtype)
     if squares is None:
@@ -72,11 +72,11 @@ def column_norms(given: Any, like: FloatArray, rows: FloatArray) -> FloatArray:
 
 
 def geometric_mean(lengths: FloatArray) -> Float[Array, ""]:
-    """The geometric mean of those that are not 0; 1 if there are none."""
+    """The geometric mean of the lengths that are not 0; 1 if there are none."""
     return jnp.exp(jnp.sum(jnp.log(jnp.where(lengths > 0, lengths, 1))) / jnp.maximum(jnp.sum(lengths > 0), 1))
 
 
 def levels(lengths: FloatArray) -> FloatArray:
-    """Lengths over their geometric mean, rounded to powers of two, by which nothing is rounded; 1 for those of 0."""
+    """Lengths over their geometric mean, rounded to powers of two, which cause no rounding; 1 for a length of 0."""
     ratio = jnp.where(lengths > 0, lengths / geometric_mean(lengths), 1)
     return jnp.ldexp(jnp.ones_like(ratio), jnp.round(jnp.log2(ratio)).astype(jnp.int32))

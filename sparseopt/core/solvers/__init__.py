@@ -1,1 +1,1 @@
-"""One algorithm a file. Each file holds a state and a solver for `sparseopt.core.problem.iterate.iterate`."""
+"""One algorithm per file. Each file holds a state and a solver for `sparseopt.core.problem.iterate.iterate`."""

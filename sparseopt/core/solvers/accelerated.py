@@ -6,7 +6,7 @@
     z = prox(y - gradient(y) / L, 1 / L)          # L grows until loss(z) <= its quadratic model at y, then shrinks
     x = z if F(z) <= F(x), else x unchanged and t = 1, so that the next step is a plain one from x
 
-The momentum is also dropped where it points uphill, `<y - z, z - x> > 0`. A loss whose image is affine in x needs one
+The momentum is also dropped when it points uphill, `<y - z, z - x> > 0`. A loss whose image is affine in x needs one
 product with its matrix and one with the transpose per iteration: the image of y is a combination of known ones.
 
 Source: Beck and Teboulle, "A fast iterative shrinkage-thresholding algorithm for linear inverse problems", 2009, and
@@ -30,7 +30,7 @@ from sparseopt.core.problem.certify import Metric, certificate, composite_gap, p
 from sparseopt.core.problem.problem import Measure, Problem, Progress, ProxSolver, needs
 from sparseopt.core.problem.units import Units, units_of
 
-# The factors of L where its quadratic model fails, and after every iteration.
+# The factors of L when its quadratic model fails, and after every iteration.
 GROWTH, SHRINKAGE = 1.5, 0.97
 MOST_BACKTRACKS = 60
 # The solve ends when the residual, near the rounding level, has not fallen for this many checks.
@@ -45,10 +45,10 @@ class AcceleratedState:
     image: Any  # of x
     x_old: Any
     image_old: Any
-    momentum: Any  # (t_old - 1) / t, the share of x - x_old that is added
+    momentum: Any  # (t_old - 1) / t, the fraction of x - x_old that is added
     t: Any
     indefinite: Any  # whether a `Quadratic` is known not to be convex
-    units: Any  # those of x in which L is one number, and the length of the columns then
+    units: Any  # the units of x in which L is one number, and the length of the columns then
     columns: Any  # units in which the columns are about equally long, for the certificate
     curvature: Any  # L
     objective: Any
@@ -56,7 +56,7 @@ class AcceleratedState:
     residual: Any
     gap: Any
     progress: Any
-    prox_memory: Any  # what the next prox starts from, where the penalty has an `IterativeProx`
+    prox_memory: Any  # what the next prox starts from, if the penalty has an `IterativeProx`
 
     @property
     def step_size(self) -> Array:
@@ -70,7 +70,7 @@ class AcceleratedProximalGradient(ProxSolver):
 
     F never increases by more than its rounding error. The residual is the relative duality gap if the penalty has a
     conjugate and the loss is least squares, a scalar loss on `A x` or a `Quadratic`, and for a `Composite` penalty with
-    the first two losses. Otherwise, and where a dual point cannot be scaled into the conjugate's domain, it is
+    the first two losses. Otherwise, and if a dual point cannot be scaled into the conjugate's domain, it is
     `L ||x - prox(x - gradient / L)||` over the length of the gradient at 0, which is 0 at stationary points, and the
     gap is NaN. Both are computed every `cadence` iterations, at the end of a step.
 
@@ -99,7 +99,7 @@ class AcceleratedProximalGradient(ProxSolver):
         image, zero, one = loss.image(start), jnp.zeros_like(start), jnp.ones((), start.dtype)
         units = columns = Units(jnp.ones_like(start), one)
         if _is_data(loss) and has_conjugate(problem.penalty):
-            # Steps of each entry's own length need a penalty that takes them, and find another answer if it has many.
+            # One step per entry needs a penalty that accepts them, and finds another answer if there are many.
             units = columns = units_of(problem, start)
         if self.step_size is not None or not getattr(problem.penalty, "separable", False):
             # The columns as they are, of which the longest counts.
@@ -175,7 +175,7 @@ class AcceleratedProximalGradient(ProxSolver):
         carry = (state.curvature, (y, image_y, no, no, state.prox_memory), jnp.zeros((), jnp.int32))
         curvature, (z, image, _, lost, memory), _ = jax.lax.while_loop(failing, search, carry)
         objective = loss.value_at(z, image) + penalty.value(z)
-        # From a start outside a constraint's set, at +inf, every step is taken; so is a NaN, which ends the solve.
+        # From a start outside a constraint's set, at +inf, every step is accepted; so is a NaN, which ends the solve.
         taken = ~(objective > state.objective + 8 * eps * jnp.abs(state.objective))
         uphill = jnp.sum((y - z) * (z - state.x) / squares) > 0
         again = ~taken | uphill
@@ -235,7 +235,7 @@ def _is_data(loss: Any) -> bool:
 
 
 def _step(problem: Problem, x: Array, gradient: Array, steps: Array, memory: Any) -> tuple[Array, Any]:
-    """The proximal gradient step; a penalty whose entries are coupled takes one number."""
+    """The proximal gradient step; a penalty whose entries are coupled gets one number."""
     step = steps if getattr(problem.penalty, "separable", False) else jnp.max(steps)
     return prox_from(problem.penalty, x - steps * gradient, step, memory)
 
@@ -258,9 +258,9 @@ class GraduatedState(AcceleratedState):
 class GraduatedProximalGradient(AcceleratedProximalGradient):
     """`AcceleratedProximalGradient` for a concave penalty, whose answer depends less on where it starts.
 
-    The penalty needs `with_concavity(factor)`: itself, with the same slope at 0 and its concavity times the factor. Two
+    The penalty needs `with_concavity(factor)`, a copy with the same slope at 0 and its concavity times the factor. Two
     paths lead from the start to the problem's own penalty, one from a penalty that is nearly convex and one from a very
-    concave one, one step at each level. The better of their ends is where the solve then starts. Until then the
+    concave one, one step at each level. The solve then starts at the better of their ends. Until then the
     residual is +inf.
 
     Source: Blake and Zisserman, "Visual reconstruction", 1987, for graduated concavity; Mazumder, Friedman and Hastie,

@@ -1,4 +1,4 @@
-"""The split ADMM of terms `h(Ψ Δ x)`, each a product of two linear maps, beside a square that stays in the x-step.
+"""The split ADMM for terms `h(Ψ Δ x)`, each a product of two linear maps, and a square that stays in the x-step.
 
     minimise over x    1/2 sum_j w_j (x_j - y_j)²  +  penalty(Ψ Δ x)
 
@@ -12,7 +12,7 @@ form), r for the relaxation and the metrics C and S of `Split`:
     x  = (W + rho Δᵀ C Δ)^-1 ( W y + Δᵀ ( C (rho z + (1 - r) m) - Ψᵀ g ) )
     m  = (1 - r) m + rho (z_old - z)
 
-Where Ψ = I (S a number, C = 1 / S), the state of the iteration is `w = (rho z + m) / S - g`, and x is an affine
+If Ψ = I (S a number, C = 1 / S), the state of the iteration is `w = (rho z + m) / S - g`, and x is an affine
 function of it. The iteration w <- (1 - r) w + r (rho z / S - g') is averaged, so `anderson.py` may accelerate it.
 
 Source: Boyd, Parikh, Chu, Peleato, Eckstein, "Distributed optimization and statistical learning via ADMM", 2011,
@@ -67,7 +67,7 @@ class Term(NamedTuple):
 class Block(NamedTuple):
     """What an iteration keeps of a term."""
 
-    inner: Any  # z = Δ x, or None where Δ is the identity
+    inner: Any  # z = Δ x, or None if Δ is the identity
     memory: Any  # m = rho d, which a change of rho leaves unchanged; in `DogeGroups` its copies
     dual: Any  # g, relaxed
     candidate: Any  # g'
@@ -93,7 +93,7 @@ class Check(NamedTuple):
     gap: Any
     progress: Any  # counts iterations
     floor: Any  # the estimated rounding error of the residual
-    motion: Any  # the rho that the last step asks for, computed where rho may change or is settled
+    motion: Any  # the rho that the last step asks for, computed when rho may change or is settled
 
 
 class Mean(NamedTuple):
@@ -112,13 +112,13 @@ class AdmmState:
     count: Any
     next_change: Any
     check: Any
-    unit_noise: Any  # what the rows of a signal that is rounding noise of 1 cost; 0 without a conjugate
+    unit_noise: Any  # the penalty of the rows of rounding noise of size 1; 0 without a conjugate
     past: Any  # the `Memory` of the acceleration, or None
     mean: Any  # the `Mean` of a loss's iteration, or None
 
     @property
     def rows(self) -> Block:
-        """Of the penalty."""
+        """The block of the penalty."""
         return self.now.blocks[-1]
 
     @property
@@ -150,7 +150,7 @@ def limit(factor: Array, later: Array, penalty: Any) -> Array:
 
 
 def step_lengths(term: Term, turned: Array, shifted: Array) -> list[Array]:
-    """The squared lengths of a step of the dual and of z in the metrics of a term; at least the least normal number."""
+    """The squared lengths of a step of the dual and of z in a term's metrics; at least the smallest normal number."""
     steps = ((term.row_scale, turned), (term.column_scale, shifted))
     return [jnp.maximum(total(scale * step**2), jnp.finfo(step.dtype).tiny) for scale, step in steps]
 
@@ -161,9 +161,9 @@ class Admm:
 
     With a conjugate the residual is the relative duality gap `(P(x) - D(g')) / D(g')`, never below the relative
     suboptimality `(P(x) - P*) / P*` (+inf while D is not positive). For any other penalty it is a stationarity
-    residual, the larger of `||W (x - y) + ΔᵀΨᵀ g'|| / ||W y||` and `||Ψ Δ x - prox||` over the larger of
-    `||Ψ Δ x||`, which may be 0, and `||Ψ Δ y||` of the observed y; the gap is NaN. Both are found at every
-    `cadence`-th iteration, where a step ends.
+    residual, the larger of `||W (x - y) + ΔᵀΨᵀ g'|| / ||W y||` and `||Ψ Δ x - prox||` over the larger of `||Ψ Δ x||`,
+    which may be 0, and `||Ψ Δ y||` of the observed y; the gap is NaN. Both are computed at every `cadence`-th
+    iteration, at the end of a step.
 
     rho changes at the checks of steps 10, 20, 40, ..., or the next ones, at most `changes` times, by a factor of at
     most 4. Then it stays, so the convergence theory of a fixed rho holds from there on. The first two changes set it to
@@ -175,7 +175,7 @@ class Admm:
 
     Attributes:
         node_solve: solves the x-step for a given rho.
-        rho: the first value, where the `Start` has none.
+        rho: the first value, if the `Start` has none.
         relaxation: in (0, 2).
         cadence: steps between two checks; a check costs one product with the operator and one with its transpose.
         changes: how often rho may change; 0 keeps it.
@@ -201,7 +201,7 @@ class Admm:
         """Why it refuses a problem: its operator is not a `Split`, or its loss lacks one of these methods."""
         if isinstance(problem.operator, Split):
             if getattr(problem.loss, "matrix", None) is not None:
-                return f"{type(self).__name__} needs a loss of x itself, given one with a matrix: take PrimalDual"
+                return f"{type(self).__name__} needs a loss of x itself, given one with a matrix: use PrimalDual"
             return needs(self, problem, operator=True, loss=loss)
         given = "none" if problem.operator is None else type(problem.operator).__name__
         return (
@@ -210,7 +210,7 @@ class Admm:
         )
 
     def _terms(self, problem: Problem) -> tuple[Term, ...]:
-        """What the iteration dualises, as of `Moving.blocks`."""
+        """What the iteration dualises, in the order of `Moving.blocks`."""
         split = problem.operator
         return (Term(problem.penalty, split.outer, split.inner, split.row_scale, split.column_scale),)
 
@@ -225,9 +225,9 @@ class Admm:
         return self.node_solve.solve(loss.weights, problem.operator, right, rho, now.x)
 
     def init(self, problem: Problem, start: Start | AdmmState) -> AdmmState:
-        """From a start, or a state that goes on at another tolerance or penalty.
+        """From a start, or from a state, to continue with another tolerance or penalty.
 
-        It has a check as if it were the first; of a norm one without a certificate, which every step brings.
+        It has a check as if it were the first; for a norm without a certificate, which every step computes.
         """
         state = start if isinstance(start, AdmmState) else self._begin(problem, start)
         far = jnp.full((), jnp.inf, state.now.x.dtype)
@@ -252,7 +252,7 @@ class Admm:
             # Of alternating sign, which differences along a chain amplify.
             signs = 1 - 2 * (sum(jnp.indices(start.dual.shape, sparse=True)) % 2)
             noise = problem.penalty.value((problem.operator.row_scale * signs).astype(dtype))
-            noise = jnp.where(jnp.isfinite(noise), noise, 0)  # that of a set may be +inf
+            noise = jnp.where(jnp.isfinite(noise), noise, 0)  # the value of a set may be +inf
         next_change = jnp.full((), FIRST_CHANGE if self.changes else -1, jnp.int32)
         return AdmmState(
             now=Moving(x, tuple(blocks)),
@@ -306,7 +306,7 @@ class Admm:
         return Moving(x, tuple(blocks))
 
     def _check(self, problem: Problem, state: AdmmState, before: Moving) -> AdmmState:
-        """The state with a fresh check, and another rho where it is due; `before` is the iteration before the last."""
+        """The state with a fresh check, and a new rho if one is due; `before` is the iteration before the last."""
         due, next_change = _schedule(state.count, state.next_change, self.changes)
         ones = tuple(jnp.ones_like(block.rho) for block in state.now.blocks)
         asked = due | (state.next_change < 0)
@@ -339,7 +339,7 @@ class Admm:
             balance = relative(loss.gradient(x) + pulled, loss.weigh(loss.target))
             of_signal = problem.operator.mv(loss.mask_missing(loss.target))
             stationarity = jnp.maximum(balance, relative(rows - state.rows.prox, rows, of_signal))
-            # The rows of x may lie outside a set, by little.
+            # The rows of x may lie slightly outside a set.
             inside = jnp.isfinite(objective)
             residual, gap = jnp.where(inside, gap, stationarity), jnp.where(inside, gap, unknown)
             objective = jnp.where(inside, objective, loss.value(x) + penalty.value(state.rows.prox))
@@ -352,7 +352,7 @@ class Admm:
         return limits.eps * (1 + noise / jnp.maximum(objective, limits.tiny))
 
     def _choose_rho(self, problem: Problem, state: AdmmState, before: Moving) -> tuple[tuple[Array, ...], Array]:
-        """What to multiply every rho with, and the rho that the last iteration asks for."""
+        """The factor for every rho, and the rho that the last iteration asks for."""
         (term,), rows, (old,) = self._terms(problem), state.rows, before.blocks
         # The candidate, unlike the relaxed dual, forgets an extrapolation at once. Without convexity there is none, and
         # the relaxed dual moves less, so that rho grows more gently.
@@ -390,6 +390,6 @@ def _schedule(count: Array, next_change: Array, changes: int) -> tuple[Array, Ar
 
 
 def restart(mean: Mean, due: Array, gap: Any) -> Mean:
-    """The mean, begun anew at this gap where it is due."""
+    """The mean, restarted at this gap if a restart is due."""
     sums = jax.tree.map(lambda s: jnp.where(due, 0, s), mean.sums)
     return Mean(sums, jnp.where(due, 0, mean.length), jnp.where(due, gap, mean.restart_gap))

@@ -6,8 +6,8 @@ With residuals `f_k = T(p_k) - p_k` and the differences `dF_j`, `dT_j` of the la
     p_k+1  = T(p_k) - sum_j gamma_j dT_j
 
 A vector that is an affine function of the point is extrapolated with the same gamma. If T is averaged, its plain steps
-converge from any point. So the extrapolation is taken only while the residual stays below a bound that falls with the
-number of extrapolations, and the memory is dropped where a residual has grown: the worst case is the plain iteration.
+converge from any point. So the extrapolation is used only while the residual stays below a bound that falls with the
+number of extrapolations, and the memory is dropped when a residual has grown: the worst case is the plain iteration.
 
 Source: Walker and Ni, "Anderson acceleration for fixed-point iterations", 2011 (type II); Fu, Zhang, Boyd, "Anderson
 accelerated Douglas-Rachford splitting", 2020, for the safeguard (algorithm 2).
@@ -71,7 +71,7 @@ def empty_memory(point: FloatArray, carried: FloatArray, depth: int) -> Memory:
 
 
 def forget(memory: Memory, when: Any) -> Memory:
-    """The memory, dropped where `when` holds: where T has changed."""
+    """The memory, cleared if `when` holds: if T has changed."""
     return dataclasses.replace(memory, known=jnp.where(when, -1, memory.known))
 
 
@@ -96,7 +96,7 @@ def _combine(gamma: FloatArray, rows: FloatArray, slot: Array, row: FloatArray) 
 def extrapolate(
     memory: Memory, image: FloatArray, carried: FloatArray
 ) -> tuple[Memory, Float[Array, "..."], Float[Array, "..."]]:
-    """The next point for T, with its affine vector; the image itself where the extrapolation is not trusted.
+    """The next point for T, with its affine vector; the image itself if the extrapolation is not trusted.
 
     `image` is `T(p_k)`, where p_k is the point that the last call returned, and `carried` the affine vector there.
     """
@@ -149,7 +149,7 @@ def extrapolate(
 def continue_from(split: Split, state: Any) -> Any:
     """The state of an `Admm` from which the next step continues; its point is `w = (rho z + m) / S - g`.
 
-    Any dual serves if the memory m of the iteration fits.
+    Any dual will do if the memory m of the iteration fits it.
     """
     rows, now, scale = state.rows, state.now, split.row_scale
     z = now.inner(rows)

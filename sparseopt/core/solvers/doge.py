@@ -15,7 +15,7 @@ the new dual of each row, so `theta_i` is `d - Ψ_iᵀ g_i / rho` with one array
 row, hubs included.
 
 By default row r copies only the columns that it touches, and its copy of column j carries the weight `|Ψ_rj|`. The row
-step stays closed form with `S_r = sum_j |Ψ_rj|` for the squared norm and `C_j = sum_r |Ψ_rj|`. For k >= 1 this takes
+step stays closed form with `S_r = sum_j |Ψ_rj|` for the squared norm and `C_j = sum_r |Ψ_rj|`. For k >= 1 this needs
 0.4 to 0.9 times the iterations of unweighted copies, where `S_r = sum_j Ψ_rj²` and C is the number of groups.
 
 Source: Bu, Wu, Zuo, "Doge-ADMM: A Highly Scalable Parallel Algorithm for Trend Filtering on Graphs"; the weights from
@@ -41,7 +41,7 @@ from sparseopt.core.solvers.admm import Admm, AdmmState, Block, Moving
 def doge_split(outer: Any, inner: Any, sums: Sums, dtype: Any, groups: int | None = None) -> Split:
     """The `Split` of Doge-ADMM; `groups` is None for weighted copies, or their number for the metric of the paper.
 
-    `sums` are those of Ψ, the outer map, in the layout of its rows and columns.
+    `sums` are the sums of Ψ, the outer map, in the layout of its rows and columns.
     """
     rows, columns = sums.row_absolute, sums.column_absolute
     if groups is not None:
@@ -62,7 +62,7 @@ class Copies(NamedTuple):
 class DogeGroups(Admm):
     """Doge-ADMM with its copies, as a solver for `solve`; `problem.operator` is a `doge_split` with the groups' number.
 
-    All iterates, checks and changes of rho are those of `Admm` on the same problem, up to rounding; there is no
+    All iterates, checks and changes of rho equal those of `Admm` on the same problem, up to rounding; there is no
     acceleration. A start with a dual g has `theta_i = -Ψ_iᵀ g_i / rho`.
 
     Attributes:

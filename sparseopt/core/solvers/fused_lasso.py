@@ -30,7 +30,7 @@ def fused_lasso(y: Float[Array, " n"], levels: Float[Array, " m"]) -> Float[Arra
 
     `levels` has n + 1 entries; 0 at both ends leaves the ends free. The derivative of the cost of nodes 0 to i, as a
     function of x[i], is piecewise linear. It is stored as knots where slope and intercept change, clipped from both
-    sides at the level of the next difference; the places of the clipping give the answer backwards:
+    sides at the level of the next difference; the clipping points give the answer backwards:
     `x[i] = clip(x[i+1], low[i], high[i])`. A node adds two knots, and each is removed once.
 
     The derivative is the mean over each run of equal values, and 0 on a run that an end holds at 0.
@@ -143,7 +143,7 @@ class ChainTotalVariation:
         return z[0, :-1] if self.last.from_edges else z
 
     def _potential(self, dual: FloatArray) -> FloatArray:
-        """U with `Eᵀu = dual`, in the layout of the rows of E; for Dᵀ the free constant centres it."""
+        """The u with `Eᵀu = dual`, in the layout of the rows of E; for Dᵀ the free constant centres it."""
         sums = jnp.cumsum(self._line(dual), axis=0)
         ends = [(0, 0)] * (sums.ndim - 1)
         if self.last.from_edges:
@@ -152,12 +152,12 @@ class ChainTotalVariation:
         return jnp.pad(sums[:-1], [(0, 1), *ends])[None]
 
     def potential(self, dual: FloatArray) -> FloatArray:
-        """U with `Eᵀu = dual`, clipped to the weight."""
+        """The u with `Eᵀu = dual`, clipped to the weight."""
         weight = jnp.asarray(self.weight, dual.dtype)
         return jnp.clip(self._potential(dual), -weight, weight)
 
     def dual_at(self, x: FloatArray, dual: FloatArray) -> FloatArray:
-        """U of an exact fit x with `Eᵀu = dual`: known where E x is not 0, also if the dual is lost to rounding."""
+        """The u of an exact fit x with `Eᵀu = dual`: known where E x is not 0, even if the dual is lost to rounding."""
         apart = self.last.mv(x)
         return jnp.where(apart == 0, self.potential(dual), jnp.asarray(self.weight, x.dtype) * jnp.sign(apart))
 
@@ -174,7 +174,7 @@ class ChainTotalVariation:
         return jnp.pad(found, [(0, 1)] + [(0, 0)] * (line.ndim - 1))[None] if pinned else found
 
     def project_dual(self, dual: FloatArray) -> FloatArray:
-        """`Eᵀu` for the clipped potential u: in the ball, and dual itself if that lies in the ball."""
+        """`Eᵀu` for the clipped potential u: in the ball, and `dual` itself if it lies in the ball."""
         return self.last.rmv(self.potential(dual))
 
     def slack(self, x: FloatArray, dual: FloatArray) -> FloatArray:

@@ -1,12 +1,12 @@
-"""L1 of a product of sparse matrices, by an interior point method on the dual, on the host.
+"""L1 of a product of sparse matrices, with an interior point method on the dual, on the host.
 
     minimise over x    1/2 sum_j w_j (x_j - y_j)²  +  sum_r c_r |(Δ x)_r|,        Δ = F_1 ... F_m
 
 Its dual, with q = Δᵀ u:
 
-    minimise over u    sum_j ( q_j² / (2 w_j) - y_j q_j )    so that    |u_r| <= c_r,    q_j = 0 where w_j = 0
+    minimise over u    sum_j ( q_j² / (2 w_j) - y_j q_j )    subject to    |u_r| <= c_r,    q_j = 0 where w_j = 0
 
-The solver is PIQP, the extra `interior`; the form of the problem below was the fastest for it.
+The solver is PIQP, the extra `interior`; this form of the problem was the fastest for it.
 
 Source: Schwan, Jiang, Kuhn, Jones, "PIQP: a proximal interior-point quadratic programming solver", CDC 2023.
 """
@@ -20,7 +20,7 @@ from scipy import sparse
 # The tolerances of PIQP: a fraction of the gap, and for the residuals this multiple of the worst case, in which all of
 # them add up.
 GAP_SHARE, SCATTER = 0.5, 100.0
-# No problem took half as many steps, except where rounding forbids the tolerance: for a weight so large that q is a
+# No problem took half as many steps, except when rounding forbids the tolerance: for a weight so large that q is a
 # difference of much larger numbers.
 MOST_STEPS = 50
 
@@ -34,7 +34,7 @@ class DualProgram:
     """The dual as a quadratic program in u / weight and, for several factors, the partial products p on the way to q.
 
     With Δᵀ = F_mᵀ ... F_1ᵀ and p_i = F_iᵀ p_(i-1), p_0 = u, the Hessian is `F_m W^-1 F_mᵀ` on the last p. Without
-    products of factors the matrices stay sparse. The node weights w are 0 where missing, the row weights c not all 0.
+    products of factors the matrices stay sparse. The node weights w are 0 where missing; some row weight c is not 0.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class DualProgram:
         self.solver: Any = None
 
     def _equations(self, sizes: list[int]) -> Any:
-        """The definitions of p, and q = 0 at missing nodes; None where there are none."""
+        """The definitions of p, and q = 0 at missing nodes; None if there are none."""
         blocks: list[list[Any]] = []
         for index, factor in enumerate(self.factors):
             row: list[Any] = [sparse.csr_array((factor.shape[1], size)) for size in sizes]
@@ -131,6 +131,6 @@ class DualProgram:
         bound[: self.box.size] = self.box
         right = None if self.equations is None else np.zeros(self.equations.shape[0])
         self.solver = piqp.SparseSolver()
-        self.solver.settings.preconditioner_iter = 0  # the problem is scaled; equilibration takes time and gains none
+        self.solver.settings.preconditioner_iter = 0  # the problem is scaled; equilibration costs time and saves none
         self.solver.setup(self.hessian, linear, self.equations, right, x_l=-bound, x_u=bound)
         return self.solver

@@ -2,16 +2,16 @@
 
     minimise over x    loss(x) + penalty(Ψ Δ x),        loss(x) = sum_j w_j f(x_j; y_j)
 
-The iteration of `admm.py` without a square, with the loss as one more term, of x itself: loss and penalty enter only
+The iteration of `admm.py`, with the loss of x as one more term in place of the square: loss and penalty enter only
 through their proxes. The rho of the loss is sigma, its metrics are `S = 1 / M` and `C = M`, and
 
     x  = (sigma M + rho Δᵀ C Δ)^-1 ( what pulls at x )
 
-With a conjugate the iteration restarts from its own average, when the better of average and iterate has a fifth of the
-gap at the last restart, or after a third of all steps. For absolute losses, whose iterates otherwise spiral around the
-answer, this saves two thirds of the steps or more.
+With a conjugate the iteration restarts from its own average, when the gap of the better of average and iterate is a
+fifth of the gap at the last restart, or after a third of all steps. For absolute losses, whose iterates otherwise
+spiral around the answer, this saves two thirds of the steps or more.
 
-Source: as `admm.py`; for the restarts Applegate, Hinder, Lu and Lubin, "Faster first-order primal-dual methods for
+Source: as `admm.py`; for the restarts, Applegate, Hinder, Lu and Lubin, "Faster first-order primal-dual methods for
 linear programming using restarts and sharpness", 2023.
 """
 
@@ -55,12 +55,12 @@ class LossAdmm(Admm):
     `(P(x) - P*) / P*`. For any other penalty it is a stationarity residual, the largest of
     `||p' + ΔᵀΨᵀ g'|| / ||p'||`, `||x - copy|| / ||x||` and `||Ψ Δ x - prox|| / ||Ψ Δ x||`; the gap is NaN.
 
-    rho and sigma change as the rho of `Admm`, which has the other attributes too.
+    rho and sigma change as rho does in `Admm`, which describes the other attributes.
 
     Attributes:
-        sigma: the first value, where the `Start` has none; about the mean curvature of the loss.
+        sigma: the first value, if the `Start` has none; about the mean curvature of the loss.
         anchor: an `Anchor` for a penalty with a conjugate; None otherwise.
-        metric: M, `[*nodes]` or with channels, of mean 1; None for ones, which the cosine x-step needs.
+        metric: M, `[*nodes]` or with channels, with mean 1; None for ones, which the cosine x-step needs.
     """
 
     sigma: Any = dataclasses.field(kw_only=True)
@@ -91,7 +91,7 @@ class LossAdmm(Admm):
         return dataclasses.replace(state, mean=mean)
 
     def _certify(self, problem: Problem, state: AdmmState) -> tuple[AdmmState, tuple[Array, Array, Array, Array]]:
-        """The state, restarted if a restart is due, and as of `Admm`."""
+        """As `Admm`, with the state restarted if a restart is due."""
         far = jnp.finfo(state.now.x.dtype).max
         if not has_conjugate(problem.penalty):
             residual, objective = self._stationarity(problem, state)
@@ -116,7 +116,7 @@ class LossAdmm(Admm):
         )
         residual, floor = gap, self._floor(state, objective)
         if now.blocks[-1].prox is not None:
-            # The rows of x may lie outside a set, by little.
+            # The rows of x may lie slightly outside a set.
             stationarity, at_copies = self._stationarity(problem, state)
             inside = jnp.isfinite(gap) | (objective < far)
             residual, objective = jnp.where(inside, gap, stationarity), jnp.where(inside, objective, at_copies)

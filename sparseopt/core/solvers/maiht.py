@@ -5,7 +5,7 @@
 with any penalty that has a prox; with L0 this is mAIHT, with L1 a monotone FISTA.
 
 Source: Wen, Zuo, Pan, "An Efficient Pruner for Large Language Model with Theoretical Guarantee", ICML 2025,
-algorithm 1; the three sequences are those of Li and Lin, "Accelerated proximal gradient methods for nonconvex
+algorithm 1; the three sequences come from Li and Lin, "Accelerated proximal gradient methods for nonconvex
 programming", NeurIPS 2015, algorithm 1.
 """
 
@@ -50,15 +50,15 @@ class Maiht(PlainSolver):
     from X1. The better of the two is the next X1, so F never increases at a fixed level.
 
     Attributes:
-        step_size: below `1 / lambda_max(H)`; None takes 0.97 over an upper bound on `lambda_max`.
+        step_size: below `1 / lambda_max(H)`; None uses 0.97 over an upper bound on `lambda_max`.
         target_sparsity: None keeps the penalty's weight. A number makes the level adaptive, as in the paper: before
-            every step `weight <- weight * (1 + target_sparsity - share of zeros in X1)`.
+            every step `weight <- weight * (1 + target_sparsity - fraction of zeros in X1)`.
         monitor: "always" is the paper's iteration: V is the next X1 whenever it is better than Z; two products with H,
-            or one where Z is known to be better. "on_increase" computes V only when Z fails to descend from X1: still
+            or one if Z is known to be better. "on_increase" computes V only when Z fails to descend from X1: still
             monotone, and mostly one product.
-        stop: "support" measures the share of entries that entered or left the support in the last step, "change" the
+        stop: "support" measures the fraction of entries that entered or left the support in the last step, "change" the
             relative length of the last step.
-        seed: of the random start of the eigenvalue bound.
+        seed: for the random start of the eigenvalue bound.
     """
 
     step_size: Any = None
@@ -122,12 +122,12 @@ class Maiht(PlainSolver):
 
         def better_of_both() -> tuple[Array, Array, Array, Array]:
             monitor = evaluate(state.u_current)
-            # A NaN would lose every comparison: it is taken, and ends the solve as NONFINITE.
+            # A NaN would lose every comparison: it is kept, and ends the solve as NONFINITE.
             take = (candidate[3] <= monitor[3]) | jnp.isnan(candidate[3])
             return jax.tree.map(lambda z, v: jnp.where(take, z, v), candidate, monitor)
 
         if self.monitor == "always":
-            # F(Z) - F(V) = <Z - V, gradient(Z)> - 1/2 <Z - V, H (Z - V)> + penalty(Z) - penalty(V): where the terms
+            # F(Z) - F(V) = <Z - V, gradient(Z)> - 1/2 <Z - V, H (Z - V)> + penalty(Z) - penalty(V): if the terms
             # without H are at most zero, Z is better and V needs no product.
             z, u, _, _ = candidate
             v = penalty.prox(state.u_current, step)
@@ -150,7 +150,7 @@ class Maiht(PlainSolver):
         )
 
     def solves(self, problem: Problem, state: MaihtState) -> Problem:
-        """At the level that the solver chose: the problem's times a factor that stays."""
+        """At the level that the solver chose: the problem's level times a constant factor."""
         if self.target_sparsity is None:
             return problem
         weight = jnp.asarray(problem.penalty.weight)

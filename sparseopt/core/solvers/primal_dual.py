@@ -7,15 +7,15 @@ Both terms are dualised: with the stacked map `K~ = [A; K]`, duals `w = (s, u)` 
     x' = x - M^-1 K~ᵀ w / omega
     w' = v - sigma y,    y = prox(v / sigma, 1 / sigma) of h,    v = w + sigma K~ (2 x' - x),    sigma = omega S
 
-`PrimalDual` takes a number for M, the squared norm of `S^(1/2) K~`, and needs only products. `SplitAdmm` takes
+`PrimalDual` uses a number for M, the squared norm of `S^(1/2) K~`, and needs only products. `SplitAdmm` uses
 `M = K~ᵀ S K~`, inverted once: this is the alternating direction method of multipliers, and needs few steps however
 badly A and K are conditioned. T, the map of `z = (x, w)` to (x', w'), is firmly nonexpansive in the metric of the
-method. Where f is smooth, T is over-relaxed, and at iterations 10, 20, 40, ... omega is set to the ratio of the lengths
+method. If f is smooth, T is over-relaxed, and at iterations 10, 20, 40, ... omega is set to the ratio of the lengths
 of the last steps of w and x:
 
     z <- z + 1.8 (T(z) - z)
 
-Where f has kinks this spirals. There the reflected Halpern iteration is anchored at a point and restarted when its
+If f has kinks, this spirals. Then the reflected Halpern iteration is anchored at a point and restarted when its
 fixed-point residual has fallen; omega then moves towards the ratio of the distances of w and x from the last restart:
 
     z <- (k + 1) / (k + 2) (2 T(z) - z) + z_first / (k + 2)
@@ -57,10 +57,10 @@ SUFFICIENT, NECESSARY, ARTIFICIAL = 0.2, 0.8, 0.36
 RELAXATION, MOVING, LARGEST_FACTOR = 1.8, 40, 4.0
 # The solve ends when rounding keeps the residual from falling for this many certificates.
 PATIENCE = 8
-# The iteration number of a certificate over that of the previous one; its linear solve takes at most so many steps,
-# plus the iterations so far divided by so many.
+# The iteration number of a certificate over that of the previous one; its linear solve runs at most this many steps,
+# plus the iterations so far divided by this many.
 CERTIFICATE_GROWTH, LEAST_SOLVE, SOLVE_SHARE = 1.3, 10, 10
-# `SplitAdmm` takes up to this many unknowns.
+# `SplitAdmm` accepts up to this many unknowns.
 CHEAP = 3000
 
 
@@ -85,7 +85,7 @@ class PrimalDualState:
     mapped: Point  # T of the previous z
     copies: tuple[Any, Any]  # the last y
     first: Point  # where the iteration was restarted
-    units: Units  # those of x, in which columns are about equally long
+    units: Units  # the units of x in which columns are about equally long
     metric: Any  # M in these units: a number, or the inverse of the matrix
     scales: tuple[Any, Any]  # S, a number per block, or one per row of K
     omega: Any
@@ -105,14 +105,14 @@ class PrimalDualState:
 
 @pytree
 class PrimalDual:
-    """The primal-dual method for `solve`: any loss of data, smooth or not, and any penalty of a linear map of x.
+    """The primal-dual method for `solve`: any `DataLoss`, smooth or not, and any penalty of a linear map of x.
 
-    Where the penalty has a conjugate, the residual is the relative duality gap. The dual pair must first be moved and
-    scaled until it is feasible, by a linear solve that is done less and less often; the best bound so far is used in
-    between. Otherwise, and where the objective is infinite, the residual is the larger of `||K~ x - y|| / ||K~ x||` and
-    `||Aᵀ s + Kᵀ u|| / ||Aᵀ s||`, and the gap is NaN; without convexity nothing more is known of the answer. Without an
-    operator the answer has the penalty's exact zeros. Columns of different lengths are solved for in units in which
-    they are alike; those of your own `mv` and `rmv`, which are not known, are taken to be so.
+    If the penalty has a conjugate, the residual is the relative duality gap. A linear solve must first make the dual
+    pair feasible; it is repeated less and less often, and the best bound so far is used in between. Otherwise, and
+    while the objective is infinite, the residual is the larger of `||K~ x - y|| / ||K~ x||` and
+    `||Aᵀ s + Kᵀ u|| / ||Aᵀ s||`, and the gap is NaN; without convexity nothing more is known about the answer. Without
+    an operator the answer has the penalty's exact zeros. Columns of different lengths are first scaled to about the
+    same length; the columns of your own `mv` and `rmv` are unknown and assumed to be equally long.
 
     Attributes:
         omega: the first ratio of dual and primal steps; None computes it from the data.
@@ -126,7 +126,7 @@ class PrimalDual:
         if isinstance(problem.loss, DataLoss | Quadratic):
             return needs(self, problem, operator=True)
         return (
-            f"{type(self).__name__} needs the prox of the loss and takes losses of data and Quadratic, given "
+            f"{type(self).__name__} needs the prox of the loss, which a DataLoss and a Quadratic have, given "
             f"{type(problem.loss).__name__}; write the loss as DataLoss(scalar loss, matrix, target), or without an "
             "operator use AcceleratedProximalGradient"
         )
@@ -242,7 +242,7 @@ class PrimalDual:
         )
 
     def _check(self, problem: Problem, state: PrimalDualState) -> PrimalDualState:
-        """The state with a new residual and objective, and with a new certificate where one is due."""
+        """The state with a new residual and objective, and with a new certificate if one is due."""
         at, loss, penalty = state.mapped, problem.loss, problem.penalty
         # The answer: without an operator the copy, which has the penalty's zeros.
         plain = problem.operator is None
@@ -253,7 +253,7 @@ class PrimalDual:
         objective = loss.rows.value(image) + penalty.value(x if plain else at.images[1])
         gap, bound = jnp.full_like(state.residual, jnp.inf), state.bound
         if has_conjugate(penalty):
-            # Rounding alone does not take an objective below a bound.
+            # Rounding alone does not bring an objective below a bound.
             refuted = bound - objective > 8 * ROUNDING * limits.eps * jnp.abs(objective)
             precondition = partial(self._inverse, state) if jnp.ndim(state.metric) else None
             metric = Metric(state.units, state.scales, precondition)
@@ -369,7 +369,7 @@ class SplitAdmm(PrimalDual):
         if size <= CHEAP:
             return None
         return (
-            f"SplitAdmm inverts a matrix of all unknowns and takes up to {CHEAP:,}, given {size:,}; use PrimalDual, "
+            f"SplitAdmm inverts a matrix of all unknowns and accepts up to {CHEAP:,}, given {size:,}; use PrimalDual, "
             "whose steps are products with the operator"
         )
 

@@ -24,7 +24,7 @@ class ProximalGradientState:
     step_size: Any
     objective: Any
     residual: Any
-    prox_memory: Any  # what the next prox starts from, where the penalty has an `IterativeProx`
+    prox_memory: Any  # what the next prox starts from, if the penalty has an `IterativeProx`
 
 
 @pytree
@@ -35,8 +35,8 @@ class ProximalGradient(ProxSolver):
     The residual is the relative length of the last step.
 
     Attributes:
-        step_size: below `1 / lambda_max(H)`; None takes `0.97` over a safe bound on it.
-        seed: of the random start of the eigenvalue bound.
+        step_size: below `1 / lambda_max(H)`; None uses `0.97` over a safe bound on it.
+        seed: for the random start of the eigenvalue bound.
     """
 
     step_size: Any = None

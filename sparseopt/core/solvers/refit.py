@@ -20,7 +20,7 @@ from sparseopt.core.problem.problem import Measure, PlainSolver, Problem, needs
 
 @pytree
 class RefitState:
-    """The iterate, the masked residual (the negative gradient), the direction, squared residuals a column."""
+    """The iterate, the masked residual (the negative gradient), the direction, squared residuals per column."""
 
     x: Any
     residual: Any
@@ -32,7 +32,7 @@ class RefitState:
 
 @pytree
 class Refit(PlainSolver):
-    """CG refit as a solver for `solve`; one product with H a step, the loss never increases.
+    """CG refit as a solver for `solve`: one product with H per step; the loss never increases.
 
     The residual is `||masked gradient|| / ||masked gradient at the start||` over all columns. A start with entries off
     the mask is projected first. Diagonal scaling is left to the caller.

@@ -1,4 +1,4 @@
-"""ADMM for a dense quadratic loss and any penalty with a prox, at one rho or a rising one.
+"""ADMM for a dense quadratic loss and any penalty with a prox, with a fixed or a rising rho.
 
     minimise over x    1/2 <x - c, H (x - c)> + penalty(x)
 
@@ -6,11 +6,11 @@
     x = prox( b + v / rho, 1 / rho )                        # the answer: it has the penalty's zeros
     v = v + rho (b - x)
 
-One iteration costs one product with the inverse, which is computed once. For an indicator of sparse arrays a small rho
-lets the support move, and a large one makes b and x agree: so rho starts small and rises.
+One iteration costs one product with the inverse, which is computed once. For an indicator of sparse arrays, a small rho
+lets the support move and a large one makes b and x agree, so rho starts small and rises.
 
 Source: Boyd, Parikh, Chu, Peleato, Eckstein, "Distributed optimization and statistical learning via ADMM", 2011,
-sections 3.4.1 and 9.1; for pruning, Boza, "Fast and effective weight update for pruned large language models", 2024,
+sections 3.4.1 and 9.1; for pruning, Boža, "Fast and effective weight update for pruned large language models", 2024,
 and Meng, Behdin, Wang, Mazumder, "ALPS", NeurIPS 2024, with a rising rho.
 """
 
@@ -32,7 +32,7 @@ class QuadraticAdmmState:
     """One state; `x` is the answer."""
 
     x: Any
-    point: Any  # b + v / rho, where the prox was taken
+    point: Any  # b + v / rho, where the prox was evaluated
     rho: Any
     inverse: Any  # (H + rho I)^-1
     objective: Any
@@ -40,17 +40,17 @@ class QuadraticAdmmState:
 
     @property
     def dual(self) -> Array:
-        """The dual v: after the last two lines of a step, rho times what the prox took away."""
+        """The dual v: after the last two lines of a step, rho times what the prox removed."""
         return self.rho * (self.point - self.x)
 
 
 @pytree
 class QuadraticAdmm(PlainSolver):
-    """ADMM at one rho as a solver for `solve`, from an array, with a dual of 0, or from a `Start` with the dual.
+    """ADMM with a fixed rho as a solver for `solve`, from an array, with a dual of 0, or from a `Start` with the dual.
 
-    The residual is the share of entries that entered or left the support in the last step. The objective is the loss at
-    b plus the penalty at x, which needs no further product and equals F(x) where b = x. Both together cost a third of a
-    step where the prox is a selection.
+    The residual is the fraction of entries that entered or left the support in the last step. The objective is the loss
+    at b plus the penalty at x, which needs no further product and equals F(x) if b = x. Together they cost a third of a
+    step if the prox is a selection.
 
     Attributes:
         rho: for a Hessian with a unit diagonal; scale the problem accordingly.
@@ -97,8 +97,8 @@ def solve_rising(
 ) -> Solution:
     """`QuadraticAdmm` at `rho`, `rho * growth`, ..., each from the point and the dual where the one before ended.
 
-    The loop over levels is unrolled: XLA on a CPU runs the inverse up to twice as fast outside a loop. A level takes at
-    most `period` steps, and ends when at most the share `rest` of the entries entered or left the support (negative:
+    The loop over levels is unrolled: XLA on a CPU runs the inverse up to twice as fast outside a loop. A level runs at
+    most `period` steps, and ends when at most the fraction `rest` of the entries entered or left the support (negative:
     never). The answer is the last level's solution, with the steps of all.
 
     Example:

@@ -1,11 +1,11 @@
-"""Splicing, the exchange of kept entries for pruned ones where the loss predicts a gain.
+"""Splicing, the exchange of kept entries for pruned ones if the loss predicts a gain.
 
     minimise over x    1/2 <x - c, H (x - c)>    subject to x in a sparse set with a mask (TopK, NM, ...)
 
 With x the minimiser on its support and g = H (x - c), removing entry i costs about `1/2 h_i x_i²` and adding entry j
 gains about `1/2 g_j² / h_j`. The curvature h lies between `1 / [H⁻¹]_ii` (all other entries free) and `H_ii` (none
-free); their geometric mean is taken. One step takes the set's mask of these costs and damped gains, refits by conjugate
-gradients, and keeps the new support only if the loss fell; otherwise the gains are damped more.
+free); their geometric mean is used. One step finds the set's mask for these costs and damped gains, refits with
+conjugate gradients, and keeps the new support only if the loss fell; otherwise the gains are damped more.
 
 Source: Zhu, Wen, Zhu, Zhang, Wang, "A polynomial algorithm for best-subset selection problem", PNAS 2020, with
 curvatures of the inverse as in Hassibi and Stork, "Optimal brain surgeon", 1993.
@@ -36,7 +36,7 @@ class SpliceState:
     curvature: Any  # h, [n, 1]
     damping: Any
     loss: Any
-    swapped: Any  # share of entries in the last exchange, 0 if it was rejected
+    swapped: Any  # fraction of entries in the last exchange, 0 if it was rejected
     rejected: Any  # rejections in a row
 
 
@@ -44,12 +44,12 @@ class SpliceState:
 class Splice(PlainSolver):
     """Splicing as a solver for `solve`; the loss never increases. `problem.penalty` needs a `mask(score)`.
 
-    The residual is the share of entries exchanged by the last accepted step; it is +inf after a rejected step,
+    The residual is the fraction of entries exchanged by the last accepted step; it is +inf after a rejected step,
     and 0 after `patience` of them in a row.
 
     Attributes:
         refit_steps: conjugate-gradient steps after each exchange.
-        damping: of the gains at the first step, in (0, 1].
+        damping: factor of the gains at the first step, in (0, 1].
         patience: rejected steps in a row that end the search.
     """
 
@@ -67,7 +67,7 @@ class Splice(PlainSolver):
         )
 
     def init(self, problem: Problem, start: Float[Array, "n columns"]) -> SpliceState:
-        """The support of start, or its largest entries where it has too many, refitted."""
+        """The support of start, or its largest entries if it has too many, refitted."""
         hessian = problem.loss.hessian
         free = 1 / jnp.diagonal(spd_inverse(hessian))
         curvature = jnp.sqrt(jnp.maximum(free, 0) * jnp.diagonal(hessian))[:, None]

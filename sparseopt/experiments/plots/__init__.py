@@ -1,7 +1,7 @@
-"""Pictures (extra `[plot]`).
+"""Figures (extra `[plot]`).
 
-Every function draws on the matplotlib axes that it is given, or on those of a new figure, and returns them. What cannot
-be drawn is a ValueError that says what was given. matplotlib is imported when something is drawn, and nothing here
+Every function draws on the given matplotlib axes, or on the axes of a new figure, and returns them. Data that cannot be
+drawn raise a ValueError that says what was given. matplotlib is imported when something is drawn, and nothing here
 needs the models.
 """
 

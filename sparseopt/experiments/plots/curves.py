@@ -1,4 +1,4 @@
-"""Lines: any curves, histories of solves, and paths over the penalty weight with the level chosen."""
+"""Line plots: any curves, histories of solves, and paths over the penalty weight with the chosen level."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -32,7 +32,7 @@ def plot_curves(
     """Labelled lines that differ in colour and dash.
 
     Args:
-        curves: x and y, both `[n]`, by label. A value that is not finite leaves a gap in its line.
+        curves: x and y, both `[n]`, by label. A non-finite value leaves a gap in its line.
         axis: to draw on.
         xlabel: what x is, with its unit.
         ylabel: what y is, with its unit.
@@ -88,15 +88,15 @@ def plot_history(
 
     Gap and residual are on a log axis; so is the objective with a reference, drawn as
     `(objective - reference) / |reference|`. Between two checks of a solver (the trend filter checks every `cadence`
-    steps) the objective is the last one found, and gap and residual are not finite; such steps are skipped. So are
-    values of 0 or below on a log axis, where a solve has converged to rounding.
+    steps) the objective is the last one found, and gap and residual are not finite; such steps are skipped. On a log
+    axis values of 0 or below, from solves that have converged to rounding, are skipped too.
 
     Args:
-        solutions: by label, each of one solve.
+        solutions: solutions of single solves, by label.
         quantity: "objective", "gap" or "residual".
         axis: to draw on.
-        seconds: of each whole solve by label; x is then time, with the steps spread evenly over it.
-        reference: the lowest objective known, not 0.
+        seconds: time of each whole solve, by label; x is then time, with the steps spread evenly over it.
+        reference: the smallest known objective, not 0.
     """
     if quantity not in LABELS:
         raise ValueError(f"unknown quantity {quantity!r}; known are {', '.join(LABELS)}")
@@ -174,7 +174,7 @@ def plot_fits(path: TrendPath, nodes: Sequence[int] | None = None, axis: Any = N
     """How the fit at some nodes moves with the weight.
 
     Args:
-        path: of `trend_path`; of several channels the first is drawn.
+        path: result of `trend_path`; the first of several channels is drawn.
         nodes: numbers in row-major order, or None for 12 spread evenly; lines are labelled by them.
         axis: to draw on.
     """
@@ -199,7 +199,7 @@ def plot_degrees_of_freedom(path: TrendPath, axis: Any = None) -> Any:
 
 
 def plot_selection(selection: Selection, axis: Any = None) -> Any:
-    """A criterion over the weights, its minimum marked; levels where it is not defined leave a gap."""
+    """A criterion over the weights, with its minimum marked; levels at which it is undefined leave a gap."""
     axis = _log_axis(axis)
     axis.plot(selection.path.weights, selection.curve, color=style.COLOURS[0], linewidth=1.8, label="_curve")
     _mark(axis, selection.path, selection.index, "least")

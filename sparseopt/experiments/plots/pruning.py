@@ -1,4 +1,4 @@
-"""Pictures of pruning: errors by layer, perplexity and time by sparsity, perplexity by size."""
+"""Figures of pruning: errors by layer, perplexity and time by sparsity, perplexity by size."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,10 +13,10 @@ if TYPE_CHECKING:  # its package loads the models, which need flax
 
 
 def plot_layer_errors(runs: "Mapping[str, Sequence[LayerRecord]]", axes: Any = None) -> Any:
-    """Bars of the relative layer error, geometric means, by block (left) and by kind of linear (right).
+    """Bars of the relative layer error, geometric means, by block (left) and by kind of layer (right).
 
     Args:
-        runs: records by the run's label.
+        runs: layer records by run label.
         axes: two axes to draw on.
     """
     style.check_any(runs, "run")
@@ -52,7 +52,7 @@ def plot_perplexity(curves: Mapping[str, tuple[Any, Any]], axis: Any = None, *, 
     """Perplexity, on a log axis, by sparsity in per cent.
 
     Args:
-        curves: sparsity (share of zeros, 0 to 1) and perplexity, both `[n]`, by label.
+        curves: sparsity (fraction of zeros, 0 to 1) and perplexity, both `[n]`, by label.
         axis: to draw on.
         dense: the perplexity of the model before pruning, drawn as a dashed line.
     """
@@ -99,8 +99,8 @@ def plot_comparison(
     A label has one colour, dash and marker in both panels, and one legend on the right.
 
     Args:
-        curves: sparsity (share of zeros, 0 to 1), perplexity and seconds, all `[n]`, by label. A perplexity
-            that is not finite leaves a gap in its line.
+        curves: sparsity (fraction of zeros, 0 to 1), perplexity and seconds, all `[n]`, by label. A non-finite
+            perplexity leaves a gap in its line.
         axes: two axes to draw on.
         dense: the perplexity of the model before pruning, drawn as a dashed line on the left.
     """

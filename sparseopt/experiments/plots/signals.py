@@ -21,8 +21,8 @@ def plot_image(image: Any, axis: Any = None, *, title: str = "", limits: tuple[f
             integers or floats.
         axis: to draw on.
         title: above it.
-        limits: the values drawn black and white. None takes the whole range of integers of 8 or 16 bits, 0 to 1
-            for floats between, and the range of the values for all others.
+        limits: the values drawn black and white. None uses the whole range of 8- or 16-bit integers, 0 to 1 for floats
+            in this range, and the range of the values otherwise.
     """
     given = np.asarray(image)
     is_image = given.ndim in (2, 3) and given.size > 0 and given.shape[2:] in ((), (3,), (4,))
@@ -85,7 +85,7 @@ def plot_chain(observed: Any, fit: Any, axis: Any = None, *, truth: Any = None, 
         observed: `[n]`; NaN where missing.
         fit: `[n]`.
         axis: to draw on.
-        truth: `[n]`, or None where it is not known.
+        truth: `[n]`, or None if it is not known.
         positions: ascending `[n]`; None numbers the nodes.
     """
     dots = style.as_numbers(observed, "observed", ("n",))
@@ -172,7 +172,7 @@ def plot_regions(
 
     Args:
         polygons: one entry a region: its outline `[m, 2]`, or a list of outlines (islands; holes are not cut out).
-        values: one a region; NaN is drawn grey.
+        values: one per region; NaN is drawn grey.
         axis: to draw on.
         limits: of the colours, or None for the range of the values.
         label: of the colour bar: what the values are, with their unit.
@@ -207,7 +207,7 @@ def plot_lines(
 
     Args:
         lines: the points of each, `[m, 2]`.
-        values: one a line; NaN is drawn grey.
+        values: one per line; NaN is drawn grey.
         axis: to draw on.
         limits: of the colours, or None for the range of the values.
         label: of the colour bar: what the values are, with their unit.
@@ -264,11 +264,11 @@ def _outlines(region: Any, index: int) -> list[np.ndarray]:
 
 
 def plot_groups(shape: Sequence[int], block: int, axis: Any = None, *, columns: int | None = None) -> np.ndarray:
-    """The rows of a grid's difference operator in groups that share no node, one panel a group.
+    """The rows of a grid's difference operator in groups that share no node, one panel per group.
 
     The rows of a group are treated in parallel. `block` counts the difference factors that are treated row by
-    row: rows of D are edges, rows of L stars, rows of D L two joined stars. On a large grid of two dimensions
-    they fall into 4, 5 and 16 groups.
+    row: rows of D are edges, rows of L stars, rows of D L two joined stars. On a large two-dimensional grid they form
+    4, 5 and 16 groups.
 
     Args:
         shape: of the grid: 1 or 2 axes, 2 to 400 nodes.

@@ -1,4 +1,4 @@
-"""What all pictures share: colours and line styles, checks of what is drawn, helpers for axes."""
+"""What all figures share: colours and line styles, checks of the data, helpers for axes."""
 
 import textwrap
 from collections.abc import Collection
@@ -30,12 +30,12 @@ def line_style(index: int, markers: bool = False) -> dict[str, Any]:
 
 
 def axis_or_new(axis: Any, size: tuple[float, float] = (6, 4)) -> Any:
-    """The axis given, or that of a new figure of a size in inches."""
+    """The given axis, or the axis of a new figure with this size in inches."""
     return axes_or_new(axis, 1, 1, size)[0]
 
 
 def axes_or_new(axes: Any, count: int, columns: int, size: tuple[float, float], **options: Any) -> np.ndarray:
-    """`count` axes as a flat array: those given, or the panels of a new figure of a size in inches."""
+    """`count` axes as a flat array: the given ones, or the panels of a new figure with this size in inches."""
     if axes is None:
         import matplotlib.pyplot as plt
 
@@ -58,7 +58,7 @@ def tidy(axis: Any, grid: str = "both") -> None:
 
 
 def bare(axis: Any) -> None:
-    """No frame and no ticks, where the coordinates mean nothing but have one scale."""
+    """No frame and no ticks, for coordinates without meaning but with equal scale."""
     axis.set_aspect("equal")
     axis.set_xticks([])
     axis.set_yticks([])

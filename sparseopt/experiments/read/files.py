@@ -1,6 +1,6 @@
-"""Files of numbers in general: what may be read and written. All functions raise a `FileError`, which says what to do.
+"""Rules for reading and writing files of numbers. All functions raise a `FileError`, which says what to do.
 
-Files may be malicious. Pickled data are refused, and the claimed size of the contents is checked before memory is
+Files may be malicious. Pickled data are rejected, and the claimed size of the contents is checked before memory is
 allocated.
 """
 
@@ -20,12 +20,12 @@ FREE_BYTES, MAX_RATIO = 2**28, 100
 
 
 class FileError(ValueError):
-    """A file that cannot be read or must not be written; the text says why and what to do."""
+    """Raised if a file cannot be read or must not be written; the message says why and what to do."""
 
 
 @contextlib.contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Within, all that readers raise for a broken file is a FileError that says what cannot be read."""
+    """Context in which any error of a reader becomes a FileError that says what cannot be read."""
     try:
         yield
     except (FileError, ModuleNotFoundError):
@@ -36,14 +36,14 @@ def reading(what: str) -> Iterator[None]:
 
 
 def opened_npz(file: Path, example: str) -> Any:
-    """The arrays of an archive, unread; `example` says in an error how one is written."""
+    """The arrays of an archive, unread; `example` shows in an error how to write one."""
     if not zipfile.is_zipfile(file):
         raise ValueError(f"it is not an NPZ archive; write it with numpy.savez(FILE, {example})")
     return np.load(file, allow_pickle=False)
 
 
 def npz_array(arrays: Any, names: Sequence[str], file: Path) -> tuple[str, np.ndarray]:
-    """The first of the names that an archive has, and its array, once its header is checked."""
+    """The first of the names that an archive has, and its array, after checking its header."""
     name = next((name for name in names if name in arrays), None)
     if name is None:
         raise ValueError(f"it holds {', '.join(arrays.files[:8])}, expected one of {', '.join(names)}")
@@ -52,7 +52,7 @@ def npz_array(arrays: Any, names: Sequence[str], file: Path) -> tuple[str, np.nd
 
 
 def _check_npy(archive: zipfile.ZipFile, member: str, file: Path) -> None:
-    """Raise an error unless the header of an array is one of plain numbers and fits its size."""
+    """Raise an error unless an array's header describes plain numbers and matches its size."""
     info = archive.getinfo(member)
     check_unpacked(info.file_size, file)
     with archive.open(info) as stream:
@@ -81,7 +81,7 @@ def check_unpacked(claimed: int, file: Path) -> None:
 
 
 def readable(path: str | Path, instead: str) -> Path:
-    """The path of a file that exists and is not of a kind that can run code; `instead` is what to write."""
+    """The path of a file that exists and cannot run code; `instead` says what to write otherwise."""
     file = Path(path)
     if not file.is_file():
         raise FileError(f"there is no file {file}")
@@ -106,6 +106,6 @@ def check_output(path: str | Path, kinds: tuple[str, ...] | None, force: bool) -
 
 
 def write_npz(file: Path, arrays: dict[str, Any]) -> None:
-    """Write an archive by exactly this name, to which NumPy would add an ending of its own."""
+    """Write an archive with exactly this name, to which NumPy would add an ending."""
     with file.open("wb") as stream:
         np.savez_compressed(stream, **arrays)

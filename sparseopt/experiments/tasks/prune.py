@@ -1,4 +1,4 @@
-"""The task `prune`: prune a language model, and score what is left on text that the pruner did not see."""
+"""The task `prune`: prune a language model, and score it on text that was not used for pruning."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
@@ -21,7 +21,7 @@ class Prune(_Settings, ModelTask):
     Its further keys are those of `ModelTask` and the fields of `Recipe`.
 
     Attributes:
-        penalty: chooses the support in place of L0 (method maiht), by name, or by name or path with arguments.
+        penalty: chooses the support instead of L0 (method maiht); given by name, or by name or path with arguments.
     """
 
     columns: ClassVar[tuple[str, ...]] = (

@@ -33,7 +33,7 @@ class Shrink(_Settings, ModelTask):
 
     @property
     def label(self) -> str:
-        """The method and what is reduced: all shares of the same parts are one line in a picture."""
+        """The method and what is reduced: all fractions of the same parts form one line in a figure."""
         fields = self.kind.model_fields
         reduced = [part for part in (*SHARES, "parameters") if getattr(self, part) != fields[part].default]
         return DENSE if self.is_dense else f"{self.method_label} {'+'.join(reduced)}"

@@ -23,7 +23,7 @@ from sparseopt.layers.problem import LayerMethod
 COMPENSATION = 350
 # A solve that may stop early does so after about this fraction of its steps.
 RESTED = 0.6
-# Sums over all devices where a layer is cut: in a step of mAIHT, in a step of conjugate gradients, and in a selection
+# Sums over all devices if a layer is cut: in a step of mAIHT, in a step of conjugate gradients, and in a selection
 # (its sample, and three counts in each of about seven passes).
 MAIHT_SUMS, REFIT_SUMS, SELECTION_SUMS = 12, 2, 1 + 3 * 7
 
@@ -34,7 +34,7 @@ class NamedMethod(NamedTuple):
     summary: str  # for help texts
     method: LayerMethod  # with its own settings
     presets: Mapping[str, LayerMethod] = {}  # other settings by name
-    groups: LayerMethod | None = None  # in place of `method` for the pattern group:C
+    groups: LayerMethod | None = None  # instead of `method` for the pattern group:C
 
 
 _MAIHT = {
@@ -90,12 +90,12 @@ def find_method(
 ) -> LayerMethod:
     """The method object for a name, a preset and the name of a pattern; an object is returned unchanged.
 
-    A penalty replaces L0 in the choice of the support, of method "maiht" only; a ridge replaces the method's own.
+    A penalty replaces L0 in the choice of the support, with method "maiht" only; a ridge replaces the method's own.
     For the pattern group:C, "best" is another method. With bits the answer is put on their grid.
 
     Raises:
-        ValueError: for an unknown name, preset or bits, listing those known, or a preset, penalty or ridge that the
-            method does not take.
+        ValueError: for an unknown name, preset or bits, listing the known ones, or a preset, penalty or ridge that the
+            method does not accept.
     """
     found = _named(method, preset, pattern)
     if ridge is not None:
@@ -106,13 +106,13 @@ def find_method(
 
 
 def _with_penalty(found: LayerMethod, method: Any, penalty: Any) -> LayerMethod:
-    """The method mAIHT with another penalty than L0."""
+    """The mAIHT method with a penalty other than L0."""
     if not isinstance(found, MaihtPruning):
-        raise ValueError(f"only method 'maiht' takes a penalty, given {method!r}; leave the penalty out")
+        raise ValueError(f"only method 'maiht' accepts a penalty, given {method!r}; leave the penalty out")
     named = dataclasses.is_dataclass(penalty) and "weight" in {f.name for f in dataclasses.fields(penalty)}
     if not isinstance(penalty, Penalty) or not named:
         raise ValueError(
-            f"penalty must be an object with value(x) and prox(x, step), a frozen dataclass made by "
+            f"penalty must be an object with value(x) and prox(x, step), a frozen dataclass made with "
             f"sparseopt.pytree with a field `weight`, given {penalty!r}"
         )
     return dataclasses.replace(found, penalty=penalty)
@@ -132,7 +132,7 @@ def _named(method: str | LayerMethod, preset: str | None, pattern: str) -> Layer
         found = NamedMethod("", method)
     else:
         raise ValueError(
-            "a method of your own must be an object of a frozen dataclass made by sparseopt.pytree, such as "
+            "your own method must be an object of a frozen dataclass made with sparseopt.pytree, such as "
             f"Wanda(), given {method!r}"
         )
     if preset is None:
@@ -160,7 +160,7 @@ def _with_ridge(method: Any, ridge: float) -> LayerMethod:
 
 
 class Workspace(NamedTuple):
-    """What a solve of a layer `[out, in]` holds at once besides its job, in float32 arrays of two shapes."""
+    """What a solve of a layer `[out, in]` holds at once besides its job, as float32 arrays of two shapes."""
 
     square: float  # `[in, in]`
     wide: float  # `[in, out]`
@@ -171,17 +171,17 @@ class Workspace(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class MethodCost:
-    """What a method takes for one layer `[out, in]`: operations, and memory besides the job's."""
+    """The cost of a method for one layer `[out, in]`: operations, and memory besides the job's."""
 
     products: float  # of the Gram with an array like the weight, `2 in² out` operations each
     inverses: float  # of a matrix `[in, in]`
-    sums: float  # over all devices, where the layer is cut over several
+    sums: float  # over all devices, if the layer is cut over several
     updates: float  # further operations per weight
     workspace: Workspace
     program_mib: int  # resident MiB of its compiled program, for each shape
 
 
-# Of a method of your own: as much memory as any method of this package takes, and nobody knows its operations.
+# For your own method: as much memory as any method of this package needs, and an unknown number of operations.
 OWN = MethodCost(math.nan, math.nan, math.nan, math.nan, Workspace(7.5, 10.0), 104)
 
 
@@ -193,7 +193,7 @@ def method_cost(method: LayerMethod) -> MethodCost:
         case Wanda():
             return MethodCost(0, 0, 3 * SELECTION_SUMS, 0, Workspace(0, 4), 40)
         case GroupRemoval():
-            # Where half of the groups go: the updates of the inverse take as long as half an inverse, those of the
+            # If half of the groups go: the updates of the inverse take as long as half an inverse, the updates of the
             # values as half a product, and every step reads all values for the costs.
             steps = STEPS / 2
             return MethodCost(0.5, 1.5, steps, 8 * steps, Workspace(3.5, 4), 64)
@@ -201,7 +201,7 @@ def method_cost(method: LayerMethod) -> MethodCost:
             return MethodCost(1, 1, SELECTION_SUMS, method.block * COMPENSATION, Workspace(2, 4), 60)
         case MaihtPruning():
             steps = method.max_steps * (RESTED if method.rest >= 0 else 1.0)
-            # The monitor takes a product too, though seldom one of its own.
+            # The monitor needs a product too, though seldom its own.
             each = 1.5 if method.monitor == "always" else 1.1
             sums = steps * MAIHT_SUMS + method.refit_steps * REFIT_SUMS + 2 * SELECTION_SUMS
             return MethodCost(steps * each + method.refit_steps + 2, 0, sums, 0, Workspace(1, 10), 64)

@@ -17,14 +17,14 @@ class AdmmPruning:
 
     Attributes:
         ridge: added to the unit diagonal of the scaled Hessian.
-        rho: the first; `growth` multiplies it from one level to the next.
+        rho: the first value; `growth` multiplies it from one level to the next.
         growth: see `rho`.
         levels: number of values of rho.
-        period: most ADMM iterations at one level.
+        period: limit on ADMM iterations at one level.
         rest: as in `solve_rising`.
         refit_steps: conjugate-gradient steps at the end.
 
-    Source: Boza, "Fast and effective weight update for pruned large language models", 2024; Meng, Behdin, Wang,
+    Source: Boža, "Fast and effective weight update for pruned large language models", 2024; Meng, Behdin, Wang,
     Mazumder, "ALPS: improved optimization for highly sparse one-shot pruning", NeurIPS 2024.
     """
 

@@ -3,10 +3,10 @@
     minimise over q, d    1/2 ||X (V - W)ᵀ||² + ridge/2 ||(V - V0) e||²,    V = d q,  q whole, low <= q <= high
 
 with V zero off the mask, scales d `[groups, out]`, V0 the answer of another method, and e the norms of the inputs.
-Three steps, all outputs at once. V0 is rounded group by group, the strongest inputs first: a scale is searched when its
-group is reached, and each error is passed on to the inputs after it; a pruned weight is one whose grid is 0. An output
-for which plain rounding has the smaller loss takes that. Then sweeps of coordinate descent, each weight the best point
-of its grid given all others, and after every group its best scale given the multiples. A sweep never raises the loss.
+Three steps, all outputs at once. V0 is rounded group by group, strongest inputs first: a scale is searched when its
+group is reached, and each error is passed on to the inputs after it; a pruned weight is one whose grid is 0. If plain
+rounding has the smaller loss for an output, it is used. Then sweeps of coordinate descent: each weight moves to its
+best grid point given the others, then each group's scale to its best. A sweep never raises the loss.
 """
 
 from typing import Any
@@ -23,12 +23,12 @@ from sparseopt.layers.methods.sparsegpt import pass_beyond, pass_on
 from sparseopt.layers.patterns import Pattern
 from sparseopt.layers.problem import OnGrid, Pruned, ScaledLayer
 
-# Inputs in a panel of the descent where all inputs of an output share a scale.
+# Inputs in a panel of the descent if all inputs of an output share a scale.
 PANEL = 128
-# Scales are searched at these shares of the one that just holds the group's largest weight, and their negatives; each
-# is then fitted to its multiples.
+# Scales are searched at these fractions of the scale that just holds the group's largest weight, and their negatives;
+# each is then fitted to its multiples.
 SHARES = (0.5, 0.6, 0.7, 0.78, 0.86, 0.93, 1.0, 1.08)
-# The norm of a dead input, as a share of the root mean square: its weights count a little, for the tokens to come.
+# The norm of a dead input, as a fraction of the root mean square: its weights count a little, for the tokens to come.
 DEAD_NORM = 0.1
 
 
@@ -57,9 +57,9 @@ class FewBits:
         first: the method that chooses the mask and the weights before they are rounded.
         bits: the grid.
         ridge: see the loss above; relative to the inputs' own squares.
-        sweeps: of coordinate descent.
+        sweeps: number of coordinate-descent sweeps.
 
-    Source: the order of rounding and its compensation are those of Frantar, Ashkboos, Hoefler and Alistarh, "GPTQ:
+    Source: the order of rounding and its compensation follow Frantar, Ashkboos, Hoefler and Alistarh, "GPTQ:
     accurate post-training quantization for generative pre-trained transformers", ICLR 2023; coordinate descent as in
     Behdin et al., "QuantEase", 2023.
     """
@@ -78,7 +78,7 @@ class FewBits:
         self.bits.check(inputs)
         found, dead = self.first(layer, pattern), (layer.scale == 0)[:, None]
         mask = found.mask
-        # In coordinates in which no input has norm 0; the weights of dead ones are those of the dense layer.
+        # In coordinates in which no input has norm 0; dead inputs keep the weights of the dense layer.
         typical = jnp.sqrt(jnp.mean(layer.scale**2))
         least = jnp.where(typical > 0, DEAD_NORM * typical, 1)
         unit = jnp.where(dead, least, layer.scale[:, None]) * layer.output_scale
@@ -98,7 +98,7 @@ class FewBits:
             self._landed(scaled / unit, self._each(each, inputs), mask)
             for scaled, each in ((values, scale), (plain, widest))
         )
-        # What the method gave off its own mask is left for the check of its answer.
+        # What the method returned off its own mask is left for the check of its answer.
         values = jnp.where(mask, values, found.values)
         return found._replace(values=values, grid=OnGrid(weights, found.values, rounded))
 
@@ -111,7 +111,7 @@ class FewBits:
         return jnp.where(kept, Grid(step, self.bits.low, self.bits.high).nearest(x), 0)
 
     def _panel(self, inputs: int) -> int:
-        """Inputs that are rounded one after the other before a product tells the others."""
+        """Inputs that are rounded one after the other before a product updates the others."""
         return self.bits.group or max(size for size in range(1, PANEL + 1) if inputs % size == 0)
 
     def _scale_of_largest(self, weights: Float[Array, "in out"]) -> Float[Array, "groups out"]:
@@ -172,7 +172,7 @@ class FewBits:
             return pass_beyond(values, upper, first, rows, errors), scale[0]
 
         firsts = jnp.arange(0, inputs, size)
-        # Where all inputs share a scale, every panel gets it.
+        # If all inputs share a scale, every panel gets it.
         widths = widest[groups] if self.bits.group else jnp.broadcast_to(widest, (len(firsts), widest.shape[1]))
         values, scales = jax.lax.scan(panel, start, (firsts, widths))
         return values[jnp.argsort(order)], scales[jnp.argsort(groups)] if common is None else common

@@ -31,14 +31,14 @@ class MaihtPruning:
     Attributes:
         ridge: added to the unit diagonal of the scaled Hessian.
         monitor: as in `Maiht`.
-        max_steps: most mAIHT iterations.
-        rest: stop when at most this share of the entries changed sides in a step; negative: never.
+        max_steps: limit on mAIHT iterations.
+        rest: stop when at most this fraction of the entries changed sides in a step; negative: never.
         refit: "gradient" is the paper's projected gradient, "cg" conjugate gradients.
         refit_steps: steps of the refit.
         undershoot: how far below the given sparsity the level aims, above 35 % sparsity and below; the final count
             prunes the rest. The level starts low, where the first threshold keeps 95 %, 97 % or 99 % of the entries,
             depending on the sparsity, and the iteration raises it.
-        seed: of the random start of the eigenvalue bound.
+        seed: for the random start of the eigenvalue bound.
         penalty: replaces L0 in the choice of the support; a frozen dataclass with a prox and a field `weight`, the
             level, which the sparsity sets. Unstructured patterns only.
     """
@@ -74,9 +74,9 @@ class MaihtPruning:
         )  # fmt: skip
 
     def _first_penalty(self, layer: ScaledLayer, support: Array | None, share: Array, step: Array) -> Any:
-        """The penalty at the level whose threshold keeps this share of |center|.
+        """The penalty at the level whose threshold keeps this fraction of |center|.
 
-        Zeros, dead inputs and what is off the support do not count: a level of 0 would stay 0.
+        Zeros, dead inputs and entries off the support do not count: a level of 0 would stay 0.
         """
         usable = (layer.center != 0) & (layer.scale[:, None] > 0)
         usable = usable if support is None else usable & support
@@ -125,7 +125,7 @@ def _exact_mask(x: Array, layer: ScaledLayer, pattern: Pattern) -> Array:
 
 
 def _at_sparsity(penalty: Any, x: Array, step: Array, sparsity: Array) -> Any:
-    """The penalty at the level where its prox at x has this share of zeros, by bisection on log2(level)."""
+    """The penalty at the level where its prox at x has this fraction of zeros, by bisection on log2(level)."""
 
     def at(exponent: Array) -> Any:
         return dataclasses.replace(penalty, weight=jnp.exp2(exponent))

@@ -15,7 +15,7 @@ from sparseopt.layers.problem import Pruned, ScaledLayer
 
 @pytree
 class Magnitude:
-    """Keep the largest `|W_ij|` in the pattern, whatever the inputs are; of equal ones those of the first inputs.
+    """Keep the largest `|W_ij|` in the pattern, whatever the inputs are; on a tie the first inputs win.
 
     Source: Han, Pool, Tran, Dally, "Learning both weights and connections", 2015.
     """
@@ -28,8 +28,8 @@ class Magnitude:
 class Wanda:
     """Keep the largest `|W_ij| ||X_j||` among the inputs of each output; no refit.
 
-    With an unstructured pattern every output row keeps the same number of weights; what is left of the exact count goes
-    to the rows whose next score is largest.
+    With an unstructured pattern every output row keeps the same number of weights; the rest of the exact count goes to
+    the rows whose next score is largest.
 
     Source: Sun, Liu, Bair, Kolter, "A simple and effective pruning approach for LLMs", ICLR 2024, eq. 1.
     """
@@ -58,7 +58,7 @@ class Flap:
     """Keep the groups of inputs j with the largest sums of `var(X_j) ||W_:j||²`; no refit.
 
     An input that hardly varies adds nearly the same vector to the outputs of every token. The paper moves that constant
-    into a bias, which most families of models do not have; here it is lost.
+    into a bias, which most model families do not have, so here it is dropped.
 
     Source: An, Zhao, Yu, Tang, Wang, "Fluctuation-based adaptive structured pruning for large language models",
     AAAI 2024, the metric WIFV.
@@ -67,11 +67,11 @@ class Flap:
     reads_variances = True
 
     def __call__(self, layer: ScaledLayer, pattern: Pattern) -> Pruned:
-        what = "flap ranks whole groups of inputs and takes the pattern group:C only"
-        taken(without_support(pattern)[0], GroupTopK, what, "method 'wanda' takes all")
+        what = "flap ranks whole groups of inputs and accepts the pattern group:C only"
+        taken(without_support(pattern)[0], GroupTopK, what, "method 'wanda' accepts all")
         if layer.variances is None:
             raise ValueError(
-                "flap ranks inputs by their variance, which a Gram does not have; give input_variances, or take "
+                "flap ranks inputs by their variance, which a Gram does not have; give input_variances, or use "
                 "method 'wanda'"
             )
         return _dense_values(layer, pattern.mask(jnp.abs(layer.center) * jnp.sqrt(layer.variances)[:, None]))

@@ -20,12 +20,12 @@ from sparseopt.layers.problem import Pruned, ScaledLayer
 class SparseGpt:
     """Prune the inputs block by block; each pruned weight's error is passed on to the inputs that follow.
 
-    With `U` the upper Cholesky factor of `(H + ridge I)^-1`, the saliency of entry i of a column is
-    `(x_i / U_ii)²`. Within a block of inputs the pattern's share of the least salient is pruned, then input by
-    input `x_j -= U_ij x_i / U_ii` for all j > i. A count (of the layer, or of every row) is spread evenly over
-    the blocks. Each group of an n:m pattern is chosen when it is reached, which is the paper's block of m; m must
-    divide the block. Within a given support the count is spread in proportion to the block's weights in the support,
-    and what the compensation moves to the others is pruned in turn.
+    With `U` the upper Cholesky factor of `(H + ridge I)^-1`, the saliency of entry i of a column is `(x_i / U_ii)²`.
+    Within a block of inputs the pattern's fraction of the least salient entries is pruned, then input by input
+    `x_j -= U_ij x_i / U_ii` for all j > i. A count (of the layer, or of every row) is spread evenly over the blocks.
+    Each group of an n:m pattern is chosen when it is reached, which is the paper's block of m; m must divide the block.
+    Within a given support the count is spread in proportion to the block's weights in the support, and what the
+    compensation moves to other entries is pruned in turn.
 
     Attributes:
         ridge: added to the unit diagonal of the scaled Hessian.
@@ -40,11 +40,11 @@ class SparseGpt:
 
     def __call__(self, layer: ScaledLayer, pattern: Pattern) -> Pruned:
         given, support = without_support(pattern)
-        what = "sparsegpt decides input by input and takes the patterns unstructured, per-row and n:m"
-        plain = taken(given, TopK | RowTopK | NM, what, "method 'best' takes all")
+        what = "sparsegpt decides input by input and accepts the patterns unstructured, per-row and n:m"
+        plain = taken(given, TopK | RowTopK | NM, what, "method 'best' accepts all")
         groups = plain if isinstance(plain, NM) else None
         if groups is not None and self.block % groups.m:
-            raise ValueError(f"sparsegpt takes blocks of {self.block} inputs, which {groups.m} does not divide")
+            raise ValueError(f"sparsegpt uses blocks of {self.block} inputs, which {groups.m} does not divide")
         inputs, outputs = layer.center.shape
         # Whole blocks: padded inputs are independent of the others and have weight 0.
         padding = -inputs % self.block
@@ -55,7 +55,7 @@ class SparseGpt:
         # No weight of a padded input may stay.
         candidates = jnp.ones((inputs, 1), jnp.bool_) if support is None else support
         candidates = jnp.pad(candidates, ((0, padding), (0, 0)))
-        # The counts are the layer's, or those of every output.
+        # The counts are the layer's, or every output's.
         whole = isinstance(plain, TopK)
         tiles = candidates.reshape(-1, self.block, candidates.shape[1])
         room = jnp.sum(tiles, axis=(1, 2) if whole else 1, dtype=jnp.int32)
@@ -89,7 +89,7 @@ def _share(k: Array, done: Array, seen: Array, room: Array, total: Array) -> Arr
     """How many entries of a block survive, so that after every block `k` is spent in proportion to the entries seen.
 
     Args:
-        k: of `total` entries in all.
+        k: survivors among `total` entries.
         done: spent on the blocks before.
         seen: entries of the blocks before and of this one.
         room: entries of this one.
@@ -97,7 +97,7 @@ def _share(k: Array, done: Array, seen: Array, room: Array, total: Array) -> Arr
     """
     target = jnp.floor(k * (seen / jnp.maximum(total, 1))).astype(jnp.int32)
     # A product of large counts rounds in float32: never more than the block holds, and never less than what the later
-    # blocks could not take.
+    # blocks cannot hold.
     least = jnp.maximum(k - (total - seen) - done, 0)
     return jnp.clip(target - done, least, jnp.minimum(room, k - done))
 
@@ -111,7 +111,7 @@ def _compensate(
 ) -> tuple[Array, Array, Array]:
     """Prune one block input by input; returns the kept values, each input's error over `U_ii`, and the mask.
 
-    The mask given is that of a count; the groups of an n:m pattern are chosen here, so that they see the corrections of
+    The given mask is for a count; the groups of an n:m pattern are chosen here, so that they see the corrections of
     the inputs before them.
     """
 
@@ -136,7 +136,7 @@ def _compensate(
 def pass_on(
     rows: Float[Array, "block out"], upper: Float[Array, "block block"], index: Array, new: Float[Array, " out"]
 ) -> tuple[Float[Array, "block out"], Float[Array, " out"]]:
-    """The rows with row `index` at `new`, its error compensated by those after it, and that error over `U_ii`."""
+    """The rows with row `index` at `new`, its error compensated by the rows after it, and that error over `U_ii`."""
     error = (rows[index] - new) / upper[index, index]
     following = jnp.arange(rows.shape[0]) > index
     return (rows - jnp.where(following, upper[index], 0)[:, None] * error).at[index].set(new), error

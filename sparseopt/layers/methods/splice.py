@@ -18,10 +18,10 @@ class SplicePruning:
     """A first method's support, improved by exchanges of kept for pruned weights, then refitted.
 
     Attributes:
-        first: the method that gives the first support.
+        first: the method that finds the first support.
         ridge: added to the unit diagonal of the scaled Hessian.
-        rounds: most exchanges; 0 leaves the first support.
-        rest: stop when an accepted exchange moves at most this share of the entries.
+        rounds: limit on exchanges; 0 leaves the first support.
+        rest: stop when an accepted exchange moves at most this fraction of the entries.
         inner_steps: conjugate-gradient steps after each exchange.
         refit_steps: conjugate-gradient steps at the end.
 

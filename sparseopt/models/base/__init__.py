@@ -1,4 +1,4 @@
-"""What the room stands on: its error, checked fields of a configuration, rotary frequencies.
+"""The foundations of models: the error class, checked fields of a configuration, rotary frequencies.
 
 All of it is plain Python, NumPy and pydantic.
 """

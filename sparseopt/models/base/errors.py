@@ -1,4 +1,4 @@
-"""The one error class of reading, running and writing models, and helpers for its texts."""
+"""The error class for reading, running and writing models, and helpers for its messages."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,23 +11,23 @@ T = TypeVar("T")
 
 
 class ModelError(ValueError):
-    """A model that cannot be read, run or written; says what was given, what was expected, what to do."""
+    """Raised if a model cannot be read, run or written; says what was given, what was expected and what to do."""
 
 
 def listed(names: Sequence[str], most: int = 8) -> str:
-    """The first names, and the number of others."""
+    """The first names, and the number of the others."""
     shown = ", ".join(name[:200] for name in names[:most])
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
 def bulleted(problems: Sequence[str], most: int = 20) -> str:
-    """The first problems, one a line, and the number of others."""
+    """The first problems, one per line, and the number of the others."""
     shown = [*problems[:most], f"and {len(problems) - most} more"] if len(problems) > most else problems
     return "".join(f"\n  {problem}" for problem in shown)
 
 
 def named(name: str, check: Callable[[], T]) -> T:
-    """The result of a check of a tensor, whose `ValueError` becomes a `ModelError` that names it."""
+    """The result of checking a tensor; a `ValueError` becomes a `ModelError` that names the tensor."""
     try:
         return check()
     except ValueError as error:
@@ -35,10 +35,10 @@ def named(name: str, check: Callable[[], T]) -> T:
 
 
 def guarded(build: Callable[[], T], what: str, advice: str = "; download it again") -> T:
-    """The result of a call into another package, whose exceptions of any class become a `ModelError`.
+    """The result of a call into another package; exceptions of any class become a `ModelError`.
 
-    `what` begins the error's text, `advice` ends it. The tokenizers package raises plain `Exception`, and where its
-    Rust code panics a class derived from `BaseException`.
+    `what` begins the message, `advice` ends it. The tokenizers package raises plain `Exception` or, if its Rust code
+    panics, a class derived from `BaseException`.
     """
     try:
         return build()
@@ -52,7 +52,7 @@ def guarded(build: Callable[[], T], what: str, advice: str = "; download it agai
 
 @dataclass(frozen=True)
 class Said:
-    """In an `Annotated` type: what the error says of a value that is none of it."""
+    """In an `Annotated` type: what the error says about a value of another type."""
 
     text: str
 
@@ -64,7 +64,7 @@ JSON_OBJECT = TypeAdapter(Annotated[dict[str, Any], Said("no JSON object")])
 
 
 def checked(kind: TypeAdapter[T], value: Any, what: str, advice: str = "; download it again") -> T:
-    """The value, if it is of that kind as it is; otherwise a `ModelError` that begins with `what`."""
+    """The value, if it is of that kind without conversion; otherwise a `ModelError` that begins with `what`."""
     try:
         return kind.validate_python(value, strict=True)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""Fields of a Hugging Face configuration, read with checks: a `ModelError` names the field."""
+"""Checked reading of Hugging Face configurations: a `ModelError` names the field."""
 
 import math
 import reprlib
@@ -18,7 +18,7 @@ _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 100
 
 
 def require(config: Config, name: str, kind: type[int] | type[float] = int, default: float | None = None) -> Any:
-    """A positive, finite number of that type from a configuration, or the default where the field is absent."""
+    """A positive, finite number of that type from a configuration, or the default if the field is absent."""
     value: Any = config.get(name, default)
     if kind is float and type(value) is int and abs(value) < 2**1000:
         value = float(value)
@@ -30,7 +30,7 @@ def require(config: Config, name: str, kind: type[int] | type[float] = int, defa
 
 
 def optional(config: Config, name: str, kind: type[int] | type[float] = int, default: float | None = None) -> Any:
-    """As `require`, but None where the value is None."""
+    """Like `require`, but None if the value is None."""
     value = config.get(name, default)
     return None if value is None else require({name: value}, name, kind)
 
@@ -42,12 +42,12 @@ def require_table(config: Config, name: str) -> Config:
 
 
 def shown(value: Any) -> str:
-    """A value of a configuration as a message shows it."""
+    """A value of a configuration, shortened for a message."""
     return _SHORT.repr(value)
 
 
 def refuse_unless(config: Config, allowed: Mapping[str, tuple]) -> None:
-    """Refuse switches that the decoder does not have: each named field must be absent or one of its allowed values."""
+    """Raise if a switch is not supported: each named field must be absent or one of its allowed values."""
     wrong = [
         f"{name}={shown(config[name])} (supported: {', '.join(map(repr, values))})"
         for name, values in allowed.items()

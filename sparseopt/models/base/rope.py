@@ -26,7 +26,7 @@ def plain_frequencies(theta: float, size: int) -> np.ndarray:
 
 
 class Scaling(Protocol):
-    """How the frequencies of R = `size` features change, and by which factor, `magnitude`, the vectors get longer."""
+    """How the frequencies of R = `size` features change, and the factor `magnitude` by which vectors get longer."""
 
     magnitude: float = 1.0
 
@@ -40,7 +40,7 @@ class Scaling(Protocol):
 
 @dataclass(frozen=True)
 class LinearScaling(Scaling):
-    """All frequencies divided by `factor`."""
+    """Divides all frequencies by `factor`."""
 
     factor: float
 
@@ -50,7 +50,7 @@ class LinearScaling(Scaling):
 
 @dataclass(frozen=True)
 class Llama3(Scaling):
-    """Low frequencies divided.
+    """Divides low frequencies.
 
     Attributes:
         factor: divides frequencies of wavelengths above `length / low`.
@@ -89,7 +89,7 @@ class Dynamic(Scaling):
 
 @dataclass(frozen=True)
 class Yarn(Scaling):
-    """Low frequencies divided, high ones kept, a linear ramp over the feature pairs in between.
+    """Divides low frequencies, keeps high ones, with a linear ramp over the feature pairs in between.
 
     Attributes:
         factor: divides the low frequencies.
@@ -123,11 +123,11 @@ class Yarn(Scaling):
 
 @dataclass(frozen=True)
 class LongRope(Scaling):
-    """Every frequency divided by its own factor: one list up to `length` tokens, another beyond.
+    """Divides every frequency by its own factor: one list up to `length` tokens, another beyond.
 
     Attributes:
-        short: `[R/2]` factors of windows up to `length` tokens.
-        long: `[R/2]` factors of longer windows.
+        short: `[R/2]` factors for windows up to `length` tokens.
+        long: `[R/2]` factors for longer windows.
         length: context before scaling, tokens.
     """
 
@@ -240,7 +240,7 @@ _SCALINGS: dict[str, Callable[[Config], Scaling | None]] = {
     "yarn": _read_yarn,
     "longrope": _read_longrope,
 }
-# Scalings with which a model reads `factor` times as many tokens as this field says. With the others,
+# Scalings with which a model reads `factor` times as many tokens as this field says. With other scalings,
 # `max_position_embeddings` is the length after scaling.
 _STRETCHED = {
     "linear": "max_position_embeddings",
@@ -253,7 +253,7 @@ def max_positions(config: Config) -> int | None:
     """Tokens of the longest window that a model supports, by its Hugging Face configuration; None if it does not say.
 
     A scaling that stretches `max_position_embeddings` counts. Models differ in whether that field already holds the
-    longer length, so the larger of the two is taken; of several ropes, the shortest.
+    longer length, so the larger of the two is used; with several ropes, the shortest.
     """
     longest = optional(config, "max_position_embeddings")
     if longest is None:
@@ -268,7 +268,7 @@ def max_positions(config: Config) -> int | None:
     return max(longest, min(reaches))
 
 
-# Scalings that know the length before them.
+# Scalings that store the length before scaling.
 _EXTENDED = ("llama3", "yarn", "longrope")
 
 
@@ -292,7 +292,7 @@ def _rope_fields(config: Config, part: str | None) -> dict[str, Any]:
         tables.append(table)
     older, newer = tables
     if newer and (differing := [key for key in older if older[key] != newer.get(key)]):
-        # transformers would take `rope_scaling` alone, and its own default of what is missing there.
+        # transformers would use `rope_scaling` alone, with its own defaults for missing fields.
         raise ModelError(
             "the model configuration has rope_scaling beside rope_parameters, and they differ in "
             f"{', '.join(differing)}; put what is to count into rope_parameters and remove rope_scaling"
@@ -307,7 +307,7 @@ def _rope_fields(config: Config, part: str | None) -> dict[str, Any]:
 def rope_table(config: Config, theta: float = 10000.0, share: float = 1.0, part: str | None = None) -> dict[str, Any]:
     """The fields of a position embedding, from `rope_parameters` or from the older `rope_theta` and `rope_scaling`.
 
-    `rope_type` is one of those known. The arguments are those of `read_rope`.
+    `rope_type` is one of the known types. Arguments are as for `read_rope`.
     """
     fields: dict[str, Any] = {
         "rope_theta": config.get("rope_theta") or theta,
@@ -326,14 +326,14 @@ def rope_table(config: Config, theta: float = 10000.0, share: float = 1.0, part:
 def read_rope(
     config: Config, theta: float = 10000.0, share: float = 1.0, part: str | None = None, *, interleaved: bool = False
 ) -> Rope:
-    """The position embedding of a Hugging Face configuration.
+    """Read the position embedding of a Hugging Face configuration.
 
     Args:
         config: a Hugging Face configuration.
-        theta: the default.
+        theta: default of the base.
         share: default of `partial_rotary_factor`.
-        part: the layer type to read, where `rope_parameters` has a table for each.
-        interleaved: as in `Rope`; a configuration does not say.
+        part: the layer type to read, if `rope_parameters` has a table for each.
+        interleaved: as in `Rope`; configurations do not say.
     """
     fields = rope_table(config, theta, share, part)
     share = require(fields, "partial_rotary_factor", float)

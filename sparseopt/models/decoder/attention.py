@@ -24,7 +24,7 @@ from sparseopt.models.decoder.settings import BlockKind, DecoderConfig
 QUERY_CHUNK = 128
 
 
-# The mixed values of all heads, of queries, keys and values that are not yet rotated; see `Attention`.
+# Computes the mixed values of all heads from queries, keys and values before rotation; see `Attention`.
 Attend = Callable[["Attention", Array, Array, Array], Array]
 
 
@@ -34,7 +34,7 @@ def rotate(
     """Rotate the pairs (i, i + R/2) of every head by position times frequency; features from R on are unchanged.
 
     The pairs are (2i, 2i + 1) in an interleaved embedding. The positions are `first`, `first + 1`, ...; the frequencies
-    are those of a window of that many tokens, None for T.
+    belong to a window of `window` tokens, None for T.
     """
     time, head_dim = x_BTNH.shape[1], x_BTNH.shape[3]
     frequencies = rope.frequencies(head_dim, window or time)
@@ -101,7 +101,7 @@ def causal_attention(
 class Attention(nnx.Module):
     """Projections to queries, keys and values, attention, and the output projection.
 
-    A caller that keeps earlier keys and values mixes the values itself, by `attend`.
+    A caller that caches earlier keys and values mixes the values itself, with `attend`.
     """
 
     def __init__(self, config: DecoderConfig, kind: BlockKind, *, rngs: nnx.Rngs) -> None:

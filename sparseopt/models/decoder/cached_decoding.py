@@ -1,9 +1,9 @@
-"""Text that a decoder writes token by token, each with the keys and values of those before it.
+"""Text generation token by token, with cached keys and values of earlier tokens.
 
     token_t  ~  softmax(logits_t / temperature_t)
 
-Tokens, keys and values stay on the device; a whole batch of texts advances by one token at a time. Shape letters are
-those of `attention`; S is the length of the window that is written.
+Tokens, keys and values stay on the device; a whole batch of texts advances by one token at a time. Shape letters are as
+in `attention`; S is the length of the generated window.
 """
 
 import itertools
@@ -24,18 +24,18 @@ from sparseopt.models.decoder.attention import Attention, causal_attention, rota
 from sparseopt.models.decoder.decoder import Decoder
 from sparseopt.models.decoder.settings import DecoderConfig, check_window
 
-# Windows have multiples of this many tokens, so that few distinct lengths are compiled.
+# Windows are multiples of this many tokens, so that few distinct lengths are compiled.
 _WINDOW_STEP = 64
-# Probabilities are summed in parts of so many tokens.
+# Probabilities are summed in parts of this many tokens.
 _PART = 256
-# The first token is drawn at this temperature, which falls to 1 over so many tokens: the beginnings of texts differ
-# more than the model is sure of.
+# The first token is drawn at this temperature, which falls to 1 over this many tokens, so that texts begin differently
+# even if the model is sure of the first words.
 HOTTEST, COOLING = 2.0, 8
 # Tokens between two reports of progress.
 _TOLD = 16
 
-# A module in two: what is static, and its parameters. They are flat, since a program is started for every block and
-# token, and the structure of a state takes longer to go through than the program of a small block.
+# A module in two parts: its static part and its parameters. These are flat, since a program is started for every block
+# and token, and going through the structure of a state takes longer than the program of a small block.
 Part = tuple[Any, list[Array]]
 
 
@@ -61,7 +61,7 @@ def _advance(
 ) -> tuple[Array, tuple[Array, Array]]:
     """A block's outputs for the tokens from `first` on, its rotated keys `[B, K, H, S]` and its values `[B, K, S, H]`.
 
-    Several tokens at once are the first ones. The rotary frequencies are those of a window of `window` tokens.
+    Several tokens at once are the first ones. The rotary frequencies belong to a window of `window` tokens.
     """
     kept = pair
 
@@ -81,7 +81,7 @@ def _advance(
 
 
 def _mixed(attention: Attention, q_B1NH: Array, k_BKHS: Array, v_BKSH: Array, place: Array) -> Float[Array, "B 1 N H"]:
-    """As `causal_attention`, for the query at one place and the keys of all, kept so that products are plain."""
+    """Like `causal_attention`, for the query at one place and the keys of all, laid out for plain products."""
     config, precision = attention.config, activation_precision()
     scale = 1 / math.sqrt(config.head_dim) if config.score_scale is None else config.score_scale
     q_BKGH = (q_B1NH * scale).reshape(len(q_B1NH), k_BKHS.shape[1], -1, config.head_dim)
@@ -99,7 +99,7 @@ def _mixed(attention: Attention, q_B1NH: Array, k_BKHS: Array, v_BKSH: Array, pl
 def _choose(
     static: Any, leaves: list[Array], tokens_BS: Array, x_BTD: Array, place: Array, heat: Array, key: Array
 ) -> Array:
-    """The tokens with the one at `place` chosen: drawn, or the likeliest at temperature 0.
+    """The tokens with the one at `place` chosen: drawn, or the most likely one at temperature 0.
 
     x belongs to the token before it, or to all tokens from the first one on.
     """
@@ -111,9 +111,9 @@ def _choose(
 
 
 def _drawn(logits_BV: Array, key: Array) -> Int[Array, "B"]:
-    """A token of each row by its softmax: where the sums of the probabilities reach a random share of all.
+    """Draw a token for each row from its softmax: the one at which cumulative probabilities reach a random fraction.
 
-    One random number a row. Noise on every logit would take longer than the product that the logits are.
+    This needs one random number per row. Noise on every logit would take longer than computing the logits.
     """
     odds_BV = jnp.exp(logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True))
     # Sums of sums: a single running sum of a whole vocabulary is slow, and rounds.
@@ -123,7 +123,7 @@ def _drawn(logits_BV: Array, key: Array) -> Int[Array, "B"]:
     part_B1 = jnp.minimum(jnp.sum(ends_BP <= share_B1, axis=-1, keepdims=True), ends_BP.shape[1] - 1)
     start_B1 = jnp.where(part_B1 > 0, jnp.take_along_axis(ends_BP, jnp.maximum(part_B1 - 1, 0), axis=1), 0)
     ends_BR = start_B1 + jnp.cumsum(jnp.take_along_axis(parts_BPR, part_B1[:, :, None], axis=1)[:, 0], axis=-1)
-    # A share that rounding puts beyond the end of its part belongs to the last token with any probability.
+    # A fraction that rounding puts beyond the end of its part belongs to the last token with any probability.
     reached_B = jnp.sum(ends_BR <= jnp.minimum(share_B1, jnp.nextafter(ends_BR[:, -1:], 0)), axis=-1)
     return part_B1[:, 0] * _PART + reached_B
 
@@ -131,9 +131,9 @@ def _drawn(logits_BV: Array, key: Array) -> Int[Array, "B"]:
 def _written(
     decoder: Decoder, prompts_BP: Int[np.ndarray, "B P"], length: int, heat: Callable[[int], float], seed: int
 ) -> Iterator[Int[Array, "B S"]]:
-    """The tokens after each new one, for prompts that are continued to `length` tokens, S of them or more.
+    """Yield the tokens after each new one, for prompts that are continued to `length` tokens; S is at least that.
 
-    `heat` has the temperature of the n-th new token.
+    `heat` gives the temperature of the n-th new token.
     """
     config, (batch, known) = decoder.embed_tokens.config, prompts_BP.shape
     embedding, head = _part(decoder.embed_tokens), _part(decoder.head)
@@ -146,7 +146,7 @@ def _written(
     for place in range(known, length):
         first, time = place - 1, 1
         if not window or config.rotations(window) != config.rotations(place):
-            # With other frequencies the keys so far are others too.
+            # With other frequencies the earlier keys change too.
             window = _window(place, most, config)
             shape, (heads, width) = (batch, config.num_kv_heads), (size, config.head_dim)
             pairs = [(jnp.zeros((*shape, width, heads)), jnp.zeros((*shape, heads, width))) for _ in blocks]
@@ -159,7 +159,7 @@ def _written(
 
 
 def kept_bytes(config: DecoderConfig, count: int, length: int) -> int:
-    """Bytes of the keys and values of so many texts, and of the logits of one token of each."""
+    """Bytes of the keys and values of this many texts, and of the logits of one token of each."""
     kept = 2 * config.num_layers * _padded(length, config) * config.num_kv_heads * config.head_dim
     return 4 * count * (kept + 3 * config.vocab_size)
 
@@ -173,23 +173,23 @@ def draw_texts(
     seed: int = 0,
     observer: Observer | None = None,
 ) -> Int[np.ndarray, "count length"]:
-    """Texts of the model's own, int32: `length` tokens each after the token `start`, which is left out.
+    """Draw texts from the model, int32: `length` tokens each after the token `start`, which is left out.
 
-    Tokens are drawn at temperature 1, the first few of a text hotter, so that texts differ. A model that ends its
-    text goes on with another one, as in the packed text that it was trained on.
+    Tokens are drawn at temperature 1, the first few of a text hotter, so that texts differ. A model that ends a text
+    continues with another one, as in the packed text that it was trained on.
 
     Source: Williams, Chrysostomou, Aletras, "Self-calibration for language model quantization and pruning", 2025.
 
     Args:
         decoder: the model.
-        count: of texts.
-        length: tokens in a text.
-        start: id of the token before all others, BOS or what ends a text.
-        seed: of the draws.
+        count: number of texts.
+        length: tokens per text.
+        start: id of the token before all others, BOS or the end token.
+        seed: seed of the draws.
         observer: called with ("tokens of each text", tokens drawn, tokens in all).
 
     Raises:
-        ModelError: for texts longer than the model supports.
+        ModelError: if texts are longer than the model supports.
     """
     check_window(length, decoder.embed_tokens.config.max_positions)
 
@@ -213,14 +213,14 @@ def generate(
     seed: int = 0,
     stop_ids: Collection[int] = (),
 ) -> Int[np.ndarray, " new"]:
-    """The ids of the tokens that follow a prompt, int32, without the prompt.
+    """Generate tokens that follow a prompt; returns their ids, int32, without the prompt.
 
     Args:
         decoder: the model.
         prompt_ids: at least one token id.
-        max_new_tokens: at most this many are added, 0 or more.
-        temperature: 0 takes the likeliest token; otherwise tokens are drawn from softmax(logits / temperature).
-        seed: of the draws.
+        max_new_tokens: largest number of tokens to add, 0 or more.
+        temperature: 0 chooses the most likely token; otherwise tokens are drawn from softmax(logits / temperature).
+        seed: seed of the draws.
         stop_ids: generation ends at one of these, which is not returned.
 
     Raises:
@@ -237,7 +237,7 @@ def next_tokens(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> Iterator[int]:
-    """The tokens that follow a prompt, each computed when it is asked for; the arguments are those of `generate`.
+    """The tokens that follow a prompt, each computed when requested; arguments as for `generate`.
 
     Raises:
         ValueError: if the prompt is empty, a number is negative, or the model does not support a window of prompt and
@@ -267,7 +267,7 @@ def _padded(length: int, config: DecoderConfig) -> int:
 
 
 def _window(length: int, whole: int, config: DecoderConfig) -> int:
-    """The longest window whose rotations are those of the tokens so far; one window for nearly all models."""
+    """The longest window with the same rotations as the tokens so far; one window for nearly all models."""
     rotations = config.rotations(length)
     windows = (_padded(whole, config), _padded(length, config), length)
     return next(time for time in windows if config.rotations(time) == rotations)

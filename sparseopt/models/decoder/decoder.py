@@ -4,7 +4,7 @@
     x     += attention(norm(x)) ;  x += mlp(norm(x))        for each block
     logits = lm_head(norm(x))
 
-Its other parts are in `attention`, `experts` and `layers`. A family (`llama` and others) sets its switches, those of
+Its other parts are in `attention`, `experts` and `layers`. A family (`llama` and others) sets the switches in
 `settings`. Shape letters: B batch, T time, D model, F inside the MLP, V vocabulary.
 """
 
@@ -58,8 +58,8 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """Attention and MLP, each between the norms of the family, added to the residual stream.
 
-    `tap(name, x) -> x` is called once on each distinct input of the linears, by the tap's name, and on the output
-    of each linear, by the linear's name. Experts are tapped together, by the name without their number, and give a
+    `tap(name, x) -> x` is called once on each distinct input of the linear layers, with the tap's name, and on the
+    output of each layer, with the layer's name. Experts are tapped together, under the name without their number, as a
     `Routed`.
     """
 
@@ -81,7 +81,7 @@ class Block(nnx.Module):
         read_BTD = self._norm("attention_norm")(x_BTD)
         mixed_BTD = self._norm("attention_post_norm")(self.self_attn(read_BTD, tap, attend))
         mixed_BTD = mixed_BTD if scale == 1 else mixed_BTD * scale
-        # A parallel MLP without a norm of its own shares that of attention.
+        # A parallel MLP without its own norm shares the norm of attention.
         if not parallel or "mlp_norm" in self.config.norms:
             read_BTD = self._norm("mlp_norm")(x_BTD if parallel else x_BTD + mixed_BTD)
         acted_BTD = self._norm("mlp_post_norm")(self.mlp(read_BTD, tap))
@@ -134,12 +134,12 @@ class Block(nnx.Module):
         for part in stacked.split("."):
             found = getattr(found, part, None)
         if not isinstance(found, nnx.Param) or (expert is not None and expert >= found.shape[0]):
-            raise KeyError(f"no parameter {path!r} in a block; its linears are {', '.join(self.linears)}")
+            raise KeyError(f"no parameter {path!r} in a block; its linear layers are {', '.join(self.linears)}")
         return found, expert
 
 
 class Embedding(nnx.Module):
-    """Token ids to rows of `weight [V, D]`, with learned positions where there are any. Ids outside give NaN rows."""
+    """Token ids to rows of `weight [V, D]`, plus learned positions if there are any. Invalid ids give NaN rows."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
         shape = (config.vocab_size, config.hidden_size)
@@ -151,7 +151,7 @@ class Embedding(nnx.Module):
         self.config = config
 
     def __call__(self, tokens_BT: Int[Array, "B T"], first: Array | int = 0) -> Float[Array, "B T D"]:
-        """Of tokens at the positions `first`, `first + 1`, ..."""
+        """Embed tokens at the positions `first`, `first + 1`, ..."""
         c = self.config
         check_window(tokens_BT.shape[1], c.max_positions)
         x_BTD = jnp.take(self.weight[...], tokens_BT, axis=0, mode="fill", fill_value=jnp.nan)

@@ -1,10 +1,10 @@
 """A mixture of experts: a router sends every token to a few of E MLPs, whose outputs are added with weights.
 
-    shares = softmax(router(x)) ;  y = sum over the k experts of largest share of  share_e * expert_e(x)
+    shares = softmax(router(x)) ;  y = sum over the k experts with the largest shares of  share_e * expert_e(x)
 
-Tokens are sorted into tiles of equal height, each of one expert, with one product per tile. The work is that of the
-chosen experts only, and no token is dropped. Shape letters: M tokens, k chosen, E experts,
-P tiles of R rows, D model, F inside an expert.
+Tokens are sorted into tiles of equal height, each for one expert, with one product per tile. Only the chosen experts
+are computed, and no token is dropped. Shape letters: M tokens, k chosen, E experts, P tiles of R rows, D model, F
+inside an expert.
 """
 
 from typing import NamedTuple
@@ -28,8 +28,8 @@ class Routed(NamedTuple):
 
     Attributes:
         rows: `[P, R, features]`.
-        expert: of every tile, `[P]`.
-        token: of every row, `[P, R]`; the number of tokens where the row is empty.
+        expert: the expert of every tile, `[P]`.
+        token: the token of every row, `[P, R]`; the number of tokens if the row is empty.
     """
 
     rows: Array
@@ -71,12 +71,12 @@ def route(logits_ME: Float[Array, "M E"], config: ExpertsConfig) -> Routing:
 
 
 def rows_of_tokens(values: Float[Array, "M features"], token: Int[Array, "P R"]) -> Float[Array, "P R features"]:
-    """The row of every token, zero where the tile is empty."""
+    """The row of every token; zero where the tile is empty."""
     return jnp.take(values, token, axis=0, mode="fill", fill_value=0)
 
 
 class StackedLinear(nnx.Module):
-    """The same linear of all experts, `weight [E, out, in]`, without bias."""
+    """The same linear layer of all experts, `weight [E, out, in]`, without bias."""
 
     def __init__(self, experts: int, in_size: int, out_size: int, *, rngs: nnx.Rngs) -> None:
         self.weight = nnx.Param(0.02 * jax.random.normal(rngs.params(), (experts, out_size, in_size)))
@@ -102,7 +102,7 @@ class Experts(nnx.Module):
 
 
 class MixtureOfExperts(nnx.Module):
-    """Router and experts; their taps take and return a `Routed`."""
+    """Router and experts; their taps accept and return a `Routed`."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
         if config.experts is None:
@@ -113,7 +113,7 @@ class MixtureOfExperts(nnx.Module):
 
     @property
     def linears(self) -> dict[str, str]:
-        """By expert; each tap is an entry of the stacked tap of that name without the number."""
+        """The layers of each expert; each tap is an entry of the stacked tap with the same name without the number."""
         taps = {"gate_proj": "input", "up_proj": "input", "down_proj": "hidden"}
         return {
             f"mlp.experts.{e}.{name}": f"mlp.experts.{e}.{tap}"
@@ -132,7 +132,7 @@ class MixtureOfExperts(nnx.Module):
         return added.reshape(x_BTD.shape)
 
     def hidden(self, given: Routed, tap: Tap = no_tap) -> Routed:
-        """What the experts' `down_proj` read."""
+        """The inputs of the experts' `down_proj`."""
         gate = tap("mlp.experts.gate_proj", self.experts.gate_proj(given))
         up = tap("mlp.experts.up_proj", self.experts.up_proj(given))
         return given._replace(rows=ACTIVATIONS[self.activation](gate.rows) * up.rows)
@@ -147,7 +147,7 @@ def stacked_name(name: str) -> tuple[str, int | None]:
 
 
 def unstacked_names(name: str, count: int) -> list[str] | None:
-    """The names of all experts' entries of a stacked parameter or tap; None where it is not stacked."""
+    """The names of all experts' entries of a stacked parameter or tap; None if it is not stacked."""
     parts = name.split(".")
     if "experts" not in parts[:-1] or parts[(at := parts.index("experts") + 1)].isdigit():
         return None

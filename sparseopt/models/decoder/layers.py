@@ -1,4 +1,4 @@
-"""The small parts of a decoder: linears, norms, activations, and the tap.
+"""The small parts of a decoder: linear layers, norms, activations, and the tap.
 
 Parameters and activations are float32, whatever the checkpoint holds; for products see `core.dense`.
 """
@@ -14,10 +14,10 @@ from jaxtyping import Array, Float
 
 from sparseopt.core.base.dense import activation_precision
 
-# Called with a name and a value, which it may record or change; the value of experts is a `Routed`.
+# Called with a name and a value, which it may record or change; for experts the value is a `Routed`.
 Tap = Callable[[str, Any], Any]
 
-# By their names in Hugging Face configurations. The default of `jax.nn.gelu` is the approximation by tanh.
+# By name in Hugging Face configurations. The default of `jax.nn.gelu` is the tanh approximation.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,

@@ -1,4 +1,4 @@
-"""The sizes and switches of a decoder, as every family's reader fills them in."""
+"""The sizes and switches of a decoder, which every family's reader fills in."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -15,7 +15,7 @@ class BlockKind:
     Attributes:
         rope: the position embedding; None for none.
         window: a query sees itself and `window - 1` positions before it; None for all.
-        experts: the MLP is a mixture of experts.
+        experts: whether the MLP is a mixture of experts.
     """
 
     rope: Rope | None
@@ -28,8 +28,8 @@ class ExpertsConfig:
     """A mixture of experts.
 
     Attributes:
-        count: E, experts.
-        chosen: experts that a token is sent to.
+        count: E, number of experts.
+        chosen: number of experts that each token is sent to.
         intermediate_size: F of every expert.
         normalise: the chosen experts' shares are divided by their sum.
     """
@@ -52,31 +52,31 @@ class DecoderConfig:
         num_kv_heads: K, key and value heads; divides N.
         head_dim: H.
         norm_eps: added to the mean square in norms.
-        kinds: of every block, the first one first.
-        tied: the head uses the embedding matrix.
+        kinds: the kind of every block, in order.
+        tied: whether the head uses the embedding matrix.
         norm: the kind of all norms.
-        norms: those that a block has: `attention_norm` and `mlp_norm` before, `attention_post_norm` and `mlp_post_norm`
-            after the part.
-        parallel: attention and MLP both read the block's input, through one norm where `norms` has no `mlp_norm`.
-        qkv: q, k and v are three linears, or one whose rows are q, k, v ("fused") or q, k, v of each head
+        norms: the norms that a block has: `attention_norm` and `mlp_norm` before, `attention_post_norm` and
+            `mlp_post_norm` after the part.
+        parallel: attention and MLP both read the block's input, through one norm if `norms` has no `mlp_norm`.
+        qkv: q, k and v are three layers, or one layer with rows q, k, v ("fused") or q, k, v of each head
             ("interleaved").
         qk_norm: queries and keys are normalised, each head alone ("head") or all heads together ("width").
         qkv_bias: q, k and v projections have a bias.
         output_bias: the attention's output projection has one.
-        score_scale: of the products of queries and keys; None for `1 / sqrt(H)`.
+        score_scale: factor of the products of queries and keys; None for `1 / sqrt(H)`.
         score_cap: c in `c tanh(score / c)`; None for none.
-        gate: the MLP is `down(act(gate) * up)` with two linears or one whose rows are gate, up ("fused");
+        gate: the MLP is `down(act(gate) * up)` with two layers or one layer with rows gate, up ("fused");
             None for `down(act(up))`.
         activation: as Hugging Face calls it, a name of `ACTIVATIONS`.
-        mlp_bias: the MLP's linears have a bias.
-        experts: the mixture, where a block's kind has one.
-        residual_scale: of what attention and MLP add to the residual stream.
-        embedding_scale: of embedded tokens.
+        mlp_bias: the MLP's layers have a bias.
+        experts: the mixture, if a block's kind has one.
+        residual_scale: factor of what attention and MLP add to the residual stream.
+        embedding_scale: factor of embedded tokens.
         learned_positions: each position has a row of a table, `position_offset + max_positions` rows in all.
         position_offset: the row of the first position.
-        logit_scale: of the head's products, before the cap.
+        logit_scale: factor of the head's products, before the cap.
         logit_cap: c in `c tanh(logit / c)`; None for none.
-        max_positions: tokens of the longest window that the model supports; None where its configuration does not say.
+        max_positions: tokens of the longest window that the model supports; None if its configuration does not say.
     """
 
     vocab_size: int
@@ -114,13 +114,13 @@ class DecoderConfig:
         return len(self.kinds)
 
     def rotations(self, time: int) -> bytes:
-        """The rotary frequencies of a window of `time` tokens: windows of the same ones may stand for each other."""
+        """The rotary frequencies of a window of `time` tokens; windows with equal ones may replace each other."""
         ropes = [kind.rope for kind in dict.fromkeys(self.kinds) if kind.rope is not None]
         return b"".join(rope.frequencies(self.head_dim, time).tobytes() for rope in ropes)
 
 
 def check_window(tokens: int, max_positions: int | None) -> None:
-    """Raise a `ModelError` for a window of more tokens than the model's `max_positions`; None allows any."""
+    """Raise a `ModelError` if a window has more tokens than the model's `max_positions`; None allows any number."""
     if max_positions is not None and tokens > max_positions:
         raise ModelError(
             f"a window of {tokens} tokens is longer than the {max_positions} positions that the model supports; "

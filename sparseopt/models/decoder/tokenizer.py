@@ -1,4 +1,4 @@
-"""A model's tokenizer, text to token ids, the token (BOS) that every text begins with, and chats to text."""
+"""A model's tokenizer: text to token ids, the token (BOS) that every text begins with, and chats to text."""
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
@@ -18,10 +18,10 @@ BOS_CHOICES: tuple[Bos, ...] = get_args(Bos)
 
 
 def load_tokenizer(source: Source) -> Tokenizer:
-    """The tokenizer of a model: from GGUF metadata or tokenizer.json, else as transformers converts it.
+    """Load the tokenizer of a model: from GGUF metadata or tokenizer.json, else as transformers converts it.
 
     Raises:
-        ModelError: if there is none that can be read.
+        ModelError: if no tokenizer can be read.
     """
     if (stored := source.stored_tokenizer()) is not None:
         return stored[0]
@@ -48,14 +48,14 @@ def _read_by_transformers(source: Source) -> Any:
 
 
 def chat_writer(source: Source) -> Callable[[Sequence[Mapping[str, Any]]], str]:
-    """A function that writes the messages of a chat as one text, by the model's own chat template.
+    """A function that turns the messages of a chat into one text, with the model's own chat template.
 
-    Messages have `role` and `content`, and whatever else the template knows, such as `tool_calls`; a content may also
-    be None or a list of parts. The text contains the special tokens that the template writes.
+    Messages have `role` and `content`, and other fields that the template knows, such as `tool_calls`; a content may
+    also be None or a list of parts. The text contains the special tokens that the template writes.
 
     Raises:
-        ModelError: for a model without a template; by the function, for a chat that the template refuses, or whose
-            parts it does not know.
+        ModelError: if the model has no template; from the function, if the template rejects a chat or does not know its
+            parts.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -73,7 +73,7 @@ def chat_writer(source: Source) -> Callable[[Sequence[Mapping[str, Any]]], str]:
     def write(messages: Sequence[Mapping[str, Any]]) -> str:
         written = guarded(
             lambda: str(tokenizer.apply_chat_template([dict(each) for each in messages], tokenize=False)),
-            f"the chat template of {source.name} refuses the chat {repr(messages)[:200]}",
+            f"the chat template of {source.name} rejects the chat {repr(messages)[:200]}",
             "; leave this chat out",
         )
         contents = [each.get("content") for each in messages]
@@ -93,25 +93,25 @@ def encode_text(tokenizer: Tokenizer, text: str) -> Int[np.ndarray, " tokens"]:
 
 
 def start_token(source: Source, tokenizer: Tokenizer, bos: Bos = "auto") -> int | None:
-    """The id of the BOS that texts begin with; None for none.
+    """The id of the BOS token that texts begin with; None for none.
 
-    "auto" follows the model's own tokenizer: `add_bos_token` in tokenizer_config.json where that is given, else whether
-    the tokenizer adds one, which for a GGUF file is `tokenizer.ggml.add_bos_token`.
+    "auto" follows the model's own tokenizer: `add_bos_token` in tokenizer_config.json if given, else whether the
+    tokenizer adds one, which for a GGUF file is `tokenizer.ggml.add_bos_token`.
 
     Raises:
-        ModelError: for "yes" where the tokenizer has no BOS.
+        ModelError: for "yes" if the tokenizer has no BOS.
     """
     if bos not in BOS_CHOICES:
         raise ModelError(f"bos must be one of {', '.join(BOS_CHOICES)}, given {bos!r}")
     if bos == "no":
         return None
     file = file_in(source.path, "tokenizer_config.json", source.follow_links)
-    # There is none beside a GGUF file.
+    # A GGUF file has no such file beside it.
     settings = read_json(file) if file.is_file() else {}
     token = guarded(lambda: tokenizer.encode("a"), f"{source.path} has a tokenizer that cannot encode")
     marked = zip(token.ids, token.special_tokens_mask, strict=True)
     front = [number for number, _ in takewhile(lambda each: each[1], marked)]
-    # Several leading tokens are a prompt's frame, not a BOS.
+    # Several leading tokens are a prompt template, not a BOS.
     start = front[0] if len(front) == 1 else _named_bos(settings, source.config, tokenizer)
     if bos == "yes":
         if start is None:
@@ -126,7 +126,7 @@ def start_token(source: Source, tokenizer: Tokenizer, bos: Bos = "auto") -> int 
 
 
 def _named_bos(settings: dict[str, Any], config: dict[str, Any], tokenizer: Tokenizer) -> int | None:
-    """The id of the token that the tokenizer's settings name as BOS, or else the model's configuration."""
+    """The id of the BOS token named in the tokenizer's settings, or else in the model's configuration."""
     if "bos_token" not in settings:
         number = config.get("bos_token_id")
         return number if type(number) is int and tokenizer.id_to_token(number) is not None else None

@@ -1,6 +1,6 @@
-"""The known model families by `model_type`. A new one is one file, which calls its `Family` FAMILY, and one line here.
+"""The known model families by `model_type`. A new one is one file, with its `Family` called FAMILY, and one line here.
 
-`family` says what a family is. `FAMILIES` and `find_family` are handed out here.
+`family` defines what a family is. `FAMILIES` and `find_family` are exported here.
 """
 
 from collections.abc import Collection, Mapping
@@ -41,10 +41,10 @@ FAMILIES = {family.model_type: family for family in _FOUND}
 
 
 def find_family(config: Mapping[str, Any], names: Collection[str] = ()) -> Family:
-    """The family that a Hugging Face configuration names, with the names that a checkpoint's tensors have.
+    """The family that a Hugging Face configuration names, adapted to the names of a checkpoint's tensors.
 
     Raises:
-        ModelError: if its `model_type` is absent or unknown, naming those known.
+        ModelError: if its `model_type` is absent or unknown, with a list of the known ones.
     """
     model_type = config.get("model_type")
     # In a list: a damaged file may give a value that cannot be hashed.

@@ -1,7 +1,7 @@
-"""What a model family is: a configuration reader and a reversible table of checkpoint names.
+"""Model families: a configuration reader and a reversible table of checkpoint names.
 
 A family is one small file that makes a `Family`; `read_decoder` here reads the fields that families share. All readers
-raise a `ModelError` that names the field that is missing, inconsistent or not supported.
+raise a `ModelError` that names a field that is missing, inconsistent or not supported.
 """
 
 import re
@@ -42,8 +42,8 @@ class KeyTable:
 
     Attributes:
         outer: pairs (checkpoint prefix, module prefix), without dots at the end.
-        block: the same within a block, `*` for a number; a name without entry is the same on both sides.
-        base: the first part of the names that some checkpoints leave out, with its dot.
+        block: such pairs within a block, with `*` for a number; a name without an entry is the same on both sides.
+        base: the first part of the names, with its dot, which some checkpoints omit.
         ignored: patterns of checkpoint names that hold no weight, such as stored rotary frequencies.
         transposed: patterns of module paths whose matrices are stored `[in, out]`.
     """
@@ -56,7 +56,7 @@ class KeyTable:
 
     @cached_property
     def pairs(self) -> Pairs:
-        """All pairs of whole names, those within a block before the others."""
+        """All pairs of whole names; pairs within a block come first."""
         blocks = next(old for old, new in self.outer if new == "layers")
         return (*((f"{blocks}.*.{old}", f"layers.*.{new}") for old, new in self.block), *self.outer)
 
@@ -109,7 +109,7 @@ def _prefix(old: str) -> re.Pattern[str]:
 class SizeFields:
     """The fields of a Hugging Face configuration that a smaller model changes.
 
-    Of several names for a field, those that the configuration holds are written, otherwise the first.
+    If a field has several names, the names in the configuration are written, otherwise the first one.
     `num_key_value_heads` and `head_dim` are the same in all families.
 
     Attributes:
@@ -118,7 +118,7 @@ class SizeFields:
         heads: N, query heads.
         experts: E of each mixture.
         expert_channels: F of every expert.
-        by_block: the fields that say the kind of each block.
+        by_block: the fields that give the kind of each block.
         table: the name of the nested configuration that holds all of these; None for the top level.
     """
 
@@ -136,7 +136,7 @@ class SizeFields:
 
 
 def refuses_undivided_width(config: DecoderConfig) -> str | None:
-    """As transformers refuses some families, a number of heads that does not divide the hidden size."""
+    """Reject, as transformers does for some families, a number of heads that does not divide the hidden size."""
     if config.hidden_size % config.num_heads == 0:
         return None
     return f"transformers requires that num_attention_heads={config.num_heads} divides hidden_size={config.hidden_size}"
@@ -148,10 +148,10 @@ class Family:
 
     Attributes:
         model_type: its name in a Hugging Face configuration.
-        read_config: a Hugging Face configuration as a `DecoderConfig`.
+        read_config: turns a Hugging Face configuration into a `DecoderConfig`.
         keys: checkpoint names and module paths.
         sizes: the fields that a smaller model changes.
-        refuses: why transformers does not load a model with this number of heads, which runs here; None where it does.
+        refuses: why transformers does not load a model with this number of heads, which runs here; None if it does.
     """
 
     model_type: str
@@ -161,12 +161,12 @@ class Family:
     refuses: Callable[[DecoderConfig], str | None] = field(repr=False, default=lambda config: None)
 
     def configure(self, config: Config) -> DecoderConfig:
-        """The result of `read_config`, where values of unexpected types raise a `ModelError` too."""
+        """The result of `read_config`; values of unexpected types also raise a `ModelError`."""
         what = f"the model configuration has a value that a {self.model_type} model cannot have"
         return guarded(lambda: self.read_config(config), what, "; compare it with the published one")
 
     def fitting(self, names: Collection[str]) -> "Family":
-        """This family with the names that a checkpoint uses: without `base` where all lack it."""
+        """This family with the names that a checkpoint uses: without `base` if all names lack it."""
         base = self.keys.base
         if not base or not names or any(name.startswith(base) for name in names):
             return self
@@ -201,14 +201,14 @@ class Family:
 def part_template(
     part: type[nnx.Module], *arguments: DecoderConfig | BlockKind
 ) -> tuple[nnx.GraphDef, tuple[tuple[tuple, Any], ...]]:
-    """A part's graph definition and flat abstract state, made once: all blocks of a kind share one definition."""
+    """A part's graph definition and flat abstract state, built once: all blocks of a kind share one definition."""
     abstract = nnx.eval_shape(lambda: part(*arguments, rngs=nnx.Rngs(0)))  # type: ignore[call-arg]
     graphdef, state = nnx.split(abstract)
     return graphdef, tuple(nnx.to_flat_state(state))
 
 
 def build_part(part: type[nnx.Module], *arguments: DecoderConfig | BlockKind, read: Callable[[str], jax.Array]) -> Any:
-    """A part with its parameters from `read(path)`, by dotted module path in the part, experts one by one."""
+    """Build a part with parameters from `read(path)`, by dotted module path in the part, experts one by one."""
     graphdef, flat = part_template(part, *arguments)
 
     def filled(path: str, shape: tuple[int, ...]) -> jax.Array:
@@ -220,7 +220,7 @@ def build_part(part: type[nnx.Module], *arguments: DecoderConfig | BlockKind, re
 
 
 def part_shapes(part: type[nnx.Module], *arguments: DecoderConfig | BlockKind) -> Shapes:
-    """The shapes of a part's parameters by dotted module path, those of stacked experts one by one."""
+    """The shapes of a part's parameters by dotted module path, stacked experts one by one."""
     shapes: Shapes = {}
     for path, variable in part_template(part, *arguments)[1]:
         name, shape = _dotted(path), tuple(variable.shape)
@@ -250,11 +250,11 @@ def read_decoder(
     """The fields that most families share, under their usual names, as a `DecoderConfig`.
 
     Args:
-        config: a Hugging Face configuration, with the family's own defaults of what it may leave out.
-        kinds: of each block, or the one of all.
+        config: a Hugging Face configuration, with the family's own defaults for optional fields.
+        kinds: the kind of each block, or one for all.
         attention_bias: `qkv_bias` and `output_bias`.
-        activation: the field with the activation's name, "silu" where it is absent.
-        switches: of `DecoderConfig`; they take precedence over the fields read here.
+        activation: the field with the activation's name; "silu" if absent.
+        switches: fields of `DecoderConfig`, which take precedence over the fields read here.
     """
     refuse_unless(
         config,
@@ -299,7 +299,7 @@ def read_decoder(
 
 
 def read_experts(config: Config, count: str, size: str, *, normalise: bool) -> ExpertsConfig:
-    """A mixture of experts, from the fields with their number and width and from `num_experts_per_tok`."""
+    """A mixture of experts, from the fields for number and width and from `num_experts_per_tok`."""
     found = ExpertsConfig(
         require(config, count), require(config, "num_experts_per_tok"), require(config, size), normalise
     )
@@ -314,7 +314,7 @@ def ungrouped(config: Config) -> dict[str, Any]:
 
 
 def read_windows(config: Config, default: Callable[[int], bool]) -> tuple[bool, ...]:
-    """Which blocks attend within a sliding window, by `layer_types` or, without it, by `default(index)`."""
+    """Which blocks attend within a sliding window, from `layer_types` or, without it, from `default(index)`."""
     count, types = require(config, "num_hidden_layers"), config.get("layer_types")
     if types is None:
         return tuple(default(index) for index in range(count))

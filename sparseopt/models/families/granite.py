@@ -7,7 +7,7 @@ from sparseopt.models.families.family import Family, read_decoder
 
 
 def _read_config(config: Config) -> DecoderConfig:
-    # transformers rotates whole heads, whatever the field says.
+    # transformers rotates whole heads and ignores the field.
     refuse_unless(rope_table(config), {"partial_rotary_factor": (1.0,)})
 
     def factor(name: str) -> float:

@@ -14,7 +14,7 @@ def _read_config(config: Config) -> DecoderConfig:
 
 
 def _refuses(config: DecoderConfig) -> str | None:
-    # transformers expects as many LongRoPE factors as hidden_size / num_attention_heads says, whatever head_dim is.
+    # transformers derives the number of LongRoPE factors from hidden_size / num_attention_heads and ignores head_dim.
     width, heads = config.hidden_size // config.num_heads, f"num_attention_heads={config.num_heads}"
     try:
         for rope in {kind.rope for kind in config.kinds}:

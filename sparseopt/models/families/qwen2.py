@@ -7,7 +7,7 @@ from sparseopt.models.families.family import Family, SizeFields, read_decoder, r
 
 
 def read_kinds(config: Config) -> tuple[BlockKind, ...]:
-    """The blocks of Qwen2 and Qwen3: where windows are in use, blocks from `max_window_layers` on have one."""
+    """The blocks of Qwen2 and Qwen3: if windows are in use, blocks from `max_window_layers` on have one."""
     window = optional(config, "sliding_window", default=4096) if config.get("use_sliding_window") else None
     first = config.get("max_window_layers", 28)
     rope = read_rope(config)

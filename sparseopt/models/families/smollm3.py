@@ -8,7 +8,7 @@ from sparseopt.models.families.family import Family, SizeFields, read_decoder, r
 
 
 def _read_kinds(config: Config) -> tuple[BlockKind, ...]:
-    """The blocks: `no_rope_layers` holds 1 for those that have positions; a window only where there are none."""
+    """The blocks: `no_rope_layers` holds 1 for blocks with positions; only blocks without them have a window."""
     count, given = require(config, "num_hidden_layers"), config.get("no_rope_layers")
     if given is None:
         interval = require(config, "no_rope_layer_interval", default=4)

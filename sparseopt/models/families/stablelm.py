@@ -11,7 +11,7 @@ def _read_config(config: Config) -> DecoderConfig:
     derived = require(config, "hidden_size") // require(config, "num_attention_heads")
     refuse_unless(config, {"qk_layernorm": (False,), "head_dim": (None, derived)})
     parallel = bool(config.get("use_parallel_residual"))
-    # Attention and MLP that stand side by side share one norm.
+    # Parallel attention and MLP share one norm.
     return read_decoder(
         {"num_key_value_heads": 32, **config},
         (BlockKind(read_rope(config, share=0.25)),),

@@ -1,4 +1,4 @@
-"""Weights of few bits in safetensors as the compressed-tensors package stores them ("pack-quantized"), symmetric.
+"""Symmetric weights of few bits in safetensors, as stored by the compressed-tensors package ("pack-quantized").
 
     weight [out, in] = scale [out, groups] * multiple [out, in],    -2 ** (bits - 1) <= multiple < 2 ** (bits - 1)
 
@@ -6,8 +6,8 @@
     MODULE.weight_scale   float [out, groups]                of in / groups consecutive inputs each
     MODULE.weight_shape   int64 [2]                          out and in
 
-The bits are 4 or 8; a row ends with zero bits if it does not fill its last word. The folder is otherwise a dense one.
-transformers loads it where compressed-tensors is installed: config.json says how its weights are stored, see
+The bits are 4 or 8; a row ends with zero bits if it does not fill its last word. Otherwise the folder is a dense one.
+transformers loads it if compressed-tensors is installed: config.json says how its weights are stored, see
 `quantization_config`.
 """
 
@@ -29,17 +29,17 @@ from sparseopt.models.files.safetensors import StoredTensor, TensorInfo, is_shap
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
 WEIGHT = ".weight"
 PACKED, SCALE, SHAPE = ENDINGS = (".weight_packed", ".weight_scale", ".weight_shape")
-# Of scales. Float32, in which they are multiplied, holds each of them.
+# Dtypes of scales. Float32, in which they are multiplied, represents each of them exactly.
 _SCALES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 # With fewer inputs a row is one word, whether of 4 or of 8 bits.
 _LEAST_INPUTS = 5
 
 
 def compress_tensors(tensors: Mapping[str, np.ndarray], bits: Mapping[str, Bits]) -> dict[str, np.ndarray]:
-    """The tensors to store: those named in `bits`, which lie on their grids, in three parts each.
+    """The tensors to store; the ones named in `bits`, which are on their grids, in three parts each.
 
     Raises:
-        ValueError: if a tensor does not lie on its grid, or its grid has other than 4 or 8 bits.
+        ValueError: if a tensor is not on its grid, or its grid does not have 4 or 8 bits.
     """
     stored: dict[str, np.ndarray] = {}
     for name, tensor in tensors.items():
@@ -60,21 +60,21 @@ def compress_tensors(tensors: Mapping[str, np.ndarray], bits: Mapping[str, Bits]
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         stored[module + PACKED] = _pack(multiples, _num_bits(grid))
-        # In float16, which holds them, compressed-tensors would compute scale times multiple in float16 and round it.
+        # With float16 scales, compressed-tensors would compute scale times multiple in float16 and round it.
         stored[module + SCALE] = scales.astype(np.float32)
         stored[module + SHAPE] = np.array(tensor.shape, np.int64)
     return stored
 
 
 def quantization_config(bits: Mapping[str, Bits], linears: Collection[str]) -> dict[str, Any]:
-    """The field of that name in the config.json of a folder whose tensors named in `bits` are stored in few bits.
+    """The field of this name in config.json for a folder in which the tensors named in `bits` are stored in few bits.
 
     Args:
-        bits: the grid of each such tensor; all have the same.
-        linears: names of all linear modules of the model in transformers, the head included.
+        bits: the grid of each such tensor, the same for all.
+        linears: names of all linear modules of the model in transformers, including the head.
 
     Raises:
-        ValueError: if there is not exactly one grid, it has other than 4 or 8 bits, or a tensor is of no linear module.
+        ValueError: if there is not exactly one grid, with 4 or 8 bits, or a tensor belongs to no linear module.
     """
     grids = {grid.name: grid for grid in bits.values()}
     if len(grids) != 1:
@@ -90,7 +90,7 @@ def quantization_config(bits: Mapping[str, Bits], linears: Collection[str]) -> d
         "group_size": grid.group,
         "dynamic": False,
     }
-    # All linear modules but those to ignore; without a format of its own, the group could be taken for another one.
+    # All linear modules except ignored ones; without its own format, the group could be mistaken for another one.
     group = {
         "targets": ["Linear"],
         "weights": weights,
@@ -109,7 +109,7 @@ def quantization_config(bits: Mapping[str, Bits], linears: Collection[str]) -> d
 
 
 class _Weights(BaseModel):
-    """How the weights of a group of modules are stored: the values that are read here."""
+    """How the weights of a group of modules are stored: the fields that are read here."""
 
     num_bits: Literal[4, 8]
     type: Literal["int"]
@@ -129,7 +129,7 @@ class _Group(BaseModel):
     format: Literal["pack-quantized"] | None = None
 
 
-# As the package writes that there is none.
+# How the package writes None.
 _Nothing = Annotated[dict[str, Any], Field(max_length=0)] | None
 
 
@@ -145,7 +145,7 @@ class _Quantization(BaseModel):
 
 
 def read_quantization(config: Mapping[str, Any]) -> Bits | None:
-    """The grid of a folder with this configuration; None if its weights are not stored as in this file."""
+    """The grid of a folder with this configuration; None if its weights are not stored in this form."""
     try:
         found = _Quantization.model_validate(config.get("quantization_config"), strict=True)
     except ValidationError:
@@ -161,7 +161,7 @@ def read_quantization(config: Mapping[str, Any]) -> Bits | None:
 
 @dataclass(frozen=True)
 class CompressedTensor(TensorInfo):
-    """Where a tensor of few bits is stored, with its dense name and shape."""
+    """The place of a tensor of few bits, with its dense name and shape."""
 
     name: str
     packed: StoredTensor
@@ -180,16 +180,16 @@ class CompressedTensor(TensorInfo):
             dense = _unpack(packed, self.num_bits, inputs)
             groups = dense.reshape(*scale.shape, inputs // scale.shape[1])
             groups *= scale.astype(np.float32)[..., None]
-            # No zero stays negative, as under a negative scale: `packed` would store it.
+            # No negative zeros, as from a negative scale: `packed` would store them.
             dense += 0
             yield dense
 
 
 def read_compressed_header(file: Path) -> dict[str, StoredTensor | CompressedTensor]:
-    """All tensors of a shard by their dense names; of those in few bits, the shapes are read too.
+    """All tensors of a shard by dense name; for tensors in few bits, shapes are read too.
 
     Raises:
-        ModelError: as `read_header` does; listing every part that is missing, misshapen or of another dtype.
+        ModelError: as for `read_header`; listing every part that is missing, misshapen or of another dtype.
     """
     return join_parts(file, read_header(file))
 
@@ -197,12 +197,12 @@ def read_compressed_header(file: Path) -> dict[str, StoredTensor | CompressedTen
 def join_parts(
     place: Path, stored: Mapping[str, StoredTensor], bits: Bits | None = None
 ) -> dict[str, StoredTensor | CompressedTensor]:
-    """All tensors of a file or folder by their dense names.
+    """All tensors of a file or folder by dense name.
 
     Args:
         place: the file or folder, for messages.
-        stored: its tensors as they are stored. The parts of a tensor may lie in different files.
-        bits: the grid of all; None takes any of 4 or 8 bits.
+        stored: its tensors as stored. The parts of a tensor may be in different files.
+        bits: the grid of all; None accepts any grid of 4 or 8 bits.
 
     Raises:
         ModelError: listing every part that is missing, misshapen, of another dtype or not of the grid.
@@ -235,7 +235,7 @@ def join_parts(
 def _join(
     module: str, packed: StoredTensor, scale: StoredTensor, shape: StoredTensor, bits: Bits | None
 ) -> CompressedTensor | list[str]:
-    """The tensor of three parts, or what is wrong with them."""
+    """The tensor made of three parts, or what is wrong with them."""
     problems = []
     if packed.dtype != np.int32 or len(packed.shape) != 2:
         problems.append(f"{module}{PACKED} is {packed.dtype} {list(packed.shape)}, expected int32 with two axes")

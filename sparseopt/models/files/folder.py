@@ -1,8 +1,8 @@
 """The files of a model's folder, which may be untrusted: names that stay in the folder, valid JSON.
 
 A file may be a link within the folder, or one into the blobs of the same repository in the Hugging Face cache, which
-keeps `snapshots/COMMIT/NAME` as links to `blobs/HASH`. Other links could lead anywhere and are refused, unless they are
-to be followed.
+keeps `snapshots/COMMIT/NAME` as links to `blobs/HASH`. Other links could lead anywhere and raise an error, unless links
+are to be followed.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 from sparseopt.models.base.errors import JSON_OBJECT, ModelError, checked
 from sparseopt.system.run_folder import RUN_FILES
 
-# Pickled files of torch and others. Loading a pickle runs whatever code is in it.
+# Pickled files of torch and others. Loading a pickle runs any code in it.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz")
 TO_SAFETENSORS = (
     "pickled weights can run code when loaded and are not read; if you trust their author, convert them where torch is "
@@ -25,7 +25,7 @@ WEIGHTS = frozenset(
     (*PICKLES, ".safetensors", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".tflite", ".mlmodel", ".ot")
 )
 
-# Most bytes of a file beside the weights, such as a tokenizer; the largest published ones have a tenth of that.
+# Most bytes of a file beside the weights, such as a tokenizer; the largest published files have a tenth of that.
 MAX_FILE = 500 * 2**20
 # Most bytes of a configuration, and of an index with a line for every tensor. Real ones are a thousand times smaller.
 MAX_CONFIG = 4 * 2**20
@@ -35,15 +35,15 @@ _MAX_DEPTH = 32
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether a name is that of a file in a folder, and cannot lead elsewhere."""
+    """Whether a name is a plain file name in a folder, which cannot lead elsewhere."""
     apart = {"/", "\\"} & set(name) or name in ("", ".", "..")
     return not apart and name.isprintable() and len(name.encode()) <= 255
 
 
 def file_in(folder: Path, name: str, follow_links: bool = False) -> Path:
-    """The path of a file in a folder, which need not exist; refuses a name or a link that leads out of the folder.
+    """The path of a file in a folder, which need not exist; a name or a link that leads out of the folder raises.
 
-    Links are followed wherever they lead if asked for.
+    `follow_links` follows all links.
     """
     if not is_plain_name(name):
         raise ModelError(f"{folder} asks for {name[:200]!r}, which is no file in the folder; do not trust it")
@@ -56,17 +56,17 @@ def file_in(folder: Path, name: str, follow_links: bool = False) -> Path:
 def is_carried(name: str) -> bool:
     """Whether an export copies a file of a model's folder, by its name.
 
-    All are copied but weights and their indices, hidden files, the configuration, which is written anew, and the files
-    of a pruning run. Folders inside the folder are left out.
+    All are copied except weights and their indices, hidden files, the configuration, which is written anew, and the
+    files of a pruning run. Folders inside the folder are left out.
     """
     own = name.startswith(".") or name == "config.json" or name in RUN_FILES
-    # All endings: `pytorch_model.bin.data` holds weights too.
+    # All endings, since `pytorch_model.bin.data` holds weights too.
     endings = {ending.lower() for ending in Path(name).suffixes}
     return is_plain_name(name) and not own and not name.endswith(".index.json") and not WEIGHTS & endings
 
 
 def carried_files(folder: Path, follow_links: bool = False) -> list[Path]:
-    """The files of a model's folder that an export copies, by name; refuses links out of it and very large files."""
+    """The files of a model's folder that an export copies, by name; links out of it and very large files raise."""
     names = [entry.name for entry in folder.iterdir() if is_carried(entry.name) and entry.is_file()]
     files = [file_in(folder, name, follow_links) for name in names]
     for file in files:
@@ -97,7 +97,7 @@ def _check_link(folder: Path, link: Path) -> None:
 
 
 def read_json(file: Path, limit: int = MAX_CONFIG) -> dict[str, Any]:
-    """The object in a JSON file; a `ModelError` if it has more than `limit` bytes or is no valid JSON object."""
+    """The object in a JSON file; a `ModelError` if it has more than `limit` bytes or is not a valid JSON object."""
     with file.open("rb") as stream:
         raw = stream.read(limit + 1)
     if len(raw) > limit:
@@ -112,17 +112,17 @@ def read_json(file: Path, limit: int = MAX_CONFIG) -> dict[str, Any]:
 
 
 def parse_json(raw: bytes) -> Any:
-    """The value of a JSON text in UTF-8 without duplicate keys, NaN and lone surrogates.
+    """The value of a UTF-8 JSON text without duplicate keys, NaN and lone surrogates.
 
-    An infinity is allowed: published configurations have some, in fields that are not read here.
+    Infinity is allowed: published configurations have it in fields that are not read here.
 
     Raises:
-        ValueError: saying what is wrong; a `RecursionError` for values nested too deeply.
+        ValueError: saying what is wrong; a `RecursionError` if values are nested too deeply.
     """
     text = raw.decode("utf-8-sig")
     value = json.loads(text, object_pairs_hook=_once, parse_constant=_constant)
     if "\\ud" in text.lower():
-        # A lone surrogate could not be written again.
+        # A lone surrogate could not be written back.
         json.dumps(value, ensure_ascii=False).encode()
     return value
 

@@ -1,11 +1,11 @@
-"""The forms in which a model is written: what becomes of tensors in a shard, and the file that completes the model.
+"""The forms in which a model is written: how a shard stores tensors, and which file completes the model.
 
     Form         safetensors, which transformers loads
     Packed       zeros as a bitmask, see `packed`
-    Compressed   linears of few bits, see `compressed`
+    Compressed   layers of few bits, see `compressed`
     Joined       one GGUF file, of which every shard is a part, see `gguf.writer`
 
-What is read back are the tensors that were given.
+Reading returns the tensors that were given.
 """
 
 import filecmp
@@ -45,7 +45,7 @@ Readable = FileTensor | UnreadTensor
 
 
 class Shard(NamedTuple):
-    """A file to write: the bytes of its tensors as stored, and what writes it."""
+    """A file to write: the bytes of its tensors as stored, and the function that writes it."""
 
     nbytes: int
     write: Callable[[Path], None]
@@ -56,23 +56,23 @@ class Form:
     """Safetensors, which transformers loads.
 
     Attributes:
-        bits: the grid of every weight that lies on one, by its name.
+        bits: the grid of every weight that is on one, by name.
     """
 
     bits: Mapping[str, Bits] = field(default_factory=dict)
-    # How often a tensor lies on the disk when all is done.
+    # How many copies of a tensor are on disk at the end.
     copies: ClassVar[int] = 1
 
     @property
     def last(self) -> str:
-        """The path, from the model's folder, of the file that completes the model: its index."""
+        """The path, in the model's folder, of the file that completes the model: its index."""
         return "model.safetensors.index.json"
 
     def file_name(self, tag: str) -> str:
         return f"model-{tag}.safetensors"
 
     def most_bytes(self, name: str, info: TensorInfo) -> int:
-        """Of a tensor as stored, at most."""
+        """The largest possible size of a tensor as stored."""
         del name
         return info.nbytes
 
@@ -80,24 +80,24 @@ class Form:
         return _safetensors(tensors)
 
     def read(self, file: Path) -> Mapping[str, Readable]:
-        """The tensors of a shard by their names; a ModelError for a file that is not whole."""
+        """The tensors of a shard by name; a ModelError if the file is not complete."""
         return read_header(file)
 
     def indexed(self, file: Path) -> Collection[str]:
-        """The names in the index of what a shard holds."""
+        """The names of a shard's contents in the index."""
         return self.read(file)
 
     def stored_bytes(self, file: Path) -> int:
-        """Of the tensors of a shard."""
+        """The stored size of a shard's tensors."""
         return sum(tensor.nbytes for tensor in read_header(file).values())
 
     def index(self, dense_bytes: int) -> dict[str, Any]:
-        """What the index says besides."""
+        """Further entries of the index."""
         del dense_bytes
         return {}
 
     def config(self, config: dict[str, Any], linears: Collection[str]) -> dict[str, Any]:
-        """The configuration to write; `linears` are the names of all matrices that a linear may have."""
+        """The configuration to write; `linears` are the names of all matrices that may belong to a linear layer."""
         del linears
         return config
 
@@ -123,7 +123,7 @@ class Packed(Form):
 
 
 class Compressed(Form):
-    """Linears of few bits as the compressed-tensors package stores them, through which transformers loads them."""
+    """Layers of few bits as stored by the compressed-tensors package, through which transformers loads them."""
 
     def most_bytes(self, name: str, info: TensorInfo) -> int:
         # 4 bytes for a scale, and rows filled up to whole numbers of 32 bits.
@@ -141,8 +141,8 @@ class Compressed(Form):
         return read_header(file)
 
     def config(self, config: dict[str, Any], linears: Collection[str]) -> dict[str, Any]:
-        # A tied head is stored nowhere, and transformers puts parts beside the decoder, such as an image encoder, into
-        # a `model` of their own.
+        # A tied head is not stored, and transformers puts parts beside the decoder, such as an image encoder, into
+        # their own `model`.
         names = dict.fromkeys([*linears, "lm_head", *(f"model.{name}" for name in linears)])
         return {**config, "quantization_config": quantization_config(self.bits, names)}
 
@@ -151,17 +151,17 @@ class Compressed(Form):
 class Joined(Form):
     """One GGUF file, of which every shard is a part, itself a file in GGUF.
 
-    A tensor that comes unchanged from a GGUF file is copied as it is stored there. Embedding and head are rounded to a
-    type of their own, if there is one.
+    A tensor that comes unchanged from a GGUF file is copied as stored there. Embedding and head are rounded to their
+    own type, if there is one.
 
     Attributes:
         file: the path of the whole file.
-        source: the dense model; gives metadata and tokenizer.
+        source: the dense model; provides metadata and tokenizer.
         model_config: the configuration of the model that is written.
-        outer_bits: the grid of embedding and head; None leaves them as they are.
+        outer_bits: the grid of embedding and head; None leaves them unchanged.
     """
 
-    # In a shard, and in the file.
+    # Copies in a shard and in the file.
     copies: ClassVar[int] = 2
 
     file: Path = field(kw_only=True)
@@ -194,7 +194,7 @@ class Joined(Form):
 
         def write(file: Path) -> None:
             shard.write(file)
-            # Of a run that was killed before its end was noted it is there already.
+            # If a run was killed before its end was recorded, the file exists already.
             if self.file.exists() and not filecmp.cmp(file, self.file, shallow=False):
                 raise ModelError(
                     f"{self.file} exists and is not of this run: move it, and start the same command again"
@@ -213,7 +213,7 @@ class Joined(Form):
         return sum(tensor.stored_bytes for tensor in read_gguf_header(file).tensors.values())
 
     def check(self, names: Iterable[str]) -> None:
-        """Raise a ModelError for a model of these tensors that GGUF cannot describe."""
+        """Raise a ModelError if GGUF cannot describe a model with these tensors."""
         for name in names:
             self._architecture.gguf_name(name)
         assert self._metadata
@@ -223,7 +223,7 @@ class Joined(Form):
         return architecture_of(self.model_config)[1]
 
     def _kind(self, name: str, info: TensorInfo) -> GGMLQuantizationType:
-        """The type that a tensor is stored in."""
+        """The storage type of a tensor."""
         if name in self.bits:
             return KINDS[self.bits[name].name]
         if len(info.shape) < 2:

@@ -1,11 +1,11 @@
-"""Models by their names on the Hugging Face hub, fetched once and pinned to a commit.
+"""Models on the Hugging Face hub, fetched by name once and pinned to a commit.
 
     OWNER/NAME            the repository's main branch
     OWNER/NAME@REVISION   a branch, a tag or a commit of it
 
 Only what is needed is fetched: the configuration, the safetensors weights that the index names, and the files that an
-export copies, such as the tokenizer and the licence. They are kept in huggingface_hub's cache, so a second call fetches
-nothing, and a machine without a network uses the cache.
+export copies, such as the tokenizer and the licence. They are stored in huggingface_hub's cache, so a second call
+fetches nothing, and a machine without a network uses the cache.
 """
 
 import logging
@@ -56,10 +56,10 @@ class HubName:
 
 
 def parse_hub_name(text: str) -> HubName | None:
-    """`text` as a name, or None where it can only be a path: absolute, from `.` or `~`, deeper, a GGUF file.
+    """`text` as a name, or None if it can only be a path: absolute, starting with `.` or `~`, deeper, or a GGUF file.
 
     Raises:
-        ModelError: for a text that has the form of a name but breaks the hub's rules.
+        ModelError: if the text has the form of a name but breaks the hub's rules.
     """
     if not _LIKE_A_NAME.fullmatch(text) or text.endswith(".gguf"):
         return None
@@ -80,10 +80,10 @@ def parse_hub_name(text: str) -> HubName | None:
 
 
 def fetch(name: HubName) -> tuple[Path, str]:
-    """The folder of a repository in huggingface_hub's cache and its commit, fetched where needed.
+    """Fetch a repository if needed; return its folder in huggingface_hub's cache and its commit.
 
-    A bar on standard error shows the progress. Where the hub cannot be reached, a complete copy in the cache is used,
-    and a warning of this module's logger says so.
+    A progress bar appears on standard error. If the hub cannot be reached, a complete copy in the cache is used, and
+    this module's logger warns about it.
 
     Raises:
         ModelError: if the repository or its revision is unknown, its owner must grant access, it has no safetensors, or
@@ -92,7 +92,7 @@ def fetch(name: HubName) -> tuple[Path, str]:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HTTPError, RevisionNotFoundError
 
-    # Where the network, the hub or the disk fails. The HTTP client and its errors depend on the library's version.
+    # Failures of the network, the hub or the disk. The HTTP client and its errors depend on the library's version.
     failures = (HTTPError, OSError)
     small: list[str] = []
     unreached: Exception | None = None
@@ -128,7 +128,7 @@ def fetch(name: HubName) -> tuple[Path, str]:
 
 
 def _small_files(files: Mapping[str, int], name: HubName) -> list[str]:
-    """Those, of all with their bytes, that an export copies; refuses a repository without a model."""
+    """Which of the files, given with their sizes, an export copies; a repository without a model raises."""
     has_weights = not files.keys().isdisjoint((WEIGHTS, *INDICES))
     if has_weights and CONFIG in files:
         if large := [file for file, size in files.items() if is_carried(file) and size > MAX_FILE]:
@@ -172,7 +172,7 @@ def _explain(error: Exception, name: HubName) -> str:
         f"{constants.HF_HUB_CACHE} holds no complete copy; {by_hand}"
     )
     match error:
-        # A gated repository is, to the library, a kind of unknown one.
+        # To the library, a gated repository is a kind of unknown repository.
         case errors.GatedRepoError():
             return (
                 f"the owner of {repository} grants access on request: ask at https://huggingface.co/{repository}, then "

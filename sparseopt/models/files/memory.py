@@ -1,4 +1,4 @@
-"""A model in memory as a source: the tensors of a transformers model, or any others by their checkpoint names.
+"""A model in memory as a source: the tensors of a transformers model, or any tensors by checkpoint name.
 
 A tensor is copied when it is read, in pieces, also from a GPU. torch is imported only if the caller has a torch model.
 """
@@ -19,7 +19,7 @@ from sparseopt.models.files.gguf.source import GGUFSource
 from sparseopt.models.files.safetensors import DTYPES, SLICE, UnreadTensor
 from sparseopt.models.files.source import Source
 
-# Ends the name of what was pruned: its weights need not be those of the folder that it was loaded from.
+# Ends the name of what was pruned: its weights may differ from the folder that it was loaded from.
 IN_MEMORY = " (in memory)"
 _INSTEAD = "give a folder instead, which model.save_pretrained(FOLDER) writes"
 # A folder with one of these holds files of a model.
@@ -28,7 +28,7 @@ _DTYPES = {dtype.name: dtype for dtype in DTYPES.values()}
 
 
 class TransformersModel(Protocol):
-    """A `PreTrainedModel` of transformers, as far as it is used."""
+    """The parts of a transformers `PreTrainedModel` that are used here."""
 
     config: Any
     name_or_path: str
@@ -50,14 +50,14 @@ class MemorySource:
         files: Source | Path | None,
         own: Mapping[str, bytes] | None = None,
     ) -> None:
-        """Keep what is given.
+        """Store the arguments.
 
         Args:
-            name: of the model.
+            name: name of the model.
             config: the Hugging Face configuration.
-            tensors: by their Hugging Face names.
-            files: the folder or source of the tokenizer and other files; None without.
-            own: contents by name, in place of those files.
+            tensors: tensors by Hugging Face name.
+            files: the folder or source of the tokenizer and other files; None for none.
+            own: contents by file name, which replace those files.
         """
         self.name, self.config, self.tensors = name.removesuffix(IN_MEMORY) + IN_MEMORY, config, dict(tensors)
         self._files, self._own = files, own or {}
@@ -87,19 +87,19 @@ class MemorySource:
 
 
 def is_torch_module(model: Any) -> bool:
-    """Whether an object is a torch module; without torch there is none."""
+    """Whether an object is a torch module; never if torch is not imported."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(model, torch.nn.Module)
 
 
 def transformers_source(model: Any) -> MemorySource:
-    """A transformers model as a source: names, configuration and tensors are those that `save_pretrained` would write.
+    """A transformers model as a source, with the names, configuration and tensors that `save_pretrained` would write.
 
-    The tokenizer and other files are those of the folder, or of the copy in the hub's cache, that it was loaded from.
+    The tokenizer and other files come from the folder, or the copy in the hub's cache, that it was loaded from.
 
     Raises:
-        ModelError: for another torch module, a quantised model, tensors on the meta device or in dtypes that no
-            checkpoint here has, and for tensors whose names in a checkpoint transformers cannot give.
+        ModelError: if it is another torch module or a quantised model, if tensors are on the meta device or in a dtype
+            that no checkpoint here has, or if transformers cannot give their checkpoint names.
     """
     from transformers import PreTrainedModel
 
@@ -129,7 +129,7 @@ def transformers_source(model: Any) -> MemorySource:
 
 
 def _unreadable(tensor: Any) -> str | None:
-    """Why an entry of a state cannot be read; None where it can."""
+    """Why an entry of a state cannot be read; None if it can."""
     # Subclasses of tensors are quantised, or distributed over processes.
     if type(tensor).__name__ != "Tensor":
         return type(tensor).__name__
@@ -140,7 +140,7 @@ def _unreadable(tensor: Any) -> str | None:
 
 
 def _files_of(model: TransformersModel) -> Source | Path | None:
-    """The folder or GGUF file that a model names as its own, or the hub's copy in the cache."""
+    """The folder or GGUF file that a model names as its origin, or the hub's copy in the cache."""
     name = model.name_or_path
     place = Path(name or "a model without a name")
     if place.suffix.lower() == ".gguf" and place.is_file():
@@ -152,20 +152,20 @@ def _files_of(model: TransformersModel) -> Source | Path | None:
             found = try_to_load_from_cache(name, "config.json", revision=getattr(model.config, "_commit_hash", None))
         except ValueError:  # no name on the hub
             return None
-        # Of files that the hub is known to lack it gives an object.
+        # For files that the hub is known to lack it returns an object.
         place = Path(found).parent if isinstance(found, str) else place
     return place if any((place / file).is_file() for file in _FILES) else None
 
 
 def _stored_tensors(model: Any, state: Mapping[str, Any]) -> dict[str, UnreadTensor]:
-    """The tensors by their names in a checkpoint, some made of tensors that the module stacks, such as experts."""
+    """The tensors by checkpoint name, some made from tensors that the module stacks, such as experts."""
     import torch
     from transformers.core_model_loading import revert_weight_conversion
 
     def stored_as(tensors: dict[str, Any]) -> dict[str, Any]:
         return revert_weight_conversion(model, tensors)
 
-    # Without values this takes no memory. What comes back itself is only renamed.
+    # Without values this needs no memory. A tensor that is returned unchanged is only renamed.
     empty = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
     named = {id(tensor): name for name, tensor in empty.items()}
     stored = stored_as(dict(empty))
@@ -199,7 +199,7 @@ def _pieces(tensor: Any) -> Iterator[np.ndarray]:
 
 
 def as_numpy(tensor: Any) -> np.ndarray:
-    """A torch tensor, in every dtype bit for bit; read only, since it may be the model's own memory."""
+    """A torch tensor of any dtype, bit for bit; read-only, since it may be the model's own memory."""
     import torch
 
     host = tensor.detach().cpu().contiguous()

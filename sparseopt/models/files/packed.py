@@ -1,11 +1,11 @@
-"""Tensors with many zeros stored without loss as a bitmask and the values that are kept.
+"""Lossless storage of tensors with many zeros, as a bitmask and the kept values.
 
     bitmask  uint8 [ceil(n / 8)]   bit i, the highest of a byte first: whether entry i of the tensor in C order is kept
     values   [number kept]         the kept entries in that order, in the tensor's dtype
 
-A tensor of n entries of b bytes, a fraction s of them zero, takes n (1 / 8 + (1 - s) b) bytes instead of n b: at half
-zeros 0.5625 of a 16-bit tensor. An entry is left out when all its bits are zero. A negative zero has its sign bit set
-and is kept, so every bit of the tensor is restored.
+A tensor of n entries of b bytes, a fraction s of them zero, needs n (1 / 8 + (1 - s) b) bytes instead of n b: with half
+of the entries zero, 0.5625 of a 16-bit tensor. An entry is left out if all its bits are zero. A negative zero has its
+sign bit set and is kept, so every bit of the tensor is restored.
 
 In a safetensors file the two halves are called NAME.bitmask and NAME.values; the header's metadata hold the format,
 its version, and the dense shapes as JSON. A tensor that would not become smaller is stored unchanged.
@@ -24,7 +24,7 @@ from sparseopt.models.base.errors import ModelError, bulleted, checked, guarded
 from sparseopt.models.files.folder import file_in, parse_json
 from sparseopt.models.files.safetensors import Shape, StoredTensor, TensorInfo, read_header, read_metadata
 
-# Not the names of a dense folder: a packed one read as dense would be a wrong model.
+# Not the names of a dense folder: a packed folder read as dense would be a wrong model.
 PACKED_INDEX = "model.packed.index.json"
 PACKED_PREFIX = "packed-"
 
@@ -64,7 +64,7 @@ def unpack_array(bitmask: np.ndarray, values: np.ndarray, shape: tuple[int, ...]
 
 @dataclass(frozen=True)
 class PackedTensor(TensorInfo):
-    """Where a packed tensor is stored, with its dense name and shape."""
+    """The place of a packed tensor, with its dense name and shape."""
 
     name: str
     bitmask: StoredTensor
@@ -98,10 +98,10 @@ def pack_tensors(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarra
 
 
 def read_packed_header(file: Path) -> dict[str, StoredTensor | PackedTensor]:
-    """All tensors of a packed file by their dense names; bitmasks are compared with values when they are read.
+    """All tensors of a packed file by dense name; bitmasks are compared with values when read.
 
     Raises:
-        ModelError: as `read_header` does; if the file is not packed, or by another version; listing every half
+        ModelError: as for `read_header`; if the file is not packed, or packed by another version; listing every half
             that is missing, misshapen or without a dense shape.
     """
     metadata, entries = read_metadata(file), read_header(file)

@@ -1,7 +1,7 @@
 """Safetensors files: a header checked against the file's size, tensors read one by one, safe writes.
 
 Layout: 8 bytes little-endian header length, a JSON header `{name: {dtype, shape, data_offsets}}`, the data.
-Files are not memory-mapped: one that shrinks while it is read is an error, not a signal that ends the process.
+Files are not memory-mapped: if one shrinks while it is read, that is an error, not a signal that ends the process.
 """
 
 import json
@@ -40,12 +40,12 @@ _MAX_AXES = 64
 # The format's own limit on a header, in bytes.
 _MAX_HEADER = 100_000_000
 
-# Bytes of a tensor that are in memory at once besides what is made of it.
+# Bytes of a tensor that are in memory at once, besides the result.
 SLICE = 2**26
 
 
 def is_shape(sizes: list[int]) -> bool:
-    """Whether numbers of 0 or more can be the sizes of an array."""
+    """Whether non-negative numbers can be the shape of an array."""
     # An empty array has no bytes in the file that would bound its other sizes.
     bound = 2**31 if 0 in sizes else 2**60
     return len(sizes) <= _MAX_AXES and math.prod(size or 1 for size in sizes) < bound
@@ -75,11 +75,11 @@ _METADATA = TypeAdapter(Annotated[dict[str, str], Said("metadata that is no text
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a tensor before it is read.
+    """What is known about a tensor before it is read.
 
     Attributes:
-        shape: sizes, slowest axis first.
-        dtype: of the result; float32 for a tensor that is stored quantised.
+        shape: sizes of the axes, slowest axis first.
+        dtype: dtype of the result; float32 for a quantised tensor.
     """
 
     shape: tuple[int, ...]
@@ -87,13 +87,13 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        """Of the tensor in memory."""
+        """Size of the tensor in memory."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class StoredTensor(TensorInfo):
-    """One that a file stores in C order, from the byte `start` on."""
+    """A tensor stored in a file in C order, from the byte `start` on."""
 
     file: Path
     start: int
@@ -106,7 +106,7 @@ class StoredTensor(TensorInfo):
         return read_part(self.file, self.dtype, math.prod(self.shape), self.start).reshape(self.shape)
 
     def slices(self) -> Iterator[Self]:
-        """The tensor cut along its first axis into others of about `SLICE` bytes once they are read."""
+        """The tensor cut along its first axis into tensors of about `SLICE` bytes when read."""
         rows = self.shape[0] if self.shape else 1
         step = max(1, SLICE // max(1, math.prod(self.shape[1:]) * self.dtype.itemsize))
         if rows <= step:
@@ -122,10 +122,10 @@ class StoredTensor(TensorInfo):
 
 @dataclass(frozen=True)
 class UnreadTensor(TensorInfo):
-    """One that is read only when it is written, in `pieces` along its first axis.
+    """A tensor that is read only when it is written, in `pieces` along its first axis.
 
     Attributes:
-        origin: the tensor of a file that it is without a change, if it is one.
+        origin: the tensor of a file that it equals unchanged, if any.
     """
 
     pieces: Callable[[], Iterable[np.ndarray]]
@@ -155,7 +155,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
     Raises:
         ModelError: if the file is truncated, or its header is no JSON, does not describe every byte of the data, or
-            names a dtype that is not supported.
+            names an unsupported dtype.
     """
     raw, data, size = _read_raw_header(file)
     raw.pop("__metadata__", None)
@@ -182,12 +182,12 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 
 def read_metadata(file: Path) -> dict[str, str]:
-    """The metadata of a safetensors file, empty if there is none."""
+    """The metadata of a safetensors file; empty if there are none."""
     return _read_raw_header(file)[0].get("__metadata__", {})
 
 
 def _read_raw_header(file: Path) -> tuple[dict[str, Any], int, int]:
-    """The header's JSON object, its metadata checked; the first byte of the data; the bytes of the file."""
+    """The header's JSON object with checked metadata, the first byte of the data, and the size of the file."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -206,9 +206,9 @@ def _read_raw_header(file: Path) -> tuple[dict[str, Any], int, int]:
 def write_tensors(
     file: Path, tensors: Mapping[str, np.ndarray | UnreadTensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file, in dtypes of `DTYPES`; an `UnreadTensor` is read when it is written.
+    """Write a safetensors file, with dtypes of `DTYPES`; an `UnreadTensor` is read when it is written.
 
-    Without metadata the header has those that transformers expects.
+    Without metadata, the header has what transformers expects.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
     # Widest dtype first, so that every tensor starts at a multiple of its item size.

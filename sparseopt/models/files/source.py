@@ -1,6 +1,6 @@
 """Where a model comes from: a Hugging Face folder with safetensors, a name on the hub, or one GGUF file.
 
-A source knows its configuration and the name, shape and dtype of each tensor; a tensor is read when asked for.
+A source knows its configuration and the name, shape and dtype of each tensor; a tensor is read when needed.
 """
 
 import importlib.util
@@ -29,7 +29,7 @@ from sparseopt.models.files.hub import fetch, parse_hub_name
 from sparseopt.models.files.packed import PACKED_INDEX, PACKED_PREFIX, PackedTensor, read_packed_header
 from sparseopt.models.files.safetensors import StoredTensor, TensorInfo, read_header
 
-# A tensor of a folder, as it is stored.
+# A tensor of a folder, as stored.
 FileTensor = StoredTensor | PackedTensor | CompressedTensor
 T = TypeVar("T", bound=FileTensor)
 _WEIGHT_MAP = TypeAdapter(dict[str, str])
@@ -40,7 +40,7 @@ class Source(Protocol):
 
     Attributes:
         path: the folder or file.
-        name: what was asked for: a name on the hub, or the path.
+        name: the model as it was given: a name on the hub, or the path.
         revision: the commit of the files on the hub, a sha; None for local files.
         follow_links: whether links that lead out of the folder are followed.
     """
@@ -56,26 +56,26 @@ class Source(Protocol):
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """Every tensor, by its Hugging Face name whatever the files call it."""
+        """Every tensor by Hugging Face name, whatever its name in the files."""
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, in its stored dtype (bfloat16 as `ml_dtypes.bfloat16`)."""
 
     def pieces(self, name: str) -> Iterator[np.ndarray]:
-        """The same tensor cut along its first axis, in pieces of about 64 MiB where its storage allows that."""
+        """The same tensor cut along its first axis, in pieces of about 64 MiB if its storage allows that."""
 
     def sidecars(self) -> dict[str, bytes]:
-        """By name, the files besides configuration and weights that an export copies, such as a tokenizer's."""
+        """The files besides configuration and weights that an export copies, such as the tokenizer, by name."""
 
     def stored_tokenizer(self) -> tuple[Tokenizer, dict[str, Any]] | None:
-        """The tokenizer and its settings if they lie in the file of the weights; None if they are files of a folder."""
+        """The tokenizer and its settings if they are in the weights' file; None if they are files of a folder."""
 
 
 class FolderSource:
     """A Hugging Face folder: config.json and model.safetensors, whole or in shards with an index, dense or packed.
 
-    Packed tensors and those of few bits look like dense ones, see `packed` and `compressed`; the configuration then has
-    no quantization_config.
+    Packed tensors and tensors of few bits look like dense ones, see `packed` and `compressed`; the configuration then
+    has no quantization_config.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class FolderSource:
         )
 
     def _dense(self, stored: dict[str, StoredTensor]) -> dict[str, FileTensor]:
-        """The tensors by their dense names. A quantization_config that this takes care of leaves the configuration."""
+        """The tensors by dense name. A quantization_config that is handled here is removed from the configuration."""
         bits = read_quantization(self.config)
         if bits is None:
             return dict(stored)
@@ -176,8 +176,8 @@ def open_source(path: str | Path, *, follow_links: bool = False) -> Source:
     Args:
         path: a Hugging Face folder, a `.gguf` file, or a name on the Hugging Face hub, `OWNER/NAME` or
             `OWNER/NAME@REVISION`, which is fetched. A path that exists takes precedence over the hub.
-        follow_links: read files of a folder that are links to elsewhere. Such a folder of somebody else could have any
-            file of yours read, and copied into an output.
+        follow_links: read files of a folder that are links to elsewhere. An untrusted folder could thus have any file
+            of yours read, and copied into an output.
 
     Raises:
         ModelError: if there is no usable model, saying what was found and what to do, or a file is corrupt.

@@ -1,4 +1,4 @@
-"""Blocks and models of another shape.
+"""Changing the shape of blocks and models.
 
 `reordered` moves the inner channels of a block, `shrunk` makes smaller dense models.
 """

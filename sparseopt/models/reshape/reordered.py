@@ -1,9 +1,9 @@
-"""A block with its inner channels in another order, which computes the same function.
+"""Reordering the inner channels of a block without changing the function that it computes.
 
     down(act(gate(x)) * up(x))     columns of down, and rows of gate and up
     o(attention(q, k, v))          columns of o, and rows of v, within each head
 
-Queries and keys stay as they are: rotary positions pair their features.
+Queries and keys stay unchanged, because rotary positions pair their features.
 """
 
 from collections.abc import Mapping
@@ -17,22 +17,22 @@ from sparseopt.models.decoder.settings import DecoderConfig
 
 
 class Move(NamedTuple):
-    """Which rows `[out]` and columns `[in]` of a linear's weight come to each place; None where all stay."""
+    """Which rows `[out]` and columns `[in]` of a layer's weight move to each place; None if all stay."""
 
     rows: np.ndarray | None = None
     columns: np.ndarray | None = None
 
 
 def block_moves(config: DecoderConfig, orders: Mapping[str, Int[np.ndarray, "in"]]) -> dict[str, Move]:
-    """What moves in a block, by linear, if the inputs of some have another order: their columns, and rows before them.
+    """What moves in a block, by layer, if inputs of some layers are reordered: their columns, and rows before them.
 
     Args:
-        config: of the model.
-        orders: of `self_attn.o_proj`, `mlp.down_proj` or `mlp.experts.3.down_proj`: which input moves to each place.
-            Inputs of the output projection move within their head, alike in all heads of a KV group.
+        config: configuration of the model.
+        orders: for `self_attn.o_proj`, `mlp.down_proj` or `mlp.experts.3.down_proj`, which input moves to each place.
+            Inputs of the output projection move within their head, in the same way in all heads of a KV group.
 
     Raises:
-        ModelError: for an order that is no permutation, or moves inputs of the output projection in another way.
+        ModelError: if an order is no permutation, or moves inputs of the output projection in another way.
     """
     moves: dict[str, Move] = {}
     for name, order in orders.items():
@@ -44,7 +44,7 @@ def block_moves(config: DecoderConfig, orders: Mapping[str, Int[np.ndarray, "in"
 
 
 def reordered_block(tensors: Mapping[str, np.ndarray], moves: Mapping[str, Move]) -> dict[str, np.ndarray]:
-    """The parameters of a block by path, linears as `[out, in]`, experts one by one, after these moves."""
+    """The parameters of a block after these moves, by path, with layers as `[out, in]` and experts one by one."""
     moved = {}
     for path, value in tensors.items():
         linear, _, leaf = path.rpartition(".")
@@ -55,7 +55,7 @@ def reordered_block(tensors: Mapping[str, np.ndarray], moves: Mapping[str, Move]
 
 
 def channel_moves(part: str, channels: np.ndarray, count: int) -> dict[str, Move]:
-    """Those that bring these of the `count` channels of an MLP or an expert to its places, by linear."""
+    """The moves, by layer, that bring these of the `count` channels of an MLP or an expert into place."""
     rows, fused = Move(rows=channels), Move(rows=np.concatenate([channels, count + channels]))
     names = {"gate_proj": rows, "up_proj": rows, "gate_up_proj": fused, "down_proj": Move(columns=channels)}
     return {f"{part}.{name}": move for name, move in names.items()}

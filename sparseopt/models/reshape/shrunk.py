@@ -1,7 +1,7 @@
-"""Smaller dense models: the outline of one before its tensors exist, and what a block of it keeps.
+"""Smaller dense models: an outline before the tensors exist, and what a block keeps.
 
 A smaller model has fewer channels in every MLP, fewer KV groups in every attention (a group is a key-value head with
-its query heads), fewer experts or fewer blocks. All blocks keep equally many, so it is a plain Hugging Face model.
+its query heads), fewer experts or fewer blocks. All blocks keep the same numbers, so it is a plain Hugging Face model.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +24,7 @@ from sparseopt.models.streaming.streamed import StreamedModel
 # The width of an expert is a multiple of this: transformers multiplies all experts at once, with torch's
 # `grouped_mm`, which requires rows of a multiple of 16 bytes.
 EXPERT_STEP = 8
-# The configuration fields that say the kind of each block, as functions of the kinds.
+# The configuration fields that give the kind of each block, as functions of the kinds.
 _BY_BLOCK: dict[str, Callable[[tuple[BlockKind, ...]], Any]] = {
     "layer_types": lambda kinds: ["full_attention" if kind.window is None else "sliding_attention" for kind in kinds],
     "max_window_layers": lambda kinds: next((i for i, k in enumerate(kinds) if k.window is not None), len(kinds)),
@@ -39,11 +39,11 @@ class Sizes:
     """What a smaller model keeps.
 
     Attributes:
-        channels: F of the MLP. In a mixture F of each expert: that of the dense model or a multiple of `EXPERT_STEP`;
-            blocks without experts then keep their own width.
-        kv_heads: KV groups, that is key-value heads; each has its query heads with it.
+        channels: F of the MLP. In a mixture, F of each expert: the dense model's or a multiple of `EXPERT_STEP`; blocks
+            without experts then keep their own width.
+        kv_heads: KV groups, i.e. key-value heads, each with its query heads.
         blocks: the blocks of the dense model that stay, ascending.
-        experts: of each mixture, at least as many as a token is sent to; None without a mixture.
+        experts: number of experts of each mixture, at least as many as a token is sent to; None without a mixture.
     """
 
     channels: int
@@ -67,7 +67,7 @@ class Kept(NamedTuple):
 
 
 class Outline:
-    """A `Source` of a smaller model whose blocks are not written yet; what lies outside them is the dense model's."""
+    """A `Source` of a smaller model whose blocks are not written yet; tensors outside them are the dense model's."""
 
     def __init__(
         self, source: Source, config: dict[str, Any], outer: Mapping[str, TensorInfo], inner: Mapping[str, TensorInfo]
@@ -93,7 +93,7 @@ class Outline:
 
 
 def sizes_of(model: StreamedModel) -> Sizes:
-    """The sizes of a dense model, which keep all of it."""
+    """The sizes of a dense model, which keep everything."""
     dense = model.config
     mixture = _mixture(dense)
     channels, experts = (mixture.intermediate_size, mixture.count) if mixture else (dense.intermediate_size, None)
@@ -101,12 +101,12 @@ def sizes_of(model: StreamedModel) -> Sizes:
 
 
 def possible_kv_heads(model: StreamedModel) -> tuple[int, ...]:
-    """The numbers of KV groups that a smaller model may keep, ascending; the last is that of the dense model.
+    """The numbers of KV groups that a smaller model may keep, ascending; the last is the dense model's number.
 
     Not every number is possible: the configuration of some families (GPT-2, OPT, GPT-NeoX, StableLM) has no field for
-    the head size, a norm over all heads (OLMo 2) changes with their number, and transformers requires of some (Llama,
-    Gemma) that the number of query heads divides the hidden size, and derives LongRoPE's factors (Phi-3) from that
-    number.
+    the head size, a norm over all heads (OLMo 2) changes with their number, and transformers requires for some
+    (Llama, Gemma) that the number of query heads divides the hidden size, and for Phi-3 derives LongRoPE's factors from
+    this number.
     """
     every = sizes_of(model)
     *fewer, whole = range(1, every.kv_heads + 1)
@@ -114,15 +114,15 @@ def possible_kv_heads(model: StreamedModel) -> tuple[int, ...]:
 
 
 def smaller_model(model: StreamedModel, sizes: Sizes) -> StreamedModel:
-    """A smaller model without values in its blocks: its configuration, and the names, shapes and dtypes of its tensors.
+    """A smaller model without values in its blocks, only its configuration and its tensors' names, shapes and dtypes.
 
-    Its source is an `Outline`, which a `ShardedWriter` takes as it takes any source: write the tensors outside the
-    blocks unchanged, and `sliced_block` of each block that stays. Blocks and experts are renumbered. Parts that the
-    decoder does not have, such as an image encoder, pass through; stored buffers that hold no weights are left out.
+    Its source is an `Outline`, which a `ShardedWriter` accepts like any source: write the tensors outside the blocks
+    unchanged, and `sliced_block` of each block that stays. Blocks and experts are renumbered. Parts that the decoder
+    does not have, such as an image encoder, pass through; stored buffers that hold no weights are left out.
 
     Raises:
-        ModelError: if the sizes keep nothing or more than there is, or the family's configuration cannot describe the
-            result, saying what is possible.
+        ModelError: if the sizes keep nothing or more than exists, or the family's configuration cannot describe the
+            result; says what is possible.
     """
     problems = _problems(model, sizes)
     if problems:
@@ -155,7 +155,7 @@ def _mixture(config: DecoderConfig) -> ExpertsConfig | None:
 
 
 def _problems(model: StreamedModel, sizes: Sizes) -> list[str]:
-    """What sizes ask for that no model of this family can have."""
+    """Which sizes no model of this family can have."""
     whole, mixture = sizes_of(model), _mixture(model.config)
     ranges = {"channels": (1, whole.channels), "kv_heads": (1, whole.kv_heads)}
     if mixture:
@@ -197,7 +197,7 @@ def _wanted(model: StreamedModel, sizes: Sizes) -> DecoderConfig:
 
 
 def _written(model: StreamedModel, wanted: DecoderConfig) -> dict[str, Any]:
-    """The Hugging Face configuration of the smaller model; other fields are those of the dense model."""
+    """The Hugging Face configuration of the smaller model; other fields are as in the dense model."""
     dense, names, config = model.config, model.family.sizes, model.source.config
     text = names.fields(config)
     resized = [
@@ -216,7 +216,7 @@ def _written(model: StreamedModel, wanted: DecoderConfig) -> dict[str, Any]:
     if wanted.num_kv_heads != dense.num_kv_heads:
         held = [name for name in names.heads if name in text] or names.heads[:1]
         changes |= dict.fromkeys(held, wanted.num_heads)
-        # The head size is written even where it was derived: it no longer is hidden_size / heads.
+        # The head size is written even if it was derived: it is no longer hidden_size / heads.
         changes |= {"num_key_value_heads": wanted.num_kv_heads, "head_dim": wanted.head_dim}
     if wanted.num_layers != dense.num_layers:
         by_block = (name for name in _BY_BLOCK if name in names.by_block or name in text)
@@ -225,7 +225,7 @@ def _written(model: StreamedModel, wanted: DecoderConfig) -> dict[str, Any]:
 
 
 def _objection(model: StreamedModel, sizes: Sizes) -> str | None:
-    """Why the family's configuration cannot describe a smaller model; None where it can."""
+    """Why the family's configuration cannot describe a smaller model; None if it can."""
     wanted = _wanted(model, sizes)
     fewer_heads = wanted.num_kv_heads != model.config.num_kv_heads
     if fewer_heads and wanted.qk_norm == "width":
@@ -244,24 +244,24 @@ def _objection(model: StreamedModel, sizes: Sizes) -> str | None:
 def sliced_block(
     config: DecoderConfig, kind: BlockKind, tensors: Mapping[str, np.ndarray], kept: Kept
 ) -> dict[str, np.ndarray]:
-    """The parameters of a smaller block: what is kept of those of a dense block.
+    """Cut the parameters of a smaller block out of a dense block.
 
-    A channel takes its rows of gate and up and its column of down with it, a KV group its rows of q, k and v (of all
-    its query heads) and its columns of the output projection, an expert its row of the router. Biases follow their
-    rows. Norms stay as they are.
+    A channel comprises its rows of gate and up and its column of down, a KV group its rows of q, k and v (for all its
+    query heads) and its columns of the output projection, an expert its row of the router. Biases follow their rows.
+    Norms stay unchanged.
 
     Args:
-        config: of the dense model.
-        kind: of the block.
-        tensors: all parameters of the dense block by path in the block, linears as `[out, in]`, experts one by one
+        config: configuration of the dense model.
+        kind: kind of the block.
+        tensors: all parameters of the dense block by path in the block, layers as `[out, in]`, experts one by one
             (`mlp.experts.3.up_proj.weight`), in any dtype.
-        kept: for a block without experts in a model that has some, `channels` are all of its own.
+        kept: what to keep; for a block without experts in a model with experts, `channels` are all its own.
 
     Returns:
         The parameters by path in the smaller block, in their dtypes; experts are renumbered.
 
     Raises:
-        ModelError: if indices are not ascending or out of range, or the channels are not those of the kept experts.
+        ModelError: if indices are not ascending or out of range, or the channels do not match the kept experts.
     """
     groups = _checked("groups", kept.groups, config.num_kv_heads)
     moves = {} if len(groups) == config.num_kv_heads else _group_moves(config, groups)
@@ -277,7 +277,7 @@ def sliced_block(
     for part, given in parts.items():
         *_, expert = part.split(".")
         channels = _checked(f"channels of expert {expert}" if kind.experts else "channels", given, inner)
-        # As many ascending numbers as there are channels are all of them.
+        # As many ascending numbers as channels must be all of them.
         moves |= {} if len(channels) == inner else channel_moves(part, channels, inner)
     sliced, places = {}, {old: new for new, old in enumerate(experts.tolist())}
     for path, value in reordered_block(tensors, moves).items():
@@ -293,7 +293,7 @@ def _group_moves(config: DecoderConfig, groups: np.ndarray) -> dict[str, Move]:
     size, heads = config.head_dim, config.num_heads // config.num_kv_heads
     queries, pairs = _spans(groups, heads * size), _spans(groups, size)
     all_queries, all_pairs = config.num_heads * size, config.num_kv_heads * size
-    # Interleaved heads each have their own key and value, hence one head in a group.
+    # Interleaved heads each have their own key and value, so a group has one head.
     fused = np.concatenate([queries, all_queries + pairs, all_queries + all_pairs + pairs])
     rows = _spans(groups, 3 * size) if config.qkv == "interleaved" else fused
     names = {"q_proj": queries, "k_proj": pairs, "v_proj": pairs, "qkv_proj": rows}
@@ -310,5 +310,5 @@ def _checked(what: str, indices: np.ndarray, count: int) -> np.ndarray:
 
 
 def _spans(starts: np.ndarray, size: int) -> np.ndarray:
-    """The rows of spans of `size` rows each, by the spans' numbers."""
+    """The rows of spans of `size` rows each, given the spans' numbers."""
     return (starts[:, None] * size + np.arange(size)).reshape(-1)

@@ -1,4 +1,4 @@
-"""A model opened in parts, its blocks read one by one as Flax modules.
+"""Models opened in parts, with blocks read one by one as Flax modules.
 
-`prunable` has what every model that is pruned has, a `PrunableModel`; `streamed` has `open_model`.
+`prunable` has `PrunableModel`, the interface of every model to prune; `streamed` has `open_model`.
 """

@@ -1,4 +1,4 @@
-"""What a model must offer to be pruned: the names of its tensors, and which of them are linears."""
+"""What a model must offer to be pruned: the names of its tensors, and which of them are weights of linear layers."""
 
 import hashlib
 import json
@@ -15,14 +15,14 @@ from sparseopt.models.files.source import Source
 
 
 class PrunableModel(ABC):
-    """An opened model whose tensors go by their checkpoint names.
+    """An opened model with tensors by checkpoint name.
 
-    `stored` and `weight_shape` see linears as `[out, in]`, whatever the layout of the files.
+    `stored` and `weight_shape` use `[out, in]` for linear layers, whatever the layout of the files.
 
     Attributes:
         source: the files.
-        config: sizes; `vocab_size`, `hidden_size`, `num_layers` and `max_positions` at least.
-        packages: those that run it.
+        config: its sizes, at least `vocab_size`, `hidden_size`, `num_layers` and `max_positions`.
+        packages: the packages that run it.
     """
 
     source: Source
@@ -35,18 +35,18 @@ class PrunableModel(ABC):
 
     @abstractmethod
     def linear_keys(self) -> list[str]:
-        """The checkpoint names of the weights of all linears in the blocks, in the model's order."""
+        """The checkpoint names of the weights of all linear layers in the blocks, in the model's order."""
 
     @abstractmethod
     def is_transposed(self, key: str) -> bool:
-        """Whether a tensor is a linear's weight that the files store as `[in, out]`."""
+        """Whether a tensor is a layer's weight that the files store as `[in, out]`."""
 
     def exported_keys(self) -> list[str]:
         """The checkpoint names that an export holds."""
         return list(self.source.tensors)
 
     def weight_shape(self, key: str) -> tuple[int, int]:
-        """`(out, in)` of a linear's weight."""
+        """`(out, in)` of a layer's weight."""
         rows, columns = self.source.tensors[key].shape
         return (columns, rows) if self.is_transposed(key) else (rows, columns)
 
@@ -55,7 +55,7 @@ class PrunableModel(ABC):
         return self.as_stored(key, self.source.read(key))
 
     def as_stored(self, key: str, value: np.ndarray) -> np.ndarray:
-        """A tensor as `[out, in]` in the layout of the files, or the reverse, which is the same."""
+        """Convert a tensor from `[out, in]` to the layout of the files, or back, which is the same operation."""
         return value.T if self.is_transposed(key) else value
 
     def check_finite(self) -> str:
@@ -72,7 +72,7 @@ class PrunableModel(ABC):
         return self.exported_keys()
 
     def _checked_pieces(self, key: str) -> Iterator[np.ndarray]:
-        """The `pieces` of a tensor in its source."""
+        """The `pieces` of a tensor in its source, checked."""
         for piece in self.source.pieces(key):
             self._check_values(key, piece)
             yield piece
@@ -97,7 +97,7 @@ def digest(
 
 
 def check_count(source: Source, count: int, what: str) -> None:
-    """Refuse more blocks or experts than the files have tensors, before memory is allocated for each of them."""
+    """Raise if there are more blocks or experts than tensors in the files, before memory is allocated for them."""
     if count > len(source.tensors):
         raise ModelError(
             f"{source.path} holds {len(source.tensors)} tensors, its configuration asks for {count} {what}; check that "
@@ -112,9 +112,9 @@ def check_tensors(
     missing: list[str],
     ignores: Callable[[str], bool],
 ) -> None:
-    """Refuse missing, extra, misshapen and non-float tensors, all in one error.
+    """Report missing, extra, misshapen and non-float tensors, all in one error.
 
-    `missing` says which tensors the source lacks, `ignores` whether it may hold a name besides the expected ones.
+    `missing` says which tensors the source lacks, `ignores` whether it may hold names besides the expected ones.
     """
     problems = [f"missing: {text}" for text in missing]
     for key, info in source.tensors.items():

@@ -1,7 +1,7 @@
-"""A model opened in parts: the embedding, one block, the head, each read when asked for.
+"""A model opened in parts: the embedding, one block, the head, each read when needed.
 
-Memory holds the parts in use and never the whole model. All blocks of a kind share one graph definition, so that a
-jitted function of a block is traced once.
+Memory holds the parts in use, never the whole model. All blocks of a kind share one graph definition, so a jitted
+function of a block is traced once.
 """
 
 import math
@@ -31,7 +31,7 @@ from sparseopt.models.streaming.prunable import PrunableModel, check_count, chec
 
 
 class StreamedModel(PrunableModel):
-    """A checked source whose parts are read as float32 modules; `family` has the names that the files use."""
+    """A checked source with parts that are read as float32 modules; `family` has the names that the files use."""
 
     packages = ("flax",)
 
@@ -55,9 +55,9 @@ class StreamedModel(PrunableModel):
         )
 
     def embedding(self, rows: Int[np.ndarray, "rows"] | None = None) -> Embedding:
-        """Read what maps token ids `[B, T]` to the stream before the first block.
+        """Read the embedding, which maps token ids `[B, T]` to the stream before the first block.
 
-        With `rows`, ascending, ids count in these rows of the embedding matrix.
+        With `rows`, ascending, ids are indices into these rows of the embedding matrix.
         """
         whole = self._reader("embed_tokens")
         if rows is None:
@@ -72,7 +72,7 @@ class StreamedModel(PrunableModel):
         return build_part(Block, self.config, self._kind(index), read=self._reader(f"layers.{index}"))
 
     def block_of(self, index: int, tensors: Mapping[str, np.ndarray]) -> Block:
-        """Block `index` with these parameters, by path in the block, linears as `[out, in]`, experts one by one."""
+        """Block `index` with these parameters, by path in the block, layers as `[out, in]`, experts one by one."""
         return build_part(
             Block, self.config, self._kind(index), read=lambda path: jnp.asarray(tensors[path], jnp.float32)
         )
@@ -88,23 +88,23 @@ class StreamedModel(PrunableModel):
         return {path: self.family.keys.to_key(f"layers.{index}.{path}") for path in shapes}
 
     def block_linears(self, index: int) -> dict[str, str]:
-        """`linears` of a block that is not read."""
+        """`linears` of a block, without reading it."""
         return block_linears(self.config, self._kind(index))
 
     def weight_key(self, index: int, name: str) -> str:
-        """The checkpoint name of the weight of a block's linear."""
+        """The checkpoint name of the weight of a block's layer."""
         return self.family.keys.to_key(f"layers.{index}.{name}.weight")
 
     def linear_keys(self) -> list[str]:
         return [self.weight_key(index, name) for index in range(self.num_blocks) for name in self.block_linears(index)]
 
     def outer_keys(self) -> list[str]:
-        """The checkpoint names outside the blocks, unused tensors included."""
+        """The checkpoint names outside the blocks, including unused tensors."""
         inner = {key for index in range(self.num_blocks) for key in self.block_keys(index).values()}
         return [key for key in self.exported_keys() if key not in inner]
 
     def exported_keys(self) -> list[str]:
-        """All checkpoint names but those of a second copy of a tied head and of buffers, which hold no weight."""
+        """All checkpoint names except a second copy of a tied head and buffers, which hold no weight."""
         keys = self.family.keys
         spare = keys.to_key("head.lm_head.weight") if self.config.tied else None
         return [key for key in self.source.tensors if key != spare and not keys.ignores(key)]
@@ -114,7 +114,7 @@ class StreamedModel(PrunableModel):
         return bool(keys.transposed) and key in self._expected and keys.transposes(keys.to_path(key))
 
     def decoder_bytes(self) -> int:
-        """Of the parameters of `decoder`, float32."""
+        """Size of the parameters of `decoder`, float32."""
         return 4 * sum(map(math.prod, self._expected.values()))
 
     def decoder(self) -> Decoder:
@@ -168,7 +168,7 @@ class StreamedModel(PrunableModel):
         return super().check_finite()
 
     def _check_tied_head(self) -> None:
-        """Refuse a head that is stored, and tied, but not equal to the embedding: transformers would not tie it."""
+        """Raise if a stored, tied head differs from the embedding: transformers would not tie it."""
         head, embedding = map(self.family.keys.to_key, ("head.lm_head.weight", "embed_tokens.weight"))
         if not self.config.tied or head not in self.source.tensors:
             return
@@ -196,7 +196,7 @@ class StreamedModel(PrunableModel):
 #: What a model is given as, such as a path, a name on the hub, an opened source, or a model in memory.
 ModelSource = str | Path | Source | PrunableModel | Decoder | TransformersModel
 
-# Where a decoder was read from. Not an attribute: programs compiled for one model would not serve another.
+# The source of each decoder. Not an attribute: programs compiled for one model would not serve another.
 _ORIGINS: WeakKeyDictionary[Decoder, Source] = WeakKeyDictionary()
 
 
@@ -223,21 +223,21 @@ def source_of(model: ModelSource) -> Source:
 
 
 def is_known(source: Source) -> bool:
-    """Whether the family of a source is known here; that of one without a model type is asked for when it is opened."""
+    """Whether the family of a source is known here; without a model type, opening it raises an error."""
     return source.config.get("model_type") in (None, *FAMILIES)
 
 
 def open_model(source: ModelSource) -> StreamedModel:
-    """Open a model of a family that is known here and check it; no tensor is read.
+    """Open and check a model of a family that is known here; no tensor is read.
 
     Args:
-        source: a Hugging Face folder, a GGUF file or a name on the hub, as in `open_source`, or what that returned; a
-            transformers model in torch, or a decoder that `load_decoder` returned, with the weights that it has when
-            they are read; a model that is open is returned.
+        source: a Hugging Face folder, a GGUF file or a name on the hub, as in `open_source`, or its result; a
+            transformers model in torch, or a decoder from `load_decoder`, with the weights that it has when they are
+            read; an open model is returned.
 
     Raises:
-        ModelError: if the files are unusable, the model type unknown, its configuration not supported, or its
-            tensors not those of the configuration.
+        ModelError: if the files are unusable, the model type is unknown, its configuration is not supported, or its
+            tensors do not match the configuration.
     """
     if isinstance(source, StreamedModel):
         return source
@@ -255,15 +255,15 @@ def open_model(source: ModelSource) -> StreamedModel:
 
 
 def load_decoder(source: ModelSource) -> Decoder:
-    """Read a whole model into memory, as float32; a `ModelError` also where its family is not known here.
+    """Read a whole model into memory, as float32; a `ModelError` also if its family is not known here.
 
-    `open_model` takes the decoder back, with the weights that it has then.
+    `open_model` accepts the decoder, with its current weights.
     """
     return open_model(source).decoder()
 
 
 def _decoder_source(decoder: Decoder) -> MemorySource:
-    """A decoder's weights by the names of the model that it was read from, whose other tensors and files stay."""
+    """A decoder's weights by their names in the original model, whose other tensors and files stay."""
     origin = _ORIGINS.get(decoder)
     if origin is None:
         raise ModelError(
@@ -288,12 +288,12 @@ def _decoder_source(decoder: Decoder) -> MemorySource:
 
 
 def _shapes(decoder: Decoder) -> dict[str, tuple[int, ...]]:
-    """By path. Of tied parameters there is one."""
+    """Shapes by path, with tied parameters once."""
     return {".".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(decoder))}
 
 
 def _pieces(decoder: Decoder, path: str, transposed: bool) -> Iterator[np.ndarray]:
-    """The parameter at a path as a checkpoint stores it, whole."""
+    """The whole parameter at a path as a checkpoint stores it."""
     part, _, rest = path.partition(".")
     found: Any = getattr(decoder, part)
     if part == "layers":

@@ -1,4 +1,4 @@
-"""What the room stands on: activations between blocks, Grams of the linears of a block, and records of a run.
+"""The foundations of pruning: activations between blocks, Grams of a block's layers, and records of a run.
 
 `records` are a run's events, `reports` has `PruneReport`.
 """

@@ -23,14 +23,14 @@ from sparseopt.system.files import write_all
 
 # Tokens in a batch: enough for the matrix products to reach their rate, few enough to stay in cache.
 BATCH_TOKENS = 2048
-# Bytes of activations held at once where a model is only scored; more windows take another pass over its blocks.
+# Bytes of activations held at once when a model is only scored; more windows need another pass over its blocks.
 PASS_BYTES = 2**28
 
 Embedding = Callable[[Array], Array]
 
 
 class Batches:
-    """Equal batches in their order, in memory.
+    """Equal batches, in order, in memory.
 
     Attributes:
         mesh: the devices that the windows of each batch are spread over; None for one device.
@@ -55,7 +55,7 @@ class Batches:
 
     @property
     def shapes(self) -> list[list[int]]:
-        """The shape of each batch; none is read from disk for it."""
+        """The shape of each batch; nothing is read from disk."""
         return [list(batch.shape) for batch in self._kept]
 
     @property
@@ -63,7 +63,7 @@ class Batches:
         return sum(shape[0] for shape in self.shapes)
 
     def empty(self) -> "Batches":
-        """No batches yet, to be stored where these are."""
+        """A new empty collection that stores batches where these are stored."""
         return Batches()
 
     def counted(self, index: int) -> Bool[Array, "windows"] | None:
@@ -72,7 +72,7 @@ class Batches:
         return None
 
     def first(self, count: int) -> "Batches":
-        """The first windows as one device has them; all of fewer."""
+        """The first windows on one device; all if there are fewer."""
         taken: list[np.ndarray] = []
         count = min(count, self.windows)
         for batch in self:
@@ -163,7 +163,7 @@ class SpreadBatches(Batches):
         return put(np.arange(index * size, (index + 1) * size) < self._windows, over(self.mesh))
 
     def embed(self, embedding: Embedding, tokens: Int[np.ndarray, "windows T"]) -> "SpreadBatches":
-        """As few batches as `BATCH_TOKENS` a device allow."""
+        """As few batches as `BATCH_TOKENS` per device allows."""
         windows, time = tokens.shape
         found = SpreadBatches(self.mesh, windows)
         if not windows:
@@ -184,13 +184,13 @@ class SpreadBatches(Batches):
 
 @dataclass(frozen=True)
 class Stream:
-    """Activations before one block, of the calibration windows and of the held-out ones, empty without any."""
+    """Activations before one block, of the calibration windows and of the held-out windows, which may be none."""
 
     calibration: Batches
     heldout: Batches
 
     def on_one_device(self) -> "Stream":
-        """The same windows as one device has them, in each process."""
+        """The same windows on one device, in each process."""
         return Stream(self.calibration.on_one_device(), self.heldout.on_one_device())
 
 

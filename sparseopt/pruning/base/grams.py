@@ -1,16 +1,16 @@
-"""Activations through one block: Grams of its linears' inputs, and its outputs for the next block.
+"""Activations through one block: Grams of its layers' inputs, and its outputs for the next block.
 
 Gram of an input = sum over tokens t of w_t x_t x_tᵀ, [in, in], float32, accumulated on the device
 
-Weighting "uniform" has w = 1. With "residual", a linear that writes into the residual stream has
+Weighting "uniform" has w = 1. With "residual", a layer that writes into the residual stream has
 `w_t = 1 / mean square of the stream at t after the block`: the norms that follow divide every token by its own size, so
-what matters is an error relative to that size. Some tokens (the first of a text above all) carry a stream that is
-hundreds of times larger than the others'; with w = 1 they decide what is pruned.
+what matters is an error relative to that size. Some tokens (the first of a text above all) carry a stream hundreds of
+times larger than the others; with w = 1 they decide what is pruned.
 
-The Gram of an expert is that of the tokens routed to it, or of all tokens. The Grams of all experts are one array,
-`[E, in, in]`. With all tokens, gate and up of all experts share one Gram. The stream is the routed one in any case.
+The Gram of an expert sums over the tokens routed to it, or over all tokens. The Grams of all experts are one array,
+`[E, in, in]`. With all tokens, gate and up of all experts share one Gram. The stream is always the routed one.
 
-Over several devices each sums the Grams of its own windows, `[devices, in, in]` cut by device. The devices' sums are
+With several devices, each sums the Grams of its own windows, `[devices, in, in]` cut by device. The devices' sums are
 added once a block, by one all-reduce whatever the number of batches.
 """
 
@@ -39,9 +39,9 @@ EXPERTS_INPUT, EXPERTS_HIDDEN = "mlp.experts.input", "mlp.experts.hidden"
 
 
 class Grams(NamedTuple):
-    """Sums over tokens of one distinct linear input X~ `[tokens, in]`, with token weights w.
+    """Sums over tokens of one distinct layer input X~ `[tokens, in]`, with token weights w.
 
-    The drift is None where it was not asked for, and for experts with routed tokens: others reach them in the dense
+    The drift is None if it was not requested, and for experts with routed tokens: other tokens reach them in the dense
     model.
     """
 
@@ -53,19 +53,19 @@ class Grams(NamedTuple):
 
     @property
     def variances(self) -> Array:
-        """Of each input over the tokens, with their weights, `[in]`."""
+        """The weighted variance of each input over the tokens, `[in]`."""
         mass = jnp.where(self.mass > 0, self.mass, 1)
         return jnp.maximum(jnp.diagonal(self.gram) / mass - (self.total / mass) ** 2, 0)
 
     def reordered(self, order: Int[np.ndarray, "in"]) -> "Grams":
-        """The same sums with the inputs in another order: which moves to each place."""
+        """The same sums with the inputs reordered: `order` says which input moves to each place."""
         both = np.ix_(order, order)
         drift = None if self.drift is None else self.drift[both]
         return self._replace(gram=self.gram[both], total=self.total[order], drift=drift)
 
 
 class BlockGrams(Mapping[str, Grams]):
-    """The Grams of a block by tap name; those of experts are cut out of `stacked`, or shared, when asked for."""
+    """The Grams of a block by tap name; an expert's Gram is cut out of `stacked`, or shared, when accessed."""
 
     def __init__(self, stacked: Mapping[str, Grams]) -> None:
         self.stacked = stacked
@@ -80,7 +80,7 @@ class BlockGrams(Mapping[str, Grams]):
         return int(found.tokens if expert is None else found.tokens[expert])
 
     def _place(self, tap: str) -> tuple[Grams, int | None]:
-        """The Grams that hold those of a tap, and its place among them; None where they are not stacked."""
+        """The Grams that contain a tap, and its place among them; None if they are not stacked."""
         if tap in self.stacked:
             return self.stacked[tap], None
         name, expert = stacked_name(tap)
@@ -107,10 +107,10 @@ def gather_grams(
     counted: Bool[Array, "B"] | None = None,
     expert_tokens: ExpertTokens = "routed",
 ) -> dict[str, Grams]:
-    """The Grams of each distinct linear input of a block, by tap name, those of experts stacked.
+    """Compute the Grams of each distinct layer input of a block, by tap name, stacked for experts.
 
-    With `dense_x`, the dense model's stream, also the drifts from it. Windows that are not `counted` count nothing;
-    None counts all.
+    With `dense_x`, the dense model's stream, also the drifts from it. Windows not in `counted` are ignored; None counts
+    all.
     """
     inputs, stream = tapped(block, x)
     dense = None if dense_x is None else tapped(block, dense_x)[0]
@@ -145,7 +145,7 @@ def gather_grams(
 
 
 def _unrouted(inputs: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
-    """The inputs with that of the experts for each token once, `[B, T, D]`, and without what lies inside them."""
+    """The inputs, with the experts' input once for each token, `[B, T, D]`, and without the inputs inside experts."""
     plain = {name: value for name, value in inputs.items() if name != EXPERTS_HIDDEN}
     routed: Routed = plain[EXPERTS_INPUT]
     # All copies of a token are alike.
@@ -183,7 +183,7 @@ def _grams_of_every_token(
 def _grams_of_experts(
     value: Routed, weights: Float[Array, "B T 1"], counted: Float[Array, "B T 1"], experts: int
 ) -> Grams:
-    """The Grams of all experts, `[E, in, in]`: each tile's is added to its expert's; `counted` is 1 or 0 a token."""
+    """The Grams of all experts, `[E, in, in]`: each tile adds to its expert's Gram; `counted` is 1 or 0 per token."""
     weight_PR1 = rows_of_tokens(weights.reshape(-1, 1), value.token)
     filled_PR = rows_of_tokens(counted.reshape(-1, 1), value.token)[..., 0] > 0
 
@@ -200,7 +200,7 @@ def _grams_of_experts(
 
 
 def tapped(block: Any, x: Float[Array, "B T D"]) -> tuple[dict[str, Any], Float[Array, "B T D"]]:
-    """Run a block: the distinct inputs of its linears by tap name, a `Routed` of experts, and its output."""
+    """Run a block; return the distinct inputs of its layers by tap name (`Routed` for experts), and its output."""
     inputs: dict[str, Any] = {}
     names = {stacked_name(tap)[0] for tap in block.linears.values()}
 
@@ -214,7 +214,7 @@ def tapped(block: Any, x: Float[Array, "B T D"]) -> tuple[dict[str, Any], Float[
 
 
 def rows_of(value: Any) -> Array:
-    """The values at a tap, `[..., in]`; those of experts are in tiles."""
+    """The values at a tap, `[..., in]`; in tiles for experts."""
     return value.rows if isinstance(value, Routed) else value
 
 
@@ -244,7 +244,7 @@ _EACH, _ALL = PartitionSpec(AXIS), PartitionSpec()
 # Kept for the process: all blocks of all models of the same shape share a compiled program.
 @cache
 def grams_over(mesh: Mesh | None, weighting: Weighting, expert_tokens: ExpertTokens) -> Compiled:
-    """Adds the Grams of a batch to the totals; over a mesh each device adds those of its windows to its own totals."""
+    """Add a batch's Grams to the totals; over a mesh each device adds its windows' Grams to its own totals."""
 
     def add(block: Any, x: Array, dense_x: Array | None, counted: Array | None, totals: Any) -> Any:
         found = gather_grams(block, x, weighting, dense_x, counted, expert_tokens)
@@ -260,13 +260,13 @@ def grams_over(mesh: Mesh | None, weighting: Weighting, expert_tokens: ExpertTok
 
 @cache
 def _gathering(expert_tokens: ExpertTokens) -> Any:
-    """For the shapes, which are those of every weighting; one function, so that blocks alike are traced once."""
+    """Used for shapes, which are equal for every weighting; one function, so that similar blocks are traced once."""
     return partial(gather_grams, expert_tokens=expert_tokens)
 
 
 @cache
 def sum_over(mesh: Mesh) -> Compiled:
-    """The sum of the devices' totals, on each device: the one exchange of a block's Grams."""
+    """Sum the devices' totals on each device: the only communication for a block's Grams."""
 
     def total(totals: Any) -> Any:
         return jax.lax.psum(jax.tree.map(lambda part: part[0], totals), AXIS)
@@ -298,7 +298,7 @@ class BlockRunner:
     """Runs the blocks of one model over batches of activations.
 
     Attributes:
-        seconds: that this took so far, without compiling.
+        seconds: time spent so far, without compiling.
     """
 
     def __init__(self) -> None:
@@ -312,7 +312,7 @@ class BlockRunner:
         dense: Batches | None = None,
         expert_tokens: ExpertTokens = "routed",
     ) -> BlockGrams:
-        """Grams summed over all batches, by tap name; with the dense model's batches also the drifts from them."""
+        """Sum Grams over all batches, by tap name; with the dense model's batches also the drifts from them."""
         watch, mesh = Stopwatch(), batches.mesh
         dense_x = None if dense is None else dense[0]
         shapes = jax.eval_shape(_gathering(expert_tokens), block, batches[0], dense_x=dense_x)

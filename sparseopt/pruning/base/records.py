@@ -1,4 +1,4 @@
-"""What a pruning run tells while it works: the records of what it did, each a JSON line, and its other events."""
+"""What a pruning run reports while it works: records of what it did, each a JSON line, and other events."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ class _Record:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The record of a line, without entries that are no fields; a TypeError if one is missing."""
+        """The record of a line; other entries are ignored, and a missing field raises a TypeError."""
         return cls(**own_fields(cls, values))
 
 
@@ -36,7 +36,7 @@ def own_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class LayerRecord(_Record):
-    """One pruned linear.
+    """One pruned linear layer.
 
     Attributes:
         block: index of its block.
@@ -45,16 +45,16 @@ class LayerRecord(_Record):
         size: number of weights.
         zeros: zero weights as stored.
         relative_error: `||X (V - W)ᵀ||² / ||X Wᵀ||²` on the calibration tokens.
-        heldout_error: the same on held-out tokens; None without any, and if the dense outputs are zero on all of them.
+        heldout_error: the same on held-out tokens; None without any, or if the dense outputs are zero on all of them.
         steps: iterations of the method.
         status: how the solve ended, a `Status` name.
         seconds: device time of the solve.
         compile_seconds: time compiling for it, 0 when the program was available.
         dead_inputs: inputs that were zero on every calibration token.
-        tokens: calibration tokens that it was pruned by; of experts usually those routed to it.
-        starved: an expert with too few of them, pruned by magnitude; its errors are those of the weights then.
-        output_blocks: into how many blocks of outputs the solve was split to fit in memory; 1 when it fitted whole.
-        given_zeros: weights that had to be zero: those of the source with `keep_zeros`, and those of `masks`.
+        tokens: calibration tokens used to prune it; for an expert usually the tokens routed to it.
+        starved: an expert with too few tokens, pruned by magnitude; its errors are then errors of the weights.
+        output_blocks: number of blocks of outputs into which the solve was split to fit in memory; 1 if not split.
+        given_zeros: weights that had to be zero: zeros of the source with `keep_zeros`, and zeros of `masks`.
     """
 
     kind = "layer"
@@ -86,7 +86,7 @@ class LayerRecord(_Record):
 
 @dataclass(frozen=True)
 class GridRecord(_Record):
-    """One linear that was put on a grid of few bits.
+    """One linear layer that was rounded to a grid of few bits.
 
     Attributes:
         block: index of its block.
@@ -94,8 +94,8 @@ class GridRecord(_Record):
         bits: the grid.
         size: number of weights.
         zeros: zero weights as stored.
-        relative_error: `||X (V - W)ᵀ||² / ||X Wᵀ||²` on the calibration tokens, W before it was put on the grid.
-        rounded_error: the same of the nearest points of the grid.
+        relative_error: `||X (V - W)ᵀ||² / ||X Wᵀ||²` on the calibration tokens, with W before rounding to the grid.
+        rounded_error: the same for the nearest points of the grid.
         seconds: device time of the solve.
         compile_seconds: time compiling for it, 0 when the program was available.
     """
@@ -118,15 +118,15 @@ class TrainingRecord(_Record):
     """How something was trained after pruning, see `Trainer`.
 
     Attributes:
-        first_loss: on the calibration tokens, before training.
-        last_loss: on the calibration tokens, after.
-        heldout_first: on the held-out tokens, before training; None without any.
-        heldout_best: on the held-out tokens, after.
+        first_loss: loss on the calibration tokens, before training.
+        last_loss: loss on the calibration tokens, after training.
+        heldout_first: loss on the held-out tokens, before training; None if there are none.
+        heldout_best: loss on the held-out tokens, after training.
         epochs: whole passes over the calibration tokens.
         status: how the training ended, a `TrainingStatus` name.
         seconds: device time.
         compile_seconds: time compiling, 0 when the programs were available.
-        best_epoch: the epoch whose end was kept, counted from 1; 0 for the start.
+        best_epoch: the epoch whose final weights were kept, counted from 1; 0 for the untrained weights.
         steps: updates made.
     """
 
@@ -166,7 +166,7 @@ class BlockRecord(TrainingRecord):
 
 @dataclass(frozen=True)
 class DistillationRecord(TrainingRecord):
-    """A whole model that was trained, see `distil`. Losses are divergences from the dense model, in nats a token."""
+    """A whole model that was trained, see `distil`. Losses are divergences from the dense model, in nats per token."""
 
     kind = "distillation"
 
@@ -178,8 +178,8 @@ class RemovalRecord(_Record):
     Attributes:
         block: its index in the dense model.
         loss: mean negative log-likelihood of a token after its removal, in nats.
-        rise: by how much that is above the dense model's loss.
-        seconds: wall-clock time of choosing it; with the cosine score an even share, since all are chosen at once.
+        rise: increase over the dense model's loss.
+        seconds: wall-clock time of choosing it; with the cosine score an equal part of the time of choosing all.
     """
 
     kind = "removal"
@@ -195,7 +195,7 @@ class AllocationRecord(_Record):
     """How a sparsity was distributed, known before the first block is pruned.
 
     Attributes:
-        shares: the fraction of zeros of each linear that is pruned, by the name of its weight in the checkpoint.
+        shares: the fraction of zeros in each pruned layer, by the name of its weight in the checkpoint.
     """
 
     kind = "allocation"
@@ -208,19 +208,19 @@ class ShapeRecord(_Record):
     """What a smaller model keeps, known before its first block is made.
 
     Attributes:
-        channels: of every MLP, or of every expert.
-        kv_heads: key-value groups of every block.
-        experts: of every mixture; None without any.
-        blocks: indices in the dense model of those that stay.
-        removed: the others, in the order in which they were removed.
-        rises: of the loss a token, in nats, after each removal, on the tokens that blocks were scored on.
+        channels: number in every MLP, or in every expert.
+        kv_heads: key-value groups in every block.
+        experts: number in every mixture; None if there are none.
+        blocks: indices, in the dense model, of the blocks that stay.
+        removed: indices of the other blocks, in order of removal.
+        rises: increase of the loss per token, in nats, after each removal, on the tokens used for scoring blocks.
         dense: `(channels, kv_heads, blocks, experts)` of the dense model.
-        parameters: of the smaller model.
-        dense_parameters: of the dense one.
-        dense_bytes: of the dense one's tensors, in the source's dtypes.
+        parameters: number in the smaller model.
+        dense_parameters: number in the dense model.
+        dense_bytes: size of the dense model's tensors, in the source's dtypes.
         seconds: wall-clock time of choosing the sizes of all models of the pass.
-        curves: where a budget chose the sizes, the measured rises of the loss a token: "channels", "heads" and "blocks"
-            with pairs (what stays, rise); None otherwise.
+        curves: if a budget chose the sizes, the measured increases of the loss per token: "channels", "heads" and
+            "blocks" with pairs (what stays, rise); None otherwise.
     """
 
     kind = "shape"
@@ -243,7 +243,7 @@ class ShapeRecord(_Record):
         return Sizes(self.channels, self.kv_heads, self.blocks, self.experts)
 
     def kept(self) -> str:
-        """How many of each part stay, where they are fewer."""
+        """How many of each part stay, for the parts that were reduced."""
         kept = [
             f"{new:,} of {old:,} {name}"
             for new, old, name in zip(
@@ -260,15 +260,15 @@ class ShapeRecord(_Record):
 
 @dataclass(frozen=True)
 class Footprint:
-    """The memory and disk that a run is expected to take, known before it starts.
+    """The memory and disk that a run is expected to need, known before it starts.
 
     Attributes:
-        activations: where those between blocks are kept, "memory" or "disk".
+        activations: where activations between blocks are kept, "memory" or "disk".
         memory_bytes: estimated peak, device and host together; None for several devices.
-        memory_parts: bytes by what takes them, in the phase of the peak.
+        memory_parts: bytes by content, in the phase of the peak.
         phase: the phase of the peak.
-        budget_bytes: the budget given; None for what the machine has available.
-        output_bytes: of all folders, dense.
+        budget_bytes: the given budget; None for the machine's available memory.
+        output_bytes: dense size of all output folders.
         scratch_bytes: largest size of activations on disk, gone when the run ends.
     """
 
@@ -287,14 +287,14 @@ class Calibration:
 
     Attributes:
         windows: calibration windows of the text.
-        variants: of each of them, see `variants`.
+        variants: number of variants of each window, see `variants`.
         heldout_windows: held-out windows.
         seqlen: tokens in a window.
-        digest: of all windows of the text, calibration before held out, as the model reads them, see
+        digest: of all windows of the text, calibration before held-out, as the model reads them, see
             `windows.token_digest`.
-        inputs: of the widest linear that is pruned.
-        why: what decided the number of windows; None where it was given.
-        warning: that there are fewer tokens than inputs, and how many windows would do; None where there are not.
+        inputs: number of inputs of the widest pruned layer.
+        why: what decided the number of windows; None if it was given.
+        warning: says if there are fewer tokens than inputs, and how many windows would be enough; else None.
     """
 
     windows: int
@@ -313,10 +313,10 @@ class Score:
 
     Attributes:
         text: what was scored.
-        windows: of it.
+        windows: number of windows scored.
         seqlen: tokens in a window.
-        before: of the dense model.
-        after: of the model as stored.
+        before: perplexity of the dense model.
+        after: perplexity of the stored model.
     """
 
     text: str
@@ -328,18 +328,18 @@ class Score:
 
 @dataclass(frozen=True)
 class Replay:
-    """The records that follow are those of a block, of so many linears, that an earlier run finished."""
+    """The records that follow belong to a block, with this many layers, that an earlier run finished."""
 
     layers: int
 
 
 @dataclass(frozen=True)
 class Passed:
-    """A block that all runs of the pass have finished: what is stored of it is on disk.
+    """A block that all runs of the pass have finished; its stored weights are on disk.
 
     Attributes:
         block: its index in the dense model.
-        blocks: of that model.
+        blocks: number of blocks of the dense model.
     """
 
     block: int
@@ -363,31 +363,31 @@ Event = (
 
 
 def mean(values: Any) -> float | None:
-    """The arithmetic mean; None of nothing."""
+    """The arithmetic mean; None if there are no values."""
     values = list(values)
     return sum(values) / len(values) if values else None
 
 
 class MeanErrors(NamedTuple):
-    """The mean relative errors of layers on the calibration tokens and on held-out ones; None without any."""
+    """The mean relative errors of layers on the calibration and held-out tokens; None if there are none."""
 
     mean_relative_error: float | None
     mean_heldout_error: float | None
 
 
 class GridErrors(NamedTuple):
-    """The mean relative errors of what grids add to layers, and of plain rounding; None without any."""
+    """The mean relative errors that grids add to layers, and errors of plain rounding; None if there are none."""
 
     mean_grid_error: float | None
     mean_rounded_error: float | None
 
 
 def mean_grid_errors(grids: Sequence[GridRecord]) -> GridErrors:
-    """Those of the records of some layers."""
+    """The mean errors of these records."""
     return GridErrors(mean(r.relative_error for r in grids), mean(r.rounded_error for r in grids))
 
 
 def mean_errors(layers: Sequence[LayerRecord]) -> MeanErrors:
-    """Those of the records of some layers."""
+    """The mean errors of these records."""
     heldout = mean(r.heldout_error for r in layers if r.heldout_error is not None)
     return MeanErrors(mean(r.relative_error for r in layers), heldout)

@@ -1,4 +1,4 @@
-"""The report of a finished pruning run, which its `summary.json` holds."""
+"""The report of a finished pruning run, stored in its `summary.json`."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -29,40 +29,40 @@ class PruneReport:
 
     Attributes:
         output: the folder or file written.
-        source: the model pruned, as it was given: a path or a name on the hub; for one in memory, what it names as its
-            own.
+        source: the pruned model, as it was given: a path or a name on the hub; for a model in memory, the name that it
+            gives.
         revision: its commit on the hub, a sha; None for your own files.
         recipe: the recipe as plain values.
-        route: what ran the model: "flax", or "torch", whole, where its family is not known here.
-        layers: a record each, in the model's order.
-        blocks: a record of each block that was reconstructed.
-        grids: a record of each linear that was put on a grid of few bits.
-        prunable_size: number of weights in all linears of the model's blocks, those that stay dense included.
+        route: what ran the model: "flax", or "torch" for the whole model of an unknown family.
+        layers: one record for each pruned layer, in the model's order.
+        blocks: one record for each reconstructed block.
+        grids: one record for each layer that was rounded to a grid of few bits.
+        prunable_size: number of weights in all linear layers of the model's blocks, including layers that stay dense.
         plans: number of recipes that shared the pass over the blocks.
         bos: the token id before every window; None for none.
-        solver_seconds: of all layer solves. This and the phases below leave out the time of compiling.
-        reconstruction_seconds: of all reconstructions.
-        survey_seconds: of what was measured on the dense model before the pass.
-        compile_seconds: of compiling the programs of the pass.
+        solver_seconds: time of all layer solves. This and the phases below exclude compilation.
+        reconstruction_seconds: time of all reconstructions.
+        survey_seconds: time of the measurements on the dense model before the pass.
+        compile_seconds: time of compiling the programs of the pass.
         layer_compilations: programs compiled for layer solves; at most the number of distinct shapes.
-        calibration_seconds: of all forward passes and Grams, those of the pass's other recipes included.
-        seconds: the whole run.
-        peak_memory_bytes: largest resident set of the process during the run; so far, if the system cannot tell.
-        calibration: the tokens that the run saw.
-        footprint: what the run was expected to take.
-        dense_bytes: of the model's tensors in the dtypes written, dense.
-        stored_bytes: of the same tensors as stored; fewer where they were packed or put on grids.
+        calibration_seconds: time of all forward passes and Grams, including the other recipes of the pass.
+        seconds: time of the whole run.
+        peak_memory_bytes: largest resident set of the process during the run, or since its start if not known.
+        calibration: the tokens that the run used.
+        footprint: the memory and disk that the run was expected to need.
+        dense_bytes: dense size of the model's tensors in the dtypes written.
+        stored_bytes: size of the same tensors as stored; smaller if they were packed or rounded to grids.
         devices: number of devices, of all processes together.
-        processes: number of processes; times and memory are those of the first.
-        platform: of the devices, as JAX names it: "cpu", "gpu", "tpu".
-        precision: of products of activations, as JAX names it; "highest" is float32 on every platform.
+        processes: number of processes; times and memory are for the first one.
+        platform: platform of the devices, as JAX names it: "cpu", "gpu", "tpu".
+        precision: precision of products of activations, as JAX names it; "highest" is float32 on every platform.
         resumed_blocks: blocks that an earlier run into the folder had finished; their records are that run's.
-        shape: what a smaller model keeps; None where only zeros were made.
-        distilled: the training of the whole model at the end; None without.
-        scores: perplexities before and after; none of a recipe with `score` "none".
-        other_weights: number of weights in matrices of the blocks that are no linears, such as experts that
-            transformers stacks, and stay as they are; 0 for a known family.
-        draw_seconds: wall-clock time of drawing the calibration windows; 0 where they were given or kept.
+        shape: what a smaller model keeps; None if only zeros were made.
+        distilled: the training of the whole model at the end; None if there was none.
+        scores: perplexities before and after; empty if the recipe has `score` "none".
+        other_weights: number of weights in the blocks' matrices that are not linear layers, such as experts that
+            transformers stacks; they are not pruned. 0 for a known family.
+        draw_seconds: wall-clock time of drawing the calibration windows; 0 if they were given or stored before.
         kept: whether an earlier call had finished the run; the report is then that call's.
     """
 
@@ -103,7 +103,7 @@ class PruneReport:
 
     @classmethod
     def from_summary(cls, summary: Mapping[str, Any], output: Path, **records: Any) -> "PruneReport":
-        """The report of a finished run from its `summary.json` and its records, which are fields by their names.
+        """The report of a finished run from its `summary.json` and its records, passed by field name.
 
         Raises:
             KeyError, TypeError: if a figure is missing.
@@ -115,14 +115,14 @@ class PruneReport:
 
     @property
     def sparsity(self) -> float:
-        """The share of zeros in the linears that were pruned; 0 for a smaller dense model."""
+        """The fraction of zeros in the pruned layers; 0 for a smaller dense model."""
         if self.shape is not None or not self.layers:
             return 0.0
         return sum(r.zeros for r in self.layers) / sum(r.size for r in self.layers)
 
     @property
     def total_sparsity(self) -> float:
-        """The share of these zeros in all linears of the blocks; 0 for a smaller dense model."""
+        """These zeros as a fraction of the weights of all linear layers; 0 for a smaller dense model."""
         return 0.0 if self.shape is not None else sum(r.zeros for r in self.layers) / self.prunable_size
 
     @property
@@ -131,12 +131,12 @@ class PruneReport:
 
     @property
     def kept_masks(self) -> list[str]:
-        """The layers that had at least the zeros asked for, and so keep the mask that they had."""
+        """The layers that already had at least the requested zeros, and so keep their mask."""
         return [r.layer for r in self.layers if r.given_zeros and r.zeros == r.given_zeros]
 
     @property
     def blocked_layers(self) -> dict[str, int]:
-        """Into how many blocks of outputs each layer was split whose solve did not fit in memory whole."""
+        """The layers whose solve did not fit in memory, with the number of blocks of outputs of each."""
         return {r.layer: r.output_blocks for r in self.layers if r.output_blocks > 1}
 
     @property

@@ -1,4 +1,4 @@
-"""A model judged: `evaluation` has perplexity and the audit of its zeros, `zero_shot` the tasks of lm-eval.
+"""Evaluation of a model: `perplexity`, `audit` of its zeros, and `zero_shot` for tasks of lm-eval.
 
-`scoring` has the likelihoods of continuations that these tasks ask for.
+`scoring` has the likelihoods of continuations that these tasks need.
 """

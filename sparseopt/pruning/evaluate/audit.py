@@ -12,7 +12,7 @@ from sparseopt.models import PrunableModel, open_any
 
 @dataclass(frozen=True)
 class LayerAudit:
-    """Zeros of one linear as stored on disk."""
+    """Zeros of one linear layer as stored on disk."""
 
     layer: str
     shape: tuple[int, ...]
@@ -25,9 +25,9 @@ class LayerAudit:
 
 
 def audit_sparsity(model: str | Path | PrunableModel, only: Collection[str] | None = None) -> list[LayerAudit]:
-    """Count the exact zeros of every prunable linear in the stored tensors, read back one by one.
+    """Count the exact zeros of every prunable layer in the stored tensors, read back one by one.
 
-    `only` has the keys of the weights to count.
+    `only`: the weights to count, by key.
     """
     return [
         LayerAudit(layer, weight.shape, int(weight.size - np.count_nonzero(weight)), weight.size)
@@ -37,16 +37,16 @@ def audit_sparsity(model: str | Path | PrunableModel, only: Collection[str] | No
 
 @dataclass(frozen=True)
 class PatternAudit:
-    """How the stored weights of one linear compare with a pattern.
+    """How the stored weights of one linear layer compare with a pattern.
 
     Attributes:
         layer: its name in the checkpoint, without `.weight`.
         shape: `(out, in)`.
         unit: what was counted, such as "weights in a row".
         groups: number of groups counted.
-        allowed: non-zeros that the pattern keeps of each group.
-        least: fewest in a group.
-        most: most in a group.
+        allowed: non-zeros that the pattern keeps in each group.
+        least: smallest number in a group.
+        most: largest number in a group.
     """
 
     layer: str
@@ -73,12 +73,12 @@ def audit_pattern(
     sparsity: float | None = None,
     only: Collection[str] | None = None,
 ) -> list[PatternAudit]:
-    """Count the non-zeros of every prunable linear group by group, in the stored tensors, read back one by one.
+    """Count the non-zeros of every prunable layer, group by group, in the stored tensors, read back one by one.
 
-    The pattern and its sparsity are given as in `prune_layer`; `only` has the keys of the weights to count.
+    The pattern and its sparsity are given as in `prune_layer`; `only`: the weights to count, by key.
 
     Raises:
-        ValueError: for an unknown pattern, or one that is impossible in some layer, which is named.
+        ValueError: if the pattern is unknown, or impossible in some layer, which is named.
     """
     check_pattern(pattern, sparsity)
     audits = []
@@ -91,7 +91,7 @@ def audit_pattern(
 
 
 def audit_stored(model: str | Path | PrunableModel, patterns: Mapping[str, Pattern]) -> list[PatternAudit]:
-    """As `audit_pattern`, for the linears that have a pattern of their own, by the key of the weight."""
+    """Like `audit_pattern`, for layers that each have their own pattern, by the key of the weight."""
     return [_audit(layer, weight, patterns[f"{layer}.weight"]) for layer, weight in _linears(model, patterns)]
 
 
@@ -102,7 +102,7 @@ def _audit(layer: str, weight: np.ndarray, pattern: Pattern) -> PatternAudit:
 
 
 def stored_masks(model: str | Path | PrunableModel) -> Iterator[tuple[str, np.ndarray]]:
-    """The key of every prunable linear's weight, and which of its entries are not zero, see `masks`."""
+    """The key of every prunable layer's weight, and which of its entries are not zero, see `masks`."""
     opened = open_any(model)
     return ((key, opened.as_stored(key, opened.stored(key) != 0)) for key in opened.linear_keys())
 
@@ -110,7 +110,7 @@ def stored_masks(model: str | Path | PrunableModel) -> Iterator[tuple[str, np.nd
 def _linears(
     model: str | Path | PrunableModel, only: Collection[str] | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The linears by name, `only` those with these keys, read one by one."""
+    """The layers by name, `only` the ones with these keys, read one by one."""
     model = open_any(model)
     for key in model.linear_keys():
         if only is None or key in only:

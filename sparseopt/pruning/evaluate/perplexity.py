@@ -2,9 +2,9 @@
 
     perplexity = exp( - sum log p(token_t | tokens before it in its window) / number of predicted tokens )
 
-over non-overlapping windows; a window of n tokens predicts n - 1, and n - 2 where it begins with BOS (see `windows`).
-The model is streamed block by block over as many windows as fit in `PASS_BYTES`, then again over the next ones; one
-whose family is not known here is loaded whole.
+over non-overlapping windows; a window of n tokens predicts n - 1, or n - 2 if it begins with BOS (see `windows`).
+The model is streamed block by block over as many windows as fit in `PASS_BYTES`, then again over the next ones; a model
+of an unknown family is loaded whole.
 """
 
 from collections.abc import Iterator, Sequence
@@ -36,7 +36,7 @@ def log_probabilities(logits_RV: Float[Array, "R V"], target_R: Int[Array, "R"])
 def negative_log_likelihood(
     head: Head, x_TD: Float[Array, "T D"], tokens_T: Int[Array, "T"], skipped: Int[Array, ""] | int = 0
 ) -> Float[Array, ""]:
-    """`- sum_t log p(tokens[t + 1])` of one window from its last activations, less the first `skipped` predictions."""
+    """`- sum_t log p(tokens[t + 1])` of a window from its last activations, without the first `skipped` predictions."""
     rows = min(LOGIT_ROWS, x_TD.shape[0])
     padding = -x_TD.shape[0] % rows
     targets = jnp.pad(tokens_T[1:], (0, 1 + padding))
@@ -44,7 +44,7 @@ def negative_log_likelihood(
     counts = (skipped <= time_T) & (time_T < x_TD.shape[0] - 1)
     x = jnp.pad(x_TD, ((0, padding), (0, 0)))
 
-    # Rematerialised: a gradient too holds the logits of one slice only.
+    # Rematerialised, so that a gradient too holds the logits of one slice only.
     @jax.checkpoint
     def slice_loss(piece: tuple[Array, Array, Array]) -> Array:
         x_RD, target_R, counted_R = piece
@@ -67,15 +67,15 @@ def perplexity(
     Args:
         model: a model folder, a GGUF file, a name on the hub, an opened model, or one in memory: a transformers model
             in torch, or a `Decoder`.
-        token_ids: integer ids, `[n]` (split into windows from the start, without the rest) or `[windows, seqlen]`.
+        token_ids: integer ids, `[n]` (split into windows from the start; the rest is dropped) or `[windows, seqlen]`.
         seqlen: tokens per window when `token_ids` is flat.
-        bos: the id of a token to put first in every window, whose last token is left out. The token after it is not
-            counted. `models.start_token` returns that of a model. None for none.
+        bos: the id of a token to put first in every window, whose last token is then dropped. The token after it is not
+            counted. `models.start_token` returns the id for a model. None for none.
         observer: called with ("block", blocks done, blocks in all).
 
     Raises:
-        ValueError: for ids outside the vocabulary, fewer tokens than one window, and windows that predict nothing or
-            are longer than the model supports.
+        ValueError: if ids are outside the vocabulary, if there are fewer tokens than one window, or if windows predict
+            nothing or are longer than the model supports.
     """
     return float(np.exp(window_losses(model, token_ids, seqlen, bos=bos, observer=observer).mean()))
 
@@ -89,7 +89,7 @@ def window_losses(
     bos: int | None = None,
     observer: Observer | None = None,
 ) -> Float[np.ndarray, "windows"]:
-    """The mean negative log-likelihood of the predictions of each window, in nats; arguments as of `perplexity`."""
+    """The mean negative log-likelihood of the predictions of each window, in nats; arguments as for `perplexity`."""
     opened: Any = _InMemory(model) if isinstance(model, Decoder) else open_any(model)
     ids = token_array(token_ids)
     if not np.issubdtype(ids.dtype, np.integer) or ids.ndim not in (1, 2):

@@ -2,8 +2,8 @@
 
     log p(continuation | context) = sum_t log softmax(logits)[token_t],  t over the continuation's tokens
 
-The model reads `context + continuation[:-1]`. An input that another one begins with shares its pass: attention is
-causal, so later tokens do not change it. One-token answers to one question thus cost one forward pass. Where the rotary
+The model reads `context + continuation[:-1]`. An input that is a prefix of another shares its pass: attention is
+causal, so later tokens do not change it. One-token answers to one question thus cost one forward pass. If the rotary
 frequencies depend on the length, inputs share a pass, and are padded, only as long as the frequencies stay the same.
 """
 
@@ -48,13 +48,13 @@ def score_continuations(
     *,
     observer: Observer | None = None,
 ) -> list[Score]:
-    """The scores of (context, continuation) pairs of token ids, in their order; both need one token or more.
+    """The scores of (context, continuation) pairs of token ids, in order; both need at least one token.
 
     The observer is called with ("log-likelihoods", blocks done, blocks in all).
 
     Raises:
-        ValueError: for an empty context or continuation, ids outside the vocabulary, or more tokens than the model is
-            made for.
+        ValueError: if a context or continuation is empty, ids are outside the vocabulary, or there are more tokens than
+            the model supports.
         RuntimeError: if a log-likelihood is not finite.
     """
     for index, (context, continuation) in enumerate(pairs):
@@ -109,9 +109,9 @@ def score_continuations(
 
 
 def shared_inputs(inputs: Sequence[tuple[int, ...]], chosen: Sequence[int]) -> dict[int, list[int]]:
-    """Of the chosen inputs those that no other one begins with, each with all that it begins with, itself included.
+    """The chosen inputs that are no prefix of another, each with all its prefixes among them, itself included.
 
-    In descending order, an input that begins others comes directly after one of them.
+    In descending order, a prefix of others comes directly after one of them.
     """
     found: dict[int, list[int]] = {}
     host = None
@@ -159,7 +159,7 @@ _scores_of_rows = Compiled(_row_scores)
 def _score_rows(
     head: Head, x_BTD: Float[Array, "B T D"], rows: np.ndarray, times: np.ndarray, targets: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Only the logits asked for, `LOGIT_ROWS` at a time, so that one program serves all."""
+    """Only the requested logits, `LOGIT_ROWS` at a time, so that one program serves all."""
     flat = np.asarray(x_BTD).reshape(-1, x_BTD.shape[-1])[rows * x_BTD.shape[1] + times]
     padding = -len(targets) % LOGIT_ROWS
     flat = np.pad(flat, ((0, padding), (0, 0)))

@@ -1,7 +1,7 @@
 """Zero-shot tasks of `lm-eval` (extra `eval`), run on our own decoder.
 
-`lm-eval` makes the prompts and scores the answers. This file computes what it asks of a model: the log-likelihood of a
-continuation, that of a whole text, and a greedy continuation.
+`lm-eval` makes the prompts and scores the answers. This file computes what it needs from a model: the log-likelihood of
+a continuation or of a whole text, and a greedy continuation.
 """
 
 import difflib
@@ -41,13 +41,13 @@ _PIECE = 16
 class DecoderLM(TemplateLM):
     """A model with the interface of `lm-eval`.
 
-    Log-likelihoods stream the model block by block; `generate_until` loads it whole, as float32. Where BOS is used,
-    every input begins with it, also one whose own beginning was cut off, and it is never predicted.
+    Log-likelihoods stream the model block by block; `generate_until` loads it whole, as float32. If BOS is used, every
+    input begins with it, even if the input's own beginning was cut off, and it is never predicted.
 
     Attributes:
         max_length: most tokens that the model reads.
         bos: the id of the token that inputs begin with; None for none.
-        cut: number of requests that were longer and lost the beginning of their context.
+        cut: number of requests that were too long and lost the beginning of their context.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class DecoderLM(TemplateLM):
         return self.eot_token_id if found is None else found
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids after BOS where it is used, unless the text has it or `add_special_tokens` is False."""
+        """Token ids, after BOS if it is used, unless the text has it or `add_special_tokens` is False."""
         ids = encode_text(self.tokenizer, string).tolist()
         return ids if add_special_tokens is False else self._begun(ids)
 
@@ -208,26 +208,26 @@ def zero_shot(
     bos: Bos = "auto",
     observer: Observer | None = None,
 ) -> dict[str, Any]:
-    """Scores of a model on `lm-eval` tasks.
+    """Score a model on `lm-eval` tasks.
 
     Args:
         model: a model folder, a GGUF file, a name on the hub or an opened model.
         tasks: names of tasks, groups or tags of `lm-eval` or `include_path`.
-        limit: most examples per task, from the start; None takes all.
+        limit: largest number of examples per task, from the start; None uses all.
         include_path: a folder of your own task files, whose names take precedence over those of `lm-eval`.
         shots: solved examples in each prompt, except for tasks that never have any.
-        max_length: most tokens that the model reads; None takes the model's own limit.
+        max_length: most tokens that the model reads; None uses the model's own limit.
         bos: whether inputs begin with the tokenizer's BOS, see `models.start_token`.
         observer: called with (what is running, steps done, steps in all).
 
     Returns:
         `{"model", "lm_eval", "limit", "shots", "bos", "cut",
         "tasks": {name: {"version", "examples", "metrics": {...}}}}`, ready for JSON. `bos` is the id of the token that
-        inputs began with, None for none. `cut` counts the requests that were longer than the model reads and lost the
+        inputs began with, None for none. `cut` counts the requests that were too long for the model and lost the
         beginning of their context. Groups are listed with the tasks.
 
     Raises:
-        ValueError: for an unknown task, with the nearest known name, or a number out of range.
+        ValueError: if a task is unknown, with the nearest known name, or a number is out of range.
         RuntimeError: if a task's data cannot be read, or a log-likelihood is not finite.
     """
     if isinstance(tasks, str) or not tasks:

@@ -1,4 +1,4 @@
-"""What is measured on the dense model before any block is pruned, for what the recipe leaves open.
+"""Measurements on the dense model, before any block is pruned, that decide what the recipe leaves open.
 
-`survey` divides the zeros among the linears, `mixing` chooses the sizes of smaller models.
+`survey` divides the zeros among the layers, `mixing` chooses the sizes of smaller models.
 """

@@ -2,23 +2,23 @@
 
     increase of block j  =  loss of the model without the removed blocks and j  -  loss without the removed blocks
 
-with `loss = - mean log p(next token)` on the windows given. The residual stream passes by a block that is left out.
+with `loss = - mean log p(next token)` on the windows given. The residual stream skips a removed block.
 
 | score | the next block to go |
 |---|---|
-| "loss" | the one with the least increase, measured again after each removal |
-| "cosine" | the one whose output is most like its input: the least `1 - mean cos(x, block(x))`, measured once |
+| "loss" | the one with the smallest increase, measured again after each removal |
+| "cosine" | the one whose output is most like its input: the smallest `1 - mean cos(x, block(x))`, measured once |
 
 Greedy removal by the loss measures L models of L blocks for the first removal. Two things make it cheaper:
 
 - Models are measured in groups, each in one pass over the blocks. Two models share one stream up to the first block
   that only one of them has.
-- Removal is lazy. Candidates are ordered by their last known increases, and measuring stops when the least new increase
-  is at most every old one that is left, each lowered by the share `SLACK`. The result is that of measuring all
-  candidates if no increase falls by a larger share below its last known value.
+- Removal is lazy. Candidates are ordered by their last known increases, and measuring stops when the smallest new
+  increase is at most every remaining old one, each lowered by the fraction `SLACK`. The result is the same as with all
+  candidates measured if no increase falls by a larger fraction below its last known value.
 
-Losses of SmolLM2-135M without 6 of 30 blocks, on the four windows of 512 tokens that it was scored on: dense 2.96, by
-the loss 3.93, by the cosine 4.13.
+Losses of SmolLM2-135M without 6 of 30 blocks, on the four windows of 512 tokens used for scoring: dense 2.96, with the
+loss 3.93, with the cosine 4.13.
 
 Source: lazy greedy selection as in Minoux, "Accelerated greedy algorithms for maximizing submodular set functions",
 1978; the cosine score as in Men, Xu, Zhang, Wang, Lin, Lu, Han, Chen, "ShortGPT: layers in large language models are
@@ -48,7 +48,7 @@ from sparseopt.system import processes
 
 # Tokens that models are scored on, at most; at least one window.
 TOKENS = 2048
-# Models measured in one pass over the blocks: as many streams, and the one they branch off, are kept at once.
+# Models measured in one pass over the blocks: each keeps a stream, besides the stream from which they branch off.
 GROUP = 6
 # Of 45 increases in SmolLM2-135M measured before and after the removal of another block 18 fell, by 0.4 % to 20 %.
 SLACK = 0.2
@@ -57,16 +57,16 @@ SLACK = 0.2
 def removal_order(
     trial: "Trial", count: int, *, score: BlockScore = "loss", most: float = math.inf
 ) -> list[RemovalRecord]:
-    """The first `count` blocks of a model to leave out, fewer than it has, with the loss after each removal.
+    """The first `count` blocks to remove from a model, which has more, with the loss after each removal.
 
     Runs on one device in each process; all continue with what the first process found.
 
     Args:
-        trial: the dense model. Its observer is called with a text and blocks done of a pass, blocks in all; and with
-            each `RemovalRecord`, the number of blocks chosen, `count`.
+        trial: the dense model. Its observer is called with a text, the blocks of a pass done, and their number; and
+            with each `RemovalRecord`, the number of blocks chosen, and `count`.
         count: number of blocks.
         score: "loss" or "cosine", see above.
-        most: a removal after which the loss has risen by more than this is the last one.
+        most: removal stops once the loss has risen by more than this.
 
     Raises:
         RuntimeError: if the loss of the dense model is not finite.
@@ -81,7 +81,7 @@ def removal_order(
 
 
 def trial_of(work: Pass, windows: Int[np.ndarray, "windows T"]) -> "Trial":
-    """The dense model of a pass, scored on some of these windows at equal distances, with `TOKENS` tokens at most."""
+    """The dense model of a pass, scored on some evenly spaced windows with at most `TOKENS` tokens."""
     count = min(len(windows), max(1, TOKENS // windows.shape[1]))
     chosen = windows[np.arange(count) * len(windows) // count]
     batches = embed_windows(work.model, work.batches, chosen)[0].on_one_device()
@@ -90,7 +90,7 @@ def trial_of(work: Pass, windows: Int[np.ndarray, "windows T"]) -> "Trial":
 
 @dataclass(frozen=True)
 class Trial:
-    """A model and the windows that it is scored on.
+    """A model and the windows for scoring it.
 
     Attributes:
         batches: the windows, embedded.
@@ -149,7 +149,7 @@ class Trial:
 
 
 def greedy_removal(trial: Trial, count: int) -> Iterator[RemovalRecord]:
-    """By the loss, see above."""
+    """Remove by the loss, see above."""
     start = time.perf_counter()
     dense = current = trial.dense_loss()
     gone: frozenset[int] = frozenset()
@@ -173,7 +173,7 @@ def greedy_removal(trial: Trial, count: int) -> Iterator[RemovalRecord]:
 
 
 def cosine_removal(trial: Trial, count: int) -> Iterator[RemovalRecord]:
-    """By the cosine score, see above."""
+    """Remove by the cosine score, see above."""
     start = time.perf_counter()
     order = np.argsort(cosine_scores(trial), kind="stable")[:count].tolist()
     dense = trial.dense_loss()

@@ -1,24 +1,24 @@
 """What the smaller models of one pass keep, chosen before the first block is pruned.
 
-By a recipe's shares it is known how much stays, and which blocks is measured. For a budget both are chosen, so that the
-model meets it at the least loss:
+A recipe's fractions fix how much stays; which blocks stay is measured. With a budget both are chosen, so that the model
+meets it with the smallest loss:
 
     minimise over c, k, n    rise(c channels) + rise(k groups) + rise(n blocks)    subject to cost(c, k, n) <= budget
 
-A rise is by how much the mean loss a token rises when only this part of the dense model is reduced, on the held-out
-windows, or on calibration windows without any. It is measured before the pass:
+A rise is the increase of the mean loss per token if only this part of the dense model is reduced, on the held-out
+windows or, without any, on calibration windows. It is measured before the pass:
 
 | part | where | how |
 |---|---|---|
-| channels, groups | at a few numbers that stay | zeros in all blocks, chosen and fitted by the recipe's method |
+| channels, groups | at a few numbers that stay | zeros in all blocks, chosen and fitted with the recipe's method |
 | blocks | at every number | removal in turn, see `block_removal` |
 
-Between measured numbers a curve is interpolated by a cubic that is monotone where the measured values are. No part is
-reduced further than the budget needs when that part alone is reduced. Blocks are removed until the rise is above that
-of the best mix that keeps all blocks.
-The cost is the number of parameters, which is exact. A budget may be exceeded by half a unit of its third digit.
+Between measured numbers a curve is interpolated with a cubic that is monotone where the measured values are. No part is
+reduced further than the budget would need with that part alone. Blocks are removed until the rise exceeds the rise of
+the best mix that keeps all blocks. The cost is the number of parameters, which is exact. A budget may be exceeded by
+half a unit of its third digit.
 
-That rises add up is an approximation. In SmolLM2-135M, mixes of two and three parts cost 1 to 4 % less than the sum
+Adding rises is an approximation. In SmolLM2-135M, mixes of two and three parts cost 1 to 4 % less than the sum
 (rises of 0.28 to 0.69), and an interpolated rise was 7 % too small. The effect of training afterwards is not measured.
 
 Source of the interpolation: Fritsch and Butland, "A method for constructing local monotone piecewise cubic
@@ -54,9 +54,9 @@ from sparseopt.system import processes
 
 # Numbers of channels, and of groups, at which a curve is measured besides the dense model's.
 LEVELS = 4
-# In nats a token; larger ones, and those of models that overflow, are set to this.
+# In nats per token; larger rises, and rises of models that overflow, are set to this.
 LARGEST_RISE = 100.0
-# Rises that differ by less count as equal, and the larger model is taken.
+# Rises that differ by less count as equal, and the larger model is chosen.
 TIE = 1e-4
 
 # By part, pairs (what stays, rise), as in a `ShapeRecord`.
@@ -64,7 +64,7 @@ Curves = dict[str, list[list[float]]]
 
 
 class Mix(NamedTuple):
-    """What a smaller model keeps, and the blocks that go, in their order; the rest as in a `ShapeRecord`."""
+    """What a smaller model keeps, and the removed blocks, in order; the rest as in a `ShapeRecord`."""
 
     sizes: Sizes
     removed: list[RemovalRecord]
@@ -91,12 +91,12 @@ class Costs:
 
 @dataclass(frozen=True)
 class Search:
-    """The mixes that a budget chooses among; no part is reduced further than it would be alone.
+    """The mixes to choose from within a budget; no part is reduced further than it would be alone.
 
     Attributes:
         channels: numbers of channels, ascending, the dense model's last.
         groups: the same for key-value groups.
-        removals: how many blocks may go, at most.
+        removals: largest number of blocks to remove.
     """
 
     costs: Costs
@@ -107,13 +107,13 @@ class Search:
 
 
 def choose_shapes(work: Pass, stream: Stream) -> None:
-    """Give the plans of a pass the sizes of their smaller models; plans that only make zeros are unchanged.
+    """Set the sizes of the smaller models in the plans of a pass; plans that only make zeros are unchanged.
 
-    Sizes are written to the plans' folders, and those that an earlier start chose are taken as they are. `stream` is
-    that before the first block; layers are fitted to the dense model's calibration stream.
+    Sizes are written to the plans' folders; sizes that an earlier start chose are used again. `stream` is the stream
+    before the first block; layers are fitted to the dense model's calibration stream.
 
     Raises:
-        ModelError: for a budget that no mix meets, with the least possible.
+        ModelError: if no mix meets the budget, with the smallest possible one.
         RuntimeError: if the loss of the dense model is not finite.
         PruningError: as `prune_block` does.
     """
@@ -146,8 +146,8 @@ def choose_shapes(work: Pass, stream: Stream) -> None:
 def choose_mixes(work: Pass, plans: Sequence[SmallerPlan], stream: Stream) -> list[Mix]:
     """What the smaller models of plans with a budget keep.
 
-    The plans have the dense model's sizes. Losses are those of about `block_removal.TOKENS` tokens of the pass, the
-    same for all curves.
+    The plans have the dense model's sizes. Losses use about `block_removal.TOKENS` tokens of the pass, the same for all
+    curves.
     """
     model, windows = work.model, work.windows
     searches = [_search(model, plan.recipe) for plan in plans]
@@ -156,7 +156,7 @@ def choose_mixes(work: Pass, plans: Sequence[SmallerPlan], stream: Stream) -> li
     trials = [_trial_plan(model, plan, sizes) for plan, own in zip(plans, levels, strict=True) for sizes in own]
     dense, *losses = masked_losses(trial, trials, stream)
     trial = replace(trial, dense=dense)
-    trial.dense_loss()  # refuses one that is not finite
+    trial.dense_loss()  # raises if it is not finite
     rises = iter(min(loss - dense, LARGEST_RISE) for loss in losses)
     curves = [_curves(model, [(sizes, next(rises)) for sizes in own]) for own in levels]
     orders: dict[BlockScore, list[RemovalRecord]] = {}
@@ -173,10 +173,10 @@ def choose_mixes(work: Pass, plans: Sequence[SmallerPlan], stream: Stream) -> li
 
 
 def masked_losses(trial: Trial, plans: Sequence[Plan], stream: Stream) -> list[float]:
-    """The loss of the dense model, then those with what each plan removes set to zero.
+    """The loss of the dense model, then the losses with what each plan removes set to zero.
 
-    Every block is fitted to the dense model's stream, of which `stream` is that before the first block. All processes
-    continue with the losses of the first.
+    Every block is fitted to the dense model's stream; `stream` is the stream before the first block. All processes
+    continue with the losses of the first one.
     """
     model, runner = trial.model, trial.runner
     stream = Stream(stream.calibration, stream.calibration.empty())
@@ -276,7 +276,7 @@ def _mix(model: StreamedModel, search: Search, curves: Curves, order: list[Remov
 
 
 def _mix_of(model: StreamedModel, sizes: Sizes, gone: list[RemovalRecord]) -> Mix:
-    """These sizes, with all blocks of the model but those that go."""
+    """These sizes, with all blocks of the model except the removed ones."""
     blocks = {record.block for record in gone}
     return Mix(replace(sizes, blocks=tuple(i for i in sizes_of(model).blocks if i not in blocks)), gone)
 
@@ -300,7 +300,7 @@ def _shape(model: StreamedModel, plan: SmallerPlan, mix: Mix, seconds: float) ->
 
 
 class Best(NamedTuple):
-    """The least sum of rises, infinite if no mix meets the budget, and that mix."""
+    """The smallest sum of rises, infinite if no mix meets the budget, and its mix."""
 
     rise: float
     channels: int
@@ -309,7 +309,7 @@ class Best(NamedTuple):
 
 
 def best_mix(search: Search, curves: Curves, order: list[int]) -> Best:
-    """The mix of least rise that meets the budget; blocks go in this order."""
+    """The mix with the smallest rise that meets the budget; blocks are removed in this order."""
     channels, groups, total = np.array(search.channels), np.array(search.groups), len(search.costs.base)
     kept = [[block for block in range(total) if block not in order[:count]] for count in range(len(order) + 1)]
     costs = np.stack([search.costs.of(channels[:, None], groups, own) for own in kept], axis=-1)

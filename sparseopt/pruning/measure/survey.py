@@ -2,25 +2,25 @@
 
 | asked for | measured |
 |---|---|
-| outputs "gradient", allocation "curves" | how sensitive the loss is to an error at each output of its linears |
-| allocation "curves" | the loss against the sparsity of each linear, see `allocation` |
-| allocation "owl" | the share of outliers of each block |
+| outputs "gradient", allocation "curves" | how sensitive the loss is to an error at each output of its layers |
+| allocation "curves" | the loss against the sparsity of each layer, see `allocation` |
+| allocation "owl" | the fraction of outliers in each block |
 
-The first looks at a few thousand tokens and runs on one device in each process; all continue with what the first
-process found. The last runs on all devices.
+The first uses a few thousand tokens and runs on one device in each process; all continue with what the first process
+found. The last runs on all devices.
 
-    sensitivity of output c of a linear  =  mean over calibration tokens t of ( d loss / d y_tc )²          [out]
+    sensitivity of output c of a layer  =  mean over calibration tokens t of ( d loss / d y_tc )²          [out]
 
-with `loss = - sum log p(next token)` and y the linear's output in the dense model. To second order an error d at y
+with `loss = - sum log p(next token)` and y the layer's output in the dense model. To second order an error d at y
 costs `1/2 d F d`, with F the Fisher information, of which this is the diagonal, for the tokens of the text. Some query
 and key rows matter a hundred times as much as others; a layer with weighted errors keeps more weights there. Squared
-errors are weighted by the root: the loss is far from quadratic where half of a model is pruned, and the full weights
-leave too little to the other rows. Perplexity of SmolLM2-135M at 50 %: without weights 50.6, with full ones 48.0, with
-their root 46.8.
+errors are weighted by the root: the loss is far from quadratic when half of a model is pruned, and the full weights
+leave too little to the other rows. Perplexity of SmolLM2-135M at 50 %: 50.6 without weights, 48.0 with full weights,
+46.8 with their root.
 
-The dense model runs forward once, and backward block by block. Of L blocks, the activations before about sqrt(L) are
-kept and the others recomputed: 2 sqrt(L) streams at most are in memory, for one more forward pass (Griewank and
-Walther, "Algorithm 799: revolve", 2000).
+The dense model runs forward once, and backward block by block. Activations before about sqrt(L) of L blocks are kept
+and the others recomputed: at most 2 sqrt(L) streams are in memory, for one more forward pass (Griewank and Walther,
+"Algorithm 799: revolve", 2000).
 
 Source: the diagonal of the Fisher information as in LeCun, Denker, Solla, "Optimal brain damage", 1990; its split
 into inputs (the Gram) and outputs as in Martens and Grosse, "Optimizing neural networks with Kronecker-factored
@@ -61,12 +61,12 @@ from sparseopt.pruning.run.layer_patterns import layer_patterns
 from sparseopt.pruning.run.plan import Plan
 from sparseopt.pruning.run.shared_pass import Pass
 
-# Calibration tokens taken at most for sensitivities and curves, and at least one window: both are means over tokens.
+# Most calibration tokens used for sensitivities and curves, but at least one window: both are means over tokens.
 TOKENS = 8192
-# Levels of sparsity at which a curve is taken.
+# Levels of sparsity at which a curve is measured.
 LEVELS = np.round(np.arange(0.1, 0.96, 0.05), 2)
 
-# Least sensitivity of an output, relative to the mean of its linear: the weights stay above 0.
+# Smallest sensitivity of an output, relative to the mean of its layer: the weights stay above 0.
 FLOOR = 1e-4
 # Weights of squared errors are this power of the sensitivity.
 POWER = 0.5
@@ -79,14 +79,14 @@ class Site:
     index: int
     block: Block
     batches: Batches
-    sensitivity: dict[str, np.ndarray]  # of its linears' outputs, `[out]` float32, 0 or more
+    sensitivity: dict[str, np.ndarray]  # of its layers' outputs, `[out]` float32, 0 or more
 
 
 def survey(work: Pass, stream: Stream) -> None:
-    """Measure what the recipes of a pass ask for, and give their plans the patterns and output weights for it.
+    """Measure what the recipes of a pass need, and set the patterns and output weights of their plans accordingly.
 
-    An allocation is kept with its run: what it was chosen by may be other levels, or other devices, when the run is
-    resumed. The stream is that of the windows before the first block.
+    An allocation is stored with its run, since a resumed run may have other levels or other devices. `stream` is the
+    stream before the first block.
     """
     model, windows, runner = work.model, work.windows, work.runner
     recipes = [branch.plan.recipe for branch in work.branches]
@@ -148,7 +148,7 @@ def _bounds(recipe: Recipe) -> tuple[float, float]:
 
 
 def _curves(site: Site, names: Sequence[str], levels: np.ndarray, runner: BlockRunner) -> dict[str, np.ndarray]:
-    """Estimated loss at the levels, by linear; token weights as those of method best, at a mean of 1."""
+    """Estimated loss at the levels, by layer; token weights as with method best, scaled to mean 1."""
     grams = runner.grams(site.block, site.batches, "residual")
     curves = {}
     for name in names:
@@ -179,7 +179,7 @@ def _shares(
     curves: Mapping[str, np.ndarray],
     outliers: Sequence[float],
 ) -> dict[str, float]:
-    """The share of each linear that the plan prunes, by key; the total is over these."""
+    """The fraction of zeros of each layer that the plan prunes, by key; the total is over these."""
     sparsity, bounds, keys = recipe.sparsity, _bounds(recipe), list(plan.patterns)
     shapes = [model.weight_shape(key) for key in keys]
     sizes = np.array([np.prod(shape) for shape in shapes])
@@ -211,9 +211,9 @@ def _loss_gradient(
 def _block_gradient(
     block: Block, x: Float[Array, "B T D"], after: Float[Array, "B T D"]
 ) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, "out"]]]:
-    """From the gradient after a block to that before it, and the squared gradients at its linears' outputs.
+    """Propagate the gradient back through a block; also return the squared gradients at its layers' outputs.
 
-    Those of experts are stacked, `[E, out]`.
+    Squared gradients of experts are stacked, `[E, out]`.
     """
     names = {stacked_name(name)[0] for name in block.linears}
 
@@ -257,10 +257,10 @@ def backward_sweep(
     *,
     skipped: int = 0,
 ) -> Iterator[Site]:
-    """Every block of the dense model with the sensitivity of its linears' outputs, the last block first.
+    """Every block of the dense model with the sensitivity of its layers' outputs, the last block first.
 
-    The batches are embedded windows of these tokens. The observer is called with (block passes done, in all). The loss
-    does not count the first `skipped` predictions of every window.
+    The batches are embedded windows of these tokens. The observer is called with (block passes done, their total). The
+    loss ignores the first `skipped` predictions of every window.
     """
     blocks = model.num_blocks
     stride = math.isqrt(blocks - 1) + 1
@@ -309,6 +309,6 @@ def _by_linear(stacked: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def output_weights(sensitivity: Float[np.ndarray, "out"]) -> Float[np.ndarray, "out"]:
-    """Weights of squared errors at a linear's outputs, above 0; ones where the loss does not depend on any."""
+    """Weights of squared errors at a layer's outputs, above 0; ones if the loss depends on none of them."""
     mean = sensitivity.mean()
     return np.maximum(sensitivity, FLOOR * mean) ** POWER if mean > 0 else np.ones_like(sensitivity)

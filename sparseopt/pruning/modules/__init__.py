@@ -1,5 +1,5 @@
-"""Modules that are held in memory, pruned where they are: Flax NNX, Flax Linen, torch.
+"""Pruning of modules in memory: Flax NNX, Flax Linen, torch.
 
-`watched` is what `prune_module` asks of a module, `lanes` runs it on many batches in step, `layouts` says how a kernel
-is a matrix.
+`watched` is the interface that `prune_module` uses, `lanes` runs a module on many batches in step, `layouts` turns
+kernels into matrices.
 """

@@ -1,6 +1,6 @@
-"""What NNX and Linen have in common: the layouts of Flax's linears, and the programs that parts run in.
+"""What NNX and Linen have in common: the layouts of Flax's linear layers, and the programs that parts run in.
 
-A part runs in a program of its own, compiled once for parts of the same structure and shapes.
+Each part runs in its own program, compiled once for all parts with the same structure and shapes.
 """
 
 from abc import abstractmethod
@@ -18,18 +18,18 @@ from sparseopt.pruning.modules.lanes import PartCall
 from sparseopt.pruning.modules.layouts import Layout, Window, einsum_layout
 from sparseopt.pruning.modules.watched import Inputs, Observer, Sums, Visit, Watched, input_of
 
-# The classes that have a layout, or that are named among what is left out; of NNX, of Linen.
+# Classes that have a layout, or are named among the parts left out; for NNX, for Linen.
 DENSE, GENERAL = ("Linear", "Dense"), ("LinearGeneral", "DenseGeneral")
 KINDS = (*DENSE, *GENERAL, "Einsum", "Conv", "ConvTranspose", "ConvLocal")
 
 
 def kind_of(cls: type, package: str) -> str | None:
-    """The name of the Flax class that a class is or extends; None of no linear."""
+    """The name of the Flax class that a class is or extends; None if it is no linear layer."""
     return next((c.__name__ for c in cls.__mro__ if c.__name__ in KINDS and c.__module__.startswith(package)), None)
 
 
 def layout_of(module: Any, kind: str, kernel: tuple[int, ...]) -> Layout | str:
-    """The layout of a linear with a kernel of this shape; a text says why it has none."""
+    """The layout of a linear layer with a kernel of this shape, or a text that says why it has none."""
     if kind in DENSE:
         layout: Layout | str = Layout((1, 0))
     elif kind in GENERAL:
@@ -41,7 +41,7 @@ def layout_of(module: Any, kind: str, kernel: tuple[int, ...]) -> Layout | str:
         layout = _of_convolution(module)
     else:
         layout = "a transposed convolution" if kind == "ConvTranspose" else "a convolution without shared weights"
-    # Of modules that are stacked, as for a scan.
+    # For modules that are stacked, as for a scan.
     stacked = isinstance(layout, Layout) and len(layout.order) != len(kernel)
     return f"a kernel of {len(kernel)} axes" if stacked else layout
 
@@ -56,7 +56,7 @@ def _of_general(module: Any) -> Layout | str:
     if min(axes) < 0 <= max(axes):
         return "its axes are counted from both ends"
     inputs, outputs = len(axes), len(features)
-    # Flax takes the axes in the order of the input, however they are given.
+    # Flax uses the axes in the order of the input, however they are given.
     order = (*range(inputs, inputs + outputs), *range(inputs))
     return Layout(order, outputs, tuple(sorted(axes)), results=tuple(range(-outputs, 0)))
 
@@ -86,12 +86,12 @@ def _of_convolution(module: Any) -> Layout | str:
 
 
 def grams_inside(layout: Layout, value: Any, dense: Any) -> Grams:
-    """The Grams of an input, in a program of more than that; `grams_of` is one by itself."""
+    """The Grams of an input, inside a larger program; `grams_of` is a program of its own."""
     return layout.grams(value, dense)
 
 
 def cut(arguments: Any, structure: Any = None) -> tuple[list[Any], Any] | None:
-    """The arrays among arguments, and all else, for which a program is compiled; None where that cannot be."""
+    """Split arguments into arrays and the rest, for which a program is compiled; None if that is not possible."""
     try:
         hash(structure)
     except TypeError:
@@ -106,7 +106,7 @@ def cut(arguments: Any, structure: Any = None) -> tuple[list[Any], Any] | None:
 
 
 def joined(arrays: list[Any], rest: Any) -> Any:
-    """The arguments again."""
+    """Undo `cut`: return the arguments."""
     tree, places, others = rest
     given = iter(arrays)
     return jax.tree.unflatten(tree, [next(given) if place else own for place, own in zip(places, others, strict=True)])
@@ -115,9 +115,9 @@ def joined(arrays: list[Any], rest: Any) -> Any:
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked of a part: its "output", the "sums" of what its linears read, or these "inputs" themselves.
+    """What to compute for a part: its "output", the "sums" of its layers' inputs, or these "inputs" themselves.
 
-    The layouts are those of its linears by their names in the part.
+    `layouts` has the layouts of its linear layers, by their names in the part.
     """
 
     what: str
@@ -134,7 +134,7 @@ class Rest:
 
 @dataclass(frozen=True)
 class Inside:
-    """Names in a part, so that blocks alike share their programs."""
+    """Names inside a part, so that similar blocks share their programs."""
 
     part: str
 
@@ -142,7 +142,7 @@ class Inside:
         return name.removeprefix(self.part).removeprefix(".")
 
     def renamed(self, found: Any) -> Any:
-        """Sums or inputs by their names in the module."""
+        """Sums or inputs by name in the module."""
 
         def whole(name: str) -> str:
             return f"{self.part}.{name}" if name else self.part
@@ -154,7 +154,7 @@ class Inside:
 
 
 def placed_as(value: Any, like: Any) -> Any:
-    """An array where another lies; as free as that to be moved to the devices of a batch."""
+    """Put an array on the device of another; like that one, it may be moved to the devices of a batch."""
     if not isinstance(like, jax.Array):
         return np.asarray(value)
     return jax.device_put(value, like.sharding) if like.committed else jax.device_put(np.asarray(value))
@@ -165,10 +165,10 @@ Values = tuple[Any, Any]
 
 
 class Structure(Protocol):
-    """A part without its values; static, and hashable where it is to be compiled."""
+    """A part without its values; static, and hashable if it is to be compiled."""
 
     def __call__(self, values: Values, args: Any, kwargs: Any, visit: Visit | None) -> Any:
-        """Its output; calls of the parts in it, by their names in it, go to a visit."""
+        """Compute its output; calls of the parts inside it, by their names in it, go to a visit."""
 
 
 def _run(
@@ -196,7 +196,7 @@ def _compiled(
 
 
 class _NoProgramError(Exception):
-    """What a part gives cannot leave a program, as an object that JAX does not know."""
+    """The output of a part cannot leave a program, for example an object unknown to JAX."""
 
 
 def _variables(arguments: Any) -> list[Any]:
@@ -212,7 +212,7 @@ class FlaxModule(Watched):
 
     @abstractmethod
     def part(self, name: str) -> tuple[Structure, Values]:
-        """A part and its values now; "" is the module, whose only argument is a batch."""
+        """A part and its current values; "" is the module, whose only argument is a batch."""
 
     @abstractmethod
     def set_params(self, name: str, params: Any) -> None:
@@ -220,7 +220,7 @@ class FlaxModule(Watched):
 
     @abstractmethod
     def kernel(self, name: str) -> Any:
-        """The kernel of a linear now."""
+        """The current kernel of a linear layer."""
 
     def observed(self, call: PartCall, layouts: Mapping[str, Layout], dense: Inputs | None = None) -> Sums:
         if call.name in self.linears:
@@ -238,14 +238,14 @@ class FlaxModule(Watched):
         return self._run(call, "output", {})
 
     def _run(self, call: PartCall, what: str, layouts: Mapping[str, Layout], dense: Inputs | None = None) -> Any:
-        """Run a part as it is now: its output, or what its linears read."""
+        """Run a part as it is now; return its output, or the inputs of its layers."""
         inside, (structure, values) = Inside(call.name), self.part(call.name)
         wanted = Wanted(what, tuple((inside.own(name), layout) for name, layout in layouts.items()))
         dense = None if dense is None else {inside.own(name): each for name, each in dense.items()}
         arguments = (call.args, call.kwargs)
         if what != "output":
             arguments = jax.tree.map(lambda leaf: leaf, arguments)  # so that nothing of NNX is written to twice
-        # What a part writes to, such as a cache that it is given, a program would keep to itself.
+        # Writes of a part, such as to a cache that it is given, would be lost inside a program.
         writes = what == "output" and any(isinstance(leaf, nnx.Variable) for leaf in _variables(arguments))
         found = None if writes else cut(arguments, structure)
         with self._visited_by(None):
@@ -265,6 +265,6 @@ class FlaxModule(Watched):
         return self._layout(name).matrix(self.kernel(name))
 
     def _as_kernel(self, name: str, weight: np.ndarray) -> Any:
-        """A weight `[out, in]` as the kernel of a linear, where that lies."""
+        """A weight `[out, in]` as the kernel of a linear layer, on the kernel's device."""
         kernel = self.kernel(name)
         return placed_as(self._layout(name).kernel(weight, kernel.shape), kernel)

@@ -1,8 +1,8 @@
 """Forward passes of one module on many batches, in step: each stops where it calls a part that is to be pruned.
 
-So every batch goes through a part as it was, for what is observed, and again as it is pruned, and nothing is assumed
-about what the module does between its parts. A lane is a thread, of which one runs at a time; what it holds while it
-stops is what the forward pass holds.
+Every batch goes through a part as it was, to observe it, and again when it is pruned. Nothing is assumed about what the
+module does between its parts. A lane is a thread; only one runs at a time. While it waits, it holds what the forward
+pass holds.
 """
 
 import contextvars
@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import jax
 
-# JAX's settings by context, which hold in one thread each: a pass has those of the thread that began it.
+# JAX's context settings apply to one thread only: a pass uses the settings of the thread that began it.
 _CONTEXTS: dict[str, Callable[[Any], Any]] = {
     "jax_default_matmul_precision": jax.default_matmul_precision,
     "jax_default_device": jax.default_device,
@@ -47,9 +47,9 @@ class PartCall:
 
     Attributes:
         name: of the part.
-        args: that it was given.
-        kwargs: that it was given.
-        function: runs it as it is now, with arguments of these kinds.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        function: runs it as it is now, with such arguments.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Lane:
     """One forward pass.
 
     Attributes:
-        at: the call before which it stops; None when it has ended.
+        at: the call before which it waits; None when it has ended.
     """
 
     def __init__(self, forward: Callable[["Lane"], Any]) -> None:
@@ -88,23 +88,23 @@ class Lane:
 
     @property
     def call(self) -> PartCall:
-        """That before which it stops."""
+        """The call before which it waits."""
         assert self.at is not None
         return self.at
 
     def resume(self, output: Any = None) -> None:
-        """Go on, with this output of the part, to the next stop or the end; raises what the module raises."""
+        """Continue, with this output of the part, to the next stop or the end; raises what the module raises."""
         self._answer = output
         self._switch()
 
     def work(self, function: Callable[[], Any]) -> Any:
-        """The result of a function in the thread of the pass, while it stops."""
+        """Run a function in the thread of the pass while it waits; return its result."""
         self._work = function
         self._switch()
         return self._answer
 
     def end(self) -> None:
-        """Leave the pass where it is."""
+        """Abandon the pass where it is."""
         if self._thread.is_alive():
             self._ends = True
             self._goes.release()
@@ -114,7 +114,7 @@ class Lane:
         """The output of a part as the thread that owns the lane gives it; called by the pass."""
         while True:
             if self._ends:
-                raise _Ended  # again, where the module caught it
+                raise _Ended  # again, if the module caught it
             self.at = call
             self._stops.release()
             self._goes.acquire()
@@ -126,7 +126,7 @@ class Lane:
             work, self._work = self._work, None
             try:
                 self._answer = work()
-            except Exception as error:  # told to the owner; the pass is where it was
+            except Exception as error:  # reported to the owner; the pass stays where it was
                 self._error = error
 
     def _switch(self) -> None:
@@ -153,7 +153,7 @@ class Lane:
 
 @contextmanager
 def lanes(forwards: Sequence[Callable[[Lane], Any]]) -> Iterator[list[Lane]]:
-    """A lane for each forward pass, none begun; all are left at the end."""
+    """A lane for each forward pass, none started; all are abandoned at the end."""
     found: list[Lane] = []
     try:
         for forward in forwards:

@@ -1,6 +1,6 @@
-"""How the kernel of a linear is a matrix `[out, in]`, and its input a table of rows, one for each token.
+"""How a layer's kernel becomes a matrix `[out, in]`, and its input a table of rows, one for each token.
 
-| linear | kernel | inputs of a row |
+| layer | kernel | inputs of a row |
 |---|---|---|
 | dense | `[in, out]`, in torch `[out, in]` | the last axis |
 | general, attention's projections | `[in ..., out ...]` | the axes that are summed |
@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from sparseopt.core.base.dense import activation_precision
 from sparseopt.pruning.base.grams import Grams
 
-# Rows of patches that are in memory at once: unfolded, an image is larger by the size of the window.
+# Rows of patches in memory at once: an unfolded image is larger by the size of the window.
 PATCH_ROWS = 16384
 
 
@@ -36,8 +36,8 @@ class Window:
         padding: as in `jax.lax.conv_general_dilated`.
         input_dilation: of the input.
         kernel_dilation: of the window.
-        pads: what the linear adds at both ends of each axis before it convolves; None for nothing.
-        mode: how, as in `jnp.pad`.
+        pads: what the layer adds at both ends of each axis before it convolves; None for nothing.
+        mode: how it pads, as in `jnp.pad`.
         channels_last: whether the channels are the last axis.
     """
 
@@ -61,7 +61,7 @@ class Window:
         return found.reshape(-1, found.shape[-1])
 
     def images(self, x: Array) -> Array:
-        """The input with one axis of images, padded."""
+        """The padded input, with one axis of images."""
         x = x.reshape(-1, *x.shape[x.ndim - len(self.size) - 1 :])
         if self.pads is None:
             return x
@@ -72,14 +72,14 @@ class Window:
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Layout:
-    """The layout of one linear.
+    """The layout of one linear layer.
 
     Attributes:
-        order: the axes of the kernel, those of the outputs first.
+        order: the axes of the kernel, output axes first.
         outputs: how many of them are outputs.
-        axes: of the input, those that are summed, in the order of the kernel's; none for a convolution.
-        window: of a convolution.
-        results: the axes of its output that are the kernel's outputs, in their order.
+        axes: the input axes that are summed, in the order of the kernel's axes; none for a convolution.
+        window: the window of a convolution.
+        results: the axes of its output that belong to the kernel's outputs, in order.
     """
 
     order: tuple[int, ...]
@@ -94,23 +94,23 @@ class Layout:
         return math.prod(sizes[: self.outputs]), math.prod(sizes[self.outputs :])
 
     def matrix(self, kernel: Any) -> np.ndarray:
-        """The kernel as `[out, in]`, of its own dtype."""
+        """The kernel as `[out, in]`, in its own dtype."""
         kernel = np.asarray(kernel)
         return np.ascontiguousarray(kernel.transpose(self.order).reshape(self.shape(kernel.shape)))
 
     def kernel(self, matrix: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """The kernel of this shape that is a matrix `[out, in]`."""
+        """The matrix `[out, in]` as a kernel of this shape."""
         sizes = [shape[axis] for axis in self.order]
         return np.ascontiguousarray(matrix.reshape(sizes).transpose(np.argsort(self.order)))
 
     def by_output(self, y: Array) -> Float[Array, "out"]:
-        """The sums over the tokens of values like its output."""
+        """Sums over the tokens of values shaped like its output."""
         last = tuple(range(-len(self.results), 0))
         moved = jnp.moveaxis(y, self.results, last)
         return jnp.sum(moved.reshape(-1, math.prod(moved.shape[-len(last) :])), axis=0)
 
     def grams(self, x: Array, dense_x: Array | None = None) -> Grams:
-        """The sums over the tokens of an input; with that of the dense module also the drift from it."""
+        """The sums over the tokens of an input; with the dense module's input, also the drift from it."""
         mesh = jax.typeof(x).sharding.mesh
         if not mesh.explicit_axes:
             return self._grams(x, dense_x)
@@ -157,7 +157,7 @@ def _grams(rows: Float[Array, "rows in"], dense: Float[Array, "rows in"] | None 
 
 
 def einsum_layout(text: str) -> Layout | str:
-    """The layout of an einsum of an input and a kernel; or why there is none."""
+    """The layout of an einsum of an input and a kernel, or why there is none."""
     operands, result = text.replace(" ", "").split("->")
     given, kernel = operands.split(",")
     if "..." in kernel:

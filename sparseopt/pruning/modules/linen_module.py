@@ -1,6 +1,6 @@
-"""A Flax Linen module with its variables: `Dense`, `DenseGeneral`, `Einsum`, `Conv`, and what is made of them.
+"""A Flax Linen module with its variables: `Dense`, `DenseGeneral`, `Einsum`, `Conv`, and modules built from them.
 
-Calls are seen through `flax.linen.intercept_methods`. The parts of a Linen module are known only when it has run.
+Calls are observed with `flax.linen.intercept_methods`. The parts of a Linen module are known only after it has run.
 """
 
 import copy
@@ -40,7 +40,7 @@ class LinenModule(FlaxModule):
 
         def seen(module: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
             name = ".".join(module.path)
-            # Without its name blocks alike are equal.
+            # Without their names, similar blocks are equal.
             self._modules.setdefault(name, module.clone(parent=None, name=None))
             self._calls.append((name, tuple(around), is_traced(args, kwargs)))
             around.append(name)
@@ -59,7 +59,7 @@ class LinenModule(FlaxModule):
         for path, value in params.items():
             arrays.setdefault(id(value), []).append(path)
         self.linears = {}
-        # In the order of the parameters, which is that of the first calls in `init`.
+        # In the order of the parameters, the order of the first calls in `init`.
         for path, kernel in params.items():
             name, part = ".".join(path[:-1]), self._modules.get(".".join(path[:-1]))
             kind = kind_of(type(part), "flax.linen")
@@ -70,7 +70,7 @@ class LinenModule(FlaxModule):
             shape = layout.shape(kernel.shape) if isinstance(layout, Layout) else (0, 0)
             self.linears[name] = Linear(shape, layout, tied)
         self.left_out = {
-            ".".join(path): f"a weight of {list(value.shape)} of a part that is no linear, or was not called"
+            ".".join(path): f"a weight of {list(value.shape)} of a part that is no linear layer, or was not called"
             for path, value in params.items()
             if value.ndim > 1 and ".".join(path[:-1]) not in self.linears
         }
@@ -86,13 +86,13 @@ class LinenModule(FlaxModule):
         lists = [name for name in children if "/" in name]
         for name in lists:
             children[name.partition("/")[0]] += [(name, list)]
-        # One that calls what it was given, and does not own, has no values of its own to run on.
+        # A part that calls modules which it does not own has no values of its own to run on.
         open_ = {each for name, around, _ in self._calls for each in around if not name.startswith(f"{each}.")}
         self.blocks = [name for name in block_names(children, lists, self.linears) if name not in open_]
         self._names = {tuple(name.split(".")): name for name in (*self.linears, *self.blocks)}
 
     def discover(self, batch: Any) -> Discovery:
-        """Of the first batch, on which the parts were found."""
+        """What the first batch calls, on which the parts were found."""
         found = Discovery()
         for name, around, hidden in self._calls:
             if hidden:
@@ -145,18 +145,18 @@ class LinenModule(FlaxModule):
         return other
 
     def result(self) -> Any:
-        """The variables, of the structure that was given."""
+        """The variables, in the structure that was given."""
         found = self._bound()["params"] if self._bare else self._bound()
         return jax.tree.unflatten(jax.tree.structure(self._given), jax.tree.leaves(found))
 
 
 def _calls_to(function: Callable[..., Any]) -> AbstractContextManager[None]:
-    """Have calls of modules go to a function: the module, its own call, and the arguments."""
+    """Redirect calls of modules to a function, with the module, its own call, and the arguments."""
     paths: list[Path] = []
 
     def seen(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         path = context.module.path
-        # A class that calls the one which it extends is one part.
+        # A class that calls its base class is one part.
         if context.method_name != "__call__" or paths[-1:] == [path]:
             return next_fun(*args, **kwargs)
         paths.append(path)

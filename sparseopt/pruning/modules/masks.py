@@ -14,22 +14,22 @@ from sparseopt.pruning.evaluate.audit import stored_masks
 
 
 def masks(model: Any) -> Any:
-    """Which weights of a pruned model are kept, to train it further without changing its zeros.
+    """Masks of the kept weights of a pruned model, to train it further without changing its zeros.
 
     Args:
         model: a Flax NNX module; the parameters of a Linen module, or its variables; a torch module; or a model folder,
             dense or packed, a GGUF file, a name on the hub, or an opened model.
 
     Returns:
-        Of NNX a pytree of bools like `nnx.state(module, nnx.Param)`, of Linen one like what was given: True where an
-        entry may change, which is everywhere but at the zeros of the linears' kernels. In an optax chain, as its last
-        member, it keeps the zeros exact:
+        For NNX a pytree of bools like `nnx.state(module, nnx.Param)`, for Linen one like the argument: True where an
+        entry may change, which is everywhere except at zeros of the linear layers' kernels. As the last member of an
+        optax chain, it keeps the zeros exact:
 
             optax.stateless(lambda updates, params: jax.tree.map(jnp.multiply, updates, masks))
 
-        Of torch a dictionary of bool tensors by the names of the linears' weights. Of a folder or a file, for every
-        prunable linear, the name of its weight in the checkpoint and a bool array in the checkpoint's own layout, True
-        where the weight is not zero. Each is read when its turn comes; `dict(masks(folder))` holds all.
+        For torch a dictionary of bool tensors by the names of the linear layers' weights. For a folder or a file an
+        iterator over all prunable layers: the name of the weight in the checkpoint and a bool array in the checkpoint's
+        layout, True where the weight is not zero. Weights are read one by one; `dict(masks(folder))` holds all masks.
 
     Raises:
         ModelError: if the model cannot be used.

@@ -1,10 +1,10 @@
-"""The pass over a module: all batches from one part to the next, and what is done to each part.
+"""The pass over a module: takes all batches from one part to the next, and prunes each part.
 
     for each part, in the order of execution:   all batches stop before it (see `lanes`)
-        what its linears read -> Grams -> prune, train, put on a grid; run it as it is now, and go on
+        inputs of its layers -> Grams -> prune, train, round to a grid; run it as it is now, and continue
 
-A part is a block where the module has a list of blocks, and otherwise a linear. So a block runs twice on every batch,
-and every part sees the pruned ones before it.
+A part is a block if the module has a list of blocks, and otherwise a linear layer. So a block runs twice on every
+batch, and every part receives the outputs of the pruned parts before it.
 """
 
 import contextlib
@@ -33,13 +33,13 @@ from sparseopt.pruning.run.block import PruningError, layer_record, propagated
 from sparseopt.pruning.run.rounding import grid_task, round_linears
 from sparseopt.pruning.train.training import Training
 
-# What a batch, and the module's output for it, cost: a number to be differentiated.
+# The cost of a batch and the module's output for it: a number to differentiate.
 Loss = Callable[[Any, Any], Any]
 
 
 @dataclass
 class ModulePass:
-    """The pass over a module; `dense` is the module as it was, where the recipe needs it."""
+    """The pass over a module; `dense` is the module as it was, if the recipe needs it."""
 
     module: Watched
     dense: Watched | None
@@ -99,14 +99,14 @@ class ModulePass:
                 for stop in stops:
                     _go_on(stop.lane, self.module)
                 for lane in there:
-                    # Also one whose batch does not get here in the pruned module.
+                    # Also a lane whose batch does not reach this part in the pruned module.
                     if dense is not None and _at(lane, name):
                         _go_on(lane, dense)
         for name in sorted(waiting, key=order.__getitem__):
-            self._part(name, [])  # which the pruned module does not call
+            self._part(name, [])  # the pruned module does not call it
 
     def _part(self, name: str, stops: Sequence["_Stop"]) -> None:
-        """Prune the linears of a part at which these batches stop, in the module and in the dense one."""
+        """Prune the layers of the part before which these batches wait, in the module and in the dense one."""
         names, recipe, dense = self.plan.parts[name], self.plan.recipe, self.dense
         layouts = self.plan.layouts(self.module, names)
         total: Sums | None = None
@@ -117,7 +117,7 @@ class ModulePass:
             total = added(total, stop.lane.work(partial(self.module.observed, stop.lane.call, layouts, inputs)))
         train = None
         if recipe.reconstruction is not None and dense is not None and name not in names:
-            # A linear by itself has been fitted to these outputs already.
+            # A single layer has been fitted to these outputs already.
             train = partial(self._train_block, name, stops, dense)
         self._solve(name, names, Sums({}) if total is None else total, train)
 
@@ -133,7 +133,7 @@ class ModulePass:
         everything: bool = False,
     ) -> None:  # fmt: skip
         module = self.module
-        assert isinstance(module, FlaxModule)  # others are refused
+        assert isinstance(module, FlaxModule)  # others raise an error earlier
         masks = {each: jnp.asarray(module.kernel(each)) != 0 for name in names for each in self.plan.readers[name]}
         index = len(self.parts) - (1 if part else 0)
         record = train_part(module, part, masks, inputs, outputs, settings, index, everything=everything)
@@ -141,7 +141,7 @@ class ModulePass:
         self.tell(record)
 
     def _run_last(self) -> None:
-        """Linears that are called more than once, when the others are pruned."""
+        """Prune layers that are called more than once, after all others."""
         names = self.plan.last
         layouts = self.plan.layouts(self.module, names)
         total: Sums | None = None
@@ -171,12 +171,12 @@ class ModulePass:
             raise PruningError(str(error)) from error
 
     def _grams(self, name: str, sums: Sums) -> Grams:
-        """Those of all linears that have a weight, on one device."""
+        """The Grams of all layers that have this weight, on one device."""
         found = [sums[each] for each in self.plan.readers[name] if each in sums]
         if not sum(int(each.tokens) for each in found):
             if not is_expert(name):
                 raise PruningError(
-                    f"no batch reaches {name}, or only empty ones: nothing says what its inputs are; leave it out by "
+                    f"no batch reaches {name}, or only empty ones: nothing says what its inputs are; leave it out with "
                     "the recipe's ignore"
                 )
             width = self.module.linears[name].shape[1]
@@ -207,7 +207,7 @@ class ModulePass:
             variances = None
             if reads_variances(self.plan.method):
                 variances = np.ones(shape[1], np.float32) if starved else np.asarray(grams.variances)
-            # So few tokens do not rank the weights: all inputs count the same.
+            # Too few tokens to rank the weights: all inputs count the same.
             gram = jnp.eye(shape[1], dtype=jnp.float32) if starved else grams.gram
             outputs = None if starved else self.output_weights.get(name)
             return LayerJob(target, gram, None, pattern, outputs, variances, weight != 0 if recipe.keep_zeros else None)
@@ -215,7 +215,7 @@ class ModulePass:
         return LayerTask(name, shape, (shape, weight.dtype, jax.tree.structure(pattern)), job)
 
     def _write(self, name: str, pruned: np.ndarray) -> None:
-        """Set a weight, in the dtype it has, in which what did not change stays as it was."""
+        """Set a weight in its own dtype; unchanged entries stay identical."""
         given = self.module.read(name)
         if given.dtype != pruned.dtype:
             same = (given.astype(pruned.dtype) == pruned) & (pruned != 0)
@@ -223,7 +223,7 @@ class ModulePass:
         self.module.write(name, pruned)
 
     def _round(self, index: int, names: Sequence[str], grams: Mapping[str, Grams], bits: Bits) -> None:
-        """Put the linears of a part on a grid; one whose inputs no group tiles stays as it is."""
+        """Round the layers of a part to a grid; a layer whose inputs no group tiles is left unchanged."""
         tasks = []
         for name in names:
             weight = self.module.read(name).astype(np.float32)
@@ -245,7 +245,7 @@ class ModulePass:
 
 
 class _Stop(NamedTuple):
-    """A batch that stops before a part, in the module and, where it stops there too, in the dense one."""
+    """A batch that waits before a part, in the module and, if it waits there too, in the dense one."""
 
     lane: Lane
     dense: Lane | None
@@ -263,7 +263,7 @@ def _go_on(lane: Lane, module: Watched) -> None:
 def _stopping(
     module: Watched | None, waiting: Collection[str], parts: Collection[str], batches: Sequence[Any]
 ) -> Iterator[list[Lane]]:
-    """A lane for each batch, which stops at parts while they wait; none without a module."""
+    """A lane for each batch, which stops at the parts in `waiting`; none without a module."""
 
     def forward(module: Watched, batch: Any, lane: Lane) -> Any:
         def visit(call: PartCall) -> Any:

@@ -1,4 +1,4 @@
-"""What `prune_module` decides before any work: the linears, in which parts, and what the recipe means for a module."""
+"""What `prune_module` decides before any work: the layers, their parts, and the recipe for a module."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -25,14 +25,14 @@ class ModulePlan:
     """What is done to a module.
 
     Attributes:
-        recipe: with what its open fields mean for a module.
-        method: of the linears.
-        patterns: which weights of each linear may survive, in the order of execution; those that share a weight have
+        recipe: the recipe, with its open fields filled in for a module.
+        method: the pruning method.
+        patterns: which weights of each layer may survive, in the order of execution; layers that share a weight have
             one pattern, under the name of the first.
-        readers: the linears that have the weight of each of these, itself first.
-        parts: the linears that are solved together, by the part that is called; in the order of execution.
-        last: those that are solved when all others are, since they are called more than once.
-        left_out: all other linears and weights, and why.
+        readers: for each of these layers, all layers that have its weight, itself first.
+        parts: the layers that are solved together, by the part that is called, in the order of execution.
+        last: layers that are solved after all others, since they are called more than once.
+        left_out: all other layers and weights, and why.
     """
 
     recipe: Recipe
@@ -44,24 +44,24 @@ class ModulePlan:
     left_out: Mapping[str, str]
 
     def layouts(self, module: Watched, names: list[str]) -> dict[str, Layout]:
-        """Of all linears whose inputs are those of some weights."""
+        """The layouts of all layers that read with one of these weights."""
         return {each: module.linears[each].layout for name in names for each in self.readers[name]}  # type: ignore[misc]
 
 
 def plan_module(module: Watched, found: Discovery, recipe: Recipe, targets: Any) -> ModulePlan:
-    """Choose the linears and the parts.
+    """Choose the layers and the parts.
 
     Raises:
-        ValueError: for targets that match nothing, a linear that was not called, a weight that is tied to one left out,
-            a pattern that is impossible in a linear, or a module without linears.
+        ValueError: if targets match nothing, a layer was not called, a weight is tied to one left out, a pattern is
+            impossible in a layer, or the module has no linear layers.
     """
     if "" in module.linears:
-        raise ValueError("the module is a linear itself: see `prune_layer`, or make it a part of a module")
+        raise ValueError("the module itself is a linear layer: see `prune_layer`, or make it a part of a module")
     whole = {name: each for name, each in module.linears.items() if isinstance(each.layout, Layout)}
     if not whole:
         reasons = {name: each.layout for name, each in module.linears.items()}
         others = f"; {listed([f'{name}: {why}' for name, why in reasons.items()])}" if reasons else ""
-        raise ValueError(f"the module has no linear that can be pruned{others}")
+        raise ValueError(f"the module has no linear layer that can be pruned{others}")
     left_out: dict[str, str] = {
         **module.left_out, **{name: str(each.layout) for name, each in module.linears.items() if name not in whole}
     }  # fmt: skip
@@ -72,11 +72,11 @@ def plan_module(module: Watched, found: Discovery, recipe: Recipe, targets: Any)
         recipe = recipe.model_copy(update={"targets": targets})
     order = {name: place for place, name in enumerate(found.linears)}
     called = sorted(whole, key=lambda name: order.get(name, len(order)))
-    # As in a language model: what is not in a block is an embedding, a stem or a head.
+    # As in a language model: layers outside blocks are an embedding, a stem or a head.
     default = [name for name in called if name in inside] if inside and recipe.targets is None else called
     shares = chosen_linears(default, [*left_out, *(set(called) - set(default))], recipe.targets, recipe.ignore)
     if inside:
-        # A table names shares for some of the linears, and all others are those of the blocks.
+        # A table names sparsities for some layers; all others are in blocks.
         shares = {
             name: own for name, own in shares.items() if name in inside or own or shares_in(recipe.targets) is None
         }
@@ -96,7 +96,7 @@ def plan_module(module: Watched, found: Discovery, recipe: Recipe, targets: Any)
             patterns[name] = parse_pattern(recipe.pattern, share if own is None else own, shape)
             check_method(method, patterns[name], shape, reads_variances(method), recipe.keep_zeros)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}; leave it out by ignore, or give another pattern") from error
+            raise ValueError(f"{name}: {error}; leave it out with ignore, or give another pattern") from error
     if recipe.bits is not None:
         parse_bits(recipe.bits)
     return ModulePlan(recipe, method, patterns, readers, parts, last, left_out)
@@ -108,8 +108,8 @@ def _check_called(found: Discovery, names: list[str]) -> None:
     if missed:
         raise ValueError(
             f"the first batch does not reach {listed(missed)}: nothing says what their inputs are. Feed the module so "
-            "that it calls them (see `call`), or leave them out by the recipe's ignore. A module that uses a weight "
-            "without calling its linear, or calls it in a program of its own (jit, remat), hides the input"
+            "that it calls them (see `call`), or leave them out with the recipe's ignore. A module that uses a weight "
+            "without calling its layer, or calls it in a program of its own (jit, remat), hides the input"
         )
     for name in names:
         if name in found.hidden:
@@ -117,7 +117,7 @@ def _check_called(found: Discovery, names: list[str]) -> None:
 
 
 def _readers(module: Watched, shares: Mapping[str, float | None]) -> dict[str, tuple[str, ...]]:
-    """The linears by the first that has their weight."""
+    """The layers, by the first layer that has their weight."""
     readers: dict[str, tuple[str, ...]] = {}
     known: set[str] = set()
     for name in shares:
@@ -127,8 +127,8 @@ def _readers(module: Watched, shares: Mapping[str, float | None]) -> dict[str, t
         outside = [each for each in tied if each not in shares]
         if outside:
             raise ValueError(
-                f"the weight of {name} is that of {listed(outside)} too, which is left out and would be pruned with "
-                f"it: leave {name} out by the recipe's ignore, or untie them"
+                f"{name} shares its weight with {listed(outside)}, which is left out and would be pruned with it: "
+                f"leave {name} out with the recipe's ignore, or untie them"
             )
         readers[name] = (name, *tied)
         known.update(readers[name])
@@ -138,7 +138,7 @@ def _readers(module: Watched, shares: Mapping[str, float | None]) -> dict[str, t
 def _parts(
     module: Watched, found: Discovery, readers: Mapping[str, tuple[str, ...]]
 ) -> tuple[dict[str, list[str]], list[str]]:
-    """The weights by the part whose call reaches them, and those that are reached again later."""
+    """The weights by the part whose call reaches them, and the weights that are reached again later."""
     parts: dict[str, list[str]] = {}
     last = []
     for name, own in readers.items():
@@ -148,7 +148,7 @@ def _parts(
         if not calls:
             # An expert that the first batch does not reach.
             block = next((each for each in module.blocks if name.startswith(f"{each}.")), None)
-        # A linear may be one that a block is given, not one of its own.
+        # A block may call a layer that it was given and does not own.
         if block is not None and found.blocks.get(block) == 1 and all(each.startswith(f"{block}.") for each in own):
             parts.setdefault(block, []).append(name)
         elif len(calls) == 1 and not calls[0]:
@@ -159,21 +159,21 @@ def _parts(
 
 
 def module_recipe(recipe: Recipe, *, trains: bool, has_loss: bool) -> Recipe:
-    """The recipe for a module: what it leaves open and a module cannot give is left.
+    """The recipe for a module; open fields that a module cannot support stay off.
 
     Args:
-        recipe: as it was given.
+        recipe: the recipe as given.
         trains: whether the module has gradients in JAX.
         has_loss: whether a loss was given.
 
     Raises:
-        ValueError: naming all that the recipe asks for and the module cannot do.
+        ValueError: listing everything in the recipe that the module does not support.
     """
     fields = type(recipe).model_fields
     given = [name for name in ELSEWHERE if _is_given(recipe, name, fields[name].default)]
     problems = [f"{name} is for models in folders: leave it out, batches are given as they are" for name in given]
     if recipe.given("output_weights") == "gradient" and not has_loss:
-        problems.append("output_weights='gradient' takes the gradient of a loss: give loss=, or say 'uniform'")
+        problems.append("output_weights='gradient' needs the gradient of a loss: give loss=, or say 'uniform'")
     if has_loss and not trains:
         problems.append("loss is for gradients in JAX, and the module is one of torch: leave it out")
     if has_loss and trains and recipe.output_weights != "gradient":
@@ -181,9 +181,9 @@ def module_recipe(recipe: Recipe, *, trains: bool, has_loss: bool) -> Recipe:
     if recipe.given("allocation") not in (None, "uniform"):
         problems.append(f"allocation={recipe.allocation!r} is for language models: say 'uniform', or give targets")
     if recipe.given("permute"):
-        problems.append("permute moves channels of linears that are known to follow each other: leave it out")
+        problems.append("permute moves channels of layers that are known to follow each other: leave it out")
     if recipe.weighting == "residual":
-        problems.append("weighting='residual' takes linears that are known to write into the stream: say 'uniform'")
+        problems.append("weighting='residual' needs layers that are known to write into the stream: say 'uniform'")
     if recipe.expert_tokens == "all":
         problems.append("expert_tokens='all' is for mixtures that are known: leave it out")
     if recipe.bits is not None and recipe.given("distil_epochs"):

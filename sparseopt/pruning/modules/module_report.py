@@ -9,16 +9,16 @@ from sparseopt.system.report import Fact, html_facts
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """What `prune_module` did.
+    """The report of `prune_module`.
 
     Attributes:
-        layers: a record of each pruned weight, in the order of execution; `block` is the index of its part.
-        parts: the names of the parts, one solve after the other: blocks, or linears where there are none.
-        left_out: the linears and weights that were not pruned, and why.
-        grids: a record of each linear that was put on a grid of few bits.
-        blocks: a record of each part that was trained, and of the whole module as the last.
-        seconds: wall-clock time of all.
-        solver_seconds: of the solves, without compiling.
+        layers: one record for each pruned weight, in the order of execution; `block` is the index of its part.
+        parts: the names of the parts, in the order of the solves: blocks, or linear layers if there are no blocks.
+        left_out: the layers and weights that were not pruned, and why.
+        grids: one record for each layer that was rounded to a grid of few bits.
+        blocks: one record for each trained part; the last one is for the whole module.
+        seconds: wall-clock time in all.
+        solver_seconds: time of the solves, without compiling.
     """
 
     layers: list[LayerRecord]
@@ -30,7 +30,7 @@ class ModuleReport:
 
     @property
     def sparsity(self) -> float:
-        """The share of zeros in the weights that were pruned."""
+        """The fraction of zeros in the pruned weights."""
         return sum(r.zeros for r in self.layers) / sum(r.size for r in self.layers)
 
     @property

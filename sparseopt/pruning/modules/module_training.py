@@ -1,9 +1,9 @@
-"""Gradients of a Flax module: a part, or all of it, trained on what the dense module gives; and how outputs matter.
+"""Gradients of a Flax module: to train a part, or all of it, on the dense module's outputs, and to weight outputs.
 
     minimise over the kept weights    mean over batches of  stream_loss(part(x), y)
 
-with y the dense part's outputs, for its own inputs, and the loss, the optimiser and the choice of the best state those
-of `train`. Of outputs that are several arrays the first of floats counts.
+with y the dense part's outputs for its own inputs. Loss, optimiser and choice of the best state are as in `train`. If
+the output is several arrays, the first array of floats counts.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -39,7 +39,7 @@ from sparseopt.pruning.train.training import (
     updated,
 )
 
-# Arguments of a part: positional ones and those by name.
+# Arguments of a part: positional and keyword arguments.
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -79,7 +79,7 @@ _loss_of_batch = jax.jit(_loss)
 
 
 class _PartTrainer(Trainer):
-    """Trains one part, a batch a step."""
+    """Trains one part, one batch per step."""
 
     exact = 1e-12
 
@@ -134,7 +134,7 @@ class _PartTrainer(Trainer):
 
 
 def check_trainable(module: FlaxModule, name: str, inputs: Sequence[Arguments]) -> None:
-    """Raise a ValueError if a part cannot be compiled for what it is given, as with objects among its arguments."""
+    """Raise a ValueError if a part cannot be compiled for its arguments, for example because some are objects."""
     structure, _ = module.part(name)
     if any(cut(each, structure) is None for each in inputs):
         epochs = "train_epochs" if name else "distil_epochs"
@@ -148,17 +148,17 @@ def train_part(
     module: FlaxModule, name: str, masks: Mapping[str, Array], inputs: Sequence[Arguments], outputs: Sequence[Any],
     settings: Training, index: int, *, everything: bool = False,
 ) -> BlockRecord:  # fmt: skip
-    """Train what is kept of a part, in place.
+    """Train the kept weights of a part, in place.
 
     Args:
         module: the pruned module.
-        name: of the part; "" is the module itself, whose argument is a batch.
-        masks: the entries that are kept, as kernels, by the name of the kernel's linear.
-        inputs: what the part is given, by batch.
-        outputs: what the dense part gives for its own inputs.
-        settings: of the training.
-        index: of the part, for the record.
-        everything: whether weights without a mask are trained too; else only biases and scales are, of one axis.
+        name: name of the part; "" is the module itself, whose argument is a batch.
+        masks: the kept entries of each kernel, by the name of its layer.
+        inputs: arguments of the part, by batch.
+        outputs: the dense part's outputs for its own inputs.
+        settings: settings of the training.
+        index: index of the part, for the record.
+        everything: whether to train weights without a mask too; else, of these, only biases and scales with one axis.
 
     Raises:
         ValueError: as `check_trainable` does.
@@ -167,7 +167,7 @@ def train_part(
     structure, values = module.part(name)
     trained: dict[int, Array | None] = {}
     for place, (path, leaf) in enumerate(jax.tree_util.tree_flatten_with_path(values[0])[0]):
-        # The last of NNX is an attribute of its variable.
+        # The last key in NNX is an attribute of its variable.
         keys = [str(getattr(key, "key", getattr(key, "idx", ""))) for key in path]
         owner, _, last = ".".join(part for part in (name, *keys) if part).rpartition(".")
         if last == "kernel" and owner in masks:
@@ -184,7 +184,7 @@ def train_part(
 def weights_of_outputs(
     module: FlaxModule, batches: Sequence[Any], loss: Callable[[Any, Any], Any], layouts: Mapping[str, Layout]
 ) -> dict[str, Float[np.ndarray, "out"]]:
-    """By linear, the weights of squared errors at its outputs, from the mean square of the loss's gradient there."""
+    """For each layer, weights of squared errors at its outputs, from the mean square of the loss's gradient there."""
     structure, values = module.part("")
     wanted = Wanted("squares", tuple(layouts.items()))
     squares: dict[str, np.ndarray] = {}
@@ -208,7 +208,7 @@ def _compiled_squares(structure: Structure, values: Values, arrays: list[Any], r
 def _squares(
     structure: Structure, values: Values, batch: Any, loss: Callable[[Any, Any], Any], layouts: Mapping[str, Layout]
 ) -> dict[str, Array]:
-    """The squared gradients at the outputs of linears, summed over the tokens of a batch, `[out]`."""
+    """The squared gradients at the outputs of layers, summed over the tokens of a batch, `[out]`."""
     shapes: dict[str, list[Any]] = {}
 
     def noted(call: PartCall) -> Any:

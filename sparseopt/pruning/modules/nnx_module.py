@@ -1,4 +1,4 @@
-"""A Flax NNX module: `Linear`, `LinearGeneral`, `Einsum`, `Conv`, and what is made of them, as attention is.
+"""A Flax NNX module: `Linear`, `LinearGeneral`, `Einsum`, `Conv`, and modules built from them, such as attention.
 
 While a module is watched, the `__call__` of these classes, and of its blocks, passes the calls of its parts to a visit.
 """
@@ -18,9 +18,9 @@ from sparseopt.pruning.modules.flax_module import FlaxModule, Structure, Values,
 from sparseopt.pruning.modules.layouts import Layout
 from sparseopt.pruning.modules.watched import Linear, Visit, block_names, visited
 
-# By thread: what calls of patched classes go to, see `_patched`.
+# By thread: the function that calls of patched classes go to, see `_patched`.
 _here = threading.local()
-# Of each patched class its own `__call__`, and how many watch it.
+# The original `__call__` of each patched class, and how many watch it.
 _own_calls: dict[type, tuple[Any, int]] = {}
 _lock = threading.Lock()
 
@@ -54,7 +54,7 @@ class NnxModule(FlaxModule):
         self.blocks = block_names(tree.children, tree.lists, self.linears)
 
     def call(self, batch: Any) -> Any:
-        # Caches, counters and what is sown begin in each pass as they were given.
+        # Caches, counters and sown values begin each pass as they were given.
         graph, params, *others = nnx.split(self.module, nnx.Param, ...)
         module = nnx.merge(graph, params, *jax.tree.map(lambda leaf: leaf, others), copy=False)
         watched = {*self.linears, *self.blocks}
@@ -102,7 +102,7 @@ class NnxPart:
     call: Callable[..., Any] | None = None  # of the whole module
 
     def __call__(self, values: Values, args: Any, kwargs: Any, visit: Visit | None) -> Any:
-        part = nnx.merge(self.graph, *values, copy=True)  # written to in this program alone
+        part = nnx.merge(self.graph, *values, copy=True)  # changed in this program alone
         names = {} if visit is None else {id(own): name for name, own in _Tree(part).parts.items()}
 
         def on_call(own: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -116,10 +116,10 @@ class _Tree:
     """The parts of a module.
 
     Attributes:
-        parts: the modules by name, each by its first.
-        variables: the names of all variables, those that are shared by each of their names.
+        parts: the modules by name, each under its first name.
+        variables: the names of all variables; shared ones appear under each of their names.
         children: names and classes of the modules in each part and list, by its name.
-        lists: the names of lists.
+        lists: the names of the lists.
     """
 
     def __init__(self, module: Any) -> None:
@@ -160,7 +160,7 @@ class _Tree:
 
 @contextmanager
 def _visited(function: Callable[..., Any] | None) -> Iterator[None]:
-    """In this thread, what calls of patched classes go to: a part, its own call, and the arguments."""
+    """In this thread, redirect calls of patched classes to a function of a part, its own call, and the arguments."""
     before, _here.function = getattr(_here, "function", None), function
     try:
         yield
@@ -170,7 +170,7 @@ def _visited(function: Callable[..., Any] | None) -> Iterator[None]:
 
 @contextmanager
 def _patched(classes: Iterable[type]) -> Iterator[None]:
-    """Have the calls of classes, and of what they inherit it from, go to the function of their thread."""
+    """Redirect the calls of classes, and of the classes that they inherit it from, to the function of their thread."""
     owners = {owner for own in classes if (owner := _owner(own)) is not None}
     with _lock:
         for owner in owners:
@@ -191,7 +191,7 @@ def _patched(classes: Iterable[type]) -> Iterator[None]:
 
 
 def _owner(own: type) -> type | None:
-    """The class that a class has its `__call__` from."""
+    """The class from which a class inherits its `__call__`."""
     return next((c for c in own.__mro__ if "__call__" in vars(c)), None)
 
 
@@ -199,7 +199,7 @@ def _passing(owner: type, run: Any) -> Callable[..., Any]:
     @wraps(run)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         function, bound = getattr(_here, "function", None), run.__get__(self, type(self))
-        # A class that calls the one which it extends is one part.
+        # A class that calls its base class is one part.
         if function is None or _owner(type(self)) is not owner:
             return bound(*args, **kwargs)
         return function(self, bound, args, kwargs)

@@ -1,6 +1,6 @@
-"""A torch module (extra `torch`): its linears, transformers' `Conv1D`, and its convolutions.
+"""A torch module (extra `torch`): its linear layers, transformers' `Conv1D`, and its convolutions.
 
-torch is imported only where it has been imported before: the caller has a module of it.
+torch is imported only if it has been imported before: the caller has a torch module.
 """
 
 import copy
@@ -88,7 +88,7 @@ class TorchModule(Watched):
         fast = torch.backends.mha.get_fastpath_enabled()
         try:
             self.module.eval()
-            torch.backends.mha.set_fastpath_enabled(False)  # it takes the weights of an encoder's linears
+            torch.backends.mha.set_fastpath_enabled(False)  # it reads the weights of an encoder's layers directly
             for config in caching:
                 config.use_cache = False  # lanes would hold all keys and values
             for name, part in self._parts.items():
@@ -119,7 +119,7 @@ class TorchModule(Watched):
         return self._observe(call, Observer(layouts, _grams_of, dense)).sums()
 
     def inputs(self, call: PartCall, layouts: Mapping[str, Layout]) -> Inputs:
-        # Copied: what a linear has read may be written to afterwards.
+        # Copied: a layer's input may be written to afterwards.
         return self._observe(call, Observer(layouts, None, kept=lambda tensor: tensor.clone())).inputs()
 
     def _observe(self, call: PartCall, observer: Observer) -> Observer:
@@ -129,7 +129,7 @@ class TorchModule(Watched):
             if call.name in self.linears:
                 observer.read(call.name, input_of(call))
             else:
-                # A block may write to what it is given, such as a stream or a cache, and it runs again.
+                # A block may write to its arguments, such as a stream or a cache, and it runs again.
                 args, kwargs = jax.tree.map(_copied, (call.args, call.kwargs))
                 call.function(*args, **kwargs)
         return observer
@@ -186,7 +186,7 @@ def _copied(value: Any) -> Any:
 
 
 def _grams_of(layout: Layout, value: Any, dense: Any) -> Grams:
-    """The Grams of a tensor; a linear of a mixture gets another number of tokens each time."""
+    """The Grams of a tensor; a mixture's layer gets a different number of tokens each time."""
     values = [value] if dense is None else [value, dense]
     if layout.window is not None:
         return _grams_of_input(layout, *map(to_jax, values))
@@ -211,7 +211,7 @@ def to_jax(tensor: Any) -> Array:
 
 
 def _layout_of(part: Any) -> Layout | str | None:
-    """The layout of a linear; a text says why it has none, None that it is no linear."""
+    """The layout of a linear layer, or a text that says why it has none; None if it is no linear layer."""
     import torch
 
     nn = torch.nn

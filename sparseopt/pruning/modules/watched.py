@@ -1,7 +1,7 @@
-"""A module whose linears can be watched while it runs, whatever framework it is of.
+"""A module whose linear layers can be watched while it runs, in any framework.
 
-A part is a linear, or an entry of a list of blocks; it goes by its path, such as `encoder.layers.0.attention.query`. A
-`Visit` stands in place of the calls of parts. The frameworks: `nnx_module`, `linen_module`, `torch_module`.
+A part is a linear layer, or an entry of a list of blocks; its name is its path, such as
+`encoder.layers.0.attention.query`. A `Visit` replaces calls of parts. See `nnx_module`, `linen_module`, `torch_module`.
 """
 
 import re
@@ -22,19 +22,19 @@ from sparseopt.pruning.base.grams import Grams
 from sparseopt.pruning.modules.lanes import PartCall
 from sparseopt.pruning.modules.layouts import Layout
 
-# Called in place of a part; gives its output.
+# Called in place of a part; returns its output.
 Visit = Callable[[PartCall], Any]
-# What linears read in each of their calls.
+# What layers read in each of their calls.
 Inputs = Mapping[str, Sequence[Any]]
 
 
 class Linear(NamedTuple):
-    """A linear of a module.
+    """A linear layer of a module.
 
     Attributes:
         shape: `(out, in)` of its weight.
-        layout: how its kernel is a matrix; or why it cannot be pruned.
-        tied: the names of others that have the very same weight: linears, and parameters of other parts.
+        layout: how its kernel becomes a matrix, or why it cannot be pruned.
+        tied: the names of others that have the very same weight: layers, and parameters of other parts.
     """
 
     shape: tuple[int, int]
@@ -44,12 +44,12 @@ class Linear(NamedTuple):
 
 @dataclass
 class Discovery:
-    """What the module calls for one batch, in the order of execution.
+    """The calls of a module for one batch, in the order of execution.
 
     Attributes:
-        linears: for each call of a linear the blocks that it was called in, the outermost first.
+        linears: for each call of a layer, the blocks in which it was called, the outermost first.
         blocks: how often each block was called.
-        hidden: parts that were called in a program that the module compiles itself.
+        hidden: parts that were called inside a program that the module compiles itself.
     """
 
     linears: dict[str, list[tuple[str, ...]]] = field(default_factory=dict)
@@ -59,11 +59,11 @@ class Discovery:
 
 @pytree
 class Sums:
-    """Grams of the distinct inputs of some linears.
+    """Grams of the distinct inputs of some layers.
 
     Attributes:
-        found: by the first linear that reads each.
-        readers: linears with the one in whose name their Grams are.
+        found: the Grams of each input, by the first layer that reads it.
+        readers: for each layer, the layer under whose name its Gram is stored.
     """
 
     found: dict[str, Grams]
@@ -80,7 +80,7 @@ _added = jax.jit(lambda one, two: jax.tree.map(jnp.add, one, two), donate_argnum
 
 
 def added(one: Sums | None, two: Sums) -> Sums:
-    """The sums of both; where not the same linears share inputs in both, each has its own."""
+    """Add both; if different layers share inputs in the two, each layer has its own Grams."""
     if one is None:
         return two
     if one.readers == two.readers and len(jax.tree.leaves(one)) == len(jax.tree.leaves(two)):
@@ -91,18 +91,18 @@ def added(one: Sums | None, two: Sums) -> Sums:
 
 
 class _Seen(NamedTuple):
-    """One distinct input of linears."""
+    """One distinct input of layers."""
 
     value: Any  # kept, since identities are unique only among living objects
     version: int  # torch counts the writes to a tensor
-    reading: tuple[Any, ...]  # how its layout reads it
+    reading: tuple[Any, ...]  # how the layout reads it
     found: Any  # its Grams, or what is kept of it
 
 
 class Observer:
-    """A `Visit` that sums the Grams of what linears read, before it may be written to.
+    """A `Visit` that sums the Grams of layers' inputs before these may be written to.
 
-    Linears that read the very same input share one Gram.
+    Layers that read the very same input share one Gram.
     """
 
     def __init__(
@@ -112,12 +112,12 @@ class Observer:
         dense: Inputs | None = None,
         kept: Callable[[Any], Any] = lambda value: value,
     ) -> None:
-        """Take the layouts of the linears.
+        """Set up for some layers.
 
         Args:
-            layouts: by name.
-            gram: gives the Grams of an input, and its drift from that of the dense module or None; None for `inputs`.
-            dense: what the linears read in the dense module.
+            layouts: layouts of the layers, by name.
+            gram: returns the Grams of an input, with the drift from a dense input unless it is None; None for `inputs`.
+            dense: inputs of the layers in the dense module.
             kept: what is kept of an input for `inputs`.
         """
         self._layouts, self._gram, self._dense, self._kept = layouts, gram, dense or {}, kept
@@ -130,7 +130,7 @@ class Observer:
         return call.run()
 
     def read(self, name: str, value: Any) -> None:
-        """Note the input of a linear."""
+        """Note the input of a layer."""
         layout, version = self._layouts[name], getattr(value, "_version", 0)
         reading, places = (layout.axes, layout.window), self._read.setdefault(name, [])
         for index, seen in enumerate(self._seen):
@@ -143,18 +143,18 @@ class Observer:
         else:
             others = self._dense.get(name, ())
             dense = others[len(places)] if len(places) < len(others) else None
-            # Experts and the like read other tokens in the dense module.
+            # Experts, for example, read other tokens in the dense module.
             found = self._gram(layout, value, dense if dense is not None and dense.shape == value.shape else None)
         places.append(len(self._seen))
         self._seen.append(_Seen(value, version, reading, found))
 
     def _owners(self) -> dict[str, str]:
-        """The linears, each with the first that reads the same inputs."""
+        """The layers, each with the first layer that reads the same inputs."""
         first: dict[tuple[int, ...], str] = {}
         return {name: first.setdefault(tuple(places), name) for name, places in self._read.items()}
 
     def inputs(self) -> Inputs:
-        """What linears have read, by the first that reads it."""
+        """What layers have read, by the first layer that reads it."""
         owners = set(self._owners().values())
         return {name: [self._seen[i].found for i in places] for name, places in self._read.items() if name in owners}
 
@@ -164,20 +164,20 @@ class Observer:
 
 
 def sum_of(one: Grams, two: Grams) -> Grams:
-    """Of the Grams of the same linear; without a drift where one has none."""
+    """Add Grams of the same layer; without a drift if one has none."""
     drift = None if one.drift is None or two.drift is None else one.drift + two.drift
     return Grams(one.gram + two.gram, one.mass + two.mass, one.tokens + two.tokens, one.total + two.total, drift)
 
 
 def input_of(call: PartCall) -> Any:
-    """What a linear reads."""
+    """The input of a layer."""
     return call.args[0] if call.args else next(iter(call.kwargs.values()))
 
 
 def visited(
     visit: Visit | None, name: str | None, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """The output of a call: as a visit has it, where there is one and the part goes by a name."""
+    """The output of a call, from the visit if there is one and the part has a name."""
     return visit(PartCall(name, args, kwargs, run)) if visit is not None and name else run(*args, **kwargs)
 
 
@@ -185,7 +185,7 @@ class Watched(ABC):
     """A module and its parts by name.
 
     Attributes:
-        linears: in the module's own order.
+        linears: its linear layers, in the module's own order.
         blocks: the names of the entries of lists of blocks.
         left_out: other parts with weights of two axes or more, and why they are never pruned.
     """
@@ -203,35 +203,35 @@ class Watched(ABC):
 
     @abstractmethod
     def observed(self, call: PartCall, layouts: Mapping[str, Layout], dense: Inputs | None = None) -> Sums:
-        """The sums of the inputs of linears in a part that is called, as it is now; with drifts from dense inputs."""
+        """Sums of the layers' inputs in a called part as it is now; with `dense`, also drifts from these inputs."""
 
     @abstractmethod
     def inputs(self, call: PartCall, layouts: Mapping[str, Layout]) -> Inputs:
-        """What linears read in a part that is called, of those that read the same the first."""
+        """What layers read in a called part; for layers that read the same input, the first one."""
 
     @abstractmethod
     def gram(self, layout: Layout, value: Any, dense: Any) -> Grams:
-        """The Grams of an input of a linear; with the drift from that of the dense module, if there is one."""
+        """The Grams of a layer's input, with the drift from the dense module's input if there is one."""
 
     @abstractmethod
     def output(self, call: PartCall) -> Any:
-        """The output of a part that is called, as it is now."""
+        """The output of a called part as it is now."""
 
     @abstractmethod
     def read(self, name: str) -> np.ndarray:
-        """The weight of a linear, `[out, in]`."""
+        """The weight of a layer, `[out, in]`."""
 
     @abstractmethod
     def write(self, name: str, weight: np.ndarray) -> None:
-        """Set the weight of a linear."""
+        """Set the weight of a layer."""
 
     @abstractmethod
     def dense(self) -> "Watched":
-        """The module as it is now, whatever is written to this one."""
+        """A copy of the module as it is now, unaffected by later writes."""
 
     @abstractmethod
     def result(self) -> Any:
-        """The module as the caller gets it back."""
+        """The module as returned to the caller."""
 
     @abstractmethod
     def watching(self) -> AbstractContextManager[Any]:
@@ -243,7 +243,7 @@ class Watched(ABC):
             return self.call(batch)
 
     def read_by(self, batch: Any, layouts: Mapping[str, Layout]) -> Sums:
-        """The sums of what linears read in all their calls."""
+        """The sums of what layers read in all their calls."""
         observer = Observer(layouts, self.gram)
 
         def visit(call: PartCall) -> Any:
@@ -283,7 +283,7 @@ class Watched(ABC):
             self._here.visit = before
 
     def _visit(self, name: str | None, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """As `visited`, by the visit of this thread."""
+        """Like `visited`, with the visit of this thread."""
         return visited(getattr(self._here, "visit", None), name, run, args, kwargs)
 
     def _layout(self, name: str) -> Layout:
@@ -293,25 +293,25 @@ class Watched(ABC):
 
 
 def is_expert(name: str) -> bool:
-    """Whether a linear is of a mixture's experts, to which a batch may send no token."""
+    """Whether a layer belongs to an expert of a mixture, to which a batch may send no token."""
     return re.search(r"(^|[.])experts[._]", name) is not None
 
 
 def is_traced(*values: Any) -> bool:
-    """Whether values are those of a program that is being compiled."""
+    """Whether values belong to a program that is being compiled."""
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
 
 
 def refuse_hidden(name: str) -> None:
-    """Refuse a part that runs in a program of the module's own, where it cannot stop."""
+    """Reject a part that runs inside a program compiled by the module, where it cannot stop."""
     raise ValueError(
         f"{name} is called in a program that the module compiles (jit, remat, scan, vmap), where its input cannot be "
-        "seen: call the function without it, as through `call`, or leave its linears out by the recipe's ignore"
+        "seen: call the function without it, as through `call`, or leave its layers out with the recipe's ignore"
     )
 
 
 def check_outside(call: PartCall) -> None:
-    """As `refuse_hidden`, when it is called."""
+    """Like `refuse_hidden`, for a part when it is called."""
     if is_traced(call.args, call.kwargs):
         refuse_hidden(call.name)
 
@@ -321,13 +321,13 @@ def block_names(
 ) -> list[str]:
     """The entries of the lists of blocks in a tree of modules.
 
-    A list of blocks has at least two entries of one class, with several linears in each. Where all linears of an entry
-    lie in further such lists, as those of the stages of a residual network do, these have the blocks.
+    A list of blocks has at least two entries of one class, with several linear layers in each. If all layers of an
+    entry lie in further such lists, as in the stages of a residual network, these lists have the blocks.
 
     Args:
-        children: the names and classes of the parts directly in each part; the root is "".
+        children: names and classes of the parts directly in each part; the root is "".
         lists: the parts that are lists.
-        linears: names of all linears.
+        linears: names of all linear layers.
     """
     linears = list(linears)
 
@@ -342,7 +342,7 @@ def block_names(
     blocks = {name for names in entries.values() for name in names if len(held(name)) > 1}
 
     def is_covered(name: str) -> bool:
-        """Whether all linears of a block lie in blocks within it."""
+        """Whether all layers of a block lie in blocks within it."""
         inner = [each for each in blocks if each.startswith(f"{name}.")]
         return all(any(linear.startswith(f"{each}.") for each in inner) for linear in held(name))
 

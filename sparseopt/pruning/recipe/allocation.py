@@ -1,14 +1,14 @@
-"""How a model's zeros are divided among its linears at a fixed total, and what is measured for that.
+"""How a model's zeros are divided among its layers at a fixed total, and what is measured for that.
 
-    uniform    the same share everywhere
+    uniform    the same fraction everywhere
     owl        fewer zeros in blocks with many outliers
     curves     minimise  sum_l loss_l(s_l)   subject to   sum_l size_l s_l = s sum_l size_l,   low <= s_l <= high
 
-With an n:m pattern a linear has its share of zeros or none, and curves chooses the linears that stay dense.
+With an n:m pattern a layer has the pattern's fraction of zeros or none, and curves chooses the layers that stay dense.
 
 Losses are known at some levels of sparsity. On the lower convex hulls of these curves the problem is a continuous
-knapsack: its Lagrangian takes the pieces of all hulls in the order of their slope a weight, and the multiplier is
-the slope at which the total is reached.
+knapsack: its Lagrangian takes the pieces of all hulls in the order of their slope per weight, and the multiplier is the
+slope at which the total is reached.
 
 Source: Yin et al., "Outlier weighed layerwise sparsity (OWL)", ICML 2024, for owl; Sinha and Zoltners, "The
 multiple-choice knapsack problem", 1979, for hulls and multipliers.
@@ -34,21 +34,21 @@ from sparseopt.layers.patterns import implied_sparsity
 from sparseopt.layers.problem import scale_layer
 
 Allocation = Literal["uniform", "owl", "curves"]
-# How far a linear's sparsity may be below and above the model's, and the most of any linear.
+# How far a layer's sparsity may be below and above the model's, and the largest sparsity of any layer.
 BELOW, ABOVE, MOST = 0.2, 0.15, 0.95
-# Largest deviation of a block's share from the mean with owl, as published.
+# Largest deviation of a block's sparsity from the mean with owl, as published.
 SPREAD = 0.08
 RIDGE, RHO = 0.1, 0.4
 ADMM_STEPS, REFIT_STEPS = 3, 2
 OUTLIER = 5.0
-# Rows taken at least, of linears that have as many.
+# Smallest number of rows used, if a layer has that many.
 ROWS = 192
-# Points between the bounds at which hulls are taken.
+# Points between the bounds at which hulls are computed.
 GRID = 201
 
 
 def default_bounds(sparsity: float) -> tuple[float, float]:
-    """Least and most share of zeros of a linear around a model's share.
+    """Smallest and largest sparsity of a layer around a model's sparsity.
 
     Example:
         >>> from sparseopt.pruning.recipe.allocation import default_bounds
@@ -59,25 +59,25 @@ def default_bounds(sparsity: float) -> tuple[float, float]:
 
 
 def check_allocation(name: Allocation, pattern: str, sparsity: float, bounds: tuple[float, float] | None) -> None:
-    """Refuse an allocation that is not possible, before any work.
+    """Reject an impossible allocation before any work.
 
     Raises:
-        ValueError: for a pattern that fixes the share, or bounds that cannot meet the total.
+        ValueError: if the pattern fixes the fraction of zeros, or the bounds cannot meet the total.
     """
     if name == "uniform":
         if bounds is not None:
-            raise ValueError(f"allocation 'uniform' takes no bounds, given {bounds}; leave them out or choose 'curves'")
+            raise ValueError(f"allocation 'uniform' accepts no bounds, given {bounds}; leave them out or use 'curves'")
         return
     if (implied := implied_sparsity(pattern)) is not None:
         if name == "owl" or bounds is not None:
             raise ValueError(
-                f"pattern {pattern!r} fixes the share of zeros of every linear, which contradicts "
+                f"pattern {pattern!r} fixes the fraction of zeros of every layer, which contradicts "
                 f"{'bounds' if name == 'curves' else 'the allocation ' + repr(name)}; leave it out, or choose another "
                 "pattern"
             )
         if not 0 < sparsity < implied:
             raise ValueError(
-                f"pattern {pattern!r} with allocation 'curves' leaves some linears dense, so the sparsity must lie "
+                f"pattern {pattern!r} with allocation 'curves' leaves some layers dense, so the sparsity must lie "
                 f"between 0 and {implied:g}, given {sparsity:g}; leave the allocation out to prune all of them"
             )
         return
@@ -86,12 +86,12 @@ def check_allocation(name: Allocation, pattern: str, sparsity: float, bounds: tu
     low, high = bounds
     if sparsity > high:
         raise ValueError(
-            f"the bounds cannot meet the total: with at most {high:g} in every linear the model's sparsity stays "
+            f"the bounds cannot meet the total: with at most {high:g} in every layer the model's sparsity stays "
             f"{sparsity - high:.3g} below the {sparsity:g} asked for; raise the upper bound"
         )
     if sparsity < low:
         raise ValueError(
-            f"the bounds cannot meet the total: with at least {low:g} in every linear the model's sparsity is "
+            f"the bounds cannot meet the total: with at least {low:g} in every layer the model's sparsity is "
             f"{low - sparsity:.3g} above the {sparsity:g} asked for; lower the lower bound"
         )
 
@@ -103,10 +103,10 @@ def allocate_curves(
     sparsity: float,
     bounds: tuple[float, float],
 ) -> Float[np.ndarray, "linears"]:
-    """Shares of zeros of least total loss; see the problem above.
+    """Fractions of zeros with the smallest total loss; see the problem above.
 
-    Losses, 0 or more, are in one unit for all linears and known at ascending levels. Shares stay between the bounds,
-    and between the levels; `sparsity` is that of all weights together.
+    Losses, 0 or more, have one unit for all layers and are known at ascending levels. Fractions stay between the bounds
+    and between the levels; `sparsity` is the fraction for all weights together.
     """
     low, high = bounds
     if low == high:
@@ -115,7 +115,7 @@ def allocate_curves(
     # The slopes of a lower convex hull are the isotonic regression of the curve's own.
     slopes = np.stack([isotonic_regression(np.diff(curve)).x for curve in between(levels, losses, grid)])
     width = np.repeat(sizes * (grid[1] - grid[0]), GRID - 1)
-    # Stable: of equal slopes one linear is filled to the end of its piece of hull, where its curve meets the hull.
+    # Stable: with equal slopes one layer is filled to the end of its hull piece, where its curve meets the hull.
     order = np.argsort((slopes / sizes[:, None]).ravel(), kind="stable")
     width = width[order]
     taken = np.empty_like(width)
@@ -126,9 +126,9 @@ def allocate_curves(
 def choose_pruned(
     losses: Float[np.ndarray, "linears"], sizes: Int[np.ndarray, "linears"], share: float, sparsity: float
 ) -> Bool[np.ndarray, "linears"]:
-    """Which linears to prune, each by the same share, for at least `sparsity` of all weights.
+    """Which layers to prune, each with the same fraction of zeros, for at least `sparsity` of all weights.
 
-    Those of least loss a weight, as few as reach it: the greedy answer to the knapsack.
+    As few layers as reach it, with the smallest loss per weight: the greedy answer to the knapsack.
     """
     order = np.argsort(losses / sizes, kind="stable")
     before = np.cumsum(share * sizes[order]) - share * sizes[order]
@@ -142,8 +142,8 @@ def between(
 ) -> Float[np.ndarray, "linears points"]:
     """Losses between the levels, by linear interpolation of their cube root.
 
-    Weights near zero have about constant density, so the loss of the smallest share s of them grows as s³. A loss above
-    one at a higher level is lowered to it: a sparser answer is an answer at the lower level too.
+    Weights near zero have about constant density, so the loss of the smallest fraction s of them grows as s³. A loss
+    above the loss at a higher level is lowered to it: a sparser answer is also an answer at the lower level.
     """
     rising = np.minimum.accumulate(losses[:, ::-1], axis=1)[:, ::-1]
     return np.stack([np.interp(grid, levels, curve) for curve in np.cbrt(rising)]) ** 3
@@ -156,9 +156,9 @@ def allocate_owl(
     bounds: tuple[float, float],
     spread: float = SPREAD,
 ) -> Float[np.ndarray, "blocks"]:
-    """Shares of zeros that fall with the share of outliers, linearly, over a range of twice `spread`.
+    """Fractions of zeros that fall linearly with the fraction of outliers, over a range of twice `spread`.
 
-    Shares beyond the bounds are cut, and the others are shifted evenly for the sparsity of all weights together.
+    Fractions beyond the bounds are clipped, and the others are shifted evenly to reach the overall sparsity.
     """
     reach = np.ptp(outliers)
     shares = sparsity - (2 * spread * (outliers - outliers.min()) / reach if reach else np.zeros(len(outliers)))
@@ -166,7 +166,7 @@ def allocate_owl(
     def total(shift: float) -> float:
         return float(np.clip(shares + shift, *bounds) @ sizes / sizes.sum()) - sparsity
 
-    # Between these two shifts every share moves from the lower bound to the upper one.
+    # Between these two shifts every fraction moves from the lower bound to the upper one.
     first, last = bounds[0] - np.max(shares), bounds[1] - np.min(shares)
     shift = brentq(total, first, last) if total(first) < 0 < total(last) else first if total(first) >= 0 else last
     return np.clip(shares + shift, *bounds)
@@ -179,11 +179,11 @@ def exact_shares(
     sparsity: float,
     bounds: tuple[float, float],
 ) -> Float[np.ndarray, "linears"]:
-    """Shares of whole zeros, as close as possible to those given, with the sparsity's total.
+    """Fractions with whole numbers of zeros and the sparsity's total, as close as possible to the given ones.
 
-    The number of zeros in all is `round(sparsity * weights)`, exactly where the units are single weights, else to
-    within half of the smallest unit of which one more or one less is within the bounds. Bounds hold to a unit.
-    Zeros of a linear come in multiples of its unit: 1, or a whole column or block.
+    The number of zeros in all is `round(sparsity * weights)`: exactly if the units are single weights, else to within
+    half of the smallest unit that can be added or removed within the bounds. Bounds hold to a unit. Zeros of a layer
+    come in multiples of its unit: 1, or a whole column or block.
     """
     parts = sizes // units
     wanted = shares * parts
@@ -212,14 +212,14 @@ def estimated_losses(
     output_weights: Float[Array, "out"],
     levels: Float[Array, "levels"],
 ) -> Float[Array, "levels"]:
-    """A cheap estimate of the model's loss at ascending shares of zeros of one linear.
+    """A cheap estimate of the model's loss at ascending fractions of zeros in one layer.
 
-        loss(s)  =  1/2 sum_c F_c ||X (V_s - W)_c||² / tokens          nats a token, to second order
+        loss(s)  =  1/2 sum_c F_c ||X (V_s - W)_c||² / tokens          nats per token, to second order
 
-    with F the outputs' sensitivity, the Gram `XᵀX / tokens`, and V_s a fair answer at sparsity s:
-    a few ADMM steps from the answer at the previous sparsity, with one rho and so one inverse for the whole path, then
-    conjugate gradients on the support. Only some output rows are used, evenly spaced. A path of levels then costs about
-    as much as one solve. An allocation uses the differences along the path, not the absolute values.
+    with F the outputs' sensitivity, the Gram `XᵀX / tokens`, and V_s a reasonable answer at sparsity s: a few ADMM
+    steps from the answer at the previous sparsity, with one rho and so one inverse for the whole path, then conjugate
+    gradients on the support. Only some output rows are used, evenly spaced. A path of levels then costs about as much
+    as one solve. An allocation uses the differences along the path, not the absolute values.
     """
     every = max(1, weight.shape[0] // ROWS)
     share = weight.shape[0] / len(range(0, weight.shape[0], every))
@@ -247,9 +247,9 @@ def estimated_losses(
 def outlier_share(
     weights: dict[str, Float[Array, "out in"]], grams: dict[str, Float[Array, "in in"]]
 ) -> Float[Array, ""]:
-    """Share of a block's weights whose score `|W_ij| ||X_j||` is above `OUTLIER` times the block's mean score.
+    """Fraction of a block's weights whose score `|W_ij| ||X_j||` is above `OUTLIER` times the block's mean score.
 
-    Weights and Grams of the inputs go by the linears' names.
+    Weights and Grams of the inputs are given by layer name.
 
     Source: Yin et al., "Outlier weighed layerwise sparsity (OWL)", ICML 2024, eq. 1.
     """

@@ -1,12 +1,12 @@
-"""Efforts: what a recipe does in all that it leaves open, from one solve a layer to training the whole model.
+"""Efforts: values of the options that a recipe leaves open, from one solve per layer to training the whole model.
 
     nothing named          the fields of effort good
     an effort              its fields, below
-    a method               that method on every layer and nothing besides; for "best" what it does besides
-    a preset, a penalty    the same for maiht, whose settings these are
-    effort and method      the fields of the effort, by that method
+    a method               that method on every layer and nothing else; "best" adds its own fields
+    a preset, a penalty    the same with maiht, whose settings these are
+    effort and method      the fields of the effort, with that method
 
-Whatever a recipe gives wins over its effort.
+Fields given in a recipe take precedence over its effort.
 """
 
 from collections.abc import Mapping
@@ -17,12 +17,12 @@ from sparseopt.layers.patterns import implied_sparsity
 Effort = Literal["fast", "good", "most"]
 Fields = dict[str, Any]
 
-# What nobody asked for.
+# Nothing beyond the method.
 NOTHING: Fields = {"output_weights": "uniform", "propagate": 0.0, "train_epochs": 0, "variants": 0, "distil_epochs": 0}
-# What method "best" does besides its choice of weights, where it is named alone.
+# What method "best" does besides its choice of weights, if it is named alone.
 BEST: Fields = {"output_weights": "gradient", "propagate": 0.25, "train_epochs": 4, "variants": 3}
 PRUNE: dict[str, Fields] = {
-    # Of the single solvers that take at most 1.2 times mAIHT's time, the one of least perplexity on drawn text.
+    # Of single solvers with at most 1.2 times mAIHT's time, this one has the smallest perplexity on drawn text.
     "fast": {"method": "admm", "ridge": 0.1},
     "good": BEST | {"method": "best", "train_epochs": 0, "variants": 0},
     "most": BEST | {"method": "best", "distil_epochs": 4},
@@ -34,8 +34,8 @@ SHRINK: dict[str, Fields] = {
 }
 # What each effort is, for help and cards.
 PRUNES = {
-    "fast": "one solve a layer",
-    "good": "one solve a layer, with weights for output errors and a correction of upstream errors",
+    "fast": "one solve per layer",
+    "good": "one solve per layer, with weights for output errors and a correction of upstream errors",
     "most": "also trains each block and then the whole model, and chooses where the zeros go",
 }
 SHRINKS = {
@@ -43,32 +43,32 @@ SHRINKS = {
     "good": "each block is trained too",
     "most": "the whole model is trained at the end too",
 }
-# The time of a pruning run over that with effort fast. SmolLM2-135M at 50 % on two idle cores took 126 s, with good
+# The time of a pruning run relative to effort fast. SmolLM2-135M at 50 % on two idle cores took 126 s, with good
 # 204 s, both without drawing a text (55 s, once); most took 7 times the time of good on busy cores.
 COSTS = {"fast": 1, "good": 1.6, "most": 11}
 # Settings of one method.
 _MAIHT = ("preset", "penalty")
-# With these the order of the channels is fixed, or which linears have which zeros.
+# With these the order of the channels is fixed, or which layers have which zeros.
 _FIXED = ("keep_zeros", "masks", "targets", "ignore")
 
 
 def effort_help(summaries: Mapping[str, str]) -> str:
-    """The help of the option."""
+    """The help text of the option."""
     listed = "; ".join(f"{name}, {text}" for name, text in summaries.items())
     return (
-        f"How much is done in all that is left open: {{choices}} ({listed}). Default: good; with a method and no "
+        f"How much to do, unless other options say so: {{choices}} ({listed}). Default: good; with a method and no "
         "effort, that method alone."
     )
 
 
 def effort_of(fields: Mapping[str, Any]) -> str | None:
-    """The effort of a recipe with these fields; None for a method that is named alone."""
+    """The effort of a recipe with these fields; None if a method is named alone."""
     named = any(fields.get(name) is not None for name in ("method", *_MAIHT))
     return fields["effort"] or (None if named else "good")
 
 
 def prune_defaults(fields: Mapping[str, Any]) -> Fields:
-    """What `Recipe` takes for fields that are None, by its other fields."""
+    """What `Recipe` uses for fields that are None, given its other fields."""
     effort = effort_of(fields)
     found = NOTHING | {"effort": effort, "allocation": "uniform", "permute": False}
     if effort is None:
@@ -78,7 +78,7 @@ def prune_defaults(fields: Mapping[str, Any]) -> Fields:
     if of_maiht and effort == "fast":
         found["method"] = "maiht"
     if of_maiht or fields["method"] is not None:
-        found.pop("ridge", None)  # of the effort's own method
+        found.pop("ridge", None)  # it belongs to the effort's own method
     if effort == "most" and not any(fields[name] for name in _FIXED):
         implied = implied_sparsity(fields["pattern"])
         found |= {"allocation": "curves"} if implied is None else {"permute": implied > 0}
@@ -86,7 +86,7 @@ def prune_defaults(fields: Mapping[str, Any]) -> Fields:
 
 
 def shrink_defaults(fields: Mapping[str, Any]) -> Fields:
-    """The same of `ShrinkRecipe`."""
+    """The same for `ShrinkRecipe`."""
     effort = effort_of(fields)
     alone = {"train_epochs": BEST["train_epochs"]} if fields["method"] == "best" else {}
     return NOTHING | {"effort": effort} | (alone if effort is None else SHRINK.get(effort, {}))

@@ -1,7 +1,7 @@
-"""The fields of recipes: what each knows of itself, and what is wrong with a value.
+"""The fields of recipes: their description, and what is wrong with a value.
 
-A field is a key of a YAML file, an option of the shell, a setting of an experiment, a keyword in Python and a line of
-the reference. All of these are made from it, so a new option is one new field.
+A field is a key in YAML files, an option of the shell, a setting of experiments, a keyword in Python and a line of the
+reference. All of these are made from it, so a new option is one new field.
 """
 
 import textwrap
@@ -22,7 +22,7 @@ from sparseopt.system.yaml_file import Location
 # The headings that options are shown under.
 WHAT, KEEP, HOW, CALIBRATION, OUTPUT = "What to prune", "What to keep", "How to prune", "Calibration", "Output"
 
-# Options, and values of options, that are no more, and what to use in their place; see `ended`.
+# Options, and values of options, that no longer exist, and what to use instead; see `ended`.
 _ENDED = {
     "samples": "is called `windows` since 0.3",
     "heldout_samples": "is called `heldout_windows` since 0.3",
@@ -39,16 +39,16 @@ _ENDED = {
 
 
 def ended(name: str, value: Any) -> tuple[str, str] | None:
-    """An option, or this value of one, that is no more, and what to use in its place; None of others."""
+    """An option, or this value of one, that no longer exists, and what to use instead; None for others."""
     return next(((each, _ENDED[each]) for each in (name, f"{name} {value}") if each in _ENDED), None)
 
 
-# What a value must be, by pydantic's name of the error.
+# What a value must be, by pydantic's name for the error.
 _KINDS = {"int_type": "a whole number", "float_type": "a number", "bool_type": "true or false", "string_type": "a text"}
 
 
 class RecipeError(Mistakes):
-    """A recipe that cannot be used; the text lists all that is wrong, one line each."""
+    """A recipe that cannot be used; the message lists everything that is wrong, one line each."""
 
     def __str__(self) -> str:
         return "the recipe cannot be used:\n  " + "\n  ".join(text for _, text in self.found)
@@ -56,7 +56,7 @@ class RecipeError(Mistakes):
 
 @dataclass(frozen=True)
 class Plain:
-    """In `Annotated`: the type of the values that a file can hold; Python code may give an object in their place."""
+    """In `Annotated`: the type of the values that a file can hold; Python code may pass an object instead."""
 
     type: Any
 
@@ -68,20 +68,20 @@ class Plain:
 
 
 def option(default: Any, help: str, panel: str, **limits: float) -> Any:
-    """A field with its help, in which `{choices}` stands for its words, and the heading that it is shown under."""
+    """A field with its help, in which `{choices}` stands for its allowed words, and its heading."""
     details: Any = {"description": help, "json_schema_extra": {"panel": panel}, **limits}
     return Field(default, **details)
 
 
 def plain_type(field: FieldInfo) -> Any:
-    """The type of the values that a file can hold, with all that annotates it; None too of one that may be open."""
+    """The type of the values that a file can hold, with its annotations; includes None if it may be left open."""
     plain = [each.type for each in field.metadata if isinstance(each, Plain)]
     found = plain[0] if plain else field.rebuild_annotation()
     return found if field.default is not None else found | None
 
 
 def _parts(annotation: Any) -> Iterator[Any]:
-    """The types of a union, and what annotates them."""
+    """The types of a union, and their annotations."""
     if typing.get_origin(annotation) in (typing.Union, UnionType, Annotated):
         for part in typing.get_args(annotation):
             yield from _parts(part)
@@ -90,7 +90,7 @@ def _parts(annotation: Any) -> Iterator[Any]:
 
 
 def choices_of(field: FieldInfo) -> tuple[str, ...]:
-    """The words that a field may be; empty where there are no such words."""
+    """The words that a field allows; empty if it allows other values."""
     literals = [part for part in _parts(plain_type(field)) if typing.get_origin(part) is typing.Literal]
     return tuple(word for literal in literals for word in typing.get_args(literal))
 
@@ -102,7 +102,7 @@ def shell_type(field: FieldInfo) -> type:
 
 
 def describe(model: type[BaseModel]) -> None:
-    """Write a model's words into the help of its fields, and the fields into its docstring."""
+    """Write the allowed words into the help of a model's fields, and the fields into its docstring."""
     section = "    Attributes:\n"
     for name, field in model.model_fields.items():
         choices = " or ".join(", ".join(choices_of(field)).rsplit(", ", 1))
@@ -114,7 +114,7 @@ def describe(model: type[BaseModel]) -> None:
 
 
 def mistakes_in(error: ValidationError, model: type[BaseModel]) -> dict[Location, str]:
-    """What is wrong with the fields by themselves, by their place."""
+    """What is wrong with single fields, by location."""
     return {each["loc"]: _mistake(each, model.model_fields) for each in error.errors(include_url=False)}
 
 
@@ -146,7 +146,7 @@ def _mistake(error: ErrorDetails, fields: dict[str, FieldInfo]) -> str:
 
 
 def told(field: str, check: Callable[[], Any]) -> Iterator[tuple[str, str]]:
-    """The field with the text of the ValueError that a check raises; nothing without one."""
+    """The field with the text of the ValueError that a check raises; nothing if it raises none."""
     yield from ((field, text) for text in mistakes_of([check]))
 
 

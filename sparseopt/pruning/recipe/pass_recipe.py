@@ -1,6 +1,6 @@
-"""What every recipe says: the method, the tokens, and what is trained.
+"""What all recipes share: the method, the tokens, and what is trained.
 
-`prune_recipe` has that of `prune_model` and `shrink_recipe` that of `shrink_model`.
+`prune_recipe` has the recipe of `prune_model`, `shrink_recipe` the recipe of `shrink_model`.
 """
 
 import os
@@ -42,10 +42,10 @@ from sparseopt.system.yaml_file import ConfigError, Location, read_yaml, refused
 
 OutputWeighting = Literal["uniform", "gradient"]
 HeadBits = Literal["q8_0", "q5_0", "q4_0"]
-# Windows whose perplexity is measured before and after, as a fraction of those of the calibration.
+# Windows whose perplexity is measured before and after, as a fraction of the calibration windows.
 SCORED = 0.25
-# Calibration windows, where their number is not given: as many as give the widest linear so many tokens an input. With
-# the variants that are not asked for there are not more of them either.
+# The default number of calibration windows gives the widest layer this many tokens per input. Together with default
+# variants there are not more windows than the maximum either.
 TOKENS_AN_INPUT, LEAST_WINDOWS, MOST_WINDOWS = 4, 16, 128
 
 T = TypeVar("T", bound=Training)
@@ -63,22 +63,22 @@ Epochs = Annotated[int, Field(ge=0)]
 
 
 class PassRecipe(BaseModel, ABC):
-    """What all recipes say: the method, and the tokens that one pass over the blocks sees.
+    """What all recipes share: the method, and the tokens that one pass over the blocks uses.
 
     In Python, `method` may also be a `LayerMethod` of your own, `train_epochs` a whole `Reconstruction`, and
     `calibration` a list of texts or of chats (lists of messages with `role` and `content`), a `datasets.Dataset` with a
-    column of either, or token ids `[windows, seqlen]` of NumPy, JAX or torch, which are taken as they are: their last
+    column of either, or token ids `[windows, seqlen]` of NumPy, JAX or torch, which are used unchanged: the last
     `heldout_windows` windows are held out.
 
-    On few tokens a larger `ridge` overfits less: 0.1 is best, by held-out error, for 8,192 tokens of SmolLM2. The
+    With few tokens a larger `ridge` overfits less: 0.1 has the smallest held-out error for 8,192 tokens of SmolLM2. The
     relative errors in a report weight tokens as the Gram matrices do, and outputs equally; with `propagate` they are
     relative to the corrected target. An expert that receives no token is always pruned by magnitude.
 
-    A recipe is checked as a whole when it is made, and then it is fixed: what its effort decides has been filled in.
-    `model_copy(update=...)` makes another, in which that is decided again.
+    A recipe is checked as a whole when it is created and cannot be changed afterwards: what its effort decides is
+    filled in. `model_copy(update=...)` makes another one, for which this is decided again.
 
     Raises:
-        RecipeError: listing all that is wrong, one line each.
+        RecipeError: listing everything that is wrong, one line each.
     """
 
     model_config = ConfigDict(
@@ -87,7 +87,7 @@ class PassRecipe(BaseModel, ABC):
     _open: frozenset[str] = PrivateAttr()
 
     method: Annotated[Any, Plain(Literal[tuple(METHODS)])] = option(
-        None, "Pruning method: {choices}. Default: that of the effort.", HOW
+        None, "Pruning method: {choices}. Default: the effort's.", HOW
     )
     effort: Effort | None = option(None, effort_help(PRUNES), HOW)
     ridge: float | None = option(
@@ -98,25 +98,25 @@ class PassRecipe(BaseModel, ABC):
     )
     output_weights: OutputWeighting = option(
         None,
-        "How output errors are weighted: {choices}. Default: gradient with effort good and most and with method best, "
-        "else uniform.",
+        "How output errors are weighted: {choices}. Default: gradient with effort good or most or method best, else "
+        "uniform.",
         HOW,
     )
     propagate: float = option(
         None,
-        f"Fraction of the upstream error that each layer corrects. Default: {BEST['propagate']} with effort good and "
-        "most and with method best, else 0.",
+        f"Fraction of the upstream error that each layer corrects. Default: {BEST['propagate']} with effort good or "
+        "most or method best, else 0.",
         HOW, ge=0, le=1,
     )  # fmt: skip
     train_epochs: Annotated[int | Reconstruction, Plain(Epochs)] = option(
         None,
-        f"Epochs of training for each pruned block, 0 for none. Default: {BEST['train_epochs']} with effort most and "
-        "with method best, else 0.",
+        f"Epochs of training for each pruned block, 0 for none. Default: {BEST['train_epochs']} with effort most or "
+        "method best, else 0.",
         HOW,
     )
     distil_epochs: Annotated[int | Distillation, Plain(Epochs)] = option(
         None,
-        "Epochs of training all kept weights together on the dense model's logits at the end, 0 for none. Default: "
+        "Epochs of training all kept weights at the end, on the dense model's logits, 0 for none. Default: "
         f"{PRUNE['most']['distil_epochs']} with effort most, else 0.",
         HOW,
     )
@@ -128,14 +128,14 @@ class PassRecipe(BaseModel, ABC):
     )
     calibration: Annotated[Any, Plain(str)] = option(
         SELF,
-        f"Calibration text: {SELF}, which the model draws, or {TEXTS}. Of a file the first half is read, of rows every "
-        "other one.",
+        f"Calibration text: {SELF}, which the model draws, or {TEXTS}. The first half of a file is used, or every "
+        "other row.",
         CALIBRATION,
     )
     score: str | None = option(
         None,
-        "Text for the perplexity before and after, given as for calibration, or none. Default: what calibration left "
-        f"of its text; after calibration {SELF}, further windows that the model draws, and pydoc.",
+        "Text for the perplexity before and after, given as for calibration, or none. Default: the rest of the "
+        f"calibration text; with calibration {SELF}, further windows that the model draws, and pydoc.",
         OUTPUT,
     )
     split: str | None = option(
@@ -143,42 +143,42 @@ class PassRecipe(BaseModel, ABC):
     )
     column: str | None = option(
         None,
-        "Column of the rows that has the texts, or chats as lists of messages, for which the model has a template. "
+        "Column that holds the texts, or chats as lists of messages for the model's chat template. "
         "Default: text, else messages, else conversations.",
         CALIBRATION,
     )
     documents: DocumentChoice = option(
-        "packed", "How documents become windows: {choices}; joined and cut, or one document a window.", CALIBRATION
+        "packed", "How documents become windows: {choices}; joined and cut, or one document per window.", CALIBRATION
     )
     bos: BosChoice = option(
         "auto",
-        "Begin every window with the BOS token: {choices}; auto does as the model's tokenizer.",
+        "Begin every window with the BOS token: {choices}; auto follows the model's tokenizer.",
         CALIBRATION,
     )
     windows: int | None = option(
         None,
-        f"Calibration windows. Default: {TOKENS_AN_INPUT} tokens for each input of the widest linear, in "
+        f"Number of calibration windows. Default: {TOKENS_AN_INPUT} tokens for each input of the widest layer, in "
         f"{LEAST_WINDOWS} to {MOST_WINDOWS} windows.",
         CALIBRATION, ge=1,
     )  # fmt: skip
-    seqlen: int = option(512, "Tokens in a calibration window.", CALIBRATION, ge=2)
-    heldout_windows: int = option(4, "Further windows, for the held-out error; 0 for none.", CALIBRATION, ge=0)
+    seqlen: int = option(512, "Tokens per calibration window.", CALIBRATION, ge=2)
+    heldout_windows: int = option(4, "Number of further windows for the held-out error; 0 for none.", CALIBRATION, ge=0)
     window_choice: WindowChoice | None = option(
-        None, "Which windows of the text are taken: {choices}. Default: spread, evenly from all of it.", CALIBRATION
+        None, "Which windows of the text are used: {choices}. Default: spread, evenly over all of it.", CALIBRATION
     )
     variants: int = option(
         None,
-        "Variants of each calibration window in which the dense model has drawn some tokens again; an epoch of "
-        f"training sees one of them. Default: {BEST['variants']} with effort most and with method best, fewer where "
-        f"there would be more than {MOST_WINDOWS} windows in all, else 0.",
+        "Extra copies of each calibration window in which the dense model has resampled some tokens; each epoch of "
+        f"training uses one copy. Default: {BEST['variants']} with effort most or method best, or fewer to have at "
+        f"most {MOST_WINDOWS} windows in all; else 0.",
         CALIBRATION, ge=0,
     )  # fmt: skip
     seed: int | None = option(
-        None, f"Seed for window-choice random, and for those of calibration {SELF}. Default: 0.", CALIBRATION, ge=0
+        None, f"Seed for window-choice random and calibration {SELF}. Default: 0.", CALIBRATION, ge=0
     )
     expert_tokens: ExpertTokens = option(
         "routed",
-        "Which calibration tokens an expert is pruned by: {choices}. Forward passes still route every token.",
+        "Which calibration tokens are used to prune an expert: {choices}. Forward passes always route tokens.",
         CALIBRATION,
     )
     min_expert_tokens: int = option(
@@ -186,17 +186,16 @@ class PassRecipe(BaseModel, ABC):
     )
     bits: str | None = option(
         None,
-        f"Put the weights that stay on a grid of few bits: {', '.join(BITS)}, or int4:group. The first three are those "
-        "of GGUF files, for an output that ends in .gguf, with a scale for each 32 inputs; int8 has one for each "
-        "output of a linear, and int4 one for each 128 inputs. A linear whose inputs no group tiles stays as it is. "
-        "Default: none; where a GGUF file is made of a quantised one, the grid without an offset that is as wide as "
-        "the file's.",
+        f"Quantise the kept weights to a grid of few bits: {', '.join(BITS)}, or int4:group. The first three are for "
+        "GGUF files, an output that ends in .gguf, with one scale for every 32 inputs; int8 has one for each output "
+        "of a layer, and int4 one for every 128 inputs. A layer whose inputs no group tiles is left unchanged. "
+        "Default: none; from a quantised GGUF file to another, the grid without an offset of the same width.",
         OUTPUT,
     )
     head_bits: HeadBits | None = option(
         None,
-        "Grid of embedding and head in a GGUF file: {choices}. Default: q8_0 beside bits, and as it is in a file that "
-        "is quantised.",
+        "Grid of embedding and head in a GGUF file: {choices}. Default: q8_0 with bits; as in the source if that is "
+        "quantised.",
         OUTPUT,
     )
     dtype: Literal["float32", "float16", "bfloat16"] | None = option(
@@ -209,7 +208,7 @@ class PassRecipe(BaseModel, ABC):
         problems = [(str(place[0]), text) for place, text in wrong.items()]
         fields = {name for name, _ in problems}
         if problems:
-            # With the others it still shows what does not go together.
+            # The other fields still show what does not go together.
             self._fill({name: value for name, value in given.items() if name not in fields})
         problems += self._contradictions(fields.isdisjoint)
         if problems:
@@ -220,7 +219,7 @@ class PassRecipe(BaseModel, ABC):
         describe(cls)
 
     def _fill(self, given: Mapping[str, Any]) -> dict[Location, str]:
-        """Set the fields, unless a value cannot be used by itself: why not, by its place."""
+        """Set the fields; return what is wrong with values that cannot be used by themselves, by location."""
         may_be_open = {name for name, field in type(self).model_fields.items() if field.default is None}
         try:
             super().__init__(**{n: value for n, value in given.items() if value is not None or n not in may_be_open})
@@ -228,29 +227,29 @@ class PassRecipe(BaseModel, ABC):
             return mistakes_in(error, type(self))
         self._open = frozenset(name for name in may_be_open if getattr(self, name) is None)
         found = dict(self._defaults())
-        # With many windows of text they gain less and cost more.
+        # With many windows of text, variants gain less and cost more.
         found["variants"] = max(0, min(found["variants"], MOST_WINDOWS // self.window_count - 1))
         vars(self).update({name: value for name, value in found.items() if name in self._open})
         return {}
 
     @abstractmethod
     def _defaults(self) -> Mapping[str, Any]:
-        """What the effort says of fields that are left open, by name."""
+        """The effort's values of fields that are left open, by name."""
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Self:
-        """The recipe in a YAML file of its fields.
+        """Read a recipe from a YAML file of its fields.
 
         Raises:
             ConfigError: listing the values that cannot be used by themselves, with their lines.
-            RecipeError: for values that do not go together.
+            RecipeError: if values do not go together.
             OSError: if the file cannot be read.
         """
         return cls(**cls.fields_in(Path(path)))
 
     @classmethod
     def fields_in(cls, path: Path, without: Collection[str] = ()) -> dict[str, Any]:
-        """The fields that a YAML file gives, each checked by itself; `without` those that it must not give.
+        """The fields that a YAML file gives, each checked by itself; it must not give the fields in `without`.
 
         Raises:
             ConfigError: as `from_yaml` does.
@@ -265,22 +264,22 @@ class PassRecipe(BaseModel, ABC):
         return values
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """The recipe with other fields, checked as a whole; pydantic's own copy is not."""
+        """A copy with other fields, checked as a whole, which pydantic's own copy is not."""
         given = {name: value for name, value in vars(super().model_copy(deep=deep)).items() if name not in self._open}
         return type(self)(**(given | dict(update or {})))
 
     def get(self, name: str) -> Any:
-        """The value of a field; None where this kind of recipe has no such field."""
+        """The value of a field; None if this kind of recipe has no such field."""
         return getattr(self, name, None)
 
     def given(self, name: str) -> Any:
-        """The value that was given for a field; None for one that was left open."""
+        """The given value of a field; None if it was left open."""
         return None if name in self._open else getattr(self, name)
 
     @property
     @abstractmethod
     def layer_method(self) -> LayerMethod:
-        """The method with its settings; a ValueError for one that does not exist or cannot take them."""
+        """The method with its settings; a ValueError if it does not exist or does not accept them."""
 
     @property
     def draws(self) -> bool:
@@ -289,11 +288,11 @@ class PassRecipe(BaseModel, ABC):
 
     @property
     def chooses_linears(self) -> bool:
-        """Whether it turns out during the run which linears are pruned."""
+        """Whether the run itself decides which layers are pruned."""
         return False
 
     def _contradictions(self, fine: Callable[[Collection[str]], bool]) -> Iterator[Problem]:
-        """What is wrong with fields that do not go together; `fine` says whether some are right by themselves."""
+        """What is wrong with combinations of fields; `fine` says whether fields are right by themselves."""
         if fine({"method", "effort", "preset", "ridge", "pattern"}):
             yield from told("method", lambda: self.layer_method)
         if self.bits is not None and fine({"bits"}):
@@ -313,7 +312,7 @@ class PassRecipe(BaseModel, ABC):
             yield from self._without_text()
 
     def _without_text(self) -> Iterator[Problem]:
-        """Fields that say how a text is read, where there is none."""
+        """Fields that say how to read a text, if there is none."""
         given = {name: getattr(self, name) for name in ("window_choice", "split", "column")}
         given |= {"documents": self.documents if self.documents == "separate" else None}
         named = [name for name, value in given.items() if value is not None]
@@ -336,12 +335,12 @@ class PassRecipe(BaseModel, ABC):
 
     @property
     def window_count(self) -> int:
-        """Calibration windows; the least where a model is still to decide on the default."""
+        """The number of calibration windows; the smallest default if it depends on the model."""
         return self.windows or LEAST_WINDOWS
 
     @property
     def all_windows(self) -> int:
-        """Calibration windows with their variants."""
+        """The number of calibration windows including variants."""
         return self.window_count * (1 + self.variants)
 
     @property
@@ -353,17 +352,17 @@ class PassRecipe(BaseModel, ABC):
         return self._training(Distillation, self.distil_epochs)
 
     def _training(self, kind: type[T], given: T | int) -> T | None:
-        """What is given, or this kind for so many epochs, which take as long as without variants; None for 0."""
+        """The given settings, or this kind, for epochs that take as long as without variants; None for 0."""
         if not given:
             return None
-        # The kinds have defaults of all settings but this one, and `Training` has not.
+        # The kinds have defaults for all other settings; `Training` itself has not.
         found: T = given if isinstance(given, kind) else cast(Any, kind)(epochs=given)
         alone = not self.variants or found.epoch_windows is not None
         return found if alone else replace(found, epoch_windows=self.window_count)
 
     @property
     def needs_sensitivities(self) -> bool:
-        """Whether the gradient of the dense model's loss is asked for."""
+        """Whether the gradient of the dense model's loss is needed."""
         return self.output_weights == "gradient" or self.get("allocation") == "curves"
 
     @property
@@ -372,7 +371,7 @@ class PassRecipe(BaseModel, ABC):
         return bool(self.propagate or self.train_epochs or self.distil_epochs)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for a JSON record: arrays of tokens appear by their shape, methods by their name."""
+        """Plain values for a JSON record: arrays of tokens appear as their shape, methods as their name."""
         values = {name: getattr(self, name) for name in type(self).model_fields}
         values |= {name: asdict(value) for name, value in values.items() if isinstance(value, Training)}
         named = [name for name in ("method", "penalty") if not isinstance(values.get(name), str | None)]
@@ -386,12 +385,12 @@ class PassRecipe(BaseModel, ABC):
 
 
 def scored_windows(recipe: PassRecipe) -> int:
-    """How many windows of a text the perplexity before and after is measured on."""
+    """The number of windows on which the perplexity before and after is measured."""
     return max(2, round(SCORED * recipe.window_count))
 
 
 def _plain(value: Any) -> Any:
-    """NumPy's numbers as Python's, and paths as text: what a record can hold."""
+    """Convert NumPy's numbers to Python's, and paths to text, for a record."""
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, os.PathLike):
@@ -402,5 +401,5 @@ def _plain(value: Any) -> Any:
 
 
 def described(value: Any) -> str:
-    """An object as text, the same in every process: without addresses in memory."""
+    """An object as text, without memory addresses, so that it is the same in every process."""
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))

@@ -22,7 +22,7 @@ PRESETS = tuple(dict.fromkeys(preset for method in METHODS.values() for preset i
 
 
 def penalty_named(name: str) -> Penalty:
-    """The penalty of a name; the sparsity sets its level."""
+    """The penalty with this name; the sparsity sets its level."""
     return penalty_of_weight(name, 1.0)
 
 
@@ -30,13 +30,13 @@ PenaltyName: Any = Annotated[Literal[tuple(BY_WEIGHT)], AfterValidator(penalty_n
 
 
 def read_bounds(given: Any) -> tuple[float, float]:
-    """Two shares of zeros, also of a text with a comma between."""
+    """Two fractions of zeros, also from a text with a comma between them."""
     try:
         low, high = map(float, given.split(",") if isinstance(given, str) else given)
     except (TypeError, ValueError):
         low = high = math.nan
     if not 0 <= low <= high < 1:
-        raise ValueError(f"bounds must be two shares of zeros, 0 <= low <= high < 1, as in 0.3,0.8, given {given!r}")
+        raise ValueError(f"bounds must be two fractions of zeros, 0 <= low <= high < 1, as in 0.3,0.8, given {given!r}")
     return low, high
 
 
@@ -44,46 +44,46 @@ class Recipe(PassRecipe):
     """How `prune_model` prunes.
 
     In Python, `penalty` may also be an object as in `prune_layer`. Without `bounds` a layer's sparsity lies in
-    `default_bounds`; the total of an `allocation`, over the linears that are pruned, is exact. Patterns of linears: see
-    `targets`; embeddings and heads are never pruned.
+    `default_bounds`; the total of an `allocation`, over all pruned layers, is exact. `targets` describes the names of
+    layers; embeddings and heads are never pruned.
 
-    With `keep_zeros` or `masks` the weights are chosen, and fitted, among the others only. A linear that has as many
-    zeros as are asked for, or more, keeps its mask.
+    With `keep_zeros` or `masks`, kept weights are chosen and fitted among the other weights only. A layer that already
+    has the requested zeros, or more, keeps its mask.
     """
 
     sparsity: float = option(
         None,
-        "Fraction of zeros in every linear. Default: 0.5, or that of an n:m pattern; none further with keep-zeros or "
-        "masks.",
+        "Fraction of zeros in every layer. Default: 0.5, or as the n:m pattern implies; with keep-zeros or masks no "
+        "further zeros.",
         WHAT, ge=0, lt=1,
     )  # fmt: skip
     pattern: str = option("unstructured", f"Which weights may stay: {KNOWN}.", WHAT)
     keep_zeros: bool = option(False, "Weights that are zero in the model stay zero.", WHAT)
     masks: str | None = option(
         None,
-        "A pruned model of the same shape, a folder, GGUF file or hub name: weights that are zero in it become zero.",
+        "A pruned model of the same shape (folder, GGUF file or hub name): weights that are zero in it become zero.",
         WHAT,
     )
     targets: Annotated[Targets | None, SkipValidation, BeforeValidator(read_targets)] = option(
         None,
-        "Which linears, by name (model.layers.0.mlp.down_proj), end of name (down_proj) or regular expression "
-        "(re:.*mlp), with commas between; or other sparsities for some, as in down_proj=0.6,re:.*self_attn=0, where 0 "
-        "leaves a linear as it is. Names win over expressions, longer names over shorter ones, the first expression "
-        "over the next. Default: all in the blocks.",
+        "Which layers, by name (model.layers.0.mlp.down_proj), end of name (down_proj) or regular expression "
+        "(re:.*mlp), separated by commas; or other sparsities for some, as in down_proj=0.6,re:.*self_attn=0, where 0 "
+        "leaves a layer unchanged. Names take precedence over expressions, longer names over shorter ones, earlier "
+        "expressions over later ones. Default: all in the blocks.",
         WHAT,
     )
     ignore: Annotated[Patterns | None, SkipValidation, BeforeValidator(read_patterns)] = option(
-        None, "Linears to leave out, written as the names of targets; ignore wins over targets.", WHAT
+        None, "Layers to leave out, named as in targets; ignore takes precedence over targets.", WHAT
     )
     allocation: Allocation = option(
         None,
         "How the sparsity is distributed over the layers: {choices}. With an n:m pattern and a sparsity below its own, "
-        "curves chooses the linears that stay dense. Default: curves with effort most and no n:m pattern, else "
+        "curves chooses the layers that stay dense. Default: curves with effort most and no n:m pattern, else "
         "uniform.",
         WHAT,
     )
     bounds: Annotated[tuple[float, float] | None, BeforeValidator(read_bounds)] = option(
-        None, "Least and most sparsity of a layer, as in 0.3,0.8, for owl and curves.", WHAT
+        None, "Smallest and largest sparsity of a layer, as in 0.3,0.8, for owl and curves.", WHAT
     )
     preset: Annotated[str | None, Plain(Literal[PRESETS] | None)] = option(
         None, "Settings of method maiht: {choices}. Default: tuned.", HOW
@@ -96,8 +96,8 @@ class Recipe(PassRecipe):
     )
     permute: bool = option(
         None,
-        "Reorder channels so that an n:m pattern keeps more; the dense model computes the same in that order. Default: "
-        "with effort most and an n:m pattern.",
+        "Reorder channels so that an n:m pattern keeps more; the order does not change the dense model's outputs. "
+        "Default: with effort most and an n:m pattern.",
         WHAT,
     )
     pack: bool = option(
@@ -115,12 +115,12 @@ class Recipe(PassRecipe):
 
     @property
     def has_support(self) -> bool:
-        """Whether some weights are known to be zero before a linear is solved."""
+        """Whether some weights are known to be zero before a layer is solved."""
         return self.keep_zeros or self.masks is not None
 
     @property
     def chooses_linears(self) -> bool:
-        """Whether curves choose the linears that have the n:m pattern; the others stay dense."""
+        """Whether curves choose the layers that get the n:m pattern; the others stay dense."""
         return self.allocation == "curves" and implied_sparsity(self.pattern) is not None
 
     def _contradictions(self, fine: Callable[[Collection[str]], bool]) -> Iterator[Problem]:
@@ -131,10 +131,10 @@ class Recipe(PassRecipe):
                 why = f"the order of the inputs counts, and the pattern is {self.pattern!r}; leave it out"
                 yield "permute", f"permute is for n:m patterns with zeros, where {why}"
             elif others:
-                yield "permute", f"permute moves channels of all linears, which contradicts {others[0]}: leave one out"
+                yield "permute", f"permute moves channels of all layers, which contradicts {others[0]}: leave one out"
         if self.masks is not None and self.chooses_linears and fine({"masks", "pattern"}):
             why = f"with pattern {self.pattern!r} allocation 'curves' leaves some dense: leave one of the two out"
-            yield "masks", f"masks has zeros for every linear, and {why}"
+            yield "masks", f"masks has zeros for every layer, and {why}"
         if fine({"pattern", "sparsity"}):
             share = None if self.chooses_linears else self.sparsity
             yield from told("pattern", lambda: check_pattern(self.pattern, share))

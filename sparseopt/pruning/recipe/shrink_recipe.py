@@ -1,4 +1,4 @@
-"""A smaller dense model: what `shrink_model` keeps, as shares and as whole numbers.
+"""A smaller dense model: what `shrink_model` keeps, as fractions and as whole numbers.
 
     --channels 0.75 --heads 0.67 --layers 0.9   ->   Sizes(channels=1152, kv_heads=2, blocks=(0, 1, 3, ...))
     --parameters 0.8                            ->   sizes that fit, chosen by measured losses, see `mixing`
@@ -18,9 +18,9 @@ from sparseopt.pruning.recipe.effort import SHRINKS, Effort, effort_help, shrink
 from sparseopt.pruning.recipe.options import HOW, KEEP, Plain, option
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe, Problem
 
-# A share may be rounded by this much of the whole at most.
+# A fraction may be rounded by at most this much of the whole.
 ROUNDING = 0.05
-# A budget may be exceeded by this much of the whole: one of three digits is itself rounded.
+# A budget may be exceeded by this much of the whole: three digits of it are themselves rounded.
 BUDGET_ROUNDING = 0.0005
 BlockScore = Literal["loss", "cosine"]
 SHARES = ("channels", "heads", "layers", "experts")
@@ -31,9 +31,9 @@ CHOOSING = tuple(name for name in METHODS if name != "sparsegpt")
 class ShrinkRecipe(PassRecipe):
     """How `shrink_model` makes a smaller dense model.
 
-    Fractions are rounded to what the model can have. The method ranks whole groups of inputs: channels of the MLP,
-    key-value groups of the attention. What stays is fitted again to the dense layer's outputs, unless the method only
-    ranks.
+    Fractions are rounded to sizes that the model can have. The method ranks whole groups of inputs: channels of the
+    MLP, key-value groups of the attention. What stays is fitted again to the dense layer's outputs, unless the method
+    only ranks.
     """
 
     effort: Effort | None = option(None, effort_help(SHRINKS), HOW)
@@ -48,14 +48,14 @@ class ShrinkRecipe(PassRecipe):
     experts: float = option(1.0, "Fraction of the experts that stay, in a mixture.", KEEP, ge=0, le=1)
     parameters: float | None = option(
         None,
-        "Fraction of all parameters that stays, in place of the fractions above, which measured losses then choose.",
+        "Fraction of all parameters that stays; measured losses then choose the fractions above.",
         KEEP, ge=0, lt=1,
     )  # fmt: skip
-    multiple: int = option(64, "The number of channels is rounded to a multiple of this.", KEEP, ge=1)
+    multiple: int = option(64, "Round the number of channels to a multiple of this.", KEEP, ge=1)
     block_score: BlockScore = option(
         "loss",
-        "What the blocks to remove are chosen by, {choices}: the rise of the loss without them, or how little they "
-        "turn the residual stream.",
+        "Score that chooses the blocks to remove: {choices}, i.e. the rise of the loss without them, or how little "
+        "they turn the residual stream.",
         HOW,
     )
 
@@ -73,7 +73,7 @@ class ShrinkRecipe(PassRecipe):
             return
         given = {name: share for name in SHARES if (share := getattr(self, name)) != 1}
         if gone := [name for name, share in (given | {"parameters": self.parameters}).items() if share == 0]:
-            yield gone[0], f"{' and '.join(gone)} 0 leave nothing: give a share above 0"
+            yield gone[0], f"{' and '.join(gone)} 0 leave nothing: give a fraction above 0"
         elif self.has_budget and given:
             yield "parameters", f"parameters chooses what goes: leave {' and '.join(given)} out"
         elif self.experts < 1 and self.expert_tokens == "all":
@@ -84,17 +84,17 @@ class ShrinkRecipe(PassRecipe):
 
     @property
     def has_budget(self) -> bool:
-        """Whether measured losses choose the shares."""
+        """Whether measured losses choose the fractions."""
         return self.parameters is not None
 
 
 def shrunk_sizes(model: StreamedModel, recipe: ShrinkRecipe) -> Sizes:
-    """The sizes that the shares of a recipe give; with a budget, those of the dense model.
+    """The sizes that a recipe's fractions give; with a budget, the sizes of the dense model.
 
-    Of `blocks` only the number counts: which blocks stay is measured later.
+    Only the number of `blocks` counts: which blocks stay is measured later.
 
     Raises:
-        ModelError: for shares far from what the model can have, with what is possible.
+        ModelError: if a fraction is far from what the model can have, with what is possible.
     """
     dense = sizes_of(model)
     if dense.experts is None and recipe.experts < 1:
@@ -123,7 +123,7 @@ def kv_head_choices(model: StreamedModel) -> list[int]:
 
 
 def smallest_sizes(model: StreamedModel, recipe: ShrinkRecipe) -> Sizes:
-    """The least that a budget can choose."""
+    """The smallest sizes that a budget can choose."""
     dense = sizes_of(model)
     return Sizes(channel_choices(model, recipe)[0], kv_head_choices(model)[0], dense.blocks[:1], dense.experts)
 
@@ -134,7 +134,7 @@ def parameters_of(model: StreamedModel) -> int:
 
 
 def _nearest(name: str, share: float, possible: Sequence[int], what: str) -> int:
-    """The possible number nearest to a share of the last one; a `ModelError` if none is near."""
+    """The possible number nearest to a fraction of the last one; a `ModelError` if none is near."""
     whole = possible[-1]
     number = min(possible, key=lambda n: abs(n - share * whole))
     if abs(number / whole - share) <= ROUNDING:

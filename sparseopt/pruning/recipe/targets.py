@@ -1,17 +1,17 @@
-"""Which linears are pruned, and at which sparsity, by names and patterns.
+"""Which layers are pruned, and at which sparsity, by names and patterns.
 
-| pattern | linears |
+| pattern | layers |
 |---|---|
 | `model.layers.3.mlp.down_proj` | the one with this checkpoint name |
-| `down_proj`, `mlp.down_proj` | all whose names end in these parts |
-| `re:model.layers.[0-3][.]` | all whose checkpoint names it matches from the start, as `re.match` does |
+| `down_proj`, `mlp.down_proj` | all with names that end in these parts |
+| `re:model.layers.[0-3][.]` | all with checkpoint names that it matches from the start, like `re.match` |
 
-`targets` is a list of patterns, or a table of patterns and sparsities. With a list, the linears that match are pruned.
-With a table all are, those that match at the sparsity given there; 0 leaves a linear as it is. Of several patterns that
-match, a name comes before an expression, a longer name before a shorter one, and of expressions the first. Linears that
-`ignore` matches are never pruned.
+`targets` is a list of patterns, or a table of patterns and sparsities. With a list, the matching layers are pruned.
+With a table all layers are pruned, matching ones at the sparsity given there; 0 leaves a layer unchanged. If several
+patterns match, names take precedence over expressions, longer names over shorter ones, and earlier expressions over
+later ones. Layers that `ignore` matches are never pruned.
 
-Names and expressions as in llm-compressor (`compressed_tensors.utils.match`), endings as in `target_modules` of PEFT.
+Names and expressions as in llm-compressor (`compressed_tensors.utils.match`), endings as in PEFT's `target_modules`.
 """
 
 import contextlib
@@ -26,21 +26,21 @@ EXPRESSION = "re:"
 HEAD = "lm_head"
 
 Patterns = tuple[str, ...]
-# A list, or a table as pairs, because their order counts.
+# A list, or a table as pairs, because the order counts.
 Targets = Patterns | tuple[tuple[str, float], ...]
 
 
 def read_patterns(given: Any, option: str = "ignore") -> Patterns:
-    """Patterns as a tuple: of a text with commas outside brackets between, or of a sequence.
+    """Read patterns from a text with commas (outside brackets) between them, or from a sequence.
 
     Raises:
-        ValueError: for what are no names or expressions.
+        ValueError: if they are not names or expressions.
     """
     found = tuple(_split(given)) if isinstance(given, str) else given
     for pattern in found if isinstance(found, Sequence) else [found]:
         if not isinstance(pattern, str) or not pattern.removeprefix(EXPRESSION):
             raise ValueError(
-                f"{option} must be names of linears, or expressions after {EXPRESSION!r}, as in ['down_proj', "
+                f"{option} must be names of layers, or expressions after {EXPRESSION!r}, as in ['down_proj', "
                 f"'re:.*self_attn'], given {pattern!r}"
             )
         if pattern.startswith(EXPRESSION):
@@ -52,17 +52,17 @@ def read_patterns(given: Any, option: str = "ignore") -> Patterns:
 
 
 def read_targets(given: Any) -> Targets:
-    """Patterns, or pairs of patterns and sparsities: of a text as in `down_proj=0.6,q_proj=0`, or of a mapping.
+    """Read patterns, or pairs of pattern and sparsity: from a text as in `down_proj=0.6,q_proj=0`, or from a mapping.
 
     Raises:
-        ValueError: as `read_patterns` does, for a text in which some patterns have a sparsity, or one has two, and for
-            a sparsity that is no number.
+        ValueError: as for `read_patterns`; if only some patterns in a text have a sparsity, or one has two; if a
+            sparsity is no number.
     """
     if isinstance(given, str):
         given = _table_in(given) or given
     if isinstance(given, Mapping):
         given = tuple(given.items())
-    # JSON has pairs as lists.
+    # JSON stores pairs as lists.
     pairs = [tuple(e) for e in given if isinstance(e, tuple | list)] if isinstance(given, Sequence) else []
     if not pairs:
         return read_patterns(given, "targets")
@@ -76,7 +76,7 @@ def read_targets(given: Any) -> Targets:
 
 
 def _table_in(text: str) -> dict[str, float]:
-    """The sparsities that a text gives by pattern, empty for none."""
+    """The sparsities that a text gives, by pattern; empty if there are none."""
     pairs: dict[str, float] = {}
     parts = list(_split(text))
     for part in parts:
@@ -99,10 +99,10 @@ def shares_in(targets: Targets | None) -> dict[str, float] | None:
 
 
 def check_shares(targets: Targets | None, fits: Callable[[float], None], allocation: str) -> None:
-    """Check the sparsities of a table; `fits` refuses one above 0 that its pattern cannot have.
+    """Check the sparsities of a table; `fits` raises for one above 0 that the pattern cannot have.
 
     Raises:
-        ValueError: for one that is not possible, or together with an allocation that is not uniform.
+        ValueError: if a sparsity is not possible, or the allocation is not uniform.
     """
     for pattern, share in (shares := shares_in(targets) or {}).items():
         try:
@@ -113,12 +113,12 @@ def check_shares(targets: Targets | None, fits: Callable[[float], None], allocat
     if shares and allocation != "uniform":
         raise ValueError(
             f"targets have sparsities, which allocation {allocation!r} is to choose: leave one of the two out; ignore "
-            "has the linears that are to stay as they are"
+            "has the layers that are to stay unchanged"
         )
 
 
 def _split(text: str) -> Iterator[str]:
-    """The parts between commas, except those in brackets, which belong to an expression."""
+    """Split at commas, except commas in brackets, which belong to an expression."""
     start = depth = 0
     for place, letter in enumerate(f"{text},"):
         depth += (letter in "([{") - (letter in ")]}")
@@ -133,17 +133,17 @@ def chosen_linears(
     targets: Targets | None,
     ignore: Patterns | None,
 ) -> dict[str, float | None]:
-    """The linears that are pruned, each with its sparsity in the table of `targets`, None for one without.
+    """Choose the layers to prune, each with its sparsity in the table of `targets`, or None.
 
     Args:
-        names: of all linears in the model's blocks.
-        others: of the other parts of the checkpoint, which are never pruned; `ignore` may match them.
-        targets: checked, as the following.
-        ignore: none of these.
+        names: names of all linear layers in the model's blocks.
+        others: names of the other parts of the checkpoint, which are never pruned; `ignore` may match them.
+        targets: already checked.
+        ignore: patterns of layers to leave out, already checked.
 
     Raises:
-        ValueError: listing every pattern that matches no linear, with near names, or that has no effect; or if no
-            linear is left.
+        ValueError: listing every pattern that matches no layer, with near names, or that has no effect; or if no layer
+            is left.
     """
     matched, problems = _Matcher(names), []
     never = _Matcher([*others, HEAD])
@@ -159,10 +159,10 @@ def chosen_linears(
     for pattern, share in shares.items():
         if share and (found := matched(pattern)) and not kept.intersection(found):
             problems.append(
-                f"targets: {pattern!r} is given {share:g}, but ignore leaves none of its linears ({listed(found, 3)}) "
+                f"targets: {pattern!r} is given {share:g}, but ignore leaves none of its layers ({listed(found, 3)}) "
                 "to prune"
             )
-    # The pattern that counts comes last.
+    # The pattern that takes precedence comes last.
     expressions = [pattern for pattern in shares if pattern.startswith(EXPRESSION)]
     plain = sorted((each for each in shares if not each.startswith(EXPRESSION)), key=lambda name: name.count("."))
     own = {name: shares[pattern] for pattern in (*reversed(expressions), *plain) for name in matched(pattern)}
@@ -172,12 +172,12 @@ def chosen_linears(
         ruled = ", ".join(f"{option} {value!r}" for option, value in given.items() if value is not None)
         problems.append(f"none of {len(names)} is left with {ruled}; change one of these")
     if problems:
-        raise ValueError("the linears to prune cannot be chosen:\n  " + "\n  ".join(problems))
+        raise ValueError("the layers to prune cannot be chosen:\n  " + "\n  ".join(problems))
     return chosen
 
 
 class _Matcher:
-    """The names that a pattern matches, in their order."""
+    """The names that a pattern matches, in order."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = names
@@ -195,10 +195,10 @@ class _Matcher:
 
 
 def _nothing(option: str, pattern: str, names: Sequence[str], never: Sequence[str]) -> str:
-    """Why a pattern matches no linear."""
+    """Why a pattern matches no layer."""
     if never:
         return (
-            f"{option}: {pattern!r} matches {listed(never, 3)}, but only linears of the blocks are pruned, never "
+            f"{option}: {pattern!r} matches {listed(never, 3)}, but only layers of the blocks are pruned, never "
             "embeddings, heads, norms or routers"
         )
     parts = pattern.count(".") + 1
@@ -210,5 +210,5 @@ def _nothing(option: str, pattern: str, names: Sequence[str], never: Sequence[st
         hint = f"did you mean {' or '.join(map(repr, near))}?"
     else:
         hint = f"names end in {', '.join(dict.fromkeys(name.rpartition('.')[2] for name in names))}"
-    everything = "; for all linears leave targets out" if option == "targets" else ""
-    return f"{option}: {pattern!r} matches no linear; {hint}{everything}"
+    everything = "; for all layers leave targets out" if option == "targets" else ""
+    return f"{option}: {pattern!r} matches no layer; {hint}{everything}"

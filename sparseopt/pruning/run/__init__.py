@@ -1,5 +1,5 @@
-"""The run of a recipe: its plan for a model, its windows, its fingerprint, and one block pruned, written and told.
+"""The run of a recipe: its plan for a model, its windows, its fingerprint, and the pruning of each block.
 
-`plan` checks all of it before any work, `block` prunes, `shared_pass` stores, `resumption` says what is done,
-`facts` and `card` describe.
+`plan` checks everything before any work, `block` prunes, `shared_pass` stores, `resumption` knows what is finished,
+`facts` and `card` describe the result.
 """

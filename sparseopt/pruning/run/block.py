@@ -1,6 +1,6 @@
-"""One block pruned; what comes out is returned, and nothing is stored.
+"""Pruning of one block; results are returned, and nothing is stored.
 
-stream before the block -> Grams -[propagate]-> targets -[method]-> pruned linears -[train]-> new tensors
+stream before the block -> Grams -[propagate]-> targets -[method]-> pruned layers  -[train]-> new tensors
                                                   a smaller model: pruned groups -[slice]-^
 """
 
@@ -44,31 +44,31 @@ from sparseopt.pruning.run.rounding import linears_to_round, round_block
 from sparseopt.pruning.train.reconstruction import reconstruct_block
 from sparseopt.system import processes
 
-# Of a linear's weights, those that the dtype to store may make zero: of any model a few lie that near to zero, and they
+# The fraction of a layer's weights that the stored dtype may round to zero: any model has a few that small, and they
 # are the first to be pruned.
 MOST_LOST = 1e-3
-# Relative to each input's own square; a smaller one follows the drift of single tokens.
+# Relative to each input's own square; a smaller ridge follows the drift of single tokens.
 PROPAGATION_RIDGE = 0.1
 
 
 class PruningError(RuntimeError):
-    """A run that had to stop; the message names the layer and what to do."""
+    """Raised if a run has to stop; the message names the layer and what to do."""
 
 
 class Stopped(PruningError):
-    """A run that stopped after a finished block because it was asked to; the same call resumes it."""
+    """Raised if a run was asked to stop, after a finished block; the same call resumes it."""
 
 
 class DenseBlock:
-    """A dense block, of which plans prune copies, and what is computed with it once for all plans of a pass.
+    """A dense block, of which plans prune copies, and the results that all plans of a pass share.
 
     Attributes:
         model: the dense model.
-        index: of the block in it.
-        streams: of the dense model before the block, by the number of variants, where a plan needs it.
+        index: index of the block in the model.
+        streams: the dense model's streams before the block, by number of variants, as far as plans need them.
         runner: runs the block.
         block: the block.
-        keys: of its tensors, by path.
+        keys: keys of its tensors, by path.
     """
 
     def __init__(self, model: StreamedModel, index: int, streams: Mapping[int, Stream], runner: BlockRunner) -> None:
@@ -78,7 +78,7 @@ class DenseBlock:
         self._outputs: dict[int, Stream] = {}
 
     def grams(self, stream: Stream, recipe: PassRecipe, *, drift: bool) -> tuple[BlockGrams, BlockGrams]:
-        """Grams by tap, of the calibration tokens and of the held-out ones, empty without any.
+        """Grams by tap, for the calibration tokens and for the held-out tokens (empty if there are none).
 
         Tokens are weighted and sent to experts as the recipe says.
 
@@ -88,7 +88,7 @@ class DenseBlock:
         weighting, experts = recipe.weighting, recipe.expert_tokens
         key = (stream, weighting, experts, drift)
         if key not in self._grams:
-            # Plans share a stream before the first block only; Grams of other streams are never asked for again.
+            # Plans share a stream before the first block only; Grams of other streams are never needed again.
             self._grams = {known: grams for known, grams in self._grams.items() if known[0] == stream}
             dense = self.streams[recipe.variants].calibration if drift else None
             found = self.runner.grams(self.block, stream.calibration, weighting, dense, experts)
@@ -107,7 +107,7 @@ class DenseBlock:
         return self._outputs[variants]
 
     def unchanged(self, tensors: Mapping[str, np.ndarray]) -> dict[str, UnreadTensor]:
-        """Those of these tensors, by path, that are the block's own, as the source has them."""
+        """The tensors, by path, that equal the block's own, as stored in the source."""
         source = self.model.source
         same = {path for path, value in tensors.items() if path in self.keys and self._has(path, value)}
         return {path: unread(source, [self.keys[path]])[self.keys[path]] for path in same}
@@ -137,19 +137,19 @@ def prune_block(
     dtype_of: Callable[[str], np.dtype],
     told: Callable[[LayerRecord | GridRecord | BlockRecord], None],
 ) -> tuple[Block, dict[str, np.ndarray | UnreadTensor]]:
-    """Prune the linears of one block, train the block and put its linears on grids, as far as the plan says so.
+    """Prune the layers of one block, train the block and round its layers to grids, as the plan says.
 
     Args:
-        plan: what is done.
+        plan: what to do.
         dense: the block.
         place: its index in the plan's target.
-        stream: the target's before the block.
-        dtype_of: the dtype to store, by a key of the target.
+        stream: the target's stream before the block.
+        dtype_of: returns the dtype to store for a key of the target.
         told: called with each record as soon as it is known.
 
     Returns:
-        The target's block and all its tensors, by key, linears as `[out, in]`; in one file those that did not change
-        are the source's.
+        The target's block and all its tensors by key, with layers as `[out, in]`; in one file, unchanged tensors are
+        the source's.
 
     Raises:
         PruningError: naming the layer, if activations or a solve become non-finite, or a solve does not fit in memory.
@@ -176,7 +176,7 @@ def prune_block(
 
     if recipe.reconstruction is not None and (pruned or plan.smaller):
         trained = train(trained_entries(plan, block, dense.keys))
-    # Where bits are not asked for, a linear that is as the source has it stays so.
+    # Without requested bits, a layer that equals the source stays so.
     same = dense.unchanged(found) if plan.form.bits and recipe.bits is None else {}
     if linears := linears_to_round(plan, block, place, dense.keys, same):
         try:
@@ -197,9 +197,9 @@ def prune_block(
 
 
 def masked_blocks(plans: Sequence[Plan], dense: DenseBlock, stream: Stream) -> Iterator[Block]:
-    """For each plan in turn the dense block with what goes set to zero, and the rest fitted again.
+    """For each plan in turn, the dense block with removed parts set to zero and the rest fitted again.
 
-    It computes what the plan's smaller block would, before training. All plans share the Grams of the stream.
+    It computes the same as the plan's smaller block before training. All plans share the Grams of the stream.
 
     Raises:
         PruningError: as `prune_block` does.
@@ -221,7 +221,7 @@ def _pruned(
     told: Callable[[LayerRecord | BlockRecord], None],
     moves: Mapping[str, Move],
 ) -> dict[str, np.ndarray]:
-    """The new weights of the linears that the plan prunes, by path; the tensors given are moved already."""
+    """The new weights of the layers that the plan prunes, by path; the given tensors are reordered already."""
     recipe, keys, mesh = plan.recipe, dense.keys, stream.calibration.mesh
     linears = {n: tap for n, tap in dense.block.linears.items() if keys[f"{n}.weight"] in plan.patterns}
     if not linears:
@@ -232,7 +232,7 @@ def _pruned(
     def task(name: str, tap: str) -> LayerTask:
         path = f"{name}.weight"
         dense_weight, key = tensors[path], keys[path]
-        # An expert that goes has no dtype to be stored in.
+        # A removed expert has no dtype to be stored in.
         dtype, shape, pattern = dtypes.get(path, dense_weight.dtype), dense_weight.shape, plan.patterns[key]
         _, starved, tested = evidence[name]
         move = moves.get(name, Move())
@@ -246,7 +246,7 @@ def _pruned(
             target, found = _stored_as(key, dense_weight, dtype), own(grams[tap])
             if not starved and recipe.propagate and found.drift is not None:
                 target = propagated(target, found, recipe.propagate, mesh)
-            # So few tokens do not rank the weights: all inputs count the same.
+            # Too few tokens to rank the weights: all inputs count the same.
             gram = jnp.eye(len(found.gram), dtype=jnp.float32) if starved else found.gram
             variances = None
             if reads_variances(plan.method):
@@ -274,7 +274,7 @@ def _pruned(
 
 
 def _stored_as(key: str, dense: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """A linear's weight in the dtype to store; a ModelError if the dtype cannot hold it."""
+    """A layer's weight in the dtype to store; a ModelError if the dtype cannot hold it."""
     with np.errstate(over="ignore"):
         weight = dense.astype(dtype, copy=False)
     if weight is dense:
@@ -307,7 +307,7 @@ def _moves(plan: Plan, dense: DenseBlock, stream: Stream, tensors: Mapping[str, 
 
 
 def _evidence(plan: Plan, name: str, tap: str, grams: BlockGrams, tests: BlockGrams) -> tuple[int, bool, bool]:
-    """The tokens that reach a linear, whether they are too few to prune by, and whether held-out ones reach it."""
+    """The tokens that reach a layer, whether they are too few to prune with, and whether held-out tokens reach it."""
     tokens = grams.tokens(tap)
     starved = ".experts." in name and tokens < max(1, plan.recipe.min_expert_tokens)
     return tokens, starved, not starved and bool(tests) and tests.tokens(tap) > 0
@@ -323,7 +323,7 @@ def layer_record(
     starved: bool,
     tested: bool,
 ) -> LayerRecord:
-    """The record of a solved linear; a PruningError if its answer is not finite or breaks the pattern."""
+    """The record of a solved layer; a PruningError if its answer is not finite or breaks the pattern."""
     report = solved.report
     heldout = float(report.test_error) if tested else math.inf
     try:
@@ -352,10 +352,10 @@ def layer_record(
 
 
 def trained_entries(plan: Plan, block: Block, keys: Mapping[str, str]) -> dict[str, Array]:
-    """True for the weights that training may change, by linear; `keys` are those of the dense block.
+    """True for the weights that training may change, by layer; `keys` are the keys of the dense block.
 
-    Zeros stay, also where the pattern would have allowed a weight that was itself zero. Where only zeros are made, a
-    linear that is not pruned stays as it is.
+    Zeros stay, even if the pattern would allow a weight there. If a run only makes zeros, unpruned layers stay
+    unchanged.
     """
     return {
         name: (block.read(path) != 0) & (plan.smaller or keys[path] in plan.patterns)
@@ -389,13 +389,13 @@ def drifted_target(
     strength: float | Array,
     ridge: float | Array,
 ) -> Float[Array, "out in"]:
-    """Propagated error: the target that corrects what the layers before have lost, float32.
+    """Propagated error: the target that corrects the loss of earlier layers, float32.
 
         minimise over W'    1/2 ||X~ W'ᵀ - X Wᵀ||²  +  ridge/2 ||(W' - W) e||²                              [out, in]
 
-    with X~ the inputs in the pruned model, X those in the dense one, e the norms of X~. The minimiser is
-    `W' = W - ((Gram + ridge e²)⁻¹ drift Wᵀ)ᵀ`, with Gram `X~ᵀX~` and drift `X~ᵀ(X~ - X)`; strength is the part of the
-    way from W to it.
+    with X~ the inputs in the pruned model, X the inputs in the dense model, e the norms of X~. The minimiser is
+    `W' = W - ((Gram + ridge e²)⁻¹ drift Wᵀ)ᵀ`, with Gram `X~ᵀX~` and drift `X~ᵀ(X~ - X)`; strength is the fraction of
+    the way from W to it.
 
     Source: the normal equations of Frantar and Alistarh, "SparseGPT", 2023, with a second input, as in Li, Yin, Lee,
     Xiao, Panda, "GPTAQ: efficient finetuning-free quantization for asymmetric calibration", 2025.
@@ -413,7 +413,7 @@ def propagated(weight: np.ndarray, grams: Grams, share: float, mesh: Mesh | None
     """The `drifted_target` of a weight, in its dtype, from Grams with a drift; devices of a mesh share the rows."""
     target: Any = weight
     if mesh is not None:
-        # Each output has its own target: rows of zeros after them change none.
+        # Each output has its own target: rows of zeros after them change nothing.
         target = put(Cut(mesh, len(weight)).padded(weight), over(mesh))
     found = propagated_target(target, grams.gram, grams.drift, np.float32(share), np.float32(PROPAGATION_RIDGE))
     return whole(found)[: len(weight)].astype(weight.dtype)

@@ -1,4 +1,4 @@
-"""The tokens that the runs of one pass see: calibration windows, those held out, and those to score."""
+"""The tokens that the runs of one pass use: windows for calibration, held-out windows, and windows to score."""
 
 import dataclasses
 from collections.abc import Collection, Sequence
@@ -22,7 +22,7 @@ from sparseopt.pruning.text.windows import begin_windows, check_vocabulary, text
 
 OWN = "text of its own"
 
-# Recipes that share a pass must agree in these.
+# Recipes that share a pass must agree on these.
 PASS_FIELDS = (
     "windows", "seqlen", "heldout_windows", "window_choice", "seed", "bos", "calibration", "split", "column",
     "documents", "precision", "score",
@@ -30,7 +30,7 @@ PASS_FIELDS = (
 
 
 def check_same_calibration(recipes: Sequence[PassRecipe]) -> None:
-    """Raise a `ValueError` that names the differences if recipes of one pass would not see the same stream."""
+    """Raise a `ValueError` that names the differences if recipes of one pass would not use the same stream."""
     first = recipes[0]
     for recipe in recipes[1:]:
         # A calibration may be an array of token ids.
@@ -43,7 +43,7 @@ def check_same_calibration(recipes: Sequence[PassRecipe]) -> None:
 
 
 def with_windows(plans: Sequence[Plan], samples: int) -> list[Plan]:
-    """The plans of a pass with the number of windows, which their recipes may leave open."""
+    """The plans of a pass with the number of windows filled in, which recipes may leave open."""
     return [dataclasses.replace(plan, recipe=plan.recipe.model_copy(update={"windows": samples})) for plan in plans]
 
 
@@ -51,10 +51,10 @@ class CalibrationWindows(NamedTuple):
     """The token ids that a pass reads, `[windows, seqlen]` int32.
 
     Attributes:
-        calibration: what it prunes by.
-        heldout: for the held-out error, and where a training ends.
-        scored: further windows that the model drew, for its perplexity; none of a text.
-        bos: begins each window; None without.
+        calibration: windows to prune with.
+        heldout: windows for the held-out error, and to decide when training ends.
+        scored: further windows that the model drew, for its perplexity; none for a text.
+        bos: begins each window; None for none.
     """
 
     calibration: np.ndarray
@@ -64,7 +64,7 @@ class CalibrationWindows(NamedTuple):
 
 
 def default_windows(model: PrunableModel, seqlen: int) -> int:
-    """How many calibration windows of `seqlen` tokens a recipe that does not say gets for a model.
+    """The default number of calibration windows of `seqlen` tokens for a model.
 
     The number depends on the model alone, so that a run resumes with the same one on any machine; activations that do
     not fit in memory go to disk.
@@ -73,19 +73,18 @@ def default_windows(model: PrunableModel, seqlen: int) -> int:
 
 
 def _widest(model: PrunableModel, keys: Collection[str] = ()) -> int:
-    """The most inputs of a linear in the model's blocks, or of those that have the keys given, if any."""
+    """The largest number of inputs of a layer in the model's blocks, or among the given keys, if any."""
     return max(model.weight_shape(key)[1] for key in keys or model.linear_keys())
 
 
 def calibration_windows(model: PrunableModel, recipe: PassRecipe) -> CalibrationWindows:
-    """Calibration and held-out windows of a text or of token ids; held-out ones follow the calibration's text.
+    """Calibration and held-out windows of a text or of token ids; held-out text follows the calibration text.
 
-    Of a recipe that does not say how many, there are `default_windows`, or fewer, but at least 16, where the text is
-    too short for them.
+    Without a number in the recipe there are `default_windows`, or fewer if the text is too short, but at least 16.
 
     Raises:
-        TextError: for a text that is too short, or token ids that do not fit.
-        ModelError: for windows that are longer than the model is made for, or a BOS that the tokenizer does not have.
+        TextError: if the text is too short, or token ids do not fit.
+        ModelError: if windows are longer than the model supports, or the tokenizer has no BOS that is asked for.
     """
     bos, heldout = None, recipe.heldout_windows
     if is_text(recipe.calibration):
@@ -119,12 +118,12 @@ def calibration_windows(model: PrunableModel, recipe: PassRecipe) -> Calibration
 
 
 def describe_calibration(model: PrunableModel, plans: Sequence[Plan], windows: CalibrationWindows) -> list[Calibration]:
-    """What the report of each plan of a pass says about the tokens that it sees."""
+    """What the report of each plan of a pass says about its tokens."""
     (samples, seqlen), recipe, found = windows.calibration.shape, plans[0].recipe, []
     why = None
     if recipe.windows is None and is_text(recipe.calibration):
         why = (
-            f"{TOKENS_AN_INPUT} tokens for each of the {_widest(model):,} inputs of the widest linear, in "
+            f"{TOKENS_AN_INPUT} tokens for each of the {_widest(model):,} inputs of the widest layer, in "
             f"{LEAST_WINDOWS} to {MOST_WINDOWS} windows"
         )
         if samples < default_windows(model, seqlen):
@@ -135,8 +134,8 @@ def describe_calibration(model: PrunableModel, plans: Sequence[Plan], windows: C
         inputs = _widest(model, plan.patterns)
         if (tokens := samples * (1 + variants) * seqlen) < inputs and plan.patterns:
             warning = (
-                f"calibration has {tokens:,} tokens and the widest linear {inputs:,} inputs: its Gram matrix is "
-                f"singular; {-(-inputs // seqlen)} windows of {seqlen} or more would do"
+                f"calibration has {tokens:,} tokens and the widest layer {inputs:,} inputs: its Gram matrix is "
+                f"singular; {-(-inputs // seqlen)} windows of {seqlen} or more would be enough"
             )
         found.append(Calibration(samples, variants, heldout, seqlen, digest, inputs, why, warning))
     return found
@@ -151,12 +150,12 @@ class Sample(NamedTuple):
 
 
 def samples_to_score(model: PrunableModel, recipe: PassRecipe, windows: CalibrationWindows) -> list[Sample]:
-    """What the perplexity before and after is measured on: the recipe's `score`, or its default.
+    """The texts on which the perplexity before and after is measured: the recipe's `score`, or its default.
 
-    Of a default text that is too short there is none, and token ids leave no text.
+    A default text that is too short is left out, and token ids leave no text.
 
     Raises:
-        TextError: for a `score` that cannot be read or is too short for a window.
+        TextError: if `score` cannot be read or is too short for a window.
     """
     count, length = scored_windows(recipe), windows.calibration.shape[1]
 

@@ -1,4 +1,4 @@
-"""A finished run for readers: README.md, its model card for the Hugging Face hub, and report.html."""
+"""Descriptions of a finished run: README.md, its model card for the Hugging Face hub, and report.html."""
 
 import json
 import math
@@ -21,16 +21,16 @@ from sparseopt.system.machine import versions
 from sparseopt.system.report import Fact, Figure, Report, Table, bars, bullets, html_page
 
 CARD = "README.md"
-# Metadata of the source's card that hold for the new model too.
+# Metadata of the source's card that also apply to the new model.
 CARRIED = ("language", "license", "license_name", "license_link")
-# Metadata are read up to this size; published ones have a hundredth of it.
+# Metadata are read up to this size; published cards have a hundredth of it.
 MOST = 64 * 1024
 # A text on this machine, as a recipe or a report names it.
 _LOCAL_TEXT = re.compile(r"\b(?:file|jsonl|csv|parquet|wikitext2):(.+)$")
 _OBJECTS = re.compile(rf"{TOKEN_IDS}|\d+ documents$")
 PACKAGES = ("sparseopt", "jax", "transformers")
 
-# The same for dense and packed folders, which `sparseopt pack` and `unpack` make of each other.
+# The same for dense and packed folders, which `sparseopt pack` and `unpack` convert into each other.
 LOADING = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -48,9 +48,9 @@ llama-cli --model FILE.gguf
 
 
 def model_card(report: PruneReport, files: Mapping[str, bytes]) -> str:
-    """The text of the card, made of the run's report and of the card and licence among the source's files.
+    """The text of the card, from the run's report and the card and licence among the source's files.
 
-    Cards are published with their models, so of local paths it holds the last part only.
+    Cards are published with their models, so only the last component of a local path is shown.
     """
     front = metadata_of(files.get(CARD, b""))
     kept = {name: front[name] for name in CARRIED if name in front}
@@ -85,13 +85,13 @@ def model_card(report: PruneReport, files: Mapping[str, bytes]) -> str:
 
 
 def title_of(report: PruneReport) -> str:
-    """The model's own name, and what it became."""
+    """The model's name, and what it became."""
     made = "smaller" if report.shape is not None else "pruned" if report.layers else "in few bits"
     return f"{source_name(report).rpartition('/')[2].partition('@')[0].removesuffix('.gguf')}, {made}"
 
 
 def run_page(report: PruneReport, command: str, environment: Mapping[str, Any]) -> str:
-    """The text of report.html: what the card says, what the run took, and every linear."""
+    """The text of report.html: the contents of the card, the cost of the run, and every layer."""
     tables = [layer_table(report), linear_table("Every pruned linear", report.layers)] if report.layers else []
     tables += [linear_table("Every linear in few bits", report.grids)] if report.grids else []
     errors = dict[str, list[float]]()
@@ -116,21 +116,21 @@ def _steps(report: PruneReport) -> list[Fact]:
 
 
 def _published(report: PruneReport) -> PruneReport:
-    """The report with the last part only of each folder on this machine."""
+    """The report with only the last component of each local folder."""
     scores = tuple(replace(score, text=without_folders(score.text)) for score in report.scores)
     recipe = report.recipe | {"calibration": without_folders(str(report.recipe["calibration"]))}
     return replace(report, scores=scores, recipe=recipe)
 
 
 def command_of(report: PruneReport) -> str:
-    """The command of the run, with the options that are not the defaults; objects as Python shows them."""
+    """The command of the run, with all options that differ from the defaults; objects as Python shows them."""
     smaller = report.shape is not None
     parts = ["sparseopt", "shrink" if smaller else "prune", source_name(report), "--output"]
     parts.append("FILE.gguf" if is_file(report.output) else "FOLDER")
     recipe, effort = report.recipe, report.recipe["effort"]
     kind, defaults = (ShrinkRecipe, shrink_defaults) if smaller else (Recipe, prune_defaults)
     usual = {name: field.default for name, field in kind.model_fields.items()}
-    # What the record says of fields that were left open is what the effort, or the method alone, says.
+    # Fields that were left open are recorded with the values of the effort, or of the method alone.
     usual |= defaults(recipe) | {"effort": "good" if effort else None}
     if effort is None:
         usual["method"] = None
@@ -150,19 +150,19 @@ def command_of(report: PruneReport) -> str:
 
 
 def source_name(report: PruneReport) -> str:
-    """The model that was pruned: its name on the hub, or the last part of its path."""
+    """The model that was pruned: its name on the hub, or the last component of its path."""
     return report.source if report.revision else Path(report.source).name
 
 
 def without_folders(text: str) -> str:
-    """A text such as `wikitext2:/data/text` with the last part of its path only; names and `file:a.txt` unchanged."""
+    """A text such as `wikitext2:/data/text` with only the last part of its path; names and `file:a.txt` unchanged."""
     if found := _LOCAL_TEXT.search(text):
         return text[: found.start(1)] + Path(found[1]).name
     return Path(text).name if text.startswith(("/", "~", ".")) else text
 
 
 def metadata_of(card: bytes) -> Mapping[str, str | list[str]]:
-    """The texts and lists of texts in the YAML front matter of a model card; none where it is missing or damaged."""
+    """The texts and lists of texts in the YAML front matter of a model card; none if it is missing or damaged."""
     start, _, rest = card[:MOST].decode(errors="replace").replace("\r\n", "\n").partition("---\n")
     text, end, _ = rest.partition("\n---")
     if start.strip("\ufeff") or not end:

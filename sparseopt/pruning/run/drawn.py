@@ -1,7 +1,7 @@
 """Calibration by the model itself: windows of text that the dense model draws.
 
 They need no data, and are in every language that the model writes. What a model draws depends on the machine, so the
-tokens are kept: in the run's folder, from which it resumes, and in the user's cache for further runs by the same draw.
+tokens are stored in the run's folder, from which it resumes, and in the user's cache for further runs.
 
 Source: Williams, Chrysostomou, Aletras, "Self-calibration for language model quantization and pruning", 2025.
 """
@@ -29,10 +29,10 @@ from sparseopt.system.machine import format_bytes, working_memory_bytes
 from sparseopt.system.programs import cache_folder, trim
 from sparseopt.system.run_folder import DRAWN, State
 
-# A window is made of texts of about so many tokens: more texts differ more, and short ones take less time. SmolLM2 at
-# 50 % with effort good, 16 windows of 512 tokens, on WikiText-2: 53.6 with whole windows, 50.8 with two texts in each.
+# A window is made of texts of about this many tokens: more texts differ more, and short ones need less time. SmolLM2 at
+# 50 %, effort good, 16 windows of 512 tokens, on WikiText-2: 53.6 with whole windows, 50.8 with two texts in each.
 TEXT = 256
-# Texts that are drawn at a time: of fewer the products are slow, of more the keys and values take room.
+# Texts that are drawn at a time: with fewer the products are slow, with more the keys and values need memory.
 BATCH = 64
 SIZE_LIMIT = 2**26  # bytes of all draws in the cache
 
@@ -40,17 +40,17 @@ SIZE_LIMIT = 2**26  # bytes of all draws in the cache
 def drawn_windows(
     model: PrunableModel, plans: Sequence[Plan], identity: Identity, budget: int | None, observer: Observer
 ) -> CalibrationWindows:
-    """The windows of a pass whose recipes say calibration "self": those kept in one of its folders, or newly drawn.
+    """The windows of a pass with calibration "self": stored in one of its folders, or newly drawn.
 
     Args:
         model: the dense model.
-        plans: of the pass, whose folders are claimed and whose recipes say how many windows there are.
-        identity: of the model.
-        budget: bytes of memory that the run may take; None for what the machine has available.
+        plans: plans of the pass, with claimed folders and recipes that give the number of windows.
+        identity: identity of the model.
+        budget: bytes of memory that the run may use; None for the machine's available memory.
         observer: called with ("drawing text, token", tokens of each text drawn, tokens of each text).
 
     Raises:
-        ModelError: before any work, for a model without a decoder here or that memory cannot hold.
+        ModelError: before any work, if the model has no decoder here or does not fit in memory.
         FolderError: if a folder holds another run.
     """
     recipe = plans[0].recipe
@@ -75,7 +75,7 @@ def keep_drawn(plan: Plan, windows: CalibrationWindows) -> None:
 
 
 def _kept(plans: Sequence[Plan], identity: Identity) -> np.ndarray | None:
-    """The windows in the first of the folders that has some; also checks that no folder holds another run."""
+    """The windows in the first folder that has some; also checks that no folder holds another run."""
     begun = [plan for plan in plans if state_in(identity, plan) is not State.NEW]
     found = (_read(plan.folder / DRAWN, _shape(plan.recipe)) for plan in begun)
     return next((ids for ids in found if ids is not None), None)
@@ -108,7 +108,7 @@ def _cached(
     for number, batch in enumerate(batches):
         seed = (recipe.seed or 0) * 1_000_003 + number
         drawn.append(draws(len(batch), length, start, seed=seed, observer=told))
-    # Kept as the model reads them: what is kept once must not begin with BOS twice.
+    # Stored as the model reads them, so that stored windows never begin with BOS twice.
     ids = begin_windows(np.concatenate(drawn).reshape(shape[0], -1)[:, : shape[1]], bos)
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -121,7 +121,7 @@ def _cached(
 
 
 def drawing_bytes(model: Any, recipe: PassRecipe) -> dict[str, int]:
-    """Bytes while the windows of a recipe are drawn, by what they hold."""
+    """Bytes needed while the windows of a recipe are drawn, by content."""
     if isinstance(model, LoadedModel):
         return {"model": model.nbytes}
     count, length = _texts(recipe)
@@ -129,7 +129,7 @@ def drawing_bytes(model: Any, recipe: PassRecipe) -> dict[str, int]:
 
 
 def _shape(recipe: PassRecipe) -> tuple[int, int]:
-    """Of the windows to calibrate on, those held out, and those to score."""
+    """The shape of all windows together: for calibration, held out, and to score."""
     return recipe.window_count + recipe.heldout_windows + scored_windows(recipe), recipe.seqlen
 
 
@@ -141,7 +141,7 @@ def _texts(recipe: PassRecipe) -> tuple[int, int]:
 
 
 def _first_token(model: PrunableModel, bos: int | None) -> int:
-    """What the model reads before the first token: BOS, used or not, else what ends a text."""
+    """The token before the first one: BOS, used or not, else the end token."""
     config = model.source.config
     ends = config.get("eos_token_id")
     candidates = (bos, config.get("bos_token_id"), *(ends if isinstance(ends, list) else [ends]))
@@ -155,13 +155,13 @@ def _first_token(model: PrunableModel, bos: int | None) -> int:
 
 
 def _check_memory(model: PrunableModel, recipe: PassRecipe, budget: int | None) -> None:
-    """Refuse to draw with a model that memory cannot hold."""
+    """Raise an error if the model to draw with does not fit in memory."""
     other = "give a text to calibrate on, as in calibration='file:PATH' or 'hf:OWNER/NAME' ('pydoc' is always at hand)"
     needed = sum(drawing_bytes(model, recipe).values())
     limit = working_memory_bytes() if budget is None else budget
     if needed > limit:
         raise ModelError(
-            f"calibration 'self' is text that the model draws, which takes all of it in memory, {format_bytes(needed)}"
+            f"calibration 'self' is text that the model draws, which needs all of it in memory, {format_bytes(needed)}"
             f", and there are {format_bytes(limit)}: {other}, or more memory"
         )
 
@@ -171,7 +171,7 @@ def _write(file: Path, ids: np.ndarray) -> None:
 
 
 def _read(file: Path, shape: tuple[int, int]) -> np.ndarray | None:
-    """The windows in a file; None where it has none of this shape."""
+    """The windows in a file; None if it has none of this shape."""
     try:
         ids = np.asarray(json.loads(file.read_text()), np.int32)
     except (OSError, ValueError, TypeError, OverflowError, RecursionError):

@@ -1,4 +1,4 @@
-"""What a finished run says of itself, once: facts about the model and the run, and a table of the linears."""
+"""The summary of a finished run: facts about the model and the run, and a table of the layers."""
 
 import math
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ from sparseopt.pruning.text.documents import part_of_text
 from sparseopt.system.machine import format_bytes
 from sparseopt.system.report import Fact, Table, cell
 
-# What recipes write for calibrations that no command line can hold.
+# How recipes describe calibrations that no command line can hold.
 TOKEN_IDS = "token ids of shape"
 # More rows make a page slow.
 MOST_ROWS = 2000
-# Fields of the records of single linears, with their headings.
+# Fields of the records of single layers, with their headings.
 COLUMNS = {
     "relative_error": "rel. error", "heldout_error": "held-out", "rounded_error": "by rounding",
     "sparsity": "sparsity", "bits": "bits", "shape": "shape", "steps": "steps", "seconds": "seconds",
@@ -25,7 +25,7 @@ COLUMNS = {
 
 
 def model_facts(report: PruneReport) -> list[Fact]:
-    """What was made, and how: the same for every run of the recipe on one machine, so that a card has it."""
+    """What was made, and how. It is the same for every run of the recipe on one machine, so a card shows it."""
     facts = [_score(score) for score in report.scores]
     if report.shape is not None:
         facts += _size(report, report.shape)
@@ -111,7 +111,7 @@ def _given_zeros(report: PruneReport, given: int) -> Fact:
 
 
 def run_facts(report: PruneReport) -> list[Fact]:
-    """What the run took, and what was unusual in it."""
+    """What the run cost, and what was unusual about it."""
     facts = [_time(report), _memory(report)]
     if report.source.endswith(".gguf") and not is_file(report.output) and report.recipe["dtype"] == "bfloat16":
         text = "stored in bfloat16, which rounds the file's quantised weights; --dtype float32 keeps them exact"
@@ -178,7 +178,7 @@ def _memory(report: PruneReport) -> Fact:
 
 
 def layer_table(report: PruneReport) -> Table:
-    """Mean errors by kind of linear, and the totals; of a smaller model the fraction of inputs that stay."""
+    """Mean errors by kind of layer, and the totals; for a smaller model the fraction of inputs that stay."""
     smaller = report.shape is not None
     rows, groups = [], dict[str, list[LayerRecord]]()
     for record in report.layers:
@@ -204,7 +204,7 @@ def layer_table(report: PruneReport) -> Table:
 
 
 def linear_table(title: str, records: Sequence[Any]) -> Table:
-    """The records of single linears, layers or grids; of very many those with the largest errors."""
+    """A table of layer or grid records; if there are very many, only the largest errors."""
     if len(records) > MOST_ROWS:
         title = f"{title}, the {MOST_ROWS:,} of {len(records):,} with the largest errors"
         records = sorted(records, key=lambda r: r.relative_error, reverse=True)[:MOST_ROWS]

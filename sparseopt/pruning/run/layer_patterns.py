@@ -1,4 +1,4 @@
-"""Which weights of each linear may survive, by the recipe: shares of zeros, and the patterns that they make."""
+"""Which weights of each layer may survive under a recipe: fractions of zeros, and the patterns that they make."""
 
 from collections.abc import Mapping
 
@@ -10,10 +10,10 @@ from sparseopt.pruning.recipe.targets import chosen_linears
 
 
 def layer_shares(model: PrunableModel, recipe: Recipe) -> dict[str, float]:
-    """The share of zeros of every linear that is pruned, in the model's order, by the key of its weight.
+    """The fraction of zeros of every pruned layer, in the model's order, by the key of its weight.
 
     Raises:
-        ValueError: for names and expressions in the recipe that match no linear, or leave none.
+        ValueError: if names or expressions in the recipe match no layer, or leave none.
     """
     keys = model.linear_keys()
     owners = {key.rpartition(".")[0] for key in model.exported_keys()}
@@ -27,10 +27,10 @@ def layer_shares(model: PrunableModel, recipe: Recipe) -> dict[str, float]:
 def layer_patterns(
     model: PrunableModel, recipe: Recipe, method: LayerMethod, shares: Mapping[str, float]
 ) -> dict[str, Pattern]:
-    """The pattern of each linear that has a share of zeros, by the key of its weight.
+    """The pattern of each layer that has a fraction of zeros, by the key of its weight.
 
     Raises:
-        ValueError: naming the layer, if the pattern is impossible there or the method cannot take it.
+        ValueError: naming the layer, if the pattern is impossible there or the method does not support it.
     """
     patterns: dict[str, Pattern] = {}
     checked: set[tuple[int, ...]] = set()

@@ -1,10 +1,10 @@
-"""In which form a run stores its model, and which linears lie on a grid of few bits: decided before any work.
+"""The form in which a run stores its model, and which layers are on a grid of few bits: decided before any work.
 
     output ends in .gguf    one GGUF file, with its run in a folder beside it, whose name ends in .gguf.run
     bits int8, int4         a folder in the form of compressed-tensors
     else                    a folder of safetensors, packed if asked for
 
-Bits of GGUF files are for such files alone, and the others for folders.
+Bits of GGUF files are only for such files, and the others only for folders.
 """
 
 from collections.abc import Collection, Sequence
@@ -20,7 +20,7 @@ from sparseopt.pruning.recipe.pass_recipe import PassRecipe
 from sparseopt.pruning.recipe.prune_recipe import Recipe
 
 ENDING = ".gguf"
-# Of embedding and head, where linears have fewer bits.
+# Bits of embedding and head, if layers have fewer bits.
 OUTER_BITS = "q8_0"
 
 T = TypeVar("T", bound=PassRecipe)
@@ -37,7 +37,7 @@ def run_folder_of(output: Path) -> Path:
 
 
 def output_of(recipe: PassRecipe, folder: Path, name: str) -> Path:
-    """An output in a folder that a recipe can have: a file where its bits are those of GGUF files."""
+    """An output in a folder that fits the recipe: a file if its bits are for GGUF files."""
     return folder / (name + ENDING if recipe.bits in KINDS or recipe.head_bits is not None else name)
 
 
@@ -54,14 +54,14 @@ def chosen_form(
     Args:
         model: the dense model.
         target: the model that is written.
-        stays: the blocks of the model that are the target's.
+        stays: the blocks of the model that the target keeps.
         recipe: checked.
         output: the folder or file.
-        targeted: the keys of the weights that the recipe is for, in the dense model; None for all linears.
+        targeted: the keys of the weights that the recipe is for, in the dense model; None for all layers.
 
     Raises:
-        ValueError: for bits or a pack that this output cannot have, and bits whose groups tile no linear.
-        ModelError: for a family that GGUF does not name.
+        ValueError: if this output cannot have these bits or be packed, or the bits' groups tile no layer.
+        ModelError: if GGUF has no name for the family.
     """
     asked, file = None if recipe.bits is None else parse_bits(recipe.bits), is_file(output)
     if (file or asked) and recipe.get("pack"):
@@ -84,7 +84,7 @@ def chosen_form(
     if asked and not bits:
         widths = sorted({target.weight_shape(key)[1] for key in target.linear_keys()})
         raise ValueError(
-            f"bits {asked.name!r} have a scale for each {asked.group} inputs, which tile no linear of this model, of "
+            f"bits {asked.name!r} have a scale for each {asked.group} inputs, which tile no layer of this model, of "
             f"{', '.join(map(str, widths))} inputs: take int8, or int4:group with a divisor"
         )
     if file:
@@ -103,10 +103,10 @@ def chosen_form(
 
 
 def _same_width(model: StreamedModel, key: str, chosen: bool) -> Bits | None:
-    """The grid without an offset that takes as many bits as a GGUF file has for a tensor; None for floats.
+    """The grid without an offset that has as many bits as a GGUF file's tensor; None for floats.
 
     Raises:
-        ModelError: if a tensor that is chosen has another type.
+        ModelError: if a chosen tensor has another type.
     """
     info = model.source.tensors[key]
     name = SAME_WIDTH.get(info.kind) if isinstance(info, GGUFTensor) else None
@@ -116,7 +116,7 @@ def _same_width(model: StreamedModel, key: str, chosen: bool) -> Bits | None:
 
 
 def _outer_bits(model: StreamedModel, recipe: PassRecipe) -> Bits | None:
-    """The grid of embedding and head: as given, and of floats beside linears of few bits `OUTER_BITS`."""
+    """The grid of embedding and head: as given, else `OUTER_BITS` for floats if layers have few bits."""
     if recipe.head_bits is not None:
         return BITS[recipe.head_bits]
     infos = [model.source.tensors[key] for key in model.outer_keys()]
@@ -125,25 +125,25 @@ def _outer_bits(model: StreamedModel, recipe: PassRecipe) -> Bits | None:
 
 
 def with_dtype(source: Source, recipe: T) -> T:
-    """The recipe with a dtype for a source that is stored quantised, which float32 would make far larger."""
+    """The recipe with a dtype for a quantised source, which float32 would make far larger."""
     quantised = isinstance(source, GGUFSource) and any(tensor.quantised for tensor in source.tensors.values())
     return recipe.model_copy(update={"dtype": "bfloat16"}) if quantised and recipe.dtype is None else recipe
 
 
 def without_distillation(recipe: T, form: Form) -> T:
-    """The recipe without training of the whole model where linears lie on a grid, which it would leave."""
+    """The recipe without training of the whole model if layers are on a grid, which training would leave."""
     if not form.bits or recipe.distillation is None:
         return recipe
     if recipe.given("distil_epochs"):
         raise ValueError(
-            "distil_epochs trains the whole model after its linears were put on grids of few bits, which they would "
-            "leave: leave distil_epochs out, or bits"
+            "distil_epochs trains the whole model after its layers were put on grids of few bits, which they would "
+            "leave: leave distil_epochs or bits out"
         )
     return recipe.model_copy(update={"distil_epochs": 0})
 
 
 def without_allocation(recipe: Recipe) -> Recipe:
-    """The recipe of a run without zeros, which it would distribute."""
+    """The recipe of a run without zeros, which an allocation would distribute."""
     if recipe.allocation == "uniform":
         return recipe
     if recipe.given("allocation"):

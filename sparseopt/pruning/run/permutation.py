@@ -2,7 +2,7 @@
 
     maximise over orders of the inputs    sum over rows and groups of m inputs of the n largest scores of the group
 
-with the score `W_ij² ||X_j||²`, what pruning the weight loses if inputs are uncorrelated. An order costs nothing where
+with the score `W_ij² ||X_j||²`, the loss from pruning the weight if inputs are uncorrelated. An order costs nothing if
 the outputs before it can follow, see `models.reshape.reordered`: MLP channels, and values within a head.
 """
 
@@ -18,27 +18,27 @@ from scipy.optimize import linear_sum_assignment
 from sparseopt.core.penalties.patterns import NM
 from sparseopt.models import DecoderConfig
 
-# Rounds of exchanges, and how many without a gain of at least this fraction end them.
+# Rounds of exchanges; they end after this many without a gain of at least this fraction.
 ROUNDS, PATIENCE, LEAST_GAIN = 200, 16, 1e-4
-# Groups that exchange inputs with each other in one assignment, whose time grows with the square of their number.
+# Groups that exchange inputs in one assignment, whose time grows with the square of their number.
 GROUPS = 512
-# Rows that are scored; more are taken at even distances.
+# Rows that are scored; from more rows, evenly spaced ones are used.
 ROWS = 4096
 
 
 def best_order(score: Float[np.ndarray, "in rows"], pattern: NM) -> Int[np.ndarray, "in"]:
-    """Which input to move to each place, so that the pattern keeps a large sum of scores; never less than now.
+    """Which input to move to each place so that the pattern keeps a large sum of scores, never less than now.
 
-    The inputs of largest sums are dealt out over the groups first. Then one input is taken out of every group, and a
-    linear assignment puts them back where they add most, again and again.
+    First the inputs with the largest sums are dealt out over the groups. Then, repeatedly, one input is taken out of
+    every group, and a linear assignment puts these back where they add most.
 
     Args:
         score: non-negative, in solver layout.
         pattern: n:m along the inputs.
 
     Source: channel allocation and assignment as in Zhang, Bai, Lin, Zhao, Hou, Cannistraci, "Plug-and-play: an
-    efficient post-training pruning method for large language models", ICLR 2024 (RIA); the objective is that of Pool
-    and Yu, "Channel permutations for N:M sparsity", NeurIPS 2021.
+    efficient post-training pruning method for large language models", ICLR 2024 (RIA); the objective is from Pool and
+    Yu, "Channel permutations for N:M sparsity", NeurIPS 2021.
     """
     inputs, m = len(score), pattern.m
     rows = score[:, np.linspace(0, score.shape[1] - 1, min(ROWS, score.shape[1])).astype(int)]
@@ -73,11 +73,11 @@ def _kept(scores: Array, order: Int[np.ndarray, "in"], pattern: NM) -> float:
 def _gains(
     scores: Float[Array, "in rows"], rest: Int[Array, "groups others"], taken: Int[Array, "groups"], n: int
 ) -> Float[Array, "groups groups"]:
-    """What each group of m - 1 inputs would keep more with each of the inputs taken out."""
+    """How much more each group of m - 1 inputs would keep with each of the inputs taken out."""
     candidates = scores[taken]
 
     def of_group(others: Array) -> Array:
-        # A newcomer displaces the n-th largest of the others, where it is larger.
+        # A newcomer displaces the n-th largest of the others if it is larger.
         displaced = jnp.sort(scores[others], axis=0)[-n]
         return jnp.sum(jnp.maximum(candidates - displaced, 0), axis=1)
 
@@ -89,12 +89,12 @@ def block_orders(
     losses: Mapping[str, Float[np.ndarray, "out in"]],
     patterns: Mapping[str, NM],
 ) -> dict[str, Int[np.ndarray, "in"]]:
-    """The orders of those inputs of a block's linears that may move, by linear, for `block_moves`.
+    """Orders of the inputs of a block's layers that may move, by layer, for `block_moves`.
 
     Args:
-        config: of the model.
-        losses: `W_ij² ||X_j||²` of the block's linears that are pruned, times the weight of output i, by name.
-        patterns: theirs.
+        config: configuration of the model.
+        losses: `W_ij² ||X_j||²` times the weight of output i, for the block's pruned layers, by name.
+        patterns: patterns of these layers.
     """
     orders = {}
     for name, loss in losses.items():

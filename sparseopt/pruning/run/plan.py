@@ -1,4 +1,4 @@
-"""What the runs of one pass do, checked against the model before any work."""
+"""Plans of the runs of one pass, checked against the model before any work."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -44,7 +44,7 @@ from sparseopt.pruning.run.output_form import (
     without_distillation,
 )
 
-# The linears that have fewer inputs in a smaller model: key-value groups, and channels.
+# The layers that have fewer inputs in a smaller model: key-value groups, and channels.
 GROUPED = HEADS, CHANNELS = "o_proj", "down_proj"
 
 T = TypeVar("T", bound=PassRecipe)
@@ -53,13 +53,13 @@ Tensors = Mapping[str, np.ndarray]
 
 
 class PrunedParts(NamedTuple):
-    """What a block of the target is finished from.
+    """The parts from which a block of the target is finished.
 
     Attributes:
-        tensors: all of the block, with the pruned ones.
-        pruned: those of the linears that were pruned.
-        dtypes: of the target's tensors as they are stored.
-        grams: gathers those of the stream before the block.
+        tensors: all tensors of the block, including pruned ones.
+        pruned: tensors of the pruned layers.
+        dtypes: stored dtypes of the target's tensors.
+        grams: gathers the Grams of the stream before the block.
     """
 
     tensors: Tensors
@@ -70,16 +70,16 @@ class PrunedParts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What one run does that makes zeros: a checked recipe and its method, into an output.
+    """What a run that makes zeros does: a checked recipe with its method, written into an output.
 
     Attributes:
         output: the folder of the new model, or its GGUF file.
         target: the model that is written: the model itself, or the outline of a smaller one.
-        patterns: which weights may survive, by the key of the weight of every linear that is pruned.
-        output_weights: of the squared errors at a linear's outputs, `[out]`, by the same keys; empty for equal ones.
+        patterns: which weights may survive, by the key of the weight of every pruned layer.
+        output_weights: of squared errors at a layer's outputs, `[out]`, by the same keys; empty for equal weights.
         masks: a model of the same shape whose zeros become zeros; None for none.
-        form: in which the target is stored; has the grids of its linears.
-        smaller: whether groups of weights go altogether.
+        form: how the target is stored, including the grids of its layers.
+        smaller: whether whole groups of weights are removed.
     """
 
     smaller: ClassVar[bool] = False
@@ -95,40 +95,40 @@ class Plan:
 
     @property
     def folder(self) -> Path:
-        """Of the run."""
+        """The folder of the run."""
         return run_folder_of(self.output)
 
     def support(self, key: str, weight: np.ndarray) -> np.ndarray | None:
-        """The weights of a linear that may be non-zero, `[out, in]` bool as the dense weight; None for all."""
+        """The weights of a layer that may be non-zero, `[out, in]` bool like the dense weight; None for all."""
         supports = [weight != 0] if self.recipe.get("keep_zeros") else []
         if self.masks is not None:
             supports.append(self.masks.stored(key) != 0)
         return np.logical_and.reduce(supports) if supports else None
 
     def place(self, index: int) -> int | None:
-        """The index in the target of a block of the model; None for a block that goes."""
+        """The index in the target of a block of the model; None for a removed block."""
         return self.stays.index(index) if index in self.stays else None
 
     @property
     def stays(self) -> Sequence[int]:
-        """The blocks of the model that are blocks of the target."""
+        """The blocks of the model that the target keeps."""
         return range(self.target.num_blocks)
 
     @property
     def layer_count(self) -> int:
-        """Linears that are solved: pruned, and put on a grid."""
+        """The number of solves: pruned layers, and layers rounded to a grid."""
         rounded = {*self.form.bits}
         if self.recipe.bits is None and not (self.smaller or self.recipe.get("permute")):
             rounded &= self.patterns.keys()
         return len(self.patterns) + len(rounded)
 
     def with_shape(self, model: StreamedModel, shape: ShapeRecord | None) -> "Plan":
-        """The plan for the sizes that a run chose, if it did."""
+        """The plan for the sizes that a run chose, if any."""
         del model, shape
         return self
 
     def layers(self, model: StreamedModel, index: int) -> list[str]:
-        """The names of the linears of a block that are pruned, as in their records."""
+        """The names of a block's pruned layers, as in their records."""
         keys = [model.weight_key(index, name) for name in model.block_linears(index)]
         return [key.removesuffix(".weight") for key in keys if key in self.patterns]
 
@@ -136,9 +136,9 @@ class Plan:
         """A block of the target and all its tensors, by path.
 
         Args:
-            block: a copy of the dense one.
+            block: a copy of the dense block.
             place: its index in the target.
-            parts: what came of its linears.
+            parts: its pruned layers.
         """
         del place
         found = dict(parts.tensors)
@@ -150,7 +150,7 @@ class Plan:
     def restore(self, block: Block, place: int, keys: Mapping[str, str], tensors: Tensors) -> Block:
         """A block of the target that an earlier run stored, from a copy of the dense one, whose `keys` are by path."""
         del place
-        # As in `finish`, what was not pruned, moved or trained runs as the source has it, not as it was stored.
+        # As in `finish`, what was not pruned, moved or trained runs as in the source, not as stored.
         changed_keys = {*self.patterns, *self.form.bits}
         pruned = {path: value for path, value in tensors.items() if keys[path] in changed_keys}
         changed = self.recipe.get("permute") or (pruned and self.recipe.reconstruction is not None)
@@ -158,16 +158,16 @@ class Plan:
         return block
 
     def broken(self) -> list[str]:
-        """The linears in the finished model that break their pattern."""
+        """The layers in the finished model that break their pattern."""
         return [audit.layer for audit in audit_stored(self.output, self.patterns) if not audit.fits]
 
 
 @dataclasses.dataclass(frozen=True)
 class SmallerPlan(Plan):
-    """What one run does that makes a smaller dense model.
+    """What a run that makes a smaller dense model does.
 
     Attributes:
-        sizes: of the smaller model.
+        sizes: sizes of the smaller model.
     """
 
     smaller: ClassVar[bool] = True
@@ -183,7 +183,7 @@ class SmallerPlan(Plan):
         return self if shape is None else shrink_plan(model, self, shape.sizes)
 
     def finish(self, block: Block, place: int, parts: PrunedParts) -> tuple[Block, dict[str, np.ndarray]]:
-        """The block and its tensors with the groups that were kept, and the experts that do most."""
+        """The block and its tensors with the kept groups, and with the experts that contribute most."""
         target, sizes = self.target, self.sizes
         tensors = parts.tensors
 
@@ -218,7 +218,7 @@ class SmallerPlan(Plan):
 
 
 def _largest(values: np.ndarray, count: int) -> np.ndarray:
-    """The positions of the `count` largest values, ascending; of equal ones the first."""
+    """The positions of the `count` largest values, ascending; the first among equal ones."""
     return np.sort(np.argsort(-values, kind="stable")[:count])
 
 
@@ -235,11 +235,11 @@ def _energy(weight: np.ndarray, grams: BlockGrams, expert: int) -> float:
 
 
 def make_plan(model: StreamedModel, recipe: PassRecipe, output: Path) -> Plan:
-    """The plan of a recipe for a model, with the recipe's sparsity in every linear it targets, or its shares of groups.
+    """Make the plan of a recipe for a model, with its sparsity in every targeted layer, or its fractions of groups.
 
     Raises:
-        ValueError: naming what the recipe asks for and the model cannot do, names of linears that it does not have, or
-            the layer where the pattern is impossible.
+        ValueError: naming what the recipe wants and the model cannot do, names of layers that it does not have, or the
+            layer in which the pattern is impossible.
     """
     check_expert_tokens(model, recipe)
     if not is_file(output):
@@ -258,7 +258,7 @@ def make_plan(model: StreamedModel, recipe: PassRecipe, output: Path) -> Plan:
     form = chosen_form(model, model, range(model.num_blocks), recipe, output, shares)
     recipe = without_distillation(recipe, form)
     if recipe.bits is not None and not recipe.has_support:
-        # Nothing is to be found in a linear that has no zeros; it is put on its grid as it is.
+        # A layer without zeros needs no solve; it is rounded to its grid directly.
         shares = {key: share for key, share in shares.items() if share}
         recipe = recipe if shares else without_allocation(recipe)
     patterns = layer_patterns(model, recipe, method, shares)
@@ -266,10 +266,10 @@ def make_plan(model: StreamedModel, recipe: PassRecipe, output: Path) -> Plan:
 
 
 def _model_of_masks(model: StreamedModel, recipe: Recipe, keys: Collection[str]) -> StreamedModel | None:
-    """The opened model that `recipe.masks` names, None without; also checks that there are zeros to keep.
+    """The opened model that `recipe.masks` names, or None; also checks that there are zeros to keep.
 
     Raises:
-        ModelError: for weights that it lacks or that have another shape, and for a model without any zero.
+        ModelError: if weights are missing or have another shape, or the model has no zeros.
     """
     masks = None if recipe.masks is None else open_model(recipe.masks)
     if masks is not None:
@@ -278,13 +278,13 @@ def _model_of_masks(model: StreamedModel, recipe: Recipe, keys: Collection[str])
         if wrong := [key for key in keys if found.get(key) != shapes[key]]:
             other = f"is {list(found[wrong[0]])} there" if wrong[0] in found else "is not there"
             raise ModelError(
-                f"the masks in {recipe.masks} are not those of this model: {len(wrong)} of {len(shapes)} linears "
+                f"the masks in {recipe.masks} are not those of this model: {len(wrong)} of {len(shapes)} layers "
                 f"differ; {wrong[0]} {other}, expected {list(shapes[wrong[0]])}; give the same model, pruned"
             )
     for option, given in (("keep_zeros", model if recipe.keep_zeros else None), ("masks", masks)):
-        # Of a pruned model this reads one linear.
+        # For a pruned model this reads one layer.
         if given is not None and all(np.all(given.stored(key) != 0) for key in keys):
-            raise ModelError(f"{given.source.name} has no zero in any linear: leave {option} out, or prune it first")
+            raise ModelError(f"{given.source.name} has no zero in any layer: leave {option} out, or prune it first")
     return masks
 
 
@@ -302,7 +302,7 @@ def shrink_plan(model: StreamedModel, plan: SmallerPlan, sizes: Sizes) -> Smalle
             shape = model.weight_shape(key)
             if name.endswith(HEADS) and sizes.kv_heads < dense.kv_heads:
                 patterns[key] = GroupTopK(sizes.kv_heads, shape[1] // dense.kv_heads)
-            # In a mixture the channels are those of the experts; blocks without any keep theirs.
+            # In a mixture, channels are the experts' channels; blocks without experts keep theirs.
             elif (
                 name.endswith(CHANNELS)
                 and sizes.channels < dense.channels
@@ -316,12 +316,12 @@ def shrink_plan(model: StreamedModel, plan: SmallerPlan, sizes: Sizes) -> Smalle
 
 
 def _check_removal(model: StreamedModel) -> None:
-    """Raise a `ModelError`, before measuring, where a GGUF file cannot be of a model without any block."""
+    """Raise a `ModelError`, before measuring, if some block cannot be removed in a GGUF file."""
     every = sizes_of(model)
     try:
         for block in every.blocks if len(every.blocks) > 1 else ():
             blocks = tuple(index for index in every.blocks if index != block)
-            # The configuration alone: the tokenizer is that of the plan, which was checked.
+            # Only the configuration: the plan's tokenizer was checked already.
             config = smaller_model(model, dataclasses.replace(every, blocks=blocks)).source.config
             architecture_of(config)[1].write_config(config)
     except ModelError as error:
@@ -333,7 +333,7 @@ def _check_removal(model: StreamedModel) -> None:
 
 def _check_budget(model: StreamedModel, plan: SmallerPlan, recipe: ShrinkRecipe) -> None:
     """Raise a `ModelError` for a budget that no smaller model can meet, before measuring."""
-    # Also shows whether the method takes the patterns.
+    # Also shows whether the method supports the patterns.
     try:
         smallest = shrink_plan(model, plan, smallest_sizes(model, recipe)).target
     except ModelError as error:
@@ -351,7 +351,7 @@ def _check_budget(model: StreamedModel, plan: SmallerPlan, recipe: ShrinkRecipe)
 
 
 def check_expert_tokens(model: StreamedModel, recipe: PassRecipe) -> None:
-    """Raise a `ModelError` where experts are to see all tokens and there are none."""
+    """Raise a `ModelError` if experts should see all tokens and there are none."""
     if recipe.expert_tokens == "all" and not model.config.experts:
         raise ModelError(
             "expert_tokens 'all' is for mixtures of experts, and this "

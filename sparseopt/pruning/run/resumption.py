@@ -1,6 +1,6 @@
 """The run folder of pruning, a `system.run_folder` with a model in it, and the fingerprint of its run.
 
-    *.safetensors   a block is finished when its shard and the records of all its linears are there
+    *.safetensors   a block is finished when its shard and the records of all its layers are there
     *.gguf          such shards of a GGUF file, which lies beside the folder
 
     with claimed(folders):                                         # one writer at a time, nothing else in them
@@ -9,7 +9,7 @@
         else:
             progress = progress_in(identity, plan)       # where to resume
 
-`progress.as_dict()` is plain JSON, which the first process tells to the others; `Progress.from_dict` reads it again.
+`progress.as_dict()` is plain JSON, which the first process sends to the others; `Progress.from_dict` reads it again.
 """
 
 import contextlib
@@ -68,7 +68,7 @@ class Identity:
 
     Attributes:
         model: the dense model.
-        tokens: a digest of the windows that it sees; None as long as they are not known.
+        tokens: a digest of the windows that it sees; None while they are not known.
     """
 
     def __init__(self, model: PrunableModel) -> None:
@@ -78,7 +78,7 @@ class Identity:
 
     @cached_property
     def weights(self) -> str:
-        """A digest; the whole source is read for it, once."""
+        """A digest of the weights, for which the whole source is read once."""
         return self.model.check_finite()
 
     def _masks_in(self, source: str) -> str:
@@ -105,7 +105,7 @@ class Identity:
 
 
 def recipe_identity(recipe: PassRecipe) -> dict[str, Any]:
-    """What a recipe decides of the result, as plain values, with digests of the arrays and code of your own objects."""
+    """What in a recipe decides the result, as plain values, with digests of arrays and of the code of your objects."""
     own = (None if isinstance(recipe.method, str) else recipe.method, recipe.get("penalty"))
     leaves = [(path, _array(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(own)]
     arrays = digest((jax.tree_util.keystr(path), leaf, [leaf]) for path, leaf in leaves)
@@ -123,7 +123,7 @@ def _array(leaf: Any) -> np.ndarray:
 
 
 def _own_code(value: Any) -> Iterator[Any]:
-    """The classes and functions that a value consists of, except those of Python and of the `DECISIVE` packages."""
+    """The classes and functions in a value, except from Python and the `DECISIVE` packages."""
     for kind in [inspect.unwrap(value)] if hasattr(value, "__qualname__") else type(value).__mro__:
         root = (getattr(kind, "__module__", None) or "builtins").partition(".")[0]
         if root == "__main__" or root not in {*DECISIVE, *sys.stdlib_module_names}:
@@ -141,7 +141,7 @@ def _own_code(value: Any) -> Iterator[Any]:
 
 
 def _source(part: Any) -> str:
-    """The source of a class or function; for a class without a file, as in a notebook, that of its functions."""
+    """The source of a class or function; for a class without a file, as in a notebook, its functions' source."""
     try:
         return inspect.getsource(part)
     except (OSError, TypeError):
@@ -151,10 +151,10 @@ def _source(part: Any) -> str:
 
 @contextlib.contextmanager
 def claimed(folders: Sequence[Path]) -> Iterator[None]:
-    """Hold every folder for this process, and check that it can be used, before any work.
+    """Lock every folder for this process, and check that it can be used, before any work.
 
     Raises:
-        FolderError: for a folder in use by another process, one with links, or one with anything but a run in it.
+        FolderError: if a folder is in use by another process, contains links, or contains anything but a run.
     """
     with contextlib.ExitStack() as held:
         for folder in folders:
@@ -187,12 +187,12 @@ R = TypeVar("R", bound=Finished)
 
 @dataclass
 class Progress:
-    """How far a run into a folder came.
+    """The progress of a run into a folder.
 
     Attributes:
-        blocks: of the model, those that are finished, from the first.
-        tags: of the shards that stay.
-        records: of what is finished, in its order.
+        blocks: number of finished blocks of the model, from the first.
+        tags: tags of the shards that stay.
+        records: records of what is finished, in order.
     """
 
     blocks: int = 0
@@ -242,7 +242,7 @@ def is_finished(identity: Identity, plan: Plan) -> bool:
     """Whether the run of a plan is finished in its claimed folder.
 
     Raises:
-        FolderError: if another run is there, listing every difference, or if files of a finished one are missing.
+        FolderError: if another run is there, listing every difference, or if files of a finished run are missing.
     """
     if state_in(identity, plan) is not State.FINISHED:
         return False
@@ -251,7 +251,7 @@ def is_finished(identity: Identity, plan: Plan) -> bool:
 
 
 def state_in(identity: Identity, plan: Plan) -> State:
-    """What the claimed folder of a plan holds. As long as the identity has no tokens, any will do.
+    """The state of the claimed folder of a plan. While the identity has no tokens, any tokens match.
 
     Raises:
         FolderError: if another run is there, listing every difference.
@@ -274,7 +274,7 @@ def state_in(identity: Identity, plan: Plan) -> State:
 
 
 def read_report(identity: Identity, plan: Plan) -> PruneReport:
-    """The report of a finished run; a FolderError if files of it are missing."""
+    """The report of a finished run; a FolderError if some of its files are missing."""
     found, folder = _read_progress(identity.model, plan), plan.folder
     if found.blocks < identity.model.num_blocks:
         missing = f"shard or records of block {found.blocks}" if found.tags else "the tensors outside the blocks"
@@ -297,7 +297,7 @@ def read_report(identity: Identity, plan: Plan) -> PruneReport:
 
 
 def _check_file(plan: Plan, summary: Mapping[str, Any]) -> None:
-    """Raise a FolderError for a file that is not the one of a finished run."""
+    """Raise a FolderError if the file is not the one that the finished run wrote."""
     held = -1
     with contextlib.suppress(ModelError, OSError):
         held = plan.form.stored_bytes(plan.output)
@@ -309,7 +309,8 @@ def _check_file(plan: Plan, summary: Mapping[str, Any]) -> None:
 
 
 def progress_in(identity: Identity, plan: Plan) -> Progress:
-    """How far a run came in its claimed folder: a new one gets the fingerprint, an old one loses its unfinished block.
+    """The progress of a run in its claimed folder: a new one gets the fingerprint, an old one loses its unfinished
+    block.
 
     Raises:
         FolderError: if another run was started there, listing every difference.
@@ -350,7 +351,7 @@ def _read_progress(model: PrunableModel, plan: Plan) -> Progress:
     found.tags.append(OUTER_TAG)
     plan = plan.with_shape(model, found.shape)
     stays = plan.stays
-    # The distillation is finished when all its shards are there, whatever became of those that they replace.
+    # Distillation is finished when all its shards are there, with or without the shards that they replace.
     last = [record for record in records if isinstance(record, DistillationRecord)][-1:]
     distilled = last if all(stored(trained_tag(index)) for index in stays) else []
     for index in range(model.num_blocks):
@@ -359,7 +360,7 @@ def _read_progress(model: PrunableModel, plan: Plan) -> Progress:
         if index in stays:
             pruned = sorted(record.layer for record in own if isinstance(record, LayerRecord))
             wanted = sorted(plan.layers(model, index))
-            # Before its survey a plan that chooses the linears has all of them.
+            # Before its survey, a plan that chooses layers has all of them.
             whole = set(pruned) <= set(wanted) if plan.recipe.chooses_linears else pruned == wanted
             if not whole or not stored(tag):
                 break

@@ -1,8 +1,8 @@
-"""The linears of a finished block put on grids of few bits, one after the other or side by side, as they are pruned.
+"""Rounding the layers of a finished block to grids of few bits, one after the other or side by side, as in pruning.
 
     minimise over V    1/2 ||X (V - W)ᵀ||²    subject to V on the grid, and zero where W is
 
-with W the linear after pruning and training, and X its inputs in this block, before it is rounded.
+with W the layer after pruning and training, and X its inputs in this block before rounding.
 """
 
 import math
@@ -31,14 +31,14 @@ from sparseopt.pruning.run.plan import Plan
 def linears_to_round(
     plan: Plan, block: Block, place: int, keys: Mapping[str, str], same: Collection[str]
 ) -> dict[str, tuple[str, Bits]]:
-    """The linears of a block of the target that are put on a grid: by name, their key in the dense model, and the grid.
+    """The layers of a target's block to round: by name, their key in the dense model, and the grid.
 
     Args:
-        plan: what is done.
-        block: of the target.
+        plan: what to do.
+        block: the block of the target.
         place: its index there.
-        keys: of the dense block's tensors, by path.
-        same: paths of those that stay as they are.
+        keys: keys of the dense block's tensors, by path.
+        same: paths of unchanged tensors.
     """
     grids = {name: plan.form.bits.get(plan.target.weight_key(place, name)) for name in block.linears}
     paths = {name: f"{name}.weight" for name in block.linears}
@@ -54,14 +54,14 @@ def round_block(
     runner: BlockRunner,
     told: Callable[[GridRecord], None],
 ) -> dict[str, np.ndarray]:
-    """Put linears of a block on their grids.
+    """Round layers of a block to their grids.
 
     Args:
-        plan: what is done.
-        index: of the block in the dense model.
-        block: of the target; its parameters stay.
-        linears: by name, their key in the dense model and their grid.
-        stream: before the block.
+        plan: what to do.
+        index: index of the block in the dense model.
+        block: the block of the target; its parameters stay.
+        linears: the layers by name, with their key in the dense model and their grid.
+        stream: the stream before the block.
         runner: runs it.
         told: called with each record.
 
@@ -69,7 +69,7 @@ def round_block(
         The weights by path, float32.
 
     Raises:
-        ModelError: naming the linear, if its weights are too large or too small for scales of float16.
+        ModelError: naming the layer, if its weights are too large or too small for float16 scales.
         RuntimeError: if a solve is not finite.
         MemoryError: as `solve_block` does.
     """
@@ -92,17 +92,17 @@ def round_linears(
     mesh: Mesh | None,
     told: Callable[[GridRecord], None],
 ) -> dict[str, np.ndarray]:
-    """Put linears on grids, those of one grid after the other.
+    """Round layers to grids, one grid after the other.
 
     Args:
-        block: its index, for the records.
-        tasks: whose jobs have the weights, with their zeros as supports.
-        grids: by the names of the tasks.
+        block: index of the block, for the records.
+        tasks: tasks with jobs that hold the weights, with their zeros as supports.
+        grids: grids by task name.
         mesh: the devices.
         told: called with each record.
 
     Returns:
-        The weights by the names of the tasks, float32; errors are those of `round_block`.
+        The weights by task name, float32; errors are as for `round_block`.
     """
     found = dict[str, np.ndarray]()
     for bits in dict.fromkeys(grids.values()):
@@ -122,7 +122,7 @@ def _task(plan: Plan, block: Block, name: str, key: str, weight: np.ndarray, gra
     tap, shape = block.linears[name], weight.shape
     starved = ".experts." in name and grams.tokens(tap) < max(1, plan.recipe.min_expert_tokens)
     outputs = plan.output_weights.get(key)
-    # Of a smaller model, and where outputs have changed places, they are not known.
+    # In a smaller model, and if outputs were reordered, they are not known.
     outputs = None if starved or plan.smaller or plan.recipe.get("permute") else outputs
 
     def gram() -> Array:
@@ -132,13 +132,13 @@ def _task(plan: Plan, block: Block, name: str, key: str, weight: np.ndarray, gra
 
 
 def grid_task(name: str, weight: np.ndarray, gram: Callable[[], Array], outputs: np.ndarray | None) -> LayerTask:
-    """A linear to be put on a grid: no more of its weights become zero, and those that are stay so.
+    """A layer to round to a grid: its zeros stay, and no further weights become zero.
 
     Args:
-        name: of the linear.
+        name: name of the layer.
         weight: `[out, in]`, float32.
-        gram: gives the Gram of its inputs when its turn comes.
-        outputs: weights of the squared errors at its outputs; None for equal ones.
+        gram: returns the Gram of its inputs when needed.
+        outputs: weights of squared errors at its outputs; None for equal weights.
     """
     shape = (weight.shape[0], weight.shape[1])
 

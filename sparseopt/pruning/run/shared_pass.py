@@ -1,4 +1,4 @@
-"""What the runs of one pass over a model share, decided before any work, and what each has of its own."""
+"""What the runs of one pass over a model share, decided before any work, and what each has for itself."""
 
 import itertools
 import math
@@ -50,15 +50,15 @@ from sparseopt.system.run_folder import append_record, write_summary
 
 @dataclass
 class Branch:
-    """One run of a pass: what it does, how far it came, and from `begin` on its writer and its stream.
+    """One run of a pass: its plan, its progress, and after `begin` its writer and its stream.
 
     Attributes:
         model: the dense model.
-        plan: what is done; a survey and the choice of shapes may change it before `begin`.
-        calibration: what its report says of the tokens that it sees.
-        progress: the records, of an earlier start too.
-        writer: of the folder.
-        stream: before the next block.
+        plan: what to do; a survey and the choice of shapes may change it before `begin`.
+        calibration: what its report says about its tokens.
+        progress: the records, including an earlier start's.
+        writer: the writer of the folder.
+        stream: the stream before the next block.
     """
 
     model: StreamedModel
@@ -73,11 +73,11 @@ class Branch:
 
     @property
     def variants(self) -> int:
-        """Of each calibration window."""
+        """The number of variants of each calibration window."""
         return self.calibration.variants
 
     def open(self) -> None:
-        """Make the writer, which goes on after the shards that are there."""
+        """Make the writer, which continues after the existing shards."""
         plan, target = self.plan, self.plan.target
         self.writer = ShardedWriter(
             plan.folder, target.source, plan.recipe.dtype, plan.form, target.exported_keys(), self.progress.tags,
@@ -85,7 +85,7 @@ class Branch:
         )  # fmt: skip
 
     def begin(self, stream: Stream) -> None:
-        """Write the tensors outside the blocks, unless they are there; the stream is that before the first block."""
+        """Write the tensors outside the blocks, unless they exist; `stream` is the stream before the first block."""
         self.stream = stream
         self.open()
         if OUTER_TAG not in self.progress.tags:
@@ -98,9 +98,9 @@ class Branch:
             append_record(self.plan.folder, record.as_dict())
 
     def advance(self, dense: DenseBlock, told: Callable[[Event], None]) -> None:
-        """Prune and store one block, or replay it where an earlier run has stored it, and run the stream through it.
+        """Prune and store one block, or replay it if an earlier run has stored it, and run the stream through it.
 
-        A block that goes is passed over. `told` is called with every event.
+        Removed blocks are skipped. `told` is called with every event.
 
         Raises:
             PruningError: as `prune_block` does.
@@ -127,7 +127,7 @@ class Branch:
         return self.plan.restore(dense.block.copy(), place, dense.keys, tensors)
 
     def _stored(self, tag: str, place: int) -> dict[str, np.ndarray]:
-        """The tensors of a shard of a block of the target, by path, linears as `[out, in]`."""
+        """The tensors of the shard of a target's block, by path, with layers as `[out, in]`."""
         stored, target = self.writer.stored(tag), self.plan.target
         return {path: target.as_stored(key, stored[key]) for path, key in target.block_keys(place).items()}
 
@@ -154,7 +154,7 @@ class Branch:
 
         Args:
             before: the stream before the first block; None if no plan of the pass asks for this training.
-            dense_after: the dense model's stream after its last block, likewise.
+            dense_after: the dense model's stream after its last block, or None likewise.
             told: called with the record.
             observer: called with every step.
         """
@@ -178,12 +178,12 @@ class Branch:
         told(record)
 
     def finish(self, scoring: Callable[[Path], tuple[Score, ...]], start: float, **figures: Any) -> PruneReport:
-        """Complete the folder, read it back, score it, report.
+        """Complete the folder, read it back, score it, and return the report.
 
         Args:
-            scoring: gives the scores of the model in a folder.
+            scoring: returns the scores of the model in a folder.
             start: when the pass began, by `time.perf_counter`.
-            figures: of the whole pass, fields of the report.
+            figures: figures of the whole pass, as fields of the report.
 
         Raises:
             PruningError: if what was stored breaks the pattern.
@@ -212,12 +212,12 @@ class Branch:
             seconds=0.0,
             **figures,
         )
-        # A card that somebody has put into the folder meanwhile stays.
+        # A card that somebody has put into the folder in the meantime stays.
         card = model_card(report, self.writer.files).encode()
         self.writer.finish({CARD: card})
         if broken := processes.told(self.plan.broken() if first else []):
             raise PruningError(
-                f"{len(broken)} linears read back from {output} break their pattern, "
+                f"{len(broken)} layers read back from {output} break their pattern, "
                 f"{broken[0]} first; was it changed while it was written?"
             )
         scores = scoring(output)
@@ -232,20 +232,20 @@ class Branch:
 
 @dataclass
 class Pass:
-    """A pass over the blocks of a model, in their order, for all runs on the same tokens.
+    """A pass over the blocks of a model, in order, for all runs on the same tokens.
 
     Attributes:
         model: the dense model.
         branches: the runs, each with its plan, its progress and its writer.
-        windows: the tokens that are seen; a run may also see variants of them.
-        footprint: the memory that the pass is expected to take.
-        samples: what the finished models are scored on.
-        observer: called with an event or a text, how much is done, and how much there is, see `prune_model`.
+        windows: the tokens of the pass; a run may also use variants of them.
+        footprint: the memory that the pass is expected to need.
+        samples: texts on which the finished models are scored.
+        observer: called with an event or a text, the amount of work done, and the total, see `prune_model`.
         mesh: the devices; None for one.
-        draw_seconds: that drawing the windows took.
+        draw_seconds: time of drawing the windows.
         runner: runs the blocks.
-        done: layers.
-        survey_seconds: of what was measured before the first block.
+        done: number of finished layers.
+        survey_seconds: time of the measurements before the first block.
     """
 
     model: StreamedModel
@@ -262,7 +262,7 @@ class Pass:
 
     @property
     def batches(self) -> Batches:
-        """Empty ones, stored where activations between blocks are to be stored."""
+        """Empty batches, stored where activations between blocks are to be stored."""
         if self.mesh is not None:
             return SpreadBatches(self.mesh)
         on_disk = self.footprint.activations == "disk"
@@ -270,20 +270,20 @@ class Pass:
 
     @property
     def groups(self) -> dict[int, list[Branch]]:
-        """The runs by the number of variants that they see; a group has its first streams in common."""
+        """The runs by number of variants; the runs of a group share their first streams."""
         found: dict[int, list[Branch]] = {}
         for branch in self.branches:
             found.setdefault(branch.variants, []).append(branch)
         return found
 
     def tell(self, event: Event) -> None:
-        """Tell the observer, with the layers that are done and those of all runs."""
+        """Call the observer with the number of finished layers and of all layers of all runs."""
         self.done += isinstance(event, LayerRecord | GridRecord)
-        # What is pruned may be known only after the choice of sizes.
+        # The pruned layers may be known only after the choice of sizes.
         self.observer(event, self.done, sum(branch.plan.layer_count for branch in self.branches))
 
     def scores(self, output: Path) -> tuple[Score, ...]:
-        """The perplexities of the dense model and of the one that was written."""
+        """The perplexities of the dense model and of the written one."""
         before, after = self.before, self._perplexities(output, "after")
         pairs = zip(self.samples, before, after, strict=True)
         return tuple(Score(each.text, len(each.ids), each.ids.shape[1], old, new) for each, old, new in pairs)
@@ -294,7 +294,7 @@ class Pass:
         return self._perplexities(self.model, "before")
 
     def _perplexities(self, model: StreamedModel | Path, when: str) -> list[float]:
-        """Of windows of one BOS together, for which the model is read once; one process measures them for all."""
+        """Windows with the same BOS share one reading of the model; one process measures for all."""
 
         def told(what: str, done: int, total: int) -> None:
             self.observer(f"perplexity {when}, {what}", done, total)

@@ -1,17 +1,17 @@
-"""Variants of the calibration windows, in which the dense model has drawn some of the tokens again.
+"""Variants of the calibration windows, in which the dense model has resampled some of the tokens.
 
-    token_t  ~  p( . | the tokens before t in the window)        for a random share of the positions t
+    token_t  ~  p( . | the tokens before t in the window)        for a random fraction of the positions t
 
-What is fitted to few tokens generalises badly, and users often have few. The dense model is the target in any case, so
+Weights fitted to few tokens generalise badly, and users often have few. The dense model is the target anyway, so
 windows that it draws itself can be added.
 
 All positions are drawn at once, so a round is one forward pass. The next round draws them again with the same noise,
-from the windows of the round before: a position is right as soon as those before it no longer change (Jacobi's
+from the windows of the round before: a position is right once the positions before it no longer change (Jacobi
 iteration, as in Song, Meng, Liao, Ermon, "Accelerating feedforward computation via parallel nonlinear equation
 solving", 2021).
 
-Source: Kobayashi, "Contextual augmentation", 2018; pruning with text of the model's own, as in Williams, Chrysostomou,
-Aletras, "Self-calibration for language model quantization and pruning", 2025.
+Source: Kobayashi, "Contextual augmentation", 2018; pruning with text that the model draws, as in Williams,
+Chrysostomou, Aletras, "Self-calibration for language model quantization and pruning", 2025.
 """
 
 from typing import Any
@@ -30,12 +30,12 @@ from sparseopt.pruning.base.grams import BlockRunner
 from sparseopt.pruning.evaluate.perplexity import LOGIT_ROWS
 from sparseopt.pruning.run.calibration import CalibrationWindows
 
-# The share of positions that are drawn again, and the rounds. Perplexity of SmolLM2-135M at 2:4 by SparseGPT, 16 x 512
-# tokens, three variants of each window: 121.2 without them, 110.2 with 0.15 in one round, 106.6 with 0.3 in two, 114.8
-# with 0.6 in three; 104.8 with 64 windows of text.
+# The fraction of positions that are drawn again, and the rounds. Perplexity of SmolLM2-135M at 2:4 with SparseGPT, 16 ×
+# 512 tokens, three variants of each window: 121.2 without them, 110.2 with 0.15 in one round, 106.6 with 0.3 in two,
+# 114.8 with 0.6 in three; 104.8 with 64 windows of text.
 SHARE, ROUNDS = 0.3, 2
-# Of the logits of a slice, at most. Drawing takes four times as much; with the 262,144 tokens of Gemma 3, 256 rows at a
-# time took 2.6 GB more in the same time.
+# Most bytes of the logits of a slice. Drawing needs four times as much; with the 262,144 tokens of Gemma 3, 256 rows at
+# a time needed 2.6 GB more in the same time.
 LOGIT_BYTES = 2**26
 
 
@@ -47,13 +47,13 @@ def with_variants(
     runner: BlockRunner,
     observer: Observer,
 ) -> CalibrationWindows:
-    """The windows, and after the calibration windows `count` variants of each; those that are held out stay.
+    """The windows, with `count` variants of each after the calibration windows; held-out windows stay.
 
     Args:
         model: the dense model.
-        windows: of token ids.
+        windows: windows of token ids.
         count: 0 or more.
-        kind: activations are stored as these are.
+        kind: batches that say where activations are stored.
         runner: runs the blocks.
         observer: called with ("variants, block", blocks done, blocks of all rounds).
     """
@@ -81,7 +81,7 @@ def with_variants(
 
 
 def draw(head: Any, x_RD: Float[Array, "R D"], key_R: Array) -> Int[Array, "R"]:
-    """A token for each row of last activations, by the Gumbel-max."""
+    """Draw a token for each row of last activations, with the Gumbel-max trick."""
     logits_RV = head(x_RD[None])[0]
     return jnp.argmax(logits_RV + jax.vmap(lambda key: jax.random.gumbel(key, logits_RV.shape[1:]))(key_R), axis=-1)
 

@@ -1,1 +1,1 @@
-"""Text as tokens: `documents` finds it, `chats` says what a document is, `windows` cuts it."""
+"""Text as tokens: `documents` finds it, `chats` defines a document, `windows` cuts it."""

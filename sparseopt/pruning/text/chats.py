@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-# A message has a role, a content and what else a chat template reads.
+# A message has a role, a content and further fields that a chat template reads.
 Document = str | list[dict[str, Any]]
 
 # The roles of ShareGPT, as chat templates call them.
@@ -15,7 +15,7 @@ _ROLES = {"human": "user", "gpt": "assistant"}
 
 
 class TextError(ValueError):
-    """A text that cannot be read or is too short; the message says what to do."""
+    """Raised if a text cannot be read or is too short; the message says what to do."""
 
 
 def is_data_set(given: Any) -> bool:
@@ -25,7 +25,7 @@ def is_data_set(given: Any) -> bool:
 
 
 def is_text(calibration: Any) -> bool:
-    """Whether a calibration is text, named or as a list or data set of documents, and not token ids."""
+    """Whether a calibration is text (named, or a list or data set of documents) and not token ids."""
     if isinstance(calibration, Mapping) or type(calibration).__module__.startswith("datasets."):
         return True
     first = calibration[0] if isinstance(calibration, list | tuple) and calibration else calibration
@@ -38,10 +38,10 @@ def is_chat(document: Document) -> bool:
 
 
 def read_document(value: Any, place: str) -> Document | None:
-    """A value of a column as a document, None for a missing one; errors name its place.
+    """A value of a column as a document, or None if it is missing; errors name its place.
 
     Raises:
-        TextError: for what is neither a text nor a list of messages, or has characters that no tokenizer reads.
+        TextError: if it is neither a text nor a list of messages, or has characters that no tokenizer reads.
     """
     if value is None:
         return None
@@ -53,12 +53,12 @@ def read_document(value: Any, place: str) -> Document | None:
 
 
 def _known(given: Any) -> Any:
-    """Without the nulls that rows of one type have wherever other rows have a value."""
+    """Remove the nulls that rows of one type have wherever other rows have a value."""
     return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
 
 
 class _Message(BaseModel):
-    """As chat templates know it: a content may be null beside tool calls, or a list of parts."""
+    """A message as in chat templates: the content may be null besides tool calls, or a list of parts."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 

@@ -1,9 +1,9 @@
-"""The documents of a text that a short specification names: texts, or chats as lists of messages.
+"""The documents of a text named by a short specification: texts, or chats as lists of messages.
 
     self             calibration only: text that the model draws, see `drawn`
     pydoc            English reference text that is part of CPython; two disjoint halves
     file:PATH        a UTF-8 text file, one document: calibration from its first half, evaluation from the second
-    jsonl:PATH       a JSON object a line: a file, a folder of them or a glob such as data/*.json.gz; .gz and .zst are
+    jsonl:PATH       a JSON object per line: a file, a folder of them or a glob such as data/*.json.gz; .gz and .zst are
                      unpacked
     csv:PATH         rows with a heading, in the same way
     parquet:PATH     rows of Parquet files, in the same way
@@ -12,8 +12,8 @@
                      (these two need the extra `datasets`), or one of its files as hf:OWNER/NAME/FILE, perhaps with
                      @REVISION at the end; calibration from validation, evaluation from test
 
-No document is read both for calibration and for evaluation. Where no split separates rows (your own files, one file of
-the hub, a split that you name), calibration reads the first, third, fifth, ... of them, evaluation the others.
+No document is read both for calibration and for evaluation. If no split separates rows (your own files, one file of the
+hub, a split that you name), calibration reads the first, third, fifth, ... row, evaluation the others.
 """
 
 import csv
@@ -33,7 +33,7 @@ from sparseopt.pruning.text.chats import Document, TextError, is_chat, is_data_s
 Part = Literal["calibration", "evaluation"]
 SELF = "self"
 TEXTS = "pydoc, file:PATH, jsonl:PATH, csv:PATH, parquet:PATH, wikitext2:PATH, hf:NAME, hf:NAME/CONFIG or hf:NAME/FILE"
-# Where no column is named, the first of these that exists is read.
+# If no column is named, the first of these that exists is read.
 COLUMNS = ("text", "messages", "conversations")
 
 # The files of a folder that hold rows.
@@ -43,17 +43,17 @@ _ENDINGS = {
     "parquet": (".parquet",),
 }
 _ALL_ENDINGS = tuple(itertools.chain(*_ENDINGS.values()))
-# The kinds of a text that is no specification.
+# The kinds of texts that are no specification.
 _GIVEN, _DATA_SET = "a list of texts", "a Dataset"
 _KINDS = ("pydoc", "file", *_ENDINGS, "wikitext2", "hf")
 _WITH_COLUMN = (*_ENDINGS, "hf")
 _SPLITS: dict[Part, str] = {"calibration": "validation", "evaluation": "test"}
-# Characters; a longer line would fill the memory before it could be refused.
+# Characters; a longer line would fill the memory before it could be rejected.
 _LONGEST_LINE = 2**26
 
 
 def check_text(text: Any, split: str | None = None, column: str | None = None) -> None:
-    """Raise a `TextError` for a specification of an unknown kind, and for options that its kind does not have."""
+    """Raise a `TextError` if the kind of a specification is unknown or does not have these options."""
     kind, rest = _kind_of(text)
     if text == SELF:
         raise TextError(f"text {SELF!r} is drawn by the model, to calibrate on it; known here are {TEXTS}")
@@ -78,7 +78,7 @@ def check_text(text: Any, split: str | None = None, column: str | None = None) -
 
 
 def _kind_of(text: Any) -> tuple[str, str]:
-    """What stands before and behind the colon of a specification."""
+    """The parts before and after the colon of a specification."""
     if not isinstance(text, str):
         return _DATA_SET if is_data_set(text) else _GIVEN, ""
     kind, _, rest = text.partition(":")
@@ -86,7 +86,7 @@ def _kind_of(text: Any) -> tuple[str, str]:
 
 
 def part_of_text(text: Any, part: Part, split: str | None = None) -> str:
-    """The specification; where no split separates the parts, also which part of it is read."""
+    """The specification; if no split separates the parts, also which part of it is read."""
     kind, _ = _kind_of(text)
     if kind in (_GIVEN, _DATA_SET):
         return f"{len(text)} documents"
@@ -100,17 +100,17 @@ def part_of_text(text: Any, part: Part, split: str | None = None) -> str:
 
 
 def load_documents(text: Any, part: Part, *, split: str | None = None, column: str | None = None) -> Iterator[Document]:
-    """The documents of a part of a text, one after the other; files are read only as far as they are asked for.
+    """The documents of a part of a text, one after the other; files are read only as far as needed.
 
     Args:
-        text: a specification, or a list or `Dataset` of texts or of chats, which is taken whole.
-        part: which documents.
-        split: of a data set of the hub, in place of the part's own.
-        column: of the rows; None for the first of `COLUMNS` that exists.
+        text: a specification, or a list or `Dataset` of texts or of chats, which is used whole.
+        part: "calibration" or "evaluation".
+        split: the split of a hub data set, instead of the part's own.
+        column: the column of the rows; None for the first of `COLUMNS` that exists.
 
     Raises:
-        TextError: for an unknown kind, a missing path, file or column, a row that cannot be read, with its number, a
-            data set that cannot be fetched, and a text that is empty.
+        TextError: if the kind is unknown; if a path, file or column is missing; if a row cannot be read (with its
+            number); if a data set cannot be fetched; or if the text is empty.
     """
     check_text(text, split, column)
     kind, rest = _kind_of(text)
@@ -147,10 +147,10 @@ def load_documents(text: Any, part: Part, *, split: str | None = None, column: s
 
 
 def load_text(text: str, part: Part, *, split: str | None = None, column: str | None = None) -> str:
-    """The documents of a part of a text as one text, with blank lines between them; arguments as in `load_documents`.
+    """The documents of a part of a text, joined with blank lines into one text; arguments as for `load_documents`.
 
     Raises:
-        TextError: as there, and for chats, which only a model's template makes text of.
+        TextError: as there, and for chats, which only a model's template turns into text.
     """
     documents: list[Any] = []
     for document in load_documents(text, part, split=split, column=column):
@@ -168,8 +168,8 @@ def _alternates(text: Any, split: str | None) -> bool:
 def _read_pydoc(part: Part) -> Iterator[str]:
     from pydoc_data.topics import topics
 
-    # Topics alternate between the parts, so that both cover the whole language reference. Topics quote each other: a
-    # paragraph is kept only where it occurs first, so that the parts share none.
+    # Topics alternate between the parts, so that both cover the whole language reference. Topics quote each other, so a
+    # paragraph is kept only at its first occurrence: the parts share none.
     seen: set[str] = set()
     for index, name in enumerate(sorted(topics)):
         paragraphs = dict.fromkeys(p.strip("\n") for p in topics[name].split("\n\n"))
@@ -219,7 +219,7 @@ def _row_files(kind: str, path: str) -> list[Path]:
     found = sorted(file for file in found if file.is_file())
     if not found:
         raise TextError(missing)
-    # The documents of a file that stands beside its unpacked self would be read twice.
+    # The documents of a file beside its unpacked version would be read twice.
     if twice := [file for file in found if file.suffix in (".gz", ".zst") and file.with_suffix("") in found]:
         raise TextError(f"{twice[0]} and {twice[0].with_suffix('')} hold the same documents; remove one of the two")
     return found
@@ -237,7 +237,7 @@ def _wikitext_files(path: str, wanted: str) -> list[Path]:
 
 
 def _hub_name(name: str) -> tuple[str, str, str | None]:
-    """The repository, its configuration or file, empty without, and the revision that a name has."""
+    """The repository in a name, its configuration or file (empty if none), and its revision."""
     found = re.fullmatch(r"([^/@]+(?:/[^/@]+)?)(?:/([^@]+))?(?:@(.+))?", name)
     if found is None:
         raise TextError(
@@ -248,7 +248,7 @@ def _hub_name(name: str) -> tuple[str, str, str | None]:
 
 
 def _hub_files(name: str, split: str) -> Iterator[Path]:
-    """The file that is named, or those of a split, each fetched into the hub's cache when it is asked for."""
+    """The named file, or the files of a split, each fetched into the hub's cache when needed."""
     repository, inside, revision = _hub_name(name)
     is_file = inside.endswith(_ALL_ENDINGS)
     try:
@@ -257,7 +257,7 @@ def _hub_files(name: str, split: str) -> Iterator[Path]:
 
             yield Path(hf_hub_download(repository, inside, repo_type="dataset", revision=revision))
             return
-        # For the layout alone. Its own streaming of Parquet, left early, aborts the process at its end (arrow #45214).
+        # Only for the layout. Its own streaming of Parquet, if left early, aborts the process at exit (arrow #45214).
         from datasets import DownloadManager, load_dataset_builder
 
         manager = DownloadManager(record_checksums=False)
@@ -280,7 +280,7 @@ def _hub_files(name: str, split: str) -> Iterator[Path]:
 
 
 def _rows(kind: str | None, files: Iterable[Path], column: str | None) -> Iterator[Document | None]:
-    """The documents in a column of some files, one after the other; without a kind, each is of that of its ending."""
+    """The documents in a column of some files, one after the other; without `kind`, the ending of each file decides."""
     for file in files:
         own = kind or next((each for each, endings in _ENDINGS.items() if file.name.endswith(endings)), None)
         if own is None:
@@ -295,7 +295,7 @@ def _rows(kind: str | None, files: Iterable[Path], column: str | None) -> Iterat
 
 
 def _column(names: Sequence[str], asked: str | None) -> str:
-    """The column to read; a `ValueError` with those that exist where it is none of them."""
+    """The column to read; a `ValueError` that lists the columns if it does not exist."""
     for name in COLUMNS if asked is None else (asked,):
         if name in names:
             return name
@@ -314,7 +314,7 @@ def _parquet_rows(file: Path, column: str | None) -> Iterator[tuple[str, Any]]:
             readable = (types.is_string, types.is_large_string, types.is_list, types.is_large_list)
             if not any(fits(kind) for fits in readable):
                 raise ValueError(f"the column {name} holds {kind}")
-            # Few rows at a time: a batch may span groups of rows, and documents may be books.
+            # Few rows at a time: a batch may span row groups, and documents may be books.
             batches = (batch.column(name).to_pylist() for batch in table.iter_batches(256, columns=[name]))
             for number, value in enumerate(itertools.chain.from_iterable(batches), 1):
                 yield f"row {number}", value
@@ -368,7 +368,7 @@ def _csv_rows(file: Path, column: str | None) -> Iterator[tuple[str, Any]]:
 def _opened(file: Path) -> TextIO:
     import pyarrow
 
-    # It unpacks by the name's ending.
+    # The name's ending decides how to unpack.
     stream: Any = pyarrow.input_stream(str(file), compression="detect")
     return io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
 

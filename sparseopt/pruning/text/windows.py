@@ -1,7 +1,7 @@
-"""Calibration and evaluation text as token windows, packed or one a document.
+"""Calibration and evaluation text as token windows, packed or one per document.
 
-If the model's tokenizer begins texts with BOS, every window begins with it: `BOS, t_0, ..., t_{T-2}` of the T tokens of
-the window. BOS is never predicted, and the prediction of `t_0`, which no text precedes, does not count: losses start
+If the model's tokenizer begins texts with BOS, every window begins with it: `BOS, t_0, ..., t_{T-2}` for the T tokens
+of the window. BOS is never predicted, and the prediction of `t_0`, which no text precedes, does not count: losses start
 with `t_1`.
 """
 
@@ -20,9 +20,9 @@ from sparseopt.pruning.text.documents import Part, load_documents, part_of_text
 WindowChoice = Literal["first", "spread", "random"]
 DocumentChoice = Literal["packed", "separate"]
 
-# Documents are read as far as they are needed, and at least so many characters of them.
+# Documents are read as far as needed, but at least this many characters.
 _LEAST_READ = 2**22
-# Characters for each token that is asked for, four times as many as it takes in English: windows can be spread.
+# Characters for each requested token, four times as many as English needs, so that windows can be spread.
 _READ_A_TOKEN = 16
 
 
@@ -48,29 +48,29 @@ def text_windows(
     documents: DocumentChoice = "packed",
     least: int | None = None,
 ) -> Windows:
-    """Windows of a text in a model's tokens, and the model's BOS (`models.start_token`).
+    """Windows of a text in a model's tokens, with the model's BOS (`models.start_token`).
 
-    Chats become text by the model's own chat template (`models.chat_writer`). Of a large source only the beginning is
-    read, 16 characters for each token asked for, and at least 4 million.
+    Chats become text with the model's own chat template (`models.chat_writer`). Only the beginning of a large source is
+    read: 16 characters for each requested token, and at least 4 million.
 
     Args:
-        source: of the model.
-        text: a specification, a list or a `Dataset`, as `split`, `column` and `part` see `load_documents`.
-        part: which documents.
-        count: windows wanted.
-        length: tokens a window.
+        source: the model's source.
+        text: a specification, a list or a `Dataset`; for this, `part`, `split` and `column` see `load_documents`.
+        part: which documents to read.
+        count: number of windows.
+        length: tokens per window.
         bos: whether windows begin with BOS.
         choice: which windows, see `token_windows`.
-        seed: see there.
-        split: of a data set of the hub.
-        column: of the rows.
-        documents: "packed" cuts windows from all documents joined, texts by blank lines, chats by nothing; "separate"
-            takes one window from the start of each document that is long enough.
-        least: windows that are enough where the text does not have `count`.
+        seed: see `token_windows`.
+        split: the split of a hub data set.
+        column: the column of the rows.
+        documents: "packed" joins all documents, texts with blank lines and chats with nothing, and cuts windows from
+            them; "separate" cuts one window from the start of each document that is long enough.
+        least: number of windows that is enough if the text does not have `count`.
 
     Raises:
-        TextError: for a text that cannot be read or is too short.
-        ModelError: for a tokenizer that cannot be used, that has no BOS where `bos` is "yes", or no chat template.
+        TextError: if the text cannot be read or is too short.
+        ModelError: if the tokenizer cannot be used, has no BOS although `bos` is "yes", or has no chat template.
     """
     if documents not in get_args(DocumentChoice):
         raise TextError(f"documents must be {' or '.join(get_args(DocumentChoice))}, given {documents!r}")
@@ -85,7 +85,7 @@ def text_windows(
 
     def encoded(written: str) -> np.ndarray:
         tokens = encode_text(tokenizer, written)
-        # A template may write the BOS that every window begins with anyway.
+        # A template may write the BOS with which every window begins anyway.
         return tokens[1:] if of_chats and len(tokens) and tokens[0] == start else tokens
 
     separate, found, seen = documents == "separate", [], 0
@@ -106,14 +106,14 @@ def text_windows(
                 f"{count} windows that begin a document need as many documents of {length} tokens or more, and "
                 f"{available} of {seen} have that many; use documents packed, fewer windows or a shorter seqlen"
             )
-        # Whole windows in a row are cut as they are.
+        # Concatenated whole windows are cut into the same windows.
         return Windows(token_windows(np.concatenate(found), count, length, choice, seed=seed), start)
     except TextError as error:
         raise TextError(f"{part_of_text(text, part, split)}: {error}") from error
 
 
 def _batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
-    """The texts in lists of at least `size` characters."""
+    """Group the texts into lists of at least `size` characters."""
     batch: list[str] = []
     held = 0
     for text in texts:
@@ -135,7 +135,7 @@ def token_digest(*ids: np.ndarray) -> str:
 
 
 def begin_windows(ids: Int[np.ndarray, "count length"], bos: int | None) -> Int[np.ndarray, "count length"]:
-    """The windows with BOS first and their last token left out; unchanged where `bos` is None."""
+    """The windows with BOS first and without their last token; unchanged if `bos` is None."""
     return ids if bos is None else np.concatenate([np.full_like(ids[:, :1], bos), ids[:, :-1]], axis=1)
 
 
@@ -146,15 +146,15 @@ def token_windows(
 
     Args:
         tokens: all token ids of a text, `[n]`.
-        count: windows wanted.
-        length: tokens a window.
-        choice: "first" cuts from the start of the text. "spread" takes windows at equal distances over the whole text,
-            in an order in which any run of them covers it evenly: held-out windows, the last ones, lie between the
-            calibration windows. "random" draws without replacement, by the `seed`.
+        count: number of windows.
+        length: tokens per window.
+        choice: "first" cuts from the start of the text. "spread" spaces windows evenly over the whole text, in an order
+            in which any run of them covers it evenly: held-out windows, the last ones, lie between the calibration
+            windows. "random" draws without replacement, with `seed`.
         seed: see `choice`.
 
     Raises:
-        TextError: if the text has fewer tokens than that, with the figures.
+        TextError: if the text has too few tokens, with the numbers.
     """
     if count < 1 or length < 2:
         raise TextError(f"need at least 1 window of at least 2 tokens, given {count} windows of {length}")
@@ -177,16 +177,16 @@ def token_windows(
 
 
 def token_array(given: Any) -> np.ndarray:
-    """Token ids of any array library as an array; a `TextError` where windows have different lengths."""
+    """Token ids of any array library as an array; a `TextError` if windows have different lengths."""
     try:
-        # torch does not give those on a GPU to NumPy.
+        # torch does not convert GPU tensors to NumPy.
         return np.asarray(given.cpu() if hasattr(given, "cpu") else given)
     except ValueError:
         raise TextError("all windows of token ids must have the same number of tokens") from None
 
 
 def check_vocabulary(ids: np.ndarray, vocab_size: int) -> None:
-    """Raise a `TextError` for token ids outside a model's vocabulary."""
+    """Raise a `TextError` if token ids are outside a model's vocabulary."""
     if ids.min() < 0 or ids.max() >= vocab_size:
         raise TextError(
             f"token ids must lie in 0..{vocab_size - 1}, given {ids.min()}..{ids.max()}; "

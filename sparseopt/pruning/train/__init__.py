@@ -1,4 +1,4 @@
-"""Training of the weights that are kept: of one block (`reconstruction`), of the whole model (`distillation`).
+"""Training of the kept weights: of one block (`reconstruction`), or of the whole model (`distillation`).
 
-`training` is what both share: settings, one update, the loop, the choice of the state.
+`training` has what both share: settings, one update, the loop, the choice of the state.
 """

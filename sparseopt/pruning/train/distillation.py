@@ -2,15 +2,15 @@
 
     minimise over the blocks' weights    mean over tokens t of    KL( softmax(h(y_t)) || softmax(h(x_t)) )
 
-with h the head, which stays as it is, x the model's stream after its last block and y the dense model's for the same
+with h the head, which stays unchanged, x the model's stream after its last block and y the dense model's for the same
 tokens. Every weight of the blocks is trained, biases and norms too; masked entries stay zero.
 
-No program holds the whole model. A step runs forward block by block and keeps what goes into each; one program gives
-the loss and its gradient after the last block, for slices of tokens, since logits are wide; then one program a kind of
-block, from the last to the first, runs its block again, gives the gradient before it and updates its weights. So a
-gradient is never kept, and memory is four times the weights (those of the best state, those that are trained, two
-moments) and what one block needs. The price: the gradient's norm is clipped for each block, not for the whole model.
-The optimiser, the loop and the choice of the best state: see `training`.
+No program holds the whole model. A step runs forward block by block and keeps the input of each. One program computes
+the loss and its gradient after the last block, in slices of tokens, since logits are wide. Then, from the last block to
+the first, a program for each kind of block runs the block again, computes the gradient before it and updates its
+weights. So no gradient is kept, and memory is four times the weights (best state, trained weights, two moments) plus
+what one block needs. The price: the gradient's norm is clipped for each block, not for the whole model. `training` has
+the optimiser, the loop and the choice of the best state.
 
 Source: Hinton, Vinyals, Dean, "Distilling the knowledge in a neural network", 2015, at temperature 1; after pruning as
 in Muralidharan, Sreenivas, Joshi and others, "Compact language models via pruning and knowledge distillation", 2024.
@@ -48,14 +48,14 @@ from sparseopt.system import processes
 
 @dataclass(frozen=True)
 class Distillation(Training):
-    """How the blocks are trained together, see `Training`."""
+    """Settings for training all blocks together, see `Training`."""
 
     epochs: int = 4
-    # SmolLM2-135M with 1152 of its 1536 channels, 16 x 512 tokens: the held-out divergence is 0.418 at the start, 0.383
+    # SmolLM2-135M with 1152 of its 1536 channels, 16 × 512 tokens: the held-out divergence is 0.418 at the start, 0.383
     # after a run of two epochs and 0.370 after one of four. After the first of four it is 0.390; with 1.5e-3 it is
     # 0.425.
     learning_rate: float = 5e-4
-    # There the largest norm among the blocks is 0.2 to 1, so every step is clipped and all windows weigh the same.
+    # There the largest norm among the blocks is 0.2 to 1, so every step is clipped and all windows count equally.
     clip: float = 0.03
 
     what = "distillation"
@@ -73,17 +73,17 @@ def distil(
     """Train the blocks of a model together, in place.
 
     Args:
-        blocks: of the smaller or pruned model, in their order; they are left in the best state seen.
+        blocks: blocks of the smaller or pruned model, in order; they are left in the best state seen.
         head: maps the stream after the last block to logits, of both models.
-        before: the stream before the first block, in equal batches as `make_batches` gives.
+        before: the stream before the first block, in equal batches as from `make_batches`.
         dense_after: the dense model's stream after its last block, for the same tokens.
         settings: how the blocks are trained.
         observer: called with ("distillation, step", steps done, steps of all epochs).
-        masks: for each block, True for the entries that are trained, by the linear's name; linears without a mask are
-            trained whole, those whose mask has no True stay unchanged. None where nothing is masked.
+        masks: for each block, True for the entries to train, by layer name; layers without a mask are trained whole,
+            layers with an all-False mask stay unchanged. None for no masks.
 
     Raises:
-        ValueError: before any work, for settings, masks or batches that cannot be used.
+        ValueError: before any work, if settings, masks or batches cannot be used.
     """
     if not blocks:
         raise ValueError("no blocks to train; give at least one")
@@ -112,7 +112,7 @@ def divergence(head: Head, dense_RD: Float[Array, "R D"], x_RD: Float[Array, "R 
 
 
 def _by_slices(function: Callable[..., Any], head: Head, dense: Array, x: Array) -> Any:
-    """A function of slices of tokens. Zeros fill the last slice: both models agree there, so they add nothing."""
+    """Sum a function over slices of tokens. Zeros fill the last slice: both models agree there, so they add nothing."""
     dense, x = (part.reshape(-1, part.shape[-1]) for part in (dense, x))
     rows = min(LOGIT_ROWS, len(x))
     filled = [jnp.pad(part, ((0, -len(x) % rows), (0, 0))).reshape(-1, rows, x.shape[-1]) for part in (dense, x)]
@@ -139,7 +139,7 @@ def _train_block(
     rate: Float[Array, ""],
     clip: Float[Array, ""],
 ) -> tuple[TrainState, Array, Array]:
-    """One update of a block from the gradient after it; returns the state, the gradient before it and its norm."""
+    """Update a block from the gradient after it; return the state, the gradient before the block and its norm."""
     _, backward = jax.vjp(lambda params, x: fixed.module(params)(x), state.params, x)
     gradient, before = backward(after)
     state, norm = updated(state, gradient, fixed.kept, rate, clip)
@@ -152,7 +152,7 @@ _step_of_block = Compiled(_train_block, donate_argnums=(0, 3))
 
 
 class _ModelTrainer(Trainer):
-    """Trains all blocks together; the blocks given hold the best state."""
+    """Trains all blocks together; the given blocks hold the best state."""
 
     # The sum over the vocabulary leaves about 1e-7 of rounding.
     exact = 1e-6

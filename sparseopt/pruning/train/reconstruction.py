@@ -1,14 +1,14 @@
-"""Block reconstruction: the kept weights of a pruned block are trained to give the dense block's outputs.
+"""Block reconstruction: the kept weights of a pruned block are trained to reproduce the dense block's outputs.
 
     minimise over the kept weights    mean_t  sum_d w_d (block(x)_td - y_td)² / sum_d w_d y_td²
                                       1 / w_d = mean_t  y_td² / sum_e y_te²
 
 with x the stream before the pruned block, y the dense block's output for the same tokens, `[B, T, D]` both. Every token
-counts by its relative error: some carry a stream that is hundreds of times larger and would decide alone. So does every
+counts with its relative error: some carry a stream hundreds of times larger and would decide alone. So does every
 channel d of the stream: in Gemma 3 some are thousands of times larger, and the next norm's weights make them small
-again. With 75 % of the channels of Gemma 3 270M, perplexity 37.05 became 43.38 by training with equal w and 36.06 with
-these. A token whose target is zero counts nothing. Masks are frozen; linears without a mask keep their weights. The
-optimiser: see `training`.
+again. With 75 % of the channels of Gemma 3 270M, training changed perplexity from 37.05 to 43.38 with equal w, and to
+36.06 with these. Tokens with zero targets are ignored. Masks are frozen; layers without a mask keep their weights. The
+optimiser is described in `training`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -38,13 +38,13 @@ from sparseopt.pruning.train.training import (
     updated,
 )
 
-# Least share of a channel that is told from zero, relative to the mean share.
+# Smallest share of a channel that counts as non-zero, relative to the mean share.
 FLOOR = 1e-4
 
 
 @dataclass(frozen=True)
 class Reconstruction(Training):
-    """How a block is trained, see `Training`.
+    """Settings for training a block, see `Training`.
 
     Attributes:
         train_norms: train the weights of the block's norms as well.
@@ -62,15 +62,15 @@ class Reconstruction(Training):
 def stream_loss(
     output: Float[Array, "B T D"], target: Float[Array, "B T D"], weights: Float[Array, "D"]
 ) -> Float[Array, ""]:
-    """Mean over tokens of the weighted squared error, relative to that of zero outputs; zero targets count nothing."""
+    """Mean over tokens of the weighted squared error relative to zero outputs' error, ignoring zero targets."""
     error = jnp.sum(weights * (output - target) ** 2, axis=-1)
     size = jnp.sum(weights * target**2, axis=-1)
-    # `size == 0` and not `size > 0`, which would drop a token whose target is NaN without a word.
+    # Not `size > 0`, which would silently drop a token with a NaN target.
     return jnp.mean(jnp.where(size == 0, 0, error / jnp.where(size == 0, 1, size)))
 
 
 def _channel_shares(target: Float[Array, "B T D"]) -> Float[Array, "D"]:
-    """Mean over tokens of each channel's share of the token's square; zero targets count nothing."""
+    """Mean over tokens of each channel's fraction of the token's square; zero targets are ignored."""
     size = jnp.sum(target**2, axis=-1, keepdims=True)
     return jnp.mean(jnp.where(size == 0, 0, target**2 / jnp.where(size == 0, 1, size)), axis=(0, 1))
 
@@ -88,7 +88,7 @@ def _train_step(
     rate: Float[Array, ""],
     clip: Float[Array, ""],
 ) -> tuple[TrainState, Array, Array]:
-    """One update from some windows of inputs and targets; the state, the loss before it and the gradient's norm."""
+    """Update from some windows of inputs and targets; return the state, the loss before it and the gradient's norm."""
     x, target = (jnp.take(each, rows, axis=0) for each in batch)
     loss, gradient = jax.value_and_grad(_loss)(state.params, fixed, weights, x, target)
     state, norm = updated(state, gradient, fixed.kept, rate, clip)
@@ -104,12 +104,12 @@ def channel_weights(targets: Iterable[Float[Array, "B T D"]]) -> Float[np.ndarra
     """The weight of each channel in `stream_loss`, as above, times the mean share, up to 1 / FLOOR."""
     shares = np.mean([_shares_of_batch(target) for target in targets], axis=0)
     mean = shares.mean()
-    # Where all targets are zero nothing counts, whatever the weights.
+    # If all targets are zero, the weights do not matter.
     return mean / np.maximum(shares, FLOOR * mean) if mean > 0 else np.ones_like(shares)
 
 
 def split_block(block: Block, pruned: Iterable[str], settings: Reconstruction) -> tuple[Any, ...]:
-    """A block's structure, the parameters that are trained where these linears are pruned, and the others."""
+    """A block's structure, the parameters to train if these layers are pruned, and the other parameters."""
     owners = {stacked_name(name)[0] for name in pruned}
 
     def trained(path: tuple[Any, ...], _: Any) -> bool:
@@ -120,7 +120,7 @@ def split_block(block: Block, pruned: Iterable[str], settings: Reconstruction) -
 
 
 def _scales(params: Any, block: Block, grids: Mapping[str, Bits]) -> tuple[Any, list[Array | None]]:
-    """Parameters with scales in place of the weights of linears on grids; and by leaf the multiples, None of others."""
+    """Parameters with scales instead of weights for layers on grids; and the multiples by leaf, None for others."""
     leaves, tree = jax.tree.flatten(params)
     found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for name, bits in grids.items():
@@ -129,19 +129,19 @@ def _scales(params: Any, block: Block, grids: Mapping[str, Bits]) -> tuple[Any, 
     multiples: list[Array | None] = [None] * len(leaves)
     for index, (path, _) in enumerate(nnx.to_flat_state(params)):
         if own := found.get(".".join(map(str, path))):
-            # The experts of a stack come in their order.
+            # The experts of a stack come in order.
             whole, scales = (np.stack(each).reshape(*leaves[index].shape[:-1], -1) for each in zip(*own, strict=True))
             multiples[index], leaves[index] = jnp.asarray(whole, jnp.float32), jnp.asarray(scales, jnp.float32)
     return jax.tree.unflatten(tree, leaves), multiples
 
 
 class _BlockTrainer(Trainer):
-    # A mean square error below this is what float32 leaves of two programs for one block.
+    # A mean square error below this is float32 rounding between two programs for one block.
     exact = 1e-12
     settings: Reconstruction
 
     def __init__(self, block: Block, masks: Masks, grids: Mapping[str, Bits], *given: Any) -> None:
-        """Take the grids of some linears, and otherwise what all trainers do."""
+        """Set up with the grids of some layers, otherwise like all trainers."""
         self.grids, self.multiples = grids, list[Array | None]()
         super().__init__([block], [masks], *given)
         if grids:
@@ -187,20 +187,20 @@ def reconstruct_block(
     index: int = 0,
     grids: Mapping[str, Bits] | None = None,
 ) -> BlockRecord:
-    """Train the kept weights of a pruned block, in place; of linears on grids their scales.
+    """Train the kept weights of a pruned block, in place; for layers on grids, their scales.
 
     Args:
         block: the pruned block; it is left in the best state seen.
-        masks: True for kept entries, by the linear's name; the biases of these linears are trained too. Linears
-            without a mask, or whose mask has no True, stay unchanged.
-        stream: before the block, in equal batches as `make_batches` gives.
-        targets: what the dense block gave for the same tokens.
-        settings: default: `Reconstruction()`.
+        masks: True for kept entries, by layer name; the biases of these layers are trained too. Layers without a mask,
+            or with an all-False mask, stay unchanged.
+        stream: the stream before the block, in equal batches as from `make_batches`.
+        targets: the dense block's outputs for the same tokens.
+        settings: settings of the training; default: `Reconstruction()`.
         index: the number of the block in the record.
-        grids: of linears whose weights lie on them, by name; they stay there, with other scales.
+        grids: grids of layers with weights on them, by name; weights stay on the grids, with other scales.
 
     Raises:
-        ValueError: before any work, for settings, masks or batches that cannot be used.
+        ValueError: before any work, if settings, masks or batches cannot be used.
     """
     check_masks(block, masks)
     grids = grids or {}

@@ -1,11 +1,11 @@
 """Training on stored activations: settings, one Adam update, the loop over epochs and the choice of the state.
 
-The trainers say what is minimised and what a step does: `reconstruction` for one block, `distillation` for a whole
-model. Adam (Kingma and Ba, 2015) with the gradient's norm clipped, a linear warm-up and a cosine to zero. A step is
-relative to the root mean square of its tensor (Shazeer and Stern, "Adafactor", 2018, section 8): linears have 0.2 in
-SmolLM2 and 0.04 in Gemma 3, whose norm weights reach 340. The answer is the best of the start and the states after each
-epoch by the judging loss: the loss on held-out tokens, or on the calibration tokens without any. So it is never worse
-there than the start.
+The trainers define what is minimised and what a step does: `reconstruction` for one block, `distillation` for a whole
+model. The optimiser is Adam (Kingma and Ba, 2015) with clipped gradient norm, linear warm-up and cosine decay to zero.
+A step is relative to the root mean square of its tensor (Shazeer and Stern, "Adafactor", 2018, section 8): layers have
+0.2 in SmolLM2 and 0.04 in Gemma 3, whose norm weights reach 340. Of the start and the states after each epoch, the one
+with the smallest judging loss is kept: the loss on held-out tokens or, without any, on calibration tokens. So it is
+never worse there than the start.
 """
 
 import enum
@@ -28,12 +28,12 @@ from sparseopt.models.decoder.experts import stacked_name
 from sparseopt.pruning.base.activations import Batches, Stream
 from sparseopt.pruning.base.grams import BlockRunner
 
-# True for the entries that are trained, by the linear's name.
+# True for the entries that are trained, by layer name.
 Masks = Mapping[str, Bool[Array, "out in"]]
 
 
 class TrainingStatus(enum.Enum):
-    """How a training ended; the value is one sentence for a person. The best state was kept in every case."""
+    """How a training ended; the value is one sentence for readers. The best state was kept in every case."""
 
     FINISHED = "all epochs were run"
     STOPPED = "the judging loss no longer fell"
@@ -47,19 +47,19 @@ class TrainingStatus(enum.Enum):
 
 @dataclass(frozen=True)
 class Training:
-    """How something is trained.
+    """Settings of a training.
 
     Attributes:
-        epochs: passes over the calibration windows, at most.
-        learning_rate: Adam's largest step; a weight moves by about this share of the root mean square of its tensor.
-        warmup: fraction of all steps in which the rate rises linearly; then it falls to zero as a cosine.
-        windows: windows of tokens a step, at most; the largest divisor of a batch's windows that is not above it.
-        epoch_windows: windows that an epoch sees, others in the next as long as there are any; None for all.
-        clip: largest norm of a block's gradient. Adam ignores a common factor, so a low value does no harm and lets no
-            window weigh more than the others.
+        epochs: largest number of passes over the calibration windows.
+        learning_rate: Adam's largest step; a weight moves by about this fraction of the root mean square of its tensor.
+        warmup: fraction of all steps in which the rate rises linearly; then it falls to zero like a cosine.
+        windows: most windows of tokens per step; the largest divisor of a batch's windows up to this is used.
+        epoch_windows: windows per epoch, different ones in the next as long as there are any; None for all.
+        clip: largest norm of a block's gradient. Adam ignores a common factor, so a low value does no harm, and no
+            window counts more than the others.
         patience: epochs without a better judging loss before training stops.
         divergence: training stops if the judging loss after an epoch is above this multiple of the start's.
-        seed: of the order in which windows are drawn.
+        seed: seed of the order in which windows are drawn.
     """
 
     epochs: int
@@ -75,7 +75,7 @@ class Training:
     what: ClassVar[str]  # the kind of training, as errors call it
 
     def check(self) -> None:
-        """Raise a `ValueError` that lists all that is wrong, one line each."""
+        """Raise a `ValueError` that lists everything that is wrong, one line each."""
         problems = [
             f"{name} must be a whole number of {least} or more, given {value!r}"
             for name, least in (("epochs", 1), ("windows", 1), ("epoch_windows", 1), ("patience", 1), ("seed", 0))
@@ -86,35 +86,35 @@ class Training:
             if not 0 < (value := getattr(self, name)) < math.inf:
                 problems.append(f"{name} must be positive and finite, given {value!r}")
         if not 0 <= self.warmup < 1:
-            problems.append(f"warmup must be a share of the steps in [0, 1), given {self.warmup!r}")
+            problems.append(f"warmup must be a fraction of the steps in [0, 1), given {self.warmup!r}")
         if not self.divergence > 1:
             problems.append(f"divergence must be a multiple above 1 (inf never stops), given {self.divergence!r}")
         if problems:
             raise ValueError(f"the {self.what} cannot be used:\n  " + "\n  ".join(problems))
 
     def rates(self, steps: int) -> Float[np.ndarray, "steps"]:
-        """The learning rate of each of `steps` steps in all; the schedule is taken at the middle of each step."""
+        """The learning rates of `steps` steps; the schedule is evaluated at the middle of each step."""
         time = (np.arange(steps) + 0.5) / steps
         rise = time / self.warmup if self.warmup else np.ones(steps)
         fall = 0.5 + 0.5 * np.cos(np.pi * np.clip((time - self.warmup) / (1 - self.warmup), 0, 1))
         return (self.learning_rate * np.minimum(rise, 1) * fall).astype(np.float32)
 
 
-# What a step is relative to, at least: a bias that is zero is trained too.
+# Lower bound of what a step is relative to, so that a zero bias is trained too.
 LEAST_SIZE = 1e-3
 
 
 class TrainState(NamedTuple):
-    """What a step changes: the trained parameters of a block and Adam's moments of them."""
+    """What a step changes: the trained parameters of a block and their Adam moments."""
 
     params: Any
     moments: Any
 
 
 class TrainedEntries(NamedTuple):
-    """The entries of a parameter that are trained: the mask, of its shape or one True for all, and their number.
+    """The trained entries of a parameter: the mask, of its shape or one True for all, and their number.
 
-    At least one is counted, since it is divided by.
+    The number is at least one, since it is a divisor.
     """
 
     mask: Array
@@ -127,9 +127,9 @@ class Fixed(NamedTuple):
     Attributes:
         graph: a block's structure.
         frozen: the parameters that are not trained.
-        kept: by leaf of the others, see `kept_entries`.
-        multiples: by leaf too, those of a weight `[..., out, in]` on a grid, of which the scales are trained, which are
-            `[..., out, groups]`; None of others, and where there are no grids.
+        kept: for each leaf of the others, see `kept_entries`.
+        multiples: for each leaf, the multiples of a weight `[..., out, in]` on a grid, whose scales
+            `[..., out, groups]` are trained; None for others, and without grids.
     """
 
     graph: Any
@@ -138,7 +138,7 @@ class Fixed(NamedTuple):
     multiples: list[Array | None] | None = None
 
     def weights(self, params: Any) -> Any:
-        """The parameters with weights in place of their scales."""
+        """The parameters with weights instead of scales."""
         if self.multiples is None:
             return params
         leaves, tree = jax.tree.flatten(params)
@@ -154,7 +154,7 @@ def scaled(multiples: Float[Array, "*n out in"], scales: Float[Array, "*n out gr
     return (multiples.reshape(*scales.shape, -1) * scales[..., None]).reshape(multiples.shape)
 
 
-# Adam's eps is far below the gradient of a kept weight (about 1e-6), yet an input that never fires stays at rest.
+# Adam's eps is far below the gradient of a kept weight (about 1e-6), but weights of an input that never fires stay.
 _adam = optax.scale_by_adam(b1=0.9, b2=0.99, eps=1e-10)
 
 
@@ -165,9 +165,9 @@ def start_state(params: Any) -> TrainState:
 
 
 def kept_entries(params: Any, masks: Masks) -> list[TrainedEntries]:
-    """The entries that are trained, by leaf of `params`: all of a leaf without a mask.
+    """The trained entries for each leaf of `params`: all entries of a leaf without a mask.
 
-    The bias of a linear whose mask has no True is not trained either.
+    The bias of a layer with an all-False mask is not trained either.
     """
     parts: dict[str, dict[int | None, Array]] = {}
     for name, mask in masks.items():
@@ -188,7 +188,7 @@ def kept_entries(params: Any, masks: Masks) -> list[TrainedEntries]:
 def updated(
     state: TrainState, gradient: Any, kept: list[TrainedEntries], rate: Float[Array, ""], clip: Float[Array, ""]
 ) -> tuple[TrainState, Float[Array, ""]]:
-    """One step of Adam, and the gradient's norm before it is clipped."""
+    """Do one step of Adam; also return the gradient's norm before clipping."""
     kept = jax.tree.unflatten(jax.tree.structure(gradient), kept)
     gradient = jax.tree.map(lambda g, kept: jnp.where(kept.mask, g, 0), gradient, kept)
     norm = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(gradient)))
@@ -208,14 +208,14 @@ class Trainer(ABC):
     """Trains blocks in place: the loop over the epochs, and the choice of the best state, which the blocks hold.
 
     Attributes:
-        exact: a judging loss up to this leaves nothing to train.
-        fixed: of each block, what no step changes.
-        states: of each block, what a step changes.
+        exact: with a judging loss up to this, there is nothing to train.
+        fixed: what no step changes, for each block.
+        states: what a step changes, for each block.
         calibration: the inputs that steps draw from, with their targets.
-        judges: the inputs whose loss chooses the best state, with theirs.
-        kept: of each block, what a step changes, in the best state so far; empty before there is a better one.
-        best_epoch: the epoch that ended with it, 0 for the start.
-        total: steps of all epochs.
+        judges: the inputs whose loss chooses the best state, with their targets.
+        kept: the best states so far, for each block; empty until one is better than the start.
+        best_epoch: the epoch that ended with the best state, 0 for the start.
+        total: number of steps in all epochs.
     """
 
     exact: ClassVar[float]
@@ -247,7 +247,7 @@ class Trainer(ABC):
 
     @abstractmethod
     def step(self, index: int, rows: Int[np.ndarray, "windows"], rate: np.float32) -> tuple[Array, Array]:
-        """Update the states from some windows of a batch; the loss before it and the gradient's norm."""
+        """Update the states from some windows of a batch; return the loss before it and the gradient's norm."""
 
     @abstractmethod
     def loss(self, inputs: Batches, targets: Batches) -> float:
@@ -304,7 +304,7 @@ class Trainer(ABC):
                 if not (np.isfinite(loss) and np.isfinite(norm)):
                     return TrainingStatus.NONFINITE
             self.epochs += 1
-            # A parameter that is not finite makes outputs NaN, so a finite loss means that all are finite.
+            # A non-finite parameter makes outputs NaN, so a finite loss means that all are finite.
             judged = self.loss(*self.judges)
             if judged < self.best:
                 self.best, self.best_epoch = judged, self.epochs
@@ -319,11 +319,11 @@ class Trainer(ABC):
 
 
 def check_masks(block: Block, masks: Masks) -> None:
-    """Raise a `ValueError` for masks that do not fit the linears of a pruned block; one without a True freezes one."""
+    """Raise a `ValueError` if masks do not fit the layers of a pruned block; an all-False mask freezes its layer."""
     unknown = [name for name in masks if name not in block.linears]
     if unknown or not masks:
         raise ValueError(
-            f"masks must name linears of the block ({', '.join(block.linears)}), given "
+            f"masks must name layers of the block ({', '.join(block.linears)}), given "
             f"{', '.join(unknown) if unknown else 'none'}"
         )
     stacked = {stacked_name(name)[0] for name in masks if ".experts." in name}
@@ -346,7 +346,7 @@ def check_masks(block: Block, masks: Masks) -> None:
 
 
 def check_streams(inputs: Stream, targets: Stream) -> None:
-    """Raise a `ValueError` for inputs and targets that do not pair up, or without calibration batches."""
+    """Raise a `ValueError` if inputs and targets do not pair up, or there are no calibration batches."""
     shapes = {
         "calibration": (inputs.calibration.shapes, targets.calibration.shapes),
         "held-out": (inputs.heldout.shapes, targets.heldout.shapes),
@@ -362,7 +362,7 @@ def check_streams(inputs: Stream, targets: Stream) -> None:
 
 
 def draw_orders(batches: Batches, settings: Training) -> list[list[tuple[int, np.ndarray]]]:
-    """The steps of each epoch: a batch's index and the rows to take of it, every row of every batch once a pass.
+    """The steps of each epoch: a batch's index and its rows to use, every row of every batch once per pass.
 
     Passes are in random order and follow one another; epochs cut them into equal parts.
     """

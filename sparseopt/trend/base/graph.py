@@ -1,4 +1,4 @@
-"""Graphs as the trend filter takes them, checked on the host before any work."""
+"""Graphs as the trend filter uses them, checked on the host before any work."""
 
 import dataclasses
 import math
@@ -35,7 +35,7 @@ class Graph(Tables):
         num_nodes: n.
         given_edges: int64 `[m, 2]`, or None for a grid, whose edges are listed only on demand; see `edges`.
         given_weights: positive `[m]`, or None; see `weights`.
-        shape: of a grid, with nodes in row-major order, `(n,)` of a chain; None for other graphs.
+        shape: of a grid, with nodes in row-major order; `(n,)` for a chain, None for other graphs.
         nodes: node names in the order of the signal, or None for `0..n-1`.
         times: of the nodes of a chain with free ends, increasing `[n]`, or None for 0, 1, 2, ...
         free: whether the ends of a chain or a grid are free, see `chain` and `grid`.
@@ -58,7 +58,7 @@ class Graph(Tables):
 
     def __post_init__(self) -> None:
         what = f"one signal on a graph of {self.num_nodes:,} nodes"
-        require_memory(8 * self.num_nodes, what, "take a smaller graph, or a part of it")
+        require_memory(8 * self.num_nodes, what, "use a smaller graph, or a part of it")
 
     def __repr__(self) -> str:
         if self.is_chain:
@@ -81,20 +81,20 @@ class Graph(Tables):
     def grid(cls, shape: Sequence[int], spacing: Sequence[float] | None = None, ends: str = "graph") -> "Graph":
         """A grid of 1, 2 or 3 dimensions: each node joined to its neighbours along the axes.
 
-        With the default ends, also of a grid of one axis, the differences of a trend filter are those of the graph:
-        order 1 penalises the Laplacian, which adds up the bends along all axes, and at the borders a slope. With
-        `ends="free"` they are those of the Kronecker trend filter, along each axis separately: order k penalises the
-        differences of order k + 1 of all lines of the grid, as `chain` does of one line. They are 0 for the sums of
-        products of polynomials of degree k in each axis, and for no other signal, so those are left unchanged at any
-        weight. Order 0 has the same fits with either ends.
+        With the default ends, even on a grid of one axis, a trend filter uses the differences of the graph: order 1
+        penalises the Laplacian, which adds up the bends along all axes, and at the borders a slope. With `ends="free"`
+        it is the Kronecker trend filter, along each axis separately: order k penalises the differences of order k + 1
+        of all lines of the grid, as `chain` does of one line. They are 0 for the sums of products of polynomials of
+        degree k in each axis, and for no other signal, so these sums are unchanged at any weight. Order 0 has the same
+        fits with either ends.
 
         Args:
             shape: the number of nodes along each axis.
-            spacing: the distance h of neighbours along each axis, as of the voxels of a scan; None for ones. The
+            spacing: the distance h of neighbours along each axis, as between voxels of a scan; None for ones. The
                 differences along an axis are divided by h, so its edges have the weight `1 / h²`. A penalty's weight
-                has the unit of y times that of the distance, so scaling all spacings scales it. Edge weights w of axes
-                are the spacing `w^-1/2`. The fast transforms of a grid are kept. With free ends the differences of
-                order m are divided by `h^m`.
+                has the unit of y times the unit of distance, so scaling all spacings scales it. For edge weights w
+                along an axis, give the spacing `w^-1/2`. The fast transforms of a grid are kept. With free ends the
+                differences of order m are divided by `h^m`.
             ends: "graph" or "free".
 
         Raises:
@@ -136,8 +136,8 @@ class Graph(Tables):
 
         Args:
             n: the number of nodes.
-            times: increasing, `[n]`, for free ends; None for 0, 1, 2, ... From order 1 on nearly equal ones are an
-                error of the fit, since its solves would lose their digits.
+            times: increasing, `[n]`, for free ends; None for 0, 1, 2, ... From order 1 on nearly equal times make the
+                fit raise an error, since its solves would lose their digits.
             ends: "free" or "graph".
 
         Raises:
@@ -159,8 +159,8 @@ class Graph(Tables):
         free = _are_free(ends)
         if times is not None and not free:
             raise ValueError(
-                'times need ends="free", whose divided differences take them; with the ends of the graph an edge has a '
-                "weight, which Graph.from_edges takes"
+                'times need ends="free", whose divided differences use them; with the ends of the graph an edge has a '
+                "weight, which Graph.from_edges accepts"
             )
         size = whole_number("the number of nodes of a chain", n, 1)
         at = None if times is None else check_times(times, size)
@@ -180,7 +180,7 @@ class Graph(Tables):
 
         Args:
             edges: integers `[m, 2]`.
-            num_nodes: n, at least 1; None takes the largest number plus one. Nodes without an edge are kept.
+            num_nodes: n, at least 1; None uses the largest number plus one. Nodes without an edge are kept.
             weights: positive `[m]`, or None for ones. The difference along an edge of weight w is
                 `sqrt(w) (x_i - x_j)`: give `c²` for a penalty of `c |x_i - x_j|`.
             merge: drop self-loops and add up the weights of duplicates (1 each without weights) instead of raising a
@@ -253,7 +253,7 @@ class Graph(Tables):
             merge: as in `from_edges`.
         """
         if not hasattr(graph, "is_directed"):
-            raise TypeError(f"from_networkx takes a networkx.Graph, given {type(graph).__name__}")
+            raise TypeError(f"from_networkx needs a networkx.Graph, given {type(graph).__name__}")
         if graph.is_directed():
             raise ValueError("the trend filter needs an undirected graph; pass graph.to_undirected()")
         nodes = list(graph.nodes)
@@ -263,7 +263,7 @@ class Graph(Tables):
         return cls.from_edges(edges, len(nodes), level, merge=merge, nodes=nodes)
 
     def as_edges(self) -> "Graph":
-        """The same graph, whose rows are those of its edges, even if it is a grid."""
+        """The same graph with one row per edge, even if it is a grid."""
         return Graph(self.num_nodes, self.edges, self.weights, nodes=self.nodes)
 
     def renumber(self) -> tuple["Graph", np.ndarray]:

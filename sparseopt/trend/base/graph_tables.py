@@ -1,4 +1,4 @@
-"""What is known of a graph: edges, degrees, components, and the matrices of its differences with their sums."""
+"""What is known about a graph: edges, degrees, components, and the matrices of its differences with their sums."""
 
 import functools
 import math
@@ -47,7 +47,7 @@ class Tables:
 
     @functools.cached_property
     def step(self) -> float:
-        """The median step between times, or with free ends the least spacing of a grid; 1 without them."""
+        """The median step between times, or with free ends the smallest spacing of a grid; 1 without them."""
         if self.free and self.spacing is not None:
             return min(self.spacing)
         return 1.0 if self.times is None else float(np.median(np.diff(self.times)))
@@ -74,7 +74,7 @@ class Tables:
             counts = [min(n, order + 1) for n in self.node_shape]
             count = math.prod(counts)
             what = f"the {count:,} products of polynomials that order {order} with free ends does not penalise"
-            require_memory(8 * count * self.num_nodes, what, 'lower the order, or take ends="graph"')
+            require_memory(8 * count * self.num_nodes, what, 'lower the order, or use ends="graph"')
             along = [polynomial_basis(self.times, *sizes) for sizes in zip(self.node_shape, counts, strict=True)]
             return functools.reduce(np.kron, along)
 
@@ -82,12 +82,12 @@ class Tables:
 
     @functools.cached_property
     def node_shape(self) -> tuple[int, ...]:
-        """The shape of an array on the nodes: that of a grid, else `[n]`."""
+        """The shape of an array on the nodes: the grid's, else `[n]`."""
         return self.shape or (self.num_nodes,)
 
     @functools.cached_property
     def array_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """The shapes of an array on the nodes that a caller may give: that of a grid, and `[n]`."""
+        """The shapes of an array on the nodes that a caller may give: the grid's, and `[n]`."""
         return tuple(dict.fromkeys([self.node_shape, (self.num_nodes,)]))
 
     @functools.cached_property
@@ -98,7 +98,7 @@ class Tables:
 
     @functools.cached_property
     def edges(self) -> np.ndarray:
-        """The edges `[m, 2]` in the given order; those of a grid axis by axis in row-major order."""
+        """The edges `[m, 2]` in the given order; for a grid axis by axis in row-major order."""
         return grid_edges(self.node_shape) if self.given_edges is None else self.given_edges
 
     @functools.cached_property
@@ -116,12 +116,12 @@ class Tables:
 
     @functools.cached_property
     def row_edges(self) -> np.ndarray:
-        """The edges in the order of the rows of `base`: on a grid that of `grid_edges`, also where edges were given."""
+        """The edges in the order of the rows of `base`: on a grid as in `grid_edges`, even if edges were given."""
         return self.edges if self.shape is None else grid_edges(self.shape)
 
     @property
     def adjacency(self) -> sparse.csr_array:
-        """Booleans `[n, n]`, with each edge in one direction, that in which it was given."""
+        """Booleans `[n, n]`, with each edge in one direction, as it was given."""
         return sparse.csr_array((np.ones(self.num_edges, bool), self.edges.T), shape=(self.num_nodes,) * 2)
 
     @functools.cached_property
@@ -167,8 +167,7 @@ class Tables:
     def matrix(self, order: int, from_edges: bool = False) -> sparse.csr_array:
         """`Δ^(order)` (or `Δ^(order-1) Dᵀ`) as a sparse matrix; its rows follow `edges` or the nodes.
 
-        With free ends it is `D^(order)` of `chain`, on a grid of the lines along the first axis, then of those along
-        the next.
+        With free ends it is `D^(order)` of `chain`; on a grid, of the lines along the first axis, then along the next.
 
         Example:
             >>> so.Graph.from_edges([(0, 1), (1, 2)]).matrix(2).toarray().tolist()  # the Laplacian
@@ -209,7 +208,7 @@ class Tables:
             [0, 1, 0, 1]
         """
         matrix = self.matrix(block, from_edges)
-        # The formula does not hold for the given order of edges, even if they are those of a grid.
+        # The formula does not hold for the given order of edges, even if they form a grid.
         formula = self.shape if self.given_edges is None and (block == 1 or not self.free) else None
         labels = None if formula is None else grid_groups(formula, block, from_edges)
         labels = colour_rows(matrix) if labels is None else labels

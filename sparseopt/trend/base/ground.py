@@ -129,7 +129,7 @@ def couples_axes(penalty: Any) -> bool:
 
 
 def mean_weight(penalty: Any, padding: float) -> Array:
-    """The penalty's (mean) weight, the largest for several penalties; 1 where it has none or it is 0."""
+    """The penalty's (mean) weight, the largest for several penalties; 1 if it has none or it is 0."""
     found = []
     for part in getattr(penalty, "penalties", (penalty,)):
         weight = jnp.asarray(getattr(part, "weight", 1.0))
@@ -157,7 +157,7 @@ class Data:
 def data_of(ground: Ground, y: Any, weights: Any) -> Data:
     """A signal `[*nodes]` or `[*nodes, channels]`, prepared for a solve.
 
-    The weights have a last axis of length 1 where there are channels, and are 0 where values are missing.
+    The weights have a last axis of length 1 if there are channels, and are 0 where values are missing.
     """
     nodes = len(ground.highest.in_shape)
     present = ground.present
@@ -206,7 +206,7 @@ def data_of(ground: Ground, y: Any, weights: Any) -> Data:
 
 
 def _polynomial(basis: Array, y: Array, weights: Any) -> Array:
-    """The fit of weighted least squares by the columns of the basis."""
+    """The weighted least-squares fit with the columns of the basis."""
     pulled = jnp.matmul(basis.T, (y if weights is None else weights * y).reshape(len(basis), -1), precision=HIGHEST)
     if weights is not None:
         gram = jnp.matmul(basis.T, weights.reshape(-1, 1) * basis, precision=HIGHEST)
@@ -233,7 +233,7 @@ def _component_means(ground: Ground, y: Array, shift: Array, counted: Any) -> Ar
 def inverse_laplacian(ground: Ground, right: Array, times: int) -> tuple[Array, Array]:
     """`(L^+)^times right` for a right-hand side whose sums over every component are 0, and whether it is accurate.
 
-    By a transform on grids, with free ends for `ΔᵀΔ` in place of L and a right-hand side without polynomials; by
+    With a transform on grids, with free ends for `ΔᵀΔ` in place of L and a right-hand side without polynomials; with
     conjugate gradients elsewhere, which may not converge in 1,000 steps.
     """
     nothing = jnp.zeros((), bool)
@@ -267,7 +267,7 @@ def null_space_dual(ground: Ground, pull: Array) -> tuple[Array, Array]:
 
     If u lies in the dual ball, the component means are the fit. With 2m factors in Δ, `u = (L^+)^m pull`, with
     2m + 1 factors `u = D (L^+)^(m+1) pull`. On a chain with free ends there is only one u, on a grid with free ends
-    `u = Δ (ΔᵀΔ)^+ pull`, refined since the condition number of `ΔᵀΔ` is the square of that of Δ.
+    `u = Δ (ΔᵀΔ)^+ pull`, refined since the condition number of `ΔᵀΔ` is the square of Δ's.
     """
     if ground.basis is not None and ground.transform is None:
         return ground.highest.potential(pull), jnp.ones((), bool)

@@ -31,7 +31,7 @@ from sparseopt.trend.base.layout import Layout
 from sparseopt.trend.base.method import DEFAULTS, MOST_STEPS, Settings
 from sparseopt.trend.base.signal import MOST_ORDER, UNKNOWN
 
-# A number whose square is finite in float32, and large beside what a constraint or a ridge can bear.
+# A number whose square is finite in float32, and large compared with what a constraint or a ridge allows.
 FAR = 1e18
 # Residual, objective, gap and rho per step of a history.
 STEP_BYTES = 4 * 8
@@ -74,12 +74,12 @@ class Job:
         fill("square", getattr(self.loss, "is_square", False))
         fill("settings", self.method if isinstance(self.method, Settings) else DEFAULTS)
         if self.several and not self.square:
-            raise ValueError(f"several penalties take the square loss, given loss={self.loss}")
+            raise ValueError(f"several penalties need the square loss, given loss={self.loss}")
         smooth = getattr(self.loss, "smooth", False)
         if self.graph.free and not (smooth or (self.graph.is_chain and has_two_slopes(self.loss))):
             raise ValueError(
-                f"free ends at order {self.order} take smooth losses, and on a chain Absolute and Quantile, "
-                f'given {type(self.loss).__name__}: take Huber, or ends="graph"'
+                f"free ends at order {self.order} need smooth losses, or on a chain Absolute or Quantile, "
+                f'given {type(self.loss).__name__}: use Huber, or ends="graph"'
             )
         positive_number("tol", self.tol)
         fill("max_steps", whole_number("max_steps", self.max_steps, 1, MOST_STEPS))
@@ -110,7 +110,7 @@ class Job:
 
     @functools.cached_property
     def arrays(self) -> tuple[Any, Any]:
-        """The signal and its weights, whose last axis is 1 long where there are channels, or None."""
+        """The signal and its weights, whose last axis is 1 long if there are channels, or None."""
         weights: Any = self.signal.weights
         if weights is not None:
             weights = self.layout.put(self.layout.rows(weights.reshape(-1, *(1 for _ in self.channels)), 0))
@@ -137,7 +137,7 @@ class Job:
             rows = tuple(jax.eval_shape(self.ground.operator.mv, self.arrays[0]).shape)
         else:
             rows = (sum(layout.count(k + 1) for k in self.terms), *self.channels)
-            # Fits that are known without an iteration and those of a path have no dual.
+            # Fits known without an iteration and the fits of a path have no dual.
             dual = np.zeros(rows, self.dtype) if dual is None else np.asarray(dual)
         require_start(value, dual, signal.values.size, rows)
         if not held:
@@ -164,7 +164,7 @@ class Job:
         )
 
     def _each(self, dual: np.ndarray, size: Callable[[int], int], change: Callable[[Any, int], Any]) -> np.ndarray:
-        """The dual changed for the rows of every penalty, which are so many; those of several penalties are flat."""
+        """The dual with every penalty's `size(order)` rows changed; the dual of several penalties is flat."""
         if not self.several:
             return change(dual, self.order + 1)
         orders = [k + 1 for k in self.terms]
@@ -180,7 +180,7 @@ def start_at(fit: Any) -> Start:
 
 
 def require_start(value: Any, dual: Any, size: int, rows: tuple[int, ...]) -> None:
-    """Raise a ValueError unless a start has so many values, and a dual of this shape."""
+    """Raise a ValueError unless a start has this many values, and a dual of this shape."""
     if np.size(value) != size or np.shape(dual) != rows:
         raise ValueError(
             f"start needs a solution of the same graph and order, with {size} values and whose dual has the shape "
@@ -189,10 +189,10 @@ def require_start(value: Any, dual: Any, size: int, rows: tuple[int, ...]) -> No
 
 
 def graph_for(graph: Graph, *penalties: Any) -> Graph:
-    """The graph for penalties, by its edges where the rows of a grid would not do.
+    """The graph for penalties, as edges if the rows of a grid would not do.
 
     A grid that was found in edges has its rows in the order and direction of a grid, padded with zeros. A penalty that
-    is not even needs the directions given, and one that zeros cost something cannot take the padding.
+    is not even needs the given directions, and one with a cost at 0 cannot bear the padding.
     """
     if graph.shape is None or graph.free:
         return graph
@@ -208,14 +208,12 @@ def terms_of(penalty: Any, order: int) -> Terms:
     terms = {whole_number(what, key, -1, MOST_ORDER, "-1: b itself"): term for key, term in penalty.items()}
     if any(map(couples_axes, terms.values())):
         raise ValueError(
-            "isotropic total variation, a penalty with axis 0, is taken alone here, given several penalties by orders"
+            "isotropic total variation, a penalty with axis 0, must be the only penalty here, given several by orders"
         )
     if not terms:
         raise ValueError("several penalties are keyed by their orders, as in {-1: L1(0.5), 0: L1(2.0)}; given none")
     if order:
-        raise ValueError(
-            f"where penalties are keyed by their orders {list(terms)}, leave order out; given order={order}"
-        )
+        raise ValueError(f"if penalties are keyed by their orders {list(terms)}, leave order out; given order={order}")
     return dict(sorted(terms.items()))
 
 
@@ -231,7 +229,7 @@ def check_terms(terms: Terms, layout: Layout, channels: tuple[int, ...], kind: n
             if name != "weight" and shape not in ((), channels):
                 raise ValueError(
                     f"the {name} of {type(term).__name__} is one number on a grid, given the shape {shape}; L1 in "
-                    "`trend_filter` takes a weight for every difference"
+                    "`trend_filter` accepts a weight for every difference"
                 )
     # Without edges there are no differences.
     edges = layout.graph.num_edges
@@ -275,7 +273,7 @@ def require_penalty(penalty: Any, graph: Graph, order: int, channels: bool) -> N
     name = type(penalty).__name__
     if isinstance(penalty, Composite):
         raise TypeError(
-            f"{name} has differences of its own, and the penalty here acts on those of the graph, as L1(0.5) does; "
+            f"{name} has its own differences, but the penalty here acts on the graph's, as L1(0.5) does; "
             f"for {name} itself call its prox, or `sparseopt.solve`"
         )
     if (axes := getattr(penalty, "group_axes", None)) is not None:
@@ -283,8 +281,8 @@ def require_penalty(penalty: Any, graph: Graph, order: int, channels: bool) -> N
             raise ValueError(f"{name} couples channels here; labelled groups of differences are not supported")
         if axes not in ((-1,), (0,), (0, -1)):
             raise ValueError(
-                f"{name} couples the channels by axis -1, the differences of a node along the axes of a grid by axis "
-                f"0, and both by axis (0, -1), given {penalty.axis!r}"
+                f"{name} couples the channels with axis -1, the differences of a node along a grid's axes with axis "
+                f"0, and both with axis (0, -1), given {penalty.axis!r}"
             )
         if -1 in axes and not channels:
             raise ValueError(
@@ -293,7 +291,7 @@ def require_penalty(penalty: Any, graph: Graph, order: int, channels: bool) -> N
             )
         if couples_axes(penalty) and (order != 0 or graph.shape is None or len(graph.shape) < 2):
             raise ValueError(
-                f"{name} with axis {penalty.axis!r}, isotropic total variation, takes order 0 and a grid of 2 or 3 "
+                f"{name} with axis {penalty.axis!r}, isotropic total variation, needs order 0 and a grid of 2 or 3 "
                 f"axes, given order {order} on {graph!r}"
             )
 
@@ -314,9 +312,9 @@ def check_parameters(penalty: Any, kind: np.dtype, rows: int | None = None) -> N
 
 
 def check_weight(penalty: Any, rows: int | None = None) -> Any:
-    """The weight of a penalty, 0 without one, that of L1 one number or one for each of `rows` rows; else a ValueError.
+    """The weight of a penalty, 0 without one; for L1 one number or one for each of `rows` rows; else a ValueError.
 
-    No number of the penalty may be one that `refuses` rejects. Those that are traced are not checked.
+    No number of the penalty may be one that `refuses` rejects. Traced numbers are not checked.
     """
     weight: Any = getattr(penalty, "weight", 0.0)
     known = not isinstance(weight, jax.core.Tracer)
@@ -325,15 +323,15 @@ def check_weight(penalty: Any, rows: int | None = None) -> Any:
         raise ValueError(reason)
     if weight.ndim and not (rows is not None and isinstance(penalty, L1)):
         raise ValueError(
-            f"the penalty's weight is one number here, given the shape {weight.shape}; L1 in `trend_filter` takes a "
-            "weight for every difference, and a graph takes weights of edges"
+            f"the penalty's weight is one number here, given the shape {weight.shape}; L1 in `trend_filter` accepts a "
+            "weight for every difference, and a graph accepts weights of edges"
         )
     if weight.shape not in ((), (rows,)):
         raise ValueError(
             f"the weight of L1 is one number, or one for each of the {rows} rows of graph.matrix(order + 1), "
             f"given the shape {weight.shape}"
         )
-    if known and weight.min(initial=0) < 0:  # of a penalty of the user's
+    if known and weight.min(initial=0) < 0:  # for a user's own penalty
         raise ValueError(f"the penalty's weight must not be negative, given {weight.min()}")
     return weight
 

@@ -2,7 +2,7 @@
 
 Over several devices a grid is cut into slabs along its longest axis, any other graph into parts of near nodes. In an
 iteration of Doge-ADMM only the products with Ψ and Ψᵀ, Ψ = Δ^(k+1), exchange data: once with the neighbours for each of
-their k + 1 factors. A check takes two more products, and sums of single numbers over all devices.
+their k + 1 factors. A check needs two more products, and sums of single numbers over all devices.
 """
 
 import contextlib
@@ -108,7 +108,7 @@ class Layout:
         return found if graph.given_edges is None else found[np.argsort(self._grid_order)]
 
     def list_dual(self, dual: Any, order: int) -> Any:
-        """As `list_rows` for a dual, whose signs are those of the given edges."""
+        """As `list_rows` for a dual, with the signs of the given edges."""
         return self._turn(self.list_rows(dual, order), order)
 
     def lay_out_dual(self, dual: Any, order: int) -> Any:
@@ -116,7 +116,7 @@ class Layout:
         return self.rows(self._turn(dual, order), order)
 
     def _turn(self, dual: Any, order: int) -> Any:
-        """A dual `[rows, ...]` of the given edges for those of the grid that they are, or the reverse."""
+        """Convert a dual `[rows, ...]` from the given edges to the grid that they form, or back."""
         graph = self.graph
         if order % 2 == 0 or not graph.turned:
             return dual
@@ -148,7 +148,7 @@ class Layout:
         return values
 
     def fetch(self, solution: Any, native: bool) -> Any:
-        """A solution as the caller gets it: as it is, or as host arrays where JAX's types of today are shorter.
+        """A solution as the caller gets it: unchanged, or as host arrays if JAX's current types are shorter.
 
         On several devices all but its state and its dual are host arrays.
         """
@@ -192,12 +192,12 @@ class LayoutOver(Layout):
     def __init__(self, graph: Graph, mesh: Mesh) -> None:
         if graph.shape is not None and max(graph.shape) < mesh.size:
             raise ValueError(
-                f"a grid is cut along its longest axis, and that of {graph.shape} has {max(graph.shape)} nodes for "
-                f"{mesh.size} devices: take no more devices than that"
+                f"a grid is cut along its longest axis, and the one of {graph.shape} has {max(graph.shape)} nodes for "
+                f"{mesh.size} devices: use no more devices than that"
             )
         if graph.num_nodes < mesh.size:
             raise ValueError(
-                f"{graph.num_nodes} nodes are too few for {mesh.size} devices: take no more devices than nodes"
+                f"{graph.num_nodes} nodes are too few for {mesh.size} devices: use no more devices than nodes"
             )
         super().__init__(graph)
         self.mesh = mesh
@@ -208,7 +208,7 @@ class LayoutOver(Layout):
     def refuses(self, job: Any, method: Any) -> str | None:
         if not method.over_devices:
             return (
-                f'several devices work by method="doge", given method="{method.name}": leave out devices, or take '
+                f'several devices work with method="doge", given method="{method.name}": leave out devices, or use '
                 '"doge" or "auto"'
             )
         if job.several:
@@ -217,7 +217,7 @@ class LayoutOver(Layout):
             return f"several devices fit the square loss, given {job.loss}: leave out devices, or leave out loss"
         if method.B not in (None, job.order + 1):
             return (
-                f"several devices take B = order + 1 = {job.order + 1}, which needs no solve over the whole graph, "
+                f"several devices need B = order + 1 = {job.order + 1}, which needs no solve over the whole graph, "
                 f"given B={method.B}: leave out devices, or leave out B"
             )
         return None
@@ -229,12 +229,12 @@ class LayoutOver(Layout):
             if np.ndim(leaf) and np.shape(leaf) != channels:
                 raise ValueError(
                     "over several devices a penalty's parameters are numbers, and the weight of L1 may be one per row; "
-                    f"given the shape {np.shape(leaf)} in {type(penalty).__name__}: leave out devices, or take L1"
+                    f"given the shape {np.shape(leaf)} in {type(penalty).__name__}: leave out devices, or use L1"
                 )
         zero = jnp.zeros((2, *channels), jnp.float32)
         if numbers.value(zero) != 0 or np.any(numbers.prox(zero, 1.0) != 0):
             raise ValueError(
-                f"over several devices a penalty costs nothing at 0 and leaves 0 as it is, unlike {penalty}: leave out "
+                f"over several devices a penalty costs nothing at 0 and keeps 0 unchanged, unlike {penalty}: leave out "
                 "devices"
             )
 
@@ -256,7 +256,7 @@ class LayoutOver(Layout):
         return self.pad(super().rows(values, order), order)
 
     def pad(self, values: np.ndarray, order: int, fill: Any = 0.0) -> np.ndarray:
-        """Values in the layout of one device, in that over all devices, with `fill` in padded places."""
+        """Convert values from the layout of one device to the layout over all, with `fill` in padded places."""
         return self.parts.pad(values, order % 2, fill)
 
     def sums(self, order: int, from_edges: bool = False) -> Sums:
@@ -290,7 +290,7 @@ class LayoutOver(Layout):
 def layout_of(graph: Graph, mesh: Mesh | None = None) -> Layout:
     """The layout of a graph's arrays on one device, or over a mesh; made once per graph."""
     if graph.free and mesh is not None:
-        raise ValueError('several devices take the ends of the graph: leave out devices, or take ends="graph"')
+        raise ValueError('several devices need the ends of the graph: leave out devices, or use ends="graph"')
     found = graph.tables.get(("layout", mesh))
     if found is None:
         alone = FreeLayout if graph.free else Layout

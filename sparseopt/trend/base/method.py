@@ -1,4 +1,4 @@
-"""What a method of the trend filter says about itself, and what can be set of it."""
+"""What a method of the trend filter says about itself, and its settings."""
 
 import dataclasses
 import math
@@ -15,11 +15,11 @@ class Method(Protocol):
     """A method with its settings."""
 
     name: str  # for callers
-    single: bool = False  # whether it takes only one penalty, and the square loss
+    single: bool = False  # whether it accepts only one penalty, and the square loss
     one_metric: bool = False  # whether its x-step may need one metric for all nodes
     over_devices: bool = False  # whether it works over several devices
     on_host: bool = False  # whether it works on the host: without a start, a history and traced values
-    short_from: float = math.inf  # from so many nodes on a signal in float64 is first solved in float32
+    short_from: float = math.inf  # from this many nodes on a signal in float64 is first solved in float32
     merges: bool = False  # whether a path of exact fits at order 0 may replace it
     balances_rho: bool = False  # whether it computes rho again at every level of a path, from the start
     keeps_rho_from: int = 0  # from this order on it keeps the rho of the previous level of a path, for a norm
@@ -38,12 +38,12 @@ class Method(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What every splitting method lets one set.
+    """The settings of every splitting method.
 
     Args:
         rho: the first ADMM parameter; None chooses it from the data.
         relaxation: over-relaxation in (0, 2).
-        cadence: steps between two checks; None takes 10 for Doge, whose steps are cheap, and 5 for other methods. A
+        cadence: steps between two checks; None uses 10 for Doge, whose steps are cheap, and 5 for other methods. A
             start that is the fit itself is checked after one step.
     """
 

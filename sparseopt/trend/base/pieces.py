@@ -1,6 +1,6 @@
 """The pieces of a fit: which differences are zero, the parts of the graph that they join, knots, degrees of freedom.
 
-A difference is zero at the fit where the penalty's prox makes it zero, for L1 where `|u| < weight`; see `nonzero_at`.
+A difference is zero at the fit if the penalty's prox makes it zero, for L1 if `|u| < weight`; see `nonzero_at`.
 At order 0 the components of the edges with a zero difference are the pieces. The degrees of freedom are the dimension
 of the signals with the same zero differences:
 
@@ -32,7 +32,7 @@ from sparseopt.trend.base.ground import Ground, couples_axes, mean_weight
 from sparseopt.trend.base.layout import layout_of
 from sparseopt.trend.base.signal import check_graph, check_order, graph_at
 
-# The rank of a dense matrix of so many columns takes about a second.
+# The rank of a dense matrix of this many columns takes about a second.
 MOST_RANKED = 1024
 
 
@@ -56,7 +56,7 @@ class TrendSolution(Solution):
         return cls(**fields, nonzero=nonzero)
 
     def _facts(self) -> list[Fact]:
-        """Also the pieces at order 0, elsewhere the differences that are not zero; of a single fit."""
+        """Adds the pieces at order 0, at other orders the non-zero differences; for a single fit."""
         if self.nonzero is None or self.graph is None or np.ndim(self.status):
             return super()._facts()
         nonzero = f"{np.count_nonzero(self.nonzero):,} of {np.size(self.nonzero):,}"
@@ -67,14 +67,14 @@ class TrendSolution(Solution):
         """The piece of every node of a fit of order 0, integers `[n]`.
 
         Two neighbours belong to one piece if the fit has the same value at both; with channels, the same values in all
-        channels. The pieces are numbered 0, 1, ... in the order of their first nodes. Two pieces that are no neighbours
-        may have the same value.
+        channels. The pieces are numbered 0, 1, ... in the order of their first nodes. Two pieces that are not
+        neighbours may have the same value.
 
-        The labels are those of the fit as it was solved: a fit with a relative gap of 1e-4 may join or divide some
-        pieces of the optimum, of nearly the same value. In a test picture of 96 x 96 pixels the number of pieces at a
-        gap of 1e-4 was within 1.2 % of that at 1e-9, and at 1e-6 the same. For exact labels lower `tol`.
+        The labels are as accurate as the fit: at a relative gap of 1e-4 it may join or divide some pieces of the
+        optimum with nearly equal values. In a test image of 96 × 96 pixels the number of pieces at a gap of 1e-4 was
+        within 1.2 % of the number at 1e-9, and at 1e-6 equal to it. For exact labels, lower `tol`.
 
-        The values of a piece are exactly equal in a solution of `trend_filter`, and up to the tolerance in one of a
+        The values of a piece are exactly equal in a solution of `trend_filter`, and equal up to the tolerance with a
         `TrendSolver`.
 
         Returns:
@@ -100,7 +100,7 @@ class TrendSolution(Solution):
         return labels_of(graph, ~(self._changed(graph) & between)).astype(np.int64)
 
     def knots(self) -> np.ndarray:
-        """The nodes of a chain at which another polynomial begins, in ascending order.
+        """The nodes of a chain at which a new polynomial begins, in ascending order.
 
         At order 0 a knot is the first node of a piece, without node 0: a breakpoint in the sense of ruptures, whose
         list ends with n. At order 1 it is a node at which the slope changes. At order k the k-th difference changes:
@@ -110,7 +110,7 @@ class TrendSolution(Solution):
         Order k needs k + 2 nodes for a change, so the nodes next to the ends are never knots.
 
         Raises:
-            ValueError: for a graph that is no chain, and for a batch of fits under `vmap`.
+            ValueError: for a graph that is not a chain, and for a batch of fits under `vmap`.
 
         Example:
             >>> bend = np.abs(np.arange(21.0) - 10)
@@ -127,7 +127,7 @@ class TrendSolution(Solution):
         changed, first, shift = self._changed(graph).reshape(-1), (self.order + 1) // 2, (self.order + 1) % 2
         if not graph.free:
             # Row j belongs to node j, for even orders to the edge from j to j + 1. Rows that reach beyond an end say
-            # nothing of a knot.
+            # nothing about a knot.
             changed = changed[first : max(first, graph.num_nodes - first - shift)]
         return np.flatnonzero(changed) + first + shift
 
@@ -135,7 +135,7 @@ class TrendSolution(Solution):
         assert self.graph is not None
         if np.ndim(self.status):
             raise ValueError(
-                f"pieces and knots are those of one fit, given a batch of {np.shape(self.status)}: take one by "
+                f"pieces and knots belong to one fit, given a batch of {np.shape(self.status)}: select one with "
                 "jax.tree.map(lambda leaf: leaf[i], solution)"
             )
         return self.graph
@@ -151,14 +151,14 @@ def nonzero_at(
 ) -> jax.Array:
     """Which rows `Δ^(k+1) x` of the highest order are not zero at a fit.
 
-    `dual` is that of the rows of `ground.operator`; `prox` the solver's last prox on them, which a penalty that is no
-    norm needs; `means` those of the components, or the polynomial that no penalty sees, whose rows are zero up to
+    `dual` is the dual of the rows of `ground.operator`; `prox` the solver's last prox on them, which a penalty that is
+    not a norm needs; `means` the component means, or the polynomial that no penalty sees, whose rows are zero up to
     rounding.
 
     At the optimum `rows = prox(rows + t u, t)` with the dual u for every t. An iterate keeps small differences of both
     signs where its dual says zero, so t is large, the size of a row of noise over the weight: the prox is zero unless
-    `|u| = weight` almost exactly. At a gap of 1e-4 the count was within half a per cent of that at 1e-9; a count by
-    size was off by up to a half.
+    `|u| = weight` almost exactly. At a gap of 1e-4 the count was within half a per cent of the count at 1e-9; a count
+    by size was off by up to a half.
     """
     rows, operator = ground.highest.mv(x), ground.operator
     flat: Any = False
@@ -195,7 +195,7 @@ def edges_between(graph: Graph, values: np.ndarray) -> np.ndarray:
 def labels_of(graph: Graph, joined: np.ndarray) -> np.ndarray:
     """The component of every node in the graph of the joined edges, `[n]`, numbered by their first nodes.
 
-    `joined` is in the layout of D's rows: `[m]`, on a grid `[dimensions, *shape]` with any entry where no edge is.
+    `joined` is in the layout of D's rows: `[m]`, on a grid `[dimensions, *shape]`, with any entry off the edges.
     """
     shape = graph.shape
     if shape is None:
@@ -204,7 +204,7 @@ def labels_of(graph: Graph, joined: np.ndarray) -> np.ndarray:
         return np.cumsum(np.append(False, ~joined[0][:-1]))
     from scipy import ndimage
 
-    # A picture with a pixel for each node and each edge: its regions are found in a fraction of the time.
+    # An image with a pixel for each node and each edge: its regions are found in a fraction of the time.
     pixels = np.zeros([2 * size - 1 for size in shape], bool)
     nodes = (slice(None, None, 2),) * len(shape)
     pixels[nodes] = True
@@ -236,7 +236,7 @@ def degrees_of_freedom(nonzero: Any, graph: Graph, order: int = 0, observed: Any
 
     Args:
         nonzero: booleans `[rows]` or `[rows, channels]`: which rows of `graph.matrix(order + 1)` are not zero at the
-            fit, as the `nonzero` of a fit says. Differences of a solution with a finite tolerance are rarely exactly
+            fit, such as the `nonzero` of a fit. Differences of a solution with a finite tolerance are rarely exactly
             zero; `trend_path` counts for you.
         graph: the graph.
         order: k.
@@ -245,11 +245,11 @@ def degrees_of_freedom(nonzero: Any, graph: Graph, order: int = 0, observed: Any
             determine the fit.
 
     Raises:
-        ValueError: for arguments that do not fit, and for a grid with free ends of more than 1,024 nodes.
+        ValueError: for invalid arguments, and for a grid with free ends of more than 1,024 nodes.
 
     Returns:
         A whole number, the sum over the channels. For L1 it is an unbiased estimate, given the exact zeros; for other
-        penalties (MCP, SCAD, L0, GroupL2) it is the dimension of the fitted model, without the cost of choosing the
+        penalties (MCP, SCAD, L0, GroupL2) it is the dimension of the fitted model, not counting the search for the
         zeros.
 
     Example:
@@ -285,7 +285,7 @@ def is_countable(graph: Graph) -> bool:
 def _booleans(name: str, given: Any) -> np.ndarray:
     array = real_array(name, given)
     if array.dtype.kind == "f" and np.isnan(array).any():
-        raise ValueError(f"`{name}` says true or false, given {int(np.isnan(array).sum())} NaN")
+        raise ValueError(f"`{name}` must be true or false, given {int(np.isnan(array).sum())} NaN")
     return array.astype(bool)
 
 

@@ -16,10 +16,10 @@ from sparseopt.core.operators.normal_solves import LONGEST_FREE_AXIS
 from sparseopt.core.operators.row_tables import edge_rows
 from sparseopt.trend.base.graph import Graph
 
-# What is said of values that are traced.
+# What messages say about traced values.
 UNKNOWN = (
-    "which are not known under jit, vmap and grad: make a solver by sparseopt.trend_solver(graph, order) outside, and "
-    "call it there"
+    "which are not known under jit, vmap and grad: make a solver outside with sparseopt.trend_solver(graph, order), "
+    "and call it there"
 )
 # On a graph with a long enough path the entries of Δ^(order+1) reach binomial(order + 1, half of it); from the next
 # order on they are no longer exact in float64.
@@ -33,7 +33,7 @@ DEVICE_COPIES = 16
 # The gap compares squares of residuals with those of the signal, which must be this much above the smallest normal
 # number: otherwise residuals vanish and every fit would count as exact.
 SQUARES_ABOVE_TINY = 1e12
-# A signal counts as a polynomial if it differs from its fit by at most so many eps of its largest value.
+# A signal counts as a polynomial if it differs from its fit by at most this many eps of its largest value.
 NULL_EPS = 16
 # The median of |x| for a standard normal x.
 NORMAL_MEDIAN = 0.6744897501960817
@@ -76,7 +76,7 @@ def check_graph(graph: Any) -> Graph:
 def compute_dtype(y: np.ndarray, dtype: Any, graph: Graph, order: int) -> np.dtype:
     """float64 for float64 and integer signals and for free ends, else float32; or the caller's `dtype`, one of the two.
 
-    At order 0 free ends are those of the graph.
+    At order 0 free ends are the ends of the graph.
     """
     if dtype is None:
         # In float32 differences of order 3 lose all digits over some hundred nodes.
@@ -98,10 +98,10 @@ def check_signal(
     copies: int = FIT_COPIES,
     devices: int = 1,
 ) -> Signal:
-    """The signal from the arguments of `trend_filter`; a TypeError or ValueError on what does not fit.
+    """The signal from the arguments of `trend_filter`; a TypeError or ValueError for invalid ones.
 
-    The order is a checked one. `copies` is the least number of arrays like the signal that the work takes, on so many
-    `devices`.
+    The order is a checked one. `copies` is the smallest number of arrays like the signal that the work needs, on this
+    many `devices`.
     """
     graph = check_graph(graph)
     if isinstance(y, jax.core.Tracer):
@@ -119,7 +119,7 @@ def check_signal(
     if not (isinstance(missing, str) and missing in ("error", "nan")):
         raise ValueError(f'missing must be "error" or "nan", given {missing!r}')
     what = f"work on a {kind} signal of the shape {flat.shape}, {math.prod(flat.shape):,} values,"
-    advice = "solve channels one by one, split the graph, or take dtype=np.float32"
+    advice = "solve channels one by one, split the graph, or use dtype=np.float32"
     nbytes = math.prod(flat.shape) * kind.itemsize
     require_memory(copies * nbytes, what, advice, on_device=min(copies, DEVICE_COPIES) * nbytes // devices)
     weights = np.ones(graph.num_nodes)
@@ -130,7 +130,7 @@ def check_signal(
         require_not_negative(weights, "node weights", "at node")
     if np.isinf(flat).any():
         raise ValueError(
-            f'the signal has {int(np.isinf(flat).sum())} infinite values; mark missing ones by NaN and missing="nan"'
+            f'the signal has {int(np.isinf(flat).sum())} infinite values; mark missing ones with NaN and missing="nan"'
         )
     with np.errstate(over="ignore"):
         values = flat.astype(kind)
@@ -156,7 +156,7 @@ def check_signal(
 
 
 def require_complete(signal: Signal) -> None:
-    """Raise a ValueError if nodes are missing, where no penalty ties them to others."""
+    """Raise a ValueError if nodes are missing and no penalty ties them to others."""
     if not signal.complete:
         raise ValueError("without a penalty the fit is not defined at missing nodes: raise the penalty's weight")
 
@@ -192,15 +192,15 @@ def _require_squares(values: np.ndarray, heaviest: float, kind: np.dtype) -> Non
     size = f"its largest value is {largest:.3g}" if np.isfinite(largest) else "its largest value is beyond that"
     if heaviest != 1:
         size += f", times the root of the largest node weight {root:.3g}"
-    wider = "" if kind == np.float64 else ", or take dtype=np.float64"
+    wider = "" if kind == np.float64 else ", or use dtype=np.float64"
     if not max(root, largest) <= high:
         raise ValueError(
-            f"squares of this signal overflow {kind}: {size}, where {high:.3g} is the most; divide signal and penalty "
+            f"squares of this signal overflow {kind}: {size}, but at most {high:.3g} fits; divide signal and penalty "
             f"weight by one number{wider}"
         )
     if largest > 0 and root < low:
         raise ValueError(
-            f"squares of this signal vanish in {kind}: {size}, where {low:.3g} is the least; multiply signal and "
+            f"squares of this signal vanish in {kind}: {size}, but {low:.3g} is the smallest; multiply signal and "
             f"penalty weight by one number{wider}"
         )
 
@@ -235,13 +235,13 @@ def graph_at(graph: Graph, order: int, signal: Signal | None = None) -> Graph:
     if longest < order + 2:
         raise ValueError(
             f"order {order} with free ends needs at least {order + 2} nodes{along}, given {longest}: with fewer, every "
-            "signal is a polynomial of that degree, and the fit is the signal itself; lower the order, or take "
+            "signal is a polynomial of that degree, and the fit is the signal itself; lower the order, or use "
             'ends="graph"'
         )
     if longest > LONGEST_FREE_AXIS and not graph.is_chain:
         raise ValueError(
-            f"order {order} with free ends takes a grid of at most {LONGEST_FREE_AXIS:,} nodes along an axis, given "
-            f'{longest:,}: divide the grid, or take ends="graph"'
+            f"order {order} with free ends needs a grid of at most {LONGEST_FREE_AXIS:,} nodes along an axis, given "
+            f'{longest:,}: divide the grid, or use ends="graph"'
         )
     if signal is None or signal.complete:
         return graph
@@ -255,7 +255,7 @@ def graph_at(graph: Graph, order: int, signal: Signal | None = None) -> Graph:
             f"order {order} with free ends needs at least {count} observed nodes, given "
             f"{np.count_nonzero(seen)}, and they must determine a polynomial of that degree"
             f"{'' if graph.is_chain else ' in each axis'}"
-            ': lower the order, or take ends="graph"'
+            ': lower the order, or use ends="graph"'
         )
     return graph
 
@@ -288,15 +288,15 @@ def as_null_fit(signal: Signal, graph: Graph, order: int) -> np.ndarray | None:
 def noise_level(y: Any, graph: Graph, order: int = 0, node_weights: Any = None, *, missing: str = "error") -> float:
     """The standard deviation of the noise in a signal whose trend has few or small differences.
 
-    `median_r |(Δ^(order+1) y)_r| / (||Δ_r|| 0.6745)`: a difference of white noise of deviation sigma has the deviation
-    `sigma ||Δ_r||`, and a few jumps of the trend do not move the median.
+    `median_r |(Δ^(order+1) y)_r| / (||Δ_r|| 0.6745)`: a difference of white noise of deviation sigma has standard
+    deviation `sigma ||Δ_r||`, and a few jumps of the trend do not move the median.
 
-    The arguments are those of `trend_filter`; all channels count as one sample. The noise at node j is assumed to have
+    The arguments are as in `trend_filter`; all channels count as one sample. The noise at node j is assumed to have
     the variance `sigma² / w_j`, and rows that touch a node of weight 0 are left out. The result is NaN if no row is
     left.
 
     Source: Donoho and Johnstone, "Ideal spatial adaptation by wavelet shrinkage", Biometrika 81 (1994), with
-    differences in place of the finest wavelets.
+    differences instead of the finest wavelets.
 
     Example:
         >>> y = np.repeat([0.0, 50.0], 500) + 2.0 * np.random.default_rng(0).standard_normal(1000)

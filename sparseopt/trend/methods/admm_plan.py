@@ -1,10 +1,10 @@
-"""The standard ADMM of the trend filter, whose x-step solves over the whole graph, and that of Ramdas and Tibshirani.
+"""The standard ADMM of the trend filter, whose x-step solves over the whole graph, and Ramdas and Tibshirani's.
 
-The solve is exact and cheap by transforms on grids without node weights and by bands on chains with free ends, and uses
-conjugate gradients elsewhere. It pays where conditioning decides: where smoothing is strong, and from order 3 on.
+The solve is exact and cheap with transforms on grids without node weights and with bands on chains with free ends;
+elsewhere it uses conjugate gradients. It pays if conditioning decides: if smoothing is strong, and from order 3 on.
 
 `FastAdmm`, for chains, leaves the last difference in the penalty, whose prox is exact. At order 0 that prox is the fit;
-at higher orders it saves steps where smoothing is strong. With free ends and any times the other factor of `D^(k+1)`,
+at higher orders it saves steps if smoothing is strong. With free ends and any times the other factor of `D^(k+1)`,
 `diag(k / (t_(i+k) - t_i)) D^(k)`, makes the x-step a banded system.
 """
 
@@ -155,5 +155,5 @@ def _refuses(penalty: Any) -> str | None:
     if penalty is not None and not isinstance(penalty, L1):
         return f'method="fast_admm" solves the L1 penalty, given {penalty}; use "doge" or "admm"'
     if penalty is not None and np.ndim(penalty.weight) != 0:
-        return 'method="fast_admm" takes one weight for all differences; use "doge" or "admm"'
+        return 'method="fast_admm" needs one weight for all differences; use "doge" or "admm"'
     return None

@@ -1,4 +1,4 @@
-"""The choice of a method of the trend filter, by its name, or by what is expected to be the fastest.
+"""The choice of a method of the trend filter: by its name, or the one that is expected to be the fastest.
 
 The numbers below are measured.
 """
@@ -28,13 +28,13 @@ MOST_NODES = 1_000_000
 # On a grid the factors fill up more: at order 1 this many nodes take a minute.
 MOST_GRID_NODES = 100_000
 # Doge-ADMM is bound by memory traffic, and float32 has half of it: from its number of nodes on, for tolerances down to
-# that of the order, a signal in float64 is first solved in float32, and certified in float64. Above order 1 float32 may
-# end before such tolerances, above order 0 on other graphs than grids too. From the number of the standard ADMM on it
-# pays for every tolerance.
+# the order's, a signal in float64 is first solved in float32, and certified in float64. Above order 1 float32 may end
+# before such tolerances, and above order 0 on graphs other than grids. From the standard ADMM's number on it pays for
+# every tolerance.
 SHORT_TOLS = {0: 1e-6, 1: 1e-5}
 # The ratios of weight to noise above which an exact x-step saves so many steps that it is faster, at orders 0, 1 and 2,
 # for a chain or not and free ends or not; 0 above order 2. On chains with free ends Doge-ADMM may need 100 times as
-# many steps, and on grids of three axes many. On small pictures an exact x-step is cheap, on large ones less so.
+# many steps, and on grids of three axes many. On small images an exact x-step is cheap, on large ones less so.
 STRONG_FROM = {
     (True, False): (np.inf, 2.0, 1.0),
     (True, True): (np.inf, 2.0, 0.0),
@@ -59,21 +59,21 @@ def has_exact_step(job: Job) -> bool:
 
 
 def fast_admm_pays(job: Job) -> bool:
-    """On chains at order 0, and where smoothing is strong. In float32 it loses its accuracy over long chains."""
+    """On chains at order 0, and if smoothing is strong. In float32 it loses its accuracy over long chains."""
     possible = job.graph.is_chain and has_exact_step(job) and not job.several and job.dtype == np.float64
     return possible and (job.order == 0 or is_strong(job))
 
 
 def admm_pays(job: Job) -> bool:
-    """Where the x-step is exact and smoothing is strong; for other losses on all grids and chains."""
+    """If the x-step is exact and smoothing is strong; for other losses on all grids and chains."""
     if not job.square:
         return job.graph.shape is not None
     return has_exact_step(job) and (job.order >= 1 if job.several else is_strong(job))
 
 
 def interior_pays(job: Job) -> bool:
-    """On chains from order 1 where smoothing is strong; on narrow graphs where Doge-ADMM needs many steps; and on grids
-    with free ends with node weights.
+    """On chains from order 1 if smoothing is strong; on narrow graphs if Doge-ADMM needs many steps; and on grids with
+    free ends with node weights.
     """
     graph, order = job.graph, job.order
     if graph.is_chain:
@@ -86,7 +86,7 @@ def interior_pays(job: Job) -> bool:
     return few and is_available() and job.strength > limits[min(order, 2)] and is_narrow(graph)
 
 
-# The methods that "auto" takes, in the order of preference, and where each is expected to be the fastest.
+# The methods that "auto" chooses from, in the order of preference, and when each is expected to be the fastest.
 CHOICE: dict[Method, Callable[[Job], bool]] = {
     Interior(): interior_pays,
     FastAdmm(): fast_admm_pays,
@@ -97,7 +97,7 @@ METHODS: dict[str, Any] = {method.name: method for method in (*reversed(CHOICE),
 
 
 def as_method(given: Any) -> Method | None:
-    """A method, by itself, by the name of its defaults, or by name and settings as in `{"name": "doge", "B": 2}`.
+    """A method, given as an object, by name, or by name and settings as in `{"name": "doge", "B": 2}`.
 
     None for "auto", and a ValueError for anything else.
     """
@@ -108,7 +108,7 @@ def as_method(given: Any) -> Method | None:
         known = [] if named is None else [field.name for field in dataclasses.fields(named)]
         if not known:
             raise ValueError(
-                f"{given!r} takes no settings, given {settings}: name one of "
+                f"{given!r} has no settings, given {settings}: name one of "
                 f"{', '.join(name for name in METHODS if dataclasses.fields(METHODS[name]))}"
             )
         for key in settings.keys() - set(known):
@@ -124,7 +124,7 @@ def as_method(given: Any) -> Method | None:
 
 
 def choose(job: Job, pure: bool = False) -> Method:
-    """The method of a job (a ValueError if it cannot do it); without one the first that can do it and pays.
+    """The method of a job (a ValueError if it cannot do it); without one, the first that can do it and pays.
 
     A `pure` one has fits that are pure JAX, unless the job names another.
     """
@@ -154,7 +154,7 @@ def is_short(job: Job, method: Method | None = None) -> bool:
 def choose_for_path(job: Job) -> Method:
     """The method for the levels of a path, as `choose`.
 
-    Most steps of a path are spent where smoothing is strong, so conditioning decides.
+    Most steps of a path are spent while smoothing is strong, so conditioning decides.
     """
     if job.method is not None or not is_norm(job.penalty):
         return choose(job)

@@ -88,7 +88,7 @@ def refuses_block(block: int | None, job: Job) -> str | None:
         return f"several penalties have all their differences treated row by row, given B={block}: leave out B"
     if job.graph.free and block <= job.order:
         return (
-            f"with free ends Doge-ADMM treats all differences row by row, given B={block}: leave out B, or take "
+            f"with free ends Doge-ADMM treats all differences row by row, given B={block}: leave out B, or use "
             'ends="graph"'
         )
     return None
@@ -123,7 +123,7 @@ def place(job: Job, split: Split) -> Split:
 
 @pytree
 class GroupsPlan(Plan):
-    """A plan with the groups of rows, as of the solver."""
+    """A plan with the groups of rows, as in the solver."""
 
     groups: Any = None
 
@@ -136,7 +136,7 @@ class GroupsPlan(Plan):
 
 @dataclasses.dataclass(frozen=True)
 class DogeGroups(Settings, Method):
-    """Doge-ADMM with its copies; B as of `Doge`."""
+    """Doge-ADMM with its copies; B as in `Doge`."""
 
     B: int | None = None
     name = "doge_groups"
@@ -145,14 +145,14 @@ class DogeGroups(Settings, Method):
     def refuses(self, job: Job) -> str | None:
         if job.graph.free:
             return (
-                f'method="{self.name}" needs the ends of the graph: take ends="graph", or with free ends "doge", '
+                f'method="{self.name}" needs the ends of the graph: use ends="graph", or with free ends "doge", '
                 '"admm" or "interior"'
             )
         return _refuses(job.penalty) or super().refuses(job) or refuses_block(self.B, job)
 
     def plan(self, job: Job) -> GroupsPlan:
-        """The plan, if the copies fit in memory: a hub makes them many."""
-        # Given edges that are those of a grid have the layout of the grid.
+        """The plan, if the copies fit in memory: a hub needs many."""
+        # Given edges that form a grid have the layout of the grid.
         graph = job.graph if job.graph.shape is None else Graph.grid(job.graph.shape, job.graph.spacing)
         kind, block = job.dtype, job.order + 1 if self.B is None else int(self.B)
         cosines = graph.shape is not None and not job.weighted and block <= job.order

@@ -1,4 +1,4 @@
-"""The L1 trend filter by an interior point method, for graphs with small separators, such as roads and maps.
+"""The L1 trend filter with an interior point method, for graphs with small separators, such as roads and maps.
 
 Each of its ten to twenty steps factorises a sparse matrix, so it does not suffer from the conditioning of Δ, which
 makes first-order methods slow at orders >= 1. The fill is small on planar and other narrow graphs but huge on dense
@@ -30,7 +30,7 @@ from sparseopt.trend.methods.plan import finish
 
 # Up to this many edges per node the Hessian is D Dᵀ at order 0.
 EDGES_A_NODE = 2
-# If the certified gap is still too large, the tolerance is cut by this factor and the solve repeated, so often.
+# If the certified gap is still too large, the tolerance is cut by this factor and the solve repeated, this many times.
 CUT, ATTEMPTS = 0.03, 3
 # A graph is narrow if no layer of a breadth-first search has more than this multiple of sqrt(nodes). Planar graphs
 # have layers of one or two, random graphs of sqrt(nodes) / 3.
@@ -147,10 +147,10 @@ class Interior(Method):
         if reason := super().refuses(job):
             return reason
         if job.start is not None or job.history:
-            return f'method="{self.name}" takes no start and keeps no history; use "doge" or "admm"'
+            return f'method="{self.name}" accepts no start and keeps no history; use "doge" or "admm"'
         if job.signal is None:
             return (
-                f'method="{self.name}" works on the host, where nothing is traced: take another for a solver that runs '
+                f'method="{self.name}" works on the host, where nothing is traced: use another for a solver that runs '
                 "under jit, vmap and grad, or sparseopt.trend_filter"
             )
         if not job.is_l1:

@@ -41,7 +41,7 @@ NULL_GAP_EPS = 256
 
 
 def node_deviances(loss: ScalarLoss, fit: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """`2 f(fit; y)` entry by entry in float64, `(fit - y)²` for the square; where y is missing it means nothing."""
+    """`2 f(fit; y)` entry by entry in float64, `(fit - y)²` for the square; meaningless where y is missing."""
     if getattr(loss, "is_square", False):
         # A path has many fits, and on the host this takes less time than JAX needs to begin.
         return (np.asarray(fit, np.float64) - y) ** 2
@@ -71,7 +71,7 @@ class BestConstants:
 
 
 def best_constants(job: Job) -> BestConstants:
-    """Those of a job with a loss; its dtype must be enabled."""
+    """The best constants of a job with a loss; its dtype must be enabled."""
     signal, graph, nothing, loss = job.signal, job.graph, vanishes(job.penalty), leaves_as(job.loss, job.dtype)
     columns, weights, labels = signal.columns, signal.mass, graph.components
     _require_domain(loss, graph, columns, weights)
@@ -146,7 +146,7 @@ def fit_loss(job: Job, best: BestConstants | None = None) -> TrendSolution:
         # The polynomial is the fit; for a large weight rounding of its rows would spoil an iteration.
         start, limit = Start(x, dual), 0
     elif job.graph.free and job.method is None and job.is_l1 and has_two_slopes(loss):
-        # Of a long series the iteration would take many thousands of steps.
+        # For a long series the iteration would take many thousands of steps.
         fit, rows = linear_fits(loss, job.graph, job.order, job.penalty.weight, columns, mass, null)
         start = Start(laid_out(fit), jnp.asarray(rows.reshape(dual.shape), kind))
         known = float(_gap_at(problem, start.x, start.dual, solver.anchor, False)) <= enough
@@ -182,7 +182,7 @@ def _require_domain(loss: ScalarLoss, graph: Graph, columns: np.ndarray, weights
     if columns.shape[1] > 1:
         place += f", channel {channel}"
     raise ValueError(
-        f"{type(loss).__name__} takes {loss.expected}, given {columns[node, channel]:g} at {place} "
+        f"{type(loss).__name__} needs {loss.expected}, given {columns[node, channel]:g} at {place} "
         f"({int(wrong.sum())} such)"
     )
 
@@ -235,7 +235,7 @@ def _box(signal: Signal, loss: ScalarLoss, order: int, null: np.ndarray) -> tupl
 
 
 def _balance(gradient: np.ndarray, weights: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """A subgradient of the loss `[n, channels]`, so moved that its sum over every component is 0."""
+    """A subgradient of the loss `[n, channels]`, moved so that its sum over every component is 0."""
     for column in gradient.T:
         # Observations that the constant meets exactly take up the remainder: for the absolute loss their subgradients
         # are free. Without such observations the remainder is rounding.
@@ -250,7 +250,7 @@ def _balance(gradient: np.ndarray, weights: np.ndarray, labels: np.ndarray) -> n
 def _null_dual(
     ground: Ground, penalty: Any, pull: np.ndarray, node_loss: DataLoss, laid_out: Callable[[np.ndarray], jax.Array]
 ) -> jax.Array:
-    """The dual of the best constants, shortened until it lies in the penalty's ball; 0 where it is not needed.
+    """The dual of the best constants, shortened until it lies in the penalty's ball; 0 if it is not needed.
 
     If the weight is large enough it proves that the constants are the fit. It lies inside the domain of the conjugate,
     where the dual 0 may be on the boundary.
@@ -272,7 +272,7 @@ _pull_of = Jitted(lambda operator, dual: operator.rmv(dual))
 
 @Jitted
 def _penalty_of(ground: Ground, penalty: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Zeros on the rows, and what the rows of x cost."""
+    """Zeros on the rows, and the penalty of the rows of x."""
     rows = ground.operator.mv(x)
     return jnp.zeros_like(rows), penalty.value(rows)
 
@@ -315,7 +315,7 @@ def _first_rho(ground: Ground, penalty: Any, pull: jax.Array, sigma: float) -> j
 def _finish(
     ground: Ground, loss: DataLoss, penalty: Any, found: Solution, null: jax.Array, anchor: Anchor | None, tol: Any
 ) -> TrendSolution:
-    """`finish`, with the best constants for the means."""
+    """`finish`, with the best constants in place of the means."""
     # rho is about this multiple of the weight over the noise of the fit.
     noise = FIRST_RHO * mean_weight(penalty, ground.padding[1]) / found.state.rho
     data = Data(loss, loss, jnp.zeros((), null.dtype), null, noise)

@@ -1,9 +1,9 @@
 """Fits of order 0 with the mean of each piece at its nodes, and the early stops and short floats they allow.
 
-large float64 signal -> a float32 solve to a loose gap -> means of its pieces -> judged in float64 -> on, if need be
+large float64 signal -> a float32 solve to a loose gap -> means of its pieces -> judged in float64 -> more if needed
 
 The iterate keeps small differences inside the pieces, which cost the more, the stronger the penalty; the means have a
-gap of about its square. So a solve stops early, and goes on while the means are not good enough.
+gap of about its square. So a solve stops early, and continues while the means are not good enough.
 """
 
 import dataclasses
@@ -32,8 +32,8 @@ ROUNDING = 8
 # The means are first tried at a gap of EARLY times the root of the tolerance; a solve without means, and the last of
 # one with means, stops at BELOW times the tolerance, since float64 may see a slightly larger gap.
 EARLY, BELOW = 0.01, 0.95
-# The next stop is chosen for means of a gap of AIM times the tolerance, as if it were in proportion to that of the
-# iterate, but by a factor of at most MOST: one false piece may cost a hundred times the rest, and is soon mended.
+# The next stop is chosen for means of a gap of AIM times the tolerance, as if it were proportional to the iterate's
+# gap, but by a factor of at most MOST: one false piece may cost a hundred times the rest, and is soon corrected.
 AIM, MOST = 0.7, 3.0
 
 
@@ -61,10 +61,10 @@ def has_means(job: Job) -> bool:
 
 
 def stop_early(job: Job, solve: Callable[[float, int], TrendSolution], early: float) -> tuple[TrendSolution, float]:
-    """The fit of a job by `solve(tol, max_steps)`, which goes on where it stopped, and a first stop for similar jobs.
+    """The fit of a job by `solve(tol, max_steps)`, which resumes where it stopped, and a first stop for similar jobs.
 
-    `early` is the multiple of the tolerance at which it stops first. Where a solve in float32 ends before the
-    tolerance, it goes on in float64.
+    `early` is the multiple of the tolerance at which it stops first. If a solve in float32 ends before the tolerance,
+    it continues in float64.
     """
     early, steps = max(early, BELOW), 0
     while True:
@@ -115,8 +115,8 @@ def certify(job: Job, found: TrendSolution) -> TrendSolution:
 def take_piece_means(job: Job, found: TrendSolution) -> TrendSolution:
     """A fit of order 0 with the mean of each piece at its nodes, judged again, unless that raises the objective.
 
-    The means E b are weighted as the loss is. Let P be the objective with the square loss, b* its optimum, and let the
-    pieces be those of b*. If E b jumps in the directions of b*,
+    The means E b are weighted as the loss is. Let P be the objective with the square loss, b* its optimum, and take the
+    pieces of b*. If E b jumps in the directions of b*,
 
         P(E b) = P(b*) + 1/2 ||E (b - b*)||_w²  <=  P(b*) + 1/2 ||b - b*||_w²  <=  P(b)
 
@@ -146,9 +146,9 @@ def take_piece_means(job: Job, found: TrendSolution) -> TrendSolution:
 
     objective, gap, status = judge_at(value)
     certified = has_conjugate(job.rows)
-    # Without a certificate the reported objective is not that of the value alone.
+    # Without a certificate the reported objective is not the objective of the value alone.
     before = float(found.objective if certified else judge_at(found.value)[0])
-    # Of a value that violates a constraint by rounding it is infinite.
+    # It is infinite for a value that violates a constraint by rounding.
     if not (math.isfinite(objective) and float(objective) <= before * (1 + ROUNDING * float(np.finfo(job.dtype).eps))):
         return found
     found = dataclasses.replace(found, value=value, objective=objective)

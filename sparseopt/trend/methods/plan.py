@@ -35,10 +35,10 @@ ACCELERATION = 10
 # Rounds of smoothing, and steps per round; after each round the signal is tried as a proof that the means are not the
 # fit.
 ROUNDS, SMOOTHINGS = 4, 16
-# The next of two similar fits takes the rho of the last one, moved towards the rho that its last step asks for by the
+# The next of two similar fits uses the rho of the last one, moved towards the rho that its last step asks for by the
 # root of the ratio, by at most this factor.
 LARGEST_WISH = 2.0
-# A dual in the ball up to this share of itself proves that the means are the fit; the gap accounts for the rest.
+# A dual in the ball up to this fraction of itself proves that the means are the fit; the gap accounts for the rest.
 ROUNDING = 1e-6
 
 
@@ -60,7 +60,7 @@ class Plan:
         return None
 
     def solver_penalty(self, penalty: Any) -> Any:
-        """The penalty on the rows as the solver takes it."""
+        """The penalty on the rows, in the solver's form."""
         return penalty
 
     def row_dual(self, penalty: Any, dual: Array) -> Array:
@@ -68,7 +68,7 @@ class Plan:
         return dual
 
     def solver_dual(self, penalty: Any, dual: Array) -> Array:
-        """The solver's dual from that of the rows."""
+        """The solver's dual from the dual of the rows."""
         return dual
 
     def solver(self, rho: Any, relaxation: Any = 1.7) -> Any:
@@ -79,7 +79,7 @@ class Plan:
         """The centred signal with a dual of 0; or, if the weight may be large enough, the means and their dual.
 
         The means are the fit only if `penalty(Δ z) >= <pull, z>` for all z. One z usually disproves that: the pull
-        itself where smoothing is weak, else the smoothed pull.
+        itself if smoothing is weak, else the smoothed pull.
         """
         ground, centre = self.ground, data.centred.target
         nothing = jnp.zeros(self.split.row_shape(centre), centre.dtype)
@@ -114,7 +114,7 @@ class Plan:
         *_, ruled_out = jax.lax.while_loop(lambda carry: ~carry[2] & (carry[1] <= ROUNDS), smooth, first)
 
         def means() -> Start:
-            # A batch runs this branch for every lane: where the means are ruled out there is nothing to solve.
+            # A batch runs this branch for every lane: if the means are ruled out there is nothing to solve.
             dual, solved = null_space_dual(ground, jnp.where(ruled_out, 0, pull))
             dual = penalty.project_dual(size * dual)
             kept = solved & ~ruled_out
@@ -164,7 +164,7 @@ def fit(
 
     `arrays` are the signal and its weights or None, `limits` the tolerance and the step limit, `rates` rho and the
     relaxation. The penalty is on the rows of `plan.ground.operator`. A start is a point in the caller's units with the
-    dual of its rows. If rho is None, or that of the start 0, it is chosen from the data. `history` is the number of
+    dual of its rows. If rho is None, or the start's rho is 0, it is chosen from the data. `history` is the number of
     steps in the history, 0 for none.
     """
     (y, weights), (tol, max_steps), (rho, relaxation) = arrays, limits, rates
@@ -190,7 +190,7 @@ def fit(
     if start is None or plan.exact:
         first = plan.start(penalty, data, weights)
         if ground.basis is not None and is_norm(penalty):
-            # The dual of the polynomial is exact where it exists; for large weights an iteration could only spoil it.
+            # The dual of the polynomial is exact if it exists; for large weights an iteration could only spoil it.
             proof = plan.row_dual(inner, first.dual)
             whole = Problem(data.loss, penalty, ground.operator)
             limit = jnp.where(judge(whole, data.means, proof, null=True)[1] <= tol, 0, limit)
@@ -203,14 +203,14 @@ def fit(
     limit = 0 if exact else limit
     found = iterate(problem, solver, first, tol=tol, max_steps=history or limit, history=history > 0)
     if exact:
-        # The start is the answer, also of a history's steps, after which the values of a piece differ by rounding.
+        # The start is the answer, even after a history's steps, after which the values of a piece differ by rounding.
         status = jnp.where(found.status == Status.NONFINITE, found.status, Status.CONVERGED)
         found = dataclasses.replace(found, value=first.x, status=status)
     dual = plan.row_dual(inner, found.state.candidate)
     if exact:
         dual = inner.dual_at(found.value, found.state.candidate)
     elif certified:
-        # Without a step it is that of the start, which may be one of a larger weight.
+        # Without a step it is the start's dual, which may belong to a larger weight.
         dual = jnp.where(found.steps > 0, dual, feasible(penalty, dual))
     ended = finish(ground, data, penalty, found, dual, tol)
     y, penalty, weights = given
@@ -233,7 +233,7 @@ def resume(
     relaxation: Any,
     settled: Any = False,
 ) -> tuple[TrendSolution, Start]:
-    """A fit of prepared data from a state of the solver, and the start of a similar fit; arguments as of `fit`.
+    """A fit of prepared data from a state of the solver, and the start of a similar fit; arguments as in `fit`.
 
     After a `settled` rho the next one moves towards the rho that the last step asks for.
     """
@@ -249,7 +249,7 @@ def resume(
 
 
 def _known(y: Array, data: Data, ground: Ground, weights: Any) -> Array:
-    """The signal, also where its weight is 0, since the derivative in that weight depends on it."""
+    """The signal, even where its weight is 0, since the derivative in that weight depends on it."""
     if weights is not None:
         y = jnp.where(jnp.isfinite(y), y, 0)
     return y if ground.present is None else jnp.where(ground.present, y, data.shift)
@@ -260,21 +260,21 @@ def finish(
 ) -> TrendSolution:
     """The solution `found` of the centred problem with the dual of its rows, in the caller's units, judged there.
 
-    The component means are the limit for large weights; where they are no worse than the iterate, they are the answer,
-    and its differences are exactly zero. L0 may be stuck far above them. The anchor is as in `judge`.
+    The component means are the limit for large weights; if they are no worse than the iterate, they are the answer, and
+    its differences are exactly zero. L0 may be stuck far above them. The anchor is as in `judge`.
     """
     x, problem = found.value + data.shift, Problem(data.loss, penalty, ground.operator)
     if not has_conjugate(penalty):
         of_means, of_x = data.loss.value(data.means) + penalty.value(jnp.zeros_like(dual)), found.objective
         take, certified = of_means < of_x, jnp.zeros((), bool)
-        # With a dual of 0 the derivatives are those of the means.
+        # With a dual of 0 the derivatives are the derivatives of the means.
         dual, objective, gap = jnp.where(take, 0, dual), jnp.where(take, of_means, of_x), found.gap
     else:
         (of_x, x_gap), (of_means, means_gap) = (
             judge(problem, point, dual, anchor, null)
             for point, null in ((x, False), (data.means, ground.basis is not None))
         )
-        # The rows of x may lie outside a set, by little: then the solver's copies tell the objective, there is no gap.
+        # The rows of x may lie slightly outside a set: then the solver's copies give the objective, without a gap.
         outside = ~jnp.isfinite(of_x) & (not is_norm(penalty))
         of_x = jnp.where(outside, found.objective, of_x)
         take = of_means <= of_x

@@ -1,4 +1,4 @@
-"""With free ends, the polynomial of least loss and its proof, and on a chain L1 fits by linear programmes.
+"""With free ends, the polynomial with the smallest loss and its proof, and on a chain L1 fits as linear programmes.
 
     minimise over c    sum_j w_j f((B c)_j; y_j)        with orthonormal polynomials in the columns of B
 
@@ -8,9 +8,9 @@ multipliers are c:
 
     minimise over g    <g, y>    subject to    Bᵀ g = 0,    w_j low <= g_j <= w_j high
 
-Where the polynomial meets more than k + 1 observations, as with rounded data, many g prove it. The one whose u with
-`D^(k+1)ᵀ u = -g` has the least `max |u|` is a second linear programme. That `max |u|` is the least weight of L1 at
-which the polynomial is the fit. For a smaller weight the fit has the multipliers b of a third one:
+If the polynomial meets more than k + 1 observations, as with rounded data, many g prove it. The one whose u with
+`D^(k+1)ᵀ u = -g` has the smallest `max |u|` solves a second linear programme. That `max |u|` is the smallest weight of
+L1 at which the polynomial is the fit. For a smaller weight the fit has the multipliers b of a third one:
 
     minimise over g, u    <g, y>    subject to    g + D^(k+1)ᵀ u = 0,    |u| <= weight,    w_j low <= g_j <= w_j high
 
@@ -32,8 +32,8 @@ from sparseopt.core.losses.scalar import ScalarLoss
 from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.base.ground import leaves_as
 
-# Newton's method: its steps, the relative decrease of the loss that ends it, and the curvature over that at the start
-# below which the loss has no minimum, only a limit.
+# Newton's method: its steps, the relative decrease of the loss that ends it, and the curvature, over the one at the
+# start, below which the loss has no minimum, only a limit.
 NEWTON_STEPS, DECREASE, FLAT = 200, 1e-15, 1e-8
 # The accuracy of the linear programmes, with slopes and distances of size 1; and the relative
 # distance below which a polynomial meets an observation.
@@ -43,9 +43,9 @@ LINEAR_TOL, MEETS = 1e-10, 1e-12
 def best_polynomials(
     loss: ScalarLoss, graph: Graph, order: int, columns: np.ndarray, weights: np.ndarray, start: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The polynomials of degree `order` of least loss and the g that prove it, each `[n, channels]` in float64.
+    """The polynomials of degree `order` with the smallest loss, and the g that prove it: `[n, channels]` in float64.
 
-    Where several g prove it, the result proves it for the least weight of L1. `columns` are the observations
+    If several g prove it, the result proves it for the smallest weight of L1. `columns` are the observations
     `[n, channels]`, `weights` is `[n]`, and `start` the best constants, `[n, channels]`. A ValueError if the loss has
     no minimum.
     """
@@ -89,7 +89,7 @@ def _by_newton(
     if not loss.span_holds_fit and not least > FLAT * first:
         raise ValueError(
             f"with free ends no fit exists at order {basis.shape[1] - 1}: {type(loss).__name__} falls without end "
-            'along a polynomial, as for labels that one polynomial parts; lower the order, or take ends="graph"'
+            'along a polynomial, as for labels that one polynomial separates; lower the order, or use ends="graph"'
         )
     return fit, _balance(basis, slope, (weights > 0).astype(np.float64))
 
@@ -102,7 +102,7 @@ def _expand(loss: ScalarLoss, y: Any, weights: Any, fit: Any) -> tuple[jax.Array
 
 
 def _balance(basis: np.ndarray, gradient: np.ndarray, room: np.ndarray) -> np.ndarray:
-    """`gradient`, orthogonal to the basis by the smallest change, where a node of more room may change more."""
+    """`gradient`, orthogonal to the basis with the smallest change; a node with more room may change more."""
     moved = room[:, None] * basis
     return gradient - moved @ np.linalg.lstsq(moved.T @ basis, basis.T @ gradient)[0]
 
@@ -125,13 +125,13 @@ def _by_simplex(
 
 
 def _least_congested(difference: Any, gradient: np.ndarray, bounds: np.ndarray) -> np.ndarray:
-    """The g within bounds `[n, 2]` whose u with `D^(k+1)ᵀ u = -g` has the least `max |u|`; `gradient` is one such g."""
+    """The g within bounds `[n, 2]` whose u with `D^(k+1)ᵀ u = -g` has the smallest `max |u|`; `gradient` is one g."""
     matrix = difference.matrix()
     rows, n = matrix.shape
     size = np.abs(np.asarray(difference.potential(jnp.asarray(gradient)))).max()
     if size == 0:
         return gradient
-    # Over u / size, g and the bound on the former.
+    # The unknowns are u / size, g and the bound on the former.
     eye, nothing = sparse.eye_array(rows), sparse.csr_array((rows, n))
     last = np.ones((rows, 1))
     found = _optimum(
@@ -156,12 +156,12 @@ def linear_fits(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The L1 fits of a loss with two slopes, `[n, channels]`, and their duals u, `[rows, channels]`, in float64.
 
-    `row_weights` of L1 are positive, a number or `[rows]`; `null` are the best polynomials, the rest is as there.
+    `row_weights` of L1 are positive, a number or `[rows]`; `null` is from `best_polynomials`, the rest as there.
     """
     matrix = graph.matrix(order + 1)
     rows, n = matrix.shape
     row_weights, (bounds, largest) = np.broadcast_to(row_weights, (rows,)), _bounds(loss, weights)
-    # Over u / row_weights and g.
+    # The unknowns are u / row_weights and g.
     maps = sparse.hstack([matrix.T @ sparse.diags_array(row_weights / largest), sparse.eye_array(n)], format="csc")
     every = np.concatenate([np.tile([-1.0, 1.0], (rows, 1)), bounds])
     fits, duals = [], []

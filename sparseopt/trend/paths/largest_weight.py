@@ -1,10 +1,10 @@
-"""The least weight of L1 at which a trend filter returns the component means, with a certificate.
+"""The smallest weight of L1 at which a trend filter returns the component means, with a certificate.
 
-With another loss these are the best constants c of the components. The constants are the fit if and only if some u in
-the dual ball has `Δ^(k+1)ᵀ u = -g`, g the gradient of the loss at c, or a subgradient. The least weight is in closed
-form for odd orders and on forests, and elsewhere found by Dinkelbach's iteration, between bounds; see The mathematics,
-"Paths of weights". With free ends a polynomial takes the place of the means, and on grids the iteration that of the
-closed form.
+With another loss, the means are replaced by the best constants c of the components. The constants are the fit if and
+only if some u in the dual ball has `Δ^(k+1)ᵀ u = -g`, g the gradient of the loss at c, or a subgradient. The smallest
+weight has a closed form for odd orders and on forests; elsewhere Dinkelbach's iteration finds it between bounds; see
+The mathematics, "Paths of weights". With free ends a polynomial replaces the means, and on grids the iteration replaces
+the closed form.
 
 Source: Dinkelbach, "On nonlinear fractional programming", Management Science 13 (1967); Strang, "Maximal flow through
 a domain", Mathematical Programming 26 (1983), for flows and level sets; Wang, Sharpnack, Smola, Tibshirani, "Trend
@@ -39,14 +39,14 @@ MOST_STEPS = 12_800
 COARSE = 1e-3
 # A signal this close to its means, relative to itself, differs from them by rounding.
 ROUNDING = 1e-12
-# A flow that misses the demand by this share is no certificate.
+# A flow that misses the demand by this fraction is no certificate.
 LEFT = 1e-6
 
 
 class NullFit(NamedTuple):
-    """Where the component means are the fit."""
+    """The weights at which the component means are the fit."""
 
-    weight: np.ndarray  # the least weight with a certificate, an upper bound of lam_max, `[channels]`
+    weight: np.ndarray  # the smallest weight with a certificate, an upper bound of lam_max, `[channels]`
     lower: np.ndarray  # a lower bound of lam_max, `[channels]`
     dual: np.ndarray  # the certificate of `weight` in the layout of `graph.base`, `[*rows, channels]`
 
@@ -61,17 +61,17 @@ def largest_weight(
     missing: str = "error",
     loss: Any = "square",
 ) -> float:
-    """The least weight of `L1` at which the fit is the mean of every component, or with free ends a polynomial.
+    """The smallest weight of `L1` at which the fit is the mean of every component, or with free ends a polynomial.
 
     Larger weights give the same fit, so a path of weights begins here. The weight is exact up to rounding for odd
     orders and on forests, such as chains. Elsewhere it is the upper end of a certified interval `[lower, upper]` with
     `upper / lower - 1 <= tol`.
 
-    The arguments are those of `trend_filter`; `tol` is the relative width of the interval. The result is the largest
-    weight over the channels, in the unit of y times that of the node weights; 0 if the signal is its component means.
-    With free ends the polynomial of least squares takes their place, and the weight is exact on a chain at every order.
-    With another loss the best constants take it; for a loss with kinks the weight is large enough, but it may not be
-    the least. With free ends the best polynomial takes it, and the weight is exact for every loss.
+    The arguments are as in `trend_filter`; `tol` is the relative width of the interval. The result is the largest
+    weight over the channels, in units of y times node weight; 0 if the signal is its component means. With free ends
+    the polynomial of least squares replaces the means, and the weight is exact on a chain at every order. With another
+    loss the best constants replace them; for a loss with kinks the weight is large enough, but it may not be the
+    smallest. With both, the best polynomial replaces them, and the weight is exact for every loss.
 
     Raises:
         RuntimeError: if the interval remains wider than `tol`, or for a high order on a large grid with free ends.
@@ -156,7 +156,7 @@ def _inverse_times(graph: Graph, right: np.ndarray, times: int, order: int = 0) 
 
 
 def _subtract_null(values: np.ndarray, graph: Graph, order: int) -> np.ndarray:
-    """Columns less their means over the components, or with free ends less their polynomials."""
+    """Columns minus their means over the components, or with free ends minus their polynomials."""
     if graph.free:
         basis = graph.polynomials(order)
         return values - basis @ (basis.T @ values)
@@ -186,9 +186,9 @@ def _best_cut(graph: Graph, b: np.ndarray, demand: np.ndarray) -> float:
 
 
 def _least_congested(graph: Graph, order: int, demand: np.ndarray, tol: float) -> tuple[float, float, np.ndarray]:
-    """An upper and a lower bound of the least `max |u|` with `Δᵀ u = demand`, and the u of the upper bound.
+    """An upper and a lower bound of the smallest `max |u|` with `Δᵀ u = demand`, and the u of the upper bound.
 
-    Δ is D, and u follows `graph.row_edges`; on a grid with free ends Δ is that of the order.
+    Δ is D, and u follows `graph.row_edges`; on a grid with free ends Δ is the one of the order.
     """
     if graph.free:
         difference, unseen = graph.matrix(order + 1), graph.polynomials(order).shape[1]
@@ -201,7 +201,7 @@ def _least_congested(graph: Graph, order: int, demand: np.ndarray, tol: float) -
         return _inverse_times(graph, _subtract_null(demand[:, None], graph, order), 1, order)[:, 0]
 
     def ratio(b: np.ndarray) -> float:
-        """A lower bound by b."""
+        """A lower bound from b."""
         if not graph.free:
             return _best_cut(graph, b, demand)
         size = np.abs(difference @ b).sum()

@@ -3,7 +3,7 @@
     minimise over b    sum_j w_j f(b_j; y_j)  +  penalty_weight(Δ^(k+1) b)        for weight_1 > weight_2 > ...
 
 with f = 1/2 (y_j - b_j)² or another loss. Every level has its certificate, its degrees of freedom and its deviance;
-`selection.py` chooses among them.
+`selection.py` chooses among the levels.
 
 Source: Tibshirani and Taylor, "The solution path of the generalized lasso", Annals of Statistics 39 (2011).
 """
@@ -36,8 +36,8 @@ from sparseopt.trend.paths.warm_starts import descend
 
 # The relative accuracy of the first weight of a path: enough there, and ten times cheaper than the default.
 FIRST_WEIGHT_TOL = 1e-2
-# The divergence of a fit is found by moving every value by this share of the noise, up or down at random; on graphs of
-# fewer nodes than LARGE several times, at most MOST_MOVES.
+# The divergence of a fit is found by moving every value by this fraction of the noise, up or down at random; on graphs
+# of fewer nodes than LARGE several times, at most MOST_MOVES.
 MOVE, LARGE, MOST_MOVES = 0.1, 2000, 16
 
 
@@ -49,8 +49,8 @@ class TrendPath:
         weights: `[levels]`, descending.
         values: the fits, `[levels, *shape of y]`.
         objectives: `[levels]`.
-        gaps: relative duality gaps `[levels]`, upper bounds on the relative suboptimality; NaN where the penalty has
-            no dual.
+        gaps: relative duality gaps `[levels]`, upper bounds on the relative suboptimality; NaN if the penalty has no
+            dual.
         residuals: of the stopping rule, `[levels]`: the gap, or the stationarity residual.
         steps: `[levels]`.
         statuses: the `Status` of each level, `[levels]`.
@@ -58,10 +58,10 @@ class TrendPath:
             sum of squares.
         observations: the number of observed values.
         channels: of y, 1 without a channel axis.
-        noise: the signal's `noise_level`; NaN for a loss, or if no difference is left to tell it.
-        largest_weight: the least weight known to give the component means; None if the weights were given.
+        noise: the signal's `noise_level`; NaN for a loss, or if no difference is left to estimate it.
+        largest_weight: the smallest weight known to give the component means; None if the weights were given.
         penalty: the penalty, without the weights of the levels.
-        loss: that of the fits.
+        loss: the loss of the fits.
         graph: the graph of the fits.
         order: k.
     """
@@ -90,10 +90,10 @@ class TrendPath:
 
     @cached_property
     def degrees_of_freedom(self) -> np.ndarray:
-        """The degrees of freedom of every fit, `[levels]`, found when they are first asked for.
+        """The degrees of freedom of every fit, `[levels]`, computed on first use.
 
-        They are those of `so.trend.degrees_of_freedom`. For GroupL2 and the square, where zeros do not tell them,
-        they are `sum_j d fit_j / d y_j` along random directions, by up to 16 more paths.
+        They are computed by `so.trend.degrees_of_freedom`. For GroupL2 and the square, whose zeros do not determine
+        them, they are `sum_j d fit_j / d y_j` along random directions, from up to 16 more paths.
         """
         return self._freedom()
 
@@ -151,21 +151,21 @@ def trend_path(
     dtype: Any = None,
     loss: Any = "square",
 ) -> TrendPath:
-    """Fits of a trend filter from the weight that leaves only the component means down to nearly the signal.
+    """Trend-filter fits along falling weights, from the one that leaves only the component means to nearly the signal.
 
     Args:
         y: as in `trend_filter`.
         graph: as in `trend_filter`.
         penalty: a penalty class such as `L1`, or a penalty whose `weight` is replaced at every level.
         order: k.
-        weights: positive, in any order; None takes `num` weights, evenly spaced in the logarithm, from `largest_weight`
-            to `ratio` times that. This is for L1, MCP and SCAD, whose means become stationary at the same weight, and
-            GroupL2, where the first weight is large enough but not the least; other penalties need given weights.
+        weights: positive, in any order; None uses `num` weights, evenly spaced in the logarithm, from `largest_weight`
+            to `ratio` times that. This works for L1, MCP and SCAD, whose means become stationary at the same weight,
+            and for GroupL2, whose first weight is large enough but not the smallest; others need given weights.
         num: the number of weights.
         ratio: the last weight over the first.
         tol: of each level, as in `trend_filter`.
         method: as in `trend_filter`, for all levels; from order 1 on "auto" prefers an exact x-step, since most steps
-            are spent where smoothing is strong.
+            are spent while smoothing is strong.
         max_steps: step limit of each level.
         node_weights: as in `trend_filter`.
         missing: as in `trend_filter`.
@@ -233,7 +233,7 @@ def trend_path(
 
 
 def _divergences(job: Job, weights: np.ndarray, values: np.ndarray, noise: float) -> np.ndarray:
-    """`sum_j d fit_j / d y_j` of every fit, `[levels]`, by the fits of a signal that is moved along random signs.
+    """`sum_j d fit_j / d y_j` of every fit, `[levels]`, from fits of a signal that is moved along random signs.
 
     The standard deviation is about that of a mean of n such numbers. Source: Ramani, Blu and Unser, "Monte-Carlo SURE:
     a black-box optimization of regularization parameters for general denoising algorithms", IEEE Transactions on Image

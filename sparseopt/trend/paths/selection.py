@@ -8,7 +8,7 @@ level:
     aic    DEV / sigma² + 2 df,       or  N log(DEV / N) + 2 N (df + 1) / (N - df - 2)  if sigma is not known
     bic    DEV / sigma² + log(N) df,  or  N log(DEV / N) + log(N) df                    if sigma is not known
 
-For counts and labels sigma² is the dispersion, 1 where their variance is that of a Poisson or binomial distribution.
+For counts and labels sigma² is the dispersion, 1 if their variance is that of a Poisson or binomial distribution.
 
 Source: Golub, Heath and Wahba, Technometrics 21 (1979); Stein, Annals of Statistics 9 (1981); Akaike (1974); Schwarz
 (1978); Hurvich, Simonoff and Tsai, JRSS B 60 (1998), for the corrected aic; Zou, Hastie and Tibshirani, Annals of
@@ -31,7 +31,7 @@ from sparseopt.trend.methods.losses import node_deviances
 from sparseopt.trend.paths.path import TrendPath, trend_path
 
 CRITERIA = ("gcv", "sure", "aic", "bic")
-# How many standard errors above the least error a rule allows.
+# How many standard errors above the smallest error a rule allows.
 RULES = {"min": 0.0, "half_se": 0.5, "one_se": 1.0}
 
 
@@ -52,13 +52,13 @@ class _Chosen:
 
 @dataclasses.dataclass(frozen=True)
 class Selection(_Chosen):
-    """A level chosen by a criterion; `weight` and `value` are those of the level.
+    """A level chosen with a criterion; `weight` and `value` belong to the level.
 
     Attributes:
         path: the levels to choose from.
         criterion: "gcv", "sure", "aic" or "bic".
         curve: the criterion at every level, `[levels]`; +inf where the degrees of freedom are too many for it.
-        index: the level of the least criterion; among equal ones that of the largest weight.
+        index: the level with the smallest criterion; among equal ones, the one with the largest weight.
         sigma: the noise level used; None if the criterion used none.
     """
 
@@ -70,22 +70,22 @@ class Selection(_Chosen):
 
 
 def select(path: TrendPath, criterion: str = "gcv", sigma: float | None = None) -> Selection:
-    """The level of a path with the best value of a criterion.
+    """Choose the level of a path with the best value of a criterion.
 
     Args:
         path: of `trend_path`.
         criterion: "gcv", "sure", "aic" or "bic". Degrees of freedom count dimensions; for penalties other than L1 this
-            leaves out the cost of choosing the zeros, and the criteria favour small weights. "gcv" considers only fits
+            does not count the search for the zeros, and the criteria favour small weights. "gcv" considers only fits
             with at most half as many degrees of freedom as values; if the noise is so small that more are needed, use
             "sure" or "aic".
-        sigma: the standard deviation of the noise (at node weight 1). With None "sure" takes the robust estimate
+        sigma: the standard deviation of the noise (at node weight 1). With None, "sure" uses the robust estimate
             `path.noise`, "aic" the corrected form, and "bic" the profiled likelihood, which decreases without bound as
-            the deviance goes to 0; on a path that comes close to the signal give "bic" a sigma, such as `path.noise`.
-            For Poisson and logistic losses None is 1.
+            the deviance goes to 0; on a path that comes close to the signal, give "bic" a sigma, such as `path.noise`.
+            For Poisson and logistic losses, None is 1.
 
     Raises:
-        ValueError: also for "sure" with another loss than the square, which it estimates the risk of, and for "gcv" and
-            "aic" with the logistic loss, which chose fits of up to 49 times the least error in a study.
+        ValueError: also for "sure" with a loss other than the square, whose risk it estimates, and for "gcv" and "aic"
+            with the logistic loss, which in our benchmarks chose fits with up to 49 times the smallest error.
         RuntimeError: if a level of the path has values that are not finite.
 
     Example:
@@ -158,7 +158,7 @@ def _require_finite(statuses: np.ndarray, where: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class CrossValidation(_Chosen):
-    """A level chosen by the prediction of held-out nodes; `weight` and `value` are those of the level.
+    """A level chosen by predicting held-out nodes; `weight` and `value` belong to the level.
 
     Attributes:
         path: the fits to all observed nodes.
@@ -225,18 +225,18 @@ def cross_validate(
 
     The nodes of each fold are held out once: the fit fills them in as missing, and the error is the mean deviance of
     the observations there (for the square the mean squared difference), weighted by the node weights. The folds are
-    random, differ in size by at most one node, and are spread evenly over the components, so that every component
-    keeps a node. All folds use the weights of the path of all nodes. A fold has fewer observations, so it smooths
-    slightly more than the same weight does on all nodes.
+    random, differ in size by at most one node, and are spread evenly over the components, so that every component keeps
+    a node. All folds use the weights of the path of all nodes. A fold has fewer observations, so the same weight
+    smooths slightly more than on all nodes.
 
-    There are `folds` >= 2 folds, drawn with the `seed`. The `rule` "min" takes the least error, "half_se" and "one_se"
-    the largest weight within half a standard error and one of it; None is "half_se" for the logistic loss, since it
-    came closest to the best fits of labels in a study, and "min" for others. All other arguments are those of
+    There are `folds` >= 2 folds, drawn with the `seed`. The `rule` "min" picks the smallest error, "half_se" and
+    "one_se" the largest weight within half a standard error or one of it; None is "half_se" for the logistic loss,
+    since it came closest to the best fits in our benchmarks, and "min" for others. All other arguments are as in
     `trend_path`.
 
     Raises:
         ValueError: also for a component with only one observed node, which no fold can predict; and with a loss, for
-            one that without a fold has no finite fit, as where all its counts are in that fold.
+            one without a finite fit if a fold is left out, as when that fold has all its counts.
         RuntimeError: if a fit has values that are not finite.
 
     Example:
@@ -269,7 +269,7 @@ def cross_validate(
 def random_folds(graph: Graph, observed: np.ndarray, folds: int, seed: int) -> np.ndarray:
     """The fold of every observed node, -1 for the others; a ValueError for a number of folds that does not fit.
 
-    The shuffled nodes are dealt out component by component, so that the sizes of the folds, and their shares of a
+    The shuffled nodes are dealt out component by component, so that the sizes of the folds, and their parts of a
     component, differ by at most one.
     """
     nodes = np.flatnonzero(observed)

@@ -34,8 +34,8 @@ RHO_RANGE = 1e4
 STRONG_LEVEL = 100.0
 # The tables of merged chains become smaller down to this size.
 SMALLEST_TABLE = 4096
-# The first level stops first at a gap of so many times its tolerance, since at strong smoothing the means of the pieces
-# were good enough at 30 to 70 times; a later level takes what the one before it needed.
+# The first level stops first at a gap of this many times its tolerance, since at strong smoothing the means of the
+# pieces were good enough at 30 to 70 times; a later level uses what the one before it needed.
 FIRST_STOP = 30.0
 
 
@@ -127,8 +127,8 @@ def _by_loss(job: Job, weights: np.ndarray, _: Any) -> list[TrendSolution]:
 def _by_merging(job: Job, weights: np.ndarray) -> TrendSolution:
     """The exact levels of a chain at order 0, from the last weight to the first.
 
-    As the weight grows, the pieces of a fit only merge, also with node weights. So every level is the fused lasso of
-    the means of the pieces before it, which soon are few. Missing nodes lie on the line between their
+    As the weight grows, the pieces of a fit only merge, even with node weights. So every level is the fused lasso of
+    the means of the pieces before it, of which there are soon few. Missing nodes lie on the line between their
     neighbours, which costs nothing.
 
     Source: Friedman, Hastie, Höfling and Tibshirani, "Pathwise coordinate optimization", Annals of Applied Statistics 1
@@ -162,7 +162,7 @@ def _by_merging(job: Job, weights: np.ndarray) -> TrendSolution:
 
 
 def _padded_size(count: int, n: int) -> int:
-    """A size of at least `count`, one of few, so that few programs are compiled."""
+    """A size of at least `count`, from a few, so that few programs are compiled."""
     size = n
     while size > SMALLEST_TABLE and size // 8 >= count:
         size //= 8
@@ -186,9 +186,9 @@ def _merged(ground: Ground, y: Any, node_weights: Any, weights: Any, fits: Any, 
 
 
 def _by_interior(job: Job, weights: np.ndarray, proof: Any) -> list[TrendSolution]:
-    """The levels by the interior point method, which starts cold but orders its factors only once.
+    """The levels with the interior point method, which starts cold but orders its factors only once.
 
-    At order 0 Doge-ADMM, started from the last of them, is faster for the weaker levels.
+    At order 0, Doge-ADMM started from the last of them is faster for weaker levels.
     """
     solver, strong, levels = Interior().plan(job), weights, list[TrendSolution]()
     if job.order == 0 and job.method is None:

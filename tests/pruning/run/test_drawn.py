@@ -91,7 +91,7 @@ def test_text_that_the_model_draws_is_likely_to_it(source):
 
 
 def test_what_cannot_draw_is_refused_before_any_work(tmp_path, source, draws):
-    with pytest.raises(ModelError, match=r"takes all of it in memory, .* give a text to calibrate on.* or more memory"):
+    with pytest.raises(ModelError, match=r"needs all of it in memory, .* give a text to calibrate on.* or more memory"):
         prune_model(source, tmp_path / "out", RECIPE, memory=100_000)
     assert not (tmp_path / "out").exists()
     config = json.loads((source / "config.json").read_text())

@@ -378,7 +378,7 @@ def test_the_default_number_of_windows_follows_the_widest_linear_and_the_text(
     report = prune_model(source, tmp_path / "out", recipe)
     found = report.calibration
     assert found.windows == report.recipe["windows"] == min(32, available) == windows
-    why = "4 tokens for each of the 64 inputs of the widest linear, in 16 to 128 windows"
+    why = "4 tokens for each of the 64 inputs of the widest layer, in 16 to 128 windows"
     assert found.why == why + ("; the text has no more" if windows < 32 else "")
     assert report.recipe["calibration"] == f"{repeats} documents"
     # The same run, with its windows counted.
@@ -390,8 +390,8 @@ def test_fewer_tokens_than_inputs_are_warned_of(tmp_path, rng, source):
     tokens = rng.integers(0, 40, (7, 9)).astype(np.int32)
     report = prune_model(source, tmp_path / "out", Recipe(method="magnitude", calibration=tokens, heldout_windows=0))
     assert report.calibration.warning == (
-        "calibration has 63 tokens and the widest linear 64 inputs: its Gram matrix is singular; "
-        "8 windows of 9 or more would do"
+        "calibration has 63 tokens and the widest layer 64 inputs: its Gram matrix is singular; "
+        "8 windows of 9 or more would be enough"
     )
     assert report.calibration.digest == token_digest(tokens)
 

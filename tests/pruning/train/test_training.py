@@ -262,7 +262,7 @@ def test_what_cannot_be_is_said_before_any_work(task):
         replace(task.quick, learning_rate=math.nan).check()
     up, empty = masks[0]["mlp.up_proj"], Stream(Batches(), Batches())
     for own, words in [
-        ({"mlp.side_proj": up}, r"masks must name linears of the block .* given mlp.side_proj"),
+        ({"mlp.side_proj": up}, r"masks must name layers of the block .* given mlp.side_proj"),
         ({"mlp.up_proj": up.T}, r"mask of mlp.up_proj must be bool of shape \[64, 32\]"),
         ({"mlp.up_proj": jnp.eye(64, 32, dtype=bool)}, r"mlp.up_proj has [\d,]+ non-zero weights off its mask; prune"),
     ]:

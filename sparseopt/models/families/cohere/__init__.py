@@ -1,1 +1,1 @@
-"""The Cohere families. Each file hands out its `Family`; `cohere` has what they have in common."""
+"""The Cohere families. Each file exports its `Family`; `cohere` has what they share."""

@@ -1,4 +1,4 @@
-"""The Cohere family (Command R): attention and MLP side by side behind one norm without bias, scaled logits."""
+"""The Cohere family (Command R): parallel attention and MLP after one norm without bias, scaled logits."""
 
 from sparseopt.models.base.fields import Config, refuse_unless, require
 from sparseopt.models.base.rope import Rope, read_rope, rope_table
@@ -7,15 +7,15 @@ from sparseopt.models.families.family import Family, KeyTable, read_decoder
 
 
 def read_cohere_rope(config: Config, theta: float) -> Rope:
-    """The position embedding, with the base of a configuration that names none."""
-    # transformers rotates whole heads, whatever the field says.
+    """The position embedding; `theta` is the base if the configuration names none."""
+    # transformers rotates whole heads and ignores the field.
     refuse_unless(rope_table(config), {"partial_rotary_factor": (1.0,)})
     return read_rope(config, theta, interleaved=True)
 
 
 def read_cohere(config: Config, kinds: tuple[BlockKind, ...]) -> DecoderConfig:
-    """What the Cohere families have in common."""
-    # transformers has norms of queries and keys in the first family only.
+    """Read what the Cohere families share."""
+    # In transformers only the first family has norms of queries and keys.
     refuse_unless(config, {"use_qk_norm": (False, None)})
     return read_decoder(
         {"tie_word_embeddings": True, **config},

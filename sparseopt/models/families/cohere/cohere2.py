@@ -1,4 +1,4 @@
-"""The Cohere 2 family (Command R7B, Command A): Cohere with local blocks, and without positions in the other ones."""
+"""The Cohere 2 family (Command R7B, Command A): Cohere with local blocks, and no positions in the others."""
 
 from sparseopt.models.base.fields import Config, require
 from sparseopt.models.decoder.settings import BlockKind, DecoderConfig

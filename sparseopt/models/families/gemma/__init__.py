@@ -1,1 +1,1 @@
-"""The Gemma families. Each file hands out its `Family`; `gemma2` has what they have in common."""
+"""The Gemma families. Each file exports its `Family`; `gemma2` has what they share."""

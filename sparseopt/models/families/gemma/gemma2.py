@@ -25,7 +25,7 @@ GEMMA_NORMS = (
 def read_gemma(
     config: Config, kinds: tuple[BlockKind, ...], score_cap: float | None, logit_cap: float | None, **more: Any
 ) -> DecoderConfig:
-    """What Gemma 2 and 3 have in common; the caps are those of a configuration that names none."""
+    """Read what Gemma 2 and 3 share; the given caps are defaults."""
     defaults = {"tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh", "head_dim": 256}
     return read_decoder(
         defaults | dict(config),

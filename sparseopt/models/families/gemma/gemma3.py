@@ -6,7 +6,7 @@ from sparseopt.models.decoder.settings import BlockKind, DecoderConfig
 from sparseopt.models.families.family import Family, KeyTable, SizeFields, read_windows, refuses_undivided_width
 from sparseopt.models.families.gemma.gemma2 import GEMMA_NORMS, read_gemma
 
-# Published configurations of 4B and more leave out what equals these.
+# Published configurations of 4B and more omit values that equal these.
 _DEFAULTS = {
     "vocab_size": 262_208,
     "hidden_size": 2304,
@@ -19,7 +19,7 @@ _DEFAULTS = {
 
 
 def _read_kinds(config: Config) -> tuple[BlockKind, ...]:
-    """Five local blocks, then a global one, or as the configuration says; local ones have their own rope."""
+    """Five local blocks, then a global one, or as the configuration says; local blocks have their own rope."""
     pattern = require(config, "sliding_window_pattern", default=6)
     window = require(config, "sliding_window", default=4096)
     everywhere = read_rope(config, 1e6, part="full_attention")
@@ -32,9 +32,9 @@ def _read_kinds(config: Config) -> tuple[BlockKind, ...]:
 
 
 def read_text_config(config: Config) -> DecoderConfig:
-    """The configuration of a text model, also of one beside an image encoder."""
+    """Read the configuration of a text model, with or without an image encoder."""
     config = _DEFAULTS | dict(config)
-    # transformers does not cap the scores of Gemma 3, whatever the field says; other programs do.
+    # transformers ignores this field and does not cap the scores of Gemma 3; other programs do.
     refuse_unless(config, {"attn_logit_softcapping": (None,)})
     return read_gemma(config, _read_kinds(config), None, None, qk_norm="head")
 

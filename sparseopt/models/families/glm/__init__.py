@@ -1,1 +1,1 @@
-"""The GLM families. Each file hands out its `Family`; `glm` has what they have in common."""
+"""The GLM families. Each file exports its `Family`; `glm` has what they share."""

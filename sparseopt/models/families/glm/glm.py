@@ -9,7 +9,7 @@ from sparseopt.models.families.family import Family, read_decoder
 
 
 def read_glm(config: Config, **switches: Any) -> DecoderConfig:
-    """What the GLM families have in common."""
+    """Read what the GLM families share."""
     return read_decoder(
         {"num_key_value_heads": 2, "head_dim": 128, "rms_norm_eps": 1.5625e-7, **config},
         (BlockKind(read_rope(config, share=0.5, interleaved=True)),),

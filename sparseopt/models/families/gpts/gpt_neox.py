@@ -1,4 +1,4 @@
-"""The GPT-NeoX family (Pythia): attention and MLP side by side, q, k, v interleaved, partly rotated heads."""
+"""The GPT-NeoX family (Pythia): parallel attention and MLP, interleaved q, k, v, partly rotated heads."""
 
 from sparseopt.models.base.fields import Config, require
 from sparseopt.models.base.rope import read_rope

@@ -1,4 +1,4 @@
-"""The OPT family: layer norms, biases everywhere, learned positions, a ReLU between two linears."""
+"""The OPT family: layer norms, biases everywhere, learned positions, a ReLU between two linear layers."""
 
 from sparseopt.models.base.fields import Config, refuse_unless, require
 from sparseopt.models.decoder.settings import BlockKind, DecoderConfig

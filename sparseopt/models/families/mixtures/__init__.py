@@ -1,1 +1,1 @@
-"""Families whose blocks are mixtures of experts. Each file hands out its `Family`."""
+"""Families whose blocks are mixtures of experts. Each file exports its `Family`."""

@@ -1,5 +1,5 @@
-"""GGUF files read as Hugging Face models, and what is needed to write one.
+"""Reading GGUF files as Hugging Face models, and writing them.
 
-`source` has the `GGUFSource` that reads a file, `architectures` the names and layouts of both, `metadata` the metadata
-of a file to be written.
+`source` has the `GGUFSource` that reads a file, `architectures` the names and layouts of both formats, `metadata` the
+metadata of a file to write.
 """

@@ -1,4 +1,4 @@
-"""What a GGUF architecture is: names, layout and configuration of a model in GGUF and in Hugging Face, both ways."""
+"""GGUF architectures: names, layout and configuration of a model in GGUF and in Hugging Face, both ways."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -16,18 +16,18 @@ class Architecture:
     """A GGUF architecture in the terms of Hugging Face.
 
     Attributes:
-        model_type: its `model_type`.
-        class_name: its class, for `architectures`.
-        block: names of a block's tensors in GGUF and Hugging Face, without the endings ".weight" and ".bias".
-        read_config: the configuration, without the entries that all architectures share.
-        write_config: the metadata of a configuration, which may leave out what transformers fills in; a `ModelError`
-            for a configuration that the format, or the programs that run it, cannot express.
-        rope_factors: the tensor `ROPE_FACTORS` of a configuration, float32 `[H/2]`; None for a model without.
-        paired_heads: the rows of q and k are stored pair by pair and must be put in half-rotation order.
-        shifted_norms: norm weights are stored with 1 added.
-        interleaved: the linear whose rows are q, k, v of each head, stored as all q, all k, all v; None for none.
+        model_type: the `model_type`.
+        class_name: the class, for `architectures`.
+        block: names of a block's tensors in GGUF and Hugging Face, without ".weight" and ".bias".
+        read_config: returns the configuration, without the entries that all architectures share.
+        write_config: returns the metadata of a configuration, which may omit what transformers fills in; a `ModelError`
+            if the format, or the programs that run it, cannot express it.
+        rope_factors: returns the tensor `ROPE_FACTORS` of a configuration, float32 `[H/2]`; None if it has none.
+        paired_heads: whether the rows of q and k are stored pair by pair and must be put in half-rotation order.
+        shifted_norms: whether norm weights are stored with 1 added.
+        interleaved: the layer with rows q, k, v of each head, stored as all q, all k, all v; None for none.
         outer: names of tensors outside the blocks in GGUF and Hugging Face.
-        layers: what the names of a block's tensors in Hugging Face begin with.
+        layers: prefix of the names of a block's tensors in Hugging Face.
     """
 
     model_type: str
@@ -43,7 +43,7 @@ class Architecture:
     layers: str = "model.layers"
 
     def hf_name(self, name: str) -> str:
-        """The Hugging Face name of a GGUF tensor; one without keeps its own, to be reported as extra."""
+        """The Hugging Face name of a GGUF tensor; without one it keeps its own, and is reported as extra."""
         stem, _, kind = name.rpartition(".")
         if stem in self.outer:
             return f"{self.outer[stem]}.{kind}"
@@ -56,7 +56,7 @@ class Architecture:
         """The GGUF name of a Hugging Face tensor.
 
         Raises:
-            ModelError: for a tensor that the architecture does not have.
+            ModelError: if the architecture has no such tensor.
         """
         stem, _, kind = name.rpartition(".")
         names = {long: short for short, long in self.outer.items()}
@@ -72,7 +72,7 @@ class Architecture:
         )
 
     def undo(self, name: str, tensor: np.ndarray, config: Config) -> np.ndarray:
-        """The tensor of a Hugging Face name in the layout of Hugging Face and its own dtype."""
+        """The tensor with a Hugging Face name in the layout of Hugging Face and its own dtype."""
         if self._shifts(name):
             return (tensor.astype(np.float32) - 1).astype(tensor.dtype)
         if not self.moves_rows(name):
@@ -82,9 +82,9 @@ class Architecture:
         return _exchanged(tensor, axes, first, second)
 
     def redo(self, name: str, tensor: np.ndarray, config: Config) -> np.ndarray:
-        """The tensor of a Hugging Face name in the layout of GGUF: the inverse of `undo`.
+        """The tensor with a Hugging Face name in the layout of GGUF: the inverse of `undo`.
 
-        Any array whose first axis is the tensor's rows will do, such as multiples or scales of a matrix in few bits.
+        Any array with the tensor's rows as first axis works, such as multiples or scales of a matrix in few bits.
         Norms with 1 added are float32, since 16 bits have no room for the sum.
         """
         if self._shifts(name):
@@ -100,9 +100,9 @@ class Architecture:
         return self.shifted_norms and name.endswith("norm.weight")
 
     def _axes(self, name: str, tensor: np.ndarray, config: Config) -> tuple[list[int], int, int]:
-        """The axes that the rows of a Hugging Face tensor have, and which two of them GGUF exchanges.
+        """The axes of the rows of a Hugging Face tensor, and which two of them GGUF exchanges.
 
-        They are [heads, q k v, H] where those are interleaved, or [heads, halves, H / 2] of q or k.
+        They are [heads, q k v, H] if these are interleaved, or [heads, halves, H / 2] for q or k.
         """
         owner, heads = _owner(name), config["num_attention_heads"]
         if owner == "k_proj":
@@ -116,11 +116,11 @@ class Architecture:
 
 
 def _owner(name: str) -> str:
-    """The module that a tensor belongs to, without those around it."""
+    """The module that a tensor belongs to, without the enclosing modules."""
     return name.rpartition(".")[0].rpartition(".")[2]
 
 
 def _exchanged(tensor: np.ndarray, axes: list[int], first: int, second: int) -> np.ndarray:
-    """The rows split over these axes, two of which are exchanged."""
+    """The rows split over these axes, with two of them exchanged."""
     split = tensor.reshape(*axes, *tensor.shape[1:])
     return np.ascontiguousarray(split.swapaxes(first, second)).reshape(tensor.shape)

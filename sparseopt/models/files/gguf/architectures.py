@@ -1,7 +1,7 @@
-"""The supported GGUF architectures, and which one a Hugging Face model is written as.
+"""The supported GGUF architectures, and the one as which a Hugging Face model is written.
 
-Some constants are not in GGUF files, because the programs that run them know the architecture; they stand beside it. A
-new architecture is two functions, one that reads a configuration and one that writes it, and one entry here.
+Some constants are not in GGUF files, because the programs that run them know the architecture; they are in the same
+file. A new architecture is two functions, one that reads a configuration and one that writes it, and one entry here.
 """
 
 from sparseopt.models.base.errors import ModelError
@@ -29,10 +29,10 @@ _WRITTEN_AS = {known.model_type: name for name, known in ARCHITECTURES.items()} 
 
 
 def architecture_of(config: Config) -> tuple[str, Architecture]:
-    """The architecture that a Hugging Face configuration is written as, with its name in GGUF.
+    """The architecture as which a Hugging Face configuration is written, with its name in GGUF.
 
     Raises:
-        ModelError: if its `model_type` has no name here, naming those known.
+        ModelError: if its `model_type` has no name here, with a list of the known ones.
     """
     model_type = config.get("model_type")
     # In a list: a damaged file may give a value that cannot be hashed.

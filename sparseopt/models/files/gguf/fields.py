@@ -1,4 +1,4 @@
-"""Metadata of an architecture as fields of a Hugging Face configuration, and the other way; those that all have."""
+"""Metadata of an architecture as fields of a Hugging Face configuration, and back; fields that all have."""
 
 import math
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from sparseopt.models.base.errors import ModelError
 from sparseopt.models.base.fields import shown
 from sparseopt.models.files.gguf.header import GGUFTensor, Value
 
-# Tensors by their Hugging Face names; one without keeps its own.
+# Tensors by Hugging Face name; a tensor without one keeps its own.
 Tensors = Mapping[str, GGUFTensor]
 Config = Mapping[str, Any]
 # Metadata under `{architecture}.`, by the rest of their keys.
@@ -36,7 +36,7 @@ class Fields:
         return self._metadata.get(self._prefix + name, default)
 
     def count(self, name: str, default: int | None = None) -> int:
-        """A positive integer; where one is given for each block, all must be equal."""
+        """A positive integer; if one is given for each block, all must be equal."""
         return self._positive(name, int, default)
 
     def number(self, name: str, default: float | None = None) -> float:
@@ -44,16 +44,16 @@ class Fields:
         return shortest(self._positive(name, float, default))
 
     def numbers(self, names: Mapping[str, str]) -> dict[str, float]:
-        """Those numbers of `{GGUF name: Hugging Face name}` that the file has, by their Hugging Face names."""
+        """The numbers in `{GGUF name: Hugging Face name}` that the file has, by Hugging Face name."""
         return {there: self.number(here) for here, there in names.items() if here in self}
 
     def require(self, name: str, value: Any) -> None:
-        """Refuse a key with another value; it may be absent."""
+        """Raise if a key has another value; it may be absent."""
         if self.get(name, value) != value:
             raise self.error(name, f"{value!r} is the only value supported")
 
     def refuse_unread(self) -> None:
-        """Refuse keys of the architecture that were never read: they ask for something that is not supported."""
+        """Raise if keys of the architecture were never read: they ask for something that is not supported."""
         unread = [key for key in self._metadata if key.startswith(self._prefix) and key not in self._read]
         if unread:
             raise ModelError(
@@ -80,12 +80,12 @@ def shortest(value: float) -> float:
 
 
 def has_bias(tensors: Tensors, linear: str) -> bool:
-    """Whether a linear of the first block has one."""
+    """Whether a layer of the first block has a bias."""
     return f"model.layers.0.{linear}.bias" in tensors
 
 
 def refuse_unless_meant(config: Config, allowed: Mapping[str, tuple]) -> None:
-    """Refuse other values of fields that GGUF has no key for; they may be absent."""
+    """Raise if fields that GGUF has no key for have other values; they may be absent."""
     for name, values in allowed.items():
         if name in config and config[name] not in values:
             raise ModelError(

@@ -17,7 +17,7 @@ _BLOCK = LLAMA_BLOCK | {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
-# What transformers fills in where a configuration has no value.
+# What transformers fills in if a configuration has no value.
 _DEFAULTS = {"head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096}
 _DEFAULTS2 = _DEFAULTS | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 
@@ -51,7 +51,7 @@ def _gemma(fields: Fields, tensors: Tensors, theta: float, big: int, pattern: in
     """Fields that Gemma 2 and 3 share; one of every `pattern` layers attends to all tokens.
 
     The scale of attention is in no file. It is the head's width, except in the released 27B model, recognised by its
-    number of layers, `big`, where it is the residual stream's width per head.
+    number of layers, `big`, for which it is the residual stream's width per head.
     """
     sizes = read_shared(fields, tensors, theta)
     layers = sizes["num_hidden_layers"]
@@ -98,7 +98,7 @@ def _write_gemma3(config: Config) -> Values:
 
 
 def _write_gemma(config: Config, rope: Config, big: int, pattern: int, usual: int | None = None) -> Values:
-    """See `_gemma`; `pattern` is the configuration's own, and `usual` that of the programs where it differs."""
+    """See `_gemma`; `pattern` is the configuration's own, and `usual` the programs' pattern if it differs."""
     fields, layers = write_shared(config, rope), require(config, "num_hidden_layers")
     heads = require(config, "num_attention_heads")
     scalar = require(config, "hidden_size") // heads if layers == big else require(config, "head_dim")

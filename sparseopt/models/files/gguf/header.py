@@ -22,7 +22,7 @@ from sparseopt.models.files.safetensors import StoredTensor, is_shape, read_part
 # Metadata value types 0 to 12 other than strings and arrays.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = GGUFValueType.STRING, GGUFValueType.ARRAY
-# Nested arrays: the format allows them, but no writer makes any.
+# Depth of nested arrays: the format allows them, but no writer makes any.
 _MAX_DEPTH = 4
 # ggml has four axes.
 _MAX_AXES = 4
@@ -43,7 +43,7 @@ def bytes_as(kind: GGMLQuantizationType, shape: tuple[int, ...]) -> int:
 
 @dataclass(frozen=True)
 class GGUFTensor(StoredTensor):
-    """Where a tensor is stored, and its storage type; a quantised one reads as float32."""
+    """The place of a tensor and its storage type; a quantised tensor is read as float32."""
 
     kind: GGMLQuantizationType
 
@@ -56,7 +56,7 @@ class GGUFTensor(StoredTensor):
         return bytes_as(self.kind, self.shape)
 
     def read(self) -> np.ndarray:
-        """The tensor; a quantised one piece by piece, since dequantising takes several times its memory."""
+        """The tensor; a quantised tensor is read piece by piece, since dequantising needs several times its memory."""
         if not self.quantised:
             return super().read()
         found, first = np.empty(self.shape, self.dtype), 0
@@ -72,7 +72,7 @@ class GGUFTensor(StoredTensor):
 
 
 class Value(NamedTuple):
-    """A value of the metadata with its type, and the type of its items for an array."""
+    """A value of the metadata with its type and, for an array, the type of its items."""
 
     value: Any
     kind: GGUFValueType
@@ -107,12 +107,12 @@ class GGUFHeader(NamedTuple):
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """The metadata without their types."""
+        """The metadata without types."""
         return {key: value for key, (value, *_) in self.values.items()}
 
 
 class _Reader:
-    """Reads little-endian values and refuses to read past the end of the file."""
+    """Reads little-endian values, never past the end of the file."""
 
     def __init__(self, stream: BinaryIO, file: Path) -> None:
         self.stream, self.file, self.size = stream, file, file.stat().st_size
@@ -174,8 +174,8 @@ def read_header(file: Path) -> GGUFHeader:
     """The metadata and tensor table of a GGUF file; no tensor is read.
 
     Raises:
-        ModelError: if the file is no GGUF of version 2 or 3, is truncated or corrupt, or holds a tensor of an unknown
-            type or outside the file.
+        ModelError: if the file is not GGUF version 2 or 3, is truncated or corrupt, or has a tensor of an unknown type
+            or outside the file.
     """
     with file.open("rb") as stream:
         reader = _Reader(stream, file)
@@ -210,7 +210,7 @@ def read_header(file: Path) -> GGUFHeader:
 
 
 def _check_places(reader: _Reader, tensors: dict[str, GGUFTensor]) -> None:
-    """Refuse tensors that lie outside the file or overlap, which would make a model larger than its file."""
+    """Raise if tensors lie outside the file or overlap, which would make a model larger than its file."""
     free = 0
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stored_bytes)):
         end = tensor.start + tensor.stored_bytes

@@ -35,7 +35,7 @@ _OLMO2_BLOCK = {short: long for short, long in LLAMA_BLOCK.items() if not short.
 _STARCODER2_BLOCK = {short: long for short, long in LLAMA_BLOCK.items() if short != "ffn_gate"}
 _STARCODER2_BLOCK |= {"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}
 _LAYER_NORM = ("attention.layer_norm_epsilon", "norm_epsilon")
-# One of so many blocks of SmolLM3 has no position embedding.
+# One of this many blocks of SmolLM3 has no position embedding.
 _NO_ROPE_STEP = 4
 
 
@@ -108,7 +108,7 @@ def _write_olmo2(config: Config) -> Values:
 
 
 def _phi3(fields: Fields, tensors: Tensors) -> dict[str, Any]:
-    """A window of zero is none. LongRoPE, whose factors are tensors, is not supported."""
+    """A window of zero means none. LongRoPE, whose factors are tensors, is not supported."""
     config = read_shared(fields, tensors, partial=True)
     longest = config["max_position_embeddings"]
     return {
@@ -120,7 +120,7 @@ def _phi3(fields: Fields, tensors: Tensors) -> dict[str, Any]:
 
 
 def _write_phi3(config: Config) -> Values:
-    """llama.cpp takes a window of zero for none, and so far ignores any other."""
+    """llama.cpp reads a window of zero as none, and so far ignores any other."""
     refuse_other_width(config)
     refuse_unless_meant(config, {"hidden_act": ("silu",)})
     length = require(config, "original_max_position_embeddings", default=4096)
@@ -150,7 +150,7 @@ def _write_starcoder2(config: Config) -> Values:
 
 
 def _refuse_windows(config: Config, default: int | None = None) -> None:
-    """Refuse a sliding window, which llama.cpp ignores here; one over all positions is none."""
+    """Raise if there is a sliding window, which llama.cpp ignores here; one over all positions does not count."""
     longest, window = require(config, "max_position_embeddings"), optional(config, "sliding_window", default=default)
     if window is not None and window < longest:
         raise ModelError(
@@ -161,7 +161,7 @@ def _refuse_windows(config: Config, default: int | None = None) -> None:
 
 
 def _refuse_switched_windows(config: Config) -> None:
-    """The same for windows that `use_sliding_window` switches on, and another activation."""
+    """The same for windows that `use_sliding_window` switches on, and for another activation."""
     slides = config.get("use_sliding_window") and config.get("sliding_window", 4096) is not None
     if slides and "sliding_attention" in (config.get("layer_types") or ["sliding_attention"]):
         refuse_unless_meant(config, {"use_sliding_window": (False,)})

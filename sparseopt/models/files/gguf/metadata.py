@@ -1,4 +1,4 @@
-"""The metadata of a GGUF file to be written: those of a GGUF source, or made from a Hugging Face model's files."""
+"""The metadata of a GGUF file to write, from a GGUF source or from a Hugging Face model's files."""
 
 from collections.abc import Mapping
 from pathlib import PurePath
@@ -11,7 +11,7 @@ from sparseopt.models.files.gguf.vocabulary import tokenizer_values
 from sparseopt.models.files.memory import IN_MEMORY
 from sparseopt.models.files.source import Source
 
-# Of the file that was read, not of the one to be written: its parts, types of tensors and places of data.
+# These describe the file that was read, not the one to write: its parts, types of tensors and places of data.
 _OF_THE_FILE = ("split.", "quantize.imatrix.")
 _OF_THE_TENSORS = ("general.file_type", "general.quantization_version", "general.alignment")
 # Wrong for a smaller model.
@@ -19,18 +19,18 @@ _OF_THE_SIZE = ("general.size_label", "general.parameter_count")
 
 
 def metadata_of(source: Source, config: Mapping[str, Any]) -> dict[str, Value]:
-    """The metadata of a file with the model of this configuration, by key.
+    """The metadata of a file for the model with this configuration, by key.
 
-    A GGUF source's own are kept with their types, and the fields of the architecture that differ are written over them.
-    From other sources come the name, the architecture and the tokenizer, if the model has one. Left to the writer are
+    Metadata of a GGUF source are kept with their types, and differing fields of the architecture replace them. Other
+    sources provide the name, the architecture and the tokenizer, if the model has one. The writer adds
     `general.file_type`, `general.quantization_version` and `general.alignment`.
 
     Args:
-        source: the model that is written, or that a smaller one is made from.
-        config: its Hugging Face configuration, or that of the smaller model.
+        source: the model to write, or the dense one from which a smaller model is made.
+        config: the Hugging Face configuration of the model to write.
 
     Raises:
-        ModelError: for a configuration or a tokenizer that GGUF cannot describe.
+        ModelError: if GGUF cannot describe the configuration or the tokenizer.
     """
     name, architecture = architecture_of(config)
     fields = {f"{name}.{key}": value for key, value in architecture.write_config(config).items()}
@@ -51,17 +51,17 @@ def metadata_of(source: Source, config: Mapping[str, Any]) -> dict[str, Value]:
 
 
 def _resized(kept: dict[str, Value], before: dict[str, Value], fields: dict[str, Value]) -> dict[str, Value]:
-    """The metadata of a GGUF file with the fields of another size."""
+    """The metadata of a GGUF file with the fields of a smaller model."""
     prefix = next(iter(fields)).partition(".")[0] + "."
-    # A list has an entry for each of the blocks that there were.
+    # A list has an entry for each of the original blocks.
     stale = [key for key, (value, *_) in kept.items() if key.startswith(prefix) and isinstance(value, list)]
     gone = {*stale, *_OF_THE_SIZE, *(before.keys() - fields.keys())}
     kept = {key: value for key, value in kept.items() if key not in gone}
-    # What followed from other fields need not follow from the new ones, so that every field is written.
+    # What followed from the old fields need not follow from the new ones, so every field is written.
     return kept | {key: value for key, value in fields.items() if key not in kept or before.get(key) != value}
 
 
 def _short_name(source: Source) -> str:
-    """The last part of a folder's path or of a name on the hub, without its revision."""
+    """The last component of a folder's path or of a name on the hub, without its revision."""
     path = PurePath(source.name.removesuffix(IN_MEMORY).rstrip("/"))
     return path.name.partition("@")[0] if source.revision else path.name or source.path.resolve().name

@@ -1,4 +1,4 @@
-"""What all architectures have, read and written: sizes, position embedding and its scaling."""
+"""Reading and writing what all architectures have: sizes, position embedding and its scaling."""
 
 import math
 from collections.abc import Mapping
@@ -54,7 +54,7 @@ def _yarn_factors(fields: Fields) -> dict[str, float]:
 
 
 def llama3_scaling(factors: np.ndarray, theta: float, path: Path) -> dict[str, Any]:
-    """The llama3 scaling with these frequency factors; the released models differ in `factor` alone."""
+    """The llama3 scaling with these frequency factors; the released models differ only in `factor`."""
     scaling = Llama3(shortest(float(factors.max())), 1.0, 4.0, 8192)
     size = 2 * factors.size
     expected = plain_frequencies(theta, size) / scaling.frequencies(theta, size, time=1)
@@ -96,7 +96,7 @@ def write_scaling(rope: Config, kinds: tuple[str, ...]) -> Values:
         given["attention_factor"] = read_rope({"rope_parameters": given}).magnitude
     more = {key: number(require(given, name, float)) for key, name in _YARN.items() if given.get(name) is not None}
     if given.get("attention_factor") is not None:
-        # llama.cpp computes the usual factor whatever `yarn_attn_factor` says, and multiplies it by this one.
+        # llama.cpp ignores `yarn_attn_factor`: it multiplies the usual factor by this one.
         more["rope.scaling.attn_factor"] = number(given["attention_factor"] / _usual_magnitude(factor))
     return base | {
         "rope.scaling.type": text(kind),
@@ -107,15 +107,15 @@ def write_scaling(rope: Config, kinds: tuple[str, ...]) -> Values:
 
 
 def _usual_magnitude(factor: float) -> float:
-    """The factor by which yarn makes the rotated vectors longer, unless a configuration gives another."""
+    """The factor by which yarn lengthens the rotated vectors, unless a configuration gives another."""
     return 1.0 + 0.1 * math.log(max(factor, 1.0))
 
 
 def llama3_factors(config: Config) -> np.ndarray | None:
-    """By what a llama3 scaling divides each frequency, float32 `[H/2]`; None for another scaling.
+    """The divisor of each frequency in a llama3 scaling, float32 `[H/2]`; None for another scaling.
 
     Raises:
-        ModelError: for a scaling that cannot be told from its factors.
+        ModelError: if the scaling cannot be recovered from its factors.
     """
     fields = rope_table(config)
     if fields["rope_type"] != "llama3":
@@ -125,7 +125,7 @@ def llama3_factors(config: Config) -> np.ndarray | None:
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     expected = {name: fields.get(name) for name in names}
     factors = (plain_frequencies(rope.theta, size) / rope.frequencies(size)).astype(np.float32)
-    # The largest are the factor itself, which the quotient may miss by rounding.
+    # The largest equal the factor itself, which the quotient may miss by rounding.
     factor = require(fields, "factor", float)
     factors[np.isclose(factors, factor, rtol=1e-6)] = factor
     try:
@@ -159,11 +159,11 @@ def read_shared(
 
     Args:
         fields: the metadata.
-        tensors: all tensors, from which biases and a tied head are seen.
-        theta: the rotary base of a file that has none.
+        tensors: all tensors, which show biases and a tied head.
+        theta: the rotary base if the file has none.
         norm: the names of the norms' epsilon in GGUF and in the configuration.
         outer: names of tensors outside the blocks.
-        partial: heads may be rotated in part.
+        partial: whether heads may be rotated in part.
     """
     hidden_size, heads = fields.count("embedding_length"), fields.count("attention.head_count")
     head_dim = fields.count("attention.key_length", hidden_size // heads)
@@ -208,11 +208,11 @@ def write_shared(
 
     Args:
         config: a Hugging Face configuration.
-        rope: its position embedding, by `rope_table`.
-        scalings: those that programs apply to models of the architecture.
+        rope: its position embedding, from `rope_table`.
+        scalings: the scalings that programs apply to models of the architecture.
         norm: the names of the norms' epsilon in GGUF and in the configuration.
-        eps: of a configuration without it.
-        partial: heads may be rotated in part.
+        eps: epsilon of a configuration without it.
+        partial: whether heads may be rotated in part.
     """
     if not partial:
         refuse_unless_meant(rope, {"partial_rotary_factor": (None, 1.0)})
@@ -235,7 +235,7 @@ def write_shared(
 
 
 def refuse_other_width(config: Config) -> None:
-    """Refuse heads that together are not as wide as the residual stream, which llama.cpp does not load here."""
+    """Raise if the heads together are not as wide as the residual stream, which llama.cpp does not load here."""
     hidden_size, heads = require(config, "hidden_size"), require(config, "num_attention_heads")
     head_dim = optional(config, "head_dim") or hidden_size // heads
     if heads * head_dim != hidden_size:

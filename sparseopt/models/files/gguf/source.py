@@ -20,10 +20,10 @@ _MOST_BLOCKS = 10_000
 
 
 class GGUFSource:
-    """One GGUF file of a known architecture. Quantised tensors read as float32.
+    """One GGUF file of a known architecture. Quantised tensors are read as float32.
 
     Attributes:
-        values: the metadata with their types.
+        values: the metadata with types.
     """
 
     def __init__(self, path: Path) -> None:
@@ -54,7 +54,7 @@ class GGUFSource:
 
     def pieces(self, name: str) -> Iterator[np.ndarray]:
         tensor, architecture = self.tensors[name], self._architecture
-        # Where rows change places all are read at once.
+        # If rows are reordered, all are read at once.
         for piece in [tensor.read()] if architecture.moves_rows(name) else tensor.pieces():
             yield architecture.undo(name, piece, self.config)
 

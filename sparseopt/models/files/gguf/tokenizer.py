@@ -1,4 +1,4 @@
-"""The tokenizer that a GGUF file's metadata describe, built with the `tokenizers` package."""
+"""The tokenizer described by a GGUF file's metadata, built with the `tokenizers` package."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ _UNKNOWN, _CONTROL, _USER, _UNUSED = 2, 3, 4, 5
 # Characters; longer tokens would only make the search for merges slow.
 _LONGEST_TOKEN = 1024
 
-# Special tokens by their names in Hugging Face and in GGUF.
+# Names of special tokens in Hugging Face and in GGUF.
 SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 _TABLES: dict[str, TypeAdapter[Any]] = {
@@ -29,7 +29,7 @@ _TABLES: dict[str, TypeAdapter[Any]] = {
     "token_type": TypeAdapter(list[int]),
 }
 
-# GPT-2's words for all scripts; models differ in how many digits stay together.
+# GPT-2's words for all scripts; models differ in how many digits they group.
 _WORD_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -47,7 +47,7 @@ def _words_with(digits: str) -> pre_tokenizers.PreTokenizer:
 
 
 # How text is split into words before byte-pair merging, by `tokenizer.ggml.pre`, and whether a whole word is looked up
-# before it is merged. Of names that mean the same, the first one is written.
+# before it is merged. Of synonyms, the first is written.
 WORDS: dict[str, tuple[Callable[[], pre_tokenizers.PreTokenizer], bool]] = {
     "smollm": (_single_digits, False),
     "gpt-2": (lambda: pre_tokenizers.ByteLevel(add_prefix_space=False), False),
@@ -60,7 +60,7 @@ WORDS: dict[str, tuple[Callable[[], pre_tokenizers.PreTokenizer], bool]] = {
 
 
 def padding_token(number: int) -> str:
-    """The name that converters give a row of the embedding that no token has."""
+    """The name that converters give to a row of the embedding without a token."""
     return f"[PAD{number}]"
 
 
@@ -68,7 +68,7 @@ def build_tokenizer(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     """The tokenizer of a GGUF file: byte-level BPE ("gpt2") or SentencePiece BPE ("llama").
 
     Raises:
-        ModelError: if the file has no tokenizer, or one of another kind, naming those known, or its tables are corrupt.
+        ModelError: if the file has no tokenizer, or one of an unknown kind, or its tables are corrupt.
     """
     return guarded(lambda: _build(metadata, path), f"{path} has a tokenizer that cannot be built")
 
@@ -88,7 +88,7 @@ def _build(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     else:
         raise ModelError(f"{path} has a tokenizer of kind {repr(kind)[:100]}; known are 'gpt2' and 'llama'")
     _add_marked_tokens(tokenizer, stored)
-    # The defaults are those of llama.cpp: Llama 3 begins with BOS, and so does SentencePiece.
+    # The defaults are llama.cpp's: Llama 3 begins with BOS, and so does SentencePiece.
     first = _end_token(stored, "bos", kind == "llama" or stored.get("pre") == "llama-bpe")
     last = _end_token(stored, "eos", False)
     if first or last:
@@ -130,7 +130,7 @@ def _check_tables(stored: Mapping[str, Any], path: Path) -> None:
 
 
 def _vocabulary(stored: Mapping[str, Any]) -> dict[str, int]:
-    """The ids of tokens, without those that only fill up the rows of the embedding."""
+    """The ids of tokens, without tokens that only pad the rows of the embedding."""
     marks = zip_longest(stored["tokens"], stored.get("token_type", []))
     padding = {i for i, (token, mark) in enumerate(marks) if mark == _UNUSED and token == padding_token(i)}
     return {token: i for i, token in enumerate(stored["tokens"]) if i not in padding}
@@ -169,7 +169,7 @@ def _sentencepiece(stored: Mapping[str, Any], by_ids: bool, path: Path) -> Token
         )
     ranks: list[float] = list(range(len(tokens)))
     if not by_ids:
-        # The stored score of a user-defined token means nothing: it comes first.
+        # The stored score of a user-defined token is ignored: the token comes first.
         ranks = [-math.inf if mark == _USER else -score for score, mark in zip_longest(scores, marks)]
     vocab = _vocabulary(stored)
     merges = _implied_merges(vocab, ranks)

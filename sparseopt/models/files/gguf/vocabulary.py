@@ -1,7 +1,7 @@
 """A Hugging Face tokenizer as GGUF metadata: the inverse of `tokenizer`.
 
 Two kinds have names there: byte-level BPE ("gpt2") and SentencePiece BPE ("llama"), whose merges are stored as scores
-of the tokens. What is written is read again, and must be the same tokenizer.
+of the tokens. The result is read back and must be the same tokenizer.
 """
 
 import json
@@ -20,7 +20,7 @@ from sparseopt.models.files.gguf.tokenizer import SPECIAL, WORDS, build_tokenize
 from sparseopt.models.files.source import Source
 
 _PREFIX = "tokenizer.ggml."
-# Scores of tokens that no merge makes, as converters give them.
+# Scores of tokens that no merge makes, as in converters.
 _MARKED_SCORE = -1000.0
 
 # Tokenizers in older files.
@@ -29,17 +29,17 @@ _INSTEAD = "write the model as a Hugging Face folder instead"
 
 
 def tokenizer_values(source: Source, config: Config, architecture: str) -> dict[str, Value]:
-    """The metadata of a model's tokenizer, by key; none for a model without tokenizer.json.
+    """The metadata of a model's tokenizer, by key; empty for a model without tokenizer.json.
 
-    The vocabulary is filled up to the rows of the embedding, since llama.cpp takes its size for their number.
+    The vocabulary is padded to the rows of the embedding, since llama.cpp assumes that both have the same size.
 
     Args:
-        source: a model whose tokenizer lies in files.
+        source: a model with its tokenizer in files.
         config: its Hugging Face configuration.
         architecture: the name in GGUF.
 
     Raises:
-        ModelError: for a tokenizer of another kind.
+        ModelError: if the tokenizer is of another kind.
     """
     files = source.sidecars()
     if "tokenizer.json" not in files:
@@ -52,7 +52,7 @@ def tokenizer_values(source: Source, config: Config, architecture: str) -> dict[
     settings = _parsed(files, "tokenizer_config.json", source)
     what = f"{source.path} has no valid tokenizer.json"
     tokenizer = guarded(lambda: Tokenizer.from_str(files["tokenizer.json"].decode()), what)
-    # Older files write it otherwise.
+    # Older files write it differently.
     stored = json.loads(tokenizer.to_str())
     model = stored["model"]
     if model["type"] != "BPE":
@@ -72,7 +72,7 @@ def tokenizer_values(source: Source, config: Config, architecture: str) -> dict[
 
 
 def _parsed(files: Mapping[str, bytes], name: str, source: Source) -> dict[str, Any]:
-    """The object in a JSON file, empty for a file that is not there."""
+    """The object in a JSON file; empty if the file does not exist."""
     what = f"{source.path / name} is no valid JSON"
     return checked(JSON_OBJECT, guarded(lambda: parse_json(files.get(name, b"{}")), what), what)
 
@@ -107,7 +107,7 @@ def _tables(tokens: list[tuple[str, TokenType]]) -> dict[str, Value]:
 
 
 def _byte_level(stored: Mapping[str, Any], tokens: list[tuple[str, TokenType]], source: Source) -> dict[str, Value]:
-    """Words are split as a name of `WORDS` says. NFC is left out, since no name stands for it."""
+    """Words are split as a name in `WORDS` says. NFC is omitted, since it has no name."""
     words, whole = _plain_words(stored["pre_tokenizer"]), stored["model"]["ignore_merges"]
     known = [name for name, (make, looks_up) in WORDS.items() if looks_up == whole and words == _words_of(make)]
     if not known:
@@ -122,7 +122,7 @@ def _byte_level(stored: Mapping[str, Any], tokens: list[tuple[str, TokenType]], 
 
 
 def _sentencepiece(stored: Mapping[str, Any], tokens: list[tuple[str, TokenType]], source: Source) -> dict[str, Value]:
-    """Tokens score the higher the earlier a merge makes them."""
+    """The earlier a merge makes a token, the higher its score."""
     order: dict[str, int] = {}
     for left, right in _merges(stored):
         order.setdefault(left + right, len(order))
@@ -134,7 +134,7 @@ def _sentencepiece(stored: Mapping[str, Any], tokens: list[tuple[str, TokenType]
         elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
             kind, score = TokenType.BYTE, 0.0
         elif kind == TokenType.USER_DEFINED:
-            # They are looked for in the text as it is, before its spaces become "▁".
+            # They are searched in the original text, before its spaces become "▁".
             token, score = token.replace("▁", " "), _MARKED_SCORE
         elif kind != TokenType.NORMAL:
             score = _MARKED_SCORE
@@ -150,7 +150,7 @@ def _sentencepiece(stored: Mapping[str, Any], tokens: list[tuple[str, TokenType]
 
 
 def _begins_with_space(stored: Mapping[str, Any], source: Source) -> bool:
-    """Whether a text begins with a space of its own, of a tokenizer whose spaces become "▁" and which has no words."""
+    """Whether texts get a leading space, for a tokenizer that turns spaces into "▁" and does not split words."""
     steps = _steps(stored["normalizer"], "normalizers") + _steps(stored["pre_tokenizer"], "pretokenizers")
     prefix = replaces = False
     for step in steps:
@@ -182,7 +182,7 @@ def _plain_words(step: Any) -> list[dict[str, Any]]:
 
 
 def _words_of(make: Callable[[], pre_tokenizers.PreTokenizer]) -> list[dict[str, Any]]:
-    """The same of a pre-tokenizer of `WORDS`."""
+    """The same for a pre-tokenizer of `WORDS`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = make()
     return _plain_words(json.loads(tokenizer.to_str())["pre_tokenizer"])
@@ -195,14 +195,14 @@ def _merges(stored: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _special_ids(
     tokenizer: Tokenizer, config: Config, settings: Mapping[str, Any], generation: Mapping[str, Any]
 ) -> dict[str, int]:
-    """Ids of the special tokens by their names in GGUF: as the tokenizer names them, else as the configurations do."""
+    """Ids of the special tokens by GGUF name, from the tokenizer or else from the configurations."""
     found: dict[str, int] = {}
     for name, short in SPECIAL.items():
         named = settings.get(name)
         content = named.get("content") if isinstance(named, dict) else named
         numbers = [tokenizer.token_to_id(content) if isinstance(content, str) else None]
         numbers += [table.get(f"{name}_id") for table in (config, generation)]
-        # A configuration may name several ends.
+        # A configuration may name several end tokens.
         numbers = [number[0] if isinstance(number, list) and number else number for number in numbers]
         valid = [number for number in numbers if type(number) is int and 0 <= number < config["vocab_size"]]
         if valid:
@@ -225,7 +225,7 @@ def _ends(tokenizer: Tokenizer, ids: Mapping[str, int], settings: Mapping[str, A
 
 
 def _templates(files: Mapping[str, bytes], settings: Mapping[str, Any]) -> dict[str, Value]:
-    """The chat template, which a file of its own takes precedence for; of several, the one called default."""
+    """The chat template, preferably from its own file; among several, the one called default."""
     given = files["chat_template.jinja"].decode() if "chat_template.jinja" in files else settings.get("chat_template")
     if isinstance(given, list):
         given = next((each.get("template") for each in given if each.get("name") == "default"), None)
@@ -233,7 +233,7 @@ def _templates(files: Mapping[str, bytes], settings: Mapping[str, Any]) -> dict[
 
 
 def _check(stored: Mapping[str, Any], values: Mapping[str, Value], architecture: str, source: Source) -> None:
-    """Refuse a tokenizer whose merges are others when it is read again."""
+    """Raise if the merges of the tokenizer differ when it is read back."""
     metadata = {"general.architecture": architecture} | {key: value for key, (value, *_) in values.items()}
     back = json.loads(build_tokenizer(metadata, source.path).to_str())
     # Special tokens are found before any merge.

@@ -1,7 +1,7 @@
-"""Tensors as GGUF stores them, and a file of them, written with the `gguf` package.
+"""Tensors in GGUF's storage formats, and writing a file of them with the `gguf` package.
 
-A tensor is copied from another GGUF file as it is stored there, or a weight that lies on a grid is packed with the
-scales that it has, or it is rounded to a type.
+A tensor is copied from another GGUF file as stored there, or packed with its own scales if it is on a grid, or rounded
+to a type.
 """
 
 import math
@@ -20,7 +20,7 @@ from sparseopt.layers.bits import Bits, multiples_of
 from sparseopt.models.files.gguf.header import GGUFTensor, Value, bytes_as
 from sparseopt.models.files.safetensors import SLICE, read_part
 
-# The types of grids, and of those of GGUF's own the grid without an offset that takes as many bits, or the next more.
+# The types of grids, and for GGUF's other types the grid without an offset of the same or the next larger width.
 KINDS = {"q4_0": Kind.Q4_0, "q5_0": Kind.Q5_0, "q8_0": Kind.Q8_0}
 SAME_WIDTH = {
     **dict.fromkeys((Kind.Q2_K, Kind.Q3_K, Kind.Q4_0, Kind.Q4_1, Kind.Q4_K, Kind.IQ4_NL, Kind.IQ4_XS), "q4_0"),
@@ -30,7 +30,7 @@ SAME_WIDTH = {
 FLOATS = {np.dtype(np.float32): Kind.F32, np.dtype(np.float16): Kind.F16, np.dtype(ml_dtypes.bfloat16): Kind.BF16}
 # The version of GGUF's quantised types.
 QUANTISATION = 2
-# What is written of every file's own.
+# Metadata that the writer sets itself.
 _OWN = ("general.architecture", "general.file_type", "general.quantization_version")
 
 
@@ -58,12 +58,12 @@ def copied(tensor: GGUFTensor) -> Encoded:
 
 
 def rounded(pieces: Callable[[], Iterable[np.ndarray]], kind: Kind, shape: tuple[int, ...]) -> Encoded:
-    """Values, in pieces along their first axis, rounded to a type."""
+    """Round values, in pieces along their first axis, to a type."""
     return Encoded(kind, shape, lambda: (quantize(piece.astype(np.float32), kind) for piece in pieces()))
 
 
 def on_grid(weight: Float[np.ndarray, "out in"], bits: Bits) -> Encoded:
-    """A weight on a grid, exactly; a ValueError if it lies on none."""
+    """Store a weight on a grid exactly; a ValueError if it is on none."""
     kind = KINDS[bits.name]
     multiples, scales = multiples_of(weight, bits)
     # A block: its scale, and 32 multiples.
@@ -82,10 +82,10 @@ def on_grid(weight: Float[np.ndarray, "out in"], bits: Bits) -> Encoded:
 
 
 def write_gguf(file: Path, metadata: Mapping[str, Value], tensors: Mapping[str, Encoded]) -> None:
-    """Write a file with these key-value pairs and these tensors, by their names in GGUF."""
+    """Write a file with this metadata and these tensors, by GGUF name."""
     writer = GGUFWriter(file, metadata["general.architecture"].value)
     for key, value in metadata.items():
-        # The package refuses empty arrays.
+        # The package rejects empty arrays.
         if key not in _OWN and value.value != []:
             writer.add_key_value(key, value.value, value.kind, value.item)
     writer.add_file_type(_file_type(tensors))
@@ -103,13 +103,13 @@ def write_gguf(file: Path, metadata: Mapping[str, Value], tensors: Mapping[str, 
                 stream.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
             writer.write_padding(stream, tensor.nbytes)
     finally:
-        # Also where opening failed.
+        # Also if opening failed.
         for each in writer.fout or ():
             each.close()
 
 
 def _file_type(tensors: Mapping[str, Encoded]) -> LlamaFileType:
-    """The type of most matrices' weights, which programs show."""
+    """The most common type among matrices, which programs show."""
     sizes: dict[Kind, int] = {}
     for tensor in tensors.values():
         if len(tensor.shape) > 1:
