@@ -147,7 +147,7 @@ test-accelerators: $(VENV)-accelerators/.installed ## Compile for TPUs and an H1
 test-gpu: $(VENV)/.installed-oracle ## Tests that need a GPU or TPU; skipped if JAX finds none.
 	SPARSEOPT_TEST_COMPILE=full $(BIN)/python -m pytest -m device -rs tests/device
 
-notebooks: $(VENV)/.installed-docs ## Execute the notebooks again and store their results (about 12 minutes); 11 needs torch.
+notebooks: $(VENV)/.installed-docs ## Execute the notebooks again and store their results (about 25 minutes); 11 needs torch.
 	$(BIN)/python notebooks/build.py run
 
 # -E: what Sphinx keeps of an earlier build lacks the search's index entries and does not notice changes of docs/*.py.

@@ -119,7 +119,7 @@ def collect_notebooks() -> None:
     target = HERE / "tutorials" / "notebooks"
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
-    for file in (HERE.parent / "notebooks").glob("[0-9]*.ipynb"):
+    for file in (HERE.parent / "notebooks").glob("*.ipynb"):
         shutil.copy2(file, target)
 
 

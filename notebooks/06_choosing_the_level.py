@@ -13,11 +13,19 @@
 #
 # A trend filter needs a weight,
 #
-# $$\hat b(\lambda) = \arg\min_b\; \tfrac12 \|y - b\|^2 + \lambda\,\bigl\|\Delta^{(k+1)} b\bigr\|_1 ,$$
+# $$\hat b(\lambda) = \arg\min_b\; \tfrac12 \|y - b\|^2 + \lambda\,\|\Delta^{(k+1)} b\|_1 .$$
 #
-# A small weight follows the noise, and a large one flattens the signal. Here a whole **path** of weights is solved, and
-# five rules choose from it. The truth is known, so each rule is compared with the **oracle**: the level whose fit is
-# closest to the truth.
+# A small weight follows the noise, and a large one flattens the signal. The recommendation first: **solve a path and
+# let GCV choose**,
+#
+# ```python
+# best = so.trend.select(so.trend.trend_path(y, graph), "gcv")
+# best.weight, best.value
+# ```
+#
+# and cross-validate, with `so.trend.cross_validate(y, graph)`, for penalties other than `L1`, or if you doubt the model.
+# The rest of this lesson says why: it solves a whole path, and five rules choose from it. The truth is known, so each
+# rule is compared with the **oracle**: the level whose fit is closest to the truth.
 
 # %%
 import matplotlib.pyplot as plt
@@ -40,7 +48,7 @@ SIGMA = 0.6
 # other (the *relative neighbourhood graph* of Toussaint, 1980), which looks much like a map. The signal has three
 # levels, so order 0 suits it.
 
-# %%
+# %% alt="A road network of 800 crossings, coloured by the true signal of three levels and by the noisy one."
 places = rng.uniform(size=(800, 2))
 corners = Delaunay(places).simplices
 pairs = np.unique(np.sort(np.concatenate([corners[:, [0, 1]], corners[:, [1, 2]], corners[:, [0, 2]]]), axis=1), axis=0)
@@ -70,7 +78,7 @@ def loss(fit):
 # spaced in the logarithm. Each fit is warm-started from the two before it, all share one compiled program, and each has
 # its duality gap; `check` raises if one missed its tolerance.
 
-# %%
+# %% alt="Left, the fit at twelve crossings against the weight: the lines join until one value is left. Right, the degrees of freedom against the weight: they fall from 800 to 1."
 path = trend_path(y, graph, order=0).check()
 top = largest_weight(y, graph)
 print(f"{len(path)} levels from {path.weights[0]:.3g} to {path.weights[-1]:.3g}, largest gap {path.gaps.max():.1e}")
@@ -106,8 +114,8 @@ assert abs(pieces - path.degrees_of_freedom[level]) <= 1
 # %% [markdown]
 # ## The noise level
 #
-# Some rules need $\sigma$. `noise_level` takes the median size of the differences $(\Delta^{(k+1)}y)_r$ relative to
-# that of noise with standard deviation 1. A few jumps hardly change the median. If the truth bends everywhere, the
+# Some rules need $\sigma$. `noise_level` uses the median size of the differences $(\Delta^{(k+1)}y)_r$ relative to
+# pure noise of standard deviation 1. A few jumps hardly change the median. If the truth bends everywhere, the
 # estimate is too large, and a higher order of the differences helps. `path.noise` is the estimate at the path's order.
 
 # %%
@@ -133,7 +141,7 @@ assert abs(path.noise / SIGMA - 1) < 0.1
 # same level as SURE. GCV considers only levels with $\text{df} \le n/2$, where its curve ends: closer to the data the
 # quotient is not meaningful for a fit that shrinks.
 
-# %%
+# %% alt="Three criteria against the weight, each with its minimum: SURE follows the true error closely; SURE and GCV choose 0.77, BIC chooses 1.57."
 losses = np.array([loss(value) for value in path.values])
 chosen = {
     "GCV": select(path, "gcv"),
@@ -170,12 +178,12 @@ assert path.degrees_of_freedom[chosen["BIC"].index] < path.degrees_of_freedom[ch
 # Hold out a fifth of the nodes, let the fit fill them in, and measure the error there; repeat for every fifth. This
 # needs no degrees of freedom, assumes only that the noise is independent between nodes, and works for any penalty, also
 # `MCP`. It costs one more path per fold. Its curve includes the noise of the hidden nodes and is flat near its minimum,
-# so its choice varies more than that of SURE.
+# so its choice varies more than with SURE.
 #
-# The mean over the folds has a standard error. The rule `one_se` takes the *largest* weight whose error is within one
+# The mean over the folds has a standard error. The rule `one_se` chooses the *largest* weight whose error is within one
 # standard error of the minimum: a simpler fit that is not clearly worse.
 
-# %%
+# %% alt="The held-out error against the weight, with bars of one standard error: it is smallest at 0.5 and within one standard error up to 1.8."
 validated = cross_validate(y, graph, order=0, weights=path.weights, folds=5, seed=0).check()
 figure, axis = plt.subplots(figsize=(8, 4.4), layout="constrained")
 plots.plot_cross_validation(validated, axis)
@@ -194,7 +202,7 @@ assert path.degrees_of_freedom[validated.index_by("one_se")] <= path.degrees_of_
 # SURE, GCV and held-out errors are on the same scale for all orders, so they also choose the order. Here the truth has
 # plateaus, and the data choose order 0.
 
-# %%
+# %% alt="The road network with three fits: SURE at order 0 has the smallest error, order 1 blurs the borders, one standard error at order 0 is in between."
 sigma = noise_level(y, graph, 0)
 by_order = {
     order: select(trend_path(y, graph, order=order, method="doge", tol=1e-3, num=30).check(), "sure", sigma)

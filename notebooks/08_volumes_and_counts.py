@@ -59,10 +59,10 @@ print(f"{clean.shape[0]} × {clean.shape[1]} × {clean.shape[2]} voxels, {psnr(n
 # surfaces that follow the axes. *Isotropic* total variation penalises the length $\sqrt{d_1^2 + d_2^2 + d_3^2}$ and has
 # no such preference.
 #
-# SURE needs the noise level. The estimate from differences of neighbours also sees the folds of the cortex; that from
-# differences of a higher order hardly does.
+# SURE needs the noise level. The estimate from differences of neighbours also sees the folds of the cortex; an
+# estimate from differences of a higher order hardly does.
 
-# %%
+# %% alt="SURE and the true error against the weight, for anisotropic and isotropic total variation: both curves have their minimum at the same weight."
 part = (slice(40, 88), slice(40, 88))
 corner, grid = noisy[part], so.Graph.grid(noisy[part].shape)
 estimates = [noise_level(corner, grid, order) for order in (0, 1, 2)]
@@ -85,7 +85,7 @@ for axis, (name, penalty) in zip(axes, penalties.items(), strict=True):
 # The estimate (SURE) follows the true error, which it does not know. Now the whole volume, and for comparison each slice
 # alone, at the best weight for single slices.
 
-# %%
+# %% alt="A slice of the brain five times: truth, noise, slices denoised alone, and the volume with anisotropic and isotropic total variation, which keep more folds."
 fits = {
     name: denoise(noisy, chosen[name].weight, isotropic=name == "isotropic", volume=True)
     for name in ("anisotropic", "isotropic")
@@ -111,7 +111,7 @@ for axis, (name, values) in zip(axes, {"truth": clean, **results}.items(), stric
 # Enlarged, the back of the left ventricle. In slices alone the folds of the cortex blur into patches; with the slices
 # above and below, more of them survive at the same noise. Both kinds of total variation do equally well here.
 
-# %%
+# %% alt="The same five images, enlarged at the left ventricle."
 figure, axes = plt.subplots(1, 5, figsize=(16, 3.6), layout="constrained")
 for axis, (name, values) in zip(axes, {"truth": clean, **results}.items(), strict=True):
     plots.plot_image(brain.shown(values[25:85, 15:75]), axis, title=name, limits=(0, 255))
@@ -161,7 +161,7 @@ print(surface, f"noise {scatter:.2f}")
 # Order 1 penalises the bends of the depth along the surface. SURE chooses the weight, with the noise level that is
 # estimated from the data.
 
-# %%
+# %% alt="The left half of a brain, coloured by the depth of its folds: truth, with noise, and the fit of order 1, which is close to the truth."
 estimated = noise_level(measured, surface, 2)
 weights = np.geomspace(4, 0.25, 9) * estimated
 bends = so.trend.trend_path(measured, surface, order=1, weights=weights, dtype=np.float32).check()
@@ -208,10 +208,10 @@ print(f"{np.mean(counts == 0):.0%} of the pieces have none, one has {counts.max(
 # `loss="poisson"` says so. The fit $b$ is then the logarithm of the rate, and the rate is positive.
 #
 # Deaths came by household, up to 18 in one house, so they vary more than independent ones do. A criterion that relies
-# on the Poisson distribution, such as AIC, takes such a house for signal and chooses a small weight. Cross-validation
+# on the Poisson distribution, such as AIC, mistakes such a house for signal and chooses a small weight. Cross-validation
 # does not: it predicts each piece from the others.
 
-# %%
+# %% alt="The held-out deviance against the weight, with bars of one standard error: it is smallest at 1.25."
 validated = so.trend.cross_validate(counts, graph, loss="poisson", num=20, ratio=1e-2).check()
 path = validated.path
 by_aic = so.trend.select(path, "aic")
@@ -225,7 +225,7 @@ assert by_aic.weight < validated.weight
 # %% [markdown]
 # Order 0 gives rates that are equal along a street and jump; order 1 lets them decay from the centre.
 
-# %%
+# %% alt="Street maps of Soho: deaths, and the rates of order 0 and 1. Both rates are highest around one pump in the middle."
 smooth = so.trend.cross_validate(
     counts, graph, order=1, loss="poisson", weights=np.geomspace(40, 2, 8), tol=1e-3
 ).check()
@@ -255,7 +255,7 @@ for order, rate in rates.items():
 #
 # ## What to remember
 #
-# * `denoise(volume=True)` takes three axes; `isotropic=True` has no preferred direction; `spacing` is for thick slices.
+# * `denoise(volume=True)` accepts three axes; `isotropic=True` has no preferred direction; `spacing` is for thick slices.
 # * Choose the weight on a part of a large volume. If the content is rich, estimate the noise from differences of a
 #   higher order.
 # * Any mesh is a graph: the sorted, distinct edges of its triangles.

@@ -11,7 +11,7 @@
 # %% [markdown]
 # # 10. Prune your own Flax network
 #
-# `prune_module` prunes any Flax network that you hold in memory. It takes the network and a few batches:
+# `prune_module` prunes any Flax network that you hold in memory. It needs the network and a few batches:
 #
 # ```python
 # from sparseopt.pruning import Recipe, masks, prune_module
@@ -246,9 +246,9 @@ for (name, label), scores in as_pruned.items():
         print(f"{name:22s} {label:12s} {state:16s} " + "".join(f"{score:8.1f}" for score in row) + time_of)
 
 # %% [markdown]
-# Seconds are those of one pruning, the fastest of five: the first one also compiles.
+# Seconds are for one pruning, the fastest of five: the first one also compiles.
 
-# %%
+# %% alt="Held-out accuracy against the fraction of zeros, for two networks, as pruned and trained further: magnitude and Wanda fall first, then mAIHT and effort good; effort most stays highest."
 kept_shares = [100 * (1 - s) for s in SPARSITIES]
 
 

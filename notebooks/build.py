@@ -1,5 +1,7 @@
 """The sources of the notebooks are the `.py` files in this folder; the `.ipynb` files contain their results.
 
+A cell that draws says what its figures show, for who cannot see them: `# %% alt="Two maps, ..."`.
+
     python notebooks/build.py run [--output DIR] [NAME ...]   execute all notebooks, or those named
     python notebooks/build.py text                            copy changed text into the .ipynb files, without execution
 
@@ -29,7 +31,7 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
-CELL_SECONDS = 1200
+CELL_SECONDS = 2400
 # What some need besides the dependency group `notebooks`: the module, and how to get it.
 NEEDS = {"11": ("torch", "pip install -e '.[torch]' --group notebooks")}
 COLOUR_CODES = re.compile(r"\x1b\[[0-9;]*m")
@@ -41,15 +43,16 @@ def sources(names: list[str] | None = None) -> list[Path]:
     Raises:
         ValueError: for a name without a match.
     """
-    found = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
+    found = sorted(FOLDER.glob("*_*.py"))
     for name in names or []:
         if not any(source.stem.startswith(Path(name).stem) for source in found):
             raise ValueError(f"no notebook begins with {name!r}; known are {', '.join(s.stem for s in found)}")
     return [s for s in found if not names or any(s.stem.startswith(Path(name).stem) for name in names)]
 
 
-def lacking(number: str) -> str | None:
-    """What the notebook with this number needs and is not installed; None if nothing."""
+def lacking(name: str) -> str | None:
+    """What the notebook of this name needs and is not installed; None if nothing."""
+    number = name.partition("_")[0]
     module, how = NEEDS.get(number, (None, None))
     if module is None or importlib.util.find_spec(module):
         return None
@@ -62,7 +65,9 @@ def notebook(source: Path) -> Any:
     for index, cell in enumerate(made.cells):
         cell["source"] = cell["source"].strip("\n")  # blank lines before a function
         cell["id"] = f"cell-{index:02d}"
-        cell["metadata"] = {}
+        # The key of myst-nb, which makes the pages.
+        alt = cell["metadata"].get("alt")
+        cell["metadata"] = {"mystnb": {"image": {"alt": alt}}} if alt else {}
     return nbformat.from_dict({"cells": made.cells, "metadata": METADATA, "nbformat": 4, "nbformat_minor": 5})
 
 
@@ -82,7 +87,7 @@ def stale(source: Path) -> str | None:
 def write(made: Any, target: Path) -> None:
     """Write an executed notebook, without progress bars and cell times."""
     for cell in made.cells:
-        cell["metadata"] = {}
+        cell["metadata"].pop("execution", None)
         if cell.cell_type == "code":
             cell["outputs"] = [output for output in cell.outputs if output.get("name") != "stderr"]
             for output in cell.outputs:
@@ -107,7 +112,7 @@ def take_over_text() -> int:
     failed = 0
     for source in sources():
         if reason := stale(source):
-            print(f"{reason}: python notebooks/build.py run {source.stem[:2]}", file=sys.stderr)
+            print(f"{reason}: python notebooks/build.py run {source.stem}", file=sys.stderr)
             failed += 1
             continue
         made, target = notebook(source), source.with_suffix(".ipynb")
@@ -133,7 +138,7 @@ def run(output: Path, names: list[str]) -> int:
     output.mkdir(parents=True, exist_ok=True)
     failed, start = 0, time.perf_counter()
     for source in sources(names):
-        if lacks := lacking(source.stem[:2]):
+        if lacks := lacking(source.stem):
             print(lacks, file=sys.stderr, flush=True)
             failed += bool(names)
             continue

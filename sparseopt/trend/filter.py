@@ -21,13 +21,13 @@ from sparseopt.core.base.mesh import Devices, device_line
 from sparseopt.core.base.types import precision, wide_types
 from sparseopt.core.losses.scalar import check_scalar_loss
 from sparseopt.core.penalties.protocols import Penalty
-from sparseopt.core.problem.problem import Solution, Status
+from sparseopt.core.problem.problem import Solution
 from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.base.job import Job, check_terms, graph_for, terms_of, vanishes
 from sparseopt.trend.base.layout import layout_of
 from sparseopt.trend.base.pieces import TrendSolution
 from sparseopt.trend.base.signal import as_null_fit, check_order, check_signal, graph_at, require_complete
-from sparseopt.trend.methods.choice import as_method, choose, is_short
+from sparseopt.trend.methods.choice import as_method, choose, is_short, unless_rounded
 from sparseopt.trend.methods.losses import fit_loss
 from sparseopt.trend.methods.piece_means import short_fit, take_piece_means
 from sparseopt.trend.methods.plan import known_fit
@@ -202,7 +202,4 @@ def _fit(job: Job) -> TrendSolution:
         return known_fit(job, signal.values)
     method = choose(job)
     found = method.plan(job).fit_job(job)
-    if job.method is None and method.on_host and int(found.status) != Status.CONVERGED:
-        # Rounding ended it: for very large weights the other methods get closer.
-        found = choose(job, pure=True).plan(job).fit_job(job)
-    return found
+    return unless_rounded(job, found) if method.on_host else found

@@ -97,6 +97,14 @@ def test_a_path_costs_fewer_steps_than_its_levels_alone(rng):
     assert path.steps.sum() < 0.8 * sum(alone)
 
 
+def test_levels_that_rounding_ends_are_fitted_by_another_method(rng):
+    y, graph = np.sin(np.linspace(0, 6, 400)) + 0.2 * rng.standard_normal(400), so.Graph.chain(400)
+    levels = {"num": 3, "ratio": 0.7}
+    rounded = trend_path(y, graph, so.L1, 2, method="interior", **levels)
+    assert so.Status.PRECISION in rounded.statuses
+    assert (trend_path(y, graph, so.L1, 2, **levels).check().gaps <= 1e-4).all()
+
+
 def test_one_program_serves_all_levels_and_takes_the_relaxation_that_is_given(rng, traces_of):
     seen = traces_of(Admm)
     graph = so.Graph.chain(17)  # a shape that no other test has compiled

@@ -12,9 +12,11 @@ import numpy as np
 
 from sparseopt.core.base.arguments import fits, unknown
 from sparseopt.core.penalties.protocols import is_norm
+from sparseopt.core.problem.problem import Status
 from sparseopt.core.solvers.interior import is_available
 from sparseopt.trend.base.job import Job, vanishes
 from sparseopt.trend.base.method import Method
+from sparseopt.trend.base.pieces import TrendSolution
 from sparseopt.trend.methods.admm_plan import Admm, FastAdmm
 from sparseopt.trend.methods.doge_plan import Doge, DogeGroups
 from sparseopt.trend.methods.interior_plan import Interior, is_narrow
@@ -149,6 +151,16 @@ def is_short(job: Job, method: Method | None = None) -> bool:
     # At missing nodes rounding of the dual costs as much as the whole gap.
     suits = plain and large and known and signal.complete and job.dtype == np.float64 and is_norm(job.penalty)
     return suits and not vanishes(job.penalty) and nodes >= (method or choose(job)).short_from
+
+
+def unless_rounded(job: Job, found: TrendSolution) -> TrendSolution:
+    """A fit on the host, or, if rounding ended it and the method is free, the fit of one that gets closer.
+
+    At very large weights the interior point method ends above small gaps.
+    """
+    if job.method is None and int(found.status) != Status.CONVERGED:
+        return choose(job, pure=True).plan(job).fit_job(job)
+    return found
 
 
 def choose_for_path(job: Job) -> Method:

@@ -22,7 +22,7 @@ from sparseopt.core.solvers.fused_lasso import ChainTotalVariation, fused_pieces
 from sparseopt.trend.base.ground import Data, Ground, data_of
 from sparseopt.trend.base.job import Job, start_at
 from sparseopt.trend.base.pieces import TrendSolution
-from sparseopt.trend.methods.choice import Doge, Interior, choose_for_path, is_short
+from sparseopt.trend.methods.choice import Doge, Interior, choose_for_path, is_short, unless_rounded
 from sparseopt.trend.methods.losses import best_constants, fit_loss
 from sparseopt.trend.methods.piece_means import has_means, in_float32, stop_early
 from sparseopt.trend.methods.plan import FIRST_RHO, Plan, resume
@@ -194,9 +194,10 @@ def _by_interior(job: Job, weights: np.ndarray, proof: Any) -> list[TrendSolutio
     if job.order == 0 and job.method is None:
         strong = weights[weights * job.strength > STRONG_LEVEL * weights[0]]
     for index, weight in enumerate(strong):
-        penalty = job.at(weight).rows
-        fit = solver.null_fit(penalty, proof) if index == 0 and proof is not None else solver.fit(penalty)
-        levels.append(dataclasses.replace(fit, dual=None))
+        here = job.at(weight)
+        fit = solver.null_fit(here.rows, proof) if index == 0 and proof is not None else solver.fit(here.rows)
+        fit = unless_rounded(here, fit)
+        levels.append(dataclasses.replace(fit, state=None, dual=None))
     if strong.size < weights.size:
         rest = dataclasses.replace(job, method=Doge(), start=start_at(fit) if levels else None)
         levels += _by_solver(rest, weights[strong.size :], None)

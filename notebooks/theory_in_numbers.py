@@ -9,11 +9,12 @@
 # ---
 
 # %% [markdown]
-# # 5. Check what the theory promises
+# # The guarantees in numbers
 #
-# Theorems about algorithms are statements that a computer can check. This lesson takes the guarantees of the two
-# methods one by one, states each as a formula, checks it with an `assert`, and plots it. Everything runs in float64, so
-# that rounding does not matter.
+# Theorems about algorithms are statements that a computer can check. This page takes the guarantees of the two methods
+# one by one, states each as a formula, checks it with an `assert`, and plots it. Everything is in float64, so that
+# rounding does not matter. The page is a notebook that you can run: `notebooks/theory_in_numbers.py` in a checkout, as
+# the tutorials.
 
 # %%
 import time
@@ -35,7 +36,7 @@ jax.config.update("jax_enable_x64", True)
 rng = np.random.default_rng(3)
 
 # %% [markdown]
-# # Part A: mAIHT
+# ## mAIHT
 #
 # A linear layer with weight $W$ [out, in] and inputs $X$ [tokens, in], in scaled coordinates as the pruner uses them:
 # $H$ is the Gram matrix $X^\top X$ with unit diagonal plus a small ridge, $C$ the scaled dense weight [in, out].
@@ -58,7 +59,7 @@ problem = so.Problem(so.Quadratic(hessian, center), so.L0(weight))
 print(f"L = {L:.2f}, step {alpha:.3f}, threshold sqrt(2 α λ) = {np.sqrt(2 * alpha * weight):.3f}")
 
 # %% [markdown]
-# ## Promise 1: every plain step descends, and by how much
+# ### Promise 1: every plain step descends, and by how much
 #
 # For the plain step $V^{+} = \operatorname{HT}\bigl(V - \alpha H(V - C)\bigr)$ with $\alpha < 1/L$,
 #
@@ -66,7 +67,7 @@ print(f"L = {L:.2f}, step {alpha:.3f}, threshold sqrt(2 α λ) = {np.sqrt(2 * al
 #
 # A solver is four pure functions, so we can look at each step.
 
-# %%
+# %% alt="The observed decrease of F in each of 60 steps against the guaranteed decrease, on log axes, for two step sizes: no point lies below the line of equality."
 
 
 def walk(solver, count):
@@ -106,19 +107,19 @@ print("F with α = 3/L:", np.round(too_long).astype(int))
 assert too_long[-1] > too_long[0]
 
 # %% [markdown]
-# ## Promise 2: mAIHT is accelerated and monotone
+# ### Promise 2: mAIHT is accelerated and monotone
 #
 # Momentum alone may overshoot: plain accelerated methods are not monotone. mAIHT computes an accelerated candidate and,
 # if this fails to descend, a plain step from the current point as a monitor; the better one is taken. At a fixed level
 # $\lambda$, $F$ never increases.
 #
-# ## Promise 3: it is faster than plain IHT
+# ### Promise 3: it is faster than plain IHT
 #
 # `ProximalGradient` with `L0` is iterative hard thresholding without acceleration. Both start at the dense weight. The
 # problem is not convex, so they may stop at different points; the curves are relative to the lower of the two final
 # values.
 
-# %%
+# %% alt="The objective above the lowest one, on a log axis, against the step: both curves fall without a rise, mAIHT several times faster than plain IHT."
 descents = {
     "plain IHT": so.solve(problem, so.ProximalGradient(alpha), center, tol=1e-11, max_steps=8000, history=True).check(),
     "mAIHT": so.solve(problem, so.Maiht(alpha), center, tol=1e-11, max_steps=8000, history=True).check(),
@@ -137,7 +138,7 @@ axis.set_xlim(0, 2 * reached["plain IHT"])
 _ = axis.set_title("monotone, and accelerated")
 
 # %% [markdown]
-# ## Promise 4: the limit is L-stationary
+# ### Promise 4: the limit is L-stationary
 #
 # A fixed point of the plain step is **L-stationary**. With the gradient $G = H(V - C)$:
 #
@@ -148,7 +149,7 @@ _ = axis.set_title("monotone, and accelerated")
 # return. The larger $\alpha$, the stronger the statement. Below, the bound on the weights is tight and the bound on the
 # gradients is not: the point is better than the condition requires.
 
-# %%
+# %% alt="Two histograms: the sizes of the kept weights, all above their bound, and the sizes of the gradient at the pruned weights, all far below theirs."
 answer = descents["mAIHT"].value
 gradient = np.asarray(problem.loss.gradient(answer))
 kept = np.asarray(answer) != 0
@@ -170,17 +171,17 @@ for axis in axes:
     axis.legend(frameon=False)
 
 # %% [markdown]
-# # Part B: Doge-ADMM
+# ## Doge-ADMM
 #
 # The trend filter $\min_b \tfrac12\|y - b\|^2 + \lambda\|\Delta b\|_1$ is hard because the rows of $\Delta$ overlap: a
 # node belongs to several edges. A single row has a closed formula, and rows that share no node are independent. So put
 # the rows into groups without common nodes, and treat each group in parallel.
 #
-# ## Promise 5: groups are disjoint and complete
+# ### Promise 5: groups are disjoint and complete
 #
 # On a grid the groups follow a formula: 4 groups of edges for order 0, 5 groups of stars for order 1.
 
-# %%
+# %% alt="A grid of 10 × 10 nodes, once for each group: the four groups of edges, or the five groups of stars, that share no node."
 _ = plots.plot_groups((10, 10), 1)
 _ = plots.plot_groups((10, 10), 2)
 
@@ -205,7 +206,7 @@ for name, graph in graphs.items():
         print(f"{name:17s} {matrix.shape[0]:5d} {rows:15s} {labels.max() + 1:3d} groups, at least {bound} are needed")
 
 # %% [markdown]
-# ## Promise 6: the duality gap bounds the true error
+# ### Promise 6: the duality gap bounds the true error
 #
 # Any $u$ with $|u_r| \le \lambda$ gives the lower bound $D(u) = \tfrac12\|y\|^2 - \tfrac12\|y - \Delta^\top u\|^2$ on
 # the minimum $P^\star$. Hence at every step
@@ -215,7 +216,7 @@ for name, graph in graphs.items():
 # $P^\star$ is unknown in practice. Here we compute it to twelve digits by a different method (ADMM with an exact linear
 # solve), and then follow Doge-ADMM from its first step on: the true error stays below the gap, and the gap is tight.
 
-# %%
+# %% alt="The duality gap and the true suboptimality of Doge-ADMM against the step, on a log axis, for orders 0 and 1: the gap is always above."
 y = camera()[60:124, 200:264].astype(float) + rng.normal(0, 20, (64, 64))
 grid = so.Graph.grid(y.shape)
 figure, axes = plt.subplots(1, 2, figsize=(12, 4.2), sharey=True, layout="constrained")
@@ -240,7 +241,7 @@ for order, axis in enumerate(axes):
     assert np.abs(np.asarray(doge.value) - np.asarray(best.value)).max() < 0.05
 
 # %% [markdown]
-# ## Promise 7: two forms, one iteration
+# ### Promise 7: two forms, one iteration
 #
 # In the paper every group $i$ has its own copy $\alpha_i$ of the signal and its own dual $\theta_i$, and the groups run
 # in parallel. This *literal* form is `method="doge_groups"`. The copies need not be stored: one number for each row of
@@ -265,7 +266,7 @@ for count in (10, 50, 250):
     assert apart < 1e-9
 
 # %% [markdown]
-# The copies cost time, here on a picture of 64 × 64 pixels:
+# The copies cost time, here on an image of 64 × 64 pixels:
 
 # %%
 
@@ -291,13 +292,13 @@ assert spent["fused, own metric"] < spent["literal, metric of the paper"]
 # Use the fused form to fit signals. Use the literal form to study the published method, to check a result of the paper,
 # or to try a new step inside a group.
 #
-# ## The effect of $\rho$ and of over-relaxation
+# ### The effect of $\rho$ and of over-relaxation
 #
 # ADMM converges for every $\rho > 0$ and every relaxation in $(0, 2)$; the theory does not promise how fast. Here we
 # fix $\rho$ (`Admm(..., changes=0)`), and count the steps to a gap of $10^{-5}$. Solvers are pytrees, so `vmap` runs
 # all values of $\rho$ at once.
 
-# %%
+# %% alt="The steps to a gap of 1e-5 against a fixed ρ, for three relaxations and two orders: valleys, with the automatic choice as a dashed line near their bottom."
 most = 2000
 rhos = jnp.geomspace(0.1, 20, 10)
 figure, axes = plt.subplots(1, 2, figsize=(12, 4.2), sharey=True, layout="constrained")
@@ -337,11 +338,11 @@ for order, axis in enumerate(axes):
 #
 # ## What to remember
 #
-# | promise | holds because | where it is tested |
-# |---|---|---|
-# | plain steps descend | $\alpha < 1/L$ | `tests/core/test_solvers.py` |
-# | mAIHT descends | the monitor | `tests/core/test_solvers.py` |
-# | the limit is L-stationary | a fixed point of the prox step | `tests/core/test_solvers.py` |
-# | groups are disjoint and complete | checked whenever they are made | `tests/core/test_grouping.py` |
-# | gap ≥ suboptimality | weak duality | `tests/trend/` |
-# | both forms have the same iterates | the copies differ only along their group's rows | `tests/core/test_doge.py` |
+# | promise | holds because |
+# |---|---|
+# | plain steps descend | $\alpha < 1/L$ |
+# | mAIHT descends | the monitor |
+# | the limit is L-stationary | a fixed point of the prox step |
+# | groups are disjoint and complete | checked whenever they are made |
+# | gap ≥ suboptimality | weak duality |
+# | both forms have the same iterates | the copies differ only along their group's rows |
