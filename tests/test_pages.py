@@ -30,7 +30,8 @@ QUERIES = {
 }  # fmt: skip
 # The height of a page, and which tables are wider than what holds them, as the browser laid them out.
 MEASURE = """<script>
-const wide = [...document.querySelectorAll("article table")]
+// The diagram of an estimator scrolls by itself.
+const wide = [...document.querySelectorAll("article table")].filter(table => !table.closest(".sk-top-container"))
   .filter(table => table.scrollWidth > table.parentElement.clientWidth + 1)
   .map(table => [table.querySelector("tr").innerText, table.scrollWidth, table.parentElement.clientWidth]);
 const found = {wide, height: document.documentElement.scrollHeight};
