@@ -150,8 +150,9 @@ test-gpu: $(VENV)/.installed-oracle ## Tests that need a GPU or TPU; skipped if 
 notebooks: $(VENV)/.installed-docs ## Execute the notebooks again and store their results (about 25 minutes); 11 needs torch.
 	$(BIN)/python notebooks/build.py run
 
+# -E: what Sphinx keeps of an earlier build lacks the search's index entries and does not notice changes of docs/*.py.
 docs: $(VENV)/.installed-docs $(VENV)/.installed-test ## Build the pages into build/docs, with warnings as errors, run their examples, and check links and looks.
-	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
+	$(BIN)/sphinx-build -E -W --keep-going -q -b html docs build/docs
 	$(BIN)/sphinx-build -W -q -b doctest docs build/doctest
 	$(BIN)/python -m pytest -m pages -rs tests/test_pages.py
 

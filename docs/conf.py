@@ -6,11 +6,12 @@ sphinx-build -W --keep-going -b doctest docs build/doctest
 
 import importlib
 import os
-import pkgutil
+import re
 import shutil
 import sys
 from importlib.metadata import version as installed_version
 from pathlib import Path
+from typing import Any
 
 from sphinx.application import Sphinx
 from sphinx.domains.python import PyObject
@@ -25,6 +26,7 @@ programs.set_up()  # examples are compiled as the tests are
 
 import benchmark_pictures  # noqa: E402
 import command_line  # noqa: E402
+import config_tasks  # noqa: E402
 import docstrings  # noqa: E402
 import records  # noqa: E402
 import solver_tables  # noqa: E402
@@ -42,13 +44,14 @@ language = "en"
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx.ext.doctest",
     "mathml",
     "records",
 ]
-exclude_patterns = ["_generated", "_static", "**/.ipynb_checkpoints"]
+exclude_patterns = ["_generated/*.md", "_static", "_templates", "**/.ipynb_checkpoints"]
 
 # MyST and notebooks. `make notebooks` executes them; a build never does.
 myst_enable_extensions = ["dollarmath", "amsmath", "deflist", "colon_fence"]
@@ -63,10 +66,12 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
-autodoc_default_options = {"members": True}
+autodoc_default_options = {"members": True, "inherited-members": True}
+# A page for each public name, by the tables of docs/reference.
+templates_path = ["_templates"]
+autosummary_generate = True
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 88
-add_module_names = False
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
@@ -83,14 +88,20 @@ import sparseopt as so
 
 nitpicky = True
 nitpick_ignore_regex = [
-    # Types of other packages, type variables and aliases have no page here.
-    ("py:.*", r"(jax|jaxlib|jaxtyping|numpy|np|scipy|flax|nnx|optax|matplotlib|pydantic|typing|pathlib|enum)(\..*)?"),
-    ("py:.*", r"(pydantic_core|collections|sparse|ml_dtypes|tokenizers|annotated_types)\..*"),
-    ("py:.*", r"(abc|re|os|io|contextlib|types|zipfile)\..*"),
-    ("py:.*", r"Array|ndarray|_PydanticGeneralMetadata|sparseopt\.[a-z_.]*\.T"),
-    # A base without a page, and a type that autodoc cuts at its comma.
-    ("py:.*", r"sparseopt\.pruning\.modules\.flax_module\.FlaxModule|dict\[str"),
+    # What is internal here has no page, and what others document is linked only with their inventories.
+    ("py:.*", r"sparseopt(\.[a-z_]+){2,}\.\w+"),
+    ("py:.*", r"(?!sparseopt\b)\w+\..*"),
+    ("py:exc", "DiskError|ConfigError|RecipeError"),
 ]
+# Types of other packages become links with SPHINX_INTERSPHINX=1, which needs the network.
+if os.environ.get("SPHINX_INTERSPHINX", "0") != "0":
+    extensions.append("sphinx.ext.intersphinx")
+    intersphinx_mapping = {
+        "python": ("https://docs.python.org/3", None),
+        "numpy": ("https://numpy.org/doc/stable", None),
+        "scipy": ("https://docs.scipy.org/doc/scipy", None),
+        "jax": ("https://docs.jax.dev/en/latest", None),
+    }
 
 html_math_renderer = "mathml"
 html_theme = "furo"
@@ -112,12 +123,16 @@ def collect_notebooks() -> None:
         shutil.copy2(file, target)
 
 
-def experiments_page() -> str:
-    """An `automodule` for every module of `sparseopt.experiments`, tasks first."""
-    package = importlib.import_module("sparseopt.experiments")
-    found = [module.name for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
-    found.sort(key=lambda name: (not name.split(".")[2].startswith("task"), name))
-    return "\n".join(f"## `{name}`\n\n```{{eval-rst}}\n.. automodule:: {name}\n```\n" for name in found)
+def examples_page() -> str:
+    """Every module with examples, without the names that have pages of their own."""
+    shown, made = docstrings.public_names().values(), [":orphan:\n"]
+    for file in sorted((HERE.parent / "sparseopt").rglob("*.py")):
+        name = ".".join(file.relative_to(HERE.parent).with_suffix("").parts).removesuffix(".__init__")
+        if ">>>" in file.read_text(encoding="utf-8"):
+            without = ", ".join(thing.__name__ for thing in shown if getattr(thing, "__module__", "") == name)
+            options = f"   :ignore-module-all:\n   :no-index:\n   :exclude-members: {without}\n"
+            made.append(f".. automodule:: {name}\n{options}")
+    return "\n".join(made)
 
 
 def methods_table() -> str:
@@ -149,10 +164,27 @@ def generate(app: Sphinx) -> None:
     folder = HERE / "_generated"
     folder.mkdir(exist_ok=True)
     benchmark_pictures.write_all(folder)
-    (folder / "experiments.md").write_text(experiments_page(), encoding="utf-8")
+    (folder / "tasks.md").write_text(config_tasks.page(), encoding="utf-8")
     (folder / "methods.md").write_text(methods_table(), encoding="utf-8")
     (folder / "command-line.md").write_text(command_line.page(), encoding="utf-8")
     (folder / "solvers.md").write_text(solver_tables.page(), encoding="utf-8")
+    (folder / "examples.rst").unlink(missing_ok=True)
+    if app.builder.name == "doctest":
+        (folder / "examples.rst").write_text(examples_page(), encoding="utf-8")
+    # Those of names that are no longer public.
+    for file in (HERE / "reference" / "names").glob("*.rst"):
+        if file.stem not in docstrings.public_names():
+            file.unlink()
+
+
+# A link from the source to a page; viewcode gives the names of a file one module, though several may hand them out.
+BACK = re.compile(r'(/names/([\w.]*?)(\w+)\.html)#[\w.]+?\.(\3(?:\.\w+)*)"')
+
+
+def lead_back(app: Sphinx, name: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    """Have the links from the source end at the names as their pages show them."""
+    if name.startswith("_modules/"):
+        context["body"] = BACK.sub(r'\1#\2\4"', context["body"])
 
 
 def setup(app: Sphinx) -> None:
@@ -162,6 +194,7 @@ def setup(app: Sphinx) -> None:
     app.connect("autodoc-process-docstring", docstrings.process, priority=1)
     app.connect("autodoc-process-signature", docstrings.signature)
     app.connect("autodoc-skip-member", docstrings.skip)
+    app.connect("html-page-context", lead_back)
     # Sphinx calls attributes variables.
     for field in PyObject.doc_field_types:
         if field.name == "variable":

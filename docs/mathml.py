@@ -11,7 +11,7 @@ from latex2mathml.converter import convert_to_element
 LIMITS = {"min", "max", "inf", "sup", "lim", "argmin", "argmax"}
 # What latex2mathml leaves as it stands behind `\bigl` and its like.
 DELIMITERS = {r"\|": "‖", r"\{": "{", r"\}": "}"}
-# No space around norms and absolute values.
+# Norms and absolute values: no space around them, and as tall as the line unless the formula says otherwise.
 BARS = {"|", "‖"}
 UNDER = {"msub": "munder", "msup": "mover", "msubsup": "munderover"}
 
@@ -35,7 +35,7 @@ def mathml(tex: str, display: bool) -> str:
         text = html.unescape(element.text or "")
         element.text = DELIMITERS.get(text, text)
         if element.text in BARS and element.tag == "mo":
-            element.attrib |= {"lspace": "0", "rspace": "0"}
+            element.attrib = {"stretchy": "false", **element.attrib, "lspace": "0", "rspace": "0"}
         if display and element.tag in UNDER and "".join(element[0].itertext()) in LIMITS:
             element.tag = UNDER[element.tag]
         # A line break is no row, and browsers show none.

@@ -42,6 +42,11 @@ def test_lines_are_rows_and_bars_are_bars(mathml):
     assert texts(made) == ["a", "=", "‖", "b", "‖", "1", "one", "c", "=", "{", "d", "}"]
 
 
+def test_bars_stretch_only_if_the_formula_says_so(mathml):
+    assert mathml(r"\lVert x_g \rVert + |x|", False).count('stretchy="false"') == 4
+    assert 'stretchy="false"' not in mathml(r"\left\| x_g \right\|", False)
+
+
 @pytest.mark.parametrize(
     "formula", [r"\begin{gathered} a \\ b \end{gathered}", r"\unheard x", r"\bigl\lVert x \bigr\rVert"]
 )

@@ -27,6 +27,7 @@ from sparseopt.models.files.source import FolderSource, Source
 from sparseopt.models.streaming.streamed import is_known, open_model
 from sparseopt.system.files import replacing
 
+#: The tag of the shard with all tensors outside the blocks.
 OUTER_TAG = "outer"
 #: The tag of a shard that has all tensors.
 WHOLE_TAG = "whole"

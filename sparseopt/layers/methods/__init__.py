@@ -50,6 +50,7 @@ _MAIHT = {
     ),
 }
 
+#: The pruning methods by name; see `find_method`.
 METHODS: dict[str, NamedMethod] = {
     # For the few tokens of a calibration a ridge of 0.1 was best by held-out error and by perplexity. With it a slowly
     # rising rho finds the supports that splicing would.

@@ -12,7 +12,7 @@ from sparseopt.models.base.errors import ModelError, guarded
 from sparseopt.models.files.folder import MAX_FILE, carried_files, file_in, read_json
 from sparseopt.models.files.source import Source
 
-# Whether text begins with the tokenizer's BOS: as the tokenizer itself does, always, or never.
+#: Whether text begins with the tokenizer's BOS, always, never, or (auto) as the tokenizer itself does.
 Bos = Literal["auto", "yes", "no"]
 BOS_CHOICES: tuple[Bos, ...] = get_args(Bos)
 

@@ -36,6 +36,7 @@ FILES = (
     "mixtures.qwen3_moe",
 )
 _FOUND: list[Family] = [import_module(f"{__name__}.{file}").FAMILY for file in FILES]
+#: The known families by the `model_type` of a configuration.
 FAMILIES = {family.model_type: family for family in _FOUND}
 
 

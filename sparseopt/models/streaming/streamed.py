@@ -193,7 +193,7 @@ class StreamedModel(PrunableModel):
         return self.config.kinds[index]
 
 
-# What a model is given as.
+#: What a model is given as, such as a path, a name on the hub, an opened source, or a model in memory.
 ModelSource = str | Path | Source | PrunableModel | Decoder | TransformersModel
 
 # The source of each decoder. Not an attribute: programs compiled for one model would not serve another.
