@@ -85,7 +85,7 @@ def model_lines(found: "Inspection") -> list[str]:
 
 
 def linear_table(found: "Inspection") -> Table:
-    """The distinct linears of the blocks, and what pruning makes of them."""
+    """The distinct linear layers of the blocks, and what pruning makes of them."""
     rows = [
         (
             linear.name,
@@ -113,7 +113,8 @@ def prune_lines(found: "Inspection", memory_bytes: int) -> list[str]:
     recipe = found.recipe
     lines = [
         f"pruned by {recipe['method']}, pattern {recipe['pattern']}: {found.zeros:,} zeros, "
-        f"{found.zeros / found.prunable_parameters:.2%} of the linears, {found.zeros / found.parameters:.2%} of all",
+        f"{found.zeros / found.prunable_parameters:.2%} of the linear layers, "
+        f"{found.zeros / found.parameters:.2%} of all",
         f"output {format_bytes(found.dense_bytes)} dense, {format_bytes(found.packed_bytes)} packed",
     ]
     if recipe["allocation"] != "uniform":
@@ -123,7 +124,7 @@ def prune_lines(found: "Inspection", memory_bytes: int) -> list[str]:
             + f"; some stay dense, and {recipe['sparsity']:.2%} or a little more of the weights become zero" * some
         )
     if stays := found.prunable_parameters - (found.targeted_parameters or 0):
-        lines.insert(0, f"{stays:,} weights of linears are not to be pruned and stay as they are")
+        lines.insert(0, f"{stays:,} weights of linear layers are not pruned")
     parts, variants = console.bytes_by_size(estimate.memory[estimate.peak_phase]), recipe["variants"]
     windows = f"{recipe['windows']} + {recipe['heldout_windows']} windows of {recipe['seqlen']} tokens"
     lines += [

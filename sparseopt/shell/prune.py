@@ -137,7 +137,7 @@ def choice_lines(recipe: "PassRecipe", typed: Mapping[str, Any]) -> list[str]:
         costs = "; its time beside others: " + ", ".join(f"{name} {cost:g}" for name, cost in COSTS.items())
         lines.append(f"{usual}--effort {effort}: {(PRUNES if prunes else SHRINKS)[effort]}{costs * prunes}")
     if isinstance(recipe, Recipe) and "sparsity" not in typed and implied_sparsity(recipe.pattern) is None:
-        lines.append(f"default --sparsity {recipe.sparsity:g}: that fraction of the weights of every linear")
+        lines.append(f"default --sparsity {recipe.sparsity:g}: that fraction of the weights of every linear layer")
     if recipe.draws:
         usual = "" if "calibration" in typed else "default "
         lines.append(
@@ -263,7 +263,7 @@ def evaluate(
     if broken:
         first = broken[0]
         raise RuntimeError(
-            f"{len(broken)} of {len(found)} linears break the pattern {pattern!r}; {first.layer} holds up to "
+            f"{len(broken)} of {len(found)} linear layers break the pattern {pattern!r}; {first.layer} holds up to "
             f"{first.most:,} {first.unit}, allowed are {first.allowed:,}"
         )
     with console.block_progress("perplexity") as progress:
@@ -290,11 +290,11 @@ def evaluate(
         + f"; digest {digest}"
     )
     console.say(
-        f"sparsity {zeros / size:.6f}: {zeros:,} zeros of {size:,} weights in {len(audits)} linears "
+        f"sparsity {zeros / size:.6f}: {zeros:,} zeros of {size:,} weights in {len(audits)} linear layers "
         f"(from {least.sparsity:.6f} in {least.layer} to {most.sparsity:.6f} in {most.layer})"
     )
     if pattern:
-        console.say(f"pattern {pattern} holds in all {len(found)} linears, exact in {exact}")
+        console.say(f"pattern {pattern} holds in all {len(found)} linear layers, exact in {exact}")
 
 
 def pack(

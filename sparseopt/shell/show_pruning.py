@@ -1,4 +1,4 @@
-"""What a finished run that prunes or shrinks shows: a table of its linears, its facts, and its page."""
+"""What a finished run that prunes or shrinks shows: a table of its layers, its facts, and its page."""
 
 from pathlib import Path
 

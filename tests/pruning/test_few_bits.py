@@ -334,7 +334,7 @@ def test_without_zeros_nothing_is_distributed(tmp_path, source, tokens):
     assert ", in few bits" in card
     assert "- pruned" not in card
     zeros = sum(record.zeros for record in report.grids) / sum(record.size for record in report.grids)
-    assert f"21 linears in q4_0, {zeros:.2%} of whose weights are then zero" in card
+    assert f"21 linear layers in q4_0, with {zeros:.2%} of the weights zero afterwards" in card
 
 
 @pytest.mark.parametrize(
@@ -444,7 +444,7 @@ def test_bits_are_in_records_summary_and_card(whole):
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["mean_grid_error"] < summary["mean_rounded_error"]
     card = (folder / "README.md").read_text()
-    assert "21 linears in q4_0" in card
+    assert "21 linear layers in q4_0" in card
     assert "--output FILE.gguf" in card
     assert "library_name: gguf" in card
     assert BITS["q4_0"].low == -8

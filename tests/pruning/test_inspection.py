@@ -236,7 +236,7 @@ def test_the_command_shows_a_table_or_json(tmp_path, command):
             "all blocks alike: full attention",
             "29,440 parameters: 27,840 in blocks, of which prunable 27,648; embedding 1,568, head tied to",
             "│ mlp.down_proj │ 0-2 │ 32x64 │ 3 │ float32 │ 6,144 │ 0.2500 │",
-            "6,912 zeros, 25.00% of the linears, 23.48% of all",
+            "6,912 zeros, 25.00% of the linear layers, 23.48% of all",
             "output 115.0 KiB dense",
             "that does not fit in 256.0 MiB",
             "--measure says the time of a run",

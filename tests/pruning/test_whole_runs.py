@@ -305,7 +305,7 @@ def records_summary_card_and_events_say_what_the_report_says(done):
     tags = {"sparseopt", "pruned"} | ({done.recipe.pattern} if getattr(done.recipe, "pattern", "") == "2:4" else set())
     assert tags <= set(yaml.safe_load(head)["tags"])
     size = sum(record.size for record in report.layers)
-    said = f"{report.sparsity:.2%} of the {size:,} weights of {len(report.layers)} linears are zero"
+    said = f"{report.sparsity:.2%} of the {size:,} weights of {len(report.layers)} linear layers are zero"
     assert (f"- size: keeps {report.shape.kept()}; " if case.sizes else said) in body
 
     shown = [event for event, *_ in done.events]

@@ -93,7 +93,7 @@ def test_prune_then_eval(tmp_path, inputs, prune, done, score, command):
         assert (folder / name).is_file()
     said, found = done("eval", folder, "--text", text, *SCORED), score(folder)
     assert "on 2 windows of 48 tokens" in said
-    assert f"sparsity 0.500000: {WEIGHTS // 2:,} zeros of {WEIGHTS:,} weights in 21 linears" in said
+    assert f"sparsity 0.500000: {WEIGHTS // 2:,} zeros of {WEIGHTS:,} weights in 21 linear layers" in said
     assert f"; digest {found['digest']} " in said
     assert found["zeros"] == WEIGHTS // 2
     # The same text as rows, each long enough for a window, of which every other one is read.

@@ -46,7 +46,7 @@ class ModuleReport:
         figures = {"mean relative error": self.mean_relative_error, "seconds": self.seconds}
         facts = [Fact(name, f"{value:.5g}") for name, value in figures.items()]
         pruned = f"{len(self.layers)} pruned, {zeros:,} of {size:,} weights are zero; {len(self.grids)} in few bits"
-        return html_facts("ModuleReport", [Fact("linears", pruned), *facts])
+        return html_facts("ModuleReport", [Fact("layers", pruned), *facts])
 
     def __str__(self) -> str:
         width = max(len(r.layer) for r in self.layers)

@@ -98,7 +98,7 @@ def run_page(report: PruneReport, command: str, environment: Mapping[str, Any]) 
     for record in report.layers or report.grids:
         errors.setdefault(f"block {record.block}", []).append(record.relative_error)
     drawn = bars({name: math.fsum(values) / len(values) for name, values in errors.items()})
-    figures = [Figure(drawn, "Relative squared error of the linears' outputs, mean of each block")] if errors else []
+    figures = [Figure(drawn, "Mean relative squared error of the layers' outputs in each block")] if errors else []
     first = Report(Table("What was done"), [*model_facts(report), *run_facts(report)], figures)
     return html_page(title_of(report), [first, *map(Report, tables)], command, environment, _steps(report))
 

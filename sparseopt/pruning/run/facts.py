@@ -37,7 +37,7 @@ def model_facts(report: PruneReport) -> list[Fact]:
     if report.layers:
         error, heldout = mean_errors(report.layers)
         other = "" if heldout is None else f", {heldout:.5f} on held-out tokens"
-        text = f"relative squared error of the linears' outputs, mean: {error:.5f} on the calibration tokens{other}"
+        text = f"mean relative squared error of the layers' outputs: {error:.5f} on the calibration tokens{other}"
         facts.append(Fact("layer errors", text))
     if report.grids:
         facts.append(_grids(report))
@@ -63,9 +63,9 @@ def _score(score: Score) -> Fact:
 
 def _zeros(report: PruneReport) -> Fact:
     size = sum(r.size for r in report.layers)
-    text = f"{report.sparsity:.2%} of the {size:,} weights of {len(report.layers)} linears are zero"
+    text = f"{report.sparsity:.2%} of the {size:,} weights of {len(report.layers)} linear layers are zero"
     if (stays := report.prunable_size - size) > 0:
-        text += f", {report.total_sparsity:.2%} of those of all linears: {stays:,} weights were not to be pruned"
+        text += f", {report.total_sparsity:.2%} of the weights of all linear layers: {stays:,} were not to be pruned"
     if others := report.other_weights:
         text += f"; {others:,} weights in other matrices of the blocks, such as stacked experts, stay as they are"
     return Fact("sparsity", text)
@@ -75,7 +75,7 @@ def _grids(report: PruneReport) -> Fact:
     error, rounded = mean_grid_errors(report.grids)
     names = ", ".join(dict.fromkeys(record.bits for record in report.grids))
     zeros = sum(record.zeros for record in report.grids) / sum(record.size for record in report.grids)
-    text = f"{len(report.grids)} linears in {names}, {zeros:.2%} of whose weights are then zero; "
+    text = f"{len(report.grids)} linear layers in {names}, with {zeros:.2%} of the weights zero afterwards; "
     text += f"what that adds to the relative squared error, mean: {error:.5f}, by plain rounding {rounded:.5f}"
     return Fact("few bits", text)
 
@@ -103,7 +103,7 @@ def _calibration(report: PruneReport) -> Fact:
 def _given_zeros(report: PruneReport, given: int) -> Fact:
     text = f"{given:,} weights had to be zero ({given / sum(r.size for r in report.layers):.1%})"
     if kept := report.kept_masks:
-        text += f"; {len(kept)} of {len(report.layers)} linears had as many zeros as asked for and keep their mask"
+        text += f"; {len(kept)} of {len(report.layers)} layers already had the zeros asked for and keep their mask"
         if len(kept) == len(report.layers) and report.recipe["masks"] is None:
             # The model is its own target, which it meets.
             text += " and weights; to fit the weights again, give the dense model and --masks"
@@ -130,7 +130,7 @@ def run_facts(report: PruneReport) -> list[Fact]:
         facts.append(Fact("torch", text))
     if dead := sum(r.dead_inputs for r in report.layers):
         text = (
-            f"{dead} inputs (one shared by several linears counts for each) were zero for all calibration tokens; "
+            f"{dead} inputs (one shared by several layers counts for each) were zero for all calibration tokens; "
             "their weights were pruned first"
         )
         facts.append(Fact("dead inputs", text))

@@ -81,7 +81,7 @@ def test_a_recipe_file_gives_what_is_not_typed(tmp_path, source, text, command):
             (
                 "with 3 + 4 windows of 32 tokens",
                 "pruned by magnitude, pattern 2:4: 6,144 zeros",
-                "15,360 weights of linears are not to be pruned and stay as they are",
+                "15,360 weights of linear layers are not pruned",
                 "│ mlp.up_proj │ 0-2 │ 64x32 │ 3 │ float32 │ 6,144 │ stay │",
             ),
         ),
@@ -94,11 +94,11 @@ def test_a_recipe_file_gives_what_is_not_typed(tmp_path, source, text, command):
         ),
         (
             f"prune {source} --output {tmp_path / 'out'} --recipe {file} --calibration {text} {chosen}",
-            ("linears are zero, 22.22% of those of all linears",),
+            ("linear layers are zero, 22.22% of the weights of all linear layers",),
         ),
         (
             f"eval {tmp_path / 'out' / '0.5'} --text {text} {part}",
-            ("pattern unstructured holds in all 3 linears, exact in 3",),
+            ("pattern unstructured holds in all 3 linear layers, exact in 3",),
         ),
     ]:
         status, out, err = command(*call.split())

@@ -63,7 +63,7 @@ def test_a_card_carries_the_licence_and_says_what_was_done(pruned, described):
     command = next(line for line in body.splitlines() if line.startswith("sparseopt prune tiny --output FOLDER "))
     assert "--calibration" not in command
     assert all(part in command for part in ("--method wanda", "--sparsity 0.5", "--pattern 2:4"))
-    assert f"50.00% of the {sum(r.size for r in pruned.layers):,} weights of 21 linears are zero" in body
+    assert f"50.00% of the {sum(r.size for r in pruned.layers):,} weights of 21 linear layers are zero" in body
     assert "token ids of shape [7, 24]" in body
     assert "`sparseopt unpack PACKED --output FOLDER`" in body
     assert 'AutoTokenizer.from_pretrained("FOLDER")' in body

@@ -91,9 +91,9 @@ def test_on_the_shell_a_pattern_is_pruned_and_checked(tmp_path, source, text, co
     score = ["eval", tmp_path / "out", "--text", text, "--windows", 2, "--seqlen", 32]
     status, out, _ = command(*score, "--pattern", "1:4")
     assert status == 0
-    assert "pattern 1:4 holds in all 21 linears, exact in 21" in out
+    assert "pattern 1:4 holds in all 21 linear layers, exact in 21" in out
     status, out, _ = command(*score, "--pattern", "per-row", "--sparsity", 0.75, "--json")
     assert json.loads(out)["exact"] == 21
     status, _, err = command(*score, "--pattern", "per-row", "--sparsity", 0.8)
     assert status == 1
-    assert "21 of 21 linears break the pattern 'per-row'" in err
+    assert "21 of 21 linear layers break the pattern 'per-row'" in err
