@@ -81,7 +81,7 @@ PROMISES = {
     ],
     "10": [
         r"vision transformer +58,138 parameters, accuracy 9[5-9]\.\d %\nconvolutional network +56,522 parameters",
-        r"blocks\.1\.down +48 x 192 +80\.0%",
+        r"blocks\.1\.down +48 x 192 +80\.0 %",
         r"left out: positions \(a weight of \[16, 48\] that is no linear's\)",
         r"vision transformer +effort good +as pruned +9\d\.\d",
         r"convolutional network +effort most +trained further +9\d\.\d +9\d\.\d +9\d\.\d",
@@ -93,7 +93,7 @@ PROMISES = {
         r"by table: blocks\.0\.conv1 80 %, blocks\.0\.conv2 40 %,.* blocks\.2\.conv1 80 %\n",
         r"2:4, effort good: accuracy 9\d\.\d %",
         r"trained further +effort good +9\d\.\d +9\d\.\d +9\d\.\d",
-        r"bert\.encoder\.layer\.1\.output\.dense +64 x 256 +60\.0%",
+        r"bert\.encoder\.layer\.1\.output\.dense +64 x 256 +60\.0 %",
     ],
     "12": [
         r"THIS IS NOT SmolLM2-135M",

@@ -233,7 +233,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         r"(?s)output_weights=.*allocation=.*weighting=.*train_epochs",
     ),
     "files": ({"bits": "int8", "masks": "other", "variants": 1}, "nemotron.*bits, masks, variants cannot be had"),
-    "the head": ({"targets": ["lm_head"]}, "only linears of the blocks are pruned"),
+    "the head": ({"targets": ["lm_head"]}, "only layers of the blocks are pruned"),
     "a pattern": ({"pattern": "5:7"}, r"model\.layers\.0.*5:7"),
 }
 
