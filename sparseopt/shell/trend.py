@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -82,7 +83,7 @@ def denoise(
     from sparseopt.trend.images import denoise as denoise_array
 
     chosen = number_of_devices(devices)
-    stem = output.with_suffix("")
+    stem = Path(str(output).removesuffix(".gz")).with_suffix("")
     picture, summary, page = (Path(f"{stem}-{end}") for end in ("before-after.png", "summary.json", "report.html"))
     for target in (output, picture, summary, page):
         files.check_output(target, None, force)
@@ -102,8 +103,9 @@ def denoise(
     volumes.write_scan(output, found.image, scan)
     captions = image.name, f"order {order}, weight {found.weight:.3g}"
     before = pixels
-    if mask is not None:  # what is not known is black
-        before = pixels * mask.reshape(*mask.shape, *(1 for _ in pixels.shape[mask.ndim :]))
+    if mask is not None:
+        seen = mask.reshape(*mask.shape, *(1 for _ in pixels.shape[mask.ndim :]))
+        before = np.where(seen, pixels.astype(float), np.nan)
     drawn = _draw(picture, lambda: before_and_after(scan.shown(before), scan.shown(found.image), picture, captions))
     figures = {
         "image": str(image), "shape": pixels.shape, "spacing": step, "dtype": str(pixels.dtype),
@@ -121,7 +123,8 @@ def trend(
         Path,
         typer.Option(
             help="Signal: one row per node, one column per channel; a first column `node` or `id` names the nodes. In "
-            "a series an increasing column `time`, `date`, `t` or `index` has the times."
+            "a series an increasing column `time`, `date`, `timestamp`, `datetime`, `year`, `t` or `index` has the "
+            "times."
         ),
     ],
     output: Annotated[
@@ -183,6 +186,9 @@ def trend(
     given = graph_files.read_signal(signal, series=graph is None)
     y, count = given.values, len(given.names)
     console.say(f"{count} channel{'s' * (count > 1)}: {', '.join(given.names)}")
+    for name in given.names if graph is None and count > 1 else ():
+        if name.lower() in graph_files.TIME_NAMES:
+            console.say(f"the column {name} is taken as a channel: times must increase", console.errors)
     if graph is None:
         network = _series(given, None if times is None else graph_files.read_signal(times).values, ends, order)
     else:
@@ -209,7 +215,7 @@ def trend(
     rounded = np.vectorize(lambda value: float(f"{value:.{DIGITS}g}"))
     fit = dataclasses.replace(given, values=rounded(family.mean(found.value)))
     graph_files.write_fit(output, fit, pieces)
-    positions = given.times if given.dates is None else np.array(given.dates, "datetime64[us]")
+    positions = given.times if given.dates is None else graph_files.as_dates(given.dates)
     if graph is None and positions is None:
         positions = np.arange(len(y))
     draws = y.reshape(len(y), -1), fit.values.reshape(len(y), -1), given.names, picture
@@ -293,7 +299,9 @@ def _number(value: float) -> float | None:
 def _draw(picture: Path, draw: Callable[[], None]) -> list[Path]:
     """The figure that was written. The fit is finished, so what goes wrong is only a warning."""
     try:
-        draw()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+            draw()
     except ModuleNotFoundError as error:
         console.say(f"no figure, which needs {error.name}: pip install 'sparseopt[plot]'")
     except Exception as error:

@@ -135,3 +135,14 @@ def test_a_pixel_that_is_not_known_leaves_the_others_on_the_picture(tmp_path, rn
     before_and_after(image, image, tmp_path / "shown.png")
     shown = matplotlib.image.imread(tmp_path / "shown.png")[..., :3]
     assert np.mean(shown.min(axis=2) < 0.99) > 0.5
+
+
+@pytest.mark.parametrize(("kind", "low", "high"), [(np.int16, -1000, 1500), (np.uint16, 0, 4095), (float, -3.0, -1.0)])
+def test_a_scan_fills_the_greys_of_its_figure(tmp_path, kind, low, high):
+    image = np.full((8, 8), low, kind)
+    image[:, 4:] = high
+    before_and_after(image, image, tmp_path / "shown.png", ("$\\frac$", "after"))
+    shown = matplotlib.image.imread(tmp_path / "shown.png")[..., 0]
+    # The middles of the four halves, in the lower part of the figure.
+    row = shown[len(shown) // 2]
+    np.testing.assert_allclose(row[np.array([1, 3, 5, 7]) * len(row) // 8], [0, 1, 0, 1], atol=0.01)
