@@ -34,6 +34,7 @@ RULES = {
 }
 # Where the last of a path's weights is the best, as of a long series at order 1, a path from there follows.
 LEVELS, RATIO, MOST_PATHS = 50, 1e-3, 4
+UNLIKE = 5  # times the noise of another channel: too much for one weight
 DIGITS = 10  # of the values that are written: more than a certificate confirms
 
 
@@ -93,7 +94,8 @@ def denoise(
     mask = None if known is None else volumes.read_known(known, scan)
     absent: Literal["nan", "error"] = "nan" if missing else "error"
     start = time.perf_counter()
-    with console.waiting(f"denoising {image.name}, {' x '.join(map(str, pixels.shape))}, order {order}") as observer:
+    console.say(f"{image.name}: {' x '.join(map(str, pixels.shape))}, order {order}")
+    with console.waiting("denoising") as observer:
         found = denoise_array(
             pixels, weight, order, isotropic=isotropic, couple=couple, volume=scan.volume, spacing=step, ends=ends,
             known=mask, missing=absent, method=method, tol=tol, devices=chosen,
@@ -194,21 +196,27 @@ def trend(
     else:
         edges, edge_weights = graph_files.read_edges(graph, given.nodes)
         network = so.Graph.from_edges(edges, len(y), edge_weights, merge=merge)
-    place = f"{signal.name} on {network.num_nodes:,} nodes and {network.num_edges:,} edges, order {order}"
+    console.say(f"{signal.name}: {network.num_nodes:,} nodes and {network.num_edges:,} edges, order {order}")
     absent: Literal["nan", "error"] = "nan" if missing else "error"
     options: dict[str, Any] = {"missing": absent, "loss": family}
     start = time.perf_counter()
     if rule is not None:
-        with console.waiting(f"choosing the weight {RULES[rule]}: {place}") as observer:
+        with console.waiting(f"choosing the weight {RULES[rule].partition(',')[0]}") as observer:
             choice = options | {"method": method, "observer": observer}
             level = _chosen_weight(rule, (y, network, template, order), choice)
     else:
         level = float(str(weight))
-    with console.waiting(f"fitting {place}, weight {level:.3g}"):
+    with console.waiting(f"fitting with weight {level:.3g}"):
         made = penalty_of_weight(penalty, level)
         found = so.trend_filter(y, network, made, order, method, tol=tol, devices=chosen, **options)
     known = loss == "square" and chosen is None
     noise = so.trend.noise_level(y, network, order, missing=absent) if known else math.nan
+    columns = y.reshape(len(y), -1)
+    if known and count > 1:
+        apart = [so.trend.noise_level(column, network, order, missing=absent) for column in columns.T]
+        if 0 < UNLIKE * min(apart) < max(apart):
+            unit = f"the noise of the channels is {min(apart):.3g} to {max(apart):.3g}, and one weight smooths them all"
+            console.say(f"{unit}: bring them to one unit, or smooth them one by one", console.errors)
     seconds = time.perf_counter() - start
     pieces = None if order else found.pieces()
     # Of counts and labels the fit is a logarithm or a score, and a signal its mean.
@@ -218,7 +226,7 @@ def trend(
     positions = given.times if given.dates is None else graph_files.as_dates(given.dates)
     if graph is None and positions is None:
         positions = np.arange(len(y))
-    draws = y.reshape(len(y), -1), fit.values.reshape(len(y), -1), given.names, picture
+    draws = columns, fit.values.reshape(len(y), -1), given.names, picture
     drawn = _draw(picture, lambda: observed_and_fit(*draws, times=positions, places=given.times_name or "node"))
     figures = {
         "graph": None if graph is None else str(graph), "ends": ends, "signal": str(signal),

@@ -191,3 +191,11 @@ def test_without_matplotlib_a_fit_is_written_and_the_figure_is_not(tmp_path, fit
     assert "pip install 'sparseopt[plot]'" in out
     assert not (tmp_path / "fit.png").exists()
     assert whole_page(tmp_path / "fit-report.html").loaded == []
+
+
+def test_channels_of_unlike_units_are_named(tmp_path, command):
+    noise = np.random.default_rng(0).normal(size=(30, 2))
+    for scale, said in ((1, False), (100, True)):
+        np.savetxt(tmp_path / "y.csv", noise * [1, scale], delimiter=",")
+        call = ["trend", "--signal", tmp_path / "y.csv", "--weight", 1, "--output", tmp_path / "fit.csv", "--force"]
+        assert ("one weight smooths them all" in command(*call)[2]) == said

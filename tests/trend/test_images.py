@@ -114,6 +114,11 @@ def test_a_volume_has_spacing_and_channels():
     np.testing.assert_allclose(colours.image[..., 1], plain.image, atol=0.5)
 
 
+def test_a_choice_is_no_text(rng):
+    with pytest.raises(ValueError, match="couple is True, False or None, given 'no'"):
+        denoise(rng.uniform(size=(4, 4, 3)), 1.0, couple="no")
+
+
 def test_integers_of_32_bits_keep_their_digits():
     for kind, value in ((np.uint32, 2**32 - 1), (np.int32, 2**31 - 1), (np.int32, -(2**31))):
         assert (denoise(np.full((6, 6), value, kind), 10.0).image == value).all()
