@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,6 +34,7 @@ RULES = {
 }
 # Where the last of a path's weights is the best, as of a long series at order 1, a path from there follows.
 LEVELS, RATIO, MOST_PATHS = 50, 1e-3, 4
+UNLIKE = 5  # times the noise of another channel: too much for one weight
 DIGITS = 10  # of the values that are written: more than a certificate confirms
 
 
@@ -82,7 +84,7 @@ def denoise(
     from sparseopt.trend.images import denoise as denoise_array
 
     chosen = number_of_devices(devices)
-    stem = output.with_suffix("")
+    stem = Path(str(output).removesuffix(".gz")).with_suffix("")
     picture, summary, page = (Path(f"{stem}-{end}") for end in ("before-after.png", "summary.json", "report.html"))
     for target in (output, picture, summary, page):
         files.check_output(target, None, force)
@@ -92,7 +94,8 @@ def denoise(
     mask = None if known is None else volumes.read_known(known, scan)
     absent: Literal["nan", "error"] = "nan" if missing else "error"
     start = time.perf_counter()
-    with console.waiting(f"denoising {image.name}, {' x '.join(map(str, pixels.shape))}, order {order}") as observer:
+    console.say(f"{image.name}: {' x '.join(map(str, pixels.shape))}, order {order}")
+    with console.waiting("denoising") as observer:
         found = denoise_array(
             pixels, weight, order, isotropic=isotropic, couple=couple, volume=scan.volume, spacing=step, ends=ends,
             known=mask, missing=absent, method=method, tol=tol, devices=chosen,
@@ -102,8 +105,9 @@ def denoise(
     volumes.write_scan(output, found.image, scan)
     captions = image.name, f"order {order}, weight {found.weight:.3g}"
     before = pixels
-    if mask is not None:  # what is not known is black
-        before = pixels * mask.reshape(*mask.shape, *(1 for _ in pixels.shape[mask.ndim :]))
+    if mask is not None:
+        seen = mask.reshape(*mask.shape, *(1 for _ in pixels.shape[mask.ndim :]))
+        before = np.where(seen, pixels.astype(float), np.nan)
     drawn = _draw(picture, lambda: before_and_after(scan.shown(before), scan.shown(found.image), picture, captions))
     figures = {
         "image": str(image), "shape": pixels.shape, "spacing": step, "dtype": str(pixels.dtype),
@@ -121,7 +125,8 @@ def trend(
         Path,
         typer.Option(
             help="Signal: one row per node, one column per channel; a first column `node` or `id` names the nodes. In "
-            "a series an increasing column `time`, `date`, `t` or `index` has the times."
+            "a series an increasing column `time`, `date`, `timestamp`, `datetime`, `year`, `t` or `index` has the "
+            "times."
         ),
     ],
     output: Annotated[
@@ -183,36 +188,45 @@ def trend(
     given = graph_files.read_signal(signal, series=graph is None)
     y, count = given.values, len(given.names)
     console.say(f"{count} channel{'s' * (count > 1)}: {', '.join(given.names)}")
+    for name in given.names if graph is None and count > 1 else ():
+        if name.lower() in graph_files.TIME_NAMES:
+            console.say(f"the column {name} is taken as a channel: times must increase", console.errors)
     if graph is None:
         network = _series(given, None if times is None else graph_files.read_signal(times).values, ends, order)
     else:
         edges, edge_weights = graph_files.read_edges(graph, given.nodes)
         network = so.Graph.from_edges(edges, len(y), edge_weights, merge=merge)
-    place = f"{signal.name} on {network.num_nodes:,} nodes and {network.num_edges:,} edges, order {order}"
+    console.say(f"{signal.name}: {network.num_nodes:,} nodes and {network.num_edges:,} edges, order {order}")
     absent: Literal["nan", "error"] = "nan" if missing else "error"
     options: dict[str, Any] = {"missing": absent, "loss": family}
     start = time.perf_counter()
     if rule is not None:
-        with console.waiting(f"choosing the weight {RULES[rule]}: {place}") as observer:
+        with console.waiting(f"choosing the weight {RULES[rule].partition(',')[0]}") as observer:
             choice = options | {"method": method, "observer": observer}
             level = _chosen_weight(rule, (y, network, template, order), choice)
     else:
         level = float(str(weight))
-    with console.waiting(f"fitting {place}, weight {level:.3g}"):
+    with console.waiting(f"fitting with weight {level:.3g}"):
         made = penalty_of_weight(penalty, level)
         found = so.trend_filter(y, network, made, order, method, tol=tol, devices=chosen, **options)
     known = loss == "square" and chosen is None
     noise = so.trend.noise_level(y, network, order, missing=absent) if known else math.nan
+    columns = y.reshape(len(y), -1)
+    if known and count > 1:
+        apart = [so.trend.noise_level(column, network, order, missing=absent) for column in columns.T]
+        if 0 < UNLIKE * min(apart) < max(apart):
+            unit = f"the noise of the channels is {min(apart):.3g} to {max(apart):.3g}, and one weight smooths them all"
+            console.say(f"{unit}: bring them to one unit, or smooth them one by one", console.errors)
     seconds = time.perf_counter() - start
     pieces = None if order else found.pieces()
     # Of counts and labels the fit is a logarithm or a score, and a signal its mean.
     rounded = np.vectorize(lambda value: float(f"{value:.{DIGITS}g}"))
     fit = dataclasses.replace(given, values=rounded(family.mean(found.value)))
     graph_files.write_fit(output, fit, pieces)
-    positions = given.times if given.dates is None else np.array(given.dates, "datetime64[us]")
+    positions = given.times if given.dates is None else graph_files.as_dates(given.dates)
     if graph is None and positions is None:
         positions = np.arange(len(y))
-    draws = y.reshape(len(y), -1), fit.values.reshape(len(y), -1), given.names, picture
+    draws = columns, fit.values.reshape(len(y), -1), given.names, picture
     drawn = _draw(picture, lambda: observed_and_fit(*draws, times=positions, places=given.times_name or "node"))
     figures = {
         "graph": None if graph is None else str(graph), "ends": ends, "signal": str(signal),
@@ -293,7 +307,9 @@ def _number(value: float) -> float | None:
 def _draw(picture: Path, draw: Callable[[], None]) -> list[Path]:
     """The figure that was written. The fit is finished, so what goes wrong is only a warning."""
     try:
-        draw()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+            draw()
     except ModuleNotFoundError as error:
         console.say(f"no figure, which needs {error.name}: pip install 'sparseopt[plot]'")
     except Exception as error:

@@ -104,6 +104,9 @@ def denoise(
         )
     if not (weight is None or np.ndim(weight) == 0):
         raise ValueError(f"weight is one number, given an array of shape {np.shape(weight)}")
+    for name, choice in (("isotropic", isotropic), ("couple", couple)):
+        if choice not in (None, True, False):
+            raise ValueError(f"{name} is True, False or None, given {choice!r}")
     shape, has_channels = given.shape[:axes], given.ndim > axes
     has_alpha = has_channels and not volume and given.shape[-1] in (2, 4)
     colours = given[..., :-1] if has_alpha else given
@@ -146,7 +149,7 @@ def denoise(
     fitted = fitted.astype(given.dtype)
     if has_alpha:
         fitted = np.concatenate([fitted, given[..., -1:]], axis=-1)
-    return Denoised(fitted, solution, float(weight), noise, isotropic, coupled)
+    return Denoised(fitted, solution, float(weight), noise, bool(isotropic), bool(coupled))
 
 
 def _of_least_risk(

@@ -1,5 +1,6 @@
 """The commands `denoise` and `trend`: what they read, print and write."""
 
+import itertools
 import json
 import re
 import sys
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 import sparseopt as so
+from sparseopt.experiments.plots.signals import observed_and_fit
 from sparseopt.experiments.read.images import read_image, write_image
 from tests.system.pages import whole_page
 
@@ -107,6 +109,27 @@ def test_a_column_of_times_is_no_channel(tmp_path, fit, heading, columns, said):
     assert f"{columns} channels: {heading.replace(',', ', ')}" in fit("--order", 1)[0]
 
 
+def test_a_series_of_one_node_is_its_fit(tmp_path, fit):
+    (tmp_path / "y.csv").write_text("3\n")
+    assert fit()[1] == ["node,value,piece", "0,3.0,0"]
+
+
+def test_labels_of_dates_in_a_figure_do_not_overlap(tmp_path):
+    dates = np.datetime64("2020-01-01T00:00", "us") + np.arange(120) * np.timedelta64(1, "D")
+    shown = []
+
+    def kept(figure, *_, **__):
+        figure.canvas.draw()
+        texts = figure.axes[0].get_xticklabels()
+        shown.extend(text.get_window_extent() for text in texts if text.get_text())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", kept)
+        observed_and_fit(np.zeros((120, 1)), np.zeros((120, 1)), ("y $_",), tmp_path / "y.png", times=dates)
+    assert len(shown) > 3
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(shown))
+
+
 def test_a_fit_has_the_ids_and_the_heading_of_its_signal_and_is_a_signal_again(tmp_path, fit):
     (tmp_path / "roads.csv").write_text("from,to\nChur,Bern\nBern,Genf\nGenf,Lugano\n")
     (tmp_path / "y.csv").write_text("id,rain\nLugano,9\nBern,1.1\nChur,0.9\nGenf,9.2\n")
@@ -168,3 +191,11 @@ def test_without_matplotlib_a_fit_is_written_and_the_figure_is_not(tmp_path, fit
     assert "pip install 'sparseopt[plot]'" in out
     assert not (tmp_path / "fit.png").exists()
     assert whole_page(tmp_path / "fit-report.html").loaded == []
+
+
+def test_channels_of_unlike_units_are_named(tmp_path, command):
+    noise = np.random.default_rng(0).normal(size=(30, 2))
+    for scale, said in ((1, False), (100, True)):
+        np.savetxt(tmp_path / "y.csv", noise * [1, scale], delimiter=",")
+        call = ["trend", "--signal", tmp_path / "y.csv", "--weight", 1, "--output", tmp_path / "fit.csv", "--force"]
+        assert ("one weight smooths them all" in command(*call)[2]) == said

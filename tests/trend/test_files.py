@@ -98,6 +98,8 @@ REFUSED = [
     (read_signal, "y.csv", "node,y\na,1\nb,two\n", "'two' in the column 'y', row 2 below the heading, is no number"),
     (SERIES, "y.csv", "date,y\n2020-01-01,1\n1 May,2\n", "has '1 May' in row 2 of the column 'date'"),
     (SERIES, "y.csv", "t,y\n2020-02-01,1\n2020-01-01,2\n", "in the column 't': sort the rows by it"),
+    (SERIES, "y.csv", "date,y\n2020-01-01,1\n,2\n", "has '' in row 2 of the column 'date'"),
+    (read_signal, "y.csv", "t;y\n0;1.5\n1;2.5\n", "is no number: separate columns by commas"),
     (SERIES, "y.csv", "date\n2020-01-01\n", "has dates but no column of values"),
     (read_signal, "y.csv", "NA\n2\n3\n", "in its first row; leave a cell empty where a value is missing"),
     (read_signal, "y.csv", ",rain\n0,1.5\n1,2.5\n2,3.5\n", INDEX),
@@ -290,10 +292,10 @@ def test_the_command_denoises_a_scan_with_holes(tmp_path, command):
     np.testing.assert_array_equal(fitted.affine, AFFINE)
     assert np.abs(fitted.get_fdata() - clean).mean() < 10
     assert abs(fitted.get_fdata()[3, 6, 5] - 900) < 40
-    summary = json.loads((tmp_path / "calm.nii-summary.json").read_text())
+    summary = json.loads((tmp_path / "calm-summary.json").read_text())
     assert (summary["status"], summary["spacing"]) == ("CONVERGED", list(SPACING))
     assert summary["isotropic"]
-    assert (tmp_path / "calm.nii-before-after.png").is_file()
+    assert (tmp_path / "calm-before-after.png").is_file()
 
 
 @pytest.mark.parametrize(
@@ -310,3 +312,15 @@ def test_options_that_do_not_fit_end_before_any_work(tmp_path, command, options,
     assert status == 2
     assert text in " ".join(err.split())
     assert not (tmp_path / "calm.npz").exists()
+
+
+def test_a_cell_that_says_NA_is_a_missing_value(tmp_path):
+    table = read_signal(put(tmp_path / "y.csv", "a,b\n1,NA\n null ,4\n")).values
+    np.testing.assert_array_equal(table, [[1, np.nan], [np.nan, 4]])
+
+
+@pytest.mark.filterwarnings("error")
+def test_dates_with_time_zones_are_moments(tmp_path):
+    rows = "2020-01-01T23:00Z,1\n2020-01-02T02:00+02:00,2\n2020-01-02T06:00,3\n"
+    found = SERIES(put(tmp_path / "y.csv", f"timestamp,y\n{rows}"))
+    np.testing.assert_allclose(found.times * 24, [0, 1, 7], atol=1e-9)

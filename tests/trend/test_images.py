@@ -114,6 +114,11 @@ def test_a_volume_has_spacing_and_channels():
     np.testing.assert_allclose(colours.image[..., 1], plain.image, atol=0.5)
 
 
+def test_a_choice_is_no_text(rng):
+    with pytest.raises(ValueError, match="couple is True, False or None, given 'no'"):
+        denoise(rng.uniform(size=(4, 4, 3)), 1.0, couple="no")
+
+
 def test_integers_of_32_bits_keep_their_digits():
     for kind, value in ((np.uint32, 2**32 - 1), (np.int32, 2**31 - 1), (np.int32, -(2**31))):
         assert (denoise(np.full((6, 6), value, kind), 10.0).image == value).all()
@@ -135,3 +140,14 @@ def test_a_pixel_that_is_not_known_leaves_the_others_on_the_picture(tmp_path, rn
     before_and_after(image, image, tmp_path / "shown.png")
     shown = matplotlib.image.imread(tmp_path / "shown.png")[..., :3]
     assert np.mean(shown.min(axis=2) < 0.99) > 0.5
+
+
+@pytest.mark.parametrize(("kind", "low", "high"), [(np.int16, -1000, 1500), (np.uint16, 0, 4095), (float, -3.0, -1.0)])
+def test_a_scan_fills_the_greys_of_its_figure(tmp_path, kind, low, high):
+    image = np.full((8, 8), low, kind)
+    image[:, 4:] = high
+    before_and_after(image, image, tmp_path / "shown.png", ("$\\frac$", "after"))
+    shown = matplotlib.image.imread(tmp_path / "shown.png")[..., 0]
+    # The middles of the four halves, in the lower part of the figure.
+    row = shown[len(shown) // 2]
+    np.testing.assert_allclose(row[np.array([1, 3, 5, 7]) * len(row) // 8], [0, 1, 0, 1], atol=0.01)

@@ -56,15 +56,21 @@ def plot_image(image: Any, axis: Any = None, *, title: str = "", limits: tuple[f
 def before_and_after(
     noisy: np.ndarray, denoised: np.ndarray, path: str | Path, captions: tuple[str, str] = ("before", "after")
 ) -> None:
-    """Write two images side by side as a figure: grey, or three colours, without opacity and further channels."""
+    """Write two images side by side as a figure: grey, or three colours, without opacity and further channels.
+
+    Black and white are 0 and 255 for 8 bits, and otherwise the range of `noisy`: few scans use all of 16 bits, or start
+    at 0. NaN is black.
+    """
     import matplotlib.pyplot as plt
 
-    top = float(np.iinfo(noisy.dtype).max) if noisy.dtype.kind in "ui" else max(float(np.nanmax(noisy)), 1e-12)
+    known = noisy[np.isfinite(noisy)]
+    limits = (0, 255) if denoised.dtype == np.uint8 else style.colour_limits(None, known, "the image")
     height, width = noisy.shape[:2]
     axes = style.axes_or_new(None, 2, 2, (10, 5.4 * height / width + 0.4))
     for axis, image, caption in zip(axes, (noisy, denoised), captions, strict=True):
         colours = image if image.ndim < 3 else image[..., :3] if image.shape[-1] > 2 else image[..., 0]
-        plot_image(np.nan_to_num(colours), axis, title=caption, limits=(0, top))
+        plot_image(np.where(np.isnan(colours), limits[0], colours), axis, limits=limits)
+        axis.set_title(caption, parse_math=False)
     axes[0].figure.savefig(path, dpi=150)
     plt.close(axes[0].figure)
 
@@ -98,9 +104,13 @@ def observed_and_fit(
     for axis, name, dots, line in zip(axes, names, observed.T, fit.T, strict=False):
         order = np.argsort(line, kind="stable") if times is None else np.arange(line.size)
         plot_chain(dots[order], line[order], axis, positions=positions)
-        axis.set(xlabel="nodes, in the order of their fit" if times is None else places, ylabel=name)
+        axis.set_xlabel("nodes, in the order of their fit" if times is None else places, parse_math=False)
+        axis.set_ylabel(name, parse_math=False)
         if dated:
             axis.xaxis_date()
+            axis.xaxis.set_major_formatter(dates.ConciseDateFormatter(axis.xaxis.get_major_locator()))
+        elif times is None or times.dtype.kind == "i":
+            axis.xaxis.get_major_locator().set_params(integer=True)
     axes[0].figure.savefig(path, dpi=150)
     plt.close(axes[0].figure)
 

@@ -8,8 +8,11 @@ All functions here raise a `FileError` for an invalid file.
 """
 
 import collections
+import contextlib
 import csv
 import dataclasses
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +25,7 @@ from sparseopt.system.files import replacing
 # The first column of a signal holds ids of nodes if it has one of these names; the column of pieces of a fit.
 ID_NAMES, PIECE = ("node", "id"), "piece"
 # A column of a series beside others holds its times if it has one of these names, and increases.
-TIME_NAMES = ("time", "date", "t", "index")
+TIME_NAMES = ("time", "date", "timestamp", "datetime", "year", "t", "index")
 MICROSECONDS = 24 * 3600 * 10**6  # of a day
 
 
@@ -88,19 +91,18 @@ class _Dates(NamedTuple):
 
 
 def _read_dates(file: Path, place: int, name: str) -> _Dates | None:
-    """A column of dates, or None if it begins with a number."""
+    """A column of dates, or None if it has numbers only, or begins with one."""
     texts = tuple(read_table(file, columns=(place,), texts=True)[:, 0])
-    if not texts[0] or is_number(texts[0]):
+    if is_number(next(filter(None, texts), "0")):
         return None
-    days = np.empty(len(texts))
-    for row, text in enumerate(texts):
-        try:
-            days[row] = np.datetime64(text, "us").astype(np.int64) / MICROSECONDS
-        except ValueError:
-            raise FileError(
-                f"{file} has {text!r} in row {row + 1} of the column {name!r}, where the first row is a date: write "
-                "dates as in 2020-12-31 or 2020-12-31T23:59, or leave out the column"
-            ) from None
+    dates = as_dates(texts)
+    if np.isnat(dates).any():
+        row = int(np.argmax(np.isnat(dates)))
+        raise FileError(
+            f"{file} has {texts[row]!r} in row {row + 1} of the column {name!r}, which holds dates: write every date "
+            "as in 2020-12-31 or 2020-12-31T23:59, or leave out the column"
+        )
+    days = dates.astype(np.int64) / MICROSECONDS
     if not (np.diff(days) > 0).all():
         row = int(np.argmin(np.diff(days) > 0))
         raise FileError(
@@ -108,6 +110,17 @@ def _read_dates(file: Path, place: int, name: str) -> _Dates | None:
             "a date one row"
         )
     return _Dates(days - days[0], name, texts)
+
+
+def as_dates(texts: Sequence[str]) -> np.ndarray:
+    """Dates, in UTC if they name a time zone; NaT for other texts."""
+    dates = np.full(len(texts), "NaT", "datetime64[us]")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "no explicit representation of timezones", UserWarning)
+        for row, text in enumerate(texts):
+            with contextlib.suppress(ValueError):
+                dates[row] = np.datetime64(text, "us")
+    return dates
 
 
 def _with_names(

@@ -59,7 +59,7 @@ def _read_csv(file: Path, columns: tuple[int, ...], texts: bool) -> np.ndarray:
                 usecols=columns or None,
                 comments=None if columns or texts else "#",  # an id may have one
                 quotechar='"',
-                converters=str.strip if texts else lambda cell: float(cell or "nan"),
+                converters=str.strip if texts else _number,
                 encoding="utf-8-sig",
             )
         except ValueError as error:
@@ -67,7 +67,12 @@ def _read_csv(file: Path, columns: tuple[int, ...], texts: bool) -> np.ndarray:
                 raise
             text, row, column = found[1], int(found[2]) + 1, int(found[3])
             where = f"the column {cells[column - 1]!r}, row {row} below the heading" if heading else f"row {row}"
-            raise ValueError(f"{text} in {where}, is no number: leave out columns of texts") from error
+            advice = "separate columns by commas" if ";" in text or "\\t" in text else "leave out columns of texts"
+            raise ValueError(f"{text} in {where}, is no number: {advice}") from error
+
+
+def _number(cell: str) -> float:
+    return float("nan" if not cell or cell.strip().lower() in NOT_THERE else cell)
 
 
 def _with_blanks(lines: Iterable[str], heading: bool) -> Iterator[str]:

@@ -143,7 +143,7 @@ class TrendSolution(Solution):
     def _changed(self, graph: Graph) -> np.ndarray:
         """`nonzero` in any channel, in the layout of the rows."""
         found = np.asarray(self.nonzero)
-        return layout_of(graph).rows(found.reshape(len(found), -1).any(axis=1), self.order + 1)
+        return layout_of(graph).rows(found.any(axis=tuple(range(1, found.ndim))), self.order + 1)
 
 
 def nonzero_at(

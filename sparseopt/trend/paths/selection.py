@@ -138,7 +138,7 @@ def select(path: TrendPath, criterion: str = "gcv", sigma: float | None = None) 
     if np.isposinf(curve).all():
         raise ValueError(
             f"{criterion} calls no level best: every level has too many degrees of freedom for it "
-            f"({freedom.min():g} or more of {count} values); give sigma, with which 'sure' and 'aic' can"
+            f"({freedom.min():g} or more of {count} values); give a weight, or sigma, with which 'sure' and 'aic' can"
         )
     return Selection(path, criterion, curve, int(np.argmin(curve)), sigma)
 
