@@ -2,6 +2,7 @@
 
 import gc
 import re
+import signal
 import sys
 from collections import Counter
 from pathlib import Path
@@ -25,6 +26,9 @@ MAPS, MAPS_LIMIT = Path("/proc/self/maps"), 30_000
 def pytest_configure(config):
     if not hasattr(config, "workerinput"):  # once, not in every worker
         trim(programs.KEPT, programs.SIZE_LIMIT)
+    # A shell's background job ignores Ctrl-C, and so would the commands that tests start and stop.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish():

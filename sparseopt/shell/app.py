@@ -148,6 +148,9 @@ def stopped_in_time() -> Iterator[None]:
     compilation. So a thread reads the signals, and ends a process that has not ended by then. Nothing on disk needs the
     main thread for that: files are written under temporary names, and the system releases locks.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as of a shell's background jobs
+        yield
+        return
     signals, came = os.pipe()
     os.set_blocking(came, False)
     threading.Thread(target=_end_in_time, args=(signals,), daemon=True).start()

@@ -256,7 +256,7 @@ for parts in (4, 2, 1):
 time.sleep(0.5)
 pages, said = int(Path("/proc/self/statm").read_text().split()[0]), ""
 # Whole it takes about 200 MiB, by fourths less than half of that.
-limit = pages * resource.getpagesize() + 128 * 2**20
+limit = pages * resource.getpagesize() + 160 * 2**20
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 try:
     layer_solver(job, method)

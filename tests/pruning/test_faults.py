@@ -373,7 +373,7 @@ def test_a_pruning_whose_pager_was_closed_goes_on_to_its_end(tmp_path, whole, ar
     process = subprocess.Popen(
         [sys.executable, "-m", "sparseopt", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    assert process.stdout.readline() == "default --sparsity 0.5: that fraction of the weights of every linear\n"
+    assert process.stdout.readline() == "default --sparsity 0.5: that fraction of the weights of every linear layer\n"
     process.stdout.close()
     complaints = process.stderr.read()
     assert process.wait() == 0
