@@ -99,7 +99,7 @@ def linear_table(found: "Inspection") -> Table:
         for linear in found.linears
     ]
     return console.comparison_table(
-        "Linears of the blocks", ("linear", "blocks", "shape", "count", "dtype", "weights", "to prune"), rows
+        "Linear layers of the blocks", ("layer", "blocks", "shape", "count", "dtype", "weights", "to prune"), rows
     )
 
 

@@ -92,8 +92,8 @@ def title_of(report: PruneReport) -> str:
 
 def run_page(report: PruneReport, command: str, environment: Mapping[str, Any]) -> str:
     """The text of report.html: the contents of the card, the cost of the run, and every layer."""
-    tables = [layer_table(report), linear_table("Every pruned linear", report.layers)] if report.layers else []
-    tables += [linear_table("Every linear in few bits", report.grids)] if report.grids else []
+    tables = [layer_table(report), linear_table("Every pruned layer", report.layers)] if report.layers else []
+    tables += [linear_table("Every layer in few bits", report.grids)] if report.grids else []
     errors = dict[str, list[float]]()
     for record in report.layers or report.grids:
         errors.setdefault(f"block {record.block}", []).append(record.relative_error)

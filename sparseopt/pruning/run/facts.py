@@ -212,4 +212,4 @@ def linear_table(title: str, records: Sequence[Any]) -> Table:
     # The names without the path of their block.
     own = ((r.layer.split(f".{r.block}.", 1)[-1], r) for r in records)
     rows = [[linear, str(r.block), *(cell(getattr(r, name)) for name in names)] for linear, r in own]
-    return Table(title, ["linear", "block", *(COLUMNS[name] for name in names)], rows)
+    return Table(title, ["layer", "block", *(COLUMNS[name] for name in names)], rows)
