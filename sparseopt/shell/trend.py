@@ -351,7 +351,7 @@ def _write(
 
     def made(command: str) -> str:
         rows = [(name.replace("_", " "), report.cell(value)) for name, value in figures.items()]
-        shown = report.Report(report.Table("The fit", ("figure", "value"), rows), figures=drawn)
+        shown = report.Report(report.Table("The fit", ("quantity", "value"), rows), figures=drawn)
         steps = [report.Fact(f"--weight {2 * figures['weight']:.3g} --force", "in the same command smooths more")]
         return report.html_page(title, [shown], command, environment(), steps)
 
