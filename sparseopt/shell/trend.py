@@ -18,6 +18,7 @@ from sparseopt.core.penalties.names import BY_WEIGHT, penalty_of_weight
 from sparseopt.shell import console
 from sparseopt.shell.options import ManyDevices, number_of_devices, numbers
 from sparseopt.system import report
+from sparseopt.system.files import write_whole
 from sparseopt.system.machine import environment
 from sparseopt.trend.methods.choice import AUTO, METHODS
 
@@ -346,7 +347,7 @@ def _write(
 ) -> None:
     """Write a fit's figures as JSON and as a page."""
     summary, page = ends
-    summary.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write_whole(summary, json.dumps(figures, indent=2) + "\n")
     console.say(f"wrote {', '.join(map(str, [*written, summary]))}")
 
     def made(command: str) -> str:

@@ -138,6 +138,7 @@ def denoise(
         if devices is not None:
             raise ValueError("a weight is chosen on one device: give weight, or leave out devices")
         weight = _of_least_risk(colours, grid, template, order, noise, options, observer)
+        # By the program with which the weight was chosen.
         solution = trend_path(colours, grid, template, order, weights=[weight], **options).at(0)
     else:
         penalty = dataclasses.replace(template, weight=weight)

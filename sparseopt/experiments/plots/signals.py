@@ -61,8 +61,6 @@ def before_and_after(
     Black and white are 0 and 255 for 8 bits, and otherwise the range of `noisy`: few scans use all of 16 bits, or start
     at 0. NaN is black.
     """
-    import matplotlib.pyplot as plt
-
     known = noisy[np.isfinite(noisy)]
     limits = (0, 255) if denoised.dtype == np.uint8 else style.colour_limits(None, known, "the image")
     height, width = noisy.shape[:2]
@@ -71,8 +69,7 @@ def before_and_after(
         colours = image if image.ndim < 3 else image[..., :3] if image.shape[-1] > 2 else image[..., 0]
         plot_image(np.where(np.isnan(colours), limits[0], colours), axis, limits=limits)
         axis.set_title(caption, parse_math=False)
-    axes[0].figure.savefig(path, dpi=150)
-    plt.close(axes[0].figure)
+    style.write_figure(axes[0].figure, path, 150)
 
 
 def observed_and_fit(
@@ -94,7 +91,6 @@ def observed_and_fit(
         times: ascending `[n]`, numbers or dates; None for a graph, whose nodes stand in the order of their fit.
         places: what the times are.
     """
-    import matplotlib.pyplot as plt
     from matplotlib import dates
 
     shown = min(len(names), MOST_PANELS)
@@ -111,8 +107,7 @@ def observed_and_fit(
             axis.xaxis.set_major_formatter(dates.ConciseDateFormatter(axis.xaxis.get_major_locator()))
         elif times is None or times.dtype.kind == "i":
             axis.xaxis.get_major_locator().set_params(integer=True)
-    axes[0].figure.savefig(path, dpi=150)
-    plt.close(axes[0].figure)
+    style.write_figure(axes[0].figure, path, 150)
 
 
 def _image_limits(colours: np.ndarray) -> tuple[float, float] | None:

@@ -145,12 +145,17 @@ def colour_limits(limits: Any, values: np.ndarray, what: str) -> tuple[float, fl
 
 def save_figure(axes: Any, path: Path, title: str) -> Path:
     """Give the axes' figure a title, write it, close it."""
-    import matplotlib.pyplot as plt
-
     figure = np.ravel(axes)[0].figure
     figure.suptitle(textwrap.fill(title, max(int(TITLE_CHARACTERS * figure.get_figwidth()), 20)))
-    drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=130)
-    plt.close(figure)
-    write_whole(path, drawn.getvalue())
+    write_figure(figure, path, 130)
     return path
+
+
+def write_figure(figure: Any, path: str | Path, dpi: int) -> None:
+    """Write a figure whole, in the format of the file's ending, and close it."""
+    import matplotlib.pyplot as plt
+
+    drawn, file = io.BytesIO(), Path(path)
+    figure.savefig(drawn, dpi=dpi, format=file.suffix[1:] or None)
+    plt.close(figure)
+    write_whole(file, drawn.getvalue())
