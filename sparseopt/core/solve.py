@@ -1,5 +1,6 @@
 """`solve`, the front door of the core: checks on the host, the choice of a solver, the start."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,11 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from sparseopt.core.base.arguments import class_or_function, fits, own_refusal, refuses_leaves, renames
+from sparseopt.core.base.arguments import (
+    class_or_function,
+    fits,
+    own_refusal,
+    refuses_leaves,
+    refuses_not_finite,
+    renames,
+)
+from sparseopt.core.base.types import here, is_traced, precision, wide_types
 from sparseopt.core.losses.data import DataLoss
 from sparseopt.core.losses.quadratic import Quadratic
 from sparseopt.core.losses.scalar import ScalarLoss
-from sparseopt.core.operators.matrices import refuses_map, refuses_transpose
+from sparseopt.core.operators.matrices import known_matrix, refuses_map, refuses_transpose
 from sparseopt.core.penalties.protocols import is_convex
 from sparseopt.core.problem.iterate import iterate
 from sparseopt.core.problem.padding import cut, pad_problem
@@ -40,7 +49,7 @@ def _exact_pays(problem: Problem) -> bool:
     """Whether a product with an inverse of all unknowns is cheap compared to products with the matrices."""
     size = math.prod(problem.loss.start_shape())
     maps = (problem.operator, getattr(problem.loss, "matrix", getattr(problem.loss, "hessian", None)))
-    return size <= FEW or size**2 <= ENTRIES * sum(leaf.size for leaf in jax.tree.leaves(maps))
+    return size <= FEW or size**2 <= ENTRIES * sum(map(np.size, jax.tree.leaves(maps)))
 
 
 # The first that accepts a problem and suits it is chosen; one with None suits every problem that it accepts.
@@ -73,7 +82,8 @@ def chosen_solver(problem: Problem) -> Choice:
     """Return the solver that `solve` uses for a problem if none is given, and why.
 
     Raises:
-        ValueError: if no solver accepts the problem, with what each of them needs.
+        ValueError: for a problem that `solve` refuses whatever the solver, and if no solver accepts it, with what each
+            of them needs.
 
     Example:
         >>> loss = so.LeastSquares(np.eye(3), np.ones(3))
@@ -82,6 +92,8 @@ def chosen_solver(problem: Problem) -> Choice:
         >>> print(so.chosen_solver(so.Problem(loss, so.L1(1.0), np.diff(np.eye(3), axis=0))).why)
         an operator or a loss with kinks, and few unknowns: an inverse computed once saves many steps
     """
+    if reason := _refuses_problem(problem):
+        raise ValueError(reason)
     reasons = []
     for solver, suits, why in CANDIDATES:
         reason = solver.refuses(problem)
@@ -97,11 +109,15 @@ def solve(
     solver: Solver | None = None,
     start: Any = None,
     *,
-    tol: float | Array = 1e-6,
+    tol: float | Array | None = None,
     max_steps: int | Array = 10_000,
     history: bool = False,
 ) -> Solution:
     """Solve a problem; works under `jit`, `vmap` and `grad` too.
+
+    The dtype of its JAX arrays decides the precision. If all arrays are NumPy's (or lists, or SciPy's), it is theirs,
+    at least float32 and float64 for whole numbers, whatever JAX's 64-bit flag says; the answer in float64 then consists
+    of NumPy arrays unless the flag is on. A TPU computes in float32. Inside `jit`, `vmap` or `grad` JAX's flag decides.
 
     `value` and `objective` have derivatives of every order (`jax.grad`, `jax.jvp`) with respect to every leaf of the
     problem, by the implicit function theorem: one linear solve, whatever the number of iterations. They are exact where
@@ -114,42 +130,51 @@ def solve(
         start: where to begin, of the answer's shape and dtype, or None for zeros. With None,
             `AcceleratedProximalGradient` and a concave penalty (`MCP`, `SCAD`, `LogSum`) the first 200 iterations
             follow paths of such penalties to a better start (`GraduatedProximalGradient`).
-        tol: bound on the solver's residual: the relative duality gap `(P - D) / D` if there is a certificate. With a
-            negative `tol` the solver runs `max_steps` steps.
+        tol: bound on the solver's residual: the relative duality gap `(P - D) / D` if there is a certificate. None is
+            1e-6 in float64 and 1e-4 in float32, whose gaps often end near 1e-5. With a negative `tol` the solver runs
+            `max_steps` steps.
         max_steps: step limit, 0 or more; a solver whose steps make `stride` iterations rounds it up to whole steps. An
             integer if a history is requested.
         history: record residual, objective and gap after every step. If a step of the solver makes `stride` iterations,
             the history has one entry per iteration, and those between steps are NaN.
 
     Returns:
-        A `Solution`. `solve` never raises on non-convergence; `solution.check()` does. An answer with an entry that is
-        not finite has the status NONFINITE.
+        A `Solution`. `solve` never raises on non-convergence; `solution.check()` does. CONVERGED means that the gap is
+        known and at most `tol`; without a gap a small residual is STATIONARY. An answer with an entry that is not
+        finite has the status NONFINITE. A constraint on `operator x` is met up to `1e-3 tol max(1, max |operator x|)`
+        in float64, up to `tol` in float32; `violation` says how far it is missed.
 
     Raises:
         ValueError: before any work, for a problem that the solver cannot solve (with the text of its `refuses`), for
             shapes that do not fit, an `rmv` that is not the transpose of `mv`, a Hessian (of 256 rows or fewer) that is
-            not positive semidefinite, data outside a loss's domain, or a negative `max_steps`. The values of tracers
-            are not checked.
+            not positive semidefinite, NaN, data outside a loss's domain, a constraint on `operator x` that no x meets
+            (checked for matrices of up to a million entries), or a negative `max_steps`. The values of tracers are not
+            checked.
 
     Example:
-        >>> problem = so.Problem(so.Quadratic(jnp.eye(3), jnp.array([3.0, 0.1, -2.0])), so.L1(1.0))
+        >>> problem = so.Problem(so.Quadratic(np.eye(3), np.array([3.0, 0.1, -2.0])), so.L1(1.0))
         >>> solution = so.solve(problem).check()
         >>> solution.value.round(3)
-        Array([ 2.,  0., -1.], dtype=float32)
+        array([ 2.,  0., -1.])
         >>> so.Status(int(solution.status)).name
         'CONVERGED'
         >>> jax.grad(lambda weight: so.solve(so.Problem(problem.loss, so.L1(weight))).value.sum())(1.0)
         Array(0., dtype=float32, weak_type=True)
     """
-    if reason := _refuses_data(problem):
+    if reason := _refuses_problem(problem):
         raise ValueError(reason)
+    problem, start, kind = _in_one_precision(problem, start)
+    native = wide_types() or kind != np.float64
+    with precision(kind):
+        found = _solve(problem, solver, start, kind, tol, max_steps, history)
+    return found if native else jax.device_get(found)
+
+
+def _solve(problem: Problem, solver: Any, start: Any, kind: Any, tol: Any, max_steps: Any, history: bool) -> Solution:
     if solver is None:
         solver = chosen_solver(problem).solver
     elif reason := _refuses_solver(solver) or own_refusal(solver, problem):
         raise ValueError(reason)
-    for name in ("loss", "penalty", "operator"):
-        if reason := refuses_leaves(name, getattr(problem, name)):
-            raise ValueError(reason)
     if start is None:
         if not hasattr(problem.loss, "start"):
             raise ValueError(
@@ -159,12 +184,11 @@ def solve(
         start = problem.loss.start()
         if type(solver) is AcceleratedProximalGradient and hasattr(problem.penalty, "with_concavity"):
             solver = GraduatedProximalGradient(solver.step_size, solver.cadence)
-    if type(start) in (list, tuple, int, float, complex):
-        start = np.asarray(start)
     if isinstance(start, np.ndarray | jax.Array):
         if reason := refuses_leaves("start", start) or _refuses_shapes(problem, start):
             raise ValueError(reason)
-        start = jnp.asarray(start, _dtype(problem, start))
+        start = jnp.asarray(start, kind)
+    tol = max(1e-6, min(1e-4, 1e3 * float(jnp.finfo(kind).eps))) if tol is None else tol
     limits: dict[str, Any] = {"tol": tol, "max_steps": max_steps, "history": history}
     if shared := pad_problem(problem, solver, start):
         return cut(iterate(shared[0], solver, shared[1], **limits), problem, shared[0], start)
@@ -179,30 +203,61 @@ def _refuses_solver(solver: Any) -> str | None:
     return f"the solver is an object such as sparseopt.PrimalDual(), given {given}; {advice}"
 
 
-def _refuses_data(problem: Problem) -> str | None:
+def _refuses_problem(problem: Any) -> str | None:
+    """Why no solver can take it."""
     if not isinstance(problem, Problem):
         return f"solve needs a sparseopt.Problem(loss, penalty, operator=None), given {type(problem).__name__}"
-    if kind := class_or_function(problem.loss):
+    loss, penalty = problem.loss, problem.penalty
+    if kind := class_or_function(loss) or _plain(loss):
         return f"a loss is an object such as sparseopt.LeastSquares(A, b), given {kind}"
-    if isinstance(problem.loss, ScalarLoss):
-        name = type(problem.loss).__name__
+    if isinstance(loss, ScalarLoss):
+        name = type(loss).__name__
         return (
             "solve needs a loss of data, such as sparseopt.LogisticLoss(A, y), given the loss of one observation: "
             f"write DataLoss(so.scalar.{name}(), matrix, target)"
         )
-    if reason := refuses_map("operator", problem.operator):
-        return reason
-    if kind := class_or_function(problem.penalty):
+    if kind := class_or_function(penalty) or _plain(penalty):
         return f"a penalty is an object such as sparseopt.L1(10.0), given {kind}"
-    return own_refusal(problem.penalty) or own_refusal(problem.loss)
+    if isinstance(penalty, DataLoss | Quadratic | ScalarLoss):
+        return f"the order is Problem(loss, penalty, operator), given the loss {type(penalty).__name__} as the penalty"
+    if reason := refuses_map("operator", problem.operator) or own_refusal(penalty) or own_refusal(loss):
+        return reason
+    for name in ("loss", "penalty", "operator"):
+        if reason := refuses_leaves(name, getattr(problem, name)):
+            return reason
+    return refuses_not_finite("operator", problem.operator)
 
 
-def _dtype(problem: Problem, start: Any) -> Any:
-    """A float that holds the entries of start and of every array in the problem."""
-    arrays = [leaf for leaf in (start, *jax.tree.leaves(problem)) if np.ndim(leaf) and hasattr(leaf, "dtype")]
-    floats = [leaf.dtype for leaf in arrays if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    floats += [problem.loss.dtype] if isinstance(problem.loss, DataLoss) else []
-    return jnp.result_type(*map(jax.dtypes.canonicalize_dtype, floats)) if floats else jnp.result_type(float)
+def _plain(given: Any) -> str | None:
+    """What a number, a text or an array in place of an object is; None for an object."""
+    if isinstance(given, np.ndarray | jax.Array):
+        return f"an array of shape {np.shape(given)}"
+    return repr(given) if isinstance(given, int | float | complex | str | list | tuple | np.generic) else None
+
+
+def _in_one_precision(problem: Problem, start: Any) -> tuple[Problem, Any, np.dtype]:
+    """The problem and its start with floats of one dtype, and the dtype; see `solve`. Single numbers do not count."""
+    if type(start) in (list, tuple, int, float, complex):
+        start = np.asarray(start)
+    floats = [leaf for leaf in jax.tree.leaves((problem, start)) if _is_floats(leaf)]
+    of_jax = [leaf for leaf in floats if isinstance(leaf, jax.Array)]
+    kinds = [leaf.dtype for leaf in of_jax or floats]
+    if is_traced((problem, start, here())):
+        kinds = [jax.dtypes.canonicalize_dtype(leaf.dtype) for leaf in floats]
+        return problem, start, np.dtype(jnp.result_type(*kinds) if kinds else jnp.result_type(float))
+    kind = np.result_type(*kinds, np.float32) if kinds else np.dtype(np.float64)
+    if jax.default_backend() == "tpu":
+        kind = np.dtype(np.float32)
+
+    def narrow(leaf: Any) -> Any:
+        return leaf.astype(kind) if _is_floats(leaf) and leaf.dtype.itemsize > kind.itemsize else leaf
+
+    return *jax.tree.map(narrow, (problem, start)), kind
+
+
+def _is_floats(leaf: Any) -> bool:
+    """Whether it is an array of floats; single numbers are promoted to what they meet."""
+    return np.ndim(leaf) > 0 and hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def _refuses_shapes(problem: Problem, start: Any) -> str | None:
@@ -214,4 +269,53 @@ def _refuses_shapes(problem: Problem, start: Any) -> str | None:
     if isinstance(problem.loss, DataLoss):
         maps[f"matrix of {type(problem.loss).__name__}"] = problem.loss.matrix
     reasons = (refuses_transpose(name, given, start) for name, given in maps.items() if given is not None)
-    return next((reason for reason in reasons if reason), None)
+    if reason := next((reason for reason in reasons if reason), None):
+        return reason
+    like = jax.ShapeDtypeStruct(start.shape, jnp.asarray(start).dtype)
+    if not isinstance(problem.loss, DataLoss | Quadratic):
+        return _refuses_array("loss", problem.loss, "gradient", like)
+    rows = like if problem.operator is None else jax.eval_shape(problem.operator.mv, like)
+    return _refuses_array("penalty", problem.penalty, "prox", rows) or _refuses_empty(problem, rows)
+
+
+def _refuses_array(name: str, given: Any, method: str, like: Any) -> str | None:
+    """Why a penalty or a loss of the user's own does not accept arrays like `like`."""
+    leaves, tree = jax.tree.flatten(given)
+    kinds = tuple((np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+    return _refuses_kind(name, method, tree, kinds, like.shape, like.dtype) if hasattr(given, method) else None
+
+
+@functools.lru_cache(maxsize=1024)
+def _refuses_kind(name: str, method: str, tree: Any, kinds: tuple, shape: tuple[int, ...], dtype: Any) -> str | None:
+    leaves = [jax.ShapeDtypeStruct(*kind) for kind in kinds]
+    step = (1.0,) if method == "prox" else ()
+
+    def called(leaves: Any, x: Any) -> Any:
+        part = tree.unflatten(leaves)
+        return getattr(part, method)(x, *step), part.value(x)
+
+    try:
+        made, value = jax.eval_shape(called, leaves, jax.ShapeDtypeStruct(shape, dtype))
+    except (TypeError, ValueError, IndexError) as error:
+        return f"the {name} does not accept an array of shape {shape}: {str(error).splitlines()[0]}"
+    if jnp.shape(made) != shape or jnp.shape(value) != ():
+        return (
+            f"the {name} needs a {method} of the array's shape {shape} and one number as its value, given shapes "
+            f"{jnp.shape(made)} and {jnp.shape(value)}: check the shapes of its weights"
+        )
+    return None
+
+
+# Of an operator that is checked for a constraint that no x meets.
+MOST_ENTRIES = 10**6
+
+
+def _refuses_empty(problem: Problem, rows: Any) -> str | None:
+    """Why no x meets a constraint on `operator x`."""
+    if not (getattr(problem.penalty, "excludes_zero", False) and len(rows.shape) == 1):
+        return None
+    matrix: Any = known_matrix(problem.operator)
+    known = matrix is not None and not is_traced(problem.penalty)
+    if not (known and matrix.size <= MOST_ENTRIES and problem.penalty.misses(matrix)):
+        return None
+    return f"no x has `operator x` in the {type(problem.penalty).__name__}: the constraints contradict each other"

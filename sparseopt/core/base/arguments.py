@@ -91,6 +91,22 @@ def refuses_leaves(name: str, given: Any) -> str | None:
     return None
 
 
+def refuses_not_finite(name: str, given: Any) -> str | None:
+    """Why a pytree of arrays cannot be computed with: an entry is NaN or infinite. Only what a CPU holds is checked."""
+    for leaf in jax.tree.leaves(given):
+        if is_traced(leaf) or not hasattr(leaf, "dtype") or not jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating):
+            continue
+        if isinstance(leaf, jax.Array) and {device.platform for device in leaf.devices()} != {"cpu"}:
+            continue
+        array = np.asarray(leaf)
+        with np.errstate(all="ignore"):
+            fine = np.isfinite(array.sum())  # without a copy of a large array
+        if not fine and (wrong := np.argwhere(~np.isfinite(array))).size:
+            place = tuple(wrong[0].tolist())
+            return f"the {name} must hold finite numbers, given {array[place]} at {place} ({len(wrong)} such)"
+    return None
+
+
 def class_or_function(given: Any) -> str | None:
     """`the class L1` or `the function f`, which stands in place of an object; None for an object."""
     kind = "class" if isinstance(given, type) else "function" if isinstance(given, FunctionType) else None
@@ -176,6 +192,12 @@ class Limited:
         for name in self.number_names:
             if (given := getattr(self, name)) is None or isinstance(given, str | list | tuple):
                 return f"the penalty's {name} must hold real numbers, given {given!r}"
+            number = given if is_traced(given) else np.asarray(given)
+            if not is_traced(given) and number.dtype.kind == "f":
+                # Of a bound infinity means that there is none.
+                bad = np.isnan(number) if name not in self.least else ~np.isfinite(number)
+                if bad.any():
+                    return f"the {name} of {type(self).__name__} must be finite, given {number[bad].flat[0]}"
         for name in self.least:
             if (smallest := np.min(known_numbers(self, name), initial=0)) < 0:
                 return f"the penalty's {name} must not be negative, given {smallest}"

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sparseopt.core.base.arguments import class_or_function, fits, own_refusal, refuses_leaves
+from sparseopt.core.base.arguments import class_or_function, fits, own_refusal, refuses_leaves, refuses_not_finite
 from sparseopt.core.base.dense import product
 from sparseopt.core.base.sums import total
 from sparseopt.core.base.types import FloatArray, is_traced, pytree
@@ -37,7 +37,8 @@ class DataLoss:
         matrix: A: a dense or SciPy sparse matrix `[rows, columns]`, a linear map, or None for the identity. It may have
             more columns than rows.
         target: b, `[rows]`, or `[rows, channels]` for an x of `[columns, channels]`, in the domain of f.
-        weights: w, `[rows]`, not negative; None for ones. A weight of 0 marks a b that is not observed.
+        weights: w, `[rows]` or one number, not negative; None for ones. A weight of 0 marks a b that is not observed,
+            and may be NaN.
         low: for a loss without a matrix, the lower end of the box in which an unobserved x lies, or is assumed to lie,
             `[channels]` or a number; None for 0.
         high: its upper end.
@@ -77,6 +78,8 @@ class DataLoss:
             target = target.astype(self.dtype)
         if weights is not None:
             weights = jnp.reshape(weights, jnp.shape(weights) + (1,) * (target.ndim - jnp.ndim(weights)))
+            # Missing: any number that is finite, since a weight of 0 times NaN is NaN.
+            target = jnp.where((weights > 0) | jnp.isfinite(target), target, 0)
         return dataclasses.replace(self, matrix=None, target=target, weights=weights)
 
     @property
@@ -187,7 +190,8 @@ class DataLoss:
         plain = weights is None and self.is_square
         if not plain:
             kind = jnp.result_type(self.matrix.matrix, jnp.float32)
-            weights = np.append(np.ones(len(target), kind) if weights is None else weights, np.zeros(rows, kind))
+            weights = np.broadcast_to(np.ones((), kind) if weights is None else weights, target.shape)
+            weights = np.append(weights, np.zeros(rows, kind))
         matrix = np.pad(np.asarray(self.matrix.matrix), ((0, rows), (0, columns)))
         # The last target is one that the loss accepts.
         target = np.append(target, np.repeat(0 * target[-1:] if plain else target[-1:], rows))
@@ -207,6 +211,8 @@ class DataLoss:
         if reason := refuses_map(f"matrix of {name}", self.matrix):
             return reason
         given, weights = np.shape(self.target), self.weights
+        if not given:
+            return f"the target of {name} is an array [rows] or [rows, channels], given {self.target!r}"
         shape: tuple[int, ...] = getattr(self.matrix, "out_shape", ())
         if given[: len(shape)] != shape:
             return (
@@ -219,7 +225,7 @@ class DataLoss:
             return None
         if weights is not None and not np.all(np.isfinite(weights) & (np.asarray(weights) >= 0)):
             return f"the weights of {name} must be finite and not negative"
-        if reason := own_refusal(self.scalar):
+        if reason := own_refusal(self.scalar) or refuses_not_finite(f"matrix of {name}", self.matrix):
             return reason
         target = np.asarray(self.target)
         seen: Any = True

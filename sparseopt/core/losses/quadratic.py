@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sparseopt.core.base.arguments import refuses_leaves
+from sparseopt.core.base.arguments import refuses_leaves, refuses_not_finite
 from sparseopt.core.base.dense import HIGHEST, product
 from sparseopt.core.base.types import is_traced, pytree
 
@@ -81,11 +81,14 @@ class Quadratic:
         wanted = center[:1] * 2
         if len(given) != 2 or given != wanted:
             return f"a Quadratic with a center of shape {center} needs a hessian of shape {wanted}, given {given}"
-        if is_traced(self.hessian) or len(self.hessian) > MOST_CHECKED or not np.all(np.isfinite(self.hessian)):
+        for name in ("hessian", "center"):
+            if reason := refuses_not_finite(f"{name} of a Quadratic", getattr(self, name)):
+                return reason
+        if is_traced(self.hessian) or len(self.hessian) > MOST_CHECKED:
             return None
         matrix = np.asarray(self.hessian)
         # What a sum over many rows in this precision rounds.
-        precision = float(jnp.finfo(jnp.result_type(matrix.dtype, jnp.float32)).eps)
+        precision = float(jnp.finfo(np.promote_types(matrix.dtype, np.float32)).eps)
         matrix = matrix.astype(np.float64)
         rounding = 10 * precision * len(matrix) * np.max(np.abs(matrix), initial=0)
         if np.max(np.abs(matrix - matrix.T), initial=0) > rounding:

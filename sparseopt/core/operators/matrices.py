@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from scipy import sparse
 
+from sparseopt.core.base.arguments import real_array
 from sparseopt.core.base.dense import product
 from sparseopt.core.base.types import FloatArray, is_traced, pytree, static
 from sparseopt.core.operators.differences import Difference, spread
@@ -85,7 +86,7 @@ class SparseMatrix(Matrix):
 
 
 def linear_map(given: Any) -> Any:
-    """The linear map of a dense or SciPy sparse matrix; anything else, such as a linear map or None, unchanged."""
+    """The linear map of a dense or SciPy sparse matrix, or of a list of rows; anything else, as None, unchanged."""
     if sparse.issparse(given):
         columns = sparse.csc_array(given)
         # The first entries of all columns, then the second ones, and so on: consecutive sums into one place wait for
@@ -96,9 +97,22 @@ def linear_map(given: Any) -> Any:
         column = np.repeat(np.arange(columns.shape[1], dtype=np.int32), counts)
         rows = columns.indices.astype(np.int32)
         return SparseMatrix(columns.data[order], rows[order], column[order], columns.shape)
+    if isinstance(given, list | tuple):
+        given = real_array("a matrix", given)
     if isinstance(given, np.ndarray | jax.Array) and given.ndim == 2:
         return Dense(given)
     return given
+
+
+def known_matrix(given: Any) -> Any | None:
+    """The dense or SciPy sparse matrix of a map on the host; None if it is not known."""
+    if is_traced(given):
+        return None
+    if isinstance(given, Dense):
+        return np.asarray(given.matrix)
+    if isinstance(given, SparseMatrix):
+        return sparse.csr_array((given.values, (given.rows, given.columns)), shape=given.shape)
+    return given.matrix() if isinstance(given, PROVEN) and hasattr(given, "matrix") else None
 
 
 def refuses_map(name: str, given: Any) -> str | None:

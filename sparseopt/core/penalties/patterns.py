@@ -24,6 +24,15 @@ class _SparseSet:
     mask: Any
     _holds: Any
 
+    def refuses(self) -> str | None:
+        """Why there are no such arrays, or None."""
+        if is_traced(k := getattr(self, "k", 0)):
+            return None
+        counts = np.asarray(k)
+        if counts.dtype.kind in "biuf" and np.all((counts >= 0) & (counts % 1 == 0)):
+            return None
+        return f"the k of {type(self).__name__} is a whole number of 0 or more, given {k}"
+
     def value(self, x: FloatArray) -> Float[Array, ""]:
         return infinite_unless(self._holds(x), x)
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from scipy import sparse
 
 from sparseopt.core.base.arguments import Limited, known_numbers
 from sparseopt.core.base.thresholds import count_nonzero, infinite_unless, largest_ratio, soft_threshold
@@ -33,11 +34,36 @@ class Support:
         return jnp.where(self.mask, x, jnp.zeros((), x.dtype))
 
 
+def _is_empty(matrix: Any, low: Any, high: Any, total: float | None = None) -> bool:
+    """Whether no x has `low <= matrix x <= high` (and the sum `total`): a linear program on the host."""
+    from scipy.optimize import linprog
+
+    rows = sparse.csr_array(matrix)
+    low, high = (np.broadcast_to(end, rows.shape[:1]) for end in (low, high))
+    below, above = np.isfinite(low), np.isfinite(high)
+    ends = np.concatenate([-low[below], high[above]])
+    # HiGHS has an absolute tolerance: every row in units of its end.
+    units = 1 / np.maximum(np.abs(ends), np.finfo(float).tiny)
+    units = np.where(ends == 0, 1, units)
+    sides = sparse.diags_array(units) @ sparse.vstack([-rows[below], rows[above]])
+    sums: dict[str, Any] = {} if total is None else {"A_eq": rows.sum(axis=0)[None] / total, "b_eq": [1.0]}
+    nothing = np.zeros(rows.shape[1])
+    return linprog(nothing, sides, units * ends, bounds=(None, None), **sums).status == INFEASIBLE
+
+
+# The status of `scipy.optimize.linprog`.
+INFEASIBLE = 2
+
+
 class Ended(Limited):
     """A set between two ends, low and high."""
 
     low: Any
     high: Any
+
+    def misses(self, matrix: Any) -> bool:
+        """Whether no x has `matrix x` in the set; on the host."""
+        return self.excludes_zero and _is_empty(matrix, known_numbers(self, "low"), known_numbers(self, "high"))
 
     @property
     def excludes_zero(self) -> bool:
@@ -141,6 +167,10 @@ class Simplex(Limited):
     least = ()
     above = MappingProxyType({"radius": 0})
     excludes_zero = True
+
+    def misses(self, matrix: Any) -> bool:
+        """Whether no x has `matrix x` in the set; on the host."""
+        return _is_empty(matrix, 0.0, np.inf, float(self.radius))
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
         """0 if no entry is negative and the sum is the radius up to `8 eps sqrt(x.size)` of it, +inf otherwise."""

@@ -54,7 +54,8 @@ def relative_gap(slack: Float[Array, ""], objective: Float[Array, ""], least: An
     floor = jnp.finfo(objective.dtype).tiny if least is None else least
     bound = objective - slack
     gap = slack / jnp.maximum(bound, floor)
-    return jnp.where((bound > 0) | (slack <= floor), gap, jnp.inf)
+    # No loss and no penalty is negative: what rounding makes negative proves nothing.
+    return jnp.where(((bound > 0) | (slack <= floor)) & (objective >= 0), gap, jnp.inf)
 
 
 @jax.jit
@@ -163,8 +164,11 @@ def certificate(
     dual: FloatArray | None = None,
     metric: Metric | None = None,
     effort: Effort | None = None,
+    inside: FloatArray | None = None,
 ) -> Certificate:
     """The relative duality gap at x with the dual pair, moved and scaled until it is feasible.
+
+    With `inside` it is the gap of `f(A x) + penalty(inside)`: a term `<u, inside - K x>` joins the two slacks.
 
     Args:
         problem: its loss is a `DataLoss`, its penalty has a conjugate.
@@ -174,10 +178,12 @@ def certificate(
         dual: u, in the domain of the penalty's conjugate, of the shape of `K x`; None for `-Aᵀ s`, without an operator.
         metric: in which the pair is moved; None uses the metric of the columns of A.
         effort: what the moves may cost; None uses the default.
+        inside: a point of the penalty's domain near `K x`, which may lie outside; None for `K x`.
     """
     loss, penalty, plain = problem.loss, problem.penalty, problem.operator is None
     maps = or_identity(problem.operator, x)
-    rows, y = loss.rows, maps.mv(x)
+    rows, mapped = loss.rows, maps.mv(x)
+    y = mapped if inside is None else inside
     # Whether u has a ball in which it can move.
     bounded = not plain and is_norm(penalty)
     limits = jnp.finfo(x.dtype)
@@ -300,11 +306,14 @@ def certificate(
     share = 1 / jnp.maximum(jnp.maximum(gauge(penalty, dual), jnp.max(beyond, initial=0)), 1)
     loss_dual, dual = rows.weigh(jnp.clip(share * slope, low, high)), share * dual
     slack = jnp.maximum(rows.slack(image, -loss_dual) + total(penalty.slack(y, dual)), 0)
+    if inside is not None:
+        slack = jnp.abs(slack + total(dual * (inside - mapped)))
     # What rounding leaves of the equation, for an answer up to twice as long as x.
     slack = slack + 2 * left * length
     gap = relative_gap(slack, objective)
-    # If P is its own rounding error, the optimum is 0 as far as it is known.
-    nothing = jnp.maximum(objective, slack) <= rounded(loss_dual)
+    # If P is its own rounding error, and tiny beside the loss at 0, the optimum is 0 as far as it is known.
+    least = 16 * ROUNDING * limits.eps * rows.value(jnp.zeros_like(image))
+    nothing = jnp.maximum(objective, slack) <= jnp.minimum(rounded(loss_dual), least)
     gap = jnp.where(nothing, jnp.minimum(gap, limits.eps), gap)
     return Certificate(jnp.where(feasible, gap, jnp.inf), jnp.where(feasible, objective - slack, -jnp.inf))
 

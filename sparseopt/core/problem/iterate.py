@@ -1,5 +1,6 @@
 """`iterate`, the package's only outer loop: the stopping rule, the history and the status."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -7,12 +8,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from sparseopt.core.base.arguments import own_refusal
+from sparseopt.core.base.arguments import finite_number, own_refusal, whole_number
 from sparseopt.core.base.compile import Jitted
 from sparseopt.core.base.types import is_traced
-from sparseopt.core.penalties.protocols import is_convex
 from sparseopt.core.problem.differentiate import Found, attach
 from sparseopt.core.problem.problem import Measure, Problem, Solution, Solver, Status
+
+# Steps are counted in int32.
+MOST_STEPS = 2**31 - 1
 
 
 def iterate(
@@ -28,15 +31,16 @@ def iterate(
 
     `start` is in the form that the solver expects.
     """
-    # In Python: under jit, JAX would trace even what is known.
-    if not is_traced(max_steps) and float(max_steps) < 0:
-        raise ValueError(f"max_steps must be 0 or more, given {max_steps}")
+    if not is_traced(max_steps):
+        max_steps = whole_number("max_steps", max_steps, 0, MOST_STEPS)
+    if not is_traced(tol) and math.isnan(finite_number(tol)):
+        raise ValueError(f"tol must be a finite number, given {tol!r}")
     if reason := own_refusal(solver, problem):
         raise ValueError(reason)
     # A step makes `stride` iterations, so the last one may end beyond the limit.
     length = int(max_steps) + -int(max_steps) % getattr(solver, "stride", 1) if history else 0
     # Without steps there is no loop to compile.
-    moves = not (isinstance(max_steps, int) and max_steps == 0)
+    moves = is_traced(max_steps) or max_steps != 0
     return _iterate(problem, solver, start, tol, max_steps, length, moves)
 
 
@@ -92,8 +96,8 @@ def _iterate(
     # A NaN in the answer may not show in the solver's measure.
     finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(value)]))
     status = jnp.where(last.stalled, Status.PRECISION, Status.MAX_STEPS)
-    # Without convexity a small residual proves no more.
-    reached = Status.CONVERGED if is_convex(problem.penalty) else Status.STATIONARY
+    # Without a gap a small residual proves no more.
+    reached = jnp.where(jnp.isfinite(last.gap), Status.CONVERGED, Status.STATIONARY)
     status = jnp.where(last.residual <= tol, reached, status)
     status = jnp.where(sound(last, steps) & finite, status, Status.NONFINITE).astype(jnp.int32)
     step = solver.prox_step(problem, state) if hasattr(solver, "prox_step") else getattr(state, "step_size", None)
@@ -109,4 +113,5 @@ def _iterate(
         history=record if history_length else None,
         state=state,
         dual=dual,
+        violation=last.violation,
     )

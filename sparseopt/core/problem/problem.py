@@ -14,12 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sparseopt.core.base.types import FloatArray, pytree
+from sparseopt.core.base.arguments import finite_number, is_positive
+from sparseopt.core.base.types import FloatArray, is_traced, pytree
 from sparseopt.core.operators.matrices import linear_map
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.penalties.protocols import is_composite
 from sparseopt.system.report import Fact, html_facts, spread
 
+# The numbers of solvers that must be above 0.
+POSITIVE = ("step_size", "omega", "rho", "sigma")
 # A residual within this multiple of eps may be as low as the precision allows.
 NEAR_ROUNDING = 1e3
 
@@ -50,6 +53,10 @@ class Problem:
         if self.penalty is None:
             object.__setattr__(self, "penalty", L1(0.0))
 
+    def value(self, x: FloatArray) -> Float[Array, ""]:
+        """The objective at x: `loss(x) + penalty(operator x)`, +inf outside a constraint."""
+        return self.loss.value(x) + self.penalty.value(x if self.operator is None else self.operator.mv(x))
+
 
 def unfold(problem: Problem, x: FloatArray) -> Problem:
     """A problem with a `Composite` penalty as one with its inner penalty and its operator."""
@@ -76,14 +83,15 @@ class Status(enum.IntEnum):
     def advice(self) -> str:
         return {
             Status.CONVERGED: "the residual reached the tolerance",
-            Status.MAX_STEPS: "the step limit was reached before the tolerance: raise max_steps, raise tol, or "
-            "try another method; if the problem has constraints, check that some x meets all of them",
+            Status.MAX_STEPS: "the step limit was reached before the tolerance: raise max_steps, raise tol, give "
+            "float64 arrays if these are float32, or try another method; if the problem has constraints, check that "
+            "some x meets all of them",
             Status.NONFINITE: "a value became infinite or NaN: check the input for non-finite or huge values, "
             "or use a smaller step size",
             Status.PRECISION: "rounding keeps the residual above the tolerance, and it no longer falls; "
             "use float64, or raise tol",
-            Status.STATIONARY: "the stationarity residual reached the tolerance; there is no certificate: "
-            "the problem is not known to be convex, or the answer meets a constraint only up to rounding",
+            Status.STATIONARY: "the stationarity residual reached the tolerance; there is no certificate: the problem "
+            "is not known to be convex, the solver computes no gap, or no dual point proved one",
         }[self]
 
 
@@ -96,6 +104,7 @@ class Measure(NamedTuple):
         gap: a relative duality gap or NaN.
         extra: any other scalars for the history, as a pytree.
         stalled: True ends the solve with `Status.PRECISION`: rounding keeps the residual from falling further.
+        violation: how far `operator x` is outside a constraint, see `Solution`; None if the answer lies inside.
     """
 
     residual: Float[Array, ""]
@@ -103,6 +112,7 @@ class Measure(NamedTuple):
     gap: Float[Array, ""]
     extra: Any = None
     stalled: Any = False
+    violation: Any = None
 
 
 class Progress(NamedTuple):
@@ -180,9 +190,15 @@ class ProxSolver(PlainSolver):
         return None, problem.penalty.dual(state.prox_memory) if is_composite(problem.penalty) else None
 
 
-def relative_change(x: FloatArray, previous: FloatArray) -> Float[Array, ""]:
-    """The length of a step over that of the point before it."""
-    return jnp.linalg.norm(x - previous) / jnp.maximum(jnp.linalg.norm(previous), jnp.finfo(x.dtype).tiny)
+def steepness(loss: Any, x: FloatArray) -> Float[Array, ""]:
+    """The length of the gradient at 0, in units of which `stationarity` is measured; x is any array of that shape."""
+    return jnp.linalg.norm(loss.gradient(jnp.zeros_like(x)))
+
+
+def stationarity(x: FloatArray, previous: FloatArray, step: Any, scale: Any) -> Float[Array, ""]:
+    """The length of a step over the step size, so that a tiny step size does not make it small, over `scale`."""
+    tiny = jnp.finfo(x.dtype).tiny
+    return jnp.linalg.norm(x - previous) / jnp.maximum(step, tiny) / jnp.maximum(scale, tiny)
 
 
 @pytree
@@ -199,10 +215,17 @@ class Start:
 def needs(
     solver: Any, problem: Problem, *, operator: bool = False, loss: str = "", penalty: str = "value prox"
 ) -> str | None:
-    """Why a solver refuses a problem that lacks something; None if it lacks nothing.
+    """Why a solver refuses a problem that lacks something, or cannot run with its own numbers; None if it can.
 
     `operator` says whether the solver accepts one; `loss` and `penalty` name the methods and fields that it uses.
     """
+    for name in POSITIVE:
+        given = getattr(solver, name, None)
+        if given is not None and not (is_traced(given) or np.ndim(given) or is_positive(given)):
+            return f"the {name} of {type(solver).__name__} must be positive and finite, given {given!r}"
+    cadence = finite_number(getattr(solver, "cadence", 1))
+    if not (cadence % 1 == 0 and cadence >= 1):
+        return f"the cadence of {type(solver).__name__} is a whole number of at least 1, given {solver.cadence!r}"
     if problem.operator is not None and not operator:
         return (
             f"{type(solver).__name__} uses the prox of the penalty alone and solves problems without an operator, "
@@ -227,13 +250,15 @@ class Solution:
         status: a `Status` as an int32 scalar (an array of them under vmap).
         steps: the number of iterations.
         residual: the solver's stopping measure at the end.
-        objective: loss plus penalty at the end.
+        objective: loss plus penalty at the end; with a violation, the penalty at the nearest point of its set.
         gap: relative duality gap, NaN if the solver has no certificate.
         history: a `Measure` of arrays `[max_steps]`, NaN beyond `steps`, or None if it was not requested (its `stalled`
             is None).
         state: the solver's last state, for a warm start or inspection.
         dual: the subgradient of the penalty at `operator x`, if the solver finds one; for a `Composite` penalty, the
             subgradient of its inner penalty.
+        violation: for a constraint on `operator x`, its largest distance from the set over `max(1, max |operator x|)`;
+            None otherwise.
     """
 
     value: Any
@@ -245,6 +270,7 @@ class Solution:
     history: Any = None
     state: Any = None
     dual: Any = None
+    violation: Any = None
 
     def _repr_html_(self) -> str:
         return html_facts(type(self).__name__, self._facts())

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from sparseopt.core.base.thresholds import count_nonzero, support_change
 from sparseopt.core.base.types import pytree, static
 from sparseopt.core.losses.quadratic import safe_step
-from sparseopt.core.problem.problem import PlainSolver, Problem, needs, relative_change
+from sparseopt.core.problem.problem import PlainSolver, Problem, needs, stationarity, steepness
 
 
 @pytree
@@ -36,6 +36,7 @@ class MaihtState:
     loss: Any
     penalty: Any  # the problem's penalty at the current level
     step_size: Any
+    scale: Any  # of the residual "change"
     momentum_previous: Any  # t0
     momentum: Any  # t1
     objective: Any
@@ -57,7 +58,7 @@ class Maiht(PlainSolver):
             or one if Z is known to be better. "on_increase" computes V only when Z fails to descend from X1: still
             monotone, and mostly one product.
         stop: "support" measures the fraction of entries that entered or left the support in the last step, "change" the
-            relative length of the last step.
+            length of the last step over `step_size`, over the length of the gradient at 0.
         seed: for the random start of the eigenvalue bound.
     """
 
@@ -90,6 +91,7 @@ class Maiht(PlainSolver):
             loss=value,
             penalty=penalty,
             step_size=step,
+            scale=steepness(loss, start) if self.stop == "change" else one,
             momentum_previous=0 * one,
             momentum=one,
             objective=value + penalty.value(start),
@@ -143,10 +145,13 @@ class Maiht(PlainSolver):
             loss=value,
             penalty=penalty,
             step_size=step,
+            scale=state.scale,
             momentum_previous=state.momentum,
             momentum=(1 + jnp.sqrt(1 + 4 * state.momentum**2)) / 2,
             objective=objective,
-            residual=(support_change if self.stop == "support" else relative_change)(x, state.x),
+            residual=support_change(x, state.x)
+            if self.stop == "support"
+            else stationarity(x, state.x, step, state.scale),
         )
 
     def solves(self, problem: Problem, state: MaihtState) -> Problem:

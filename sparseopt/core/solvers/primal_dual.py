@@ -42,7 +42,7 @@ from sparseopt.core.losses.data import DataLoss, as_least_squares
 from sparseopt.core.losses.quadratic import Quadratic, is_smooth
 from sparseopt.core.operators.maps import Pair, or_identity
 from sparseopt.core.operators.matrices import norm_estimate
-from sparseopt.core.penalties.protocols import dual_step, has_conjugate, is_norm
+from sparseopt.core.penalties.protocols import SHORT, dual_step, has_conjugate, is_norm
 from sparseopt.core.problem.certify import ROUNDING, Effort, Metric, certificate
 from sparseopt.core.problem.problem import Measure, Problem, Progress, needs
 from sparseopt.core.problem.units import Units, scales_of, units_of
@@ -60,6 +60,8 @@ PATIENCE = 8
 # The iteration number of a certificate over that of the previous one; its linear solve runs at most this many steps,
 # plus the iterations so far divided by this many.
 CERTIFICATE_GROWTH, LEAST_SOLVE, SOLVE_SHARE = 1.3, 10, 10
+# In float64 a constraint on K x is met this much more closely than the gap.
+CLOSER = 1e3
 # `SplitAdmm` accepts up to this many unknowns.
 CHEAP = 3000
 
@@ -100,6 +102,7 @@ class PrimalDualState:
     gap: Any
     bound: Any  # the best D so far
     next_certificate: Any
+    violation: Any  # of a constraint on K x, see `Solution`; None without one
     progress: Any
 
 
@@ -107,7 +110,9 @@ class PrimalDualState:
 class PrimalDual:
     """The primal-dual method for `solve`: any `DataLoss`, smooth or not, and any penalty of a linear map of x.
 
-    If the penalty has a conjugate, the residual is the relative duality gap. A linear solve must first make the dual
+    If the penalty has a conjugate, the residual is the relative duality gap, and for a constraint on K x the larger of
+    the gap at the nearest point of its set and of the relative distance to it (in float64 a thousand times that), the
+    `violation`. A linear solve must first make the dual
     pair feasible; it is repeated less and less often, and the best bound so far is used in between. Otherwise, and
     while the objective is infinite, the residual is the larger of `||K~ x - y|| / ||K~ x||` and
     `||Aᵀ s + Kᵀ u|| / ||Aᵀ s||`, and the gap is NaN; without convexity nothing more is known about the answer. Without
@@ -187,12 +192,15 @@ class PrimalDual:
             gap=far * jnp.nan,
             bound=-far,
             next_certificate=jnp.zeros((), x.dtype),
+            violation=far if _is_constrained(problem) else None,
             progress=Progress(far, zero),
         )
         if self.omega is not None:
             return dataclasses.replace(state, omega=jnp.asarray(self.omega, x.dtype))
         # The length of the dual over that of its steepest descent step.
         way = units.of**2 * pulled
+        # Of length about 1, so that no square overflows.
+        way = way / jnp.maximum(jnp.max(jnp.abs(way), initial=0), limits.tiny)
         along = maps.mv(way)
         descent = total(pulled * way) / jnp.maximum(total(along[0] ** 2), limits.tiny)
         apart = Point(descent * way, duals, (descent * along[0], descent * along[1]), pulled)
@@ -250,22 +258,31 @@ class PrimalDual:
         limits = jnp.finfo(x.dtype)
         due = state.steps >= state.next_certificate
         image = loss.image(x) if plain else at.images[0]
-        objective = loss.rows.value(image) + penalty.value(x if plain else at.images[1])
+        rows = x if plain else at.images[1]
+        inside = violation = None
+        if _is_constrained(problem):
+            inside = jnp.where(jnp.isfinite(penalty.value(rows)), rows, penalty.prox(rows, SHORT))
+            violation = jnp.max(jnp.abs(inside - rows), initial=0) / jnp.maximum(jnp.max(jnp.abs(rows), initial=0), 1)
+        objective = loss.rows.value(image) + penalty.value(rows if inside is None else inside)
         gap, bound = jnp.full_like(state.residual, jnp.inf), state.bound
         if has_conjugate(penalty):
             # Rounding alone does not bring an objective below a bound.
             refuted = bound - objective > 8 * ROUNDING * limits.eps * jnp.abs(objective)
+            if violation is not None:  # an objective outside the set may be below the optimum
+                refuted = refuted & (violation <= ROUNDING * limits.eps)
             precondition = partial(self._inverse, state) if jnp.ndim(state.metric) else None
             metric = Metric(state.units, state.scales, precondition)
             known = jnp.where(refuted, jnp.inf, objective - bound)
             effort = Effort(due, known, LEAST_SOLVE + state.steps // SOLVE_SHARE)
-            found = certificate(problem, x, image, *at.duals, metric, effort)
+            found = certificate(problem, x, image, *at.duals, metric, effort, inside)
             bound = jnp.where(due & (refuted | (found.bound > bound)), found.bound, bound)
             # The difference of two numbers is known less accurately than a slack.
-            slack = jnp.maximum(objective - bound, 4 * limits.eps * objective)
+            slack = jnp.maximum(jnp.abs(objective - bound), 4 * limits.eps * objective)
             earlier = jnp.where((bound > 0) & ~refuted, slack / jnp.maximum(bound, limits.tiny), jnp.inf)
             gap = jnp.where(due, jnp.minimum(found.gap, earlier), earlier)
         residual, gap = gap, jnp.where(jnp.isfinite(gap), gap, jnp.nan)
+        if violation is not None:
+            residual = jnp.maximum(residual, (CLOSER if limits.bits == 64 else 1) * violation)
         if not is_norm(penalty):
             # Outside the set of a constraint the objective is infinite.
             pairs = list(zip(at.images, state.copies, strict=True))
@@ -285,6 +302,7 @@ class PrimalDual:
             residual=residual,
             gap=gap,
             objective=jnp.minimum(objective, limits.max),
+            violation=violation,
             progress=state.progress.after(residual, due),
         )
 
@@ -334,7 +352,7 @@ class PrimalDual:
 
     def measure(self, problem: Problem, state: PrimalDualState) -> Measure:
         stalled = state.progress.has_stalled(state.residual, PATIENCE)
-        return Measure(state.residual, state.objective, state.gap, {"omega": state.omega}, stalled)
+        return Measure(state.residual, state.objective, state.gap, {"omega": state.omega}, stalled, state.violation)
 
     def duals(self, problem: Problem, state: PrimalDualState) -> tuple[Array, Array]:
         return state.mapped.duals
@@ -345,6 +363,12 @@ class PrimalDual:
     def extract(self, problem: Problem, state: PrimalDualState) -> Float[Array, "..."]:
         """Without an operator the copy, which has the penalty's zeros and lies in its set."""
         return state.copies[1] if problem.operator is None else state.mapped.x
+
+
+def _is_constrained(problem: Problem) -> bool:
+    """Whether the penalty of `K x` may be infinite, and has a certificate all the same."""
+    penalty = problem.penalty
+    return problem.operator is not None and has_conjugate(penalty) and not is_norm(penalty)
 
 
 def _choose(condition: Array, yes: Point, no: Point) -> Point:

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparseopt.core.base.types import pytree, static
-from sparseopt.core.losses.quadratic import safe_step
+from sparseopt.core.losses.quadratic import safe_step, with_image
 from sparseopt.core.penalties.protocols import cold_memory, prox_from
-from sparseopt.core.problem.problem import Problem, ProxSolver, needs, relative_change
+from sparseopt.core.problem.problem import Problem, ProxSolver, needs, stationarity, steepness
 
 
 @pytree
@@ -22,6 +22,7 @@ class ProximalGradientState:
     x: Any
     u: Any
     step_size: Any
+    scale: Any  # of the residual
     objective: Any
     residual: Any
     prox_memory: Any  # what the next prox starts from, if the penalty has an `IterativeProx`
@@ -32,7 +33,7 @@ class ProximalGradient(ProxSolver):
     """Proximal gradient descent as a solver for `solve`; one product with H per step.
 
     F decreases by at least `(1/(2 step) - L/2) ||x_new - x||²` a step when `step < 1/L`.
-    The residual is the relative length of the last step.
+    The residual is `||x_new - x|| / step` over the length of the gradient at 0.
 
     Attributes:
         step_size: below `1 / lambda_max(H)`; None uses `0.97` over a safe bound on it.
@@ -43,18 +44,24 @@ class ProximalGradient(ProxSolver):
     seed: int = static(default=0)
 
     def refuses(self, problem: Problem) -> str | None:
-        return needs(self, problem, loss="gradient value_at" + (" hessian" if self.step_size is None else ""))
+        return needs(self, problem, loss="value gradient" + (" hessian" if self.step_size is None else ""))
 
     def init(self, problem: Problem, start: Float[Array, "n ..."]) -> ProximalGradientState:
         step = safe_step(problem.loss.hessian, self.seed) if self.step_size is None else self.step_size
-        memory = cold_memory(problem.penalty, start)
-        return self._at(problem, start, jnp.asarray(step, start.dtype), jnp.full((), jnp.inf, start.dtype), memory)
+        memory, scale = cold_memory(problem.penalty, start), steepness(problem.loss, start)
+        far = jnp.full((), jnp.inf, start.dtype)
+        return self._at(problem, start, jnp.asarray(step, start.dtype), scale, far, memory)
 
     def step(self, problem: Problem, state: ProximalGradientState) -> ProximalGradientState:
-        x, memory = prox_from(problem.penalty, state.u, state.step_size, state.prox_memory)
-        return self._at(problem, x, state.step_size, relative_change(x, state.x), memory)
+        step, scale = state.step_size, state.scale
+        x, memory = prox_from(problem.penalty, state.u, step, state.prox_memory)
+        return self._at(problem, x, step, scale, stationarity(x, state.x, step, scale), memory)
 
-    def _at(self, problem: Problem, x: Array, step: Array, residual: Array, memory: Any) -> ProximalGradientState:
-        gradient = problem.loss.gradient(x)
-        objective = problem.loss.value_at(x, gradient) + problem.penalty.value(x)
-        return ProximalGradientState(x, x - step * gradient, step, objective, residual, memory)
+    def _at(
+        self, problem: Problem, x: Array, step: Array, scale: Array, residual: Array, memory: Any
+    ) -> ProximalGradientState:
+        loss = with_image(problem.loss)
+        image = loss.image(x)
+        objective = loss.value_at(x, image) + problem.penalty.value(x)
+        u = x - step * loss.gradient_at(x, image)
+        return ProximalGradientState(x, u, step, scale, objective, residual, memory)
