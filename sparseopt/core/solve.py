@@ -240,12 +240,14 @@ def _in_one_precision(problem: Problem, start: Any) -> tuple[Problem, Any, np.dt
     if type(start) in (list, tuple, int, float, complex):
         start = np.asarray(start)
     floats = [leaf for leaf in jax.tree.leaves((problem, start)) if _is_floats(leaf)]
-    of_jax = [leaf for leaf in floats if isinstance(leaf, jax.Array)]
-    kinds = [leaf.dtype for leaf in of_jax or floats]
+    kinds = [leaf.dtype for leaf in floats if isinstance(leaf, jax.Array)] or [leaf.dtype for leaf in floats]
+    whole = np.dtype(np.float64)
+    if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(problem)):
+        whole = np.dtype(jnp.result_type(float))
     if is_traced((problem, start, here())):
         kinds = [jax.dtypes.canonicalize_dtype(leaf.dtype) for leaf in floats]
         return problem, start, np.dtype(jnp.result_type(*kinds) if kinds else jnp.result_type(float))
-    kind = np.result_type(*kinds, np.float32) if kinds else np.dtype(np.float64)
+    kind = np.result_type(*kinds, np.float32) if kinds else whole
     if jax.default_backend() == "tpu":
         kind = np.dtype(np.float32)
 
@@ -275,7 +277,10 @@ def _refuses_shapes(problem: Problem, start: Any) -> str | None:
     if not isinstance(problem.loss, DataLoss | Quadratic):
         return _refuses_array("loss", problem.loss, "gradient", like)
     rows = like if problem.operator is None else jax.eval_shape(problem.operator.mv, like)
-    return _refuses_array("penalty", problem.penalty, "prox", rows) or _refuses_empty(problem, rows)
+    # Single numbers of entries suit every shape.
+    fits_all = getattr(problem.penalty, "separable", False) and not any(map(np.ndim, jax.tree.leaves(problem.penalty)))
+    wrong = None if fits_all else _refuses_array("penalty", problem.penalty, "prox", rows)
+    return wrong or _refuses_empty(problem, rows)
 
 
 def _refuses_array(name: str, given: Any, method: str, like: Any) -> str | None:

@@ -32,6 +32,7 @@ class NoTranspose(ImageGradient):
         return -super().rmv(e)
 
 
+@so.pytree
 class ValueOnly:
     def value(self, x):
         return jnp.sum(x)
@@ -45,6 +46,16 @@ class PlainPenalty(ValueOnly):
 class PlainMap:
     def mv(self, x):
         return x
+
+    rmv = mv
+
+
+@so.pytree
+class Scaled:
+    factor: float
+
+    def mv(self, x):
+        return self.factor * x
 
     rmv = mv
 
@@ -98,8 +109,21 @@ VALUES = of(
         "needs finite numbers, given nan at target 0": squares(np.r_[np.nan, TARGET[1:]]),
         "the weights of least squares must be finite and not negative": squares(weights=-np.ones(ROWS)),
         "the quantile loss needs a level between 0 and 1": of_data(so.scalar.Quantile(2.0)),
+        r"the matrix of least squares must hold finite numbers, given nan at \(3, 2\) \(1 such\)": squares(
+            matrix=np.where(np.arange(ROWS * COLUMNS).reshape(ROWS, -1) == 38, np.nan, MATRIX)
+        ),
+        r"the hessian of a Quadratic must hold finite numbers, given nan": so.Quadratic(np.eye(COLUMNS) * np.nan, ONES),
+        r"the center of a Quadratic must hold finite numbers, given inf at \(0,\)": so.Quadratic(
+            np.eye(COLUMNS), ONES * np.inf
+        ),
     },
 )
+BOTH_SIDES = np.vstack([np.eye(COLUMNS), -np.eye(COLUMNS)])
+VALUES |= {
+    "no x has `operator x` in the Box": Bad(penalty=so.Box(1.0, 2.0), operator=BOTH_SIDES),
+    "no x has `operator x` in the Box: the": Bad(penalty=so.Box(np.r_[1e-8, ONES], 3.0), operator=np.eye(13, 12) * 1e9),
+    "no x has `operator x` in the Simplex": Bad(penalty=so.Simplex(), operator=BOTH_SIDES),
+}
 # What follows from shapes and classes: refused under jit too.
 SHAPES = {
     r"the operator does not accept an x of shape \(12,\)": Bad(operator=np.eye(5)),
@@ -123,11 +147,21 @@ SHAPES = {
     "without an operator.* use PrimalDual": Bad(operator=np.diff(np.eye(COLUMNS), axis=0), solver=APG),
     "PrimalDual needs the prox of the loss, .* given OwnSquares": Bad(OWN, solver=PD, start=ZERO),
     "a smooth loss, given Absolute, which has kinks; use PrimalDual": Bad(of_data(so.scalar.Absolute()), solver=APG),
+    r"the penalty does not accept an array of shape \(12,\): .*incompatible shapes": Bad(penalty=so.L1(np.ones(3))),
+    r"a prox of the array's shape \(12,\) .* given shapes \(12, 12\)": Bad(penalty=so.L1(np.ones((12, 1)))),
+    r"the penalty does not accept an array of shape \(12,\): .*\(6,\)": Bad(
+        penalty=so.GroupL2(np.ones(5), groups=np.arange(12) // 2)
+    ),
+    "the pattern 2:5 needs a length divisible by 5": Bad(penalty=so.NM(2, 5)),
     "accepts up to 3,000, given 4,000; use PrimalDual": Bad(so.LeastSquares(None, np.zeros(4000)), solver=ADMM),
 }
 # What is no part of a problem.
 LOSSES = {
-    "the matrix of least squares must be None, a dense matrix .* given list": squares(matrix=[1.0, 2.0]),
+    r"the matrix of least squares must be None, a dense matrix .* given an array of shape \(2,\)": squares(
+        matrix=[1.0, 2.0]
+    ),
+    "a loss is an object such as sparseopt.LeastSquares.A, b., given an array of shape": MATRIX,
+    r"target of least squares is an array \[rows\] or \[rows, channels\], given 3.0": so.LeastSquares(None, 3.0),
     r"a loss of data needs the loss of one observation, .* given the class Logistic: write Logistic\(\)": of_data(
         so.scalar.Logistic, LABELS
     ),
@@ -153,6 +187,8 @@ PENALTIES = {
     "a penalty is an object .* the class L1": so.L1,
     "the penalty's weight must hold real numbers, given None": so.L1(None),
     "the penalty's weight must hold real numbers, given 'a'": so.L1("a"),
+    r"a penalty is an object such as sparseopt.L1\(10.0\), given 1.0": 1.0,
+    r"the order is Problem\(loss, penalty, operator\), given the loss DataLoss as the penalty": SQUARES,
     "weight must not be negative, given -1.0": so.L1(-1.0),
     "weight must not be negative, given -1": so.L1(np.float32(-1)),
     "must not be negative, given -1": so.L1(jnp.bfloat16(-1)),
@@ -162,7 +198,7 @@ PENALTIES = {
     "high of a Grid are whole numbers of at most 16777216, given -1 and 1099511627776": so.Grid(1.0, -1, 2**40),
     "a Grid runs from low to high >= low, given 2 to 1": so.Grid(1.0, 2, 1),
     "the scale of a Grid must be finite, given inf": so.Grid(np.inf, -1, 1),
-    "the low of a Grid must be finite, given nan": so.Grid(1.0, np.nan, 1),
+    "the low of Grid must be finite, given nan": so.Grid(1.0, np.nan, 1),
     "the penalty's scale must hold real numbers, given .1.0, 2.0": so.Grid([1.0, 2.0], -1, 1),
     r"the pattern of a Grid is one such as TopK\(k\), or a Support, given L0": so.Grid(1.0, -1, 1, so.L0(1.0)),
     "a pattern needs 0 on the Grid, which runs from 1 to 3": so.Grid(1.0, 1, 3, so.TopK(2)),
@@ -172,9 +208,17 @@ PENALTIES = {
     "the eps of LogSum must be above 0": so.LogSum(0.3, 0.0),
     "the radius of Simplex must be above 0": so.Simplex(-1.0),
     "the bounds of Box must be low <= high": so.Box(2.0, np.array([3.0, -1.0])),
+    "the weight of L1 must be finite, given nan": so.L1(np.nan),
+    "the weight of Nonnegative must be finite, given inf": so.Nonnegative(np.inf),
+    "the low of Box must be finite, given nan": so.Box(np.nan, 1.0),
+    "the k of TopK is a whole number of 0 or more, given -1": so.TopK(-1),
+    "the k of RowTopK is a whole number of 0 or more, given 2.5": so.RowTopK(2.5),
     r"the weight of L0 is one number, given the shape \(2,\)": so.L0(np.ones(2)),
 }
 OPERATORS = {
+    "the operator must hold finite numbers, given inf at .1, 2. .1 such.": np.where(np.arange(24) == 14, np.inf, 0.0)
+    .reshape(2, 12)
+    .tolist(),
     r"the operator must be None, a dense matrix .* given an array of shape \(12,\)": ONES,
     r"an object with mv\(x\) and rmv\(e\), given ValueOnly": ValueOnly(),
     "the operator must be a pytree of numbers, given an object of PlainMap: decorate .* @so.pytree": PlainMap(),
@@ -187,6 +231,19 @@ SOLVERS = {
     r"is an object such as sparseopt.PrimalDual\(\), given 0.001; a tolerance is the keyword tol": 1e-3,
     "given the class PrimalDual; or None": so.PrimalDual,
     "given 'PrimalDual'; or None, which chooses one": "PrimalDual",
+}
+SOLVERS |= {
+    f"the {name} of {type(solver).__name__} .*, given {given}": solver
+    for name, make, given in (
+        ("cadence", so.AcceleratedProximalGradient, 0),
+        ("cadence", so.PrimalDual, 2.5),
+        ("step_size", so.AcceleratedProximalGradient, 0),
+        ("step_size", so.ProximalGradient, -1.0),
+        ("step_size", so.Maiht, np.nan),
+        ("omega", so.PrimalDual, 0.0),
+        ("omega", so.SplitAdmm, -1.0),
+    )
+    for solver in [make(**{name: given})]
 }
 STARTS = {
     r"start needs the shape \(12,\) of the loss's x, given \(\)": 0.0,
@@ -242,11 +299,24 @@ def test_shapes_and_classes_are_looked_at_under_jit_too(words):
         traced(SHAPES[words])
 
 
-@pytest.mark.parametrize("most", [-1, np.int64(-1), jnp.asarray(-1)])
 @pytest.mark.parametrize("loss", [SQUARES, QUADRATIC], ids=["least squares", "quadratic"])
-def test_a_negative_number_of_steps_is_refused_whatever_its_type(loss, most):
-    with pytest.raises(ValueError, match="max_steps must be 0 or more, given -1"):
-        so.solve(so.Problem(loss, so.L0(5.0)), start=ZERO, max_steps=most)
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [("max_steps", most) for most in (-1, np.int64(-1), jnp.asarray(-1), 2.5, np.nan, "a", 2**40)]
+    + [("tol", tol) for tol in ("a", np.nan, np.ones(2))],
+)
+def test_limits_that_are_no_numbers_are_refused_whatever_their_type(loss, name, given):
+    with pytest.raises(ValueError, match=rf"^{name} (is a whole number|must be a finite number).*, given"):
+        so.solve(so.Problem(loss, so.L0(5.0)), start=ZERO, **{name: given})
+
+
+@pytest.mark.parametrize("size", [12, 300])
+def test_what_is_no_pytree_of_arrays_is_refused_or_solved_at_every_size(size):
+    """From 257 unknowns on the choice of a solver counts entries."""
+    loss = so.LeastSquares(None, np.ones(size))
+    with pytest.raises(ValueError, match="the operator must be a pytree of numbers"):
+        so.chosen_solver(so.Problem(loss, so.L1(1.0), PlainMap()))
+    assert so.solve(so.Problem(loss, so.L1(0.25), Scaled(2.0))).check().value == pytest.approx(0.5, abs=1e-3)
 
 
 X, ROW = jnp.ones((8, 6)), jnp.ones(3)

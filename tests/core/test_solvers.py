@@ -135,7 +135,7 @@ def test_plain_step_descends_by_the_promised_amount(loss):
 @pytest.mark.parametrize("solver", [so.Maiht(), ALWAYS, PLAIN])
 def test_fixed_point_is_l_stationary(loss, solver):
     weight = 0.2
-    answer = so.solve(so.Problem(loss, so.L0(weight)), solver, loss.center, tol=3e-7, max_steps=3000).check()
+    answer = so.solve(so.Problem(loss, so.L0(weight)), solver, loss.center, tol=1e-6, max_steps=3000).check()
     step = float(answer.state.step_size)
     x, gradient = np.asarray(answer.value), np.asarray(loss.gradient(answer.value))
     kept = x != 0
@@ -183,7 +183,7 @@ def test_refit_equals_least_squares_on_small_supports(rng):
 def test_refit_leaves_solved_and_empty_columns_alone(loss):
     mask = jnp.ones_like(loss.center, bool).at[:, 1].set(False)
     answer = so.solve(so.Problem(loss, so.Support(mask)), so.Refit(), loss.center, tol=1e-6, max_steps=5)
-    assert int(answer.status) == so.Status.CONVERGED
+    assert int(answer.status) == so.Status.STATIONARY
     assert (answer.value[:, 1] == 0).all()
     np.testing.assert_array_equal(answer.value[:, 0], loss.center[:, 0])
 
