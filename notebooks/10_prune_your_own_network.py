@@ -297,7 +297,7 @@ for axis in axes[:, 0]:
 # * Up to 70 %, after training, the methods that refit weights hardly differ: use the cheapest.
 # * At 95 % all lose. These networks have no weights to spare for that.
 #
-# ## Does more training make up for the method?
+# ## Does more training replace a better method?
 #
 # The same at 90 % zeros, with 20 epochs instead of five:
 
