@@ -154,9 +154,8 @@ assert psnr(denoised.image, clean) > psnr(image, clean) + 5
 # %% [markdown]
 # ## Any graph
 #
-# Two thousand sensors at random places, joined to their neighbours by a Delaunay triangulation. They measure two
-# fields: one has regions with sharp borders, the other bends smoothly. Again the order is the expected shape, and SURE
-# chooses each weight.
+# A Delaunay triangulation joins 2,000 sensors at random places. They measure two fields: one has regions with sharp
+# borders, the other bends smoothly. Again the order is the expected shape, and SURE chooses each weight.
 
 # %% alt="Maps of 2,000 sensors in two rows, for a field with regions and for a smooth field: the truth, the measurement, and the fits of order 0 and 1. For the regions order 0 has the smaller error, for the smooth field order 1."
 places = rng.uniform(size=(2000, 2))

@@ -51,9 +51,8 @@ print(graph, f"{len(X):,} measured, {len(unseen):,} unseen")
 # %% [markdown]
 # ## Fit, predict, score
 #
-# `alpha` is the weight of the penalty. Order 0 fits pieces of one value. In a notebook a fitted model shows its
-# parameters and how the fit ended; below this, `gap` certifies that the objective is within this fraction of its
-# minimum.
+# `alpha` is the weight of the penalty. Order 0 fits a piecewise constant signal. In a notebook, a fitted model shows its
+# parameters and how the fit ended. The row `gap` bounds the relative distance to the optimum.
 
 # %%
 model = so.GraphTrendFilter(order=0, alpha=0.1, graph=graph).fit(X, y)

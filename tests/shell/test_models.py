@@ -5,7 +5,6 @@ import sys
 
 import numpy as np
 import pytest
-from skimage import data
 
 from sparseopt.models import open_model, open_source, sizes_of
 from sparseopt.models.files.packed import PackedTensor
@@ -317,8 +316,8 @@ def test_a_tracker_that_is_not_there_is_an_error_and_one_that_fails_ends_no_run(
 
 
 def test_demo_shows_a_comparison_and_writes_picture_samples_and_models(tmp_path, inputs, command, monkeypatch):
-    photograph = data.camera()[128:256, 128:256]
-    monkeypatch.setattr(data, "camera", lambda: photograph)
+    smaller = {"camera": np.s_[128:256, 128:256], "cell": np.s_[310:438, 358:486]}
+    monkeypatch.setattr(demo, "PHOTOGRAPHS", smaller)
     monkeypatch.setattr(demo, "EVALUATION", (2, 48))
     monkeypatch.setattr(demo, "Recipe", lambda **fields: Recipe(windows=4, seqlen=32, heldout_windows=2, **fields))
     monkeypatch.chdir(tmp_path)
@@ -328,15 +327,18 @@ def test_demo_shows_a_comparison_and_writes_picture_samples_and_models(tmp_path,
         assert f"│ {label} │" in out
     assert "noise sigma 20, PSNR 22.1" in out
     output = tmp_path / "demo-output"
-    for order in (0, 1):
-        assert (output / f"photograph-order-{order}.png").is_file()
-    rows = json.loads((output / "summary.json").read_text())["photograph"]
+    for name in smaller:
+        assert (output / f"{name}.png").is_file()
+    rows = json.loads((output / "summary.json").read_text())["photographs"]
     assert all(row["psnr"] > 28 and row["relative_duality_gap"] <= 1e-4 for row in rows)
+    found = {(row["photograph"], row["order"]): row["psnr"] for row in rows}
+    assert found["camera", 0] > found["camera", 1]
+    assert found["cell", 1] > found["cell", 0]
     assert (output / "layer-errors.png").read_bytes().startswith(b"\x89PNG")
     assert "fast:\nThe ocean" in (output / "samples.txt").read_text()
     page = whole_page(output / "report.html")
-    assert [len(table) for table in page.tables] == [3, 4]
-    assert [float(row[2]) for row in page.tables[0][1:]] == [round(row["psnr"], 2) for row in rows]
+    assert [len(table) for table in page.tables] == [5, 4]
+    assert [float(row[3]) for row in page.tables[0][1:]] == [round(row["psnr"], 2) for row in rows]
     assert len(page.loaded) == len(page.captions) == 3
     for method in ("fast", "wanda"):
         assert open_model(output / method).num_blocks == 3
