@@ -265,7 +265,7 @@ def LogisticLoss(matrix: Any, target: Any, weights: Any = None) -> DataLoss:
     Example:
         >>> loss = so.LogisticLoss(np.array([[1.0], [-1.0], [2.0]]), np.array([1.0, 0.0, 1.0]))
         >>> so.solve(so.Problem(loss, so.L1(1.0))).check().value.round(2)
-        Array([0.76], dtype=float32)
+        array([0.76])
     """
     return DataLoss(scalar.Logistic(), matrix, target, weights)
 
