@@ -64,9 +64,9 @@ def prune_module(
 
     Raises:
         ValueError: before any work, if the recipe, targets or batches cannot be used, or if the first batch does not
-            reach a layer, or a layer's weight is tied to one left out (the message names it); or later, if a part
-            cannot be trained. Errors of the module on the first batch are passed on.
-        PruningError: if inputs of a layer or a solve are not finite, or no batch reaches a layer.
+            reach a layer, or a layer's weight is not finite or tied to one left out (the message names it); or later,
+            if a part cannot be trained or a batch has another width. Errors of the module are passed on, with a note.
+        PruningError: if inputs of a layer or a solve are not finite, or no batch reaches a layer with numbers but 0.
     """
     start = time.perf_counter()
     if isinstance(batches, Mapping) or hasattr(batches, "shape"):
