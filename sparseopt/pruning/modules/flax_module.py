@@ -5,7 +5,7 @@ Each part runs in its own program, compiled once for all parts with the same str
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -266,11 +266,9 @@ class FlaxModule(Watched):
         found = None if writes else cut(arguments, structure)
         with self._visited_by(None):
             if found is not None:
-                try:
+                with suppress(_NoProgramError, *_READS_VALUES):
                     result = _compiled(structure, values, found[0], Rest(found[1]), wanted, dense)
                     return joined(result[0], result[1].value) if what == "output" else inside.renamed(result)
-                except (_NoProgramError, *_READS_VALUES):
-                    pass
             result = _run(structure, values, arguments, wanted, dense, grams_of)
         return result if what == "output" else inside.renamed(result)
 
