@@ -226,6 +226,8 @@ grams_of = jax.jit(lambda layout, value, dense: layout.grams(value, dense))
 class FlaxModule(Watched):
     """A Flax module, whose parts are functions of their values."""
 
+    gram = staticmethod(grams_of)
+
     @abstractmethod
     def part(self, name: str) -> tuple[Structure, Values]:
         """A part and its current values; "" is the module, whose only argument is a batch."""
@@ -271,9 +273,6 @@ class FlaxModule(Watched):
                     return joined(result[0], result[1].value) if what == "output" else inside.renamed(result)
             result = _run(structure, values, arguments, wanted, dense, grams_of)
         return result if what == "output" else inside.renamed(result)
-
-    def gram(self, layout: Layout, value: Any, dense: Any) -> Grams:
-        return grams_of(layout, value, dense)
 
     def read(self, name: str) -> np.ndarray:
         return self._layout(name).matrix(self.kernel(name))

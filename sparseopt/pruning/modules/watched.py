@@ -187,11 +187,13 @@ class Watched(ABC):
         linears: its linear layers, in the module's own order.
         blocks: the names of the entries of lists of blocks.
         left_out: other parts with weights of two axes or more, and why they are never pruned.
+        gram: gives the Grams of a layer's input, with the drift from the dense module's input if there is one.
     """
 
     linears: dict[str, Linear]
     blocks: Sequence[str] = ()
     left_out: Mapping[str, str] = {}
+    gram: Callable[[Layout, Any, Any], Grams]
 
     def __init__(self) -> None:
         self._here = threading.local()
@@ -207,10 +209,6 @@ class Watched(ABC):
     @abstractmethod
     def inputs(self, call: PartCall, layouts: Mapping[str, Layout]) -> Inputs:
         """What layers read in a called part; for layers that read the same input, the first one."""
-
-    @abstractmethod
-    def gram(self, layout: Layout, value: Any, dense: Any) -> Grams:
-        """The Grams of a layer's input, with the drift from the dense module's input if there is one."""
 
     @abstractmethod
     def output(self, call: PartCall) -> Any:
