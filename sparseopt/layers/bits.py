@@ -27,12 +27,14 @@ class Bits:
         name: the user's name for it.
         low: the smallest multiple of the scale; high: the largest.
         group: the number of consecutive inputs that share a scale; None if all inputs of an output do.
+        dtype: of the stored weights; one with fewer digits than float32 stores the nearest numbers to the grid's.
     """
 
     name: str
     low: int
     high: int
     group: int | None
+    dtype: str = "float32"
 
     def check(self, inputs: int) -> None:
         """Raise a ValueError if the groups do not tile the inputs."""

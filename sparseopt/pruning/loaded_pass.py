@@ -48,7 +48,7 @@ def plan_for(model: Any, recipe: PassRecipe, output: Path) -> Plan:
     asked["an output that ends in .gguf"] = is_file(output)
     if wrong := [name for name, value in asked.items() if value]:
         raise ValueError(f"{kind}, and {', '.join(wrong)} cannot be had of it: leave that out")
-    fitted = module_recipe(_of_module(recipe), trains=False, has_loss=False)
+    fitted, _ = module_recipe(_of_module(recipe), trains=False, has_loss=False)
     recipe = recipe.model_copy(update={"variants": 0, **{name: getattr(fitted, name) for name in DECIDED}})
     patterns = layer_patterns(model, recipe, recipe.layer_method, layer_shares(model, recipe))
     target: Any = model

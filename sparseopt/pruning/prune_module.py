@@ -64,9 +64,9 @@ def prune_module(
 
     Raises:
         ValueError: before any work, if the recipe, targets or batches cannot be used, or if the first batch does not
-            reach a layer, or a layer's weight is tied to one left out (the message names it); or later, if a part
-            cannot be trained. Errors of the module on the first batch are passed on.
-        PruningError: if inputs of a layer or a solve are not finite, or no batch reaches a layer.
+            reach a layer, or a layer's weight is not finite or tied to one left out (the message names it); or later,
+            if a part cannot be trained or a batch has another width. Errors of the module are passed on, with a note.
+        PruningError: if inputs of a layer or a solve are not finite, or no batch reaches a layer with numbers but 0.
     """
     start = time.perf_counter()
     if isinstance(batches, Mapping) or hasattr(batches, "shape"):
@@ -80,15 +80,15 @@ def prune_module(
         raise ValueError(f"recipe must be a Recipe, as in Recipe(sparsity=0.5), given a {type(recipe).__name__}")
     opened = _opened(module, batches[0], call, params, inplace)
     trains = not is_torch_module(module)
-    recipe = module_recipe(recipe, trains=trains, has_loss=loss is not None)
+    recipe, not_done = module_recipe(recipe, trains=trains, has_loss=loss is not None)
     dense = opened.dense() if recipe.needs_dense_stream else None
     with activations_in(recipe.precision), opened.watching(), dense.watching() if dense else contextlib.nullcontext():
         plan = plan_module(opened, opened.discover(batches[0]), recipe, targets)
         work = ModulePass(opened, dense, plan, batches, loss, observer or (lambda *_: None))
         work.run()
         result = opened.result()
-    report = ModuleReport(work.layers, work.parts, plan.left_out, work.grids, work.blocks, time.perf_counter() - start)
-    return result, report
+    found = work.layers, work.parts, plan.left_out, not_done, work.grids, work.blocks
+    return result, ModuleReport(*found, time.perf_counter() - start)
 
 
 def _opened(module: Any, batch: Any, call: Any, params: Any, inplace: bool) -> Watched:

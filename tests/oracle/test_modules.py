@@ -366,6 +366,45 @@ def test_experts_without_tokens_are_pruned_by_magnitude() -> None:
     assert {r.layer: r.tokens for r in report.layers}["blocks.0.experts.0.up"] < 120
 
 
+class Routed(nn.Module):
+    """The first of four experts for each token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.experts = nn.Linear(8, 4), nn.ModuleList([Block() for _ in range(4)])
+
+    def forward(self, x: Any) -> Any:
+        y, chosen = x.clone(), self.router(x).argmax(1)
+        for index, expert in enumerate(self.experts):
+            if (chosen == index).any():
+                y[chosen == index] += expert(x[chosen == index])
+        return y
+
+
+def test_experts_that_only_some_batches_reach_are_pruned() -> None:
+    torch.manual_seed(2)  # other experts have as many tokens as in the dense module, in other batches
+    given = [torch.randn(12, 8) for _ in range(24)]
+    _, report = prune_module(Net(Routed, 2), given, Recipe(method="wanda", propagate=0.5))
+    assert len(report.layers) == 2 * 9
+    assert sum(r.tokens for r in report.layers if r.layer.endswith(".up")) == 2 * 12 * 24
+
+
+def test_effort_most_says_that_nothing_is_trained(batches: list[Any]) -> None:
+    plain = {"method": "wanda", "propagate": 0.0}
+    _, report = prune_module(Net(), batches, Recipe(effort="most", **plain))
+    assert "not done: train_epochs (by gradients in JAX, and the module is one of torch)" in str(report)
+    assert {"train_epochs", "distil_epochs"} < report.not_done.keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_error_of_a_grid_is_of_what_the_dtype_stores(dtype: Any) -> None:
+    net, x = nn.Sequential(nn.Linear(16, 16)).to(dtype), torch.randn(64, 16).to(dtype)
+    found, report = prune_module(net, [x], Recipe(method="wanda", sparsity=0.0, bits="int8"))
+    before, after = (each[0].weight.detach().double() for each in (net, found))
+    change = (x.double() @ (after - before).T).square().sum() / (x.double() @ before.T).square().sum()
+    np.testing.assert_allclose(report.grids[0].relative_error, float(change), rtol=1e-3)
+
+
 def compiled(net: Any) -> Any:
     return torch.compile(net, backend="eager")
 

@@ -17,6 +17,7 @@ from sparseopt.models.files.gguf.header import read_header
 from sparseopt.models.files.safetensors import read_part
 from sparseopt.pruning import PruneReport, Recipe, ShrinkRecipe, prune_model, prune_models
 from sparseopt.pruning.base.records import BlockRecord, GridRecord, Passed
+from sparseopt.pruning.run.facts import model_facts
 from sparseopt.pruning.run.output_form import run_folder_of
 from sparseopt.system import files
 from sparseopt.system.files import DiskError
@@ -430,6 +431,10 @@ def test_a_linear_that_no_group_tiles_stays_as_it_is(tmp_path, tokens):
     assert kinds["blk.0.ffn_down.weight"] == Kind.F32
     assert kinds["blk.0.ffn_up.weight"] == Kind.Q8_0
     assert not [record for record in report.grids if record.layer.endswith("down_proj")]
+    named = [f"model.layers.{index}.mlp.down_proj.weight" for index in range(3)]
+    assert list(report.in_floats) == named
+    told = dict(model_facts(report))["few bits"]
+    assert told.endswith(f"; the other 3 stay in floats: {', '.join(named)}")
     before, after = open_model(source), open_model(tmp_path / "out.gguf")
     key = "model.layers.0.mlp.down_proj.weight"
     assert after.stored(key).tobytes() == before.stored(key).tobytes()

@@ -19,8 +19,12 @@ from flax import nnx
 
 from sparseopt.layers.prune_layer import prune_layer
 from sparseopt.pruning import Recipe, prune_module
+from sparseopt.pruning.base.grams import Grams
 from sparseopt.pruning.modules.linen_module import LinenModule
+from sparseopt.pruning.modules.module_pass import ModulePass
+from sparseopt.pruning.modules.module_plan import module_recipe
 from sparseopt.pruning.modules.nnx_module import NnxModule
+from sparseopt.pruning.modules.watched import Sums, added
 from sparseopt.pruning.run.block import PruningError
 
 WIDTH, TOKENS = 8, 24
@@ -544,6 +548,17 @@ def tied_outside():
     return net
 
 
+def broken():
+    net = Net()
+    net.blocks[1].up.kernel[...] = net.blocks[1].up.kernel[...].at[0, 0].set(jnp.nan)
+    return net
+
+
+class Reading(Block):
+    def __call__(self, x):
+        return super().__call__(x) if jnp.any(x > 0) else x
+
+
 ERRORS = {
     "no batches": (lambda xs: prune_module(Net(), []), "no batches"),
     "one array": (lambda xs: prune_module(Net(), xs[0]), r"say \[batch\]"),
@@ -572,6 +587,29 @@ ERRORS = {
         "say distil_epochs=0",
     ),
     "no recipe": (lambda xs: prune_module(Net(), xs, {"sparsity": 0.5}), "must be a Recipe"),
+    "another width": (
+        lambda xs: prune_module(Mlp(), [xs[0], xs[1][:, :5]], wanda()),
+        "batch 1, counted from 0, gives first 5 inputs, and it has 8",
+    ),
+    "another width, later": (
+        lambda xs: prune_module(Net(), [xs[0], xs[1], xs[2][:, :5]], wanda()), "(?s)contracting.*in the pass of batch 2"
+    ),
+    "fields": (lambda xs: prune_module(Net(), [{"x": x} for x in xs]), "the batch is a dict: `call` says how"),
+    "no batch, Linen": (
+        lambda xs: prune_module(LinenNet(), xs, params=params_of(Net()), call=lambda net: net), "`call` says how"
+    ),
+    "a weight of NaN": (lambda xs: prune_module(broken(), xs), "weight of blocks.1.up holds NaN"),
+    "bits for no layer": (lambda xs: prune_module(Net(), xs, wanda(bits="q4_0")), "do not tile 8: use int8"),
+    "values in training": (
+        lambda xs: prune_module(Net(Reading), xs, wanda(train_epochs=1)), "training compiles .* say train_epochs=0"
+    ),
+    "values in training of all": (
+        lambda xs: prune_module(Net(Reading), xs, wanda(distil_epochs=1)), "training compiles .* distil_epochs=0"
+    ),
+    "values in a gradient": (
+        lambda xs: prune_module(Net(Reading), xs, wanda(output_weights="gradient"), loss=lambda y, x: jnp.sum(y)),
+        "gradient' compiles .* say 'uniform'",
+    ),
     "loss of several": (
         lambda xs: prune_module(Net(), xs, wanda(output_weights="gradient"), loss=lambda y, x: y),
         "loss must give a number",
@@ -587,11 +625,34 @@ def test_an_error_names_what_cannot_be_done(name, batches):
     assert "_passing" not in nnx.Linear.__call__.__qualname__
 
 
-@pytest.mark.parametrize(("factor", "words"), [(1e30, "not finite"), (np.nan, "not finite"), (None, "only empty")])
+@pytest.mark.parametrize(
+    ("factor", "words"), [(1e30, "not finite"), (np.nan, "not finite"), (None, "only empty"), (0, "zeros")]
+)
 def test_batches_without_a_finite_gram_are_an_error(factor, words, batches):
     given = [x[:0] if factor is None else x * factor for x in batches]
     with pytest.raises(PruningError, match=words):
         prune_module(Mlp(), given, wanda())
+
+
+def test_blocks_that_read_values_run_as_plain_python(batches):
+    class LinenReading(LinenBlock):
+        @nn.compact
+        def __call__(self, x):
+            y = super().__call__(x)
+            return y[np.asarray(jnp.any(y > 0, axis=1))] if len(y) else y
+
+    class LinenReader(LinenNet):
+        def setup(self):
+            self.stem, self.head = nn.Dense(WIDTH), nn.Dense(WIDTH)
+            self.blocks = [LinenReading() for _ in range(self.count)]
+
+    plain, _ = prune_module(Net(), batches, wanda(propagate=0.5))
+    found, report = prune_module(Net(Reading), batches, wanda(propagate=0.5))
+    assert report.parts == ["blocks.0", "blocks.1", "blocks.2"]
+    for own, other in zip(*map(jax.tree.leaves, (params_of(plain), params_of(found))), strict=True):
+        np.testing.assert_allclose(own, other, rtol=1e-4, atol=1e-6)
+    _, report = prune_module(LinenReader(), batches, wanda(), params=params_of(Net()))
+    assert report.parts == ["blocks_0", "blocks_1", "blocks_2"]
 
 
 @pytest.mark.parametrize("way", ["module", "observer"])
@@ -736,6 +797,47 @@ def test_zeros_that_were_given_stay_and_bits_make_a_grid(batches):
     assert len(report.grids) == len(report.layers) == 6
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_a_grid_in_few_digits_is_the_nearest_to_that_in_float32_and_its_error_is_of_what_is_stored(dtype, batches):
+    half = nnx.Linear(WIDTH, WIDTH, param_dtype=dtype, rngs=nnx.Rngs(0))
+    single = nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(0))
+    single.kernel[...] = half.kernel[...].astype(jnp.float32)
+    recipe = Recipe(method="magnitude", sparsity=0.0, bits="int8")
+    found, report = prune_module(One(half), batches, recipe)
+    exact, _ = prune_module(One(single), batches, recipe)
+    np.testing.assert_array_equal(weight(found.part), weight(exact.part).astype(dtype))
+    dense, gram = weight(single).astype(np.float64), gram_of(batches).astype(np.float64)
+    change = weight(found.part).astype(np.float64) - dense
+    error = np.sum(change @ gram * change) / np.sum(dense @ gram * dense)
+    np.testing.assert_allclose(report.grids[0].relative_error, error, rtol=1e-3)
+
+
+def test_layers_that_no_group_tiles_are_named(rng):
+    net = nnx.Sequential(nnx.Linear(16, 32, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(32, 4, rngs=nnx.Rngs(1)))
+    told = []
+    given = [rng.standard_normal((TOKENS, 16)).astype(np.float32)]
+    _, report = prune_module(net, given, wanda(bits="q4_0"), observer=lambda _, *count: told.append(count))
+    assert [r.layer for r in report.grids] == ["layers.2"]
+    assert report.left_out == {
+        "layers.0": "pruned, in floats: q4_0 has a scale for each 32 inputs, not a divisor of 16"
+    }
+    assert told[-1] == (3, 3)
+
+
+def test_what_a_named_effort_does_and_a_module_cannot_have_is_told(batches):
+    training = {"train_epochs", "distil_epochs"}
+    most, left = module_recipe(Recipe(effort="most"), trains=False, has_loss=False)
+    good, _ = module_recipe(Recipe(effort="good"), trains=False, has_loss=False)
+    assert most.as_dict() | {"effort": "good"} == good.as_dict()
+    assert left.keys() == training | {"allocation", "variants", "output_weights"}
+    assert all("the module is one of torch" in left[name] for name in training)
+    assert module_recipe(Recipe(method="best"), trains=False, has_loss=False)[1].keys() >= {"train_epochs"}
+    assert not module_recipe(Recipe(), trains=False, has_loss=False)[1]
+    _, report = prune_module(Mlp(), batches[:1], Recipe(effort="good", method="wanda", propagate=0.0))
+    assert report.not_done == {"output_weights": "by the gradient of a loss, and none was given"}
+    assert "not done: output_weights (by the gradient of a loss, and none was given)" in str(report)
+
+
 def test_the_gradient_of_the_loss_weights_the_outputs(batches):
     # The loss sees two outputs of the head alone.
     def loss(output, batch):
@@ -770,6 +872,43 @@ def test_an_expert_that_no_batch_reaches_is_pruned_by_magnitude(batches):
     own = np.abs(weight(net.experts[2].up))
     least = np.sort(own, axis=1)[:, [WIDTH // 2]]
     np.testing.assert_array_equal(weight(found.experts[2].up) != 0, own >= least)
+
+
+def test_sums_of_layers_with_a_drift_in_some_batches_only_have_none():
+    def grams(drift):
+        eye = jnp.eye(2)
+        return Grams(eye, jnp.float32(1), jnp.int32(1), eye[0], eye if drift else None)
+
+    readers = (("one", "one"), ("two", "two"), ("three", "three"))
+    first, second = (
+        Sums(dict(zip(("one", "two", "three"), map(grams, drifts), strict=True)), readers)
+        for drifts in ((True, False, True), (False, True, True))
+    )
+    both = added(first, second)
+    assert [both[name].drift is None for name in ("one", "two", "three")] == [True, True, False]
+    for name in ("one", "two", "three"):
+        np.testing.assert_array_equal(both[name].gram, 2 * np.eye(2))
+
+
+def test_experts_that_other_tokens_may_reach_have_no_drift(batches, monkeypatch):
+    class Mixture(nnx.Module):
+        """As many tokens for each expert in every module, but which ones is up to the router."""
+
+        def __init__(self, rngs):
+            self.router = nnx.Linear(WIDTH, 2, rngs=rngs)
+            self.experts = nnx.List([Block(rngs) for _ in range(2)])
+
+        def __call__(self, x):
+            order = jnp.argsort(self.router(x)[:, 0])
+            for expert, own in zip(self.experts, jnp.split(order, 2), strict=True):
+                x = x.at[own].add(expert(x[own]))
+            return x
+
+    found, grams = {}, ModulePass._grams
+    monkeypatch.setattr(ModulePass, "_grams", lambda *given: found.setdefault(given[1], grams(*given)))
+    prune_module(Net(Mixture, 2), batches, wanda(propagate=0.5))
+    assert {name for name, each in found.items() if each.drift is None} == {n for n in found if "experts" in n}
+    assert len(found) == 10
 
 
 @pytest.mark.processes

@@ -98,6 +98,10 @@ class FewBits:
             self._landed(scaled / unit, self._each(each, inputs), mask)
             for scaled, each in ((values, scale), (plain, widest))
         )
+        if self.bits.dtype != "float32":
+            # Without a barrier, XLA may leave the rounding out.
+            held = jax.lax.optimization_barrier([each.astype(self.bits.dtype) for each in (weights, rounded)])
+            weights, rounded = (each.astype(jnp.float32) for each in held)
         # What the method returned off its own mask is left for the check of its answer.
         values = jnp.where(mask, values, found.values)
         return found._replace(values=values, grid=OnGrid(weights, found.values, rounded))

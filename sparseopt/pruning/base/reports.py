@@ -37,6 +37,7 @@ class PruneReport:
         layers: one record for each pruned layer, in the model's order.
         blocks: one record for each reconstructed block.
         grids: one record for each layer that was rounded to a grid of few bits.
+        in_floats: the weights of linear layers that stay in floats though bits were asked for.
         prunable_size: number of weights in all linear layers of the model's blocks, including layers that stay dense.
         plans: number of recipes that shared the pass over the blocks.
         bos: the token id before every window; None for none.
@@ -97,6 +98,7 @@ class PruneReport:
     distilled: DistillationRecord | None = None
     scores: tuple[Score, ...] = ()
     other_weights: int = 0
+    in_floats: tuple[str, ...] = ()
     draw_seconds: float = 0.0
     resumed_blocks: int = 0
     kept: bool = False

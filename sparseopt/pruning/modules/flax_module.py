@@ -4,7 +4,8 @@ Each part runs in its own program, compiled once for all parts with the same str
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -199,6 +200,21 @@ class _NoProgramError(Exception):
     """The output of a part cannot leave a program, for example an object unknown to JAX."""
 
 
+# A part's Python code reads values, as in `if jnp.any(x > 0)`.
+_READS_VALUES = jax.errors.JAXTypeError, jax.errors.JAXIndexError
+
+
+@contextmanager
+def compiled_for(what: str, advice: str) -> Iterator[None]:
+    """Raise a ValueError if Python code reads values where only programs serve."""
+    try:
+        yield
+    except _READS_VALUES as error:
+        raise ValueError(
+            f"{what} compiles the module, whose Python code reads values of arrays, as in `if jnp.any(x > 0)`: {advice}"
+        ) from error
+
+
 def _variables(arguments: Any) -> list[Any]:
     """The leaves of arguments, with variables of NNX as leaves."""
     return jax.tree.leaves(arguments, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
@@ -209,6 +225,8 @@ grams_of = jax.jit(lambda layout, value, dense: layout.grams(value, dense))
 
 class FlaxModule(Watched):
     """A Flax module, whose parts are functions of their values."""
+
+    gram = staticmethod(grams_of)
 
     @abstractmethod
     def part(self, name: str) -> tuple[Structure, Values]:
@@ -250,16 +268,11 @@ class FlaxModule(Watched):
         found = None if writes else cut(arguments, structure)
         with self._visited_by(None):
             if found is not None:
-                try:
+                with suppress(_NoProgramError, *_READS_VALUES):
                     result = _compiled(structure, values, found[0], Rest(found[1]), wanted, dense)
                     return joined(result[0], result[1].value) if what == "output" else inside.renamed(result)
-                except _NoProgramError:
-                    pass
             result = _run(structure, values, arguments, wanted, dense, grams_of)
         return result if what == "output" else inside.renamed(result)
-
-    def gram(self, layout: Layout, value: Any, dense: Any) -> Grams:
-        return grams_of(layout, value, dense)
 
     def read(self, name: str) -> np.ndarray:
         return self._layout(name).matrix(self.kernel(name))

@@ -71,10 +71,12 @@ class Lane:
 
     Attributes:
         at: the call before which it waits; None when it has ended.
+        batch: the number of its batch, which its errors name.
     """
 
-    def __init__(self, forward: Callable[["Lane"], Any]) -> None:
+    def __init__(self, forward: Callable[["Lane"], Any], batch: int) -> None:
         self.at: PartCall | None = None
+        self.batch = batch
         self._forward = forward
         self._error: BaseException | None = None
         self._goes, self._stops = threading.Semaphore(0), threading.Semaphore(0)
@@ -134,6 +136,7 @@ class Lane:
         self._stops.acquire()
         if self._error is not None:
             error, self._error = self._error, None
+            error.add_note(f"in the pass of batch {self.batch}, counted from 0")
             raise error
 
     def _main(self) -> None:
@@ -157,7 +160,7 @@ def lanes(forwards: Sequence[Callable[[Lane], Any]]) -> Iterator[list[Lane]]:
     found: list[Lane] = []
     try:
         for forward in forwards:
-            found.append(Lane(forward))
+            found.append(Lane(forward, len(found)))
         yield found
     finally:
         for lane in found:

@@ -49,8 +49,9 @@ class LinenModule(FlaxModule):
             finally:
                 around.pop()
 
+        self._names: dict[Path, str] = {}
         with _calls_to(seen):
-            self._call(self.module.bind(self._bound()), batch)
+            self.forward(batch, None)
         self._find_parts()
 
     def _find_parts(self) -> None:

@@ -9,7 +9,7 @@ batch, and every part receives the outputs of the pruned parts before it.
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from typing import Any, NamedTuple
 
@@ -49,12 +49,12 @@ class ModulePass:
     observer: Observer
 
     def __post_init__(self) -> None:
-        recipe = self.plan.recipe
         self.layers: list[LayerRecord] = []
         self.grids: list[GridRecord] = []
         self.blocks: list[BlockRecord] = []
         self.parts: list[str] = []
-        self.total = len(self.plan.patterns) * (1 + (recipe.bits is not None))
+        rounded = () if self.plan.recipe.bits is None else self.plan.patterns.keys() - self.plan.left_out.keys()
+        self.total = len(self.plan.patterns) + len(rounded)
         self.output_weights: Mapping[str, np.ndarray] = {}
 
     def tell(self, record: Any) -> None:
@@ -114,7 +114,15 @@ class ModulePass:
             inputs = None
             if stop.dense is not None and dense is not None and recipe.propagate:
                 inputs = stop.dense.work(partial(dense.inputs, stop.dense.call, layouts))
-            total = added(total, stop.lane.work(partial(self.module.observed, stop.lane.call, layouts, inputs)))
+                # As in a folder: other tokens, even if as many, may reach an expert in the dense module.
+                inputs = {each: values for each, values in inputs.items() if not is_expert(each)}
+            new = stop.lane.work(partial(self.module.observed, stop.lane.call, layouts, inputs))
+            for each, grams in new.found.items():
+                given, expected = len(grams.gram), self.module.linears[each].shape[1]
+                if given != expected:
+                    where = f"batch {stop.lane.batch}, counted from 0,"
+                    raise ValueError(f"{where} gives {each} {given} inputs, and it has {expected}: give it that width")
+            total = added(total, new)
         train = None
         if recipe.reconstruction is not None and dense is not None and name not in names:
             # A single layer has been fitted to these outputs already.
@@ -173,11 +181,11 @@ class ModulePass:
     def _grams(self, name: str, sums: Sums) -> Grams:
         """The Grams of all layers that have this weight, on one device."""
         found = [sums[each] for each in self.plan.readers[name] if each in sums]
-        if not sum(int(each.tokens) for each in found):
+        if not any(bool(jnp.any(each.gram)) for each in found):
             if not is_expert(name):
                 raise PruningError(
-                    f"no batch reaches {name}, or only empty ones: nothing says what its inputs are; leave it out with "
-                    "the recipe's ignore"
+                    f"no batch reaches {name}, or only empty ones or zeros: nothing says what its inputs are; give "
+                    "other batches, or leave it out with the recipe's ignore"
                 )
             width = self.module.linears[name].shape[1]
             zeros = jnp.zeros((width, width), jnp.float32), jnp.zeros(width, jnp.float32)
@@ -223,20 +231,19 @@ class ModulePass:
         self.module.write(name, pruned)
 
     def _round(self, index: int, names: Sequence[str], grams: Mapping[str, Grams], bits: Bits) -> None:
-        """Round the layers of a part to a grid; a layer whose inputs no group tiles is left unchanged."""
-        tasks = []
-        for name in names:
-            weight = self.module.read(name).astype(np.float32)
-            if bits.group and weight.shape[1] % bits.group:
-                continue
+        """Round layers of a part to a grid, as closely as their own dtype holds it."""
+        tasks, grids = [], dict[str, Bits]()
+        for name in (each for each in names if each not in self.plan.left_out):
+            weight = self.module.read(name)
             bits.check_weight(weight)
-            tasks.append(self._grid_task(name, weight, grams[name]))
+            tasks.append(self._grid_task(name, weight.astype(np.float32), grams[name]))
+            grids[name] = replace(bits, dtype=weight.dtype.name if weight.itemsize < 4 else bits.dtype)
 
         def told(record: GridRecord) -> None:
             self.grids.append(record)
             self.tell(record)
 
-        for name, weight in round_linears(index, tasks, {task.name: bits for task in tasks}, None, told).items():
+        for name, weight in round_linears(index, tasks, grids, None, told).items():
             self._write(name, weight)
 
     def _grid_task(self, name: str, weight: np.ndarray, grams: Grams) -> LayerTask:

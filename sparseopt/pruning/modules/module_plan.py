@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from sparseopt.layers.bits import parse_bits
 from sparseopt.layers.patterns import Pattern, implied_sparsity, parse_pattern
 from sparseopt.layers.problem import LayerMethod, check_method, reads_variances
@@ -32,7 +34,7 @@ class ModulePlan:
         readers: for each of these layers, all layers that have its weight, itself first.
         parts: the layers that are solved together, by the part that is called, in the order of execution.
         last: layers that are solved after all others, since they are called more than once.
-        left_out: all other layers and weights, and why.
+        left_out: all other layers and weights, and layers that bits leave in floats, and why.
     """
 
     recipe: Recipe
@@ -84,6 +86,9 @@ def plan_module(module: Watched, found: Discovery, recipe: Recipe, targets: Any)
     left_out |= {name: "outside the blocks" for name in called if name not in default}
     left_out |= {name: "not chosen by targets and ignore" for name in default if name not in shares}
     _check_called(found, list(shares))
+    for name in called:
+        if (name in order or name in shares) and not np.isfinite(module.read(name)).all():
+            raise ValueError(f"the weight of {name} holds NaN or infinite values: load or train the module again")
     readers = _readers(module, shares)
     parts, last = _parts(module, found, readers)
     implied = implied_sparsity(recipe.pattern)
@@ -98,7 +103,12 @@ def plan_module(module: Watched, found: Discovery, recipe: Recipe, targets: Any)
         except ValueError as error:
             raise ValueError(f"{name}: {error}; leave it out with ignore, or give another pattern") from error
     if recipe.bits is not None:
-        parse_bits(recipe.bits)
+        bits, widths = parse_bits(recipe.bits), {name: whole[name].shape[1] for name in readers}
+        floats = {name: width for name, width in widths.items() if width % (bits.group or 1)}
+        if floats == widths:
+            bits.check(min(widths.values()))
+        why = f"pruned, in floats: {bits.name} has a scale for each {bits.group} inputs, not a divisor of"
+        left_out |= {name: f"{why} {width}" for name, width in floats.items()}
     return ModulePlan(recipe, method, patterns, readers, parts, last, left_out)
 
 
@@ -158,8 +168,8 @@ def _parts(
     return parts, last
 
 
-def module_recipe(recipe: Recipe, *, trains: bool, has_loss: bool) -> Recipe:
-    """The recipe for a module; open fields that a module cannot support stay off.
+def module_recipe(recipe: Recipe, *, trains: bool, has_loss: bool) -> tuple[Recipe, dict[str, str]]:
+    """The recipe for a module without the open fields that it cannot support; these, and why, if an effort was named.
 
     Args:
         recipe: the recipe as given.
@@ -193,14 +203,17 @@ def module_recipe(recipe: Recipe, *, trains: bool, has_loss: bool) -> Recipe:
             problems.append(f"{name} trains by gradients in JAX, and the module is one of torch: leave it out or say 0")
     if problems:
         raise ValueError("the recipe cannot be used on a module:\n  " + "\n  ".join(problems))
-    left: dict[str, Any] = {"allocation": "uniform", "permute": False, "variants": 0}
+    models, gradients = "for language models", "by gradients in JAX, and the module is one of torch"
+    left = {"allocation": ("uniform", models), "permute": (False, models), "variants": (0, models)}
     if not has_loss:
-        left["output_weights"] = "uniform"
+        left["output_weights"] = ("uniform", "by the gradient of a loss, and none was given" if trains else gradients)
     if recipe.bits is not None:
-        left["distil_epochs"] = 0
+        left["distil_epochs"] = (0, "off the grid of bits")
     if not trains:
-        left |= {"train_epochs": 0, "distil_epochs": 0}
-    return recipe.model_copy(update={name: value for name, value in left.items() if recipe.get(name) != value})
+        left |= dict.fromkeys(("train_epochs", "distil_epochs"), (0, gradients))
+    changed = {name: value for name, (value, _) in left.items() if recipe.get(name) != value}
+    named = recipe.given("effort") or recipe.given("method")
+    return recipe.model_copy(update=changed), {name: left[name][1] for name in changed if named}
 
 
 def _is_given(recipe: Recipe, name: str, default: Any) -> bool:

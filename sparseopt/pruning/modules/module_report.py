@@ -14,7 +14,8 @@ class ModuleReport:
     Attributes:
         layers: one record for each pruned weight, in the order of execution; `block` is the index of its part.
         parts: the names of the parts, in the order of the solves: blocks, or linear layers if there are no blocks.
-        left_out: the layers and weights that were not pruned, and why.
+        left_out: the layers and weights that were not pruned, or not rounded to the grid, and why.
+        not_done: what the named effort or method does, but not here: fields of the recipe, and what they are for.
         grids: one record for each layer that was rounded to a grid of few bits.
         blocks: one record for each trained part; the last one is for the whole module.
         seconds: wall-clock time in all.
@@ -24,6 +25,7 @@ class ModuleReport:
     layers: list[LayerRecord]
     parts: list[str]
     left_out: Mapping[str, str]
+    not_done: Mapping[str, str] = field(default_factory=dict)
     grids: list[GridRecord] = field(default_factory=list)
     blocks: list[BlockRecord] = field(default_factory=list)
     seconds: float = 0.0
@@ -55,4 +57,5 @@ class ModuleReport:
             shape = f"{r.shape[0]} x {r.shape[1]}"
             lines.append(f"{r.layer:{width}}  {shape:>13}  {100 * r.sparsity:5.1f} %  {r.relative_error:9.2e}")
         lines += [f"left out: {name} ({why})" for name, why in self.left_out.items()]
+        lines += [f"not done: {name} ({why})" for name, why in self.not_done.items()]
         return "\n".join(lines)

@@ -23,6 +23,7 @@ from sparseopt.pruning.modules.flax_module import (
     Structure,
     Values,
     Wanted,
+    compiled_for,
     cut,
     joined,
     placed_as,
@@ -133,15 +134,23 @@ class _PartTrainer(Trainer):
         return jax.tree.map(placed_as, _with(params, self.kept[0]), params) if self.kept else params
 
 
+# Of no output: shows whether a part can be compiled.
+_traced = jax.jit(lambda structure, values, arrays, rest: [structure(values, *joined(arrays, rest.value), None)][:0])
+
+
+@compiled_for("training", "say train_epochs=0 and distil_epochs=0")
 def check_trainable(module: FlaxModule, name: str, inputs: Sequence[Arguments]) -> None:
     """Raise a ValueError if a part cannot be compiled for its arguments, for example because some are objects."""
-    structure, _ = module.part(name)
-    if any(cut(each, structure) is None for each in inputs):
-        epochs = "train_epochs" if name else "distil_epochs"
-        raise ValueError(
-            f"{name or 'the module'} cannot be trained: it is given, or has, objects that no program can be compiled "
-            f"for, where arrays, numbers and texts are; say {epochs}=0"
-        )
+    structure, values = module.part(name)
+    for arguments in inputs:
+        found = cut(arguments, structure)
+        if found is None:
+            epochs = "train_epochs" if name else "distil_epochs"
+            raise ValueError(
+                f"{name or 'the module'} cannot be trained: it is given, or has, objects that no program can be "
+                f"compiled for, where arrays, numbers and texts are; say {epochs}=0"
+            )
+        _traced.eval_shape(structure, values, found[0], Rest(found[1]))
 
 
 def train_part(
@@ -181,6 +190,7 @@ def train_part(
     return record
 
 
+@compiled_for("output_weights='gradient'", "say 'uniform', without loss")
 def weights_of_outputs(
     module: FlaxModule, batches: Sequence[Any], loss: Callable[[Any, Any], Any], layouts: Mapping[str, Layout]
 ) -> dict[str, Float[np.ndarray, "out"]]:

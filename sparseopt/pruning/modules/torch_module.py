@@ -29,7 +29,7 @@ class TorchModule(Watched):
         super().__init__()
         import torch
 
-        self.module, self._call = module, call or (lambda module, batch: module(batch))
+        self.module, self._call, self.gram = module, call or (lambda module, batch: module(batch)), _grams_of
         parts = dict(module.named_modules())
         compiled = [part for part in parts.values() if _is_compiled(part)]
         if compiled:
@@ -133,9 +133,6 @@ class TorchModule(Watched):
                 args, kwargs = jax.tree.map(_copied, (call.args, call.kwargs))
                 call.function(*args, **kwargs)
         return observer
-
-    def gram(self, layout: Layout, value: Any, dense: Any) -> Grams:
-        return _grams_of(layout, value, dense)
 
     def output(self, call: PartCall) -> Any:
         import torch

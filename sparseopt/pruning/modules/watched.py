@@ -80,10 +80,10 @@ _added = jax.jit(lambda one, two: jax.tree.map(jnp.add, one, two), donate_argnum
 
 
 def added(one: Sums | None, two: Sums) -> Sums:
-    """Add both; if different layers share inputs in the two, each layer has its own Grams."""
+    """Add both; if other layers share inputs or have a drift in the two, each layer has its own Grams."""
     if one is None:
         return two
-    if one.readers == two.readers and len(jax.tree.leaves(one)) == len(jax.tree.leaves(two)):
+    if len({jax.tree.structure(each) for each in (one, two)}) == 1:
         return _added(one, two)
     names = dict.fromkeys(name for name, _ in (*one.readers, *two.readers))
     found = {name: reduce(sum_of, [sums[name] for sums in (one, two) if name in sums]) for name in names}
@@ -143,7 +143,7 @@ class Observer:
         else:
             others = self._dense.get(name, ())
             dense = others[len(places)] if len(places) < len(others) else None
-            # Experts, for example, read other tokens in the dense module.
+            # Routed tokens may be others in the dense module.
             found = self._gram(layout, value, dense if dense is not None and dense.shape == value.shape else None)
         places.append(len(self._seen))
         self._seen.append(_Seen(value, version, reading, found))
@@ -165,8 +165,7 @@ class Observer:
 
 def sum_of(one: Grams, two: Grams) -> Grams:
     """Add Grams of the same layer; without a drift if one has none."""
-    drift = None if one.drift is None or two.drift is None else one.drift + two.drift
-    return Grams(one.gram + two.gram, one.mass + two.mass, one.tokens + two.tokens, one.total + two.total, drift)
+    return Grams._make(None if a is None or b is None else a + b for a, b in zip(one, two, strict=True))
 
 
 def input_of(call: PartCall) -> Any:
@@ -188,11 +187,13 @@ class Watched(ABC):
         linears: its linear layers, in the module's own order.
         blocks: the names of the entries of lists of blocks.
         left_out: other parts with weights of two axes or more, and why they are never pruned.
+        gram: gives the Grams of a layer's input, with the drift from the dense module's input if there is one.
     """
 
     linears: dict[str, Linear]
     blocks: Sequence[str] = ()
     left_out: Mapping[str, str] = {}
+    gram: Callable[[Layout, Any, Any], Grams]
 
     def __init__(self) -> None:
         self._here = threading.local()
@@ -208,10 +209,6 @@ class Watched(ABC):
     @abstractmethod
     def inputs(self, call: PartCall, layouts: Mapping[str, Layout]) -> Inputs:
         """What layers read in a called part; for layers that read the same input, the first one."""
-
-    @abstractmethod
-    def gram(self, layout: Layout, value: Any, dense: Any) -> Grams:
-        """The Grams of a layer's input, with the drift from the dense module's input if there is one."""
 
     @abstractmethod
     def output(self, call: PartCall) -> Any:
@@ -237,10 +234,16 @@ class Watched(ABC):
     def watching(self) -> AbstractContextManager[Any]:
         """The context in which calls of parts are visited, and the module computes as it does after training."""
 
-    def forward(self, batch: Any, visit: Visit) -> Any:
+    def forward(self, batch: Any, visit: Visit | None) -> Any:
         """The module's output for a batch; calls of its parts, in this thread, go to a visit."""
-        with self._visited_by(visit):
-            return self.call(batch)
+        try:
+            with self._visited_by(visit):
+                return self.call(batch)
+        except Exception as error:
+            error.add_note(
+                f"the batch is a {type(batch).__name__}: `call` says how to feed it, by default module(batch)"
+            )
+            raise
 
     def read_by(self, batch: Any, layouts: Mapping[str, Layout]) -> Sums:
         """The sums of what layers read in all their calls."""

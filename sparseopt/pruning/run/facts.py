@@ -77,6 +77,8 @@ def _grids(report: PruneReport) -> Fact:
     zeros = sum(record.zeros for record in report.grids) / sum(record.size for record in report.grids)
     text = f"{len(report.grids)} linear layers in {names}, with {zeros:.2%} of the weights zero afterwards; "
     text += f"what that adds to the relative squared error, mean: {error:.5f}, by plain rounding {rounded:.5f}"
+    if others := report.in_floats:
+        text += f"; the other {len(others)} stay in floats: {listed(others, 3)}"
     return Fact("few bits", text)
 
 

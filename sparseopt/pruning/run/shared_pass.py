@@ -188,7 +188,8 @@ class Branch:
         Raises:
             PruningError: if what was stored breaks the pattern.
         """
-        folder, output, first = self.plan.folder, self.plan.output, processes.is_first()
+        plan, first = self.plan, processes.is_first()
+        folder, output = plan.folder, plan.output
         layers, blocks = self.progress.layers, self.progress.trained
         solves: list[LayerRecord | GridRecord] = [*layers, *self.progress.grids]
         report = PruneReport(
@@ -199,6 +200,7 @@ class Branch:
             layers=layers,
             blocks=blocks,
             grids=self.progress.grids,
+            in_floats=tuple(key for key in plan.target.linear_keys() if plan.recipe.bits and key not in plan.form.bits),
             prunable_size=sum(math.prod(self.model.weight_shape(key)) for key in self.model.linear_keys()),
             calibration=self.calibration,
             shape=self.progress.shape,
