@@ -94,6 +94,10 @@ def chosen_solver(problem: Problem) -> Choice:
     """
     if reason := _refuses_problem(problem):
         raise ValueError(reason)
+    return _choose(problem)
+
+
+def _choose(problem: Problem) -> Choice:
     reasons = []
     for solver, suits, why in CANDIDATES:
         reason = solver.refuses(problem)
@@ -172,7 +176,7 @@ def solve(
 
 def _solve(problem: Problem, solver: Any, start: Any, kind: Any, tol: Any, max_steps: Any, history: bool) -> Solution:
     if solver is None:
-        solver = chosen_solver(problem).solver
+        solver = _choose(problem).solver
     elif reason := _refuses_solver(solver) or own_refusal(solver, problem):
         raise ValueError(reason)
     if start is None:
@@ -188,8 +192,8 @@ def _solve(problem: Problem, solver: Any, start: Any, kind: Any, tol: Any, max_s
         if reason := refuses_leaves("start", start) or _refuses_shapes(problem, start):
             raise ValueError(reason)
         start = jnp.asarray(start, kind)
-    tol = max(1e-6, min(1e-4, 1e3 * float(jnp.finfo(kind).eps))) if tol is None else tol
-    limits: dict[str, Any] = {"tol": tol, "max_steps": max_steps, "history": history}
+    usual = 1e-6 if kind == np.float64 else 1e-4
+    limits: dict[str, Any] = {"tol": usual if tol is None else tol, "max_steps": max_steps, "history": history}
     if shared := pad_problem(problem, solver, start):
         return cut(iterate(shared[0], solver, shared[1], **limits), problem, shared[0], start)
     return iterate(problem, solver, start, **limits)
@@ -239,22 +243,24 @@ def _in_one_precision(problem: Problem, start: Any) -> tuple[Problem, Any, np.dt
     """The problem and its start with floats of one dtype, and the dtype; see `solve`. Single numbers do not count."""
     if type(start) in (list, tuple, int, float, complex):
         start = np.asarray(start)
-    floats = [leaf for leaf in jax.tree.leaves((problem, start)) if _is_floats(leaf)]
-    kinds = [leaf.dtype for leaf in floats if isinstance(leaf, jax.Array)] or [leaf.dtype for leaf in floats]
-    whole = np.dtype(np.float64)
-    if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(problem)):
-        whole = np.dtype(jnp.result_type(float))
+    leaves = jax.tree.leaves((problem, start))
+    floats = [leaf for leaf in leaves if _is_floats(leaf)]
     if is_traced((problem, start, here())):
-        kinds = [jax.dtypes.canonicalize_dtype(leaf.dtype) for leaf in floats]
-        return problem, start, np.dtype(jnp.result_type(*kinds) if kinds else jnp.result_type(float))
-    kind = np.result_type(*kinds, np.float32) if kinds else whole
-    if jax.default_backend() == "tpu":
-        kind = np.dtype(np.float32)
+        kinds = [leaf.dtype for leaf in floats] or [np.dtype(np.float64)]
+        return problem, start, np.dtype(jnp.result_type(*map(jax.dtypes.canonicalize_dtype, kinds)))
+    deciding = [leaf.dtype for leaf in floats if isinstance(leaf, jax.Array)] or [leaf.dtype for leaf in floats]
+    if not deciding:
+        of_jax = any(isinstance(leaf, jax.Array) for leaf in leaves)
+        deciding = [jnp.result_type(float) if of_jax else np.dtype(np.float64)]
+    kind = np.dtype(np.float32 if jax.default_backend() == "tpu" else np.result_type(*deciding, np.float32))
 
-    def narrow(leaf: Any) -> Any:
-        return leaf.astype(kind) if _is_floats(leaf) and leaf.dtype.itemsize > kind.itemsize else leaf
+    def taken(leaf: Any) -> Any:
+        if _is_floats(leaf) and leaf.dtype.itemsize > kind.itemsize:
+            return leaf.astype(kind)
+        # JAX 0.10 keeps an array that a compiled function closed over in the precision of that time; a view is another.
+        return leaf.view() if isinstance(leaf, np.ndarray) else leaf
 
-    return *jax.tree.map(narrow, (problem, start)), kind
+    return *jax.tree.map(taken, (problem, start)), kind
 
 
 def _is_floats(leaf: Any) -> bool:
@@ -274,20 +280,23 @@ def _refuses_shapes(problem: Problem, start: Any) -> str | None:
     if reason := next((reason for reason in reasons if reason), None):
         return reason
     like = jax.ShapeDtypeStruct(start.shape, jnp.asarray(start).dtype)
-    if not isinstance(problem.loss, DataLoss | Quadratic):
-        return _refuses_array("loss", problem.loss, "gradient", like)
     rows = like if problem.operator is None else jax.eval_shape(problem.operator.mv, like)
-    # Single numbers of entries suit every shape.
-    fits_all = getattr(problem.penalty, "separable", False) and not any(map(np.ndim, jax.tree.leaves(problem.penalty)))
-    wrong = None if fits_all else _refuses_array("penalty", problem.penalty, "prox", rows)
-    return wrong or _refuses_empty(problem, rows)
+    of_package = isinstance(problem.loss, DataLoss | Quadratic)
+    return (
+        (None if of_package else _refuses_array("loss", problem.loss, "gradient", like))
+        or _refuses_array("penalty", problem.penalty, "prox", rows)
+        or _refuses_empty(problem, rows)
+    )
 
 
 def _refuses_array(name: str, given: Any, method: str, like: Any) -> str | None:
-    """Why a penalty or a loss of the user's own does not accept arrays like `like`."""
+    """Why a penalty, or a loss of the user's own, does not accept arrays like `like`."""
     leaves, tree = jax.tree.flatten(given)
+    # Single numbers of entries suit every shape.
+    if not hasattr(given, method) or (getattr(given, "separable", False) and not any(map(np.ndim, leaves))):
+        return None
     kinds = tuple((np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
-    return _refuses_kind(name, method, tree, kinds, like.shape, like.dtype) if hasattr(given, method) else None
+    return _refuses_kind(name, method, tree, kinds, like.shape, like.dtype)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -208,6 +208,9 @@ def test_jax_arrays_decide_the_precision_of_numpy_beside_them_and_a_trace_leaves
     with jax.enable_x64(False):
         assert jax.jit(lambda: so.solve(numpy).value)().dtype == np.float32
         assert jax.grad(lambda w: so.solve(so.Problem(numpy.loss, so.L1(w))).value.sum())(0.5).dtype == np.float32
+        # Nor does a trace that closed over an array leave its precision behind.
+        assert jax.jit(lambda x: numpy.loss.gradient(x))(jnp.zeros(3)).dtype == np.float32
+        assert so.solve(numpy, PD).value.dtype == np.float64
         # One number alone does not decide.
         assert so.solve(so.Problem(numpy.loss, so.L1(jnp.float32(0.5)))).value.dtype == np.float64
 
