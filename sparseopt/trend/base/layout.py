@@ -63,10 +63,7 @@ class Layout:
         return None if graph.shape is None else cosine_solve(graph.shape, (1,), dtype, graph.spacing)
 
     def cache(self, key: tuple[Any, ...], build: Callable[[], T]) -> T:
-        tables, key = self.graph.tables, (*key, self.mesh)
-        if key not in tables:
-            tables[key] = build()
-        return tables[key]
+        return self.graph.cache((*key, self.mesh), build)
 
     def base(self, dtype: Any) -> Any:
         return self.graph.base(dtype)
@@ -291,11 +288,8 @@ def layout_of(graph: Graph, mesh: Mesh | None = None) -> Layout:
     """The layout of a graph's arrays on one device, or over a mesh; made once per graph."""
     if graph.free and mesh is not None:
         raise ValueError('several devices need the ends of the graph: leave out devices, or use ends="graph"')
-    found = graph.tables.get(("layout", mesh))
-    if found is None:
-        alone = FreeLayout if graph.free else Layout
-        found = graph.tables["layout", mesh] = alone(graph) if mesh is None else LayoutOver(graph, mesh)
-    return found
+    alone = FreeLayout if graph.free else Layout
+    return graph.cache(("layout", mesh), lambda: alone(graph) if mesh is None else LayoutOver(graph, mesh))
 
 
 def _devices_of(array: Any) -> set[jax.Device]:
