@@ -63,7 +63,9 @@ class Layout:
         return None if graph.shape is None else cosine_solve(graph.shape, (1,), dtype, graph.spacing)
 
     def cache(self, key: tuple[Any, ...], build: Callable[[], T]) -> T:
-        return self.graph.cache((*key, self.mesh), build)
+        key = (*key, self.mesh)
+        found = self.graph.tables.get(key)
+        return self.graph.cache(key, build) if found is None else found
 
     def base(self, dtype: Any) -> Any:
         return self.graph.base(dtype)
@@ -288,8 +290,11 @@ def layout_of(graph: Graph, mesh: Mesh | None = None) -> Layout:
     """The layout of a graph's arrays on one device, or over a mesh; made once per graph."""
     if graph.free and mesh is not None:
         raise ValueError('several devices need the ends of the graph: leave out devices, or use ends="graph"')
-    alone = FreeLayout if graph.free else Layout
-    return graph.cache(("layout", mesh), lambda: alone(graph) if mesh is None else LayoutOver(graph, mesh))
+    found = graph.tables.get(("layout", mesh))
+    if found is None:
+        alone = FreeLayout if graph.free else Layout
+        found = graph.tables["layout", mesh] = alone(graph) if mesh is None else LayoutOver(graph, mesh)
+    return found
 
 
 def _devices_of(array: Any) -> set[jax.Device]:

@@ -69,9 +69,9 @@ def fast_admm_pays(job: Job) -> bool:
 
 
 def admm_pays(job: Job) -> bool:
-    """If the x-step is exact and smoothing is strong; for other losses on all grids and chains."""
-    if not job.square:
-        return job.graph.shape is not None
+    """If the x-step is exact and smoothing is strong, or rows are coupled; for other losses on all grids and chains."""
+    if not job.square or job.coupled:
+        return job.coupled or job.graph.shape is not None
     return has_exact_step(job) and (job.order >= 1 if job.several else is_strong(job))
 
 
