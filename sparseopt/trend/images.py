@@ -116,7 +116,9 @@ def denoise(
         alpha = count == 4 or (count == 2 and (given.dtype.kind == "u" or bool(np.all((last >= 0) & (last <= 1)))))
     has_alpha = bool(alpha)
     if has_alpha and (volume or not has_channels or given.shape[-1] < 2):
-        raise ValueError(f"an image with alpha has the shape [{names}, channels], two or more, given {given.shape}")
+        raise ValueError(
+            f"alpha needs an image [height, width, channels] of two channels or more, and no volume; given {given.shape}"
+        )
     colours = given[..., :-1] if has_alpha else given
     grid = Graph.grid(shape, spacing, ends)
     if grid.spacing is not None:  # with 1 for the shortest, a weight keeps its meaning
