@@ -117,7 +117,7 @@ def denoise(
     has_alpha = bool(alpha)
     if has_alpha and (volume or not has_channels or given.shape[-1] < 2):
         raise ValueError(
-            f"alpha needs an image [height, width, channels] of two channels or more, and no volume; given {given.shape}"
+            f"alpha needs an image [height, width, channels] of two channels or more, no volume; given {given.shape}"
         )
     colours = given[..., :-1] if has_alpha else given
     grid = Graph.grid(shape, spacing, ends)

@@ -554,7 +554,7 @@ rows(
     (
         "denoise",
         {"image": np.ones((4, 4)), "alpha": True},
-        "of two channels or more, and no volume; given (4, 4)",
+        "of two channels or more, no volume; given (4, 4)",
     ),
     (FIT, {"penalty": so.GroupL2(1.0, groups=[0, 0, 1, 1, 1])}, "labelled groups of differences are not supported"),
     (FIT, {"penalty": {-2: so.L1(1.0)}}, "the order of each .* whole number from -1 .*given -2"),

@@ -176,7 +176,7 @@ class Tables:
             [[1.0, -1.0, 0.0], [-1.0, 2.0, -1.0], [0.0, -1.0, 1.0]]
         """
         if self.free and order >= max(self.node_shape):
-            return sparse.csr_array((0, self.num_nodes))  # no axis has so many nodes
+            return sparse.csr_array((0, self.num_nodes))  # no axis has order + 1 nodes
         if self.free and order:
             return self.free_difference(order, np.float64).matrix()
         require_matrix_memory(self.edges, self.num_nodes, order)
