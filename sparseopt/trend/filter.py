@@ -74,7 +74,8 @@ def trend_filter(
         method: "doge", "admm", "fast_admm" (chains), "interior" (L1; needs the extra `interior`), "doge_groups"
             (Doge-ADMM as the paper stores it), or an object with settings such as `so.trend.Doge(B=2, rho=1.0)`; or
             "auto"; `so.trend.chosen_method` says which method that chooses.
-        start: an earlier solution on the same graph at the same order, from any method with the same B.
+        start: an earlier solution on the same graph at the same order, from any method with the same B. A fit that
+            takes no step needs none.
         tol: the relative duality gap to reach; for a penalty without a conjugate, the stationarity residual.
         max_steps: step limit.
         node_weights: w >= 0, `[n]`; 0 marks a missing observation. At orders >= 1 with missing nodes the gap

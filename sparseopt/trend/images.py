@@ -42,6 +42,7 @@ def denoise(
     *,
     isotropic: bool | None = None,
     couple: bool | None = None,
+    alpha: bool | None = None,
     volume: bool = False,
     spacing: Sequence[float] | None = None,
     ends: str = "graph",
@@ -57,9 +58,8 @@ def denoise(
     """Fit a trend to every channel of an image or a volume on its grid, and fill in unknown pixels.
 
     Args:
-        image: `[height, width]` or `[height, width, channels]`, of integers of 8, 16 or 32 bits or floats; an alpha
-            channel (the last of 2 or 4) is kept unchanged. With `volume` `[depth, height, width]` or the same with
-            channels.
+        image: `[height, width]` or `[height, width, channels]`, of integers of 8, 16 or 32 bits or floats. With
+            `volume` `[depth, height, width]` or the same with channels.
         weight: of the penalty, in the image's units (grey levels); None chooses the one with the smallest estimated
             error: weights that differ by factors of 2, from the noise level on, are tried until one is better than its
             neighbours by `sure`; the weight is the minimum of the parabola through these three over the logarithm.
@@ -68,6 +68,9 @@ def denoise(
             that edges in all directions cost the same. None does so for three colours, without or with alpha.
         couple: let the channels of a pixel change together (`GroupL2`) instead of separately (`L1`). None does so at
             order 0 for three colours, without or with alpha.
+        alpha: whether the last channel of an image is its opacity, which is kept unchanged. None says so of the last
+            of 4 channels, and of the last of 2 if it holds unsigned integers or lies within 0 to 1: two components of
+            a field are two channels.
         volume: whether the image has three axes besides channels.
         spacing: the distance of neighbours along each axis; only its ratios matter. None for equal ones.
         ends: as in `Graph.grid`; "free" leaves slopes unchanged at order 1, even at the borders.
@@ -104,11 +107,18 @@ def denoise(
         )
     if not (weight is None or np.ndim(weight) == 0):
         raise ValueError(f"weight is one number, given an array of shape {np.shape(weight)}")
-    for name, choice in (("isotropic", isotropic), ("couple", couple)):
+    for name, choice in (("isotropic", isotropic), ("couple", couple), ("alpha", alpha)):
         if choice not in (None, True, False):
             raise ValueError(f"{name} is True, False or None, given {choice!r}")
     shape, has_channels = given.shape[:axes], given.ndim > axes
-    has_alpha = has_channels and not volume and given.shape[-1] in (2, 4)
+    if alpha is None and not volume:
+        last, count = given[..., -1], given.shape[-1] if has_channels else 1
+        alpha = count == 4 or (count == 2 and (given.dtype.kind == "u" or bool(np.all((last >= 0) & (last <= 1)))))
+    has_alpha = bool(alpha)
+    if has_alpha and (volume or not has_channels or given.shape[-1] < 2):
+        raise ValueError(
+            f"alpha needs an image [height, width, channels] of two channels or more, no volume; given {given.shape}"
+        )
     colours = given[..., :-1] if has_alpha else given
     grid = Graph.grid(shape, spacing, ends)
     if grid.spacing is not None:  # with 1 for the shortest, a weight keeps its meaning

@@ -36,10 +36,10 @@ class Reweighted:
     """Fits of weighted L1 penalties that approach a concave one. All arrays are NumPy arrays.
 
     Attributes:
-        solution: of the last round, with the certificate of its convex problem.
+        solution: of the round with the smallest objective, with the certificate of its convex problem.
         weights: of its rows, in the order of `graph.matrix(order + 1)`.
         objectives: of the concave problem after each round, the first for the L1 fit; decreasing, up to `tol`.
-        settled: whether the last round lowered the objective by less than `tol` times its value.
+        settled: whether the last round changed the objective by less than `tol` times its value.
     """
 
     solution: Solution
@@ -70,7 +70,7 @@ def reweighted(
             negative, and decreasing in `|x|`.
         order: k.
         rounds: the limit on fits, the L1 fit included; two give the one-step estimate of Zou and Li.
-        tol: the relative duality gap of each fit, and the relative decrease of the objective that ends the rounds.
+        tol: the relative duality gap of each fit, and the relative change of the objective that ends the rounds.
         **options: passed to `trend_filter`, such as `method`, `node_weights`, `missing`, `dtype`, `loss` or
             `max_steps`. With a loss, or if nodes are missing, rows keep a ten-thousandth of their first weight: a
             part that is cut off may have no fit.
@@ -120,10 +120,13 @@ def reweighted(
         # Subtracting the weighted L1 penalty gives the loss, whichever it is.
         loss = float(solution.objective) - float(np.sum(weights * np.abs(rows)))
         price, slopes = at(rows)
+        if not objectives or loss + price < min(objectives):
+            best = solution, weights
         objectives.append(loss + price)
-        settled = len(objectives) > 1 and objectives[-2] - objectives[-1] <= tol * abs(objectives[-1])
+        settled = len(objectives) > 1 and abs(objectives[-2] - objectives[-1]) <= tol * abs(objectives[-1])
         if settled or len(objectives) == rounds:
-            return Reweighted(solution, weights, np.array(objectives), settled)
+            return Reweighted(*best, np.array(objectives), settled)
         weights = np.maximum(slopes, least)
         if method is None or not method.on_host:
-            options["start"] = solution
+            # Its rho belongs to the last weights: with a loss, fits that began with it ended at the step limit.
+            options["start"] = dataclasses.replace(solution, state=None)

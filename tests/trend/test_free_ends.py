@@ -229,6 +229,13 @@ def test_cross_validation_finds_a_bend_and_pictures_keep_a_ramp():
     assert chosen_method(Y, GRID, so.L1(0.1), 1) == "doge"
 
 
+def test_without_enough_nodes_along_an_axis_the_operator_has_no_rows():
+    assert so.Graph.chain(1).matrix(2).shape == (0, 1)
+    assert so.Graph.chain(3).matrix(3).shape == (0, 3)
+    assert so.Graph.grid((4, 4), ends="free").matrix(4).shape == (0, 16)
+    assert so.Graph.grid((4, 5), ends="free").matrix(4).shape == (4, 20)
+
+
 def test_the_graph_stays_itself():
     graph = so.Graph.chain(4, times=[0, 1, 3, 4])
     assert repr(graph) == "Graph.chain(4, times)"

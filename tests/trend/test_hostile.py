@@ -549,6 +549,13 @@ rows(
     "penalty",
     (FIT, {"penalty": 10.0}, "such as sparseopt.L1"),
     (FIT, {"penalty": so.SparseGroup(1.0, 1.0)}, "couples the channels"),
+    (FIT, {"penalty": so.NuclearNorm(1.0)}, "couples the channels of a signal [n, channels]; this one has none"),
+    (FIT, {"y": np.c_[Y, Y], "penalty": so.NuclearNorm(1.0), "method": "doge"}, 'couples all rows.*use method="admm"'),
+    (
+        "denoise",
+        {"image": np.ones((4, 4)), "alpha": True},
+        "of two channels or more, no volume; given (4, 4)",
+    ),
     (FIT, {"penalty": so.GroupL2(1.0, groups=[0, 0, 1, 1, 1])}, "labelled groups of differences are not supported"),
     (FIT, {"penalty": {-2: so.L1(1.0)}}, "the order of each .* whole number from -1 .*given -2"),
     (FIT, BOTH | {"order": 1}, "keyed by their orders [-1, 0], leave order out; given order=1"),

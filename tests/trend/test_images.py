@@ -60,6 +60,16 @@ def test_alpha_is_kept():
     assert np.var(found.image[..., 0].astype(float)) < np.var(image[..., 0].astype(float))
 
 
+def test_two_components_of_a_field_are_channels_and_grey_with_opacity_is_not(rng):
+    field = rng.standard_normal((8, 9, 2)).astype(np.float32)
+    assert np.var(denoise(field, 1.0).image[..., 1]) < 0.5 * np.var(field[..., 1])
+    grey = rng.integers(0, 255, (8, 9, 2)).astype(np.uint8)
+    for image in (grey, (grey / 255).astype(np.float32)):
+        np.testing.assert_array_equal(denoise(image, 0.1).image[..., 1], image[..., 1])
+    apart = denoise(grey, 30.0, alpha=False).image
+    assert np.var(apart[..., 1].astype(float)) < np.var(grey[..., 1].astype(float))
+
+
 def test_the_answer_is_that_of_the_trend_filter():
     _, noisy, _ = picture(np.float32)
     direct = so.trend_filter(noisy, so.Graph.grid(noisy.shape), so.L1(9.0), 1, tol=1e-4)

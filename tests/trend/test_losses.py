@@ -81,6 +81,18 @@ def test_a_part_of_one_label_is_fitted_at_margin_1_and_has_no_say(rng):
     np.testing.assert_array_equal(grid.value[:, 0], 1)
 
 
+@pytest.mark.parametrize(("loss", "weight"), [("absolute", 0.5), ("huber", 1e4)])
+def test_a_history_shows_the_check_of_an_answer_that_needs_no_step(rng, loss, weight):
+    """By linear programming, and the polynomial."""
+    y, graph = np.repeat([0.0, 4.0], 10) + rng.standard_normal(20), so.Graph.chain(20)
+    fit = so.trend_filter(y, graph, so.L1(weight), 1, loss=loss)
+    seen = so.trend_filter(y, graph, so.L1(weight), 1, loss=loss, history=True, max_steps=100).check()
+    gaps = np.asarray(seen.history.gap)
+    assert int(fit.steps) == 0 < int(seen.steps)
+    assert 0 <= gaps[int(seen.steps) - 1] <= 1e-6
+    assert float(seen.objective) == pytest.approx(float(fit.objective), rel=1e-6)
+
+
 @pytest.mark.parametrize("loss", ["poisson", "huber", "absolute"])
 def test_exact_answers_need_no_step(loss):
     link = np.log if loss == "poisson" else np.asarray

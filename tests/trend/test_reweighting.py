@@ -96,6 +96,25 @@ def test_a_step_that_costs_no_more_keeps_its_size_under_other_losses(rng, penalt
     np.testing.assert_allclose(found.solution.value[[5, 30, 50]], [2, 20, 5], atol=0.2)
 
 
+@pytest.mark.parametrize("seed", [0, 3])
+def test_the_best_round_is_returned_if_the_last_one_is_worse(seed):
+    """Rows keep a part of their weights with a loss, so that a round may raise the objective."""
+    y = np.repeat([0.0, 3, 1, 4], 15) + np.random.default_rng(seed).standard_t(2, 60)
+    penalty, graph = so.LogSum(0.5, 0.05), so.Graph.chain(60, ends="graph")
+    found = reweighted(y, graph, penalty, loss="absolute", tol=1e-2)
+    assert found.objectives[-1] > found.objectives[-2]
+    with jax.enable_x64(True):
+        price = float(penalty.value(jnp.asarray(graph.matrix(1) @ found.value)))
+    assert np.abs(found.value - y).sum() + price == pytest.approx(found.objectives.min(), rel=1e-9)
+
+
+def test_counts_begin_a_round_with_the_rho_of_their_weights():
+    """With the last round's rho the third one ended at the step limit, with a gap of 1e-3."""
+    rng = np.random.default_rng(19)
+    y = rng.poisson(np.exp(np.repeat(rng.uniform(-1, 3, 4), 10))).astype(float)
+    assert reweighted(y, so.Graph.chain(40), so.SCAD(0.3), loss="poisson").settled
+
+
 def test_a_missing_node_that_every_jump_cuts_off_stays_between_its_neighbours():
     fit = np.asarray(reweighted([0, np.nan, 4.0], so.Graph.chain(3), so.MCP(0.5), missing="nan").value)
     np.testing.assert_allclose(fit[[0, 2]], [0, 4], atol=1e-3)

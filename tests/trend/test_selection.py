@@ -69,7 +69,7 @@ def test_criteria_are_their_formulas(path):
         ("aic", 0.9): rss / 0.81 + 2 * df,
         ("bic", 0.9): rss / 0.81 + np.log(n) * df,
         ("aic", None): n * np.log(rss / n) + 2 * n * (df + 1) / (n - df - 2),
-        ("bic", None): n * np.log(rss / n) + np.log(n) * df,
+        ("bic", None): rss / path.noise**2 + np.log(n) * df,
     }
     for (criterion, sigma), curve in expected.items():
         found = select(path, criterion, sigma)
@@ -77,18 +77,30 @@ def test_criteria_are_their_formulas(path):
         assert found.index == np.argmin(curve)
         assert found.weight == path.weights[found.index]
         np.testing.assert_array_equal(found.value, path.values[found.index])
-    assert select(path, "sure").sigma == path.noise
+    assert select(path, "sure").sigma == select(path, "bic").sigma == path.noise
+    profiled = select(dataclasses.replace(path, noise=np.nan), "bic")
+    np.testing.assert_allclose(profiled.curve, np.where(df <= n / 2, n * np.log(rss / n) + np.log(n) * df, np.inf))
     assert select(path, "bic", 1.0).weight >= select(path, "aic", 1.0).weight
 
 
 def test_a_fit_that_uses_up_the_data_is_never_chosen_by_a_criterion_without_sigma(rng):
     y = rng.standard_normal(60)
-    path = trend_path(y, CHAIN, weights=[1.0, 0.5, 1e-6], tol=1e-10)
+    path = dataclasses.replace(trend_path(y, CHAIN, weights=[1.0, 0.5, 1e-6], tol=1e-10), noise=np.nan)
     assert path.degrees_of_freedom[-1] == 60
     for criterion in ("gcv", "aic", "bic"):
         found = select(path, criterion)
         assert found.curve[-1] == np.inf
         assert found.index < 2
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_bic_finds_pieces_and_not_the_noise(seed):
+    """Profiled over the whole path it takes 56 pieces and more: the log deviance of the signal itself has no bound."""
+    noise = np.random.default_rng(seed).standard_normal(60)
+    for clean, most in ((0.0, 2), (CLEAN, 11)):
+        path = trend_path(clean + noise, CHAIN, num=30)
+        for known in (path, dataclasses.replace(path, noise=np.nan)):
+            assert path.degrees_of_freedom[select(known, "bic").index] <= most
 
 
 @pytest.mark.parametrize("criterion", ["gcv", "aic"])

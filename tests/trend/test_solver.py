@@ -8,9 +8,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import sparseopt as so
-from sparseopt.core.base.types import precision
+from sparseopt.core.base.types import is_traced, precision
 from sparseopt.core.problem import iterate as iterate_module
 from sparseopt.core.problem.problem import Status
 from sparseopt.core.solvers.admm import Admm
@@ -40,6 +41,32 @@ def test_channels_and_pictures_keep_their_shape(rng):
     np.testing.assert_allclose(
         solver(picture.reshape(N, 3), so.GroupL2(0.5), tol=1e-4).value, found.value.reshape(N, 3)
     )
+
+
+FIRST_CALLS = {
+    "prox": lambda graph, x, weight: so.TotalVariation(graph, weight).prox(x, 1.0),
+    "solver": lambda graph, x, weight: so.trend_solver(graph)(x, so.L1(weight)).value,
+    "solve": lambda graph, x, weight: (
+        so.solve(so.Problem(so.LeastSquares(None, x), so.TotalVariation(graph, weight)), max_steps=3).value
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ["float32", "float64"])
+@pytest.mark.parametrize("name", FIRST_CALLS)
+def test_a_first_call_under_jit_leaves_no_tracer_in_the_tables_of_a_graph(name, kind):
+    ring = [(i, (i + 1) % 12) for i in range(12)]
+    with precision(np.dtype(kind)):
+        for graph in (so.Graph.chain(12), so.Graph.grid((3, 4)), so.Graph.from_edges(ring)):
+            x = np.ones(12, kind)
+            jax.eval_shape(lambda weight, graph=graph, x=x: FIRST_CALLS[name](graph, x, weight), 1.0)
+            assert not is_traced(so.trend_solver(graph).plans)
+
+
+def test_a_solver_made_under_jit_is_trend_filter(rng):
+    graph, y = so.Graph.grid((4, 6)), rng.normal(size=(4, 6)).astype(np.float32)
+    found = jax.jit(lambda y, weight: so.trend_solver(graph)(y, so.L1(weight)).value)(y, 0.3)
+    np.testing.assert_allclose(found, so.trend_filter(y, graph, so.L1(0.3)).check().value, atol=1e-2)
 
 
 def test_a_call_with_a_nonconvex_penalty_is_trend_filter(rng):

@@ -100,6 +100,16 @@ def test_rows_of_padding_do_not_count_where_zero_costs_something(rng):
     assert float(fits[0].objective) == pytest.approx(float(fits[1].objective), rel=1e-5)
 
 
+@pytest.mark.parametrize(("graph", "order"), [(so.Graph.grid((3, 4)), 0), (so.Graph.chain(12, ends="graph"), 1)])
+def test_the_nuclear_norm_is_of_the_differences_of_all_channels(rng, graph, order):
+    y = rng.standard_normal((12, 2))
+    found = so.trend_filter(y, graph, so.NuclearNorm(1.0), order).check()
+    rows = graph.matrix(order + 1) @ found.value
+    price = np.linalg.svd(rows, compute_uv=False).sum()
+    assert float(found.objective) == pytest.approx(0.5 * np.sum((y - found.value) ** 2) + price, rel=1e-6)
+    assert float(found.gap) <= 1e-6
+
+
 def test_a_sparse_group_of_weight_0_is_a_group(rng):
     graph, y = so.Graph.chain(40), rng.standard_normal((40, 2))
     same = (so.SparseGroup(0.0, 0.8), so.GroupL2(0.8))
@@ -366,6 +376,27 @@ def test_many_edges_a_node_and_constant_signals_are_no_trouble_for_interior_poin
     # Its dual starts other methods.
     parts = Problem(rng.standard_normal(11), two_parts(rng), so.L1(0.3))
     assert int(parts.fit("doge", tol=1e-6, start=parts.fit("interior", tol=1e-9)).steps) <= 10
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_the_level_of_a_signal_with_gaps_makes_no_difference_to_interior_points(rng, order):
+    y, graph, options = rng.standard_normal(60), so.Graph.chain(60), {"missing": "nan", "method": "interior"}
+    y[::3] = np.nan
+    low, high = (so.trend_filter(level + y, graph, so.L1(2.0), order, **options).check() for level in (0.0, 1e6))
+    assert float(high.objective) == pytest.approx(float(low.objective), rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", [0, 4])
+def test_auto_takes_interior_points_for_weights_of_many_sizes_and_keeps_the_better_of_two_fits(seed):
+    """Doge-ADMM ends at the step limit, with gaps up to 0.8."""
+    edges = [(i, i + 1) for i in range(14)] + [(0, 7)]
+    weights, y = 10 ** np.random.default_rng(seed).uniform(-4, 4, 15), np.random.default_rng(100 + seed).normal(size=15)
+    graph = so.Graph.from_edges(edges, 15, weights)
+    assert so.trend_filter(y, graph, so.L1(0.5), 1).check().steps < 50
+    auto, interior = (
+        so.trend_filter(y, graph, so.L1(0.5), 2, method, tol=1e-9, max_steps=500) for method in ("auto", "interior")
+    )
+    assert auto.gap <= interior.gap
 
 
 def test_auto_takes_interior_points_on_narrow_graphs_alone(rng, monkeypatch):

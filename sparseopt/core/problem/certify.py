@@ -34,8 +34,8 @@ CG_STEPS = 500
 # A certificate first moves u this much less than s: the bound loses the square of a move of s, but a move of u scales
 # both. The rest is small, and moves both alike, which needs fewer steps.
 PENALTY_MOVE = 1e-3
-# A pair whose slack is at most this fraction of the objective first moves u within its ball, some times, since the
-# whole pair is scaled by the entry or group that is furthest out. Entries so near the surface lie on it.
+# While the slack is at most CLOSE times the objective, the first ALONG moves of u stay tangent to its dual ball: the
+# entry or group that is furthest out sets the final scaling. Entries within SURFACE of the surface count as on it.
 CLOSE, ALONG, SURFACE = 1e-5, 3, 1e-4
 # The moves; the error of the equation that may remain, in eps times the lengths of its columns and of the dual.
 ROUNDS, ROUNDING = 6, 8

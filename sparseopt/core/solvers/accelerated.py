@@ -102,7 +102,7 @@ class AcceleratedProximalGradient(ProxSolver):
             # One step per entry needs a penalty that accepts them, and finds another answer if there are many.
             units = columns = units_of(problem, start)
         if self.step_size is not None or not getattr(problem.penalty, "separable", False):
-            # The columns as they are, of which the longest counts.
+            # One step for all entries, set by the longest column.
             units = Units(jnp.ones_like(start), columns.size / jnp.min(columns.of))
         at_zero = units.of * loss.gradient_at(zero, loss.image_of_zero(zero, image))
         if self.step_size is None:

@@ -239,7 +239,7 @@ class Admm:
         return dataclasses.replace(state, check=check)
 
     def _begin(self, problem: Problem, start: Start) -> AdmmState:
-        """With d = 0, and g the start's dual."""
+        """The initial state: memory 0, dual and candidate from the start."""
         x, blocks = start.x, []
         dtype, norm = x.dtype, is_norm(problem.penalty)
         far = jnp.full((), jnp.inf, dtype)

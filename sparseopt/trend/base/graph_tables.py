@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
+import jax
 import numpy as np
 from scipy import sparse
 
@@ -155,7 +156,8 @@ class Tables:
     def cache(self, key: Hashable, build: Callable[[], T]) -> T:
         """The result of `build`, built once per key: for tables that depend only on the graph."""
         if key not in self.tables:
-            self.tables[key] = build()
+            with jax.ensure_compile_time_eval():  # a table made under jit would belong to that one program
+                self.tables[key] = build()
         return self.tables[key]
 
     def base(self, dtype: Any) -> GridBase | EdgeBase:
@@ -173,6 +175,8 @@ class Tables:
             >>> so.Graph.from_edges([(0, 1), (1, 2)]).matrix(2).toarray().tolist()  # the Laplacian
             [[1.0, -1.0, 0.0], [-1.0, 2.0, -1.0], [0.0, -1.0, 1.0]]
         """
+        if self.free and order >= max(self.node_shape):
+            return sparse.csr_array((0, self.num_nodes))  # no axis has order + 1 nodes
         if self.free and order:
             return self.free_difference(order, np.float64).matrix()
         require_matrix_memory(self.edges, self.num_nodes, order)

@@ -23,6 +23,7 @@ from sparseopt.core.base.types import is_traced
 from sparseopt.core.losses.residuals import Squared, has_two_slopes
 from sparseopt.core.losses.scalar import ScalarLoss
 from sparseopt.core.penalties.entries import L1
+from sparseopt.core.penalties.groups import NuclearNorm
 from sparseopt.core.penalties.protocols import Composite
 from sparseopt.core.problem.problem import Solution, Start
 from sparseopt.trend.base.graph import Graph
@@ -58,6 +59,7 @@ class Job:
     order: int = dataclasses.field(init=False)  # the highest penalised order, at least 0
     several: bool = dataclasses.field(init=False)  # whether there are several penalties, or one on b itself
     penalty: Any = dataclasses.field(init=False)  # the penalty, if there is only one
+    coupled: bool = dataclasses.field(init=False)  # whether a penalty couples all rows, which then need one metric
     square: bool = dataclasses.field(init=False)  # whether the loss is the square
     is_l1: bool = dataclasses.field(init=False)  # whether that penalty is L1
     settings: Settings = dataclasses.field(init=False)  # of the method
@@ -70,6 +72,7 @@ class Job:
         fill("order", max(0, *self.terms))
         fill("several", len(self.terms) > 1 or -1 in self.terms)
         fill("penalty", next(iter(self.terms.values())))
+        fill("coupled", any(isinstance(term, NuclearNorm) for term in self.terms.values()))
         fill("is_l1", isinstance(self.penalty, L1))
         fill("square", getattr(self.loss, "is_square", False))
         fill("settings", self.method if isinstance(self.method, Settings) else DEFAULTS)
@@ -192,12 +195,14 @@ def graph_for(graph: Graph, *penalties: Any) -> Graph:
     """The graph for penalties, as edges if the rows of a grid would not do.
 
     A grid that was found in edges has its rows in the order and direction of a grid, padded with zeros. A penalty that
-    is not even needs the given directions, and one with a cost at 0 cannot bear the padding.
+    is not even needs the given directions, and one with a cost at 0 cannot bear the padding. Singular values are of a
+    matrix `[rows, channels]`.
     """
     if graph.shape is None or graph.free:
         return graph
     turned = graph.turned and not all(getattr(penalty, "even", False) for penalty in penalties)
-    return graph.as_edges() if turned or any(map(_excludes_zero, penalties)) else graph
+    listed = any(isinstance(penalty, NuclearNorm) for penalty in penalties)
+    return graph.as_edges() if turned or listed or any(map(_excludes_zero, penalties)) else graph
 
 
 def terms_of(penalty: Any, order: int) -> Terms:
@@ -276,6 +281,8 @@ def require_penalty(penalty: Any, graph: Graph, order: int, channels: bool) -> N
             f"{name} has its own differences, but the penalty here acts on the graph's, as L1(0.5) does; "
             f"for {name} itself call its prox, or `sparseopt.solve`"
         )
+    if isinstance(penalty, NuclearNorm) and not channels:
+        raise ValueError(f"{name} couples the channels of a signal [n, channels]; this one has none: use L1")
     if (axes := getattr(penalty, "group_axes", None)) is not None:
         if penalty.groups is not None:
             raise ValueError(f"{name} couples channels here; labelled groups of differences are not supported")

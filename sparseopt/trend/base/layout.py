@@ -63,10 +63,9 @@ class Layout:
         return None if graph.shape is None else cosine_solve(graph.shape, (1,), dtype, graph.spacing)
 
     def cache(self, key: tuple[Any, ...], build: Callable[[], T]) -> T:
-        tables, key = self.graph.tables, (*key, self.mesh)
-        if key not in tables:
-            tables[key] = build()
-        return tables[key]
+        key = (*key, self.mesh)
+        found = self.graph.tables.get(key)
+        return self.graph.cache(key, build) if found is None else found
 
     def base(self, dtype: Any) -> Any:
         return self.graph.base(dtype)

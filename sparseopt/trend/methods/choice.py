@@ -25,6 +25,8 @@ AUTO = "auto"
 # Above these ratios of weight to noise the interior point method beats Doge-ADMM on narrow graphs: at order 0; and at
 # order 1, divided by the square of the requested digits, since the steps of Doge-ADMM grow with both.
 VERY_STRONG, STRONG_PER_DIGIT = 20.0, 40.0
+# Above order 0, from this ratio of edge weights on Doge-ADMM takes ten times the steps and more.
+UNEVEN = 1e3
 # Factors of larger graphs are slow and large.
 MOST_NODES = 1_000_000
 # On a grid the factors fill up more: at order 1 this many nodes take a minute.
@@ -67,9 +69,9 @@ def fast_admm_pays(job: Job) -> bool:
 
 
 def admm_pays(job: Job) -> bool:
-    """If the x-step is exact and smoothing is strong; for other losses on all grids and chains."""
-    if not job.square:
-        return job.graph.shape is not None
+    """If the x-step is exact and smoothing is strong, or rows are coupled; for other losses on all grids and chains."""
+    if not job.square or job.coupled:
+        return job.coupled or job.graph.shape is not None
     return has_exact_step(job) and (job.order >= 1 if job.several else is_strong(job))
 
 
@@ -77,7 +79,7 @@ def interior_pays(job: Job) -> bool:
     """On chains from order 1 if smoothing is strong; on narrow graphs if Doge-ADMM needs many steps; and on grids with
     free ends with node weights.
     """
-    graph, order = job.graph, job.order
+    graph, order, weights = job.graph, job.order, job.graph.weights
     if graph.is_chain:
         return order >= 1 and (fast_admm_pays(job) or admm_pays(job)) and is_available()
     if graph.shape is not None:
@@ -85,7 +87,8 @@ def interior_pays(job: Job) -> bool:
         return graph.free and job.weighted and graph.num_nodes <= MOST_GRID_NODES and is_available()
     limits = (VERY_STRONG, STRONG_PER_DIGIT / np.log10(min(job.tol, 0.1)) ** 2, 0.0)
     few = graph.num_nodes <= MOST_NODES and graph.num_edges <= 3 * graph.num_nodes  # as a planar graph has
-    return few and is_available() and job.strength > limits[min(order, 2)] and is_narrow(graph)
+    uneven = order > 0 and weights is not None and weights.max(initial=0) >= UNEVEN * weights.min(initial=np.inf)
+    return few and is_available() and (uneven or job.strength > limits[min(order, 2)]) and is_narrow(graph)
 
 
 # The methods that "auto" chooses from, in the order of preference, and when each is expected to be the fastest.
@@ -158,9 +161,11 @@ def unless_rounded(job: Job, found: TrendSolution) -> TrendSolution:
 
     At very large weights the interior point method ends above small gaps.
     """
-    if job.method is None and int(found.status) != Status.CONVERGED:
-        return choose(job, pure=True).plan(job).fit_job(job)
-    return found
+    if job.method is not None or int(found.status) == Status.CONVERGED:
+        return found
+    other = choose(job, pure=True).plan(job).fit_job(job)
+    # A smaller objective decides between two gaps that are infinite.
+    return min(other, found, key=lambda fit: tuple(np.nan_to_num([fit.gap, fit.objective], nan=np.inf)))
 
 
 def choose_for_path(job: Job) -> Method:

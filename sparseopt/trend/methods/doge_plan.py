@@ -21,6 +21,7 @@ from sparseopt.core.base.types import pytree
 from sparseopt.core.operators.differences import Difference
 from sparseopt.core.operators.maps import Identity, Split
 from sparseopt.core.operators.normal_solves import Diagonal
+from sparseopt.core.penalties.groups import NuclearNorm
 from sparseopt.core.solvers import doge
 from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.base.ground import couples_axes
@@ -28,7 +29,7 @@ from sparseopt.trend.base.job import Job
 from sparseopt.trend.base.method import Method, Settings
 from sparseopt.trend.base.signal import MOST_ORDER
 from sparseopt.trend.methods.admm_plan import node_solve
-from sparseopt.trend.methods.plan import Plan
+from sparseopt.trend.methods.plan import COUPLED, Plan
 
 # A check costs two steps.
 CADENCE = 10
@@ -46,11 +47,11 @@ class Doge(Settings, Method):
     B: int | None = None
     name = "doge"
     balances_rho = over_devices = True
-    keeps_rho_from = MOST_ORDER + 1
+    keeps_rho_from = MOST_ORDER + 1  # never
     short_from = 10_000
 
     def refuses(self, job: Job) -> str | None:
-        return refuses_block(self.B, job) or job.layout.refuses(job, self)
+        return COUPLED if job.coupled else refuses_block(self.B, job) or job.layout.refuses(job, self)
 
     def plan(self, job: Job) -> Plan:
         layout, kind = job.layout, job.dtype
@@ -178,6 +179,8 @@ class DogeGroups(Settings, Method):
 
 
 def _refuses(penalty: Any) -> str | None:
+    if isinstance(penalty, NuclearNorm):
+        return COUPLED
     if couples_axes(penalty):
         return 'method="doge_groups" has its rows in separate groups; for isotropic total variation use "doge"'
     return None

@@ -56,10 +56,14 @@ class InteriorPlan:
     def data(self) -> Data:
         return prepare(self.job.ground, *self.job.arrays)
 
+    @functools.cached_property
+    def means(self) -> np.ndarray:
+        """The component means, or with free ends the polynomial: what no row sees."""
+        return np.asarray(self.data.means, np.float64).reshape(self.columns.shape)
+
     def null_fit(self, penalty: L1, dual: Any) -> TrendSolution:
         """The component means, certified by a dual point on the rows."""
-        means = np.asarray(self.data.means, np.float64).reshape(self.columns.shape)
-        return self._certify(penalty, means, jnp.asarray(dual, self.job.dtype), 0, True)
+        return self._certify(penalty, self.means, jnp.asarray(dual, self.job.dtype), 0, True)
 
     def fit_job(self, job: Job) -> TrendSolution:
         return self.fit(job.penalty)
@@ -68,8 +72,7 @@ class InteriorPlan:
         """The fit for the job's penalty or a multiple, to the job's gap, in the layout of the nodes."""
         weights, tol, max_steps = self._row_weights(penalty), self.job.tol, self.job.max_steps
         weight = float(weights[weights > 0].mean())
-        means = self.columns.mean(axis=0)
-        centred = (self.columns - means).T
+        centred = (self.columns - self.means).T
         scales = [self.program.lower_bound(column, weight) for column in centred]
         for attempt in range(ATTEMPTS):
             pairs, wanted = zip(centred, scales, strict=True), CUT**attempt * tol
@@ -78,7 +81,7 @@ class InteriorPlan:
             steps, ended = sum(answer[2] for answer in answers), all(answer[3] for answer in answers)
             rows = dual.reshape(-1, *self.job.channels) / self.unit
             rows = self.job.layout.grid_rows(rows, self.job.order + 1)
-            found = self._certify(penalty, fit + means, jnp.asarray(rows, self.job.dtype), steps, ended)
+            found = self._certify(penalty, fit + self.means, jnp.asarray(rows, self.job.dtype), steps, ended)
             if not ended or float(found.gap) <= tol:
                 break
         if not ended and max_steps > MOST_STEPS and not float(found.gap) <= tol:

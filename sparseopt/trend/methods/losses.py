@@ -144,13 +144,13 @@ def fit_loss(job: Job, best: BestConstants | None = None) -> TrendSolution:
     known = known and float(_gap_at(problem, x, dual, solver.anchor, True)) <= enough
     if known:
         # The polynomial is the fit; for a large weight rounding of its rows would spoil an iteration.
-        start, limit = Start(x, dual), 0
+        start = Start(x, dual)
     elif job.graph.free and job.method is None and job.is_l1 and has_two_slopes(loss):
         # For a long series the iteration would take many thousands of steps.
         fit, rows = linear_fits(loss, job.graph, job.order, job.penalty.weight, columns, mass, null)
         start = Start(laid_out(fit), jnp.asarray(rows.reshape(dual.shape), kind))
         known = float(_gap_at(problem, start.x, start.dual, solver.anchor, False)) <= enough
-        limit = 0 if known else limit
+    limit = 0 if known and not job.history else limit  # a history has at least one check
     found = iterate(problem, solver, start, tol=jnp.asarray(tol, kind), max_steps=limit, history=job.history)
     if settled.any():
         found = dataclasses.replace(found, value=jnp.where(laid_out(settled) > 0, x, found.value))

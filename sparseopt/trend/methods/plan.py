@@ -17,6 +17,7 @@ from jaxtyping import Array
 from sparseopt.core.base.compile import Jitted
 from sparseopt.core.base.types import pytree, static
 from sparseopt.core.operators.maps import Split
+from sparseopt.core.penalties.groups import NuclearNorm
 from sparseopt.core.penalties.protocols import feasible, has_conjugate, is_norm
 from sparseopt.core.problem.certify import Anchor, judge, promote, stationary
 from sparseopt.core.problem.differentiate import Found, attach
@@ -28,12 +29,13 @@ from sparseopt.trend.base.job import Job
 from sparseopt.trend.base.pieces import TrendSolution, nonzero_at
 from sparseopt.trend.base.signal import NULL_EPS
 
+COUPLED = 'NuclearNorm couples all rows, which Doge-ADMM moves by steps of their own: use method="admm"'
 # rho starts at this multiple of the weight over the noise: the balance 3 of admm.py at duals of rms 0.8 weight.
 FIRST_RHO = 2.4
 # The memory of Anderson acceleration of the standard ADMM; fifteen were hardly better.
 ACCELERATION = 10
-# Rounds of smoothing, and steps per round; after each round the signal is tried as a proof that the means are not the
-# fit.
+# Rounds of smoothing, and steps per round. Each round tests a smoother z: any with penalty(Δ z) < <pull, z> rules the
+# means out.
 ROUNDS, SMOOTHINGS = 4, 16
 # The next of two similar fits uses the rho of the last one, moved towards the rho that its last step asks for by the
 # root of the ratio, by at most this factor.
@@ -55,6 +57,8 @@ class Plan:
 
     def refuses(self, penalty: Any, weighted: bool) -> str | None:
         """Why the plan does not fit such a penalty, or a signal with node weights; None if it does."""
+        if isinstance(penalty, NuclearNorm) and jnp.ndim(self.split.row_scale):
+            return COUPLED
         if weighted and self.node_solve.one_weight:
             return "transforms along the axes solve for nodes of one weight alone"
         return None
