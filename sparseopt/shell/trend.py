@@ -274,10 +274,7 @@ def _chosen_weight(rule: str, problem: tuple[Any, ...], options: dict[str, Any])
         if rule == "cv":
             chosen: Any = so.trend.cross_validate(*problem, **options)
         else:
-            levels = so.trend.trend_path(*problem, **options)
-            # Without a noise level BIC falls without bound towards the signal.
-            noise = levels.noise if rule == "bic" and levels.noise > 0 else None
-            chosen = so.trend.select(levels, rule, noise)
+            chosen = so.trend.select(so.trend.trend_path(*problem, **options), rule)
         if chosen.index < len(chosen.path) - 1 or path == MOST_PATHS - 1:
             break
         options = options | {"weights": chosen.weight * np.geomspace(1, RATIO, LEVELS)}
