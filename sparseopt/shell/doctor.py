@@ -1,4 +1,4 @@
-"""The command `doctor`: what is installed, what the machine has, what runs would use, and how fast it is."""
+"""The command `doctor`: what is installed, what the machine has, and what runs would use."""
 
 import json
 import os
@@ -16,7 +16,6 @@ from sparseopt.shell import console
 from sparseopt.shell.options import AsJson
 from sparseopt.system.machine import available_memory_bytes, format_bytes, processor, versions
 from sparseopt.system.programs import SIZE_LIMIT, SWITCH, kept_files
-from sparseopt.system.speed import measure_gflops, measure_gigabytes
 
 # The extras that commands and functions need, with their modules; the others are for benchmarks and tests.
 EXTRAS = {
@@ -36,7 +35,7 @@ VARIABLES = re.compile(r"JAX_\w+|XLA_\w+|CUDA_VISIBLE_DEVICES|TPU_(?!SKIP_MDS_QU
 
 
 def doctor(as_json: AsJson = False) -> None:
-    """Show what is installed, the devices and memory available, what a run would use, and the measured speed.
+    """Show what is installed, the devices and memory available, and what a run would use.
 
     Include the output in bug reports.
     """
@@ -69,7 +68,7 @@ def examine() -> dict[str, Any]:
         "device_error": error,
         "programs": folder and _kept(folder),
         "precision": activation_precision(),
-        **(_speed() if devices else dict.fromkeys(("gflops", "gigabytes_a_second", "speed_error"))),
+        "product_error": _product_error() if devices else None,
     }
     return found | {"verdict": _verdict(found)}
 
@@ -102,12 +101,8 @@ def lines_of(found: dict[str, Any]) -> list[str]:
     lines.append(f"a run uses {first}" + f", or up to {many} devices with --devices" * (many > 1))
     if found["precision"] != "highest":
         lines.append(f"JAX is set to products in precision {found['precision']}; pruning takes what --precision says")
-    if found["speed_error"]:
-        return [*lines, f"speed of {first} not measured: {found['speed_error']}"]
-    lines.append(
-        f"speed of {first}: {found['gflops']:,.0f} GFLOP/s in float32 products, "
-        f"{found['gigabytes_a_second']:,.1f} GB/s of memory read and written"
-    )
+    if found["product_error"]:
+        lines.append(f"{first} fails: {found['product_error']}")
     return lines
 
 
@@ -115,20 +110,20 @@ def _verdict(found: dict[str, Any]) -> str:
     """What works here, and what to do about the rest."""
     if found["device_error"]:
         return "verdict: nothing runs here; check JAX_PLATFORMS and how JAX was installed"
-    if found["speed_error"]:
+    if found["product_error"]:
         return "verdict: a first product failed, and runs would too; free the device's memory or choose another device"
     if found["extras"]["prune"]:
         return "verdict: signals and so.solve work; language models need pip install 'sparseopt[prune]'"
     return "verdict: signals, so.solve and language models work"
 
 
-def _speed() -> dict[str, Any]:
-    """Of the first device; another program may have taken all of its memory."""
+def _product_error() -> str | None:
+    """Why the first device cannot compute: another program may have taken all of its memory."""
     try:
-        return {"gflops": measure_gflops(0.3), "gigabytes_a_second": measure_gigabytes(0.2), "speed_error": None}
+        jax.block_until_ready(jax.numpy.ones((1024, 1024)) @ jax.numpy.ones(1024))
     except RuntimeError as error:
-        said = str(error).partition("\n")[0]
-        return {"gflops": None, "gigabytes_a_second": None, "speed_error": said}
+        return str(error).partition("\n")[0]
+    return None
 
 
 def _device(device: Any) -> dict[str, Any]:

@@ -100,10 +100,6 @@ KINDS = {
         plots.plot_history, given({"a": solution([-1.0, -2.0])}, reference=-4.0),
         ("step", ABOVE), ("linear", "log"), {"a": ([1, 2], [0.75, 0.5])},
     ),
-    "every coefficient of a path in the order of the weights": Kind(
-        plots.plot_path, given([1.0, 100.0, 10.0], VALUES, ylabel="effect (mm)"), ("penalty weight", "effect (mm)"),
-        ("log", "linear"), {str(i): ([1, 10, 100], VALUES[[0, 2, 1], i]) for i in range(6)},
-    ),
     "chain": Kind(
         plots.plot_chain, given(VALUES[0], VALUES[1], truth=VALUES[2], positions=YEARS), ("position", "signal"),
         lines={label: (YEARS, values) for label, values in zip(("observed", "fit", "truth"), VALUES, strict=True)},
@@ -203,10 +199,6 @@ REFUSED = {
         (given({"a": solution([1.0])}, reference=2.0), "falls below the reference 2 by 0.5"),
         (given({"a": solution([1.0])}, reference=0.0), "other than 0"),
         (given({"a": solution([1.0])}, "gap", reference=1.0), "for 'gap'"),
-    ],
-    plots.plot_path: [
-        (given([1.0, 2.0], VALUES[:, :4]), r"values has the shape \[2, n\], given \[3, 4\]"),
-        (given([1.0, 0.0, 2.0], VALUES), "weights must be positive for a log axis, given 0 at place 1"),
     ],
     plots.plot_image: [
         *((given(wrong), r"the shape \[height, width\]") for wrong in (np.zeros((2, 2, 2)), np.zeros(4), [["a"]])),

@@ -4,13 +4,11 @@ import gc
 import resource
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 
-from sparseopt.system import machine, speed
+from sparseopt.system import machine
 from sparseopt.system.machine import available_memory_bytes, format_bytes, parse_bytes
 
 AMOUNTS = {
@@ -112,13 +110,3 @@ def test_freed_memory_is_kept_for_what_comes_next_and_given_back_at_the_end():
         del large
     # Threads of earlier tests may allocate meanwhile.
     assert full - resident() > 200 * 2**20
-
-
-def test_rates_are_those_of_the_calls(monkeypatch):
-    """With calls that take a known time, the rate is the work over that time."""
-    clock = [0.0]
-    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: sum(clock)))
-    monkeypatch.setattr(jax, "jit", lambda function: lambda *arguments: clock.append(0.02))
-    size = 1024 if jax.default_backend() == "cpu" else 4096
-    assert speed.measure_gflops(0.1) == pytest.approx(2 * size**3 / 0.02 / 1e9)
-    assert speed.measure_gigabytes(0.1) == pytest.approx(2 * 4 * 2**26 / 0.02 / 1e9)

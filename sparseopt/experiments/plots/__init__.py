@@ -11,7 +11,6 @@ from sparseopt.experiments.plots.curves import (
     plot_degrees_of_freedom,
     plot_fits,
     plot_history,
-    plot_path,
     plot_selection,
 )
 from sparseopt.experiments.plots.pruning import plot_comparison, plot_layer_errors, plot_perplexity, plot_sizes
@@ -39,7 +38,6 @@ __all__ = [
     "plot_image",
     "plot_layer_errors",
     "plot_lines",
-    "plot_path",
     "plot_perplexity",
     "plot_regions",
     "plot_selection",

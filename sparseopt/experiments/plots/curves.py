@@ -146,30 +146,6 @@ def _recorded(label: str, solution: Solution, quantity: str) -> np.ndarray:
     return np.asarray(getattr(solution.history, quantity), float)[:steps]
 
 
-def plot_path(
-    weights: Any, values: Any, axis: Any = None, *, xlabel: str = "penalty weight", ylabel: str = "coefficient"
-) -> Any:
-    """A regularisation path: how each of n values moves with the penalty weight, on a log axis.
-
-    Args:
-        weights: positive `[num_weights]`, in any order.
-        values: `[num_weights, n]`; their lines are labelled 0..n-1, without a legend.
-        axis: to draw on.
-        xlabel: what the weights are.
-        ylabel: what the values are, with their unit.
-    """
-    level = style.as_numbers(weights, "weights", ("num_weights",))
-    table = style.as_numbers(values, "values", (level.size, "n"))
-    style.check_any(table.ravel(), "value")
-    style.check_positive(level, "weights")
-    axis = _log_axis(axis)
-    axis.axhline(0, color=style.INK, linewidth=0.8, label="_zero")
-    order = np.argsort(level, kind="stable")
-    _draw_lines(axis, level[order], table[order], range(table.shape[1]))
-    axis.set(xlabel=xlabel, ylabel=ylabel)
-    return axis
-
-
 def plot_fits(path: TrendPath, nodes: Sequence[int] | None = None, axis: Any = None) -> Any:
     """How the fit at some nodes moves with the weight.
 
