@@ -328,7 +328,14 @@ def test_without_zeros_nothing_is_distributed(tmp_path, source, tokens):
     plain = {"calibration": tokens, "sparsity": 0.0, "bits": "q4_0", "score": "none"}
     with pytest.raises(ValueError, match="allocation 'curves' distributes zeros, and none are asked for: leave it out"):
         prune_model(source, tmp_path / "a.gguf", Recipe(method="wanda", allocation="curves", **plain))
-    report = prune_model(source, tmp_path / "b.gguf", Recipe(effort="most", train_epochs=0, **plain))
+    with pytest.raises(
+        ValueError, match="output_weights 'gradient' compares the outputs that have zeros, and none are"
+    ):
+        prune_model(source, tmp_path / "a.gguf", Recipe(method="wanda", output_weights="gradient", **plain))
+    told, recipe = [], Recipe(effort="most", train_epochs=0, **plain)
+    report = prune_model(source, tmp_path / "b.gguf", recipe, observer=lambda event, *_: told.append(event))
+    # And nothing is measured for the zeros.
+    assert "survey, pass" not in told
     assert (report.layers, len(report.grids)) == ([], 21)
     card = (tmp_path / "b.gguf.run" / "README.md").read_text()
     assert ", in few bits" in card
