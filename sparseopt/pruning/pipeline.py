@@ -51,7 +51,7 @@ from sparseopt.pruning.run.calibration import (
     with_windows,
 )
 from sparseopt.pruning.run.drawn import drawn_windows, keep_drawn
-from sparseopt.pruning.run.output_form import run_folder_of
+from sparseopt.pruning.run.output_form import ENDING, run_folder_of
 from sparseopt.pruning.run.plan import Plan
 from sparseopt.pruning.run.resumption import (
     Identity,
@@ -199,6 +199,8 @@ def open_pass(
     model: Any = open_any(source)
     for output in outputs:
         check_output(model.source, output)
+        if output.suffix.lower() in (".safetensors", ".bin") or output.name.lower() == ENDING:
+            raise ValueError(f"{output} would be a folder: give the name of a folder, or of a GGUF file, NAME{ENDING}")
     whole = isinstance(model, LoadedModel)
     if mesh is not None and whole:
         raise ValueError(

@@ -213,7 +213,8 @@ def _run() -> None:
     except UsageError as error:
         # Without an argument, typer has shown the help.
         if text := error.format_message():
-            say(f"error: {text[0].lower()}{text[1:].rstrip('.')}. See {error.ctx.command_path} --help", errors)
+            command = error.ctx.command_path if error.ctx else "sparseopt"
+            say(f"error: {text[0].lower()}{text[1:].rstrip('.')}. See {command} --help", errors)
         sys.exit(2)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
