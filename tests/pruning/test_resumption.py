@@ -353,6 +353,27 @@ def test_the_time_left_does_not_count_what_came_before_the_blocks(clock, capsys)
     assert "effort fast" not in said
 
 
+def test_compiling_does_not_count_as_work(clock, monkeypatch, capsys):
+    monkeypatch.setattr(prune_progress, "Compiled", SimpleNamespace(seconds=0.0))
+    with PruneProgress("whole") as progress:
+        for done in range(1, 31):
+            # The first step of the survey compiles for a minute, the first block for four.
+            clock[0] += 62 if done == 2 else 2
+            prune_progress.Compiled.seconds += 60 * (done == 2)
+            progress("survey, pass", done, 30)
+        for block in range(2):
+            clock[0] += 250 if block == 0 else 10
+            prune_progress.Compiled.seconds += 240 * (block == 0)
+            progress(linear(block, "up"), block + 1, 4)
+            progress(Passed(block, 4), block + 1, 4)
+    said = capsys.readouterr().out.splitlines()[1:]
+    passes = [line.removeprefix("whole: survey, pass ") for line in said[:-2]]
+    assert passes == ["1/30, 2 s", "3/30, 66 s, 54 s left", *passes[2:]]
+    assert passes[-1] == "30/30, 2 min"
+    assert len(passes) == 11
+    assert [line.rpartition(", ")[2] for line in said[-2:]] == ["30 s left", "20 s left"]
+
+
 def test_the_time_left_of_a_resumed_run_counts_the_blocks_that_it_finishes_itself(clock, monkeypatch, capsys):
     records = [linear(block, part) for block in range(4) for part in ("up", "down")]
     done = 0
