@@ -256,6 +256,11 @@ def prune_memory(
         held = distillation_bytes(config, sum(b.count * b.parameters for b in blocks), block.parameters, tokens)
         seen = tokens * pairs // recipe.seqlen + int(3 * FLOAT32 * tokens * block.widths)
         held["activations of a step"] += 2 * stream + seen
+        if isinstance(recipe, Recipe):
+            # A byte for each weight; those of experts also stacked.
+            held["masks"] = sum(
+                (1 + (share < 1)) * b.count * out * width for b in blocks for out, width, share in b.linears
+            )
         phases["distillation"] = running | held
     for held in phases.values():
         arrays = sum(nbytes for part, nbytes in held.items() if part not in running)
