@@ -258,10 +258,9 @@ def prune_memory(
         held["activations of a step"] += 2 * stream + seen
         if isinstance(recipe, Recipe):
             # A byte for each weight; those of experts also stacked.
-            held["masks"] = sum(
-                (1 + (share < 1)) * b.count * out * width for b in blocks for out, width, share in b.linears
-            )
-        phases["distillation"] = running | held
+            held["masks"] = sum(b.count * o * i * (1 + (share < 1)) for b in blocks for o, i, share in b.linears)
+        # Its own programs come on top.
+        phases["distillation"] = running | {"compiled programs": running["compiled programs"] + PROGRAMS} | held
     for held in phases.values():
         arrays = sum(nbytes for part, nbytes in held.items() if part not in running)
         held["freed, not returned"] = int(FREED * arrays)

@@ -339,5 +339,4 @@ def _run_blocks(work: Pass, stop: Callable[[], bool] | None) -> None:
         if not last and processes.any_of(stop is not None and stop()):
             raise Stopped(f"stopped after block {index + 1} of {model.num_blocks}; the same call resumes there")
     for branch in branches:
-        return_freed_memory()
         branch.distil(embedded.get(branch.variants), dense.get(branch.variants), work.tell, work.observer)
