@@ -259,8 +259,8 @@ def prune_memory(
         if isinstance(recipe, Recipe):
             # A byte for each weight; those of experts also stacked.
             held["masks"] = sum(b.count * o * i * (1 + (share < 1)) for b in blocks for o, i, share in b.linears)
-        # Its own programs come on top.
-        phases["distillation"] = running | {"compiled programs": running["compiled programs"] + PROGRAMS} | held
+        # Its own programs come on top, and compiling them while all this is held.
+        phases["distillation"] = running | {"compiled programs": running["compiled programs"] + 2 * PROGRAMS} | held
     for held in phases.values():
         arrays = sum(nbytes for part, nbytes in held.items() if part not in running)
         held["freed, not returned"] = int(FREED * arrays)
