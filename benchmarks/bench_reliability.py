@@ -4,7 +4,8 @@
 
 memory   peak memory against the number of blocks, for mAIHT
 inputs   bad inputs by kind, and how many ended in a clear error: those of the tests
-kills    a pruning run that receives thirty SIGKILLs: what was lost, and whether the final result is identical
+kills    a pruning run that receives thirty SIGKILLs: what was lost, and whether the final result is identical; of a
+         folder, and of a GGUF file as llama.cpp converts it, into another
 budget   a checkpoint of three times the memory budget
 fuzz     executions, seconds and crashes of every target
 
@@ -31,7 +32,10 @@ import pytest
 from common import emit, environment, options, say, selection
 
 from sparseopt.models import find_family
+from sparseopt.models.files.gguf.header import read_header
+from sparseopt.models.files.gguf.writer import copied, write_gguf
 from sparseopt.models.files.safetensors import write_tensors
+from sparseopt.pruning.run.output_form import run_folder_of
 from sparseopt.system.machine import parse_bytes
 
 Lines = Iterable[dict[str, Any]]
@@ -64,6 +68,7 @@ def write_model(folder: Path, blocks: int, width: int, vocab: int, *, tied: bool
         "intermediate_size": 11 * width // 4,
         "num_hidden_layers": blocks,
         "num_attention_heads": heads or width // 64,
+        "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
         "tie_word_embeddings": tied,
@@ -138,12 +143,22 @@ def budget(given: argparse.Namespace) -> Lines:
     }  # fmt: skip
 
 
-def shards(output: Path) -> dict[str, bytes]:
-    """The shards of the model, by name."""
-    return {file.name: file.read_bytes() for file in output.glob("*.safetensors")}
+def shards(folder: Path) -> dict[str, bytes]:
+    """The shards of the model of a run, by name."""
+    return {file.name: file.read_bytes() for file in folder.glob("*") if file.suffix in (".safetensors", ".gguf")}
 
 
-def killed_runs(place: Path, kills: int, seed: int = 0, blocks: int = 40) -> dict[str, Any]:
+def convert(model: Path, file: Path, vocab: int) -> Path:
+    """Write a model as a GGUF file like llama.cpp's, without `vocab_size`."""
+    whole = file.with_name("with-vocab-size.gguf")
+    summary_of(start(model, whole, vocab, {"method": "wanda", "sparsity": 0.0, "bits": "q8_0"}), run_folder_of(whole))
+    header = read_header(whole)
+    values = {key: value for key, value in header.values.items() if not key.endswith(".vocab_size")}
+    write_gguf(file, values, {name: copied(tensor) for name, tensor in header.tensors.items()})
+    return file
+
+
+def killed_runs(place: Path, kills: int, seed: int = 0, blocks: int = 40, converted: bool = False) -> dict[str, Any]:
     """A tiny model is pruned by processes that receive SIGKILL at random times, then by one that does not.
 
     Args:
@@ -151,16 +166,21 @@ def killed_runs(place: Path, kills: int, seed: int = 0, blocks: int = 40) -> dic
         kills: how many, at random times.
         seed: of the times.
         blocks: of the model.
+        converted: whether the model is a GGUF file as llama.cpp converts it, and becomes another one.
 
     Returns:
         The number of kills, of those during the pass, of those that lost a finished block, and of runs that could not
         be resumed; whether all results are byte for byte that of an uninterrupted run; and the seconds of such a run.
     """
     rng = np.random.default_rng(seed)
-    model, whole, broken = (place / name for name in ("model", "whole", "broken"))
+    model, ending = place / "model", ".gguf.run" if converted else ""
+    whole, broken = place / f"whole{ending}", place / f"broken{ending}"
     write_model(model, blocks, 64, 64, heads=4)
+    if converted:
+        model = convert(model, place / "model.gguf", 64)
 
-    def begin(output: Path) -> subprocess.Popen:
+    def begin(folder: Path) -> subprocess.Popen:
+        output = folder.with_suffix("") if converted else folder
         # Slow enough that most kills happen during the pass, fast enough for thirty of them.
         return start(model, output, 64, {"method": "maiht", "preset": "paper"}, (8, 64))
 
@@ -193,7 +213,7 @@ def killed_runs(place: Path, kills: int, seed: int = 0, blocks: int = 40) -> dic
         # It finished before the kill: compare, and kill a new run next.
         identical &= shards(broken) == shards(whole)
         runs += 1
-        broken = place / f"broken-{runs}"
+        broken = place / f"broken-{runs}{ending}"
     last = begin(broken).wait()
     return {
         "kills": done,
@@ -206,9 +226,11 @@ def killed_runs(place: Path, kills: int, seed: int = 0, blocks: int = 40) -> dic
 
 
 def kills(given: argparse.Namespace) -> Lines:
-    """One line."""
-    with tempfile.TemporaryDirectory() as place:
-        yield killed_runs(Path(place), given.kills, given.seed)
+    """A line for each form of the source."""
+    for converted in (False, True):
+        with tempfile.TemporaryDirectory() as place:
+            found = killed_runs(Path(place), given.kills, given.seed, converted=converted)
+        yield {"source": "converted GGUF file" if converted else "folder"} | found
 
 
 class Counts:

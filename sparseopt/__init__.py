@@ -4,6 +4,9 @@ One problem, `minimise loss(x) + penalty(K x)`, one family of penalties, one `so
 front-ends: l0 pruning of language models (`sparseopt.pruning`) and trend filtering on graphs.
 """
 
+from sparseopt.system import early_stop  # noqa: F401
+
+# isort: split
 import importlib
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any

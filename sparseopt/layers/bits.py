@@ -86,10 +86,10 @@ def parse_bits(text: str) -> Bits:
     known = [*BITS, "int4:group"]
     if not isinstance(text, str):
         raise ValueError(f"bits is one of {', '.join(known)}, given {text!r}")
-    if match := re.fullmatch(r"int4:(\d+)", text):
-        if not int(match[1]):
-            raise ValueError(f"bits {text!r} needs groups of at least 1 input")
-        return Bits(text, -8, 7, int(match[1]))
+    if text.startswith("int4:"):
+        if not re.fullmatch(r"int4:0*[1-9][0-9]*", text):
+            raise ValueError(f"bits {text!r} needs groups of at least 1 input, as in int4:64")
+        return Bits(text, -8, 7, int(text.removeprefix("int4:")))
     if text.lower() in WITH_OFFSET:
         raise ValueError(f"bits {text!r} moves zeros, since its grid has an offset; known are {', '.join(known)}")
     if text not in BITS:

@@ -38,9 +38,9 @@ def is_group_pattern(text: str) -> bool:
 
 
 def implied_sparsity(text: str) -> float | None:
-    """The fraction of zeros of an n:m pattern; None for other patterns, which need a sparsity."""
+    """The fraction of zeros of a possible n:m pattern; None for other patterns, which need a sparsity."""
     form, sizes = _parts(text)
-    return 1 - sizes[0] / sizes[1] if form == "n:m" and sizes[1] else None
+    return 1 - sizes[0] / sizes[1] if form == "n:m" and 0 < sizes[0] <= sizes[1] else None
 
 
 def check_pattern(text: str, sparsity: float | None) -> None:

@@ -256,7 +256,11 @@ def prune_memory(
         held = distillation_bytes(config, sum(b.count * b.parameters for b in blocks), block.parameters, tokens)
         seen = tokens * pairs // recipe.seqlen + int(3 * FLOAT32 * tokens * block.widths)
         held["activations of a step"] += 2 * stream + seen
-        phases["distillation"] = running | held
+        if isinstance(recipe, Recipe):
+            # A byte for each weight; those of experts also stacked.
+            held["masks"] = sum(b.count * o * i * (1 + (share < 1)) for b in blocks for o, i, share in b.linears)
+        # Its own programs come on top, and compiling them while all this is held.
+        phases["distillation"] = running | {"compiled programs": running["compiled programs"] + 2 * PROGRAMS} | held
     for held in phases.values():
         arrays = sum(nbytes for part, nbytes in held.items() if part not in running)
         held["freed, not returned"] = int(FREED * arrays)

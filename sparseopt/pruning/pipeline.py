@@ -46,11 +46,12 @@ from sparseopt.pruning.run.calibration import (
     check_same_calibration,
     default_windows,
     describe_calibration,
+    drawn_sample,
     samples_to_score,
     with_windows,
 )
 from sparseopt.pruning.run.drawn import drawn_windows, keep_drawn
-from sparseopt.pruning.run.output_form import run_folder_of
+from sparseopt.pruning.run.output_form import ENDING, run_folder_of
 from sparseopt.pruning.run.plan import Plan
 from sparseopt.pruning.run.resumption import (
     Identity,
@@ -198,6 +199,8 @@ def open_pass(
     model: Any = open_any(source)
     for output in outputs:
         check_output(model.source, output)
+        if output.suffix.lower() in (".safetensors", ".bin") or output.name.lower() == ENDING:
+            raise ValueError(f"{output} would be a folder: give the name of a folder, or of a GGUF file, NAME{ENDING}")
     whole = isinstance(model, LoadedModel)
     if mesh is not None and whole:
         raise ValueError(
@@ -211,16 +214,20 @@ def open_pass(
     identity, first = Identity(model), processes.is_first()
     # One process locks the folders for all.
     with claimed([plan.folder for plan in plans]) if first else contextlib.nullcontext():
-        recipe, drawing = plans[0].recipe, time.perf_counter()
+        recipe, drawing = plans[0].recipe, 0.0
         if recipe.draws:
             sized = with_windows(plans, recipe.windows or default_windows(model, recipe.seqlen))
+            # What cannot be scored ends the run before minutes of drawing.
+            samples, began = samples_to_score(model, sized[0].recipe, recipe.seqlen), time.perf_counter()
             windows = drawn_windows(model, sized, identity, budget, observer)
+            drawing = time.perf_counter() - began
+            samples = [drawn_sample(windows), *samples] if recipe.score is None else samples
         else:
             windows = calibration_windows(model, recipe)
-        drawing = time.perf_counter() - drawing if recipe.draws else 0.0
+            sized, length = with_windows(plans, len(windows.calibration)), windows.calibration.shape[1]
+            samples = samples_to_score(model, sized[0].recipe, length)
         calibrations = describe_calibration(model, plans, windows)
-        plans, identity.tokens = with_windows(plans, len(windows.calibration)), calibrations[0].digest
-        samples = samples_to_score(model, plans[0].recipe, windows)
+        plans, identity.tokens = sized, calibrations[0].digest
         processes.agree(
             {
                 "recipes": [recipe_identity(plan.recipe) for plan in plans],

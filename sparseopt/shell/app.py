@@ -19,10 +19,11 @@ from sparseopt.shell.console import errors, say, stop
 from sparseopt.shell.doctor import EXTRAS, doctor
 from sparseopt.shell.options import TEXT_HELP, Command, RecipeCommand
 from sparseopt.system import processes
+from sparseopt.system.early_stop import STOPPED
 from sparseopt.system.programs import keep_programs
 
-# The exit status after Ctrl-C, and the seconds that a command has to put its things away.
-STOPPED, GRACE = 130, 0.3
+# The seconds that a command has after Ctrl-C to put its things away.
+GRACE = 0.3
 # Of the options and arguments, in every version of typer.
 UsageError: Any = typer.BadParameter.__base__
 
@@ -155,7 +156,8 @@ def stopped_in_time() -> Iterator[None]:
     os.set_blocking(came, False)
     threading.Thread(target=_end_in_time, args=(signals,), daemon=True).start()
     stop.asked = False
-    before = signal.signal(signal.SIGINT, _interrupt), signal.set_wakeup_fd(came, warn_on_full_buffer=False)
+    signal.signal(signal.SIGINT, _interrupt)
+    before = signal.set_wakeup_fd(came, warn_on_full_buffer=False)
     try:
         yield
     finally:
@@ -163,8 +165,8 @@ def stopped_in_time() -> Iterator[None]:
             stop.say()
             # The end of an interpreter with large arrays takes seconds. All that was said has been flushed.
             os._exit(STOPPED)
-        signal.signal(signal.SIGINT, before[0])
-        signal.set_wakeup_fd(before[1])
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.set_wakeup_fd(before)
         os.close(came)
 
 
@@ -211,7 +213,8 @@ def _run() -> None:
     except UsageError as error:
         # Without an argument, typer has shown the help.
         if text := error.format_message():
-            say(f"error: {text[0].lower()}{text[1:].rstrip('.')}. See {error.ctx.command_path} --help", errors)
+            command = error.ctx.command_path if error.ctx else "sparseopt"
+            say(f"error: {text[0].lower()}{text[1:].rstrip('.')}. See {command} --help", errors)
         sys.exit(2)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]

@@ -30,11 +30,10 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from sparseopt.system.early_stop import NOTHING
 from sparseopt.system.files import write_whole
 from sparseopt.system.machine import format_bytes
 from sparseopt.system.run_folder import LOCK
-
-NOTHING = "stopped; nothing was written"
 
 
 class Outlet:

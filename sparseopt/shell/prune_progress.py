@@ -4,6 +4,7 @@ import time
 
 from rich.progress import TextColumn
 
+from sparseopt.layers.compiled import Compiled
 from sparseopt.pruning.base.records import (
     BlockRecord,
     Calibration,
@@ -32,10 +33,10 @@ class PruneProgress:
         """Take the title of the run, and whether effort fast takes less time."""
         self._title, self._faster = title, faster
         self._start = time.perf_counter()
-        self._block: list[LayerRecord] = []
-        self._grids: list[GridRecord] = []
+        self._block: list[LayerRecord | GridRecord] = []
         self._replayed, self._finished, self._blocks_left = False, 0, 0
-        self._worked_from = self._passed = self._start
+        self._worked_from = self._passed = _worked()
+        self._stage = ("", 0, self._worked_from)
         self._bar = counting_bar(console, TextColumn("{task.fields[note]}"))
         # The first record comes only after reading, tokenising and compiling.
         self._task = self._bar.add_task(title, total=None, note="reading the model")
@@ -61,10 +62,8 @@ class PruneProgress:
                 self._tell_survey(event, done, total)
             case Replay():
                 self._replayed = True
-            case LayerRecord():
+            case LayerRecord() | GridRecord():
                 self._tell_layer(event, done, total)
-            case GridRecord():
-                self._tell_grid(event, done, total)
             case Passed(block, blocks):
                 self._tell_block(block, blocks, done, total)
             case BlockRecord():
@@ -77,27 +76,30 @@ class PruneProgress:
                 self._bar.update(self._task, note=f"distilled, divergence {event.last_loss:.4f}")
 
     def _tell_survey(self, stage: str, done: int, total: int) -> None:
+        now, (name, first, began) = _worked(), self._stage
         if not (self._block or self._finished):
             # What comes before the blocks says nothing of the time that they take.
-            self._worked_from = time.perf_counter()
-        self._bar.update(self._task, total=total, completed=done, note=stage)
-        if not console.is_terminal and done in (1, total):
-            say(f"{self._title}: {stage} {done}/{total}, {duration(time.perf_counter() - self._start)}")
+            self._worked_from = now
+        left = ""
+        if name != stage or done <= first:
+            self._stage = (stage, done, now)
+        elif done < total:
+            left = f", {duration((now - began) / (done - first) * (total - done))} left"
+        self._bar.update(self._task, total=total, completed=done, note=f"{stage}{left}")
+        # About ten lines of a stage.
+        if not console.is_terminal and (done in (1, total) or 10 * done // total > 10 * (done - 1) // total):
+            say(f"{self._title}: {stage} {done}/{total}, {duration(time.perf_counter() - self._start)}{left}")
 
-    def _tell_layer(self, record: LayerRecord, done: int, total: int) -> None:
-        layer = record.layer.split(".", 3)[-1]
-        note = f"block {record.block} {layer} error {record.relative_error:.4f}{self._left()}"
+    def _tell_layer(self, record: LayerRecord | GridRecord, done: int, total: int) -> None:
+        layer, what = record.layer.split(".", 3)[-1], "error"
+        if isinstance(record, GridRecord):
+            what = f"in {record.bits}, adds"
+        note = f"block {record.block} {layer} {what} {record.relative_error:.4f}{self._left()}"
         self._bar.update(self._task, total=total, completed=done, note=note)
         self._block.append(record)
 
-    def _tell_grid(self, record: GridRecord, done: int, total: int) -> None:
-        layer = record.layer.split(".", 3)[-1]
-        note = f"block {record.block} {layer} in {record.bits}, adds {record.relative_error:.4f}{self._left()}"
-        self._bar.update(self._task, total=total, completed=done, note=note)
-        self._grids.append(record)
-
     def _tell_block(self, block: int, blocks: int, done: int, total: int) -> None:
-        self._passed, self._blocks_left = time.perf_counter(), blocks - block - 1
+        self._passed, self._blocks_left = _worked(), blocks - block - 1
         if self._replayed:
             # An earlier run's: its records come again in no time.
             self._worked_from, self._replayed = self._passed, False
@@ -105,16 +107,17 @@ class PruneProgress:
             self._finished += 1
         what = f"block {block} has no layer to prune" if total else f"block {block + 1}/{blocks}"
         if self._block:
-            error = mean(record.relative_error for record in self._block)
-            what = f"layer {done}/{total}, block {block}, mean relative error {error:.5f}"
-        elif self._grids:
-            error = mean(record.relative_error for record in self._grids)
-            what = f"layer {done}/{total}, block {block}, mean relative error of the grid {error:.5f}"
-        self._block, self._grids = [], []
+            pruned = [record for record in self._block if isinstance(record, LayerRecord)]
+            error, of_grid = (
+                mean(each.relative_error for each in pruned or self._block),
+                "" if pruned else " of the grid",
+            )
+            what = f"layer {done}/{total}, block {block}, mean relative error{of_grid} {error:.5f}"
+        self._block = []
         if not total:
             self._bar.update(self._task, total=blocks, completed=block + 1, note=what)
         if not console.is_terminal:
-            say(f"{self._title}: {what}, {duration(self._passed - self._start)}{self._left()}")
+            say(f"{self._title}: {what}, {duration(time.perf_counter() - self._start)}{self._left()}")
         left = self._seconds_left()
         if left is not None:
             # Once, after the first block that this run has finished.
@@ -131,7 +134,12 @@ class PruneProgress:
         if not self._finished:
             return None
         each = (self._passed - self._worked_from) / self._finished
-        return max(0.0, each * self._blocks_left - (time.perf_counter() - self._passed))
+        return max(0.0, each * self._blocks_left - (_worked() - self._passed))
+
+
+def _worked() -> float:
+    """A clock in seconds that stops while programs compile: later blocks use the same programs."""
+    return time.perf_counter() - Compiled.seconds
 
 
 def calibration_lines(calibration: Calibration) -> list[str]:

@@ -91,6 +91,15 @@ def test_plans_that_share_a_pass_have_a_stream_each(tmp_path, model, recipe, tok
     assert cost_of(model, recipe, "disk", propagate=0.5).scratch_bytes == 4 * stream
 
 
+def test_the_estimate_of_distillation_counts_its_masks(models, recipe):
+    """A byte for each weight; the masks of experts are also stacked."""
+    for name, times in (("llama", 1), ("experts", 2)):
+        model = open_model(models(name))
+        held = cost_of(model, recipe, distil_epochs=1).phases["distillation"]
+        weights = {key: int(np.prod(model.weight_shape(key))) for key in model.linear_keys()}
+        assert held["masks"] == sum((times if ".experts." in key else 1) * size for key, size in weights.items())
+
+
 def test_a_disk_with_too_little_room_is_refused_before_any_work(tmp_path, source, model, recipe, tokens, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     plans = [(recipe.model_copy(update={"sparsity": share}), tmp_path / str(share)) for share in (0.5, 0.6)]

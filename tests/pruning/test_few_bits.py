@@ -45,6 +45,7 @@ def of(model, output, *grids, **recipe):
 SMALLER = {"channels": 0.5, "multiple": 32, "layers": 0.67, "block_score": "cosine"}
 CASES = {
     "zeros": of("llama", "out.gguf", "q4_0", bits="q4_0"),
+    "2:4": of("llama", "out.gguf", "q4_0", bits="q4_0", pattern="2:4"),
     "dense": of("bfloat16", "out.gguf", "q8_0", bits="q8_0", sparsity=0.0, head_bits="q4_0"),
     "trained": of("biased", "out.gguf", "q5_0", bits="q5_0", pattern="2:4", train_epochs=1, propagate=0.5),
     "smaller": of("llama", "out.gguf", "q4_0", bits="q4_0", train_epochs=1, **SMALLER),
@@ -120,6 +121,8 @@ def linears_lie_on_their_grids(done):
         assert np.array_equal(apart.reshape(weight.shape), weight)
     for record in done.report.layers if done.report.shape is None else ():
         assert np.count_nonzero(stored[record.layer] == 0) >= record.zeros == round(done.recipe.sparsity * record.size)
+        if done.recipe.pattern == "2:4":
+            assert np.count_nonzero(stored[record.layer].reshape(-1, 4), axis=1).max() == 2
 
 
 def a_grid_costs_less_than_plain_rounding(done):
@@ -329,7 +332,14 @@ def test_without_zeros_nothing_is_distributed(tmp_path, source, tokens):
     plain = {"calibration": tokens, "sparsity": 0.0, "bits": "q4_0", "score": "none"}
     with pytest.raises(ValueError, match="allocation 'curves' distributes zeros, and none are asked for: leave it out"):
         prune_model(source, tmp_path / "a.gguf", Recipe(method="wanda", allocation="curves", **plain))
-    report = prune_model(source, tmp_path / "b.gguf", Recipe(effort="most", train_epochs=0, **plain))
+    with pytest.raises(
+        ValueError, match="output_weights 'gradient' compares the outputs that have zeros, and none are"
+    ):
+        prune_model(source, tmp_path / "a.gguf", Recipe(method="wanda", output_weights="gradient", **plain))
+    told, recipe = [], Recipe(effort="most", train_epochs=0, **plain)
+    report = prune_model(source, tmp_path / "b.gguf", recipe, observer=lambda event, *_: told.append(event))
+    # And nothing is measured for the zeros.
+    assert "survey, pass" not in told
     assert (report.layers, len(report.grids)) == ([], 21)
     card = (tmp_path / "b.gguf.run" / "README.md").read_text()
     assert ", in few bits" in card
@@ -388,6 +398,8 @@ REFUSED = [
     ({"bits": "int8"}, "out.gguf", "bits 'int8' are stored in a folder: leave .gguf out of the output, or give q8_0"),
     ({"bits": "q4_1"}, "out.gguf", "bits 'q4_1' moves zeros, since its grid has an offset"),
     ({"bits": "q4_k"}, "out.gguf", "moves zeros"),
+    ({"bits": "q4_0"}, ".gguf", "would be a folder: give the name of a folder, or of a GGUF file, NAME.gguf"),
+    ({}, "model.safetensors", "model.safetensors would be a folder: give the name of a folder"),
     ({"bits": "int4:48"}, "out", r"a scale for each 48 inputs, which tile no layer of this model, of 32, 64 inputs"),
     ({"head_bits": "q8_0"}, "out", "head_bits are stored in a GGUF file"),
     ({"pack": True}, "out.gguf", "pack stores zeros as a bitmask in a folder of floats"),

@@ -10,10 +10,12 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType as Kind
 
 from sparseopt.pruning import LayerRecord, Recipe, Stopped, memory, prune_model, prune_models, shrink_model
 from sparseopt.pruning.base.records import Passed, Replay
@@ -23,8 +25,9 @@ from sparseopt.shell.prune import RESUMABLE, stop_asked
 from sparseopt.shell.prune_progress import PruneProgress
 from sparseopt.system.files import temporary_of
 from sparseopt.system.run_folder import LOCK, RECORDS, RUN, FolderError, write_start
-from tests.models.tiny import random_tensors, tiny_config, write_folder
-from tests.pruning.whole_runs import Broken, breaking_at, model_bytes, written
+from tests.models.tiny import CONFIGS, random_tensors, tiny_config, write_architecture, write_folder
+from tests.pruning.whole_runs import TOKENIZER, Broken, breaking_at, ended_by, model_bytes, written
+from tests.tiers import often
 
 FIELDS = {"method": "wanda", "heldout_windows": 0}
 
@@ -57,7 +60,7 @@ def half_a_record(folder):
     """And a shard without all its records, and half a shard."""
     records = (folder / RECORDS).read_text().splitlines(keepends=True)
     (folder / RECORDS).write_text("".join(records[:13]) + records[13][:40])
-    (folder / ".model-block-0007.safetensors.tmp").write_bytes(b"half")
+    temporary_of(folder / "model-block-0002.safetensors").write_bytes(b"half")
 
 
 def half_a_fingerprint(folder):
@@ -88,6 +91,18 @@ def test_a_folder_of_a_run_that_was_killed_is_finished(
     if change is no_summary:
         assert lines[0] == lines[1] == [record.as_dict() | {"shape": list(record.shape)} for record in report.layers]
     assert {LOCK, temporary_of(folder / RUN).name}.isdisjoint(file.name for file in folder.iterdir())
+
+
+def test_files_of_others_in_the_folder_of_a_killed_run_stay(tmp_path, source, recipe, finished, unfinished):
+    folder = shutil.copytree(unfinished, tmp_path / "out")
+    (folder / "model-block-0002.safetensors").write_bytes(b"half")
+    others = {
+        name: name.encode() for name in ("adapter.safetensors", "mine.gguf", "draft.tmp", "model-mine.safetensors")
+    }
+    for name, content in others.items():
+        (folder / name).write_bytes(content)
+    assert prune_model(source, folder, recipe).resumed_blocks == 2
+    assert model_bytes(folder) == model_bytes(finished) | others
 
 
 def older_version(folder):
@@ -225,6 +240,62 @@ def test_a_run_asked_to_stop_ends_after_a_block_and_resumes(tmp_path, source, re
     assert model_bytes(tmp_path / "out") == model_bytes(finished)
 
 
+QWEN2, QUICK = CONFIGS["qwen2"], {"method": "wanda", "score": "none"}
+# Fields of a recipe, by the form of its output.
+FORMS = {
+    "out": ({}, {"pack": True}, {"train_epochs": 1}, {"bits": "int8"}, {"bits": "int8", "train_epochs": 1}),
+    "out.gguf": ({}, {"train_epochs": 1}, {"bits": "q4_0"}, {"bits": "q8_0", "train_epochs": 1}),
+}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory, tokens):
+    """One model by the form in which it is read. A file that llama.cpp converts has tokens and no `vocab_size`."""
+
+    @cache
+    def source(kind):
+        place, tensors = tmp_path_factory.mktemp("sources"), random_tensors(QWEN2, np.random.default_rng(4))
+        if kind == "folder":
+            write_folder(place, QWEN2, tensors)
+            (place / "tokenizer.json").write_text(TOKENIZER)
+            return place
+        if kind == "compressed-tensors":
+            recipe = Recipe(**QUICK, calibration=tokens, sparsity=0.0, bits="int8")
+            return prune_model(source("folder"), place / "out", recipe).output
+        changes = {"qwen2.vocab_size": QWEN2["vocab_size"]} if kind == "file" else {}
+        return write_architecture(place / "in.gguf", "qwen2", QWEN2, tensors, Kind.Q8_0, changes)
+
+    return source
+
+
+@pytest.mark.parametrize(
+    ("kind", "output", "fields"),
+    often(
+        [
+            (kind, output, fields)
+            for kind in ("folder", "file", "converted file", "compressed-tensors")
+            for output, each in FORMS.items()
+            for fields in each
+        ],
+        ("folder", "out.gguf", {"bits": "q4_0"}),
+        ("converted file", "out.gguf", {"bits": "q4_0"}),
+    ),
+)
+def test_every_source_resumes_into_every_form_with_the_same_bytes(tmp_path, tokens, sources, kind, output, fields):
+    def files(place):
+        found = sorted(file for file in place.rglob("*") if file.suffix in (".safetensors", ".gguf"))
+        return {str(file.relative_to(place)): file.read_bytes() for file in found}
+
+    source, recipe = sources(kind), Recipe(**QUICK, calibration=tokens, **fields)
+    prune_model(source, tmp_path / "whole" / output, recipe)
+    for blocks in (1, 2):
+        # The second end comes after a run that was resumed.
+        with pytest.raises(Broken):
+            prune_model(source, tmp_path / "broken" / output, recipe, observer=ended_by(Passed, blocks))
+    assert prune_model(source, tmp_path / "broken" / output, recipe).resumed_blocks == 2
+    assert files(tmp_path / "broken") == files(tmp_path / "whole")
+
+
 def test_a_scheduler_s_signal_is_taken_note_of():
     with stop_asked() as stop:
         assert not stop()
@@ -280,6 +351,27 @@ def test_the_time_left_does_not_count_what_came_before_the_blocks(clock, capsys)
     said = capsys.readouterr().out
     assert "layer 1/2, block 0, mean relative error 0.10000, 83 min, 3 s left" in said
     assert "effort fast" not in said
+
+
+def test_compiling_does_not_count_as_work(clock, monkeypatch, capsys):
+    monkeypatch.setattr(prune_progress, "Compiled", SimpleNamespace(seconds=0.0))
+    with PruneProgress("whole") as progress:
+        for done in range(1, 31):
+            # The first step of the survey compiles for a minute, the first block for four.
+            clock[0] += 62 if done == 2 else 2
+            prune_progress.Compiled.seconds += 60 * (done == 2)
+            progress("survey, pass", done, 30)
+        for block in range(2):
+            clock[0] += 250 if block == 0 else 10
+            prune_progress.Compiled.seconds += 240 * (block == 0)
+            progress(linear(block, "up"), block + 1, 4)
+            progress(Passed(block, 4), block + 1, 4)
+    said = capsys.readouterr().out.splitlines()[1:]
+    passes = [line.removeprefix("whole: survey, pass ") for line in said[:-2]]
+    assert passes == ["1/30, 2 s", "3/30, 66 s, 54 s left", *passes[2:]]
+    assert passes[-1] == "30/30, 2 min"
+    assert len(passes) == 11
+    assert [line.rpartition(", ")[2] for line in said[-2:]] == ["30 s left", "20 s left"]
 
 
 def test_the_time_left_of_a_resumed_run_counts_the_blocks_that_it_finishes_itself(clock, monkeypatch, capsys):

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -151,6 +152,32 @@ def test_ctrl_c_ends_a_command_in_time_and_says_that_nothing_was_written(
     assert rest.endswith("stopped; nothing was written")
     assert seconds < 20  # 1, where nothing else runs
     assert set(tmp_path.iterdir()) == held
+
+
+SCRIPT = "import sys\nfrom sparseopt.shell.app import main\nsys.exit(main())\n"
+
+
+@pytest.mark.parametrize("call", [["-m", "sparseopt", "doctor"], ["sparseopt", "doctor"], ["-c", "import sparseopt"]])
+def test_ctrl_c_while_a_command_imports_ends_it_at_once_without_a_traceback(tmp_path, call):
+    """In a process that is not the command, Ctrl-C raises as ever."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "sparseopt").write_text(SCRIPT)
+    # In place of JAX, whose import takes most of the time.
+    (tmp_path / "jax.py").write_text("import time\nprint('imports', flush=True)\ntime.sleep(60)\n")
+    line = [
+        sys.executable,
+        *[str(tmp_path / "bin" / word) if word == call[0] == "sparseopt" else word for word in call],
+    ]
+    given = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    path = os.pathsep.join([str(tmp_path), str(Path.cwd())])
+    with subprocess.Popen(line, env=os.environ | {"PYTHONPATH": path}, **given) as started:
+        assert started.stdout.readline() == "imports\n"
+        started.send_signal(signal.SIGINT)
+        _, said = started.communicate()
+    if call[0] == "-c":
+        assert "KeyboardInterrupt" in said
+    else:
+        assert (started.returncode, said) == (130, "stopped; nothing was written\n")
 
 
 def test_what_a_stopped_command_has_written_is_told(tmp_path):

@@ -33,6 +33,9 @@ REFUSED = {
         ("--seed 3", "seed is for window_choice 'random', and it is 'spread'; leave the seed out"),
         ("--penalty ridge", "unknown penalty 'ridge'; known are l1, l0, mcp, scad, group_l2"),
         ("--penalty mcp --method wanda", "only method 'maiht' accepts a penalty"),
+        ("--bits int4:-8", "bits 'int4:-8' needs groups of at least 1 input, as in int4:64"),
+        ("--pattern 4:2", "pattern '4:2' must keep between 1 and 2 of every 2 weights"),
+        ("--pattern", "option '--pattern' requires an argument. See sparseopt"),
         ("", "a window of 512 tokens is longer than the 256 positions that the model supports"),
         ("--calibration file:/nowhere --seqlen 32", "cannot read the text file /nowhere"),
         ("--windows 9000 --seqlen 32", "fewer windows or a shorter seqlen"),
@@ -56,6 +59,7 @@ REFUSED = {
     "eval without-bos --text file:text.txt --seqlen 64": [("--bos yes", "has no BOS token")],
     "eval": [
         ("absent", "absent"),
+        ("source --text file:text.txt --seqlen 0", "need at least 1 window of at least 2 tokens, given 8 windows of 0"),
         (
             "source --text jsonl:rows.jsonl --windows 4 --seqlen 64",
             "has no column 'text' or 'messages' or 'conversations'; its columns are id, body",

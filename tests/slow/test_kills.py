@@ -1,4 +1,4 @@
-"""A run killed thirty times at random moments: run by `make test-slow`."""
+"""A run killed thirty times at random moments, of a folder and of a GGUF file: run by `make test-slow`."""
 
 import pytest
 from bench_reliability import killed_runs
@@ -6,8 +6,9 @@ from bench_reliability import killed_runs
 pytestmark = pytest.mark.slow
 
 
-def test_thirty_kills_lose_no_finished_block_and_change_no_bit(tmp_path):
-    found = killed_runs(tmp_path, kills=30)
+@pytest.mark.parametrize("converted", [False, True])
+def test_thirty_kills_lose_no_finished_block_and_change_no_bit(tmp_path, converted):
+    found = killed_runs(tmp_path, kills=30, converted=converted)
     assert found["kills"] == 30
     # Else the kills came too early, and nothing was tried.
     assert found["within_the_pass"] >= 10

@@ -204,6 +204,8 @@ class Joined(Form):
 
     def read(self, file: Path) -> Mapping[str, Readable]:
         found = GGUFSource(file)
+        # A part has no tokenizer and few tensors, from which a configuration cannot be read.
+        found.config = dict(self.model_config)
         return {
             name: UnreadTensor(each.shape, each.dtype, partial(found.pieces, name), each)
             for name, each in found.tensors.items()

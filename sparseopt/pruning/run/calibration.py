@@ -149,30 +149,33 @@ class Sample(NamedTuple):
     bos: int | None
 
 
-def samples_to_score(model: PrunableModel, recipe: PassRecipe, windows: CalibrationWindows) -> list[Sample]:
+def drawn_sample(windows: CalibrationWindows) -> Sample:
+    """The windows that the model drew to be scored. They begin with BOS, and `perplexity` puts it there."""
+    ids = windows.scored if windows.bos is None else np.roll(windows.scored, -1, axis=1)
+    return Sample(OWN, ids, windows.bos)
+
+
+def samples_to_score(model: PrunableModel, recipe: PassRecipe, length: int) -> list[Sample]:
     """The texts on which the perplexity before and after is measured: the recipe's `score`, or its default.
 
     A default text that is too short is left out, and token ids leave no text.
 
     Raises:
-        TextError: if `score` cannot be read or is too short for a window.
+        TextError: if `score` cannot be read or is too short for a window of this length.
     """
-    count, length = scored_windows(recipe), windows.calibration.shape[1]
 
     def read(text: str, **reading: str | None) -> Sample:
         found = text_windows(
-            model.source, text, "evaluation", count, length,
+            model.source, text, "evaluation", scored_windows(recipe), length,
             bos=recipe.bos, documents=recipe.documents, least=1, **reading,  # type: ignore[arg-type]
         )  # fmt: skip
         return Sample(part_of_text(text, "evaluation", reading.get("split")), *found)
 
     if recipe.score is not None:
         return [] if recipe.score == "none" else [read(recipe.score)]
-    if recipe.draws:
-        # They begin with BOS, and `perplexity` puts it there.
-        ids = windows.scored if windows.bos is None else np.roll(windows.scored, -1, axis=1)
-        return [Sample(OWN, ids, windows.bos), read("pydoc")]
     try:
+        if recipe.draws:
+            return [read("pydoc")]
         own = isinstance(recipe.calibration, str)
         return [read(recipe.calibration, split=recipe.split, column=recipe.column)] if own else []
     except TextError:

@@ -142,10 +142,9 @@ def without_distillation(recipe: T, form: Form) -> T:
     return recipe.model_copy(update={"distil_epochs": 0})
 
 
-def without_allocation(recipe: Recipe) -> Recipe:
-    """The recipe of a run without zeros, which an allocation would distribute."""
-    if recipe.allocation == "uniform":
-        return recipe
-    if recipe.given("allocation"):
-        raise ValueError(f"allocation {recipe.allocation!r} distributes zeros, and none are asked for: leave it out")
-    return recipe.model_copy(update={"allocation": "uniform"})
+def without_survey(recipe: Recipe) -> Recipe:
+    """The recipe of a run without zeros: an allocation distributes zeros, and each output has grids of its own."""
+    for name, what in (("allocation", "distributes zeros"), ("output_weights", "compares the outputs that have zeros")):
+        if (value := recipe.get(name)) != "uniform" and recipe.given(name):
+            raise ValueError(f"{name} {value!r} {what}, and none are asked for: leave it out")
+    return recipe.model_copy(update={"allocation": "uniform", "output_weights": "uniform"})

@@ -40,8 +40,8 @@ from sparseopt.pruning.run.output_form import (
     is_file,
     run_folder_of,
     with_dtype,
-    without_allocation,
     without_distillation,
+    without_survey,
 )
 
 # The layers that have fewer inputs in a smaller model: key-value groups, and channels.
@@ -260,7 +260,7 @@ def make_plan(model: StreamedModel, recipe: PassRecipe, output: Path) -> Plan:
     if recipe.bits is not None and not recipe.has_support:
         # A layer without zeros needs no solve; it is rounded to its grid directly.
         shares = {key: share for key, share in shares.items() if share}
-        recipe = recipe if shares else without_allocation(recipe)
+        recipe = recipe if shares else without_survey(recipe)
     patterns = layer_patterns(model, recipe, method, shares)
     return Plan(recipe, method, output, model, patterns, masks=_model_of_masks(model, recipe, patterns), form=form)
 

@@ -53,6 +53,7 @@ from sparseopt.pruning.recipe.pass_recipe import PassRecipe, described
 from sparseopt.pruning.run.output_form import is_file
 from sparseopt.pruning.run.plan import Plan
 from sparseopt.system import run_folder
+from sparseopt.system.files import temporary_of
 from sparseopt.system.machine import versions
 from sparseopt.system.run_folder import RUN, SUMMARY, Fingerprint, FolderError, State, read_start
 
@@ -323,10 +324,12 @@ def progress_in(identity: Identity, plan: Plan) -> Progress:
     if new:
         run_folder.write_start(folder, identity.of(plan.recipe))
         return found
-    kept = {plan.form.file_name(tag) for tag in found.tags}
-    for entry in folder.iterdir():
-        if entry.suffix in (".tmp", ".safetensors", ".gguf") and entry.name not in kept:
-            entry.unlink()
+    # Only names that a run writes: what else lies there is somebody else's.
+    blocks = [tag(index) for index in range(identity.model.num_blocks) for tag in (block_tag, trained_tag)]
+    for tag in (OUTER_TAG, WHOLE_TAG, *blocks):
+        file = folder / plan.form.file_name(tag)
+        for each in [temporary_of(file)] if tag in found.tags else [file, temporary_of(file)]:
+            each.unlink(missing_ok=True)
     run_folder.write_records(folder, (record.as_dict() for record in found.records))
     return found
 

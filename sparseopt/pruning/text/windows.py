@@ -95,7 +95,7 @@ def text_windows(
         else:
             found.append(encoded(("" if of_chats else "\n\n").join([""] * bool(found) + batch)))
         seen += len(batch)
-        available = len(found) if separate else sum(map(len, found)) // length
+        available = len(found) if separate else sum(map(len, found)) // max(length, 1)
         if available >= count:
             break
     if least is not None:

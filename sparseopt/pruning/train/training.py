@@ -255,10 +255,10 @@ class Trainer(ABC):
 
     def keep(self) -> None:
         """Keep the states as the best."""
-        # Step programs take over the buffers of a state.
-        self.kept = [jax.tree.map(jnp.copy, state.params) for state in self.states]
-        for block, fixed, params in zip(self.blocks, self.fixed, self.kept, strict=True):
-            nnx.update(block, fixed.weights(params))
+        for i, (block, fixed, state) in enumerate(zip(self.blocks, self.fixed, self.states, strict=True)):
+            # A copy, since step programs take over the buffers of a state. It replaces the block's last one at once.
+            self.kept[i : i + 1] = [jax.tree.map(jnp.copy, state.params)]
+            nnx.update(block, fixed.weights(self.kept[i]))
 
     def restore(self) -> None:
         """Return to the best states; no step follows."""

@@ -1,6 +1,7 @@
 """Calibration by the model itself: what it draws, where the tokens are kept, and what is refused before any work."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,7 +9,10 @@ import pytest
 from sparseopt.models import ModelError, load_decoder, open_model
 from sparseopt.models.decoder.cached_decoding import draw_texts, kept_bytes
 from sparseopt.pruning import Recipe, pipeline, prune_model
-from sparseopt.pruning.run import drawn
+from sparseopt.pruning.run import calibration, drawn
+from sparseopt.pruning.text import windows
+from sparseopt.pruning.text.chats import TextError
+from sparseopt.pruning.text.documents import load_documents
 from sparseopt.system.run_folder import DRAWN, FolderError, read_start
 from tests.jitted import run
 from tests.models.tiny import tiny_config
@@ -99,6 +103,18 @@ def test_what_cannot_draw_is_refused_before_any_work(tmp_path, source, draws):
     with pytest.raises(ModelError, match="neither a BOS nor an end token"):
         prune_model(source, tmp_path / "out", RECIPE)
     assert not draws
+
+
+def test_a_text_that_is_too_short_to_score_is_found_before_the_drawing(tmp_path, source, draws, monkeypatch):
+    (tmp_path / "short.txt").write_text("a\n\n" * 8)
+    with pytest.raises(TextError, match="shorter seqlen"):
+        prune_model(source, tmp_path / "out", RECIPE.model_copy(update={"score": f"file:{tmp_path}/short.txt"}))
+    assert not draws
+    # As pydoc is for long windows: nobody asked for it.
+    reads = partial(load_documents, f"file:{tmp_path}/short.txt", "evaluation")
+    monkeypatch.setattr(windows, "load_documents", lambda *_, **__: reads())
+    report = prune_model(source, tmp_path / "out", RECIPE.model_copy(update={"score": None}))
+    assert [score.text for score in report.scores] == [calibration.OWN]
 
 
 def test_the_memory_that_drawing_takes_is_that_of_its_arrays(source):

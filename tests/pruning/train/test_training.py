@@ -526,6 +526,23 @@ def test_the_estimate_covers_the_weights_and_moments_that_are_held(of_model):
     assert parts["embedding and head"] > of_model.model.head().lm_head.weight[...].nbytes
 
 
+def test_the_best_state_is_replaced_block_by_block(of_model, monkeypatch):
+    """No second copy of all blocks is ever held, which no estimate counts."""
+    blocks, trainer = trainer_of(of_model, of_model.quick)
+    trainer.keep()
+    held, plain = [], nnx.update
+
+    def live():
+        return sum(array.nbytes for array in jax.live_arrays())
+
+    before = live()
+    monkeypatch.setattr(training.nnx, "update", lambda *given: (held.append(live()), plain(*given)))
+    trainer.keep()
+    largest = max(sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(block))) for block in blocks)
+    assert len(held) == len(blocks)
+    assert max(held) - before <= largest + 1000
+
+
 def test_blocks_and_masks_of_a_model_must_be_as_many(of_model):
     blocks, masks = of_model.pruned()
     with pytest.raises(ValueError, match="no blocks to train"):
