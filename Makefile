@@ -230,7 +230,7 @@ bench-core: $(VENV)/.installed-core-peers ## The core and public solvers, one co
 bench-benchopt: $(VENV)-benchopt/.installed ## sparseopt in benchopt's suites, one core (about 40 minutes); BENCHMARKS=folder of clones, ONLY=lasso,...
 	$(VENV)-benchopt/bin/python benchmarks/bench_benchopt.py $(BENCHMARKS) --older $(VENV)-benchopt/older/bin/python $(if $(ONLY),--only $(ONLY))
 
-bench-certificates: $(VENV)/.installed-test ## Gaps, statuses and objectives of solve against known optima, one core (about 8 minutes); ONLY=seed.
+bench-certificates: $(VENV)/.installed-test ## Gaps, statuses and objectives of solve against known optima, one core (about 5 minutes); ONLY=seed.
 	$(BIN)/python benchmarks/bench_certificates.py $(if $(ONLY),--only $(ONLY))
 
 clean: ## Remove caches and build products, but neither results nor the virtual environment.

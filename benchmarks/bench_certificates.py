@@ -1,6 +1,6 @@
 """Certificates of `solve` at its defaults, on random and degenerate problems with known optima. JSON lines.
 
-    python benchmarks/bench_certificates.py [--seeds 1100] [--first 0] [--only SEED]
+    python benchmarks/bench_certificates.py [--seeds 1064] [--first 0] [--all] [--only SEED]
 
 Every seed is a problem, solved in float32 and in float64. An objective is computed with NumPy in float64, from the data
 that `solve` got. The optimum is at most that of Clarabel's answer, or of an answer of `solve` to 1e-12 where that is
