@@ -23,7 +23,7 @@ SHRINK := sizes,methods,windows
 RELIABILITY := inputs,kills,budget,fuzz
 OTHERS := slow and not pages and not oracle and not package and not notebooks and not accelerators and not device
 
-.PHONY: help demo test test-all test-thorough lint test-slow test-oracle test-notebooks test-package test-accelerators test-gpu fuzz families golden notebooks docs bench-prune bench-memory bench-reliability bench-scaling bench-accelerators bench-gpu bench-quality bench-precision bench-shrink bench-runtime bench-bits bench-modules bench-trend bench-trend-selection bench-trend-sizes bench-trend-peers bench-trend-batch bench-core bench-benchopt clean
+.PHONY: help demo test test-all test-thorough lint test-slow test-oracle test-notebooks test-package test-accelerators test-gpu fuzz families golden notebooks docs bench-prune bench-memory bench-reliability bench-scaling bench-accelerators bench-gpu bench-quality bench-precision bench-shrink bench-runtime bench-bits bench-modules bench-trend bench-trend-selection bench-trend-sizes bench-trend-peers bench-trend-batch bench-core bench-benchopt bench-certificates clean
 
 # Two installations in one environment at the same time would break it.
 .NOTPARALLEL:
@@ -229,6 +229,9 @@ bench-core: $(VENV)/.installed-core-peers ## The core and public solvers, one co
 
 bench-benchopt: $(VENV)-benchopt/.installed ## sparseopt in benchopt's suites, one core (about 40 minutes); BENCHMARKS=folder of clones, ONLY=lasso,...
 	$(VENV)-benchopt/bin/python benchmarks/bench_benchopt.py $(BENCHMARKS) --older $(VENV)-benchopt/older/bin/python $(if $(ONLY),--only $(ONLY))
+
+bench-certificates: $(VENV)/.installed-test ## Gaps, statuses and objectives of solve against known optima, one core (about 5 minutes); ONLY=seed.
+	$(BIN)/python benchmarks/bench_certificates.py $(if $(ONLY),--only $(ONLY))
 
 clean: ## Remove caches and build products, but neither results nor the virtual environment.
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
