@@ -297,8 +297,12 @@ def QuantileLoss(matrix: Any, target: Any, level: Any, weights: Any = None) -> D
 
 def as_least_squares(loss: Quadratic) -> DataLoss:
     """`1/2 <x - c, H (x - c)>` as `1/2 ||A x - A c||²` with `Aᵀ A = H`; NaN if H is not positive semidefinite."""
-    values, vectors = jnp.linalg.eigh(loss.hessian)
+    # In units in which the columns are about equally long: powers of two, which round nothing.
+    squares = jnp.diag(loss.hessian)
+    half = jnp.round(jnp.log2(jnp.where(squares > 0, squares, 1)) / 2).astype(jnp.int32)
+    sizes = jnp.ldexp(jnp.ones_like(squares), half)
+    values, vectors = jnp.linalg.eigh(loss.hessian / sizes / sizes[:, None])
     rounding = 10 * jnp.finfo(values.dtype).eps * values.size * jnp.max(jnp.abs(values), initial=0)
     values = jnp.where(jnp.min(values, initial=0) < -rounding, jnp.nan, values)
-    matrix = jnp.sqrt(jnp.maximum(values, 0))[:, None] * vectors.T
+    matrix = jnp.sqrt(jnp.maximum(values, 0))[:, None] * vectors.T * sizes
     return LeastSquares(matrix, product(matrix, loss.center))

@@ -80,8 +80,11 @@ class _Interval(Ended):
     def refuses(self) -> str | None:
         if reason := super().refuses():
             return reason
-        if np.any(known_numbers(self, "low") > known_numbers(self, "high")):
-            return f"the bounds of {type(self).__name__} must be low <= high, given {self}"
+        low, high = np.broadcast_arrays(known_numbers(self, "low"), known_numbers(self, "high"))
+        if (wrong := low > high).any():
+            return (
+                f"the bounds of {type(self).__name__} must be low <= high, given {low[wrong][0]} and {high[wrong][0]}"
+            )
         return None
 
     def _bounds(self, x: FloatArray) -> tuple[FloatArray, FloatArray]:

@@ -315,7 +315,9 @@ def certificate(
     least = 16 * ROUNDING * limits.eps * rows.value(jnp.zeros_like(image))
     nothing = jnp.maximum(objective, slack) <= jnp.minimum(rounded(loss_dual), least)
     gap = jnp.where(nothing, jnp.minimum(gap, limits.eps), gap)
-    return Certificate(jnp.where(feasible, gap, jnp.inf), jnp.where(feasible, objective - slack, -jnp.inf))
+    # The bound may outlive an objective that is much larger than the last one, and is rounded as that.
+    bound = objective - slack - 4 * limits.eps * jnp.abs(objective)
+    return Certificate(jnp.where(feasible, gap, jnp.inf), jnp.where(feasible, bound, -jnp.inf))
 
 
 def proximal_gap(

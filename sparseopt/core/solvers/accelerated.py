@@ -110,8 +110,12 @@ class AcceleratedProximalGradient(ProxSolver):
             # A first guess at L from below: one step of the power method along the gradient, by a finite difference.
             size = jnp.linalg.norm(here.reshape(-1))
             probe = units.of * here / jnp.where(size > 0, size, 1)
-            moved = start - probe
-            curvature = 2 * loss.divergence(moved, loss.image(moved), start, image)
+            there, share = loss.image(start - probe), one
+            if _is_data(loss):
+                # Where an exponential loss is not yet far steeper.
+                share = (1 / jnp.maximum(jnp.max(jnp.abs(there - image), initial=0), 1)).astype(start.dtype)
+                there = image + share * (there - image)
+            curvature = 2 * loss.divergence(start - share * probe, there, start, image) / share**2
             curvature = jnp.where(jnp.isfinite(curvature) & (curvature > 0), curvature, 1)
         else:
             curvature = 1 / jnp.asarray(self.step_size, start.dtype)
@@ -207,6 +211,8 @@ class AcceleratedProximalGradient(ProxSolver):
         apart = (x - close) / state.units.of
         tiny = jnp.finfo(x.dtype).tiny
         residual = curvature * jnp.linalg.norm(apart.reshape(-1)) / jnp.maximum(state.scale, tiny)
+        # A step that has vanished moves nothing, wherever x is.
+        residual = jnp.where(jnp.min(state.units.of) ** 2 / curvature > 0, residual, jnp.inf)
         gap = jnp.full_like(residual, jnp.nan)
         if has_conjugate(penalty) and _is_data(loss):
             gap = certificate(problem, x, state.image, loss.rows.gradient(state.image), None, Metric(state.columns)).gap
@@ -214,9 +220,10 @@ class AcceleratedProximalGradient(ProxSolver):
             gap = composite_gap(problem, x, state.image, penalty.dual(memory), curvature)
         elif self._has_quadratic_gap(problem):
             gap = proximal_gap(loss, penalty, x, state.image, gradient, state.objective)
-            # The conjugate of a loss that is not convex is infinite.
+            # The conjugate of a loss that is not convex is infinite; nor is one convex that is far below 0.
+            far = state.objective < -1e3 * jnp.finfo(x.dtype).eps * loss.value(jnp.zeros_like(x))
             gap, residual = (
-                jnp.where(state.indefinite, bad, now) for bad, now in ((jnp.nan, gap), (jnp.inf, residual))
+                jnp.where(state.indefinite | far, bad, now) for bad, now in ((jnp.nan, gap), (jnp.inf, residual))
             )
         gap = jnp.where(jnp.isfinite(gap), gap, jnp.nan)
         residual = jnp.where(jnp.isnan(gap), residual, gap)
