@@ -18,7 +18,7 @@ from sparseopt.core.base.arguments import (
     refuses_not_finite,
     renames,
 )
-from sparseopt.core.base.types import here, is_traced, precision, wide_types
+from sparseopt.core.base.types import is_traced, precision, wide_types
 from sparseopt.core.losses.data import DataLoss
 from sparseopt.core.losses.quadratic import Quadratic
 from sparseopt.core.losses.scalar import ScalarLoss
@@ -245,7 +245,8 @@ def _in_one_precision(problem: Problem, start: Any) -> tuple[Problem, Any, np.dt
         start = np.asarray(start)
     leaves = jax.tree.leaves((problem, start))
     floats = [leaf for leaf in leaves if _is_floats(leaf)]
-    if is_traced((problem, start, here())):
+    # A number put on the device is traced inside every function that is being compiled.
+    if is_traced((problem, start, jax.device_put(np.float32(0)))):
         kinds = [leaf.dtype for leaf in floats] or [np.dtype(np.float64)]
         return problem, start, np.dtype(jnp.result_type(*map(jax.dtypes.canonicalize_dtype, kinds)))
     deciding = [leaf.dtype for leaf in floats if isinstance(leaf, jax.Array)] or [leaf.dtype for leaf in floats]

@@ -12,9 +12,10 @@ import pytest
 
 import sparseopt as so
 from sparseopt.core.base.types import precision
+from sparseopt.core.losses.data import as_least_squares
 from sparseopt.core.operators.differences import Difference, GridBase
 from sparseopt.core.penalties.protocols import has_conjugate
-from sparseopt.core.problem.certify import relative_gap
+from sparseopt.core.problem.certify import certificate, relative_gap
 from tests.core import conic
 from tests.core.conic import Conic
 from tests.core.problems import ADMM, APG, COLUMNS, KINDS, PD, ROWS, made, takers
@@ -159,6 +160,48 @@ def test_in_float32_the_violation_of_a_constraint_is_reported():
     assert float(found.violation) == pytest.approx(max(-rows.min(), 0) / max(1, np.abs(rows).max()), abs=1e-7)
     assert found.violation <= 1e-4
     assert found.gap <= 1e-4
+
+
+def test_a_quadratic_as_least_squares_keeps_the_digits_of_every_column(rng):
+    """Columns whose lengths differ by ten thousand: the eigenvectors of the Hessian as it is lose the short ones."""
+    columns = rng.standard_normal((30, COLUMNS)) * 10.0 ** np.linspace(-2, 2, COLUMNS)
+    hessian = (columns.T @ columns).astype(np.float32)
+    root = np.asarray(as_least_squares(so.Quadratic(hessian, np.ones(COLUMNS, np.float32))).matrix.matrix, np.float64)
+    lengths = np.sqrt(np.diag(hessian))
+    np.testing.assert_allclose(
+        root.T @ root / np.outer(lengths, lengths), hessian / np.outer(lengths, lengths), atol=3e-6
+    )
+
+
+def test_a_bound_from_far_away_allows_for_the_rounding_of_the_objective_there():
+    """One row, so that the optimum and its dual are known; far from it the bound is a difference of large numbers."""
+
+    @jax.jit
+    def bound(problem, x, dual):
+        return certificate(problem, x, problem.loss.image(x), dual, -problem.loss.pull(dual)).bound
+
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        row, weight = (rng.standard_normal((1, 8)) + 30).astype(np.float32), rng.uniform(1, 3, 8).astype(np.float32)
+        dual = np.min(weight.astype(float) / row[0])
+        problem = so.Problem(so.AbsoluteLoss(row, np.float32([65.0])), so.L1(weight))
+        x = rng.uniform(0, 100, 8).astype(np.float32)
+        assert float(bound(problem, x, -np.float32([dual]))) <= 65 * dual
+
+
+def test_a_poisson_loss_far_from_0_falls_in_float32_too():
+    rows = (np.random.default_rng(0).standard_normal((30, 8)) / 3 + 20).astype(np.float32)
+    problem = so.Problem(so.PoissonLoss(rows, np.full(30, 20, np.float32)), so.L1(np.float32(1)))
+    found = so.solve(problem, max_steps=1000)
+    assert float(found.objective) < 1e-3 * float(problem.value(jnp.zeros(8, jnp.float32)))
+
+
+def test_a_hessian_that_rounding_leaves_without_a_minimum_is_no_answer():
+    """Beyond 256 rows nobody looks at its eigenvalues before; no loss is negative."""
+    loss = so.Quadratic(np.diag(np.r_[-1e-5, np.ones(299)]), np.r_[1e6, np.ones(299)])
+    found = so.solve(jax.tree.map(np.float32, so.Problem(loss, so.Nonnegative())), max_steps=100)
+    assert int(found.status) == so.Status.MAX_STEPS
+    assert np.isnan(found.gap)
 
 
 def test_an_objective_that_rounding_makes_negative_proves_nothing():

@@ -32,11 +32,6 @@ def is_traced(tree: Any) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
-def here() -> jax.Array:
-    """A number on the default device; traced inside a function that is being compiled, even if all arrays are known."""
-    return jax.device_put(np.float32(0))
-
-
 def namespace(values: Any) -> Any:
     """`jax.numpy` for a JAX array, even a traced one; else `numpy`."""
     return jnp if isinstance(values, jax.Array) else np
