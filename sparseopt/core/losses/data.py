@@ -304,5 +304,5 @@ def as_least_squares(loss: Quadratic) -> DataLoss:
     values, vectors = jnp.linalg.eigh(loss.hessian / sizes / sizes[:, None])
     rounding = 10 * jnp.finfo(values.dtype).eps * values.size * jnp.max(jnp.abs(values), initial=0)
     values = jnp.where(jnp.min(values, initial=0) < -rounding, jnp.nan, values)
-    matrix = jnp.sqrt(jnp.maximum(values, 0))[:, None] * vectors.T * sizes
+    matrix = jnp.sqrt(jnp.maximum(values, 0))[:, None] * vectors.T * jnp.where(squares > 0, sizes, 0)
     return LeastSquares(matrix, product(matrix, loss.center))
