@@ -282,6 +282,7 @@ class Solution:
         zeros, size = sum(int((leaf == 0).sum()) for leaf in entries), sum(leaf.size for leaf in entries)
         gap = spread(self.gap) if np.isfinite(self.gap).all() else "no certificate"
         figures = {"steps": self.steps, "residual": self.residual, "objective": self.objective}
+        figures |= {} if self.violation is None else {"violation": self.violation}
         ends = [Fact(name, spread(values)) for name, values in figures.items()]
         return [
             Fact("status", ended),
