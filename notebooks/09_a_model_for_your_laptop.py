@@ -109,7 +109,7 @@ text = {"calibration": "pydoc", "windows": 8, "seqlen": 256, "heldout_windows": 
 recipes = {
     "four bits": Recipe(effort="fast", sparsity=0.0, bits="q4_0", **text),
     "half zeros, four bits": Recipe(effort="fast", sparsity=0.5, bits="q4_0", **text),
-    "fewer blocks": ShrinkRecipe(effort="fast", layers=0.93 if not named else 0.67, block_score="cosine", **text),
+    "fewer blocks": ShrinkRecipe(effort="fast", layers=0.93 if not named else 0.67, **text),
 }
 outputs = {label: folder / f"{label.replace(' ', '-').replace(',', '')}.gguf" for label in recipes}
 reports = prune_models(path, [(recipe, outputs[label]) for label, recipe in recipes.items()])

@@ -252,7 +252,7 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> Iterator[tuple[L
         block = _model_at(model, place[:-1])
         said = getattr(block, "ended", None)
         if said and (instead := said(key, found["input"])):
-            yield place, instead[1]
+            yield place, " ".join(instead).removeprefix(f"{key} ")
         elif isinstance(inner, Mistakes):
             for key, text in inner.found:
                 # A block may be given as one word.

@@ -127,6 +127,8 @@ REFUSED = [
     ("shrink", {"channels": 1.5}, "channels: input should be less than or equal to 1, given 1.5"),
     ("shrink", {"channels": 0.5, "method": "wunda"}, "did you mean 'wanda'?"),
     ("shrink", {"latency": 0.8}, f"latency: {ENDED}"),
+    ("shrink", {"layers": 0.9, "block_score": "cosine"}, "block_score: has ended: blocks are always removed by the"),
+    ("prune", {"allocation": "owl"}, "allocation: owl has ended: `curves` distributes the sparsity"),
 ]  # fmt: skip
 
 

@@ -227,9 +227,9 @@ def models(folder):
     routed = write_folder(folder / "routed", experts, random_tensors(experts, np.random.default_rng(7)))
     cases = {
         "paper": (source, {"preset": "paper", "weighting": "residual"}),
-        "wanda owl": (
+        "wanda curves": (
             source,
-            {"method": "wanda", "allocation": "owl", "propagate": 0.5, "train_epochs": 1, "variants": 1},
+            {"method": "wanda", "allocation": "curves", "propagate": 0.5, "train_epochs": 1, "variants": 1},
         ),
         # Some experts see fewer tokens than that.
         "experts": (routed, {"method": "wanda", "min_expert_tokens": 130}),
@@ -258,7 +258,7 @@ def models(folder):
             ],
             "summary": {k: summary[k] for k in ("devices", "processes", "platform", "precision")},
         }
-    recipe, wanted = recipes["wanda owl"], alone["wanda owl"]
+    recipe, wanted = recipes["wanda curves"], alone["wanda curves"]
     try:
         prune_model(source, folder / "stopped", recipe, devices=8, stop=lambda: True)
     except Stopped:

@@ -157,15 +157,15 @@ def test_the_grams_of_a_block_are_exchanged_once(found):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize(("name", "programs"), [("paper", [1, 0]), ("wanda owl", [0, 1]), ("experts", [0, 5])])
+@pytest.mark.parametrize(("name", "programs"), [("paper", [1, 0]), ("wanda curves", [0, 1]), ("experts", [0, 5])])
 def test_a_model_pruned_on_many_devices_is_that_of_one(found, name, programs):
     model = found["models"][name]
     assert model["programs"] == programs
     assert model["support"]
     assert model["apart"] < 1e-4
     assert model["steps"][0] == model["steps"][1]
-    # Eleven windows of 24 tokens; "wanda owl" has a variant of each.
-    assert model["tokens"] == [264 * (1 + (name == "wanda owl"))] * 2
+    # Eleven windows of 24 tokens; "wanda curves" has a variant of each.
+    assert model["tokens"] == [264 * (1 + (name == "wanda curves"))] * 2
     assert model["starved"][0] == model["starved"][1]
     assert any(model["starved"][0]) == (name == "experts")
     assert model["errors"][1] == pytest.approx(model["errors"][0], rel=1e-3)

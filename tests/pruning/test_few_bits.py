@@ -42,7 +42,7 @@ def of(model, output, *grids, **recipe):
     return Case(model, output, set(grids), {"method": "wanda"} | recipe)
 
 
-SMALLER = {"channels": 0.5, "multiple": 32, "layers": 0.67, "block_score": "cosine"}
+SMALLER = {"channels": 0.5, "multiple": 32, "layers": 0.67}
 CASES = {
     "zeros": of("llama", "out.gguf", "q4_0", bits="q4_0"),
     "2:4": of("llama", "out.gguf", "q4_0", bits="q4_0", pattern="2:4"),

@@ -30,7 +30,7 @@ from tests.models.tiny import GOLDEN, tiny_config, write_folder, write_golden
 from tests.pruning.whole_runs import tensors_of
 
 NINE = np.ones((9, 9), int)
-OWL, CURVES = {"allocation": "owl"}, {"allocation": "curves"}
+CURVES = {"allocation": "curves"}
 PYDOC, SELF = {"calibration": "pydoc"}, {"calibration": "self"}
 # Fields of a `Recipe` that cannot be, whatever the model.
 RECIPES = [
@@ -83,14 +83,14 @@ RECIPES = [
         {"masks": "pruned", "pattern": "2:4", "sparsity": 0.2} | CURVES,
         "masks has zeros for every layer, and with pattern '2:4' allocation 'curves' leaves some dense",
     ),
-    ({"bounds": 0.5} | OWL, "bounds must be two fractions of zeros, .* given 0.5"),
-    ({"bounds": (0.6, 0.3)} | OWL, "0 <= low <= high < 1, as in .* given"),
+    ({"bounds": 0.5} | CURVES, "bounds must be two fractions of zeros, .* given 0.5"),
+    ({"bounds": (0.6, 0.3)} | CURVES, "0 <= low <= high < 1, as in .* given"),
     ({"bounds": (0.3, 0.6), "allocation": "uniform"}, "allocation 'uniform' accepts no bounds"),
-    ({"allocation": "even"}, "unknown allocation 'even'; known are uniform, owl, curves"),
-    ({"pattern": "2:4"} | OWL, "pattern '2:4' fixes the fraction of zeros .* the allocation 'owl'; leave it out"),
+    ({"allocation": "even"}, "unknown allocation 'even'; known are uniform, curves"),
+    ({"allocation": "owl"}, "allocation owl has ended: `curves` distributes the sparsity by measured losses"),
     (
         {"pattern": "2:4", "sparsity": 0.3, "bounds": (0.1, 0.5)} | CURVES,
-        "pattern '2:4' fixes the fraction of zeros .* contradicts bounds; leave",
+        "pattern '2:4' fixes the fraction of zeros .* contradicts bounds; leave them",
     ),
     (
         {"pattern": "2:4", "sparsity": 0.5} | CURVES,
@@ -118,7 +118,7 @@ RECIPES = [
     ({"targets": {"q_proj": 1.0}}, r"targets: 'q_proj': sparsity must lie in \[0, 1\), given 1.0"),
     ({"targets": {"q_proj": "half"}}, r"targets: 'q_proj' must have a number in \[0, 1\), given 'half'"),
     ({"targets": {"q_proj": 0.6}, "pattern": "2:4"}, "'q_proj': pattern '2:4' has sparsity 0.5, which"),
-    ({"targets": {"q_proj": 0.6}} | OWL, "which allocation 'owl' is to choose: leave one of"),
+    ({"targets": {"q_proj": 0.6}} | CURVES, "which allocation 'curves' is to choose: leave one of"),
 ]
 # What the tiny Llama cannot have; `inspect_model` says so too.
 MODEL = [
@@ -193,6 +193,7 @@ SHRINKS = [
     ({"parameters": 0.5, "channels": 0.5, "layers": 0.5}, "leave channels and layers out"),
     ({"parameters": 0.1}, r"parameters 0.1 is too little: .* the model has 0\.\d+ of its parameters"),
     ({"latency": 0.8}, "latency has ended: `parameters` is the budget"),
+    ({"layers": 0.67, "block_score": "cosine"}, "block_score has ended: blocks are always removed by the loss"),
     ({"heads": 0.5, "model": "olmo2"}, r"heads 0.5 would keep 1 of 2 key-value groups; give 1 for 2"),
     ({"experts": 0.25, "model": "mixtral"}, "experts=1, expected a whole number from 2 to 4"),
 ]

@@ -91,10 +91,10 @@ CASES = {
         "llama", preset="tuned", train_epochs=2, propagate=0.5, variants=2, output_weights="gradient"
     ),
     "distilled": of("llama", method="wanda", pack=True, distil_epochs=1),
-    "owl": of("llama", allocation="owl", **BOUNDED),
-    "owl of blocks": of("llama", allocation="owl", pattern="block:4x4", **BOUNDED),
-    "owl of some": of(
-        "llama", method="admm", allocation="owl", ignore=["re:.*layers.1", "down_proj"], left_out=r"s\.1\.|down_proj"
+    "bounds": of("llama", allocation="curves", **BOUNDED),
+    "curves of blocks": of("llama", allocation="curves", pattern="block:4x4", **BOUNDED),
+    "curves of some": of(
+        "llama", method="admm", allocation="curves", ignore=["re:.*layers.1", "down_proj"], left_out=r"s\.1\.|down_proj"
     ),
     "curves": of("llama", method="wanda", allocation="curves", output_weights="gradient"),
     "curves per row": of("llama", allocation="curves", pattern="per-row", **BOUNDED),
@@ -113,7 +113,6 @@ CASES = {
     "experts": of("experts", preset="paper", min_expert_tokens=1),
     "experts, tuned": of("experts", preset="tuned", min_expert_tokens=1),
     "experts, trained": of("experts", min_expert_tokens=1, train_epochs=2),
-    "experts, owl": of("experts", min_expert_tokens=1, allocation="owl"),
     "experts, curves": of("experts", min_expert_tokens=1, allocation="curves"),
     "experts, some": of(
         "experts", method="wanda", min_expert_tokens=0, train_epochs=1, ignore=["re:.*experts.2"],
@@ -125,18 +124,17 @@ CASES = {
         "tied_grouped", channels=0.667, heads=0.5, layers=0.67, method="wanda", sizes=(16, 1, 2, None)
     ),
     "smaller phi3": of("phi3", channels=0.333, heads=0.5, method="wanda", sizes=(8, 1, 3, None)),
-    "smaller gpt2": of(
-        "gpt2", channels=0.5, layers=0.67, block_score="cosine", method="wanda", sizes=(32, 4, 2, None)
-    ),
+    "smaller gpt2": of("gpt2", channels=0.5, layers=0.67, method="wanda", sizes=(32, 4, 2, None)),
     "smaller mixtral": of(
         "mixtral", channels=0.667, heads=0.5, experts=0.75, method="wanda", min_expert_tokens=1, sizes=(16, 1, 3, 3)
     ),
 }  # fmt: skip
 QUICK = {
-    *("tuned", "per row", "1:4", "trained", "distilled", "owl", "some", "experts, trained", "smaller", "smaller gpt2"),
+    *("tuned", "per row", "1:4", "trained", "distilled", "bounds", "some", "experts, trained", "smaller"),
+    "smaller gpt2",
 }
 # The errors told are those of the weights stored: nothing is trained, propagated or rounded.
-PLAIN = {"tuned", "paper", "weighted tokens", "per row", "blocks", "groups", "owl"}
+PLAIN = {"tuned", "paper", "weighted tokens", "per row", "blocks", "groups", "bounds"}
 
 
 class Whole(NamedTuple):
@@ -223,9 +221,6 @@ def counts_are_exact(done):
             assert low * record.size - slack <= record.zeros <= high * record.size + slack, record.layer
         assert len(set(shares)) > 1
         assert report.survey_seconds > 0
-        if recipe.allocation == "owl":
-            for _, own in itertools.groupby(report.layers, lambda record: record.block):
-                assert np.ptp([record.sparsity for record in own]) < 0.05
         return
     for record in report.layers:
         share = done.case.shares.get(record.layer.rpartition(".")[2], recipe.sparsity)
@@ -320,7 +315,6 @@ def records_summary_card_and_events_say_what_the_report_says(done):
     steps = [event for event in done.events if event[0] in ("variants, block", "survey, pass")]
     expected = [("variants, block", 2 * blocks)] * bool(done.recipe.variants)
     expected += [("survey, pass", 2 * blocks + 1)] * done.recipe.needs_sensitivities
-    expected += [("survey, pass", blocks)] * (done.recipe.get("allocation") == "owl")
     assert steps == [(what, number, count) for what, count in expected for number in range(1, count + 1)]
 
 
@@ -434,7 +428,7 @@ def timeless(record):
     return record and dataclasses.replace(record, seconds=0, compile_seconds=0)
 
 
-BROKEN = ("to bfloat16", "trained", "distilled", "owl of some", "permuted", "some", "some to bfloat16", "smaller")
+BROKEN = ("to bfloat16", "trained", "distilled", "curves of some", "permuted", "some", "some to bfloat16", "smaller")
 
 
 @pytest.mark.parametrize(
@@ -485,7 +479,7 @@ def tight(source, recipe):
     return found[1].peak_bytes
 
 
-@pytest.mark.parametrize("name", tiered(("to bfloat16", "trained", "curves", "owl"), ("trained", "owl")))
+@pytest.mark.parametrize("name", tiered(("to bfloat16", "trained", "curves", "bounds"), ("trained", "bounds")))
 def test_activations_on_disk_change_no_bit(tmp_path, whole, name, monkeypatch):
     done, on_disk, append = whole(name), [], DiskBatches.append
     monkeypatch.setattr(DiskBatches, "append", lambda *given: on_disk.append(1) or append(*given))
@@ -514,7 +508,7 @@ ONE_PASS = [n for n, case in CASES.items() if case.model == "llama" and case.rec
 
 @pytest.mark.parametrize(
     "names",
-    [("trained", "distilled", "owl", "1:4"), pytest.param(ONE_PASS, marks=pytest.mark.thorough)],
+    [("trained", "distilled", "per row", "1:4"), pytest.param(ONE_PASS, marks=pytest.mark.thorough)],
     ids=["some", "all"],
 )
 def test_one_pass_gives_what_a_pass_for_each_gives(tmp_path, whole, names):

@@ -28,14 +28,14 @@ COMMON = {
 GIVEN = {
     "prune": [
         COMMON | {
-            "sparsity": 0.6, "allocation": "owl", "bounds": "0.3,0.8", "pack": True, "keep_zeros": True, "masks": "x",
-            "targets": "re:.*[a,b],q_proj", "ignore": ["k_proj"], "expert_tokens": "all",
+            "sparsity": 0.6, "allocation": "curves", "bounds": "0.3,0.8", "pack": True, "keep_zeros": True,
+            "masks": "x", "targets": "re:.*[a,b],q_proj", "ignore": ["k_proj"], "expert_tokens": "all",
         },
         {"preset": "paper", "penalty": "mcp", "targets": {"q_proj": 0.4}, "ignore": ["k_proj"]},
         {"pattern": "2:4", "permute": True},
     ],
     "shrink": [
-        COMMON | {"channels": 0.6, "heads": 0.5, "layers": 0.9, "multiple": 8, "block_score": "cosine"},
+        COMMON | {"channels": 0.6, "heads": 0.5, "layers": 0.9, "multiple": 8},
         {"experts": 0.8},
         {"channels": 0.5, "expert_tokens": "all"},
         {"parameters": 0.9},
@@ -88,8 +88,8 @@ def test_every_field_of_a_recipe_is_explained_in_the_reference(recipe):
     [
         ("prune", "prune", ("--output", "--sparsity", "--method", "--windows", "--memory"),
          (*METHODS, "paper or tuned", *BY_WEIGHT, "block:4x4", "group:1")),
-        ("shrink", "keep", ("--dtype", "--channels", "--block-score", "--windows", "--devices"),
-         (*CHOOSING, "loss or cosine", "share one pass")),
+        ("shrink", "keep", ("--dtype", "--channels", "--method", "--windows", "--devices"),
+         (*CHOOSING, "share one pass")),
     ],
 )  # fmt: skip
 def test_the_options_of_a_recipe_stand_in_panels(name, verb, options, words, command):

@@ -179,7 +179,7 @@ class RemovalRecord(_Record):
         block: its index in the dense model.
         loss: mean negative log-likelihood of a token after its removal, in nats.
         rise: increase over the dense model's loss.
-        seconds: wall-clock time of choosing it; with the cosine score an equal part of the time of choosing all.
+        seconds: wall-clock time of choosing it.
     """
 
     kind = "removal"

@@ -4,12 +4,8 @@
 
 with `loss = - mean log p(next token)` on the windows given. The residual stream skips a removed block.
 
-| score | the next block to go |
-|---|---|
-| "loss" | the one with the smallest increase, measured again after each removal |
-| "cosine" | the one whose output is most like its input: the smallest `1 - mean cos(x, block(x))`, measured once |
-
-Greedy removal by the loss measures L models of L blocks for the first removal. Two things make it cheaper:
+The next block to go is the one with the smallest increase, measured again after each removal. This greedy removal
+measures L models of L blocks for the first removal. Two things make it cheaper:
 
 - Models are measured in groups, each in one pass over the blocks. Two models share one stream up to the first block
   that only one of them has.
@@ -17,12 +13,8 @@ Greedy removal by the loss measures L models of L blocks for the first removal. 
   increase is at most every remaining old one, each lowered by the fraction `SLACK`. The result is the same as with all
   candidates measured if no increase falls by a larger fraction below its last known value.
 
-Losses of SmolLM2-135M without 6 of 30 blocks, on the four windows of 512 tokens used for scoring: dense 2.96, with the
-loss 3.93, with the cosine 4.13.
-
 Source: lazy greedy selection as in Minoux, "Accelerated greedy algorithms for maximizing submodular set functions",
-1978; the cosine score as in Men, Xu, Zhang, Wang, Lin, Lu, Han, Chen, "ShortGPT: layers in large language models are
-more redundant than you expect", 2024 (block influence).
+1978.
 """
 
 import math
@@ -31,18 +23,15 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Int
 
 from sparseopt.core.base.types import Observer
-from sparseopt.layers.compiled import Compiled
 from sparseopt.models import StreamedModel
 from sparseopt.pruning.base.activations import Batches, embed_windows
 from sparseopt.pruning.base.grams import BlockRunner
 from sparseopt.pruning.base.records import RemovalRecord
 from sparseopt.pruning.evaluate.perplexity import window_loss
-from sparseopt.pruning.recipe.shrink_recipe import BlockScore
 from sparseopt.pruning.run.shared_pass import Pass
 from sparseopt.system import processes
 
@@ -54,9 +43,7 @@ GROUP = 6
 SLACK = 0.2
 
 
-def removal_order(
-    trial: "Trial", count: int, *, score: BlockScore = "loss", most: float = math.inf
-) -> list[RemovalRecord]:
+def removal_order(trial: "Trial", count: int, *, most: float = math.inf) -> list[RemovalRecord]:
     """The first `count` blocks to remove from a model, which has more, with the loss after each removal.
 
     Runs on one device in each process; all continue with what the first process found.
@@ -65,14 +52,13 @@ def removal_order(
         trial: the dense model. Its observer is called with a text, the blocks of a pass done, and their number; and
             with each `RemovalRecord`, the number of blocks chosen, and `count`.
         count: number of blocks.
-        score: "loss" or "cosine", see above.
         most: removal stops once the loss has risen by more than this.
 
     Raises:
         RuntimeError: if the loss of the dense model is not finite.
     """
     records: list[RemovalRecord] = []
-    for record in (greedy_removal if score == "loss" else cosine_removal)(trial, count):
+    for record in greedy_removal(trial, count):
         records.append(record)
         trial.observer(record, len(records), count)
         if record.rise > most:
@@ -149,7 +135,7 @@ class Trial:
 
 
 def greedy_removal(trial: Trial, count: int) -> Iterator[RemovalRecord]:
-    """Remove by the loss, see above."""
+    """Remove lazily, see above."""
     start = time.perf_counter()
     dense = current = trial.dense_loss()
     gone: frozenset[int] = frozenset()
@@ -170,39 +156,3 @@ def greedy_removal(trial: Trial, count: int) -> Iterator[RemovalRecord]:
         gone, current = gone | {chosen}, losses[chosen]
         yield RemovalRecord(chosen, current, current - dense, time.perf_counter() - start)
         start = time.perf_counter()
-
-
-def cosine_removal(trial: Trial, count: int) -> Iterator[RemovalRecord]:
-    """Remove by the cosine score, see above."""
-    start = time.perf_counter()
-    order = np.argsort(cosine_scores(trial), kind="stable")[:count].tolist()
-    dense = trial.dense_loss()
-    gone = [frozenset(order[: turn + 1]) for turn in range(count)]
-    losses = [
-        loss
-        for turn in range(0, count, GROUP)
-        for loss in trial.losses(gone[turn : turn + GROUP], "loss without blocks, block")
-    ]
-    seconds = (time.perf_counter() - start) / max(1, count)
-    for block, loss in zip(order, losses, strict=True):
-        yield RemovalRecord(block, loss, loss - dense, seconds)
-
-
-def cosine_scores(trial: Trial) -> Float[np.ndarray, "blocks"]:
-    """`1 - mean over tokens of cos(x, block(x))` of every block of the dense model."""
-    model, stream, found = trial.model, trial.batches, []
-    for index in range(model.num_blocks):
-        after = trial.runner.forward(model.block(index), stream)
-        pairs = zip(stream, after, strict=True)
-        found.append(1 - np.mean([_mean_cosine(x, y) for x, y in pairs]))
-        stream = after
-        trial.observer("cosine score, block", index + 1, model.num_blocks)
-    return np.asarray(found)
-
-
-def _cosine(x: Float[Array, "B T D"], y: Float[Array, "B T D"]) -> Float[Array, ""]:
-    size = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(y, axis=-1)
-    return jnp.mean(jnp.sum(x * y, axis=-1) / jnp.maximum(size, jnp.finfo(x.dtype).tiny))
-
-
-_mean_cosine = Compiled(_cosine)

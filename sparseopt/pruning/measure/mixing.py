@@ -40,7 +40,6 @@ from sparseopt.pruning.base.records import RemovalRecord, ShapeRecord
 from sparseopt.pruning.measure.block_removal import Trial, removal_order, trial_of
 from sparseopt.pruning.recipe.shrink_recipe import (
     BUDGET_ROUNDING,
-    BlockScore,
     ShrinkRecipe,
     channel_choices,
     kv_head_choices,
@@ -120,20 +119,13 @@ def choose_shapes(work: Pass, stream: Stream) -> None:
     start, model = time.perf_counter(), work.model
     smaller = [(branch, cast(SmallerPlan, branch.plan)) for branch in work.branches if branch.plan.smaller]
     new = [(branch, plan) for branch, plan in smaller if branch.progress.shape is None]
-    # Each score orders the blocks once for all plans.
-    counts: dict[BlockScore, int] = {}
-    for _, plan in new:
-        if removed := model.num_blocks - len(plan.stays):  # by the recipe's share; none yet with a budget
-            counts[plan.recipe.block_score] = max(removed, counts.get(plan.recipe.block_score, 0))
-    orders: dict[BlockScore, list[RemovalRecord]] = {}
-    if counts:
-        trial = trial_of(work, work.windows.calibration)
-        orders = {score: removal_order(trial, count, score=score) for score, count in counts.items()}
+    # By the recipes' shares, ordered once for all plans; none yet with a budget.
+    count = max((model.num_blocks - len(plan.stays) for _, plan in new), default=0)
+    order = removal_order(trial_of(work, work.windows.calibration), count) if count else []
     budgets = [plan for _, plan in new if plan.recipe.has_budget]
     mixes = iter(choose_mixes(work, budgets, stream) if budgets else [])
     seconds = time.perf_counter() - start
     for branch, plan in new:
-        order = orders.get(plan.recipe.block_score, [])
         gone = order[: model.num_blocks - len(plan.stays)]
         mix = next(mixes) if plan.recipe.has_budget else _mix_of(model, plan.sizes, gone)
         branch.keep(_shape(model, plan, mix, seconds))
@@ -159,17 +151,10 @@ def choose_mixes(work: Pass, plans: Sequence[SmallerPlan], stream: Stream) -> li
     trial.dense_loss()  # raises if it is not finite
     rises = iter(min(loss - dense, LARGEST_RISE) for loss in losses)
     curves = [_curves(model, [(sizes, next(rises)) for sizes in own]) for own in levels]
-    orders: dict[BlockScore, list[RemovalRecord]] = {}
-    scores = [plan.recipe.block_score for plan in plans]
-    for score in dict.fromkeys(scores):
-        own = [pair for pair, its in zip(zip(searches, curves, strict=True), scores, strict=True) if its == score]
-        if count := max(search.removals for search, _ in own):
-            most = max(best_mix(search, curve, []).rise for search, curve in own)
-            orders[score] = removal_order(trial, count, score=score, most=most)
-    return [
-        _mix(model, search, curve, orders.get(score, [])[: search.removals])
-        for search, curve, score in zip(searches, curves, scores, strict=True)
-    ]
+    pairs = list(zip(searches, curves, strict=True))
+    most = max(best_mix(search, curve, []).rise for search, curve in pairs)
+    order = removal_order(trial, max(search.removals for search in searches), most=most)
+    return [_mix(model, search, curve, order[: search.removals]) for search, curve in pairs]
 
 
 def masked_losses(trial: Trial, plans: Sequence[Plan], stream: Stream) -> list[float]:

@@ -4,10 +4,8 @@
 |---|---|
 | outputs "gradient", allocation "curves" | how sensitive the loss is to an error at each output of its layers |
 | allocation "curves" | the loss against the sparsity of each layer, see `allocation` |
-| allocation "owl" | the fraction of outliers in each block |
 
-The first uses a few thousand tokens and runs on one device in each process; all continue with what the first process
-found. The last runs on all devices.
+Both use a few thousand tokens and run on one device in each process; all continue with what the first process found.
 
     sensitivity of output c of a layer  =  mean over calibration tokens t of ( d loss / d y_tc )²          [out]
 
@@ -48,13 +46,11 @@ from sparseopt.pruning.base.records import AllocationRecord
 from sparseopt.pruning.evaluate.perplexity import negative_log_likelihood
 from sparseopt.pruning.recipe.allocation import (
     allocate_curves,
-    allocate_owl,
     between,
     choose_pruned,
     default_bounds,
     exact_shares,
     losses_of_linear,
-    outliers_of_block,
 )
 from sparseopt.pruning.recipe.prune_recipe import Recipe
 from sparseopt.pruning.run.layer_patterns import layer_patterns
@@ -96,7 +92,6 @@ def survey(work: Pass, stream: Stream) -> None:
     curved = {key for plan in by_curves for key in plan.patterns}
     weights: dict[str, np.ndarray] = {}
     curves: dict[str, np.ndarray] = {}
-    outliers: list[float] = []
 
     def told(done: int, total: int) -> None:
         work.observer("survey, pass", done, total)
@@ -111,20 +106,13 @@ def survey(work: Pass, stream: Stream) -> None:
             if names:
                 curves |= {keys[name]: curve for name, curve in _curves(site, names, levels, runner).items()}
         weights, curves = agreed((weights, curves))
-    if any(plan.recipe.get("allocation") == "owl" for plan in open_plans):
-        batches = stream.calibration
-        for index in range(model.num_blocks):
-            block = model.block(index)
-            outliers.append(_outliers(block, batches, runner))
-            batches = runner.forward(block, batches)
-            told(index + 1, model.num_blocks)
     for branch in work.branches:
         plan, own = branch.plan, branch.progress
         recipe, patterns = plan.recipe, plan.patterns
         if recipe.get("allocation") not in (None, "uniform"):
             recipe = cast(Recipe, recipe)
             if own.allocation is None:
-                shares = _shares(model, plan, recipe, levels, curves, outliers)
+                shares = _shares(model, plan, recipe, levels, curves)
                 branch.keep(AllocationRecord(shares))
             assert own.allocation is not None
             patterns = layer_patterns(model, recipe, plan.method, own.allocation.shares)
@@ -164,20 +152,12 @@ def _curves(site: Site, names: Sequence[str], levels: np.ndarray, runner: BlockR
     return curves
 
 
-def _outliers(block: Block, batches: Batches, runner: BlockRunner) -> float:
-    grams = runner.grams(block, batches)
-    weights = {name: block.read(f"{name}.weight") for name in block.linears}
-    inputs = {name: grams[tap].gram for name, tap in block.linears.items()}
-    return float(outliers_of_block(weights, inputs))
-
-
 def _shares(
     model: StreamedModel,
     plan: Plan,
     recipe: Recipe,
     levels: np.ndarray,
     curves: Mapping[str, np.ndarray],
-    outliers: Sequence[float],
 ) -> dict[str, float]:
     """The fraction of zeros of each layer that the plan prunes, by key; the total is over these."""
     sparsity, bounds, keys = recipe.sparsity, _bounds(recipe), list(plan.patterns)
@@ -187,13 +167,7 @@ def _shares(
         found = between(levels, np.stack([curves[key] for key in keys]), np.array([implied]))[:, 0]
         pruned = choose_pruned(found, sizes, implied, sparsity)
         return {key: implied for key, goes in zip(keys, pruned, strict=True) if goes}
-    if recipe.allocation == "curves":
-        shares = allocate_curves(levels, np.stack([curves[key] for key in keys]), sizes, sparsity, bounds)
-    else:
-        counts = np.array([len(plan.layers(model, index)) for index in range(model.num_blocks)])
-        stay, counts = np.flatnonzero(counts), counts[counts > 0]
-        blocks = np.add.reduceat(sizes, np.cumsum([0, *counts[:-1]]))
-        shares = np.repeat(allocate_owl(np.array(outliers)[stay], blocks, sparsity, bounds), counts)
+    shares = allocate_curves(levels, np.stack([curves[key] for key in keys]), sizes, sparsity, bounds)
     units = np.array([share_unit(recipe.pattern, shape) for shape in shapes])
     exact = exact_shares(shares, sizes, units, sparsity, bounds)
     return dict(zip(keys, exact.tolist(), strict=True))

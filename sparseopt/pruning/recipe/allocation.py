@@ -1,7 +1,6 @@
 """How a model's zeros are divided among its layers at a fixed total, and what is measured for that.
 
     uniform    the same fraction everywhere
-    owl        fewer zeros in blocks with many outliers
     curves     minimise  sum_l loss_l(s_l)   subject to   sum_l size_l s_l = s sum_l size_l,   low <= s_l <= high
 
 With an n:m pattern a layer has the pattern's fraction of zeros or none, and curves chooses the layers that stay dense.
@@ -10,8 +9,7 @@ Losses are known at some levels of sparsity. On the lower convex hulls of these 
 knapsack: its Lagrangian takes the pieces of all hulls in the order of their slope per weight, and the multiplier is the
 slope at which the total is reached.
 
-Source: Yin et al., "Outlier weighed layerwise sparsity (OWL)", ICML 2024, for owl; Sinha and Zoltners, "The
-multiple-choice knapsack problem", 1979, for hulls and multipliers.
+Source: Sinha and Zoltners, "The multiple-choice knapsack problem", 1979, for hulls and multipliers.
 """
 
 from dataclasses import replace
@@ -21,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
-from scipy.optimize import brentq, isotonic_regression
+from scipy.optimize import isotonic_regression
 
 from sparseopt.core.base.dense import product
 from sparseopt.core.penalties.patterns import TopK
@@ -33,14 +31,11 @@ from sparseopt.layers.compiled import Compiled
 from sparseopt.layers.patterns import implied_sparsity
 from sparseopt.layers.problem import scale_layer
 
-Allocation = Literal["uniform", "owl", "curves"]
+Allocation = Literal["uniform", "curves"]
 # How far a layer's sparsity may be below and above the model's, and the largest sparsity of any layer.
 BELOW, ABOVE, MOST = 0.2, 0.15, 0.95
-# Largest deviation of a block's sparsity from the mean with owl, as published.
-SPREAD = 0.08
 RIDGE, RHO = 0.1, 0.4
 ADMM_STEPS, REFIT_STEPS = 3, 2
-OUTLIER = 5.0
 # Smallest number of rows used, if a layer has that many.
 ROWS = 192
 # Points between the bounds at which hulls are computed.
@@ -69,11 +64,10 @@ def check_allocation(name: Allocation, pattern: str, sparsity: float, bounds: tu
             raise ValueError(f"allocation 'uniform' accepts no bounds, given {bounds}; leave them out or use 'curves'")
         return
     if (implied := implied_sparsity(pattern)) is not None:
-        if name == "owl" or bounds is not None:
+        if bounds is not None:
             raise ValueError(
-                f"pattern {pattern!r} fixes the fraction of zeros of every layer, which contradicts "
-                f"{'bounds' if name == 'curves' else 'the allocation ' + repr(name)}; leave it out, or choose another "
-                "pattern"
+                f"pattern {pattern!r} fixes the fraction of zeros of every layer, which contradicts bounds; leave them "
+                "out, or choose another pattern"
             )
         if not 0 < sparsity < implied:
             raise ValueError(
@@ -149,29 +143,6 @@ def between(
     return np.stack([np.interp(grid, levels, curve) for curve in np.cbrt(rising)]) ** 3
 
 
-def allocate_owl(
-    outliers: Float[np.ndarray, "blocks"],
-    sizes: Int[np.ndarray, "blocks"],
-    sparsity: float,
-    bounds: tuple[float, float],
-    spread: float = SPREAD,
-) -> Float[np.ndarray, "blocks"]:
-    """Fractions of zeros that fall linearly with the fraction of outliers, over a range of twice `spread`.
-
-    Fractions beyond the bounds are clipped, and the others are shifted evenly to reach the overall sparsity.
-    """
-    reach = np.ptp(outliers)
-    shares = sparsity - (2 * spread * (outliers - outliers.min()) / reach if reach else np.zeros(len(outliers)))
-
-    def total(shift: float) -> float:
-        return float(np.clip(shares + shift, *bounds) @ sizes / sizes.sum()) - sparsity
-
-    # Between these two shifts every fraction moves from the lower bound to the upper one.
-    first, last = bounds[0] - np.max(shares), bounds[1] - np.min(shares)
-    shift = brentq(total, first, last) if total(first) < 0 < total(last) else first if total(first) >= 0 else last
-    return np.clip(shares + shift, *bounds)
-
-
 def exact_shares(
     shares: Float[np.ndarray, "linears"],
     sizes: Int[np.ndarray, "linears"],
@@ -244,20 +215,4 @@ def estimated_losses(
     return jax.lax.scan(level, start, levels)[1]
 
 
-def outlier_share(
-    weights: dict[str, Float[Array, "out in"]], grams: dict[str, Float[Array, "in in"]]
-) -> Float[Array, ""]:
-    """Fraction of a block's weights whose score `|W_ij| ||X_j||` is above `OUTLIER` times the block's mean score.
-
-    Weights and Grams of the inputs are given by layer name.
-
-    Source: Yin et al., "Outlier weighed layerwise sparsity (OWL)", ICML 2024, eq. 1.
-    """
-    scores = [jnp.abs(weight) * jnp.sqrt(jnp.diagonal(grams[name])) for name, weight in weights.items()]
-    size = sum(score.size for score in scores)
-    mean = sum(jnp.sum(score) for score in scores) / size
-    return sum(jnp.sum(score > OUTLIER * mean, dtype=jnp.int32) for score in scores) / jnp.asarray(size)
-
-
 losses_of_linear = Compiled(estimated_losses)
-outliers_of_block = Compiled(outlier_share)

@@ -32,6 +32,8 @@ _ENDED = {
     "reconstruct": "is called `train_epochs` since 0.3",
     "distil": "is called `distil_epochs` since 0.3",
     "sparsities": "is a table in `targets` since 0.3",
+    "allocation owl": "has ended: `curves` distributes the sparsity by measured losses",
+    "block_score": "has ended: blocks are always removed by the loss; leave it out",
     "preset best": "is called `tuned` since 0.3",
     "latency": "has ended: `parameters` is the budget of a smaller model",
     "gflops": "has ended: `sparseopt inspect --measure` measures the time of a run",

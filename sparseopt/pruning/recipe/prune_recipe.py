@@ -83,7 +83,7 @@ class Recipe(PassRecipe):
         WHAT,
     )
     bounds: Annotated[tuple[float, float] | None, BeforeValidator(read_bounds)] = option(
-        None, "Smallest and largest sparsity of a layer, as in 0.3,0.8, for owl and curves.", WHAT
+        None, "Smallest and largest sparsity of a layer, as in 0.3,0.8, for curves.", WHAT
     )
     preset: Annotated[str | None, Plain(Literal[PRESETS] | None)] = option(
         None, "Settings of method maiht: {choices}. Default: tuned.", HOW

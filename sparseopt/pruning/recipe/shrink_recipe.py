@@ -22,7 +22,6 @@ from sparseopt.pruning.recipe.pass_recipe import PassRecipe, Problem
 ROUNDING = 0.05
 # A budget may be exceeded by this much of the whole: three digits of it are themselves rounded.
 BUDGET_ROUNDING = 0.0005
-BlockScore = Literal["loss", "cosine"]
 SHARES = ("channels", "heads", "layers", "experts")
 # SparseGPT chooses for every output by itself, so it cannot remove an input for all of them.
 CHOOSING = tuple(name for name in METHODS if name != "sparsegpt")
@@ -52,12 +51,6 @@ class ShrinkRecipe(PassRecipe):
         KEEP, ge=0, lt=1,
     )  # fmt: skip
     multiple: int = option(64, "Round the number of channels to a multiple of this.", KEEP, ge=1)
-    block_score: BlockScore = option(
-        "loss",
-        "Score that chooses the blocks to remove: {choices}, i.e. the rise of the loss without them, or how little "
-        "they turn the residual stream.",
-        HOW,
-    )
 
     def _defaults(self) -> Mapping[str, Any]:
         return shrink_defaults(vars(self))

@@ -11,7 +11,6 @@ from sparseopt.pruning.inspection import inspect_model
 from sparseopt.pruning.recipe.allocation import (
     ROWS,
     allocate_curves,
-    allocate_owl,
     between,
     check_allocation,
     choose_pruned,
@@ -19,7 +18,6 @@ from sparseopt.pruning.recipe.allocation import (
     estimated_losses,
     exact_shares,
     losses_of_linear,
-    outlier_share,
 )
 from tests.layers.layers import make_layer
 from tests.pruning.whole_runs import stored, tensors_of, write_model
@@ -80,21 +78,6 @@ def test_bounds_hold_and_force_the_share_where_they_meet_it(rng):
     assert found.max() <= 0.62 + 1e-12
     np.testing.assert_allclose(allocate_curves(LEVELS, losses, sizes, 0.6, (0.6, 0.9)), 0.6)
     np.testing.assert_allclose(allocate_curves(LEVELS, losses, sizes, 0.6, (0.3, 0.6)), 0.6)
-
-
-def test_a_block_with_more_outliers_keeps_more(rng):
-    outliers, sizes = rng.random(12), rng.integers(50, 500, 12)
-    found = allocate_owl(outliers, sizes, 0.7, (0.0, 0.99), spread=0.1)
-    assert found @ sizes == pytest.approx(0.7 * sizes.sum(), rel=1e-9)
-    assert (np.argsort(found) == np.argsort(-outliers)).all()
-    assert np.ptp(found) == pytest.approx(0.2)
-    # A line in the outliers.
-    np.testing.assert_allclose(np.polyval(np.polyfit(outliers, found, 1), outliers), found, atol=1e-12)
-    cut = allocate_owl(outliers, sizes, 0.7, (0.65, 0.72), spread=0.1)
-    assert cut @ sizes == pytest.approx(0.7 * sizes.sum(), rel=1e-9)
-    assert cut.min() >= 0.65
-    assert cut.max() <= 0.72
-    np.testing.assert_allclose(allocate_owl(np.full(12, 0.3), sizes, 0.7, (0.5, 0.9)), 0.7)
 
 
 def test_counts_are_exact_to_the_weight(rng):
@@ -182,16 +165,6 @@ def test_one_program_a_shape(rng):
         levels = np.linspace(0.2, 0.5 + 0.1 * seed, 4).astype(np.float32)
         losses_of_linear(weight, gram, np.ones(40, np.float32), np.ones(40, np.float32), levels)
     assert len(losses_of_linear.texts) == before + 1
-
-
-def test_outliers_are_counted_against_the_mean_of_the_block():
-    """Scores of one linear are a tenth of the other's, so its large ones are none in the block."""
-    weight = np.full((4, 5), 0.1, np.float32)
-    weight[0, 0], weight[1, 1] = 8.0, -9.0
-    gram = jnp.diag(jnp.array([1.0, 1.0, 4.0, 1.0, 1.0]))
-    assert float(outlier_share({"a": jnp.asarray(weight)}, {"a": gram})) == pytest.approx(2 / 20)
-    weights = {"a": jnp.asarray(weight), "b": jnp.asarray(0.01 * weight)}
-    assert float(outlier_share(weights, {"a": gram, "b": gram})) == pytest.approx(2 / 40)
 
 
 def test_a_pass_of_several_recipes_goes_on_one_by_one_with_what_was_allocated(tmp_path, source, tokens):

@@ -3,7 +3,6 @@
 from types import SimpleNamespace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
@@ -18,7 +17,6 @@ from sparseopt.pruning.measure import block_removal
 from sparseopt.pruning.measure.block_removal import greedy_removal, removal_order, trial_of
 from sparseopt.pruning.run.calibration import CalibrationWindows
 from sparseopt.pruning.text.windows import begin_windows
-from tests.jitted import run
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 from tests.pruning.whole_runs import predicted, without
 
@@ -62,10 +60,9 @@ def chosen(records):
 
 
 def test_a_block_that_does_nothing_goes_first_and_costs_nothing(model, windows):
-    for score in ("loss", "cosine"):
-        first, second = order(model, windows, 2, score=score)
-        assert (first.block, first.rise) == (2, 0.0)
-        assert second.rise > 0
+    first, second = order(model, windows, 2)
+    assert (first.block, first.rise) == (2, 0.0)
+    assert second.rise > 0
 
 
 def test_it_is_the_greedy_order_of_whole_models_written_without_the_blocks(tmp_path, tensors, model, windows):
@@ -124,22 +121,6 @@ def test_lazy_removal_measures_a_part_of_the_candidates_and_finds_the_same_block
         assert found == gone
         # The first removal measures all.
         assert function.measured - 30 < 0.6 * (29 + 28 + 27 + 26)
-
-
-def test_the_cosine_score_is_that_of_each_blocks_input_and_output(model, windows):
-    x, scores = model.embedding()(jnp.asarray(windows.calibration)), []
-    for index in range(BLOCKS):
-        y = run(model.block(index), x)
-        one, other = np.asarray(x, np.float64), np.asarray(y, np.float64)
-        sizes = np.linalg.norm(one, axis=-1) * np.linalg.norm(other, axis=-1)
-        scores.append(np.mean(1 - np.sum(one * other, axis=-1) / sizes))
-        x = y
-    records = order(model, windows, 4, score="cosine")
-    assert chosen(records) == list(np.argsort(scores)[:4])
-    # Losses are measured as for the other score, whatever chose the blocks.
-    by_loss = order(model, windows, 1)[0]
-    assert (records[0].block, records[0].loss) == (by_loss.block, by_loss.loss)
-    assert [r.loss - r.rise for r in records] == pytest.approx([by_loss.loss - by_loss.rise] * 4)
 
 
 @pytest.mark.parametrize(("most", "scored"), [(72, [0, 2, 4]), (1, [0])])
