@@ -162,7 +162,9 @@ def samples_to_score(model: PrunableModel, recipe: PassRecipe, length: int) -> l
 
     Raises:
         TextError: if `score` cannot be read or is too short for a window of this length.
+        ModelError: if the model has fewer positions.
     """
+    check_window(length, model.config.max_positions)
 
     def read(text: str, **reading: str | None) -> Sample:
         found = text_windows(
