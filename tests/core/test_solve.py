@@ -369,13 +369,16 @@ OF_DATA = {
     "quantile": so.scalar.Quantile(0.9),
 }
 FIXED = so.ProximalGradient(step_size=0.01)
+SOLVERS = (FIXED, APG, so.AcceleratedProximalGradient(step_size=0.01), PD, ADMM)
+# Every loss on one design, and every design with one loss.
 REPORTED = [
     (solver, loss, design)
-    for solver in (FIXED, APG, so.AcceleratedProximalGradient(step_size=0.01), PD, ADMM)
-    for loss, scalar in OF_DATA.items()
-    for design in DESIGNS
-    if getattr(scalar, "smooth", False) or solver in (PD, ADMM)
-]
+    for solver in SOLVERS
+    for loss, design in dict.fromkeys(
+        [*(("squares", each) for each in DESIGNS), *((each, "dense") for each in OF_DATA)]
+    )
+    if getattr(OF_DATA[loss], "smooth", False) or solver in (PD, ADMM)
+] + [(FIXED, "poisson", "map")]
 OFTEN = [(FIXED, "squares", design) for design in DESIGNS] + [(FIXED, "logistic", "dense"), (FIXED, "poisson", "map")]
 
 
