@@ -22,7 +22,7 @@ from sparseopt.core.base.types import is_traced, precision, wide_types
 from sparseopt.core.losses.data import DataLoss
 from sparseopt.core.losses.quadratic import Quadratic
 from sparseopt.core.losses.scalar import ScalarLoss
-from sparseopt.core.operators.matrices import known_matrix, refuses_map, refuses_transpose
+from sparseopt.core.operators.matrices import Matrix, known_matrix, refuses_map, refuses_transpose
 from sparseopt.core.penalties.protocols import is_convex
 from sparseopt.core.problem.iterate import iterate
 from sparseopt.core.problem.padding import cut, pad_problem
@@ -261,7 +261,9 @@ def _in_one_precision(problem: Problem, start: Any) -> tuple[Problem, Any, np.dt
         # JAX 0.10 keeps an array that a compiled function closed over in the precision of that time; a view is another.
         return leaf.view() if isinstance(leaf, np.ndarray) else leaf
 
-    return *jax.tree.map(taken, (problem, start)), kind
+    if kind == np.float64 or any(leaf.dtype.itemsize > kind.itemsize for leaf in floats):
+        problem, start = jax.tree.map(taken, (problem, start))
+    return problem, start, kind
 
 
 def _is_floats(leaf: Any) -> bool:
@@ -281,7 +283,11 @@ def _refuses_shapes(problem: Problem, start: Any) -> str | None:
     if reason := next((reason for reason in reasons if reason), None):
         return reason
     like = jax.ShapeDtypeStruct(start.shape, jnp.asarray(start).dtype)
-    rows = like if problem.operator is None else jax.eval_shape(problem.operator.mv, like)
+    rows = like
+    if isinstance(problem.operator, Matrix):
+        rows = jax.ShapeDtypeStruct(problem.operator.out_shape + like.shape[1:], like.dtype)
+    elif problem.operator is not None:
+        rows = jax.eval_shape(problem.operator.mv, like)
     of_package = isinstance(problem.loss, DataLoss | Quadratic)
     return (
         (None if of_package else _refuses_array("loss", problem.loss, "gradient", like))
