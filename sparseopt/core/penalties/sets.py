@@ -34,6 +34,10 @@ class Support:
         return jnp.where(self.mask, x, jnp.zeros((), x.dtype))
 
 
+# The status of `scipy.optimize.linprog`.
+INFEASIBLE = 2
+
+
 def _is_empty(matrix: Any, low: Any, high: Any, total: float | None = None) -> bool:
     """Whether no x has `low <= matrix x <= high` (and the sum `total`): a linear program on the host."""
     from scipy.optimize import linprog
@@ -43,16 +47,11 @@ def _is_empty(matrix: Any, low: Any, high: Any, total: float | None = None) -> b
     below, above = np.isfinite(low), np.isfinite(high)
     ends = np.concatenate([-low[below], high[above]])
     # HiGHS has an absolute tolerance: every row in units of its end.
-    units = 1 / np.maximum(np.abs(ends), np.finfo(float).tiny)
-    units = np.where(ends == 0, 1, units)
+    units = 1 / np.where(ends == 0, 1, np.abs(ends))
     sides = sparse.diags_array(units) @ sparse.vstack([-rows[below], rows[above]])
     sums: dict[str, Any] = {} if total is None else {"A_eq": rows.sum(axis=0)[None] / total, "b_eq": [1.0]}
     nothing = np.zeros(rows.shape[1])
     return linprog(nothing, sides, units * ends, bounds=(None, None), **sums).status == INFEASIBLE
-
-
-# The status of `scipy.optimize.linprog`.
-INFEASIBLE = 2
 
 
 class Ended(Limited):
