@@ -126,7 +126,10 @@ def test_no_gap_is_below_the_true_suboptimality(name, solver, dtype, instances):
     certified = (found.status == so.Status.CONVERGED) & (found.gap <= TOL[dtype])
     # Coupled entries have one step, which other units make short.
     assert np.mean(certified) >= (0.5 if kind.penalty == "groups" else 0.85)
-    assert set(found.status.tolist()) <= {so.Status.CONVERGED, so.Status.MAX_STEPS}
+    # In float32 other units can hide every dual point: then there is no gap, and no claim of one.
+    silent = np.isnan(found.gap) & (dtype == np.float32)
+    assert set(found.status[~silent].tolist()) <= {so.Status.CONVERGED, so.Status.MAX_STEPS}
+    assert set(found.status[silent].tolist()) <= {so.Status.STATIONARY, so.Status.MAX_STEPS}
 
 
 def test_a_gap_found_far_from_the_answer_is_no_bound_later():
