@@ -23,7 +23,7 @@ SHRINK := sizes,methods,windows
 RELIABILITY := inputs,kills,budget,fuzz
 OTHERS := slow and not pages and not oracle and not package and not notebooks and not accelerators and not device
 
-.PHONY: help demo test test-all test-thorough lint test-slow test-oracle test-notebooks test-package test-accelerators test-gpu fuzz families golden notebooks docs bench-prune bench-memory bench-reliability bench-scaling bench-accelerators bench-gpu bench-quality bench-precision bench-shrink bench-runtime bench-bits bench-modules bench-trend bench-trend-selection bench-trend-sizes bench-trend-peers bench-trend-batch bench-core bench-benchopt bench-certificates clean
+.PHONY: help demo test test-all test-thorough lint test-slow test-oracle test-notebooks test-package test-accelerators test-gpu fuzz families golden notebooks docs bench-prune bench-memory bench-reliability bench-scaling bench-gpu bench-quality bench-precision bench-shrink bench-runtime bench-bits bench-trend bench-trend-selection bench-trend-sizes bench-trend-peers bench-trend-batch bench-core bench-benchopt bench-certificates clean
 
 # Two installations in one environment at the same time would break it.
 .NOTPARALLEL:
@@ -139,8 +139,8 @@ test-package: $(VENV)/.installed-test ## Install wheel and sdist into empty envi
 	$(BIN)/python -m pytest -m package
 
 # Fully compiled for the accelerators, and never from a cache: a kept program says neither its time nor its memory.
-test-accelerators: $(VENV)-accelerators/.installed ## Compile for TPUs and an H100 that need not be there, and check the programs (half an hour); RECORD=file of what is compiled already.
-	$(if $(RECORD),SPARSEOPT_ACCELERATOR_RECORD='$(abspath $(RECORD))') JAX_PLATFORMS=cpu SPARSEOPT_TEST_COMPILE=full JAX_ENABLE_COMPILATION_CACHE=false \
+test-accelerators: $(VENV)-accelerators/.installed ## Compile for TPUs and an H100 that need not be there, and check the programs (half an hour).
+	JAX_PLATFORMS=cpu SPARSEOPT_TEST_COMPILE=full JAX_ENABLE_COMPILATION_CACHE=false \
 		XLA_FLAGS=--xla_force_host_platform_device_count=8 \
 		$(VENV)-accelerators/bin/python -m pytest -n 0 -m accelerators -rs tests/accelerators
 
@@ -179,9 +179,6 @@ bench-scaling: $(VENV)/.installed-demo ## Both solvers on several processes and 
 bench-gpu: $(VENV)/.installed-demo ## Both solvers on a GPU or TPU; skipped if JAX finds none; RECORD=file.
 	$(BIN)/python benchmarks/bench_scaling.py --device $(if $(RECORD),--record '$(RECORD)')
 
-bench-accelerators: $(VENV)-accelerators/.installed ## The table of programs for accelerators that need not be there (hours for all); ONLY='text ...', RECORD=file.
-	$(VENV)-accelerators/bin/python benchmarks/bench_accelerators.py $(if $(ONLY),--only $(ONLY)) $(if $(RECORD),--record '$(RECORD)')
-
 bench-reliability: $(VENV)/.installed-fuzz ## Killed runs, a memory budget, bad inputs, fuzzing (about an hour); ONLY=kills,budget,inputs,fuzz.
 	$(BIN)/python benchmarks/bench_reliability.py --only $(or $(ONLY),$(RELIABILITY))
 
@@ -204,9 +201,6 @@ bench-runtime: $(VENV)/.installed-demo $(VENV)-runtimes/.installed ## Dense and 
 bench-bits: $(VENV)/.installed-demo $(VENV)-runtimes/.installed $(if $(filter gemma3-270m,$(MODEL)),$(GEMMA)) ## Models in few bits in llama.cpp (an hour); DATA=folder, MODEL=gemma3-270m or a folder, ONLY.
 	$(BIN)/python benchmarks/bench_bits.py --python $(VENV)-runtimes/bin/python $(if $(DATA),--data '$(DATA)') \
 		$(if $(MODEL),--source '$(if $(filter gemma3-270m,$(MODEL)),$(GEMMA),$(MODEL))') $(if $(ONLY),--only '$(ONLY)')
-
-bench-modules: $(VENV)/.installed-demo ## What watching a network costs in prune_module (two minutes).
-	$(BIN)/python benchmarks/bench_modules.py
 
 bench-trend: $(VENV)/.installed-demo ## Benchmark of the trend filter; TRUTH=folder with certified problems.
 	$(BIN)/python benchmarks/bench_trend.py --only steps,paths,scaling,truth $(if $(TRUTH),--truth '$(TRUTH)')

@@ -31,7 +31,6 @@ import docstrings  # noqa: E402
 import records  # noqa: E402
 import solver_tables  # noqa: E402
 
-from sparseopt.layers.methods import find_method, method_cost  # noqa: E402
 from sparseopt.models import FAMILIES  # noqa: E402
 from sparseopt.pruning import METHODS  # noqa: E402
 
@@ -144,19 +143,13 @@ def methods_table() -> str:
     return "| method | what it does | presets |\n|---|---|---|\n" + "\n".join(rows) + "\n"
 
 
-def workspace(label: str, outputs: int, inputs: int) -> float:
-    """The bytes that `sparseopt inspect` expects of a layer solve by "METHOD PRESET"."""
-    name, _, preset = label.partition(" ")
-    return method_cost(find_method(name, preset or None)).workspace.nbytes(outputs, inputs)
-
-
 def summary(family: str) -> str:
     """The first sentence of a family's file."""
     module = importlib.import_module(FAMILIES[family].read_config.__module__)
     return (module.__doc__ or "").partition("\n")[0].removesuffix(".")
 
 
-records.EXPRESSIONS.globals |= {"workspace": workspace, "summary": summary, "place": list(FAMILIES).index}
+records.EXPRESSIONS.globals |= {"summary": summary, "place": list(FAMILIES).index}
 
 
 def generate(app: Sphinx) -> None:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
-from sparseopt.experiments.config import expand, load_config
+from sparseopt.experiments.config import expand
 from sparseopt.experiments.report import gather
 from sparseopt.experiments.runs import check_all, execute, fingerprint, plan, records_in, run_all
 from sparseopt.experiments.task import find_task
@@ -21,7 +21,6 @@ from tests.experiments.inputs import quiet, watch_passes, write_inputs
 from tests.models.files.test_hub import store
 from tests.models.tiny import random_tensors, tiny_config
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 METHODS = ["wanda", "sparsegpt", "admm", "best"]
 QUARTER = {"sparsity": 0.25}
 PRUNED = {
@@ -223,13 +222,6 @@ def test_the_figures_are_those_of_shrink_model_and_the_model_is_kept_on_request(
     assert sizes_of(open_model(outcome.folder / "model")) == sizes_of(made)
     # Without layers there are no errors to draw.
     assert not list(outcome.folder.glob("*.png"))
-
-
-def test_the_project_s_config_is_a_sweep_over_channels():
-    runs = load_config(CONFIGS / "shrink.yaml")
-    assert [(run.task.label, run.task.channels) for run in runs] == [
-        ("dense", 1.0), ("best channels", 0.75), ("best channels", 0.5),
-    ]  # fmt: skip
 
 
 def test_descent_is_monotone_and_acceleration_ends_lower(tmp_path, settings):
