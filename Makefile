@@ -20,7 +20,8 @@ GEMMA := build/gemma-3-270m-q4_k_m.gguf
 ANY_MODEL := blind,draws,tokens
 QUALITY := layers,models,ablation,complete,$(ANY_MODEL)
 SHRINK := sizes,methods,windows
-RELIABILITY := inputs,kills,budget,fuzz
+RELIABILITY := kills,budget
+PLANNED := gradient,pictures,calls
 OTHERS := slow and not pages and not oracle and not package and not notebooks and not accelerators and not device
 
 .PHONY: help demo test test-all test-thorough lint test-slow test-oracle test-notebooks test-package test-accelerators test-gpu fuzz families golden notebooks docs bench-prune bench-memory bench-reliability bench-scaling bench-gpu bench-quality bench-precision bench-shrink bench-runtime bench-bits bench-trend bench-trend-selection bench-trend-sizes bench-trend-peers bench-trend-batch bench-core bench-benchopt bench-certificates clean
@@ -203,7 +204,7 @@ bench-bits: $(VENV)/.installed-demo $(VENV)-runtimes/.installed $(if $(filter ge
 		$(if $(MODEL),--source '$(if $(filter gemma3-270m,$(MODEL)),$(GEMMA),$(MODEL))') $(if $(ONLY),--only '$(ONLY)')
 
 bench-trend: $(VENV)/.installed-demo ## Benchmark of the trend filter; TRUTH=folder with certified problems.
-	$(BIN)/python benchmarks/bench_trend.py --only steps,paths,scaling,truth $(if $(TRUTH),--truth '$(TRUTH)')
+	$(BIN)/python benchmarks/bench_trend.py --only steps,paths,truth $(if $(TRUTH),--truth '$(TRUTH)')
 
 bench-trend-selection: $(VENV)/.installed-demo ## Errors at the weight that each rule chooses (about 20 minutes).
 	$(BIN)/python benchmarks/bench_trend_selection.py
@@ -216,7 +217,7 @@ bench-trend-peers: $(VENV)/.installed-peers ## The trend filter and public solve
 		$(if $(TRUTH),--truth '$(TRUTH)') $(if $(REFERENCES),--references '$(REFERENCES)') $(if $(ONLY),--only $(ONLY))
 
 bench-trend-batch: $(VENV)/.installed-peers ## Gradients, batches and calls of a planned trend filter (about 3 minutes); ONLY; fastprox needs PYTHON=python3.12.
-	$(BIN)/python benchmarks/bench_trend_batch.py $(if $(ONLY),--only $(ONLY))
+	$(BIN)/python benchmarks/bench_trend.py --only $(or $(ONLY),$(PLANNED))
 
 bench-core: $(VENV)/.installed-core-peers ## The core and public solvers, one core (about 20 minutes); ONLY=tv-deblurring,...
 	$(BIN)/python benchmarks/bench_core.py $(if $(ONLY),--only $(ONLY))
