@@ -59,7 +59,6 @@ BOUNDS = {
 
 
 def file_of(place: Path, name: str) -> Path:
-    """The file of a model, by its name."""
     return place / name.replace(" ", "-").replace(",", "") / "model.gguf"
 
 
@@ -133,7 +132,6 @@ def measure(files: dict[str, Path], python: Path, tokens: Path, rounds: int) -> 
 
 
 def main() -> None:
-    """Make, measure and judge all models."""
     parser = text_options(__doc__)
     parser.add_argument("--python", type=Path, default=Path(sys.executable), help="interpreter with llama.cpp")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "benchmarks" / "bits", help="of the models")

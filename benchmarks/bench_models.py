@@ -214,7 +214,6 @@ def lines_of(
 
 
 def main() -> None:
-    """Run the selected parts."""
     parser = text_options(__doc__)
     selection(parser, "--only", [*LAYERS, *SWEEPS])
     selection(parser, "--settings", SETTINGS)

@@ -123,7 +123,6 @@ def budget(given: argparse.Namespace) -> Lines:
 
 
 def shards(folder: Path) -> dict[str, bytes]:
-    """The shards of the model of a run, by name."""
     return {file.name: file.read_bytes() for file in folder.glob("*") if file.suffix in (".safetensors", ".gguf")}
 
 

@@ -112,12 +112,10 @@ def make_models(source: Path, data: str, place: Path) -> list[Model]:
 
 
 def folder_of(place: Path, name: str) -> Path:
-    """The folder of a model, by its name."""
     return place / name.replace(" ", "-").replace(",", "")
 
 
 def converted(weights: str | None, python: Path, place: Path, model: Model) -> Path:
-    """The folder that the runtime reads."""
     if weights is None:
         return model.folder
     output = folder_of(place, model.name)
@@ -187,7 +185,6 @@ def measure(name: str, models: list[Model], python: Path, tokens: Path, rounds: 
 
 
 def main() -> None:
-    """Measure every runtime."""
     parser = text_options(__doc__)
     parser.add_argument(
         "--python", type=Path, default=Path(sys.executable), help="interpreter with the extra runtimes; default: this"

@@ -62,7 +62,6 @@ def main() -> None:
 
 
 def on_device(names: list[str], recorder: Recorder, small: bool) -> None:
-    """The tasks of the first device."""
     import jax
 
     device = jax.devices()[0]
@@ -126,7 +125,6 @@ def measure(
 
 
 def work(task: dict[str, Any]) -> None:
-    """One process of a measurement."""
     from sparseopt.system import processes
 
     if task["processes"] > 1:

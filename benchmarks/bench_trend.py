@@ -64,7 +64,6 @@ def told(call: Callable[[], so.Solution]) -> tuple[so.Solution, dict[str, Any]]:
 
 
 def steps(given: argparse.Namespace) -> None:
-    """Steps and seconds of three methods."""
     for side, order in ((32, 0), (32, 1)) if given.small else ((256, 0), (256, 1), (64, 0), (64, 1)):
         graph, image = so.Graph.grid((side, side)), grid_signal((side, side)).reshape(side, side)
         for tol in (1e-4, 1e-5):
@@ -74,7 +73,6 @@ def steps(given: argparse.Namespace) -> None:
 
 
 def paths(given: argparse.Namespace) -> None:
-    """A path of 50 levels against one solve of its middle level, in seconds and steps."""
     chains, sides = ((300,), (16,)) if given.small else ((1_000, 100_000, 1_000_000), (128, 256))
     for graph in [*map(so.Graph.chain, chains), *(so.Graph.grid((side, side)) for side in sides)]:
         y = grid_signal(graph.node_shape)
@@ -90,7 +88,6 @@ def paths(given: argparse.Namespace) -> None:
 
 
 def truth(given: argparse.Namespace) -> None:
-    """All problems of a folder."""
     if given.truth is None or not given.truth.is_dir():
         emit("SKIPPED truth problems", reason=f"no folder at {given.truth}")
         say("SKIPPED the problems with known optima: give --truth FOLDER")
@@ -113,7 +110,7 @@ def in_time(problem: TrendProblem, fit: Callable[..., so.Solution], allowed: flo
     """What each method reaches in a number of seconds."""
     choices: dict[tuple[str, int | None], Any] = {(name, None): name for name in ("auto", "admm")}
     choices |= {("doge", block): so.trend.Doge(B=block) for block in range(1, problem.order + 2)}
-    if problem.shape is not None and len(problem.shape) == 1:
+    if problem.axes == 1:
         choices["fast_admm", None] = "fast_admm"
     for (name, block), method in choices.items():
         limited = partial(fit, method, tol=1e-9)
@@ -126,7 +123,6 @@ def in_time(problem: TrendProblem, fit: Callable[..., so.Solution], allowed: flo
 
 
 def suboptimality(problem: TrendProblem, found: so.Solution) -> float:
-    """The objective in float64 against the stored optimum."""
     assert problem.known
     return problem.objective(np.asarray(found.value)) / problem.known[0] - 1
 
@@ -161,7 +157,6 @@ def fit_of_size(kind: str, side: int, order: int) -> dict[str, Any]:
 
 
 def sizes(given: argparse.Namespace) -> None:
-    """From small to large."""
     rows = {"picture": (256, 1024, 4096), "lattice": (224, 708), "renumbered": (224, 708, 2237)}
     for kind, sides in rows.items():
         for order in (0, 1) if kind == "picture" else (0,):
@@ -174,7 +169,6 @@ def sizes(given: argparse.Namespace) -> None:
 
 
 def gradient(small: bool) -> None:
-    """A gradient in the signal and the row weights at orders 0 and 1, and fastprox at order 0."""
     side = 32 if small else 256
     y, target = (jnp.asarray(grid_signal((side, side), seed)) for seed in (0, 1))
     for order, weight in enumerate(WEIGHTS):
@@ -278,7 +272,6 @@ def on_axes(values: Any, side: int) -> np.ndarray:
 
 
 def pictures(small: bool) -> None:
-    """Many pictures at once and one after the other."""
     count, side = (8, 16) if small else (64, 64)
     graph = so.Graph.grid((side, side))
     signals = np.stack([grid_signal((side, side), seed) for seed in range(count)])
@@ -312,7 +305,6 @@ def pictures(small: bool) -> None:
 
 
 def calls(small: bool) -> None:
-    """Many calls on a chain, and as many fits in few programs."""
     count, block, nodes = (50, 10, 500) if small else (1000, 10, 5000)
     graph, penalty = so.Graph.chain(nodes), so.L1(WEIGHT)
     fit = partial(so.trend_solver(graph, 0), penalty=penalty, tol=PLANNED_TOL)

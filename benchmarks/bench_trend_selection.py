@@ -48,7 +48,6 @@ WIDTH = 0.04
 
 
 def grid() -> tuple[so.Graph, np.ndarray]:
-    """A grid and the positions of its nodes in the unit square."""
     line = (np.arange(SIDE) + 0.5) / SIDE
     return so.Graph.grid((SIDE, SIDE)), np.stack(np.meshgrid(line, line, indexing="ij"), axis=-1).reshape(-1, 2)
 
@@ -133,7 +132,6 @@ def drawn(truth: np.ndarray, loss: str | None, seed: int) -> np.ndarray:
 
 
 def measure(name: str, repeats: int) -> None:
-    """Print the lines of one problem."""
     order, (kind, signal, *kinds) = PROBLEMS[name], name.split("-")
     graph, places = GRAPHS[kind]()
     truth = SIGNALS[signal](graph, places)
@@ -146,7 +144,6 @@ def measure(name: str, repeats: int) -> None:
 
 
 def rules(about: dict[str, Any], graph: so.Graph, truth: np.ndarray, loss: str | None) -> None:
-    """The line of the error at the weight that each rule chooses."""
     start, order = time.process_time(), about["order"]
     level, scale = SCALES[loss] if loss else (0.0, 1.0)
     truth = level + scale * truth
@@ -182,7 +179,6 @@ def rules(about: dict[str, Any], graph: so.Graph, truth: np.ndarray, loss: str |
 
 
 def concave(about: dict[str, Any], graph: so.Graph, truth: np.ndarray) -> None:
-    """The line that compares L1 and MCP at their best weights."""
     start, order, apart = time.process_time(), about["order"], truth - truth.mean()
     penalties: dict[str, Callable[[float], Any]] = {"L1": so.L1}
     penalties |= {f"MCP, gamma {gamma:g}": functools.partial(so.MCP, gamma=gamma) for gamma in GAMMAS}

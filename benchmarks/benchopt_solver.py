@@ -128,12 +128,10 @@ class Solver(BaseSolver):
     requirements = ("sparseopt",)
 
     def skip(self, **given: Any) -> tuple[bool, str | None]:
-        """Whether the problem is one that this file does not state."""
         known = frozenset(given) in PROBLEMS
         return not known, None if known else f"no problem hands over {', '.join(sorted(given))}"
 
     def set_objective(self, **given: Any) -> None:
-        """Put the problem on the device, and compile."""
         state, self.answer = PROBLEMS[frozenset(given)]
         self.solve = state(**given)
         self.run(1.0)

@@ -270,7 +270,6 @@ class Given(NamedTuple):
     exact: Any  # the answer, if there is a formula for it
 
     def problem(self, dtype: Any, jax: bool = False) -> so.Problem:
-        """For `solve`."""
 
         def leaf(part: Any) -> Any:
             if np.ndim(part) == 0 or sparse.issparse(part):
@@ -289,7 +288,6 @@ class Given(NamedTuple):
         return self.matrix[at], self.target[at], self.weights[at]
 
     def value(self, x: Any, dtype: Any = np.float64) -> Value:
-        """In NumPy, in float64."""
         penalty, v, eps = PENALTIES[self.kind.penalty], self.operator @ x, 4 * np.finfo(dtype).eps
         near = penalty.nearest(v, self.numbers)
         violation = np.max(abs(v - near), initial=0) / max(1, np.max(abs(v), initial=0))

@@ -38,19 +38,16 @@ def emit(figure: str, **fields: Any) -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine."""
     from sparseopt.system import machine
 
     return machine.environment()
 
 
 def say(message: str) -> None:
-    """Progress, on stderr."""
     print(f"{time.strftime('%H:%M:%S')} {message}", file=sys.stderr, flush=True)
 
 
 def options(description: str | None) -> argparse.ArgumentParser:
-    """A parser with the first line of a docstring."""
     return argparse.ArgumentParser(description=(description or "").partition("\n")[0])
 
 
@@ -105,7 +102,6 @@ def warmed(call: Callable[[], Any]) -> dict[str, Any]:
 
 
 def installed(package: str) -> str | None:
-    """The version of a package, None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -191,7 +187,6 @@ class Child:
         return self._answer(limit)
 
     def close(self) -> None:
-        """Kill the process."""
         self._process.kill()
         self._process.wait()
         self._errors.close()
@@ -258,7 +253,6 @@ class Recorder:
                 stream.write(json.dumps(line) + "\n")
 
     def found(self, **fields: Any) -> dict[str, Any] | None:
-        """The last line with these fields."""
         wanted = json.loads(json.dumps(fields))
         fits = (line for line in reversed(self.lines) if all(line.get(key) == wanted[key] for key in wanted))
         return next(fits, None)

@@ -106,7 +106,6 @@ def target_of(setting: str, layer: str, errors: Mapping[str, float]) -> dict[str
 
 
 def layers(recorder: Recorder, source: Path, data: str, windows: int | None) -> None:
-    """Every method on every layer, and its geometric means."""
     shared = about(source, windows is not None)
     found = list(dense_layers(source, data, windows))
     for setting in LAYER_SETTINGS:
@@ -135,7 +134,6 @@ def layers(recorder: Recorder, source: Path, data: str, windows: int | None) -> 
 
 
 def grids(recorder: Recorder, source: Path, data: str, windows: int | None) -> None:
-    """Layers on grids of few bits: geometric means over the layers, and the time beside that of the method alone."""
     shared, found = about(source, windows is not None), list(dense_layers(source, data, windows))
     for (method, setting, bits), bound in ON_GRIDS.items():
         figure = f"error on a grid, {method} at {setting}, {bits}"
@@ -161,7 +159,6 @@ def grids(recorder: Recorder, source: Path, data: str, windows: int | None) -> N
 
 
 def patterns(recorder: Recorder, source: Path, data: str, windows: int | None) -> None:
-    """Layers with n:m along the inputs: geometric means over the layers, beside as many zeros anywhere."""
     shared, found = about(source, windows is not None), list(dense_layers(source, data, windows))
     for method in ("wanda", "maiht", "best"):
         for pattern, share in ALONG.items():
