@@ -169,7 +169,7 @@ golden: $(VENV)/.installed-oracle ## Recreate the golden files with torch and tr
 	$(BIN)/python -m tests.oracle.make_golden
 
 bench-prune: $(VENV)/.installed-demo ## Benchmark of pruning; DATA=folder with WikiText-2 parquet files.
-	$(BIN)/python benchmarks/bench_models.py --only published,prune $(MODELS_OPTIONS)
+	$(BIN)/python benchmarks/bench_models.py --only prune $(MODELS_OPTIONS)
 
 bench-memory: $(VENV)/.installed-test ## Peak memory of pruning against the number of blocks.
 	$(BIN)/python benchmarks/bench_reliability.py --only memory

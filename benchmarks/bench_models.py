@@ -3,7 +3,6 @@ shrink or precision in place of quality, with the WikiText-2 parquet files. JSON
 
     python benchmarks/bench_models.py --data FOLDER --only layers,draws [--settings 0.5,2:4] [key=value ...]
 
-    published  layer errors of both presets of mAIHT beside those of its published procedure
     prune      whole models at 50 % by a few methods: perplexity, seconds, memory
     layers     every method on twelve layers, Gram matrices of the dense model: error in float64, seconds
     grids      layers on grids of few bits, beside the same layers in floats and by plain rounding
@@ -30,7 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common import Recorder, say, selection
-from layer_errors import grids, layers, patterns, published_layers
+from layer_errors import grids, layers, patterns
 from pruned import CONFIGS, KEPT, ROOT, SETTINGS, about, judged, model_and_text, text_options
 
 from sparseopt.experiments.config import Run, load_config
@@ -72,21 +71,18 @@ SWEEPS = {
     "blind": [Sweep("quality-dense"), Sweep("quality-blind", SETTINGS)],
     "draws": [Sweep("quality-draws", SETTINGS, drawn=True)],
     "tokens": [Sweep("quality-tokens", {"0.5": SETTINGS["0.5"]}, apart=True)],
-    "precision": [
-        Sweep("precision", ROUNDED),
-        Sweep("precision-activations", {"best": {"method": "best"}}),
-    ],
+    "precision": [Sweep("precision", ROUNDED), Sweep("precision-activations", {"best": {"method": "best"}})],
     "sizes": [Sweep("shrink-sizes")],
     "methods": [Sweep("shrink-methods")],
     "windows": [Sweep("shrink-windows"), Sweep("prune-windows")],
 }
-LAYERS = {"published": published_layers, "layers": layers, "grids": grids, "patterns": patterns}
+LAYERS = {"layers": layers, "grids": grids, "patterns": patterns}
 # What lines say of calibration text and draw, where it is not the sweep's.
 UNNAMED: Settings = {"precision": {}, "blind": {"calibrated": None, "draw": None}}
 
 
 class Finished(NamedTuple):
-    """A run with its record, or the reason why it failed, and versions and machine."""
+    """A run with its record, or the reason why it failed."""
 
     run: Run
     record: dict[str, Any] | None

@@ -83,26 +83,25 @@ def pruned_layer(layer: Layer, method: str, setting: str) -> dict[str, Any]:
     name, _, preset = method.partition(" ")
     found = prune_layer(layer.weight, layer.gram, **SETTINGS[setting], method=name, preset=preset or None)
     return {
-        "value": relative_error(found.weight, layer.weight, layer.gram),
-        "unit": "relative error",
+        "value": relative_error(found.weight, layer.weight, layer.gram), "unit": "relative error",
         "heldout_error": relative_error(found.weight, layer.weight, layer.heldout),
-        "seconds": found.seconds,
-        "steps": found.steps,
-        "status": found.status.name,
-        "sparsity": found.sparsity,
-    }
+        "seconds": found.seconds, "steps": found.steps, "status": found.status.name, "sparsity": found.sparsity,
+    }  # fmt: skip
 
 
-def target_of(setting: str, layer: str, errors: Mapping[str, float]) -> dict[str, Any]:
-    """The target of the most thorough method in a layer, and whether it was met; `errors` by method."""
-    if setting == "2:4" and errors.keys() >= {"sparsegpt", "admm"}:
+def target_of(method: str, setting: str, layer: str, errors: Mapping[str, float]) -> dict[str, Any]:
+    """The target of a method in a layer, and whether it was met; `errors` by method."""
+    error, preset = errors[method], method.removeprefix("maiht ")
+    if setting == "0.5" and preset in PAPER_TARGETS and layer in PAPER_ERRORS:
+        factor, known = PAPER_TARGETS[preset], PAPER_ERRORS[layer]
+        return {"ratio": error / known, "target": f"at most {factor} x {known}", "met": error <= factor * known}
+    if method == THOROUGH and setting == "2:4" and errors.keys() >= {"sparsegpt", "admm"}:
         rivals = {rival: errors[rival] for rival in ("sparsegpt", "admm")}
         shown = " and ".join(f"{rival}, {error:.3g}" for rival, error in rivals.items())
-        return {"target": f"below {shown}", "met": errors[THOROUGH] < min(rivals.values())}
-    if setting == "0.7" and layer in ALPS_ERRORS:
-        bound = ALPS_ERRORS[layer]
-        return {"target": f"at most ALPS, {bound:.5f}", "met": errors[THOROUGH] <= bound}
-    return judged(errors[THOROUGH], None)
+        return {"target": f"below {shown}", "met": error < min(rivals.values())}
+    if method == THOROUGH and setting == "0.7" and layer in ALPS_ERRORS:
+        return {"target": f"at most ALPS, {ALPS_ERRORS[layer]:.5f}", "met": error <= ALPS_ERRORS[layer]}
+    return judged(error, None)
 
 
 def layers(recorder: Recorder, source: Path, data: str, windows: int | None) -> None:
@@ -118,9 +117,8 @@ def layers(recorder: Recorder, source: Path, data: str, windows: int | None) -> 
                 known = recorder.found(figure=figure, **shared)
                 row = known or pruned_layer(layer, method, setting)
                 errors[layer.name][method] = row["value"]
-                thorough = method == THOROUGH
-                goal = target_of(setting, layer.name, errors[layer.name]) if thorough else judged(0, None)
                 if known is None:
+                    goal = target_of(method, setting, layer.name, errors[layer.name])
                     recorder.emit(figure, **row, **goal, **shared)
                 rows.append(row)
             mean, heldout = (geometric_mean([row[key] for row in rows]) for key in ("value", "heldout_error"))
@@ -144,9 +142,8 @@ def grids(recorder: Recorder, source: Path, data: str, windows: int | None) -> N
         given = [{"weight": layer.weight, "gram": layer.gram, "method": method, **sizes} for layer in found]
         alone, rounded = ([prune_layer(**each, bits=form) for each in given] for form in (None, bits))
         before = [each.pruned_error if setting != "0" else each.rounded_error for each in rounded]
-        errors = [
-            relative_error(each.weight, layer.weight, layer.gram) for each, layer in zip(rounded, found, strict=True)
-        ]
+        pairs = zip(rounded, found, strict=True)
+        errors = [relative_error(each.weight, layer.weight, layer.gram) for each, layer in pairs]
         ratios = [error / known for error, known in zip(errors, before, strict=True)]
         plain = [each.rounded_error / known for each, known in zip(rounded, before, strict=True)]
         seconds = [sum(each.seconds for each in some) for some in (alone, rounded)]
@@ -182,18 +179,3 @@ def patterns(recorder: Recorder, source: Path, data: str, windows: int | None) -
 
 def geometric_mean(values: Sequence[float]) -> float:
     return float(np.exp(np.mean(np.log(values))))
-
-
-def published_layers(recorder: Recorder, source: Path, data: str, windows: int | None) -> None:
-    """Both presets of mAIHT on the layers of its published procedure, at 50 %."""
-    shared = about(source, windows is not None)
-    for layer in dense_layers(source, data, windows):
-        for preset, factor in PAPER_TARGETS.items() if layer.name in PAPER_ERRORS else ():
-            figure = f"layer error, {preset}, {layer.name}"
-            if recorder.found(figure=figure, **shared):
-                continue
-            row, known = pruned_layer(layer, f"maiht {preset}", "0.5"), PAPER_ERRORS[layer.name]
-            recorder.emit(
-                figure, **row, ratio=row["value"] / known, target=f"at most {factor} x {known}",
-                met=row["value"] <= factor * known, **shared,
-            )  # fmt: skip

@@ -10,11 +10,11 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field, field_validator
 
+import sparseopt as so
 from sparseopt.core.base.types import Observer
 from sparseopt.core.operators.row_tables import check_groups
 from sparseopt.experiments import plots
 from sparseopt.experiments.task import FinishedRun, Record, Task
-from sparseopt.trend.base.graph import Graph
 
 LARGEST_DRAWN = 400
 
@@ -52,20 +52,17 @@ class Groups(Task):
         del folder
         block = self.blocks[self.units().index(key)]
         observer(f"B = {block}", 0, 0)
-        graph = Graph.grid(self.shape)
+        graph = so.Graph.grid(self.shape)
         matrix, labels = graph.matrix(block), graph.groups(block)
         sizes = np.bincount(labels)
         owner = np.repeat(labels.astype(np.int64), np.diff(matrix.indptr))
         touched = np.unique(owner * matrix.shape[1] + matrix.indices)
         return {
-            "block": block,
-            "groups": check_groups(matrix, labels),
-            "rows": matrix.shape[0],
-            "smallest_group": int(np.min(sizes)),
-            "largest_group": int(np.max(sizes)),
+            "block": block, "groups": check_groups(matrix, labels), "rows": matrix.shape[0],
+            "smallest_group": int(np.min(sizes)), "largest_group": int(np.max(sizes)),
             "disjoint": touched.size == matrix.nnz,
             "complete": int(sizes.sum()) == matrix.shape[0] and bool((labels >= 0).all()),
-        }
+        }  # fmt: skip
 
     @classmethod
     def draw(cls, runs: Sequence[FinishedRun]) -> dict[str, Any]:

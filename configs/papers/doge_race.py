@@ -9,12 +9,11 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
+import sparseopt as so
 from doge_baselines import METHOD_NAMES, Method, Settings, Stop, algorithm_of, fit, method_label
-from sparseopt.core.problem.problem import Solution
 from sparseopt.experiments import plots
 from sparseopt.experiments.task import FinishedRun, Record, grouped
 from sparseopt.experiments.tasks.denoise import NoisyPicture
-from sparseopt.trend.base.graph import Graph
 
 
 class Race(NoisyPicture):
@@ -44,13 +43,13 @@ class Race(NoisyPicture):
         rule = "relative duality gap" if self.stop == "gap" else "relative change in a step"
         return f"{self.subject}\n{rule} {self.tol:.0e}".replace("e-0", "e-")
 
-    def fit(self, y: np.ndarray, graph: Graph, max_steps: int) -> Solution:
+    def fit(self, y: np.ndarray, graph: so.Graph, max_steps: int) -> so.Solution:
         return fit(
             y, graph, self.penalty.build(), self.order, self.method, settings=self.settings, stop=self.stop,
             tol=self.tol, max_steps=max_steps, inner_tol=self.inner_tol,
         )  # fmt: skip
 
-    def details(self, solution: Solution) -> Record:
+    def details(self, solution: so.Solution) -> Record:
         state = getattr(solution.state, "state", solution.state)
         inner_steps = int(getattr(state.rows.memory, "steps", 0))
         return {"algorithm": algorithm_of(self.method, self.order), "inner_steps": inner_steps}
