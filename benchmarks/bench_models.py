@@ -55,22 +55,21 @@ DRAWS = {"0": 0, "1": 1, "2": 2}
 
 
 class Sweep(NamedTuple):
-    """A config, what its runs vary besides, by a name, and whether each run is a pass and a process of its own."""
+    """A config, what its runs vary besides, by a name, and whether they vary the text and the draw too."""
 
     config: str
     settings: Settings = AT_HALF
-    apart: bool = False
     drawn: bool = False
 
 
 SWEEPS = {
-    "prune": [Sweep("prune", apart=True)],
+    "prune": [Sweep("prune")],
     "models": [Sweep("quality-models", SETTINGS)],
     "ablation": [Sweep("quality-ablation", {name: SETTINGS[name] for name in ("0.5", "0.7")})],
-    "complete": [Sweep("quality-complete", PLACED, apart=True)],
+    "complete": [Sweep("quality-complete", PLACED)],
     "blind": [Sweep("quality-dense"), Sweep("quality-blind", SETTINGS)],
     "draws": [Sweep("quality-draws", SETTINGS, drawn=True)],
-    "tokens": [Sweep("quality-tokens", {"0.5": SETTINGS["0.5"]}, apart=True)],
+    "tokens": [Sweep("quality-tokens", {"0.5": SETTINGS["0.5"]})],
     "precision": [Sweep("precision", ROUNDED), Sweep("precision-activations", {"best": {"method": "best"}})],
     "sizes": [Sweep("shrink-sizes")],
     "methods": [Sweep("shrink-methods")],
@@ -91,20 +90,14 @@ class Finished(NamedTuple):
 
 
 def finished(sweep: Sweep, overrides: dict[str, Any], folder: Path) -> Iterator[Finished]:
-    """Run a sweep by the command, and read what its folder holds.
-
-    If a run cannot be done, or its folder holds other results, all are done one by one, so that only this one fails.
-    """
+    """Run each of a sweep by the command, so that one that is killed takes no other with it, and read its folder."""
     config = CONFIGS / f"{sweep.config}.yaml"
     changes = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
     runs = load_config(config, changes, allow_code=True)
-    command = ["-m", "sparseopt", "run", str(config), *changes, "--allow-code", "--output", str(folder)]
-    # A process that is killed takes the other runs of its pass with it.
-    one_by_one = sweep.apart or not (succeeds(command, "--dry-run") and succeeds(command))
+    command = [sys.executable, "-m", "sparseopt", "run", str(config), *changes, "--allow-code", "--output", str(folder)]
     for index, run in enumerate(runs, 1):
-        place, error = folder / run.subfolder, ""
-        if one_by_one and not succeeds(command, "--shard", f"{index}/{len(runs)}"):
-            error = "the command refused it"
+        done = subprocess.run([*command, "--shard", f"{index}/{len(runs)}"], stdout=sys.stderr, check=False)
+        place, error = folder / run.subfolder, "the command refused it" if done.returncode else ""
         records = place / "records.jsonl"
         lines = records.read_text().splitlines() if records.is_file() else []
         if (place / "error.txt").is_file():
@@ -114,14 +107,9 @@ def finished(sweep: Sweep, overrides: dict[str, Any], folder: Path) -> Iterator[
         if error:
             yield Finished(run, None, error, {})
             continue
-        record = json.loads(lines[-1])
         begun = json.loads((place / "run.json").read_text())
-        yield Finished(run, record, "", {name: begun[name] for name in ("versions", "machine")})
-
-
-def succeeds(command: list[str], *options: str) -> bool:
-    """Whether a command of this Python succeeds; its output goes to stderr."""
-    return subprocess.run([sys.executable, *command, *options], stdout=sys.stderr, check=False).returncode == 0
+        machine = {name: begun[name] for name in ("versions", "machine")}
+        yield Finished(run, json.loads(lines[-1]), "", machine)
 
 
 def shown(record: dict[str, Any], task: Any) -> dict[str, Any]:

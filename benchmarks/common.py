@@ -135,21 +135,14 @@ def apart(work: Callable[..., Any], *given: Any) -> Any:
         return pool.submit(work, *given).result()
 
 
-def double(work: Callable[..., Any], *given: Any) -> Any:
-    """The result of a call with JAX in float64; for a process of its own."""
-    import jax
-
-    jax.config.update("jax_enable_x64", True)
-    return work(*given)
-
-
 def run_parts(parts: Mapping[str, Callable[..., Any]], names: Iterable[str], *given: Any) -> None:
     """The parts of a benchmark, each in a process of its own on one core, in float64."""
     emit("environment", **environment(), cores=pin(1))
+    os.environ["JAX_ENABLE_X64"] = "true"
     for name in names:
         say(name)
         try:
-            apart(double, parts[name], *given)
+            apart(parts[name], *given)
         except BrokenProcessPool as error:
             emit("SKIPPED", part=name, solver=None, reason=str(error))
 

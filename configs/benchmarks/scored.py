@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax._src.lax.lax import _dot_general_lower
+from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import mlir
 from pydantic import Field
 
@@ -189,6 +189,7 @@ def made_rounded(source: Path, recipe: Recipe, output: Path, rounding: str, prod
     """Prune, for a process of its own: its programs stay rounded."""
     bits, everywhere = ROUNDINGS[rounding], products == "all products"
     half = mlir.lower_fun(lambda x: jax.lax.reduce_precision(x, 8, bits), multiple_results=False)
+    kinds = "lhs_batching", "rhs_batching", "lhs_contracting", "rhs_contracting"
 
     def lower(context: mlir.LoweringRuleContext, left: Any, right: Any, **params: Any) -> Any:
         if bits and (everywhere or params["precision"] != (HIGHEST, HIGHEST)):
@@ -196,7 +197,11 @@ def made_rounded(source: Path, recipe: Recipe, output: Path, rounding: str, prod
                 half(context.replace(avals_in=[aval], avals_out=[aval]), value)[0]
                 for value, aval in zip((left, right), context.avals_in, strict=True)
             )
-        return _dot_general_lower(context, left, right, platform="cpu", **params)
+        (over_left, over_right), (of_left, of_right) = params["dimension_numbers"]
+        axes = dict(zip(kinds, (of_left, of_right, over_left, over_right), strict=True))
+        numbers = stablehlo.DotDimensionNumbers.get(**{f"{kind}_dimensions": list(axes[kind]) for kind in kinds})
+        made = mlir.aval_to_ir_type(context.module_context, context.avals_out[0])
+        return stablehlo.dot_general(made, left, right, numbers).owner.results
 
     mlir.register_lowering(jax.lax.dot_general_p, lower, platform="cpu")
     (report,) = prune_models(source, [(recipe, output)])
