@@ -114,18 +114,6 @@ KINDS = {
         colours=VALUES[0], limits=(VALUES[0].min(), VALUES[0].max()),
     ),
     # All outlines of a region have its value.
-    "regions": Kind(
-        plots.plot_regions, given([TRIANGLE, [TRIANGLE + 2, SQUARE], SQUARE], [3.0, 5.0, np.nan], label="cases (%)"),
-        colours=[3, 5, 5, np.nan], limits=(3, 5), bar="cases (%)",
-    ),
-    "regions between limits": Kind(
-        plots.plot_regions, given([TRIANGLE], [3.0], limits=(0, 9)), colours=[3], limits=(0, 9)
-    ),
-    # High values lie above the others.
-    "lines on a map": Kind(
-        plots.plot_lines, given([TRIANGLE, TRIANGLE + 2, TRIANGLE[:2]], [5.0, np.nan, 3.0], label="cases"),
-        colours=[np.nan, 3, 5], limits=(3, 5), bar="cases",
-    ),
     "colour image with its alpha": Kind(plots.plot_image, given(RGBA), colours=[[[0, 1, 0.2, 0.4]]]),
     "colour image between limits": Kind(
         plots.plot_image, given(RGBA[..., :3] * 2.0, limits=(0, 510)), colours=[[[0, 1, 0.2]]]
@@ -218,17 +206,6 @@ REFUSED = {
         (given(CHAIN, TRIANGLE, np.full(3, np.nan)), "no finite value among 3"),
         (given(CHAIN, [[0, 0], [np.inf, 0], [1, 1]], np.zeros(3)), "must be finite, given .* at place 1"),
     ],
-    plots.plot_regions: [
-        (given([TRIANGLE], [1.0, 2.0]), r"values has the shape \[1\], given \[2\]"),
-        (given([np.zeros((3, 3))], [1.0]), r"region 0 has the shape \[m, 2\], given \[3, 3\]"),
-        (given([TRIANGLE[:2]], [1.0]), "an outline of 2 points"),
-        (given([], []), "at least one region"),
-        (given([[]], [1.0]), "at least one outline in region 0"),
-    ],
-    plots.plot_lines: [
-        (given([TRIANGLE], [1.0, 2.0]), r"values has the shape \[1\], given \[2\]"),
-        (given([], []), "at least one line"),
-    ],
     plots.plot_groups: [
         (given((2, 2, 2), 1), "1 or 2 axes"),
         (given((1,), 1), "2 to 400 nodes"),
@@ -306,13 +283,11 @@ def test_history_of_the_trend_filter_has_the_gaps_that_were_measured():
         assert ((kept + 1) % 5 == 0).all()
 
 
-def test_maps_show_edges_outlines_and_titles_where_they_are_and_every_dot_whole():
+def test_graphs_show_edges_and_titles_where_they_are_and_every_dot_whole():
     lines, dots = KINDS["graph"].draw().collections
     np.testing.assert_array_equal(np.array(lines.get_segments()), PLACES[GRID.edges])
     np.testing.assert_array_equal(dots.get_offsets(), PLACES)
     assert len(KINDS["graph without edges"].draw().collections) == 1
-    np.testing.assert_array_equal(KINDS["regions"].draw().collections[0].get_paths()[1].vertices[:3], TRIANGLE + 2)
-    np.testing.assert_array_equal(KINDS["lines on a map"].draw().collections[0].get_segments()[-1], TRIANGLE)
     assert plots.plot_image([[0.2, 0.4]], title="a title").get_title() == "a title"
     # On a flat graph.
     places = np.stack([np.arange(20.0), np.zeros(20)], axis=1)

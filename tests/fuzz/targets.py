@@ -215,15 +215,15 @@ def run_tokenizer(content: bytes) -> None:
 
 
 CANARY, MCP = "tests.fuzz.canary.Canary", "sparseopt.core.penalties.entries.MCP"
-SIGNAL: dict[str, Any] = {"name": "a", "task": "graph_signal"}
+SIGNAL: dict[str, Any] = {"name": "a", "task": "trend", "signal": "y.csv"}
 DENOISE: dict[str, Any] = {"name": "a", "task": "denoise"}
 SWEEP = {"grid": {"sparsity": [0.5, 0.6]}, "list": [{"seed": 1}]}
 SEED_CONFIGS = (
     DENOISE | {"picture": {"name": "camera", "size": 32}, "penalty": {"name": "l1", "weight": 1}},
     {"name": "a", "task": "prune", "method": "wanda", "sweep": SWEEP},
-    SIGNAL | {"graph": {"name": "minnesota"}, "paper": {"source": "x", "differs": ["y"]}},
+    SIGNAL | {"graph": "edges.csv", "paper": {"source": "x", "differs": ["y"]}},
     {"name": "a", "task": CANARY, "method": {"name": CANARY, "weight": 1}},
-    SIGNAL | {"penalty": {"name": MCP, "weight": 1, "gamma": 2}},
+    DENOISE | {"penalty": {"name": MCP, "weight": 1, "gamma": 2}},
     DENOISE | {"sweep": {"list": [{"penalty": {"name": "l0", "weight": w}} for w in (1, 2)]}},
 )
 YAML_PIECES = (

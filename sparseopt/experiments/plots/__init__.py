@@ -19,8 +19,6 @@ from sparseopt.experiments.plots.signals import (
     plot_graph_signal,
     plot_groups,
     plot_image,
-    plot_lines,
-    plot_regions,
 )
 from sparseopt.experiments.plots.style import COLOURS, save_figure
 
@@ -37,9 +35,7 @@ __all__ = [
     "plot_history",
     "plot_image",
     "plot_layer_errors",
-    "plot_lines",
     "plot_perplexity",
-    "plot_regions",
     "plot_selection",
     "plot_sizes",
     "save_figure",

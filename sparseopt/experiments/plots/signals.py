@@ -1,4 +1,4 @@
-"""Signals on images, chains, graphs, regions and streets of a map; and the groups of Doge-ADMM."""
+"""Signals on images, chains and graphs; and the groups of Doge-ADMM."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,18 +76,16 @@ def observed_and_fit(
     observed: np.ndarray,
     fit: np.ndarray,
     names: Sequence[str],
-    path: str | Path,
     *,
     times: np.ndarray | None = None,
-    places: str = "node",
-) -> None:
-    """Write a signal and its fit as a figure, a panel for each of the first `MOST_PANELS` channels.
+    places: Any = "node",
+) -> Any:
+    """A signal and its fit as a figure of its own, a panel for each of the first `MOST_PANELS` channels.
 
     Args:
         observed: `[n, channels]`; NaN where missing.
         fit: `[n, channels]`.
         names: of the channels.
-        path: of the PNG file.
         times: ascending `[n]`, numbers or dates; None for a graph, whose nodes stand in the order of their fit.
         places: what the times are.
     """
@@ -100,14 +98,14 @@ def observed_and_fit(
     for axis, name, dots, line in zip(axes, names, observed.T, fit.T, strict=False):
         order = np.argsort(line, kind="stable") if times is None else np.arange(line.size)
         plot_chain(dots[order], line[order], axis, positions=positions)
-        axis.set_xlabel("nodes, in the order of their fit" if times is None else places, parse_math=False)
+        axis.set_xlabel("nodes, in the order of their fit" if times is None else str(places), parse_math=False)
         axis.set_ylabel(name, parse_math=False)
         if dated:
             axis.xaxis_date()
             axis.xaxis.set_major_formatter(dates.ConciseDateFormatter(axis.xaxis.get_major_locator()))
         elif times is None or times.dtype.kind == "i":
             axis.xaxis.get_major_locator().set_params(integer=True)
-    style.write_figure(axes[0].figure, path, 150)
+    return axes
 
 
 def _image_limits(colours: np.ndarray) -> tuple[float, float] | None:
@@ -202,84 +200,6 @@ def plot_graph_signal(
     return axis
 
 
-def plot_regions(
-    polygons: Sequence[Any],
-    values: Any,
-    axis: Any = None,
-    *,
-    limits: tuple[float, float] | None = None,
-    label: str = "",
-) -> Any:
-    """A map whose regions are coloured by a value each.
-
-    Args:
-        polygons: one entry a region: its outline `[m, 2]`, or a list of outlines (islands; holes are not cut out).
-        values: one per region; NaN is drawn grey.
-        axis: to draw on.
-        limits: of the colours, or None for the range of the values.
-        label: of the colour bar: what the values are, with their unit.
-    """
-    from matplotlib.collections import PolyCollection
-
-    style.check_any(polygons, "region")
-    level = style.as_numbers(values, "values", (len(polygons),))
-    parts = [_outlines(region, index) for index, region in enumerate(polygons)]
-    low, high = style.colour_limits(limits, level, "the map")
-    axis = style.axis_or_new(axis, _map_size(np.concatenate([outline for region in parts for outline in region])))
-    drawn = PolyCollection(
-        [outline for region in parts for outline in region],
-        array=np.repeat(level, [len(region) for region in parts]),
-        cmap=style.value_map(),
-        clim=(low, high),
-        edgecolors="white",
-        linewidths=float(np.clip(8 / np.sqrt(len(parts)), 0.1, 0.8)),
-    )
-    return _with_map(axis, drawn, level, label)
-
-
-def plot_lines(
-    lines: Sequence[Any],
-    values: Any,
-    axis: Any = None,
-    *,
-    limits: tuple[float, float] | None = None,
-    label: str = "",
-) -> Any:
-    """A map of lines, such as streets, coloured by a value each.
-
-    Args:
-        lines: the points of each, `[m, 2]`.
-        values: one per line; NaN is drawn grey.
-        axis: to draw on.
-        limits: of the colours, or None for the range of the values.
-        label: of the colour bar: what the values are, with their unit.
-    """
-    from matplotlib.collections import LineCollection
-
-    style.check_any(lines, "line")
-    level = style.as_numbers(values, "values", (len(lines),))
-    parts = [_as_places(line, f"line {index}", "m") for index, line in enumerate(lines)]
-    low, high = style.colour_limits(limits, level, "the map")
-    axis = style.axis_or_new(axis, _map_size(np.concatenate(parts)))
-    width = float(np.clip(80 / np.sqrt(len(parts)), 1.5, 6))
-    # Round ends meet at corners. The high values are drawn last, and cover others there.
-    order = np.argsort(np.where(np.isfinite(level), level, -np.inf), kind="stable")
-    drawn = LineCollection(
-        [parts[index] for index in order], array=level[order], cmap=style.value_map(), clim=(low, high),
-        linewidths=width, capstyle="round",
-    )  # fmt: skip
-    return _with_map(axis, drawn, level, label)
-
-
-def _with_map(axis: Any, drawn: Any, level: np.ndarray, label: str) -> Any:
-    """The axis with the coloured parts of a map and their colour bar."""
-    axis.add_collection(drawn)
-    axis.autoscale_view()
-    style.bare(axis)
-    style.colour_bar(axis, drawn, level, label)
-    return axis
-
-
 def _as_places(values: Any, what: str, count: int | str) -> np.ndarray:
     places = style.as_numbers(values, what, (count, 2))
     if not np.isfinite(places).all():
@@ -293,16 +213,6 @@ def _map_size(places: np.ndarray) -> tuple[float, float]:
     width, height = np.ptp(places, axis=0) if len(places) else (1.0, 1.0)
     ratio = float(height / width) if width > 0 else 2.0
     return (6.5, float(np.clip(5.2 * ratio, 2.2, 7)))
-
-
-def _outlines(region: Any, index: int) -> list[np.ndarray]:
-    style.check_any(region, f"outline in region {index}")
-    several = np.ndim(region[0]) == 2
-    outlines = [_as_places(part, f"region {index}", "m") for part in (region if several else [region])]
-    short = min(len(part) for part in outlines)
-    if short < 3:
-        raise ValueError(f"region {index} has an outline of {short} points; a polygon needs at least 3")
-    return outlines
 
 
 def plot_groups(shape: Sequence[int], block: int, axis: Any = None, *, columns: int | None = None) -> np.ndarray:
