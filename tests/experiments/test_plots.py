@@ -1,4 +1,4 @@
-"""Pictures: what a person sees of each kind (data, limits, labels, units, legend), the axes used, and refusals."""
+"""Pictures: what a person sees of each kind (data, limits, labels, units, legend), and the axes used."""
 
 import subprocess
 import sys
@@ -17,10 +17,9 @@ from sparseopt.experiments import plots
 from sparseopt.pruning import LayerRecord
 
 TRIANGLE = np.array([[0, 0], [1, 0], [0, 1]])
-SQUARE = [(0, 0), (1, 0), (1, 1), (0, 1)]
 X, YEARS = np.arange(1, 5), np.arange(6) * 2 + 1950
 VALUES = np.random.default_rng(0).normal(size=(3, 6))
-CHAIN, GRID, PLACES = Graph.chain(3), Graph.grid((2, 3)), np.random.default_rng(1).random((6, 2))
+GRID, PLACES = Graph.grid((2, 3)), np.random.default_rng(1).random((6, 2))
 RGBA = np.array([[[0, 255, 51, 102]]], np.uint8)
 COMPARED = {"best": ([0.5, 0.6], [30.0, 40.0], [9.0, 8.0]), "wanda": ([0.5, 0.6], [50.0, np.nan], [0.2, 0.1])}
 
@@ -113,10 +112,13 @@ KINDS = {
         plots.plot_graph_signal, given(GRID, PLACES, VALUES[0], edges=False),
         colours=VALUES[0], limits=(VALUES[0].min(), VALUES[0].max()),
     ),
-    # All outlines of a region have its value.
     "colour image with its alpha": Kind(plots.plot_image, given(RGBA), colours=[[[0, 1, 0.2, 0.4]]]),
     "colour image between limits": Kind(
         plots.plot_image, given(RGBA[..., :3] * 2.0, limits=(0, 510)), colours=[[[0, 1, 0.2]]]
+    ),
+    "perplexity by size": Kind(
+        plots.plot_perplexity, given({"best": ([9e7, 1e8], [20.0, 15.0])}, of="parameters"),
+        ("parameters (millions)", "perplexity"), ("linear", "log"), {"best": ([90, 100], [20, 15])},
     ),
     "perplexity": Kind(
         plots.plot_perplexity, given(SHARES, dense=12.0), ("sparsity (%)", "perplexity"), ("linear", "log"),
@@ -163,77 +165,6 @@ def test_a_person_sees_the_data_with_labels_and_limits_on_the_axis_given_or_a_ne
         bars = [other.get_ylabel() for other in axis.figure.axes if other is not axis]
         assert not kind.bar or bars == [kind.bar]
     made.figure.draw_without_rendering()
-
-
-AXIS = "the axis of another figure"
-REFUSED = {
-    plots.plot_curves: [
-        (given({}), "expected at least one curve, given none"),
-        (given({"a": ([1, 2], [1])}), "'a' needs as many x as y, at least one, given 2 and 1"),
-        (given({"a": ([1, 2],)}), "a pair"),
-        (given({"a": ([[1]], [1])}), r"\[n\], given \[1, 1\]"),
-        (given({"a": ([1, 2], ["x", "y"])}), "an array of numbers"),
-        (given({"a": ([1, 2], [3, -1])}, logy=True), "y of curve 'a' must be positive .*, given -1 at place 1"),
-        (given({"a": ([0, 2], [3, -1])}, logx=True), "x of curve 'a' must be positive for a log axis, given 0"),
-    ],
-    plots.plot_history: [
-        (given({}), "at least one solution"),
-        (given({"a": Solution(None, 0, 3, 0, 0, 0, None, None)}), "'a' has no history: solve it with history=True"),
-        (given({"a": solution([1.0])}, "speed"), "unknown quantity 'speed'; known are objective, gap, residual"),
-        (given({"a": solution([1.0], [np.nan])}, "gap"), "'a' has no positive finite gap in 1 steps"),
-        (given({"a": solution([1.0], steps=0)}), "took no steps"),
-        (given({"a": solution([1.0], steps=[1, 1])}), "a batch of 2 solves"),
-        (given({"a": solution([1.0])}, seconds={"b": 1.0}), "the positive time of 'a'"),
-        (given({"a": solution([1.0])}, reference=2.0), "falls below the reference 2 by 0.5"),
-        (given({"a": solution([1.0])}, reference=0.0), "other than 0"),
-        (given({"a": solution([1.0])}, "gap", reference=1.0), "for 'gap'"),
-    ],
-    plots.plot_image: [
-        *((given(wrong), r"the shape \[height, width\]") for wrong in (np.zeros((2, 2, 2)), np.zeros(4), [["a"]])),
-        (given(np.zeros((0, 3))), r"has the shape \[height, width\]"),
-        (given(RGBA, limits=(1, 1)), r"low < high, given \(1, 1\)"),
-        (given(np.full((1, 1, 3), np.nan)), "finite numbers"),
-        (given([[np.nan]]), "no finite value among 1"),
-    ],
-    plots.plot_chain: [
-        (given(VALUES[0], VALUES[1, :5]), r"fit has the shape \[6\], given \[5\]"),
-        (given(X, X, positions=[0, 1, 1, 2]), "must ascend, given 1 and then 1 at place 1"),
-        (given([], []), "at least one node"),
-    ],
-    plots.plot_graph_signal: [
-        (given(CHAIN, np.zeros((3, 3)), np.zeros(3)), r"positions has the shape \[3, 2\], given \[3, 3\]"),
-        (given(CHAIN, TRIANGLE, np.zeros(4)), r"signal has the shape \[3\], given \[4\]"),
-        (given(CHAIN, TRIANGLE, np.full(3, np.nan)), "no finite value among 3"),
-        (given(CHAIN, [[0, 0], [np.inf, 0], [1, 1]], np.zeros(3)), "must be finite, given .* at place 1"),
-    ],
-    plots.plot_groups: [
-        (given((2, 2, 2), 1), "1 or 2 axes"),
-        (given((1,), 1), "2 to 400 nodes"),
-        (given((100, 100), 1), r"given the shape \(100, 100\)"),
-        (given((3, 3), 4), "1, 2 or 3 difference factors, given 4"),
-        (given((3, 3), 1, AXIS), "4 panels and needs as many axes, given 1"),
-        (given((3, 3), 1, columns=0), "columns must be 1 or more, given 0"),
-    ],
-    plots.plot_layer_errors: [
-        (given({}), "at least one run"),
-        (given({"a": []}), "at least one layer record in the run 'a'"),
-        (given({"a": layers(1.0)}, AXIS), "2 panels and needs as many axes, given 1"),
-    ],
-    plots.plot_comparison: [(given(COMPARED, AXIS), "2 panels and needs as many axes, given 1")],
-    plots.plot_perplexity: [
-        (given({"a": ([50], [12.0])}), "a share of zeros from 0 to 1, given 50 in the curve 'a'"),
-        (given({"a": ([0.5], [0.0])}), "must be positive for a log axis, given 0"),
-        (given({"a": ([0.5], [9.0])}, dense=-1.0), "the dense perplexity must be positive"),
-    ],
-}
-
-
-@pytest.mark.parametrize(("plot", "call", "words"), [(p, *row) for p, rows in REFUSED.items() for row in rows])
-def test_what_cannot_be_drawn_is_refused_and_leaves_no_figure(plot, call, words):
-    axis = plt.figure().add_subplot()
-    with pytest.raises(ValueError, match=words):
-        plot(*(axis if given is AXIS else given for given in call[0]), **call[1])
-    assert plt.get_fignums() == [axis.figure.number]
 
 
 @pytest.mark.processes

@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 
 from doge_convergence import look_steps
-from doge_race import Race
+from doge_race import Race, timed_fit
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.problem.iterate import iterate
 from sparseopt.experiments.config import expand, load_config
 from sparseopt.experiments.report import gather, write_report
 from sparseopt.experiments.runs import check_all, plan, run_all
 from sparseopt.experiments.task import FinishedRun
-from sparseopt.experiments.tasks.denoise import timed_fit
 from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.methods import plan as plan_module
@@ -54,7 +53,7 @@ def test_what_runs_before_the_clock_has_the_program_of_the_fit(monkeypatch: pyte
         return trend_filter(y, graph, L1(1.0), 0, "doge", tol=1e-9, max_steps=limit)
 
     monkeypatch.setattr(plan_module, "iterate", traced)
-    timed_fit(fit, 500, quiet, "fit")
+    timed_fit(fit, 500)
     assert len(traces) == 1
 
 

@@ -9,7 +9,6 @@ import numpy as np
 from sparseopt.experiments.plots import style
 from sparseopt.trend.base.graph import Graph
 
-GROUP_NODES = 400  # a picture of groups with more nodes shows nothing
 MOST_PANELS = 6  # of a signal's channels
 PAD = 0.22  # of a patch around its nodes, in grid steps; patches of a group are at least 0.7 apart
 
@@ -26,19 +25,9 @@ def plot_image(image: Any, axis: Any = None, *, title: str = "", limits: tuple[f
             in this range, and the range of the values otherwise.
     """
     given = np.asarray(image)
-    is_image = given.ndim in (2, 3) and given.size > 0 and given.shape[2:] in ((), (3,), (4,))
-    if not is_image or given.dtype.kind not in "buif":
-        raise ValueError(
-            "an image holds numbers and has the shape [height, width], [height, width, 3] or [height, width, 4], "
-            f"given {list(given.shape)} of {given.dtype}"
-        )
-    if given.ndim == 3 and not np.isfinite(given).all():
-        raise ValueError(
-            "a colour image holds finite numbers only; draw its channels one by one to see what is missing"
-        )
     colours, alpha = (given[..., :3], given[..., 3:]) if given.ndim == 3 else (given, None)
     values = colours.astype(float)
-    low, high = style.colour_limits(_image_limits(colours) if limits is None else limits, values, "the image")
+    low, high = style.colour_limits(_image_limits(colours) if limits is None else limits, values)
     height, width = given.shape[:2]
     axis = style.axis_or_new(axis, (5, float(np.clip(5 * height / width, 1, 10)) + (0.3 if title else 0)))
     if alpha is None:
@@ -62,7 +51,7 @@ def before_and_after(
     at 0. NaN is black.
     """
     known = noisy[np.isfinite(noisy)]
-    limits = (0, 255) if denoised.dtype == np.uint8 else style.colour_limits(None, known, "the image")
+    limits = (0, 255) if denoised.dtype == np.uint8 else style.colour_limits(None, known)
     height, width = noisy.shape[:2]
     axes = style.axes_or_new(None, 2, 2, (10, 5.4 * height / width + 0.4))
     for axis, image, caption in zip(axes, (noisy, denoised), captions, strict=True):
@@ -128,23 +117,14 @@ def plot_chain(observed: Any, fit: Any, axis: Any = None, *, truth: Any = None, 
         truth: `[n]`, or None if it is not known.
         positions: ascending `[n]`; None numbers the nodes.
     """
-    dots = style.as_numbers(observed, "observed", ("n",))
-    style.check_any(dots, "node")
-    line = style.as_numbers(fit, "fit", (dots.size,))
-    given = np.arange(dots.size) if positions is None else positions
-    places = style.as_numbers(given, "positions", (dots.size,))
-    if not (np.diff(places) > 0).all():
-        first = int(np.argmin(np.diff(places) > 0))
-        raise ValueError(
-            f"positions of a chain must ascend, given {places[first]:g} and then {places[first + 1]:g} at place {first}"
-        )
-    real = None if truth is None else style.as_numbers(truth, "truth", (dots.size,))
+    dots, line = np.asarray(observed, float), np.asarray(fit, float)
+    places = np.arange(dots.size) if positions is None else positions
     axis = style.axis_or_new(axis, (7, 3.6))
     # Many dots hide the line through them unless they are small and pale.
     size, alpha = (4, 0.8) if dots.size <= 300 else (2.5, 0.6)
     axis.plot(places, dots, "o", markersize=size, color="#777777", alpha=alpha, markeredgewidth=0, label="observed")
-    if real is not None:
-        axis.plot(places, real, linestyle="--", color=style.INK, linewidth=1.4, label="truth")
+    if truth is not None:
+        axis.plot(places, truth, linestyle="--", color=style.INK, linewidth=1.4, label="truth")
     axis.plot(places, line, color=style.COLOURS[5], linewidth=2, label="fit")
     axis.set(xlabel="node" if positions is None else "position", ylabel="signal")
     style.tidy(axis)
@@ -175,14 +155,15 @@ def plot_graph_signal(
     """
     from matplotlib.collections import LineCollection
 
-    places = _as_places(positions, "positions", graph.num_nodes)
-    values = style.as_numbers(signal, "signal", (graph.num_nodes,))
-    low, high = style.colour_limits(limits, values, "the signal")
-    axis = style.axis_or_new(axis, _map_size(places))
+    places, values = np.asarray(positions, float), np.asarray(signal, float)
+    low, high = style.colour_limits(limits, values)
+    width, height = np.ptp(places, axis=0)
+    # 1.3 of the width go to the colour bar.
+    axis = style.axis_or_new(axis, (6.5, float(np.clip(5.2 * height / width, 2.2, 7)) if width > 0 else 7.0))
     crowded = graph.num_nodes > 3000
     if edges and graph.num_edges:
-        width = float(np.clip(40 / np.sqrt(graph.num_edges), 0.3, 1.2))
-        lines = LineCollection(list(places[graph.edges]), colors="#999999", linewidths=width, zorder=1)
+        thin = float(np.clip(40 / np.sqrt(graph.num_edges), 0.3, 1.2))
+        lines = LineCollection(list(places[graph.edges]), colors="#999999", linewidths=thin, zorder=1)
         lines.set_rasterized(crowded)
         axis.add_collection(lines)
     # Dots that cover about half of the picture, whatever their number; few ones need not be that large.
@@ -192,27 +173,12 @@ def plot_graph_signal(
         linewidths=0 if graph.num_nodes > 300 else 0.5, edgecolors=style.INK, zorder=2, rasterized=crowded,
     )  # fmt: skip
     # Dots have a size of their own, which a flat graph's few per cent of margin would cut.
-    room = 0.04 * float(np.ptp(places, axis=0).max()) if len(places) else 0.0
+    room = 0.04 * float(max(width, height))
     axis.update_datalim(np.concatenate([places - room, places + room]))
     axis.autoscale_view()
     style.bare(axis)
     style.colour_bar(axis, dots, values, label)
     return axis
-
-
-def _as_places(values: Any, what: str, count: int | str) -> np.ndarray:
-    places = style.as_numbers(values, what, (count, 2))
-    if not np.isfinite(places).all():
-        first = int(np.argmin(np.isfinite(places).all(axis=1)))
-        raise ValueError(f"{what} must be finite, given {places[first].tolist()} at place {first}")
-    return places
-
-
-def _map_size(places: np.ndarray) -> tuple[float, float]:
-    """The size in inches that a map with its colour bar fills; 1.3 of the width go to the bar."""
-    width, height = np.ptp(places, axis=0) if len(places) else (1.0, 1.0)
-    ratio = float(height / width) if width > 0 else 2.0
-    return (6.5, float(np.clip(5.2 * ratio, 2.2, 7)))
 
 
 def plot_groups(shape: Sequence[int], block: int, axis: Any = None, *, columns: int | None = None) -> np.ndarray:
@@ -223,7 +189,7 @@ def plot_groups(shape: Sequence[int], block: int, axis: Any = None, *, columns: 
     4, 5 and 16 groups.
 
     Args:
-        shape: of the grid: 1 or 2 axes, 2 to 400 nodes.
+        shape: of the grid: 1 or 2 axes, at most some 400 nodes.
         block: 1, 2 or 3.
         axis: as many axes as there are groups.
         columns: panels side by side in a new figure; None chooses.
@@ -232,14 +198,6 @@ def plot_groups(shape: Sequence[int], block: int, axis: Any = None, *, columns: 
     2 to 4.
     """
     graph = Graph.grid(shape)
-    if len(shape) > 2 or graph.num_edges == 0 or graph.num_nodes > GROUP_NODES:
-        raise ValueError(
-            f"groups are drawn for a grid of 1 or 2 axes with 2 to {GROUP_NODES} nodes, given the shape {tuple(shape)}"
-        )
-    if block not in (1, 2, 3):
-        raise ValueError(f"groups are drawn for a block of 1, 2 or 3 difference factors, given {block}")
-    if columns is not None and columns < 1:
-        raise ValueError(f"columns must be 1 or more, given {columns}")
     height, width = (1, *shape) if len(shape) == 1 else shape
     places = np.stack(np.divmod(np.arange(graph.num_nodes), width)[::-1], axis=1).astype(float)
     matrix, labels = graph.matrix(block), graph.groups(block)
