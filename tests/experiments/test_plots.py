@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from sparseopt import L1, Graph, Solution, trend_filter
-from sparseopt.core import Measure
+from doge_convergence import legend_below
+from doge_groups import plot_groups
+from sparseopt import Graph
 from sparseopt.experiments import plots
 from sparseopt.pruning import LayerRecord
 
@@ -22,18 +22,6 @@ VALUES = np.random.default_rng(0).normal(size=(3, 6))
 GRID, PLACES = Graph.grid((2, 3)), np.random.default_rng(1).random((6, 2))
 RGBA = np.array([[[0, 255, 51, 102]]], np.uint8)
 COMPARED = {"best": ([0.5, 0.6], [30.0, 40.0], [9.0, 8.0]), "wanda": ([0.5, 0.6], [50.0, np.nan], [0.2, 0.1])}
-
-
-def solution(objective, gap=None, steps=None, max_steps=8):
-    """A solve of which only the history matters: NaN beyond its steps."""
-    steps = len(objective) if steps is None else steps
-
-    def padded(values):
-        return jnp.asarray([*values, *[np.nan] * (max_steps - len(values))])
-
-    gap = objective if gap is None else gap
-    history = Measure(padded(gap), padded(objective), padded(gap))
-    return Solution(None, 0, jnp.asarray(steps), gap[-1], objective[-1], gap[-1], history, None)
 
 
 def layers(level):
@@ -75,29 +63,11 @@ class Kind:
 
 
 RUNS = {f"run {i}": (X, X**i) for i in range(14)}
-ABOVE = "(objective − reference) / |reference|"
 SHARES = {"maiht": ([0.5, 0.6, 0.7], [12.5, 14.0, 18.0])}
 KINDS = {
     "curves": Kind(
         plots.plot_curves, given(RUNS, xlabel="nodes", ylabel="time (s)", logx=True, logy=True),
         ("nodes", "time (s)"), ("log", "log"), {"run 2": (X, X**2)}, list(RUNS),
-    ),
-    "objective up to the last step": Kind(
-        plots.plot_history, given({"a": solution([5.0, 4.0, 3.5]), "b": solution([5.0, -1.0])}),
-        ("step", "objective"), lines={"a": ([1, 2, 3], [5, 4, 3.5]), "b": ([1, 2], [5, -1])},
-    ),
-    "gap": Kind(
-        plots.plot_history, given({"a": solution([3.0, 2.0])}, "gap"),
-        ("step", "relative duality gap"), ("linear", "log"), {"a": ([1, 2], [3, 2])},
-    ),
-    # The last step reached the reference.
-    "objective against time and a reference": Kind(
-        plots.plot_history, given({"a": solution([6.0, 4.0, 3.0, 2.0])}, seconds={"a": 2.0}, reference=2.0),
-        ("time (s)", ABOVE), ("linear", "log"), {"a": ([0.5, 1, 1.5], [2, 1, 0.5])},
-    ),
-    "objective above a negative reference": Kind(
-        plots.plot_history, given({"a": solution([-1.0, -2.0])}, reference=-4.0),
-        ("step", ABOVE), ("linear", "log"), {"a": ([1, 2], [0.75, 0.5])},
     ),
     "chain": Kind(
         plots.plot_chain, given(VALUES[0], VALUES[1], truth=VALUES[2], positions=YEARS), ("position", "signal"),
@@ -193,25 +163,12 @@ def test_curves_differ_in_colour_and_dash_or_in_markers_and_one_point_is_a_marke
 def test_a_legend_below_panels_is_not_wider_than_their_figure(count):
     axes = plots.style.axes_or_new(None, 1, 1, (8, 4.7))
     plots.plot_curves({f"{i}{'x' * count}": ([1.0, 2.0], [i, i + 1.0]) for i in range(7)}, axes[0])
-    plots.style.legend_below(axes)
+    legend_below(axes)
     (legend,) = axes[0].figure.legends
     axes[0].figure.draw_without_rendering()
     assert legend.get_window_extent().width <= axes[0].figure.bbox.width
     assert len(legend.get_texts()) == 7
     assert legend._ncols == (3 if count == 1 else 2)
-
-
-def test_history_of_the_trend_filter_has_the_gaps_that_were_measured():
-    y = np.random.default_rng(0).normal(size=30).astype(np.float32)
-    found = trend_filter(
-        y, Graph.chain(30), L1(1.0), 1, {"name": "doge", "cadence": 5}, tol=1e-3, max_steps=100, history=True
-    )
-    for quantity in ("gap", "objective"):
-        measured = np.asarray(getattr(found.history, quantity), float)[: int(found.steps)]
-        kept = np.flatnonzero(np.isfinite(measured) & (measured > 0))
-        axis = plots.plot_history({"doge": found}, quantity)
-        np.testing.assert_array_equal(drawn(axis, "doge"), [kept + 1, measured[kept]])
-        assert ((kept + 1) % 5 == 0).all()
 
 
 def test_graphs_show_edges_and_titles_where_they_are_and_every_dot_whole():
@@ -232,7 +189,7 @@ def test_graphs_show_edges_and_titles_where_they_are_and_every_dot_whole():
 
 @pytest.mark.parametrize(("block", "panels"), [(1, 4), (2, 5), (3, 16)])
 def test_groups_show_every_row_once_in_patches_that_do_not_meet(block, panels):
-    axes = plots.plot_groups((5, 6), block)
+    axes = plot_groups((5, 6), block)
     assert axes.shape == (panels,)
     assert len({id(panel.figure) for panel in axes}) == 1
     counts = np.bincount(Graph.grid((5, 6)).groups(block))
@@ -248,12 +205,12 @@ def test_groups_show_every_row_once_in_patches_that_do_not_meet(block, panels):
 
 def test_groups_of_a_chain_fill_the_axes_they_are_given_and_are_saved_with_a_title_and_closed(tmp_path):
     given = plt.subplots(1, 2)[1]
-    axes = plots.plot_groups((6,), 1, given)
+    axes = plot_groups((6,), 1, given)
     assert list(axes) == list(given)
     np.testing.assert_array_equal(axes[1].collections[1].get_segments(), [[[1, 0], [2, 0]], [[3, 0], [4, 0]]])
-    assert plots.plot_groups((3, 3), 2, columns=2)[4].get_gridspec().ncols == 2
+    assert plot_groups((3, 3), 2, columns=2)[4].get_gridspec().ncols == 2
     plt.close("all")
-    axes = plots.plot_groups((3, 3), 1)
+    axes = plot_groups((3, 3), 1)
     path = plots.save_figure(axes, tmp_path / "groups.png", "Groups")
     assert path.read_bytes().startswith(b"\x89PNG")
     assert axes[0].figure.get_suptitle() == "Groups"

@@ -9,14 +9,12 @@ from sparseopt.experiments.plots.curves import (
     plot_curves,
     plot_degrees_of_freedom,
     plot_fits,
-    plot_history,
     plot_selection,
 )
 from sparseopt.experiments.plots.pruning import plot_comparison, plot_layer_errors, plot_perplexity
 from sparseopt.experiments.plots.signals import (
     plot_chain,
     plot_graph_signal,
-    plot_groups,
     plot_image,
 )
 from sparseopt.experiments.plots.style import COLOURS, save_figure
@@ -30,8 +28,6 @@ __all__ = [
     "plot_degrees_of_freedom",
     "plot_fits",
     "plot_graph_signal",
-    "plot_groups",
-    "plot_history",
     "plot_image",
     "plot_layer_errors",
     "plot_perplexity",

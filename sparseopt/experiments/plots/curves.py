@@ -1,18 +1,15 @@
-"""Line plots: any curves, histories of solves, and paths over the penalty weight with the chosen level."""
+"""Line plots: any curves, and paths over the penalty weight with the chosen level."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from sparseopt.core.losses.scalar import Squared
-from sparseopt.core.problem.problem import Solution
 from sparseopt.experiments.plots import style
 from sparseopt.trend.paths.path import TrendPath
 from sparseopt.trend.paths.selection import CrossValidation, Selection
 
-Quantity = Literal["objective", "gap", "residual"]
-LABELS = {"objective": "objective", "gap": "relative duality gap", "residual": "residual"}
 MOST_LINES = 12
 CRITERIA = {"gcv": "GCV", "sure": "SURE, estimated mean squared error", "aic": "AIC", "bic": "BIC"}
 
@@ -50,46 +47,6 @@ def plot_curves(
     style.tidy(axis)
     style.legend(axis)
     return axis
-
-
-def plot_history(
-    solutions: Mapping[str, Solution],
-    quantity: Quantity = "objective",
-    axis: Any = None,
-    *,
-    seconds: Mapping[str, float] | None = None,
-    reference: float | None = None,
-) -> Any:
-    """Solves step by step, from `solve(..., history=True)`.
-
-    Gap and residual are on a log axis; so is the objective with a reference, drawn as
-    `(objective - reference) / |reference|`. Between two checks of a solver (the trend filter checks every `cadence`
-    steps) the objective is the last one found, and gap and residual are not finite; such steps are skipped. On a log
-    axis values of 0 or below, from solves that have converged to rounding, are skipped too.
-
-    Args:
-        solutions: solutions of single solves, by label.
-        quantity: "objective", "gap" or "residual".
-        axis: to draw on.
-        seconds: time of each whole solve, by label; x is then time, with the steps spread evenly over it.
-        reference: the smallest known objective, not 0.
-    """
-    logy = quantity != "objective" or reference is not None
-    curves = {}
-    for label, solution in solutions.items():
-        if solution.history is None:
-            raise ValueError(f"the solution {label!r} has no history: solve it with history=True")
-        values = np.asarray(getattr(solution.history, quantity), float)[: int(solution.steps)]
-        if reference is not None:
-            values = (values - reference) / abs(reference)
-        shown = np.isfinite(values) & (values > 0) if logy else np.isfinite(values)
-        x = np.arange(1.0, values.size + 1)
-        if seconds is not None:
-            x = x * (seconds[label] / values.size)
-        curves[label] = (x[shown], values[shown])
-    xlabel = "step" if seconds is None else "time (s)"
-    ylabel = LABELS[quantity] if reference is None else "(objective − reference) / |reference|"
-    return plot_curves(curves, axis, xlabel=xlabel, ylabel=ylabel, logy=logy)
 
 
 def plot_fits(path: TrendPath, nodes: Sequence[int] | None = None, axis: Any = None) -> Any:

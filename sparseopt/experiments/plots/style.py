@@ -72,18 +72,6 @@ def legend(axis: Any) -> None:
     axis.legend(frameon=False, handlelength=2.8)
 
 
-def legend_below(axes: Any) -> None:
-    """One legend below panels of the same lines, in as many columns, at most three, as its figure has room for."""
-    figure, (handles, labels) = axes[0].figure, axes[0].get_legend_handles_labels()
-    for columns in (3, 2, 1):
-        legend = figure.legend(
-            handles, labels, loc="outside lower center", ncols=columns, frameon=False, handlelength=2.8
-        )
-        if legend.get_window_extent(figure.canvas.get_renderer()).width <= figure.bbox.width or columns == 1:
-            return
-        legend.remove()
-
-
 def colour_bar(axis: Any, drawn: Any, values: np.ndarray, label: str) -> None:
     """A colour bar, pointed where values lie beyond its limits."""
     low, high = drawn.get_clim()

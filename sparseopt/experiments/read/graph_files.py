@@ -69,8 +69,7 @@ def read_signal(path: str | Path, series: bool = False) -> NodeTable:
     timed = (place for place in columns[: len(heading)] if series and heading[place].lower() in TIME_NAMES)
     place = next(timed, None)
     dates = None if place is None else _dates_of(path, heading[place], cells[place])
-    if dates is not None:
-        columns.remove(place)
+    columns = [column for column in columns if dates is None or column != place]
     if not columns:
         what = "the ids of the nodes" if named else "dates"
         raise FileError(f"{path} has {what} but no column of values")

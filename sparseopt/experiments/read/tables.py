@@ -36,7 +36,7 @@ def read_table(path: str | Path, names: tuple[str, ...] = (), headed: bool = Tru
     with reading(f"numbers from {file}"):
         if kind == ".csv":
             heading = heading_of(file) if headed else []
-            cells = _read_csv(file, bool(heading), headed and not has_ids(heading))
+            cells = _read_csv(file, heading, headed and not has_ids(heading))
         elif kind == ".parquet":
             cells = _read_parquet(file)
             heading, cells.columns = list(map(str, cells)), range(cells.shape[1])
@@ -79,16 +79,15 @@ def _numbers(file: Path, heading: list[str], column: "Series") -> np.ndarray:
         raise ValueError(f"{texts.iloc[row]!r} in {where}, is no number: {advice}") from error
 
 
-def _read_csv(file: Path, heading: bool, noted: bool) -> "DataFrame":
+def _read_csv(file: Path, heading: list[str], noted: bool) -> "DataFrame":
     import pandas
 
-    first = _first_row(file)
-    absent = [cell.lower() in NOT_THERE[2:] for cell in first]
-    if heading and any(absent) and (all(absent) or any(map(is_number, first))):
-        raise FileError(f"{file} has {first} in its first row; leave a cell empty where a value is missing")
+    absent = [cell.lower() in NOT_THERE[2:] for cell in heading]
+    if any(absent) and (all(absent) or any(map(is_number, heading))):
+        raise FileError(f"{file} has {heading} in its first row; leave a cell empty where a value is missing")
     try:
         cells = pandas.read_csv(
-            file, header=None, skiprows=int(heading), dtype=object, na_filter=False, comment="#" if noted else None,
+            file, header=None, skiprows=int(bool(heading)), dtype=object, na_filter=False, comment="#" if noted else None,
             skipinitialspace=True, index_col=False, encoding="utf-8-sig",
         )  # fmt: skip
     except pandas.errors.EmptyDataError:
@@ -96,7 +95,7 @@ def _read_csv(file: Path, heading: bool, noted: bool) -> "DataFrame":
     if cells.shape[1] > 1 or not noted:
         return cells
     # A blank line between two cells of a single column is an empty cell, and not beside a note.
-    lines = pandas.Series(file.read_text(encoding="utf-8-sig").splitlines()[int(heading) :]).str.strip().str.strip('"')
+    lines = pandas.Series(file.read_text(encoding="utf-8-sig").splitlines()[int(bool(heading)) :]).str.strip().str.strip('"')
     note = lines.str.startswith("#").astype(float).mask(lines == "")
     return lines[(note.ffill() == 0) & (note.bfill() == 0)].reset_index(drop=True).to_frame(0)
 
@@ -142,27 +141,20 @@ def write_table(file: Path, columns: dict[str, Any]) -> None:
     """Write columns by their names as CSV or Parquet."""
     import pandas
 
-    if parquet := file.suffix.lower() == ".parquet":
-        _parquet(file)  # says what to install
     table = pandas.DataFrame(columns)
     with replacing(file, int(table.memory_usage().sum())) as temporary:
-        if parquet:
+        if file.suffix.lower() == ".csv":
+            table.to_csv(temporary, index=False, na_rep="nan", lineterminator="\n")
+        elif _parquet(file):  # which says what to install
             table.to_parquet(temporary, index=False)
-        else:
-            table.to_csv(temporary, index=False, na_rep="nan", lineterminator="\n", encoding="utf-8")
 
 
 def heading_of(file: Path) -> list[str]:
     """The names of a CSV file's columns; none if its first row is numbers."""
-    cells = _first_row(file)
-    return (
-        [] if all(not cell or is_number(cell) for cell in cells) else [cell.removeprefix("#").strip() for cell in cells]
-    )
-
-
-def _first_row(file: Path) -> list[str]:
     with file.open(encoding="utf-8-sig", newline="") as stream:
-        return [cell.strip() for cell in next(csv.reader([stream.readline()]), [])]
+        cells = [cell.strip() for cell in next(csv.reader([stream.readline()]), [])]
+    numeric = all(not cell or is_number(cell) for cell in cells)
+    return [] if numeric else [cell.removeprefix("#").strip() for cell in cells]
 
 
 def _parquet(file: Path) -> Any:

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, cast
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
@@ -106,7 +106,7 @@ class Trend(Task):
     )
     order: int = Field(default=0, ge=0, description="0: piecewise constant; 1: piecewise linear; 2: quadratic.")
     penalty: str = Field(default="l1", description=f"{', '.join(BY_WEIGHT)}; group_l2 couples the channels.")
-    method: TrendMethod = Field(default=AUTO, description=f"{', '.join((AUTO, *METHODS))}.")
+    method: TrendMethod = Field(default=cast(Any, AUTO), description=f"{', '.join((AUTO, *METHODS))}.")
     tol: float = Field(default=1e-5, gt=0, description="Relative duality gap to reach.")
     missing: bool = Field(default=False, description="Treat NaN and empty cells as unobserved.")
     merge: bool = Field(default=False, description="Drop self-loops and add up duplicate edges.")
@@ -255,7 +255,7 @@ class Trend(Task):
     @classmethod
     def draw(cls, runs: Sequence[FinishedRun]) -> dict[str, Any]:
         """A figure of the signal and the fit of every run."""
-        stored = [run.arrays("signal", record) for run in runs for record in run.records]
+        stored: list[Any] = [run.arrays("signal", record) for run in runs for record in run.records]
         return {
             f"fit-{number}" if number else "fit": observed_and_fit(**arrays) for number, arrays in enumerate(stored)
         }
