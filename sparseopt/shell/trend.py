@@ -148,6 +148,7 @@ def trend(
     **given: Any,
 ) -> None:
     """Smooth a signal on a graph, with a figure and a report; files are CSV, Parquet or NPZ."""
+    from sparseopt.experiments.plots.signals import observed_and_fit
     from sparseopt.experiments.plots.style import write_figure
     from sparseopt.experiments.read import files, graph_files, tables
 
@@ -167,7 +168,7 @@ def trend(
     for warning in warned:
         console.say(f"warning: {warning.message}", console.errors)
     graph_files.write_fit(output, found.table, found.pieces)
-    drawn = _draw(picture, lambda: write_figure(found.draw()[0].figure, picture, 150))
+    drawn = _draw(picture, lambda: write_figure(observed_and_fit(**found.drawn)[0].figure, picture, 150))
     _say(found.record)
     caption = f"{', '.join(found.record['channels'])}: observed, and the fit of order {task.order}"
     shown = [report.Figure(picture, caption)] if drawn else []

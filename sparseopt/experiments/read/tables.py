@@ -87,15 +87,19 @@ def _read_csv(file: Path, heading: list[str], noted: bool) -> "DataFrame":
         raise FileError(f"{file} has {heading} in its first row; leave a cell empty where a value is missing")
     try:
         cells = pandas.read_csv(
-            file, header=None, skiprows=int(bool(heading)), dtype=object, na_filter=False, comment="#" if noted else None,
-            skipinitialspace=True, index_col=False, encoding="utf-8-sig",
+            file, header=None, skiprows=int(bool(heading)), dtype=object, na_filter=False, skipinitialspace=True,
+            index_col=False, comment="#" if noted else None, encoding="utf-8-sig",
         )  # fmt: skip
     except pandas.errors.EmptyDataError:
         return pandas.DataFrame()
     if cells.shape[1] > 1 or not noted:
         return cells
     # A blank line between two cells of a single column is an empty cell, and not beside a note.
-    lines = pandas.Series(file.read_text(encoding="utf-8-sig").splitlines()[int(bool(heading)) :]).str.strip().str.strip('"')
+    lines = (
+        pandas.Series(file.read_text(encoding="utf-8-sig").splitlines()[int(bool(heading)) :])
+        .str.strip()
+        .str.strip('"')
+    )
     note = lines.str.startswith("#").astype(float).mask(lines == "")
     return lines[(note.ffill() == 0) & (note.bfill() == 0)].reset_index(drop=True).to_frame(0)
 

@@ -8,12 +8,11 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import Any, ClassVar, Literal, NamedTuple, Self, cast
 
 import numpy as np
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from sparseopt.core.base.arguments import Mistakes
 from sparseopt.core.base.types import Observer
 from sparseopt.core.losses.scalar import LOSSES, Quantile, ScalarLoss, check_scalar_loss
 from sparseopt.core.penalties.names import BY_WEIGHT, penalty_of_weight
@@ -31,7 +30,6 @@ from sparseopt.experiments.read.graph_files import (
 from sparseopt.experiments.task import FinishedRun, Record, Task
 from sparseopt.system import processes, run_folder
 from sparseopt.trend.base.graph import Graph
-from sparseopt.trend.base.pieces import TrendSolution
 from sparseopt.trend.base.signal import noise_level, unlike_channels
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.methods.choice import AUTO, METHODS
@@ -43,8 +41,7 @@ DIGITS = 10  # of the values that are written: more than a certificate confirms
 FIT = "fit.csv"
 
 
-@dataclasses.dataclass(frozen=True)
-class Given:
+class Given(NamedTuple):
     """What the files of a `Trend` hold; `notes` say how they were read."""
 
     table: NodeTable
@@ -52,19 +49,13 @@ class Given:
     notes: tuple[str, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class Smoothed:
-    """A fit: its table, its pieces at order 0, its solution, its figures, and `drawn`, the arrays of its figure."""
+class Smoothed(NamedTuple):
+    """A fit: its table, its pieces at order 0, its figures, and the arguments of `observed_and_fit`."""
 
     table: NodeTable
     pieces: np.ndarray | None
-    solution: TrendSolution
     record: Record
     drawn: dict[str, Any]
-
-    def draw(self) -> Any:
-        """The axes of a figure of the signal and its fit."""
-        return observed_and_fit(**self.drawn)
 
 
 class Trend(Task):
@@ -121,11 +112,11 @@ class Trend(Task):
         except ValueError:
             raise ValueError(f"is a number or one of {', '.join(WEIGHT_RULES)}, given {weight!r}") from None
 
-    @field_validator("loss")
+    @field_validator("loss", "penalty")
     @classmethod
-    def _known_loss(cls, loss: str) -> str:
-        _loss(loss)
-        return loss
+    def _known(cls, name: str, info: ValidationInfo) -> str:
+        _loss(name) if info.field_name == "loss" else penalty_of_weight(name, 1.0)
+        return name
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
@@ -142,20 +133,13 @@ class Trend(Task):
         Raises:
             ValueError: if none can choose it.
         """
-        try:
-            template = penalty_of_weight(self.penalty, 1.0)
-        except ValueError as error:
-            raise Mistakes([("penalty", str(error))]) from None
         if isinstance(self.weight, float):
             return None
         if self.penalty == "l0":
-            raise Mistakes([("weight", "no rule chooses a weight for the penalty l0: give a number")])
+            raise ValueError("no rule chooses the weight of the penalty l0: give a number")
         if self.devices not in (None, 1):
-            raise Mistakes([("weight", "a weight is chosen on one device: give a number, or leave out devices")])
-        try:
-            return weight_rule(self.weight, _loss(self.loss), template)
-        except ValueError as error:
-            raise Mistakes([("weight", str(error))]) from None
+            raise ValueError("a weight is chosen on one device: give a number, or leave out devices")
+        return weight_rule(self.weight, _loss(self.loss), penalty_of_weight(self.penalty, 1.0))
 
     def units(self) -> list[str]:
         return ["fit"]
@@ -242,7 +226,7 @@ class Trend(Task):
         times = table.times if table.dates is None else as_dates(table.dates)
         if self.graph is None:
             drawn |= {"times": np.arange(len(y)) if times is None else times, "places": table.times_name or "node"}
-        return Smoothed(dataclasses.replace(table, values=rounded), pieces, found, run_folder.plain(record), drawn)
+        return Smoothed(dataclasses.replace(table, values=rounded), pieces, run_folder.plain(record), drawn)
 
     def run_unit(self, key: str, folder: Path, observer: Observer) -> Record:
         observer("smoothing", 0, 0)
