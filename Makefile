@@ -49,7 +49,7 @@ $(VENV)/.installed-docs: $(VENV)/.installed-demo pyproject.toml
 
 $(VENV)/.installed-test: $(VENV)/.created pyproject.toml
 	$(BIN)/python -m pip install --quiet -e . --group test
-	$(BIN)/python -m pip install --quiet --no-deps bokeh-sampledata pygsp nilearn libpysal pyshp
+	$(BIN)/python -m pip install --quiet --no-deps nilearn libpysal pyshp
 	@touch $@
 
 $(VENV)/.installed-oracle: $(VENV)/.installed-test
