@@ -140,10 +140,9 @@ def test_accuracy_is_the_hand_count_in_the_shell_too(tmp_path, model, command):
         },
     }
     assert (found["limit"], found["shots"], found["cut"]) == (None, 0, 0)
-    status, out, err = command("zero-shot", model, "--tasks", "hens", "--include-path", folder, "--limit", 4)
+    status, out, _ = command("zero-shot", model, "--tasks", "hens", "--include-path", folder, "--limit", 4)
     assert status == 0
     assert "│ hens │ 4 │ acc │ 0.2500 │" in out
-    assert "100 %" in err
 
 
 def test_solved_examples_stand_before_the_question(tmp_path, model):
@@ -176,6 +175,7 @@ def test_the_perplexity_of_texts_is_the_projects_own(tmp_path, model):
 
 
 def test_every_input_begins_with_bos_which_is_never_predicted(model, monkeypatch):
+    from sparseopt.pruning.evaluate import zero_shot
     from sparseopt.pruning.evaluate.zero_shot import DecoderLM
 
     begin_with_bos(model)
@@ -188,7 +188,12 @@ def test_every_input_begins_with_bos_which_is_never_predicted(model, monkeypatch
     assert found == pytest.approx(-np.log(perplexity(opened, np.array([[bos, *plain]]))) * len(plain), rel=1e-4)
 
     seen = []
-    monkeypatch.setattr(lm, "_score", lambda _, pairs: seen.extend(pairs) or [Score(0.0, False)] * len(pairs))
+
+    def score(_, pairs, **__):
+        seen.extend(pairs)
+        return [Score(0.0, False)] * len(pairs)
+
+    monkeypatch.setattr(zero_shot, "score_continuations", score)
     lm.loglikelihood_rolling(requests_of("loglikelihood_rolling", [(TEXTS[1],)]))
     lm.loglikelihood(requests_of("loglikelihood", [("the hens tell the time. " * 3, "ten"), ("", "he")]))
     assert len(seen) == 4  # two windows and two pairs
