@@ -26,21 +26,12 @@ def zero_shot(
     **options: Any,
 ) -> None:
     """Measure accuracy on lm-eval tasks, with data from the Hugging Face hub or your own files."""
-    from sparseopt.models import open_model
-    from sparseopt.pruning.evaluate.zero_shot import zero_shot as run_tasks
+    from sparseopt.pruning.evaluate import zero_shot as lm
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     with console.block_progress(f"tasks {tasks}") as progress:
-        found = run_tasks(
-            open_model(opened(model, follow_links)),
-            names,
-            limit=limit,
-            include_path=include_path,
-            shots=shots,
-            max_length=max_length,
-            observer=progress,
-            **options,
-        )
+        read = lm.DecoderLM(opened(model, follow_links), max_length=max_length, observer=progress, **options)
+        found = lm.zero_shot(read, names, limit=limit, include_path=include_path, shots=shots)
     if as_json:
         typer.echo(json.dumps(found))
         return

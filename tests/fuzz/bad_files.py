@@ -174,5 +174,9 @@ TEXTS = (
     ("CSV without the column", _text_file(b"a,b\n1,2\n", "a.csv", "csv:{}"), "its columns are a, b"),
     ("no heading", _text_file(b"", "a.csv", "csv:{}"), "its columns are none"),
     ("a chat without roles", _text_file(b'{"messages": [1]}', "a.jsonl", "jsonl:{}"), "a message needs a role"),
-    ("a column of numbers", _text_file(_parquet(text=[1]), "validation.parquet", "wikitext2:{}"), "holds int64"),
+    (
+        "a column of numbers",
+        _text_file(_parquet(text=[1]), "validation.parquet", "wikitext2:{}"),
+        "row 1 holds int",
+    ),
 )

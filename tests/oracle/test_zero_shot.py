@@ -146,13 +146,14 @@ def test_accuracy_is_the_hand_count_in_the_shell_too(tmp_path, model, command):
 
 
 def test_solved_examples_stand_before_the_question(tmp_path, model):
-    from sparseopt.pruning.evaluate.zero_shot import zero_shot
+    from sparseopt.pruning.evaluate.zero_shot import DecoderLM, zero_shot
 
     folder = tmp_path / "tasks"
     write_choice_task(folder, model, wrong=0)
     plain = zero_shot(model, ["hens"], include_path=folder)
     seen = []
-    with_shots = zero_shot(model, ["hens"], include_path=folder, shots=2, observer=lambda *step: seen.append(step))
+    watched = DecoderLM(model, observer=lambda *step: seen.append(step))
+    with_shots = zero_shot(watched, ["hens"], include_path=folder, shots=2)
     assert plain["tasks"]["hens"]["metrics"]["acc"] == 1
     assert with_shots["tasks"]["hens"]["metrics"]["acc"] < 1  # two examples before it change what is likeliest
     assert seen[-1][1] == seen[-1][2]
@@ -232,13 +233,14 @@ def test_mistakes_are_named(tmp_path, model, command):
     drawn = {"output_type": "generate_until", "doc_to_text": "{{text}}", "doc_to_target": "{{text}}"}
     drawn |= {"generation_kwargs": {"do_sample": True, "max_gen_toks": 2, "until": ["."]}}
     write_task(folder, "drawn", [{"text": "he"}], **drawn, metric_list=[{"metric": "exact_match"}])
+    watched = DecoderLM(model, observer=lambda *step: seen.append(step))
     lm, numbers = DecoderLM(model, max_length=16), "limit and shots are whole numbers"
     scored = partial(zero_shot, model, ["hens"], include_path=folder)
     refused = [
         *((partial(scored, **wrong), numbers) for wrong in ({"limit": 0}, {"limit": 1.5}, {"shots": 1.5})),
         (partial(scored, shots=1000), r"hens has examples for at most .* shots, given 1000"),
         (
-            partial(zero_shot, model, ["hens", "drawn"], include_path=folder, observer=lambda *step: seen.append(step)),
+            partial(zero_shot, watched, ["hens", "drawn"], include_path=folder),
             "only greedy generation",
         ),
         (partial(DecoderLM, model, max_length=9999), r"at most the .* tokens that the model is made for, given 9999"),

@@ -42,6 +42,12 @@ class DecoderLM(TemplateLM):
     Log-likelihoods stream the model block by block; `generate_until` loads it whole, as float32. If BOS is used, every
     input begins with it, even if the input's own beginning was cut off, and it is never predicted.
 
+    Args:
+        model: a model folder, a GGUF file, a name on the hub or an opened model.
+        max_length: most tokens that the model reads; None uses the model's own limit.
+        bos: whether inputs begin with the tokenizer's BOS, see `models.start_token`.
+        observer: called with (what is running, steps done, steps in all).
+
     Attributes:
         max_length: most tokens that the model reads.
         bos: the id of the token that inputs begin with; None for none.
@@ -161,27 +167,21 @@ class DecoderLM(TemplateLM):
 
 
 def zero_shot(
-    model: str | Path | StreamedModel,
+    model: str | Path | StreamedModel | DecoderLM,
     tasks: Sequence[str],
     *,
     limit: int | None = None,
     include_path: str | Path | None = None,
     shots: int = 0,
-    max_length: int | None = None,
-    bos: Bos = "auto",
-    observer: Observer | None = None,
 ) -> dict[str, Any]:
     """Score a model on `lm-eval` tasks.
 
     Args:
-        model: a model folder, a GGUF file, a name on the hub or an opened model.
+        model: a model folder, a GGUF file, a name on the hub, an opened model, or a `DecoderLM` with its settings.
         tasks: names of tasks, groups or tags of `lm-eval` or `include_path`.
         limit: largest number of examples per task, from the start; None uses all.
         include_path: a folder of your own task files, whose names take precedence over those of `lm-eval`.
         shots: solved examples in each prompt, except for tasks that never have any.
-        max_length: most tokens that the model reads; None uses the model's own limit.
-        bos: whether inputs begin with the tokenizer's BOS, see `models.start_token`.
-        observer: called with (what is running, steps done, steps in all).
 
     Returns:
         `{"model", "lm_eval", "limit", "shots", "bos", "cut",
@@ -200,7 +200,7 @@ def zero_shot(
     if include_path is not None and not Path(include_path).is_dir():
         raise ValueError(f"include_path must be a folder of task files, given {include_path}")
     manager = _find_tasks(tasks, include_path)
-    lm = DecoderLM(model, max_length=max_length, bos=bos, observer=observer)
+    lm = model if isinstance(model, DecoderLM) else DecoderLM(model)
     loaded = _load(manager, list(dict.fromkeys(tasks)))
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") != 0:
