@@ -76,8 +76,8 @@ class DecoderLM(TemplateLM):
         self.max_length: int = longest
         self.cut = 0
         self._observer = observer
-        ends: Any = self.model.source.config.get("eos_token_id")
-        self._end_ids: list[int] = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        ends = self.model.source.config.get("eos_token_id")
+        self._end_ids: list[int] = np.ravel([] if ends is None else ends).tolist()
 
     @property
     def eot_token_id(self) -> int:

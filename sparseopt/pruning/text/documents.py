@@ -20,6 +20,7 @@ import csv
 import io
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from glob import glob
@@ -176,10 +177,7 @@ def _read_pydoc(part: Part) -> Iterator[str]:
 
 
 def _path(text: str) -> Path:
-    try:
-        return Path(text).expanduser()
-    except RuntimeError as error:
-        raise TextError(f"cannot find {text}: {error}") from error
+    return Path(os.path.expanduser(text))
 
 
 def _read_file(path: str, part: Part) -> str:
@@ -193,12 +191,8 @@ def _read_file(path: str, part: Part) -> str:
         raise TextError(f"cannot read the text file {path}: it is a folder or a device; give a text file in UTF-8")
     try:
         text = file.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise TextError(f"cannot read the text file {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise TextError(f"the text file {path} is not UTF-8 (byte {error.start}); convert it first") from error
-    except ValueError as error:
-        raise TextError(f"cannot read the text file {path!r}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise TextError(f"cannot read the text file {path} in UTF-8: {error}") from error
     # Halves, split at a line end.
     middle = text.find("\n", len(text) // 2) + 1 or len(text)
     return text[:middle] if part == "calibration" else text[middle:]

@@ -323,7 +323,8 @@ def check_weight(penalty: Any, rows: int | None = None) -> Any:
     No number of the penalty may be one that `refuses` rejects. Traced numbers are not checked.
     """
     weight: Any = getattr(penalty, "weight", 0.0)
-    weight = weight if is_traced(weight) else real_array("the penalty's weight", weight)
+    known = not is_traced(weight)
+    weight = real_array("the penalty's weight", weight) if known else weight
     if reason := own_refusal(penalty):
         raise ValueError(reason)
     if weight.ndim and not (rows is not None and isinstance(penalty, L1)):
