@@ -40,16 +40,12 @@ class Target:
         make: an input from choices.
         run: uses it; whatever it raises, but for `errors`, is a crash.
         errors: the documented classes.
-        first: makes an input to begin with, for what is imported on use.
-        bounded: whether memory is limited while it runs; a compiler would not fit.
     """
 
     name: str
     make: Callable[[Choices], Any]
     run: Callable[[Any], None]
     errors: tuple[type[Exception], ...]
-    first: Callable[[], Any] | None = None
-    bounded: bool = True
 
     def __call__(self, given: Any) -> bool:
         """Run on an input; whether it ended in a documented error."""
@@ -141,10 +137,6 @@ def make_folder(choices: Choices) -> dict[str, bytes]:
     else:
         files[name] = json_bytes(choices, json.loads(files[name]))
     return files
-
-
-def unknown_family() -> dict[str, bytes]:
-    return {**seed_folders()[0], "config.json": b'{"model_type": "unknown"}'}
 
 
 def run_folder(files: dict[str, bytes]) -> None:
@@ -317,7 +309,7 @@ def run_image(content: bytes) -> None:
 
 READERS = (
     Target("safetensors", make_safetensors, run_safetensors, (ModelError,)),
-    Target("model folder", make_folder, run_folder, (ModelError,), unknown_family),
+    Target("model folder", make_folder, run_folder, (ModelError,)),
     Target("GGUF", make_gguf, run_gguf, (ModelError,)),
     Target("GGUF tokenizer", make_gguf_metadata, run_gguf_tokenizer, (ModelError,)),
     Target("tokenizer.json", make_tokenizer, run_tokenizer, (ModelError,)),

@@ -14,8 +14,7 @@ from sparseopt.models import ModelError, open_source
 from sparseopt.models.files.gguf.header import read_header as read_gguf_header
 from sparseopt.models.files.packed import pack_tensors, read_packed_header
 from sparseopt.models.files.safetensors import read_header, write_tensors
-from tests.fuzz.bad_inputs import BAD_INPUTS
-from tests.fuzz.run import SLOW
+from tests.fuzz.bad_inputs import BAD_INPUTS, SLOW
 from tests.fuzz.targets import seed_gguf
 
 
