@@ -13,7 +13,7 @@ from pydantic_core import PydanticUndefined
 
 import sparseopt as so
 from sparseopt.experiments import datasets
-from sparseopt.experiments.datasets import GraphSource, Picture
+from sparseopt.experiments.datasets import Picture
 from sparseopt.experiments.task import TASKS, Paper, PaperFigure, Task, find_task
 from sparseopt.pruning import METHODS
 from sparseopt.shell.app import app
@@ -81,14 +81,14 @@ def tasks() -> str:
     """The keys of configs: those of every task, those of each task, those of the blocks in them, and the data."""
     parts = [_block("Every task", Task)]
     parts += [_block(f"`task: {name}`", find_task(name), without=Task) for name in TASKS]
-    blocks = {"picture": Picture, "graph": GraphSource, "paper": Paper, "paper.figures": PaperFigure}
+    blocks = {"picture": Picture, "paper": Paper, "paper.figures": PaperFigure}
     parts += [_block(f"`{key}`", block) for key, block in blocks.items()]
     return "\n".join([*parts, "## The data\n", inspect.cleandoc(datasets.__doc__ or "")])
 
 
 def _block(title: str, block: Any, without: type = object) -> str:
     """A heading, what a block is, and its keys, but those that it has from another."""
-    documented: dict[str, str] = {}
+    documented = {key: field.description for key, field in block.model_fields.items() if field.description}
     for base in block.__mro__:
         if not issubclass(without, base):
             documented = dict(ATTRIBUTE.findall(inspect.cleandoc(base.__doc__ or ""))) | documented
