@@ -5,9 +5,7 @@ A `title` may name what the sweep varies, as in `{method}`, and `{setting}`, the
 
 import math
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
@@ -55,32 +53,18 @@ def scores(task: Any, model: PrunableModel, report: PruneReport | None) -> Recor
     """The further scores of a model; the dense one has no report, and is written for transformers."""
     found: Record = {}
     texts = {"": task.evaluation} | ({"_elsewhere": task.elsewhere} if task.elsewhere else {})
-    with written(model.source, report) if task.transformers else no_folder() as folder:
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "dense" if report is None else report.output
+        if task.transformers and report is None:
+            write_dense(model.source, folder)
         for name, text in texts.items():
             windows, length = task.evaluation_windows, task.evaluation_seqlen
             ids, bos = text_windows(model.source, text, "evaluation", windows, length, bos=task.bos)
             if name:
                 found[f"perplexity{name}"] = perplexity(model, ids, bos=bos)
-            if folder is not None:
+            if task.transformers:
                 found[f"transformers_perplexity{name}"] = transformers_perplexity(folder, ids, bos)
     return found
-
-
-@contextmanager
-def no_folder() -> Iterator[None]:
-    """In place of `written`."""
-    yield None
-
-
-@contextmanager
-def written(source: Source, report: PruneReport | None) -> Iterator[Path]:
-    """The folder of a model."""
-    if report is not None:
-        yield report.output
-        return
-    with tempfile.TemporaryDirectory() as place:
-        write_dense(source, Path(place) / "dense")
-        yield Path(place) / "dense"
 
 
 def write_dense(source: Source, folder: Path) -> None:
