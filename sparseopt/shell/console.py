@@ -13,6 +13,7 @@ import textwrap
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from glob import escape as exactly
 from pathlib import Path
 from typing import Any
@@ -72,14 +73,10 @@ console, errors = Console(highlight=False, emoji=False), Console(stderr=True, hi
 def say(text: str, place: Console = console) -> None:
     """Print lines, on a terminal broken between words only, so that paths stay whole, and elsewhere not at all."""
     if place.is_terminal:
-        text = "\n".join(_wrapped(line, place.width) for line in text.split("\n"))
+        # Each line keeps its indentation; rich would break long words or none.
+        fill = partial(textwrap.fill, width=place.width, break_long_words=False, break_on_hyphens=False)
+        text = "\n".join(fill(line, subsequent_indent=line[: -len(line.lstrip()) or None]) for line in text.split("\n"))
     place.print(text, soft_wrap=True, markup=False)
-
-
-def _wrapped(line: str, width: int) -> str:
-    """A line as lines of its indentation; rich would break long words or none."""
-    indent = " " * (len(line) - len(line.lstrip()))
-    return textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 class Stop:
