@@ -198,7 +198,7 @@ def write_report(sections: Sequence[Section], folder: Path, command: str = "spar
     mixed = frame.apply(infer_dtype).isin(["mixed", "mixed-integer"])
     frame.loc[:, mixed] = frame.loc[:, mixed].map(str, na_action="ignore")
     try:
-        frame.to_parquet(files[3])
+        frame.to_parquet(files[3], index=False)
     except ImportError:  # without pyarrow
         files.pop()
     return [*files, *(Path(figure.picture) for report in reports for figure in report.figures)]

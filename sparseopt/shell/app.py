@@ -88,8 +88,6 @@ COMMANDS: dict[str, dict[Callable[..., None], tuple[str, str]]] = {
             "sparseopt inspect model --effort most",
             "sparseopt inspect meta-llama/Llama-2-7b-hf --device-memory 80GiB",
         ),
-        prune.pack: ("sparseopt pack pruned --output packed", "sparseopt pack pruned --output /archive/pruned"),
-        prune.unpack: ("sparseopt unpack packed --output pruned", "sparseopt unpack /archive/pruned --output pruned"),
     },
     "Smooth signals and images": {
         trend.trend: (
@@ -102,13 +100,18 @@ COMMANDS: dict[str, dict[Callable[..., None], tuple[str, str]]] = {
         ),
     },
     "Experiments": {
-        experiments.run: ("sparseopt run minnesota", "sparseopt run sweep.yaml --output runs --shard 1/2"),
+        experiments.run: ("sparseopt run denoise-medical", "sparseopt run sweep.yaml --output runs --shard 1/2"),
         experiments.report: ("sparseopt report runs", "sparseopt report runs/first runs/second --output report"),
     },
     "This machine": {
         demo: ("sparseopt demo", "sparseopt demo --output shown --sparsity 0.6"),
         doctor: ("sparseopt doctor", "sparseopt doctor --json"),
     },
+}
+# Commands that have ended, and what to use instead.
+_ENDED = {
+    "pack": "give `prune` an output that ends in .gguf, or --bits int8 or int4",
+    "unpack": "a packed folder is unpacked with version 0.3, pip install 'sparseopt==0.3.*'",
 }
 for heading, commands in COMMANDS.items():
     for function, examples in commands.items():
@@ -179,6 +182,8 @@ def main() -> None:
         for word in sys.argv[1:]
     ]
     try:
+        if sys.argv[1:] and (instead := _ENDED.get(sys.argv[1])):
+            raise ValueError(f"`sparseopt {sys.argv[1]}` has ended: {instead}")
         code = app(standalone_mode=False)
         if code == STOPPED:
             stop.say()
