@@ -15,6 +15,7 @@ added once a block, by one all-reduce whatever the number of batches.
 """
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from functools import cache, partial
 from typing import Any, Literal, NamedTuple
@@ -36,6 +37,11 @@ Weighting = Literal["uniform", "residual"]
 ExpertTokens = Literal["routed", "all"]
 # The stacked taps of a mixture: what gate and up of every expert read, and what its `down_proj` reads.
 EXPERTS_INPUT, EXPERTS_HIDDEN = "mlp.experts.input", "mlp.experts.hidden"
+
+
+def is_expert(name: str) -> bool:
+    """Whether a layer belongs to an expert of a mixture, to which a batch may send no token."""
+    return re.search(r"(^|[.])experts[._]", name) is not None
 
 
 class Grams(NamedTuple):

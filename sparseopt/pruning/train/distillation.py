@@ -32,6 +32,7 @@ from sparseopt.layers.compiled import Compiled
 from sparseopt.layers.side_by_side import agreed
 from sparseopt.models import Block, Head
 from sparseopt.pruning.base.activations import Batches, Stream
+from sparseopt.pruning.base.grams import BlockRunner
 from sparseopt.pruning.base.records import DistillationRecord
 from sparseopt.pruning.evaluate.perplexity import LOGIT_ROWS
 from sparseopt.pruning.train.training import (
@@ -41,6 +42,8 @@ from sparseopt.pruning.train.training import (
     Training,
     TrainState,
     check_masks,
+    kept_entries,
+    paired,
     updated,
 )
 from sparseopt.system import processes
@@ -158,9 +161,16 @@ class _ModelTrainer(Trainer):
     # The sum over the vocabulary leaves about 1e-7 of rounding.
     exact = 1e-6
 
-    def __init__(self, head: Head, observer: Observer, *trained: Any) -> None:
-        super().__init__(*trained)
-        self.head, self.observer = head, observer
+    def __init__(
+        self, head: Head, observer: Observer, blocks: Sequence[Block], masks: Sequence[Masks], before: Stream,
+        dense_after: Stream, settings: Distillation,
+    ) -> None:  # fmt: skip
+        settings.check()
+        data, parts = paired(before, dense_after), [nnx.split(block, ...) for block in blocks]
+        self.blocks, self.head, self.observer, self.runner = blocks, head, observer, BlockRunner()
+        pairs = zip(parts, masks, strict=True)
+        fixed = [Fixed(graph, frozen, kept_entries(params, own)) for (graph, params, *frozen), own in pairs]
+        super().__init__(fixed, [params for _, params, *_ in parts], data, settings)
 
     def loss(self, inputs: Batches, targets: Batches) -> float:
         losses = []
@@ -173,7 +183,7 @@ class _ModelTrainer(Trainer):
     def step(self, index: int, rows: np.ndarray, rate: np.float32) -> tuple[Array, Array]:
         # Else the kept memory grows by a quarter of the weights and moments.
         return_freed_memory()
-        x, dense = (jnp.take(batches[index], rows, axis=0) for batches in self.calibration)
+        x, dense = (jnp.take(batches[index], rows, axis=0) for batches in self.data.calibration)
         streams = [x]
         for block in self._trained():
             streams.append(self.runner.run(block, streams[-1]))
@@ -185,6 +195,9 @@ class _ModelTrainer(Trainer):
             norms.append(norm)
         self.observer("distillation, step", self.steps + 1, self.total)
         return loss, jnp.max(jnp.stack(norms))
+
+    def store(self, index: int, params: Any) -> None:
+        self.fixed[index].store(self.blocks[index], params)
 
     def _trained(self) -> Iterator[Block]:
         return (fixed.module(state.params) for fixed, state in zip(self.fixed, self.states, strict=True))
