@@ -30,7 +30,7 @@ from sparseopt.pruning.modules.flax_module import (
 from sparseopt.pruning.modules.lanes import PartCall
 from sparseopt.pruning.modules.layouts import Layout
 from sparseopt.pruning.train.reconstruction import OutputTrainer, output_loss, output_step
-from sparseopt.pruning.train.training import Data, TrainedEntries, Training
+from sparseopt.pruning.train.training import Data, TrainedEntries, Training, entries_of
 
 # Arguments of a part: positional and keyword arguments.
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -112,30 +112,22 @@ def train_part(
         ValueError: as `check_trainable` does.
     """
     given = check_trainable(module, name, inputs)
-    settings.check()
     structure, values = module.part(name)
-    trained: dict[int, Array | None] = {}
+    params, kept = dict[int, Array](), list[TrainedEntries]()
     for place, (path, leaf) in enumerate(jax.tree_util.tree_flatten_with_path(values[0])[0]):
         # The last key in NNX is an attribute of its variable.
         keys = [str(getattr(key, "key", getattr(key, "idx", ""))) for key in path]
         owner, _, last = ".".join(part for part in (name, *keys) if part).rpartition(".")
-        if last == "kernel" and owner in masks:
-            trained[place] = masks[owner]
-        elif jnp.issubdtype(leaf.dtype, jnp.floating) and (everything or leaf.ndim < 2):
-            trained[place] = None
-    leaves = jax.tree.leaves(values[0])
-    params = {place: leaves[place].astype(jnp.float32) for place in trained}
-    every = {place: jnp.asarray(True) if mask is None else mask for place, mask in trained.items()}
-    kept = [
-        TrainedEntries(mask, jnp.maximum(jnp.sum(jnp.broadcast_to(mask, params[place].shape)), 1))
-        for place, mask in every.items()
-    ]
+        mask = masks.get(owner) if last == "kernel" else None
+        if mask is not None or (jnp.issubdtype(leaf.dtype, jnp.floating) and (everything or leaf.ndim < 2)):
+            params[place] = leaf.astype(jnp.float32)
+            kept.append(entries_of(leaf, mask))
     pairs = (given, [_floats(each).astype(jnp.float32) for each in outputs])
 
     def store(best: Any) -> None:
         module.set_params(name, jax.tree.map(placed_as, _with(values[0], best), values[0]))
 
-    trainer = _PartTrainer(_Part(structure, values, kept), params, Data(pairs, pairs), settings, store, whole=True)
+    trainer = _PartTrainer(_Part(structure, values, kept), params, Data(pairs, pairs), settings, store)
     return BlockRecord(block=index, **trainer.train())
 
 

@@ -5,6 +5,7 @@ stream before the block -> Grams -[propagate]-> targets -[method]-> pruned layer
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -32,7 +33,7 @@ from sparseopt.pruning.base.records import BlockRecord, GridRecord, LayerRecord
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe
 from sparseopt.pruning.run.part import PartLayer, PruningError, is_starved, round_part, solve_part
 from sparseopt.pruning.run.permutation import block_orders
-from sparseopt.pruning.run.plan import Plan
+from sparseopt.pruning.run.plan import Plan, PrunedParts
 from sparseopt.pruning.train.reconstruction import reconstruct_block
 from sparseopt.system import processes
 
@@ -145,8 +146,8 @@ def prune_block(
         tensors = reordered_block(tensors, moves)
     pruned = _pruned(plan, dense, stream, tensors, dtypes, told, moves)
     tensors |= pruned
-    grams = partial(dense.grams, stream, recipe, drift=False)
-    block, found = plan.finish(dense.block.copy(), place, tensors, pruned, dtypes, lambda: grams()[0])
+    parts = PrunedParts(tensors, pruned, dtypes, lambda: dense.grams(stream, recipe, drift=False)[0])
+    block, found = plan.finish(dense.block.copy(), place, parts)
     trained = None
 
     def train(masks: Mapping[str, Array], grids: Mapping[str, Bits] | None = None) -> BlockRecord:
@@ -207,72 +208,70 @@ def _pruned(
     moves: Mapping[str, Move],
 ) -> dict[str, np.ndarray]:
     """The new weights of the layers that the plan prunes, by path; the given tensors are reordered already."""
-    recipe, keys, mesh = plan.recipe, dense.keys, stream.calibration.mesh
-    paths = {f"{name}.weight": tap for name, tap in dense.block.linears.items()}
-    paths = {path: tap for path, tap in paths.items() if keys[path] in plan.patterns}
+    recipe, linears = plan.recipe, dense.block.linears
+    paths = [path for path in (f"{name}.weight" for name in linears) if dense.keys[path] in plan.patterns]
     if not paths:
         return {}
     grams, tests = dense.grams(stream, recipe, drift=recipe.propagate > 0)
 
-    def layer(path: str, tap: str) -> PartLayer:
-        key, move = keys[path], moves.get(path.removesuffix(".weight"), Move())
-        outputs, tokens = plan.output_weights.get(key), grams.tokens(tap)
-        starved = is_starved(path, tokens, recipe.min_expert_tokens)
+    def layer(path: str) -> PartLayer:
+        name, key = path.removesuffix(".weight"), dense.keys[path]
+        tap, move, outputs = linears[name], moves.get(name, Move()), plan.output_weights.get(key)
 
         def own(found: BlockGrams) -> Grams:
             return found[tap] if move.columns is None else found[tap].reordered(move.columns)
 
-        return PartLayer(
-            name=key.removesuffix(".weight"),
-            weight=tensors[path],
-            # A removed expert has no dtype to be stored in.
-            dtype=dtypes.get(path, tensors[path].dtype),
+        found = _layer(plan, dense, name, tensors[path], grams)
+        return replace(
+            found,
             grams=lambda: own(grams),
-            tokens=tokens,
-            starved=starved,
+            # A removed expert has no dtype to be stored in.
+            dtype=dtypes.get(path),
             pattern=plan.patterns[key],
-            test_gram=(lambda: own(tests).gram) if not starved and tests and tests.tokens(tap) else None,
+            test_gram=(lambda: own(tests).gram) if not found.starved and tests and tests.tokens(tap) else None,
             outputs=outputs if outputs is None or move.rows is None else outputs[move.rows],
             support=partial(plan.support, key),
         )
 
-    found = {}
-    layers = [layer(path, tap) for path, tap in paths.items()]
-    for path, (record, weight) in zip(
-        paths, solve_part(layers, plan.method, recipe.propagate, dense.index, mesh), strict=True
-    ):
-        found[path] = weight
-        told(record)
-    return found
+    layers, mesh = [layer(path) for path in paths], stream.calibration.mesh
+    return _stored(dense, paths, solve_part(layers, plan.method, recipe.propagate, dense.index, mesh), told)
 
 
 def _rounded(
-    plan: Plan,
-    dense: DenseBlock,
-    block: Block,
-    grids: Mapping[str, Bits],
-    stream: Stream,
+    plan: Plan, dense: DenseBlock, block: Block, grids: Mapping[str, Bits], stream: Stream,
     told: Callable[[GridRecord], None],
-) -> dict[str, np.ndarray]:
+) -> dict[str, np.ndarray]:  # fmt: skip
     """The weights of layers of the target's block on their grids, by path."""
-    recipe, mesh = plan.recipe, stream.calibration.mesh
+    recipe = plan.recipe
     grams = dense.runner.grams(block, stream.calibration, recipe.weighting, None, recipe.expert_tokens)
-    # In a smaller model, and if outputs were reordered, they are not known.
-    known = {} if plan.smaller or recipe.get("permute") else plan.output_weights
+    weights = {name: np.asarray(block.read(f"{name}.weight"), np.float32) for name in grids}
+    layers = [_layer(plan, dense, name, weight, grams) for name, weight in weights.items()]
+    if not (plan.smaller or recipe.get("permute")):
+        # Else, with other outputs or in another order, their weights are not known.
+        layers = [replace(each, outputs=plan.output_weights.get(f"{each.name}.weight")) for each in layers]
+    own = {each.name: bits for each, bits in zip(layers, grids.values(), strict=True)}
+    rounded = round_part(layers, own, dense.index, stream.calibration.mesh)
+    return _stored(dense, [f"{name}.weight" for name in grids], rounded, told)
 
-    def layer(name: str) -> PartLayer:
-        tap, path = block.linears[name], f"{name}.weight"
-        key, weight, tokens = dense.keys[path], np.asarray(block.read(path), np.float32), grams.tokens(tap)
-        starved = is_starved(name, tokens, recipe.min_expert_tokens)
-        outputs = known.get(key)
-        return PartLayer(names[name], weight, weight.dtype, lambda: grams[tap], tokens, starved, outputs=outputs)
 
-    names = {name: dense.keys[f"{name}.weight"].removesuffix(".weight") for name in grids}
-    layers, own, found = [layer(name) for name in grids], {names[name]: bits for name, bits in grids.items()}, {}
-    for record, weight in round_part(layers, own, dense.index, mesh):
-        found[record.layer] = weight
+def _layer(plan: Plan, dense: DenseBlock, name: str, weight: np.ndarray, grams: BlockGrams) -> PartLayer:
+    """A layer with this weight, by its name in the block."""
+    tap = dense.block.linears[name]
+    tokens = grams.tokens(tap)
+    starved = is_starved(name, tokens, plan.recipe.min_expert_tokens)
+    key = dense.keys[f"{name}.weight"].removesuffix(".weight")
+    return PartLayer(key, weight, lambda: grams[tap], tokens, starved)
+
+
+def _stored(
+    dense: DenseBlock, paths: Sequence[str], solved: Iterator[tuple[Any, np.ndarray]], told: Callable[[Any], None]
+) -> dict[str, np.ndarray]:
+    """The solved weights by path; records are told as they come."""
+    found = {}
+    for record, weight in solved:
+        found[f"{record.layer}.weight"] = weight
         told(record)
-    return {f"{name}.weight": found[key] for name, key in names.items()}
+    return {path: found[dense.keys[path]] for path in paths}
 
 
 def _moves(plan: Plan, dense: DenseBlock, stream: Stream, tensors: Mapping[str, np.ndarray]) -> dict[str, Move]:

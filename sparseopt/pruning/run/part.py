@@ -59,10 +59,10 @@ class PartLayer:
     Attributes:
         name: as in its record.
         weight: `[out, in]` before pruning, or before rounding.
-        dtype: the dtype to store, to which the weight is converted when its turn comes.
         grams: returns the Grams of its inputs when its turn comes.
         tokens: number of tokens in them.
         starved: whether these are too few to rank the weights: then all inputs and outputs count the same.
+        dtype: the dtype to store, to which the weight is converted when its turn comes; None for its own.
         pattern: which weights may survive; not used for rounding.
         test_gram: returns the Gram of held-out inputs; None without any.
         outputs: weights of squared errors at its outputs, `[out]`; None for equal weights.
@@ -71,10 +71,10 @@ class PartLayer:
 
     name: str
     weight: np.ndarray
-    dtype: np.dtype
     grams: Callable[[], Grams]
     tokens: int
     starved: bool
+    dtype: np.dtype | None = None
     pattern: Any = None
     test_gram: Callable[[], Array] | None = None
     outputs: np.ndarray | None = None
@@ -82,9 +82,10 @@ class PartLayer:
 
     def task(self, method: LayerMethod, propagate: float, mesh: Mesh | None) -> LayerTask:
         outputs, tested = None if self.starved else self.outputs, self.test_gram is not None
+        dtype = self.weight.dtype if self.dtype is None else self.dtype
 
         def job() -> LayerJob:
-            target, grams, inputs = _stored_as(self.name, self.weight, self.dtype), self.grams(), self.weight.shape[1]
+            target, grams, inputs = _stored_as(self.name, self.weight, dtype), self.grams(), self.weight.shape[1]
             if not self.starved and propagate and grams.drift is not None:
                 target = propagated(target, grams, propagate, mesh)
             gram = jnp.eye(inputs, dtype=jnp.float32) if self.starved else grams.gram
@@ -95,7 +96,7 @@ class PartLayer:
             return LayerJob(target, gram, test_gram, self.pattern, outputs, variances, self.support(self.weight))
 
         shape, pattern = (self.weight.shape[0], self.weight.shape[1]), jax.tree.structure(self.pattern)
-        return LayerTask(self.name, shape, (shape, self.dtype, tested, outputs is None, pattern), job)
+        return LayerTask(self.name, shape, (shape, dtype, tested, outputs is None, pattern), job)
 
 
 def is_starved(name: str, tokens: int, least: int) -> bool:
@@ -123,17 +124,9 @@ def _checked(layer: PartLayer, report: LayerReport, method: LayerMethod) -> Stat
 def solve_part(
     layers: Sequence[PartLayer], method: LayerMethod, propagate: float, index: int, mesh: Mesh | None
 ) -> Iterator[tuple[LayerRecord, np.ndarray]]:
-    """Prune the layers of a part in turn.
+    """Prune the layers of a part, which has this index in the records; yields each record and new weight in turn.
 
-    Args:
-        layers: the layers.
-        method: the pruning method.
-        propagate: the fraction of the upstream error that each layer corrects, if its Grams have a drift.
-        index: index of the part, for the records.
-        mesh: the devices; None for one.
-
-    Yields:
-        The record and the new weight of each layer, in the dtype to store.
+    If Grams have a drift, `propagate` is the fraction of the upstream error that each layer corrects.
 
     Raises:
         PruningError: naming the layer, if its answer is not finite or breaks the pattern, or it does not fit in memory.
@@ -167,27 +160,17 @@ def solve_part(
 def round_part(
     layers: Sequence[PartLayer], grids: Mapping[str, Bits], index: int, mesh: Mesh | None
 ) -> Iterator[tuple[GridRecord, np.ndarray]]:
-    """Round layers of a part to grids, one grid after the other.
-
-    Args:
-        layers: the layers.
-        grids: their grids, by name.
-        index: index of the part, for the records.
-        mesh: the devices; None for one.
-
-    Yields:
-        The record and the new weight of each layer, float32.
+    """Round layers of a part to their grids, one grid after the other; yields records and new weights, float32.
 
     Raises:
-        ModelError: naming the layer, if its weights are too large or too small for float16 scales.
-        PruningError: naming the layer, if its answer is not finite, or it does not fit in memory.
+        PruningError, ModelError: as in `solve_part`; also if weights are too large or too small for float16 scales.
     """
     every = []
     for layer in layers:
         weight = layer.weight.astype(np.float32)
         named(layer.name, partial(grids[layer.name].check_weight, weight))
         pattern = parse_pattern("unstructured", 0.0, (weight.shape[0], weight.shape[1]))
-        changes = {"weight": weight, "dtype": weight.dtype, "pattern": pattern, "test_gram": None}
+        changes = {"weight": weight, "dtype": None, "pattern": pattern, "test_gram": None}
         every.append(replace(layer, **changes, support=lambda weight: weight != 0))
     for bits in dict.fromkeys(grids.values()):
         method = FewBits(Magnitude(), bits)

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -50,6 +50,22 @@ GROUPED = HEADS, CHANNELS = "o_proj", "down_proj"
 T = TypeVar("T", bound=PassRecipe)
 # By their path in a block.
 Tensors = Mapping[str, np.ndarray]
+
+
+class PrunedParts(NamedTuple):
+    """The parts from which a block of the target is finished.
+
+    Attributes:
+        tensors: all tensors of the block, including pruned ones.
+        pruned: tensors of the pruned layers.
+        dtypes: stored dtypes of the target's tensors.
+        grams: gathers the Grams of the stream before the block.
+    """
+
+    tensors: Tensors
+    pruned: Tensors
+    dtypes: Mapping[str, np.dtype]
+    grams: Callable[[], BlockGrams]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,26 +132,20 @@ class Plan:
         keys = [model.weight_key(index, name) for name in model.block_linears(index)]
         return [key.removesuffix(".weight") for key in keys if key in self.patterns]
 
-    def finish(
-        self, block: Block, place: int, tensors: Tensors, pruned: Collection[str], dtypes: Mapping[str, np.dtype],
-        grams: Callable[[], BlockGrams],
-    ) -> tuple[Block, dict[str, np.ndarray]]:  # fmt: skip
+    def finish(self, block: Block, place: int, parts: PrunedParts) -> tuple[Block, dict[str, np.ndarray]]:
         """A block of the target and all its tensors, by path.
 
         Args:
             block: a copy of the dense block.
             place: its index in the target.
-            tensors: all tensors of the block, including pruned ones.
-            pruned: the pruned layers' tensors among them.
-            dtypes: stored dtypes of the target's tensors.
-            grams: gathers the Grams of the stream before the block.
+            parts: its pruned layers.
         """
-        del place, grams
+        del place
+        found = dict(parts.tensors)
         if self.recipe.get("permute"):
-            tensors = {path: tensors[path].astype(dtype) for path, dtype in dtypes.items()}
-            pruned = tensors.keys()
-        block.write({path: tensors[path] for path in pruned})
-        return block, dict(tensors)
+            found = {path: found[path].astype(dtype) for path, dtype in parts.dtypes.items()}
+        block.write(found if self.recipe.get("permute") else parts.pruned)
+        return block, found
 
     def restore(self, block: Block, place: int, keys: Mapping[str, str], tensors: Tensors) -> Block:
         """A block of the target that an earlier run stored, from a copy of the dense one, whose `keys` are by path."""
@@ -172,13 +182,10 @@ class SmallerPlan(Plan):
     def with_shape(self, model: StreamedModel, shape: ShapeRecord | None) -> "SmallerPlan":
         return self if shape is None else shrink_plan(model, self, shape.sizes)
 
-    def finish(
-        self, block: Block, place: int, tensors: Tensors, pruned: Collection[str], dtypes: Mapping[str, np.dtype],
-        grams: Callable[[], BlockGrams],
-    ) -> tuple[Block, dict[str, np.ndarray]]:  # fmt: skip
+    def finish(self, block: Block, place: int, parts: PrunedParts) -> tuple[Block, dict[str, np.ndarray]]:
         """The block and its tensors with the kept groups, and with the experts that contribute most."""
-        del pruned
         target, sizes = self.target, self.sizes
+        tensors = parts.tensors
 
         def width(name: str) -> int:
             return target.weight_shape(target.weight_key(place, name))[1]
@@ -187,7 +194,7 @@ class SmallerPlan(Plan):
         if block.num_experts:
             count, experts = sizes.experts or block.num_experts, np.arange(block.num_experts)
             if count < len(experts):
-                found = grams()
+                found = parts.grams()
                 energy = [_energy(tensors[f"mlp.experts.{e}.down_proj.weight"], found, e) for e in range(len(experts))]
                 experts = _largest(np.array(energy), count)
             kept = width("mlp.experts.0.down_proj")
@@ -198,7 +205,7 @@ class SmallerPlan(Plan):
         groups = _kept(tensors["self_attn.o_proj.weight"], sizes.kv_heads, size)
         sliced = sliced_block(block.config, block.self_attn.kind, tensors, Kept(channels, groups, experts))
         # The block runs with the rounding of what is stored.
-        sliced = {path: value.astype(dtypes[path], copy=False) for path, value in sliced.items()}
+        sliced = {path: value.astype(parts.dtypes[path], copy=False) for path, value in sliced.items()}
         return target.block_of(place, sliced), sliced
 
     def restore(self, block: Block, place: int, keys: Mapping[str, str], tensors: Tensors) -> Block:

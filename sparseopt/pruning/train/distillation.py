@@ -41,7 +41,6 @@ from sparseopt.pruning.train.training import (
     Trainer,
     Training,
     TrainState,
-    check_masks,
     kept_entries,
     paired,
     updated,
@@ -85,18 +84,8 @@ def distil(
         observer: called with ("distillation, step", steps done, steps of all epochs).
         masks: for each block, True for the entries to train, by layer name; layers without a mask are trained whole,
             layers with an all-False mask stay unchanged. None for no masks.
-
-    Raises:
-        ValueError: before any work, if settings, masks or batches cannot be used.
     """
-    if not blocks:
-        raise ValueError("no blocks to train; give at least one")
-    if masks is not None and len(masks) != len(blocks):
-        raise ValueError(f"masks must be one mapping a block, {len(blocks)} in all, given {len(masks)}")
     masks = masks or [{}] * len(blocks)
-    for block, own in zip(blocks, masks, strict=True):
-        if own:
-            check_masks(block, own)
     # A step sees one window or a few, in turn, so devices have nothing to share: one trains in each process.
     before, dense_after = before.on_one_device(), dense_after.on_one_device()
     trainer = _ModelTrainer(head, observer, blocks, masks, before, dense_after, settings)
@@ -165,7 +154,6 @@ class _ModelTrainer(Trainer):
         self, head: Head, observer: Observer, blocks: Sequence[Block], masks: Sequence[Masks], before: Stream,
         dense_after: Stream, settings: Distillation,
     ) -> None:  # fmt: skip
-        settings.check()
         data, parts = paired(before, dense_after), [nnx.split(block, ...) for block in blocks]
         self.blocks, self.head, self.observer, self.runner = blocks, head, observer, BlockRunner()
         pairs = zip(parts, masks, strict=True)

@@ -35,7 +35,6 @@ from sparseopt.pruning.train.training import (
     Trainer,
     Training,
     TrainState,
-    check_masks,
     kept_entries,
     paired,
     updated,
@@ -146,12 +145,10 @@ class OutputTrainer(Trainer):
     exact = 1e-12
     programs: tuple[Any, Any] = (_step_of_rows, _loss_of_batch)
 
-    def __init__(
-        self, fixed: Any, params: Any, data: Data, settings: Training, store: Callable[[Any], None], *, whole: bool
-    ) -> None:
-        """Set up with a function that stores the best parameters, and whether a step takes a batch whole."""
+    def __init__(self, fixed: Any, params: Any, data: Data, settings: Training, store: Callable[[Any], None]) -> None:
+        """Set up with a function that stores the best parameters."""
         super().__init__([fixed], [params], data, settings)
-        self._store, self._whole = store, whole
+        self._store = store
 
     @cached_property
     def weights(self) -> Float[np.ndarray, "D"]:
@@ -164,7 +161,7 @@ class OutputTrainer(Trainer):
 
     def step(self, index: int, rows: np.ndarray, rate: np.float32) -> tuple[Array, Array]:
         inputs, targets = self.data.calibration
-        batch, chosen = (inputs[index], targets[index]), None if self._whole else rows
+        batch, chosen = (inputs[index], targets[index]), rows if self.data.windows else None
         arguments = (self.fixed[0], self.weights, batch, chosen, rate, np.float32(self.settings.clip))
         self.states[0], loss, norm = self.programs[0](self.states[0], *arguments)
         return loss, norm
@@ -193,20 +190,15 @@ def reconstruct_block(
         settings: settings of the training; default: `Reconstruction()`.
         index: the number of the block in the record.
         grids: grids of layers with weights on them, by name; weights stay on the grids, with other scales.
-
-    Raises:
-        ValueError: before any work, if settings, masks or batches cannot be used.
     """
     settings, grids = settings or Reconstruction(), grids or {}
-    check_masks(block, masks)
-    settings.check()
     data = paired(stream, targets)
     others = {name: mask for name, mask in masks.items() if name not in grids}
     trained = [*grids, *(name for name, mask in others.items() if mask.any())]
     graph, params, *frozen = split_block(block, trained, settings)
     params, multiples = _scales(params, block, grids) if grids else (params, None)
     fixed = Fixed(graph, frozen, kept_entries(params, others), multiples)
-    trainer = OutputTrainer(fixed, params, data, settings, partial(fixed.store, block), whole=False)
+    trainer = OutputTrainer(fixed, params, data, settings, partial(fixed.store, block))
     del params  # else they outlive the block's own
     record = BlockRecord(block=index, **trainer.train())
     if multiples and trainer.kept:

@@ -184,11 +184,13 @@ def kept_entries(params: Any, masks: Masks) -> list[TrainedEntries]:
         for name, by_expert in parts.items()
     }
     found |= {f"{name.removesuffix('.weight')}.bias": jnp.any(mask) for name, mask in found.items()}
-    kept = []
-    for path, param in nnx.to_flat_state(params):
-        mask = found.get(".".join(map(str, path)), jnp.asarray(True))
-        kept.append(TrainedEntries(mask, jnp.maximum(jnp.sum(jnp.broadcast_to(mask, param.shape)), 1)))
-    return kept
+    return [entries_of(param, found.get(".".join(map(str, path)))) for path, param in nnx.to_flat_state(params)]
+
+
+def entries_of(param: Any, mask: Array | None) -> TrainedEntries:
+    """The trained entries of a parameter with this mask; all without one."""
+    mask = jnp.asarray(True) if mask is None else mask
+    return TrainedEntries(mask, jnp.maximum(jnp.sum(jnp.broadcast_to(mask, param.shape)), 1))
 
 
 def updated(
@@ -216,12 +218,12 @@ class Data(NamedTuple):
     Attributes:
         calibration: the pairs that steps draw from.
         judges: the pairs whose loss chooses the best state; the same if there are no held-out ones.
-        windows: number of windows of a batch; 1 if a step takes a batch whole.
+        windows: number of windows of a batch; None if a step takes a batch whole.
     """
 
     calibration: tuple[Any, Any]
     judges: tuple[Any, Any]
-    windows: int = 1
+    windows: int | None = None
 
 
 class Trainer(ABC):
@@ -239,6 +241,7 @@ class Trainer(ABC):
     exact: ClassVar[float]
 
     def __init__(self, fixed: Sequence[Any], params: Sequence[Any], data: Data, settings: Training) -> None:
+        settings.check()
         self.fixed, self.data, self.settings = fixed, data, settings
         self.epochs = self.steps = self.best_epoch = self.total = 0
         self.best = math.inf
@@ -299,7 +302,7 @@ class Trainer(ABC):
 
     def _run(self, first: float) -> TrainingStatus:
         settings = self.settings
-        orders = draw_orders(len(self.data.calibration[0]), self.data.windows, settings)
+        orders = draw_orders(len(self.data.calibration[0]), self.data.windows or 1, settings)
         self.total = sum(map(len, orders))
         rates = settings.rates(self.total).reshape(settings.epochs, -1)
         for order, epoch_rates in zip(orders, rates, strict=True):
@@ -323,47 +326,8 @@ class Trainer(ABC):
         return TrainingStatus.FINISHED
 
 
-def check_masks(block: Block, masks: Masks) -> None:
-    """Raise a `ValueError` if masks do not fit the layers of a pruned block; an all-False mask freezes its layer."""
-    unknown = [name for name in masks if name not in block.linears]
-    if unknown or not masks:
-        raise ValueError(
-            f"masks must name layers of the block ({', '.join(block.linears)}), given "
-            f"{', '.join(unknown) if unknown else 'none'}"
-        )
-    stacked = {stacked_name(name)[0] for name in masks if ".experts." in name}
-    missing = [name for name in block.linears if stacked_name(name)[0] in stacked and name not in masks]
-    if missing:
-        raise ValueError(f"experts are trained together: masks lack {', '.join(missing)}; give all or none")
-    for name, mask in masks.items():
-        weight = block.read(f"{name}.weight")
-        if mask.shape != weight.shape or mask.dtype != bool:
-            raise ValueError(
-                f"the mask of {name} must be bool of shape {list(weight.shape)}, True for kept weights; given "
-                f"{mask.dtype} of shape {list(mask.shape)}"
-            )
-        stray = int(jnp.sum((weight != 0) & ~mask)) if mask.any() else 0
-        if stray:
-            raise ValueError(
-                f"{name} has {stray:,} non-zero weights off its mask; prune the block before, as in "
-                "`jnp.where(mask, weight, 0)`"
-            )
-
-
 def paired(inputs: Stream, targets: Stream) -> Data:
-    """The batches of two streams; a `ValueError` if they do not pair up, or there are no calibration batches."""
-    shapes = {
-        "calibration": (inputs.calibration.shapes, targets.calibration.shapes),
-        "held-out": (inputs.heldout.shapes, targets.heldout.shapes),
-    }
-    for tokens, (given, wanted) in shapes.items():
-        if given != wanted or any(shape != given[0] for shape in given):
-            raise ValueError(
-                f"{tokens} inputs and targets must be as many batches, all of one shape, as `make_batches` gives; "
-                f"given inputs {given} and targets {wanted}"
-            )
-    if not inputs.calibration:
-        raise ValueError("no calibration batches to train on; give at least one")
+    """The batches of two streams, all of one shape."""
     calibration = (inputs.calibration, targets.calibration)
     judges = (inputs.heldout, targets.heldout) if inputs.heldout else calibration
     return Data(calibration, judges, inputs.calibration.shapes[0][0])
