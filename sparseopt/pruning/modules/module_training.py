@@ -124,10 +124,10 @@ def train_part(
             kept.append(entries_of(leaf, mask))
     pairs = (given, [_floats(each).astype(jnp.float32) for each in outputs])
 
-    def store(best: Any) -> None:
+    def store(_: int, best: Any) -> None:
         module.set_params(name, jax.tree.map(placed_as, _with(values[0], best), values[0]))
 
-    trainer = _PartTrainer(_Part(structure, values, kept), params, Data(pairs, pairs), settings, store)
+    trainer = _PartTrainer([_Part(structure, values, kept)], [params], store, Data(pairs, pairs), settings)
     return BlockRecord(block=index, **trainer.train())
 
 

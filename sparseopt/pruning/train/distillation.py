@@ -155,10 +155,14 @@ class _ModelTrainer(Trainer):
         dense_after: Stream, settings: Distillation,
     ) -> None:  # fmt: skip
         data, parts = paired(before, dense_after), [nnx.split(block, ...) for block in blocks]
-        self.blocks, self.head, self.observer, self.runner = blocks, head, observer, BlockRunner()
+        self.head, self.observer, self.runner = head, observer, BlockRunner()
         pairs = zip(parts, masks, strict=True)
         fixed = [Fixed(graph, frozen, kept_entries(params, own)) for (graph, params, *frozen), own in pairs]
-        super().__init__(fixed, [params for _, params, *_ in parts], data, settings)
+
+        def store(index: int, best: Any) -> None:
+            fixed[index].store(blocks[index], best)
+
+        super().__init__(fixed, [params for _, params, *_ in parts], store, data, settings)
 
     def loss(self, inputs: Batches, targets: Batches) -> float:
         losses = []
@@ -183,9 +187,6 @@ class _ModelTrainer(Trainer):
             norms.append(norm)
         self.observer("distillation, step", self.steps + 1, self.total)
         return loss, jnp.max(jnp.stack(norms))
-
-    def store(self, index: int, params: Any) -> None:
-        self.fixed[index].store(self.blocks[index], params)
 
     def _trained(self) -> Iterator[Block]:
         return (fixed.module(state.params) for fixed, state in zip(self.fixed, self.states, strict=True))

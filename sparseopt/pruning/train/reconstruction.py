@@ -11,9 +11,9 @@ again. With 75 % of the channels of Gemma 3 270M, training changed perplexity fr
 optimiser is described in `training`.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -29,7 +29,6 @@ from sparseopt.models.decoder.experts import stacked_name
 from sparseopt.pruning.base.activations import Stream
 from sparseopt.pruning.base.records import BlockRecord
 from sparseopt.pruning.train.training import (
-    Data,
     Fixed,
     Masks,
     Trainer,
@@ -145,11 +144,6 @@ class OutputTrainer(Trainer):
     exact = 1e-12
     programs: tuple[Any, Any] = (_step_of_rows, _loss_of_batch)
 
-    def __init__(self, fixed: Any, params: Any, data: Data, settings: Training, store: Callable[[Any], None]) -> None:
-        """Set up with a function that stores the best parameters."""
-        super().__init__([fixed], [params], data, settings)
-        self._store = store
-
     @cached_property
     def weights(self) -> Float[np.ndarray, "D"]:
         return channel_weights(self.data.calibration[1])
@@ -165,9 +159,6 @@ class OutputTrainer(Trainer):
         arguments = (self.fixed[0], self.weights, batch, chosen, rate, np.float32(self.settings.clip))
         self.states[0], loss, norm = self.programs[0](self.states[0], *arguments)
         return loss, norm
-
-    def store(self, index: int, params: Any) -> None:
-        self._store(params)
 
 
 def reconstruct_block(
@@ -191,14 +182,13 @@ def reconstruct_block(
         index: the number of the block in the record.
         grids: grids of layers with weights on them, by name; weights stay on the grids, with other scales.
     """
-    settings, grids = settings or Reconstruction(), grids or {}
-    data = paired(stream, targets)
+    settings, grids, data = settings or Reconstruction(), grids or {}, paired(stream, targets)
     others = {name: mask for name, mask in masks.items() if name not in grids}
     trained = [*grids, *(name for name, mask in others.items() if mask.any())]
     graph, params, *frozen = split_block(block, trained, settings)
     params, multiples = _scales(params, block, grids) if grids else (params, None)
     fixed = Fixed(graph, frozen, kept_entries(params, others), multiples)
-    trainer = OutputTrainer(fixed, params, data, settings, partial(fixed.store, block))
+    trainer = OutputTrainer([fixed], [params], lambda _, best: fixed.store(block, best), data, settings)
     del params  # else they outlive the block's own
     record = BlockRecord(block=index, **trainer.train())
     if multiples and trainer.kept:

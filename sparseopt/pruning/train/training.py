@@ -11,7 +11,7 @@ calibration tokens. So it is never worse there than the start.
 import enum
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -240,11 +240,15 @@ class Trainer(ABC):
 
     exact: ClassVar[float]
 
-    def __init__(self, fixed: Sequence[Any], params: Sequence[Any], data: Data, settings: Training) -> None:
+    def __init__(
+        self, fixed: Sequence[Any], params: Sequence[Any], store: Callable[[int, Any], None], data: Data,
+        settings: Training,
+    ) -> None:  # fmt: skip
+        """Set up with a function that puts the best parameters of a block, by its index, where they belong."""
         settings.check()
         self.fixed, self.data, self.settings = fixed, data, settings
         self.epochs = self.steps = self.best_epoch = self.total = 0
-        self.best = math.inf
+        self.best, self.store = math.inf, store
         self.states = [start_state(each) for each in params]
         self.kept: list[Any] = []
 
@@ -255,10 +259,6 @@ class Trainer(ABC):
     @abstractmethod
     def loss(self, inputs: Any, targets: Any) -> float:
         """The mean loss of the states."""
-
-    @abstractmethod
-    def store(self, index: int, params: Any) -> None:
-        """Put the best parameters of a block where they belong."""
 
     def keep(self) -> None:
         """Keep the states as the best."""
