@@ -170,8 +170,8 @@ def round_part(
         weight = layer.weight.astype(np.float32)
         named(layer.name, partial(grids[layer.name].check_weight, weight))
         pattern = parse_pattern("unstructured", 0.0, (weight.shape[0], weight.shape[1]))
-        changes = {"weight": weight, "dtype": None, "pattern": pattern, "test_gram": None}
-        every.append(replace(layer, **changes, support=lambda weight: weight != 0))
+        rounded = replace(layer, weight=weight, dtype=None, pattern=pattern, test_gram=None)
+        every.append(replace(rounded, support=lambda weight: weight != 0))
     for bits in dict.fromkeys(grids.values()):
         method = FewBits(Magnitude(), bits)
         for layer, solved in _solved([each for each in every if grids[each.name] == bits], method, 0.0, mesh):

@@ -157,12 +157,12 @@ class _ModelTrainer(Trainer):
         data, parts = paired(before, dense_after), [nnx.split(block, ...) for block in blocks]
         self.head, self.observer, self.runner = head, observer, BlockRunner()
         pairs = zip(parts, masks, strict=True)
-        fixed = [Fixed(graph, frozen, kept_entries(params, own)) for (graph, params, *frozen), own in pairs]
+        fixed = [Fixed(graph, [], kept_entries(params, own)) for (graph, params), own in pairs]
 
         def store(index: int, best: Any) -> None:
             fixed[index].store(blocks[index], best)
 
-        super().__init__(fixed, [params for _, params, *_ in parts], store, data, settings)
+        super().__init__(fixed, [params for _, params in parts], store, data, settings)
 
     def loss(self, inputs: Batches, targets: Batches) -> float:
         losses = []
