@@ -80,7 +80,7 @@ HOUSE = {
         "calibration card rounding",
         "resumption variants",
         "block drawn",
-        "shared_pass",
+        "folder_pass",
     ],
     "pruning/measure": ["block_removal survey", "mixing"],
     "pruning/modules": [

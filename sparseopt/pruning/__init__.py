@@ -1,5 +1,7 @@
 """Pruning of language models, from one layer (`prune_layer`) to a whole model (`prune_model`)."""
 
+from typing import Any
+
 from sparseopt.layers.methods import (
     METHODS,
     AdmmPruning,
@@ -21,7 +23,7 @@ from sparseopt.pruning.evaluate.perplexity import perplexity
 from sparseopt.pruning.memory import BudgetError
 from sparseopt.pruning.modules.masks import masks
 from sparseopt.pruning.modules.module_report import ModuleReport
-from sparseopt.pruning.pipeline import prune_model, prune_models, shrink_model
+from sparseopt.pruning.pipeline import prune_model, shrink_model
 from sparseopt.pruning.prune_module import prune_module
 from sparseopt.pruning.recipe.prune_recipe import Recipe
 from sparseopt.pruning.recipe.shrink_recipe import ShrinkRecipe
@@ -66,7 +68,6 @@ __all__ = [
     "perplexity",
     "prune_layer",
     "prune_model",
-    "prune_models",
     "prune_module",
     "shrink_model",
     "solve_layer",
@@ -78,3 +79,13 @@ __all__ = [
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+# Names that have ended, and what to use instead.
+_ENDED = {"prune_models": "a loop over prune_model, which measures the dense model once"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ENDED:
+        raise AttributeError(f"sparseopt.pruning.{name} has ended: use {_ENDED[name]}")
+    raise AttributeError(f"module 'sparseopt.pruning' has no attribute {name!r}; it has {', '.join(__all__)}")

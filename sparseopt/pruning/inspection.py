@@ -32,12 +32,12 @@ from sparseopt.pruning.memory import LIBRARIES, PLACES, output_bytes, prune_memo
 from sparseopt.pruning.pipeline import prune_model
 from sparseopt.pruning.recipe.prune_recipe import Recipe
 from sparseopt.pruning.recipe.targets import Targets, shares_in
-from sparseopt.pruning.run.calibration import default_windows
 from sparseopt.pruning.run.drawn import drawing_bytes
 from sparseopt.pruning.run.layer_patterns import layer_patterns, layer_shares
 from sparseopt.pruning.run.output_form import chosen_form, output_of, with_dtype
 from sparseopt.pruning.run.plan import check_expert_tokens
 from sparseopt.pruning.text.chats import is_text
+from sparseopt.pruning.text.windows import default_windows
 from sparseopt.system.machine import device_memory_left
 
 # A tensor of block 3 is called `model.layers.3.…`, `transformer.h.3.…`, ...

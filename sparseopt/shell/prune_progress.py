@@ -27,7 +27,7 @@ LONG = 1800
 
 
 class PruneProgress:
-    """Observer of `prune_models`: a bar with block, layer, error and time left; without a terminal a line per block."""
+    """Observer of `prune_model`: a bar with block, layer, error and time left; without a terminal a line per block."""
 
     def __init__(self, title: str, faster: bool = False) -> None:
         """Take the title of the run, and whether effort fast takes less time."""

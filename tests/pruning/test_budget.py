@@ -15,7 +15,7 @@ import pytest
 from sparseopt.layers.methods import find_method, method_cost
 from sparseopt.models import open_model
 from sparseopt.models.files import safetensors
-from sparseopt.pruning import Recipe, memory, prune_model, prune_models
+from sparseopt.pruning import Recipe, memory, prune_model
 from sparseopt.pruning.base.activations import Batches, DiskBatches, make_batches
 from sparseopt.pruning.memory import BudgetError, choose_footprint, prune_memory
 from sparseopt.pruning.run.plan import make_plan
@@ -101,22 +101,20 @@ def test_the_estimate_of_distillation_counts_its_masks(models, recipe):
 
 
 def test_a_disk_with_too_little_room_is_refused_before_any_work(tmp_path, source, model, recipe, tokens, monkeypatch):
-    usage = shutil.disk_usage(tmp_path)
-    plans = [(recipe.model_copy(update={"sparsity": share}), tmp_path / str(share)) for share in (0.5, 0.6)]
-    made = [make_plan(model, recipe, folder) for recipe, folder in plans]
-    whole = choose_footprint(model, made, tokens[:5], tokens[5:])
-    assert whole.output_bytes == 2 * sum(
+    usage, output = shutil.disk_usage(tmp_path), tmp_path / "out"
+    whole = choose_footprint(model, [make_plan(model, recipe, output)], tokens[:5], tokens[5:])
+    assert whole.output_bytes == sum(
         info.dtype.itemsize * np.prod(info.shape) for info in model.source.tensors.values()
     )
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=whole.output_bytes - 1))
     with pytest.raises(BudgetError, match=r"the disk of .* has .* free, the run needs .*make room"):
-        prune_models(source, plans)
+        prune_model(source, output, recipe)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=whole.output_bytes))
     with pytest.raises(BudgetError, match="KiB of it activations"):
-        prune_models(source, plans, memory=cost_of(model, recipe, "disk").peak_bytes)
-    # What is trained at the end lies beside what it replaces: one such model takes as much as two, but for its ends.
+        prune_model(source, output, recipe, memory=cost_of(model, recipe, "disk").peak_bytes)
+    # What is trained at the end lies beside what it replaces.
     with pytest.raises(BudgetError, match="the run needs"):
-        prune_models(source, [(recipe.model_copy(update={"distil_epochs": 1}), tmp_path / "trained"), plans[0]])
+        prune_model(source, output, recipe.model_copy(update={"distil_epochs": 1}))
     assert not list(tmp_path.iterdir())
 
 
