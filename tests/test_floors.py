@@ -76,7 +76,7 @@ HOUSE = {
     "pruning/recipe": ["allocation effort options targets", "pass_recipe", "prune_recipe shrink_recipe"],
     "pruning/run": [
         "layer_patterns output_form",
-        "facts permutation plan",
+        "facts measured permutation plan",
         "calibration card rounding",
         "resumption variants",
         "block drawn",
