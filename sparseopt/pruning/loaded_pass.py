@@ -16,7 +16,7 @@ from sparseopt.models import WHOLE_TAG, Form, LoadedModel, ModelError, Packed, u
 from sparseopt.models.files.memory import as_numpy
 from sparseopt.pruning.base.activations import windows_per_batch
 from sparseopt.pruning.base.records import Footprint, LayerRecord, Passed
-from sparseopt.pruning.memory import FLOAT32, LIBRARIES, PROGRAMS, BudgetError, check_disks, output_bytes
+from sparseopt.pruning.memory import FLOAT32, LIBRARIES, PROGRAMS, BudgetError, check_disk, output_bytes
 from sparseopt.pruning.modules.module_plan import ELSEWHERE, module_recipe
 from sparseopt.pruning.prune_module import prune_module
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe
@@ -90,7 +90,7 @@ def loaded_footprint(model: Any, plan: Plan, windows: np.ndarray, budget: int | 
             f"to take {format_bytes(needed)} ({held}), and there are {format_bytes(limit)}; fewer windows, or "
             "propagate=0, which needs no second copy of the model, take less"
         )
-    check_disks([plan], 0)
+    check_disk(plan, 0)
     output = sum(output_bytes(model, plan.recipe, plan.form).values())
     return Footprint("memory", needed, parts, "layer solves", budget, output, 0)
 

@@ -180,7 +180,7 @@ def footprint_of(
     """The memory and disk that a run needs; a BudgetError if it is too much."""
     if isinstance(model, LoadedModel):
         return loaded_footprint(model, plan, windows.calibration, budget)
-    return choose_footprint(model, [plan], *windows[:2], budget, spread=mesh is not None)
+    return choose_footprint(model, plan, *windows[:2], budget, spread=mesh is not None)
 
 
 @contextlib.contextmanager
