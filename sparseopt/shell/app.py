@@ -93,14 +93,6 @@ COMMANDS: dict[str, dict[Callable[..., None], tuple[str, str]]] = {
             "sparseopt inspect model --effort most",
             "sparseopt inspect meta-llama/Llama-2-7b-hf --device-memory 80GiB",
         ),
-        prune.pack: (
-            "sparseopt pack pruned --output packed",
-            "sparseopt pack pruned --output /archive/pruned",
-        ),
-        prune.unpack: (
-            "sparseopt unpack packed --output pruned",
-            "sparseopt unpack /archive/pruned --output pruned",
-        ),
     },
     "Smooth signals and images": {
         trend.trend: (
@@ -114,7 +106,7 @@ COMMANDS: dict[str, dict[Callable[..., None], tuple[str, str]]] = {
     },
     "Experiments": {
         experiments.run: (
-            "sparseopt run minnesota",
+            "sparseopt run denoise-medical",
             "sparseopt run sweep.yaml --output runs --shard 1/2",
         ),
         experiments.report: (
@@ -126,6 +118,11 @@ COMMANDS: dict[str, dict[Callable[..., None], tuple[str, str]]] = {
         demo: ("sparseopt demo", "sparseopt demo --output shown --sparsity 0.6"),
         doctor: ("sparseopt doctor", "sparseopt doctor --json"),
     },
+}
+# Commands that have ended, and what to use instead.
+_ENDED = {
+    "pack": "give `prune` an output that ends in .gguf, or --bits int8 or int4",
+    "unpack": "a packed folder is unpacked with version 0.3, pip install 'sparseopt==0.3.*'",
 }
 for heading, commands in COMMANDS.items():
     for function, examples in commands.items():
@@ -205,6 +202,8 @@ def _run() -> None:
     # A shell leaves `--output=~/x` as it is; nobody means a folder called "~".
     sys.argv[1:] = [re.sub(r"^(--[a-z-]+=)(~.*)", _at_home, word) for word in sys.argv[1:]]
     try:
+        if sys.argv[1:] and (instead := _ENDED.get(sys.argv[1])):
+            raise ValueError(f"`sparseopt {sys.argv[1]}` has ended: {instead}")
         code = app(standalone_mode=False)
         if code == STOPPED:
             stop.say()

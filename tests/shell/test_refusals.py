@@ -66,11 +66,8 @@ REFUSED = {
             "has no column 'text' or 'messages' or 'conversations'; its columns are id, body",
         ),
     ],
-    "pack": [("source --output source", "is not empty")],
-    "unpack": [
-        ("source --output out", "source is not packed: it has no model.packed.index.json"),
-        ("absent --output out", "there is no folder"),
-    ],
+    "pack": [("source --output out", "`sparseopt pack` has ended: give `prune` an output that ends in .gguf")],
+    "unpack": [("packed --output out", "`sparseopt unpack` has ended: a packed folder is unpacked with version 0.3")],
     "demo": [("--output source", "exists already")],
     "run toy.yaml --allow-package tests --output out": [
         ("cuont=2", "cuont: no such key; did you mean 'count'?"),
@@ -90,17 +87,17 @@ REFUSED = {
     "trend --weight 1.0 --output x.csv": [
         ("--graph edges.csv --signal line.csv --penalty ridge", "unknown penalty 'ridge'; known are l1, l0, mcp, scad"),
         ("--signal line.csv --order 1 --times t.csv --ends graph", 'times need ends="free"'),
-        ("--signal line.csv --times t.csv --graph edges.csv", "--times and --ends belong to a series"),
-        ("--signal line.csv --merge", "--merge belongs to the edges"),
-        ("--signal line.csv --weight gvc", "--weight is a number or one of gcv, sure, aic, bic, cv, given 'gvc'"),
+        ("--signal line.csv --times t.csv --graph edges.csv", "times and ends belong to a series"),
+        ("--signal line.csv --merge", "merge belongs to the edges"),
+        ("--signal line.csv --weight gvc", "weight: is a number or one of gcv, sure, aic, bic, cv, given 'gvc'"),
         ("--signal line.csv --loss poison", "unknown loss 'poison'"),
         ("--signal line.csv --loss quantile", "needs a level between 0 and 1, as in quantile:0.9"),
-        ("--signal line.csv --loss logistic --weight gcv", "does not choose well for --loss logistic: give cv or bic"),
-        ("--signal line.csv --weight cv --penalty l0", "for --penalty l0 no rule chooses a weight"),
+        ("--signal line.csv --loss logistic --weight gcv", "gcv does not choose among fits of labels"),
+        ("--signal line.csv --weight cv --penalty l0", "no rule chooses the weight of the penalty l0"),
         ("--signal line.csv --weight cv --devices all", "a weight is chosen on one device"),
         ("--signal line.csv --order 1 --loss poisson --method fast_admm", "solves the square loss only"),
-        ("--signal timed.csv --order 1 --ends graph", "times of the column 'time' are uneven: leave out --ends graph"),
-        ("--signal timed.csv --order 1 --times t.csv", "has its times in the column 'time': leave out --times"),
+        ("--signal timed.csv --order 1 --ends graph", "times of the column 'time' are uneven: leave out ends=graph"),
+        ("--signal timed.csv --order 1 --times t.csv", "has its times in the column 'time': leave out times"),
     ],
 }
 
