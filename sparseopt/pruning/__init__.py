@@ -1,5 +1,7 @@
 """Pruning of language models, from one layer (`prune_layer`) to a whole model (`prune_model`)."""
 
+from typing import Any
+
 from sparseopt.layers.methods import (
     METHODS,
     AdmmPruning,
@@ -16,6 +18,7 @@ from sparseopt.layers.problem import LayerJob, LayerMethod, LayerReport, Pruned,
 from sparseopt.layers.prune_layer import LayerResult, prune_layer
 from sparseopt.pruning.base.records import Footprint, LayerRecord
 from sparseopt.pruning.base.reports import PruneReport
+from sparseopt.pruning.dry_run import DryRun, dry_run
 from sparseopt.pruning.evaluate.audit import LayerAudit, PatternAudit, audit_pattern, audit_sparsity
 from sparseopt.pruning.evaluate.perplexity import perplexity
 from sparseopt.pruning.memory import BudgetError
@@ -34,6 +37,7 @@ __all__ = [
     "METHODS",
     "AdmmPruning",
     "BudgetError",
+    "DryRun",
     "Flap",
     "Footprint",
     "GroupRemoval",
@@ -60,6 +64,7 @@ __all__ = [
     "Wanda",
     "audit_pattern",
     "audit_sparsity",
+    "dry_run",
     "find_method",
     "load_text",
     "masks",
@@ -78,3 +83,13 @@ __all__ = [
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+# Names that have ended, and what to use instead.
+_ENDED = {"inspect_model": "dry_run(source, output, recipe)"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ENDED:
+        raise AttributeError(f"sparseopt.pruning.{name} has ended: use so.pruning.{_ENDED[name]}")
+    raise AttributeError(f"module 'sparseopt.pruning' has no attribute {name!r}; it has {', '.join(__all__)}")

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from sparseopt.core.base.dense import activations_in
 from sparseopt.core.base.mesh import Devices, device_line
@@ -31,7 +32,7 @@ from sparseopt.layers.split import is_out_of_memory
 from sparseopt.models import LoadedModel, ModelSource, check_output, open_any
 from sparseopt.pruning.base.activations import Stream, embed_windows
 from sparseopt.pruning.base.grams import BlockRunner
-from sparseopt.pruning.base.records import Passed
+from sparseopt.pruning.base.records import Footprint, Passed
 from sparseopt.pruning.base.reports import PruneReport
 from sparseopt.pruning.loaded_pass import loaded_footprint, plan_for, prune_loaded
 from sparseopt.pruning.measure.mixing import choose_shapes
@@ -42,6 +43,7 @@ from sparseopt.pruning.recipe.prune_recipe import Recipe
 from sparseopt.pruning.recipe.shrink_recipe import ShrinkRecipe
 from sparseopt.pruning.run.block import DenseBlock, PruningError, Stopped
 from sparseopt.pruning.run.calibration import (
+    CalibrationWindows,
     calibration_windows,
     check_same_calibration,
     default_windows,
@@ -169,20 +171,13 @@ def prune_models(
         return [made.get(plan.output) or read_report(identity, plan) for plan in plans]
 
 
-@contextlib.contextmanager
-def open_pass(
+def checked(
     source: ModelSource,
     recipes: Sequence[tuple[PassRecipe, str | Path]],
-    observer: Observer,
     memory: int | str | None,
     devices: Devices,
-) -> Iterator[tuple[list[Plan], Identity, Pass | None]]:
-    """Check and decide everything before work, and lock the folders; arguments and errors are as for `prune_models`.
-
-    Yields:
-        The plans of all recipes, the identity of their runs, and the pass of the unfinished ones; None if all are
-        finished.
-    """
+) -> tuple[Any, list[Plan], int | None, Mesh | None]:
+    """The opened model, the plans of the recipes, the budget in bytes and the devices; errors as of `prune_models`."""
     budget = None if memory is None else parse_bytes(memory)
     if not recipes:
         raise ValueError("nothing to do: give at least one recipe and its output folder")
@@ -201,8 +196,7 @@ def open_pass(
         check_output(model.source, output)
         if output.suffix.lower() in (".safetensors", ".bin") or output.name.lower() == ENDING:
             raise ValueError(f"{output} would be a folder: give the name of a folder, or of a GGUF file, NAME{ENDING}")
-    whole = isinstance(model, LoadedModel)
-    if mesh is not None and whole:
+    if mesh is not None and isinstance(model, LoadedModel):
         raise ValueError(
             f"a {model.config.model_type} model, whose family is not known here, is loaded whole on one device; given "
             f"{mesh.size}: leave devices out"
@@ -211,6 +205,33 @@ def open_pass(
     for plan in plans:
         for key, pattern in plan.patterns.items():
             check_cut(pattern, model.weight_shape(key), mesh)
+    return model, plans, budget, mesh
+
+
+def footprint_of(
+    model: Any, plans: list[Plan], windows: CalibrationWindows, budget: int | None, mesh: Mesh | None
+) -> Footprint:
+    """The memory and disk that a pass needs; a BudgetError if it is too much."""
+    if isinstance(model, LoadedModel):
+        return loaded_footprint(model, plans, windows.calibration, budget)
+    return choose_footprint(model, plans, *windows[:2], budget, spread=mesh is not None)
+
+
+@contextlib.contextmanager
+def open_pass(
+    source: ModelSource,
+    recipes: Sequence[tuple[PassRecipe, str | Path]],
+    observer: Observer,
+    memory: int | str | None,
+    devices: Devices,
+) -> Iterator[tuple[list[Plan], Identity, Pass | None]]:
+    """Check and decide everything before work, and lock the folders; arguments and errors are as for `prune_models`.
+
+    Yields:
+        The plans of all recipes, the identity of their runs, and the pass of the unfinished ones; None if all are
+        finished.
+    """
+    model, plans, budget, mesh = checked(source, recipes, memory, devices)
     identity, first = Identity(model), processes.is_first()
     # One process locks the folders for all.
     with claimed([plan.folder for plan in plans]) if first else contextlib.nullcontext():
@@ -233,7 +254,7 @@ def open_pass(
                 "recipes": [recipe_identity(plan.recipe) for plan in plans],
                 "calibration tokens": identity.tokens,
                 "model": [model.source.name, model.source.config],
-                "outputs": [str(output) for output in outputs],
+                "outputs": [str(plan.output) for plan in plans],
             }
         )
         finished = processes.told([is_finished(identity, plan) for plan in plans] if first else [])
@@ -242,11 +263,9 @@ def open_pass(
             yield plans, identity, None
             return
         unfinished = [plan for plan, _ in rest]
-        if whole:
-            footprint = loaded_footprint(model, unfinished, windows.calibration, budget)
+        footprint = footprint_of(model, unfinished, windows, budget, mesh)
+        if isinstance(model, LoadedModel):
             _ = model.module  # an error, if it cannot be loaded, before anything is written
-        else:
-            footprint = choose_footprint(model, unfinished, *windows[:2], budget, spread=mesh is not None)
         read = processes.told([progress_in(identity, plan).as_dict() for plan in unfinished] if first else [])
         branches = [Branch(model, *own, Progress.from_dict(each)) for own, each in zip(rest, read, strict=True)]
         work = Pass(model, branches, windows, footprint, samples, observer, mesh, drawing, BlockRunner())

@@ -62,8 +62,22 @@ def makes_models(
             process_id: options.ProcessId = None,
             log: options.Log = None,
             follow_links: options.FollowLinks = False,
+            dry_run: Annotated[
+                bool, options.machine_option("Show what the run would make and need, write nothing.", "--dry-run")
+            ] = False,
+            measure: Annotated[
+                bool,
+                options.machine_option(
+                    "With --dry-run: estimate the time too, from runs of the recipe on the first blocks.", "--measure"
+                ),
+            ] = False,
+            as_json: Annotated[
+                bool, options.machine_option("With --dry-run: print one JSON line and nothing else.", "--json")
+            ] = False,
             **given: Any,
         ) -> None:
+            if (measure or as_json) and not dry_run:
+                raise ValueError(f"--{'measure' if measure else 'json'} belongs to --dry-run: add it")
             check_tracker(log)
             chosen = options.number_of_devices(devices)
             with options.cooperating(distributed, coordinator, processes, process_id):
@@ -75,8 +89,12 @@ def makes_models(
                 names = ["-".join(named.format(name, getattr(each, name)) for name in varied) for each in recipes]
                 plans = [(each, output_named(output, name)) for each, name in zip(recipes, names, strict=True)]
                 opened = options.opened(source, follow_links)
-                for line in choice_lines(recipes[0], given):
-                    console.say(line)
+                if not as_json:
+                    for line in choice_lines(recipes[0], given):
+                        console.say(line)
+                if dry_run:
+                    show_plans(opened, plans, memory, chosen, measure=measure, as_json=as_json)
+                    return
                 code = run_pass(opened, plans, title(recipes), memory, chosen, log)
             if code:
                 raise typer.Exit(code)
@@ -145,6 +163,27 @@ def choice_lines(recipe: "PassRecipe", typed: Mapping[str, Any]) -> list[str]:
             "model will see does better, --calibration file:PATH or hf:OWNER/NAME"
         )
     return lines
+
+
+def show_plans(
+    opened: "Source",
+    plans: "Sequence[tuple[PassRecipe, Path]]",
+    memory: str | None,
+    devices: int | Literal["all"] | None,
+    *,
+    measure: bool,
+    as_json: bool,
+) -> None:
+    """Show what the runs would make and need, or print it as a JSON line each."""
+    from sparseopt.pruning import dry_run
+    from sparseopt.shell.show_pruning import show_dry_run
+
+    for recipe, output in plans:
+        found = dry_run(opened, output, recipe, memory=memory, devices=devices, measure=measure)
+        if as_json:
+            typer.echo(json.dumps(found.as_dict()))
+        else:
+            show_dry_run(found)
 
 
 def run_pass(

@@ -148,7 +148,8 @@ def calibration_lines(calibration: Calibration) -> list[str]:
     lines = [
         f"calibration on {given.windows} windows of {given.seqlen} tokens, {tokens:,} in all"
         + f", {given.variants} variants of each" * bool(given.variants)
-        + f", and {given.heldout_windows} held out; digest {given.digest}"
+        + f", and {given.heldout_windows} held out"
+        + f"; digest {given.digest}" * bool(given.digest)
     ]
     if given.why:
         lines.append(f"default --windows {given.windows}: {given.why}")

@@ -14,6 +14,7 @@ from sparseopt.pruning import (
     Recipe,
     ShrinkRecipe,
     Wanda,
+    dry_run,
     masks,
     pipeline,
     prune_layer,
@@ -21,7 +22,6 @@ from sparseopt.pruning import (
     prune_models,
     shrink_model,
 )
-from sparseopt.pruning.inspection import inspect_model
 from sparseopt.pruning.train.distillation import Distillation
 from sparseopt.pruning.train.reconstruction import Reconstruction
 from sparseopt.system.run_folder import FolderError
@@ -120,7 +120,7 @@ RECIPES = [
     ({"targets": {"q_proj": 0.6}, "pattern": "2:4"}, "'q_proj': pattern '2:4' has sparsity 0.5, which"),
     ({"targets": {"q_proj": 0.6}} | CURVES, "which allocation 'curves' is to choose: leave one of"),
 ]
-# What the tiny Llama cannot have; `inspect_model` says so too.
+# What the tiny Llama cannot have; a dry run says so too.
 MODEL = [
     ({"pattern": "block:32x8", "sparsity": 0.6}, r"layers.0.self_attn.k_proj: .*out=16, in=32\] leaves 16 outputs"),
     ({"pattern": "2:5"}, r"model.layers.0.self_attn.q_proj: .*divisible by 5"),
@@ -165,7 +165,7 @@ def test_a_recipe_that_cannot_be_is_refused_before_any_work(tmp_path, source, to
     assert not (tmp_path / "out").exists()
     if (fields, words) in MODEL:
         with pytest.raises(ValueError, match=f"(?m){words}"):
-            inspect_model(source, Recipe(**given))
+            dry_run(source, tmp_path / "out", Recipe(**given))
 
 
 SHRINKS = [

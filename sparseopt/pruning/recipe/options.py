@@ -36,7 +36,8 @@ _ENDED = {
     "block_score": "has ended: blocks are always removed by the loss; leave it out",
     "preset best": "is called `tuned` since 0.3",
     "latency": "has ended: `parameters` is the budget of a smaller model",
-    "gflops": "has ended: `sparseopt inspect --measure` measures the time of a run",
+    "device_memory": "has ended: `--dry-run --memory 80GiB` says whether a run fits",
+    "gflops": "has ended: `sparseopt prune --dry-run --measure` measures the time of a run",
 }
 
 
