@@ -45,7 +45,7 @@ class LayerKind:
     """Linear layers that are alike.
 
     Attributes:
-        name: name inside the block; `*` stands for the number of an expert.
+        name: name inside the block, as in the checkpoint; `*` stands for the number of an expert.
         shape: `(out, in)` in the model.
         becomes: `(out, in)` in the output.
         zeros: fraction of zeros that pruning makes; None if the layer is not pruned.
@@ -159,7 +159,7 @@ def _kept(plan: Plan) -> dict[str, tuple[int, int]]:
 
 
 def _layers(model: Any, plan: Plan) -> tuple[LayerKind, ...]:
-    kept, blocks = _kept(plan), dict[tuple[Any, ...], list[int]]()
+    kept, blocks = _kept(plan), dict[Any, list[int]]()
     for key in plan.target.linear_keys():
         found = _IN_BLOCK.fullmatch(key)
         assert found is not None
