@@ -85,12 +85,15 @@ RECIPES = [
     ),
     ({"bounds": 0.5} | CURVES, "bounds must be two fractions of zeros, .* given 0.5"),
     ({"bounds": (0.6, 0.3)} | CURVES, "0 <= low <= high < 1, as in .* given"),
-    ({"bounds": (0.3, 0.6), "allocation": "uniform"}, "allocation 'uniform' accepts no bounds"),
+    (
+        {"bounds": (0.3, 0.6), "allocation": "uniform"},
+        "allocation 'uniform' fixes .* which contradicts bounds",
+    ),
     ({"allocation": "even"}, "unknown allocation 'even'; known are uniform, curves"),
     ({"allocation": "owl"}, "allocation owl has ended: `curves` distributes the sparsity by measured losses"),
     (
         {"pattern": "2:4", "sparsity": 0.3, "bounds": (0.1, 0.5)} | CURVES,
-        "pattern '2:4' fixes the fraction of zeros .* contradicts bounds; leave them",
+        "pattern '2:4' fixes the fraction of zeros .* contradicts bounds: leave them",
     ),
     (
         {"pattern": "2:4", "sparsity": 0.5} | CURVES,
@@ -102,11 +105,11 @@ RECIPES = [
     ),
     (
         {"sparsity": 0.7, "bounds": (0.3, 0.6)} | CURVES,
-        "at most 0.6 in every layer .* 0.1 below the 0.7 .* raise",
+        "the bounds 0.3 and 0.6 cannot meet the total, a sparsity of 0.7; widen them",
     ),
     (
         {"sparsity": 0.5, "bounds": (0.6, 0.8)} | CURVES,
-        "at least 0.6 in every layer .* 0.1 above the 0.5 .* lower",
+        "the bounds 0.6 and 0.8 cannot meet the total, a sparsity of 0.5; widen them",
     ),
     ({"ignore": ["re:("]}, r"ignore: 're:\(' is not a regular expression: missing \)"),
     ({"targets": ["re:"]}, "targets must be names of layers, or expressions after 're:'.*given 're:'"),

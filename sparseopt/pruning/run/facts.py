@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sparseopt.models.base.errors import listed
-from sparseopt.pruning.base.records import LayerRecord, Score, ShapeRecord, mean, mean_errors, mean_grid_errors
+from sparseopt.pruning.base.records import LayerRecord, Score, ShapeRecord, mean, mean_errors
 from sparseopt.pruning.base.reports import PruneReport
 from sparseopt.pruning.run.output_form import is_file
 from sparseopt.pruning.text.documents import part_of_text
@@ -72,7 +72,7 @@ def _zeros(report: PruneReport) -> Fact:
 
 
 def _grids(report: PruneReport) -> Fact:
-    error, rounded = mean_grid_errors(report.grids)
+    error, rounded = report.errors["mean_grid_error"], report.errors["mean_rounded_error"]
     names = ", ".join(dict.fromkeys(record.bits for record in report.grids))
     zeros = sum(record.zeros for record in report.grids) / sum(record.size for record in report.grids)
     text = f"{len(report.grids)} linear layers in {names}, with {zeros:.2%} of the weights zero afterwards; "
