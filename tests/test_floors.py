@@ -76,11 +76,11 @@ HOUSE = {
     "pruning/recipe": ["allocation effort options targets", "pass_recipe", "prune_recipe shrink_recipe"],
     "pruning/run": [
         "layer_patterns output_form",
-        "facts permutation plan",
+        "facts measured permutation plan",
         "calibration card rounding",
         "resumption variants",
         "block drawn",
-        "shared_pass",
+        "folder_pass",
     ],
     "pruning/measure": ["block_removal survey", "mixing"],
     "pruning/modules": [

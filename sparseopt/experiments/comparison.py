@@ -48,7 +48,7 @@ COSTS = (
         "of the solver, and of the whole pass with compilation and forward passes, which cells of the same tokens "
         "share",
     ),
-    Fact("peak memory", "of the process in that pass; outside Linux, in that pass and the earlier ones"),
+    Fact("peak memory", "of the process in that run; outside Linux, in that run and the earlier ones"),
 )
 
 

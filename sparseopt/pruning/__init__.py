@@ -24,7 +24,7 @@ from sparseopt.pruning.evaluate.perplexity import perplexity
 from sparseopt.pruning.memory import BudgetError
 from sparseopt.pruning.modules.masks import masks
 from sparseopt.pruning.modules.module_report import ModuleReport
-from sparseopt.pruning.pipeline import prune_model, prune_models, shrink_model
+from sparseopt.pruning.pipeline import prune_model, shrink_model
 from sparseopt.pruning.prune_module import prune_module
 from sparseopt.pruning.recipe.prune_recipe import Recipe
 from sparseopt.pruning.recipe.shrink_recipe import ShrinkRecipe
@@ -71,7 +71,6 @@ __all__ = [
     "perplexity",
     "prune_layer",
     "prune_model",
-    "prune_models",
     "prune_module",
     "shrink_model",
     "solve_layer",
@@ -86,10 +85,13 @@ def __dir__() -> list[str]:
 
 
 # Names that have ended, and what to use instead.
-_ENDED = {"inspect_model": "dry_run(source, output, recipe)"}
+_ENDED = {
+    "inspect_model": "so.pruning.dry_run(source, output, recipe)",
+    "prune_models": "a loop over prune_model, which measures the dense model once",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in _ENDED:
-        raise AttributeError(f"sparseopt.pruning.{name} has ended: use so.pruning.{_ENDED[name]}")
+        raise AttributeError(f"sparseopt.pruning.{name} has ended: use {_ENDED[name]}")
     raise AttributeError(f"module 'sparseopt.pruning' has no attribute {name!r}; it has {', '.join(__all__)}")

@@ -26,7 +26,6 @@ from sparseopt.pruning.recipe.targets import Targets, shares_in
 from sparseopt.pruning.run.calibration import (
     CalibrationWindows,
     calibration_windows,
-    default_windows,
     describe_calibration,
     samples_to_score,
     with_windows,
@@ -35,6 +34,7 @@ from sparseopt.pruning.run.drawn import check_memory
 from sparseopt.pruning.run.layer_patterns import layer_shares
 from sparseopt.pruning.run.output_form import output_of
 from sparseopt.pruning.run.plan import Plan
+from sparseopt.pruning.text.windows import default_windows
 
 # The number of a block and the name inside it, in the key of a layer's weight; and the number of an expert.
 _IN_BLOCK, _EXPERT = re.compile(r".*?\.(\d+)\.(.+)\.weight"), re.compile(r"(?<=\.)\d+(?=\.)")
@@ -118,7 +118,7 @@ def dry_run(
         ValueError: as the run does before any work; with `measure`, also if its time cannot be measured.
     """
     recipe = recipe or Recipe()
-    model, (plan,), budget, mesh = checked(source, [(recipe, output)], memory, devices)
+    model, plan, budget, mesh = checked(source, output, recipe, memory, devices)
     if recipe.draws:
         # As many tokens as the run would draw.
         count = recipe.windows or default_windows(model, recipe.seqlen)
@@ -126,9 +126,9 @@ def dry_run(
         windows = CalibrationWindows(ids[:count], ids[count:], ids[:0], None)
     else:
         windows = calibration_windows(model, recipe)
-    (plan,) = with_windows([plan], len(windows.calibration))
+    plan = with_windows(plan, len(windows.calibration))
     samples_to_score(model, plan.recipe, windows.calibration.shape[1])
-    (calibration,) = describe_calibration(model, [plan], windows)
+    calibration = describe_calibration(model, plan, windows, recipe.windows is not None)
     if recipe.draws:
         check_memory(model, plan.recipe, budget)
         calibration = replace(calibration, digest="")
@@ -147,7 +147,7 @@ def dry_run(
         parameters=parameters_of(model),
         kept_parameters=None if plan.recipe.get("parameters") else parameters_of(plan.target),
         calibration=calibration,
-        footprint=footprint_of(model, [plan], windows, budget, mesh),
+        footprint=footprint_of(model, plan, windows, budget, mesh),
         seconds=measured_seconds(model, plan.recipe) if measure else None,
     )
 

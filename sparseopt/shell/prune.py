@@ -39,7 +39,7 @@ def makes_models(
 
     Args:
         recipe: the name of its kind of recipe.
-        several: options that take several numbers; every combination is made in the same pass.
+        several: options that take several numbers; every combination is made by the same command.
         example: of such numbers.
         folders: says where the models of several combinations lie.
     """
@@ -100,7 +100,7 @@ def makes_models(
                 raise typer.Exit(code)
 
         command.__name__, command.__doc__ = title.__name__, title.__doc__
-        lists = dict.fromkeys(several, f"Several, as in {example}, share one pass.")
+        lists = dict.fromkeys(several, f"Several, as in {example}, make a model each.")
         return options.takes_recipe(recipe, lists=lists)(command)
 
     return made
@@ -194,12 +194,12 @@ def run_pass(
     devices: int | Literal["all"] | None,
     log: str | None,
 ) -> int:
-    """Make the models of one pass, each into its output, and show and log its progress and their figures.
+    """Make the models of one command, each into its output, and show and log their progress and figures.
 
     Returns:
         The exit status: 0, or `RESUMABLE` after SIGTERM.
     """
-    from sparseopt.pruning import Stopped, prune_models
+    from sparseopt.pruning import Stopped, prune_model
     from sparseopt.pruning.run.output_form import run_folder_of
     from sparseopt.shell.prune_progress import PruneProgress
     from sparseopt.shell.show_pruning import show_report
@@ -207,32 +207,35 @@ def run_pass(
 
     console.stop.words = functools.partial(kept, [run_folder_of(output.expanduser()) for _, output in plans])
     slow = plans[0][0].effort in ("good", "most")
-    with Tracked(log if is_first() else None, title, parameters(opened.name, plans)) as tracked:
-        try:
-            with stop_asked() as stop, PruneProgress(title, faster=slow) as progress:
+    with Tracked(log if is_first() else None, title, parameters(opened.name, plans)) as tracked, stop_asked() as stop:
+        for recipe, output in plans:
+            name = f"{title}, {output.name}" if len(plans) > 1 else title
+            try:
+                with PruneProgress(name, faster=slow) as progress:
 
-                def observe(*event: Any) -> None:
-                    progress(*event)
-                    tracked(*event)
+                    def observe(*event: Any, progress: PruneProgress = progress) -> None:
+                        progress(*event)
+                        tracked(*event)
 
-                reports = prune_models(opened, plans, observer=observe, stop=stop, memory=memory, devices=devices)
-        except Stopped as stopped:
-            if is_first():
-                console.say(f"\n{stopped}", console.errors)
-            return RESUMABLE
-        for report in reports:
+                    report = prune_model(
+                        opened, output, recipe, observer=observe, stop=stop, memory=memory, devices=devices
+                    )
+            except Stopped as stopped:
+                if is_first():
+                    console.say(f"\n{stopped}", console.errors)
+                return RESUMABLE
             page, summary = show_report(report), report.summary()
             figures = {name: summary[name] for name in LOGGED}
             for number, score in enumerate(report.scores, 1):
                 figures |= {f"perplexity_{number}_before": score.before, f"perplexity_{number}_after": score.after}
-            prefix = f"{report.output.name}/" if len(reports) > 1 else ""
+            prefix = f"{report.output.name}/" if len(plans) > 1 else ""
             tracked.log({prefix + name: value for name, value in figures.items()})
             tracked.keep(page)
     return 0
 
 
 def parameters(source: str, plans: "Sequence[tuple[PassRecipe, Path]]") -> dict[str, Any]:
-    """What a pass is logged with: the source, and the fields of its recipes; a list where they differ."""
+    """What a command is logged with: the source, and the fields of its recipes; a list where they differ."""
     fields = [{"source": source} | recipe.model_dump(mode="json", exclude_none=True) for recipe, _ in plans]
     return {
         name: value if all(each.get(name) == value for each in fields) else [each.get(name) for each in fields]

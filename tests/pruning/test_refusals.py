@@ -19,7 +19,6 @@ from sparseopt.pruning import (
     pipeline,
     prune_layer,
     prune_model,
-    prune_models,
     shrink_model,
 )
 from sparseopt.pruning.train.distillation import Distillation
@@ -213,27 +212,6 @@ def test_sizes_that_cannot_be_are_refused_before_any_work(tmp_path, source, toke
     assert not (tmp_path / "out").exists()
 
 
-PASSES = [
-    ({"windows": 7}, "these differ in windows"),
-    ({"bos": "no", "calibration": np.ones((4, 4), np.int32)}, "these differ in bos, calibration"),
-    ({"window_choice": "random", "seed": 1} | PYDOC, "window_choice, seed, calibration"),
-    (PYDOC, "these differ in calibration"),
-    ({"precision": "high"}, r"must share their calibration tokens, .*differ in precision"),
-    ({}, "its own output folder"),
-]
-
-
-@pytest.mark.parametrize(("changes", "words"), PASSES)
-def test_recipes_that_cannot_share_a_pass_are_refused(tmp_path, source, tokens, changes, words):
-    recipe = Recipe(method="wanda", calibration=tokens, heldout_windows=0)
-    other = tmp_path / "b" if changes else tmp_path / "b" / ".." / "a"
-    with pytest.raises(ValueError, match=words):
-        prune_models(source, [(recipe, tmp_path / "a"), (recipe.model_copy(update=changes), other)])
-    with pytest.raises(ValueError, match="give at least one recipe"):
-        prune_models(source, [])
-    assert not (tmp_path / "a").exists()
-
-
 LAYERS = [
     ({"output_weights": np.ones(3)}, r"output_weights must be \[out\] = \[48\], given \[3\]"),
     ({"output_weights": np.zeros(48)}, "output_weights must be above 0, the smallest given is 0"),
@@ -339,7 +317,7 @@ def test_a_model_that_is_loaded_whole_refuses_what_is_for_known_families(tmp_pat
         (ShrinkRecipe(calibration=tokens, channels=0.5, multiple=8), "smaller models are made of known families"),
     ):
         with pytest.raises(ValueError, match=words):
-            prune_models("any", [(recipe, tmp_path / "out")])
+            prune_model("any", tmp_path / "out", recipe)
     monkeypatch.setattr(pipeline, "device_line", lambda _: SimpleNamespace(size=2))
     with pytest.raises(ValueError, match=r"a foreign model.*is loaded whole on one device; given 2: leave devices out"):
         prune_model("any", tmp_path / "out", devices=2)

@@ -218,7 +218,7 @@ class ShapeRecord(_Record):
         parameters: number in the smaller model.
         dense_parameters: number in the dense model.
         dense_bytes: size of the dense model's tensors, in the source's dtypes.
-        seconds: wall-clock time of choosing the sizes of all models of the pass.
+        seconds: wall-clock time of choosing the sizes.
         curves: if a budget chose the sizes, the measured increases of the loss per token: "channels", "heads" and
             "blocks" with pairs (what stays, rise); None otherwise.
     """
@@ -268,7 +268,7 @@ class Footprint:
         memory_parts: bytes by content, in the phase of the peak.
         phase: the phase of the peak.
         budget_bytes: the given budget; None for the machine's available memory.
-        output_bytes: dense size of all output folders.
+        output_bytes: dense size of the output.
         scratch_bytes: largest size of activations on disk, gone when the run ends.
     """
 
@@ -335,7 +335,7 @@ class Replay:
 
 @dataclass(frozen=True)
 class Passed:
-    """A block that all runs of the pass have finished; its stored weights are on disk.
+    """A block that the run has finished; its stored weights are on disk.
 
     Attributes:
         block: its index in the dense model.

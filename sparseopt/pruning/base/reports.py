@@ -38,14 +38,13 @@ class PruneReport:
         grids: one record for each layer that was rounded to a grid of few bits.
         in_floats: the weights of linear layers that stay in floats though bits were asked for.
         prunable_size: number of weights in all linear layers of the model's blocks, including layers that stay dense.
-        plans: number of recipes that shared the pass over the blocks.
         bos: the token id before every window; None for none.
         solver_seconds: time of all layer solves. This and the phases below exclude compilation.
         reconstruction_seconds: time of all reconstructions.
         survey_seconds: time of the measurements on the dense model before the pass.
         compile_seconds: time of compiling the programs of the pass.
         layer_compilations: programs compiled for layer solves; at most the number of distinct shapes.
-        calibration_seconds: time of all forward passes and Grams, including the other recipes of the pass.
+        calibration_seconds: time of all forward passes and Grams.
         seconds: time of the whole run.
         peak_memory_bytes: largest resident set of the process during the run, or since its start if not known.
         calibration: the tokens that the run used.
@@ -75,7 +74,6 @@ class PruneReport:
     blocks: list[BlockRecord] = field(repr=False)
     grids: list[GridRecord] = field(repr=False)
     prunable_size: int
-    plans: int
     bos: int | None
     solver_seconds: float
     reconstruction_seconds: float
