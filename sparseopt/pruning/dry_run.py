@@ -8,6 +8,7 @@ import math
 import re
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from sparseopt.pruning.run.plan import Plan
 from sparseopt.pruning.text.windows import default_windows
 
 # The number of a block and the name inside it, in the key of a layer's weight; and the number of an expert.
-_IN_BLOCK, _EXPERT = re.compile(r".*?\.(\d+)\.(.+)\.weight"), re.compile(r"(?<=\.)\d+(?=\.)")
+_IN_BLOCK, _EXPERT = re.compile(r"(?:.*?\.)?(\d+)\.(.+)\.weight"), re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -132,16 +133,18 @@ def dry_run(
     if recipe.draws:
         check_memory(model, plan.recipe, budget)
         calibration = replace(calibration, digest="")
-    zeros = sum(size - kept for size, kept in _kept(plan).values())
-    if isinstance(plan.recipe, Recipe) and plan.recipe.chooses_linears:
+    kept = _kept(plan)
+    if plan.recipe.chooses_linears:
         # As many layers have the pattern as the sparsity needs.
-        zeros = round(plan.recipe.sparsity * sum(size for size, _ in _kept(plan).values()))
+        zeros = round(plan.recipe.get("sparsity") * sum(size for size, _ in kept.values()))
+    else:
+        zeros = sum(size - stay for size, stay in kept.values())
     return DryRun(
         source=model.source.name,
         revision=model.source.revision,
         output=str(plan.output),
         recipe=plan.recipe.as_dict(),
-        layers=_layers(model, plan),
+        layers=_layers(model, plan, kept),
         weights=sum(math.prod(model.weight_shape(key)) for key in model.linear_keys()),
         zeros=zeros,
         parameters=parameters_of(model),
@@ -158,8 +161,8 @@ def _kept(plan: Plan) -> dict[str, tuple[int, int]]:
     return {key: (math.prod(shape), pattern_count(plan.patterns[key], shape)) for key, shape in shapes.items()}
 
 
-def _layers(model: Any, plan: Plan) -> tuple[LayerKind, ...]:
-    kept, blocks = _kept(plan), dict[Any, list[int]]()
+def _layers(model: Any, plan: Plan, kept: Mapping[str, tuple[int, int]]) -> tuple[LayerKind, ...]:
+    blocks = dict[Any, list[int]]()
     for key in plan.target.linear_keys():
         found = _IN_BLOCK.fullmatch(key)
         assert found is not None

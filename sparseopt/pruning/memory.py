@@ -15,8 +15,7 @@ decides; it cannot be swapped, so too little is an error.
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -70,27 +69,16 @@ class BudgetError(ValueError):
     """Raised if a run does not fit in memory or on disk; the message says what needs the space and how to need less."""
 
 
-@dataclass(frozen=True)
-class BlockSizes:
-    """One kind of block. Layers are `(out, in, share)`; the share is the fraction of the tokens that reach the layer.
-
-    Attributes:
-        count: number of such blocks.
-        parameters: of one block.
-        stored: bytes of one block in the source's dtypes.
-        linears: all linear layers; `share` is below 1 for experts.
-        solved: the layers that are pruned; for a smaller model, all that may have to be.
-        gram_bytes: of one set of Grams.
-        widths: numbers per token in the inputs and outputs of all linear layers.
-    """
+class BlockSizes(NamedTuple):
+    """One kind of block; layers are `(out, in, share)` with the fraction of the tokens that reach the layer."""
 
     count: int
-    parameters: int
-    stored: int
-    linears: tuple[tuple[int, int, float], ...]
-    solved: tuple[tuple[int, int, float], ...]
-    gram_bytes: int
-    widths: float
+    parameters: int  # of one block
+    stored: int  # bytes of one block in the source's dtypes
+    linears: tuple[tuple[int, int, float], ...]  # `share` is below 1 for experts
+    solved: tuple[tuple[int, int, float], ...]  # that are pruned; for a smaller model, all that may have to be
+    gram_bytes: int  # of one set of Grams
+    widths: float  # numbers per token in the inputs and outputs of all linear layers
 
 
 def block_sizes(model: StreamedModel, recipe: PassRecipe) -> list[BlockSizes]:
