@@ -170,7 +170,10 @@ def _layers(model: Any, plan: Plan, kept: Mapping[str, tuple[int, int]]) -> tupl
         bits = plan.form.bits[key].name if key in plan.form.bits else None
         shapes = model.weight_shape(key), plan.target.weight_shape(key)
         blocks.setdefault((_EXPERT.sub("*", found[2]), *shapes, zeros, bits), []).append(int(found[1]))
-    return tuple(LayerKind(*kind, tuple(dict.fromkeys(each)), len(each)) for kind, each in blocks.items())
+    return tuple(
+        LayerKind(name, shape, becomes, zeros, bits, tuple(dict.fromkeys(each)), len(each))
+        for (name, shape, becomes, zeros, bits), each in blocks.items()
+    )
 
 
 def measured_seconds(model: Any, recipe: PassRecipe) -> float:

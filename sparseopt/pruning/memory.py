@@ -72,7 +72,7 @@ class BudgetError(ValueError):
 class BlockSizes(NamedTuple):
     """One kind of block; layers are `(out, in, share)` with the fraction of the tokens that reach the layer."""
 
-    count: int
+    blocks: int  # number of such blocks
     parameters: int  # of one block
     stored: int  # bytes of one block in the source's dtypes
     linears: tuple[tuple[int, int, float], ...]  # `share` is below 1 for experts
@@ -108,7 +108,7 @@ def block_sizes(model: StreamedModel, recipe: PassRecipe) -> list[BlockSizes]:
             grams[EXPERTS_INPUT if shared else tap] = inputs
         found.append(
             BlockSizes(
-                count=1 + len(others),
+                blocks=1 + len(others),
                 parameters=sum(math.prod(info.shape) for info in infos),
                 stored=sum(map(_nbytes, infos)),
                 linears=tuple(linears.values()),
@@ -213,12 +213,12 @@ def phase_bytes(
     if recipe.distillation is not None:
         # As if nothing were removed: the smaller model is not known yet.
         tokens = min(recipe.distillation.windows, recipe.window_count) * recipe.seqlen
-        held = distillation_bytes(config, sum(b.count * b.parameters for b in blocks), block.parameters, tokens)
+        held = distillation_bytes(config, sum(b.blocks * b.parameters for b in blocks), block.parameters, tokens)
         seen = tokens * pairs // recipe.seqlen + int(3 * FLOAT32 * tokens * block.widths)
         held["activations of a step"] += 2 * stream + seen
         if isinstance(recipe, Recipe):
             # A byte for each weight; those of experts also stacked.
-            held["masks"] = sum(b.count * o * i * (1 + (share < 1)) for b in blocks for o, i, share in b.linears)
+            held["masks"] = sum(b.blocks * o * i * (1 + (share < 1)) for b in blocks for o, i, share in b.linears)
         # Its own programs come on top, and compiling them while all this is held.
         phases["distillation"] = running | {"compiled programs": running["compiled programs"] + 2 * PROGRAMS} | held
     for held in phases.values():

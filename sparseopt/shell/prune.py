@@ -93,7 +93,11 @@ def makes_models(
                     for line in choice_lines(recipes[0], given):
                         console.say(line)
                 if dry_run:
-                    show_plans(opened, plans, memory, chosen, measure=measure, as_json=as_json)
+                    from sparseopt.shell.show_pruning import show_dry_run
+
+                    for each, place in plans:
+                        plan = pruning.dry_run(opened, place, each, memory=memory, devices=chosen, measure=measure)
+                        show_dry_run(plan, as_json)
                     return
                 code = run_pass(opened, plans, title(recipes), memory, chosen, log)
             if code:
@@ -163,27 +167,6 @@ def choice_lines(recipe: "PassRecipe", typed: Mapping[str, Any]) -> list[str]:
             "model will see does better, --calibration file:PATH or hf:OWNER/NAME"
         )
     return lines
-
-
-def show_plans(
-    opened: "Source",
-    plans: "Sequence[tuple[PassRecipe, Path]]",
-    memory: str | None,
-    devices: int | Literal["all"] | None,
-    *,
-    measure: bool,
-    as_json: bool,
-) -> None:
-    """Show what the runs would make and need, or print it as a JSON line each."""
-    from sparseopt.pruning import dry_run
-    from sparseopt.shell.show_pruning import show_dry_run
-
-    for recipe, output in plans:
-        found = dry_run(opened, output, recipe, memory=memory, devices=devices, measure=measure)
-        if as_json:
-            typer.echo(json.dumps(found.as_dict()))
-        else:
-            show_dry_run(found)
 
 
 def run_pass(

@@ -1,7 +1,10 @@
 """What a run that prunes or shrinks shows before work, of a dry run, and when it is finished."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+
+import typer
 
 from sparseopt.pruning.base.reports import PruneReport
 from sparseopt.pruning.dry_run import DryRun
@@ -33,20 +36,22 @@ def show_report(report: PruneReport) -> Path:
     return page
 
 
-def show_dry_run(found: DryRun) -> None:
+def show_dry_run(found: DryRun, as_json: bool) -> None:
     """Print what a run would make and need."""
+    if as_json:
+        typer.echo(json.dumps(found.as_dict()))
+        return
     revision = f", commit {found.revision}" if found.revision else ""
     say(f"{found.source}{revision}: {found.parameters:,} parameters, {found.weights:,} in linear layers of the blocks")
-    columns: dict[str, list[str]] = {"layer": [], "blocks": [], "shape": [], "becomes": [], "count": [], "zeros": []}
-    columns["bits"] = []
+    rows = [("layer", "blocks", "shape", "becomes", "count", "zeros", "bits")]
     for kind in found.layers:
         shape, becomes = (f"{outputs}x{inputs}" for outputs, inputs in (kind.shape, kind.becomes))
         zeros = "" if kind.zeros is None else f"{kind.zeros:.4f}"
-        cells = (kind.name, ranges(kind.blocks), shape, becomes * (becomes != shape), f"{kind.count:,}", zeros)
-        for column, value in zip(columns.values(), (*cells, kind.bits or ""), strict=True):
-            column.append(value)
-    shown = {heading: cells for heading, cells in columns.items() if any(cells)}
-    console.print(comparison_table("Linear layers", list(shown), list(zip(*shown.values(), strict=True))))
+        cells = (kind.name, ranges(kind.blocks), shape, becomes * (becomes != shape))
+        rows.append((*cells, f"{kind.count:,}", zeros, kind.bits or ""))
+    # Without the columns that say nothing.
+    headings, *shown = zip(*(column for column in zip(*rows, strict=True) if any(column[1:])), strict=True)
+    console.print(comparison_table("Linear layers", headings, shown))
     for line in (*_made(found), *calibration_lines(found.calibration), *footprint_lines(found.footprint)):
         say(line)
     if found.seconds is not None:
