@@ -99,7 +99,7 @@ def makes_models(
                         plan = pruning.dry_run(opened, place, each, memory=memory, devices=chosen, measure=measure)
                         show_dry_run(plan, as_json)
                     return
-                code = run_pass(opened, plans, title(recipes), memory, chosen, log)
+                code = run_pass(opened, plans, title, memory, chosen, log)
             if code:
                 raise typer.Exit(code)
 
@@ -172,7 +172,7 @@ def choice_lines(recipe: "PassRecipe", typed: Mapping[str, Any]) -> list[str]:
 def run_pass(
     opened: "Source",
     plans: "Sequence[tuple[PassRecipe, Path]]",
-    title: str,
+    title: Callable[..., str],
     memory: str | None,
     devices: int | Literal["all"] | None,
     log: str | None,
@@ -189,10 +189,12 @@ def run_pass(
     from sparseopt.system.processes import is_first
 
     console.stop.words = functools.partial(kept, [run_folder_of(output.expanduser()) for _, output in plans])
-    slow = plans[0][0].effort in ("good", "most")
-    with Tracked(log if is_first() else None, title, parameters(opened.name, plans)) as tracked, stop_asked() as stop:
+    slow, whole = plans[0][0].effort in ("good", "most"), title([recipe for recipe, _ in plans])
+    with Tracked(log if is_first() else None, whole, parameters(opened.name, plans)) as tracked, stop_asked() as stop:
         for recipe, output in plans:
-            name = f"{title}, {output.name}" if len(plans) > 1 else title
+            name = title([recipe])
+            if len(plans) > 1 and name == whole:
+                name = f"{name} {output.name}"
             try:
                 with PruneProgress(name, faster=slow) as progress:
 

@@ -8,8 +8,7 @@ import dataclasses
 import itertools
 import json
 import re
-from collections import Counter
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -516,16 +515,21 @@ ALIKE = [name for name, case in CASES.items() if case.model == "llama"]
 )
 def test_runs_that_measure_the_dense_model_once_give_what_each_gives_alone(tmp_path, whole, names):
     """Bit for bit, recipes and sizes of all kinds one after the other."""
-    done, told = [whole(name) for name in names], []
+    done, stages = [whole(name) for name in (*names, "trained")], []
+
+    def heard(told, event, *_):
+        told.append(event)
+
     forget()
-    for name, each in zip(names, done, strict=True):
-        report = prune_model(each.source, tmp_path / name, each.recipe, observer=lambda *event: told.append(event))
+    for number, each in enumerate(done):
+        name, told = each.case, []
+        report = prune_model(each.source, tmp_path / f"{number}", each.recipe, observer=partial(heard, told))
+        stages.append({event.partition(",")[0] for event in told if isinstance(event, str)})
         assert report.calibration == each.report.calibration, name
         assert (report.shape is None) == (each.report.shape is None), name
         assert model_bytes(report.output) == model_bytes(each.folder), name
         assert [(r.layer, r.relative_error, r.heldout_error) for r in report.layers] == [
             (r.layer, r.relative_error, r.heldout_error) for r in each.report.layers
         ], name
-    # Each number of variants is drawn once, and the sensitivities are those of the first.
-    counts = Counter(event for event, number, _ in told if isinstance(event, str) and number == 1)
-    print(counts)
+    assert {"survey", "variants"} <= set().union(*stages[:-1])
+    assert {"survey", "variants"}.isdisjoint(stages[-1])

@@ -1,5 +1,6 @@
 """Which whole blocks go: against the losses of models written without them, and what lazy removal leaves out."""
 
+import itertools
 from types import SimpleNamespace
 
 import jax
@@ -20,7 +21,7 @@ from sparseopt.pruning.text.windows import begin_windows
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 from tests.pruning.whole_runs import predicted, without
 
-BLOCKS, BOS = 5, 1
+BLOCKS, BOS, TRIALS = 5, 1, itertools.count()
 # What the linears that write into the stream are multiplied with, block by block: they differ in what they do.
 SIZES = (1.0, 0.3, 0.0, 0.6, 0.8)
 
@@ -52,7 +53,7 @@ def windows(model, tokens):
 def order(model, windows, count, told=lambda *_: None, *, kind=None, **settings):
     # A key of its own, so that each measures again.
     work = SimpleNamespace(model=model, windows=windows, runner=BlockRunner(), observer=told, batches=kind or Batches())
-    work.key = lambda *_: {"trial": id(work)}
+    work.key = lambda *_: {"trial": next(TRIALS)}
     trial = trial_of(work, windows.calibration)
     return removal_order(trial, count, **settings)
 
