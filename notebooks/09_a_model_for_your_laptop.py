@@ -139,7 +139,7 @@ _ = axis.set(xlabel="megabytes", ylabel="perplexity", title="Files of one model"
 
 # %% [markdown]
 # Zeros do not make the file smaller: a zero takes four bits like any value. They are worth their cost if a program skips
-# or packs them, see "Where zeros run" in the guides.
+# them, see "Where zeros run" in the guides.
 #
 # ## Run it
 #

@@ -56,7 +56,7 @@ HOUSE = {
     "models/files": [
         "folder",
         "safetensors",
-        "compressed gguf/* packed",
+        "compressed gguf/*",
         "hub",
         "source",
         "gguf/vocabulary memory",

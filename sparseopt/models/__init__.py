@@ -3,6 +3,8 @@
 From the lowest: `base`, `files`, `decoder`, `families`, `streaming`, `reshape`, then `export` and `loaded`.
 """
 
+from typing import Any
+
 from sparseopt.models.base.errors import ModelError
 from sparseopt.models.base.rope import Rope
 from sparseopt.models.decoder.cached_decoding import generate
@@ -17,13 +19,11 @@ from sparseopt.models.export import (
     ShardedWriter,
     block_tag,
     check_output,
-    pack_folder,
     trained_tag,
-    unpack_folder,
     unread,
 )
 from sparseopt.models.families import FAMILIES, find_family
-from sparseopt.models.files.forms import Compressed, Form, Joined, Packed
+from sparseopt.models.files.forms import Compressed, Form, Joined
 from sparseopt.models.files.safetensors import TensorInfo, UnreadTensor
 from sparseopt.models.files.source import Source, bundled_model, open_source
 from sparseopt.models.loaded import LoadedModel, open_any
@@ -53,7 +53,6 @@ __all__ = [
     "ModelError",
     "ModelSource",
     "Move",
-    "Packed",
     "PrunableModel",
     "Rope",
     "Routed",
@@ -77,7 +76,6 @@ __all__ = [
     "open_any",
     "open_model",
     "open_source",
-    "pack_folder",
     "possible_kv_heads",
     "reordered_block",
     "sizes_of",
@@ -86,10 +84,20 @@ __all__ = [
     "source_of",
     "start_token",
     "trained_tag",
-    "unpack_folder",
     "unread",
 ]
 
 
+# Names that have ended, and what to use instead.
+_PACKED = "write a GGUF file (Joined) or layers of few bits (Compressed)"
+_ENDED = {"Packed": _PACKED, "pack_folder": _PACKED, "unpack_folder": "unpack with sparseopt 0.3"}
+
+
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ENDED:
+        raise AttributeError(f"sparseopt.models.{name} has ended: {_ENDED[name]}")
+    raise AttributeError(f"module 'sparseopt.models' has no attribute {name!r}; it has {', '.join(__all__)}")

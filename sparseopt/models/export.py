@@ -17,14 +17,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from sparseopt.core.base.types import Observer
 from sparseopt.models.base.errors import ModelError, listed
-from sparseopt.models.files.compressed import CompressedTensor
-from sparseopt.models.files.forms import Form, Joined, Packed, Readable
-from sparseopt.models.files.packed import PACKED_INDEX, is_packed
+from sparseopt.models.files.forms import Form, Joined, Readable
 from sparseopt.models.files.safetensors import WRITABLE, TensorInfo, UnreadTensor
-from sparseopt.models.files.source import FolderSource, Source
-from sparseopt.models.streaming.streamed import is_known, open_model
+from sparseopt.models.files.source import Source
 from sparseopt.system.files import replacing
 
 #: The tag of the shard with all tensors outside the blocks.
@@ -115,7 +111,7 @@ class ShardedWriter:
 
     @property
     def dense_bytes(self) -> int:
-        """Size of all tensors written so far, without packing."""
+        """Size of all tensors written so far, in the dtypes written."""
         return sum(map(self._nbytes, self._places))
 
     @property
@@ -134,7 +130,7 @@ class ShardedWriter:
         """Write one shard and return its file name. The shard is then safe on disk.
 
         The tag names the shard: letters, digits and hyphens, new to this writer. Tensors are given by checkpoint name,
-        in any float dtype; an `UnreadTensor` is read when it is written, unless packed. `instead` is the tag of a
+        in any float dtype; an `UnreadTensor` is read when it is written. `instead` is the tag of a
         finished shard with the same tensors, which this one replaces; its file stays until `finish`.
 
         Raises:
@@ -197,9 +193,8 @@ class ShardedWriter:
         return self._form.config(config, [key.removesuffix(".weight") for key in matrices if key.endswith(".weight")])
 
     def _index(self) -> dict[str, Any]:
-        metadata = {"total_size": self.stored_bytes, **self._form.index(self.dense_bytes)}
         places = {key: name for name in self._stored for key in self._form.indexed(self.output / name)}
-        return {"metadata": metadata, "weight_map": dict(sorted(places.items()))}
+        return {"metadata": {"total_size": self.stored_bytes}, "weight_map": dict(sorted(places.items()))}
 
     def _put_content(self, name: str, content: bytes) -> None:
         self._put(name, len(content), lambda file: file.write_bytes(content))
@@ -276,72 +271,3 @@ def _writable(dtype: Any) -> np.dtype:
 
 def _to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def pack_folder(source: str | Path, output: str | Path, *, observer: Observer | None = None) -> ShardedWriter:
-    """Rewrite a dense model folder with tensors packed if that makes them smaller, see `packed`.
-
-    Args:
-        source: a Hugging Face folder of a pruned model, with safetensors.
-        output: a new or empty folder.
-        observer: called with ("shards", shards done, shards in all).
-
-    Returns:
-        The finished writer, with the folder and the bytes of its tensors.
-
-    Raises:
-        ModelError: before any work, if the source is not a dense folder or the output cannot be used.
-        DiskError: later, if writing fails.
-    """
-    return _rewrite(source, output, pack=True, observer=observer)
-
-
-def unpack_folder(source: str | Path, output: str | Path, *, observer: Observer | None = None) -> ShardedWriter:
-    """Rewrite a packed model folder as a dense one that transformers loads; the reverse of `pack_folder`.
-
-    Its tensors are identical to those of the original model. Other files of the folder are copied, except files of a
-    pruning run, hidden files and folders.
-
-    Raises:
-        ModelError: before any work, if the source is not packed or corrupt or the output cannot be used; later if
-            a shard turns out to be corrupt.
-        DiskError: later, if writing fails.
-    """
-    return _rewrite(source, output, pack=False, observer=observer)
-
-
-def _rewrite(source: str | Path, output: str | Path, *, pack: bool, observer: Observer | None) -> ShardedWriter:
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
-        raise ModelError(f"there is no folder {folder}; give the folder of a pruned model on this machine")
-    if pack and is_packed(folder):
-        raise ModelError(f"{folder} is packed already; copy it, or unpack it with `sparseopt unpack`")
-    if not pack and not is_packed(folder):
-        raise ModelError(f"{folder} is not packed: it has no {PACKED_INDEX}; a dense folder needs no unpacking")
-    opened = FolderSource(folder)
-    if any(isinstance(tensor, CompressedTensor) for tensor in opened.tensors.values()):
-        raise ModelError(f"{folder} is stored in few bits, which packing would undo; copy it")
-    check_output(opened, Path(output))
-    # The shards are cut as in pruning, not as in the folder: memory holds one block at a time.
-    shards = _shards(opened)
-    keys = [key for each in shards.values() for key in each]
-    writer = ShardedWriter(output, opened, form=Packed() if pack else Form(), keys=keys)
-    for done, (tag, own) in enumerate(shards.items(), 1):
-        writer.write(tag, unread(opened, own))
-        if observer:
-            observer("shards", done, len(shards))
-    writer.finish()
-    return writer
-
-
-def _shards(source: Source) -> dict[str, list[str]]:
-    """The names of the tensors outside the blocks and of each block, by the tag of their shard."""
-    if is_known(source):
-        model = open_model(source)
-        inner = {block_tag(index): list(model.block_keys(index).values()) for index in range(model.num_blocks)}
-        return {OUTER_TAG: model.outer_keys()} | inner
-    shards: dict[str, list[str]] = {}
-    for key in source.tensors:
-        number = re.search(r"\.(\d+)\.", key)
-        shards.setdefault(block_tag(int(number[1])) if number else OUTER_TAG, []).append(key)
-    return shards

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from sparseopt.layers.methods import method_cost
-from sparseopt.models import WHOLE_TAG, Form, LoadedModel, ModelError, Packed, unread
+from sparseopt.models import WHOLE_TAG, Form, LoadedModel, ModelError, unread
 from sparseopt.models.files.memory import as_numpy
 from sparseopt.pruning.base.activations import windows_per_batch
 from sparseopt.pruning.base.records import Footprint, LayerRecord, Passed
@@ -52,7 +52,7 @@ def plan_for(model: Any, recipe: PassRecipe, output: Path) -> Plan:
     recipe = recipe.model_copy(update={"variants": 0, **{name: getattr(fitted, name) for name in DECIDED}})
     patterns = layer_patterns(model, recipe, recipe.layer_method, layer_shares(model, recipe))
     target: Any = model
-    return Plan(recipe, recipe.layer_method, output, target, patterns, form=Packed() if recipe.pack else Form())
+    return Plan(recipe, recipe.layer_method, output, target, patterns, form=Form())
 
 
 def _of_module(recipe: Recipe, **changes: Any) -> Recipe:

@@ -166,8 +166,8 @@ def phase_bytes(
     weights = FLOAT32 * block.parameters
     sets = 1 + (recipe.heldout_windows > 0) + (recipe.propagate > 0)
     widest = max(_nbytes(model.source.tensors[key]) for key in model.outer_keys())
-    # Packed at once, else copied in pieces, which are read, dequantised and converted.
-    copied = 2 * widest if recipe.get("pack") else 4 * min(widest, SLICE)
+    # Copied in pieces, which are read, dequantised and converted.
+    copied = 4 * min(widest, SLICE)
     rows = min(config.vocab_size, windows * recipe.seqlen)
     solves = running | {
         "block": 2 * weights + 2 * block.stored,

@@ -89,14 +89,6 @@ COMMANDS: dict[str, dict[Callable[..., None], tuple[str, str]]] = {
             "sparseopt zero-shot pruned --tasks hellaswag,piqa --limit 200",
             "sparseopt zero-shot pruned --tasks arc_easy --shots 5 --json",
         ),
-        prune.pack: (
-            "sparseopt pack pruned --output packed",
-            "sparseopt pack pruned --output /archive/pruned",
-        ),
-        prune.unpack: (
-            "sparseopt unpack packed --output pruned",
-            "sparseopt unpack /archive/pruned --output pruned",
-        ),
     },
     "Smooth signals and images": {
         trend.trend: (
@@ -124,7 +116,11 @@ COMMANDS: dict[str, dict[Callable[..., None], tuple[str, str]]] = {
     },
 }
 # Commands that have ended, and what to use instead.
-_ENDED = {"inspect": "use `sparseopt prune MODEL --output PATH --dry-run`, or `shrink`"}
+_ENDED = {
+    "inspect": "use `sparseopt prune MODEL --output PATH --dry-run`, or `shrink`",
+    "pack": "give `prune` an output that ends in .gguf, or --bits int8 or int4",
+    "unpack": "a packed folder is unpacked with version 0.3, pip install 'sparseopt==0.3.*'",
+}
 for heading, commands in COMMANDS.items():
     for function, examples in commands.items():
         app.command(

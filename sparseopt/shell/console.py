@@ -204,12 +204,6 @@ def waiting(title: str) -> Iterator[Callable[[Any, int, int], None]]:
         yield lambda what, done, total: bar.update(task, description=f"{title}: {what} {done + 1} of {total}")
 
 
-def packed_line(dense_bytes: int, stored_bytes: int) -> str:
-    """The sizes of a model's tensors, dense and packed."""
-    ratio = stored_bytes / dense_bytes
-    return f"tensors: {dense_bytes:,} bytes dense, {stored_bytes:,} bytes packed, ratio {ratio:.4f}"
-
-
 def bytes_by_size(parts: Mapping[str, int]) -> list[str]:
     """Named numbers of bytes as text, the largest first."""
     by_size = sorted(parts.items(), key=lambda item: -item[1])

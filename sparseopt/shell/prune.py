@@ -1,4 +1,4 @@
-"""The commands `prune`, `shrink`, `eval`, `pack` and `unpack`."""
+"""The commands `prune`, `shrink` and `eval`."""
 
 import contextlib
 import functools
@@ -322,29 +322,3 @@ def evaluate(
     )
     if pattern:
         console.say(f"pattern {pattern} holds in all {len(found)} linear layers, exact in {exact}")
-
-
-def pack(
-    folder: Annotated[Path, typer.Argument(help="Folder of a dense, pruned model.")],
-    output: Annotated[Path, typer.Option(help="Folder to write, new or empty.")],
-) -> None:
-    """Store a pruned model's zeros as a bitmask: smaller on disk, but only sparseopt reads it until it is unpacked."""
-    from sparseopt.models import pack_folder
-
-    with console.block_progress(f"packing {folder.name}") as progress:
-        done = pack_folder(folder, output, observer=progress)
-    console.say(console.packed_line(done.dense_bytes, done.stored_bytes))
-    console.say(f"wrote {done.output}")
-
-
-def unpack(
-    folder: Annotated[Path, typer.Argument(help="Folder of a packed model.")],
-    output: Annotated[Path, typer.Option(help="Folder to write, new or empty.")],
-) -> None:
-    """Write a packed model as a dense folder that transformers loads, identical to the original."""
-    from sparseopt.models import unpack_folder
-
-    with console.block_progress(f"unpacking {folder.name}") as progress:
-        done = unpack_folder(folder, output, observer=progress)
-    console.say(f"{done.stored_bytes:,} bytes of tensors, dense")
-    console.say(f"wrote {done.output}")

@@ -11,7 +11,7 @@ from sparseopt.pruning.dry_run import DryRun
 from sparseopt.pruning.run.card import run_page
 from sparseopt.pruning.run.facts import layer_table, model_facts, run_facts
 from sparseopt.pruning.run.output_form import run_folder_of
-from sparseopt.shell.console import comparison_table, console, duration, packed_line, say, write_page
+from sparseopt.shell.console import comparison_table, console, duration, say, write_page
 from sparseopt.shell.prune_progress import calibration_lines, footprint_lines
 from sparseopt.system.processes import is_first
 from sparseopt.system.run_folder import PAGE, SUMMARY, read_json
@@ -26,8 +26,6 @@ def show_report(report: PruneReport) -> Path:
         console.print(table)
     for fact in (*model_facts(report), *run_facts(report)):
         say(str(fact))
-    if report.recipe.get("pack"):
-        say(packed_line(report.dense_bytes, report.stored_bytes))
     say(f"finished before, in {report.output}" if report.kept else f"wrote {report.output}")
     folder = run_folder_of(report.output)
     page = folder / PAGE

@@ -29,13 +29,12 @@ PRUNED = {
     "with BOS": {"method": "dense", "bos": "yes"},
     "other windows": {"method": "wanda", "window_choice": "random"},
     "pattern": {"method": "wanda", "pattern": "2:4"},
-    "packed": {"method": "magnitude", "pack": True},
     "not kept": {"method": "magnitude", "keep_model": False, **QUARTER},
     "by path": {"method": "sparseopt.pruning.Wanda", **QUARTER},
     "own penalty": {"penalty": {"name": "tests.experiments.toy.CappedL1", "weight": 1.0}, **QUARTER},
 }
 LABELS = {
-    "with BOS": "dense", "other windows": "wanda", "pattern": "wanda 2:4", "packed": "magnitude",
+    "with BOS": "dense", "other windows": "wanda", "pattern": "wanda 2:4",
     "not kept": "magnitude", "by path": "Wanda", "own penalty": "maiht tuned CappedL1(weight=1)",
 }  # fmt: skip
 # What differs between runs of the same settings.
@@ -92,8 +91,7 @@ def test_a_run_has_its_exact_sparsity_its_record_and_its_model_on_request(alone,
     assert model.exists() == (case != "not kept")
     if model.exists():
         assert {audit.sparsity for audit in audit_sparsity(open_model(model))} == {wanted}
-    packed = record["stored_bytes"] < record["dense_bytes"], (model / "model.packed.index.json").is_file()
-    assert packed == (case == "packed", case == "packed")
+    assert record["stored_bytes"] == record["dense_bytes"]
     if case == "pattern":
         assert all(audit.exact for audit in audit_pattern(model, "2:4"))
 

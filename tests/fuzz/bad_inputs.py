@@ -8,7 +8,7 @@ from sparseopt.models import ModelError
 from sparseopt.pruning.text.chats import TextError
 from tests.fuzz.bad_configs import DOTTED, YAML
 from tests.fuzz.bad_files import NUMPY, PICTURES, TABLES, TEXTS
-from tests.fuzz.bad_models import CONFIG, GGUF, INDEX, PACKED, SAFETENSORS, TOKENIZERS
+from tests.fuzz.bad_models import CONFIG, GGUF, INDEX, SAFETENSORS, TOKENIZERS
 from tests.fuzz.making import Make
 
 
@@ -26,7 +26,6 @@ BAD_INPUTS: list[BadInput] = [
     BadInput(kind, name, make, error, text)
     for kind, error, cases in (
         ("safetensors", ModelError, SAFETENSORS),
-        ("packed", ModelError, PACKED),
         ("config.json", ModelError, CONFIG),
         ("index", ModelError, INDEX),
         ("GGUF", ModelError, GGUF),

@@ -1,4 +1,4 @@
-"""Bad models: safetensors, packed and GGUF files, configurations, indices, tokenizers and pickles."""
+"""Bad models: safetensors and GGUF files, configurations, indices, tokenizers and pickles."""
 
 import json
 import os
@@ -8,13 +8,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
-import numpy as np
-
 from sparseopt.models import load_tokenizer, open_model, open_source
+from sparseopt.models.files.folder import PACKED_INDEX
 from sparseopt.models.files.gguf.tokenizer import build_tokenizer
-from sparseopt.models.files.packed import PACKED_INDEX, pack_tensors, read_packed_header
-from sparseopt.models.files.safetensors import read_header, read_metadata, write_tensors
+from sparseopt.models.files.safetensors import read_header
 from tests.fuzz.making import Make, reading, write
 from tests.fuzz.targets import seed_folders, seed_gguf, seed_tokenizer, with_header
 from tests.models.tiny import VOCAB, sentencepiece_metadata
@@ -31,7 +28,7 @@ SHAPES: tuple[Any, ...] = (
 
 
 def _safetensors(content: bytes) -> Make:
-    return reading(lambda file: (read_metadata(file), read_header(file)), "model.safetensors", content)
+    return reading(read_header, "model.safetensors", content)
 
 
 def _tensors(header: Any, data: int = 16) -> Make:
@@ -69,50 +66,6 @@ SAFETENSORS = (
     ),
     ("half a character", _tensors(b'{"\\ud800": 1}'), "surrogates not allowed"),
 )
-
-# Packed files and folders --------------------------------------------------------------
-
-
-def _packed(halves: Mapping[str, np.ndarray | None] | None = None, **metadata: str | None) -> Make:
-    """A good file of two tensors, of which one is packed, with other halves or metadata; None leaves one out."""
-
-    def make(folder: Path) -> Callable[[], Any]:
-        half = np.repeat([0, 1], 12).reshape(6, 4).astype(ml_dtypes.bfloat16)
-        stored, said = pack_tensors({"w": half, "norm": np.ones(4, np.float32)})
-        file = folder / "packed-a.safetensors"
-        given = ({name: value for name, value in each.items() if value is not None}
-                 for each in (stored | dict(halves or {}), said | metadata))  # fmt: skip
-        write_tensors(file, *given)
-        return lambda: [tensor.read() for tensor in read_packed_header(file).values()]
-
-    return make
-
-
-BITS, IMPOSSIBLE = np.zeros(3, np.uint8), "(w: an impossible shape)"
-WRONG = {"w.bitmask": BITS[:2], "w.values": np.ones(25, np.int8), "x.bitmask": BITS[:1]}
-NO_TABLE = "no table of dense shapes"
-PACKED = (
-    ("no bitmask", _packed({"w.bitmask": None}), "missing: w.bitmask"),
-    ("no values", _packed({"w.values": None}), "missing: w.values"),
-    ("no halves", _packed({"w.bitmask": None, "w.values": None}), "missing: w.bitmask, w.values"),
-    ("a short bitmask", _packed({"w.bitmask": BITS[:2]}), "w.bitmask is uint8 [2], the shape [6, 4] needs uint8 [3]"),
-    ("a wide bitmask", _packed({"w.bitmask": BITS.astype(np.int16)}), "w.bitmask is int16 [3]"),
-    ("a folded bitmask", _packed({"w.bitmask": BITS[:, None]}), "w.bitmask is uint8 [3, 1]"),
-    ("too many values", _packed({"w.values": np.ones(25)}), "w.values is [25], expected one axis of at"),
-    ("folded values", _packed({"w.values": np.ones((3, 4))}), "w.values is [3, 4], expected one axis"),
-    ("a value too few", _packed({"w.values": np.ones(11)}),
-     r"w in .*packed-a\.safetensors is corrupt: the bitmask has 12 ones and there are 11 values"),
-    ("dense and packed", _packed({"w": np.ones((6, 4))}), "w is stored dense and packed"),
-    ("values of none", _packed({"v.values": np.ones(3)}), "v.values belongs to no tensor with a shape"),
-    ("three problems", _packed(WRONG), "corrupt (3 problems)"),
-    ("another shape", _packed(shapes='{"w": [6, 6]}'), "the shape [6, 6] needs uint8 [5]"),
-    ("more shapes", _packed(shapes='{"w": [6, 4], "u": [8]}'), "missing: u.bitmask, u.values"),
-    ("no shapes", _packed(shapes=None), NO_TABLE),
-    *((f"the shapes {text}", _packed(shapes=text), NO_TABLE) for text in ("{", "[1]", '{"w": 24}')),
-    *((f"the shape {shape!r:.30}", _packed(shapes=json.dumps({"w": shape})), IMPOSSIBLE) for shape in SHAPES),
-    ("another format", _packed(format="pt"), "is not packed: its format is 'pt', expected 'sparseopt-packed'"),
-    ("a later version", _packed(version="2"), "version '2' of the format, this sparseopt reads '1'"),
-)  # fmt: skip
 
 # Model folders -------------------------------------------------------------------------
 
@@ -212,10 +165,7 @@ INDEX = (
     ("a shard of no weights", _index({"a": "config.json"}), "truncated or no safetensors file"),
     ("a tensor that its shard lacks", _index({"ghost": SHARD}),
      "names 1 tensors that their shards lack, the first ghost in model-00001"),
-    ("a packed and a dense model", _folder(2, {"model.safetensors": EMPTY}), "holds a packed model and a dense one"),
-    ("a packed shard elsewhere", _folder(2, {PACKED_INDEX: OTHER_INDEX}), OUTSIDE),
-    ("a packed shard missing", _folder(2, {"packed-all.safetensors": None}), r"lacks shards .* packed-all\.safe"),
-    ("packed shards alone", _folder(2, {PACKED_INDEX: None}), "packed shards and no model.packed.index.json"),
+    ("a packed model", _folder(0, {"model.safetensors": None, PACKED_INDEX: EMPTY}), "which sparseopt 0.3 wrote"),
     *((f"{name} linked to elsewhere", _linked(name), LINK) for name in (
         SHARD, "config.json", "model.safetensors.index.json")),
     # transformers would convert the other names of a tokenizer.

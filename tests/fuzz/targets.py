@@ -20,12 +20,10 @@ from sparseopt.experiments.config import ConfigError, load_config
 from sparseopt.experiments.read.files import FileError
 from sparseopt.experiments.read.graph_files import read_edges, read_signal
 from sparseopt.experiments.read.images import read_image
-from sparseopt.models import ModelError, Packed, load_tokenizer, open_model, open_source
-from sparseopt.models.export import ShardedWriter
+from sparseopt.models import ModelError, load_tokenizer, open_model, open_source
 from sparseopt.models.files.gguf.header import read_header as read_gguf_header
 from sparseopt.models.files.gguf.tokenizer import build_tokenizer, tokenizer_config
-from sparseopt.models.files.packed import read_packed_header
-from sparseopt.models.files.safetensors import read_header, read_metadata
+from sparseopt.models.files.safetensors import read_header
 from tests.fuzz.choices import Choices, chance, json_bytes, mutated_bytes, mutated_json, pick
 from tests.models import tiny
 from tests.oracle.make_golden import CASES
@@ -75,18 +73,14 @@ def folder_of(files: dict[str, bytes]) -> Iterator[Path]:
 
 @cache
 def seed_folders() -> tuple[dict[str, bytes], ...]:
-    """Valid models as files: one file, shards, packed."""
+    """Valid models as files: one file, shards."""
     rng, found = np.random.default_rng(1), []
     with folder_of({}) as folder:
         config = tiny.tiny_config(num_hidden_layers=1, hidden_size=8, intermediate_size=8, num_attention_heads=2)
         tensors = tiny.random_tensors(config, rng)
         tiny.write_folder(folder / "one", config, tensors)
         tiny.write_folder(folder / "shards", config, tensors, 2)
-        source = open_source(folder / "one")
-        writer = ShardedWriter(folder / "packed", source, form=Packed())
-        writer.write("all", {name: np.where(np.abs(value) < 0.3, 0, value) for name, value in tensors.items()})
-        writer.finish()
-        for name in ("one", "shards", "packed"):
+        for name in ("one", "shards"):
             found.append({f.name: f.read_bytes() for f in sorted((folder / name).iterdir())})
     return tuple(found)
 
@@ -116,18 +110,8 @@ def make_safetensors(choices: Choices) -> bytes:
 
 def run_safetensors(content: bytes) -> None:
     with folder_of({"model.safetensors": content}) as folder:
-        file = folder / "model.safetensors"
-        errors = []
-        # A dense file is no packed one.
-        for read in (read_packed_header, read_header):
-            try:
-                for tensor in read(file).values():
-                    assert tensor.read().shape == tensor.shape
-            except ModelError as error:
-                errors.append(error)
-        read_metadata(file)
-        if len(errors) == 2:
-            raise errors[0]
+        for tensor in read_header(folder / "model.safetensors").values():
+            assert tensor.read().shape == tensor.shape
 
 
 def make_folder(choices: Choices) -> dict[str, bytes]:

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from sparseopt.models import ModelError, load_decoder, open_model, open_source, pack_folder, unpack_folder
+from sparseopt.models import ModelError, load_decoder, open_model
 from sparseopt.pruning import Recipe, perplexity, prune_model
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 
@@ -25,19 +25,6 @@ def test_without_torch_the_known_families_and_the_way_out_are_named(tmp_path, rn
     for call in (open_model, load_decoder):
         with pytest.raises(ModelError, match=r"'nemotron'.*known are .*llama.*`sparseopt prune`.*prune_module"):
             call(folder)
-
-
-def test_a_folder_of_an_unknown_family_is_packed_and_unpacked(tmp_path, rng):
-    config, tensors = tiny_config(), random_tensors(tiny_config(), rng)
-    tensors = {key: value * (rng.random(value.shape) < 0.3) for key, value in tensors.items()}
-    folder = write_folder(tmp_path / "m", config | {"model_type": "nemotron"}, tensors)
-    packed = pack_folder(folder, tmp_path / "packed")
-    assert packed.stored_bytes < packed.dense_bytes
-    assert len(packed.shards) == 1 + config["num_hidden_layers"]
-    unpack_folder(tmp_path / "packed", tmp_path / "dense")
-    found = open_source(tmp_path / "dense")
-    assert found.tensors.keys() == tensors.keys()
-    assert all(np.array_equal(found.read(key), value) for key, value in tensors.items())
 
 
 @pytest.mark.processes

@@ -20,7 +20,6 @@ from sparseopt.models import (
     load_decoder,
     load_tokenizer,
     open_model,
-    unpack_folder,
 )
 from sparseopt.models.files.safetensors import read_header, write_tensors
 from sparseopt.pruning import Recipe, audit_sparsity, perplexity, prune_model
@@ -31,7 +30,6 @@ from tests.models.reshape.test_shrunk import reduced, write_smaller
 from tests.models.tiny import (
     CONFIGS,
     GOLDEN,
-    VOCAB,
     copy_model,
     random_tensors,
     sentencepiece_metadata,
@@ -238,19 +236,6 @@ def test_an_export_loads_byte_for_byte_and_gives_our_logits(tmp_path, rng, tied,
         assert value.dtype == getattr(torch, np.dtype(dtype).name), name
     tokens = rng.integers(0, config["vocab_size"], (2, 150)).astype(np.int32)
     np.testing.assert_allclose(run(load_decoder(folder), tokens), reference_logits(folder, tokens), atol=1e-4)
-
-
-def test_transformers_refuses_a_packed_folder_and_loads_it_unpacked(tmp_path, rng):
-    from transformers import AutoModelForCausalLM
-
-    source = write_folder(tmp_path / "source", tiny_config(), random_tensors(tiny_config(), rng))
-    tokens = rng.integers(0, len(VOCAB), (8, 40)).astype(np.int32)
-    prune_model(source, tmp_path / "packed", Recipe(method="wanda", calibration=tokens, pack=True))
-    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
-    unpack_folder(tmp_path / "packed", tmp_path / "dense")
-    ours = run(load_decoder(tmp_path / "packed"), tokens[:2])
-    np.testing.assert_allclose(ours, reference_logits(tmp_path / "dense", tokens[:2]), atol=1e-4)
 
 
 # GGUF ----------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 
 from sparseopt.layers.bits import BITS, multiples_of, parse_bits
-from sparseopt.models import ModelError, load_decoder, load_tokenizer, open_model, pack_folder
+from sparseopt.models import ModelError, load_decoder, load_tokenizer, open_model
 from sparseopt.models.files.gguf.header import read_header
 from sparseopt.models.files.safetensors import read_part
 from sparseopt.pruning import PruneReport, Recipe, ShrinkRecipe, prune_model
@@ -357,11 +357,6 @@ def test_a_smaller_model_that_gguf_cannot_express_is_refused_before_any_work(tmp
     assert told == []
 
 
-def test_a_folder_of_few_bits_is_not_packed(tmp_path, whole):
-    with pytest.raises(ModelError, match="is stored in few bits, which packing would undo; copy it"):
-        pack_folder(whole("a folder").output, tmp_path / "packed")
-
-
 def test_a_disk_that_is_full_at_the_end_leaves_the_shards_and_no_file(tmp_path, source, tokens, monkeypatch, whole):
     output, recipe = tmp_path / "out.gguf", whole("zeros").recipe
     real = files.temporary_of
@@ -390,8 +385,6 @@ REFUSED = [
     ({}, "model.safetensors", "model.safetensors would be a folder: give the name of a folder"),
     ({"bits": "int4:48"}, "out", r"a scale for each 48 inputs, which tile no layer of this model, of 32, 64 inputs"),
     ({"head_bits": "q8_0"}, "out", "head_bits are stored in a GGUF file"),
-    ({"pack": True}, "out.gguf", "pack stores zeros as a bitmask in a folder of floats"),
-    ({"pack": True, "bits": "int8"}, "out", "pack stores zeros as a bitmask in a folder of floats"),
     ({"bits": "q4_0", "distil_epochs": 1}, "out.gguf", "trains the whole model after its layers were put on grids"),
 ]
 

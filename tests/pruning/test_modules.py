@@ -569,7 +569,7 @@ ERRORS = {
     "Linen in place": (lambda xs: prune_module(LinenNet(), xs, params={}, inplace=True), "in place"),
     "NNX with params": (lambda xs: prune_module(Net(), xs, params={}), "is for Linen"),
     "a wrong batch": (lambda xs: prune_module(Net(), [xs[0][:, :3]]), "contracting"),
-    "a field for folders": (lambda xs: prune_module(Net(), xs, wanda(seqlen=64, pack=True)), "(?s)seqlen.*pack"),
+    "a field for folders": (lambda xs: prune_module(Net(), xs, wanda(seqlen=64, dtype="float16")), "(?s)seqlen.*dtype"),
     "no loss": (lambda xs: prune_module(Net(), xs, wanda(output_weights="gradient")), "give loss="),
     "grids, then training": (lambda xs: prune_module(Net(), xs, wanda(bits="int8", distil_epochs=1)), "off their grid"),
     "targets twice": (lambda xs: prune_module(Net(), xs, wanda(targets="up"), targets="up"), "given twice"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import sparseopt as so
-from sparseopt.models import LoadedModel, ModelError, open_source, pack_folder
+from sparseopt.models import LoadedModel, ModelError, open_source
 from sparseopt.pruning import (
     Recipe,
     ShrinkRecipe,
@@ -65,6 +65,7 @@ RECIPES = [
     ({"split": "train"} | PYDOC, r"split 'train' is for data sets of the hub .*not for pydoc"),
     ({"split": "train", "calibration": ["a"]}, "not for a list of texts"),
     ({"split": "train"} | SELF, "split is for a text"),
+    ({"pack": True}, "pack has ended: `bits` int8 or int4, or an output that ends in .gguf, makes a model small"),
     ({"documents": "apart"}, "unknown documents 'apart'; known are packed, separate"),
     ({"documents": "separate", "calibration": NINE}, "taken as they are: leave documents out"),
     ({"documents": "separate"} | SELF, "documents is for a text"),
@@ -280,8 +281,6 @@ def test_folders_that_hold_something_else_are_left_alone(tmp_path, source, token
     for output in (source / "out", tmp_path / "link" / "deep" / "out"):
         with pytest.raises(ModelError, match=r"the output folder .*out lies in the model's folder .*; choose another"):
             prune_model(source, output, recipe)
-        with pytest.raises(ModelError, match="lies in the model's folder"):
-            pack_folder(source, output)
     with pytest.raises(FolderError, match=r"not empty \(it holds thesis.tex\)"):
         prune_model(source, tmp_path / "full", recipe)
     assert sorted(source.rglob("*")) == before

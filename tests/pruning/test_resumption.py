@@ -221,7 +221,7 @@ def test_a_run_asked_to_stop_ends_after_a_block_and_resumes(tmp_path, source, re
 QWEN2, QUICK = CONFIGS["qwen2"], {"method": "wanda", "score": "none"}
 # Fields of a recipe, by the form of its output.
 FORMS = {
-    "out": ({}, {"pack": True}, {"train_epochs": 1}, {"bits": "int8"}, {"bits": "int8", "train_epochs": 1}),
+    "out": ({}, {"train_epochs": 1}, {"bits": "int8"}, {"bits": "int8", "train_epochs": 1}),
     "out.gguf": ({}, {"train_epochs": 1}, {"bits": "q4_0"}, {"bits": "q8_0", "train_epochs": 1}),
 }
 

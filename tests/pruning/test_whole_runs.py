@@ -91,7 +91,7 @@ CASES = {
     "trained": of(
         "llama", preset="tuned", train_epochs=2, propagate=0.5, variants=2, output_weights="gradient"
     ),
-    "distilled": of("llama", method="wanda", pack=True, distil_epochs=1),
+    "distilled": of("llama", method="wanda", distil_epochs=1),
     "bounds": of("llama", allocation="curves", **BOUNDED),
     "curves of blocks": of("llama", allocation="curves", pattern="block:4x4", **BOUNDED),
     "curves of some": of(

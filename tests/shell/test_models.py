@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from sparseopt.models import open_model, open_source, sizes_of
-from sparseopt.models.files.packed import PackedTensor
 from sparseopt.pruning import Recipe, audit_sparsity
 from sparseopt.pruning.recipe.shrink_recipe import parameters_of
 from sparseopt.shell import demo
@@ -16,7 +15,6 @@ from tests.experiments.inputs import CALIBRATED, TEXT, write_inputs
 from tests.models.tiny import VOCAB
 from tests.pruning.whole_runs import TOKENIZER
 from tests.system.pages import whole_page
-from tests.tiers import often
 
 WEIGHTS = 21 * 32 * 32  # of 21 linears, each 4 bytes
 SCORED = ("--windows", 2, "--seqlen", 48)
@@ -172,33 +170,11 @@ def test_several_sparsities_with_all_that_surrounds_a_method(tmp_path, prune):
         assert sum(a.zeros for a in audits) == round(float(share) * WEIGHTS)
 
 
-@pytest.mark.parametrize("method", often(["maiht", "admm", "wanda"], "wanda"))
-def test_a_packed_model_has_the_scores_of_the_dense_one_and_is_it_once_unpacked(tmp_path, prune, done, score, method):
-    assert "bytes packed" not in prune("dense", "--method", method)
-    out = prune("packed", "--method", method, "--pack")
-    dense, packed = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("dense", "packed"))
-    size, stored = packed["dense_bytes"], packed["stored_bytes"]
-    assert f"tensors: {size:,} bytes dense, {stored:,} bytes packed, ratio {stored / size:.4f}" in out
-    assert packed["recipe"]["pack"] is True
-    assert dense["dense_bytes"] == dense["stored_bytes"] == size
-    # Half of the weights of the linears, at 4 bytes, and a bit for each weight: no zero is a negative one.
-    tensors = [t for t in open_source(tmp_path / "packed").tensors.values() if isinstance(t, PackedTensor)]
-    linears = sum(t.bitmask.shape[0] + 4 * t.values.shape[0] for t in tensors)
-    assert linears == 2.125 * WEIGHTS == stored - (size - 4 * WEIGHTS)
-    assert score(tmp_path / "dense") == score(tmp_path / "packed")
-    for make, made, model in (("unpack", "packed", "dense"), ("pack", "dense", "packed")):
-        out = done(make, tmp_path / made, "--output", tmp_path / f"{make}ed again")
-        assert f"wrote {tmp_path / f'{make}ed again'}" in out
-        assert model_files(tmp_path / f"{make}ed again") == model_files(tmp_path / model)
-    assert "bytes packed, ratio 0." in out
-
-
 @pytest.mark.thorough
-def test_a_packed_model_is_pruned_again(tmp_path, prune):
-    prune("half", "--method", "magnitude", "--pack")
+def test_a_pruned_model_is_pruned_again(tmp_path, prune):
+    prune("half", "--method", "magnitude")
     prune("more", "--sparsity", 0.75, "--method", "magnitude", source=tmp_path / "half")
     assert {audit.sparsity for audit in audit_sparsity(tmp_path / "more")} == {0.75}
-    assert (tmp_path / "more" / "model.safetensors.index.json").is_file()
     more, half = open_source(tmp_path / "more"), open_source(tmp_path / "half")
     for audit in audit_sparsity(tmp_path / "more"):
         name = f"{audit.layer}.weight"

@@ -28,7 +28,7 @@ COMMON = {
 GIVEN = {
     "prune": [
         COMMON | {
-            "sparsity": 0.6, "allocation": "curves", "bounds": "0.3,0.8", "pack": True, "keep_zeros": True,
+            "sparsity": 0.6, "allocation": "curves", "bounds": "0.3,0.8", "keep_zeros": True,
             "masks": "x", "targets": "re:.*[a,b],q_proj", "ignore": ["k_proj"], "expert_tokens": "all",
         },
         {"preset": "paper", "penalty": "mcp", "targets": {"q_proj": 0.4}, "ignore": ["k_proj"]},

@@ -66,11 +66,8 @@ REFUSED = {
             "has no column 'text' or 'messages' or 'conversations'; its columns are id, body",
         ),
     ],
-    "pack": [("source --output source", "is not empty")],
-    "unpack": [
-        ("source --output out", "source is not packed: it has no model.packed.index.json"),
-        ("absent --output out", "there is no folder"),
-    ],
+    "pack": [("source --output out", "`sparseopt pack` has ended: give `prune` an output that ends in .gguf")],
+    "unpack": [("packed --output out", "`sparseopt unpack` has ended: a packed folder is unpacked with version 0.3")],
     "demo": [("--output source", "exists already")],
     "run toy.yaml --allow-package tests --output out": [
         ("cuont=2", "cuont: no such key; did you mean 'count'?"),

@@ -1,4 +1,4 @@
-"""Reading and writing model files: safetensors, packed tensors, folders, names on the hub, GGUF.
+"""Reading and writing model files: safetensors, folders, names on the hub, GGUF.
 
 `source` opens any of them as a `Source`: a configuration and tensors by their Hugging Face names.
 """

@@ -180,7 +180,7 @@ class CompressedTensor(TensorInfo):
             dense = _unpack(packed, self.num_bits, inputs)
             groups = dense.reshape(*scale.shape, inputs // scale.shape[1])
             groups *= scale.astype(np.float32)[..., None]
-            # No negative zeros, as from a negative scale: `packed` would store them.
+            # No negative zeros, as from a negative scale.
             dense += 0
             yield dense
 

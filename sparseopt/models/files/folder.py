@@ -20,6 +20,13 @@ TO_SAFETENSORS = (
     "installed: AutoModelForCausalLM.from_pretrained(IN).save_pretrained(OUT)"
 )
 
+# A folder in which version 0.3 stored zeros as a bitmask.
+PACKED_INDEX = "model.packed.index.json"
+TO_UNPACK = (
+    "holds a packed model, which sparseopt 0.3 wrote and later versions do not read: unpack it with that version "
+    "(pip install 'sparseopt==0.3.*'; sparseopt unpack PACKED --output FOLDER)"
+)
+
 # Endings of weights in any format, which an export does not copy.
 WEIGHTS = frozenset(
     (*PICKLES, ".safetensors", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".tflite", ".mlmodel", ".ot")

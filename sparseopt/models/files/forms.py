@@ -1,7 +1,6 @@
 """The forms in which a model is written: how a shard stores tensors, and which file completes the model.
 
     Form         safetensors, which transformers loads
-    Packed       zeros as a bitmask, see `packed`
     Compressed   layers of few bits, see `compressed`
     Joined       one GGUF file, of which every shard is a part, see `gguf.writer`
 
@@ -37,7 +36,6 @@ from sparseopt.models.files.gguf.writer import (
     rounded,
     write_gguf,
 )
-from sparseopt.models.files.packed import FORMAT, PACKED_INDEX, PACKED_PREFIX, VERSION, pack_tensors, read_packed_header
 from sparseopt.models.files.safetensors import TensorInfo, UnreadTensor, read_header, write_tensors
 from sparseopt.models.files.source import FileTensor, Source
 
@@ -91,35 +89,10 @@ class Form:
         """The stored size of a shard's tensors."""
         return sum(tensor.nbytes for tensor in read_header(file).values())
 
-    def index(self, dense_bytes: int) -> dict[str, Any]:
-        """Further entries of the index."""
-        del dense_bytes
-        return {}
-
     def config(self, config: dict[str, Any], linears: Collection[str]) -> dict[str, Any]:
         """The configuration to write; `linears` are the names of all matrices that may belong to a linear layer."""
         del linears
         return config
-
-
-class Packed(Form):
-    """Zeros as a bitmask, which sparseopt reads."""
-
-    @property
-    def last(self) -> str:
-        return PACKED_INDEX
-
-    def file_name(self, tag: str) -> str:
-        return f"{PACKED_PREFIX}{tag}.safetensors"
-
-    def shard(self, tensors: Mapping[str, UnreadTensor]) -> Shard:
-        return _safetensors(*pack_tensors({name: tensor.read() for name, tensor in tensors.items()}))
-
-    def read(self, file: Path) -> Mapping[str, Readable]:
-        return read_packed_header(file)
-
-    def index(self, dense_bytes: int) -> dict[str, Any]:
-        return {"format": FORMAT, "version": VERSION, "dense_size": dense_bytes}
 
 
 class Compressed(Form):
@@ -267,6 +240,6 @@ class Joined(Form):
         return Shard(nbytes, lambda file: write_gguf(file, metadata, tensors))
 
 
-def _safetensors(tensors: Mapping[str, np.ndarray | UnreadTensor], metadata: Mapping[str, str] | None = None) -> Shard:
+def _safetensors(tensors: Mapping[str, np.ndarray | UnreadTensor]) -> Shard:
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
-    return Shard(nbytes, lambda file: write_tensors(file, tensors, metadata))
+    return Shard(nbytes, lambda file: write_tensors(file, tensors))

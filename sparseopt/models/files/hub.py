@@ -20,28 +20,24 @@ from sparseopt.models.base.errors import ModelError, listed
 from sparseopt.models.files.folder import (
     MAX_FILE,
     MAX_INDEX,
+    PACKED_INDEX,
     PICKLES,
     TO_SAFETENSORS,
+    TO_UNPACK,
     is_carried,
     is_plain_name,
     read_json,
 )
-from sparseopt.models.files.packed import PACKED_INDEX
 
 logger = logging.getLogger(__name__)
 
+# A model in one file needs no index.
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-# Either kind of index; a model in one file needs none.
-INDICES = (INDEX, PACKED_INDEX)
-
 # Seconds to wait for the hub's first answer; downloads have their own limits.
 TIMEOUT = 10.0
 
 _LIKE_A_NAME = re.compile(r"[A-Za-z0-9_-][\w.-]*/[\w.-]+(@.*)?", re.ASCII)
-_PART = r"[A-Za-z0-9]([\w.-]*[A-Za-z0-9_])?"
-_REPOSITORY = re.compile(rf"{_PART}/{_PART}", re.ASCII)
 _REVISION = re.compile(r"[A-Za-z0-9]([\w./+-]*[\w+-])?", re.ASCII)
-_LONGEST = 96
 
 
 @dataclass(frozen=True)
@@ -63,19 +59,18 @@ def parse_hub_name(text: str) -> HubName | None:
     """
     if not _LIKE_A_NAME.fullmatch(text) or text.endswith(".gguf"):
         return None
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
     repository, at, revision = text.partition("@")
-    wrong = ""
-    if not _REPOSITORY.fullmatch(repository) or "--" in repository or ".." in repository or repository.endswith(".git"):
-        wrong = "owner and name are letters, digits and single . _ - between them"
-    elif len(repository) > _LONGEST:
-        wrong = f"a name has at most {_LONGEST} characters, this one {len(repository)}"
-    elif at and (not _REVISION.fullmatch(revision) or ".." in revision or "//" in revision):
-        wrong = f"the @ must be followed by a branch, a tag or a commit, given {revision!r}"
-    if wrong:
+    try:
+        validate_repo_id(repository)
+        if at and (not _REVISION.fullmatch(revision) or ".." in revision or "//" in revision):
+            raise HFValidationError(f"the @ must be followed by a branch, a tag or a commit, given {revision!r}")
+    except HFValidationError as error:
         raise ModelError(
-            f"there is no path {text}, and it is no name on the Hugging Face hub ({wrong}); give OWNER/NAME, "
+            f"there is no path {text}, and it is no name on the Hugging Face hub ({error}); give OWNER/NAME, "
             "OWNER/NAME@REVISION, or a folder or .gguf file on this machine"
-        )
+        ) from error
     return HubName(repository, revision if at else None)
 
 
@@ -112,7 +107,7 @@ def fetch(name: HubName) -> tuple[Path, str]:
             raise
         except failures as error:
             unreached = error
-        folder = get(name.revision, (CONFIG, *INDICES, *small))
+        folder = get(name.revision, (CONFIG, INDEX, *small))
         weights = _weight_files(folder)
         folder = get(folder.name, weights)
         # Files that the hub itself lacks are reported when the folder is read.
@@ -129,32 +124,31 @@ def fetch(name: HubName) -> tuple[Path, str]:
 
 def _small_files(files: Mapping[str, int], name: HubName) -> list[str]:
     """Which of the files, given with their sizes, an export copies; a repository without a model raises."""
-    has_weights = not files.keys().isdisjoint((WEIGHTS, *INDICES))
+    has_weights = not files.keys().isdisjoint((WEIGHTS, INDEX))
     if has_weights and CONFIG in files:
         if large := [file for file, size in files.items() if is_carried(file) and size > MAX_FILE]:
             logger.warning("%s: not fetched because of their size: %s", name, ", ".join(large))
         return [file for file, size in files.items() if is_carried(file) and size <= MAX_FILE]
-    if not has_weights and any(file.endswith(".gguf") for file in files):
-        hint = (
-            "it has GGUF files: fetch one with "
-            f"`hf download {name.repository} FILE.gguf --local-dir FOLDER` and give the path of the file"
-        )
+    hint = f"it holds {listed(sorted(files)) or 'nothing'}; name the repository of a causal language model"
+    if PACKED_INDEX in files:
+        hint = f"it {TO_UNPACK}"
+    elif not has_weights and any(file.endswith(".gguf") for file in files):
+        download = f"`hf download {name.repository} FILE.gguf --local-dir FOLDER`"
+        hint = f"it has GGUF files: fetch one with {download} and give the path of the file"
     elif not has_weights and any(file.endswith(PICKLES) for file in files):
         hint = f"its {TO_SAFETENSORS.replace('IN', repr(name.repository))}"
-    else:
-        hint = f"it holds {listed(sorted(files)) or 'nothing'}; name the repository of a causal language model"
     missing = CONFIG if has_weights else WEIGHTS
     raise ModelError(f"{name} on the hub has no {missing}, expected are {CONFIG} and safetensors weights: {hint}")
 
 
 def _weight_files(folder: Path) -> list[str]:
     """The weight files of a fetched folder; a corrupt index is reported when the folder is read."""
-    indices = [folder / index for index in INDICES if (folder / index).is_file()]
-    if not indices:
+    if not (folder / INDEX).is_file():
         return [WEIGHTS]
     try:
-        named = [file for index in indices for file in read_json(index, MAX_INDEX)["weight_map"].values()]
-        return sorted({file for file in named if is_plain_name(file)})
+        return sorted(
+            {file for file in read_json(folder / INDEX, MAX_INDEX)["weight_map"].values() if is_plain_name(file)}
+        )
     except (ValueError, KeyError, AttributeError, TypeError):
         return []
 
@@ -162,15 +156,8 @@ def _weight_files(folder: Path) -> list[str]:
 def _explain(error: Exception, name: HubName) -> str:
     from huggingface_hub import constants, errors
 
-    repository = name.repository
-    given = f"no path {name} exists on this machine, and "
-    revision = "" if name.revision is None else f" --revision {name.revision}"
-    command = f"hf download {repository}{revision} --local-dir FOLDER"
-    by_hand = f"fetch it where there is a network with `{command}` and give the folder"
-    unreached = (
-        f"{given}the Hugging Face hub cannot be reached to fetch it ({_short(error)}), and the cache "
-        f"{constants.HF_HUB_CACHE} holds no complete copy; {by_hand}"
-    )
+    repository, cache = name.repository, constants.HF_HUB_CACHE
+    given = f"no path {name} exists on this machine, and the Hugging Face hub"
     match error:
         # To the library, a gated repository is a kind of unknown repository.
         case errors.GatedRepoError():
@@ -180,33 +167,30 @@ def _explain(error: Exception, name: HubName) -> str:
             )
         case errors.RepositoryNotFoundError():
             return (
-                f"{given}the Hugging Face hub has no model repository {repository}, or it is private; check the "
-                "spelling, give a folder or .gguf file on this machine, or run `hf auth login` for a private one"
+                f"{given} has no model repository {repository}, or it is private; check the spelling, give a folder or "
+                ".gguf file on this machine, or run `hf auth login` for a private one"
             )
         case errors.RevisionNotFoundError():
             return (
                 f"{repository} on the hub has no revision {name.revision or 'main'}; give a branch, a tag or a commit "
                 f"of it, or {repository} alone for its main branch"
             )
-        case errors.OfflineModeIsEnabled() | errors.EntryNotFoundError():
-            return unreached
-        case errors.HfHubHTTPError():
+        case errors.HTTPError() | errors.OfflineModeIsEnabled() | errors.EntryNotFoundError():
+            revision = "" if name.revision is None else f" --revision {name.revision}"
             return (
-                f"{given}the Hugging Face hub refused {name} ({_short(error)}); try again later, check `hf auth "
-                f"whoami`, or {by_hand}"
+                f"{given} did not give it ({_short(error)}), and the cache {cache} holds no complete copy; try again "
+                f"later, or where there is a network run `hf download {repository}{revision} --local-dir FOLDER` and "
+                "give the folder"
             )
-        case errors.HTTPError():
-            return unreached
-        case _:
-            return (
-                f"{name} could not be written to the cache {constants.HF_HUB_CACHE} ({_short(error)}); make room, or "
-                "set HF_HUB_CACHE to a folder on another disk, and start again: finished files are not fetched twice"
-            )
+    return (
+        f"{name} could not be written to the cache {cache} ({_short(error)}); make room, or set HF_HUB_CACHE to a "
+        "folder on another disk, and start again: finished files are not fetched twice"
+    )
 
 
 def _short(error: Any) -> str:
     """The kind of an error and the first line of its text."""
     if type(error).__name__ == "OfflineModeIsEnabled":
         return "HF_HUB_OFFLINE is set"
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].strip().rstrip('.')}" if lines else type(error).__name__
+    first, *_ = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {first.strip().rstrip('.')}".removesuffix(": ")

@@ -157,13 +157,22 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         ModelError: if the file is truncated, or its header is no JSON, does not describe every byte of the data, or
             names an unsupported dtype.
     """
-    raw, data, size = _read_raw_header(file)
-    raw.pop("__metadata__", None)
-    entries = checked(_ENTRIES, raw, f"{file} has a corrupt header")
+    size, what = file.stat().st_size, f"{file} has a corrupt header"
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER):
+            raise ModelError(
+                f"{file} is truncated or no safetensors file: it has {size} bytes and claims a header of "
+                f"{length}; download it again"
+            )
+        raw = stream.read(length)
+    header = checked(JSON_OBJECT, guarded(lambda: parse_json(raw), what), what)
+    checked(_METADATA, header.pop("__metadata__", {}), what)
+    entries = checked(_ENTRIES, header, what)
     if unsupported := sorted({entry.dtype for entry in entries.values()} - set(DTYPES)):
         shown = ", ".join(code[:20] for code in unsupported[:8])
         raise ModelError(f"{file} stores {shown}; supported are {', '.join(DTYPES)}; convert it first")
-    found, start = {}, 0
+    found, start, data = {}, 0, 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
         tensor = found[name] = StoredTensor(tuple(entry.shape), DTYPES[entry.dtype], file, data + start)
         end = start + tensor.nbytes
@@ -181,36 +190,10 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     return {name: found[name] for name in entries}
 
 
-def read_metadata(file: Path) -> dict[str, str]:
-    """The metadata of a safetensors file; empty if there are none."""
-    return _read_raw_header(file)[0].get("__metadata__", {})
-
-
-def _read_raw_header(file: Path) -> tuple[dict[str, Any], int, int]:
-    """The header's JSON object with checked metadata, the first byte of the data, and the size of the file."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER):
-            raise ModelError(
-                f"{file} is truncated or no safetensors file: it has {size} bytes and claims a header of "
-                f"{length}; download it again"
-            )
-        raw = stream.read(length)
-    what = f"{file} has a corrupt header"
-    header = checked(JSON_OBJECT, guarded(lambda: parse_json(raw), what), what)
-    checked(_METADATA, header.get("__metadata__", {}), what)
-    return header, 8 + length, size
-
-
-def write_tensors(
-    file: Path, tensors: Mapping[str, np.ndarray | UnreadTensor], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write a safetensors file, with dtypes of `DTYPES`; an `UnreadTensor` is read when it is written.
-
-    Without metadata, the header has what transformers expects.
-    """
-    header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
+def write_tensors(file: Path, tensors: Mapping[str, np.ndarray | UnreadTensor]) -> None:
+    """Write a safetensors file, with dtypes of `DTYPES`; an `UnreadTensor` is read when it is written."""
+    # What transformers expects.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     # Widest dtype first, so that every tensor starts at a multiple of its item size.
     ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
     start = 0

@@ -4,9 +4,9 @@ A source knows its configuration and the name, shape and dtype of each tensor; a
 """
 
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 from pydantic import TypeAdapter
@@ -17,8 +17,10 @@ from sparseopt.models.files.compressed import CompressedTensor, join_parts, read
 from sparseopt.models.files.folder import (
     MAX_CONFIG,
     MAX_INDEX,
+    PACKED_INDEX,
     PICKLES,
     TO_SAFETENSORS,
+    TO_UNPACK,
     carried_files,
     file_in,
     is_plain_name,
@@ -26,13 +28,11 @@ from sparseopt.models.files.folder import (
 )
 from sparseopt.models.files.gguf.source import GGUFSource
 from sparseopt.models.files.hub import fetch, parse_hub_name
-from sparseopt.models.files.packed import PACKED_INDEX, PACKED_PREFIX, PackedTensor, read_packed_header
 from sparseopt.models.files.safetensors import StoredTensor, TensorInfo, read_header
 from sparseopt.system.run_folder import LOCK, RUN, SUMMARY
 
 # A tensor of a folder, as stored.
-FileTensor = StoredTensor | PackedTensor | CompressedTensor
-T = TypeVar("T", bound=FileTensor)
+FileTensor = StoredTensor | CompressedTensor
 _WEIGHT_MAP = TypeAdapter(dict[str, str])
 
 
@@ -73,10 +73,9 @@ class Source(Protocol):
 
 
 class FolderSource:
-    """A Hugging Face folder: config.json and model.safetensors, whole or in shards with an index, dense or packed.
+    """A Hugging Face folder: config.json and model.safetensors, whole or in shards with an index.
 
-    Packed tensors and tensors of few bits look like dense ones, see `packed` and `compressed`; the configuration then
-    has no quantization_config.
+    Tensors of few bits look like dense ones, see `compressed`; the configuration then has no quantization_config.
     """
 
     def __init__(
@@ -118,20 +117,13 @@ class FolderSource:
     def _find_tensors(self) -> dict[str, FileTensor]:
         folder = self.path
         index, single = self.file("model.safetensors.index.json"), self.file("model.safetensors")
-        if self.file(PACKED_INDEX).is_file():
-            if index.is_file() or single.is_file():
-                raise ModelError(f"{folder} holds a packed model and a dense one; move one of them to another folder")
-            return dict(self._read_shards(PACKED_INDEX, read_packed_header))
         # In the order of transformers.
         if single.is_file():
             return self._dense(read_header(single))
         if index.is_file():
-            return self._dense(self._read_shards(index.name, read_header))
-        if any(folder.glob(f"{PACKED_PREFIX}*.safetensors")):
-            raise ModelError(
-                f"{folder} has packed shards and no {PACKED_INDEX}: writing it was interrupted, or the index was not "
-                "copied; copy the folder again or pack the model again"
-            )
+            return self._dense(self._read_shards(index.name))
+        if self.file(PACKED_INDEX).is_file():
+            raise ModelError(f"{folder} {TO_UNPACK}")
         pickles = sorted(entry.name for entry in folder.iterdir() if entry.suffix.lower() in PICKLES)
         if pickles:
             raise ModelError(f"{folder} has only pickled weights ({listed(pickles)}): {TO_SAFETENSORS}")
@@ -149,7 +141,7 @@ class FolderSource:
         del self.config["quantization_config"]
         return dict(join_parts(self.path, stored, bits))
 
-    def _read_shards(self, index: str, read: Callable[[Path], Mapping[str, T]]) -> dict[str, T]:
+    def _read_shards(self, index: str) -> dict[str, StoredTensor]:
         folder = self.path
         what = f"the index in {folder} has no weight_map of names to files"
         weight_map = checked(_WEIGHT_MAP, self._read_json(index, MAX_INDEX).get("weight_map"), what)
@@ -164,7 +156,7 @@ class FolderSource:
         missing = [name for name, file in files.items() if not file.is_file()]
         if missing:
             raise ModelError(f"{folder} lacks shards that its index names: {listed(missing)}; download them")
-        headers = {name: read(file) for name, file in files.items()}
+        headers = {name: read_header(file) for name, file in files.items()}
         absent = sorted(key for key, name in weight_map.items() if key not in headers[name])
         if absent:
             raise ModelError(

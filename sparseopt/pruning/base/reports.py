@@ -50,7 +50,7 @@ class PruneReport:
         calibration: the tokens that the run used.
         footprint: the memory and disk that the run was expected to need.
         dense_bytes: dense size of the model's tensors in the dtypes written.
-        stored_bytes: size of the same tensors as stored; smaller if they were packed or rounded to grids.
+        stored_bytes: size of the same tensors as stored; smaller if they were rounded to grids.
         devices: number of devices, of all processes together.
         processes: number of processes; times and memory are for the first one.
         platform: platform of the devices, as JAX names it: "cpu", "gpu", "tpu".

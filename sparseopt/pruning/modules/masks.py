@@ -18,7 +18,7 @@ def masks(model: Any) -> Any:
 
     Args:
         model: a Flax NNX module; the parameters of a Linen module, or its variables; a torch module; or a model folder,
-            dense or packed, a GGUF file, a name on the hub, or an opened model.
+            a GGUF file, a name on the hub, or an opened model.
 
     Returns:
         For NNX a pytree of bools like `nnx.state(module, nnx.Param)`, for Linen one like the argument: True where an

@@ -18,7 +18,7 @@ from sparseopt.pruning.recipe.targets import chosen_linears, shares_in
 # Fields that say how a text is read or how a folder is written.
 ELSEWHERE = (
     "calibration", "score", "split", "column", "documents", "bos", "windows", "seqlen", "heldout_windows",
-    "window_choice", "variants", "seed", "dtype", "pack", "head_bits", "masks",
+    "window_choice", "variants", "seed", "dtype", "head_bits", "masks",
 )  # fmt: skip
 
 

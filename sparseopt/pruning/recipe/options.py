@@ -36,6 +36,7 @@ _ENDED = {
     "block_score": "has ended: blocks are always removed by the loss; leave it out",
     "preset best": "is called `tuned` since 0.3",
     "latency": "has ended: `parameters` is the budget of a smaller model",
+    "pack": "has ended: `bits` int8 or int4, or an output that ends in .gguf, makes a model small",
     "device_memory": "has ended: `--dry-run --memory 80GiB` says whether a run fits",
     "gflops": "has ended: `sparseopt prune --dry-run --measure` measures the time of a run",
 }

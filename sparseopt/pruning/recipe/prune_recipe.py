@@ -14,8 +14,8 @@ from sparseopt.layers.patterns import KNOWN, check_pattern, implied_sparsity
 from sparseopt.layers.problem import LayerMethod
 from sparseopt.pruning.recipe.allocation import Allocation, check_allocation
 from sparseopt.pruning.recipe.effort import prune_defaults
-from sparseopt.pruning.recipe.options import HOW, OUTPUT, WHAT, Plain, option, told
-from sparseopt.pruning.recipe.pass_recipe import PassRecipe, Problem
+from sparseopt.pruning.recipe.options import HOW, WHAT, Plain, option, told
+from sparseopt.pruning.recipe.pass_recipe import PassRecipe, Problem, described
 from sparseopt.pruning.recipe.targets import Patterns, Targets, check_shares, read_patterns, read_targets
 
 PRESETS = tuple(dict.fromkeys(preset for method in METHODS.values() for preset in method.presets))
@@ -100,12 +100,14 @@ class Recipe(PassRecipe):
         "Default: with effort most and an n:m pattern.",
         WHAT,
     )
-    pack: bool = option(
-        False, "Store zeros as a bitmask; `sparseopt unpack` writes the folder that transformers loads.", OUTPUT
-    )
 
     def _defaults(self) -> Mapping[str, Any]:
         return prune_defaults(vars(self))
+
+    def as_dict(self) -> dict[str, Any]:
+        names = {described(penalty_named(name)): name for name in BY_WEIGHT}
+        values = super().as_dict()
+        return values | {"penalty": names.get(values["penalty"], values["penalty"])}
 
     @property
     def layer_method(self) -> LayerMethod:

@@ -1,11 +1,11 @@
 """The summary of a finished run: facts about the model and the run, and a table of the layers."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sparseopt.models.base.errors import listed
-from sparseopt.pruning.base.records import LayerRecord, Score, ShapeRecord, mean, mean_errors
+from sparseopt.pruning.base.records import LayerRecord, mean, mean_errors
 from sparseopt.pruning.base.reports import PruneReport
 from sparseopt.pruning.run.output_form import is_file
 from sparseopt.pruning.text.documents import part_of_text
@@ -24,72 +24,61 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def model_facts(report: PruneReport) -> list[Fact]:
+def model_facts(report: PruneReport) -> Iterator[Fact]:
     """What was made, and how. It is the same for every run of the recipe on one machine, so a card shows it."""
-    facts = [_score(score) for score in report.scores]
-    if report.shape is not None:
-        facts += _size(report, report.shape)
-    elif report.layers:
-        facts.append(_zeros(report))
-    if given := sum(r.given_zeros for r in report.layers):
-        facts.append(_given_zeros(report, given))
-    facts.append(_calibration(report))
-    if report.layers:
-        error, heldout = mean_errors(report.layers)
+    for score in report.scores:
+        change = 100 * (score.after / score.before - 1) if score.before else math.nan
+        text = f"{score.before:.2f} before, {score.after:.2f} after ({change:+.1f} %); "
+        yield Fact(f"perplexity on {score.text}", f"{text}{score.windows} windows of {score.seqlen} tokens")
+    layers, grids, size = report.layers, report.grids, sum(r.size for r in report.layers)
+    if shape := report.shape:
+        share = shape.parameters / shape.dense_parameters
+        text = f"keeps {shape.kept()}; {shape.parameters:,} of {shape.dense_parameters:,} parameters ({share:.1%})"
+        yield Fact("size", f"{text}, {report.stored_bytes:,} of {shape.dense_bytes:,} bytes")
+        if shape.rises:
+            yield Fact("removing these blocks alone", f"loss {shape.rises[-1]:+.4f} nats a token")
+    elif layers:
+        text = f"{report.sparsity:.2%} of the {size:,} weights of {len(layers)} linear layers are zero"
+        if (stays := report.prunable_size - size) > 0:
+            text += (
+                f", {report.total_sparsity:.2%} of the weights of all linear layers: {stays:,} were not to be pruned"
+            )
+        if others := report.other_weights:
+            text += f"; {others:,} weights in other matrices of the blocks, such as stacked experts, stay as they are"
+        yield Fact("sparsity", text)
+    if given := sum(r.given_zeros for r in layers):
+        text = f"{given:,} weights had to be zero ({given / size:.1%})"
+        if kept := report.kept_masks:
+            text += f"; {len(kept)} of {len(layers)} layers already had the zeros asked for and keep their mask"
+            if len(kept) == len(layers) and report.recipe["masks"] is None:
+                # The model is its own target, which it meets.
+                text += " and weights; to fit the weights again, give the dense model and --masks"
+        yield Fact("given zeros", text)
+    yield _calibration(report)
+    if layers:
+        error, heldout = mean_errors(layers)
         other = "" if heldout is None else f", {heldout:.5f} on held-out tokens"
         text = f"mean relative squared error of the layers' outputs: {error:.5f} on the calibration tokens{other}"
-        facts.append(Fact("layer errors", text))
-    if report.grids:
-        facts.append(_grids(report))
+        yield Fact("layer errors", text)
+    if grids:
+        error, rounded = report.errors["mean_grid_error"], report.errors["mean_rounded_error"]
+        zeros = sum(record.zeros for record in grids) / sum(record.size for record in grids)
+        text = f"{len(grids)} linear layers in {', '.join(dict.fromkeys(record.bits for record in grids))}, with "
+        text += f"{zeros:.2%} of the weights zero afterwards; what that adds to the relative squared error, mean: "
+        text += f"{error:.5f}, by plain rounding {rounded:.5f}"
+        if others := report.in_floats:
+            text += f"; the other {len(others)} stay in floats: {listed(others, 3)}"
+        yield Fact("few bits", text)
     if report.blocks:
         first, last = report.block_losses
         stopped = sum(b.status in ("DIVERGED", "NONFINITE") for b in report.blocks)
         text = f"{len(report.blocks)} blocks were trained, mean relative error {first:.5f} -> {last:.5f}"
-        facts.append(Fact("training", text + f"; {stopped} diverged and kept their best state" * (stopped > 0)))
+        yield Fact("training", text + f"; {stopped} diverged and kept their best state" * (stopped > 0))
     if trained := report.distilled:
         text = f"from the dense model, divergence {trained.first_loss:.5f} -> {trained.last_loss:.5f}"
         if trained.heldout_first is not None:
             text = f"{text}, held-out {trained.heldout_first:.5f} -> {trained.heldout_best:.5f}"
-        facts.append(Fact("distillation", f"{text} nats a token"))
-    return facts
-
-
-def _score(score: Score) -> Fact:
-    change = 100 * (score.after / score.before - 1) if score.before else math.nan
-    tokens = f"{score.windows} windows of {score.seqlen} tokens"
-    text = f"{score.before:.2f} before, {score.after:.2f} after ({change:+.1f} %); {tokens}"
-    return Fact(f"perplexity on {score.text}", text)
-
-
-def _zeros(report: PruneReport) -> Fact:
-    size = sum(r.size for r in report.layers)
-    text = f"{report.sparsity:.2%} of the {size:,} weights of {len(report.layers)} linear layers are zero"
-    if (stays := report.prunable_size - size) > 0:
-        text += f", {report.total_sparsity:.2%} of the weights of all linear layers: {stays:,} were not to be pruned"
-    if others := report.other_weights:
-        text += f"; {others:,} weights in other matrices of the blocks, such as stacked experts, stay as they are"
-    return Fact("sparsity", text)
-
-
-def _grids(report: PruneReport) -> Fact:
-    error, rounded = report.errors["mean_grid_error"], report.errors["mean_rounded_error"]
-    names = ", ".join(dict.fromkeys(record.bits for record in report.grids))
-    zeros = sum(record.zeros for record in report.grids) / sum(record.size for record in report.grids)
-    text = f"{len(report.grids)} linear layers in {names}, with {zeros:.2%} of the weights zero afterwards; "
-    text += f"what that adds to the relative squared error, mean: {error:.5f}, by plain rounding {rounded:.5f}"
-    if others := report.in_floats:
-        text += f"; the other {len(others)} stay in floats: {listed(others, 3)}"
-    return Fact("few bits", text)
-
-
-def _size(report: PruneReport, shape: ShapeRecord) -> list[Fact]:
-    share = shape.parameters / shape.dense_parameters
-    parameters = f"{shape.parameters:,} of {shape.dense_parameters:,} parameters ({share:.1%})"
-    nbytes = f"{report.stored_bytes:,} of {shape.dense_bytes:,} bytes"
-    facts = [Fact("size", f"keeps {shape.kept()}; {parameters}, {nbytes}")]
-    if shape.rises:
-        facts.append(Fact("removing these blocks alone", f"loss {shape.rises[-1]:+.4f} nats a token"))
-    return facts
+        yield Fact("distillation", f"{text} nats a token")
 
 
 def _calibration(report: PruneReport) -> Fact:
@@ -102,58 +91,8 @@ def _calibration(report: PruneReport) -> Fact:
     return Fact("calibration", f"{tokens}{read}{variants}{bos}{rest}")
 
 
-def _given_zeros(report: PruneReport, given: int) -> Fact:
-    text = f"{given:,} weights had to be zero ({given / sum(r.size for r in report.layers):.1%})"
-    if kept := report.kept_masks:
-        text += f"; {len(kept)} of {len(report.layers)} layers already had the zeros asked for and keep their mask"
-        if len(kept) == len(report.layers) and report.recipe["masks"] is None:
-            # The model is its own target, which it meets.
-            text += " and weights; to fit the weights again, give the dense model and --masks"
-    return Fact("given zeros", text)
-
-
-def run_facts(report: PruneReport) -> list[Fact]:
+def run_facts(report: PruneReport) -> Iterator[Fact]:
     """What the run cost, and what was unusual about it."""
-    facts = [_time(report), _memory(report)]
-    if report.source.endswith(".gguf") and not is_file(report.output) and report.recipe["dtype"] == "bfloat16":
-        text = "stored in bfloat16, which rounds the file's quantised weights; --dtype float32 keeps them exact"
-        facts.append(Fact("dtype", text))
-    if report.devices > 1:
-        several = f" of {report.processes} processes" if report.processes > 1 else ""
-        facts.append(Fact("devices", f"{report.devices} devices{several} ({report.platform}) shared the work"))
-    if report.resumed_blocks:
-        text = f"{report.resumed_blocks} blocks were finished by an earlier run; the times include it"
-        facts.append(Fact("resumed", text))
-    if report.route == "torch":
-        text = (
-            "the model was loaded whole by transformers, since its family is not known here: all output errors have "
-            "the same weight, and nothing is trained"
-        )
-        facts.append(Fact("torch", text))
-    if dead := sum(r.dead_inputs for r in report.layers):
-        text = (
-            f"{dead} inputs (one shared by several layers counts for each) were zero for all calibration tokens; "
-            "their weights were pruned first"
-        )
-        facts.append(Fact("dead inputs", text))
-    if blocked := report.blocked_layers:
-        text = (
-            f"{len(blocked)} layers did not fit in memory whole and were solved in blocks of outputs, up to "
-            f"{max(blocked.values())}: {listed(list(blocked), 3)}"
-        )
-        facts.append(Fact("split solves", text))
-    if starved := report.starved_experts:
-        least = report.recipe["min_expert_tokens"]
-        tokens = f"fewer than {least} calibration tokens" if least > 1 else "no calibration token"
-        text = (
-            f"{len(starved)} experts saw {tokens} and were pruned by magnitude: {listed(starved, 3)}; "
-            "give more --windows, or --expert-tokens all"
-        )
-        facts.append(Fact("starved experts", text))
-    return facts
-
-
-def _time(report: PruneReport) -> Fact:
     phases = {
         "survey of the dense model": report.survey_seconds,
         "solver": report.solver_seconds,
@@ -163,20 +102,38 @@ def _time(report: PruneReport) -> Fact:
     }
     parts = [f"{name} {seconds:.1f} s" for name, seconds in phases.items() if seconds]
     compiling = f"compiling {report.compile_seconds:.1f} s ({report.layer_compilations} layer programs)"
-    return Fact("time", f"{report.seconds:.1f} s in all: {', '.join([*parts, compiling])}")
-
-
-def _memory(report: PruneReport) -> Fact:
-    """The peak beside its estimate."""
-    text = format_bytes(report.peak_memory_bytes)
-    asked, estimated = report.footprint.budget_bytes, report.footprint.memory_bytes
+    yield Fact("time", f"{report.seconds:.1f} s in all: {', '.join([*parts, compiling])}")
+    text, given = format_bytes(report.peak_memory_bytes), report.footprint
+    asked, estimated = given.budget_bytes, given.memory_bytes
     if estimated is not None:
         text += f", estimated {format_bytes(estimated)}"
     if asked is not None:
-        text += f", asked for {format_bytes(asked)}"
-        if report.peak_memory_bytes > asked:
-            text += ": MORE than asked for"
-    return Fact("peak memory", text)
+        more = ": MORE than asked for" if report.peak_memory_bytes > asked else ""
+        text += f", asked for {format_bytes(asked)}{more}"
+    yield Fact("peak memory", text)
+    if report.source.endswith(".gguf") and not is_file(report.output) and report.recipe["dtype"] == "bfloat16":
+        text = "stored in bfloat16, which rounds the file's quantised weights; --dtype float32 keeps them exact"
+        yield Fact("dtype", text)
+    if report.devices > 1:
+        several = f" of {report.processes} processes" if report.processes > 1 else ""
+        yield Fact("devices", f"{report.devices} devices{several} ({report.platform}) shared the work")
+    if report.resumed_blocks:
+        text = f"{report.resumed_blocks} blocks were finished by an earlier run; the times include it"
+        yield Fact("resumed", text)
+    if report.route == "torch":
+        text = "the model was loaded whole by transformers, since its family is not known here: all output errors have "
+        yield Fact("torch", f"{text}the same weight, and nothing is trained")
+    if dead := sum(r.dead_inputs for r in report.layers):
+        text = f"{dead} inputs (one shared by several layers counts for each) were zero for all calibration tokens; "
+        yield Fact("dead inputs", f"{text}their weights were pruned first")
+    if blocked := report.blocked_layers:
+        text = f"{len(blocked)} layers did not fit in memory whole and were solved in blocks of outputs, up to "
+        yield Fact("split solves", f"{text}{max(blocked.values())}: {listed(list(blocked), 3)}")
+    if starved := report.starved_experts:
+        least = report.recipe["min_expert_tokens"]
+        tokens = f"fewer than {least} calibration tokens" if least > 1 else "no calibration token"
+        text = f"{len(starved)} experts saw {tokens} and were pruned by magnitude: {listed(starved, 3)}; "
+        yield Fact("starved experts", f"{text}give more --windows, or --expert-tokens all")
 
 
 def layer_table(report: PruneReport) -> Table:
@@ -186,20 +143,12 @@ def layer_table(report: PruneReport) -> Table:
     for record in report.layers:
         groups.setdefault(record.layer.rpartition(".")[2], []).append(record)
     for kind, records in (groups | {"all": report.layers}).items():
-        shape = "" if kind == "all" else f"{records[0].shape[0]}x{records[0].shape[1]}"
         error, heldout = mean_errors(records)
         zeros = sum(r.zeros for r in records) / sum(r.size for r in records)
-        rows.append(
-            (
-                kind,
-                shape,
-                f"{1 - zeros if smaller else zeros:.4f}",
-                f"{error:.5f}",
-                "-" if heldout is None else f"{heldout:.5f}",
-                f"{mean(r.steps for r in records):.0f}",
-                f"{sum(r.seconds for r in records):.1f}",
-            )
-        )
+        figures = [f"{1 - zeros if smaller else zeros:.4f}", f"{error:.5f}"]
+        figures += ["-" if heldout is None else f"{heldout:.5f}", f"{mean(r.steps for r in records):.0f}"]
+        shape = "" if kind == "all" else cell(tuple(records[0].shape))
+        rows.append([kind, shape, *figures, f"{sum(r.seconds for r in records):.1f}"])
     title, share = ("Inputs kept", "kept") if smaller else ("Pruned layers", "sparsity")
     headings = ("layer", "shape", share, "rel. error", "held-out", "steps", "seconds")
     return Table(f"{title}, means over blocks", headings, rows, totals=1)

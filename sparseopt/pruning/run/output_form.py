@@ -2,7 +2,7 @@
 
     output ends in .gguf    one GGUF file, with its run in a folder beside it, whose name ends in .gguf.run
     bits int8, int4         a folder in the form of compressed-tensors
-    else                    a folder of safetensors, packed if asked for
+    else                    a folder of safetensors
 
 Bits of GGUF files are only for such files, and the others only for folders.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from sparseopt.layers.bits import BITS, Bits, parse_bits
-from sparseopt.models import Compressed, Form, Joined, ModelError, Packed, Source, StreamedModel
+from sparseopt.models import Compressed, Form, Joined, ModelError, Source, StreamedModel
 from sparseopt.models.files.gguf.header import GGUFTensor
 from sparseopt.models.files.gguf.source import GGUFSource
 from sparseopt.models.files.gguf.writer import KINDS, SAME_WIDTH
@@ -60,12 +60,10 @@ def chosen_form(
         targeted: the keys of the weights that the recipe is for, in the dense model; None for all layers.
 
     Raises:
-        ValueError: if this output cannot have these bits or be packed, or the bits' groups tile no layer.
+        ValueError: if this output cannot have these bits, or their groups tile no layer.
         ModelError: if GGUF has no name for the family.
     """
     asked, file = None if recipe.bits is None else parse_bits(recipe.bits), is_file(output)
-    if (file or asked) and recipe.get("pack"):
-        raise ValueError("pack stores zeros as a bitmask in a folder of floats: leave pack out, or bits and .gguf")
     if asked and file != (asked.name in KINDS):
         where = "in a folder: leave .gguf out of the output, or give q8_0, q5_0 or q4_0"
         if not file:
@@ -99,7 +97,7 @@ def chosen_form(
                 f"{target.source.config.get('model_type')} model stores [in, out]: leave bits out"
             )
         return Compressed(bits)
-    return Packed() if recipe.get("pack") else Form()
+    return Form()
 
 
 def _same_width(model: StreamedModel, key: str, chosen: bool) -> Bits | None:

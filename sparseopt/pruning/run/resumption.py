@@ -38,7 +38,6 @@ from sparseopt.models import (
     open_model,
     trained_tag,
 )
-from sparseopt.models.files.packed import PACKED_INDEX
 from sparseopt.models.streaming.prunable import digest
 from sparseopt.pruning.base.records import (
     AllocationRecord,
@@ -60,8 +59,8 @@ from sparseopt.system.run_folder import RUN, SUMMARY, Fingerprint, FolderError, 
 # Another version may round differently, and a resumed run must give the result of an uninterrupted one, bit for bit.
 DECISIVE = ("sparseopt", "jax", "jaxlib", "numpy", "scipy")
 TRAINING = ("optax",)
-# A folder that holds one of these holds a whole model.
-INDEXES = ("model.safetensors.index.json", PACKED_INDEX)
+# A folder that holds this holds a whole model.
+INDEX = "model.safetensors.index.json"
 
 
 class Identity:
@@ -159,7 +158,7 @@ def claimed(folder: Path) -> Iterator[None]:
     """
     names = run_folder.contents(folder)
     others = [] if RUN in names else sorted(names)
-    if set(others) & set(INDEXES):
+    if INDEX in others:
         raise _holds_a_model(folder)
     if others:
         shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
@@ -243,7 +242,7 @@ def state_in(identity: Identity, plan: Plan) -> State:
         wanted["tokens"] = read_start(folder)["fingerprint"].get("tokens")
     state, different = run_folder.state_of(folder, wanted)
     # The summary comes last: a run that was killed between index and summary is finished once more.
-    ended = (folder / SUMMARY).is_file() and any((folder / last).is_file() for last in {*INDEXES, plan.form.last})
+    ended = (folder / SUMMARY).is_file() and any((folder / last).is_file() for last in {INDEX, plan.form.last})
     if not different:
         return State.UNFINISHED if state is State.FINISHED and not ended else state
     if ended:

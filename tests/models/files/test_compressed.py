@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparseopt.layers.bits import BITS, Bits, parse_bits
-from sparseopt.models import Form, ModelError, Packed, load_decoder, open_model, open_source
+from sparseopt.models import ModelError, load_decoder, open_model, open_source
 from sparseopt.models.files import safetensors
 from sparseopt.models.files.compressed import (
     CompressedTensor,
@@ -105,7 +105,7 @@ def test_words_are_those_of_the_format(tmp_path):
 
 
 def test_zeros_of_a_negative_scale_are_positive(tmp_path):
-    """A packed copy of the model would keep negative ones."""
+    """A dense copy of the model has zeros of one sign."""
     weight = np.array([[8, -7, 0, 0, 0, 0, 0, 0]], np.float32)
     stored = compress_tensors({"a.weight": weight}, {"a.weight": parse_bits("int4:8")})
     assert stored["a.weight_scale"].tolist() == [[-1.0]]
@@ -214,10 +214,9 @@ def test_a_folder_reads_as_the_dense_one(tmp_path, rng, name, shards):
     np.testing.assert_array_equal(*logits)
 
 
-@pytest.mark.parametrize("pack", [False, True])
-def test_a_copy_is_a_dense_or_packed_folder(tmp_path, rng, pack):
+def test_a_copy_is_a_dense_folder(tmp_path, rng):
     tensors = write_compressed(tmp_path / "few", rng)
-    copy_model(open_model(tmp_path / "few"), tmp_path / "out", form=Packed() if pack else Form())
+    copy_model(open_model(tmp_path / "few"), tmp_path / "out")
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     copied = open_source(tmp_path / "out")
     assert all(copied.read(key).tobytes() == value.tobytes() for key, value in tensors.items())

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
 
-from sparseopt.models import load_decoder, open_model, open_source, pack_folder, unread
+from sparseopt.models import load_decoder, open_model, open_source, unread
 from sparseopt.models.files import safetensors
 from sparseopt.models.files.gguf.architectures import ARCHITECTURES
 from sparseopt.models.files.safetensors import write_tensors
@@ -49,15 +49,6 @@ def as_folder(dtype: Any, shards: int, place: Path, rng: np.random.Generator) ->
     return Written(folder, config, tensors)
 
 
-def as_packed(place: Path, rng: np.random.Generator) -> Written:
-    dense = as_folder(ml_dtypes.bfloat16, 1, place, rng)
-    zero = np.array(0, ml_dtypes.bfloat16)
-    tensors = {name: np.where(np.abs(t) < 0.1, zero, t) for name, t in dense.tensors.items()}
-    write_tensors(dense.path / "model.safetensors", tensors)
-    pack_folder(dense.path, place / "packed")
-    return Written(place / "packed", dense.config, tensors)
-
-
 def as_gguf(architecture: str, kind: Kind, place: Path, rng: np.random.Generator) -> Written:
     config = CONFIGS[architecture]
     tensors = random_tensors(config, rng)
@@ -75,11 +66,10 @@ FORMATS: dict[str, Write] = {
     "one file": partial(as_folder, np.float32, 1),
     "three shards": partial(as_folder, np.float32, 3),
     **{np.dtype(t).name: partial(as_folder, t, 1) for t in (np.float16, ml_dtypes.bfloat16, np.float64)},
-    "packed": as_packed,
 }
 KINDS = (Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_1)
 FORMATS |= {f"{name} {kind.name}": partial(as_gguf, name, kind) for name in CONFIGS for kind in KINDS}
-COMPUTING = [name for name in FORMATS if name == "packed" or "F32" in name]
+COMPUTING = [name for name in FORMATS if "F32" in name]
 
 
 @pytest.fixture(scope="module", params=FORMATS)
@@ -116,9 +106,8 @@ def test_pieces_are_the_tensor(written, tmp_path, monkeypatch):
     whole = {name: source.read(name) for name in source.tensors}
     write_tensors(tmp_path / "whole", unread(source, whole))
     monkeypatch.setattr(safetensors, "SLICE", 3 * 32 * 4)
-    # A packed tensor has no place for each of its rows.
     embedding = next(name for name in whole if "embed" in name)
-    assert written.path.name == "packed" or len(list(source.pieces(embedding))) > 3
+    assert len(list(source.pieces(embedding))) > 3
     for name, expected in whole.items():
         np.testing.assert_array_equal(np.concatenate(list(source.pieces(name))), expected, err_msg=name)
         np.testing.assert_array_equal(source.read(name), expected, err_msg=name)

@@ -112,11 +112,11 @@ def test_a_name_is_owner_name_and_perhaps_a_revision_all_else_is_a_path(text, na
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("lab/ti--ny", "letters, digits"),
-        ("lab/ti..ny", "letters, digits"),
-        ("lab/tiny.git", "letters, digits"),
-        ("lab/.tiny", "letters, digits"),
-        (f"lab/{'x' * 100}", "at most 96 characters, this one 104"),
+        ("lab/ti--ny", "Cannot have -- or .."),
+        ("lab/ti..ny", "Cannot have -- or .."),
+        ("lab/tiny.git", "cannot end by '.git'"),
+        ("lab/.tiny", "cannot start or end with"),
+        (f"lab/{'x' * 100}", "the maximum length is 96"),
         ("lab/tiny@", "a branch, a tag or a commit, given ''"),
         ("lab/tiny@../../x", "given '../../x'"),
         ("lab/tiny@a/../../x", "given 'a/../../x'"),
@@ -168,7 +168,7 @@ def test_without_a_network_and_a_whole_copy_the_way_out_is_named(cache, tensors,
     with pytest.raises(ModelError) as caught:
         open_source("lab/tiny@main")
     text = str(caught.value)
-    assert text.startswith("no path lab/tiny@main exists on this machine, and the Hugging Face hub cannot be reached")
+    assert text.startswith("no path lab/tiny@main exists on this machine, and the Hugging Face hub did not give it")
     assert f"(HF_HUB_OFFLINE is set), and the cache {cache} holds no complete copy" in text
     assert "`hf download lab/tiny --revision main --local-dir FOLDER` and give the folder" in text
 
@@ -177,7 +177,7 @@ def test_a_broken_connection_is_told_from_an_answer(cache, tensors, monkeypatch,
     broken = getattr(__import__(errors.HTTPError.__module__.partition(".")[0]), "ConnectError")  # noqa: B009
     fake = Hub(monkeypatch, cache)
     fake.raised["info"] = broken("[Errno -2] Name or service not known")
-    with pytest.raises(ModelError, match=r"cannot be reached .*ConnectError: \[Errno -2\].*`hf download lab/tiny"):
+    with pytest.raises(ModelError, match=r"did not give it .*ConnectError: \[Errno -2\].*`hf download lab/tiny"):
         open_source("lab/tiny")
     monkeypatch.undo()
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
@@ -225,7 +225,7 @@ REPLIES = [
     (answer(errors.RepositoryNotFoundError, 404), r"has no model repository lab/tiny, or it is private; .*hf auth"),
     (answer(errors.GatedRepoError, 403), r"access on request: ask at https://huggingface\.co/lab/tiny.*hf auth login"),
     (NO_REVISION, "lab/tiny on the hub has no revision v9; give a branch, a tag"),
-    (answer(errors.HfHubHTTPError, 503), r"hub refused lab/tiny@v9 \(HfHubHTTPError: 503.*\); try again later"),
+    (answer(errors.HfHubHTTPError, 503), r"did not give it \(HfHubHTTPError: 503.*\), .*; try again later"),
 ]
 DISK = OSError(28, "No space left on device"), r"not be written to the cache .*No space left.*set HF_HUB_CACHE"
 ANSWERS: list[tuple[list[str], dict[str, Exception], str]] = [

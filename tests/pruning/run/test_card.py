@@ -2,18 +2,21 @@
 
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 
+import sparseopt as so
 from sparseopt.models import open_source
 from sparseopt.models.files.source import FolderSource
-from sparseopt.pruning import LayerRecord, Recipe, ShrinkRecipe, prune_model, shrink_model
+from sparseopt.pruning import LayerRecord, Recipe, ShrinkRecipe, Wanda, prune_model, shrink_model
 from sparseopt.pruning.base.records import Score
 from sparseopt.pruning.modules.module_report import ModuleReport
-from sparseopt.pruning.run.card import CARD, command_of, metadata_of, model_card, without_folders
+from sparseopt.pruning.run.card import CARD, metadata_of, model_card, without_folders
 from sparseopt.pruning.run.facts import model_facts
+from sparseopt.pruning.train.reconstruction import Reconstruction
 
 OWN = """---
 language:
@@ -40,12 +43,17 @@ def described(tmp_path_factory, source):
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory, described, tokens):
     folder = tmp_path_factory.mktemp("pruned") / "out"
-    return prune_model(described, folder, Recipe(method="wanda", pattern="2:4", calibration=tokens, pack=True))
+    return prune_model(described, folder, Recipe(method="wanda", pattern="2:4", calibration=tokens))
 
 
 def parts_of(folder):
     _, head, body = (folder / CARD).read_text().split("---\n", 2)
     return yaml.safe_load(head), body
+
+
+def recipe_in(card):
+    """The YAML of a card's recipe."""
+    return card.partition("```yaml\n")[2].partition("```\n")[0]
 
 
 def test_a_card_carries_the_licence_and_says_what_was_done(pruned, described):
@@ -60,12 +68,12 @@ def test_a_card_carries_the_licence_and_says_what_was_done(pruned, described):
     }
     assert "# tiny, pruned" in body
     assert "The dense model" not in body
-    command = next(line for line in body.splitlines() if line.startswith("sparseopt prune tiny --output FOLDER "))
-    assert "--calibration" not in command
-    assert all(part in command for part in ("--method wanda", "--sparsity 0.5", "--pattern 2:4"))
+    assert "`sparseopt prune tiny --output FOLDER --recipe RECIPE` makes it again" in body
+    given = yaml.safe_load(recipe_in(body))
+    assert [given.get(name) for name in ("method", "sparsity", "pattern", "calibration")] == ["wanda", 0.5, "2:4", None]
+    assert "# calibration, in Python: token ids of shape [7, 24]\n" in recipe_in(body)
     assert f"50.00% of the {sum(r.size for r in pruned.layers):,} weights of 21 linear layers are zero" in body
     assert "token ids of shape [7, 24]" in body
-    assert "`sparseopt unpack PACKED --output FOLDER`" in body
     assert 'AutoTokenizer.from_pretrained("FOLDER")' in body
     # In a notebook, names are text.
     shown = replace(pruned, source="<b>", scores=(Score("a<i>", 2, 8, 10.0, 11.0),))._repr_html_()
@@ -86,8 +94,8 @@ def test_the_card_of_a_model_pruned_further_names_the_same_base(tmp_path, pruned
     prune_model(pruned.output, tmp_path / "out", recipe)
     head, body = parts_of(tmp_path / "out")
     assert (head["base_model"], head["license"]) == ("lab/base", "apache-2.0")
-    assert "--keep-zeros" in body
-    assert "--targets 're:.*self_attn=0.7,down_proj=0.0'" in body
+    given = yaml.safe_load(recipe_in(body))
+    assert (given["keep_zeros"], given["targets"]) == (True, [["re:.*self_attn", 0.7], ["down_proj", 0.0]])
 
 
 def test_without_a_licence_the_card_says_so_and_a_smaller_model_tells_its_sizes(tmp_path, source, tokens):
@@ -98,8 +106,8 @@ def test_without_a_licence_the_card_says_so_and_a_smaller_model_tells_its_sizes(
     assert head == {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["sparseopt", "pruned"]}
     assert "The source names no licence." in body
     assert "- size: keeps 32 of 64 channels; " in body
-    assert f"sparseopt shrink {source.name} " in body
-    assert "--channels 0.5" in body
+    assert f"`sparseopt shrink {source.name} --output FOLDER --recipe RECIPE`" in body
+    assert yaml.safe_load(recipe_in(body))["channels"] == 0.5
 
 
 def test_a_licence_file_alone_is_pointed_at(tmp_path, pruned, source):
@@ -153,26 +161,53 @@ def test_a_damaged_card_has_no_metadata(card):
     assert "license" not in metadata_of(card)
 
 
-@pytest.mark.parametrize("given", [{"effort": "most"}, {"effort": "fast"}, {"method": "maiht"}, {"effort": "good"}, {}])
-def test_the_command_says_the_effort_or_the_method(pruned, given):
-    command = command_of(replace(pruned, recipe=Recipe(**given, calibration="pydoc").as_dict()))
-    for name in ("effort", "method"):
-        value = given.get(name)
-        assert (f"--{name} {value}" in command) == (value not in (None, "good")), command
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [
+        (Recipe, {"method": "wanda", "pattern": "2:4", "targets": {"down_proj": 0, "re:.*self_attn": 0.5}}),
+        (ShrinkRecipe, {"method": "magnitude", "channels": 0.5, "multiple": 8}),
+    ],
+)
+def test_the_recipe_in_a_card_makes_the_identical_model(tmp_path, source, text, monkeypatch, kind, given):
+    made = {Recipe: prune_model, ShrinkRecipe: shrink_model}[kind]
+    made(source, tmp_path / "one", kind(calibration=text, windows=3, seqlen=16, score="none", **given))
+    (tmp_path / "recipe.yaml").write_text(recipe_in((tmp_path / "one" / CARD).read_text()))
+    monkeypatch.chdir(Path(text.removeprefix("file:")).parent)
+    made(source, tmp_path / "two", kind.from_yaml(tmp_path / "recipe.yaml"))
+    shards, again = (
+        {f.name: f.read_bytes() for f in (tmp_path / name).glob("*.safetensors")} for name in ("one", "two")
+    )
+    assert shards == again
+    assert shards
 
 
-def test_the_command_leaves_out_what_no_command_can_hold(pruned):
-    recipe = pruned.recipe | {"calibration": "3 documents"}
-    assert "--calibration" not in command_of(replace(pruned, recipe=recipe))
+@pytest.mark.parametrize("given", [{"effort": "most"}, {"effort": "fast"}, {"penalty": "mcp"}, {"seqlen": 64}])
+def test_the_yaml_of_a_recipe_is_the_recipe(pruned, tmp_path, given):
+    recipe = Recipe(**given, calibration="hf:lab/text", score="pydoc")
+    (tmp_path / "recipe.yaml").write_text(recipe_in(model_card(replace(pruned, recipe=recipe.as_dict()), {})))
+    assert Recipe.from_yaml(tmp_path / "recipe.yaml").as_dict() == recipe.as_dict()
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ({"calibration": ["a", "b"]}, "calibration"),
+        ({"method": Wanda()}, "method"),
+        ({"penalty": so.MCP(2.0)}, "penalty"),
+        ({"train_epochs": Reconstruction(2)}, "train_epochs"),
+    ],
+)
+def test_what_only_python_can_give_is_a_comment(pruned, given, name):
+    found = recipe_in(model_card(replace(pruned, recipe=Recipe(**given).as_dict()), {}))
+    assert f"# {name}, in Python: " in found
+    assert name not in yaml.safe_load(found)
 
 
 def test_only_last_parts_of_paths_are_told(pruned, tmp_path):
-    assert "--masks pruned-before" not in command_of(
-        replace(pruned, recipe=pruned.recipe | {"masks": "lab/pruned-before"})
-    )
     (tmp_path / "pruned-before").mkdir()
-    recipe = pruned.recipe | {"masks": str(tmp_path / "pruned-before")}
-    assert "--masks pruned-before" in command_of(replace(pruned, recipe=recipe))
+    for masks in ("lab/pruned-before", str(tmp_path / "pruned-before")):
+        found = recipe_in(model_card(replace(pruned, recipe=pruned.recipe | {"masks": masks}), {}))
+        assert yaml.safe_load(found)["masks"] == masks.removeprefix(f"{tmp_path}/")
     assert without_folders("wikitext2:/home/someone/wikitext") == "wikitext2:wikitext"
     assert without_folders("the first half of file:~/notes.txt") == "the first half of file:notes.txt"
     assert without_folders("jsonl:customers/of/a:b/x.jsonl") == "jsonl:x.jsonl"
