@@ -75,7 +75,7 @@ HOUSE = {
     "pruning/train": ["training", "distillation reconstruction"],
     "pruning/recipe": ["allocation effort options targets", "pass_recipe", "prune_recipe shrink_recipe"],
     "pruning/run": [
-        "layer_patterns output_form",
+        "output_form",
         "facts measured permutation plan",
         "calibration card rounding",
         "resumption variants",

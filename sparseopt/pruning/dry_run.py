@@ -32,9 +32,8 @@ from sparseopt.pruning.run.calibration import (
     with_windows,
 )
 from sparseopt.pruning.run.drawn import check_memory
-from sparseopt.pruning.run.layer_patterns import layer_shares
 from sparseopt.pruning.run.output_form import output_of
-from sparseopt.pruning.run.plan import Plan
+from sparseopt.pruning.run.plan import Plan, layer_shares
 from sparseopt.pruning.text.windows import default_windows
 
 # The number of a block and the name inside it, in the key of a layer's weight; and the number of an expert.

@@ -38,8 +38,7 @@ from sparseopt.pruning.measure.survey import TOKENS
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe
 from sparseopt.pruning.recipe.prune_recipe import Recipe
 from sparseopt.pruning.recipe.shrink_recipe import ShrinkRecipe
-from sparseopt.pruning.run.layer_patterns import layer_shares
-from sparseopt.pruning.run.plan import GROUPED, Plan
+from sparseopt.pruning.run.plan import GROUPED, Plan, layer_shares
 from sparseopt.system.machine import device_memory_left, format_bytes, resident_bytes, working_memory_bytes
 
 # Where the activations between blocks are kept.

@@ -273,7 +273,7 @@ def evaluate(
     """Measure the token-level perplexity of a model, and the exact sparsity of its layers."""
     from sparseopt.models import check_window, open_any
     from sparseopt.pruning import Recipe, audit_pattern, audit_sparsity, perplexity
-    from sparseopt.pruning.run.layer_patterns import layer_shares
+    from sparseopt.pruning.run.plan import layer_shares
     from sparseopt.pruning.text.documents import part_of_text
     from sparseopt.pruning.text.windows import begin_windows, text_windows, token_digest
 
