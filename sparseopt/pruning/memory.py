@@ -15,7 +15,7 @@ decides; it cannot be swapped, so too little is an error.
 import math
 import shutil
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -69,11 +69,10 @@ class BudgetError(ValueError):
 
 
 class BlockSizes(NamedTuple):
-    """One kind of block; layers are `(out, in, share)` with the fraction of the tokens that reach the layer."""
+    """A block; layers are `(out, in, share)` with the fraction of the tokens that reach the layer."""
 
-    blocks: int  # number of such blocks
-    parameters: int  # of one block
-    stored: int  # bytes of one block in the source's dtypes
+    parameters: int
+    stored: int  # bytes in the source's dtypes
     linears: tuple[tuple[int, int, float], ...]  # `share` is below 1 for experts
     solved: tuple[tuple[int, int, float], ...]  # that are pruned; for a smaller model, all that may have to be
     gram_bytes: int  # of one set of Grams
@@ -81,39 +80,31 @@ class BlockSizes(NamedTuple):
 
 
 def block_sizes(model: StreamedModel, recipe: PassRecipe) -> list[BlockSizes]:
-    """The kinds of blocks, by content and by what is pruned, in order of first appearance; headers are enough."""
+    """The sizes of all blocks; headers are enough."""
     experts, every = model.config.experts, recipe.expert_tokens == "all"
     routed = experts.chosen / experts.count if experts else 1.0
     targeted = layer_shares(model, recipe) if isinstance(recipe, Recipe) else None
-
-    def is_pruned(index: int, name: str) -> bool:
-        return name.endswith(GROUPED) if targeted is None else model.weight_key(index, name) in targeted
-
-    alike: dict[Any, list[int]] = {}
-    for index, kind in enumerate(model.config.kinds):
-        pruned = tuple(name for name in model.block_linears(index) if is_pruned(index, name))
-        alike.setdefault((kind, pruned), []).append(index)
     found = []
-    for (_, names), (index, *others) in alike.items():
+    for index in range(model.num_blocks):
         infos = [model.source.tensors[key] for key in model.block_keys(index).values()]
-        linears: dict[str, tuple[int, int, float]] = {}
-        taps, grams = {}, {}
+        linears, solved, taps, grams = [], [], {}, {}
         for name, tap in model.block_linears(index).items():
-            outputs, inputs = model.weight_shape(model.weight_key(index, name))
-            share = routed if ".experts." in name else 1.0
-            linears[name] = (outputs, inputs, share)
+            key, share = model.weight_key(index, name), routed if ".experts." in name else 1.0
+            outputs, inputs = model.weight_shape(key)
+            linears.append((outputs, inputs, share))
+            if name.endswith(GROUPED) if targeted is None else key in targeted:
+                solved.append(linears[-1])
             taps[tap] = inputs * share
             shared = every and stacked_name(tap)[0] == EXPERTS_INPUT
             grams[EXPERTS_INPUT if shared else tap] = inputs
         found.append(
             BlockSizes(
-                blocks=1 + len(others),
                 parameters=sum(math.prod(info.shape) for info in infos),
                 stored=sum(map(_nbytes, infos)),
-                linears=tuple(linears.values()),
-                solved=tuple(linears[name] for name in names),
+                linears=tuple(linears),
+                solved=tuple(solved),
                 gram_bytes=FLOAT32 * sum(width**2 for width in grams.values()),
-                widths=sum(taps.values()) + sum(outputs * share for outputs, _, share in linears.values()),
+                widths=sum(taps.values()) + sum(outputs * share for outputs, _, share in linears),
             )
         )
     return found
@@ -212,12 +203,12 @@ def phase_bytes(
     if recipe.distillation is not None:
         # As if nothing were removed: the smaller model is not known yet.
         tokens = min(recipe.distillation.windows, recipe.window_count) * recipe.seqlen
-        held = distillation_bytes(config, sum(b.blocks * b.parameters for b in blocks), block.parameters, tokens)
+        held = distillation_bytes(config, sum(b.parameters for b in blocks), block.parameters, tokens)
         seen = tokens * pairs // recipe.seqlen + int(3 * FLOAT32 * tokens * block.widths)
         held["activations of a step"] += 2 * stream + seen
         if isinstance(recipe, Recipe):
             # A byte for each weight; those of experts also stacked.
-            held["masks"] = sum(b.blocks * o * i * (1 + (share < 1)) for b in blocks for o, i, share in b.linears)
+            held["masks"] = sum(o * i * (1 + (share < 1)) for b in blocks for o, i, share in b.linears)
         # Its own programs come on top, and compiling them while all this is held.
         phases["distillation"] = running | {"compiled programs": running["compiled programs"] + 2 * PROGRAMS} | held
     for held in phases.values():
