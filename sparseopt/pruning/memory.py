@@ -305,14 +305,17 @@ def choose_footprint(
 
 
 def _too_little(phase: str, held: Mapping[str, int], what: str, instead: str) -> BudgetError:
-    parts = ", ".join(
-        f"{name} {format_bytes(nbytes)}" for name, nbytes in sorted(held.items(), key=lambda part: -part[1]) if nbytes
-    )
     advice = f", or less to do: {ADVICE[phase]}" if phase in ADVICE else ""
     return BudgetError(
         f"{what} is too little: with activations on disk the run is estimated to take "
-        f"{format_bytes(sum(held.values()))} in phase {phase} ({parts}); {instead}{advice}"
+        f"{format_bytes(sum(held.values()))} in phase {phase} ({', '.join(bytes_by_size(held))}); "
+        f"{instead}{advice}"
     )
+
+
+def bytes_by_size(parts: Mapping[str, int]) -> list[str]:
+    """Named numbers of bytes as text, the largest first."""
+    return [f"{name} {format_bytes(n)}" for name, n in sorted(parts.items(), key=lambda part: -part[1]) if n]
 
 
 def check_disk(plan: Plan, scratch: int) -> None:

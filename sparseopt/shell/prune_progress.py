@@ -19,7 +19,8 @@ from sparseopt.pruning.base.records import (
     ShapeRecord,
     mean,
 )
-from sparseopt.shell.console import bytes_by_size, console, counting_bar, duration, say
+from sparseopt.pruning.memory import bytes_by_size
+from sparseopt.shell.console import console, counting_bar, duration, say
 from sparseopt.system.machine import format_bytes
 
 # Seconds left from which a run says after its first block that a faster one is possible.
