@@ -145,7 +145,7 @@ def methods_table() -> str:
 
 
 def workspace(label: str, outputs: int, inputs: int) -> float:
-    """The bytes that `sparseopt inspect` expects of a layer solve by "METHOD PRESET"."""
+    """The bytes that a dry run expects of a layer solve by "METHOD PRESET"."""
     name, _, preset = label.partition(" ")
     return method_cost(find_method(name, preset or None)).workspace.nbytes(outputs, inputs)
 

@@ -75,7 +75,7 @@ HOUSE = {
     "pruning/train": ["training", "distillation reconstruction"],
     "pruning/recipe": ["allocation effort options targets", "pass_recipe", "prune_recipe shrink_recipe"],
     "pruning/run": [
-        "layer_patterns output_form",
+        "output_form",
         "facts measured permutation plan",
         "calibration card rounding",
         "resumption variants",
@@ -90,7 +90,7 @@ HOUSE = {
         "linen_module masks module_report module_training nnx_module",
         "module_pass",
     ],
-    "pruning": ["memory prune_module", "loaded_pass", "pipeline", "inspection", "__init__"],
+    "pruning": ["memory prune_module", "loaded_pass", "pipeline", "dry_run", "__init__"],
     "experiments": [
         "names plots* read/* tracking",
         "task",

@@ -18,6 +18,7 @@ from sparseopt.layers.problem import LayerJob, LayerMethod, LayerReport, Pruned,
 from sparseopt.layers.prune_layer import LayerResult, prune_layer
 from sparseopt.pruning.base.records import Footprint, LayerRecord
 from sparseopt.pruning.base.reports import PruneReport
+from sparseopt.pruning.dry_run import DryRun, dry_run
 from sparseopt.pruning.evaluate.audit import LayerAudit, PatternAudit, audit_pattern, audit_sparsity
 from sparseopt.pruning.evaluate.perplexity import perplexity
 from sparseopt.pruning.memory import BudgetError
@@ -36,6 +37,7 @@ __all__ = [
     "METHODS",
     "AdmmPruning",
     "BudgetError",
+    "DryRun",
     "Flap",
     "Footprint",
     "GroupRemoval",
@@ -62,6 +64,7 @@ __all__ = [
     "Wanda",
     "audit_pattern",
     "audit_sparsity",
+    "dry_run",
     "find_method",
     "load_text",
     "masks",
@@ -82,7 +85,10 @@ def __dir__() -> list[str]:
 
 
 # Names that have ended, and what to use instead.
-_ENDED = {"prune_models": "a loop over prune_model, which measures the dense model once"}
+_ENDED = {
+    "inspect_model": "so.pruning.dry_run(source, output, recipe)",
+    "prune_models": "a loop over prune_model, which measures the dense model once",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -24,9 +24,8 @@ from sparseopt.pruning.recipe.prune_recipe import Recipe
 from sparseopt.pruning.recipe.targets import shares_in
 from sparseopt.pruning.run.block import Stopped
 from sparseopt.pruning.run.folder_pass import Pass
-from sparseopt.pruning.run.layer_patterns import layer_patterns, layer_shares
 from sparseopt.pruning.run.output_form import is_file
-from sparseopt.pruning.run.plan import Plan, make_plan
+from sparseopt.pruning.run.plan import Plan, layer_patterns, layer_shares, make_plan
 from sparseopt.system.machine import format_bytes, return_freed_memory, working_memory_bytes
 from sparseopt.system.run_folder import DRAWN, RUN
 

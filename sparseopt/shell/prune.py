@@ -62,8 +62,22 @@ def makes_models(
             process_id: options.ProcessId = None,
             log: options.Log = None,
             follow_links: options.FollowLinks = False,
+            dry_run: Annotated[
+                bool, options.machine_option("Show what the run would make and need, write nothing.", "--dry-run")
+            ] = False,
+            measure: Annotated[
+                bool,
+                options.machine_option(
+                    "With --dry-run: estimate the time too, from runs of the recipe on the first blocks.", "--measure"
+                ),
+            ] = False,
+            as_json: Annotated[
+                bool, options.machine_option("With --dry-run: print one JSON line and nothing else.", "--json")
+            ] = False,
             **given: Any,
         ) -> None:
+            if (measure or as_json) and not dry_run:
+                raise ValueError(f"--{'measure' if measure else 'json'} belongs to --dry-run: add it")
             check_tracker(log)
             chosen = options.number_of_devices(devices)
             with options.cooperating(distributed, coordinator, processes, process_id):
@@ -75,8 +89,16 @@ def makes_models(
                 names = ["-".join(named.format(name, getattr(each, name)) for name in varied) for each in recipes]
                 plans = [(each, output_named(output, name)) for each, name in zip(recipes, names, strict=True)]
                 opened = options.opened(source, follow_links)
-                for line in choice_lines(recipes[0], given):
-                    console.say(line)
+                if not as_json:
+                    for line in choice_lines(recipes[0], given):
+                        console.say(line)
+                if dry_run:
+                    from sparseopt.shell.show_pruning import show_dry_run
+
+                    for each, place in plans:
+                        plan = pruning.dry_run(opened, place, each, memory=memory, devices=chosen, measure=measure)
+                        show_dry_run(plan, as_json)
+                    return
                 code = run_pass(opened, plans, title, memory, chosen, log)
             if code:
                 raise typer.Exit(code)
@@ -251,7 +273,7 @@ def evaluate(
     """Measure the token-level perplexity of a model, and the exact sparsity of its layers."""
     from sparseopt.models import check_window, open_any
     from sparseopt.pruning import Recipe, audit_pattern, audit_sparsity, perplexity
-    from sparseopt.pruning.run.layer_patterns import layer_shares
+    from sparseopt.pruning.run.plan import layer_shares
     from sparseopt.pruning.text.documents import part_of_text
     from sparseopt.pruning.text.windows import begin_windows, text_windows, token_digest
 

@@ -47,9 +47,7 @@ def names(recipe):
     return list(recipe.model_fields)
 
 
-@pytest.mark.parametrize(
-    ("command", "recipe"), [("prune", Recipe), ("compare", Recipe), ("inspect", Recipe), ("shrink", ShrinkRecipe)]
-)
+@pytest.mark.parametrize(("command", "recipe"), [("prune", Recipe), ("compare", Recipe), ("shrink", ShrinkRecipe)])
 def test_every_field_of_a_recipe_is_an_option_of_the_command(command, recipe):
     found = set(inspect.signature(completed(COMMANDS[command])).parameters)
     # `compare` takes several methods, a preset after a colon.

@@ -27,7 +27,7 @@ from sparseopt.models import (
     start_token,
 )
 from sparseopt.pruning import METHODS, PruneReport, perplexity, prune_model
-from sparseopt.pruning.base.records import Event, LayerRecord, Passed, mean_errors, mean_grid_errors
+from sparseopt.pruning.base.records import Event, LayerRecord, Passed
 from sparseopt.pruning.loaded_pass import plan_for
 from sparseopt.pruning.recipe.options import ended, mistakes_of, plain_type
 from sparseopt.pruning.recipe.pass_recipe import BosChoice, PassRecipe
@@ -248,8 +248,7 @@ class ModelTask(Task):
             "windows": report.calibration.windows,
             "calibration_digest": report.calibration.digest,
             "perplexity": score,
-            **mean_errors(layers)._asdict(),
-            **mean_grid_errors(report.grids)._asdict(),
+            **report.errors,
             **{name: getattr(report, name) for name in REPORTED},
             "unconverged": sum(r.status not in (Status.CONVERGED.name, Status.STATIONARY.name) for r in layers),
             "layers": [r.as_dict() for r in layers],

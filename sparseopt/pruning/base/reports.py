@@ -16,7 +16,6 @@ from sparseopt.pruning.base.records import (
     ShapeRecord,
     mean,
     mean_errors,
-    mean_grid_errors,
     own_fields,
 )
 from sparseopt.system.machine import environment
@@ -126,6 +125,14 @@ class PruneReport:
         return 0.0 if self.shape is not None else sum(r.zeros for r in self.layers) / self.prunable_size
 
     @property
+    def errors(self) -> dict[str, float | None]:
+        """The mean errors of layers, and what grids and plain rounding add to them; None if there are none."""
+        error, heldout = mean_errors(self.layers)
+        grid, rounded = mean(r.relative_error for r in self.grids), mean(r.rounded_error for r in self.grids)
+        names = ("mean_relative_error", "mean_heldout_error", "mean_grid_error", "mean_rounded_error")
+        return dict(zip(names, (error, heldout, grid, rounded), strict=True))
+
+    @property
     def starved_experts(self) -> list[str]:
         return sorted({r.layer.rpartition(".")[0] for r in self.layers if r.starved})
 
@@ -160,10 +167,9 @@ class PruneReport:
             "output": str(self.output),
             "layers": len(self.layers),
             "reconstructed_blocks": len(self.blocks),
-            **mean_grid_errors(self.grids)._asdict(),
             "sparsity": self.sparsity,
             "total_sparsity": self.total_sparsity,
-            **mean_errors(self.layers)._asdict(),
+            **self.errors,
             "dead_inputs": sum(r.dead_inputs for r in self.layers),
             "given_zeros": sum(r.given_zeros for r in self.layers),
             "kept_masks": len(self.kept_masks),

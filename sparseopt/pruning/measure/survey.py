@@ -54,9 +54,8 @@ from sparseopt.pruning.recipe.allocation import (
 )
 from sparseopt.pruning.recipe.prune_recipe import Recipe
 from sparseopt.pruning.run.folder_pass import Pass
-from sparseopt.pruning.run.layer_patterns import layer_patterns
 from sparseopt.pruning.run.measured import measured_once
-from sparseopt.pruning.run.plan import Plan
+from sparseopt.pruning.run.plan import Plan, layer_patterns
 
 # Most calibration tokens used for sensitivities and curves, but at least one window: both are means over tokens.
 TOKENS = 8192

@@ -307,9 +307,8 @@ class PassRecipe(BaseModel, ABC):
 
     def _without_text(self) -> Iterator[Problem]:
         """Fields that say how to read a text, if there is none."""
-        given = {name: getattr(self, name) for name in ("window_choice", "split", "column")}
-        given |= {"documents": self.documents if self.documents == "separate" else None}
-        named = [name for name, value in given.items() if value is not None]
+        named = [name for name in ("window_choice", "split", "column") if getattr(self, name) is not None]
+        named += ["documents"] * (self.documents == "separate")
         if self.draws:
             why = f"is for a text, and calibration {SELF!r} has none"
             yield from ((name, f"{name} {why}: leave {name} out, or give a text") for name in named)

@@ -90,7 +90,7 @@ def _cached(
     file = cache / f"{hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:32]}.json"
     if (ids := _read(file, shape)) is not None:
         return ids
-    _check_memory(model, recipe, budget)
+    check_memory(model, recipe, budget)
     drawn = list[np.ndarray]()
     draws: Any = model.draw if isinstance(model, LoadedModel) else partial(draw_texts, model.decoder())
     batches = np.array_split(np.arange(count), -(-count // BATCH))
@@ -147,7 +147,7 @@ def _first_token(model: PrunableModel, bos: int | None) -> int:
     return int(start)
 
 
-def _check_memory(model: PrunableModel, recipe: PassRecipe, budget: int | None) -> None:
+def check_memory(model: PrunableModel, recipe: PassRecipe, budget: int | None) -> None:
     """Raise an error if the model to draw with does not fit in memory."""
     other = "give a text to calibrate on, as in calibration='file:PATH' or 'hf:OWNER/NAME' ('pydoc' is always at hand)"
     needed = sum(drawing_bytes(model, recipe).values())
