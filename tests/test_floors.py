@@ -77,7 +77,7 @@ HOUSE = {
     "pruning/run": [
         "output_form",
         "facts measured permutation plan",
-        "calibration card rounding",
+        "calibration card part",
         "resumption variants",
         "block drawn",
         "folder_pass",
@@ -87,7 +87,7 @@ HOUSE = {
         "lanes layouts",
         "watched",
         "flax_module module_plan torch_module",
-        "linen_module masks module_report module_training nnx_module",
+        "linen_module masks module_training nnx_module",
         "module_pass",
     ],
     "pruning": ["memory prune_module", "loaded_pass", "pipeline", "dry_run", "__init__"],
