@@ -32,6 +32,7 @@ from sparseopt.pruning.run.calibration import (
     with_windows,
 )
 from sparseopt.pruning.run.drawn import check_memory
+from sparseopt.pruning.run.measured import forget
 from sparseopt.pruning.run.output_form import output_of
 from sparseopt.pruning.run.plan import Plan, layer_shares
 from sparseopt.pruning.text.windows import default_windows
@@ -213,6 +214,7 @@ def measured_seconds(model: Any, recipe: PassRecipe) -> float:
         source = copy.copy(model.source)
         vars(source).update(config=few.config, tensors={key: model.source.tensors[key] for key in few.tensors})
         with tempfile.TemporaryDirectory() as folder:
+            forget()
             start = time.perf_counter()
             prune_model(source, output_of(recipe, Path(folder), "few"), recipe)
             seconds.append(time.perf_counter() - start)
