@@ -60,7 +60,7 @@ HOUSE = {
         "hub",
         "source",
         "gguf/vocabulary memory",
-        "gguf/metadata",
+        "gguf/writer",
         "forms",
     ],
     "models/decoder": ["layers", "settings", "attention experts", "decoder", "cached_decoding tokenizer"],

@@ -118,10 +118,6 @@ class Block(nnx.Module):
     def num_experts(self) -> int:
         return self.experts.count if self.experts else 0
 
-    @property
-    def attention_width(self) -> int:
-        return self.config.num_heads * self.config.head_dim
-
     def copy(self) -> "Block":
         return nnx.clone(self)
 
