@@ -14,16 +14,15 @@ SETTINGS ?=
 DRAWS ?=
 TEXTS ?=
 RECORD ?=
-FUZZ_SECONDS ?= 60
 GEMMA := build/gemma-3-270m-q4_k_m.gguf
 # The parts of benchmarks that run without ONLY, and those of any model.
 ANY_MODEL := blind,draws,tokens
 QUALITY := layers,models,ablation,complete,$(ANY_MODEL)
 SHRINK := sizes,methods,windows
-RELIABILITY := inputs,kills,budget,fuzz
+RELIABILITY := inputs,kills,budget
 OTHERS := slow and not pages and not oracle and not package and not notebooks and not accelerators and not device
 
-.PHONY: help demo test test-all test-thorough lint test-slow test-oracle test-notebooks test-package test-accelerators test-gpu fuzz families golden notebooks docs bench-prune bench-memory bench-reliability bench-scaling bench-accelerators bench-gpu bench-quality bench-precision bench-shrink bench-runtime bench-bits bench-modules bench-trend bench-trend-selection bench-trend-sizes bench-trend-peers bench-trend-batch bench-core bench-benchopt bench-certificates clean
+.PHONY: help demo test test-all test-thorough lint test-slow test-oracle test-notebooks test-package test-accelerators test-gpu families golden notebooks docs bench-prune bench-memory bench-reliability bench-scaling bench-accelerators bench-gpu bench-quality bench-precision bench-shrink bench-runtime bench-bits bench-modules bench-trend bench-trend-selection bench-trend-sizes bench-trend-peers bench-trend-batch bench-core bench-benchopt bench-certificates clean
 
 # Two installations in one environment at the same time would break it.
 .NOTPARALLEL:
@@ -49,7 +48,7 @@ $(VENV)/.installed-docs: $(VENV)/.installed-demo pyproject.toml
 
 $(VENV)/.installed-test: $(VENV)/.created pyproject.toml
 	$(BIN)/python -m pip install --quiet -e . --group test
-	$(BIN)/python -m pip install --quiet --no-deps bokeh-sampledata pygsp nilearn libpysal pyshp
+	$(BIN)/python -m pip install --quiet --no-deps nilearn libpysal pyshp
 	@touch $@
 
 $(VENV)/.installed-oracle: $(VENV)/.installed-test
@@ -104,11 +103,6 @@ $(VENV)-benchopt/.installed: pyproject.toml
 	$(VENV)-benchopt/older/bin/python -m pip install --quiet -e . --group benchopt 'benchopt==1.4.0'
 	@touch $@
 
-# atheris has wheels for Linux and some Python versions only; the fuzzer reports if it is missing.
-$(VENV)/.installed-fuzz: $(VENV)/.installed-test
-	$(BIN)/python -m pip install --quiet --only-binary :all: 'atheris>=2.3' || echo 'SKIPPED atheris: no matching wheel' >&2
-	@touch $@
-
 demo: $(VENV)/.installed-demo ## Prune a real language model and show what it costs (about 3 minutes on two cores).
 	$(BIN)/sparseopt demo --calibration $(CALIBRATION)
 
@@ -156,9 +150,6 @@ docs: $(VENV)/.installed-docs $(VENV)/.installed-test ## Build the pages into bu
 	$(BIN)/sphinx-build -W -q -b doctest docs build/doctest
 	$(BIN)/python -m pytest -m pages -rs tests/test_pages.py
 
-fuzz: $(VENV)/.installed-fuzz ## Fuzz every reader and argument check for FUZZ_SECONDS (60) each; JSON lines.
-	$(BIN)/python -m tests.fuzz.run --seconds $(FUZZ_SECONDS)
-
 families: $(VENV)/.installed-oracle ## Compare every model family with torch and record the results for the documentation.
 	rm -f build/families.jsonl && mkdir -p build
 	SPARSEOPT_FAMILY_RECORDS=build/families.jsonl $(BIN)/python -m pytest -n 2 -m oracle tests/oracle/test_families.py
@@ -182,7 +173,7 @@ bench-gpu: $(VENV)/.installed-demo ## Both solvers on a GPU or TPU; skipped if J
 bench-accelerators: $(VENV)-accelerators/.installed ## The table of programs for accelerators that need not be there (hours for all); ONLY='text ...', RECORD=file.
 	$(VENV)-accelerators/bin/python benchmarks/bench_accelerators.py $(if $(ONLY),--only $(ONLY)) $(if $(RECORD),--record '$(RECORD)')
 
-bench-reliability: $(VENV)/.installed-fuzz ## Killed runs, a memory budget, bad inputs, fuzzing (about an hour); ONLY=kills,budget,inputs,fuzz.
+bench-reliability: $(VENV)/.installed-test ## Killed runs, a memory budget, bad inputs (about an hour); ONLY=kills,budget,inputs.
 	$(BIN)/python benchmarks/bench_reliability.py --only $(or $(ONLY),$(RELIABILITY))
 
 MODELS_OPTIONS = $(if $(DATA),--data '$(DATA)') $(if $(MODEL),--source '$(if $(filter gemma3-270m,$(MODEL)),$(GEMMA),$(MODEL))') $(if $(SETTINGS),--settings '$(SETTINGS)') \

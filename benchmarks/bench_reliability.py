@@ -1,13 +1,12 @@
-"""Reliability and memory of pruning: killed runs, budgets, bad inputs, fuzzing. JSON lines.
+"""Reliability and memory of pruning: killed runs, budgets, bad inputs. JSON lines.
 
-    python benchmarks/bench_reliability.py [--only memory,inputs,kills,budget,fuzz] [--kills 30] [--memory 1180MiB]
+    python benchmarks/bench_reliability.py [--only memory,inputs,kills,budget] [--kills 30] [--memory 1180MiB]
 
 memory   peak memory against the number of blocks, for mAIHT
 inputs   bad inputs by kind, and how many ended in a clear error: those of the tests
 kills    a pruning run that receives thirty SIGKILLs: what was lost, and whether the final result is identical; of a
          folder, and of a GGUF file as llama.cpp converts it, into another
 budget   a checkpoint of three times the memory budget
-fuzz     executions, seconds and crashes of every target
 
 Models are random Llamas, pruned on random tokens in processes of their own.
 """
@@ -256,15 +255,8 @@ def inputs(_: argparse.Namespace) -> Lines:
     return [{"kind": kind, **found} for kind, found in counts.found.items()]
 
 
-def fuzz(given: argparse.Namespace) -> Lines:
-    """A line for each target and engine, as `make fuzz` prints them."""
-    command = [sys.executable, "-m", "tests.fuzz.run", "--seconds", str(given.seconds), "--seed", str(given.seed)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
-        yield from filter(lambda record: "target" in record, map(json.loads, process.stdout or ()))
-
-
 FIGURES: dict[str, Callable[[argparse.Namespace], Lines]] = {
-    "memory": memory, "inputs": inputs, "kills": kills, "budget": budget, "fuzz": fuzz,
+    "memory": memory, "inputs": inputs, "kills": kills, "budget": budget,
 }  # fmt: skip
 
 
@@ -273,12 +265,11 @@ def main() -> None:
     parser = options(__doc__)
     selection(parser, "--only", FIGURES)
     parser.add_argument("--width", type=int, default=512, help="of the models for memory; twice that for budget")
-    parser.add_argument("--seed", type=int, default=0, help="of the times of the kills, and of the fuzzer")
+    parser.add_argument("--seed", type=int, default=0, help="of the times of the kills")
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--memory", type=parse_bytes, default=parse_bytes("1180MiB"), help="memory budget")
     parser.add_argument("--times", type=float, default=3.0, help="least size of the model, relative to the budget")
     parser.add_argument("--method", default="wanda", help="for the budget part; mAIHT takes an hour")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of fuzzing per target")
     given = parser.parse_args()
     for name in given.only:
         say(name)

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic_core import PydanticUndefined
 
 from sparseopt.experiments import datasets
-from sparseopt.experiments.datasets import GraphSource, Picture
+from sparseopt.experiments.datasets import Picture
 from sparseopt.experiments.task import TASKS, Paper, PaperFigure, Task, find_task
 
 ATTRIBUTE = re.compile(r"^    (\w+): (.*(?:\n {8}.*)*)", re.MULTILINE)
@@ -17,14 +17,14 @@ def page() -> str:
     """MyST text: the keys of every task, those of each task, those of the blocks in them, and the data."""
     parts = [_section("Every task", Task)]
     parts += [_section(f"`task: {name}`", find_task(name), without=Task) for name in TASKS]
-    blocks = {"picture": Picture, "graph": GraphSource, "paper": Paper, "paper.figures": PaperFigure}
+    blocks = {"picture": Picture, "paper": Paper, "paper.figures": PaperFigure}
     parts += [_section(f"`{key}`", block) for key, block in blocks.items()]
     return "\n".join([*parts, "## The data\n", inspect.cleandoc(datasets.__doc__ or "")])
 
 
 def _section(title: str, block: Any, without: type = object) -> str:
     """A heading, what a block is, and its keys, but those that it has from another."""
-    documented: dict[str, str] = {}
+    documented = {key: field.description for key, field in block.model_fields.items() if field.description}
     for base in block.__mro__:
         if not issubclass(without, base):
             documented = dict(ATTRIBUTE.findall(inspect.cleandoc(base.__doc__ or ""))) | documented

@@ -5,7 +5,12 @@
 `selection` shows the records of `make bench-trend-selection`.
 """
 
+import csv
+import gzip
+import importlib.util
+import sqlite3
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +18,14 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 from benchmark_pictures import draw_quality
+from matplotlib.collections import PolyCollection
 from matplotlib.tri import Triangulation
 from PIL import Image
 from records import read, select
-from scipy.sparse import csr_array
+from scipy.sparse import csr_array, triu
 from scipy.spatial import Delaunay
 
 import sparseopt as so
-from sparseopt.experiments.datasets import load_counties
-from sparseopt.experiments.plots.signals import plot_regions
 from sparseopt.models import bundled_model, open_model
 from sparseopt.pruning import prune_layer
 from sparseopt.pruning.base.activations import make_batches
@@ -50,20 +54,62 @@ RULES = {
 
 KINDS = {"poisson": "counts", "logistic": "labels"}
 TOP = 3.5  # of the axis
+ISLANDS = ("AK", "HI", "PR", "AS", "GU", "MP", "VI")  # Alaska too: not among the 48 states that touch
+
+
+def rings(blob: bytes) -> Iterator[tuple[bool, np.ndarray]]:
+    """The rings of a polygon or multipolygon in little-endian well-known binary, and whether each is a hole."""
+
+    def number(place: int) -> int:
+        return int.from_bytes(blob[place : place + 4], "little")
+
+    polygons, place = (1, 0) if number(1) == 3 else (number(5), 9)
+    for _ in range(polygons):
+        count, place = number(place + 5), place + 9
+        for ring in range(count):
+            points = number(place)
+            yield ring > 0, np.frombuffer(blob, "<f8", 2 * points, place + 4).reshape(points, 2)
+            place += 4 + 16 * points
+
+
+def counties() -> tuple[so.Graph, list[list[np.ndarray]], np.ndarray]:
+    """US counties whose outlines share two points or more, their outlines, and the unemployment of 2009 in percent.
+
+    The rates are of the US Bureau of Labor Statistics, the outlines of the US Census Bureau.
+    """
+    folder = Path(getattr(importlib.util.find_spec("bokeh_sampledata"), "origin", "")).parent / "_data"
+    query = f"SELECT id, geometry FROM us_counties WHERE state NOT IN {ISLANDS} ORDER BY id"
+    with sqlite3.connect(f"{(folder / 'geographic_boundaries.db').as_uri()}?immutable=1", uri=True) as database:
+        rows = database.execute(query).fetchall()
+    with gzip.open(folder / "unemployment09.csv.gz", "rt", encoding="utf-8") as stream:
+        rates = {row[1] + row[2]: float(row[8]) for row in csv.reader(stream)}
+    parts = [list(rings(blob)) for _, blob in rows]
+    # Stored to five decimals of a degree.
+    points = [np.unique(np.rint(1e5 * np.concatenate([ring for _, ring in part])), axis=0) for part in parts]
+    owner = np.repeat(np.arange(len(points)), [len(each) for each in points])
+    column = np.unique(np.concatenate(points), axis=0, return_inverse=True)[1].ravel()
+    touches = csr_array((np.ones(owner.size), (owner, column)))
+    shared = triu(touches @ touches.T, 1).tocoo()
+    edges = np.stack([shared.row, shared.col], axis=1)[shared.data >= 2]
+    outlines = [[ring for hole, ring in part if not hole] for part in parts]
+    return so.Graph.from_edges(edges, len(rows)), outlines, np.array([rates.get(name, np.nan) for name, _ in rows])
 
 
 def readme_picture() -> None:
     """A map before and after smoothing, and the perplexity of pruned models."""
-    counties = load_counties()
-    y: Any = counties.signal
-    fit = so.trend_filter(y, counties.graph, so.L1(2.0), order=0).check()
+    graph, outlines, y = counties()
+    fit = so.trend_filter(y, graph, so.L1(2.0), order=0).check()
     figure, axes = plt.subplot_mosaic(
         [["measured", "perplexity"], ["smoothed", "perplexity"]], figsize=(11, 5.6), layout="constrained"
     )
-    unit = counties.unit.replace(" in", ",")
+    sizes = [len(rings) for rings in outlines]
     for title, values in (("measured", y), ("smoothed", fit.value)):
-        plot_regions(counties.polygons, values, axes[title], limits=(3.0, 15.0), label=unit)
-        axes[title].set_title(f"unemployment in 2009, {title}")
+        drawn = PolyCollection([ring for rings in outlines for ring in rings], edgecolors="white", linewidths=0.14)
+        drawn.set(array=np.repeat(values, sizes), clim=(3.0, 15.0))
+        axes[title].add_collection(drawn)
+        axes[title].set(title=f"unemployment in 2009, {title}", aspect="equal", xticks=[], yticks=[])
+        axes[title].spines[:].set_visible(False)
+        figure.colorbar(drawn, ax=axes[title], label="unemployment rate, %", extend="both")
     axis = axes["perplexity"]
     draw_quality(axis, read("quality"), select(read("prune"), "dense perplexity")[0]["value"])
     axis.set_title("SmolLM2-135M, pruned")

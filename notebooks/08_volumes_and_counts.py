@@ -21,15 +21,22 @@
 # The data are inside pip packages: `pip install 'sparseopt[volumes]'` and `pip install --no-deps nilearn libpysal pyshp`.
 
 # %%
+import importlib.util
+from itertools import pairwise
+from pathlib import Path
+
 import matplotlib.pyplot as plt
 import nibabel
 import numpy as np
+import shapefile
+from matplotlib.collections import LineCollection
 from scipy import sparse
 from scipy.sparse.linalg import spsolve
+from scipy.spatial import KDTree
 
 import sparseopt as so
 from sparseopt.experiments import plots
-from sparseopt.experiments.datasets import Picture, load_soho, require
+from sparseopt.experiments.datasets import Picture
 from sparseopt.trend import denoise, noise_level
 from sparseopt.trend.images import psnr
 
@@ -140,8 +147,14 @@ assert best["spacing (1, 1, 3)"] > best["equal spacing"] + 0.7
 # Brain Mapping 8, 1999), has its left half as a mesh of 10,242 points and 20,480 triangles, and at each point the depth of
 # the folds. The edges of the triangles are a graph. We add noise with the standard deviation of the depth itself.
 
+
 # %%
-folder = require("nilearn") / "datasets" / "data" / "fsaverage5"
+def folder_of(package):
+    """The folder of an installed package, which is not imported."""
+    return Path(importlib.util.find_spec(package).origin).parent
+
+
+folder = folder_of("nilearn") / "datasets" / "data" / "fsaverage5"
 
 
 def stored(name):
@@ -194,12 +207,57 @@ figure.colorbar(sheet, ax=axes, shrink=0.7, label="depth of the folds")
 # In 1854 cholera killed hundreds of people in Soho, London. John Snow marked the deaths on a map, and showed that they
 # gathered around the water pump in Broad Street. libpysal has his map as data: streets, deaths by house, and pumps.
 #
-# `load_soho` cuts the streets into pieces of about 20 m. They are the nodes of the graph; pieces that meet are joined.
-# Each piece has the number of deaths nearest to it.
+# We cut the streets into pieces of about 20 m. They are the nodes of the graph; pieces that meet or cross are joined: some
+# two of their points are at most 1 m apart. Each piece has the number of deaths nearest to it. The map is in the Mercator
+# projection of the web, which stretches all lengths near a latitude by the same factor.
 
 # %%
-soho = load_soho()
-graph, counts = soho.graph, soho.signal
+PIECE, REACH, RADIUS = 20.0, 1.0, 6_378_137.0  # metres; the radius of the projection
+maps = folder_of("libpysal") / "examples" / "snow_maps"
+
+
+def read(name):
+    """The shapes of a map, and what is said of them."""
+    with shapefile.Reader(str(maps / f"{name}.shp")) as file:
+        return [np.asarray(shape.points, float) for shape in file.shapes()], file.records()
+
+
+def along(line):
+    """Distances from the first point of a line to each of its points, along the line."""
+    return np.concatenate([[0], np.cumsum(np.linalg.norm(np.diff(line, axis=0), axis=1))])
+
+
+def at(line, stops):
+    """The places at these distances from the first point of a line, along the line."""
+    return np.stack([np.interp(stops, along(line), axis) for axis in line.T], axis=1)
+
+
+def cut(line):
+    """Equal pieces of about `PIECE`."""
+    points = along(line)
+    ends = np.linspace(0, points[-1], max(round(points[-1] / PIECE), 1) + 1)
+    return [at(line, np.array([a, *points[(points > a) & (points < b)], b])) for a, b in pairwise(ends)]
+
+
+def degrees(places):
+    """Longitude and latitude."""
+    x, y = places.T / (metres * RADIUS)
+    return np.rad2deg(np.stack([x, np.arctan(np.sinh(y))], axis=1))
+
+
+(streets, _), (houses, deaths), (pumps, _) = read("Soho_Network"), read("SohoPeople"), read("SohoWater")
+metres = 1 / np.cosh(np.mean(np.concatenate(houses)[:, 1]) / RADIUS)
+pieces = [piece for street in streets for piece in cut(metres * street)]
+lengths = [along(piece)[-1] for piece in pieces]
+points = [at(piece, np.linspace(0, m, int(m / REACH) + 2)) for piece, m in zip(pieces, lengths, strict=True)]
+owner = np.repeat(np.arange(len(pieces)), [len(part) for part in points])
+tree = KDTree(np.concatenate(points))
+pairs = np.sort(owner[tree.query_pairs(REACH, output_type="ndarray")], axis=1)
+graph = so.Graph.from_edges(np.unique(pairs[pairs[:, 0] < pairs[:, 1]], axis=0), len(pieces))
+nearest = owner[tree.query(metres * np.concatenate(houses))[1]]
+counts = np.bincount(nearest, [house["Count"] for house in deaths], len(pieces))
+middles = degrees(np.concatenate([at(piece, [m / 2]) for piece, m in zip(pieces, lengths, strict=True)]))
+lines, pumps = [degrees(piece) for piece in pieces], degrees(metres * np.concatenate(pumps))
 print(f"{graph.num_nodes} pieces of street, {graph.num_edges} edges, {counts.sum():.0f} deaths")
 print(f"{np.mean(counts == 0):.0%} of the pieces have none, one has {counts.max():.0f}")
 
@@ -233,10 +291,14 @@ rates = {0: np.exp(validated.value), 1: np.exp(smooth.value)}
 panels = {"deaths": counts, "rate, order 0": rates[0], "rate, order 1": rates[1]}
 figure, axes = plt.subplots(1, 3, figsize=(17, 5.2), layout="constrained")
 for axis, (title, values) in zip(axes, panels.items(), strict=True):
-    plots.plot_lines(soho.lines, values, axis, limits=(0, 8), label=soho.unit)
-    axis.plot(*soho.marks.T, "^", color=plots.COLOURS[5], markersize=8, markeredgecolor="white")
-    axis.set_aspect(1 / np.cos(np.deg2rad(51.5)))
-    axis.set_title(title)
+    order = np.argsort(values, kind="stable")  # where lines meet, the highest covers the others
+    drawn = LineCollection([lines[place] for place in order], array=values[order], cmap="viridis", clim=(0, 8))
+    drawn.set(linewidths=3, capstyle="round")
+    axis.add_collection(drawn)
+    axis.plot(*pumps.T, "^", color=plots.COLOURS[5], markersize=8, markeredgecolor="white")
+    axis.set(title=title, aspect=1 / np.cos(np.deg2rad(51.5)), xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)
+figure.colorbar(drawn, ax=axes, label="deaths on 20 m of street", extend="max")
 
 # %% [markdown]
 # The triangles are the pumps. Both fits find one centre. How far is it from a pump?
@@ -244,8 +306,8 @@ for axis, (title, values) in zip(axes, panels.items(), strict=True):
 # %%
 METRES = 111_195 * np.array([np.cos(np.deg2rad(51.5)), 1])
 for order, rate in rates.items():
-    centre = soho.positions[rate.argmax()]
-    apart = np.linalg.norm((soho.marks - centre) * METRES, axis=1)
+    centre = middles[rate.argmax()]
+    apart = np.linalg.norm((pumps - centre) * METRES, axis=1)
     print(f"order {order}: highest rate {rate.max():.1f} deaths on 20 m, {apart.min():.0f} m from a pump")
     assert apart.min() < 60
     assert np.isclose(rate.sum(), counts.sum(), rtol=1e-2)
@@ -262,4 +324,5 @@ for order, rate in rates.items():
 # * `loss="poisson"` is for counts, and paths, criteria and cross-validation take it too. If counts come in clusters,
 #   cross-validate.
 #
-# The same as experiments with configs: `sparseopt run denoise-volume` and `sparseopt run street-counts`.
+# The volume as an experiment with a config: `sparseopt run denoise-volume`. Signals in your own files: `sparseopt trend`, or
+# the task `trend` in a config.

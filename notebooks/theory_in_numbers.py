@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.collections import LineCollection
 from skimage.data import camera
 
 import sparseopt as so
@@ -132,8 +133,10 @@ for name, solution in descents.items():
     reached[name] = 1 + int(np.argmax(objective <= objective[-1] * (1 + 1e-5)))
     print(f"{name:9s} F = {objective[-1]:.4f}, {reached[name]:3d} steps to within 1e-5 of its final value")
 assert reached["mAIHT"] < reached["plain IHT"] / 2
+histories = {name: np.asarray(each.history.objective)[: int(each.steps)] for name, each in descents.items()}
+above = {name: (1 + np.arange(values.size), values / lowest - 1 + 1e-9) for name, values in histories.items()}
 figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
-plots.plot_history(descents, "objective", axis, reference=lowest * (1 - 1e-9))
+plots.plot_curves(above, axis, xlabel="step", ylabel="(F − lowest F) / lowest F", logy=True)
 axis.set_xlim(0, 2 * reached["plain IHT"])
 _ = axis.set_title("monotone, and accelerated")
 
@@ -181,9 +184,17 @@ for axis in axes:
 #
 # On a grid the groups follow a formula: 4 groups of edges for order 0, 5 groups of stars for order 1.
 
-# %% alt="A grid of 10 × 10 nodes, once for each group: the four groups of edges, or the five groups of stars, that share no node."
-_ = plots.plot_groups((10, 10), 1)
-_ = plots.plot_groups((10, 10), 2)
+# %% alt="A grid of 10 × 10 nodes, twice: its edges in four colours, of which none meet at a node, and its nodes in five, one for each group of stars."
+grid, colours = so.Graph.grid((10, 10)), np.array(plots.COLOURS)
+places = np.stack(np.divmod(np.arange(100), 10), axis=1)
+ends = grid.matrix(1).tocsr().indices.reshape(-1, 2)
+figure, axes = plt.subplots(1, 2, figsize=(8.5, 4.4), layout="constrained")
+axes[0].add_collection(LineCollection(places[ends], colors=colours[grid.groups(1)], linewidths=4))
+axes[0].set_title("edges of one colour share no node")
+axes[1].scatter(*places.T, color=colours[grid.groups(2)], s=90)
+axes[1].set_title("a node and its neighbours have five colours")
+for axis in axes:
+    axis.set(aspect="equal", xlim=(-0.5, 9.5), ylim=(-0.5, 9.5), xticks=[], yticks=[])
 
 # %% [markdown]
 # On any other graph they come from a colouring. The check needs only the matrix: within a group every column (node) is

@@ -158,6 +158,7 @@ def test_the_core_and_trend_filter_import_nothing_heavy():
         "import sys, sparseopt"
         "; heavy = {'flax', 'transformers', 'matplotlib', 'torch', 'tokenizers', 'networkx', 'sklearn', 'optax'}"
         "; heavy |= {'scipy.' + name for name in ('optimize', 'ndimage', 'linalg', 'special', 'sparse.csgraph')}"
+        "; heavy |= {'pandas'}"
         "; found = heavy & set(sys.modules); assert not found, found; sparseopt.pruning.prune_layer"
         "; found = {'transformers', 'matplotlib', 'torch'} & set(sys.modules); assert not found, found"
     )

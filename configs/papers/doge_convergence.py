@@ -186,8 +186,20 @@ def _draw(problems: dict[str, list[FinishedRun]]) -> Any:
     if all(axis.get_legend_handles_labels()[1] == labels for axis in axes):
         for axis in axes:
             axis.get_legend().remove()
-        plots.style.legend_below(axes)
+        legend_below(axes)
     return axes
+
+
+def legend_below(axes: Any) -> None:
+    """One legend below panels of the same lines, in as many columns, at most three, as its figure has room for."""
+    figure, (handles, labels) = axes[0].figure, axes[0].get_legend_handles_labels()
+    for columns in (3, 2, 1):
+        legend = figure.legend(
+            handles, labels, loc="outside lower center", ncols=columns, frameon=False, handlelength=2.8
+        )
+        if legend.get_window_extent(figure.canvas.get_renderer()).width <= figure.bbox.width or columns == 1:
+            return
+        legend.remove()
 
 
 def _draw_losses(runs: Sequence[FinishedRun], kind: str, axis: Any) -> None:

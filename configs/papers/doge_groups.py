@@ -17,6 +17,7 @@ from sparseopt.experiments.task import FinishedRun, Record, Task
 from sparseopt.trend.base.graph import Graph
 
 LARGEST_DRAWN = 400
+PAD = 0.22  # of a patch around its nodes, in grid steps; patches of a group are at least 0.7 apart
 
 
 class Groups(Task):
@@ -79,5 +80,70 @@ class Groups(Task):
                 stem = f"groups-{size}-B{record['block']}"
                 if stem not in pictures:
                     columns = 8 if record["groups"] > 8 else None
-                    pictures[stem] = plots.plot_groups(run.task.shape, record["block"], columns=columns)
+                    pictures[stem] = plot_groups(run.task.shape, record["block"], columns=columns)
         return pictures
+
+
+def plot_groups(shape: Sequence[int], block: int, axis: Any = None, *, columns: int | None = None) -> np.ndarray:
+    """The rows of a grid's difference operator in groups that share no node, one panel per group.
+
+    The rows of a group are treated in parallel. `block` counts the difference factors that are treated row by
+    row: rows of D are edges, rows of L stars, rows of D L two joined stars. On a large two-dimensional grid they form
+    4, 5 and 16 groups.
+
+    Args:
+        shape: of the grid: 1 or 2 axes, at most some 400 nodes.
+        block: 1, 2 or 3.
+        axis: as many axes as there are groups.
+        columns: panels side by side in a new figure; None chooses.
+
+    Source: Bu, Wu, Zuo, "Doge-ADMM: A Highly Scalable Parallel Algorithm for Trend Filtering on Graphs", figures
+    2 to 4.
+    """
+    graph = Graph.grid(shape)
+    height, width = (1, *shape) if len(shape) == 1 else shape
+    places = np.stack(np.divmod(np.arange(graph.num_nodes), width)[::-1], axis=1).astype(float)
+    matrix, labels = graph.matrix(block), graph.groups(block)
+    members = [np.flatnonzero(labels == group) for group in np.unique(labels)]
+    columns = columns or min(len(members), 5 if block == 2 else 4)
+    rows = -(-len(members) // columns)
+    side = 2.2 / max(height, width)
+    panels = plots.style.axes_or_new(
+        axis, len(members), columns, (columns * max(side * width, 1.3), rows * (max(side * height, 0.3) + 0.35) + 0.1)
+    )
+    for number, (panel, group) in enumerate(zip(panels, members, strict=True), start=1):
+        touched = [matrix.indices[matrix.indptr[row] : matrix.indptr[row + 1]] for row in group]
+        _draw_group(panel, graph, places, touched, block)
+        panel.set_title(f"group {number}: {len(group)} row{'s' if len(group) != 1 else ''}", fontsize=10)
+    return panels
+
+
+def _draw_group(axis: Any, graph: Graph, places: np.ndarray, touched: list[np.ndarray], block: int) -> None:
+    from matplotlib.collections import LineCollection, PolyCollection
+
+    axis.add_collection(LineCollection(list(places[graph.edges]), colors="#cccccc", linewidths=0.8, zorder=1))
+    if block == 1:
+        lines = [places[nodes] for nodes in touched]
+        axis.add_collection(LineCollection(lines, colors=plots.COLOURS[0], linewidths=3, zorder=2))
+    else:
+        outlines = [_padded_hull(places[nodes]) for nodes in touched]
+        face, edge = plots.COLOURS[4] + "80", plots.COLOURS[0]
+        axis.add_collection(PolyCollection(outlines, facecolors=face, edgecolors=edge, linewidths=1, zorder=2))
+    used = np.zeros(len(places), bool)
+    used[np.concatenate(touched)] = True
+    size = float(np.clip(400 / len(places), 4, 16))
+    axis.scatter(*places[~used].T, s=size, color="white", edgecolors="#999999", linewidths=0.8, zorder=3)
+    axis.scatter(*places[used].T, s=size, color=plots.style.INK, zorder=3)
+    axis.set_xlim(-0.6, places[:, 0].max() + 0.6)
+    axis.set_ylim(places[:, 1].max() + 0.6, -0.6)  # the first row on top, as in a matrix
+    plots.style.bare(axis)
+
+
+def _padded_hull(points: np.ndarray) -> np.ndarray:
+    """The convex hull of discs around points: round corners, and no special case for points in a line."""
+    from scipy.spatial import ConvexHull
+
+    angle = np.linspace(0, 2 * np.pi, 24, endpoint=False)
+    disc = PAD * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    ring = (points[:, None] + disc).reshape(-1, 2)
+    return ring[ConvexHull(ring).vertices]

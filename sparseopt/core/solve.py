@@ -272,7 +272,7 @@ def _is_floats(leaf: Any) -> bool:
 
 
 def _refuses_shapes(problem: Problem, start: Any) -> str | None:
-    if isinstance(problem.loss, DataLoss | Quadratic):
+    if of_package := isinstance(problem.loss, DataLoss | Quadratic):
         wanted = problem.loss.start_shape()
         if jnp.shape(start) != wanted:
             return f"start needs the shape {wanted} of the loss's x, given {jnp.shape(start)}"
@@ -288,7 +288,6 @@ def _refuses_shapes(problem: Problem, start: Any) -> str | None:
         rows = jax.ShapeDtypeStruct(problem.operator.out_shape + like.shape[1:], like.dtype)
     elif problem.operator is not None:
         rows = jax.eval_shape(problem.operator.mv, like)
-    of_package = isinstance(problem.loss, DataLoss | Quadratic)
     return (
         (None if of_package else _refuses_array("loss", problem.loss, "gradient", like))
         or _refuses_array("penalty", problem.penalty, "prox", rows)

@@ -106,7 +106,7 @@ def find_config(path: Path) -> Path:
 def load_config(path: Path, overrides: Sequence[str] = (), *, allow_code: AllowCode = False) -> list[Run]:
     """Read an experiment, apply `key=value` overrides, expand its sweep, and check every run.
 
-    `path` may be the name of a config in the package, such as `minnesota`; a file takes precedence.
+    `path` may be the name of a config in the package, such as `denoise-volume`; a file takes precedence.
     `allow_code` says whether tasks, penalties and methods that the config names by a path outside this package are
     imported, which runs their modules: True for all, or the names of allowed packages.
 

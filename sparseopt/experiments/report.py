@@ -14,7 +14,7 @@ from typing import Any
 from sparseopt.experiments.config import get_by_path
 from sparseopt.experiments.names import AllowCode
 from sparseopt.experiments.read.files import FileError
-from sparseopt.experiments.read.tables import write_parquet
+from sparseopt.experiments.read.tables import write_table
 from sparseopt.experiments.runs import CONFIG, NO_FIGURES, can_draw, draw, load_run, summarise
 from sparseopt.experiments.task import FinishedRun, Paper
 from sparseopt.system.machine import environment
@@ -199,7 +199,7 @@ def write_report(sections: Sequence[Section], folder: Path, command: str = "spar
     files[2].write_text(page_of("sparseopt report", reports, command), encoding="utf-8")
     columns = {name: _of_one_type([line[name] for line in flat]) for name in (flat[0] if flat else ())}
     try:
-        write_parquet(files[3], columns)
+        write_table(files[3], columns)
     except FileError:  # without pyarrow
         files.pop()
     return [*files, *(Path(figure.picture) for report in reports for figure in report.figures)]

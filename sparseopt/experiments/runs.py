@@ -37,8 +37,8 @@ from sparseopt.system.yaml_file import read_yaml, write_yaml
 
 CONFIG, FAILURE = "config.yaml", "error.txt"
 NO_FIGURES = Fact("figures", "none, since matplotlib is not installed: pip install 'sparseopt[plot]'")
-# What a run writes besides its `run.json`; `model` is from `tasks.model`.
-WRITTEN = (SUMMARY, RECORDS, CONFIG, FAILURE, PAGE, "*.png", "*.npz", "model")
+# What a run writes besides its `run.json`; `model` is from `tasks.model`, and `fit.csv` from `tasks.trend`.
+WRITTEN = (SUMMARY, RECORDS, CONFIG, FAILURE, PAGE, "*.png", "*.npz", "fit.csv", "model")
 
 
 @dataclass(frozen=True)

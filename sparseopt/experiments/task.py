@@ -22,16 +22,20 @@ from sparseopt.experiments.names import AllowCode, find_class, shortened
 # The tasks that a config can name. Each is imported on use, because it may need the packages of an extra.
 TASKS = {
     "denoise": "tasks.denoise.Denoise",
-    "graph_signal": "tasks.graph.GraphSignal",
     "prune": "tasks.prune.Prune",
     "shrink": "tasks.shrink.Shrink",
+    "trend": "tasks.trend.Trend",
 }
-# The papers' tasks are not part of the package: their configs, in configs/papers, name them by path.
-PAPERS = {
-    "race": "doge_race.Race",
-    "convergence": "doge_convergence.Convergence",
-    "groups": "doge_groups.Groups",
-    "descent": "maiht_descent.Descent",
+# Tasks that a config names no longer, and what to use instead. Those of the papers are files beside their configs.
+_ENDED = {"graph_signal": "has ended: `trend` smooths a signal on a graph in your own files"} | {
+    old: f"has left the package: it is {new}, in configs/papers/{new.partition('.')[0]}.py of the repository, and "
+    "needs --allow-code"
+    for old, new in {
+        "race": "doge_race.Race",
+        "convergence": "doge_convergence.Convergence",
+        "groups": "doge_groups.Groups",
+        "descent": "maiht_descent.Descent",
+    }.items()
 }
 
 Record = dict[str, Any]
@@ -179,12 +183,8 @@ def find_task(kind: str, allow_code: AllowCode = False) -> type[Task]:
         ValueError: if the path does not lead to a task, or is not allowed.
         ModuleNotFoundError: if a package of its extra is missing.
     """
-    if kind in PAPERS:
-        module = PAPERS[kind].partition(".")[0]
-        raise ValueError(
-            f"the task {kind!r} has left the package: it is {PAPERS[kind]}, in configs/papers/{module}.py of the "
-            "repository, and needs --allow-code"
-        )
+    if kind in _ENDED:
+        raise ValueError(f"the task {kind!r} {_ENDED[kind]}")
     if kind not in TASKS:
         found = find_class(kind, {}, "task", allow_code)
         if not (isinstance(found, type) and issubclass(found, Task)):
@@ -200,7 +200,7 @@ def nearest_task(kind: Any, allow_code: AllowCode = False) -> tuple[str | None, 
         return None, f"this key is missing; known tasks are {', '.join(TASKS)}"
     if not isinstance(kind, str):
         return None, f"must be the name of a task, given {shortened(kind)}; {suggest('', TASKS)}"
-    if "." in kind or kind in PAPERS or kind in TASKS:
+    if "." in kind or kind in (*_ENDED, *TASKS):
         try:
             find_task(kind, allow_code)
         except ValueError as error:

@@ -106,7 +106,7 @@ COMMANDS: dict[str, dict[Callable[..., None], tuple[str, str]]] = {
     },
     "Experiments": {
         experiments.run: (
-            "sparseopt run minnesota",
+            "sparseopt run denoise-medical",
             "sparseopt run sweep.yaml --output runs --shard 1/2",
         ),
         experiments.report: (

@@ -47,7 +47,7 @@ def permitted(allow_code: bool, packages: list[str] | None, *folders: Path) -> b
 
 
 def run(
-    config: Annotated[Path, typer.Argument(help="Experiment file, or one that comes with sparseopt: minnesota.")],
+    config: Annotated[Path, typer.Argument(help="Experiment file, or one that comes with sparseopt: denoise-medical.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings to change: key=value, penalty.weight=20.")
     ] = None,

@@ -5,13 +5,13 @@ paths of weights and the choice among them, images, concave penalties, and the m
 """
 
 from sparseopt.trend.base.pieces import TrendSolution, degrees_of_freedom
-from sparseopt.trend.base.signal import noise_level
+from sparseopt.trend.base.signal import noise_level, unlike_channels
 from sparseopt.trend.filter import chosen_method, trend_filter
 from sparseopt.trend.images import denoise
 from sparseopt.trend.methods.choice import Admm, Doge, DogeGroups, FastAdmm, Interior
 from sparseopt.trend.paths.largest_weight import largest_weight
 from sparseopt.trend.paths.path import TrendPath, trend_path
-from sparseopt.trend.paths.selection import cross_validate, select
+from sparseopt.trend.paths.selection import choose_weight, cross_validate, select
 from sparseopt.trend.reweighting import reweighted
 from sparseopt.trend.solver import TrendSolver, trend_solver
 
@@ -24,6 +24,7 @@ __all__ = [
     "TrendPath",
     "TrendSolution",
     "TrendSolver",
+    "choose_weight",
     "chosen_method",
     "cross_validate",
     "degrees_of_freedom",
@@ -35,6 +36,7 @@ __all__ = [
     "trend_filter",
     "trend_path",
     "trend_solver",
+    "unlike_channels",
 ]
 
 

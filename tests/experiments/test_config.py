@@ -19,7 +19,8 @@ from tests.experiments.inputs import TOY, quiet
 from tests.experiments.toy import CappedL1, Toy
 
 ROOT = Path(__file__).parents[2]
-PAPERS = ROOT / "configs" / "papers"
+CONFIGS = ROOT / "configs"
+PAPERS = CONFIGS / "papers"
 
 
 class Even(Toy):
@@ -106,6 +107,7 @@ REFUSED = [
     ("tests.experiments.toy.CappedL1", {}, "is no subclass of"),
     ("no_such_package.Task", {}, "no module 'no_such_package'"),
     ("race", {}, f"the task 'race' has left the package: it is {RACE}, in configs/papers"),
+    ("graph_signal", {}, "the task 'graph_signal' has ended: `trend` smooths a signal on a graph in your own files"),
     ("descent", {}, f"the task 'descent' has left the package: it is {DESCENT}, in configs/papers"),
     ("denoise", {"method": {"name": "doge", "b": 1}}, "b: doge has no such argument"),
     ("denoise", {"method": {"name": "doge", "relaxation": 3}}, "given rho=None, relaxation=3"),
@@ -163,13 +165,17 @@ def test_an_override_that_cannot_be_used_is_named(load, text, overrides, words):
 
 def test_a_name_is_a_file_or_else_a_config_of_the_package_and_an_unknown_one_gets_the_list(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert find_config(Path("minnesota")) == find_config(Path("minnesota.yaml")) == ROOT / "configs" / "minnesota.yaml"
-    assert {run.task.name for run in load_config(Path("minnesota"))} == {"minnesota"}
-    for path in (tmp_path / "minnesota", Path("../configs/minnesota"), Path("papers")):
-        with pytest.raises(ConfigError, match=r"no config file .*; the configs that come with .* minnesota, shr"):
+    assert (
+        find_config(Path("denoise-volume"))
+        == find_config(Path("denoise-volume.yaml"))
+        == CONFIGS / "denoise-volume.yaml"
+    )
+    assert {run.task.name for run in load_config(Path("denoise-volume"))} == {"denoise-volume"}
+    for path in (tmp_path / "denoise-volume", Path("../configs/denoise-volume"), Path("papers")):
+        with pytest.raises(ConfigError, match=r"no config file .*; the configs that come with .* denoise-volume, mai"):
             find_config(path)
-    Path("minnesota").touch()
-    assert find_config(Path("minnesota")) == Path("minnesota")
+    Path("denoise-volume").touch()
+    assert find_config(Path("denoise-volume")) == Path("denoise-volume")
 
 
 def test_overrides_reach_blocks_and_read_yaml_values_and_give_way_to_an_item_of_a_sweep(load):

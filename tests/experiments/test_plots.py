@@ -1,4 +1,4 @@
-"""Pictures: what a person sees of each kind (data, limits, labels, units, legend), the axes used, and refusals."""
+"""Pictures: what a person sees of each kind (data, limits, labels, units, legend), and the axes used."""
 
 import subprocess
 import sys
@@ -6,35 +6,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from sparseopt import L1, Graph, Solution, trend_filter
-from sparseopt.core import Measure
+from doge_convergence import legend_below
+from doge_groups import plot_groups
+from sparseopt import Graph
 from sparseopt.experiments import plots
 from sparseopt.pruning import LayerRecord
 
 TRIANGLE = np.array([[0, 0], [1, 0], [0, 1]])
-SQUARE = [(0, 0), (1, 0), (1, 1), (0, 1)]
 X, YEARS = np.arange(1, 5), np.arange(6) * 2 + 1950
 VALUES = np.random.default_rng(0).normal(size=(3, 6))
-CHAIN, GRID, PLACES = Graph.chain(3), Graph.grid((2, 3)), np.random.default_rng(1).random((6, 2))
+GRID, PLACES = Graph.grid((2, 3)), np.random.default_rng(1).random((6, 2))
 RGBA = np.array([[[0, 255, 51, 102]]], np.uint8)
 COMPARED = {"best": ([0.5, 0.6], [30.0, 40.0], [9.0, 8.0]), "wanda": ([0.5, 0.6], [50.0, np.nan], [0.2, 0.1])}
-
-
-def solution(objective, gap=None, steps=None, max_steps=8):
-    """A solve of which only the history matters: NaN beyond its steps."""
-    steps = len(objective) if steps is None else steps
-
-    def padded(values):
-        return jnp.asarray([*values, *[np.nan] * (max_steps - len(values))])
-
-    gap = objective if gap is None else gap
-    history = Measure(padded(gap), padded(objective), padded(gap))
-    return Solution(None, 0, jnp.asarray(steps), gap[-1], objective[-1], gap[-1], history, None)
 
 
 def layers(level):
@@ -76,29 +63,11 @@ class Kind:
 
 
 RUNS = {f"run {i}": (X, X**i) for i in range(14)}
-ABOVE = "(objective − reference) / |reference|"
 SHARES = {"maiht": ([0.5, 0.6, 0.7], [12.5, 14.0, 18.0])}
 KINDS = {
     "curves": Kind(
         plots.plot_curves, given(RUNS, xlabel="nodes", ylabel="time (s)", logx=True, logy=True),
         ("nodes", "time (s)"), ("log", "log"), {"run 2": (X, X**2)}, list(RUNS),
-    ),
-    "objective up to the last step": Kind(
-        plots.plot_history, given({"a": solution([5.0, 4.0, 3.5]), "b": solution([5.0, -1.0])}),
-        ("step", "objective"), lines={"a": ([1, 2, 3], [5, 4, 3.5]), "b": ([1, 2], [5, -1])},
-    ),
-    "gap": Kind(
-        plots.plot_history, given({"a": solution([3.0, 2.0])}, "gap"),
-        ("step", "relative duality gap"), ("linear", "log"), {"a": ([1, 2], [3, 2])},
-    ),
-    # The last step reached the reference.
-    "objective against time and a reference": Kind(
-        plots.plot_history, given({"a": solution([6.0, 4.0, 3.0, 2.0])}, seconds={"a": 2.0}, reference=2.0),
-        ("time (s)", ABOVE), ("linear", "log"), {"a": ([0.5, 1, 1.5], [2, 1, 0.5])},
-    ),
-    "objective above a negative reference": Kind(
-        plots.plot_history, given({"a": solution([-1.0, -2.0])}, reference=-4.0),
-        ("step", ABOVE), ("linear", "log"), {"a": ([1, 2], [0.75, 0.5])},
     ),
     "chain": Kind(
         plots.plot_chain, given(VALUES[0], VALUES[1], truth=VALUES[2], positions=YEARS), ("position", "signal"),
@@ -113,22 +82,13 @@ KINDS = {
         plots.plot_graph_signal, given(GRID, PLACES, VALUES[0], edges=False),
         colours=VALUES[0], limits=(VALUES[0].min(), VALUES[0].max()),
     ),
-    # All outlines of a region have its value.
-    "regions": Kind(
-        plots.plot_regions, given([TRIANGLE, [TRIANGLE + 2, SQUARE], SQUARE], [3.0, 5.0, np.nan], label="cases (%)"),
-        colours=[3, 5, 5, np.nan], limits=(3, 5), bar="cases (%)",
-    ),
-    "regions between limits": Kind(
-        plots.plot_regions, given([TRIANGLE], [3.0], limits=(0, 9)), colours=[3], limits=(0, 9)
-    ),
-    # High values lie above the others.
-    "lines on a map": Kind(
-        plots.plot_lines, given([TRIANGLE, TRIANGLE + 2, TRIANGLE[:2]], [5.0, np.nan, 3.0], label="cases"),
-        colours=[np.nan, 3, 5], limits=(3, 5), bar="cases",
-    ),
     "colour image with its alpha": Kind(plots.plot_image, given(RGBA), colours=[[[0, 1, 0.2, 0.4]]]),
     "colour image between limits": Kind(
         plots.plot_image, given(RGBA[..., :3] * 2.0, limits=(0, 510)), colours=[[[0, 1, 0.2]]]
+    ),
+    "perplexity by size": Kind(
+        plots.plot_perplexity, given({"best": ([9e7, 1e8], [20.0, 15.0])}, of="parameters"),
+        ("parameters (millions)", "perplexity"), ("linear", "log"), {"best": ([90, 100], [20, 15])},
     ),
     "perplexity": Kind(
         plots.plot_perplexity, given(SHARES, dense=12.0), ("sparsity (%)", "perplexity"), ("linear", "log"),
@@ -177,88 +137,6 @@ def test_a_person_sees_the_data_with_labels_and_limits_on_the_axis_given_or_a_ne
     made.figure.draw_without_rendering()
 
 
-AXIS = "the axis of another figure"
-REFUSED = {
-    plots.plot_curves: [
-        (given({}), "expected at least one curve, given none"),
-        (given({"a": ([1, 2], [1])}), "'a' needs as many x as y, at least one, given 2 and 1"),
-        (given({"a": ([1, 2],)}), "a pair"),
-        (given({"a": ([[1]], [1])}), r"\[n\], given \[1, 1\]"),
-        (given({"a": ([1, 2], ["x", "y"])}), "an array of numbers"),
-        (given({"a": ([1, 2], [3, -1])}, logy=True), "y of curve 'a' must be positive .*, given -1 at place 1"),
-        (given({"a": ([0, 2], [3, -1])}, logx=True), "x of curve 'a' must be positive for a log axis, given 0"),
-    ],
-    plots.plot_history: [
-        (given({}), "at least one solution"),
-        (given({"a": Solution(None, 0, 3, 0, 0, 0, None, None)}), "'a' has no history: solve it with history=True"),
-        (given({"a": solution([1.0])}, "speed"), "unknown quantity 'speed'; known are objective, gap, residual"),
-        (given({"a": solution([1.0], [np.nan])}, "gap"), "'a' has no positive finite gap in 1 steps"),
-        (given({"a": solution([1.0], steps=0)}), "took no steps"),
-        (given({"a": solution([1.0], steps=[1, 1])}), "a batch of 2 solves"),
-        (given({"a": solution([1.0])}, seconds={"b": 1.0}), "the positive time of 'a'"),
-        (given({"a": solution([1.0])}, reference=2.0), "falls below the reference 2 by 0.5"),
-        (given({"a": solution([1.0])}, reference=0.0), "other than 0"),
-        (given({"a": solution([1.0])}, "gap", reference=1.0), "for 'gap'"),
-    ],
-    plots.plot_image: [
-        *((given(wrong), r"the shape \[height, width\]") for wrong in (np.zeros((2, 2, 2)), np.zeros(4), [["a"]])),
-        (given(np.zeros((0, 3))), r"has the shape \[height, width\]"),
-        (given(RGBA, limits=(1, 1)), r"low < high, given \(1, 1\)"),
-        (given(np.full((1, 1, 3), np.nan)), "finite numbers"),
-        (given([[np.nan]]), "no finite value among 1"),
-    ],
-    plots.plot_chain: [
-        (given(VALUES[0], VALUES[1, :5]), r"fit has the shape \[6\], given \[5\]"),
-        (given(X, X, positions=[0, 1, 1, 2]), "must ascend, given 1 and then 1 at place 1"),
-        (given([], []), "at least one node"),
-    ],
-    plots.plot_graph_signal: [
-        (given(CHAIN, np.zeros((3, 3)), np.zeros(3)), r"positions has the shape \[3, 2\], given \[3, 3\]"),
-        (given(CHAIN, TRIANGLE, np.zeros(4)), r"signal has the shape \[3\], given \[4\]"),
-        (given(CHAIN, TRIANGLE, np.full(3, np.nan)), "no finite value among 3"),
-        (given(CHAIN, [[0, 0], [np.inf, 0], [1, 1]], np.zeros(3)), "must be finite, given .* at place 1"),
-    ],
-    plots.plot_regions: [
-        (given([TRIANGLE], [1.0, 2.0]), r"values has the shape \[1\], given \[2\]"),
-        (given([np.zeros((3, 3))], [1.0]), r"region 0 has the shape \[m, 2\], given \[3, 3\]"),
-        (given([TRIANGLE[:2]], [1.0]), "an outline of 2 points"),
-        (given([], []), "at least one region"),
-        (given([[]], [1.0]), "at least one outline in region 0"),
-    ],
-    plots.plot_lines: [
-        (given([TRIANGLE], [1.0, 2.0]), r"values has the shape \[1\], given \[2\]"),
-        (given([], []), "at least one line"),
-    ],
-    plots.plot_groups: [
-        (given((2, 2, 2), 1), "1 or 2 axes"),
-        (given((1,), 1), "2 to 400 nodes"),
-        (given((100, 100), 1), r"given the shape \(100, 100\)"),
-        (given((3, 3), 4), "1, 2 or 3 difference factors, given 4"),
-        (given((3, 3), 1, AXIS), "4 panels and needs as many axes, given 1"),
-        (given((3, 3), 1, columns=0), "columns must be 1 or more, given 0"),
-    ],
-    plots.plot_layer_errors: [
-        (given({}), "at least one run"),
-        (given({"a": []}), "at least one layer record in the run 'a'"),
-        (given({"a": layers(1.0)}, AXIS), "2 panels and needs as many axes, given 1"),
-    ],
-    plots.plot_comparison: [(given(COMPARED, AXIS), "2 panels and needs as many axes, given 1")],
-    plots.plot_perplexity: [
-        (given({"a": ([50], [12.0])}), "a share of zeros from 0 to 1, given 50 in the curve 'a'"),
-        (given({"a": ([0.5], [0.0])}), "must be positive for a log axis, given 0"),
-        (given({"a": ([0.5], [9.0])}, dense=-1.0), "the dense perplexity must be positive"),
-    ],
-}
-
-
-@pytest.mark.parametrize(("plot", "call", "words"), [(p, *row) for p, rows in REFUSED.items() for row in rows])
-def test_what_cannot_be_drawn_is_refused_and_leaves_no_figure(plot, call, words):
-    axis = plt.figure().add_subplot()
-    with pytest.raises(ValueError, match=words):
-        plot(*(axis if given is AXIS else given for given in call[0]), **call[1])
-    assert plt.get_fignums() == [axis.figure.number]
-
-
 @pytest.mark.processes
 def test_importing_needs_neither_matplotlib_nor_the_models():
     code = (
@@ -285,7 +163,7 @@ def test_curves_differ_in_colour_and_dash_or_in_markers_and_one_point_is_a_marke
 def test_a_legend_below_panels_is_not_wider_than_their_figure(count):
     axes = plots.style.axes_or_new(None, 1, 1, (8, 4.7))
     plots.plot_curves({f"{i}{'x' * count}": ([1.0, 2.0], [i, i + 1.0]) for i in range(7)}, axes[0])
-    plots.style.legend_below(axes)
+    legend_below(axes)
     (legend,) = axes[0].figure.legends
     axes[0].figure.draw_without_rendering()
     assert legend.get_window_extent().width <= axes[0].figure.bbox.width
@@ -293,26 +171,11 @@ def test_a_legend_below_panels_is_not_wider_than_their_figure(count):
     assert legend._ncols == (3 if count == 1 else 2)
 
 
-def test_history_of_the_trend_filter_has_the_gaps_that_were_measured():
-    y = np.random.default_rng(0).normal(size=30).astype(np.float32)
-    found = trend_filter(
-        y, Graph.chain(30), L1(1.0), 1, {"name": "doge", "cadence": 5}, tol=1e-3, max_steps=100, history=True
-    )
-    for quantity in ("gap", "objective"):
-        measured = np.asarray(getattr(found.history, quantity), float)[: int(found.steps)]
-        kept = np.flatnonzero(np.isfinite(measured) & (measured > 0))
-        axis = plots.plot_history({"doge": found}, quantity)
-        np.testing.assert_array_equal(drawn(axis, "doge"), [kept + 1, measured[kept]])
-        assert ((kept + 1) % 5 == 0).all()
-
-
-def test_maps_show_edges_outlines_and_titles_where_they_are_and_every_dot_whole():
+def test_graphs_show_edges_and_titles_where_they_are_and_every_dot_whole():
     lines, dots = KINDS["graph"].draw().collections
     np.testing.assert_array_equal(np.array(lines.get_segments()), PLACES[GRID.edges])
     np.testing.assert_array_equal(dots.get_offsets(), PLACES)
     assert len(KINDS["graph without edges"].draw().collections) == 1
-    np.testing.assert_array_equal(KINDS["regions"].draw().collections[0].get_paths()[1].vertices[:3], TRIANGLE + 2)
-    np.testing.assert_array_equal(KINDS["lines on a map"].draw().collections[0].get_segments()[-1], TRIANGLE)
     assert plots.plot_image([[0.2, 0.4]], title="a title").get_title() == "a title"
     # On a flat graph.
     places = np.stack([np.arange(20.0), np.zeros(20)], axis=1)
@@ -326,7 +189,7 @@ def test_maps_show_edges_outlines_and_titles_where_they_are_and_every_dot_whole(
 
 @pytest.mark.parametrize(("block", "panels"), [(1, 4), (2, 5), (3, 16)])
 def test_groups_show_every_row_once_in_patches_that_do_not_meet(block, panels):
-    axes = plots.plot_groups((5, 6), block)
+    axes = plot_groups((5, 6), block)
     assert axes.shape == (panels,)
     assert len({id(panel.figure) for panel in axes}) == 1
     counts = np.bincount(Graph.grid((5, 6)).groups(block))
@@ -342,12 +205,12 @@ def test_groups_show_every_row_once_in_patches_that_do_not_meet(block, panels):
 
 def test_groups_of_a_chain_fill_the_axes_they_are_given_and_are_saved_with_a_title_and_closed(tmp_path):
     given = plt.subplots(1, 2)[1]
-    axes = plots.plot_groups((6,), 1, given)
+    axes = plot_groups((6,), 1, given)
     assert list(axes) == list(given)
     np.testing.assert_array_equal(axes[1].collections[1].get_segments(), [[[1, 0], [2, 0]], [[3, 0], [4, 0]]])
-    assert plots.plot_groups((3, 3), 2, columns=2)[4].get_gridspec().ncols == 2
+    assert plot_groups((3, 3), 2, columns=2)[4].get_gridspec().ncols == 2
     plt.close("all")
-    axes = plots.plot_groups((3, 3), 1)
+    axes = plot_groups((3, 3), 1)
     path = plots.save_figure(axes, tmp_path / "groups.png", "Groups")
     assert path.read_bytes().startswith(b"\x89PNG")
     assert axes[0].figure.get_suptitle() == "Groups"

@@ -1,5 +1,6 @@
 """The trend-filtering tasks, ours and those of the Doge-ADMM paper, on tiny settings, and the shipped configs."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -8,15 +9,13 @@ import numpy as np
 import pytest
 
 from doge_convergence import look_steps
-from doge_race import Race
+from doge_race import Race, timed_fit
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.problem.iterate import iterate
 from sparseopt.experiments.config import expand, load_config
 from sparseopt.experiments.report import gather, write_report
 from sparseopt.experiments.runs import check_all, plan, run_all
 from sparseopt.experiments.task import FinishedRun
-from sparseopt.experiments.tasks.denoise import timed_fit
-from sparseopt.experiments.tasks.graph import count_levels
 from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.methods import plan as plan_module
@@ -26,7 +25,6 @@ from tests.tiers import often
 CONFIGS = Path(__file__).parents[2] / "configs"
 PAPERS = CONFIGS / "papers"
 TINY = {"picture": {"name": "camera", "size": 16}, "order": 1}
-ROADS = {"graph": {"name": "minnesota"}}
 
 
 def finish(folder: Path, task: str, **values: Any) -> FinishedRun:
@@ -55,7 +53,7 @@ def test_what_runs_before_the_clock_has_the_program_of_the_fit(monkeypatch: pyte
         return trend_filter(y, graph, L1(1.0), 0, "doge", tol=1e-9, max_steps=limit)
 
     monkeypatch.setattr(plan_module, "iterate", traced)
-    timed_fit(fit, 500, quiet, "fit")
+    timed_fit(fit, 500)
     assert len(traces) == 1
 
 
@@ -78,54 +76,33 @@ def test_a_volume_is_denoised_in_three_dimensions_and_its_slice_drawn(tmp_path: 
     assert axes[0].images[0].get_array().shape == (10, 12)
 
 
-@pytest.mark.thorough
-def test_graph_signal_recovers_levels_and_hidden_rates(tmp_path: Path) -> None:
-    weight = {"name": "l1", "weight": 0.5}
-    some = {"name": "counties", "states": ["GA", "SC"]}
-    runs = [
-        finish(tmp_path / "roads", "graph_signal", **ROADS, signal="plateaus", penalty=weight),
-        finish(tmp_path / "rates", "graph_signal", graph=some, hidden=0.1),
-    ]
-    found, measured = (run.records[0] for run in runs)
-    assert found["status"] == measured["status"] == "CONVERGED"
-    assert found["rmse_after"] < 0.5 * found["rmse_before"]
-    assert 3 <= found["levels"] < 400
-    assert measured["nodes"] == 205
-    with np.load(tmp_path / "rates" / "signal-fit.npz") as stored:
-        spread = float(np.nanstd(stored["observed"]))
-        assert np.isnan(stored["observed"]).sum() > 5
-        assert np.isfinite(stored["fitted"]).all()
-    assert measured["rmse_hidden"] < spread
-    pictures = pictures_of(*runs)
-    assert sorted(len(axes) for axes in pictures.values()) == [2, 3]
-    for axes in pictures.values():
-        assert all(axis.get_title() for axis in axes)
-
-
-def test_counts_on_streets_get_rates_and_a_chosen_weight(tmp_path: Path) -> None:
-    run = finish(tmp_path, "graph_signal", graph={"name": "soho"}, loss="poisson", choose="bic", levels=3, tol=1e-3)
+def test_the_task_trend_smooths_files_as_the_command_does(tmp_path: Path, command: Any) -> None:
+    signal, output = tmp_path / "y.csv", tmp_path / "smooth.csv"
+    days = np.datetime64("2020-01-01") + np.arange(30)
+    steps = np.repeat([1.0, 5.0, 2.0], 10) + 0.3 * np.random.default_rng(1).standard_normal(30)
+    signal.write_text("date,rain\n" + "\n".join(f"{day},{value}" for day, value in zip(days, steps, strict=True)))
+    status, _, err = command("trend", "--signal", signal, "--output", output, "--weight", "bic")
+    assert status == 0, err
+    run = finish(tmp_path / "run", "trend", signal=str(signal), weight="bic")
     (record,) = run.records
-    assert record["status"] == "CONVERGED"
-    assert record["weight"] == pytest.approx(2.3, rel=0.1)  # the second of three; the penalty has another
-    with np.load(tmp_path / "signal-fit.npz") as stored:
-        # Rates, not their logarithms; their sum is that of the counts, since a constant is not penalised.
-        assert stored["fitted"].min() > 0
-        assert stored["fitted"].sum() == pytest.approx(392, rel=1e-2)
+    assert (tmp_path / "run" / "fit.csv").read_text() == output.read_text()
+    assert {**record, "seconds": 0, "unit": 0} == {
+        **json.loads((tmp_path / "smooth-summary.json").read_text()), "seconds": 0, "unit": 0
+    }  # fmt: skip
+    assert (record["weight_rule"], record["pieces"]) == ("bic", 3)
+    assert set(type(run.task).columns) <= record.keys()
     (axes,) = pictures_of(run).values()
-    assert f"chosen weight {record['weight']:.3g}" in axes[1].get_title()
-    assert len(axes[1].collections[0].get_segments()) == 699
-
-
-def test_levels_are_connected_parts_of_equal_value() -> None:
-    assert count_levels(Graph.chain(6), np.array([1.0, 1.0, 2.0, 2.0, 1.0, 1.0])) == 3
+    assert (axes[0].get_xlabel(), axes[0].get_ylabel()) == ("date", "rain")
+    # Another content of the file is another run.
+    before = run.task.inputs()
+    signal.write_text(signal.read_text().replace("2020", "2021"))
+    assert run.task.inputs() != before
 
 
 @pytest.mark.parametrize(
     ("task", "values", "words"),
     [
-        ("graph_signal", ROADS, "plateaus"),
-        ("graph_signal", ROADS | {"signal": "waves", "loss": "poisson"}, "take loss=square, not poisson"),
-        ("graph_signal", ROADS | {"signal": "waves", "loss": "poison"}, "unknown loss 'poison'"),
+        ("trend", {"signal": "absent.csv"}, "there is no file absent.csv"),
         ("doge_convergence.Convergence", TINY | {"penalty": {"name": "l0", "weight": 10}}, "certified optimum"),
     ],
 )
@@ -224,11 +201,8 @@ SMALL = {
     "denoise-astronomy": ["picture.crop=[520, 330, 12, 12]", "sweep.list=[{order: 0}]"],
     "denoise-medical": ["sweep.list=[{picture: {name: shepp_logan_phantom, size: 12}}]"],
     "denoise-volume": ["picture.crop=[80, 80, 70, 12, 10, 4]", "sweep.list=[{penalty: {name: l1, weight: 7}}]"],
-    "counties": ["graph.states=[DE]", "tol=1e-3", "sweep.list=[{order: 0}]"],
-    "minnesota": ["tol=1e-3", "sweep.list=[{signal: waves, order: 0}]"],
-    "street-counts": ["tol=1e-3", "choose=bic", "levels=3", "sweep.list=[{order: 0}]"],
 }  # fmt: skip
-ONE_OF_EACH_KIND = ["doge-table1-order1", "doge-groupings", "denoise-medical", "denoise-volume", "minnesota"]
+ONE_OF_EACH_KIND = ["doge-table1-order1", "doge-groupings", "denoise-medical", "denoise-volume"]
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.yaml")), ids=lambda file: file.stem)

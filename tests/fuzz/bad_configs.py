@@ -88,7 +88,7 @@ DOTTED = (
      _code(DENOISE + "penalty: {name: l1}\nsweep: {grid: {penalty.name: [CANARY.Own]}}"), REFUSED),
     ("a method", _code("name: a\ntask: prune\nmethod: CANARY.Own\n"), REFUSED),
     ("a method with arguments", _code("name: a\ntask: prune\nmethod: {name: CANARY.Own}\n"), REFUSED),
-    ("a solver", _code("name: a\ntask: graph_signal\nmethod: {name: CANARY.Own}\n"), "cannot be used"),
+    ("a solver", _code("name: a\ntask: trend\nsignal: y.csv\nmethod: {name: CANARY.Own}\n"), "cannot be used"),
     ("a package that is not the one allowed", _code("name: a\ntask: CANARY.Own\n", allow_code=["canary"]), REFUSED),
     ("a function of ours", _yaml("name: a\ntask: prune\nmethod: sparseopt.pruning.prune_model"), "no class of"),
     ("what a module of ours imports", _yaml("name: a\ntask: sparseopt.system.files.Path"), "no class of sparseopt"),

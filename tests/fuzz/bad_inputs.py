@@ -11,6 +11,9 @@ from tests.fuzz.bad_files import NUMPY, PICTURES, TABLES, TEXTS
 from tests.fuzz.bad_models import CONFIG, GGUF, INDEX, SAFETENSORS, TOKENIZERS
 from tests.fuzz.making import Make
 
+# Seconds of CPU time, which other processes do not lengthen: an input that takes longer is an error.
+SLOW = 5.0
+
 
 class BadInput(NamedTuple):
     """A bad input: what kind, what is wrong, what makes the call, the documented class, a part of the message."""

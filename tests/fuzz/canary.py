@@ -1,4 +1,4 @@
-"""Named by fuzzed configs that may not import code; the fuzzer checks that this was not imported."""
+"""Named by random configs that may not import code; the test checks that this was not imported."""
 
 
 class Canary:

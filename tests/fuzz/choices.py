@@ -1,4 +1,4 @@
-"""The source of fuzzed inputs: choices by hypothesis (which shrinks them) or by atheris (which guides them).
+"""Random inputs, as choices by hypothesis.
 
 Most inputs are valid files with a few defects: flipped bytes, changed lengths, moved parts, replaced numbers in JSON.
 Readers rarely look beyond the first four of arbitrary bytes.
@@ -7,23 +7,16 @@ Readers rarely look beyond the first four of arbitrary bytes.
 import copy
 import json
 from collections.abc import Sequence
-from random import Random
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from hypothesis import strategies
 
 T = TypeVar("T")
 
 
-class Choices(Protocol):
-    """A source of choices."""
+class Choices:
+    """Choices by hypothesis, which shrinks them."""
 
-    def integer(self, low: int, high: int) -> int: ...
-
-    def blob(self, most: int) -> bytes: ...
-
-
-class HypothesisChoices:
     def __init__(self, draw: Any) -> None:
         self.draw = draw
 
@@ -39,33 +32,9 @@ def inputs_of(target: Any) -> Any:
 
     @strategies.composite
     def inputs(draw: Any) -> Any:
-        return target.make(HypothesisChoices(draw))
+        return target.make(Choices(draw))
 
     return inputs()
-
-
-class SeededChoices:
-    def __init__(self, random: Random) -> None:
-        self.random = random
-
-    def integer(self, low: int, high: int) -> int:
-        return self.random.randint(low, high)
-
-    def blob(self, most: int) -> bytes:
-        return self.random.randbytes(self.random.randint(0, most))
-
-
-class AtherisChoices:
-    def __init__(self, data: bytes) -> None:
-        import atheris
-
-        self.provider = atheris.FuzzedDataProvider(data)
-
-    def integer(self, low: int, high: int) -> int:
-        return self.provider.ConsumeIntInRange(low, high)
-
-    def blob(self, most: int) -> bytes:
-        return self.provider.ConsumeBytes(self.provider.ConsumeIntInRange(0, most))
 
 
 def pick(choices: Choices, options: Sequence[T]) -> T:

@@ -117,7 +117,7 @@ def run_layer(given: dict[str, Any]) -> None:
 
 
 SOLVERS = (
-    Target("trend_filter arguments", make_trend, run_trend, (ValueError, TypeError), bounded=False),
+    Target("trend_filter arguments", make_trend, run_trend, (ValueError, TypeError)),
     # RuntimeError is documented for a solve that becomes non-finite.
-    Target("prune_layer arguments", make_layer, run_layer, (ValueError, TypeError, RuntimeError), bounded=False),
+    Target("prune_layer arguments", make_layer, run_layer, (ValueError, TypeError, RuntimeError)),
 )

@@ -38,16 +38,12 @@ class Target:
         make: an input from choices.
         run: uses it; whatever it raises, but for `errors`, is a crash.
         errors: the documented classes.
-        first: makes an input to begin with, for what is imported on use.
-        bounded: whether memory is limited while it runs; a compiler would not fit.
     """
 
     name: str
     make: Callable[[Choices], Any]
     run: Callable[[Any], None]
     errors: tuple[type[Exception], ...]
-    first: Callable[[], Any] | None = None
-    bounded: bool = True
 
     def __call__(self, given: Any) -> bool:
         """Run on an input; whether it ended in a documented error."""
@@ -127,10 +123,6 @@ def make_folder(choices: Choices) -> dict[str, bytes]:
     return files
 
 
-def unknown_family() -> dict[str, bytes]:
-    return {**seed_folders()[0], "config.json": b'{"model_type": "unknown"}'}
-
-
 def run_folder(files: dict[str, bytes]) -> None:
     with folder_of(files) as folder:
         model = open_model(folder)
@@ -199,15 +191,15 @@ def run_tokenizer(content: bytes) -> None:
 
 
 CANARY, MCP = "tests.fuzz.canary.Canary", "sparseopt.core.penalties.entries.MCP"
-SIGNAL: dict[str, Any] = {"name": "a", "task": "graph_signal"}
+SIGNAL: dict[str, Any] = {"name": "a", "task": "trend", "signal": "y.csv"}
 DENOISE: dict[str, Any] = {"name": "a", "task": "denoise"}
 SWEEP = {"grid": {"sparsity": [0.5, 0.6]}, "list": [{"seed": 1}]}
 SEED_CONFIGS = (
     DENOISE | {"picture": {"name": "camera", "size": 32}, "penalty": {"name": "l1", "weight": 1}},
     {"name": "a", "task": "prune", "method": "wanda", "sweep": SWEEP},
-    SIGNAL | {"graph": {"name": "minnesota"}, "paper": {"source": "x", "differs": ["y"]}},
+    SIGNAL | {"graph": "edges.csv", "paper": {"source": "x", "differs": ["y"]}},
     {"name": "a", "task": CANARY, "method": {"name": CANARY, "weight": 1}},
-    SIGNAL | {"penalty": {"name": MCP, "weight": 1, "gamma": 2}},
+    DENOISE | {"penalty": {"name": MCP, "weight": 1, "gamma": 2}},
     DENOISE | {"sweep": {"list": [{"penalty": {"name": "l0", "weight": w}} for w in (1, 2)]}},
 )
 YAML_PIECES = (
@@ -301,7 +293,7 @@ def run_image(content: bytes) -> None:
 
 READERS = (
     Target("safetensors", make_safetensors, run_safetensors, (ModelError,)),
-    Target("model folder", make_folder, run_folder, (ModelError,), unknown_family),
+    Target("model folder", make_folder, run_folder, (ModelError,)),
     Target("GGUF", make_gguf, run_gguf, (ModelError,)),
     Target("GGUF tokenizer", make_gguf_metadata, run_gguf_tokenizer, (ModelError,)),
     Target("tokenizer.json", make_tokenizer, run_tokenizer, (ModelError,)),

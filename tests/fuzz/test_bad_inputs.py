@@ -13,8 +13,7 @@ from sparseopt.experiments.read.graph_files import read_signal
 from sparseopt.models import ModelError, open_source
 from sparseopt.models.files.gguf.header import read_header as read_gguf_header
 from sparseopt.models.files.safetensors import read_header, write_tensors
-from tests.fuzz.bad_inputs import BAD_INPUTS
-from tests.fuzz.run import SLOW
+from tests.fuzz.bad_inputs import BAD_INPUTS, SLOW
 from tests.fuzz.targets import seed_gguf
 
 

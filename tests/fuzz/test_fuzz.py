@@ -1,12 +1,12 @@
-"""The fuzz targets on a fixed set of examples; `make fuzz` runs them for minutes, with new examples each time."""
+"""The readers and argument checks on a fixed set of random inputs."""
 
 import time
 
 import hypothesis
 import pytest
 
+from tests.fuzz.bad_inputs import SLOW
 from tests.fuzz.choices import inputs_of
-from tests.fuzz.run import SLOW
 from tests.fuzz.solver_targets import SOLVERS
 from tests.fuzz.targets import READERS, run_folder, run_gguf, run_safetensors, seed_folders, seed_gguf
 

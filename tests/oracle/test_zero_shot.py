@@ -140,20 +140,20 @@ def test_accuracy_is_the_hand_count_in_the_shell_too(tmp_path, model, command):
         },
     }
     assert (found["limit"], found["shots"], found["cut"]) == (None, 0, 0)
-    status, out, err = command("zero-shot", model, "--tasks", "hens", "--include-path", folder, "--limit", 4)
+    status, out, _ = command("zero-shot", model, "--tasks", "hens", "--include-path", folder, "--limit", 4)
     assert status == 0
     assert "│ hens │ 4 │ acc │ 0.2500 │" in out
-    assert "100 %" in err
 
 
 def test_solved_examples_stand_before_the_question(tmp_path, model):
-    from sparseopt.pruning.evaluate.zero_shot import zero_shot
+    from sparseopt.pruning.evaluate.zero_shot import DecoderLM, zero_shot
 
     folder = tmp_path / "tasks"
     write_choice_task(folder, model, wrong=0)
     plain = zero_shot(model, ["hens"], include_path=folder)
     seen = []
-    with_shots = zero_shot(model, ["hens"], include_path=folder, shots=2, observer=lambda *step: seen.append(step))
+    watched = DecoderLM(model, observer=lambda *step: seen.append(step))
+    with_shots = zero_shot(watched, ["hens"], include_path=folder, shots=2)
     assert plain["tasks"]["hens"]["metrics"]["acc"] == 1
     assert with_shots["tasks"]["hens"]["metrics"]["acc"] < 1  # two examples before it change what is likeliest
     assert seen[-1][1] == seen[-1][2]
@@ -176,6 +176,7 @@ def test_the_perplexity_of_texts_is_the_projects_own(tmp_path, model):
 
 
 def test_every_input_begins_with_bos_which_is_never_predicted(model, monkeypatch):
+    from sparseopt.pruning.evaluate import zero_shot
     from sparseopt.pruning.evaluate.zero_shot import DecoderLM
 
     begin_with_bos(model)
@@ -188,7 +189,12 @@ def test_every_input_begins_with_bos_which_is_never_predicted(model, monkeypatch
     assert found == pytest.approx(-np.log(perplexity(opened, np.array([[bos, *plain]]))) * len(plain), rel=1e-4)
 
     seen = []
-    monkeypatch.setattr(lm, "_score", lambda _, pairs: seen.extend(pairs) or [Score(0.0, False)] * len(pairs))
+
+    def score(_, pairs, **__):
+        seen.extend(pairs)
+        return [Score(0.0, False)] * len(pairs)
+
+    monkeypatch.setattr(zero_shot, "score_continuations", score)
     lm.loglikelihood_rolling(requests_of("loglikelihood_rolling", [(TEXTS[1],)]))
     lm.loglikelihood(requests_of("loglikelihood", [("the hens tell the time. " * 3, "ten"), ("", "he")]))
     assert len(seen) == 4  # two windows and two pairs
@@ -227,13 +233,14 @@ def test_mistakes_are_named(tmp_path, model, command):
     drawn = {"output_type": "generate_until", "doc_to_text": "{{text}}", "doc_to_target": "{{text}}"}
     drawn |= {"generation_kwargs": {"do_sample": True, "max_gen_toks": 2, "until": ["."]}}
     write_task(folder, "drawn", [{"text": "he"}], **drawn, metric_list=[{"metric": "exact_match"}])
+    watched = DecoderLM(model, observer=lambda *step: seen.append(step))
     lm, numbers = DecoderLM(model, max_length=16), "limit and shots are whole numbers"
     scored = partial(zero_shot, model, ["hens"], include_path=folder)
     refused = [
         *((partial(scored, **wrong), numbers) for wrong in ({"limit": 0}, {"limit": 1.5}, {"shots": 1.5})),
         (partial(scored, shots=1000), r"hens has examples for at most .* shots, given 1000"),
         (
-            partial(zero_shot, model, ["hens", "drawn"], include_path=folder, observer=lambda *step: seen.append(step)),
+            partial(zero_shot, watched, ["hens", "drawn"], include_path=folder),
             "only greedy generation",
         ),
         (partial(DecoderLM, model, max_length=9999), r"at most the .* tokens that the model is made for, given 9999"),

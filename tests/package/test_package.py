@@ -53,7 +53,7 @@ def test_it_installs_into_nothing_and_runs_the_quickstart(distributions, tmp_pat
     # What needs an extra says which, and the configs are inside.
     for arguments, words in (
         (["prune", "model", "--output", "out"], "pip install 'sparseopt[prune]'"),
-        (["run", "nothing"], "the configs that come with sparseopt are counties,"),
+        (["run", "nothing"], "the configs that come with sparseopt are denoise-astronomy,"),
     ):
         done = subprocess.run(
             [python, "-m", "sparseopt", *arguments],

@@ -10,6 +10,7 @@ import pytest
 
 import sparseopt as so
 from sparseopt.experiments.plots.signals import observed_and_fit
+from sparseopt.experiments.plots.style import write_figure
 from sparseopt.experiments.read.images import read_image, write_image
 from tests.system.pages import whole_page
 
@@ -125,7 +126,8 @@ def test_labels_of_dates_in_a_figure_do_not_overlap(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("matplotlib.figure.Figure.savefig", kept)
-        observed_and_fit(np.zeros((120, 1)), np.zeros((120, 1)), ("y $_",), tmp_path / "y.png", times=dates)
+        axes = observed_and_fit(np.zeros((120, 1)), np.zeros((120, 1)), ("y $_",), times=dates)
+        write_figure(axes[0].figure, tmp_path / "y.png", 150)
     assert len(shown) > 3
     assert all(left.x1 < right.x0 for left, right in itertools.pairwise(shown))
 

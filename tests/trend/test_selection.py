@@ -7,9 +7,9 @@ import pytest
 import sparseopt as so
 from sparseopt.experiments.plots import plot_cross_validation, plot_degrees_of_freedom, plot_fits, plot_selection
 from sparseopt.trend.base.pieces import degrees_of_freedom
-from sparseopt.trend.base.signal import noise_level
+from sparseopt.trend.base.signal import noise_level, unlike_channels
 from sparseopt.trend.paths.path import trend_path
-from sparseopt.trend.paths.selection import cross_validate, random_folds, select
+from sparseopt.trend.paths.selection import choose_weight, cross_validate, random_folds, select
 from tests.trend.problems import FREE, GRAPHS, two_parts
 
 matplotlib.use("agg")
@@ -268,3 +268,26 @@ def test_held_out_counts_are_judged_by_their_deviance():
     rate, y = np.exp(fit[held]), COUNTS[held]
     log_part = np.where(y > 0, y * np.log(np.where(y > 0, y, 1) / rate), 0)
     assert chosen.fold_errors[1, 2] == pytest.approx(np.mean(2 * (log_part - y + rate)), rel=1e-3)
+
+
+def test_a_rule_suits_loss_and_penalty_and_a_path_that_ends_too_early_goes_on(rng):
+    y = CLEAN + rng.standard_normal(60)
+    assert choose_weight(y, CHAIN).weight == select(trend_path(y, CHAIN), "gcv").weight
+    few = {"weights": [4.0, 2.0, 0.1], "folds": 2}
+    assert choose_weight(y, CHAIN, so.MCP, **few).weight == cross_validate(y, CHAIN, so.MCP, **few).weight
+    assert choose_weight(np.sign(y), CHAIN, loss="huber", **few).errors.size == 3
+    found = choose_weight(y, CHAIN, num=2, ratio=0.9)
+    assert (len(found.path), found.path.weights[0] < found.weight) == (50, False)
+    assert 0 < found.index < 49
+    for rule, loss in (("sure", "poisson"), ("gcv", "logistic"), ("aic", "logistic"), ("gvc", "square")):
+        with pytest.raises(ValueError, match=rule):
+            choose_weight(y, CHAIN, rule=rule, loss=loss)
+
+
+def test_channels_of_unlike_units_are_named(rng):
+    y = rng.standard_normal((60, 2))
+    assert unlike_channels(y, CHAIN) is unlike_channels(y[:, 0], CHAIN) is None
+    y[:3], y[:, 1] = np.nan, 100 * y[:, 1]
+    assert "smooths them all: bring them to one unit" in unlike_channels(y, CHAIN, missing="nan")
+    with pytest.warns(UserWarning, match="bring them to one unit"):
+        choose_weight(y, CHAIN, missing="nan", weights=[2.0, 1.0])

@@ -219,6 +219,7 @@ class NuclearNorm(Limited):
 
     weight: Any
     even = True
+    couples_rows = True
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
         return jnp.asarray(self.weight * jnp.sum(jnp.linalg.svd(_wide(x), compute_uv=False)), x.dtype)

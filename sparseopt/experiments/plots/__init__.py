@@ -1,8 +1,7 @@
 """Figures (extra `[plot]`).
 
-Every function draws on the given matplotlib axes, or on the axes of a new figure, and returns them. Data that cannot be
-drawn raise a ValueError that says what was given. matplotlib is imported when something is drawn, and nothing here
-needs the models.
+Every function draws on the given matplotlib axes, or on the axes of a new figure, and returns them. matplotlib is
+imported when something is drawn, and nothing here needs the models.
 """
 
 from sparseopt.experiments.plots.curves import (
@@ -10,17 +9,13 @@ from sparseopt.experiments.plots.curves import (
     plot_curves,
     plot_degrees_of_freedom,
     plot_fits,
-    plot_history,
     plot_selection,
 )
-from sparseopt.experiments.plots.pruning import plot_comparison, plot_layer_errors, plot_perplexity, plot_sizes
+from sparseopt.experiments.plots.pruning import plot_comparison, plot_layer_errors, plot_perplexity
 from sparseopt.experiments.plots.signals import (
     plot_chain,
     plot_graph_signal,
-    plot_groups,
     plot_image,
-    plot_lines,
-    plot_regions,
 )
 from sparseopt.experiments.plots.style import COLOURS, save_figure
 
@@ -33,14 +28,9 @@ __all__ = [
     "plot_degrees_of_freedom",
     "plot_fits",
     "plot_graph_signal",
-    "plot_groups",
-    "plot_history",
     "plot_image",
     "plot_layer_errors",
-    "plot_lines",
     "plot_perplexity",
-    "plot_regions",
     "plot_selection",
-    "plot_sizes",
     "save_figure",
 ]

@@ -1,20 +1,15 @@
-"""Line plots: any curves, histories of solves, and paths over the penalty weight with the chosen level."""
+"""Line plots: any curves, and paths over the penalty weight with the chosen level."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from sparseopt.core.losses.scalar import Squared
-from sparseopt.core.problem.problem import Solution
 from sparseopt.experiments.plots import style
 from sparseopt.trend.paths.path import TrendPath
 from sparseopt.trend.paths.selection import CrossValidation, Selection
 
-Quantity = Literal["objective", "gap", "residual"]
-LABELS = {"objective": "objective", "gap": "relative duality gap", "residual": "residual"}
-# How far, relative to the reference, rounding may take an objective below it.
-ROUNDING = 1e-5
 MOST_LINES = 12
 CRITERIA = {"gcv": "GCV", "sure": "SURE, estimated mean squared error", "aic": "AIC", "bic": "BIC"}
 
@@ -40,11 +35,10 @@ def plot_curves(
         logy: logarithmic y.
         markers: a marker at every point; a curve of one point always has one.
     """
-    lines = checked_curves(curves, logx, logy)
     axis = style.axis_or_new(axis)
-    for index, (label, (x, y)) in enumerate(lines.items()):
+    for index, (label, (x, y)) in enumerate(curves.items()):
         # A line through one point is invisible.
-        axis.plot(x, y, label=label, **style.line_style(index, markers or x.size == 1))
+        axis.plot(x, y, label=label, **style.line_style(index, markers or len(x) == 1))
     axis.set(xlabel=xlabel, ylabel=ylabel)
     if logx:
         axis.set_xscale("log")
@@ -53,97 +47,6 @@ def plot_curves(
     style.tidy(axis)
     style.legend(axis)
     return axis
-
-
-def checked_curves(
-    curves: Mapping[str, tuple[Any, Any]], logx: bool = False, logy: bool = False
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The curves as float arrays of one length each, positive on log axes."""
-    style.check_any(curves, "curve")
-    lines = {}
-    for label, pair in curves.items():
-        if len(pair) != 2:
-            raise ValueError(f"curve {label!r} must be a pair (x, y), given {len(pair)} parts")
-        x = style.as_numbers(pair[0], f"x of curve {label!r}", ("n",))
-        y = style.as_numbers(pair[1], f"y of curve {label!r}", ("n",))
-        if x.size != y.size or x.size == 0:
-            raise ValueError(f"curve {label!r} needs as many x as y, at least one, given {x.size} and {y.size}")
-        if logx:
-            style.check_positive(x, f"x of curve {label!r}")
-        if logy:
-            style.check_positive(y, f"y of curve {label!r}")
-        lines[label] = (x, y)
-    return lines
-
-
-def plot_history(
-    solutions: Mapping[str, Solution],
-    quantity: Quantity = "objective",
-    axis: Any = None,
-    *,
-    seconds: Mapping[str, float] | None = None,
-    reference: float | None = None,
-) -> Any:
-    """Solves step by step, from `solve(..., history=True)`.
-
-    Gap and residual are on a log axis; so is the objective with a reference, drawn as
-    `(objective - reference) / |reference|`. Between two checks of a solver (the trend filter checks every `cadence`
-    steps) the objective is the last one found, and gap and residual are not finite; such steps are skipped. On a log
-    axis values of 0 or below, from solves that have converged to rounding, are skipped too.
-
-    Args:
-        solutions: solutions of single solves, by label.
-        quantity: "objective", "gap" or "residual".
-        axis: to draw on.
-        seconds: time of each whole solve, by label; x is then time, with the steps spread evenly over it.
-        reference: the smallest known objective, not 0.
-    """
-    if quantity not in LABELS:
-        raise ValueError(f"unknown quantity {quantity!r}; known are {', '.join(LABELS)}")
-    if reference is not None and (quantity != "objective" or not np.isfinite(reference) or reference == 0):
-        raise ValueError(
-            f"a reference is a finite objective other than 0 for the quantity 'objective', given {reference} for "
-            f"{quantity!r}"
-        )
-    style.check_any(solutions, "solution")
-    logy = quantity != "objective" or reference is not None
-    curves = {}
-    for label, solution in solutions.items():
-        values = _recorded(label, solution, quantity)
-        if reference is not None:
-            values = (values - reference) / abs(reference)
-            lowest = float(np.min(values, initial=np.inf, where=np.isfinite(values)))
-            if lowest < -ROUNDING:
-                raise ValueError(
-                    f"the objective of {label!r} falls below the reference {reference:g} by {-lowest:.2g} of it: "
-                    "give the lowest objective known"
-                )
-        shown = np.isfinite(values) & (values > 0) if logy else np.isfinite(values)
-        if not shown.any():
-            raise ValueError(
-                f"{label!r} has no {'positive ' if logy else ''}finite {quantity} in {values.size} steps: nothing to "
-                "draw (a solver without a certificate has no gap)"
-            )
-        x = np.arange(1.0, values.size + 1)
-        if seconds is not None:
-            if label not in seconds or not seconds[label] > 0:
-                raise ValueError(f"seconds needs the positive time of {label!r}, given {dict(seconds)}")
-            x = x * (seconds[label] / values.size)
-        curves[label] = (x[shown], values[shown])
-    xlabel = "step" if seconds is None else "time (s)"
-    ylabel = LABELS[quantity] if reference is None else "(objective − reference) / |reference|"
-    return plot_curves(curves, axis, xlabel=xlabel, ylabel=ylabel, logy=logy)
-
-
-def _recorded(label: str, solution: Solution, quantity: str) -> np.ndarray:
-    if solution.history is None:
-        raise ValueError(f"the solution {label!r} has no history: solve it with history=True")
-    if np.ndim(solution.steps) != 0:
-        raise ValueError(f"{label!r} is a batch of {np.size(solution.steps)} solves: give each its own label")
-    steps = int(solution.steps)
-    if steps == 0:
-        raise ValueError(f"the solution {label!r} took no steps: there is no history to draw")
-    return np.asarray(getattr(solution.history, quantity), float)[:steps]
 
 
 def plot_fits(path: TrendPath, nodes: Sequence[int] | None = None, axis: Any = None) -> Any:
@@ -157,11 +60,9 @@ def plot_fits(path: TrendPath, nodes: Sequence[int] | None = None, axis: Any = N
     table = path.values.reshape(len(path), path.values[0].size // path.channels, path.channels)[..., 0]
     count = table.shape[1]
     chosen = np.unique(np.linspace(0, count - 1, min(count, MOST_LINES)).astype(int)) if nodes is None else nodes
-    wrong = [node for node in chosen if not 0 <= node < count]
-    if wrong:
-        raise ValueError(f"the signal has the nodes 0..{count - 1}, given {wrong[0]}")
     axis = _log_axis(axis)
-    _draw_lines(axis, path.weights, table, chosen)
+    for index, node in enumerate(chosen):
+        axis.plot(path.weights, table[:, node], label=str(int(node)), **{**style.line_style(index), "linewidth": 1.2})
     axis.set(ylabel="fit at single nodes")
     return axis
 
@@ -202,13 +103,6 @@ def _log_axis(axis: Any) -> Any:
     axis.set(xlabel="penalty weight", xscale="log")
     style.tidy(axis)
     return axis
-
-
-def _draw_lines(axis: Any, weights: np.ndarray, table: np.ndarray, columns: Iterable[int]) -> None:
-    """The columns of a table `[num_weights, n]`, each labelled by its number."""
-    for index, column in enumerate(columns):
-        look = {**style.line_style(index), "linewidth": 1.2}
-        axis.plot(weights, table[:, column], label=str(int(column)), **look)
 
 
 def _mark(axis: Any, path: TrendPath, index: int, label: str, colour: str = style.COLOURS[5], dash: str = "--") -> None:

@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sparseopt.experiments.plots import style
-from sparseopt.experiments.plots.curves import checked_curves, plot_curves
+from sparseopt.experiments.plots.curves import plot_curves
 
 if TYPE_CHECKING:  # its package loads the models, which need flax
     from sparseopt.pruning.base.records import LayerRecord
+
+# By which a quantity is multiplied for its axis, and the label there.
+SCALES = {"sparsity": (100, "sparsity (%)"), "parameters": (1e-6, "parameters (millions)")}
 
 
 def plot_layer_errors(runs: "Mapping[str, Sequence[LayerRecord]]", axes: Any = None) -> Any:
@@ -19,9 +22,6 @@ def plot_layer_errors(runs: "Mapping[str, Sequence[LayerRecord]]", axes: Any = N
         runs: layer records by run label.
         axes: two axes to draw on.
     """
-    style.check_any(runs, "run")
-    for label, records in runs.items():
-        style.check_any(records, f"layer record in the run {label!r}")
     axes = style.axes_or_new(axes, 2, 2, (12, 4.5), width_ratios=(2.2, 1), sharey=True)
     _grouped_bars(axes[0], runs, lambda r: r.block)
     _grouped_bars(axes[1], runs, lambda r: r.layer.rsplit(".", 1)[-1].removesuffix("_proj"))
@@ -48,45 +48,23 @@ def _grouped_bars(axis: Any, runs: "Mapping[str, Sequence[LayerRecord]]", group:
     style.tidy(axis, "y")
 
 
-def plot_perplexity(curves: Mapping[str, tuple[Any, Any]], axis: Any = None, *, dense: float | None = None) -> Any:
-    """Perplexity, on a log axis, by sparsity in per cent.
+def plot_perplexity(
+    curves: Mapping[str, tuple[Any, Any]], axis: Any = None, *, dense: float | None = None, of: str = "sparsity"
+) -> Any:
+    """Perplexity, on a log axis, by sparsity in per cent or by the number of parameters in millions.
 
     Args:
-        curves: sparsity (fraction of zeros, 0 to 1) and perplexity, both `[n]`, by label.
+        curves: sparsity (fraction of zeros, 0 to 1) or parameters, and perplexity, both `[n]`, by label.
         axis: to draw on.
         dense: the perplexity of the model before pruning, drawn as a dashed line.
+        of: "sparsity" or "parameters".
     """
-    lines = checked_curves(curves, logy=True)
-    for label, (sparsity, _) in lines.items():
-        outside = ~((sparsity >= 0) & (sparsity <= 1))
-        if outside.any():
-            raise ValueError(
-                f"sparsity is a share of zeros from 0 to 1, given {sparsity[outside][0]:g} in the curve {label!r}"
-            )
-    percent = {label: (100 * sparsity, perplexity) for label, (sparsity, perplexity) in lines.items()}
-    return _perplexities(percent, axis, dense, "sparsity (%)")
-
-
-def plot_sizes(curves: Mapping[str, tuple[Any, Any]], axis: Any = None, *, dense: float | None = None) -> Any:
-    """Perplexity, on a log axis, by the number of parameters in millions.
-
-    Args:
-        curves: parameters and perplexity, both `[n]`, by label.
-        axis: to draw on.
-        dense: the perplexity of the dense model, drawn as a dashed line.
-    """
-    lines = checked_curves(curves, logy=True)
-    millions = {label: (parameters / 1e6, perplexity) for label, (parameters, perplexity) in lines.items()}
-    return _perplexities(millions, axis, dense, "parameters (millions)")
-
-
-def _perplexities(curves: Mapping[str, tuple[Any, Any]], axis: Any, dense: float | None, xlabel: str) -> Any:
-    if dense is not None:
-        style.check_positive(np.asarray([dense], float), "the dense perplexity")
+    scale, xlabel = SCALES[of]
     axis = style.axis_or_new(axis)
     if dense is not None:
         axis.axhline(dense, color=style.INK, linestyle=(0, (4, 3)), linewidth=1.2, label="dense")
-    plot_curves(curves, axis, xlabel=xlabel, ylabel="perplexity", logy=True, markers=True)
+    lines = {label: (scale * np.asarray(x, float), y) for label, (x, y) in curves.items()}
+    plot_curves(lines, axis, xlabel=xlabel, ylabel="perplexity", logy=True, markers=True)
     _plain_ticks(axis)
     return axis
 

@@ -1,4 +1,4 @@
-"""Signals on images, chains, graphs, regions and streets of a map; and the groups of Doge-ADMM."""
+"""Signals on images, chains and graphs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,9 +9,7 @@ import numpy as np
 from sparseopt.experiments.plots import style
 from sparseopt.trend.base.graph import Graph
 
-GROUP_NODES = 400  # a picture of groups with more nodes shows nothing
 MOST_PANELS = 6  # of a signal's channels
-PAD = 0.22  # of a patch around its nodes, in grid steps; patches of a group are at least 0.7 apart
 
 
 def plot_image(image: Any, axis: Any = None, *, title: str = "", limits: tuple[float, float] | None = None) -> Any:
@@ -26,19 +24,9 @@ def plot_image(image: Any, axis: Any = None, *, title: str = "", limits: tuple[f
             in this range, and the range of the values otherwise.
     """
     given = np.asarray(image)
-    is_image = given.ndim in (2, 3) and given.size > 0 and given.shape[2:] in ((), (3,), (4,))
-    if not is_image or given.dtype.kind not in "buif":
-        raise ValueError(
-            "an image holds numbers and has the shape [height, width], [height, width, 3] or [height, width, 4], "
-            f"given {list(given.shape)} of {given.dtype}"
-        )
-    if given.ndim == 3 and not np.isfinite(given).all():
-        raise ValueError(
-            "a colour image holds finite numbers only; draw its channels one by one to see what is missing"
-        )
     colours, alpha = (given[..., :3], given[..., 3:]) if given.ndim == 3 else (given, None)
     values = colours.astype(float)
-    low, high = style.colour_limits(_image_limits(colours) if limits is None else limits, values, "the image")
+    low, high = style.colour_limits(_image_limits(colours) if limits is None else limits, values)
     height, width = given.shape[:2]
     axis = style.axis_or_new(axis, (5, float(np.clip(5 * height / width, 1, 10)) + (0.3 if title else 0)))
     if alpha is None:
@@ -62,7 +50,7 @@ def before_and_after(
     at 0. NaN is black.
     """
     known = noisy[np.isfinite(noisy)]
-    limits = (0, 255) if denoised.dtype == np.uint8 else style.colour_limits(None, known, "the image")
+    limits = (0, 255) if denoised.dtype == np.uint8 else style.colour_limits(None, known)
     height, width = noisy.shape[:2]
     axes = style.axes_or_new(None, 2, 2, (10, 5.4 * height / width + 0.4))
     for axis, image, caption in zip(axes, (noisy, denoised), captions, strict=True):
@@ -76,18 +64,16 @@ def observed_and_fit(
     observed: np.ndarray,
     fit: np.ndarray,
     names: Sequence[str],
-    path: str | Path,
     *,
     times: np.ndarray | None = None,
-    places: str = "node",
-) -> None:
-    """Write a signal and its fit as a figure, a panel for each of the first `MOST_PANELS` channels.
+    places: Any = "node",
+) -> Any:
+    """A signal and its fit as a figure of its own, a panel for each of the first `MOST_PANELS` channels.
 
     Args:
         observed: `[n, channels]`; NaN where missing.
         fit: `[n, channels]`.
         names: of the channels.
-        path: of the PNG file.
         times: ascending `[n]`, numbers or dates; None for a graph, whose nodes stand in the order of their fit.
         places: what the times are.
     """
@@ -100,14 +86,14 @@ def observed_and_fit(
     for axis, name, dots, line in zip(axes, names, observed.T, fit.T, strict=False):
         order = np.argsort(line, kind="stable") if times is None else np.arange(line.size)
         plot_chain(dots[order], line[order], axis, positions=positions)
-        axis.set_xlabel("nodes, in the order of their fit" if times is None else places, parse_math=False)
+        axis.set_xlabel("nodes, in the order of their fit" if times is None else str(places), parse_math=False)
         axis.set_ylabel(name, parse_math=False)
         if dated:
             axis.xaxis_date()
             axis.xaxis.set_major_formatter(dates.ConciseDateFormatter(axis.xaxis.get_major_locator()))
         elif times is None or times.dtype.kind == "i":
             axis.xaxis.get_major_locator().set_params(integer=True)
-    style.write_figure(axes[0].figure, path, 150)
+    return axes
 
 
 def _image_limits(colours: np.ndarray) -> tuple[float, float] | None:
@@ -130,23 +116,14 @@ def plot_chain(observed: Any, fit: Any, axis: Any = None, *, truth: Any = None, 
         truth: `[n]`, or None if it is not known.
         positions: ascending `[n]`; None numbers the nodes.
     """
-    dots = style.as_numbers(observed, "observed", ("n",))
-    style.check_any(dots, "node")
-    line = style.as_numbers(fit, "fit", (dots.size,))
-    given = np.arange(dots.size) if positions is None else positions
-    places = style.as_numbers(given, "positions", (dots.size,))
-    if not (np.diff(places) > 0).all():
-        first = int(np.argmin(np.diff(places) > 0))
-        raise ValueError(
-            f"positions of a chain must ascend, given {places[first]:g} and then {places[first + 1]:g} at place {first}"
-        )
-    real = None if truth is None else style.as_numbers(truth, "truth", (dots.size,))
+    dots, line = np.asarray(observed, float), np.asarray(fit, float)
+    places = np.arange(dots.size) if positions is None else positions
     axis = style.axis_or_new(axis, (7, 3.6))
     # Many dots hide the line through them unless they are small and pale.
     size, alpha = (4, 0.8) if dots.size <= 300 else (2.5, 0.6)
     axis.plot(places, dots, "o", markersize=size, color="#777777", alpha=alpha, markeredgewidth=0, label="observed")
-    if real is not None:
-        axis.plot(places, real, linestyle="--", color=style.INK, linewidth=1.4, label="truth")
+    if truth is not None:
+        axis.plot(places, truth, linestyle="--", color=style.INK, linewidth=1.4, label="truth")
     axis.plot(places, line, color=style.COLOURS[5], linewidth=2, label="fit")
     axis.set(xlabel="node" if positions is None else "position", ylabel="signal")
     style.tidy(axis)
@@ -177,14 +154,15 @@ def plot_graph_signal(
     """
     from matplotlib.collections import LineCollection
 
-    places = _as_places(positions, "positions", graph.num_nodes)
-    values = style.as_numbers(signal, "signal", (graph.num_nodes,))
-    low, high = style.colour_limits(limits, values, "the signal")
-    axis = style.axis_or_new(axis, _map_size(places))
+    places, values = np.asarray(positions, float), np.asarray(signal, float)
+    low, high = style.colour_limits(limits, values)
+    width, height = np.ptp(places, axis=0)
+    # 1.3 of the width go to the colour bar.
+    axis = style.axis_or_new(axis, (6.5, float(np.clip(5.2 * height / width, 2.2, 7)) if width > 0 else 7.0))
     crowded = graph.num_nodes > 3000
     if edges and graph.num_edges:
-        width = float(np.clip(40 / np.sqrt(graph.num_edges), 0.3, 1.2))
-        lines = LineCollection(list(places[graph.edges]), colors="#999999", linewidths=width, zorder=1)
+        thin = float(np.clip(40 / np.sqrt(graph.num_edges), 0.3, 1.2))
+        lines = LineCollection(list(places[graph.edges]), colors="#999999", linewidths=thin, zorder=1)
         lines.set_rasterized(crowded)
         axis.add_collection(lines)
     # Dots that cover about half of the picture, whatever their number; few ones need not be that large.
@@ -194,185 +172,9 @@ def plot_graph_signal(
         linewidths=0 if graph.num_nodes > 300 else 0.5, edgecolors=style.INK, zorder=2, rasterized=crowded,
     )  # fmt: skip
     # Dots have a size of their own, which a flat graph's few per cent of margin would cut.
-    room = 0.04 * float(np.ptp(places, axis=0).max()) if len(places) else 0.0
+    room = 0.04 * float(max(width, height))
     axis.update_datalim(np.concatenate([places - room, places + room]))
     axis.autoscale_view()
     style.bare(axis)
     style.colour_bar(axis, dots, values, label)
     return axis
-
-
-def plot_regions(
-    polygons: Sequence[Any],
-    values: Any,
-    axis: Any = None,
-    *,
-    limits: tuple[float, float] | None = None,
-    label: str = "",
-) -> Any:
-    """A map whose regions are coloured by a value each.
-
-    Args:
-        polygons: one entry a region: its outline `[m, 2]`, or a list of outlines (islands; holes are not cut out).
-        values: one per region; NaN is drawn grey.
-        axis: to draw on.
-        limits: of the colours, or None for the range of the values.
-        label: of the colour bar: what the values are, with their unit.
-    """
-    from matplotlib.collections import PolyCollection
-
-    style.check_any(polygons, "region")
-    level = style.as_numbers(values, "values", (len(polygons),))
-    parts = [_outlines(region, index) for index, region in enumerate(polygons)]
-    low, high = style.colour_limits(limits, level, "the map")
-    axis = style.axis_or_new(axis, _map_size(np.concatenate([outline for region in parts for outline in region])))
-    drawn = PolyCollection(
-        [outline for region in parts for outline in region],
-        array=np.repeat(level, [len(region) for region in parts]),
-        cmap=style.value_map(),
-        clim=(low, high),
-        edgecolors="white",
-        linewidths=float(np.clip(8 / np.sqrt(len(parts)), 0.1, 0.8)),
-    )
-    return _with_map(axis, drawn, level, label)
-
-
-def plot_lines(
-    lines: Sequence[Any],
-    values: Any,
-    axis: Any = None,
-    *,
-    limits: tuple[float, float] | None = None,
-    label: str = "",
-) -> Any:
-    """A map of lines, such as streets, coloured by a value each.
-
-    Args:
-        lines: the points of each, `[m, 2]`.
-        values: one per line; NaN is drawn grey.
-        axis: to draw on.
-        limits: of the colours, or None for the range of the values.
-        label: of the colour bar: what the values are, with their unit.
-    """
-    from matplotlib.collections import LineCollection
-
-    style.check_any(lines, "line")
-    level = style.as_numbers(values, "values", (len(lines),))
-    parts = [_as_places(line, f"line {index}", "m") for index, line in enumerate(lines)]
-    low, high = style.colour_limits(limits, level, "the map")
-    axis = style.axis_or_new(axis, _map_size(np.concatenate(parts)))
-    width = float(np.clip(80 / np.sqrt(len(parts)), 1.5, 6))
-    # Round ends meet at corners. The high values are drawn last, and cover others there.
-    order = np.argsort(np.where(np.isfinite(level), level, -np.inf), kind="stable")
-    drawn = LineCollection(
-        [parts[index] for index in order], array=level[order], cmap=style.value_map(), clim=(low, high),
-        linewidths=width, capstyle="round",
-    )  # fmt: skip
-    return _with_map(axis, drawn, level, label)
-
-
-def _with_map(axis: Any, drawn: Any, level: np.ndarray, label: str) -> Any:
-    """The axis with the coloured parts of a map and their colour bar."""
-    axis.add_collection(drawn)
-    axis.autoscale_view()
-    style.bare(axis)
-    style.colour_bar(axis, drawn, level, label)
-    return axis
-
-
-def _as_places(values: Any, what: str, count: int | str) -> np.ndarray:
-    places = style.as_numbers(values, what, (count, 2))
-    if not np.isfinite(places).all():
-        first = int(np.argmin(np.isfinite(places).all(axis=1)))
-        raise ValueError(f"{what} must be finite, given {places[first].tolist()} at place {first}")
-    return places
-
-
-def _map_size(places: np.ndarray) -> tuple[float, float]:
-    """The size in inches that a map with its colour bar fills; 1.3 of the width go to the bar."""
-    width, height = np.ptp(places, axis=0) if len(places) else (1.0, 1.0)
-    ratio = float(height / width) if width > 0 else 2.0
-    return (6.5, float(np.clip(5.2 * ratio, 2.2, 7)))
-
-
-def _outlines(region: Any, index: int) -> list[np.ndarray]:
-    style.check_any(region, f"outline in region {index}")
-    several = np.ndim(region[0]) == 2
-    outlines = [_as_places(part, f"region {index}", "m") for part in (region if several else [region])]
-    short = min(len(part) for part in outlines)
-    if short < 3:
-        raise ValueError(f"region {index} has an outline of {short} points; a polygon needs at least 3")
-    return outlines
-
-
-def plot_groups(shape: Sequence[int], block: int, axis: Any = None, *, columns: int | None = None) -> np.ndarray:
-    """The rows of a grid's difference operator in groups that share no node, one panel per group.
-
-    The rows of a group are treated in parallel. `block` counts the difference factors that are treated row by
-    row: rows of D are edges, rows of L stars, rows of D L two joined stars. On a large two-dimensional grid they form
-    4, 5 and 16 groups.
-
-    Args:
-        shape: of the grid: 1 or 2 axes, 2 to 400 nodes.
-        block: 1, 2 or 3.
-        axis: as many axes as there are groups.
-        columns: panels side by side in a new figure; None chooses.
-
-    Source: Bu, Wu, Zuo, "Doge-ADMM: A Highly Scalable Parallel Algorithm for Trend Filtering on Graphs", figures
-    2 to 4.
-    """
-    graph = Graph.grid(shape)
-    if len(shape) > 2 or graph.num_edges == 0 or graph.num_nodes > GROUP_NODES:
-        raise ValueError(
-            f"groups are drawn for a grid of 1 or 2 axes with 2 to {GROUP_NODES} nodes, given the shape {tuple(shape)}"
-        )
-    if block not in (1, 2, 3):
-        raise ValueError(f"groups are drawn for a block of 1, 2 or 3 difference factors, given {block}")
-    if columns is not None and columns < 1:
-        raise ValueError(f"columns must be 1 or more, given {columns}")
-    height, width = (1, *shape) if len(shape) == 1 else shape
-    places = np.stack(np.divmod(np.arange(graph.num_nodes), width)[::-1], axis=1).astype(float)
-    matrix, labels = graph.matrix(block), graph.groups(block)
-    members = [np.flatnonzero(labels == group) for group in np.unique(labels)]
-    columns = columns or min(len(members), 5 if block == 2 else 4)
-    rows = -(-len(members) // columns)
-    side = 2.2 / max(height, width)
-    panels = style.axes_or_new(
-        axis, len(members), columns, (columns * max(side * width, 1.3), rows * (max(side * height, 0.3) + 0.35) + 0.1)
-    )
-    for number, (panel, group) in enumerate(zip(panels, members, strict=True), start=1):
-        touched = [matrix.indices[matrix.indptr[row] : matrix.indptr[row + 1]] for row in group]
-        _draw_group(panel, graph, places, touched, block)
-        panel.set_title(f"group {number}: {len(group)} row{'s' if len(group) != 1 else ''}", fontsize=10)
-    return panels
-
-
-def _draw_group(axis: Any, graph: Graph, places: np.ndarray, touched: list[np.ndarray], block: int) -> None:
-    from matplotlib.collections import LineCollection, PolyCollection
-
-    axis.add_collection(LineCollection(list(places[graph.edges]), colors="#cccccc", linewidths=0.8, zorder=1))
-    if block == 1:
-        lines = [places[nodes] for nodes in touched]
-        axis.add_collection(LineCollection(lines, colors=style.COLOURS[0], linewidths=3, zorder=2))
-    else:
-        outlines = [_padded_hull(places[nodes]) for nodes in touched]
-        face, edge = style.COLOURS[4] + "80", style.COLOURS[0]
-        axis.add_collection(PolyCollection(outlines, facecolors=face, edgecolors=edge, linewidths=1, zorder=2))
-    used = np.zeros(len(places), bool)
-    used[np.concatenate(touched)] = True
-    size = float(np.clip(400 / len(places), 4, 16))
-    axis.scatter(*places[~used].T, s=size, color="white", edgecolors="#999999", linewidths=0.8, zorder=3)
-    axis.scatter(*places[used].T, s=size, color=style.INK, zorder=3)
-    axis.set_xlim(-0.6, places[:, 0].max() + 0.6)
-    axis.set_ylim(places[:, 1].max() + 0.6, -0.6)  # the first row on top, as in a matrix
-    style.bare(axis)
-
-
-def _padded_hull(points: np.ndarray) -> np.ndarray:
-    """The convex hull of discs around points: round corners, and no special case for points in a line."""
-    from scipy.spatial import ConvexHull
-
-    angle = np.linspace(0, 2 * np.pi, 24, endpoint=False)
-    disc = PAD * np.stack([np.cos(angle), np.sin(angle)], axis=1)
-    ring = (points[:, None] + disc).reshape(-1, 2)
-    return ring[ConvexHull(ring).vertices]

@@ -2,7 +2,6 @@
 
 import io
 import textwrap
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -73,18 +72,6 @@ def legend(axis: Any) -> None:
     axis.legend(frameon=False, handlelength=2.8)
 
 
-def legend_below(axes: Any) -> None:
-    """One legend below panels of the same lines, in as many columns, at most three, as its figure has room for."""
-    figure, (handles, labels) = axes[0].figure, axes[0].get_legend_handles_labels()
-    for columns in (3, 2, 1):
-        legend = figure.legend(
-            handles, labels, loc="outside lower center", ncols=columns, frameon=False, handlelength=2.8
-        )
-        if legend.get_window_extent(figure.canvas.get_renderer()).width <= figure.bbox.width or columns == 1:
-            return
-        legend.remove()
-
-
 def colour_bar(axis: Any, drawn: Any, values: np.ndarray, label: str) -> None:
     """A colour bar, pointed where values lie beyond its limits."""
     low, high = drawn.get_clim()
@@ -101,44 +88,11 @@ def value_map() -> Any:
     return matplotlib.colormaps[COLOUR_MAP].with_extremes(bad=MISSING)
 
 
-def as_numbers(values: Any, what: str, shape: tuple[int | str, ...]) -> np.ndarray:
-    """`values` as a float array of a shape; a letter in the shape stands for any length."""
-    try:
-        array = np.asarray(values, float)
-    except (TypeError, ValueError) as problem:
-        raise ValueError(f"{what} must be an array of numbers, given {type(values).__name__}: {problem}") from None
-    fits = [isinstance(wanted, str) or wanted == given for wanted, given in zip(shape, array.shape, strict=False)]
-    if array.ndim != len(shape) or not all(fits):
-        raise ValueError(f"{what} has the shape [{', '.join(map(str, shape))}], given {list(array.shape)}")
-    return array
-
-
-def check_any(curves: Collection[Any], what: str) -> None:
-    """Raise a ValueError if there is nothing to draw."""
-    if not len(curves):
-        raise ValueError(f"nothing to draw: expected at least one {what}, given none")
-
-
-def check_positive(values: np.ndarray, what: str) -> None:
-    """Raise a ValueError if a value cannot be drawn on a log axis."""
-    wrong = np.flatnonzero(values <= 0)
-    if wrong.size:
-        raise ValueError(
-            f"{what} must be positive for a log axis, given {values.ravel()[wrong[0]]:g} at place {wrong[0]} "
-            f"({wrong.size} such)"
-        )
-
-
-def colour_limits(limits: Any, values: np.ndarray, what: str) -> tuple[float, float]:
+def colour_limits(limits: Any, values: np.ndarray) -> tuple[float, float]:
     """The limits given, or the range of the finite values."""
     if limits is not None:
-        low, high = as_numbers(limits, "limits", (2,))
-        if not low < high:
-            raise ValueError(f"limits are (low, high) with low < high, given ({low:g}, {high:g})")
-        return float(low), float(high)
+        return limits
     finite = values[np.isfinite(values)]
-    if finite.size == 0:
-        raise ValueError(f"{what} has no finite value among {values.size}; give limits to draw it as missing")
     low, high = float(finite.min()), float(finite.max())
     return (low, high) if low < high else (low - 0.5, high + 0.5)
 

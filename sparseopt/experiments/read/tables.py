@@ -1,96 +1,116 @@
-"""Tables of numbers or texts as files: CSV with or without a heading, Parquet, NPZ. Invalid files are a `FileError`."""
+"""Tables as files: CSV with or without a heading, Parquet, NPZ. Invalid files are a `FileError`.
+
+Every cell of a CSV file is read as a text: ids keep their zeros, and a wrong number is named with its place.
+"""
 
 import csv
 import itertools
-import re
-import warnings
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sparseopt.experiments.read.files import FileError, check_unpacked, npz_array, opened_npz, readable, reading
 from sparseopt.system.files import replacing
 
+if TYPE_CHECKING:
+    from pandas import DataFrame, Series
+
 TABLE_KINDS = (".csv", ".parquet", ".npz")
+# The first column of a table holds ids if it has one of these names.
+ID_NAMES = ("node", "id")
 # How programs write a missing value.
-NOT_THERE = ("na", "n/a", "null", "none", "?", "-")
-# What NumPy says of a text that is no number.
-NO_NUMBER = re.compile(r"could not convert string (.*) to float64 at row (\d+), column (\d+)")
+NOT_THERE = ("", "nan", "na", "n/a", "null", "none", "?", "-")
 
 
-def read_table(
-    path: str | Path, names: tuple[str, ...] = (), columns: tuple[int, ...] = (), texts: bool = False
-) -> np.ndarray:
-    """A table `[rows, columns]` of numbers, float64, or of `texts`; of an NPZ file the array with one of the `names`.
+def read_table(path: str | Path, names: tuple[str, ...] = (), headed: bool = True) -> "tuple[list[str], DataFrame]":
+    """The heading, empty if there is none, and the cells below it; of an NPZ file the array with one of the `names`.
 
-    Of other files only the given `columns`, if any are given. Without them, the first row of texts may be a heading.
+    In a CSV file the first row is the heading if it has a text and the table may be `headed`. There a # begins a note,
+    unless the first column holds ids.
     """
     file = readable(path, "a CSV or NPZ")
     kind = file.suffix.lower()
     if kind not in TABLE_KINDS:
         raise FileError(f"{file} must end in one of {', '.join(TABLE_KINDS)}")
     with reading(f"numbers from {file}"):
-        if kind == ".npz":
-            table = _read_npz(file, names)
+        if kind == ".csv":
+            heading = heading_of(file) if headed else []
+            cells = _read_csv(file, heading, headed and not has_ids(heading))
+        elif kind == ".parquet":
+            cells = _read_parquet(file)
+            heading, cells.columns = list(map(str, cells)), range(cells.shape[1])
         else:
-            table = {".csv": _read_csv, ".parquet": _read_parquet}[kind](file, columns, texts)
-    if table.size == 0 or table.ndim == 0:
+            heading, cells = [], _read_npz(file, names)
+    if cells.size == 0:
         raise FileError(f"{file} holds no rows of numbers; give one row a node or an edge")
-    return table.reshape(len(table), -1)
+    return heading, cells
 
 
-def _read_csv(file: Path, columns: tuple[int, ...], texts: bool) -> np.ndarray:
-    cells, heading = _first_row(file), bool(heading_of(file)) and not (texts and not columns)
-    absent = [cell.lower() in NOT_THERE for cell in cells]
-    if heading and any(absent) and (all(absent) or any(map(is_number, cells))):
-        raise FileError(f"{file} has {cells} in its first row; leave a cell empty where a value is missing")
-    with file.open(encoding="utf-8-sig") as stream, warnings.catch_warnings():
-        # The caller reports an empty table.
-        warnings.filterwarnings("ignore", "loadtxt: input contained no data", UserWarning)
-        try:
-            return np.loadtxt(
-                _with_blanks(stream, heading) if len(cells) == 1 and not texts else file,
-                dtype=object if texts else np.float64,
-                delimiter=",",
-                skiprows=int(heading),
-                ndmin=2,
-                usecols=columns or None,
-                comments=None if columns or texts else "#",  # an id may have one
-                quotechar='"',
-                converters=str.strip if texts else _number,
-                encoding="utf-8-sig",
-            )
-        except ValueError as error:
-            if (found := NO_NUMBER.match(str(error))) is None:
-                raise
-            text, row, column = found[1], int(found[2]) + 1, int(found[3])
-            where = f"the column {cells[column - 1]!r}, row {row} below the heading" if heading else f"row {row}"
-            advice = "separate columns by commas" if ";" in text or "\\t" in text else "leave out columns of texts"
-            raise ValueError(f"{text} in {where}, is no number: {advice}") from error
+def has_ids(heading: list[str]) -> bool:
+    """Whether the first column holds the ids of the rows."""
+    return bool(heading) and heading[0].lower() in ID_NAMES
 
 
-def _number(cell: str) -> float:
-    return float("nan" if not cell or cell.strip().lower() in NOT_THERE else cell)
+def numbers(file: Path, heading: list[str], cells: "DataFrame") -> np.ndarray:
+    """Columns as numbers, `[rows, columns]` in float64, NaN where a value is missing."""
+    with reading(f"numbers from {file}"):
+        return np.stack([_numbers(file, heading, cells[place]) for place in cells], axis=1)
 
 
-def _with_blanks(lines: Iterable[str], heading: bool) -> Iterator[str]:
-    """The lines of a table; a blank one between two cells of a single column is an empty cell."""
-    blank, inside = 0, False
-    for number, line in enumerate(lines):
-        if not line.strip():
-            blank += 1
-            continue
-        cell = "," not in line and not line.lstrip().startswith("#") and not (heading and number == 0)
-        yield from itertools.repeat('""', blank if inside and cell else 0)
-        yield line
-        blank, inside = 0, cell
+def _numbers(file: Path, heading: list[str], column: "Series") -> np.ndarray:
+    try:
+        return column.to_numpy(np.float64)
+    except ValueError:
+        if file.suffix.lower() != ".csv":
+            raise
+    texts = column.str.partition("#")[0].str.strip()
+    absent = texts.str.lower().isin(NOT_THERE)
+    if (texts == "").any():
+        _check_lengths(file)
+    try:
+        return texts.mask(absent, "nan").to_numpy(np.float64)
+    except ValueError as error:
+        row = next(row for row, text in enumerate(texts) if not absent.iloc[row] and not is_number(text))
+        where = f"row {row + 1}"
+        if heading:
+            where = f"the column {heading[int(str(column.name))]!r}, row {row + 1} below the heading"
+        advice = "separate columns by commas" if {*texts.iloc[row]} & {*";\t"} else "leave out columns of texts"
+        raise ValueError(f"{texts.iloc[row]!r} in {where}, is no number: {advice}") from error
 
 
-def is_numbers(cells: list[str]) -> bool:
-    """Whether all cells are numbers or empty."""
-    return all(not cell or is_number(cell) for cell in cells)
+def _read_csv(file: Path, heading: list[str], noted: bool) -> "DataFrame":
+    import pandas
+
+    absent = [cell.lower() in NOT_THERE[2:] for cell in heading]
+    if any(absent) and (all(absent) or any(map(is_number, heading))):
+        raise FileError(f"{file} has {heading} in its first row; leave a cell empty where a value is missing")
+    try:
+        cells = pandas.read_csv(
+            file, header=None, skiprows=int(bool(heading)), dtype=object, na_filter=False, skipinitialspace=True,
+            index_col=False, comment="#" if noted else None, encoding="utf-8-sig",
+        )  # fmt: skip
+    except pandas.errors.EmptyDataError:
+        return pandas.DataFrame()
+    if cells.shape[1] > 1 or not noted:
+        return cells
+    # A blank line between two cells of a single column is an empty cell, and not beside a note.
+    lines = (
+        pandas.Series(file.read_text(encoding="utf-8-sig").splitlines()[int(bool(heading)) :])
+        .str.strip()
+        .str.strip('"')
+    )
+    note = lines.str.startswith("#").astype(float).mask(lines == "")
+    return lines[(note.ffill() == 0) & (note.bfill() == 0)].reset_index(drop=True).to_frame(0)
+
+
+def _check_lengths(file: Path) -> None:
+    """A ValueError if rows below the heading differ in length: pandas fills short ones with empty cells."""
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        rows = itertools.islice(csv.reader(stream), int(bool(heading_of(file))), None)
+        lengths = {len(row) for row in rows if row and not row[0].startswith("#")}
+    if len(lengths) > 1:
+        raise ValueError(f"its rows have {' or '.join(map(str, sorted(lengths)))} cells; give all the same number")
 
 
 def is_number(cell: str) -> bool:
@@ -102,52 +122,43 @@ def is_number(cell: str) -> bool:
     return True
 
 
-def _read_parquet(file: Path, columns: tuple[int, ...], texts: bool) -> np.ndarray:
+def _read_parquet(file: Path) -> "DataFrame":
     with _parquet(file).ParquetFile(file) as stored:
         found = stored.metadata
         check_unpacked(8 * found.num_rows * found.num_columns, file)
         # Not by column: pyarrow aborts the process for some damaged statistics of a single column.
         groups = [found.row_group(index).total_byte_size for index in range(found.num_row_groups)]
         check_unpacked(sum(max(0, size) for size in groups), file)
-        table = stored.read()
-    kept = [table.column(index) for index in columns or range(table.num_columns)]
-    if texts:
-        return np.array([[str(cell) for cell in column.to_pylist()] for column in kept], object).T
-    return np.stack([np.asarray(column.to_numpy(), np.float64) for column in kept], axis=1)
+        return stored.read().to_pandas(ignore_metadata=True)
 
 
-def write_parquet(file: Path, columns: dict[str, list[Any]]) -> None:
-    """Write columns by their names."""
-    parquet = _parquet(file)  # says what to install
+def _read_npz(file: Path, names: tuple[str, ...]) -> "DataFrame":
+    import pandas
 
-    import pyarrow
-
-    table = pyarrow.table(columns)
-    with replacing(file, table.nbytes) as temporary:
-        parquet.write_table(table, temporary)
-
-
-def _read_npz(file: Path, names: tuple[str, ...]) -> np.ndarray:
     with opened_npz(file, "signal=y") as arrays:
         only = arrays.files if len(arrays.files) == 1 else []
-        return np.asarray(npz_array(arrays, [*names, *only], file)[1], np.float64)
+        values = np.atleast_1d(npz_array(arrays, [*names, *only], file)[1])
+        return pandas.DataFrame(values.reshape(len(values), -1) if values.size else None)
+
+
+def write_table(file: Path, columns: dict[str, Any]) -> None:
+    """Write columns by their names as CSV or Parquet."""
+    import pandas
+
+    table = pandas.DataFrame(columns)
+    with replacing(file, int(table.memory_usage().sum())) as temporary:
+        if file.suffix.lower() == ".csv":
+            table.to_csv(temporary, index=False, na_rep="nan", lineterminator="\n")
+        elif _parquet(file):  # which says what to install
+            table.to_parquet(temporary, index=False)
 
 
 def heading_of(file: Path) -> list[str]:
-    """The names of the columns; none for an NPZ file, and for a CSV file whose first row is numbers."""
-    try:
-        if file.suffix.lower() == ".parquet":
-            with _parquet(file).ParquetFile(file) as stored:
-                return list(stored.schema_arrow.names)
-        cells = _first_row(file) if file.suffix.lower() == ".csv" else []
-    except Exception:
-        return []  # reading the table says what is wrong
-    return [] if is_numbers(cells) else [cell.removeprefix("#").strip() for cell in cells]
-
-
-def _first_row(file: Path) -> list[str]:
+    """The names of a CSV file's columns; none if its first row is numbers."""
     with file.open(encoding="utf-8-sig", newline="") as stream:
-        return [cell.strip() for cell in next(csv.reader([stream.readline()]), [])]
+        cells = [cell.strip() for cell in next(csv.reader([stream.readline()]), [])]
+    numeric = all(not cell or is_number(cell) for cell in cells)
+    return [] if numeric else [cell.removeprefix("#").strip() for cell in cells]
 
 
 def _parquet(file: Path) -> Any:

@@ -1,8 +1,8 @@
-"""The task `denoise`: an image or a volume, noise, and a trend filter; how long it takes and what it recovers."""
+"""The task `denoise`: an image or a volume, noise, and a trend filter; what it recovers."""
 
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -21,7 +21,6 @@ from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.base.job import check_parameters
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.images import psnr
-from sparseopt.trend.methods.doge_plan import CADENCE
 
 PICTURES_SHOWN = 6
 
@@ -69,53 +68,18 @@ def check_penalty(config: PenaltyConfig) -> None:
         check_parameters(penalty, np.dtype(float))
 
 
-def timed_fit(
-    fit: Callable[[int], Solution], max_steps: int, observer: Observer, what: str, passes: int = 1
-) -> tuple[Solution, Record]:
-    """A fit, and a record of how it ended and how long it took.
-
-    `fit` accepts a step limit. It is called once with few steps, to compile, then `passes` times; the fastest counts.
-    """
-
-    def run(limit: int) -> tuple[Solution, float, float]:
-        start, busy = time.perf_counter(), time.process_time()
-        found = jax.block_until_ready(fit(limit))
-        return found, time.perf_counter() - start, time.process_time() - busy
-
-    observer("compiling", 0, 0)
-    # With fewer steps than Doge-ADMM, and so any method, does between two checks, it would be another program.
-    _, compile_seconds, _ = run(min(max_steps, CADENCE))
-    observer(what, 0, 0)
-    runs = [run(max_steps) for _ in range(passes)]
-    found = runs[0][0]
-    return found, {
-        "seconds": min(wall for _, wall, _ in runs),
-        # Processor time, which excludes what a busy machine adds to wall time.
-        "cpu_seconds": min(cpu for _, _, cpu in runs),
-        "compile_seconds": compile_seconds,
-        "steps": int(found.steps),
-        "objective": float(found.objective),
-        "gap": float(found.gap),
-        "status": Status(int(found.status)).name,
-    }
-
-
 class NoisyPicture(PictureTask):
     """Fits of a noisy image, several times with fresh noise, with a `fit` that subclasses add.
 
     Attributes:
         tol: tolerance of the stopping rule.
         repeats: number of repeats, each with its own noise, from `seed`, `seed + 1`, ...
-        passes: how often each repeat is timed; the fastest fit counts.
     """
 
-    columns: ClassVar[tuple[str, ...]] = (
-        "seconds", "objective", "steps", "steps_per_second", "gap", "psnr_before", "psnr_after",
-    )  # fmt: skip
+    columns: ClassVar[tuple[str, ...]] = ("seconds", "objective", "steps", "gap", "psnr_before", "psnr_after")
 
     tol: float = Field(default=1e-4, gt=0)
     repeats: int = Field(default=1, ge=1)
-    passes: int = Field(default=1, ge=1)
 
     @property
     @abstractmethod
@@ -126,10 +90,12 @@ class NoisyPicture(PictureTask):
     def fit(self, y: np.ndarray, graph: Graph, max_steps: int) -> Solution:
         """The fit of a noisy image."""
 
-    def details(self, solution: Solution) -> Record:
-        """What a record says about a fit besides the common figures."""
-        del solution
-        return {}
+    def timed(self, y: np.ndarray, graph: Graph, observer: Observer) -> tuple[Solution, Record]:
+        """A fit, and what its record says besides the common figures: its time, here with compilation."""
+        observer(f"{self.label}, {y.size} values", 0, 0)
+        start = time.perf_counter()
+        found = jax.block_until_ready(self.fit(y, graph, self.max_steps))
+        return found, {"seconds": time.perf_counter() - start}
 
     def units(self) -> list[str]:
         return [f"repeat-{index}" for index in range(self.repeats)]
@@ -137,10 +103,7 @@ class NoisyPicture(PictureTask):
     def run_unit(self, key: str, folder: Path, observer: Observer) -> Record:
         index = self.units().index(key)
         clean, noisy = self.pair(self.seed + index)
-        graph, what = self.grid(), f"{self.label}, {noisy.size} values"
-        solution, record = timed_fit(
-            lambda most: self.fit(noisy, graph, most), self.max_steps, observer, what, self.passes
-        )
+        solution, record = self.timed(noisy, self.grid(), observer)
         value = np.asarray(solution.value, np.float64).reshape(noisy.shape)
         if index == 0 and processes.is_first():
             arrays: Any = {"clean": clean, "noisy": noisy, "fitted": value}
@@ -148,11 +111,13 @@ class NoisyPicture(PictureTask):
             np.savez_compressed(folder / f"picture-{key}.npz", **arrays)
         return {
             **record,
-            **self.details(solution),
+            "steps": int(solution.steps),
+            "objective": float(solution.objective),
+            "gap": float(solution.gap),
+            "status": Status(int(solution.status)).name,
             "label": self.label,
             "seed": self.seed + index,
             "values": noisy.size,
-            "steps_per_second": record["steps"] / record["seconds"],
             "mse_before": float(np.mean((noisy - clean) ** 2)),
             "mse_after": float(np.mean((value - clean) ** 2)),
             "psnr_before": psnr(noisy, clean),

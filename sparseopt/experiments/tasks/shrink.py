@@ -29,7 +29,8 @@ class Shrink(_Settings, ModelTask):
     @staticmethod
     def plot(lines: Mapping[str, Sequence[Any]], dense: float | None) -> Any:
         """Sizes and perplexities, without the times."""
-        return plots.plot_sizes({label: (sizes, scores) for label, (sizes, scores, _) in lines.items()}, dense=dense)
+        found = {label: (sizes, scores) for label, (sizes, scores, _) in lines.items()}
+        return plots.plot_perplexity(found, dense=dense, of="parameters")
 
     @property
     def label(self) -> str:

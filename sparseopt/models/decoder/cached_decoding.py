@@ -224,7 +224,8 @@ def generate(
         stop_ids: generation ends at one of these, which is not returned.
 
     Raises:
-        ValueError: as `next_tokens` does.
+        ValueError: if the prompt is empty, a number is negative, or the model does not support a window of prompt and
+            new tokens.
     """
     tokens = next_tokens(decoder, prompt_ids, max_new_tokens, temperature, seed)
     return np.fromiter(itertools.takewhile(lambda token: token not in stop_ids, tokens), np.int32)
@@ -237,12 +238,7 @@ def next_tokens(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> Iterator[int]:
-    """The tokens that follow a prompt, each computed when requested; arguments as for `generate`.
-
-    Raises:
-        ValueError: if the prompt is empty, a number is negative, or the model does not support a window of prompt and
-            new tokens.
-    """
+    """The tokens that follow a prompt, each computed when requested; see `generate`."""
     config, prompt = decoder.embed_tokens.config, np.asarray(prompt_ids).reshape(-1)
     vocabulary = config.vocab_size
     if prompt.size and (prompt.dtype.kind not in "iu" or prompt.min() < 0 or prompt.max() >= vocabulary):

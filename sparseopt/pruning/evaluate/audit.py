@@ -8,6 +8,7 @@ import numpy as np
 
 from sparseopt.layers.patterns import Pattern, check_pattern, count_groups, parse_pattern
 from sparseopt.models import PrunableModel, open_any
+from sparseopt.models.base.errors import named
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,11 @@ def audit_pattern(
         ValueError: if the pattern is unknown, or impossible in some layer, which is named.
     """
     check_pattern(pattern, sparsity)
-    audits = []
-    for layer, weight in _linears(model, only):
-        try:
-            audits.append(_audit(layer, weight, parse_pattern(pattern, sparsity, weight.shape)))
-        except ValueError as error:
-            raise ValueError(f"{layer}: {error}") from error
-    return audits
+
+    def audit(layer: str, weight: np.ndarray) -> PatternAudit:
+        return _audit(layer, weight, named(layer, lambda: parse_pattern(pattern, sparsity, weight.shape)))
+
+    return [audit(*linear) for linear in _linears(model, only)]
 
 
 def audit_stored(model: str | Path | PrunableModel, patterns: Mapping[str, Pattern]) -> list[PatternAudit]:

@@ -7,7 +7,6 @@ a continuation or of a whole text, and a greedy continuation.
 import difflib
 import importlib.metadata
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from sparseopt.core.base.types import Observer
 from sparseopt.models import (
     Bos,
-    Decoder,
     ModelError,
     StreamedModel,
     encode_text,
@@ -44,6 +42,12 @@ class DecoderLM(TemplateLM):
     Log-likelihoods stream the model block by block; `generate_until` loads it whole, as float32. If BOS is used, every
     input begins with it, even if the input's own beginning was cut off, and it is never predicted.
 
+    Args:
+        model: a model folder, a GGUF file, a name on the hub or an opened model.
+        max_length: most tokens that the model reads; None uses the model's own limit.
+        bos: whether inputs begin with the tokenizer's BOS, see `models.start_token`.
+        observer: called with (what is running, steps done, steps in all).
+
     Attributes:
         max_length: most tokens that the model reads.
         bos: the id of the token that inputs begin with; None for none.
@@ -62,7 +66,6 @@ class DecoderLM(TemplateLM):
         self.model = open_model(model)
         self.tokenizer = load_tokenizer(self.model.source)
         self.bos = start_token(self.model.source, self.tokenizer, bos)
-        config = self.model.source.config
         most = self.model.config.max_positions
         longest = most if max_length is None else max_length
         if type(longest) is not int or longest < 2:
@@ -73,9 +76,8 @@ class DecoderLM(TemplateLM):
         self.max_length: int = longest
         self.cut = 0
         self._observer = observer
-        ends: Any = config.get("eos_token_id")
-        self._end_ids: list[int] = ends if isinstance(ends, list) else [] if ends is None else [ends]
-        self._start_id: int | None = config.get("bos_token_id")
+        ends = self.model.source.config.get("eos_token_id")
+        self._end_ids: list[int] = np.ravel([] if ends is None else ends).tolist()
 
     @property
     def eot_token_id(self) -> int:
@@ -86,7 +88,7 @@ class DecoderLM(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """The token before a text without context: BOS, used or not, else the end token."""
-        found = self._start_id if self.bos is None else self.bos
+        found = self.model.source.config.get("bos_token_id") if self.bos is None else self.bos
         return self.eot_token_id if found is None else found
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
@@ -103,18 +105,16 @@ class DecoderLM(TemplateLM):
         self.cut += 1
         return ids[-room:] if self.bos is None else [self.bos, *ids[len(ids) - room + 1 :]]
 
-    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        for request in requests:
-            if not request.args[1]:
-                raise ValueError(f"a request has an empty continuation, after {request.args[0][-80:]!r}")
-        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
-
     def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], **_: Any) -> list[Score]:
-        pairs = [self._fit(context, continuation) for _texts, context, continuation in requests]
-        scores = self._score("log-likelihoods", pairs)
-        for request, score in zip(requests, scores, strict=True):
-            self.cache_hook.add_partial("loglikelihood", request[0], tuple(score))
-        return scores
+        pairs = []
+        for _texts, context, continuation in requests:
+            if len(continuation) > self.max_length:
+                raise ValueError(
+                    f"a continuation has {len(continuation)} tokens, the model reads {self.max_length} at most; "
+                    "leave the task out or give a model with a longer context"
+                )
+            pairs.append((self._last(context, self.max_length + 1 - len(continuation)), continuation))
+        return score_continuations(self.model, pairs, observer=self._observer)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
         """Log-likelihood of each whole text after the start token, in windows of `max_length` tokens."""
@@ -128,12 +128,8 @@ class DecoderLM(TemplateLM):
             windows = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length - used, context_len=1)
             pairs += [(self._begun(context), text) for context, text in map(make_disjoint_window, windows)]
             owners += [owner] * (len(pairs) - len(owners))
-        totals = [0.0] * len(requests)
-        for owner, score in zip(owners, self._score("texts", pairs), strict=True):
-            totals[owner] += score.log_likelihood
-        for request, total in zip(requests, totals, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
-        return totals
+        scores = score_continuations(self.model, pairs, observer=self._observer)
+        return np.bincount(np.asarray(owners, int), [score.log_likelihood for score in scores], len(requests)).tolist()
 
     def checked_generation(self, wanted: dict[str, Any]) -> dict[str, Any]:
         """How a task generates; a ValueError for sampling, or for more tokens than the model reads."""
@@ -151,74 +147,41 @@ class DecoderLM(TemplateLM):
             ValueError: if a task asks for sampling, or for more tokens than the model reads.
         """
         del disable_tqdm
-        answers = []
-        for done, request in enumerate(requests):
-            context, wanted = request.args
-            wanted = self.checked_generation(wanted)
-            limit = wanted["max_gen_toks"]
-            prompt = self.tok_encode(context) or [self.prefix_token_id]
-            prompt = self._last(prompt, self.max_length - limit)
-            answer = self._continue(prompt, limit, [s for s in wanted["until"] if s])
-            self.cache_hook.add_partial("generate_until", request.args, answer)
-            answers.append(answer)
+        answers, decoder = list[str](), self.model.decoder()
+        for context, given in (request.args for request in requests):
+            wanted = self.checked_generation(given)
+            limit, stops = wanted["max_gen_toks"], [stop for stop in wanted["until"] if stop]
+            prompt = self._last(self.tok_encode(context) or [self.prefix_token_id], self.max_length - limit)
+            new = list[int]()
+            for token in next_tokens(decoder, np.asarray(prompt), limit):
+                if token in self._end_ids:
+                    break
+                new.append(token)
+                if len(new) % _PIECE == 0 and any(stop in self.tokenizer.decode(new) for stop in stops):
+                    break
+            text = self.tokenizer.decode(new)
+            answers.append(text[: min((text.index(stop) for stop in stops if stop in text), default=len(text))])
             if self._observer:
-                self._observer("generation", done + 1, len(requests))
+                self._observer("generation", len(answers), len(requests))
         return answers
-
-    @cached_property
-    def _decoder(self) -> Decoder:
-        return self.model.decoder()
-
-    def _continue(self, prompt: list[int], limit: int, stops: Sequence[str]) -> str:
-        new = list[int]()
-        for token in next_tokens(self._decoder, np.asarray(prompt), limit):
-            if token in self._end_ids:
-                break
-            new.append(token)
-            if len(new) % _PIECE == 0 and any(stop in self.tokenizer.decode(new) for stop in stops):
-                break
-        text = self.tokenizer.decode(new)
-        places = (text.find(stop) for stop in stops)
-        return text[: min((place for place in places if place >= 0), default=len(text))]
-
-    def _fit(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
-        room = self.max_length + 1 - len(continuation)
-        if room < 1:
-            raise ValueError(
-                f"a continuation has {len(continuation)} tokens, the model reads {self.max_length} at most; "
-                "leave the task out or give a model with a longer context"
-            )
-        return self._last(context, room), continuation
-
-    def _score(self, title: str, pairs: list[tuple[list[int], list[int]]]) -> list[Score]:
-        tell = self._observer
-        return score_continuations(
-            self.model, pairs, observer=tell and (lambda _, done, total: tell(f"{len(pairs)} {title}", done, total))
-        )
 
 
 def zero_shot(
-    model: str | Path | StreamedModel,
+    model: str | Path | StreamedModel | DecoderLM,
     tasks: Sequence[str],
     *,
     limit: int | None = None,
     include_path: str | Path | None = None,
     shots: int = 0,
-    max_length: int | None = None,
-    bos: Bos = "auto",
-    observer: Observer | None = None,
 ) -> dict[str, Any]:
     """Score a model on `lm-eval` tasks.
 
     Args:
-        model: a model folder, a GGUF file, a name on the hub or an opened model.
+        model: a model folder, a GGUF file, a name on the hub, an opened model, or a `DecoderLM` with its settings.
         tasks: names of tasks, groups or tags of `lm-eval` or `include_path`.
         limit: largest number of examples per task, from the start; None uses all.
         include_path: a folder of your own task files, whose names take precedence over those of `lm-eval`.
         shots: solved examples in each prompt, except for tasks that never have any.
-        max_length: most tokens that the model reads; None uses the model's own limit.
-        bos: whether inputs begin with the tokenizer's BOS, see `models.start_token`.
-        observer: called with (what is running, steps done, steps in all).
 
     Returns:
         `{"model", "lm_eval", "limit", "shots", "bos", "cut",
@@ -237,7 +200,7 @@ def zero_shot(
     if include_path is not None and not Path(include_path).is_dir():
         raise ValueError(f"include_path must be a folder of task files, given {include_path}")
     manager = _find_tasks(tasks, include_path)
-    lm = DecoderLM(model, max_length=max_length, bos=bos, observer=observer)
+    lm = model if isinstance(model, DecoderLM) else DecoderLM(model)
     loaded = _load(manager, list(dict.fromkeys(tasks)))
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") != 0:
@@ -277,13 +240,12 @@ def _find_tasks(names: Sequence[str], include_path: str | Path | None) -> TaskMa
         if set(names) <= set(own.all_subtasks):
             return own
     manager = TaskManager(include_path=include_path)
-    problems = []
-    for name in (name for name in names if name not in manager.all_tasks):
-        near = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.5)
-        problems.append(f"unknown task {name!r}" + (f"; nearest are {', '.join(near)}" if near else ""))
-    if problems:
+    near = {n: difflib.get_close_matches(n, manager.all_tasks) for n in names if n not in manager.all_tasks}
+    if near:
         raise ValueError(
-            "; ".join(problems)
+            "; ".join(
+                f"unknown task {name!r}; nearest are {', '.join(found) or 'none'}" for name, found in near.items()
+            )
             + " (`lm-eval ls tasks` lists its own tasks; a file in include_path counts only if it is a valid task file)"
         )
     return manager

@@ -20,6 +20,7 @@ import csv
 import io
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from glob import glob
@@ -57,15 +58,11 @@ def check_text(text: Any, split: str | None = None, column: str | None = None) -
     kind, rest = _kind_of(text)
     if text == SELF:
         raise TextError(f"text {SELF!r} is drawn by the model, to calibrate on it; known here are {TEXTS}")
-    if isinstance(text, Mapping):
+    if kind == _GIVEN and (isinstance(text, Mapping) or type(text).__module__.startswith("datasets.")):
+        what = f"a mapping of {listed(list(map(str, text)))}" if isinstance(text, Mapping) else type(text).__name__
         raise TextError(
-            f"texts are a list or a Dataset, given a mapping of {listed(list(map(str, text)))}: give one of its "
-            "values, such as a split of a DatasetDict, or the input_ids of a tokenizer"
-        )
-    if kind == _GIVEN and type(text).__module__.startswith("datasets."):
-        raise TextError(
-            f"texts are a list or a Dataset, given {type(text).__name__}: give a list, or some rows of a stream as "
-            "datasets.Dataset.from_list(list(stream.take(1000)))"
+            f"texts are a list or a Dataset, given {what}: give one of its values, such as a split of a DatasetDict or "
+            "the input_ids of a tokenizer; of a stream, rows as datasets.Dataset.from_list(list(stream.take(1000)))"
         )
     if kind not in (*_KINDS, _GIVEN, _DATA_SET):
         raise TextError(f"unknown text {text!r}; known are {TEXTS}, and to calibrate on {SELF}")
@@ -180,10 +177,7 @@ def _read_pydoc(part: Part) -> Iterator[str]:
 
 
 def _path(text: str) -> Path:
-    try:
-        return Path(text).expanduser()
-    except RuntimeError as error:
-        raise TextError(f"cannot find {text}: {error}") from error
+    return Path(os.path.expanduser(text))
 
 
 def _read_file(path: str, part: Part) -> str:
@@ -197,12 +191,8 @@ def _read_file(path: str, part: Part) -> str:
         raise TextError(f"cannot read the text file {path}: it is a folder or a device; give a text file in UTF-8")
     try:
         text = file.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise TextError(f"cannot read the text file {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise TextError(f"the text file {path} is not UTF-8 (byte {error.start}); convert it first") from error
-    except ValueError as error:
-        raise TextError(f"cannot read the text file {path!r}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise TextError(f"cannot read the text file {path} in UTF-8: {error}") from error
     # Halves, split at a line end.
     middle = text.find("\n", len(text) // 2) + 1 or len(text)
     return text[:middle] if part == "calibration" else text[middle:]
@@ -227,12 +217,10 @@ def _row_files(kind: str, path: str) -> list[Path]:
 
 def _wikitext_files(path: str, wanted: str) -> list[Path]:
     folder = _path(path)
-    if not folder.is_dir():
-        raise TextError(f"the data folder {folder} does not exist; it should hold validation and test parquet files")
     files = sorted(folder.glob(f"{wanted}*.parquet"))
     if not files:
-        present = ", ".join(sorted(f.name for f in folder.iterdir())) or "nothing"
-        raise TextError(f"the data folder {folder} has no {wanted}*.parquet; it holds {present}")
+        present = listed(sorted(file.name for file in folder.glob("*"))) or "nothing"
+        raise TextError(f"the data folder {folder} does not exist or has no {wanted}*.parquet; it holds {present}")
     return files
 
 
@@ -310,10 +298,6 @@ def _parquet_rows(file: Path, column: str | None) -> Iterator[tuple[str, Any]]:
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
             name = _column(table.schema_arrow.names, column)
-            kind, types = table.schema_arrow.field(name).type, pyarrow.types
-            readable = (types.is_string, types.is_large_string, types.is_list, types.is_large_list)
-            if not any(fits(kind) for fits in readable):
-                raise ValueError(f"the column {name} holds {kind}")
             # Few rows at a time: a batch may span row groups, and documents may be books.
             batches = (batch.column(name).to_pylist() for batch in table.iter_batches(256, columns=[name]))
             for number, value in enumerate(itertools.chain.from_iterable(batches), 1):

@@ -38,6 +38,8 @@ SQUARES_ABOVE_TINY = 1e12
 NULL_EPS = 16
 # The median of |x| for a standard normal x.
 NORMAL_MEDIAN = 0.6744897501960817
+# One weight does not suit channels if the noise of one is more than this many times that of another.
+UNLIKE = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,6 +309,33 @@ def noise_level(y: Any, graph: Graph, order: int = 0, node_weights: Any = None, 
     order = check_order(order)
     signal = check_signal(y, graph, order, node_weights, missing, np.float64, PLAIN_COPIES)
     return signal_noise(signal, graph_at(graph, order), order)
+
+
+def unlike_channels(
+    y: Any, graph: Graph, order: int = 0, node_weights: Any = None, *, missing: str = "error"
+) -> str | None:
+    """A sentence if one weight does not suit all channels of a signal, else None.
+
+    It compares the `noise_level` of the channels: one weight smooths all of them, and the right weight is about
+    proportional to the noise. The arguments are as in `noise_level`. Channels without noise are not compared.
+
+    Example:
+        >>> y = np.random.default_rng(0).standard_normal((90, 2)) * [1, 100]
+        >>> "to one unit" in so.trend.unlike_channels(y, so.Graph.chain(90))
+        True
+    """
+    order = check_order(order)
+    signal, graph = (
+        check_signal(y, graph, order, node_weights, missing, np.float64, PLAIN_COPIES),
+        graph_at(graph, order),
+    )
+    found = [signal_noise(dataclasses.replace(signal, values=column), graph, order) for column in signal.columns.T]
+    if not 0 < UNLIKE * min(found) < max(found):
+        return None
+    return (
+        f"the noise of the channels is {min(found):.3g} to {max(found):.3g}, and one weight smooths them all: bring "
+        "them to one unit, or smooth them one by one"
+    )
 
 
 # As one program: operation by operation it would be twenty.

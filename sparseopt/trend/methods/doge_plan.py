@@ -21,10 +21,9 @@ from sparseopt.core.base.types import pytree
 from sparseopt.core.operators.differences import Difference
 from sparseopt.core.operators.maps import Identity, Split
 from sparseopt.core.operators.normal_solves import Diagonal
-from sparseopt.core.penalties.groups import NuclearNorm
 from sparseopt.core.solvers import doge
 from sparseopt.trend.base.graph import Graph
-from sparseopt.trend.base.ground import couples_axes
+from sparseopt.trend.base.ground import couples_axes, couples_rows
 from sparseopt.trend.base.job import Job
 from sparseopt.trend.base.method import Method, Settings
 from sparseopt.trend.base.signal import MOST_ORDER
@@ -179,7 +178,7 @@ class DogeGroups(Settings, Method):
 
 
 def _refuses(penalty: Any) -> str | None:
-    if isinstance(penalty, NuclearNorm):
+    if couples_rows(penalty):
         return COUPLED
     if couples_axes(penalty):
         return 'method="doge_groups" has its rows in separate groups; for isotropic total variation use "doge"'

@@ -17,14 +17,13 @@ from jaxtyping import Array
 from sparseopt.core.base.compile import Jitted
 from sparseopt.core.base.types import pytree, static
 from sparseopt.core.operators.maps import Split
-from sparseopt.core.penalties.groups import NuclearNorm
 from sparseopt.core.penalties.protocols import feasible, has_conjugate, is_norm
 from sparseopt.core.problem.certify import Anchor, judge, promote, stationary
 from sparseopt.core.problem.differentiate import Found, attach
 from sparseopt.core.problem.iterate import iterate
 from sparseopt.core.problem.problem import Problem, Solution, Start, Status
 from sparseopt.core.solvers.admm import Admm
-from sparseopt.trend.base.ground import Data, Ground, data_of, null_space_dual
+from sparseopt.trend.base.ground import Data, Ground, couples_rows, data_of, null_space_dual
 from sparseopt.trend.base.job import Job
 from sparseopt.trend.base.pieces import TrendSolution, nonzero_at
 from sparseopt.trend.base.signal import NULL_EPS
@@ -57,7 +56,7 @@ class Plan:
 
     def refuses(self, penalty: Any, weighted: bool) -> str | None:
         """Why the plan does not fit such a penalty, or a signal with node weights; None if it does."""
-        if isinstance(penalty, NuclearNorm) and jnp.ndim(self.split.row_scale):
+        if couples_rows(penalty) and jnp.ndim(self.split.row_scale):
             return COUPLED
         if weighted and self.node_solve.one_weight:
             return "transforms along the axes solve for nodes of one weight alone"

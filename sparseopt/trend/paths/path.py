@@ -187,7 +187,7 @@ def trend_path(
         >>> path.at(2).value.round(2).tolist()
         [0.18, 0.18, 0.18, 4.82, 4.82, 4.82]
     """
-    template = _template(penalty)
+    template = template_of(penalty)
     options: Any = {"loss": check_scalar_loss(loss), "method": as_method(method), "tol": tol, "max_steps": max_steps}
     job = check_job(y, graph, template, order, node_weights, missing, dtype, **options)
     graph, k, signal, square = job.graph, job.order, job.signal, job.square
@@ -255,7 +255,8 @@ def _divergences(job: Job, weights: np.ndarray, values: np.ndarray, noise: float
     return np.maximum(np.mean(found, axis=0), 0)
 
 
-def _template(penalty: Any) -> Any:
+def template_of(penalty: Any) -> Any:
+    """The penalty with the weight 1; a TypeError or ValueError if no path replaces its weight."""
     fields: Any = dataclasses.fields(penalty) if dataclasses.is_dataclass(penalty) else ()
     if "weight" not in [field.name for field in fields]:
         raise TypeError(

@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations: against the whole decoder, independent of batches, shared inputs and passes."""
+"""Log-likelihoods of continuations: against the whole decoder, independent of batches, order and passes."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from sparseopt.models import load_decoder, open_model
 from sparseopt.pruning import perplexity
 from sparseopt.pruning.evaluate import perplexity as evaluation
 from sparseopt.pruning.evaluate import scoring
-from sparseopt.pruning.evaluate.scoring import padded_length, score_continuations, shared_inputs
+from sparseopt.pruning.evaluate.scoring import padded_length, score_continuations
 from tests.jitted import run
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 from tests.tiers import often
@@ -21,7 +21,7 @@ def random_pairs(rng, count):
 
 
 def independent_scores(decoder, texts, starts):
-    """The definition, on texts of one length: no padding and nothing shared."""
+    """The definition, on texts of one length: no padding."""
     logits = np.asarray(run(decoder, texts[:, :-1]), np.float64)
     log_p = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
     for rows, text, start in zip(log_p, texts, starts, strict=True):
@@ -78,7 +78,7 @@ def test_lengths_that_change_the_rotations_are_scored_as_if_alone(tmp_path, rng)
     config = tiny_config(max_position_embeddings=16, rope_parameters=rope)
     folder = write_folder(tmp_path / "dynamic", config, random_tensors(config, rng))
     context = rng.integers(0, len(VOCAB), 30).tolist()
-    # One that begins another, but has the rotations of up to 16 tokens, and one of nearly the other's length.
+    # The first has the rotations of up to 16 tokens; the others have nearly the same length.
     pairs = [(context[:8], context[8:10]), (context, [3]), (context[2:], [4])]
     decoder = load_decoder(folder)
     for (context, continuation), score in zip(pairs, score_continuations(open_model(folder), pairs), strict=True):
@@ -94,16 +94,6 @@ def test_a_text_scored_token_by_token_has_the_perplexity_of_its_window(source, r
     assert np.exp(mean) == pytest.approx(perplexity(source, windows), rel=1e-5)
 
 
-def test_a_host_begins_with_its_members():
-    inputs = [(1, 2), (1,), (1, 2, 3), (2, 1), (1, 2), (1, 3), (2, 1)]
-    shared = shared_inputs(inputs, range(len(inputs)))
-    for host, members in shared.items():
-        assert all(inputs[host][: len(inputs[own])] == inputs[own] for own in members)
-    assert sorted(own for members in shared.values() for own in members) == [*range(len(inputs))]
-    assert {inputs[host] for host in shared} == {(1, 2, 3), (1, 3), (2, 1)}
-    assert len(shared) == 3
-
-
 def test_padded_lengths_are_few_and_close():
     lengths = np.arange(1, 2049)
     padded = np.array([padded_length(int(n)) for n in lengths])
@@ -116,7 +106,7 @@ def test_padded_lengths_are_few_and_close():
 def test_bad_pairs_are_refused(source):
     model = open_model(source)
     assert score_continuations(model, []) == []
-    with pytest.raises(ValueError, match="pair 1 has 0 context and 2 continuation tokens"):
+    with pytest.raises(ValueError, match="pair 1 has an empty context or an empty continuation: 0 and 2 tokens"):
         score_continuations(model, [([1], [2]), ([], [2, 3])])
     with pytest.raises(ValueError, match="token ids must lie in 0"):
         score_continuations(model, [([1], [len(VOCAB)])])

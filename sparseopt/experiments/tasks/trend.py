@@ -1,0 +1,268 @@
+"""The task `trend`, and the command `sparseopt trend`: a trend filter on a graph or a series in the user's files."""
+
+import contextlib
+import dataclasses
+import hashlib
+import math
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple, Self, cast
+
+import numpy as np
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from sparseopt.core.base.types import Observer
+from sparseopt.core.losses.scalar import LOSSES, Quantile, ScalarLoss, check_scalar_loss
+from sparseopt.core.penalties.names import BY_WEIGHT, penalty_of_weight
+from sparseopt.core.problem.problem import Solution, Status
+from sparseopt.experiments.names import TrendMethod
+from sparseopt.experiments.plots.signals import observed_and_fit
+from sparseopt.experiments.read.graph_files import (
+    TIME_NAMES,
+    NodeTable,
+    as_dates,
+    read_edges,
+    read_signal,
+    write_fit,
+)
+from sparseopt.experiments.task import FinishedRun, Record, Task
+from sparseopt.system import processes, run_folder
+from sparseopt.trend.base.graph import Graph
+from sparseopt.trend.base.signal import noise_level, unlike_channels
+from sparseopt.trend.filter import trend_filter
+from sparseopt.trend.methods.choice import AUTO, METHODS
+from sparseopt.trend.paths.selection import WEIGHT_RULES, choose_weight, weight_rule
+
+# Steps of times that differ by less than this fraction are equal.
+EVEN = 1e-6
+DIGITS = 10  # of the values that are written: more than a certificate confirms
+FIT = "fit.csv"
+
+
+class Given(NamedTuple):
+    """What the files of a `Trend` hold; `notes` say how they were read."""
+
+    table: NodeTable
+    graph: Graph
+    notes: tuple[str, ...]
+
+
+class Smoothed(NamedTuple):
+    """A fit: its table, its pieces at order 0, its figures, and the arguments of `observed_and_fit`."""
+
+    table: NodeTable
+    pieces: np.ndarray | None
+    record: Record
+    drawn: dict[str, Any]
+
+
+class Trend(Task):
+    """Smooth a signal of your own files, as `sparseopt trend` does: its options are the keys.
+
+    The run's folder holds the fit as `fit.csv`.
+    """
+
+    columns: ClassVar[tuple[str, ...]] = (
+        "weight", "weight_rule", "pieces", "noise", "relative_duality_gap", "steps", "seconds",
+    )  # fmt: skip
+    many_devices: ClassVar[bool] = True
+
+    task: Literal["trend"]
+    signal: Path = Field(
+        description="Signal: one row per node, one column per channel; a first column `node` or `id` names the nodes. "
+        "In a series an increasing column `time`, `date`, `timestamp`, `datetime`, `year`, `t` or `index` has the "
+        "times."
+    )
+    weight: float | str | None = Field(
+        default=None,
+        description=f"Penalty level, in units of the signal, or the rule that chooses it: {', '.join(WEIGHT_RULES)}. "
+        "Default: gcv, or cv for labels, losses of outliers and penalties that are not convex.",
+    )
+    loss: str = Field(
+        default="square",
+        description=f"{', '.join(LOSSES)}, or quantile:LEVEL. Of counts (poisson) the fit is the rate, of labels 0, 1 "
+        "(logistic) the probability of 1; huber and absolute are for outliers.",
+    )
+    graph: Path | None = Field(
+        default=None,
+        description="Edges: two columns of node numbers from 0, or ids; a third of weights w, which scale differences "
+        "by sqrt(w). Default: a series.",
+    )
+    times: Path | None = Field(default=None, description="Times of a series with free ends: one column.")
+    ends: Literal["free", "graph"] | None = Field(
+        default=None,
+        description="Ends of a series: free, which keeps polynomials, or graph. Default: free, without a graph.",
+    )
+    order: int = Field(default=0, ge=0, description="0: piecewise constant; 1: piecewise linear; 2: quadratic.")
+    penalty: str = Field(default="l1", description=f"{', '.join(BY_WEIGHT)}; group_l2 couples the channels.")
+    method: TrendMethod = Field(default=cast(Any, AUTO), description=f"{', '.join((AUTO, *METHODS))}.")
+    tol: float = Field(default=1e-5, gt=0, description="Relative duality gap to reach.")
+    missing: bool = Field(default=False, description="Treat NaN and empty cells as unobserved.")
+    merge: bool = Field(default=False, description="Drop self-loops and add up duplicate edges.")
+
+    @field_validator("weight", mode="before")
+    @classmethod
+    def _number_or_rule(cls, weight: Any) -> Any:
+        if not isinstance(weight, str) or weight in WEIGHT_RULES:
+            return weight
+        try:
+            return float(weight)
+        except ValueError:
+            raise ValueError(f"is a number or one of {', '.join(WEIGHT_RULES)}, given {weight!r}") from None
+
+    @field_validator("loss", "penalty")
+    @classmethod
+    def _known(cls, name: str, info: ValidationInfo) -> str:
+        _loss(name) if info.field_name == "loss" else penalty_of_weight(name, 1.0)
+        return name
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        self.rule()
+        if self.graph is not None and (self.times is not None or self.ends == "free"):
+            raise ValueError("times and ends belong to a series, given a graph too: leave out graph, or both of them")
+        if self.graph is None and self.merge:
+            raise ValueError("merge belongs to the edges of a graph: leave it out, or give graph")
+        return self
+
+    def rule(self) -> str | None:
+        """The rule that chooses the weight; None for a number.
+
+        Raises:
+            ValueError: if none can choose it.
+        """
+        if isinstance(self.weight, float):
+            return None
+        if self.penalty == "l0":
+            raise ValueError("no rule chooses the weight of the penalty l0: give a number")
+        if self.devices not in (None, 1):
+            raise ValueError("a weight is chosen on one device: give a number, or leave out devices")
+        return weight_rule(self.weight, _loss(self.loss), penalty_of_weight(self.penalty, 1.0))
+
+    def units(self) -> list[str]:
+        return ["fit"]
+
+    def check(self) -> None:
+        self.rule()  # `devices` may have changed
+        self.read()
+
+    def inputs(self) -> dict[str, str]:
+        found = {}
+        for name in ("signal", "graph", "times"):
+            with contextlib.suppress(OSError, TypeError), open(getattr(self, name), "rb") as stream:
+                found[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+        return found
+
+    def read(self) -> Given:
+        """Read the files.
+
+        Raises:
+            ValueError: for what cannot be used.
+        """
+        table = read_signal(self.signal, series=self.graph is None)
+        count = len(table.names)
+        notes = [f"{count} channel{'s' * (count > 1)}: {', '.join(table.names)}"]
+        if self.graph is not None:
+            edges, edge_weights = read_edges(self.graph, table.nodes)
+            graph = Graph.from_edges(edges, len(table.values), edge_weights, merge=self.merge)
+        else:
+            named = [name for name in table.names if count > 1 and name.lower() in TIME_NAMES]
+            notes += [f"the column {name} is taken as a channel: times must increase" for name in named]
+            notes += [f"times: the column {table.times_name}"] if table.times is not None else []
+            graph = self._series(table)
+        size = f"{graph.num_nodes:,} nodes and {graph.num_edges:,} edges, order {self.order}"
+        return Given(table, graph, (*notes, f"{self.signal.name}: {size}"))
+
+    def _series(self, table: NodeTable) -> Graph:
+        """The chain of a series, at the times of a file of their own or of a column of the signal."""
+        times, ends, count = table.times, self.ends or "free", len(table.values)
+        if times is None:
+            return Graph.chain(count, None if self.times is None else read_signal(self.times).values, ends)
+        if self.times is not None:
+            raise ValueError(f"the signal has its times in the column {table.times_name!r}: leave out times")
+        steps = np.diff(times)
+        if ends == "graph" and self.order and np.ptp(steps) > EVEN * steps.max():
+            raise ValueError(
+                f"the times of the column {table.times_name!r} are uneven: leave out ends=graph, since free ends count "
+                "them, or leave the column out"
+            )
+        return Graph.chain(count, times if ends == "free" else None, ends)
+
+    def fit(self, given: Given, observer: Observer | None = None) -> Smoothed:
+        """Choose the weight, unless it is a number, and smooth.
+
+        Warns:
+            UserWarning: if one weight does not suit all channels.
+        """
+        table, graph, loss, rule, start = given.table, given.graph, _loss(self.loss), self.rule(), time.perf_counter()
+        y, method = table.values, self.method.build()
+        options: dict[str, Any] = {"missing": "nan" if self.missing else "error", "loss": loss}
+        alone = getattr(loss, "is_square", False) and self.devices in (None, 1)
+        if rule is not None:
+            template, more = penalty_of_weight(self.penalty, 1.0), {"method": method, "observer": observer}
+            weight = choose_weight(y, graph, template, self.order, rule, **options, **more).weight
+        else:
+            weight = float(self.weight or 0)
+            if alone and (unlike := unlike_channels(y, graph, self.order, missing=options["missing"])):
+                warnings.warn(unlike, stacklevel=2)
+        penalty = penalty_of_weight(self.penalty, weight)
+        found = trend_filter(y, graph, penalty, self.order, method, tol=self.tol, devices=self.devices, **options)
+        noise = noise_level(y, graph, self.order, missing=options["missing"]) if alone else math.nan
+        pieces = None if self.order else found.pieces()
+        # Of counts and labels the fit is a logarithm or a score, and a signal its mean.
+        mean = np.asarray(loss.mean(found.value))
+        rounded = np.array([float(f"{value:.{DIGITS}g}") for value in mean.ravel().tolist()]).reshape(mean.shape)
+        record = {
+            "signal": str(self.signal), "graph": None if self.graph is None else str(self.graph),
+            "ends": self.ends or ("free" if self.graph is None else "graph"), "channels": table.names,
+            "nodes": graph.num_nodes, "edges": graph.num_edges, "loss": self.loss, "noise": noise,
+            "penalty": self.penalty, "weight": weight, "weight_rule": rule or "given", "order": self.order,
+            **({} if pieces is None else {"pieces": int(pieces.max()) + 1}),
+            **figures_of(found, time.perf_counter() - start),
+        }  # fmt: skip
+        drawn = {"observed": y.reshape(len(y), -1), "fit": rounded.reshape(len(y), -1), "names": table.names}
+        times = table.times if table.dates is None else as_dates(table.dates)
+        if self.graph is None:
+            drawn |= {"times": np.arange(len(y)) if times is None else times, "places": table.times_name or "node"}
+        return Smoothed(dataclasses.replace(table, values=rounded), pieces, run_folder.plain(record), drawn)
+
+    def run_unit(self, key: str, folder: Path, observer: Observer) -> Record:
+        observer("smoothing", 0, 0)
+        found = self.fit(self.read(), observer)
+        if processes.is_first():
+            write_fit(folder / FIT, found.table, found.pieces)
+            np.savez_compressed(folder / f"signal-{key}.npz", **found.drawn)
+        return found.record
+
+    @classmethod
+    def draw(cls, runs: Sequence[FinishedRun]) -> dict[str, Any]:
+        """A figure of the signal and the fit of every run."""
+        stored: list[Any] = [run.arrays("signal", record) for run in runs for record in run.records]
+        return {
+            f"fit-{number}" if number else "fit": observed_and_fit(**arrays) for number, arrays in enumerate(stored)
+        }
+
+
+def figures_of(solution: Solution, seconds: float) -> Record:
+    """How a fit ended."""
+    return {
+        "status": Status(int(solution.status)).name,
+        "steps": int(solution.steps),
+        "objective": float(solution.objective),
+        "relative_duality_gap": float(solution.gap),
+        "residual": float(solution.residual),
+        "seconds": seconds,
+    }
+
+
+def _loss(text: str) -> ScalarLoss:
+    """The loss of a name, or of the quantile with a level."""
+    name, _, level = text.partition(":")
+    if name != "quantile":
+        return check_scalar_loss(text)
+    try:
+        return check_scalar_loss(Quantile(float(level)))
+    except ValueError:
+        raise ValueError(f"quantile needs a level between 0 and 1, as in quantile:0.9, given {text!r}") from None
