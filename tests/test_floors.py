@@ -59,7 +59,7 @@ HOUSE = {
         "compressed gguf/*",
         "hub",
         "source",
-        "gguf/vocabulary memory",
+        "gguf/vocabulary in_memory",
         "gguf/writer",
         "forms",
     ],

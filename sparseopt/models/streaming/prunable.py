@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.models.base.errors import ModelError, bulleted
-from sparseopt.models.files.memory import IN_MEMORY
+from sparseopt.models.files.in_memory import IN_MEMORY
 from sparseopt.models.files.safetensors import TensorInfo
 from sparseopt.models.files.source import Source
 

@@ -24,7 +24,7 @@ from sparseopt.models.decoder.decoder import Block, Decoder, Embedding, Head
 from sparseopt.models.decoder.settings import BlockKind, DecoderConfig
 from sparseopt.models.families import FAMILIES, find_family
 from sparseopt.models.families.family import Family, Shapes, block_linears, build_part, part_shapes
-from sparseopt.models.files.memory import MemorySource, TransformersModel, is_torch_module, transformers_source
+from sparseopt.models.files.in_memory import MemorySource, TransformersModel, is_torch_module, transformers_source
 from sparseopt.models.files.safetensors import UnreadTensor
 from sparseopt.models.files.source import Source, open_source
 from sparseopt.models.streaming.prunable import PrunableModel, check_count, check_tensors

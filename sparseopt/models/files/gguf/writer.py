@@ -21,7 +21,7 @@ from sparseopt.models.files.gguf.architectures import architecture_of
 from sparseopt.models.files.gguf.header import GGUFTensor, Value, bytes_as, text
 from sparseopt.models.files.gguf.reader import GGUFSource
 from sparseopt.models.files.gguf.vocabulary import tokenizer_values
-from sparseopt.models.files.memory import IN_MEMORY
+from sparseopt.models.files.in_memory import IN_MEMORY
 from sparseopt.models.files.safetensors import SLICE, read_part
 from sparseopt.models.files.source import Source
 
