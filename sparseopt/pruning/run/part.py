@@ -168,7 +168,7 @@ def round_part(
     every = []
     for layer in layers:
         weight = layer.weight.astype(np.float32)
-        named(layer.name, partial(grids[layer.name].check_weight, weight))
+        named(f"{layer.name}.weight", partial(grids[layer.name].check_weight, weight))
         pattern = parse_pattern("unstructured", 0.0, (weight.shape[0], weight.shape[1]))
         rounded = replace(layer, weight=weight, dtype=None, pattern=pattern, test_gram=None)
         every.append(replace(rounded, support=lambda weight: weight != 0))
@@ -191,12 +191,12 @@ def _stored_as(name: str, dense: np.ndarray, dtype: np.dtype) -> np.ndarray:
         return weight
     if not np.isfinite(weight.astype(np.float32)).all():
         most = np.max(np.abs(dense.astype(np.float32)))
-        raise ModelError(f"{name} has values up to {most:g}, which {dtype} cannot hold: choose dtype bfloat16")
+        raise ModelError(f"{name}.weight has values up to {most:g}, which {dtype} cannot hold: choose dtype bfloat16")
     lost = dense[(weight == 0) & (dense != 0)]
     if len(lost) > MOST_LOST * dense.size:
         least = np.min(np.abs(lost.astype(np.float32)))
         raise ModelError(
-            f"{name} has {len(lost):,} values as small as {least:g}, which {dtype} makes 0: choose dtype bfloat16"
+            f"{name}.weight has {len(lost):,} values as small as {least:g}, which {dtype} makes 0: choose dtype bfloat16"
         )
     return weight
 
