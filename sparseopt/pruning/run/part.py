@@ -187,16 +187,17 @@ def _stored_as(name: str, dense: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """A layer's weight in the dtype to store; a ModelError if the dtype cannot hold it."""
     with np.errstate(over="ignore"):
         weight = dense.astype(dtype, copy=False)
+    name = f"{name}.weight"
     if weight is dense:
         return weight
     if not np.isfinite(weight.astype(np.float32)).all():
         most = np.max(np.abs(dense.astype(np.float32)))
-        raise ModelError(f"{name}.weight has values up to {most:g}, which {dtype} cannot hold: choose dtype bfloat16")
+        raise ModelError(f"{name} has values up to {most:g}, which {dtype} cannot hold: choose dtype bfloat16")
     lost = dense[(weight == 0) & (dense != 0)]
     if len(lost) > MOST_LOST * dense.size:
         least = np.min(np.abs(lost.astype(np.float32)))
         raise ModelError(
-            f"{name}.weight has {len(lost):,} values as small as {least:g}, which {dtype} makes 0: choose dtype bfloat16"
+            f"{name} has {len(lost):,} values as small as {least:g}, which {dtype} makes 0: choose dtype bfloat16"
         )
     return weight
 
