@@ -20,7 +20,7 @@ from typing import Any, cast
 from sparseopt.experiments import plots
 from sparseopt.experiments.config import Run, expand
 from sparseopt.experiments.names import AllowCode, worded
-from sparseopt.experiments.report import Row, Section, page_of, write_csv
+from sparseopt.experiments.report import Row, Section, page_of
 from sparseopt.experiments.runs import Outcome, Planned, can_draw, check_all, fingerprint, load_run, plan
 from sparseopt.experiments.task import FinishedRun
 from sparseopt.experiments.tasks.model import TIMES
@@ -149,9 +149,7 @@ def prepare(runs: Sequence[Run], output: Path) -> list[Planned]:
         raise ValueError(f"{output} is a file; give --output a folder that is new or holds this comparison")
     begun = read_start(output) if (output / RUN).is_file() else {}
     if contents(output) and begun.get("task") != COMPARISON:
-        old = (output / CELLS).is_dir() and not begun
-        held = "a comparison of an earlier version" if old else "no comparison and is not empty"
-        raise ValueError(f"{output} holds {held}; give another --output or empty it")
+        raise ValueError(f"{output} holds no comparison and is not empty; give another --output or empty it")
     # The dense model, which comes first, has the common ridge, and the others the calibration.
     shared, pruned = fingerprint(runs[0].task), fingerprint(runs[-1].task)["inputs"]
     wanted = {name: value for name, value in shared["settings"].items() if name not in OWN_SETTINGS}
@@ -292,9 +290,12 @@ def _row_name(row: Row) -> str:
 
 def write(section: Section, output: Path) -> list[Path]:
     """Write `comparison.csv`, `comparison.md` and, with matplotlib, `comparison.png`, replacing earlier ones."""
+    from pandas import DataFrame
+
     table, text, picture = (output / f"{COMPARISON}.{ending}" for ending in ("csv", "md", "png"))
     rows = [{**r.labels, **r.figures, "folder": r.folder.relative_to(output).as_posix()} for r in section.rows]
-    write_csv(table, list(dict.fromkeys([*section.labels(), *COLUMNS, *(name for row in rows for name in row)])), rows)
+    columns = list(dict.fromkeys([*section.labels(), *COLUMNS, *(name for row in rows for name in row)]))
+    DataFrame(rows, columns=columns, dtype=object).to_csv(table, index=False)
     axes = Prune.draw_perplexity([record for run in section.runs for record in run.records]) if can_draw() else None
     pictures = [] if axes is None else [plots.save_figure(axes, picture, section.title)]
     text.write_text(f"{markdown(section.report(_figures_in(pictures)))}\n", encoding="utf-8")

@@ -15,17 +15,17 @@ from sparseopt.layers.methods import (
 from sparseopt.layers.problem import LayerJob, LayerMethod, LayerReport, Pruned, ScaledLayer, solve_layer
 from sparseopt.layers.prune_layer import LayerResult, prune_layer
 from sparseopt.pruning.base.records import Footprint, LayerRecord
-from sparseopt.pruning.base.reports import PruneReport
+from sparseopt.pruning.base.reports import ModuleReport, PruneReport
 from sparseopt.pruning.evaluate.audit import LayerAudit, PatternAudit, audit_pattern, audit_sparsity
 from sparseopt.pruning.evaluate.perplexity import perplexity
 from sparseopt.pruning.memory import BudgetError
 from sparseopt.pruning.modules.masks import masks
-from sparseopt.pruning.modules.module_report import ModuleReport
 from sparseopt.pruning.pipeline import prune_model, prune_models, shrink_model
 from sparseopt.pruning.prune_module import prune_module
 from sparseopt.pruning.recipe.prune_recipe import Recipe
 from sparseopt.pruning.recipe.shrink_recipe import ShrinkRecipe
-from sparseopt.pruning.run.block import PruningError, Stopped
+from sparseopt.pruning.run.block import Stopped
+from sparseopt.pruning.run.part import PruningError
 from sparseopt.pruning.text.chats import TextError
 from sparseopt.pruning.text.documents import load_text
 from sparseopt.pruning.text.windows import text_windows, token_digest, token_windows

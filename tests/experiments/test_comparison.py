@@ -283,10 +283,6 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path, settings):
     with pytest.raises(ValueError, match="holds no comparison and is not empty; give another --output or empty it"):
         compared(tmp_path, settings)
     assert (tmp_path / "comparison.md").read_text() == "my notes"
-    # Version 0.2 wrote the cells alone.
-    (tmp_path / "cells").mkdir()
-    with pytest.raises(ValueError, match="holds a comparison of an earlier version; give another --output or empty it"):
-        compared(tmp_path, settings)
 
 
 def test_a_model_or_text_of_the_same_name_that_has_changed_is_not_compared_with_the_old_one(tmp_path, settings):

@@ -26,8 +26,8 @@ from sparseopt.core.penalties.patterns import TopK
 from sparseopt.core.penalties.sets import Support
 from sparseopt.core.problem.problem import Problem
 from sparseopt.core.solvers.refit import Refit
-from sparseopt.core.solvers.rising_admm import QuadraticAdmm
 from sparseopt.layers.compiled import Compiled
+from sparseopt.layers.methods.admm import QuadraticAdmm
 from sparseopt.layers.patterns import implied_sparsity
 from sparseopt.layers.problem import scale_layer
 
