@@ -28,7 +28,7 @@ from pruned import about, judged, model_and_text, text_options
 
 from sparseopt.models import open_model, open_source
 from sparseopt.models.files.gguf.architectures import architecture_of
-from sparseopt.pruning import PruneReport, Recipe, ShrinkRecipe, perplexity, prune_model, prune_models
+from sparseopt.pruning import PruneReport, Recipe, ShrinkRecipe, perplexity, prune_model
 from sparseopt.pruning.base.activations import Batches, Stream, embed_windows
 from sparseopt.pruning.base.grams import BlockRunner
 from sparseopt.pruning.text.windows import begin_windows, text_windows
@@ -95,13 +95,12 @@ def make_models(source: Path, data: str, place: Path, python: Path, names: list[
             run_program([*program, *([matrix] if weighted else [])])
     asked = {name: recipe for name, recipe in OURS.items() if name in names}
     recipes = {name: recipe.model_copy(update=CALIBRATION | {"calibration": data}) for name, recipe in asked.items()}
-    pairs = [(recipe, file_of(place, name)) for name, recipe in recipes.items()]
 
     def told(event: Any, done: int, total: int) -> None:
         if isinstance(event, str):
             say(f"{event} {done} of {total}")
 
-    return dict(zip(recipes, prune_models(folder, pairs, observer=told), strict=True)) if pairs else {}
+    return {name: prune_model(folder, file_of(place, name), recipe, observer=told) for name, recipe in recipes.items()}
 
 
 def measure(files: dict[str, Path], python: Path, tokens: Path, rounds: int) -> dict[str, dict[str, Any]]:

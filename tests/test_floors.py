@@ -59,12 +59,12 @@ HOUSE = {
         "compressed gguf/*",
         "hub",
         "source",
-        "gguf/vocabulary memory",
-        "gguf/metadata",
+        "gguf/vocabulary in_memory",
+        "gguf/writer",
         "forms",
     ],
     "models/decoder": ["layers", "settings", "attention experts", "decoder", "cached_decoding tokenizer"],
-    # A family, one file each, below the table of all.
+    # Families, relatives in one file, below the table of all.
     "models/families": ["family", "*", "__init__"],
     "models/streaming": ["prunable", "streamed"],
     "models/reshape": ["*"],
@@ -75,12 +75,12 @@ HOUSE = {
     "pruning/train": ["training", "distillation reconstruction"],
     "pruning/recipe": ["allocation effort options targets", "pass_recipe", "prune_recipe shrink_recipe"],
     "pruning/run": [
-        "layer_patterns output_form",
-        "facts permutation plan",
+        "output_form",
+        "facts measured permutation plan",
         "calibration card part",
         "resumption variants",
         "block drawn",
-        "shared_pass",
+        "folder_pass",
     ],
     "pruning/measure": ["block_removal survey", "mixing"],
     "pruning/modules": [
@@ -90,7 +90,7 @@ HOUSE = {
         "linen_module masks module_training nnx_module",
         "module_pass",
     ],
-    "pruning": ["memory prune_module", "loaded_pass", "pipeline", "inspection", "__init__"],
+    "pruning": ["memory prune_module", "loaded_pass", "pipeline", "dry_run", "__init__"],
     "experiments": [
         "names plots* read/* tracking",
         "task",

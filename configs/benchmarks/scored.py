@@ -24,7 +24,7 @@ from sparseopt.experiments.tasks.model import MODEL, model_path
 from sparseopt.experiments.tasks.prune import Prune
 from sparseopt.experiments.tasks.shrink import Shrink
 from sparseopt.models import PrunableModel, ShardedWriter, Source, StreamedModel, open_source, unread
-from sparseopt.pruning import PruneReport, Recipe, masks, perplexity, prune_models
+from sparseopt.pruning import PruneReport, Recipe, masks, perplexity, prune_model
 from sparseopt.pruning.text.windows import begin_windows, text_windows
 
 # The bits of a significand without its first, which is always 1; 0 where nothing is rounded.
@@ -124,9 +124,6 @@ class NestedPrune(ScoredPrune):
     def line(self) -> Record:
         return {"calibration_tokens": (self.windows or 0) * self.seqlen}
 
-    def shares(self) -> None:
-        """Nothing: each has its own tokens."""
-
     def run_unit(self, key: str, folder: Path, observer: Observer) -> Record:
         source, held = model_path(self.source), self.heldout_windows
         drawn = text_windows(
@@ -135,7 +132,7 @@ class NestedPrune(ScoredPrune):
         heldout, others = np.split(begin_windows(*drawn), [held])
         ids = np.concatenate([others[: self.windows], heldout])
         recipe = Recipe(**self.recipe_values() | {"calibration": ids})
-        (report,) = prune_models(source, [(recipe, folder / MODEL)])
+        report = prune_model(source, folder / MODEL, recipe)
         return self._score(report, key, folder, observer)
 
 
@@ -156,9 +153,6 @@ class RoundedPrune(ScoredPrune):
 
     def line(self) -> Record:
         return {"rounding": self.rounding, "products": self.products}
-
-    def shares(self) -> None:
-        """Nothing: each has its own products."""
 
     def run_unit(self, key: str, folder: Path, observer: Observer) -> Record:
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
@@ -189,8 +183,7 @@ def made_rounded(source: Path, recipe: Recipe, output: Path, rounding: str, prod
         return stablehlo.dot_general(made, left, right, numbers).owner.results
 
     mlir.register_lowering(jax.lax.dot_general_p, lower, platform="cpu")
-    (report,) = prune_models(source, [(recipe, output)])
-    return report
+    return prune_model(source, output, recipe)
 
 
 def lost_share(kept: Path, other: Path) -> float:

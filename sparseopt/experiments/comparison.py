@@ -43,12 +43,8 @@ COLUMNS = (
     "perplexity", "mean_relative_error", "mean_heldout_error", *TIMES, "whole_seconds", "peak_memory_GiB", "error",
 )  # fmt: skip
 COSTS = (
-    Fact(
-        "seconds",
-        "of the solver, and of the whole pass with compilation and forward passes, which cells of the same tokens "
-        "share",
-    ),
-    Fact("peak memory", "of the process in that pass; outside Linux, in that pass and the earlier ones"),
+    Fact("seconds", "of the solver, and of the whole run with compilation and forward passes"),
+    Fact("peak memory", "of the process in that run; outside Linux, in that run and the earlier ones"),
 )
 
 

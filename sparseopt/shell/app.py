@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparseopt.shell import experiments, inspect, prune, trend, zero_shot
+from sparseopt.shell import experiments, prune, trend, zero_shot
 from sparseopt.shell.console import errors, say, stop
 from sparseopt.shell.doctor import EXTRAS, doctor
 from sparseopt.shell.options import TEXT_HELP, Command, RecipeCommand
@@ -69,7 +69,7 @@ COMMANDS: dict[str, dict[Callable[..., None], tuple[str, str]]] = {
     "Prune language models": {
         prune.prune: (
             "sparseopt prune HuggingFaceTB/SmolLM2-135M --output pruned",
-            "sparseopt prune model --output pruned --pattern 2:4 --calibration file:notes.txt",
+            "sparseopt prune model --output pruned --pattern 2:4 --calibration file:notes.txt --dry-run",
         ),
         prune.shrink: (
             "sparseopt shrink model --output small --channels 0.75",
@@ -83,10 +83,6 @@ COMMANDS: dict[str, dict[Callable[..., None], tuple[str, str]]] = {
         zero_shot.zero_shot: (
             "sparseopt zero-shot pruned --tasks hellaswag,piqa --limit 200",
             "sparseopt zero-shot pruned --tasks arc_easy --shots 5 --json",
-        ),
-        inspect.inspect: (
-            "sparseopt inspect model --effort most",
-            "sparseopt inspect meta-llama/Llama-2-7b-hf --device-memory 80GiB",
         ),
     },
     "Smooth signals and images": {
@@ -110,6 +106,7 @@ COMMANDS: dict[str, dict[Callable[..., None], tuple[str, str]]] = {
 }
 # Commands that have ended, and what to use instead.
 _ENDED = {
+    "inspect": "use `sparseopt prune MODEL --output PATH --dry-run`, or `shrink`",
     "pack": "give `prune` an output that ends in .gguf, or --bits int8 or int4",
     "unpack": "a packed folder is unpacked with version 0.3, pip install 'sparseopt==0.3.*'",
 }

@@ -11,7 +11,7 @@ import shlex
 import sys
 import textwrap
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from glob import escape as exactly
@@ -26,7 +26,6 @@ from rich.text import Text
 
 from sparseopt.system.early_stop import NOTHING
 from sparseopt.system.files import write_whole
-from sparseopt.system.machine import format_bytes
 from sparseopt.system.run_folder import LOCK
 
 
@@ -154,12 +153,6 @@ def waiting(title: str) -> Iterator[Callable[[Any, int, int], None]]:
         if not console.is_terminal:
             say(title)
         yield lambda what, done, total: bar.update(task, description=f"{title}: {what} {done + 1} of {total}")
-
-
-def bytes_by_size(parts: Mapping[str, int]) -> list[str]:
-    """Named numbers of bytes as text, the largest first."""
-    by_size = sorted(parts.items(), key=lambda item: -item[1])
-    return [f"{name} {format_bytes(nbytes)}" for name, nbytes in by_size if nbytes]
 
 
 def duration(seconds: float) -> str:

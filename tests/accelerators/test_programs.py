@@ -49,7 +49,7 @@ def test_a_layer_s_program_does_not_grow_with_the_layer(target, name):
 
 @pytest.mark.parametrize("shape", [SMALL, WIDE])
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_layer_takes_the_memory_that_inspect_says(target, name, shape):
+def test_a_layer_takes_the_memory_that_is_estimated(target, name, shape):
     outputs, inputs = map(int, shape.split(" x "))
     cost = method_cost(find_method(*LAYERS[name]))
     estimate = cost.workspace.nbytes(outputs, inputs)

@@ -16,7 +16,6 @@ from sparseopt.pruning.base.records import (
     ShapeRecord,
     mean,
     mean_errors,
-    mean_grid_errors,
     own_fields,
 )
 from sparseopt.system.machine import environment
@@ -39,14 +38,13 @@ class PruneReport:
         grids: one record for each layer that was rounded to a grid of few bits.
         in_floats: the weights of linear layers that stay in floats though bits were asked for.
         prunable_size: number of weights in all linear layers of the model's blocks, including layers that stay dense.
-        plans: number of recipes that shared the pass over the blocks.
         bos: the token id before every window; None for none.
         solver_seconds: time of all layer solves. This and the phases below exclude compilation.
         reconstruction_seconds: time of all reconstructions.
         survey_seconds: time of the measurements on the dense model before the pass.
         compile_seconds: time of compiling the programs of the pass.
         layer_compilations: programs compiled for layer solves; at most the number of distinct shapes.
-        calibration_seconds: time of all forward passes and Grams, including the other recipes of the pass.
+        calibration_seconds: time of all forward passes and Grams.
         seconds: time of the whole run.
         peak_memory_bytes: largest resident set of the process during the run, or since its start if not known.
         calibration: the tokens that the run used.
@@ -76,7 +74,6 @@ class PruneReport:
     blocks: list[BlockRecord] = field(repr=False)
     grids: list[GridRecord] = field(repr=False)
     prunable_size: int
-    plans: int
     bos: int | None
     solver_seconds: float
     reconstruction_seconds: float
@@ -128,6 +125,14 @@ class PruneReport:
         return 0.0 if self.shape is not None else sum(r.zeros for r in self.layers) / self.prunable_size
 
     @property
+    def errors(self) -> dict[str, float | None]:
+        """The mean errors of layers, and what grids and plain rounding add to them; None if there are none."""
+        error, heldout = mean_errors(self.layers)
+        grid, rounded = mean(r.relative_error for r in self.grids), mean(r.rounded_error for r in self.grids)
+        names = ("mean_relative_error", "mean_heldout_error", "mean_grid_error", "mean_rounded_error")
+        return dict(zip(names, (error, heldout, grid, rounded), strict=True))
+
+    @property
     def starved_experts(self) -> list[str]:
         return sorted({r.layer.rpartition(".")[0] for r in self.layers if r.starved})
 
@@ -162,10 +167,9 @@ class PruneReport:
             "output": str(self.output),
             "layers": len(self.layers),
             "reconstructed_blocks": len(self.blocks),
-            **mean_grid_errors(self.grids)._asdict(),
             "sparsity": self.sparsity,
             "total_sparsity": self.total_sparsity,
-            **mean_errors(self.layers)._asdict(),
+            **self.errors,
             "dead_inputs": sum(r.dead_inputs for r in self.layers),
             "given_zeros": sum(r.given_zeros for r in self.layers),
             "kept_masks": len(self.kept_masks),

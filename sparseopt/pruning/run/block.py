@@ -33,7 +33,7 @@ from sparseopt.pruning.base.records import BlockRecord, GridRecord, LayerRecord
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe
 from sparseopt.pruning.run.part import PartLayer, PruningError, is_starved, round_part, solve_part
 from sparseopt.pruning.run.permutation import block_orders
-from sparseopt.pruning.run.plan import Plan, PrunedParts
+from sparseopt.pruning.run.plan import Plan
 from sparseopt.pruning.train.reconstruction import reconstruct_block
 from sparseopt.system import processes
 
@@ -43,22 +43,22 @@ class Stopped(PruningError):
 
 
 class DenseBlock:
-    """A dense block, of which plans prune copies, and the results that all plans of a pass share.
+    """A dense block, of which plans prune copies, and what is measured on it once.
 
     Attributes:
         model: the dense model.
         index: index of the block in the model.
-        streams: the dense model's streams before the block, by number of variants, as far as plans need them.
+        stream: the dense model's stream before the block; None if no plan needs it.
         runner: runs the block.
         block: the block.
         keys: keys of its tensors, by path.
     """
 
-    def __init__(self, model: StreamedModel, index: int, streams: Mapping[int, Stream], runner: BlockRunner) -> None:
-        self.model, self.index, self.streams, self.runner = model, index, streams, runner
+    def __init__(self, model: StreamedModel, index: int, stream: Stream | None, runner: BlockRunner) -> None:
+        self.model, self.index, self.stream, self.runner = model, index, stream, runner
         self.block, self.keys = model.block(index), model.block_keys(index)
         self._grams: dict[tuple[Any, ...], tuple[BlockGrams, BlockGrams]] = {}
-        self._outputs: dict[int, Stream] = {}
+        self._outputs: Stream | None = None
 
     def grams(self, stream: Stream, recipe: PassRecipe, *, drift: bool) -> tuple[BlockGrams, BlockGrams]:
         """Grams by tap, for the calibration tokens and for the held-out tokens (empty if there are none).
@@ -71,9 +71,7 @@ class DenseBlock:
         weighting, experts = recipe.weighting, recipe.expert_tokens
         key = (stream, weighting, experts, drift)
         if key not in self._grams:
-            # Plans share a stream before the first block only; Grams of other streams are never needed again.
-            self._grams = {known: grams for known, grams in self._grams.items() if known[0] == stream}
-            dense = self.streams[recipe.variants].calibration if drift else None
+            dense = self.stream.calibration if drift and self.stream is not None else None
             found = self.runner.grams(self.block, stream.calibration, weighting, dense, experts)
             tests = BlockGrams({})
             if stream.heldout:
@@ -83,11 +81,12 @@ class DenseBlock:
             self._grams[key] = (found, tests)
         return self._grams[key]
 
-    def outputs(self, variants: int) -> Stream:
+    def outputs(self) -> Stream:
         """The dense model's stream after the block."""
-        if variants not in self._outputs:
-            self._outputs[variants] = self.runner.through(self.block, self.streams[variants])
-        return self._outputs[variants]
+        if self._outputs is None:
+            assert self.stream is not None
+            self._outputs = self.runner.through(self.block, self.stream)
+        return self._outputs
 
     def unchanged(self, tensors: Mapping[str, np.ndarray]) -> dict[str, UnreadTensor]:
         """The tensors, by path, that equal the block's own, as stored in the source."""
@@ -146,13 +145,13 @@ def prune_block(
         tensors = reordered_block(tensors, moves)
     pruned = _pruned(plan, dense, stream, tensors, dtypes, told, moves)
     tensors |= pruned
-    parts = PrunedParts(tensors, pruned, dtypes, lambda: dense.grams(stream, recipe, drift=False)[0])
-    block, found = plan.finish(dense.block.copy(), place, parts)
+    gather = partial(dense.grams, stream, recipe, drift=False)
+    block, found = plan.finish(dense.block.copy(), place, tensors, pruned, dtypes, gather)
     trained = None
 
     def train(masks: Mapping[str, Array], grids: Mapping[str, Bits] | None = None) -> BlockRecord:
         # A step sees one window or a few, in turn, so devices have nothing to share: one trains in each process.
-        before, after = stream.on_one_device(), dense.outputs(recipe.variants).on_one_device()
+        before, after = stream.on_one_device(), dense.outputs().on_one_device()
         record = reconstruct_block(block, masks, before, after, recipe.reconstruction, dense.index, grids)
         if processes.count() > 1:
             # All processes continue with the first one's block.

@@ -1,14 +1,18 @@
-"""What the runs of one pass over a model share, decided before any work, and what each has for itself."""
+"""A pass over the blocks of one model with one recipe: what is decided before any work, and how far the run has come.
+
+`pipeline` decides it and loops over the blocks.
+"""
 
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -16,6 +20,7 @@ from sparseopt.core.base.types import Observer
 from sparseopt.models import (
     OUTER_TAG,
     Block,
+    LoadedModel,
     ShardedWriter,
     StreamedModel,
     UnreadTensor,
@@ -40,8 +45,10 @@ from sparseopt.pruning.evaluate.perplexity import window_losses
 from sparseopt.pruning.run.block import DenseBlock, PruningError, prune_block, trained_entries
 from sparseopt.pruning.run.calibration import CalibrationWindows, Sample
 from sparseopt.pruning.run.card import CARD, model_card
+from sparseopt.pruning.run.measured import measured_once
 from sparseopt.pruning.run.plan import Plan
-from sparseopt.pruning.run.resumption import Finished, Progress
+from sparseopt.pruning.run.resumption import Finished, Identity, Progress
+from sparseopt.pruning.text.windows import token_digest
 from sparseopt.pruning.train.distillation import distil
 from sparseopt.system import processes
 from sparseopt.system.files import write_whole
@@ -49,22 +56,42 @@ from sparseopt.system.run_folder import append_record, write_summary
 
 
 @dataclass
-class Branch:
-    """One run of a pass: its plan, its progress, and after `begin` its writer and its stream.
+class Pass:
+    """A run over the blocks of a model, in order.
 
     Attributes:
         model: the dense model.
-        plan: what to do; a survey and the choice of shapes may change it before `begin`.
-        calibration: what its report says about its tokens.
+        plan: what to do; what is measured before the first block may change it.
+        identity: fingerprints of the model and of its tokens.
+        windows: the tokens of the pass, without variants.
+        calibration: what the report says about them.
+        samples: texts on which the finished model is scored.
+        footprint: the memory that the pass is expected to need.
         progress: the records, including an earlier start's.
-        writer: the writer of the folder.
-        stream: the stream before the next block.
+        observer: called with an event or a text, the amount of work done, and the total, see `prune_model`.
+        mesh: the devices; None for one.
+        draw_seconds: time of drawing the windows.
+        runner: runs the blocks.
+        done: number of finished layers.
+        survey_seconds: time of the measurements before the first block.
+        writer: the writer of the folder, from `begin` on.
+        stream: the target's stream before the next block, from `begin` on.
     """
 
     model: StreamedModel
     plan: Plan
+    identity: Identity
+    windows: CalibrationWindows
     calibration: Calibration
+    samples: list[Sample]
+    footprint: Footprint
     progress: Progress
+    observer: Observer
+    mesh: Mesh | None
+    draw_seconds: float
+    runner: BlockRunner = field(default_factory=BlockRunner)
+    done: int = 0
+    survey_seconds: float = 0.0
     writer: ShardedWriter = field(init=False)
     stream: Stream = field(init=False)
 
@@ -72,9 +99,30 @@ class Branch:
         self.finished = self.progress.blocks
 
     @property
-    def variants(self) -> int:
-        """The number of variants of each calibration window."""
-        return self.calibration.variants
+    def batches(self) -> Batches:
+        """Empty batches, stored where activations between blocks are to be stored."""
+        if self.mesh is not None:
+            return SpreadBatches(self.mesh)
+        return DiskBatches(self.plan.folder) if self.footprint.activations == "disk" else Batches()
+
+    def key(self, what: str, *ids: np.ndarray, **also: Any) -> dict[str, Any]:
+        """The key in `measured` of what is measured on the dense model with these windows of token ids."""
+        return {
+            "what": what,
+            "weights": self.identity.weights,
+            "tokens": [[token_digest(part), *part.shape] for part in ids],
+            "bos": self.windows.bos,
+            "device": str(jax.devices()[0]),
+            "devices": 1 if self.mesh is None else self.mesh.size,
+            "precision": [self.plan.recipe.precision, bool(jax.config.read("jax_enable_x64"))],
+            **also,
+        }
+
+    def tell(self, event: Event) -> None:
+        """Call the observer with the number of finished layers and of all layers."""
+        self.done += isinstance(event, LayerRecord | GridRecord)
+        # The pruned layers may be known only after the choice of sizes.
+        self.observer(event, self.done, self.plan.layer_count)
 
     def open(self) -> None:
         """Make the writer, which continues after the existing shards."""
@@ -97,10 +145,10 @@ class Branch:
         if processes.is_first():
             append_record(self.plan.folder, record.as_dict())
 
-    def advance(self, dense: DenseBlock, told: Callable[[Event], None]) -> None:
+    def advance(self, dense: DenseBlock) -> None:
         """Prune and store one block, or replay it if an earlier run has stored it, and run the stream through it.
 
-        Removed blocks are skipped. `told` is called with every event.
+        Removed blocks are skipped.
 
         Raises:
             PruningError: as `prune_block` does.
@@ -108,12 +156,12 @@ class Branch:
         place = self.plan.place(dense.index)
         if place is None:
             return
-        block = (self._replay if dense.index < self.finished else self._prune)(dense, place, told)
+        block = (self._replay if dense.index < self.finished else self._prune)(dense, place)
         if place + 1 < self.plan.target.num_blocks:
-            self.stream = dense.runner.through(block, self.stream)
+            self.stream = self.runner.through(block, self.stream)
 
-    def _replay(self, dense: DenseBlock, place: int, told: Callable[[Event], None]) -> Block:
-        told(Replay(len(self.plan.layers(self.model, dense.index))))
+    def _replay(self, dense: DenseBlock, place: int) -> Block:
+        self.tell(Replay(len(self.plan.layers(self.model, dense.index))))
         records: list[LayerRecord | GridRecord | BlockRecord] = [
             *self.progress.layers,
             *self.progress.grids,
@@ -121,7 +169,7 @@ class Branch:
         ]
         for record in records:
             if record.block == dense.index:
-                told(record)
+                self.tell(record)
         tag = trained_tag if self.progress.distilled else block_tag
         tensors = self._stored(tag(dense.index), place)
         return self.plan.restore(dense.block.copy(), place, dense.keys, tensors)
@@ -131,10 +179,10 @@ class Branch:
         stored, target = self.writer.stored(tag), self.plan.target
         return {path: target.as_stored(key, stored[key]) for path, key in target.block_keys(place).items()}
 
-    def _prune(self, dense: DenseBlock, place: int, told: Callable[[Event], None]) -> Block:
+    def _prune(self, dense: DenseBlock, place: int) -> Block:
         def kept(record: LayerRecord | GridRecord | BlockRecord) -> None:
             self.keep(record)
-            told(record)
+            self.tell(record)
 
         block, tensors = prune_block(self.plan, dense, place, self.stream, self.writer.dtype_of, kept)
         self._write(block_tag(dense.index), tensors)
@@ -147,16 +195,12 @@ class Branch:
         }
         self.writer.write(tag, stored, instead)
 
-    def distil(
-        self, before: Stream | None, dense_after: Stream | None, told: Callable[[Event], None], observer: Observer
-    ) -> None:
+    def distil(self, before: Stream | None, dense_after: Stream | None) -> None:
         """Train the whole target on the dense model's logits, if the plan says so and no earlier run did.
 
         Args:
-            before: the stream before the first block; None if no plan of the pass asks for this training.
+            before: the stream before the first block; None if the plan does not ask for this training.
             dense_after: the dense model's stream after its last block, or None likewise.
-            told: called with the record.
-            observer: called with every step.
         """
         settings, stays = self.plan.recipe.distillation, self.plan.stays
         if settings is None or self.progress.distilled:
@@ -170,20 +214,15 @@ class Branch:
             pairs = zip(stays, blocks, strict=True)
             masks = [trained_entries(self.plan, block, self.model.block_keys(i)) for i, block in pairs]
         del self.stream
-        record = distil(blocks, target.head(), before, dense_after, settings, observer, masks)
+        record = distil(blocks, target.head(), before, dense_after, settings, self.observer, masks)
         for place, (index, block) in enumerate(zip(stays, blocks, strict=True)):
             tensors = {key: np.asarray(block.read(path)) for path, key in target.block_keys(place).items()}
             self._write(trained_tag(index), tensors, instead=block_tag(index))
         self.keep(record)
-        told(record)
+        self.tell(record)
 
-    def finish(self, scoring: Callable[[Path], tuple[Score, ...]], start: float, **figures: Any) -> PruneReport:
-        """Complete the folder, read it back, score it, and return the report.
-
-        Args:
-            scoring: returns the scores of the model in a folder.
-            start: when the pass began, by `time.perf_counter`.
-            figures: figures of the whole pass, as fields of the report.
+    def finish(self, start: float, compile_seconds: float, peak_memory_bytes: int) -> PruneReport:
+        """Complete the folder, read it back, score it, and return the report; `start` is by `time.perf_counter`.
 
         Raises:
             PruningError: if what was stored breaks the pattern.
@@ -196,7 +235,7 @@ class Branch:
             output=output,
             source=self.model.source.name,
             revision=self.model.source.revision,
-            recipe=self.plan.recipe.as_dict(),
+            recipe=plan.recipe.as_dict(),
             layers=layers,
             blocks=blocks,
             grids=self.progress.grids,
@@ -212,18 +251,29 @@ class Branch:
             stored_bytes=self.writer.stored_bytes,
             resumed_blocks=self.finished,
             seconds=0.0,
-            **figures,
+            compile_seconds=compile_seconds,
+            peak_memory_bytes=peak_memory_bytes,
+            route="torch" if isinstance(self.model, LoadedModel) else "flax",
+            other_weights=getattr(self.model, "other_weights", 0),
+            bos=self.windows.bos,
+            draw_seconds=self.draw_seconds,
+            survey_seconds=self.survey_seconds,
+            calibration_seconds=self.runner.seconds,
+            footprint=self.footprint,
+            devices=1 if self.mesh is None else self.mesh.size,
+            processes=processes.count(),
+            platform=jax.devices()[0].platform,
+            precision=plan.recipe.precision,
         )
         # A card that somebody has put into the folder in the meantime stays.
         card = model_card(report, self.writer.files).encode()
         self.writer.finish({CARD: card})
-        if broken := processes.told(self.plan.broken() if first else []):
+        if broken := processes.told(plan.broken() if first else []):
             raise PruningError(
                 f"{len(broken)} layers read back from {output} break their pattern, "
                 f"{broken[0]} first; was it changed while it was written?"
             )
-        scores = scoring(output)
-        report = replace(report, scores=scores, seconds=time.perf_counter() - start)
+        report = replace(report, scores=self._scores(output), seconds=time.perf_counter() - start)
         if first:
             if (folder / CARD).read_bytes() == card:
                 write_whole(folder / CARD, model_card(report, self.writer.files))
@@ -231,60 +281,7 @@ class Branch:
         processes.barrier("finished")
         return report
 
-
-@dataclass
-class Pass:
-    """A pass over the blocks of a model, in order, for all runs on the same tokens.
-
-    Attributes:
-        model: the dense model.
-        branches: the runs, each with its plan, its progress and its writer.
-        windows: the tokens of the pass; a run may also use variants of them.
-        footprint: the memory that the pass is expected to need.
-        samples: texts on which the finished models are scored.
-        observer: called with an event or a text, the amount of work done, and the total, see `prune_model`.
-        mesh: the devices; None for one.
-        draw_seconds: time of drawing the windows.
-        runner: runs the blocks.
-        done: number of finished layers.
-        survey_seconds: time of the measurements before the first block.
-    """
-
-    model: StreamedModel
-    branches: list[Branch]
-    windows: CalibrationWindows
-    footprint: Footprint
-    samples: list[Sample]
-    observer: Observer
-    mesh: Mesh | None
-    draw_seconds: float
-    runner: BlockRunner
-    done: int = 0
-    survey_seconds: float = 0.0
-
-    @property
-    def batches(self) -> Batches:
-        """Empty batches, stored where activations between blocks are to be stored."""
-        if self.mesh is not None:
-            return SpreadBatches(self.mesh)
-        on_disk = self.footprint.activations == "disk"
-        return DiskBatches(self.branches[0].plan.folder) if on_disk else Batches()
-
-    @property
-    def groups(self) -> dict[int, list[Branch]]:
-        """The runs by number of variants; the runs of a group share their first streams."""
-        found: dict[int, list[Branch]] = {}
-        for branch in self.branches:
-            found.setdefault(branch.variants, []).append(branch)
-        return found
-
-    def tell(self, event: Event) -> None:
-        """Call the observer with the number of finished layers and of all layers of all runs."""
-        self.done += isinstance(event, LayerRecord | GridRecord)
-        # The pruned layers may be known only after the choice of sizes.
-        self.observer(event, self.done, sum(branch.plan.layer_count for branch in self.branches))
-
-    def scores(self, output: Path) -> tuple[Score, ...]:
+    def _scores(self, output: Path) -> tuple[Score, ...]:
         """The perplexities of the dense model and of the written one."""
         before, after = self.before, self._perplexities(output, "after")
         pairs = zip(self.samples, before, after, strict=True)
@@ -293,7 +290,9 @@ class Pass:
     @cached_property
     def before(self) -> list[float]:
         """The perplexities of the dense model."""
-        return self._perplexities(self.model, "before")
+        bos = [sample.bos for sample in self.samples]
+        key = self.key("perplexity", *(sample.ids for sample in self.samples), each=bos)
+        return measured_once(key, lambda: self._perplexities(self.model, "before"))[0]
 
     def _perplexities(self, model: StreamedModel | Path, when: str) -> list[float]:
         """Windows with the same BOS share one reading of the model; one process measures for all."""
