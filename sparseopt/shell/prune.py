@@ -183,11 +183,15 @@ def run_pass(
         The exit status: 0, or `RESUMABLE` after SIGTERM.
     """
     from sparseopt.pruning import Stopped, prune_model
+    from sparseopt.pruning.pipeline import checked
     from sparseopt.pruning.run.output_form import run_folder_of
     from sparseopt.shell.prune_progress import PruneProgress
     from sparseopt.shell.show_pruning import show_report
     from sparseopt.system.processes import is_first
 
+    # What is wrong with any of them is said before the first one's work.
+    for recipe, output in plans[1:]:
+        checked(opened, output, recipe, memory, devices)
     console.stop.words = functools.partial(kept, [run_folder_of(output.expanduser()) for _, output in plans])
     slow, whole = plans[0][0].effort in ("good", "most"), title([recipe for recipe, _ in plans])
     with Tracked(log if is_first() else None, whole, parameters(opened.name, plans)) as tracked, stop_asked() as stop:

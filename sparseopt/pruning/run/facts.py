@@ -66,8 +66,8 @@ def model_facts(report: PruneReport) -> Iterator[Fact]:
         text = f"{len(grids)} linear layers in {', '.join(dict.fromkeys(record.bits for record in grids))}, with "
         text += f"{zeros:.2%} of the weights zero afterwards; what that adds to the relative squared error, mean: "
         text += f"{error:.5f}, by plain rounding {rounded:.5f}"
-        if others := report.in_floats:
-            text += f"; the other {len(others)} stay in floats: {listed(others, 3)}"
+        if floats := report.in_floats:
+            text += f"; the other {len(floats)} stay in floats: {listed(floats, 3)}"
         yield Fact("few bits", text)
     if report.blocks:
         first, last = report.block_losses
