@@ -19,10 +19,11 @@ GEMMA := build/gemma-3-270m-q4_k_m.gguf
 ANY_MODEL := blind,draws,tokens
 QUALITY := layers,models,ablation,complete,$(ANY_MODEL)
 SHRINK := sizes,methods,windows
-RELIABILITY := inputs,kills,budget
+RELIABILITY := kills,budget
+PLANNED := gradient,pictures,calls
 OTHERS := slow and not pages and not oracle and not package and not notebooks and not accelerators and not device
 
-.PHONY: help demo test test-all test-thorough lint test-slow test-oracle test-notebooks test-package test-accelerators test-gpu families golden notebooks docs bench-prune bench-memory bench-reliability bench-scaling bench-accelerators bench-gpu bench-quality bench-precision bench-shrink bench-runtime bench-bits bench-modules bench-trend bench-trend-selection bench-trend-sizes bench-trend-peers bench-trend-batch bench-core bench-benchopt bench-certificates clean
+.PHONY: help demo test test-all test-thorough lint test-slow test-oracle test-notebooks test-package test-accelerators test-gpu families golden notebooks docs bench-prune bench-memory bench-reliability bench-scaling bench-gpu bench-quality bench-precision bench-shrink bench-runtime bench-bits bench-trend bench-trend-selection bench-trend-sizes bench-trend-peers bench-trend-batch bench-core bench-benchopt bench-certificates clean
 
 # Two installations in one environment at the same time would break it.
 .NOTPARALLEL:
@@ -133,8 +134,8 @@ test-package: $(VENV)/.installed-test ## Install wheel and sdist into empty envi
 	$(BIN)/python -m pytest -m package
 
 # Fully compiled for the accelerators, and never from a cache: a kept program says neither its time nor its memory.
-test-accelerators: $(VENV)-accelerators/.installed ## Compile for TPUs and an H100 that need not be there, and check the programs (half an hour); RECORD=file of what is compiled already.
-	$(if $(RECORD),SPARSEOPT_ACCELERATOR_RECORD='$(abspath $(RECORD))') JAX_PLATFORMS=cpu SPARSEOPT_TEST_COMPILE=full JAX_ENABLE_COMPILATION_CACHE=false \
+test-accelerators: $(VENV)-accelerators/.installed ## Compile for TPUs and an H100 that need not be there, and check the programs (half an hour).
+	JAX_PLATFORMS=cpu SPARSEOPT_TEST_COMPILE=full JAX_ENABLE_COMPILATION_CACHE=false \
 		XLA_FLAGS=--xla_force_host_platform_device_count=8 \
 		$(VENV)-accelerators/bin/python -m pytest -n 0 -m accelerators -rs tests/accelerators
 
@@ -159,7 +160,7 @@ golden: $(VENV)/.installed-oracle ## Recreate the golden files with torch and tr
 	$(BIN)/python -m tests.oracle.make_golden
 
 bench-prune: $(VENV)/.installed-demo ## Benchmark of pruning; DATA=folder with WikiText-2 parquet files.
-	$(BIN)/python benchmarks/bench_models.py --only published,prune $(MODELS_OPTIONS)
+	$(BIN)/python benchmarks/bench_models.py --only prune $(MODELS_OPTIONS)
 
 bench-memory: $(VENV)/.installed-test ## Peak memory of pruning against the number of blocks.
 	$(BIN)/python benchmarks/bench_reliability.py --only memory
@@ -170,10 +171,7 @@ bench-scaling: $(VENV)/.installed-demo ## Both solvers on several processes and 
 bench-gpu: $(VENV)/.installed-demo ## Both solvers on a GPU or TPU; skipped if JAX finds none; RECORD=file.
 	$(BIN)/python benchmarks/bench_scaling.py --device $(if $(RECORD),--record '$(RECORD)')
 
-bench-accelerators: $(VENV)-accelerators/.installed ## The table of programs for accelerators that need not be there (hours for all); ONLY='text ...', RECORD=file.
-	$(VENV)-accelerators/bin/python benchmarks/bench_accelerators.py $(if $(ONLY),--only $(ONLY)) $(if $(RECORD),--record '$(RECORD)')
-
-bench-reliability: $(VENV)/.installed-test ## Killed runs, a memory budget, bad inputs (about an hour); ONLY=kills,budget,inputs.
+bench-reliability: $(VENV)/.installed-test ## Killed runs and a memory budget (about an hour); ONLY=kills,budget.
 	$(BIN)/python benchmarks/bench_reliability.py --only $(or $(ONLY),$(RELIABILITY))
 
 MODELS_OPTIONS = $(if $(DATA),--data '$(DATA)') $(if $(MODEL),--source '$(if $(filter gemma3-270m,$(MODEL)),$(GEMMA),$(MODEL))') $(if $(SETTINGS),--settings '$(SETTINGS)') \
@@ -196,11 +194,8 @@ bench-bits: $(VENV)/.installed-demo $(VENV)-runtimes/.installed $(if $(filter ge
 	$(BIN)/python benchmarks/bench_bits.py --python $(VENV)-runtimes/bin/python $(if $(DATA),--data '$(DATA)') \
 		$(if $(MODEL),--source '$(if $(filter gemma3-270m,$(MODEL)),$(GEMMA),$(MODEL))') $(if $(ONLY),--only '$(ONLY)')
 
-bench-modules: $(VENV)/.installed-demo ## What watching a network costs in prune_module (two minutes).
-	$(BIN)/python benchmarks/bench_modules.py
-
 bench-trend: $(VENV)/.installed-demo ## Benchmark of the trend filter; TRUTH=folder with certified problems.
-	$(BIN)/python benchmarks/bench_trend.py --only steps,paths,scaling,truth $(if $(TRUTH),--truth '$(TRUTH)')
+	$(BIN)/python benchmarks/bench_trend.py --only steps,paths,truth $(if $(TRUTH),--truth '$(TRUTH)')
 
 bench-trend-selection: $(VENV)/.installed-demo ## Errors at the weight that each rule chooses (about 20 minutes).
 	$(BIN)/python benchmarks/bench_trend_selection.py
@@ -213,7 +208,7 @@ bench-trend-peers: $(VENV)/.installed-peers ## The trend filter and public solve
 		$(if $(TRUTH),--truth '$(TRUTH)') $(if $(REFERENCES),--references '$(REFERENCES)') $(if $(ONLY),--only $(ONLY))
 
 bench-trend-batch: $(VENV)/.installed-peers ## Gradients, batches and calls of a planned trend filter (about 3 minutes); ONLY; fastprox needs PYTHON=python3.12.
-	$(BIN)/python benchmarks/bench_trend_batch.py $(if $(ONLY),--only $(ONLY))
+	$(BIN)/python benchmarks/bench_trend.py --only $(or $(ONLY),$(PLANNED))
 
 bench-core: $(VENV)/.installed-core-peers ## The core and public solvers, one core (about 20 minutes); ONLY=tv-deblurring,...
 	$(BIN)/python benchmarks/bench_core.py $(if $(ONLY),--only $(ONLY))

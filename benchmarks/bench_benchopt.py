@@ -2,13 +2,13 @@
 
     python benchmarks/bench_benchopt.py FOLDER [--only lasso,mcp] [--timeout 10] [--older PYTHON]
 
-FOLDER holds clones of the repositories in `SUITE`; those that are missing are cloned. Data, objective, clock and
-stopping rule are benchopt's; all solvers run on one core. A solver's time is that at which its curve is within 1e-3,
-1e-6 and 1e-9 of the best value that any solver found, relative to the largest value of all curves, that of the start.
+FOLDER holds clones of the repositories in `benchopt_suite.yaml`; those that are missing are cloned. Data, objective,
+clock and stopping rule are benchopt's; all solvers run on one core. A solver's time is that at which its curve is
+within 1e-3, 1e-6 and 1e-9 of the best value that any solver found, relative to the largest value of all curves, that of
+the start.
 Two repositories are written for benchopt 1.4: `--older` names a Python that has it.
 """
 
-import dataclasses
 import shutil
 import subprocess
 import sys
@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import yaml
 from common import Ended, emit, environment, installed, last_line, options, pin, run_program, say, selection
 
 SOLVER = Path(__file__).with_name("benchopt_solver.py")
@@ -23,63 +24,7 @@ ADDRESS = "https://github.com/benchopt/"
 TARGETS = (1e-3, 1e-6, 1e-9)
 # Points of a curve in a record.
 POINTS = 40
-
-
-@dataclasses.dataclass(frozen=True)
-class Benchmark:
-    """One repository, at one commit: which of its solvers, objectives and data."""
-
-    commit: str
-    solvers: tuple[str, ...]
-    objectives: tuple[str, ...]
-    data: tuple[str, ...] = ("Simulated",)
-    older: bool = False
-
-
-SUITE = {
-    "tv_1d": Benchmark(
-        "6655e8b",
-        (
-            "Celer synthesis",
-            "skglm synthesis",
-            "CondatVu analysis",
-            "Chambolle-Pock PD-split analysis",
-            "ADMM analysis",
-            "Dual PGD analysis[use_acceleration=True]",
-            "FP synthesis[use_acceleration=True]",
-        ),
-        ("TV1D[data_fit=quad,delta=0,reg=[0.1,0.5]]", "TV1D[data_fit=huber,delta=0.9,reg=[0.1,0.5]]"),
-        (
-            "Simulated[n_samples=400,n_features=400,type_A=[identity,random],type_x=block,type_n=gaussian]",
-            "Simulated[n_samples=400,n_features=250,type_A=conv,type_x=block,type_n=gaussian]",
-        ),
-    ),
-    "tv_2d": Benchmark(
-        "991c541",
-        ("ADMM", "Chambolle-Pock PD-split", "CondatVu", "Dual PGD analysis"),
-        ("TV2D",),
-        ("Simulated[type_n=gaussian]",),
-    ),
-    "lasso": Benchmark(
-        "bafd90d",
-        ("Celer", "skglm", "sklearn", "cd", "Python-PGD[use_acceleration=True]", "L-BFGS-B"),
-        ("Lasso Regression[reg=[0.1,0.05],fit_intercept=False]",),
-    ),
-    "elastic_net": Benchmark(
-        "7da4736", ("celer", "skglm", "sklearn", "cd"), ("Enet[fit_intercept=False]",), older=True
-    ),
-    "logreg_l1": Benchmark(
-        "3bcc5fb", ("Celer", "skglm", "sklearn", "Liblinear", "cd"), ("Sparse Logistic Regression",)
-    ),
-    "mcp": Benchmark("1efa410", ("skglm", "cd", "PGD"), ("MCP Regression",), older=True),
-    "nnls": Benchmark("9cd1f9b", ("skglm", "sklearn", "scipy", "cd", "PGD"), ("Non Negative Least Squares",)),
-    "quantile_regression": Benchmark(
-        "b34952a",
-        ("scipy-linprog[solver=[highs,highs-ipm]]",),
-        ("L1-regularized Quantile Regression[reg=[0.1],quantile=[0.2,0.5]]",),
-        ("Simulated[n_samples=500,n_features=600]",),
-    ),
-}
+SUITE: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("benchopt_suite.yaml").read_text())
 
 
 def clone(folder: Path, name: str) -> Path:
@@ -87,21 +32,17 @@ def clone(folder: Path, name: str) -> Path:
     place = folder / f"benchmark_{name}"
     if not place.is_dir():
         run_program(["git", "clone", "--quiet", f"{ADDRESS}benchmark_{name}", place])
-    run_program(["git", "-C", place, "checkout", "--quiet", SUITE[name].commit])
+    run_program(["git", "-C", place, "checkout", "--quiet", SUITE[name]["commit"]])
     shutil.copyfile(SOLVER, place / "solvers" / "sparseopt.py")
     return place
 
 
-def curves(place: Path, benchmark: Benchmark, python: str, timeout: float) -> list[dict[str, Any]]:
+def curves(place: Path, benchmark: dict[str, Any], python: str, timeout: float) -> list[dict[str, Any]]:
     """Run benchopt, and read the points that it wrote."""
     command = [Path(python).with_name("benchopt"), "run", place, "--no-plot", "--max-runs", 200, "--n-repetitions", 1]
-    command += ["--timeout", timeout, "--output", "sparseopt"]
-    for option, values in (
-        ("-s", ("sparseopt", *benchmark.solvers)),
-        ("-o", benchmark.objectives),
-        ("-d", benchmark.data),
-    ):
-        for value in values:
+    command += ["--timeout", timeout, "--output", "sparseopt", "-s", "sparseopt"]
+    for option, field in (("-s", "solvers"), ("-o", "objectives"), ("-d", "data")):
+        for value in benchmark[field]:
             command += [option, value]
     for old in (place / "outputs").glob("sparseopt*"):
         old.unlink()
@@ -163,14 +104,15 @@ def main() -> None:
     given.folder.mkdir(parents=True, exist_ok=True)
     for name in given.only:
         benchmark = SUITE[name]
-        about = {"benchmark": name, "commit": benchmark.commit}
-        if benchmark.older and not given.older:
+        about = {"benchmark": name, "commit": benchmark["commit"]}
+        older = benchmark.get("older", False)
+        if older and not given.older:
             emit("SKIPPED", **about, reason="written for benchopt 1.4: name a Python that has it by --older")
             continue
         say(name)
         try:
             place = clone(given.folder, name)
-            points = curves(place, benchmark, given.older if benchmark.older else sys.executable, given.timeout)
+            points = curves(place, benchmark, given.older if older else sys.executable, given.timeout)
         except Ended as error:
             emit("SKIPPED", **about, reason=str(error))
             continue

@@ -18,19 +18,17 @@ in q8_0 as in ours; its importance matrix is of the calibration tokens that ours
 import statistics
 import subprocess
 import sys
-import tempfile
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_runtime import PROMPT, WINDOWS, write_tokens
-from common import Child, emit, environment, run_program, say, selection
-from pruned import ROOT, about, judged, model_and_text, text_options
+from bench_runtime import EVALUATION, PROMPT, WORKER, in_turn, runtime_options, scored, token_file, workers_on
+from common import emit, environment, run_program, say, selection
+from pruned import about, judged, model_and_text, text_options
 
 from sparseopt.models import open_model, open_source
 from sparseopt.models.files.gguf.architectures import architecture_of
-from sparseopt.pruning import PruneReport, Recipe, ShrinkRecipe, perplexity, prune_model, prune_models
+from sparseopt.pruning import PruneReport, Recipe, ShrinkRecipe, perplexity, prune_model
 from sparseopt.pruning.base.activations import Batches, Stream, embed_windows
 from sparseopt.pruning.base.grams import BlockRunner
 from sparseopt.pruning.text.windows import begin_windows, text_windows
@@ -59,7 +57,6 @@ BOUNDS = {
 
 
 def file_of(place: Path, name: str) -> Path:
-    """The file of a model, by its name."""
     return place / name.replace(" ", "-").replace(",", "") / "model.gguf"
 
 
@@ -94,50 +91,33 @@ def make_models(source: Path, data: str, place: Path, python: Path, names: list[
         if not file.is_file():
             if weighted and not matrix.is_file():
                 importance(dense, data, matrix)
-            program = [python, Path(__file__).with_name("runtime_worker.py"), "quantise", dense, file, kind]
+            program = [python, WORKER, "quantise", dense, file, kind]
             run_program([*program, *([matrix] if weighted else [])])
     asked = {name: recipe for name, recipe in OURS.items() if name in names}
     recipes = {name: recipe.model_copy(update=CALIBRATION | {"calibration": data}) for name, recipe in asked.items()}
-    pairs = [(recipe, file_of(place, name)) for name, recipe in recipes.items()]
 
     def told(event: Any, done: int, total: int) -> None:
         if isinstance(event, str):
             say(f"{event} {done} of {total}")
 
-    return dict(zip(recipes, prune_models(folder, pairs, observer=told), strict=True)) if pairs else {}
+    return {name: prune_model(folder, file_of(place, name), recipe, observer=told) for name, recipe in recipes.items()}
 
 
 def measure(files: dict[str, Path], python: Path, tokens: Path, rounds: int) -> dict[str, dict[str, Any]]:
     """What llama.cpp makes of each file: speed, with all in turn, and perplexity."""
-    script, found = Path(__file__).with_name("runtime_worker.py"), dict[str, dict[str, Any]]()
-    with ExitStack() as started:
-        workers = {}
-        for name, file in files.items():
-            workers[name] = Child(
-                ["env", "OMP_NUM_THREADS=1", python, script, "llama.cpp float32", file.parent, tokens]
-            )
-            started.callback(workers[name].close)
-        times = []
-        for index in range(rounds):
-            say(f"llama.cpp: round {index + 1} of {rounds}")
-            times.append({name: worker.ask("time") for name, worker in workers.items()})
-        for name, worker in workers.items():
-            step, prefill = (statistics.median(row[name][key] for row in times) for key in ("step", "prefill"))
-            score = worker.ask("score")["perplexity"]
-            found[name] = {
-                "llama_perplexity": score, "decode_tokens": 1 / step, "prefill_tokens": PROMPT / prefill,
-                **worker.about,
-            }  # fmt: skip
-            worker.close()
+    found, runtime = dict[str, dict[str, Any]](), "llama.cpp float32"
+    with workers_on(runtime, [file.parent for file in files.values()], python, tokens) as workers:
+        times = in_turn(runtime, workers, rounds)
+        for i, (name, worker) in enumerate(zip(files, workers, strict=True)):
+            step, prefill = (statistics.median(row[i][key] for row in times) for key in ("step", "prefill"))
+            rates = {"decode_tokens": 1 / step, "prefill_tokens": PROMPT / prefill}
+            found[name] = {"llama_perplexity": scored(worker), **rates, **worker.about}
     return found
 
 
 def main() -> None:
-    """Make, measure and judge all models."""
     parser = text_options(__doc__)
-    parser.add_argument("--python", type=Path, default=Path(sys.executable), help="interpreter with llama.cpp")
-    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "benchmarks" / "bits", help="of the models")
-    parser.add_argument("--rounds", type=int, default=3)
+    runtime_options(parser, "bits")
     selection(parser, "--only", [DENSE, *THEIRS, *OURS])
     given = parser.parse_args()
     source, data = model_and_text(given, "bench_bits")
@@ -147,13 +127,8 @@ def main() -> None:
     place = given.folder / source.name
     reports = make_models(source, data, place, given.python, given.only)
     files = {name: file_of(place, name) for name in given.only}
-    (count, length), dense = WINDOWS, open_source(file_of(place, DENSE))
-    ids, bos = text_windows(dense, data, "evaluation", count, length)
-    windows = begin_windows(ids, bos)
-    with tempfile.TemporaryDirectory() as folder:
-        tokens = Path(folder) / "tokens.npz"
-        write_tokens(tokens, windows, bos)
-        theirs = measure(files, given.python.absolute(), tokens, given.rounds)
+    with token_file(open_source(file_of(place, DENSE)), data) as (tokens, ids, bos):
+        theirs = measure(files, given.python, tokens, given.rounds)
     scores = {}
     for name, file in files.items():
         say(f"perplexity of {name}")
@@ -165,7 +140,7 @@ def main() -> None:
         errors |= {"rounded": float(np.mean([r.rounded_error for r in grids]))} if grids else {}
         emit(
             f"few bits, {name}", value=scores[name], unit="perplexity", bits_of=name, **judged(scores[name], bound),
-            megabytes=file.stat().st_size / 1e6, evaluation=f"first {count} x {length} test tokens", **errors,
+            megabytes=file.stat().st_size / 1e6, evaluation=EVALUATION, **errors,
             **theirs[name], **about(source, False), **environment(),
         )  # fmt: skip
 

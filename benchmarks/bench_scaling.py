@@ -62,7 +62,6 @@ def main() -> None:
 
 
 def on_device(names: list[str], recorder: Recorder, small: bool) -> None:
-    """The tasks of the first device."""
     import jax
 
     device = jax.devices()[0]
@@ -83,21 +82,21 @@ def on_device(names: list[str], recorder: Recorder, small: bool) -> None:
 
 def compare(name: str, task: dict[str, Any], cores: int, repeats: int) -> None:
     """All layouts of one task in turn, `repeats` times."""
-    layouts: dict[str, dict[str, Any]] = {
-        "1 process, 1 thread": {"processes": 1, "threads": 1},
-        f"{cores} processes, 1 thread each": {"processes": cores, "threads": 1},
-        f"1 process, {cores} threads": {"processes": 1, "threads": cores},
-        f"1 process, {cores} threads, 8 virtual devices": {"processes": 1, "threads": cores, "virtual": 8},
+    # Processes, threads of each, virtual devices, and whether the processes exchange nothing.
+    layouts = {
+        "1 process, 1 thread": (1, 1, 1, False),
+        f"{cores} processes, 1 thread each": (cores, 1, 1, False),
+        f"1 process, {cores} threads": (1, cores, 1, False),
+        f"1 process, {cores} threads, 8 virtual devices": (1, cores, 8, False),
     }
     if name == "grid" and not task.get("weak"):
-        alone = f"{cores} processes, 1 thread each, without exchange"
-        layouts[alone] = {"processes": cores, "threads": 1, "alone": True}
+        layouts[f"{cores} processes, 1 thread each, without exchange"] = (cores, 1, 1, True)
     found: dict[str, list[dict[str, float]]] = {layout: [] for layout in layouts}
     for _ in range(repeats):
         for layout, how in layouts.items():
             say(f"{name} {task}: {layout}")
-            grown = task | {"grow": how["processes"]} if task.get("weak") else task
-            found[layout].append(measure({"kind": name, **grown}, **how))
+            grown = task | {"grow": how[0]} if task.get("weak") else task
+            found[layout].append(measure({"kind": name, **grown}, *how))
     best = {layout: min(runs, key=lambda run: run["seconds"]) for layout, runs in found.items()}
     base = best["1 process, 1 thread"]["seconds"]
     for layout, run in best.items():
@@ -106,9 +105,7 @@ def compare(name: str, task: dict[str, Any], cores: int, repeats: int) -> None:
         emit(name, **task, layout=layout, **run, **shown)
 
 
-def measure(
-    task: dict[str, Any], processes: int, threads: int, virtual: int = 1, alone: bool = False
-) -> dict[str, float]:
+def measure(task: dict[str, Any], processes: int, threads: int, virtual: int, alone: bool) -> dict[str, float]:
     """One layout: start its processes and read the output of the first."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -126,7 +123,6 @@ def measure(
 
 
 def work(task: dict[str, Any]) -> None:
-    """One process of a measurement."""
     from sparseopt.system import processes
 
     if task["processes"] > 1:
@@ -168,7 +164,6 @@ def grid(task: dict[str, Any]) -> dict[str, float]:
 
 
 def gram_of_tokens(rng: Any, inputs: int) -> Any:
-    """The Gram matrix of tokens with some directions shared by all inputs."""
     tokens = rng.standard_normal((2 * inputs, inputs)).astype(np.float32)
     tokens += tokens[:, :8] @ rng.standard_normal((8, inputs)).astype(np.float32)
     return tokens.T @ tokens
@@ -196,12 +191,9 @@ def layer(task: dict[str, Any]) -> dict[str, float]:
     runs = [together(partial(solve_within_memory, job, method, mesh)) for _ in range(RUNS)]
     report = runs[-1].result
     cost = method_cost(method)
-    return {
-        "seconds": min(run.seconds for run in runs),
-        "steps": int(report.steps),
-        "error": float(report.relative_error),
-        "flops": cost.products * 2.0 * inputs**2 * outputs + cost.inverses * INVERSE * inputs**3,
-    }
+    flops = cost.products * 2.0 * inputs**2 * outputs + cost.inverses * INVERSE * inputs**3
+    seconds, error = min(run.seconds for run in runs), float(report.relative_error)
+    return {"seconds": seconds, "steps": int(report.steps), "error": error, "flops": flops}
 
 
 def block(task: dict[str, Any]) -> dict[str, float]:
@@ -226,11 +218,9 @@ def block(task: dict[str, Any]) -> dict[str, float]:
     method = find_method(task["method"], task["preset"])
     runs = [together(lambda: [solved.report for solved in solve_block(linears, method, mesh)]) for _ in range(RUNS)]
     reports = runs[-1].result
-    return {
-        "seconds": min(run.seconds for run in runs),
-        "steps": sum(int(report.steps) for report in reports),
-        "error": sum(float(report.relative_error) for report in reports) / len(reports),
-    }
+    seconds, steps = min(run.seconds for run in runs), sum(int(report.steps) for report in reports)
+    error = sum(float(report.relative_error) for report in reports) / len(reports)
+    return {"seconds": seconds, "steps": steps, "error": error}
 
 
 def machine(task: dict[str, Any]) -> dict[str, float]:

@@ -50,7 +50,6 @@ class Bounds:
 
     @property
     def gap(self) -> float:
-        """Relative to the lower bound."""
         return self.upper / self.lower - 1 if 0 < self.lower < np.inf else np.inf
 
     def enough(self, record: dict[str, Any]) -> bool:
@@ -74,16 +73,13 @@ def serve(file: Path, name: str) -> None:
 
 
 def measured(solver: Solver, problem: TrendProblem, rung: Any, cold: bool) -> dict[str, Any]:
-    """Seconds, objective and lower bound of one rung."""
     call = solver.solve(problem, rung)
     record = {"first_call_seconds": timed(call).seconds} if cold else {}
     runs = [timed(call) for _ in range(LEAST)]
     while sum(run.seconds for run in runs) < REPEAT_BELOW and len(runs) < REPEATS:
         runs.append(timed(call))
     seconds, worked, (fit, lower) = min(runs, key=lambda run: run.seconds)
-    return record | {
-        "seconds": seconds, "cpu_seconds": worked, "objective": problem.objective(fit), "lower": lower,
-    }  # fmt: skip
+    return record | {"seconds": seconds, "cpu_seconds": worked, "objective": problem.objective(fit), "lower": lower}
 
 
 @dataclasses.dataclass
@@ -98,15 +94,13 @@ class Climb:
 def climb(
     given: argparse.Namespace, problem: TrendProblem, solver: Solver, rungs: Sequence[Any], limit: float, bounds: Bounds
 ) -> Climb:
-    """Run the rungs until one is accurate enough or too slow."""
     file = given.folder / f"{problem.name}.pickle"
     if not file.is_file():
         file.write_bytes(pickle.dumps(problem))
     found = Climb()
+    command = [sys.executable, __file__, "--serve", file, solver.name]
     try:
-        with contextlib.closing(
-            common.Child([sys.executable, __file__, "--serve", file, solver.name], STARTING)
-        ) as child:
+        with contextlib.closing(common.Child(command, STARTING)) as child:
             found.version = child.about["version"]
             for rung in () if found.version is None else rungs:
                 record = child.ask(rung, 2 * limit + STARTING)
@@ -166,11 +160,8 @@ def compare(given: argparse.Namespace, problem: TrendProblem, solvers: Iterable[
         compiled = rows[0].get("first_call_seconds") if rows else None
         for target in TARGETS:
             close = [row for row in rows if row["suboptimality"] <= target]
-            shown: dict[str, Any] = {
-                "seconds": None,
-                "suboptimality": closest,
-                "trouble": climbed.trouble or "end of its ladder",
-            }
+            trouble = climbed.trouble or "end of its ladder"
+            shown: dict[str, Any] = {"seconds": None, "suboptimality": closest, "trouble": trouble}
             if close:
                 shown = min(close, key=lambda row: row["seconds"])
                 times[target][name] = shown["seconds"]

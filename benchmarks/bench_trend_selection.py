@@ -48,7 +48,6 @@ WIDTH = 0.04
 
 
 def grid() -> tuple[so.Graph, np.ndarray]:
-    """A grid and the positions of its nodes in the unit square."""
     line = (np.arange(SIDE) + 0.5) / SIDE
     return so.Graph.grid((SIDE, SIDE)), np.stack(np.meshgrid(line, line, indexing="ij"), axis=-1).reshape(-1, 2)
 
@@ -108,13 +107,9 @@ CV_RULES = {"cv": "min", "cv, half a standard error": "half_se", "cv, one standa
 def levels_of(path: TrendPath, loss: str | None) -> dict[str, int]:
     """The level that each rule chooses that needs one path; for counts and labels those that need no noise level."""
     if loss is None:
-        return {
-            "sure": select(path, "sure").index,
-            "sure, true noise": select(path, "sure", NOISE).index,
-            "gcv": select(path, "gcv").index,
-            "aic, corrected": select(path, "aic").index,
-            "bic": select(path, "bic", path.noise).index,
-        }
+        rules: dict[str, tuple[Any, ...]] = {"bic": ("bic", path.noise)}
+        rules |= {"sure": ("sure",), "sure, true noise": ("sure", NOISE), "gcv": ("gcv",), "aic, corrected": ("aic",)}
+        return {rule: select(path, *given).index for rule, given in rules.items()}
     share = path.degrees_of_freedom / path.observations
     # As `select`, which refuses labels.
     gcv = np.where(share <= 0.5, path.deviances / (1 - np.minimum(share, 0.5)) ** 2, np.inf)
@@ -133,7 +128,6 @@ def drawn(truth: np.ndarray, loss: str | None, seed: int) -> np.ndarray:
 
 
 def measure(name: str, repeats: int) -> None:
-    """Print the lines of one problem."""
     order, (kind, signal, *kinds) = PROBLEMS[name], name.split("-")
     graph, places = GRAPHS[kind]()
     truth = SIGNALS[signal](graph, places)
@@ -146,7 +140,6 @@ def measure(name: str, repeats: int) -> None:
 
 
 def rules(about: dict[str, Any], graph: so.Graph, truth: np.ndarray, loss: str | None) -> None:
-    """The line of the error at the weight that each rule chooses."""
     start, order = time.process_time(), about["order"]
     level, scale = SCALES[loss] if loss else (0.0, 1.0)
     truth = level + scale * truth
@@ -182,7 +175,6 @@ def rules(about: dict[str, Any], graph: so.Graph, truth: np.ndarray, loss: str |
 
 
 def concave(about: dict[str, Any], graph: so.Graph, truth: np.ndarray) -> None:
-    """The line that compares L1 and MCP at their best weights."""
     start, order, apart = time.process_time(), about["order"], truth - truth.mean()
     penalties: dict[str, Callable[[float], Any]] = {"L1": so.L1}
     penalties |= {f"MCP, gamma {gamma:g}": functools.partial(so.MCP, gamma=gamma) for gamma in GAMMAS}

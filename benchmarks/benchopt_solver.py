@@ -6,6 +6,7 @@ the tolerance that benchopt asks for. The compilation comes before benchopt's cl
 """
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import jax
@@ -106,17 +107,10 @@ def smoothing(matrix: np.ndarray, y: np.ndarray, delta: float, data_fit: str, gr
     return lambda tol: solve(tol).reshape(-1, *y.shape[1:])
 
 
-# By the names that a benchmark hands over; and the name that it has for the answer.
-PROBLEMS: dict[frozenset[str], tuple[Callable[..., Solve], str]] = {
-    frozenset({"X", "y", "lmbd", "fit_intercept"}): (lasso, "beta"),
-    frozenset({"X", "y", "l1_ratio", "lmbda", "fit_intercept"}): (elastic_net, "beta"),
-    frozenset({"X", "y", "lmbd", "gamma"}): (mcp, "beta"),
-    frozenset({"X", "y", "fit_intercept"}): (nonnegative, "beta"),
-    frozenset({"X", "y", "lmbd"}): (logistic, "beta"),
-    frozenset({"X", "y", "lmbd", "quantile", "fit_intercept"}): (quantile, "params"),
-    frozenset({"A", "reg", "y", "c", "delta", "data_fit"}): (line, "u"),
-    frozenset({"A", "reg", "delta", "data_fit", "y", "isotropy"}): (picture, "u"),
-}
+STATED = (lasso, elastic_net, mcp, nonnegative, logistic, quantile, line, picture)
+# By the names that a benchmark hands over; and the name that it has for the answer, if that is not `beta`.
+PROBLEMS: dict[Any, Callable[..., Solve]] = {frozenset(signature(state).parameters): state for state in STATED}
+ANSWERS = {quantile: "params", line: "u", picture: "u"}
 
 
 class Solver(BaseSolver):
@@ -128,13 +122,12 @@ class Solver(BaseSolver):
     requirements = ("sparseopt",)
 
     def skip(self, **given: Any) -> tuple[bool, str | None]:
-        """Whether the problem is one that this file does not state."""
         known = frozenset(given) in PROBLEMS
         return not known, None if known else f"no problem hands over {', '.join(sorted(given))}"
 
     def set_objective(self, **given: Any) -> None:
-        """Put the problem on the device, and compile."""
-        state, self.answer = PROBLEMS[frozenset(given)]
+        state = PROBLEMS[frozenset(given)]
+        self.answer = ANSWERS.get(state, "beta")
         self.solve = state(**given)
         self.run(1.0)
 

@@ -52,7 +52,7 @@ class Expectile(so.scalar.Squared):
         return jnp.where(r * dual > 0, (bend * r - dual) ** 2 / (2 * bend), apart)
 
 
-def _expectile(level: float) -> Callable[..., None]:
+def expectile(level: float) -> Callable[..., None]:
     def term(form: Any, matrix: Any, target: Any, weights: Any) -> None:
         up, down = form.new(target.size), form.new(target.size)
         form.inside("zero", -target, (matrix, form.x), (-1.0, up), (1.0, down))
@@ -63,27 +63,10 @@ def _expectile(level: float) -> Callable[..., None]:
     return term
 
 
-def _square(z: Any, b: Any, _: float) -> Any:
-    return (z - b) ** 2 / 2
-
-
-def _huber(z: Any, b: Any, delta: float) -> Any:
-    near = np.minimum(abs(z - b), delta)
-    return near**2 / 2 + delta * (abs(z - b) - near)
-
-
-def _quantile(z: Any, b: Any, level: float) -> Any:
-    return np.maximum(level * (b - z), (level - 1) * (b - z))
-
-
-def _poisson(z: Any, b: Any, _: float) -> Any:
-    return np.exp(z) - b * z + b * np.log(np.where(b > 0, b, 1)) - b
-
-
 class Loss(NamedTuple):
-    """A loss: the power of the unit of b with which it grows, its number, and of the number its three forms.
+    """A loss: the power of the unit of b with which it grows, its number, and made of the number what states it.
 
-    They are the scalar loss for `solve`, `f(z; b)` in NumPy, and the terms for Clarabel.
+    That is the scalar loss for `solve`, `f(z; b, number)` in NumPy, and the term for Clarabel.
     """
 
     degree: int
@@ -93,29 +76,35 @@ class Loss(NamedTuple):
     term: Callable[[float], Any]
 
 
+def huber(z: Any, b: Any, delta: float) -> Any:
+    near = np.minimum(abs(z - b), delta)
+    return near**2 / 2 + delta * (abs(z - b) - near)
+
+
+SQUARES = Loss(2, 0.0, lambda _: so.scalar.Squared(), lambda z, b, _: (z - b) ** 2 / 2, lambda _: conic.squares)
 LOSSES = {
-    "squares": Loss(2, 0.0, lambda _: so.scalar.Squared(), _square, lambda _: conic.squares),
-    "quadratic": Loss(2, 0.0, lambda _: so.scalar.Squared(), _square, lambda _: conic.squares),
-    "huber": Loss(2, 0.8, so.scalar.Huber, _huber, conic.huber),
-    "own": Loss(2, 0.2, Expectile, lambda z, b, n: np.where(z > b, n, 1 - n) * (z - b) ** 2 / 2, _expectile),
+    "squares": SQUARES,
+    "quadratic": SQUARES,
+    "huber": Loss(2, 0.8, so.scalar.Huber, huber, conic.huber),
+    "own": Loss(2, 0.2, Expectile, lambda z, b, n: np.where(z > b, n, 1 - n) * (z - b) ** 2 / 2, expectile),
     "absolute": Loss(1, 0.5, lambda _: so.scalar.Absolute(), lambda z, b, _: abs(z - b), lambda _: conic.slopes(-1, 1)),
-    "quantile": Loss(1, 0.9, so.scalar.Quantile, _quantile, lambda n: conic.slopes(-n, 1 - n)),
+    "quantile": Loss(
+        1, 0.9, so.scalar.Quantile,
+        lambda z, b, n: np.maximum(n * (b - z), (n - 1) * (b - z)), lambda n: conic.slopes(-n, 1 - n),
+    ),
     "logistic": Loss(
-        0,
-        0.0,
-        lambda _: so.scalar.Logistic(),
-        lambda z, b, _: np.logaddexp(0, np.where(b > 0, -z, z)),
-        lambda _: conic.logistic,
+        0, 0.0, lambda _: so.scalar.Logistic(),
+        lambda z, b, _: np.logaddexp(0, np.where(b > 0, -z, z)), lambda _: conic.logistic,
     ),
-    "poisson": Loss(0, 0.0, lambda _: so.scalar.Poisson(), _poisson, lambda _: conic.poisson),
+    "poisson": Loss(
+        0, 0.0, lambda _: so.scalar.Poisson(),
+        lambda z, b, _: np.exp(z) - b * z + b * np.log(np.where(b > 0, b, 1)) - b, lambda _: conic.poisson,
+    ),
     "squared hinge": Loss(
-        0,
-        0.0,
-        lambda _: so.scalar.SquaredHinge(),
-        lambda z, b, _: np.maximum(1 - b * z, 0) ** 2 / 2,
-        lambda _: conic.squared_hinge,
+        0, 0.0, lambda _: so.scalar.SquaredHinge(),
+        lambda z, b, _: np.maximum(1 - b * z, 0) ** 2 / 2, lambda _: conic.squared_hinge,
     ),
-}
+}  # fmt: skip
 
 
 class Numbers(NamedTuple):
@@ -131,48 +120,48 @@ class Numbers(NamedTuple):
     lengths: Any = None
 
 
-def _l1(form: Any, at: Numbers) -> None:
+def l1(form: Any, at: Numbers) -> None:
     conic.absolute(form, at.matrix, at.weight * at.lengths)
 
 
-def _ridge(form: Any, at: Numbers) -> None:
+def ridge(form: Any, at: Numbers) -> None:
     conic.ridge(form, at.matrix, at.ridge * at.lengths**2)
 
 
-def _groups(form: Any, at: Numbers) -> None:
+def groups(form: Any, at: Numbers) -> None:
     mean = np.exp(np.mean(np.log(at.lengths)))
     conic.lengths(form, sparse.diags_array(at.lengths / mean) @ at.matrix, at.of_groups * mean, MEMBERS)
 
 
-def _box(form: Any, at: Numbers) -> None:
+def box(form: Any, at: Numbers) -> None:
     for ends, sign in ((at.low, 1), (at.high, -1)):
         if (known := np.isfinite(ends)).any():
             conic.between(form, sign * at.matrix[known], sign * (ends / at.lengths)[known], np.inf)
 
 
-def _positive(form: Any, at: Numbers) -> None:
+def positive(form: Any, at: Numbers) -> None:
     conic.between(form, at.matrix, 0.0, np.inf)
 
 
-def _total(form: Any, at: Numbers) -> None:
+def total(form: Any, at: Numbers) -> None:
     longest = at.lengths.max()
     form.inside("zero", [-at.radius / longest], ((at.lengths / longest)[None] @ at.matrix, form.x))
 
 
-def _sum(v: Any, at: Numbers) -> Any:
+def summed(v: Any, at: Numbers) -> Any:
     return np.sum(at.weight * abs(v))
 
 
-def _of_groups(v: Any, at: Numbers) -> Any:
+def of_groups(v: Any, at: Numbers) -> Any:
     return sum(weight * np.linalg.norm(v[rows]) for weight, rows in zip(at.of_groups, MEMBERS, strict=True))
 
 
-def _on_simplex(v: Any, at: Numbers) -> Any:
+def on_simplex(v: Any, at: Numbers) -> Any:
     sums = np.cumsum(np.sort(v)[::-1])
     return np.maximum(v - np.max((sums - at.radius) / np.arange(1, v.size + 1)), 0)
 
 
-def _mcp(v: Any, at: Numbers) -> Any:
+def mcp(v: Any, at: Numbers) -> Any:
     size = np.minimum(abs(v), 3 * at.weight)
     return np.sum(at.weight * size - size**2 / 6)
 
@@ -187,30 +176,29 @@ class Penalty(NamedTuple):
 
 
 PENALTIES = {
-    "L1": Penalty(lambda at: so.L1(at.weight), (_sum,), (_l1,)),
+    "L1": Penalty(lambda at: so.L1(at.weight), (summed,), (l1,)),
     "elastic net": Penalty(
-        lambda at: so.ElasticNet(at.weight, at.ridge), (_sum, lambda v, at: np.sum(at.ridge * v * v) / 2), (_l1, _ridge)
+        lambda at: so.ElasticNet(at.weight, at.ridge),
+        (summed, lambda v, at: np.sum(at.ridge * v * v) / 2),
+        (l1, ridge),
     ),
-    "groups": Penalty(lambda at: so.GroupL2(at.of_groups, groups=GROUPS), (_of_groups,), (_groups,)),
+    "groups": Penalty(lambda at: so.GroupL2(at.of_groups, groups=GROUPS), (of_groups,), (groups,)),
     "sparse groups": Penalty(
-        lambda at: so.SparseGroup(at.weight, at.of_groups, groups=GROUPS), (_sum, _of_groups), (_l1, _groups)
+        lambda at: so.SparseGroup(at.weight, at.of_groups, groups=GROUPS), (summed, of_groups), (l1, groups)
     ),
     "box": Penalty(
-        lambda at: so.Box(at.low, at.high, at.weight),
-        (_sum,),
-        (_l1, _box),
-        lambda v, at: np.clip(v, at.low, at.high),
+        lambda at: so.Box(at.low, at.high, at.weight), (summed,), (l1, box), lambda v, at: np.clip(v, at.low, at.high)
     ),
     "nonnegative": Penalty(
-        lambda at: so.Nonnegative(at.weight), (_sum,), (_l1, _positive), lambda v, _: np.maximum(v, 0)
+        lambda at: so.Nonnegative(at.weight), (summed,), (l1, positive), lambda v, _: np.maximum(v, 0)
     ),
-    "simplex": Penalty(lambda at: so.Simplex(at.radius), (), (_positive, _total), _on_simplex),
+    "simplex": Penalty(lambda at: so.Simplex(at.radius), (), (positive, total), on_simplex),
     "no": Penalty(lambda _: None),
     "nuclear norm": Penalty(
         lambda at: so.NuclearNorm(at.radius), (lambda x, at: at.radius * np.linalg.svd(x, compute_uv=False).sum(),)
     ),
     "L0": Penalty(lambda at: so.L0(at.radius), (lambda v, at: at.radius * np.count_nonzero(v),), None),
-    "MCP": Penalty(lambda at: so.MCP(at.weight, 3.0), (_mcp,), None),
+    "MCP": Penalty(lambda at: so.MCP(at.weight, 3.0), (mcp,), None),
     "top 3": Penalty(lambda _: so.TopK(3), (), None, lambda v, _: np.where(abs(v) >= np.sort(abs(v))[-3], v, 0)),
 }
 # "full" has fewer rows than columns: some x meets every constraint.
@@ -236,7 +224,7 @@ class Kind(NamedTuple):
     weights: str | None = "many"
 
 
-def _listed() -> list[Kind]:
+def listed() -> list[Kind]:
     convex = ["L1", "elastic net", "groups", "sparse groups", "box", "nonnegative", "simplex", "no"]
     mapped = [("dense", "L1"), ("edges", "L1"), ("differences", "elastic net"), ("full", "box"), ("square", "groups")]
     mapped += [("dense", "nonnegative"), ("full", "simplex"), ("differences", "L1"), ("square", "sparse groups")]
@@ -250,17 +238,11 @@ def _listed() -> list[Kind]:
     kinds += [Kind("absolute", "elastic net", shape=(8, 30)), Kind("quadratic", "L1", shape=(8, 30))]
     kinds += [Kind("squares", "L1", shape=(8, 30)), Kind("squared hinge", "elastic net", "dense")]
     kinds += [Kind("squares", "L1", "edges", None), Kind("absolute", "L1", "differences", None)]
-    kinds += [
-        Kind("squares", "no"),
-        Kind("logistic", "no"),
-        Kind("squares", "nuclear norm"),
-        Kind("squares", "L0"),
-        Kind("quadratic", "top 3"),
-    ]
-    return [*kinds, Kind("logistic", "MCP")]
+    kinds += [Kind("squares", "no"), Kind("logistic", "no"), Kind("squares", "nuclear norm"), Kind("squares", "L0")]
+    return [*kinds, Kind("quadratic", "top 3"), Kind("logistic", "MCP")]
 
 
-KINDS = _listed()
+KINDS = listed()
 
 
 class Value(NamedTuple):
@@ -288,7 +270,6 @@ class Given(NamedTuple):
     exact: Any  # the answer, if there is a formula for it
 
     def problem(self, dtype: Any, jax: bool = False) -> so.Problem:
-        """For `solve`."""
 
         def leaf(part: Any) -> Any:
             if np.ndim(part) == 0 or sparse.issparse(part):
@@ -297,20 +278,16 @@ class Given(NamedTuple):
 
         kind, loss, data = self.kind, LOSSES[self.kind.loss], (leaf(self.matrix), leaf(self.target))
         weights = {"many": leaf(self.weights), "one": float(self.weights[0]), None: None}[kind.weights]
-        made = so.DataLoss(loss.scalar(self.number), data[0] if kind.shape else None, data[1], weights)
+        fit = so.DataLoss(loss.scalar(self.number), data[0] if kind.shape else None, data[1], weights)
         penalty = PENALTIES[kind.penalty].make(Numbers(*map(leaf, self.numbers)))
-        return so.Problem(
-            so.Quadratic(*data) if kind.loss == "quadratic" else made,
-            penalty,
-            leaf(self.operator) if kind.operator else None,
-        )
+        operator = leaf(self.operator) if kind.operator else None
+        return so.Problem(so.Quadratic(*data) if kind.loss == "quadratic" else fit, penalty, operator)
 
     def seen(self) -> tuple[Any, Any, Any]:
         at = self.weights > 0
         return self.matrix[at], self.target[at], self.weights[at]
 
     def value(self, x: Any, dtype: Any = np.float64) -> Value:
-        """In NumPy, in float64."""
         penalty, v, eps = PENALTIES[self.kind.penalty], self.operator @ x, 4 * np.finfo(dtype).eps
         near = penalty.nearest(v, self.numbers)
         violation = np.max(abs(v - near), initial=0) / max(1, np.max(abs(v), initial=0))
@@ -320,17 +297,13 @@ class Given(NamedTuple):
         else:
             matrix, target, weights = self.seen()
             z, size = matrix @ x, abs(matrix) @ abs(x) + abs(target)
-            f, up, down = (
-                LOSSES[self.kind.loss].value(z + sign * eps * size, target, self.number).T for sign in (0, 1, -1)
-            )
+            loss = LOSSES[self.kind.loss].value
+            f, up, down = (loss(z + sign * eps * size, target, self.number).T for sign in (0, 1, -1))
             found, rounding = np.sum(weights * f), np.sum(weights * (np.maximum(up, down) - f))
-        of_penalty, of_more = (
-            sum(part(rows, self.numbers) for part in penalty.values)
-            for rows in (near, abs(near) + eps * (abs(self.operator) @ abs(x)))
-        )
-        return Value(
-            float(found), float(found + of_penalty), float(violation), float(rounding + max(of_more - of_penalty, 0))
-        )
+        more = abs(near) + eps * (abs(self.operator) @ abs(x))
+        at_near, at_more = (sum(part(rows, self.numbers) for part in penalty.values) for rows in (near, more))
+        rounding += max(at_more - at_near, 0)
+        return Value(float(found), float(found + at_near), float(violation), float(rounding))
 
     def answer(self) -> Any:
         """Clarabel's; None without one."""
@@ -394,11 +367,8 @@ def drawn(seed: int, dtype: Any) -> Given:
     if nuclear:  # orthonormal columns: the answer is a threshold of singular values
         base, spread = np.linalg.qr(rng.standard_normal((rows, columns)))[0], np.ones(columns)
     # The target and its weights.
-    clean = (
-        base
-        @ (rng.standard_normal((columns, 3) if nuclear else columns) * some((columns, 1) if nuclear else columns, 0.0))
-        / 2
-    )
+    truth = rng.standard_normal((columns, 3) if nuclear else columns)
+    clean = base @ (truth * some((columns, 1) if nuclear else columns, 0.0)) / 2
     exact = kind.loss != "poisson" and happens("interpolation" if loss.degree else "separable", 0.15)
     target = clean + (0 if exact else rng.choice([0.1, 1.0, 10.0])) * rng.standard_normal(clean.shape)
     if kind.loss == "poisson":
@@ -434,13 +404,12 @@ def drawn(seed: int, dtype: Any) -> Given:
     unit = beta ** (loss.degree - 1) * alpha
     radius = {"L0": level * beta**loss.degree, "nuclear norm": level * unit}
     numbers = Numbers(
-        weight=level * share * unit * own_unit,
-        ridge=top * 10 ** rng.uniform(-3, 0) * share * unit * alpha / beta * own_unit**2,
-        of_groups=level * rng.uniform(0.5, 2, 4) * unit,
-        low=low * beta / (alpha * own),
-        high=high * beta / (alpha * own),
-        radius=radius.get(kind.penalty, rng.uniform(0.5, 3) * beta / alpha),
-    )
+        level * share * unit * own_unit,
+        top * 10 ** rng.uniform(-3, 0) * share * unit * alpha / beta * own_unit**2,
+        level * rng.uniform(0.5, 2, 4) * unit,
+        low * beta / (alpha * own), high * beta / (alpha * own),
+        radius.get(kind.penalty, rng.uniform(0.5, 3) * beta / alpha),
+    )  # fmt: skip
 
     def rounded(part: Any) -> Any:
         return part.astype(dtype).astype(float) if np.ndim(part) else float(dtype(part))

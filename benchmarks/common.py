@@ -38,19 +38,16 @@ def emit(figure: str, **fields: Any) -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine."""
     from sparseopt.system import machine
 
     return machine.environment()
 
 
 def say(message: str) -> None:
-    """Progress, on stderr."""
     print(f"{time.strftime('%H:%M:%S')} {message}", file=sys.stderr, flush=True)
 
 
 def options(description: str | None) -> argparse.ArgumentParser:
-    """A parser with the first line of a docstring."""
     return argparse.ArgumentParser(description=(description or "").partition("\n")[0])
 
 
@@ -105,7 +102,6 @@ def warmed(call: Callable[[], Any]) -> dict[str, Any]:
 
 
 def installed(package: str) -> str | None:
-    """The version of a package, None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -139,21 +135,14 @@ def apart(work: Callable[..., Any], *given: Any) -> Any:
         return pool.submit(work, *given).result()
 
 
-def double(work: Callable[..., Any], *given: Any) -> Any:
-    """The result of a call with JAX in float64; for a process of its own."""
-    import jax
-
-    jax.config.update("jax_enable_x64", True)
-    return work(*given)
-
-
 def run_parts(parts: Mapping[str, Callable[..., Any]], names: Iterable[str], *given: Any) -> None:
     """The parts of a benchmark, each in a process of its own on one core, in float64."""
     emit("environment", **environment(), cores=pin(1))
+    os.environ["JAX_ENABLE_X64"] = "true"
     for name in names:
         say(name)
         try:
-            apart(double, parts[name], *given)
+            apart(parts[name], *given)
         except BrokenProcessPool as error:
             emit("SKIPPED", part=name, solver=None, reason=str(error))
 
@@ -191,7 +180,6 @@ class Child:
         return self._answer(limit)
 
     def close(self) -> None:
-        """Kill the process."""
         self._process.kill()
         self._process.wait()
         self._errors.close()
@@ -258,7 +246,6 @@ class Recorder:
                 stream.write(json.dumps(line) + "\n")
 
     def found(self, **fields: Any) -> dict[str, Any] | None:
-        """The last line with these fields."""
         wanted = json.loads(json.dumps(fields))
         fits = (line for line in reversed(self.lines) if all(line.get(key) == wanted[key] for key in wanted))
         return next(fits, None)

@@ -14,12 +14,8 @@ CONFIGS = ROOT / "configs" / "benchmarks"
 # Their tasks.
 sys.path.append(str(CONFIGS))
 # What is pruned in every linear, by the name in the figures.
-SETTINGS: dict[str, dict[str, Any]] = {
-    "0.5": {"sparsity": 0.5},
-    "0.6": {"sparsity": 0.6},
-    "0.7": {"sparsity": 0.7},
-    "2:4": {"pattern": "2:4"},
-}
+SETTINGS: dict[str, dict[str, Any]] = {share: {"sparsity": float(share)} for share in ("0.5", "0.6", "0.7")}
+SETTINGS["2:4"] = {"pattern": "2:4"}
 # Of the summary of a run, what a line keeps.
 KEPT = (
     "sparsity", "mean_relative_error", "mean_heldout_error", "survey_seconds", "solver_seconds",

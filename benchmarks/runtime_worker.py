@@ -150,7 +150,6 @@ def perplexity(runtime: Any, windows: np.ndarray, skipped: int) -> float:
 
 
 def resident_bytes() -> int:
-    """The resident set of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 

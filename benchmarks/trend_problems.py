@@ -24,31 +24,27 @@ ROAD_EDGES = 1.94
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrendProblem:
-    """One problem.
+    """One problem, of a `grid` in row-major order or of any graph with edges `[m, 2]`.
 
-    Attributes:
-        name: in records.
-        y: the signal, float64 `[n]`; grids in row-major order.
-        edges: int64 `[m, 2]`.
-        shape: of a grid; None for other graphs.
-        order: k.
-        weight: of the penalty.
-        known: objective and lower bound of a stored optimum.
-        isotropic: whether the penalty is the isotropic total variation.
+    `known` are the objective and the lower bound of a stored optimum; the penalty may be the isotropic total variation.
     """
 
     name: str
     y: np.ndarray
     edges: np.ndarray
-    shape: tuple[int, ...] | None
+    shape: tuple[int, ...] | None  # of a grid
     order: int
     weight: float
     known: tuple[float, float] | None = None
     isotropic: bool = False
 
+    @property
+    def axes(self) -> int:
+        """Of a grid; 0 for other graphs."""
+        return len(self.shape or ())
+
     @functools.cached_property
     def incidence(self) -> sparse.csr_array:
-        """D, `[m, n]`."""
         m = self.edges.shape[0]
         places = (np.repeat(np.arange(m), 2), self.edges.reshape(-1))
         return sparse.csr_array((np.tile([1.0, -1.0], m), places), shape=(m, self.y.size))
@@ -64,11 +60,10 @@ class TrendProblem:
     def objective(self, b: np.ndarray) -> float:
         """The primal objective of a fit `[n]`, in float64."""
         b = np.asarray(b, np.float64).reshape(-1)
-        rows = self.matrix @ b
+        lengths = np.abs(self.matrix @ b)
         if self.isotropic:
-            squares = np.bincount(self.edges.min(axis=1), rows**2, b.size)
-            return float(0.5 * np.sum((self.y - b) ** 2) + self.weight * np.sqrt(squares).sum())
-        return float(0.5 * np.sum((self.y - b) ** 2) + self.weight * np.abs(rows).sum())
+            lengths = np.sqrt(np.bincount(self.edges.min(axis=1), lengths**2, b.size))
+        return float(0.5 * np.sum((self.y - b) ** 2) + self.weight * lengths.sum())
 
     def lower_bound(self, u: np.ndarray) -> float:
         """The dual objective of `u`, `[rows]`, clipped to the weight: no fit has a lower objective."""
@@ -76,7 +71,7 @@ class TrendProblem:
         # Δ maps constants to 0, so subtracting the mean of y changes only the rounding.
         return float((self.y - self.y.mean()) @ pull - 0.5 * pull @ pull)
 
-    @functools.cached_property
+    @property
     def key(self) -> str:
         """A file name that identifies this problem."""
         content = hashlib.sha256(self.y.tobytes() + np.ascontiguousarray(self.edges).tobytes())
@@ -91,24 +86,19 @@ def grid_edges(shape: tuple[int, ...]) -> np.ndarray:
     return np.concatenate([np.stack([low.reshape(-1), high.reshape(-1)], axis=1) for low, high in ends])
 
 
-def _is_grid(shape: tuple[int, ...], edges: np.ndarray) -> bool:
-    one, other = (np.unique(np.sort(given, axis=1), axis=0) for given in (grid_edges(shape), edges))
-    return np.array_equal(one, other)
-
-
 def grid_signal(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
     """A piecewise smooth field in 0..255 on a grid with one to three axes, with noise."""
     axes = np.meshgrid(*(np.arange(n) / n for n in shape), indexing="ij")
-    return _noisy(_scene(*axes, *(np.full(shape, 0.5) for _ in range(3 - len(shape)))), seed).reshape(-1)
+    return noisy(scene(*axes, *(np.full(shape, 0.5) for _ in range(3 - len(shape)))), seed).reshape(-1)
 
 
-def _scene(i: np.ndarray, j: np.ndarray, k: np.ndarray) -> np.ndarray:
+def scene(i: np.ndarray, j: np.ndarray, k: np.ndarray) -> np.ndarray:
     """A ramp after a step, a ball and a dark corner, for coordinates in 0..1."""
     ball = (i - 0.4) ** 2 + (j - 0.6) ** 2 + (k - 0.5) ** 2 < 0.06
     return 90 + 70 * j * (i > 0.4) + 90 * ball - 50 * (i + j < 0.5)
 
 
-def _noisy(clean: np.ndarray, seed: int) -> np.ndarray:
+def noisy(clean: np.ndarray, seed: int) -> np.ndarray:
     return clean + NOISE * np.random.default_rng(seed).standard_normal(clean.shape)
 
 
@@ -126,7 +116,7 @@ def road_like(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     tree = csgraph.minimum_spanning_tree(sparse.csr_array((length, (edges[:, 0], edges[:, 1])), shape=(n, n))).tocoo()
     in_tree = np.isin(edges[:, 0] * n + edges[:, 1], tree.row.astype(np.int64) * n + tree.col)
     first = np.lexsort((length, ~in_tree))[: int(ROAD_EDGES * n)]
-    signal = _noisy(_scene(points[:, 0], points[:, 1], np.full(n, 0.5)), seed + 1)
+    signal = noisy(scene(points[:, 0], points[:, 1], np.full(n, 0.5)), seed + 1)
     return edges[np.sort(first)], signal
 
 
@@ -138,8 +128,9 @@ def stored(path: Path, name: str, weight: float | None = None) -> TrendProblem:
         plain = TrendProblem(name, y, edges, None, int(held["k"]), own if weight is None else weight)
         known = (plain.objective(held["beta_opt"]), plain.lower_bound(held["u"])) if plain.weight == own else None
         # Other graphs have a shape (n,) too: only the edges show whether it is a grid.
-        grid = shape if int(np.prod(shape)) == y.size and _is_grid(shape, edges) else None
-        return dataclasses.replace(plain, shape=grid, known=known)
+        ours, theirs = (np.unique(np.sort(ends, axis=1), axis=0) for ends in (grid_edges(shape), edges))
+        is_grid = int(np.prod(shape)) == y.size and np.array_equal(ours, theirs)
+        return dataclasses.replace(plain, shape=shape if is_grid else None, known=known)
 
 
 def generated(name: str, shape: tuple[int, ...], order: int, weight: float, isotropic: bool = False) -> TrendProblem:
@@ -151,11 +142,9 @@ def generated(name: str, shape: tuple[int, ...], order: int, weight: float, isot
 
 
 def problems(quick: bool, truth: Path | None) -> dict[str, Callable[[], TrendProblem]]:
-    """A function that makes each problem, by name.
+    """A function that makes each problem, by name; if quick, of at most a few thousand nodes.
 
-    Args:
-        quick: at most a few thousand nodes, for a trial.
-        truth: folder of problems with known optima; grid256 and road100k use its graphs and signals.
+    `truth` is a folder of problems with known optima; grid256 and road100k use its graphs and signals.
     """
     side, large, cube, road, short, long = (32, 48, 8, 1_000, 500, 2_000)
     if not quick:

@@ -5,10 +5,8 @@ cuts); other methods of proxTV than the two that were the fastest on some proble
 """
 
 import ctypes
-import dataclasses
 import importlib.util
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,38 +28,21 @@ class Answer(NamedTuple):
 Call = Callable[[], Answer]
 
 
-@dataclasses.dataclass(frozen=True)
-class Solver:
+class Solver(NamedTuple):
     """One solver.
 
-    Attributes:
-        name: in records.
-        package: its distribution.
-        module: the module to import.
-        solve: prepares the data for the library, for a problem and a rung. The returned call is timed, from a cold
-            start, on one thread.
-        ladder: settings ("rungs") from coarse to fine, or a function of the problem that gives them.
-        can: whether it solves a problem, if it is of one of its kinds.
-        kinds: which values of `problem.isotropic` it takes.
-        compiles: whether the first call compiles, which is timed separately.
+    `solve` prepares the data for the library, for a problem and a rung. The call that it returns is timed, from a cold
+    start, on one thread. Rungs are settings from coarse to fine.
     """
 
     name: str
     package: str
     module: str
     solve: Callable[[TrendProblem, Any], Call]
-    ladder: Sequence[Any] | Callable[[TrendProblem], Sequence[Any]]
-    can: Callable[[TrendProblem], bool]
-    kinds: tuple[bool, ...] = (False,)
+    rungs: Callable[[TrendProblem], Sequence[Any]]
+    takes: Callable[[TrendProblem], bool]
+    # Whether the first call compiles, which is timed separately.
     compiles: bool = False
-
-    def takes(self, problem: TrendProblem) -> bool:
-        """Whether it solves a problem."""
-        return problem.isotropic in self.kinds and self.can(problem)
-
-    def rungs(self, problem: TrendProblem) -> Sequence[Any]:
-        """The ladder of a problem."""
-        return self.ladder(problem) if callable(self.ladder) else self.ladder
 
 
 def powers(first: int, last: int, per_decade: int = 1) -> list[float]:
@@ -74,24 +55,14 @@ def doubled(first: int, last: int) -> list[int]:
     return [count for power in range(32) if (count := first << power) <= last]
 
 
-def axes(problem: TrendProblem) -> int:
-    """Of the grid; 0 for other graphs."""
-    return 0 if problem.shape is None else len(problem.shape)
-
-
 def fused(problem: TrendProblem) -> bool:
     """Order 0 on any graph."""
-    return problem.order == 0
-
-
-def on_axes(count: int, problem: TrendProblem) -> bool:
-    """Order 0 on a grid with so many axes."""
-    return fused(problem) and axes(problem) == count
+    return problem.order == 0 and not problem.isotropic
 
 
 def factored(problem: TrendProblem) -> bool:
-    """Whether the factors of a sparse matrix fit in memory."""
-    return problem.y.size <= LARGEST_FACTORED
+    """Any order, if the factors of a sparse matrix fit in memory."""
+    return problem.y.size <= LARGEST_FACTORED and not problem.isotropic
 
 
 def graph_of(problem: TrendProblem) -> Any:
@@ -122,15 +93,15 @@ def sparseopt(method: str, dtype: str | None = None) -> Solver:
 
         return call
 
-    def can(problem: TrendProblem) -> bool:
+    def takes(problem: TrendProblem) -> bool:
         if method == "interior":
-            return factored(problem) and axes(problem) < 2
-        return method != "fast_admm" or axes(problem) == 1
+            return problem.y.size <= LARGEST_FACTORED and problem.axes < 2
+        return method != "fast_admm" or problem.axes == 1
 
     # float32 stops where rounding limits the gap.
     ladder = powers(-2, -7 if dtype is None else -5, 2)
     name = " ".join(filter(None, ["sparseopt", method, dtype]))
-    return Solver(name, "sparseopt", "sparseopt", solve, ladder, can, kinds=(False, True), compiles=True)
+    return Solver(name, "sparseopt", "sparseopt", solve, lambda _: ladder, takes, compiles=True)
 
 
 def program(problem: TrendProblem) -> tuple[Any, np.ndarray, Any, np.ndarray | None]:
@@ -141,9 +112,9 @@ def program(problem: TrendProblem) -> tuple[Any, np.ndarray, Any, np.ndarray | N
     differences is formed.
     """
     matrix, y, n = problem.matrix, problem.y, problem.y.size
-    eye = sparse.eye_array(n)
     if problem.order == 1:
         return sparse.csc_matrix(matrix @ matrix.T), -(matrix @ y), None, None
+    eye = sparse.eye_array(n)
     if problem.order == 2:
         incidence = problem.incidence
         equations = sparse.block_array([[incidence.T, -eye, None], [None, incidence.T @ incidence, eye]])
@@ -195,7 +166,6 @@ def piqp(problem: TrendProblem, tol: float) -> Callable[[], Any]:
 
 @dual
 def clarabel(problem: TrendProblem, tol: float) -> Callable[[], Any]:
-    """Interior point for conic programs."""
     import clarabel
 
     hessian, linear, equations, right = program(problem)
@@ -241,14 +211,14 @@ def fastprox(problem: TrendProblem, tol: float | None) -> Call:
     """The tolerance is that of its gap, relative to the energy of the signal; chains are solved directly."""
     import fastprox
 
-    if axes(problem) == 1:
+    if problem.axes == 1:
         return lambda: Answer(fastprox.tv1d(problem.y, problem.weight, threads=1))
     options = {"tol": tol, "threads": 1, "warn": False}
     if problem.shape is None:
         return lambda: Answer(fastprox.graph_tv(problem.y, problem.edges, problem.weight, **options)[0])
     field = problem.y.reshape(problem.shape)
     variation = fastprox.tv_iso if problem.isotropic else fastprox.tv_aniso
-    options |= {"ndim": axes(problem), "max_iter": 100_000}
+    options |= {"ndim": problem.axes, "max_iter": 100_000}
     return lambda: Answer(variation(field, problem.weight, **options)[0])
 
 
@@ -256,7 +226,7 @@ def prox_tv(problem: TrendProblem, count: int) -> Call:
     """The taut string on chains, Kolmogorov's splitting on pictures; the rung is its number of iterations."""
     import prox_tv
 
-    if axes(problem) == 1:
+    if problem.axes == 1:
         return lambda: Answer(prox_tv.tv1_1d(problem.y, problem.weight, method="hybridtautstring"))
     picture, options = np.asfortranarray(problem.y.reshape(problem.shape)), {"n_threads": 1, "method": "kolmogorov"}
     return lambda: Answer(prox_tv.tv1_2d(picture, problem.weight, max_iters=count, **options))
@@ -308,7 +278,6 @@ def trails_of(problem: TrendProblem) -> list[Any]:
 
 
 def pointer(array: np.ndarray) -> Any:
-    """Of an array of `COUNT` or `REAL`, for C."""
     return array.ctypes.data_as(ctypes.POINTER(REAL if array.dtype == np.float64 else COUNT))
 
 
@@ -318,9 +287,7 @@ def pygfl(problem: TrendProblem, count: int) -> Call:
     This calls the C library: decomposing a graph into trails takes its Python files minutes. Parameters are the
     defaults of its Python files, and its own stop of ADMM never acts.
     """
-    place = importlib.util.find_spec("libgraphfl")
-    assert place is not None
-    assert place.origin is not None
+    place: Any = importlib.util.find_spec("libgraphfl")
     library = ctypes.CDLL(place.origin)
     y, n, weight = np.ascontiguousarray(problem.y), problem.y.size, REAL(problem.weight)
     if problem.order == 0:
@@ -367,33 +334,36 @@ def pyunlocbox(problem: TrendProblem, count: int) -> Call:
 
 # An interior point method gains about one digit with each step.
 FINE = powers(0, -9)
-OURS = (
-    *(sparseopt(method) for method in ("auto", "doge", "admm", "fast_admm", "interior")),
-    sparseopt("auto", "float32"),
-)
+OURS = (*map(sparseopt, ("auto", "doge", "admm", "fast_admm", "interior")), sparseopt("auto", "float32"))
 PEERS = (
     Solver(
         "fastprox", "fastprox", "fastprox", fastprox,
-        lambda problem: [None] if axes(problem) == 1 else powers(-4, -9, 2), fused, kinds=(False, True),
-    ),
-    Solver("proxTV kolmogorov", "prox-tv-sdist", "prox_tv", prox_tv, doubled(8, 2048), partial(on_axes, 2)),
-    Solver("proxTV hybridtautstring", "prox-tv-sdist", "prox_tv", prox_tv, [0], partial(on_axes, 1)),
-    Solver(
-        "scikit-image Chambolle", "scikit-image", "skimage", scikit_image, doubled(8, 16384),
-        lambda problem: axes(problem) > 0, kinds=(True,),
+        lambda problem: [None] if problem.axes == 1 else powers(-4, -9, 2), lambda problem: problem.order == 0,
     ),
     Solver(
-        "pyunlocbox", "pyunlocbox", "pyunlocbox", pyunlocbox, doubled(8, 4096), partial(on_axes, 2), kinds=(True,)
+        "proxTV kolmogorov", "prox-tv-sdist", "prox_tv", prox_tv, lambda _: doubled(8, 2048),
+        lambda problem: fused(problem) and problem.axes == 2,
     ),
-    Solver("cut pursuit", "pycut-pursuit", "pycut_pursuit", cut_pursuit, powers(-1, -6), fused),
     Solver(
-        "pygfl", "pygfl", "libgraphfl", pygfl,
-        lambda problem: doubled(5, 640) if problem.order else doubled(16, 8192),
+        "proxTV hybridtautstring", "prox-tv-sdist", "prox_tv", prox_tv, lambda _: [0],
+        lambda problem: fused(problem) and problem.axes == 1,
+    ),
+    Solver(
+        "scikit-image Chambolle", "scikit-image", "skimage", scikit_image, lambda _: doubled(8, 16384),
+        lambda problem: problem.isotropic,
+    ),
+    Solver(
+        "pyunlocbox", "pyunlocbox", "pyunlocbox", pyunlocbox, lambda _: doubled(8, 4096),
+        lambda problem: problem.isotropic and problem.axes == 2,
+    ),
+    Solver("cut pursuit", "pycut-pursuit", "pycut_pursuit", cut_pursuit, lambda _: powers(-1, -6), fused),
+    Solver(
+        "pygfl", "pygfl", "libgraphfl", pygfl, lambda problem: doubled(5, 640) if problem.order else doubled(16, 8192),
         # ΔΔᵀ must fit in memory.
-        lambda problem: problem.y.size <= 2_000_000,
+        lambda problem: problem.y.size <= 2_000_000 and not problem.isotropic,
     ),
-    Solver("PIQP", "piqp", "piqp", piqp, FINE, factored),
-    Solver("Clarabel", "clarabel", "clarabel", clarabel, FINE, factored),
-    Solver("OSQP", "osqp", "osqp", osqp, powers(-1, -7), factored),
+    Solver("PIQP", "piqp", "piqp", piqp, lambda _: FINE, factored),
+    Solver("Clarabel", "clarabel", "clarabel", clarabel, lambda _: FINE, factored),
+    Solver("OSQP", "osqp", "osqp", osqp, lambda _: powers(-1, -7), factored),
 )  # fmt: skip
 SOLVERS: dict[str, Solver] = {solver.name: solver for solver in (*OURS, *PEERS)}

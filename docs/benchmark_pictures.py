@@ -6,6 +6,7 @@ benchopt.svg: distance to the best objective over seconds in each suite of bench
 tokens.svg: perplexity and held-out error against the number of calibration tokens.
 frontier.svg: perplexity against seconds a token and against megabytes, for dense, smaller and pruned models.
 bits.svg: perplexity against megabytes, for models in few bits.
+selection.svg: error at the weight that each rule chooses, over that of the best weight.
 """
 
 from math import inf
@@ -33,6 +34,17 @@ TREATMENTS = {"dense": ("#000000", "*"), "shrunk": (BLUE, "s"), "pruned": (ORANG
 # Who quantised a model.
 MAKERS = {"dense": ("#000000", "*"), "llama.cpp": (ORANGE, "s"), "sparseopt": (BLUE, "o")}
 SOLVERS = {"sparseopt auto": (BLUE, "o"), "fastprox": (ORANGE, "s"), "PIQP": (GREEN, "^")}
+RULES = {
+    "sure": ("SURE", "#0072B2", "o"),
+    "gcv": ("GCV", "#E69F00", "s"),
+    "aic, corrected": ("AIC", "#56B4E9", "P"),  # uncorrected for counts and labels
+    "cv": ("cross-validation", "#009E73", "D"),
+    "cv, half a standard error": ("half a standard error", "#F0E442", "d"),
+    "cv, one standard error": ("one standard error", "#CC79A7", "v"),
+    "bic": ("BIC", "#D55E00", "^"),
+}
+SIGNALS = {"poisson": "counts", "logistic": "labels"}
+TOP = 3.5  # of the axis of `selection`
 # Filled markers show the first of these runtimes, hollow ones the second.
 FRONTIER_RUNTIMES = ("transformers float32", "llama.cpp Q8_0")
 
@@ -176,6 +188,44 @@ def bits(records: list[Record]) -> Any:
     return figure
 
 
+def selection(records: list[Record]) -> Any:
+    """Mean error at the weight of each rule over that at the best weight, with bars of two standard errors."""
+    records = select(records, "choice of the weight")
+    graphs = list(dict.fromkeys(record["graph"] for record in records))
+    figure, axes = plt.subplots(1, len(graphs), figsize=(11, 4.4), sharey=True, layout="constrained")
+    for axis, graph in zip(axes, graphs, strict=True):
+        shown = [record for record in records if record["graph"] == graph]
+        best = np.array([record["errors"]["oracle"] for record in shown])
+        least = best.mean(axis=1, keepdims=True)
+        for index, (rule, (label, colour, marker)) in enumerate(RULES.items()):
+            absent = [np.nan] * best.shape[1]  # cross-validation was not run everywhere
+            found = [record["errors"] for record in shown]
+            taken = np.array([each.get(rule, each.get(rule.partition(",")[0], absent)) for each in found])
+            ratio = taken.mean(axis=1, keepdims=True) / least
+            # Draws of the noise are paired, so the ratio's spread is that of the difference of the errors.
+            spread = ((taken - ratio * best) / least).std(axis=1, ddof=1) / np.sqrt(best.shape[1])
+            places = np.arange(len(shown)) + 0.12 * (index - 3)
+            for place, level in zip(places, ratio[:, 0], strict=True):
+                if level > TOP:  # said instead of drawn, one of two neighbours below the other
+                    high = TOP * (0.95, 0.7)[index % 2]
+                    axis.text(place, high, f"{label} {level:.0f}", color=colour, rotation=90, va="top", ha="center")
+            axis.errorbar(places, ratio[:, 0], 2 * spread, color=colour, marker=marker, linestyle="", label=label)
+        axis.axhline(1, color="0.2", linewidth=1)
+        axis.axhline(shown[0]["target"], color="0.2", linewidth=1, linestyle="--")
+        axis.set(title=f"{graph}, {shown[0]['nodes']:,} nodes", yscale="log")
+        kinds = [SIGNALS.get(record.get("loss"), record["signal"]) for record in shown]
+        ticks = [f"{kind}\n(order {record['order']})" for kind, record in zip(kinds, shown, strict=True)]
+        axis.set_xticks(range(len(shown)), ticks, fontsize=9)
+        axis.set_ylim(0.93, TOP)
+        axis.set_yticks([1, 1.1, 1.5, 2, 3], ["1", "1.1", "1.5", "2", "3"])
+        axis.minorticks_off()
+        axis.grid(axis="y", alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("error over the oracle's")
+    axes[0].legend(frameon=False, fontsize=9)
+    return figure
+
+
 def _pair(points: dict[Any, Any]) -> tuple[list[Any], list[Any]]:
     """Places and values of points, by place."""
     return sorted(points), [points[place] for place in sorted(points)]
@@ -211,6 +261,7 @@ def write_all(target: Path) -> None:
         "tokens": tokens(read("quality")),
         "frontier": frontier(read("runtime")),
         "bits": bits(read("bits")),
+        "selection": selection(read("trend_selection")),
     }
     for name, figure in pictures.items():
         figure.savefig(target / f"{name}.svg")

@@ -25,15 +25,11 @@ from tests import programs  # noqa: E402
 programs.set_up()  # examples are compiled as the tests are
 
 import benchmark_pictures  # noqa: E402
-import command_line  # noqa: E402
-import config_tasks  # noqa: E402
 import docstrings  # noqa: E402
 import records  # noqa: E402
-import solver_tables  # noqa: E402
+import tables  # noqa: E402
 
-from sparseopt.layers.methods import find_method, method_cost  # noqa: E402
 from sparseopt.models import FAMILIES  # noqa: E402
-from sparseopt.pruning import METHODS  # noqa: E402
 
 project = "sparseopt"
 author = "The sparseopt developers"
@@ -135,28 +131,13 @@ def examples_page() -> str:
     return "\n".join(made)
 
 
-def methods_table() -> str:
-    """The pruning methods by name, from their registry."""
-    rows = [
-        f"| `{name}` | {method.summary} | {', '.join(f'`{preset}`' for preset in method.presets)} |"
-        for name, method in METHODS.items()
-    ]
-    return "| method | what it does | presets |\n|---|---|---|\n" + "\n".join(rows) + "\n"
-
-
-def workspace(label: str, outputs: int, inputs: int) -> float:
-    """The bytes that `sparseopt inspect` expects of a layer solve by "METHOD PRESET"."""
-    name, _, preset = label.partition(" ")
-    return method_cost(find_method(name, preset or None)).workspace.nbytes(outputs, inputs)
-
-
 def summary(family: str) -> str:
     """The first sentence of a family's file."""
     module = importlib.import_module(FAMILIES[family].read_config.__module__)
     return (module.__doc__ or "").partition("\n")[0].removesuffix(".")
 
 
-records.EXPRESSIONS.globals |= {"workspace": workspace, "summary": summary, "place": list(FAMILIES).index}
+records.EXPRESSIONS.globals |= {"summary": summary, "place": list(FAMILIES).index}
 
 
 def generate(app: Sphinx) -> None:
@@ -164,10 +145,8 @@ def generate(app: Sphinx) -> None:
     folder = HERE / "_generated"
     folder.mkdir(exist_ok=True)
     benchmark_pictures.write_all(folder)
-    (folder / "tasks.md").write_text(config_tasks.page(), encoding="utf-8")
-    (folder / "methods.md").write_text(methods_table(), encoding="utf-8")
-    (folder / "command-line.md").write_text(command_line.page(), encoding="utf-8")
-    (folder / "solvers.md").write_text(solver_tables.page(), encoding="utf-8")
+    for name in ("tasks", "methods", "command-line", "solvers"):
+        (folder / f"{name}.md").write_text(getattr(tables, name.replace("-", "_"))(), encoding="utf-8")
     (folder / "examples.rst").unlink(missing_ok=True)
     if app.builder.name == "doctest":
         (folder / "examples.rst").write_text(examples_page(), encoding="utf-8")

@@ -2,8 +2,6 @@
 
 `code`                         -> literal, or a link where it is a public name
 an indented block              -> literal block
-lines with aligned columns     -> literal block
-a Markdown table               -> a list table
 stray |, * and name_           -> escaped
 """
 
@@ -13,7 +11,7 @@ import inspect
 import itertools
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -22,14 +20,13 @@ from sphinx.util.inspect import signature as signature_of
 from sphinx.util.inspect import stringify_signature
 
 SECTIONS = re.compile(r"(Args|Attributes|Returns|Raises|Yields|Example|Examples|Note):$")
-CODE = re.compile(r"`+([^`]+)`+")
+# Code in backticks, or a character that would be markup.
+MARKUP = re.compile(r"`+([^`]+)`+|[|*]|(?<=\w)_(?!\w)")
 # A sentence of one letter would be the marker of a list.
 LETTER = re.compile(r"(^\s*|: )([A-Za-z])\.(?=\s|$)")
-STRAY = re.compile(r"([|*])|(?<=\w)_(?!\w)")
 # Arrays in a signature, and the names that their own documentation gives them.
 ARRAY = re.compile(r"(?<![\w.])(?:jaxlib\._jax\.)?(Array|ndarray)\b")
 ARRAYS = {"Array": "~jax.Array", "ndarray": "~numpy.ndarray"}
-LITERAL = (".. code-block:: text", "")
 # Where public names are, in this order of precedence for a name that several hand out.
 PUBLIC = ("sparseopt", "core", "trend", "models", "pruning", "scalar")
 # Whose methods need no docstring of their own.
@@ -116,21 +113,17 @@ def convert(lines: list[str], known: Mapping[str, str] = {}) -> list[str]:
     out: list[str] = []
     section, index = False, 0
     while index < len(lines):
-        line, paragraph = lines[index], _until(lines, index, lambda row: bool(row.strip()))
+        line = lines[index]
         starts = index == 0 or not lines[index - 1].strip()
         if line and not line[0].isspace():
             section = bool(SECTIONS.fullmatch(line))
         if ">>>" in line or (section and line.lstrip().startswith("...")):
-            taken = made = paragraph
-        elif starts and line.startswith("|") and len(paragraph) > 2:
-            taken, made = paragraph, _table(paragraph, known)
+            taken = made = list(itertools.takewhile(str.strip, lines[index:]))
         elif starts and line.startswith("    ") and line.strip() and not section:
-            taken = _until(lines, index, lambda row: not row.strip() or row.startswith("    "))
+            taken = list(itertools.takewhile(lambda row: not row.strip() or row.startswith("    "), lines[index:]))
             while not taken[-1].strip():
                 taken.pop()
-            made = [*LITERAL, *taken, ""]
-        elif starts and not section and _aligned(paragraph):
-            taken, made = paragraph, [*LITERAL, *(f"    {row}" for row in paragraph), ""]
+            made = [".. code-block:: text", "", *taken, ""]
         else:
             taken, made = [line], [inline(line, known) if line.strip() else line]
         out += made
@@ -138,46 +131,19 @@ def convert(lines: list[str], known: Mapping[str, str] = {}) -> list[str]:
     return out
 
 
-def _until(lines: list[str], start: int, holds: Callable[[str], bool]) -> list[str]:
-    """The lines from one on, as long as something holds."""
-    return list(itertools.takewhile(holds, lines[start:]))
-
-
-def _aligned(paragraph: list[str]) -> bool:
-    return len(paragraph) > 1 and all(re.search(r"\S {3,}\S", row) for row in paragraph)
-
-
-def _table(rows: list[str], known: Mapping[str, str]) -> list[str]:
-    cells = [[cell.strip() for cell in row.strip().strip("|").split("|")] for row in rows]
-    out = [".. list-table::", "   :header-rows: 1", ""]
-    for row in [cells[0], *cells[2:]]:
-        for place, cell in enumerate(row):
-            out.append(f"   {'* -' if place == 0 else '  -'} {inline(cell, known)}")
-    return [*out, ""]
-
-
 def inline(text: str, known: Mapping[str, str]) -> str:
     """One line: code in backticks becomes a literal or a link, other markup characters are escaped."""
-    out: list[str] = []
-    last = 0
-    text = LETTER.sub(r"\1`\2`.", text)
-    for match in CODE.finditer(text):
-        out.append(_escaped(text[last : match.start()]))
-        before = text[match.start() - 1 : match.start()]
-        after = text[match.end() : match.end() + 1]
-        out.append(("\\ " if before.isalnum() else "") + _code(match[1], known) + ("\\ " if after.isalnum() else ""))
-        last = match.end()
-    out.append(_escaped(text[last:]))
-    return "".join(out)
 
+    def marked(match: re.Match[str]) -> str:
+        code, line = match[1], match.string
+        if code is None:
+            return "\\" + match[0]
+        path = known.get(re.sub(r"^(so|sparseopt)\.", "", code))
+        made = f":py:obj:`{code} <{path}>`" if path else f"``{code}``"
+        before, after = line[: match.start()][-1:].isalnum(), line[match.end() :][:1].isalnum()
+        return "\\ " * before + made + "\\ " * after
 
-def _code(code: str, known: Mapping[str, str]) -> str:
-    path = known.get(re.sub(r"^(so|sparseopt)\.", "", code))
-    return f":py:obj:`{code} <{path}>`" if path else f"``{code}``"
-
-
-def _escaped(text: str) -> str:
-    return STRAY.sub(lambda match: "\\" + match[0], text)
+    return MARKUP.sub(marked, LETTER.sub(r"\1`\2`.", text))
 
 
 def signature(

@@ -30,7 +30,7 @@ import numpy as np
 import sparseopt as so
 from sparseopt.experiments import plots
 from sparseopt.models import bundled_model, encode_text, generate, load_decoder, load_tokenizer, open_model
-from sparseopt.pruning import Recipe, audit_sparsity, load_text, perplexity, prune_layer, prune_models, token_windows
+from sparseopt.pruning import Recipe, audit_sparsity, load_text, perplexity, prune_layer, prune_model, token_windows
 
 _ = so.keep_programs()  # on disk, since compilation takes most of the time of a first run
 named = os.environ.get("SPARSEOPT_MODEL")
@@ -140,14 +140,13 @@ _ = axis.set_title(f"block {middle}, {name}")
 # `Recipe()` prunes to 50 % with the default effort, `good`: method `best`, with weights for the output errors, and a
 # correction of the error of earlier blocks. Here the calibration text is the Python language reference, and, to be
 # quick, 8 windows of it instead of the default 16; without `calibration` the model would write its own text.
-# `prune_models` makes several models in one pass, so that Wanda, for comparison, reads the same windows.
+# Wanda, for comparison, reads the same windows.
 
 # %%
 temporary = tempfile.TemporaryDirectory(prefix="sparseopt-notebook-")
 text = {"calibration": "pydoc", "windows": 8}
 recipes = {"default": Recipe(**text), "Wanda": Recipe(method="wanda", **text)}
-plans = [(recipe, Path(temporary.name) / label) for label, recipe in recipes.items()]
-reports = dict(zip(recipes, prune_models(path, plans), strict=True))
+reports = {label: prune_model(path, Path(temporary.name) / label, recipe) for label, recipe in recipes.items()}
 for label, report in reports.items():
     print(f"{label}: {report.seconds:.0f} s in all, of which {report.solver_seconds:.0f} s in the layer solver")
     assert all(audit.zeros == audit.size // 2 for audit in audit_sparsity(report.output))

@@ -32,7 +32,7 @@ from sparseopt.experiments import plots
 from sparseopt.layers.bits import multiples_of, parse_bits
 from sparseopt.models import bundled_model, encode_text, generate, load_decoder, load_tokenizer, open_model
 from sparseopt.models.files.gguf.header import read_header
-from sparseopt.pruning import Recipe, ShrinkRecipe, load_text, perplexity, prune_layer, prune_models, token_windows
+from sparseopt.pruning import Recipe, ShrinkRecipe, load_text, perplexity, prune_layer, prune_model, token_windows
 from sparseopt.pruning.base.activations import make_batches
 from sparseopt.pruning.base.grams import BlockRunner
 
@@ -112,7 +112,7 @@ recipes = {
     "fewer blocks": ShrinkRecipe(effort="fast", layers=0.93 if not named else 0.67, **text),
 }
 outputs = {label: folder / f"{label.replace(' ', '-').replace(',', '')}.gguf" for label in recipes}
-reports = prune_models(path, [(recipe, outputs[label]) for label, recipe in recipes.items()])
+reports = [prune_model(path, outputs[label], recipe) for label, recipe in recipes.items()]
 for label, report in zip(recipes, reports, strict=True):
     kinds = sorted({tensor.kind.name for tensor in read_header(report.output).tensors.values()})
     print(f"{label:22s} {report.output.stat().st_size / 1e6:8.1f} MB, types {', '.join(kinds)}")

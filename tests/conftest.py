@@ -50,6 +50,12 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(f"{spent:7.1f} s  {file}")
 
 
+@pytest.fixture(autouse=True)
+def _dense_models_are_measured_again():
+    if measured := sys.modules.get("sparseopt.pruning.run.measured"):
+        measured.forget()
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(20251125)

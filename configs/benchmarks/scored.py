@@ -5,9 +5,7 @@ A `title` may name what the sweep varies, as in `{method}`, and `{setting}`, the
 
 import math
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax._src.lax.lax import _dot_general_lower
+from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import mlir
 from pydantic import Field
 
@@ -26,7 +24,7 @@ from sparseopt.experiments.tasks.model import MODEL, model_path
 from sparseopt.experiments.tasks.prune import Prune
 from sparseopt.experiments.tasks.shrink import Shrink
 from sparseopt.models import PrunableModel, ShardedWriter, Source, StreamedModel, open_source, unread
-from sparseopt.pruning import PruneReport, Recipe, masks, perplexity, prune_models
+from sparseopt.pruning import PruneReport, Recipe, masks, perplexity, prune_model
 from sparseopt.pruning.text.windows import begin_windows, text_windows
 
 # The bits of a significand without its first, which is always 1; 0 where nothing is rounded.
@@ -55,32 +53,18 @@ def scores(task: Any, model: PrunableModel, report: PruneReport | None) -> Recor
     """The further scores of a model; the dense one has no report, and is written for transformers."""
     found: Record = {}
     texts = {"": task.evaluation} | ({"_elsewhere": task.elsewhere} if task.elsewhere else {})
-    with written(model.source, report) if task.transformers else no_folder() as folder:
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "dense" if report is None else report.output
+        if task.transformers and report is None:
+            write_dense(model.source, folder)
         for name, text in texts.items():
             windows, length = task.evaluation_windows, task.evaluation_seqlen
             ids, bos = text_windows(model.source, text, "evaluation", windows, length, bos=task.bos)
             if name:
                 found[f"perplexity{name}"] = perplexity(model, ids, bos=bos)
-            if folder is not None:
+            if task.transformers:
                 found[f"transformers_perplexity{name}"] = transformers_perplexity(folder, ids, bos)
     return found
-
-
-@contextmanager
-def no_folder() -> Iterator[None]:
-    """In place of `written`."""
-    yield None
-
-
-@contextmanager
-def written(source: Source, report: PruneReport | None) -> Iterator[Path]:
-    """The folder of a model."""
-    if report is not None:
-        yield report.output
-        return
-    with tempfile.TemporaryDirectory() as place:
-        write_dense(source, Path(place) / "dense")
-        yield Path(place) / "dense"
 
 
 def write_dense(source: Source, folder: Path) -> None:
@@ -140,9 +124,6 @@ class NestedPrune(ScoredPrune):
     def line(self) -> Record:
         return {"calibration_tokens": (self.windows or 0) * self.seqlen}
 
-    def shares(self) -> None:
-        """Nothing: each has its own tokens."""
-
     def run_unit(self, key: str, folder: Path, observer: Observer) -> Record:
         source, held = model_path(self.source), self.heldout_windows
         drawn = text_windows(
@@ -151,7 +132,7 @@ class NestedPrune(ScoredPrune):
         heldout, others = np.split(begin_windows(*drawn), [held])
         ids = np.concatenate([others[: self.windows], heldout])
         recipe = Recipe(**self.recipe_values() | {"calibration": ids})
-        (report,) = prune_models(source, [(recipe, folder / MODEL)])
+        report = prune_model(source, folder / MODEL, recipe)
         return self._score(report, key, folder, observer)
 
 
@@ -173,9 +154,6 @@ class RoundedPrune(ScoredPrune):
     def line(self) -> Record:
         return {"rounding": self.rounding, "products": self.products}
 
-    def shares(self) -> None:
-        """Nothing: each has its own products."""
-
     def run_unit(self, key: str, folder: Path, observer: Observer) -> Record:
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
             given = model_path(self.source), self.recipe(), folder / MODEL, self.rounding, self.products
@@ -189,6 +167,7 @@ def made_rounded(source: Path, recipe: Recipe, output: Path, rounding: str, prod
     """Prune, for a process of its own: its programs stay rounded."""
     bits, everywhere = ROUNDINGS[rounding], products == "all products"
     half = mlir.lower_fun(lambda x: jax.lax.reduce_precision(x, 8, bits), multiple_results=False)
+    kinds = "lhs_batching", "rhs_batching", "lhs_contracting", "rhs_contracting"
 
     def lower(context: mlir.LoweringRuleContext, left: Any, right: Any, **params: Any) -> Any:
         if bits and (everywhere or params["precision"] != (HIGHEST, HIGHEST)):
@@ -196,11 +175,15 @@ def made_rounded(source: Path, recipe: Recipe, output: Path, rounding: str, prod
                 half(context.replace(avals_in=[aval], avals_out=[aval]), value)[0]
                 for value, aval in zip((left, right), context.avals_in, strict=True)
             )
-        return _dot_general_lower(context, left, right, platform="cpu", **params)
+        (over_left, over_right), (of_left, of_right) = params["dimension_numbers"]
+        axes = zip(kinds, (of_left, of_right, over_left, over_right), strict=True)
+        given: dict[str, Any] = {f"{kind}_dimensions": list(where) for kind, where in axes}
+        numbers = stablehlo.DotDimensionNumbers.get(**given)
+        made = mlir.aval_to_ir_type(context.module_context, context.avals_out[0])
+        return stablehlo.dot_general(made, left, right, numbers).owner.results
 
     mlir.register_lowering(jax.lax.dot_general_p, lower, platform="cpu")
-    (report,) = prune_models(source, [(recipe, output)])
-    return report
+    return prune_model(source, output, recipe)
 
 
 def lost_share(kept: Path, other: Path) -> float:

@@ -29,23 +29,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+import sparseopt as so
 from sparseopt.core.base.sums import total
-from sparseopt.core.base.types import precision, pytree, static
-from sparseopt.core.losses.data import LeastSquares
+from sparseopt.core.base.types import precision
 from sparseopt.core.operators.differences import Difference
 from sparseopt.core.operators.maps import Identity, Split, standard_split
 from sparseopt.core.operators.normal_solves import Diagonal
-from sparseopt.core.penalties.entries import L1
-from sparseopt.core.problem.problem import Measure, Problem, Solution, Start
-from sparseopt.core.solve import solve
+from sparseopt.core.problem.problem import Measure, Start
 from sparseopt.core.solvers.admm import Admm, AdmmState, Moving
 from sparseopt.core.solvers.doge import doge_split
-from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.base.ground import leaves_as
 from sparseopt.trend.base.job import Job
 from sparseopt.trend.base.layout import layout_of
 from sparseopt.trend.base.signal import Signal
-from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.methods.admm_plan import node_solve
 from sparseopt.trend.methods.choice import METHODS
 from sparseopt.trend.methods.doge_plan import split_of
@@ -71,16 +67,11 @@ def method_label(method: str, settings: str) -> str:
     return METHOD_NAMES[method] + (", published settings" if settings == "published" else "")
 
 
-@pytree
+@so.pytree
 class LastDifference:
     """`weight ||E z||_1`, whose proximal step `NestedAdmm` takes; its dual ball is `{Eᵀu : |u| <= weight}`.
 
     The dual point of a step is `Eᵀu` of the potential u, which lies in the ball however accurate the inner solve was.
-
-    Attributes:
-        weight: of the penalty.
-        last: E.
-        potential: u.
     """
 
     weight: Any
@@ -91,7 +82,6 @@ class LastDifference:
         return self.weight * total(jnp.abs(self.last.mv(x)))
 
     def prox(self, x: Array, step: Any) -> Array:
-        """Eᵀu is all that the ADMM needs of a norm."""
         raise NotImplementedError("NestedAdmm takes the proximal step")
 
     def project_dual(self, dual: Array) -> Array:
@@ -116,36 +106,31 @@ class Nested(NamedTuple):
     steps: Any
 
 
-@pytree
+@so.pytree
 class NestedAdmm(Admm):
     """ADMM with an optimisation inside each penalty step: `argmin_z 1/2 ||z - v||² + (weight / rho) ||E z||_1`.
 
-    The inner solve runs Doge-ADMM to a relative duality gap and starts from the last answer. Its dual u gives
-    `z = v - Eᵀu`, so Moreau's identity holds exactly in the outer iteration. The penalty is a `LastDifference`.
-
-    Attributes:
-        split: of E, for the inner solve.
-        inner_tol: relative duality gap of an inner solve.
-        inner_limit: most steps of one inner solve.
+    The inner solve runs Doge-ADMM on the split of E, to a relative duality gap, from the last answer. Its dual
+    u gives `z = v - Eᵀu`, so Moreau's identity holds exactly in the outer iteration. The penalty is a `LastDifference`.
     """
 
     split: Split = dataclasses.field(kw_only=True)
     inner_tol: Any = dataclasses.field(kw_only=True)
-    inner_limit: int = static(default=2000)
+    inner_limit: int = so.static(default=2000)
 
-    def init(self, problem: Problem, start: Any) -> AdmmState:
+    def init(self, problem: so.Problem, start: Any) -> AdmmState:
         z = problem.operator.inner.mv(start.x)
         nested = Nested(jnp.zeros_like(z), z, jnp.zeros_like(self.split.mv(z)), None, jnp.zeros((), jnp.int32))
         state = super().init(_with_potential(problem, nested), start)
         rows = state.rows._replace(memory=nested._replace(rho=state.rho))
         return dataclasses.replace(state, now=state.now._replace(blocks=(rows,)))
 
-    def _advance(self, problem: Problem, now: Moving) -> Moving:
+    def _advance(self, problem: so.Problem, now: Moving) -> Moving:
         (rows,) = now.blocks
         nested, rho, level = rows.memory, rows.rho, problem.penalty.weight / rows.rho
         v = now.inner(rows) + (rows.dual - nested.memory) / rho
-        found = solve(
-            Problem(LeastSquares(None, v), L1(level), self.split),
+        found = so.solve(
+            so.Problem(so.LeastSquares(None, v), so.L1(level), self.split),
             Admm(Diagonal(), nested.rho, self.relaxation, CADENCE),
             Start(nested.guess, jnp.clip(nested.potential / rho, -level, level), nested.rho),
             tol=self.inner_tol,
@@ -158,12 +143,12 @@ class NestedAdmm(Admm):
         (rows,) = after.blocks
         return after._replace(blocks=(rows._replace(memory=nested._replace(memory=rows.memory)),))
 
-    def _certify(self, problem: Problem, state: AdmmState) -> tuple[AdmmState, tuple[Array, Array, Array, Array]]:
+    def _certify(self, problem: so.Problem, state: AdmmState) -> tuple[AdmmState, tuple[Array, Array, Array, Array]]:
         # At the start the problem has its potential, and the state no inner solve yet.
         return super()._certify(_with_potential(problem, state.rows.memory), state)
 
 
-def _with_potential(problem: Problem, nested: Any) -> Problem:
+def _with_potential(problem: so.Problem, nested: Any) -> so.Problem:
     if not isinstance(nested, Nested):
         return problem
     return dataclasses.replace(problem, penalty=dataclasses.replace(problem.penalty, potential=nested.potential))
@@ -176,20 +161,20 @@ class ChangeState(NamedTuple):
     before: Any
 
 
-@pytree
+@so.pytree
 class UntilChange:
     """Any solver, stopped once `||b_new - b_old|| / ||b_old||` is small: cheap to see, and no bound on anything."""
 
     solver: Any
 
-    def init(self, problem: Problem, start: Any) -> ChangeState:
+    def init(self, problem: so.Problem, start: Any) -> ChangeState:
         state = self.solver.init(problem, start)
         return ChangeState(state, self.solver.extract(problem, state))
 
-    def step(self, problem: Problem, state: ChangeState) -> ChangeState:
+    def step(self, problem: so.Problem, state: ChangeState) -> ChangeState:
         return ChangeState(self.solver.step(problem, state.state), self.solver.extract(problem, state.state))
 
-    def measure(self, problem: Problem, state: ChangeState) -> Measure:
+    def measure(self, problem: so.Problem, state: ChangeState) -> Measure:
         """The solver's measure with the change for a residual."""
         now = self.solver.measure(problem, state.state)
         moved = self.solver.extract(problem, state.state) - state.before
@@ -197,14 +182,14 @@ class UntilChange:
         change = jnp.sqrt(total(moved * moved) / jnp.maximum(total(state.before * state.before), tiny))
         return now._replace(residual=change, stalled=False)
 
-    def extract(self, problem: Problem, state: ChangeState) -> Array:
+    def extract(self, problem: so.Problem, state: ChangeState) -> Array:
         return self.solver.extract(problem, state.state)
 
 
 class Assembled(NamedTuple):
     """What `solve` takes, and the name of the algorithm in it."""
 
-    problem: Problem
+    problem: so.Problem
     solver: Any
     start: Start
     algorithm: str
@@ -219,7 +204,7 @@ def algorithm_of(method: str, order: int) -> str:
 
 def assemble(
     y: np.ndarray,
-    graph: Graph,
+    graph: so.Graph,
     penalty: Any,
     order: int,
     method: Method,
@@ -249,7 +234,7 @@ def assemble(
         return dataclasses.replace(made, cadence=cadence, changes=9 if tuned else 0, acceleration=0)
 
     centre, _ = job.arrays
-    if algorithm == "fast_admm" and not isinstance(penalty, L1):
+    if algorithm == "fast_admm" and not isinstance(penalty, so.L1):
         raise ValueError(f'method="{method}" at order {order} solves the L1 penalty, given {penalty}')
     if algorithm == "fast_admm" and METHODS[algorithm].refuses(job):
         split, last, solve_nodes = graph.cache(("nested", order), lambda: _prepare_nested(job))
@@ -261,7 +246,7 @@ def assemble(
         if algorithm == "doge" and not tuned:
             split = graph.cache(("published", order), lambda: _copies_everywhere(job))
     start = Start(centre, jnp.zeros(split.row_shape(centre), DOUBLE))
-    return Assembled(Problem(LeastSquares(None, centre), penalty, split), solver, start, algorithm)
+    return Assembled(so.Problem(so.LeastSquares(None, centre), penalty, split), solver, start, algorithm)
 
 
 def _copies_everywhere(job: Job) -> Split:
@@ -283,7 +268,7 @@ def _prepare_nested(job: Job) -> tuple[Split, Split, Any]:
 
 def fit(
     y: np.ndarray,
-    graph: Graph,
+    graph: so.Graph,
     penalty: Any,
     order: int,
     method: Method,
@@ -293,7 +278,7 @@ def fit(
     tol: float = 1e-4,
     max_steps: int = 20_000,
     inner_tol: float | None = None,
-) -> Solution:
+) -> so.Solution:
     """The fit of any method; `trend_filter` itself where it has the method, its settings and its stopping rule.
 
     `stop` is "gap" for the relative duality gap, checked at every fifth step, or "change" for the relative change of
@@ -305,12 +290,12 @@ def fit(
     """
     algorithm = algorithm_of(method, order)
     if settings == "tuned" and stop == "gap" and algorithm != "fast_admm":
-        return trend_filter(y, graph, penalty, order, algorithm, tol=tol, max_steps=max_steps)
+        return so.trend_filter(y, graph, penalty, order, algorithm, tol=tol, max_steps=max_steps)
     if np.size(y) != graph.num_nodes:
         raise ValueError(f"a baseline takes one channel, given shape {np.shape(y)} on {graph.num_nodes} nodes")
     inner = tol / 10 if inner_tol is None else inner_tol
     with precision(DOUBLE):
         made = assemble(y, graph, penalty, order, method, settings, CADENCE if stop == "gap" else 1, inner)
         solver = made.solver if stop == "gap" else UntilChange(made.solver)
-        found = solve(made.problem, solver, made.start, tol=jnp.asarray(tol, jnp.float64), max_steps=max_steps)
+        found = so.solve(made.problem, solver, made.start, tol=jnp.asarray(tol, jnp.float64), max_steps=max_steps)
         return jax.device_get(found)

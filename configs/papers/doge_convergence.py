@@ -18,15 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from pydantic import Field
 
+import sparseopt as so
 from doge_baselines import CADENCE, DOUBLE, Method, NestedAdmm, Settings, assemble, method_label
 from sparseopt.core.base.types import Observer, precision
 from sparseopt.core.penalties.protocols import Norm
-from sparseopt.core.problem.problem import Problem
-from sparseopt.core.solve import solve
 from sparseopt.experiments import plots
 from sparseopt.experiments.task import FinishedRun, Record, Strict, grouped
 from sparseopt.experiments.tasks.denoise import PictureTask
-from sparseopt.trend.filter import trend_filter
 
 OPTIMUM_GAP = 1e-9
 LEVELS = ("1e-2", "1e-3", "1e-4", "1e-6")
@@ -84,7 +82,7 @@ class Convergence(PictureTask):
         graph, penalty = self.grid(), self.penalty.build()
         inner_tol = self.tol / 10 if self.inner_tol is None else self.inner_tol
         observer("the optimum", 0, 0)
-        best = trend_filter(noisy, graph, penalty, self.order, tol=OPTIMUM_GAP, max_steps=100_000).check()
+        best = so.trend_filter(noisy, graph, penalty, self.order, tol=OPTIMUM_GAP, max_steps=100_000).check()
         optimum = float(best.objective)
 
         def parts(cadence: int) -> Any:
@@ -94,7 +92,7 @@ class Convergence(PictureTask):
             observer(f"{contender.label}, step by step", 0, 0)
             made = parts(1)
             first = float(made.solver.measure(made.problem, _start(made.problem, made.solver, made.start)).objective)
-            found = solve(
+            found = so.solve(
                 made.problem, made.solver, made.start, tol=jnp.asarray(self.tol), max_steps=self.max_steps, history=True
             )
             steps = int(found.steps)
@@ -112,17 +110,10 @@ class Convergence(PictureTask):
             loss=loss, objective=objective, gap=gap, optimum=optimum, look_steps=looks, look_seconds=seconds,
         )  # fmt: skip
         record: Record = {
-            "method": contender.method,
-            "settings": contender.settings,
-            "label": contender.label,
-            "algorithm": made.algorithm,
-            "optimum": optimum,
-            "steps": steps,
-            "seconds": float(seconds[-1]),
-            "seconds_per_step": float(seconds[-1] / looks[-1]),
-            "loss": float(loss[-1]),
-            "gap": float(gap[-1]),
-        }
+            "method": contender.method, "settings": contender.settings, "label": contender.label,
+            "algorithm": made.algorithm, "optimum": optimum, "steps": steps, "seconds": float(seconds[-1]),
+            "seconds_per_step": float(seconds[-1] / looks[-1]), "loss": float(loss[-1]), "gap": float(gap[-1]),
+        }  # fmt: skip
         for level in LEVELS:
             reached = np.flatnonzero(loss <= float(level))
             looked = np.flatnonzero(loss[looks] <= float(level))
@@ -146,12 +137,12 @@ def look_steps(steps: int, apart: int) -> np.ndarray:
 
 
 @jax.jit
-def _start(problem: Problem, solver: Any, start: Any) -> Any:
+def _start(problem: so.Problem, solver: Any, start: Any) -> Any:
     return solver.init(problem, start)
 
 
 @jax.jit
-def _advance(problem: Problem, solver: Any, state: Any, count: Any) -> Any:
+def _advance(problem: so.Problem, solver: Any, state: Any, count: Any) -> Any:
     """`count` iterations: as many whole steps as fit, then single ones."""
     state = jax.lax.fori_loop(0, count // solver.stride, lambda _, s: solver.step(problem, s), state)
     single = dataclasses.replace(solver, cadence=1)

@@ -10,11 +10,11 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field, field_validator
 
+import sparseopt as so
 from sparseopt.core.base.types import Observer
 from sparseopt.core.operators.row_tables import check_groups
 from sparseopt.experiments import plots
 from sparseopt.experiments.task import FinishedRun, Record, Task
-from sparseopt.trend.base.graph import Graph
 
 LARGEST_DRAWN = 400
 PAD = 0.22  # of a patch around its nodes, in grid steps; patches of a group are at least 0.7 apart
@@ -53,20 +53,17 @@ class Groups(Task):
         del folder
         block = self.blocks[self.units().index(key)]
         observer(f"B = {block}", 0, 0)
-        graph = Graph.grid(self.shape)
+        graph = so.Graph.grid(self.shape)
         matrix, labels = graph.matrix(block), graph.groups(block)
         sizes = np.bincount(labels)
         owner = np.repeat(labels.astype(np.int64), np.diff(matrix.indptr))
         touched = np.unique(owner * matrix.shape[1] + matrix.indices)
         return {
-            "block": block,
-            "groups": check_groups(matrix, labels),
-            "rows": matrix.shape[0],
-            "smallest_group": int(np.min(sizes)),
-            "largest_group": int(np.max(sizes)),
+            "block": block, "groups": check_groups(matrix, labels), "rows": matrix.shape[0],
+            "smallest_group": int(np.min(sizes)), "largest_group": int(np.max(sizes)),
             "disjoint": touched.size == matrix.nnz,
             "complete": int(sizes.sum()) == matrix.shape[0] and bool((labels >= 0).all()),
-        }
+        }  # fmt: skip
 
     @classmethod
     def draw(cls, runs: Sequence[FinishedRun]) -> dict[str, Any]:
@@ -79,38 +76,26 @@ class Groups(Task):
             for record in run.records:
                 stem = f"groups-{size}-B{record['block']}"
                 if stem not in pictures:
-                    columns = 8 if record["groups"] > 8 else None
-                    pictures[stem] = plot_groups(run.task.shape, record["block"], columns=columns)
+                    pictures[stem] = plot_groups(run.task.shape, record["block"])
         return pictures
 
 
-def plot_groups(shape: Sequence[int], block: int, axis: Any = None, *, columns: int | None = None) -> np.ndarray:
+def plot_groups(shape: Sequence[int], block: int) -> np.ndarray:
     """The rows of a grid's difference operator in groups that share no node, one panel per group.
 
-    The rows of a group are treated in parallel. `block` counts the difference factors that are treated row by
-    row: rows of D are edges, rows of L stars, rows of D L two joined stars. On a large two-dimensional grid they form
-    4, 5 and 16 groups.
-
-    Args:
-        shape: of the grid: 1 or 2 axes, at most some 400 nodes.
-        block: 1, 2 or 3.
-        axis: as many axes as there are groups.
-        columns: panels side by side in a new figure; None chooses.
-
-    Source: Bu, Wu, Zuo, "Doge-ADMM: A Highly Scalable Parallel Algorithm for Trend Filtering on Graphs", figures
-    2 to 4.
+    Rows of D are edges, rows of L stars, rows of D L two joined stars. On a large two-dimensional grid they form 4, 5
+    and 16 groups.
     """
-    graph = Graph.grid(shape)
+    graph = so.Graph.grid(shape)
     height, width = (1, *shape) if len(shape) == 1 else shape
     places = np.stack(np.divmod(np.arange(graph.num_nodes), width)[::-1], axis=1).astype(float)
     matrix, labels = graph.matrix(block), graph.groups(block)
     members = [np.flatnonzero(labels == group) for group in np.unique(labels)]
-    columns = columns or min(len(members), 5 if block == 2 else 4)
+    columns = 8 if len(members) > 8 else min(len(members), 5 if block == 2 else 4)
     rows = -(-len(members) // columns)
     side = 2.2 / max(height, width)
-    panels = plots.style.axes_or_new(
-        axis, len(members), columns, (columns * max(side * width, 1.3), rows * (max(side * height, 0.3) + 0.35) + 0.1)
-    )
+    size = (columns * max(side * width, 1.3), rows * (max(side * height, 0.3) + 0.35) + 0.1)
+    panels = plots.style.axes_or_new(None, len(members), columns, size)
     for number, (panel, group) in enumerate(zip(panels, members, strict=True), start=1):
         touched = [matrix.indices[matrix.indptr[row] : matrix.indptr[row + 1]] for row in group]
         _draw_group(panel, graph, places, touched, block)
@@ -118,7 +103,7 @@ def plot_groups(shape: Sequence[int], block: int, axis: Any = None, *, columns: 
     return panels
 
 
-def _draw_group(axis: Any, graph: Graph, places: np.ndarray, touched: list[np.ndarray], block: int) -> None:
+def _draw_group(axis: Any, graph: so.Graph, places: np.ndarray, touched: list[np.ndarray], block: int) -> None:
     from matplotlib.collections import LineCollection, PolyCollection
 
     axis.add_collection(LineCollection(list(places[graph.edges]), colors="#cccccc", linewidths=0.8, zorder=1))

@@ -4,45 +4,20 @@ Source of the comparison: Bu, Wu, Zuo, "Doge-ADMM", section 3.1.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import jax
 import numpy as np
 from pydantic import Field
 
+import sparseopt as so
 from doge_baselines import METHOD_NAMES, Method, Settings, Stop, algorithm_of, fit, method_label
 from sparseopt.core.base.types import Observer
-from sparseopt.core.problem.problem import Solution
 from sparseopt.experiments import plots
 from sparseopt.experiments.task import FinishedRun, Record, grouped
 from sparseopt.experiments.tasks.denoise import NoisyPicture
-from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.methods.doge_plan import CADENCE
-
-
-def timed_fit(fit: Callable[[int], Solution], max_steps: int, passes: int = 1) -> tuple[Solution, Record]:
-    """A fit, and a record of how long it took.
-
-    `fit` accepts a step limit. It is called once with few steps, to compile, then `passes` times; the fastest counts.
-    """
-
-    def run(limit: int) -> tuple[Solution, float, float]:
-        start, busy = time.perf_counter(), time.process_time()
-        found = jax.block_until_ready(fit(limit))
-        return found, time.perf_counter() - start, time.process_time() - busy
-
-    # With fewer steps than Doge-ADMM, and so any method, does between two checks, it would be another program.
-    _, compile_seconds, _ = run(min(max_steps, CADENCE))
-    runs = [run(max_steps) for _ in range(passes)]
-    found, seconds = runs[0][0], min(wall for _, wall, _ in runs)
-    return found, {
-        "seconds": seconds,
-        # Processor time, which excludes what a busy machine adds to wall time.
-        "cpu_seconds": min(cpu for _, _, cpu in runs),
-        "compile_seconds": compile_seconds,
-        "steps_per_second": int(found.steps) / seconds,
-    }
 
 
 class Race(NoisyPicture):
@@ -78,18 +53,33 @@ class Race(NoisyPicture):
         rule = "relative duality gap" if self.stop == "gap" else "relative change in a step"
         return f"{self.subject}\n{rule} {self.tol:.0e}".replace("e-0", "e-")
 
-    def fit(self, y: np.ndarray, graph: Graph, max_steps: int) -> Solution:
+    def fit(self, y: np.ndarray, graph: so.Graph, max_steps: int) -> so.Solution:
         return fit(
             y, graph, self.penalty.build(), self.order, self.method, settings=self.settings, stop=self.stop,
             tol=self.tol, max_steps=max_steps, inner_tol=self.inner_tol,
         )  # fmt: skip
 
-    def timed(self, y: np.ndarray, graph: Graph, observer: Observer) -> tuple[Solution, Record]:
+    def timed(self, y: np.ndarray, graph: so.Graph, observer: Observer) -> tuple[so.Solution, Record]:
         observer(f"{self.label}, {y.size} values", 0, 0)
-        found, record = timed_fit(lambda most: self.fit(y, graph, most), self.max_steps, self.passes)
+
+        def run(limit: int) -> tuple[so.Solution, float, float]:
+            start, busy = time.perf_counter(), time.process_time()
+            found = jax.block_until_ready(self.fit(y, graph, limit))
+            return found, time.perf_counter() - start, time.process_time() - busy
+
+        # To compile: with fewer steps than Doge-ADMM, and so any method, does between two checks, it would be another
+        # program.
+        _, compile_seconds, _ = run(min(self.max_steps, CADENCE))
+        runs = [run(self.max_steps) for _ in range(self.passes)]
+        found, seconds = runs[0][0], min(wall for _, wall, _ in runs)
         state = getattr(found.state, "state", found.state)
         inner_steps = int(getattr(state.rows.memory, "steps", 0))
-        return found, record | {"algorithm": algorithm_of(self.method, self.order), "inner_steps": inner_steps}
+        # Processor time excludes what a busy machine adds to wall time.
+        return found, {
+            "seconds": seconds, "cpu_seconds": min(cpu for _, _, cpu in runs), "compile_seconds": compile_seconds,
+            "steps_per_second": int(found.steps) / seconds, "algorithm": algorithm_of(self.method, self.order),
+            "inner_steps": inner_steps,
+        }  # fmt: skip
 
     @classmethod
     def draw(cls, runs: Sequence[FinishedRun]) -> dict[str, Any]:

@@ -110,14 +110,10 @@ class Descent(Task):
         np.savez(folder / f"history-{key}.npz", objective=objective, seconds=seconds)
         rises = np.diff(objective)
         return {
-            "solver": config.label,
-            "layer": self.layer,
-            "objective": float(objective[-1]),
-            "drop": first - float(objective[-1]),
-            "largest_rise": float(max(rises.max(), 0.0)),
-            "seconds": seconds,
+            "solver": config.label, "layer": self.layer, "objective": float(objective[-1]),
+            "drop": first - float(objective[-1]), "largest_rise": float(max(rises.max(), 0.0)), "seconds": seconds,
             "zeros": float(np.mean(np.asarray(found.value) == 0)),
-        }
+        }  # fmt: skip
 
     @classmethod
     def draw(cls, runs: Sequence[FinishedRun]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ cells.
 
 import contextlib
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +20,7 @@ from typing import Any, cast
 from sparseopt.experiments import plots
 from sparseopt.experiments.config import Run, expand
 from sparseopt.experiments.names import AllowCode, worded
-from sparseopt.experiments.report import Row, Section, page_of, write_csv
+from sparseopt.experiments.report import Row, Section, page_of
 from sparseopt.experiments.runs import Outcome, Planned, can_draw, check_all, fingerprint, load_run, plan
 from sparseopt.experiments.task import FinishedRun
 from sparseopt.experiments.tasks.model import TIMES
@@ -43,12 +43,8 @@ COLUMNS = (
     "perplexity", "mean_relative_error", "mean_heldout_error", *TIMES, "whole_seconds", "peak_memory_GiB", "error",
 )  # fmt: skip
 COSTS = (
-    Fact(
-        "seconds",
-        "of the solver, and of the whole pass with compilation and forward passes, which cells of the same tokens "
-        "share",
-    ),
-    Fact("peak memory", "of the process in that pass; outside Linux, in that pass and the earlier ones"),
+    Fact("seconds", "of the solver, and of the whole run with compilation and forward passes"),
+    Fact("peak memory", "of the process in that run; outside Linux, in that run and the earlier ones"),
 )
 
 
@@ -149,9 +145,7 @@ def prepare(runs: Sequence[Run], output: Path) -> list[Planned]:
         raise ValueError(f"{output} is a file; give --output a folder that is new or holds this comparison")
     begun = read_start(output) if (output / RUN).is_file() else {}
     if contents(output) and begun.get("task") != COMPARISON:
-        old = (output / CELLS).is_dir() and not begun
-        held = "a comparison of an earlier version" if old else "no comparison and is not empty"
-        raise ValueError(f"{output} holds {held}; give another --output or empty it")
+        raise ValueError(f"{output} holds no comparison and is not empty; give another --output or empty it")
     # The dense model, which comes first, has the common ridge, and the others the calibration.
     shared, pruned = fingerprint(runs[0].task), fingerprint(runs[-1].task)["inputs"]
     wanted = {name: value for name, value in shared["settings"].items() if name not in OWN_SETTINGS}
@@ -247,6 +241,8 @@ def _common(task: Prune, runs: Sequence[FinishedRun]) -> dict[str, Any]:
 
 def facts_of(task: Prune, common: Mapping[str, Any], rows: Sequence[Row]) -> list[Fact]:
     """What was run: model, texts and tokens, versions and machine. `task` may be the task of any cell."""
+    from pandas import DataFrame
+
     calibrated, split = common["calibration_tokens"], task.reading("evaluation").get("split")
     bos = "" if common["bos"] is None else f", every window starts with its BOS (token {common['bos']})"
     seed = "" if task.seed is None else f", seed {task.seed}"
@@ -265,25 +261,20 @@ def facts_of(task: Prune, common: Mapping[str, Any], rows: Sequence[Row]) -> lis
             f"{task.evaluation_seqlen} = {common['evaluation_tokens']:,} tokens",
         ),
     ]
-    kinds = _rows_by(rows, ("errors",), lambda row: row.labels["method"])
-    each = "; ".join(f"{kind}: {names}" for (kind,), names in kinds.items())
+    columns = ["method", "row", "errors", "machine", "versions"]
+    named = [{"row": _row_name(row), "method": row.labels["method"], **row.figures} for row in rows]
+    table = DataFrame(named, columns=columns)
+    kinds = table.groupby("errors", sort=False)["method"].unique()
     if len(kinds) > 1:
+        each = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items())
         facts.append(Fact("layer errors", f"compare only within one kind ({each})"))
     else:
-        facts += [Fact("layer errors", kind) for (kind,) in kinds]
-    machines = _rows_by(rows, ("machine", "versions"), _row_name)
+        facts += [Fact("layer errors", kind) for kind in kinds.index]
+    machines = table.groupby(["machine", "versions"], sort=False)["row"].agg(", ".join)
     for (machine, packages), names in machines.items():
         which = f" ({names})" if len(machines) > 1 else ""
         facts.append(Fact("measured on", f"{machine}, with {packages}{which}"))
     return [*facts, *COSTS]
-
-
-def _rows_by(rows: Sequence[Row], figures: tuple[str, ...], name: Callable[[Row], str]) -> dict[tuple[str, ...], str]:
-    found: dict[tuple[str, ...], dict[str, None]] = {}
-    for row in rows:
-        if all(figure in row.figures for figure in figures):
-            found.setdefault(tuple(row.figures[figure] for figure in figures), {})[name(row)] = None
-    return {key: ", ".join(names) for key, names in found.items()}
 
 
 def _row_name(row: Row) -> str:
@@ -292,9 +283,12 @@ def _row_name(row: Row) -> str:
 
 def write(section: Section, output: Path) -> list[Path]:
     """Write `comparison.csv`, `comparison.md` and, with matplotlib, `comparison.png`, replacing earlier ones."""
+    from pandas import DataFrame
+
     table, text, picture = (output / f"{COMPARISON}.{ending}" for ending in ("csv", "md", "png"))
     rows = [{**r.labels, **r.figures, "folder": r.folder.relative_to(output).as_posix()} for r in section.rows]
-    write_csv(table, list(dict.fromkeys([*section.labels(), *COLUMNS, *(name for row in rows for name in row)])), rows)
+    columns = list(dict.fromkeys([*section.labels(), *COLUMNS, *(name for row in rows for name in row)]))
+    DataFrame(rows, columns=columns, dtype=object).to_csv(table, index=False)
     axes = Prune.draw_perplexity([record for run in section.runs for record in run.records]) if can_draw() else None
     pictures = [] if axes is None else [plots.save_figure(axes, picture, section.title)]
     text.write_text(f"{markdown(section.report(_figures_in(pictures)))}\n", encoding="utf-8")

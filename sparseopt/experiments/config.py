@@ -13,7 +13,7 @@ import math
 import operator
 import typing
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,8 +35,7 @@ from sparseopt.system.yaml_file import (
 )
 
 # Limits of one experiment: runs, and settings of all runs together. More is a mistake, and would fill the memory.
-MAX_RUNS = 5_000
-MAX_SETTINGS = 1_000_000
+MAX_RUNS, MAX_SETTINGS = 5_000, 1_000_000
 # The id of a run for a sweep item that varies nothing.
 UNCHANGED = "unchanged"
 # Bytes in the name of a run's folder; file systems allow 255.
@@ -47,8 +46,6 @@ _PACKAGE = Path(__file__).parents[1]
 SHIPPED = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
 
 Settings = dict[str, Any]
-# Their place and text, each once.
-_Mistakes = dict[tuple[Location, str], None]
 # `Sweep` has a field of the name `list`.
 _Grid = dict[str, Annotated[list[Any], Field(min_length=1)]]
 _List = list[Settings]
@@ -138,50 +135,49 @@ def expand(
     allow_code: AllowCode = False,
 ) -> list[Run]:
     """The runs of an experiment given as plain values; see `load_config`."""
-    values, mistakes = copy.deepcopy(values), _Mistakes()
+    values, sweep = copy.deepcopy(values), Sweep()
+    mistakes: dict[tuple[Location, str], None] = {}  # each once
 
-    def report(found: Iterable[tuple[Location, str]]) -> ConfigError:
+    def wrong(text: str, *place: str | int) -> None:
+        mistakes[place, text] = None
+
+    def report() -> ConfigError:
         # A mistake that concerns several keys has no place.
-        return refused(
-            [(place, f"{path_text(place) or 'the run'}: {text}") for place, text in found], lines or {}, source
-        )
+        told = [(place, f"{path_text(place) or 'the run'}: {text}") for place, text in mistakes]
+        return refused(told, lines or {}, source)
 
-    sweep = Sweep()
     try:
-        given = values.pop("sweep", None)
-        sweep = Sweep() if given is None else Sweep.model_validate(given)
+        if (given := values.pop("sweep", None)) is not None:
+            sweep = Sweep.model_validate(given)
     except ValidationError as error:
-        mistakes |= {(("sweep", *place), text): None for place, text in _explain(error, Sweep)}
+        for place, text in _explain(error, Sweep):
+            wrong(text, "sweep", *place)
     for key in sweep.grid.keys() & {key for item in sweep.list for key in item}:
-        mistakes[("sweep",), f"{key} is varied by grid and by list; leave it out of one"] = None
+        wrong(f"{key} is varied by grid and by list; leave it out of one", "sweep")
     count = len(sweep.list) * math.prod(map(len, sweep.grid.values()))
-    if count > MAX_RUNS:
-        mistakes[("sweep",), f"asks for {count:,} runs, at most {MAX_RUNS:,} are possible; split it"] = None
+    if count > MAX_RUNS or count * len(lines or ()) > MAX_SETTINGS:
+        limits = f"at most {MAX_RUNS:,} are possible, with {MAX_SETTINGS:,} settings in all"
+        wrong(f"asks for {count:,} runs, {limits}; split it", "sweep")
         sweep = Sweep()
     if "task" not in values:
         for key in difflib.get_close_matches("task", values, n=1):
-            mistakes[(key,), "no such key; did you mean 'task'?"] = None
-    near, text = nearest_task(values.get("task"), allow_code)
-    if text:
-        mistakes[("task",), text] = None
+            wrong("no such key; did you mean 'task'?", key)
+    near, unknown = nearest_task(values.get("task"), allow_code)
+    if unknown:
+        wrong(unknown, "task")
     if near is None:
-        raise report(mistakes)
+        raise report()
     # Further mistakes are reported for the task that was meant.
     values["task"] = near
     task_class = find_task(near, allow_code)
     points = [dict(zip(sweep.grid, point, strict=True)) for point in itertools.product(*sweep.grid.values())]
     combinations = [{**item, **point} for item in sweep.list for point in points]
-    if len(combinations) * _count(values) > MAX_SETTINGS:
-        text = f"{len(combinations)} runs of {_count(values)} settings are more than {MAX_SETTINGS:,}; split the sweep"
-        raise report([(("sweep",), text)])
     runs: dict[str, Run] = {}
     identities = Counter(_identity(settings) for settings in combinations)
     for settings in combinations:
         if len(mistakes) >= MAX_MISTAKES:
             break
-        identity = _identity(settings)
-        if identities[identity] > 1:
-            identity = _identity(settings, whole=True)
+        identity = _identity(settings, whole=identities[_identity(settings)] > 1)
         if not identity and len(combinations) > 1:
             # Without a name its folder would contain the folders of the other runs.
             identity = UNCHANGED
@@ -190,19 +186,19 @@ def expand(
         except ValidationError as error:
             for place, text in itertools.islice(_explain(error, task_class), MAX_MISTAKES):
                 swept = next((key for key in sweep.grid if f"{path_text(place)}.".startswith(f"{key}.")), None)
-                mistakes[("sweep", "grid", swept) if swept else place, text] = None
+                wrong(text, *(("sweep", "grid", swept) if swept else place))
             continue
         except ValueError as error:
-            mistakes[("sweep",), str(error)] = None
+            wrong(str(error), "sweep")
             continue
         if len(identity.encode()) > MAX_NAME:
             text = f"the folder of the run {identity[:80]}... would have a name of more than {MAX_NAME} bytes"
-            mistakes[("sweep",), f"{text}; vary fewer settings"] = None
+            wrong(f"{text}; vary fewer settings", "sweep")
         if identity in runs:
-            mistakes[("sweep",), f"the run {identity} appears twice"] = None
+            wrong(f"the run {identity} appears twice", "sweep")
         runs[identity] = Run(identity, settings, task)
     if mistakes:
-        raise report(mistakes)
+        raise report()
     return list(runs.values())
 
 
@@ -300,9 +296,3 @@ def _word(value: Any, whole: bool) -> str:
 def _plain(text: str) -> str:
     """Keep only characters that are safe in folder names on every system and cannot leave the output folder."""
     return "".join(c if c.isalnum() or c in "._+-" else "_" for c in text)
-
-
-def _count(value: Any) -> int:
-    """How many values a block holds, itself included."""
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return 1 + sum(map(_count, inner))

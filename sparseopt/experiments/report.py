@@ -3,18 +3,15 @@
 folders -> finished runs -> rows (settings, values with their spread, the paper's values) -> reports and figures
 """
 
-import csv
 import shlex
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sparseopt.experiments.config import get_by_path
 from sparseopt.experiments.names import AllowCode
-from sparseopt.experiments.read.files import FileError
-from sparseopt.experiments.read.tables import write_table
 from sparseopt.experiments.runs import CONFIG, NO_FIGURES, can_draw, draw, load_run, summarise
 from sparseopt.experiments.task import FinishedRun, Paper
 from sparseopt.system.machine import environment
@@ -55,10 +52,7 @@ class Section:
         for name in self.columns:
             words = name.replace("_", " ")
             for heading, values in (
-                (
-                    f"{words} (measured)" if words in labels else words,
-                    [row.figures.get(name) for row in self.rows],
-                ),
+                (f"{words} (measured)" if words in labels else words, [row.figures.get(name) for row in self.rows]),
                 (f"{words} (paper)", [row.paper.get(name) for row in self.rows]),
             ):
                 if any(value is not None for value in values):
@@ -188,29 +182,26 @@ def write_report(sections: Sequence[Section], folder: Path, command: str = "spar
     Raises:
         ValueError: if the folder holds files.
     """
+    from pandas import DataFrame
+    from pandas.api.types import infer_dtype
+
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"the report's folder {folder} is not empty; name a new one")
     folder.mkdir(parents=True, exist_ok=True)
-    flat = flat_rows(sections)
     files = [folder / f"report.{ending}" for ending in ("csv", "md", "html", "parquet")]
-    write_csv(files[0], list(flat[0]) if flat else [], flat)
+    frame = DataFrame(flat_rows(sections), dtype=object)
+    frame.to_csv(files[0], index=False)
     reports = [section.report(_draw_section(section, folder)) for section in sections]
     files[1].write_text("\n\n".join(map(markdown, reports)) + "\n", encoding="utf-8")
     files[2].write_text(page_of("sparseopt report", reports, command), encoding="utf-8")
-    columns = {name: _of_one_type([line[name] for line in flat]) for name in (flat[0] if flat else ())}
+    # A column of Parquet has one type: a setting that is a number or a word becomes text.
+    mixed = frame.apply(infer_dtype).isin(["mixed", "mixed-integer"])
+    frame.loc[:, mixed] = frame.loc[:, mixed].map(str, na_action="ignore")
     try:
-        write_table(files[3], columns)
-    except FileError:  # without pyarrow
+        frame.to_parquet(files[3], index=False)
+    except ImportError:  # without pyarrow
         files.pop()
     return [*files, *(Path(figure.picture) for report in reports for figure in report.figures)]
-
-
-def write_csv(file: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write rows as CSV; missing values are left empty."""
-    with file.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, columns)
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def flat_rows(sections: Sequence[Section]) -> list[dict[str, Any]]:
@@ -229,13 +220,6 @@ def flat_rows(sections: Sequence[Section]) -> list[dict[str, Any]]:
             flat.append({**line, "folder": str(row.folder)})
     names = dict.fromkeys(name for line in flat for name in line)
     return [{name: line.get(name) for name in names} for line in flat]
-
-
-def _of_one_type(values: list[Any]) -> list[Any]:
-    """A column for Parquet; mixed types, such as a setting that is a number or a word, become text."""
-    kinds = {type(value) for value in values if value is not None}
-    plain = len(kinds) <= 1 or kinds <= {int, float}
-    return values if plain else [None if value is None else str(value) for value in values]
 
 
 def _cell(value: Any) -> str:

@@ -11,11 +11,11 @@ the others, and writes. Independent processes share the runs with `--shard i/n`.
 """
 
 import contextlib
-import hashlib
 import shutil
+import subprocess
 import time
-from collections.abc import Callable, Container, Hashable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from sparseopt.core.base.types import Observer
 from sparseopt.experiments.config import Run
 from sparseopt.experiments.names import AllowCode, Named, file_digest
 from sparseopt.experiments.plots import save_figure
-from sparseopt.experiments.task import FinishedRun, Record, RunUnit, Task, find_task
+from sparseopt.experiments.task import FinishedRun, Record, Task, find_task
 from sparseopt.system import processes, run_folder
 from sparseopt.system.files import write_whole
 from sparseopt.system.machine import environment, peak_memory_bytes, versions
@@ -55,25 +55,24 @@ class Planned:
 class Outcome:
     """What `execute` did: how many units were run, and why the run failed, if it did.
 
-    Units with a damaged line in `records.jsonl` were run again. `apart` says why the work that the run shares with
-    others failed, so that each continued by itself.
+    Units with a damaged line in `records.jsonl` were run again.
     """
 
     folder: Path
     done: int
     error: str | None = None
     lost: tuple[int, ...] = ()
-    apart: str | None = None
 
 
 @cache
-def code_digest() -> str:
-    """A hash of the package's own source files, since other code may give another result."""
-    package = Path(__file__).parent.parent
-    digest = hashlib.sha256()
-    for file in sorted(package.rglob("*.py")):
-        digest.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()[:16]
+def code_version() -> str:
+    """The package's version and, in a checkout, its commit, since other code may give another result."""
+    root, found = Path(__file__).parents[2], f"sparseopt {versions().get('sparseopt')}"
+    if (root / ".git").exists():
+        with contextlib.suppress(OSError):
+            head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+            found += f", commit {head.stdout.strip()[:12]}"
+    return found
 
 
 def fingerprint(task: Task) -> Fingerprint:
@@ -84,7 +83,7 @@ def fingerprint(task: Task) -> Fingerprint:
     """
     return run_folder.plain({
         "settings": task.model_dump(mode="json", exclude={"title", "paper", "name", "devices"}),
-        "code": f"sparseopt {versions().get('sparseopt')}, sources {code_digest()}",
+        "code": code_version(),
         "classes": [file_digest(type(task)), *sorted(filter(None, (named.code_digest() for named in _named(task))))],
         "inputs": task.inputs(),
     })  # fmt: skip
@@ -168,30 +167,27 @@ def check_all(planned: Sequence[Planned], *, again: bool) -> None:
         raise ValueError("\n  ".join(("nothing was run:", *mistakes)))
 
 
-def execute(
-    run: Run, output: Path, observer: Observer, *, again: bool = False, run_unit: RunUnit | None = None
-) -> Outcome:
+def execute(run: Run, output: Path, observer: Observer, *, again: bool = False) -> Outcome:
     """Finish one run: the whole run, the missing part, or nothing if it is finished.
 
     It works in `output / run.subfolder` and calls the observer with the number of finished units, their total, and the
-    current work. With `again`, earlier results in the folder are removed first. `run_unit` replaces the task's own, see
-    `Task.prepare`.
+    current work. With `again`, earlier results in the folder are removed first.
 
     Raises:
         FolderError: if another process works in the folder, it has links, or it holds something else and `again` is
             not set.
     """
-    folder, run_unit = output / run.subfolder, run_unit or run.task.run_unit
+    folder = output / run.subfolder
     if not processes.is_first():
         missing = processes.told(None)
         for key in missing:
-            run_unit(key, folder, lambda *_: None)
+            run.task.run_unit(key, folder, lambda *_: None)
         return Outcome(folder, len(missing))
     with run_folder.claimed(folder):
         if not _begin(run, folder, again):
             processes.told([])
             return Outcome(folder, 0)
-        return _run_units(run, folder, observer, run_unit)
+        return _run_units(run, folder, observer)
 
 
 def _begin(run: Run, folder: Path, again: bool) -> bool:
@@ -228,7 +224,7 @@ def _inside(observer: Observer, done: int, total: int) -> Observer:
     return observe
 
 
-def _run_units(run: Run, folder: Path, observer: Observer, run_unit: RunUnit) -> Outcome:
+def _run_units(run: Run, folder: Path, observer: Observer) -> Outcome:
     task, start = run.task, time.perf_counter()
     (folder / FAILURE).unlink(missing_ok=True)
     records, torn = records_in(folder)
@@ -239,7 +235,7 @@ def _run_units(run: Run, folder: Path, observer: Observer, run_unit: RunUnit) ->
         observer(key, done, len(keys))
         began = time.perf_counter()
         try:
-            record = run_unit(key, folder, _inside(observer, done, len(keys)))
+            record = task.run_unit(key, folder, _inside(observer, done, len(keys)))
         except Exception as error:
             return _failed(key, error, folder, done, torn)
         records[key] = run_folder.plain({"unit": key, **record, "unit_seconds": time.perf_counter() - began})
@@ -283,55 +279,20 @@ def run_all(
 ) -> list[Outcome]:
     """Execute the planned runs in order; if one fails, the next one starts.
 
-    Runs whose tasks agree in `Task.shares` do their shared work together, before the first of them. If that fails, each
-    continues by itself. If several processes work together, a failure in one ends them all. `observer` makes the
-    observer of a run, `ended` is called after it, and `again` repeats finished runs too.
+    If several processes work together, a failure in one ends them all. `observer` makes the observer of a run, `ended`
+    is called after it, and `again` repeats finished runs too.
     """
-    groups: dict[Hashable, list[Planned]] = {}
-    shares = [p.run.task.shares() for p in planned]
-    for p, shared in zip(planned, shares, strict=True):
-        if shared is not None and (again or p.state is not State.FINISHED):
-            groups.setdefault(shared, []).append(p)
-    outcomes, begun = [], dict[Path, RunUnit]()
-    for p, shared in zip(planned, shares, strict=True):
-        watching, apart = observer(p), None
-        if len(group := groups.pop(shared, [])) > 1:
-            found, apart = _prepare(group, watching, again)
-            begun |= found
+    outcomes = []
+    for p in planned:
         try:
-            unit = begun.get(p.folder)
-            outcome = execute(p.run, output, watching, again=again and unit is None, run_unit=unit)
+            outcome = execute(p.run, output, observer(p), again=again)
         except (FolderError, OSError) as error:
             if processes.count() > 1:
                 raise  # the others would start this run
             outcome = Outcome(p.folder, 0, str(error))
-        outcome = replace(outcome, apart=apart)
         ended(p, outcome)
         outcomes.append(outcome)
     return outcomes
-
-
-def _prepare(group: Sequence[Planned], observer: Observer, again: bool) -> tuple[dict[Path, RunUnit], str | None]:
-    """Do the shared work of unfinished runs. Returns what then runs their units, and why it failed, if it did."""
-    unfinished: list[int] = []
-    with contextlib.ExitStack() as held:
-        for index, p in enumerate(group if processes.is_first() else []):
-            # Problems with a folder are reported when its run is executed.
-            with contextlib.suppress(FolderError, OSError):
-                held.enter_context(run_folder.claimed(p.folder))
-                if _begin(p.run, p.folder, again) and _missing(p.run.task, records_in(p.folder)[0]):
-                    unfinished.append(index)
-        runs = [(group[index].run.task, group[index].folder) for index in processes.told(unfinished)]
-        alone = {folder: task.run_unit for task, folder in runs}
-        if len(runs) < 2:
-            return alone, None
-        try:
-            units = type(runs[0][0]).prepare(runs, _inside(observer, 0, len(runs)))
-        except Exception as error:
-            if processes.count() > 1:
-                raise
-            return alone, f"{type(error).__name__}: {error}"
-    return dict(zip(alone, units, strict=True)), None
 
 
 def draw(kind: type[Task], runs: Sequence[FinishedRun], folder: Path, title: str, prefix: str = "") -> list[Path]:

@@ -7,7 +7,7 @@ A report groups finished runs by task, and the task's `draw` compares them.
 import difflib
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -39,8 +39,6 @@ _ENDED = {"graph_signal": "has ended: `trend` smooths a signal on a graph in you
 }
 
 Record = dict[str, Any]
-# Runs a unit of a task by its key, see `Task.run_unit`.
-RunUnit = Callable[[str, Path, Observer], Record]
 
 
 class Strict(BaseModel):
@@ -147,19 +145,6 @@ class Task(Strict, ABC):
         What cannot be read is left out; `check` reports it.
         """
         return {}
-
-    def shares(self) -> Hashable | None:
-        """What runs of an experiment must agree on to do some of their work together; None for a run by itself."""
-        return None
-
-    @classmethod
-    def prepare(cls, runs: Sequence[tuple[Any, Path]], observer: Observer) -> Sequence[RunUnit]:
-        """Do the shared work of runs with equal `shares`, given with their folders.
-
-        Returns:
-            For each run, the function that replaces its `run_unit` from then on.
-        """
-        return [task.run_unit for task, _ in runs]
 
     @classmethod
     def draw(cls, runs: Sequence[FinishedRun]) -> dict[str, Any]:

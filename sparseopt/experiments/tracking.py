@@ -69,7 +69,7 @@ def check_tracker(name: str | None) -> None:
 
 
 class Tracked:
-    """One run in a tracker, as a context; within it an observer of `prune_models`. Without a tracker it does nothing.
+    """One run in a tracker, as a context; within it an observer of `prune_model`. Without a tracker it does nothing.
 
     A tracker that fails, as where a network is lost, is left out from there on, with a warning: it ends no run.
     """

@@ -13,20 +13,19 @@ import numpy as np
 
 from sparseopt.layers.methods import method_cost
 from sparseopt.models import WHOLE_TAG, Form, LoadedModel, ModelError, unread
-from sparseopt.models.files.memory import as_numpy
+from sparseopt.models.files.in_memory import as_numpy
 from sparseopt.pruning.base.activations import windows_per_batch
 from sparseopt.pruning.base.records import Footprint, LayerRecord, Passed
-from sparseopt.pruning.memory import FLOAT32, LIBRARIES, PROGRAMS, BudgetError, check_disks, output_bytes
+from sparseopt.pruning.memory import FLOAT32, LIBRARIES, PROGRAMS, BudgetError, check_disk, output_bytes
 from sparseopt.pruning.modules.module_plan import ELSEWHERE, module_recipe
 from sparseopt.pruning.prune_module import prune_module
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe
 from sparseopt.pruning.recipe.prune_recipe import Recipe
 from sparseopt.pruning.recipe.targets import shares_in
 from sparseopt.pruning.run.block import Stopped
-from sparseopt.pruning.run.layer_patterns import layer_patterns, layer_shares
+from sparseopt.pruning.run.folder_pass import Pass
 from sparseopt.pruning.run.output_form import is_file
-from sparseopt.pruning.run.plan import Plan, make_plan
-from sparseopt.pruning.run.shared_pass import Branch, Pass
+from sparseopt.pruning.run.plan import Plan, layer_patterns, layer_shares, make_plan
 from sparseopt.system.machine import format_bytes, return_freed_memory, working_memory_bytes
 from sparseopt.system.run_folder import DRAWN, RUN
 
@@ -60,7 +59,7 @@ def _of_module(recipe: Recipe, **changes: Any) -> Recipe:
     return recipe.model_copy(update={name: Recipe.model_fields[name].default for name in ELSEWHERE} | changes)
 
 
-def loaded_footprint(model: Any, plans: list[Plan], windows: np.ndarray, budget: int | None) -> Footprint:
+def loaded_footprint(model: Any, plan: Plan, windows: np.ndarray, budget: int | None) -> Footprint:
     """The memory and disk that a pass over a model loaded whole needs; arguments as for `choose_footprint`.
 
     Raises:
@@ -68,7 +67,7 @@ def loaded_footprint(model: Any, plans: list[Plan], windows: np.ndarray, budget:
     """
     shapes, batch = [model.weight_shape(key) for key in model.linear_keys()], windows_per_batch(*windows.shape)
     widths, squares = (sum(each) / model.num_blocks for each in (map(sum, shapes), (w**2 for _, w in shapes)))
-    modules = 1 + any(plan.recipe.needs_dense_stream for plan in plans)
+    modules = 1 + plan.recipe.needs_dense_stream
     parts = {
         "model": modules * model.nbytes,
         # A window that waits before a block holds a few times its stream.
@@ -77,7 +76,7 @@ def loaded_footprint(model: Any, plans: list[Plan], windows: np.ndarray, budget:
         "batch": int(modules * 1.5 * FLOAT32 * batch * windows.shape[1] * widths),
         # The sums of all batches so far, and of one.
         "Grams": int(modules * 2 * FLOAT32 * squares),
-        "workspace": max(method_cost(plan.method).workspace.nbytes(*shape) for plan in plans for shape in set(shapes)),
+        "workspace": max(method_cost(plan.method).workspace.nbytes(*shape) for shape in set(shapes)),
     }
     uncounted = int(UNCOUNTED * sum(parts.values()))
     parts |= {"other arrays": uncounted, "libraries": LIBRARIES + TORCH, "compiled programs": PROGRAMS}
@@ -90,13 +89,13 @@ def loaded_footprint(model: Any, plans: list[Plan], windows: np.ndarray, budget:
             f"to take {format_bytes(needed)} ({held}), and there are {format_bytes(limit)}; fewer windows, or "
             "propagate=0, which needs no second copy of the model, take less"
         )
-    check_disks(plans, 0)
-    output = sum(sum(output_bytes(model, plan.recipe, plan.form).values()) for plan in plans)
+    check_disk(plan, 0)
+    output = sum(output_bytes(model, plan.recipe, plan.form).values())
     return Footprint("memory", needed, parts, "layer solves", budget, output, 0)
 
 
 def prune_loaded(work: Pass, stop: Callable[[], bool] | None) -> None:
-    """Prune the source's model with each recipe in turn, and write a shard for each.
+    """Prune the source's model, and write its shard.
 
     Raises:
         Stopped: if `stop` asked for it.
@@ -104,20 +103,19 @@ def prune_loaded(work: Pass, stop: Callable[[], bool] | None) -> None:
     """
     model: Any = work.model
     _ = work.before  # while the model is in memory, and dense
-    for branch in work.branches:
-        pruned = {} if branch.progress.tags else _pruned(work, branch, stop)
-        branch.open()
-        if pruned:
-            rest = [key for key in branch.plan.target.exported_keys() if key not in pruned]
-            branch.writer.write(WHOLE_TAG, {**unread(branch.model.source, rest), **pruned})
-        del pruned
-        model.forget()
+    pruned = {} if work.progress.tags else _pruned(work, stop)
+    work.open()
+    if pruned:
+        rest = [key for key in work.plan.target.exported_keys() if key not in pruned]
+        work.writer.write(WHOLE_TAG, {**unread(work.model.source, rest), **pruned})
+    del pruned
+    model.forget()
 
 
-def _pruned(work: Pass, branch: Branch, stop: Callable[[], bool] | None) -> dict[str, np.ndarray]:
+def _pruned(work: Pass, stop: Callable[[], bool] | None) -> dict[str, np.ndarray]:
     """The pruned weights, in the layout of the files."""
     model: Any = work.model
-    recipe, tokens, last = branch.plan.recipe, work.windows.calibration, 0
+    recipe, tokens, last = work.plan.recipe, work.windows.calibration, 0
     assert isinstance(recipe, Recipe)
 
     def told(record: LayerRecord, *_: int) -> None:
@@ -129,7 +127,7 @@ def _pruned(work: Pass, branch: Branch, stop: Callable[[], bool] | None) -> dict
             last = record.block
             return_freed_memory()
         record = replace(record, layer=keys[record.layer].removesuffix(".weight"))
-        branch.keep(record)
+        work.keep(record)
         work.tell(record)
 
     keys = {name: key for key, name in model.linears.items()}
@@ -144,12 +142,12 @@ def _pruned(work: Pass, branch: Branch, stop: Callable[[], bool] | None) -> dict
     except ValueError:
         # Nothing was done: the folder is free for another recipe.
         for name in (RUN, DRAWN):
-            (branch.plan.folder / name).unlink(missing_ok=True)
+            (work.plan.folder / name).unlink(missing_ok=True)
         raise
     work.tell(Passed(last, model.num_blocks))
     work.runner.seconds += report.seconds - report.solver_seconds
     parts = dict(model.module.named_modules())
-    return {key: as_numpy(parts[model.linears[key]].weight) for key in branch.plan.patterns}
+    return {key: as_numpy(parts[model.linears[key]].weight) for key in work.plan.patterns}
 
 
 def _through_blocks(module: Any, ids: Any) -> Any:

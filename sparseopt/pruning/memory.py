@@ -5,7 +5,7 @@ measured on a CPU with two cores, where estimates are mostly within 10 % of what
 where the activations of a pass are kept:
 
     estimate with activations in memory <= budget      they stay there
-    estimate with activations on disk <= budget        one file per stream, in the first output folder's file system
+    estimate with activations on disk <= budget        one file per stream, in the output folder's file system
     neither                                            an error that says what needs the memory
 
 Without a budget, the machine's available memory decides, and no run is rejected. On an accelerator its own memory
@@ -14,11 +14,8 @@ decides; it cannot be swapped, so too little is an error.
 
 import math
 import shutil
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from typing import Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -41,8 +38,7 @@ from sparseopt.pruning.measure.survey import TOKENS
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe
 from sparseopt.pruning.recipe.prune_recipe import Recipe
 from sparseopt.pruning.recipe.shrink_recipe import ShrinkRecipe
-from sparseopt.pruning.run.layer_patterns import layer_shares
-from sparseopt.pruning.run.plan import GROUPED, Plan
+from sparseopt.pruning.run.plan import GROUPED, Plan, layer_shares
 from sparseopt.system.machine import device_memory_left, format_bytes, resident_bytes, working_memory_bytes
 
 # Where the activations between blocks are kept.
@@ -72,112 +68,67 @@ class BudgetError(ValueError):
     """Raised if a run does not fit in memory or on disk; the message says what needs the space and how to need less."""
 
 
-@dataclass(frozen=True)
-class Memory:
-    """The estimate of one run.
+class BlockSizes(NamedTuple):
+    """A block; layers are `(out, in, share)` with the fraction of the tokens that reach the layer."""
 
-    Attributes:
-        phases: bytes by phase and by content, device and host together.
-        solve_blocks: the largest number of blocks of outputs into which a layer is split.
-        scratch_bytes: size of the activations on disk.
-    """
-
-    phases: Mapping[str, Mapping[str, int]]
-    solve_blocks: int
-    scratch_bytes: int
-
-    @property
-    def peak_phase(self) -> str:
-        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
-
-    @property
-    def peak_bytes(self) -> int:
-        return sum(self.phases[self.peak_phase].values())
-
-
-@dataclass(frozen=True)
-class BlockSizes:
-    """One kind of block. Layers are `(out, in, share)`; the share is the fraction of the tokens that reach the layer.
-
-    Attributes:
-        count: number of such blocks.
-        parameters: of one block.
-        stored: bytes of one block in the source's dtypes.
-        linears: all linear layers; `share` is below 1 for experts.
-        solved: the layers that are pruned; for a smaller model, all that may have to be.
-        gram_bytes: of one set of Grams.
-        widths: numbers per token in the inputs and outputs of all linear layers.
-    """
-
-    count: int
     parameters: int
-    stored: int
-    linears: tuple[tuple[int, int, float], ...]
-    solved: tuple[tuple[int, int, float], ...]
-    gram_bytes: int
-    widths: float
+    stored: int  # bytes in the source's dtypes
+    linears: tuple[tuple[int, int, float], ...]  # `share` is below 1 for experts
+    solved: tuple[tuple[int, int, float], ...]  # that are pruned; for a smaller model, all that may have to be
+    gram_bytes: int  # of one set of Grams
+    widths: float  # numbers per token in the inputs and outputs of all linear layers
 
 
 def block_sizes(model: StreamedModel, recipe: PassRecipe) -> list[BlockSizes]:
-    """The kinds of blocks, by content and by what is pruned, in order of first appearance; headers are enough."""
+    """The sizes of all blocks; headers are enough."""
     experts, every = model.config.experts, recipe.expert_tokens == "all"
     routed = experts.chosen / experts.count if experts else 1.0
     targeted = layer_shares(model, recipe) if isinstance(recipe, Recipe) else None
-
-    def is_pruned(index: int, name: str) -> bool:
-        return name.endswith(GROUPED) if targeted is None else model.weight_key(index, name) in targeted
-
-    alike: dict[Any, list[int]] = {}
-    for index, kind in enumerate(model.config.kinds):
-        pruned = tuple(name for name in model.block_linears(index) if is_pruned(index, name))
-        alike.setdefault((kind, pruned), []).append(index)
     found = []
-    for (_, names), (index, *others) in alike.items():
+    for index in range(model.num_blocks):
         infos = [model.source.tensors[key] for key in model.block_keys(index).values()]
-        linears: dict[str, tuple[int, int, float]] = {}
-        taps, grams = {}, {}
+        linears, solved, taps, grams = [], [], {}, {}
         for name, tap in model.block_linears(index).items():
-            outputs, inputs = model.weight_shape(model.weight_key(index, name))
-            share = routed if ".experts." in name else 1.0
-            linears[name] = (outputs, inputs, share)
+            key, share = model.weight_key(index, name), routed if ".experts." in name else 1.0
+            outputs, inputs = model.weight_shape(key)
+            linears.append((outputs, inputs, share))
+            if name.endswith(GROUPED) if targeted is None else key in targeted:
+                solved.append(linears[-1])
             taps[tap] = inputs * share
             shared = every and stacked_name(tap)[0] == EXPERTS_INPUT
             grams[EXPERTS_INPUT if shared else tap] = inputs
         found.append(
             BlockSizes(
-                count=1 + len(others),
                 parameters=sum(math.prod(info.shape) for info in infos),
                 stored=sum(map(_nbytes, infos)),
-                linears=tuple(linears.values()),
-                solved=tuple(linears[name] for name in names),
+                linears=tuple(linears),
+                solved=tuple(solved),
                 gram_bytes=FLOAT32 * sum(width**2 for width in grams.values()),
-                widths=sum(taps.values()) + sum(outputs * share for outputs, _, share in linears.values()),
+                widths=sum(taps.values()) + sum(outputs * share for outputs, _, share in linears),
             )
         )
     return found
 
 
-def prune_memory(
+def phase_bytes(
     model: StreamedModel,
     recipe: PassRecipe,
     method: LayerMethod,
     activations: Activations = "memory",
-    plans: int = 1,
     room: int | None = None,
-) -> Memory:
-    """Estimate the memory for a model, whose headers are enough, and a checked recipe with its method.
+) -> tuple[dict[str, dict[str, int]], int]:
+    """The bytes of a run by phase and by content, device and host together, and of its activations on disk.
 
-    Each of the `plans` that share a pass has its own stream of activations. Each further number of variants counts as
-    two plans, since the dense model's streams are held for it. If a layer's solve would need more than is left of
-    `room` bytes, it is split into blocks of outputs, as `split` does on a device.
+    The model's headers are enough. If a layer's solve would need more than is left of `room` bytes, it is split into
+    blocks of outputs, as `split` does on a device.
     """
     config, blocks, work = model.config, block_sizes(model, recipe), method_cost(method)
     windows, token = recipe.all_windows + recipe.heldout_windows, FLOAT32 * config.hidden_size
     block, largest_grams = max(blocks, key=lambda b: b.parameters), max(b.gram_bytes for b in blocks if b.solved)
     shapes = {linear[:2] for b in blocks for linear in b.solved}
-    # Each plan has one stream before a block, all share one after it, and the dense model has both.
+    # Before a block and after it, of the dense model too.
     stream = token * windows * recipe.seqlen
-    streams = (plans + 1 + (2 if recipe.needs_dense_stream else 0)) * stream
+    streams = (4 if recipe.needs_dense_stream else 2) * stream
     if isinstance(recipe, ShrinkRecipe) and recipe.has_budget:
         # The dense model's before and after a block, while the one before the first block waits for the pass.
         streams = max(streams, 3 * stream)
@@ -216,8 +167,7 @@ def prune_memory(
     left = None
     if room is not None and isinstance(recipe, Recipe) and not is_group_pattern(recipe.pattern):
         left = max(0, room - sum(solves.values()))
-    parts = {shape: fewest_blocks(shape, work.workspace, left) for shape in shapes}
-    workspaces = [work.workspace.nbytes(-(-outputs // parts[outputs, inputs]), inputs) for outputs, inputs in shapes]
+    workspaces = [work.workspace.nbytes(-(-o // fewest_blocks((o, i), work.workspace, left)), i) for o, i in shapes]
     if recipe.propagate:
         workspaces += [PROPAGATION.nbytes(*shape) for shape in shapes]
     phases: dict[str, dict[str, int]] = {
@@ -253,18 +203,18 @@ def prune_memory(
     if recipe.distillation is not None:
         # As if nothing were removed: the smaller model is not known yet.
         tokens = min(recipe.distillation.windows, recipe.window_count) * recipe.seqlen
-        held = distillation_bytes(config, sum(b.count * b.parameters for b in blocks), block.parameters, tokens)
+        held = distillation_bytes(config, sum(b.parameters for b in blocks), block.parameters, tokens)
         seen = tokens * pairs // recipe.seqlen + int(3 * FLOAT32 * tokens * block.widths)
         held["activations of a step"] += 2 * stream + seen
         if isinstance(recipe, Recipe):
             # A byte for each weight; those of experts also stacked.
-            held["masks"] = sum(b.count * o * i * (1 + (share < 1)) for b in blocks for o, i, share in b.linears)
+            held["masks"] = sum(o * i * (1 + (share < 1)) for b in blocks for o, i, share in b.linears)
         # Its own programs come on top, and compiling them while all this is held.
         phases["distillation"] = running | {"compiled programs": running["compiled programs"] + 2 * PROGRAMS} | held
     for held in phases.values():
         arrays = sum(nbytes for part, nbytes in held.items() if part not in running)
         held["freed, not returned"] = int(FREED * arrays)
-    return Memory(phases, max(parts.values()), scratch)
+    return phases, scratch
 
 
 def output_bytes(model: PrunableModel, recipe: PassRecipe, form: Form) -> dict[str, int]:
@@ -300,18 +250,18 @@ def distillation_bytes(config: DecoderConfig, parameters: int, largest: int, tok
 
 def choose_footprint(
     model: StreamedModel,
-    plans: Sequence[Plan],
+    plan: Plan,
     calibration: np.ndarray,
     heldout: np.ndarray,
     budget: int | None = None,
     *,
     spread: bool = False,
 ) -> Footprint:
-    """Choose where the activations of the plans of one pass are kept.
+    """Choose where the activations of a run are kept.
 
     Args:
         model: opened.
-        plans: their folders need not exist yet.
+        plan: its folder need not exist yet.
         calibration: windows of token ids, `[windows, seqlen]`.
         heldout: windows of held-out tokens; `[0, seqlen]` if there are none.
         budget: bytes of memory, device and host together.
@@ -321,82 +271,68 @@ def choose_footprint(
         BudgetError: if the run does not fit the budget or, without one, the device; if output and activations do not
             fit on the disk.
     """
+    output = sum(output_bytes(plan.target, plan.recipe, plan.form).values())
+    if spread:
+        check_disk(plan, 0)
+        return Footprint("memory", None, {}, "", budget, output, 0)
     sizes = {"windows": len(calibration), "seqlen": calibration.shape[1], "heldout_windows": len(heldout)}
-    recipes = [(plan.recipe.model_copy(update=sizes), _costliest(plan)) for plan in plans]
-    where: Activations = "memory"
-    parts: Mapping[str, int] = {}
-    nbytes, phase, scratch = None, "", 0
-    if not spread:
-        where, memory = _choose(model, recipes, budget)
-        phase, scratch = memory.peak_phase, memory.scratch_bytes
-        parts, held = memory.phases[phase], resident_bytes() - LIBRARIES
-        if budget is None and held > 0:
-            # From earlier work in this process: not part of the run, but of the measured peak.
-            parts = {**parts, "held before the run": held}
-        nbytes = sum(parts.values())
-    output = [sum(output_bytes(plan.target, plan.recipe, plan.form).values()) for plan in plans]
-    check_disks(plans, scratch)
-    return Footprint(where, nbytes, dict(parts), phase, budget, sum(output), scratch)
-
-
-def _costliest(plan: Plan) -> LayerMethod:
-    """The method of a plan with its rounding to grids; the larger of the two decides the memory."""
+    recipe, left = plan.recipe.model_copy(update=sizes), device_memory_left()
+    # With rounding to grids; the larger of the two decides.
     bits = next(iter(plan.form.bits.values()), None)
-    return plan.method if bits is None else FewBits(plan.method, bits)
-
-
-def _choose(
-    model: StreamedModel, recipes: Sequence[tuple[PassRecipe, LayerMethod]], budget: int | None
-) -> tuple[Activations, Memory]:
-    limit, left = working_memory_bytes() if budget is None else budget, device_memory_left()
-    streams = len(recipes) + 2 * (len({recipe.variants for recipe, _ in recipes}) - 1)
+    method = plan.method if bits is None else FewBits(plan.method, bits)
     for where in PLACES:
-        found = [prune_memory(model, *recipe, activations=where, plans=streams, room=left) for recipe in recipes]
-        largest = max(found, key=lambda memory: memory.peak_bytes)
-        if largest.peak_bytes <= limit:
-            return where, largest
-    if budget is not None:
-        raise BudgetError(_too_little(largest, f"a budget of {format_bytes(budget)}", "give at least that"))
-    if left is not None and largest.peak_bytes > left:
-        what, instead = f"the memory left on the device, {format_bytes(left)},", "give memory=... to try nevertheless"
-        raise BudgetError(_too_little(largest, what, instead))
-    # The estimate may be wrong, and activations on disk are at least not swapped.
-    return where, largest
+        phases, scratch = phase_bytes(model, recipe, method, where, left)
+        phase = max(phases, key=lambda name: sum(phases[name].values()))
+        needed, limit = sum(phases[phase].values()), working_memory_bytes() if budget is None else budget
+        if needed <= limit:
+            break
+    else:
+        # On a CPU the estimate may be wrong, and activations on disk are at least not swapped.
+        if budget is not None:
+            raise _too_little(phase, phases[phase], f"a budget of {format_bytes(budget)}", "give at least that")
+        if left is not None and needed > left:
+            what, instead = (
+                f"the memory left on the device, {format_bytes(left)},",
+                "give memory=... to try nevertheless",
+            )
+            raise _too_little(phase, phases[phase], what, instead)
+    check_disk(plan, scratch)
+    parts, held = phases[phase], resident_bytes() - LIBRARIES
+    if budget is None and held > 0:
+        # From earlier work in this process: not part of the run, but of the measured peak.
+        parts = {**parts, "held before the run": held}
+    return Footprint(where, sum(parts.values()), parts, phase, budget, output, scratch)
 
 
-def _too_little(memory: Memory, what: str, instead: str) -> str:
-    parts = sorted(memory.phases[memory.peak_phase].items(), key=lambda part: -part[1])
-    advice = ADVICE.get(memory.peak_phase)
-    return (
+def _too_little(phase: str, held: Mapping[str, int], what: str, instead: str) -> BudgetError:
+    advice = f", or less to do: {ADVICE[phase]}" if phase in ADVICE else ""
+    return BudgetError(
         f"{what} is too little: with activations on disk the run is estimated to take "
-        f"{format_bytes(memory.peak_bytes)} in phase {memory.peak_phase} "
-        f"({', '.join(f'{name} {format_bytes(nbytes)}' for name, nbytes in parts if nbytes)}); {instead}"
-        + (f", or less to do: {advice}" if advice else "")
+        f"{format_bytes(sum(held.values()))} in phase {phase} ({', '.join(bytes_by_size(held))}); "
+        f"{instead}{advice}"
     )
 
 
-def check_disks(plans: Sequence[Plan], scratch: int) -> None:
-    """Raise a BudgetError if the disk lacks room for what is still to be written."""
-    needed, places = Counter[int](), dict[int, Path]()
-    for plan in plans:
-        place = next(parent for parent in (plan.folder, *plan.folder.parents) if parent.is_dir())
-        sizes, device = output_bytes(plan.target, plan.recipe, plan.form), place.stat().st_dev
-        # Blocks that distillation trains are stored beside the ones that they replace.
-        twice = () if plan.recipe.distillation is None else sizes.keys() - set(plan.target.outer_keys())
-        most = plan.form.copies * sum(sizes.values()) + sum(sizes[key] for key in twice)
-        written = sum(file.stat().st_size for file in plan.folder.glob(plan.form.file_name("*")))
-        needed[device] += max(0, most - written)
-        places.setdefault(device, place)
-    first = next(iter(places))
-    needed[first] += scratch
-    for device, nbytes in needed.items():
-        free = shutil.disk_usage(places[device]).free
-        if nbytes > free:
-            activations = f", {format_bytes(scratch)} of it activations" if scratch and device == first else ""
-            raise BudgetError(
-                f"the disk of {places[device]} has {format_bytes(free)} free, the run needs {format_bytes(nbytes)}"
-                f"{activations}; make room or choose another output folder"
-            )
+def bytes_by_size(parts: Mapping[str, int]) -> list[str]:
+    """Named numbers of bytes as text, the largest first."""
+    return [f"{name} {format_bytes(n)}" for name, n in sorted(parts.items(), key=lambda part: -part[1]) if n]
+
+
+def check_disk(plan: Plan, scratch: int) -> None:
+    """Raise a BudgetError if the disk lacks room for what is still to be written, and for `scratch` bytes."""
+    place = next(parent for parent in (plan.folder, *plan.folder.parents) if parent.is_dir())
+    sizes = output_bytes(plan.target, plan.recipe, plan.form)
+    # Blocks that distillation trains are stored beside the ones that they replace.
+    twice = () if plan.recipe.distillation is None else sizes.keys() - set(plan.target.outer_keys())
+    most = plan.form.copies * sum(sizes.values()) + sum(sizes[key] for key in twice)
+    written = sum(file.stat().st_size for file in plan.folder.glob(plan.form.file_name("*")))
+    needed, free = max(0, most - written) + scratch, shutil.disk_usage(place).free
+    if needed > free:
+        activations = f", {format_bytes(scratch)} of it activations" if scratch else ""
+        raise BudgetError(
+            f"the disk of {place} has {format_bytes(free)} free, the run needs {format_bytes(needed)}{activations}; "
+            "make room or choose another output folder"
+        )
 
 
 def _nbytes(info: TensorInfo) -> int:

@@ -7,18 +7,16 @@ import select
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from sparseopt.shell import experiments, inspect, prune, trend, zero_shot
+from sparseopt.shell import experiments, prune, trend, zero_shot
 from sparseopt.shell.console import errors, say, stop
 from sparseopt.shell.doctor import EXTRAS, doctor
 from sparseopt.shell.options import TEXT_HELP, Command, RecipeCommand
-from sparseopt.system import processes
 from sparseopt.system.early_stop import STOPPED
 from sparseopt.system.programs import keep_programs
 
@@ -71,7 +69,7 @@ COMMANDS: dict[str, dict[Callable[..., None], tuple[str, str]]] = {
     "Prune language models": {
         prune.prune: (
             "sparseopt prune HuggingFaceTB/SmolLM2-135M --output pruned",
-            "sparseopt prune model --output pruned --pattern 2:4 --calibration file:notes.txt",
+            "sparseopt prune model --output pruned --pattern 2:4 --calibration file:notes.txt --dry-run",
         ),
         prune.shrink: (
             "sparseopt shrink model --output small --channels 0.75",
@@ -81,17 +79,10 @@ COMMANDS: dict[str, dict[Callable[..., None], tuple[str, str]]] = {
             "sparseopt compare model --output compared --methods best,wanda --sparsity 0.5,0.6",
             "sparseopt compare model --output compared --pattern 2:4",
         ),
-        prune.evaluate: (
-            "sparseopt eval pruned --text file:book.txt",
-            "sparseopt eval pruned --pattern 2:4 --json",
-        ),
+        prune.evaluate: ("sparseopt eval pruned --text file:book.txt", "sparseopt eval pruned --pattern 2:4 --json"),
         zero_shot.zero_shot: (
             "sparseopt zero-shot pruned --tasks hellaswag,piqa --limit 200",
             "sparseopt zero-shot pruned --tasks arc_easy --shots 5 --json",
-        ),
-        inspect.inspect: (
-            "sparseopt inspect model --effort most",
-            "sparseopt inspect meta-llama/Llama-2-7b-hf --device-memory 80GiB",
         ),
     },
     "Smooth signals and images": {
@@ -105,14 +96,8 @@ COMMANDS: dict[str, dict[Callable[..., None], tuple[str, str]]] = {
         ),
     },
     "Experiments": {
-        experiments.run: (
-            "sparseopt run denoise-medical",
-            "sparseopt run sweep.yaml --output runs --shard 1/2",
-        ),
-        experiments.report: (
-            "sparseopt report runs",
-            "sparseopt report runs/first runs/second --output report",
-        ),
+        experiments.run: ("sparseopt run denoise-medical", "sparseopt run sweep.yaml --output runs --shard 1/2"),
+        experiments.report: ("sparseopt report runs", "sparseopt report runs/first runs/second --output report"),
     },
     "This machine": {
         demo: ("sparseopt demo", "sparseopt demo --output shown --sparsity 0.6"),
@@ -121,6 +106,7 @@ COMMANDS: dict[str, dict[Callable[..., None], tuple[str, str]]] = {
 }
 # Commands that have ended, and what to use instead.
 _ENDED = {
+    "inspect": "use `sparseopt prune MODEL --output PATH --dry-run`, or `shrink`",
     "pack": "give `prune` an output that ends in .gguf, or --bits int8 or int4",
     "unpack": "a packed folder is unpacked with version 0.3, pip install 'sparseopt==0.3.*'",
 }
@@ -132,10 +118,6 @@ for heading, commands in COMMANDS.items():
             rich_help_panel=heading,
             epilog="\n\n".join(("Examples:", *examples)),
         )(function)
-
-
-def _at_home(option: re.Match[str]) -> str:
-    return option[1] + os.path.expanduser(option[2])
 
 
 @contextlib.contextmanager
@@ -175,32 +157,27 @@ def _interrupt(*_: Any) -> None:
 
 
 def _end_in_time(signals: int) -> None:
-    with open(signals, "rb", buffering=0) as stream:
-        pressed = bytes([signal.SIGINT])
-        while (one := stream.read(1)) != pressed:
-            if not one:
-                return
-        end = time.monotonic() + GRACE
-        while (left := end - time.monotonic()) > 0 and select.select([stream], [], [], left)[0]:
-            if stream.read(1) == pressed:
-                break
-    try:
-        processes.stop(stop.words())
-        stop.say()
-    finally:
-        os._exit(STOPPED)
+    # `prune` handles SIGTERM, whose number comes through the pipe too. The end of the command closes the pipe.
+    while (number := os.read(signals, 1)) and number != bytes([signal.SIGINT]):
+        pass
+    if number:
+        select.select([signals], [], [], GRACE)
+        try:
+            stop.say()
+        finally:
+            os._exit(STOPPED)
+    os.close(signals)
 
 
+@stopped_in_time()
 def main() -> None:
     """Entry point: input errors end in one clear sentence and exit status 2, failed runs in status 1."""
-    with stopped_in_time():
-        _run()
-
-
-def _run() -> None:
     keep_programs()
     # A shell leaves `--output=~/x` as it is; nobody means a folder called "~".
-    sys.argv[1:] = [re.sub(r"^(--[a-z-]+=)(~.*)", _at_home, word) for word in sys.argv[1:]]
+    sys.argv[1:] = [
+        re.sub(r"^(--[a-z-]+=)(~.*)", lambda found: found[1] + os.path.expanduser(found[2]), word)
+        for word in sys.argv[1:]
+    ]
     try:
         if sys.argv[1:] and (instead := _ENDED.get(sys.argv[1])):
             raise ValueError(f"`sparseopt {sys.argv[1]}` has ended: {instead}")

@@ -5,95 +5,57 @@ letters.
 """
 
 import contextlib
+import io
 import os
 import shlex
 import sys
 import textwrap
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from glob import escape as exactly
 from pathlib import Path
-from typing import Any, Literal, TextIO, cast
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    Task,
-    TextColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
 from rich.table import Table
 from rich.text import Text
 
 from sparseopt.system.early_stop import NOTHING
 from sparseopt.system.files import write_whole
-from sparseopt.system.machine import format_bytes
 from sparseopt.system.run_folder import LOCK
 
 
-class Outlet:
-    """The current stdout or stderr; what cannot be written is lost."""
+class _Lossy(io.FileIO):
+    """A file descriptor for output: after a failure, all further output goes to the null device."""
 
-    def __init__(self, name: Literal["stdout", "stderr"]) -> None:
-        self.name = name
-
-    @property
-    def stream(self) -> TextIO | None:
-        stream = getattr(sys, self.name)
-        # While bars are shown, rich replaces the stream by one that writes to this one again.
-        return getattr(stream, "rich_proxied_file", stream)
-
-    @property
-    def encoding(self) -> str:
-        return getattr(self.stream, "encoding", None) or "utf-8"
-
-    def isatty(self) -> bool:
+    def write(self, data: Any) -> int:
         try:
-            return self.stream is not None and self.stream.isatty()
-        except ValueError:
-            return False
-
-    def write(self, text: str) -> int:
-        """Letters that the stream cannot encode become question marks."""
-        stream = self.stream
-        if stream is not None:
-            known = text.encode(self.encoding, "replace").decode(self.encoding)
-            with self._lost():
-                stream.write(known)
-        return len(text)
-
-    def flush(self) -> None:
-        stream = self.stream
-        if stream is not None:
-            with self._lost():
-                stream.flush()
-
-    @contextlib.contextmanager
-    def _lost(self) -> Iterator[None]:
-        """After a failure all further output goes to the null device, also what Python flushes at exit."""
-        try:
-            yield
-        except (OSError, ValueError):
-            # A stream that is closed or has no file has nothing to flush.
-            with contextlib.suppress(OSError, ValueError):
-                _open_nowhere(cast(TextIO, self.stream).fileno())
+            return super().write(data)
+        except OSError:
+            _open_nowhere(self.fileno())
+            return len(data)
 
 
 def hold_streams() -> None:
-    """Open the streams that the process was started without, as by `>&-`, on the null device.
+    """Have stdout and stderr lose what cannot be written, and write letters that they do not know as question marks.
 
-    Otherwise the first opened file gets the number of stdout or stderr, and what a library prints lands in it.
+    Streams that the process was started without, as by `>&-`, are opened on the null device. Otherwise the first opened
+    file gets the number of stdout or stderr, and what a library prints lands in it.
     """
-    for number in (0, 1, 2):
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
             _open_nowhere(number)
+        stream = getattr(sys, name)
+        if number and stream is getattr(sys, f"__{name}__"):
+            encoding = stream.encoding if stream else "utf-8"
+            raw = io.BufferedWriter(_Lossy(number, "w", closefd=False))
+            setattr(sys, name, io.TextIOWrapper(raw, encoding, errors="replace", line_buffering=True))
 
 
 def _open_nowhere(number: int) -> None:
@@ -104,27 +66,16 @@ def _open_nowhere(number: int) -> None:
 
 
 hold_streams()
-
-
-def console_of(name: Literal["stdout", "stderr"]) -> Console:
-    """A console of its own on a stream."""
-    return Console(file=cast(Any, Outlet(name)), highlight=False, emoji=False)
-
-
-console, errors = console_of("stdout"), console_of("stderr")
+console, errors = Console(highlight=False, emoji=False), Console(stderr=True, highlight=False, emoji=False)
 
 
 def say(text: str, place: Console = console) -> None:
     """Print lines, on a terminal broken between words only, so that paths stay whole, and elsewhere not at all."""
     if place.is_terminal:
-        text = "\n".join(_wrapped(line, place.width) for line in text.split("\n"))
+        # Each line keeps its indentation; rich would break long words or none.
+        fill = partial(textwrap.fill, width=place.width, break_long_words=False, break_on_hyphens=False)
+        text = "\n".join(fill(line, subsequent_indent=line[: -len(line.lstrip()) or None]) for line in text.split("\n"))
     place.print(text, soft_wrap=True, markup=False)
-
-
-def _wrapped(line: str, width: int) -> str:
-    """A line as lines of its indentation; rich would break long words or none."""
-    indent = " " * (len(line) - len(line.lstrip()))
-    return textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 class Stop:
@@ -144,7 +95,7 @@ class Stop:
             if not self._said:
                 self._said = True
                 # Not through a console that shows bars: it would draw them again below the words.
-                place = console_of("stderr")
+                place = Console(stderr=True, highlight=False, emoji=False)
                 place.show_cursor()
                 say("\n" * place.is_terminal + self.words(), place)
 
@@ -202,12 +153,6 @@ def waiting(title: str) -> Iterator[Callable[[Any, int, int], None]]:
         if not console.is_terminal:
             say(title)
         yield lambda what, done, total: bar.update(task, description=f"{title}: {what} {done + 1} of {total}")
-
-
-def bytes_by_size(parts: Mapping[str, int]) -> list[str]:
-    """Named numbers of bytes as text, the largest first."""
-    by_size = sorted(parts.items(), key=lambda item: -item[1])
-    return [f"{name} {format_bytes(nbytes)}" for name, nbytes in by_size if nbytes]
 
 
 def duration(seconds: float) -> str:

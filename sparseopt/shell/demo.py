@@ -5,9 +5,9 @@ dense model -> prune with each method -> perplexity on held-out text -> table, b
 """
 
 import functools
+import itertools
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 from sparseopt.experiments.plots import plot_layer_errors, save_figure
 from sparseopt.experiments.plots.signals import before_and_after
 from sparseopt.models import bundled_model, encode_text, generate, load_decoder, load_tokenizer, open_model
-from sparseopt.pruning import PruneReport, Recipe, perplexity, prune_model
+from sparseopt.pruning import Recipe, perplexity, prune_model
 from sparseopt.pruning.base.records import mean_errors
 from sparseopt.pruning.run.facts import model_facts, run_facts
 from sparseopt.pruning.text.windows import text_windows
@@ -36,98 +36,69 @@ NOISE = 20
 PHOTOGRAPHS = {"camera": np.s_[60:316, 120:376], "cell": np.s_[246:502, 294:550]}
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """One row of the closing table."""
-
-    label: str
-    perplexity: float
-    sample: str
-    report: PruneReport | None
-
-
-def free_folder(wanted: Path) -> Path:
-    """`wanted`, or the first of `wanted-2`, `wanted-3`, ... that does not exist."""
-    candidates = (wanted if n == 1 else wanted.with_name(f"{wanted.name}-{n}") for n in range(1, 10_000))
-    return next(c for c in candidates if not c.exists())
-
-
 def run_demo(output: Path | None, source: str | None, calibration: str, sparsity: float) -> None:
-    """Prune, evaluate, compare, plot; everything shown is also written to `output`."""
-    start = time.perf_counter()
-    say = console.say
+    """Denoise, prune, evaluate, compare, plot; everything shown is also written to `output`."""
+    start, say = time.perf_counter(), console.say
     path = Path(source) if source else bundled_model()
-    # The demo scores the models itself.
-    common: dict[str, Any] = {"sparsity": sparsity, "calibration": calibration, "score": "none"}
-    recipes = {label: Recipe(**common, **chosen) for label, chosen in RECIPES}
     model = open_model(path)
     tokenizer = load_tokenizer(model.source)
     ids, bos = text_windows(model.source, calibration, "evaluation", *EVALUATION)
     prompt = np.append([] if bos is None else [bos], encode_text(tokenizer, PROMPT)).astype(np.int32)
-    output = output or free_folder(Path("demo-output"))
+    if output is None:
+        wanted = (Path("demo-output" if n == 1 else f"demo-output-{n}") for n in itertools.count(1))
+        output = next(folder for folder in wanted if not folder.exists())
     output.mkdir(parents=True, exist_ok=False)
     console.stop.words = functools.partial(console.left_in, output, time.time())
     photographs, shown = _denoise_photographs(output)
     say(f"\nmodel: {path.name}, {model.num_blocks} blocks of width {model.config.hidden_size}; results in {output}/")
 
-    def judge(label: str, folder: Path, report: PruneReport | None) -> Outcome:
+    headings = ("model", "perplexity", "sparsity", "layer error", "held-out error", "solver seconds")
+    rows, samples, layers = [], {}, {}
+
+    def judge(label: str, folder: Path, *figures: str) -> None:
         with console.block_progress(f"{label}: perplexity") as progress:
             score = perplexity(folder, ids, bos=bos, observer=progress)
         say(f"{label}: perplexity {score:.2f} on {ids.size:,} held-out tokens")
-        continued = generate(load_decoder(folder), prompt, NEW_TOKENS)
-        return Outcome(label, score, PROMPT + tokenizer.decode(continued.tolist()), report)
+        rows.append((label, f"{score:.2f}", *(figures or ("-",) * 4)))
+        samples[label] = PROMPT + tokenizer.decode(generate(load_decoder(folder), prompt, NEW_TOKENS).tolist())
 
-    outcomes = [judge("dense", path, None)]
-    for label, recipe in recipes.items():
+    judge("dense", path)
+    for label, chosen in RECIPES:
         folder = output / label.lower()
+        # The demo scores the models itself.
+        recipe = Recipe(sparsity=sparsity, calibration=calibration, score="none", **chosen)
         with PruneProgress(f"{label} {sparsity:.0%}") as progress:
             report = prune_model(path, folder, recipe, observer=progress)
         for fact in (*model_facts(report), *run_facts(report)):
             say(f"{label}: {fact}")
-        outcomes.append(judge(label, folder, report))
+        error, heldout = mean_errors(report.layers)
+        held = "-" if heldout is None else f"{heldout:.5f}"
+        judge(label, folder, f"{report.sparsity:.4f}", f"{error:.5f}", held, f"{report.solver_seconds:.1f}")
+        layers[label] = report.layers
 
-    title = f"{'SmolLM2' if source is None else path.name} pruned to {sparsity:.0%}"
-    headings = ("model", "perplexity", "sparsity", "layer error", "held-out error", "solver seconds")
-    table = Table(title, headings, [_cells(outcome) for outcome in outcomes])
-    console.console.print(console.comparison_table(title, headings, table.rows))
+    table = Table(f"{'SmolLM2' if source is None else path.name} pruned to {sparsity:.0%}", headings, rows)
+    console.console.print(console.comparison_table(table.title, headings, rows))
     caption = f"Error of each layer's output after pruning to {sparsity:.0%} (calibration tokens, log scale)"
-    errors = plot_layer_errors({o.label: o.report.layers for o in outcomes if o.report})
-    picture = save_figure(errors, output / "layer-errors.png", caption)
-    samples = "\n\n".join(f"{o.label}:\n{o.sample}" for o in outcomes)
-    (output / "samples.txt").write_text(samples + "\n", encoding="utf-8")
-    say(f"\nA sample, {NEW_TOKENS} likeliest tokens after the prompt:\n\n{samples}\n")
+    picture = save_figure(plot_layer_errors(layers), output / "layer-errors.png", caption)
+    text = "\n\n".join(f"{label}:\n{sample}" for label, sample in samples.items())
+    say(f"\nA sample, {NEW_TOKENS} likeliest tokens after the prompt:\n\n{text}\n")
     seconds = time.perf_counter() - start
     summary = {
         "photographs": photographs,
-        "rows": {o.label: {"perplexity": o.perplexity, "sample": o.sample} for o in outcomes},
+        "models": [dict(zip(headings, row, strict=True)) | {"sample": samples[row[0]]} for row in rows],
         "evaluation_tokens": int(ids.size),
         "seconds": seconds,
         "peak_memory_bytes": peak_memory_bytes(),
         **environment(),
     }
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    say(f"picture: {picture}; models: {', '.join(str(o.report.output) for o in outcomes if o.report)}")
+    say(f"picture: {picture}; models: {', '.join(str(output / label.lower()) for label in layers)}")
     say(f"{seconds:.0f} s in all, peak memory {peak_memory_bytes() / 2**30:.2f} GiB")
-    pruned = Report(table, [Fact(f"{o.label} writes", o.sample) for o in outcomes], [Figure(picture, caption)])
+    facts = [Fact(f"{label} writes", sample) for label, sample in samples.items()]
+    parts = [shown, Report(table, facts, [Figure(picture, caption)])]
     steps = [Fact("sparseopt prune MODEL --output FOLDER", "prunes a model of yours")]
     steps += [Fact("sparseopt denoise PHOTO.png --output CALM.png", "denoises a picture of yours")]
-    parts = [shown, pruned]
     console.write_page(output / PAGE, lambda command: html_page("sparseopt demo", parts, command, summary, steps))
-
-
-def _cells(outcome: Outcome) -> tuple[str, ...]:
-    name, perplexity, report = outcome.label, f"{outcome.perplexity:.2f}", outcome.report
-    if report is None:
-        return (name, perplexity, "-", "-", "-", "-")
-    error, heldout = mean_errors(report.layers)
-    return (
-        name,
-        perplexity,
-        f"{report.sparsity:.4f}",
-        f"{error:.5f}",
-        "-" if heldout is None else f"{heldout:.5f}",
-        f"{report.solver_seconds:.1f}",
-    )
 
 
 def _denoise_photographs(output: Path) -> tuple[list[dict[str, Any]], Report]:
@@ -142,36 +113,31 @@ def _denoise_photographs(output: Path) -> tuple[list[dict[str, Any]], Report]:
         console.say(f"{name}: {clean.shape[0]} x {clean.shape[1]} pixels, noise sigma {NOISE}, PSNR {start:.2f} dB")
         fits = []
         for order in (0, 1):
-            seconds = []
-            for _ in range(2):  # the first call compiles
-                began = time.perf_counter()
-                found = denoise(noisy, None, order)
-                seconds.append(time.perf_counter() - began)
+            began = time.perf_counter()
+            found = denoise(noisy, None, order)
             row = {
-                "photograph": name,
+                "image": name,
                 "order": order,
                 "weight": found.weight,
-                "psnr": psnr(found.image, clean),
-                "relative_duality_gap": float(found.solution.check().gap),
+                "PSNR dB": psnr(found.image, clean),
+                "gap": float(found.solution.check().gap),
                 "steps": int(found.solution.steps),
-                "seconds": seconds[1],
-                "first_call_seconds": seconds[0],
+                "seconds": time.perf_counter() - began,
             }
             fits.append((row, found.image))
         rows += [row for row, _ in fits]
-        best, image = max(fits, key=lambda fit: fit[0]["psnr"])
+        best, image = max(fits, key=lambda fit: fit[0]["PSNR dB"])
         captions = (
             f"{name}, noise sigma {NOISE}: {start:.1f} dB",
-            f"trend filter of order {best['order']}, weight {best['weight']:.1f}: {best['psnr']:.1f} dB",
+            f"trend filter of order {best['order']}, weight {best['weight']:.1f}: {best['PSNR dB']:.1f} dB",
         )
         picture = output / f"{name}.png"
         before_and_after(_as_grey(noisy), _as_grey(image), picture, captions)
         figures.append(Figure(picture, f"{captions[0]}, and {captions[1]}"))
-    headings = ("image", "order", "weight", "PSNR dB", "gap", "steps", "seconds", "with compiling")
-    formats = ("{}", "{:d}", "{:.1f}", "{:.2f}", "{:.1e}", "{:d}", "{:.2f}", "{:.2f}")
+    formats = ("{}", "{:d}", "{:.1f}", "{:.2f}", "{:.1e}", "{:d}", "{:.2f}")
     cells = [[form.format(value) for form, value in zip(formats, row.values(), strict=True)] for row in rows]
-    table = Table("Photographs denoised by trend filtering, weights chosen by SURE", headings, cells)
-    console.console.print(console.comparison_table(table.title, headings, cells))
+    table = Table("Photographs denoised by trend filtering, weights chosen by SURE", list(rows[0]), cells)
+    console.console.print(console.comparison_table(table.title, table.headings, cells))
     console.say(f"pictures of the better order: {', '.join(str(figure.picture) for figure in figures)}")
     return rows, Report(table, figures=figures)
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import platform
 import re
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -30,8 +29,8 @@ EXTRAS = {
     "eval": ("lm_eval", "datasets", "evaluate"),
     "datasets": ("datasets",),
 }
-# What decides on devices and programs. TPU_SKIP_MDS_QUERY is set by JAX itself.
-VARIABLES = re.compile(r"JAX_\w+|XLA_\w+|CUDA_VISIBLE_DEVICES|TPU_(?!SKIP_MDS_QUERY)\w+|LIBTPU_\w+|SPARSEOPT_\w+")
+# What decides on devices and programs, besides the variables that JAX lists. TPU_SKIP_MDS_QUERY is set by JAX itself.
+VARIABLES = re.compile(r"CUDA_VISIBLE_DEVICES|TPU_(?!SKIP_MDS_QUERY)\w+|LIBTPU_\w+|SPARSEOPT_\w+")
 
 
 def doctor(as_json: AsJson = False) -> None:
@@ -49,47 +48,52 @@ def doctor(as_json: AsJson = False) -> None:
 
 def examine() -> dict[str, Any]:
     """All that `doctor` tells. A device that JAX cannot use is no error: `device_error` says why."""
-    devices: list[dict[str, Any]] = []
-    error = None
-    try:
-        devices = [_device(device) for device in jax.local_devices()]
-    except RuntimeError as failure:
-        error = str(failure)
-    folder = getattr(jax.config, "jax_compilation_cache_dir", None)
-    found = {
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+    found: dict[str, Any] = {
         "processor": processor(),
         "cores": os.cpu_count(),
         "memory_available_bytes": available_memory_bytes(),
         "versions": versions(),
         "extras": {extra: _missing(extra) for extra in EXTRAS},
         "variables": {name: value for name, value in sorted(os.environ.items()) if VARIABLES.fullmatch(name)},
-        "devices": devices,
-        "device_error": error,
-        "programs": folder and _kept(folder),
-        "precision": activation_precision(),
-        "product_error": _product_error() if devices else None,
-    }
-    return found | {"verdict": _verdict(found)}
+        "devices": [], "device_error": None, "jax": None,
+        "programs": _kept(getattr(jax.config, "jax_compilation_cache_dir", None)),
+        "precision": activation_precision(), "product_error": None,
+    }  # fmt: skip
+    verdict = "signals, so.solve and language models work"
+    if found["extras"]["prune"]:
+        verdict = "signals and so.solve work; language models need pip install 'sparseopt[prune]'"
+    try:
+        found["devices"] = [_device(device) for device in jax.local_devices()]
+        found["jax"] = jax.print_environment_info(return_string=True)
+        jax.block_until_ready(jax.numpy.ones((1024, 1024)) @ jax.numpy.ones(1024))
+    except RuntimeError as error:
+        if found["devices"]:  # another program may have taken all of its memory
+            found["product_error"] = str(error).partition("\n")[0]
+            verdict = "a first product failed, and runs would too; free the device's memory or choose another device"
+        else:
+            found["device_error"] = str(error)
+            verdict = "nothing runs here; check JAX_PLATFORMS and how JAX was installed"
+    return found | {"verdict": f"verdict: {verdict}"}
 
 
 def lines_of(found: dict[str, Any]) -> list[str]:
     """The same for a person, without the verdict."""
     memory = format_bytes(found["memory_available_bytes"])
     lines = [
-        f"{found['system']}, {found['processor']}, {found['cores']} cores, {memory} of memory available",
+        f"{found['processor']}, {found['cores']} cores, {memory} of memory available",
         ", ".join(f"{name} {number}" for name, number in found["versions"].items()),
     ]
     for extra, missing in found["extras"].items():
         needs = f"not installed ({', '.join(missing)}): pip install 'sparseopt[{extra}]'" if missing else "installed"
         lines.append(f"extra {extra}: {needs}")
     lines += [f"{name}={value}" for name, value in found["variables"].items()]
+    if found["device_error"]:
+        return [*lines, f"no device: {found['device_error']}"]
+    lines += (found["jax"] or "").splitlines()
     for device in found["devices"]:
         limit, used = device["memory_bytes"], device["memory_used_bytes"]
         memory = "" if limit is None else f", {format_bytes(limit)} of memory, {format_bytes(used)} of it in use"
         lines.append(f"device {device['name']}: {device['kind']}{memory}")
-    if found["device_error"]:
-        return [*lines, f"no device: {found['device_error']}"]
     if (programs := found["programs"]) is None:
         lines.append(f"compiled programs are not kept: {SWITCH} is 0, or the cache folder cannot be written")
     else:
@@ -106,36 +110,13 @@ def lines_of(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _verdict(found: dict[str, Any]) -> str:
-    """What works here, and what to do about the rest."""
-    if found["device_error"]:
-        return "verdict: nothing runs here; check JAX_PLATFORMS and how JAX was installed"
-    if found["product_error"]:
-        return "verdict: a first product failed, and runs would too; free the device's memory or choose another device"
-    if found["extras"]["prune"]:
-        return "verdict: signals and so.solve work; language models need pip install 'sparseopt[prune]'"
-    return "verdict: signals, so.solve and language models work"
-
-
-def _product_error() -> str | None:
-    """Why the first device cannot compute: another program may have taken all of its memory."""
-    try:
-        jax.block_until_ready(jax.numpy.ones((1024, 1024)) @ jax.numpy.ones(1024))
-    except RuntimeError as error:
-        return str(error).partition("\n")[0]
-    return None
-
-
 def _device(device: Any) -> dict[str, Any]:
     """Memory is None where JAX does not know it, as on a CPU."""
     memory = device.memory_stats() or {}
     return {
-        "name": str(device),
-        "platform": device.platform,
-        "kind": device.device_kind,
-        "memory_bytes": memory.get("bytes_limit"),
-        "memory_used_bytes": memory.get("bytes_in_use"),
-    }
+        "name": str(device), "platform": device.platform, "kind": device.device_kind,
+        "memory_bytes": memory.get("bytes_limit"), "memory_used_bytes": memory.get("bytes_in_use"),
+    }  # fmt: skip
 
 
 def _missing(extra: str) -> list[str]:
@@ -151,7 +132,9 @@ def _missing(extra: str) -> list[str]:
     return missing
 
 
-def _kept(folder: str) -> dict[str, Any]:
+def _kept(folder: str | None) -> dict[str, Any] | None:
     """How many programs a folder has, and their size."""
+    if folder is None:
+        return None
     sizes = [found.st_size for _, found in kept_files(Path(folder))]
     return {"folder": folder, "count": len(sizes), "bytes": sum(sizes)}

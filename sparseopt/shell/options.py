@@ -257,8 +257,7 @@ def cooperating(
         try:
             yield
         except KeyboardInterrupt:
-            joined.stop(console.stop.words())
-            raise
+            raise KeyboardInterrupt(console.stop.words()) from None
 
 
 def number_of_devices(text: str | None) -> int | Literal["all"] | None:

@@ -39,7 +39,7 @@ def makes_models(
 
     Args:
         recipe: the name of its kind of recipe.
-        several: options that take several numbers; every combination is made in the same pass.
+        several: options that take several numbers; every combination is made by the same command.
         example: of such numbers.
         folders: says where the models of several combinations lie.
     """
@@ -62,8 +62,22 @@ def makes_models(
             process_id: options.ProcessId = None,
             log: options.Log = None,
             follow_links: options.FollowLinks = False,
+            dry_run: Annotated[
+                bool, options.machine_option("Show what the run would make and need, write nothing.", "--dry-run")
+            ] = False,
+            measure: Annotated[
+                bool,
+                options.machine_option(
+                    "With --dry-run: estimate the time too, from runs of the recipe on the first blocks.", "--measure"
+                ),
+            ] = False,
+            as_json: Annotated[
+                bool, options.machine_option("With --dry-run: print one JSON line and nothing else.", "--json")
+            ] = False,
             **given: Any,
         ) -> None:
+            if (measure or as_json) and not dry_run:
+                raise ValueError(f"--{'measure' if measure else 'json'} belongs to --dry-run: add it")
             check_tracker(log)
             chosen = options.number_of_devices(devices)
             with options.cooperating(distributed, coordinator, processes, process_id):
@@ -75,14 +89,22 @@ def makes_models(
                 names = ["-".join(named.format(name, getattr(each, name)) for name in varied) for each in recipes]
                 plans = [(each, output_named(output, name)) for each, name in zip(recipes, names, strict=True)]
                 opened = options.opened(source, follow_links)
-                for line in choice_lines(recipes[0], given):
-                    console.say(line)
-                code = run_pass(opened, plans, title(recipes), memory, chosen, log)
+                if not as_json:
+                    for line in choice_lines(recipes[0], given):
+                        console.say(line)
+                if dry_run:
+                    from sparseopt.shell.show_pruning import show_dry_run
+
+                    for each, place in plans:
+                        plan = pruning.dry_run(opened, place, each, memory=memory, devices=chosen, measure=measure)
+                        show_dry_run(plan, as_json)
+                    return
+                code = run_pass(opened, plans, title, memory, chosen, log)
             if code:
                 raise typer.Exit(code)
 
         command.__name__, command.__doc__ = title.__name__, title.__doc__
-        lists = dict.fromkeys(several, f"Several, as in {example}, share one pass.")
+        lists = dict.fromkeys(several, f"Several, as in {example}, make a model each.")
         return options.takes_recipe(recipe, lists=lists)(command)
 
     return made
@@ -150,50 +172,55 @@ def choice_lines(recipe: "PassRecipe", typed: Mapping[str, Any]) -> list[str]:
 def run_pass(
     opened: "Source",
     plans: "Sequence[tuple[PassRecipe, Path]]",
-    title: str,
+    title: Callable[..., str],
     memory: str | None,
     devices: int | Literal["all"] | None,
     log: str | None,
 ) -> int:
-    """Make the models of one pass, each into its output, and show and log its progress and their figures.
+    """Make the models of one command, each into its output, and show and log their progress and figures.
 
     Returns:
         The exit status: 0, or `RESUMABLE` after SIGTERM.
     """
-    from sparseopt.pruning import Stopped, prune_models
+    from sparseopt.pruning import Stopped, prune_model
     from sparseopt.pruning.run.output_form import run_folder_of
     from sparseopt.shell.prune_progress import PruneProgress
     from sparseopt.shell.show_pruning import show_report
     from sparseopt.system.processes import is_first
 
     console.stop.words = functools.partial(kept, [run_folder_of(output.expanduser()) for _, output in plans])
-    slow = plans[0][0].effort in ("good", "most")
-    with Tracked(log if is_first() else None, title, parameters(opened.name, plans)) as tracked:
-        try:
-            with stop_asked() as stop, PruneProgress(title, faster=slow) as progress:
+    slow, whole = plans[0][0].effort in ("good", "most"), title([recipe for recipe, _ in plans])
+    with Tracked(log if is_first() else None, whole, parameters(opened.name, plans)) as tracked, stop_asked() as stop:
+        for recipe, output in plans:
+            name = title([recipe])
+            if len(plans) > 1 and name == whole:
+                name = f"{name} {output.name}"
+            try:
+                with PruneProgress(name, faster=slow) as progress:
 
-                def observe(*event: Any) -> None:
-                    progress(*event)
-                    tracked(*event)
+                    def observe(*event: Any, progress: PruneProgress = progress) -> None:
+                        progress(*event)
+                        tracked(*event)
 
-                reports = prune_models(opened, plans, observer=observe, stop=stop, memory=memory, devices=devices)
-        except Stopped as stopped:
-            if is_first():
-                console.say(f"\n{stopped}", console.errors)
-            return RESUMABLE
-        for report in reports:
+                    report = prune_model(
+                        opened, output, recipe, observer=observe, stop=stop, memory=memory, devices=devices
+                    )
+            except Stopped as stopped:
+                if is_first():
+                    console.say(f"\n{stopped}", console.errors)
+                return RESUMABLE
             page, summary = show_report(report), report.summary()
             figures = {name: summary[name] for name in LOGGED}
             for number, score in enumerate(report.scores, 1):
                 figures |= {f"perplexity_{number}_before": score.before, f"perplexity_{number}_after": score.after}
-            prefix = f"{report.output.name}/" if len(reports) > 1 else ""
+            prefix = f"{report.output.name}/" if len(plans) > 1 else ""
             tracked.log({prefix + name: value for name, value in figures.items()})
             tracked.keep(page)
     return 0
 
 
 def parameters(source: str, plans: "Sequence[tuple[PassRecipe, Path]]") -> dict[str, Any]:
-    """What a pass is logged with: the source, and the fields of its recipes; a list where they differ."""
+    """What a command is logged with: the source, and the fields of its recipes; a list where they differ."""
     fields = [{"source": source} | recipe.model_dump(mode="json", exclude_none=True) for recipe, _ in plans]
     return {
         name: value if all(each.get(name) == value for each in fields) else [each.get(name) for each in fields]
@@ -246,7 +273,7 @@ def evaluate(
     """Measure the token-level perplexity of a model, and the exact sparsity of its layers."""
     from sparseopt.models import check_window, open_any
     from sparseopt.pruning import Recipe, audit_pattern, audit_sparsity, perplexity
-    from sparseopt.pruning.run.layer_patterns import layer_shares
+    from sparseopt.pruning.run.plan import layer_shares
     from sparseopt.pruning.text.documents import part_of_text
     from sparseopt.pruning.text.windows import begin_windows, text_windows, token_digest
 

@@ -19,7 +19,8 @@ from sparseopt.pruning.base.records import (
     ShapeRecord,
     mean,
 )
-from sparseopt.shell.console import bytes_by_size, console, counting_bar, duration, say
+from sparseopt.pruning.memory import bytes_by_size
+from sparseopt.shell.console import console, counting_bar, duration, say
 from sparseopt.system.machine import format_bytes
 
 # Seconds left from which a run says after its first block that a faster one is possible.
@@ -27,16 +28,17 @@ LONG = 1800
 
 
 class PruneProgress:
-    """Observer of `prune_models`: a bar with block, layer, error and time left; without a terminal a line per block."""
+    """Observer of `prune_model`: a bar with block, layer, error and time left; without a terminal a line per block."""
 
     def __init__(self, title: str, faster: bool = False) -> None:
         """Take the title of the run, and whether effort fast takes less time."""
         self._title, self._faster = title, faster
-        self._start = time.perf_counter()
-        self._block: list[LayerRecord | GridRecord] = []
-        self._replayed, self._finished, self._blocks_left = False, 0, 0
-        self._worked_from = self._passed = _worked()
-        self._stage = ("", 0, self._worked_from)
+        self._start, self._block = time.perf_counter(), list[LayerRecord | GridRecord]()
+        self._replayed, self._finished = False, 0
+        # When this run began with the blocks, and when it will have finished them; None before the first.
+        self._began = _worked()
+        self._end: float | None = None
+        self._stage = ("", 0, self._began)
         self._bar = counting_bar(console, TextColumn("{task.fields[note]}"))
         # The first record comes only after reading, tokenising and compiling.
         self._task = self._bar.add_task(title, total=None, note="reading the model")
@@ -53,17 +55,18 @@ class PruneProgress:
     def __call__(self, event: Event, done: int, total: int) -> None:
         match event:
             case Calibration():
-                for line in calibration_lines(event):
-                    say(line)
+                say("\n".join(calibration_lines(event)))
             case Footprint():
-                for line in footprint_lines(event):
-                    say(line)
+                say("\n".join(footprint_lines(event)))
             case str():
-                self._tell_survey(event, done, total)
+                self._tell_stage(event, done, total)
             case Replay():
                 self._replayed = True
             case LayerRecord() | GridRecord():
-                self._tell_layer(event, done, total)
+                self._block.append(event)
+                what = "error" if isinstance(event, LayerRecord) else f"in {event.bits}, adds"
+                note = f"block {event.block} {event.layer.split('.', 3)[-1]} {what} {event.relative_error:.4f}"
+                self._bar.update(self._task, total=total, completed=done, note=note + self._left())
             case Passed(block, blocks):
                 self._tell_block(block, blocks, done, total)
             case BlockRecord():
@@ -75,36 +78,28 @@ class PruneProgress:
             case DistillationRecord():
                 self._bar.update(self._task, note=f"distilled, divergence {event.last_loss:.4f}")
 
-    def _tell_survey(self, stage: str, done: int, total: int) -> None:
-        now, (name, first, began) = _worked(), self._stage
+    def _tell_stage(self, stage: str, done: int, total: int) -> None:
+        now, (name, first, began), left = _worked(), self._stage, ""
         if not (self._block or self._finished):
             # What comes before the blocks says nothing of the time that they take.
-            self._worked_from = now
-        left = ""
+            self._began = now
         if name != stage or done <= first:
             self._stage = (stage, done, now)
         elif done < total:
             left = f", {duration((now - began) / (done - first) * (total - done))} left"
         self._bar.update(self._task, total=total, completed=done, note=f"{stage}{left}")
         # About ten lines of a stage.
-        if not console.is_terminal and (done in (1, total) or 10 * done // total > 10 * (done - 1) // total):
-            say(f"{self._title}: {stage} {done}/{total}, {duration(time.perf_counter() - self._start)}{left}")
-
-    def _tell_layer(self, record: LayerRecord | GridRecord, done: int, total: int) -> None:
-        layer, what = record.layer.split(".", 3)[-1], "error"
-        if isinstance(record, GridRecord):
-            what = f"in {record.bits}, adds"
-        note = f"block {record.block} {layer} {what} {record.relative_error:.4f}{self._left()}"
-        self._bar.update(self._task, total=total, completed=done, note=note)
-        self._block.append(record)
+        if done in (1, total) or 10 * done // total > 10 * (done - 1) // total:
+            self._tell(f"{stage} {done}/{total}", left)
 
     def _tell_block(self, block: int, blocks: int, done: int, total: int) -> None:
-        self._passed, self._blocks_left = _worked(), blocks - block - 1
+        now = _worked()
         if self._replayed:
             # An earlier run's: its records come again in no time.
-            self._worked_from, self._replayed = self._passed, False
+            self._began, self._replayed = now, False
         else:
             self._finished += 1
+            self._end = now + (now - self._began) / self._finished * (blocks - block - 1)
         what = f"block {block} has no layer to prune" if total else f"block {block + 1}/{blocks}"
         if self._block:
             pruned = [record for record in self._block if isinstance(record, LayerRecord)]
@@ -116,25 +111,20 @@ class PruneProgress:
         self._block = []
         if not total:
             self._bar.update(self._task, total=blocks, completed=block + 1, note=what)
-        if not console.is_terminal:
-            say(f"{self._title}: {what}, {duration(time.perf_counter() - self._start)}{self._left()}")
-        left = self._seconds_left()
-        if left is not None:
+        self._tell(what, self._left())
+        if self._end is not None:
             # Once, after the first block that this run has finished.
-            if self._faster and left > LONG:
-                say(f"{self._title}: about {duration(left)} left; --effort fast takes less")
+            if self._faster and self._end - now > LONG:
+                say(f"{self._title}: about {duration(self._end - now)} left; --effort fast takes less")
             self._faster = False
 
-    def _left(self) -> str:
-        seconds = self._seconds_left()
-        return "" if seconds is None else f", {duration(seconds)} left"
+    def _tell(self, what: str, left: str) -> None:
+        if not console.is_terminal:
+            say(f"{self._title}: {what}, {duration(time.perf_counter() - self._start)}{left}")
 
-    def _seconds_left(self) -> float | None:
-        """The time left, at the pace of the blocks that this run has finished; None before the first."""
-        if not self._finished:
-            return None
-        each = (self._passed - self._worked_from) / self._finished
-        return max(0.0, each * self._blocks_left - (_worked() - self._passed))
+    def _left(self) -> str:
+        """The time left, at the pace of the blocks that this run has finished."""
+        return "" if self._end is None else f", {duration(max(0.0, self._end - _worked()))} left"
 
 
 def _worked() -> float:
@@ -148,7 +138,8 @@ def calibration_lines(calibration: Calibration) -> list[str]:
     lines = [
         f"calibration on {given.windows} windows of {given.seqlen} tokens, {tokens:,} in all"
         + f", {given.variants} variants of each" * bool(given.variants)
-        + f", and {given.heldout_windows} held out; digest {given.digest}"
+        + f", and {given.heldout_windows} held out"
+        + f"; digest {given.digest}" * bool(given.digest)
     ]
     if given.why:
         lines.append(f"default --windows {given.windows}: {given.why}")

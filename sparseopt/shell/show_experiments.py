@@ -40,8 +40,6 @@ class SweepProgress:
         for line in outcome.lost:
             file = outcome.folder / RECORDS
             say(f"torn   {name_of(planned)}: line {line} of {file} held no record; its unit was run again")
-        if outcome.apart:
-            say(f"apart  {name_of(planned)}: a pass shared with other runs ended ({outcome.apart}), each goes on alone")
         if outcome.error:
             say(f"FAILED {name_of(planned)}: {outcome.error}")
         elif outcome.done:

@@ -1,4 +1,4 @@
-"""A report as data: facts, tables and figures, shown as Markdown, as one HTML page, and in a notebook.
+"""A report as data: facts, tables and figures, shown as Markdown, as one HTML page (`report.html`), and in a notebook.
 
 A page is self-contained: figures are inside it, and its policy forbids the browser to load anything.
 """
@@ -17,33 +17,7 @@ import numpy as np
 
 from sparseopt.system.machine import environment_texts
 
-# Tables and figures wider than the page scroll; the page does not.
-STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;max-width:68em;margin:2em auto;padding:0 1em;color:#222;overflow-wrap:anywhere}
-h1,h2{line-height:1.25}h2,footer{margin-top:2em}pre{white-space:pre-wrap;padding:.6em .8em}
-pre,code{background:#f3f4f6}pre span,code span{display:inline-block}
-ul{padding-left:1.2em}figure{margin:1.5em 0}figcaption,footer{color:#555;font-size:.9em}
-img{max-width:100%;min-width:min(36em,150vw)}svg{width:100%;font-size:13px}rect{fill:#2a6f97}
-.wide{overflow:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums;overflow-wrap:normal}
-th,td{padding:.3em .7em;border-bottom:1px solid #ddd;text-align:right}th{font-weight:normal}
-td{white-space:nowrap}.text{white-space:normal;min-width:20em}[scope=row],.label,.text{text-align:left}
-thead th{vertical-align:bottom}tfoot *{font-weight:bold}
-button{all:unset;cursor:pointer;font-weight:bold}button:focus-visible{outline:2px solid #2a6f97}
-[aria-sort=ascending] button::after{content:" \\25b2"}[aria-sort=descending] button::after{content:" \\25bc"}
-@media(max-width:40em){body{font-size:15px}th,td{padding:.3em .4em}}
-"""
-# A click on a heading sorts: numbers by value, before texts; a second click reverses the order.
-SCRIPT = """
-const number=row=>{const word=row[0].split(" ")[0].replace(/[,%]/g,"");return word===""?NaN:Number(word)}
-document.querySelectorAll("thead button").forEach(button=>button.onclick=()=>{
-const head=button.parentElement,body=head.closest("table").tBodies[0],sign=head.ariaSort==="ascending"?-1:1
-const rows=[...body.rows].map(row=>[row.cells[head.cellIndex].textContent,row])
-rows.sort((p,q)=>{const a=number(p),b=number(q)
-return isNaN(a)&&isNaN(b)?sign*p[0].localeCompare(q[0],"en",{numeric:true}):isNaN(a)?1:isNaN(b)?-1:sign*(a-b)})
-for(const other of head.parentElement.cells)other.ariaSort=null
-head.ariaSort=sign>0?"ascending":"descending";body.append(...rows.map(row=>row[1]))})
-"""
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+TEMPLATE = Path(__file__).with_name("report.html")
 
 
 class Fact(NamedTuple):
@@ -72,6 +46,15 @@ class Figure(NamedTuple):
 
     picture: Path | str
     caption: str
+
+    def drawn(self) -> Any:
+        """The picture as HTML, with the data of a file in it."""
+        from markupsafe import Markup
+
+        if isinstance(self.picture, str):
+            return Markup(self.picture)
+        data = b64encode(self.picture.read_bytes()).decode()
+        return Markup('<img alt="{}" src="data:image/png;base64,{}">').format(self.caption, data)
 
 
 @dataclass(frozen=True)
@@ -106,17 +89,18 @@ def html_page(
     title: str, reports: Iterable[Report], command: str, environment: Mapping[str, Any], steps: Iterable[Fact] = ()
 ) -> str:
     """One self-contained page; `environment` comes from a record, `steps` are commands and what they do."""
-    following = "".join(f"<li><code>{_words(name)}</code>: {_text(text)}</li>" for name, text in steps)
-    sections = "".join(_section(report, title) for report in reports)
-    made = "".join(f"<p>{escape(text)}</p>" for text in environment_texts(environment))
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>'
-        f"<h1>{escape(title)}</h1><p>{time.strftime('%Y-%m-%d %H:%M %z')}</p><pre>{_words(command)}</pre>"
-        f"{sections}{f'<h2>What to do next</h2><ul>{following}</ul>' if following else ''}"
-        f"<footer>{made}</footer><script>{SCRIPT}</script></body></html>\n"
-    )
+    from jinja2 import Environment
+    from markupsafe import Markup
+
+    engine = Environment(autoescape=True, trim_blocks=True)
+    # A command's lines break between words, not at the hyphens of options.
+    spanned = Markup("<span>{}</span>").format
+    engine.filters["words"] = lambda text: Markup(" ").join(map(spanned, text.split(" ")))
+    engine.filters["code"] = lambda text: Markup(re.sub("`([^`]+)`", r"<code>\1</code>", escape(text)))
+    return engine.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        title=title, time=time.strftime("%Y-%m-%d %H:%M %z"), command=command, reports=[*reports], steps=[*steps],
+        made=environment_texts(environment),
+    )  # fmt: skip
 
 
 def html_facts(title: str, facts: Iterable[Fact]) -> str:
@@ -135,49 +119,6 @@ def cell(value: Any) -> str:
     """A value of a record as text."""
     shape = "x".join(map(str, value)) if isinstance(value, tuple) else None
     return shape or (f"{value:.5g}" if isinstance(value, float) else "-" if value is None else str(value))
-
-
-def _words(command: str) -> str:
-    """A command whose lines break between words, not at the hyphens of options."""
-    return " ".join(f"<span>{escape(word)}</span>" for word in command.split(" "))
-
-
-def _text(text: str) -> str:
-    return re.sub("`([^`]+)`", r"<code>\1</code>", escape(text))
-
-
-def _section(report: Report, title: str) -> str:
-    heading = "" if report.table.title == title else f"<h2>{escape(report.table.title)}</h2>"
-    facts = "".join(f"<li><b>{escape(name)}</b>: {_text(text)}</li>" for name, text in report.facts)
-    figures, table = "".join(map(_figure, report.figures)), _table(report.table) if report.table.rows else ""
-    return f"{heading}{f'<ul>{facts}</ul>' if facts else ''}{figures}{table}"
-
-
-def _figure(figure: Figure) -> str:
-    picture, caption = figure.picture, escape(figure.caption)
-    if isinstance(picture, Path):
-        data = b64encode(picture.read_bytes()).decode()
-        picture = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
-    return f'<figure><div class="wide">{picture}</div><figcaption>{caption}</figcaption></figure>'
-
-
-def _table(table: Table) -> str:
-    heads = (
-        f"<th{' class=label' if index < table.labels else ''}><button>{escape(heading)}</button></th>"
-        for index, heading in enumerate(table.headings)
-    )
-    body, foot = (
-        "".join(f"<tr>{''.join(_cell(cell, i < table.labels) for i, cell in enumerate(row))}</tr>" for row in rows)
-        for rows in (table.rows[: len(table.rows) - table.totals], table.rows[len(table.rows) - table.totals :])
-    )
-    foot = f"<tfoot>{foot}</tfoot>" if foot else ""
-    return f'<div class="wide"><table><thead><tr>{"".join(heads)}</tr></thead><tbody>{body}</tbody>{foot}</table></div>'
-
-
-def _cell(text: str, label: bool) -> str:
-    # Numbers stay on one line, even with an exponent; sentences do not.
-    kind = " class=text" if len(text) > 30 else ""
-    return f'<th scope="row">{escape(text)}</th>' if label else f"<td{kind}>{escape(text)}</td>"
 
 
 def bars(values: Mapping[str, float]) -> str:

@@ -33,7 +33,7 @@ from sparseopt.pruning.evaluate.perplexity import _loss_of_window
 from sparseopt.pruning.measure import survey
 from sparseopt.pruning.recipe.allocation import losses_of_linear
 from sparseopt.pruning.recipe.prune_recipe import Recipe
-from sparseopt.pruning.run.block import propagated_target
+from sparseopt.pruning.run.part import propagated_target
 from sparseopt.pruning.train import distillation
 from sparseopt.pruning.train.reconstruction import Reconstruction, _step_of_rows, split_block
 from sparseopt.pruning.train.training import Fixed, kept_entries, start_state

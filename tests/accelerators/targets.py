@@ -10,7 +10,6 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable
-from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -78,12 +77,6 @@ def missing(name: str) -> str | None:
     if name == HOST or find_spec(TARGETS[name].module) is not None:
         return None
     return f"{name}: its compiler is not installed: pip install '.[{TARGETS[name].extra}]'"
-
-
-def compiler(name: str) -> str:
-    """The compiler of a target and its version."""
-    module = "jaxlib" if name == HOST else TARGETS[name].module
-    return f"{module} {version(module)}"
 
 
 @functools.cache

@@ -1,14 +1,7 @@
-"""Facts about the programs: of a few once compiled, of every kind before that.
-
-Each is compiled once, or not at all where a record given has it. `make bench-accelerators` records the others;
-`SPARSEOPT_ACCELERATOR_RECORD` names the record.
-"""
+"""Facts about the programs: of a few once compiled, of every kind before that. Each is compiled once."""
 
 import functools
-import json
-import os
 import re
-from pathlib import Path
 
 import jax
 import pytest
@@ -35,16 +28,7 @@ SLACK = 1.15
 
 
 @functools.cache
-def recorded():
-    file = os.environ.get("SPARSEOPT_ACCELERATOR_RECORD")
-    lines = map(json.loads, Path(file).read_text(encoding="utf-8").splitlines()) if file else ()
-    return {tuple(line[name] for name in ("target", "kind", "program", "shape", "devices")): line for line in lines}
-
-
-@functools.cache
 def found(target, kind, name, shape, devices=1):
-    if known := recorded().get((target, kind, name, shape, devices)):
-        return known
     program = PROGRAMS[kind, name, shape, devices]
     return facts(lambda: program.lower(Place.on(target, devices)))
 
@@ -65,7 +49,7 @@ def test_a_layer_s_program_does_not_grow_with_the_layer(target, name):
 
 @pytest.mark.parametrize("shape", [SMALL, WIDE])
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_layer_takes_the_memory_that_inspect_says(target, name, shape):
+def test_a_layer_takes_the_memory_that_is_estimated(target, name, shape):
     outputs, inputs = map(int, shape.split(" x "))
     cost = method_cost(find_method(*LAYERS[name]))
     estimate = cost.workspace.nbytes(outputs, inputs)

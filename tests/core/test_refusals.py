@@ -21,8 +21,8 @@ from sparseopt.core.operators.row_tables import check_groups
 from sparseopt.core.penalties.sums import Lifted
 from sparseopt.core.solvers.admm import Admm
 from sparseopt.core.solvers.loss_admm import LossAdmm
-from sparseopt.core.solvers.rising_admm import QuadraticAdmm
-from sparseopt.core.solvers.splice import Splice
+from sparseopt.layers.methods.admm import QuadraticAdmm
+from sparseopt.layers.methods.splice import Splice
 from tests.core.regression import COLUMNS, LABELS, MATRIX, ROWS, SQUARES, TARGET, ImageGradient, OwnSquares
 
 

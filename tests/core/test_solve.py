@@ -11,8 +11,8 @@ from scipy import sparse
 import sparseopt as so
 from sparseopt.core.base.types import precision
 from sparseopt.core.problem.certify import certificate
-from sparseopt.core.solvers.rising_admm import QuadraticAdmm
-from sparseopt.core.solvers.splice import Splice
+from sparseopt.layers.methods.admm import QuadraticAdmm
+from sparseopt.layers.methods.splice import Splice
 from tests.core.regression import (
     COLUMNS,
     DIFFERENCES,

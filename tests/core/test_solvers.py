@@ -12,8 +12,8 @@ import pytest
 
 import sparseopt as so
 from sparseopt.core.losses.quadratic import largest_eigenvalue_bound
-from sparseopt.core.solvers.rising_admm import QuadraticAdmm, solve_rising
-from sparseopt.core.solvers.splice import Splice
+from sparseopt.layers.methods.admm import AdmmPruning, QuadraticAdmm
+from sparseopt.layers.methods.splice import Splice
 from tests.tiers import often
 
 PATTERNS = [so.TopK(150), so.RowTopK(13), so.NM(2, 4), so.BlockTopK(17, (4, 3))]
@@ -39,7 +39,8 @@ def objective(problem, x):
 
 
 def rising(problem, levels=5, growth=2.0, period=4, rho=0.1, **options):
-    return solve_rising(problem, problem.loss.center, rho=rho, growth=growth, levels=levels, period=period, **options)
+    method = AdmmPruning(rho=rho, growth=growth, levels=levels, period=period, **options)
+    return method.rising(problem, problem.loss.center)
 
 
 def least(hessian, center, chosen):

@@ -15,8 +15,8 @@ from sparseopt.core.problem.certify import Anchor
 from sparseopt.core.problem.problem import Start
 from sparseopt.core.solvers.admm import Admm
 from sparseopt.core.solvers.loss_admm import LossAdmm
-from sparseopt.core.solvers.rising_admm import QuadraticAdmm, solve_rising
-from sparseopt.core.solvers.splice import Splice
+from sparseopt.layers.methods.admm import AdmmPruning, QuadraticAdmm
+from sparseopt.layers.methods.splice import Splice
 from sparseopt.trend.base.job import Job
 from sparseopt.trend.base.layout import layout_of
 from sparseopt.trend.methods.choice import METHODS
@@ -97,7 +97,7 @@ def run(name, kind=np.float32, penalty=COUNT):
     with precision(np.dtype(kind)):
         if name == "rising":  # it calls `solve` more than once
             problem, _, center = quadratic(None, penalty, centred=True)(kind)
-            found = solve_rising(problem, center, rho=0.1, growth=3.0, levels=3, period=4)
+            found = AdmmPruning(rho=0.1, growth=3.0, levels=3, period=4).rising(problem, center)
         else:
             problem, solver, start = SOLVERS[name](kind)
             found = so.solve(problem, solver, start, tol=3e-6, max_steps=2000 if "unwatched" not in name else 20)

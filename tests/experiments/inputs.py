@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from sparseopt.experiments.tasks import model as model_task
-from sparseopt.pruning import prune_models
+from sparseopt.pruning import prune_model
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 from tests.pruning.whole_runs import TOKENIZER
 
@@ -34,23 +34,23 @@ def write_inputs(folder: Path, dtype: Any = np.float32, **changes: Any) -> tuple
     return source, f"file:{folder / 'text.txt'}"
 
 
-def watch_passes(monkeypatch, error=None, where=bool, observe=None):
-    """The method and sparsity of every recipe of each pass, in order; a pass for whose recipes `where` holds raises.
+def watch_runs(monkeypatch, error=None, where=bool, observe=None):
+    """The method and sparsity of the recipe of each run, in order; a run for whose recipe `where` holds raises.
 
-    `observe(recipes, event)` is told every event of a pass, and may raise too.
+    `observe(recipe, event)` is told every event of a run, and may raise too.
     """
-    passes = []
+    runs = []
 
-    def watched(source, recipes, *, observer, **others):
+    def watched(source, output, recipe, *, observer, **others):
         def told(event, done, total):
             if observe:
-                observe([recipe for recipe, _ in recipes], event)
+                observe(recipe, event)
             observer(event, done, total)
 
-        passes.append([(recipe.method, recipe.sparsity) for recipe, _ in recipes])
-        if error and where([recipe for recipe, _ in recipes]):
+        runs.append((recipe.method, recipe.sparsity))
+        if error and where(recipe):
             raise error
-        return prune_models(source, recipes, observer=told, **others)
+        return prune_model(source, output, recipe, observer=told, **others)
 
-    monkeypatch.setattr(model_task, "prune_models", watched)
-    return passes
+    monkeypatch.setattr(model_task, "prune_model", watched)
+    return runs

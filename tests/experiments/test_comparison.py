@@ -14,7 +14,7 @@ from sparseopt.experiments.tasks import model as model_task
 from sparseopt.models import open_model
 from sparseopt.pruning import Recipe, audit_sparsity, perplexity, prune_model
 from sparseopt.pruning.text.windows import text_windows
-from tests.experiments.inputs import CALIBRATED, TEXT, WINDOWS, quiet, watch_passes, write_inputs
+from tests.experiments.inputs import CALIBRATED, TEXT, WINDOWS, quiet, watch_runs, write_inputs
 from tests.system.pages import whole_page
 
 METHODS, SHARES, PATTERNS = "wanda,magnitude", "0.75,0.25", "unstructured,2:4"
@@ -143,10 +143,10 @@ def test_the_command_measures_the_cell_without_a_record_alone_and_shows_all(
     for name in lost:
         (broken / name).unlink()
     (broken / "records.jsonl").write_text('{"unit": "mod')  # cut in the middle of a line
-    kept, passes = records(copied), watch_passes(monkeypatch)
+    kept, pruned = records(copied), watch_runs(monkeypatch)
     status, out, err = compare()
     assert status == 0, err
-    assert passes == [[("magnitude", 0.5)]]
+    assert pruned == [("magnitude", 0.5)]
     assert f"7 runs, in {copied / 'cells'}, 6 finished" in out
     assert (out.count("kept "), out.count("done ")) == (6, 1)
     assert {**records(copied), broken.name: b""} == {**kept, broken.name: b""}
@@ -172,10 +172,10 @@ def test_the_command_measures_the_cell_without_a_record_alone_and_shows_all(
 
 
 def test_new_cells_join_the_table_of_the_folder(copied, compare, monkeypatch):
-    passes = watch_passes(monkeypatch)
+    pruned = watch_runs(monkeypatch)
     status, out, err = compare(methods="magnitude,wanda", sparsity="0.4", pattern="2:4,per-row")
     assert status == 0, err
-    assert passes == [[("magnitude", 0.4), ("wanda", 0.4)]]
+    assert pruned == [("magnitude", 0.4), ("wanda", 0.4)]
     assert (out.count("kept "), out.count("done ")) == (3, 2)
     found = [(line["method"], line["pattern"] or None, round(float(line["sparsity"]), 3)) for line in lines_of(copied)]
     assert found[:5] == [
@@ -201,23 +201,22 @@ def test_after_ctrl_c_the_same_command_does_the_missing_cells_alone(compare, mon
     assert status == 130
     assert "the same command continues with what is missing" in err
     assert out.count("done ") == 2
-    passes = watch_passes(monkeypatch)
+    pruned = watch_runs(monkeypatch)
     status, out, _ = compare(**lists)
     assert status == 0
-    # The pass was finished, and its other models are scored.
-    assert passes == [[("magnitude", 0.5), ("wanda", 0.25), ("wanda", 0.5)]]
+    # The first of them was finished, and is scored.
+    assert pruned == [("magnitude", 0.5), ("wanda", 0.25), ("wanda", 0.5)]
     assert (out.count("kept "), out.count("done ")) == (2, 3)
 
 
 def test_a_failed_cell_is_a_row_with_its_reason_ends_in_status_1_and_is_tried_again(tmp_path, compare, monkeypatch):
     error = RuntimeError("the\nlayer broke")
     with monkeypatch.context() as broken:
-        watch_passes(broken, error, lambda recipes: any(recipe.method == "wanda" for recipe in recipes))
+        watch_runs(broken, error, lambda recipe: recipe.method == "wanda")
         status, out, err = compare(pattern="2:4")
     assert status == 1
     reason = "model: RuntimeError: the layer broke"
     for said in (
-        "a pass shared with other runs ended (RuntimeError: the layer broke), each goes on alone",
         f"FAILED method=wanda,pattern=2_4: {reason}", "│ magnitude │ 2:4 │ 0.5 │", "layer broke │",
     ):  # fmt: skip
         assert said in out
@@ -232,7 +231,7 @@ def test_a_failed_cell_is_a_row_with_its_reason_ends_in_status_1_and_is_tried_ag
 def test_options_of_the_recipe_reach_every_cell_and_a_missing_picture_is_explained(tmp_path, compare, monkeypatch):
     options = ["--window-choice", "random", "--seed", 3, "--penalty", "l1", "--dtype", "bfloat16"]
     options += ["--output-weights", "uniform"]
-    watch_passes(monkeypatch, RuntimeError("the layer broke"))
+    watch_runs(monkeypatch, RuntimeError("the layer broke"))
     status, out, _ = compare(*options, methods="maiht", sparsity="0.5", pattern="unstructured")
     assert status == 1
     assert "no picture: it needs a pruned cell that is finished" in out
@@ -270,8 +269,8 @@ def test_another_folder_is_refused_with_what_differs(tmp_path, settings, finishe
     with pytest.raises(ValueError, match=r"text\.txt is a file; give --output a folder"):
         compared(file, settings)
     with monkeypatch.context() as other_code:
-        other_code.setattr(runs, "code_digest", lambda: "other")
-        with pytest.raises(ValueError, match=r"code: 'sparseopt .*' there, 'sparseopt .*, sources other' here"):
+        other_code.setattr(runs, "code_version", lambda: "other")
+        with pytest.raises(ValueError, match=r"code: 'sparseopt .*' there, 'other' here"):
             compared(copied, settings)
     (copied / "cells" / "method=dense" / "run.json").write_text("{")
     with pytest.raises(ValueError, match=r"run\.json is not valid JSON .*; empty the folder"):
@@ -283,10 +282,6 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path, settings):
     with pytest.raises(ValueError, match="holds no comparison and is not empty; give another --output or empty it"):
         compared(tmp_path, settings)
     assert (tmp_path / "comparison.md").read_text() == "my notes"
-    # Version 0.2 wrote the cells alone.
-    (tmp_path / "cells").mkdir()
-    with pytest.raises(ValueError, match="holds a comparison of an earlier version; give another --output or empty it"):
-        compared(tmp_path, settings)
 
 
 def test_a_model_or_text_of_the_same_name_that_has_changed_is_not_compared_with_the_old_one(tmp_path, settings):

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
-from sparseopt.experiments.config import expand, load_config
+from sparseopt.experiments.config import expand
 from sparseopt.experiments.report import gather
 from sparseopt.experiments.runs import check_all, execute, fingerprint, plan, records_in, run_all
 from sparseopt.experiments.task import find_task
@@ -17,11 +17,10 @@ from sparseopt.models import open_model, sizes_of
 from sparseopt.pruning import ShrinkRecipe, audit_pattern, audit_sparsity, perplexity, shrink_model
 from sparseopt.pruning.base.records import Passed
 from sparseopt.pruning.text.windows import text_windows
-from tests.experiments.inputs import quiet, watch_passes, write_inputs
+from tests.experiments.inputs import quiet, watch_runs, write_inputs
 from tests.models.files.test_hub import store
 from tests.models.tiny import random_tensors, tiny_config
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 METHODS = ["wanda", "sparsegpt", "admm", "best"]
 QUARTER = {"sparsity": 0.25}
 PRUNED = {
@@ -116,26 +115,26 @@ def test_a_start_killed_between_pruning_and_scoring_scores_the_model_as_it_is(tm
     assert record_of(outcome) | {"unit_seconds": 0} == record_of(alone["wanda"]) | {"unit_seconds": 0}
 
 
-def test_runs_of_one_model_and_text_share_a_pass_and_are_what_each_is_alone(tmp_path, prune, alone, monkeypatch):
-    """Method best sees variants of the windows that the others see."""
+def test_runs_of_one_model_and_text_are_what_each_is_alone(tmp_path, prune, alone, monkeypatch):
+    """They measure the dense model once."""
     planned = plan([prune[case] for case in ALONE], tmp_path)
-    passes = watch_passes(monkeypatch)
+    pruned = watch_runs(monkeypatch)
     together = run_all(planned, tmp_path, lambda p: quiet)
-    assert passes == [[(method, 0.5) for method in METHODS], [("wanda", 0.5)]]
-    assert [(outcome.error, outcome.apart, outcome.done) for outcome in together] == [(None, None, 1)] * 6
+    assert pruned == [(method, 0.5) for method in [*METHODS, "wanda"]]
+    assert [(outcome.error, outcome.done) for outcome in together] == [(None, 1)] * 6
     assert models(together) == models(alone[case] for case in ALONE)
     for ours, case in zip(together, ALONE, strict=True):
         one, other = record_of(ours), record_of(alone[case])
         assert one | dict.fromkeys(TIMES) == other | dict.fromkeys(TIMES)
-    passes.clear()
+    pruned.clear()
     run_all(plan([prune[case] for case in ALONE], tmp_path), tmp_path, lambda p: quiet)
-    assert passes == []
+    assert pruned == []
 
 
-def test_a_pass_that_was_killed_resumes_and_finished_runs_take_no_part(tmp_path, prune, alone, monkeypatch):
+def test_a_sweep_that_was_killed_resumes_and_finished_runs_take_no_part(tmp_path, prune, alone, monkeypatch):
     runs = [prune[method] for method in METHODS[:3]]
-    shutil.copytree(alone["sparsegpt"].folder, tmp_path / prune["sparsegpt"].subfolder)
-    passes = watch_passes(monkeypatch)
+    shutil.copytree(alone["wanda"].folder, tmp_path / prune["wanda"].subfolder)
+    pruned = watch_runs(monkeypatch)
 
     def killed(text, done, total):
         if "block 2/3" in text:
@@ -144,27 +143,24 @@ def test_a_pass_that_was_killed_resumes_and_finished_runs_take_no_part(tmp_path,
     with pytest.raises(KeyboardInterrupt):
         run_all(plan(runs, tmp_path), tmp_path, lambda p: killed)
     outcomes = run_all(plan(runs, tmp_path), tmp_path, lambda p: quiet)
-    assert passes == [[("wanda", 0.5), ("admm", 0.5)]] * 2
-    assert [outcome.done for outcome in outcomes] == [1, 0, 1]
+    assert pruned == [("sparsegpt", 0.5), ("sparsegpt", 0.5), ("admm", 0.5)]
+    assert [outcome.done for outcome in outcomes] == [0, 1, 1]
     summaries = [json.loads((outcome.folder / "model" / "summary.json").read_text()) for outcome in outcomes]
-    assert [(summary["resumed_blocks"], summary["plans"]) for summary in summaries] == [(2, 2), (0, 1), (2, 2)]
+    assert [summary["resumed_blocks"] for summary in summaries] == [0, 2, 0]
     assert models(outcomes) == models(alone[method] for method in METHODS[:3])
 
 
-def test_a_run_that_breaks_a_shared_pass_fails_alone(tmp_path, prune, alone, monkeypatch):
+def test_a_run_that_breaks_fails_alone(tmp_path, prune, alone, monkeypatch):
     runs = [prune[method] for method in METHODS[:3]]
 
-    def broken(recipes, event):
-        if event == Passed(1, 3) and any(recipe.method == "sparsegpt" for recipe in recipes):
+    def broken(recipe, event):
+        if event == Passed(1, 3) and recipe.method == "sparsegpt":
             raise RuntimeError("the layer broke")
 
     with monkeypatch.context() as patch:
-        watch_passes(patch, observe=broken)
+        watch_runs(patch, observe=broken)
         outcomes = run_all(plan(runs, tmp_path), tmp_path, lambda p: quiet)
     assert [outcome.error for outcome in outcomes] == [None, "model: RuntimeError: the layer broke", None]
-    assert [outcome.apart for outcome in outcomes] == ["RuntimeError: the layer broke", None, None]
-    summary = json.loads((outcomes[2].folder / "model" / "summary.json").read_text())
-    assert (summary["resumed_blocks"], summary["plans"]) == (2, 1)
     outcomes = run_all(plan(runs, tmp_path), tmp_path, lambda p: quiet)
     assert [(outcome.error, outcome.done) for outcome in outcomes] == [(None, 0), (None, 1), (None, 0)]
     assert models(outcomes) == models(alone[method] for method in METHODS[:3])
@@ -221,13 +217,6 @@ def test_the_figures_are_those_of_shrink_model_and_the_model_is_kept_on_request(
     assert sizes_of(open_model(outcome.folder / "model")) == sizes_of(made)
     # Without layers there are no errors to draw.
     assert not list(outcome.folder.glob("*.png"))
-
-
-def test_the_project_s_config_is_a_sweep_over_channels():
-    runs = load_config(CONFIGS / "shrink.yaml")
-    assert [(run.task.label, run.task.channels) for run in runs] == [
-        ("dense", 1.0), ("best channels", 0.75), ("best channels", 0.5),
-    ]  # fmt: skip
 
 
 def test_descent_is_monotone_and_acceleration_ends_lower(tmp_path, settings):

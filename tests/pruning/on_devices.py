@@ -21,8 +21,8 @@ from sparseopt.core.problem.problem import Problem
 from sparseopt.core.solve import solve
 from sparseopt.core.solvers.maiht import Maiht
 from sparseopt.core.solvers.refit import Refit
-from sparseopt.core.solvers.rising_admm import QuadraticAdmm
 from sparseopt.layers import side_by_side, split
+from sparseopt.layers.methods.admm import QuadraticAdmm
 from sparseopt.layers.patterns import check_cut, parse_pattern
 from sparseopt.layers.problem import layer_solver
 from sparseopt.layers.side_by_side import LayerTask, side_by_side_solver, solve_block

@@ -15,9 +15,9 @@ import pytest
 from sparseopt.layers.methods import find_method, method_cost
 from sparseopt.models import open_model
 from sparseopt.models.files import safetensors
-from sparseopt.pruning import Recipe, memory, prune_model, prune_models
+from sparseopt.pruning import Recipe, memory, prune_model
 from sparseopt.pruning.base.activations import Batches, DiskBatches, make_batches
-from sparseopt.pruning.memory import BudgetError, choose_footprint, prune_memory
+from sparseopt.pruning.memory import BudgetError, choose_footprint, phase_bytes
 from sparseopt.pruning.run.plan import make_plan
 from sparseopt.system import machine
 from tests.pruning.whole_runs import Broken, breaking_at, model_bytes, tensors_of, write_model
@@ -34,14 +34,19 @@ def model(source):
 
 
 def cost_of(model, recipe, *given, **fields):
-    """What `prune_memory` estimates for five windows of 24 tokens."""
+    """What `phase_bytes` estimates for five windows of 24 tokens: the phases, and the bytes on disk."""
     sized = recipe.model_copy(update={"windows": 5, "seqlen": 24} | fields)
-    return prune_memory(model, sized, sized.layer_method, *given)
+    return phase_bytes(model, sized, sized.layer_method, *given)
+
+
+def least_of(model, recipe):
+    """The least budget: the peak with activations on disk."""
+    return max(sum(parts.values()) for parts in cost_of(model, recipe, "disk")[0].values())
 
 
 def test_a_run_goes_on_with_another_budget(tmp_path, source, model, recipe):
     prune_model(source, tmp_path / "whole", recipe)
-    tight = cost_of(model, recipe, "disk").peak_bytes
+    tight = least_of(model, recipe)
     with pytest.raises(Broken):
         prune_model(source, tmp_path / "broken", recipe, observer=breaking_at(10), memory=tight)
     report = prune_model(source, tmp_path / "broken", recipe, memory="64GiB")
@@ -63,60 +68,57 @@ def test_too_little_memory_on_the_device_is_refused_unless_a_budget_is_given(
 ):
     device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 2**24, "bytes_in_use": 2**23})
     monkeypatch.setattr(jax, "devices", lambda: [device])
-    plans = [make_plan(model, recipe, tmp_path / "out")]
+    plan = make_plan(model, recipe, tmp_path / "out")
     with pytest.raises(BudgetError, match=r"memory left on the device, 8\.0 MiB, is too little.*give memory=.*try"):
-        choose_footprint(model, plans, tokens[:6], tokens[6:])
-    assert choose_footprint(model, plans, tokens[:6], tokens[6:], 2**30).activations == "memory"
+        choose_footprint(model, plan, tokens[:6], tokens[6:])
+    assert choose_footprint(model, plan, tokens[:6], tokens[6:], 2**30).activations == "memory"
 
 
 def test_the_estimate_takes_a_layer_by_blocks_where_the_device_has_too_little_room(model, recipe):
     def workspace(pattern, room):
-        sized = recipe.model_copy(update={"method": "sparsegpt", "windows": 5, "seqlen": 24, "pattern": pattern})
-        cost = prune_memory(model, sized, sized.layer_method, room=room)
-        return cost.phases["layer solves"]["workspace"], cost.solve_blocks
+        phases, _ = cost_of(model, recipe, "memory", room, method="sparsegpt", pattern=pattern)
+        return phases["layer solves"]["workspace"]
 
     square, wide = method_cost(find_method("sparsegpt")).workspace
     # The largest is that of the linear [32, 64], of which 16 blocks have two outputs each.
     whole, least = (4 * (square * 64**2 + wide * 64 * outputs) for outputs in (32, 2))
-    assert workspace("unstructured", None) == workspace("unstructured", 2**40) == (whole, 1)
-    assert workspace("unstructured", 1) == (least, 64)
+    assert workspace("unstructured", None) == workspace("unstructured", 2**40) == whole
+    assert workspace("unstructured", 1) == least
     # Groups of inputs are chosen for all outputs together.
     assert workspace("group:1", 1) == workspace("group:1", None)
 
 
-def test_plans_that_share_a_pass_have_a_stream_each(tmp_path, model, recipe, tokens):
-    one, three = (cost_of(model, recipe, "disk", plans).scratch_bytes for plans in (1, 3))
+def test_a_run_has_a_stream_before_a_block_and_one_after_it(model, recipe):
+    """And those of the dense model, where it has them."""
     stream = 4 * 7 * 24 * 32
-    assert (one, three) == (2 * stream, 4 * stream)
-    assert cost_of(model, recipe, "disk", propagate=0.5).scratch_bytes == 4 * stream
+    assert cost_of(model, recipe, "disk")[1] == 2 * stream
+    assert cost_of(model, recipe, "disk", propagate=0.5)[1] == 4 * stream
 
 
 def test_the_estimate_of_distillation_counts_its_masks(models, recipe):
     """A byte for each weight; the masks of experts are also stacked."""
     for name, times in (("llama", 1), ("experts", 2)):
         model = open_model(models(name))
-        held = cost_of(model, recipe, distil_epochs=1).phases["distillation"]
+        held = cost_of(model, recipe, distil_epochs=1)[0]["distillation"]
         weights = {key: int(np.prod(model.weight_shape(key))) for key in model.linear_keys()}
         assert held["masks"] == sum((times if ".experts." in key else 1) * size for key, size in weights.items())
 
 
 def test_a_disk_with_too_little_room_is_refused_before_any_work(tmp_path, source, model, recipe, tokens, monkeypatch):
-    usage = shutil.disk_usage(tmp_path)
-    plans = [(recipe.model_copy(update={"sparsity": share}), tmp_path / str(share)) for share in (0.5, 0.6)]
-    made = [make_plan(model, recipe, folder) for recipe, folder in plans]
-    whole = choose_footprint(model, made, tokens[:5], tokens[5:])
-    assert whole.output_bytes == 2 * sum(
+    usage, output = shutil.disk_usage(tmp_path), tmp_path / "out"
+    whole = choose_footprint(model, make_plan(model, recipe, output), tokens[:5], tokens[5:])
+    assert whole.output_bytes == sum(
         info.dtype.itemsize * np.prod(info.shape) for info in model.source.tensors.values()
     )
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=whole.output_bytes - 1))
     with pytest.raises(BudgetError, match=r"the disk of .* has .* free, the run needs .*make room"):
-        prune_models(source, plans)
+        prune_model(source, output, recipe)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=whole.output_bytes))
     with pytest.raises(BudgetError, match="KiB of it activations"):
-        prune_models(source, plans, memory=cost_of(model, recipe, "disk").peak_bytes)
-    # What is trained at the end lies beside what it replaces: one such model takes as much as two, but for its ends.
+        prune_model(source, output, recipe, memory=least_of(model, recipe))
+    # What is trained at the end lies beside what it replaces.
     with pytest.raises(BudgetError, match="the run needs"):
-        prune_models(source, [(recipe.model_copy(update={"distil_epochs": 1}), tmp_path / "trained"), plans[0]])
+        prune_model(source, output, recipe.model_copy(update={"distil_epochs": 1}))
     assert not list(tmp_path.iterdir())
 
 

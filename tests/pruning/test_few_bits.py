@@ -15,7 +15,7 @@ from sparseopt.layers.bits import BITS, multiples_of, parse_bits
 from sparseopt.models import ModelError, load_decoder, load_tokenizer, open_model
 from sparseopt.models.files.gguf.header import read_header
 from sparseopt.models.files.safetensors import read_part
-from sparseopt.pruning import PruneReport, Recipe, ShrinkRecipe, prune_model, prune_models
+from sparseopt.pruning import PruneReport, Recipe, ShrinkRecipe, prune_model
 from sparseopt.pruning.base.records import BlockRecord, GridRecord, Passed
 from sparseopt.pruning.run.facts import model_facts
 from sparseopt.pruning.run.output_form import run_folder_of
@@ -181,7 +181,7 @@ def test_a_run_in_few_bits_that_was_interrupted_gives_the_same_bytes(tmp_path, w
     ends += [ended_by(GridRecord, count) for count in (1, len(records.grids)) if records.grids]
     for end in ends:
         with pytest.raises(Broken):
-            prune_models(done.source, [(done.recipe, output)], observer=end)
+            prune_model(done.source, output, done.recipe, observer=end)
         assert not output.is_file()
     report = prune_model(done.source, output, done.recipe)
     timeless = [
@@ -228,18 +228,6 @@ def test_of_a_file_all_that_does_not_change_is_copied_byte_for_byte(whole, name)
         assert after.metadata["llama.block_count"] == len(done.report.shape.blocks)
     for key, value in before.values.items():
         assert key in apart or after.values[key] == value, key
-
-
-def test_several_models_share_a_pass_each_with_its_file(tmp_path, source, tokens, whole):
-    shared = {"method": "wanda", "calibration": tokens, "heldout_windows": HELDOUT, "score": "none"}
-    pairs = [
-        (Recipe(bits="q4_0", **shared), tmp_path / "a.gguf"),
-        (Recipe(bits="q8_0", sparsity=0.0, **shared), tmp_path / "b.gguf"),
-        (Recipe(**shared), tmp_path / "c"),
-    ]
-    reports = prune_models(source, pairs)
-    assert [report.output for report in reports] == [output for _, output in pairs]
-    assert (tmp_path / "a.gguf").read_bytes() == whole("zeros").output.read_bytes()
 
 
 def test_a_file_of_somebody_else_is_never_replaced(tmp_path, source, tokens):
@@ -365,7 +353,7 @@ def test_a_smaller_model_that_gguf_cannot_express_is_refused_before_any_work(tmp
     recipe = ShrinkRecipe(method="wanda", calibration=tokens, multiple=32, bits="q8_0", **fields)
     told = []
     with pytest.raises(ModelError, match=words):
-        prune_models(source, [(recipe, tmp_path / "out.gguf")], observer=lambda *event: told.append(event))
+        prune_model(source, tmp_path / "out.gguf", recipe, observer=lambda *event: told.append(event))
     assert told == []
 
 

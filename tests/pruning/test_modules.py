@@ -25,7 +25,7 @@ from sparseopt.pruning.modules.module_pass import ModulePass
 from sparseopt.pruning.modules.module_plan import module_recipe
 from sparseopt.pruning.modules.nnx_module import NnxModule
 from sparseopt.pruning.modules.watched import Sums, added
-from sparseopt.pruning.run.block import PruningError
+from sparseopt.pruning.run.part import PruningError
 
 WIDTH, TOKENS = 8, 24
 KEY = jax.random.key(0)

@@ -11,9 +11,8 @@ from gguf import GGMLQuantizationType
 
 import sparseopt as so
 from sparseopt.models import ModelError, load_decoder, open_model, open_source
-from sparseopt.models.files.memory import MemorySource
-from sparseopt.pruning import Recipe, prune_model
-from sparseopt.pruning.inspection import inspect_model
+from sparseopt.models.files.in_memory import MemorySource
+from sparseopt.pruning import Recipe, dry_run, prune_model
 from sparseopt.pruning.run.facts import run_facts
 from sparseopt.system.run_folder import FolderError
 from tests.jitted import run
@@ -32,7 +31,8 @@ def test_a_quantised_file_leaves_in_bfloat16_unless_a_dtype_is_given(tmp_path, t
         assert report.recipe["dtype"] == name
         assert any("rounds the file's quantised weights" in fact.text for fact in run_facts(report)) == (dtype is None)
         np.testing.assert_array_equal(found.read(key), source.read(key).astype(name))
-        assert inspect_model(source, recipe.model_copy(update={"dtype": dtype})).dense_bytes == report.dense_bytes
+        told = dry_run(source, tmp_path / "dry", recipe.model_copy(update={"dtype": dtype}))
+        assert told.footprint.output_bytes == report.dense_bytes
     # What is not quantised keeps its dtype.
     plain = open_source(write_gguf(tmp_path / "plain.gguf", tiny_config(), tensors_of()))
     assert prune_model(plain, tmp_path / "plain", recipe).recipe["dtype"] is None

@@ -1,4 +1,4 @@
-"""Several recipes in one pass, reconstruction inside the pipeline, and the steps that are told before the blocks."""
+"""Events of a run, reconstruction inside the pipeline, and the steps that are told before the blocks."""
 
 import itertools
 
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sparseopt.models import load_decoder
-from sparseopt.pruning import Recipe, prune_model, prune_models
+from sparseopt.pruning import Recipe, prune_model
 from sparseopt.pruning.base.grams import BlockRunner
 from sparseopt.pruning.base.records import BlockRecord, Calibration, Footprint, LayerRecord, Passed
 from sparseopt.pruning.recipe import pass_recipe
@@ -19,35 +19,29 @@ from tests.tiers import often
 
 @pytest.mark.parametrize(
     ("targets", "passes", "layers"),
-    [
-        # Three blocks: of two models' six passes for Grams the two in front of the first block are one.
-        ((None, None), 5, 14),
-        pytest.param((["re:.*layers.0", "re:.*layers.2"],), 2, 7, marks=pytest.mark.thorough),
-    ],
+    [(None, 3, 7), pytest.param(["re:.*layers.0", "re:.*layers.2"], 2, 7, marks=pytest.mark.thorough)],
 )
-def test_what_the_models_see_alike_is_computed_once(tmp_path, source, tokens, monkeypatch, targets, passes, layers):
-    """And nothing for a block in which nothing is pruned."""
+def test_grams_are_gathered_once_for_each_block_that_is_pruned(
+    tmp_path, source, tokens, monkeypatch, targets, passes, layers
+):
     seen, grams = [], BlockRunner.grams
     monkeypatch.setattr(BlockRunner, "grams", lambda *given, **rest: seen.append(1) or grams(*given, **rest))
-    recipes = [Recipe(method="wanda", calibration=tokens, heldout_windows=0, targets=given) for given in targets]
-    plans = [(recipe, tmp_path / f"{number}") for number, recipe in enumerate(recipes)]
+    recipe = Recipe(method="wanda", calibration=tokens, heldout_windows=0, targets=targets)
     events = []
-    prune_models(source, plans, observer=lambda event, _, total: events.append((event, total)))
+    prune_model(source, tmp_path / "out", recipe, observer=lambda event, _, total: events.append((event, total)))
     assert len(seen) == passes
     assert [type(event) for event, _ in events[:2]] == [Calibration, Footprint]
     # Three blocks have passed; the others are layers.
-    blocks = [[LayerRecord] * (0 if targets[0] and index == 1 else layers) + [Passed] for index in range(3)]
+    blocks = [[LayerRecord] * (0 if targets and index == 1 else layers) + [Passed] for index in range(3)]
     assert [type(event) for event, _ in events[2:]] == list(itertools.chain(*blocks))
     assert {total for _, total in events} == {sum(map(len, blocks)) - 3}
 
 
-def test_the_variants_of_a_recipe_follow_from_the_windows_of_its_pass(tmp_path, source, tokens, monkeypatch):
-    """Method best has no variants of many windows, whatever it shares a pass with."""
+def test_the_variants_of_a_recipe_follow_from_the_windows_of_its_run(tmp_path, source, tokens, monkeypatch):
+    """Method best has no variants of many windows."""
     monkeypatch.setattr(pass_recipe, "MOST_WINDOWS", 5)
-    recipe = Recipe(method="wanda", calibration=tokens, variants=1)
-    best = {"method": "best", "variants": None, "train_epochs": 0, "output_weights": "uniform"}
-    reports = prune_models(source, [(recipe, tmp_path / "a"), (recipe.model_copy(update=best), tmp_path / "b")])
-    assert [report.calibration.variants for report in reports] == [1, 0]
+    recipe = Recipe(method="best", calibration=tokens, train_epochs=0, output_weights="uniform")
+    assert prune_model(source, tmp_path / "out", recipe).calibration.variants == 0
 
 
 @pytest.mark.parametrize("dtype", often(["float32", "bfloat16"], "float32"))

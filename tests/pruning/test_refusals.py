@@ -14,14 +14,13 @@ from sparseopt.pruning import (
     Recipe,
     ShrinkRecipe,
     Wanda,
+    dry_run,
     masks,
     pipeline,
     prune_layer,
     prune_model,
-    prune_models,
     shrink_model,
 )
-from sparseopt.pruning.inspection import inspect_model
 from sparseopt.pruning.train.distillation import Distillation
 from sparseopt.pruning.train.reconstruction import Reconstruction
 from sparseopt.system.run_folder import FolderError
@@ -86,7 +85,10 @@ RECIPES = [
     ),
     ({"bounds": 0.5} | CURVES, "bounds must be two fractions of zeros, .* given 0.5"),
     ({"bounds": (0.6, 0.3)} | CURVES, "0 <= low <= high < 1, as in .* given"),
-    ({"bounds": (0.3, 0.6), "allocation": "uniform"}, "allocation 'uniform' accepts no bounds"),
+    (
+        {"bounds": (0.3, 0.6), "allocation": "uniform"},
+        "allocation 'uniform' fixes .* which contradicts bounds",
+    ),
     ({"allocation": "even"}, "unknown allocation 'even'; known are uniform, curves"),
     ({"allocation": "owl"}, "allocation owl has ended: `curves` distributes the sparsity by measured losses"),
     (
@@ -103,11 +105,11 @@ RECIPES = [
     ),
     (
         {"sparsity": 0.7, "bounds": (0.3, 0.6)} | CURVES,
-        "at most 0.6 in every layer .* 0.1 below the 0.7 .* raise",
+        "the bounds 0.3 and 0.6 cannot meet the total, a sparsity of 0.7; widen them",
     ),
     (
         {"sparsity": 0.5, "bounds": (0.6, 0.8)} | CURVES,
-        "at least 0.6 in every layer .* 0.1 above the 0.5 .* lower",
+        "the bounds 0.6 and 0.8 cannot meet the total, a sparsity of 0.5; widen them",
     ),
     ({"ignore": ["re:("]}, r"ignore: 're:\(' is not a regular expression: missing \)"),
     ({"targets": ["re:"]}, "targets must be names of layers, or expressions after 're:'.*given 're:'"),
@@ -121,7 +123,7 @@ RECIPES = [
     ({"targets": {"q_proj": 0.6}, "pattern": "2:4"}, "'q_proj': pattern '2:4' has sparsity 0.5, which"),
     ({"targets": {"q_proj": 0.6}} | CURVES, "which allocation 'curves' is to choose: leave one of"),
 ]
-# What the tiny Llama cannot have; `inspect_model` says so too.
+# What the tiny Llama cannot have; a dry run says so too.
 MODEL = [
     ({"pattern": "block:32x8", "sparsity": 0.6}, r"layers.0.self_attn.k_proj: .*out=16, in=32\] leaves 16 outputs"),
     ({"pattern": "2:5"}, r"model.layers.0.self_attn.q_proj: .*divisible by 5"),
@@ -166,7 +168,7 @@ def test_a_recipe_that_cannot_be_is_refused_before_any_work(tmp_path, source, to
     assert not (tmp_path / "out").exists()
     if (fields, words) in MODEL:
         with pytest.raises(ValueError, match=f"(?m){words}"):
-            inspect_model(source, Recipe(**given))
+            dry_run(source, tmp_path / "out", Recipe(**given))
 
 
 SHRINKS = [
@@ -209,27 +211,6 @@ def test_sizes_that_cannot_be_are_refused_before_any_work(tmp_path, source, toke
     with pytest.raises(ValueError, match=words):
         shrink_model(source, tmp_path / "out", ShrinkRecipe(**fields))
     assert not (tmp_path / "out").exists()
-
-
-PASSES = [
-    ({"windows": 7}, "these differ in windows"),
-    ({"bos": "no", "calibration": np.ones((4, 4), np.int32)}, "these differ in bos, calibration"),
-    ({"window_choice": "random", "seed": 1} | PYDOC, "window_choice, seed, calibration"),
-    (PYDOC, "these differ in calibration"),
-    ({"precision": "high"}, r"must share their calibration tokens, .*differ in precision"),
-    ({}, "its own output folder"),
-]
-
-
-@pytest.mark.parametrize(("changes", "words"), PASSES)
-def test_recipes_that_cannot_share_a_pass_are_refused(tmp_path, source, tokens, changes, words):
-    recipe = Recipe(method="wanda", calibration=tokens, heldout_windows=0)
-    other = tmp_path / "b" if changes else tmp_path / "b" / ".." / "a"
-    with pytest.raises(ValueError, match=words):
-        prune_models(source, [(recipe, tmp_path / "a"), (recipe.model_copy(update=changes), other)])
-    with pytest.raises(ValueError, match="give at least one recipe"):
-        prune_models(source, [])
-    assert not (tmp_path / "a").exists()
 
 
 LAYERS = [
@@ -335,7 +316,7 @@ def test_a_model_that_is_loaded_whole_refuses_what_is_for_known_families(tmp_pat
         (ShrinkRecipe(calibration=tokens, channels=0.5, multiple=8), "smaller models are made of known families"),
     ):
         with pytest.raises(ValueError, match=words):
-            prune_models("any", [(recipe, tmp_path / "out")])
+            prune_model("any", tmp_path / "out", recipe)
     monkeypatch.setattr(pipeline, "device_line", lambda _: SimpleNamespace(size=2))
     with pytest.raises(ValueError, match=r"a foreign model.*is loaded whole on one device; given 2: leave devices out"):
         prune_model("any", tmp_path / "out", devices=2)

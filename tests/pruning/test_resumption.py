@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
 
-from sparseopt.pruning import LayerRecord, Recipe, Stopped, memory, prune_model, prune_models, shrink_model
+from sparseopt.pruning import LayerRecord, Recipe, Stopped, memory, prune_model, shrink_model
 from sparseopt.pruning.base.records import Passed, Replay
 from sparseopt.pruning.recipe.shrink_recipe import ShrinkRecipe
 from sparseopt.shell import prune_progress
@@ -196,40 +196,18 @@ def test_a_finished_run_needs_no_room(tmp_path, source, recipe, finished, monkey
     assert prune_model(source, folder, recipe).kept
 
 
-def test_several_recipes_of_one_pass_resume_each_from_its_own_block(tmp_path, source, recipe, finished):
-    other = recipe.model_copy(update={"sparsity": 0.75})
-    plans = [(recipe, tmp_path / "broken"), (other, tmp_path / "broken-too")]
-    whole = prune_model(source, tmp_path / "whole", other)
-    # The first plan has finished two blocks, the second one.
-    with pytest.raises(Broken):
-        prune_models(source, plans, observer=breaking_at(7 * 3 + 2))
-    assert [report.resumed_blocks for report in prune_models(source, plans)] == [2, 1]
-    assert model_bytes(plans[0][1]) == model_bytes(finished)
-    assert model_bytes(plans[1][1]) == model_bytes(whole.output)
-    # Those that are finished are left out of the pass.
-    told, plans[1] = [], (other, tmp_path / "whole")
-    shutil.rmtree(plans[0][1])
-    reports = prune_models(source, plans, observer=lambda event, _, total: told.append((event, total)))
-    assert [report.kept for report in reports] == [False, True]
-    assert [report.recipe["sparsity"] for report in reports] == [0.5, 0.75]
-    assert reports[1].layers == whole.layers
-    assert {total for _, total in told} == {21}
-    assert [report.kept for report in prune_models(source, plans)] == [True, True]
-
-
-def test_an_interrupted_pass_of_two_sizes_resumes_each(tmp_path, source, tokens):
+def test_interrupted_runs_of_two_sizes_resume_each(tmp_path, source, tokens):
     fields = {"layers": 0.67, "multiple": 8, "train_epochs": 0, "method": "wanda", "heldout_windows": 2}
     recipes = [ShrinkRecipe(calibration=tokens, channels=share, **fields) for share in (0.75, 0.5)]
-    plans = [(each, tmp_path / f"broken-{each.channels}") for each in recipes]
-    whole = prune_models(source, [(each, tmp_path / f"whole-{each.channels}") for each in recipes])
-    # One of the two has finished one more block.
-    with pytest.raises(Broken):
-        prune_models(source, plans, observer=breaking_at(4))
-    assert [report.shape.removed for report in prune_models(source, plans)] == [each.shape.removed for each in whole]
-    for (_, folder), report in zip(plans, whole, strict=True):
+    folders = [tmp_path / f"broken-{each.channels}" for each in recipes]
+    whole = [shrink_model(source, tmp_path / f"whole-{each.channels}", each) for each in recipes]
+    for recipe, folder, report in zip(recipes, folders, whole, strict=True):
+        with pytest.raises(Broken):
+            shrink_model(source, folder, recipe, observer=breaking_at(2))
+        assert shrink_model(source, folder, recipe).shape.removed == report.shape.removed
         assert model_bytes(folder) == model_bytes(report.output)
     with pytest.raises(FolderError, match=r"recipe.channels: 0.75 there, 0.5 here"):
-        shrink_model(source, plans[0][1], recipes[1])
+        shrink_model(source, folders[0], recipes[1])
 
 
 def test_a_run_asked_to_stop_ends_after_a_block_and_resumes(tmp_path, source, recipe, finished):

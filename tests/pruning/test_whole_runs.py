@@ -1,14 +1,14 @@
 """Whole runs as a table: CASES of a model and a recipe, and FACTS that hold of every one of them.
 
 A case is pruned once. Facts of a finished run read its folder; the three tests after them prune it again: broken off,
-with activations on disk, and together with others in one pass.
+with activations on disk, and after others that measured the dense model.
 """
 
 import dataclasses
 import itertools
 import json
 import re
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from sparseopt.pruning import (
     audit_pattern,
     audit_sparsity,
     perplexity,
-    prune_models,
+    prune_model,
 )
 from sparseopt.pruning.base import activations
 from sparseopt.pruning.base.activations import DiskBatches
@@ -40,10 +40,11 @@ from sparseopt.pruning.base.records import (
     RemovalRecord,
     Replay,
 )
-from sparseopt.pruning.memory import prune_memory
+from sparseopt.pruning.memory import phase_bytes
 from sparseopt.pruning.recipe.allocation import default_bounds
 from sparseopt.pruning.recipe.shrink_recipe import parameters_of
 from sparseopt.pruning.run.card import CARD
+from sparseopt.pruning.run.measured import forget
 from sparseopt.system.run_folder import LOCK, RECORDS, plain
 from tests.jitted import run
 from tests.models.tiny import GOLDEN, write_golden
@@ -178,7 +179,7 @@ def whole(tmp_path_factory, models, tokens):
         # Channels need not be multiples of 64, and blocks are trained only where that is asked for.
         recipe = ShrinkRecipe(**{"multiple": 8, "train_epochs": 0} | fields) if case.sizes else Recipe(**fields)
         events = []
-        (report,) = prune_models(source, [(recipe, place / "out")], observer=lambda *told: events.append(told))
+        report = prune_model(source, place / "out", recipe, observer=lambda *told: events.append(told))
         return Whole(case, source, recipe, report, events)
 
     return made
@@ -186,7 +187,7 @@ def whole(tmp_path_factory, models, tokens):
 
 def again(done, folder, **how):
     """The run of a case once more, into a folder."""
-    return prune_models(done.source, [(done.recipe, folder)], **how)[0]
+    return prune_model(done.source, folder, done.recipe, **how)
 
 
 def read_back(values):
@@ -314,7 +315,7 @@ def records_summary_card_and_events_say_what_the_report_says(done):
     # What is measured on the dense model is told by steps, before the first linear.
     steps = [event for event in done.events if event[0] in ("variants, block", "survey, pass")]
     expected = [("variants, block", 2 * blocks)] * bool(done.recipe.variants)
-    expected += [("survey, pass", 2 * blocks + 1)] * done.recipe.needs_sensitivities
+    expected += [("survey, pass", 2 * blocks + (blocks > 2))] * done.recipe.needs_sensitivities
     assert steps == [(what, number, count) for what, count in expected for number in range(1, count + 1)]
 
 
@@ -474,9 +475,10 @@ def tight(source, recipe):
     windows, seqlen = recipe.calibration.shape
     sizes = {"windows": windows - recipe.heldout_windows, "seqlen": seqlen}
     model, method = open_model(source), recipe.layer_method
-    found = [prune_memory(model, recipe.model_copy(update=sizes), method, where) for where in ("memory", "disk")]
-    assert found[1].peak_bytes < found[0].peak_bytes
-    return found[1].peak_bytes
+    found = [phase_bytes(model, recipe.model_copy(update=sizes), method, where)[0] for where in ("memory", "disk")]
+    in_memory, on_disk = (max(sum(parts.values()) for parts in phases.values()) for phases in found)
+    assert on_disk < in_memory
+    return on_disk
 
 
 @pytest.mark.parametrize("name", tiered(("to bfloat16", "trained", "curves", "bounds"), ("trained", "bounds")))
@@ -502,31 +504,32 @@ def test_activations_on_disk_change_no_bit(tmp_path, whole, name, monkeypatch):
     assert all(name.endswith((".safetensors", ".json", ".jsonl", ".lock", ".md")) for name in names), names
 
 
-# With several recipes curves are measured at the sparsities of all.
-ONE_PASS = [n for n, case in CASES.items() if case.model == "llama" and case.recipe.get("allocation") != "curves"]
+# Cases of one model and the same tokens.
+ALIKE = [name for name, case in CASES.items() if case.model == "llama"]
 
 
 @pytest.mark.parametrize(
     "names",
-    [("trained", "distilled", "per row", "1:4"), pytest.param(ONE_PASS, marks=pytest.mark.thorough)],
+    [("trained", "distilled", "per row", "1:4"), pytest.param(ALIKE, marks=pytest.mark.thorough)],
     ids=["some", "all"],
 )
-def test_one_pass_gives_what_a_pass_for_each_gives(tmp_path, whole, names):
-    """Bit for bit, recipes and sizes of all kinds side by side, also those that see other variants."""
-    runs, events = [whole(name) for name in names], []
-    plans = [(done.recipe, tmp_path / str(number)) for number, done in enumerate(runs)]
-    reports = prune_models(runs[0].source, plans, observer=lambda *told: events.append(told))
-    total = sum(len(report.layers) for report in reports)
-    counts = [tuple(count) for event, *count in events if isinstance(event, LayerRecord)]
-    assert counts == [(done, total) for done in range(1, total + 1)]
-    assert sum(isinstance(event, Passed) for event, *_ in events) == 3
-    seen = [done.report.calibration for done in runs]
-    assert [event for event, *_ in events if isinstance(event, Calibration)] == list(dict.fromkeys(seen))
-    for name, done, report in zip(names, runs, reports, strict=True):
-        assert report.plans == len(runs), name
-        assert report.calibration == done.report.calibration, name
-        assert (report.shape is None) == (done.report.shape is None), name
-        assert model_bytes(report.output) == model_bytes(done.folder), name
+def test_runs_that_measure_the_dense_model_once_give_what_each_gives_alone(tmp_path, whole, names):
+    """Bit for bit, recipes and sizes of all kinds one after the other."""
+    done, stages = [whole(name) for name in (*names, "trained")], []
+
+    def heard(told, event, *_):
+        told.append(event)
+
+    forget()
+    for number, each in enumerate(done):
+        name, told = each.case, []
+        report = prune_model(each.source, tmp_path / f"{number}", each.recipe, observer=partial(heard, told))
+        stages.append({event.partition(",")[0] for event in told if isinstance(event, str)})
+        assert report.calibration == each.report.calibration, name
+        assert (report.shape is None) == (each.report.shape is None), name
+        assert model_bytes(report.output) == model_bytes(each.folder), name
         assert [(r.layer, r.relative_error, r.heldout_error) for r in report.layers] == [
-            (r.layer, r.relative_error, r.heldout_error) for r in done.report.layers
+            (r.layer, r.relative_error, r.heldout_error) for r in each.report.layers
         ], name
+    assert {"survey", "variants"} <= set().union(*stages[:-1])
+    assert {"survey", "variants"}.isdisjoint(stages[-1])

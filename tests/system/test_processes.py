@@ -24,39 +24,49 @@ def ended(folder, how, who, count):
 @pytest.mark.processes
 def test_processes_agree_hear_the_first_and_share_arrays(tmp_path):
     found = ended(tmp_path, "well", 1, 2)
-    said = "[{'from': 0}, True, False, [[0.0, 2.0, 4.0], [6.0, 8.0, 10.0], [12.0, 14.0, 16.0], [18.0, 20.0, 22.0]]]"
+    said = "[{'from': 0}, True, False, [[0.0, 2.0], [4.0, 6.0], [8.0, 10.0], [12.0, 14.0], [16.0, 18.0], [20.0, 22.0]]]"
     for process in found:
         assert process.status == 0, process.err
         assert process.out.endswith(f"{said}\nended\n")
         assert process.err == ""
 
 
-@pytest.mark.processes
-def test_one_that_fails_ends_all_and_the_first_says_why(tmp_path):
-    found = ended(tmp_path, "raises", 2, 4)
-    assert [process.status for process in found] == [1] * 4
-    assert found[0].err == "error: process 2 of 4: the disk is full\n"
-    assert [process.err for process in found[1:]] == [""] * 3
-    assert not any("ended" in process.out for process in found)
+LOST = "another process has ended or was lost, and its own message, if any, says why. Finished work is kept: the same"
 
 
 @pytest.mark.processes
-def test_ctrl_c_in_one_ends_all_with_130_and_no_error(tmp_path):
+def test_one_that_fails_says_why_and_ends_all(tmp_path):
+    found = ended(tmp_path, "raises", 2, 3)
+    assert [process.status for process in found] == [1] * 3
+    assert found[2].err == "error: process 2 of 3: the disk is full\n"
+    assert [f"error: process {i} of 3: {LOST}" in found[i].err for i in (0, 1)] == [True] * 2
+    assert not any("ended" in process.out or "Traceback" in process.err for process in found)
+
+
+@pytest.mark.processes
+def test_ctrl_c_in_one_is_no_error_there_and_ends_the_other(tmp_path):
     found = ended(tmp_path, "stopped", 1, 2)
-    assert [(process.status, process.err) for process in found] == [(130, "process 1 of 2: stopped\n"), (130, "")]
+    assert (found[1].status, found[1].err) == (130, "process 1 of 2: stopped\n")
+    assert (found[0].status, LOST in found[0].err) == (1, True)
 
 
 @pytest.mark.processes
-def test_where_the_first_is_killed_the_others_end_within_half_a_minute_and_say_so(tmp_path):
-    running = start([[sys.executable, str(SCRIPT), "killed", "0"]] * 2, tmp_path, free_port())
-    running[0].wait(timeout=120)
+@pytest.mark.parametrize(("how", "who"), [("killed", 1), ("killed", 0), ("killed alone", 1)])
+def test_where_one_is_killed_the_others_end_within_half_a_minute_and_say_so(tmp_path, how, who):
+    """The others of an exchange themselves; those at work of their own are ended by JAX, with a log of its own."""
+    running = start([[sys.executable, str(SCRIPT), how, str(who)]] * 3, tmp_path, free_port())
+    running[who].wait(timeout=120)
     began = time.monotonic()
-    first, second = wait(running, tmp_path)
+    found = wait(running, tmp_path)
     assert time.monotonic() - began < PATIENCE
-    assert (first.status, second.status) == (-signal.SIGKILL, 1)
-    text = "error: process 0 of 2 was lost: it was killed, or its machine or the network failed."
-    assert second.err.count(text) == 1
-    assert "Traceback" not in second.err
+    assert found.pop(who).status == -signal.SIGKILL
+    for other in found:
+        if (how, who) == ("killed", 1):
+            assert (other.status, other.err.count(LOST)) == (1, 1)
+        else:  # with process 0, the service of JAX is lost too
+            assert other.status in (1, -signal.SIGABRT)
+            assert LOST in other.err or "another task died" in other.err
+        assert "Traceback" not in other.err
 
 
 @pytest.mark.parametrize(

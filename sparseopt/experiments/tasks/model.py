@@ -5,7 +5,7 @@ import hashlib
 import json
 import shutil
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -17,7 +17,7 @@ from sparseopt.core.base.types import Observer
 from sparseopt.core.problem.problem import Status
 from sparseopt.experiments import plots
 from sparseopt.experiments.names import Named, standing
-from sparseopt.experiments.task import FinishedRun, Record, RunUnit, Strict, Task
+from sparseopt.experiments.task import FinishedRun, Record, Strict, Task
 from sparseopt.models import (
     bundled_model,
     check_window,
@@ -26,12 +26,11 @@ from sparseopt.models import (
     open_source,
     start_token,
 )
-from sparseopt.pruning import METHODS, PruneReport, perplexity, prune_models
-from sparseopt.pruning.base.records import Event, LayerRecord, Passed, mean_errors, mean_grid_errors
+from sparseopt.pruning import METHODS, PruneReport, perplexity, prune_model
+from sparseopt.pruning.base.records import Event, LayerRecord, Passed
 from sparseopt.pruning.loaded_pass import plan_for
 from sparseopt.pruning.recipe.options import ended, mistakes_of, plain_type
 from sparseopt.pruning.recipe.pass_recipe import BosChoice, PassRecipe
-from sparseopt.pruning.run.calibration import PASS_FIELDS
 from sparseopt.pruning.run.output_form import is_file, output_of, run_folder_of
 from sparseopt.pruning.text.chats import Document, TextError
 from sparseopt.pruning.text.documents import Part, load_documents
@@ -210,7 +209,7 @@ class ModelTask(Task):
 
         A model that an earlier run left in the folder when it was killed, finished or not, is resumed.
         """
-        report = None if self.is_dense else self._make([(self, folder)], observer)[0]
+        report = None if self.is_dense else self._make(folder, observer)
         return self._score(report, key, folder, observer)
 
     def _score(self, report: PruneReport | None, key: str, folder: Path, observer: Observer) -> Record:
@@ -249,33 +248,14 @@ class ModelTask(Task):
             "windows": report.calibration.windows,
             "calibration_digest": report.calibration.digest,
             "perplexity": score,
-            **mean_errors(layers)._asdict(),
-            **mean_grid_errors(report.grids)._asdict(),
+            **report.errors,
             **{name: getattr(report, name) for name in REPORTED},
             "unconverged": sum(r.status not in (Status.CONVERGED.name, Status.STATIONARY.name) for r in layers),
             "layers": [r.as_dict() for r in layers],
         }
 
-    def shares(self) -> Hashable | None:
-        """Runs of one model that use the same tokens share a pass over its blocks."""
-        if self.is_dense:
-            return None
-        recipe = self.recipe()
-        return self.source, self.devices, *(getattr(recipe, name) for name in PASS_FIELDS)
-
-    @classmethod
-    def prepare(cls, runs: Sequence[tuple[Any, Path]], observer: Observer) -> Sequence[RunUnit]:
-        """Make the models of all in one pass; each is then scored."""
-
-        def told(text: str, done: int, total: int) -> None:
-            observer(f"{len(runs)} runs in one pass, {text}", done, total)
-
-        reports = cls._make(runs, told)
-        return [partial(task._score, report) for (task, _), report in zip(runs, reports, strict=True)]
-
-    @staticmethod
-    def _make(runs: "Sequence[tuple[ModelTask, Path]]", observer: Observer) -> list[PruneReport]:
-        """Make the models of runs that agree in `shares`, each in its folder, or find them made there."""
+    def _make(self, folder: Path, observer: Observer) -> PruneReport:
+        """Make the model in the folder, or find it made there."""
 
         def told(event: Event, done: int, total: int) -> None:
             if isinstance(event, LayerRecord):
@@ -285,9 +265,9 @@ class ModelTask(Task):
             elif isinstance(event, str):
                 observer(event, done, total)
 
-        task = runs[0][0]
-        recipes = [(task.recipe(), task.output(folder)) for task, folder in runs]
-        return prune_models(model_path(task.source), recipes, observer=told, devices=task.devices)
+        return prune_model(
+            model_path(self.source), self.output(folder), self.recipe(), observer=told, devices=self.devices
+        )
 
     @classmethod
     def draw(cls, runs: Sequence[FinishedRun]) -> dict[str, Any]:

@@ -15,7 +15,8 @@ added once a block, by one all-reduce whatever the number of batches.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
 from functools import cache, partial
 from typing import Any, Literal, NamedTuple
 
@@ -29,13 +30,18 @@ from sparseopt.core.base.dense import activation_precision
 from sparseopt.core.base.mesh import AXIS, on_device, over
 from sparseopt.layers.compiled import Compiled, Stopwatch, laid_on
 from sparseopt.models import Block, Routed
-from sparseopt.models.decoder.experts import rows_of_tokens, stacked_name, unstacked_names
+from sparseopt.models.decoder.experts import rows_of_tokens, stacked_name
 from sparseopt.pruning.base.activations import Batches, Stream
 
 Weighting = Literal["uniform", "residual"]
 ExpertTokens = Literal["routed", "all"]
 # The stacked taps of a mixture: what gate and up of every expert read, and what its `down_proj` reads.
 EXPERTS_INPUT, EXPERTS_HIDDEN = "mlp.experts.input", "mlp.experts.hidden"
+
+
+def is_expert(name: str) -> bool:
+    """Whether a layer belongs to an expert of a mixture, to which a batch may send no token."""
+    return re.search(r"(^|[.])experts[._]", name) is not None
 
 
 class Grams(NamedTuple):
@@ -64,7 +70,7 @@ class Grams(NamedTuple):
         return self._replace(gram=self.gram[both], total=self.total[order], drift=drift)
 
 
-class BlockGrams(Mapping[str, Grams]):
+class BlockGrams:
     """The Grams of a block by tap name; an expert's Gram is cut out of `stacked`, or shared, when accessed."""
 
     def __init__(self, stacked: Mapping[str, Grams]) -> None:
@@ -87,12 +93,8 @@ class BlockGrams(Mapping[str, Grams]):
         found = self.stacked[name]
         return found, expert if found.mass.ndim else None
 
-    def __iter__(self) -> Iterator[str]:
-        for name, found in self.stacked.items():
-            yield from unstacked_names(name, len(found.mass)) if found.mass.ndim else (name,)  # type: ignore[misc]
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
+    def __bool__(self) -> bool:
+        return bool(self.stacked)
 
 
 def _product(x: Float[Array, "... in"], y: Float[Array, "... in"]) -> Float[Array, "in in"]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, Self
 
 from sparseopt.models import Sizes
 
@@ -218,7 +218,7 @@ class ShapeRecord(_Record):
         parameters: number in the smaller model.
         dense_parameters: number in the dense model.
         dense_bytes: size of the dense model's tensors, in the source's dtypes.
-        seconds: wall-clock time of choosing the sizes of all models of the pass.
+        seconds: wall-clock time of choosing the sizes.
         curves: if a budget chose the sizes, the measured increases of the loss per token: "channels", "heads" and
             "blocks" with pairs (what stays, rise); None otherwise.
     """
@@ -268,7 +268,7 @@ class Footprint:
         memory_parts: bytes by content, in the phase of the peak.
         phase: the phase of the peak.
         budget_bytes: the given budget; None for the machine's available memory.
-        output_bytes: dense size of all output folders.
+        output_bytes: dense size of the output.
         scratch_bytes: largest size of activations on disk, gone when the run ends.
     """
 
@@ -335,7 +335,7 @@ class Replay:
 
 @dataclass(frozen=True)
 class Passed:
-    """A block that all runs of the pass have finished; its stored weights are on disk.
+    """A block that the run has finished; its stored weights are on disk.
 
     Attributes:
         block: its index in the dense model.
@@ -368,26 +368,7 @@ def mean(values: Any) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-class MeanErrors(NamedTuple):
-    """The mean relative errors of layers on the calibration and held-out tokens; None if there are none."""
-
-    mean_relative_error: float | None
-    mean_heldout_error: float | None
-
-
-class GridErrors(NamedTuple):
-    """The mean relative errors that grids add to layers, and errors of plain rounding; None if there are none."""
-
-    mean_grid_error: float | None
-    mean_rounded_error: float | None
-
-
-def mean_grid_errors(grids: Sequence[GridRecord]) -> GridErrors:
-    """The mean errors of these records."""
-    return GridErrors(mean(r.relative_error for r in grids), mean(r.rounded_error for r in grids))
-
-
-def mean_errors(layers: Sequence[LayerRecord]) -> MeanErrors:
-    """The mean errors of these records."""
+def mean_errors(layers: Sequence[LayerRecord]) -> tuple[float | None, float | None]:
+    """The mean relative errors of layers on the calibration and on the held-out tokens; None if there are none."""
     heldout = mean(r.heldout_error for r in layers if r.heldout_error is not None)
-    return MeanErrors(mean(r.relative_error for r in layers), heldout)
+    return mean(r.relative_error for r in layers), heldout

@@ -1,4 +1,4 @@
-"""The report of a finished pruning run, stored in its `summary.json`."""
+"""The reports of a finished pruning run: of a folder, stored in its `summary.json`, and of a module."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -16,7 +16,6 @@ from sparseopt.pruning.base.records import (
     ShapeRecord,
     mean,
     mean_errors,
-    mean_grid_errors,
     own_fields,
 )
 from sparseopt.system.machine import environment
@@ -39,14 +38,13 @@ class PruneReport:
         grids: one record for each layer that was rounded to a grid of few bits.
         in_floats: the weights of linear layers that stay in floats though bits were asked for.
         prunable_size: number of weights in all linear layers of the model's blocks, including layers that stay dense.
-        plans: number of recipes that shared the pass over the blocks.
         bos: the token id before every window; None for none.
         solver_seconds: time of all layer solves. This and the phases below exclude compilation.
         reconstruction_seconds: time of all reconstructions.
         survey_seconds: time of the measurements on the dense model before the pass.
         compile_seconds: time of compiling the programs of the pass.
         layer_compilations: programs compiled for layer solves; at most the number of distinct shapes.
-        calibration_seconds: time of all forward passes and Grams, including the other recipes of the pass.
+        calibration_seconds: time of all forward passes and Grams.
         seconds: time of the whole run.
         peak_memory_bytes: largest resident set of the process during the run, or since its start if not known.
         calibration: the tokens that the run used.
@@ -76,7 +74,6 @@ class PruneReport:
     blocks: list[BlockRecord] = field(repr=False)
     grids: list[GridRecord] = field(repr=False)
     prunable_size: int
-    plans: int
     bos: int | None
     solver_seconds: float
     reconstruction_seconds: float
@@ -128,6 +125,14 @@ class PruneReport:
         return 0.0 if self.shape is not None else sum(r.zeros for r in self.layers) / self.prunable_size
 
     @property
+    def errors(self) -> dict[str, float | None]:
+        """The mean errors of layers, and what grids and plain rounding add to them; None if there are none."""
+        error, heldout = mean_errors(self.layers)
+        grid, rounded = mean(r.relative_error for r in self.grids), mean(r.rounded_error for r in self.grids)
+        names = ("mean_relative_error", "mean_heldout_error", "mean_grid_error", "mean_rounded_error")
+        return dict(zip(names, (error, heldout, grid, rounded), strict=True))
+
+    @property
     def starved_experts(self) -> list[str]:
         return sorted({r.layer.rpartition(".")[0] for r in self.layers if r.starved})
 
@@ -162,10 +167,9 @@ class PruneReport:
             "output": str(self.output),
             "layers": len(self.layers),
             "reconstructed_blocks": len(self.blocks),
-            **mean_grid_errors(self.grids)._asdict(),
             "sparsity": self.sparsity,
             "total_sparsity": self.total_sparsity,
-            **mean_errors(self.layers)._asdict(),
+            **self.errors,
             "dead_inputs": sum(r.dead_inputs for r in self.layers),
             "given_zeros": sum(r.given_zeros for r in self.layers),
             "kept_masks": len(self.kept_masks),
@@ -173,3 +177,57 @@ class PruneReport:
             "blocked_layers": self.blocked_layers,
             **environment(),
         }
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """The report of `prune_module`.
+
+    Attributes:
+        layers: one record for each pruned weight, in the order of execution; `block` is the index of its part.
+        parts: the names of the parts, in the order of the solves: blocks, or linear layers if there are no blocks.
+        left_out: the layers and weights that were not pruned, or not rounded to the grid, and why.
+        not_done: what the named effort or method does, but not here: fields of the recipe, and what they are for.
+        grids: one record for each layer that was rounded to a grid of few bits.
+        blocks: one record for each trained part; the last one is for the whole module.
+        seconds: wall-clock time in all.
+        solver_seconds: time of the solves, without compiling.
+    """
+
+    layers: list[LayerRecord]
+    parts: list[str]
+    left_out: Mapping[str, str]
+    not_done: Mapping[str, str] = field(default_factory=dict)
+    grids: list[GridRecord] = field(default_factory=list)
+    blocks: list[BlockRecord] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of zeros in the pruned weights."""
+        return sum(r.zeros for r in self.layers) / sum(r.size for r in self.layers)
+
+    @property
+    def mean_relative_error(self) -> float:
+        return mean(r.relative_error for r in self.layers) or 0.0
+
+    @property
+    def solver_seconds(self) -> float:
+        return sum(r.seconds for r in self.layers) + sum(r.seconds for r in self.grids)
+
+    def _repr_html_(self) -> str:
+        zeros, size = sum(r.zeros for r in self.layers), sum(r.size for r in self.layers)
+        figures = {"mean relative error": self.mean_relative_error, "seconds": self.seconds}
+        facts = [Fact(name, f"{value:.5g}") for name, value in figures.items()]
+        pruned = f"{len(self.layers)} pruned, {zeros:,} of {size:,} weights are zero; {len(self.grids)} in few bits"
+        return html_facts("ModuleReport", [Fact("layers", pruned), *facts])
+
+    def __str__(self) -> str:
+        width = max(len(r.layer) for r in self.layers)
+        lines = [f"{'linear':{width}}  {'out x in':>13}  {'zeros':>7}  {'error':>9}"]
+        for r in self.layers:
+            shape = f"{r.shape[0]} x {r.shape[1]}"
+            lines.append(f"{r.layer:{width}}  {shape:>13}  {100 * r.sparsity:5.1f} %  {r.relative_error:9.2e}")
+        lines += [f"left out: {name} ({why})" for name, why in self.left_out.items()]
+        lines += [f"not done: {name} ({why})" for name, why in self.not_done.items()]
+        return "\n".join(lines)

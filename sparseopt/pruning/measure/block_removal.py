@@ -26,13 +26,11 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int
 
-from sparseopt.core.base.types import Observer
-from sparseopt.models import StreamedModel
 from sparseopt.pruning.base.activations import Batches, embed_windows
-from sparseopt.pruning.base.grams import BlockRunner
 from sparseopt.pruning.base.records import RemovalRecord
 from sparseopt.pruning.evaluate.perplexity import window_loss
-from sparseopt.pruning.run.shared_pass import Pass
+from sparseopt.pruning.run.folder_pass import Pass
+from sparseopt.pruning.run.measured import measured_once
 from sparseopt.system import processes
 
 # Tokens that models are scored on, at most; at least one window.
@@ -60,7 +58,7 @@ def removal_order(trial: "Trial", count: int, *, most: float = math.inf) -> list
     records: list[RemovalRecord] = []
     for record in greedy_removal(trial, count):
         records.append(record)
-        trial.observer(record, len(records), count)
+        trial.work.observer(record, len(records), count)
         if record.rise > most:
             break
     return [RemovalRecord.from_dict(found) for found in processes.told([record.as_dict() for record in records])]
@@ -71,64 +69,58 @@ def trial_of(work: Pass, windows: Int[np.ndarray, "windows T"]) -> "Trial":
     count = min(len(windows), max(1, TOKENS // windows.shape[1]))
     chosen = windows[np.arange(count) * len(windows) // count]
     batches = embed_windows(work.model, work.batches, chosen)[0].on_one_device()
-    return Trial(work.model, batches, chosen, int(work.windows.bos is not None), work.runner, work.observer)
+    known, _ = measured_once(work.key("removals", chosen), dict[frozenset[int], float])
+    return Trial(work, batches, chosen, known)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A model and the windows for scoring it.
+    """The dense model of a pass and the windows for scoring it.
 
     Attributes:
         batches: the windows, embedded.
         tokens: the same as token ids.
-        skipped: how many predictions at the start of each window do not count.
-        dense: the loss with all blocks, if it is known.
+        known: losses by the blocks removed, also of earlier runs.
     """
 
-    model: StreamedModel
+    work: Pass
     batches: Batches
     tokens: Int[np.ndarray, "windows T"]
-    skipped: int
-    runner: BlockRunner
-    observer: Observer
-    dense: float | None = None
+    known: dict[frozenset[int], float]
 
     def losses(self, removed: Sequence[frozenset[int]], stage: str) -> list[float]:
         """The loss of the model without each of these sets of blocks; infinite where it overflows."""
-        # Each stream with the places of the sets that share it so far.
-        streams = deque([(self.batches, list(range(len(removed))))])
-        for index in range(self.model.num_blocks):
-            if not all(index in blocks for blocks in removed):
-                block = self.model.block(index)
+        model, missing = self.work.model, [blocks for blocks in removed if blocks not in self.known]
+        # Each stream with the sets that share it so far.
+        streams = deque([(self.batches, missing)] if missing else [])
+        for index in range(model.num_blocks if missing else 0):
+            if not all(index in blocks for blocks in missing):
+                block = model.block(index)
                 for _ in range(len(streams)):
                     stream, members = streams.popleft()
-                    if without := [member for member in members if index in removed[member]]:
+                    if without := [blocks for blocks in members if index in blocks]:
                         streams.append((stream, without))
-                    if through := [member for member in members if index not in removed[member]]:
-                        streams.append((self.runner.forward(block, stream), through))
-            self.observer(stage, index + 1, self.model.num_blocks)
-        head, found = self.model.head(), [0.0] * len(removed)
+                    if through := [blocks for blocks in members if index not in blocks]:
+                        streams.append((self.work.runner.forward(block, stream), through))
+            self.work.observer(stage, index + 1, model.num_blocks)
+        head = model.head() if missing else None
         for stream, members in streams:
-            loss = self.loss(head, stream)
-            for member in members:
-                found[member] = loss
-        return found
+            self.known.update(dict.fromkeys(members, self.loss(head, stream)))
+        return [self.known[blocks] for blocks in removed]
 
     def loss(self, head: object, stream: Batches) -> float:
         """The loss of a stream after the last block; infinite where it overflows."""
-        windows = (window for batch in stream for window in batch)
-        total = sum(window_loss(head, x, ids, self.skipped) for x, ids in zip(windows, self.tokens, strict=True))
-        predicted = len(self.tokens) * (self.tokens.shape[1] - 1 - self.skipped)
+        windows, skipped = (window for batch in stream for window in batch), int(self.work.windows.bos is not None)
+        total = sum(window_loss(head, x, ids, skipped) for x, ids in zip(windows, self.tokens, strict=True))
+        predicted = len(self.tokens) * (self.tokens.shape[1] - 1 - skipped)
         return total / predicted if math.isfinite(total) else math.inf
 
     def dense_loss(self) -> float:
         """The loss with all blocks; a RuntimeError if it is not finite."""
-        loss = self.dense
-        if loss is None:
-            loss = self.losses([frozenset()], "loss of the dense model, block")[0]
+        [loss] = self.losses([frozenset()], "loss of the dense model, block")
         if not math.isfinite(loss):
             raise RuntimeError(
-                f"the loss of {self.model.source.name} on the tokens it is scored on is not finite: activations "
+                f"the loss of {self.work.model.source.name} on the tokens it is scored on is not finite: activations "
                 "overflow; check the model with `sparseopt eval`"
             )
         return loss
@@ -139,7 +131,7 @@ def greedy_removal(trial: Trial, count: int) -> Iterator[RemovalRecord]:
     start = time.perf_counter()
     dense = current = trial.dense_loss()
     gone: frozenset[int] = frozenset()
-    increases = dict.fromkeys(range(trial.model.num_blocks), -math.inf)  # last known, of the blocks left
+    increases = dict.fromkeys(range(trial.work.model.num_blocks), -math.inf)  # last known, of the blocks left
     for turn in range(count):
         losses: dict[int, float] = {}
         while rest := sorted((increase, block) for block, increase in increases.items() if block not in losses):

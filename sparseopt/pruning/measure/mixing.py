@@ -1,4 +1,4 @@
-"""What the smaller models of one pass keep, chosen before the first block is pruned.
+"""What a smaller model keeps, chosen before the first block is pruned.
 
 A recipe's fractions fix how much stays; which blocks stay is measured. With a budget both are chosen, so that the model
 meets it with the smallest loss:
@@ -47,8 +47,8 @@ from sparseopt.pruning.recipe.shrink_recipe import (
     smallest_sizes,
 )
 from sparseopt.pruning.run.block import DenseBlock, masked_blocks
+from sparseopt.pruning.run.folder_pass import Pass
 from sparseopt.pruning.run.plan import Plan, SmallerPlan, shrink_plan
-from sparseopt.pruning.run.shared_pass import Pass
 from sparseopt.system import processes
 
 # Numbers of channels, and of groups, at which a curve is measured besides the dense model's.
@@ -62,12 +62,8 @@ TIE = 1e-4
 Curves = dict[str, list[list[float]]]
 
 
-class Mix(NamedTuple):
-    """What a smaller model keeps, and the removed blocks, in order; the rest as in a `ShapeRecord`."""
-
-    sizes: Sizes
-    removed: list[RemovalRecord]
-    curves: Curves | None = None
+# What a smaller model keeps, and the removed blocks, in order; the curves of a budget.
+Mix = tuple[Sizes, list[RemovalRecord], Curves | None]
 
 
 @dataclass(frozen=True)
@@ -105,10 +101,10 @@ class Search:
     removals: int
 
 
-def choose_shapes(work: Pass, stream: Stream) -> None:
-    """Set the sizes of the smaller models in the plans of a pass; plans that only make zeros are unchanged.
+def choose_shape(work: Pass, stream: Stream) -> Plan:
+    """The plan of a pass with the sizes of its smaller model; a plan that only makes zeros is unchanged.
 
-    Sizes are written to the plans' folders; sizes that an earlier start chose are used again. `stream` is the stream
+    Sizes are written to the run's folder; sizes that an earlier start chose are used again. `stream` is the stream
     before the first block; layers are fitted to the dense model's calibration stream.
 
     Raises:
@@ -116,45 +112,35 @@ def choose_shapes(work: Pass, stream: Stream) -> None:
         RuntimeError: if the loss of the dense model is not finite.
         PruningError: as `prune_block` does.
     """
-    start, model = time.perf_counter(), work.model
-    smaller = [(branch, cast(SmallerPlan, branch.plan)) for branch in work.branches if branch.plan.smaller]
-    new = [(branch, plan) for branch, plan in smaller if branch.progress.shape is None]
-    # By the recipes' shares, ordered once for all plans; none yet with a budget.
-    count = max((model.num_blocks - len(plan.stays) for _, plan in new), default=0)
-    order = removal_order(trial_of(work, work.windows.calibration), count) if count else []
-    budgets = [plan for _, plan in new if plan.recipe.has_budget]
-    mixes = iter(choose_mixes(work, budgets, stream) if budgets else [])
-    seconds = time.perf_counter() - start
-    for branch, plan in new:
-        gone = order[: model.num_blocks - len(plan.stays)]
-        mix = next(mixes) if plan.recipe.has_budget else _mix_of(model, plan.sizes, gone)
-        branch.keep(_shape(model, plan, mix, seconds))
-    for branch, plan in smaller:
-        if (shape := branch.progress.shape) is not None:
-            branch.plan = plan.with_shape(model, shape)
-            work.tell(shape)
+    if not work.plan.smaller:
+        return work.plan
+    plan, model, start = cast(SmallerPlan, work.plan), work.model, time.perf_counter()
+    if work.progress.shape is None:
+        gone = model.num_blocks - len(plan.stays)
+        if plan.recipe.has_budget:
+            mix = choose_mix(work, plan, stream)
+        else:
+            mix = plan.sizes, removal_order(trial_of(work, work.windows.calibration), gone) if gone else [], None
+        work.keep(_shape(model, plan, mix, time.perf_counter() - start))
+    assert work.progress.shape is not None
+    return shrink_plan(model, plan, work.progress.shape.sizes)
 
 
-def choose_mixes(work: Pass, plans: Sequence[SmallerPlan], stream: Stream) -> list[Mix]:
-    """What the smaller models of plans with a budget keep.
+def choose_mix(work: Pass, plan: SmallerPlan, stream: Stream) -> Mix:
+    """What the smaller model of a plan with a budget keeps; the plan has the dense model's sizes.
 
-    The plans have the dense model's sizes. Losses use about `block_removal.TOKENS` tokens of the pass, the same for all
-    curves.
+    Losses use about `block_removal.TOKENS` tokens of the pass, the same for all curves.
     """
-    model, windows = work.model, work.windows
-    searches = [_search(model, plan.recipe) for plan in plans]
+    model, windows, search = work.model, work.windows, _search(work.model, plan.recipe)
     trial = trial_of(work, windows.heldout if len(windows.heldout) else windows.calibration)
-    levels = [_levels(model, search) for search in searches]
-    trials = [_trial_plan(model, plan, sizes) for plan, own in zip(plans, levels, strict=True) for sizes in own]
-    dense, *losses = masked_losses(trial, trials, stream)
-    trial = replace(trial, dense=dense)
+    levels = _levels(model, search)
+    dense, *losses = masked_losses(trial, [_trial_plan(model, plan, sizes) for sizes in levels], stream)
+    trial.known[frozenset()] = dense
     trial.dense_loss()  # raises if it is not finite
-    rises = iter(min(loss - dense, LARGEST_RISE) for loss in losses)
-    curves = [_curves(model, [(sizes, next(rises)) for sizes in own]) for own in levels]
-    pairs = list(zip(searches, curves, strict=True))
-    most = max(best_mix(search, curve, []).rise for search, curve in pairs)
-    order = removal_order(trial, max(search.removals for search in searches), most=most)
-    return [_mix(model, search, curve, order[: search.removals]) for search, curve in pairs]
+    rises = [min(loss - dense, LARGEST_RISE) for loss in losses]
+    curves = _curves(model, list(zip(levels, rises, strict=True)))
+    order = removal_order(trial, search.removals, most=best_mix(search, curves, []).rise)
+    return _mix(model, search, curves, order)
 
 
 def masked_losses(trial: Trial, plans: Sequence[Plan], stream: Stream) -> list[float]:
@@ -163,11 +149,11 @@ def masked_losses(trial: Trial, plans: Sequence[Plan], stream: Stream) -> list[f
     Every block is fitted to the dense model's stream; `stream` is the stream before the first block. All processes
     continue with the losses of the first one.
     """
-    model, runner = trial.model, trial.runner
+    model, runner = trial.work.model, trial.work.runner
     stream = Stream(stream.calibration, stream.calibration.empty())
     whole, streams = trial.batches, [trial.batches] * len(plans)
     for index in range(model.num_blocks):
-        block = DenseBlock(model, index, {}, runner)
+        block = DenseBlock(model, index, None, runner)
         staying = [place for place, plan in enumerate(plans) if plan.place(index) is not None]
         masked = masked_blocks([plans[place] for place in staying], block, stream)
         for place, own in zip(staying, masked, strict=True):
@@ -175,7 +161,7 @@ def masked_losses(trial: Trial, plans: Sequence[Plan], stream: Stream) -> list[f
         whole = runner.forward(block.block, whole)
         if index + 1 < model.num_blocks:
             stream = runner.through(block.block, stream)
-        trial.observer("loss curves, block", index + 1, model.num_blocks)
+        trial.work.observer("loss curves, block", index + 1, model.num_blocks)
     head = model.head()
     return processes.told([trial.loss(head, each) for each in (whole, *streams)])
 
@@ -256,31 +242,26 @@ def _mix(model: StreamedModel, search: Search, curves: Curves, order: list[Remov
     best = best_mix(search, curves, [record.block for record in order])
     if not math.isfinite(best.rise):
         raise ModelError("no choice of channels, heads and blocks meets the budget: give a larger one")
-    sizes = replace(dense, channels=best.channels, kv_heads=best.groups)
-    return _mix_of(model, sizes, order[: best.removed])._replace(curves=curves)
-
-
-def _mix_of(model: StreamedModel, sizes: Sizes, gone: list[RemovalRecord]) -> Mix:
-    """These sizes, with all blocks of the model except the removed ones."""
-    blocks = {record.block for record in gone}
-    return Mix(replace(sizes, blocks=tuple(i for i in sizes_of(model).blocks if i not in blocks)), gone)
+    return replace(dense, channels=best.channels, kv_heads=best.groups), order[: best.removed], curves
 
 
 def _shape(model: StreamedModel, plan: SmallerPlan, mix: Mix, seconds: float) -> ShapeRecord:
-    dense, sizes, tensors = sizes_of(model), mix.sizes, model.source.tensors
+    dense, (sizes, removed, curves), tensors = sizes_of(model), mix, model.source.tensors
+    gone = tuple(record.block for record in removed)
+    sizes = replace(sizes, blocks=tuple(block for block in dense.blocks if block not in gone))
     return ShapeRecord(
         channels=sizes.channels,
         kv_heads=sizes.kv_heads,
         experts=sizes.experts,
         blocks=sizes.blocks,
-        removed=tuple(record.block for record in mix.removed),
-        rises=tuple(record.rise for record in mix.removed),
+        removed=gone,
+        rises=tuple(record.rise for record in removed),
         dense=(dense.channels, dense.kv_heads, len(dense.blocks), dense.experts),
         parameters=parameters_of(shrink_plan(model, plan, sizes).target),
         dense_parameters=parameters_of(model),
         dense_bytes=sum(math.prod(tensors[key].shape) * tensors[key].dtype.itemsize for key in model.exported_keys()),
         seconds=seconds,
-        curves=mix.curves,
+        curves=curves,
     )
 
 

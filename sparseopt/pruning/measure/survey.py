@@ -1,4 +1,4 @@
-"""What is measured on the dense model before any block is pruned, once for all plans of a pass.
+"""What is measured on the dense model before any block is pruned.
 
 | asked for | measured |
 |---|---|
@@ -53,9 +53,9 @@ from sparseopt.pruning.recipe.allocation import (
     losses_of_linear,
 )
 from sparseopt.pruning.recipe.prune_recipe import Recipe
-from sparseopt.pruning.run.layer_patterns import layer_patterns
-from sparseopt.pruning.run.plan import Plan
-from sparseopt.pruning.run.shared_pass import Pass
+from sparseopt.pruning.run.folder_pass import Pass
+from sparseopt.pruning.run.measured import measured_once
+from sparseopt.pruning.run.plan import Plan, layer_patterns
 
 # Most calibration tokens used for sensitivities and curves, but at least one window: both are means over tokens.
 TOKENS = 8192
@@ -78,53 +78,57 @@ class Site:
     sensitivity: dict[str, np.ndarray]  # of its layers' outputs, `[out]` float32, 0 or more
 
 
-def survey(work: Pass, stream: Stream) -> None:
-    """Measure what the recipes of a pass need, and set the patterns and output weights of their plans accordingly.
+def survey(work: Pass, stream: Stream) -> Plan:
+    """Measure what the recipe of a pass needs; return the plan with the patterns and output weights that follow.
 
-    An allocation is stored with its run, since a resumed run may have other levels or other devices. `stream` is the
-    stream before the first block.
+    An allocation is stored with its run, since a resumed run may have other devices. `stream` is the stream before the
+    first block.
     """
-    model, windows, runner = work.model, work.windows, work.runner
-    recipes = [branch.plan.recipe for branch in work.branches]
-    open_plans = [branch.plan for branch in work.branches if branch.progress.allocation is None]
-    by_curves = [plan for plan in open_plans if plan.recipe.get("allocation") == "curves"]
-    levels = _levels([cast(Recipe, plan.recipe) for plan in by_curves])
-    curved = {key for plan in by_curves for key in plan.patterns}
+    model, plan, windows, own = work.model, work.plan, work.windows, work.progress
+    recipe, patterns = plan.recipe, plan.patterns
+    by_curves = recipe.get("allocation") == "curves" and own.allocation is None
+    weighted = recipe.output_weights == "gradient"
+    levels = _levels(cast(Recipe, recipe)) if by_curves else LEVELS[:0]
+    weights: dict[str, np.ndarray] = {}
+    curves: dict[str, np.ndarray] = {}
+    if by_curves or weighted:
+        tokens = windows.calibration[: max(1, TOKENS // windows.calibration.shape[1])]
+        key = work.key("survey", tokens, levels=levels.tolist(), layers=list(patterns) if by_curves else [])
+        batches = stream.calibration.first(len(tokens))
+        (weights, curves), spared = measured_once(key, lambda: _measured(work, batches, tokens, levels))
+        # So that the times of several runs can be compared.
+        work.survey_seconds += spared
+    if recipe.get("allocation") not in (None, "uniform"):
+        recipe = cast(Recipe, recipe)
+        if own.allocation is None:
+            work.keep(AllocationRecord(_shares(model, plan, recipe, levels, curves)))
+        assert own.allocation is not None
+        patterns = layer_patterns(model, recipe, plan.method, own.allocation.shares)
+    return replace(plan, patterns=patterns, output_weights=weights if weighted else {})
+
+
+def _measured(
+    work: Pass, batches: Batches, tokens: Int[np.ndarray, "windows T"], levels: np.ndarray
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The output weights of all layers and, with levels, the curves of the layers that the plan prunes, by key."""
     weights: dict[str, np.ndarray] = {}
     curves: dict[str, np.ndarray] = {}
 
     def told(done: int, total: int) -> None:
         work.observer("survey, pass", done, total)
 
-    if by_curves or any(recipe.output_weights == "gradient" for recipe in recipes):
-        tokens = windows.calibration[: max(1, TOKENS // windows.calibration.shape[1])]
-        batches, skipped = stream.calibration.first(len(tokens)), int(windows.bos is not None)
-        for site in backward_sweep(model, batches, tokens, runner, told, skipped=skipped):
-            keys = {name: model.weight_key(site.index, name) for name in site.sensitivity}
-            weights |= {keys[name]: output_weights(value) for name, value in site.sensitivity.items()}
-            names = [name for name, key in keys.items() if key in curved]
-            if names:
-                curves |= {keys[name]: curve for name, curve in _curves(site, names, levels, runner).items()}
-        weights, curves = agreed((weights, curves))
-    for branch in work.branches:
-        plan, own = branch.plan, branch.progress
-        recipe, patterns = plan.recipe, plan.patterns
-        if recipe.get("allocation") not in (None, "uniform"):
-            recipe = cast(Recipe, recipe)
-            if own.allocation is None:
-                shares = _shares(model, plan, recipe, levels, curves)
-                branch.keep(AllocationRecord(shares))
-            assert own.allocation is not None
-            patterns = layer_patterns(model, recipe, plan.method, own.allocation.shares)
-        own_weights = weights if recipe.output_weights == "gradient" else {}
-        branch.plan = replace(plan, patterns=patterns, output_weights=own_weights)
+    skipped = int(work.windows.bos is not None)
+    for site in backward_sweep(work.model, batches, tokens, work.runner, told, skipped=skipped):
+        keys = {name: work.model.weight_key(site.index, name) for name in site.sensitivity}
+        weights |= {keys[name]: output_weights(value) for name, value in site.sensitivity.items()}
+        names = [name for name, key in keys.items() if key in work.plan.patterns] if len(levels) else []
+        if names:
+            curves |= {keys[name]: curve for name, curve in _curves(site, names, levels, work.runner).items()}
+    return agreed((weights, curves))
 
 
-def _levels(recipes: Sequence[Recipe]) -> np.ndarray:
-    if not recipes:
-        return LEVELS[:0]
-    bounds = np.array([_bounds(recipe) for recipe in recipes])
-    low, high = bounds[:, 0].min(), bounds[:, 1].max()
+def _levels(recipe: Recipe) -> np.ndarray:
+    low, high = _bounds(recipe)
     inner = [level for level in LEVELS if low + 0.01 < level < high - 0.01]
     return np.unique([low, *inner, high])
 
@@ -239,7 +243,8 @@ def backward_sweep(
     blocks = model.num_blocks
     stride = math.isqrt(blocks - 1) + 1
     starts = range(0, blocks, stride)
-    done, steps = 0, 3 * blocks - len(starts)
+    # The first pass keeps what stands before the first block of each segment, and before all blocks of the last one.
+    done, steps = 0, 2 * blocks + len(starts[:-1]) * (stride - 1)
 
     def forward(index: int, stream: Batches) -> Batches:
         nonlocal done
@@ -247,10 +252,12 @@ def backward_sweep(
         observer(done, steps)
         return runner.forward(model.block(index), stream)
 
-    marks, stream = {}, batches
+    segments, stream = list[list[Batches]](), batches
     for index in range(blocks):
         if index in starts:
-            marks[index] = stream
+            segments.append([stream])
+        elif index > starts[-1]:
+            segments[-1].append(stream)
         stream = forward(index, stream)
     gradients: list[Array] = []
     head = model.head()
@@ -259,8 +266,8 @@ def backward_sweep(
         gradients.append(_gradient_after_blocks(head, x, ids, skipped))
     del head
     for start in reversed(starts):
-        segment = [marks.pop(start)]
-        for index in range(start, min(start + stride, blocks) - 1):
+        segment = segments.pop()
+        for index in range(start + len(segment) - 1, min(start + stride, blocks) - 1):
             segment.append(forward(index, segment[-1]))
         while segment:
             index, block, stream = start + len(segment) - 1, model.block(start + len(segment) - 1), segment.pop()

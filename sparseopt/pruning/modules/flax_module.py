@@ -133,25 +133,12 @@ class Rest:
     value: Any
 
 
-@dataclass(frozen=True)
-class Inside:
-    """Names inside a part, so that similar blocks share their programs."""
-
-    part: str
-
-    def own(self, name: str) -> str:
-        return name.removeprefix(self.part).removeprefix(".")
-
-    def renamed(self, found: Any) -> Any:
-        """Sums or inputs by name in the module."""
-
-        def whole(name: str) -> str:
-            return f"{self.part}.{name}" if name else self.part
-
-        if isinstance(found, Sums):
-            grams = {whole(name): each for name, each in found.found.items()}
-            return Sums(grams, tuple((whole(name), whole(owner)) for name, owner in found.readers))
-        return {whole(name): values for name, values in found.items()}
+def _renamed(found: Any, prefix: str) -> Any:
+    """Sums or inputs by name in the module, of a part that knows its layers without the prefix."""
+    if isinstance(found, Sums):
+        grams = {prefix + name: each for name, each in found.found.items()}
+        return Sums(grams, tuple((prefix + name, prefix + owner) for name, owner in found.readers))
+    return {prefix + name: values for name, values in found.items()}
 
 
 def placed_as(value: Any, like: Any) -> Any:
@@ -257,9 +244,11 @@ class FlaxModule(Watched):
 
     def _run(self, call: PartCall, what: str, layouts: Mapping[str, Layout], dense: Inputs | None = None) -> Any:
         """Run a part as it is now; return its output, or the inputs of its layers."""
-        inside, (structure, values) = Inside(call.name), self.part(call.name)
-        wanted = Wanted(what, tuple((inside.own(name), layout) for name, layout in layouts.items()))
-        dense = None if dense is None else {inside.own(name): each for name, each in dense.items()}
+        structure, values = self.part(call.name)
+        # Names inside the part, so that similar blocks share their programs.
+        prefix = f"{call.name}."
+        wanted = Wanted(what, tuple((name.removeprefix(prefix), layout) for name, layout in layouts.items()))
+        dense = None if dense is None else {name.removeprefix(prefix): each for name, each in dense.items()}
         arguments = (call.args, call.kwargs)
         if what != "output":
             arguments = jax.tree.map(lambda leaf: leaf, arguments)  # so that nothing of NNX is written to twice
@@ -270,9 +259,9 @@ class FlaxModule(Watched):
             if found is not None:
                 with suppress(_NoProgramError, *_READS_VALUES):
                     result = _compiled(structure, values, found[0], Rest(found[1]), wanted, dense)
-                    return joined(result[0], result[1].value) if what == "output" else inside.renamed(result)
+                    return joined(result[0], result[1].value) if what == "output" else _renamed(result, prefix)
             result = _run(structure, values, arguments, wanted, dense, grams_of)
-        return result if what == "output" else inside.renamed(result)
+        return result if what == "output" else _renamed(result, prefix)
 
     def read(self, name: str) -> np.ndarray:
         return self._layout(name).matrix(self.kernel(name))

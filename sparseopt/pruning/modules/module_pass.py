@@ -11,26 +11,23 @@ import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.core.base.types import Observer
-from sparseopt.layers.bits import Bits, parse_bits
+from sparseopt.layers.bits import parse_bits
 from sparseopt.layers.compiled import mesh_of
-from sparseopt.layers.problem import LayerJob, reads_variances
-from sparseopt.layers.side_by_side import LayerTask, solve_block
-from sparseopt.pruning.base.grams import Grams
+from sparseopt.pruning.base.grams import Grams, is_expert
 from sparseopt.pruning.base.records import BlockRecord, GridRecord, LayerRecord
 from sparseopt.pruning.modules.flax_module import FlaxModule
 from sparseopt.pruning.modules.lanes import Lane, PartCall, lanes
 from sparseopt.pruning.modules.module_plan import ModulePlan
 from sparseopt.pruning.modules.module_training import check_trainable, train_part, weights_of_outputs
-from sparseopt.pruning.modules.watched import Sums, Watched, added, check_outside, is_expert, sum_of
-from sparseopt.pruning.run.block import PruningError, layer_record, propagated
-from sparseopt.pruning.run.rounding import grid_task, round_linears
+from sparseopt.pruning.modules.watched import Sums, Watched, added, check_outside, sum_of
+from sparseopt.pruning.run.part import PartLayer, PruningError, is_starved, round_part, solve_part
 from sparseopt.pruning.train.training import Training
 
 # The cost of a batch and the module's output for it: a number to differentiate.
@@ -89,52 +86,47 @@ class ModulePass:
             while stopped := {lane.at.name for lane in here if lane.at}:
                 name = min(stopped, key=order.__getitem__)
                 others: Sequence[Lane | None] = there or [None] * len(here)
-                stops = [
-                    _Stop(own, _at(other, name)) for own, other in zip(here, others, strict=True) if _at(own, name)
-                ]
+                pairs = zip(here, others, strict=True)
+                stops = [(own, other if _at(other, name) else None) for own, other in pairs if _at(own, name)]
                 self._part(name, stops)
                 waiting.discard(name)
                 if not waiting:
                     return
-                for stop in stops:
-                    _go_on(stop.lane, self.module)
+                for own, _ in stops:
+                    own.resume(own.work(partial(self.module.output, own.call)))
                 for lane in there:
                     # Also a lane whose batch does not reach this part in the pruned module.
                     if dense is not None and _at(lane, name):
-                        _go_on(lane, dense)
+                        lane.resume(lane.work(partial(dense.output, lane.call)))
         for name in sorted(waiting, key=order.__getitem__):
             self._part(name, [])  # the pruned module does not call it
 
-    def _part(self, name: str, stops: Sequence["_Stop"]) -> None:
+    def _part(self, name: str, stops: Sequence[tuple[Lane, Lane | None]]) -> None:
         """Prune the layers of the part before which these batches wait, in the module and in the dense one."""
         names, recipe, dense = self.plan.parts[name], self.plan.recipe, self.dense
         layouts = self.plan.layouts(self.module, names)
         total: Sums | None = None
-        for stop in stops:
+        for lane, other in stops:
             inputs = None
-            if stop.dense is not None and dense is not None and recipe.propagate:
-                inputs = stop.dense.work(partial(dense.inputs, stop.dense.call, layouts))
+            if other is not None and dense is not None and recipe.propagate:
+                inputs = other.work(partial(dense.inputs, other.call, layouts))
                 # As in a folder: other tokens, even if as many, may reach an expert in the dense module.
                 inputs = {each: values for each, values in inputs.items() if not is_expert(each)}
-            new = stop.lane.work(partial(self.module.observed, stop.lane.call, layouts, inputs))
+            new = lane.work(partial(self.module.observed, lane.call, layouts, inputs))
             for each, grams in new.found.items():
                 given, expected = len(grams.gram), self.module.linears[each].shape[1]
                 if given != expected:
-                    where = f"batch {stop.lane.batch}, counted from 0,"
+                    where = f"batch {lane.batch}, counted from 0,"
                     raise ValueError(f"{where} gives {each} {given} inputs, and it has {expected}: give it that width")
             total = added(total, new)
-        train = None
-        if recipe.reconstruction is not None and dense is not None and name not in names:
-            # A single layer has been fitted to these outputs already.
-            train = partial(self._train_block, name, stops, dense)
-        self._solve(name, names, Sums({}) if total is None else total, train)
-
-    def _train_block(self, name: str, stops: Sequence["_Stop"], dense: Watched) -> None:
-        both = [stop for stop in stops if stop.dense is not None]
-        outputs = [stop.dense.work(partial(dense.output, stop.dense.call)) for stop in both if stop.dense]
-        inputs = [(stop.lane.call.args, stop.lane.call.kwargs) for stop in both]
-        if self.plan.recipe.reconstruction is not None and both:
-            self._train(name, self.plan.parts[name], inputs, outputs, self.plan.recipe.reconstruction)
+        layers = self._solve(name, names, Sums({}) if total is None else total)
+        both = [(lane, other) for lane, other in stops if other is not None]
+        # A single layer has been fitted to the dense outputs already.
+        if recipe.reconstruction is not None and dense is not None and name not in names and both:
+            outputs = [other.work(partial(dense.output, other.call)) for _, other in both]
+            arguments = [(lane.call.args, lane.call.kwargs) for lane, _ in both]
+            self._train(name, names, arguments, outputs, recipe.reconstruction)
+        self._round(layers)
 
     def _train(
         self, part: str, names: Sequence[str], inputs: Sequence[Any], outputs: Sequence[Any], settings: Training, *,
@@ -150,33 +142,49 @@ class ModulePass:
 
     def _run_last(self) -> None:
         """Prune layers that are called more than once, after all others."""
-        names = self.plan.last
-        layouts = self.plan.layouts(self.module, names)
-        total: Sums | None = None
-        for batch in self.batches:
-            total = added(total, self.module.read_by(batch, layouts))
-        assert total is not None
-        self._solve("shared", names, total)
+        layouts = self.plan.layouts(self.module, self.plan.last)
+        total = reduce(added, (self.module.read_by(batch, layouts) for batch in self.batches))
+        self._round(self._solve("shared", self.plan.last, total))
 
-    def _solve(self, part: str, names: Sequence[str], sums: Sums, train: Callable[[], None] | None = None) -> None:
-        index, recipe, method = len(self.parts), self.plan.recipe, self.plan.method
+    def _solve(self, part: str, names: Sequence[str], sums: Sums) -> list[PartLayer]:
+        layers = [self._layer(name, self._grams(name, sums)) for name in names]
         self.parts.append(part)
-        grams = {name: self._grams(name, sums) for name in names}
-        tasks = [self._task(name, grams[name]) for name in names]
-        try:
-            for name, solved in zip(names, solve_block(tasks, method, None), strict=True):
-                tokens, starved = int(grams[name].tokens), self._starved(name, grams[name])
-                pattern = self.plan.patterns[name]
-                record = layer_record(index, name, solved, method, pattern, tokens, starved, False)
-                self._write(name, np.asarray(solved.report.weight))
-                self.layers.append(record)
-                self.tell(record)
-            if train is not None:
-                train()
-            if recipe.bits is not None:
-                self._round(index, names, grams, parse_bits(recipe.bits))
-        except MemoryError as error:
-            raise PruningError(str(error)) from error
+        for record, weight in solve_part(
+            layers, self.plan.method, self.plan.recipe.propagate, len(self.parts) - 1, None
+        ):
+            self._write(record.layer, weight)
+            self.layers.append(record)
+            self.tell(record)
+        return layers
+
+    def _round(self, layers: Sequence[PartLayer]) -> None:
+        if self.plan.recipe.bits is None:
+            return
+        bits, grids = parse_bits(self.plan.recipe.bits), {}
+        layers = [each for each in layers if each.name not in self.plan.left_out]
+        layers = [replace(each, weight=self.module.read(each.name)) for each in layers]
+        for each in layers:
+            # As closely as the layer's own dtype holds the grid.
+            dtype = each.weight.dtype
+            grids[each.name] = replace(bits, dtype=dtype.name) if dtype.itemsize < 4 else bits
+        for record, weight in round_part(layers, grids, len(self.parts) - 1, None):
+            self._write(record.layer, weight)
+            self.grids.append(record)
+            self.tell(record)
+
+    def _layer(self, name: str, grams: Grams) -> PartLayer:
+        recipe, weight, tokens = self.plan.recipe, self.module.read(name), int(grams.tokens)
+        return PartLayer(
+            name=name,
+            weight=weight,
+            dtype=np.dtype(np.float32) if weight.itemsize > 4 else weight.dtype,
+            grams=lambda: grams,
+            tokens=tokens,
+            starved=is_starved(name, tokens, recipe.min_expert_tokens),
+            pattern=self.plan.patterns[name],
+            outputs=self.output_weights.get(name),
+            support=lambda weight: weight != 0 if recipe.keep_zeros else None,
+        )
 
     def _grams(self, name: str, sums: Sums) -> Grams:
         """The Grams of all layers that have this weight, on one device."""
@@ -200,28 +208,6 @@ class ModulePass:
             )
         return whole
 
-    def _starved(self, name: str, grams: Grams) -> bool:
-        return is_expert(name) and int(grams.tokens) < max(1, self.plan.recipe.min_expert_tokens)
-
-    def _task(self, name: str, grams: Grams) -> LayerTask:
-        recipe, pattern = self.plan.recipe, self.plan.patterns[name]
-        weight, starved = self.module.read(name), self._starved(name, grams)
-        shape = (weight.shape[0], weight.shape[1])
-
-        def job() -> LayerJob:
-            target = weight.astype(np.float32) if weight.itemsize > 4 else weight
-            if recipe.propagate and grams.drift is not None and not starved:
-                target = propagated(target, grams, recipe.propagate, None)
-            variances = None
-            if reads_variances(self.plan.method):
-                variances = np.ones(shape[1], np.float32) if starved else np.asarray(grams.variances)
-            # Too few tokens to rank the weights: all inputs count the same.
-            gram = jnp.eye(shape[1], dtype=jnp.float32) if starved else grams.gram
-            outputs = None if starved else self.output_weights.get(name)
-            return LayerJob(target, gram, None, pattern, outputs, variances, weight != 0 if recipe.keep_zeros else None)
-
-        return LayerTask(name, shape, (shape, weight.dtype, jax.tree.structure(pattern)), job)
-
     def _write(self, name: str, pruned: np.ndarray) -> None:
         """Set a weight in its own dtype; unchanged entries stay identical."""
         given = self.module.read(name)
@@ -230,40 +216,9 @@ class ModulePass:
             pruned = np.where(same, given, pruned.astype(given.dtype))
         self.module.write(name, pruned)
 
-    def _round(self, index: int, names: Sequence[str], grams: Mapping[str, Grams], bits: Bits) -> None:
-        """Round layers of a part to a grid, as closely as their own dtype holds it."""
-        tasks, grids = [], dict[str, Bits]()
-        for name in (each for each in names if each not in self.plan.left_out):
-            weight = self.module.read(name)
-            bits.check_weight(weight)
-            tasks.append(self._grid_task(name, weight.astype(np.float32), grams[name]))
-            grids[name] = replace(bits, dtype=weight.dtype.name if weight.itemsize < 4 else bits.dtype)
 
-        def told(record: GridRecord) -> None:
-            self.grids.append(record)
-            self.tell(record)
-
-        for name, weight in round_linears(index, tasks, grids, None, told).items():
-            self._write(name, weight)
-
-    def _grid_task(self, name: str, weight: np.ndarray, grams: Grams) -> LayerTask:
-        gram = jnp.eye(weight.shape[1], dtype=jnp.float32) if self._starved(name, grams) else grams.gram
-        return grid_task(name, weight, lambda: gram, self.output_weights.get(name))
-
-
-class _Stop(NamedTuple):
-    """A batch that waits before a part, in the module and, if it waits there too, in the dense one."""
-
-    lane: Lane
-    dense: Lane | None
-
-
-def _at(lane: Lane | None, name: str) -> Lane | None:
-    return lane if lane is not None and lane.at is not None and lane.at.name == name else None
-
-
-def _go_on(lane: Lane, module: Watched) -> None:
-    lane.resume(lane.work(partial(module.output, lane.call)))
+def _at(lane: Lane | None, name: str) -> bool:
+    return lane is not None and lane.at is not None and lane.at.name == name
 
 
 @contextlib.contextmanager

@@ -10,8 +10,9 @@ from sparseopt.layers.bits import parse_bits
 from sparseopt.layers.patterns import Pattern, implied_sparsity, parse_pattern
 from sparseopt.layers.problem import LayerMethod, check_method, reads_variances
 from sparseopt.models.base.errors import listed
+from sparseopt.pruning.base.grams import is_expert
 from sparseopt.pruning.modules.layouts import Layout
-from sparseopt.pruning.modules.watched import Discovery, Watched, is_expert, refuse_hidden
+from sparseopt.pruning.modules.watched import Discovery, Watched, refuse_hidden
 from sparseopt.pruning.recipe.prune_recipe import Recipe
 from sparseopt.pruning.recipe.targets import chosen_linears, shares_in
 

@@ -7,8 +7,7 @@ the output is several arrays, the first array of floats counts.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,15 +29,8 @@ from sparseopt.pruning.modules.flax_module import (
 )
 from sparseopt.pruning.modules.lanes import PartCall
 from sparseopt.pruning.modules.layouts import Layout
-from sparseopt.pruning.train.reconstruction import channel_weights, stream_loss
-from sparseopt.pruning.train.training import (
-    TrainedEntries,
-    Trainer,
-    Training,
-    TrainState,
-    start_state,
-    updated,
-)
+from sparseopt.pruning.train.reconstruction import OutputTrainer, output_loss, output_step
+from sparseopt.pruning.train.training import Data, TrainedEntries, Training, entries_of
 
 # Arguments of a part: positional and keyword arguments.
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -60,78 +52,22 @@ def _with(params: Any, trained: Mapping[int, Array]) -> Any:
     return jax.tree.unflatten(tree, leaves)
 
 
-def _loss(
-    trained: Any, structure: Structure, values: Values, weights: Array, arrays: list[Any], rest: Rest, target: Array
-) -> Array:
-    params, others = values
-    args, kwargs = joined(arrays, rest.value)
-    output = structure((_with(params, trained), others), args, kwargs, None)
-    return stream_loss(_floats(output).astype(jnp.float32), target, weights)
+class _Part(NamedTuple):
+    """What no step changes of a part, see `Fixed`; parameters are trained by their place among the leaves."""
+
+    structure: Structure
+    values: Values
+    kept: list[TrainedEntries]
+
+    def output(self, trained: Mapping[int, Array], given: tuple[list[Any], Rest]) -> Array:
+        params, others = self.values
+        args, kwargs = joined(given[0], given[1].value)
+        return _floats(self.structure((_with(params, trained), others), args, kwargs, None)).astype(jnp.float32)
 
 
-@jax.jit
-def _step(state: TrainState, kept: list[TrainedEntries], rate: Array, clip: Array, *given: Any) -> Any:
-    loss, gradient = jax.value_and_grad(_loss)(state.params, *given)
-    state, norm = updated(state, gradient, kept, rate, clip)
-    return state, loss, norm
-
-
-_loss_of_batch = jax.jit(_loss)
-
-
-class _PartTrainer(Trainer):
-    """Trains one part, one batch per step."""
-
-    exact = 1e-12
-
-    def __init__(
-        self, structure: Structure, values: Values, masks: Mapping[int, Array | None], inputs: Sequence[Arguments],
-        targets: Sequence[Array], settings: Training,
-    ) -> None:  # fmt: skip
-        settings.check()
-        self.settings, self.structure, self.values = settings, structure, values
-        leaves = jax.tree.leaves(values[0])
-        params = {index: leaves[index].astype(jnp.float32) for index in masks}
-        self.calibration = self.judges = (list(inputs), list(targets))  # type: ignore[assignment]
-        self.epochs = self.steps = self.best_epoch = self.total = 0
-        self.states, self.kept = [start_state(params)], []
-        every = {index: jnp.asarray(True) if mask is None else mask for index, mask in masks.items()}
-        self.entries = [
-            TrainedEntries(mask, jnp.maximum(jnp.sum(jnp.broadcast_to(mask, params[index].shape)), 1))
-            for index, mask in every.items()
-        ]
-
-    @cached_property
-    def weights(self) -> Float[np.ndarray, "D"]:
-        return channel_weights(self.calibration[1])
-
-    def orders(self) -> list[list[tuple[int, np.ndarray]]]:
-        rng, whole = np.random.default_rng(self.settings.seed), np.zeros(0, np.int32)
-        count = len(self.calibration[0])
-        return [[(int(i), whole) for i in rng.permutation(count)] for _ in range(self.settings.epochs)]
-
-    def _given(self, arguments: Arguments, target: Array) -> tuple[Any, ...]:
-        found = cut(arguments, self.structure)
-        assert found is not None
-        return self.structure, self.values, self.weights, found[0], Rest(found[1]), target
-
-    def step(self, index: int, rows: np.ndarray, rate: np.float32) -> tuple[Array, Array]:
-        inputs, targets = self.calibration
-        given = self._given(inputs[index], targets[index])  # type: ignore[arg-type]
-        self.states[0], loss, norm = _step(self.states[0], self.entries, rate, np.float32(self.settings.clip), *given)
-        return loss, norm
-
-    def loss(self, inputs: Any, targets: Any) -> float:
-        pairs = zip(inputs, targets, strict=True)
-        return float(np.mean([float(_loss_of_batch(self.states[0].params, *self._given(*pair))) for pair in pairs]))
-
-    def keep(self) -> None:
-        self.kept = [jax.tree.map(jnp.copy, self.states[0].params)]
-
-    def params(self) -> Any:
-        """The parameters of the part, in the best state."""
-        params = self.values[0]
-        return jax.tree.map(placed_as, _with(params, self.kept[0]), params) if self.kept else params
+class _PartTrainer(OutputTrainer):
+    # Of `jit`, which knows all settings of JAX that the module's code may depend on.
+    programs = (jax.jit(output_step), jax.jit(output_loss))
 
 
 # Of no output: shows whether a part can be compiled.
@@ -139,9 +75,10 @@ _traced = jax.jit(lambda structure, values, arrays, rest: [structure(values, *jo
 
 
 @compiled_for("training", "say train_epochs=0 and distil_epochs=0")
-def check_trainable(module: FlaxModule, name: str, inputs: Sequence[Arguments]) -> None:
-    """Raise a ValueError if a part cannot be compiled for its arguments, for example because some are objects."""
+def check_trainable(module: FlaxModule, name: str, inputs: Sequence[Arguments]) -> list[tuple[list[Any], Rest]]:
+    """The arguments of a part, cut for a program; a ValueError if none can be compiled, as for objects in them."""
     structure, values = module.part(name)
+    given = []
     for arguments in inputs:
         found = cut(arguments, structure)
         if found is None:
@@ -150,7 +87,9 @@ def check_trainable(module: FlaxModule, name: str, inputs: Sequence[Arguments]) 
                 f"{name or 'the module'} cannot be trained: it is given, or has, objects that no program can be "
                 f"compiled for, where arrays, numbers and texts are; say {epochs}=0"
             )
-        _traced.eval_shape(structure, values, found[0], Rest(found[1]))
+        given.append((found[0], Rest(found[1])))
+        _traced.eval_shape(structure, values, *given[-1])
+    return given
 
 
 def train_part(
@@ -172,22 +111,24 @@ def train_part(
     Raises:
         ValueError: as `check_trainable` does.
     """
-    check_trainable(module, name, inputs)
+    given = check_trainable(module, name, inputs)
     structure, values = module.part(name)
-    trained: dict[int, Array | None] = {}
+    params, kept = dict[int, Array](), list[TrainedEntries]()
     for place, (path, leaf) in enumerate(jax.tree_util.tree_flatten_with_path(values[0])[0]):
         # The last key in NNX is an attribute of its variable.
         keys = [str(getattr(key, "key", getattr(key, "idx", ""))) for key in path]
         owner, _, last = ".".join(part for part in (name, *keys) if part).rpartition(".")
-        if last == "kernel" and owner in masks:
-            trained[place] = masks[owner]
-        elif jnp.issubdtype(leaf.dtype, jnp.floating) and (everything or leaf.ndim < 2):
-            trained[place] = None
-    targets = [_floats(each).astype(jnp.float32) for each in outputs]
-    trainer = _PartTrainer(structure, values, trained, inputs, targets, settings)
-    record = BlockRecord(block=index, **trainer.train())
-    module.set_params(name, trainer.params())
-    return record
+        mask = masks.get(owner) if last == "kernel" else None
+        if mask is not None or (jnp.issubdtype(leaf.dtype, jnp.floating) and (everything or leaf.ndim < 2)):
+            params[place] = leaf.astype(jnp.float32)
+            kept.append(entries_of(leaf, mask))
+    pairs = (given, [_floats(each).astype(jnp.float32) for each in outputs])
+
+    def store(_: int, best: Any) -> None:
+        module.set_params(name, jax.tree.map(placed_as, _with(values[0], best), values[0]))
+
+    trainer = _PartTrainer([_Part(structure, values, kept)], [params], store, Data(pairs, pairs), settings)
+    return BlockRecord(block=index, **trainer.train())
 
 
 @compiled_for("output_weights='gradient'", "say 'uniform', without loss")

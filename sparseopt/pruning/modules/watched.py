@@ -4,7 +4,6 @@ A part is a linear layer, or an entry of a list of blocks; its name is its path,
 `encoder.layers.0.attention.query`. A `Visit` replaces calls of parts. See `nnx_module`, `linen_module`, `torch_module`.
 """
 
-import re
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -293,11 +292,6 @@ class Watched(ABC):
         layout = self.linears[name].layout
         assert isinstance(layout, Layout)
         return layout
-
-
-def is_expert(name: str) -> bool:
-    """Whether a layer belongs to an expert of a mixture, to which a batch may send no token."""
-    return re.search(r"(^|[.])experts[._]", name) is not None
 
 
 def is_traced(*values: Any) -> bool:

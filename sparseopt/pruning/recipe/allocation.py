@@ -26,8 +26,8 @@ from sparseopt.core.penalties.patterns import TopK
 from sparseopt.core.penalties.sets import Support
 from sparseopt.core.problem.problem import Problem
 from sparseopt.core.solvers.refit import Refit
-from sparseopt.core.solvers.rising_admm import QuadraticAdmm
 from sparseopt.layers.compiled import Compiled
+from sparseopt.layers.methods.admm import QuadraticAdmm
 from sparseopt.layers.patterns import implied_sparsity
 from sparseopt.layers.problem import scale_layer
 
@@ -43,50 +43,24 @@ GRID = 201
 
 
 def default_bounds(sparsity: float) -> tuple[float, float]:
-    """Smallest and largest sparsity of a layer around a model's sparsity.
-
-    Example:
-        >>> from sparseopt.pruning.recipe.allocation import default_bounds
-        >>> [round(bound, 2) for bound in default_bounds(0.7)]
-        [0.5, 0.85]
-    """
+    """Smallest and largest sparsity of a layer around a model's sparsity."""
     return max(0.0, sparsity - BELOW), max(sparsity, min(MOST, sparsity + ABOVE))
 
 
 def check_allocation(name: Allocation, pattern: str, sparsity: float, bounds: tuple[float, float] | None) -> None:
-    """Reject an impossible allocation before any work.
-
-    Raises:
-        ValueError: if the pattern fixes the fraction of zeros, or the bounds cannot meet the total.
-    """
-    if name == "uniform":
-        if bounds is not None:
-            raise ValueError(f"allocation 'uniform' accepts no bounds, given {bounds}; leave them out or use 'curves'")
-        return
-    if (implied := implied_sparsity(pattern)) is not None:
-        if bounds is not None:
-            raise ValueError(
-                f"pattern {pattern!r} fixes the fraction of zeros of every layer, which contradicts bounds; leave them "
-                "out, or choose another pattern"
-            )
-        if not 0 < sparsity < implied:
-            raise ValueError(
-                f"pattern {pattern!r} with allocation 'curves' leaves some layers dense, so the sparsity must lie "
-                f"between 0 and {implied:g}, given {sparsity:g}; leave the allocation out to prune all of them"
-            )
-        return
-    if bounds is None:
-        return
-    low, high = bounds
-    if sparsity > high:
+    """Raise a ValueError if the pattern contradicts the allocation, or the bounds cannot meet the total."""
+    implied = implied_sparsity(pattern)
+    if bounds is not None and (name == "uniform" or implied is not None):
+        what = "allocation 'uniform'" if name == "uniform" else f"pattern {pattern!r}"
+        raise ValueError(f"{what} fixes the fraction of zeros of every layer, which contradicts bounds; leave them out")
+    if name == "curves" and implied is not None and not 0 < sparsity < implied:
         raise ValueError(
-            f"the bounds cannot meet the total: with at most {high:g} in every layer the model's sparsity stays "
-            f"{sparsity - high:.3g} below the {sparsity:g} asked for; raise the upper bound"
+            f"pattern {pattern!r} with allocation 'curves' leaves some layers dense, so the sparsity must lie "
+            f"between 0 and {implied:g}, given {sparsity:g}; leave the allocation out to prune all of them"
         )
-    if sparsity < low:
+    if bounds is not None and not bounds[0] <= sparsity <= bounds[1]:
         raise ValueError(
-            f"the bounds cannot meet the total: with at least {low:g} in every layer the model's sparsity is "
-            f"{low - sparsity:.3g} above the {sparsity:g} asked for; lower the lower bound"
+            f"the bounds {bounds[0]:g} and {bounds[1]:g} cannot meet the total, a sparsity of {sparsity:g}; widen them"
         )
 
 

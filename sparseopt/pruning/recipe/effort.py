@@ -69,8 +69,11 @@ def effort_of(fields: Mapping[str, Any]) -> str | None:
 
 def prune_defaults(fields: Mapping[str, Any]) -> Fields:
     """What `Recipe` uses for fields that are None, given its other fields."""
-    effort = effort_of(fields)
+    effort, implied = effort_of(fields), implied_sparsity(fields["pattern"])
     found = NOTHING | {"effort": effort, "allocation": "uniform", "permute": False}
+    # With zeros of the model or of masks no further ones.
+    given = fields["keep_zeros"] or fields["masks"] is not None
+    found["sparsity"] = (0.0 if given else 0.5) if implied is None else implied
     if effort is None:
         return found | (BEST if fields["method"] == "best" else {"method": "maiht"})
     found |= PRUNE.get(effort, {})
@@ -80,7 +83,6 @@ def prune_defaults(fields: Mapping[str, Any]) -> Fields:
     if of_maiht or fields["method"] is not None:
         found.pop("ridge", None)  # it belongs to the effort's own method
     if effort == "most" and not any(fields[name] for name in _FIXED):
-        implied = implied_sparsity(fields["pattern"])
         found |= {"allocation": "curves"} if implied is None else {"permute": implied > 0}
     return found
 

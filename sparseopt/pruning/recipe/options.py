@@ -37,7 +37,8 @@ _ENDED = {
     "preset best": "is called `tuned` since 0.3",
     "latency": "has ended: `parameters` is the budget of a smaller model",
     "pack": "has ended: `bits` int8 or int4, or an output that ends in .gguf, makes a model small",
-    "gflops": "has ended: `sparseopt inspect --measure` measures the time of a run",
+    "device_memory": "has ended: `--dry-run --memory 80GiB` says whether a run fits",
+    "gflops": "has ended: `sparseopt prune --dry-run --measure` measures the time of a run",
 }
 
 

@@ -34,7 +34,7 @@ from sparseopt.pruning.recipe.options import (
 )
 from sparseopt.pruning.text.chats import is_text
 from sparseopt.pruning.text.documents import SELF, TEXTS, check_text
-from sparseopt.pruning.text.windows import DocumentChoice, WindowChoice
+from sparseopt.pruning.text.windows import COUNT_HELP, LEAST_WINDOWS, MOST_WINDOWS, DocumentChoice, WindowChoice
 from sparseopt.pruning.train.distillation import Distillation
 from sparseopt.pruning.train.reconstruction import Reconstruction
 from sparseopt.pruning.train.training import Training
@@ -42,11 +42,6 @@ from sparseopt.system.yaml_file import ConfigError, Location, read_yaml, refused
 
 OutputWeighting = Literal["uniform", "gradient"]
 HeadBits = Literal["q8_0", "q5_0", "q4_0"]
-# Windows whose perplexity is measured before and after, as a fraction of the calibration windows.
-SCORED = 0.25
-# The default number of calibration windows gives the widest layer this many tokens per input. Together with default
-# variants there are not more windows than the maximum either.
-TOKENS_AN_INPUT, LEAST_WINDOWS, MOST_WINDOWS = 4, 16, 128
 
 T = TypeVar("T", bound=Training)
 # A field and what is wrong with it.
@@ -157,8 +152,7 @@ class PassRecipe(BaseModel, ABC):
     )
     windows: int | None = option(
         None,
-        f"Number of calibration windows. Default: {TOKENS_AN_INPUT} tokens for each input of the widest layer, in "
-        f"{LEAST_WINDOWS} to {MOST_WINDOWS} windows.",
+        f"Number of calibration windows. Default: {COUNT_HELP.format('input')}.",
         CALIBRATION, ge=1,
     )  # fmt: skip
     seqlen: int = option(512, "Tokens per calibration window.", CALIBRATION, ge=2)
@@ -313,9 +307,8 @@ class PassRecipe(BaseModel, ABC):
 
     def _without_text(self) -> Iterator[Problem]:
         """Fields that say how to read a text, if there is none."""
-        given = {name: getattr(self, name) for name in ("window_choice", "split", "column")}
-        given |= {"documents": self.documents if self.documents == "separate" else None}
-        named = [name for name, value in given.items() if value is not None]
+        named = [name for name in ("window_choice", "split", "column") if getattr(self, name) is not None]
+        named += ["documents"] * (self.documents == "separate")
         if self.draws:
             why = f"is for a text, and calibration {SELF!r} has none"
             yield from ((name, f"{name} {why}: leave {name} out, or give a text") for name in named)
@@ -382,11 +375,6 @@ class PassRecipe(BaseModel, ABC):
         else:
             values["calibration"] = f"token ids of shape {list(np.shape(self.calibration))}"
         return values
-
-
-def scored_windows(recipe: PassRecipe) -> int:
-    """The number of windows on which the perplexity before and after is measured."""
-    return max(2, round(SCORED * recipe.window_count))
 
 
 def _plain(value: Any) -> Any:

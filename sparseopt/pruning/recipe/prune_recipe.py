@@ -102,9 +102,7 @@ class Recipe(PassRecipe):
     )
 
     def _defaults(self) -> Mapping[str, Any]:
-        implied = implied_sparsity(self.pattern)
-        sparsity = (0.0 if self.has_support else 0.5) if implied is None else implied
-        return prune_defaults(vars(self)) | {"sparsity": sparsity}
+        return prune_defaults(vars(self))
 
     def as_dict(self) -> dict[str, Any]:
         names = {described(penalty_named(name)): name for name in BY_WEIGHT}

@@ -4,29 +4,22 @@ stream before the block -> Grams -[propagate]-> targets -[method]-> pruned layer
                                                   a smaller model: pruned groups -[slice]-^
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from sparseopt.core.base.dense import product, spd_inverse
-from sparseopt.core.base.mesh import over, put, whole
+from sparseopt.core.base.mesh import whole
 from sparseopt.core.penalties.patterns import NM
 from sparseopt.layers.bits import Bits
-from sparseopt.layers.compiled import Compiled
-from sparseopt.layers.patterns import Pattern
-from sparseopt.layers.problem import LayerJob, LayerMethod, check_answer, reads_variances, scaled_gram
-from sparseopt.layers.side_by_side import LayerTask, Solved, agreed, solve_block
-from sparseopt.layers.split import Cut
+from sparseopt.layers.side_by_side import agreed
 from sparseopt.models import (
     Block,
     Joined,
-    ModelError,
     Move,
     StreamedModel,
     UnreadTensor,
@@ -38,21 +31,11 @@ from sparseopt.pruning.base.activations import Batches, Stream
 from sparseopt.pruning.base.grams import BlockGrams, BlockRunner, Grams, nonfinite_windows
 from sparseopt.pruning.base.records import BlockRecord, GridRecord, LayerRecord
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe
+from sparseopt.pruning.run.part import PartLayer, PruningError, is_starved, round_part, solve_part
 from sparseopt.pruning.run.permutation import block_orders
-from sparseopt.pruning.run.plan import Plan, PrunedParts
-from sparseopt.pruning.run.rounding import linears_to_round, round_block
+from sparseopt.pruning.run.plan import Plan
 from sparseopt.pruning.train.reconstruction import reconstruct_block
 from sparseopt.system import processes
-
-# The fraction of a layer's weights that the stored dtype may round to zero: any model has a few that small, and they
-# are the first to be pruned.
-MOST_LOST = 1e-3
-# Relative to each input's own square; a smaller ridge follows the drift of single tokens.
-PROPAGATION_RIDGE = 0.1
-
-
-class PruningError(RuntimeError):
-    """Raised if a run has to stop; the message names the layer and what to do."""
 
 
 class Stopped(PruningError):
@@ -60,22 +43,22 @@ class Stopped(PruningError):
 
 
 class DenseBlock:
-    """A dense block, of which plans prune copies, and the results that all plans of a pass share.
+    """A dense block, of which plans prune copies, and what is measured on it once.
 
     Attributes:
         model: the dense model.
         index: index of the block in the model.
-        streams: the dense model's streams before the block, by number of variants, as far as plans need them.
+        stream: the dense model's stream before the block; None if no plan needs it.
         runner: runs the block.
         block: the block.
         keys: keys of its tensors, by path.
     """
 
-    def __init__(self, model: StreamedModel, index: int, streams: Mapping[int, Stream], runner: BlockRunner) -> None:
-        self.model, self.index, self.streams, self.runner = model, index, streams, runner
+    def __init__(self, model: StreamedModel, index: int, stream: Stream | None, runner: BlockRunner) -> None:
+        self.model, self.index, self.stream, self.runner = model, index, stream, runner
         self.block, self.keys = model.block(index), model.block_keys(index)
         self._grams: dict[tuple[Any, ...], tuple[BlockGrams, BlockGrams]] = {}
-        self._outputs: dict[int, Stream] = {}
+        self._outputs: Stream | None = None
 
     def grams(self, stream: Stream, recipe: PassRecipe, *, drift: bool) -> tuple[BlockGrams, BlockGrams]:
         """Grams by tap, for the calibration tokens and for the held-out tokens (empty if there are none).
@@ -88,9 +71,7 @@ class DenseBlock:
         weighting, experts = recipe.weighting, recipe.expert_tokens
         key = (stream, weighting, experts, drift)
         if key not in self._grams:
-            # Plans share a stream before the first block only; Grams of other streams are never needed again.
-            self._grams = {known: grams for known, grams in self._grams.items() if known[0] == stream}
-            dense = self.streams[recipe.variants].calibration if drift else None
+            dense = self.stream.calibration if drift and self.stream is not None else None
             found = self.runner.grams(self.block, stream.calibration, weighting, dense, experts)
             tests = BlockGrams({})
             if stream.heldout:
@@ -100,11 +81,12 @@ class DenseBlock:
             self._grams[key] = (found, tests)
         return self._grams[key]
 
-    def outputs(self, variants: int) -> Stream:
+    def outputs(self) -> Stream:
         """The dense model's stream after the block."""
-        if variants not in self._outputs:
-            self._outputs[variants] = self.runner.through(self.block, self.streams[variants])
-        return self._outputs[variants]
+        if self._outputs is None:
+            assert self.stream is not None
+            self._outputs = self.runner.through(self.block, self.stream)
+        return self._outputs
 
     def unchanged(self, tensors: Mapping[str, np.ndarray]) -> dict[str, UnreadTensor]:
         """The tensors, by path, that equal the block's own, as stored in the source."""
@@ -163,12 +145,17 @@ def prune_block(
         tensors = reordered_block(tensors, moves)
     pruned = _pruned(plan, dense, stream, tensors, dtypes, told, moves)
     tensors |= pruned
-    parts = PrunedParts(tensors, pruned, dtypes, lambda: dense.grams(stream, recipe, drift=False)[0])
-    block, found = plan.finish(dense.block.copy(), place, parts)
+    gather = partial(dense.grams, stream, recipe, drift=False)
+    block, found = plan.finish(dense.block.copy(), place, tensors, pruned, dtypes, gather)
     trained = None
 
     def train(masks: Mapping[str, Array], grids: Mapping[str, Bits] | None = None) -> BlockRecord:
-        record = _reconstruct(block, masks, grids, plan, dense, stream, list(dtypes))
+        # A step sees one window or a few, in turn, so devices have nothing to share: one trains in each process.
+        before, after = stream.on_one_device(), dense.outputs().on_one_device()
+        record = reconstruct_block(block, masks, before, after, recipe.reconstruction, dense.index, grids)
+        if processes.count() > 1:
+            # All processes continue with the first one's block.
+            block.write(agreed({path: np.asarray(block.read(path)) for path in dtypes}))
         found.update({path: np.asarray(block.read(path)).astype(dtype) for path, dtype in dtypes.items()})
         # The block runs with the rounding of what is stored.
         block.write(found)
@@ -178,17 +165,15 @@ def prune_block(
         trained = train(trained_entries(plan, block, dense.keys))
     # Without requested bits, a layer that equals the source stays so.
     same = dense.unchanged(found) if plan.form.bits and recipe.bits is None else {}
-    if linears := linears_to_round(plan, block, place, dense.keys, same):
-        try:
-            rounded = round_block(plan, dense.index, block, linears, stream, dense.runner, told)
-        except (MemoryError, RuntimeError) as error:
-            raise PruningError(f"{error}; then start the same command again") from error
+    grids = {name: plan.form.bits.get(plan.target.weight_key(place, name)) for name in block.linears}
+    if rounding := {name: bits for name, bits in grids.items() if bits and f"{name}.weight" not in same}:
+        rounded = _rounded(plan, dense, block, rounding, stream, told)
         block.write(rounded)
         found.update(rounded)
         if recipe.reconstruction is not None:
             # Norms and scales: the weights stay on their grids.
             nothing = {name: jnp.zeros(block.weight_shape(name), bool) for name in block.linears}
-            after = train(nothing, {name: bits for name, (_, bits) in linears.items()})
+            after = train(nothing, rounding)
             trained = after if trained is None else trained.followed_by(after)
     if trained is not None:
         told(trained)
@@ -218,77 +203,74 @@ def _pruned(
     stream: Stream,
     tensors: Mapping[str, np.ndarray],
     dtypes: Mapping[str, np.dtype],
-    told: Callable[[LayerRecord | BlockRecord], None],
+    told: Callable[[LayerRecord], None],
     moves: Mapping[str, Move],
 ) -> dict[str, np.ndarray]:
     """The new weights of the layers that the plan prunes, by path; the given tensors are reordered already."""
-    recipe, keys, mesh = plan.recipe, dense.keys, stream.calibration.mesh
-    linears = {n: tap for n, tap in dense.block.linears.items() if keys[f"{n}.weight"] in plan.patterns}
-    if not linears:
+    recipe, linears = plan.recipe, dense.block.linears
+    paths = [path for path in (f"{name}.weight" for name in linears) if dense.keys[path] in plan.patterns]
+    if not paths:
         return {}
     grams, tests = dense.grams(stream, recipe, drift=recipe.propagate > 0)
-    evidence = {name: _evidence(plan, name, tap, grams, tests) for name, tap in linears.items()}
 
-    def task(name: str, tap: str) -> LayerTask:
-        path = f"{name}.weight"
-        dense_weight, key = tensors[path], keys[path]
-        # A removed expert has no dtype to be stored in.
-        dtype, shape, pattern = dtypes.get(path, dense_weight.dtype), dense_weight.shape, plan.patterns[key]
-        _, starved, tested = evidence[name]
-        move = moves.get(name, Move())
-        outputs = None if starved else plan.output_weights.get(key)
-        outputs = outputs if outputs is None or move.rows is None else outputs[move.rows]
+    def layer(path: str) -> PartLayer:
+        name, key = path.removesuffix(".weight"), dense.keys[path]
+        tap, move, outputs = linears[name], moves.get(name, Move()), plan.output_weights.get(key)
 
-        def own(found: Grams) -> Grams:
-            return found if move.columns is None else found.reordered(move.columns)
+        def own(found: BlockGrams) -> Grams:
+            return found[tap] if move.columns is None else found[tap].reordered(move.columns)
 
-        def job() -> LayerJob:
-            target, found = _stored_as(key, dense_weight, dtype), own(grams[tap])
-            if not starved and recipe.propagate and found.drift is not None:
-                target = propagated(target, found, recipe.propagate, mesh)
-            # Too few tokens to rank the weights: all inputs count the same.
-            gram = jnp.eye(len(found.gram), dtype=jnp.float32) if starved else found.gram
-            variances = None
-            if reads_variances(plan.method):
-                variances = np.ones(len(gram), np.float32) if starved else whole(found.variances)
-            test_gram = own(tests[tap]).gram if tested else None
-            support = plan.support(key, dense_weight)
-            return LayerJob(target, gram, test_gram, pattern, outputs, variances, support)
-
-        kind = (shape, dtype, tested, outputs is None, jax.tree.structure(pattern))
-        return LayerTask(key.removesuffix(".weight"), (shape[0], shape[1]), kind, job)
-
-    tasks, found = [task(name, tap) for name, tap in linears.items()], {}
-    try:
-        for name, solved in zip(linears, solve_block(tasks, plan.method, mesh), strict=True):
-            path = f"{name}.weight"
-            key = keys[path]
-            record = layer_record(
-                dense.index, key.removesuffix(".weight"), solved, plan.method, plan.patterns[key], *evidence[name]
-            )
-            found[path] = np.asarray(solved.report.weight)
-            told(record)
-    except MemoryError as error:
-        raise PruningError(f"{error}; then start the same command again") from error
-    return found
-
-
-def _stored_as(key: str, dense: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """A layer's weight in the dtype to store; a ModelError if the dtype cannot hold it."""
-    with np.errstate(over="ignore"):
-        weight = dense.astype(dtype, copy=False)
-    if weight is dense:
-        return weight
-    if not np.isfinite(weight.astype(np.float32)).all():
-        most = np.max(np.abs(dense.astype(np.float32)))
-        raise ModelError(f"{key} has values up to {most:g}, which {dtype} cannot hold: choose dtype bfloat16")
-    lost = dense[(weight == 0) & (dense != 0)]
-    if len(lost) > MOST_LOST * dense.size:
-        least = np.min(np.abs(lost.astype(np.float32)))
-        raise ModelError(
-            f"{key} has {len(lost):,} values as small as {least:g}, which {dtype} makes 0: choose dtype bfloat16"
+        found = _layer(plan, dense, name, tensors[path], grams)
+        return replace(
+            found,
+            grams=lambda: own(grams),
+            # A removed expert has no dtype to be stored in.
+            dtype=dtypes.get(path),
+            pattern=plan.patterns[key],
+            test_gram=(lambda: own(tests).gram) if not found.starved and tests and tests.tokens(tap) else None,
+            outputs=outputs if outputs is None or move.rows is None else outputs[move.rows],
+            support=partial(plan.support, key),
         )
-    return weight
+
+    layers, mesh = [layer(path) for path in paths], stream.calibration.mesh
+    return _stored(dense, paths, solve_part(layers, plan.method, recipe.propagate, dense.index, mesh), told)
+
+
+def _rounded(
+    plan: Plan, dense: DenseBlock, block: Block, grids: Mapping[str, Bits], stream: Stream,
+    told: Callable[[GridRecord], None],
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """The weights of layers of the target's block on their grids, by path."""
+    recipe = plan.recipe
+    grams = dense.runner.grams(block, stream.calibration, recipe.weighting, None, recipe.expert_tokens)
+    weights = {name: np.asarray(block.read(f"{name}.weight"), np.float32) for name in grids}
+    layers = [_layer(plan, dense, name, weight, grams) for name, weight in weights.items()]
+    if not (plan.smaller or recipe.get("permute")):
+        # Else, with other outputs or in another order, their weights are not known.
+        layers = [replace(each, outputs=plan.output_weights.get(f"{each.name}.weight")) for each in layers]
+    own = {each.name: bits for each, bits in zip(layers, grids.values(), strict=True)}
+    rounded = round_part(layers, own, dense.index, stream.calibration.mesh)
+    return _stored(dense, [f"{name}.weight" for name in grids], rounded, told)
+
+
+def _layer(plan: Plan, dense: DenseBlock, name: str, weight: np.ndarray, grams: BlockGrams) -> PartLayer:
+    """A layer with this weight, by its name in the block."""
+    tap = dense.block.linears[name]
+    tokens = grams.tokens(tap)
+    starved = is_starved(name, tokens, plan.recipe.min_expert_tokens)
+    key = dense.keys[f"{name}.weight"].removesuffix(".weight")
+    return PartLayer(key, weight, lambda: grams[tap], tokens, starved)
+
+
+def _stored(
+    dense: DenseBlock, paths: Sequence[str], solved: Iterator[tuple[Any, np.ndarray]], told: Callable[[Any], None]
+) -> dict[str, np.ndarray]:
+    """The solved weights by path; records are told as they come."""
+    found = {}
+    for record, weight in solved:
+        found[f"{record.layer}.weight"] = weight
+        told(record)
+    return {path: found[dense.keys[path]] for path in paths}
 
 
 def _moves(plan: Plan, dense: DenseBlock, stream: Stream, tensors: Mapping[str, np.ndarray]) -> dict[str, Move]:
@@ -306,51 +288,6 @@ def _moves(plan: Plan, dense: DenseBlock, stream: Stream, tensors: Mapping[str, 
     return block_moves(block.config, agreed(block_orders(block.config, losses, patterns)))
 
 
-def _evidence(plan: Plan, name: str, tap: str, grams: BlockGrams, tests: BlockGrams) -> tuple[int, bool, bool]:
-    """The tokens that reach a layer, whether they are too few to prune with, and whether held-out tokens reach it."""
-    tokens = grams.tokens(tap)
-    starved = ".experts." in name and tokens < max(1, plan.recipe.min_expert_tokens)
-    return tokens, starved, not starved and bool(tests) and tests.tokens(tap) > 0
-
-
-def layer_record(
-    block: int,
-    name: str,
-    solved: Solved,
-    method: LayerMethod,
-    pattern: Pattern,
-    tokens: int,
-    starved: bool,
-    tested: bool,
-) -> LayerRecord:
-    """The record of a solved layer; a PruningError if its answer is not finite or breaks the pattern."""
-    report = solved.report
-    heldout = float(report.test_error) if tested else math.inf
-    try:
-        status = check_answer(report, method, pattern)
-    except RuntimeError as error:
-        raise PruningError(f"{name}: {error}") from error
-    shape = report.weight.shape
-    return LayerRecord(
-        block=block,
-        layer=name,
-        shape=(shape[0], shape[1]),
-        size=math.prod(shape),
-        zeros=int(report.zeros),
-        relative_error=float(report.relative_error),
-        heldout_error=heldout if math.isfinite(heldout) else None,
-        steps=int(report.steps),
-        status=status.name,
-        seconds=solved.seconds,
-        compile_seconds=solved.compile_seconds,
-        dead_inputs=int(report.dead_inputs),
-        tokens=tokens,
-        starved=starved,
-        output_blocks=report.output_blocks,
-        given_zeros=math.prod(shape) - int(report.supported),
-    )
-
-
 def trained_entries(plan: Plan, block: Block, keys: Mapping[str, str]) -> dict[str, Array]:
     """True for the weights that training may change, by layer; `keys` are the keys of the dense block.
 
@@ -362,58 +299,3 @@ def trained_entries(plan: Plan, block: Block, keys: Mapping[str, str]) -> dict[s
         for name in block.linears
         for path in [f"{name}.weight"]
     }
-
-
-def _reconstruct(
-    block: Block,
-    masks: Mapping[str, Array],
-    grids: Mapping[str, Bits] | None,
-    plan: Plan,
-    dense: DenseBlock,
-    stream: Stream,
-    paths: list[str],
-) -> BlockRecord:
-    # A step sees one window or a few, in turn, so devices have nothing to share: one trains in each process.
-    before, after = stream.on_one_device(), dense.outputs(plan.recipe.variants).on_one_device()
-    record = reconstruct_block(block, masks, before, after, plan.recipe.reconstruction, dense.index, grids)
-    if processes.count() > 1:
-        # All processes continue with the first one's block.
-        block.write(agreed({path: np.asarray(block.read(path)) for path in paths}))
-    return record
-
-
-def drifted_target(
-    weight: Float[Array, "out in"],
-    gram: Float[Array, "in in"],
-    drift: Float[Array, "in in"],
-    strength: float | Array,
-    ridge: float | Array,
-) -> Float[Array, "out in"]:
-    """Propagated error: the target that corrects the loss of earlier layers, float32.
-
-        minimise over W'    1/2 ||X~ W'ᵀ - X Wᵀ||²  +  ridge/2 ||(W' - W) e||²                              [out, in]
-
-    with X~ the inputs in the pruned model, X the inputs in the dense model, e the norms of X~. The minimiser is
-    `W' = W - ((Gram + ridge e²)⁻¹ drift Wᵀ)ᵀ`, with Gram `X~ᵀX~` and drift `X~ᵀ(X~ - X)`; strength is the fraction of
-    the way from W to it.
-
-    Source: the normal equations of Frantar and Alistarh, "SparseGPT", 2023, with a second input, as in Li, Yin, Lee,
-    Xiao, Panda, "GPTAQ: efficient finetuning-free quantization for asymmetric calibration", 2025.
-    """
-    hessian, _, inverse = scaled_gram(gram)
-    shifted = spd_inverse(hessian + ridge * jnp.eye(len(hessian), dtype=jnp.float32))
-    moved = product(inverse[:, None] * drift, weight.astype(jnp.float32).T)
-    return weight - strength * (inverse[:, None] * product(shifted, moved)).T
-
-
-propagated_target = Compiled(drifted_target)
-
-
-def propagated(weight: np.ndarray, grams: Grams, share: float, mesh: Mesh | None) -> np.ndarray:
-    """The `drifted_target` of a weight, in its dtype, from Grams with a drift; devices of a mesh share the rows."""
-    target: Any = weight
-    if mesh is not None:
-        # Each output has its own target: rows of zeros after them change nothing.
-        target = put(Cut(mesh, len(weight)).padded(weight), over(mesh))
-    found = propagated_target(target, grams.gram, grams.drift, np.float32(share), np.float32(PROPAGATION_RIDGE))
-    return whole(found)[: len(weight)].astype(weight.dtype)

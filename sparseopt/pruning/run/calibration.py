@@ -1,50 +1,34 @@
-"""The tokens that the runs of one pass use: windows for calibration, held-out windows, and windows to score."""
+"""The tokens that a run uses: windows for calibration, held-out windows, and windows to score."""
 
 import dataclasses
-from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from sparseopt.models import PrunableModel, check_window
 from sparseopt.pruning.base.records import Calibration
-from sparseopt.pruning.recipe.pass_recipe import (
-    LEAST_WINDOWS,
-    MOST_WINDOWS,
-    TOKENS_AN_INPUT,
-    PassRecipe,
-    scored_windows,
-)
+from sparseopt.pruning.recipe.pass_recipe import PassRecipe
 from sparseopt.pruning.run.plan import Plan
 from sparseopt.pruning.text.chats import TextError, is_text
 from sparseopt.pruning.text.documents import part_of_text
-from sparseopt.pruning.text.windows import begin_windows, check_vocabulary, text_windows, token_array, token_digest
+from sparseopt.pruning.text.windows import (
+    COUNT_HELP,
+    begin_windows,
+    check_vocabulary,
+    default_windows,
+    scored_windows,
+    text_windows,
+    token_array,
+    token_digest,
+    widest_input,
+)
 
 OWN = "text of its own"
 
-# Recipes that share a pass must agree on these.
-PASS_FIELDS = (
-    "windows", "seqlen", "heldout_windows", "window_choice", "seed", "bos", "calibration", "split", "column",
-    "documents", "precision", "score",
-)  # fmt: skip
 
-
-def check_same_calibration(recipes: Sequence[PassRecipe]) -> None:
-    """Raise a `ValueError` that names the differences if recipes of one pass would not use the same stream."""
-    first = recipes[0]
-    for recipe in recipes[1:]:
-        # A calibration may be an array of token ids.
-        pairs = [(name, getattr(recipe, name), getattr(first, name)) for name in PASS_FIELDS]
-        if differing := [name for name, own, other in pairs if own is not other and not np.array_equal(own, other)]:
-            raise ValueError(
-                "recipes of one pass must share their calibration tokens, precision and score; these differ in "
-                f"{', '.join(differing)}: prune them one by one"
-            )
-
-
-def with_windows(plans: Sequence[Plan], samples: int) -> list[Plan]:
-    """The plans of a pass with the number of windows filled in, which recipes may leave open."""
-    return [dataclasses.replace(plan, recipe=plan.recipe.model_copy(update={"windows": samples})) for plan in plans]
+def with_windows(plan: Plan, samples: int) -> Plan:
+    """The plan with the number of windows filled in, which its recipe may leave open."""
+    return dataclasses.replace(plan, recipe=plan.recipe.model_copy(update={"windows": samples}))
 
 
 class CalibrationWindows(NamedTuple):
@@ -61,20 +45,6 @@ class CalibrationWindows(NamedTuple):
     heldout: np.ndarray
     scored: np.ndarray
     bos: int | None
-
-
-def default_windows(model: PrunableModel, seqlen: int) -> int:
-    """The default number of calibration windows of `seqlen` tokens for a model.
-
-    The number depends on the model alone, so that a run resumes with the same one on any machine; activations that do
-    not fit in memory go to disk.
-    """
-    return min(MOST_WINDOWS, max(LEAST_WINDOWS, -(-TOKENS_AN_INPUT * _widest(model) // seqlen)))
-
-
-def _widest(model: PrunableModel, keys: Collection[str] = ()) -> int:
-    """The largest number of inputs of a layer in the model's blocks, or among the given keys, if any."""
-    return max(model.weight_shape(key)[1] for key in keys or model.linear_keys())
 
 
 def calibration_windows(model: PrunableModel, recipe: PassRecipe) -> CalibrationWindows:
@@ -117,28 +87,21 @@ def calibration_windows(model: PrunableModel, recipe: PassRecipe) -> Calibration
     return CalibrationWindows(windows[:split], windows[split:], windows[:0], bos)
 
 
-def describe_calibration(model: PrunableModel, plans: Sequence[Plan], windows: CalibrationWindows) -> list[Calibration]:
-    """What the report of each plan of a pass says about its tokens."""
-    (samples, seqlen), recipe, found = windows.calibration.shape, plans[0].recipe, []
-    why = None
-    if recipe.windows is None and is_text(recipe.calibration):
-        why = (
-            f"{TOKENS_AN_INPUT} tokens for each of the {_widest(model):,} inputs of the widest layer, in "
-            f"{LEAST_WINDOWS} to {MOST_WINDOWS} windows"
-        )
+def describe_calibration(model: PrunableModel, plan: Plan, windows: CalibrationWindows, given: bool) -> Calibration:
+    """What a report says about its tokens; `given` says whether the number of windows was given."""
+    (samples, seqlen), recipe, why, warning = windows.calibration.shape, plan.recipe, None, None
+    if not given and is_text(recipe.calibration):
+        why = COUNT_HELP.format(f"of the {widest_input(model):,} inputs")
         if samples < default_windows(model, seqlen):
             why += "; the text has no more"
-    digest, heldout = token_digest(*windows[:2]), len(windows.heldout)
-    for plan in with_windows(plans, samples):
-        variants, warning = plan.recipe.variants, None
-        inputs = _widest(model, plan.patterns)
-        if (tokens := samples * (1 + variants) * seqlen) < inputs and plan.patterns:
-            warning = (
-                f"calibration has {tokens:,} tokens and the widest layer {inputs:,} inputs: its Gram matrix is "
-                f"singular; {-(-inputs // seqlen)} windows of {seqlen} or more would be enough"
-            )
-        found.append(Calibration(samples, variants, heldout, seqlen, digest, inputs, why, warning))
-    return found
+    inputs = widest_input(model, plan.patterns)
+    if (tokens := samples * (1 + recipe.variants) * seqlen) < inputs and plan.patterns:
+        warning = (
+            f"calibration has {tokens:,} tokens and the widest layer {inputs:,} inputs: its Gram matrix is "
+            f"singular; {-(-inputs // seqlen)} windows of {seqlen} or more would be enough"
+        )
+    digest = token_digest(*windows[:2])
+    return Calibration(samples, recipe.variants, len(windows.heldout), seqlen, digest, inputs, why, warning)
 
 
 class Sample(NamedTuple):
@@ -168,7 +131,7 @@ def samples_to_score(model: PrunableModel, recipe: PassRecipe, length: int) -> l
 
     def read(text: str, **reading: str | None) -> Sample:
         found = text_windows(
-            model.source, text, "evaluation", scored_windows(recipe), length,
+            model.source, text, "evaluation", scored_windows(recipe.window_count), length,
             bos=recipe.bos, documents=recipe.documents, least=1, **reading,  # type: ignore[arg-type]
         )  # fmt: skip
         return Sample(part_of_text(text, "evaluation", reading.get("split")), *found)

@@ -8,7 +8,6 @@ Source: Williams, Chrysostomou, Aletras, "Self-calibration for language model qu
 
 import hashlib
 import json
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,11 @@ import numpy as np
 from sparseopt.core.base.types import Observer
 from sparseopt.models import LoadedModel, ModelError, PrunableModel, check_window, load_tokenizer, start_token
 from sparseopt.models.decoder.cached_decoding import COOLING, HOTTEST, draw_texts, kept_bytes
-from sparseopt.pruning.recipe.pass_recipe import PassRecipe, scored_windows
+from sparseopt.pruning.recipe.pass_recipe import PassRecipe
 from sparseopt.pruning.run.calibration import CalibrationWindows
 from sparseopt.pruning.run.plan import Plan
 from sparseopt.pruning.run.resumption import Identity, state_in
-from sparseopt.pruning.text.windows import begin_windows
+from sparseopt.pruning.text.windows import begin_windows, scored_windows
 from sparseopt.system import processes
 from sparseopt.system.files import write_whole
 from sparseopt.system.machine import format_bytes, working_memory_bytes
@@ -38,27 +37,28 @@ SIZE_LIMIT = 2**26  # bytes of all draws in the cache
 
 
 def drawn_windows(
-    model: PrunableModel, plans: Sequence[Plan], identity: Identity, budget: int | None, observer: Observer
+    model: PrunableModel, plan: Plan, identity: Identity, budget: int | None, observer: Observer
 ) -> CalibrationWindows:
-    """The windows of a pass with calibration "self": stored in one of its folders, or newly drawn.
+    """The windows of a run with calibration "self": stored in its folder or in the user's cache, or newly drawn.
 
     Args:
         model: the dense model.
-        plans: plans of the pass, with claimed folders and recipes that give the number of windows.
+        plan: the plan, with a claimed folder and a recipe that gives the number of windows.
         identity: identity of the model.
         budget: bytes of memory that the run may use; None for the machine's available memory.
         observer: called with ("drawing text, token", tokens of each text drawn, tokens of each text).
 
     Raises:
         ModelError: before any work, if the model has no decoder here or does not fit in memory.
-        FolderError: if a folder holds another run.
+        FolderError: if the folder holds another run.
     """
-    recipe = plans[0].recipe
+    recipe = plan.recipe
     check_window(recipe.seqlen, model.config.max_positions)
     bos = start_token(model.source, load_tokenizer(model.source), recipe.bos)
     ids = None
     if processes.is_first():
-        ids = _kept(plans, identity)
+        if state_in(identity, plan) is not State.NEW:
+            ids = _read(plan.folder / DRAWN, _shape(recipe))
         if ids is None:
             ids = _cached(model, recipe, bos, identity, budget, observer)
     told = processes.told(None if ids is None else ids.tolist())
@@ -72,13 +72,6 @@ def keep_drawn(plan: Plan, windows: CalibrationWindows) -> None:
     file = plan.folder / DRAWN
     if processes.is_first() and not file.is_file():
         _write(file, np.concatenate(windows[:3]))
-
-
-def _kept(plans: Sequence[Plan], identity: Identity) -> np.ndarray | None:
-    """The windows in the first folder that has some; also checks that no folder holds another run."""
-    begun = [plan for plan in plans if state_in(identity, plan) is not State.NEW]
-    found = (_read(plan.folder / DRAWN, _shape(plan.recipe)) for plan in begun)
-    return next((ids for ids in found if ids is not None), None)
 
 
 def _cached(
@@ -97,7 +90,7 @@ def _cached(
     file = cache / f"{hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:32]}.json"
     if (ids := _read(file, shape)) is not None:
         return ids
-    _check_memory(model, recipe, budget)
+    check_memory(model, recipe, budget)
     drawn = list[np.ndarray]()
     draws: Any = model.draw if isinstance(model, LoadedModel) else partial(draw_texts, model.decoder())
     batches = np.array_split(np.arange(count), -(-count // BATCH))
@@ -130,7 +123,7 @@ def drawing_bytes(model: Any, recipe: PassRecipe) -> dict[str, int]:
 
 def _shape(recipe: PassRecipe) -> tuple[int, int]:
     """The shape of all windows together: for calibration, held out, and to score."""
-    return recipe.window_count + recipe.heldout_windows + scored_windows(recipe), recipe.seqlen
+    return recipe.window_count + recipe.heldout_windows + scored_windows(recipe.window_count), recipe.seqlen
 
 
 def _texts(recipe: PassRecipe) -> tuple[int, int]:
@@ -154,7 +147,7 @@ def _first_token(model: PrunableModel, bos: int | None) -> int:
     return int(start)
 
 
-def _check_memory(model: PrunableModel, recipe: PassRecipe, budget: int | None) -> None:
+def check_memory(model: PrunableModel, recipe: PassRecipe, budget: int | None) -> None:
     """Raise an error if the model to draw with does not fit in memory."""
     other = "give a text to calibrate on, as in calibration='file:PATH' or 'hf:OWNER/NAME' ('pydoc' is always at hand)"
     needed = sum(drawing_bytes(model, recipe).values())

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sparseopt.models.base.errors import listed
-from sparseopt.pruning.base.records import LayerRecord, mean, mean_errors, mean_grid_errors
+from sparseopt.pruning.base.records import LayerRecord, mean, mean_errors
 from sparseopt.pruning.base.reports import PruneReport
 from sparseopt.pruning.run.output_form import is_file
 from sparseopt.pruning.text.documents import part_of_text
@@ -61,7 +61,7 @@ def model_facts(report: PruneReport) -> Iterator[Fact]:
         text = f"mean relative squared error of the layers' outputs: {error:.5f} on the calibration tokens{other}"
         yield Fact("layer errors", text)
     if grids:
-        error, rounded = mean_grid_errors(grids)
+        error, rounded = report.errors["mean_grid_error"], report.errors["mean_rounded_error"]
         zeros = sum(record.zeros for record in grids) / sum(record.size for record in grids)
         text = f"{len(grids)} linear layers in {', '.join(dict.fromkeys(record.bits for record in grids))}, with "
         text += f"{zeros:.2%} of the weights zero afterwards; what that adds to the relative squared error, mean: "

@@ -1,19 +1,20 @@
-"""Plans of the runs of one pass, checked against the model before any work."""
+"""The plan of a run, checked against the model before any work."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, NamedTuple, TypeVar
+from typing import ClassVar
 
 import numpy as np
 
-from sparseopt.layers.patterns import GroupTopK, Pattern
+from sparseopt.layers.patterns import GroupTopK, Pattern, implied_sparsity, parse_pattern
 from sparseopt.layers.problem import LayerMethod, check_method, reads_variances
 from sparseopt.models import (
     Block,
     Form,
     Kept,
     ModelError,
+    PrunableModel,
     Sizes,
     StreamedModel,
     open_model,
@@ -23,7 +24,6 @@ from sparseopt.models import (
 )
 from sparseopt.models.files.gguf.architectures import architecture_of
 from sparseopt.pruning.base.grams import BlockGrams
-from sparseopt.pruning.base.records import ShapeRecord
 from sparseopt.pruning.evaluate.audit import audit_stored
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe
 from sparseopt.pruning.recipe.prune_recipe import Recipe
@@ -34,7 +34,7 @@ from sparseopt.pruning.recipe.shrink_recipe import (
     shrunk_sizes,
     smallest_sizes,
 )
-from sparseopt.pruning.run.layer_patterns import layer_patterns, layer_shares
+from sparseopt.pruning.recipe.targets import chosen_linears
 from sparseopt.pruning.run.output_form import (
     chosen_form,
     is_file,
@@ -47,25 +47,11 @@ from sparseopt.pruning.run.output_form import (
 # The layers that have fewer inputs in a smaller model: key-value groups, and channels.
 GROUPED = HEADS, CHANNELS = "o_proj", "down_proj"
 
-T = TypeVar("T", bound=PassRecipe)
 # By their path in a block.
 Tensors = Mapping[str, np.ndarray]
-
-
-class PrunedParts(NamedTuple):
-    """The parts from which a block of the target is finished.
-
-    Attributes:
-        tensors: all tensors of the block, including pruned ones.
-        pruned: tensors of the pruned layers.
-        dtypes: stored dtypes of the target's tensors.
-        grams: gathers the Grams of the stream before the block.
-    """
-
-    tensors: Tensors
-    pruned: Tensors
-    dtypes: Mapping[str, np.dtype]
-    grams: Callable[[], BlockGrams]
+Dtypes = Mapping[str, np.dtype]
+# Gathers the Grams of the stream before a block, for the calibration tokens and for the held-out tokens.
+Gather = Callable[[], tuple[BlockGrams, BlockGrams]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,29 +108,28 @@ class Plan:
             rounded &= self.patterns.keys()
         return len(self.patterns) + len(rounded)
 
-    def with_shape(self, model: StreamedModel, shape: ShapeRecord | None) -> "Plan":
-        """The plan for the sizes that a run chose, if any."""
-        del model, shape
-        return self
-
     def layers(self, model: StreamedModel, index: int) -> list[str]:
         """The names of a block's pruned layers, as in their records."""
         keys = [model.weight_key(index, name) for name in model.block_linears(index)]
         return [key.removesuffix(".weight") for key in keys if key in self.patterns]
 
-    def finish(self, block: Block, place: int, parts: PrunedParts) -> tuple[Block, dict[str, np.ndarray]]:
+    def finish(
+        self, block: Block, place: int, tensors: Tensors, pruned: Tensors, dtypes: Dtypes, gather: Gather
+    ) -> tuple[Block, dict[str, np.ndarray]]:
         """A block of the target and all its tensors, by path.
 
         Args:
             block: a copy of the dense block.
             place: its index in the target.
-            parts: its pruned layers.
+            tensors: all tensors of the block, including pruned ones.
+            pruned: tensors of the pruned layers.
+            dtypes: stored dtypes of the target's tensors.
+            gather: gathers the Grams of the stream before the block.
         """
-        del place
-        found = dict(parts.tensors)
-        if self.recipe.get("permute"):
-            found = {path: found[path].astype(dtype) for path, dtype in parts.dtypes.items()}
-        block.write(found if self.recipe.get("permute") else parts.pruned)
+        del place, gather
+        moved = self.recipe.get("permute")
+        found = {path: tensors[path].astype(dtype) for path, dtype in dtypes.items()} if moved else dict(tensors)
+        block.write(found if moved else pruned)
         return block, found
 
     def restore(self, block: Block, place: int, keys: Mapping[str, str], tensors: Tensors) -> Block:
@@ -179,13 +164,11 @@ class SmallerPlan(Plan):
     def stays(self) -> Sequence[int]:
         return self.sizes.blocks
 
-    def with_shape(self, model: StreamedModel, shape: ShapeRecord | None) -> "SmallerPlan":
-        return self if shape is None else shrink_plan(model, self, shape.sizes)
-
-    def finish(self, block: Block, place: int, parts: PrunedParts) -> tuple[Block, dict[str, np.ndarray]]:
+    def finish(
+        self, block: Block, place: int, tensors: Tensors, pruned: Tensors, dtypes: Dtypes, gather: Gather
+    ) -> tuple[Block, dict[str, np.ndarray]]:
         """The block and its tensors with the kept groups, and with the experts that contribute most."""
         target, sizes = self.target, self.sizes
-        tensors = parts.tensors
 
         def width(name: str) -> int:
             return target.weight_shape(target.weight_key(place, name))[1]
@@ -194,7 +177,7 @@ class SmallerPlan(Plan):
         if block.num_experts:
             count, experts = sizes.experts or block.num_experts, np.arange(block.num_experts)
             if count < len(experts):
-                found = parts.grams()
+                found, _ = gather()
                 energy = [_energy(tensors[f"mlp.experts.{e}.down_proj.weight"], found, e) for e in range(len(experts))]
                 experts = _largest(np.array(energy), count)
             kept = width("mlp.experts.0.down_proj")
@@ -205,7 +188,7 @@ class SmallerPlan(Plan):
         groups = _kept(tensors["self_attn.o_proj.weight"], sizes.kv_heads, size)
         sliced = sliced_block(block.config, block.self_attn.kind, tensors, Kept(channels, groups, experts))
         # The block runs with the rounding of what is stored.
-        sliced = {path: value.astype(parts.dtypes[path], copy=False) for path, value in sliced.items()}
+        sliced = {path: value.astype(dtypes[path], copy=False) for path, value in sliced.items()}
         return target.block_of(place, sliced), sliced
 
     def restore(self, block: Block, place: int, keys: Mapping[str, str], tensors: Tensors) -> Block:
@@ -232,6 +215,43 @@ def _energy(weight: np.ndarray, grams: BlockGrams, expert: int) -> float:
     """What an expert adds to the tokens that are routed to it, `||X Wᵀ||²`."""
     weight = weight.astype(np.float32)
     return float(np.sum((weight @ np.asarray(grams[f"mlp.experts.{expert}.hidden"].gram)) * weight))
+
+
+def layer_shares(model: PrunableModel, recipe: Recipe) -> dict[str, float]:
+    """The fraction of zeros of every pruned layer, in the model's order, by the key of its weight.
+
+    Raises:
+        ValueError: if names or expressions in the recipe match no layer, or leave none.
+    """
+    keys = model.linear_keys()
+    owners = {key.rpartition(".")[0] for key in model.exported_keys()}
+    names = [key.removesuffix(".weight") for key in keys]
+    chosen = chosen_linears(names, sorted(owners.difference(names)), recipe.targets, recipe.ignore)
+    implied = implied_sparsity(recipe.pattern)
+    share = recipe.sparsity if implied is None else implied
+    return {f"{name}.weight": share if own is None else own for name, own in chosen.items()}
+
+
+def layer_patterns(
+    model: PrunableModel, recipe: Recipe, method: LayerMethod, shares: Mapping[str, float]
+) -> dict[str, Pattern]:
+    """The pattern of each layer that has a fraction of zeros, by the key of its weight.
+
+    Raises:
+        ValueError: naming the layer, if the pattern is impossible there or the method does not support it.
+    """
+    patterns: dict[str, Pattern] = {}
+    checked: set[tuple[int, ...]] = set()
+    for key, share in shares.items():
+        shape = model.weight_shape(key)
+        try:
+            patterns[key] = parse_pattern(recipe.pattern, share, shape)
+            if shape not in checked:
+                check_method(method, patterns[key], shape, reads_variances(method), recipe.has_support)
+        except ValueError as error:
+            raise ValueError(f"{key.removesuffix('.weight')}: {error}") from error
+        checked.add(shape)
+    return patterns
 
 
 def make_plan(model: StreamedModel, recipe: PassRecipe, output: Path) -> Plan:

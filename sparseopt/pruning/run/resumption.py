@@ -3,8 +3,8 @@
     *.safetensors   a block is finished when its shard and the records of all its layers are there
     *.gguf          such shards of a GGUF file, which lies beside the folder
 
-    with claimed(folders):                                         # one writer at a time, nothing else in them
-        if is_finished(identity, plan):
+    with claimed(plan.folder):                                     # one writer at a time, nothing else in it
+        if state_in(identity, plan) is State.FINISHED:
             report = read_report(identity, plan)
         else:
             progress = progress_in(identity, plan)       # where to resume
@@ -18,11 +18,11 @@ import hashlib
 import inspect
 import platform
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ from sparseopt.pruning.base.records import (
 from sparseopt.pruning.base.reports import PruneReport
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe, described
 from sparseopt.pruning.run.output_form import is_file
-from sparseopt.pruning.run.plan import Plan
+from sparseopt.pruning.run.plan import Plan, SmallerPlan, shrink_plan
 from sparseopt.system import run_folder
 from sparseopt.system.files import temporary_of
 from sparseopt.system.machine import versions
@@ -64,7 +64,7 @@ INDEX = "model.safetensors.index.json"
 
 
 class Identity:
-    """The fingerprints of the runs that share one pass over a model.
+    """The fingerprints of runs of one model.
 
     Attributes:
         model: the dense model.
@@ -150,30 +150,23 @@ def _source(part: Any) -> str:
 
 
 @contextlib.contextmanager
-def claimed(folders: Sequence[Path]) -> Iterator[None]:
-    """Lock every folder for this process, and check that it can be used, before any work.
+def claimed(folder: Path) -> Iterator[None]:
+    """Lock the folder for this process, and check that it can be used, before any work.
 
     Raises:
-        FolderError: if a folder is in use by another process, contains links, or contains anything but a run.
+        FolderError: if the folder is in use by another process, contains links, or contains anything but a run.
     """
-    with contextlib.ExitStack() as held:
-        for folder in folders:
-            _check_entries(folder)
-            held.enter_context(run_folder.claimed(folder))
-        yield
-
-
-def _check_entries(folder: Path) -> None:
     names = run_folder.contents(folder)
-    if RUN in names:
-        return
-    if INDEX in names:
+    others = [] if RUN in names else sorted(names)
+    if INDEX in others:
         raise _holds_a_model(folder)
-    if others := sorted(names):
+    if others:
         shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
         raise FolderError(
             f"the output folder {folder} is not empty (it holds {shown}) and holds no run; choose another or empty it"
         )
+    with run_folder.claimed(folder):
+        yield
 
 
 def _holds_a_model(folder: Path, why: str = "") -> FolderError:
@@ -236,18 +229,6 @@ class Progress:
 
 def _record_of(values: Mapping[str, Any]) -> Finished:
     return KINDS[values["kind"]].from_dict(values)  # type: ignore[attr-defined]
-
-
-def is_finished(identity: Identity, plan: Plan) -> bool:
-    """Whether the run of a plan is finished in its claimed folder.
-
-    Raises:
-        FolderError: if another run is there, listing every difference, or if files of a finished run are missing.
-    """
-    if state_in(identity, plan) is not State.FINISHED:
-        return False
-    read_report(identity, plan)
-    return True
 
 
 def state_in(identity: Identity, plan: Plan) -> State:
@@ -351,7 +332,8 @@ def _read_progress(model: PrunableModel, plan: Plan) -> Progress:
     if not stored(OUTER_TAG) or (plan.smaller and found.shape is None):
         return found
     found.tags.append(OUTER_TAG)
-    plan = plan.with_shape(model, found.shape)
+    if found.shape is not None:
+        plan = shrink_plan(model, cast(SmallerPlan, plan), found.shape.sizes)
     stays = plan.stays
     # Distillation is finished when all its shards are there, with or without the shards that they replace.
     last = [record for record in records if isinstance(record, DistillationRecord)][-1:]

@@ -7,23 +7,49 @@ with `t_1`.
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from jaxtyping import Int
 
-from sparseopt.models import Bos, Source, chat_writer, encode_text, load_tokenizer, start_token
+from sparseopt.models import Bos, PrunableModel, Source, chat_writer, encode_text, load_tokenizer, start_token
 from sparseopt.pruning.text.chats import TextError, is_chat
 from sparseopt.pruning.text.documents import Part, load_documents, part_of_text
 
 WindowChoice = Literal["first", "spread", "random"]
 DocumentChoice = Literal["packed", "separate"]
 
+# The default number of calibration windows gives the widest layer this many tokens per input. Together with default
+# variants there are not more windows than the maximum either.
+TOKENS_AN_INPUT, LEAST_WINDOWS, MOST_WINDOWS = 4, 16, 128
+COUNT_HELP = f"{TOKENS_AN_INPUT} tokens for each {{}} of the widest layer, in {LEAST_WINDOWS} to {MOST_WINDOWS} windows"
+# Windows whose perplexity is measured before and after, as a fraction of the calibration windows.
+SCORED = 0.25
+
 # Documents are read as far as needed, but at least this many characters.
 _LEAST_READ = 2**22
 # Characters for each requested token, four times as many as English needs, so that windows can be spread.
 _READ_A_TOKEN = 16
+
+
+def widest_input(model: PrunableModel, keys: Collection[str] = ()) -> int:
+    """The largest number of inputs of a layer in the model's blocks, or among the given keys, if any."""
+    return max(model.weight_shape(key)[1] for key in keys or model.linear_keys())
+
+
+def default_windows(model: PrunableModel, seqlen: int) -> int:
+    """The default number of calibration windows of `seqlen` tokens for a model.
+
+    The number depends on the model alone, so that a run resumes with the same one on any machine; activations that do
+    not fit in memory go to disk.
+    """
+    return min(MOST_WINDOWS, max(LEAST_WINDOWS, -(-TOKENS_AN_INPUT * widest_input(model) // seqlen)))
+
+
+def scored_windows(count: int) -> int:
+    """The number of windows whose perplexity is measured before and after, for a number of calibration windows."""
+    return max(2, round(SCORED * count))
 
 
 class Windows(NamedTuple):

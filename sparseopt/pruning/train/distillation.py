@@ -32,6 +32,7 @@ from sparseopt.layers.compiled import Compiled
 from sparseopt.layers.side_by_side import agreed
 from sparseopt.models import Block, Head
 from sparseopt.pruning.base.activations import Batches, Stream
+from sparseopt.pruning.base.grams import BlockRunner
 from sparseopt.pruning.base.records import DistillationRecord
 from sparseopt.pruning.evaluate.perplexity import LOGIT_ROWS
 from sparseopt.pruning.train.training import (
@@ -40,7 +41,8 @@ from sparseopt.pruning.train.training import (
     Trainer,
     Training,
     TrainState,
-    check_masks,
+    kept_entries,
+    paired,
     updated,
 )
 from sparseopt.system import processes
@@ -82,18 +84,8 @@ def distil(
         observer: called with ("distillation, step", steps done, steps of all epochs).
         masks: for each block, True for the entries to train, by layer name; layers without a mask are trained whole,
             layers with an all-False mask stay unchanged. None for no masks.
-
-    Raises:
-        ValueError: before any work, if settings, masks or batches cannot be used.
     """
-    if not blocks:
-        raise ValueError("no blocks to train; give at least one")
-    if masks is not None and len(masks) != len(blocks):
-        raise ValueError(f"masks must be one mapping a block, {len(blocks)} in all, given {len(masks)}")
     masks = masks or [{}] * len(blocks)
-    for block, own in zip(blocks, masks, strict=True):
-        if own:
-            check_masks(block, own)
     # A step sees one window or a few, in turn, so devices have nothing to share: one trains in each process.
     before, dense_after = before.on_one_device(), dense_after.on_one_device()
     trainer = _ModelTrainer(head, observer, blocks, masks, before, dense_after, settings)
@@ -158,9 +150,19 @@ class _ModelTrainer(Trainer):
     # The sum over the vocabulary leaves about 1e-7 of rounding.
     exact = 1e-6
 
-    def __init__(self, head: Head, observer: Observer, *trained: Any) -> None:
-        super().__init__(*trained)
-        self.head, self.observer = head, observer
+    def __init__(
+        self, head: Head, observer: Observer, blocks: Sequence[Block], masks: Sequence[Masks], before: Stream,
+        dense_after: Stream, settings: Distillation,
+    ) -> None:  # fmt: skip
+        data, parts = paired(before, dense_after), [nnx.split(block, ...) for block in blocks]
+        self.head, self.observer, self.runner = head, observer, BlockRunner()
+        pairs = zip(parts, masks, strict=True)
+        fixed = [Fixed(graph, [], kept_entries(params, own)) for (graph, params), own in pairs]
+
+        def store(index: int, best: Any) -> None:
+            fixed[index].store(blocks[index], best)
+
+        super().__init__(fixed, [params for _, params in parts], store, data, settings)
 
     def loss(self, inputs: Batches, targets: Batches) -> float:
         losses = []
@@ -173,7 +175,7 @@ class _ModelTrainer(Trainer):
     def step(self, index: int, rows: np.ndarray, rate: np.float32) -> tuple[Array, Array]:
         # Else the kept memory grows by a quarter of the weights and moments.
         return_freed_memory()
-        x, dense = (jnp.take(batches[index], rows, axis=0) for batches in self.calibration)
+        x, dense = (jnp.take(batches[index], rows, axis=0) for batches in self.data.calibration)
         streams = [x]
         for block in self._trained():
             streams.append(self.runner.run(block, streams[-1]))

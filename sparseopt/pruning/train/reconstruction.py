@@ -26,7 +26,7 @@ from sparseopt.layers.bits import Bits, multiples_of
 from sparseopt.layers.compiled import Compiled
 from sparseopt.models import Block
 from sparseopt.models.decoder.experts import stacked_name
-from sparseopt.pruning.base.activations import Batches, Stream
+from sparseopt.pruning.base.activations import Stream
 from sparseopt.pruning.base.records import BlockRecord
 from sparseopt.pruning.train.training import (
     Fixed,
@@ -34,7 +34,8 @@ from sparseopt.pruning.train.training import (
     Trainer,
     Training,
     TrainState,
-    check_masks,
+    kept_entries,
+    paired,
     updated,
 )
 
@@ -75,28 +76,29 @@ def _channel_shares(target: Float[Array, "B T D"]) -> Float[Array, "D"]:
     return jnp.mean(jnp.where(size == 0, 0, target**2 / jnp.where(size == 0, 1, size)), axis=(0, 1))
 
 
-def _loss(params: Any, fixed: Fixed, weights: Array, x: Array, target: Array) -> Array:
-    return stream_loss(fixed.module(params)(x), target, weights)
+def output_loss(params: Any, fixed: Any, weights: Array, given: Any, target: Array) -> Array:
+    """The `stream_loss` of a part; `fixed` is a `Fixed`, or another that computes outputs from parameters."""
+    return stream_loss(fixed.output(params, given), target, weights)
 
 
-def _train_step(
+def output_step(
     state: TrainState,
-    fixed: Fixed,
+    fixed: Any,
     weights: Float[Array, "D"],
-    batch: tuple[Float[Array, "B T D"], Float[Array, "B T D"]],
-    rows: Int[Array, "windows"],
+    batch: tuple[Any, Float[Array, "B T D"]],
+    rows: Int[Array, "windows"] | None,
     rate: Float[Array, ""],
     clip: Float[Array, ""],
 ) -> tuple[TrainState, Array, Array]:
-    """Update from some windows of inputs and targets; return the state, the loss before it and the gradient's norm."""
-    x, target = (jnp.take(each, rows, axis=0) for each in batch)
-    loss, gradient = jax.value_and_grad(_loss)(state.params, fixed, weights, x, target)
+    """Update from some windows of inputs and targets, or all; return the loss before it and the gradient's norm too."""
+    x, target = batch if rows is None else (jnp.take(each, rows, axis=0) for each in batch)
+    loss, gradient = jax.value_and_grad(output_loss)(state.params, fixed, weights, x, target)
     state, norm = updated(state, gradient, fixed.kept, rate, clip)
     return state, loss, norm
 
 
-_step_of_rows = Compiled(_train_step, donate_argnums=(0,))
-_loss_of_batch = Compiled(_loss)
+_step_of_rows = Compiled(output_step, donate_argnums=(0,))
+_loss_of_batch = Compiled(output_loss)
 _shares_of_batch = Compiled(_channel_shares)
 
 
@@ -135,46 +137,27 @@ def _scales(params: Any, block: Block, grids: Mapping[str, Bits]) -> tuple[Any, 
     return jax.tree.unflatten(tree, leaves), multiples
 
 
-class _BlockTrainer(Trainer):
+class OutputTrainer(Trainer):
+    """Trains a part on the dense part's outputs."""
+
     # A mean square error below this is float32 rounding between two programs for one block.
     exact = 1e-12
-    settings: Reconstruction
-
-    def __init__(self, block: Block, masks: Masks, grids: Mapping[str, Bits], *given: Any) -> None:
-        """Set up with the grids of some layers, otherwise like all trainers."""
-        self.grids, self.multiples = grids, list[Array | None]()
-        super().__init__([block], [masks], *given)
-        if grids:
-            self.fixed = [self.fixed[0]._replace(multiples=self.multiples)]
+    programs: tuple[Any, Any] = (_step_of_rows, _loss_of_batch)
 
     @cached_property
     def weights(self) -> Float[np.ndarray, "D"]:
-        return channel_weights(self.calibration[1])
+        return channel_weights(self.data.calibration[1])
 
-    def split(self, block: Block, masks: Masks) -> tuple[Any, ...]:
-        trained = [*self.grids, *(name for name, mask in masks.items() if mask.any())]
-        graph, params, *frozen = split_block(block, trained, self.settings)
-        if self.grids:
-            params, self.multiples = _scales(params, block, self.grids)
-        return graph, params, *frozen
-
-    def halve(self) -> None:
-        """Round the scales of the best state to the half precision in which they are stored."""
-        leaves, tree = jax.tree.flatten(self.kept[0])
-        pairs = zip(leaves, self.multiples, strict=True)
-        rounded = [leaf if each is None else leaf.astype(jnp.float16).astype(leaf.dtype) for leaf, each in pairs]
-        nnx.update(self.blocks[0], self.fixed[0].weights(jax.tree.unflatten(tree, rounded)))
-
-    def loss(self, inputs: Batches, targets: Batches) -> float:
-        pairs = zip(inputs, targets, strict=True)
+    def loss(self, inputs: Any, targets: Any) -> float:
         arguments = (self.states[0].params, self.fixed[0], self.weights)
-        losses = [_loss_of_batch(*arguments, x, target) for x, target in pairs]
+        losses = [self.programs[1](*arguments, *pair) for pair in zip(inputs, targets, strict=True)]
         return float(np.mean([float(loss) for loss in losses]))
 
     def step(self, index: int, rows: np.ndarray, rate: np.float32) -> tuple[Array, Array]:
-        inputs, targets = self.calibration
-        batch, clip = (inputs[index], targets[index]), np.float32(self.settings.clip)
-        self.states[0], loss, norm = _step_of_rows(self.states[0], self.fixed[0], self.weights, batch, rows, rate, clip)
+        inputs, targets = self.data.calibration
+        batch, chosen = (inputs[index], targets[index]), rows if self.data.windows else None
+        arguments = (self.fixed[0], self.weights, batch, chosen, rate, np.float32(self.settings.clip))
+        self.states[0], loss, norm = self.programs[0](self.states[0], *arguments)
         return loss, norm
 
 
@@ -198,15 +181,20 @@ def reconstruct_block(
         settings: settings of the training; default: `Reconstruction()`.
         index: the number of the block in the record.
         grids: grids of layers with weights on them, by name; weights stay on the grids, with other scales.
-
-    Raises:
-        ValueError: before any work, if settings, masks or batches cannot be used.
     """
-    check_masks(block, masks)
-    grids = grids or {}
+    settings, grids, data = settings or Reconstruction(), grids or {}, paired(stream, targets)
     others = {name: mask for name, mask in masks.items() if name not in grids}
-    trainer = _BlockTrainer(block, others, grids, stream, targets, settings or Reconstruction())
+    trained = [*grids, *(name for name, mask in others.items() if mask.any())]
+    graph, params, *frozen = split_block(block, trained, settings)
+    params, multiples = _scales(params, block, grids) if grids else (params, None)
+    fixed = Fixed(graph, frozen, kept_entries(params, others), multiples)
+    trainer = OutputTrainer([fixed], [params], lambda _, best: fixed.store(block, best), data, settings)
+    del params  # else they outlive the block's own
     record = BlockRecord(block=index, **trainer.train())
-    if grids and trainer.kept:
-        trainer.halve()
+    if multiples and trainer.kept:
+        # Scales are stored in half precision.
+        leaves, tree = jax.tree.flatten(trainer.kept[0])
+        pairs = zip(leaves, multiples, strict=True)
+        halves = [leaf if each is None else leaf.astype(jnp.float16).astype(leaf.dtype) for leaf, each in pairs]
+        fixed.store(block, jax.tree.unflatten(tree, halves))
     return record

@@ -1,17 +1,17 @@
 """Training on stored activations: settings, one Adam update, the loop over epochs and the choice of the state.
 
-The trainers define what is minimised and what a step does: `reconstruction` for one block, `distillation` for a whole
-model. The optimiser is Adam (Kingma and Ba, 2015) with clipped gradient norm, linear warm-up and cosine decay to zero.
-A step is relative to the root mean square of its tensor (Shazeer and Stern, "Adafactor", 2018, section 8): layers have
-0.2 in SmolLM2 and 0.04 in Gemma 3, whose norm weights reach 340. Of the start and the states after each epoch, the one
-with the smallest judging loss is kept: the loss on held-out tokens or, without any, on calibration tokens. So it is
-never worse there than the start.
+The trainers define what is minimised and what a step does: `reconstruction` for one block or one part of a module,
+`distillation` for a whole model. The optimiser is Adam (Kingma and Ba, 2015) with clipped gradient norm, linear warm-up
+and cosine decay to zero. A step is relative to the root mean square of its tensor (Shazeer and Stern, "Adafactor",
+2018, section 8): layers have 0.2 in SmolLM2 and 0.04 in Gemma 3, whose norm weights reach 340. Of the start and the
+states after each epoch, the one with the smallest judging loss is kept: the loss on held-out tokens or, without any, on
+calibration tokens. So it is never worse there than the start.
 """
 
 import enum
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -25,8 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sparseopt.layers.compiled import Stopwatch
 from sparseopt.models import Block
 from sparseopt.models.decoder.experts import stacked_name
-from sparseopt.pruning.base.activations import Batches, Stream
-from sparseopt.pruning.base.grams import BlockRunner
+from sparseopt.pruning.base.activations import Stream
 
 # True for the entries that are trained, by layer name.
 Masks = Mapping[str, Bool[Array, "out in"]]
@@ -148,6 +147,13 @@ class Fixed(NamedTuple):
     def module(self, params: Any) -> Block:
         return nnx.merge(self.graph, self.weights(params), *self.frozen)
 
+    def output(self, params: Any, x: Array) -> Array:
+        return self.module(params)(x)
+
+    def store(self, block: Block, params: Any) -> None:
+        """Set the trained parameters of the block."""
+        nnx.update(block, self.weights(params))
+
 
 def scaled(multiples: Float[Array, "*n out in"], scales: Float[Array, "*n out groups"]) -> Float[Array, "*n out in"]:
     """The weights on a grid."""
@@ -178,11 +184,13 @@ def kept_entries(params: Any, masks: Masks) -> list[TrainedEntries]:
         for name, by_expert in parts.items()
     }
     found |= {f"{name.removesuffix('.weight')}.bias": jnp.any(mask) for name, mask in found.items()}
-    kept = []
-    for path, param in nnx.to_flat_state(params):
-        mask = found.get(".".join(map(str, path)), jnp.asarray(True))
-        kept.append(TrainedEntries(mask, jnp.maximum(jnp.sum(jnp.broadcast_to(mask, param.shape)), 1)))
-    return kept
+    return [entries_of(param, found.get(".".join(map(str, path)))) for path, param in nnx.to_flat_state(params)]
+
+
+def entries_of(param: Any, mask: Array | None) -> TrainedEntries:
+    """The trained entries of a parameter with this mask; all without one."""
+    mask = jnp.asarray(True) if mask is None else mask
+    return TrainedEntries(mask, jnp.maximum(jnp.sum(jnp.broadcast_to(mask, param.shape)), 1))
 
 
 def updated(
@@ -204,15 +212,27 @@ def updated(
     return TrainState(jax.tree.map(moved, state.params, updates, kept), moments), norm
 
 
+class Data(NamedTuple):
+    """What a training uses: pairs of inputs and targets, each by batch.
+
+    Attributes:
+        calibration: the pairs that steps draw from.
+        judges: the pairs whose loss chooses the best state; the same if there are no held-out ones.
+        windows: number of windows of a batch; None if a step takes a batch whole.
+    """
+
+    calibration: tuple[Any, Any]
+    judges: tuple[Any, Any]
+    windows: int | None = None
+
+
 class Trainer(ABC):
-    """Trains blocks in place: the loop over the epochs, and the choice of the best state, which the blocks hold.
+    """Trains parameters: the loop over the epochs, and the choice of the best state.
 
     Attributes:
         exact: with a judging loss up to this, there is nothing to train.
         fixed: what no step changes, for each block.
         states: what a step changes, for each block.
-        calibration: the inputs that steps draw from, with their targets.
-        judges: the inputs whose loss chooses the best state, with their targets.
         kept: the best states so far, for each block; empty until one is better than the start.
         best_epoch: the epoch that ended with the best state, 0 for the start.
         total: number of steps in all epochs.
@@ -221,44 +241,31 @@ class Trainer(ABC):
     exact: ClassVar[float]
 
     def __init__(
-        self, blocks: Sequence[Block], masks: Sequence[Masks], stream: Stream, targets: Stream, settings: Training
-    ) -> None:
+        self, fixed: Sequence[Any], params: Sequence[Any], store: Callable[[int, Any], None], data: Data,
+        settings: Training,
+    ) -> None:  # fmt: skip
+        """Set up with a function that puts the best parameters of a block, by its index, where they belong."""
         settings.check()
-        check_streams(stream, targets)
-        self.blocks, self.masks, self.settings, self.runner = blocks, masks, settings, BlockRunner()
-        self.calibration = (stream.calibration, targets.calibration)
-        self.judges = (stream.heldout, targets.heldout) if stream.heldout else self.calibration
+        self.fixed, self.data, self.settings = fixed, data, settings
         self.epochs = self.steps = self.best_epoch = self.total = 0
-        self.best = math.inf
-        parts = [self.split(*pair) for pair in zip(blocks, masks, strict=True)]
-        kept = [kept_entries(part[1], own) for part, own in zip(parts, masks, strict=True)]
-        self.fixed = [Fixed(graph, frozen, own) for (graph, _, *frozen), own in zip(parts, kept, strict=True)]
-        self.states = [start_state(params) for _, params, *_ in parts]
+        self.best, self.store = math.inf, store
+        self.states = [start_state(each) for each in params]
         self.kept: list[Any] = []
-
-    def split(self, block: Block, masks: Masks) -> tuple[Any, ...]:
-        """A block's structure, the parameters that are trained, and the others."""
-        del masks
-        return nnx.split(block, ...)
-
-    def orders(self) -> list[list[tuple[int, np.ndarray]]]:
-        """The steps of each epoch, see `draw_orders`."""
-        return draw_orders(self.calibration[0], self.settings)
 
     @abstractmethod
     def step(self, index: int, rows: Int[np.ndarray, "windows"], rate: np.float32) -> tuple[Array, Array]:
         """Update the states from some windows of a batch; return the loss before it and the gradient's norm."""
 
     @abstractmethod
-    def loss(self, inputs: Batches, targets: Batches) -> float:
+    def loss(self, inputs: Any, targets: Any) -> float:
         """The mean loss of the states."""
 
     def keep(self) -> None:
         """Keep the states as the best."""
-        for i, (block, fixed, state) in enumerate(zip(self.blocks, self.fixed, self.states, strict=True)):
+        for i, state in enumerate(self.states):
             # A copy, since step programs take over the buffers of a state. It replaces the block's last one at once.
             self.kept[i : i + 1] = [jax.tree.map(jnp.copy, state.params)]
-            nnx.update(block, fixed.weights(self.kept[i]))
+            self.store(i, self.kept[i])
 
     def restore(self) -> None:
         """Return to the best states; no step follows."""
@@ -266,10 +273,10 @@ class Trainer(ABC):
 
     def train(self) -> dict[str, Any]:
         """Train to the end and leave the best state; returns the fields of a `TrainingRecord`."""
-        watch = Stopwatch()
-        heldout = self.judges is not self.calibration
-        self.best = first = self.loss(*self.judges)
-        first_loss = last_loss = self.loss(*self.calibration) if heldout else first
+        watch, (calibration, judges, _) = Stopwatch(), self.data
+        heldout = judges is not calibration
+        self.best = first = self.loss(*judges)
+        first_loss = last_loss = self.loss(*calibration) if heldout else first
         if not (math.isfinite(first) and math.isfinite(first_loss)):
             status = TrainingStatus.NONFINITE
         elif first <= self.exact:
@@ -278,7 +285,7 @@ class Trainer(ABC):
             status = self._run(first)
         if self.best_epoch:
             self.restore()
-            last_loss = self.loss(*self.calibration) if heldout else self.best
+            last_loss = self.loss(*calibration) if heldout else self.best
         seconds, compiling = watch.read()
         return {
             "first_loss": first_loss,
@@ -294,7 +301,8 @@ class Trainer(ABC):
         }
 
     def _run(self, first: float) -> TrainingStatus:
-        settings, orders = self.settings, self.orders()
+        settings = self.settings
+        orders = draw_orders(len(self.data.calibration[0]), self.data.windows or 1, settings)
         self.total = sum(map(len, orders))
         rates = settings.rates(self.total).reshape(settings.epochs, -1)
         for order, epoch_rates in zip(orders, rates, strict=True):
@@ -305,7 +313,7 @@ class Trainer(ABC):
                     return TrainingStatus.NONFINITE
             self.epochs += 1
             # A non-finite parameter makes outputs NaN, so a finite loss means that all are finite.
-            judged = self.loss(*self.judges)
+            judged = self.loss(*self.data.judges)
             if judged < self.best:
                 self.best, self.best_epoch = judged, self.epochs
                 self.keep()
@@ -318,63 +326,27 @@ class Trainer(ABC):
         return TrainingStatus.FINISHED
 
 
-def check_masks(block: Block, masks: Masks) -> None:
-    """Raise a `ValueError` if masks do not fit the layers of a pruned block; an all-False mask freezes its layer."""
-    unknown = [name for name in masks if name not in block.linears]
-    if unknown or not masks:
-        raise ValueError(
-            f"masks must name layers of the block ({', '.join(block.linears)}), given "
-            f"{', '.join(unknown) if unknown else 'none'}"
-        )
-    stacked = {stacked_name(name)[0] for name in masks if ".experts." in name}
-    missing = [name for name in block.linears if stacked_name(name)[0] in stacked and name not in masks]
-    if missing:
-        raise ValueError(f"experts are trained together: masks lack {', '.join(missing)}; give all or none")
-    for name, mask in masks.items():
-        weight = block.read(f"{name}.weight")
-        if mask.shape != weight.shape or mask.dtype != bool:
-            raise ValueError(
-                f"the mask of {name} must be bool of shape {list(weight.shape)}, True for kept weights; given "
-                f"{mask.dtype} of shape {list(mask.shape)}"
-            )
-        stray = int(jnp.sum((weight != 0) & ~mask)) if mask.any() else 0
-        if stray:
-            raise ValueError(
-                f"{name} has {stray:,} non-zero weights off its mask; prune the block before, as in "
-                "`jnp.where(mask, weight, 0)`"
-            )
+def paired(inputs: Stream, targets: Stream) -> Data:
+    """The batches of two streams, all of one shape."""
+    calibration = (inputs.calibration, targets.calibration)
+    judges = (inputs.heldout, targets.heldout) if inputs.heldout else calibration
+    return Data(calibration, judges, inputs.calibration.shapes[0][0])
 
 
-def check_streams(inputs: Stream, targets: Stream) -> None:
-    """Raise a `ValueError` if inputs and targets do not pair up, or there are no calibration batches."""
-    shapes = {
-        "calibration": (inputs.calibration.shapes, targets.calibration.shapes),
-        "held-out": (inputs.heldout.shapes, targets.heldout.shapes),
-    }
-    for tokens, (given, wanted) in shapes.items():
-        if given != wanted or any(shape != given[0] for shape in given):
-            raise ValueError(
-                f"{tokens} inputs and targets must be as many batches, all of one shape, as `make_batches` gives; "
-                f"given inputs {given} and targets {wanted}"
-            )
-    if not inputs.calibration:
-        raise ValueError("no calibration batches to train on; give at least one")
-
-
-def draw_orders(batches: Batches, settings: Training) -> list[list[tuple[int, np.ndarray]]]:
-    """The steps of each epoch: a batch's index and its rows to use, every row of every batch once per pass.
+def draw_orders(batches: int, size: int, settings: Training) -> list[list[tuple[int, np.ndarray]]]:
+    """The steps of each epoch for batches of `size` rows: a batch's index and its rows to use, each once per pass.
 
     Passes are in random order and follow one another; epochs cut them into equal parts.
     """
-    rng, size = np.random.default_rng(settings.seed), batches.shapes[0][0]
+    rng = np.random.default_rng(settings.seed)
     width = next(w for w in range(min(settings.windows, size), 0, -1) if size % w == 0)
-    a_pass = len(batches) * size // width
+    a_pass = batches * size // width
     steps = a_pass if settings.epoch_windows is None else max(1, settings.epoch_windows // width)
     order: list[tuple[int, np.ndarray]] = []
     while len(order) < settings.epochs * steps:
         parts = [
             (index, rows)
-            for index in range(len(batches))
+            for index in range(batches)
             for rows in rng.permutation(size).astype(np.int32).reshape(-1, width)
         ]
         order += [parts[place] for place in rng.permutation(len(parts))]

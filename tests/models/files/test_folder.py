@@ -74,7 +74,7 @@ def test_links_to_elsewhere_are_followed_if_asked_for(tmp_path, rng, command):
     status, _, err = command(*prune)
     assert status == 2
     assert "is not followed" in err
-    for call in (prune, ("eval", linked, "--text", text, "--seqlen", 24, "--windows", 1), ("inspect", linked)):
+    for call in (prune, ("eval", linked, "--text", text, "--seqlen", 24, "--windows", 1), (*prune, "--dry-run")):
         status, _, err = command(*call, "--follow-links")
         assert status == 0, err
 

@@ -1,5 +1,6 @@
 """Which whole blocks go: against the losses of models written without them, and what lazy removal leaves out."""
 
+import itertools
 from types import SimpleNamespace
 
 import jax
@@ -20,7 +21,7 @@ from sparseopt.pruning.text.windows import begin_windows
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 from tests.pruning.whole_runs import predicted, without
 
-BLOCKS, BOS = 5, 1
+BLOCKS, BOS, TRIALS = 5, 1, itertools.count()
 # What the linears that write into the stream are multiplied with, block by block: they differ in what they do.
 SIZES = (1.0, 0.3, 0.0, 0.6, 0.8)
 
@@ -50,7 +51,9 @@ def windows(model, tokens):
 
 
 def order(model, windows, count, told=lambda *_: None, *, kind=None, **settings):
+    # A key of its own, so that each measures again.
     work = SimpleNamespace(model=model, windows=windows, runner=BlockRunner(), observer=told, batches=kind or Batches())
+    work.key = lambda *_: {"trial": next(TRIALS)}
     trial = trial_of(work, windows.calibration)
     return removal_order(trial, count, **settings)
 
@@ -93,7 +96,7 @@ class SetFunction:
     """Stands for a trial: the loss of removed blocks is a sum of one term a block and one a pair."""
 
     def __init__(self, rng, blocks):
-        self.model, self.measured = SimpleNamespace(num_blocks=blocks), 0
+        self.work, self.measured = SimpleNamespace(model=SimpleNamespace(num_blocks=blocks)), 0
         self.each = rng.uniform(0.5, 2, blocks)
         # Another block's removal raises an increase by up to 20 % or lowers it by up to 3 %.
         self.pairs = np.triu(rng.uniform(-0.03, 0.2, (blocks, blocks)) * np.minimum.outer(self.each, self.each), 1)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sparseopt.models import ModelError, Sizes, open_model, smaller_model
-from sparseopt.pruning import ShrinkRecipe, perplexity, prune_layer, prune_models, shrink_model
+from sparseopt.pruning import ShrinkRecipe, perplexity, prune_layer, shrink_model
 from sparseopt.pruning.base.grams import tapped
 from sparseopt.pruning.measure import mixing
 from sparseopt.pruning.measure.mixing import Costs, Search, _mix, best_mix, interpolated, parameter_costs
@@ -158,19 +158,11 @@ def test_a_curve_passes_through_what_was_measured_and_falls_between():
     assert interpolated([[3, 0.0]], np.array([3])) == 0
 
 
-def test_plans_of_one_pass_choose_as_each_alone(tmp_path, source, ids, report):
-    recipes = [recipe_of(ids, parameters=0.8), recipe_of(ids, channels=0.5)]
-    both = prune_models(source, [(recipe, tmp_path / str(i)) for i, recipe in enumerate(recipes)])
-    first, second = (each.shape for each in both)
-    assert dataclasses.replace(first, seconds=0) == dataclasses.replace(report.shape, seconds=0)
-    assert (second.channels, second.curves) == (32, None)
-
-
 def test_an_interrupted_run_finds_what_was_chosen(tmp_path, source, ids, report, monkeypatch):
     recipe = recipe_of(ids, parameters=0.8)
     with pytest.raises(Broken):
         shrink_model(source, tmp_path / "out", recipe, observer=breaking_at(1))
-    monkeypatch.setattr(mixing, "choose_mixes", None)
+    monkeypatch.setattr(mixing, "choose_mix", None)
     resumed = shrink_model(source, tmp_path / "out", recipe).shape
     assert dataclasses.replace(resumed, seconds=0) == dataclasses.replace(report.shape, seconds=0)
 

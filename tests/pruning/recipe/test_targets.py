@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from sparseopt.pruning import Recipe, audit_pattern, prune_model
-from sparseopt.pruning.inspection import inspect_model
+from sparseopt.pruning import Recipe, audit_pattern, dry_run, prune_model
 from sparseopt.pruning.recipe.targets import chosen_linears, read_patterns, read_targets
 from tests.pruning.whole_runs import stored
 
@@ -55,16 +54,15 @@ def test_a_pattern_holds_in_the_linears_that_have_it(tmp_path, source, tokens):
     }
 
 
-def test_the_plan_is_shown_before(source, tokens):
-    recipe = Recipe(ignore=[r"re:model.layers.[02].*o_proj"], targets={"0.mlp.up_proj": 0.25}, windows=4, seqlen=32)
-    found = inspect_model(source, recipe)
-    rows = [(kind.name, kind.blocks, kind.zeros and kind.zeros / kind.size) for kind in found.linears]
+def test_the_plan_is_shown_before(tmp_path, source, tokens):
+    recipe = Recipe(ignore=[r"re:model.layers.[02].*o_proj"], targets={"0.mlp.up_proj": 0.25}, calibration=tokens)
+    found = dry_run(source, tmp_path / "out", recipe)
+    rows = [(kind.name, kind.blocks, kind.zeros) for kind in found.layers]
     assert ("self_attn.q_proj", (0, 1, 2), 0.5) in rows
     assert [row[1:] for row in rows if row[0] == "self_attn.o_proj"] == [((0, 2), None), ((1,), 0.5)]
     assert [row[1:] for row in rows if row[0] == "mlp.up_proj"] == [((0,), 0.25), ((1, 2), 0.5)]
-    assert found.targeted_parameters == found.prunable_parameters - 2 * 32 * 32
     # Zeros are those of what is pruned.
-    assert found.zeros == found.targeted_parameters / 2 - 32 * 64 / 4
+    assert found.zeros == (found.weights - 2 * 32 * 32) / 2 - 32 * 64 / 4
 
 
 def test_a_recipe_file_gives_what_is_not_typed(tmp_path, source, text, command):
@@ -77,20 +75,17 @@ def test_a_recipe_file_gives_what_is_not_typed(tmp_path, source, text, command):
     part = "--windows 2 --seqlen 32 --targets mlp.down_proj --pattern unstructured --sparsity 0.5"
     for call, words in [
         (
-            f"inspect {source} --recipe {file} --windows 3",
+            f"prune {source} --output {tmp_path / 'dry'} --recipe {file} --calibration {text} --windows 3 --dry-run",
             (
-                "with 3 + 4 windows of 32 tokens",
-                "pruned by magnitude, pattern 2:4: 6,144 zeros",
-                "15,360 weights of linear layers are not pruned",
-                "│ mlp.up_proj │ 0-2 │ 64x32 │ 3 │ float32 │ 6,144 │ stay │",
+                "3 windows of 32 tokens, 96 in all, and 4 held out",
+                "6,144 zeros, 22.22% of the linear layers",
+                "│ mlp.up_proj │ 0-2 │ 64x32 │ 3 │ │",
             ),
         ),
         (
-            f"inspect {source} --method best --pattern 2:4 --sparsity 0.3 --allocation curves --windows 3",
-            (
-                "allocation curves decides on the zeros of each linear during the run; some stay dense, and 30.00% or",
-                "with 3 + 4 windows of 512 tokens and 3 variants: ",
-            ),
+            f"prune {source} --output {tmp_path / 'dry'} --method best --pattern 2:4 --sparsity 0.3 --allocation curves"
+            f" --calibration {text} --windows 3 --seqlen 32 --dry-run",
+            ("allocation curves: measured losses distribute", "3 windows of 32 tokens, 96 in all, 3 variants of each"),
         ),
         (
             f"prune {source} --output {tmp_path / 'out'} --recipe {file} --calibration {text} {chosen}",

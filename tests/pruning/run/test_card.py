@@ -13,7 +13,7 @@ from sparseopt.models import open_source
 from sparseopt.models.files.source import FolderSource
 from sparseopt.pruning import LayerRecord, Recipe, ShrinkRecipe, Wanda, prune_model, shrink_model
 from sparseopt.pruning.base.records import Score
-from sparseopt.pruning.modules.module_report import ModuleReport
+from sparseopt.pruning.base.reports import ModuleReport
 from sparseopt.pruning.run.card import CARD, metadata_of, model_card, without_folders
 from sparseopt.pruning.run.facts import model_facts
 from sparseopt.pruning.train.reconstruction import Reconstruction

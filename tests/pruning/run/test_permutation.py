@@ -8,7 +8,7 @@ import pytest
 
 from sparseopt.core.penalties.patterns import NM
 from sparseopt.models import block_moves, load_decoder, open_model
-from sparseopt.pruning import Recipe, prune_models
+from sparseopt.pruning import Recipe, prune_model
 from sparseopt.pruning.run.permutation import best_order, block_orders
 from tests.jitted import run
 
@@ -65,7 +65,7 @@ def test_the_orders_of_a_block_fit_its_heads(source, rng):
 def test_a_pruned_model_in_the_right_order_computes_the_dense_function(tmp_path, models, tokens):
     source, outputs = models("planted"), (tmp_path / "ordered", tmp_path / "plain")
     recipes = [Recipe(method="wanda", pattern="2:4", calibration=tokens, permute=permute) for permute in (True, False)]
-    ordered, plain = prune_models(source, list(zip(recipes, outputs, strict=True)))
+    ordered, plain = (prune_model(source, *pair) for pair in zip(outputs, recipes, strict=True))
     assert max(layer.relative_error for layer in ordered.layers) < 1e-10
     lossy = {layer.layer.rpartition(".")[2] for layer in plain.layers if layer.relative_error > 0.01}
     assert lossy == {"o_proj", "down_proj"}

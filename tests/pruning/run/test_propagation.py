@@ -5,7 +5,7 @@ import numpy as np
 
 from sparseopt.models import load_decoder
 from sparseopt.pruning import Recipe, prune_model
-from sparseopt.pruning.run.block import drifted_target
+from sparseopt.pruning.run.part import drifted_target
 from tests.jitted import run
 from tests.models.tiny import VOCAB
 from tests.pruning.whole_runs import stored

@@ -80,11 +80,11 @@ def test_draws_have_the_probabilities_of_the_logits():
 def test_epochs_share_the_windows(width):
     batches = make_batches(jnp.zeros((8, 4, 2)))
     settings = Reconstruction(epochs=6, windows=width, epoch_windows=2)
-    orders = draw_orders(batches, settings)
+    orders = draw_orders(len(batches), 8, settings)
     assert [len(epoch) for epoch in orders] == [2 // width] * 6
     rows = np.concatenate([part[1] + 8 * part[0] for epoch in orders for part in epoch])
     assert sorted(rows[:8]) == list(range(8))
-    whole = draw_orders(batches, replace(settings, epochs=2, epoch_windows=None))
+    whole = draw_orders(len(batches), 8, replace(settings, epochs=2, epoch_windows=None))
     assert [len(epoch) for epoch in whole] == [8 // width] * 2
 
 
