@@ -26,12 +26,13 @@ def zero_shot(
     **options: Any,
 ) -> None:
     """Measure accuracy on lm-eval tasks, with data from the Hugging Face hub or your own files."""
-    from sparseopt.pruning.evaluate import zero_shot as lm
+    from sparseopt.pruning.evaluate.zero_shot import DecoderLM
+    from sparseopt.pruning.evaluate.zero_shot import zero_shot as run_tasks
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     with console.block_progress(f"tasks {tasks}") as progress:
-        read = lm.DecoderLM(opened(model, follow_links), max_length=max_length, observer=progress, **options)
-        found = lm.zero_shot(read, names, limit=limit, include_path=include_path, shots=shots)
+        read = DecoderLM(opened(model, follow_links), max_length=max_length, observer=progress, **options)
+        found = run_tasks(read, names, limit=limit, include_path=include_path, shots=shots)
     if as_json:
         typer.echo(json.dumps(found))
         return

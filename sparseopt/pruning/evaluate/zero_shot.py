@@ -21,7 +21,7 @@ from sparseopt.core.base.types import Observer
 from sparseopt.models import (
     Bos,
     ModelError,
-    StreamedModel,
+    ModelSource,
     encode_text,
     load_tokenizer,
     open_model,
@@ -56,7 +56,7 @@ class DecoderLM(TemplateLM):
 
     def __init__(
         self,
-        model: str | Path | StreamedModel,
+        model: ModelSource,
         *,
         max_length: int | None = None,
         bos: Bos = "auto",
@@ -167,7 +167,7 @@ class DecoderLM(TemplateLM):
 
 
 def zero_shot(
-    model: str | Path | StreamedModel | DecoderLM,
+    model: ModelSource | DecoderLM,
     tasks: Sequence[str],
     *,
     limit: int | None = None,
