@@ -76,11 +76,11 @@ class Groups(Task):
             for record in run.records:
                 stem = f"groups-{size}-B{record['block']}"
                 if stem not in pictures:
-                    pictures[stem] = _draw_groups(run.task.shape, record["block"])
+                    pictures[stem] = plot_groups(run.task.shape, record["block"])
         return pictures
 
 
-def _draw_groups(shape: Sequence[int], block: int) -> np.ndarray:
+def plot_groups(shape: Sequence[int], block: int) -> np.ndarray:
     """The rows of a grid's difference operator in groups that share no node, one panel per group.
 
     Rows of D are edges, rows of L stars, rows of D L two joined stars. On a large two-dimensional grid they form 4, 5

@@ -203,12 +203,9 @@ def test_groups_show_every_row_once_in_patches_that_do_not_meet(block, panels):
             assert sum(patch.contains_points(nodes).astype(int) for patch in patches).max() == 1
 
 
-def test_groups_of_a_chain_fill_the_axes_they_are_given_and_are_saved_with_a_title_and_closed(tmp_path):
-    given = plt.subplots(1, 2)[1]
-    axes = plot_groups((6,), 1, given)
-    assert list(axes) == list(given)
+def test_groups_of_a_chain_are_saved_with_a_title_and_closed(tmp_path):
+    axes = plot_groups((6,), 1)
     np.testing.assert_array_equal(axes[1].collections[1].get_segments(), [[[1, 0], [2, 0]], [[3, 0], [4, 0]]])
-    assert plot_groups((3, 3), 2, columns=2)[4].get_gridspec().ncols == 2
     plt.close("all")
     axes = plot_groups((3, 3), 1)
     path = plots.save_figure(axes, tmp_path / "groups.png", "Groups")
