@@ -198,7 +198,7 @@ def gradient(small: bool) -> None:
         if order == 0:
             pictures = [np.asarray(field).reshape(side, side) for field in (y, target, along[0])]
             edges = [on_axes(values, side) for values in (point[1], along[1])]
-            for peer in fastprox(*pictures, *edges, gap=PLANNED_TOL * float(found.objective)):
+            for peer in fastprox(PLANNED_TOL * float(found.objective), *pictures, *edges):
                 emit("gradient through a plan", **about, **compared(peer, known))
 
 
@@ -225,7 +225,7 @@ def compared(answer: dict[str, Any], known: list[float]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def fastprox(y: Any, target: Any, along: Any, weights: Any, weights_along: Any, gap: float) -> Iterator[dict[str, Any]]:
+def fastprox(gap: float, y: Any, target: Any, along: Any, weights: Any, weights_along: Any) -> Iterator[dict[str, Any]]:
     """The answers of fastprox to a duality gap; none, with a line on the reason, if it is missing.
 
     The first gradient is taken at its fit, whose pieces may differ from those of the optimum, the second once refined.

@@ -107,8 +107,9 @@ CV_RULES = {"cv": "min", "cv, half a standard error": "half_se", "cv, one standa
 def levels_of(path: TrendPath, loss: str | None) -> dict[str, int]:
     """The level that each rule chooses that needs one path; for counts and labels those that need no noise level."""
     if loss is None:
-        rules = {"sure": ("sure",), "sure, true noise": ("sure", NOISE), "gcv": ("gcv",), "aic, corrected": ("aic",)}
-        return {rule: select(path, *given).index for rule, given in (rules | {"bic": ("bic", path.noise)}).items()}
+        rules: dict[str, tuple[Any, ...]] = {"bic": ("bic", path.noise)}
+        rules |= {"sure": ("sure",), "sure, true noise": ("sure", NOISE), "gcv": ("gcv",), "aic, corrected": ("aic",)}
+        return {rule: select(path, *given).index for rule, given in rules.items()}
     share = path.degrees_of_freedom / path.observations
     # As `select`, which refuses labels.
     gcv = np.where(share <= 0.5, path.deviances / (1 - np.minimum(share, 0.5)) ** 2, np.inf)

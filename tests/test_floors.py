@@ -59,12 +59,12 @@ HOUSE = {
         "compressed gguf/*",
         "hub",
         "source",
-        "gguf/vocabulary memory",
-        "gguf/metadata",
+        "gguf/vocabulary in_memory",
+        "gguf/writer",
         "forms",
     ],
     "models/decoder": ["layers", "settings", "attention experts", "decoder", "cached_decoding tokenizer"],
-    # A family, one file each, below the table of all.
+    # Families, relatives in one file, below the table of all.
     "models/families": ["family", "*", "__init__"],
     "models/streaming": ["prunable", "streamed"],
     "models/reshape": ["*"],

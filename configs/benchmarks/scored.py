@@ -176,8 +176,9 @@ def made_rounded(source: Path, recipe: Recipe, output: Path, rounding: str, prod
                 for value, aval in zip((left, right), context.avals_in, strict=True)
             )
         (over_left, over_right), (of_left, of_right) = params["dimension_numbers"]
-        axes = dict(zip(kinds, (of_left, of_right, over_left, over_right), strict=True))
-        numbers = stablehlo.DotDimensionNumbers.get(**{f"{kind}_dimensions": list(axes[kind]) for kind in kinds})
+        axes = zip(kinds, (of_left, of_right, over_left, over_right), strict=True)
+        given: dict[str, Any] = {f"{kind}_dimensions": list(where) for kind, where in axes}
+        numbers = stablehlo.DotDimensionNumbers.get(**given)
         made = mlir.aval_to_ir_type(context.module_context, context.avals_out[0])
         return stablehlo.dot_general(made, left, right, numbers).owner.results
 

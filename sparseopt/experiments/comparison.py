@@ -12,7 +12,7 @@ cells.
 
 import contextlib
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -241,6 +241,8 @@ def _common(task: Prune, runs: Sequence[FinishedRun]) -> dict[str, Any]:
 
 def facts_of(task: Prune, common: Mapping[str, Any], rows: Sequence[Row]) -> list[Fact]:
     """What was run: model, texts and tokens, versions and machine. `task` may be the task of any cell."""
+    from pandas import DataFrame
+
     calibrated, split = common["calibration_tokens"], task.reading("evaluation").get("split")
     bos = "" if common["bos"] is None else f", every window starts with its BOS (token {common['bos']})"
     seed = "" if task.seed is None else f", seed {task.seed}"
@@ -259,25 +261,20 @@ def facts_of(task: Prune, common: Mapping[str, Any], rows: Sequence[Row]) -> lis
             f"{task.evaluation_seqlen} = {common['evaluation_tokens']:,} tokens",
         ),
     ]
-    kinds = _rows_by(rows, ("errors",), lambda row: row.labels["method"])
-    each = "; ".join(f"{kind}: {names}" for (kind,), names in kinds.items())
+    columns = ["method", "row", "errors", "machine", "versions"]
+    named = [{"row": _row_name(row), "method": row.labels["method"], **row.figures} for row in rows]
+    table = DataFrame(named, columns=columns)
+    kinds = table.groupby("errors", sort=False)["method"].unique()
     if len(kinds) > 1:
+        each = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items())
         facts.append(Fact("layer errors", f"compare only within one kind ({each})"))
     else:
-        facts += [Fact("layer errors", kind) for (kind,) in kinds]
-    machines = _rows_by(rows, ("machine", "versions"), _row_name)
+        facts += [Fact("layer errors", kind) for kind in kinds.index]
+    machines = table.groupby(["machine", "versions"], sort=False)["row"].agg(", ".join)
     for (machine, packages), names in machines.items():
         which = f" ({names})" if len(machines) > 1 else ""
         facts.append(Fact("measured on", f"{machine}, with {packages}{which}"))
     return [*facts, *COSTS]
-
-
-def _rows_by(rows: Sequence[Row], figures: tuple[str, ...], name: Callable[[Row], str]) -> dict[tuple[str, ...], str]:
-    found: dict[tuple[str, ...], dict[str, None]] = {}
-    for row in rows:
-        if all(figure in row.figures for figure in figures):
-            found.setdefault(tuple(row.figures[figure] for figure in figures), {})[name(row)] = None
-    return {key: ", ".join(names) for key, names in found.items()}
 
 
 def _row_name(row: Row) -> str:

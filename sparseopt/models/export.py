@@ -19,7 +19,7 @@ import numpy as np
 
 from sparseopt.models.base.errors import ModelError, listed
 from sparseopt.models.files.forms import Form, Joined, Readable
-from sparseopt.models.files.safetensors import WRITABLE, TensorInfo, UnreadTensor
+from sparseopt.models.files.safetensors import WRITABLE, TensorInfo, UnreadTensor, read_header
 from sparseopt.models.files.source import Source
 from sparseopt.system.files import replacing
 
@@ -193,7 +193,7 @@ class ShardedWriter:
         return self._form.config(config, [key.removesuffix(".weight") for key in matrices if key.endswith(".weight")])
 
     def _index(self) -> dict[str, Any]:
-        places = {key: name for name in self._stored for key in self._form.indexed(self.output / name)}
+        places = {key: name for name in self._stored for key in read_header(self.output / name)}
         return {"metadata": {"total_size": self.stored_bytes}, "weight_map": dict(sorted(places.items()))}
 
     def _put_content(self, name: str, content: bytes) -> None:

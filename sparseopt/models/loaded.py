@@ -20,7 +20,7 @@ from sparseopt.models.base.errors import ModelError, bulleted, guarded
 from sparseopt.models.base.fields import refuse_unless
 from sparseopt.models.base.rope import max_positions
 from sparseopt.models.families import FAMILIES
-from sparseopt.models.files.memory import MemorySource
+from sparseopt.models.files.in_memory import MemorySource
 from sparseopt.models.files.source import Source
 from sparseopt.models.streaming.prunable import PrunableModel, check_count
 from sparseopt.models.streaming.streamed import ModelSource, is_known, open_model, source_of

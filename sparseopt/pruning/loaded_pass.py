@@ -13,7 +13,7 @@ import numpy as np
 
 from sparseopt.layers.methods import method_cost
 from sparseopt.models import WHOLE_TAG, Form, LoadedModel, ModelError, unread
-from sparseopt.models.files.memory import as_numpy
+from sparseopt.models.files.in_memory import as_numpy
 from sparseopt.pruning.base.activations import windows_per_batch
 from sparseopt.pruning.base.records import Footprint, LayerRecord, Passed
 from sparseopt.pruning.memory import FLOAT32, LIBRARIES, PROGRAMS, BudgetError, check_disk, output_bytes

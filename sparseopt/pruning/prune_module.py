@@ -8,7 +8,7 @@ from typing import Any
 
 from sparseopt.core.base.dense import activations_in
 from sparseopt.core.base.types import Observer
-from sparseopt.models.files.memory import is_torch_module
+from sparseopt.models.files.in_memory import is_torch_module
 from sparseopt.pruning.base.reports import ModuleReport
 from sparseopt.pruning.modules.module_pass import Loss, ModulePass
 from sparseopt.pruning.modules.module_plan import module_recipe, plan_module

@@ -9,15 +9,13 @@ import numpy as np
 import pytest
 
 from doge_convergence import look_steps
-from doge_race import Race, timed_fit
-from sparseopt.core.penalties.entries import L1
+from doge_race import Race
 from sparseopt.core.problem.iterate import iterate
 from sparseopt.experiments.config import expand, load_config
 from sparseopt.experiments.report import gather, write_report
 from sparseopt.experiments.runs import check_all, plan, run_all
 from sparseopt.experiments.task import FinishedRun
 from sparseopt.trend.base.graph import Graph
-from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.methods import plan as plan_module
 from tests.experiments.inputs import quiet
 from tests.tiers import often
@@ -44,16 +42,15 @@ def pictures_of(*runs: FinishedRun) -> dict[str, Any]:
 
 def test_what_runs_before_the_clock_has_the_program_of_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     y, graph, traces = np.random.default_rng(0).normal(size=(9, 11)), Graph.grid((9, 11)), []
+    fields = {"picture": {"name": "camera", "size": 9}, "penalty": {"name": "l1", "weight": 1}, "max_steps": 500}
+    (run,) = expand({"name": "tiny", "task": "doge_race.Race", "order": 0, "tol": 1e-9, **fields}, allow_code=True)
 
     def traced(*arguments: Any, **options: Any) -> Any:
         traces.append(1)
         return iterate(*arguments, **options)
 
-    def fit(limit: int) -> Any:
-        return trend_filter(y, graph, L1(1.0), 0, "doge", tol=1e-9, max_steps=limit)
-
     monkeypatch.setattr(plan_module, "iterate", traced)
-    timed_fit(fit, 500)
+    run.task.timed(y, graph, quiet)
     assert len(traces) == 1
 
 

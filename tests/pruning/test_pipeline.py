@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType
 
 import sparseopt as so
 from sparseopt.models import ModelError, load_decoder, open_model, open_source
-from sparseopt.models.files.memory import MemorySource
+from sparseopt.models.files.in_memory import MemorySource
 from sparseopt.pruning import Recipe, dry_run, prune_model
 from sparseopt.pruning.run.facts import run_facts
 from sparseopt.system.run_folder import FolderError

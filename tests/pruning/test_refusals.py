@@ -93,7 +93,7 @@ RECIPES = [
     ({"allocation": "owl"}, "allocation owl has ended: `curves` distributes the sparsity by measured losses"),
     (
         {"pattern": "2:4", "sparsity": 0.3, "bounds": (0.1, 0.5)} | CURVES,
-        "pattern '2:4' fixes the fraction of zeros .* contradicts bounds: leave them",
+        "pattern '2:4' fixes the fraction of zeros .* contradicts bounds; leave them",
     ),
     (
         {"pattern": "2:4", "sparsity": 0.5} | CURVES,

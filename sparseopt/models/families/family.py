@@ -1,6 +1,6 @@
 """Model families: a configuration reader and a reversible table of checkpoint names.
 
-A family is one small file that makes a `Family`; `read_decoder` here reads the fields that families share. All readers
+A family is a `Family` in a file of its relatives; `read_decoder` here reads the fields that families share. All readers
 raise a `ModelError` that names a field that is missing, inconsistent or not supported.
 """
 

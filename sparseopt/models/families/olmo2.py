@@ -18,4 +18,4 @@ def _read_config(config: Config) -> DecoderConfig:
     )
 
 
-FAMILY = Family("olmo2", _read_config, KeyTable(block=NORMS))
+OLMO2 = Family("olmo2", _read_config, KeyTable(block=NORMS))

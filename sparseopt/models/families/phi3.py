@@ -25,4 +25,4 @@ def _refuses(config: DecoderConfig) -> str | None:
     return None
 
 
-FAMILY = Family("phi3", _read_config, refuses=_refuses)
+PHI3 = Family("phi3", _read_config, refuses=_refuses)

@@ -23,4 +23,4 @@ def _read_config(config: Config) -> DecoderConfig:
     )
 
 
-FAMILY = Family("stablelm", _read_config)
+STABLELM = Family("stablelm", _read_config)

@@ -21,4 +21,4 @@ def _read_config(config: Config) -> DecoderConfig:
 
 BLOCK = (*BLOCK_NAMES, ("mlp.c_fc", "mlp.up_proj"), ("mlp.c_proj", "mlp.down_proj"))
 
-FAMILY = Family("starcoder2", _read_config, KeyTable(block=BLOCK))
+STARCODER2 = Family("starcoder2", _read_config, KeyTable(block=BLOCK))

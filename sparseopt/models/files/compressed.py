@@ -24,7 +24,7 @@ from pydantic import BaseModel, Field, ValidationError
 from sparseopt.layers.bits import Bits, multiples_of
 from sparseopt.models.base.errors import ModelError, bulleted
 from sparseopt.models.files import safetensors
-from sparseopt.models.files.safetensors import StoredTensor, TensorInfo, is_shape, read_header
+from sparseopt.models.files.safetensors import StoredTensor, TensorInfo, is_shape
 
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
 WEIGHT = ".weight"
@@ -183,15 +183,6 @@ class CompressedTensor(TensorInfo):
             # No negative zeros, as from a negative scale.
             dense += 0
             yield dense
-
-
-def read_compressed_header(file: Path) -> dict[str, StoredTensor | CompressedTensor]:
-    """All tensors of a shard by dense name; for tensors in few bits, shapes are read too.
-
-    Raises:
-        ModelError: as for `read_header`; listing every part that is missing, misshapen or of another dtype.
-    """
-    return join_parts(file, read_header(file))
 
 
 def join_parts(

@@ -19,19 +19,19 @@ from gguf import GGMLQuantizationType
 
 from sparseopt.layers.bits import Bits
 from sparseopt.models.base.errors import ModelError, named
-from sparseopt.models.files.compressed import compress_tensors, quantization_config, read_compressed_header
-from sparseopt.models.files.gguf.architecture import Architecture
+from sparseopt.models.files.compressed import compress_tensors, join_parts, quantization_config
 from sparseopt.models.files.gguf.architectures import architecture_of
+from sparseopt.models.files.gguf.base import Architecture
 from sparseopt.models.files.gguf.header import GGUFTensor, Value, bytes_as
 from sparseopt.models.files.gguf.header import read_header as read_gguf_header
-from sparseopt.models.files.gguf.metadata import metadata_of
+from sparseopt.models.files.gguf.reader import GGUFSource
 from sparseopt.models.files.gguf.shared import ROPE_FACTORS
-from sparseopt.models.files.gguf.source import GGUFSource
 from sparseopt.models.files.gguf.writer import (
     FLOATS,
     KINDS,
     Encoded,
     copied,
+    metadata_of,
     on_grid,
     rounded,
     write_gguf,
@@ -71,7 +71,6 @@ class Form:
 
     def most_bytes(self, name: str, info: TensorInfo) -> int:
         """The largest possible size of a tensor as stored."""
-        del name
         return info.nbytes
 
     def shard(self, tensors: Mapping[str, UnreadTensor]) -> Shard:
@@ -81,17 +80,12 @@ class Form:
         """The tensors of a shard by name; a ModelError if the file is not complete."""
         return read_header(file)
 
-    def indexed(self, file: Path) -> Collection[str]:
-        """The names of a shard's contents in the index."""
-        return self.read(file)
-
     def stored_bytes(self, file: Path) -> int:
         """The stored size of a shard's tensors."""
         return sum(tensor.nbytes for tensor in read_header(file).values())
 
     def config(self, config: dict[str, Any], linears: Collection[str]) -> dict[str, Any]:
         """The configuration to write; `linears` are the names of all matrices that may belong to a linear layer."""
-        del linears
         return config
 
 
@@ -108,10 +102,7 @@ class Compressed(Form):
         return _safetensors({**others, **compress_tensors(on_grid, self.bits)})
 
     def read(self, file: Path) -> Mapping[str, Readable]:
-        return read_compressed_header(file)
-
-    def indexed(self, file: Path) -> Collection[str]:
-        return read_header(file)
+        return join_parts(file, read_header(file))
 
     def config(self, config: dict[str, Any], linears: Collection[str]) -> dict[str, Any]:
         # A tied head is not stored, and transformers puts parts beside the decoder, such as an image encoder, into

@@ -26,7 +26,7 @@ from sparseopt.models.files.folder import (
     is_plain_name,
     read_json,
 )
-from sparseopt.models.files.gguf.source import GGUFSource
+from sparseopt.models.files.gguf.reader import GGUFSource
 from sparseopt.models.files.hub import fetch, parse_hub_name
 from sparseopt.models.files.safetensors import StoredTensor, TensorInfo, read_header
 from sparseopt.system.run_folder import LOCK, RUN, SUMMARY
@@ -122,16 +122,15 @@ class FolderSource:
             return self._dense(read_header(single))
         if index.is_file():
             return self._dense(self._read_shards(index.name))
-        if self.file(PACKED_INDEX).is_file():
-            raise ModelError(f"{folder} {TO_UNPACK}")
         pickles = sorted(entry.name for entry in folder.iterdir() if entry.suffix.lower() in PICKLES)
-        if pickles:
-            raise ModelError(f"{folder} has only pickled weights ({listed(pickles)}): {TO_SAFETENSORS}")
-        if any(folder.glob("*.gguf")):
-            raise ModelError(f"{folder} has GGUF files and no safetensors; give the path of one .gguf file")
-        raise ModelError(
-            f"{folder} has no model.safetensors and no model.safetensors.index.json; it holds {_listing(folder)}"
-        )
+        what = f"has no model.safetensors and no model.safetensors.index.json; it holds {_listing(folder)}"
+        if self.file(PACKED_INDEX).is_file():
+            what = TO_UNPACK
+        elif pickles:
+            what = f"has only pickled weights ({listed(pickles)}): {TO_SAFETENSORS}"
+        elif any(folder.glob("*.gguf")):
+            what = "has GGUF files and no safetensors; give the path of one .gguf file"
+        raise ModelError(f"{folder} {what}")
 
     def _dense(self, stored: dict[str, StoredTensor]) -> dict[str, FileTensor]:
         """The tensors by dense name. A quantization_config that is handled here is removed from the configuration."""

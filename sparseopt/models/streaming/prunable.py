@@ -3,14 +3,13 @@
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
-import jax.numpy as jnp
 import numpy as np
 
-from sparseopt.models.base.errors import ModelError, bulleted
-from sparseopt.models.files.memory import IN_MEMORY
+from sparseopt.models.base.errors import ModelError
+from sparseopt.models.files.in_memory import IN_MEMORY
 from sparseopt.models.files.safetensors import TensorInfo
 from sparseopt.models.files.source import Source
 
@@ -106,31 +105,4 @@ def check_count(source: Source, count: int, what: str) -> None:
         raise ModelError(
             f"{source.path} holds {len(source.tensors)} tensors, its configuration asks for {count} {what}; check that "
             "configuration and weights belong together"
-        )
-
-
-def check_tensors(
-    source: Source,
-    model: str,
-    expected: Mapping[str, tuple[int, ...]],
-    missing: list[str],
-    ignores: Callable[[str], bool],
-) -> None:
-    """Report missing, extra, misshapen and non-float tensors, all in one error.
-
-    `missing` says which tensors the source lacks, `ignores` whether it may hold names besides the expected ones.
-    """
-    problems = [f"missing: {text}" for text in missing]
-    for key, info in source.tensors.items():
-        if key not in expected:
-            if not ignores(key):
-                problems.append(f"extra: {key} {list(info.shape)}")
-        elif info.shape != expected[key]:
-            problems.append(f"misshapen: {key} is {list(info.shape)}, expected {list(expected[key])}")
-        elif not jnp.issubdtype(info.dtype, jnp.floating):
-            problems.append(f"not a float: {key} is {info.dtype}")
-    if problems:
-        raise ModelError(
-            f"{source.path} does not hold {model} ({len(problems)} problems); check that configuration and weights "
-            "belong together:" + bulleted(problems)
         )

@@ -19,15 +19,15 @@ from flax import nnx
 from jaxtyping import Int
 
 from sparseopt.core.base.mesh import allocate, on_device
-from sparseopt.models.base.errors import ModelError
+from sparseopt.models.base.errors import ModelError, bulleted
 from sparseopt.models.decoder.decoder import Block, Decoder, Embedding, Head
 from sparseopt.models.decoder.settings import BlockKind, DecoderConfig
 from sparseopt.models.families import FAMILIES, find_family
 from sparseopt.models.families.family import Family, Shapes, block_linears, build_part, part_shapes
-from sparseopt.models.files.memory import MemorySource, TransformersModel, is_torch_module, transformers_source
+from sparseopt.models.files.in_memory import MemorySource, TransformersModel, is_torch_module, transformers_source
 from sparseopt.models.files.safetensors import UnreadTensor
 from sparseopt.models.files.source import Source, open_source
-from sparseopt.models.streaming.prunable import PrunableModel, check_count, check_tensors
+from sparseopt.models.streaming.prunable import PrunableModel, check_count
 
 
 class StreamedModel(PrunableModel):
@@ -46,13 +46,26 @@ class StreamedModel(PrunableModel):
         if experts := self.config.experts:
             mixtures = sum(kind.experts for kind in self.config.kinds)
             check_count(source, mixtures * experts.count, "experts in all blocks")
-        check_tensors(
-            source,
-            f"the {self.family.model_type} model that its configuration describes",
-            self._expected,
-            [f"{key} {list(shape)}" for key, shape in self._expected.items() if key not in source.tensors],
-            lambda key: self.family.allows(key, self.config),
-        )
+        self._check_tensors()
+
+    def _check_tensors(self) -> None:
+        """Report missing, extra, misshapen and non-float tensors, all in one error."""
+        tensors, expected = self.source.tensors, self._expected
+        problems = [f"missing: {key} {list(shape)}" for key, shape in expected.items() if key not in tensors]
+        for key, info in tensors.items():
+            if key not in expected:
+                if not self.family.allows(key, self.config):
+                    problems.append(f"extra: {key} {list(info.shape)}")
+            elif info.shape != expected[key]:
+                problems.append(f"misshapen: {key} is {list(info.shape)}, expected {list(expected[key])}")
+            elif not jnp.issubdtype(info.dtype, jnp.floating):
+                problems.append(f"not a float: {key} is {info.dtype}")
+        if problems:
+            raise ModelError(
+                f"{self.source.path} does not hold the {self.family.model_type} model that its configuration describes "
+                f"({len(problems)} problems); check that configuration and weights belong together:"
+                + bulleted(problems)
+            )
 
     def embedding(self, rows: Int[np.ndarray, "rows"] | None = None) -> Embedding:
         """Read the embedding, which maps token ids `[B, T]` to the stream before the first block.

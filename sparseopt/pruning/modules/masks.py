@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.models import PrunableModel
-from sparseopt.models.files.memory import is_torch_module
+from sparseopt.models.files.in_memory import is_torch_module
 from sparseopt.pruning.evaluate.audit import stored_masks
 
 

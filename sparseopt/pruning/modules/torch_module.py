@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from sparseopt.models.files.memory import as_numpy
+from sparseopt.models.files.in_memory import as_numpy
 from sparseopt.pruning.base.grams import Grams
 from sparseopt.pruning.modules.lanes import PartCall
 from sparseopt.pruning.modules.layouts import Layout, Window

@@ -14,7 +14,7 @@ from typing import TypeVar
 from sparseopt.layers.bits import BITS, Bits, parse_bits
 from sparseopt.models import Compressed, Form, Joined, ModelError, Source, StreamedModel
 from sparseopt.models.files.gguf.header import GGUFTensor
-from sparseopt.models.files.gguf.source import GGUFSource
+from sparseopt.models.files.gguf.reader import GGUFSource
 from sparseopt.models.files.gguf.writer import KINDS, SAME_WIDTH
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe
 from sparseopt.pruning.recipe.prune_recipe import Recipe

@@ -168,7 +168,7 @@ def round_part(
     every = []
     for layer in layers:
         weight = layer.weight.astype(np.float32)
-        named(layer.name, partial(grids[layer.name].check_weight, weight))
+        named(f"{layer.name}.weight", partial(grids[layer.name].check_weight, weight))
         pattern = parse_pattern("unstructured", 0.0, (weight.shape[0], weight.shape[1]))
         rounded = replace(layer, weight=weight, dtype=None, pattern=pattern, test_gram=None)
         every.append(replace(rounded, support=lambda weight: weight != 0))
@@ -187,6 +187,7 @@ def _stored_as(name: str, dense: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """A layer's weight in the dtype to store; a ModelError if the dtype cannot hold it."""
     with np.errstate(over="ignore"):
         weight = dense.astype(dtype, copy=False)
+    name = f"{name}.weight"
     if weight is dense:
         return weight
     if not np.isfinite(weight.astype(np.float32)).all():

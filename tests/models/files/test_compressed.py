@@ -19,11 +19,11 @@ from sparseopt.models.files import safetensors
 from sparseopt.models.files.compressed import (
     CompressedTensor,
     compress_tensors,
+    join_parts,
     quantization_config,
-    read_compressed_header,
     read_quantization,
 )
-from sparseopt.models.files.safetensors import write_tensors
+from sparseopt.models.files.safetensors import read_header, write_tensors
 from tests.jitted import run
 from tests.models.tiny import copy_model, random_tensors, tiny_config, write_folder
 
@@ -52,7 +52,7 @@ def on_grid(rng: np.random.Generator, shape: tuple[int, int], bits: Bits) -> np.
 
 def read_back(file: Path, stored: dict[str, np.ndarray]) -> dict[str, Any]:
     write_tensors(file, stored)
-    return read_compressed_header(file)
+    return join_parts(file, read_header(file))
 
 
 # Rows that fill their last word of 32 bits and rows that do not.

@@ -14,8 +14,8 @@ from transformers import AutoConfig
 from sparseopt.models import ModelError, load_tokenizer, open_source
 from sparseopt.models.files.gguf.architectures import ARCHITECTURES, architecture_of
 from sparseopt.models.files.gguf.header import Value, count, text
-from sparseopt.models.files.gguf.metadata import metadata_of
 from sparseopt.models.files.gguf.shared import ROPE_FACTORS
+from sparseopt.models.files.gguf.writer import metadata_of
 from sparseopt.models.files.source import FolderSource
 from tests.models.tiny import (
     CONFIGS,

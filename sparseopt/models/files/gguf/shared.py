@@ -10,7 +10,7 @@ import numpy as np
 from sparseopt.models.base.errors import ModelError
 from sparseopt.models.base.fields import optional, require
 from sparseopt.models.base.rope import Llama3, plain_frequencies, read_rope, rope_table
-from sparseopt.models.files.gguf.fields import OUTER, Config, Fields, Tensors, Values, refuse_unless_meant, shortest
+from sparseopt.models.files.gguf.base import OUTER, Config, Fields, Tensors, Values, refuse_unless_meant, shortest
 from sparseopt.models.files.gguf.header import count, number, text
 
 # Frequency factors of a scaled rotary embedding: part of the configuration, not of a module.

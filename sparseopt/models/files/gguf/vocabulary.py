@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from sparseopt.models.base.errors import JSON_OBJECT, ModelError, checked, guarded
 from sparseopt.models.base.fields import shown
 from sparseopt.models.files.folder import parse_json
-from sparseopt.models.files.gguf.fields import Config
+from sparseopt.models.files.gguf.base import Config
 from sparseopt.models.files.gguf.header import Value, count, flag, text
 from sparseopt.models.files.gguf.tokenizer import SPECIAL, WORDS, build_tokenizer, padding_token
 from sparseopt.models.files.source import Source

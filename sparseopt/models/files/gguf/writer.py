@@ -1,4 +1,4 @@
-"""Tensors in GGUF's storage formats, and writing a file of them with the `gguf` package.
+"""Writing GGUF files with the `gguf` package: their metadata, and tensors in the format's storage types.
 
 A tensor is copied from another GGUF file as stored there, or packed with its own scales if it is on a grid, or rounded
 to a type.
@@ -6,8 +6,8 @@ to a type.
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
-from typing import NamedTuple
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -17,8 +17,13 @@ from gguf.quants import quantize
 from jaxtyping import Float
 
 from sparseopt.layers.bits import Bits, multiples_of
-from sparseopt.models.files.gguf.header import GGUFTensor, Value, bytes_as
+from sparseopt.models.files.gguf.architectures import architecture_of
+from sparseopt.models.files.gguf.header import GGUFTensor, Value, bytes_as, text
+from sparseopt.models.files.gguf.reader import GGUFSource
+from sparseopt.models.files.gguf.vocabulary import tokenizer_values
+from sparseopt.models.files.in_memory import IN_MEMORY
 from sparseopt.models.files.safetensors import SLICE, read_part
+from sparseopt.models.files.source import Source
 
 # The types of grids, and for GGUF's other types the grid without an offset of the same or the next larger width.
 KINDS = {"q4_0": Kind.Q4_0, "q5_0": Kind.Q5_0, "q8_0": Kind.Q8_0}
@@ -30,6 +35,11 @@ SAME_WIDTH = {
 FLOATS = {np.dtype(np.float32): Kind.F32, np.dtype(np.float16): Kind.F16, np.dtype(ml_dtypes.bfloat16): Kind.BF16}
 # The version of GGUF's quantised types.
 QUANTISATION = 2
+# These describe the file that was read, not the one to write: its parts, types of tensors and places of data.
+_OF_THE_FILE = ("split.", "quantize.imatrix.")
+_OF_THE_TENSORS = ("general.file_type", "general.quantization_version", "general.alignment")
+# Wrong for a smaller model.
+_OF_THE_SIZE = ("general.size_label", "general.parameter_count")
 # Metadata that the writer sets itself.
 _OWN = ("general.architecture", "general.file_type", "general.quantization_version")
 
@@ -118,3 +128,52 @@ def _file_type(tensors: Mapping[str, Encoded]) -> LlamaFileType:
     names = {"F32": "ALL_F32", "Q4_K": "MOSTLY_Q4_K_M", "Q5_K": "MOSTLY_Q5_K_M", "Q3_K": "MOSTLY_Q3_K_M"}
     name = names.get(kind.name, f"MOSTLY_{kind.name}")
     return LlamaFileType[name] if name in LlamaFileType.__members__ else LlamaFileType.GUESSED
+
+
+def metadata_of(source: Source, config: Mapping[str, Any]) -> dict[str, Value]:
+    """The metadata of a file for the model with this configuration, by key.
+
+    Metadata of a GGUF source are kept with their types, and differing fields of the architecture replace them. Other
+    sources provide the name, the architecture and the tokenizer, if the model has one. The writer adds
+    `general.file_type`, `general.quantization_version` and `general.alignment`.
+
+    Args:
+        source: the model to write, or the dense one from which a smaller model is made.
+        config: the Hugging Face configuration of the model to write.
+
+    Raises:
+        ModelError: if GGUF cannot describe the configuration or the tokenizer.
+    """
+    name, architecture = architecture_of(config)
+    fields = {f"{name}.{key}": value for key, value in architecture.write_config(config).items()}
+    if isinstance(source, GGUFSource):
+        before = {f"{name}.{key}": value for key, value in architecture.write_config(source.config).items()}
+        kept = {
+            key: value
+            for key, value in source.values.items()
+            if not key.startswith(_OF_THE_FILE) and key not in _OF_THE_TENSORS
+        }
+        return kept if fields == before else _resized(kept, before, fields)
+    return {
+        "general.architecture": text(name),
+        "general.name": text(_short_name(source)),
+        **fields,
+        **tokenizer_values(source, config, name),
+    }
+
+
+def _resized(kept: dict[str, Value], before: dict[str, Value], fields: dict[str, Value]) -> dict[str, Value]:
+    """The metadata of a GGUF file with the fields of a smaller model."""
+    prefix = next(iter(fields)).partition(".")[0] + "."
+    # A list has an entry for each of the original blocks.
+    stale = [key for key, (value, *_) in kept.items() if key.startswith(prefix) and isinstance(value, list)]
+    gone = {*stale, *_OF_THE_SIZE, *(before.keys() - fields.keys())}
+    kept = {key: value for key, value in kept.items() if key not in gone}
+    # What followed from the old fields need not follow from the new ones, so every field is written.
+    return kept | {key: value for key, value in fields.items() if key not in kept or before.get(key) != value}
+
+
+def _short_name(source: Source) -> str:
+    """The last component of a folder's path or of a name on the hub, without its revision."""
+    path = PurePath(source.name.removesuffix(IN_MEMORY).rstrip("/"))
+    return path.name.partition("@")[0] if source.revision else path.name or source.path.resolve().name

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from sparseopt.models.base.errors import ModelError, guarded, listed
 from sparseopt.models.files.folder import carried_files
-from sparseopt.models.files.gguf.source import GGUFSource
+from sparseopt.models.files.gguf.reader import GGUFSource
 from sparseopt.models.files.safetensors import DTYPES, SLICE, UnreadTensor
 from sparseopt.models.files.source import Source
 

@@ -11,7 +11,7 @@ from flax import nnx
 from huggingface_hub import constants
 
 from sparseopt.models import Decoder, ModelError, load_decoder, load_tokenizer, open_model
-from sparseopt.models.files.memory import MemorySource, _files_of
+from sparseopt.models.files.in_memory import MemorySource, _files_of
 from tests.models.tiny import GOLDEN, random_tensors, tiny_config, write_folder, write_gguf, write_golden
 
 UP = "model.layers.1.mlp.up_proj.weight"

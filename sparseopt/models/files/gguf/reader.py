@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from sparseopt.models.base.errors import ModelError
 from sparseopt.models.files.gguf.architectures import ARCHITECTURES
-from sparseopt.models.files.gguf.fields import Fields
+from sparseopt.models.files.gguf.base import Fields
 from sparseopt.models.files.gguf.header import GGUFTensor, read_header
 from sparseopt.models.files.gguf.shared import ROPE_FACTORS
 from sparseopt.models.files.gguf.tokenizer import build_tokenizer, tokenizer_config

@@ -1,1 +1,0 @@
-"""The GLM families. Each file exports its `Family`; `glm` has what they share."""

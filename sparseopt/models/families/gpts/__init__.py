@@ -1,1 +1,0 @@
-"""OPT, GPT-2 and GPT-NeoX: layer norms, biases, an MLP without gate. Each file exports its `Family`."""

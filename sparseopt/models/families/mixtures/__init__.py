@@ -1,1 +1,0 @@
-"""Families whose blocks are mixtures of experts. Each file exports its `Family`."""
