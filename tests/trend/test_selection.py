@@ -291,4 +291,4 @@ def test_channels_of_unlike_units_are_named(rng):
     y[:3] = np.nan
     assert "smooths them all: bring them to one unit" in unlike_channels(y, CHAIN, missing="nan")
     with pytest.warns(UserWarning, match="bring them to one unit"):
-        choose_weight(y, CHAIN, missing="nan", weights=[2.0, 1.0])
+        choose_weight(y, CHAIN, missing="nan", weights=[400.0, 200.0])
