@@ -287,7 +287,8 @@ def test_a_rule_suits_loss_and_penalty_and_a_path_that_ends_too_early_goes_on(rn
 def test_channels_of_unlike_units_are_named(rng):
     y = rng.standard_normal((60, 2))
     assert unlike_channels(y, CHAIN) is unlike_channels(y[:, 0], CHAIN) is None
-    y[:3], y[:, 1] = np.nan, 100 * y[:, 1]
+    y *= [1, 100]
+    y[:3] = np.nan
     assert "smooths them all: bring them to one unit" in unlike_channels(y, CHAIN, missing="nan")
     with pytest.warns(UserWarning, match="bring them to one unit"):
-        choose_weight(y, CHAIN, missing="nan", weights=[2.0, 1.0])
+        choose_weight(y, CHAIN, missing="nan", weights=[400.0, 200.0])
