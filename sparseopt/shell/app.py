@@ -108,7 +108,7 @@ COMMANDS: dict[str, dict[Callable[..., None], tuple[str, str]]] = {
 _ENDED = {
     "inspect": "use `sparseopt prune MODEL --output PATH --dry-run`, or `shrink`",
     "pack": "give `prune` an output that ends in .gguf, or --bits int8 or int4",
-    "unpack": "a packed folder is unpacked with version 0.3, pip install 'sparseopt==0.3.*'",
+    "unpack": "a packed folder is unpacked with version 0.3 of sparseopt",
 }
 for heading, commands in COMMANDS.items():
     for function, examples in commands.items():

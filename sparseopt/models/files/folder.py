@@ -24,7 +24,7 @@ TO_SAFETENSORS = (
 PACKED_INDEX = "model.packed.index.json"
 TO_UNPACK = (
     "holds a packed model, which sparseopt 0.3 wrote and later versions do not read: unpack it with that version "
-    "(pip install 'sparseopt==0.3.*'; sparseopt unpack PACKED --output FOLDER)"
+    "(sparseopt unpack PACKED --output FOLDER)"
 )
 
 # Endings of weights in any format, which an export does not copy.
