@@ -111,7 +111,7 @@ def denoise(
         "noise": found.noise, "weight": found.weight, "weight_rule": "given" if weight is not None else "sure",
         "order": order, "ends": ends, "isotropic": found.isotropic, "couple": found.couple, **end,
     }  # fmt: skip
-    figures = run_folder.plain(figures)
+    figures = run_folder.plain(figures) | {"shape": pixels.shape, "spacing": step}
     _say(figures)
     title = f"{image.name}, denoised"
     shown = report.Figure(picture, f"{captions[0]}, and its fit of {captions[1]}")
