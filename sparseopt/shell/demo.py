@@ -116,27 +116,28 @@ def _denoise_photographs(output: Path) -> tuple[list[dict[str, Any]], Report]:
             began = time.perf_counter()
             found = denoise(noisy, None, order)
             row = {
-                "image": name,
+                "photograph": name,
                 "order": order,
                 "weight": found.weight,
-                "PSNR dB": psnr(found.image, clean),
-                "gap": float(found.solution.check().gap),
+                "psnr": psnr(found.image, clean),
+                "relative_duality_gap": float(found.solution.check().gap),
                 "steps": int(found.solution.steps),
                 "seconds": time.perf_counter() - began,
             }
             fits.append((row, found.image))
         rows += [row for row, _ in fits]
-        best, image = max(fits, key=lambda fit: fit[0]["PSNR dB"])
+        best, image = max(fits, key=lambda fit: fit[0]["psnr"])
         captions = (
             f"{name}, noise sigma {NOISE}: {start:.1f} dB",
-            f"trend filter of order {best['order']}, weight {best['weight']:.1f}: {best['PSNR dB']:.1f} dB",
+            f"trend filter of order {best['order']}, weight {best['weight']:.1f}: {best['psnr']:.1f} dB",
         )
         picture = output / f"{name}.png"
         before_and_after(_as_grey(noisy), _as_grey(image), picture, captions)
         figures.append(Figure(picture, f"{captions[0]}, and {captions[1]}"))
     formats = ("{}", "{:d}", "{:.1f}", "{:.2f}", "{:.1e}", "{:d}", "{:.2f}")
     cells = [[form.format(value) for form, value in zip(formats, row.values(), strict=True)] for row in rows]
-    table = Table("Photographs denoised by trend filtering, weights chosen by SURE", list(rows[0]), cells)
+    headings = ("photograph", "order", "weight", "PSNR dB", "gap", "steps", "seconds")
+    table = Table("Photographs denoised by trend filtering, weights chosen by SURE", headings, cells)
     console.console.print(console.comparison_table(table.title, table.headings, cells))
     console.say(f"pictures of the better order: {', '.join(str(figure.picture) for figure in figures)}")
     return rows, Report(table, figures=figures)

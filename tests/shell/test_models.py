@@ -301,25 +301,29 @@ def test_demo_shows_a_comparison_and_writes_picture_samples_and_models(tmp_path,
     monkeypatch.setattr(demo, "EVALUATION", (2, 48))
     monkeypatch.setattr(demo, "Recipe", lambda **fields: Recipe(windows=4, seqlen=32, heldout_windows=2, **fields))
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo-output").mkdir()
     status, out, err = command("demo", "--source", inputs[0], "--calibration", inputs[1])
     assert status == 0, err
     for label in ("dense", "fast", "Wanda"):
         assert f"│ {label} │" in out
     assert "noise sigma 20, PSNR 22.1" in out
-    output = tmp_path / "demo-output"
+    output = tmp_path / "demo-output-2"
     for name in smaller:
         assert (output / f"{name}.png").is_file()
-    rows = json.loads((output / "summary.json").read_text())["photographs"]
+    summary = json.loads((output / "summary.json").read_text())
+    rows = summary["photographs"]
     assert all(row["psnr"] > 28 and row["relative_duality_gap"] <= 1e-4 for row in rows)
     found = {(row["photograph"], row["order"]): row["psnr"] for row in rows}
     assert found["camera", 0] > found["camera", 1]
     assert found["cell", 1] > found["cell", 0]
     assert (output / "layer-errors.png").read_bytes().startswith(b"\x89PNG")
-    assert "fast:\nThe ocean" in (output / "samples.txt").read_text()
+    samples = {row["model"]: row["sample"] for row in summary["models"]}
+    assert samples.keys() == {"dense", "fast", "Wanda"}
+    assert samples["fast"].startswith("The ocean")
+    assert f"fast: {samples['fast'][:20]}" in out
     page = whole_page(output / "report.html")
     assert [len(table) for table in page.tables] == [5, 4]
     assert [float(row[3]) for row in page.tables[0][1:]] == [round(row["psnr"], 2) for row in rows]
     assert len(page.loaded) == len(page.captions) == 3
     for method in ("fast", "wanda"):
         assert open_model(output / method).num_blocks == 3
-    assert demo.free_folder(output).name == "demo-output-2"

@@ -192,7 +192,7 @@ class Limited:
         for name in self.number_names:
             if (given := getattr(self, name)) is None or isinstance(given, str | list | tuple):
                 return f"the penalty's {name} must hold real numbers, given {given!r}"
-            number = np.asarray(0.0 if is_traced(given) else given)
+            number = np.asarray(0.0 if isinstance(given, jax.core.Tracer) else given)
             if number.dtype.kind == "f":
                 # Of a bound infinity means that there is none.
                 bad = np.isnan(number) if name not in self.least else ~np.isfinite(number)

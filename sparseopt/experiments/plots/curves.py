@@ -60,6 +60,8 @@ def plot_fits(path: TrendPath, nodes: Sequence[int] | None = None, axis: Any = N
     table = path.values.reshape(len(path), path.values[0].size // path.channels, path.channels)[..., 0]
     count = table.shape[1]
     chosen = np.unique(np.linspace(0, count - 1, min(count, MOST_LINES)).astype(int)) if nodes is None else nodes
+    if wrong := [node for node in chosen if not 0 <= node < count]:
+        raise ValueError(f"the signal has the nodes 0..{count - 1}, given {wrong[0]}")
     axis = _log_axis(axis)
     for index, node in enumerate(chosen):
         axis.plot(path.weights, table[:, node], label=str(int(node)), **{**style.line_style(index), "linewidth": 1.2})

@@ -26,7 +26,7 @@ from sparseopt.core.penalties.entries import L1
 from sparseopt.core.penalties.protocols import Composite
 from sparseopt.core.problem.problem import Solution, Start
 from sparseopt.trend.base.graph import Graph
-from sparseopt.trend.base.ground import Ground, Terms, couples_axes, couples_rows, ground_of, on_rows, strength
+from sparseopt.trend.base.ground import Ground, Terms, couples_axes, ground_of, on_rows, strength
 from sparseopt.trend.base.layout import Layout
 from sparseopt.trend.base.method import DEFAULTS, MOST_STEPS, Settings
 from sparseopt.trend.base.signal import MOST_ORDER, UNKNOWN
@@ -71,7 +71,7 @@ class Job:
         fill("order", max(0, *self.terms))
         fill("several", len(self.terms) > 1 or -1 in self.terms)
         fill("penalty", next(iter(self.terms.values())))
-        fill("coupled", any(map(couples_rows, self.terms.values())))
+        fill("coupled", any(getattr(term, "couples_rows", False) for term in self.terms.values()))
         fill("is_l1", isinstance(self.penalty, L1))
         fill("square", getattr(self.loss, "is_square", False))
         fill("settings", self.method if isinstance(self.method, Settings) else DEFAULTS)
@@ -200,7 +200,7 @@ def graph_for(graph: Graph, *penalties: Any) -> Graph:
     if graph.shape is None or graph.free:
         return graph
     turned = graph.turned and not all(getattr(penalty, "even", False) for penalty in penalties)
-    listed = any(couples_rows(penalty) or _excludes_zero(penalty) for penalty in penalties)
+    listed = any(getattr(penalty, "couples_rows", False) or _excludes_zero(penalty) for penalty in penalties)
     return graph.as_edges() if turned or listed else graph
 
 
@@ -280,7 +280,7 @@ def require_penalty(penalty: Any, graph: Graph, order: int, channels: bool) -> N
             f"{name} has its own differences, but the penalty here acts on the graph's, as L1(0.5) does; "
             f"for {name} itself call its prox, or `sparseopt.solve`"
         )
-    if couples_rows(penalty) and not channels:
+    if getattr(penalty, "couples_rows", False) and not channels:
         raise ValueError(f"{name} couples the channels of a signal [n, channels]; this one has none: use L1")
     if (axes := getattr(penalty, "group_axes", None)) is not None:
         if penalty.groups is not None:
@@ -323,7 +323,7 @@ def check_weight(penalty: Any, rows: int | None = None) -> Any:
     No number of the penalty may be one that `refuses` rejects. Traced numbers are not checked.
     """
     weight: Any = getattr(penalty, "weight", 0.0)
-    known = not is_traced(weight)
+    known = not isinstance(weight, jax.core.Tracer)
     weight = real_array("the penalty's weight", weight) if known else weight
     if reason := own_refusal(penalty):
         raise ValueError(reason)

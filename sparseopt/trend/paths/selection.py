@@ -150,12 +150,13 @@ def _require_suitable(criterion: str, loss: ScalarLoss) -> None:
     """A ValueError for a criterion that does not choose among fits with this loss."""
     if criterion == "sure" and not getattr(loss, "is_square", False):
         raise ValueError(
-            f"sure estimates a mean squared error, given a path with loss={loss}: take cross-validation, or bic"
+            f"sure estimates a mean squared error, given a path with loss={loss}: take cross-validation "
+            "(cross_validate), or bic"
         )
     if _fits_odds(loss) and criterion in ("gcv", "aic"):
         raise ValueError(
             f"{criterion} does not choose among fits of labels, whose deviance is 0 on every piece of one label: take "
-            "cross-validation, or bic"
+            "cross-validation (cross_validate), or bic"
         )
 
 
