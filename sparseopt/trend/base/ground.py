@@ -123,11 +123,6 @@ def on_rows(terms: Terms, layout: Layout, kind: Any, channels: bool) -> Any:
     return stack(parts, sizes) if several else parts[0]
 
 
-def couples_rows(penalty: Any) -> bool:
-    """Whether it couples all rows, as the nuclear norm does."""
-    return getattr(penalty, "couples_rows", False)
-
-
 def couples_axes(penalty: Any) -> bool:
     """Whether a penalty couples the differences of a node along the axes of a grid: isotropic total variation."""
     return 0 in getattr(penalty, "group_axes", ())

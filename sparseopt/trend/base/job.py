@@ -71,7 +71,7 @@ class Job:
         fill("order", max(0, *self.terms))
         fill("several", len(self.terms) > 1 or -1 in self.terms)
         fill("penalty", next(iter(self.terms.values())))
-        fill("coupled", any(getattr(term, "couples_rows", False) for term in self.terms.values()))
+        fill("coupled", any(map(couples_rows, self.terms.values())))
         fill("is_l1", isinstance(self.penalty, L1))
         fill("square", getattr(self.loss, "is_square", False))
         fill("settings", self.method if isinstance(self.method, Settings) else DEFAULTS)
@@ -190,6 +190,11 @@ def require_start(value: Any, dual: Any, size: int, rows: tuple[int, ...]) -> No
         )
 
 
+def couples_rows(penalty: Any) -> bool:
+    """Whether it couples all rows, as the nuclear norm does."""
+    return getattr(penalty, "couples_rows", False)
+
+
 def graph_for(graph: Graph, *penalties: Any) -> Graph:
     """The graph for penalties, as edges if the rows of a grid would not do.
 
@@ -200,7 +205,7 @@ def graph_for(graph: Graph, *penalties: Any) -> Graph:
     if graph.shape is None or graph.free:
         return graph
     turned = graph.turned and not all(getattr(penalty, "even", False) for penalty in penalties)
-    listed = any(getattr(penalty, "couples_rows", False) or _excludes_zero(penalty) for penalty in penalties)
+    listed = any(couples_rows(penalty) or _excludes_zero(penalty) for penalty in penalties)
     return graph.as_edges() if turned or listed else graph
 
 
@@ -280,7 +285,7 @@ def require_penalty(penalty: Any, graph: Graph, order: int, channels: bool) -> N
             f"{name} has its own differences, but the penalty here acts on the graph's, as L1(0.5) does; "
             f"for {name} itself call its prox, or `sparseopt.solve`"
         )
-    if getattr(penalty, "couples_rows", False) and not channels:
+    if couples_rows(penalty) and not channels:
         raise ValueError(f"{name} couples the channels of a signal [n, channels]; this one has none: use L1")
     if (axes := getattr(penalty, "group_axes", None)) is not None:
         if penalty.groups is not None:

@@ -23,8 +23,8 @@ from sparseopt.core.operators.maps import Identity, Split
 from sparseopt.core.operators.normal_solves import Diagonal
 from sparseopt.core.solvers import doge
 from sparseopt.trend.base.graph import Graph
-from sparseopt.trend.base.ground import couples_axes, couples_rows
-from sparseopt.trend.base.job import Job
+from sparseopt.trend.base.ground import couples_axes
+from sparseopt.trend.base.job import Job, couples_rows
 from sparseopt.trend.base.method import Method, Settings
 from sparseopt.trend.base.signal import MOST_ORDER
 from sparseopt.trend.methods.admm_plan import node_solve

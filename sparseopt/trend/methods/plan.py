@@ -23,8 +23,8 @@ from sparseopt.core.problem.differentiate import Found, attach
 from sparseopt.core.problem.iterate import iterate
 from sparseopt.core.problem.problem import Problem, Solution, Start, Status
 from sparseopt.core.solvers.admm import Admm
-from sparseopt.trend.base.ground import Data, Ground, couples_rows, data_of, null_space_dual
-from sparseopt.trend.base.job import Job
+from sparseopt.trend.base.ground import Data, Ground, data_of, null_space_dual
+from sparseopt.trend.base.job import Job, couples_rows
 from sparseopt.trend.base.pieces import TrendSolution, nonzero_at
 from sparseopt.trend.base.signal import NULL_EPS
 
