@@ -24,18 +24,11 @@ from sparseopt.pruning.recipe.pass_recipe import PassRecipe
 from sparseopt.pruning.recipe.prune_recipe import Recipe
 from sparseopt.pruning.recipe.shrink_recipe import parameters_of
 from sparseopt.pruning.recipe.targets import Targets, shares_in
-from sparseopt.pruning.run.calibration import (
-    CalibrationWindows,
-    calibration_windows,
-    describe_calibration,
-    samples_to_score,
-    with_windows,
-)
+from sparseopt.pruning.run.calibration import CalibrationWindows, choose_tokens
 from sparseopt.pruning.run.drawn import check_memory
 from sparseopt.pruning.run.measured import forget
 from sparseopt.pruning.run.output_form import output_of
 from sparseopt.pruning.run.plan import Plan, layer_shares
-from sparseopt.pruning.text.windows import default_windows
 
 # The number of a block and the name inside it, in the key of a layer's weight; and the number of an expert.
 _IN_BLOCK, _EXPERT = re.compile(r"(?:.*?\.)?(\d+)\.(.+)\.weight"), re.compile(r"(?<=\.)\d+(?=\.)")
@@ -120,18 +113,16 @@ def dry_run(
     """
     recipe = recipe or Recipe()
     model, plan, budget, mesh = checked(source, output, recipe, memory, devices)
-    if recipe.draws:
-        # As many tokens as the run would draw.
-        count = recipe.windows or default_windows(model, recipe.seqlen)
-        ids = np.zeros((count + recipe.heldout_windows, recipe.seqlen), np.int32)
-        windows = CalibrationWindows(ids[:count], ids[count:], ids[:0], None)
-    else:
-        windows = calibration_windows(model, recipe)
-    plan = with_windows(plan, len(windows.calibration))
-    samples_to_score(model, plan.recipe, windows.calibration.shape[1])
-    calibration = describe_calibration(model, plan, windows, recipe.windows is not None)
-    if recipe.draws:
+
+    def draw(plan: Plan) -> CalibrationWindows:
+        """As many tokens as the run would draw."""
         check_memory(model, plan.recipe, budget)
+        count = plan.recipe.window_count
+        ids = np.zeros((count + recipe.heldout_windows, recipe.seqlen), np.int32)
+        return CalibrationWindows(ids[:count], ids[count:], ids[:0], None)
+
+    plan, windows, calibration, _ = choose_tokens(model, plan, draw)
+    if recipe.draws:
         calibration = replace(calibration, digest="")
     kept = _kept(plan)
     if plan.recipe.chooses_linears:

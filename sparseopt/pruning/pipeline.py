@@ -38,14 +38,7 @@ from sparseopt.pruning.recipe.pass_recipe import PassRecipe
 from sparseopt.pruning.recipe.prune_recipe import Recipe
 from sparseopt.pruning.recipe.shrink_recipe import ShrinkRecipe
 from sparseopt.pruning.run.block import DenseBlock, PruningError, Stopped
-from sparseopt.pruning.run.calibration import (
-    CalibrationWindows,
-    calibration_windows,
-    describe_calibration,
-    drawn_sample,
-    samples_to_score,
-    with_windows,
-)
+from sparseopt.pruning.run.calibration import CalibrationWindows, choose_tokens
 from sparseopt.pruning.run.drawn import drawn_windows, keep_drawn
 from sparseopt.pruning.run.folder_pass import Pass
 from sparseopt.pruning.run.measured import measured_once
@@ -61,7 +54,6 @@ from sparseopt.pruning.run.resumption import (
     state_in,
 )
 from sparseopt.pruning.run.variants import with_variants
-from sparseopt.pruning.text.windows import default_windows
 from sparseopt.system import processes
 from sparseopt.system.machine import freed_memory_kept, parse_bytes, peak_from_now, return_freed_memory
 from sparseopt.system.run_folder import State
@@ -202,18 +194,15 @@ def open_pass(
     # One process locks the folder for all.
     with claimed(plan.folder) if first else contextlib.nullcontext():
         drawing = 0.0
-        if recipe.draws:
-            plan = with_windows(plan, recipe.windows or default_windows(model, recipe.seqlen))
-            # What cannot be scored ends the run before minutes of drawing.
-            samples, began = samples_to_score(model, plan.recipe, recipe.seqlen), time.perf_counter()
+
+        def draw(plan: Plan) -> CalibrationWindows:
+            nonlocal drawing
+            began = time.perf_counter()
             windows = drawn_windows(model, plan, identity, budget, observer)
             drawing = time.perf_counter() - began
-            samples = [drawn_sample(windows), *samples] if recipe.score is None else samples
-        else:
-            windows = calibration_windows(model, plan.recipe)
-            plan = with_windows(plan, len(windows.calibration))
-            samples = samples_to_score(model, plan.recipe, windows.calibration.shape[1])
-        calibration = describe_calibration(model, plan, windows, recipe.windows is not None)
+            return windows
+
+        plan, windows, calibration, samples = choose_tokens(model, plan, draw)
         identity.tokens = calibration.digest
         processes.agree(
             {

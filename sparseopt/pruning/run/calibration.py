@@ -1,6 +1,7 @@
 """The tokens that a run uses: windows for calibration, held-out windows, and windows to score."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -145,3 +146,25 @@ def samples_to_score(model: PrunableModel, recipe: PassRecipe, length: int) -> l
         return [read(recipe.calibration, split=recipe.split, column=recipe.column)] if own else []
     except TextError:
         return []
+
+
+def choose_tokens(
+    model: PrunableModel, plan: Plan, draw: Callable[[Plan], CalibrationWindows]
+) -> tuple[Plan, CalibrationWindows, Calibration, list[Sample]]:
+    """The plan with its number of windows, its windows, what a report says about them, and the texts to score.
+
+    `draw` returns windows for a plan whose model draws its text. Errors are as in `calibration_windows` and
+    `samples_to_score`.
+    """
+    recipe = plan.recipe
+    if recipe.draws:
+        plan = with_windows(plan, recipe.windows or default_windows(model, recipe.seqlen))
+        # What cannot be scored ends the run before minutes of drawing.
+        samples = samples_to_score(model, plan.recipe, recipe.seqlen)
+        windows = draw(plan)
+        samples = [drawn_sample(windows), *samples] if recipe.score is None else samples
+    else:
+        windows = calibration_windows(model, recipe)
+        plan = with_windows(plan, len(windows.calibration))
+        samples = samples_to_score(model, plan.recipe, windows.calibration.shape[1])
+    return plan, windows, describe_calibration(model, plan, windows, recipe.windows is not None), samples
