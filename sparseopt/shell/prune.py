@@ -88,6 +88,8 @@ def makes_models(
                 named = "{1:g}" if len(several) == 1 else "{0}-{1:g}"
                 names = ["-".join(named.format(name, getattr(each, name)) for name in varied) for each in recipes]
                 plans = [(each, output_named(output, name)) for each, name in zip(recipes, names, strict=True)]
+                if len({place for _, place in plans}) < len(plans):
+                    raise ValueError(f"every model needs its own output, given {', '.join(str(p) for _, p in plans)}")
                 opened = options.opened(source, follow_links)
                 if not as_json:
                     for line in choice_lines(recipes[0], given):

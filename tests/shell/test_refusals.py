@@ -15,6 +15,7 @@ REFUSED = {
     "prune source --output out --calibration file:text.txt": [
         ("--sparsity '0.5;0.6'", "--sparsity takes numbers separated by commas, as in 0.5,0.7, given '0.5;0.6'"),
         ("--sparsity 0.5,0.50", "--sparsity names a number twice: '0.5,0.50'"),
+        ("--sparsity 0.5,0.5000001", "every model needs its own output"),
         ("--allocation curves --bounds 0.6,0.8", "the bounds 0.6 and 0.8 cannot meet the total"),
         ("--allocation curves --bounds 0.6", "bounds must be two fractions of zeros"),
         ("--allocation owl", "--allocation owl has ended: `curves` distributes the sparsity by measured losses"),
