@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
+import networkx as nx
 import numpy as np
+import pytest
 from scipy import sparse
 from scipy.linalg import null_space
 from scipy.special import xlogy
@@ -268,3 +270,25 @@ def unpenalised(y, graph, order, w=1.0):
     w = np.broadcast_to(w, graph.num_nodes)
     free = null_space(rows_of(graph, order).toarray())
     return free @ np.linalg.solve(free.T @ (w[:, None] * free), free.T @ (w * y))
+
+
+def searched(graph, values):
+    """The label of every node: components of the edges with equal ends in all channels, by networkx."""
+    values = np.asarray(values).reshape(graph.num_nodes, -1)
+    equal = nx.Graph()
+    equal.add_nodes_from(range(graph.num_nodes))
+    equal.add_edges_from(edge for edge in graph.edges.tolist() if (values[edge[0]] == values[edge[1]]).all())
+    labels = np.empty(graph.num_nodes, int)
+    for number, part in enumerate(sorted(nx.connected_components(equal), key=min)):
+        labels[list(part)] = number
+    return labels
+
+
+def refused(call, *words):
+    with pytest.raises((ValueError, TypeError)) as caught:
+        call()
+    text = str(caught.value)
+    assert all(word in text for word in words), text
+    # An error of another library's inside would not name what the caller gave.
+    where = caught.traceback[-1].path.as_posix()
+    assert "/sparseopt/" in where or "/sklearn/" in where

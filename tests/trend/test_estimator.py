@@ -1,3 +1,5 @@
+"""The estimators of scikit-learn: samples, neighbours, new points, losses and labels."""
+
 import pickle
 import subprocess
 import sys
@@ -13,12 +15,12 @@ from sklearn.metrics import mean_poisson_deviance
 from sklearn.model_selection import GridSearchCV, PredefinedSplit
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils import estimator_checks
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import sparseopt as so
-from sparseopt.trend.estimator import GraphTrendClassifier, GraphTrendFilter
+from sparseopt import GraphTrendClassifier, GraphTrendFilter
 from tests.trend.problems import Problem, random_graph
 
 N = 60
@@ -95,17 +97,14 @@ def test_counts_have_rates_and_the_score_is_the_explained_deviance(rng):
 def test_a_loss_with_another_mean_takes_equal_samples_of_a_node_alone(noisy):
     noisy[::10] += 50
     model = GraphTrendFilter(0, 1.0, CHAIN, loss=so.scalar.Huber(0.5)).fit(NODES, noisy, np.full(N, 2.0))
-    direct = so.trend_filter(
-        noisy, CHAIN, so.L1(1.0), 0, tol=1e-4, node_weights=np.full(N, 2.0), loss=so.scalar.Huber(0.5)
-    )
+    options = {"tol": 1e-4, "node_weights": np.full(N, 2.0), "loss": so.scalar.Huber(0.5)}
+    direct = so.trend_filter(noisy, CHAIN, so.L1(1.0), **options)
     np.testing.assert_array_equal(model.predict(NODES), direct.value)
     X, y = np.tile(NODES, (2, 1)), np.tile(noisy, 2)
-    twice = clone(model).fit(X, y)
-    np.testing.assert_array_equal(twice.predict(NODES), model.predict(NODES))
+    np.testing.assert_array_equal(clone(model).fit(X, y).predict(NODES), model.predict(NODES))
     y[[3, 4]] = [1.0, 2.0]
-    match = r"with Huber the samples of a node must be equal.*given 1.0 in row 3 and .* in row 63.*\(2 such nodes\)"
-    with pytest.raises(ValueError, match=match):
-        twice.fit(X, y)
+    with pytest.raises(ValueError, match=r"must be equal.*given 1.0 in row 3 and .* in row 63.*\(2 such nodes\)"):
+        model.fit(X, y)
 
 
 def test_labels_of_a_node_count_as_a_proportion(rng):
@@ -138,16 +137,10 @@ def test_a_cluster_of_one_label_has_a_finite_fit_by_label_smoothing(rng):
     X = np.concatenate([rng.uniform(0, 1, (6, 2)), rng.uniform(50, 51, (6, 2))])
     model = GraphTrendClassifier(n_neighbors=3).fit(X, np.arange(12) >= 6)
     np.testing.assert_allclose(model.decision_function(X), np.repeat([-1, 1], 6) * np.log(199), rtol=1e-12)
+    y = np.repeat(["a", "b", "c"], 4)
+    np.testing.assert_array_equal(OneVsRestClassifier(model).fit(X, y).predict(X[[0, 11]]), ["a", "c"])
     with pytest.raises(ValueError, match="only one of the labels"):
         model.set_params(label_smoothing=0).fit(X, np.arange(12) >= 6)
-
-
-def test_more_than_two_classes_are_fitted_one_against_the_rest():
-    y = np.repeat(["a", "b", "c"], N // 3)
-    model = GraphTrendClassifier(graph=CHAIN, alpha=0.5)
-    with pytest.raises(ValueError, match=r"Only binary.*multiclass, with 3 classes.*OneVsRestClassifier"):
-        model.fit(NODES, y)
-    np.testing.assert_array_equal(OneVsRestClassifier(model).fit(NODES, y).predict(NODES), y)
 
 
 def test_outputs_are_smoothed_together_and_a_penalty_has_a_name_or_is_a_function_of_alpha(rng, noisy):
@@ -227,39 +220,23 @@ def test_other_points_get_the_mean_by_inverse_distance_of_values_rates_and_proba
     np.testing.assert_array_equal(labels.predict(np.concatenate([X, new])), [7, 9, 7, 7, 7, 7])
 
 
-def test_grid_search_finds_order_and_alpha_of_steps_on_a_chain(rng):
+def test_grid_search_finds_order_and_alpha_of_steps_on_a_chain_in_a_pipeline(rng):
     # Three observations of every node, and a fold for each: what is held out is noise, no node.
     y = np.tile(STEPS, 3) + 1.5 * rng.standard_normal(3 * N)
     X, folds = np.tile(NODES, (3, 1)), PredefinedSplit(np.arange(3).repeat(N))
-    grid = {"alpha": [0.1, 4.0, 100.0], "order": [0, 1]}
-    search = GridSearchCV(GraphTrendFilter(graph=CHAIN), grid, cv=folds).fit(X, y)
-    assert search.best_params_ == {"alpha": 4.0, "order": 0}
+    model = make_pipeline(FunctionTransformer(), GraphTrendFilter(graph=CHAIN))
+    grid = {"graphtrendfilter__alpha": [0.1, 4.0, 100.0], "graphtrendfilter__order": [0, 1]}
+    search = GridSearchCV(model, grid, cv=folds).fit(X, y)
+    assert list(search.best_params_.values()) == [4.0, 0]
     means = y.reshape(3, N).mean(axis=0)
     assert np.mean((search.predict(NODES) - STEPS) ** 2) < 0.2 * np.mean((means - STEPS) ** 2)
 
 
-def test_it_is_the_last_step_of_a_pipeline(rng):
-    # The second feature is noise of a large scale: without the scaler it alone would choose the neighbours.
-    place = rng.uniform(size=120)
-    X = np.stack([place, 1e3 * rng.uniform(size=120)], axis=1)
-    y = np.where(place > 0.5, 3.0, 0.0) + rng.standard_normal(120)
-    held_out = PredefinedSplit(np.where(np.arange(120) % 4 == 0, 0, -1))
-    model = make_pipeline(StandardScaler(), GraphTrendFilter(n_neighbors=8))
-    grid = {"graphtrendfilter__alpha": [0.0, 0.2, 100.0]}
-    search = GridSearchCV(model, grid, cv=held_out, refit=False).fit(X, y)
-    assert search.best_params_ == {"graphtrendfilter__alpha": 0.2}
-    unscaled = GridSearchCV(GraphTrendFilter(n_neighbors=8), {"alpha": [0.0]}, cv=held_out, refit=False).fit(X, y)
-    scores = search.cv_results_["mean_test_score"]
-    assert unscaled.best_score_ < scores[0] < scores[1]
-
-
-def test_a_missed_tolerance_is_a_warning_with_advice_and_an_overflow_an_error(noisy):
+def test_a_missed_tolerance_is_a_warning_with_advice(noisy):
     model = GraphTrendFilter(1, 1.0, CHAIN, tol=1e-12, max_steps=5)
     with pytest.warns(ConvergenceWarning, match=r"\(MAX_STEPS\) after 5 steps.*raise max_steps"):
         model.fit(NODES, noisy)
     assert model.gap_ > 1e-12
-    with pytest.raises(ValueError, match="squares of this signal overflow float64"):
-        model.set_params(alpha=1e200).fit(NODES, 1e200 * noisy)
 
 
 def test_copies_predict_and_fit_alike_and_a_fit_is_judged_by_how_it_was_made(noisy):
@@ -285,7 +262,7 @@ def test_a_setting_of_the_method_is_a_parameter():
 def test_the_package_does_not_need_scikit_learn_and_the_estimator_says_that_it_does():
     code = (
         "import sys, sparseopt; assert 'sklearn' not in sys.modules; sys.modules['sklearn'] = None\n"
-        "try:\n    import sparseopt.trend.estimator\nexcept ImportError as error:\n    print(error, error.name)"
+        "try:\n    sparseopt.GraphTrendFilter\nexcept ImportError as error:\n    print(error, error.name)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "pip install 'sparseopt[sklearn]' sklearn" in done.stdout

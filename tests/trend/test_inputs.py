@@ -1,22 +1,15 @@
-"""Graphs, signals and penalties as they are given: the same problem has the same fit, up to the edges of the range."""
+"""Signals and penalties as they are given: the same problem has the same fit, up to the edges of the range."""
 
-import copy
-import pickle
-import subprocess
-import sys
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-import networkx as nx
 import numpy as np
 import pytest
 
 import sparseopt as so
 from sparseopt.core.base import arguments
-from sparseopt.core.operators import row_tables as grouping
-from sparseopt.trend.base import signal
-from tests.tiers import often
+from sparseopt.core.operators import row_tables
 from tests.trend.problems import random_graph, two_parts
 
 Y = np.arange(6.0)
@@ -27,83 +20,16 @@ def status(solution):
     return so.Status(int(solution.status))
 
 
-def test_merge_adds_duplicates_and_drops_loops_whatever_the_graph_was_given_as():
-    given, weights = [(0, 1), (1, 2), (1, 1), (2, 1), (2, 3), (3, 3)], [1.0, 0.25, 9.0, 0.5, 2.0, 9.0]
-    network = nx.MultiGraph()
-    network.add_nodes_from(range(4))
-    network.add_weighted_edges_from((*pair, w) for pair, w in zip(given, weights, strict=True))
-    single = so.Graph.from_edges([(0, 1), (1, 2), (2, 3)], weights=[1.0, 0.75, 2.0])
-    expected = so.trend_filter(Y[:4] % 3, single, so.L1(0.3), 0, "doge").value
-    for graph in (
-        so.Graph.from_edges(given, weights=weights, merge=True),
-        so.Graph.from_networkx(network, merge=True),
-    ):
-        pairs = zip(map(tuple, np.sort(graph.edges).tolist()), graph.weights, strict=True)
-        assert dict(pairs) == {(0, 1): 1.0, (1, 2): 0.75, (2, 3): 2.0}
-        np.testing.assert_array_equal(so.trend_filter(Y[:4] % 3, graph, so.L1(0.3), 0, "doge").value, expected)
-
-
-def test_scipy_and_networkx_graphs_are_the_same_graph(rng):
-    named = nx.Graph()
-    named.add_nodes_from("dacb")
-    named.add_edge("a", "b", weight=2.0)
-    named.add_edge("d", "c")
-    graph = so.Graph.from_networkx(named)
-    assert graph.nodes == ("d", "a", "c", "b")
-    assert graph.num_components == 2
-    same = so.Graph.from_scipy(nx.to_scipy_sparse_array(named))
-    np.testing.assert_allclose(same.matrix(2).toarray(), graph.matrix(2).toarray())
-    laplacian = nx.laplacian_matrix(named).toarray()
-    np.testing.assert_allclose(graph.matrix(2).toarray(), laplacian)
-
-
-def test_components_and_isolated_nodes():
-    graph = so.Graph.from_edges([(0, 1), (3, 4)], 6)
-    assert graph.num_components == 4
-    np.testing.assert_array_equal(graph.isolated, [2, 5])
-    assert so.Graph.grid((3, 4)).num_components == 1
-
-
-@pytest.mark.parametrize("shape", [(7,), (3, 4), (4, 3), (2, 5)])
-def test_grids_given_by_edges_are_recognised(rng, shape):
-    grid = so.Graph.grid(shape)
-    order = rng.permutation(grid.num_edges)
-    for weights in (None, np.ones(grid.num_edges)):
-        assert so.Graph.from_edges(grid.edges[order][:, ::-1], grid.num_nodes, weights).shape == shape
-    assert so.Graph.from_edges(grid.edges[1:], grid.num_nodes).shape is None
-
-
-def test_a_stored_graph_leaves_its_tables_out_and_a_copy_shares_them():
-    graph = so.Graph.from_edges([(0, 1), (1, 2), (3, 4)], weights=[1.0, 2.0, 3.0], nodes="abcde")
-    stored = pickle.dumps(graph)
-    fit = so.trend_filter(np.arange(5.0), graph, so.L1(0.1), 1)
-    assert pickle.dumps(graph) == stored
-    assert copy.deepcopy([graph]) == [graph]
-    thawed = pickle.loads(stored)
-    assert (thawed.num_nodes, thawed.shape, thawed.nodes) == (5, None, tuple("abcde"))
-    np.testing.assert_array_equal(thawed.matrix(2).toarray(), graph.matrix(2).toarray())
-    np.testing.assert_array_equal(so.trend_filter(np.arange(5.0), thawed, so.L1(0.1), 1).value, fit.value)
-
-
-@pytest.mark.processes
-def test_importing_the_package_stays_light():
-    code = "import sparseopt, sys; print(sorted({'flax', 'transformers', 'matplotlib', 'PIL'} & {*sys.modules}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
-@pytest.mark.parametrize("turned", [slice(None), slice(2)])
-def test_the_direction_of_edges_counts_where_the_sign_does(turned):
+def test_the_direction_of_edges_counts_where_the_sign_does():
     """A chain is recognised by its edges, whose signs only other penalties than norms see."""
     edges = np.stack([np.arange(5), np.arange(1, 6)], axis=1)
-    edges[turned] = edges[turned, ::-1]
+    edges[:2] = edges[:2, ::-1]
     graph, y = so.Graph.from_edges(edges), np.array([0.1, 0.9, 2.1, 2.9, 4.2, 5.0])
     other = so.Graph.from_edges(edges, weights=np.full(5, 1 + 1e-9))  # no chain
     assert (graph.shape, other.shape) == ((6,), None)
-    for penalty in (so.Nonnegative(), so.Box(-0.5, 0.25), so.Box(-np.inf, 0.0), so.Box(0.125, 9.0), so.L1(0.25)):
+    for penalty in (so.Nonnegative(), so.Box(-np.inf, 0.0), so.Box(0.125, 9.0), so.L1(0.25)):
         fits = [so.trend_filter(y, each, penalty, tol=1e-9).value for each in (graph, other)]
         np.testing.assert_allclose(*fits, atol=1e-4)
-    so.trend_solver(graph, 0)(y, so.L1(0.25))
     with pytest.raises(ValueError, match=r"Nonnegative does not act on them: plan one on graph\.as_edges\(\)"):
         so.trend_solver(graph, 0)(y, so.Nonnegative())
     fit = so.trend_solver(graph.as_edges(), 0)(y, so.Nonnegative()).value
@@ -136,25 +62,23 @@ class OwnL1:
         return so.L1(self.weight).prox(x, step)
 
 
-def test_paths_and_starts_know_the_direction_of_edges_too(rng):
+def test_paths_starts_and_solvers_know_the_direction_of_edges_too(rng):
     edges = np.array(so.Graph.grid((3, 4)).row_edges)
     edges[[2, 9]] = edges[[2, 9], ::-1]
     graph, y = so.Graph.from_edges(edges, 12), rng.standard_normal((3, 4))
     fit = so.trend_filter(y, graph, Uneven(0.3), tol=1e-8)
-    np.testing.assert_allclose(
-        so.trend.trend_path(y, graph, Uneven(1.0), weights=[0.3], tol=1e-8).values[0], fit.value, atol=1e-4
-    )
-    so.trend_filter(y, graph, so.L1(0.3), start=fit).check()
-    # L1 does not see it, also as the class that is the default: the path of a chain is merged, without steps.
+    path = so.trend.trend_path(y, graph, Uneven(1.0), weights=[0.3], tol=1e-8)
+    np.testing.assert_allclose(path.values[0], fit.value, atol=1e-4)
+    wanted = so.trend_filter(y, graph, so.L1(0.3), start=fit, tol=1e-9).check().value
+    # A penalty of one's own that says that it is the same for both signs has the rows of the grid, also under jit.
+    solver = so.trend_solver(graph, 0)
+    found = jax.jit(lambda weight: solver(y, OwnL1(weight)).value)(0.3)
+    np.testing.assert_allclose(found, wanted, atol=1e-3)
+    # L1 does not see it: the path of a chain is merged, without steps.
     turned, line = so.Graph.from_edges(np.array(CHAIN.edges)[:, ::-1]), rng.standard_normal(6)
     paths = [so.trend.trend_path(line, each, num=3) for each in (turned, CHAIN)]
     np.testing.assert_array_equal(paths[0].values, paths[1].values)
     assert paths[0].steps.tolist() == [0, 0, 0]
-    # A penalty of one's own that says that it is the same for both signs has the rows of the grid, also under jit.
-    solver = so.trend_solver(graph, 0)
-    wanted = so.trend_filter(y, graph, so.L1(0.3), tol=1e-9).value
-    for fitted in (solver(y, OwnL1(0.3)), jax.jit(lambda weight: solver(y, OwnL1(weight)))(0.3)):
-        np.testing.assert_allclose(fitted.value, wanted, atol=1e-3)
 
 
 class Registered:
@@ -171,31 +95,13 @@ jax.tree_util.register_pytree_node(
 )
 
 
-@so.pytree
-class Unweighted:
-    """A norm that names its weight otherwise."""
-
-    size: object
-    weight = property(lambda self: self.size)
-    value, prox = OwnL1.value, OwnL1.prox
-
-    def project_dual(self, dual):
-        return so.L1(self.size).project_dual(dual)
-
-    def slack(self, x, dual):
-        return so.L1(self.size).slack(x, dual)
-
-
-def test_a_penalty_of_your_own_needs_neither_a_dataclass_nor_a_weight(rng):
+def test_a_penalty_of_your_own_needs_no_dataclass(rng):
     y = rng.standard_normal(6)
-    np.testing.assert_array_equal(
-        so.trend_filter(y, CHAIN, Registered(0.0)).value, so.trend_filter(y, CHAIN, so.L1(0.0)).value
-    )
-    for penalty in (Registered(0.3), Unweighted(0.3)):
-        fit = so.trend_filter(y, CHAIN, penalty, tol=1e-7)
-        np.testing.assert_allclose(fit.value, so.trend_filter(y, CHAIN, so.L1(0.3), tol=1e-7).value, atol=1e-4)
-    fits = [so.trend_filter(y, CHAIN, {-1: first, 0: so.L1(0.3)}, tol=1e-7) for first in (Unweighted(0.2), so.L1(0.2))]
-    np.testing.assert_allclose(fits[0].value, fits[1].value, atol=1e-4)
+    np.testing.assert_array_equal(so.trend_filter(y, CHAIN, Registered(0.0)).value, y)
+    wanted = so.trend_filter(y, CHAIN, so.L1(0.3), tol=1e-7).value
+    np.testing.assert_allclose(so.trend_filter(y, CHAIN, Registered(0.3), tol=1e-7).value, wanted, atol=1e-4)
+    both = so.trend_filter(y, CHAIN, {-1: Registered(0.2), 0: so.L1(0.3)}, tol=1e-7).value
+    np.testing.assert_allclose(both, np.sign(wanted) * np.maximum(abs(wanted) - 0.2, 0), atol=1e-4)
 
 
 def test_solutions_without_a_dual_are_starts_too(rng):
@@ -211,26 +117,10 @@ def test_solutions_without_a_dual_are_starts_too(rng):
         so.trend_filter(y, CHAIN, so.L1(0.2), start=so.trend_filter(y, CHAIN, so.L1(0.2), order=1))
 
 
-def test_a_renumbered_graph_has_the_same_fit(rng):
-    n = 60
-    numbers = rng.permutation(n)
-    edges = numbers[np.stack([np.arange(n - 1), np.arange(1, n)], axis=1)]
-    names = [f"node {i}" for i in range(n)]
-    graph = so.Graph.from_edges(edges, n, rng.uniform(0.5, 2.0, n - 1), nodes=names)
-    local, order = graph.renumber()
-    assert np.ptp(local.edges, axis=1).max() == 1  # a chain again
-    assert local.nodes == tuple(names[i] for i in order)
-    np.testing.assert_allclose(local.matrix(2).toarray(), graph.matrix(2).toarray()[np.ix_(order, order)], rtol=1e-12)
-    y = rng.standard_normal(n)
-    fit = np.empty(n)
-    fit[order] = so.trend_filter(y[order], local, so.L1(0.5), tol=1e-10).value
-    np.testing.assert_allclose(fit, so.trend_filter(y, graph, so.L1(0.5), tol=1e-10).value, atol=1e-4)
-
-
 @pytest.mark.parametrize(
     "graph", [so.Graph.chain(1, ends="graph"), so.Graph.grid((1, 1, 1)), so.Graph.from_edges([], 4)], ids=repr
 )
-@pytest.mark.parametrize("order", often([0, 1, 2], 0, 2))
+@pytest.mark.parametrize("order", [0, 1])
 def test_without_edges_the_fit_is_the_signal(rng, graph, order):
     y = rng.standard_normal((graph.num_nodes, 2))
     for penalty in (so.L1(1.0), so.MCP(1.0), so.SCAD(1.0), so.L0(1.0), so.GroupL2(1.0)):
@@ -251,24 +141,7 @@ def test_without_edges_the_fit_is_the_signal(rng, graph, order):
     assert so.trend.degrees_of_freedom(np.zeros(rows, bool), graph, order) == graph.num_nodes
 
 
-@pytest.mark.parametrize("order", often([0, 1], 1))
-def test_components_are_solved_each_alone_and_an_isolated_node_keeps_its_value(rng, order):
-    graph, y = two_parts(rng), 5 * rng.standard_normal(11)
-    for method in ("doge", "auto", "interior"):
-        assert so.trend_filter(100 + y, graph, so.L1(0.4), order, method).value[10] == 100 + y[10]
-    together = so.trend_filter(y, graph, so.L1(0.7), order, "interior", tol=1e-12).check()
-    parts = [
-        (so.Graph.chain(6, ends="graph"), slice(6)),
-        (so.Graph.from_edges([(0, 1), (1, 2), (0, 2), (2, 3)]), slice(6, 10)),
-    ]
-    for part, nodes in parts:
-        alone = so.trend_filter(y[nodes], part, so.L1(0.7), order, "interior", tol=1e-12).check()
-        # Both are this close to the optimum, by their gaps.
-        far = 2 * np.sqrt(2 * 1e-12 * float(together.objective))
-        assert np.linalg.norm(alone.value - together.value[nodes]) <= far
-
-
-@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("order", [0, 2])
 @pytest.mark.parametrize("name", ["L1", "MCP", "SCAD", "L0", "GroupL2", "row weights"])
 def test_weight_0_returns_the_signal_to_the_last_bit(rng, order, name):
     graph, y = so.Graph.chain(12), rng.standard_normal((12, 2))
@@ -277,8 +150,6 @@ def test_weight_0_returns_the_signal_to_the_last_bit(rng, order, name):
     np.testing.assert_array_equal(found.value, y)
     assert status(found) is so.Status.CONVERGED
     assert float(found.gap) == 0
-    on_one = so.trend_filter(y, graph, penalty, order, devices=np.int64(1))  # an integer of NumPy is a number
-    np.testing.assert_array_equal(on_one.value, y)
 
 
 GIVEN = {
@@ -318,10 +189,11 @@ def test_layouts_in_memory_do_not_matter(rng):
     for given in (np.asfortranarray(y), y.transpose(2, 0, 1).copy().transpose(1, 2, 0), y.tolist()):
         np.testing.assert_array_equal(fit(given), expected)
     np.testing.assert_array_equal(fit(y.reshape(12, 2)).reshape(3, 4, 2), expected)
+    np.testing.assert_array_equal(fit(y, devices=np.int64(1)), expected)  # an integer of NumPy is a number
     np.testing.assert_array_equal(fit(y, node_weights=weights), fit(y, node_weights=weights.reshape(-1)))
 
 
-@pytest.mark.parametrize("order", often([0, 1, 2], 0, 2))
+@pytest.mark.parametrize("order", [0, 2])
 def test_one_observation_a_component_is_enough(rng, order):
     # Only constants of a component cost nothing, so one value determines it, at every order.
     graph, y = two_parts(rng), np.full(11, np.nan)
@@ -342,51 +214,56 @@ def test_masked_entries_and_nan_and_weights_of_0_are_the_same_missing_values(rng
     masked = so.trend_filter(np.ma.array(y, mask=absent), graph, so.L1(0.3), missing="nan").value
     np.testing.assert_array_equal(holes, expected)
     np.testing.assert_array_equal(masked, expected)
-    assert so.trend.largest_weight(np.ma.array(np.arange(12), mask=False), graph, 1) == so.trend.largest_weight(
-        np.arange(12), graph, 1
-    )
+    whole = np.arange(12)
+    weight = so.trend.largest_weight(whole, graph, 1)
+    assert so.trend.largest_weight(np.ma.array(whole, mask=False), graph, 1) == weight
 
 
-def test_an_order_that_fills_the_operator_is_refused_before_it_is_formed(rng, monkeypatch):
-    n = 2000
-    ends = np.stack([np.arange(1, n), rng.integers(0, np.arange(1, n))], axis=1)
-    monkeypatch.setattr(arguments, "ALWAYS_FREE", 0)
-    monkeypatch.setattr(arguments, "available_memory_bytes", lambda: 2**24)
-    for graph in (so.Graph.grid((12, 12, 12)), so.Graph.from_edges(ends)):
+@pytest.fixture
+def machine(monkeypatch):
+    """`machine(free, device)`: the bytes that are free in memory and on the device."""
+
+    def has(free, device=None):
+        monkeypatch.setattr(arguments, "ALWAYS_FREE", 0)
+        monkeypatch.setattr(arguments, "available_memory_bytes", lambda: free)
+        monkeypatch.setattr(arguments, "device_memory_left", lambda: device)
+
+    return has
+
+
+def test_an_order_that_fills_the_operator_is_refused_before_it_is_formed(rng, machine):
+    machine(2**24)
+    tree = np.stack([np.arange(1, 2000), rng.integers(0, np.arange(1, 2000))], axis=1)
+    for graph in (so.Graph.grid((12, 12, 12)), so.Graph.from_edges(tree)):
         y = np.arange(float(graph.num_nodes))
-        assert graph.sums(2).row_squares.size == graph.num_nodes
         with pytest.raises(ValueError, match=r"difference matrix of order 16 .* rows of .* entries and more takes"):
             so.trend_filter(y, graph, so.L1(1.0), 15, "doge")
 
 
 def test_the_estimated_entries_are_a_lower_bound_near_the_truth(rng, monkeypatch):
     asked = []
-    monkeypatch.setattr(grouping, "require_memory", lambda needed, *_: asked.append(needed))
+    monkeypatch.setattr(row_tables, "require_memory", lambda needed, *_: asked.append(needed))
     for graph in (so.Graph.chain(200, ends="graph"), so.Graph.grid((15, 15)), random_graph(rng, n=200, extra=100)):
         for order in (4, 5, 6):
-            truth = graph.matrix(order).nnz * grouping.ENTRY_BYTES
+            truth = graph.matrix(order).nnz * row_tables.ENTRY_BYTES
             assert 0.5 * truth <= asked[-1] <= 1.15 * truth
 
 
-def test_what_needs_more_memory_than_there_is_is_refused(monkeypatch):
+def test_what_needs_more_memory_than_there_is_is_refused(machine):
     y, graph = np.arange(10_000.0), so.Graph.chain(10_000)
-    needed = signal.FIT_COPIES * y.nbytes
-    monkeypatch.setattr(arguments, "ALWAYS_FREE", 0)
-    monkeypatch.setattr(arguments, "available_memory_bytes", lambda: needed - 1)
+    needed = 24 * y.nbytes
+    machine(needed - 1)
     for call in (so.trend_filter, so.trend.trend_path):
         with pytest.raises(ValueError, match=r"10,000 values, takes at least 1\.8 MiB, and 1\.8 MiB are free"):
             call(y, graph, so.L1(1.0))
-    monkeypatch.setattr(arguments, "available_memory_bytes", lambda: needed)
+    assert so.trend.noise_level(y, graph) > 0  # which needs fewer copies
+    machine(needed)
     with pytest.raises(ValueError, match="a history of max_steps=1,000,000 steps takes"):
         so.trend_filter(y, graph, so.L1(1.0), history=True, max_steps=10**6)
-    assert so.trend.noise_level(y, graph) > 0
-    monkeypatch.undo()
-    monkeypatch.setattr(arguments, "device_memory_left", lambda: 2**20)
+    machine(2**40, device=2**20)
     y, graph = np.zeros(2**20), so.Graph.chain(2**20)
     for call in (so.trend_filter, so.trend.trend_path):
-        with pytest.raises(
-            ValueError, match=r"takes at least 128\.0 MiB of the device, and 1\.0 MiB are free there: .*CPU"
-        ):
+        with pytest.raises(ValueError, match=r"at least 128\.0 MiB of the device, and 1\.0 MiB are free there: .*CPU"):
             call(y, graph, so.L1(1.0))
 
 

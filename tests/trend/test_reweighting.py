@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 import sparseopt as so
-from sparseopt.trend.reweighting import reweighted
-from tests.tiers import often
+from sparseopt.trend import reweighted
 from tests.trend.problems import random_graph
 
 LEVELS = np.repeat([0.0, 6.0, 2.0, 9.0], 15)
@@ -37,12 +36,12 @@ def objective(b, y, graph, penalty, order):
 
 
 @pytest.mark.parametrize("penalty", [so.MCP(1.5, 4.0), so.SCAD(1.5), Log(2.0, 1.0)], ids=lambda p: type(p).__name__)
-@pytest.mark.parametrize("order", often([0, 1], 1))
-def test_the_objective_falls_to_a_fixed_point(rng, penalty, order):
+def test_the_objective_falls_to_a_fixed_point(rng, penalty):
+    order = 1
     graph = random_graph(rng, n=30, extra=10)
     y = 3 * rng.standard_normal(30)
     found = reweighted(y, graph, penalty, order, rounds=60, tol=1e-9)
-    assert found.settled
+    assert (found.settled, found.status) == (True, so.Status.STATIONARY)
     assert np.all(np.diff(found.objectives) <= 1e-8 * found.objectives[:-1])
     assert found.objectives[-1] == pytest.approx(objective(found.value, y, graph, penalty, order), rel=1e-9)
     l1 = so.trend_filter(y, graph, so.L1(np.asarray(penalty.slope(np.zeros(1)))[0]), order, tol=1e-9)
@@ -54,18 +53,6 @@ def test_the_objective_falls_to_a_fixed_point(rng, penalty, order):
     np.testing.assert_allclose(same.value, found.value, atol=2e-2)
 
 
-@pytest.mark.thorough
-def test_steps_keep_their_size(rng):
-    y = LEVELS + 0.2 * rng.standard_normal(60)
-    flat = so.trend_filter(y, CHAIN, so.L1(4.0)).check().value
-    kept = reweighted(y, CHAIN, so.MCP(4.0, 0.9)).value
-    means = np.repeat([part.mean() for part in np.split(y, 4)], 15)
-    np.testing.assert_allclose(kept, means, atol=1e-3)
-    # L1 takes 2 weight / length from a peak, weight / length from an end.
-    bias = (flat - means)[[0, 15, 30, 45]]
-    np.testing.assert_allclose(bias, [4 / 15, -8 / 15, 8 / 15, -4 / 15], atol=1e-3)
-
-
 def test_two_rounds_are_the_one_step_estimate(rng):
     y = LEVELS + 0.5 * rng.standard_normal(60)
     penalty = so.SCAD(1.0)
@@ -74,16 +61,9 @@ def test_two_rounds_are_the_one_step_estimate(rng):
     second = so.trend_filter(y, CHAIN, so.L1(slopes), tol=1e-9)
     found = reweighted(y, CHAIN, penalty, rounds=2, tol=1e-9)
     assert len(found.objectives) == 2
+    assert (found.settled, found.status) == (False, so.Status.MAX_STEPS)
     np.testing.assert_allclose(found.value, second.value, atol=1e-3)
     np.testing.assert_allclose(found.weights, slopes, atol=1e-4)
-
-
-@pytest.mark.parametrize("penalty", [so.MCP(1.5, 2.5), so.SCAD(1.5, 3.0)], ids=lambda p: type(p).__name__)
-def test_the_slope_is_the_derivative_of_the_value(penalty):
-    x = jnp.array([0.1, 1.0, 2.0, 3.0, 4.0, 7.0])
-    expected = jax.vmap(jax.grad(lambda t: penalty.value(t[None])))(x)
-    np.testing.assert_allclose(penalty.slope(x), expected, atol=1e-5)
-    np.testing.assert_allclose(penalty.slope(-x), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(("penalty", "loss"), [(so.MCP(2.0), "huber"), (so.SCAD(2.0), "absolute")])
@@ -91,15 +71,14 @@ def test_a_step_that_costs_no_more_keeps_its_size_under_other_losses(rng, penalt
     """The weight of its row is 0 for the square loss; here it stays a little above, and the fit is finite."""
     y = np.repeat([2.0, 20.0, 5.0], 20) + 0.1 * rng.standard_normal(60)
     y[10] = 100
-    found = so.trend.reweighted(y, so.Graph.chain(60), penalty, loss=loss)
+    found = reweighted(y, so.Graph.chain(60), penalty, loss=loss)
     assert found.settled
     np.testing.assert_allclose(found.solution.value[[5, 30, 50]], [2, 20, 5], atol=0.2)
 
 
-@pytest.mark.parametrize("seed", [0, 3])
-def test_the_best_round_is_returned_if_the_last_one_is_worse(seed):
+def test_the_best_round_is_returned_if_the_last_one_is_worse():
     """Rows keep a part of their weights with a loss, so that a round may raise the objective."""
-    y = np.repeat([0.0, 3, 1, 4], 15) + np.random.default_rng(seed).standard_t(2, 60)
+    y = np.repeat([0.0, 3, 1, 4], 15) + np.random.default_rng(0).standard_t(2, 60)
     penalty, graph = so.LogSum(0.5, 0.05), so.Graph.chain(60, ends="graph")
     found = reweighted(y, graph, penalty, loss="absolute", tol=1e-2)
     assert found.objectives[-1] > found.objectives[-2]
@@ -116,22 +95,10 @@ def test_counts_begin_a_round_with_the_rho_of_their_weights():
 
 
 def test_a_missing_node_that_every_jump_cuts_off_stays_between_its_neighbours():
-    fit = np.asarray(reweighted([0, np.nan, 4.0], so.Graph.chain(3), so.MCP(0.5), missing="nan").value)
-    np.testing.assert_allclose(fit[[0, 2]], [0, 4], atol=1e-3)
-    assert 0 <= fit[1] <= 4
-
-
-def test_pictures_other_losses_and_missing_values(rng):
-    graph = so.Graph.grid((8, 9))
-    y = np.where(np.arange(9) > 4, 5.0, 0.0) + 0.3 * rng.standard_normal((8, 9))
-    y[2, 3] = np.nan
-    found = reweighted(y, graph, so.MCP(1.0), missing="nan", tol=1e-5)
-    assert found.value.shape == (8, 9)
-    assert abs(found.value[2, 3]) < 0.2
-    counts = rng.poisson(np.exp(np.repeat([0.5, 2.5], 30))).astype(float)
-    rates = reweighted(counts, CHAIN, Log(2.0, 1.0), loss="poisson", tol=1e-5)
-    flat = so.trend_filter(counts, CHAIN, so.L1(2.0), loss="poisson", tol=1e-5)
-    assert np.ptp(rates.value) > np.ptp(flat.value)
+    fit = reweighted([[0, np.nan, 4.0]], so.Graph.grid((1, 3)), so.MCP(0.5), missing="nan").value
+    assert fit.shape == (1, 3)
+    np.testing.assert_allclose(fit[0, [0, 2]], [0, 4], atol=1e-3)
+    assert 0 <= fit[0, 1] <= 4
 
 
 def test_a_round_that_did_not_converge_is_an_error():

@@ -1,7 +1,6 @@
 """Total variation as a penalty: its prox is the trend filter, and solvers carry the state of the last prox."""
 
 import dataclasses
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +9,9 @@ import optax
 import pytest
 
 import sparseopt as so
-from sparseopt.core.base.types import precision
-from sparseopt.trend.total_variation import Rows
-from tests.tiers import often
 from tests.trend.problems import random_graph
 
 GRID = so.Graph.grid((5, 6))
-FLOAT64 = np.dtype(np.float64)
 # One program each for all tests.
 prox = jax.jit(lambda penalty, x, step: penalty.prox(x, step))
 prox_from = jax.jit(lambda penalty, x, step, memory: penalty.prox_from(x, step, memory))
@@ -24,48 +19,29 @@ prox_from = jax.jit(lambda penalty, x, step, memory: penalty.prox_from(x, step, 
 
 @pytest.fixture
 def wide():
-    with precision(FLOAT64):
+    with jax.enable_x64(True):
         yield
-
-
-@so.pytree
-class Blur:
-    """The mean of five neighbours along both axes, on a torus."""
-
-    def mv(self, x):
-        for axis in (0, 1):
-            x = sum(jnp.roll(x, shift, axis) for shift in range(-2, 3)) / 5
-        return x
-
-    rmv = mv
-
-
-def picture(rng, kind=np.float64, size=16):
-    clean = np.zeros((size, size))
-    clean[4:11, 5:13] = 1
-    clean[9:14, 2:7] += 0.5
-    return jnp.asarray(Blur().mv(clean) + 0.02 * rng.standard_normal(clean.shape), kind)
 
 
 CASES = {
     "chain": (lambda rng: so.Graph.chain(15), 0, None),
-    "chain, order 1": (lambda rng: so.Graph.chain(15, ends="graph"), 1, None),
     "grid, channels": (lambda rng: GRID, 0, 2),
     "isotropic": (lambda rng: GRID, 0, None),
-    "weighted edges, order 1": (lambda rng: random_graph(rng, weighted=True), 1, None),
+    "order 1": (lambda rng: random_graph(rng, weighted=True), 1, None),
 }
-QUICK = [(np.float32, "chain"), (np.float32, "grid, channels")]
-QUICK += [(np.float64, "weighted edges, order 1"), (np.float64, "isotropic")]
 
 
-@pytest.mark.parametrize(("kind", "case"), often(itertools.product([np.float32, np.float64], CASES), *QUICK))
+@pytest.mark.parametrize(
+    ("kind", "case"),
+    [(np.float32, "chain"), (np.float32, "grid, channels"), (np.float64, "order 1"), (np.float64, "isotropic")],
+)
 def test_the_prox_is_the_trend_filter(case, kind, rng):
     make, order, channels = CASES[case]
     graph, step, axis = make(rng), 0.4, 0 if case == "isotropic" else None
     matrix = graph.matrix(order + 1)
     weight = 0.5 if case in ("chain", "isotropic") else rng.uniform(0.2, 1, matrix.shape[0])
     x = rng.standard_normal((graph.num_nodes, *([channels] if channels else []))).astype(kind)
-    with precision(np.dtype(kind)):
+    with jax.enable_x64(kind == np.float64):
         penalty = so.TotalVariation(graph, weight, order, channels=channels, axis=axis)
         found = prox(penalty, x, step)
         assert found.dtype == kind
@@ -110,48 +86,19 @@ def test_the_memory_says_how_exact_a_prox_was_and_the_next_one_starts_there(rng,
     assert jax.tree.map(jnp.result_type, memory) == jax.tree.map(jnp.result_type, penalty.memory(x))
 
 
-@pytest.mark.thorough
-def test_a_blurred_picture_is_restored_as_by_the_primal_dual_method(rng, wide):
-    blurred = picture(rng)
-    graph, loss = so.Graph.grid(blurred.shape), so.LeastSquares(Blur(), blurred)
-    penalty = so.TotalVariation(graph, 0.01, tol=1e-4)
+def test_a_solution_is_that_of_the_primal_dual_method_and_the_last_prox_certifies_it(rng, wide):
+    matrix, penalty = rng.standard_normal((45, 30)), so.TotalVariation(GRID, 3.0, tol=1e-4)
+    loss = so.LeastSquares(matrix, matrix @ (np.arange(30) % 6 > 2) + 0.1 * rng.standard_normal(45))
     problem = so.Problem(loss, penalty)
     assert isinstance(so.chosen_solver(problem).solver, so.AcceleratedProximalGradient)
-    found = so.solve(problem, tol=1e-6).check()
-    inner, rows = penalty.parts(blurred)
-    split = so.solve(so.Problem(loss, inner, rows), so.PrimalDual(), tol=1e-6).check()
+    found = so.solve(problem, tol=1e-8).check()
+    split = so.solve(so.Problem(loss, so.L1(3.0), GRID.matrix(1)), so.PrimalDual(), tol=1e-8).check()
     assert so.Status(int(found.status)) == so.Status.CONVERGED
-    assert found.gap <= 1e-6
-    assert float(found.objective) == pytest.approx(float(split.objective), rel=2e-6)
-    # The gap by the problem's own dual point: what the prox found certifies the whole.
-    assert found.dual.shape == split.dual.shape
-    assert np.abs(found.dual).max() <= 0.01
-    memory = found.state.prox_memory
-    assert memory.gap < 1e-6  # more exact than asked for, as the iterates came to rest
-    # As many steps with every prox from a cold start, to the tolerance that was reached here.
-    cold = Cold(dataclasses.replace(penalty, tol=memory.gap))
-    cold = so.solve(so.Problem(loss, cold), tol=-1, max_steps=int(found.steps))
-    assert memory.all_steps < 0.7 * cold.state.prox_memory.all_steps
-
-
-@so.pytree
-class Cold:
-    """The same penalty without the memory, but for the count of its iterations."""
-
-    penalty: so.TotalVariation
-
-    def value(self, x):
-        return self.penalty.value(x)
-
-    def prox(self, x, step):
-        return self.penalty.prox(x, step)
-
-    def memory(self, x):
-        return self.penalty.memory(x)
-
-    def prox_from(self, x, step, memory):
-        u, after = self.penalty.prox_from(x, step, self.memory(x))
-        return u, dataclasses.replace(after, all_steps=memory.all_steps + after.steps)
+    assert found.gap <= 1e-8
+    assert float(found.objective) == pytest.approx(float(split.objective), rel=2e-8)
+    np.testing.assert_allclose(found.value, split.value, atol=1e-3)
+    assert np.abs(found.dual).max() <= 3
+    assert found.state.prox_memory.gap < 1e-6  # more exact than asked for, as the iterates came to rest
 
 
 def test_other_losses_and_solvers_take_it_and_plain_penalties_leave_no_memory(rng, wide):
@@ -159,7 +106,6 @@ def test_other_losses_and_solvers_take_it_and_plain_penalties_leave_no_memory(rn
     loss = so.Quadratic(factor.T @ factor + np.eye(30), rng.standard_normal(30))
     penalty = so.TotalVariation(GRID, 2.0, tol=1e-4)
     problem = so.Problem(loss, penalty)
-    assert isinstance(so.chosen_solver(problem).solver, so.AcceleratedProximalGradient)
     first = so.solve(problem, so.ProximalGradient(), tol=1e-8, max_steps=5000)
     second = so.solve(problem, tol=1e-8)
     for found in (first, second):
@@ -167,9 +113,8 @@ def test_other_losses_and_solvers_take_it_and_plain_penalties_leave_no_memory(rn
         assert np.isnan(found.gap)
         assert found.state.prox_memory.all_steps > 0
     np.testing.assert_allclose(first.value, second.value, atol=1e-5)
-    for solver in (so.ProximalGradient(), so.AcceleratedProximalGradient()):
-        state = solver.init(so.Problem(loss, so.L1(1.0)), jnp.zeros(30))
-        assert state.prox_memory is None
+    plain = so.solve(so.Problem(loss, so.L1(1.0)), so.AcceleratedProximalGradient(), max_steps=5)
+    assert plain.state.prox_memory is None
 
 
 def test_a_chain_of_optax_lands_on_the_prox_and_remembers(rng):
@@ -190,32 +135,19 @@ def test_a_chain_of_optax_lands_on_the_prox_and_remembers(rng):
     assert state[1].memories["field"].steps < memory.steps
 
 
-@pytest.mark.thorough
-def test_derivatives_of_the_prox_and_of_a_solution_are_those_of_central_differences(rng, wide):
-    x, weight = rng.standard_normal(GRID.shape), rng.uniform(0.1, 0.4, GRID.num_edges)
-    plan = so.TotalVariation(GRID, weight, tol=1e-13)
-    against = rng.standard_normal(GRID.shape)
-    loss = so.LeastSquares(rng.standard_normal((45, 30)), rng.standard_normal(45))
+def test_derivatives_of_the_prox_are_those_of_central_differences(rng, wide):
+    plan, against = so.TotalVariation(GRID, tol=1e-13), rng.standard_normal(GRID.shape)
+    point = (rng.standard_normal(GRID.shape), rng.uniform(0.1, 0.4, GRID.num_edges), np.asarray(0.7))
+    move = [rng.standard_normal(part.shape) for part in point]
 
-    def of_prox(x, weight, step):
+    @jax.jit
+    def pulled(x, weight, step):
         return jnp.sum(against * dataclasses.replace(plan, weight=weight).prox(x, step))
 
-    def of_solution(target, weight):
-        problem = so.Problem(dataclasses.replace(loss, target=target), dataclasses.replace(plan, weight=weight))
-        return jnp.sum(against.reshape(-1) * so.solve(problem, tol=1e-11).value)
-
-    points = ((of_prox, (x, weight, np.asarray(0.7))), (of_solution, (np.asarray(loss.target), 5 * weight)))
-    for function, point in points:
-        slopes = jax.jit(jax.grad(function, tuple(range(len(point)))))(*point)
-        function = jax.jit(function)
-        for place, (slope, leaf) in enumerate(zip(slopes, point, strict=True)):
-            along = rng.standard_normal(leaf.shape)
-
-            def moved(size, place=place, along=along, point=point, function=function):
-                return function(*(p + size * along if i == place else p for i, p in enumerate(point)))
-
-            difference = (moved(1e-5) - moved(-1e-5)) / 2e-5
-            assert float(jnp.sum(slope * along)) == pytest.approx(float(difference), rel=1e-5, abs=1e-6)
+    slopes = jax.jit(jax.grad(pulled, (0, 1, 2)))(*point)
+    for place, (slope, along) in enumerate(zip(slopes, move, strict=True)):
+        ends = [pulled(*(p + s * along if i == place else p for i, p in enumerate(point))) for s in (1e-5, -1e-5)]
+        assert float(jnp.sum(slope * along)) == pytest.approx(float(ends[0] - ends[1]) / 2e-5, rel=1e-5, abs=1e-6)
 
 
 def test_lanes_are_solved_as_one_by_one_and_changed_leaves_need_no_new_trace(rng):
@@ -236,18 +168,6 @@ def test_lanes_are_solved_as_one_by_one_and_changed_leaves_need_no_new_trace(rng
     assert coarse.shape == (2, *GRID.shape)
 
 
-def test_without_a_weight_or_a_step_the_prox_is_x_with_finite_slopes(rng):
-    penalty = so.TotalVariation(GRID, 0.5)
-    x = rng.standard_normal(GRID.shape).astype(np.float32)
-    for still, step in ((penalty, 0.0), (dataclasses.replace(penalty, weight=0.0), 1.0)):
-        u, memory = prox_from(still, x, step, penalty.memory(x))
-        np.testing.assert_allclose(u, x, rtol=1e-6)
-        assert memory.status == so.Status.CONVERGED
-        assert memory.gap == 0
-    slopes = jax.jit(jax.grad(lambda x, step: jnp.sum(x * penalty.prox(x, step)), argnums=(0, 1)))(x, 0.0)
-    assert all(np.isfinite(slope).all() for slope in slopes)
-
-
 def test_half_precision_is_computed_in_single(rng):
     x = rng.standard_normal(GRID.shape).astype(jnp.bfloat16)
     found = prox(so.TotalVariation(GRID, 0.5), x, 1.0)
@@ -256,11 +176,12 @@ def test_half_precision_is_computed_in_single(rng):
     np.testing.assert_array_equal(found, wide.astype(jnp.bfloat16))
 
 
-def test_its_rows_are_a_linear_map_with_its_transpose(rng):
-    penalty = so.TotalVariation(GRID, 0.5, channels=2)
-    x = rng.standard_normal((30, 2)).astype(np.float32)
-    _, rows = penalty.parts(x)
-    assert isinstance(rows, Rows)
-    image = rows.mv(x)
-    e = rng.standard_normal(image.shape).astype(np.float32)
-    assert float(jnp.vdot(e, image)) == pytest.approx(float(jnp.vdot(rows.rmv(e), x)), rel=1e-4)
+def test_without_a_weight_or_a_step_the_prox_is_x_with_finite_slopes(rng):
+    penalty = so.TotalVariation(GRID, 0.5)
+    x = rng.standard_normal(GRID.shape).astype(np.float32)
+    for still, step in ((penalty, 0.0), (dataclasses.replace(penalty, weight=0.0), 1.0)):
+        u, memory = prox_from(still, x, step, penalty.memory(x))
+        np.testing.assert_allclose(u, x, rtol=1e-6)
+        assert (memory.status, memory.gap) == (so.Status.CONVERGED, 0)
+    slopes = jax.jit(jax.grad(lambda x, step: jnp.sum(x * penalty.prox(x, step)), argnums=(0, 1)))(x, 0.0)
+    assert all(np.isfinite(slope).all() for slope in slopes)

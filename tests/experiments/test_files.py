@@ -1,12 +1,10 @@
-"""Signals, edges, pictures and volumes in files: round trips, what is refused, and `sparseopt denoise` on them."""
+"""Signals, edges, images and volumes in files: round trips, and what is refused; `sparseopt denoise` of a volume."""
 
 import json
 from functools import partial
 
 import nibabel
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 import tifffile
 from PIL import Image
@@ -26,107 +24,70 @@ def blocks(kind=np.uint16):
     return clean, (clean + 20 * np.random.default_rng(7).standard_normal(clean.shape)).astype(kind)
 
 
-def nifti(path, values):
-    nibabel.save(nibabel.Nifti1Image(values, AFFINE), path)
-    return path
-
-
 def put(path, content):
-    """A file of a text, of bytes, of the arrays of an archive, or of a volume; None leaves it out."""
+    """A file of a text, of bytes, of the arrays of an archive or of a volume; None leaves it out."""
     if isinstance(content, str):
         path.write_text(content, encoding="utf-8")
     elif isinstance(content, bytes):
         path.write_bytes(content)
     elif isinstance(content, dict):
         np.savez(path, **content)
-    elif isinstance(content, pyarrow.Table):
-        pyarrow.parquet.write_table(content, path)
     elif content is not None:
-        nifti(path, content)
+        nibabel.save(nibabel.Nifti1Image(content, AFFINE), path)
     return path
 
 
-def frame(index):
-    """As pandas writes a frame whose rows were chosen, and one whose index has a name."""
-    return pyarrow.table({"rain": [1.5, 2.5, 3.5], index: [0, 2, 1]})
+IDS = ("Bern", "12", "Chur")
+OF_BERN, SERIES = partial(read_edges, nodes=IDS), partial(read_signal, series=True)
+COLOURED = np.zeros((3, 4, 5), np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")]))
+VOLUME = Scan(np.zeros((6, 12, 10), np.uint16), True, SPACING)
 
 
 def writing(shape, kind):
     return lambda path: write_image(path, np.zeros(shape, kind))
 
 
-def checking(scan):
-    return lambda path: check_format(path, scan)
+def checking(values, *rest):
+    return lambda path: check_format(path, Scan(values, *rest))
 
 
-RAIN, IDS = Scan(np.zeros((4, 4, 2))), ("Bern", "12", "Chur")
-PICTURE, GREY = Scan(np.zeros((3, 4))), Scan(np.zeros((2, 2), np.uint8))
-VOLUME = Scan(np.zeros((6, 12, 10), np.uint16), True, SPACING)
-COLOURED = np.zeros((3, 4, 5), np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")]))
-CUT = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x00\x00\x08\x00\x00\x00\x08\x10\x02\x00\x00\x00"
-OF_BERN = partial(read_edges, nodes=IDS)
-OTHER_SHAPE = r"has the shape \(5, 12, 10\), and the scan that it belongs to \(6, 12, 10\)"
-SERIES = partial(read_signal, series=True)
-INDEX = "the ids of the nodes stand in the first one"
 # What is called, the name of the file, what is in it, and what is said.
 REFUSED = [
     (read_image, "absent.png", None, "there is no file"),
     (read_image, "text.png", "hello", r"cannot read .*text.png as an image"),
-    (read_image, "cut.png", CUT, r"cannot read .*cut.png as an image"),
-    (
-        lambda path: write_image(path, np.zeros((2, 2), np.uint16)),
-        "a.jpg",
-        b"old",
-        "cannot hold 16-bit pixels; name a .png",
-    ),
-    (lambda path: write_image(path, np.zeros((2, 2, 4), np.uint8)), "a.jpg", b"old", r"cannot write .*RGBA"),
-    (
-        lambda path: write_image(path, np.ones((6, 7, 2), np.uint16)),
-        "opacity.tif",
-        b"old",
-        r"cannot hold 16-bit grey with opacity; name a \.png",
-    ),
-    (OF_BERN, "e.csv", "from,to\nBern,Basel\n", "names the node 'Basel' in its edge 0, and the signal has no such id"),
+    (writing((2, 2), np.uint16), "a.jpg", b"old", "16-bit pixels; name a .png"),
+    (writing((2, 2, 4), np.uint8), "a.jpg", b"old", r"cannot write .*RGBA"),
+    (writing((6, 7, 2), np.uint16), "opacity.tif", b"old", r"16-bit grey with opacity"),
+    (OF_BERN, "e.csv", "from,to\nBern,Basel\n", "the node 'Basel' in its edge 0"),
     (OF_BERN, "e.csv", "Bern,Chur,far\n", "'far' in row 1, is no number"),
-    (OF_BERN, "e.csv", "Bern\nChur\n", "has 1 columns; an edge is two ids"),
-    (partial(read_edges, nodes=("1", "2")), "e.csv", "10,20\n1,2\n", "names the node '10' in its edge 0"),
-    (read_edges, "e.csv", "0,1\n1,2.5\n", r"nodes \[1.0, 2.5\] in row 1; node numbers are whole"),
+    (read_edges, "e.csv", "0,1\n1,2.5\n", r"nodes \[1.0, 2.5\] in row 1"),
     (read_edges, "e.csv", "0\n1\n", "has 1 columns; an edge is two node numbers"),
-    (read_signal, "y.csv", "node,y\na,1\nb,2\na,3\n", "names the node 'a' in 2 rows; give a node one row"),
-    (read_signal, "y.csv", "node\na\nb\n", "has the ids of the nodes but no column of values"),
-    (read_signal, "y.csv", "node,y\na,1\nb,two\n", "'two' in the column 'y', row 2 below the heading, is no number"),
-    (SERIES, "y.csv", "date,y\n2020-01-01,1\n1 May,2\n", "has '1 May' in row 2 of the column 'date'"),
-    (SERIES, "y.csv", "t,y\n2020-02-01,1\n2020-01-01,2\n", "in the column 't': sort the rows by it"),
-    (SERIES, "y.csv", "date,y\n2020-01-01,1\n,2\n", "has '' in row 2 of the column 'date'"),
-    (read_signal, "y.csv", "t;y\n0;1.5\n1;2.5\n", "is no number: separate columns by commas"),
+    (read_signal, "y.csv", "node,y\na,1\nb,2\na,3\n", "the node 'a' in 2 rows"),
+    (read_signal, "y.csv", "node,y\na,1\nb,two\n", "'two' in the column 'y', row 2 below the heading"),
+    (SERIES, "y.csv", "date,y\n2020-01-01,1\n1 May,2\n", "'1 May' in row 2 of the column 'date'"),
+    (SERIES, "y.csv", "t,y\n2020-02-01,1\n2020-01-01,2\n", "the column 't': sort the rows by it"),
     (SERIES, "y.csv", "date\n2020-01-01\n", "has dates but no column of values"),
-    (read_signal, "y.csv", "NA\n2\n3\n", "in its first row; leave a cell empty where a value is missing"),
-    (read_signal, "y.csv", ",rain\n0,1.5\n1,2.5\n2,3.5\n", INDEX),
-    (read_signal, "y.parquet", frame("__index_level_0__"), INDEX),
-    (read_signal, "y.parquet", frame("node"), INDEX),
+    (read_signal, "y.csv", "t;y\n0;1.5\n1;2.5\n", "separate columns by commas"),
+    (read_signal, "y.csv", "NA\n2\n3\n", "NA.* in its first row"),
+    (read_signal, "y.csv", ",rain\n0,1.5\n1,2.5\n2,3.5\n", "ids of the nodes stand in the first one"),
     (read_signal, "n.npz", {"a": np.zeros(2), "b": np.zeros(2)}, "it holds a, b, expected one of signal, y"),
     (read_signal, "o.npz", {"signal": np.array([{}], object)}, "cannot read numbers"),
-    (read_signal, "words.csv", "a,b\nc,d\n", "cannot read numbers"),
     (read_signal, "short.csv", "a,b\n1,2\n3\n", "its rows have 1 or 2 cells"),
     (read_signal, "e.csv.gz", b"", r"must end in one of .csv, .parquet, .npz"),
     (lambda path: check_output(path, None, False), "taken.csv", "", "exists already"),
     (lambda path: check_output(path / "x.csv", None, False), "absent", None, "does not exist or cannot be written"),
     (lambda path: check_output(path, (".csv",), False), "x.txt", None, r"must end in one of .csv"),
-    (checking(GREY), "a.foo", None, "unknown file extension"),
-    (checking(GREY), "a", None, "unknown file extension"),
-    (checking(RAIN), "a.tif", None, r"cannot hold 2 channels of this kind; .* ends in \.npz"),
-    (checking(VOLUME), "out.png", None, "cannot hold a volume; .* one of .npz, .tif, .tiff"),
-    (checking(PICTURE), "out.png", None, "cannot hold a picture of float64"),
-    (checking(PICTURE), "out.nii", None, r"ends in one of .npz, .tif, .tiff$"),
+    (checking(np.zeros((2, 2), np.uint8)), "a.foo", None, "unknown file extension"),
+    (checking(np.zeros((4, 4, 2))), "a.tif", None, "cannot hold 2 channels"),
+    (checking(VOLUME.values, True), "out.png", None, "cannot hold a volume; .* one of .npz, .tif, .tiff"),
+    (checking(np.zeros((3, 4))), "out.png", None, "cannot hold a picture of float64"),
     (read_scan, "series.nii", np.zeros((3, 4, 5, 2), np.float32), r"\(3, 4, 5, 2\); give a volume of three axes"),
     (read_scan, "rgb.nii", COLOURED, "give a volume of one number a voxel"),
     (read_scan, "short.nii", b"not a header", "cannot read"),
-    (read_scan, "other.npz", {"signal": np.zeros(3)}, "it holds signal, expected one of volume, image"),
     (read_scan, "flat.npz", {"volume": np.zeros((3, 4))}, r"its array volume has the shape \(3, 4\)"),
     (read_scan, "object.npz", {"volume": np.array([[[{}]]], object)}, "pickled"),
     (read_scan, "text.npz", "no archive", "it is not an NPZ archive"),
-    (read_scan, "absent.nii", None, "there is no file"),
-    (partial(read_known, scan=VOLUME), "known.npz", {"volume": np.ones((5, 12, 10), bool)}, OTHER_SHAPE),
+    (partial(read_known, scan=VOLUME), "known.npz", {"volume": np.ones((5, 12, 10), bool)}, r"\(5, 12, 10\), .*scan"),
 ]
 
 
@@ -184,8 +145,6 @@ def test_a_signal_without_a_heading_has_row_numbers_and_one_with_a_node_column_i
     assert (found.names, found.nodes) == (("channel_0", "channel_1"), None)
     write_fit(tmp_path / "fit.csv", found, np.array([0, 1]))
     assert (tmp_path / "fit.csv").read_text() == "node,channel_0,channel_1,piece\n0,1.0,2.0,0\n1,3.0,4.0,1\n"
-    np.savetxt(tmp_path / "notes.csv", found.values, delimiter=",", header="made by hand")
-    np.testing.assert_array_equal(read_signal(tmp_path / "notes.csv").values, found.values)
     found = read_signal(put(tmp_path / "named.csv", "node,rain\na,1.5\nb#,2.5\nc,3.5\n"))
     assert (found.nodes, found.names, found.values.tolist()) == (("a", "b#", "c"), ("rain",), [1.5, 2.5, 3.5])
 
@@ -195,7 +154,7 @@ TEXTS = [
     (("1\n\n3\n4\n\n", "y\n1\n\n3\n4\n", "\ufeff1\n\n3\n4\n"), [1, np.nan, 3, 4]),
     (("# made by x\n\n1\n2\n", "v\n\n1\n2\n", "\n1\n2\n", "1\n# a note\n\n2\n"), [1, 2]),
     (("Na,K\n1,2\n", "x,-\n1,2\n"), [[1, 2]]),
-    (("u,v\n0,1\n2,\n", "0,1\n2,\n"), [[0, 1], [2, np.nan]]),
+    (("u,v\n0,1\n2,\n", "0,1\n2,\n", "u,v\n0,1\n2,NA\n", "0,1\n2, null \n"), [[0, 1], [2, np.nan]]),
 ]
 
 
@@ -216,8 +175,8 @@ def test_edges_name_nodes_by_number_or_by_the_ids_of_the_signal_and_may_carry_we
 
 
 def test_an_archive_has_the_name_that_was_given_and_an_output_is_replaced_when_asked(tmp_path):
-    write_scan(tmp_path / "a.NPZ", RAIN.values, RAIN)
-    write_fit(tmp_path / "b.NPZ", NodeTable(RAIN.values[:, 0, 0], ("y",)), None)
+    write_scan(tmp_path / "a.NPZ", np.zeros((4, 4, 2)), Scan(np.zeros((4, 4, 2))))
+    write_fit(tmp_path / "b.NPZ", NodeTable(np.zeros(4), ("y",)), None)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.NPZ", "b.NPZ"]
     assert check_output(tmp_path / "a.NPZ", None, True)
 
@@ -226,15 +185,12 @@ def test_an_archive_has_the_name_that_was_given_and_an_output_is_replaced_when_a
 @pytest.mark.parametrize("ending", [".nii", ".nii.gz", ".tif", ".npz"])
 def test_a_volume_comes_back_as_it_was_written(tmp_path, kind, ending):
     _, values = blocks(kind)
-    given = read_scan(nifti(tmp_path / "given.nii", values))
-    path = tmp_path / f"volume{ending}"
+    given, path = read_scan(put(tmp_path / "given.nii", values)), tmp_path / f"volume{ending}"
     check_format(path, given)
     write_scan(path, values, given)
     found = read_scan(path)
     np.testing.assert_array_equal(found.values, values)
-    assert found.values.dtype == kind
-    assert found.volume
-    assert found.shape == values.shape
+    assert (found.values.dtype, found.volume, found.shape) == (kind, True, values.shape)
     assert found.spacing == (None if ending == ".tif" else SPACING)
     if ending.startswith(".nii"):
         np.testing.assert_array_equal(nibabel.load(path).affine, AFFINE)
@@ -274,51 +230,34 @@ def test_a_mask_is_what_is_not_black_whatever_its_opacity(tmp_path, rng):
     np.testing.assert_array_equal(known, mask[..., 0] > 0)
 
 
-def test_the_command_denoises_a_scan_with_holes(tmp_path, command):
-    clean, noisy = blocks(np.float32)
-    noisy[3, 6, 5] = np.nan
-    source, output = nifti(tmp_path / "scan.nii", noisy), tmp_path / "calm.nii.gz"
-    status, _, err = command("denoise", source, "--output", output)
-    assert status == 2
-    assert "NaN" in err
-    assert "--missing" in err
-    assert not output.exists()
-    status, out, err = command("denoise", source, "--output", output, "--isotropic", "--missing")
-    assert status == 0, err
-    assert "chosen by SURE, the smallest estimated error" in out
-    fitted = nibabel.load(output)
-    np.testing.assert_array_equal(fitted.affine, AFFINE)
-    assert np.abs(fitted.get_fdata() - clean).mean() < 10
-    assert abs(fitted.get_fdata()[3, 6, 5] - 900) < 40
-    summary = json.loads((tmp_path / "calm-summary.json").read_text())
-    assert (summary["status"], summary["spacing"]) == ("CONVERGED", list(SPACING))
-    assert summary["isotropic"]
-    assert (tmp_path / "calm-before-after.png").is_file()
-
-
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
-        (("--spacing", "1,2"), "one positive number for each of its 3 axes"),
-        (("--spacing", "wide"), "--spacing takes numbers separated by commas"),
-        (("--isotropic", "--order", 1), "needs order 0 and a grid of 2 or 3 axes, given order 1"),
-    ],
-)
-def test_options_that_do_not_fit_end_before_any_work(tmp_path, command, options, text):
-    source = nifti(tmp_path / "scan.nii", blocks()[1])
-    status, _, err = command("denoise", source, "--output", tmp_path / "calm.npz", "--weight", 20, *options)
-    assert status == 2
-    assert text in " ".join(err.split())
-    assert not (tmp_path / "calm.npz").exists()
-
-
-def test_a_cell_that_says_NA_is_a_missing_value(tmp_path):
-    table = read_signal(put(tmp_path / "y.csv", "a,b\n1,NA\n null ,4\n")).values
-    np.testing.assert_array_equal(table, [[1, np.nan], [np.nan, 4]])
-
-
 @pytest.mark.filterwarnings("error")
 def test_dates_with_time_zones_are_moments(tmp_path):
     rows = "2020-01-01T23:00Z,1\n2020-01-02T02:00+02:00,2\n2020-01-02T06:00,3\n"
     found = SERIES(put(tmp_path / "y.csv", f"timestamp,y\n{rows}"))
     np.testing.assert_allclose(found.times * 24, [0, 1, 7], atol=1e-9)
+
+
+def test_the_command_denoises_a_scan_with_holes(tmp_path, command):
+    clean, noisy = blocks(np.float32)
+    noisy[3, 6, 5] = np.nan
+    source, output = put(tmp_path / "scan.nii", noisy), tmp_path / "calm.nii.gz"
+    for options, said in (
+        ((), "--missing"),
+        (("--missing", "--spacing", "1,2"), "each of its 3 axes"),
+        (("--missing", "--spacing", "wide"), "numbers separated by commas"),
+        (("--missing", "--isotropic", "--order", 1), "given order 1"),
+    ):
+        status, _, err = command("denoise", source, "--output", output, *options)
+        assert status == 2
+        assert said in err
+        assert not output.exists()
+    status, out, err = command("denoise", source, "--output", output, "--isotropic", "--missing")
+    assert status == 0, err
+    assert "chosen by SURE" in out
+    fitted = nibabel.load(output)
+    np.testing.assert_array_equal(fitted.affine, AFFINE)
+    assert np.abs(fitted.get_fdata() - clean).mean() < 10
+    assert abs(fitted.get_fdata()[3, 6, 5] - 900) < 40
+    summary = json.loads((tmp_path / "calm-summary.json").read_text())
+    assert (summary["status"], summary["spacing"], summary["isotropic"]) == ("CONVERGED", list(SPACING), True)
+    assert (tmp_path / "calm-before-after.png").is_file()
