@@ -5,6 +5,7 @@ from functools import cache
 import numpy as np
 import pytest
 
+from sparseopt.pruning.base import activations
 from tests.models.tiny import VOCAB
 from tests.pruning.whole_runs import write_model
 
@@ -14,6 +15,12 @@ def module_monkeypatch():
     """`monkeypatch` for all tests of a file."""
     with pytest.MonkeyPatch.context() as patch:
         yield patch
+
+
+@pytest.fixture(scope="module")
+def several_batches(module_monkeypatch):
+    """Batches of one window or two: files of tests that have the same share their programs."""
+    module_monkeypatch.setattr(activations, "BATCH_TOKENS", 48)
 
 
 @pytest.fixture(scope="session")

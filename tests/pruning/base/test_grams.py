@@ -11,7 +11,6 @@ from sparseopt.pruning import METHODS, Recipe, find_method
 from sparseopt.pruning.base.activations import Batches, make_batches
 from sparseopt.pruning.base.grams import BlockRunner, gather_grams, tapped
 from tests.pruning.test_experts import EXPERTS, mixture_inputs, routed_inputs
-from tests.tiers import often
 
 
 @pytest.fixture(scope="module")
@@ -49,52 +48,47 @@ def test_grams_of_many_batches_keep_their_precision(model):
     assert np.max(np.abs(found - x.T @ x) / np.outer(norms, norms)) < 1e-6
 
 
-def test_batches_split_evenly_and_keep_the_order():
-    x = jnp.arange(14 * 1024 * 2, dtype=jnp.float32).reshape(14, 1024, 2)
-    batches = make_batches(x)
-    assert {b.shape[0] for b in batches} == {2}
-    np.testing.assert_array_equal(jnp.concatenate(list(batches)), x)
+computed = jax.jit(gather_grams, static_argnames="weighting")
+inside = jax.jit(tapped)
 
 
-def test_residual_weights_are_those_of_the_stream_behind_the_block(model, embedded):
+@pytest.fixture(scope="module")
+def residual(model, embedded):
+    """Grams of the first block, each token weighted by its residual."""
+    return computed(model.block(0), embedded, weighting="residual")
+
+
+def test_residual_weights_are_those_of_the_stream_behind_the_block(model, embedded, residual):
     block = model.block(0)
-    inputs, stream = jax.jit(tapped)(block, embedded)
+    inputs, stream = inside(block, embedded)
     weights = 1 / np.mean(rows_of(stream) ** 2, axis=-1)
-    uniform, weighted = gather_grams(block, embedded), gather_grams(block, embedded, "residual")
-    for name in set(block.linears.values()) - set(block.residual_taps):
-        np.testing.assert_array_equal(uniform[name].gram, weighted[name].gram)
-    for name in block.residual_taps:
+    for name, found in residual.items():
         rows = rows_of(inputs[name])
-        np.testing.assert_allclose(weighted[name].gram, rows.T @ (weights[:, None] * rows), rtol=1e-4, atol=1e-5)
-        assert not np.allclose(weighted[name].gram, uniform[name].gram, rtol=1e-2)
+        own = weights[:, None] if name in block.residual_taps else 1
+        np.testing.assert_allclose(found.gram, rows.T @ (own * rows), rtol=1e-4, atol=1e-4)
+    assert 0 < len(block.residual_taps) < len(residual)
 
 
-def test_a_silent_token_weighs_nothing_and_batches_do_not_matter(model, embedded):
-    block, x = model.block(0), embedded[:6]
-    whole = BlockRunner().grams(block, Batches([x]), "residual")
-    parts = BlockRunner().grams(block, Batches([x[:3], x[3:]]), "residual")
-    silent = gather_grams(block, jnp.concatenate([x, jnp.zeros_like(x)]), "residual")
-    for name in whole.stacked:
-        for found in (parts[name], silent[name]):
-            np.testing.assert_allclose(found.gram, whole[name].gram, rtol=1e-4, atol=1e-4)
-    assert len(make_batches(x)) == 1
+def test_a_silent_token_weighs_nothing_and_batches_do_not_matter(model, embedded, residual):
+    batches = Batches([embedded[:4], embedded[4:], jnp.zeros_like(embedded[:3])])
+    found = BlockRunner().grams(model.block(0), batches, "residual")
+    for name, whole in residual.items():
+        np.testing.assert_allclose(found[name].gram, whole.gram, rtol=1e-4, atol=1e-4)
 
 
 def test_a_token_whose_stream_overflows_cannot_drop_out_with_weight_0(model, embedded):
     """The last linear's weights are finite and its inputs too: only the stream behind the block is not."""
     block = model.block(0)
     block.write({"mlp.down_proj.weight": block.read("mlp.down_proj.weight") * 1e38})
-    found, uniform = gather_grams(block, embedded, "residual"), gather_grams(block, embedded)
-    for name in block.residual_taps:
-        assert not np.isfinite(found[name].gram).all()
-        assert np.isfinite(uniform[name].gram).all()
+    found = computed(block, embedded, weighting="residual")
+    assert not any(np.isfinite(found[name].gram).all() for name in block.residual_taps)
 
 
 def test_grams_and_drift_are_those_of_the_linears_inputs_in_the_two_streams(model, embedded, rng):
     block = model.block(0)
     pruned = embedded + 0.3 * jnp.asarray(rng.standard_normal(embedded.shape), jnp.float32)
-    (ours, _), (theirs, _) = (jax.jit(tapped)(block, stream) for stream in (pruned, embedded))
-    found = gather_grams(block, pruned, "uniform", embedded)
+    (ours, _), (theirs, _) = inside(block, pruned), inside(block, embedded)
+    found = computed(block, pruned, dense_x=embedded)
     assert set(found) == set(block.linears.values())
     for name, grams in found.items():
         x, y = rows_of(ours[name]), rows_of(theirs[name])
@@ -103,11 +97,10 @@ def test_grams_and_drift_are_those_of_the_linears_inputs_in_the_two_streams(mode
         np.testing.assert_allclose(grams.drift, x.T @ (x - y), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("weighting", often(["uniform", "residual"], "residual"))
-def test_the_gram_of_an_expert_is_that_of_its_tokens(models, tokens, weighting):
+def test_the_gram_of_an_expert_is_that_of_its_tokens(models, tokens):
     model = open_model(models("experts"))
     block, x = model.block(0), model.embedding()(jnp.asarray(tokens))
-    grams = BlockRunner().grams(block, make_batches(x), weighting)
+    grams = BlockRunner().grams(block, make_batches(x), "residual")
     taps = set(block.linears.values())
     assert len(taps) == 2 + 2 * EXPERTS
     assert all(grams[tap].gram.ndim == 2 for tap in taps)
@@ -118,10 +111,9 @@ def test_the_gram_of_an_expert_is_that_of_its_tokens(models, tokens, weighting):
         np.testing.assert_allclose(found.total, rows.sum(axis=0), rtol=1e-4, atol=1e-3)
     hidden = [grams[f"mlp.experts.{e}.hidden"] for e in range(EXPERTS)]
     assert sum(int(found.tokens) for found in hidden) == 2 * tokens.size
-    if weighting == "residual":
-        _, stream = jax.jit(tapped)(block, x)
-        masses = sum(float(found.mass) for found in hidden)
-        assert masses == pytest.approx(2 * float(jnp.sum(1 / jnp.mean(stream**2, axis=-1))), rel=1e-4)
+    _, stream = inside(block, x)
+    masses = sum(float(found.mass) for found in hidden)
+    assert masses == pytest.approx(2 * float(jnp.sum(1 / jnp.mean(stream**2, axis=-1))), rel=1e-4)
 
 
 def test_with_all_tokens_the_grams_of_an_expert_are_those_of_every_token(models, tokens):
@@ -147,10 +139,9 @@ def test_with_all_tokens_the_grams_of_an_expert_are_those_of_every_token(models,
 
 
 def test_best_takes_the_ridge_and_the_propagation_of_whole_models_and_the_others_their_own():
-    assert Recipe(method="best").propagate == 0.25
     assert Recipe(method="best", propagate=0).propagate == 0
-    assert Recipe(method="best").layer_method.ridge == 0.1
-    assert Recipe(method="best", ridge=0.02).layer_method.ridge == 0.02
+    for given, ridge in (({}, 0.1), ({"ridge": 0.02}, 0.02)):
+        assert Recipe(method="best", **given).layer_method.ridge == ridge
     for name in METHODS:
         # A layer alone and a layer of a model are pruned by the same method.
         assert Recipe(method=name).layer_method == find_method(name)

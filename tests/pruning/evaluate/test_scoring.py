@@ -7,17 +7,18 @@ from sparseopt.models import load_decoder, open_model
 from sparseopt.pruning import perplexity
 from sparseopt.pruning.evaluate import perplexity as evaluation
 from sparseopt.pruning.evaluate import scoring
-from sparseopt.pruning.evaluate.scoring import padded_length, score_continuations
+from sparseopt.pruning.evaluate.scoring import score_continuations
 from tests.jitted import run
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
-from tests.tiers import often
 
 
-def random_pairs(rng, count):
-    def ids(low, high):
-        return rng.integers(0, len(VOCAB), rng.integers(low, high)).tolist()
+@pytest.fixture(scope="module")
+def model(source):
+    return open_model(source)
 
-    return [(ids(1, 40), ids(1, 6)) for _ in range(count)]
+
+def log_likelihoods(model, pairs, **how):
+    return np.array([score.log_likelihood for score in score_continuations(model, pairs, **how)])
 
 
 def independent_scores(decoder, texts, starts):
@@ -26,18 +27,16 @@ def independent_scores(decoder, texts, starts):
     log_p = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
     for rows, text, start in zip(log_p, texts, starts, strict=True):
         places = range(start, len(text))
-        total = sum(rows[t - 1, text[t]] for t in places)
-        yield total, all(rows[t - 1].argmax() == text[t] for t in places)
+        yield sum(rows[t - 1, text[t]] for t in places), all(rows[t - 1].argmax() == text[t] for t in places)
 
 
-@pytest.mark.parametrize("length", often([9, 24], 9))
-def test_scores_are_sums_of_log_softmax_of_the_decoder(source, rng, length):
+def test_scores_are_sums_of_log_softmax_of_the_decoder(source, model, rng):
     decoder = load_decoder(source)
-    texts = rng.integers(0, len(VOCAB), (10, length))
+    texts = rng.integers(0, len(VOCAB), (10, 9))
     texts[:, -1] = np.asarray(run(decoder, texts))[:, -2].argmax(-1)  # the last token is the likeliest
-    starts = [*rng.integers(1, length - 1, 7).tolist(), 1, length - 1, length - 1]
+    starts = [*rng.integers(1, 8, 7).tolist(), 1, 8, 8]
     pairs = [(text[:start].tolist(), text[start:].tolist()) for text, start in zip(texts, starts, strict=True)]
-    found = score_continuations(open_model(source), pairs)
+    found = score_continuations(model, pairs)
     expected, greedy = zip(*independent_scores(decoder, texts, starts), strict=True)
     np.testing.assert_allclose([s.log_likelihood for s in found], expected, rtol=1e-5)
     assert [s.greedy for s in found] == list(greedy)
@@ -45,37 +44,34 @@ def test_scores_are_sums_of_log_softmax_of_the_decoder(source, rng, length):
     assert not greedy[-3]
 
 
-def test_probabilities_of_all_next_tokens_add_to_one_and_cost_one_input(source):
+def test_probabilities_of_all_next_tokens_add_to_one_and_cost_one_input(model):
     seen = []
     pairs = [([5, 6, 7], [token]) for token in range(len(VOCAB))]
-    scores = score_continuations(open_model(source), pairs, observer=lambda _, *step: seen.append(step))
+    scores = score_continuations(model, pairs, observer=lambda _, *step: seen.append(step))
     assert sum(np.exp(s.log_likelihood) for s in scores) == pytest.approx(1, abs=1e-5)
     assert sum(s.greedy for s in scores) == 1
     assert seen == [(1, 3), (2, 3), (3, 3)]  # one batch through three blocks
 
 
-def test_batches_passes_and_order_change_nothing(source, rng, monkeypatch):
-    model = open_model(source)
-    pairs = random_pairs(rng, 30)
-    whole = np.array([s.log_likelihood for s in score_continuations(model, pairs)])
-    order = rng.permutation(len(pairs))
-    shuffled = score_continuations(model, [pairs[i] for i in order])
-    np.testing.assert_allclose([s.log_likelihood for s in shuffled], whole[order], rtol=1e-5)
-    shortest = np.argsort([len(context) for context, _ in pairs])[:3]
-    alone = [score_continuations(model, [pairs[i]])[0].log_likelihood for i in shortest]
-    np.testing.assert_allclose(alone, whole[shortest], rtol=1e-5)
+def test_batches_passes_and_order_change_nothing(model, rng, monkeypatch):
+    lengths = zip(rng.integers(1, 40, 30), rng.integers(1, 6, 30), strict=True)
+    pairs = [tuple(rng.integers(0, len(VOCAB), size).tolist() for size in each) for each in lengths]
+    whole, order = log_likelihoods(model, pairs), rng.permutation(len(pairs))
+    np.testing.assert_allclose(log_likelihoods(model, [pairs[i] for i in order]), whole[order], rtol=1e-5)
+    for i in np.argsort([len(context) for context, _ in pairs])[:3]:
+        np.testing.assert_allclose(log_likelihoods(model, [pairs[i]]), whole[i], rtol=1e-5)
     monkeypatch.setattr(scoring, "BATCH_TOKENS", 96)
     monkeypatch.setattr(evaluation, "PASS_BYTES", 2 * 96 * 32 * 4)
     steps = []
-    split = score_continuations(model, pairs, observer=lambda _, *step: steps.append(step))
-    np.testing.assert_allclose([s.log_likelihood for s in split], whole, rtol=1e-5)
+    split = log_likelihoods(model, pairs, observer=lambda _, *step: steps.append(step))
+    np.testing.assert_allclose(split, whole, rtol=1e-5)
     assert [done for done, _ in steps] == list(range(1, steps[0][1] + 1))
     assert steps[0][1] >= 3 * 3
 
 
 def test_lengths_that_change_the_rotations_are_scored_as_if_alone(tmp_path, rng):
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
-    config = tiny_config(max_position_embeddings=16, rope_parameters=rope)
+    config = tiny_config(max_position_embeddings=16, rope_parameters=rope, num_hidden_layers=1)
     folder = write_folder(tmp_path / "dynamic", config, random_tensors(config, rng))
     context = rng.integers(0, len(VOCAB), 30).tolist()
     # The first has the rotations of up to 16 tokens; the others have nearly the same length.
@@ -87,24 +83,13 @@ def test_lengths_that_change_the_rotations_are_scored_as_if_alone(tmp_path, rng)
         assert score.log_likelihood == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_text_scored_token_by_token_has_the_perplexity_of_its_window(source, rng):
-    windows = rng.integers(0, len(VOCAB), (5, 33)).astype(np.int32)
-    scores = score_continuations(open_model(source), [([int(w[0])], w[1:].tolist()) for w in windows])
-    mean = -sum(s.log_likelihood for s in scores) / (5 * 32)
-    assert np.exp(mean) == pytest.approx(perplexity(source, windows), rel=1e-5)
+def test_a_text_scored_token_by_token_has_the_perplexity_of_its_window(source, model, rng):
+    windows = rng.integers(0, len(VOCAB), (5, 30))
+    scores = log_likelihoods(model, [([int(w[0])], w[1:].tolist()) for w in windows])
+    assert np.exp(-scores.sum() / (5 * 29)) == pytest.approx(perplexity(source, windows), rel=1e-5)
 
 
-def test_padded_lengths_are_few_and_close():
-    lengths = np.arange(1, 2049)
-    padded = np.array([padded_length(int(n)) for n in lengths])
-    assert np.all(padded >= lengths)
-    assert np.all(padded - lengths < np.maximum(16, lengths / 4))
-    assert len(set(padded)) <= 8 + 4 * 4
-    assert np.all([padded_length(int(n)) == n for n in padded])
-
-
-def test_bad_pairs_are_refused(source):
-    model = open_model(source)
+def test_bad_pairs_are_refused(model):
     assert score_continuations(model, []) == []
     with pytest.raises(ValueError, match="pair 1 has an empty context or an empty continuation: 0 and 2 tokens"):
         score_continuations(model, [([1], [2]), ([], [2, 3])])

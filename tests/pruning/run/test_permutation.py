@@ -2,7 +2,6 @@
 
 import itertools
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,8 +15,9 @@ TWO_OF_FOUR = NM(2, 4)
 
 
 def kept(score, order, pattern):
-    moved = jnp.asarray(score[np.asarray(order)])
-    return float(jnp.sum(jnp.where(pattern.mask(moved), moved, 0)))
+    """The sum of what an n:m pattern keeps of scores `[in, out]`, counted here."""
+    groups = score[np.asarray(order)].reshape(-1, pattern.m, score.shape[1])
+    return np.sort(groups, axis=1)[:, -pattern.n :].sum()
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8)])
@@ -31,12 +31,6 @@ def test_an_order_keeps_more_and_moves_every_input_once(rng, n, m):
     assert kept(score, order, pattern) > kept(score, unmoved, pattern) + 0.1 * lost
     # Found again: the best order is not left.
     assert kept(score[order], best_order(score[order], pattern), pattern) >= kept(score, order, pattern) * (1 - 1e-6)
-
-
-def test_heavy_inputs_side_by_side_are_dealt_out_and_all_kept(rng):
-    score = rng.uniform(0, 1, (32, 16))
-    score[:16] += 10
-    assert kept(score, best_order(score, TWO_OF_FOUR), TWO_OF_FOUR) == pytest.approx(score[:16].sum(), rel=1e-5)
 
 
 def test_of_few_inputs_the_order_is_nearly_the_best_of_all(rng):

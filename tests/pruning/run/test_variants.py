@@ -1,7 +1,5 @@
 """Variants of calibration windows: draws from the dense model's own distribution, and what training makes of them."""
 
-from dataclasses import replace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,7 @@ import pytest
 
 from sparseopt.models import open_model
 from sparseopt.pruning import Recipe, ShrinkRecipe
-from sparseopt.pruning.base.activations import Batches, DiskBatches, make_batches
+from sparseopt.pruning.base.activations import Batches, DiskBatches
 from sparseopt.pruning.base.grams import BlockRunner
 from sparseopt.pruning.run import variants
 from sparseopt.pruning.run.calibration import CalibrationWindows
@@ -21,22 +19,26 @@ from tests.models.tiny import VOCAB
 WINDOWS, TIME = 4, 24
 
 
-@pytest.fixture
-def windows(rng):
-    ids = rng.integers(0, len(VOCAB), (WINDOWS + 1, TIME)).astype(np.int32)
+@pytest.fixture(scope="module")
+def windows():
+    ids = np.random.default_rng(5).integers(0, len(VOCAB), (WINDOWS + 1, TIME)).astype(np.int32)
     return CalibrationWindows(ids[:WINDOWS], ids[WINDOWS:], ids[:0], None)
 
 
-def made(source, windows, count=2, kind=None):
-    told = []
-    found = with_variants(
-        open_model(source), windows, count, kind or Batches(), BlockRunner(), lambda *e: told.append(e)
-    )
-    return found, told
+@pytest.fixture(scope="module")
+def made(source, windows):
+    """`made()`: two variants of each window, and what was told."""
+
+    def with_two(kind=None):
+        told, model = [], open_model(source)
+        found = with_variants(model, windows, 2, kind or Batches(), BlockRunner(), lambda *event: told.append(event))
+        return found, told
+
+    return with_two
 
 
-def test_a_share_of_the_tokens_is_drawn_again(tmp_path, source, windows):
-    found, told = made(source, windows)
+def test_a_share_of_the_tokens_is_drawn_again(tmp_path, windows, made, monkeypatch):
+    found, told = made()
     assert found.calibration.shape == (3 * WINDOWS, TIME)
     np.testing.assert_array_equal(found.calibration[:WINDOWS], windows.calibration)
     np.testing.assert_array_equal(found.heldout, windows.heldout)
@@ -45,26 +47,22 @@ def test_a_share_of_the_tokens_is_drawn_again(tmp_path, source, windows):
     assert 0.5 * SHARE < changed.mean() <= SHARE
     assert (changed[0] != changed[1]).any()
     assert told[-1] == ("variants, block", len(told), len(told))
-    again, on_disk = made(source, windows)[0], made(source, windows, kind=DiskBatches(tmp_path))[0]
-    np.testing.assert_array_equal(again.calibration, found.calibration)
-    np.testing.assert_array_equal(on_disk.calibration, found.calibration)
-
-
-def test_draws_do_not_depend_on_the_slices(source, windows, monkeypatch):
-    whole = made(source, windows)[0].calibration
+    np.testing.assert_array_equal(made(DiskBatches(tmp_path))[0].calibration, found.calibration)
+    # Draws do not depend on the slices.
     monkeypatch.setattr(variants, "LOGIT_BYTES", 5 * 4 * len(VOCAB))
-    np.testing.assert_array_equal(made(source, windows)[0].calibration, whole)
+    np.testing.assert_array_equal(made()[0].calibration, found.calibration)
 
 
-def test_enough_rounds_give_draws_of_one_token_after_the_other(source, windows, monkeypatch):
+def test_enough_rounds_give_draws_of_one_token_after_the_other(made, monkeypatch):
     """Jacobi's iteration ends where drawing from left to right does: each token fits those before it."""
 
     def after(rounds):
         monkeypatch.setattr(variants, "ROUNDS", rounds)
-        return made(source, windows)[0].calibration
+        return made()[0].calibration
 
-    np.testing.assert_array_equal(after(TIME), after(TIME + 1))
-    assert (after(1) != after(TIME)).any()
+    # No more rounds than tokens that are drawn again.
+    np.testing.assert_array_equal(after(8), after(9))
+    assert (after(1) != after(8)).any()
 
 
 def test_draws_have_the_probabilities_of_the_logits():
@@ -78,13 +76,12 @@ def test_draws_have_the_probabilities_of_the_logits():
 
 @pytest.mark.parametrize("width", [1, 2])
 def test_epochs_share_the_windows(width):
-    batches = make_batches(jnp.zeros((8, 4, 2)))
-    settings = Reconstruction(epochs=6, windows=width, epoch_windows=2)
-    orders = draw_orders(len(batches), 8, settings)
+    """Two batches of four windows."""
+    orders = draw_orders(2, 4, Reconstruction(epochs=6, windows=width, epoch_windows=2))
     assert [len(epoch) for epoch in orders] == [2 // width] * 6
-    rows = np.concatenate([part[1] + 8 * part[0] for epoch in orders for part in epoch])
+    rows = np.concatenate([part[1] + 4 * part[0] for epoch in orders for part in epoch])
     assert sorted(rows[:8]) == list(range(8))
-    whole = draw_orders(len(batches), 8, replace(settings, epochs=2, epoch_windows=None))
+    whole = draw_orders(2, 4, Reconstruction(epochs=2, windows=width))
     assert [len(epoch) for epoch in whole] == [8 // width] * 2
 
 
