@@ -34,23 +34,15 @@ def write_inputs(folder: Path, dtype: Any = np.float32, **changes: Any) -> tuple
     return source, f"file:{folder / 'text.txt'}"
 
 
-def watch_runs(monkeypatch, error=None, where=bool, observe=None):
-    """The method and sparsity of the recipe of each run, in order; a run for whose recipe `where` holds raises.
-
-    `observe(recipe, event)` is told every event of a run, and may raise too.
-    """
+def watch_runs(monkeypatch, error=None, where=bool):
+    """The method and sparsity of the recipe of each run, in order; a run for whose recipe `where` holds raises."""
     runs = []
 
-    def watched(source, output, recipe, *, observer, **others):
-        def told(event, done, total):
-            if observe:
-                observe(recipe, event)
-            observer(event, done, total)
-
+    def watched(source, output, recipe, **others):
         runs.append((recipe.method, recipe.sparsity))
         if error and where(recipe):
             raise error
-        return prune_model(source, output, recipe, observer=told, **others)
+        return prune_model(source, output, recipe, **others)
 
     monkeypatch.setattr(model_task, "prune_model", watched)
     return runs

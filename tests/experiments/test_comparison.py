@@ -1,7 +1,6 @@
 """Comparisons: the figures of the table equal those of separate runs; cells are kept, added, refused."""
 
 import csv
-import json
 import re
 import shutil
 from dataclasses import replace
@@ -17,10 +16,10 @@ from sparseopt.pruning.text.windows import text_windows
 from tests.experiments.inputs import CALIBRATED, TEXT, WINDOWS, quiet, watch_runs, write_inputs
 from tests.system.pages import whole_page
 
-METHODS, SHARES, PATTERNS = "wanda,magnitude", "0.75,0.25", "unstructured,2:4"
+METHODS, SHARES, PATTERNS = "wanda,magnitude", "0.25", "unstructured,2:4"
 CELLS = [
-    ("dense", None, 0), ("wanda", "unstructured", 0.75), ("wanda", "unstructured", 0.25), ("wanda", "2:4", 0.5),
-    ("magnitude", "unstructured", 0.75), ("magnitude", "unstructured", 0.25), ("magnitude", "2:4", 0.5),
+    ("dense", None, 0), ("wanda", "unstructured", 0.25), ("wanda", "2:4", 0.5), ("magnitude", "unstructured", 0.25),
+    ("magnitude", "2:4", 0.5),
 ]  # fmt: skip
 FILES = ["comparison.csv", "comparison.md", "comparison.png"]
 
@@ -50,9 +49,9 @@ def copied(finished, tmp_path):
 def compare(tmp_path, settings, command):
     """The command into `tmp_path/out`: exit status and what it printed."""
 
-    def run(*arguments, methods=METHODS, sparsity=SHARES, pattern=PATTERNS, source=settings["source"]):
+    def run(*arguments, methods=METHODS, sparsity=SHARES, pattern=PATTERNS):
         return command(
-            "compare", source, "--output", tmp_path / "out", "--methods", methods, "--sparsity", sparsity,
+            "compare", settings["source"], "--output", tmp_path / "out", "--methods", methods, "--sparsity", sparsity,
             "--pattern", pattern, "--calibration", settings["calibration"], *CALIBRATED,
             "--text", settings["evaluation"], "--eval-windows", 2, "--eval-seqlen", 48, *arguments,
         )  # fmt: skip
@@ -67,10 +66,6 @@ def compared(output, settings, *lists):
     return comparison.tabulate(planned, runs.run_all(planned, output, lambda cell: quiet), output)
 
 
-def names(section):
-    return [(row.labels["method"], row.labels["pattern"], round(row.labels["sparsity"], 3)) for row in section.rows]
-
-
 def lines_of(output):
     with (output / FILES[0]).open(newline="") as stream:
         return list(csv.DictReader(stream))
@@ -82,11 +77,12 @@ def records(output):
 
 def test_the_figures_are_those_of_prune_model_and_perplexity(tmp_path, settings, finished):
     _, section = finished
-    assert names(section) == CELLS
+    found = [(row.labels["method"], row.labels["pattern"], round(row.labels["sparsity"], 3)) for row in section.rows]
+    assert found == CELLS
     model = open_model(settings["source"])
     ids, _ = text_windows(model.source, settings["evaluation"], "evaluation", 2, 48)
     assert section.rows[0].figures["perplexity"] == perplexity(model, ids)
-    for row in (section.rows[1], section.rows[6]):
+    for row in (section.rows[1], section.rows[4]):
         pattern, share = row.labels["pattern"], round(row.labels["sparsity"], 3)
         recipe = Recipe(
             sparsity=share, pattern=pattern, method=row.labels["method"], calibration=settings["calibration"],
@@ -103,80 +99,88 @@ def test_the_figures_are_those_of_prune_model_and_perplexity(tmp_path, settings,
 
 def test_table_and_picture_are_written_with_what_was_run(settings, finished):
     output, section = finished
-    lines = lines_of(output)
-    for line, row in zip(lines, section.rows, strict=True):
-        assert line["method"] == row.labels["method"]
-        assert float(line["perplexity"]) == row.figures["perplexity"]
+    for line, row in zip(lines_of(output), section.rows, strict=True):
+        assert (line["method"], float(line["perplexity"])) == (row.labels["method"], row.figures["perplexity"])
         assert (line["calibration_tokens"], line["heldout_tokens"], line["evaluation_tokens"]) == ("128", "64", "96")
         assert (output / line["folder"] / "run.json").is_file()
         assert "jax" in line["versions"]
-    text = (output / FILES[1]).read_text()
-    assert f"* model: {settings['source']}\n" in text
-    assert ", 4 x 32 = 128 tokens, and 64 held out; spread windows\n" in text
-    assert ", 2 x 48 = 96 tokens\n" in text
-    assert "* measured on: " in text
-    assert "* layer errors: uniform tokens\n" in text
-    assert text.count("\n| wanda | ") == 3
+    text, read = (output / FILES[1]).read_text(), settings["calibration"]
+    for fact in (
+        f"model: {settings['source']}",
+        f"calibration: the first half of {read}, 4 x 32 = 128 tokens, and 64 held out; spread windows",
+        f"evaluation: the second half of {read}, 2 x 48 = 96 tokens",
+        "layer errors: uniform tokens",
+    ):
+        assert f"* {fact}\n" in text
+    assert text.count("\n| wanda | ") == 2
     assert f"![{comparison.CAPTION}](comparison.png)" in text
     assert (output / FILES[2]).read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_table_says_where_windows_begin_with_bos_and_tells_errors_of_different_kinds_apart(settings, finished):
-    _, section = finished
-    assert "BOS" not in str(section.facts)
+    # Windows that begin with BOS, and errors and machines of several kinds.
     rows = list(section.rows)
-    rows[1] = replace(rows[1], figures={**rows[1].figures, "errors": "residual tokens"})
-    facts = comparison.facts_of(section.runs[0].task, {**rows[0].figures, "bos": 7}, rows)
-    lines = list(map(str, facts))
-    assert lines[0] == f"model: {settings['source']}, every window starts with its BOS (token 7)"
-    assert f"calibration: the first half of {settings['calibration']}, 4 x 32" in lines[1]
-    assert f"evaluation: the second half of {settings['evaluation']}, 2 x 48" in lines[2]
+    rows[1] = replace(rows[1], figures={**rows[1].figures, "errors": "residual tokens", "machine": "another"})
+    facts = dict(comparison.facts_of(section.runs[0].task, {**rows[0].figures, "bos": 7}, rows))
+    assert facts["model"] == f"{settings['source']}, every window starts with its BOS (token 7)"
     told = "compare only within one kind (residual tokens: wanda; uniform tokens: wanda, magnitude)"
-    assert dict(facts)["layer errors"] == told
+    assert facts["layer errors"] == told
+    assert re.search(r"^another, with .* \(wanda unstructured 0.25\)$", facts["measured on"])
 
 
-@pytest.mark.parametrize("lost", [["summary.json"], ["summary.json", "config.yaml"]])
 def test_the_command_measures_the_cell_without_a_record_alone_and_shows_all(
-    settings, finished, copied, compare, monkeypatch, lost
+    settings, finished, copied, compare, monkeypatch
 ):
     broken = copied / "cells" / "method=magnitude,pattern=2_4"
-    for name in lost:
+    for name in ("summary.json", "config.yaml"):
         (broken / name).unlink()
     (broken / "records.jsonl").write_text('{"unit": "mod')  # cut in the middle of a line
     kept, pruned = records(copied), watch_runs(monkeypatch)
     status, out, err = compare()
     assert status == 0, err
     assert pruned == [("magnitude", 0.5)]
-    assert f"7 runs, in {copied / 'cells'}, 6 finished" in out
-    assert (out.count("kept "), out.count("done ")) == (6, 1)
+    assert f"5 runs, in {copied / 'cells'}, 4 finished" in out
+    assert (out.count("kept "), out.count("done ")) == (4, 1)
     assert {**records(copied), broken.name: b""} == {**kept, broken.name: b""}
     for line, row in zip(lines_of(copied), finished[1].rows, strict=True):
         assert float(line["perplexity"]) == row.figures["perplexity"]
     assert f"model: {settings['source']} calibration: the first half of file:" in out
-    assert ", 4 x 32 = 128 tokens, and 64 held out; spread windows evaluation: the second half of file:" in out
-    assert "measured on: " in out
-    places = [
-        out.index(f"│ {method} │ {pattern or ''} │ {share} │".replace("  ", " ")) for method, pattern, share in CELLS
-    ]
+    rows = [f"│ {method} │ {pattern or ''} │ {share} │".replace("  ", " ") for method, pattern, share in CELLS]
+    places = [out.index(row) for row in rows]
     assert places == sorted(places)
-    assert all(f"wrote {copied / name}" in out and (copied / name).is_file() for name in FILES)
+    assert all(f"wrote {copied / name}" in out for name in FILES)
     page = whole_page(copied / "report.html")
     (table,) = page.tables
     perplexities = [f"{float(line['perplexity']):.4g}" for line in lines_of(copied)]
     assert [row[table[0].index("perplexity")] for row in table[1:]] == perplexities
     assert (page.captions, len(page.loaded)) == ([comparison.CAPTION], 1)
     assert page.command.startswith(f"sparseopt compare {settings['source']} --output {copied} ")
-    status, again, _ = compare()
-    assert (status, again.count("kept ")) == (0, 7)
-    assert again[again.index("model: ") :] == out[out.index("model: ") :]
 
 
-def test_new_cells_join_the_table_of_the_folder(copied, compare, monkeypatch):
+def test_new_cells_join_a_failed_one_is_a_row_and_after_ctrl_c_only_the_missing_ones_are_run(
+    copied, compare, monkeypatch
+):
+    lists = {"methods": "magnitude,wanda", "sparsity": "0.4", "pattern": "2:4,per-row"}
+    with monkeypatch.context() as broken:
+        watch_runs(broken, RuntimeError("the\nlayer broke"), lambda recipe: recipe.method == "wanda")
+        status, out, err = compare(**lists)
+    assert status == 1
+    assert (out.count("kept "), out.count("done ")) == (3, 1)
+    reason = "model: RuntimeError: the layer broke"
+    assert f"FAILED method=wanda,pattern=per-row,sparsity=0.4: {reason}" in out
+    assert "1 of 5 cells failed" in err
+    assert f"| wanda | per-row | 0.4 |  |  |  |  |  |  |  |  | {reason} |" in (copied / FILES[1]).read_text()
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        broken.setattr(model_task, "perplexity", interrupted)
+        status, out, err = compare(**lists)
+    assert (status, out.count("kept ")) == (130, 4)
+    assert "the same command continues with what is missing" in err
     pruned = watch_runs(monkeypatch)
-    status, out, err = compare(methods="magnitude,wanda", sparsity="0.4", pattern="2:4,per-row")
-    assert status == 0, err
-    assert pruned == [("magnitude", 0.4), ("wanda", 0.4)]
-    assert (out.count("kept "), out.count("done ")) == (3, 2)
+    status, out, _ = compare(**lists)
+    # It was pruned before the interruption, and is scored.
+    assert (status, pruned, out.count("kept "), out.count("done ")) == (0, [("wanda", 0.4)], 4, 1)
+    assert reason not in (copied / FILES[1]).read_text()
     found = [(line["method"], line["pattern"] or None, round(float(line["sparsity"]), 3)) for line in lines_of(copied)]
     assert found[:5] == [
         ("dense", None, 0),
@@ -185,52 +189,8 @@ def test_new_cells_join_the_table_of_the_folder(copied, compare, monkeypatch):
     assert sorted(found[5:]) == sorted(cell for cell in CELLS if cell[1] == "unstructured")
 
 
-def test_after_ctrl_c_the_same_command_does_the_missing_cells_alone(compare, monkeypatch):
-    lists = {"methods": "magnitude,wanda", "sparsity": "0.25,0.5", "pattern": "unstructured"}
-    scored = []
-
-    def interrupted(*arguments, **others):
-        scored.append(arguments)
-        if len(scored) == 3:
-            raise KeyboardInterrupt
-        return perplexity(*arguments, **others)
-
-    with monkeypatch.context() as broken:
-        broken.setattr(model_task, "perplexity", interrupted)
-        status, out, err = compare(**lists)
-    assert status == 130
-    assert "the same command continues with what is missing" in err
-    assert out.count("done ") == 2
-    pruned = watch_runs(monkeypatch)
-    status, out, _ = compare(**lists)
-    assert status == 0
-    # The first of them was finished, and is scored.
-    assert pruned == [("magnitude", 0.5), ("wanda", 0.25), ("wanda", 0.5)]
-    assert (out.count("kept "), out.count("done ")) == (2, 3)
-
-
-def test_a_failed_cell_is_a_row_with_its_reason_ends_in_status_1_and_is_tried_again(tmp_path, compare, monkeypatch):
-    error = RuntimeError("the\nlayer broke")
-    with monkeypatch.context() as broken:
-        watch_runs(broken, error, lambda recipe: recipe.method == "wanda")
-        status, out, err = compare(pattern="2:4")
-    assert status == 1
-    reason = "model: RuntimeError: the layer broke"
-    for said in (
-        f"FAILED method=wanda,pattern=2_4: {reason}", "│ magnitude │ 2:4 │ 0.5 │", "layer broke │",
-    ):  # fmt: skip
-        assert said in out
-    assert "1 of 3 cells failed, with their reasons in the table" in err
-    text = tmp_path / "out" / FILES[1]
-    assert f"| wanda | 2:4 | 0.5 |  |  |  |  |  |  |  |  | {reason} |" in text.read_text()
-    status, out, _ = compare(pattern="2:4")
-    assert (status, out.count("kept "), out.count("done ")) == (0, 2, 1)
-    assert reason not in text.read_text()
-
-
 def test_options_of_the_recipe_reach_every_cell_and_a_missing_picture_is_explained(tmp_path, compare, monkeypatch):
     options = ["--window-choice", "random", "--seed", 3, "--penalty", "l1", "--dtype", "bfloat16"]
-    options += ["--output-weights", "uniform"]
     watch_runs(monkeypatch, RuntimeError("the layer broke"))
     status, out, _ = compare(*options, methods="maiht", sparsity="0.5", pattern="unstructured")
     assert status == 1
@@ -240,8 +200,7 @@ def test_options_of_the_recipe_reach_every_cell_and_a_missing_picture_is_explain
     assert "random windows, seed 3" in out
     (cell,) = (tmp_path / "out" / "cells").glob("method=maiht*")
     config = (cell / "config.yaml").read_text()
-    for line in ("window_choice: random", "seed: 3", "dtype: bfloat16", "output_weights: uniform", "name: l1"):
-        assert line in config
+    assert all(line in config for line in ("window_choice: random", "seed: 3", "dtype: bfloat16", "name: l1"))
 
 
 def test_a_perplexity_that_is_not_finite_is_said_so(tmp_path, settings, monkeypatch):
@@ -252,97 +211,57 @@ def test_a_perplexity_that_is_not_finite_is_said_so(tmp_path, settings, monkeypa
     assert "| magnitude | unstructured | 0.5 | not finite |" in text
 
 
-def test_another_folder_is_refused_with_what_differs(tmp_path, settings, finished, copied, compare, monkeypatch):
-    for options, expected in (
-        (
-            ["--windows", 5, "--window-choice", "random", "--seed", 7],
-            r"holds a comparison with other settings: .*seed: None there, 7 here.*windows: 4 there, 5 here.*another -",
-        ),
-        (["--weighting", "residual"], "weighting: 'uniform' there, 'residual' here"),
+def test_another_folder_is_refused_with_what_differs(tmp_path, settings, copied, compare, monkeypatch):
+    status, _, err = compare("--windows", 5, "--weighting", "residual")
+    assert status == 2
+    for words in ("comparison with other settings", "windows: 4 there, 5 here", "'uniform' there, 'residual' here"):
+        assert words in err
+    notes = tmp_path / "notes" / "comparison.md"
+    notes.parent.mkdir()
+    notes.write_text(other := TEXT.replace("fox", "wolf"))
+    for output, fields, words in (
+        (copied, {"source": "elsewhere"}, r"source: .*source' there, 'elsewhere' here"),
+        (copied, {"calibration": f"file:{notes}"}, r"inputs\.calibration: .* there, .* here"),
+        (notes, {}, r"comparison\.md is a file"),
+        (notes.parent, {}, "notes holds no comparison and is not empty"),
     ):
-        status, _, err = compare(*options)
-        assert (status, bool(re.search(expected, err))) == (2, True), err
-    with pytest.raises(ValueError, match=r"source: .*source' there, 'elsewhere' here"):
-        compared(copied, settings | {"source": "elsewhere"})
-    file = tmp_path / "text.txt"
-    file.write_text("a file")
-    with pytest.raises(ValueError, match=r"text\.txt is a file; give --output a folder"):
-        compared(file, settings)
+        with pytest.raises(ValueError, match=words):
+            compared(output, settings | fields)
+    assert notes.read_text() == other
     with monkeypatch.context() as other_code:
         other_code.setattr(runs, "code_version", lambda: "other")
         with pytest.raises(ValueError, match=r"code: 'sparseopt .*' there, 'other' here"):
             compared(copied, settings)
     (copied / "cells" / "method=dense" / "run.json").write_text("{")
-    with pytest.raises(ValueError, match=r"run\.json is not valid JSON .*; empty the folder"):
+    with pytest.raises(ValueError, match=r"(?s)run\.json is not valid JSON .*remove these folders"):
         compared(copied, settings)
 
 
-def test_a_folder_with_other_files_is_left_alone(tmp_path, settings):
-    (tmp_path / "comparison.md").write_text("my notes")
-    with pytest.raises(ValueError, match="holds no comparison and is not empty; give another --output or empty it"):
-        compared(tmp_path, settings)
-    assert (tmp_path / "comparison.md").read_text() == "my notes"
-
-
-def test_a_model_or_text_of_the_same_name_that_has_changed_is_not_compared_with_the_old_one(tmp_path, settings):
-    source, text = write_inputs(tmp_path, num_hidden_layers=1)
-    lists = ("magnitude", "0.5", "unstructured")
-    changed = settings | {"source": str(source), "calibration": text}
-    compared(tmp_path / "out", changed, *lists)
-    (tmp_path / "text.txt").write_text(TEXT.replace("fox", "wolf"))
-    with pytest.raises(ValueError, match=r"(?s)other settings:.*inputs\.calibration: .* there, .* here"):
-        compared(tmp_path / "out", changed, "wanda", *lists[1:])
-    (tmp_path / "text.txt").write_text(TEXT)
-    config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
-    with pytest.raises(ValueError, match=r"(?s)inputs\.source: .* there, .* here.*remove these folders"):
-        compared(tmp_path / "out", changed, *lists)
-
-
-def test_a_ridge_goes_to_the_methods_that_have_one_and_the_default_preset_is_left_out(settings):
-    lists = comparison.read_lists("best,wanda,maiht:tuned,maiht:paper", "0.5", "2:4")
-    built = comparison.build(settings["source"], *lists, ridge=0.2)
+def test_cells_stand_in_order_a_ridge_goes_to_methods_that_have_one_and_the_default_preset_is_left_out():
+    lists = comparison.read_lists("good,best,wanda,maiht:tuned,maiht:paper", "0.5,0.3", "2:4")
+    built = comparison.build("elsewhere", *lists, ridge=0.2)
     assert [(comparison.method_name(run.task), run.task.ridge) for run in built] == [
-        ("dense", 0.2), ("best", 0.2), ("wanda", None), ("maiht", 0.2), ("maiht:paper", 0.2),
+        ("dense", 0.2), ("good", 0.2), ("best", 0.2), ("wanda", None), ("maiht", 0.2), ("maiht:paper", 0.2),
     ]  # fmt: skip
-    for run in built[1:]:
-        run.task.recipe()
+    for patterns, found in ((["2:4"], [0.3, 0.4]), (["per-row", "2:4"], [0.3, 0.4, 0.3, 0.4])):
+        # With curves, a pattern n:m has a cell for each sparsity.
+        built = comparison.build("elsewhere", ["wanda"], [0.3, 0.4], patterns, allocation="curves")
+        assert [run.settings.get("sparsity") for run in built[1:]] == found
 
 
-def test_with_curves_an_n_m_pattern_has_a_cell_for_each_sparsity():
-    built = comparison.build("elsewhere", ["wanda"], [0.3, 0.4], ["2:4"], allocation="curves")
-    assert [run.settings.get("sparsity") for run in built] == [None, 0.3, 0.4]
-
-
-# Lists and options, and what is said, all mistakes together.
+# Lists, and what is named of each mistake, all together.
 REFUSED = [
-    ({"methods": ""}, [], r"--methods: an empty place in \[''\]; expected a comma-separated list such as good"),
-    ({"methods": "wanda,,best"}, [], r"--methods: an empty place in \['wanda', '', 'best'\]"),
-    ({"methods": "maiht,best,maiht:tuned", "pattern": "2:4"}, [], "the run method=maiht,pattern=2_4 appears twice"),
-    ({"methods": "wanda,dense"}, [], "dense is always measured, as the first row; leave it out"),
-    ({"sparsity": "0.5,1"}, [], r"--sparsity: expected shares of zeros in \[0, 1\), as in 0.5,0.6, given 1"),
-    ({"sparsity": "0.5,nan"}, [], "given nan"),
-    ({"sparsity": "half"}, [], "--sparsity: expected shares of zeros .* given half"),
-    ({"sparsity": "0.5,.50", "pattern": "per-row"}, [], "wanda,pattern=per-row,sparsity=0.5 appears twice"),
-    ({"pattern": "2:x"}, [], "pattern: unknown pattern '2:x'; known are"),
-    ({"pattern": "2:4,2:4"}, [], "the run method=wanda,pattern=2_4 appears twice"),
-    (
-        {"methods": "dense", "sparsity": "7,8", "pattern": ""}, [],
-        "--pattern: an empty.*given 7.*given 8.*--methods: dense",
-    ),
-    (
-        {"methods": "wunda,maiht:papr"}, ["--windows", 0],
-        r"windows: .*given 0.*did you mean 'wanda'\?.*did you mean 'paper'\?",
-    ),
-    ({"methods": "wanda:paper"}, [], "method 'wanda' has no presets, given preset 'paper'; leave the preset out"),
-    ({}, ["--weighting", "residul"], "weighting: 'residul' is not known; did you mean 'residual'?"),
-    ({}, ["--text", "file:/nowhere"], "cannot read the text file /nowhere"),
-]  # fmt: skip
+    (("wanda,,best", "0.5", ""), ["--methods: an empty place in ['wanda', '', 'best']", "--pattern: an empty"]),
+    (("maiht,best,maiht:tuned", "0.5", "2:4"), ["the run method=maiht,pattern=2_4 appears twice"]),
+    (("dense", "0.5,1,nan,half", "2:4"), ["--methods: dense", "given 1", "given nan", "given half"]),
+    (("wanda", "0.5,.50", "per-row"), ["wanda,pattern=per-row,sparsity=0.5 appears twice"]),
+    (("wanda", "0.5", "2:x"), ["pattern: unknown pattern '2:x'"]),
+    (("wunda,maiht:papr,wanda:paper", "0.5", "2:4"), ["'wanda'?", "'paper'?", "preset 'paper'"]),
+]
 
 
-@pytest.mark.parametrize(("lists", "options", "words"), REFUSED)
-def test_mistakes_end_before_any_work_with_status_2_and_are_named_together(tmp_path, compare, lists, options, words):
-    status, _, err = compare(*options, **lists)
-    assert status == 2
-    assert re.search(words, err), err
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize(("lists", "words"), REFUSED)
+def test_mistakes_are_named_together(lists, words):
+    with pytest.raises(ValueError, match="cannot be used") as caught:
+        comparison.build("elsewhere", *comparison.read_lists(*lists))
+    assert [word for word in words if word not in str(caught.value)] == []

@@ -16,6 +16,7 @@ from tests.experiments.inputs import WINDOWS, quiet, write_inputs
 from tests.processes import free_port, start, wait
 
 BLOCKS = 6
+pytestmark = pytest.mark.processes
 
 
 @pytest.fixture(scope="module")
@@ -32,17 +33,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def alone(folder):
-    """The records of one process."""
-
-    def run(name):
-        (planned,) = load_config(folder / f"{name}.yaml")
-        outcome = execute(planned, folder / "alone", quiet)
-        assert outcome.error is None
-        return record(outcome.folder)
-
-    return run
+def alone(folder, name):
+    """The record of one process."""
+    (planned,) = load_config(folder / f"{name}.yaml")
+    return record(execute(planned, folder / "alone", quiet).folder)
 
 
 def record(run):
@@ -50,31 +44,17 @@ def record(run):
     return json.loads(line)
 
 
-def launched(config, output, *more):
-    return [sys.executable, "-m", "sparseopt", "run", str(config), "--output", str(output), "--distributed", *more]
+def begun(config, output, folder, *more):
+    """A process for each tuple of further arguments."""
+    call = [sys.executable, "-m", "sparseopt", "run", str(config), "--output", str(output), "--distributed"]
+    return start([[*call, *arguments] for arguments in more], folder, free_port())
 
 
-def together(count, config, output, folder, *more):
-    return wait(start([launched(config, output, *more)] * count, folder, free_port()), folder)
-
-
-def same_layers(found, wanted):
-    """The same counts, errors alike to rounding, the same loss of the model."""
-    assert [(line["layer"], line["zeros"], line["steps"]) for line in found["layers"]] == [
-        (line["layer"], line["zeros"], line["steps"]) for line in wanted["layers"]
-    ]
-    ours, theirs = ([line["relative_error"] for line in each["layers"]] for each in (found, wanted))
-    np.testing.assert_allclose(ours, theirs, rtol=2e-3)
-    assert found["perplexity"] == pytest.approx(wanted["perplexity"], rel=1e-3)
-
-
-@pytest.mark.processes
-def test_a_killed_process_ends_all_and_the_same_command_goes_on_behind_the_last_block(tmp_path, folder, alone, command):
-    config, output = folder / "prune.yaml", tmp_path / "runs"
-    running = start([launched(config, output)] * 4, tmp_path, free_port())
-    model = output / "prune" / "model"
+def test_a_killed_process_ends_all_and_the_same_command_goes_on_behind_the_last_block(tmp_path, folder, command):
+    config, output, whole = folder / "prune.yaml", tmp_path / "runs", alone(folder, "prune")
+    running = begun(config, output, tmp_path, *[()] * 4)
     until = time.monotonic() + 200
-    while not list(model.glob("*block-0001*")) and time.monotonic() < until:
+    while not list((output / "prune" / "model").glob("*block-0001*")) and time.monotonic() < until:
         assert all(process.poll() is None for process in running), (tmp_path / "err-0").read_text()
         time.sleep(0.02)
     running[2].kill()
@@ -86,46 +66,32 @@ def test_a_killed_process_ends_all_and_the_same_command_goes_on_behind_the_last_
         assert ended[index].err.count(f"error: process {index} of 4: another process has ended or was lost") == 1
         assert "Traceback" not in ended[index].err
     assert not (output / "prune" / "summary.json").exists()
+    shutil.copytree(output, tmp_path / "one")
 
-    shutil.copytree(output, tmp_path / "one goes on")
-    again = together(4, config, output, tmp_path)
+    again = wait(begun(config, output, tmp_path, *[()] * 4), tmp_path)
     assert [process.status for process in again] == [0] * 4, again[0].err
-    assert 1 <= json.loads((model / "summary.json").read_text())["resumed_blocks"] < BLOCKS
-    same_layers(record(output / "prune"), alone("prune"))
-
     # So does one process.
-    status, _, err = command("run", config, "--output", tmp_path / "one goes on")
+    status, _, err = command("run", config, "--output", tmp_path / "one")
     assert status == 0, err
-    run = tmp_path / "one goes on" / "prune"
-    summary = json.loads((run / "model" / "summary.json").read_text())
-    assert 1 <= summary["resumed_blocks"] < BLOCKS
-    assert summary["processes"] == 1
-    same_layers(record(run), alone("prune"))
+    for place, processes in ((output, 4), (tmp_path / "one", 1)):
+        summary = json.loads((place / "prune" / "model" / "summary.json").read_text())
+        assert (1 <= summary["resumed_blocks"] < BLOCKS, summary["processes"]) == (True, processes)
+        found = record(place / "prune")
+        # The same counts, errors alike to rounding, the same loss of the model.
+        counts = [[(line["layer"], line["zeros"], line["steps"]) for line in each["layers"]] for each in (found, whole)]
+        assert counts[0] == counts[1]
+        ours, theirs = ([line["relative_error"] for line in each["layers"]] for each in (found, whole))
+        np.testing.assert_allclose(ours, theirs, rtol=2e-3)
+        assert found["perplexity"] == pytest.approx(whole["perplexity"], rel=1e-3)
 
 
-@pytest.mark.processes
-def test_two_processes_share_a_pass_of_a_sweep(tmp_path, folder):
-    values = yaml.safe_load((folder / "prune.yaml").read_text()) | {"preset": None, "keep_model": False}
-    config, output = tmp_path / "sweep.yaml", tmp_path / "runs"
-    sweep = {"grid": {"method": ["wanda", "magnitude"]}}
-    config.write_text(yaml.safe_dump(values | {"sweep": sweep}))
-    ended = together(2, config, output, tmp_path)
-    assert [process.status for process in ended] == [0, 0], ended[0].err
-    assert ended[0].out.count("done ") == 2
-    for run in load_config(config):
-        outcome = execute(run, tmp_path / "alone", quiet)
-        same_layers(record(output / run.subfolder), record(outcome.folder))
-
-
-@pytest.mark.processes
-def test_a_fit_by_two_processes_is_that_of_one(tmp_path, folder, alone):
+def test_a_fit_by_two_processes_is_that_of_one(tmp_path, folder):
     output = tmp_path / "runs"
-    ended = together(2, folder / "denoise.yaml", output, tmp_path)
+    ended = wait(begun(folder / "denoise.yaml", output, tmp_path, (), ()), tmp_path)
     assert [process.status for process in ended] == [0, 0], ended[0].err
     # Only the first speaks.
-    assert "done   denoise" in ended[0].out
-    assert "denoise" not in ended[1].out
-    found, wanted = record(output / "denoise"), alone("denoise")
+    assert ["denoise" in process.out for process in ended] == [True, False]
+    found, wanted = record(output / "denoise"), alone(folder, "denoise")
     assert found["status"] == "CONVERGED"
     assert found["objective"] == pytest.approx(wanted["objective"], rel=2e-6)
     header = json.loads((output / "denoise" / "run.json").read_text())
@@ -134,15 +100,10 @@ def test_a_fit_by_two_processes_is_that_of_one(tmp_path, folder, alone):
         assert ours["fitted"].shape == (40, 40)
 
 
-@pytest.mark.processes
 def test_processes_with_another_setting_stop_before_any_work(tmp_path, folder):
-    config, output = folder / "prune.yaml", tmp_path / "runs"
-    commands = [launched(config, output, *(["sparsity=0.6"] if index == 1 else [])) for index in range(2)]
-    ended = wait(start(commands, tmp_path, free_port()), tmp_path)
+    output = tmp_path / "runs"
+    ended = wait(begun(folder / "prune.yaml", output, tmp_path, (), ("sparsity=0.6",)), tmp_path)
     assert [process.status for process in ended] == [2, 2]
-    said = (
-        "not all processes were given the same settings: process 1 of 2 and process 0 differ; start all with the same "
-        "command, files and version"
-    )
+    said = "not all processes were given the same settings: process 1 of 2 and process 0 differ"
     assert all(said in process.err for process in ended)
     assert not output.exists()

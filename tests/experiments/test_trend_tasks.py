@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from doge_convergence import look_steps
 from doge_race import Race
 from sparseopt.core.problem.iterate import iterate
 from sparseopt.experiments.config import expand, load_config
@@ -18,7 +17,6 @@ from sparseopt.experiments.task import FinishedRun
 from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.methods import plan as plan_module
 from tests.experiments.inputs import quiet
-from tests.tiers import often
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PAPERS = CONFIGS / "papers"
@@ -59,14 +57,21 @@ def test_denoise_recovers_a_picture_in_the_precision_asked_for(tmp_path: Path) -
     (record,) = run.records
     assert (record["status"], record["label"]) == ("CONVERGED", "doge")
     assert set(type(run.task).columns) <= record.keys()
+    with np.load(tmp_path / "picture-repeat-0.npz") as stored:
+        clean, noisy, fitted = (stored[name].astype(float) for name in ("clean", "noisy", "fitted"))
+    assert 15 < np.std(noisy - clean) < 25
+    for name, image in (("before", noisy), ("after", fitted)):
+        error = np.mean((image - clean) ** 2)
+        assert record[f"mse_{name}"] == pytest.approx(error, rel=1e-3)
+        assert record[f"psnr_{name}"] == pytest.approx(10 * np.log10(255**2 / error), rel=1e-3)
     assert record["psnr_after"] > record["psnr_before"]
     assert np.shape(pictures_of(run)["pictures"]) == (1, 3)
 
 
-@pytest.mark.thorough
 def test_a_volume_is_denoised_in_three_dimensions_and_its_slice_drawn(tmp_path: Path) -> None:
-    picture, penalty = {"name": "brain", "crop": [80, 80, 70, 12, 10, 4]}, {"name": "group_l2", "weight": 9, "axis": 0}
-    run = finish(tmp_path, "denoise", picture=picture, penalty=penalty, dtype="float32")
+    run = finish(
+        tmp_path, "denoise", picture={"name": "brain", "crop": [80, 80, 70, 12, 10, 4]}, method="doge", tol=0.01
+    )
     assert run.task.grid().shape == (12, 10, 4)
     assert run.records[0]["psnr_after"] > run.records[0]["psnr_before"]
     (axes,) = pictures_of(run)["pictures"]
@@ -83,9 +88,8 @@ def test_the_task_trend_smooths_files_as_the_command_does(tmp_path: Path, comman
     run = finish(tmp_path / "run", "trend", signal=str(signal), weight="bic")
     (record,) = run.records
     assert (tmp_path / "run" / "fit.csv").read_text() == output.read_text()
-    assert {**record, "seconds": 0, "unit": 0} == {
-        **json.loads((tmp_path / "smooth-summary.json").read_text()), "seconds": 0, "unit": 0
-    }  # fmt: skip
+    summary = json.loads((tmp_path / "smooth-summary.json").read_text())
+    assert record | {"seconds": 0} == summary | {"seconds": 0, "unit": "fit"}
     assert record["weight_rule"] == "bic"
     assert set(type(run.task).columns) <= record.keys()
     (axes,) = pictures_of(run).values()
@@ -99,7 +103,7 @@ def test_the_task_trend_smooths_files_as_the_command_does(tmp_path: Path, comman
 @pytest.mark.parametrize(
     ("task", "values", "words"),
     [
-        ("trend", {"signal": "absent.csv"}, "there is no file absent.csv"),
+        ("trend", {"signal": "absent.csv"}, "no file absent.csv"),
         ("doge_convergence.Convergence", TINY | {"penalty": {"name": "l0", "weight": 10}}, "certified optimum"),
     ],
 )
@@ -118,7 +122,6 @@ def test_a_race_compares_methods_on_one_problem(tmp_path: Path) -> None:
     for record in first:
         assert record["status"] == "CONVERGED"
         assert record["gap"] <= 1e-5
-        assert record["psnr_after"] > record["psnr_before"]
         assert record["mse_after"] < record["mse_before"]
         assert record["seconds"] > 0
         assert set(Race.columns) <= record.keys()
@@ -128,20 +131,17 @@ def test_a_race_compares_methods_on_one_problem(tmp_path: Path) -> None:
     assert first[2]["inner_steps"] > first[2]["steps"]
     # Repeats have noise of their own, the same for every method.
     assert runs[0].records[1]["mse_before"] == runs[1].records[1]["mse_before"] != first[0]["mse_before"]
+    # A fit that stands still need not be there.
+    still = {"method": "doge", "settings": "published", "stop": "change", "tol": 1e-4}
+    (record,) = finish(tmp_path / "still", "doge_race.Race", **TINY, **still, repeats=1).records
+    assert (record["status"], record["gap"] > 1e-5) == ("CONVERGED", True)
     pictures = pictures_of(*runs)
-    assert set(pictures) == {"pictures", "seconds"}
+    assert pictures.keys() == {"pictures", "seconds"}
     assert np.shape(pictures["pictures"]) == (1, 3)
     (axis,) = pictures["seconds"]
     assert "(s)" in axis.get_xlabel()
     assert [text.get_text() for text in axis.get_yticklabels()] == ["Doge-ADMM", "GTF-ADMM", "fast ADMM"]
-    assert set(Race.draw(runs[:1])) == {"pictures"}
-
-
-def test_a_fit_that_stands_still_need_not_be_there(tmp_path: Path) -> None:
-    fields = {"method": "doge", "settings": "published", "stop": "change", "tol": 1e-4}
-    (record,) = finish(tmp_path, "doge_race.Race", **TINY, **fields, repeats=1).records
-    assert record["status"] == "CONVERGED"
-    assert record["gap"] > 1e-5
+    assert Race.draw(runs[:1]).keys() == {"pictures"}
 
 
 def test_convergence_records_losses_above_the_optimum(tmp_path: Path) -> None:
@@ -155,10 +155,8 @@ def test_convergence_records_losses_above_the_optimum(tmp_path: Path) -> None:
         # The gap is an upper bound on the loss at every step.
         assert (gap[1:] >= loss[1:] - 2e-9).all()
         assert loss[record["steps_to_1e-4"]] <= 1e-4 < loss[record["steps_to_1e-4"] - 1]
-        assert looks[0] == seconds[0] == 0
-        assert looks[-1] == record["steps"]
-        assert (np.diff(looks) > 0).all()
-        assert (np.diff(seconds) > 0).all()
+        assert (looks[0], seconds[0], looks[-1]) == (0, 0, record["steps"])
+        assert (np.diff([looks, seconds]) > 0).all()
         assert 0 < record["seconds_to_1e-4"] <= record["seconds_to_1e-6"] <= record["seconds"]
     axes = pictures_of(run)["convergence"]
     assert [axis.get_xlabel() for axis in axes] == ["time (s)", "iteration"]
@@ -166,56 +164,37 @@ def test_convergence_records_losses_above_the_optimum(tmp_path: Path) -> None:
     assert len(axes[0].get_lines()) == 2
 
 
-@pytest.mark.parametrize(("steps", "apart"), [(3, 5), (5, 5), (7, 5), (400, 5), (9, 1)])
-def test_looks_end_at_the_last_step(steps: int, apart: int) -> None:
-    looks = look_steps(steps, apart)
-    assert (looks[0], looks[-1]) == (0, steps)
-    assert (np.diff(looks) > 0).all()
-    assert (looks[:-1] % apart == 0).all()
-
-
 def test_groups_are_those_of_the_paper(tmp_path: Path) -> None:
     run = finish(tmp_path, "doge_groups.Groups", shape=[8, 8])
-    assert [record["groups"] for record in run.records] == [4, 5, 16]
+    assert [(record["groups"], record["rows"]) for record in run.records] == [(4, 112), (5, 64), (16, 112)]
     assert all(record["disjoint"] and record["complete"] for record in run.records)
-    assert [record["rows"] for record in run.records] == [112, 64, 112]
-    assert [len(axes) for axes in pictures_of(run).values()] == [4, 5, 16]
-
-
-# What makes an experiment small: settings that leave its kind and its comparison with the paper as they are.
-SMALL = {
-    "doge-table1-order0": ["picture.size=12", "repeats=1", "sweep.grid.method=[doge]", "sweep.grid.settings=[tuned]"],
-    "doge-table1-order1": [
-        "picture.size=12", "repeats=2", "sweep.list=[{settings: published, stop: change}]",
-        "sweep.grid.method=[doge_groups]",
-    ],
-    "doge-figure5": ["picture.size=12", "tol=1e-3", "contenders=[{method: doge}]", "sweep.grid.order=[0]"],
-    "doge-figure6": [
-        "picture.size=12", "max_steps=5", "contenders=[{method: doge_groups, settings: published}]",
-        "sweep.grid.order=[0]",
-    ],
-    "doge-groupings": [],
-    "denoise-astronomy": ["picture.crop=[520, 330, 12, 12]", "sweep.list=[{order: 0}]"],
-    "denoise-medical": ["sweep.list=[{picture: {name: shepp_logan_phantom, size: 12}}]"],
-    "denoise-volume": ["picture.crop=[80, 80, 70, 12, 10, 4]", "sweep.list=[{penalty: {name: l1, weight: 7}}]"],
-}  # fmt: skip
-ONE_OF_EACH_KIND = ["doge-table1-order1", "doge-groupings", "denoise-medical", "denoise-volume"]
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.yaml")), ids=lambda file: file.stem)
 def test_every_shipped_config_is_one_of_this_version_and_those_of_trends_can_run(file: Path) -> None:
     runs = load_config(file, allow_code=True)
     assert runs
-    if file.stem in SMALL:
+    if not hasattr(runs[0].task, "source"):  # of a model, which need not be there
         text = file.read_text(encoding="utf-8")
         assert text.startswith("# Needs --allow-code" if file.parent == PAPERS else "# ")
         assert re.search(r"^# .*Time: \d+", text, re.MULTILINE)
-        for run in load_config(file, allow_code=file.parent == PAPERS):
+        for run in runs:
             assert run.task.name == file.stem
             run.task.check()
 
 
-@pytest.mark.parametrize("name", often(SMALL, *ONE_OF_EACH_KIND))
+# What makes an experiment small: settings that leave its kind and its comparison with the paper as they are.
+SMALL = {
+    "doge-table1-order1": [
+        "picture.size=12", "repeats=2", "sweep.list=[{settings: published, stop: change}]",
+        "sweep.grid.method=[doge_groups]",
+    ],
+    "doge-groupings": ["shape=[6]"],
+    "denoise-medical": ["sweep.list=[{picture: {name: shepp_logan_phantom, size: 12}}]"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SMALL)
 def test_shipped_configs_run_to_a_report_when_cut_down(name: str, tmp_path: Path) -> None:
     (path,) = CONFIGS.rglob(f"{name}.yaml")
     allowed = path.parent == PAPERS

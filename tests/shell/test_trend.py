@@ -9,26 +9,29 @@ import numpy as np
 import pytest
 
 import sparseopt as so
+from sparseopt.experiments.config import expand
 from sparseopt.experiments.plots.signals import observed_and_fit
-from sparseopt.experiments.plots.style import write_figure
 from sparseopt.experiments.read.images import read_image, write_image
 from tests.system.pages import whole_page
 
 TIMES = np.cumsum(np.random.default_rng(0).uniform(0.2, 2, 30))
 LINE = 3 + 2 * TIMES
+STEPS = np.repeat([1.0, 5.0, 2.0], 10) + 0.3 * np.random.default_rng(1).standard_normal(30)
 
 
 @pytest.fixture
 def fit(tmp_path, command):
-    """`sparseopt trend` with `tmp_path/y.csv` as signal: what it said, the lines of `fit.csv`, and its summary."""
+    """`sparseopt trend` of a signal: what it said, the lines of `fit.csv`, and its summary."""
 
-    def run(*options, signal=tmp_path / "y.csv", weight=5.0):
-        output = tmp_path / "fit.csv"
-        level = () if weight is None else ("--weight", weight)
-        call = ["trend", "--signal", signal, *level, "--output", output, "--force", *options]
-        status, out, err = command(*call)
-        assert status == 0, err
-        return out, output.read_text().splitlines(), json.loads((tmp_path / "fit-summary.json").read_text())
+    def run(*options, signal=None, heading="", weight=5.0):
+        if signal is not None:
+            np.savetxt(tmp_path / "y.csv", signal, delimiter=",", header=heading, comments="")
+        output, level = tmp_path / "fit.csv", () if weight is None else ("--weight", weight)
+        status, *said = command(
+            "trend", "--signal", tmp_path / "y.csv", *level, "--output", output, "--force", *options
+        )
+        assert status == 0, said
+        return "".join(said), output.read_text().splitlines(), json.loads((tmp_path / "fit-summary.json").read_text())
 
     return run
 
@@ -50,7 +53,7 @@ def test_denoise_writes_image_picture_and_summary(tmp_path, command):
     assert np.abs(read_image(calm) - clean).mean() < 4 < np.abs(noisy - clean).mean()
     assert (tmp_path / "calm-before-after.png").is_file()
     summary = json.loads((tmp_path / "calm-summary.json").read_text())
-    assert summary["status"] == "CONVERGED"
+    assert (summary["status"], summary["weight_rule"], summary["ends"]) == ("CONVERGED", "given", "graph")
     assert summary["relative_duality_gap"] <= 1e-4
     assert abs(summary["noise"] - 15) < 3
     page = whole_page(tmp_path / "calm-report.html")
@@ -58,100 +61,32 @@ def test_denoise_writes_image_picture_and_summary(tmp_path, command):
     assert (rows["shape"], rows["status"], rows["steps"]) == ("24x32", "CONVERGED", str(summary["steps"]))
     assert float(rows["relative duality gap"]) == pytest.approx(summary["relative_duality_gap"], rel=1e-4)
     assert (page.command, len(page.loaded)) == (f"sparseopt {' '.join(map(str, call))}", 1)
+    assert "--weight 40 --force" in page.words
+    # Any of the four outputs that exists is an error.
     for name in ("calm.png", "calm-before-after.png", "calm-summary.json"):
-        (tmp_path / name).rename(tmp_path / f"old-{name}")
+        (tmp_path / name).unlink()
     status, _, err = command(*call)
-    assert status == 2
-    assert "calm-report.html exists already" in err
-    status, _, err = command(*call, "--order", 1, "--ends", "free", "--force")
-    assert status == 0, err
-    assert json.loads((tmp_path / "calm-summary.json").read_text())["ends"] == "free"
+    assert (status, "calm-report.html exists already" in err) == (2, True)
 
 
 def test_trend_fits_a_signal_on_the_graph_of_a_file(tmp_path, fit):
     edges = np.stack([np.arange(29), np.arange(1, 30)], axis=1)
-    y = np.repeat([1.0, 5.0, 2.0], 10) + 0.3 * np.random.default_rng(1).standard_normal(30)
     np.savetxt(tmp_path / "edges.csv", edges, fmt="%d", delimiter=",", header="from,to", comments="")
-    np.savetxt(tmp_path / "y.csv", y)
-    out, lines, summary = fit("--graph", tmp_path / "edges.csv", weight=1.0)
+    out, lines, summary = fit("--graph", tmp_path / "edges.csv", signal=STEPS, weight=1.0)
     assert "30 nodes and 29 edges" in out
     assert lines[0] == "node,value,piece"
     nodes, values, pieces = numbers(lines)
     np.testing.assert_array_equal(nodes, np.arange(30))
-    expected = so.trend_filter(y, so.Graph.from_edges(edges, 30), so.L1(1.0), tol=1e-8).value
+    expected = so.trend_filter(STEPS, so.Graph.from_edges(edges, 30), so.L1(1.0), tol=1e-8).value
     np.testing.assert_allclose(values, expected, atol=0.02)
     np.testing.assert_array_equal(pieces, np.cumsum(np.diff(values, prepend=values[0]) != 0))
     assert (summary["pieces"], summary["ends"]) == (pieces[-1] + 1, "graph")
     assert "no certificate" in fit("--graph", tmp_path / "edges.csv", "--penalty", "mcp", weight=1.0)[0]
 
 
-def test_trend_fits_a_series_with_free_ends(tmp_path, fit):
-    np.savetxt(tmp_path / "t.csv", TIMES)
-    np.savetxt(tmp_path / "y.csv", LINE)
-    _, lines, summary = fit("--order", 1, "--times", tmp_path / "t.csv")
-    np.testing.assert_allclose(numbers(lines), [np.arange(30), LINE], rtol=1e-9)
-    assert summary["ends"] == "free"
-
-
-# The heading of a table of times, a rising and a falling line, which of its columns, and what is said of the channels.
-@pytest.mark.parametrize(
-    ("heading", "columns", "said"), [("Time,up,down", 3, "2 channels: up, down"), ("time,up", 2, "1 channel: up")]
-)
-def test_a_column_of_times_is_no_channel(tmp_path, fit, heading, columns, said):
-    table = np.stack([TIMES, LINE, -TIMES], axis=1)[:, :columns]
-    np.savetxt(tmp_path / "y.csv", table, delimiter=",", header=heading, comments="")
-    out, lines, summary = fit("--order", 1)
-    assert lines[0] == f"node,{heading}"
-    np.testing.assert_allclose(numbers(lines)[1:].T, table, rtol=1e-9)
-    assert said in out
-    assert summary["channels"] == heading.split(",")[1:]
-    # What does not increase is a channel; it is named.
-    np.savetxt(tmp_path / "y.csv", table[::-1], delimiter=",", header=heading, comments="")
-    assert f"{columns} channels: {heading.replace(',', ', ')}" in fit("--order", 1)[0]
-
-
-def test_a_series_of_one_node_is_its_fit(tmp_path, fit):
-    (tmp_path / "y.csv").write_text("3\n")
-    assert fit()[1] == ["node,value,piece", "0,3.0,0"]
-
-
-def test_labels_of_dates_in_a_figure_do_not_overlap(tmp_path):
-    dates = np.datetime64("2020-01-01T00:00", "us") + np.arange(120) * np.timedelta64(1, "D")
-    shown = []
-
-    def kept(figure, *_, **__):
-        figure.canvas.draw()
-        texts = figure.axes[0].get_xticklabels()
-        shown.extend(text.get_window_extent() for text in texts if text.get_text())
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("matplotlib.figure.Figure.savefig", kept)
-        axes = observed_and_fit(np.zeros((120, 1)), np.zeros((120, 1)), ("y $_",), times=dates)
-        write_figure(axes[0].figure, tmp_path / "y.png", 150)
-    assert len(shown) > 3
-    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(shown))
-
-
-def test_a_fit_has_the_ids_and_the_heading_of_its_signal_and_is_a_signal_again(tmp_path, fit):
-    (tmp_path / "roads.csv").write_text("from,to\nChur,Bern\nBern,Genf\nGenf,Lugano\n")
-    (tmp_path / "y.csv").write_text("id,rain\nLugano,9\nBern,1.1\nChur,0.9\nGenf,9.2\n")
-    _, lines, _ = fit("--graph", tmp_path / "roads.csv", weight=0.5)
-    rows = [line.split(",") for line in lines]
-    assert rows[0] == ["id", "rain", "piece"]
-    assert [(row[0], row[2]) for row in rows[1:]] == [("Lugano", "0"), ("Bern", "1"), ("Chur", "1"), ("Genf", "0")]
-    np.testing.assert_allclose([float(row[1]) for row in rows[1:]], [8.85, 1.25, 1.25, 8.85], atol=1e-3)
-    (tmp_path / "fit.csv").rename(tmp_path / "rain.csv")
-    # At order 1 a fit has no pieces.
-    _, lines, _ = fit("--graph", tmp_path / "roads.csv", "--order", 1, signal=tmp_path / "rain.csv", weight=0.5)
-    assert lines[0] == "id,rain"
-    assert lines[1].startswith("Lugano,")
-
-
 def test_trend_chooses_a_weight_draws_the_fit_and_writes_a_page(tmp_path, fit):
-    y = np.repeat([1.0, 5.0, 2.0], 10) + 0.3 * np.random.default_rng(1).standard_normal(30)
-    np.savetxt(tmp_path / "y.csv", y)
-    out, lines, summary = fit(weight=None)
-    path = so.trend.trend_path(y, so.Graph.chain(30))
+    out, lines, summary = fit(signal=STEPS, weight=None)
+    path = so.trend.trend_path(STEPS, so.Graph.chain(30))
     assert (summary["weight"], summary["weight_rule"]) == (pytest.approx(so.trend.select(path).weight), "gcv")
     assert f"noise about {path.noise:.3g}, weight {summary['weight']:.3g} chosen by GCV)" in out
     assert "solved directly" in out
@@ -163,13 +98,30 @@ def test_trend_chooses_a_weight_draws_the_fit_and_writes_a_page(tmp_path, fit):
     assert (tmp_path / "fit.png").is_file()
 
 
-def test_a_fit_of_counts_is_their_rate(tmp_path, fit):
-    counts = np.random.default_rng(0).poisson(np.repeat([2.0, 9.0, 4.0], 10))
-    np.savetxt(tmp_path / "y.csv", counts)
-    _, lines, summary = fit("--loss", "poisson", weight=3.0)
-    direct = so.trend_filter(counts, so.Graph.chain(30), so.L1(3.0), loss="poisson", tol=1e-5)
-    np.testing.assert_allclose(numbers(lines)[1], np.exp(direct.value), rtol=1e-6)
-    assert (summary["loss"], summary["noise"]) == ("poisson", None)
+# The heading of a table of times, a rising and a falling line, which of its columns, and what is said of the channels.
+@pytest.mark.parametrize(
+    ("heading", "columns", "said"), [("Time,up,down", 3, "2 channels: up, down"), ("time,up", 2, "1 channel: up")]
+)
+def test_a_column_of_times_is_no_channel(tmp_path, fit, heading, columns, said):
+    table = np.stack([TIMES, LINE, -TIMES], axis=1)[:, :columns]
+    out, lines, summary = fit("--order", 1, signal=table, heading=heading)
+    assert lines[0] == f"node,{heading}"
+    np.testing.assert_allclose(numbers(lines)[1:].T, table, rtol=1e-9)
+    assert said in out
+    assert (summary["channels"], summary["ends"]) == (heading.split(",")[1:], "free")
+    # What does not increase is a channel; it is named.
+    np.savetxt(tmp_path / "y.csv", table[::-1], delimiter=",", header=heading, comments="")
+    (run,) = expand({"name": "x", "task": "trend", "signal": str(tmp_path / "y.csv")})
+    assert run.task.read().notes[:2] == (
+        f"{columns} channels: {heading.replace(',', ', ')}",
+        f"the column {heading.split(',')[0]} is taken as a channel: times must increase",
+    )
+
+
+def test_times_may_have_a_file_of_their_own(tmp_path, fit):
+    np.savetxt(tmp_path / "t.csv", TIMES)
+    lines = fit("--order", 1, "--times", tmp_path / "t.csv", signal=LINE)[1]
+    np.testing.assert_allclose(numbers(lines), [np.arange(30), LINE], rtol=1e-9)
 
 
 def test_dates_are_days_and_stay_in_the_output(tmp_path, fit):
@@ -182,22 +134,50 @@ def test_dates_are_days_and_stay_in_the_output(tmp_path, fit):
     assert [line.split(",")[1] for line in lines[1:]] == list(dates)
     np.testing.assert_allclose([float(line.split(",")[2]) for line in lines[1:]], 3 + 2 * days, rtol=1e-9)
     assert summary["channels"] == ["level"]
-    assert fit("--order", 1, signal=tmp_path / "fit.csv")[1] == lines
+    (tmp_path / "fit.csv").replace(tmp_path / "y.csv")
+    assert fit("--order", 1)[1] == lines
 
 
-def test_without_matplotlib_a_fit_is_written_and_the_figure_is_not(tmp_path, fit, monkeypatch):
+def test_a_fit_has_the_ids_and_the_heading_of_its_signal_and_is_a_signal_again(tmp_path, fit):
+    (tmp_path / "roads.csv").write_text("from,to\nChur,Bern\nBern,Genf\nGenf,Lugano\n")
+    (tmp_path / "y.csv").write_text("id,rain\nLugano,9\nBern,1.1\nChur,0.9\nGenf,9.2\n")
+    lines = fit("--graph", tmp_path / "roads.csv", weight=0.5)[1]
+    rows = [line.split(",") for line in lines]
+    assert rows[0] == ["id", "rain", "piece"]
+    assert [(row[0], row[2]) for row in rows[1:]] == [("Lugano", "0"), ("Bern", "1"), ("Chur", "1"), ("Genf", "0")]
+    np.testing.assert_allclose([float(row[1]) for row in rows[1:]], [8.85, 1.25, 1.25, 8.85], atol=1e-3)
+    (tmp_path / "fit.csv").replace(tmp_path / "y.csv")
+    again = fit("--graph", tmp_path / "roads.csv", weight=0.5)[1]
+    assert [line.split(",")[::2] for line in again] == [line.split(",")[::2] for line in lines]
+
+
+def test_a_series_of_one_node_is_its_fit(fit):
+    assert fit(signal=[3])[1] == ["node,value,piece", "0,3.0,0"]
+
+
+def test_a_fit_of_counts_is_their_rate(fit):
+    counts = np.random.default_rng(0).poisson(np.repeat([2.0, 9.0, 4.0], 10))
+    _, lines, summary = fit("--loss", "poisson", signal=counts, weight=3.0)
+    direct = so.trend_filter(counts, so.Graph.chain(30), so.L1(3.0), loss="poisson", tol=1e-5)
+    np.testing.assert_allclose(numbers(lines)[1], np.exp(direct.value), rtol=1e-6)
+    assert (summary["loss"], summary["noise"]) == ("poisson", None)
+
+
+def test_channels_of_unlike_units_are_named_and_without_matplotlib_a_fit_has_no_figure(tmp_path, fit, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    np.savetxt(tmp_path / "y.csv", LINE)
-    out, _, _ = fit("--order", 1)
-    assert "pip install 'sparseopt[plot]'" in out
+    noise = np.random.default_rng(0).normal(size=(30, 2))
+    for scale, unlike in ((1, False), (100, True)):
+        said = fit(signal=noise * [1, scale], weight=1)[0]
+        assert ("one weight smooths them all" in said, "pip install 'sparseopt[plot]'" in said) == (unlike, True)
     assert not (tmp_path / "fit.png").exists()
     assert whole_page(tmp_path / "fit-report.html").loaded == []
 
 
-def test_channels_of_unlike_units_are_named(tmp_path, command):
-    noise = np.random.default_rng(0).normal(size=(30, 2))
-    for scale, said in ((1, False), (100, True)):
-        np.savetxt(tmp_path / "y.csv", noise * [1, scale], delimiter=",")
-        call = ["trend", "--signal", tmp_path / "y.csv", "--weight", 1, "--output", tmp_path / "fit.csv", "--force"]
-        assert ("one weight smooths them all" in command(*call)[2]) == said
+def test_labels_of_dates_in_a_figure_do_not_overlap():
+    dates = np.datetime64("2020-01-01T00:00", "us") + np.arange(120) * np.timedelta64(1, "D")
+    axes = observed_and_fit(np.zeros((120, 1)), np.zeros((120, 1)), ("y $_",), times=dates)
+    axes[0].figure.canvas.draw()
+    shown = [text.get_window_extent() for text in axes[0].get_xticklabels() if text.get_text()]
+    assert len(shown) > 3
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(shown))

@@ -5,14 +5,14 @@ from pathlib import Path
 
 
 class Page(HTMLParser):
-    """The tables of cells, the command, the captions, what is loaded, and how many elements there are of each kind."""
+    """The tables of cells, the command, the captions, the words, what is loaded, and the names of all elements."""
 
-    def __init__(self, file: Path | str) -> None:
+    def __init__(self, file: Path) -> None:
         super().__init__()
         self.tables: list[list[list[str]]] = []
         self.command, self.words, self.captions, self.loaded, self.tags = "", "", [], [], []
         self.inside: list[str] = []
-        self.feed(file.read_text(encoding="utf-8") if isinstance(file, Path) else file)
+        self.feed(file.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
@@ -27,9 +27,6 @@ class Page(HTMLParser):
             self.tables[-1][-1].append("")
         elif tag == "figcaption":
             self.captions.append("")
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
 
     def handle_endtag(self, tag):
         assert self.inside.pop() == tag
@@ -48,7 +45,7 @@ class Page(HTMLParser):
             self.captions[-1] += data
 
 
-def whole_page(file: Path | str) -> Page:
+def whole_page(file: Path) -> Page:
     """A page that is closed properly, runs its own script alone, and loads nothing."""
     page = Page(file)
     assert page.inside == []
