@@ -109,6 +109,15 @@ class _Dumper(yaml.SafeDumper):
     yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
+def _represent_text(dumper: Any, text: str) -> Any:
+    """Line breaks of Unicode are kept in double quotes alone; elsewhere YAML reads them as a space."""
+    style = '"' if any(end in text for end in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
 def write_yaml(values: dict[str, Any]) -> str:
     """Plain values as YAML that `read_yaml` reads."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
