@@ -23,7 +23,7 @@ RELIABILITY := kills,budget
 PLANNED := gradient,pictures,calls
 OTHERS := slow and not pages and not oracle and not package and not notebooks and not accelerators and not device
 
-.PHONY: help demo test test-all test-thorough lint test-slow test-oracle test-notebooks test-package test-accelerators test-gpu families golden notebooks docs bench-prune bench-memory bench-reliability bench-scaling bench-gpu bench-quality bench-precision bench-shrink bench-runtime bench-bits bench-trend bench-trend-selection bench-trend-sizes bench-trend-peers bench-trend-batch bench-core bench-benchopt bench-certificates clean
+.PHONY: help demo test test-all test-thorough lint test-slow test-oracle test-notebooks test-package test-accelerators test-gpu families golden notebooks docs links bench-prune bench-memory bench-reliability bench-scaling bench-gpu bench-quality bench-precision bench-shrink bench-runtime bench-bits bench-trend bench-trend-selection bench-trend-sizes bench-trend-peers bench-trend-batch bench-core bench-benchopt bench-certificates clean
 
 # Two installations in one environment at the same time would break it.
 .NOTPARALLEL:
@@ -47,7 +47,11 @@ $(VENV)/.installed-docs: $(VENV)/.installed-demo pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps nilearn libpysal pyshp
 	@touch $@
 
-$(VENV)/.installed-test: $(VENV)/.created pyproject.toml
+$(VENV)/.installed-lint: $(VENV)/.created pyproject.toml
+	$(BIN)/python -m pip install --quiet -e . --group lint
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed-lint
 	$(BIN)/python -m pip install --quiet -e . --group test
 	$(BIN)/python -m pip install --quiet --no-deps nilearn libpysal pyshp
 	@touch $@
@@ -107,39 +111,40 @@ $(VENV)-benchopt/.installed: pyproject.toml
 demo: $(VENV)/.installed-demo ## Prune a real language model and show what it costs (about 3 minutes on two cores).
 	$(BIN)/sparseopt demo --calibration $(CALIBRATION)
 
-test: $(VENV)/.installed-test lint ## Lint, types and fast tests (about 8 minutes on two cores, 5 when repeated).
+test: lint $(VENV)/.installed-test ## Lint and the fast tests, one case of every fact (about 8 minutes on two cores, 5 when repeated).
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not thorough and not processes and not $(OTHERS)'
 
-test-all: test test-thorough test-oracle test-notebooks test-package ## All tests except those that need DATA and TRUTH (about an hour).
+test-all: test test-thorough test-oracle test-notebooks test-package ## All tests that need neither data nor devices (about half an hour).
 
 # Fully compiled, as for a user; `make test` compiles quickly, without most optimisation of LLVM.
-test-thorough: $(VENV)/.installed-test ## Tests that compile a lot or start processes, fully optimised.
+test-thorough: $(VENV)/.installed-test ## Further cases of the facts, and several processes; compiled as for a user.
 	SPARSEOPT_TEST_COMPILE=full $(BIN)/python -m pytest -n 2 --dist loadfile -m '(thorough or processes) and not $(OTHERS)'
 
-lint: $(VENV)/.installed-test ## ruff and mypy.
+lint: $(VENV)/.installed-lint ## Style, imports between floors, types: half a minute.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-test-slow: $(VENV)/.installed-test $(VENV)/.installed-demo ## Slow tests, and those that need DATA and TRUTH folders.
+test-slow: $(VENV)/.installed-test $(VENV)/.installed-demo ## Real inputs, in DATA and TRUTH folders, and runs that are killed.
 	SPARSEOPT_WIKITEXT2='$(DATA)' SPARSEOPT_TRUTH='$(TRUTH)' $(BIN)/python -m pytest -m slow -rs
 
-test-oracle: $(VENV)/.installed-oracle ## Comparisons with torch and transformers (installs torch).
+test-oracle: $(VENV)/.installed-oracle ## Comparisons with torch and transformers, which it installs.
 	$(BIN)/python -m pytest -n 2 -m oracle
 
-test-notebooks: $(VENV)/.installed-test ## Execute every notebook on small inputs and check its results.
-	$(BIN)/python -m pytest -n 2 -m notebooks -rs
+test-notebooks: $(VENV)/.installed-test ## Every notebook on small inputs, with its results; 11 needs torch and belongs to test-oracle.
+	$(BIN)/python -m pytest -n 2 -m 'notebooks and not oracle' -rs
 
-test-package: $(VENV)/.installed-test ## Install wheel and sdist into empty environments and run the quickstart.
+test-package: $(VENV)/.installed-test ## Wheel, sdist and the lowest versions of the dependencies, in empty environments.
 	$(BIN)/python -m pytest -m package
 
 # Fully compiled for the accelerators, and never from a cache: a kept program says neither its time nor its memory.
-test-accelerators: $(VENV)-accelerators/.installed ## Compile for TPUs and an H100 that need not be there, and check the programs (half an hour).
+test-accelerators: $(VENV)-accelerators/.installed ## Compile the programs for TPUs and an H100, which need not be there.
 	JAX_PLATFORMS=cpu SPARSEOPT_TEST_COMPILE=full JAX_ENABLE_COMPILATION_CACHE=false \
 		XLA_FLAGS=--xla_force_host_platform_device_count=8 \
 		$(VENV)-accelerators/bin/python -m pytest -n 0 -m accelerators -rs tests/accelerators
 
-test-gpu: $(VENV)/.installed-oracle ## Tests that need a GPU or TPU; skipped if JAX finds none.
+test-gpu: $(VENV)/.installed-oracle ## Compare the solvers and a run on a GPU or TPU with the CPU; skipped if JAX finds none.
 	SPARSEOPT_TEST_COMPILE=full $(BIN)/python -m pytest -m device -rs tests/device
 
 notebooks: $(VENV)/.installed-docs ## Execute the notebooks again and store their results (about 25 minutes); 11 needs torch.
@@ -150,6 +155,9 @@ docs: $(VENV)/.installed-docs $(VENV)/.installed-test ## Build the pages into bu
 	$(BIN)/sphinx-build -E -W --keep-going -q -b html docs build/docs
 	$(BIN)/sphinx-build -W -q -b doctest docs build/doctest
 	$(BIN)/python -m pytest -m pages -rs tests/test_pages.py
+
+links: $(VENV)/.installed-docs ## Ask the network whether the links of all pages to other sites still lead somewhere.
+	$(BIN)/sphinx-build -q -b linkcheck docs build/links
 
 families: $(VENV)/.installed-oracle ## Compare every model family with torch and record the results for the documentation.
 	rm -f build/families.jsonl && mkdir -p build
@@ -220,4 +228,4 @@ bench-certificates: $(VENV)/.installed-test ## Gaps, statuses and objectives of 
 	$(BIN)/python benchmarks/bench_certificates.py $(if $(ONLY),--only $(ONLY))
 
 clean: ## Remove caches and build products, but neither results nor the virtual environment.
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

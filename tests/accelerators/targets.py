@@ -1,15 +1,11 @@
-"""Accelerators that programs are compiled for, ahead of time and without owning one, and what their compilers tell.
+"""Accelerators that programs are compiled for, without owning one, and what their compilers tell.
 
-Nothing runs here: compile time, memory, operations, library calls and collectives are the compilers' own figures. XLA
-for TPUs comes with `pip install 'jax[tpu]'`, for NVIDIA's GPUs with `pip install 'jax[cuda12]'`.
+XLA for TPUs comes with `pip install 'jax[tpu]'`, for NVIDIA's GPUs with `pip install 'jax[cuda12]'`.
 """
 
-import functools
 import os
-import re
-import time
 from collections import Counter
-from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -55,43 +51,34 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 class Target(NamedTuple):
-    """An accelerator: its compiler, the topology as that calls it, and the memory of one device."""
+    """An accelerator: the arguments of its topology, the bytes of one device, and the module of its compiler."""
 
-    platform: str
-    topology: str
-    memory: int  # bytes
-    module: str  # that the compiler comes in
-    extra: str  # of sparseopt, that installs it
+    topology: dict[str, str]
+    memory: int
+    module: str
 
 
 TARGETS = {
-    "v5e": Target("tpu", "v5e:2x4", 16 * 10**9, "libtpu", "tpu"),
-    "v6e": Target("tpu", "v6e:2x4", 32 * 10**9, "libtpu", "tpu"),
-    "h100": Target("cuda", "1x1x8", 80 * 10**9, "jax_cuda12_plugin", "cuda"),
+    "v5e": Target({"platform": "tpu", "topology_name": "v5e:2x4"}, 16 * 10**9, "libtpu"),
+    "v6e": Target({"platform": "tpu", "topology_name": "v6e:2x4"}, 32 * 10**9, "libtpu"),
+    "h100": Target(
+        {"platform": "cuda", "topology_name": "", "topology": "1x1x8", "target_config": H100},
+        80 * 10**9,
+        "jax_cuda12_plugin",
+    ),
 }
 HOST = "cpu"  # this machine, to compare with
 
 
-def missing(name: str) -> str | None:
-    """Why nothing can be compiled for a target here; None if it can."""
-    if name == HOST or find_spec(TARGETS[name].module) is not None:
-        return None
-    return f"{name}: its compiler is not installed: pip install '.[{TARGETS[name].extra}]'"
+def missing(name: str) -> bool:
+    """Whether the compiler of a target is not installed."""
+    return find_spec(TARGETS[name].module) is None
 
 
-@functools.cache
+@cache
 def devices_of(name: str) -> tuple[Any, ...]:
     """The devices of a target's topology, of which none exists; or those of this machine."""
-    if name == HOST:
-        return tuple(jax.devices())
-    target = TARGETS[name]
-    if target.platform == "cuda":
-        found = topologies.get_topology_desc(
-            platform="cuda", topology_name="", topology=target.topology, target_config=H100
-        )
-    else:
-        found = topologies.get_topology_desc(platform=target.platform, topology_name=target.topology)
-    return tuple(found.devices)
+    return tuple(jax.devices() if name == HOST else topologies.get_topology_desc(**TARGETS[name].topology).devices)
 
 
 class Place(NamedTuple):
@@ -106,24 +93,20 @@ class Place(NamedTuple):
 
     def whole(self, tree: Any) -> Any:
         """The shapes of a tree of arrays, shapes and numbers, each on the device or on every device of the mesh."""
-        if self.mesh is not None:
-            return shaped(tree, over(self.mesh, None))
-        return shaped(tree, SingleDeviceSharding(devices_of(self.target)[0]))
+        one = SingleDeviceSharding(devices_of(self.target)[0])
+        return shaped(tree, one if self.mesh is None else over(self.mesh, None))
 
     def cut(self, tree: Any) -> Any:
-        """The same, each array cut along its first axis over the mesh."""
-        assert self.mesh is not None
-        return shaped(tree, over(self.mesh))
+        """The same, each array cut along its first axis over the mesh, if there is one."""
+        return self.whole(tree) if self.mesh is None else shaped(tree, over(self.mesh))
 
     def as_laid(self, tree: Any) -> Any:
         """The same for arrays over a mesh of this machine's own: each is cut as it is there."""
-        mesh = self.mesh
-        assert mesh is not None
 
         def moved(leaf: Any) -> Any:
             here = getattr(leaf, "sharding", None)
             spec = here.spec if isinstance(here, NamedSharding) else PartitionSpec()
-            return shaped(leaf, NamedSharding(mesh, spec))
+            return shaped(leaf, NamedSharding(self.mesh, spec))
 
         return jax.tree.map(moved, tree)
 
@@ -137,54 +120,40 @@ def shaped(tree: Any, layout: Any) -> Any:
     return jax.tree.map(laid, jax.eval_shape(lambda found: jax.tree.map(jnp.asarray, found), tree))
 
 
-_TARGET_OF_CALL = re.compile(r'custom_call_target="([^"]+)"')
-# Marks that a compiler leaves in a program's text besides the library functions that it calls.
-MARKS = {"AssumeGatherIndicesInBound", "ConcatBitcast", "GatherScatterIndicesBitpacked", "AllocateBuffer", "Sharding"}
 # What a program needs to call Python, or to wait for its host.
 WAITING = ("callback", "infeed", "outfeed", "send-to-host", "recv-from-host", "is_host_transfer=true")
 
 
-def facts(lower: Callable[[], jax.stages.Lowered]) -> dict[str, Any]:
-    """Compile a program, and what is known of it without running it.
+class Facts(NamedTuple):
+    """What a compiler tells of a program, in bytes and numbers of instructions.
 
-    Returns:
-        `lower_seconds` and `compile_seconds`; bytes of `arguments`, `outputs`, `temporaries`, of the `code`, and of the
-        `peak`: all of these, without outputs that take over an argument's memory. Of one pass through each loop
-        `flops` and `bytes_moved`, None where the compiler does not say. `library_calls` by name and `collectives` by
-        kind, each with a number; `collective_bytes` by kind, of one device, each as often as its loops turn where the
-        program says it; `loop_bytes`, of one turn, by the number of loops around them. `instructions` of the compiled
-        program, `doubles` among them in float64, and `host`: what calls Python or waits for the host.
+    `sent` is by kind of collective, each as often as its loops turn where the program says it; `loops`, of one turn,
+    by the number of loops around them.
     """
-    start = time.perf_counter()
-    lowered = lower()
-    middle = time.perf_counter()
+
+    temporaries: int
+    peak: int
+    instructions: int
+    doubles: int
+    waiting: list[str]
+    sent: Counter[str]
+    loops: Counter[int]
+
+
+def facts(lowered: jax.stages.Lowered) -> Facts:
     compiled = lowered.compile()
-    end = time.perf_counter()
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    cost: Any = compiled.cost_analysis() or {}
-    exchanged, called = collectives(text), _TARGET_OF_CALL.findall(text)
-    sent: Counter[str] = Counter()
-    each: Counter[str] = Counter()
-    for one in exchanged:
-        sent[one.kind] += one.bytes * times(one)
-        each[str(len(one.loops))] += one.bytes
-    lines = [line for line in text.splitlines() if " = " in line]
+    memory, lines = compiled.memory_analysis(), [line for line in compiled.as_text().splitlines() if " = " in line]
     kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return {
-        "lower_seconds": round(middle - start, 2),
-        "compile_seconds": round(end - middle, 2),
-        "arguments": memory.argument_size_in_bytes,
-        "outputs": memory.output_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
-        "code": memory.generated_code_size_in_bytes,
-        "peak": kept + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
-        "flops": cost.get("flops"),
-        "bytes_moved": cost.get("bytes accessed"),
-        "library_calls": dict(sorted(Counter(name for name in called if name not in MARKS).items())),
-        "collectives": dict(sorted(Counter(one.kind for one in exchanged).items())),
-        "collective_bytes": dict(sorted(sent.items())),
-        "loop_bytes": dict(sorted(each.items())),
-        "instructions": len(lines),
-        "doubles": sum("f64[" in line for line in lines),
-        "host": sorted({word for word in WAITING for line in lines if word in line.partition(", metadata=")[0]}),
-    }
+    sent, loops = Counter[str](), Counter[int]()
+    for one in collectives(compiled.as_text()):
+        sent[one.kind] += one.bytes * times(one)
+        loops[len(one.loops)] += one.bytes
+    return Facts(
+        memory.temp_size_in_bytes,
+        kept + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
+        len(lines),
+        sum("f64[" in line for line in lines),
+        [word for word in WAITING if any(word in line.partition(", metadata=")[0] for line in lines)],
+        sent,
+        loops,
+    )

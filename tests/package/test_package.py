@@ -1,74 +1,71 @@
-"""The wheel and the sdist, each installed into an empty virtual environment, run the README's quickstart."""
+"""The wheel in an empty environment, what the sdist holds, and the lowest versions of the dependencies."""
 
 import os
 import re
 import subprocess
 import sys
-import venv
+import tarfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
+UV = [sys.executable, "-m", "uv"]
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"JAX_PLATFORMS": "cpu"}
 pytestmark = pytest.mark.package
 
 
-def quickstart():
-    """The Python block of the README that needs no extra."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    (found,) = [block for block in blocks if "so.solve(" in block]
-    return found
+def run(folder, *command, status=0):
+    done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout if status == 0 else done.stderr
+
+
+def installed(folder, *packages):
+    """The Python of a new environment with these packages."""
+    python = folder / "venv" / "bin" / "python"
+    run(folder, *UV, "venv", "--quiet", "--python", sys.executable, folder / "venv")
+    run(folder, *UV, "pip", "install", "--quiet", "--python", python, *packages)
+    return python
 
 
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory):
+    """The sdist, and the wheel that is built from it."""
     folder = tmp_path_factory.mktemp("dist")
-    subprocess.run([sys.executable, "-m", "build", "--outdir", folder, ROOT], check=True, capture_output=True)
+    run(folder, sys.executable, "-m", "build", "--outdir", folder, ROOT)
     return folder
 
 
-@pytest.mark.parametrize("kind", ["*.whl", "*.tar.gz"])
-def test_it_installs_into_nothing_and_runs_the_quickstart(distributions, tmp_path, kind):
-    (file,) = distributions.glob(kind)
-    venv.create(tmp_path / "venv", with_pip=True)
-    python = tmp_path / "venv" / "bin" / "python"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    environment.pop("PYTHONPATH", None)
-
-    def run(*arguments):
-        done = subprocess.run(
-            [python, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    run("-m", "pip", "install", "--quiet", file)
-    where = run("-c", "import sparseopt; print(sparseopt.__file__)")
+def test_the_wheel_installs_into_nothing_and_runs_the_quickstart(distributions, tmp_path):
+    (wheel,) = distributions.glob("*.whl")
+    python = installed(tmp_path, wheel)
+    where = run(tmp_path, python, "-c", "import sparseopt; print(sparseopt.__file__)")
     assert str(tmp_path / "venv") in where
-    shown = run("-c", quickstart())
-    assert "CONVERGED" in shown
-    version = run("-m", "sparseopt", "--version").strip()
-    assert f"-{version}" in file.name
     assert (Path(where.strip()).parent / "py.typed").is_file()
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    # The one that needs no extra.
+    (quickstart,) = [block for block in blocks if "so.solve(" in block]
+    assert "CONVERGED [0 1 2]" in run(tmp_path, python, "-c", quickstart)
+    assert f"-{run(tmp_path, python, '-m', 'sparseopt', '--version').strip()}-" in wheel.name
     # What needs an extra says which, and the configs are inside.
-    for arguments, words in (
-        (["prune", "model", "--output", "out"], "pip install 'sparseopt[prune]'"),
-        (["run", "nothing"], "the configs that come with sparseopt are denoise-astronomy,"),
-    ):
-        done = subprocess.run(
-            [python, "-m", "sparseopt", *arguments],
-            cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 2
-        assert words in done.stderr
+    needs = run(tmp_path, python, "-m", "sparseopt", "prune", "model", "--output", "out", status=2)
+    assert "pip install 'sparseopt[prune]'" in needs
+    assert "sparseopt are denoise-astronomy," in run(tmp_path, python, "-m", "sparseopt", "run", "nothing", status=2)
 
 
 def test_the_sdist_holds_what_tests_need(distributions):
-    import tarfile
-
     (file,) = distributions.glob("*.tar.gz")
     with tarfile.open(file) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"pyproject.toml", "README.md", "LICENSE", "Makefile", "configs/maiht-perplexity.yaml"} <= names
-    assert {"CITATION.cff", "CONTRIBUTING.md", "SECURITY.md"} <= names
-    assert {"tests/conftest.py", "notebooks/01_proximal_operators_and_penalties.py", "docs/index.md"} <= names
+    assert {"CITATION.cff", "CONTRIBUTING.md", "SECURITY.md", "docs/index.md", "tests/conftest.py"} <= names
+    assert "notebooks/01_proximal_operators_and_penalties.py" in names
+
+
+def test_core_and_trend_filter_pass_with_the_lowest_versions_of_their_dependencies(tmp_path):
+    python = installed(tmp_path, "--resolution", "lowest-direct", f"{ROOT}[sklearn,interior]")
+    tools = ["pytest", "pytest-xdist", "hypothesis", "networkx", "clarabel"]
+    run(tmp_path, *UV, "pip", "install", "--quiet", "--python", python, *tools)
+    tests = ["tests/core/test_solve.py", "tests/trend/test_trend_filter.py"]
+    run(ROOT, python, "-m", "pytest", "-n", "2", "-m", "not thorough", *tests)
