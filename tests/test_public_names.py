@@ -20,6 +20,7 @@ HEAVY = {
     "optax",
     "pandas",
     "jinja2",
+    "PIL",
 }
 HEAVY |= {f"scipy.{name}" for name in ("optimize", "ndimage", "linalg", "special", "sparse.csgraph")}
 
