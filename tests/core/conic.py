@@ -11,10 +11,10 @@ import numpy as np
 from scipy import sparse
 
 CONES = {
-    "zero": clarabel.ZeroConeT,
-    "positive": clarabel.NonnegativeConeT,
-    "second order": clarabel.SecondOrderConeT,
-    "exponential": lambda _: clarabel.ExponentialConeT(),
+    "zero": lambda size: [clarabel.ZeroConeT(size)],
+    "positive": lambda size: [clarabel.NonnegativeConeT(size)],
+    "second order": lambda size: [clarabel.SecondOrderConeT(size)],
+    "exponential": lambda size: [clarabel.ExponentialConeT()] * (size // 3),
 }
 
 
@@ -46,7 +46,7 @@ class Conic:
             entries.append((matrix.data, matrix.row, variables[matrix.col]))
         self.rows.append(entries)
         self.offsets.append(offset)
-        self.cones.append(CONES[cone](offset.size))
+        self.cones += CONES[cone](offset.size)
 
     def least(self):
         """The optimal objective; `answer` is then the x that has it."""
@@ -79,19 +79,12 @@ class Conic:
         self.answer = np.asarray(answer.x)[self.x]
         return answer.obj_val + self.constant
 
-    def exponentials(self, exponent, bound):
-        """Ask for `exp(exponent) <= bound` entry by entry, both given as (offset, matrix, variables) parts."""
-        size = bound.size
-        for i in range(size):
-            row = sparse.coo_array(([1.0], ([0], [i])), shape=(1, size))
-            offset = np.array([exponent[0][i], 1.0, 0.0])
-            parts = [(_at(0, sparse.csr_array(matrix)[[i]]), variables) for matrix, variables in exponent[1:]]
-            self.inside("exponential", offset, *parts, (_at(2, row), bound))
-
-
-def _at(place, row):
-    """A row as the row `place` of three."""
-    return sparse.vstack([row if i == place else sparse.csr_array(row.shape) for i in range(3)])
+    def exponentials(self, bound, *exponent):
+        """Ask for `exp(exponent) <= bound` entry by entry, the exponent a sum of matrices times variables."""
+        first, _, last = np.eye(3)[:, :, None]
+        parts = [(sparse.kron(matrix, first), variables) for matrix, variables in exponent]
+        of_bound = sparse.kron(sparse.eye_array(bound.size), last)
+        self.inside("exponential", np.tile([0.0, 1.0, 0.0], bound.size), *parts, (of_bound, bound))
 
 
 def squares(conic, matrix, target, weights):
@@ -104,9 +97,8 @@ def logistic(conic, matrix, target, weights):
     """`exp(z - t) + exp(-t) <= 1`, t the bound on log(1 + e^z)."""
     size = target.size
     bound, up, down = conic.new(size), conic.new(size), conic.new(size)
-    zeros = np.zeros(size)
-    conic.exponentials((zeros, (matrix, conic.x), (-sparse.eye_array(size), bound)), up)
-    conic.exponentials((zeros, (-sparse.eye_array(size), bound)), down)
+    conic.exponentials(up, (matrix, conic.x), (-sparse.eye_array(size), bound))
+    conic.exponentials(down, (-sparse.eye_array(size), bound))
     conic.inside("positive", np.ones(size), (-1.0, up), (-1.0, down))
     conic.cost(bound, weights)
     conic.cost(conic.x, -(matrix.T @ (weights * target)))
@@ -114,7 +106,7 @@ def logistic(conic, matrix, target, weights):
 
 def poisson(conic, matrix, target, weights):
     bound = conic.new(target.size)
-    conic.exponentials((np.zeros(target.size), (matrix, conic.x)), bound)
+    conic.exponentials(bound, (matrix, conic.x))
     conic.cost(bound, weights)
     conic.cost(conic.x, -(matrix.T @ (weights * target)))
     positive = np.where(target > 0, target, 1)

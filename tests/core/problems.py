@@ -47,16 +47,12 @@ def quadratic(matrix, target, weights):
     return so.Quadratic(matrix.T @ matrix, np.linalg.lstsq(matrix, target)[0])
 
 
-def composed(scalar):
-    return lambda *data: so.DataLoss(scalar, *data)
-
-
 LOSSES = {
     "squares": Loss(so.LeastSquares, conic.squares, numbers),
     "quadratic": Loss(quadratic, conic.squares, lambda _, clean: clean),
     "absolute": Loss(so.AbsoluteLoss, conic.slopes(-1.0, 1.0), numbers),
-    "quantile": Loss(composed(so.scalar.Quantile(0.9)), conic.slopes(-0.9, 0.1), numbers),
-    "huber": Loss(composed(so.scalar.Huber(0.8)), conic.huber(0.8), numbers),
+    "quantile": Loss(lambda *data: so.QuantileLoss(*data[:2], 0.9, data[2]), conic.slopes(-0.9, 0.1), numbers),
+    "huber": Loss(lambda *data: so.HuberLoss(*data[:2], 0.8, data[2]), conic.huber(0.8), numbers),
     "poisson": Loss(so.PoissonLoss, conic.poisson, counts),
     "logistic": Loss(so.LogisticLoss, conic.logistic, labels),
     "squared hinge": Loss(so.SquaredHingeLoss, conic.squared_hinge, lambda rng, clean: 2 * labels(rng, clean) - 1),
@@ -84,9 +80,9 @@ def elastic(form, at):
 
 def boxed(form, at):
     absolute(form, at)
-    for bound, low, high in ((at.low, True, False), (at.high, False, True)):
-        ends, bound = np.isfinite(bound), bound / at.lengths
-        conic.between(form, at.matrix[ends], bound[ends] if low else -np.inf, bound[ends] if high else np.inf)
+    for sign, bound in ((1, at.low), (-1, at.high)):
+        ends = np.isfinite(bound)
+        conic.between(form, sign * at.matrix[ends], sign * (bound / at.lengths)[ends], np.inf)
 
 
 def positive(form, at):
@@ -183,11 +179,11 @@ LISTED = [
 KINDS = {str(kind): kind for kind in LISTED}
 
 
-def sparse_rows(rng, rows, columns, each=4):
-    """Of `each` entries a row, so that all of them have equally many."""
-    column = np.concatenate([rng.choice(columns, each, replace=False) for _ in range(rows)])
-    entries = rng.standard_normal(rows * each)
-    return sparse.csr_array((entries, (np.repeat(np.arange(rows), each), column)), shape=(rows, columns))
+def sparse_rows(rng, rows, columns):
+    """Of four entries a row, so that all of them have equally many."""
+    column = np.concatenate([rng.choice(columns, 4, replace=False) for _ in range(rows)])
+    entries = rng.standard_normal(rows * 4)
+    return sparse.csr_array((entries, (np.repeat(np.arange(rows), 4), column)), shape=(rows, columns))
 
 
 def edges(rng):

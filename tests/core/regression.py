@@ -6,6 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import sparseopt as so
+from sparseopt.core.operators.differences import Difference, GridBase
+from sparseopt.core.operators.maps import Identity, Split
+from sparseopt.core.operators.normal_solves import cosine_solve
+from sparseopt.core.problem.certify import Anchor
+from sparseopt.core.problem.problem import Start
+from sparseopt.core.solvers.admm import Admm
+from sparseopt.core.solvers.loss_admm import LossAdmm
 
 ROWS, COLUMNS = 30, 12
 DIFFERENCES = np.diff(np.eye(COLUMNS), axis=0)
@@ -51,3 +58,19 @@ class ImageGradient:
         down, right = e
         x = jnp.zeros_like(down).at[1:].add(down[:-1]).at[:-1].add(-down[:-1])
         return x.at[:, 1:].add(right[:, :-1]).at[:, :-1].add(-right[:, :-1])
+
+
+def split(base, order):
+    """`Δ^order` as a `Split` whose metrics are integers, in which nothing is differentiated."""
+    inner = Difference(base, order)
+    return Split(Identity(inner.out_shape), inner, 1, 1)
+
+
+def on_chain(loss, penalty, solver=Admm, **options):
+    """A problem on the differences of a chain, its solver, and a start at 0."""
+    y = loss.target
+    operator, node_solve = split(GridBase(y.shape), 1), cosine_solve(y.shape, (1,), y.dtype)
+    if solver is LossAdmm:
+        options["anchor"] = Anchor(np.zeros((1, y.size), y.dtype), np.zeros_like(y))
+    start = Start(np.zeros_like(y), np.zeros((1, y.size), y.dtype))
+    return so.Problem(loss, penalty, operator), solver(node_solve, y.dtype.type(1), **options), start

@@ -10,7 +10,7 @@ import pytest
 from sparseopt.core.base.dense import WHOLE, spd_inverse, spd_inverse_factor
 from tests.tiers import often
 
-SIZES = [1, 17, 100, 129, WHOLE, WHOLE + 1, 576]
+SIZES = [1, 17, 129, WHOLE, WHOLE + 1]
 EPS = np.finfo(np.float32).eps
 # One program a size and dtype.
 inverse_of, factor_of = jax.jit(spd_inverse), jax.jit(spd_inverse_factor)
@@ -23,7 +23,7 @@ def make_matrix(rng, size, condition):
     return (matrix + matrix.T) / 2
 
 
-@pytest.mark.parametrize("size", often(SIZES, *SIZES[:5]))
+@pytest.mark.parametrize("size", often(SIZES, 1, 17, 129))
 def test_it_is_numpys_inverse_in_float64(rng, size):
     matrix = make_matrix(rng, size, 1e4)
     with jax.enable_x64(True):
@@ -33,7 +33,7 @@ def test_it_is_numpys_inverse_in_float64(rng, size):
     assert np.linalg.norm(inverse - exact) <= 1e-10 * np.linalg.norm(exact)
 
 
-@pytest.mark.parametrize("size", often(SIZES, *SIZES[:4]))
+@pytest.mark.parametrize("size", often(SIZES, 17, 129, WHOLE + 1))
 def test_the_error_in_float32_is_a_small_multiple_of_eps_times_the_condition_number(rng, size):
     matrix = make_matrix(rng, size, 1e3).astype(np.float32)
     inverse = np.asarray(inverse_of(jnp.asarray(matrix)), np.float64)
@@ -42,7 +42,7 @@ def test_the_error_in_float32_is_a_small_multiple_of_eps_times_the_condition_num
     np.testing.assert_array_equal(inverse, inverse.T)
 
 
-@pytest.mark.parametrize("size", often(SIZES, 17, 129, WHOLE + 1))
+@pytest.mark.parametrize("size", often(SIZES, 17, WHOLE + 1))
 def test_the_factor_is_that_of_a_matrix_that_differs_by_rounding_alone(rng, size):
     matrix = make_matrix(rng, size, 1e6).astype(np.float32)
     factor = np.asarray(factor_of(jnp.asarray(matrix)), np.float64)
@@ -52,7 +52,7 @@ def test_the_factor_is_that_of_a_matrix_that_differs_by_rounding_alone(rng, size
     assert np.linalg.norm(root @ root.T - matrix.astype(np.float64), 2) <= 20 * EPS
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", often(SIZES, 17, 129, WHOLE + 1))
 def test_the_identity_is_its_own_inverse_to_the_last_bit(size):
     np.testing.assert_array_equal(inverse_of(jnp.eye(size)), np.eye(size))
 
@@ -74,5 +74,5 @@ def test_the_program_of_large_matrices_does_not_grow_with_them_and_calls_no_libr
 
 
 def test_a_batch_is_inverted_as_one_by_one(rng):
-    batch = jnp.asarray([make_matrix(rng, 100, 1e2) for _ in range(2)], jnp.float32)
+    batch = jnp.asarray([make_matrix(rng, 17, 1e2) for _ in range(2)], jnp.float32)
     np.testing.assert_allclose(jax.vmap(inverse_of)(batch)[1], inverse_of(batch[1]), rtol=1e-4, atol=1e-4)

@@ -9,7 +9,6 @@ import pytest
 from scipy.optimize import lsq_linear
 
 import sparseopt as so
-from sparseopt.core.base.types import precision
 from sparseopt.core.losses.data import DataLoss
 from sparseopt.core.losses.scalar import Squared
 from sparseopt.core.operators.differences import Difference, GridBase
@@ -24,11 +23,7 @@ from tests.jitted import Jitted
 from tests.tiers import often
 from tests.trend.problems import GRAPHS, random_graph
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _float64():
-    with precision(np.dtype(np.float64)):
-        yield
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def doge_problem(graph, order, block, loss, penalty):
@@ -82,17 +77,14 @@ def test_the_solver_with_copies_is_the_iteration_of_the_paper(rng):
 PENALTIES = {"L1": so.L1(0.7), "MCP": so.MCP(0.7, 3.0), "GroupL2": so.GroupL2(0.7)}
 WHOLE = [
     ("grid", 0, 1, "rows"),
-    ("grid", 1, 1, "GroupL2"),
     ("grid", 2, 3, "L1"),
-    ("grid", 2, 1, "L1"),
     ("cube", 2, 2, "rows"),
     ("random", 2, 2, "MCP"),
-    ("parts", 1, 2, "rows"),
     ("weighted", 0, 1, "GroupL2"),
 ]
 
 
-@pytest.mark.parametrize(("name", "order", "block", "kind"), often(WHOLE, WHOLE[0], WHOLE[2]))
+@pytest.mark.parametrize(("name", "order", "block", "kind"), often(WHOLE, WHOLE[0], WHOLE[3], WHOLE[4]))
 def test_the_solver_without_copies_makes_the_same_iterates(rng, name, order, block, kind):
     graph, weights = GRAPHS[name](rng), None
     nodes = graph.shape or (graph.num_nodes,)
@@ -121,23 +113,23 @@ def test_the_solver_without_copies_makes_the_same_iterates(rng, name, order, blo
         np.testing.assert_allclose(ours.state.candidate, theirs.state.candidate, atol=1e-9)
 
 
-def test_the_solver_with_copies_refuses_groups_of_another_operator():
+def test_the_solver_with_copies_rejects_groups_of_another_operator():
     chain, loss = so.Graph.grid((5,)), so.LeastSquares(None, jnp.zeros(5))
     problem, node_solve, groups = doge_problem(chain, 0, 1, loss, so.L1(1.0))
     other = doge_problem(so.Graph.grid((6,)), 0, 1, loss, so.L1(1.0))[2]
     weighted = doge_split(problem.operator.outer, problem.operator.inner, chain.sums(1), np.float64)
     assert DogeGroups(node_solve, 1.0, groups=groups).refuses(problem) is None
     for given, wrong, text in (
-        (problem, other, r"rows of the shape \(1, 5\), given the shape \(1, 6, 2\)"),
-        (problem, groups[..., 0], r"rows of the shape \(1, 5\), given the shape \(1, 5\)"),
-        (dataclasses.replace(problem, operator=weighted), groups, r"number of groups, .* of shape \(5,\)"),
+        (problem, other, r"\(1, 5\), given the shape \(1, 6, 2\)"),
+        (problem, groups[..., 0], r"\(1, 5\), given the shape \(1, 5\)"),
+        (dataclasses.replace(problem, operator=weighted), groups, r"number of groups, .*\(5,\)"),
     ):
         with pytest.raises(ValueError, match=text):
             so.solve(given, DogeGroups(node_solve, 1.0, groups=wrong), Start(loss.target, jnp.zeros((1, 5))))
 
 
 @pytest.mark.parametrize("ends", [0.0, 0.3, 2.0])
-@pytest.mark.parametrize("n", [1, 2, 3, 30, 200])
+@pytest.mark.parametrize("n", [1, 2, 3, 30])
 def test_the_fused_lasso_is_exact(rng, n, ends):
     y, levels = rng.standard_normal(n).cumsum(), rng.uniform(0.1, 2.0, n + 1)
     levels[[0, -1]] = ends
@@ -160,18 +152,6 @@ def test_the_fused_lasso_moves_with_the_means_of_its_runs(rng, ends):
     x, tangents = jax.jit(jax.vmap(lambda at, move: jax.jvp(fused_lasso, at, move)))(tuple(points), along)
     assert 2 < len(np.unique(x[2])) < 30
     np.testing.assert_allclose(tangents[2], (x[0] - x[1]) / (2 * step), atol=1e-7)
-
-
-def test_lanes_of_the_fused_lasso_are_its_answers_one_by_one_also_in_a_loop(rng):
-    levels = np.full(41, 0.7, np.float32)
-
-    def smoothed(y, times):
-        return jax.lax.fori_loop(0, times, lambda _, x: fused_lasso(np.float32(1.1) * x, levels), y)
-
-    y, times = rng.standard_normal((3, 40)).astype(np.float32).cumsum(axis=1), np.array([1, 3, 2])
-    together = jax.jit(jax.vmap(smoothed))(y, times)
-    alone = jax.jit(smoothed)
-    np.testing.assert_allclose(together, [alone(*lane) for lane in zip(y, times, strict=True)], rtol=1e-6)
 
 
 @pytest.mark.parametrize("pinned", [False, True])

@@ -9,7 +9,6 @@ import pytest
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
-import sparseopt as so
 from sparseopt.core.base.sums import total
 from sparseopt.core.base.types import precision
 from sparseopt.core.operators.component_means import piece_labels, piece_means
@@ -25,7 +24,7 @@ from sparseopt.core.operators.row_tables import (
 )
 from tests.jitted import Jitted
 from tests.tiers import often
-from tests.trend.problems import GRAPHS, exact_fit
+from tests.trend.problems import GRAPHS
 
 ORDERS = [(order, from_edges) for order in range(1, 5) for from_edges in (False, True)]
 
@@ -38,7 +37,7 @@ def in_rows(graph, values, on_edges):
 
 
 @pytest.mark.parametrize("name", GRAPHS)
-@pytest.mark.parametrize(("order", "from_edges"), often(ORDERS, (1, False), (2, True), (3, True), (4, False)))
+@pytest.mark.parametrize(("order", "from_edges"), often(ORDERS, (1, False), (2, True), (3, True)))
 def test_products_are_those_of_the_matrix_channel_by_channel(rng, name, order, from_edges):
     with precision(np.dtype(np.float64)):
         graph = GRAPHS[name](rng)
@@ -80,23 +79,6 @@ def test_constants_vanish_exactly_in_float32(rng, name):
         assert not np.any(operator.mv(np.full(operator.in_shape, 123.456, np.float32)))
 
 
-def test_index_tables_are_arguments_of_the_compiled_function():
-    traces = []
-
-    @jax.jit
-    def apply(operator, x):
-        traces.append(1)
-        return operator.mv(x)
-
-    edges = np.array([(0, 1), (1, 2), (2, 3)])
-    x = jnp.arange(4.0)
-    first = apply(Difference(edge_base(edges, 4, None, np.float32), 1), x)
-    second = apply(Difference(edge_base(edges[::-1].copy(), 4, None, np.float32), 1), x * x)
-    assert len(traces) == 1
-    np.testing.assert_array_equal(first, [-1, -1, -1])
-    np.testing.assert_array_equal(second, [-5, -3, -1])
-
-
 def test_sums_keep_their_accuracy_in_float32(rng):
     x = rng.uniform(0, 1, 3_000_000).astype(np.float32)
     assert float(total(jnp.asarray(x))) == pytest.approx(x.astype(np.float64).sum(), rel=1e-6)
@@ -104,19 +86,6 @@ def test_sums_keep_their_accuracy_in_float32(rng):
     base = edge_base(np.stack([np.zeros(n - 1, int), np.arange(1, n)], axis=1), n, None, np.float32)
     at_hub = float(base.laplacian(jnp.asarray(np.arange(n), jnp.float32))[0])
     assert at_hub == pytest.approx(-n * (n - 1) / 2, rel=1e-4)
-
-
-def test_float32_sums_of_stencils_are_right_under_64_bit_types(rng):
-    base = GridBase((32, 32, 32))
-    x = rng.standard_normal(base.shape).astype(np.float32)
-    rows = x.astype(np.float64)
-    exact = np.abs(
-        sum(-np.diff(rows, axis=i, prepend=rows.take([0], i), append=rows.take([-1], i), n=2) for i in range(3))
-    )
-    with precision(np.dtype(np.float64)):
-        found = jax.jit(lambda x: total(jnp.abs(base.laplacian(x))))(jnp.asarray(x))
-    assert found.dtype == jnp.float32
-    assert float(found) == pytest.approx(exact.sum(), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["random", "weighted", "parts"])
@@ -129,7 +98,7 @@ def test_sums_from_the_degrees_are_those_of_the_matrix(rng, name, order):
         np.testing.assert_allclose(getattr(quick, field.name), getattr(whole, field.name), rtol=1e-12)
 
 
-@pytest.mark.parametrize("shape", [(3,), (40,), (23, 30), (30, 2), (13, 14, 15)])
+@pytest.mark.parametrize("shape", [(3,), (40,), (30, 2), (8, 9, 7)])
 @pytest.mark.parametrize(("order", "from_edges"), [*ORDERS[::2], *ORDERS[1:4:2]])
 def test_grid_sums_are_those_of_the_whole_matrix(shape, order, from_edges):
     whole = matrix_sums(difference_matrix(grid_edges(shape), int(np.prod(shape)), None, order, from_edges))
@@ -181,8 +150,3 @@ def test_ends_are_those_of_the_differences(rng):
         tails, heads = base.ends()
         apart = scale * (x.ravel()[np.asarray(tails)] - x.ravel()[np.asarray(heads)])
         np.testing.assert_allclose(base.difference(x), apart, atol=1e-6)
-
-
-def test_the_independent_solver_agrees_with_a_closed_form():
-    graph = so.Graph.chain(2)
-    np.testing.assert_allclose(exact_fit(np.array([0.0, 10.0]), graph, 1.0, 0), [1, 9], atol=1e-9)

@@ -30,12 +30,10 @@ ROWS, WEIGHTS = np.linspace(0.5, 2, 45).astype(np.float32), np.linspace(0.5, 3, 
 SQUARES, LOGISTIC = so.LeastSquares(MATRIX, TARGET), so.LogisticLoss(MATRIX, (TARGET > 0).astype(np.float32))
 PROBLEMS = {
     "lasso": so.Problem(SQUARES, so.L1(2.0)),
-    "a weight per entry": so.Problem(SQUARES, so.L1(WEIGHTS)),
     "free entries": so.Problem(SQUARES, so.L1(np.where(WEIGHTS < 1, 0, WEIGHTS))),
     "weighted rows": so.Problem(so.LeastSquares(MATRIX, TARGET, ROWS), so.ElasticNet(2.0, 1.0)),
     "logistic": so.Problem(LOGISTIC, so.Nonnegative(0.5)),
     "MCP": so.Problem(SQUARES, so.MCP(2.0, 30.0)),
-    "square": lasso(19, 19),
 }
 
 

@@ -20,7 +20,7 @@ from sparseopt.core.penalties.protocols import Norm
 from sparseopt.core.penalties.sums import Lifted, stack
 from tests.experiments.toy import CappedL1
 from tests.jitted import Jitted
-from tests.trend.problems import random_graph
+from tests.tiers import often
 
 DOUBLE = np.dtype(np.float64)
 SHAPE = (8, 6)
@@ -74,12 +74,9 @@ PENALTIES = CONJUGATES | {
 }
 WITHOUT_ZERO = ("Simplex", "Box without 0", "Box without a roof", "Box without a floor")
 INDICATORS = ("TopK", "NM", "RowTopK", "BlockTopK", "GroupTopK", "Support", "Within", "Simplex", "Grid", "Grid of n:m")
-ROWS_OF_A_CHAIN = Lifted(
-    so.L1(0.3),
-    linear_map(so.Graph.chain(8).matrix(1)),
-    2 * np.ones(7),
-    np.arange(7)[:, None] % 6 == np.arange(6),
-)
+DIFFERENCES = linear_map(so.Graph.chain(8).matrix(1))
+ROWS_OF_A_CHAIN = Lifted(so.L1(0.3), DIFFERENCES, 2 * np.ones(7), np.arange(7)[:, None] % 6 == np.arange(6))
+GRADIENTS = PENALTIES | {"Lifted": ROWS_OF_A_CHAIN}
 
 
 @jax.jit
@@ -96,48 +93,47 @@ def drawn(rng, scale=1):
 SELDOM = {
     *("GroupL2 of labels", "SparseGroup along columns", "GroupL2 along columns", "Box without a roof"),
     *("Box without a floor", "sum with others", "NM along columns", "RowTopK along columns", "GroupTopK of labels"),
-    *("Within, of lines", "Grid of a support", "Grid of n:m", "LHalf"),
+    *("Within, of lines", "Grid of a support", "Grid of n:m"),
 }
+USUAL = [name for name in PENALTIES if name not in SELDOM]
 
 
-def cases(table):
-    """The cases of a table; those of SELDOM for the thorough tests alone."""
-    marks = {True: pytest.mark.thorough, False: ()}
-    return [pytest.param(case, id=name, marks=marks[name in SELDOM]) for name, case in table.items()]
+def names(table, *kept):
+    """The cases of a table; all but the kept ones in the thorough tests alone."""
+    return often(table, *(name for name in table if name in (kept or USUAL)))
 
 
-@pytest.fixture(params=cases(PENALTIES))
-def penalty(request):
-    return request.param
-
-
-@pytest.fixture(params=cases(CONJUGATES))
-def conjugate(request):
-    return request.param
-
-
-@pytest.fixture(params=cases(NORMS))
-def norm(request):
-    return request.param
-
-
-def test_no_perturbation_beats_the_prox(penalty, rng):
-    x, jitted = drawn(rng), Jitted(penalty)
+@pytest.mark.parametrize("name", names(PENALTIES))
+def test_no_perturbation_beats_the_prox(name, rng):
+    penalty, x, zero = PENALTIES[name], drawn(rng), np.zeros(SHAPE, np.float32)
+    prox = Jitted(penalty).prox
     for step in (0.1, 1.0, 7.0):
-        best = jitted.prox(x, step)
-        others = [best]
+        best = prox(x, step)
+        others = [best, x, zero]
         for _ in range(60):
             moved = best + rng.standard_normal(SHAPE) * rng.choice([1e-3, 0.1, 1.0])
             swapped = x * rng.permuted((best != 0).ravel()).reshape(SHAPE)
             # The last one lies in the set of an indicator.
-            others += [moved, swapped, np.where(best != 0, moved, 0), jitted.prox(moved.astype(np.float32), step)]
+            others += [moved, swapped, np.where(best != 0, moved, 0), prox(moved.astype(np.float32), step)]
         others = np.stack(others).astype(np.float32)
-        costs = 0.5 * np.sum((others - x) ** 2, axis=(1, 2)) + step * np.asarray(values(penalty, others))
+        heights = np.asarray(values(penalty, others))
+        costs = 0.5 * np.sum((others - x) ** 2, axis=(1, 2)) + step * heights
         assert np.isfinite(costs[0])
         assert (costs[1:] >= costs[0] - 1e-4).all()
+        if name in INDICATORS:
+            assert heights[0] == 0
+        if name in (*INDICATORS, "Box", "Nonnegative"):
+            assert heights[1] == np.inf
+    if name not in WITHOUT_ZERO:
+        assert heights[2] == 0
+        assert (prox(zero, 1.0) == 0).all()
 
 
-def test_a_prox_keeps_shape_and_dtype_and_has_lanes(penalty, rng):
+@pytest.mark.parametrize(
+    "name", names(PENALTIES, "SparseGroup of labels", "NuclearNorm", "Sum", "Simplex", "NM", "Grid")
+)
+def test_a_prox_keeps_shape_and_dtype_and_has_lanes(name, rng):
+    penalty = PENALTIES[name]
     assert isinstance(penalty, so.core.Penalty)
     for dtype in (jnp.float32, jnp.bfloat16):
         answer = Jitted(penalty).prox(rng.standard_normal(SHAPE).astype(dtype), 0.5)
@@ -148,15 +144,23 @@ def test_a_prox_keeps_shape_and_dtype_and_has_lanes(penalty, rng):
     np.testing.assert_allclose(together, [Jitted(penalty).prox(x, 0.5) for x in batch], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [name for name in PENALTIES if name not in WITHOUT_ZERO])
-def test_zero_costs_nothing_and_is_a_fixed_point(name):
-    zero = np.zeros(SHAPE, np.float32)
-    assert values(PENALTIES[name], zero[None]) == 0
-    assert (Jitted(PENALTIES[name]).prox(zero, 1.0) == 0).all()
+SMOOTHED = (
+    "GroupL2",
+    "SparseGroup of labels",
+    "NuclearNorm",
+    "Simplex",
+    "LogSum",
+    "MCP",
+    "Box",
+    "TopK",
+    "Sum",
+    "Lifted",
+)
 
 
-@pytest.mark.parametrize("penalty", cases(PENALTIES | {"Lifted": ROWS_OF_A_CHAIN}))
-def test_the_prox_has_finite_gradients_at_zero_entries_and_slices(penalty, rng):
+@pytest.mark.parametrize("name", names(GRADIENTS, *SMOOTHED))
+def test_the_prox_has_finite_gradients_at_zero_entries_and_slices(name, rng):
+    penalty = GRADIENTS[name]
     gradients = jax.jit(jax.grad(lambda x, step: jnp.sum(COTANGENT * penalty.prox(x, step)), argnums=(0, 1)))
     x = drawn(rng)
     x[2:5], x[6, 1] = 0, 0
@@ -164,33 +168,28 @@ def test_the_prox_has_finite_gradients_at_zero_entries_and_slices(penalty, rng):
         assert all(np.isfinite(gradient).all() for gradient in gradients(point, step))
 
 
-def test_slack_is_never_negative_and_differs_between_points_as_the_gap_does(conjugate, rng):
-    assert isinstance(conjugate, so.core.Conjugate)
-    jitted = Jitted(conjugate)
+@pytest.mark.parametrize("name", names(CONJUGATES))
+def test_the_slack_of_a_conjugate_is_that_of_fenchel_and_young_and_its_dual_norm_scales(name, rng):
+    assert isinstance(CONJUGATES[name], so.core.Conjugate)
+    jitted = Jitted(CONJUGATES[name])
     for _ in range(5):
-        x, y = (jitted.prox(drawn(rng, 2), 1.0) for _ in range(2))
-        dual = drawn(rng, 3)
-        dual = dual / max(jitted.dual_norm(dual), 1)
+        v, w, dual = drawn(rng, 2), drawn(rng, 2), drawn(rng, 3)
+        x, y, dual = jitted.prox(v, 1.0), jitted.prox(w, 1.0), dual / max(jitted.dual_norm(dual), 1)
         at_x, at_y = jitted.slack(x, dual), jitted.slack(y, dual)
         assert min(at_x.min(), at_y.min()) >= -1e-5
         gap = jitted.value(x) - jitted.value(y) - np.vdot(dual, x - y)
         assert at_x.sum() - at_y.sum() == pytest.approx(gap, abs=1e-4)
-
-
-def test_slack_is_zero_where_the_dual_is_a_subgradient_and_the_dual_norm_scales(conjugate, rng):
-    # By Moreau v = x + u with x the prox, and u a subgradient at x, for which Fenchel's inequality is an equality.
-    jitted, v = Jitted(conjugate), drawn(rng, 2)
-    x = jitted.prox(v, 1.0)
+    # By Moreau v - x is a subgradient at x, for which Fenchel's inequality is an equality.
     np.testing.assert_allclose(jitted.slack(x, v - x), 0, atol=5e-5)
     assert jitted.dual_norm(v - x) <= 1 + 1e-5
-    for t in (1e-12, 0.3, 1e12):
+    for t in (0, 1e-12, 0.3, 1e12):
         assert jitted.dual_norm(np.float32(t) * v) == pytest.approx(t * jitted.dual_norm(v), rel=1e-5)
-    assert jitted.dual_norm(0 * v) == 0
 
 
-def test_a_norm_has_a_dual_ball_in_which_its_prox_is_zero_and_on_which_it_projects(norm, rng):
-    assert isinstance(norm, Norm)
-    jitted, u = Jitted(norm), drawn(rng, 2)
+@pytest.mark.parametrize("name", names(NORMS))
+def test_a_norm_has_a_dual_ball_in_which_its_prox_is_zero_and_on_which_it_projects(name, rng):
+    assert isinstance(NORMS[name], Norm)
+    jitted, u, x = Jitted(NORMS[name]), drawn(rng, 2), drawn(rng)
     size = jitted.dual_norm(u)
     assert not jitted.prox(u * (1 - 1e-4), size).any()
     assert jitted.prox(u * (1 + 1e-4), size).any()
@@ -198,8 +197,13 @@ def test_a_norm_has_a_dual_ball_in_which_its_prox_is_zero_and_on_which_it_projec
     np.testing.assert_allclose(inside, u - jitted.prox(u, 1.0), atol=2e-6)
     np.testing.assert_allclose(jitted.project_dual(inside), inside, atol=2e-6)
     assert jitted.dual_norm(inside) <= 1 + 4e-6
-    x = drawn(rng)
     assert jitted.slack(x, inside).sum() == pytest.approx(jitted.value(x) - np.vdot(inside, x), rel=1e-5)
+
+
+def test_a_lifted_penalty_is_that_of_the_rows_of_its_groups(rng):
+    x = drawn(rng)
+    of_groups = np.diff(x, axis=0)[np.arange(7)[:, None] % 6 == np.arange(6)]
+    assert Jitted(ROWS_OF_A_CHAIN).value(x) == pytest.approx(0.3 * np.abs(of_groups).sum(), rel=1e-5)
 
 
 def test_what_is_no_norm_does_not_pass_for_one():
@@ -207,13 +211,6 @@ def test_what_is_no_norm_does_not_pass_for_one():
         assert not isinstance(CONJUGATES[name], Norm), name
     assert not isinstance(stack([so.L1(0.5), so.L0(0.7)], [3, 5]), Norm)
     assert not isinstance(so.LogSum(1.0, 1.0), so.core.Conjugate)
-
-
-def test_indicators_are_infinite_off_their_set(rng):
-    x = drawn(rng)
-    for indicator in (*map(PENALTIES.get, INDICATORS), so.Nonnegative(), so.Box(-0.1, 0.2), so.Simplex()):
-        assert np.isinf(values(indicator, x[None]))
-        assert values(indicator, Jitted(indicator).prox(x, 1.0)[None]) == 0
 
 
 SCALARS = {
@@ -232,37 +229,13 @@ SCALARS = {
 @pytest.mark.parametrize("penalty", SCALARS.values(), ids=SCALARS)
 def test_no_grid_point_beats_the_scalar_prox(penalty):
     with precision(DOUBLE):
-        x, grid = np.linspace(-8, 8, 161), np.linspace(-9, 9, 18_001)
+        x, grid = np.linspace(-8, 8, 161), np.linspace(-9, 9, 6001)
         heights = np.asarray(values(penalty, grid))
         for step in (0.0, 0.02, 0.1, 0.3, 1.0, 1.5, 4.0):
             u = Jitted(penalty).prox(x, step)
             reached = 0.5 * (u - x) ** 2 + step * np.asarray(values(penalty, u))
             best = np.min(0.5 * (grid - x[:, None]) ** 2 + step * heights, axis=1)
             assert np.max(reached - best) <= 1e-12, step
-
-
-@pytest.mark.parametrize("penalty", [*list(SCALARS.values())[:6], so.GroupL2(0.7)], ids=repr)
-def test_no_perturbation_beats_the_lifted_prox(rng, penalty):
-    with precision(DOUBLE):
-        graph = random_graph(rng, n=20, extra=12)
-        channels = (3,) if isinstance(penalty, so.GroupL2) else ()
-        for block in (1, 2):
-            matrix, labels = graph.matrix(block), graph.groups(block)
-            squares = np.asarray(matrix.multiply(matrix).sum(axis=1))
-            # The first group and the third, each with a copy of its own.
-            groups = (labels[:, None] == [0, 2]).reshape(-1, *[1 for _ in channels], 2)
-            lifted = Lifted(penalty, linear_map(matrix), squares, groups)
-            x = 2 * rng.standard_normal((20, *channels, 2))
-            best = Jitted(lifted).prox(x, 0.6)
-            # A value of exactly zero is judged as such: rounding in the product turns it into noise.
-            rows = np.where(groups, np.tensordot(matrix.toarray(), best, 1), 0)
-            rows = np.where(np.abs(rows) < 1e-12, 0, rows).swapaxes(0, -1)
-            rows = np.concatenate(rows.swapaxes(1, -1))
-            reached = 0.5 * np.sum((best - x) ** 2) + 0.6 * Jitted(penalty).value(rows)
-            sizes = np.repeat([1e-4, 1e-2, 1.0], 50).reshape(-1, *[1] * x.ndim)
-            others = best + sizes * rng.standard_normal((150, *x.shape))
-            costs = 0.5 * np.sum((others - x).reshape(150, -1) ** 2, axis=1) + 0.6 * np.asarray(values(lifted, others))
-            assert np.all(reached <= costs + 1e-12)
 
 
 def test_the_log_sum_has_the_slope_of_its_value_and_a_prox_continuous_up_to_the_square_of_eps():
@@ -278,12 +251,7 @@ def test_the_log_sum_has_the_slope_of_its_value_and_a_prox_continuous_up_to_the_
     np.testing.assert_allclose(so.LogSum(1.0, 1.0).prox(huge, 1.0), huge, rtol=1e-6)
 
 
-def test_l0_threshold_is_the_root_of_twice_step_times_weight():
-    x = jnp.array([0.99, 1.01, -1.01])
-    assert so.L0(2.0).prox(x, 0.25).tolist() == pytest.approx([0.0, 1.01, -1.01])
-
-
-@pytest.mark.parametrize("penalty", [so.L1(0.0), so.GroupL2(0.0), so.SparseGroup(0.0, 0.0)], ids=repr)
+@pytest.mark.parametrize("penalty", [so.L1(0.0), so.SparseGroup(0.0, 0.0)], ids=repr)
 def test_without_a_weight_the_prox_is_the_identity_with_its_derivative_also_at_zero(penalty):
     point = jnp.array([[0.0, 0.0], [3.0, 0.0]])
     np.testing.assert_array_equal(penalty.prox(point, 1.0), point)
@@ -311,120 +279,11 @@ def test_weights_counts_and_labels_may_change_without_a_retrace(rng):
     assert len(traces) == 5
 
 
-# Of an array [4, 3], and how many supports lie in each.
-SUPPORTED = {
-    "TopK": (so.TopK(5), 1586),
-    "NM": (so.NM(1, 2), 3**6),
-    "NM along columns": (so.NM(2, 3, axis=1), 7**4),
-    "RowTopK": (so.RowTopK(2), 11**3),
-    "RowTopK along columns": (so.RowTopK(2, axis=1), 7**4),
-    "a count for every line": (so.RowTopK(np.array([0, 1, 4])), 1 * 5 * 16),
-    "BlockTopK": (so.BlockTopK(1, (2, 3)), 127),
-    "blocks of entries": (so.BlockTopK(3, (1, 1)), 1 + 12 + 66 + 220),
-    "GroupTopK of rows": (so.GroupTopK(2), 1 + 4 * 7 + 6 * 49),
-    "GroupTopK of pairs": (so.GroupTopK(1, 2), 127),
-    "GroupTopK of labels": (so.GroupTopK(2, np.array([0, 1, 1, 2])), 4096 - 7 * 63 * 7),
-    "Support": (so.Support(MASK[:4, :3]), 256),
-    "Within": (Within(so.TopK(2), MASK[:4, :3]), 1 + 8 + 28),
-    "Within, of lines": (Within(so.RowTopK(np.array([1, 2, 4])), MASK[:4, :3]), 11 * 16),
-}
-
-
-@pytest.mark.parametrize("name", SUPPORTED)
-def test_a_pattern_has_exactly_its_supports_and_projects_onto_the_nearest(rng, name):
-    pattern, count = SUPPORTED[name]
-    supports = np.array(list(itertools.product([0, 1], repeat=12)), np.float32).reshape(-1, 4, 3)
-    allowed = supports[np.asarray(values(pattern, supports)) == 0]
-    assert len(allowed) == count
-    for _ in range(5):
-        x = rng.standard_normal((4, 3)).astype(np.float32)
-        kept = np.where(Jitted(pattern).prox(x, 1.0) != 0, 1, 0)
-        assert (allowed == kept).all(axis=(1, 2)).any()
-        energies = np.sum(allowed * x.astype(np.float64) ** 2, axis=(1, 2))
-        assert np.sum(kept * x.astype(np.float64) ** 2) == pytest.approx(energies.max(), rel=1e-14)
-        np.testing.assert_array_equal(Jitted(pattern).prox(x, 1.0), kept * x)
-
-
-@pytest.mark.parametrize(
-    "pattern", [None, so.Support(np.array([True, False, True, True])), so.TopK(2), so.NM(1, 2)], ids=repr
-)
-def test_a_grid_projects_onto_the_nearest_of_all_its_points(rng, pattern):
-    grid = so.Grid(np.array([0.5, -0.7, 0.3, 0.6], np.float32), -1, 2, pattern)
-    points = np.float32(list(itertools.product(range(-1, 3), repeat=4))) * grid.scale
-    allowed = points[np.asarray(values(grid, points)) == 0]
-    assert len(allowed) == {None: 256, so.Support: 64, so.TopK: 1 + 12 + 54, so.NM: 49}[pattern and type(pattern)]
-    for x in rng.standard_normal((40, 4)).astype(np.float32):
-        found = Jitted(grid).prox(x, 1.0)
-        assert (allowed == found).all(axis=1).any()
-        assert np.sum((found - x) ** 2) == pytest.approx(np.sum((allowed - x) ** 2, axis=1).min(), rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("scale", "dtype"), [(1.0, np.float16), (2e-4, np.float16), (1e19, np.float32), (1e-23, np.float32)]
-)
-def test_a_grid_in_a_pattern_neither_overflows_nor_underflows(scale, dtype):
-    x = np.array([3.2, -3.0, 2.9, 0.0], np.float32) * scale * (100 if scale == 1 else 1)
-    found = so.Grid(scale, -1000, 1000, so.TopK(1)).prox(jnp.asarray(x, dtype), 1.0)
-    assert np.flatnonzero(found).tolist() == [0]
-
-
-def test_a_projection_onto_a_grid_is_one_in_16_bits(rng):
-    for scale in rng.uniform(0.01, 1, 20).astype(np.float32):
-        grid = so.Grid(scale, -127, 127)
-        x = jnp.asarray(scale * rng.uniform(-130, 130, 500), jnp.bfloat16)
-        near = grid.prox(x, 1.0)
-        np.testing.assert_array_equal(grid.prox(near, 1.0), near)
-        assert grid.value(near) == 0
-
-
-def test_within_a_support_a_pattern_keeps_never_more_than_it_has(rng):
-    x = np.abs(drawn(rng))
-    x[0, 1:3] = 0
-    for k in (0, 5, 31, 40):
-        kept = np.asarray(Jitted(Within(so.TopK(k), MASK)).mask(x))
-        assert kept.sum() == min(k, MASK.sum())
-        assert not kept[~MASK].any()
-    counts = np.array([0, 1, 2, 3, 4, 8])
-    kept = np.asarray(Jitted(Within(so.RowTopK(counts), MASK)).mask(x))
-    np.testing.assert_array_equal(kept.sum(axis=0), np.minimum(counts, MASK.sum(axis=0)))
-
-
-def test_row_top_k_keeps_the_largest_of_every_row_along_one_axis_and_counts_are_exact_among_ties(rng):
-    x = drawn(rng)
-    x[:, 2:4] = 1.0  # ties at the threshold
-    for k in range(7):
-        mask = Jitted(so.RowTopK(k, axis=1)).mask(np.abs(x))
-        order = np.argsort(-np.abs(x), axis=1, kind="stable")[:, :k]
-        expected = np.zeros(SHAPE, bool)
-        np.put_along_axis(expected, order, True, axis=1)
-        np.testing.assert_array_equal(mask, expected)
-        np.testing.assert_array_equal(Jitted(so.RowTopK(k)).mask(np.abs(x.T)), expected.T)
-    cube = rng.standard_normal((3, 5, 4)).astype(np.float32)
-    assert (np.count_nonzero(Jitted(so.RowTopK(2, axis=1)).prox(cube, 1.0), axis=1) == 2).all()
-    assert np.count_nonzero(Jitted(so.RowTopK(2)).prox(cube[0, :, 0], 1.0)) == 2
-
-
-def test_consecutive_groups_are_blocks_as_wide_as_the_matrix_and_equal_labels(rng):
-    x = drawn(rng)
-    x[4:6] = x[0:2]  # on a tie the first win
-    for k in range(5):
-        mask = Jitted(so.GroupTopK(k, 2)).mask(np.abs(x))
-        np.testing.assert_array_equal(mask, Jitted(so.BlockTopK(k, (2, 6))).mask(np.abs(x)))
-        np.testing.assert_array_equal(mask, Jitted(so.GroupTopK(k, np.arange(8) // 2)).mask(np.abs(x)))
-
-
-@pytest.mark.parametrize("penalty", [so.TopK(2), so.RowTopK(2), so.NM(2, 4)])
-def test_an_array_without_entries_lies_in_every_pattern(penalty):
-    x = jnp.zeros((0, 3))
-    assert penalty.prox(x, 1.0).shape == (0, 3)
-    assert penalty.value(x) == 0
-
-
-@pytest.mark.parametrize("penalty", [so.L1(0.5), so.LogSum(0.5, 0.5), so.Box(-0.5, 0.5), so.GroupL2(0.5), so.TopK(1)])
-def test_integers_are_floats_to_a_penalty(penalty):
-    x = jnp.array([-3, 0, 2])
-    np.testing.assert_array_equal(penalty.prox(x, 1.0), penalty.prox(x.astype(float), 1.0))
-    np.testing.assert_array_equal(penalty.value(x), penalty.value(x.astype(float)))
+def test_integers_are_floats_to_a_penalty():
+    x = np.array([-3, 0, 2])
+    for penalty in (so.L1(0.5), so.LogSum(0.5, 0.5), so.Box(-0.5, 0.5), so.GroupL2(0.5), so.TopK(1)):
+        np.testing.assert_array_equal(Jitted(penalty).prox(x, 1.0), Jitted(penalty).prox(x.astype(np.float32), 1.0))
+        np.testing.assert_array_equal(Jitted(penalty).value(x), Jitted(penalty).value(x.astype(np.float32)))
 
 
 def test_groups_of_equal_sizes_may_be_labelled_or_lie_along_an_axis(rng):
@@ -451,7 +310,7 @@ def test_a_zero_needs_no_weight_and_a_nonzero_dual_without_one_is_outside_every_
     assert Jitted(so.SparseGroup(weights, 0.0)).dual_norm(np.array([3.0, 1.0], np.float32)) == np.inf
 
 
-@pytest.mark.parametrize("group_weight", [0.0, 1e-3, 1.0, 50.0])
+@pytest.mark.parametrize("group_weight", [0.0, 1e-3, 50.0])
 def test_the_dual_norm_of_sparse_groups_is_the_root_of_its_equation(rng, group_weight):
     with precision(DOUBLE):
         u = rng.standard_normal((3, 200)) ** 3
@@ -467,7 +326,7 @@ def test_the_dual_norm_of_sparse_groups_is_the_root_of_its_equation(rng, group_w
     assert short == pytest.approx(most, rel=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(7, 4), (4, 7), (5, 5)])
+@pytest.mark.parametrize("shape", [(7, 4), (4, 7)])
 def test_the_nuclear_norm_is_that_of_the_singular_values(rng, shape):
     with precision(DOUBLE):
         x, dual = rng.standard_normal((2, *shape))
@@ -490,8 +349,7 @@ def test_the_nuclear_norm_is_that_of_the_singular_values(rng, shape):
             np.testing.assert_allclose(found, (ahead - behind) / 2e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("radius", [1e-3, 1.0, 50.0])
-@pytest.mark.parametrize("shift", [0.0, 1e4])
+@pytest.mark.parametrize(("radius", "shift"), [(1e-3, 0.0), (50.0, 0.0), (1.0, 1e4)])
 def test_the_projection_onto_the_simplex_has_the_level_found_by_bisection(rng, radius, shift):
     v = (rng.standard_normal(300) + shift).astype(np.float32)
     exact = v.astype(np.float64)
@@ -511,26 +369,13 @@ def test_a_projection_onto_the_simplex_with_many_equal_entries_keeps_its_sum():
     assert simplex.value(simplex.prox(v, 1.0)) == 0
 
 
-def test_classes_of_ones_own_with_a_prox_stay_as_they_are():
-    @so.pytree
-    class NoValue:
-        weight: object
-
-        @staticmethod
-        def prox(x, step):
-            return x * step
-
+def test_a_prox_of_ones_own_stays_as_it_is():
     @so.pytree
     class Named:
         weight: object
 
-        def value(self, x):
-            return jnp.sum(x)
-
         def prox(self, v, t):
             return v - t * self.weight
 
-    x = jnp.array([1, 2])
-    np.testing.assert_array_equal(NoValue(1.0).prox(x, 2), [2, 4])
-    np.testing.assert_array_equal(Named(0.5).prox(v=x.astype(float), t=1.0), [0.5, 1.5])
-    np.testing.assert_array_equal(Named(0.5).prox(x, 1.0), [0.5, 1.5])
+    np.testing.assert_array_equal(Named(0.5).prox(v=jnp.array([1.0, 2.0]), t=1.0), [0.5, 1.5])
+    assert Named(2).prox(3, t=1) == 1

@@ -8,7 +8,6 @@ from scipy.optimize import minimize_scalar
 from scipy.special import wrightomega
 
 import sparseopt as so
-from sparseopt.core.base.types import precision
 from sparseopt.core.losses.data import DataLoss
 from sparseopt.core.losses.residuals import weighted_quantiles
 from sparseopt.core.losses.scalar import ScalarLoss, wright_omega
@@ -19,7 +18,6 @@ CASES = {
     "logistic": (so.scalar.Logistic(), [0.0, 0.3, 1.0]),
     "squared hinge": (so.scalar.SquaredHinge(), [-1.0, 1.0]),
     "Huber": (so.scalar.Huber(0.7), [-2.0, 0.0, 3.0]),
-    "wide Huber": (so.scalar.Huber(5.0), [-2.0, 0.0, 3.0]),
     "absolute": (so.scalar.Absolute(), [-2.0, 0.0, 3.0]),
     "quantile": (so.scalar.Quantile(0.9), [-2.0, 0.0, 3.0]),
 }
@@ -31,10 +29,7 @@ def case(request):
     return Jitted(loss, host=("wrong", "location", "curvature", "span", "refuses")), observations
 
 
-@pytest.fixture(autouse=True)
-def double():
-    with precision(np.dtype(np.float64)):
-        yield
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def pairs(observations, reach=8.0, count=161, kind=np.float64):
@@ -77,6 +72,7 @@ def test_the_derivative_is_that_of_the_value_and_continuous_where_the_loss_is_sm
 def test_no_point_beats_the_prox_which_solves_its_optimality_condition(case, step):
     loss, observations = case
     x, y = pairs(observations)
+    np.testing.assert_allclose(loss.prox(x, y, 0.0), x, rtol=1e-15)
     u = loss.prox(x, y, step)
     others = u + np.concatenate([np.linspace(-3, 3, 601), [-1e-6, 1e-6]])[:, None]
     reached, costs = (0.5 * (v - x) ** 2 / step + loss.value(v, y) for v in (u, others))
@@ -90,13 +86,12 @@ def test_no_point_beats_the_prox_which_solves_its_optimality_condition(case, ste
     np.testing.assert_allclose(loss.slack(u, np.clip(dual, low, high), y), 0, atol=1e-6 if step < 1e-6 else 1e-9)
 
 
-def test_a_step_of_zero_and_one_step_an_entry(case):
+def test_an_array_has_one_step_an_entry(case):
     loss, observations = case
     x, y = pairs(observations, count=21)
-    np.testing.assert_allclose(loss.prox(x, y, 0.0), x, rtol=1e-15)
     steps = np.geomspace(1e-3, 1e3, x.size)
-    apart = [float(loss.prox(x[i], y[i], steps[i])) for i in range(0, x.size, 7)]
-    np.testing.assert_allclose(loss.prox(x, y, steps)[::7], apart, rtol=1e-12, atol=1e-14)
+    apart = jax.vmap(loss.tree.prox)(x, y, steps)
+    np.testing.assert_allclose(loss.prox(x, y, steps), apart, rtol=1e-12, atol=1e-14)
 
 
 def test_fenchel_young(case):
@@ -162,7 +157,7 @@ def test_wright_omega_agrees_with_scipy():
     np.testing.assert_allclose(jax.jit(wright_omega)(z), wrightomega(z), rtol=1e-13)
 
 
-@pytest.mark.parametrize("level", [1e-3, 0.5, 0.9, 1 - 1e-12])
+@pytest.mark.parametrize("level", [1e-3, 0.5, 1 - 1e-12])
 def test_weighted_quantiles_divide_the_weights(rng, level):
     labels, y, weights = rng.integers(0, 5, 200), rng.standard_normal(200), rng.uniform(0, 1, 200)
     for label, quantile in enumerate(weighted_quantiles(y, weights, labels, level)):
@@ -170,16 +165,6 @@ def test_weighted_quantiles_divide_the_weights(rng, level):
         mass = weights[mine].sum()
         assert weights[mine & (y < quantile)].sum() < level * mass + 1e-12
         assert weights[mine & (y > quantile)].sum() <= (1 - level) * mass + 1e-12
-
-
-def test_half_the_absolute_loss_is_the_quantile_loss_of_the_median(rng):
-    half, absolute = Jitted(so.scalar.Quantile(0.5)), Jitted(so.scalar.Absolute())
-    x, y = rng.standard_normal((2, 50))
-    x[:5] = y[:5]
-    np.testing.assert_allclose(half.value(x, y), absolute.value(x, y) / 2, rtol=1e-15)
-    np.testing.assert_allclose(half.derivative(x, y), absolute.derivative(x, y) / 2)
-    np.testing.assert_allclose(half.prox(x, y, 1.0), absolute.prox(x, y, 0.5), rtol=1e-15)
-    np.testing.assert_allclose(half.slack(x, x / 9, y), absolute.slack(x, 2 * x / 9, y) / 2, rtol=1e-14)
 
 
 def test_a_component_of_one_label_has_a_fit_of_margin_1():

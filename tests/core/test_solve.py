@@ -9,10 +9,6 @@ import pytest
 from scipy import sparse
 
 import sparseopt as so
-from sparseopt.core.base.types import precision
-from sparseopt.core.problem.certify import certificate
-from sparseopt.layers.methods.admm import QuadraticAdmm
-from sparseopt.layers.methods.splice import Splice
 from tests.core.regression import (
     COLUMNS,
     DIFFERENCES,
@@ -25,17 +21,13 @@ from tests.core.regression import (
 )
 from tests.tiers import often
 
-DOUBLE = np.dtype(np.float64)
 APG, PD, ADMM = so.AcceleratedProximalGradient(), so.PrimalDual(), so.SplitAdmm()
 LASSO = so.Problem(SQUARES, so.L1(5.0))
 FUSED = so.Problem(SQUARES, so.L1(5.0), DIFFERENCES)
 QUADRATIC = so.Quadratic(MATRIX.T @ MATRIX, TARGET[:COLUMNS])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _float64():
-    with precision(DOUBLE):
-        yield
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def status(found):
@@ -44,21 +36,6 @@ def status(found):
 
 def solver_name(value):
     return type(value).__name__
-
-
-PENALTIES = {"L1": so.L1(5.0), "MCP": so.MCP(5.0, 3.0), "L0": so.L0(3.0), "log-sum": so.LogSum(5.0, 0.3)}
-
-
-@pytest.mark.parametrize("name", often(PENALTIES, "L1", "L0"))
-def test_accelerated_steps_never_raise_the_objective(name):
-    problem = so.Problem(SQUARES, PENALTIES[name])
-    solver = so.AcceleratedProximalGradient(cadence=1)
-    found = so.solve(problem, solver, np.zeros(COLUMNS), tol=1e-9, max_steps=300, history=True)
-    objective = np.asarray(found.history.objective)[: int(found.steps)]
-    assert len(objective) > 8
-    assert objective[0] > objective[-1]
-    assert np.all(np.diff(objective) <= 16 * np.finfo(float).eps * objective[:-1])
-    assert np.all(np.isnan(found.history.objective[int(found.steps) :]))
 
 
 @pytest.mark.parametrize("k", [12, 7])
@@ -108,6 +85,10 @@ CHOICES = {
         ),
         so.PrimalDual,
     ),
+    "own operator, many unknowns": (
+        so.Problem(so.LeastSquares(None, np.zeros((20, 20))), so.GroupL2(1.0, axis=0), ImageGradient()),
+        so.PrimalDual,
+    ),
 }
 
 
@@ -152,15 +133,13 @@ def test_an_operator_of_your_own_on_images_needs_no_matrix(solver):
     assert float(found.gap) <= 1e-9
 
 
-@pytest.mark.parametrize(
-    "form", [sparse.csr_array, sparse.csc_matrix, sparse.coo_array], ids=lambda form: form.__name__
-)
-def test_scipy_matrices_of_every_form_are_taken(form):
-    given = so.Problem(so.LeastSquares(form(MATRIX), TARGET), so.L1(5.0), form(DIFFERENCES))
+def test_scipy_matrices_of_every_form_are_taken():
     x = np.arange(COLUMNS, dtype=float)
-    np.testing.assert_allclose(given.operator.mv(x), DIFFERENCES @ x)
-    np.testing.assert_allclose(given.loss.gradient(x), SQUARES.gradient(x))
-    assert given.loss.start().dtype == np.float64
+    for form in (sparse.csr_array, sparse.csc_matrix, sparse.coo_array):
+        given = so.Problem(so.LeastSquares(form(MATRIX), TARGET), so.L1(5.0), form(DIFFERENCES))
+        np.testing.assert_allclose(given.operator.mv(x), DIFFERENCES @ x)
+        np.testing.assert_allclose(given.loss.gradient(x), SQUARES.gradient(x))
+        assert given.loss.start().dtype == np.float64
 
 
 EYE, WHOLE, HALVES = np.eye(3), np.array([3, 1, -2]), np.full(3, 0.5)
@@ -169,12 +148,9 @@ LARGE = np.array([2**24 + 1, 1, -2])  # no float32
 MIXED = {
     "a centre of integers": (so.Quadratic(EYE, WHOLE), so.L1(0.5)),
     "a target of integers": (so.LeastSquares(EYE, WHOLE), so.L1(HALVES)),
-    "a Hessian of integers": (so.Quadratic(EYE.astype(int), WHOLE), so.L1(0.5)),
     "float32 with weights of float64": (so.LeastSquares(NARROW.matrix, NARROW.target, np.ones(3)), so.L1(0.5)),
     "float32 with a penalty of float64": (NARROW, so.L1(HALVES)),
-    "a Hessian of float64": (so.Quadratic(EYE, WHOLE.astype(np.float32)), so.L1(0.5)),
-    "integers alone": (so.LeastSquares(EYE.astype(int), LARGE), so.L1(0.5)),
-    "integers alone, quadratic": (so.Quadratic(EYE.astype(int), LARGE), so.L1(0.5)),
+    "integers alone": (so.Quadratic(EYE.astype(int), LARGE), so.L1(0.5)),
 }
 
 
@@ -215,15 +191,20 @@ def test_jax_arrays_decide_the_precision_of_numpy_beside_them_and_a_trace_leaves
         assert so.solve(so.Problem(numpy.loss, so.L1(jnp.float32(0.5)))).value.dtype == np.float64
 
 
-@pytest.mark.parametrize("loss", ["Absolute", "Huber", "Logistic", "Poisson"])
-def test_targets_of_whole_numbers_and_of_truth_are_those_of_floats(rng, loss):
-    scalar = getattr(so.scalar, loss)(*[0.5] * (loss == "Huber"))
-    kinds = {"Logistic": (np.float32, np.uint8, bool, int), "Poisson": (np.float32, np.uint8)}
+@pytest.mark.parametrize(
+    ("scalar", "kinds"),
+    [
+        (so.scalar.Huber(0.5), (np.float32, np.int32)),
+        (so.scalar.Logistic(), (np.float32, np.uint8, bool)),
+        (so.scalar.Poisson(), (np.float32, np.uint8)),
+    ],
+)
+def test_targets_of_whole_numbers_and_of_truth_are_those_of_floats(rng, scalar, kinds):
     matrix, counts = rng.standard_normal((12, 3)).astype(np.float32), rng.integers(0, 2, 12)
     with jax.enable_x64(False):
         floats, *whole = (
             so.solve(so.Problem(so.DataLoss(scalar, matrix, counts.astype(kind)), so.L1(0.3)), tol=1e-4)
-            for kind in kinds.get(loss, (np.float32, np.int32))
+            for kind in kinds
         )
     for found in whole:
         assert status(found) is so.Status.CONVERGED
@@ -245,26 +226,6 @@ def test_check_says_how_it_ended_and_what_to_try():
         so.solve(problem, so.Maiht(), start + 1, tol=1e-9, max_steps=3).check()
     with pytest.raises(RuntimeError, match=r"NONFINITE.*smaller step size"):
         so.solve(problem, so.ProximalGradient(step_size=1e6), start + 1, max_steps=50).check()
-
-
-def many_labels():
-    """Of 60 rows, most of them surely on their side: their dual is 0."""
-    rng = np.random.default_rng(0)
-    matrix = rng.standard_normal((60, 20))
-    sides = matrix @ rng.standard_normal(20) + rng.standard_normal(60)
-    return so.SquaredHingeLoss(matrix, np.where(sides > 0, 1, -1))
-
-
-def test_a_dual_just_outside_its_domain_costs_no_more_than_its_rounding_error():
-    problem = so.Problem(many_labels(), so.L1(1.0))
-    x = so.solve(problem, tol=1e-12).check().value
-    image = problem.loss.image(x)
-    dual = problem.loss.rows.gradient(image)
-    assert jnp.sum(dual == 0) > 10
-    outside = jnp.where(dual == 0, 1e-18 * problem.loss.target, dual)
-    for s in (dual, outside):
-        gap = jax.jit(certificate)(problem, x, image, s, -problem.loss.pull(s)).gap
-        assert 0 <= gap <= 1e-11
 
 
 def correlated(scaled):
@@ -328,25 +289,6 @@ def test_the_paths_of_a_concave_penalty_run_under_jit_vmap_and_grad(penalty):
     assert alone.state.x.shape == (COLUMNS,)
 
 
-@pytest.mark.parametrize(
-    ("penalty", "solver", "ended"),
-    [
-        (so.L0(0.5), None, "STATIONARY"),
-        (so.L1(0.5), so.Maiht(), "STATIONARY"),
-        (so.L1(0.5), None, "CONVERGED"),
-        (so.L0(0.5), so.ProximalGradient(), "STATIONARY"),
-        (so.TopK(2), QuadraticAdmm(), "STATIONARY"),
-        (so.TopK(2), Splice(), "STATIONARY"),
-        (so.Support(np.array([[True], [False], [True], [True]])), None, "STATIONARY"),
-    ],
-)
-def test_only_with_a_gap_a_solve_converges(penalty, solver, ended):
-    problem = so.Problem(so.Quadratic(np.eye(4), np.array([3.0, 0.1, -2.0, 0.7])[:, None]), penalty)
-    found = so.solve(problem, solver)
-    assert status(found).name == ended
-    assert np.isfinite(found.gap) == (ended == "CONVERGED")
-
-
 @so.pytree
 class Means:
     """Means of neighbours."""
@@ -369,25 +311,19 @@ OF_DATA = {
     "quantile": so.scalar.Quantile(0.9),
 }
 FIXED = so.ProximalGradient(step_size=0.01)
-SOLVERS = (FIXED, APG, so.AcceleratedProximalGradient(step_size=0.01), PD, ADMM)
-# Every loss on one design, and every design with one loss.
-REPORTED = [
-    (solver, loss, design)
-    for solver in SOLVERS
-    for loss, design in dict.fromkeys(
-        [*(("squares", each) for each in DESIGNS), *((each, "dense") for each in OF_DATA)]
-    )
-    if getattr(OF_DATA[loss], "smooth", False) or solver in (PD, ADMM)
-] + [(FIXED, "poisson", "map")]
-OFTEN = [(FIXED, "squares", design) for design in DESIGNS] + [(FIXED, "logistic", "dense"), (FIXED, "poisson", "map")]
+# Every design with one loss, and every loss on one design.
+REPORTED = [(solver, "squares", design) for solver in (FIXED, APG, PD, ADMM) for design in DESIGNS]
+REPORTED += [(PD, loss, "dense") for loss in OF_DATA if loss != "squares"]
+REPORTED += [(FIXED, "logistic", "dense"), (FIXED, "poisson", "map"), (ADMM, "quantile", "dense")]
+OFTEN = [*((FIXED, "squares", design) for design in ("dense", "sparse", "map")), *REPORTED[-2:]]
 
 
 @pytest.mark.parametrize(("solver", "loss", "design"), often(REPORTED, *OFTEN), ids=lambda part: str(part)[:20])
-def test_the_objective_reported_is_that_of_the_answer(solver, loss, design):
+def test_the_objective_reported_is_that_of_the_answer_before_convergence_too(solver, loss, design):
     size = {"identity": COLUMNS, "map": COLUMNS - 1}.get(design, ROWS)
     target = np.where(TARGET[:size] > 0, 1.0, -1.0 if "hinge" in loss else 0.0)
     problem = so.Problem(so.DataLoss(OF_DATA[loss], DESIGNS[design], target), so.L1(0.1))
-    found = so.solve(problem, solver, max_steps=10)
+    found = so.solve(problem, solver, tol=1e-14, max_steps=10)
     assert float(found.objective) == pytest.approx(float(problem.value(found.value)), rel=1e-12)
 
 
@@ -403,8 +339,9 @@ def test_a_tiny_step_size_is_not_convergence(solver):
     assert float(settled.objective) == pytest.approx(best, rel=1e-6)
 
 
-@pytest.mark.parametrize("weights", [np.r_[np.zeros(4), np.ones(ROWS - 4)], 2.0], ids=["missing", "one number"])
-@pytest.mark.parametrize("operator", [None, DIFFERENCES], ids=["plain", "operator"])
+@pytest.mark.parametrize(
+    ("weights", "operator"), [(np.r_[np.zeros(4), np.ones(ROWS - 4)], DIFFERENCES), (2.0, None)], ids=["missing", "one"]
+)
 def test_what_is_not_observed_does_not_count_and_one_weight_is_that_of_all_rows(weights, operator):
     rows = np.broadcast_to(weights, ROWS)
     target = np.where(rows > 0, TARGET, np.nan)

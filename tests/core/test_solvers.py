@@ -50,25 +50,24 @@ def least(hessian, center, chosen):
     return 0.5 * change @ hessian @ change
 
 
-@pytest.mark.parametrize("kind", ["random", "identity", "rank one", "tiny"])
-def test_eigenvalue_bound_is_above_and_tight(rng, kind):
-    n = {"random": 120, "identity": 30, "rank one": 50, "tiny": 2}[kind]
-    factor = rng.standard_normal((2 * n, n)) if kind != "rank one" else rng.standard_normal((1, n))
-    matrix = np.eye(n) if kind == "identity" else factor.T @ factor
-    exact = np.linalg.eigvalsh(matrix)[-1]
-    for seed in range(5):
-        bound = float(largest_eigenvalue_bound(jnp.asarray(matrix, jnp.float32), jax.random.key(seed)))
-        assert exact * (1 - 1e-5) <= bound <= exact * 1.01
+def test_the_bound_of_an_eigenvalue_is_above_and_tight(rng):
+    factors = [rng.standard_normal((2 * 60, 60)), np.eye(60), rng.standard_normal((1, 60)), np.diag([3, 1, *[0] * 58])]
+    bound = jax.jit(jax.vmap(largest_eigenvalue_bound, (None, 0)))
+    for factor in factors:
+        matrix = factor.T @ factor
+        exact = np.linalg.eigvalsh(matrix)[-1]
+        bounds = np.asarray(bound(jnp.asarray(matrix, jnp.float32), jax.random.split(jax.random.key(0), 5)))
+        assert ((exact * (1 - 1e-5) <= bounds) & (bounds <= exact * 1.01)).all()
 
 
 ALWAYS, PLAIN = so.Maiht(monitor="always"), so.ProximalGradient()
+SMOOTH = [so.Maiht(), ALWAYS, so.AcceleratedProximalGradient(cadence=1)]
 MONOTONE = [
-    *[(so.Maiht(), penalty, 1e-6, 1e-5) for penalty in (so.L0(0.2), so.L1(0.2), so.TopK(150), so.NM(2, 4))],
-    *[(ALWAYS, penalty, 1e-6, 1e-5) for penalty in (so.L0(0.2), so.L1(0.2), so.TopK(150), so.NM(2, 4))],
+    *[(solver, penalty, 1e-6, 1e-5) for solver in SMOOTH for penalty in (so.L0(0.2), so.L1(0.2), so.NM(2, 4))],
     *[(Splice(), pattern, 0.0, 0.0) for pattern in PATTERNS],
     (so.Refit(), so.Support(np.random.default_rng(0).random((40, 12)) < 0.5), 1e-5, 1e-5),
 ]
-FAST = [*MONOTONE[:4], MONOTONE[8], MONOTONE[10], MONOTONE[12]]
+FAST = [MONOTONE[0], MONOTONE[2], MONOTONE[6], MONOTONE[10], MONOTONE[13]]
 
 
 @pytest.mark.parametrize(("solver", "penalty", "tol", "rounding"), often(MONOTONE, *FAST), ids=lambda part: None)
@@ -86,51 +85,15 @@ def test_the_objective_never_increases_and_is_that_of_the_answer(loss, solver, p
     assert not first or values[steps - 1] < first[0]
 
 
-SPLICED = [(Splice(), pattern) for pattern in PATTERNS]
-COUNTED = [*SPLICED, *[(None, pattern) for pattern in PATTERNS]]
-
-
-@pytest.mark.parametrize(("solver", "pattern"), often(COUNTED, *COUNTED[::2]), ids=lambda part: None)
-def test_every_answer_lies_in_the_pattern_and_has_its_exact_count(loss, solver, pattern):
-    problem, first = so.Problem(loss, pattern), pattern.prox(loss.center, 1.0)
-    count = np.count_nonzero(pattern.mask(jnp.ones_like(first)))
-    if solver is None:
-        answer = rising(problem)
-        assert np.count_nonzero(answer.value) == count
-        assert int(answer.steps) == 20
-        # Far better than the dense values on the support of the largest.
-        assert objective(problem, answer.value) < 0.8 * objective(problem, first)
-    else:
-        answer = so.solve(problem, solver, first, tol=0.0, max_steps=30)
-        assert np.count_nonzero(answer.state.mask) == count
-        assert ((answer.value == 0) | answer.state.mask).all()
-    assert float(pattern.value(answer.value)) == 0
-
-
-def test_counts_and_rho_are_leaves_one_trace_serves_all(loss):
-    traces = []
-
-    @jax.jit
-    def run(solver, penalty, x):
-        traces.append(1)
-        found = so.solve(so.Problem(loss, penalty), solver, x, tol=-1.0, max_steps=3)
-        return found.state.mask if isinstance(solver, Splice) else found.value
-
-    for k, rho in ((40, 0.1), (90, 0.1), (200, 0.3)):
-        for solver in (Splice(), QuadraticAdmm(rho=rho)):
-            assert np.count_nonzero(run(solver, so.TopK(k), loss.center)) == k
-    assert len(traces) == 2
-
-
 def test_plain_step_descends_by_the_promised_amount(loss):
     problem, x = so.Problem(loss, so.L0(0.2)), loss.center
     top = np.linalg.eigvalsh(np.asarray(loss.hessian, np.float64))[-1]
-    step = 0.97 / top
-    for _ in range(20):
-        after = problem.penalty.prox(x - step * loss.gradient(x), step)
-        promised = (1 / (2 * step) - top / 2) * float(jnp.sum((after - x) ** 2))
-        assert objective(problem, x) - objective(problem, after) >= promised - 1e-4
-        x = after
+    step, found = 0.97 / top, []
+    for steps in range(1, 12):
+        found.append(so.solve(problem, so.ProximalGradient(step_size=step), x, tol=-1.0, max_steps=steps))
+    for before, after in itertools.pairwise(found):
+        promised = (1 / (2 * step) - top / 2) * float(jnp.sum((after.value - before.value) ** 2))
+        assert objective(problem, before.value) - objective(problem, after.value) >= promised - 1e-4
 
 
 @pytest.mark.parametrize("solver", [so.Maiht(), ALWAYS, PLAIN])
@@ -189,13 +152,6 @@ def test_refit_leaves_solved_and_empty_columns_alone(loss):
     np.testing.assert_array_equal(answer.value[:, 0], loss.center[:, 0])
 
 
-def test_exchanges_beat_a_refit_of_the_first_support(loss):
-    start = so.TopK(150).prox(loss.center, 1.0)
-    refit = so.solve(so.Problem(loss, so.Support(start != 0)), so.Refit(), start, tol=1e-6, max_steps=60)
-    spliced = so.solve(so.Problem(loss, so.TopK(150)), Splice(), start, tol=0.0, max_steps=30)
-    assert float(spliced.objective) < 0.95 * float(refit.objective)
-
-
 def test_tiny_problems_end_at_the_best_subset_most_times_and_never_worse_than_they_began(rng):
     penalty, losses = so.TopK(4), [make_problem(rng, n=8, columns=1).loss for _ in range(80)]
 
@@ -251,13 +207,12 @@ def wide(loss):
 
 def test_a_rising_rho_closes_the_gap_between_both_copies(wide):
     apart = []
-    for levels in (1, 4, 8):
+    for levels in (1, 8):
         state = rising(wide, levels).state
         last = QuadraticAdmm().step(wide, state)
         b = last.x + (last.dual - state.dual) / last.rho
         apart.append(float(jnp.linalg.norm(b - last.x) / jnp.linalg.norm(last.x)))
-    assert apart[2] < 1e-2 * apart[0]
-    assert apart[1] < apart[0]
+    assert apart[1] < 1e-2 * apart[0]
 
 
 def test_the_objective_is_the_loss_at_b_and_the_residual_the_share_of_the_support_that_moved(wide):
