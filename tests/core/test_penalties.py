@@ -379,3 +379,9 @@ def test_a_prox_of_ones_own_stays_as_it_is():
 
     np.testing.assert_array_equal(Named(0.5).prox(v=jnp.array([1.0, 2.0]), t=1.0), [0.5, 1.5])
     assert Named(2).prox(3, t=1) == 1
+
+
+@pytest.mark.parametrize("penalty", [so.MCP(1.2, 2.5), so.SCAD(0.8, 3.1), so.LogSum(0.7, 0.4)])
+def test_the_slope_is_the_derivative_of_the_value(rng, penalty):
+    x = jnp.asarray(rng.uniform(0.1, 5, 40))
+    np.testing.assert_allclose(penalty.slope(x), jax.grad(penalty.value)(x), rtol=1e-4, atol=1e-6)
