@@ -93,6 +93,7 @@ def write_golden(file: Path, folder: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
+_ROPE, _LONG_ROPE = ({"rope_type": "default", "rope_theta": theta} for theta in (10000.0, 1000000.0))
 _SIZES = {
     "vocab_size": 320,
     "hidden_size": 32,
@@ -107,56 +108,56 @@ _SIZES = {
     "eos_token_id": 2,
     "pad_token_id": 0,
     "rope_theta": 10000.0,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "rope_parameters": _ROPE,
     "attention_bias": False,
     "tie_word_embeddings": False,
 }
-_LLAMA = _SIZES | {"head_dim": 8, "hidden_act": "silu", "mlp_bias": False}
-_LONG_ROPE = {"rope_theta": 1000000.0, "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}}
-_QWEN = _SIZES | _LONG_ROPE | {"hidden_act": "silu", "use_sliding_window": False}
-_GEMMA = _SIZES | {
+_LLAMA = {"head_dim": 8, "hidden_act": "silu", "mlp_bias": False}
+_QWEN = {"rope_theta": 1000000.0, "rope_parameters": _LONG_ROPE, "hidden_act": "silu", "use_sliding_window": False}
+_CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+_GEMMA = {
     "head_dim": 16,
     "hidden_activation": "gelu_pytorch_tanh",
     "query_pre_attn_scalar": 16,
     "sliding_window": 8,
     "tie_word_embeddings": True,
 }
-_QWEN2 = {name: value for name, value in _QWEN.items() if name != "attention_bias"}
-_QWEN2_SIZES = {name: value for name, value in _SIZES.items() if name != "attention_bias"} | {"head_dim": 8}
-_GEMMA3_ROPES = {
-    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
-    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
-}
-_GEMMA2_CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+_GEMMA3_ROPES = {"full_attention": _LONG_ROPE | {"rope_type": "linear", "factor": 8.0}, "sliding_attention": _ROPE}
+_SLIDES, _FULL = "sliding_attention", "full_attention"
 
 
-def _architecture(name: str, model_type: str, fields: dict[str, Any], **more: Any) -> dict[str, Any]:
-    return {"architectures": [f"{name}ForCausalLM"], "model_type": model_type} | fields | more
+def _architecture(name: str, model_type: str, *without: str, **fields: Any) -> dict[str, Any]:
+    sizes = {field: value for field, value in _SIZES.items() if field not in without}
+    return {"architectures": [f"{name}ForCausalLM"], "model_type": model_type} | sizes | fields
 
 
 # Whole configurations by GGUF architecture: what a file written from them must give again.
 CONFIGS: dict[str, dict[str, Any]] = {
-    "llama": _architecture("Llama", "llama", _LLAMA),
-    "qwen2": _architecture("Qwen2", "qwen2", _QWEN2, head_dim=8, tie_word_embeddings=True),
-    "qwen3": _architecture("Qwen3", "qwen3", _QWEN, head_dim=16),
+    "llama": _architecture("Llama", "llama", **_LLAMA),
+    "qwen2": _architecture("Qwen2", "qwen2", "attention_bias", **_QWEN | {"head_dim": 8, "tie_word_embeddings": True}),
+    "qwen3": _architecture("Qwen3", "qwen3", **_QWEN, head_dim=16),
     # A block without a position embedding.
     "smollm3": _architecture(
-        "SmolLM3", "smollm3", _LLAMA, num_hidden_layers=5, no_rope_layers=[1, 1, 1, 0, 1], use_sliding_window=False
+        "SmolLM3",
+        "smollm3",
+        **_LLAMA | {"num_hidden_layers": 5, "no_rope_layers": [1, 1, 1, 0, 1], "use_sliding_window": False},
     ),
     "phi3": _architecture(
         "Phi3",
         "phi3",
-        _QWEN2_SIZES,
+        "attention_bias",
+        head_dim=8,
         sliding_window=None,
         hidden_act="silu",
         original_max_position_embeddings=64,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
+        rope_parameters=_ROPE | {"partial_rotary_factor": 1.0},
     ),
-    "olmo2": _architecture("Olmo2", "olmo2", _SIZES, head_dim=8, hidden_act="silu"),
+    "olmo2": _architecture("Olmo2", "olmo2", head_dim=8, hidden_act="silu"),
     "starcoder2": _architecture(
         "Starcoder2",
         "starcoder2",
-        {name: value for name, value in _QWEN2_SIZES.items() if name != "rms_norm_eps"},
+        *("attention_bias", "rms_norm_eps"),
+        head_dim=8,
         norm_epsilon=1e-5,
         use_bias=True,
         sliding_window=None,
@@ -166,30 +167,26 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gptneox": _architecture(
         "GPTNeoX",
         "gpt_neox",
-        {name: value for name, value in _SIZES.items() if name not in ("rms_norm_eps", "num_key_value_heads")},
+        *("rms_norm_eps", "num_key_value_heads"),
         layer_norm_eps=1e-5,
         attention_bias=True,
         hidden_act="gelu",
         use_parallel_residual=True,
         rotary_emb_base=10000.0,
         rotary_pct=0.5,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        rope_parameters=_ROPE | {"partial_rotary_factor": 0.5},
     ),
-    "gemma2": _architecture(
-        "Gemma2",
-        "gemma2",
-        _GEMMA | _GEMMA2_CAPS,
-        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-    ),
+    "gemma2": _architecture("Gemma2", "gemma2", **_GEMMA, **_CAPS, layer_types=[_SLIDES, _FULL, _SLIDES]),
     "gemma3": _architecture(
         "Gemma3",
         "gemma3_text",
-        _GEMMA | dict.fromkeys(_GEMMA2_CAPS),
+        **_GEMMA,
+        **dict.fromkeys(_CAPS),
         num_hidden_layers=7,
         rope_theta=1000000.0,
         rope_local_base_freq=10000.0,
         rope_parameters=_GEMMA3_ROPES,
-        layer_types=["sliding_attention"] * 5 + ["full_attention", "sliding_attention"],
+        layer_types=[_SLIDES] * 5 + [_FULL, _SLIDES],
     ),
 }
 # Metadata of every architecture, by the field that holds them.
@@ -207,30 +204,24 @@ _FIELDS = {
     Keys.Tokenizer.PAD_ID: "pad_token_id",
 }
 _HEAD_SIZES = dict.fromkeys((Keys.Attention.KEY_LENGTH, Keys.Attention.VALUE_LENGTH), "head_dim")
-_WINDOW = {Keys.Attention.SLIDING_WINDOW: "sliding_window"}
+_WINDOWS = _HEAD_SIZES | {Keys.Attention.SLIDING_WINDOW: "sliding_window"}
+_SOFT_CAPS = dict(zip((Keys.LLM.ATTN_LOGIT_SOFTCAPPING, Keys.LLM.FINAL_LOGIT_SOFTCAPPING), _CAPS, strict=True))
+_ROTATED = {Keys.Rope.DIMENSION_COUNT: "head_dim"}
 # What else an architecture's metadata hold.
 _MORE_FIELDS: dict[str, dict[str, str]] = {
-    "llama": {Keys.LLM.VOCAB_SIZE: "vocab_size", Keys.Rope.DIMENSION_COUNT: "head_dim"},
+    "llama": {Keys.LLM.VOCAB_SIZE: "vocab_size", **_ROTATED},
     "qwen2": {},
     "qwen3": _HEAD_SIZES,
-    "smollm3": {Keys.LLM.VOCAB_SIZE: "vocab_size", Keys.Rope.DIMENSION_COUNT: "head_dim"},
-    "phi3": {
-        Keys.Rope.DIMENSION_COUNT: "head_dim",
-        Keys.Rope.SCALING_ORIG_CTX_LEN: "original_max_position_embeddings",
-    },
+    "smollm3": {Keys.LLM.VOCAB_SIZE: "vocab_size", **_ROTATED},
+    "phi3": {**_ROTATED, Keys.Rope.SCALING_ORIG_CTX_LEN: "original_max_position_embeddings"},
     "olmo2": {},
     "starcoder2": {Keys.Attention.LAYERNORM_EPS: "norm_epsilon"},
     "gptneox": {
         Keys.Attention.LAYERNORM_EPS: "layer_norm_eps",
         Keys.LLM.USE_PARALLEL_RESIDUAL: "use_parallel_residual",
     },
-    "gemma2": _HEAD_SIZES
-    | _WINDOW
-    | {
-        Keys.LLM.ATTN_LOGIT_SOFTCAPPING: "attn_logit_softcapping",
-        Keys.LLM.FINAL_LOGIT_SOFTCAPPING: "final_logit_softcapping",
-    },
-    "gemma3": _HEAD_SIZES | _WINDOW | {"{arch}.rope.freq_base_swa": "rope_local_base_freq"},
+    "gemma2": _WINDOWS | _SOFT_CAPS,
+    "gemma3": _WINDOWS | {"{arch}.rope.freq_base_swa": "rope_local_base_freq"},
 }
 
 

@@ -5,12 +5,10 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from sparseopt.layers.bits import parse_bits
 from sparseopt.models import load_decoder, open_model, open_source
-from sparseopt.models.files.compressed import compress_tensors
 from sparseopt.pruning import Recipe, prune_model
 from tests.jitted import run
-from tests.models.files.test_compressed import DENSE, UP, on_grid, write_compressed
+from tests.models.files.test_compressed import DENSE, UP, write_compressed
 from tests.models.tiny import GOLDEN, write_golden
 from tests.oracle.conftest import reference, reference_logits
 
@@ -22,7 +20,7 @@ def package() -> ModuleType:
     return pytest.importorskip("compressed_tensors", reason="SKIPPED: needs compressed-tensors (make test-oracle)")
 
 
-@pytest.mark.parametrize(("name", "shards"), [("int8", 1), ("int4:32", 1), ("int4:16", 3)])
+@pytest.mark.parametrize(("name", "shards"), [("int8", 1), ("int4:4", 3)])
 def test_transformers_loads_the_folder_with_our_logits(tmp_path, rng, name, shards):
     tensors = write_compressed(tmp_path, rng, name, shards)
     model, tokens = reference(tmp_path), rng.integers(0, 40, (2, 24)).astype(np.int32)
@@ -35,8 +33,10 @@ def test_transformers_loads_the_folder_with_our_logits(tmp_path, rng, name, shar
         np.testing.assert_array_equal(model.get_parameter(key).numpy(force=True), value, err_msg=key)
 
 
-@pytest.mark.parametrize("case", ["mistral", "mixtral", "gemma3_text", "gemma3_images", "smollm3"])
-@pytest.mark.parametrize("bits", ["int8", "int4:8"])
+@pytest.mark.parametrize(
+    ("case", "bits"),
+    [("mistral", "int4:8"), ("mixtral", "int8"), ("gemma3_images", "int4:8"), ("smollm3", "int8")],
+)
 def test_transformers_loads_a_model_that_was_pruned_in_few_bits(tmp_path, rng, case, bits):
     write_golden(GOLDEN / f"{case}.npz", tmp_path / "dense")
     tokens = rng.integers(0, open_model(tmp_path / "dense").config.vocab_size, (5, 24)).astype(np.int32)
@@ -46,27 +46,11 @@ def test_transformers_loads_a_model_that_was_pruned_in_few_bits(tmp_path, rng, c
     np.testing.assert_allclose(run(load_decoder(tmp_path / "few"), tokens), logits, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["int8", "int4:32"])
-def test_a_folder_that_transformers_writes_again_is_the_same_model(tmp_path, rng, name):
-    tensors = write_compressed(tmp_path / "few", rng, name)
+def test_a_folder_that_transformers_writes_again_is_the_same_model(tmp_path, rng):
+    tensors = write_compressed(tmp_path / "few", rng, "int4:32")
     reference(tmp_path / "few").save_pretrained(tmp_path / "again", max_shard_size="10KB")
     assert len(list((tmp_path / "again").glob("*.safetensors"))) > 1
     source = open_model(tmp_path / "again").source
     assert source.tensors.keys() == open_source(tmp_path / "few").tensors.keys()
     for key, value in tensors.items():
         np.testing.assert_array_equal(source.read(key), value, err_msg=key)
-
-
-@pytest.mark.parametrize(("name", "inputs"), [("int8", 20), ("int8", 7), ("int4:10", 20), ("int4:5", 5), ("int4", 256)])
-def test_the_package_packs_and_unpacks_the_same_words(rng, name, inputs):
-    import torch
-    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
-
-    bits, num_bits = parse_bits(name), 8 if name == "int8" else 4
-    weight = on_grid(rng, (6, inputs), bits)
-    stored = compress_tensors({"a.weight": weight}, {"a.weight": bits})
-    packed, scale = (torch.from_numpy(stored[f"a.weight_{part}"]) for part in ("packed", "scale"))
-    multiples = unpack_from_int32(packed, num_bits, torch.Size(stored["a.weight_shape"].tolist()))
-    assert torch.equal(pack_to_int32(multiples, num_bits), packed)
-    dense = multiples.reshape(*scale.shape, -1) * scale[..., None]
-    np.testing.assert_array_equal(dense.reshape(weight.shape).numpy(), weight)

@@ -30,17 +30,9 @@ from tests.pruning.whole_runs import TOKENIZER, make_tokens
 
 pytestmark = pytest.mark.oracle
 
-_SIZES = {
-    "vocab_size": len(VOCAB),
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 256,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+_SIZES = {"vocab_size": len(VOCAB), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+_SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 256}
+_SIZES |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _GPT_SIZES = {"vocab_size": len(VOCAB), "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 256}
 _GPT_SIZES |= {"bos_token_id": 1, "eos_token_id": 2}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -145,11 +137,9 @@ def test_an_architecture_is_pruned_and_scored(written, tmp_path, rng, name):
 # Where two entries compete for the last place of a support, rounding decides, and then maiht goes another way: of its
 # presets "paper" is the least sensitive.
 ALIKE: dict[str, dict[str, Any]] = {
-    "wanda": {"method": "wanda"},
-    "sparsegpt": {"method": "sparsegpt", "propagate": 0.5},
+    "wanda": {"method": "wanda", "targets": {"down_proj": 0.7, "q_proj": 0.0}, "ignore": ["up_proj"]},
+    "sparsegpt": {"method": "sparsegpt", "propagate": 0.5, "pattern": "2:4"},
     "maiht": {"preset": "paper"},
-    "2:4": {"method": "sparsegpt", "pattern": "2:4"},
-    "targets": {"method": "wanda", "targets": {"down_proj": 0.7, "q_proj": 0.0}, "ignore": ["up_proj"]},
 }
 
 
@@ -171,28 +161,21 @@ def test_a_known_family_gives_the_same_either_way(tmp_path, rng, changes):
     assert differing <= 0.001 * sum(record.size for record in ours.layers)
 
 
-def test_several_recipes_and_tensors_of_several_dtypes(written, tmp_path, rng):
+def test_tensors_of_several_dtypes_keep_them_unless_another_is_asked_for(written, tmp_path, rng):
     import ml_dtypes
 
     source, tokens = shutil.copytree(written("nemotron"), tmp_path / "source"), make_tokens(rng, 8)
     tensors = load_file(source / "model.safetensors")
     tensors = {k: v if "norm" in k else v.astype(ml_dtypes.bfloat16) for k, v in tensors.items()}
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    plans = [(Recipe(method=m, pattern="2:4", calibration=tokens), tmp_path / m) for m in ("wanda", "maiht")]
-    reports = [prune_model(source, output, recipe) for recipe, output in plans]
-    for report in reports:
-        assert all(audit.exact for audit in audit_pattern(report.output, "2:4"))
-        stored = load_file(next(report.output.glob("*.safetensors")))
-        assert {key: value.dtype for key, value in stored.items()} == {k: v.dtype for k, v in tensors.items()}
-        kept = [key for key in tensors if key.removesuffix(".weight") not in {r.layer for r in report.layers}]
-        assert all(stored[key].tobytes() == tensors[key].tobytes() for key in kept)
-    alone = prune_model(source, tmp_path / "alone", plans[0][0])
-    assert [r.relative_error for r in alone.layers] == [r.relative_error for r in reports[0].layers]
-
-
-def test_the_dtype_of_the_output(written, tmp_path, rng):
-    recipe = Recipe(method="wanda", sparsity=0.7, calibration=make_tokens(rng, 8), dtype="float16")
-    output = prune_model(written("gptj"), tmp_path / "out", recipe).output
+    recipe = Recipe(method="wanda", pattern="2:4", calibration=tokens)
+    report = prune_model(source, tmp_path / "out", recipe)
+    assert all(audit.exact for audit in audit_pattern(report.output, "2:4"))
+    stored = load_file(next(report.output.glob("*.safetensors")))
+    assert {key: value.dtype for key, value in stored.items()} == {k: v.dtype for k, v in tensors.items()}
+    kept = [key for key in tensors if key.removesuffix(".weight") not in {r.layer for r in report.layers}]
+    assert all(stored[key].tobytes() == tensors[key].tobytes() for key in kept)
+    output = prune_model(source, tmp_path / "half", recipe.model_copy(update={"dtype": "float16"})).output
     assert {value.dtype.name for value in open_any(output).source.tensors.values()} == {"float16"}
 
 
@@ -220,26 +203,20 @@ def test_memory_is_told_and_refused(written, tmp_path, rng):
     assert not (tmp_path / "b").exists()
 
 
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "gradients": (
-        {"output_weights": "gradient", "allocation": "curves", "train_epochs": 2, "weighting": "residual"},
-        r"(?s)output_weights=.*allocation=.*weighting=.*train_epochs",
-    ),
-    "files": ({"bits": "int8", "masks": "other", "variants": 1}, "nemotron.*bits, masks, variants cannot be had"),
-    "the head": ({"targets": ["lm_head"]}, "only layers of the blocks are pruned"),
-    "a pattern": ({"pattern": "5:7"}, r"model\.layers\.0.*5:7"),
-}
+GRADIENTS = {"output_weights": "gradient", "allocation": "curves", "train_epochs": 2, "weighting": "residual"}
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    (GRADIENTS, r"(?s)output_weights=.*allocation=.*weighting=.*train_epochs"),
+    ({"bits": "int8", "masks": "other", "variants": 1}, "nemotron.*bits, masks, variants cannot be had"),
+    ({"targets": ["lm_head"]}, "only layers of the blocks are pruned"),
+    ({"pattern": "5:7"}, r"model\.layers\.0.*5:7"),
+]
 
 
-@pytest.mark.parametrize(("changes", "words"), REFUSED.values(), ids=REFUSED)
-def test_what_a_loaded_model_cannot_have_is_refused_before_any_work(written, tmp_path, rng, changes, words):
-    with pytest.raises(ValueError, match=words):
-        prune_model(written("nemotron"), tmp_path / "out", Recipe(calibration=make_tokens(rng, 8), **changes))
-    assert not (tmp_path / "out").exists()
-
-
-def test_other_outputs_and_uses_are_refused(written, tmp_path, rng):
+def test_what_a_loaded_model_cannot_have_is_refused_before_any_work(written, tmp_path, rng):
     source, tokens = written("nemotron"), make_tokens(rng, 8)
+    for changes, words in REFUSED:
+        with pytest.raises(ValueError, match=words):
+            prune_model(source, tmp_path / "out", Recipe(calibration=tokens, **changes))
     with pytest.raises(ValueError, match=r"an output that ends in \.gguf cannot be had"):
         prune_model(source, tmp_path / "out.gguf", Recipe(calibration=tokens))
     with pytest.raises(ModelError, match="smaller models are made of known families"):
@@ -247,6 +224,7 @@ def test_other_outputs_and_uses_are_refused(written, tmp_path, rng):
     for call in (open_model, load_decoder):
         with pytest.raises(ModelError, match=r"'nemotron'.*known are .*llama.*prune_module"):
             call(source)
+    assert not (tmp_path / "out").exists()
     best = prune_model(source, tmp_path / "out", Recipe(method="best", calibration=tokens))
     assert not best.blocks
     assert best.recipe["train_epochs"] == 0
@@ -255,29 +233,25 @@ def test_other_outputs_and_uses_are_refused(written, tmp_path, rng):
 def test_what_transformers_cannot_load_is_refused(written, tmp_path, rng):
     recipe = Recipe(method="wanda", calibration=make_tokens(rng, 8))
     file = shutil.copytree(written("nemotron"), tmp_path / "source") / "model.safetensors"
-    tensors = load_file(file)
-    key = "model.layers.1.mlp.up_proj.weight"
-
-    def refused(words: str, changes: dict[str, Any], without: str = "") -> None:
+    tensors, config = load_file(file), json.loads((tmp_path / "source" / "config.json").read_text())
+    key, remote = "model.layers.1.mlp.up_proj.weight", {"AutoModelForCausalLM": "modeling_mine.Mine"}
+    embedding = {"model.embed_tokens.weight": np.ones((3, 32), np.float32)}
+    mine = {"model_type": "mine", "auto_map": remote}
+    for words, changes, without, fields in (
+        (rf"{key} .* NaN", {key: np.full_like(tensors[key], np.nan)}, "", {}),
+        (rf"missing: {key}", {}, key, {}),
+        (r"missing: model\.norm\.weight", {}, "model.norm.weight", {}),
+        (r"misshapen: model\.embed_tokens", embedding, "", {}),
+        (r"unknown model_type 'mine'.*llama.*trust_remote_code", {}, "", mine),
+        ("its configuration asks for 1000000000 blocks", {}, "", {"num_hidden_layers": 10**9}),
+        ("transformers makes no causal language model", {}, "", {"hidden_size": "many"}),
+    ):
         held = {name: value for name, value in {**tensors, **changes}.items() if name != without}
         save_file(held, file, metadata={"format": "pt"})
+        (tmp_path / "source" / "config.json").write_text(json.dumps(config | fields))
         with pytest.raises(ModelError, match=words):
             prune_model(tmp_path / "source", tmp_path / "out", recipe)
-        assert not (tmp_path / "out").exists()
-
-    refused(rf"{key} .* NaN", {key: np.full_like(tensors[key], np.nan)})
-    refused(rf"missing: {key}", {}, key)
-    refused(r"missing: model\.norm\.weight", {}, "model.norm.weight")
-    refused(r"misshapen: model\.embed_tokens", {"model.embed_tokens.weight": np.ones((3, 32), np.float32)})
-    config = json.loads((tmp_path / "source" / "config.json").read_text())
-    remote = {"AutoModelForCausalLM": "modeling_mine.Mine"}
-    for changes, words in (
-        ({"model_type": "mine", "auto_map": remote}, r"unknown model_type 'mine'.*llama.*trust_remote_code"),
-        ({"num_hidden_layers": 10**9}, "its configuration asks for 1000000000 blocks"),
-        ({"hidden_size": "many"}, "transformers makes no causal language model"),
-    ):
-        (tmp_path / "source" / "config.json").write_text(json.dumps(config | changes))
-        refused(words, {})
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_block_that_hides_what_a_linear_reads(tmp_path, rng):
@@ -307,20 +281,17 @@ def test_the_shell_prunes_and_scores(written, tmp_path, command):
     source = shutil.copytree(written("gptj"), tmp_path / "source")
     (source / "tokenizer.json").write_text(TOKENIZER)
     (tmp_path / "text.txt").write_text("the tall hat, 3 of them.\n" * 400)
-    text, out = f"file:{tmp_path / 'text.txt'}", tmp_path / "out"
-    windows = ["--windows", 6, "--seqlen", 24]
-    status, shown, told = command(
-        "prune", source, "--output", out, "--calibration", text, "--preset", "paper", *windows
-    )
-    assert status == 0, told
-    assert "loaded whole by transformers" in shown
-    assert "perplexity on" in shown
+    text, out, windows = f"file:{tmp_path / 'text.txt'}", tmp_path / "out", ("--windows", 6, "--seqlen", 24)
+    for words, name, *options in (
+        (("loaded whole by transformers", "perplexity on"), "out", "--calibration", text, "--preset", "paper"),
+        (("loaded whole by transformers",), "drawn", "--effort", "fast"),
+        (("zeros, 50.00% of the linear layers",), "dry", "--dry-run"),
+    ):
+        status, shown, told = command("prune", source, "--output", tmp_path / name, *options, *windows)
+        assert status == 0, told
+        assert all(each in shown for each in words), shown
+    assert (tmp_path / "drawn" / "drawn.json").is_file()
+    assert not (tmp_path / "dry").exists()
     status, shown, told = command("eval", out, "--text", text, "--windows", 4, "--seqlen", 24, "--json")
     assert status == 0, told
     assert json.loads(shown)["sparsity"] == 0.5
-    status, shown, told = command("prune", source, "--output", tmp_path / "drawn", "--effort", "fast", *windows)
-    assert status == 0, told
-    assert (tmp_path / "drawn" / "drawn.json").is_file()
-    status, shown, _ = command("prune", source, "--output", tmp_path / "dry", "--dry-run", *windows)
-    assert status == 0
-    assert "zeros, 50.00% of the linear layers" in shown

@@ -57,19 +57,8 @@ def write_task(folder, name, rows, **settings):
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(task | settings))
 
 
-def choice_settings():
-    return {
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{question}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "answer",
-        "target_delimiter": "",
-        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
-    }
-
-
-def hand_scores(model):
-    """`[questions, choices]` log-likelihoods by the perplexity of whole texts, less that of the question."""
+def write_choice_task(folder, model, wrong):
+    """A task on which the model is right but for the first `wrong` questions; the accuracy by length, by hand."""
     opened = open_model(model)
     tokenizer = load_tokenizer(opened.source)
 
@@ -77,18 +66,16 @@ def hand_scores(model):
         ids = encode_text(tokenizer, text)
         return -np.log(perplexity(opened, ids[None])) * (len(ids) - 1)
 
-    return np.array([[log_p(q + c) - log_p(q) for c in choices] for q, choices in zip(QUESTIONS, CHOICES, strict=True)])
-
-
-def write_choice_task(folder, model, wrong):
-    """A task on which the model is right but for the first `wrong` questions, by the hand count."""
-    scores = hand_scores(model)
+    # By the perplexity of whole texts, less that of the question.
+    scores = np.array([[log_p(q + c) - log_p(q) for c in cs] for q, cs in zip(QUESTIONS, CHOICES, strict=True)])
     order = np.argsort(scores, axis=1)
     answers = np.where(np.arange(len(QUESTIONS)) < wrong, order[:, 0], order[:, -1])
-    rows = [
-        {"question": q, "choices": c, "answer": int(a)} for q, c, a in zip(QUESTIONS, CHOICES, answers, strict=True)
-    ]
-    write_task(folder, "hens", rows, **choice_settings())
+    columns = zip(QUESTIONS, CHOICES, answers.tolist(), strict=True)
+    rows = [dict(zip(("question", "choices", "answer"), row, strict=True)) for row in columns]
+    asked = {"doc_to_text": "{{question}}", "doc_to_choice": "{{choices}}", "doc_to_target": "answer"}
+    metrics = [{"metric": "acc"}, {"metric": "acc_norm"}]
+    asked |= {"output_type": "multiple_choice", "target_delimiter": "", "metric_list": metrics}
+    write_task(folder, "hens", rows, **asked)
     lengths = np.array([[len(c) for c in choices] for choices in CHOICES])
     return np.mean((scores / lengths).argmax(axis=1) == answers)
 
@@ -159,22 +146,6 @@ def test_solved_examples_stand_before_the_question(tmp_path, model):
     assert seen[-1][1] == seen[-1][2]
 
 
-def test_the_perplexity_of_texts_is_the_projects_own(tmp_path, model):
-    from sparseopt.pruning.evaluate.zero_shot import zero_shot
-
-    folder = tmp_path / "tasks"
-    metrics = {"metric_list": [{"metric": "byte_perplexity"}]}
-    settings = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}"}
-    write_task(folder, "prose", [{"text": text} for text in TEXTS], **settings, **metrics)
-    found = zero_shot(model, ["prose"], include_path=folder)["tasks"]["prose"]["metrics"]["byte_perplexity"]
-    opened = open_model(model)
-    total = 0.0
-    for text in TEXTS:
-        ids = [opened.source.config["bos_token_id"], *encode_text(load_tokenizer(opened.source), text)]
-        total += np.log(perplexity(opened, np.array([ids]))) * (len(ids) - 1)
-    assert found == pytest.approx(np.exp(total / sum(len(text.encode()) for text in TEXTS)), rel=1e-4)
-
-
 def test_every_input_begins_with_bos_which_is_never_predicted(model, monkeypatch):
     from sparseopt.pruning.evaluate import zero_shot
     from sparseopt.pruning.evaluate.zero_shot import DecoderLM
@@ -233,48 +204,37 @@ def test_mistakes_are_named(tmp_path, model, command):
     drawn = {"output_type": "generate_until", "doc_to_text": "{{text}}", "doc_to_target": "{{text}}"}
     drawn |= {"generation_kwargs": {"do_sample": True, "max_gen_toks": 2, "until": ["."]}}
     write_task(folder, "drawn", [{"text": "he"}], **drawn, metric_list=[{"metric": "exact_match"}])
-    watched = DecoderLM(model, observer=lambda *step: seen.append(step))
-    lm, numbers = DecoderLM(model, max_length=16), "limit and shots are whole numbers"
-    scored = partial(zero_shot, model, ["hens"], include_path=folder)
+    lm = DecoderLM(model, max_length=16, observer=lambda *step: seen.append(step))
+
+    def scored(tasks=("hens",), include_path=folder, **options):
+        return partial(zero_shot, lm, list(tasks), include_path=include_path, **options)
+
+    def asked(kind, request):
+        return partial(getattr(lm, kind), requests_of(kind, [request]))
+
     refused = [
-        *((partial(scored, **wrong), numbers) for wrong in ({"limit": 0}, {"limit": 1.5}, {"shots": 1.5})),
-        (partial(scored, shots=1000), r"hens has examples for at most .* shots, given 1000"),
-        (
-            partial(zero_shot, watched, ["hens", "drawn"], include_path=folder),
-            "only greedy generation",
-        ),
-        (partial(DecoderLM, model, max_length=9999), r"at most the .* tokens that the model is made for, given 9999"),
-        *(
-            (partial(getattr(lm, kind), requests_of(kind, [request])), words)
-            for kind, request, words in (
-                ("generate_until", ("he", {"do_sample": True, "max_gen_toks": 4}), "only greedy generation"),
-                ("generate_until", ("he", {"max_gen_toks": 16}), "asks for 16 new tokens; the model reads 16"),
-                ("loglikelihood", ("he", "a" * 40), "a continuation has 40 tokens, the model reads 16"),
-                ("loglikelihood", ("he", ""), "empty continuation"),
-            )
-        ),
+        *((scored(**wrong), "limit and shots are whole") for wrong in ({"limit": 0}, {"limit": 1.5}, {"shots": 1.5})),
+        (scored(shots=1000), r"hens has examples for at most .* shots, given 1000"),
+        (scored(("hens", "drawn")), "only greedy generation"),
+        (scored(include_path=tmp_path / "nothing"), "include_path must be a folder"),
+        (partial(DecoderLM, model, max_length=9999), r"at most the .* tokens that .* made for, given 9999"),
+        (asked("generate_until", ("he", {"do_sample": True, "max_gen_toks": 4})), "only greedy generation"),
+        (asked("generate_until", ("he", {"max_gen_toks": 16})), "asks for 16 new tokens; the model reads 16"),
+        (asked("loglikelihood", ("he", "a" * 40)), "a continuation has 40 tokens, the model reads 16"),
+        (asked("loglikelihood", ("he", "")), "empty continuation"),
     ]
     for call, words in refused:
         with pytest.raises(ValueError, match=words):
             call()
     assert not seen  # before any work
-
-    def told(tasks, place):
-        return command("zero-shot", model, "--tasks", tasks, "--include-path", place)
-
-    status, _, err = told("hans,hens,arc_eazy", folder)
-    assert status == 2
-    assert "unknown task 'hans'; nearest are hens" in err
-    assert "unknown task 'arc_eazy'; nearest are arc_easy" in err
-    status, _, err = told("hens", tmp_path / "nothing")
-    assert status == 2
-    assert "include_path must be a folder" in err
-    (folder / "hens.jsonl").unlink()
-    status, _, err = told("hens", folder)
-    assert status == 1
-    assert "cannot be loaded" in err
-    assert "hens.jsonl" in err
     (folder / "hens.jsonl").write_text("{no json\n")
-    status, _, err = told("hens", folder)
-    assert status == 1
-    assert "the tasks hens cannot be loaded" in err
+    for tasks, code, words in (
+        ("hans,hens,arc_eazy", 2, ("unknown task 'hans'; nearest are hens", "'arc_eazy'; nearest are arc_easy")),
+        ("hens", 1, ("the tasks hens cannot be loaded",)),
+    ):
+        status, _, err = command("zero-shot", model, "--tasks", tasks, "--include-path", folder)
+        assert status == code
+        assert all(each in err for each in words), err
+    (folder / "hens.jsonl").unlink()
+    with pytest.raises(RuntimeError, match=r"(?s)cannot be loaded.*hens\.jsonl"):
+        scored()()

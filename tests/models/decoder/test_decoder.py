@@ -1,6 +1,5 @@
 """The decoder: attention against a simple formula, taps, one trace for all blocks; `test_families` has its logits."""
 
-from dataclasses import replace
 from operator import attrgetter
 
 import jax
@@ -9,10 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sparseopt.models import Block, BlockKind, Decoder, DecoderConfig, Embedding, Rope
-from sparseopt.models.base.rope import Llama3
-from sparseopt.models.decoder.attention import QUERY_CHUNK, causal_attention, rotate
-from tests.jitted import run
+from sparseopt.models import Block, BlockKind, DecoderConfig, Embedding, Rope
+from sparseopt.models.decoder.attention import QUERY_CHUNK, causal_attention
 
 SMALL = DecoderConfig(
     vocab_size=19,
@@ -27,7 +24,7 @@ SMALL = DecoderConfig(
 )
 
 
-@pytest.mark.parametrize("time", [1, 5, QUERY_CHUNK, QUERY_CHUNK + 1, 2 * QUERY_CHUNK + 44])
+@pytest.mark.parametrize("time", [1, QUERY_CHUNK, 2 * QUERY_CHUNK + 44])
 def test_attention_equals_the_plain_formula(time, rng):
     q, k, v = (rng.normal(size=(2, time, heads, 8)) for heads in (6, 2, 2))
     k_full, v_full = np.repeat(k, 3, axis=2), np.repeat(v, 3, axis=2)
@@ -39,24 +36,7 @@ def test_attention_equals_the_plain_formula(time, rng):
     np.testing.assert_allclose(got, expected, atol=2e-6)
 
 
-@pytest.mark.parametrize("rope", [Rope(100.0), Rope(100.0, share=0.5), Rope(100.0, interleaved=True)])
-def test_rotated_scores_depend_on_distance_alone(rope, rng):
-    q, k = (jnp.asarray(np.tile(rng.normal(size=8), (1, 9, 1, 1)), jnp.float32) for _ in range(2))
-    scores = np.einsum("bth,bsh->ts", rotate(q, rope)[:, :, 0], rotate(k, rope)[:, :, 0])
-    for offset in range(-8, 9):
-        diagonal = np.diagonal(scores, offset)
-        np.testing.assert_allclose(diagonal, diagonal[0], atol=1e-5)
-    assert np.ptp(scores) > 0.1
-
-
-def test_later_tokens_change_no_earlier_logit_and_one_out_of_range_gives_nan_and_not_another_row():
-    decoder = Decoder(replace(SMALL, kinds=SMALL.kinds[:1]), rngs=nnx.Rngs(0))
-    tokens = np.arange(16)[None] % 19
-    changed = tokens.copy()
-    changed[0, 10] = 18
-    before, after = (np.asarray(run(decoder, ids)) for ids in (tokens, changed))
-    np.testing.assert_array_equal(before[:, :10], after[:, :10])
-    assert np.abs(before[:, 10:] - after[:, 10:]).max() > 1e-3
+def test_a_token_out_of_range_gives_nan_and_not_another_row():
     assert bool(jnp.isnan(Embedding(SMALL, rngs=nnx.Rngs(0))(np.array([[19]]))).all())
 
 
@@ -103,30 +83,13 @@ def test_all_blocks_share_one_trace_and_a_tied_head_is_the_embedding(golden):
     decoder = model.decoder()
     assert decoder.head.lm_head.weight is decoder.embed_tokens.weight
     np.testing.assert_array_equal(model.head().lm_head.weight[...], decoder.embed_tokens.weight[...])
-    split_traces, module_traces = [], []
+    traces = []
 
-    def run_split(graphdef, state, x):
-        split_traces.append(1)
-        return nnx.merge(graphdef, state)(x)
-
-    def run_module(block, x):
-        module_traces.append(1)
+    @jax.jit
+    def output(block, x):
+        traces.append(1)
         return block(x)
 
-    jitted_split, jitted_module = jax.jit(run_split, static_argnums=0), jax.jit(run_module)
-    x = jnp.ones((1, 6, 16))
-    blocks = [model.block(i) for i in range(3)]
-    outputs = [jitted_split(*nnx.split(block), x) for block in blocks]
-    for block, output in zip(blocks, outputs, strict=True):
-        np.testing.assert_allclose(jitted_module(block, x), output, atol=1e-6)
-    assert len({hash(nnx.split(block)[0]) for block in blocks}) == 1
-    assert (len(split_traces), len(module_traces)) == (1, 1)
-    assert float(jnp.abs(outputs[0] - outputs[1]).max()) > 1e-3
-
-
-def test_llama3_scaling_keeps_high_frequencies_and_slows_low_ones():
-    plain, scaled = (rope.frequencies(64) for rope in (Rope(5e5), Rope(5e5, Llama3(8.0, 1.0, 4.0, 8192))))
-    ratio = plain / scaled
-    assert ratio[0] == 1
-    assert ratio[-1] == pytest.approx(8)
-    assert np.all(np.diff(ratio) >= -1e-5)
+    one, other, _ = (output(model.block(i), jnp.ones((1, 6, 16))) for i in range(3))
+    assert len(traces) == 1
+    assert float(jnp.abs(one - other).max()) > 1e-3

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import processors
 
 from sparseopt.models import ModelError, encode_text, load_tokenizer, open_source, start_token
@@ -46,39 +48,24 @@ def test_byte_level_tokens_from_gguf(source):
     assert tokenizer.decode(got.tolist(), skip_special_tokens=False) == TEXT
 
 
-def test_an_export_gives_the_same_ids(tmp_path, source):
-    from transformers import AutoTokenizer
-
-    out = tmp_path / "out"
-    write_folder(out, source.config, {name: source.read(name) for name in source.tensors})
+def test_an_export_gives_the_same_ids_and_a_saved_cut_or_padding_is_taken_off(tmp_path, source):
+    """`tests.oracle.test_families` has the ids of transformers."""
+    write_folder(tmp_path, source.config, {})
     for name, content in source.sidecars().items():
-        (out / name).write_bytes(content)
-    expected = encode_text(load_tokenizer(source), TEXT).tolist()
-    assert encode_text(load_tokenizer(open_source(out)), TEXT).tolist() == expected
-    theirs = AutoTokenizer.from_pretrained(out)
-    assert theirs(TEXT, add_special_tokens=False)["input_ids"] == expected
-    assert theirs.decode(expected) == TEXT
-    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (1, 2, 2)
-    assert "<|start|>{{ m['content'] }}<|stop|>" in theirs.chat_template
-
-
-def test_a_saved_cut_or_padding_is_taken_off(tmp_path, source):
+        (tmp_path / name).write_bytes(content)
     tokenizer = load_tokenizer(source)
     whole = encode_text(tokenizer, TEXT).tolist()
+    assert encode_text(load_tokenizer(open_source(tmp_path)), TEXT).tolist() == whole
     tokenizer.enable_truncation(3)
     tokenizer.enable_padding(length=64)
-    write_folder(tmp_path, source.config, {})
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     assert encode_text(load_tokenizer(open_source(tmp_path)), TEXT).tolist() == whole
 
 
-DIGITS = {"smollm": [*"1234"], "gpt-2": ["1234"], "llama-bpe": ["123", "4"], "qwen2": [*"1234"]}
-
-
-@pytest.mark.parametrize(("pre", "digits"), DIGITS.items())
-def test_words_are_cut_as_named(pre, digits):
-    tokenizer = build_tokenizer(byte_level_metadata(pre), Path("m.gguf"))
-    assert [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str("1234 ab")] == [*digits, "Ġab"]
+def test_words_are_cut_as_named():
+    for pre, digits in {"smollm": [*"1234"], "gpt-2": ["1234"], "llama-bpe": ["123", "4"], "qwen2": [*"1234"]}.items():
+        tokenizer = build_tokenizer(byte_level_metadata(pre), Path("m.gguf"))
+        assert [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str("1234 ab")] == [*digits, "Ġab"]
 
 
 def test_qwen2_cuts_and_normalises_as_the_reference():
@@ -103,15 +90,10 @@ TRICKY = [
 
 def pieces_by_definition(text: str, metadata: dict, prefix: bool) -> list[str]:
     """SentencePiece's BPE by definition: marked tokens are cut out, then the best pair is merged, leftmost first."""
-    tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
-    score = {
-        token: value
-        for token, value, kind in zip(tokens, metadata["tokenizer.ggml.scores"], kinds, strict=True)
-        if kind == 1
-    }
-    marked = sorted(
-        (token for token, kind in zip(tokens, kinds, strict=True) if kind in (2, 3, 4)), key=len, reverse=True
-    )
+    columns = (metadata[f"tokenizer.ggml.{name}"] for name in ("tokens", "scores", "token_type"))
+    rows = list(zip(*columns, strict=True))
+    score = {token: value for token, value, kind in rows if kind == 1}
+    marked = sorted((token for token, _, kind in rows if kind in (2, 3, 4)), key=len, reverse=True)
     found: list[str] = []
     for part in re.split("(" + "|".join(map(re.escape, marked)) + ")", text):
         if part in marked:
@@ -128,27 +110,40 @@ def pieces_by_definition(text: str, metadata: dict, prefix: bool) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
-def test_sentencepiece_merges_by_definition(architecture):
-    metadata = sentencepiece_metadata(prefix=False) | {"general.architecture": architecture}
+def plain_pieces(prefix: bool) -> dict:
+    """Without user-defined tokens: plain tokens have plain scores, and no spaces."""
+    metadata = sentencepiece_metadata(prefix)
+    if prefix:
+        del metadata["tokenizer.ggml.add_space_prefix"]  # the default
+    metadata["tokenizer.ggml.token_type"] = [1 if kind == 4 else kind for kind in metadata["tokenizer.ggml.token_type"]]
+    metadata["tokenizer.ggml.tokens"][4:9] = ["qq", "ww", "xx", "yy", "zz"]
+    metadata["tokenizer.ggml.scores"][4:9] = [-900.0] * 5
+    return metadata
+
+
+MERGING = {
+    **{name: (sentencepiece_metadata(False) | {"general.architecture": name}, False) for name in ("llama", "gemma2")},
+    "a space before": (plain_pieces(True), True),
+}
+
+
+@pytest.mark.parametrize(("metadata", "prefix"), MERGING.values(), ids=MERGING)
+@settings(max_examples=50, deadline=None)
+@given(
+    st.sampled_from(TRICKY) | st.lists(st.sampled_from(["hello", "the", "<b>", "<eos>", *" \naeloé日"])).map("".join)
+)
+def test_sentencepiece_merges_by_definition(metadata, prefix, text):
     tokenizer = build_tokenizer(metadata, Path("m.gguf"))
-    for text in TRICKY:
-        got = tokenizer.encode(text, add_special_tokens=False)
-        assert got.tokens == pieces_by_definition(text, metadata, prefix=False), text
+    got = tokenizer.encode(text, add_special_tokens=False)
+    assert got.tokens == pieces_by_definition(text, metadata, prefix), text
+    if not prefix:
         assert tokenizer.decode(got.ids, skip_special_tokens=False) == text.replace("▁", " "), text
 
 
 def test_a_prefixed_space_goes_before_every_stretch_of_text():
-    metadata = sentencepiece_metadata(prefix=True)
-    metadata["tokenizer.ggml.token_type"] = [1 if kind == 4 else kind for kind in metadata["tokenizer.ggml.token_type"]]
-    # Plain tokens need plain scores, and no spaces.
-    plain = ["qq", "ww", "xx", "yy", "zz"]
-    metadata["tokenizer.ggml.tokens"][4:9], metadata["tokenizer.ggml.scores"][4:9] = plain, [-900.0] * 5
-    tokenizer = build_tokenizer(metadata, Path("m.gguf"))
-    for text in TRICKY:
-        got = tokenizer.encode(text, add_special_tokens=False)
-        assert got.tokens == pieces_by_definition(text, metadata, prefix=True), text
+    tokenizer = build_tokenizer(plain_pieces(prefix=True), Path("m.gguf"))
     assert tokenizer.encode("hello<eos>the").tokens == ["<bos>", "▁hello", "<eos>", "▁the"]
+    assert tokenizer.encode("hel é", add_special_tokens=False).tokens[-1] == "é"
     assert tokenizer.decode(tokenizer.encode("hello  the").ids) == "hello  the"
 
 
@@ -162,69 +157,47 @@ def test_text_begins_and_ends_as_the_file_says():
         assert tokenizer.encode("lo", "he").tokens == [*ends[0], "lo", *ends[1], *ends[0], "he", *ends[1]]
 
 
-def test_sentencepiece_tokens_from_gguf():
-    plain = ["▁", "h", "e", "l", "o", "▁h", "el", "lo", "hel", "▁hello", "▁hel"]
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *plain]
-    # Better pieces have higher scores: "▁h" first, then "el", then "lo", ...
-    scores = [0.0] * 259 + [-50.0] * 5 + [-1.0, -2.0, -3.0, -4.0, -6.0, -5.0]
-    metadata = {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.scores": scores,
-        "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * len(plain),
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.unknown_token_id": 0,
-    }
-    tokenizer = build_tokenizer(metadata, Path("m.gguf"))
-    assert tokenizer.encode("hello", add_special_tokens=False).tokens == ["▁hello"]
-    assert tokenizer.encode("hello").tokens == ["<s>", "▁hello"]
-    assert tokenizer.encode("hel é", add_special_tokens=False).tokens == ["▁hel", "▁", "<0xC3>", "<0xA9>"]
-    assert tokenizer.decode(tokenizer.encode("hello hel é").ids) == "hello hel é"
-
-
 def with_tokenizer(folder: Path, tokenizer: Any, config: dict | None = None, **settings: Any) -> Any:
-    """A folder with this tokenizer, and with a tokenizer_config.json if there is anything to say in it."""
+    """A folder with this tokenizer and tokenizer_config.json."""
     write_folder(folder, config or tiny_config(), {})
     tokenizer.save(str(folder / "tokenizer.json"))
-    if settings:
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return open_source(folder)
 
 
 def beginning_with(token: str) -> Any:
     """The tokenizer of `source`, with a post-processor that puts a token in front and one behind."""
     tokenizer = build_tokenizer(byte_level_metadata("smollm"), Path("m.gguf"))
-    number = VOCAB.index(token)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=[token, "$A", token], special_tokens=[(token, number)]
-    )
+    special = [(token, VOCAB.index(token))]
+    tokenizer.post_processor = processors.TemplateProcessing(single=[token, "$A", token], special_tokens=special)
     return tokenizer
 
 
 def test_text_begins_with_what_the_tokenizer_itself_puts_in_front(tmp_path, source):
     plain = load_tokenizer(source)
-    for name, tokenizer, settings, expected in [
-        ("a", plain, {}, None),
-        ("b", beginning_with("<|start|>"), {}, 1),
-        ("c", beginning_with("<|stop|>"), {"bos_token": "<|start|>"}, 2),
-        ("d", plain, {"add_bos_token": True, "bos_token": {"content": "<|stop|>"}}, 2),
-        ("e", plain, {"add_bos_token": True}, 1),  # bos_token_id of the model
-        ("f", plain, {"add_bos_token": True, "bos_token": None}, None),
-        ("g", beginning_with("<|start|>"), {"add_bos_token": False}, None),
-    ]:
-        made = with_tokenizer(tmp_path / name, tokenizer, **settings)
-        assert start_token(made, load_tokenizer(made)) == expected, name
+    for number, (tokenizer, said, expected) in enumerate(
+        [
+            (plain, {}, None),
+            (beginning_with("<|start|>"), {}, 1),
+            (beginning_with("<|stop|>"), {"bos_token": "<|start|>"}, 2),
+            (plain, {"add_bos_token": True, "bos_token": {"content": "<|stop|>"}}, 2),
+            (plain, {"add_bos_token": True}, 1),  # bos_token_id of the model
+            (plain, {"add_bos_token": True, "bos_token": None}, None),
+            (beginning_with("<|start|>"), {"add_bos_token": False}, None),
+        ]
+    ):
+        made = with_tokenizer(tmp_path / str(number), tokenizer, **said)
+        assert start_token(made, load_tokenizer(made)) == expected, number
         assert start_token(made, load_tokenizer(made), "no") is None
 
 
 def test_yes_takes_the_named_token_and_refuses_a_tokenizer_without(tmp_path, source):
     plain = load_tokenizer(source)
     assert start_token(source, plain, "yes") == 1  # tokenizer.ggml.bos_token_id
-    for name, config, settings in [
-        ("a", tiny_config(), {"bos_token": None}),
-        ("b", tiny_config(bos_token_id=None), {}),
-    ]:
-        made = with_tokenizer(tmp_path / name, plain, config, **settings)
+    for made in (
+        with_tokenizer(tmp_path / "a", plain, bos_token=None),
+        with_tokenizer(tmp_path / "b", plain, tiny_config(bos_token_id=None)),
+    ):
         with pytest.raises(ModelError, match=r"has no BOS token .*bos must be auto or no"):
             start_token(made, plain, "yes")
     with pytest.raises(ModelError, match="bos must be one of auto, yes, no, given 'si'"):

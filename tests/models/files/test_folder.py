@@ -1,4 +1,4 @@
-"""The files of a model folder: allowed and refused links, and valid JSON."""
+"""The files of a model folder: allowed and refused links."""
 
 import contextlib
 import json
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sparseopt.models import ModelError, ShardedWriter, load_tokenizer, open_model, open_source
-from sparseopt.models.files.folder import file_in, is_plain_name, parse_json, read_json
+from sparseopt.models.files.folder import file_in, read_json
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 from tests.pruning.whole_runs import TOKENIZER
 
@@ -57,7 +57,8 @@ def test_blobs_that_are_a_link_are_no_way_out(tmp_path):
 
 
 def test_links_to_elsewhere_are_followed_if_asked_for(tmp_path, rng, command):
-    elsewhere = write_folder(tmp_path / "disk", tiny_config(), random_tensors(tiny_config(), rng), 2)
+    config = tiny_config(num_hidden_layers=1)
+    elsewhere = write_folder(tmp_path / "disk", config, random_tensors(config, rng), 2)
     (elsewhere / "tokenizer.json").write_text(TOKENIZER)
     (linked := tmp_path / "linked").mkdir()
     for file in elsewhere.iterdir():
@@ -69,12 +70,11 @@ def test_links_to_elsewhere_are_followed_if_asked_for(tmp_path, rng, command):
     assert load_tokenizer(source).get_vocab_size() > 0
     (tmp_path / "text.txt").write_text("hello there,\n" * 300)
     text = f"file:{tmp_path / 'text.txt'}"
-    options = ("--calibration", text, "--windows", 4, "--seqlen", 24, "--method", "magnitude")
-    prune = ("prune", linked, "--output", tmp_path / "out", *options)
+    prune = ("prune", linked, "--output", tmp_path / "out", "--calibration", text, "--windows", 4, "--seqlen", 24)
     status, _, err = command(*prune)
     assert status == 2
     assert "is not followed" in err
-    for call in (prune, ("eval", linked, "--text", text, "--seqlen", 24, "--windows", 1), (*prune, "--dry-run")):
+    for call in ((*prune, "--dry-run"), ("eval", linked, "--text", text, "--seqlen", 24, "--windows", 1)):
         status, _, err = command(*call, "--follow-links")
         assert status == 0, err
 
@@ -89,6 +89,9 @@ def test_links_within_a_folder_are_followed_and_chains_out_of_it_are_not(tmp_pat
     assert read_json(file_in(folder, "b")) == {}
     for name in ("c", "d"):
         with pytest.raises(ModelError, match=REFUSED):
+            file_in(folder, name)
+    for name in ("", "..", "a/b", "/a", "a\\b", "a\x00", "x" * 256):
+        with pytest.raises(ModelError, match="is no file in the folder"):
             file_in(folder, name)
     with contextlib.suppress(ModelError):  # newer Pythons resolve a link to itself to itself
         assert not file_in(folder, "e").is_file()
@@ -109,18 +112,3 @@ def test_an_export_writes_through_no_link(tmp_path, rng):
     assert secret.read_text() == "kept"
     assert not any(file.is_symlink() for file in output.iterdir())
     assert set(open_source(output).tensors) == set(tensors)
-
-
-def test_names_that_files_have_are_told_from_those_that_lead_elsewhere(tmp_path):
-    assert all(map(is_plain_name, ("model.safetensors", "a b[1].json", "été.json", "x" * 255)))
-    for name in ("", ".", "..", "a/b", "/a", "a\\b", "a\x00", "a\n", "\ud800", "x" * 256, "é" * 128):
-        assert not is_plain_name(name), name
-        with pytest.raises(ModelError, match="is no file in the folder"):
-            file_in(tmp_path, name)
-
-
-def test_plain_json_reads_as_the_standard_library_reads_it():
-    for value in (None, 1, -2.5, "é\U0001f600", [1, [2]], {"a": {"b": [True, None]}}, float("inf")):
-        assert parse_json(json.dumps(value).encode()) == value
-    # A pair of halves is one character.
-    assert parse_json(b'"\\ud83d\\ude00"') == "\U0001f600"

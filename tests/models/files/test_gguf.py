@@ -17,15 +17,7 @@ from sparseopt.models.base.rope import Llama3, plain_frequencies
 from sparseopt.models.files.gguf.architectures import ARCHITECTURES
 from sparseopt.models.files.gguf.header import read_header
 from sparseopt.models.files.gguf.shared import llama3_scaling
-from tests.models.tiny import (
-    CONFIGS,
-    fuse_heads,
-    pair_heads,
-    random_tensors,
-    tiny_config,
-    write_architecture,
-    write_gguf,
-)
+from tests.models.tiny import CONFIGS, random_tensors, tiny_config, write_architecture, write_gguf
 
 NUMBERS = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
 
@@ -60,21 +52,17 @@ def test_every_tensor_of_the_format_has_a_name_and_the_reference_takes_every_fie
     assert {name: getattr(theirs, name) for name in kept} == kept
 
 
-def test_row_order_is_undone_and_redone(rng):
-    orders = {
-        ("llama", "model.layers.0.self_attn.q_proj"): lambda tensor: pair_heads(tensor, 4),
-        ("gptneox", "gpt_neox.layers.0.attention.query_key_value"): lambda tensor: fuse_heads(tensor, 4),
-    }
-    for (architecture, linear), order in orders.items():
-        known, config = ARCHITECTURES[architecture], CONFIGS[architecture]
-        for name, shape in [(f"{linear}.weight", (24, 5)), (f"{linear}.bias", (24,))]:
-            tensor = rng.normal(size=shape)
-            moved = order(tensor)
-            assert not np.array_equal(moved, tensor)
-            np.testing.assert_array_equal(known.undo(name, moved, config), tensor)
-            np.testing.assert_array_equal(known.redo(name, tensor, config), moved)
-        with pytest.raises(ModelError, match=r"has no rows of 4 heads"):
-            known.undo(name, rng.normal(size=23), config)
+def test_rows_of_other_arrays_and_dtypes_change_places_too():
+    """As those of scales of few bits; `test_formats` has the rows of weights and biases."""
+    llama, config, name = ARCHITECTURES["llama"], CONFIGS["llama"], "model.layers.0.self_attn.k_proj.weight"
+    rows = np.arange(16, dtype=np.int8)
+    assert llama.redo(name, rows, config).tolist()[:8] == [0, 4, 1, 5, 2, 6, 3, 7]
+    scales = np.repeat(rows[:, None], 3, axis=1).astype(np.float16)
+    np.testing.assert_array_equal(llama.redo(name, scales, config)[:, 1], llama.redo(name, rows, config))
+    np.testing.assert_array_equal(llama.undo(name, llama.redo(name, scales, config), config), scales)
+    for architecture, linear in (("llama", name), ("gptneox", "gpt_neox.layers.0.attention.query_key_value.bias")):
+        with pytest.raises(ModelError, match=rf"{linear} \[23\] has no rows of"):
+            ARCHITECTURES[architecture].undo(linear, np.ones(23), CONFIGS[architecture])
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "gemma2", "gemma3"])
@@ -95,29 +83,18 @@ def test_constants_that_no_file_holds_are_the_reference_s(tmp_path, architecture
 
 YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 64}
 MORE_YARN = {"attn_factor": 1.1, "beta_fast": 24.0, "beta_slow": 2.0, "ext_factor": 1.0}
+MORE_YARN = YARN | {f"rope.scaling.yarn_{name}": value for name, value in MORE_YARN.items()}
 YARN_READ = {"rope_type": "yarn", "rope_theta": 1000000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+MORE_READ = YARN_READ | {"attention_factor": 1.1, "beta_fast": 24.0, "beta_slow": 2.0}
+LINEAR = {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 2.0}
+PATTERN = "attention.sliding_window_pattern"
 SLIDING = (["sliding_attention"] * 2 + ["full_attention"]) * 2 + ["sliding_attention"]
 READ: dict[str, tuple[str, dict[str, Any], str, Any]] = {
     "yarn": ("qwen2", YARN, "rope_parameters", YARN_READ),
-    "yarn with factors": (
-        "qwen2",
-        YARN | {f"rope.scaling.yarn_{name}": value for name, value in MORE_YARN.items()},
-        "rope_parameters",
-        YARN_READ | {"attention_factor": 1.1, "beta_fast": 24.0, "beta_slow": 2.0},
-    ),
-    "a factor without a type": (
-        "qwen3",
-        {"rope.scaling.factor": 2.0},
-        "rope_parameters",
-        {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 2.0},
-    ),
-    "which layers slide": ("gemma3", {"attention.sliding_window_pattern": 3}, "layer_types", SLIDING),
-    "each layer that slides": (
-        "gemma3",
-        {"attention.sliding_window_pattern": [True, True, False] * 2 + [True]},
-        "layer_types",
-        SLIDING,
-    ),
+    "yarn with factors": ("qwen2", MORE_YARN, "rope_parameters", MORE_READ),
+    "a factor without a type": ("qwen3", {"rope.scaling.factor": 2.0}, "rope_parameters", LINEAR),
+    "which layers slide": ("gemma3", {PATTERN: 3}, "layer_types", SLIDING),
+    "each layer that slides": ("gemma3", {PATTERN: [True, True, False] * 2 + [True]}, "layer_types", SLIDING),
     # The largest Gemma scales by another width.
     "a small gemma2": ("gemma2", {}, "query_pre_attn_scalar", 16),
     "the largest gemma2": ("gemma2", {"block_count": 46}, "query_pre_attn_scalar", 32 // 4),
@@ -131,33 +108,20 @@ def test_metadata_become_fields(tmp_path, architecture, changes, field, expected
     assert source_with(tmp_path, architecture, changes).config[field] == expected
 
 
-def test_biases_are_seen_in_the_tensors(tmp_path, rng):
-    config = CONFIGS["qwen3"]
-    tensors = random_tensors(config, rng)
-    tensors |= {f"model.layers.{i}.self_attn.q_proj.bias": np.ones(64, np.float32) for i in range(3)}
-    made = open_source(write_architecture(tmp_path / "m.gguf", "qwen3", config, tensors))
-    assert made.config["attention_bias"]
-    np.testing.assert_array_equal(made.read("model.layers.1.self_attn.q_proj.bias"), 1)
-
-
+# Each value is refused by the name of its key.
+UNSUPPORTED: dict[str, dict[str, Any]] = {
+    "llama": {"expert_count": 8},
+    "qwen2": {"rope.scaling.type": "longrope", "pooling_type": 3, "attention.sliding_window": 64, "scale": 1.0},
+    "qwen3": {"rope.dimension_count": 8, "attention.value_length": 8, "attention.causal": False},
+    "gemma2": {"attention.head_count_kv": [1, 2, 2], "attention.scale": 0.1},
+    "gemma3": {"attention.sliding_window": None, "attn_logit_softcapping": 50.0, "block_count": None},
+}
 REFUSED = [
-    ("qwen2", {"rope.scaling.type": "longrope"}, "qwen2.rope.scaling.type = 'longrope', supported are none, linear"),
+    *((name, {key: value}, f"{name}.{key}") for name, values in UNSUPPORTED.items() for key, value in values.items()),
     ("qwen2", {"rope.scaling.type": "linear"}, "qwen2.rope.scaling.factor = None, expected one positive float"),
-    ("qwen2", {"pooling_type": 3}, "not supported: qwen2.pooling_type"),
-    ("qwen2", {"attention.sliding_window": 64}, "not supported: qwen2.attention.sliding_window"),
     ("qwen2", {"rope.dimension_sections": [1, 1, 1, 0], "scale": 1.0}, "qwen2.rope.dimension_sections, qwen2.scale"),
-    ("qwen3", {"rope.dimension_count": 8}, "qwen3.rope.dimension_count = 8, 16 is the only value supported"),
-    ("qwen3", {"attention.value_length": 8}, "qwen3.attention.value_length = 8, 16 is the only"),
-    ("qwen3", {"attention.causal": False}, "qwen3.attention.causal = False, True is the only"),
-    ("llama", {"expert_count": 8}, "llama.expert_count = 8, 0 is the only"),
-    ("gemma2", {"attention.head_count_kv": [1, 2, 2]}, "head_count_kv = [1, 2, 2], expected one positive int"),
-    ("gemma2", {"attention.scale": 0.1}, "not supported: gemma2.attention.scale"),
-    ("gemma3", {"attention.sliding_window": None}, "gemma3.attention.sliding_window = None, expected"),
-    ("gemma3", {"attention.sliding_window_pattern": [True] * 3}, "expected a positive int or 7 booleans"),
-    ("gemma3", {"attention.sliding_window_pattern": 0}, "expected a positive int or 7 booleans"),
-    ("gemma3", {"attn_logit_softcapping": 50.0}, "not supported: gemma3.attn_logit_softcapping"),
+    *(("gemma3", {PATTERN: wrong}, "expected a positive int or 7 booleans") for wrong in ([True] * 3, 0)),
     ("gemma3", YARN | {"rope.scaling.yarn_ext_factor": 0.5}, "yarn_ext_factor = 0.5, 1.0 is"),
-    ("gemma3", {"block_count": None}, "gemma3.block_count = None, expected one positive int"),
 ]
 
 

@@ -58,15 +58,11 @@ class Hub:
         monkeypatch.setattr(huggingface_hub.HfApi, "model_info", self.model_info)
         monkeypatch.setattr(huggingface_hub, "snapshot_download", self.snapshot_download)
 
-    def model_info(
-        self, repository: str, revision: str | None = None, timeout: float | None = None, files_metadata: bool = False
-    ) -> Any:
+    def model_info(self, repository: str, *, files_metadata: bool, **_: Any) -> Any:
         assert files_metadata
         if "info" in self.raised:
             raise self.raised["info"]
-        return SimpleNamespace(
-            siblings=[SimpleNamespace(rfilename=name, size=self.sizes.get(name)) for name in self.files]
-        )
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=f, size=self.sizes.get(f)) for f in self.files])
 
     def snapshot_download(
         self, repository: str, *, revision: str | None, allow_patterns: list[str], local_files_only: bool
@@ -91,43 +87,32 @@ def answer(kind: type[errors.HfHubHTTPError], status: int) -> errors.HfHubHTTPEr
     return kind(f"{status} Client Error. (Request ID: 1)\n\nmore", response=response)
 
 
-@pytest.mark.parametrize(
-    ("text", "name"),
-    [
-        ("HuggingFaceTB/SmolLM2-135M", HubName("HuggingFaceTB/SmolLM2-135M")),
-        ("lab/tiny@main", HubName("lab/tiny", "main")),
-        (f"lab/tiny@{SHA}", HubName("lab/tiny", SHA)),
-        ("0-lab/a_b.c-2@refs/pr/3", HubName("0-lab/a_b.c-2", "refs/pr/3")),
-        *(
-            (path, None)
-            for path in ("tiny", "/a/b", "./a/b", "../b", "~/b", "a/b/c", "a/b.gguf", "a\\b", "a/", "/", "")
-        ),
-    ],
-)
-def test_a_name_is_owner_name_and_perhaps_a_revision_all_else_is_a_path(text, name):
-    assert parse_hub_name(text) == name
-    assert name is None or str(name) == text
+def test_a_name_is_owner_name_and_perhaps_a_revision_all_else_is_a_path():
+    for text, name in {
+        "HuggingFaceTB/SmolLM2-135M": HubName("HuggingFaceTB/SmolLM2-135M"),
+        "lab/tiny@main": HubName("lab/tiny", "main"),
+        f"lab/tiny@{SHA}": HubName("lab/tiny", SHA),
+        "0-lab/a_b.c-2@refs/pr/3": HubName("0-lab/a_b.c-2", "refs/pr/3"),
+    }.items():
+        assert parse_hub_name(text) == name
+        assert str(name) == text
+    for path in ("tiny", "/a/b", "./a/b", "../b", "~/b", "a/b/c", "a/b.gguf", "a\\b", "a/", "/", ""):
+        assert parse_hub_name(path) is None, path
 
 
-@pytest.mark.parametrize(
-    ("text", "why"),
-    [
-        ("lab/ti--ny", "Cannot have -- or .."),
-        ("lab/ti..ny", "Cannot have -- or .."),
-        ("lab/tiny.git", "cannot end by '.git'"),
-        ("lab/.tiny", "cannot start or end with"),
-        (f"lab/{'x' * 100}", "the maximum length is 96"),
-        ("lab/tiny@", "a branch, a tag or a commit, given ''"),
-        ("lab/tiny@../../x", "given '../../x'"),
-        ("lab/tiny@a/../../x", "given 'a/../../x'"),
-        ("lab/tiny@/x", "given '/x'"),
-        ("lab/tiny@a b", "given 'a b'"),
-    ],
-)
-def test_what_looks_like_a_name_and_is_none_says_why(text, why):
-    with pytest.raises(ModelError, match=r"no path .*give OWNER/NAME") as caught:
-        open_source(text)
-    assert why in str(caught.value)
+def test_what_looks_like_a_name_and_is_none_says_why():
+    for text, why in {
+        "lab/ti--ny": "Cannot have -- or ..",
+        "lab/ti..ny": "Cannot have -- or ..",
+        "lab/tiny.git": "cannot end by '.git'",
+        "lab/.tiny": "cannot start or end with",
+        f"lab/{'x' * 100}": "the maximum length is 96",
+        "lab/tiny@": "a branch, a tag or a commit, given ''",
+        **{f"lab/tiny@{wrong}": f"given '{wrong}'" for wrong in ("../../x", "a/../../x", "/x", "a b")},
+    }.items():
+        with pytest.raises(ModelError, match=r"no path .*give OWNER/NAME") as caught:
+            open_source(text)
+        assert why in str(caught.value)
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -175,12 +160,11 @@ def test_without_a_network_and_a_whole_copy_the_way_out_is_named(cache, tensors,
 
 def test_a_broken_connection_is_told_from_an_answer(cache, tensors, monkeypatch, caplog):
     broken = getattr(__import__(errors.HTTPError.__module__.partition(".")[0]), "ConnectError")  # noqa: B009
-    fake = Hub(monkeypatch, cache)
-    fake.raised["info"] = broken("[Errno -2] Name or service not known")
-    with pytest.raises(ModelError, match=r"did not give it .*ConnectError: \[Errno -2\].*`hf download lab/tiny"):
-        open_source("lab/tiny")
-    monkeypatch.undo()
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    with monkeypatch.context() as patch:
+        fake = Hub(patch, cache)
+        fake.raised["info"] = broken("[Errno -2] Name or service not known")
+        with pytest.raises(ModelError, match=r"did not give it .*ConnectError: \[Errno -2\].*`hf download lab/tiny"):
+            open_source("lab/tiny")
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fake.model_info)
     store(cache, tensors)
     assert open_source("lab/tiny").revision == SHA
@@ -211,27 +195,23 @@ def test_only_what_is_needed_is_fetched_and_the_commit_is_pinned(tmp_path, cache
 
 WHOLE = ["config.json", "model.safetensors"]
 NO_REVISION = answer(errors.RevisionNotFoundError, 404)
-# What a repository holds that is no model, and what is told.
-HELD = [
-    (["config.json", "pytorch_model.bin"], r"has no model\.safetensors.*pickled weights.*save_pretrained"),
-    (["README.md", "tiny-Q4.gguf"], r"`hf download lab/tiny FILE\.gguf --local-dir FOLDER` and give the path"),
-    (["adapter.safetensors"], r"no model\.safetensors.*it holds adapter\.safetensors; name the repository of"),
-    (["model.safetensors"], r"has no config\.json.*it holds model\.safetensors"),
-    ([], "it holds nothing"),
-    ([f"{i}.txt" for i in range(11)], r"it holds 0\.txt, .* and 3 more; name the"),
-]
-# What the hub answers.
 REPLIES = [
     (answer(errors.RepositoryNotFoundError, 404), r"has no model repository lab/tiny, or it is private; .*hf auth"),
     (answer(errors.GatedRepoError, 403), r"access on request: ask at https://huggingface\.co/lab/tiny.*hf auth login"),
     (NO_REVISION, "lab/tiny on the hub has no revision v9; give a branch, a tag"),
     (answer(errors.HfHubHTTPError, 503), r"did not give it \(HfHubHTTPError: 503.*\), .*; try again later"),
 ]
-DISK = OSError(28, "No space left on device"), r"not be written to the cache .*No space left.*set HF_HUB_CACHE"
+FULL = OSError(28, "No space left on device")
+# What a repository holds, what the hub answers, and what is told.
 ANSWERS: list[tuple[list[str], dict[str, Exception], str]] = [
-    *((files, {}, message) for files, message in HELD),
+    (["config.json", "pytorch_model.bin"], {}, r"has no model\.safetensors.*pickled weights.*save_pretrained"),
+    (["README.md", "tiny-Q4.gguf"], {}, r"`hf download lab/tiny FILE\.gguf --local-dir FOLDER` and give the path"),
+    (["adapter.safetensors"], {}, r"no model\.safetensors.*it holds adapter\.safetensors; name the repository of"),
+    (["model.safetensors"], {}, r"has no config\.json.*it holds model\.safetensors"),
+    ([], {}, "it holds nothing"),
+    ([f"{i}.txt" for i in range(11)], {}, r"it holds 0\.txt, .* and 3 more; name the"),
     *((WHOLE, {when: error}, message) for when in ("info", "download") for error, message in REPLIES),
-    (WHOLE, {"download": DISK[0]}, DISK[1]),
+    (WHOLE, {"download": FULL}, r"not be written to the cache .*No space left.*set HF_HUB_CACHE"),
 ]
 
 

@@ -3,8 +3,11 @@
 import tracemalloc
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from sparseopt.core.base.mesh import allocate, on_device
@@ -38,54 +41,60 @@ def test_memory_that_begins_well_is_taken_over():
     assert allocate((0, 4), np.int8).shape == (0, 4)
 
 
-def test_our_files_are_those_of_the_safetensors_package(tmp_path, rng):
+DTYPES = (np.float32, np.float16, np.float64, ml_dtypes.bfloat16, np.int8, np.int32, np.int64, np.uint8, np.bool_)
+ARRAYS = st.dictionaries(
+    st.text("ab.é0", min_size=1, max_size=9),
+    st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 5), max_size=3), st.integers(0, 9)),
+    min_size=1,
+    max_size=5,
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(ARRAYS)
+def test_our_files_are_those_of_the_safetensors_package(tmp_path_factory, kinds):
+    folder = tmp_path_factory.mktemp("any")
     arrays = {
-        "odd": rng.normal(size=(3, 5)).astype(np.float16),
-        "wide": rng.normal(size=(2, 2)),
-        "empty": np.zeros((0, 4), np.float32),
-        "scalar": np.array(3, np.int32),
+        name: np.random.default_rng(seed).integers(0, 2**8, shape).astype(dtype)
+        for name, (dtype, shape, seed) in kinds.items()
     }
-    write_tensors(tmp_path / "ours", arrays)
-    save_file(arrays, tmp_path / "theirs")
-    for name, value in load_file(tmp_path / "ours").items():
-        np.testing.assert_array_equal(value, arrays[name])
-    for name, stored in read_header(tmp_path / "theirs").items():
-        np.testing.assert_array_equal(stored.read(), arrays[name])
+    write_tensors(folder / "ours", arrays)
+    save_file(arrays, folder / "theirs")
+    header = read_header(folder / "theirs")
+    for found in (load_file(folder / "ours"), {name: stored.read() for name, stored in header.items()}):
+        assert set(found) == set(arrays)
+        for name, value in arrays.items():
+            assert (found[name].dtype, found[name].shape) == (value.dtype, value.shape), name
+            assert found[name].tobytes() == value.tobytes(), name
 
 
 BLOCK = "model.layers.{}.mlp.up_proj.weight"
 SQUARE = np.zeros((2, 2), np.float32)
-# Changes to the configuration and to the tensors, of which None takes one out, and what is told.
-REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
-    "all kinds": (
-        {},
-        {
-            BLOCK.format(1): None,
-            BLOCK.format(3): SQUARE,
-            "model.layers.0.self_attn.k_proj.weight": np.zeros((4, 32), np.float32),
-            "model.norm.weight": np.zeros(32, np.int8),
-        },
-        (
-            "4 problems",
-            "missing: model.layers.1.mlp.up_proj.weight [64, 32]",
-            "extra: model.layers.3.mlp.up_proj.weight [2, 2]",
-            "misshapen: model.layers.0.self_attn.k_proj.weight is [4, 32], expected [16, 32]",
-            "not a float: model.norm.weight is int8",
-        ),
-    ),
-    "many": ({}, {BLOCK.format(index): SQUARE for index in range(3, 30)}, ("27 problems", "\n  and 7 more")),
-    "no head": ({"tie_word_embeddings": False}, {}, ("missing: lm_head.weight [49, 32]",)),
+K_PROJ, NORM = "model.layers.0.self_attn.k_proj.weight", "model.norm.weight"
+MISFITS = {BLOCK.format(1): None, BLOCK.format(3): SQUARE, K_PROJ: np.zeros((4, 32), np.float32)}
+MISFITS |= {NORM: np.zeros(32, np.int8)}
+SAID = (
+    "4 problems",
+    "missing: model.layers.1.mlp.up_proj.weight [64, 32]",
+    "extra: model.layers.3.mlp.up_proj.weight [2, 2]",
+    "misshapen: model.layers.0.self_attn.k_proj.weight is [4, 32], expected [16, 32]",
+    "not a float: model.norm.weight is int8",
+)
+# Whether the head is tied, changes to the tensors, of which None takes one out, and what is told.
+REFUSED: dict[str, tuple[bool, dict[str, Any], tuple[str, ...]]] = {
+    "all kinds": (True, MISFITS, SAID),
+    "many": (True, {BLOCK.format(index): SQUARE for index in range(3, 30)}, ("27 problems", "\n  and 7 more")),
+    "no head": (False, {}, ("missing: lm_head.weight [49, 32]",)),
 }
 
 
-@pytest.mark.parametrize(("fields", "changes", "words"), REFUSED.values(), ids=REFUSED)
-def test_tensors_that_do_not_fit_come_in_one_error(tmp_path, tensors, fields, changes, words):
+@pytest.mark.parametrize(("tied", "changes", "words"), REFUSED.values(), ids=REFUSED)
+def test_tensors_that_do_not_fit_come_in_one_error(tmp_path, tensors, tied, changes, words):
     given = {name: value for name, value in (tensors | changes).items() if value is not None}
     with pytest.raises(ModelError) as caught:
-        open_model(write_folder(tmp_path, tiny_config(**fields), given))
+        open_model(write_folder(tmp_path, tiny_config(tie_word_embeddings=tied), given))
     for text in words:
         assert text in str(caught.value)
-    assert len(str(caught.value).splitlines()) <= 22
 
 
 def test_a_second_copy_of_a_tied_head_is_left_and_what_the_decoder_lacks_passes_through(tmp_path, tensors):
