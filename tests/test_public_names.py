@@ -21,6 +21,7 @@ HEAVY = {
     "pandas",
     "jinja2",
     "PIL",
+    "accelerate",
 }
 HEAVY |= {f"scipy.{name}" for name in ("optimize", "ndimage", "linalg", "special", "sparse.csgraph")}
 
