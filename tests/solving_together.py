@@ -14,28 +14,24 @@ from sparseopt.layers.side_by_side import solve_side_by_side
 from sparseopt.layers.split import solve_within_memory
 from sparseopt.system import processes
 
-METHODS = (("maiht", "paper"), ("admm", None))
-BESIDE = ("beside the second", "beside the first")
+LAYERS = ("maiht", "admm", "beside the second", "beside the first")
 
 
 def solved(devices: str | None) -> dict[str, np.ndarray]:
-    """Answers by name: a layer by two methods, fits on a grid and on a graph, each with its steps."""
-    rng, found = np.random.default_rng(5), {}
+    """Answers by name, each with its steps: a layer by two methods, two side by side, fits on a grid and on a graph."""
+    rng, mesh = np.random.default_rng(5), device_line(devices)
     tokens = rng.standard_normal((96, 24)).astype(np.float32)
     tokens += 0.3 * tokens[:, :4] @ rng.standard_normal((4, 24)).astype(np.float32)
     weight = rng.standard_normal((38, 24)).astype(np.float32)
     job = LayerJob(weight, tokens.T @ tokens, None, parse_pattern("unstructured", 0.5, weight.shape))
-    for method, preset in METHODS:
-        report = solve_within_memory(job, find_method(method, preset), device_line(devices))
-        found |= {method: np.asarray(report.weight), f"{method} steps": np.asarray(int(report.steps))}
-    others = [dataclasses.replace(job, weight=job.weight[::-1]), dataclasses.replace(job, weight=-2 * job.weight**3)]
-    solver, mesh = find_method("maiht", "paper"), device_line(devices)
-    if mesh is None:
-        side_by_side = [solve_within_memory(other, solver) for other in others]
-    else:
-        side_by_side = solve_side_by_side(others, solver, mesh)
-    for name, one in zip(BESIDE, side_by_side, strict=True):
-        found |= {name: np.asarray(one.weight), f"{name} steps": np.asarray(int(one.steps))}
+    others = [dataclasses.replace(job, weight=weight[::-1]), dataclasses.replace(job, weight=-2 * weight**3)]
+    maiht = find_method("maiht", "paper")
+    reports = [solve_within_memory(job, method, mesh) for method in (maiht, find_method("admm"))]
+    alone = [solve_within_memory(other, maiht) for other in others] if mesh is None else None
+    reports += alone or solve_side_by_side(others, maiht, mesh)
+    found = {}
+    for name, report in zip(LAYERS, reports, strict=True):
+        found |= {name: np.asarray(report.weight), f"{name} steps": np.asarray(int(report.steps))}
     nodes = 60
     ends = np.unique(np.sort(rng.integers(0, nodes, (140, 2)), axis=1), axis=0)
     network = so.Graph.from_edges(ends[ends[:, 0] < ends[:, 1]], nodes)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.processes import run_scripts
-from tests.solving_together import BESIDE, METHODS, solved
+from tests.solving_together import LAYERS, solved
 
 SCRIPT = Path(__file__).parent / "solving_together.py"
 pytestmark = pytest.mark.processes
@@ -26,7 +26,7 @@ def together(request, tmp_path_factory):
         return {name: arrays[name] for name in arrays}
 
 
-@pytest.mark.parametrize("method", [*(method for method, _ in METHODS), *BESIDE])
+@pytest.mark.parametrize("method", LAYERS)
 def test_layers_have_the_same_support_and_weights_to_rounding(together, alone, method):
     ours, theirs = together[method], alone[method]
     assert np.count_nonzero(ours) == ours.size // 2

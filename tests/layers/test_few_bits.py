@@ -13,12 +13,10 @@ from sparseopt.layers.problem import LayerJob, layer_solver, scaled_gram
 from sparseopt.layers.split import join_reports, split_job
 from sparseopt.pruning import AdmmPruning, Wanda, prune_layer
 from tests.layers.layers import error_of, make_layer
-from tests.tiers import often
 
-ALL = ("q8_0", "q5_0", "q4_0", "int8", "int4:16")
 CASES = [
-    *[("wanda", "per-row", bits) for bits in ALL],
-    *[("wanda", "2:4", "q4_0"), ("best", "unstructured", "q4_0"), ("wanda", "dense", "q4_0")],
+    *[("wanda", "per-row", bits) for bits in ("q5_0", "q4_0", "int8", "int4:16")],
+    *[("wanda", "2:4", "q8_0"), ("wanda", "dense", "q4_0")],
 ]
 
 
@@ -53,7 +51,7 @@ def multiples_of_a_half(group, bits):
     return False
 
 
-@pytest.mark.parametrize(("method", "pattern", "bits"), often(CASES, *CASES[2:4]))
+@pytest.mark.parametrize(("method", "pattern", "bits"), CASES)
 def test_of_every_grid_every_fact_holds(layer, method, pattern, bits):
     found, floats, grid = prune(layer, method, pattern, bits), prune(layer, method, pattern), parse_bits(bits)
     assert found.weight.dtype == np.float32
@@ -93,24 +91,19 @@ def test_a_sweep_never_raises_the_loss(layer):
 
 # What is done to the weight and to the inputs.
 HARD = {
-    "strong inputs": (lambda w: w, lambda x: x * np.exp(2.5 * np.random.default_rng(3).standard_normal(64))),
-    "outliers in every group": (lambda w: w, lambda x: x * np.where(np.arange(64) % 8 == 0, 1000, 1)),
-    "a dead group": (lambda w: w, lambda x: x * (np.arange(64) >= 32)),
-    "half a group dead, with larger weights": (
-        lambda w: w * np.where(np.arange(64) < 16, 5, 1),
-        lambda x: x * (np.arange(64) >= 16),
-    ),
-    "no input": (lambda w: w, lambda x: 0 * x),
-    "scales at the end of float16": (lambda w: w * 1e-6, lambda x: x),
-    "inputs of any unit": (lambda w: w, lambda x: 1e13 * x),
-    "no weight": (lambda w: 0 * w, lambda x: x),
+    "strong inputs": (1, lambda x: x * np.exp(2.5 * np.random.default_rng(3).standard_normal(64))),
+    "outliers in every group": (1, lambda x: x * np.where(np.arange(64) % 8 == 0, 1000, 1)),
+    "half a group dead, with larger weights": (np.where(np.arange(64) < 16, 5, 1), lambda x: x * (np.arange(64) >= 16)),
+    "no input": (1, lambda x: 0 * x),
+    "scales at the end of float16": (1e-6, lambda x: 1e13 * x),
+    "no weight": (0, lambda x: x),
 }
 
 
 @pytest.mark.parametrize("name", HARD)
 def test_where_it_is_hard_it_is_no_worse_than_plain_rounding_and_no_input_is_lost(rng, name):
-    weights, inputs = HARD[name]
-    weight, x = weights(rng.standard_normal((24, 64))).astype(np.float32), rng.standard_normal((200, 64))
+    factor, inputs = HARD[name]
+    weight, x = (factor * rng.standard_normal((24, 64))).astype(np.float32), rng.standard_normal((200, 64))
     gram, fresh = inputs(x), rng.standard_normal((200, 64))
     gram = (gram.T @ gram).astype(np.float32)
     for bits in ("q8_0", "q4_0", "int8"):

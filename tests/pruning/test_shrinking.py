@@ -14,7 +14,7 @@ from sparseopt.models import load_decoder, open_model
 from sparseopt.pruning import ShrinkRecipe, prune_layer, shrink_model
 from sparseopt.pruning.base.activations import make_batches
 from sparseopt.pruning.base.grams import BlockRunner
-from sparseopt.pruning.base.records import Passed, RemovalRecord, ShapeRecord
+from sparseopt.pruning.base.records import Passed, RemovalRecord
 from sparseopt.pruning.run.plan import make_plan
 from sparseopt.pruning.run.resumption import recipe_identity
 from sparseopt.pruning.train.distillation import Distillation
@@ -60,7 +60,7 @@ def test_blocks_go_and_the_others_stay_as_they_are(tmp_path, source, shrink):
     recipe = shrink(layers=LAYERS)
     report = shrink_model(source, tmp_path / "out", recipe, observer=lambda *event: told.append(event))
     removals = [event for event in told if isinstance(event[0], RemovalRecord)]
-    (shape,) = [event for event, *_ in told if isinstance(event, ShapeRecord)]
+    shape = report.shape
     assert [(event.block, *count) for event, *count in removals] == [(*shape.removed, 1, 1)]
     assert shape.rises == (removals[0][0].rise,)
     # No linear is pruned: the blocks tell how far the pass is.

@@ -2,7 +2,6 @@
 
 import itertools
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,7 +13,6 @@ from sparseopt.pruning.recipe.allocation import (
     check_allocation,
     choose_pruned,
     default_bounds,
-    estimated_losses,
     exact_shares,
     losses_of_linear,
 )
@@ -72,21 +70,24 @@ def test_more_zeros_in_all_are_never_fewer_in_one(rng):
 
 def test_bounds_hold_and_force_the_share_where_they_meet_it(rng):
     sizes, losses = rng.integers(50, 500, 20), convex_curves(rng, 20)
-    found = allocate_curves(LEVELS, losses, sizes, 0.6, (0.55, 0.62))
-    assert found.min() >= 0.55
-    assert found.max() <= 0.62 + 1e-12
-    np.testing.assert_allclose(allocate_curves(LEVELS, losses, sizes, 0.6, (0.6, 0.9)), 0.6)
-    np.testing.assert_allclose(allocate_curves(LEVELS, losses, sizes, 0.6, (0.3, 0.6)), 0.6)
+    for low, high in ((0.55, 0.62), (0.6, 0.9), (0.3, 0.6)):
+        found = allocate_curves(LEVELS, losses, sizes, 0.6, (low, high))
+        assert low - 1e-12 <= found.min() <= found.max() <= high + 1e-12
+        assert found @ sizes == pytest.approx(0.6 * sizes.sum(), rel=1e-12)
 
 
 def test_counts_are_exact_to_the_weight(rng):
-    sizes = rng.integers(500, 5000, 50)
+    sizes, ones = rng.integers(500, 5000, 50), np.ones(50, int)
     shares = np.clip(0.6 + 0.1 * rng.standard_normal(50), 0.4, 0.8)
     shares += 0.6 - shares @ sizes / sizes.sum()
-    exact = exact_shares(shares, sizes, np.ones(50, int), 0.6, (0.2, 0.95)) * sizes
-    np.testing.assert_allclose(exact, np.round(exact), atol=1e-6)
-    assert round(exact.sum()) == round(0.6 * sizes.sum())
-    assert np.abs(exact - shares * sizes).max() <= 1
+    # Also with a bound at the sparsity itself.
+    cases = [(shares, 0.6, (0.2, 0.95))]
+    cases += [(np.full(50, 0.5), 0.5, bounds) for bounds in ((0.5, 0.9), (0.2, 0.5), (0.5, 0.5))]
+    for wanted, sparsity, bounds in cases:
+        exact = exact_shares(wanted, sizes, ones, sparsity, bounds) * sizes
+        np.testing.assert_allclose(exact, np.round(exact), atol=1e-6)
+        assert round(exact.sum()) == round(sparsity * sizes.sum())
+        assert np.abs(exact - wanted * sizes).max() <= 1
 
 
 def test_counts_in_units_come_as_near_as_half_a_unit(rng):
@@ -95,14 +96,6 @@ def test_counts_in_units_come_as_near_as_half_a_unit(rng):
     exact = exact_shares(np.full(30, 0.55), sizes, units, 0.55, (0.3, 0.8)) * sizes / units
     np.testing.assert_allclose(exact, np.round(exact), atol=1e-6)
     assert abs((exact * units).sum() - 0.55 * sizes.sum()) <= 8
-
-
-def test_a_bound_at_the_sparsity_itself_still_meets_the_total(rng):
-    sizes = 2 * rng.integers(50, 500, 30) + 1
-    for bounds in ((0.5, 0.9), (0.2, 0.5), (0.5, 0.5)):
-        exact = exact_shares(np.full(30, 0.5), sizes, np.ones(30, int), 0.5, bounds) * sizes
-        assert round(exact.sum()) == round(0.5 * sizes.sum())
-        assert np.abs(exact - 0.5 * sizes).max() <= 0.5 + 1e-6
 
 
 def test_losses_between_levels_are_cubic_where_the_truth_is():
@@ -121,24 +114,22 @@ def test_the_linears_that_are_pruned_alike_cost_least_a_weight(rng):
     assert choose_pruned(losses, np.full(12, 8), 0.5, 0.25).sum() == 6
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.7, 0.9, 0.97])
-def test_default_bounds_can_meet_every_total(sparsity):
-    low, high = default_bounds(sparsity)
-    check_allocation("curves", "unstructured", sparsity, (low, high))
+def test_default_bounds_can_meet_every_total():
+    for sparsity in (0.0, 0.1, 0.5, 0.7, 0.9, 0.97):
+        low, high = default_bounds(sparsity)
+        assert low <= sparsity <= high < 1
+        check_allocation("curves", "unstructured", sparsity, (low, high))
 
 
 def test_estimated_losses_follow_those_of_full_solves(rng):
     weight, gram, _ = make_layer(rng, outputs=96, inputs=64)
     gram = gram / 256
     sensitivity = np.exp(rng.standard_normal(96)).astype(np.float32)
-    levels = np.array([0.3, 0.4, 0.5, 0.6, 0.7, 0.8], np.float32)
-    arrays = [jnp.asarray(a) for a in (weight, gram, sensitivity, np.sqrt(sensitivity), levels)]
-    cheap = np.asarray(estimated_losses(*arrays), np.float64)
+    root, levels = np.sqrt(sensitivity), np.array([0.3, 0.4, 0.5, 0.6, 0.7, 0.8], np.float32)
+    cheap = np.asarray(losses_of_linear(weight, gram, sensitivity, root, levels), np.float64)
     full = []
     for level in levels:
-        pruned = prune_layer(
-            weight, gram, float(level), method="admm_splice", output_weights=np.sqrt(sensitivity)
-        ).weight
+        pruned = prune_layer(weight, gram, float(level), method="admm_splice", output_weights=root).weight
         change = np.asarray(pruned, np.float64) - weight
         full.append(0.5 * np.sum(np.einsum("oi,ij,oj->o", change, gram, change) * sensitivity))
     assert (np.diff(cheap) > 0).all()
@@ -151,28 +142,11 @@ def test_estimated_losses_follow_those_of_full_solves(rng):
 def test_some_rows_stand_for_all(rng):
     """Four copies of the same rows: a path on every fourth gives the loss of all."""
     weight, gram, _ = make_layer(rng, outputs=ROWS, inputs=32)
-    levels = jnp.array([0.4, 0.6], jnp.float32)
-    once = [jnp.asarray(weight), jnp.asarray(gram), jnp.ones(ROWS), jnp.ones(ROWS), levels]
-    many = [jnp.repeat(once[0], 4, axis=0), once[1], jnp.ones(4 * ROWS), jnp.ones(4 * ROWS), levels]
-    np.testing.assert_allclose(estimated_losses(*many), 4 * estimated_losses(*once), rtol=1e-5)
-
-
-def test_one_program_a_shape(rng):
-    before = len(losses_of_linear.texts)
-    for seed in range(2):
-        weight, gram, _ = make_layer(np.random.default_rng(seed), outputs=40, inputs=24)
-        levels = np.linspace(0.2, 0.5 + 0.1 * seed, 4).astype(np.float32)
-        losses_of_linear(weight, gram, np.ones(40, np.float32), np.ones(40, np.float32), levels)
-    assert len(losses_of_linear.texts) == before + 1
-
-
-def test_an_interrupted_run_goes_on_with_what_was_allocated(tmp_path, source, tokens):
-    recipe = Recipe(sparsity=0.4, allocation="curves", method="wanda", calibration=tokens)
-    with pytest.raises(Stopped):
-        prune_model(source, tmp_path / "out", recipe, stop=lambda: True)
-    resumed, whole = (prune_model(source, tmp_path / name, recipe) for name in ("out", "whole"))
-    assert resumed.resumed_blocks == 1
-    assert [record.zeros for record in resumed.layers] == [record.zeros for record in whole.layers]
+    once, levels = np.ones(ROWS, np.float32), np.array([0.4, 0.6], np.float32)
+    many = [np.repeat(weight, 4, axis=0), gram, *[np.repeat(once, 4)] * 2]
+    np.testing.assert_allclose(
+        losses_of_linear(*many, levels), 4 * losses_of_linear(weight, gram, once, once, levels), rtol=1e-5
+    )
 
 
 def test_curves_take_from_linears_that_the_loss_does_not_see(tmp_path, tokens):
@@ -186,21 +160,18 @@ def test_curves_take_from_linears_that_the_loss_does_not_see(tmp_path, tokens):
     unseen = {f"model.layers.1.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj")}
     for layer in unseen:
         assert shares[layer] == pytest.approx(0.8, abs=2e-3)
-        for index in "02":
-            assert shares[layer.replace("1", index)] < 0.8
+        assert all(shares[layer.replace("1", index)] < 0.8 for index in "02")
     # With a pattern that fixes the share, they are pruned and what costs more stays dense, to the byte.
     recipe = Recipe(sparsity=0.2, pattern="2:4", **common)
+    with pytest.raises(Stopped):
+        prune_model(source, tmp_path / "pattern", recipe, stop=lambda: True)
+    # What the run chose is known from its records: it goes on, and it is finished.
     report = prune_model(source, tmp_path / "pattern", recipe)
+    pruned = {record.layer for record in report.layers}
+    assert (report.resumed_blocks, unseen <= pruned) == (1, True)
+    assert {record.layer for record in prune_model(source, tmp_path / "pattern", recipe).layers} == pruned
     sizes = [record.size for record in report.layers]
     assert 0 <= 0.5 * sum(sizes) - 0.2 * report.prunable_size < 0.5 * max(sizes)
-    pruned = {record.layer for record in report.layers}
-    assert unseen <= pruned
-    # What the run chose is known from its records: it is finished, and one that was stopped goes on.
-    assert {record.layer for record in prune_model(source, tmp_path / "pattern", recipe).layers} == pruned
-    with pytest.raises(Stopped):
-        prune_model(source, tmp_path / "stopped", recipe, stop=lambda: True)
-    resumed = prune_model(source, tmp_path / "stopped", recipe)
-    assert (resumed.resumed_blocks, {record.layer for record in resumed.layers}) == (1, pruned)
     found = dry_run(source, tmp_path / "dry", recipe)
     assert found.zeros == pytest.approx(0.2 * found.weights, abs=1)
     before, after = stored(source), stored(tmp_path / "pattern")

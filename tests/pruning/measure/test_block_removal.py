@@ -62,12 +62,6 @@ def chosen(records):
     return [record.block for record in records]
 
 
-def test_a_block_that_does_nothing_goes_first_and_costs_nothing(model, windows):
-    first, second = order(model, windows, 2)
-    assert (first.block, first.rise) == (2, 0.0)
-    assert second.rise > 0
-
-
 def test_it_is_the_greedy_order_of_whole_models_written_without_the_blocks(tmp_path, tensors, model, windows):
     def loss(blocks):
         name = "-".join(map(str, sorted(blocks))) or "dense"
@@ -76,7 +70,8 @@ def test_it_is_the_greedy_order_of_whole_models_written_without_the_blocks(tmp_p
         ids = np.pad(windows.calibration[:, 1:], ((0, 0), (0, 1)))
         return np.log(perplexity(folder, ids, bos=BOS))
 
-    records, gone, dense = order(model, windows, 3), [], loss([])
+    told = []
+    records, gone, dense = order(model, windows, 3, lambda *event: told.append(event)), [], loss([])
     for record in records:
         losses = {block: loss([*gone, block]) for block in range(BLOCKS) if block not in gone}
         gone.append(min(losses, key=losses.get))
@@ -84,6 +79,12 @@ def test_it_is_the_greedy_order_of_whole_models_written_without_the_blocks(tmp_p
         assert record.loss == pytest.approx(losses[record.block], rel=1e-6)
         assert record.rise == pytest.approx(losses[record.block] - dense, abs=1e-6)
         assert record.seconds > 0
+    # A block that does nothing goes first and costs nothing.
+    assert (records[0].block, records[0].rise) == (2, 0.0)
+    # The observer hears of every pass and of every block chosen.
+    chosen = [event for event in told if isinstance(event[0], RemovalRecord)]
+    assert chosen == [(record, done, 3) for done, record in enumerate(records, 1)]
+    assert told[BLOCKS : 2 * BLOCKS] == [("removal 1 of 3, block", done, BLOCKS) for done in range(1, BLOCKS + 1)]
 
 
 def test_the_first_removal_above_the_rise_allowed_is_the_last(model, windows):
@@ -139,13 +140,6 @@ def test_activations_on_disk_or_from_several_devices_change_nothing(tmp_path, mo
     kept = [(r.block, r.loss) for r in order(model, windows, 2)]
     for kind in (DiskBatches(tmp_path), SpreadBatches(Mesh(np.asarray(jax.devices()[:1]), (AXIS,)))):
         assert [(r.block, r.loss) for r in order(model, windows, 2, kind=kind)] == kept
-
-
-def test_the_observer_hears_of_every_pass_and_of_every_block_chosen(model, windows):
-    told = []
-    records = order(model, windows, 2, lambda *event: told.append(event))
-    assert [event for event in told if isinstance(event[0], RemovalRecord)] == [(records[0], 1, 2), (records[1], 2, 2)]
-    assert told[BLOCKS : 2 * BLOCKS] == [("removal 1 of 2, block", done, BLOCKS) for done in range(1, BLOCKS + 1)]
 
 
 def test_a_dense_model_that_overflows_is_an_error(tmp_path, tensors, windows):

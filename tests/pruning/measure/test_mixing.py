@@ -17,12 +17,7 @@ from sparseopt.pruning.recipe.shrink_recipe import parameters_of
 from tests.models.tiny import tiny_config, write_folder
 from tests.pruning.whole_runs import Broken, breaking_at, predicted, tensors_of, without
 
-BLOCKS, HELD = tuple(range(3)), 3
-
-
-@pytest.fixture(scope="module")
-def tensors():
-    return tensors_of()
+BLOCKS, HELD, TENSORS = tuple(range(3)), 3, tensors_of()
 
 
 @pytest.fixture(scope="module")
@@ -57,54 +52,45 @@ def test_costs_are_the_parameters_of_every_smaller_model(model):
         assert costs.of(channels, groups, blocks) == parameters_of(small)
 
 
-def test_curves_are_the_losses_of_whole_models_pruned_alike(tmp_path, model, tensors, ids, report):
-    """Of channels and groups: every linear pruned by itself on the dense model's inputs."""
-    calibration, heldout = ids[:-HELD], ids[-HELD:]
-    grams, x = {}, model.embedding()(jnp.asarray(calibration))
+def test_curves_are_the_losses_of_whole_models(tmp_path, model, ids, report):
+    """Of channels and groups, every linear pruned by itself on the dense model's inputs; of blocks, without them."""
+    grams, x = {}, model.embedding()(jnp.asarray(ids[:-HELD]))
     for index in BLOCKS:
         inputs, x = jax.jit(tapped)(model.block(index), x)
         for name, tap in (("self_attn.o_proj", "attention_output"), ("mlp.down_proj", "mlp_hidden")):
             rows = np.asarray(inputs[tap]).reshape(-1, inputs[tap].shape[-1])
             grams[f"model.layers.{index}.{name}.weight"] = rows.T @ rows
 
-    def loss(changed):
-        folder = write_folder(tmp_path / str(len(list(tmp_path.iterdir()))), tiny_config(), tensors | changed)
-        return np.log(perplexity(folder, heldout))
+    def loss(changed, blocks=3):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        return np.log(perplexity(write_folder(folder, tiny_config(num_hidden_layers=blocks), changed), ids[-HELD:]))
 
     def pruned(name, group, count):
-        kept = {key: gram for key, gram in grams.items() if name in key}
-        return {
-            key: np.asarray(
-                prune_layer(tensors[key], gram, 1 - count * group / len(gram), f"group:{group}", method="best").weight
-            )
-            for key, gram in kept.items()
-        }
+        changed = dict(TENSORS)
+        for key, gram in grams.items():
+            if name in key:
+                solved = prune_layer(TENSORS[key], gram, 1 - count * group / len(gram), f"group:{group}", method="best")
+                changed[key] = np.asarray(solved.weight)
+        return loss(changed)
 
-    dense, curves = loss({}), report.shape.curves
-    assert [number for number, _ in curves["channels"]] == [32, 48, 64]
-    assert [number for number, _ in curves["heads"]] == [1, 2]
-    for count, rise in curves["channels"][:-1]:
-        assert rise == pytest.approx(loss(pruned("down_proj", 1, count)) - dense, abs=1e-4)
-    assert curves["heads"][0][1] == pytest.approx(loss(pruned("o_proj", 16, 1)) - dense, abs=1e-4)
-    assert [rise for _, rise in (curves["channels"][-1], curves["heads"][-1], curves["blocks"][-1])] == [0, 0, 0]
-
-
-def test_the_curve_of_blocks_is_the_loss_without_them(tmp_path, tensors, ids, report):
-    assert [number for number, _ in report.shape.curves["blocks"]] == [2, 3]
-    losses = []
-    for gone in BLOCKS:
-        left = without(tensors, len(BLOCKS), [gone])
-        folder = write_folder(tmp_path / str(gone), tiny_config(num_hidden_layers=2), left)
-        losses.append(np.log(perplexity(folder, ids[-HELD:])))
-    whole = write_folder(tmp_path / "whole", tiny_config(), tensors)
-    dense = np.log(perplexity(whole, ids[-HELD:]))
-    assert report.shape.curves["blocks"][0][1] == pytest.approx(min(losses) - dense, abs=1e-5)
+    dense, curves = loss(TENSORS), {name: dict(curve) for name, curve in report.shape.curves.items()}
+    assert {name: sorted(curve) for name, curve in curves.items()} == {
+        "channels": [32, 48, 64],
+        "heads": [1, 2],
+        "blocks": [2, 3],
+    }
+    assert [curves["channels"][64], curves["heads"][2], curves["blocks"][3]] == [0, 0, 0]
+    for count in (32, 48):
+        assert curves["channels"][count] == pytest.approx(pruned("down_proj", 1, count) - dense, abs=1e-4)
+    assert curves["heads"][1] == pytest.approx(pruned("o_proj", 16, 1) - dense, abs=1e-4)
+    least = min(loss(without(TENSORS, 3, [gone]), blocks=2) for gone in BLOCKS)
+    assert curves["blocks"][2] == pytest.approx(least - dense, abs=1e-5)
 
 
 # A quarter of the channels is 0.15652 of the parameters: a budget is kept to its third digit.
 @pytest.mark.parametrize(("harmless", "share"), [("channels", 0.843), ("block", 0.7)])
-def test_what_does_nothing_goes_first(tmp_path, tensors, tokens, harmless, share):
-    changed = {key: value.copy() for key, value in tensors.items()}
+def test_what_does_nothing_goes_first(tmp_path, tokens, harmless, share):
+    changed = {key: value.copy() for key, value in TENSORS.items()}
     for index in BLOCKS if harmless == "channels" else [1]:
         down = changed[f"model.layers.{index}.mlp.down_proj.weight"]
         if harmless == "channels":
@@ -167,9 +153,9 @@ def test_an_interrupted_run_finds_what_was_chosen(tmp_path, source, ids, report,
     assert dataclasses.replace(resumed, seconds=0) == dataclasses.replace(report.shape, seconds=0)
 
 
-def test_a_loss_that_is_not_finite_is_told_by_its_cause(tmp_path, tensors, ids):
+def test_a_loss_that_is_not_finite_is_told_by_its_cause(tmp_path, ids):
     """The activations before every block are finite, the logits are not."""
-    norm = {"model.norm.weight": np.full_like(tensors["model.norm.weight"], 3e38)}
-    source = write_folder(tmp_path / "model", tiny_config(), tensors | norm)
+    norm = {"model.norm.weight": np.full_like(TENSORS["model.norm.weight"], 3e38)}
+    source = write_folder(tmp_path / "model", tiny_config(), TENSORS | norm)
     with pytest.raises(RuntimeError, match=r"the loss of .* is not finite: activations overflow"):
         shrink_model(source, tmp_path / "out", recipe_of(ids, parameters=0.8))
