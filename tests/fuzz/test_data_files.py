@@ -105,7 +105,9 @@ FILES = [
 ]
 
 
-@pytest.mark.parametrize(("read", "name", "content", "part"), FILES, ids=lambda value: repr(value)[-30:])
+@pytest.mark.parametrize(
+    ("read", "name", "content", "part"), FILES, ids=lambda value: getattr(value, "__name__", repr(value)[-30:])
+)
 def test_a_bad_file(tmp_path, read, name, content, part):
     refused(FileError, part, read, written(tmp_path, **{name: content}) / name)
 
