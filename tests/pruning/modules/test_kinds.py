@@ -10,6 +10,7 @@ from flax import nnx
 
 from sparseopt.pruning import Recipe, prune_layer
 from tests.pruning.modules.kinds import (
+    LINEN,
     NNX,
     TOKENS,
     Net,
@@ -92,8 +93,9 @@ def test_passes_end_after_an_error(kind, way, batches):
     assert "_passing" not in nnx.Linear.__call__.__qualname__
 
 
-@pytest.mark.parametrize(("how", "blocks"), [("train_epochs", [0, 1, 2]), ("distil_epochs", [3])])
-@of_flax
+@pytest.mark.parametrize(
+    ("kind", "how", "blocks"), [(NNX, "train_epochs", [0, 1, 2]), (LINEN, "distil_epochs", [3])], ids=["nnx", "linen"]
+)
 def test_training_lowers_the_error_of_the_output_and_zeros_stay(kind, how, blocks, batches):
     plain, _ = kind.prune(batches, wanda())
     trained, report = kind.prune(batches, wanda(**{how: 4}))
