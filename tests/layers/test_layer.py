@@ -136,6 +136,7 @@ BAD = [
     ({"bits": "q4_1"}, "'q4_1'", "offset"),
     ({"bits": "int4"}, "each 128 inputs", "64"),
     ({"bits": 4}, "bits", "given 4"),
+    ({"bits": "int4:0"}, "int4:0", "at least 1"),
     ({"weight": 1e6 * WEIGHT, "bits": "q4_0"}, "524032", "1e"),
 ]
 
