@@ -231,7 +231,7 @@ def rounded(value: Any) -> Any:
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
-@pytest.mark.parametrize("architecture", REFUSED_IN_GGUF)
+@pytest.mark.parametrize("architecture", sorted(REFUSED_IN_GGUF))
 def test_transformers_refuses_a_gguf_file_and_loads_the_folder_made_of_it(tmp_path, rng, architecture, proof):
     from transformers import AutoModelForCausalLM
 
