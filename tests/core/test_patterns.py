@@ -94,6 +94,10 @@ def test_counts_are_exact_among_ties_and_the_first_win(rng):
         expected = np.isin(np.arange(8) // 2, np.argsort(-energies, kind="stable")[:k])[:, None] & np.ones(6, bool)
         for pattern in (so.GroupTopK(k, 2), so.BlockTopK(k, (2, 6)), so.GroupTopK(k, np.arange(8) // 2)):
             np.testing.assert_array_equal(Jitted(pattern).mask(x), expected)
+    # Only one of two lines has more ties than places.
+    np.testing.assert_array_equal(
+        so.RowTopK(1).mask(jnp.array([[1.0, 1.0], [1.0, 2.0]])), [[True, False], [False, True]]
+    )
     cube = rng.standard_normal((3, 5, 4)).astype(np.float32)
     assert (np.count_nonzero(Jitted(so.RowTopK(2, axis=1)).prox(cube, 1.0), axis=1) == 2).all()
     assert np.count_nonzero(Jitted(so.RowTopK(2)).prox(cube[0, :, 0], 1.0)) == 2

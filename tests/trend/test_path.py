@@ -121,6 +121,8 @@ def test_channels_share_a_path_and_coupled_ones_begin_at_their_means_and_jump_to
     np.testing.assert_allclose(path.values, np.stack([part.values for part in alone], axis=-1), atol=2e-2)
     path = trend_path(y, graph, so.GroupL2, num=5, tol=1e-7).check()
     np.testing.assert_allclose(path.values[0], np.broadcast_to(y.mean(axis=0), (15, 2)), rtol=1e-12)
+    below = so.trend_filter(y, graph, so.GroupL2(0.95 * path.weights[0]), tol=1e-7).check()
+    assert np.ptp(below.value, axis=0).min() > 1e-3
     assert abs(path.degrees_of_freedom[0] - 2) < 1  # two means, along 16 times 30 random signs
     jumps = np.abs(np.diff(path.values, axis=1))
     assert np.all(jumps.min(axis=-1)[jumps.max(axis=-1) > 1e-2] > 1e-5)

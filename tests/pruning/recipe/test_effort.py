@@ -18,6 +18,7 @@ MOST = BEST | {"distil_epochs": 4}
     [
         ({}, "good", GOOD),
         ({"effort": "fast"}, "fast", PLAIN | {"method": "admm", "ridge": 0.1}),
+        ({"effort": "fast", "ridge": 0.0}, "fast", PLAIN | {"method": "admm", "ridge": 0.0}),
         ({"effort": "fast", "preset": "paper"}, "fast", PLAIN | {"method": "maiht", "ridge": None}),
         ({"effort": "fast", "method": "wanda"}, "fast", PLAIN | {"ridge": None}),
         ({"effort": "most"}, "most", MOST | {"allocation": "curves"}),
