@@ -168,7 +168,7 @@ def test_the_scaled_projection_beats_every_other_support(rng):
     allowed = supports[np.asarray(jax.vmap(penalty.value)(jnp.float32(supports))) == 0]
     jitted = jax.jit(lambda p, g: apply_once(so.proximal_adam(penalty, 0.3, eps=0.05), p, g))
     different = 0
-    for _ in range(10):
+    for _ in range(30):
         p, g, z, d = drawn(rng)
         u = np.asarray(jitted(p, g))
         best = (0.5 * np.sum(d * (allowed * z - z) ** 2, axis=1)).min()
