@@ -111,10 +111,10 @@ $(VENV)-benchopt/.installed: pyproject.toml
 demo: $(VENV)/.installed-demo ## Prune a real language model and show what it costs (about 3 minutes on two cores).
 	$(BIN)/sparseopt demo --calibration $(CALIBRATION)
 
-test: lint $(VENV)/.installed-test ## Lint and the fast tests, one case of every fact (about 8 minutes on two cores, 5 when repeated).
+test: lint $(VENV)/.installed-test ## Lint and the fast tests, one case of every fact (about 12 minutes on two cores).
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not thorough and not processes and not $(OTHERS)'
 
-test-all: test test-thorough test-oracle test-notebooks test-package ## All tests that need neither data nor devices (about half an hour).
+test-all: test test-thorough test-oracle test-notebooks test-package ## All tests that need neither data nor devices (about three quarters of an hour).
 
 # Fully compiled, as for a user; `make test` compiles quickly, without most optimisation of LLVM.
 test-thorough: $(VENV)/.installed-test ## Further cases of the facts, and several processes; compiled as for a user.
