@@ -284,6 +284,15 @@ def searched(graph, values):
     return labels
 
 
+def cases_of(bad):
+    """Every row of a table of refusals, by entry point, as a case with a name."""
+    return [
+        pytest.param(entry, changes, words, id=f"{entry.__name__}: {words[0]} {number}")
+        for entry, rows in bad.items()
+        for number, (changes, *words) in enumerate(rows)
+    ]
+
+
 def refused(call, *words):
     with pytest.raises((ValueError, TypeError)) as caught:
         call()

@@ -9,7 +9,7 @@ import pytest
 from scipy import sparse
 
 import sparseopt as so
-from tests.trend.problems import FREE, refused
+from tests.trend.problems import FREE, cases_of, refused
 
 NAN, INF = np.nan, np.inf
 EVEN, UNEVEN, GRID = (make(None) for make in FREE.values())
@@ -81,14 +81,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(
-    ("make", "changes", "words"),
-    [
-        pytest.param(make, changes, words, id=f"{make.__name__}: {words[0]} {number}")
-        for make, rows in BAD.items()
-        for number, (changes, *words) in enumerate(rows)
-    ],
-)
+@pytest.mark.parametrize(("make", "changes", "words"), cases_of(BAD))
 def test_an_error_names_what_was_given(make, changes, words):
     refused(lambda: make(**GOOD.get(make, {}) | changes), *words)
 

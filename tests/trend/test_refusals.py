@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import sparseopt as so
-from tests.trend.problems import refused, two_parts
+from tests.trend.problems import cases_of, refused, two_parts
 
 NAN, INF, NODES = np.nan, np.inf, np.arange(6)[:, None]
 Y, CHAIN, GRID = np.array([0.0, 1.0, 5.0, 2.0, 8.0, 1.0]), so.Graph.chain(6), so.Graph.grid((5, 6))
@@ -337,14 +337,7 @@ def test_a_number_is_one(entry, argument, said, wrong):
         refused(lambda given=given: entry(**GOOD.get(entry, {}) | {argument: given}), said, str(given))
 
 
-@pytest.mark.parametrize(
-    ("entry", "changes", "words"),
-    [
-        pytest.param(entry, changes, words, id=f"{entry.__name__}: {words[0]} {number}")
-        for entry, rows in BAD.items()
-        for number, (changes, *words) in enumerate(rows)
-    ],
-)
+@pytest.mark.parametrize(("entry", "changes", "words"), cases_of(BAD))
 def test_an_error_names_what_was_given(entry, changes, words):
     refused(lambda: entry(**GOOD.get(entry, {}) | changes), *words)
 
