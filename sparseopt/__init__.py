@@ -37,6 +37,7 @@ from sparseopt.core.solvers.maiht import Maiht
 from sparseopt.core.solvers.primal_dual import PrimalDual, SplitAdmm
 from sparseopt.core.solvers.proximal_gradient import ProximalGradient
 from sparseopt.core.solvers.refit import Refit
+from sparseopt.core.working_sets.working_set import WorkingSet
 from sparseopt.system.programs import keep_programs
 from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.filter import trend_filter
@@ -92,6 +93,7 @@ __all__ = [
     "Support",
     "TopK",
     "TotalVariation",
+    "WorkingSet",
     "chosen_solver",
     "core",
     "keep_programs",

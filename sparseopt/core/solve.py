@@ -18,19 +18,20 @@ from sparseopt.core.base.arguments import (
     refuses_not_finite,
     renames,
 )
-from sparseopt.core.base.types import is_traced, precision, wide_types
+from sparseopt.core.base.types import is_on_cpu, is_traced, precision, wide_types
 from sparseopt.core.losses.data import DataLoss
 from sparseopt.core.losses.quadratic import Quadratic
 from sparseopt.core.losses.scalar import ScalarLoss
-from sparseopt.core.operators.matrices import Matrix, known_matrix, refuses_map, refuses_transpose
+from sparseopt.core.operators.matrices import Matrix, SparseMatrix, known_matrix, refuses_map, refuses_transpose
 from sparseopt.core.penalties.protocols import is_convex
 from sparseopt.core.problem.iterate import iterate
 from sparseopt.core.problem.padding import cut, pad_problem
-from sparseopt.core.problem.problem import Problem, Solution, Solver
+from sparseopt.core.problem.problem import Problem, Solution, Solver, Status
 from sparseopt.core.solvers.accelerated import AcceleratedProximalGradient, GraduatedProximalGradient
 from sparseopt.core.solvers.maiht import Maiht
 from sparseopt.core.solvers.primal_dual import PrimalDual, SplitAdmm
 from sparseopt.core.solvers.refit import Refit
+from sparseopt.core.working_sets.working_set import WorkingSet
 
 
 class Choice(NamedTuple):
@@ -59,6 +60,11 @@ CANDIDATES: tuple[tuple[Any, Callable[[Problem], bool] | None, str], ...] = (
         Maiht(),
         lambda problem: isinstance(problem.loss, Quadratic) and not is_convex(problem.penalty),
         "a quadratic loss and a penalty that is not known to be convex: monotone accelerated hard thresholding",
+    ),
+    (
+        WorkingSet(),
+        is_on_cpu,
+        "a smooth loss of a matrix and a penalty on entries: coordinate and Newton steps on the columns that matter",
     ),
     (
         AcceleratedProximalGradient(),
@@ -92,7 +98,7 @@ def chosen_solver(problem: Problem) -> Choice:
         >>> print(so.chosen_solver(so.Problem(loss, so.L1(1.0), np.diff(np.eye(3), axis=0))).why)
         an operator or a loss with kinks, and few unknowns: an inverse computed once saves many steps
     """
-    if reason := _refuses_problem(problem):
+    if reason := _refuses_problem(problem) or _refuses_matrix(problem):
         raise ValueError(reason)
     return _choose(problem)
 
@@ -174,8 +180,14 @@ def solve(
     return found if native else jax.device_get(found)
 
 
+def _refuses_matrix(problem: Problem) -> str | None:
+    """Why the entries of a loss's matrix cannot be used; apart, since a working set finds that by its first product."""
+    return problem.loss.refuses_matrix() if isinstance(problem.loss, DataLoss) else None
+
+
 def _solve(problem: Problem, solver: Any, start: Any, kind: Any, tol: Any, max_steps: Any, history: bool) -> Solution:
-    if solver is None:
+    chosen = solver is None
+    if chosen:
         solver = _choose(problem).solver
     elif reason := _refuses_solver(solver) or own_refusal(solver, problem):
         raise ValueError(reason)
@@ -194,9 +206,23 @@ def _solve(problem: Problem, solver: Any, start: Any, kind: Any, tol: Any, max_s
         start = jnp.asarray(start, kind)
     usual = 1e-6 if kind == np.float64 else 1e-4
     limits: dict[str, Any] = {"tol": usual if tol is None else tol, "max_steps": max_steps, "history": history}
+    on_host = getattr(solver, "on_host", None)
+    if on_host and not history and (found := on_host(problem, start, limits["tol"], max_steps)) is not None:
+        if int(found.status) == Status.CONVERGED or not chosen:
+            return jax.device_put(found)
+        # What coordinate steps leave may still fall by steps on all entries.
+        rest = _solve(problem, AcceleratedProximalGradient(), found.value, kind, tol, max_steps, history)
+        return rest if rest.objective <= found.objective or rest.gap <= found.gap else jax.device_put(found)
+    if reason := _refuses_matrix(problem):
+        raise ValueError(reason)
+    problem = jax.tree.map(_interleaved, problem, is_leaf=lambda node: isinstance(node, SparseMatrix))
     if shared := pad_problem(problem, solver, start):
         return cut(iterate(shared[0], solver, shared[1], **limits), problem, shared[0], start)
     return iterate(problem, solver, start, **limits)
+
+
+def _interleaved(node: Any) -> Any:
+    return node.interleaved() if isinstance(node, SparseMatrix) else node
 
 
 def _refuses_solver(solver: Any) -> str | None:

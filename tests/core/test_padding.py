@@ -41,10 +41,10 @@ PROBLEMS = {
 def test_a_padded_solution_is_the_solution(name):
     problem = PROBLEMS[name]
     start = np.linspace(-1, 1, 19).astype(np.float32) * (name == "lasso")
-    solver = so.chosen_solver(problem).solver
+    solver = so.AcceleratedProximalGradient()
     assert pad_problem(problem, solver, start) is not None
     limits = {"tol": 1e-5, "max_steps": 200, "history": True}
-    found, wanted = so.solve(problem, start=start, **limits), iterate(problem, solver, start, **limits)
+    found, wanted = so.solve(problem, solver, start, **limits), iterate(problem, solver, start, **limits)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(wanted), strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype), path
     assert int(found.status) == int(wanted.status)

@@ -32,6 +32,14 @@ def is_traced(tree: Any) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
+def is_on_cpu(tree: Any) -> bool:
+    """Whether all arrays of a tree are known and on a CPU, and nothing around is being compiled."""
+    # A number put on the device is traced inside every function that is being compiled.
+    leaves = [jax.device_put(np.float32(0)), *jax.tree.leaves(tree)]
+    arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+    return not is_traced(leaves) and all({d.platform for d in leaf.devices()} == {"cpu"} for leaf in arrays)
+
+
 def namespace(values: Any) -> Any:
     """`jax.numpy` for a JAX array, even a traced one; else `numpy`."""
     return jnp if isinstance(values, jax.Array) else np

@@ -19,11 +19,11 @@ from jaxtyping import Array, Float
 from sparseopt.core.base.arguments import class_or_function, fits, own_refusal, refuses_leaves, refuses_not_finite
 from sparseopt.core.base.dense import product
 from sparseopt.core.base.sums import total
-from sparseopt.core.base.types import FloatArray, is_traced, pytree
+from sparseopt.core.base.types import FloatArray, is_traced, pytree, static
 from sparseopt.core.losses import scalar
 from sparseopt.core.losses.quadratic import Quadratic
 from sparseopt.core.operators.maps import or_identity
-from sparseopt.core.operators.matrices import Dense, Matrix, linear_map, refuses_map
+from sparseopt.core.operators.matrices import Dense, Matrix, SparseMatrix, WithOnes, linear_map, refuses_map
 
 
 @pytree
@@ -42,6 +42,8 @@ class DataLoss:
         low: for a loss without a matrix, the lower end of the box in which an unobserved x lies, or is assumed to lie,
             `[channels]` or a number; None for 0.
         high: its upper end.
+        intercept: whether x has one more entry, the last one, that is added to every `(A x)_i`. A `Problem` leaves it
+            without a penalty.
 
     Example:
         >>> loss = so.DataLoss(so.scalar.Logistic(), jnp.array([[1.0], [-1.0], [2.0]]), jnp.array([1.0, 0.0, 0.0]))
@@ -55,9 +57,13 @@ class DataLoss:
     weights: Any = None
     low: Any = None
     high: Any = None
+    intercept: bool = static(default=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "matrix", linear_map(self.matrix))
+        matrix = linear_map(self.matrix)
+        if self.intercept and isinstance(matrix, Dense | SparseMatrix):
+            matrix = WithOnes(matrix)
+        object.__setattr__(self, "matrix", matrix)
         for name in ("target", "weights"):
             if isinstance(getattr(self, name), list | tuple):
                 object.__setattr__(self, name, np.asarray(getattr(self, name)))
@@ -80,7 +86,7 @@ class DataLoss:
             weights = jnp.reshape(weights, jnp.shape(weights) + (1,) * (target.ndim - jnp.ndim(weights)))
             # Missing: any number that is finite, since a weight of 0 times NaN is NaN.
             target = jnp.where((weights > 0) | jnp.isfinite(target), target, 0)
-        return dataclasses.replace(self, matrix=None, target=target, weights=weights)
+        return dataclasses.replace(self, matrix=None, target=target, weights=weights, intercept=False)
 
     @property
     def dtype(self) -> Any:
@@ -210,6 +216,8 @@ class DataLoss:
                 return reason
         if reason := refuses_map(f"matrix of {name}", self.matrix):
             return reason
+        if self.intercept and not isinstance(self.matrix, WithOnes):
+            return f"an intercept needs a dense or SciPy sparse matrix in {name}, given {type(self.matrix).__name__}"
         given, weights = np.shape(self.target), self.weights
         if not given:
             return f"the target of {name} is an array [rows] or [rows, channels], given {self.target!r}"
@@ -225,7 +233,7 @@ class DataLoss:
             return None
         if weights is not None and not np.all(np.isfinite(weights) & (np.asarray(weights) >= 0)):
             return f"the weights of {name} must be finite and not negative"
-        if reason := own_refusal(self.scalar) or refuses_not_finite(f"matrix of {name}", self.matrix):
+        if reason := own_refusal(self.scalar):
             return reason
         target = np.asarray(self.target)
         seen: Any = True
@@ -240,13 +248,17 @@ class DataLoss:
             f"{place[0] if len(place) == 1 else place} ({int(wrong.sum())} such)"
         )
 
+    def refuses_matrix(self) -> str | None:
+        """Why the entries of the matrix cannot be used; apart from `refuses`, since it reads all of them."""
+        return refuses_not_finite(f"matrix of {self.name}", self.matrix)
+
     @property
     def name(self) -> str:
         """For error texts."""
         return "least squares" if self.is_square else f"the loss {type(self.scalar).__name__}"
 
 
-def LeastSquares(matrix: Any, target: Any, weights: Any = None) -> DataLoss:
+def LeastSquares(matrix: Any, target: Any, weights: Any = None, *, intercept: bool = False) -> DataLoss:
     """`value(x) = 1/2 sum_i w_i ((A x)_i - b_i)²`; the arguments are described in `DataLoss`.
 
     Example:
@@ -256,10 +268,10 @@ def LeastSquares(matrix: Any, target: Any, weights: Any = None) -> DataLoss:
         >>> np.asarray(so.solve(so.Problem(loss, so.L1(0.5)), tol=1e-5).check().value).round(2)
         array([1.5, 1. ], dtype=float32)
     """
-    return DataLoss(scalar.Squared(), matrix, target, weights)
+    return DataLoss(scalar.Squared(), matrix, target, weights, intercept=intercept)
 
 
-def LogisticLoss(matrix: Any, target: Any, weights: Any = None) -> DataLoss:
+def LogisticLoss(matrix: Any, target: Any, weights: Any = None, *, intercept: bool = False) -> DataLoss:
     """Logistic regression on labels 0 and 1, or proportions of ones: `so.scalar.Logistic` of the log-odds `A x`.
 
     Example:
@@ -267,32 +279,32 @@ def LogisticLoss(matrix: Any, target: Any, weights: Any = None) -> DataLoss:
         >>> so.solve(so.Problem(loss, so.L1(1.0))).check().value.round(2)
         array([0.76])
     """
-    return DataLoss(scalar.Logistic(), matrix, target, weights)
+    return DataLoss(scalar.Logistic(), matrix, target, weights, intercept=intercept)
 
 
-def PoissonLoss(matrix: Any, target: Any, weights: Any = None) -> DataLoss:
+def PoissonLoss(matrix: Any, target: Any, weights: Any = None, *, intercept: bool = False) -> DataLoss:
     """Poisson regression of counts: `so.scalar.Poisson` of the log-rates `A x`."""
-    return DataLoss(scalar.Poisson(), matrix, target, weights)
+    return DataLoss(scalar.Poisson(), matrix, target, weights, intercept=intercept)
 
 
-def SquaredHingeLoss(matrix: Any, target: Any, weights: Any = None) -> DataLoss:
+def SquaredHingeLoss(matrix: Any, target: Any, weights: Any = None, *, intercept: bool = False) -> DataLoss:
     """Support vector machine on labels -1 and 1: `so.scalar.SquaredHinge` of the scores `A x`."""
-    return DataLoss(scalar.SquaredHinge(), matrix, target, weights)
+    return DataLoss(scalar.SquaredHinge(), matrix, target, weights, intercept=intercept)
 
 
-def HuberLoss(matrix: Any, target: Any, delta: Any = 1.0, weights: Any = None) -> DataLoss:
+def HuberLoss(matrix: Any, target: Any, delta: Any = 1.0, weights: Any = None, *, intercept: bool = False) -> DataLoss:
     """Regression with outliers: `so.scalar.Huber(delta)` of the residuals `A x - b`."""
-    return DataLoss(scalar.Huber(delta), matrix, target, weights)
+    return DataLoss(scalar.Huber(delta), matrix, target, weights, intercept=intercept)
 
 
-def AbsoluteLoss(matrix: Any, target: Any, weights: Any = None) -> DataLoss:
+def AbsoluteLoss(matrix: Any, target: Any, weights: Any = None, *, intercept: bool = False) -> DataLoss:
     """Median regression: the sum of the absolute residuals `|A x - b|`, `so.scalar.Absolute`."""
-    return DataLoss(scalar.Absolute(), matrix, target, weights)
+    return DataLoss(scalar.Absolute(), matrix, target, weights, intercept=intercept)
 
 
-def QuantileLoss(matrix: Any, target: Any, level: Any, weights: Any = None) -> DataLoss:
+def QuantileLoss(matrix: Any, target: Any, level: Any, weights: Any = None, *, intercept: bool = False) -> DataLoss:
     """Quantile regression at a level between 0 and 1: `so.scalar.Quantile(level)` of the residuals `A x - b`."""
-    return DataLoss(scalar.Quantile(level), matrix, target, weights)
+    return DataLoss(scalar.Quantile(level), matrix, target, weights, intercept=intercept)
 
 
 def as_least_squares(loss: Quadratic) -> DataLoss:

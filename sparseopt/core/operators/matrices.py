@@ -57,15 +57,20 @@ class Dense(Matrix):
     def squared(self, dtype: Any) -> "Dense":
         return Dense(jnp.asarray(self.matrix, dtype) ** 2)
 
+    def take(self, places: Any) -> Any:
+        """Some columns, as rows `[k, rows]`."""
+        return jnp.take(self.matrix, places, axis=1).T
+
 
 @pytree
 class SparseMatrix(Matrix):
-    """A sparse matrix given by the coordinates of its entries."""
+    """A sparse matrix given by the coordinates of its entries, in the order of its columns until `interleaved`."""
 
     values: Any  # `[entries]`
     rows: Any  # int32 `[entries]`
     columns: Any  # int32 `[entries]`
     shape: tuple[int, int] = static()
+    mixed: bool = static(default=False)  # whether the entries are interleaved
 
     def _scatter(self, x: FloatArray, taken: Any, given: Any, size: int) -> FloatArray:
         values = jnp.asarray(self.values)
@@ -84,19 +89,69 @@ class SparseMatrix(Matrix):
     def squared(self, dtype: Any) -> "SparseMatrix":
         return dataclasses.replace(self, values=jnp.asarray(self.values, dtype) ** 2)
 
+    def take(self, places: Any) -> Any:
+        """Some columns, as dense rows `[k, rows]`."""
+        count = places.shape[0]
+        place = jnp.full(self.shape[1], count).at[places].set(jnp.arange(count))
+        values = jnp.asarray(self.values)
+        return jnp.zeros((count + 1, self.shape[0]), values.dtype).at[place[self.columns], self.rows].add(values)[:-1]
+
+    def on_host(self) -> sparse.csc_array:
+        """The matrix of SciPy, without a copy as long as its entries are in order."""
+        if self.mixed:
+            return sparse.csc_array((self.values, (self.rows, self.columns)), shape=self.shape)
+        ends = np.cumsum(np.bincount(self.columns, minlength=self.shape[1]))
+        return sparse.csc_array((self.values, self.rows, np.append(0, ends)), shape=self.shape)
+
+    def interleaved(self) -> "SparseMatrix":
+        """The first entries of all columns, then the second ones, and so on.
+
+        Consecutive sums into one place wait for each other, so products in the order of the matrix are half as fast.
+        """
+        if self.mixed or is_traced(self):
+            return self
+        columns = np.asarray(self.columns)
+        counts = np.bincount(columns, minlength=self.shape[1])
+        rank = np.arange(columns.size) - np.repeat(np.cumsum(counts) - counts, counts)
+        order = np.argsort(rank, kind="stable")
+        values, rows, columns = (np.asarray(part)[order] for part in (self.values, self.rows, columns))
+        return SparseMatrix(values, rows, columns, self.shape, True)
+
+
+@pytree
+class WithOnes(Matrix):
+    """A matrix with a column of ones behind its last one, which an intercept multiplies."""
+
+    matrix: Any  # a Dense or a SparseMatrix
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.matrix.shape[0], self.matrix.shape[1] + 1
+
+    def mv(self, x: FloatArray) -> FloatArray:
+        return self.matrix.mv(x[:-1]) + x[-1]
+
+    def rmv(self, e: FloatArray) -> FloatArray:
+        return jnp.concatenate([self.matrix.rmv(e), jnp.sum(e, axis=0)[None]])
+
+    def squared(self, dtype: Any) -> "WithOnes":
+        return WithOnes(self.matrix.squared(dtype))
+
+    def take(self, places: Any) -> Any:
+        last = self.matrix.shape[1]
+        rows = self.matrix.take(jnp.minimum(places, last - 1))
+        return jnp.where((places == last)[:, None], 1, rows)
+
 
 def linear_map(given: Any) -> Any:
     """The linear map of a dense or SciPy sparse matrix, or of a list of rows; anything else, as None, unchanged."""
     if sparse.issparse(given):
-        columns = sparse.csc_array(given)
-        # The first entries of all columns, then the second ones, and so on: consecutive sums into one place wait for
-        # each other, so products in the order of the matrix are half as fast.
-        counts = np.diff(columns.indptr)
-        rank = np.arange(columns.nnz) - np.repeat(columns.indptr[:-1], counts)
-        order = np.argsort(rank, kind="stable")
-        column = np.repeat(np.arange(columns.shape[1], dtype=np.int32), counts)
-        rows = columns.indices.astype(np.int32)
-        return SparseMatrix(columns.data[order], rows[order], column[order], columns.shape)
+        matrix = sparse.csc_array(given)
+        if not matrix.has_canonical_format:
+            matrix = matrix.copy()  # not in the caller's arrays
+            matrix.sum_duplicates()
+        columns = np.repeat(np.arange(matrix.shape[1], dtype=np.int32), np.diff(matrix.indptr))
+        return SparseMatrix(matrix.data, matrix.indices.astype(np.int32, copy=False), columns, matrix.shape)
     if isinstance(given, list | tuple):
         given = real_array("a matrix", given)
     if isinstance(given, np.ndarray | jax.Array) and given.ndim == 2:
@@ -111,7 +166,7 @@ def known_matrix(given: Any) -> Any | None:
     if isinstance(given, Dense):
         return np.asarray(given.matrix)
     if isinstance(given, SparseMatrix):
-        return sparse.csr_array((given.values, (given.rows, given.columns)), shape=given.shape)
+        return sparse.csr_array(given.on_host())
     return given.matrix() if isinstance(given, PROVEN) and hasattr(given, "matrix") else None
 
 

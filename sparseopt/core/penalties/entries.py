@@ -69,6 +69,9 @@ class L1(_OnEntries):
     def dual_norm(self, dual: FloatArray) -> Float[Array, ""]:
         return largest_ratio(jnp.abs(dual), self.weight)
 
+    def entry_terms(self) -> tuple[Any, Any, Any, Any]:
+        return self.weight, 0.0, -np.inf, np.inf
+
 
 @pytree
 class ElasticNet(_OnEntries):
@@ -103,6 +106,9 @@ class ElasticNet(_OnEntries):
     def dual_norm(self, dual: FloatArray) -> Float[Array, ""]:
         """0 for positive ridges; the largest `|dual| / weight` of entries without one."""
         return largest_ratio(jnp.where(jnp.asarray(self.ridge) > 0, 0, jnp.abs(dual)), self.weight)
+
+    def entry_terms(self) -> tuple[Any, Any, Any, Any]:
+        return self.weight, self.ridge, -np.inf, np.inf
 
 
 @pytree

@@ -114,6 +114,9 @@ class _Interval(Ended):
         unbounded = jnp.where(dual > 0, high == jnp.inf, low == -jnp.inf)
         return largest_ratio(jnp.where(unbounded, jnp.abs(dual), 0), self.weight)
 
+    def entry_terms(self) -> tuple[Any, Any, Any, Any]:
+        return self.weight, 0.0, self.low, self.high
+
 
 @pytree
 class Nonnegative(_Interval):

@@ -6,11 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
-from sparseopt.core.base.types import FloatArray, Scalar, pytree, static
+from sparseopt.core.base.arguments import own_refusal
+from sparseopt.core.base.types import FloatArray, Scalar, is_traced, pytree, static
 from sparseopt.core.operators.differences import spread
-from sparseopt.core.penalties.protocols import Penalty, gauge, has_conjugate, is_norm
+from sparseopt.core.penalties.protocols import Penalty, gauge, has_conjugate, is_convex, is_norm
 
 
 @pytree
@@ -87,6 +89,28 @@ class Sum:
 
     def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
         return jnp.concatenate([penalty.prox(part, level) for penalty, part, level in self._parts(x, step)])
+
+    @property
+    def separable(self) -> bool:
+        return all(getattr(penalty, "separable", False) for penalty in self.penalties)
+
+    @property
+    def convex(self) -> bool:
+        return all(map(is_convex, self.penalties))
+
+    @property
+    def entry_terms(self) -> Any:
+        """As in `core.working_sets.entry_terms`; absent if a penalty has none."""
+        parts = [penalty.entry_terms for penalty in self.penalties]
+        arrays: Any = jnp if is_traced(self) else np
+
+        def joined(numbers: tuple) -> Any:
+            return arrays.concatenate(list(map(arrays.broadcast_to, numbers, self.sizes)))
+
+        return lambda: tuple(map(joined, zip(*(part() for part in parts), strict=True)))
+
+    def refuses(self) -> str | None:
+        return next(filter(None, map(own_refusal, self.penalties)), None)
 
 
 @pytree

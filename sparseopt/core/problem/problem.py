@@ -16,9 +16,10 @@ from jaxtyping import Array, Float
 
 from sparseopt.core.base.arguments import finite_number, is_positive
 from sparseopt.core.base.types import FloatArray, is_traced, pytree
-from sparseopt.core.operators.matrices import linear_map
+from sparseopt.core.operators.matrices import Matrix, linear_map
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.penalties.protocols import is_composite
+from sparseopt.core.penalties.sums import Sum, stack
 from sparseopt.system.report import Fact, html_facts, spread
 
 # The numbers of solvers that must be above 0.
@@ -52,6 +53,11 @@ class Problem:
         object.__setattr__(self, "operator", linear_map(self.operator))
         if self.penalty is None:
             object.__setattr__(self, "penalty", L1(0.0))
+        if getattr(self.loss, "intercept", False) and self.operator is None and not isinstance(self.penalty, Sum):
+            matrix = self.loss.matrix
+            if isinstance(matrix, Matrix) and hasattr(self.penalty, "prox"):
+                both = stack([self.penalty, L1(0.0)], [matrix.shape[1] - 1, 1])
+                object.__setattr__(self, "penalty", both)
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
         """The objective at x: `loss(x) + penalty(operator x)`, +inf outside a constraint."""
@@ -152,6 +158,8 @@ class Solver(Protocol):
       `operator x`; None for one that it does not find. Derivatives of a solution with an operator need them.
     * `solves(problem, state)`: the problem that the answer solves, if it is not the one given, such as one at another
       level; derivatives follow from it.
+    * `on_host(problem, start, tol, max_steps)`: the solution by another way, for arrays that are known; None if they
+      are not.
     * `prox_step(problem, state)`, or an attribute `step_size` of the state: the step of the penalty's prox, one number
       or one per entry. Derivatives for a penalty that is not convex need it.
     """

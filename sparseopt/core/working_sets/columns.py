@@ -1,0 +1,144 @@
+"""The columns of a matrix on the host: products with all of them, and copies of a few.
+
+A column of ones, which an intercept multiplies, may stand behind the last one; it is not stored.
+"""
+
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+
+from sparseopt.core.operators.matrices import SparseMatrix, WithOnes
+
+
+class Columns:
+    """A dense or SciPy sparse (CSC) matrix `[rows, columns]`, with or without a last column of ones."""
+
+    def __init__(self, matrix: Any, ones: bool = False) -> None:
+        if matrix.dtype not in (np.float32, np.float64):
+            matrix = matrix.astype(np.float64)
+        self.matrix, self.ones = matrix, ones
+        self.eps = float(np.finfo(matrix.dtype).eps)
+        self.sparse = sparse.issparse(matrix)
+        self.count = matrix.shape[1] + ones
+
+    def pull(self, e: np.ndarray) -> np.ndarray:
+        """`Aᵀ e` in float64."""
+        narrow = e.astype(self.matrix.dtype, copy=False)
+        product = self.matrix.T @ narrow if self.sparse else narrow @ self.matrix
+        return np.append(product, e.sum()) if self.ones else product.astype(np.float64, copy=False)
+
+    def image(self, x: np.ndarray) -> np.ndarray:
+        """`A x` in float64, reading only the columns of entries that are not 0."""
+        main = x[:-1] if self.ones else x
+        seen = np.flatnonzero(main)
+        if not seen.size:
+            z = np.zeros(self.matrix.shape[0])
+        elif 4 * seen.size > main.size:
+            z = self.matrix @ main
+        else:
+            z = self.matrix[:, seen] @ main[seen]
+        return z + x[-1] if self.ones else z
+
+    def lengths(self, places: np.ndarray) -> np.ndarray:
+        """The norms of some columns."""
+        main = places[places < self.matrix.shape[1]]
+        part = self.matrix[:, main]
+        squares = part.multiply(part).sum(axis=0) if self.sparse else np.einsum("ij,ij->j", part, part)
+        found = np.full(places.size, float(part.shape[0]))
+        found[places < self.matrix.shape[1]] = np.asarray(squares).reshape(-1)
+        return np.sqrt(found)
+
+    def take(self, places: np.ndarray) -> "Columns":
+        """A copy of some columns, in the order given; the ones, if there, are the last."""
+        main = places[:-1] if self.ones else places
+        if self.sparse:
+            return Columns(self.matrix[:, main], self.ones)
+        # Rows of the transpose are read in memory order if they can be.
+        part = self.matrix.T[main].T if self.matrix.flags.f_contiguous else self.matrix[:, main]
+        return Columns(part, self.ones)
+
+
+def columns_of(given: Any) -> Columns:
+    """The columns of a `Dense`, `SparseMatrix` or `WithOnes`, whose entries are known."""
+    ones = isinstance(given, WithOnes)
+    inner = given.matrix if ones else given
+    return Columns(inner.on_host() if isinstance(inner, SparseMatrix) else np.asarray(inner.matrix), ones)
+
+
+class Chosen:
+    """Columns that were chosen so far, as rows `[k, rows]`, centred if there is an intercept, and their Gram matrix.
+
+    What is known stays when more are chosen, so a solve computes every inner product once.
+    """
+
+    def __init__(self, columns: Columns, weights: Any) -> None:
+        self.columns, self.weights = columns, weights  # weights: of the rows in the Gram matrix; None for no matrix
+        self.place = np.full(columns.count, -1)  # of every column among the chosen
+        self.ids = np.zeros(0, np.int64)
+        self.gram = np.zeros((0, 0))
+        self.means = np.zeros(0)
+        self.rows: Any = None
+
+    def choose(self, wanted: np.ndarray) -> np.ndarray:
+        """Hold these columns, sorted; return them in the order in which they are held."""
+        places = self.place[wanted]
+        new, old = wanted[places < 0], places[places >= 0]
+        kept, total = old.size, wanted.size
+        if not new.size and kept == self.ids.size:
+            return self.ids
+        fresh, means = self._read(new)
+        if not kept:
+            rows = fresh
+        elif self.columns.sparse:
+            rows = sparse.vstack([self.rows[old], fresh]).tocsr()
+        else:
+            rows = np.empty((total, fresh.shape[1]))
+            np.take(self.rows, old, axis=0, out=rows[:kept])
+            rows[kept:] = fresh
+        self.place[self.ids] = -1
+        self.ids = np.concatenate([self.ids[old], new])
+        self.place[self.ids] = np.arange(total)
+        self.means, self.rows = np.concatenate([self.means[old], means]), rows
+        if self.weights is not None:
+            gram = np.empty((total, total))
+            gram[:kept, :kept] = self.gram[np.ix_(old, old)]
+            gram[kept:] = inner(fresh, rows, self.weights)
+            gram[:kept, kept:] = gram[kept:, :kept].T
+            self.gram = gram
+        return self.ids
+
+    def _read(self, places: np.ndarray) -> tuple[Any, np.ndarray]:
+        columns, means = self.columns, np.zeros(places.size)
+        ends = columns.ones and places.size > 0 and places[-1] == columns.count - 1
+        main = places[:-1] if ends else places
+        if columns.sparse:
+            rows = columns.matrix[:, main].T.tocsr()
+            if ends:
+                rows = sparse.vstack([rows, np.ones((1, rows.shape[1]))]).tocsr()
+            return rows, means
+        if main.size == columns.matrix.shape[1] and not columns.ones:
+            rows = columns.matrix.T
+            return rows if rows.dtype == np.float64 else rows.astype(np.float64), means
+        rows = np.ones((places.size, columns.matrix.shape[0]))
+        rows[: main.size] = columns.matrix.T[main]
+        if columns.ones:
+            means[: main.size] = rows[: main.size].mean(axis=1)
+            rows[: main.size] -= means[: main.size, None]
+        return rows, means
+
+
+def inner(some: Any, others: Any, weights: Any) -> np.ndarray:
+    """The inner products of rows `[k, n]` with rows `[m, n]`, weighted."""
+    if sparse.issparse(some):
+        left = some if weights is None or np.ndim(weights) == 0 else some.multiply(weights).tocsr()
+        product = (left @ others.T).toarray()
+    elif some is others and np.ndim(weights) == 0:
+        product = some @ some.T  # one call that computes half of it
+    elif some is others:
+        half = some * np.sqrt(weights)
+        return half @ half.T
+    else:
+        left = some if np.ndim(weights) == 0 else some * weights
+        product = left @ others.T
+    return product if weights is None or np.ndim(weights) else product * float(weights)

@@ -1,0 +1,180 @@
+"""The quadratic problem of a working set: coordinate steps in a compiled loop, then Newton steps on the support.
+
+    minimise over w    1/2 <w - start, G (w - start)> + <q, w - start> + sum_j g_j(w_j)
+
+with g of `EntryTerms`. Coordinate steps find the support; a Newton step solves the linear system on it exactly, up to
+the first entry that would leave its piece.
+
+Source: Friedman, Hastie and Tibshirani, "Regularization paths for generalized linear models via coordinate descent",
+JSS 33 (2010), for steps on the Gram matrix; Bertrand, Klopfenstein, Bannier, Gidel and Massias, "Beyond L1", 2022, for
+coordinate steps followed by an acceleration on the support.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from sparseopt.core.working_sets.entry_terms import EntryTerms
+
+# Coordinate passes between two Newton steps; most of these pairs; Newton steps in a row.
+PASSES, MOST_PAIRS, MOST_NEWTON = 3, 100, 2
+# Pairs in one step under `jit`.
+TRACED_PAIRS = 4
+# A Hessian that is not positive definite up to rounding is shifted by these multiples of its diagonal.
+SHIFTS = (0.0, 1e-12, 1e-9, 1e-6)
+SMALLEST = 64
+
+
+@jax.jit
+def coordinate_steps(
+    gram: Float[Array, "k k"], both: Float[Array, "2 k"], terms: Float[Array, "4 k"], steps: Any, count: Any
+) -> Float[Array, "2 k"]:
+    """W and the gradient q after `steps` exact minimisations over one entry, in turn over the first `count`."""
+    weight, ridge, low, high = terms
+    square = jnp.diagonal(gram)
+    # A column of zeros with no ridge: any positive number sends the entry to its resting place.
+    divisor = jnp.maximum(square + ridge, 1e-150)
+
+    def step(_: Any, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        w, q, j = carry
+        z = w[j] * (divisor[j] - ridge[j]) - q[j]
+        new = jnp.sign(z) * jnp.maximum(jnp.abs(z) - weight[j], 0) / divisor[j]
+        new = jnp.clip(new, low[j], high[j])
+        return w.at[j].set(new), q + (new - w[j]) * gram[j], jnp.where(j + 1 == count, 0, j + 1)
+
+    w, q, _ = jax.lax.fori_loop(0, steps, step, (*both, 0))
+    return jnp.stack([w, q])
+
+
+def traced_minimise(gram: Array, q: Array, w: Array, terms: Array) -> Array:
+    """The same steps under `jit`, TRACED_PAIRS times, with one Newton step after coordinate passes."""
+    count = w.size
+    weight, ridge, low, high = terms
+
+    def value(w: Array) -> Array:
+        return jnp.sum(weight * jnp.abs(w) + 0.5 * ridge * w * w)
+
+    def pair(_: Any, both: Array) -> Array:
+        w, q = coordinate_steps(gram, both, terms, PASSES * count, count)
+        moving = ((w != 0) | (weight == 0)) & (w > low) & (w < high)
+        both_move = moving[:, None] & moving
+        hessian = jnp.where(both_move, gram, 0) + jnp.diag(jnp.where(moving, ridge, 1))
+        hessian += SHIFTS[1] * jnp.diag(jnp.diagonal(hessian))
+        slope = jnp.where(moving, q + ridge * w + weight * jnp.sign(w), 0)
+        way = -jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(hessian), True), slope)
+        sign = jnp.where(weight > 0, jnp.sign(w), 0)
+        ends = jnp.where(sign > 0, jnp.maximum(low, 0), low), jnp.where(sign < 0, jnp.minimum(high, 0), high)
+        full = w + way
+        leaves = moving & ((full < ends[0]) | (full > ends[1]))
+        end = jnp.where(full < ends[0], ends[0], ends[1])
+        share = jnp.where(leaves, (end - w) / jnp.where(leaves, way, 1), 1)
+        first = jnp.min(share)
+        clipped = jnp.where(leaves, end, full)
+        edge = jnp.where(leaves & (share <= first), end, w + first * way)
+
+        def better(old: tuple, new: Array) -> tuple:
+            w, q = old
+            q_new = q + gram @ (new - w)
+            change = 0.5 * (q + q_new) @ (new - w) + value(new) - value(w)
+            return jax.tree.map(lambda a, b: jnp.where(change < 0, a, b), (new, q_new), old)
+
+        return jnp.stack(better(better((w, q), edge), clipped))
+
+    return jax.lax.fori_loop(0, TRACED_PAIRS, pair, jnp.stack([w, q]))[0]
+
+
+def round_up(count: int) -> int:
+    """The next power of two, so that few programs are compiled."""
+    return max(SMALLEST, 1 << (count - 1).bit_length())
+
+
+def minimise(gram: np.ndarray, q: np.ndarray, w: np.ndarray, terms: EntryTerms, enough: float) -> np.ndarray:
+    """The w at which a further coordinate step would gain at most `enough` over all entries.
+
+    It stops earlier where rounding leaves nothing to gain, and after MOST_PAIRS.
+    """
+    count = q.size
+    size = round_up(count)
+    padded, packed = np.zeros((size, size)), np.zeros((4, size))
+    padded[:count, :count], packed[:, :count] = gram, terms.all
+    divisor = np.maximum(gram.diagonal() + terms.ridge, 1e-150)
+    for _ in range(MOST_PAIRS):
+        before, both = (w, q), np.zeros((2, size))
+        both[:, :count] = w, q
+        w, q = np.array(coordinate_steps(padded, both, packed, PASSES * count, count))[:, :count]
+        w, q = _newton(gram, q, w, terms)
+        z = w * (divisor - terms.ridge) - q
+        move = np.sign(z) * np.maximum(np.abs(z) - terms.weight, 0) / divisor
+        move = terms.inside(move) - w
+        if divisor @ (move * move) <= enough or _change(*before, w, q, terms) >= -1e-15 * abs(terms.value(w)):
+            break
+    return w
+
+
+def _change(w: np.ndarray, q: np.ndarray, new: np.ndarray, q_new: np.ndarray, terms: EntryTerms) -> float:
+    """How much the objective changes between two points with their gradients."""
+    return 0.5 * float((q + q_new) @ (new - w)) + terms.value(new) - terms.value(w)
+
+
+def _newton(gram: np.ndarray, q: np.ndarray, w: np.ndarray, terms: EntryTerms) -> tuple[np.ndarray, np.ndarray]:
+    """Newton steps on the entries that are on a smooth piece of g, until one ends inside all pieces."""
+    for _ in range(MOST_NEWTON):
+        moving = (w != 0) | (terms.weight == 0) if terms.weightless else w != 0
+        if terms.bounded:
+            moving &= (w > terms.low) & (w < terms.high)
+        free = moving.nonzero()[0]
+        if not free.size:
+            break
+        at, sign, rows = w[free], np.sign(w[free]), gram[free]
+        _, ridge, low, high = terms.all[:, free]
+        slope = q[free] + ridge * at + terms.weight[free] * sign
+        way = _direction(rows[:, free], slope, ridge)
+        if way is None:
+            break
+        # The piece of every entry.
+        if terms.weightless:
+            sign = np.where(terms.weight[free] > 0, sign, 0)
+        low, high = np.where(sign > 0, np.maximum(low, 0), low), np.where(sign < 0, np.minimum(high, 0), high)
+        full = at + way
+        leaves = (full < low) | (full > high)
+        ended = not leaves.any()
+        ends = np.where(full < low, low, high)
+        target = np.where(leaves, ends, full)
+        new, q_new, change = _moved(gram, rows, q, w, terms, free, target)
+        if not ended and change >= 0:
+            share = np.where(leaves, (ends - at) / np.where(leaves, way, 1), 1)
+            target = np.where(leaves & (share <= share.min()), ends, at + share.min() * way)
+            new, q_new, change = _moved(gram, rows, q, w, terms, free, target)
+        if change >= 0:
+            break
+        w, q = new, q_new
+        if ended:
+            break
+    return w, q
+
+
+def _moved(
+    gram: np.ndarray, rows: np.ndarray, q: np.ndarray, w: np.ndarray, terms: EntryTerms, free: np.ndarray, target: Any
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """The point with other free entries, its gradient, and the change of the objective."""
+    new = w.copy()
+    new[free] = target
+    q_new = q + (target - w[free]) @ rows
+    return new, q_new, _change(w, q, new, q_new, terms)
+
+
+def _direction(hessian: np.ndarray, gradient: np.ndarray, ridge: np.ndarray) -> np.ndarray | None:
+    from scipy.linalg.lapack import dpotrf, dpotrs  # here: it takes as long to import as NumPy
+
+    places = (np.arange(ridge.size),) * 2
+    hessian[places] += ridge
+    squares = hessian[places].copy()
+    for shift in SHIFTS:
+        hessian[places] = squares * (1 + shift)
+        factor, failed = dpotrf(hessian, lower=1)
+        if not failed:
+            return dpotrs(factor, -gradient, lower=1)[0]
+    return None

@@ -1,0 +1,159 @@
+"""The solver `WorkingSet`: rounds on the host for arrays that are known, and a pure form with a static size.
+
+Both choose columns, take coordinate and Newton steps on them (`restricted`), and measure the gap with all.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparseopt.core.base.types import is_on_cpu, precision, pytree, static
+from sparseopt.core.operators.matrices import Dense, SparseMatrix, WithOnes
+from sparseopt.core.problem.certify import certificate
+from sparseopt.core.problem.problem import Measure, PlainSolver, Problem, Progress, Solution, Status, needs
+from sparseopt.core.working_sets.columns import columns_of
+from sparseopt.core.working_sets.entry_terms import EntryTerms
+from sparseopt.core.working_sets.restricted import traced_minimise
+from sparseopt.core.working_sets.rounds import FLAT, PATIENCE, TINY, Found, Proof, SmoothFit, SquareFit, rounds
+
+
+@pytree
+class WorkingSetState:
+    """The state of `WorkingSet` under `jit` and `vmap`."""
+
+    x: Any
+    image: Any  # of x
+    objective: Any
+    gap: Any
+    dual: Any
+    progress: Any
+
+
+@pytree
+class WorkingSet(PlainSolver):
+    """Coordinate and Newton steps on few columns at a time, for a smooth loss of a matrix and a penalty on entries.
+
+    The loss is a `DataLoss` with a matrix and a target `[rows]`; the penalty is L1, ElasticNet, Box or Nonnegative,
+    with numbers that may differ between entries. The residual is the relative duality gap. A step is a round: one
+    product with all columns, and the solution on the columns that matter, about as many as the answer has non-zeros.
+
+    With known arrays on a CPU the set grows as far as it must, and a few small programs serve all sizes. Under `jit`,
+    `vmap` and `grad` and on other devices it has a static size: an answer with more non-zeros than that is not found,
+    and the status is MAX_STEPS.
+
+    Attributes:
+        most: the size of the set under `jit`.
+    """
+
+    most: int = static(default=128)
+
+    def refuses(self, problem: Problem) -> str | None:
+        """Why it cannot solve a problem, or None."""
+        if reason := needs(self, problem, loss="value gradient scalar matrix", penalty="value prox entry_terms"):
+            return reason
+        if not (isinstance(problem.loss.matrix, Dense | SparseMatrix | WithOnes) and np.ndim(problem.loss.target) == 1):
+            return (
+                "WorkingSet needs a dense or SciPy sparse matrix and a target [rows]; use AcceleratedProximalGradient"
+            )
+        return None if problem.loss.smooth else "WorkingSet needs a smooth loss; use PrimalDual"
+
+    def on_host(self, problem: Problem, start: Any, tol: float, max_steps: int) -> Solution | None:
+        """The solution by the form without a static size; None if an array is traced or not on a CPU."""
+        if not is_on_cpu((problem, start, tol, max_steps)):
+            return None
+        loss, kind = problem.loss, np.dtype(start.dtype)
+        columns = columns_of(loss.matrix)
+        x = np.array(start, np.float64)
+        terms = EntryTerms(x.size, *problem.penalty.entry_terms())
+        weights = None if loss.weights is None else np.broadcast_to(loss.weights, loss.target.shape).astype(np.float64)
+        target = np.asarray(loss.target, np.float64)
+        if weights is not None:
+            target = np.where(weights > 0, target, target[np.argmax(weights)])
+        x = terms.inside(x)
+        with precision(np.dtype(np.float64)):
+            fit = SquareFit(target, weights) if loss.is_square else SmoothFit(loss.scalar, target, weights)
+            z = columns.image(x)
+            now = fit.at(z)
+            gradient = columns.pull(now.slope)
+            if not np.isfinite(gradient).all() and (reason := loss.refuses_matrix()):
+                raise ValueError(reason)
+            found = rounds(fit, columns, terms, x, (z, now, gradient), tol, max_steps)
+            value = x.astype(kind)
+            proof = Proof(found.objectives[-1], found.gaps[-1], found.dual)
+            if kind != x.dtype:  # the answer is the rounded one; the bound stays
+                rounded = value.astype(np.float64)
+                objective = fit.at(columns.image(rounded)).value + terms.value(rounded)
+                bound = proof.objective / (1 + proof.gap)
+                proof = Proof(objective, proof.gap + (objective - proof.objective) / max(bound, TINY), proof.dual)
+        return _solution(value, proof, found, tol, max_steps)
+
+    def init(self, problem: Problem, start: Any) -> WorkingSetState:
+        image = problem.loss.image(start)
+        far = jnp.full((), jnp.inf, start.dtype)
+        return self._checked(
+            problem, WorkingSetState(start, image, far, far, start, Progress(far, jnp.zeros((), jnp.int32)))
+        )
+
+    def _checked(self, problem: Problem, state: WorkingSetState) -> WorkingSetState:
+        loss, x = problem.loss, state.x
+        objective = loss.value_at(x, state.image) + problem.penalty.value(x)
+        slope = loss.rows.gradient(state.image)
+        gap = certificate(problem, x, state.image, slope).gap
+        return dataclasses.replace(
+            state, objective=objective, gap=gap, dual=-loss.pull(slope), progress=state.progress.after(gap)
+        )
+
+    def step(self, problem: Problem, state: WorkingSetState) -> WorkingSetState:
+        loss, x, c = problem.loss, state.x, -state.dual
+        size = min(self.most, x.size)
+        terms = jnp.stack(
+            [jnp.broadcast_to(jnp.asarray(row, x.dtype), x.shape) for row in problem.penalty.entry_terms()]
+        )
+        weight = jnp.maximum(terms[0], jnp.finfo(x.dtype).tiny)
+        outwards = jnp.where(c < 0, x < terms[3], x > terms[2])
+        score = jnp.where((x != 0) | (terms[0] == 0), jnp.inf, jnp.where(outwards, jnp.abs(c), 0) / weight)
+        _, wanted = jax.lax.top_k(score, size)
+        rows, part, w = loss.matrix.take(wanted), terms[:, wanted], x[wanted]
+        data = loss.rows
+        derivative = partial(data.scalar.derivative, y=data.target)
+        curve = jax.jvp(derivative, (state.image,), (jnp.ones_like(state.image),))[1]
+        curve = data.weigh(jnp.maximum(curve, FLAT * jnp.mean(curve)))
+        gram = (rows * curve) @ rows.T
+        new = traced_minimise(gram, c[wanted], w, part)
+        way = new - w
+        along = way @ rows
+        shares = jnp.append(0.5 ** jnp.arange(12, dtype=x.dtype), 0)
+
+        def objective(share: Any) -> Any:
+            moved = jnp.where(share == 1, new, w + share * way)
+            weight, ridge = part[:2]
+            return data.value(state.image + share * along) + jnp.sum(weight * jnp.abs(moved) + 0.5 * ridge * moved**2)
+
+        values = jax.vmap(objective)(shares)
+        share = shares[jnp.nanargmin(values)]
+        x = x.at[wanted].set(jnp.where(share == 1, new, w + share * way))
+        return self._checked(problem, dataclasses.replace(state, x=x, image=loss.image(x)))
+
+    def measure(self, problem: Problem, state: WorkingSetState) -> Measure:
+        return Measure(state.gap, state.objective, state.gap, stalled=state.progress.has_stalled(state.gap, PATIENCE))
+
+    def duals(self, problem: Problem, state: WorkingSetState) -> tuple[None, Any]:
+        return None, state.dual
+
+
+def _solution(x: np.ndarray, proof: Proof, found: Found, tol: float, max_steps: int) -> Solution:
+    """The answer of the host, with the arrays of JAX where its types allow."""
+    steps = len(found.gaps) - 1
+    if proof.gap <= tol:
+        status = Status.CONVERGED
+    elif not (np.isfinite(x).all() and np.isfinite(proof.objective)):
+        status = Status.NONFINITE
+    else:
+        status = Status.MAX_STEPS if steps >= max_steps else Status.PRECISION
+    residual, objective, gap = (np.asarray(number, x.dtype) for number in (proof.gap, proof.objective, proof.gap))
+    dual = None if proof.dual is None else proof.dual.astype(x.dtype)
+    return Solution(x, np.int32(status), np.int32(steps), residual, objective, gap, dual=dual)
