@@ -25,12 +25,14 @@ from sparseopt.core.losses.data import (
     SquaredHingeLoss,
 )
 from sparseopt.core.losses.quadratic import Quadratic
+from sparseopt.core.path import path
 from sparseopt.core.penalties.entries import L0, L1, MCP, SCAD, ElasticNet, LHalf, LogSum
 from sparseopt.core.penalties.groups import GroupL2, NuclearNorm, SparseGroup
 from sparseopt.core.penalties.patterns import NM, BlockTopK, Grid, GroupTopK, RowTopK, TopK
 from sparseopt.core.penalties.sets import Box, Nonnegative, Simplex, Support
 from sparseopt.core.problem.problem import Problem, Solution, Status
 from sparseopt.core.proximal import proximal, proximal_adam
+from sparseopt.core.select import cross_validate, select
 from sparseopt.core.solve import chosen_solver, solve
 from sparseopt.core.solvers.accelerated import AcceleratedProximalGradient
 from sparseopt.core.solvers.maiht import Maiht
@@ -96,13 +98,16 @@ __all__ = [
     "WorkingSet",
     "chosen_solver",
     "core",
+    "cross_validate",
     "keep_programs",
     "models",
+    "path",
     "proximal",
     "proximal_adam",
     "pruning",
     "pytree",
     "scalar",
+    "select",
     "solve",
     "static",
     "trend",
@@ -120,13 +125,11 @@ MOVED = {
     "Solver": "so.core.Solver",
     "TrendPath": "so.trend.TrendPath",
     "TrendSolver": "so.trend.TrendSolver",
-    "cross_validate": "so.trend.cross_validate",
     "degrees_of_freedom": "so.trend.degrees_of_freedom",
     "largest_weight": "so.trend.largest_weight",
     "lift": "sparseopt.core.penalties.sums.Lifted",
     "noise_level": "so.trend.noise_level",
     "reweighted_trend_filter": "so.trend.reweighted",
-    "select": "so.trend.select",
     "trend_path": "so.trend.trend_path",
 }
 

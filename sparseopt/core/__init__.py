@@ -6,10 +6,23 @@ penalty, operator or solver implements.
 
 from sparseopt.core.losses.scalar import ScalarLoss
 from sparseopt.core.operators.maps import LinearMap
+from sparseopt.core.path import Path, largest_level
 from sparseopt.core.penalties.protocols import Composite, Conjugate, IterativeProx, Norm, Penalty
 from sparseopt.core.problem.problem import Measure, Solver
 
-__all__ = ["Composite", "Conjugate", "IterativeProx", "LinearMap", "Measure", "Norm", "Penalty", "ScalarLoss", "Solver"]
+__all__ = [
+    "Composite",
+    "Conjugate",
+    "IterativeProx",
+    "LinearMap",
+    "Measure",
+    "Norm",
+    "Path",
+    "Penalty",
+    "ScalarLoss",
+    "Solver",
+    "largest_level",
+]
 
 
 def __dir__() -> list[str]:

@@ -98,7 +98,7 @@ def chosen_solver(problem: Problem) -> Choice:
         >>> print(so.chosen_solver(so.Problem(loss, so.L1(1.0), np.diff(np.eye(3), axis=0))).why)
         an operator or a loss with kinks, and few unknowns: an inverse computed once saves many steps
     """
-    if reason := _refuses_problem(problem) or _refuses_matrix(problem):
+    if reason := refuses_problem(problem) or _refuses_matrix(problem):
         raise ValueError(reason)
     return _choose(problem)
 
@@ -171,7 +171,7 @@ def solve(
         >>> jax.grad(lambda weight: so.solve(so.Problem(problem.loss, so.L1(weight))).value.sum())(1.0)
         Array(0., dtype=float32, weak_type=True)
     """
-    if reason := _refuses_problem(problem):
+    if reason := refuses_problem(problem):
         raise ValueError(reason)
     problem, start, kind = _in_one_precision(problem, start)
     native = wide_types() or kind != np.float64
@@ -233,7 +233,7 @@ def _refuses_solver(solver: Any) -> str | None:
     return f"the solver is an object such as sparseopt.PrimalDual(), given {given}; {advice}"
 
 
-def _refuses_problem(problem: Any) -> str | None:
+def refuses_problem(problem: Any) -> str | None:
     """Why no solver can take it."""
     if not isinstance(problem, Problem):
         return f"solve needs a sparseopt.Problem(loss, penalty, operator=None), given {type(problem).__name__}"

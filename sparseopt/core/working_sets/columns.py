@@ -10,6 +10,11 @@ from scipy import sparse
 
 from sparseopt.core.operators.matrices import SparseMatrix, WithOnes
 
+# See `Columns.lazy`; and how far the bound of a product is widened for rounding.
+LAZY, LOOSE = 0.15, 1e-6
+# The smallest size of a Gram matrix, which is filled up with zeros.
+SMALLEST = 64
+
 
 class Columns:
     """A dense or SciPy sparse (CSC) matrix `[rows, columns]`, with or without a last column of ones."""
@@ -21,12 +26,21 @@ class Columns:
         self.eps = float(np.finfo(matrix.dtype).eps)
         self.sparse = sparse.issparse(matrix)
         self.count = matrix.shape[1] + ones
+        # Up to this share of the columns their copy and its product are cheaper than the product with all.
+        self.lazy = LAZY if self.sparse or matrix.flags.f_contiguous else LAZY / 4
 
     def pull(self, e: np.ndarray) -> np.ndarray:
         """`Aᵀ e` in float64."""
         narrow = e.astype(self.matrix.dtype, copy=False)
         product = self.matrix.T @ narrow if self.sparse else narrow @ self.matrix
         return np.append(product, e.sum()) if self.ones else product.astype(np.float64, copy=False)
+
+    def pull_some(self, e: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """Some entries of `Aᵀ e`."""
+        main = places[places < self.matrix.shape[1]]
+        narrow = e.astype(self.matrix.dtype, copy=False)
+        product = self.matrix[:, main].T @ narrow if self.sparse else self.matrix.T[main] @ narrow
+        return np.append(product, np.full(places.size - main.size, e.sum()))
 
     def image(self, x: np.ndarray) -> np.ndarray:
         """`A x` in float64, reading only the columns of entries that are not 0."""
@@ -40,14 +54,19 @@ class Columns:
             z = self.matrix[:, seen] @ main[seen]
         return z + x[-1] if self.ones else z
 
-    def lengths(self, places: np.ndarray) -> np.ndarray:
-        """The norms of some columns."""
-        main = places[places < self.matrix.shape[1]]
-        part = self.matrix[:, main]
+    def lengths(self, places: np.ndarray | None = None) -> np.ndarray:
+        """The norms of all columns, or of some."""
+        part = self.matrix if places is None else self.matrix[:, places[places < self.matrix.shape[1]]]
         squares = part.multiply(part).sum(axis=0) if self.sparse else np.einsum("ij,ij->j", part, part)
-        found = np.full(places.size, float(part.shape[0]))
-        found[places < self.matrix.shape[1]] = np.asarray(squares).reshape(-1)
-        return np.sqrt(found)
+        count = self.count if places is None else places.size
+        more = np.full(count - part.shape[1], float(part.shape[0]))
+        return np.sqrt(np.append(np.asarray(squares, np.float64).reshape(-1), more))
+
+    def gram(self, places: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """The weighted inner products of some columns."""
+        chosen = Chosen(self, None)
+        rows = chosen.read(places)[0]
+        return inner(rows, rows, weights)
 
     def take(self, places: np.ndarray) -> "Columns":
         """A copy of some columns, in the order given; the ones, if there, are the last."""
@@ -59,6 +78,11 @@ class Columns:
         return Columns(part, self.ones)
 
 
+def round_up(count: int) -> int:
+    """The next power of two, at least SMALLEST, so that few programs are compiled."""
+    return max(SMALLEST, 1 << (count - 1).bit_length())
+
+
 def columns_of(given: Any) -> Columns:
     """The columns of a `Dense`, `SparseMatrix` or `WithOnes`, whose entries are known."""
     ones = isinstance(given, WithOnes)
@@ -66,8 +90,54 @@ def columns_of(given: Any) -> Columns:
     return Columns(inner.on_host() if isinstance(inner, SparseMatrix) else np.asarray(inner.matrix), ones)
 
 
+class LazyPull:
+    """`Aᵀ e` for a sequence of e that change little, exact where it may be above the weight of an entry.
+
+    With a product `Aᵀ s` that is known, `|Aᵀ e| <= |a Aᵀ s| + |e - a s|` times the lengths of the columns, for every
+    number a. An entry that is 0 and below its weight by this bound adds nothing to a gap; it gets a value below it.
+    """
+
+    def __init__(self, columns: Columns) -> None:
+        self.columns, self.lengths = columns, np.zeros(0)
+        self.known: Any = None  # s, its product, its square
+        self.last: Any = (None, None, None)  # the last e, its product, and where that is exact
+
+    def __call__(self, e: np.ndarray, terms: Any, x: np.ndarray) -> np.ndarray:
+        columns, (old, found, exact) = self.columns, self.last
+        if self.known is None:
+            self.lengths = columns.lengths() * (1 + LOOSE)
+            return self._all(e)
+        s, product, square = self.known
+        share = float(e @ s) / square if square else 0.0
+        reach = np.linalg.norm(e - share * s) + LOOSE * np.linalg.norm(e)
+        guess = share * product
+        needed = np.abs(guess) + reach * self.lengths >= terms.weight
+        needed[x.nonzero()] = True
+        if e is old:
+            places = (needed & ~exact).nonzero()[0]
+            guess[exact] = found[exact]
+            needed |= exact
+        else:
+            places = needed.nonzero()[0]
+        if places.size > columns.lazy * columns.count:
+            return self._all(e)
+        guess[places] = columns.pull_some(e, places)
+        rest = ~needed
+        guess[rest] = np.clip(guess, -terms.weight, terms.weight)[rest]
+        self.last = e, guess, needed
+        return guess
+
+    def _all(self, e: np.ndarray) -> np.ndarray:
+        found = self.columns.pull(e)
+        self.known = e, found, float(e @ e)
+        self.last = e, found, np.ones(found.size, bool)
+        return found
+
+
 class Chosen:
     """Columns that were chosen so far, as rows `[k, rows]`, centred if there is an intercept, and their Gram matrix.
+
+    It is filled up with zeros to the size `round_up(k)`.
 
     What is known stays when more are chosen, so a solve computes every inner product once.
     """
@@ -87,7 +157,7 @@ class Chosen:
         kept, total = old.size, wanted.size
         if not new.size and kept == self.ids.size:
             return self.ids
-        fresh, means = self._read(new)
+        fresh, means = self.read(new)
         if not kept:
             rows = fresh
         elif self.columns.sparse:
@@ -101,14 +171,15 @@ class Chosen:
         self.place[self.ids] = np.arange(total)
         self.means, self.rows = np.concatenate([self.means[old], means]), rows
         if self.weights is not None:
-            gram = np.empty((total, total))
+            size = round_up(total)
+            gram = np.zeros((size, size))
             gram[:kept, :kept] = self.gram[np.ix_(old, old)]
-            gram[kept:] = inner(fresh, rows, self.weights)
-            gram[:kept, kept:] = gram[kept:, :kept].T
+            gram[kept:total, :total] = inner(fresh, rows, self.weights)
+            gram[:kept, kept:total] = gram[kept:total, :kept].T
             self.gram = gram
         return self.ids
 
-    def _read(self, places: np.ndarray) -> tuple[Any, np.ndarray]:
+    def read(self, places: np.ndarray) -> tuple[Any, np.ndarray]:
         columns, means = self.columns, np.zeros(places.size)
         ends = columns.ones and places.size > 0 and places[-1] == columns.count - 1
         main = places[:-1] if ends else places

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from sparseopt.core.working_sets.columns import round_up
 from sparseopt.core.working_sets.entry_terms import EntryTerms
 
 # Coordinate passes between two Newton steps; most of these pairs; Newton steps in a row.
@@ -25,7 +26,6 @@ PASSES, MOST_PAIRS, MOST_NEWTON = 3, 100, 2
 TRACED_PAIRS = 4
 # A Hessian that is not positive definite up to rounding is shifted by these multiples of its diagonal.
 SHIFTS = (0.0, 1e-12, 1e-9, 1e-6)
-SMALLEST = 64
 
 
 @jax.jit
@@ -86,20 +86,20 @@ def traced_minimise(gram: Array, q: Array, w: Array, terms: Array) -> Array:
     return jax.lax.fori_loop(0, TRACED_PAIRS, pair, jnp.stack([w, q]))[0]
 
 
-def round_up(count: int) -> int:
-    """The next power of two, so that few programs are compiled."""
-    return max(SMALLEST, 1 << (count - 1).bit_length())
-
-
 def minimise(gram: np.ndarray, q: np.ndarray, w: np.ndarray, terms: EntryTerms, enough: float) -> np.ndarray:
     """The w at which a further coordinate step would gain at most `enough` over all entries.
 
+    The Gram matrix may be filled up with zeros to a size of `round_up`, which is done here otherwise.
     It stops earlier where rounding leaves nothing to gain, and after MOST_PAIRS.
     """
     count = q.size
     size = round_up(count)
-    padded, packed = np.zeros((size, size)), np.zeros((4, size))
-    padded[:count, :count], packed[:, :count] = gram, terms.all
+    padded, packed = gram, np.zeros((4, size))
+    if len(gram) != size:
+        padded = np.zeros((size, size))
+        padded[:count, :count] = gram
+    gram = padded[:count, :count]
+    packed[:, :count] = terms.all
     divisor = np.maximum(gram.diagonal() + terms.ridge, 1e-150)
     for _ in range(MOST_PAIRS):
         before, both = (w, q), np.zeros((2, size))

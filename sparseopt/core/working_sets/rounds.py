@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparseopt.core.working_sets.columns import Chosen, Columns, inner
+from sparseopt.core.working_sets.columns import Chosen, Columns, LazyPull, inner
 from sparseopt.core.working_sets.entry_terms import EntryTerms
 from sparseopt.core.working_sets.restricted import minimise
 
@@ -27,6 +27,8 @@ from sparseopt.core.working_sets.restricted import minimise
 FIRST, GROWTH, ALL = 64, 1.5, 128
 # From MANY columns on the rounds run on one part in PARTS first, at least SMALL_PART.
 MANY, PARTS, SMALL_PART = 2000, 16, 256
+# Along a path columns of the last set stay while there are at most this many times the wanted ones.
+KEPT = 1.3
 # How exactly a restricted problem is solved, as a fraction of the gap and of the tolerance.
 OF_GAP, OF_TOL = 1e-5, 0.1
 # Rounds; those in a row that may bring nothing; columns without a weight whose gradients are compared with rounding.
@@ -158,6 +160,13 @@ def certify(
     return Proof(primal, slack / bound if bound > 0 else np.inf, dual)
 
 
+class Memory(NamedTuple):
+    """What the solves along a path share."""
+
+    chosen: Chosen
+    pull: LazyPull
+
+
 def rounds(
     fit: Any,
     columns: Columns,
@@ -166,11 +175,15 @@ def rounds(
     start: tuple[np.ndarray, At, np.ndarray],
     tol: float,
     most: int = MOST_ROUNDS,
+    memory: Memory | None = None,
 ) -> Found:
-    """Solve the problem on these columns; x changes in place. `start` is `A x`, the loss there and its gradient."""
+    """Solve the problem on these columns; x changes in place.
+
+    `start` is `A x`, the loss there and its gradient. `memory` is of other solves with these columns, for one stage.
+    """
     p = columns.count
-    staged = p >= MANY
-    chosen = Chosen(columns, fit.gram_weights)
+    staged = p >= MANY and memory is None
+    chosen = Chosen(columns, fit.gram_weights) if memory is None else memory.chosen
     z, now, c = start
     proofs, best, waited = [], (np.inf, np.inf), 0
     while True:
@@ -193,6 +206,8 @@ def rounds(
             score = terms.scores(x, -c)
             wanted = np.sort(np.argpartition(-score, size - 1)[:size])
             wanted = np.union1d(wanted, terms.free) if terms.free.size else wanted
+            if memory and (both := np.union1d(wanted, chosen.ids)).size <= KEPT * size:
+                wanted = both
         loose = min(gap, 1.0)
         if staged:
             part = x[wanted]
@@ -206,7 +221,7 @@ def rounds(
                 loose = 0.0
             enough = max(OF_TOL * tol, OF_GAP * loose) * proof.objective
             z, now = _improve(fit, chosen, terms, x, z, now, c, wanted, enough, loose * proof.objective)
-        c = columns.pull(now.slope)
+        c = memory.pull(now.slope, terms, x) if memory else columns.pull(now.slope)
 
 
 def _improve(

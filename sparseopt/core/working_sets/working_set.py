@@ -15,10 +15,10 @@ from sparseopt.core.base.types import is_on_cpu, precision, pytree, static
 from sparseopt.core.operators.matrices import Dense, SparseMatrix, WithOnes
 from sparseopt.core.problem.certify import certificate
 from sparseopt.core.problem.problem import Measure, PlainSolver, Problem, Progress, Solution, Status, needs
-from sparseopt.core.working_sets.columns import columns_of
+from sparseopt.core.working_sets.columns import Chosen, LazyPull, columns_of
 from sparseopt.core.working_sets.entry_terms import EntryTerms
 from sparseopt.core.working_sets.restricted import traced_minimise
-from sparseopt.core.working_sets.rounds import FLAT, PATIENCE, TINY, Found, Proof, SmoothFit, SquareFit, rounds
+from sparseopt.core.working_sets.rounds import FLAT, PATIENCE, TINY, Found, Memory, Proof, SmoothFit, SquareFit, rounds
 
 
 @pytree
@@ -65,31 +65,7 @@ class WorkingSet(PlainSolver):
         """The solution by the form without a static size; None if an array is traced or not on a CPU."""
         if not is_on_cpu((problem, start, tol, max_steps)):
             return None
-        loss, kind = problem.loss, np.dtype(start.dtype)
-        columns = columns_of(loss.matrix)
-        x = np.array(start, np.float64)
-        terms = EntryTerms(x.size, *problem.penalty.entry_terms())
-        weights = None if loss.weights is None else np.broadcast_to(loss.weights, loss.target.shape).astype(np.float64)
-        target = np.asarray(loss.target, np.float64)
-        if weights is not None:
-            target = np.where(weights > 0, target, target[np.argmax(weights)])
-        x = terms.inside(x)
-        with precision(np.dtype(np.float64)):
-            fit = SquareFit(target, weights) if loss.is_square else SmoothFit(loss.scalar, target, weights)
-            z = columns.image(x)
-            now = fit.at(z)
-            gradient = columns.pull(now.slope)
-            if not np.isfinite(gradient).all() and (reason := loss.refuses_matrix()):
-                raise ValueError(reason)
-            found = rounds(fit, columns, terms, x, (z, now, gradient), tol, max_steps)
-            value = x.astype(kind)
-            proof = Proof(found.objectives[-1], found.gaps[-1], found.dual)
-            if kind != x.dtype:  # the answer is the rounded one; the bound stays
-                rounded = value.astype(np.float64)
-                objective = fit.at(columns.image(rounded)).value + terms.value(rounded)
-                bound = proof.objective / (1 + proof.gap)
-                proof = Proof(objective, proof.gap + (objective - proof.objective) / max(bound, TINY), proof.dual)
-        return _solution(value, proof, found, tol, max_steps)
+        return HostSolve(problem, start).at(problem.penalty, tol, max_steps)
 
     def init(self, problem: Problem, start: Any) -> WorkingSetState:
         image = problem.loss.image(start)
@@ -143,6 +119,58 @@ class WorkingSet(PlainSolver):
 
     def duals(self, problem: Problem, state: WorkingSetState) -> tuple[None, Any]:
         return None, state.dual
+
+
+class HostSolve:
+    """A problem on the host whose penalty may change: every solve begins where the last one ended."""
+
+    def __init__(self, problem: Problem, start: Any, keeps: bool = False) -> None:
+        """With `keeps` columns, Gram matrix and products of the last solves serve the next one."""
+        loss = problem.loss
+        self.loss, self.kind, self.columns = loss, np.dtype(start.dtype), columns_of(loss.matrix)
+        self.x = np.array(start, np.float64)
+        target, weights = np.asarray(loss.target, np.float64), None
+        if loss.weights is not None:
+            weights = np.broadcast_to(loss.weights, target.shape).astype(np.float64)
+            target = np.where(weights > 0, target, target[np.argmax(weights)])
+        with precision(np.dtype(np.float64)):
+            self.fit: Any = SquareFit(target, weights) if loss.is_square else SmoothFit(loss.scalar, target, weights)
+        chosen = Chosen(self.columns, self.fit.gram_weights)
+        self.memory = Memory(chosen, LazyPull(self.columns)) if keeps else None
+        self.now: tuple | None = None
+
+    def terms(self, penalty: Any) -> EntryTerms:
+        return EntryTerms(self.x.size, *penalty.entry_terms())
+
+    def begin(self) -> tuple:
+        """The image of x, the loss there and the gradient; a matrix that is not finite is found here."""
+        if self.now is None:
+            with precision(np.dtype(np.float64)):
+                z = self.columns.image(self.x)
+                at = self.fit.at(z)
+            self.now = z, at, self.columns.pull(at.slope)
+            if not np.isfinite(self.now[2]).all() and (reason := self.loss.refuses_matrix()):
+                raise ValueError(reason)
+        return self.now
+
+    def at(self, penalty: Any, tol: float, max_steps: int) -> Solution:
+        """The solution with a penalty."""
+        terms, x, kind = self.terms(penalty), self.x, self.kind
+        with precision(np.dtype(np.float64)):
+            if self.now is None:
+                x[:] = terms.inside(x)
+            z, now, gradient = self.begin()
+            if self.memory:
+                gradient = self.memory.pull(now.slope, terms, x)
+            found = rounds(self.fit, self.columns, terms, x, (z, now, gradient), tol, max_steps, self.memory)
+            self.now = found.z, found.now, found.gradient
+            proof, value = Proof(found.objectives[-1], found.gaps[-1], found.dual), x.astype(kind)
+            if kind != x.dtype:  # the answer is the rounded one; the bound stays
+                rounded = value.astype(np.float64)
+                objective = self.fit.at(self.columns.image(rounded)).value + terms.value(rounded)
+                bound = proof.objective / (1 + proof.gap)
+                proof = Proof(objective, proof.gap + (objective - proof.objective) / max(bound, TINY), proof.dual)
+        return _solution(value, proof, found, tol, max_steps)
 
 
 def _solution(x: np.ndarray, proof: Proof, found: Found, tol: float, max_steps: int) -> Solution:

@@ -1,0 +1,282 @@
+"""`path`: the solutions of a problem along falling levels, each with its certificate.
+
+    minimise over x    loss(x) + level * penalty(x)        for level_1 > level_2 > ...
+
+Every level begins at the answer of the last one. `select.py` chooses among the levels.
+
+Source: Friedman, Hastie and Tibshirani, "Regularization paths for generalized linear models via coordinate descent",
+JSS 33 (2010); Zou, Hastie and Tibshirani, "On the degrees of freedom of the lasso", Annals of Statistics 35 (2007).
+"""
+
+import dataclasses
+from functools import cached_property
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from scipy import sparse
+
+from sparseopt.core.base.arguments import is_positive, real_array, whole_number
+from sparseopt.core.base.types import is_on_cpu, precision
+from sparseopt.core.losses.data import DataLoss
+from sparseopt.core.operators.matrices import Matrix
+from sparseopt.core.penalties.entries import L1
+from sparseopt.core.penalties.protocols import gauge
+from sparseopt.core.penalties.sums import Sum, stack
+from sparseopt.core.problem.problem import Problem, Solution, Status
+from sparseopt.core.solve import refuses_problem, solve
+from sparseopt.core.working_sets.columns import columns_of
+from sparseopt.core.working_sets.entry_terms import EntryTerms
+from sparseopt.core.working_sets.working_set import HostSolve, WorkingSet
+from sparseopt.system.report import Fact, html_facts, spread
+
+# The last level over the first: with fewer rows than columns, and with more.
+RATIO_WIDE, RATIO_TALL = 1e-2, 1e-3
+# The null fit is solved at this multiple of a level at which nothing enters, and to this tolerance.
+ABOVE, NULL_TOL = 10.0, 1e-9
+
+
+@dataclasses.dataclass(frozen=True)
+class Path:
+    """Solutions for several levels, the largest first. All arrays are NumPy's, `[levels]` if nothing else is said.
+
+    Attributes:
+        levels: descending; they multiply the numbers of the penalty that are weights.
+        values: the answers, a SciPy CSR array `[levels, entries]`; with an intercept it is the last entry.
+        objectives: loss plus penalty.
+        gaps: relative duality gaps, upper bounds on the relative suboptimality; NaN if there is no certificate.
+        steps: of each solve.
+        statuses: the `Status` of each level.
+        deviances: twice the loss; for least squares the weighted sum of squares.
+        observations: the number of rows with a positive weight.
+        problem: the problem at level 1.
+    """
+
+    levels: np.ndarray
+    values: sparse.csr_array
+    objectives: np.ndarray
+    gaps: np.ndarray
+    steps: np.ndarray
+    statuses: np.ndarray
+    deviances: np.ndarray
+    observations: int
+    problem: Problem
+
+    def __len__(self) -> int:
+        return len(self.levels)
+
+    @property
+    def loss(self) -> Any:
+        """The loss of one observation."""
+        return self.problem.loss.scalar
+
+    @cached_property
+    def degrees_of_freedom(self) -> np.ndarray:
+        """The trace of the derivative of the fit by the target, `[levels]`: an intercept counts as 1.
+
+        For L1 the number of entries that are not 0, if their columns are independent; with a ridge it is less.
+
+        Raises:
+            ValueError: for a penalty that is no sum over entries of the form of the elastic net.
+        """
+        penalty = self.problem.penalty
+        if not hasattr(penalty, "entry_terms"):
+            raise ValueError(
+                "degrees of freedom are known for L1, ElasticNet, Box and Nonnegative, given "
+                f"{type(penalty).__name__}: choose the level by cross_validate"
+            )
+        columns, found = columns_of(self.problem.loss.matrix), []
+        for level, start, end in zip(self.levels, self.values.indptr, self.values.indptr[1:], strict=False):
+            used, x = self.values.indices[start:end], self.values.data[start:end]
+            terms = EntryTerms(self.values.shape[1], *at_level(penalty, level).entry_terms())
+            used = used[(x != terms.low[used]) & (x != terms.high[used])]
+            ridge = terms.ridge[used]
+            if not ridge.any():
+                found.append(float(min(used.size, self.observations)))
+                continue
+            gram = columns.gram(used, self._curvature(start, end))
+            found.append(float(np.trace(np.linalg.solve(gram + np.diag(ridge), gram))))
+        return np.array(found)
+
+    def _curvature(self, start: int, end: int) -> np.ndarray:
+        """The second derivatives of the loss at the rows, for one level."""
+        x = np.zeros(self.values.shape[1])
+        x[self.values.indices[start:end]] = self.values.data[start:end]
+        run = HostSolve(self.problem, x)
+        with precision(np.dtype(np.float64)):
+            return np.broadcast_to(run.fit.at(run.columns.image(x)).curve, np.shape(self.problem.loss.target))
+
+    def at(self, index: int) -> Solution:
+        """The solution at one level."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"the path has the levels 0..{len(self) - 1}, given {index}")
+        index %= len(self)
+        fields = (self.statuses, self.steps, self.gaps, self.objectives, self.gaps)
+        return Solution(self.values[[index]].toarray()[0], *(field[index] for field in fields))
+
+    def check(self) -> "Path":
+        """Return self if every level converged, with a certificate or to a stationary point.
+
+        Raises:
+            RuntimeError: otherwise, naming the first level that did not and what to try.
+        """
+        wrong = np.flatnonzero(~np.isin(self.statuses, (Status.CONVERGED, Status.STATIONARY)))
+        if not wrong.size:
+            return self
+        status = Status(int(self.statuses[wrong[0]]))
+        raise RuntimeError(
+            f"{wrong.size} of {len(self)} levels did not converge, the first at {self.levels[wrong[0]]:.4g} "
+            f"({status.name}, gap {self.gaps[wrong[0]]:.2g}): {status.advice}"
+        )
+
+    def _repr_html_(self) -> str:
+        ended = ", ".join(f"{(self.statuses == s).sum()} {Status(int(s)).name}" for s in np.unique(self.statuses))
+        figures = {"levels": self.levels, "relative duality gaps": self.gaps}
+        figures["non-zeros"] = np.diff(self.values.indptr)
+        return html_facts("Path", [Fact("levels", ended), *(Fact(name, spread(v)) for name, v in figures.items())])
+
+
+def at_level(penalty: Any, level: float) -> Any:
+    """The penalty with its weights times a level; the last part of a sum, which an intercept has, stays."""
+    if isinstance(penalty, Sum):
+        first, *rest = penalty.penalties
+        return dataclasses.replace(penalty, penalties=(at_level(first, level), *rest))
+    weights = getattr(penalty, "least", ("weight",))
+    return dataclasses.replace(penalty, **{name: level * np.asarray(getattr(penalty, name)) for name in weights})
+
+
+def largest_level(problem: Problem) -> float:
+    """The smallest level at which every entry with a weight is 0: where a path begins.
+
+    The problem and its errors are as in `path`.
+
+    Example:
+        >>> problem = so.Problem(so.LeastSquares(np.eye(3), np.array([1.0, -3.0, 2.0])), so.L1(1.0))
+        >>> so.core.largest_level(problem)
+        3.0
+    """
+    problem = _checked(problem)
+    parts = problem.penalty.penalties if isinstance(problem.penalty, Sum) else (problem.penalty,)
+    first = parts[0]
+    if not hasattr(first, "dual_norm"):
+        if not hasattr(first, "with_concavity"):
+            raise ValueError(f"give levels: none follows from a {type(first).__name__}")
+        first = L1(first.weight)  # of the same slope at 0
+    weighted = np.asarray(first.weight) > 0
+    start = np.zeros(problem.loss.start_shape())
+    if len(parts) > 1 or (weighted.ndim and not weighted.all()):
+        # The entries without a weight have their own fit first, at a level at which nothing else enters.
+        convex = stack([first, *parts[1:]], problem.penalty.sizes) if len(parts) > 1 else first
+        above = ABOVE * _needed(problem, first, weighted, start) or 1.0
+        start = np.asarray(solve(Problem(problem.loss, at_level(convex, above)), tol=NULL_TOL).value, np.float64)
+    return _needed(problem, first, weighted, start)
+
+
+def _needed(problem: Problem, first: Any, weighted: np.ndarray, x: np.ndarray) -> float:
+    """The level at which the entries with a weight stay at 0, if the others are those of x."""
+    run = HostSolve(problem, x)
+    slope = -run.begin()[2][
+        : np.size(x) - (len(problem.penalty.penalties) > 1 if hasattr(problem.penalty, "penalties") else 0)
+    ]
+    with precision(np.dtype(np.float64)):
+        return float(gauge(first, jnp.asarray(np.where(weighted, slope, 0) if weighted.ndim else slope)))
+
+
+def path(
+    problem: Problem,
+    levels: Any = None,
+    num: int = 100,
+    *,
+    ratio: float | None = None,
+    tol: float = 1e-6,
+    max_steps: int = 10_000,
+) -> Path:
+    """Solve a problem at falling levels, from the one at which nothing enters.
+
+    Args:
+        problem: a `DataLoss` and a penalty with a `weight`, without an operator. The levels multiply the weight, and
+            the ridge of an `ElasticNet`; what an intercept and a weight of 0 leave free stays free.
+        levels: positive and falling; None uses `num` levels, evenly spaced in the logarithm, from
+            `so.core.largest_level` to `ratio` times that.
+        num: the number of levels.
+        ratio: the last level over the first; None is 0.01 with fewer rows than columns, else 0.001.
+        tol: of each level, as in `solve`.
+        max_steps: of each level, as in `solve`.
+
+    Returns:
+        A `Path`, in float64.
+
+    Raises:
+        ValueError: as `solve`; for levels that are not positive or rise; and for a penalty from whose type no first
+            level follows, without levels.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> A = rng.standard_normal((50, 200))
+        >>> problem = so.Problem(so.LeastSquares(A, A[:, 0] - 2 * A[:, 1] + 3, intercept=True), so.L1(1.0))
+        >>> found = so.path(problem, num=20).check()
+        >>> found.values.shape, int(found.values[[0]].nnz)  # at first the intercept alone
+        ((20, 201), 1)
+        >>> found.at(-1).value[[0, 1, -1]].round(1)
+        array([ 1., -2.,  3.])
+    """
+    problem = _checked(problem)
+    max_steps = whole_number("max_steps", max_steps, 0)
+    if not is_positive(tol):
+        raise ValueError(f"tol must be positive and finite, given {tol!r}")
+    rows, entries = np.shape(problem.loss.target)[0], problem.loss.start_shape()[0]
+    if levels is None:
+        num = whole_number("num", num, 1)
+        ratio = (RATIO_WIDE if rows < entries else RATIO_TALL) if ratio is None else ratio
+        if not (is_positive(ratio) and ratio < 1):
+            raise ValueError(f"ratio is the last level over the first, between 0 and 1, given {ratio!r}")
+        levels = (largest_level(problem) or 1.0) * ratio ** np.linspace(0, 1, num)
+    levels = real_array("levels", levels).astype(np.float64)
+    if levels.ndim != 1 or not levels.size or not (np.isfinite(levels) & (levels > 0)).all():
+        raise ValueError(f"levels are positive and finite numbers [levels], given {levels!r:.100}")
+    if (np.diff(levels) > 0).any():
+        raise ValueError("levels fall, since every one begins at the answer of the last: sort them, the largest first")
+    return _path(problem, levels, tol, max_steps)
+
+
+def _path(problem: Problem, levels: np.ndarray, tol: float, max_steps: int) -> Path:
+    """A path at levels that are checked."""
+    start: Any = np.zeros(problem.loss.start_shape())
+    solver = WorkingSet()
+    fast = solver.refuses(problem) is None and is_on_cpu(problem)
+    run = HostSolve(problem, start, keeps=True) if fast else None
+    found, values = [], []
+    for level in levels:
+        penalty = at_level(problem.penalty, float(level))
+        solution = run.at(penalty, tol, max_steps) if run else None
+        if solution is None or int(solution.status) != Status.CONVERGED:
+            at = Problem(problem.loss, penalty)
+            solution = solve(at, start=start if solution is None else solution.value, tol=tol, max_steps=max_steps)
+        start = np.asarray(solution.value, np.float64)
+        values.append(sparse.csr_array(start[None]))
+        with precision(np.dtype(np.float64)):
+            loss = run.now[1].value if run and run.now else float(problem.loss.value(start))
+        found.append((solution.objective, solution.gap, solution.steps, solution.status, 2 * loss))
+    objectives, gaps, steps, statuses, deviances = map(np.asarray, zip(*found, strict=True))
+    weights = problem.loss.weights
+    count = np.shape(problem.loss.target)[0]
+    seen = count if weights is None else int(np.count_nonzero(np.broadcast_to(weights, count)))
+    stacked = sparse.csr_array(sparse.vstack(values))
+    return Path(levels, stacked, objectives, gaps, steps, statuses, deviances, seen, problem)
+
+
+def _checked(problem: Problem) -> Problem:
+    if reason := refuses_problem(problem):
+        raise ValueError(reason)
+    known = isinstance(problem.loss, DataLoss) and isinstance(problem.loss.matrix, Matrix)
+    if not known or problem.operator is not None:
+        raise ValueError(
+            "a path needs a loss of data with a dense or SciPy sparse matrix, such as so.LeastSquares(A, b), and no "
+            "operator; for signals on graphs there is so.trend.trend_path"
+        )
+    if np.ndim(problem.loss.target) != 1:
+        raise ValueError(f"a path needs a target [rows], given the shape {np.shape(problem.loss.target)}")
+    parts = problem.penalty.penalties if isinstance(problem.penalty, Sum) else (problem.penalty,)
+    if not hasattr(parts[0], "weight"):
+        raise ValueError(f"a path needs a penalty with a weight, such as so.L1(1.0), given {type(parts[0]).__name__}")
+    return problem
