@@ -70,7 +70,7 @@ class SparseMatrix(Matrix):
     rows: Any  # int32 `[entries]`
     columns: Any  # int32 `[entries]`
     shape: tuple[int, int] = static()
-    mixed: bool = static(default=False)  # whether the entries are interleaved
+    starts: Any = None  # `[columns + 1]`: where every column begins; None if the entries are interleaved
 
     def _scatter(self, x: FloatArray, taken: Any, given: Any, size: int) -> FloatArray:
         values = jnp.asarray(self.values)
@@ -98,24 +98,22 @@ class SparseMatrix(Matrix):
 
     def on_host(self) -> sparse.csc_array:
         """The matrix of SciPy, without a copy as long as its entries are in order."""
-        if self.mixed:
+        if self.starts is None:
             return sparse.csc_array((self.values, (self.rows, self.columns)), shape=self.shape)
-        ends = np.cumsum(np.bincount(self.columns, minlength=self.shape[1]))
-        return sparse.csc_array((self.values, self.rows, np.append(0, ends)), shape=self.shape)
+        return sparse.csc_array((self.values, self.rows, self.starts), shape=self.shape)
 
     def interleaved(self) -> "SparseMatrix":
         """The first entries of all columns, then the second ones, and so on.
 
         Consecutive sums into one place wait for each other, so products in the order of the matrix are half as fast.
         """
-        if self.mixed or is_traced(self):
+        if self.starts is None or is_traced(self):
             return self
         columns = np.asarray(self.columns)
-        counts = np.bincount(columns, minlength=self.shape[1])
-        rank = np.arange(columns.size) - np.repeat(np.cumsum(counts) - counts, counts)
+        rank = np.arange(columns.size) - np.repeat(self.starts[:-1], np.diff(self.starts))
         order = np.argsort(rank, kind="stable")
         values, rows, columns = (np.asarray(part)[order] for part in (self.values, self.rows, columns))
-        return SparseMatrix(values, rows, columns, self.shape, True)
+        return SparseMatrix(values, rows, columns, self.shape)
 
 
 @pytree
@@ -151,7 +149,8 @@ def linear_map(given: Any) -> Any:
             matrix = matrix.copy()  # not in the caller's arrays
             matrix.sum_duplicates()
         columns = np.repeat(np.arange(matrix.shape[1], dtype=np.int32), np.diff(matrix.indptr))
-        return SparseMatrix(matrix.data, matrix.indices.astype(np.int32, copy=False), columns, matrix.shape)
+        rows = matrix.indices.astype(np.int32, copy=False)
+        return SparseMatrix(matrix.data, rows, columns, matrix.shape, matrix.indptr)
     if isinstance(given, list | tuple):
         given = real_array("a matrix", given)
     if isinstance(given, np.ndarray | jax.Array) and given.ndim == 2:

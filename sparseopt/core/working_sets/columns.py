@@ -13,7 +13,7 @@ from sparseopt.core.operators.matrices import SparseMatrix, WithOnes
 # See `Columns.lazy`; and how far the bound of a product is widened for rounding.
 LAZY, LOOSE = 0.15, 1e-6
 # The smallest size of a Gram matrix, which is filled up with zeros.
-SMALLEST = 64
+SMALLEST = 128
 
 
 class Columns:
@@ -64,8 +64,7 @@ class Columns:
 
     def gram(self, places: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """The weighted inner products of some columns."""
-        chosen = Chosen(self, None)
-        rows = chosen.read(places)[0]
+        rows = Chosen(self, None, False).read(places)[0]
         return inner(rows, rows, weights)
 
     def take(self, places: np.ndarray) -> "Columns":
@@ -135,15 +134,16 @@ class LazyPull:
 
 
 class Chosen:
-    """Columns that were chosen so far, as rows `[k, rows]`, centred if there is an intercept, and their Gram matrix.
+    """Columns that were chosen so far, as rows `[k, rows]`, maybe centred, and their Gram matrix.
 
     It is filled up with zeros to the size `round_up(k)`.
 
     What is known stays when more are chosen, so a solve computes every inner product once.
     """
 
-    def __init__(self, columns: Columns, weights: Any) -> None:
+    def __init__(self, columns: Columns, weights: Any, centred: bool) -> None:
         self.columns, self.weights = columns, weights  # weights: of the rows in the Gram matrix; None for no matrix
+        self.centred = centred
         self.place = np.full(columns.count, -1)  # of every column among the chosen
         self.ids = np.zeros(0, np.int64)
         self.gram = np.zeros((0, 0))
@@ -193,7 +193,7 @@ class Chosen:
             return rows if rows.dtype == np.float64 else rows.astype(np.float64), means
         rows = np.ones((places.size, columns.matrix.shape[0]))
         rows[: main.size] = columns.matrix.T[main]
-        if columns.ones:
+        if self.centred:
             means[: main.size] = rows[: main.size].mean(axis=1)
             rows[: main.size] -= means[: main.size, None]
         return rows, means

@@ -160,6 +160,11 @@ def certify(
     return Proof(primal, slack / bound if bound > 0 else np.inf, dual)
 
 
+def centres(columns: Columns, terms: EntryTerms) -> bool:
+    """Whether columns may be moved, since an intercept without a term takes it up."""
+    return columns.ones and columns.count - 1 in terms.free
+
+
 class Memory(NamedTuple):
     """What the solves along a path share."""
 
@@ -183,7 +188,7 @@ def rounds(
     """
     p = columns.count
     staged = p >= MANY and memory is None
-    chosen = Chosen(columns, fit.gram_weights) if memory is None else memory.chosen
+    chosen = Chosen(columns, fit.gram_weights, centres(columns, terms)) if memory is None else memory.chosen
     z, now, c = start
     proofs, best, waited = [], (np.inf, np.inf), 0
     while True:
@@ -197,10 +202,11 @@ def rounds(
         if gap <= tol or len(proofs) > most or waited > PATIENCE:
             return Found(z, now, c, [one.objective for one in proofs], [one.gap for one in proofs], proof.dual)
         used = np.count_nonzero(x)
-        if staged:
-            size = max(SMALL_PART, p // PARTS, 2 * used + 32)
-        else:
-            size = p if p <= ALL else int(max(FIRST, GROWTH * used + 32))
+        size = p if p <= ALL else int(max(FIRST, GROWTH * used + 32))
+        part_size = max(SMALL_PART, p // PARTS, 2 * used + 32)
+        # A part that is nearly all of the columns would not be searched faster.
+        in_stages = staged and part_size <= p // 2
+        size = part_size if in_stages else size
         wanted = np.arange(p)
         if size < p:
             score = terms.scores(x, -c)
@@ -209,7 +215,7 @@ def rounds(
             if memory and (both := np.union1d(wanted, chosen.ids)).size <= KEPT * size:
                 wanted = both
         loose = min(gap, 1.0)
-        if staged:
+        if in_stages:
             part = x[wanted]
             below = (z, now, c[wanted])
             inner_tol = max(0.3 * tol, 0.02 * loose)
@@ -239,7 +245,7 @@ def _improve(
     """Solve the problem on the wanted columns, changing x; return the image, and the loss there."""
     ids = chosen.choose(wanted)
     part, rows = terms.take(ids), chosen.rows
-    last = np.flatnonzero(ids == chosen.columns.count - 1) if chosen.columns.ones else np.zeros(0, int)
+    last = np.flatnonzero(ids == chosen.columns.count - 1) if chosen.centred else np.zeros(0, int)
     w = x[ids]
     # In terms of centred columns the intercept is the mean.
     w[last] += chosen.means @ w

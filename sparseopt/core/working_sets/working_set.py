@@ -18,7 +18,18 @@ from sparseopt.core.problem.problem import Measure, PlainSolver, Problem, Progre
 from sparseopt.core.working_sets.columns import Chosen, LazyPull, columns_of
 from sparseopt.core.working_sets.entry_terms import EntryTerms
 from sparseopt.core.working_sets.restricted import traced_minimise
-from sparseopt.core.working_sets.rounds import FLAT, PATIENCE, TINY, Found, Memory, Proof, SmoothFit, SquareFit, rounds
+from sparseopt.core.working_sets.rounds import (
+    FLAT,
+    PATIENCE,
+    TINY,
+    Found,
+    Memory,
+    Proof,
+    SmoothFit,
+    SquareFit,
+    centres,
+    rounds,
+)
 
 
 @pytree
@@ -135,7 +146,8 @@ class HostSolve:
             target = np.where(weights > 0, target, target[np.argmax(weights)])
         with precision(np.dtype(np.float64)):
             self.fit: Any = SquareFit(target, weights) if loss.is_square else SmoothFit(loss.scalar, target, weights)
-        chosen = Chosen(self.columns, self.fit.gram_weights)
+        centred = centres(self.columns, self.terms(problem.penalty)) if keeps else False
+        chosen = Chosen(self.columns, self.fit.gram_weights, centred)
         self.memory = Memory(chosen, LazyPull(self.columns)) if keeps else None
         self.now: tuple | None = None
 
