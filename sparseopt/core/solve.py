@@ -24,7 +24,7 @@ from sparseopt.core.losses.quadratic import Quadratic
 from sparseopt.core.losses.scalar import ScalarLoss
 from sparseopt.core.operators.matrices import Matrix, SparseMatrix, known_matrix, refuses_map, refuses_transpose
 from sparseopt.core.penalties.protocols import is_convex
-from sparseopt.core.problem.iterate import iterate
+from sparseopt.core.problem.iterate import checked_limits, iterate
 from sparseopt.core.problem.padding import cut, pad_problem
 from sparseopt.core.problem.problem import Problem, Solution, Solver, Status
 from sparseopt.core.solvers.accelerated import AcceleratedProximalGradient, GraduatedProximalGradient
@@ -206,12 +206,14 @@ def _solve(problem: Problem, solver: Any, start: Any, kind: Any, tol: Any, max_s
         start = jnp.asarray(start, kind)
     usual = 1e-6 if kind == np.float64 else 1e-4
     limits: dict[str, Any] = {"tol": usual if tol is None else tol, "max_steps": max_steps, "history": history}
+    max_steps = checked_limits(limits["tol"], max_steps)
     on_host = getattr(solver, "on_host", None)
-    if on_host and not history and (found := on_host(problem, start, limits["tol"], max_steps)) is not None:
+    if on_host and (found := on_host(problem, start, limits["tol"], max_steps, history)) is not None:
         if int(found.status) == Status.CONVERGED or not chosen:
             return jax.device_put(found)
         # What coordinate steps leave may still fall by steps on all entries.
-        rest = _solve(problem, AcceleratedProximalGradient(), found.value, kind, tol, max_steps, history)
+        left = max_steps if history else max_steps - int(found.steps)
+        rest = _solve(problem, AcceleratedProximalGradient(), found.value, kind, tol, left, history)
         return rest if rest.objective <= found.objective or rest.gap <= found.gap else jax.device_put(found)
     if reason := _refuses_matrix(problem):
         raise ValueError(reason)

@@ -31,10 +31,7 @@ def iterate(
 
     `start` is in the form that the solver expects.
     """
-    if not is_traced(max_steps):
-        max_steps = whole_number("max_steps", max_steps, 0, MOST_STEPS)
-    if not is_traced(tol) and math.isnan(finite_number(tol)):
-        raise ValueError(f"tol must be a finite number, given {tol!r}")
+    max_steps = checked_limits(tol, max_steps)
     if reason := own_refusal(solver, problem):
         raise ValueError(reason)
     # A step makes `stride` iterations, so the last one may end beyond the limit.
@@ -42,6 +39,13 @@ def iterate(
     # Without steps there is no loop to compile.
     moves = is_traced(max_steps) or max_steps != 0
     return _iterate(problem, solver, start, tol, max_steps, length, moves)
+
+
+def checked_limits(tol: Any, max_steps: Any) -> Any:
+    """`max_steps` as an int, if it is known; a ValueError for a tolerance or a limit that makes no sense."""
+    if not is_traced(tol) and math.isnan(finite_number(tol)):
+        raise ValueError(f"tol must be a finite number, given {tol!r}")
+    return max_steps if is_traced(max_steps) else whole_number("max_steps", max_steps, 0, MOST_STEPS)
 
 
 @partial(Jitted, static_argnums=(5, 6))

@@ -68,13 +68,14 @@ class Columns:
         return inner(rows, rows, weights)
 
     def take(self, places: np.ndarray) -> "Columns":
-        """A copy of some columns, in the order given; the ones, if there, are the last."""
-        main = places[:-1] if self.ones else places
+        """A copy of some columns, in the order given; the ones, if they are among them, are the last."""
+        main = places[places < self.matrix.shape[1]]
+        ones = main.size < places.size
         if self.sparse:
-            return Columns(self.matrix[:, main], self.ones)
+            return Columns(self.matrix[:, main], ones)
         # Rows of the transpose are read in memory order if they can be.
         part = self.matrix.T[main].T if self.matrix.flags.f_contiguous else self.matrix[:, main]
-        return Columns(part, self.ones)
+        return Columns(part, ones)
 
 
 def round_up(count: int) -> int:

@@ -20,8 +20,11 @@ from jaxtyping import Array, Float
 from sparseopt.core.working_sets.columns import round_up
 from sparseopt.core.working_sets.entry_terms import EntryTerms
 
-# Coordinate passes between two Newton steps; most of these pairs; Newton steps in a row.
-PASSES, MOST_PAIRS, MOST_NEWTON = 3, 100, 2
+# Coordinate passes between two Newton steps; most of these pairs.
+PASSES, MOST_PAIRS = 3, 100
+# Newton steps in a row: NEWTON_WORK is what the squares of their sizes may add up to. Of few entries there may be many,
+# since badly conditioned columns need them; of FEW or less their cost does not depend on the size.
+FEW, NEWTON_WORK = 64, 20 * 64**2
 # Pairs in one step under `jit`.
 TRACED_PAIRS = 4
 # A Hessian that is not positive definite up to rounding is shifted by these multiples of its diagonal.
@@ -121,13 +124,15 @@ def _change(w: np.ndarray, q: np.ndarray, new: np.ndarray, q_new: np.ndarray, te
 
 def _newton(gram: np.ndarray, q: np.ndarray, w: np.ndarray, terms: EntryTerms) -> tuple[np.ndarray, np.ndarray]:
     """Newton steps on the entries that are on a smooth piece of g, until one ends inside all pieces."""
-    for _ in range(MOST_NEWTON):
+    work = 0.0
+    while work < NEWTON_WORK:
         moving = (w != 0) | (terms.weight == 0) if terms.weightless else w != 0
         if terms.bounded:
             moving &= (w > terms.low) & (w < terms.high)
         free = moving.nonzero()[0]
         if not free.size:
             break
+        work += max(free.size, FEW) ** 2
         at, sign, rows = w[free], np.sign(w[free]), gram[free]
         _, ridge, low, high = terms.all[:, free]
         slope = q[free] + ridge * at + terms.weight[free] * sign

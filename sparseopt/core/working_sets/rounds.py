@@ -40,7 +40,9 @@ ALLOWED = 128
 # of an observation, as a fraction of the mean.
 MOST_MODELS, MODEL, FLAT = 30, 0.01, 1e-4
 # The shortest step of a line search.
-LEAST_SHARE = 1e-4
+LEAST_SHARE = 1e-12
+# Steps of Newton's method on the entries without a weight.
+MOST_POLISH = 8
 
 
 class At(NamedTuple):
@@ -66,6 +68,10 @@ class SquareFit:
     def slack(self, z: np.ndarray, now: At, share: float) -> float:
         return (1 - share) ** 2 * now.value
 
+    def nothing(self, rounding: float) -> float:
+        """What rounding leaves of a loss of 0: of a square the square of the error of z."""
+        return rounding**2 * self.at_zero
+
 
 class SmoothFit:
     """`sum_i w_i f(z_i; b_i)` for any smooth `ScalarLoss`."""
@@ -86,6 +92,10 @@ class SmoothFit:
     def at(self, z: np.ndarray) -> At:
         value, slope, curve = _loss_at(*self.given, np.append(z, self.more))
         return At(float(value), np.asarray(slope)[: self.size], np.asarray(curve)[: self.size])
+
+    def nothing(self, rounding: float) -> float:
+        """As of `SquareFit`."""
+        return rounding * self.at_zero
 
     def slack(self, z: np.ndarray, now: At, share: float) -> float:
         return float(_loss_slack(*self.given, np.append(z, self.more), share))
@@ -148,7 +158,8 @@ def certify(
         if wrong.size:
             # No multiple of the dual helps: what remains must be rounding.
             ids, size = places[wrong], np.abs(slopes[wrong])
-            if (size > ALLOWED * columns.eps * columns.lengths(ids) * np.linalg.norm(now.slope)).any():
+            length = np.linalg.norm(now.slope) + np.linalg.norm(now.curve * z)
+            if (size > ALLOWED * columns.eps * columns.lengths(ids) * length).any():
                 return Proof(primal, np.inf, None)
             left += 2 * float(size @ np.abs(x[ids]))
             c = c.copy() if c is gradient else c
@@ -223,8 +234,6 @@ def rounds(
             x[:] = 0
             x[wanted] = part
         else:
-            if np.isinf(gap) and waited:
-                loose = 0.0
             enough = max(OF_TOL * tol, OF_GAP * loose) * proof.objective
             z, now = _improve(fit, chosen, terms, x, z, now, c, wanted, enough, loose * proof.objective)
         c = memory.pull(now.slope, terms, x) if memory else columns.pull(now.slope)
@@ -259,6 +268,8 @@ def _improve(
         now = fit.at(z)
     else:
         w, z, now = _newton_models(fit, rows, part, w, z, now, enough, apart)
+    if part.free.size or part.sided.size:
+        w, z, now = _polished(fit, rows, part, w, z, now)
     w[last] -= chosen.means @ w
     x[:] = 0
     x[ids] = w
@@ -269,14 +280,11 @@ def _newton_models(
     fit: Any, rows: Any, terms: EntryTerms, w: np.ndarray, z: np.ndarray, now: At, enough: float, apart: float
 ) -> tuple[np.ndarray, np.ndarray, At]:
     """Quadratic models of the loss, each followed by a line search that never rises."""
-    # Columns whose gradients must vanish, since no multiple of the dual helps: Newton's method goes on to rounding.
-    exact = bool(terms.free.size or terms.sided.size)
-    last = 0.0 if exact else max(MODEL * apart, enough)
     least = 0.0  # of the curvatures
     for _ in range(MOST_MODELS):
         curve = np.maximum(now.curve, max(FLAT * (now.curve.mean() or 1.0), least))
         q = rows @ now.slope
-        new = minimise(inner(rows, rows, curve), q, w, terms, 0.0 if exact else enough)
+        new = minimise(inner(rows, rows, curve), q, w, terms, enough)
         way, before = new - w, terms.value(w)
         along = rows.T @ way
         level, predicted = now.value + before, float(q @ way) + terms.value(new) - before
@@ -288,9 +296,9 @@ def _newton_models(
             at = fit.at(z + share * along)
             if at.value + terms.value(moved) <= level + 1e-4 * share * predicted + rounding:
                 break
-            if share == 1 and np.isfinite(at.slope).all():
+            if least == 0 and np.isfinite(at.slope).all():
                 # The mean curvature on the way of the step: the next model is not flatter.
-                least = float(along @ (at.slope - now.slope)) / float(along @ along)
+                least = float(along @ (at.slope - now.slope)) / (share * float(along @ along))
             share *= 0.5
             moved = w + share * way
             if share < LEAST_SHARE:
@@ -300,6 +308,33 @@ def _newton_models(
                 break
             continue
         w, z, now = moved, z + share * along, at
-        if -predicted <= max(last, rounding):
+        if -predicted <= max(MODEL * apart, enough, rounding):
             break
     return w, z, now
+
+
+def _polished(
+    fit: Any, rows: Any, terms: EntryTerms, w: np.ndarray, z: np.ndarray, now: At
+) -> tuple[np.ndarray, np.ndarray, At]:
+    """Newton's method on the entries without a weight until their gradients vanish, which no objective shows.
+
+    A dual point is only feasible if they do.
+    """
+    ids = np.append(terms.free, terms.sided[(w[terms.sided] != 0)])
+    part, best = rows[ids], np.inf
+    for _ in range(MOST_POLISH):
+        gradient = part @ now.slope
+        size = float(np.linalg.norm(gradient))
+        if size == 0 or size > 0.5 * best:
+            break
+        best, kept = size, (w, z, now)
+        hessian = inner(part, part, np.maximum(now.curve, FLAT * (np.mean(now.curve) or 1.0)))
+        way = -np.linalg.lstsq(hessian, gradient)[0]
+        w = w.copy()
+        w[ids] += way
+        w = terms.inside(w)
+        z = z + part.T @ (w[ids] - kept[0][ids])
+        now = fit.at(z)
+    else:
+        return w, z, now
+    return (w, z, now) if size < best or size == 0 else kept

@@ -72,11 +72,11 @@ class WorkingSet(PlainSolver):
             )
         return None if problem.loss.smooth else "WorkingSet needs a smooth loss; use PrimalDual"
 
-    def on_host(self, problem: Problem, start: Any, tol: float, max_steps: int) -> Solution | None:
+    def on_host(self, problem: Problem, start: Any, tol: float, max_steps: int, history: bool) -> Solution | None:
         """The solution by the form without a static size; None if an array is traced or not on a CPU."""
-        if not is_on_cpu((problem, start, tol, max_steps)):
+        if not is_on_cpu((problem, start, tol, max_steps)) or not np.size(problem.loss.target):
             return None
-        return HostSolve(problem, start).at(problem.penalty, tol, max_steps)
+        return HostSolve(problem, start).at(problem.penalty, tol, max_steps, history)
 
     def init(self, problem: Problem, start: Any) -> WorkingSetState:
         image = problem.loss.image(start)
@@ -143,7 +143,8 @@ class HostSolve:
         target, weights = np.asarray(loss.target, np.float64), None
         if loss.weights is not None:
             weights = np.broadcast_to(loss.weights, target.shape).astype(np.float64)
-            target = np.where(weights > 0, target, target[np.argmax(weights)])
+            # Any number in the domain of the loss, for one that is missing.
+            target = np.where(weights > 0, target, target[np.argmax(weights)] if weights.any() else 0.0)
         with precision(np.dtype(np.float64)):
             self.fit: Any = SquareFit(target, weights) if loss.is_square else SmoothFit(loss.scalar, target, weights)
         centred = centres(self.columns, self.terms(problem.penalty)) if keeps else False
@@ -165,35 +166,48 @@ class HostSolve:
                 raise ValueError(reason)
         return self.now
 
-    def at(self, penalty: Any, tol: float, max_steps: int) -> Solution:
+    def at(self, penalty: Any, tol: float, max_steps: int, history: bool = False) -> Solution:
         """The solution with a penalty."""
         terms, x, kind = self.terms(penalty), self.x, self.kind
         with precision(np.dtype(np.float64)):
             if self.now is None:
                 x[:] = terms.inside(x)
+                zero = terms.inside(np.zeros_like(x))
+                # A start that is worse than 0 would only cost steps.
+                if x.any() and not zero.any() and not self.begin()[1].value + terms.value(x) <= self.fit.at_zero:
+                    self.now, x[:] = None, 0
             z, now, gradient = self.begin()
             if self.memory:
                 gradient = self.memory.pull(now.slope, terms, x)
             found = rounds(self.fit, self.columns, terms, x, (z, now, gradient), tol, max_steps, self.memory)
             self.now = found.z, found.now, found.gradient
-            proof, value = Proof(found.objectives[-1], found.gaps[-1], found.dual), x.astype(kind)
+            proof = Proof(found.objectives[-1], found.gaps[-1], found.dual)
+            with np.errstate(over="ignore"):
+                value = x.astype(kind)
             if kind != x.dtype:  # the answer is the rounded one; the bound stays
                 rounded = value.astype(np.float64)
                 objective = self.fit.at(self.columns.image(rounded)).value + terms.value(rounded)
                 bound = proof.objective / (1 + proof.gap)
-                proof = Proof(objective, proof.gap + (objective - proof.objective) / max(bound, TINY), proof.dual)
-        return _solution(value, proof, found, tol, max_steps)
+                gap = proof.gap + (objective - proof.objective) / max(bound, TINY)
+                proof = Proof(objective, max(gap, 0.0), proof.dual)
+        return _solution(value, proof, found, tol, max_steps, history)
 
 
-def _solution(x: np.ndarray, proof: Proof, found: Found, tol: float, max_steps: int) -> Solution:
-    """The answer of the host, with the arrays of JAX where its types allow."""
-    steps = len(found.gaps) - 1
+def _solution(x: np.ndarray, proof: Proof, found: Found, tol: float, max_steps: int, history: bool) -> Solution:
+    """The answer of the host."""
+    steps, kind = len(found.gaps) - 1, x.dtype
     if proof.gap <= tol:
         status = Status.CONVERGED
     elif not (np.isfinite(x).all() and np.isfinite(proof.objective)):
         status = Status.NONFINITE
     else:
         status = Status.MAX_STEPS if steps >= max_steps else Status.PRECISION
-    residual, objective, gap = (np.asarray(number, x.dtype) for number in (proof.gap, proof.objective, proof.gap))
-    dual = None if proof.dual is None else proof.dual.astype(x.dtype)
-    return Solution(x, np.int32(status), np.int32(steps), residual, objective, gap, dual=dual)
+    record: Any = None
+    if history:
+        rows = np.full((2, max_steps), np.nan, kind)
+        rows[:, :steps] = found.gaps[1:], found.objectives[1:]
+        record = Measure(rows[0], rows[1], rows[0], stalled=None)
+    with np.errstate(over="ignore"):
+        gap, objective = (np.asarray(number).astype(kind) for number in (proof.gap, proof.objective))
+        dual = None if proof.dual is None else proof.dual.astype(kind)
+    return Solution(x, np.int32(status), np.int32(steps), gap, objective, gap, record, dual=dual)

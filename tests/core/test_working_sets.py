@@ -1,0 +1,170 @@
+"""Sparse regression by working sets: the optimum and its gap, the two forms, matrices of every kind, bad input."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import sparse
+
+import sparseopt as so
+from tests.core.conic import Conic
+from tests.core.problems import LOSSES, PENALTIES, Rows
+
+SET = so.WorkingSet()
+ROWS, COLUMNS = 40, 9
+SMOOTH = ["squares", "logistic", "poisson", "huber", "squared hinge"]
+TIGHT = {"squares": 1e-10, "logistic": 1e-7}
+
+pytestmark = pytest.mark.usefixtures("double")
+
+
+def drawn(name, seed=0, rows=ROWS, columns=COLUMNS):
+    """A matrix, a target, weights of which some are 0, and the smooth loss."""
+    rng = np.random.default_rng(seed)
+    matrix = rng.standard_normal((rows, columns))
+    target = LOSSES[name].target(rng, matrix[:, :3] @ [1.0, -1.0, 0.5])
+    return matrix, target, rng.uniform(0.2, 2, rows) * (rng.random(rows) < 0.8)
+
+
+@pytest.mark.parametrize("penalty", ["L1", "elastic net", "box", "nonnegative"])
+@pytest.mark.parametrize(("name", "intercept"), [*((name, False) for name in SMOOTH), ("squares", True)])
+def test_the_optimum_is_that_of_an_interior_point_method_and_the_gap_bounds_the_error(name, penalty, intercept):
+    matrix, target, weights = drawn(name)
+    entries = (np.linspace(0.2, 3, COLUMNS), np.full(COLUMNS, -0.4), np.linspace(0.1, 0.9, COLUMNS))
+    make, term = PENALTIES[penalty]
+    loss = dataclasses.replace(LOSSES[name].make(matrix, target, weights), intercept=intercept)
+    problem = so.Problem(loss, make(*entries))
+    form = Conic(COLUMNS + intercept)
+    seen = weights > 0
+    whole = np.column_stack([matrix, np.ones(ROWS)]) if intercept else matrix
+    LOSSES[name].term(form, sparse.csr_array(whole[seen]), target[seen], weights[seen])
+    term(form, Rows(sparse.eye_array(COLUMNS, COLUMNS + intercept).tocsr(), np.ones(COLUMNS), *entries))
+    found, least = so.solve(problem, SET).check(), form.least()
+    np.testing.assert_allclose(found.objective, problem.value(found.value), rtol=1e-12)
+    np.testing.assert_allclose(found.objective, least, rtol=1e-6)
+    assert found.gap >= found.objective / least - 1 - 1e-8
+
+
+@pytest.mark.parametrize(("name", "columns"), [("squares", 300), ("squares", 2300), ("logistic", 300)])
+def test_of_many_columns_few_rounds_find_the_optimum_and_every_gap_bounds_the_error(name, columns):
+    matrix, target, _ = drawn(name, 1, 60, columns)
+    weight = 0.1 * np.max(np.abs(matrix.T @ (target - target.mean())))
+    problem = so.Problem(LOSSES[name].make(matrix, target, None), so.L1(weight))
+    best = so.solve(problem, SET, tol=TIGHT[name]).check()
+    for steps in range(4):
+        found = so.solve(problem, SET, tol=TIGHT[name], max_steps=steps)
+        assert found.steps <= steps
+        np.testing.assert_allclose(found.objective, problem.value(found.value), rtol=1e-12)
+        assert found.gap >= found.objective / best.objective - 1 - TIGHT[name]
+    # The gradient of every entry is within the weight, and at it where the answer is not 0.
+    slope = -np.asarray(problem.loss.gradient(best.value)) / weight
+    assert np.max(np.abs(slope)) <= 1 + 1e-4
+    used = np.flatnonzero(best.value)
+    np.testing.assert_allclose(slope[used], np.sign(best.value[used]), atol=1e-4)
+    assert so.solve(problem, SET, best.value).steps == 0
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_in_float32_the_answer_is_float32_and_its_gap_bounds_the_error(name):
+    matrix, target, _ = drawn(name, 2)
+    problem = so.Problem(LOSSES[name].make(matrix.astype(np.float32), target.astype(np.float32), None), so.L1(1.0))
+    wide = jax.tree.map(lambda leaf: leaf.astype(np.float64) if np.ndim(leaf) else leaf, problem)
+    found, best = so.solve(problem, SET).check(), so.solve(wide, SET).check()
+    assert found.value.dtype == found.objective.dtype == np.float32
+    reached = float(wide.value(found.value.astype(np.float64)))
+    assert found.gap >= reached / best.objective - 1 - 2e-6
+
+
+@pytest.mark.parametrize(("name", "kind"), [("squares", "sparse"), ("logistic", "dense")])
+def test_the_form_under_jit_and_vmap_has_the_same_answer_and_derivatives(name, kind):
+    matrix, target, weights = drawn(name, 3)
+    given = matrix if kind == "dense" else sparse.csr_array(matrix * (np.abs(matrix) > 0.5))
+    loss = dataclasses.replace(LOSSES[name].make(given, target, weights), intercept=name == "squares")
+
+    def answer(weight):
+        return so.solve(so.Problem(loss, so.L1(weight)), SET, tol=1e-7)
+
+    levels = np.array([0.5, 2.0])
+    host = [so.solve(so.Problem(loss, so.L1(level)), SET, tol=1e-7).check() for level in levels]
+    together = jax.jit(jax.vmap(answer))(levels)
+    assert set(together.status.tolist()) == {so.Status.CONVERGED}
+    np.testing.assert_allclose(together.value, [one.value for one in host], atol=1e-4)
+    np.testing.assert_allclose(together.objective, [one.objective for one in host], rtol=1e-8)
+    slopes = jax.jit(jax.grad(lambda weight: jnp.sum(answer(weight).value)))(2.0)
+    ends = [so.solve(so.Problem(loss, so.L1(2.0 + apart)), SET, tol=0).value.sum() for apart in (-1e-2, 1e-2)]
+    np.testing.assert_allclose(slopes, (ends[1] - ends[0]) / 2e-2, rtol=1e-3)
+
+
+def test_an_answer_with_more_entries_than_the_static_set_is_not_found_and_says_so():
+    matrix, target, _ = drawn("squares", 4)
+    problem = so.Problem(so.LeastSquares(matrix, target), so.L1(1e-3))
+    few, enough = so.WorkingSet(most=4), so.WorkingSet(most=COLUMNS)
+    assert np.count_nonzero(so.solve(problem, few).check().value) > few.most
+    assert jax.jit(lambda: so.solve(problem, few, max_steps=50).status)() == so.Status.MAX_STEPS
+    assert jax.jit(lambda: so.solve(problem, enough, max_steps=50).status)() == so.Status.CONVERGED
+
+
+@pytest.mark.parametrize("name", ["squares", "logistic"])
+def test_matrices_of_every_kind_have_one_answer_and_are_left_unchanged(name):
+    rng = np.random.default_rng(5)
+    whole = rng.integers(-2, 3, (ROWS, COLUMNS))
+    whole[:, 4] = 0
+    target = LOSSES[name].target(rng, whole[:, 0] - 0.5 * whole[:, 1])
+    row, column = np.nonzero(whole)
+    entries = np.concatenate([whole[row, column] - 0.5, np.full(row.size, 0.5)])  # every place twice
+    twice = sparse.coo_array((entries, (np.tile(row, 2), np.tile(column, 2))), shape=whole.shape)
+    mixed = sparse.csc_array(whole * 1.0)
+    for start, end in zip(mixed.indptr[:-1], mixed.indptr[1:], strict=True):
+        mixed.indices[start:end], mixed.data[start:end] = mixed.indices[start:end][::-1], mixed.data[start:end][::-1]
+    fixed = np.asfortranarray(whole, np.float64)
+    fixed.flags.writeable = False
+    strided = np.repeat(whole, 2, axis=1)[:, ::2]
+    kinds = [whole * 1.0, whole, whole.astype(np.int8), fixed, strided, twice, mixed, sparse.csr_array(whole)]
+    answers = []
+    for matrix in kinds:
+        parts = [getattr(matrix, part, None) for part in ("data", "indices", "indptr", "row", "col")]
+        copies = [None if part is None else np.array(part) for part in parts]
+        answers.append(so.solve(so.Problem(LOSSES[name].make(matrix, target, None), so.L1(1.5)), SET).check().value)
+        for part, copy in zip(parts, copies, strict=True):
+            np.testing.assert_array_equal(part, copy)
+    np.testing.assert_allclose(answers, [answers[0]] * len(kinds), atol=1e-6)
+    assert answers[0][4] == 0
+
+
+def test_a_target_that_is_missing_changes_nothing():
+    matrix, target, _ = drawn("squares", 6)
+    seen = np.arange(ROWS) % 4 > 0
+    found = so.solve(so.Problem(so.LeastSquares(matrix, np.where(seen, target, np.nan), seen * 1.0), so.L1(1.0)))
+    without = so.solve(so.Problem(so.LeastSquares(matrix[seen], target[seen]), so.L1(1.0)))
+    np.testing.assert_allclose(found.check().value, without.check().value, atol=1e-9)
+
+
+def test_an_intercept_takes_columns_far_from_zero():
+    matrix, target, _ = drawn("squares", 7)
+    near = so.solve(so.Problem(so.LeastSquares(matrix, target, intercept=True), so.L1(1.0)), SET).check()
+    far = so.solve(so.Problem(so.LeastSquares(matrix + 1e6, target, intercept=True), so.L1(1.0)), SET).check()
+    np.testing.assert_allclose(far.value[:-1], near.value[:-1], atol=1e-6)
+    np.testing.assert_allclose(far.objective, near.objective, rtol=1e-6)
+
+
+MATRIX, TARGET, _ = drawn("squares", 8)
+HOLED = np.where(np.arange(MATRIX.size).reshape(MATRIX.shape) == 4 * COLUMNS + 2, np.nan, MATRIX)
+SQUARES, ONES = so.LeastSquares(MATRIX, TARGET), so.LeastSquares(MATRIX, TARGET, intercept=True)
+BAD = {
+    r"matrix of least squares must hold finite numbers, given nan at \(4, 2\)": [so.LeastSquares(HOLED, TARGET)],
+    "smooth loss; use PrimalDual": [so.AbsoluteLoss(MATRIX, TARGET)],
+    "without entry_terms": [SQUARES, so.GroupL2(1.0)],
+    r"needs a dense or SciPy sparse matrix and a target \[rows\]": [so.LeastSquares(MATRIX, MATRIX)],
+    "an intercept needs a dense or SciPy sparse matrix": [so.LeastSquares(None, TARGET, intercept=True)],
+    r"start needs the shape \(10,\)": [ONES, so.L1(1.0), None, np.zeros(COLUMNS)],
+    "solves problems without an operator": [SQUARES, so.L1(1.0), np.eye(COLUMNS)],
+}
+
+
+@pytest.mark.parametrize("sentence", BAD)
+def test_bad_input_is_refused_in_a_sentence(sentence):
+    loss, penalty, operator, start = (*BAD[sentence], *[so.L1(1.0), None, None][len(BAD[sentence]) - 1 :])
+    with pytest.raises(ValueError, match=sentence):
+        so.solve(so.Problem(loss, penalty, operator), SET, start)
