@@ -48,7 +48,13 @@ from sparseopt.trend.total_variation import TotalVariation
 
 if TYPE_CHECKING:
     from sparseopt import models, pruning
-    from sparseopt.trend.estimator import GraphTrendClassifier, GraphTrendFilter
+    from sparseopt.estimators.graph import GraphTrendClassifier, GraphTrendFilter
+    from sparseopt.estimators.regression import (
+        SparseClassifier,
+        SparseClassifierCV,
+        SparseRegressor,
+        SparseRegressorCV,
+    )
 
 __version__ = version("sparseopt")
 
@@ -88,7 +94,11 @@ __all__ = [
     "RowTopK",
     "Simplex",
     "Solution",
+    "SparseClassifier",
+    "SparseClassifierCV",
     "SparseGroup",
+    "SparseRegressor",
+    "SparseRegressorCV",
     "SplitAdmm",
     "SquaredHingeLoss",
     "Status",
@@ -116,6 +126,15 @@ __all__ = [
 ]
 
 
+# The files of `sparseopt.estimators`, which need scikit-learn.
+ESTIMATORS = {
+    "GraphTrendClassifier": "graph",
+    "GraphTrendFilter": "graph",
+    "SparseClassifier": "regression",
+    "SparseClassifierCV": "regression",
+    "SparseRegressor": "regression",
+    "SparseRegressorCV": "regression",
+}
 # Where the public names of 0.2 are.
 MOVED = {
     "Composed": "so.DataLoss, or a ready-made loss such as so.LogisticLoss(A, y)",
@@ -142,8 +161,8 @@ def __getattr__(name: str) -> Any:
     """Load the pruner, the models and the estimators on first use: the core imports neither flax nor sklearn."""
     if name in ("models", "pruning"):
         return importlib.import_module(f"sparseopt.{name}")
-    if name in ("GraphTrendClassifier", "GraphTrendFilter"):
-        return getattr(importlib.import_module("sparseopt.trend.estimator"), name)
+    if name in ESTIMATORS:
+        return getattr(importlib.import_module(f"sparseopt.estimators.{ESTIMATORS[name]}"), name)
     if name in MOVED:
         raise AttributeError(f"sparseopt.{name} is {MOVED[name]} since 0.3")
     raise AttributeError(f"module 'sparseopt' has no attribute {name!r}; it has {', '.join(__all__)}")

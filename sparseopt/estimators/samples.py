@@ -38,6 +38,17 @@ def check_weights(sample_weight: Any, count: int) -> np.ndarray:
     return weights
 
 
+def classes_of(y: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The labels of the samples with a positive weight, sorted; a ValueError for a single one."""
+    classes = np.unique(y[weights > 0])
+    if len(classes) < 2:
+        raise ValueError(
+            f"a classifier needs samples of two classes, given one class, {classes[0]!r}, in the samples with a "
+            "positive weight"
+        )
+    return classes
+
+
 def node_numbers(X: np.ndarray, graph: Graph) -> np.ndarray:
     """The node of each sample, `[m]`; a ValueError for a row that names no node."""
     if X.shape[1] != 1:

@@ -1,7 +1,6 @@
 """The trend filter as a scikit-learn regressor and classifier, on a given graph or on nearest neighbours."""
 
 import dataclasses
-import warnings
 from typing import Any
 
 import jax
@@ -9,35 +8,34 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import sparse
 from scipy.special import expit
+from sklearn.base import ClassifierMixin, MultiOutputMixin, RegressorMixin
+from sklearn.metrics import d2_tweedie_score, r2_score
+from sklearn.neighbors import NearestNeighbors
+from sklearn.utils.multiclass import check_classification_targets, type_of_target
+from sklearn.utils.validation import check_is_fitted, validate_data
 
 from sparseopt.core.base.arguments import finite_number, whole_number
 from sparseopt.core.base.types import precision
 from sparseopt.core.losses.scalar import Logistic, ScalarLoss, check_scalar_loss
 from sparseopt.core.penalties.names import BY_WEIGHT
-from sparseopt.core.problem.problem import Status
+from sparseopt.estimators.base import Fitted
+from sparseopt.estimators.samples import (
+    check_weights,
+    classes_of,
+    distinct,
+    neighbour_graph,
+    node_numbers,
+    require_alike,
+)
 from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.base.method import Settings
 from sparseopt.trend.base.signal import check_graph, check_order
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.methods.choice import AUTO, as_method
-from sparseopt.trend.samples import check_weights, distinct, neighbour_graph, node_numbers, require_alike
-
-try:
-    from sklearn.base import BaseEstimator, ClassifierMixin, MultiOutputMixin, RegressorMixin
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.metrics import d2_tweedie_score, r2_score
-    from sklearn.neighbors import NearestNeighbors
-    from sklearn.utils.multiclass import check_classification_targets, type_of_target
-    from sklearn.utils.validation import check_is_fitted, validate_data
-except ImportError as error:
-    raise ImportError(
-        "the estimators of the trend filter need scikit-learn 1.6 or newer: pip install 'sparseopt[sklearn]'",
-        name=error.name,
-    ) from error
 
 
 @dataclasses.dataclass(eq=False, repr=False)
-class OnGraph(BaseEstimator):
+class OnGraph(Fitted):
     """What the regressor and the classifier share: parameters, the graph, the fit at its nodes and beyond them.
 
     The fields are the parameters of `__init__`, which scikit-learn reads.
@@ -103,16 +101,7 @@ class OnGraph(BaseEstimator):
         options: Any = {"tol": self.tol, "max_steps": self.max_steps, "node_weights": mass, "loss": loss}
         found = trend_filter(observed, self.graph_, penalty, self.order, self.method, **options)
         self.solution_ = found = jax.device_get(found)
-        status = Status(int(found.status))
-        if status is Status.NONFINITE:
-            found.check()
-        if status not in (Status.CONVERGED, Status.STATIONARY):
-            warnings.warn(
-                f"{type(self).__name__} stopped ({status.name}) after {int(found.steps)} steps with residual "
-                f"{float(found.residual):.3g}: {status.advice}",
-                ConvergenceWarning,
-                stacklevel=3,
-            )
+        self.warn_unless_converged(found, 3)
         self.fitted_values_, self.gap_, self.n_iter_ = np.asarray(found.value), float(found.gap), int(found.steps)
 
     def at(self, X: Any, values: np.ndarray) -> np.ndarray:
@@ -133,19 +122,6 @@ class OnGraph(BaseEstimator):
             shares /= shares.sum(axis=1, keepdims=True)
             found[new] = np.einsum("mk,mk...->m...", shares, values[near])
         return found
-
-    @property
-    def _repr_html_(self) -> Any:
-        # scikit-learn has no such attribute if it is asked for text, and a function otherwise.
-        shown = super()._repr_html_
-        return lambda: shown() + self._html_of_fit()
-
-    def _repr_mimebundle_(self, **options: Any) -> dict[str, str]:
-        found = super()._repr_mimebundle_(**options)
-        return found | {kind: text + self._html_of_fit() for kind, text in found.items() if kind == "text/html"}
-
-    def _html_of_fit(self) -> str:
-        return self.solution_._repr_html_() if hasattr(self, "solution_") else ""
 
     def _check_penalty(self) -> Any:
         """The penalty with weight alpha, after a check of all parameters that both estimators have."""
@@ -340,17 +316,12 @@ class GraphTrendClassifier(ClassifierMixin, OnGraph):
         X, y = validate_data(self, X, y, dtype=np.float64)
         check_classification_targets(y)
         weights = check_weights(sample_weight, len(X))
-        classes = np.unique(y[weights > 0])
+        classes = classes_of(y, weights)
         if len(classes) > 2:
             raise ValueError(
                 f"Only binary classification is supported. The type of the target is {type_of_target(y)}, with "
                 f"{len(classes)} classes: fit one against the rest by "
                 "sklearn.multiclass.OneVsRestClassifier(GraphTrendClassifier(...))"
-            )
-        if len(classes) < 2:
-            raise ValueError(
-                f"a classifier needs samples of two classes, given one class, {classes[0]!r}, in the samples with a "
-                "positive weight"
             )
         proportions = np.where(y == classes[1], 1 - smoothing / 2, smoothing / 2)
         self.fit_nodes(X, proportions, weights, Logistic())

@@ -1,0 +1,45 @@
+"""What all estimators share: the warning of a fit that did not converge, and the table in a notebook of how it ended.
+
+A fit has the attribute `solution_`, a `Solution` or, for several classes, a list of them.
+"""
+
+import warnings
+from typing import Any
+
+from sklearn.base import BaseEstimator
+from sklearn.exceptions import ConvergenceWarning
+
+from sparseopt.core.problem.problem import Solution, Status
+
+
+class Fitted(BaseEstimator):
+    """A base class of estimators."""
+
+    solution_: Any
+
+    def warn_unless_converged(self, found: Solution, depth: int) -> None:
+        """A warning that points `depth` calls up, to the caller of `fit`; a RuntimeError for an overflow."""
+        status = Status(int(found.status))
+        if status is Status.NONFINITE:
+            found.check()
+        if status not in (Status.CONVERGED, Status.STATIONARY):
+            warnings.warn(
+                f"{type(self).__name__} stopped ({status.name}) after {int(found.steps)} steps with residual "
+                f"{float(found.residual):.3g}: {status.advice}",
+                ConvergenceWarning,
+                stacklevel=depth + 1,
+            )
+
+    @property
+    def _repr_html_(self) -> Any:
+        # scikit-learn has no such attribute if it is asked for text, and a function otherwise.
+        shown = super()._repr_html_
+        return lambda: shown() + self._html_of_fit()
+
+    def _repr_mimebundle_(self, **options: Any) -> dict[str, str]:
+        found = super()._repr_mimebundle_(**options)
+        return found | {kind: text + self._html_of_fit() for kind, text in found.items() if kind == "text/html"}
+
+    def _html_of_fit(self) -> str:
+        found = getattr(self, "solution_", [])
+        return "".join(one._repr_html_() for one in (found if isinstance(found, list) else [found]))
