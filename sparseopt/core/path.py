@@ -12,12 +12,13 @@ import dataclasses
 from functools import cached_property
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy import sparse
 
 from sparseopt.core.base.arguments import is_positive, real_array, whole_number
-from sparseopt.core.base.types import is_on_cpu, precision
+from sparseopt.core.base.types import known_on_cpu, precision
 from sparseopt.core.losses.data import DataLoss
 from sparseopt.core.operators.matrices import Matrix
 from sparseopt.core.penalties.entries import L1
@@ -175,11 +176,15 @@ def largest_level(problem: Problem) -> float:
 def _needed(problem: Problem, first: Any, weighted: np.ndarray, x: np.ndarray) -> float:
     """The level at which the entries with a weight stay at 0, if the others are those of x."""
     run = HostSolve(problem, x)
-    slope = -run.begin()[2][
-        : np.size(x) - (len(problem.penalty.penalties) > 1 if hasattr(problem.penalty, "penalties") else 0)
-    ]
-    with precision(np.dtype(np.float64)):
-        return float(gauge(first, jnp.asarray(np.where(weighted, slope, 0) if weighted.ndim else slope)))
+    slope = -run.begin()[2]
+    slope = slope[: -1 if problem.loss.intercept else None]
+    if not hasattr(first, "entry_terms"):
+        with precision(np.dtype(np.float64)):
+            return float(gauge(first, jnp.asarray(np.where(weighted, slope, 0) if weighted.ndim else slope)))
+    # At 0 neither a ridge nor a bound beyond counts.
+    terms = EntryTerms(slope.size, *first.entry_terms())
+    out = np.maximum(np.where(terms.high > 0, slope, 0), np.where(terms.low < 0, -slope, 0))
+    return float(np.max(out[terms.weight > 0] / terms.weight[terms.weight > 0], initial=0))
 
 
 def path(
@@ -243,7 +248,7 @@ def _path(problem: Problem, levels: np.ndarray, tol: float, max_steps: int) -> P
     """A path at levels that are checked."""
     start: Any = np.zeros(problem.loss.start_shape())
     solver = WorkingSet()
-    fast = solver.refuses(problem) is None and is_on_cpu(problem)
+    fast = solver.refuses(problem) is None and known_on_cpu((problem, jax.device_put(0)))
     run = HostSolve(problem, start, keeps=True) if fast else None
     found, values = [], []
     for level in levels:

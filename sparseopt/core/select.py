@@ -143,7 +143,7 @@ def cross_validate(
 
     Args:
         problem: as in `path`.
-        levels: as in `path`; the same for every fold.
+        levels: as in `path`; for a fold times its share of the weights, since losses are sums.
         num: as in `path`.
         folds: their number, drawn at random, for labels with equal shares of each; or the fold of every row, `[rows]`.
         seed: of the draw.
@@ -174,7 +174,9 @@ def cross_validate(
     for fold in np.unique(held):
         out = (held == fold) & (weights > 0)
         within = dataclasses.replace(loss, weights=np.where(out, 0, weights))
-        found = path(Problem(within, problem.penalty), whole.levels, tol=tol, max_steps=max_steps)
+        # The sum of a loss grows with the rows: the same level of their mean.
+        share = within.weights.sum() / weights.sum()
+        found = path(Problem(within, problem.penalty), share * whole.levels, tol=tol, max_steps=max_steps)
         if not np.isfinite(found.objectives).all():
             raise RuntimeError(f"without fold {fold} a level ended {Status.NONFINITE.name}: scale the columns")
         errors.append(_deviances(loss, weights, out, found))

@@ -18,7 +18,7 @@ from sparseopt.core.base.arguments import (
     refuses_not_finite,
     renames,
 )
-from sparseopt.core.base.types import is_on_cpu, is_traced, precision, wide_types
+from sparseopt.core.base.types import is_traced, known_on_cpu, precision, wide_types
 from sparseopt.core.losses.data import DataLoss
 from sparseopt.core.losses.quadratic import Quadratic
 from sparseopt.core.losses.scalar import ScalarLoss
@@ -46,7 +46,7 @@ class Choice(NamedTuple):
 FEW, ENTRIES = 256, 4
 
 
-def _exact_pays(problem: Problem) -> bool:
+def _exact_pays(problem: Problem, here: Any) -> bool:
     """Whether a product with an inverse of all unknowns is cheap compared to products with the matrices."""
     size = math.prod(problem.loss.start_shape())
     maps = (problem.operator, getattr(problem.loss, "matrix", getattr(problem.loss, "hessian", None)))
@@ -54,16 +54,16 @@ def _exact_pays(problem: Problem) -> bool:
 
 
 # The first that accepts a problem and suits it is chosen; one with None suits every problem that it accepts.
-CANDIDATES: tuple[tuple[Any, Callable[[Problem], bool] | None, str], ...] = (
+CANDIDATES: tuple[tuple[Any, Callable[[Problem, Any], bool] | None, str], ...] = (
     (Refit(), None, "a quadratic loss on a fixed support is a linear system: conjugate gradients"),
     (
         Maiht(),
-        lambda problem: isinstance(problem.loss, Quadratic) and not is_convex(problem.penalty),
+        lambda problem, _: isinstance(problem.loss, Quadratic) and not is_convex(problem.penalty),
         "a quadratic loss and a penalty that is not known to be convex: monotone accelerated hard thresholding",
     ),
     (
         WorkingSet(),
-        is_on_cpu,
+        lambda problem, here: known_on_cpu((problem, here)),
         "a smooth loss of a matrix and a penalty on entries: coordinate and Newton steps on the columns that matter",
     ),
     (
@@ -100,14 +100,15 @@ def chosen_solver(problem: Problem) -> Choice:
     """
     if reason := refuses_problem(problem) or _refuses_matrix(problem):
         raise ValueError(reason)
-    return _choose(problem)
+    return _choose(problem, jax.device_put(np.float32(0)))
 
 
-def _choose(problem: Problem) -> Choice:
+def _choose(problem: Problem, here: Any) -> Choice:
+    """The choice; `here` is a number on the device, which is traced inside a function that is being compiled."""
     reasons = []
     for solver, suits, why in CANDIDATES:
         reason = solver.refuses(problem)
-        if reason is None and (suits is None or suits(problem)):
+        if reason is None and (suits is None or suits(problem, here)):
             return Choice(solver, why)
         reasons += [reason] if reason else []
     raise ValueError("no solver accepts this problem:\n" + "\n".join(f"  {reason}" for reason in reasons))
@@ -173,10 +174,14 @@ def solve(
     """
     if reason := refuses_problem(problem):
         raise ValueError(reason)
-    problem, start, kind = _in_one_precision(problem, start)
+    # A number put on the device is traced inside every function that is being compiled.
+    here = jax.device_put(np.float32(0))
+    problem, start, kind = _in_one_precision(problem, start, here)
     native = wide_types() or kind != np.float64
     with precision(kind):
-        found = _solve(problem, solver, start, kind, tol, max_steps, history)
+        found = _solve(problem, solver, start, (kind, here), tol, max_steps, history)
+        if native and isinstance(found.value, np.ndarray):
+            found = jax.device_put(found)
     return found if native else jax.device_get(found)
 
 
@@ -185,10 +190,10 @@ def _refuses_matrix(problem: Problem) -> str | None:
     return problem.loss.refuses_matrix() if isinstance(problem.loss, DataLoss) else None
 
 
-def _solve(problem: Problem, solver: Any, start: Any, kind: Any, tol: Any, max_steps: Any, history: bool) -> Solution:
-    chosen = solver is None
+def _solve(problem: Problem, solver: Any, start: Any, place: Any, tol: Any, max_steps: Any, history: bool) -> Solution:
+    chosen, (kind, here) = solver is None, place
     if chosen:
-        solver = _choose(problem).solver
+        solver = _choose(problem, here).solver
     elif reason := _refuses_solver(solver) or own_refusal(solver, problem):
         raise ValueError(reason)
     if start is None:
@@ -197,24 +202,28 @@ def _solve(problem: Problem, solver: Any, start: Any, kind: Any, tol: Any, max_s
                 f"give a start: the shape of x does not follow from a {type(problem.loss).__name__} (a loss may "
                 "have a method start() that returns zeros of x)"
             )
-        start = problem.loss.start()
+        known = isinstance(problem.loss, DataLoss) and hasattr(solver, "on_host")
+        start = np.zeros(problem.loss.start_shape(), kind) if known else problem.loss.start()
         if type(solver) is AcceleratedProximalGradient and hasattr(problem.penalty, "with_concavity"):
             solver = GraduatedProximalGradient(solver.step_size, solver.cadence)
-    if isinstance(start, np.ndarray | jax.Array):
-        if reason := refuses_leaves("start", start) or _refuses_shapes(problem, start):
-            raise ValueError(reason)
-        start = jnp.asarray(start, kind)
+    if isinstance(start, np.ndarray | jax.Array) and (
+        reason := refuses_leaves("start", start) or _refuses_shapes(problem, start)
+    ):
+        raise ValueError(reason)
     usual = 1e-6 if kind == np.float64 else 1e-4
     limits: dict[str, Any] = {"tol": usual if tol is None else tol, "max_steps": max_steps, "history": history}
     max_steps = checked_limits(limits["tol"], max_steps)
-    on_host = getattr(solver, "on_host", None)
-    if on_host and (found := on_host(problem, start, limits["tol"], max_steps, history)) is not None:
-        if int(found.status) == Status.CONVERGED or not chosen:
-            return jax.device_put(found)
+    if hasattr(solver, "on_host") and known_on_cpu((problem, start, tol, max_steps, here)):
+        found = solver.on_host(problem, np.asarray(start, kind), limits["tol"], max_steps, history)
+        if found is not None and (int(found.status) == Status.CONVERGED or not chosen):
+            return found
         # What coordinate steps leave may still fall by steps on all entries.
-        left = max_steps if history else max_steps - int(found.steps)
-        rest = _solve(problem, AcceleratedProximalGradient(), found.value, kind, tol, left, history)
-        return rest if rest.objective <= found.objective or rest.gap <= found.gap else jax.device_put(found)
+        if found is not None:
+            left = max_steps if history else max_steps - int(found.steps)
+            rest = _solve(problem, AcceleratedProximalGradient(), found.value, place, tol, left, history)
+            return rest if rest.objective <= found.objective or rest.gap <= found.gap else found
+    if isinstance(start, np.ndarray | jax.Array):
+        start = jnp.asarray(start, kind)
     if reason := _refuses_matrix(problem):
         raise ValueError(reason)
     problem = jax.tree.map(_interleaved, problem, is_leaf=lambda node: isinstance(node, SparseMatrix))
@@ -267,14 +276,13 @@ def _plain(given: Any) -> str | None:
     return repr(given) if isinstance(given, int | float | complex | str | list | tuple | np.generic) else None
 
 
-def _in_one_precision(problem: Problem, start: Any) -> tuple[Problem, Any, np.dtype]:
+def _in_one_precision(problem: Problem, start: Any, here: Any) -> tuple[Problem, Any, np.dtype]:
     """The problem and its start with floats of one dtype, and the dtype; see `solve`. Single numbers do not count."""
     if type(start) in (list, tuple, int, float, complex):
         start = np.asarray(start)
     leaves = jax.tree.leaves((problem, start))
     floats = [leaf for leaf in leaves if _is_floats(leaf)]
-    # A number put on the device is traced inside every function that is being compiled.
-    if is_traced((problem, start, jax.device_put(np.float32(0)))):
+    if is_traced((problem, start, here)):
         kinds = [leaf.dtype for leaf in floats] or [np.dtype(np.float64)]
         return problem, start, np.dtype(jnp.result_type(*map(jax.dtypes.canonicalize_dtype, kinds)))
     deciding = [leaf.dtype for leaf in floats if isinstance(leaf, jax.Array)] or [leaf.dtype for leaf in floats]
@@ -310,7 +318,7 @@ def _refuses_shapes(problem: Problem, start: Any) -> str | None:
     reasons = (refuses_transpose(name, given, start) for name, given in maps.items() if given is not None)
     if reason := next((reason for reason in reasons if reason), None):
         return reason
-    like = jax.ShapeDtypeStruct(start.shape, jnp.asarray(start).dtype)
+    like = jax.ShapeDtypeStruct(start.shape, jax.dtypes.canonicalize_dtype(start.dtype))
     rows = like
     if isinstance(problem.operator, Matrix):
         rows = jax.ShapeDtypeStruct(problem.operator.out_shape + like.shape[1:], like.dtype)

@@ -32,12 +32,11 @@ def is_traced(tree: Any) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
-def is_on_cpu(tree: Any) -> bool:
-    """Whether all arrays of a tree are known and on a CPU, and nothing around is being compiled."""
-    # A number put on the device is traced inside every function that is being compiled.
-    leaves = [jax.device_put(np.float32(0)), *jax.tree.leaves(tree)]
+def known_on_cpu(tree: Any) -> bool:
+    """Whether all arrays of a tree are known, and those of JAX on a CPU."""
+    leaves = jax.tree.leaves(tree)
     arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
-    return not is_traced(leaves) and all({d.platform for d in leaf.devices()} == {"cpu"} for leaf in arrays)
+    return not is_traced(arrays) and all({d.platform for d in leaf.devices()} == {"cpu"} for leaf in arrays)
 
 
 def namespace(values: Any) -> Any:

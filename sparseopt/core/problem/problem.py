@@ -158,8 +158,8 @@ class Solver(Protocol):
       `operator x`; None for one that it does not find. Derivatives of a solution with an operator need them.
     * `solves(problem, state)`: the problem that the answer solves, if it is not the one given, such as one at another
       level; derivatives follow from it.
-    * `on_host(problem, start, tol, max_steps, history)`: the solution by another way, for arrays that are known; None
-      if they are not.
+    * `on_host(problem, start, tol, max_steps, history)`: the solution by another way, for arrays that are known and on
+      a CPU, with NumPy arrays; None if there is none.
     * `prox_step(problem, state)`, or an attribute `step_size` of the state: the step of the penalty's prox, one number
       or one per entry. Derivatives for a penalty that is not convex need it.
     """

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparseopt.core.base.types import is_on_cpu, precision, pytree, static
+from sparseopt.core.base.types import precision, pytree, static
 from sparseopt.core.operators.matrices import Dense, SparseMatrix, WithOnes
 from sparseopt.core.problem.certify import certificate
 from sparseopt.core.problem.problem import Measure, PlainSolver, Problem, Progress, Solution, Status, needs
@@ -73,8 +73,8 @@ class WorkingSet(PlainSolver):
         return None if problem.loss.smooth else "WorkingSet needs a smooth loss; use PrimalDual"
 
     def on_host(self, problem: Problem, start: Any, tol: float, max_steps: int, history: bool) -> Solution | None:
-        """The solution by the form without a static size; None if an array is traced or not on a CPU."""
-        if not is_on_cpu((problem, start, tol, max_steps)) or not np.size(problem.loss.target):
+        """The solution by the form without a static size, of arrays that are known; None without rows."""
+        if not np.size(problem.loss.target):
             return None
         return HostSolve(problem, start).at(problem.penalty, tol, max_steps, history)
 
