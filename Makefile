@@ -23,7 +23,7 @@ RELIABILITY := kills,budget
 PLANNED := gradient,pictures,calls
 OTHERS := slow and not pages and not oracle and not package and not notebooks and not accelerators and not device
 
-.PHONY: help demo test test-all test-thorough lint test-slow test-oracle test-notebooks test-package test-accelerators test-gpu families golden notebooks docs links bench-prune bench-memory bench-reliability bench-scaling bench-gpu bench-quality bench-precision bench-shrink bench-runtime bench-bits bench-trend bench-trend-selection bench-trend-sizes bench-trend-peers bench-trend-batch bench-core bench-benchopt bench-certificates clean
+.PHONY: help demo test test-all test-thorough lint test-slow test-oracle test-notebooks test-package test-accelerators test-gpu families golden notebooks docs links bench-prune bench-memory bench-reliability bench-scaling bench-gpu bench-quality bench-precision bench-shrink bench-runtime bench-bits bench-trend bench-trend-selection bench-trend-sizes bench-trend-peers bench-trend-batch bench-core bench-regression bench-benchopt bench-certificates clean
 
 # Two installations in one environment at the same time would break it.
 .NOTPARALLEL:
@@ -220,6 +220,9 @@ bench-trend-batch: $(VENV)/.installed-peers ## Gradients, batches and calls of a
 
 bench-core: $(VENV)/.installed-core-peers ## The core and public solvers, one core (about 20 minutes); ONLY=tv-deblurring,...
 	$(BIN)/python benchmarks/bench_core.py $(if $(ONLY),--only $(ONLY))
+
+bench-regression: $(VENV)/.installed-core-peers ## Sparse regression and public solvers, one core (about 10 minutes); ONLY=lasso,path,...
+	$(BIN)/python benchmarks/bench_regression.py $(if $(ONLY),--only $(ONLY))
 
 bench-benchopt: $(VENV)-benchopt/.installed ## sparseopt in benchopt's suites, one core (about 40 minutes); BENCHMARKS=folder of clones, ONLY=lasso,...
 	$(VENV)-benchopt/bin/python benchmarks/bench_benchopt.py $(BENCHMARKS) --older $(VENV)-benchopt/older/bin/python $(if $(ONLY),--only $(ONLY))

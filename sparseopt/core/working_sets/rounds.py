@@ -24,7 +24,7 @@ from sparseopt.core.working_sets.entry_terms import EntryTerms
 from sparseopt.core.working_sets.restricted import minimise
 
 # The first set; its growth over the support; up to ALL columns there is no choice of them.
-FIRST, GROWTH, ALL = 64, 1.5, 128
+FIRST, GROWTH, ALL = 32, 1.5, 64
 # From MANY columns on the rounds run on one part in PARTS first, at least SMALL_PART.
 MANY, PARTS, SMALL_PART = 2000, 16, 256
 # Along a path columns of the last set stay while there are at most this many times the wanted ones.
