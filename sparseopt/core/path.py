@@ -176,7 +176,7 @@ def largest_level(problem: Problem) -> float:
 def _needed(problem: Problem, first: Any, weighted: np.ndarray, x: np.ndarray) -> float:
     """The level at which the entries with a weight stay at 0, if the others are those of x."""
     run = HostSolve(problem, x)
-    slope = -run.begin()[2]
+    slope = -run.begin().gradient
     slope = slope[: -1 if problem.loss.intercept else None]
     if not hasattr(first, "entry_terms"):
         with precision(np.dtype(np.float64)):
@@ -260,7 +260,7 @@ def _path(problem: Problem, levels: np.ndarray, tol: float, max_steps: int) -> P
         start = np.asarray(solution.value, np.float64)
         values.append(sparse.csr_array(start[None]))
         with precision(np.dtype(np.float64)):
-            loss = run.now[1].value if run and run.now else float(problem.loss.value(start))
+            loss = run.now.now.value if run and run.now else float(problem.loss.value(start))
         found.append((solution.objective, solution.gap, solution.steps, solution.status, 2 * loss))
     objectives, gaps, steps, statuses, deviances = map(np.asarray, zip(*found, strict=True))
     weights = problem.loss.weights

@@ -31,6 +31,8 @@ MANY, PARTS, SMALL_PART = 2000, 16, 256
 KEPT = 1.3
 # How exactly a restricted problem is solved, as a fraction of the gap and of the tolerance.
 OF_GAP, OF_TOL = 1e-5, 0.1
+# The tolerance of a stage, as fractions of the tolerance and of the gap.
+OF_STAGE = 0.3, 0.02
 # Rounds; those in a row that may bring nothing; columns without a weight whose gradients are compared with rounding.
 MOST_ROUNDS, PATIENCE, MOST_WRONG = 100, 4, 512
 EPS, TINY = float(np.finfo(np.float64).eps), float(np.finfo(np.float64).tiny)
@@ -120,33 +122,50 @@ def _loss_slack(scalar: Any, target: Any, weights: Any, z: Any, share: Any) -> A
     return jnp.sum(jnp.where(weights > 0, weights * slack, 0))
 
 
-class Found(NamedTuple):
-    """What the rounds on some columns found, besides x."""
+class Part(NamedTuple):
+    """The problem on some of its columns."""
+
+    fit: Any
+    columns: Columns
+    terms: EntryTerms
+
+    def take(self, places: np.ndarray) -> "Part":
+        return Part(self.fit, self.columns.take(places), self.terms.take(places))
+
+    @property
+    def centres(self) -> bool:
+        """Whether columns may be moved, since an intercept without a term takes it up."""
+        return self.columns.ones and self.columns.count - 1 in self.terms.free
+
+
+class Point(NamedTuple):
+    """Where a search stands, besides x."""
 
     z: np.ndarray  # A x
     now: At
-    gradient: np.ndarray
-    objectives: list[float]  # at the start and after every round
-    gaps: list[float]
-    dual: np.ndarray | None  # of the penalty, in the domain of its conjugate; None if no gap is known
+    gradient: np.ndarray  # of the loss, by x
 
 
 class Proof(NamedTuple):
-    """The objective, its relative duality gap, and the dual of the penalty that proves it."""
+    """The objective, its relative duality gap, and the dual of the penalty that proves it; None if no gap is known."""
 
     objective: float
     gap: float
     dual: np.ndarray | None
 
 
-def certify(
-    fit: Any, columns: Columns, terms: EntryTerms, x: np.ndarray, z: np.ndarray, now: At, gradient: np.ndarray
-) -> Proof:
+class Memory(NamedTuple):
+    """What the solves along a path share."""
+
+    chosen: Chosen
+    pull: LazyPull
+
+
+def certify(part: Part, x: np.ndarray, point: Point) -> Proof:
     """The gap of x with the scaled gradient of the loss as its dual point."""
+    (fit, columns, terms), (z, now, gradient) = part, point
     primal, c, left = now.value + terms.value(x), gradient, 0.0
-    if (
-        primal <= ALLOWED * columns.eps * fit.at_zero
-    ):  # no objective is negative: the optimum is 0 as far as it is known
+    if primal <= fit.nothing(ALLOWED * columns.eps):  # none is negative: the optimum is 0 as far as it is known
         return Proof(primal, EPS, None)
     for places in (terms.free, terms.sided):
         slopes = c[places]
@@ -171,115 +190,98 @@ def certify(
     return Proof(primal, slack / bound if bound > 0 else np.inf, dual)
 
 
-def centres(columns: Columns, terms: EntryTerms) -> bool:
-    """Whether columns may be moved, since an intercept without a term takes it up."""
-    return columns.ones and columns.count - 1 in terms.free
-
-
-class Memory(NamedTuple):
-    """What the solves along a path share."""
-
-    chosen: Chosen
-    pull: LazyPull
-
-
 def rounds(
-    fit: Any,
-    columns: Columns,
-    terms: EntryTerms,
+    part: Part,
     x: np.ndarray,
-    start: tuple[np.ndarray, At, np.ndarray],
+    point: Point,
     tol: float,
     most: int = MOST_ROUNDS,
     memory: Memory | None = None,
-) -> Found:
-    """Solve the problem on these columns; x changes in place.
+) -> tuple[Point, list[Proof]]:
+    """Solve the problem on these columns: the last point, and the proof at the start and after every round.
 
-    `start` is `A x`, the loss there and its gradient. `memory` is of other solves with these columns, for one stage.
+    x changes in place. `memory` is of other solves with these columns, for one stage.
     """
+    fit, columns, terms = part
     p = columns.count
     staged = p >= MANY and memory is None
-    chosen = Chosen(columns, fit.gram_weights, centres(columns, terms)) if memory is None else memory.chosen
-    z, now, c = start
+    chosen = Chosen(columns, fit.gram_weights, part.centres) if memory is None else memory.chosen
     proofs, best, waited = [], (np.inf, np.inf), 0
     while True:
-        proof = certify(fit, columns, terms, x, z, now, c)
+        proof = certify(part, x, point)
         proofs.append(proof)
         gap = proof.gap
         # The gap has to fall, or without one the objective.
-        known = np.isfinite(gap)
-        falls = gap < 0.9 * best[0] if known else proof.objective < (1 - 1e-9) * best[1]
+        falls = gap < 0.9 * best[0] if np.isfinite(gap) else proof.objective < (1 - 1e-9) * best[1]
         best, waited = ((min(gap, best[0]), proof.objective), 0) if falls else (best, waited + 1)
         if gap <= tol or len(proofs) > most or waited > PATIENCE:
-            return Found(z, now, c, [one.objective for one in proofs], [one.gap for one in proofs], proof.dual)
+            return point, proofs
         used = np.count_nonzero(x)
         size = p if p <= ALL else int(max(FIRST, GROWTH * used + 32))
         part_size = max(SMALL_PART, p // PARTS, 2 * used + 32)
         # A part that is nearly all of the columns would not be searched faster.
         in_stages = staged and part_size <= p // 2
-        size = part_size if in_stages else size
-        wanted = np.arange(p)
-        if size < p:
-            score = terms.scores(x, -c)
-            wanted = np.sort(np.argpartition(-score, size - 1)[:size])
-            wanted = np.union1d(wanted, terms.free) if terms.free.size else wanted
-            if memory and (both := np.union1d(wanted, chosen.ids)).size <= KEPT * size:
-                wanted = both
+        wanted = _wanted(part, x, point.gradient, part_size if in_stages else size)
+        if memory and size < p and (both := np.union1d(wanted, chosen.ids)).size <= KEPT * size:
+            wanted = both
         loose = min(gap, 1.0)
         if in_stages:
-            part = x[wanted]
-            below = (z, now, c[wanted])
-            inner_tol = max(0.3 * tol, 0.02 * loose)
-            z, now, *_ = rounds(fit, columns.take(wanted), terms.take(wanted), part, below, inner_tol)
+            of_part, below = x[wanted], point._replace(gradient=point.gradient[wanted])
+            (z, now, _), _ = rounds(part.take(wanted), of_part, below, max(OF_STAGE[0] * tol, OF_STAGE[1] * loose))
             x[:] = 0
-            x[wanted] = part
+            x[wanted] = of_part
         else:
             enough = max(OF_TOL * tol, OF_GAP * loose) * proof.objective
-            z, now = _improve(fit, chosen, terms, x, z, now, c, wanted, enough, loose * proof.objective)
-        c = memory.pull(now.slope, terms, x) if memory else columns.pull(now.slope)
+            z, now = _improve(part, chosen.choose(wanted), chosen, x, point, (enough, loose * proof.objective))
+        point = Point(z, now, memory.pull(now.slope, terms, x) if memory else columns.pull(now.slope))
+
+
+def _wanted(part: Part, x: np.ndarray, gradient: np.ndarray, size: int) -> np.ndarray:
+    """The columns in use, those without a weight, and those whose gradients are furthest out, sorted."""
+    if size >= part.columns.count:
+        return np.arange(part.columns.count)
+    score = part.terms.scores(x, -gradient)
+    wanted = np.sort(np.argpartition(-score, size - 1)[:size])
+    return np.union1d(wanted, part.terms.free) if part.terms.free.size else wanted
 
 
 def _improve(
-    fit: Any,
-    chosen: Chosen,
-    terms: EntryTerms,
-    x: np.ndarray,
-    z: np.ndarray,
-    now: At,
-    c: np.ndarray,
-    wanted: np.ndarray,
-    enough: float,
-    apart: float,
+    part: Part, ids: np.ndarray, chosen: Chosen, x: np.ndarray, point: Point, exact: tuple[float, float]
 ) -> tuple[np.ndarray, At]:
-    """Solve the problem on the wanted columns, changing x; return the image, and the loss there."""
-    ids = chosen.choose(wanted)
-    part, rows = terms.take(ids), chosen.rows
-    last = np.flatnonzero(ids == chosen.columns.count - 1) if chosen.centred else np.zeros(0, int)
+    """Solve the problem on the chosen columns, changing x; return the image, and the loss there.
+
+    `exact` is how much a solution may leave to gain, and how far x is from the optimum.
+    """
+    fit, terms, rows = part.fit, part.terms.take(ids), chosen.rows
+    last = np.flatnonzero(ids == part.columns.count - 1) if chosen.centred else np.zeros(0, int)
     w = x[ids]
     # In terms of centred columns the intercept is the mean.
     w[last] += chosen.means @ w
     if chosen.weights is not None:
-        q = c[ids].copy()
+        q = point.gradient[ids].copy()
         if last.size:
             q -= chosen.means * q[last[0]]
-        w = minimise(chosen.gram, q, w, part, enough)
+        w = minimise(chosen.gram, q, w, terms, exact[0])
         seen = np.flatnonzero(w)
-        z = rows.T @ w if 2 * seen.size > w.size or chosen.columns.sparse else w[seen] @ rows[seen]
+        z = rows.T @ w if 2 * seen.size > w.size or part.columns.sparse else w[seen] @ rows[seen]
         now = fit.at(z)
     else:
-        w, z, now = _newton_models(fit, rows, part, w, z, now, enough, apart)
-    if part.free.size or part.sided.size:
-        w, z, now = _polished(fit, rows, part, w, z, now)
+        w, z, now = _newton_models(fit, rows, terms, (w, point.z, point.now), exact)
+    if terms.free.size or terms.sided.size:
+        w, z, now = _polished(fit, rows, terms, (w, z, now))
     w[last] -= chosen.means @ w
     x[:] = 0
     x[ids] = w
     return z, now
 
 
-def _newton_models(
-    fit: Any, rows: Any, terms: EntryTerms, w: np.ndarray, z: np.ndarray, now: At, enough: float, apart: float
-) -> tuple[np.ndarray, np.ndarray, At]:
+# The entries of the chosen columns, the image and the loss there.
+Stand = tuple[np.ndarray, np.ndarray, At]
+
+
+def _newton_models(fit: Any, rows: Any, terms: EntryTerms, stand: Stand, exact: tuple[float, float]) -> Stand:
     """Quadratic models of the loss, each followed by a line search that never rises."""
+    (w, z, now), (enough, apart) = stand, exact
     least = 0.0  # of the curvatures
     for _ in range(MOST_MODELS):
         curve = np.maximum(now.curve, max(FLAT * (now.curve.mean() or 1.0), least))
@@ -313,13 +315,12 @@ def _newton_models(
     return w, z, now
 
 
-def _polished(
-    fit: Any, rows: Any, terms: EntryTerms, w: np.ndarray, z: np.ndarray, now: At
-) -> tuple[np.ndarray, np.ndarray, At]:
+def _polished(fit: Any, rows: Any, terms: EntryTerms, stand: Stand) -> Stand:
     """Newton's method on the entries without a weight until their gradients vanish, which no objective shows.
 
     A dual point is only feasible if they do.
     """
+    w, z, now = stand
     ids = np.append(terms.free, terms.sided[(w[terms.sided] != 0)])
     part, best = rows[ids], np.inf
     for _ in range(MOST_POLISH):

@@ -22,12 +22,12 @@ from sparseopt.core.working_sets.rounds import (
     FLAT,
     PATIENCE,
     TINY,
-    Found,
     Memory,
+    Part,
+    Point,
     Proof,
     SmoothFit,
     SquareFit,
-    centres,
     rounds,
 )
 
@@ -147,22 +147,22 @@ class HostSolve:
             target = np.where(weights > 0, target, target[np.argmax(weights)] if weights.any() else 0.0)
         with precision(np.dtype(np.float64)):
             self.fit: Any = SquareFit(target, weights) if loss.is_square else SmoothFit(loss.scalar, target, weights)
-        centred = centres(self.columns, self.terms(problem.penalty)) if keeps else False
-        chosen = Chosen(self.columns, self.fit.gram_weights, centred)
+        part = Part(self.fit, self.columns, self.terms(problem.penalty))
+        chosen = Chosen(self.columns, self.fit.gram_weights, part.centres)
         self.memory = Memory(chosen, LazyPull(self.columns)) if keeps else None
-        self.now: tuple | None = None
+        self.now: Point | None = None
 
     def terms(self, penalty: Any) -> EntryTerms:
         return EntryTerms(self.x.size, *penalty.entry_terms())
 
-    def begin(self) -> tuple:
+    def begin(self) -> Point:
         """The image of x, the loss there and the gradient; a matrix that is not finite is found here."""
         if self.now is None:
             with precision(np.dtype(np.float64)):
                 z = self.columns.image(self.x)
                 at = self.fit.at(z)
-            self.now = z, at, self.columns.pull(at.slope)
-            if not np.isfinite(self.now[2]).all() and (reason := self.loss.refuses_matrix()):
+            self.now = Point(z, at, self.columns.pull(at.slope))
+            if not np.isfinite(self.now.gradient).all() and (reason := self.loss.refuses_matrix()):
                 raise ValueError(reason)
         return self.now
 
@@ -174,14 +174,14 @@ class HostSolve:
                 x[:] = terms.inside(x)
                 zero = terms.inside(np.zeros_like(x))
                 # A start that is worse than 0 would only cost steps.
-                if x.any() and not zero.any() and not self.begin()[1].value + terms.value(x) <= self.fit.at_zero:
+                if x.any() and not zero.any() and not self.begin().now.value + terms.value(x) <= self.fit.at_zero:
                     self.now, x[:] = None, 0
-            z, now, gradient = self.begin()
+            point = self.begin()
             if self.memory:
-                gradient = self.memory.pull(now.slope, terms, x)
-            found = rounds(self.fit, self.columns, terms, x, (z, now, gradient), tol, max_steps, self.memory)
-            self.now = found.z, found.now, found.gradient
-            proof = Proof(found.objectives[-1], found.gaps[-1], found.dual)
+                point = point._replace(gradient=self.memory.pull(point.now.slope, terms, x))
+            part = Part(self.fit, self.columns, terms)
+            self.now, proofs = rounds(part, x, point, tol, max_steps, self.memory)
+            proof = proofs[-1]
             with np.errstate(over="ignore"):
                 value = x.astype(kind)
             if kind != x.dtype:  # the answer is the rounded one; the bound stays
@@ -190,12 +190,12 @@ class HostSolve:
                 bound = proof.objective / (1 + proof.gap)
                 gap = proof.gap + (objective - proof.objective) / max(bound, TINY)
                 proof = Proof(objective, max(gap, 0.0), proof.dual)
-        return _solution(value, proof, found, tol, max_steps, history)
+        return _solution(value, proof, proofs, tol, max_steps, history)
 
 
-def _solution(x: np.ndarray, proof: Proof, found: Found, tol: float, max_steps: int, history: bool) -> Solution:
+def _solution(x: np.ndarray, proof: Proof, proofs: list[Proof], tol: float, max_steps: int, history: bool) -> Solution:
     """The answer of the host."""
-    steps, kind = len(found.gaps) - 1, x.dtype
+    steps, kind = len(proofs) - 1, x.dtype
     if proof.gap <= tol:
         status = Status.CONVERGED
     elif not (np.isfinite(x).all() and np.isfinite(proof.objective)):
@@ -205,7 +205,7 @@ def _solution(x: np.ndarray, proof: Proof, found: Found, tol: float, max_steps: 
     record: Any = None
     if history:
         rows = np.full((2, max_steps), np.nan, kind)
-        rows[:, :steps] = found.gaps[1:], found.objectives[1:]
+        rows[:, :steps] = [one.gap for one in proofs[1:]], [one.objective for one in proofs[1:]]
         record = Measure(rows[0], rows[1], rows[0], stalled=None)
     with np.errstate(over="ignore"):
         gap, objective = (np.asarray(number).astype(kind) for number in (proof.gap, proof.objective))
