@@ -147,9 +147,11 @@ class HostSolve:
             target = np.where(weights > 0, target, target[np.argmax(weights)] if weights.any() else 0.0)
         with precision(np.dtype(np.float64)):
             self.fit: Any = SquareFit(target, weights) if loss.is_square else SmoothFit(loss.scalar, target, weights)
-        part = Part(self.fit, self.columns, self.terms(problem.penalty))
-        chosen = Chosen(self.columns, self.fit.gram_weights, part.centres)
-        self.memory = Memory(chosen, LazyPull(self.columns)) if keeps else None
+        self.memory = None
+        if keeps:
+            part = Part(self.fit, self.columns, self.terms(problem.penalty))
+            chosen = Chosen(self.columns, self.fit.gram_weights, part.centres)
+            self.memory = Memory(chosen, LazyPull(self.columns))
         self.now: Point | None = None
 
     def terms(self, penalty: Any) -> EntryTerms:
