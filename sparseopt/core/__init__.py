@@ -1,4 +1,4 @@
-"""The optimisation core, `minimise loss(x) + penalty(K x)`: base, operators, penalties, losses, problem and solvers.
+"""The optimisation core, `minimise loss(x) + penalty(K x)`: its problems, their solvers, and paths of levels.
 
 `so.solve`, the losses and the penalties are names of `sparseopt`; this module exports the protocols that your own loss,
 penalty, operator or solver implements.
