@@ -133,6 +133,8 @@ MERGING = {
     st.sampled_from(TRICKY) | st.lists(st.sampled_from(["hello", "the", "<b>", "<eos>", *" \naeloé日"])).map("".join)
 )
 def test_sentencepiece_merges_by_definition(metadata, prefix, text):
+    # Longer runs than the longest token of spaces, here 4 and in real vocabularies 31, depend on who cuts them.
+    text = re.sub(" {5,}", 4 * " ", text)
     tokenizer = build_tokenizer(metadata, Path("m.gguf"))
     got = tokenizer.encode(text, add_special_tokens=False)
     assert got.tokens == pieces_by_definition(text, metadata, prefix), text
