@@ -161,7 +161,7 @@ def cross_validate(
         >>> b = 3 * A[:, 0] - 2 * A[:, 1] + rng.standard_normal(80)
         >>> chosen = so.cross_validate(so.Problem(so.LeastSquares(A, b), so.L1(1.0)), rule="one_se")
         >>> np.flatnonzero(chosen.value)
-        array([0, 1])
+        array([0, 1, 3])
     """
     if rule not in RULES:
         raise ValueError(unknown("rule", rule, RULES))

@@ -94,7 +94,7 @@ def chosen_solver(problem: Problem) -> Choice:
     Example:
         >>> loss = so.LeastSquares(np.eye(3), np.ones(3))
         >>> so.chosen_solver(so.Problem(loss, so.L1(1.0))).solver
-        AcceleratedProximalGradient(step_size=None, cadence=10)
+        WorkingSet(most=128)
         >>> print(so.chosen_solver(so.Problem(loss, so.L1(1.0), np.diff(np.eye(3), axis=0))).why)
         an operator or a loss with kinks, and few unknowns: an inverse computed once saves many steps
     """
