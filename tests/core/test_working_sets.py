@@ -168,3 +168,15 @@ def test_bad_input_is_refused_in_a_sentence(sentence):
     loss, penalty, operator, start = (*BAD[sentence], *[so.L1(1.0), None, None][len(BAD[sentence]) - 1 :])
     with pytest.raises(ValueError, match=sentence):
         so.solve(so.Problem(loss, penalty, operator), SET, start)
+
+
+def test_targets_and_columns_far_from_zero_do_no_harm_beside_an_intercept():
+    matrix = np.random.default_rng(7).standard_normal((60, 20))
+    target = matrix[:, :3].sum(1) + np.random.default_rng(8).standard_normal(60)
+    near = so.solve(so.Problem(so.LeastSquares(matrix, target, intercept=True), so.L1(2.0)), so.WorkingSet(), tol=1e-9)
+    for shift, up in ((0.0, 1e5), (1e6, 0.0), (1e6, 1e5)):
+        loss = so.LeastSquares(matrix + shift, target + up, intercept=True)
+        far = so.solve(so.Problem(loss, so.L1(2.0)), so.WorkingSet())
+        assert so.Status(int(far.status)) is so.Status.CONVERGED
+        assert float(far.objective) == pytest.approx(float(near.objective), rel=1e-6)
+        np.testing.assert_allclose(far.value[:-1], near.value[:-1], atol=1e-5)

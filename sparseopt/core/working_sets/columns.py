@@ -26,6 +26,7 @@ class Columns:
         self.eps = float(np.finfo(matrix.dtype).eps)
         self.sparse = sparse.issparse(matrix)
         self.count = matrix.shape[1] + ones
+        self._sums: Any = None
         # Up to this share of the columns their copy and its product are cheaper than the product with all.
         self.lazy = LAZY if self.sparse or matrix.flags.f_contiguous else LAZY / 4
 
@@ -34,6 +35,12 @@ class Columns:
         narrow = e.astype(self.matrix.dtype, copy=False)
         product = self.matrix.T @ narrow if self.sparse else narrow @ self.matrix
         return np.append(product, e.sum()) if self.ones else product.astype(np.float64, copy=False)
+
+    def sums(self, weights: Any) -> np.ndarray:
+        """The weighted sums of all columns; kept, since the weights of one solve do not change."""
+        if self._sums is None:
+            self._sums = self.pull(np.broadcast_to(weights, self.matrix.shape[:1]).astype(np.float64))
+        return self._sums
 
     def pull_some(self, e: np.ndarray, places: np.ndarray) -> np.ndarray:
         """Some entries of `Aᵀ e`."""

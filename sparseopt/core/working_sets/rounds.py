@@ -36,8 +36,8 @@ OF_STAGE = 0.3, 0.02
 # Rounds; those in a row that may bring nothing; columns without a weight whose gradients are compared with rounding.
 MOST_ROUNDS, PATIENCE, MOST_WRONG = 100, 4, 512
 EPS, TINY = float(np.finfo(np.float64).eps), float(np.finfo(np.float64).tiny)
-# What rounding allows, in eps of the matrix.
-ALLOWED = 128
+# What rounding allows, in eps of the matrix; what of it may show in a gap.
+ALLOWED, VISIBLE = 128, 1e-9
 # Models in a round; a round ends when the last model promised less than this fraction of the gap; the least curvature
 # of an observation, as a fraction of the mean.
 MOST_MODELS, MODEL, FLAT = 30, 0.01, 1e-4
@@ -61,6 +61,7 @@ class SquareFit:
     def __init__(self, target: np.ndarray, weights: np.ndarray | None) -> None:
         self.target, self.gram_weights = target, 1.0 if weights is None else weights
         self.at_zero = self.at(np.zeros_like(target)).value
+        self.mass = float(np.sum(np.broadcast_to(self.gram_weights, target.shape)))
 
     def at(self, z: np.ndarray) -> At:
         apart = z - self.target
@@ -164,7 +165,7 @@ class Memory(NamedTuple):
 def certify(part: Part, x: np.ndarray, point: Point) -> Proof:
     """The gap of x with the scaled gradient of the loss as its dual point."""
     (fit, columns, terms), (z, now, gradient) = part, point
-    primal, c, left = now.value + terms.value(x), gradient, 0.0
+    primal, c, left, mean = now.value + terms.value(x), gradient, 0.0, 0.0
     if primal <= fit.nothing(ALLOWED * columns.eps):  # none is negative: the optimum is 0 as far as it is known
         return Proof(primal, EPS, None)
     for places in (terms.free, terms.sided):
@@ -180,12 +181,20 @@ def certify(part: Part, x: np.ndarray, point: Point) -> Proof:
             length = np.linalg.norm(now.slope) + np.linalg.norm(now.curve * z)
             if (size > ALLOWED * columns.eps * columns.lengths(ids) * length).any():
                 return Proof(primal, np.inf, None)
-            left += 2 * float(size @ np.abs(x[ids]))
             c = c.copy() if c is gradient else c
+            lost = 2 * size @ np.abs(x[ids])
+            if lost > VISIBLE * primal and ids[0] == columns.count - 1 and isinstance(fit, SquareFit):
+                # The rounding of a large intercept: residuals whose mean is 0 are the better dual.
+                mean = c[-1] / fit.mass
+                c -= mean * columns.sums(fit.gram_weights)
+            else:
+                left += float(lost)
             c[ids] = 0
     share = 1 / max(terms.gauge(-c), 1.0)
     dual = -share * c
+    # The mean adds `share (1 - share / 2) mean²` times the mass to the slack of the loss.
     slack = fit.slack(z, now, share) + terms.slack(x, dual) + left
+    slack += share * (1 - 0.5 * share) * mean**2 * fit.mass if mean else 0.0
     bound = primal - slack
     return Proof(primal, slack / bound if bound > 0 else np.inf, dual)
 
