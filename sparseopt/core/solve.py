@@ -55,16 +55,16 @@ def _exact_pays(problem: Problem, here: Any) -> bool:
 
 # The first that accepts a problem and suits it is chosen; one with None suits every problem that it accepts.
 CANDIDATES: tuple[tuple[Any, Callable[[Problem, Any], bool] | None, str], ...] = (
+    (
+        WorkingSet(),
+        lambda problem, here: known_on_cpu((problem, here)),
+        "a smooth loss of a matrix and a penalty on entries: coordinate and Newton steps on the columns that matter",
+    ),
     (Refit(), None, "a quadratic loss on a fixed support is a linear system: conjugate gradients"),
     (
         Maiht(),
         lambda problem, _: isinstance(problem.loss, Quadratic) and not is_convex(problem.penalty),
         "a quadratic loss and a penalty that is not known to be convex: monotone accelerated hard thresholding",
-    ),
-    (
-        WorkingSet(),
-        lambda problem, here: known_on_cpu((problem, here)),
-        "a smooth loss of a matrix and a penalty on entries: coordinate and Newton steps on the columns that matter",
     ),
     (
         AcceleratedProximalGradient(),
