@@ -43,7 +43,9 @@ ALLOWED, VISIBLE = 128, 1e-9
 MOST_MODELS, MODEL, FLAT = 30, 0.01, 1e-4
 # The shortest step of a line search.
 LEAST_SHARE = 1e-12
-# Steps of Newton's method on the entries without a weight.
+# Of a loss that is no square the whole support is polished if the gap asked for is at most this.
+DEEP = 1e-9
+# Steps of that, and on the entries without a weight.
 MOST_POLISH = 8
 
 
@@ -276,8 +278,11 @@ def _improve(
         now = fit.at(z)
     else:
         w, z, now = _newton_models(fit, rows, terms, (w, point.z, point.now), exact)
-    if terms.free.size or terms.sided.size:
-        w, z, now = _polished(fit, rows, terms, (w, z, now))
+    ids = np.append(terms.free, terms.sided[w[terms.sided] != 0])
+    if chosen.weights is None and exact[0] <= DEEP * now.value:
+        ids = np.union1d(ids, ((w != 0) & (w > terms.low) & (w < terms.high)).nonzero()[0])
+    if ids.size:
+        w, z, now = _polished(fit, rows, terms, (w, z, now), ids)
     w[last] -= chosen.means @ w
     x[:] = 0
     x[ids] = w
@@ -324,25 +329,27 @@ def _newton_models(fit: Any, rows: Any, terms: EntryTerms, stand: Stand, exact: 
     return w, z, now
 
 
-def _polished(fit: Any, rows: Any, terms: EntryTerms, stand: Stand) -> Stand:
-    """Newton's method on the entries without a weight until their gradients vanish, which no objective shows.
+def _polished(fit: Any, rows: Any, terms: EntryTerms, stand: Stand, ids: np.ndarray) -> Stand:
+    """Newton's method on some entries until their gradients vanish on their pieces, which no objective shows.
 
-    A dual point is only feasible if they do.
+    A dual point is only feasible if those of entries without a weight do.
     """
     w, z, now = stand
-    ids = np.append(terms.free, terms.sided[(w[terms.sided] != 0)])
     part, best = rows[ids], np.inf
+    ridge, pull = terms.ridge[ids], terms.weight[ids] * np.sign(w[ids])
     for _ in range(MOST_POLISH):
-        gradient = part @ now.slope
+        gradient = part @ now.slope + ridge * w[ids] + pull
         size = float(np.linalg.norm(gradient))
         if size == 0 or size > 0.5 * best:
             break
         best, kept = size, (w, z, now)
         hessian = inner(part, part, np.maximum(now.curve, FLAT * (np.mean(now.curve) or 1.0)))
-        way = -np.linalg.lstsq(hessian, gradient)[0]
+        way = -np.linalg.lstsq(hessian + np.diag(ridge), gradient)[0]
         w = w.copy()
         w[ids] += way
         w = terms.inside(w)
+        if (pull * w[ids] < 0).any():
+            return kept
         z = z + part.T @ (w[ids] - kept[0][ids])
         now = fit.at(z)
     else:

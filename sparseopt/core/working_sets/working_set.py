@@ -121,7 +121,10 @@ class WorkingSet(PlainSolver):
             return data.value(state.image + share * along) + jnp.sum(weight * jnp.abs(moved) + 0.5 * ridge * moved**2)
 
         values = jax.vmap(objective)(shares)
-        share = shares[jnp.nanargmin(values)]
+        # A decrease below the rounding of the objective, the last of the values, says nothing: Newton's step is taken.
+        low = values[jnp.nanargmin(values)] >= values[-1] * (1 - 4 * jnp.finfo(x.dtype).eps)
+        near = low & (values[0] <= values[-1] * (1 + 4 * jnp.finfo(x.dtype).eps))
+        share = jnp.where(near, 1, shares[jnp.nanargmin(values)])
         x = x.at[wanted].set(jnp.where(share == 1, new, w + share * way))
         return self._checked(problem, dataclasses.replace(state, x=x, image=loss.image(x)))
 
