@@ -278,11 +278,11 @@ def _improve(
         now = fit.at(z)
     else:
         w, z, now = _newton_models(fit, rows, terms, (w, point.z, point.now), exact)
-    ids = np.append(terms.free, terms.sided[w[terms.sided] != 0])
+    pieces = np.append(terms.free, terms.sided[w[terms.sided] != 0])
     if chosen.weights is None and exact[0] <= DEEP * now.value:
-        ids = np.union1d(ids, ((w != 0) & (w > terms.low) & (w < terms.high)).nonzero()[0])
-    if ids.size:
-        w, z, now = _polished(fit, rows, terms, (w, z, now), ids)
+        pieces = np.union1d(pieces, ((w != 0) & (w > terms.low) & (w < terms.high)).nonzero()[0])
+    if pieces.size:
+        w, z, now = _polished(fit, rows, terms, (w, z, now), pieces)
     w[last] -= chosen.means @ w
     x[:] = 0
     x[ids] = w
