@@ -254,13 +254,15 @@ def _path(problem: Problem, levels: np.ndarray, tol: float, max_steps: int) -> P
     for level in levels:
         penalty = at_level(problem.penalty, float(level))
         solution = run.at(penalty, tol, max_steps) if run else None
-        if solution is None or int(solution.status) != Status.CONVERGED:
+        if run and solution is not None and int(solution.status) == Status.CONVERGED:
+            loss = run.begin().now.value
+        else:
             at = Problem(problem.loss, penalty)
             solution = solve(at, start=start if solution is None else solution.value, tol=tol, max_steps=max_steps)
+            with precision(np.dtype(np.float64)):
+                loss = float(problem.loss.value(np.asarray(solution.value, np.float64)))
         start = np.asarray(solution.value, np.float64)
         values.append(sparse.csr_array(start[None]))
-        with precision(np.dtype(np.float64)):
-            loss = run.now.now.value if run and run.now else float(problem.loss.value(start))
         found.append((solution.objective, solution.gap, solution.steps, solution.status, 2 * loss))
     objectives, gaps, steps, statuses, deviances = map(np.asarray, zip(*found, strict=True))
     weights = problem.loss.weights

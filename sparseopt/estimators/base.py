@@ -1,4 +1,4 @@
-"""What all estimators share: the warning of a fit that did not converge, and the table in a notebook of how it ended.
+"""What all estimators share: tags, the warning of a fit that did not converge, and how it ended for a notebook.
 
 A fit has the attribute `solution_`, a `Solution` or, for several classes, a list of them.
 """
@@ -16,6 +16,12 @@ class Fitted(BaseEstimator):
     """A base class of estimators."""
 
     solution_: Any
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        loss = getattr(self, "loss", None)
+        tags.target_tags.positive_only = loss == "poisson" or getattr(loss, "counts", False) is True
+        return tags
 
     def warn_unless_converged(self, found: Solution, depth: int) -> None:
         """A warning that points `depth` calls up, to the caller of `fit`; a RuntimeError for an overflow."""

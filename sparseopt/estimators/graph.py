@@ -199,11 +199,6 @@ class GraphTrendFilter(MultiOutputMixin, RegressorMixin, OnGraph):
     _: dataclasses.KW_ONLY
     loss: Any = "square"
 
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.target_tags.positive_only = self.loss == "poisson" or getattr(self.loss, "counts", False) is True
-        return tags
-
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> "GraphTrendFilter":
         """Fit the values of the nodes; returns the estimator.
 

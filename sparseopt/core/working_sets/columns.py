@@ -64,7 +64,9 @@ class Columns:
     def lengths(self, places: np.ndarray | None = None) -> np.ndarray:
         """The norms of all columns, or of some."""
         part = self.matrix if places is None else self.matrix[:, places[places < self.matrix.shape[1]]]
-        squares = part.multiply(part).sum(axis=0) if self.sparse else np.einsum("ij,ij->j", part, part)
+        squares = (
+            part.multiply(part).sum(axis=0) if self.sparse else np.einsum("ij,ij->j", part, part, dtype=np.float64)
+        )
         count = self.count if places is None else places.size
         more = np.full(count - part.shape[1], float(part.shape[0]))
         return np.sqrt(np.append(np.asarray(squares, np.float64).reshape(-1), more))

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparseopt.core.problem.padding import COARSE, round_up
 from sparseopt.core.working_sets.columns import Chosen, Columns, LazyPull, inner
 from sparseopt.core.working_sets.entry_terms import EntryTerms
 from sparseopt.core.working_sets.restricted import minimise
@@ -85,7 +86,7 @@ class SmoothFit:
 
     def __init__(self, scalar: Any, target: np.ndarray, weights: np.ndarray | None) -> None:
         self.size = target.size
-        size = _round_up(self.size)
+        size = round_up(self.size, COARSE)
         weights = np.ones(self.size) if weights is None else weights
         more = size - self.size
         self.given = jax.device_put(
@@ -104,12 +105,6 @@ class SmoothFit:
 
     def slack(self, z: np.ndarray, now: At, share: float) -> float:
         return float(_loss_slack(*self.given, np.append(z, self.more), share))
-
-
-def _round_up(size: int) -> int:
-    """The next power of two, or three quarters of one."""
-    whole = 1 << max(size - 1, 63).bit_length()
-    return whole if size > 0.75 * whole else int(0.75 * whole)
 
 
 @jax.jit
