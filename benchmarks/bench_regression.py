@@ -209,9 +209,9 @@ def path_program(name: str, case: Case, weights: np.ndarray) -> Program:
             found = importlib.import_module("sparseopt").path(
                 our_problem(case), num=len(weights), ratio=LAST_LEVEL, tol=tol
             )
-            levels = np.asarray(found.levels)
-            if not np.allclose(levels, weights, rtol=1e-6):
-                raise ValueError(f"so.path has levels {levels}, wanted are {weights}")
+            of_path = case.weight * np.asarray(found.levels)
+            if not np.allclose(of_path, weights, rtol=1e-6):
+                raise ValueError(f"so.path has weights {of_path}, wanted are {weights}")
             return np.asarray(found.objectives)
 
         return ours

@@ -251,7 +251,7 @@ def refuses_problem(problem: Any) -> str | None:
     loss, penalty = problem.loss, problem.penalty
     if kind := class_or_function(loss) or _plain(loss):
         return f"a loss is an object such as sparseopt.LeastSquares(A, b), given {kind}"
-    if isinstance(loss, ScalarLoss):
+    if fits(loss, ScalarLoss):
         name = type(loss).__name__
         return (
             "solve needs a loss of data, such as sparseopt.LogisticLoss(A, y), given the loss of one observation: "
@@ -259,7 +259,7 @@ def refuses_problem(problem: Any) -> str | None:
         )
     if kind := class_or_function(penalty) or _plain(penalty):
         return f"a penalty is an object such as sparseopt.L1(10.0), given {kind}"
-    if isinstance(penalty, DataLoss | Quadratic | ScalarLoss):
+    if isinstance(penalty, DataLoss | Quadratic) or fits(penalty, ScalarLoss):
         return f"the order is Problem(loss, penalty, operator), given the loss {type(penalty).__name__} as the penalty"
     if reason := refuses_map("operator", problem.operator) or own_refusal(penalty) or own_refusal(loss):
         return reason

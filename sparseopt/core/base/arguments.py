@@ -115,7 +115,14 @@ def class_or_function(given: Any) -> str | None:
 
 def fits(given: Any, protocol: type) -> bool:
     """Whether it is an object, not a class, that has what the protocol asks for."""
-    return isinstance(given, protocol) and not isinstance(given, type)
+    return not isinstance(given, type) and all(hasattr(given, name) for name in _members(protocol))
+
+
+@functools.cache
+def _members(protocol: type) -> list[str]:
+    """What a protocol asks for; Python 3.11 collects it anew for every `isinstance`."""
+    named = {name for kind in protocol.__mro__ for name in (*vars(kind), *vars(kind).get("__annotations__", ()))}
+    return [name for name in named if not name.startswith("_")]
 
 
 def own_refusal(given: Any, *asked: Any) -> str | None:

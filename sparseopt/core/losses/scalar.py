@@ -167,9 +167,14 @@ class Logistic:
     smooth = labels = adds_up = known_variance = True
 
     def value(self, x: FloatArray, y: FloatArray) -> FloatArray:
-        of_label = jax.nn.softplus(jnp.where(y > 0, -x, x))
+        kind, divided = jnp.result_type(x, y), (y > 0) & (y < 1)
+        of_label = jax.nn.softplus(jnp.where(y > 0, -x, x)).astype(kind)
+
         # The terms of a proportion nearly cancel if the fit is good; the terms of the divergence do not.
-        return jnp.where((y > 0) & (y < 1), self.slack(x, jnp.zeros_like(x), y), of_label)
+        def divergence() -> FloatArray:
+            return jnp.where(divided, self.slack(x, jnp.zeros_like(x), y), of_label).astype(kind)
+
+        return jax.lax.cond(jnp.any(divided), divergence, lambda: of_label)
 
     def derivative(self, x: FloatArray, y: FloatArray) -> FloatArray:
         return jax.nn.sigmoid(x) - y

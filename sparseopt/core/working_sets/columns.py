@@ -3,6 +3,7 @@
 A column of ones, which an intercept multiplies, may stand behind the last one; it is not stored.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,13 @@ def round_up(count: int) -> int:
     return max(SMALLEST, 1 << (count - 1).bit_length())
 
 
+def aligned(size: int) -> np.ndarray:
+    """A square matrix of zeros that JAX takes without a copy: its address is a multiple of 64."""
+    memory = np.zeros(size * size + 8)
+    first = -memory.ctypes.data % 64 // 8
+    return memory[first : first + size * size].reshape(size, size)
+
+
 def columns_of(given: Any) -> Columns:
     """The columns of a `Dense`, `SparseMatrix` or `WithOnes`, whose entries are known."""
     ones = isinstance(given, WithOnes)
@@ -121,34 +129,30 @@ class LazyPull:
         reach = np.linalg.norm(e - share * s) + LOOSE * np.linalg.norm(e)
         guess = share * product
         needed = np.abs(guess) + reach * self.lengths >= terms.weight
-        needed[x.nonzero()] = True
+        needed[x.nonzero()[0]] = True
+        guess = np.clip(guess, -terms.weight, terms.weight)
         if e is old:
-            places = (needed & ~exact).nonzero()[0]
+            needed[exact] = False
             guess[exact] = found[exact]
-            needed |= exact
-        else:
-            places = needed.nonzero()[0]
+        places = needed.nonzero()[0]
         if places.size > columns.lazy * columns.count:
             return self._all(e)
         guess[places] = columns.pull_some(e, places)
-        rest = ~needed
-        guess[rest] = np.clip(guess, -terms.weight, terms.weight)[rest]
-        self.last = e, guess, needed
+        self.last = e, guess, np.append(exact, places) if e is old else places
         return guess
 
     def _all(self, e: np.ndarray) -> np.ndarray:
         found = self.columns.pull(e)
         self.known = e, found, float(e @ e)
-        self.last = e, found, np.ones(found.size, bool)
+        self.last = e, found, np.arange(found.size)
         return found
 
 
 class Chosen:
     """Columns that were chosen so far, as rows `[k, rows]`, maybe centred, and their Gram matrix.
 
-    It is filled up with zeros to the size `round_up(k)`.
-
-    What is known stays when more are chosen, so a solve computes every inner product once.
+    The matrix has room for `round_up(k)`; what is behind k is of no meaning. Every column has a slot. What stays keeps
+    it, and new columns take the slots of those that leave, so a solve computes every inner product once.
     """
 
     def __init__(self, columns: Columns, weights: Any, centred: bool) -> None:
@@ -158,35 +162,50 @@ class Chosen:
         self.ids = np.zeros(0, np.int64)
         self.gram = np.zeros((0, 0))
         self.means = np.zeros(0)
-        self.rows: Any = None
+        self.room: Any = None  # the rows, and maybe more
+
+    @property
+    def rows(self) -> Any:
+        return self.room[: self.ids.size]
 
     def choose(self, wanted: np.ndarray) -> np.ndarray:
         """Hold these columns, sorted; return them in the order in which they are held."""
-        places = self.place[wanted]
-        new, old = wanted[places < 0], places[places >= 0]
-        kept, total = old.size, wanted.size
-        if not new.size and kept == self.ids.size:
+        held, old, total = self.place[wanted], self.ids.size, wanted.size
+        new, stays = wanted[held < 0], held[held >= 0]
+        if not new.size and stays.size == old:
             return self.ids
+        empty = np.ones(total, bool)
+        empty[stays[stays < total]] = False
+        slots, moving = empty.nonzero()[0], stays[stays >= total]
+        moved, slots = slots[: moving.size], slots[moving.size :]
         fresh, means = self.read(new)
-        if not kept:
-            rows = fresh
-        elif self.columns.sparse:
-            rows = sparse.vstack([self.rows[old], fresh]).tocsr()
-        else:
-            rows = np.empty((total, fresh.shape[1]))
-            np.take(self.rows, old, axis=0, out=rows[:kept])
-            rows[kept:] = fresh
+        kept = min(old, total)
         self.place[self.ids] = -1
-        self.ids = np.concatenate([self.ids[old], new])
+        self.ids = _in_slots(self.ids, kept, total, (moved, self.ids[moving]), (slots, new))
+        self.means = _in_slots(self.means, kept, total, (moved, self.means[moving]), (slots, means))
         self.place[self.ids] = np.arange(total)
-        self.means, self.rows = np.concatenate([self.means[old], means]), rows
+        if not old:
+            self.room = fresh
+        elif self.columns.sparse:
+            order = np.arange(total)
+            order[moved], order[slots] = moving, old + np.arange(new.size)
+            self.room = sparse.vstack([self.room, fresh]).tocsr()[order]
+        else:
+            if len(self.room) < total or not self.room.flags.owndata:
+                room = np.empty((round_up(total), fresh.shape[1]))
+                room[:old] = self.room[:old]
+                self.room = room
+            self.room[moved], self.room[slots] = self.room[moving], fresh
         if self.weights is not None:
-            size = round_up(total)
-            gram = np.zeros((size, size))
-            gram[:kept, :kept] = self.gram[np.ix_(old, old)]
-            gram[kept:total, :total] = inner(fresh, rows, self.weights)
-            gram[:kept, kept:total] = gram[kept:total, :kept].T
-            self.gram = gram
+            self.gram[moved] = self.gram[moving]
+            self.gram[:, moved] = self.gram[:, moving]
+            if len(self.gram) != round_up(total):
+                gram = aligned(round_up(total))
+                gram[:kept, :kept] = self.gram[:kept, :kept]
+                self.gram = gram
+            products = inner(fresh, self.rows, self.weights)
+            self.gram[slots, :total] = products
+            self.gram[:total, slots] = products.T
         return self.ids
 
     def read(self, places: np.ndarray) -> tuple[Any, np.ndarray]:
@@ -209,6 +228,15 @@ class Chosen:
         return rows, means
 
 
+def _in_slots(old: np.ndarray, kept: int, total: int, *given: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """The first entries, with others in some slots."""
+    new = np.empty(total, old.dtype)
+    new[:kept] = old[:kept]
+    for slots, values in given:
+        new[slots] = values
+    return new
+
+
 def inner(some: Any, others: Any, weights: Any) -> np.ndarray:
     """The inner products of rows `[k, n]` with rows `[m, n]`, weighted."""
     if sparse.issparse(some):
@@ -223,3 +251,8 @@ def inner(some: Any, others: Any, weights: Any) -> np.ndarray:
         left = some if np.ndim(weights) == 0 else some * weights
         product = left @ others.T
     return product if weights is None or np.ndim(weights) else product * float(weights)
+
+
+def times(rows: Any, weights: Any) -> Callable[[np.ndarray], np.ndarray] | None:
+    """The product of `inner(rows, rows, weights)` with a vector, of sparse rows; None if they are dense."""
+    return (lambda v: rows @ (weights * (rows.T @ v))) if sparse.issparse(rows) else None

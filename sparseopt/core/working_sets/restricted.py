@@ -10,6 +10,8 @@ JSS 33 (2010), for steps on the Gram matrix; Bertrand, Klopfenstein, Bannier, Gi
 coordinate steps followed by an acceleration on the support.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,14 +19,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sparseopt.core.working_sets.columns import round_up
+from sparseopt.core.working_sets.columns import aligned, round_up
 from sparseopt.core.working_sets.entry_terms import EntryTerms
 
 # Coordinate passes between two Newton steps; most of these pairs.
-PASSES, MOST_PAIRS = 3, 100
+PASSES, MOST_PAIRS = 6, 100
 # Newton steps in a row: NEWTON_WORK is what the squares of their sizes may add up to. Of few entries there may be many,
 # since badly conditioned columns need them; of FEW or less their cost does not depend on the size.
 FEW, NEWTON_WORK = 64, 20 * 64**2
+FIRST_WORK = 0.25
+# A column of zeros with no ridge: any positive number sends the entry to its resting place.
+TINY = 1e-150
+# Supports above LARGE of sparse columns use conjugate gradients to a relative residual of CG_TOL.
+LARGE, CG_TOL, MOST_CG = 256, 1e-10, 200
 # Pairs in one step under `jit`.
 TRACED_PAIRS = 4
 # A Hessian that is not positive definite up to rounding is shifted by these multiples of its diagonal.
@@ -38,8 +45,7 @@ def coordinate_steps(
     """W and the gradient q after `steps` exact minimisations over one entry, in turn over the first `count`."""
     weight, ridge, low, high = terms
     square = jnp.diagonal(gram)
-    # A column of zeros with no ridge: any positive number sends the entry to its resting place.
-    divisor = jnp.maximum(square + ridge, 1e-150)
+    divisor = jnp.maximum(square + ridge, TINY)
 
     def step(_: Any, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         w, q, j = carry
@@ -89,26 +95,33 @@ def traced_minimise(gram: Array, q: Array, w: Array, terms: Array) -> Array:
     return jax.lax.fori_loop(0, TRACED_PAIRS, pair, jnp.stack([w, q]))[0]
 
 
-def minimise(gram: np.ndarray, q: np.ndarray, w: np.ndarray, terms: EntryTerms, enough: float) -> np.ndarray:
+# The Gram matrix times a vector.
+Product = Callable[[np.ndarray], np.ndarray]
+
+
+def minimise(
+    gram: np.ndarray, q: np.ndarray, w: np.ndarray, terms: EntryTerms, enough: float, times: Product | None = None
+) -> np.ndarray:
     """The w at which a further coordinate step would gain at most `enough` over all entries.
 
-    The Gram matrix may be filled up with zeros to a size of `round_up`, which is done here otherwise.
+    The Gram matrix may be filled up with zeros to a size of `round_up`, which is done here otherwise. `times` is given
+    where it is far cheaper than the product with the matrix: then Newton steps of LARGE supports use it alone.
     It stops earlier where rounding leaves nothing to gain, and after MOST_PAIRS.
     """
     count = q.size
     size = round_up(count)
     padded, packed = gram, np.zeros((4, size))
     if len(gram) != size:
-        padded = np.zeros((size, size))
+        padded = aligned(size)
         padded[:count, :count] = gram
     gram = padded[:count, :count]
     packed[:, :count] = terms.all
-    divisor = np.maximum(gram.diagonal() + terms.ridge, 1e-150)
-    for _ in range(MOST_PAIRS):
+    divisor = np.maximum(gram.diagonal() + terms.ridge, TINY)
+    for pair in range(MOST_PAIRS):
         before, both = (w, q), np.zeros((2, size))
         both[:, :count] = w, q
         w, q = np.array(coordinate_steps(padded, both, packed, PASSES * count, count))[:, :count]
-        w, q = _newton(gram, q, w, terms)
+        w, q = _newton(gram, times, q, w, terms, NEWTON_WORK * min(1.0, FIRST_WORK * (pair + 1)))
         z = w * (divisor - terms.ridge) - q
         move = np.sign(z) * np.maximum(np.abs(z) - terms.weight, 0) / divisor
         move = terms.inside(move) - w
@@ -122,10 +135,12 @@ def _change(w: np.ndarray, q: np.ndarray, new: np.ndarray, q_new: np.ndarray, te
     return 0.5 * float((q + q_new) @ (new - w)) + terms.value(new) - terms.value(w)
 
 
-def _newton(gram: np.ndarray, q: np.ndarray, w: np.ndarray, terms: EntryTerms) -> tuple[np.ndarray, np.ndarray]:
+def _newton(
+    gram: np.ndarray, times: Product | None, q: np.ndarray, w: np.ndarray, terms: EntryTerms, most: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Newton steps on the entries that are on a smooth piece of g, until one ends inside all pieces."""
     work = 0.0
-    while work < NEWTON_WORK:
+    while work < most:
         moving = (w != 0) | (terms.weight == 0) if terms.weightless else w != 0
         if terms.bounded:
             moving &= (w > terms.low) & (w < terms.high)
@@ -133,10 +148,16 @@ def _newton(gram: np.ndarray, q: np.ndarray, w: np.ndarray, terms: EntryTerms) -
         if not free.size:
             break
         work += max(free.size, FEW) ** 2
-        at, sign, rows = w[free], np.sign(w[free]), gram[free]
+        at, sign = w[free], np.sign(w[free])
         _, ridge, low, high = terms.all[:, free]
         slope = q[free] + ridge * at + terms.weight[free] * sign
-        way = _direction(rows[:, free], slope, ridge)
+        if times is not None and free.size > LARGE:
+            change_of = times
+            way: Any = _conjugate(times, free, gram.diagonal()[free], slope, ridge, w.size)
+        else:
+            rows = gram[free]
+            change_of = partial(_by_rows, free, rows)
+            way = _direction(rows[:, free], slope, ridge)
         if way is None:
             break
         # The piece of every entry.
@@ -148,11 +169,11 @@ def _newton(gram: np.ndarray, q: np.ndarray, w: np.ndarray, terms: EntryTerms) -
         ended = not leaves.any()
         ends = np.where(full < low, low, high)
         target = np.where(leaves, ends, full)
-        new, q_new, change = _moved(gram, rows, q, w, terms, free, target)
+        new, q_new, change = _moved(change_of, q, w, terms, free, target)
         if not ended and change >= 0:
             share = np.where(leaves, (ends - at) / np.where(leaves, way, 1), 1)
             target = np.where(leaves & (share <= share.min()), ends, at + share.min() * way)
-            new, q_new, change = _moved(gram, rows, q, w, terms, free, target)
+            new, q_new, change = _moved(change_of, q, w, terms, free, target)
         if change >= 0:
             break
         w, q = new, q_new
@@ -161,24 +182,49 @@ def _newton(gram: np.ndarray, q: np.ndarray, w: np.ndarray, terms: EntryTerms) -
     return w, q
 
 
+def _by_rows(free: np.ndarray, rows: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """The Gram matrix times a vector that is 0 but for the free entries, whose rows are given."""
+    return v[free] @ rows
+
+
 def _moved(
-    gram: np.ndarray, rows: np.ndarray, q: np.ndarray, w: np.ndarray, terms: EntryTerms, free: np.ndarray, target: Any
+    times: Product, q: np.ndarray, w: np.ndarray, terms: EntryTerms, free: np.ndarray, target: Any
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """The point with other free entries, its gradient, and the change of the objective."""
     new = w.copy()
     new[free] = target
-    q_new = q + (target - w[free]) @ rows
+    q_new = q + times(new - w)
     return new, q_new, _change(w, q, new, q_new, terms)
+
+
+def _conjugate(
+    times: Product, free: np.ndarray, squares: np.ndarray, gradient: np.ndarray, ridge: np.ndarray, size: int
+) -> np.ndarray:
+    """Newton's direction by conjugate gradients; one that has not converged descends, too."""
+    from scipy.sparse.linalg import LinearOperator, cg
+
+    whole, shape = np.zeros(size), (free.size, free.size)
+
+    def hessian(v: np.ndarray) -> np.ndarray:
+        whole[free] = v
+        return times(whole)[free] + ridge * v
+
+    scale = 1 / np.maximum(squares + ridge, TINY)
+    inverse = LinearOperator(shape, lambda v: scale * v, dtype=np.float64)
+    of = LinearOperator(shape, hessian, dtype=np.float64)
+    return cg(of, -gradient, rtol=CG_TOL, maxiter=MOST_CG, M=inverse)[0]
 
 
 def _direction(hessian: np.ndarray, gradient: np.ndarray, ridge: np.ndarray) -> np.ndarray | None:
     from scipy.linalg.lapack import dpotrf, dpotrs  # here: it takes as long to import as NumPy
 
-    places = (np.arange(ridge.size),) * 2
-    hessian[places] += ridge
-    squares = hessian[places].copy()
+    hessian = np.ascontiguousarray(hessian)
+    diagonal = hessian.reshape(-1)[:: ridge.size + 1]
+    diagonal += ridge
+    squares = diagonal.copy()
     for shift in SHIFTS:
-        hessian[places] = squares * (1 + shift)
+        if shift:
+            diagonal[:] = squares * (1 + shift)
         factor, failed = dpotrf(hessian, lower=1)
         if not failed:
             return dpotrs(factor, -gradient, lower=1)[0]

@@ -4,8 +4,8 @@
 
 for a smooth f and a g of `EntryTerms`. A round solves the problem on few columns, those that are in use and those whose
 gradients are furthest out (`restricted`; a loss that is no square by its quadratic model, with a line search). One
-product with all columns then gives the duality gap, and the next set. Many columns are searched in two stages: rounds
-on a sixteenth of them, which is copied, between rounds on all.
+product with all columns then gives the duality gap, and the next set. Large matrices are searched in two stages: rounds
+on a sixteenth of the columns, which is copied, between rounds on all.
 
 Source: Johnson and Guestrin, "Blitz: a principled meta-algorithm for scaling sparse optimization", ICML 2015; Massias,
 Gramfort and Salmon, "Celer: a fast solver for the lasso with dual extrapolation", ICML 2018; Lee, Sun and Saunders,
@@ -20,28 +20,29 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.core.problem.padding import COARSE, round_up
-from sparseopt.core.working_sets.columns import Chosen, Columns, LazyPull, inner
+from sparseopt.core.working_sets.columns import Chosen, Columns, LazyPull, inner, times
 from sparseopt.core.working_sets.entry_terms import EntryTerms
 from sparseopt.core.working_sets.restricted import minimise
 
-# The first set; its growth over the support; up to ALL columns there is no choice of them.
-FIRST, GROWTH, ALL = 32, 1.5, 64
-# From MANY columns on the rounds run on one part in PARTS first, at least SMALL_PART.
-MANY, PARTS, SMALL_PART = 2000, 16, 256
+# The first set, of dense and of sparse columns; its growth over the support. Up to ALL columns there is no choice of
+# them if their Gram matrix takes no more than ALL_WORK products, whose time is that of a round.
+FIRST, GROWTH, ALL, ALL_WORK = (32, 256), 1.5, 128, 3e7
+# From MANY entries of the matrix on the rounds run on one part in PARTS of the columns first, at least SMALL_PART.
+MANY, PARTS, SMALL_PART = 5e6, 16, 256
 # Along a path columns of the last set stay while there are at most this many times the wanted ones.
-KEPT = 1.3
+KEPT = 1.5
 # How exactly a restricted problem is solved, as a fraction of the gap and of the tolerance.
-OF_GAP, OF_TOL = 1e-5, 0.1
+OF_GAP, OF_TOL = 1e-4, 0.1
 # The tolerance of a stage, as fractions of the tolerance and of the gap.
-OF_STAGE = 0.3, 0.02
+OF_STAGE = 0.3, 0.3
 # Rounds; those in a row that may bring nothing; columns without a weight whose gradients are compared with rounding.
 MOST_ROUNDS, PATIENCE, MOST_WRONG = 100, 4, 512
 EPS, TINY = float(np.finfo(np.float64).eps), float(np.finfo(np.float64).tiny)
 # What rounding allows, in eps of the matrix; what of it may show in a gap.
 ALLOWED, VISIBLE = 128, 1e-9
-# Models in a round; a round ends when the last model promised less than this fraction of the gap; the least curvature
-# of an observation, as a fraction of the mean.
-MOST_MODELS, MODEL, FLAT = 30, 0.01, 1e-4
+# Models in a round; a round ends when the last model promised less than this fraction of the gap, the second if it has
+# all columns; the least curvature of an observation, as a fraction of the mean.
+MOST_MODELS, MODEL, FLAT = 30, (0.1, 1e-3), 1e-4
 # The shortest step of a line search.
 LEAST_SHARE = 1e-12
 # Of a loss that is no square the whole support is polished if the gap asked for is at most this.
@@ -210,7 +211,7 @@ def rounds(
     """
     fit, columns, terms = part
     p = columns.count
-    staged = p >= MANY and memory is None
+    staged, whole = columns.matrix.size >= MANY and memory is None, p <= ALL and point.z.size * p * p <= ALL_WORK
     chosen = Chosen(columns, fit.gram_weights, part.centres) if memory is None else memory.chosen
     proofs, best, waited = [], (np.inf, np.inf), 0
     while True:
@@ -223,7 +224,7 @@ def rounds(
         if gap <= tol or len(proofs) > most or waited > PATIENCE:
             return point, proofs
         used = np.count_nonzero(x)
-        size = p if p <= ALL else int(max(FIRST, GROWTH * used + 32))
+        size = p if whole else int(max(FIRST[columns.sparse], GROWTH * used + 32))
         part_size = max(SMALL_PART, p // PARTS, 2 * used + 32)
         # A part that is nearly all of the columns would not be searched faster.
         in_stages = staged and part_size <= p // 2
@@ -238,7 +239,8 @@ def rounds(
             x[wanted] = of_part
         else:
             enough = max(OF_TOL * tol, OF_GAP * loose) * proof.objective
-            z, now = _improve(part, chosen.choose(wanted), chosen, x, point, (enough, loose * proof.objective))
+            ends = (enough, MODEL[size == p] * loose * proof.objective)
+            z, now = _improve(part, chosen.choose(wanted), chosen, x, point, ends)
         point = Point(z, now, memory.pull(now.slope, terms, x) if memory else columns.pull(now.slope))
 
 
@@ -256,7 +258,7 @@ def _improve(
 ) -> tuple[np.ndarray, At]:
     """Solve the problem on the chosen columns, changing x; return the image, and the loss there.
 
-    `exact` is how much a solution may leave to gain, and how far x is from the optimum.
+    `exact` is how much a solution may leave to gain, and the last model may have promised.
     """
     fit, terms, rows = part.fit, part.terms.take(ids), chosen.rows
     last = np.flatnonzero(ids == part.columns.count - 1) if chosen.centred else np.zeros(0, int)
@@ -267,7 +269,7 @@ def _improve(
         q = point.gradient[ids].copy()
         if last.size:
             q -= chosen.means * q[last[0]]
-        w = minimise(chosen.gram, q, w, terms, exact[0])
+        w = minimise(chosen.gram, q, w, terms, exact[0], times(rows, fit.gram_weights))
         seen = np.flatnonzero(w)
         z = rows.T @ w if 2 * seen.size > w.size or part.columns.sparse else w[seen] @ rows[seen]
         now = fit.at(z)
@@ -290,12 +292,12 @@ Stand = tuple[np.ndarray, np.ndarray, At]
 
 def _newton_models(fit: Any, rows: Any, terms: EntryTerms, stand: Stand, exact: tuple[float, float]) -> Stand:
     """Quadratic models of the loss, each followed by a line search that never rises."""
-    (w, z, now), (enough, apart) = stand, exact
+    (w, z, now), (enough, small) = stand, exact
     least = 0.0  # of the curvatures
     for _ in range(MOST_MODELS):
         curve = np.maximum(now.curve, max(FLAT * (now.curve.mean() or 1.0), least))
         q = rows @ now.slope
-        new = minimise(inner(rows, rows, curve), q, w, terms, enough)
+        new = minimise(inner(rows, rows, curve), q, w, terms, enough, times(rows, curve))
         way, before = new - w, terms.value(w)
         along = rows.T @ way
         level, predicted = now.value + before, float(q @ way) + terms.value(new) - before
@@ -319,7 +321,7 @@ def _newton_models(fit: Any, rows: Any, terms: EntryTerms, stand: Stand, exact: 
                 break
             continue
         w, z, now = moved, z + share * along, at
-        if -predicted <= max(MODEL * apart, enough, rounding):
+        if -predicted <= max(small, enough, rounding):
             break
     return w, z, now
 
