@@ -71,6 +71,16 @@ def test_a_gram_of_zeros_costs_nothing_and_a_singular_one_without_a_ridge_is_tol
         prune_layer(weight, np.ones_like(gram), 0.5, method=SparseGpt(ridge=0.0))
 
 
+def test_a_gram_is_symmetric_up_to_rounding_whatever_the_unit_of_its_inputs(rng):
+    weight, gram, _ = make_layer(rng)
+    lengths = np.sqrt(np.diag(gram))
+    skew = np.triu(np.outer(lengths, lengths), 1)
+    for unit in (1e-8, 1.0, 1e8):
+        prune_layer(weight, unit * (gram + 1e-4 * skew), 0.5, method="magnitude")
+        with pytest.raises(ValueError, match="gram is not symmetric"):
+            prune_layer(weight, unit * (gram + 1e-2 * skew), 0.5, method="magnitude")
+
+
 def test_one_compile_a_shape_whatever_the_values_and_the_sparsity(rng):
     solver, compiled = Compiled(solve_layer), 0
     for outputs in (16, 24, 16):

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from transformers import AutoConfig
 
 from sparseopt.models import (
     FAMILIES,
@@ -256,6 +257,18 @@ def test_a_window_beyond_the_positions_of_a_model_is_refused_before_any_work(gol
     assert generate(decoder, ids[0, :-2], 1).shape == (1,)
 
 
+@EVERY
+def test_a_field_that_has_the_default_of_its_class_in_transformers_may_be_left_out(name):
+    config = json.loads(str(np.load(GOLDEN / f"{name}.npz")["config"]))
+    family, usual = find_family(config), AutoConfig.for_model(config["model_type"]).to_dict()
+    fields = {field for field in config.keys() & usual.keys() if config[field] == usual[field]} - {"model_type"}
+    if name == "starcoder2":  # read as one for each head, where its class has 2
+        fields.remove("num_key_value_heads")
+    for field in fields:
+        short = {key: value for key, value in config.items() if key != field}
+        assert family.read_config(short) == family.read_config(config), field
+
+
 def test_gemma_3_has_the_defaults_of_its_class_and_its_own_base_for_local_blocks():
     # What the published configurations of the 4B model state.
     published = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "sliding_window": 1024}
@@ -276,6 +289,15 @@ def test_two_names_of_one_rope_agree_and_a_length_beside_it_counts_as_in_transfo
     assert read_rope(both) == read_rope(outside) != read_rope(inside)
     old, new = {"type": "linear", "factor": 2.0}, {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
     assert read_rope({"rope_scaling": old, "rope_parameters": new}) == read_rope({"rope_parameters": new})
+
+
+def test_yarn_divides_the_frequencies_of_pairs_that_turn_less_than_once_and_some_of_those_above():
+    # The pairs 0 to 3 turn 652, 65, 6.5 and 0.65 times in 4096 tokens; from 32 turns on they are kept.
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+    between = 1 - np.log(4096 / (2 * np.pi) / 100) / np.log(32)
+    for truncate, share in ((None, 0.5), (False, between)):
+        found = read_rope({"rope_parameters": yarn | {"truncate": truncate}}).frequencies(8)
+        np.testing.assert_allclose(found, [1, 0.1, 0.01 * (1 - 0.75 * share), 0.001 / 4], rtol=1e-6)
 
 
 @pytest.mark.parametrize(

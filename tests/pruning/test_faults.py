@@ -101,7 +101,7 @@ FULL, BAD = "No space left on device", r"could not read \S+\.safetensors from by
 STRUCK = {
     "fingerprint": ((".run.json.tmp", 1), DiskError, FULL),
     "tensors outside the blocks": ((".model-outer.safetensors.tmp", 2), DiskError, FULL),
-    "record in the second block": (("records.jsonl", 11), DiskError, FULL),
+    "record in the second block": (("records.jsonl", 11), DiskError, FULL, 1),
     "middle of a shard": ((".model-block-0001.safetensors.tmp", 4), DiskError, FULL),
     "last tensor of the last shard": ((".model-block-0002.safetensors.tmp", 10), DiskError, FULL),
     "index": ((".model.safetensors.index.json.tmp", 1), DiskError, FULL),

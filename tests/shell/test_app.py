@@ -195,9 +195,11 @@ def test_a_missing_extra_is_named_with_its_remedy(monkeypatch, command):
         monkeypatch.delitem(sys.modules, name)
     status, _, err = command("zero-shot", "model", "--tasks", "arc_easy")
     assert (status, "pip install 'sparseopt[eval]'" in err) == (2, True), err
-    monkeypatch.setattr(cli, "app", lambda **_: importlib.import_module("tifffile.absent_part"))
-    status, _, err = command("denoise")
-    assert (status, "pip install 'sparseopt[images]'" in err) == (2, True), err
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for missing, extra in (("tifffile.absent_part", "images"), ("matplotlib", "plot")):
+        monkeypatch.setattr(cli, "app", lambda missing=missing, **_: importlib.import_module(missing))
+        status, _, err = command("denoise")
+        assert (status, f"needs {missing}: pip install 'sparseopt[{extra}]'" in err) == (2, True), err
 
 
 @pytest.mark.parametrize("terminal", [True, False])

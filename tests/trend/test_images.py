@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import sparseopt as so
-from sparseopt.trend import denoise
+from sparseopt.trend import denoise, select, trend_path
 from tests.tiers import often
 
 
@@ -98,8 +98,15 @@ def test_the_chosen_weight_is_nearly_the_best(options):
     assert np.mean((found.image - clean) ** 2) <= 1.1 * min(errors)
     assert float(found.solution.gap) <= 1e-4
     assert abs(found.noise - 20) < 2
-    if not options.get("order"):
+    if not options:
         assert found.solution.pieces().shape == (48 * 48,)
+        # The weight is where the parabola through the risks of the best power of 2 and of its neighbours is least.
+        powers, risks = np.round(np.log2(found.weight / found.noise)) + np.arange(-1, 2), []
+        for weight in found.noise * 2.0**powers:
+            path = trend_path(noisy, so.Graph.grid(noisy.shape), weights=[weight], tol=1e-3, dtype=np.float32)
+            risks += select(path, "sure", found.noise).curve.tolist()
+        bend, slope, _ = np.polyfit(powers, risks, 2)
+        assert found.weight == pytest.approx(found.noise * 2 ** (-slope / (2 * bend)), rel=1e-6)
 
 
 def test_pixels_that_are_not_known_are_filled_in():

@@ -66,6 +66,7 @@ def test_the_memory_says_how_exact_a_prox_was_and_the_next_one_starts_there(rng,
     signals = [x + 0.002 * i * np.cos(x) for i in range(6)]
     memory = penalty.memory(x)
     for signal in signals:
+        before = memory.u
         u, memory = prox_from(penalty, signal, step, memory)
         inner, rows = penalty.parts(signal)
         assert memory.status == so.Status.CONVERGED
@@ -76,12 +77,12 @@ def test_the_memory_says_how_exact_a_prox_was_and_the_next_one_starts_there(rng,
         primal = 0.5 * np.sum((u - signal) ** 2) + step * penalty.value(u)
         bound = 0.5 * np.sum(signal**2) - 0.5 * np.sum((signal - step * rows.rmv(memory.dual)) ** 2)
         assert 0 <= primal - bound <= 2e-8 * bound
+        # A gap of that leaves the next one an error of a fifth of this change.
+        assert np.sqrt(2 * memory.tol * primal) == pytest.approx(0.2 * np.linalg.norm(u - before), rel=1e-6)
     cold = sum(int(prox_from(penalty, signal, step, penalty.memory(x))[1].steps) for signal in signals)
     assert memory.all_steps <= 0.75 * cold
     u, following = prox_from(penalty, signals[-1], step, memory)
     assert following.steps < memory.steps
-    # The fit hardly moved, so the next one has to be more exact.
-    assert following.tol < 1e-10
     assert jax.tree.map(jnp.shape, memory) == jax.tree.map(jnp.shape, penalty.memory(x))
     assert jax.tree.map(jnp.result_type, memory) == jax.tree.map(jnp.result_type, penalty.memory(x))
 

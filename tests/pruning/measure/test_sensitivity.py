@@ -9,10 +9,13 @@ from sparseopt.models import load_decoder, open_model
 from sparseopt.pruning import METHODS, Recipe, prune_layer, prune_model
 from sparseopt.pruning.base.activations import make_batches
 from sparseopt.pruning.base.grams import BlockRunner
+from sparseopt.pruning.measure import survey
 from sparseopt.pruning.measure.survey import FLOOR, POWER, backward_sweep, output_weights
 from tests.layers.layers import GROUP_METHODS, error_of, make_layer
 from tests.pruning.whole_runs import tensors_of, write_model
 from tests.tiers import often
+
+pytestmark = pytest.mark.usefixtures("several_batches")
 
 
 @pytest.fixture(scope="module")
@@ -98,15 +101,17 @@ def test_only_the_ratios_of_the_weights_matter(rng, method):
     assert scaled.relative_error == pytest.approx(plain.relative_error, rel=1e-5)
 
 
-def test_best_weighs_outputs_on_whole_models_and_the_others_when_asked(tmp_path, source, tokens):
+def test_best_weighs_outputs_on_whole_models_and_the_others_when_asked(tmp_path, source, tokens, monkeypatch):
     assert Recipe(method="best").output_weights == "gradient"
     assert {Recipe(method=name).output_weights for name in METHODS.keys() - {"best"}} == {"uniform"}
     recipe = Recipe(calibration=tokens, heldout_windows=0, method="sparsegpt", output_weights="gradient")
+    # The weights are of the first windows, as many as have that many tokens.
+    monkeypatch.setattr(survey, "TOKENS", 2 * tokens.shape[1])
     prune_model(source, tmp_path / "weighted", recipe)
     model, key = open_model(source), "model.layers.0.self_attn.q_proj.weight"
     x = model.embedding()(jnp.asarray(tokens))
     gram = BlockRunner().grams(model.block(0), make_batches(x))["attention_input"].gram
-    weights = output_weights(measured(source, tokens)[key])
+    weights = output_weights(measured(source, tokens[:2])[key])
     weighted, uniform = (
         prune_layer(model.source.read(key), gram, 0.5, method="sparsegpt", output_weights=each).weight
         for each in (weights, None)

@@ -27,7 +27,7 @@ def tokens_of(report):
     return {record.layer: record.tokens for record in report.layers}
 
 
-def test_without_lists_every_linear_is_a_part(batches):
+def test_without_lists_of_blocks_every_linear_is_a_part(batches):
     found, report = prune_module(Mlp(), batches, wanda())
     net, stream = Mlp(), batches
     for name in ("first", "second", "third"):
@@ -36,6 +36,9 @@ def test_without_lists_every_linear_is_a_part(batches):
         np.testing.assert_array_equal(weight(linear), weight(getattr(found, name)))
         stream = [nnx.relu(linear(x)) for x in stream]
     assert report.parts == ["first", "second", "third"]
+    # A list whose entries have one linear each is not a list of blocks.
+    _, report = prune_module(Net(lambda rngs: One(nnx.Linear(WIDTH, WIDTH, rngs=rngs)), 2), batches, wanda())
+    assert report.parts == ["stem", "blocks.0.part", "blocks.1.part", "head"]
 
 
 class Changing(nnx.Module):

@@ -53,14 +53,17 @@ def test_a_run_calibrates_on_windows_that_are_drawn_once_and_kept(tmp_path, sour
     # Other runs by the same draw read it from the cache, a finished one from its folder.
     prune_model(source, tmp_path / "b", RECIPE.model_copy(update={"method": "magnitude"}))
     assert (tmp_path / "b" / DRAWN).read_text() == (tmp_path / "a" / DRAWN).read_text()
-    (entry,) = (tmp_path / "cache" / "sparseopt" / "drawn").iterdir()
-    entry.unlink()
-    assert prune_model(source, tmp_path / "a", RECIPE).kept
-    assert len(draws) == 1
     # Another seed is another draw, and another run.
+    other = RECIPE.model_copy(update={"seed": 1})
     with pytest.raises(FolderError, match=r"recipe\.seed: None there, 1 here"):
-        prune_model(source, tmp_path / "a", RECIPE.model_copy(update={"seed": 1}))
+        prune_model(source, tmp_path / "a", other)
     assert len(draws) == 1
+    prune_model(source, tmp_path / "c", other)
+    assert (tmp_path / "c" / DRAWN).read_text() != (tmp_path / "a" / DRAWN).read_text()
+    for entry in (tmp_path / "cache" / "sparseopt" / "drawn").iterdir():
+        entry.unlink()
+    assert prune_model(source, tmp_path / "a", RECIPE).kept
+    assert len(draws) == 2
 
 
 def test_a_stopped_run_resumes_on_the_tokens_in_its_folder(tmp_path, source, draws):
