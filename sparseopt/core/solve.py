@@ -182,7 +182,7 @@ def solve(
         found = _solve(problem, solver, start, (kind, here), tol, max_steps, history)
         if native and isinstance(found.value, np.ndarray):
             found = jax.device_put(found)
-    return found if native else jax.device_get(found)
+    return found if native or isinstance(found.value, np.ndarray) else jax.device_get(found)
 
 
 def _refuses_matrix(problem: Problem) -> str | None:
@@ -215,7 +215,7 @@ def _solve(problem: Problem, solver: Any, start: Any, place: Any, tol: Any, max_
     max_steps = checked_limits(limits["tol"], max_steps)
     if hasattr(solver, "on_host") and known_on_cpu((problem, start, tol, max_steps, here)):
         found = solver.on_host(problem, np.asarray(start, kind), limits["tol"], max_steps, history)
-        if found is not None and (int(found.status) == Status.CONVERGED or not chosen):
+        if found is not None and (found.status in (Status.CONVERGED, Status.STATIONARY) or not chosen):
             return found
         # What coordinate steps leave may still fall by steps on all entries.
         if found is not None:

@@ -9,6 +9,7 @@ import pytest
 from scipy import sparse
 
 import sparseopt as so
+from sparseopt.core.working_sets import rounds
 from tests.core.conic import Conic
 from tests.core.problems import LOSSES, PENALTIES, Rows
 
@@ -48,7 +49,8 @@ def test_the_optimum_is_that_of_an_interior_point_method_and_the_gap_bounds_the_
 
 
 @pytest.mark.parametrize(("name", "columns"), [("squares", 300), ("squares", 2300), ("logistic", 300)])
-def test_of_many_columns_few_rounds_find_the_optimum_and_every_gap_bounds_the_error(name, columns):
+def test_of_many_columns_few_rounds_find_the_optimum_and_every_gap_bounds_the_error(name, columns, monkeypatch):
+    monkeypatch.setattr(rounds, "MANY", 60 * 2300)  # a large matrix is searched in two stages
     matrix, target, _ = drawn(name, 1, 60, columns)
     weight = 0.1 * np.max(np.abs(matrix.T @ (target - target.mean())))
     problem = so.Problem(LOSSES[name].make(matrix, target, None), so.L1(weight))
@@ -64,6 +66,45 @@ def test_of_many_columns_few_rounds_find_the_optimum_and_every_gap_bounds_the_er
     used = np.flatnonzero(best.value)
     np.testing.assert_allclose(slope[used], np.sign(best.value[used]), atol=1e-4)
     assert so.solve(problem, SET, best.value).steps == 0
+
+
+CONCAVE = {
+    "L0": so.L0(12.0),
+    "MCP": so.MCP(6.0, gamma=0.2),
+    "SCAD": so.SCAD(6.0),
+    "log sum": so.LogSum(6.0, 0.3),
+    "half-power": so.LHalf(9.0),
+}
+
+
+@pytest.mark.parametrize("intercept", [False, True])
+@pytest.mark.parametrize("name", CONCAVE)
+def test_no_change_of_one_entry_improves_the_answer_of_a_penalty_that_is_not_convex(name, intercept):
+    matrix, target, weights = drawn("squares", 3, ROWS, 60)
+    loss = so.LeastSquares(matrix, target + 4 * intercept, weights, intercept=intercept)
+    problem = so.Problem(loss, CONCAVE[name])
+    assert isinstance(so.chosen_solver(problem).solver, so.WorkingSet)
+    found = so.solve(problem)
+    assert found.status == so.Status.STATIONARY
+    assert 0 < np.count_nonzero(found.value) < 40
+    # The objective as a function of one entry, at other values of it.
+    changes = np.concatenate([-np.geomspace(1e-3, 5, 60), np.geomspace(1e-3, 5, 60)])
+    moved = found.value + np.concatenate([np.kron(np.eye(found.value.size), changes[:, None]), -np.diag(found.value)])
+    values = jax.vmap(problem.value)(moved)
+    np.testing.assert_allclose(found.objective, problem.value(found.value), rtol=1e-12)
+    assert np.min(values) >= found.objective * (1 - 1e-9)
+    # Nor does a sparse matrix change it, nor a start at the answer.
+    sparse_loss = dataclasses.replace(loss, matrix=so.LeastSquares(sparse.csc_array(matrix), target).matrix)
+    if not intercept:
+        np.testing.assert_allclose(so.solve(so.Problem(sparse_loss, CONCAVE[name])).objective, found.objective)
+    assert so.solve(problem, start=found.value).steps == 0
+
+
+def test_a_path_of_mcp_is_stationary_at_every_level_and_begins_at_zeros():
+    matrix, target, _ = drawn("squares", 4, ROWS, 60)
+    found = so.path(so.Problem(so.LeastSquares(matrix, target), so.MCP(1.0, gamma=0.2)), num=8)
+    assert set(found.statuses) == {so.Status.STATIONARY}
+    assert found.values[[0]].nnz == 0 < found.values[[-1]].nnz
 
 
 @pytest.mark.parametrize("name", SMOOTH)

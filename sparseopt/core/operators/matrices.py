@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from scipy import sparse
 
-from sparseopt.core.base.arguments import real_array
+from sparseopt.core.base.arguments import fits, real_array
 from sparseopt.core.base.dense import product
 from sparseopt.core.base.types import FloatArray, is_traced, pytree, static
 from sparseopt.core.operators.differences import Difference, spread
@@ -171,7 +171,7 @@ def known_matrix(given: Any) -> Any | None:
 
 def refuses_map(name: str, given: Any) -> str | None:
     """Why an object cannot serve as a linear map; None if it can, or is None, the identity."""
-    if given is None or isinstance(given, LinearMap):
+    if given is None or fits(given, LinearMap):
         return None
     what, advice = type(given).__name__, ""
     if isinstance(given, np.ndarray | jax.Array):

@@ -62,6 +62,16 @@ class Columns:
             z = self.matrix[:, seen] @ main[seen]
         return z + x[-1] if self.ones else z
 
+    def squares(self, weights: Any) -> np.ndarray:
+        """The weighted sums of squares of all columns."""
+        if not np.ndim(weights):
+            return float(weights) * self.lengths() ** 2
+        matrix = self.matrix
+        products = (
+            matrix.multiply(matrix).T @ weights if self.sparse else np.einsum("ij,ij,i->j", matrix, matrix, weights)
+        )
+        return np.append(products, np.full(int(self.ones), weights.sum()))
+
     def lengths(self, places: np.ndarray | None = None) -> np.ndarray:
         """The norms of all columns, or of some."""
         part = self.matrix if places is None else self.matrix[:, places[places < self.matrix.shape[1]]]
@@ -121,6 +131,8 @@ class LazyPull:
 
     def __call__(self, e: np.ndarray, terms: Any, x: np.ndarray) -> np.ndarray:
         columns, (old, found, exact) = self.columns, self.last
+        if not terms.convex:
+            return columns.pull(e)
         if self.known is None:
             self.lengths = columns.lengths() * (1 + LOOSE)
             return self._all(e)

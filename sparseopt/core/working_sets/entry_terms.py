@@ -19,6 +19,8 @@ class EntryTerms:
         plain: whether all of them are `weight |x|`.
     """
 
+    convex = True
+
     def __init__(self, size: int, weight: Any, ridge: Any = 0.0, low: Any = -np.inf, high: Any = np.inf) -> None:
         self.all = np.empty((4, size))
         for row, given in zip(self.all, (weight, ridge, low, high), strict=True):

@@ -157,7 +157,7 @@ def _newton(
         else:
             rows = gram[free]
             change_of = partial(_by_rows, free, rows)
-            way = _direction(rows[:, free], slope, ridge)
+            way = newton_direction(rows[:, free], slope, ridge)
         if way is None:
             break
         # The piece of every entry.
@@ -215,7 +215,8 @@ def _conjugate(
     return cg(of, -gradient, rtol=CG_TOL, maxiter=MOST_CG, M=inverse)[0]
 
 
-def _direction(hessian: np.ndarray, gradient: np.ndarray, ridge: np.ndarray) -> np.ndarray | None:
+def newton_direction(hessian: np.ndarray, gradient: np.ndarray, ridge: np.ndarray) -> np.ndarray | None:
+    """Newton's direction for a Hessian with `ridge` on its diagonal; None if that is not positive definite."""
     from scipy.linalg.lapack import dpotrf, dpotrs  # here: it takes as long to import as NumPy
 
     hessian = np.ascontiguousarray(hessian)

@@ -21,6 +21,7 @@ import numpy as np
 
 from sparseopt.core.problem.padding import COARSE, round_up
 from sparseopt.core.working_sets.columns import Chosen, Columns, LazyPull, inner, times
+from sparseopt.core.working_sets.concave import minimise_concave
 from sparseopt.core.working_sets.entry_terms import EntryTerms
 from sparseopt.core.working_sets.restricted import minimise
 
@@ -126,7 +127,7 @@ class Part(NamedTuple):
 
     fit: Any
     columns: Columns
-    terms: EntryTerms
+    terms: Any  # EntryTerms, or EntryPenalty
 
     def take(self, places: np.ndarray) -> "Part":
         return Part(self.fit, self.columns.take(places), self.terms.take(places))
@@ -164,6 +165,8 @@ def certify(part: Part, x: np.ndarray, point: Point) -> Proof:
     """The gap of x with the scaled gradient of the loss as its dual point."""
     (fit, columns, terms), (z, now, gradient) = part, point
     primal, c, left, mean = now.value + terms.value(x), gradient, 0.0, 0.0
+    if not terms.convex:
+        return Proof(primal, terms.residual(x, gradient), None)
     if primal <= fit.nothing(ALLOWED * columns.eps):  # none is negative: the optimum is 0 as far as it is known
         return Proof(primal, EPS, None)
     for places in (terms.free, terms.sided):
@@ -239,6 +242,8 @@ def rounds(
             x[wanted] = of_part
         else:
             enough = max(OF_TOL * tol, OF_GAP * loose) * proof.objective
+            if not terms.convex:
+                enough = (max(tol, loose) * OF_TOL * terms.scale) ** 2
             ends = (enough, MODEL[size == p] * loose * proof.objective)
             z, now = _improve(part, chosen.choose(wanted), chosen, x, point, ends)
         point = Point(z, now, memory.pull(now.slope, terms, x) if memory else columns.pull(now.slope))
@@ -269,7 +274,10 @@ def _improve(
         q = point.gradient[ids].copy()
         if last.size:
             q -= chosen.means * q[last[0]]
-        w = minimise(chosen.gram, q, w, terms, exact[0], times(rows, fit.gram_weights))
+        if terms.convex:
+            w = minimise(chosen.gram, q, w, terms, exact[0], times(rows, fit.gram_weights))
+        else:
+            w = minimise_concave(chosen.gram, q, w, terms, exact[0])
         seen = np.flatnonzero(w)
         z = rows.T @ w if 2 * seen.size > w.size or part.columns.sparse else w[seen] @ rows[seen]
         now = fit.at(z)

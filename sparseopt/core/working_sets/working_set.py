@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparseopt.core.base.types import precision, pytree, static
+from sparseopt.core.base.types import known_on_cpu, precision, pytree, static
 from sparseopt.core.operators.matrices import Dense, SparseMatrix, WithOnes
 from sparseopt.core.problem.certify import certificate
 from sparseopt.core.problem.problem import Measure, PlainSolver, Problem, Progress, Solution, Status, needs
 from sparseopt.core.working_sets.columns import Chosen, LazyPull, columns_of
+from sparseopt.core.working_sets.concave import LEVEL_ROUNDS, LEVEL_TOL, EntryPenalty, of_entries
 from sparseopt.core.working_sets.entry_terms import EntryTerms
 from sparseopt.core.working_sets.restricted import traced_minimise
 from sparseopt.core.working_sets.rounds import (
@@ -51,6 +52,9 @@ class WorkingSet(PlainSolver):
     The loss is a `DataLoss` with a matrix and a target `[rows]`; the penalty is L1, ElasticNet, Box or Nonnegative,
     with numbers that may differ between entries. The residual is the relative duality gap. A step is a round: one
     product with all columns, and the solution on the columns that matter, about as many as the answer has non-zeros.
+    With least squares and known arrays it also takes L0, MCP, SCAD, LogSum and LHalf, of which it finds a point that no
+    change of one entry improves; from zeros by way of penalties that are nearly convex. The residual is then the length
+    of the steps to the minimisers over each entry, in units of the columns' lengths, over that of the gradient at 0.
 
     With known arrays on a CPU the set grows as far as it must, and a few small programs serve all sizes. Under `jit`,
     `vmap` and `grad` and on other devices it has a static size: an answer with more non-zeros than that is not found,
@@ -64,11 +68,18 @@ class WorkingSet(PlainSolver):
 
     def refuses(self, problem: Problem) -> str | None:
         """Why it cannot solve a problem, or None."""
-        if reason := needs(self, problem, loss="value gradient scalar matrix", penalty="value prox entry_terms"):
+        concave = of_entries(problem.penalty)
+        asked = "value prox" if concave else "value prox entry_terms"
+        if reason := needs(self, problem, loss="value gradient scalar matrix", penalty=asked):
             return reason
         if not (isinstance(problem.loss.matrix, Dense | SparseMatrix | WithOnes) and np.ndim(problem.loss.target) == 1):
             return (
                 "WorkingSet needs a dense or SciPy sparse matrix and a target [rows]; use AcceleratedProximalGradient"
+            )
+        if concave and not (problem.loss.is_square and known_on_cpu(problem)):
+            return (
+                "WorkingSet takes a penalty that is not convex with least squares and known arrays on a CPU; use "
+                "AcceleratedProximalGradient"
             )
         return None if problem.loss.smooth else "WorkingSet needs a smooth loss; use PrimalDual"
 
@@ -150,15 +161,33 @@ class HostSolve:
             target = np.where(weights > 0, target, target[np.argmax(weights)] if weights.any() else 0.0)
         with precision(np.dtype(np.float64)):
             self.fit: Any = SquareFit(target, weights) if loss.is_square else SmoothFit(loss.scalar, target, weights)
-        self.memory = None
-        if keeps:
+        self.memory, self.scale = None, 1.0
+        self.squares: Any = None
+        if keeps or of_entries(problem.penalty):
             part = Part(self.fit, self.columns, self.terms(problem.penalty))
             chosen = Chosen(self.columns, self.fit.gram_weights, part.centres)
             self.memory = Memory(chosen, LazyPull(self.columns))
         self.now: Point | None = None
 
-    def terms(self, penalty: Any) -> EntryTerms:
-        return EntryTerms(self.x.size, *penalty.entry_terms())
+    def terms(self, penalty: Any) -> Any:
+        if not of_entries(penalty):
+            return EntryTerms(self.x.size, *penalty.entry_terms())
+        if self.squares is None:
+            self.squares = self.columns.squares(self.fit.gram_weights)
+            at_zero = self.columns.pull(self.fit.at(np.zeros_like(self.fit.target)).slope)
+            self.scale = float(np.linalg.norm(at_zero / np.sqrt(np.maximum(self.squares, TINY))))
+        return EntryPenalty(penalty, self.x.size, self.squares, self.scale)
+
+    def _led(self, part: Part, point: Point) -> Point:
+        """The best end of the paths to a penalty that is not convex, where x is then."""
+        ends = []
+        for path in part.terms.paths():
+            x, end = np.zeros_like(self.x), point
+            for terms in path:
+                end, proofs = rounds(part._replace(terms=terms), x, end, LEVEL_TOL, LEVEL_ROUNDS, self.memory)
+            ends.append((proofs[-1].objective, x, end))
+        _, self.x[:], point = min(ends, key=lambda end: end[0])
+        return point
 
     def begin(self) -> Point:
         """The image of x, the loss there and the gradient; a matrix that is not finite is found here."""
@@ -185,6 +214,8 @@ class HostSolve:
             if self.memory:
                 point = point._replace(gradient=self.memory.pull(point.now.slope, terms, x))
             part = Part(self.fit, self.columns, terms)
+            if max_steps and not terms.convex and not x.any():
+                point = self._led(part, point)
             self.now, proofs = rounds(part, x, point, tol, max_steps, self.memory)
             proof = proofs[-1]
             with np.errstate(over="ignore"):
@@ -193,9 +224,10 @@ class HostSolve:
                 rounded = value.astype(np.float64)
                 objective = self.fit.at(self.columns.image(rounded)).value + terms.value(rounded)
                 bound = proof.objective / (1 + proof.gap)
-                gap = proof.gap + (objective - proof.objective) / max(bound, TINY)
+                gap = proof.gap + (objective - proof.objective) / max(bound, TINY) if terms.convex else proof.gap
                 proof = Proof(objective, max(gap, 0.0), proof.dual)
-        return _solution(value, proof, proofs, tol, max_steps, history)
+        found = _solution(value, proof, proofs, tol, max_steps, history)
+        return found if terms.convex else _without_gap(found)
 
 
 def _solution(x: np.ndarray, proof: Proof, proofs: list[Proof], tol: float, max_steps: int, history: bool) -> Solution:
@@ -216,3 +248,12 @@ def _solution(x: np.ndarray, proof: Proof, proofs: list[Proof], tol: float, max_
         gap, objective = (np.asarray(number).astype(kind) for number in (proof.gap, proof.objective))
         dual = None if proof.dual is None else proof.dual.astype(kind)
     return Solution(x, np.int32(status), np.int32(steps), gap, objective, gap, record, dual=dual)
+
+
+def _without_gap(found: Solution) -> Solution:
+    """Of a penalty that is not convex: the residual says how far x is from a stationary point."""
+    status = np.int32(Status.STATIONARY) if found.status == Status.CONVERGED else found.status
+    record: Any = found.history
+    if record is not None:
+        record = record._replace(gap=np.full_like(record.gap, np.nan))
+    return dataclasses.replace(found, status=status, gap=np.full_like(found.gap, np.nan), history=record)

@@ -9,7 +9,7 @@ from sparseopt.models.families.family import BLOCK_NAMES, Family, KeyTable, read
 def _read_config(config: Config) -> DecoderConfig:
     bias = bool(config.get("use_bias", True))
     return read_decoder(
-        {"tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh", **config},
+        {"tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh", "num_key_value_heads": 2, **config},
         (BlockKind(read_rope(config), optional(config, "sliding_window")),),
         norm="layer",
         norm_eps=require(config, "norm_epsilon", float, default=1e-5),
