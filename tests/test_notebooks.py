@@ -45,6 +45,12 @@ PROMISES = {
         r"bert\.encoder\.layer\.1\.output\.dense +64 x 256 +60\.0 %",
     ],
     "12": [r"fast +\d+\.\d+ ± \d+\.\d+ over 3 draws"],
+    "13": [
+        r"BIC +level +1996 +11 coefficients",
+        r"one standard error +level +2639 +11 coefficients",
+        r"largest gap of the path \d\.\de-(0[7-9]|1\d)",
+        r"path of 100 levels +\d+\.\d+ s +1\d\d rounds",
+    ],
     "theory": [r"after 250 steps: largest difference \de-1\d", r"order 1: best ρ .*, automatic ρ \d+ steps"],
 }
 

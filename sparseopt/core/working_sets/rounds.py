@@ -33,7 +33,7 @@ MANY, PARTS, SMALL_PART = 5e6, 16, 256
 # Along a path columns of the last set stay while there are at most this many times the wanted ones.
 KEPT = 1.5
 # How exactly a restricted problem is solved, as a fraction of the gap and of the tolerance.
-OF_GAP, OF_TOL = 1e-4, 0.1
+OF_GAP, OF_TOL = 1e-5, 0.1
 # The tolerance of a stage, as fractions of the tolerance and of the gap.
 OF_STAGE = 0.3, 0.3
 # Rounds; those in a row that may bring nothing; columns without a weight whose gradients are compared with rounding.
@@ -241,7 +241,8 @@ def rounds(
             x[:] = 0
             x[wanted] = of_part
         else:
-            enough = max(OF_TOL * tol, OF_GAP * loose) * proof.objective
+            # Of columns that are nearly dependent a step over one entry gains little, however far the optimum is.
+            enough = max(OF_TOL * tol, OF_GAP * loose) * 10.0 ** (-3 * waited) * proof.objective
             if not terms.convex:
                 enough = (max(tol, loose) * OF_TOL * terms.scale) ** 2
             ends = (enough, MODEL[size == p] * loose * proof.objective)

@@ -21,6 +21,7 @@ from sparseopt.core.working_sets.entry_terms import EntryTerms
 from sparseopt.core.working_sets.restricted import traced_minimise
 from sparseopt.core.working_sets.rounds import (
     FLAT,
+    MOST_ROUNDS,
     PATIENCE,
     TINY,
     Memory,
@@ -216,7 +217,7 @@ class HostSolve:
             part = Part(self.fit, self.columns, terms)
             if max_steps and not terms.convex and not x.any():
                 point = self._led(part, point)
-            self.now, proofs = rounds(part, x, point, tol, max_steps, self.memory)
+            self.now, proofs = rounds(part, x, point, tol, min(max_steps, MOST_ROUNDS), self.memory)
             proof = proofs[-1]
             with np.errstate(over="ignore"):
                 value = x.astype(kind)
