@@ -82,9 +82,10 @@ class Path:
         """
         penalty = self.problem.penalty
         if not hasattr(penalty, "entry_terms"):
+            first = penalty.penalties[0] if isinstance(penalty, Sum) else penalty
             raise ValueError(
                 "degrees of freedom are known for L1, ElasticNet, Box and Nonnegative, given "
-                f"{type(penalty).__name__}: choose the level by cross_validate"
+                f"{type(first).__name__}: choose the level by cross_validate"
             )
         columns, found = columns_of(self.problem.loss.matrix), []
         for level, start, end in zip(self.levels, self.values.indptr, self.values.indptr[1:], strict=False):

@@ -138,9 +138,9 @@ def solve(
     Args:
         problem: what to minimise.
         solver: a solver such as `so.PrimalDual()`; None uses `chosen_solver(problem)`.
-        start: where to begin, of the answer's shape and dtype, or None for zeros. With None,
-            `AcceleratedProximalGradient` and a concave penalty (`MCP`, `SCAD`, `LogSum`) the first 200 iterations
-            follow paths of such penalties to a better start (`GraduatedProximalGradient`).
+        start: where to begin, of the answer's shape and dtype, or None for zeros. With None and a concave penalty
+            (`MCP`, `SCAD`, `LogSum`) paths of such penalties lead to a better start: a few rounds of `WorkingSet`, or
+            the first 200 iterations of `AcceleratedProximalGradient` (`GraduatedProximalGradient`).
         tol: bound on the solver's residual: the relative duality gap `(P - D) / D` if there is a certificate. None is
             1e-6 in float64 and 1e-4 in float32, whose gaps often end near 1e-5. With a negative `tol` the solver runs
             `max_steps` steps.

@@ -162,7 +162,8 @@ class HostSolve:
             target = np.where(weights > 0, target, target[np.argmax(weights)] if weights.any() else 0.0)
         with precision(np.dtype(np.float64)):
             self.fit: Any = SquareFit(target, weights) if loss.is_square else SmoothFit(loss.scalar, target, weights)
-        self.memory, self.scale = None, 1.0
+        self.memory, self.scale, self.keeps = None, 1.0, keeps
+        self.at_zero: Point | None = None  # the point of zeros
         self.squares: Any = None
         if keeps or of_entries(problem.penalty):
             part = Part(self.fit, self.columns, self.terms(problem.penalty))
@@ -180,10 +181,15 @@ class HostSolve:
         return EntryPenalty(penalty, self.x.size, self.squares, self.scale)
 
     def _led(self, part: Part, point: Point) -> Point:
-        """The best end of the paths to a penalty that is not convex, where x is then."""
+        """The best end of the ways to a penalty that is not convex, where x is then: from zeros, and from x."""
+        if self.at_zero is None:
+            at = self.fit.at(np.zeros_like(point.z))
+            self.at_zero = Point(np.zeros_like(point.z), at, self.columns.pull(at.slope)) if self.x.any() else point
+        ways = [(np.zeros_like(self.x), self.at_zero, path) for path in part.terms.paths()]
+        if self.x.any():
+            ways.append((self.x.copy(), point, [part.terms]))
         ends = []
-        for path in part.terms.paths():
-            x, end = np.zeros_like(self.x), point
+        for x, end, path in ways:
             for terms in path:
                 end, proofs = rounds(part._replace(terms=terms), x, end, LEVEL_TOL, LEVEL_ROUNDS, self.memory)
             ends.append((proofs[-1].objective, x, end))
@@ -215,7 +221,7 @@ class HostSolve:
             if self.memory:
                 point = point._replace(gradient=self.memory.pull(point.now.slope, terms, x))
             part = Part(self.fit, self.columns, terms)
-            if max_steps and not terms.convex and not x.any():
+            if max_steps and not terms.convex and (self.keeps or not x.any()):
                 point = self._led(part, point)
             self.now, proofs = rounds(part, x, point, tol, min(max_steps, MOST_ROUNDS), self.memory)
             proof = proofs[-1]
