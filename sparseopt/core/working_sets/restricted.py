@@ -22,8 +22,8 @@ from jaxtyping import Array, Float
 from sparseopt.core.working_sets.columns import aligned, round_up
 from sparseopt.core.working_sets.entry_terms import EntryTerms
 
-# Coordinate passes between two Newton steps; most of these pairs.
-PASSES, MOST_PAIRS = 6, 100
+# Coordinate passes between two Newton steps, fewer of many entries; most of these pairs.
+PASSES, LEAST_PASSES, MOST_STEPS, MOST_PAIRS = 6, 2, 2048, 100
 # Newton steps in a row: NEWTON_WORK is what the squares of their sizes may add up to. Of few entries there may be many,
 # since badly conditioned columns need them; of FEW or less their cost does not depend on the size.
 FEW, NEWTON_WORK = 64, 20 * 64**2
@@ -117,10 +117,11 @@ def minimise(
     gram = padded[:count, :count]
     packed[:, :count] = terms.all
     divisor = np.maximum(gram.diagonal() + terms.ridge, TINY)
+    passes = max(LEAST_PASSES, min(PASSES, MOST_STEPS // count))
     for pair in range(MOST_PAIRS):
         before, both = (w, q), np.zeros((2, size))
         both[:, :count] = w, q
-        w, q = np.array(coordinate_steps(padded, both, packed, PASSES * count, count))[:, :count]
+        w, q = np.array(coordinate_steps(padded, both, packed, passes * count, count))[:, :count]
         w, q = _newton(gram, times, q, w, terms, NEWTON_WORK * min(1.0, FIRST_WORK * (pair + 1)))
         z = w * (divisor - terms.ridge) - q
         move = np.sign(z) * np.maximum(np.abs(z) - terms.weight, 0) / divisor

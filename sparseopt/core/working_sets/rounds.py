@@ -21,13 +21,14 @@ import numpy as np
 
 from sparseopt.core.problem.padding import COARSE, round_up
 from sparseopt.core.working_sets.columns import Chosen, Columns, LazyPull, inner, times
+from sparseopt.core.working_sets.columns import round_up as filled_up
 from sparseopt.core.working_sets.concave import minimise_concave
 from sparseopt.core.working_sets.entry_terms import EntryTerms
 from sparseopt.core.working_sets.restricted import minimise
 
-# The first set, of dense and of sparse columns; its growth over the support. Up to ALL columns there is no choice of
-# them if their Gram matrix takes no more than ALL_WORK products, whose time is that of a round.
-FIRST, GROWTH, ALL, ALL_WORK = (32, 256), 1.5, 128, 3e7
+# The first set, of dense and of sparse columns; its growth over the support, and the least growth. Up to ALL columns
+# there is no choice of them if their Gram matrix takes no more than ALL_WORK products, whose time is that of a round.
+FIRST, GROWTH, ROOM, ALL, ALL_WORK = (32, 256), 1.5, 1.1, 128, 3e7
 # From MANY entries of the matrix on the rounds run on one part in PARTS of the columns first, at least SMALL_PART.
 MANY, PARTS, SMALL_PART = 5e6, 16, 256
 # Along a path columns of the last set stay while there are at most this many times the wanted ones.
@@ -227,7 +228,9 @@ def rounds(
         if gap <= tol or len(proofs) > most or waited > PATIENCE:
             return point, proofs
         used = np.count_nonzero(x)
-        size = p if whole else int(max(FIRST[columns.sparse], GROWTH * used + 32))
+        # No larger than a size of Gram matrices, if that leaves some room.
+        size = max(FIRST[columns.sparse], min(GROWTH * used + 32, filled_up(int(ROOM * used + 32))))
+        size = p if whole else int(size)
         part_size = max(SMALL_PART, p // PARTS, 2 * used + 32)
         # A part that is nearly all of the columns would not be searched faster.
         in_stages = staged and part_size <= p // 2
