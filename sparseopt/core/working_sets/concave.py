@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from sparseopt.core.base.types import is_traced
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.penalties.protocols import is_convex
 from sparseopt.core.penalties.sums import Sum
@@ -31,13 +32,18 @@ CONCAVITIES, LEVEL_TOL, LEVEL_ROUNDS = ((1 / 30, 1 / 10, 1 / 3), (30.0, 10.0, 3.
 MOST_NEWTON, SHARES = 10, (1.0, 0.5, 0.1)
 
 
-def of_entries(penalty: Any) -> bool:
-    """Whether it is a penalty on entries that is not convex, maybe with an intercept behind, which `Problem` adds."""
+def of_entries(penalty: Any, size: int) -> bool:
+    """Whether it is known, not convex, and on entries, maybe with an intercept behind them, which `Problem` adds."""
+    if is_traced(penalty) or not size:
+        return False
     if isinstance(penalty, Sum):
         penalty, *rest = penalty.penalties
+        size -= 1
         if len(rest) != 1 or not isinstance(rest[0], L1) or np.any(np.asarray(rest[0].weight) != 0):
             return False
-    return getattr(penalty, "even", False) and hasattr(penalty, "weight") and not is_convex(penalty)
+    says = all(getattr(penalty, name, False) for name in ("separable", "keeps_zeros", "even"))
+    fit = all(np.shape(leaf) in ((), (1,), (size,)) for leaf in jax.tree.leaves(penalty))
+    return says and fit and hasattr(penalty, "weight") and not is_convex(penalty)
 
 
 class EntryPenalty:

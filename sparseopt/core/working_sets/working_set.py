@@ -69,7 +69,8 @@ class WorkingSet(PlainSolver):
 
     def refuses(self, problem: Problem) -> str | None:
         """Why it cannot solve a problem, or None."""
-        concave = of_entries(problem.penalty)
+        shape: tuple[int, ...] = problem.loss.start_shape() if hasattr(problem.loss, "start_shape") else ()
+        concave = len(shape) == 1 and of_entries(problem.penalty, shape[0])
         asked = "value prox" if concave else "value prox entry_terms"
         if reason := needs(self, problem, loss="value gradient scalar matrix", penalty=asked):
             return reason
@@ -77,7 +78,7 @@ class WorkingSet(PlainSolver):
             return (
                 "WorkingSet needs a dense or SciPy sparse matrix and a target [rows]; use AcceleratedProximalGradient"
             )
-        if concave and not (problem.loss.is_square and known_on_cpu(problem)):
+        if concave and not (problem.loss.is_square and known_on_cpu(problem) and np.size(problem.loss.target)):
             return (
                 "WorkingSet takes a penalty that is not convex with least squares and known arrays on a CPU; use "
                 "AcceleratedProximalGradient"
@@ -165,14 +166,14 @@ class HostSolve:
         self.memory, self.scale, self.keeps = None, 1.0, keeps
         self.at_zero: Point | None = None  # the point of zeros
         self.squares: Any = None
-        if keeps or of_entries(problem.penalty):
+        if keeps or of_entries(problem.penalty, self.x.size):
             part = Part(self.fit, self.columns, self.terms(problem.penalty))
             chosen = Chosen(self.columns, self.fit.gram_weights, part.centres)
             self.memory = Memory(chosen, LazyPull(self.columns))
         self.now: Point | None = None
 
     def terms(self, penalty: Any) -> Any:
-        if not of_entries(penalty):
+        if not of_entries(penalty, self.x.size):
             return EntryTerms(self.x.size, *penalty.entry_terms())
         if self.squares is None:
             self.squares = self.columns.squares(self.fit.gram_weights)
