@@ -165,6 +165,8 @@ def largest_level(problem: Problem) -> float:
             raise ValueError(f"give levels: none follows from a {type(first).__name__}")
         first = L1(first.weight)  # of the same slope at 0
     weighted = np.asarray(first.weight) > 0
+    if weighted.ndim and getattr(first, "groups", None) is not None:
+        weighted = weighted[np.asarray(first.groups)]
     start = np.zeros(problem.loss.start_shape())
     if len(parts) > 1 or (weighted.ndim and not weighted.all()):
         # The entries without a weight have their own fit first, at a level at which nothing else enters.

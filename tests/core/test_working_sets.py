@@ -12,6 +12,7 @@ import sparseopt as so
 from sparseopt.core.working_sets import rounds
 from tests.core.conic import Conic
 from tests.core.problems import LOSSES, PENALTIES, Rows
+from tests.tiers import often
 
 SET = so.WorkingSet()
 ROWS, COLUMNS = 40, 9
@@ -98,6 +99,27 @@ def test_no_change_of_one_entry_improves_the_answer_of_a_penalty_that_is_not_con
     if not intercept:
         np.testing.assert_allclose(so.solve(so.Problem(sparse_loss, CONCAVE[name])).objective, found.objective)
     assert so.solve(problem, start=found.value).steps == 0
+
+
+@pytest.mark.parametrize(("name", "intercept"), often([("squares", True), ("logistic", False)], ("squares", True)))
+def test_groups_have_the_optimum_of_gradient_steps_and_a_gap_that_bounds_the_error(name, intercept):
+    matrix, target, weights = drawn(name, 5, ROWS, 150)
+    labels = np.random.default_rng(0).integers(0, 50, 150)
+    loss = dataclasses.replace(LOSSES[name].make(matrix, target, weights), intercept=intercept)
+    penalty = so.GroupL2(np.append(0.0, np.linspace(1, 4, 49)), groups=labels)
+    problem = so.Problem(loss, penalty)
+    best = so.solve(problem, so.AcceleratedProximalGradient(), tol=1e-8).check()
+    for tol in (1e-2, 1e-8):
+        found = so.solve(problem, SET, tol=tol).check()
+        assert found.gap >= found.objective / best.objective - 1 - 1e-8
+        np.testing.assert_allclose(found.objective, problem.value(found.value), rtol=1e-12)
+    np.testing.assert_allclose(found.value, best.value, atol=1e-3)
+    # A group is 0 as a whole, and some are.
+    zeros, sizes = np.bincount(labels, found.value[:150] == 0), np.bincount(labels)
+    np.testing.assert_array_equal(zeros, np.where(zeros > 0, sizes, 0))
+    assert 0 < np.count_nonzero(zeros) < np.count_nonzero(sizes)
+    levels = so.path(problem, num=5).check()
+    assert np.max(np.abs(levels.values[[0]].toarray()[0, :150][labels > 0])) <= 1e-4
 
 
 def test_a_path_of_mcp_is_stationary_at_every_level_and_begins_at_zeros():

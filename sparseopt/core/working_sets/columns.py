@@ -131,7 +131,7 @@ class LazyPull:
 
     def __call__(self, e: np.ndarray, terms: Any, x: np.ndarray) -> np.ndarray:
         columns, (old, found, exact) = self.columns, self.last
-        if not terms.convex:
+        if not terms.by_entry:
             return columns.pull(e)
         if self.known is None:
             self.lengths = columns.lengths() * (1 + LOOSE)
@@ -265,6 +265,10 @@ def inner(some: Any, others: Any, weights: Any) -> np.ndarray:
     return product if weights is None or np.ndim(weights) else product * float(weights)
 
 
-def times(rows: Any, weights: Any) -> Callable[[np.ndarray], np.ndarray] | None:
+# A matrix times a vector.
+Product = Callable[[np.ndarray], np.ndarray]
+
+
+def times(rows: Any, weights: Any) -> Product | None:
     """The product of `inner(rows, rows, weights)` with a vector, of sparse rows; None if they are dense."""
     return (lambda v: rows @ (weights * (rows.T @ v))) if sparse.issparse(rows) else None

@@ -23,7 +23,7 @@ from sparseopt.core.base.types import is_traced
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.penalties.protocols import is_convex
 from sparseopt.core.penalties.sums import Sum
-from sparseopt.core.working_sets.columns import aligned, round_up
+from sparseopt.core.working_sets.columns import Product, aligned, round_up
 from sparseopt.core.working_sets.restricted import MOST_PAIRS, PASSES, TINY, newton_direction
 
 # Those on the ways to a penalty; the tolerance and the rounds of each.
@@ -55,7 +55,7 @@ class EntryPenalty:
         scale: the length of the gradient at 0, in units in which these are 1.
     """
 
-    convex = False
+    convex = by_entry = False
 
     def __init__(self, penalty: Any, size: int, squares: np.ndarray, scale: float) -> None:
         ones = 0
@@ -80,6 +80,9 @@ class EntryPenalty:
         part.numbers, part.squares = self.numbers[:, places], self.squares[places]
         part._find_free()
         return part
+
+    def completed(self, places: np.ndarray) -> np.ndarray:
+        return places
 
     def inside(self, x: np.ndarray) -> np.ndarray:
         return x
@@ -167,7 +170,9 @@ def prox_steps(
     return jnp.stack([w, q])
 
 
-def minimise_concave(gram: np.ndarray, q: np.ndarray, w: np.ndarray, terms: EntryPenalty, enough: float) -> np.ndarray:
+def minimise_concave(
+    gram: np.ndarray, q: np.ndarray, w: np.ndarray, terms: EntryPenalty, enough: float, _: Product | None = None
+) -> np.ndarray:
     """The w at which the squares of the moves of all entries, in units of the loss, sum up to at most `enough`.
 
     The Gram matrix is as in `minimise`.
@@ -179,7 +184,7 @@ def minimise_concave(gram: np.ndarray, q: np.ndarray, w: np.ndarray, terms: Entr
         padded[:count, :count] = gram
     gram, numbers = padded[:count, :count], _filled(terms.numbers)
     square = np.maximum(gram.diagonal(), TINY)
-    for _ in range(MOST_PAIRS):
+    for _pair in range(MOST_PAIRS):
         before, given = w, _filled(np.stack([w, q]))
         w, q = np.array(prox_steps(terms.kind, numbers, padded, given, PASSES * count, count))[:, :count]
         w, q = _newton(gram, q, w, terms)

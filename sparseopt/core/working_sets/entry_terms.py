@@ -19,7 +19,7 @@ class EntryTerms:
         plain: whether all of them are `weight |x|`.
     """
 
-    convex = True
+    convex = by_entry = True
 
     def __init__(self, size: int, weight: Any, ridge: Any = 0.0, low: Any = -np.inf, high: Any = np.inf) -> None:
         self.all = np.empty((4, size))
@@ -49,6 +49,9 @@ class EntryTerms:
         """The penalty at an x within the bounds."""
         total = self.weight @ np.abs(x)
         return float(total + 0.5 * (self.ridge @ (x * x)) if self.ridged else total)
+
+    def completed(self, places: np.ndarray) -> np.ndarray:
+        return places
 
     def inside(self, x: np.ndarray) -> np.ndarray:
         return np.clip(x, self.low, self.high) if self.bounded else x

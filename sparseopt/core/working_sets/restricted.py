@@ -10,7 +10,6 @@ JSS 33 (2010), for steps on the Gram matrix; Bertrand, Klopfenstein, Bannier, Gi
 coordinate steps followed by an acceleration on the support.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sparseopt.core.working_sets.columns import aligned, round_up
+from sparseopt.core.working_sets.columns import Product, aligned, round_up
 from sparseopt.core.working_sets.entry_terms import EntryTerms
 
 # Coordinate passes between two Newton steps, fewer of many entries; most of these pairs.
@@ -93,10 +92,6 @@ def traced_minimise(gram: Array, q: Array, w: Array, terms: Array) -> Array:
         return jnp.stack(better(better((w, q), edge), clipped))
 
     return jax.lax.fori_loop(0, TRACED_PAIRS, pair, jnp.stack([w, q]))[0]
-
-
-# The Gram matrix times a vector.
-Product = Callable[[np.ndarray], np.ndarray]
 
 
 def minimise(

@@ -22,8 +22,9 @@ import numpy as np
 from sparseopt.core.problem.padding import COARSE, round_up
 from sparseopt.core.working_sets.columns import Chosen, Columns, LazyPull, inner, times
 from sparseopt.core.working_sets.columns import round_up as filled_up
-from sparseopt.core.working_sets.concave import minimise_concave
+from sparseopt.core.working_sets.concave import EntryPenalty, minimise_concave
 from sparseopt.core.working_sets.entry_terms import EntryTerms
+from sparseopt.core.working_sets.groups import GroupTerms, minimise_groups
 from sparseopt.core.working_sets.restricted import minimise
 
 # The first set, of dense and of sparse columns; its growth over the support, and the least growth. Up to ALL columns
@@ -51,6 +52,9 @@ LEAST_SHARE = 1e-12
 DEEP = 1e-9
 # Steps of that, and on the entries without a weight.
 MOST_POLISH = 8
+
+# Of the problem on chosen columns.
+MINIMISERS: dict[type, Any] = {EntryTerms: minimise, EntryPenalty: minimise_concave, GroupTerms: minimise_groups}
 
 
 class At(NamedTuple):
@@ -128,7 +132,7 @@ class Part(NamedTuple):
 
     fit: Any
     columns: Columns
-    terms: Any  # EntryTerms, or EntryPenalty
+    terms: Any  # EntryTerms, EntryPenalty or GroupTerms
 
     def take(self, places: np.ndarray) -> "Part":
         return Part(self.fit, self.columns.take(places), self.terms.take(places))
@@ -258,7 +262,7 @@ def _wanted(part: Part, x: np.ndarray, gradient: np.ndarray, size: int) -> np.nd
     if size >= part.columns.count:
         return np.arange(part.columns.count)
     score = part.terms.scores(x, -gradient)
-    wanted = np.sort(np.argpartition(-score, size - 1)[:size])
+    wanted = part.terms.completed(np.sort(np.argpartition(-score, size - 1)[:size]))
     return np.union1d(wanted, part.terms.free) if part.terms.free.size else wanted
 
 
@@ -278,17 +282,14 @@ def _improve(
         q = point.gradient[ids].copy()
         if last.size:
             q -= chosen.means * q[last[0]]
-        if terms.convex:
-            w = minimise(chosen.gram, q, w, terms, exact[0], times(rows, fit.gram_weights))
-        else:
-            w = minimise_concave(chosen.gram, q, w, terms, exact[0])
+        w = MINIMISERS[type(terms)](chosen.gram, q, w, terms, exact[0], times(rows, fit.gram_weights))
         seen = np.flatnonzero(w)
         z = rows.T @ w if 2 * seen.size > w.size or part.columns.sparse else w[seen] @ rows[seen]
         now = fit.at(z)
     else:
         w, z, now = _newton_models(fit, rows, terms, (w, point.z, point.now), exact)
     pieces = np.append(terms.free, terms.sided[w[terms.sided] != 0])
-    if chosen.weights is None and exact[0] <= DEEP * now.value:
+    if terms.by_entry and chosen.weights is None and exact[0] <= DEEP * now.value:
         pieces = np.union1d(pieces, ((w != 0) & (w > terms.low) & (w < terms.high)).nonzero()[0])
     if pieces.size:
         w, z, now = _polished(fit, rows, terms, (w, z, now), pieces)
@@ -309,7 +310,7 @@ def _newton_models(fit: Any, rows: Any, terms: EntryTerms, stand: Stand, exact: 
     for _ in range(MOST_MODELS):
         curve = np.maximum(now.curve, max(FLAT * (now.curve.mean() or 1.0), least))
         q = rows @ now.slope
-        new = minimise(inner(rows, rows, curve), q, w, terms, enough, times(rows, curve))
+        new = MINIMISERS[type(terms)](inner(rows, rows, curve), q, w, terms, enough, times(rows, curve))
         way, before = new - w, terms.value(w)
         along = rows.T @ way
         level, predicted = now.value + before, float(q @ way) + terms.value(new) - before

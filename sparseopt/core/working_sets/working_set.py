@@ -18,6 +18,7 @@ from sparseopt.core.problem.problem import Measure, PlainSolver, Problem, Progre
 from sparseopt.core.working_sets.columns import Chosen, LazyPull, columns_of
 from sparseopt.core.working_sets.concave import LEVEL_ROUNDS, LEVEL_TOL, EntryPenalty, of_entries
 from sparseopt.core.working_sets.entry_terms import EntryTerms
+from sparseopt.core.working_sets.groups import GroupTerms, groups_of
 from sparseopt.core.working_sets.restricted import traced_minimise
 from sparseopt.core.working_sets.rounds import (
     FLAT,
@@ -51,8 +52,9 @@ class WorkingSet(PlainSolver):
     """Coordinate and Newton steps on few columns at a time, for a smooth loss of a matrix and a penalty on entries.
 
     The loss is a `DataLoss` with a matrix and a target `[rows]`; the penalty is L1, ElasticNet, Box or Nonnegative,
-    with numbers that may differ between entries. The residual is the relative duality gap. A step is a round: one
-    product with all columns, and the solution on the columns that matter, about as many as the answer has non-zeros.
+    with numbers that may differ between entries, or with known arrays a GroupL2 of labels. The residual is the relative
+    duality gap. A step is a round: one product with all columns, and the solution on the columns that matter, about as
+    many as the answer has non-zeros.
     With least squares and known arrays it also takes L0, MCP, SCAD, LogSum and LHalf, of which it finds a point that no
     change of one entry improves; from zeros by way of penalties that are nearly convex. The residual is then the length
     of the steps to the minimisers over each entry, in units of the columns' lengths, over that of the gradient at 0.
@@ -71,14 +73,18 @@ class WorkingSet(PlainSolver):
         """Why it cannot solve a problem, or None."""
         shape: tuple[int, ...] = problem.loss.start_shape() if hasattr(problem.loss, "start_shape") else ()
         concave = len(shape) == 1 and of_entries(problem.penalty, shape[0])
-        asked = "value prox" if concave else "value prox entry_terms"
+        grouped = len(shape) == 1 and groups_of(problem.penalty, shape[0]) is not None
+        asked = "value prox" if concave or grouped else "value prox entry_terms"
         if reason := needs(self, problem, loss="value gradient scalar matrix", penalty=asked):
             return reason
         if not (isinstance(problem.loss.matrix, Dense | SparseMatrix | WithOnes) and np.ndim(problem.loss.target) == 1):
             return (
                 "WorkingSet needs a dense or SciPy sparse matrix and a target [rows]; use AcceleratedProximalGradient"
             )
-        if concave and not (problem.loss.is_square and known_on_cpu(problem) and np.size(problem.loss.target)):
+        known = known_on_cpu(problem) and np.size(problem.loss.target)
+        if grouped and not known:
+            return "WorkingSet takes groups with known arrays on a CPU; use AcceleratedProximalGradient"
+        if concave and not (problem.loss.is_square and known):
             return (
                 "WorkingSet takes a penalty that is not convex with least squares and known arrays on a CPU; use "
                 "AcceleratedProximalGradient"
@@ -173,6 +179,8 @@ class HostSolve:
         self.now: Point | None = None
 
     def terms(self, penalty: Any) -> Any:
+        if (groups := groups_of(penalty, self.x.size)) is not None:
+            return GroupTerms(*groups)
         if not of_entries(penalty, self.x.size):
             return EntryTerms(self.x.size, *penalty.entry_terms())
         if self.squares is None:

@@ -1,0 +1,203 @@
+"""Groups of entries that vanish together, on working sets: steps on one group at a time, and Newton steps.
+
+    minimise over w    1/2 <w - start, G (w - start)> + <q, w - start> + sum_g weight_g ||w_g||
+
+A group's step minimises a bound of the quadratic by its largest curvature on the group. Newton steps on the groups that
+are not 0, where the objective is smooth, end what these begin.
+
+Source: Yuan and Lin, "Model selection and estimation in regression with grouped variables", JRSS B 68 (2006), eq. 2.4;
+Qin, Scheinberg and Goldfarb, "Efficient block-coordinate descent algorithms for the group lasso", 2013.
+"""
+
+import copy
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from sparseopt.core.base.types import is_traced
+from sparseopt.core.penalties.entries import L1
+from sparseopt.core.penalties.groups import GroupL2
+from sparseopt.core.penalties.sums import Sum
+from sparseopt.core.working_sets.columns import Product, aligned, round_up
+from sparseopt.core.working_sets.restricted import MOST_PAIRS, PASSES, TINY, newton_direction
+
+# Newton steps in a row, and the shares of one that are tried.
+MOST_NEWTON, SHARES = 10, (1.0, 0.5, 0.1)
+
+
+def groups_of(penalty: Any, size: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """The labels of all entries and the weights of all groups of a known `GroupL2`; None for other penalties."""
+    if is_traced(penalty) or not size:
+        return None
+    more = 0
+    if isinstance(penalty, Sum):
+        penalty, *rest = penalty.penalties
+        more = 1
+        if len(rest) != 1 or not isinstance(rest[0], L1) or np.any(np.asarray(rest[0].weight) != 0):
+            return None
+    if type(penalty) is not GroupL2 or penalty.groups is None or np.shape(penalty.groups) != (size - more,):
+        return None
+    count = penalty.num_groups or 0
+    if np.shape(penalty.weight) not in ((), (1,), (count,)):
+        return None
+    labels = np.append(np.asarray(penalty.groups), np.full(more, count)).astype(np.int64)
+    return labels, np.append(np.broadcast_to(penalty.weight, count), np.zeros(more)).astype(np.float64)
+
+
+class GroupTerms:
+    """The penalty of a vector of entries.
+
+    Attributes:
+        free: the entries of groups without a weight, as that of an intercept.
+    """
+
+    convex, by_entry = True, False
+
+    def __init__(self, labels: np.ndarray, weights: np.ndarray) -> None:
+        self.labels, self.weights = labels, weights
+        self.free, self.sided = np.flatnonzero(weights[labels] == 0), np.zeros(0, np.int64)
+        self.weight = self.ridge = self.low = np.zeros(labels.size)  # of the free ones
+
+    def take(self, places: np.ndarray) -> "GroupTerms":
+        """Of places that are whole groups."""
+        part = copy.copy(self)
+        kept, labels = np.unique(self.labels[places], return_inverse=True)
+        part.__init__(labels.reshape(-1), self.weights[kept])  # type: ignore[misc]
+        return part
+
+    def lengths(self, x: np.ndarray) -> np.ndarray:
+        """`[groups]`."""
+        return np.sqrt(np.bincount(self.labels, x * x, self.weights.size))
+
+    def completed(self, places: np.ndarray) -> np.ndarray:
+        """All entries of the groups of these."""
+        chosen = np.zeros(self.weights.size, bool)
+        chosen[self.labels[places]] = True
+        return chosen[self.labels].nonzero()[0]
+
+    def inside(self, x: np.ndarray) -> np.ndarray:
+        return x
+
+    def value(self, x: np.ndarray) -> float:
+        return float(self.weights @ self.lengths(x))
+
+    def slack(self, x: np.ndarray, u: np.ndarray) -> float:
+        products = np.bincount(self.labels, u * x, self.weights.size)
+        return float(np.maximum(self.weights * self.lengths(x) - products, 0).sum())
+
+    def gauge(self, u: np.ndarray) -> float:
+        """The smallest t >= 0 for which `u / t` lies in the domain of the conjugate, but for `free`."""
+        seen = self.weights > 0
+        return float((self.lengths(u)[seen] / self.weights[seen]).max(initial=0))
+
+    def scores(self, x: np.ndarray, u: np.ndarray) -> np.ndarray:
+        score = self.lengths(u) / np.maximum(self.weights, TINY)
+        score[(self.lengths(x) > 0) | (self.weights == 0)] = np.inf
+        return score[self.labels]
+
+
+@jax.jit
+def group_steps(
+    gram: Float[Array, "k k"],
+    both: Float[Array, "2 k"],
+    table: Int[Array, "m s"],
+    numbers: Float[Array, "2 m"],
+    steps: Any,
+    count: Any,
+) -> Float[Array, "2 k"]:
+    """W and the gradient q after `steps` steps on one group, in turn over the first `count` rows of the table."""
+    weight, curvature = numbers
+
+    def step(_: Any, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        w, q, j = carry
+        places = table[j]
+        at = w.at[places].get(mode="fill", fill_value=0)
+        z = at - q.at[places].get(mode="fill", fill_value=0) / curvature[j]
+        length = jnp.sqrt(jnp.sum(z * z))
+        move = z * jnp.maximum(1 - weight[j] / (curvature[j] * jnp.maximum(length, TINY)), 0) - at
+        q += move @ gram.at[places].get(mode="fill", fill_value=0)
+        return w.at[places].add(move, mode="drop"), q, jnp.where(j + 1 == count, 0, j + 1)
+
+    w, q, _ = jax.lax.fori_loop(0, steps, step, (*both, 0))
+    return jnp.stack([w, q])
+
+
+def minimise_groups(
+    gram: np.ndarray, q: np.ndarray, w: np.ndarray, terms: GroupTerms, enough: float, _: Product | None = None
+) -> np.ndarray:
+    """The w at which a further step on every group would gain at most `enough`; the Gram matrix is as in `minimise`."""
+    count, size = q.size, round_up(q.size)
+    padded = gram
+    if len(gram) != size:
+        padded = aligned(size)
+        padded[:count, :count] = gram
+    gram = padded[:count, :count]
+    table, numbers = _table(gram, terms, size)
+    groups = terms.weights.size
+    curvature = numbers[1, :groups]
+    for _pair in range(MOST_PAIRS):
+        before, both = w, np.zeros((2, size))
+        both[:, :count] = w, q
+        w, q = np.array(group_steps(padded, both, table, numbers, PASSES * groups, groups))[:, :count]
+        w, q = _newton(gram, q, w, terms)
+        z = w - q / curvature[terms.labels]
+        shrunk = np.maximum(1 - terms.weights / (curvature * np.maximum(terms.lengths(z), TINY)), 0)
+        move = terms.lengths(z * shrunk[terms.labels] - w)
+        if curvature @ (move * move) <= enough or (before == w).all():
+            break
+    return w
+
+
+def _table(gram: np.ndarray, terms: GroupTerms, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The places `[m, s]` of every group, filled up with `size`; the weights and largest curvatures `[2, m]`."""
+    sizes = np.bincount(terms.labels, minlength=terms.weights.size)
+    order = np.argsort(terms.labels, kind="stable")
+    rank = np.arange(order.size) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    wide = 1 << int(sizes.max() - 1).bit_length()
+    table = np.full((round_up(sizes.size), wide), size)
+    table[terms.labels[order], rank] = order
+    places = np.minimum(table[: sizes.size], len(gram) - 1)
+    inside = table[: sizes.size] < size
+    blocks = gram[places[:, :, None], places[:, None, :]] * (inside[:, :, None] & inside[:, None, :])
+    numbers = np.ones((2, len(table)))
+    numbers[0, : sizes.size] = terms.weights
+    numbers[1, : sizes.size] = np.maximum(np.linalg.eigvalsh(blocks)[:, -1] * (1 + 1e-9), TINY)
+    return table, numbers
+
+
+def _newton(gram: np.ndarray, q: np.ndarray, w: np.ndarray, terms: GroupTerms) -> tuple[np.ndarray, np.ndarray]:
+    """Newton steps on the groups that are not 0, and on those without a weight."""
+    for _ in range(MOST_NEWTON):
+        length = terms.lengths(w)
+        free = ((length > 0) | (terms.weights == 0))[terms.labels].nonzero()[0]
+        if not free.size:
+            break
+        at, labels, rows = w[free], terms.labels[free], gram[free]
+        weight, of = terms.weights[labels], np.where(length > 0, length, 1)[labels]
+        unit = at / of
+        # Of a length the second derivative is (I - u uᵀ) / length.
+        same = (labels[:, None] == labels) * (weight / of)[:, None]
+        hessian = rows[:, free] - same * np.outer(unit, unit)
+        way = newton_direction(hessian, q[free] + weight * unit, weight / of)
+        if way is None:
+            break
+        for share in SHARES:
+            new = w.copy()
+            new[free] += share * way
+            # A group that turns by a right angle and more becomes 0.
+            turned = (np.bincount(terms.labels, new * w, terms.weights.size) <= 0) & (terms.weights > 0)
+            new[turned[terms.labels]] = 0
+            q_new = q + (new[free] - at) @ rows
+            change = 0.5 * float((q + q_new) @ (new - w)) + terms.value(new) - terms.value(w)
+            if change < 0:
+                break
+        else:
+            break
+        near = share == 1 and np.abs(new - w).max() <= 1e-9 * np.abs(new).max()
+        w, q = new, q_new
+        if near:
+            break
+    return w, q
