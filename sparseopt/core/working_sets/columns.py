@@ -110,6 +110,16 @@ def aligned(size: int) -> np.ndarray:
     return memory[first : first + size * size].reshape(size, size)
 
 
+def in_size(gram: np.ndarray, count: int) -> np.ndarray:
+    """A Gram matrix of `count` columns with room for `round_up(count)`: itself, if it has that, or a copy."""
+    size = round_up(count)
+    if len(gram) == size:
+        return gram
+    padded = aligned(size)
+    padded[:count, :count] = gram
+    return padded
+
+
 def columns_of(given: Any) -> Columns:
     """The columns of a `Dense`, `SparseMatrix` or `WithOnes`, whose entries are known."""
     ones = isinstance(given, WithOnes)

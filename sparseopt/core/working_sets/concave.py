@@ -23,7 +23,7 @@ from sparseopt.core.base.types import is_traced
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.penalties.protocols import is_convex
 from sparseopt.core.penalties.sums import Sum
-from sparseopt.core.working_sets.columns import Product, aligned, round_up
+from sparseopt.core.working_sets.columns import Product, in_size, round_up
 from sparseopt.core.working_sets.restricted import MOST_PAIRS, PASSES, TINY, newton_direction
 
 # Those on the ways to a penalty; the tolerance and the rounds of each.
@@ -177,11 +177,7 @@ def minimise_concave(
 
     The Gram matrix is as in `minimise`.
     """
-    count, size = q.size, round_up(q.size)
-    padded = gram
-    if len(gram) != size:
-        padded = aligned(size)
-        padded[:count, :count] = gram
+    count, padded = q.size, in_size(gram, q.size)
     gram, numbers = padded[:count, :count], _filled(terms.numbers)
     square = np.maximum(gram.diagonal(), TINY)
     for _pair in range(MOST_PAIRS):

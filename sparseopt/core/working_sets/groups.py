@@ -21,7 +21,7 @@ from sparseopt.core.base.types import is_traced
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.penalties.groups import GroupL2
 from sparseopt.core.penalties.sums import Sum
-from sparseopt.core.working_sets.columns import Product, aligned, round_up
+from sparseopt.core.working_sets.columns import Product, in_size, round_up
 from sparseopt.core.working_sets.restricted import MOST_PAIRS, PASSES, TINY, newton_direction
 
 # Newton steps in a row, and the shares of one that are tried.
@@ -129,12 +129,8 @@ def minimise_groups(
     gram: np.ndarray, q: np.ndarray, w: np.ndarray, terms: GroupTerms, enough: float, _: Product | None = None
 ) -> np.ndarray:
     """The w at which a further step on every group would gain at most `enough`; the Gram matrix is as in `minimise`."""
-    count, size = q.size, round_up(q.size)
-    padded = gram
-    if len(gram) != size:
-        padded = aligned(size)
-        padded[:count, :count] = gram
-    gram = padded[:count, :count]
+    count, padded = q.size, in_size(gram, q.size)
+    size, gram = len(padded), padded[:count, :count]
     table, numbers = _table(gram, terms, size)
     groups = terms.weights.size
     curvature = numbers[1, :groups]

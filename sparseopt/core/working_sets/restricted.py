@@ -18,15 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sparseopt.core.working_sets.columns import Product, aligned, round_up
+from sparseopt.core.working_sets.columns import Product, in_size
 from sparseopt.core.working_sets.entry_terms import EntryTerms
 
 # Coordinate passes between two Newton steps, fewer of many entries; most of these pairs.
 PASSES, LEAST_PASSES, MOST_STEPS, MOST_PAIRS = 6, 2, 2048, 100
 # Newton steps in a row: NEWTON_WORK is what the squares of their sizes may add up to. Of few entries there may be many,
 # since badly conditioned columns need them; of FEW or less their cost does not depend on the size.
-FEW, NEWTON_WORK = 64, 20 * 64**2
-FIRST_WORK = 0.25
+# The first pair may use FIRST_WORK of that, since its support still changes, and the next one twice as much.
+FEW, NEWTON_WORK, FIRST_WORK = 64, 20 * 64**2, 0.25
 # A column of zeros with no ridge: any positive number sends the entry to its resting place.
 TINY = 1e-150
 # Supports above LARGE of sparse columns use conjugate gradients to a relative residual of CG_TOL.
@@ -104,12 +104,9 @@ def minimise(
     It stops earlier where rounding leaves nothing to gain, and after MOST_PAIRS.
     """
     count = q.size
-    size = round_up(count)
-    padded, packed = gram, np.zeros((4, size))
-    if len(gram) != size:
-        padded = aligned(size)
-        padded[:count, :count] = gram
-    gram = padded[:count, :count]
+    padded = in_size(gram, count)
+    size, gram = len(padded), padded[:count, :count]
+    packed = np.zeros((4, size))
     packed[:, :count] = terms.all
     divisor = np.maximum(gram.diagonal() + terms.ridge, TINY)
     passes = max(LEAST_PASSES, min(PASSES, MOST_STEPS // count))
