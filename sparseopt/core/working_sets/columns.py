@@ -24,7 +24,7 @@ class Columns:
         if matrix.dtype not in (np.float32, np.float64):
             matrix = matrix.astype(np.float64)
         self.matrix, self.ones = matrix, ones
-        self.eps = float(np.finfo(matrix.dtype).eps)
+        self.eps, self.narrow = float(np.finfo(matrix.dtype).eps), matrix.dtype == np.float32
         self.sparse = sparse.issparse(matrix)
         self.count = matrix.shape[1] + ones
         self._sums: Any = None

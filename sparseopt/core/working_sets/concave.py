@@ -106,8 +106,14 @@ class EntryPenalty:
     def scores(self, x: np.ndarray, u: np.ndarray) -> np.ndarray:
         """How far every entry would move, in units in which the loss has the curvature 1; infinite away from 0."""
         score = np.sqrt(self.squares) * np.abs(self.moves(x, -u, self.squares))
-        score[x.nonzero()] = np.inf
+        score[self.held(x)] = np.inf
         return score
+
+    def held(self, x: np.ndarray) -> np.ndarray:
+        """As of `EntryTerms`."""
+        held = x != 0
+        held[self.free] = True
+        return held
 
     def residual(self, x: np.ndarray, gradient: np.ndarray) -> float:
         """The length of all moves in these units, over that at 0 without a penalty."""

@@ -96,6 +96,11 @@ class EntryTerms:
         if self.weightless:
             weight = np.maximum(weight, 1e-12 * np.max(ways, initial=0) + np.finfo(np.float64).tiny)
         score = ways / weight
-        score[x.nonzero()] = np.inf
-        score[self.free] = np.inf
+        score[self.held(x)] = np.inf
         return score
+
+    def held(self, x: np.ndarray) -> np.ndarray:
+        """Whether each entry has left its resting place or has none."""
+        held = x != 0
+        held[self.free] = True
+        return held

@@ -95,8 +95,11 @@ class GroupTerms:
 
     def scores(self, x: np.ndarray, u: np.ndarray) -> np.ndarray:
         score = self.lengths(u) / np.maximum(self.weights, TINY)
-        score[(self.lengths(x) > 0) | (self.weights == 0)] = np.inf
-        return score[self.labels]
+        return np.where(self.held(x), np.inf, score[self.labels])
+
+    def held(self, x: np.ndarray) -> np.ndarray:
+        """Whether the group of each entry is not 0 or has no weight."""
+        return ((self.lengths(x) > 0) | (self.weights == 0))[self.labels]
 
 
 @jax.jit

@@ -215,6 +215,7 @@ def newton_direction(hessian: np.ndarray, gradient: np.ndarray, ridge: np.ndarra
     hessian = np.ascontiguousarray(hessian)
     diagonal = hessian.reshape(-1)[:: ridge.size + 1]
     diagonal += ridge
+    diagonal[diagonal == 0] = 1  # a column of zeros, whose entry stays
     squares = diagonal.copy()
     for shift in SHIFTS:
         if shift:

@@ -231,7 +231,7 @@ def rounds(
         best, waited = ((min(gap, best[0]), proof.objective), 0) if falls else (best, waited + 1)
         if gap <= tol or len(proofs) > most or waited > PATIENCE:
             return point, proofs
-        used = np.count_nonzero(x)
+        used = np.count_nonzero(terms.held(x))
         # No larger than a size of Gram matrices, if that leaves some room.
         size = max(FIRST[columns.sparse], min(GROWTH * used + 32, filled_up(int(ROOM * used + 32))))
         size = p if whole else int(size)
@@ -258,12 +258,11 @@ def rounds(
 
 
 def _wanted(part: Part, x: np.ndarray, gradient: np.ndarray, size: int) -> np.ndarray:
-    """The columns in use, those without a weight, and those whose gradients are furthest out, sorted."""
+    """The columns that are held, and those whose gradients are furthest out, sorted; `size` has room for the former."""
     if size >= part.columns.count:
         return np.arange(part.columns.count)
     score = part.terms.scores(x, -gradient)
-    wanted = part.terms.completed(np.sort(np.argpartition(-score, size - 1)[:size]))
-    return np.union1d(wanted, part.terms.free) if part.terms.free.size else wanted
+    return part.terms.completed(np.sort(np.argpartition(-score, size - 1)[:size]))
 
 
 def _improve(
@@ -279,9 +278,13 @@ def _improve(
     # In terms of centred columns the intercept is the mean.
     w[last] += chosen.means @ w
     if chosen.weights is not None:
-        q = point.gradient[ids].copy()
-        if last.size:
-            q -= chosen.means * q[last[0]]
+        if part.columns.narrow:
+            # Errors of a gradient in float32 would be steps along columns that are nearly dependent.
+            q = rows @ point.now.slope
+        else:
+            q = point.gradient[ids].copy()
+            if last.size:
+                q -= chosen.means * q[last[0]]
         w = MINIMISERS[type(terms)](chosen.gram, q, w, terms, exact[0], times(rows, fit.gram_weights))
         seen = np.flatnonzero(w)
         z = rows.T @ w if 2 * seen.size > w.size or part.columns.sparse else w[seen] @ rows[seen]

@@ -21,6 +21,8 @@ from sparseopt.core.working_sets.entry_terms import EntryTerms
 from sparseopt.core.working_sets.groups import GroupTerms, groups_of
 from sparseopt.core.working_sets.restricted import traced_minimise
 from sparseopt.core.working_sets.rounds import (
+    ALLOWED,
+    EPS,
     FLAT,
     MOST_ROUNDS,
     PATIENCE,
@@ -236,14 +238,22 @@ class HostSolve:
             proof = proofs[-1]
             with np.errstate(over="ignore"):
                 value = x.astype(kind)
-            if kind != x.dtype:  # the answer is the rounded one; the bound stays
-                rounded = value.astype(np.float64)
-                objective = self.fit.at(self.columns.image(rounded)).value + terms.value(rounded)
-                bound = proof.objective / (1 + proof.gap)
-                gap = proof.gap + (objective - proof.objective) / max(bound, TINY) if terms.convex else proof.gap
-                proof = Proof(objective, max(gap, 0.0), proof.dual)
+            if kind != x.dtype and np.isfinite(value).all():
+                proof = self._rounded(part, value.astype(np.float64), proof)
         found = _solution(value, proof, proofs, tol, max_steps, history)
         return found if terms.convex else _without_gap(found)
+
+    def _rounded(self, part: Part, x: np.ndarray, proof: Proof) -> Proof:
+        """The proof of a rounded x: the bound stays, the objective rises."""
+        (fit, columns, terms), z = part, self.columns.image(x)
+        now = fit.at(z)
+        objective = now.value + terms.value(x)
+        if not terms.convex:
+            return Proof(objective, terms.residual(x, columns.pull(now.slope)), None)
+        if objective <= fit.nothing(ALLOWED * columns.eps):
+            return Proof(objective, EPS, proof.dual)
+        bound = proof.objective / (1 + proof.gap)
+        return Proof(objective, max(proof.gap + (objective - proof.objective) / max(bound, TINY), 0.0), proof.dual)
 
 
 def _solution(x: np.ndarray, proof: Proof, proofs: list[Proof], tol: float, max_steps: int, history: bool) -> Solution:
