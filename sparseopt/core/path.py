@@ -256,7 +256,7 @@ def _path(problem: Problem, levels: np.ndarray, tol: float, max_steps: int) -> P
     found, values = [], []
     for level in levels:
         penalty = at_level(problem.penalty, float(level))
-        solution = run.at(penalty, tol, max_steps) if run else None
+        solution = run.at(penalty, tol, max_steps, yields=True) if run else None
         if run and solution is not None and solution.status in (Status.CONVERGED, Status.STATIONARY):
             loss = run.begin().now.value
         else:

@@ -31,6 +31,7 @@ from sparseopt.core.solvers.accelerated import AcceleratedProximalGradient, Grad
 from sparseopt.core.solvers.maiht import Maiht
 from sparseopt.core.solvers.primal_dual import PrimalDual, SplitAdmm
 from sparseopt.core.solvers.refit import Refit
+from sparseopt.core.working_sets.groups import UNLIKE
 from sparseopt.core.working_sets.working_set import WorkingSet
 
 
@@ -59,6 +60,10 @@ MANY_COLUMNS = 1000
 
 def _columns_pay(problem: Problem) -> bool:
     """Whether steps on few columns take less time than steps with all."""
+    if (labels := getattr(problem.penalty, "groups", None)) is not None:
+        sizes = np.bincount(np.asarray(labels))
+        if sizes.max(initial=0) > UNLIKE * sizes.mean():
+            return False
     by_entry = problem.loss.is_square or hasattr(problem.penalty, "entry_terms")
     return by_entry or math.prod(problem.loss.start_shape()) >= MANY_COLUMNS
 
@@ -206,7 +211,8 @@ def _solve(problem: Problem, solver: Any, start: Any, place: Any, tol: Any, max_
         solver = _choose(problem, here).solver
     elif reason := _refuses_solver(solver) or own_refusal(solver, problem):
         raise ValueError(reason)
-    if start is None:
+    led = start is None
+    if led:
         if not hasattr(problem.loss, "start"):
             raise ValueError(
                 f"give a start: the shape of x does not follow from a {type(problem.loss).__name__} (a loss may "
@@ -224,13 +230,15 @@ def _solve(problem: Problem, solver: Any, start: Any, place: Any, tol: Any, max_
     limits: dict[str, Any] = {"tol": usual if tol is None else tol, "max_steps": max_steps, "history": history}
     max_steps = checked_limits(limits["tol"], max_steps)
     if hasattr(solver, "on_host") and known_on_cpu((problem, start, tol, max_steps, here)):
-        found = solver.on_host(problem, np.asarray(start, kind), limits["tol"], max_steps, history)
+        known_start = np.asarray(start, kind)
+        found = solver.on_host(problem, known_start, limits["tol"], max_steps, history, yields=chosen)
         if found is not None and (found.status in (Status.CONVERGED, Status.STATIONARY) or not chosen):
             return found
         # What coordinate steps leave may still fall by steps on all entries.
         if found is not None:
             left = max_steps if history else max_steps - int(found.steps)
-            rest = _solve(problem, AcceleratedProximalGradient(), found.value, place, tol, left, history)
+            begin = None if led and hasattr(problem.penalty, "with_concavity") else found.value
+            rest = _solve(problem, AcceleratedProximalGradient(), begin, place, tol, left, history)
             return rest if rest.objective <= found.objective or rest.gap <= found.gap else found
     if isinstance(start, np.ndarray | jax.Array):
         start = jnp.asarray(start, kind)

@@ -243,3 +243,24 @@ def test_targets_and_columns_far_from_zero_do_no_harm_beside_an_intercept():
         assert so.Status(int(far.status)) is so.Status.CONVERGED
         assert float(far.objective) == pytest.approx(float(near.objective), rel=1e-6)
         np.testing.assert_allclose(far.value[:-1], near.value[:-1], atol=1e-5)
+
+
+def test_columns_in_use_stay_in_the_set_however_many_have_no_weight_or_are_zero(rng):
+    matrix = np.zeros((80, 400))
+    matrix[:, ::10] = rng.standard_normal((80, 40))
+    free = np.where(np.arange(400) % 10 == 0, 2.0, 0.0)
+    for penalty in (so.L1(free), so.GroupL2(1.0, groups=np.arange(400) // 10)):
+        problem = so.Problem(so.LeastSquares(matrix, matrix.sum(axis=1)), penalty)
+        expected = so.solve(problem, so.AcceleratedProximalGradient()).check().objective
+        np.testing.assert_allclose(so.solve(problem, SET).check().objective, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("penalty", [so.L1, lambda w: so.GroupL2(w[:50], groups=np.arange(100) % 50), so.LHalf])
+def test_more_columns_without_a_weight_than_rows_fit_the_target_in_float32(penalty, rng):
+    matrix, target = rng.standard_normal((30, 100)).astype("f"), 10 * rng.standard_normal(30).astype("f")
+    weights = np.where(np.arange(100) % 50 < 40, 0, 5).astype("f")
+    problem = so.Problem(so.LeastSquares(matrix, target), penalty(weights))
+    found = so.solve(problem)
+    assert found.status in (so.Status.CONVERGED, so.Status.STATIONARY)
+    assert problem.value(found.value) < 1e-6
+    assert np.max(np.abs(found.value)) < 100

@@ -24,12 +24,12 @@ from sparseopt.core.penalties.entries import L1
 from sparseopt.core.penalties.protocols import is_convex
 from sparseopt.core.penalties.sums import Sum
 from sparseopt.core.working_sets.columns import Product, in_size, round_up
-from sparseopt.core.working_sets.restricted import MOST_PAIRS, PASSES, TINY, newton_direction
+from sparseopt.core.working_sets.restricted import MOST_PAIRS, TINY, Enough, effort, newton_direction
 
 # Those on the ways to a penalty; the tolerance and the rounds of each.
 CONCAVITIES, LEVEL_TOL, LEVEL_ROUNDS = ((1 / 30, 1 / 10, 1 / 3), (30.0, 10.0, 3.0)), 1e-2, 5
-# Newton steps in a row, and the shares of one that are tried.
-MOST_NEWTON, SHARES = 10, (1.0, 0.5, 0.1)
+# The shares of a Newton step that are tried.
+SHARES = (1.0, 0.5, 0.1)
 
 
 def of_entries(penalty: Any, size: int) -> bool:
@@ -177,7 +177,7 @@ def prox_steps(
 
 
 def minimise_concave(
-    gram: np.ndarray, q: np.ndarray, w: np.ndarray, terms: EntryPenalty, enough: float, _: Product | None = None
+    gram: np.ndarray, q: np.ndarray, w: np.ndarray, terms: EntryPenalty, enough: Enough, _: Product | None = None
 ) -> np.ndarray:
     """The w at which the squares of the moves of all entries, in units of the loss, sum up to at most `enough`.
 
@@ -186,21 +186,24 @@ def minimise_concave(
     count, padded = q.size, in_size(gram, q.size)
     gram, numbers = padded[:count, :count], _filled(terms.numbers)
     square = np.maximum(gram.diagonal(), TINY)
+    passes, most = effort(count)
     for _pair in range(MOST_PAIRS):
         before, given = w, _filled(np.stack([w, q]))
-        w, q = np.array(prox_steps(terms.kind, numbers, padded, given, PASSES * count, count))[:, :count]
-        w, q = _newton(gram, q, w, terms)
+        w, q = np.array(prox_steps(terms.kind, numbers, padded, given, passes * count, count))[:, :count]
+        w, q = _newton(gram, q, w, terms, most)
         move = terms.moves(w, q, square)
-        if square @ (move * move) <= enough or (before == w).all():
+        if square @ (move * move) <= enough.gain or (before == w).all():
             break
     return w
 
 
-def _newton(gram: np.ndarray, q: np.ndarray, w: np.ndarray, terms: EntryPenalty) -> tuple[np.ndarray, np.ndarray]:
+def _newton(
+    gram: np.ndarray, q: np.ndarray, w: np.ndarray, terms: EntryPenalty, most: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Newton steps on the entries that are not 0; an entry that would change its sign becomes 0."""
     free = np.zeros(w.size, bool)
     free[terms.free] = True
-    for _ in range(MOST_NEWTON):
+    for _ in range(most):
         support = w.nonzero()[0]
         if not support.size:
             break

@@ -22,10 +22,14 @@ from sparseopt.core.penalties.entries import L1
 from sparseopt.core.penalties.groups import GroupL2
 from sparseopt.core.penalties.sums import Sum
 from sparseopt.core.working_sets.columns import Product, in_size, round_up
-from sparseopt.core.working_sets.restricted import MOST_PAIRS, PASSES, TINY, newton_direction
+from sparseopt.core.working_sets.restricted import MOST_PAIRS, TINY, Enough, effort, newton_direction
 
-# Newton steps in a row, and the shares of one that are tried.
-MOST_NEWTON, SHARES = 10, (1.0, 0.5, 0.1)
+# The shares of a Newton step that are tried.
+SHARES = (1.0, 0.5, 0.1)
+# Up to this size the curvatures of groups are computed together.
+NARROW = 32
+# How many times larger than the mean one the largest group may be for passes to be cheap.
+UNLIKE = 4
 
 
 def groups_of(penalty: Any, size: int) -> tuple[np.ndarray, np.ndarray] | None:
@@ -129,7 +133,7 @@ def group_steps(
 
 
 def minimise_groups(
-    gram: np.ndarray, q: np.ndarray, w: np.ndarray, terms: GroupTerms, enough: float, _: Product | None = None
+    gram: np.ndarray, q: np.ndarray, w: np.ndarray, terms: GroupTerms, enough: Enough, _: Product | None = None
 ) -> np.ndarray:
     """The w at which a further step on every group would gain at most `enough`; the Gram matrix is as in `minimise`."""
     count, padded = q.size, in_size(gram, q.size)
@@ -137,15 +141,20 @@ def minimise_groups(
     table, numbers = _table(gram, terms, size)
     groups = terms.weights.size
     curvature = numbers[1, :groups]
+    start, passes, most = (w, q), *effort(count)
+    if table.shape[1] * groups > UNLIKE * count:  # small groups cost as much as the largest
+        passes, most = effort(1)
     for _pair in range(MOST_PAIRS):
         before, both = w, np.zeros((2, size))
         both[:, :count] = w, q
-        w, q = np.array(group_steps(padded, both, table, numbers, PASSES * groups, groups))[:, :count]
-        w, q = _newton(gram, q, w, terms)
+        w, q = np.array(group_steps(padded, both, table, numbers, passes * groups, groups))[:, :count]
+        w, q = _newton(gram, q, w, terms, most)
+        if enough.reached(start, w, q, terms):
+            break
         z = w - q / curvature[terms.labels]
         shrunk = np.maximum(1 - terms.weights / (curvature * np.maximum(terms.lengths(z), TINY)), 0)
         move = terms.lengths(z * shrunk[terms.labels] - w)
-        if curvature @ (move * move) <= enough or (before == w).all():
+        if curvature @ (move * move) <= enough.gain or (before == w).all():
             break
     return w
 
@@ -158,18 +167,33 @@ def _table(gram: np.ndarray, terms: GroupTerms, size: int) -> tuple[np.ndarray, 
     wide = 1 << int(sizes.max() - 1).bit_length()
     table = np.full((round_up(sizes.size), wide), size)
     table[terms.labels[order], rank] = order
-    places = np.minimum(table[: sizes.size], len(gram) - 1)
-    inside = table[: sizes.size] < size
-    blocks = gram[places[:, :, None], places[:, None, :]] * (inside[:, :, None] & inside[:, None, :])
     numbers = np.ones((2, len(table)))
     numbers[0, : sizes.size] = terms.weights
-    numbers[1, : sizes.size] = np.maximum(np.linalg.eigvalsh(blocks)[:, -1] * (1 + 1e-9), TINY)
+    numbers[1, : sizes.size] = _curvatures(gram, np.minimum(table[: sizes.size], len(gram)), sizes)
     return table, numbers
 
 
-def _newton(gram: np.ndarray, q: np.ndarray, w: np.ndarray, terms: GroupTerms) -> tuple[np.ndarray, np.ndarray]:
+def _curvatures(gram: np.ndarray, table: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """The largest of every group; wide ones apart, since a block of each in their size would take much memory."""
+    found = np.empty(sizes.size)
+    narrow = sizes <= NARROW
+    places = table[narrow, :NARROW]
+    inside = places < len(gram)
+    places = np.where(inside, places, 0)
+    blocks = gram[places[:, :, None], places[:, None, :]] * (inside[:, :, None] & inside[:, None, :])
+    if narrow.any():
+        found[narrow] = np.linalg.eigvalsh(blocks)[:, -1]
+    for group in (~narrow).nonzero()[0]:
+        own = table[group, : sizes[group]]
+        found[group] = np.linalg.eigvalsh(gram[np.ix_(own, own)])[-1]
+    return np.maximum(found * (1 + 1e-9), TINY)
+
+
+def _newton(
+    gram: np.ndarray, q: np.ndarray, w: np.ndarray, terms: GroupTerms, most: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Newton steps on the groups that are not 0, and on those without a weight."""
-    for _ in range(MOST_NEWTON):
+    for _ in range(most):
         length = terms.lengths(w)
         free = ((length > 0) | (terms.weights == 0))[terms.labels].nonzero()[0]
         if not free.size:
@@ -177,9 +201,10 @@ def _newton(gram: np.ndarray, q: np.ndarray, w: np.ndarray, terms: GroupTerms) -
         at, labels, rows = w[free], terms.labels[free], gram[free]
         weight, of = terms.weights[labels], np.where(length > 0, length, 1)[labels]
         unit = at / of
+        hessian = rows[:, free]
+        first, second = _pairs(labels)
         # Of a length the second derivative is (I - u uᵀ) / length.
-        same = (labels[:, None] == labels) * (weight / of)[:, None]
-        hessian = rows[:, free] - same * np.outer(unit, unit)
+        hessian[first, second] -= (weight / of)[first] * unit[first] * unit[second]
         way = newton_direction(hessian, q[free] + weight * unit, weight / of)
         if way is None:
             break
@@ -200,3 +225,14 @@ def _newton(gram: np.ndarray, q: np.ndarray, w: np.ndarray, terms: GroupTerms) -
         if near:
             break
     return w, q
+
+
+def _pairs(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All pairs of places with the same label."""
+    order = np.argsort(labels, kind="stable")
+    sizes = np.unique(labels, return_counts=True)[1]
+    starts = np.repeat(np.cumsum(sizes) - sizes, sizes)  # of the group of every place, in this order
+    counts = np.repeat(sizes, sizes)
+    first = np.repeat(np.arange(labels.size), counts)
+    inside = np.arange(first.size) - np.repeat(np.cumsum(counts) - counts, counts)
+    return order[first], order[starts[first] + inside]

@@ -11,7 +11,7 @@ coordinate steps followed by an acceleration on the support.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,12 +29,27 @@ PASSES, LEAST_PASSES, MOST_STEPS, MOST_PAIRS = 6, 2, 2048, 100
 FEW, NEWTON_WORK, FIRST_WORK = 64, 20 * 64**2, 0.25
 # A column of zeros with no ridge: any positive number sends the entry to its resting place.
 TINY = 1e-150
+SLOW, MOST_NEWTON = 64, 10
 # Supports above LARGE of sparse columns use conjugate gradients to a relative residual of CG_TOL.
 LARGE, CG_TOL, MOST_CG = 256, 1e-10, 200
 # Pairs in one step under `jit`.
 TRACED_PAIRS = 4
 # A Hessian that is not positive definite up to rounding is shifted by these multiples of its diagonal.
 SHIFTS = (0.0, 1e-12, 1e-9, 1e-6)
+
+
+class Enough(NamedTuple):
+    """When a restricted problem is solved: by its own duality gap, or without one by what a step could gain."""
+
+    gap: float
+    gain: float
+    loss: float  # of the quadratic at the start, of which the gap depends
+
+    def reached(self, start: tuple, w: np.ndarray, q: np.ndarray, terms: Any) -> bool:
+        """Whether the gap is, from the first w and q and the last; the dual point is the scaled gradient."""
+        loss = self.loss + 0.5 * float((start[1] + q) @ (w - start[0]))
+        share = 1 / max(terms.gauge(-q), 1.0)
+        return (1 - share) ** 2 * loss + terms.slack(w, -share * q) <= self.gap
 
 
 @jax.jit
@@ -95,9 +110,9 @@ def traced_minimise(gram: Array, q: Array, w: Array, terms: Array) -> Array:
 
 
 def minimise(
-    gram: np.ndarray, q: np.ndarray, w: np.ndarray, terms: EntryTerms, enough: float, times: Product | None = None
+    gram: np.ndarray, q: np.ndarray, w: np.ndarray, terms: EntryTerms, enough: Enough, times: Product | None = None
 ) -> np.ndarray:
-    """The w at which a further coordinate step would gain at most `enough` over all entries.
+    """The w that is good enough.
 
     The Gram matrix may be filled up with zeros to a size of `round_up`, which is done here otherwise. `times` is given
     where it is far cheaper than the product with the matrix: then Newton steps of LARGE supports use it alone.
@@ -108,19 +123,21 @@ def minimise(
     size, gram = len(padded), padded[:count, :count]
     packed = np.zeros((4, size))
     packed[:, :count] = terms.all
-    divisor = np.maximum(gram.diagonal() + terms.ridge, TINY)
-    passes = max(LEAST_PASSES, min(PASSES, MOST_STEPS // count))
+    passes = max(LEAST_PASSES, min(PASSES, MOST_STEPS // count), count // SLOW)
+    start = w, q
     for pair in range(MOST_PAIRS):
         before, both = (w, q), np.zeros((2, size))
         both[:, :count] = w, q
         w, q = np.array(coordinate_steps(padded, both, packed, passes * count, count))[:, :count]
         w, q = _newton(gram, times, q, w, terms, NEWTON_WORK * min(1.0, FIRST_WORK * (pair + 1)))
-        z = w * (divisor - terms.ridge) - q
-        move = np.sign(z) * np.maximum(np.abs(z) - terms.weight, 0) / divisor
-        move = terms.inside(move) - w
-        if divisor @ (move * move) <= enough or _change(*before, w, q, terms) >= -1e-15 * abs(terms.value(w)):
+        if enough.reached(start, w, q, terms) or _change(*before, w, q, terms) >= -1e-15 * abs(terms.value(w)):
             break
     return w
+
+
+def effort(count: int) -> tuple[int, int]:
+    """Passes over so many entries and, in groups or of penalties that are not convex, Newton steps after them."""
+    return max(PASSES, count // SLOW), max(1, min(MOST_NEWTON, NEWTON_WORK // count**2))
 
 
 def _change(w: np.ndarray, q: np.ndarray, new: np.ndarray, q_new: np.ndarray, terms: EntryTerms) -> float:

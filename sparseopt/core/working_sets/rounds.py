@@ -25,17 +25,20 @@ from sparseopt.core.working_sets.columns import round_up as filled_up
 from sparseopt.core.working_sets.concave import EntryPenalty, minimise_concave
 from sparseopt.core.working_sets.entry_terms import EntryTerms
 from sparseopt.core.working_sets.groups import GroupTerms, minimise_groups
-from sparseopt.core.working_sets.restricted import minimise
+from sparseopt.core.working_sets.restricted import Enough, minimise
 
 # The first set, of dense and of sparse columns; its growth over the support, and the least growth. Up to ALL columns
 # there is no choice of them if their Gram matrix takes no more than ALL_WORK products, whose time is that of a round.
 FIRST, GROWTH, ROOM, ALL, ALL_WORK = (32, 256), 1.5, 1.1, 128, 3e7
 # From MANY entries of the matrix on the rounds run on one part in PARTS of the columns first, at least SMALL_PART.
 MANY, PARTS, SMALL_PART = 5e6, 16, 256
+# Above LARGE columns, and where the cube of their number is more than LARGE_WORK times the entries of the matrix, 1,000
+# gradient steps take less time than the set.
+LARGE, LARGE_WORK = 512, 8000
 # Along a path columns of the last set stay while there are at most this many times the wanted ones.
 KEPT = 1.5
 # How exactly a restricted problem is solved, as a fraction of the gap and of the tolerance.
-OF_GAP, OF_TOL = 1e-5, 0.1
+OF_GAP, OF_TOL, OWN = 1e-5, 0.1, 0.3
 # The tolerance of a stage, as fractions of the tolerance and of the gap.
 OF_STAGE = 0.3, 0.3
 # Rounds; those in a row that may bring nothing; columns without a weight whose gradients are compared with rounding.
@@ -45,7 +48,7 @@ EPS, TINY = float(np.finfo(np.float64).eps), float(np.finfo(np.float64).tiny)
 ALLOWED, VISIBLE = 128, 1e-9
 # Models in a round; a round ends when the last model promised less than this fraction of the gap, the second if it has
 # all columns; the least curvature of an observation, as a fraction of the mean.
-MOST_MODELS, MODEL, FLAT = 30, (0.1, 1e-3), 1e-4
+MOST_MODELS, MODEL, FLAT = 30, (0.1, 1e-3), 1e-6
 # The shortest step of a line search.
 LEAST_SHARE = 1e-12
 # Of a loss that is no square the whole support is polished if the gap asked for is at most this.
@@ -212,10 +215,13 @@ def rounds(
     tol: float,
     most: int = MOST_ROUNDS,
     memory: Memory | None = None,
+    *,
+    yields: bool = False,
 ) -> tuple[Point, list[Proof]]:
     """Solve the problem on these columns: the last point, and the proof at the start and after every round.
 
-    x changes in place. `memory` is of other solves with these columns, for one stage.
+    x changes in place. `memory` is of other solves with these columns, for one stage. With `yields` it ends where steps
+    on all entries would take less time.
     """
     fit, columns, terms = part
     p = columns.count
@@ -235,6 +241,8 @@ def rounds(
         # No larger than a size of Gram matrices, if that leaves some room.
         size = max(FIRST[columns.sparse], min(GROWTH * used + 32, filled_up(int(ROOM * used + 32))))
         size = p if whole else int(size)
+        if yields and size > max(LARGE, (LARGE_WORK * columns.matrix.size) ** (1 / 3)):
+            return point, proofs
         part_size = max(SMALL_PART, p // PARTS, 2 * used + 32)
         # A part that is nearly all of the columns would not be searched faster.
         in_stages = staged and part_size <= p // 2
@@ -249,9 +257,10 @@ def rounds(
             x[wanted] = of_part
         else:
             # Of columns that are nearly dependent a step over one entry gains little, however far the optimum is.
-            enough = max(OF_TOL * tol, OF_GAP * loose) * 10.0 ** (-3 * waited) * proof.objective
+            gain = max(OF_TOL * tol, OF_GAP * loose) * 10.0 ** (-3 * waited) * proof.objective
             if not terms.convex:
-                enough = (max(tol, loose) * OF_TOL * terms.scale) ** 2
+                gain = (max(tol, loose) * OF_TOL * terms.scale) ** 2
+            enough = Enough(max(OF_TOL * tol, OWN * loose) * proof.objective, gain, 0.0)
             ends = (enough, MODEL[size == p] * loose * proof.objective)
             z, now = _improve(part, chosen.choose(wanted), chosen, x, point, ends)
         point = Point(z, now, memory.pull(now.slope, terms, x) if memory else columns.pull(now.slope))
@@ -266,7 +275,7 @@ def _wanted(part: Part, x: np.ndarray, gradient: np.ndarray, size: int) -> np.nd
 
 
 def _improve(
-    part: Part, ids: np.ndarray, chosen: Chosen, x: np.ndarray, point: Point, exact: tuple[float, float]
+    part: Part, ids: np.ndarray, chosen: Chosen, x: np.ndarray, point: Point, exact: tuple[Enough, float]
 ) -> tuple[np.ndarray, At]:
     """Solve the problem on the chosen columns, changing x; return the image, and the loss there.
 
@@ -285,14 +294,15 @@ def _improve(
             q = point.gradient[ids].copy()
             if last.size:
                 q -= chosen.means * q[last[0]]
-        w = MINIMISERS[type(terms)](chosen.gram, q, w, terms, exact[0], times(rows, fit.gram_weights))
+        enough = exact[0]._replace(loss=point.now.value)
+        w = MINIMISERS[type(terms)](chosen.gram, q, w, terms, enough, times(rows, fit.gram_weights))
         seen = np.flatnonzero(w)
         z = rows.T @ w if 2 * seen.size > w.size or part.columns.sparse else w[seen] @ rows[seen]
         now = fit.at(z)
     else:
         w, z, now = _newton_models(fit, rows, terms, (w, point.z, point.now), exact)
     pieces = np.append(terms.free, terms.sided[w[terms.sided] != 0])
-    if terms.by_entry and chosen.weights is None and exact[0] <= DEEP * now.value:
+    if terms.by_entry and chosen.weights is None and exact[0].gain <= DEEP * now.value:
         pieces = np.union1d(pieces, ((w != 0) & (w > terms.low) & (w < terms.high)).nonzero()[0])
     if pieces.size:
         w, z, now = _polished(fit, rows, terms, (w, z, now), pieces)
@@ -306,13 +316,14 @@ def _improve(
 Stand = tuple[np.ndarray, np.ndarray, At]
 
 
-def _newton_models(fit: Any, rows: Any, terms: EntryTerms, stand: Stand, exact: tuple[float, float]) -> Stand:
+def _newton_models(fit: Any, rows: Any, terms: EntryTerms, stand: Stand, exact: tuple[Enough, float]) -> Stand:
     """Quadratic models of the loss, each followed by a line search that never rises."""
     (w, z, now), (enough, small) = stand, exact
     least = 0.0  # of the curvatures
     for _ in range(MOST_MODELS):
         curve = np.maximum(now.curve, max(FLAT * (now.curve.mean() or 1.0), least))
         q = rows @ now.slope
+        enough = enough._replace(loss=0.5 * float(now.slope @ (now.slope / curve)))
         new = MINIMISERS[type(terms)](inner(rows, rows, curve), q, w, terms, enough, times(rows, curve))
         way, before = new - w, terms.value(w)
         along = rows.T @ way
@@ -337,7 +348,7 @@ def _newton_models(fit: Any, rows: Any, terms: EntryTerms, stand: Stand, exact: 
                 break
             continue
         w, z, now = moved, z + share * along, at
-        if -predicted <= max(small, enough, rounding):
+        if -predicted <= max(small, enough.gain, rounding):
             break
     return w, z, now
 

@@ -93,11 +93,16 @@ class WorkingSet(PlainSolver):
             )
         return None if problem.loss.smooth else "WorkingSet needs a smooth loss; use PrimalDual"
 
-    def on_host(self, problem: Problem, start: Any, tol: float, max_steps: int, history: bool) -> Solution | None:
-        """The solution by the form without a static size, of arrays that are known; None without rows."""
+    def on_host(
+        self, problem: Problem, start: Any, tol: float, max_steps: int, history: bool, *, yields: bool = False
+    ) -> Solution | None:
+        """The solution by the form without a static size, of arrays that are known; None without rows.
+
+        With `yields` it ends unsolved where gradient steps on all entries would take less time.
+        """
         if not np.size(problem.loss.target):
             return None
-        return HostSolve(problem, start).at(problem.penalty, tol, max_steps, history)
+        return HostSolve(problem, start).at(problem.penalty, tol, max_steps, history, yields=yields)
 
     def init(self, problem: Problem, start: Any) -> WorkingSetState:
         image = problem.loss.image(start)
@@ -191,7 +196,7 @@ class HostSolve:
             self.scale = float(np.linalg.norm(at_zero / np.sqrt(np.maximum(self.squares, TINY))))
         return EntryPenalty(penalty, self.x.size, self.squares, self.scale)
 
-    def _led(self, part: Part, point: Point) -> Point:
+    def _led(self, part: Part, point: Point, yields: bool) -> Point:
         """The best end of the ways to a penalty that is not convex, where x is then: from zeros, and from x."""
         if self.at_zero is None:
             at = self.fit.at(np.zeros_like(point.z))
@@ -202,7 +207,8 @@ class HostSolve:
         ends = []
         for x, end, path in ways:
             for terms in path:
-                end, proofs = rounds(part._replace(terms=terms), x, end, LEVEL_TOL, LEVEL_ROUNDS, self.memory)
+                level = part._replace(terms=terms)
+                end, proofs = rounds(level, x, end, LEVEL_TOL, LEVEL_ROUNDS, self.memory, yields=yields)
             ends.append((proofs[-1].objective, x, end))
         _, self.x[:], point = min(ends, key=lambda end: end[0])
         return point
@@ -218,8 +224,8 @@ class HostSolve:
                 raise ValueError(reason)
         return self.now
 
-    def at(self, penalty: Any, tol: float, max_steps: int, history: bool = False) -> Solution:
-        """The solution with a penalty."""
+    def at(self, penalty: Any, tol: float, max_steps: int, history: bool = False, *, yields: bool = False) -> Solution:
+        """The solution with a penalty; `yields` is of `on_host`."""
         terms, x, kind = self.terms(penalty), self.x, self.kind
         with precision(np.dtype(np.float64)):
             if self.now is None:
@@ -233,8 +239,8 @@ class HostSolve:
                 point = point._replace(gradient=self.memory.pull(point.now.slope, terms, x))
             part = Part(self.fit, self.columns, terms)
             if max_steps and not terms.convex and (self.keeps or not x.any()):
-                point = self._led(part, point)
-            self.now, proofs = rounds(part, x, point, tol, min(max_steps, MOST_ROUNDS), self.memory)
+                point = self._led(part, point, yields)
+            self.now, proofs = rounds(part, x, point, tol, min(max_steps, MOST_ROUNDS), self.memory, yields=yields)
             proof = proofs[-1]
             with np.errstate(over="ignore"):
                 value = x.astype(kind)
