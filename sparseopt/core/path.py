@@ -165,8 +165,10 @@ def largest_level(problem: Problem) -> float:
             raise ValueError(f"give levels: none follows from a {type(first).__name__}")
         first = L1(first.weight)  # of the same slope at 0
     weighted = np.asarray(first.weight) > 0
-    if weighted.ndim and getattr(first, "groups", None) is not None:
-        weighted = weighted[np.asarray(first.groups)]
+    of_groups = np.asarray(first.group_weight) > 0 if hasattr(first, "group_weight") else weighted
+    if of_groups.ndim and getattr(first, "groups", None) is not None:
+        of_groups = of_groups[np.asarray(first.groups)]
+    weighted = weighted | of_groups if hasattr(first, "group_weight") else of_groups
     start = np.zeros(problem.loss.start_shape())
     if len(parts) > 1 or (weighted.ndim and not weighted.all()):
         # The entries without a weight have their own fit first, at a level at which nothing else enters.

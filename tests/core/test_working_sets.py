@@ -101,12 +101,16 @@ def test_no_change_of_one_entry_improves_the_answer_of_a_penalty_that_is_not_con
     assert so.solve(problem, start=found.value).steps == 0
 
 
+@pytest.mark.parametrize("sparse_within", [False, True])
 @pytest.mark.parametrize(("name", "intercept"), often([("squares", True), ("logistic", False)], ("squares", True)))
-def test_groups_have_the_optimum_of_gradient_steps_and_a_gap_that_bounds_the_error(name, intercept):
+def test_groups_have_the_optimum_of_gradient_steps_and_a_gap_that_bounds_the_error(name, intercept, sparse_within):
     matrix, target, weights = drawn(name, 5, ROWS, 150)
     labels = np.random.default_rng(0).integers(0, 50, 150)
     loss = dataclasses.replace(LOSSES[name].make(matrix, target, weights), intercept=intercept)
-    penalty = so.GroupL2(np.append(0.0, np.linspace(1, 4, 49)), groups=labels)
+    of_groups = np.append(0.0, np.linspace(1, 4, 49))
+    penalty = so.GroupL2(of_groups, groups=labels)
+    if sparse_within:
+        penalty = so.SparseGroup(np.linspace(0, 2, 150), of_groups, groups=labels)
     problem = so.Problem(loss, penalty)
     best = so.solve(problem, so.AcceleratedProximalGradient(), tol=1e-8).check()
     for tol in (1e-2, 1e-8):
@@ -114,9 +118,9 @@ def test_groups_have_the_optimum_of_gradient_steps_and_a_gap_that_bounds_the_err
         assert found.gap >= found.objective / best.objective - 1 - 1e-8
         np.testing.assert_allclose(found.objective, problem.value(found.value), rtol=1e-12)
     np.testing.assert_allclose(found.value, best.value, atol=1e-3)
-    # A group is 0 as a whole, and some are.
+    # Some groups are 0, and without weights of the entries no group is so in part.
     zeros, sizes = np.bincount(labels, found.value[:150] == 0), np.bincount(labels)
-    np.testing.assert_array_equal(zeros, np.where(zeros > 0, sizes, 0))
+    assert np.any((zeros > 0) & (zeros < sizes)) == sparse_within
     assert 0 < np.count_nonzero(zeros) < np.count_nonzero(sizes)
     levels = so.path(problem, num=5).check()
     assert np.max(np.abs(levels.values[[0]].toarray()[0, :150][labels > 0])) <= 1e-4

@@ -1,11 +1,12 @@
 """Groups of entries that vanish together, on working sets: steps on one group at a time, and Newton steps.
 
-    minimise over w    1/2 <w - start, G (w - start)> + <q, w - start> + sum_g weight_g ||w_g||
+    minimise over w    1/2 <w - start, G (w - start)> + <q, w - start> + sum_g weight_g ||w_g|| + sum_j entry_j |w_j|
 
 A group's step minimises a bound of the quadratic by its largest curvature on the group. Newton steps on the groups that
 are not 0, where the objective is smooth, end what these begin.
 
 Source: Yuan and Lin, "Model selection and estimation in regression with grouped variables", JRSS B 68 (2006), eq. 2.4;
+Simon, Friedman, Hastie and Tibshirani, "A sparse-group lasso", JCGS 22 (2013);
 Qin, Scheinberg and Goldfarb, "Efficient block-coordinate descent algorithms for the group lasso", 2013.
 """
 
@@ -19,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from sparseopt.core.base.types import is_traced
 from sparseopt.core.penalties.entries import L1
-from sparseopt.core.penalties.groups import GroupL2
+from sparseopt.core.penalties.groups import GroupL2, SparseGroup
 from sparseopt.core.penalties.sums import Sum
 from sparseopt.core.working_sets.columns import Product, in_size, round_up
 from sparseopt.core.working_sets.restricted import MOST_PAIRS, TINY, Enough, effort, newton_direction
@@ -32,8 +33,8 @@ NARROW = 32
 UNLIKE = 4
 
 
-def groups_of(penalty: Any, size: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """The labels of all entries and the weights of all groups of a known `GroupL2`; None for other penalties."""
+def groups_of(penalty: Any, size: int) -> "GroupTerms | None":
+    """The terms of a known `GroupL2` or `SparseGroup` of labels, maybe with an intercept; None for other penalties."""
     if is_traced(penalty) or not size:
         return None
     more = 0
@@ -42,39 +43,58 @@ def groups_of(penalty: Any, size: int) -> tuple[np.ndarray, np.ndarray] | None:
         more = 1
         if len(rest) != 1 or not isinstance(rest[0], L1) or np.any(np.asarray(rest[0].weight) != 0):
             return None
-    if type(penalty) is not GroupL2 or penalty.groups is None or np.shape(penalty.groups) != (size - more,):
+    if type(penalty) is GroupL2:
+        weights, entries = penalty.weight, 0.0
+    elif type(penalty) is SparseGroup:
+        weights, entries = penalty.group_weight, penalty.weight
+    else:
         return None
-    count = penalty.num_groups or 0
-    if np.shape(penalty.weight) not in ((), (1,), (count,)):
+    count, rows = penalty.num_groups or 0, size - more
+    if penalty.groups is None or np.shape(penalty.groups) != (rows,):
+        return None
+    if np.shape(weights) not in ((), (1,), (count,)) or np.shape(entries) not in ((), (1,), (rows,)):
         return None
     labels = np.append(np.asarray(penalty.groups), np.full(more, count)).astype(np.int64)
-    return labels, np.append(np.broadcast_to(penalty.weight, count), np.zeros(more)).astype(np.float64)
+    given = ((weights, count), (entries, rows))
+    of_groups, of_entries = (np.append(np.broadcast_to(number, to), np.zeros(more)) for number, to in given)
+    return GroupTerms(labels, of_groups.astype(np.float64), of_entries.astype(np.float64))
 
 
 class GroupTerms:
-    """The penalty of a vector of entries.
+    """The penalty of a vector of entries, `sum_g weights_g ||x_g|| + sum_j entries_j |x_j|`.
 
     Attributes:
-        free: the entries of groups without a weight, as that of an intercept.
+        free: the entries without a weight, as that of an intercept.
     """
 
     convex, by_entry = True, False
 
-    def __init__(self, labels: np.ndarray, weights: np.ndarray) -> None:
-        self.labels, self.weights = labels, weights
-        self.free, self.sided = np.flatnonzero(weights[labels] == 0), np.zeros(0, np.int64)
+    def __init__(self, labels: np.ndarray, weights: np.ndarray, entries: np.ndarray) -> None:
+        self.labels, self.weights, self.entries = labels, weights, entries
+        self.plain = not entries.any()
+        free = (weights[labels] == 0) & (entries == 0)
+        self.free, self.sided = np.flatnonzero(free), np.zeros(0, np.int64)
+        self.opens = np.bincount(labels, free, weights.size) > 0  # whether a group has such entries
         self.weight = self.ridge = self.low = np.zeros(labels.size)  # of the free ones
 
     def take(self, places: np.ndarray) -> "GroupTerms":
         """Of places that are whole groups."""
         part = copy.copy(self)
         kept, labels = np.unique(self.labels[places], return_inverse=True)
-        part.__init__(labels.reshape(-1), self.weights[kept])  # type: ignore[misc]
+        part.__init__(labels.reshape(-1), self.weights[kept], self.entries[places])  # type: ignore[misc]
         return part
+
+    def sums(self, x: np.ndarray) -> np.ndarray:
+        """`[groups]`."""
+        return np.bincount(self.labels, x, self.weights.size)
 
     def lengths(self, x: np.ndarray) -> np.ndarray:
         """`[groups]`."""
-        return np.sqrt(np.bincount(self.labels, x * x, self.weights.size))
+        return np.sqrt(self.sums(x * x))
+
+    def shrunk(self, x: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """The soft threshold by weights of the entries."""
+        return x if self.plain else np.sign(x) * np.maximum(np.abs(x) - weights, 0)
 
     def completed(self, places: np.ndarray) -> np.ndarray:
         """All entries of the groups of these."""
@@ -86,30 +106,44 @@ class GroupTerms:
         return x
 
     def value(self, x: np.ndarray) -> float:
-        return float(self.weights @ self.lengths(x))
+        return float(self.weights @ self.lengths(x) + self.entries @ np.abs(x))
 
     def slack(self, x: np.ndarray, u: np.ndarray) -> float:
-        products = np.bincount(self.labels, u * x, self.weights.size)
-        return float(np.maximum(self.weights * self.lengths(x) - products, 0).sum())
+        lost = self.weights * self.lengths(x) + self.sums(self.entries * np.abs(x) - u * x)
+        return float(np.maximum(lost, 0).sum())
 
     def gauge(self, u: np.ndarray) -> float:
-        """The smallest t >= 0 for which `u / t` lies in the domain of the conjugate, but for `free`."""
-        seen = self.weights > 0
-        return float((self.lengths(u)[seen] / self.weights[seen]).max(initial=0))
+        """The smallest t >= 0 for which `u / t` lies in the domain of the conjugate, but for `free`.
+
+        The largest t with `||soft(u_g, t entries_g)|| = t weights_g`, by Newton's method from below.
+        """
+        if self.plain:
+            seen = self.weights > 0
+            return float((self.lengths(u)[seen] / self.weights[seen]).max(initial=0))
+        size = np.abs(u)
+        size[self.free] = 0
+        level, last, rest = np.zeros(self.weights.size), -1.0, size
+        while level.max(initial=0) > last * (1 + 1e-15):
+            last = level.max(initial=0)
+            along, across = self.sums(size * rest), self.weights * self.lengths(rest) + self.sums(self.entries * rest)
+            level = np.maximum(level, np.divide(along, across, out=np.zeros_like(level), where=across > 0))
+            rest = np.maximum(size - level[self.labels] * self.entries, 0)
+        return float(last) * (1 + 1e-15)
 
     def scores(self, x: np.ndarray, u: np.ndarray) -> np.ndarray:
-        score = self.lengths(u) / np.maximum(self.weights, TINY)
+        score = self.lengths(self.shrunk(u, self.entries)) / np.maximum(self.weights, TINY)
         return np.where(self.held(x), np.inf, score[self.labels])
 
     def held(self, x: np.ndarray) -> np.ndarray:
-        """Whether the group of each entry is not 0 or has no weight."""
-        return ((self.lengths(x) > 0) | (self.weights == 0))[self.labels]
+        """Whether the group of each entry is not 0 or has entries without a weight."""
+        return ((self.lengths(x) > 0) | self.opens)[self.labels]
 
 
 @jax.jit
 def group_steps(
     gram: Float[Array, "k k"],
     both: Float[Array, "2 k"],
+    entries: Float[Array, " k"],
     table: Int[Array, "m s"],
     numbers: Float[Array, "2 m"],
     steps: Any,
@@ -123,6 +157,7 @@ def group_steps(
         places = table[j]
         at = w.at[places].get(mode="fill", fill_value=0)
         z = at - q.at[places].get(mode="fill", fill_value=0) / curvature[j]
+        z = jnp.sign(z) * jnp.maximum(jnp.abs(z) - entries.at[places].get(mode="fill", fill_value=0) / curvature[j], 0)
         length = jnp.sqrt(jnp.sum(z * z))
         move = z * jnp.maximum(1 - weight[j] / (curvature[j] * jnp.maximum(length, TINY)), 0) - at
         q += move @ gram.at[places].get(mode="fill", fill_value=0)
@@ -139,7 +174,8 @@ def minimise_groups(
     count, padded = q.size, in_size(gram, q.size)
     size, gram = len(padded), padded[:count, :count]
     table, numbers = _table(gram, terms, size)
-    groups = terms.weights.size
+    groups, entries = terms.weights.size, np.zeros(size)
+    entries[:count] = terms.entries
     curvature = numbers[1, :groups]
     start, passes, most = (w, q), *effort(count)
     if table.shape[1] * groups > UNLIKE * count:  # small groups cost as much as the largest
@@ -147,11 +183,12 @@ def minimise_groups(
     for _pair in range(MOST_PAIRS):
         before, both = w, np.zeros((2, size))
         both[:, :count] = w, q
-        w, q = np.array(group_steps(padded, both, table, numbers, passes * groups, groups))[:, :count]
+        w, q = np.array(group_steps(padded, both, entries, table, numbers, passes * groups, groups))[:, :count]
         w, q = _newton(gram, q, w, terms, most)
         if enough.reached(start, w, q, terms):
             break
-        z = w - q / curvature[terms.labels]
+        at = curvature[terms.labels]
+        z = terms.shrunk(w - q / at, terms.entries / at)
         shrunk = np.maximum(1 - terms.weights / (curvature * np.maximum(terms.lengths(z), TINY)), 0)
         move = terms.lengths(z * shrunk[terms.labels] - w)
         if curvature @ (move * move) <= enough.gain or (before == w).all():
@@ -192,10 +229,12 @@ def _curvatures(gram: np.ndarray, table: np.ndarray, sizes: np.ndarray) -> np.nd
 def _newton(
     gram: np.ndarray, q: np.ndarray, w: np.ndarray, terms: GroupTerms, most: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Newton steps on the groups that are not 0, and on those without a weight."""
+    """Newton steps on the entries on smooth pieces: those of groups that are not 0, and those without a weight."""
+    kinked = terms.entries > 0
     for _ in range(most):
         length = terms.lengths(w)
-        free = ((length > 0) | (terms.weights == 0))[terms.labels].nonzero()[0]
+        smooth = ((length > 0) | terms.opens)[terms.labels] & ((w != 0) | ~kinked)
+        free = smooth.nonzero()[0]
         if not free.size:
             break
         at, labels, rows = w[free], terms.labels[free], gram[free]
@@ -205,15 +244,16 @@ def _newton(
         first, second = _pairs(labels)
         # Of a length the second derivative is (I - u uᵀ) / length.
         hessian[first, second] -= (weight / of)[first] * unit[first] * unit[second]
-        way = newton_direction(hessian, q[free] + weight * unit, weight / of)
+        slope = q[free] + weight * unit + terms.entries[free] * np.sign(at)
+        way = newton_direction(hessian, slope, weight / of)
         if way is None:
             break
         for share in SHARES:
             new = w.copy()
             new[free] += share * way
-            # A group that turns by a right angle and more becomes 0.
-            turned = (np.bincount(terms.labels, new * w, terms.weights.size) <= 0) & (terms.weights > 0)
-            new[turned[terms.labels]] = 0
+            # A group that turns by a right angle and more becomes 0, and so does an entry that would change its sign.
+            turned = (terms.sums(new * w) <= 0) & (terms.weights > 0)
+            new[turned[terms.labels] | (kinked & (new * w < 0))] = 0
             q_new = q + (new[free] - at) @ rows
             change = 0.5 * float((q + q_new) @ (new - w)) + terms.value(new) - terms.value(w)
             if change < 0:

@@ -257,10 +257,11 @@ def rounds(
             x[wanted] = of_part
         else:
             # Of columns that are nearly dependent a step over one entry gains little, however far the optimum is.
-            gain = max(OF_TOL * tol, OF_GAP * loose) * 10.0 ** (-3 * waited) * proof.objective
+            finer = 10.0 ** (-3 * waited) * proof.objective
+            gain = max(OF_TOL * tol, OF_GAP * loose) * finer
             if not terms.convex:
                 gain = (max(tol, loose) * OF_TOL * terms.scale) ** 2
-            enough = Enough(max(OF_TOL * tol, OWN * loose) * proof.objective, gain, 0.0)
+            enough = Enough(max(OF_TOL * tol, OWN * loose) * finer, gain, 0.0)
             ends = (enough, MODEL[size == p] * loose * proof.objective)
             z, now = _improve(part, chosen.choose(wanted), chosen, x, point, ends)
         point = Point(z, now, memory.pull(now.slope, terms, x) if memory else columns.pull(now.slope))
@@ -329,7 +330,7 @@ def _newton_models(fit: Any, rows: Any, terms: EntryTerms, stand: Stand, exact: 
         along = rows.T @ way
         level, predicted = now.value + before, float(q @ way) + terms.value(new) - before
         rounding = 4 * EPS * level
-        if predicted >= 0:
+        if predicted > rounding:  # a step that gains less than this shows in the gradient only
             break
         share, moved = 1.0, new
         while True:

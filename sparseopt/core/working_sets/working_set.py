@@ -18,7 +18,7 @@ from sparseopt.core.problem.problem import Measure, PlainSolver, Problem, Progre
 from sparseopt.core.working_sets.columns import Chosen, LazyPull, columns_of
 from sparseopt.core.working_sets.concave import LEVEL_ROUNDS, LEVEL_TOL, EntryPenalty, of_entries
 from sparseopt.core.working_sets.entry_terms import EntryTerms
-from sparseopt.core.working_sets.groups import GroupTerms, groups_of
+from sparseopt.core.working_sets.groups import groups_of
 from sparseopt.core.working_sets.restricted import traced_minimise
 from sparseopt.core.working_sets.rounds import (
     ALLOWED,
@@ -54,9 +54,9 @@ class WorkingSet(PlainSolver):
     """Coordinate and Newton steps on few columns at a time, for a smooth loss of a matrix and a penalty on entries.
 
     The loss is a `DataLoss` with a matrix and a target `[rows]`; the penalty is L1, ElasticNet, Box or Nonnegative,
-    with numbers that may differ between entries, or with known arrays a GroupL2 of labels. The residual is the relative
-    duality gap. A step is a round: one product with all columns, and the solution on the columns that matter, about as
-    many as the answer has non-zeros.
+    with numbers that may differ between entries, or with known arrays a GroupL2 or SparseGroup of labels. The residual
+    is the relative duality gap. A step is a round: one product with all columns, and the solution on the columns that
+    matter, about as many as the answer has non-zeros.
     With least squares and known arrays it also takes L0, MCP, SCAD, LogSum and LHalf, of which it finds a point that no
     change of one entry improves; from zeros by way of penalties that are nearly convex. The residual is then the length
     of the steps to the minimisers over each entry, in units of the columns' lengths, over that of the gradient at 0.
@@ -187,7 +187,7 @@ class HostSolve:
 
     def terms(self, penalty: Any) -> Any:
         if (groups := groups_of(penalty, self.x.size)) is not None:
-            return GroupTerms(*groups)
+            return groups
         if not of_entries(penalty, self.x.size):
             return EntryTerms(self.x.size, *penalty.entry_terms())
         if self.squares is None:
