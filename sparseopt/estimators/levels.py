@@ -29,6 +29,8 @@ from sparseopt.core.solve import solve
 from sparseopt.estimators.base import Fitted
 
 DATA: dict[str, Any] = {"accept_sparse": ("csc", "csr"), "dtype": (np.float64, np.float32)}
+# Of an elastic net without a given one, as in scikit-learn.
+L1_RATIO = 0.5
 
 
 @pytree
@@ -63,7 +65,7 @@ class SparseLinear(Fitted):
 
     _: dataclasses.KW_ONLY
     penalty: Any = "l1"
-    l1_ratio: float = 0.5
+    l1_ratio: float | None = None
     fit_intercept: bool = True
     positive: bool = False
     tol: float = 1e-6
@@ -102,9 +104,12 @@ class SparseLinear(Fitted):
 
     def _check_penalty(self) -> Any:
         """The penalty at level 1."""
-        given, share = self.penalty, finite_number(self.l1_ratio)
+        given = self.penalty
+        share = L1_RATIO if self.l1_ratio is None else finite_number(self.l1_ratio)
         if not 0 <= share <= 1:
             raise ValueError(f"l1_ratio is a number from 0 to 1, given {self.l1_ratio!r}")
+        if self.l1_ratio is not None and given != "elastic_net":
+            raise ValueError(f'l1_ratio is of penalty="elastic_net", given {self.l1_ratio!r} with {given!r:.100}')
         named: dict[str, Any] = {
             "l1": L1(1.0),
             "elastic_net": ElasticNet(share, 1 - share),

@@ -129,7 +129,7 @@ class SparseRegressor(Regression, AtLevel):
         penalty: "l1", the sum of `|w_j|`; "elastic_net", the sum of `l1_ratio |w_j| + (1 - l1_ratio) / 2 w_j²`; "mcp"
             or "scad", whose bias on large coefficients is small, with the weight alpha; or an object such as
             `so.L1(weights)`, whose weights are multiplied by alpha.
-        l1_ratio: from 0 to 1, of the elastic net.
+        l1_ratio: from 0 to 1, of the elastic net only; None is 0.5 there.
         fit_intercept: whether there is a c; it has no penalty.
         positive: whether no coefficient may be negative, for "l1" and "elastic_net".
         tol: bound on the relative duality gap; for "mcp" and "scad", which have none, on the stationarity.

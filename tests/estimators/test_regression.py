@@ -77,6 +77,7 @@ def test_counts_have_means_and_the_score_is_the_explained_deviance(X, rng):
     [
         ("alpha is the weight", SparseRegressor(-1.0)),
         ("l1_ratio is a number from 0 to 1", SparseRegressor(l1_ratio=2)),
+        ("l1_ratio is of penalty=.elastic_net., given 0.5 with 'l1'", SparseRegressor(l1_ratio=0.5)),
         ("one of l1, elastic_net, mcp, scad, or an object", SparseRegressor(penalty=so.L1)),
         ("one of l1, elastic_net with positive=True", SparseRegressor(penalty="mcp", positive=True)),
         ("tol must be positive", SparseRegressor(tol=0)),
