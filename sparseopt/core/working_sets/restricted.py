@@ -123,7 +123,7 @@ def minimise(
     size, gram = len(padded), padded[:count, :count]
     packed = np.zeros((4, size))
     packed[:, :count] = terms.all
-    passes = max(LEAST_PASSES, min(PASSES, MOST_STEPS // count), count // SLOW)
+    passes = max(LEAST_PASSES, min(PASSES, MOST_STEPS // count), count // SLOW if times is None else 0)
     start = w, q
     for pair in range(MOST_PAIRS):
         before, both = (w, q), np.zeros((2, size))
