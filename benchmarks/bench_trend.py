@@ -75,7 +75,7 @@ def steps(given: argparse.Namespace) -> None:
 def paths(given: argparse.Namespace) -> None:
     chains, sides = ((300,), (16,)) if given.small else ((1_000, 100_000, 1_000_000), (128, 256))
     for graph in [*map(so.Graph.chain, chains), *(so.Graph.grid((side, side)) for side in sides)]:
-        y = grid_signal(graph.node_shape)
+        y = grid_signal(graph.geometry.node_shape)
         call = partial(so.trend.trend_path, y, graph)
         call()
         seconds, _, path = timed(call)
@@ -173,7 +173,7 @@ def gradient(small: bool) -> None:
     y, target = (jnp.asarray(grid_signal((side, side), seed)) for seed in (0, 1))
     for order, weight in enumerate(WEIGHTS):
         solver, rng = so.trend_solver(so.Graph.grid((side, side)), order), np.random.default_rng(order)
-        size = solver.layout.count(order + 1)
+        size = solver.geometry.count(order + 1)
         point = y, jnp.asarray(weight * rng.uniform(0.5, 1.5, size))
         along = target - y, jnp.asarray(weight * rng.uniform(-0.5, 0.5, size))
 

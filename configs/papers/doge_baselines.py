@@ -38,11 +38,8 @@ from sparseopt.core.operators.normal_solves import Diagonal
 from sparseopt.core.problem.problem import Measure, Start
 from sparseopt.core.solvers.admm import Admm, AdmmState, Moving
 from sparseopt.core.solvers.doge import doge_split
-from sparseopt.trend.base.ground import leaves_as
-from sparseopt.trend.base.job import Job
-from sparseopt.trend.base.layout import layout_of
-from sparseopt.trend.base.signal import Signal
-from sparseopt.trend.methods.admm_plan import node_solve
+from sparseopt.trend.base.fit import Fit
+from sparseopt.trend.base.penalties import leaves_as
 from sparseopt.trend.methods.choice import METHODS
 from sparseopt.trend.methods.doge_plan import split_of
 from sparseopt.trend.methods.plan import FIRST_RHO
@@ -223,46 +220,48 @@ def assemble(
         ValueError: for a penalty that the method does not take.
     """
     values = np.asarray(y, DOUBLE).reshape(graph.num_nodes)
-    job = Job(layout_of(graph), {order: penalty}, DOUBLE, signal=Signal(values, None, values.shape))
+    asked = Fit(graph.geometry, {order: penalty}, values)
     algorithm = algorithm_of(method, order)
     penalty = leaves_as(penalty, DOUBLE)
     tuned = settings == "tuned"
 
     def set_up(solver: Callable[[Any, Any], Admm]) -> Admm:
-        rho = FIRST_RHO * job.strength if tuned else PUBLISHED_RHO
+        rho = FIRST_RHO * asked.strength if tuned else PUBLISHED_RHO
         made = solver(jnp.asarray(rho, DOUBLE), jnp.asarray(1.7 if tuned else 1.0, DOUBLE))
         return dataclasses.replace(made, cadence=cadence, changes=9 if tuned else 0, acceleration=0)
 
-    centre, _ = job.arrays
+    centre, _ = asked.arrays
     if algorithm == "fast_admm" and not isinstance(penalty, so.L1):
         raise ValueError(f'method="{method}" at order {order} solves the L1 penalty, given {penalty}')
-    if algorithm == "fast_admm" and METHODS[algorithm].refuses(job):
-        split, last, solve_nodes = graph.cache(("nested", order), lambda: _prepare_nested(job))
+    if algorithm == "fast_admm" and METHODS[algorithm].refuses(asked):
+        split, last, solve_nodes = graph.geometry.cache(("nested", order), lambda: _prepare_nested(asked))
         penalty = LastDifference(penalty.weight, last.outer)
         solver = set_up(partial(NestedAdmm, solve_nodes, split=last, inner_tol=jnp.asarray(inner_tol, DOUBLE)))
     else:
-        plan = METHODS[algorithm].plan(job)
+        plan = METHODS[algorithm].plan(asked)
         split, penalty, solver = plan.split, plan.solver_penalty(penalty), set_up(plan.solver)
         if algorithm == "doge" and not tuned:
-            split = graph.cache(("published", order), lambda: _copies_everywhere(job))
+            split = graph.geometry.cache(("published", order), lambda: _copies_everywhere(asked))
     start = Start(centre, jnp.zeros(split.row_shape(centre), DOUBLE))
     return Assembled(so.Problem(so.LeastSquares(None, centre), penalty, split), solver, start, algorithm)
 
 
-def _copies_everywhere(job: Job) -> Split:
+def _copies_everywhere(asked: Fit) -> Split:
     """The split of Doge-ADMM where every group has a copy of every column."""
-    block = job.order + 1
-    return jax.tree.map(jnp.asarray, split_of(job, block, int(job.graph.groups(block).max()) + 1))
+    block = asked.order + 1
+    return jax.tree.map(jnp.asarray, split_of(asked, block, int(asked.geometry.groups(block).max()) + 1))
 
 
-def _prepare_nested(job: Job) -> tuple[Split, Split, Any]:
+def _prepare_nested(asked: Fit) -> tuple[Split, Split, Any]:
     """The outer split of `fast_admm`, the inner one, and the x-step of the outer one."""
-    order, graph = job.order, job.graph
-    base, on_edges = graph.base(DOUBLE), order % 2 == 1
-    inner, outer = job.layout.difference(order, DOUBLE), Difference(base, 1, on_edges)
-    last = doge_split(outer, Identity(outer.in_shape), graph.sums(1, on_edges), DOUBLE)
+    order, geometry = asked.order, asked.geometry
+    base, on_edges = geometry.base(DOUBLE), order % 2 == 1
+    inner, outer = geometry.difference(order, DOUBLE), Difference(base, 1, on_edges)
+    last = doge_split(outer, Identity(outer.in_shape), geometry.sums(1, on_edges), DOUBLE)
     split = standard_split(inner, DOUBLE)
-    solve = node_solve(job, (order,), np.ones(()), graph.shape is not None) if order else Diagonal()
+    solve = (
+        geometry.x_step((order,), np.ones(()), weighted=False, channels=False, dtype=DOUBLE) if order else Diagonal()
+    )
     return jax.tree.map(jnp.asarray, (split, last, solve))
 
 

@@ -4,8 +4,8 @@
 paths of weights and the choice among them, images, concave penalties, and the methods with their settings.
 """
 
+from sparseopt.trend.base.noise import noise_level, unlike_channels
 from sparseopt.trend.base.pieces import TrendSolution, degrees_of_freedom
-from sparseopt.trend.base.signal import noise_level, unlike_channels
 from sparseopt.trend.filter import chosen_method, trend_filter
 from sparseopt.trend.images import denoise
 from sparseopt.trend.methods.choice import Admm, Doge, DogeGroups, FastAdmm, Interior

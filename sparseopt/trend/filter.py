@@ -2,7 +2,7 @@
 
     minimise over b    1/2 sum_j w_j (y_j - b_j)²  +  penalty(Δ^(k+1) b)
 
-arguments -> a checked job -> a method -> its plan -> the fit -> the caller's shape.
+arguments -> a checked request -> a method -> its plan -> the fit -> the caller's shape.
 
 Source: Wang, Sharpnack, Smola, Tibshirani, "Trend filtering on graphs", JMLR 17 (2016); for several penalties,
 Tibshirani, Saunders, Rosset, Zhu, Knight, "Sparsity and smoothness via the fused lasso", JRSS B 67 (2005), and
@@ -22,11 +22,12 @@ from sparseopt.core.base.types import precision, wide_types
 from sparseopt.core.losses.scalar import check_scalar_loss
 from sparseopt.core.penalties.protocols import Penalty
 from sparseopt.core.problem.problem import Solution
+from sparseopt.trend.base.fit import Fit
 from sparseopt.trend.base.graph import Graph
-from sparseopt.trend.base.job import Job, check_terms, graph_for, terms_of, vanishes
-from sparseopt.trend.base.layout import layout_of
+from sparseopt.trend.base.parts import over_devices
+from sparseopt.trend.base.penalties import bears, check_terms, terms_of, vanishes
 from sparseopt.trend.base.pieces import TrendSolution
-from sparseopt.trend.base.signal import as_null_fit, check_order, check_signal, graph_at, require_complete
+from sparseopt.trend.base.signal import check_graph, check_order, check_signal
 from sparseopt.trend.methods.choice import as_method, choose, is_short, unless_rounded
 from sparseopt.trend.methods.losses import fit_loss
 from sparseopt.trend.methods.piece_means import short_fit, take_piece_means
@@ -116,13 +117,13 @@ def trend_filter(
     """
     options: Any = {"tol": tol, "max_steps": max_steps, "start": start, "history": history}
     options |= {"loss": check_scalar_loss(loss), "method": as_method(method)}
-    job = check_job(y, graph, penalty, order, node_weights, missing, dtype, devices, **options)
-    working, native = job.layout.working(), wide_types() or job.dtype == np.float32
-    with precision(job.dtype), working:
-        found = job.list_rows(_solve(job))
-        value = job.layout.gather(found.value, 0).reshape(job.signal.shape)
-        found = dataclasses.replace(found, value=value, graph=job.graph, order=job.order)
-        return job.layout.fetch(found, native)
+    asked = check_fit(y, graph, penalty, order, node_weights, missing, dtype, devices, **options)
+    working, native = asked.geometry.working(), wide_types() or asked.dtype == np.float32
+    with precision(asked.dtype), working:
+        found = asked.list_rows(_solve(asked))
+        value = asked.geometry.gather(found.value, 0).reshape(asked.shape)
+        found = dataclasses.replace(found, value=value, graph=graph, order=asked.order)
+        return asked.geometry.fetch(found, native)
 
 
 def chosen_method(
@@ -144,12 +145,12 @@ def chosen_method(
         >>> so.trend.chosen_method(np.arange(6.0) % 2, so.Graph.grid((2, 3)), so.L1(0.3), order=2)
         'admm'
     """
-    job = check_job(y, graph, penalty, order, node_weights, missing, dtype, tol=tol)
-    with precision(job.dtype):
-        return choose(job).name
+    asked = check_fit(y, graph, penalty, order, node_weights, missing, dtype, tol=tol)
+    with precision(asked.dtype):
+        return choose(asked).name
 
 
-def check_job(
+def check_fit(
     y: Any,
     graph: Graph,
     penalty: Any,
@@ -159,48 +160,48 @@ def check_job(
     dtype: Any,
     devices: Devices = None,
     **options: Any,
-) -> Job:
+) -> Fit:
     """The checked arguments of `trend_filter`."""
     mesh = None if devices is None else device_line(devices)
     terms = terms_of(penalty, check_order(order))
     highest, count = max(0, *terms), 1 if mesh is None else mesh.size
-    signal = check_signal(y, graph, highest, node_weights, missing, dtype, devices=count)
-    layout = layout_of(graph_for(graph_at(graph, highest, signal), *terms.values()), mesh)
-    channels, kind = signal.values.shape[1:], signal.values.dtype
-    terms = check_terms(terms, layout, channels, kind)
-    job = Job(layout, terms, kind, channels, signal.weights is not None, signal, **options)
-    layout.require_penalty(job.penalty, channels)
-    return job
+    geometry = check_graph(graph).geometry.at(highest)
+    signal = check_signal(y, geometry, highest, node_weights, missing, dtype, devices=count)
+    geometry = over_devices(geometry if bears(geometry, terms.values()) else geometry.as_edges(), mesh)
+    channels, kind = signal["values"].shape[1:], signal["values"].dtype
+    asked = Fit(geometry, check_terms(terms, geometry, channels, kind), **signal, **options)
+    geometry.require_penalty(asked.penalty, channels)
+    return asked
 
 
-def _solve(job: Job) -> TrendSolution:
-    """The fit of a job, in the layout of the nodes; at order 0 with the means of its pieces."""
-    if is_short(job):
-        return short_fit(job)
-    found = _fit(job)
-    found = dataclasses.replace(found, nonzero=job.layout.gather(found.nonzero, job.order + 1))
-    return take_piece_means(job, found)
+def _solve(asked: Fit) -> TrendSolution:
+    """The fit of a request, in the layout of the nodes; at order 0 with the means of its pieces."""
+    if is_short(asked):
+        return short_fit(asked)
+    found = _fit(asked)
+    found = dataclasses.replace(found, nonzero=asked.geometry.gather(found.nonzero, asked.order + 1))
+    return take_piece_means(asked, found)
 
 
-def _fit(job: Job) -> TrendSolution:
-    if not job.square:
-        return fit_loss(job)
-    signal, graph = job.signal, job.graph
-    if job.several and graph.num_edges == 0:
+def _fit(asked: Fit) -> TrendSolution:
+    if not asked.square:
+        return fit_loss(asked)
+    geometry, alone = asked.geometry, not asked.several
+    if geometry.num_edges == 0 and not alone:
         raise ValueError(
             "the graph has no edges, so only a penalty on the values themselves acts: apply its prox, as in "
             "L1(0.5).prox(y, 1.0)"
         )
-    if graph.free and job.method is not None:
-        choose(job)  # what it cannot do is an error even if the fit is known
-    if graph.free and not job.several and (null := as_null_fit(signal, graph, job.order)) is not None:
+    if asked.method is not None and geometry.num_edges:
+        choose(asked)  # what it cannot do is an error even if the fit is known
+    if alone and (null := geometry.as_null_fit(asked)) is not None:
         # A polynomial costs nothing: a method would only round it.
-        flat = jnp.zeros((job.layout.count(job.order + 1), *job.channels), job.dtype)
-        if job.rows.value(flat) == 0:
-            return known_fit(job, null, flat=True)
-    if not job.several and (graph.num_edges == 0 or vanishes(job.penalty)):
-        require_complete(signal)
-        return known_fit(job, signal.values)
-    method = choose(job)
-    found = method.plan(job).fit_job(job)
-    return unless_rounded(job, found) if method.on_host else found
+        flat = jnp.zeros((geometry.count(asked.order + 1), *asked.channels), asked.dtype)
+        if asked.rows.value(flat) == 0:
+            return known_fit(asked, null, flat=True)
+    if alone and (geometry.num_edges == 0 or vanishes(asked.penalty)):
+        asked.require_complete()
+        return known_fit(asked, asked.values)
+    method = choose(asked)
+    found = method.plan(asked).fit_asked(asked)
+    return unless_rounded(asked, found) if method.on_host else found

@@ -12,8 +12,8 @@ from sparseopt.core.base.types import Observer
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.penalties.groups import GroupL2
 from sparseopt.trend.base.graph import Graph
+from sparseopt.trend.base.noise import noise_level
 from sparseopt.trend.base.pieces import TrendSolution
-from sparseopt.trend.base.signal import noise_level
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.paths.path import trend_path
 from sparseopt.trend.paths.selection import select

@@ -22,8 +22,8 @@ from sparseopt.core.losses.scalar import check_scalar_loss
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.problem.problem import Solution, Status
 from sparseopt.trend.base.graph import Graph
-from sparseopt.trend.base.job import check_parameters
-from sparseopt.trend.base.signal import check_graph, check_order, compute_dtype
+from sparseopt.trend.base.penalties import check_parameters
+from sparseopt.trend.base.signal import compute_dtype, geometry_at
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.methods.choice import as_method
 
@@ -85,21 +85,21 @@ def reweighted(
         >>> so.trend.reweighted(y, so.Graph.chain(6), so.MCP(0.9)).value.round(2).tolist()
         [1.0, 1.0, 1.0, 5.0, 5.0, 5.0]
     """
-    k, graph, y = check_order(order), check_graph(graph), real_array("a signal", y)
+    (geometry, k), y = geometry_at(graph, order), real_array("a signal", y)
     if class_or_function(penalty) or not (hasattr(penalty, "slope") and hasattr(penalty, "value")):
         raise TypeError(
             f"a concave penalty has `value` and `slope`, the derivative in |x|, as sparseopt.MCP(1.0) has; given "
             f"{penalty!r}"
         )
-    if y.shape not in ((graph.num_nodes,), graph.shape):
+    if y.shape not in geometry.shapes:
         raise ValueError(
-            f"the rows of one signal get their own weights, so the signal has the shape [{graph.num_nodes}]"
-            f"{'' if graph.shape is None else f' or {graph.shape}'}; given {y.shape}: fit channels one by one"
+            f"the rows of one signal get their own weights, so the signal has the shape [{geometry.num_nodes}]"
+            f"{geometry.or_shape}; given {y.shape}: fit channels one by one"
         )
     rounds, tol = whole_number("rounds", rounds, 1), positive_number("tol", tol)
-    kind = compute_dtype(y, options.get("dtype"), graph, k)
+    kind = compute_dtype(y, options.get("dtype"), geometry)
     check_parameters(penalty, kind)
-    matrix, objectives = graph.matrix(k + 1), list[float]()
+    matrix, objectives = geometry.matrix(k + 1), list[float]()
 
     def at(rows: np.ndarray) -> tuple[float, np.ndarray]:
         """The penalty of the rows of a fit, and its slopes there."""

@@ -15,11 +15,12 @@ from sparseopt.core.base.arguments import renames, whole_number
 from sparseopt.core.base.types import is_traced, precision, pytree, static, wide_types
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.problem.problem import Solution, Start
-from sparseopt.trend.base.ground import on_rows
-from sparseopt.trend.base.job import Job, check_weight, graph_for, require_penalty, require_start
-from sparseopt.trend.base.layout import Layout, layout_of
+from sparseopt.trend.base.fit import Fit, require_start
+from sparseopt.trend.base.geometry import Geometry
+from sparseopt.trend.base.graph import Graph
+from sparseopt.trend.base.penalties import bears, check_weight, on_rows, require_penalty
 from sparseopt.trend.base.pieces import TrendSolution
-from sparseopt.trend.base.signal import check_graph, check_order, compute_dtype, graph_at, require_node_weights
+from sparseopt.trend.base.signal import compute_dtype, geometry_at, require_node_weights
 from sparseopt.trend.methods.choice import as_method, choose
 from sparseopt.trend.methods.plan import Plan, fit
 
@@ -29,7 +30,7 @@ class TrendSolver:
     """The trend filter on one graph, for any signal, penalty and node weights; make one with `trend_solver`."""
 
     plans: tuple[Plan, ...]  # of the possible methods, the fastest first
-    layout: Layout = static()
+    graph: Graph = static()
     order: int = static()
     channels: int | None = static()
     dtype: str = static()
@@ -57,11 +58,11 @@ class TrendSolver:
             As `trend_filter`, in the shape of y; under vmap with one status per lane. Values are not checked: for a
             signal that is not finite, and for a negative weight under jit, the status is NONFINITE.
         """
-        layout, order = self.layout, self.order + 1
+        geometry, order = self.geometry, self.order + 1
         if start is not None:
             start = self._start_of(start, np.size(y))
         found = self.fit_laid_out(y, penalty, node_weights, tol, max_steps, start)
-        nonzero, dual = layout.list_rows(found.nonzero, order), layout.list_dual(found.dual, order)
+        nonzero, dual = geometry.list_rows(found.nonzero, order), geometry.list_rows(found.dual, order)
         return dataclasses.replace(found, nonzero=nonzero, dual=dual)
 
     def _start_of(self, given: Any, size: int) -> Start:
@@ -70,46 +71,50 @@ class TrendSolver:
             raise TypeError(
                 f"start is a solution on this graph, or a Start of a point and a dual, given {given!r:.100}"
             )
-        rows = (self.layout.count(self.order + 1), *self.axes)
+        rows = (self.geometry.count(self.order + 1), *self.axes)
         if isinstance(given, Solution):
             # Fits known without an iteration, and the fits of a path, have neither dual nor state.
             dual = jnp.zeros(rows, self.dtype) if given.dual is None else given.dual
             given = Start(given.value, dual, getattr(given.state, "rho", None))
         require_start(given.x, given.dual, size, rows)
-        return dataclasses.replace(given, dual=self.layout.lay_out_dual(jnp.asarray(given.dual), self.order + 1))
+        return dataclasses.replace(given, dual=self.geometry.rows(jnp.asarray(given.dual), self.order + 1))
 
     def fit_laid_out(
         self, y: Any, penalty: Any, node_weights: Any, tol: Any, max_steps: Any, start: Start | None
     ) -> TrendSolution:
         """As a call, with the rows of start and fit in the layout of the graph's arrays."""
-        graph, kind = self.layout.graph, np.dtype(self.dtype)
+        geometry, kind = self.geometry, np.dtype(self.dtype)
         channels, y = self.axes, jnp.asarray(y, kind)
         if y.shape not in self.shapes:
             raise ValueError(
                 f"the solver's signals have the shape {' or '.join(map(str, self.shapes))}, given {y.shape}"
             )
-        require_penalty(penalty, graph, self.order, bool(channels))
-        weight = check_weight(penalty, self.layout.count(self.order + 1))
-        if graph_for(graph, penalty) is not graph:
+        require_penalty(penalty, geometry, self.order, bool(channels))
+        weight = check_weight(penalty, self.geometry.count(self.order + 1))
+        if not bears(geometry, [penalty]):
             raise ValueError(
-                f"a solver on {graph!r} has the rows of the grid that its edges form, but {type(penalty).__name__} "
-                "does not act on them: plan one on graph.as_edges(), for signals of the shape [n]"
+                f"a solver on {geometry!r} has rows that are filled up by zeros, but {type(penalty).__name__} does not "
+                "act on them: plan one on graph.as_edges(), for signals of the shape [n]"
             )
         if is_traced(weight):
             y = jnp.where(jnp.any(weight < 0), jnp.nan, y)
         if node_weights is not None:
             node_weights = jnp.asarray(node_weights, kind)
-            require_node_weights(node_weights.shape, graph)
-            node_weights = node_weights.reshape(graph.node_shape + (1,) * len(channels))
+            require_node_weights(node_weights.shape, geometry)
+            node_weights = node_weights.reshape(geometry.node_shape + (1,) * len(channels))
         reasons = [plan.refuses(penalty, node_weights is not None) for plan in self.plans]
         if None not in reasons:
             raise ValueError(reasons[-1])
-        plan, nodes = self.plans[reasons.index(None)], y.reshape(graph.node_shape + channels)
+        plan, nodes = self.plans[reasons.index(None)], y.reshape(geometry.node_shape + channels)
         if start is not None:
             start = dataclasses.replace(start, x=jnp.asarray(start.x, kind).reshape(nodes.shape))
-        terms = on_rows({self.order: penalty}, self.layout, kind, bool(channels))
+        terms = on_rows({self.order: penalty}, geometry, kind, bool(channels))
         found = fit(plan, (nodes, node_weights), terms, (tol, max_steps), start=start)
-        return dataclasses.replace(found, value=found.value.reshape(y.shape), graph=graph, order=self.order)
+        return dataclasses.replace(found, value=found.value.reshape(y.shape), graph=self.graph, order=self.order)
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.graph.geometry.at(self.order)
 
     @property
     def axes(self) -> tuple[int, ...]:
@@ -119,7 +124,7 @@ class TrendSolver:
     @property
     def shapes(self) -> list[tuple[int, ...]]:
         """The shapes of its signals."""
-        return [shape + self.axes for shape in self.layout.graph.array_shapes]
+        return [shape + self.axes for shape in self.geometry.shapes]
 
 
 @renames(B="method=sparseopt.trend.Doge(B=...)")
@@ -150,8 +155,8 @@ def trend_solver(
         >>> jax.grad(lambda weight: solver(y, so.L1(weight)).value[0])(0.3).round(3)  # a third of the step's pull
         Array(0.333, dtype=float32, weak_type=True)
     """
-    graph, order, given = check_graph(graph), check_order(order), as_method(method)
-    kind = np.dtype(jnp.result_type(float)) if dtype is None else compute_dtype(np.zeros(1), dtype, graph, order)
+    (geometry, order), given = geometry_at(graph, order), as_method(method)
+    kind = np.dtype(jnp.result_type(float)) if dtype is None else compute_dtype(np.zeros(1), dtype, geometry)
     if kind == np.float64 and not wide_types():
         raise ValueError(
             'a solver in float64 needs 64-bit types: jax.config.update("jax_enable_x64", True) at the start of the '
@@ -159,15 +164,15 @@ def trend_solver(
         )
     if channels is not None:
         channels = whole_number("channels", channels, 1)
-    if graph.num_edges == 0:
+    if geometry.num_edges == 0:
         raise ValueError("the graph has no edges, so no difference is penalised: every fit is the signal itself")
-    graph = graph_at(graph, order)
-    layout, axes = layout_of(graph), () if channels is None else (channels,)
+    values = np.broadcast_to(kind.type(0), (geometry.num_nodes, *(() if channels is None else (channels,))))
     with precision(kind):
         plans: list[Plan] = []
         for penalty, weighted in ((L1(1.0), False), (None, False), (None, True)):
-            job = Job(layout, {order: penalty}, kind, axes, weighted, method=given)
-            plan = choose(job, pure=True).plan(job)
+            weights = np.broadcast_to(kind.type(1), geometry.num_nodes) if weighted else None
+            asked = Fit(geometry, {order: penalty}, values, weights, pure=True, method=given, assumed=1.0)
+            plan = choose(asked).plan(asked)
             if all(plan is not other for other in plans):
                 plans.append(plan)
-    return TrendSolver(tuple(plans), layout, order, channels, kind.name)
+    return TrendSolver(tuple(plans), graph, order, channels, kind.name)

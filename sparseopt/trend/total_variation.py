@@ -21,11 +21,9 @@ from sparseopt.core.penalties.entries import L1
 from sparseopt.core.penalties.groups import GroupL2
 from sparseopt.core.problem.problem import Start, Status
 from sparseopt.trend.base.graph import Graph
-from sparseopt.trend.base.ground import on_rows
-from sparseopt.trend.base.job import check_parameters, require_penalty
-from sparseopt.trend.base.layout import layout_of
 from sparseopt.trend.base.method import MOST_STEPS
-from sparseopt.trend.base.signal import check_graph, check_order, graph_at
+from sparseopt.trend.base.penalties import check_parameters, on_rows, require_penalty
+from sparseopt.trend.base.signal import geometry_at
 from sparseopt.trend.methods.choice import AUTO
 from sparseopt.trend.solver import TrendSolver, trend_solver
 
@@ -127,12 +125,11 @@ class TotalVariation:
         solver: TrendSolver | None = None,
     ) -> None:
         if solver is None:
-            order = check_order(order)
-            graph = graph_at(check_graph(graph), order)
+            geometry, order = geometry_at(graph, order)
             penalty = _penalty(weight, axis)
-            require_penalty(penalty, graph, order, channels is not None)
+            require_penalty(penalty, geometry, order, channels is not None)
             if not is_traced(weight):
-                check_parameters(penalty, np.dtype(np.float64), layout_of(graph).count(order + 1))
+                check_parameters(penalty, np.dtype(np.float64), geometry.count(order + 1))
             if not is_traced(tol):
                 positive_number("tol", tol)
             max_steps = whole_number("max_steps", max_steps, 1, MOST_STEPS)
@@ -203,7 +200,7 @@ class TotalVariation:
                 f"this TotalVariation needs an x of shape {' or '.join(map(str, solver.shapes))}, given {x.shape}; "
                 "give the number of channels of x when it is made"
             )
-        inner = on_rows({solver.order: _penalty(self.weight, self.axis)}, solver.layout, _wide(x), bool(solver.axes))
+        inner = on_rows({solver.order: _penalty(self.weight, self.axis)}, solver.geometry, _wide(x), bool(solver.axes))
         return inner, Rows(solver.plans[0].ground.highest, x.shape, solver.axes)
 
     def dual(self, memory: ProxMemory) -> FloatArray:

@@ -27,7 +27,7 @@ from sparseopt.pruning.base.grams import _output_over, gather_grams, grams_over
 from sparseopt.pruning.recipe.prune_recipe import Recipe
 from sparseopt.pruning.train.reconstruction import Reconstruction, _step_of_rows, split_block
 from sparseopt.pruning.train.training import Fixed, kept_entries, start_state
-from sparseopt.trend.filter import check_job
+from sparseopt.trend.filter import check_fit
 from sparseopt.trend.methods.choice import as_method, choose
 from sparseopt.trend.methods.plan import fit
 from tests.accelerators.targets import Place
@@ -98,9 +98,9 @@ def layer(place: Place, shape: tuple[int, int], name: str, preset: str | None, p
 def layer_cut(place: Place, shape: tuple[int, int], name: str, preset: str | None) -> jax.stages.Lowered:
     """One layer, its outputs cut over the mesh."""
     method = find_method(name, preset)
-    job = _job(shape, method, "unstructured")
-    rest = place.whole(dataclasses.replace(job, weight=None))
-    return cut_solver.lower(place.cut(job.weight), rest, Cut(place.mesh, shape[0]), place.whole(method))
+    asked = _job(shape, method, "unstructured")
+    rest = place.whole(dataclasses.replace(asked, weight=None))
+    return cut_solver.lower(place.cut(asked.weight), rest, Cut(place.mesh, shape[0]), place.whole(method))
 
 
 def _windows(model: str, place: Place) -> Any:
@@ -139,11 +139,11 @@ def trend(place: Place, shape: tuple[int, ...], order: int, method: str) -> jax.
     graph, here = so.Graph.grid(shape), None
     if place.mesh is not None:
         here = Mesh(np.asarray(jax.devices()[: place.mesh.size]), (AXIS,))
-    y = np.random.default_rng(0).standard_normal(graph.node_shape).astype(np.float32)
-    job = check_job(y, graph, so.L1(1.0), order, None, "error", None, here, method=as_method(method))
+    y = np.random.default_rng(0).standard_normal(graph.geometry.node_shape).astype(np.float32)
+    asked = check_fit(y, graph, so.L1(1.0), order, None, "error", None, here, method=as_method(method))
     with at_work(here):
-        plan = choose(job).plan(job)
-        arguments = (plan, job.arrays, job.rows, (job.tol, job.max_steps))
+        plan = choose(asked).plan(asked)
+        arguments = (plan, asked.arrays, asked.rows, (asked.tol, asked.max_steps))
         arguments = place.whole(arguments) if here is None else place.as_laid(_on_mesh(arguments, here, place.mesh))
     with at_work(place.mesh):
         return fit.usual.lower(*arguments)

@@ -18,7 +18,6 @@ from sparseopt.core.problem.problem import Problem, Start
 from sparseopt.core.solvers.admm import Admm
 from sparseopt.core.solvers.doge import DogeGroups, doge_split
 from sparseopt.core.solvers.fused_lasso import ChainTotalVariation, fused_lasso
-from sparseopt.trend.base.layout import layout_of
 from tests.jitted import Jitted
 from tests.tiers import often
 from tests.trend.problems import GRAPHS, random_graph
@@ -28,13 +27,13 @@ pytestmark = pytest.mark.usefixtures("double")
 
 def doge_problem(graph, order, block, loss, penalty):
     """A problem of Doge-ADMM with the metric of the paper in float64, its x-step, and the groups of its rows."""
-    base, on_edges = graph.base(np.float64), (order + 1 - block) % 2 == 1
+    base, on_edges = graph.geometry.base(np.float64), (order + 1 - block) % 2 == 1
     left, labels = order + 1 - block, graph.groups(block, on_edges)
     outer = Difference(base, block, on_edges)
     inner = Difference(base, left) if left else Identity(base.node_shape)
-    split = doge_split(outer, inner, graph.sums(block, on_edges), np.float64, int(labels.max()) + 1)
+    split = doge_split(outer, inner, graph.geometry.sums(block, on_edges), np.float64, int(labels.max()) + 1)
     # Labels from 1 on: a place without a row has 0.
-    groups = layout_of(graph).grid_rows(labels + 1, order + 1)[..., None] == np.arange(1, labels.max() + 2)
+    groups = graph.geometry.rows(labels + 1, order + 1)[..., None] == np.arange(1, labels.max() + 2)
     if loss.target.ndim > len(inner.in_shape):
         split = dataclasses.replace(split, row_scale=split.row_scale[..., None])
         groups = groups[..., None, :]
@@ -92,7 +91,7 @@ def test_the_solver_without_copies_makes_the_same_iterates(rng, name, order, blo
     penalty = PENALTIES.get(kind)
     if kind == "rows":
         levels = rng.uniform(0.2, 1, graph.matrix(order + 1).shape[0])
-        penalty = so.L1(jnp.asarray(layout_of(graph).rows(levels, order + 1)))
+        penalty = so.L1(jnp.asarray(graph.geometry.rows(levels, order + 1)))
         if block == order + 1:  # with missing nodes, where the x-step needs no cosines
             weights = rng.uniform(0.5, 2, nodes) * (rng.uniform(size=nodes) > 0.2)
     loss = DataLoss(Squared(), None, y, weights, -20.0, 20.0)
@@ -117,7 +116,7 @@ def test_the_solver_with_copies_rejects_groups_of_another_operator():
     chain, loss = so.Graph.grid((5,)), so.LeastSquares(None, jnp.zeros(5))
     problem, node_solve, groups = doge_problem(chain, 0, 1, loss, so.L1(1.0))
     other = doge_problem(so.Graph.grid((6,)), 0, 1, loss, so.L1(1.0))[2]
-    weighted = doge_split(problem.operator.outer, problem.operator.inner, chain.sums(1), np.float64)
+    weighted = doge_split(problem.operator.outer, problem.operator.inner, chain.geometry.sums(1), np.float64)
     assert DogeGroups(node_solve, 1.0, groups=groups).refuses(problem) is None
     for given, wrong, text in (
         (problem, other, r"\(1, 5\), given the shape \(1, 6, 2\)"),
@@ -175,14 +174,14 @@ def test_the_chain_penalty_is_a_norm(rng, pinned):
 @pytest.mark.parametrize(("shape", "power"), [((9,), 1), ((6, 7), 2), ((3, 4, 5), 3)])
 def test_cosines_and_conjugate_gradients_solve_the_x_step(rng, shape, power):
     graph = so.Graph.grid(shape)
-    inner = Difference(graph.base(np.float64), power)
-    split = doge_split(Identity(inner.out_shape), inner, graph.sums(power), np.float64)
+    inner = Difference(graph.geometry.base(np.float64), power)
+    split = doge_split(Identity(inner.out_shape), inner, graph.geometry.sums(power), np.float64)
     split = dataclasses.replace(split, row_scale=jnp.asarray(1.0), column_scale=jnp.asarray(2.0))
     right = rng.standard_normal((*shape, 2))
     matrix = graph.matrix(power).toarray()
     system = np.eye(graph.num_nodes) + 0.7 * 2.0 * matrix.T @ matrix
     expected = np.linalg.solve(system, right.reshape(-1, 2)).reshape(right.shape)
-    diagonal = jnp.asarray(2.0 * graph.sums(power).column_squares.reshape(*shape, 1))
+    diagonal = jnp.asarray(2.0 * graph.geometry.sums(power).column_squares.reshape(*shape, 1))
     for solver, atol in ((cosine_solve(shape, (power,), np.float64), 1e-9), (ConjugateGradient(diagonal, 1e-10), 1e-7)):
         found = Jitted(solver).solve(None, split, right, 0.7, 0 * right)
         np.testing.assert_allclose(found, expected, atol=atol)

@@ -35,5 +35,4 @@ def test_a_hub_is_coloured_without_its_graph_of_conflicts():
 def test_a_grid_listed_in_another_order_is_grouped_too(rng):
     grid = so.Graph.grid((6, 7))
     listed = so.Graph.from_edges(grid.edges[rng.permutation(grid.num_edges)], 42)
-    assert listed.shape == (6, 7)
     assert check_groups(listed.matrix(1), listed.groups(1)) >= 4

@@ -41,7 +41,7 @@ def in_rows(graph, values, on_edges):
 def test_products_are_those_of_the_matrix_channel_by_channel(rng, name, order, from_edges):
     with precision(np.dtype(np.float64)):
         graph = GRAPHS[name](rng)
-        operator = Jitted(Difference(graph.base(np.float64), order, from_edges))
+        operator = Jitted(Difference(graph.geometry.base(np.float64), order, from_edges))
         matrix = graph.matrix(order, from_edges)
         ends_on_edges = (order - from_edges) % 2 == 1
         xs, es = (rng.standard_normal((3, size)) for size in matrix.shape[::-1])
@@ -61,7 +61,7 @@ def test_products_are_those_of_the_matrix_channel_by_channel(rng, name, order, f
 
 @pytest.mark.parametrize("name", ["grid", "random"])
 def test_a_stack_has_the_rows_of_its_parts_and_their_transpose(rng, name):
-    base = GRAPHS[name](rng).base(np.float32)
+    base = GRAPHS[name](rng).geometry.base(np.float32)
     parts = (Identity(base.node_shape), Difference(base, 1), Difference(base, 2))
     stack = Jitted(Stack(parts))
     x = rng.standard_normal((*stack.in_shape, 3)).astype(np.float32)
@@ -75,7 +75,7 @@ def test_a_stack_has_the_rows_of_its_parts_and_their_transpose(rng, name):
 @pytest.mark.parametrize("name", GRAPHS)
 def test_constants_vanish_exactly_in_float32(rng, name):
     for order in (1, 2, 3):
-        operator = Jitted(Difference(GRAPHS[name](rng).base(np.float32), order))
+        operator = Jitted(Difference(GRAPHS[name](rng).geometry.base(np.float32), order))
         assert not np.any(operator.mv(np.full(operator.in_shape, 123.456, np.float32)))
 
 

@@ -118,15 +118,6 @@ def test_components_and_isolated_nodes():
     assert so.Graph.grid((3, 4)).num_components == 1
 
 
-@pytest.mark.parametrize("shape", [(7,), (3, 4), (4, 3), (2, 5)])
-def test_grids_given_by_edges_are_recognised(rng, shape):
-    grid = so.Graph.grid(shape)
-    order = rng.permutation(grid.num_edges)
-    for weights in (None, np.ones(grid.num_edges)):
-        assert so.Graph.from_edges(grid.edges[order][:, ::-1], grid.num_nodes, weights).shape == shape
-    assert so.Graph.from_edges(grid.edges[1:], grid.num_nodes).shape is None
-
-
 def test_a_stored_graph_leaves_its_tables_out_and_a_copy_shares_them():
     graph = so.Graph.from_edges([(0, 1), (1, 2), (3, 4)], weights=[1.0, 2.0, 3.0], nodes="abcde")
     stored = pickle.dumps(graph)

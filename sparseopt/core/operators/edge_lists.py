@@ -6,7 +6,6 @@ import numpy as np
 from scipy import sparse
 
 from sparseopt.core.base.arguments import is_positive, real_array, whole_number
-from sparseopt.core.operators.row_tables import grid_edges
 
 # A pair of node numbers is stored as one int64 key.
 MOST_NODES = 3_037_000_499
@@ -82,23 +81,6 @@ def check_adjacency(adjacency: Any) -> Any:
     if apart.nnz and not apart.max() <= 1e-12 * abs(matrix).max():
         raise ValueError("an undirected graph needs a symmetric adjacency matrix; pass (A + A.T) / 2 or A + A.T")
     return matrix
-
-
-def grid_shape(pairs: np.ndarray, count: int) -> tuple[int, ...] | None:
-    """The shape if the edges form a chain or a 2-D grid in row-major order, for which stencils are used."""
-    steps = np.abs(pairs[:, 1] - pairs[:, 0])
-    if count < 2 or steps.size == 0 or steps.min() != 1:
-        return None
-    width = int(steps.max())
-    shape = (count,) if width == 1 else (count // width, width)
-    if int(np.prod(shape)) != count:
-        return None
-    expected = grid_edges(shape)
-    if expected.shape != pairs.shape:
-        return None
-    low_high = np.sort(pairs, axis=1)
-    same = np.array_equal(np.sort(low_high @ [count, 1]), np.sort(expected @ [count, 1]))
-    return shape if same else None
 
 
 def check_spacing(spacing: Any, axes: int) -> tuple[float, ...] | None:

@@ -75,7 +75,7 @@ class DogeGroups(Admm):
         >>> from sparseopt.core.problem.problem import Start
         >>> from sparseopt.core.solvers.doge import DogeGroups, doge_split
         >>> from sparseopt.core.operators.normal_solves import Diagonal
-        >>> outer, sums = Difference(GridBase((4,)), 1), so.Graph.grid((4,)).sums(1)
+        >>> outer, sums = Difference(GridBase((4,)), 1), so.Graph.grid((4,)).geometry.sums(1)
         >>> split = doge_split(outer, Identity((4,)), sums, np.float32, groups=2)
         >>> groups = np.array([[[1, 0], [0, 1], [1, 0], [0, 0]]], bool)  # the last place is empty
         >>> y = jnp.array([0.0, 0.2, 3.0, 3.1])

@@ -18,7 +18,7 @@ from sparseopt.experiments.names import PenaltyConfig, TrendMethod
 from sparseopt.experiments.task import FinishedRun, Record, Task, grouped
 from sparseopt.system import processes
 from sparseopt.trend.base.graph import Graph
-from sparseopt.trend.base.job import check_parameters
+from sparseopt.trend.base.penalties import check_parameters
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.images import psnr
 

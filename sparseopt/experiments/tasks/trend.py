@@ -30,7 +30,7 @@ from sparseopt.experiments.read.graph_files import (
 from sparseopt.experiments.task import FinishedRun, Record, Task
 from sparseopt.system import processes, run_folder
 from sparseopt.trend.base.graph import Graph
-from sparseopt.trend.base.signal import noise_level, unlike_channels
+from sparseopt.trend.base.noise import noise_level, unlike_channels
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.methods.choice import AUTO, METHODS
 from sparseopt.trend.paths.selection import WEIGHT_RULES, choose_weight, weight_rule

@@ -1,4 +1,4 @@
-"""What every fit starts from: the graph, the signal on it, the checked job, and what is read off a fit.
+"""What every fit starts from: a graph and its geometry, the checked request, and what is read off a fit.
 
-`Graph`, `TrendSolution`, and for the methods `Job`, `Ground` and `Layout`.
+`Graph`, `TrendSolution`, and for the methods `Fit`, `Geometry` and `Ground`.
 """

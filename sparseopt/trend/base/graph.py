@@ -1,11 +1,11 @@
 """Graphs as the trend filter uses them, checked on the host before any work."""
 
 import dataclasses
-import math
 from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
+from scipy import sparse
 
 from sparseopt.core.base.arguments import require_memory, unknown, whole_number
 from sparseopt.core.operators.divided_differences import check_times
@@ -13,10 +13,11 @@ from sparseopt.core.operators.edge_lists import (
     check_adjacency,
     check_edges,
     check_spacing,
-    grid_shape,
     require_positive,
 )
-from sparseopt.trend.base.graph_tables import Tables
+from sparseopt.trend.base.free_ends import FreeChain, FreeGrid
+from sparseopt.trend.base.geometry import Geometry
+from sparseopt.trend.base.graph_ends import Chain, Edges, Grid
 
 ENDS = ("graph", "free")
 
@@ -28,18 +29,12 @@ def _are_free(ends: Any) -> bool:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Graph(Tables):
+class Graph:
     """An undirected graph; make one with `grid`, `chain`, `from_edges`, `from_scipy` or `from_networkx`.
 
     Attributes:
-        num_nodes: n.
-        given_edges: int64 `[m, 2]`, or None for a grid, whose edges are listed only on demand; see `edges`.
-        given_weights: positive `[m]`, or None; see `weights`.
-        shape: of a grid, with nodes in row-major order; `(n,)` for a chain, None for other graphs.
+        geometry: what is special about its kind; not for callers.
         nodes: node names in the order of the signal, or None for `0..n-1`.
-        times: of the nodes of a chain with free ends, increasing `[n]`, or None for 0, 1, 2, ...
-        free: whether the ends of a chain or a grid are free, see `chain` and `grid`.
-        spacing: of a grid's axes, or None for ones; see `grid`.
 
     Example:
         >>> graph = so.Graph.from_edges([(0, 1), (1, 2), (3, 4)])
@@ -47,35 +42,102 @@ class Graph(Tables):
         (5, 3, 2)
     """
 
-    num_nodes: int
-    given_edges: np.ndarray | None
-    given_weights: np.ndarray | None = None
-    shape: tuple[int, ...] | None = None
+    geometry: Geometry
     nodes: tuple[Hashable, ...] | None = None
-    times: np.ndarray | None = None
-    free: bool = False
-    spacing: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         what = f"one signal on a graph of {self.num_nodes:,} nodes"
         require_memory(8 * self.num_nodes, what, "use a smaller graph, or a part of it")
 
     def __repr__(self) -> str:
-        if self.is_chain:
-            ends = "" if self.free else ", ends='graph'"
-            return f"Graph.chain({self.num_nodes}{'' if self.times is None else ', times'}{ends})"
-        if self.shape is not None:
-            ends = ", ends='free'" if self.free else ""
-            return f"Graph.grid({self.shape}{'' if self.spacing is None else f', spacing={self.spacing}'}{ends})"
-        return f"<Graph of {self.num_nodes:,} nodes and {self.num_edges:,} edges>"
-
-    def __getstate__(self) -> dict[str, Any]:
-        """The fields without the tables, which are built again when they are needed."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return repr(self.geometry)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Graph":
         """The graph itself: it is immutable, and a copy of an estimator shares its tables."""
         return self
+
+    @property
+    def num_nodes(self) -> int:
+        return self.geometry.num_nodes
+
+    @property
+    def num_edges(self) -> int:
+        return self.geometry.num_edges
+
+    @property
+    def num_components(self) -> int:
+        """The number of components, isolated nodes included."""
+        return self.geometry.num_components
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """The shape of a grid, with nodes in row-major order; `(n,)` for a chain, None for other graphs."""
+        return getattr(self.geometry, "shape", None)
+
+    @property
+    def edges(self) -> np.ndarray:
+        """The edges `[m, 2]` in the given order; for a grid axis by axis in row-major order."""
+        return self.geometry.edges
+
+    @property
+    def weights(self) -> np.ndarray | None:
+        """Positive `[m]`, or None for ones.
+
+        An edge of weight w has the row `sqrt(w) (x_i - x_j)` in D, so that `DᵀD` is the weighted Laplacian.
+        """
+        return self.geometry.weights
+
+    @property
+    def times(self) -> np.ndarray | None:
+        """The times of the nodes of a chain with free ends, increasing `[n]`, or None for 0, 1, 2, ..."""
+        return getattr(self.geometry, "times", None)
+
+    @property
+    def free(self) -> bool:
+        """Whether the ends of a chain or a grid are free, see `chain` and `grid`."""
+        return self.geometry.wide
+
+    @property
+    def spacing(self) -> tuple[float, ...] | None:
+        """The spacing of a grid's axes, or None for ones; see `grid`."""
+        return getattr(self.geometry, "spacing", None)
+
+    @property
+    def components(self) -> np.ndarray:
+        """The component number of every node, `[n]`."""
+        return self.geometry.components
+
+    @property
+    def degrees(self) -> np.ndarray:
+        """The number of edges at every node, `[n]`."""
+        return np.bincount(self.edges.reshape(-1), minlength=self.num_nodes)
+
+    @property
+    def isolated(self) -> np.ndarray:
+        """The nodes without an edge, whose values a trend filter leaves unchanged."""
+        return np.flatnonzero(self.degrees == 0)
+
+    def matrix(self, order: int, from_edges: bool = False) -> sparse.csr_array:
+        """`Δ^(order)` (or `Δ^(order-1) Dᵀ`) as a sparse matrix; its rows follow `edges` or the nodes.
+
+        With free ends it is `D^(order)` of `chain`; on a grid, of the lines along the first axis, then along the next.
+
+        Example:
+            >>> so.Graph.from_edges([(0, 1), (1, 2)]).matrix(2).toarray().tolist()  # the Laplacian
+            [[1.0, -1.0, 0.0], [-1.0, 2.0, -1.0], [0.0, -1.0, 1.0]]
+        """
+        return self.geometry.matrix(order, from_edges)
+
+    def groups(self, block: int, from_edges: bool = False) -> np.ndarray:
+        """The group of every row of `matrix(block, from_edges)`: rows of a group share no column.
+
+        In closed form on grids for D, L, D L and Dᵀ, else by a greedy colouring.
+
+        Example:
+            >>> so.Graph.chain(5).groups(1).tolist()  # edges by parity: those of one group share no node
+            [0, 1, 0, 1]
+        """
+        return self.geometry.groups(block, from_edges)
 
     @classmethod
     def grid(cls, shape: Sequence[int], spacing: Sequence[float] | None = None, ends: str = "graph") -> "Graph":
@@ -117,7 +179,9 @@ class Graph(Tables):
             raise ValueError(f"a grid has 1 to 3 axes of at least one node, as in (480, 640); given {shape!r}")
         sizes = tuple(whole_number(f"axis {i} of a grid of 1 to 3 axes", n, 1) for i, n in enumerate(given))
         step = check_spacing(spacing, len(sizes))
-        return cls(math.prod(sizes), None, shape=sizes, spacing=step, free=free)
+        if len(sizes) == 1:
+            return cls(FreeChain(sizes) if free else Chain(sizes))
+        return cls(FreeGrid(sizes, step) if free else Grid(sizes, step))
 
     @classmethod
     def chain(cls, n: int, times: Any = None, ends: str = "free") -> "Graph":
@@ -163,8 +227,9 @@ class Graph(Tables):
                 "weight, which Graph.from_edges accepts"
             )
         size = whole_number("the number of nodes of a chain", n, 1)
-        at = None if times is None else check_times(times, size)
-        return cls(size, None, shape=(size,), times=at, free=free)
+        if not free:
+            return cls(Chain((size,)))
+        return cls(FreeChain((size,), times=None if times is None else check_times(times, size)))
 
     @classmethod
     def from_edges(
@@ -176,7 +241,7 @@ class Graph(Tables):
         merge: bool = False,
         nodes: Sequence[Hashable] | None = None,
     ) -> "Graph":
-        """A graph from pairs of node numbers.
+        """A graph from pairs of node numbers; of a grid or a chain, `grid` and `chain` make a faster one.
 
         Args:
             edges: integers `[m, 2]`.
@@ -217,8 +282,7 @@ class Graph(Tables):
             level = None
         if nodes is not None and len(nodes) != count:
             raise ValueError(f"{count} nodes need as many names, given {len(nodes)}")
-        shape = None if level is not None else grid_shape(pairs, count)
-        return cls(count, pairs, level, shape, None if nodes is None else tuple(nodes))
+        return cls(Edges(count, pairs, level), None if nodes is None else tuple(nodes))
 
     @classmethod
     def from_scipy(cls, adjacency: Any, *, merge: bool = False) -> "Graph":
@@ -264,7 +328,7 @@ class Graph(Tables):
 
     def as_edges(self) -> "Graph":
         """The same graph with one row per edge, even if it is a grid."""
-        return Graph(self.num_nodes, self.edges, self.weights, nodes=self.nodes)
+        return Graph(self.geometry.as_edges(), self.nodes)
 
     def renumber(self) -> tuple["Graph", np.ndarray]:
         """The graph with neighbours numbered close to each other, which speeds up signals that exceed the caches.
@@ -279,9 +343,9 @@ class Graph(Tables):
             >>> order.tolist(), path.edges.tolist()
             ([2, 1, 3, 0], [[1, 0], [2, 1], [3, 2]])
         """
-        if self.free:
+        if self.free:  # free ends are numbered along its axes
             return self, np.arange(self.num_nodes)
-        order = self.near_order
+        order = self.geometry.near_order
         place = np.empty(self.num_nodes, np.int64)
         place[order] = np.arange(self.num_nodes)
         pairs = place[self.edges]

@@ -1,4 +1,4 @@
-"""The tables of a graph at some orders that do not depend on the method, and a signal prepared for them.
+"""What programs see of a geometry at some orders, and a signal prepared for them.
 
 The signal's mean is subtracted before a solve and added after it, so that differences keep their digits. The means of
 the components are the fit for large weights; with free ends it is the polynomial of least squares.
@@ -10,21 +10,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
 from sparseopt.core.base.compile import Jitted
-from sparseopt.core.base.mesh import on_device
 from sparseopt.core.base.sums import total
-from sparseopt.core.base.types import namespace, pytree, static
+from sparseopt.core.base.types import pytree, static
 from sparseopt.core.losses.data import DataLoss
 from sparseopt.core.losses.quadratic import HIGHEST
 from sparseopt.core.losses.scalar import Squared
-from sparseopt.core.operators.maps import Stack
-from sparseopt.core.penalties.sums import stack
-from sparseopt.trend.base.layout import Layout
 
-Terms = dict[int, Any]
 # At orders >= 1 the fit may leave the range of the data where nothing is observed. The certificate then holds among
 # fits within this many ranges of it; at order 0 the range itself is an exact bound.
 BOX_RANGES = 10.0
@@ -33,94 +27,232 @@ OF_MEAN_SIZE = 1.2533
 CG_STEPS = 1000
 CG_TOLERANCE = 1e-12
 REFINEMENTS, DUAL_ROUNDING = 2, 1e-4
+# Rounds of smoothing, and steps per round. Each round tests a smoother z: any with penalty(Δ z) < <pull, z> rules the
+# means out.
+ROUNDS, SMOOTHINGS = 4, 16
+# A dual in the ball up to this fraction of itself proves that the polynomial is the fit; the gap accounts for the rest.
+ROUNDING = 1e-6
+# A signal counts as a polynomial if it differs from its fit by at most this many eps of its largest value.
+NULL_EPS = 16
 
 
 @pytree
 class Ground:
-    """The tables of a graph, in the layout of its arrays."""
+    """The tables of a geometry, in the layout of its arrays, and the null space of its differences."""
 
     operator: Any  # what the penalty acts on: `Δ^(k+1)`, or a stack of several
     highest: Any  # `Δ^(k+1)` of the highest order
     row_norms: Any  # `||row||_2` of `highest`
-    degrees: Any  # the diagonal of the Laplacian, 1 where it is 0
-    labels: Any  # the component of every node, `[*nodes]`; None for one component
     present: Any  # False in padded places; None without padding
-    basis: Any  # orthonormal `[n, ...]`, of the polynomials that no penalty sees with free ends; None else
-    # The transform that makes a grid's Laplacian diagonal, with free ends `ΔᵀΔ` of `highest`; None for other graphs.
-    transform: Any
-    components: int = static()  # the number of components
     # The entries of arrays on the nodes and on the rows, over those without padding.
     padding: tuple[float, float] = static()
     # Whether the values themselves are penalised, so that 0 is a special value: no mean is subtracted, 0 replaces
     # the component means, and the box holds 0.
     anchored: bool = static()
 
+    # A signal that differs from its null fit by this many eps of its largest value is that fit.
+    null_eps = 0
+    # Whether the dual of a null fit is exact if it exists: for large weights an iteration could only spoil it.
+    proves_null = False
+
     @property
     def order(self) -> int:
         return self.highest.order - 1
 
+    def means(self, y: Array, shift: Array, counted: Any) -> Array:
+        """The best fit of least squares that no penalty sees; `shift` is the overall mean."""
+        raise NotImplementedError
 
-def ground_of(layout: Layout, orders: tuple[int, ...], dtype: np.dtype, channels: bool) -> Ground:
-    """The tables, made once per graph; the dtype must be enabled."""
-    graph, order = layout.graph, max(0, *orders)
+    def inverse(self, right: Array, times: int) -> tuple[Array, Array]:
+        """`(L^+)^times right` for a right-hand side whose sums over every component are 0, and whether it is accurate.
 
-    def put(values: np.ndarray, order: int) -> jax.Array:
-        return layout.put(values[..., None] if channels else values, order)
+        With free ends `ΔᵀΔ` replaces L, and the right-hand side is orthogonal to the polynomials.
+        """
+        raise NotImplementedError
 
-    def build() -> Ground:
-        maps = tuple(layout.difference(k + 1, dtype) for k in orders)
-        norms = np.sqrt(layout.sums(order + 1).row_squares)
-        degrees = layout.sums(1).column_squares
-        labels = layout.rows(graph.components.astype(np.int32), 0) if graph.num_components > 1 else None
-        basis = None
-        if graph.free and min(orders) > 0:  # a lower order leaves only the mean
-            basis = graph.polynomials(min(orders)).astype(dtype)
-        present = layout.rows(np.ones(graph.num_nodes, bool), 0) if layout.padding(0) > 1 else None
-        ground = Ground(
-            operator=maps[0] if orders == (order,) else Stack(maps),
-            highest=layout.difference(order + 1, dtype),
-            row_norms=put(np.where(norms > 0, norms, 1).astype(dtype), order + 1),
-            degrees=put(np.where(degrees > 0, degrees, 1).astype(dtype), 0),
-            labels=None if labels is None else layout.put(labels, 0),
-            present=None if present is None else put(present, 0),
-            basis=basis,
-            transform=layout.transform(order + 1, dtype),
-            components=graph.num_components,
-            padding=(layout.padding(0), layout.padding(order + 1)),
-            anchored=-1 in orders,
-        )
-        return on_device(ground)
+    def shortest(self, pull: Array) -> tuple[Array, Array]:
+        """The shortest u with `Δ^(k+1)ᵀ u = pull`, and whether it is accurate.
 
-    return layout.cache(("ground", orders, np.dtype(dtype).name, channels), build)
+        If u lies in the dual ball, the null fit is the fit.
+        """
+        raise NotImplementedError
+
+    def proof(self, penalty: Any, pull: Array) -> tuple[Array, Array]:
+        """A dual point for the null fit, and whether it may prove that this is the fit for a norm."""
+        raise NotImplementedError
 
 
-def leaves_as(tree: Any, kind: Any) -> Any:
-    """A penalty or a loss with its numbers in the dtype `kind`."""
+@pytree
+class GraphGround(Ground):
+    """With the ends of the graph: the null space holds the constants of the components."""
 
-    def as_kind(leaf: Any) -> Any:
-        real = np.ndim(leaf) == 0 or np.asarray(leaf).dtype.kind == "f"
-        return namespace(leaf).asarray(leaf, kind if real else None)
+    degrees: Any  # the diagonal of the Laplacian, 1 where it is 0
 
-    return jax.tree.map(as_kind, tree)
+    def shortest(self, pull: Array) -> tuple[Array, Array]:
+        """With 2m factors in Δ, `u = (L^+)^m pull`, with 2m + 1 factors `u = D (L^+)^(m+1) pull`."""
+        halves, odd = divmod(self.highest.order, 2)
+        z, solved = self.inverse(pull, halves + odd)
+        return (self.highest.base.difference(z) if odd else z), solved
+
+    def proof(self, penalty: Any, pull: Array) -> tuple[Array, Array]:
+        """The means are the fit only if `penalty(Δ z) >= <pull, z>` for all z.
+
+        One z usually disproves that: the pull itself if smoothing is weak, else the smoothed pull.
+        """
+        # Scaled to size 1, so that no square overflows: both sides of the comparison are homogeneous.
+        size = jnp.max(jnp.abs(pull))
+        size = jnp.where(size > 0, size, 1)
+        pull = pull / size
+
+        def rules_out(z: Array) -> Array:
+            return penalty.value(self.highest.mv(z)) < size * jnp.sum(pull * z)
+
+        def smooth(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            """`z` after some steps of a lazy random walk."""
+            laplacian = self.highest.base.laplacian
+            z, rounds, _ = carry
+            # The pull itself first: tested in the loop alone, the test is compiled once.
+            steps = jnp.where(rounds > 0, SMOOTHINGS, 0)
+            z = jax.lax.fori_loop(0, steps, lambda _, last: last - laplacian(last) / (2 * self.degrees), z)
+            return z, rounds + 1, rules_out(z)
+
+        first = (pull, jnp.zeros((), jnp.int32), jnp.zeros((), bool))
+        *_, ruled_out = jax.lax.while_loop(lambda carry: ~carry[2] & (carry[1] <= ROUNDS), smooth, first)
+
+        def solve() -> tuple[Array, Array]:
+            # A batch runs this branch for every lane: if the means are ruled out there is nothing to solve.
+            dual, solved = self.shortest(jnp.where(ruled_out, 0, pull))
+            return penalty.project_dual(size * dual), solved & ~ruled_out
+
+        rows = jax.eval_shape(self.highest.mv, pull)
+        nothing = jnp.zeros(rows.shape, rows.dtype), jnp.zeros((), bool)
+        return jax.lax.cond(ruled_out, lambda: nothing, solve)
 
 
-def on_rows(terms: Terms, layout: Layout, kind: Any, channels: bool) -> Any:
-    """The penalties, whose weights may be one per row, as one penalty on the rows of `Ground.operator`."""
-    several = len(terms) > 1 or -1 in terms
-    parts, sizes = [], []
-    for k, term in terms.items():
-        weight = getattr(term, "weight", 0.0)
-        if np.ndim(weight):
-            rows = layout.rows(namespace(weight).asarray(weight, kind), k + 1)
-            rows = (rows.reshape(-1) if several else rows).astype(kind)
-            term = leaves_as(dataclasses.replace(term, weight=0.0), kind)
-            rows = rows[..., None] if channels else rows
-            term = dataclasses.replace(term, weight=rows if isinstance(rows, jax.Array) else layout.put(rows, k + 1))
-        else:
-            term = leaves_as(term, kind)
-        parts.append(term)
-        sizes.append(int(np.prod(layout.difference(k + 1, kind).out_shape)) if several else 0)
-    return stack(parts, sizes) if several else parts[0]
+@pytree
+class GridGround(GraphGround):
+    """A grid, whose nodes are one component."""
+
+    transform: Any  # makes the Laplacian diagonal
+
+    def means(self, y: Array, shift: Array, counted: Any) -> Array:
+        return jnp.broadcast_to(shift, y.shape)
+
+    def inverse(self, right: Array, times: int) -> tuple[Array, Array]:
+        return _inverse_by(self.transform, right, times)
+
+
+@pytree
+class EdgeGround(GraphGround):
+    """Any graph."""
+
+    labels: Any  # the component of every node, `[*nodes]`; None for one component
+    components: int = static()  # the number of components
+
+    def means(self, y: Array, shift: Array, counted: Any) -> Array:
+        """The mean of every node's component, in two passes, so that sums over many nodes keep their digits."""
+        if self.labels is None:
+            return jnp.broadcast_to(shift, y.shape)
+        like, labels = (self.components, *y.shape[self.labels.ndim :]), self.labels
+        weights = jnp.broadcast_to(jnp.ones((), y.dtype) if counted is None else counted, y.shape).astype(y.dtype)
+        mass = jnp.zeros(like, y.dtype).at[labels].add(weights)
+
+        def mean(x: Array) -> Array:
+            return (jnp.zeros(like, y.dtype).at[labels].add(weights * x) / jnp.where(mass > 0, mass, 1))[labels]
+
+        found = mean(y - shift)
+        found = shift + found + mean(y - shift - found)
+        low = jnp.full(like, jnp.inf, y.dtype).at[labels].min(jnp.where(weights > 0, y, jnp.inf))
+        high = jnp.full(like, -jnp.inf, y.dtype).at[labels].max(jnp.where(weights > 0, y, -jnp.inf))
+        return jnp.clip(found, low[labels], high[labels])
+
+    def inverse(self, right: Array, times: int) -> tuple[Array, Array]:
+        """With conjugate gradients, which may not converge in 1,000 steps."""
+        base = self.highest.base
+        limit = max(CG_TOLERANCE, 2 * float(jnp.finfo(right.dtype).eps))
+
+        def balance(x: Array) -> Array:
+            """Restore sums of 0, to rounding, for the next solve."""
+            if self.labels is None:
+                return x - jnp.mean(x, axis=tuple(range(len(self.highest.in_shape))))
+            nothing = jnp.zeros((self.components, *x.shape[1:]), x.dtype)
+            sums, sizes = nothing.at[self.labels].add(x), nothing.at[self.labels].add(1)
+            return x - (sums / sizes)[self.labels]
+
+        def solve(_: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            x, failed = carry
+            found, _ = jax.scipy.sparse.linalg.cg(
+                base.laplacian, x, tol=limit, maxiter=CG_STEPS, M=lambda residual: residual / self.degrees
+            )
+            left = jnp.linalg.norm(base.laplacian(found) - x)
+            return balance(found), failed | ~(left <= 100 * limit * jnp.linalg.norm(x))
+
+        found, failed = jax.lax.fori_loop(0, times, solve, (right, jnp.zeros((), bool)))
+        return found, ~failed
+
+
+@pytree
+class ChainGround(Ground):
+    """A chain with free ends: the null space holds the polynomials."""
+
+    basis: Any  # orthonormal `[n, ...]`, of the polynomials that no penalty sees
+
+    null_eps = NULL_EPS
+    proves_null = True
+
+    def means(self, y: Array, shift: Array, counted: Any) -> Array:
+        found = jnp.broadcast_to(shift, y.shape)
+        for _ in range(2):  # so that sums over many nodes keep their digits
+            found = found + _polynomial(self.basis, y - found, counted)
+        return found
+
+    def shortest(self, pull: Array) -> tuple[Array, Array]:
+        """The only u."""
+        return self.highest.potential(pull), jnp.ones((), bool)
+
+    def proof(self, penalty: Any, pull: Array) -> tuple[Array, Array]:
+        size = jnp.max(jnp.abs(pull))
+        size = jnp.where(size > 0, size, 1)
+        dual = size * self.shortest(pull / size)[0]
+        inside = penalty.project_dual(dual)
+        return inside, jnp.all(jnp.abs(inside - dual) <= ROUNDING * jnp.abs(dual))
+
+
+@pytree
+class FreeGridGround(ChainGround):
+    """A grid with free ends."""
+
+    transform: Any  # makes `ΔᵀΔ` of `highest` diagonal
+
+    def inverse(self, right: Array, times: int) -> tuple[Array, Array]:
+        return _inverse_by(self.transform, right, times)
+
+    def shortest(self, pull: Array) -> tuple[Array, Array]:
+        """`u = Δ (ΔᵀΔ)^+ pull`, refined since the condition number of `ΔᵀΔ` is the square of Δ's."""
+
+        def solve(pull: Array) -> Array:
+            return self.highest.mv(self.inverse(pull, 1)[0])
+
+        def refine(_: Any, dual: Array) -> Array:
+            return dual + solve(pull - self.highest.rmv(dual))
+
+        dual = jax.lax.fori_loop(0, REFINEMENTS, refine, solve(pull))
+        left = jnp.linalg.norm(pull - self.highest.rmv(dual))
+        return dual, left <= DUAL_ROUNDING * jnp.linalg.norm(pull)
+
+
+def _inverse_by(transform: Any, right: Array, times: int) -> tuple[Array, Array]:
+    found = transform.apply(right, lambda level: jnp.where(level > 0, level, jnp.inf) ** -times)
+    return found, jnp.ones((), bool)
+
+
+def _polynomial(basis: Array, y: Array, weights: Any) -> Array:
+    """The weighted least-squares fit with the columns of the basis."""
+    pulled = jnp.matmul(basis.T, (y if weights is None else weights * y).reshape(len(basis), -1), precision=HIGHEST)
+    if weights is not None:
+        gram = jnp.matmul(basis.T, weights.reshape(-1, 1) * basis, precision=HIGHEST)
+        pulled = jnp.linalg.solve(gram, pulled)
+    return jnp.matmul(basis, pulled, precision=HIGHEST).reshape(y.shape)
 
 
 def couples_axes(penalty: Any) -> bool:
@@ -145,7 +277,7 @@ class Data:
     loss: DataLoss  # on the nodes, `[*nodes]` or `[*nodes, channels]`
     centred: DataLoss  # the loss of the signal less its overall mean
     shift: Any  # that mean, `[channels]`
-    means: Any  # the mean of every node's component, or the polynomial of the basis, in the shape of the signal
+    means: Any  # the null fit: the mean of every node's component, or the polynomial, in the shape of the signal
     # The deviation of white noise whose differences have the mean size of the signal's; if that is 0, the deviation
     # of the signal itself, or 1.
     noise: Any
@@ -184,13 +316,7 @@ def data_of(ground: Ground, y: Any, weights: Any) -> Data:
     else:
         # Clipping keeps a rounded mean within the values: a constant is its own mean.
         shift = jnp.clip(mean(y), low, high)
-        means = jnp.broadcast_to(shift, y.shape)
-        if ground.basis is not None:
-            # In two passes, as below.
-            means = means + _polynomial(ground.basis, y - means, counted)
-            means = means + _polynomial(ground.basis, y - means, counted)
-        if ground.labels is not None:
-            means = _component_means(ground, y, shift, counted)
+        means = ground.means(y, shift, counted)
     if present is not None:
         y, means = jnp.where(present, y, shift), jnp.where(present, means, shift)
     wider = BOX_RANGES * (high - low) if ground.order else jnp.zeros_like(low)
@@ -205,86 +331,18 @@ def data_of(ground: Ground, y: Any, weights: Any) -> Data:
     return Data(loss, centred, shift, means, noise)
 
 
-def _polynomial(basis: Array, y: Array, weights: Any) -> Array:
-    """The weighted least-squares fit with the columns of the basis."""
-    pulled = jnp.matmul(basis.T, (y if weights is None else weights * y).reshape(len(basis), -1), precision=HIGHEST)
-    if weights is not None:
-        gram = jnp.matmul(basis.T, weights.reshape(-1, 1) * basis, precision=HIGHEST)
-        pulled = jnp.linalg.solve(gram, pulled)
-    return jnp.matmul(basis, pulled, precision=HIGHEST).reshape(y.shape)
+def with_known(ground: Ground, data: Data, penalty: Any) -> tuple[Data, Array]:
+    """The data with the signal itself as the null fit if it costs no penalty, and whether it does.
 
-
-def _component_means(ground: Ground, y: Array, shift: Array, counted: Any) -> Array:
-    """The mean of every node's component, in two passes, so that sums over many nodes keep their digits."""
-    like, labels = (ground.components, *y.shape[ground.labels.ndim :]), ground.labels
-    weights = jnp.broadcast_to(jnp.ones((), y.dtype) if counted is None else counted, y.shape).astype(y.dtype)
-    mass = jnp.zeros(like, y.dtype).at[labels].add(weights)
-
-    def mean(x: Array) -> Array:
-        return (jnp.zeros(like, y.dtype).at[labels].add(weights * x) / jnp.where(mass > 0, mass, 1))[labels]
-
-    found = mean(y - shift)
-    found = shift + found + mean(y - shift - found)
-    low = jnp.full(like, jnp.inf, y.dtype).at[labels].min(jnp.where(weights > 0, y, jnp.inf))
-    high = jnp.full(like, -jnp.inf, y.dtype).at[labels].max(jnp.where(weights > 0, y, -jnp.inf))
-    return jnp.clip(found, low[labels], high[labels])
-
-
-def inverse_laplacian(ground: Ground, right: Array, times: int) -> tuple[Array, Array]:
-    """`(L^+)^times right` for a right-hand side whose sums over every component are 0, and whether it is accurate.
-
-    With a transform on grids, with free ends for `ΔᵀΔ` in place of L and a right-hand side without polynomials; with
-    conjugate gradients elsewhere, which may not converge in 1,000 steps.
+    A signal that differs from its null fit by rounding costs none; at missing nodes it has the values of that fit.
     """
-    nothing = jnp.zeros((), bool)
-    if ground.transform is not None:
-        return ground.transform.apply(right, lambda level: jnp.where(level > 0, level, jnp.inf) ** -times), ~nothing
-    base = ground.highest.base
-    limit = max(CG_TOLERANCE, 2 * float(jnp.finfo(right.dtype).eps))
-
-    def balance(x: Array) -> Array:
-        """Restore sums of 0, to rounding, for the next solve."""
-        if ground.labels is None:
-            return x - jnp.mean(x, axis=0)
-        nothing = jnp.zeros((ground.components, *x.shape[1:]), x.dtype)
-        sums, sizes = nothing.at[ground.labels].add(x), nothing.at[ground.labels].add(1)
-        return x - (sums / sizes)[ground.labels]
-
-    def solve(_: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        x, failed = carry
-        found, _ = jax.scipy.sparse.linalg.cg(
-            base.laplacian, x, tol=limit, maxiter=CG_STEPS, M=lambda residual: residual / ground.degrees
-        )
-        left = jnp.linalg.norm(base.laplacian(found) - x)
-        return balance(found), failed | ~(left <= 100 * limit * jnp.linalg.norm(x))
-
-    found, failed = jax.lax.fori_loop(0, times, solve, (right, nothing))
-    return found, ~failed
-
-
-def null_space_dual(ground: Ground, pull: Array) -> tuple[Array, Array]:
-    """The shortest u with `Δ^(k+1)ᵀ u = pull`, and whether it is accurate.
-
-    If u lies in the dual ball, the component means are the fit. With 2m factors in Δ, `u = (L^+)^m pull`, with
-    2m + 1 factors `u = D (L^+)^(m+1) pull`. On a chain with free ends there is only one u, on a grid with free ends
-    `u = Δ (ΔᵀΔ)^+ pull`, refined since the condition number of `ΔᵀΔ` is the square of Δ's.
-    """
-    if ground.basis is not None and ground.transform is None:
-        return ground.highest.potential(pull), jnp.ones((), bool)
-    if ground.basis is not None:
-
-        def shortest(pull: Array) -> Array:
-            return ground.highest.mv(inverse_laplacian(ground, pull, 1)[0])
-
-        def refine(_: Any, dual: Array) -> Array:
-            return dual + shortest(pull - ground.highest.rmv(dual))
-
-        dual = jax.lax.fori_loop(0, REFINEMENTS, refine, shortest(pull))
-        left = jnp.linalg.norm(pull - ground.highest.rmv(dual))
-        return dual, left <= DUAL_ROUNDING * jnp.linalg.norm(pull)
-    halves, odd = divmod(ground.highest.order, 2)
-    z, solved = inverse_laplacian(ground, pull, halves + odd)
-    return (ground.highest.base.difference(z) if odd else z), solved
+    known, kind = data.loss.target, data.means.dtype
+    free = penalty.value(ground.operator.mv(known)) == 0
+    if ground.null_eps:
+        apart = data.loss.mask_missing(known - data.means)
+        free = free | (jnp.max(jnp.abs(apart)) <= ground.null_eps * jnp.finfo(kind).eps * jnp.max(jnp.abs(known)))
+        known = data.means + apart
+    return dataclasses.replace(data, means=jnp.where(free, known, data.means)), free
 
 
 prepare = Jitted(data_of)

@@ -24,16 +24,16 @@ class Method(Protocol):
     balances_rho: bool = False  # whether it computes rho again at every level of a path, from the start
     keeps_rho_from: int = 0  # from this order on it keeps the rho of the previous level of a path, for a norm
 
-    def refuses(self, job: Any) -> str | None:
-        """Why it cannot do a job, and what to do; None if it can. It does not look at the values of the signal."""
-        if self.single and not job.square:
-            return f"method={self.name!r} solves the square loss only; with loss={job.loss} use auto, doge, admm"
-        if self.single and job.several:
+    def refuses(self, asked: Any) -> str | None:
+        """Why it cannot do a request, and what to do; None if it can. It does not look at the values of the signal."""
+        if self.single and not asked.square:
+            return f"method={self.name!r} solves the square loss only; with loss={asked.loss} use auto, doge, admm"
+        if self.single and asked.several:
             return f"method={self.name!r} solves single orders; with several penalties use auto, doge, admm"
-        return job.layout.refuses(job, self)
+        return asked.geometry.refuses_method(asked, self)
 
-    def plan(self, job: Any) -> Any:
-        """The host work for a job: a pytree, cached for similar jobs; a plain object for a method on the host."""
+    def plan(self, asked: Any) -> Any:
+        """The host work for a request: a pytree, cached for similar ones; a plain object for a method on the host."""
 
 
 @dataclasses.dataclass(frozen=True)

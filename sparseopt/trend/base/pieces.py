@@ -23,17 +23,13 @@ import numpy as np
 
 from sparseopt.core.base.arguments import real_array
 from sparseopt.core.base.types import pytree, static
-from sparseopt.core.operators.row_tables import edge_rows
 from sparseopt.core.penalties.protocols import is_norm
 from sparseopt.core.problem.problem import Solution
 from sparseopt.system.report import Fact
+from sparseopt.trend.base.geometry import Geometry
 from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.base.ground import Ground, couples_axes, mean_weight
-from sparseopt.trend.base.layout import layout_of
-from sparseopt.trend.base.signal import check_graph, check_order, graph_at
-
-# The rank of a dense matrix of this many columns takes about a second.
-MOST_RANKED = 1024
+from sparseopt.trend.base.signal import geometry_at
 
 
 @pytree
@@ -89,15 +85,14 @@ class TrendSolution(Solution):
             >>> fit.pieces().tolist(), fit.knots().tolist()
             ([0, 0, 0, 1, 1, 1], [3])
         """
-        graph = self._graph()
+        geometry = self._geometry()
         if self.order:
             raise ValueError(
                 f"a fit of order {self.order} has no pieces of one value, only one of order 0 has: on a chain "
                 "`knots()` gives the nodes where its polynomials change"
             )
-        values = np.asarray(self.value).reshape(graph.num_nodes, -1)
-        between = edges_between(graph, values).any(axis=-1)
-        return labels_of(graph, ~(self._changed(graph) & between)).astype(np.int64)
+        between = geometry.between(np.asarray(self.value).reshape(geometry.num_nodes, -1)).any(axis=-1)
+        return geometry.labels(~(self._changed(geometry) & between)).astype(np.int64)
 
     def knots(self) -> np.ndarray:
         """The nodes of a chain at which a new polynomial begins, in ascending order.
@@ -117,38 +112,27 @@ class TrendSolution(Solution):
             >>> so.trend_filter(bend, so.Graph.chain(21), so.L1(0.1), order=1).knots().tolist()
             [10]
         """
-        graph = self._graph()
-        if not graph.is_chain:
-            raise ValueError(
-                f"knots are ordered along a chain, and {graph!r} is not a chain: at order 0 `pieces()` gives its pieces"
-            )
-        if self.order == 0:
+        geometry = self._geometry()
+        if self.order == 0 and geometry.line:
             return np.flatnonzero(np.diff(self.pieces())) + 1
-        changed, first, shift = self._changed(graph).reshape(-1), (self.order + 1) // 2, (self.order + 1) % 2
-        if not graph.free:
-            # Row j belongs to node j, for even orders to the edge from j to j + 1. Rows that reach beyond an end say
-            # nothing about a knot.
-            changed = changed[first : max(first, graph.num_nodes - first - shift)]
-        return np.flatnonzero(changed) + first + shift
+        return geometry.knots(self._changed(geometry), self.order)
 
-    def _graph(self) -> Graph:
+    def _geometry(self) -> Geometry:
         assert self.graph is not None
         if np.ndim(self.status):
             raise ValueError(
                 f"pieces and knots belong to one fit, given a batch of {np.shape(self.status)}: select one with "
                 "jax.tree.map(lambda leaf: leaf[i], solution)"
             )
-        return self.graph
+        return self.graph.geometry.at(self.order)
 
-    def _changed(self, graph: Graph) -> np.ndarray:
+    def _changed(self, geometry: Geometry) -> np.ndarray:
         """`nonzero` in any channel, in the layout of the rows."""
         found = np.asarray(self.nonzero)
-        return layout_of(graph).rows(found.any(axis=tuple(range(1, found.ndim))), self.order + 1)
+        return geometry.rows(found.any(axis=tuple(range(1, found.ndim))), self.order + 1)
 
 
-def nonzero_at(
-    ground: Ground, penalty: Any, x: jax.Array, dual: Any, prox: Any, noise: Any, means: Any = None
-) -> jax.Array:
+def nonzero_at(ground: Ground, penalty: Any, x: jax.Array, dual: Any, prox: Any, noise: Any, means: Any) -> jax.Array:
     """Which rows `Δ^(k+1) x` of the highest order are not zero at a fit.
 
     `dual` is the dual of the rows of `ground.operator`; `prox` the solver's last prox on them, which a penalty that is
@@ -162,7 +146,7 @@ def nonzero_at(
     """
     rows, operator = ground.highest.mv(x), ground.operator
     flat: Any = False
-    if means is not None and (ground.basis is not None or not is_norm(penalty)):
+    if ground.proves_null or not is_norm(penalty):
         flat = jnp.all(x == means)
         rows = jnp.where(flat, 0, rows)
     if operator.order is None:
@@ -176,42 +160,6 @@ def nonzero_at(
     if couples_axes(penalty):
         scale = jnp.max(scale, axis=0, keepdims=True)
     return (penalty.prox(rows + scale * dual, scale) != 0) & (rows != 0)
-
-
-def edges_between(graph: Graph, values: np.ndarray) -> np.ndarray:
-    """Whether the ends of an edge have different values, in the layout of D's rows; values are `[n, channels]`."""
-    if graph.shape is None:
-        tails, heads = graph.edges.T
-        return values[tails] != values[heads]
-    on_grid = values.reshape(*graph.shape, -1)
-    found = np.zeros((len(graph.shape), *on_grid.shape), bool)
-    for axis, size in enumerate(graph.shape):
-        before = (slice(None),) * axis
-        low, high = on_grid[*before, : size - 1], on_grid[*before, 1:]
-        np.not_equal(low, high, out=found[axis][*before, : size - 1])
-    return found
-
-
-def labels_of(graph: Graph, joined: np.ndarray) -> np.ndarray:
-    """The component of every node in the graph of the joined edges, `[n]`, numbered by their first nodes.
-
-    `joined` is in the layout of D's rows: `[m]`, on a grid `[dimensions, *shape]`, with any entry off the edges.
-    """
-    shape = graph.shape
-    if shape is None:
-        return Graph(graph.num_nodes, graph.edges[joined]).components
-    if len(shape) == 1:
-        return np.cumsum(np.append(False, ~joined[0][:-1]))
-    from scipy import ndimage
-
-    # An image with a pixel for each node and each edge: its regions are found in a fraction of the time.
-    pixels = np.zeros([2 * size - 1 for size in shape], bool)
-    nodes = (slice(None, None, 2),) * len(shape)
-    pixels[nodes] = True
-    for axis, size in enumerate(shape):
-        between = tuple(slice(i == axis, None, 2) for i in range(len(shape)))
-        pixels[between] = joined[axis][*(slice(None),) * axis, : size - 1]
-    return ndimage.label(pixels)[0][nodes].reshape(-1) - 1
 
 
 def average_pieces(values: np.ndarray, labels: np.ndarray, mass: np.ndarray, zero: bool) -> np.ndarray:
@@ -256,30 +204,20 @@ def degrees_of_freedom(nonzero: Any, graph: Graph, order: int = 0, observed: Any
         >>> so.trend.degrees_of_freedom(np.array([False, True, False]), so.Graph.chain(4))  # one jump, two pieces
         2
     """
-    order = check_order(order)
-    graph = graph_at(check_graph(graph), order)
-    if not is_countable(graph):
-        raise ValueError(
-            f"on a grid with free ends the degrees of freedom are the rank of a matrix, which is found for at most "
-            f"{MOST_RANKED:,} nodes, given {graph.num_nodes:,}: sparseopt.trend.trend_path estimates them"
-        )
-    mask, layout = _booleans("nonzero", nonzero), layout_of(graph)
-    rows = layout.count(order + 1)
+    geometry, order = geometry_at(graph, order)
+    if reason := geometry.refuses_count():
+        raise ValueError(f"{reason}: sparseopt.trend.trend_path estimates them")
+    mask, rows = _booleans("nonzero", nonzero), geometry.count(order + 1)
     if mask.ndim not in (1, 2) or mask.shape[0] != rows:
         raise ValueError(
             f"the difference of order {order + 1} has {rows} rows, so `nonzero` has the shape [{rows}] or "
             f"[{rows}, channels], given {mask.shape}"
         )
     seen = None if observed is None else _booleans("observed", observed)
-    if seen is not None and seen.shape != (graph.num_nodes,):
-        raise ValueError(f"`observed` has one entry for each of {graph.num_nodes} nodes, given {seen.shape}")
+    if seen is not None and seen.shape != (geometry.num_nodes,):
+        raise ValueError(f"`observed` has one entry for each of {geometry.num_nodes} nodes, given {seen.shape}")
     channels = mask.shape[1] if mask.ndim == 2 else 1
-    return int(freedom_of_levels(layout.rows(mask, order + 1)[None], graph, order, seen, channels)[0])
-
-
-def is_countable(graph: Graph) -> bool:
-    """Whether `degrees_of_freedom` can count on a graph of an order."""
-    return not graph.free or graph.is_chain or graph.num_nodes <= MOST_RANKED
+    return int(freedom_of_levels(geometry.rows(mask, order + 1)[None], geometry, order, seen, channels)[0])
 
 
 def _booleans(name: str, given: Any) -> np.ndarray:
@@ -290,31 +228,14 @@ def _booleans(name: str, given: Any) -> np.ndarray:
 
 
 def freedom_of_levels(
-    nonzero: np.ndarray, graph: Graph, order: int, observed: np.ndarray | None, channels: int
+    nonzero: np.ndarray, geometry: Geometry, order: int, observed: np.ndarray | None, channels: int
 ) -> np.ndarray:
     """`degrees_of_freedom` of the `nonzero` of fits, `[levels, ...]`; a single column counts for every channel."""
-    shape = (len(nonzero), *layout_of(graph).difference(order + 1, np.float64).out_shape)
+    shape = (len(nonzero), *geometry.difference(order + 1, np.float64).out_shape)
     columns = np.broadcast_to(nonzero if nonzero.ndim > len(shape) else nonzero[..., None], (*shape, channels))
-    limit = graph.num_nodes if observed is None else int(observed.sum())
+    limit = geometry.num_nodes if observed is None else int(observed.sum())
 
     def freedom(level: np.ndarray) -> int:
-        return sum(min(_dimension(level[..., i], graph, order, observed), limit) for i in range(channels))
+        return sum(min(geometry.freedom(level[..., i], order, observed), limit) for i in range(channels))
 
     return np.array([freedom(level) for level in columns])
-
-
-def _dimension(nonzero: np.ndarray, graph: Graph, order: int, observed: np.ndarray | None) -> int:
-    """The degrees of freedom of one channel, at order 0 without the pieces in which nothing is observed."""
-    if graph.free and not graph.is_chain:
-        return graph.num_nodes - int(np.linalg.matrix_rank(graph.matrix(order + 1).toarray()[~nonzero]))
-    if graph.free:
-        return order + 1 + int(nonzero.sum())
-    if order % 2:
-        counts = np.bincount(graph.components, nonzero.reshape(-1), graph.num_components)
-        return int(np.maximum(counts, 1).sum())
-    seen = observed if order == 0 else None
-    if seen is None and graph.num_edges == graph.num_nodes - graph.num_components:
-        jumps = nonzero if graph.shape is None else edge_rows(nonzero, graph.shape)
-        return graph.num_components + int(jumps.sum())  # a forest: each edge joins two pieces
-    labels = labels_of(graph, ~nonzero)
-    return int(labels.max()) + 1 if seen is None else np.unique(labels[seen]).size

@@ -16,16 +16,14 @@ import numpy as np
 from jaxtyping import Array
 
 from sparseopt.core.base.mesh import on_device
-from sparseopt.core.base.types import pytree
+from sparseopt.core.base.types import pytree, static
 from sparseopt.core.operators.differences import Difference, GridBase, pad
-from sparseopt.core.operators.divided_differences import divided_difference
 from sparseopt.core.operators.maps import standard_split
-from sparseopt.core.operators.normal_solves import ConjugateGradient, Diagonal, banded_solve, free_solve
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.problem.problem import Start
 from sparseopt.core.solvers.fused_lasso import ChainTotalVariation
+from sparseopt.trend.base.fit import Fit
 from sparseopt.trend.base.ground import Data
-from sparseopt.trend.base.job import Job
 from sparseopt.trend.base.method import Method, Settings
 from sparseopt.trend.methods.plan import Plan
 
@@ -41,49 +39,25 @@ class Admm(Settings, Method):
     one_metric = True
     short_from = 500_000
 
-    def plan(self, job: Job) -> Plan:
-        even = job.ground.transform is not None and not job.weighted
-        key = (self.name, tuple(job.terms), even, job.dtype.name, bool(job.channels))
+    def plan(self, asked: Fit) -> Plan:
+        geometry, weighted = asked.geometry, asked.weighted and asked.geometry.transforms
+        key = (self.name, tuple(asked.terms), weighted, asked.dtype.name, bool(asked.channels))
 
         def build() -> Plan:
-            operator, kind = job.ground.operator, job.dtype
-            split = standard_split(operator, kind, 1.0 if job.several else job.graph.unit(job.order + 1))
-            columns = np.asarray(split.column_scale)
-            solve = node_solve(job, tuple(k + 1 for k in job.terms), columns, even)
-            plan = Plan(job.ground, split, solve, CADENCE)
-            return on_device(plan)
+            unit = 1.0 if asked.several else geometry.unit(asked.order + 1)
+            split = standard_split(asked.ground.operator, asked.dtype, unit)
+            orders, columns = tuple(k + 1 for k in asked.terms), np.asarray(split.column_scale)
+            x_step = geometry.x_step(orders, columns, weighted, bool(asked.channels), asked.dtype)
+            return on_device(Plan(asked.ground, split, x_step, CADENCE))
 
-        return job.layout.cache(key, build)
-
-
-def node_solve(job: Job, orders: tuple[int, ...], columns: np.ndarray, even: bool) -> Any:
-    """The x-step for inner differences of these orders, with C a number, or one per column of a single difference.
-
-    With free ends C is a number. `even` says that the nodes have one weight, on a graph with a transform.
-    """
-    graph, kind = job.graph, job.dtype
-    if graph.free and not graph.is_chain:
-        single = orders == (job.order + 1,)
-        transform = job.ground.transform if single else free_solve(graph.node_shape, orders, kind, graph.spacing)
-        return transform if even else ConjugateGradient(None, jnp.asarray(1e-2, kind), transform)
-    if even:
-        return dataclasses.replace(job.ground.transform, powers=orders)
-    if graph.free and kind == np.float64:  # in float32 rounding may leave the matrix indefinite
-        matrices = [graph.matrix(order) for order in orders]
-        return banded_solve(sum(matrix.T @ matrix for matrix in matrices), kind)
-    shape = graph.node_shape
-    if columns.ndim:
-        matrix = graph.matrix(orders[0])
-        diagonal = np.asarray(matrix.multiply(matrix).T @ columns).reshape(shape)
-    else:
-        diagonal = columns * np.sum([graph.sums(order).column_squares.reshape(shape) for order in orders], axis=0)
-    diagonal = diagonal[..., None] if job.channels else diagonal
-    return ConjugateGradient(diagonal.astype(kind), jnp.asarray(1e-2, kind))
+        return geometry.cache(key, build)
 
 
 @pytree
 class ChainPlan(Plan):
     """A plan whose penalty is `weight ||E z||_1`, E the last difference of a chain, and whose dual is `Eᵀu`."""
+
+    fills_rows: bool = static(default=True)  # whether the rows of the chain are filled up as the rows of E are
 
     def refuses(self, penalty: Any, weighted: bool) -> str | None:
         return _refuses(penalty) or super().refuses(penalty, weighted)
@@ -96,20 +70,20 @@ class ChainPlan(Plan):
     def row_dual(self, penalty: Any, dual: Array) -> Array:
         """The u for which `Eᵀu` is the solver's dual."""
         found = penalty.potential(dual)
-        return found if self.ground.basis is None else found[0, :-1]
+        return found if self.fills_rows else found[0, :-1]
 
     def solver_dual(self, penalty: Any, dual: Array) -> Array:
-        return penalty.last.rmv(dual if self.ground.basis is None else pad(dual, 0, 0, 1)[None])
+        return penalty.last.rmv(dual if self.fills_rows else pad(dual, 0, 0, 1)[None])
 
     def start(self, penalty: Any, data: Data, weights: Any) -> Start:
-        centre = data.centred.target
-        if self.ground.basis is not None:
+        centre, inner = data.centred.target, self.solver_penalty(penalty)
+        if self.exact:
+            answer = inner.prox(centre, 1.0)
+            return Start(answer, centre - answer)
+        if self.ground.proves_null:
             found = super().start(penalty, data, weights)
-            return Start(found.x, self.solver_dual(self.solver_penalty(penalty), found.dual))
-        if not self.exact:
-            return Start(centre, jnp.zeros(self.split.row_shape(centre), centre.dtype))
-        answer = self.solver_penalty(penalty).prox(centre, 1.0)
-        return Start(answer, centre - answer)
+            return Start(found.x, self.solver_dual(inner, found.dual))
+        return Start(centre, jnp.zeros(self.split.row_shape(centre), centre.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,34 +95,25 @@ class FastAdmm(Settings, Method):
     # Below this order it was faster to adapt rho at every level of a path.
     keeps_rho_from = 2
 
-    def refuses(self, job: Job) -> str | None:
-        if reason := super().refuses(job):
+    def refuses(self, asked: Fit) -> str | None:
+        if reason := super().refuses(asked):
             return reason
-        if not job.graph.is_chain:
+        if not asked.geometry.line:
             return (
                 f'method="{self.name}" needs a chain, where its inner fused lasso is exact; on other graphs use "doge" '
                 'or "admm"'
             )
-        return _refuses(job.penalty)
+        return _refuses(asked.penalty)
 
-    def plan(self, job: Job) -> ChainPlan:
-        kind, key = job.dtype, (self.name, job.order, job.weighted, job.dtype.name, bool(job.channels))
+    def plan(self, asked: Fit) -> ChainPlan:
+        geometry, order, kind = asked.geometry, asked.order, asked.dtype
 
         def build() -> ChainPlan:
-            graph, order = job.graph, job.order
-            inner: Any = job.layout.difference(order, kind)
-            solve: Any = Diagonal()
-            if order and graph.free:
-                inner = divided_difference(graph.times, graph.num_nodes, order, kind, factor=True)
-                matrix = inner.matrix()
-                solve = banded_solve(matrix.T @ matrix, kind)
-            elif order:
-                solve = node_solve(job, (order,), np.ones(()), not job.weighted)
-            split = standard_split(inner, kind, graph.unit(order + 1))
-            exact = order == 0 and not job.weighted and not graph.free
-            return on_device(ChainPlan(job.ground, split, solve, 1 if exact else CADENCE, exact))
+            inner, x_step, fills = geometry.fused_split(order, asked.weighted, bool(asked.channels), kind)
+            split, exact = standard_split(inner, kind, geometry.unit(order + 1)), order == 0 and not asked.weighted
+            return on_device(ChainPlan(asked.ground, split, x_step, 1 if exact else CADENCE, exact, fills))
 
-        return job.layout.cache(key, build)
+        return geometry.cache((self.name, order, asked.weighted, kind.name, bool(asked.channels)), build)
 
 
 def _refuses(penalty: Any) -> str | None:

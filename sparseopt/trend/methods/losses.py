@@ -25,11 +25,11 @@ from sparseopt.core.problem.certify import Anchor, judge
 from sparseopt.core.problem.iterate import iterate
 from sparseopt.core.problem.problem import Problem, Solution, Start, Status
 from sparseopt.core.solvers.loss_admm import LossAdmm
-from sparseopt.trend.base.graph import Graph
-from sparseopt.trend.base.ground import BOX_RANGES, OF_MEAN_SIZE, Data, Ground, leaves_as, mean_weight, null_space_dual
-from sparseopt.trend.base.job import Job, vanishes
+from sparseopt.trend.base.fit import Fit
+from sparseopt.trend.base.geometry import Geometry
+from sparseopt.trend.base.ground import BOX_RANGES, NULL_EPS, OF_MEAN_SIZE, Data, Ground, mean_weight
+from sparseopt.trend.base.penalties import leaves_as, vanishes
 from sparseopt.trend.base.pieces import TrendSolution
-from sparseopt.trend.base.signal import NULL_EPS, Signal, require_complete
 from sparseopt.trend.methods.choice import choose
 from sparseopt.trend.methods.plan import FIRST_RHO, finish, known_fit, to_next_check
 from sparseopt.trend.methods.polynomials import best_polynomials, linear_fits
@@ -49,13 +49,13 @@ def node_deviances(loss: ScalarLoss, fit: np.ndarray, y: np.ndarray) -> np.ndarr
         return 2 * np.asarray(loss.value(jnp.asarray(fit, jnp.float64), jnp.asarray(y)))
 
 
-def null_pull(job: Job) -> np.ndarray:
+def null_pull(asked: Fit) -> np.ndarray:
     """Minus a subgradient of the loss at the best constants, `[n, channels]`, with sums of 0 over every component.
 
     With free ends, at the best polynomials, orthogonal to all polynomials.
     """
-    with precision(job.dtype):
-        best = best_constants(job)
+    with precision(asked.dtype):
+        best = best_constants(asked)
         return np.zeros_like(best.pull) if best.exact.all() else best.pull
 
 
@@ -63,48 +63,48 @@ def null_pull(job: Job) -> np.ndarray:
 class BestConstants:
     """The best constants of the components, or with free ends the best polynomials; arrays are `[n, channels]`."""
 
-    loss: ScalarLoss  # in the job's dtype
+    loss: ScalarLoss  # in the request's dtype
     labels: np.ndarray  # the component of every node, `[n]`; without a penalty every node is one
     fit: np.ndarray
     pull: np.ndarray  # minus a subgradient of the loss there that no constant, or polynomial, sees
     exact: np.ndarray  # whether the fit is all that the node's component has observed
 
 
-def best_constants(job: Job) -> BestConstants:
-    """The best constants of a job with a loss; its dtype must be enabled."""
-    signal, graph, nothing, loss = job.signal, job.graph, vanishes(job.penalty), leaves_as(job.loss, job.dtype)
-    columns, weights, labels = signal.columns, signal.mass, graph.components
-    _require_domain(loss, graph, columns, weights)
-    if nothing or graph.num_edges == 0:
-        require_complete(signal)
-        labels = np.arange(graph.num_nodes)
+def best_constants(asked: Fit) -> BestConstants:
+    """The best constants of a request with a loss; its dtype must be enabled."""
+    geometry, nothing, loss = asked.geometry, vanishes(asked.penalty), leaves_as(asked.loss, asked.dtype)
+    columns, weights, labels = asked.columns, asked.mass, geometry.components
+    _require_domain(loss, geometry, columns, weights)
+    if nothing or geometry.num_edges == 0:
+        asked.require_complete()
+        labels = np.arange(geometry.num_nodes)
     each = [np.ascontiguousarray(column) for column in columns.T]
     fit = np.stack([loss.location(column, weights, labels)[labels] for column in each], axis=1)
     _require_finite(fit, labels, loss, nothing)
-    if not graph.free or nothing:
-        gradient = np.array(DataLoss(loss, None, *job.arrays).gradient(job.on_nodes(fit)), np.float64)
+    if nothing or not geometry.wide:
+        gradient = np.array(DataLoss(loss, None, *asked.arrays).gradient(asked.on_nodes(fit)), np.float64)
         pull = -_balance(gradient.reshape(fit.shape), weights, labels)
         return BestConstants(loss, labels, fit, pull, _sees_one_value(columns, weights, labels))
-    fit, gradient = best_polynomials(loss, graph, job.order, columns, weights, fit)
+    fit, gradient = best_polynomials(loss, geometry, asked.order, columns, weights, fit)
     seen = (weights > 0)[:, None]
     apart = np.abs(np.where(seen, np.asarray(loss.mean(jnp.asarray(fit))) - columns, 0)).max(axis=0)
-    exact = apart <= NULL_EPS * np.finfo(job.dtype).eps * np.abs(np.where(seen, columns, 0)).max(axis=0)
+    exact = apart <= NULL_EPS * np.finfo(asked.dtype).eps * np.abs(np.where(seen, columns, 0)).max(axis=0)
     return BestConstants(loss, labels, fit, -gradient, np.broadcast_to(exact, fit.shape))
 
 
-def fit_loss(job: Job, best: BestConstants | None = None) -> TrendSolution:
-    """The fit of a job with a loss, whose dtype must be enabled; `best` are its best constants, if they are known."""
-    signal, graph, kind, tol = job.signal, job.graph, job.dtype, job.tol
-    method, settings = choose(job), job.settings
-    _require_connected(job.penalty)
-    best = best_constants(job) if best is None else best
+def fit_loss(asked: Fit, best: BestConstants | None = None) -> TrendSolution:
+    """The fit of a request with a loss, whose dtype must be enabled; `best` are its best constants, if known."""
+    geometry, kind, tol = asked.geometry, asked.dtype, asked.tol
+    method, settings = choose(asked), asked.settings
+    _require_connected(asked.penalty)
+    best = best_constants(asked) if best is None else best
     loss, null, alike = best.loss, best.fit, best.exact
-    penalty, laid_out, columns, mass = job.rows, job.on_nodes, signal.columns, signal.mass
-    nothing = vanishes(job.penalty)
-    if alike.all() and (nothing or float(_penalty_of(job.ground, penalty, laid_out(0 * null))[1]) == 0):
-        return known_fit(job, null, flat=not nothing)
-    y, weights = job.arrays
-    low, high = _box(signal, loss, job.order, null)
+    penalty, laid_out, columns, mass = asked.rows, asked.on_nodes, asked.columns, asked.mass
+    nothing = vanishes(asked.penalty)
+    if alike.all() and (nothing or float(_penalty_of(asked.ground, penalty, laid_out(0 * null))[1]) == 0):
+        return known_fit(asked, null, flat=not nothing)
+    y, weights = asked.arrays
+    low, high = _box(asked, loss, null)
     node_loss = DataLoss(loss, None, y, weights, jnp.asarray(low, kind), jnp.asarray(high, kind))
     # If a component has only one value and the domain of the conjugate ends at 0, its dual, 0, has no room for
     # rounding. Its fit is known and its loss 0: its nodes count as missing, and the fit is inserted at the end.
@@ -115,48 +115,47 @@ def fit_loss(job: Job, best: BestConstants | None = None) -> TrendSolution:
     curvatures = np.stack([loss.curvature(column, mass, fit) for column, fit in each], axis=1) * mass[:, None]
     curvatures = np.maximum(curvatures, LIGHT * curvatures.mean())
     # Cosines need one metric for all nodes, bands one for all channels.
-    transformed = job.ground.transform is not None
-    even = method.one_metric and (transformed or (graph.free and bool(job.channels)))
-    plan = method.plan(dataclasses.replace(job, weighted=not even))
-    dual = _null_dual(job.ground, penalty, best.pull, node_loss, laid_out)
+    even = method.one_metric and geometry.one_metric(bool(asked.channels))
+    plan = method.plan(dataclasses.replace(asked, weights=None if even else asked.mass.astype(kind)))
+    dual = _null_dual(asked.ground, penalty, best.pull, node_loss, laid_out)
     inside = jnp.zeros_like(dual) if np.asarray(_zero_is_inside(node_loss)).all() else dual
     sigma = float(np.mean(curvatures))
     solver = LossAdmm(
         plan.node_solve,
-        jnp.asarray(settings.rho or _first_rho(job.ground, penalty, laid_out(best.pull), sigma), kind),
+        jnp.asarray(settings.rho or _first_rho(asked.ground, penalty, laid_out(best.pull), sigma), kind),
         kind.type(settings.relaxation),
-        min(settings.cadence or plan.cadence, job.max_steps),
+        min(settings.cadence or plan.cadence, asked.max_steps),
         sigma=jnp.asarray(sigma, kind),
-        anchor=Anchor(inside, _pull_of(job.ground.operator, inside)) if has_conjugate(penalty) else None,
+        anchor=Anchor(inside, _pull_of(asked.ground.operator, inside)) if has_conjugate(penalty) else None,
         metric=None if even else laid_out(curvatures / sigma),
     )
     x = laid_out(null)
-    start, warm = Start(x, dual), job.first()
+    start, warm = Start(x, dual), asked.first()
     if warm is not None:
         # The rho of the square loss's solver does not apply here.
         start = warm if warm.sigma is not None else dataclasses.replace(warm, rho=None)
     if settings.rho is not None:
         start = dataclasses.replace(start, rho=None)
     problem = Problem(node_loss, penalty, plan.split)
-    limit = to_next_check(job.max_steps, solver.cadence)
+    limit = to_next_check(asked.max_steps, solver.cadence)
     enough = max(tol, NULL_GAP_EPS * float(jnp.finfo(kind).eps))
-    known = job.graph.free and is_norm(penalty)
+    known = asked.ground.proves_null and is_norm(penalty)
     known = known and float(_gap_at(problem, x, dual, solver.anchor, True)) <= enough
     if known:
         # The polynomial is the fit; for a large weight rounding of its rows would spoil an iteration.
         start = Start(x, dual)
-    elif job.graph.free and job.method is None and job.is_l1 and has_two_slopes(loss):
+    elif geometry.wide and asked.method is None and asked.is_l1 and has_two_slopes(loss):
         # For a long series the iteration would take many thousands of steps.
-        fit, rows = linear_fits(loss, job.graph, job.order, job.penalty.weight, columns, mass, null)
+        fit, rows = linear_fits(loss, geometry, asked.order, asked.penalty.weight, columns, mass, null)
         start = Start(laid_out(fit), jnp.asarray(rows.reshape(dual.shape), kind))
         known = float(_gap_at(problem, start.x, start.dual, solver.anchor, False)) <= enough
-    limit = 0 if known and not job.history else limit  # a history has at least one check
-    found = iterate(problem, solver, start, tol=jnp.asarray(tol, kind), max_steps=limit, history=job.history)
+    limit = 0 if known and not asked.history else limit  # a history has at least one check
+    found = iterate(problem, solver, start, tol=jnp.asarray(tol, kind), max_steps=limit, history=asked.history)
     if settled.any():
         found = dataclasses.replace(found, value=jnp.where(laid_out(settled) > 0, x, found.value))
     if known:
         found = dataclasses.replace(found, status=jnp.asarray(Status.PRECISION, jnp.int32))
-    return _finish(job.ground, node_loss, penalty, found, x, solver.anchor, jnp.asarray(tol, kind))
+    return _finish(asked.ground, node_loss, penalty, found, x, solver.anchor, jnp.asarray(tol, kind))
 
 
 def _require_connected(penalty: Any) -> None:
@@ -170,15 +169,15 @@ def _require_connected(penalty: Any) -> None:
         )
 
 
-def _require_domain(loss: ScalarLoss, graph: Graph, columns: np.ndarray, weights: np.ndarray) -> None:
+def _require_domain(loss: ScalarLoss, geometry: Geometry, columns: np.ndarray, weights: np.ndarray) -> None:
     """Raise a ValueError for an observation outside the loss's domain."""
     wrong = loss.wrong(columns) & (weights > 0)[:, None]
     if not wrong.any():
         return
     node, channel = (int(i) for i in np.argwhere(wrong)[0])
     place = f"node {node}"
-    if graph.shape is not None and len(graph.shape) > 1:
-        place += f", pixel {tuple(int(i) for i in np.unravel_index(node, graph.shape))}"
+    if len(geometry.node_shape) > 1:
+        place += f", pixel {tuple(int(i) for i in np.unravel_index(node, geometry.node_shape))}"
     if columns.shape[1] > 1:
         place += f", channel {channel}"
     raise ValueError(
@@ -222,15 +221,15 @@ def _sees_one_value(columns: np.ndarray, weights: np.ndarray, labels: np.ndarray
     return ~_holding(weights, labels, columns != columns[first[labels]])
 
 
-def _box(signal: Signal, loss: ScalarLoss, order: int, null: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _box(asked: Fit, loss: ScalarLoss, null: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Bounds for the fit at missing nodes, one per channel, on the scale of the fit, around the best constants `null`.
 
     At order 0 the range of the data is an exact bound, if the loss has one.
     """
-    low, high = np.array([loss.span(column) for column in signal.columns[signal.mass > 0].T]).T
+    low, high = np.array([loss.span(column) for column in asked.columns[asked.mass > 0].T]).T
     ends = np.minimum(low, null.min(axis=0)), np.maximum(high, null.max(axis=0))
-    low, high = np.reshape(ends, (2, *signal.values.shape[1:]))
-    wider = 0 if order == 0 and loss.span_holds_fit else BOX_RANGES * (high - low)
+    low, high = np.reshape(ends, (2, *asked.values.shape[1:]))
+    wider = 0 if asked.order == 0 and loss.span_holds_fit else BOX_RANGES * (high - low)
     return low - wider, high + wider
 
 
@@ -266,7 +265,7 @@ def _null_dual(
     return _shorten(penalty, dual) if solved else nothing
 
 
-_of_means = Jitted(null_space_dual)
+_of_means = Jitted(lambda ground, pull: ground.shortest(pull))
 _pull_of = Jitted(lambda operator, dual: operator.rmv(dual))
 
 

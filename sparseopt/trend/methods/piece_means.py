@@ -21,9 +21,9 @@ from sparseopt.core.losses.scalar import ScalarLoss
 from sparseopt.core.penalties.protocols import has_conjugate
 from sparseopt.core.problem.certify import judge, promote
 from sparseopt.core.problem.problem import Problem, Status
+from sparseopt.trend.base.fit import Fit, start_at
 from sparseopt.trend.base.ground import Ground, data_of, prepare
-from sparseopt.trend.base.job import Job, start_at
-from sparseopt.trend.base.pieces import TrendSolution, average_pieces, edges_between, labels_of
+from sparseopt.trend.base.pieces import TrendSolution, average_pieces
 from sparseopt.trend.methods.choice import choose
 from sparseopt.trend.methods.plan import resume
 
@@ -37,50 +37,50 @@ EARLY, BELOW = 0.01, 0.95
 AIM, MOST = 0.7, 3.0
 
 
-def short_fit(job: Job) -> TrendSolution:
-    """The fit of a job by its method, which begins in float32."""
-    job = dataclasses.replace(job, method=choose(job))
-    working, found = in_float32(job), None
-    plan = job.method.plan(working).pace(working)
+def short_fit(asked: Fit) -> TrendSolution:
+    """The fit of a request by its method, which begins in float32."""
+    asked = dataclasses.replace(asked, method=choose(asked))
+    working, found = in_float32(asked), None
+    plan = asked.method.plan(working).pace(working)
 
     def solve(tol: float, max_steps: int) -> TrendSolution:
         nonlocal found
         if found is None:
-            found = plan.fit_job(dataclasses.replace(working, tol=tol, max_steps=max_steps))
+            found = plan.fit_asked(dataclasses.replace(working, tol=tol, max_steps=max_steps))
         else:
             data = prepare(working.ground, *working.arrays)
             found, _ = resume(plan, data, working.rows, found.state, (tol, max_steps), working.settings.relaxation)
         return found
 
-    return stop_early(job, solve, EARLY / math.sqrt(job.tol) if has_means(job) else BELOW)[0]
+    return stop_early(asked, solve, EARLY / math.sqrt(asked.tol) if has_means(asked) else BELOW)[0]
 
 
-def has_means(job: Job) -> bool:
+def has_means(asked: Fit) -> bool:
     """Whether the means of pieces lower the gap of a fit."""
-    return job.order == 0 and job.is_l1
+    return asked.order == 0 and asked.is_l1
 
 
-def stop_early(job: Job, solve: Callable[[float, int], TrendSolution], early: float) -> tuple[TrendSolution, float]:
-    """The fit of a job by `solve(tol, max_steps)`, which resumes where it stopped, and a first stop for similar jobs.
+def stop_early(asked: Fit, solve: Callable[[float, int], TrendSolution], early: float) -> tuple[TrendSolution, float]:
+    """The fit of a request by `solve(tol, max_steps)`, which resumes, and a first stop for similar requests.
 
     `early` is the multiple of the tolerance at which it stops first. If a solve in float32 ends before the tolerance,
     it continues in float64.
     """
     early, steps = max(early, BELOW), 0
     while True:
-        found = solve(early * job.tol, job.max_steps - steps)
+        found = solve(early * asked.tol, asked.max_steps - steps)
         steps += int(found.steps)
-        reached, fit = float(found.gap) / job.tol, certify(job, found)
-        missed, left = float(fit.gap) / job.tol, job.max_steps - steps
+        reached, fit = float(found.gap) / asked.tol, certify(asked, found)
+        missed, left = float(fit.gap) / asked.tol, asked.max_steps - steps
         if missed <= 1 or left <= 0 or early <= BELOW or int(found.status) != Status.CONVERGED:
             break
         early = max(next_stop(min(early, reached), missed), BELOW)
-    if not missed <= 1 and left > 0 and found.value.dtype != job.dtype:
+    if not missed <= 1 and left > 0 and found.value.dtype != asked.dtype:
         # What overflows in float32 is no start.
         start = None if int(fit.status) == Status.NONFINITE else start_at(fit)
-        rest = dataclasses.replace(job, start=start, max_steps=left)
-        fit = choose(rest).plan(rest).fit_job(rest)
-        fit = take_piece_means(job, fit)
+        rest = dataclasses.replace(asked, start=start, max_steps=left)
+        fit = choose(rest).plan(rest).fit_asked(rest)
+        fit = take_piece_means(asked, fit)
         steps += int(fit.steps)
     elif not missed <= 1 and left <= 0:
         fit = dataclasses.replace(fit, status=jnp.asarray(Status.MAX_STEPS, jnp.int32))
@@ -92,27 +92,25 @@ def next_stop(early: float, missed: float) -> float:
     return early * min(max(AIM / max(missed, AIM / MOST), 1 / MOST), MOST)
 
 
-def in_float32(job: Job) -> Job:
-    """The job in float32."""
-    signal, short = job.signal, np.dtype(np.float32)
-    weights = None if signal.weights is None else signal.weights.astype(short)
+def in_float32(asked: Fit) -> Fit:
+    """The request in float32."""
+    weights = None if asked.weights is None else asked.weights.astype(np.float32)
     with np.errstate(over="ignore"):
-        signal = dataclasses.replace(signal, values=signal.values.astype(short), weights=weights)
-    return dataclasses.replace(job, dtype=short, signal=signal)
+        return dataclasses.replace(asked, values=asked.values.astype(np.float32), weights=weights)
 
 
-def certify(job: Job, found: TrendSolution) -> TrendSolution:
-    """A fit in another precision as one of the job: judged there, at order 0 with the means of its pieces."""
-    value, dual = found.value.astype(job.dtype), job.rows.project_dual(found.dual.astype(job.dtype))
+def certify(asked: Fit, found: TrendSolution) -> TrendSolution:
+    """A fit in another precision as one of the request: judged there, at order 0 with the means of its pieces."""
+    value, dual = found.value.astype(asked.dtype), asked.rows.project_dual(found.dual.astype(asked.dtype))
     proof = dual, found.status
-    objective, gap, status = _judge_at(job.ground, job.loss, job.rows, job.arrays, value, proof, job.tol)
+    objective, gap, status = _judge_at(asked.ground, asked.loss, asked.rows, asked.arrays, value, proof, asked.tol)
     found = dataclasses.replace(
         found, value=value, dual=dual, objective=objective, gap=gap, residual=gap, status=status
     )
-    return take_piece_means(job, found)
+    return take_piece_means(asked, found)
 
 
-def take_piece_means(job: Job, found: TrendSolution) -> TrendSolution:
+def take_piece_means(asked: Fit, found: TrendSolution) -> TrendSolution:
     """A fit of order 0 with the mean of each piece at its nodes, judged again, unless that raises the objective.
 
     The means E b are weighted as the loss is. Let P be the objective with the square loss, b* its optimum, and take the
@@ -122,11 +120,11 @@ def take_piece_means(job: Job, found: TrendSolution) -> TrendSolution:
 
     so the means lower the objective. The dual point and its bound stay the same.
     """
-    if job.order:
+    if asked.order:
         return found
-    graph, layout, signal, channels = job.graph, job.layout, job.signal, job.channels
-    columns = np.asarray(layout.gather(found.value, 0)).reshape(graph.num_nodes, -1)
-    joined, between = ~np.asarray(found.nonzero), edges_between(graph, columns)
+    geometry, channels = asked.geometry, asked.channels
+    columns = np.asarray(geometry.gather(found.value, 0)).reshape(geometry.num_nodes, -1)
+    joined, between = ~np.asarray(found.nonzero), geometry.between(columns)
     if found.dual is None:
         # A fit that was known without an iteration is level. XLA reads its smallest differences as 0.
         return dataclasses.replace(found, nonzero=found.nonzero | between.reshape(joined.shape))
@@ -137,22 +135,24 @@ def take_piece_means(job: Job, found: TrendSolution) -> TrendSolution:
     for channel, column in enumerate(columns.T.astype(np.float64)):
         # A penalty that couples channels gives them the same pieces.
         if labels is None or not np.array_equal(joined[..., channel], joined[..., channel - 1]):
-            labels = labels_of(graph, joined[..., channel])
-        level[:, channel] = average_pieces(column, labels, signal.mass, job.ground.anchored)
-    value = job.on_nodes(level)
+            labels = geometry.labels(joined[..., channel])
+        level[:, channel] = average_pieces(column, labels, asked.mass, asked.ground.anchored)
+    value = asked.on_nodes(level)
 
     def judge_at(at: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return _judge_at(job.ground, job.loss, job.rows, job.arrays, at, (found.dual, found.status), job.tol)
+        return _judge_at(asked.ground, asked.loss, asked.rows, asked.arrays, at, (found.dual, found.status), asked.tol)
 
     objective, gap, status = judge_at(value)
-    certified = has_conjugate(job.rows)
+    certified = has_conjugate(asked.rows)
     # Without a certificate the reported objective is not the objective of the value alone.
     before = float(found.objective if certified else judge_at(found.value)[0])
     # It is infinite for a value that violates a constraint by rounding.
-    if not (math.isfinite(objective) and float(objective) <= before * (1 + ROUNDING * float(np.finfo(job.dtype).eps))):
+    if not (
+        math.isfinite(objective) and float(objective) <= before * (1 + ROUNDING * float(np.finfo(asked.dtype).eps))
+    ):
         return found
     found = dataclasses.replace(found, value=value, objective=objective)
-    if not (certified and job.square):
+    if not (certified and asked.square):
         return found  # the gap is still a bound
     return dataclasses.replace(found, status=status, residual=gap, gap=gap)
 

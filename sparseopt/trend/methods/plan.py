@@ -23,24 +23,19 @@ from sparseopt.core.problem.differentiate import Found, attach
 from sparseopt.core.problem.iterate import iterate
 from sparseopt.core.problem.problem import Problem, Solution, Start, Status
 from sparseopt.core.solvers.admm import Admm
-from sparseopt.trend.base.ground import Data, Ground, data_of, null_space_dual
-from sparseopt.trend.base.job import Job, couples_rows
+from sparseopt.trend.base.fit import Fit
+from sparseopt.trend.base.ground import Data, Ground, data_of, with_known
+from sparseopt.trend.base.penalties import couples_rows
 from sparseopt.trend.base.pieces import TrendSolution, nonzero_at
-from sparseopt.trend.base.signal import NULL_EPS
 
 COUPLED = 'NuclearNorm couples all rows, which Doge-ADMM moves by steps of their own: use method="admm"'
 # rho starts at this multiple of the weight over the noise: the balance 3 of admm.py at duals of rms 0.8 weight.
 FIRST_RHO = 2.4
 # The memory of Anderson acceleration of the standard ADMM; fifteen were hardly better.
 ACCELERATION = 10
-# Rounds of smoothing, and steps per round. Each round tests a smoother z: any with penalty(Δ z) < <pull, z> rules the
-# means out.
-ROUNDS, SMOOTHINGS = 4, 16
 # The next of two similar fits uses the rho of the last one, moved towards the rho that its last step asks for by the
 # root of the ratio, by at most this factor.
 LARGEST_WISH = 2.0
-# A dual in the ball up to this fraction of itself proves that the means are the fit; the gap accounts for the rest.
-ROUNDING = 1e-6
 
 
 @pytree
@@ -79,64 +74,27 @@ class Plan:
         return Admm(self.node_solve, rho, relaxation, self.cadence, acceleration=acceleration)
 
     def start(self, penalty: Any, data: Data, weights: Any) -> Start:
-        """The centred signal with a dual of 0; or, if the weight may be large enough, the means and their dual.
-
-        The means are the fit only if `penalty(Δ z) >= <pull, z>` for all z. One z usually disproves that: the pull
-        itself if smoothing is weak, else the smoothed pull.
-        """
+        """The centred signal with a dual of 0; or, if the weight may be large enough, the null fit and its dual."""
         ground, centre = self.ground, data.centred.target
         nothing = jnp.zeros(self.split.row_shape(centre), centre.dtype)
         if not is_norm(penalty) or ground.operator.order is None:
             return Start(centre, nothing)
         apart = data.loss.target - data.means
-        pull = apart if weights is None else weights * apart
-        # Scaled to size 1, so that no square overflows: both sides of the comparison are homogeneous.
-        size = jnp.max(jnp.abs(pull))
-        size = jnp.where(size > 0, size, 1)
-        pull = pull / size
+        dual, kept = ground.proof(penalty, apart if weights is None else weights * apart)
+        return Start(jnp.where(kept, data.means - data.shift, centre), jnp.where(kept, dual, 0))
 
-        if ground.basis is not None:
-            dual = size * null_space_dual(ground, pull)[0]
-            inside = penalty.project_dual(dual)
-            kept = jnp.all(jnp.abs(inside - dual) <= ROUNDING * jnp.abs(dual))
-            return Start(jnp.where(kept, data.means - data.shift, centre), jnp.where(kept, inside, 0))
-
-        def rules_out(z: Array) -> Array:
-            return penalty.value(ground.highest.mv(z)) < size * jnp.sum(pull * z)
-
-        def smooth(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            """`z` after some steps of a lazy random walk."""
-            laplacian = ground.highest.base.laplacian
-            z, rounds, _ = carry
-            # The pull itself first: tested in the loop alone, the test is compiled once.
-            steps = jnp.where(rounds > 0, SMOOTHINGS, 0)
-            z = jax.lax.fori_loop(0, steps, lambda _, last: last - laplacian(last) / (2 * ground.degrees), z)
-            return z, rounds + 1, rules_out(z)
-
-        first = (pull, jnp.zeros((), jnp.int32), jnp.zeros((), bool))
-        *_, ruled_out = jax.lax.while_loop(lambda carry: ~carry[2] & (carry[1] <= ROUNDS), smooth, first)
-
-        def means() -> Start:
-            # A batch runs this branch for every lane: if the means are ruled out there is nothing to solve.
-            dual, solved = null_space_dual(ground, jnp.where(ruled_out, 0, pull))
-            dual = penalty.project_dual(size * dual)
-            kept = solved & ~ruled_out
-            return Start(jnp.where(kept, data.means - data.shift, centre), jnp.where(kept, dual, 0))
-
-        return jax.lax.cond(ruled_out, lambda: Start(centre, nothing), means)
-
-    def pace(self, job: Job) -> "Plan":
-        """The plan with the cadence of a job."""
-        given = job.settings.cadence
+    def pace(self, asked: Fit) -> "Plan":
+        """The plan with the cadence of a request."""
+        given = asked.settings.cadence
         cadence = self.cadence if given is None or self.exact else given
-        return dataclasses.replace(self, cadence=min(cadence, job.max_steps))
+        return dataclasses.replace(self, cadence=min(cadence, asked.max_steps))
 
-    def fit_job(self, job: Job) -> TrendSolution:
-        """The fit of a job's signal, in the layout of the nodes."""
-        plan, rates = self.pace(job), (job.settings.rho, job.settings.relaxation)
-        history = to_next_check(job.max_steps, plan.cadence) if job.history else 0
-        limits = job.tol, job.max_steps
-        return fit(plan, job.arrays, job.rows, limits, start=job.first(), rates=rates, history=history)
+    def fit_asked(self, asked: Fit) -> TrendSolution:
+        """The fit of a request's signal, in the layout of arrays."""
+        plan, rates = self.pace(asked), (asked.settings.rho, asked.settings.relaxation)
+        history = to_next_check(asked.max_steps, plan.cadence) if asked.history else 0
+        limits = asked.tol, asked.max_steps
+        return fit(plan, asked.arrays, asked.rows, limits, start=asked.first(), rates=rates, history=history)
 
 
 def to_next_check(max_steps: Any, cadence: int) -> Any:
@@ -144,10 +102,10 @@ def to_next_check(max_steps: Any, cadence: int) -> Any:
     return -(-max_steps // cadence) * cadence
 
 
-def known_fit(job: Job, value: np.ndarray, flat: bool = False) -> TrendSolution:
+def known_fit(asked: Fit, value: np.ndarray, flat: bool = False) -> TrendSolution:
     """The solution for a known fit of objective 0; the differences of a flat one are 0."""
-    fit, zero, none = job.on_nodes(value), jnp.zeros((), job.dtype), jnp.zeros((), jnp.int32)
-    rows = job.layout.difference(job.order + 1, job.dtype).mv(fit)
+    fit, zero, none = asked.on_nodes(value), jnp.zeros((), asked.dtype), jnp.zeros((), jnp.int32)
+    rows = asked.geometry.difference(asked.order + 1, asked.dtype).mv(fit)
     nonzero = jnp.zeros(rows.shape, bool) if flat else rows != 0
     return TrendSolution(fit, jnp.asarray(Status.CONVERGED, jnp.int32), none, zero, zero, zero, nonzero=nonzero)
 
@@ -163,7 +121,7 @@ def fit(
     rates: tuple[Any, Any] = (None, 1.7),
     history: int = 0,
 ) -> TrendSolution:
-    """The fit of a signal, in its units and in the layout of the nodes, with its certificate and its derivatives.
+    """The fit of a signal, in its units and in the layout of arrays, with its certificate and its derivatives.
 
     `arrays` are the signal and its weights or None, `limits` the tolerance and the step limit, `rates` rho and the
     relaxation. The penalty is on the rows of `plan.ground.operator`. A start is a point in the caller's units with the
@@ -179,21 +137,14 @@ def fit(
     certified = has_conjugate(penalty)
     if certified:
         # A signal without a penalty is the fit; its objective is 0, so no relative gap exists.
-        free = penalty.value(ground.operator.mv(data.loss.target)) == 0
-        known = data.loss.target
-        if ground.basis is not None:
-            apart = data.loss.mask_missing(known - data.means)
-            free = free | (jnp.max(jnp.abs(apart)) <= NULL_EPS * jnp.finfo(kind).eps * jnp.max(jnp.abs(known)))
-            known = data.means + apart  # the polynomial where nothing is observed
-        data = dataclasses.replace(data, means=jnp.where(free, known, data.means))
+        data, free = with_known(ground, data, penalty)
         limit = jnp.where(free, 0, limit)
     usual = (FIRST_RHO * data.strength(ground, penalty)).astype(kind)
     solver = plan.solver(usual if rho is None else jnp.asarray(rho, kind), relaxation)
     inner = plan.solver_penalty(penalty)
     if start is None or plan.exact:
         first = plan.start(penalty, data, weights)
-        if ground.basis is not None and is_norm(penalty):
-            # The dual of the polynomial is exact if it exists; for large weights an iteration could only spoil it.
+        if ground.proves_null and is_norm(penalty):
             proof = plan.row_dual(inner, first.dual)
             whole = Problem(data.loss, penalty, ground.operator)
             limit = jnp.where(judge(whole, data.means, proof, null=True)[1] <= tol, 0, limit)
@@ -274,8 +225,7 @@ def finish(
         dual, objective, gap = jnp.where(take, 0, dual), jnp.where(take, of_means, of_x), found.gap
     else:
         (of_x, x_gap), (of_means, means_gap) = (
-            judge(problem, point, dual, anchor, null)
-            for point, null in ((x, False), (data.means, ground.basis is not None))
+            judge(problem, point, dual, anchor, null) for point, null in ((x, False), (data.means, True))
         )
         # The rows of x may lie slightly outside a set: then the solver's copies give the objective, without a gap.
         outside = ~jnp.isfinite(of_x) & (not is_norm(penalty))

@@ -29,8 +29,7 @@ from sparseopt.core.base.compile import Jitted
 from sparseopt.core.base.types import precision
 from sparseopt.core.losses.residuals import LossOfTwoSlopes, has_two_slopes
 from sparseopt.core.losses.scalar import ScalarLoss
-from sparseopt.trend.base.graph import Graph
-from sparseopt.trend.base.ground import leaves_as
+from sparseopt.trend.base.penalties import leaves_as
 
 # Newton's method: its steps, the relative decrease of the loss that ends it, and the curvature, over the one at the
 # start, below which the loss has no minimum, only a limit.
@@ -41,7 +40,7 @@ LINEAR_TOL, MEETS = 1e-10, 1e-12
 
 
 def best_polynomials(
-    loss: ScalarLoss, graph: Graph, order: int, columns: np.ndarray, weights: np.ndarray, start: np.ndarray
+    loss: ScalarLoss, geometry: Any, order: int, columns: np.ndarray, weights: np.ndarray, start: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """The polynomials of degree `order` with the smallest loss, and the g that prove it: `[n, channels]` in float64.
 
@@ -49,8 +48,8 @@ def best_polynomials(
     `[n, channels]`, `weights` is `[n]`, and `start` the best constants, `[n, channels]`. A ValueError if the loss has
     no minimum.
     """
-    basis = graph.polynomials(order)
-    difference = graph.free_difference(order + 1, np.float64)
+    basis = geometry.polynomials(order)
+    difference = geometry.difference(order + 1, np.float64)
     with precision(np.dtype(np.float64)):
         found = []
         for y, constant in zip(columns.T, start.T.astype(np.float64), strict=True):
@@ -147,7 +146,7 @@ def _least_congested(difference: Any, gradient: np.ndarray, bounds: np.ndarray) 
 
 def linear_fits(
     loss: LossOfTwoSlopes,
-    graph: Graph,
+    geometry: Any,
     order: int,
     row_weights: Any,
     columns: np.ndarray,
@@ -158,7 +157,7 @@ def linear_fits(
 
     `row_weights` of L1 are positive, a number or `[rows]`; `null` is from `best_polynomials`, the rest as there.
     """
-    matrix = graph.matrix(order + 1)
+    matrix = geometry.matrix(order + 1)
     rows, n = matrix.shape
     row_weights, (bounds, largest) = np.broadcast_to(row_weights, (rows,)), _bounds(loss, weights)
     # The unknowns are u / row_weights and g.

@@ -23,12 +23,12 @@ from sparseopt.core.penalties.entries import L1, MCP, SCAD
 from sparseopt.core.penalties.groups import GroupL2
 from sparseopt.core.problem.problem import Status
 from sparseopt.system.report import Fact, html_facts, spread
+from sparseopt.trend.base.fit import Fit
 from sparseopt.trend.base.graph import Graph
-from sparseopt.trend.base.job import Job, require_representable
-from sparseopt.trend.base.layout import layout_of
-from sparseopt.trend.base.pieces import MOST_RANKED, TrendSolution, freedom_of_levels, is_countable
-from sparseopt.trend.base.signal import signal_noise
-from sparseopt.trend.filter import check_job
+from sparseopt.trend.base.noise import noise_of
+from sparseopt.trend.base.penalties import require_representable
+from sparseopt.trend.base.pieces import TrendSolution, freedom_of_levels
+from sparseopt.trend.filter import check_fit
 from sparseopt.trend.methods.choice import as_method
 from sparseopt.trend.methods.losses import node_deviances
 from sparseopt.trend.paths.largest_weight import NullFit, null_fit
@@ -129,8 +129,7 @@ class TrendPath:
             raise IndexError(f"the path has the levels 0..{len(self) - 1}, given {index}")
         fields: Any = (self.values, self.statuses, self.steps, self.residuals, self.objectives, self.gaps)
         value, status, steps, residual, objective, gap = (field[index] for field in fields)
-        nonzero = layout_of(self.graph).list_rows(self._nonzero[index], self.order + 1)
-        rest: Any = {"nonzero": nonzero, "graph": self.graph, "order": self.order}
+        rest: Any = {"nonzero": self._nonzero[index], "graph": self.graph, "order": self.order}
         return TrendSolution(value, status, steps, residual, objective, gap, **rest)
 
 
@@ -189,67 +188,65 @@ def trend_path(
     """
     template = template_of(penalty)
     options: Any = {"loss": check_scalar_loss(loss), "method": as_method(method), "tol": tol, "max_steps": max_steps}
-    job = check_job(y, graph, template, order, node_weights, missing, dtype, **options)
-    graph, k, signal, square = job.graph, job.order, job.signal, job.square
+    asked = check_fit(y, graph, template, order, node_weights, missing, dtype, **options)
+    geometry, k, square = asked.geometry, asked.order, asked.square
     if not (is_positive(ratio) and ratio < 1):
         raise ValueError(f"ratio, the last weight over the first, lies in (0, 1), given {ratio!r}")
-    given = None if weights is None else _check_levels(weights, job.dtype)
+    given = None if weights is None else _check_levels(weights, asked.dtype)
     num = whole_number("num", num, 1) if given is None else len(given)
     # The fits from the device, and as one array.
-    needed, what = 2 * num * signal.values.nbytes, f"a path of {num:,} fits of {signal.values.size:,} values"
+    needed, what = 2 * num * asked.values.nbytes, f"a path of {num:,} fits of {asked.values.size:,} values"
     require_memory(needed, what, "take fewer weights, or single fits")
-    if not square and not is_countable(graph):
-        raise ValueError(
-            f"a path with a loss takes a grid with free ends of at most {MOST_RANKED:,} nodes, whose degrees of "
-            f'freedom can be counted, given {graph.num_nodes:,}: take ends="graph", or single fits'
-        )
-    if graph.num_edges == 0:
+    uncounted = geometry.refuses_count()
+    if uncounted and not square:
+        raise ValueError(f'{uncounted}, as a path with a loss needs them: take ends="graph", or single fits')
+    if geometry.num_edges == 0:
         raise ValueError("the graph has no edges, so every weight gives the same fit, the signal itself")
     first = None
     if given is None:
-        first = _first_fit(job)
+        first = _first_fit(asked)
         given = float(first.weight.max()) * np.geomspace(1, ratio, num)
-    job = job.at(given[0])
-    noise = signal_noise(signal, graph, k) if square else math.nan
-    with precision(job.dtype):
-        fits = descend(job, given, first, observer)
-    columns, mass, seen = signal.columns, signal.mass[:, None], None if signal.weights is None else signal.weights > 0
-    values, flat = fits.value.reshape(num, *signal.shape), fits.value.reshape(num, *columns.shape)
-    freedom = partial(freedom_of_levels, fits.nonzero, graph, k, seen, columns.shape[1])
-    if square and (isinstance(template, GroupL2) or not is_countable(graph)):
-        freedom = partial(_divergences, job, given, values, noise)
+    asked = asked.at(given[0])
+    noise = noise_of(asked) if square else math.nan
+    with precision(asked.dtype):
+        fits = descend(asked, given, first, observer)
+    columns, mass, seen = asked.columns, asked.mass[:, None], None if asked.weights is None else asked.weights > 0
+    values, flat = fits.value.reshape(num, *asked.shape), fits.value.reshape(num, *columns.shape)
+    freedom = partial(freedom_of_levels, fits.nonzero, geometry, k, seen, columns.shape[1])
+    if square and (isinstance(template, GroupL2) or uncounted):
+        freedom = partial(_divergences, asked, given, values, noise)
     return TrendPath(
         *(given, values, fits.objective, fits.gap, fits.residual, fits.steps, fits.status),
-        deviances=np.array([np.sum(mass * node_deviances(job.loss, x, columns)) for x in flat]),
+        deviances=np.array([np.sum(mass * node_deviances(asked.loss, x, columns)) for x in flat]),
         observations=columns.shape[1] * int(np.count_nonzero(mass)),
         channels=columns.shape[1],
         noise=noise,
         largest_weight=None if first is None else float(given[0]),
         penalty=template,
-        loss=job.loss,
+        loss=asked.loss,
         graph=graph,
         order=k,
-        _nonzero=fits.nonzero,
+        _nonzero=np.stack([geometry.list_rows(level, k + 1) for level in fits.nonzero]),
         _freedom=freedom,
     )
 
 
-def _divergences(job: Job, weights: np.ndarray, values: np.ndarray, noise: float) -> np.ndarray:
+def _divergences(asked: Fit, weights: np.ndarray, values: np.ndarray, noise: float) -> np.ndarray:
     """`sum_j d fit_j / d y_j` of every fit, `[levels]`, from fits of a signal that is moved along random signs.
 
     The standard deviation is about that of a mean of n such numbers. Source: Ramani, Blu and Unser, "Monte-Carlo SURE:
     a black-box optimization of regularization parameters for general denoising algorithms", IEEE Transactions on Image
     Processing 17 (2008), equation 16.
     """
-    signal, rng, found = job.signal, np.random.default_rng(0), []
-    given, flat = signal.values, (len(values), *signal.values.shape)
+    rng, found = np.random.default_rng(0), []
+    given, flat = asked.values, (len(values), *asked.values.shape)
     step = MOVE * next((size for size in (noise, float(np.std(given))) if size > 0), 1.0)
-    seen = 1 if signal.weights is None else signal.mass.reshape(-1, *(1 for _ in job.channels)) > 0
+    seen = 1 if asked.weights is None else asked.mass.reshape(-1, *(1 for _ in asked.channels)) > 0
     for _ in range(min(MOST_MOVES, -(-LARGE // len(given)))):
         signs = rng.choice([-1.0, 1.0], given.shape)
-        moved = dataclasses.replace(signal, values=(given + step * signs).astype(given.dtype))
-        with precision(job.dtype):
-            fits = descend(dataclasses.replace(job, signal=moved), weights, None)
+        moved = dataclasses.replace(asked, values=(given + step * signs).astype(given.dtype))
+        with precision(asked.dtype):
+            fits = descend(moved, weights, None)
         apart = fits.value.reshape(flat) - values.reshape(flat)
         found.append(np.sum((seen * signs * apart).reshape(len(values), -1), axis=1) / step)
     return np.maximum(np.mean(found, axis=0), 0)
@@ -281,15 +278,15 @@ def _check_levels(weights: Any, kind: np.dtype) -> np.ndarray:
     return np.sort(levels)[::-1]
 
 
-def _first_fit(job: Job) -> NullFit:
-    template, graph = job.penalty, job.graph
+def _first_fit(asked: Fit) -> NullFit:
+    template = asked.penalty
     if not isinstance(template, (L1, MCP, SCAD, GroupL2)):
         raise ValueError(f"where a path of {template} begins is not known: give its weights")
-    first = null_fit(job, FIRST_WEIGHT_TOL)
+    first = null_fit(asked, FIRST_WEIGHT_TOL)
     weight = float(first.weight.max())
     if isinstance(template, GroupL2):
         weight = float(np.sqrt(np.sum(first.dual**2, axis=template.axis)).max())
     if weight == 0:
-        null = "a polynomial of this degree" if graph.free else "the mean of its component everywhere"
+        null = asked.geometry.null_name
         raise ValueError(f"the signal is {null}, so every weight gives the same fit, the signal itself")
     return first._replace(weight=np.array(weight))

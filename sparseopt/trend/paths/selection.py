@@ -29,8 +29,10 @@ from sparseopt.core.losses.scalar import ScalarLoss, check_scalar_loss
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.penalties.groups import GroupL2
 from sparseopt.core.problem.problem import Status
+from sparseopt.trend.base.fit import signal_on
 from sparseopt.trend.base.graph import Graph
-from sparseopt.trend.base.signal import check_order, check_signal, unlike_channels
+from sparseopt.trend.base.noise import unlike_channels
+from sparseopt.trend.base.signal import FIT_COPIES
 from sparseopt.trend.methods.losses import node_deviances
 from sparseopt.trend.paths.path import TrendPath, template_of, trend_path
 
@@ -266,7 +268,7 @@ def cross_validate(
     """
     if rule not in (None, *RULES):
         raise ValueError(unknown("rule", rule, tuple(RULES)))
-    signal = check_signal(y, graph, check_order(order), node_weights, missing, options.get("dtype"))
+    signal = signal_on(graph, order, y, node_weights, missing, options.get("dtype"), FIT_COPIES)
     level, columns = signal.mass, signal.columns
     held = random_folds(graph, level > 0, folds, seed)
     folds, observer = int(folds), options.pop("observer", None)

@@ -22,8 +22,8 @@ from sparseopt.core.problem.certify import judge
 from sparseopt.core.problem.problem import Problem, Start, Status
 from sparseopt.core.solvers.admm import balanced_rho
 from sparseopt.core.solvers.fused_lasso import ChainTotalVariation, fused_pieces
+from sparseopt.trend.base.fit import Fit, start_at
 from sparseopt.trend.base.ground import Data, Ground, data_of
-from sparseopt.trend.base.job import Job, start_at
 from sparseopt.trend.base.pieces import TrendSolution
 from sparseopt.trend.methods.choice import Doge, Interior, choose_for_path, is_short, unless_rounded
 from sparseopt.trend.methods.losses import best_constants, fit_loss
@@ -44,40 +44,40 @@ FIRST_STOP = 30.0
 Begin = Callable[[], None]  # called before each level
 
 
-def descend(job: Job, weights: np.ndarray, first: NullFit | None, observer: Observer | None = None) -> TrendSolution:
+def descend(asked: Fit, weights: np.ndarray, first: NullFit | None, observer: Observer | None = None) -> TrendSolution:
     """The fits at descending weights, stacked, as NumPy arrays, without states and duals.
 
-    The job, whose dtype must be enabled, has the penalty of the first weight, and `tol` and `max_steps` of each level.
-    Rows are in the layout of `graph.base`. `first` is the proof that the means are the fit at the first weight, or
+    The request, whose dtype must be enabled, has the penalty of the first weight, and `tol` and `max_steps` of each
+    level. Rows are in the layout of arrays. `first` is the proof that the means are the fit at the first weight, or
     None. Fit and dual are piecewise linear functions of the weight, so a level starts from the line through the last
     two fits. All levels share one compiled program. The observer hears "weight" before each.
     """
-    # The pieces of the exact fits of a chain only merge as the weight grows; a spacing weighs its differences.
-    merges = job.graph.is_chain and job.graph.spacing is None and job.order == 0 and job.is_l1
-    if job.square and merges and job.dtype == np.float64 and (job.method is None or job.method.merges):
-        return _by_merging(job, weights)
+    # The pieces of the exact fits of a chain only merge as the weight grows.
+    merges = asked.geometry.line and asked.order == 0 and asked.is_l1
+    if asked.square and merges and asked.dtype == np.float64 and (asked.method is None or asked.method.merges):
+        return _by_merging(asked, weights)
     done = itertools.count()
 
     def begin() -> None:
         if observer is not None:
             observer("weight", next(done), len(weights))
 
-    by = _by_solver if job.square else _by_loss
-    levels = jax.device_get(by(job, weights, first, begin))
+    by = _by_solver if asked.square else _by_loss
+    levels = jax.device_get(by(asked, weights, first, begin))
     return jax.tree.map(lambda *parts: np.stack(parts), *levels)
 
 
-def _by_solver(job: Job, weights: np.ndarray, first: NullFit | None, begin: Begin) -> list[TrendSolution]:
+def _by_solver(asked: Fit, weights: np.ndarray, first: NullFit | None, begin: Begin) -> list[TrendSolution]:
     """The levels of the square loss, one after another, each started from the last two."""
-    order, max_steps = job.order, job.max_steps
-    method = choose_for_path(job)
-    proof = None if first is None else first.dual if job.channels else first.dual[..., 0]
+    order, max_steps = asked.order, asked.max_steps
+    method = choose_for_path(asked)
+    proof = None if first is None else first.dual if asked.channels else first.dual[..., 0]
     if method.on_host:
-        return _by_interior(job, weights, proof, begin)
-    early, means = FIRST_STOP, has_means(job)
-    working = in_float32(job) if means and is_short(job, method) else job
+        return _by_interior(asked, weights, proof, begin)
+    early, means = FIRST_STOP, has_means(asked)
+    working = in_float32(asked) if means and is_short(asked, method) else asked
     kind, plan = working.dtype, method.plan(working).pace(working)
-    tol, relaxation = jnp.asarray(job.tol, kind), working.settings.relaxation
+    tol, relaxation = jnp.asarray(asked.tol, kind), working.settings.relaxation
 
     data, start = _first(plan, working.at(weights[0]).rows, *working.arrays, proof, working.first())
     older, found = start, list[TrendSolution]()
@@ -95,7 +95,7 @@ def _by_solver(job: Job, weights: np.ndarray, first: NullFit | None, begin: Begi
         state = _begin(plan, data, penalty, fits, move, balance=method.balances_rho and index > 0)
         older = start
         if means:
-            here = dataclasses.replace(job.at(weight), method=method)
+            here = dataclasses.replace(asked.at(weight), method=method)
 
             def solve(tol: float, max_steps: int, penalty: Any = penalty) -> TrendSolution:
                 nonlocal state, start
@@ -125,19 +125,19 @@ def _first(plan: Plan, penalty: Any, y: Any, weights: Any, proof: Any, last: Any
     return data, dataclasses.replace(start, rho=rho)
 
 
-def _by_loss(job: Job, weights: np.ndarray, _: Any, begin: Begin) -> list[TrendSolution]:
+def _by_loss(asked: Fit, weights: np.ndarray, _: Any, begin: Begin) -> list[TrendSolution]:
     """The levels with a loss, each started at the last one; the best constants are tried as the fit of each."""
-    levels, last, best = list[TrendSolution](), None, best_constants(job)
+    levels, last, best = list[TrendSolution](), None, best_constants(asked)
     for weight in weights:
         begin()
-        fit = fit_loss(dataclasses.replace(job.at(weight), start=last), best)
+        fit = fit_loss(dataclasses.replace(asked.at(weight), start=last), best)
         levels.append(dataclasses.replace(fit, state=None, dual=None))
         # A known fit, as without any difference in the data, has no dual to start from.
         last = None if fit.dual is None else start_at(fit)
     return levels
 
 
-def _by_merging(job: Job, weights: np.ndarray) -> TrendSolution:
+def _by_merging(asked: Fit, weights: np.ndarray) -> TrendSolution:
     """The exact levels of a chain at order 0, from the last weight to the first.
 
     As the weight grows, the pieces of a fit only merge, even with node weights. So every level is the fused lasso of
@@ -147,8 +147,7 @@ def _by_merging(job: Job, weights: np.ndarray) -> TrendSolution:
     Source: Friedman, Hastie, Höfling and Tibshirani, "Pathwise coordinate optimization", Annals of Applied Statistics 1
     (2007), section 4.1.
     """
-    signal = job.signal
-    columns, mass = signal.columns, signal.mass
+    columns, mass = asked.columns, asked.mass
     n, channels = columns.shape
     fits = np.empty((len(weights), n, channels))
     seen = np.flatnonzero(mass)
@@ -165,10 +164,10 @@ def _by_merging(job: Job, weights: np.ndarray) -> TrendSolution:
             values, starts = pulled / masses, starts[first]
             level = np.repeat(found[first] + shift, np.append(starts[1:], seen.size) - starts)
             fits[index, :, channel] = level if seen.size == n else np.interp(np.arange(n), seen, level)
-    y, node_weights = job.arrays
-    fits = fits.reshape(len(weights), n, *job.channels)
-    tol = jnp.asarray(job.tol, job.dtype)
-    found = _merged(job.ground, y, node_weights, weights, fits, tol)
+    y, node_weights = asked.arrays
+    fits = fits.reshape(len(weights), n, *asked.channels)
+    tol = jnp.asarray(asked.tol, asked.dtype)
+    found = _merged(asked.ground, y, node_weights, weights, fits, tol)
     statuses, objectives, gaps, nonzero = jax.device_get(found)
     steps = np.zeros(len(weights), np.int32)
     return TrendSolution(fits, statuses, steps, gaps, objectives, gaps, nonzero=nonzero)
@@ -198,22 +197,22 @@ def _merged(ground: Ground, y: Any, node_weights: Any, weights: Any, fits: Any, 
     return jax.lax.map(judge_at, (weights, fits))
 
 
-def _by_interior(job: Job, weights: np.ndarray, proof: Any, begin: Begin) -> list[TrendSolution]:
+def _by_interior(asked: Fit, weights: np.ndarray, proof: Any, begin: Begin) -> list[TrendSolution]:
     """The levels with the interior point method, which starts cold but orders its factors only once.
 
     At order 0, Doge-ADMM started from the last of them is faster for weaker levels.
     """
-    solver, strong, levels = Interior().plan(job), weights, list[TrendSolution]()
-    if job.order == 0 and job.method is None:
-        strong = weights[weights * job.strength > STRONG_LEVEL * weights[0]]
+    solver, strong, levels = Interior().plan(asked), weights, list[TrendSolution]()
+    if asked.order == 0 and asked.method is None:
+        strong = weights[weights * asked.strength > STRONG_LEVEL * weights[0]]
     for index, weight in enumerate(strong):
         begin()
-        here = job.at(weight)
+        here = asked.at(weight)
         fit = solver.null_fit(here.rows, proof) if index == 0 and proof is not None else solver.fit(here.rows)
         fit = unless_rounded(here, fit)
         levels.append(dataclasses.replace(fit, state=None, dual=None))
     if strong.size < weights.size:
-        rest = dataclasses.replace(job, method=Doge(), start=start_at(fit) if levels else None)
+        rest = dataclasses.replace(asked, method=Doge(), start=start_at(fit) if levels else None)
         levels += _by_solver(rest, weights[strong.size :], None, begin)
     return levels
 
