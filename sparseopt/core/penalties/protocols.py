@@ -28,7 +28,8 @@ class Penalty(Protocol):
     - `keeps_zeros = True`: separable, costs nothing at 0, and the prox of 0 is 0. Small problems of similar sizes then
       share a compiled program, see `sparseopt.core.problem.padding`.
     - `convex = True`, for a penalty without a conjugate: `solve` then chooses a method for convex problems.
-    - `even = True`: unchanged if rows change their order or their sign, or if rows of zeros are added.
+    - `even = True`: unchanged if rows change their order or their sign, or if rows of zeros are added. With
+      `keeps_zeros`, a field `weight` and no convexity least squares are then solved on working sets.
     - `excludes_zero = True`: the value at 0 is not 0.
 
     A method `refuses()` says on the host why the numbers of the penalty make no sense, or None.

@@ -21,15 +21,17 @@ from jaxtyping import Array, Float
 from sparseopt.core.working_sets.columns import Product, in_size
 from sparseopt.core.working_sets.entry_terms import EntryTerms
 
-# Coordinate passes between two Newton steps, fewer of many entries; most of these pairs.
-PASSES, LEAST_PASSES, MOST_STEPS, MOST_PAIRS = 6, 2, 2048, 100
+# Coordinate passes between two Newton steps, fewer of many entries; and one for every SLOW entries, since a Newton step
+# takes as long as so many of them. Most of these pairs.
+PASSES, LEAST_PASSES, MOST_STEPS, SLOW, MOST_PAIRS = 6, 2, 2048, 64, 100
 # Newton steps in a row: NEWTON_WORK is what the squares of their sizes may add up to. Of few entries there may be many,
 # since badly conditioned columns need them; of FEW or less their cost does not depend on the size.
 # The first pair may use FIRST_WORK of that, since its support still changes, and the next one twice as much.
 FEW, NEWTON_WORK, FIRST_WORK = 64, 20 * 64**2, 0.25
 # A column of zeros with no ridge: any positive number sends the entry to its resting place.
 TINY = 1e-150
-SLOW, MOST_NEWTON = 64, 10
+# Newton steps in a row of groups and of penalties that are not convex.
+MOST_NEWTON = 10
 # Supports above LARGE of sparse columns use conjugate gradients to a relative residual of CG_TOL.
 LARGE, CG_TOL, MOST_CG = 256, 1e-10, 200
 # Pairs in one step under `jit`.

@@ -37,8 +37,9 @@ MANY, PARTS, SMALL_PART = 5e6, 16, 256
 LARGE, LARGE_WORK = 512, 8000
 # Along a path columns of the last set stay while there are at most this many times the wanted ones.
 KEPT = 1.5
-# How exactly a restricted problem is solved, as a fraction of the gap and of the tolerance.
-OF_GAP, OF_TOL, OWN = 1e-5, 0.1, 0.3
+# How exactly a restricted problem is solved: what is left to gain, and its own gap, as fractions of the gap of the whole
+# and of the tolerance; of a quadratic model, its gap as a fraction of what the last model may promise.
+OF_GAP, OWN, OF_TOL, INNER = 1e-5, 0.3, 0.1, 0.1
 # The tolerance of a stage, as fractions of the tolerance and of the gap.
 OF_STAGE = 0.3, 0.3
 # Rounds; those in a row that may bring nothing; columns without a weight whose gradients are compared with rounding.
@@ -324,7 +325,7 @@ def _newton_models(fit: Any, rows: Any, terms: EntryTerms, stand: Stand, exact: 
     for _ in range(MOST_MODELS):
         curve = np.maximum(now.curve, max(FLAT * (now.curve.mean() or 1.0), least))
         q = rows @ now.slope
-        enough = enough._replace(loss=0.5 * float(now.slope @ (now.slope / curve)))
+        enough = enough._replace(loss=0.5 * float(now.slope @ (now.slope / curve)), gap=min(enough.gap, INNER * small))
         new = MINIMISERS[type(terms)](inner(rows, rows, curve), q, w, terms, enough, times(rows, curve))
         way, before = new - w, terms.value(w)
         along = rows.T @ way

@@ -34,10 +34,15 @@ class Parts(Geometry):
     def __init__(self, alone: Geometry, mesh: Mesh, parts: SlabBase | Cut) -> None:
         self.alone, self.mesh, self.parts = alone, mesh, parts
         self.kind, self.num_nodes, self.weights = alone.kind, alone.num_nodes, alone.weights
+        self.line, self.fills_rows, self.null_name = alone.line, alone.fills_rows, alone.null_name
 
     @property
     def node_shape(self) -> tuple[int, ...]:
         return self.alone.node_shape
+
+    @property
+    def edges(self) -> np.ndarray:
+        return self.alone.edges
 
     @property
     def num_edges(self) -> int:
