@@ -37,8 +37,8 @@ MANY, PARTS, SMALL_PART = 5e6, 16, 256
 LARGE, LARGE_WORK = 512, 8000
 # Along a path columns of the last set stay while there are at most this many times the wanted ones.
 KEPT = 1.5
-# How exactly a restricted problem is solved: what is left to gain, and its own gap, as fractions of the gap of the whole
-# and of the tolerance; of a quadratic model, its gap as a fraction of what the last model may promise.
+# How exactly a restricted problem is solved: what is left to gain, and its own gap, as fractions of the gap of all, and
+# of the tolerance; of a quadratic model, its gap as a fraction of what the last model may promise.
 OF_GAP, OWN, OF_TOL, INNER = 1e-5, 0.3, 0.1, 0.1
 # The tolerance of a stage, as fractions of the tolerance and of the gap.
 OF_STAGE = 0.3, 0.3
