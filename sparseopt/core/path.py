@@ -164,11 +164,11 @@ def largest_level(problem: Problem) -> float:
         if not hasattr(first, "with_concavity"):
             raise ValueError(f"give levels: none follows from a {type(first).__name__}")
         first = L1(first.weight)  # of the same slope at 0
-    weighted = np.asarray(first.weight) > 0
-    of_groups = np.asarray(first.group_weight) > 0 if hasattr(first, "group_weight") else weighted
+    of_entries = hasattr(first, "group_weight") and np.asarray(first.weight) > 0
+    of_groups = np.asarray(getattr(first, "group_weight", first.weight)) > 0
     if of_groups.ndim and getattr(first, "groups", None) is not None:
         of_groups = of_groups[np.asarray(first.groups)]
-    weighted = weighted | of_groups if hasattr(first, "group_weight") else of_groups
+    weighted = np.asarray(of_entries | of_groups)
     start = np.zeros(problem.loss.start_shape())
     if len(parts) > 1 or (weighted.ndim and not weighted.all()):
         # The entries without a weight have their own fit first, at a level at which nothing else enters.
@@ -254,11 +254,11 @@ def _path(problem: Problem, levels: np.ndarray, tol: float, max_steps: int) -> P
     start: Any = np.zeros(problem.loss.start_shape())
     solver = WorkingSet()
     fast = solver.refuses(problem) is None and known_on_cpu((problem, jax.device_put(0)))
-    run = HostSolve(problem, start, keeps=True) if fast else None
+    run = HostSolve(problem, start, keeps=True, yields=True) if fast else None
     found, values = [], []
     for level in levels:
         penalty = at_level(problem.penalty, float(level))
-        solution = run.at(penalty, tol, max_steps, yields=True) if run else None
+        solution = run.at(penalty, tol, max_steps) if run else None
         if run and solution is not None and solution.status in (Status.CONVERGED, Status.STATIONARY):
             loss = run.begin().now.value
         else:

@@ -211,8 +211,8 @@ def _solve(problem: Problem, solver: Any, start: Any, place: Any, tol: Any, max_
         solver = _choose(problem, here).solver
     elif reason := _refuses_solver(solver) or own_refusal(solver, problem):
         raise ValueError(reason)
-    led = start is None
-    if led:
+    from_zeros = start is None
+    if from_zeros:
         if not hasattr(problem.loss, "start"):
             raise ValueError(
                 f"give a start: the shape of x does not follow from a {type(problem.loss).__name__} (a loss may "
@@ -237,7 +237,7 @@ def _solve(problem: Problem, solver: Any, start: Any, place: Any, tol: Any, max_
         # What coordinate steps leave may still fall by steps on all entries.
         if found is not None:
             left = max_steps if history else max_steps - int(found.steps)
-            begin = None if led and hasattr(problem.penalty, "with_concavity") else found.value
+            begin = None if from_zeros and hasattr(problem.penalty, "with_concavity") else found.value
             rest = _solve(problem, AcceleratedProximalGradient(), begin, place, tol, left, history)
             return rest if rest.objective <= found.objective or rest.gap <= found.gap else found
     if isinstance(start, np.ndarray | jax.Array):

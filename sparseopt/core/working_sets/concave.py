@@ -20,33 +20,29 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sparseopt.core.base.types import is_traced
-from sparseopt.core.penalties.entries import L1
 from sparseopt.core.penalties.protocols import is_convex
 from sparseopt.core.penalties.sums import Sum
 from sparseopt.core.working_sets.columns import Product, in_size, round_up
-from sparseopt.core.working_sets.restricted import MOST_PAIRS, TINY, Enough, effort, newton_direction
+from sparseopt.core.working_sets.entry_terms import Terms, without_intercept
+from sparseopt.core.working_sets.restricted import MOST_PAIRS, SHARES, TINY, Enough, effort, newton_direction
 
 # Those on the ways to a penalty; the tolerance and the rounds of each.
 CONCAVITIES, LEVEL_TOL, LEVEL_ROUNDS = ((1 / 30, 1 / 10, 1 / 3), (30.0, 10.0, 3.0)), 1e-2, 5
-# The shares of a Newton step that are tried.
-SHARES = (1.0, 0.5, 0.1)
 
 
 def of_entries(penalty: Any, size: int) -> bool:
     """Whether it is known, not convex, and on entries, maybe with an intercept behind them, which `Problem` adds."""
     if is_traced(penalty) or not size:
         return False
-    if isinstance(penalty, Sum):
-        penalty, *rest = penalty.penalties
-        size -= 1
-        if len(rest) != 1 or not isinstance(rest[0], L1) or np.any(np.asarray(rest[0].weight) != 0):
-            return False
+    if (part := without_intercept(penalty, size)) is None:
+        return False
+    penalty, size = part
     says = all(getattr(penalty, name, False) for name in ("separable", "keeps_zeros", "even"))
     fit = all(np.shape(leaf) in ((), (1,), (size,)) for leaf in jax.tree.leaves(penalty))
     return says and fit and hasattr(penalty, "weight") and not is_convex(penalty)
 
 
-class EntryPenalty:
+class EntryPenalty(Terms):
     """The penalty of a vector of entries.
 
     Attributes:
@@ -81,12 +77,6 @@ class EntryPenalty:
         part._find_free()
         return part
 
-    def completed(self, places: np.ndarray) -> np.ndarray:
-        return places
-
-    def inside(self, x: np.ndarray) -> np.ndarray:
-        return x
-
     def value(self, x: np.ndarray) -> float:
         seen = x.nonzero()[0]
         return float(self.local(seen, x[seen])[0].sum())
@@ -108,12 +98,6 @@ class EntryPenalty:
         score = np.sqrt(self.squares) * np.abs(self.moves(x, -u, self.squares))
         score[self.held(x)] = np.inf
         return score
-
-    def held(self, x: np.ndarray) -> np.ndarray:
-        """As of `EntryTerms`."""
-        held = x != 0
-        held[self.free] = True
-        return held
 
     def residual(self, x: np.ndarray, gradient: np.ndarray) -> float:
         """The length of all moves in these units, over that at 0 without a penalty."""

@@ -10,8 +10,40 @@ from typing import Any
 
 import numpy as np
 
+from sparseopt.core.penalties.entries import L1
+from sparseopt.core.penalties.sums import Sum
 
-class EntryTerms:
+
+def without_intercept(penalty: Any, size: int) -> tuple[Any, int] | None:
+    """A penalty and how many entries it acts on, if it is alone or `Problem` added an intercept's; None for others."""
+    if not isinstance(penalty, Sum):
+        return penalty, size
+    first, *rest = penalty.penalties
+    alone = len(rest) == 1 and isinstance(rest[0], L1) and not np.any(np.asarray(rest[0].weight) != 0)
+    return (first, size - 1) if alone else None
+
+
+class Terms:
+    """What the rounds ask of a penalty of a vector; here what is true of a sum over entries without bounds."""
+
+    free: np.ndarray  # the entries without any term, as an intercept
+
+    def held(self, x: np.ndarray) -> np.ndarray:
+        """Whether each entry has left its resting place or has none."""
+        held = x != 0
+        held[self.free] = True
+        return held
+
+    def completed(self, places: np.ndarray) -> np.ndarray:
+        """Places that are chosen together with these, too."""
+        return places
+
+    def inside(self, x: np.ndarray) -> np.ndarray:
+        """The point of the domain that is closest to x."""
+        return x
+
+
+class EntryTerms(Terms):
     """The terms of a vector of entries, `[p]` each.
 
     Attributes:
@@ -49,9 +81,6 @@ class EntryTerms:
         """The penalty at an x within the bounds."""
         total = self.weight @ np.abs(x)
         return float(total + 0.5 * (self.ridge @ (x * x)) if self.ridged else total)
-
-    def completed(self, places: np.ndarray) -> np.ndarray:
-        return places
 
     def inside(self, x: np.ndarray) -> np.ndarray:
         return np.clip(x, self.low, self.high) if self.bounded else x
@@ -98,9 +127,3 @@ class EntryTerms:
         score = ways / weight
         score[self.held(x)] = np.inf
         return score
-
-    def held(self, x: np.ndarray) -> np.ndarray:
-        """Whether each entry has left its resting place or has none."""
-        held = x != 0
-        held[self.free] = True
-        return held

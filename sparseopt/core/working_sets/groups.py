@@ -19,14 +19,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sparseopt.core.base.types import is_traced
-from sparseopt.core.penalties.entries import L1
 from sparseopt.core.penalties.groups import GroupL2, SparseGroup
-from sparseopt.core.penalties.sums import Sum
 from sparseopt.core.working_sets.columns import Product, in_size, round_up
-from sparseopt.core.working_sets.restricted import MOST_PAIRS, TINY, Enough, effort, newton_direction
+from sparseopt.core.working_sets.entry_terms import Terms, without_intercept
+from sparseopt.core.working_sets.restricted import MOST_PAIRS, SHARES, TINY, Enough, effort, newton_direction
 
-# The shares of a Newton step that are tried.
-SHARES = (1.0, 0.5, 0.1)
 # Up to this size the curvatures of groups are computed together.
 NARROW = 32
 # How many times larger than the mean one the largest group may be for passes to be cheap.
@@ -37,19 +34,16 @@ def groups_of(penalty: Any, size: int) -> "GroupTerms | None":
     """The terms of a known `GroupL2` or `SparseGroup` of labels, maybe with an intercept; None for other penalties."""
     if is_traced(penalty) or not size:
         return None
-    more = 0
-    if isinstance(penalty, Sum):
-        penalty, *rest = penalty.penalties
-        more = 1
-        if len(rest) != 1 or not isinstance(rest[0], L1) or np.any(np.asarray(rest[0].weight) != 0):
-            return None
+    if (part := without_intercept(penalty, size)) is None:
+        return None
+    penalty, rows = part
     if type(penalty) is GroupL2:
         weights, entries = penalty.weight, 0.0
     elif type(penalty) is SparseGroup:
         weights, entries = penalty.group_weight, penalty.weight
     else:
         return None
-    count, rows = penalty.num_groups or 0, size - more
+    count, more = penalty.num_groups or 0, size - rows
     if penalty.groups is None or np.shape(penalty.groups) != (rows,):
         return None
     if np.shape(weights) not in ((), (1,), (count,)) or np.shape(entries) not in ((), (1,), (rows,)):
@@ -60,7 +54,7 @@ def groups_of(penalty: Any, size: int) -> "GroupTerms | None":
     return GroupTerms(labels, of_groups.astype(np.float64), of_entries.astype(np.float64))
 
 
-class GroupTerms:
+class GroupTerms(Terms):
     """The penalty of a vector of entries, `sum_g weights_g ||x_g|| + sum_j entries_j |x_j|`.
 
     Attributes:
@@ -101,9 +95,6 @@ class GroupTerms:
         chosen = np.zeros(self.weights.size, bool)
         chosen[self.labels[places]] = True
         return chosen[self.labels].nonzero()[0]
-
-    def inside(self, x: np.ndarray) -> np.ndarray:
-        return x
 
     def value(self, x: np.ndarray) -> float:
         return float(self.weights @ self.lengths(x) + self.entries @ np.abs(x))

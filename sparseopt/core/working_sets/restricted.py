@@ -30,8 +30,8 @@ PASSES, LEAST_PASSES, MOST_STEPS, SLOW, MOST_PAIRS = 6, 2, 2048, 64, 100
 FEW, NEWTON_WORK, FIRST_WORK = 64, 20 * 64**2, 0.25
 # A column of zeros with no ridge: any positive number sends the entry to its resting place.
 TINY = 1e-150
-# Newton steps in a row of groups and of penalties that are not convex.
-MOST_NEWTON = 10
+# Newton steps in a row of groups and of penalties that are not convex, and the shares of one that are tried.
+MOST_NEWTON, SHARES = 10, (1.0, 0.5, 0.1)
 # Supports above LARGE of sparse columns use conjugate gradients to a relative residual of CG_TOL.
 LARGE, CG_TOL, MOST_CG = 256, 1e-10, 200
 # Pairs in one step under `jit`.

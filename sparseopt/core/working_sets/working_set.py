@@ -102,7 +102,7 @@ class WorkingSet(PlainSolver):
         """
         if not np.size(problem.loss.target):
             return None
-        return HostSolve(problem, start).at(problem.penalty, tol, max_steps, history, yields=yields)
+        return HostSolve(problem, start, yields=yields).at(problem.penalty, tol, max_steps, history)
 
     def init(self, problem: Problem, start: Any) -> WorkingSetState:
         image = problem.loss.image(start)
@@ -164,8 +164,8 @@ class WorkingSet(PlainSolver):
 class HostSolve:
     """A problem on the host whose penalty may change: every solve begins where the last one ended."""
 
-    def __init__(self, problem: Problem, start: Any, keeps: bool = False) -> None:
-        """With `keeps` columns, Gram matrix and products of the last solves serve the next one."""
+    def __init__(self, problem: Problem, start: Any, *, keeps: bool = False, yields: bool = False) -> None:
+        """With `keeps` columns, Gram matrix and products serve the next solve, too; `yields` is that of `rounds`."""
         loss = problem.loss
         self.loss, self.kind, self.columns = loss, np.dtype(start.dtype), columns_of(loss.matrix)
         self.x = np.array(start, np.float64)
@@ -176,7 +176,7 @@ class HostSolve:
             target = np.where(weights > 0, target, target[np.argmax(weights)] if weights.any() else 0.0)
         with precision(np.dtype(np.float64)):
             self.fit: Any = SquareFit(target, weights) if loss.is_square else SmoothFit(loss.scalar, target, weights)
-        self.memory, self.scale, self.keeps = None, 1.0, keeps
+        self.memory, self.scale, self.keeps, self.yields = None, 1.0, keeps, yields
         self.at_zero: Point | None = None  # the point of zeros
         self.squares: Any = None
         if keeps or of_entries(problem.penalty, self.x.size):
@@ -196,7 +196,7 @@ class HostSolve:
             self.scale = float(np.linalg.norm(at_zero / np.sqrt(np.maximum(self.squares, TINY))))
         return EntryPenalty(penalty, self.x.size, self.squares, self.scale)
 
-    def _led(self, part: Part, point: Point, yields: bool) -> Point:
+    def _led(self, part: Part, point: Point) -> Point:
         """The best end of the ways to a penalty that is not convex, where x is then: from zeros, and from x."""
         if self.at_zero is None:
             at = self.fit.at(np.zeros_like(point.z))
@@ -208,7 +208,7 @@ class HostSolve:
         for x, end, path in ways:
             for terms in path:
                 level = part._replace(terms=terms)
-                end, proofs = rounds(level, x, end, LEVEL_TOL, LEVEL_ROUNDS, self.memory, yields=yields)
+                end, proofs = rounds(level, x, end, LEVEL_TOL, LEVEL_ROUNDS, self.memory, yields=self.yields)
             ends.append((proofs[-1].objective, x, end))
         _, self.x[:], point = min(ends, key=lambda end: end[0])
         return point
@@ -224,8 +224,8 @@ class HostSolve:
                 raise ValueError(reason)
         return self.now
 
-    def at(self, penalty: Any, tol: float, max_steps: int, history: bool = False, *, yields: bool = False) -> Solution:
-        """The solution with a penalty; `yields` is of `on_host`."""
+    def at(self, penalty: Any, tol: float, max_steps: int, history: bool = False) -> Solution:
+        """The solution with a penalty."""
         terms, x, kind = self.terms(penalty), self.x, self.kind
         with precision(np.dtype(np.float64)):
             if self.now is None:
@@ -239,8 +239,9 @@ class HostSolve:
                 point = point._replace(gradient=self.memory.pull(point.now.slope, terms, x))
             part = Part(self.fit, self.columns, terms)
             if max_steps and not terms.convex and (self.keeps or not x.any()):
-                point = self._led(part, point, yields)
-            self.now, proofs = rounds(part, x, point, tol, min(max_steps, MOST_ROUNDS), self.memory, yields=yields)
+                point = self._led(part, point)
+            most = min(max_steps, MOST_ROUNDS)
+            self.now, proofs = rounds(part, x, point, tol, most, self.memory, yields=self.yields)
             proof = proofs[-1]
             with np.errstate(over="ignore"):
                 value = x.astype(kind)
