@@ -10,7 +10,7 @@ JSS 33 (2010); Zou, Hastie and Tibshirani, "On the degrees of freedom of the las
 
 import dataclasses
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -35,10 +35,61 @@ from sparseopt.system.report import Fact, html_facts, spread
 RATIO_WIDE, RATIO_TALL = 1e-2, 1e-3
 # The null fit is solved at this multiple of a level at which nothing enters, and to this tolerance.
 ABOVE, NULL_TOL = 10.0, 1e-9
+# What a path keeps of every solve, in the order of its fields.
+OF_A_SOLVE = ("objective", "gap", "residual", "steps", "status")
+# An error names at most this many levels.
+MOST_NAMED = 5
+
+
+class Levels:
+    """What the paths of problems and of signals have in common."""
+
+    levels: Any
+    statuses: np.ndarray
+    residuals: np.ndarray
+
+    def at(self, index: int) -> Solution:
+        """The solution at one level."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self.statuses)
+
+    def place(self, index: int) -> int:
+        """A level's number from 0 on; an IndexError if there is none."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"the path has the levels 0..{len(self) - 1}, given {index}")
+        return index % len(self)
+
+    def check(self) -> Self:
+        """Return self if every level converged, with a certificate or to a stationary point.
+
+        Raises:
+            RuntimeError: otherwise, naming the levels and what to try.
+        """
+        wrong = np.flatnonzero(~np.isin(self.statuses, (Status.CONVERGED, Status.STATIONARY)))
+        if not wrong.size:
+            return self
+        listed = ", ".join(
+            f"level {i} ({self.levels[i]:.4g}): {Status(int(self.statuses[i])).name} at residual "
+            f"{self.residuals[i]:.2g}"
+            for i in wrong[:MOST_NAMED]
+        )
+        more = f" and {wrong.size - MOST_NAMED} more" if wrong.size > MOST_NAMED else ""
+        raise RuntimeError(
+            f"{wrong.size} of {len(self)} levels did not converge: {listed}{more}; "
+            f"{Status(int(self.statuses[wrong[0]])).advice}"
+        )
+
+    def _html(self, figures: dict[str, np.ndarray]) -> str:
+        """How the levels ended, and the spread of figures `[levels]`."""
+        ended = ", ".join(f"{(self.statuses == s).sum()} {Status(int(s)).name}" for s in np.unique(self.statuses))
+        facts = [Fact("levels", ended), *(Fact(name, spread(values)) for name, values in figures.items())]
+        return html_facts(type(self).__name__, facts)
 
 
 @dataclasses.dataclass(frozen=True)
-class Path:
+class Path(Levels):
     """Solutions for several levels, the largest first. All arrays are NumPy's, `[levels]` if nothing else is said.
 
     Attributes:
@@ -46,6 +97,7 @@ class Path:
         values: the answers, a SciPy CSR array `[levels, entries]`; with an intercept it is the last entry.
         objectives: loss plus penalty.
         gaps: relative duality gaps, upper bounds on the relative suboptimality; NaN if there is no certificate.
+        residuals: of the stopping rule: the gap, or the stationarity residual.
         steps: of each solve.
         statuses: the `Status` of each level.
         deviances: twice the loss; for least squares the weighted sum of squares.
@@ -57,14 +109,12 @@ class Path:
     values: sparse.csr_array
     objectives: np.ndarray
     gaps: np.ndarray
+    residuals: np.ndarray
     steps: np.ndarray
     statuses: np.ndarray
     deviances: np.ndarray
     observations: int
     problem: Problem
-
-    def __len__(self) -> int:
-        return len(self.levels)
 
     @property
     def loss(self) -> Any:
@@ -110,32 +160,13 @@ class Path:
 
     def at(self, index: int) -> Solution:
         """The solution at one level."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"the path has the levels 0..{len(self) - 1}, given {index}")
-        index %= len(self)
-        fields = (self.statuses, self.steps, self.gaps, self.objectives, self.gaps)
+        index = self.place(index)
+        fields = (self.statuses, self.steps, self.residuals, self.objectives, self.gaps)
         return Solution(self.values[[index]].toarray()[0], *(field[index] for field in fields))
 
-    def check(self) -> "Path":
-        """Return self if every level converged, with a certificate or to a stationary point.
-
-        Raises:
-            RuntimeError: otherwise, naming the first level that did not and what to try.
-        """
-        wrong = np.flatnonzero(~np.isin(self.statuses, (Status.CONVERGED, Status.STATIONARY)))
-        if not wrong.size:
-            return self
-        status = Status(int(self.statuses[wrong[0]]))
-        raise RuntimeError(
-            f"{wrong.size} of {len(self)} levels did not converge, the first at {self.levels[wrong[0]]:.4g} "
-            f"({status.name}, gap {self.gaps[wrong[0]]:.2g}): {status.advice}"
-        )
-
     def _repr_html_(self) -> str:
-        ended = ", ".join(f"{(self.statuses == s).sum()} {Status(int(s)).name}" for s in np.unique(self.statuses))
         figures = {"levels": self.levels, "relative duality gaps": self.gaps}
-        figures["non-zeros"] = np.diff(self.values.indptr)
-        return html_facts("Path", [Fact("levels", ended), *(Fact(name, spread(v)) for name, v in figures.items())])
+        return self._html(figures | {"non-zeros": np.diff(self.values.indptr)})
 
 
 def at_level(penalty: Any, level: float) -> Any:
@@ -268,13 +299,14 @@ def _path(problem: Problem, levels: np.ndarray, tol: float, max_steps: int) -> P
                 loss = float(problem.loss.value(np.asarray(solution.value, np.float64)))
         start = np.asarray(solution.value, np.float64)
         values.append(sparse.csr_array(start[None]))
-        found.append((solution.objective, solution.gap, solution.steps, solution.status, 2 * loss))
-    objectives, gaps, steps, statuses, deviances = map(np.asarray, zip(*found, strict=True))
+        found.append((*(getattr(solution, name) for name in OF_A_SOLVE), 2 * loss))
+    arrays = map(np.asarray, zip(*found, strict=True))
     weights = problem.loss.weights
     count = np.shape(problem.loss.target)[0]
     seen = count if weights is None else int(np.count_nonzero(np.broadcast_to(weights, count)))
     stacked = sparse.csr_array(sparse.vstack(values))
-    return Path(levels, stacked, objectives, gaps, steps, statuses, deviances, seen, problem)
+    rest: Any = (*arrays, seen, problem)
+    return Path(levels, stacked, *rest)
 
 
 def _checked(problem: Problem) -> Problem:

@@ -11,25 +11,28 @@ Source: Golub, Heath and Wahba, Technometrics 21 (1979); Akaike (1974); Schwarz 
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 
 from sparseopt.core.base.arguments import unknown, whole_number
 from sparseopt.core.base.types import precision
-from sparseopt.core.path import Path, path
+from sparseopt.core.path import Levels, Path, path
 from sparseopt.core.problem.problem import Problem, Status
 from sparseopt.core.working_sets.columns import columns_of
 
+P = TypeVar("P", bound=Levels)
 CRITERIA = ("gcv", "aic", "bic")
 # How many standard errors above the smallest error a rule allows.
-RULES = {"min": 0.0, "one_se": 1.0}
+RULES = {"min": 0.0, "half_se": 0.5, "one_se": 1.0}
 # Beyond this share of N the criteria of a least squares fit follow the noise.
 MOST_FREEDOM = 0.5
 
 
-class _Chosen:
-    path: Path
+class Chosen(Generic[P]):
+    """A chosen level of a path."""
+
+    path: P
     index: Any
 
     @property
@@ -44,7 +47,7 @@ class _Chosen:
 
 
 @dataclasses.dataclass(frozen=True)
-class Selection(_Chosen):
+class Selection(Chosen[P]):
     """A level chosen with a criterion.
 
     Attributes:
@@ -54,13 +57,13 @@ class Selection(_Chosen):
         index: the level with the smallest criterion.
     """
 
-    path: Path
+    path: P
     criterion: str
     curve: np.ndarray
     index: int
 
 
-def select(path: Path, criterion: str = "bic") -> Selection:
+def select(path: Path, criterion: str = "bic") -> Selection[Path]:
     """Choose the level of a path with the best value of a criterion.
 
     Of least squares, levels with more degrees of freedom than half of the observations are left out.
@@ -96,7 +99,7 @@ def select(path: Path, criterion: str = "bic") -> Selection:
 
 
 @dataclasses.dataclass(frozen=True)
-class CrossValidation(_Chosen):
+class CrossValidation(Chosen[P]):
     """A level chosen by held-out observations; `value` is the answer with all of them.
 
     Attributes:
@@ -105,22 +108,44 @@ class CrossValidation(_Chosen):
         errors: its mean over the folds, `[levels]`.
         standard_errors: of that mean, `[levels]`.
         folds: the fold that held every observation out, `[rows]`.
-        rule: "min" or "one_se".
+        rule: "min", "half_se" or "one_se".
+        statuses: the `Status` of the folds' levels, `[folds, levels]`.
     """
 
-    path: Path
+    path: P
     fold_errors: np.ndarray
     errors: np.ndarray
     standard_errors: np.ndarray
     folds: np.ndarray
     rule: str
+    statuses: np.ndarray
+
+    def check(self) -> Self:
+        """Return self if every level of the path and of every fold converged.
+
+        Raises:
+            RuntimeError: otherwise, naming levels and what to try.
+        """
+        self.path.check()
+        good = np.isin(self.statuses, (Status.CONVERGED, Status.STATIONARY))
+        if good.all():
+            return self
+        fold, level = np.argwhere(~good)[0]
+        status = Status(int(self.statuses[fold, level]))
+        raise RuntimeError(
+            f"{int((~good).sum())} of {good.size} levels of the folds did not converge, the first in fold {fold} at "
+            f"level {level} ({self.path.levels[level]:.4g}): {status.name}; {status.advice}"
+        )
 
     @property
     def index(self) -> int:
         return self.index_by(self.rule)
 
     def index_by(self, rule: str) -> int:
-        """The level that a rule chooses: of the smallest error, or the largest within one standard error of it."""
+        """The level that a rule chooses: of the smallest error, or the largest within half or one standard error of it.
+
+        A ValueError for an unknown rule.
+        """
         if rule not in RULES:
             raise ValueError(unknown("rule", rule, RULES))
         best = int(np.argmin(self.errors))
@@ -138,7 +163,7 @@ def cross_validate(
     ratio: float | None = None,
     tol: float = 1e-6,
     max_steps: int = 10_000,
-) -> CrossValidation:
+) -> CrossValidation[Path]:
     """Choose a level by the deviance of held-out observations.
 
     Args:
@@ -147,7 +172,8 @@ def cross_validate(
         num: as in `path`.
         folds: their number, drawn at random, for labels with equal shares of each; or the fold of every row, `[rows]`.
         seed: of the draw.
-        rule: "min" for the level of the smallest error, "one_se" for the largest level within one standard error.
+        rule: "min" for the level of the smallest error, "half_se" or "one_se" for the largest level within half a
+            standard error or one of it.
         ratio: as in `path`.
         tol: as in `path`.
         max_steps: as in `path`.
@@ -170,7 +196,7 @@ def cross_validate(
     count = np.shape(loss.target)[0]
     weights = np.ones(count) if loss.weights is None else np.broadcast_to(loss.weights, count).astype(float)
     held = _folds(loss, weights, folds, seed)
-    errors = []
+    errors, statuses = [], []
     for fold in np.unique(held):
         out = (held == fold) & (weights > 0)
         within = dataclasses.replace(loss, weights=np.where(out, 0, weights))
@@ -180,9 +206,10 @@ def cross_validate(
         if not np.isfinite(found.objectives).all():
             raise RuntimeError(f"without fold {fold} a level ended {Status.NONFINITE.name}: scale the columns")
         errors.append(_deviances(loss, weights, out, found))
+        statuses.append(found.statuses)
     table = np.array(errors)
     spread = table.std(axis=0, ddof=1) / len(table) ** 0.5
-    return CrossValidation(whole, table, table.mean(axis=0), spread, held, rule)
+    return CrossValidation(whole, table, table.mean(axis=0), spread, held, rule, np.array(statuses))
 
 
 def _deviances(loss: Any, weights: np.ndarray, out: np.ndarray, found: Path) -> np.ndarray:

@@ -1,10 +1,13 @@
 """Paths of regression problems: every level is solved, the first is the smallest without an entry; the choice."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from scipy import sparse
 
 import sparseopt as so
+from sparseopt.core.problem.problem import Status
 
 RNG = np.random.default_rng(0)
 MATRIX = RNG.standard_normal((40, 90)) + 1
@@ -39,6 +42,7 @@ def test_every_level_has_the_optimum_of_its_problem_and_the_first_is_the_smalles
     assert below.values.toarray()[0, :90][weighted].any()
     np.testing.assert_allclose(found.levels[-1] / found.levels[0], 1e-2)
     np.testing.assert_allclose(found.deviances, [2 * problem.loss.value(x) for x in values], rtol=1e-4)
+    assert max(found.at(i).residual for i in range(len(found))) <= 1e-6  # of MCP too, which has no gap
     for i in (3, 7):
         alone = so.path(problem, [found.levels[i]], tol=1e-10)
         if name != "MCP":  # not convex: another start may end elsewhere
@@ -86,6 +90,11 @@ def test_cross_validation_fits_without_the_held_out_rows_at_the_level_of_their_m
     np.testing.assert_allclose(found.fold_errors[2], ((fits - TARGET[out, None]) ** 2).mean(0), rtol=1e-4)
     limit = found.errors.min() + found.standard_errors[np.argmin(found.errors)]
     assert found.index == np.flatnonzero(found.errors <= limit)[0] <= found.index_by("min")
+    assert found.index <= found.index_by("half_se") <= found.index_by("min")
+    assert found.check() is found
+    broken = dataclasses.replace(found, statuses=np.where(np.eye(4, 6), Status.MAX_STEPS, Status.CONVERGED))
+    with pytest.raises(RuntimeError, match=r"4 of 24 levels.*fold 0 at level 0 .*MAX_STEPS"):
+        broken.check()
 
 
 @pytest.mark.parametrize(

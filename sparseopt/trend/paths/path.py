@@ -19,10 +19,9 @@ import numpy as np
 from sparseopt.core.base.arguments import class_or_function, is_positive, real_array, require_memory, whole_number
 from sparseopt.core.base.types import Observer, precision
 from sparseopt.core.losses.scalar import ScalarLoss, check_scalar_loss
+from sparseopt.core.path import Levels
 from sparseopt.core.penalties.entries import L1, MCP, SCAD
 from sparseopt.core.penalties.groups import GroupL2
-from sparseopt.core.problem.problem import Status
-from sparseopt.system.report import Fact, html_facts, spread
 from sparseopt.trend.base.fit import Fit
 from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.base.noise import noise_of
@@ -42,7 +41,7 @@ MOVE, LARGE, MOST_MOVES = 0.1, 2000, 16
 
 
 @dataclasses.dataclass(frozen=True)
-class TrendPath:
+class TrendPath(Levels):
     """Fits for several weights, the largest first. All arrays are NumPy arrays.
 
     Attributes:
@@ -85,8 +84,10 @@ class TrendPath:
     _nonzero: np.ndarray = dataclasses.field(repr=False)
     _freedom: Callable[[], np.ndarray] = dataclasses.field(repr=False)
 
-    def __len__(self) -> int:
-        return len(self.weights)
+    @property
+    def levels(self) -> np.ndarray:
+        """The weights."""
+        return self.weights
 
     @cached_property
     def degrees_of_freedom(self) -> np.ndarray:
@@ -98,35 +99,11 @@ class TrendPath:
         return self._freedom()
 
     def _repr_html_(self) -> str:
-        ended = ", ".join(f"{(self.statuses == s).sum()} {Status(int(s)).name}" for s in np.unique(self.statuses))
-        figures = {"weights": self.weights, "relative duality gaps": self.gaps, "steps": self.steps}
-        spreads = [Fact(name, spread(values)) for name, values in figures.items()]
-        return html_facts("TrendPath", [Fact("levels", ended), *spreads])
-
-    def check(self) -> "TrendPath":
-        """Return self if every level converged, with a certificate or to a stationary point.
-
-        Raises:
-            RuntimeError: otherwise, naming the levels and what to try.
-        """
-        levels = np.flatnonzero(~np.isin(self.statuses, (Status.CONVERGED, Status.STATIONARY)))
-        if not levels.size:
-            return self
-        listed = ", ".join(
-            f"level {i} (weight {self.weights[i]:.4g}): {Status(int(self.statuses[i])).name} at residual "
-            f"{self.residuals[i]:.2g}"
-            for i in levels[:5]
-        )
-        more = f" and {len(levels) - 5} more" if len(levels) > 5 else ""
-        raise RuntimeError(
-            f"{len(levels)} of {len(self)} levels did not converge: {listed}{more}; "
-            f"{Status(int(self.statuses[levels[0]])).advice}"
-        )
+        return self._html({"weights": self.weights, "relative duality gaps": self.gaps, "steps": self.steps})
 
     def at(self, index: int) -> TrendSolution:
         """One level as a `TrendSolution` without a state and a dual."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"the path has the levels 0..{len(self) - 1}, given {index}")
+        index = self.place(index)
         fields: Any = (self.values, self.statuses, self.steps, self.residuals, self.objectives, self.gaps)
         value, status, steps, residual, objective, gap = (field[index] for field in fields)
         rest: Any = {"nonzero": self._nonzero[index], "graph": self.graph, "order": self.order}

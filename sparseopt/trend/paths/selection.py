@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from sparseopt.core import select as core_select
 from sparseopt.core.base.arguments import is_positive, unknown, whole_number
 from sparseopt.core.base.types import Observer
 from sparseopt.core.losses.scalar import ScalarLoss, check_scalar_loss
@@ -37,8 +38,6 @@ from sparseopt.trend.methods.losses import node_deviances
 from sparseopt.trend.paths.path import TrendPath, template_of, trend_path
 
 CRITERIA = ("gcv", "sure", "aic", "bic")
-# How many standard errors above the smallest error a rule allows.
-RULES = {"min": 0.0, "half_se": 0.5, "one_se": 1.0}
 # The rules of `choose_weight`.
 WEIGHT_RULES = (*CRITERIA, "cv")
 # If the last level of a path is the best, as for a long series at order 1, a path of LEVELS weights follows, down to
@@ -46,37 +45,21 @@ WEIGHT_RULES = (*CRITERIA, "cv")
 LEVELS, RATIO, MOST_PATHS = 50, 1e-3, 4
 
 
-class _Chosen:
-    path: TrendPath
-    index: Any
-
+class _OfWeights(core_select.Chosen[TrendPath]):
     @property
     def weight(self) -> float:
         """The chosen weight."""
-        return float(self.path.weights[self.index])
-
-    @property
-    def value(self) -> np.ndarray:
-        """The fit to all observed nodes at the chosen weight."""
-        return self.path.values[self.index]
+        return self.level
 
 
 @dataclasses.dataclass(frozen=True)
-class Selection(_Chosen):
-    """A level chosen with a criterion; `weight` and `value` belong to the level.
+class Selection(_OfWeights, core_select.Selection[TrendPath]):
+    """A weight chosen with a criterion: "gcv", "sure", "aic" or "bic"; `weight` and `value` belong to the level.
 
     Attributes:
-        path: the levels to choose from.
-        criterion: "gcv", "sure", "aic" or "bic".
-        curve: the criterion at every level, `[levels]`; +inf where the degrees of freedom are too many for it.
-        index: the level with the smallest criterion; among equal ones, the one with the largest weight.
         sigma: the noise level used; None if the criterion used none.
     """
 
-    path: TrendPath
-    criterion: str
-    curve: np.ndarray
-    index: int
     sigma: float | None
 
 
@@ -177,55 +160,8 @@ def _require_finite(statuses: np.ndarray, where: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class CrossValidation(_Chosen):
-    """A level chosen by predicting held-out nodes; `weight` and `value` belong to the level.
-
-    Attributes:
-        path: the fits to all observed nodes.
-        fold_errors: the weighted mean deviance of every fold's prediction, `[folds, levels]`.
-        errors: their mean over the folds, `[levels]`.
-        standard_errors: the standard deviation over the folds divided by `sqrt(folds)`, `[levels]`.
-        folds: the fold in which each node is held out, `[n]`; -1 for missing nodes.
-        rule: "min", "half_se" or "one_se".
-        statuses: the `Status` of the folds' levels, `[folds, levels]`.
-    """
-
-    path: TrendPath
-    fold_errors: np.ndarray
-    errors: np.ndarray
-    standard_errors: np.ndarray
-    folds: np.ndarray
-    rule: str
-    statuses: np.ndarray
-
-    def check(self) -> "CrossValidation":
-        """Return self if every level of the path and of every fold converged.
-
-        Raises:
-            RuntimeError: otherwise, naming levels and what to try.
-        """
-        self.path.check()
-        good = np.isin(self.statuses, (Status.CONVERGED, Status.STATIONARY))
-        if good.all():
-            return self
-        fold, level = np.argwhere(~good)[0]
-        status = Status(int(self.statuses[fold, level]))
-        raise RuntimeError(
-            f"{int((~good).sum())} of {good.size} levels of the folds did not converge, the first in fold {fold} at "
-            f"level {level} (weight {self.path.weights[level]:.4g}): {status.name}; {status.advice}"
-        )
-
-    @property
-    def index(self) -> int:
-        """The level chosen by the rule."""
-        return self.index_by(self.rule)
-
-    def index_by(self, rule: str) -> int:
-        """The level chosen by a rule; a ValueError for an unknown one."""
-        if rule not in RULES:
-            raise ValueError(unknown("rule", rule, tuple(RULES)))
-        best = int(np.argmin(self.errors))
-        return int(np.argmax(self.errors <= self.errors[best] + RULES[rule] * self.standard_errors[best]))
+class CrossValidation(_OfWeights, core_select.CrossValidation[TrendPath]):
+    """A weight chosen by predicting held-out nodes, `folds` `[n]`, -1 for missing ones; errors are weighted."""
 
 
 def cross_validate(
@@ -266,8 +202,8 @@ def cross_validate(
         >>> bool(np.mean((chosen.value - clean) ** 2) < 0.2)
         True
     """
-    if rule not in (None, *RULES):
-        raise ValueError(unknown("rule", rule, tuple(RULES)))
+    if rule not in (None, *core_select.RULES):
+        raise ValueError(unknown("rule", rule, tuple(core_select.RULES)))
     signal = signal_on(graph, order, y, node_weights, missing, options.get("dtype"), FIT_COPIES)
     level, columns = signal.mass, signal.columns
     held = random_folds(graph, level > 0, folds, seed)
