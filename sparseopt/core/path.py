@@ -35,8 +35,6 @@ from sparseopt.system.report import Fact, html_facts, spread
 RATIO_WIDE, RATIO_TALL = 1e-2, 1e-3
 # The null fit is solved at this multiple of a level at which nothing enters, and to this tolerance.
 ABOVE, NULL_TOL = 10.0, 1e-9
-# What a path keeps of every solve, in the order of its fields.
-OF_A_SOLVE = ("objective", "gap", "residual", "steps", "status")
 # An error names at most this many levels.
 MOST_NAMED = 5
 
@@ -61,6 +59,10 @@ class Levels:
             raise IndexError(f"the path has the levels 0..{len(self) - 1}, given {index}")
         return index % len(self)
 
+    def named(self, index: int) -> str:
+        """A level in a sentence."""
+        return f"level {index} ({self.levels[index]:.4g})"
+
     def check(self) -> Self:
         """Return self if every level converged, with a certificate or to a stationary point.
 
@@ -71,8 +73,7 @@ class Levels:
         if not wrong.size:
             return self
         listed = ", ".join(
-            f"level {i} ({self.levels[i]:.4g}): {Status(int(self.statuses[i])).name} at residual "
-            f"{self.residuals[i]:.2g}"
+            f"{self.named(i)}: {Status(int(self.statuses[i])).name} at residual {self.residuals[i]:.2g}"
             for i in wrong[:MOST_NAMED]
         )
         more = f" and {wrong.size - MOST_NAMED} more" if wrong.size > MOST_NAMED else ""
@@ -299,14 +300,14 @@ def _path(problem: Problem, levels: np.ndarray, tol: float, max_steps: int) -> P
                 loss = float(problem.loss.value(np.asarray(solution.value, np.float64)))
         start = np.asarray(solution.value, np.float64)
         values.append(sparse.csr_array(start[None]))
-        found.append((*(getattr(solution, name) for name in OF_A_SOLVE), 2 * loss))
-    arrays = map(np.asarray, zip(*found, strict=True))
+        ended = (solution.objective, solution.gap, solution.residual, solution.steps, solution.status)
+        found.append((*ended, 2 * loss))
+    objectives, gaps, residuals, steps, statuses, deviances = map(np.asarray, zip(*found, strict=True))
     weights = problem.loss.weights
     count = np.shape(problem.loss.target)[0]
     seen = count if weights is None else int(np.count_nonzero(np.broadcast_to(weights, count)))
     stacked = sparse.csr_array(sparse.vstack(values))
-    rest: Any = (*arrays, seen, problem)
-    return Path(levels, stacked, *rest)
+    return Path(levels, stacked, objectives, gaps, residuals, steps, statuses, deviances, seen, problem)
 
 
 def _checked(problem: Problem) -> Problem:

@@ -134,7 +134,7 @@ class CrossValidation(Chosen[P]):
         status = Status(int(self.statuses[fold, level]))
         raise RuntimeError(
             f"{int((~good).sum())} of {good.size} levels of the folds did not converge, the first in fold {fold} at "
-            f"level {level} ({self.path.levels[level]:.4g}): {status.name}; {status.advice}"
+            f"{self.path.named(int(level))}: {status.name}; {status.advice}"
         )
 
     @property

@@ -89,6 +89,9 @@ class TrendPath(Levels):
         """The weights."""
         return self.weights
 
+    def named(self, index: int) -> str:
+        return f"level {index} (weight {self.weights[index]:.4g})"
+
     @cached_property
     def degrees_of_freedom(self) -> np.ndarray:
         """The degrees of freedom of every fit, `[levels]`, computed on first use.
