@@ -42,7 +42,7 @@ from sparseopt.trend.base.fit import Fit
 from sparseopt.trend.base.penalties import leaves_as
 from sparseopt.trend.methods.choice import METHODS
 from sparseopt.trend.methods.doge_plan import split_of
-from sparseopt.trend.methods.plan import FIRST_RHO
+from sparseopt.trend.methods.split_plan import FIRST_RHO
 
 Method = Literal["doge", "admm", "gtf_admm", "fast_admm", "doge_groups"]
 Stop = Literal["gap", "change"]
@@ -233,13 +233,13 @@ def assemble(
     centre, _ = asked.arrays
     if algorithm == "fast_admm" and not isinstance(penalty, so.L1):
         raise ValueError(f'method="{method}" at order {order} solves the L1 penalty, given {penalty}')
-    if algorithm == "fast_admm" and METHODS[algorithm].refuses(asked):
+    if algorithm == "fast_admm":
         split, last, solve_nodes = graph.geometry.cache(("nested", order), lambda: _prepare_nested(asked))
         penalty = LastDifference(penalty.weight, last.outer)
         solver = set_up(partial(NestedAdmm, solve_nodes, split=last, inner_tol=jnp.asarray(inner_tol, DOUBLE)))
     else:
         plan = METHODS[algorithm].plan(asked)
-        split, penalty, solver = plan.split, plan.solver_penalty(penalty), set_up(plan.solver)
+        split, solver = plan.split, set_up(plan.solver)
         if algorithm == "doge" and not tuned:
             split = graph.geometry.cache(("published", order), lambda: _copies_everywhere(asked))
     start = Start(centre, jnp.zeros(split.row_shape(centre), DOUBLE))

@@ -8,7 +8,7 @@ from sparseopt.trend.base.noise import noise_level, unlike_channels
 from sparseopt.trend.base.pieces import TrendSolution, degrees_of_freedom
 from sparseopt.trend.filter import chosen_method, trend_filter
 from sparseopt.trend.images import denoise
-from sparseopt.trend.methods.choice import Admm, Doge, DogeGroups, FastAdmm, Interior
+from sparseopt.trend.methods.choice import Admm, Doge, DogeGroups, FusedLasso, Interior
 from sparseopt.trend.paths.largest_weight import largest_weight
 from sparseopt.trend.paths.path import TrendPath, trend_path
 from sparseopt.trend.paths.selection import choose_weight, cross_validate, select
@@ -19,7 +19,7 @@ __all__ = [
     "Admm",
     "Doge",
     "DogeGroups",
-    "FastAdmm",
+    "FusedLasso",
     "Interior",
     "TrendPath",
     "TrendSolution",

@@ -72,9 +72,9 @@ def trend_filter(
             several penalties. On `Graph.chain(n)` polynomials of degree k are left unchanged, as genlasso does. On
             `Graph.chain(n, ends="graph")`, grids and other graphs the differences are the graph's: orders of 1 and more
             penalise a slope at the ends.
-        method: "doge", "admm", "fast_admm" (chains), "interior" (L1; needs the extra `interior`), "doge_groups"
-            (Doge-ADMM as the paper stores it), or an object with settings such as `so.trend.Doge(B=2, rho=1.0)`; or
-            "auto"; `so.trend.chosen_method` says which method that chooses.
+        method: "doge", "admm", "fused_lasso" (L1 at order 0 on chains), "interior" (L1; except on chains it needs the
+            extra `interior`), "doge_groups" (Doge-ADMM as the paper stores it), or an object with settings such as
+            `so.trend.Doge(B=2, rho=1.0)`; or "auto"; `so.trend.chosen_method` says which method that chooses.
         start: an earlier solution on the same graph at the same order, from any method with the same B. A fit that
             takes no step needs none.
         tol: the relative duality gap to reach; for a penalty without a conjugate, the stationarity residual.
@@ -89,8 +89,9 @@ def trend_filter(
         loss: "square", "poisson" (counts; b is the log-rate), "logistic" (labels 0 and 1, or proportions of ones; b is
             the log-odds), "squared_hinge" (labels -1 and 1; b is a score), "huber", "absolute", or an object of
             `so.scalar` such as `so.scalar.Huber(delta)` or `so.scalar.Quantile(level)`, or your own `ScalarLoss`. Not
-            with "fast_admm". With free ends from order 1 on, your own loss must be smooth; for L1 with an absolute or
-            quantile loss "auto" uses linear programming, whose fits count no steps. See `trend.methods.losses`.
+            with "fused_lasso" and "interior". With free ends from order 1 on, your own loss must be smooth; for L1 with
+            an absolute or quantile loss "auto" uses linear programming, whose fits count no steps. See
+            `trend.methods.losses`.
         devices: the number of devices for the fit, "all", or a `jax.sharding.Mesh` of one axis "devices"; None for one.
             Several devices need one penalty, the square loss and "doge" with B = order + 1; up to rounding they give
             the answer of one device. With several processes, each calls this with the same arguments and gets the whole
@@ -204,4 +205,4 @@ def _fit(asked: Fit) -> TrendSolution:
         return known_fit(asked, asked.values)
     method = choose(asked)
     found = method.plan(asked).fit_asked(asked)
-    return unless_rounded(asked, found) if method.on_host else found
+    return unless_rounded(asked, found) if method.cold else found

@@ -127,6 +127,6 @@ def reweighted(
         if settled or len(objectives) == rounds:
             return Reweighted(*best, np.array(objectives), settled)
         weights = np.maximum(slopes, least)
-        if method is None or not method.on_host:
+        if method is None or not method.cold:
             # Its rho belongs to the last weights: with a loss, fits that began with it ended at the step limit.
             options["start"] = dataclasses.replace(solution, state=None)

@@ -6,6 +6,7 @@ the Jacobian in y is the projection onto the signals with the same zero differen
 """
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax.numpy as jnp
@@ -142,8 +143,8 @@ def trend_solver(
     Args:
         graph: the graph of the signals, with at least one edge.
         order: k >= 0, as in `trend_filter`.
-        method: as in `trend_filter`, except "interior", which works on the host; "auto" chooses the method that is
-            expected to be the fastest for a weight about the size of the noise.
+        method: as in `trend_filter`, except "interior" on graphs other than chains, where it works on the host; "auto"
+            chooses the method that is expected to be the fastest for a weight about the size of the noise.
         dtype: float32 or float64; None for JAX's default. float64 needs 64-bit types to be enabled.
         channels: the length of the signals' last axis; None for signals without channels.
 
@@ -169,9 +170,11 @@ def trend_solver(
     values = np.broadcast_to(kind.type(0), (geometry.num_nodes, *(() if channels is None else (channels,))))
     with precision(kind):
         plans: list[Plan] = []
-        for penalty, weighted in ((L1(1.0), False), (None, False), (None, True)):
+        for penalty, weighted in itertools.product((L1(1.0), None), (False, True)):
             weights = np.broadcast_to(kind.type(1), geometry.num_nodes) if weighted else None
             asked = Fit(geometry, {order: penalty}, values, weights, pure=True, method=given, assumed=1.0)
+            if plans and given is not None and given.refuses(asked):
+                continue  # a method for L1 alone
             plan = choose(asked).plan(asked)
             if all(plan is not other for other in plans):
                 plans.append(plan)

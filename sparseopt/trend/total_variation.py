@@ -182,7 +182,7 @@ class TotalVariation:
         after = ProxMemory(
             u=u,
             dual=inner.project_dual(found.dual.astype(kind) / size),
-            rho=found.state.rho / size,
+            rho=memory.rho if found.state is None else found.state.rho / size,
             tol=jnp.maximum(enough, LEAST_TOL * limits.eps),
             gap=found.gap,
             steps=found.steps,

@@ -19,7 +19,6 @@ from sparseopt.core.operators.differences import Difference, GridBase, edge_base
 from sparseopt.core.operators.normal_solves import ConjugateGradient
 from sparseopt.core.problem.problem import Start
 from sparseopt.core.solvers.admm import Admm
-from sparseopt.core.solvers.fused_lasso import ChainTotalVariation
 from sparseopt.core.solvers.loss_admm import LossAdmm
 from tests.core import problems
 from tests.core.problems import made
@@ -71,7 +70,7 @@ def graph():
 
 MATRIX, TARGET, WEIGHTS = regression()
 WIDE, PAIRS = regression(7, (ROWS, CHANNELS))[1], regression(7, (ROWS, 2))[1][:COLUMNS]
-GRID, KINKS = GridBase((4, 6)), ChainTotalVariation(0.8, Difference(GridBase((ROWS,)), 1, True))
+GRID = GridBase((4, 6))
 PICTURE, LEVELS = np.stack([TARGET, np.flip(TARGET)], 1).reshape(4, 6, 2), np.linspace(0.8, 1.6, 48)
 SEEN = np.where(np.arange(ROWS) % 11 == 5, 0, WEIGHTS).reshape(4, 6)
 OF_PIXELS = so.DataLoss(so.scalar.Squared(), None, TARGET.reshape(4, 6), SEEN, -50, 50)
@@ -92,7 +91,6 @@ PROBLEMS = {
 }
 SPECIAL = {name: Kind(so.Problem(*parts)) for name, parts in PROBLEMS.items()} | {
     "distance by Admm, MCP of differences": Kind(*on_chain(so.LeastSquares(None, TARGET), so.MCP(0.5, 6.0))),
-    "distance by Admm, kinks of a chain": Kind(*on_chain(so.LeastSquares(None, TARGET), KINKS)),
     "quantile loss of nodes by LossAdmm, L1 of differences": Kind(
         *on_chain(so.QuantileLoss(None, TARGET, 0.3), so.L1(0.25), LossAdmm, cadence=10, sigma=1.0)
     ),

@@ -1,6 +1,7 @@
 """Doge-ADMM with copies, the iteration of the paper, and without; the exact fused lasso; the x-step of both."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +12,13 @@ from scipy.optimize import lsq_linear
 import sparseopt as so
 from sparseopt.core.losses.data import DataLoss
 from sparseopt.core.losses.scalar import Squared
-from sparseopt.core.operators.differences import Difference, GridBase
+from sparseopt.core.operators.differences import Difference
 from sparseopt.core.operators.maps import Identity
 from sparseopt.core.operators.normal_solves import ConjugateGradient, Diagonal, cosine_solve
 from sparseopt.core.problem.problem import Problem, Start
 from sparseopt.core.solvers.admm import Admm
 from sparseopt.core.solvers.doge import DogeGroups, doge_split
-from sparseopt.core.solvers.fused_lasso import ChainTotalVariation, fused_lasso
+from sparseopt.core.solvers.fused_lasso import fused_lasso
 from tests.jitted import Jitted
 from tests.tiers import often
 from tests.trend.problems import GRAPHS, random_graph
@@ -127,48 +128,26 @@ def test_the_solver_with_copies_rejects_groups_of_another_operator():
             so.solve(given, DogeGroups(node_solve, 1.0, groups=wrong), Start(loss.target, jnp.zeros((1, 5))))
 
 
-@pytest.mark.parametrize("ends", [0.0, 0.3, 2.0])
 @pytest.mark.parametrize("n", [1, 2, 3, 30])
-def test_the_fused_lasso_is_exact(rng, n, ends):
-    y, levels = rng.standard_normal(n).cumsum(), rng.uniform(0.1, 2.0, n + 1)
-    levels[[0, -1]] = ends
-    kept, expected = levels > 0, y
-    if kept.any():
-        part = (np.eye(n + 1, n) - np.eye(n + 1, n, -1))[kept]
-        dual = lsq_linear(part.T, y, (-levels[kept], levels[kept]), method="bvls", tol=1e-15, max_iter=5000)
-        expected = y - part.T @ dual.x
-    np.testing.assert_allclose(jax.jit(fused_lasso)(y, levels), expected, atol=1e-7)
-
-
-@pytest.mark.parametrize("ends", [0.0, 0.3, 2.0])
-def test_the_fused_lasso_moves_with_the_means_of_its_runs(rng, ends):
-    y, levels = rng.standard_normal(30).cumsum() - 2, rng.uniform(0.1, 2.0, 31)
-    levels[[0, -1]] = ends
-    moves = rng.standard_normal(30), np.pad(rng.standard_normal(29), 1, constant_values=float(ends > 0))
-    step = 1e-6
-    points = [np.stack([a + step * b, a - step * b, a]) for a, b in zip((y, levels), moves, strict=True)]
-    along = tuple(np.stack([move] * 3) for move in moves)
-    x, tangents = jax.jit(jax.vmap(lambda at, move: jax.jvp(fused_lasso, at, move)))(tuple(points), along)
-    assert 2 < len(np.unique(x[2])) < 30
-    np.testing.assert_allclose(tangents[2], (x[0] - x[1]) / (2 * step), atol=1e-7)
-
-
-@pytest.mark.parametrize("pinned", [False, True])
-def test_the_chain_penalty_is_a_norm(rng, pinned):
-    penalty = Jitted(ChainTotalVariation(0.8, Difference(GridBase((12,)), 1, pinned)))
-    x = rng.standard_normal((1, 12) if pinned else (12,))
-    x[..., -1] *= not pinned  # the last place of an edge array is empty
-    dual = penalty.project_dual(x - penalty.prox(x, 1.0))
-    np.testing.assert_allclose(dual, x - penalty.prox(x, 1.0), atol=1e-12)
-    slack = penalty.slack(x, dual)
-    assert slack.min() >= -1e-15  # a product and a sum may be rounded as one
-    assert slack.sum() == pytest.approx(penalty.value(x) - np.vdot(dual, x), abs=1e-10)
-    assert isinstance(penalty.tree, so.core.Conjugate)
-    size = penalty.dual_norm(dual)
-    assert size == pytest.approx(1, abs=1e-12)  # a difference of the prox is not zero
-    assert penalty.dual_norm(0.3 * dual) == pytest.approx(0.3 * size, rel=1e-12)
-    assert np.abs(penalty.prox(dual, 1.01)).max() < 1e-12
-    assert np.abs(penalty.prox(dual, 0.99)).max() > 1e-3
+@pytest.mark.parametrize("missing", [False, True])
+def test_the_fused_lasso_is_exact(rng, n, missing):
+    y, weights, masses = rng.standard_normal(n).cumsum(), rng.uniform(0.1, 2.0, n - 1), rng.uniform(0.5, 2.0, n)
+    if missing:
+        masses[1::3] = 0
+    seen = masses > 0
+    found = np.asarray(jax.jit(fused_lasso)(y, weights, masses))
+    # Without a value a node is no node: the lower weight of its two differences is the price of a jump over it.
+    between = [weights[i:j].min() for i, j in itertools.pairwise(np.flatnonzero(seen))]
+    count, expected = int(seen.sum()), y[seen]
+    if count > 1:
+        part = np.eye(count - 1, count) - np.eye(count - 1, count, 1)
+        root = np.sqrt(masses[seen])
+        bounds = -np.array(between), np.array(between)
+        dual = lsq_linear(part.T / root[:, None], root * y[seen], bounds, method="bvls", tol=1e-15, max_iter=5000)
+        expected = y[seen] - part.T @ dual.x / masses[seen]
+    np.testing.assert_allclose(found[seen], expected, atol=1e-7)
+    jumps = np.abs(np.diff(found))
+    assert weights @ jumps == pytest.approx(np.array(between) @ np.abs(np.diff(found[seen])), abs=1e-12)
 
 
 @pytest.mark.parametrize(("shape", "power"), [((9,), 1), ((6, 7), 2), ((3, 4, 5), 3)])

@@ -62,7 +62,7 @@ REFUSED = {
         ("--signal line.csv --loss logistic --weight gcv", "gcv", "labels"),
         ("--signal line.csv --weight cv --penalty l0", "weight", "l0"),
         ("--signal line.csv --weight cv --devices all", "weight", "one device"),
-        ("--signal line.csv --order 1 --loss poisson --method fast_admm", "square loss"),
+        ("--signal line.csv --order 1 --loss poisson --method fused_lasso", "square loss"),
         ("--signal timed.csv --order 1 --ends graph", "'time'", "ends=graph"),
         ("--signal timed.csv --order 1 --times t.csv", "'time'", "times"),
     ],

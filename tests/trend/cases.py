@@ -20,7 +20,7 @@ GRAPHS = {
     "spaced grid": lambda rng: so.Graph.grid((4, 5), (1.0, 2.5)),
     "spaced cube": lambda rng: so.Graph.grid((4, 5, 3), (1.0, 0.5, 2.0)),
 }
-HOST = ("interior", "auto")
+HOST = ("interior", "auto", "fused_lasso")
 A_WEIGHT_A_ROW = "a penalty weight for each row"
 
 
@@ -83,9 +83,9 @@ class Case:
 
 L1 = so.L1(0.75)
 CASES = {
-    "chain": Case("chain", L1, 0, ("doge", "admm", "auto", "fast_admm")),
-    "chain, order 1": Case("chain", L1, 1, ("fast_admm", Doge(B=1), "auto")),
-    "chain, order 2": Case("chain", L1, 2, ("doge", "fast_admm", Doge(B=1), Doge(B=2))),
+    "chain": Case("chain", L1, 0, ("doge", "admm", "auto", "fused_lasso", "interior"), weighted=True),
+    "chain, order 1": Case("chain", L1, 1, ("doge", Doge(B=1), "auto")),
+    "chain, order 2": Case("chain", L1, 2, ("doge", "interior", Doge(B=1), Doge(B=2))),
     "grid": Case("grid", L1, 0, ("doge", "doge_groups", "admm", "auto", "interior"), weighted=True),
     "grid, order 1": Case("grid", L1, 1, ("doge", "admm", "auto", "doge_groups", "interior")),
     "grid, order 2": Case("grid", L1, 2, ("admm", "auto", "interior", Doge(B=2)), weighted=True),
@@ -95,8 +95,8 @@ CASES = {
     "parts": Case("parts", L1, 1, ("doge", "admm", "auto", "interior")),
     "turned grid": Case("turned grid", L1, 1, channels=(2,)),
     "spaced cube": Case("spaced cube", so.L1(0.5), 1, ("admm", "doge")),
-    "even chain": Case("even chain", so.L1(2.0), 2, ("fast_admm", "interior", "auto")),
-    "uneven chain": Case("uneven chain", so.L1(2.0), 1, ("doge", "fast_admm", "interior", "auto"), weighted=True),
+    "even chain": Case("even chain", so.L1(2.0), 2, ("admm", "interior", "auto")),
+    "uneven chain": Case("uneven chain", so.L1(2.0), 1, ("doge", "admm", "interior", "auto"), weighted=True),
     "uneven chain, order 2": Case("uneven chain", so.L1(2.0), 2, ("admm", "interior", "auto")),
     "free grid": Case("free grid", so.L1(0.5), 1, ("doge", "admm", "auto"), channels=(2,), weighted=True),
     "free grid, order 2": Case("free grid", so.L1(0.5), 2, ("admm", "doge", "interior")),
@@ -158,7 +158,6 @@ WITHOUT = [
     ("knots", lambda case: "chain" not in case.graph or not case.free or not case.l1, "it has no knots"),
     ("knots", lambda case: case.loss != "square", "knots are known to the tolerance alone"),
     ("short", lambda case: case.free, "free ends are computed in float64"),
-    ("history", lambda case: case.iterative == "fast_admm", "its checks are those of the others"),
 ]
 # These are tested for every fact; the others for their optimum and the facts that name them.
 WHOLE = {"chain", "grid", "grid, order 1", "random, order 1", "cube, a weight a row", "uneven chain"}

@@ -125,7 +125,7 @@ def test_without_edges_the_fit_is_the_signal(rng, graph, order):
         np.testing.assert_array_equal(found.value, y)
         assert status(found) is so.Status.CONVERGED
         assert float(found.gap) == 0
-    for method in ("doge", "admm", "fast_admm", "interior"):
+    for method in ("doge", "admm", "fused_lasso", "interior"):
         np.testing.assert_array_equal(so.trend_filter(y, graph, so.L1(1.0), order, method).value, y)
     both = so.trend_filter(y, graph, {0: so.L1(1.0), 1: so.L1(1.0)})
     np.testing.assert_array_equal(both.value, y)

@@ -329,7 +329,8 @@ def test_auto_takes_interior_points_on_narrow_graphs_alone(rng, monkeypatch):
         (road, so.MCP(3.0), 1, 1e-6, "doge"),
         (road, so.L1(1.0), 0, 1e-6, "doge"),
         (road, so.L1(100.0), 0, 1e-6, "interior"),
-        (chain, so.L1(1.0), 1, 1e-6, "doge"),
+        (chain, so.L1(1.0), 1, 1e-6, "interior"),
+        (chain, so.MCP(1.0), 1, 1e-6, "doge"),
         (chain, so.L1(100.0), 1, 1e-6, "interior"),
         (CHAIN, {0: so.L1(1.0), 1: so.L1(1.0)}, 0, 1e-6, "admm"),
         (CHAIN, {-1: so.L1(1.0), 0: so.L1(1.0)}, 0, 1e-6, "doge"),
@@ -337,8 +338,7 @@ def test_auto_takes_interior_points_on_narrow_graphs_alone(rng, monkeypatch):
         given = Y if graph is CHAIN else y[: graph.num_nodes]
         assert so.trend.chosen_method(given, graph, penalty, order, tol=tol) == method, (graph, penalty, order, tol)
     assert so.trend.chosen_method(y, so.Graph.grid((30, 40)), so.L1(1.0), 1) != "interior"
-    # One weight for each difference is no fused lasso of one weight.
-    assert so.trend.chosen_method(Y, CHAIN, so.L1(np.ones(11))) != "fast_admm"
+    assert so.trend.chosen_method(Y, CHAIN, so.L1(np.ones(11))) == "fused_lasso"
     # Paths take it by themselves too.
     paths = [
         so.trend.trend_path(y, road, order=1, num=3, ratio=0.3, method=method).check()

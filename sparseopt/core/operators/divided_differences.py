@@ -48,7 +48,7 @@ class DividedDifference:
     """
 
     # `m / (t_(i+m) - t_i)`, `[n - m]`, for m = 1, 2, ..., each applied after that many differences; none for the times
-    # 0, 1, 2, ... One after the last difference makes it the factor `diag(.) D^(order)` of the next order.
+    # 0, 1, 2, ...
     scales: tuple[Any, ...]
     in_shape: tuple[int, ...] = static()
     order: int = static()  # at least 1
@@ -121,17 +121,14 @@ def axis_differences(shape: tuple[int, ...], order: int, spacing: tuple[float, .
     return Stack(tuple(DividedDifference((), shape, order, axis, units[axis]) for axis in kept), order)
 
 
-def divided_difference(
-    times: np.ndarray | None, n: int, order: int, dtype: Any, factor: bool = False
-) -> DividedDifference:
-    """The map for checked times, of host arrays, or `diag(.) D^(order)`, the factor of the next order.
+def divided_difference(times: np.ndarray | None, n: int, order: int, dtype: Any) -> DividedDifference:
+    """The map for checked times, of host arrays.
 
     A ValueError if squares of its rows overflow or vanish, or if times are nearly equal; see `LARGEST_RATIO`.
     """
-    count = order if factor else order - 1
-    if times is None or count < 1:
+    if times is None or order < 2:
         return DividedDifference((), (n,), order)
-    limits, scales = np.finfo(dtype), [m / (times[m:] - times[:-m]) for m in range(1, count + 1)]
+    limits, scales = np.finfo(dtype), [m / (times[m:] - times[:-m]) for m in range(1, order)]
     # In logarithms, since the product of the scales may overflow.
     high = sum(np.log10(2 * scale.max()) for scale in scales)
     low = sum(np.log10(scale.min()) for scale in scales)

@@ -1,10 +1,7 @@
-"""The exact fused lasso on a chain, the penalty step in the ADMM of Ramdas and Tibshirani.
+"""The exact fused lasso on a chain, by dynamic programming in linear time.
 
-Their ADMM splits Δ^(k) off and keeps the last difference E, D (k even) or Dᵀ (k odd), in the penalty `weight ||E z||_1`
-of z = Δ^(k) x: it is `Admm` with Ψ = I and the penalty `ChainTotalVariation`, whose prox is exact in O(n).
-
-Source: Ramdas and Tibshirani, "Fast and flexible ADMM algorithms for trend filtering", 2016; Johnson, "A dynamic
-programming algorithm for the fused lasso and L0-segmentation", 2013.
+Source: Johnson, "A dynamic programming algorithm for the fused lasso and L0-segmentation", Journal of Computational and
+Graphical Statistics 22 (2013).
 """
 
 from functools import partial
@@ -14,58 +11,53 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparseopt.core.base.sums import total
-from sparseopt.core.base.thresholds import largest_ratio
-from sparseopt.core.base.types import FloatArray, pytree
-from sparseopt.core.operators.component_means import piece_means
-from sparseopt.core.operators.differences import Difference
-
 # Replaces a row in place under XLA; `.at[row].set` is a scatter, which copies the table on a CPU.
 _replaced = partial(jax.lax.dynamic_update_index_in_dim, axis=0)
+# The mass of a node without one, over the mean, which is pulled to the last value before it. A mass of 0 would leave
+# its value open.
+LIGHT = 1e-9
 
 
-@jax.custom_jvp
-def fused_lasso(y: Float[Array, " n"], levels: Float[Array, " m"]) -> Float[Array, " n"]:
-    """`argmin_x 1/2 ||x - y||² + sum_i levels[i] |x[i] - x[i-1]|` with `x[-1] = x[n] = 0` outside the chain.
+def fused_lasso(y: Float[Array, " n"], weights: Float[Array, " n-1"], masses: Any = None) -> Float[Array, " n"]:
+    """`argmin_x 1/2 sum_i masses[i] (x[i] - y[i])² + sum_i weights[i] |x[i+1] - x[i]|`.
 
-    `levels` has n + 1 entries; 0 at both ends leaves the ends free. The derivative of the cost of nodes 0 to i, as a
-    function of x[i], is piecewise linear. It is stored as knots where slope and intercept change, clipped from both
-    sides at the level of the next difference; the clipping points give the answer backwards:
-    `x[i] = clip(x[i+1], low[i], high[i])`. A node adds two knots, and each is removed once.
-
-    The derivative is the mean over each run of equal values, and 0 on a run that an end holds at 0.
+    Masses are 0 where y is missing, or None for ones. The derivative of the cost of nodes 0 to i, as a function of
+    x[i], is piecewise linear. It is stored as knots where slope and intercept change, clipped from both sides at the
+    weight of the next difference; the clipping points give the answer backwards,
+    `x[i] = clip(x[i+1], low[i], high[i])`. A node adds two knots, and each is removed once. A batch is solved one by
+    one.
 
     Example:
         >>> from sparseopt.core.solvers.fused_lasso import fused_lasso
-        >>> levels = jnp.array([0.0, 1.0, 1.0, 0.0])
-        >>> fused_lasso(jnp.array([0.0, 1.0, 6.0]), levels)
+        >>> fused_lasso(jnp.array([0.0, 1.0, 6.0]), jnp.ones(2))
         Array([1., 1., 5.], dtype=float32)
-        >>> jax.grad(lambda y: fused_lasso(y, levels)[0])(jnp.array([0.0, 1.0, 6.0]))
-        Array([0.5, 0.5, 0. ], dtype=float32)
     """
-    return _fused_lasso(y, levels, None, y.shape[0])
+    if masses is not None:
+        seen, places = masses > 0, jnp.arange(y.shape[0])
+        last = jax.lax.cummax(jnp.where(seen, places, -1))
+        y = y[jnp.where(last < 0, jnp.argmax(seen), last)]
+        masses = jnp.where(seen, masses, LIGHT * jnp.sum(masses) / jnp.maximum(jnp.sum(seen), 1))
+    return _fused_lasso(y, jnp.pad(weights, 1), masses, y.shape[0])
 
 
 @jax.jit
 def fused_pieces(y: Float[Array, " n"], masses: Float[Array, " n"], weight: Any, count: Any) -> Float[Array, " n"]:
-    """`argmin_x 1/2 sum_i masses[i] (x[i] - y[i])² + weight sum_i |x[i] - x[i-1]|` over the first `count` nodes.
+    """`fused_lasso` of the first `count` nodes, with one weight and positive masses.
 
-    The masses are positive; later nodes cost no time, and their answer has no meaning. Sources as `fused_lasso`.
+    Later nodes cost no time, and their answer has no meaning.
     """
     place = jnp.arange(y.shape[0] + 1)
     return _fused_lasso(y, jnp.where((place > 0) & (place < count), weight, 0).astype(y.dtype), masses, count)
 
 
-@fused_lasso.defjvp
-def _fused_lasso_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    x, levels = fused_lasso(*primals), primals[1]
-    signs = jnp.sign(jnp.diff(jnp.pad(x, 1)))
-    pull = signs * tangents[1]
-    runs = jnp.cumsum(signs[:-1].at[0].set(0) != 0)
-    held = (signs == 0) & (levels > 0)
-    held = (held[0] & (runs == 0)) | (held[-1] & (runs == runs[-1]))
-    free = jnp.where(held, 0, jnp.ones_like(x))
-    return x, piece_means(tangents[0] - pull[:-1] + pull[1:], free, runs)
+def fused_dual(pull: Array, rows: Array, weights: Array) -> Array:
+    """The u of an exact fit with `Dᵀu = pull`, `[n - 1]` or `[n - 1, channels]`; `rows` are the differences `D x`.
+
+    It is known where they are not 0, even if it is lost to rounding in the sums along the chain.
+    """
+    weights = weights.reshape(-1, *(1 for _ in rows.shape[1:]))
+    sums = jnp.cumsum(pull, axis=0)[:-1]
+    return jnp.where(rows == 0, jnp.clip(sums, -weights, weights), weights * jnp.sign(rows))
 
 
 # One lane after another under vmap, where the writes in place would become copies of the tables.
@@ -120,68 +112,3 @@ def _fused_lasso(y: Float[Array, " n"], levels: Float[Array, " m"], masses: Any,
         return here, here
 
     return jax.lax.scan(backwards, jnp.zeros((), y.dtype), cuts, reverse=True)[1]
-
-
-@pytree
-class ChainTotalVariation:
-    """`weight * ||E z||_1` on a chain; E is D on nodes `[n]`, or Dᵀ on edges `[1, n]`, in the layout of `GridBase`.
-
-    Dᵀ sees a 0 at both ends of the line of edges. The prox is exact (`fused_lasso`), channel by channel. The dual ball
-    is `{Eᵀu : |u| <= weight}`.
-
-    Attributes:
-        weight: a number.
-        last: E.
-    """
-
-    nearest = False
-    weight: Any
-    last: Difference
-
-    def _line(self, z: FloatArray) -> FloatArray:
-        """`[n]` or `[n - 1]` from the layout of nodes or edges."""
-        return z[0, :-1] if self.last.from_edges else z
-
-    def _potential(self, dual: FloatArray) -> FloatArray:
-        """The u with `Eᵀu = dual`, in the layout of the rows of E; for Dᵀ the free constant centres it."""
-        sums = jnp.cumsum(self._line(dual), axis=0)
-        ends = [(0, 0)] * (sums.ndim - 1)
-        if self.last.from_edges:
-            sums = -jnp.pad(sums, [(1, 0), *ends])
-            return sums - 0.5 * (sums.max(axis=0) + sums.min(axis=0))
-        return jnp.pad(sums[:-1], [(0, 1), *ends])[None]
-
-    def potential(self, dual: FloatArray) -> FloatArray:
-        """The u with `Eᵀu = dual`, clipped to the weight."""
-        weight = jnp.asarray(self.weight, dual.dtype)
-        return jnp.clip(self._potential(dual), -weight, weight)
-
-    def dual_at(self, x: FloatArray, dual: FloatArray) -> FloatArray:
-        """The u of an exact fit x with `Eᵀu = dual`: known where E x is not 0, even if the dual is lost to rounding."""
-        apart = self.last.mv(x)
-        return jnp.where(apart == 0, self.potential(dual), jnp.asarray(self.weight, x.dtype) * jnp.sign(apart))
-
-    def value(self, x: FloatArray) -> Float[Array, ""]:
-        return self.weight * total(jnp.abs(self.last.mv(x)))
-
-    def prox(self, x: FloatArray, step: Any) -> FloatArray:
-        line, pinned = self._line(x), self.last.from_edges
-        level = jnp.asarray(step * self.weight, x.dtype)
-        end = level if pinned else jnp.zeros_like(level)
-        levels = jnp.full((line.shape[0] + 1,), level).at[0].set(end).at[-1].set(end)
-        columns = jax.vmap(fused_lasso, (1, None), 1)(line.reshape(line.shape[0], -1), levels)
-        found = columns.reshape(line.shape)
-        return jnp.pad(found, [(0, 1)] + [(0, 0)] * (line.ndim - 1))[None] if pinned else found
-
-    def project_dual(self, dual: FloatArray) -> FloatArray:
-        """`Eᵀu` for the clipped potential u: in the ball, and `dual` itself if it lies in the ball."""
-        return self.last.rmv(self.potential(dual))
-
-    def slack(self, x: FloatArray, dual: FloatArray) -> FloatArray:
-        """`weight |E x| - u E x`, difference by difference."""
-        apart = self.last.mv(x)
-        return jnp.asarray(self.weight, x.dtype) * jnp.abs(apart) - self.potential(dual) * apart
-
-    def dual_norm(self, dual: FloatArray) -> Float[Array, ""]:
-        """The largest `|u| / weight` with `Eᵀu = dual`. For D the dual must sum to 0, which is not checked."""
-        return largest_ratio(jnp.abs(self._potential(dual)), self.weight)

@@ -262,11 +262,6 @@ class FreeChain(FreeGrid):
         matrices = [self.matrix(order) for order in orders]
         return banded_solve(sum(matrix.T @ matrix for matrix in matrices), dtype)
 
-    def fused_split(self, order: int, weighted: bool, channels: bool, dtype: Any) -> tuple[Any, Any, bool]:
-        inner = divided_difference(self.times, self.num_nodes, order, dtype, factor=True)
-        matrix = inner.matrix()
-        return inner, banded_solve(matrix.T @ matrix, dtype), False
-
     def refuses_count(self) -> str | None:
         return None
 

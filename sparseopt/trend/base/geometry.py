@@ -341,10 +341,6 @@ class Geometry:
         diagonal = diagonal[..., None] if channels else diagonal
         return ConjugateGradient(diagonal.astype(dtype), jnp.asarray(CG_TOLERANCE, dtype))
 
-    def fused_split(self, order: int, weighted: bool, channels: bool, dtype: Any) -> Any:
-        """For the ADMM with the exact fused lasso, on chains: all but the last difference, its x-step, padded rows."""
-        return None
-
     # Pieces.
 
     def between(self, values: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sparseopt.core.operators.differences import EdgeBase, GridBase, edge_base
-from sparseopt.core.operators.normal_solves import Diagonal, cosine_solve
+from sparseopt.core.operators.normal_solves import cosine_solve
 from sparseopt.core.operators.parts import Cut, SlabBase, cut_graph
 from sparseopt.core.operators.row_tables import (
     Sums,
@@ -194,10 +194,6 @@ class Chain(Grid):
 
     def __repr__(self) -> str:
         return f"Graph.chain({self.num_nodes}, ends='graph')"
-
-    def fused_split(self, order: int, weighted: bool, channels: bool, dtype: Any) -> tuple[Any, Any, bool]:
-        x_step = self.x_step((order,), np.ones(()), weighted, channels, dtype) if order else Diagonal()
-        return self.difference(order, dtype), x_step, True
 
     def labels(self, joined: np.ndarray) -> np.ndarray:
         return np.cumsum(np.append(False, ~joined[0][:-1]))

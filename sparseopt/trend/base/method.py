@@ -18,7 +18,7 @@ class Method(Protocol):
     single: bool = False  # whether it accepts only one penalty, and the square loss
     one_metric: bool = False  # whether its x-step may need one metric for all nodes
     over_devices: bool = False  # whether it works over several devices
-    on_host: bool = False  # whether it works on the host: without a start, a history and traced values
+    cold: bool = False  # whether it has no use for a start
     short_from: float = math.inf  # from this many nodes on a signal in float64 is first solved in float32
     merges: bool = False  # whether a path of exact fits at order 0 may replace it
     balances_rho: bool = False  # whether it computes rho again at every level of a path, from the start

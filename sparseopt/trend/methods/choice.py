@@ -18,7 +18,8 @@ from sparseopt.trend.base.fit import Fit
 from sparseopt.trend.base.method import Method
 from sparseopt.trend.base.penalties import vanishes
 from sparseopt.trend.base.pieces import TrendSolution
-from sparseopt.trend.methods.admm_plan import Admm, FastAdmm
+from sparseopt.trend.methods.admm_plan import Admm
+from sparseopt.trend.methods.chain_plans import FusedLasso
 from sparseopt.trend.methods.doge_plan import Doge, DogeGroups
 from sparseopt.trend.methods.interior_plan import Interior, is_narrow
 
@@ -59,10 +60,9 @@ def is_strong(asked: Fit) -> bool:
     return limit < np.inf and asked.strength * geometry.unit(order + 1) > limit
 
 
-def fast_admm_pays(asked: Fit) -> bool:
-    """On chains at order 0, and if smoothing is strong. In float32 it loses its accuracy over long chains."""
-    exact = asked.geometry.line and asked.geometry.exact_step(asked.weighted)
-    return exact and not asked.several and asked.dtype == np.float64 and (asked.order == 0 or is_strong(asked))
+def fused_lasso_pays(asked: Fit) -> bool:
+    """In float64 where it can. In float32 it loses its accuracy over long chains."""
+    return asked.geometry.line and asked.order == 0 and asked.dtype == np.float64
 
 
 def admm_pays(asked: Fit) -> bool:
@@ -73,12 +73,12 @@ def admm_pays(asked: Fit) -> bool:
 
 
 def interior_pays(asked: Fit) -> bool:
-    """On chains from order 1 if smoothing is strong; on narrow graphs if Doge-ADMM needs many steps; and on grids with
-    free ends with node weights.
+    """On chains from order 1; on narrow graphs if Doge-ADMM needs many steps; and on grids with free ends with node
+    weights.
     """
     geometry, order = asked.geometry, asked.order
     if geometry.line:
-        return order >= 1 and (fast_admm_pays(asked) or admm_pays(asked)) and is_available()
+        return order >= 1
     if geometry.kind != "edges":
         # At missing nodes the certificates of the other methods get better slowly.
         return geometry.wide and asked.weighted and geometry.num_nodes <= MOST_GRID_NODES and is_available()
@@ -91,7 +91,7 @@ def interior_pays(asked: Fit) -> bool:
 # The methods that "auto" chooses from, in the order of preference, and when each is expected to be the fastest.
 CHOICE: dict[Method, Callable[[Fit], bool]] = {
     Interior(): interior_pays,
-    FastAdmm(): fast_admm_pays,
+    FusedLasso(): fused_lasso_pays,
     Admm(): admm_pays,
     Doge(): lambda asked: True,  # it can do every request
 }
@@ -116,6 +116,10 @@ def as_method(given: Any) -> Method | None:
         for key in settings.keys() - set(known):
             raise ValueError(unknown(f"setting of {given}", key, known))
         return dataclasses.replace(named, **settings)
+    if given == "fast_admm":
+        raise ValueError(
+            '"fast_admm" ended in 0.4: on chains use "fused_lasso" at order 0 and "interior" above, or "auto"'
+        )
     if isinstance(given, str) and given in (AUTO, *METHODS):
         return METHODS.get(given)
     if fits(given, Method):
@@ -132,7 +136,7 @@ def choose(asked: Fit) -> Method:
     """
     if asked.method is None:
         for method, pays in CHOICE.items():
-            if not (asked.pure and method.on_host) and pays(asked) and method.refuses(asked) is None:
+            if pays(asked) and method.refuses(asked) is None:
                 return method
     named: Method = Doge() if asked.method is None else asked.method
     if reason := named.refuses(asked):
@@ -154,11 +158,11 @@ def is_short(asked: Fit, method: Method | None = None) -> bool:
 
 
 def unless_rounded(asked: Fit, found: TrendSolution) -> TrendSolution:
-    """A fit on the host, or, if rounding ended it and the method is free, the fit of one that gets closer.
+    """A fit, or, if rounding ended the one of the interior point method and the method is free, one that gets closer.
 
-    At very large weights the interior point method ends above small gaps.
+    At very large weights PIQP ends above small gaps.
     """
-    if asked.method is not None or int(found.status) == Status.CONVERGED:
+    if asked.method is not None or asked.geometry.line or int(found.status) == Status.CONVERGED:
         return found
     other = choose(dataclasses.replace(asked, pure=True)).plan(asked).fit_asked(asked)
     # A smaller objective decides between two gaps that are infinite.

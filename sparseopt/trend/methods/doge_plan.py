@@ -27,7 +27,7 @@ from sparseopt.trend.base.ground import couples_axes
 from sparseopt.trend.base.method import Method, Settings
 from sparseopt.trend.base.penalties import couples_rows
 from sparseopt.trend.base.signal import MOST_ORDER
-from sparseopt.trend.methods.plan import COUPLED, Plan
+from sparseopt.trend.methods.split_plan import COUPLED, SplitPlan
 
 # A check costs two steps.
 CADENCE = 10
@@ -51,21 +51,21 @@ class Doge(Settings, Method):
     def refuses(self, asked: Fit) -> str | None:
         return COUPLED if asked.coupled else refuses_block(self.B, asked) or asked.geometry.refuses_method(asked, self)
 
-    def plan(self, asked: Fit) -> Plan:
+    def plan(self, asked: Fit) -> SplitPlan:
         geometry, kind, block = asked.geometry, asked.dtype, asked.order + 1 if self.B is None else int(self.B)
         weighted = _needs_weights(asked, block)
         key = (self.name, tuple(asked.terms), block, weighted, kind.name, bool(asked.channels))
 
-        def build() -> Plan:
+        def build() -> SplitPlan:
             if not asked.several:
                 split = split_of(asked, block)
-                return on_device(Plan(asked.ground, place(asked, split), _x_step(asked, split, weighted), CADENCE))
+                return on_device(SplitPlan(asked.ground, place(asked, split), _x_step(asked, split, weighted), CADENCE))
             sums, operator = [geometry.sums(k + 1) for k in asked.terms], asked.ground.operator
             rows = np.concatenate([part.row_absolute.reshape(-1) for part in sums])
             columns = np.sum([part.column_absolute.reshape(geometry.node_shape) for part in sums], axis=0)
             rows = np.where(rows > 0, rows, 1).astype(kind)
             split = Split(operator, Identity(operator.in_shape), rows, columns.astype(kind))
-            return on_device(Plan(asked.ground, place(asked, split), Diagonal(), CADENCE))
+            return on_device(SplitPlan(asked.ground, place(asked, split), Diagonal(), CADENCE))
 
         return geometry.cache(key, build)
 
@@ -123,7 +123,7 @@ def place(asked: Fit, split: Split) -> Split:
 
 
 @pytree
-class GroupsPlan(Plan):
+class GroupsPlan(SplitPlan):
     """A plan with the groups of rows, as in the solver."""
 
     groups: Any = None

@@ -24,6 +24,7 @@ from sparseopt.trend.base.ground import Data, Ground, prepare
 from sparseopt.trend.base.method import Method
 from sparseopt.trend.base.penalties import on_rows
 from sparseopt.trend.base.pieces import TrendSolution
+from sparseopt.trend.methods.chain_plans import BandedPlan, banded_plan
 from sparseopt.trend.methods.plan import finish
 
 # If the certified gap is still too large, the tolerance is cut by this factor and the solve repeated, this many times.
@@ -56,10 +57,6 @@ class InteriorPlan:
     def means(self) -> np.ndarray:
         """The component means, or with free ends the polynomial: what no row sees."""
         return np.asarray(self.data.means, np.float64).reshape(self.columns.shape)
-
-    def null_fit(self, penalty: L1, dual: Any) -> TrendSolution:
-        """The component means, certified by a dual point on the rows."""
-        return self._certify(penalty, self.means, jnp.asarray(dual, self.asked.dtype), 0, True)
 
     def fit_asked(self, asked: Fit) -> TrendSolution:
         return self.fit(asked.penalty)
@@ -113,27 +110,27 @@ def _judge(
 
 @dataclasses.dataclass(frozen=True)
 class Interior(Method):
-    """The interior point method for L1, on the host; needs the extra `interior`."""
+    """The interior point method for L1: on chains with banded factors, else on the host with the extra `interior`."""
 
     name = "interior"
-    single = on_host = True
+    single = cold = True
 
     def refuses(self, asked: Fit) -> str | None:
         if reason := super().refuses(asked):
             return reason
-        if asked.start is not None or asked.history:
+        if asked.history or (asked.start is not None and not asked.geometry.line):
             return f'method="{self.name}" accepts no start and keeps no history; use "doge" or "admm"'
-        if asked.pure:
+        if asked.pure and not asked.geometry.line:
             return (
-                f'method="{self.name}" works on the host, where nothing is traced: use another for a solver that runs '
-                "under jit, vmap and grad, or sparseopt.trend_filter"
+                f'method="{self.name}" works on the host, where nothing is traced, on graphs other than chains: use '
+                "another for a solver that runs under jit, vmap and grad, or sparseopt.trend_filter"
             )
         if not asked.is_l1:
             return f'method="{self.name}" solves the L1 penalty, given {asked.penalty}; use "doge" or "admm"'
         return None
 
-    def plan(self, asked: Fit) -> InteriorPlan:
-        return InteriorPlan(asked)
+    def plan(self, asked: Fit) -> InteriorPlan | BandedPlan:
+        return banded_plan(asked) if asked.geometry.line else InteriorPlan(asked)
 
 
 def is_narrow(geometry: Geometry) -> bool:

@@ -31,8 +31,9 @@ from sparseopt.trend.base.ground import BOX_RANGES, NULL_EPS, OF_MEAN_SIZE, Data
 from sparseopt.trend.base.penalties import leaves_as, vanishes
 from sparseopt.trend.base.pieces import TrendSolution
 from sparseopt.trend.methods.choice import choose
-from sparseopt.trend.methods.plan import FIRST_RHO, finish, known_fit, to_next_check
+from sparseopt.trend.methods.plan import finish, known_fit
 from sparseopt.trend.methods.polynomials import best_polynomials, linear_fits
+from sparseopt.trend.methods.split_plan import FIRST_RHO, to_next_check
 
 # A node without an observation still needs some weight in the x-step: this fraction of the mean.
 LIGHT = 1e-2

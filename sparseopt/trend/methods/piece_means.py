@@ -25,7 +25,7 @@ from sparseopt.trend.base.fit import Fit, start_at
 from sparseopt.trend.base.ground import Ground, data_of, prepare
 from sparseopt.trend.base.pieces import TrendSolution, average_pieces
 from sparseopt.trend.methods.choice import choose
-from sparseopt.trend.methods.plan import resume
+from sparseopt.trend.methods.split_plan import resume
 
 # Objectives that differ by this many eps are equal up to rounding.
 ROUNDING = 8

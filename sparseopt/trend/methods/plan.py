@@ -2,7 +2,9 @@
 
     minimise over b    1/2 sum_j w_j (y_j - b_j)²  +  sum_k penalty_k(Δ^(k+1) b)
 
-signal -> centred data -> start -> the solver's loop -> the caller's units, certified -> derivatives attached.
+signal -> centred data -> the fit that no penalty sees, if it is proved -> the method's solve -> the caller's units,
+certified -> derivatives attached. `split_plan.py` has the solve of the splitting methods, `chain_plans.py` two for
+chains; `interior_plan.py` has a method that works on the host, and shares `finish`.
 """
 
 import dataclasses
@@ -15,27 +17,14 @@ import numpy as np
 from jaxtyping import Array
 
 from sparseopt.core.base.compile import Jitted
-from sparseopt.core.base.types import pytree, static
-from sparseopt.core.operators.maps import Split
-from sparseopt.core.penalties.protocols import feasible, has_conjugate, is_norm
+from sparseopt.core.base.types import pytree
+from sparseopt.core.penalties.protocols import has_conjugate, is_norm
 from sparseopt.core.problem.certify import Anchor, judge, promote, stationary
 from sparseopt.core.problem.differentiate import Found, attach
-from sparseopt.core.problem.iterate import iterate
 from sparseopt.core.problem.problem import Problem, Solution, Start, Status
-from sparseopt.core.solvers.admm import Admm
 from sparseopt.trend.base.fit import Fit
 from sparseopt.trend.base.ground import Data, Ground, data_of, with_known
-from sparseopt.trend.base.penalties import couples_rows
 from sparseopt.trend.base.pieces import TrendSolution, nonzero_at
-
-COUPLED = 'NuclearNorm couples all rows, which Doge-ADMM moves by steps of their own: use method="admm"'
-# rho starts at this multiple of the weight over the noise: the balance 3 of admm.py at duals of rms 0.8 weight.
-FIRST_RHO = 2.4
-# The memory of Anderson acceleration of the standard ADMM; fifteen were hardly better.
-ACCELERATION = 10
-# The next of two similar fits uses the rho of the last one, moved towards the rho that its last step asks for by the
-# root of the ratio, by at most this factor.
-LARGEST_WISH = 2.0
 
 
 @pytree
@@ -43,63 +32,36 @@ class Plan:
     """A method on a graph: tables, factors and choices; see `fit`."""
 
     ground: Ground  # the graph's own tables
-    split: Split  # the operator, split as the method needs it
-    node_solve: Any  # the x-step
-    cadence: int = static()  # steps between two checks
-    # Whether the start is the fit, without node weights: the first check ends the solve.
-    exact: bool = static(default=False)
+    takes_start = True
 
     def refuses(self, penalty: Any, weighted: bool) -> str | None:
         """Why the plan does not fit such a penalty, or a signal with node weights; None if it does."""
-        if couples_rows(penalty) and jnp.ndim(self.split.row_scale):
-            return COUPLED
-        if weighted and self.node_solve.one_weight:
-            return "transforms along the axes solve for nodes of one weight alone"
-        return None
+        raise NotImplementedError
 
-    def solver_penalty(self, penalty: Any) -> Any:
-        """The penalty on the rows, in the solver's form."""
-        return penalty
+    def solve(
+        self, data: Data, penalty: Any, limits: tuple[Any, Any], start: Start, rates: tuple[Any, Any], history: int
+    ) -> tuple[Solution, Array, Any]:
+        """The solution of the centred problem, the dual of its rows, and the step size of its prox or None.
 
-    def row_dual(self, penalty: Any, dual: Array) -> Array:
-        """The dual of the rows from the solver's."""
-        return dual
-
-    def solver_dual(self, penalty: Any, dual: Array) -> Array:
-        """The solver's dual from the dual of the rows."""
-        return dual
-
-    def solver(self, rho: Any, relaxation: Any = 1.7) -> Any:
-        acceleration = 0 if self.exact else ACCELERATION
-        return Admm(self.node_solve, rho, relaxation, self.cadence, acceleration=acceleration)
-
-    def start(self, penalty: Any, data: Data, weights: Any) -> Start:
-        """The centred signal with a dual of 0; or, if the weight may be large enough, the null fit and its dual."""
-        ground, centre = self.ground, data.centred.target
-        nothing = jnp.zeros(self.split.row_shape(centre), centre.dtype)
-        if not is_norm(penalty) or ground.operator.order is None:
-            return Start(centre, nothing)
-        apart = data.loss.target - data.means
-        dual, kept = ground.proof(penalty, apart if weights is None else weights * apart)
-        return Start(jnp.where(kept, data.means - data.shift, centre), jnp.where(kept, dual, 0))
-
-    def pace(self, asked: Fit) -> "Plan":
-        """The plan with the cadence of a request."""
-        given = asked.settings.cadence
-        cadence = self.cadence if given is None or self.exact else given
-        return dataclasses.replace(self, cadence=min(cadence, asked.max_steps))
+        `start` is a centred point with the dual of its rows and a rho or None; if the step limit is 0, it is the
+        answer. The rest is as in `fit`.
+        """
+        raise NotImplementedError
 
     def fit_asked(self, asked: Fit) -> TrendSolution:
         """The fit of a request's signal, in the layout of arrays."""
-        plan, rates = self.pace(asked), (asked.settings.rho, asked.settings.relaxation)
-        history = to_next_check(asked.max_steps, plan.cadence) if asked.history else 0
-        limits = asked.tol, asked.max_steps
-        return fit(plan, asked.arrays, asked.rows, limits, start=asked.first(), rates=rates, history=history)
+        asked.first()  # a start that does not suit is an error, even if it has no use
+        return fit(self, asked.arrays, asked.rows, (asked.tol, asked.max_steps))
 
-
-def to_next_check(max_steps: Any, cadence: int) -> Any:
-    """A step limit, rounded up to the next check."""
-    return -(-max_steps // cadence) * cadence
+    def start(self, penalty: Any, data: Data) -> Start:
+        """The centred signal with a dual of 0; or, if the weight may be large enough, the null fit and its dual."""
+        ground, centre = self.ground, data.centred.target
+        rows = jax.eval_shape(ground.operator.mv, centre)
+        nothing = jnp.zeros(rows.shape, rows.dtype)
+        if not is_norm(penalty) or ground.operator.order is None:
+            return Start(centre, nothing)
+        dual, kept = ground.proof(penalty, data.loss.weigh(data.loss.target - data.means))
+        return Start(jnp.where(kept, data.means - data.shift, centre), jnp.where(kept, dual, 0))
 
 
 def known_fit(asked: Fit, value: np.ndarray, flat: bool = False) -> TrendSolution:
@@ -123,83 +85,36 @@ def fit(
 ) -> TrendSolution:
     """The fit of a signal, in its units and in the layout of arrays, with its certificate and its derivatives.
 
-    `arrays` are the signal and its weights or None, `limits` the tolerance and the step limit, `rates` rho and the
-    relaxation. The penalty is on the rows of `plan.ground.operator`. A start is a point in the caller's units with the
-    dual of its rows. If rho is None, or the start's rho is 0, it is chosen from the data. `history` is the number of
-    steps in the history, 0 for none.
+    `arrays` are the signal and its weights or None, `limits` the tolerance and the step limit. The penalty is on the
+    rows of `plan.ground.operator`. A start is a point in the caller's units with the dual of its rows. A splitting
+    method has `rates`, rho and the relaxation; if rho is None, or the start's rho is 0, it is chosen from the data.
+    `history` is the number of steps in the history, 0 for none.
     """
-    (y, weights), (tol, max_steps), (rho, relaxation) = arrays, limits, rates
+    (y, weights), (tol, max_steps) = arrays, limits
     given = y, penalty, weights
     plan, y, penalty, weights, start = jax.lax.stop_gradient((plan, y, penalty, weights, start))
     kind, ground = y.dtype, plan.ground
-    tol, relaxation = jnp.asarray(tol, kind), jnp.asarray(relaxation, kind)
-    data, limit = data_of(ground, y, weights), to_next_check(max_steps, plan.cadence)
-    certified = has_conjugate(penalty)
-    if certified:
+    tol, limit, data = jnp.asarray(tol, kind), jnp.asarray(max_steps, jnp.int32), data_of(ground, y, weights)
+    if has_conjugate(penalty):
         # A signal without a penalty is the fit; its objective is 0, so no relative gap exists.
         data, free = with_known(ground, data, penalty)
         limit = jnp.where(free, 0, limit)
-    usual = (FIRST_RHO * data.strength(ground, penalty)).astype(kind)
-    solver = plan.solver(usual if rho is None else jnp.asarray(rho, kind), relaxation)
-    inner = plan.solver_penalty(penalty)
-    if start is None or plan.exact:
-        first = plan.start(penalty, data, weights)
-        if ground.proves_null and is_norm(penalty):
-            proof = plan.row_dual(inner, first.dual)
-            whole = Problem(data.loss, penalty, ground.operator)
-            limit = jnp.where(judge(whole, data.means, proof, null=True)[1] <= tol, 0, limit)
+    if start is not None and plan.takes_start:
+        start = dataclasses.replace(start, x=start.x.astype(kind) - data.shift, dual=start.dual.astype(kind))
     else:
-        dual, last = plan.solver_dual(inner, start.dual.astype(kind)), start.rho
-        last = None if rho is not None or last is None else jnp.where(last > 0, last, usual)
-        first = Start(start.x.astype(kind) - data.shift, dual, last)
-    problem = Problem(data.centred, inner, plan.split)
-    exact = plan.exact and weights is None
-    limit = 0 if exact else limit
-    found = iterate(problem, solver, first, tol=tol, max_steps=history or limit, history=history > 0)
-    if exact:
-        # The start is the answer, even after a history's steps, after which the values of a piece differ by rounding.
-        status = jnp.where(found.status == Status.NONFINITE, found.status, Status.CONVERGED)
-        found = dataclasses.replace(found, value=first.x, status=status)
-    dual = plan.row_dual(inner, found.state.candidate)
-    if exact:
-        dual = inner.dual_at(found.value, found.state.candidate)
-    elif certified:
-        # Without a step it is the start's dual, which may belong to a larger weight.
-        dual = jnp.where(found.steps > 0, dual, feasible(penalty, dual))
+        start = plan.start(penalty, data)
+        if (ground.proves_null or not plan.takes_start) and is_norm(penalty):
+            whole = Problem(data.loss, penalty, ground.operator)
+            limit = jnp.where(judge(whole, data.means, start.dual, null=True)[1] <= tol, 0, limit)
+    found, dual, step = plan.solve(data, penalty, (tol, limit), start, rates, history)
     ended = finish(ground, data, penalty, found, dual, tol)
     y, penalty, weights = given
     caller = dataclasses.replace(data.loss, target=_known(y, data, ground, weights), weights=weights)
-    step = plan.split.row_scale / found.state.rho
     problem = Problem(caller, penalty, ground.operator)
     value, objective, _ = attach(problem, ended.value, ended.objective, Found(None, ended.dual, step))
     # The memory of the acceleration is many times the signal, and no later solve can use it.
-    state = dataclasses.replace(found.state, past=None)
+    state = None if found.state is None else dataclasses.replace(found.state, past=None)
     return dataclasses.replace(ended, value=value, objective=objective, state=state)
-
-
-@Jitted
-def resume(
-    plan: Plan,
-    data: Data,
-    penalty: Any,
-    state: Any,
-    limits: tuple[Any, Any],
-    relaxation: Any,
-    settled: Any = False,
-) -> tuple[TrendSolution, Start]:
-    """A fit of prepared data from a state of the solver, and the start of a similar fit; arguments as in `fit`.
-
-    After a `settled` rho the next one moves towards the rho that the last step asks for.
-    """
-    kind, inner, (tol, max_steps) = state.now.x.dtype, plan.solver_penalty(penalty), limits
-    solver, tol = plan.solver(state.rho, jnp.asarray(relaxation, kind)), jnp.asarray(tol, kind)
-    limit = to_next_check(max_steps, plan.cadence)
-    found = iterate(Problem(data.centred, inner, plan.split), solver, state, tol=tol, max_steps=limit)
-    state = found.state
-    ended = finish(plan.ground, data, penalty, found, plan.row_dual(inner, state.candidate), tol)
-    wish = jnp.where(settled, jnp.sqrt(state.check.motion / state.rho), 1)
-    following = Start(found.value, state.candidate, state.rho * jnp.clip(wish, 1 / LARGEST_WISH, LARGEST_WISH))
-    return ended, following
 
 
 def _known(y: Array, data: Data, ground: Ground, weights: Any) -> Array:

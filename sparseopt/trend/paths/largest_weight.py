@@ -184,7 +184,7 @@ def _least_congested(geometry: Geometry, order: int, demand: np.ndarray, tol: fl
     graph = Graph(geometry)
     while upper > (1 + tol) * lower and steps <= MOST_STEPS:
         # At lower = lam_max the flow needs a little more room.
-        level, start = L1(lower * (1 + tol / 2)), None if method.on_host else fit
+        level, start = L1(lower * (1 + tol / 2)), None if method.cold else fit
         fit = trend_filter(demand, graph, level, order, method, tol=accuracy, max_steps=steps, start=start, dtype=kind)
         part = np.asarray(fit.dual, np.float64)
         left = demand - difference.T @ part

@@ -21,14 +21,14 @@ from sparseopt.core.penalties.protocols import feasible, has_conjugate
 from sparseopt.core.problem.certify import judge
 from sparseopt.core.problem.problem import Problem, Start, Status
 from sparseopt.core.solvers.admm import balanced_rho
-from sparseopt.core.solvers.fused_lasso import ChainTotalVariation, fused_pieces
+from sparseopt.core.solvers.fused_lasso import fused_dual, fused_pieces
 from sparseopt.trend.base.fit import Fit, start_at
 from sparseopt.trend.base.ground import Data, Ground, data_of
 from sparseopt.trend.base.pieces import TrendSolution
-from sparseopt.trend.methods.choice import Doge, Interior, choose_for_path, is_short, unless_rounded
+from sparseopt.trend.methods.choice import Doge, choose_for_path, is_short, unless_rounded
 from sparseopt.trend.methods.losses import best_constants, fit_loss
 from sparseopt.trend.methods.piece_means import has_means, in_float32, stop_early
-from sparseopt.trend.methods.plan import FIRST_RHO, Plan, resume
+from sparseopt.trend.methods.split_plan import FIRST_RHO, SplitPlan, resume
 from sparseopt.trend.paths.largest_weight import NullFit
 
 # The rho from Doge's start is accepted within this factor of the rho from the noise.
@@ -54,7 +54,8 @@ def descend(asked: Fit, weights: np.ndarray, first: NullFit | None, observer: Ob
     """
     # The pieces of the exact fits of a chain only merge as the weight grows.
     merges = asked.geometry.line and asked.order == 0 and asked.is_l1
-    if asked.square and merges and asked.dtype == np.float64 and (asked.method is None or asked.method.merges):
+    exact = asked.dtype == np.float64 if asked.method is None else asked.method.merges
+    if asked.square and merges and exact:
         return _by_merging(asked, weights)
     done = itertools.count()
 
@@ -72,8 +73,8 @@ def _by_solver(asked: Fit, weights: np.ndarray, first: NullFit | None, begin: Be
     order, max_steps = asked.order, asked.max_steps
     method = choose_for_path(asked)
     proof = None if first is None else first.dual if asked.channels else first.dual[..., 0]
-    if method.on_host:
-        return _by_interior(asked, weights, proof, begin)
+    if method.cold:
+        return _by_interior(asked, weights, begin)
     early, means = FIRST_STOP, has_means(asked)
     working = in_float32(asked) if means and is_short(asked, method) else asked
     kind, plan = working.dtype, method.plan(working).pace(working)
@@ -111,17 +112,16 @@ def _by_solver(asked: Fit, weights: np.ndarray, first: NullFit | None, begin: Be
 
 
 @Jitted
-def _first(plan: Plan, penalty: Any, y: Any, weights: Any, proof: Any, last: Any) -> tuple[Data, Start]:
+def _first(plan: SplitPlan, penalty: Any, y: Any, weights: Any, proof: Any, last: Any) -> tuple[Data, Start]:
     """The prepared signal, and the start of the first level: the means, if there is a proof for them, or `last`."""
-    data, inner = data_of(plan.ground, y, weights), plan.solver_penalty(penalty)
+    data = data_of(plan.ground, y, weights)
     rho = (FIRST_RHO * data.strength(plan.ground, penalty)).astype(y.dtype)
     if last is not None:
-        dual = feasible(inner, plan.solver_dual(inner, last.dual.astype(y.dtype)))
-        start = Start(last.x.astype(y.dtype) - data.shift, dual)
+        start = Start(last.x.astype(y.dtype) - data.shift, feasible(penalty, last.dual.astype(y.dtype)))
     elif proof is None:
-        start = plan.start(penalty, data, weights)
+        start = plan.start(penalty, data)
     else:
-        start = Start(data.means - data.shift, plan.solver_dual(inner, jnp.asarray(proof, y.dtype)))
+        start = Start(data.means - data.shift, jnp.asarray(proof, y.dtype))
     return data, dataclasses.replace(start, rho=rho)
 
 
@@ -188,28 +188,28 @@ def _merged(ground: Ground, y: Any, node_weights: Any, weights: Any, fits: Any, 
 
     def judge_at(level: tuple[Any, Any]) -> Any:
         weight, x = level
-        penalty = L1(weight)
-        dual = ChainTotalVariation(weight, ground.highest).dual_at(x, -data.loss.gradient(x))
-        objective, gap = judge(Problem(data.loss, penalty, ground.operator), x, dual)
+        rows = ground.highest.mv(x)
+        dual = fused_dual(-data.loss.gradient(x), rows[0, :-1], jnp.full(rows.shape[1] - 1, weight))
+        dual = jnp.zeros_like(rows).at[0, :-1].set(dual)
+        objective, gap = judge(Problem(data.loss, L1(weight), ground.operator), x, dual)
         status = jnp.where(gap <= tol, Status.CONVERGED, Status.PRECISION).astype(jnp.int32)
-        return status, objective, gap, ground.highest.mv(x) != 0
+        return status, objective, gap, rows != 0
 
     return jax.lax.map(judge_at, (weights, fits))
 
 
-def _by_interior(asked: Fit, weights: np.ndarray, proof: Any, begin: Begin) -> list[TrendSolution]:
+def _by_interior(asked: Fit, weights: np.ndarray, begin: Begin) -> list[TrendSolution]:
     """The levels with the interior point method, which starts cold but orders its factors only once.
 
     At order 0, Doge-ADMM started from the last of them is faster for weaker levels.
     """
-    solver, strong, levels = Interior().plan(asked), weights, list[TrendSolution]()
+    solver, strong, levels = choose_for_path(asked).plan(asked), weights, list[TrendSolution]()
     if asked.order == 0 and asked.method is None:
         strong = weights[weights * asked.strength > STRONG_LEVEL * weights[0]]
-    for index, weight in enumerate(strong):
+    for weight in strong:
         begin()
         here = asked.at(weight)
-        fit = solver.null_fit(here.rows, proof) if index == 0 and proof is not None else solver.fit(here.rows)
-        fit = unless_rounded(here, fit)
+        fit = unless_rounded(here, solver.fit_asked(here))
         levels.append(dataclasses.replace(fit, state=None, dual=None))
     if strong.size < weights.size:
         rest = dataclasses.replace(asked, method=Doge(), start=start_at(fit) if levels else None)
@@ -219,7 +219,7 @@ def _by_interior(asked: Fit, weights: np.ndarray, proof: Any, begin: Begin) -> l
 
 @partial(Jitted, static_argnames="balance")
 def _begin(
-    plan: Plan, data: Data, penalty: Any, fits: tuple[Start, Start], move: tuple[Any, Any], *, balance: bool
+    plan: SplitPlan, data: Data, penalty: Any, fits: tuple[Start, Start], move: tuple[Any, Any], *, balance: bool
 ) -> Any:
     """The state in which a level begins.
 
@@ -227,23 +227,20 @@ def _begin(
     one (1 for the first level) and how far to follow the line through the last two fits. With `balance` rho is computed
     again.
     """
-    inner = plan.solver_penalty(penalty)
     split, centred, start = plan.split, data.centred, fits[0]
-    if plan.exact:
-        start = plan.start(penalty, data, None)
-    elif has_conjugate(penalty):
-        start = _predict(inner, fits, move)
+    if has_conjugate(penalty):
+        start = _predict(penalty, fits, move)
     rho = fits[0].rho * move[0]
     if balance:
         # The last rho of Doge's previous level is far off; the solver's first changes would find this one.
         usual = FIRST_RHO * penalty.weight / data.noise
         rho = jnp.clip(balanced_rho(split, centred, start.x, start.dual), usual / RHO_RANGE, usual * RHO_RANGE)
     start = Start(start.x, start.dual, rho, fits[0].settled)
-    return plan.solver(rho).init(Problem(centred, inner, split), start)
+    return plan.solver(rho).init(Problem(centred, penalty, split), start)
 
 
 @Jitted
-def _null_level(plan: Plan, data: Data, start: Start, tol: Any) -> TrendSolution:
+def _null_level(plan: SplitPlan, data: Data, start: Start, tol: Any) -> TrendSolution:
     """The component means for a penalty that is not a norm: stationary by their dual, without a step.
 
     A step could leave them: for a long 1 / rho, a prox that is not convex prefers other points.
