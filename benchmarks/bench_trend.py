@@ -110,8 +110,6 @@ def in_time(problem: TrendProblem, fit: Callable[..., so.Solution], allowed: flo
     """What each method reaches in a number of seconds."""
     choices: dict[tuple[str, int | None], Any] = {(name, None): name for name in ("auto", "admm")}
     choices |= {("doge", block): so.trend.Doge(B=block) for block in range(1, problem.order + 2)}
-    if problem.axes == 1:
-        choices["fast_admm", None] = "fast_admm"
     for (name, block), method in choices.items():
         limited = partial(fit, method, tol=1e-9)
         # Measure the cost of a call and of a step, then run as many steps as fit into the time.

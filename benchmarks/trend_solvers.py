@@ -96,7 +96,7 @@ def sparseopt(method: str, dtype: str | None = None) -> Solver:
     def takes(problem: TrendProblem) -> bool:
         if method == "interior":
             return problem.y.size <= LARGEST_FACTORED and problem.axes < 2
-        return method != "fast_admm" or problem.axes == 1
+        return method != "fused_lasso" or (problem.axes == 1 and problem.order == 0)
 
     # float32 stops where rounding limits the gap.
     ladder = powers(-2, -7 if dtype is None else -5, 2)
@@ -334,7 +334,7 @@ def pyunlocbox(problem: TrendProblem, count: int) -> Call:
 
 # An interior point method gains about one digit with each step.
 FINE = powers(0, -9)
-OURS = (*map(sparseopt, ("auto", "doge", "admm", "fast_admm", "interior")), sparseopt("auto", "float32"))
+OURS = (*map(sparseopt, ("auto", "doge", "admm", "fused_lasso", "interior")), sparseopt("auto", "float32"))
 PEERS = (
     Solver(
         "fastprox", "fastprox", "fastprox", fastprox,

@@ -15,7 +15,7 @@ from sparseopt.experiments.report import gather, write_report
 from sparseopt.experiments.runs import check_all, plan, run_all
 from sparseopt.experiments.task import FinishedRun
 from sparseopt.trend.base.graph import Graph
-from sparseopt.trend.methods import plan as plan_module
+from sparseopt.trend.methods import split_plan as plan_module
 from tests.experiments.inputs import quiet
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -73,12 +73,12 @@ def admm_pays(asked: Fit) -> bool:
 
 
 def interior_pays(asked: Fit) -> bool:
-    """On chains from order 1; on narrow graphs if Doge-ADMM needs many steps; and on grids with free ends with node
-    weights.
+    """On chains from order 1 if smoothing is strong; on narrow graphs if Doge-ADMM needs many steps; and on grids with
+    free ends with node weights.
     """
     geometry, order = asked.geometry, asked.order
     if geometry.line:
-        return order >= 1
+        return order >= 1 and is_strong(asked)
     if geometry.kind != "edges":
         # At missing nodes the certificates of the other methods get better slowly.
         return geometry.wide and asked.weighted and geometry.num_nodes <= MOST_GRID_NODES and is_available()
