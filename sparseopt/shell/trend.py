@@ -162,7 +162,9 @@ def trend(
     signal, rule = task.read(), task.rule()
     for note in signal.notes:
         console.say(note)
-    title = f"choosing the weight {RULES[rule].partition(',')[0]}" if rule else f"fitting with weight {task.weight:.3g}"
+    title = f"choosing the weight {RULES[rule].partition(',')[0]}" if rule else "fitting"
+    if task.finds_jumps:
+        title = "finding jumps"
     with warnings.catch_warnings(record=True) as warned, console.waiting(title) as observer:
         found = task.fit(signal, observer)
     for warning in warned:
@@ -192,6 +194,11 @@ def _draw(picture: Path, draw: Callable[[], None]) -> list[Path]:
 
 def _say(figures: dict[str, Any]) -> None:
     """Say how a fit ended."""
+    if "jumps" in figures:
+        pieces = f"{figures['pieces']} {'line' if figures['lines'] else 'constant'}{'s' * (figures['pieces'] > 1)}"
+        console.say(f"done in {console.duration(figures['seconds'])} (noise about {figures['noise']:.3g}): {pieces}")
+        console.say("\n".join(figures["jumps"]) or "no jump")
+        return
     steps, gap, status = figures["steps"], figures["relative_duality_gap"], Status[figures["status"]]
     noise, rule = figures["noise"], RULES.get(figures["weight_rule"])
     level = f"weight {figures['weight']:.3g}" + (f" chosen {rule}" if rule else "")
@@ -216,7 +223,10 @@ def _write(
     def made(command: str) -> str:
         rows = [(name.replace("_", " "), report.cell(value)) for name, value in figures.items()]
         shown = report.Report(report.Table("The fit", ("quantity", "value"), rows), figures=drawn)
-        steps = [report.Fact(f"--weight {2 * figures['weight']:.3g} --force", "in the same command smooths more")]
+        options, does = "--weight gcv", "smooths with a trend filter instead"
+        if "weight" in figures:
+            options, does = f"--weight {2 * figures['weight']:.3g}", "smooths more"
+        steps = [report.Fact(f"{options} --force", f"in the same command {does}")]
         return report.html_page(title, [shown], command, environment(), steps)
 
     console.write_page(page, made)

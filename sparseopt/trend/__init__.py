@@ -1,7 +1,8 @@
 """Trend filtering on graphs: signals whose differences along the edges are mostly zero.
 
 `so.trend_filter` fits one signal, `so.trend_solver` makes a pure function for many; this module exports the rest:
-paths of weights and the choice among them, images, concave penalties, and the methods with their settings.
+paths of weights and the choice among them, images, concave penalties, the jumps of a series, and the methods with their
+settings.
 """
 
 from sparseopt.trend.base.noise import noise_level, unlike_channels
@@ -13,6 +14,7 @@ from sparseopt.trend.paths.largest_weight import largest_weight
 from sparseopt.trend.paths.path import TrendPath, trend_path
 from sparseopt.trend.paths.selection import choose_weight, cross_validate, select
 from sparseopt.trend.reweighting import reweighted
+from sparseopt.trend.segments.find import Jumps, jumps
 from sparseopt.trend.solver import TrendSolver, trend_solver
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "DogeGroups",
     "FusedLasso",
     "Interior",
+    "Jumps",
     "TrendPath",
     "TrendSolution",
     "TrendSolver",
@@ -29,6 +32,7 @@ __all__ = [
     "cross_validate",
     "degrees_of_freedom",
     "denoise",
+    "jumps",
     "largest_weight",
     "noise_level",
     "reweighted",

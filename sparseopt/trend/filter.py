@@ -32,6 +32,7 @@ from sparseopt.trend.methods.choice import as_method, choose, is_short, unless_r
 from sparseopt.trend.methods.losses import fit_loss
 from sparseopt.trend.methods.piece_means import short_fit, take_piece_means
 from sparseopt.trend.methods.plan import known_fit
+from sparseopt.trend.segments.exact import exact_fit, is_exact
 
 
 @renames(
@@ -63,7 +64,8 @@ def trend_filter(
             The computation runs in float64 for float64 and integer signals and for free ends from order 1 on, else in
             float32. Large signals of low order are first solved in float32; objective and gap are computed in float64.
         graph: the graph of the signal.
-        penalty: `L1`, `MCP`, `SCAD`, `L0`, `GroupL2`, or any object with `value` and `prox`. `GroupL2(w)` couples the
+        penalty: `L1`, `MCP`, `SCAD`, `L0`, `GroupL2`, or any object with `value` and `prox`. `L0` at order 0 on a chain
+            has its global minimum for the square loss, unless a method is named. `GroupL2(w)` couples the
             channels; on a grid at order 0 `GroupL2(w, axis=0)` is isotropic total variation, the sum over the nodes of
             the length of the gradient, for every channel, and with axis (0, -1) for all channels together. The weight
             of L1 is a number, or one for each row of `graph.matrix(order + 1)`. Several penalties are given by their
@@ -203,6 +205,8 @@ def _fit(asked: Fit) -> TrendSolution:
     if alone and (geometry.num_edges == 0 or vanishes(asked.penalty)):
         asked.require_complete()
         return known_fit(asked, asked.values)
+    if is_exact(asked):
+        return exact_fit(asked)
     method = choose(asked)
     found = method.plan(asked).fit_asked(asked)
     return unless_rounded(asked, found) if method.cold else found

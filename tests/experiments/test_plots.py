@@ -51,6 +51,10 @@ KINDS = {
         drawn(plots.plot_chain, VALUES[0], VALUES[1], truth=VALUES[2], positions=YEARS),
         {"labels": ("position", "signal"), "scales": ("linear", "linear"), "lines": SIGNAL},
     ),
+    "chain with marks": (
+        drawn(plots.plot_chain, VALUES[0], VALUES[1], truth=VALUES[2], positions=YEARS, marks=[1]),
+        {"lines": SIGNAL | {"jump or bend": ([YEARS[1]] * 2, [0, 1])}},
+    ),
     "chain of nodes": (drawn(plots.plot_chain, VALUES[0], VALUES[1]), {"labels": ("node", "signal")}),
     "graph": (
         drawn(plots.plot_graph_signal, GRID, PLACES, VALUES[0], limits=(-1, 1), label="height (m)"),

@@ -85,7 +85,7 @@ def test_trend_fits_a_signal_on_the_graph_of_a_file(tmp_path, fit):
 
 
 def test_trend_chooses_a_weight_draws_the_fit_and_writes_a_page(tmp_path, fit):
-    out, lines, summary = fit(signal=STEPS, weight=None)
+    out, lines, summary = fit(signal=STEPS, weight="gcv")
     path = so.trend.trend_path(STEPS, so.Graph.chain(30))
     assert (summary["weight"], summary["weight_rule"]) == (pytest.approx(so.trend.select(path).weight), "gcv")
     assert f"noise about {path.noise:.3g}, weight {summary['weight']:.3g} chosen by GCV)" in out
@@ -96,6 +96,24 @@ def test_trend_chooses_a_weight_draws_the_fit_and_writes_a_page(tmp_path, fit):
     page = whole_page(tmp_path / "fit-report.html")
     assert (dict(page.tables[0][1:])["weight rule"], len(page.loaded)) == ("bic", 1)
     assert (tmp_path / "fit.png").is_file()
+
+
+def test_a_series_alone_has_its_jumps_found(tmp_path, fit, command):
+    dates = np.datetime_as_string(np.datetime64("2020-01-01") + np.arange(30))
+    rows = [f"{date},{value}" for date, value in zip(dates, STEPS, strict=True)]
+    (tmp_path / "y.csv").write_text("\n".join(["date,level", *rows, ""]))
+    out, lines, summary = fit(weight=None)
+    found = so.trend.jumps(STEPS)
+    assert found.places.tolist() == [10, 20]
+    assert f"3 constants jump at 2020-01-11: {found.sizes[0]:+.4g} jump at 2020-01-21: " in out
+    assert [line.rpartition(",")[2] for line in lines[1:]] == [str(piece) for piece in np.repeat([0, 1, 2], 10)]
+    np.testing.assert_allclose([float(line.split(",")[2]) for line in lines[1:]], found.fit, rtol=1e-9)
+    assert (len(summary["jumps"]), summary["pieces"], "weight" in summary) == (2, 3, False)
+    assert "--weight gcv --force" in whole_page(tmp_path / "fit-report.html").words
+    assert fit("--jumps", weight=None)[1] == lines
+    call = ["trend", "--signal", tmp_path / "y.csv", "--output", tmp_path / "fit.csv", "--force", "--jumps"]
+    status, _, err = command(*call, "--penalty", "l1", "--order", 1)
+    assert (status, "jumps needs no penalty and no order: leave that out" in err) == (2, True)
 
 
 # The heading of a table of times, a rising and a falling line, which of its columns, and what is said of the channels.

@@ -67,6 +67,7 @@ def observed_and_fit(
     *,
     times: np.ndarray | None = None,
     places: Any = "node",
+    marks: Sequence[int] = (),
 ) -> Any:
     """A signal and its fit as a figure of its own, a panel for each of the first `MOST_PANELS` channels.
 
@@ -76,6 +77,7 @@ def observed_and_fit(
         names: of the channels.
         times: ascending `[n]`, numbers or dates; None for a graph, whose nodes stand in the order of their fit.
         places: what the times are.
+        marks: the nodes of a series at which a line is drawn, such as jumps.
     """
     from matplotlib import dates
 
@@ -85,7 +87,7 @@ def observed_and_fit(
     positions = dates.date2num(times) if dated else times
     for axis, name, dots, line in zip(axes, names, observed.T, fit.T, strict=False):
         order = np.argsort(line, kind="stable") if times is None else np.arange(line.size)
-        plot_chain(dots[order], line[order], axis, positions=positions)
+        plot_chain(dots[order], line[order], axis, positions=positions, marks=marks)
         axis.set_xlabel("nodes, in the order of their fit" if times is None else str(places), parse_math=False)
         axis.set_ylabel(name, parse_math=False)
         if dated:
@@ -106,7 +108,15 @@ def _image_limits(colours: np.ndarray) -> tuple[float, float] | None:
     return (0.0, 1.0) if finite.size and finite.min() >= 0 and finite.max() <= 1 else None
 
 
-def plot_chain(observed: Any, fit: Any, axis: Any = None, *, truth: Any = None, positions: Any = None) -> Any:
+def plot_chain(
+    observed: Any,
+    fit: Any,
+    axis: Any = None,
+    *,
+    truth: Any = None,
+    positions: Any = None,
+    marks: Sequence[int] = (),
+) -> Any:
     """A signal on a chain: dots for what was observed, a line for the fit, a dashed line for the truth.
 
     Args:
@@ -115,6 +125,7 @@ def plot_chain(observed: Any, fit: Any, axis: Any = None, *, truth: Any = None, 
         axis: to draw on.
         truth: `[n]`, or None if it is not known.
         positions: ascending `[n]`; None numbers the nodes.
+        marks: nodes at which a line is drawn, such as the `places` of `so.trend.jumps`.
     """
     dots, line = np.asarray(observed, float), np.asarray(fit, float)
     places = np.arange(dots.size) if positions is None else positions
@@ -125,6 +136,9 @@ def plot_chain(observed: Any, fit: Any, axis: Any = None, *, truth: Any = None, 
     if truth is not None:
         axis.plot(places, truth, linestyle="--", color=style.INK, linewidth=1.4, label="truth")
     axis.plot(places, line, color=style.COLOURS[5], linewidth=2, label="fit")
+    for number, mark in enumerate(marks):
+        label = "" if number else "jump or bend"
+        axis.axvline(places[mark], color=style.INK, linewidth=0.8, linestyle=":", zorder=1, label=label)
     axis.set(xlabel="node" if positions is None else "position", ylabel="signal")
     style.tidy(axis)
     style.legend(axis)

@@ -31,9 +31,11 @@ from sparseopt.experiments.task import FinishedRun, Record, Task
 from sparseopt.system import processes, run_folder
 from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.base.noise import noise_level, unlike_channels
+from sparseopt.trend.base.pieces import TrendSolution
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.methods.choice import AUTO, METHODS
 from sparseopt.trend.paths.selection import WEIGHT_RULES, choose_weight, weight_rule
+from sparseopt.trend.segments.find import jumps
 
 # Steps of times that differ by less than this fraction are equal.
 EVEN = 1e-6
@@ -50,7 +52,7 @@ class Given(NamedTuple):
 
 
 class Smoothed(NamedTuple):
-    """A fit: its table, its pieces at order 0, its figures, and the arguments of `observed_and_fit`."""
+    """A fit: its table, its pieces of order 0 or between jumps, figures, and the arguments of `observed_and_fit`."""
 
     table: NodeTable
     pieces: np.ndarray | None
@@ -78,7 +80,8 @@ class Trend(Task):
     weight: float | str | None = Field(
         default=None,
         description=f"Penalty level, in units of the signal, or the rule that chooses it: {', '.join(WEIGHT_RULES)}. "
-        "Default: gcv, or cv for labels, losses of outliers and penalties that are not convex.",
+        "Default: gcv, or cv for labels, losses of outliers and penalties that are not convex; a series alone has its "
+        "jumps found instead.",
     )
     loss: str = Field(
         default="square",
@@ -96,7 +99,14 @@ class Trend(Task):
         description="Ends of a series: free, which keeps polynomials, or graph. Default: free, without a graph.",
     )
     order: int = Field(default=0, ge=0, description="0: piecewise constant; 1: piecewise linear; 2: quadratic.")
-    penalty: str = Field(default="l1", description=f"{', '.join(BY_WEIGHT)}; group_l2 couples the channels.")
+    penalty: str | None = Field(
+        default=None, description=f"{', '.join(BY_WEIGHT)}; group_l2 couples the channels. Default: l1."
+    )
+    jumps: bool = Field(
+        default=False,
+        description="Find the jumps of a series instead, and fit constants or lines between them without shrinkage. "
+        "Default if none of graph, weight, penalty, order, loss, method, tol and devices is given.",
+    )
     method: TrendMethod = Field(default=cast(Any, AUTO), description=f"{', '.join((AUTO, *METHODS))}.")
     tol: float = Field(default=1e-5, gt=0, description="Relative duality gap to reach.")
     missing: bool = Field(default=False, description="Treat NaN and empty cells as unobserved.")
@@ -114,8 +124,9 @@ class Trend(Task):
 
     @field_validator("loss", "penalty")
     @classmethod
-    def _known(cls, name: str, info: ValidationInfo) -> str:
-        _loss(name) if info.field_name == "loss" else penalty_of_weight(name, 1.0)
+    def _known(cls, name: str | None, info: ValidationInfo) -> str | None:
+        if name is not None:
+            _loss(name) if info.field_name == "loss" else penalty_of_weight(name, 1.0)
         return name
 
     @model_validator(mode="after")
@@ -125,21 +136,38 @@ class Trend(Task):
             raise ValueError("times and ends belong to a series, given a graph too: leave out graph, or both of them")
         if self.graph is None and self.merge:
             raise ValueError("merge belongs to the edges of a graph: leave it out, or give graph")
+        if self.jumps and (beside := self._of_trend_filters()):
+            raise ValueError(f"jumps needs no {' and no '.join(beside)}: leave that out, or leave out jumps")
         return self
 
+    def _of_trend_filters(self) -> list[str]:
+        """The options given that only a trend filter has."""
+        names = ("graph", "weight", "penalty", "order", "loss", "tol")
+        given = [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
+        others = {"method": self.method.name != AUTO, "devices": self.devices not in (None, 1)}
+        return [*given, *(name for name, is_given in others.items() if is_given)]
+
+    @property
+    def finds_jumps(self) -> bool:
+        """Whether the jumps of a series are found, instead of a trend filter's fit."""
+        return self.jumps or not self._of_trend_filters()
+
+    def _penalty(self, weight: float) -> Any:
+        return penalty_of_weight(self.penalty or "l1", weight)
+
     def rule(self) -> str | None:
-        """The rule that chooses the weight; None for a number.
+        """The rule that chooses the weight; None for a number, and if there is none.
 
         Raises:
             ValueError: if none can choose it.
         """
-        if isinstance(self.weight, float):
+        if isinstance(self.weight, float) or self.finds_jumps:
             return None
         if self.penalty == "l0":
             raise ValueError("no rule chooses the weight of the penalty l0: give a number")
         if self.devices not in (None, 1):
             raise ValueError("a weight is chosen on one device: give a number, or leave out devices")
-        return weight_rule(self.weight, _loss(self.loss), penalty_of_weight(self.penalty, 1.0))
+        return weight_rule(self.weight, _loss(self.loss), self._penalty(1.0))
 
     def units(self) -> list[str]:
         return ["fit"]
@@ -191,42 +219,62 @@ class Trend(Task):
         return Graph.chain(count, times if ends == "free" else None, ends)
 
     def fit(self, given: Given, observer: Observer | None = None) -> Smoothed:
-        """Choose the weight, unless it is a number, and smooth.
+        """Find the jumps, or choose the weight, unless it is a number, and smooth.
 
         Warns:
             UserWarning: if one weight does not suit all channels.
         """
-        table, graph, loss, rule, start = given.table, given.graph, _loss(self.loss), self.rule(), time.perf_counter()
-        y, method = table.values, self.method.build()
-        options: dict[str, Any] = {"missing": "nan" if self.missing else "error", "loss": loss}
-        alone = getattr(loss, "is_square", False) and self.devices in (None, 1)
-        if rule is not None:
-            template, more = penalty_of_weight(self.penalty, 1.0), {"method": method, "observer": observer}
-            weight = choose_weight(y, graph, template, self.order, rule, **options, **more).weight
-        else:
-            weight = float(self.weight or 0)
-            if alone and (unlike := unlike_channels(y, graph, self.order, missing=options["missing"])):
-                warnings.warn(unlike, stacklevel=2)
-        penalty = penalty_of_weight(self.penalty, weight)
-        found = trend_filter(y, graph, penalty, self.order, method, tol=self.tol, devices=self.devices, **options)
-        noise = noise_level(y, graph, self.order, missing=options["missing"]) if alone else math.nan
-        pieces = None if self.order else found.pieces()
-        # Of counts and labels the fit is a logarithm or a score, and a signal its mean.
-        mean = np.asarray(loss.mean(found.value))
-        rounded = np.array([float(f"{value:.{DIGITS}g}") for value in mean.ravel().tolist()]).reshape(mean.shape)
-        record = {
+        table, graph, start = given.table, given.graph, time.perf_counter()
+        y, missing, places = table.values, "nan" if self.missing else "error", np.zeros(0, int)
+        record: Record = {
             "signal": str(self.signal), "graph": None if self.graph is None else str(self.graph),
             "ends": self.ends or ("free" if self.graph is None else "graph"), "channels": table.names,
-            "nodes": graph.num_nodes, "edges": graph.num_edges, "loss": self.loss, "noise": noise,
-            "penalty": self.penalty, "weight": weight, "weight_rule": rule or "given", "order": self.order,
-            **({} if pieces is None else {"pieces": int(pieces.max()) + 1}),
-            **figures_of(found, time.perf_counter() - start),
+            "nodes": graph.num_nodes, "edges": graph.num_edges, "loss": self.loss, "order": self.order,
         }  # fmt: skip
+        if self.finds_jumps:
+            found = jumps(y, graph, missing=missing)
+            places, mean = found.places, found.fit
+            pieces: Any = np.searchsorted(places, np.arange(len(y)), side="right")
+            names = table.dates or table.nodes
+            if names is None and table.times is not None:
+                names = tuple(f"{at:.{DIGITS}g}" for at in table.times.tolist())
+            said = found.facts(names)
+            record |= {
+                "jumps": tuple(map(str, said)), "pieces": len(places) + 1, "lines": found.line,
+                "noise": float(np.mean(found.noise)), "seconds": time.perf_counter() - start,
+            }  # fmt: skip
+        else:
+            fit, weight, figures = self._smooth(given, missing, observer)
+            # Of counts and labels the fit is a logarithm or a score, and a signal its mean.
+            mean, pieces = np.asarray(_loss(self.loss).mean(fit.value)), None if self.order else fit.pieces()
+            record |= {
+                **figures, "penalty": self.penalty or "l1", "weight": weight, "weight_rule": self.rule() or "given",
+                **({} if pieces is None else {"pieces": int(pieces.max()) + 1}),
+                **figures_of(fit, time.perf_counter() - start),
+            }  # fmt: skip
+        rounded = np.array([float(f"{value:.{DIGITS}g}") for value in mean.ravel().tolist()]).reshape(mean.shape)
         drawn = {"observed": y.reshape(len(y), -1), "fit": rounded.reshape(len(y), -1), "names": table.names}
         times = table.times if table.dates is None else as_dates(table.dates)
         if self.graph is None:
             drawn |= {"times": np.arange(len(y)) if times is None else times, "places": table.times_name or "node"}
+            drawn |= {"marks": places}
         return Smoothed(dataclasses.replace(table, values=rounded), pieces, run_folder.plain(record), drawn)
+
+    def _smooth(self, given: Given, missing: str, observer: Observer | None) -> tuple[TrendSolution, float, Record]:
+        """The fit of the trend filter, its weight and the noise."""
+        y, graph, loss, rule = given.table.values, given.graph, _loss(self.loss), self.rule()
+        options: dict[str, Any] = {"missing": missing, "loss": loss}
+        alone = getattr(loss, "is_square", False) and self.devices in (None, 1)
+        if rule is not None:
+            more = {"method": self.method.build(), "observer": observer}
+            weight = choose_weight(y, graph, self._penalty(1.0), self.order, rule, **options, **more).weight
+        else:
+            weight = float(self.weight or 0)
+            if alone and (unlike := unlike_channels(y, graph, self.order, missing=missing)):
+                warnings.warn(unlike, stacklevel=3)
+        more = {"tol": self.tol, "devices": self.devices, **options}
+        found = trend_filter(y, graph, self._penalty(weight), self.order, self.method.build(), **more)
+        return found, weight, {"noise": noise_level(y, graph, self.order, missing=missing) if alone else math.nan}
 
     def run_unit(self, key: str, folder: Path, observer: Observer) -> Record:
         observer("smoothing", 0, 0)
