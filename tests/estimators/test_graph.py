@@ -246,7 +246,7 @@ def test_copies_predict_and_fit_alike_and_a_fit_is_judged_by_how_it_was_made(noi
     np.testing.assert_array_equal(thawed.predict(NODES), model.predict(NODES))
     for copy in (thawed, clone(model)):
         np.testing.assert_array_equal(copy.fit(NODES, noisy).fitted_values_, model.fitted_values_)
-    assert isinstance(thawed.solution_.state.candidate, np.ndarray)
+    assert isinstance(thawed.solution_.dual, np.ndarray)
     model.set_params(graph=None)
     np.testing.assert_array_equal(model.predict(NODES), thawed.predict(NODES))
 
