@@ -97,7 +97,9 @@ class DividedDifference:
         """The map on the host, in float64."""
         line = functools.reduce(lambda found, step: step @ found, self.steps()) / self.unit
         before, after = (math.prod(part) for part in (self.in_shape[: self.axis], self.in_shape[self.axis + 1 :]))
-        found = sparse.csr_array(sparse.kron(sparse.kron(sparse.eye_array(before), line), sparse.eye_array(after)))
+        if before * after > 1:
+            line = sparse.kron(sparse.kron(sparse.eye_array(before), line), sparse.eye_array(after))
+        found = sparse.csr_array(line)
         found.eliminate_zeros()  # zeros of small blocks, which SciPy keeps dense
         found.sort_indices()
         return found
