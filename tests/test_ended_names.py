@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 
 import sparseopt as so
-from sparseopt import models, pruning
+from sparseopt import models, pruning, trend
 from sparseopt.experiments import task
 from sparseopt.experiments.config import expand
 from sparseopt.pruning.recipe import options
 from sparseopt.shell import app
 
 ROOT = Path(__file__).parents[1]
-NAMES = [(module, name, instead) for module in (models, pruning) for name, instead in module._ENDED.items()]
+NAMES = [(module, name, instead) for module in (models, pruning, trend) for name, instead in module._ENDED.items()]
 
 
 @pytest.mark.parametrize(("module", "name", "instead"), NAMES)

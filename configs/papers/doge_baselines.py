@@ -15,8 +15,8 @@ Each method splits some differences off and keeps the others in the penalty:
 
 The total variation is that of the last difference, `weight ||E z||_1` with E = D (k even) or Dᵀ (k odd).
 So gtf_admm is fast_admm where k is even, and admm where k is odd: four names, three algorithms at each order.
-On a chain the total variation step has an exact answer in O(n). On other graphs it is itself an optimisation problem,
-solved here by Doge-ADMM from the answer of the step before until its duality gap is small.
+The total variation step is itself an optimisation problem, solved here by Doge-ADMM from the answer of the step before
+until its duality gap is small.
 """
 
 import dataclasses

@@ -5,11 +5,13 @@ paths of weights and the choice among them, images, concave penalties, the jumps
 settings.
 """
 
+from typing import Any
+
 from sparseopt.trend.base.noise import noise_level, unlike_channels
 from sparseopt.trend.base.pieces import TrendSolution, degrees_of_freedom
 from sparseopt.trend.filter import chosen_method, trend_filter
 from sparseopt.trend.images import denoise
-from sparseopt.trend.methods.choice import Admm, Doge, DogeGroups, FusedLasso, Interior
+from sparseopt.trend.methods.choice import FAST_ADMM, Admm, Doge, DogeGroups, FusedLasso, Interior
 from sparseopt.trend.paths.largest_weight import largest_weight
 from sparseopt.trend.paths.path import TrendPath, trend_path
 from sparseopt.trend.paths.selection import choose_weight, cross_validate, select
@@ -44,5 +46,15 @@ __all__ = [
 ]
 
 
+# Names that have ended, and what to use instead.
+_ENDED = {"FastAdmm": FAST_ADMM}
+
+
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ENDED:
+        raise AttributeError(f"sparseopt.trend.{name} has ended: {_ENDED[name]}")
+    raise AttributeError(f"module 'sparseopt.trend' has no attribute {name!r}; it has {', '.join(__all__)}")

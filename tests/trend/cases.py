@@ -84,7 +84,7 @@ class Case:
 L1 = so.L1(0.75)
 CASES = {
     "chain": Case("chain", L1, 0, ("doge", "admm", "auto", "fused_lasso", "interior"), weighted=True),
-    "chain, order 1": Case("chain", L1, 1, ("doge", Doge(B=1), "auto")),
+    "chain, order 1": Case("chain", L1, 1, ("doge", "interior", Doge(B=1), "auto")),
     "chain, order 2": Case("chain", L1, 2, ("doge", "interior", Doge(B=1), Doge(B=2))),
     "grid": Case("grid", L1, 0, ("doge", "doge_groups", "admm", "auto", "interior"), weighted=True),
     "grid, order 1": Case("grid", L1, 1, ("doge", "admm", "auto", "doge_groups", "interior")),

@@ -24,6 +24,8 @@ from sparseopt.trend.methods.doge_plan import Doge, DogeGroups
 from sparseopt.trend.methods.interior_plan import Interior, is_narrow
 
 AUTO = "auto"
+# Instead of the method that has ended.
+FAST_ADMM = 'on chains use "fused_lasso" at order 0 and "interior" above, or "auto"'
 # Above these ratios of weight to noise the interior point method beats Doge-ADMM on narrow graphs: at order 0; and at
 # order 1, divided by the square of the requested digits, since the steps of Doge-ADMM grow with both.
 VERY_STRONG, STRONG_PER_DIGIT = 20.0, 40.0
@@ -117,9 +119,7 @@ def as_method(given: Any) -> Method | None:
             raise ValueError(unknown(f"setting of {given}", key, known))
         return dataclasses.replace(named, **settings)
     if given == "fast_admm":
-        raise ValueError(
-            '"fast_admm" ended in 0.4: on chains use "fused_lasso" at order 0 and "interior" above, or "auto"'
-        )
+        raise ValueError(f'"fast_admm" ended in 0.4: {FAST_ADMM}')
     if isinstance(given, str) and given in (AUTO, *METHODS):
         return METHODS.get(given)
     if fits(given, Method):

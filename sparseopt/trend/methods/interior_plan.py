@@ -59,11 +59,9 @@ class InteriorPlan:
         return np.asarray(self.data.means, np.float64).reshape(self.columns.shape)
 
     def fit_asked(self, asked: Fit) -> TrendSolution:
-        return self.fit(asked.penalty)
-
-    def fit(self, penalty: L1) -> TrendSolution:
-        """The fit for the request's penalty or a multiple, to the request's gap, in the layout of the nodes."""
-        weights, tol, max_steps = self._row_weights(penalty), self.asked.tol, self.asked.max_steps
+        """The fit for the plan's own request, or one that differs in the weight; in the layout of the nodes."""
+        penalty, tol, max_steps = asked.penalty, self.asked.tol, self.asked.max_steps
+        weights = self._row_weights(penalty)
         weight = float(weights[weights > 0].mean())
         centred = (self.columns - self.means).T
         scales = [self.program.lower_bound(column, weight) for column in centred]

@@ -74,7 +74,7 @@ def _by_solver(asked: Fit, weights: np.ndarray, first: NullFit | None, begin: Be
     method = choose_for_path(asked)
     proof = None if first is None else first.dual if asked.channels else first.dual[..., 0]
     if method.cold:
-        return _by_interior(asked, weights, begin)
+        return _by_interior(asked, method.plan(asked), weights, begin)
     early, means = FIRST_STOP, has_means(asked)
     working = in_float32(asked) if means and is_short(asked, method) else asked
     kind, plan = working.dtype, method.plan(working).pace(working)
@@ -198,18 +198,18 @@ def _merged(ground: Ground, y: Any, node_weights: Any, weights: Any, fits: Any, 
     return jax.lax.map(judge_at, (weights, fits))
 
 
-def _by_interior(asked: Fit, weights: np.ndarray, begin: Begin) -> list[TrendSolution]:
-    """The levels with the interior point method, which starts cold but orders its factors only once.
+def _by_interior(asked: Fit, plan: Any, weights: np.ndarray, begin: Begin) -> list[TrendSolution]:
+    """The levels with the plan of an interior point method, which starts cold but orders its factors only once.
 
     At order 0, Doge-ADMM started from the last of them is faster for weaker levels.
     """
-    solver, strong, levels = choose_for_path(asked).plan(asked), weights, list[TrendSolution]()
+    strong, levels = weights, list[TrendSolution]()
     if asked.order == 0 and asked.method is None:
         strong = weights[weights * asked.strength > STRONG_LEVEL * weights[0]]
     for weight in strong:
         begin()
         here = asked.at(weight)
-        fit = unless_rounded(here, solver.fit_asked(here))
+        fit = unless_rounded(here, plan.fit_asked(here))
         levels.append(dataclasses.replace(fit, state=None, dual=None))
     if strong.size < weights.size:
         rest = dataclasses.replace(asked, method=Doge(), start=start_at(fit) if levels else None)
