@@ -32,7 +32,6 @@ from scipy.spatial import Delaunay
 import sparseopt as so
 from sparseopt.trend.methods.losses import node_deviances
 from sparseopt.trend.paths.path import TrendPath, trend_path
-from sparseopt.trend.paths.selection import cross_validate, select
 
 SIDE, CROSSINGS = 32, 1000
 # Signals have a standard deviation of 1.
@@ -109,12 +108,12 @@ def levels_of(path: TrendPath, loss: str | None) -> dict[str, int]:
     if loss is None:
         rules: dict[str, tuple[Any, ...]] = {"bic": ("bic", path.noise)}
         rules |= {"sure": ("sure",), "sure, true noise": ("sure", NOISE), "gcv": ("gcv",), "aic, corrected": ("aic",)}
-        return {rule: select(path, *given).index for rule, given in rules.items()}
+        return {rule: so.select(path, *given).index for rule, given in rules.items()}
     share = path.degrees_of_freedom / path.observations
     # As `select`, which refuses labels.
     gcv = np.where(share <= 0.5, path.deviances / (1 - np.minimum(share, 0.5)) ** 2, np.inf)
     aic = path.deviances + 2 * path.degrees_of_freedom
-    return {"gcv": int(np.argmin(gcv)), "aic": int(np.argmin(aic)), "bic": select(path, "bic").index}
+    return {"gcv": int(np.argmin(gcv)), "aic": int(np.argmin(aic)), "bic": so.select(path, "bic").index}
 
 
 def drawn(truth: np.ndarray, loss: str | None, seed: int) -> np.ndarray:
@@ -154,11 +153,9 @@ def rules(about: dict[str, Any], graph: so.Graph, truth: np.ndarray, loss: str |
     for repeat in range(about["repeats"]):
         y = drawn(truth, loss, repeat)
         validation: dict[str, int] = {}
-        if order:
-            path = trend_path(y, graph, order=order, **settings).check()
-        else:
-            validated = cross_validate(y, graph, folds=FOLDS, seed=repeat, **settings).check()
-            path = validated.path
+        path = trend_path(y, graph, order=order, **settings).check()
+        if not order:
+            validated = so.cross_validate(path, FOLDS, seed=repeat).check()
             validation = {label: validated.index_by(rule) for label, rule in CV_RULES.items()}
         apart = node_deviances(path.loss, path.values.reshape(len(path), -1), means).mean(axis=1)
         for rule, index in ({"oracle": int(apart.argmin())} | levels_of(path, loss) | validation).items():

@@ -36,7 +36,7 @@ from skimage.data import camera
 
 import sparseopt as so
 from sparseopt.experiments import plots
-from sparseopt.trend import cross_validate, denoise, select, trend_path
+from sparseopt.trend import denoise, trend_path
 from sparseopt.trend.images import psnr
 
 _ = so.keep_programs()  # on disk, since compilation takes most of the time of a first run
@@ -67,7 +67,7 @@ observed = [truth + 0.3 * rng.normal(size=n) for truth in truths]
 paths = [trend_path(y, chain, order=order, tol=1e-3).check() for order, y in enumerate(observed)]
 figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
 for order, (axis, path) in enumerate(zip(axes, paths, strict=True)):
-    chosen = select(path, "gcv")
+    chosen = so.select(path, "gcv")
     plots.plot_chain(observed[order], chosen.value, axis, truth=truths[order])
     axis.set_title(f"order {order}, weight {chosen.weight:.3g}: rmse {rmse(chosen.value, truths[order]):.3f}")
     assert rmse(chosen.value, truths[order]) < 0.12
@@ -98,8 +98,8 @@ steps
 
 # %% alt="The fitted values of single nodes against the weight, on a log axis, in four colours for the four true steps. At small weights the lines scatter; at the weights chosen by GCV and by cross-validation, marked by vertical lines, they lie on four levels; at large weights on one."
 path = paths[0]
-validated = cross_validate(observed[0], chain, order=0, folds=5, seed=0).check()
-rules = {"GCV": select(path, "gcv"), "cross-validation": validated}
+validated = so.cross_validate(trend_path(observed[0], chain, order=0), folds=5, seed=0).check()
+rules = {"GCV": so.select(path, "gcv"), "cross-validation": validated}
 figure, axis = plt.subplots(figsize=(9, 4.2), layout="constrained")
 for level, colour in zip(np.unique(truths[0]), plots.COLOURS, strict=False):
     nodes = np.flatnonzero(truths[0] == level)[::16]
@@ -176,7 +176,7 @@ for row, (name, field) in zip(axes, fields.items(), strict=True):
     measured = field + 0.5 * rng.normal(size=len(places))
     panels = {f"{name}: truth": field, f"measured: rmse {rmse(measured, field):.2f}": measured}
     for order in (0, 1):
-        chosen = select(trend_path(measured, graph, order=order, num=25, tol=1e-3).check(), "sure")
+        chosen = so.select(trend_path(measured, graph, order=order, num=25, tol=1e-3).check(), "sure")
         errors[name, order] = rmse(chosen.value, field)
         panels[f"order {order}, weight {chosen.weight:.2f}: rmse {errors[name, order]:.3f}"] = chosen.value
     for axis, (title, values) in zip(row, panels.items(), strict=True):

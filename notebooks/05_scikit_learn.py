@@ -148,7 +148,7 @@ for name, (classifier, settings) in candidates.items():
 #
 # * Samples are nodes (`graph=`) or points (`graph=None`). `alpha` is the weight, `order` the shape.
 # * After `fit`: `predict`, `score`, `gap_`, `fitted_values_`, and `solution_.pieces()` at order 0.
-# * Shuffle the folds. `so.trend.cross_validate` does the same faster, with warm starts.
+# * Shuffle the folds. `so.cross_validate` does the same faster, with warm starts.
 # * `loss="poisson"`, `"huber"` and others are for counts and outliers.
 #
 # Next: [all rules that choose a weight](06_choosing_the_level.ipynb).

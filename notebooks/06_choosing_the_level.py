@@ -19,11 +19,11 @@
 # let GCV choose**,
 #
 # ```python
-# best = so.trend.select(so.trend.trend_path(y, graph), "gcv")
+# best = so.select(so.trend.trend_path(y, graph), "gcv")
 # best.weight, best.value
 # ```
 #
-# and cross-validate, with `so.trend.cross_validate(y, graph)`, for penalties other than `L1`, or if you doubt the model.
+# and cross-validate, with `so.cross_validate(path)`, for penalties other than `L1`, or if you doubt the model.
 # The rest of this lesson says why: it solves a whole path, and five rules choose from it. The truth is known, so each
 # rule is compared with the **oracle**: the level whose fit is closest to the truth.
 
@@ -35,7 +35,7 @@ from sklearn.model_selection import GridSearchCV, KFold
 
 import sparseopt as so
 from sparseopt.experiments import plots
-from sparseopt.trend import cross_validate, largest_weight, noise_level, select, trend_path
+from sparseopt.trend import largest_weight, noise_level, trend_path
 
 _ = so.keep_programs()  # on disk, since compilation takes most of the time of a first run
 rng = np.random.default_rng(6)
@@ -144,10 +144,10 @@ assert abs(path.noise / SIGMA - 1) < 0.1
 # %% alt="Three criteria against the weight, each with its minimum: SURE follows the true error closely; SURE and GCV choose 0.77, BIC chooses 1.57."
 losses = np.array([loss(value) for value in path.values])
 chosen = {
-    "GCV": select(path, "gcv"),
-    "SURE": select(path, "sure"),
-    "AIC": select(path, "aic"),
-    "BIC": select(path, "bic", sigma=path.noise),
+    "GCV": so.select(path, "gcv"),
+    "SURE": so.select(path, "sure"),
+    "AIC": so.select(path, "aic"),
+    "BIC": so.select(path, "bic", sigma=path.noise),
 }
 figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
 for axis, rule in zip(axes, ("SURE", "GCV", "BIC"), strict=True):
@@ -160,7 +160,7 @@ for rule, selection in chosen.items():
     print(f"{rule:8} weight {selection.weight:.3g}   error {loss(selection.value):.4f}, {ratio:.2f} times the oracle's")
 for rule in ("GCV", "SURE", "AIC"):
     assert loss(chosen[rule].value) < 1.1 * losses.min()
-assert select(path, "aic", sigma=path.noise).index == chosen["SURE"].index
+assert so.select(path, "aic", sigma=path.noise).index == chosen["SURE"].index
 assert chosen["BIC"].weight > max(chosen[rule].weight for rule in ("GCV", "SURE", "AIC"))
 assert path.degrees_of_freedom[chosen["BIC"].index] < path.degrees_of_freedom[chosen["SURE"].index]
 
@@ -184,7 +184,7 @@ assert path.degrees_of_freedom[chosen["BIC"].index] < path.degrees_of_freedom[ch
 # standard error of the minimum: a simpler fit that is not clearly worse.
 
 # %% alt="The held-out error against the weight, with bars of one standard error: it is smallest at 0.5 and within one standard error up to 1.8."
-validated = cross_validate(y, graph, order=0, weights=path.weights, folds=5, seed=0).check()
+validated = so.cross_validate(path, folds=5, seed=0).check()
 figure, axis = plt.subplots(figsize=(8, 4.4), layout="constrained")
 plots.plot_cross_validation(validated, axis)
 simple = path.values[validated.index_by("one_se")]
@@ -205,7 +205,7 @@ assert path.degrees_of_freedom[validated.index_by("one_se")] <= path.degrees_of_
 # %% alt="The road network with three fits: SURE at order 0 has the smallest error, order 1 blurs the borders, one standard error at order 0 is in between."
 sigma = noise_level(y, graph, 0)
 by_order = {
-    order: select(trend_path(y, graph, order=order, method="doge", tol=1e-3, num=30).check(), "sure", sigma)
+    order: so.select(trend_path(y, graph, order=order, method="doge", tol=1e-3, num=30).check(), "sure", sigma)
     for order in (0, 1)
 }
 for order, selection in by_order.items():

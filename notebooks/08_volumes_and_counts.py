@@ -80,7 +80,7 @@ figure, axes = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
 chosen = {}
 for axis, (name, penalty) in zip(axes, penalties.items(), strict=True):
     path = so.trend.trend_path(corner, grid, penalty, weights=levels, dtype=np.float32).check()
-    chosen[name] = so.trend.select(path, "sure", sigma=estimates[2])
+    chosen[name] = so.select(path, "sure", sigma=estimates[2])
     errors = np.mean((path.values - clean[part]) ** 2, axis=(1, 2, 3))
     plots.plot_selection(chosen[name], axis)
     axis.plot(path.weights, errors, color="#333333", linestyle=":", label="true error")
@@ -178,7 +178,7 @@ print(surface, f"noise {scatter:.2f}")
 estimated = noise_level(measured, surface, 2)
 weights = np.geomspace(4, 0.25, 9) * estimated
 bends = so.trend.trend_path(measured, surface, order=1, weights=weights, dtype=np.float32).check()
-picked = so.trend.select(bends, "sure", sigma=estimated)
+picked = so.select(bends, "sure", sigma=estimated)
 errors = np.sqrt(np.mean((bends.values - depth) ** 2, axis=1))
 print(f"noise: true {scatter:.2f}, estimated {estimated:.2f}; weight {picked.weight:.2f}")
 print(f"error {errors[picked.index]:.3f}, at the best of the nine weights {errors.min():.3f}")
@@ -270,9 +270,9 @@ print(f"{np.mean(counts == 0):.0%} of the pieces have none, one has {counts.max(
 # does not: it predicts each piece from the others.
 
 # %% alt="The held-out deviance against the weight, with bars of one standard error: it is smallest at 1.25."
-validated = so.trend.cross_validate(counts, graph, loss="poisson", num=20, ratio=1e-2).check()
-path = validated.path
-by_aic = so.trend.select(path, "aic")
+path = so.trend.trend_path(counts, graph, loss="poisson", num=20, ratio=1e-2)
+validated = so.cross_validate(path).check()
+by_aic = so.select(path, "aic")
 for rule, index in {"AIC": by_aic.index, "cross-validation": validated.index}.items():
     print(f"{rule:16} weight {path.weights[index]:.2f}, {path.degrees_of_freedom[index]} pieces of equal rate")
 figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
@@ -284,9 +284,8 @@ assert by_aic.weight < validated.weight
 # Order 0 gives rates that are equal along a street and jump; order 1 lets them decay from the centre.
 
 # %% alt="Street maps of Soho: deaths, and the rates of order 0 and 1. Both rates are highest around one pump in the middle."
-smooth = so.trend.cross_validate(
-    counts, graph, order=1, loss="poisson", weights=np.geomspace(40, 2, 8), tol=1e-3
-).check()
+lines_of_rates = so.trend.trend_path(counts, graph, order=1, loss="poisson", weights=np.geomspace(40, 2, 8), tol=1e-3)
+smooth = so.cross_validate(lines_of_rates).check()
 rates = {0: np.exp(validated.value), 1: np.exp(smooth.value)}
 panels = {"deaths": counts, "rate, order 0": rates[0], "rate, order 1": rates[1]}
 figure, axes = plt.subplots(1, 3, figsize=(17, 5.2), layout="constrained")

@@ -90,7 +90,7 @@ assert (path.gaps <= 1e-6).all()
 # six largest coefficients of that level have colours.
 
 # %%
-held_out = so.cross_validate(problem, folds=10)
+held_out = so.cross_validate(path, folds=10)
 chosen = {
     "AIC": so.select(path, "aic").index,
     "BIC": so.select(path, "bic").index,

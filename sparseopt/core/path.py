@@ -9,6 +9,7 @@ JSS 33 (2010); Zou, Hastie and Tibshirani, "On the degrees of freedom of the las
 """
 
 import dataclasses
+import math
 from functools import cached_property
 from typing import Any, Self
 
@@ -18,7 +19,7 @@ import numpy as np
 from scipy import sparse
 
 from sparseopt.core.base.arguments import is_positive, real_array, whole_number
-from sparseopt.core.base.types import known_on_cpu, precision
+from sparseopt.core.base.types import Observer, known_on_cpu, precision
 from sparseopt.core.losses.data import DataLoss
 from sparseopt.core.operators.matrices import Matrix
 from sparseopt.core.penalties.entries import L1
@@ -40,11 +41,34 @@ MOST_NAMED = 5
 
 
 class Levels:
-    """What the paths of problems and of signals have in common."""
+    """What the paths of problems and of signals have in common, and what `select` and `cross_validate` ask of them."""
 
     levels: Any
     statuses: np.ndarray
     residuals: np.ndarray
+    deviances: np.ndarray
+    observations: Any
+    loss: Any
+    noise: Any  # the standard deviation of the noise, NaN if nothing estimates it
+    degrees_of_freedom: Any
+    usual_criterion = "bic"
+
+    @property
+    def usual_rule(self) -> str:
+        """The rule of cross-validation for this loss."""
+        return "min"
+
+    def refuses(self, criterion: str) -> str | None:
+        """Why a criterion does not choose among these levels, or None."""
+        return refuses_criterion(criterion, self.loss)
+
+    def observed(self) -> tuple[np.ndarray, np.ndarray]:
+        """Which observations there are `[count]`, and the groups whose parts in all folds are equal `[count]`."""
+        raise NotImplementedError
+
+    def held_out(self, out: np.ndarray, observer: Observer | None) -> tuple[np.ndarray, np.ndarray]:
+        """The mean deviances of the observations `out` in fits without them, and their statuses, `[levels]` each."""
+        raise NotImplementedError
 
     def at(self, index: int) -> Solution:
         """The solution at one level."""
@@ -89,6 +113,16 @@ class Levels:
         return html_facts(type(self).__name__, facts)
 
 
+def refuses_criterion(criterion: str, loss: Any) -> str | None:
+    """Why a criterion does not choose among fits with a loss of one observation, or None."""
+    if criterion == "sure" and not getattr(loss, "is_square", False):
+        return (
+            f"sure estimates a mean squared error, given a path with loss={loss}: take cross-validation "
+            "(cross_validate), or bic"
+        )
+    return None
+
+
 @dataclasses.dataclass(frozen=True)
 class Path(Levels):
     """Solutions for several levels, the largest first. All arrays are NumPy's, `[levels]` if nothing else is said.
@@ -104,6 +138,8 @@ class Path(Levels):
         deviances: twice the loss; for least squares the weighted sum of squares.
         observations: the number of rows with a positive weight.
         problem: the problem at level 1.
+        tol: of each level.
+        max_steps: of each level.
     """
 
     levels: np.ndarray
@@ -116,11 +152,43 @@ class Path(Levels):
     deviances: np.ndarray
     observations: int
     problem: Problem
+    tol: float
+    max_steps: int
+    noise = math.nan
 
     @property
     def loss(self) -> Any:
         """The loss of one observation."""
         return self.problem.loss.scalar
+
+    @property
+    def mass(self) -> np.ndarray:
+        """The weights of the rows, `[rows]`."""
+        loss = self.problem.loss
+        weights: Any = 1.0 if loss.weights is None else loss.weights
+        return np.broadcast_to(weights, np.shape(loss.target)[0]).astype(np.float64)
+
+    def observed(self) -> tuple[np.ndarray, np.ndarray]:
+        target = np.asarray(self.problem.loss.target)
+        return self.mass > 0, target if getattr(self.loss, "labels", False) else np.zeros(len(target))
+
+    def held_out(self, out: np.ndarray, observer: Observer | None) -> tuple[np.ndarray, np.ndarray]:
+        loss, mass = self.problem.loss, self.mass
+        within = dataclasses.replace(loss, weights=np.where(out, 0, mass))
+        # The sum of a loss grows with the rows: the same level of their mean.
+        levels = within.weights.sum() / mass.sum() * self.levels
+        found = _path(Problem(within, self.problem.penalty), levels, self.tol, self.max_steps, observer)
+        matrix, values, shift = columns_of(loss.matrix), found.values, 0.0
+        if loss.intercept:
+            values, shift = values[:, :-1], values[:, [-1]].toarray().T
+        # Only columns that some level uses.
+        used = np.unique(values.indices)
+        rows = matrix.matrix[:, used][out] @ values[:, used].T
+        fits = np.asarray(rows.todense() if hasattr(rows, "todense") else rows) + shift
+        target = np.asarray(loss.target, float)[out][:, None]
+        with precision(np.dtype(np.float64)):
+            terms = np.asarray(self.loss.value(fits, np.broadcast_to(target, fits.shape)))
+        return 2 * mass[out] @ terms / mass[out].sum(), found.statuses
 
     @cached_property
     def degrees_of_freedom(self) -> np.ndarray:
@@ -232,6 +300,7 @@ def path(
     ratio: float | None = None,
     tol: float = 1e-6,
     max_steps: int = 10_000,
+    observer: Observer | None = None,
 ) -> Path:
     """Solve a problem at falling levels, from the one at which nothing enters.
 
@@ -244,6 +313,7 @@ def path(
         ratio: the last level over the first; None is 0.01 with fewer rows than columns, else 0.001.
         tol: of each level, as in `solve`.
         max_steps: of each level, as in `solve`.
+        observer: called with "level", the number of finished levels and the number of levels, before each level.
 
     Returns:
         A `Path`, in float64.
@@ -278,17 +348,19 @@ def path(
         raise ValueError(f"levels are positive and finite numbers [levels], given {levels!r:.100}")
     if (np.diff(levels) > 0).any():
         raise ValueError("levels fall, since every one begins at the answer of the last: sort them, the largest first")
-    return _path(problem, levels, tol, max_steps)
+    return _path(problem, levels, tol, max_steps, observer)
 
 
-def _path(problem: Problem, levels: np.ndarray, tol: float, max_steps: int) -> Path:
+def _path(problem: Problem, levels: np.ndarray, tol: float, max_steps: int, observer: Observer | None) -> Path:
     """A path at levels that are checked."""
     start: Any = np.zeros(problem.loss.start_shape())
     solver = WorkingSet()
     fast = solver.refuses(problem) is None and known_on_cpu((problem, jax.device_put(0)))
     run = HostSolve(problem, start, keeps=True, yields=True) if fast else None
     found, values = [], []
-    for level in levels:
+    for index, level in enumerate(levels):
+        if observer is not None:
+            observer("level", index, len(levels))
         penalty = at_level(problem.penalty, float(level))
         solution = run.at(penalty, tol, max_steps) if run else None
         if run and solution is not None and solution.status in (Status.CONVERGED, Status.STATIONARY):
@@ -307,7 +379,7 @@ def _path(problem: Problem, levels: np.ndarray, tol: float, max_steps: int) -> P
     count = np.shape(problem.loss.target)[0]
     seen = count if weights is None else int(np.count_nonzero(np.broadcast_to(weights, count)))
     stacked = sparse.csr_array(sparse.vstack(values))
-    return Path(levels, stacked, objectives, gaps, residuals, steps, statuses, deviances, seen, problem)
+    return Path(levels, stacked, objectives, gaps, residuals, steps, statuses, deviances, seen, problem, tol, max_steps)
 
 
 def _checked(problem: Problem) -> Problem:

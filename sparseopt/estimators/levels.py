@@ -15,16 +15,16 @@ from sklearn.base import is_classifier
 from sklearn.model_selection import check_cv
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from sparseopt.core.base.arguments import finite_number, positive_number, real_array, whole_number
+from sparseopt.core.base.arguments import finite_number, positive_number, real_array, unknown, whole_number
 from sparseopt.core.base.thresholds import infinite_unless, largest_ratio
 from sparseopt.core.base.types import pytree
 from sparseopt.core.losses.data import DataLoss
 from sparseopt.core.losses.scalar import ScalarLoss
-from sparseopt.core.path import RATIO_TALL, RATIO_WIDE, Path, at_level, largest_level
+from sparseopt.core.path import RATIO_TALL, RATIO_WIDE, Path, at_level, largest_level, path
 from sparseopt.core.penalties.entries import L1, MCP, SCAD, ElasticNet
 from sparseopt.core.penalties.sets import Nonnegative
 from sparseopt.core.problem.problem import Problem, Solution, Status
-from sparseopt.core.select import cross_validate
+from sparseopt.core.select import RULES, cross_validate
 from sparseopt.core.solve import solve
 from sparseopt.estimators.base import Fitted
 
@@ -172,21 +172,23 @@ class OverPath(SparseLinear):
             levels = self._levels(problems, whole_number("alphas", self.alphas, 1))
         else:
             levels = np.sort(real_array("alphas", self.alphas).astype(np.float64), axis=None)[::-1]
-        options: dict[str, Any] = {"rule": self.rule, "tol": self.tol, "max_steps": self.max_steps}
+        if self.rule not in RULES:
+            raise ValueError(unknown("rule", self.rule, RULES))
         held = self._folds(y, problems[0].loss.weights)
-        chosen = [cross_validate(problem, levels, folds=held, **options) for problem in problems]
+        whole = [path(problem, levels, tol=self.tol, max_steps=self.max_steps) for problem in problems]
+        chosen = [cross_validate(one, held, rule=self.rule) for one in whole]
         table = np.sum([one.fold_errors for one in chosen], axis=0)
         spread = table.std(axis=0, ddof=1) / len(table) ** 0.5
         summed = dataclasses.replace(chosen[0], fold_errors=table, errors=table.mean(axis=0), standard_errors=spread)
         # Twice the sum of the losses, in place of the mean: `select` counts samples.
         paths = [dataclasses.replace(one.path, deviances=len(y) * one.path.deviances) for one in chosen]
-        for path in paths:
-            wrong = np.flatnonzero(~np.isin(path.statuses, (Status.CONVERGED, Status.STATIONARY)))
+        for one in paths:
+            wrong = np.flatnonzero(~np.isin(one.statuses, (Status.CONVERGED, Status.STATIONARY)))
             for index in wrong[:1]:
-                self.warn_unless_converged(path.at(int(index)), 4)
+                self.warn_unless_converged(one.at(int(index)), 4)
         self.alpha_, self.alphas_, self.cv_errors_ = summed.level, levels, table.T
         self.path_ = paths[0] if len(paths) == 1 else paths
-        return [path.at(summed.index) for path in paths]
+        return [one.at(summed.index) for one in paths]
 
     def _levels(self, problems: list[Problem], count: int) -> np.ndarray:
         """Falling levels, from the first at which no coefficient enters in any problem."""
@@ -223,8 +225,8 @@ class OverPath(SparseLinear):
         check_is_fitted(self)
         ax = plt.subplots()[1] if ax is None else ax
         paths: list[Path] = self.path_ if isinstance(self.path_, list) else [self.path_]
-        for number, path in enumerate(paths):
-            values = path.values[:, : self.n_features_in_]
+        for number, one in enumerate(paths):
+            values = one.values[:, : self.n_features_in_]
             several = {"color": f"C{number}"} if len(paths) > 1 else {}
             lines = ax.plot(self.alphas_, values[:, np.unique(values.indices)].toarray(), **several)
             if several and lines:

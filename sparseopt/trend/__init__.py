@@ -14,7 +14,7 @@ from sparseopt.trend.images import denoise
 from sparseopt.trend.methods.choice import FAST_ADMM, Admm, Doge, DogeGroups, FusedLasso, Interior
 from sparseopt.trend.paths.largest_weight import largest_weight
 from sparseopt.trend.paths.path import TrendPath, trend_path
-from sparseopt.trend.paths.selection import choose_weight, cross_validate, select
+from sparseopt.trend.paths.selection import choose_weight
 from sparseopt.trend.reweighting import reweighted
 from sparseopt.trend.segments.find import Jumps, jumps
 from sparseopt.trend.solver import TrendSolver, trend_solver
@@ -31,14 +31,12 @@ __all__ = [
     "TrendSolver",
     "choose_weight",
     "chosen_method",
-    "cross_validate",
     "degrees_of_freedom",
     "denoise",
     "jumps",
     "largest_weight",
     "noise_level",
     "reweighted",
-    "select",
     "trend_filter",
     "trend_path",
     "trend_solver",
@@ -47,7 +45,11 @@ __all__ = [
 
 
 # Names that have ended, and what to use instead.
-_ENDED = {"FastAdmm": FAST_ADMM}
+_ENDED = {
+    "FastAdmm": FAST_ADMM,
+    "select": "use so.select(path, criterion)",
+    "cross_validate": "use so.cross_validate(so.trend.trend_path(y, graph))",
+}
 
 
 def __dir__() -> list[str]:

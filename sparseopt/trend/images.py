@@ -11,12 +11,12 @@ from sparseopt.core.base.mesh import Devices
 from sparseopt.core.base.types import Observer
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.penalties.groups import GroupL2
+from sparseopt.core.select import select
 from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.base.noise import noise_level
 from sparseopt.trend.base.pieces import TrendSolution
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.paths.path import trend_path
-from sparseopt.trend.paths.selection import select
 
 # The relative gap of the fits by which a weight is chosen, and how many weights are tried at most: far more than the
 # usual three or four. On four photographs smaller gaps and weights chose no better ones.

@@ -75,14 +75,17 @@ def test_the_criteria_are_their_formulas_and_half_of_the_observations_is_the_lim
     chosen = so.select(path, "bic")
     np.testing.assert_allclose(chosen.curve, bic)
     assert chosen.level == path.levels[np.argmin(bic)]
-    assert np.isinf(so.select(path, "aic").curve[df > n / 2]).all()
-    with pytest.raises(ValueError, match="unknown criterion 'sure'"):
+    aic = n * np.log(misfit / n) + 2 * n * (df + 1) / (n - df - 2)
+    np.testing.assert_allclose(so.select(path, "aic").curve, np.where(df < n - 2, aic, np.inf))
+    np.testing.assert_allclose(so.select(path, "sure", 0.5).curve, (misfit + 0.5 * df) / n - 0.25)
+    with pytest.raises(ValueError, match=r"sigma.*estimate is nan"):
         so.select(path, "sure")
 
 
 def test_cross_validation_fits_without_the_held_out_rows_at_the_level_of_their_mean_loss():
     folds = np.arange(40) % 4
-    found = so.cross_validate(KINDS["squares, intercept"], num=6, folds=folds, rule="one_se", tol=1e-10)
+    path = so.path(KINDS["squares, intercept"], num=6, tol=1e-10)
+    found = so.cross_validate(path, folds, rule="one_se")
     out = folds == 2
     within = so.LeastSquares(MATRIX[~out], TARGET[~out], intercept=True)
     alone = so.path(so.Problem(within, so.L1(1.0)), 0.75 * found.path.levels, tol=1e-10).values.toarray()

@@ -14,8 +14,8 @@ matplotlib.use("agg")
 
 def test_pictures_show_the_chosen_levels():
     y, chain = np.repeat([0.0, 4.0, 1.0], 20) + np.random.default_rng(5).standard_normal(60), so.Graph.chain(60)
-    validated = so.trend.cross_validate(y, chain, num=15, tol=1e-6)
-    path, best = validated.path, so.trend.select(validated.path, "bic", 1.0)
+    path = so.trend.trend_path(y, chain, num=15, tol=1e-6)
+    validated, best = so.cross_validate(path), so.select(path, "bic", 1.0)
     axis = plot_selection(best)
     (curve,) = [line for line in axis.lines if line.get_label() == "_curve"]
     np.testing.assert_array_equal(curve.get_ydata(), best.curve)

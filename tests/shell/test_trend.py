@@ -87,11 +87,11 @@ def test_trend_fits_a_signal_on_the_graph_of_a_file(tmp_path, fit):
 def test_trend_chooses_a_weight_draws_the_fit_and_writes_a_page(tmp_path, fit):
     out, lines, summary = fit(signal=STEPS, weight="gcv")
     path = so.trend.trend_path(STEPS, so.Graph.chain(30))
-    assert (summary["weight"], summary["weight_rule"]) == (pytest.approx(so.trend.select(path).weight), "gcv")
+    assert (summary["weight"], summary["weight_rule"]) == (pytest.approx(so.select(path).weight), "gcv")
     assert f"noise about {path.noise:.3g}, weight {summary['weight']:.3g} chosen by GCV)" in out
     assert "solved directly" in out
-    np.testing.assert_allclose(numbers(lines)[1], so.trend.select(path).value, atol=1e-6)
-    by_bic = so.trend.select(path, "bic", path.noise).weight
+    np.testing.assert_allclose(numbers(lines)[1], so.select(path).value, atol=1e-6)
+    by_bic = so.select(path, "bic", path.noise).weight
     assert fit(weight="bic")[2]["weight"] == pytest.approx(by_bic)
     page = whole_page(tmp_path / "fit-report.html")
     assert (dict(page.tables[0][1:])["weight rule"], len(page.loaded)) == ("bic", 1)

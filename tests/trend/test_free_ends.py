@@ -143,12 +143,12 @@ def test_the_unit_of_time_or_spacing_makes_no_difference(method):
 def test_cross_validation_finds_a_bend_and_pictures_keep_a_ramp():
     clean = np.abs(TIMES - TIMES[12])
     y = clean + 0.5 * np.random.default_rng(0).standard_normal(N)
-    chosen = so.trend.cross_validate(y, UNEVEN, order=1, num=6, folds=3)
+    chosen = so.cross_validate(so.trend.trend_path(y, UNEVEN, order=1, num=6), 3)
     assert np.mean((chosen.value - clean) ** 2) < 0.3 * 0.25
     assert so.trend.noise_level(y, UNEVEN, 1) == pytest.approx(0.5, rel=0.4)
     ramp = 20.0 * ROW + 30.0 * COLUMN
     np.testing.assert_array_equal(so.trend.denoise(ramp, 5.0, order=1, ends="free").image, ramp)
-    chosen = so.trend.cross_validate(Y, GRID, order=1, num=3, folds=2, ratio=0.1, tol=1e-3)
+    chosen = so.cross_validate(so.trend.trend_path(Y, GRID, order=1, num=3, ratio=0.1, tol=1e-3), 2)
     assert chosen.value.shape == SHAPE
     assert so.trend.noise_level(Y, GRID, 1) == pytest.approx(1.0, rel=0.5)
     assert so.trend.chosen_method(Y, GRID, so.L1(50.0), 1) == "admm"

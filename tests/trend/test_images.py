@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import sparseopt as so
-from sparseopt.trend import denoise, select, trend_path
+from sparseopt.trend import denoise, trend_path
 from tests.tiers import often
 
 
@@ -104,7 +104,7 @@ def test_the_chosen_weight_is_nearly_the_best(options):
         powers, risks = np.round(np.log2(found.weight / found.noise)) + np.arange(-1, 2), []
         for weight in found.noise * 2.0**powers:
             path = trend_path(noisy, so.Graph.grid(noisy.shape), weights=[weight], tol=1e-3, dtype=np.float32)
-            risks += select(path, "sure", found.noise).curve.tolist()
+            risks += so.select(path, "sure", found.noise).curve.tolist()
         bend, slope, _ = np.polyfit(powers, risks, 2)
         assert found.weight == pytest.approx(found.noise * 2 ** (-slope / (2 * bend)), rel=1e-6)
 

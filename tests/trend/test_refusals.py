@@ -29,6 +29,10 @@ def classifier(y=(0, 1, 1), node_weights=None, **settings):
     return so.GraphTrendClassifier(**settings).fit(NODES[:3], y, node_weights)
 
 
+def validated(y=Y, graph=CHAIN, **settings):
+    return so.cross_validate(so.trend.trend_path(y, graph, weights=[1.0], missing="nan"), **settings)
+
+
 def doge(**settings):
     return so.trend_filter(**FIT, method={"name": "doge"} | settings)
 
@@ -38,7 +42,6 @@ GOOD = {
     so.trend_filter: FIT,
     so.trend.chosen_method: FIT,
     so.trend.trend_path: SIGNAL | {"num": 3},
-    so.trend.cross_validate: SIGNAL | {"folds": 2, "num": 3},
     so.trend.choose_weight: SIGNAL | {"num": 3},
     so.trend.largest_weight: SIGNAL,
     so.trend.noise_level: SIGNAL,
@@ -53,7 +56,7 @@ SHARED = {
     "order": ({"order": -1}, "order is a whole number from 0", "given -1"),
     "node weights": ({"node_weights": -np.arange(6.0)}, "not negative, given -1.0 at node 1"),
 }
-OF_SIGNALS = list(GOOD)[:8]
+OF_SIGNALS = list(GOOD)[:7]
 NO_NUMBERS = (NAN, INF, "a", 1j)
 # Entry point, argument, what it should be, and wrong numbers besides those.
 NUMBERS = [
@@ -62,8 +65,8 @@ NUMBERS = [
     (so.trend_filter, "max_steps", "max_steps is a whole number from 1", 0, -1, 1.5, 2**40, None),
     (so.trend.trend_path, "num", "num is a whole number of at least 1", 0, 1.5),
     (so.trend.trend_path, "ratio", "lies in (0, 1)", 0, 1, 2),
-    (so.trend.cross_validate, "folds", "folds is a whole number from 2 to 6", 0, 1, 7, 1.5),
-    (so.trend.cross_validate, "seed", "seed is a whole number", -1, 1.5, None),
+    (validated, "folds", "folds is a whole number from 2 to 6", 0, 1, 7, 1.5),
+    (validated, "seed", "seed is a whole number", -1, 1.5, None),
     (so.trend.largest_weight, "tol", "tol must be positive", 0.0),
     (so.trend.reweighted, "rounds", "rounds is a whole number of at least 1", 0, 1.5),
     (so.TotalVariation, "tol", "tol must be positive", 0.0),
@@ -241,10 +244,9 @@ BAD = {
         ({"graph": FLAT}, "no edges, so every weight gives the same fit"),
         (COUNTED | LARGE | {"y": np.ones(1600)}, "free ends of at most 1,024 nodes"),
     ],
-    so.trend.cross_validate: [
+    validated: [
         ({"rule": "max"}, "unknown rule 'max'", "min, half_se, one_se"),
-        (PARTS, "1 components have one observed node only", "node 10"),
-        ({"y": Y[:1], "graph": so.Graph.chain(1)}, "two observed nodes, given 1"),
+        ({"y": [1.0, NAN], "graph": so.Graph.chain(2)}, "two observations", "given 1"),
     ],
     so.trend.choose_weight: [
         *[({"rule": rule, "loss": "logistic", "y": LABELS[:6]}, rule, "labels") for rule in ("gcv", "aic")],
@@ -356,9 +358,12 @@ def doubled(weight):
 
 
 LATER = {
-    "select: a path": (lambda: so.trend.select(5), "TrendPath", "int"),
-    "select: a criterion": (lambda: so.trend.select(path(), "cp"), "unknown criterion 'cp'", "gcv, sure, aic, bic"),
-    "select: sigma": (lambda: so.trend.select(path(), "sure", 0.0), "sigma", "positive and finite, given 0"),
+    "select: a path": (lambda: so.select(5), "so.trend.trend_path", "int"),
+    "cross_validate: a path": (lambda: so.cross_validate(Y), "so.trend.trend_path", "ndarray"),
+    "cross_validate: folds": (lambda: validated(folds=[0, 1]), "each of 6 observations", "given 2 of 2 kinds"),
+    "cross_validate: one fold": (lambda: validated(folds=np.ones(6)), "at least two labels", "given 6 of 1 kinds"),
+    "select: a criterion": (lambda: so.select(path(), "cp"), "unknown criterion 'cp'", "gcv, sure, aic, bic"),
+    "select: sigma": (lambda: so.select(path(), "sure", 0.0), "sigma", "positive and finite, given 0"),
     "knots of a grid": (lambda: known(GRID).knots(), "along a chain", "Graph.grid((5, 6))"),
     "pieces of order 1": (lambda: known(CHAIN).pieces(), "a fit of order 1 has no pieces", "`knots"),
     "a traced signal": (lambda: jax.jit(lambda y: so.trend_filter(**FIT | {"y": y}))(Y), "sparseopt.trend_solver"),

@@ -8,10 +8,8 @@ import pytest
 import sparseopt as so
 from sparseopt.trend import (
     choose_weight,
-    cross_validate,
     degrees_of_freedom,
     noise_level,
-    select,
     trend_path,
     unlike_channels,
 )
@@ -53,7 +51,7 @@ def test_sure_is_an_unbiased_estimate_of_the_loss(rng):
     for _ in range(repeats):
         path = trend_path(CLEAN + rng.standard_normal(60), CHAIN, weights=weights, tol=1e-6)
         loss = ((path.values - CLEAN) ** 2).mean(axis=1)
-        differences.append(select(path, "sure", sigma=1.0).curve - loss)
+        differences.append(so.select(path, "sure", sigma=1.0).curve - loss)
     mean, error = np.mean(differences, axis=0), np.std(differences, axis=0, ddof=1) / np.sqrt(repeats)
     assert np.all(np.abs(mean) < 3.5 * error)
     assert np.all(error < 0.04)  # of a price of 2 df / 60, which goes up to 1
@@ -76,15 +74,15 @@ def test_criteria_are_their_formulas(path):
         ("bic", None): rss / path.noise**2 + np.log(n) * df,
     }
     for (criterion, sigma), curve in expected.items():
-        found = select(path, criterion, sigma)
+        found = so.select(path, criterion, sigma)
         np.testing.assert_allclose(found.curve, curve)
         assert found.index == np.argmin(curve)
         assert found.weight == path.weights[found.index]
         np.testing.assert_array_equal(found.value, path.values[found.index])
-    assert select(path, "sure").sigma == select(path, "bic").sigma == path.noise
-    profiled = select(dataclasses.replace(path, noise=np.nan), "bic")
+    assert so.select(path, "sure").sigma == so.select(path, "bic").sigma == path.noise
+    profiled = so.select(dataclasses.replace(path, noise=np.nan), "bic")
     np.testing.assert_allclose(profiled.curve, np.where(df <= n / 2, n * np.log(rss / n) + np.log(n) * df, np.inf))
-    assert select(path, "bic", 1.0).weight >= select(path, "aic", 1.0).weight
+    assert so.select(path, "bic", 1.0).weight >= so.select(path, "aic", 1.0).weight
 
 
 def test_a_fit_that_uses_up_the_data_is_never_chosen_by_a_criterion_without_sigma(rng):
@@ -92,7 +90,7 @@ def test_a_fit_that_uses_up_the_data_is_never_chosen_by_a_criterion_without_sigm
     path = dataclasses.replace(trend_path(y, CHAIN, weights=[1.0, 0.5, 1e-6], tol=1e-10), noise=np.nan)
     assert path.degrees_of_freedom[-1] == 60
     for criterion in ("gcv", "aic", "bic"):
-        found = select(path, criterion)
+        found = so.select(path, criterion)
         assert found.curve[-1] == np.inf
         assert found.index < 2
 
@@ -101,8 +99,8 @@ def test_no_level_is_best_where_all_use_up_the_data(rng):
     pairs = so.Graph.from_edges([(2 * i, 2 * i + 1) for i in range(5)], 12)
     path = trend_path(rng.standard_normal(12), pairs, num=3)
     with pytest.raises(ValueError, match=r"no level best: .* \(7 or more of 12 values\)"):
-        select(path)
-    assert np.isfinite(select(path, "sure", sigma=1.0).curve).all()
+        so.select(path)
+    assert np.isfinite(so.select(path, "sure", sigma=1.0).curve).all()
 
 
 @pytest.mark.parametrize("order", [0, 1])
@@ -134,10 +132,9 @@ def test_folds_are_balanced_over_nodes_and_components(rng, folds):
     observed = np.ones(11, bool)
     observed[[2, 10]] = False
     graph = so.Graph.from_edges(np.concatenate([two_parts(rng).edges, [[9, 10]]]), 11)  # no isolated node
-    call = {"node_weights": observed, "folds": folds, "weights": [1.0], "tol": 0.1}
-    held, again, other = (
-        cross_validate(np.arange(11.0) % 4, graph, **call, seed=seed, method="doge").folds for seed in (0, 0, 1)
-    )
+    call = {"node_weights": observed, "weights": [1.0], "tol": 0.1, "method": "doge"}
+    path = trend_path(np.arange(11.0) % 4, graph, **call)
+    held, again, other = (so.cross_validate(path, folds, seed=seed).folds for seed in (0, 0, 1))
     np.testing.assert_array_equal(held < 0, ~observed)
     assert np.ptp(np.bincount(held[observed], minlength=folds)) <= 1
     for part in range(graph.num_components):
@@ -146,12 +143,16 @@ def test_folds_are_balanced_over_nodes_and_components(rng, folds):
         assert np.unique(inside).size >= 2  # whichever fold is held out, another stays
     np.testing.assert_array_equal(held, again)
     assert np.any(held != other)
+    regions = np.arange(11) // 4
+    np.testing.assert_array_equal(so.cross_validate(path, regions).folds, np.where(observed, regions, -1))
+    alone = trend_path(np.arange(3.0), so.Graph.from_edges([(0, 1)], 3), weights=[0.1])
+    with pytest.raises(ValueError, match=r"1 components have one observed node only .* node 2\)"):
+        so.cross_validate(alone, 2)
 
 
 @pytest.fixture(scope="module")
 def validated(path):
-    y = CLEAN + np.random.default_rng(5).standard_normal(60)
-    return cross_validate(y, CHAIN, num=15, tol=1e-6)
+    return so.cross_validate(path)
 
 
 def test_cross_validation_predicts_held_out_nodes(validated):
@@ -191,8 +192,8 @@ def test_cross_validation_weighs_the_held_out_nodes(rng):
     # Two groups of nodes whose errors differ: their weights decide the mean.
     y = CLEAN + rng.standard_normal(60) * np.where(np.arange(60) % 2, 0.1, 2.0)
     w = np.where(np.arange(60) % 2, 20.0, 0.05)
-    found = cross_validate(y, CHAIN, weights=[4.0, 2.0], node_weights=w, rule="one_se")
-    plain = cross_validate(y, CHAIN, weights=[4.0, 2.0])
+    found = so.cross_validate(trend_path(y, CHAIN, weights=[4.0, 2.0], node_weights=w), rule="one_se")
+    plain = so.cross_validate(trend_path(y, CHAIN, weights=[4.0, 2.0]))
     assert np.all(found.errors < 0.5 * plain.errors)
     assert found.index == found.index_by("one_se")
 
@@ -203,27 +204,28 @@ COUNTS = np.random.default_rng(4).poisson(np.exp(CLEAN / 2)).astype(float)
 def test_deviances_of_counts_are_chosen_by_their_own_dispersion():
     path = trend_path(COUNTS, CHAIN, num=12, loss="poisson")
     deviance, freedom = path.deviances, path.degrees_of_freedom
-    np.testing.assert_allclose(select(path, "aic").curve, deviance + 2 * freedom)
-    np.testing.assert_allclose(select(path, "bic").curve, deviance + np.log(60) * freedom)
-    np.testing.assert_allclose(select(path, "aic", 2.0).curve, deviance / 4 + 2 * freedom)
+    np.testing.assert_allclose(so.select(path, "aic").curve, deviance + 2 * freedom)
+    np.testing.assert_allclose(so.select(path, "bic").curve, deviance + np.log(60) * freedom)
+    np.testing.assert_allclose(so.select(path, "aic", 2.0).curve, deviance / 4 + 2 * freedom)
     gcv = np.where(freedom <= 30, deviance / 60 / (1 - freedom / 60) ** 2, np.inf)
-    np.testing.assert_allclose(select(path).curve, gcv)
+    np.testing.assert_allclose(so.select(path).curve, gcv)
     with pytest.raises(ValueError, match="sure estimates a mean squared error"):
-        select(path, "sure")
+        so.select(path, "sure")
     labels = trend_path((COUNTS > 1).astype(float), CHAIN, num=3, loss="logistic")
     with pytest.raises(ValueError, match=r"gcv does not choose among fits of labels.*cross_validate"):
-        select(labels)
-    assert select(labels, "bic").sigma == 1
-    assert cross_validate((COUNTS > 1).astype(float), CHAIN, num=3, folds=2, loss="logistic").rule == "half_se"
-    best = select(path)
+        so.select(labels)
+    assert so.select(labels, "bic").sigma == 1
+    assert so.cross_validate(labels, 2).rule == "half_se"
+    best = so.select(path)
     assert np.mean(np.abs(best.value - CLEAN / 2)) < 0.4 < np.mean(np.abs(path.values[0] - CLEAN / 2))
 
 
 @pytest.mark.thorough
 def test_held_out_counts_are_judged_by_their_deviance():
     heard: list[tuple[str, int, int]] = []
-    chosen = cross_validate(COUNTS, CHAIN, num=4, folds=2, loss="poisson", observer=lambda *each: heard.append(each))
-    assert heard == [("weight", done, 3 * 4) for done in range(3 * 4)]  # of the path of all nodes and of both folds
+    path = trend_path(COUNTS, CHAIN, num=4, loss="poisson")
+    chosen = so.cross_validate(path, 2, observer=lambda *each: heard.append(each))
+    assert heard == [("weight", done, 2 * 4) for done in range(2 * 4)]  # of both folds
     held = chosen.folds == 1
     kept = np.where(held, 0.0, 1.0)
     fit = trend_path(COUNTS, CHAIN, weights=chosen.path.weights, node_weights=kept, loss="poisson").values[2]
@@ -234,9 +236,11 @@ def test_held_out_counts_are_judged_by_their_deviance():
 
 def test_a_rule_suits_loss_and_penalty_and_a_path_that_ends_too_early_goes_on(rng):
     y = CLEAN + rng.standard_normal(60)
-    assert choose_weight(y, CHAIN).weight == select(trend_path(y, CHAIN), "gcv").weight
-    few = {"weights": [4.0, 2.0, 0.1], "folds": 2}
-    assert choose_weight(y, CHAIN, so.MCP, **few).weight == cross_validate(y, CHAIN, so.MCP, **few).weight
+    assert choose_weight(y, CHAIN).weight == so.select(trend_path(y, CHAIN), "gcv").weight
+    levels = [4.0, 2.0, 0.1]
+    few = {"weights": levels, "folds": 2}
+    path = trend_path(y, CHAIN, so.MCP, weights=levels)
+    assert choose_weight(y, CHAIN, so.MCP, **few).weight == so.cross_validate(path, 2).weight
     assert choose_weight(np.sign(y), CHAIN, loss="huber", **few).errors.size == 3
     found = choose_weight(y, CHAIN, num=2, ratio=0.9)
     assert (len(found.path), found.path.weights[0] < found.weight) == (50, False)

@@ -16,7 +16,7 @@ GRID, CHAIN = so.Graph.grid((4, 5)), so.Graph.chain(20)
 SIGNAL = np.random.default_rng(6).standard_normal(20).round(3)
 STEPS = np.repeat([0.0, 5.0, 2.0, 3.0], 5) + 0.1 * SIGNAL
 TOL, NODES = 1e-5, np.arange(20)[:, None]
-IN_TWO_FOLDS = {"folds": 2, "tol": TOL, "method": "interior"}
+TWO_LEVELS = {"weights": [1.0, 0.3], "tol": TOL, "method": "interior"}
 PARTS = ("value", "gap", "steps", "objective", "status")
 # By the dtype of the signal: what each front end finds, and the names of what is compared.
 FRONT_ENDS = {
@@ -28,7 +28,7 @@ FRONT_ENDS = {
         ("values", "gaps", "weights", "statuses"),
     ),
     "cross_validate": (
-        lambda kind: so.trend.cross_validate(SIGNAL.astype(kind), CHAIN, weights=[1.0, 0.3], **IN_TWO_FOLDS),
+        lambda kind: so.cross_validate(so.trend.trend_path(SIGNAL.astype(kind), CHAIN, **TWO_LEVELS), 2),
         ("value", "errors", "folds", "path.statuses", "statuses"),
     ),
     # One unit in the last place of a step of 5 costs its penalty 1e-5 of this small objective in float32.
@@ -104,8 +104,8 @@ def test_values_that_are_not_finite_are_named_by_every_front_end():
     for call, said in (
         (found.check, "NONFINITE"),
         (path.check, "NONFINITE"),
-        (lambda: so.trend.select(path, "gcv"), "2 levels of the path"),
-        (lambda: so.trend.cross_validate(SIGNAL, GRID, Fragile(1.0), folds=2, **options), "levels of the folds"),
+        (lambda: so.select(path, "gcv"), "2 levels of the path"),
+        (lambda: so.cross_validate(path, 2), "levels of the folds"),
         (lambda: model.fit(NODES, SIGNAL), "NONFINITE"),
     ):
         with pytest.raises(RuntimeError, match=said):

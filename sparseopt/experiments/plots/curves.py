@@ -1,14 +1,16 @@
 """Line plots: any curves, and paths over the penalty weight with the chosen level."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from sparseopt.core.losses.scalar import Squared
+from sparseopt.core.path import Levels
+from sparseopt.core.select import CrossValidation, Selection
 from sparseopt.experiments.plots import style
 from sparseopt.trend.paths.path import TrendPath
-from sparseopt.trend.paths.selection import CrossValidation, Selection
 
 MOST_LINES = 12
 CRITERIA = {"gcv": "GCV", "sure": "SURE, estimated mean squared error", "aic": "AIC", "bic": "BIC"}
@@ -69,33 +71,33 @@ def plot_fits(path: TrendPath, nodes: Sequence[int] | None = None, axis: Any = N
     return axis
 
 
-def plot_degrees_of_freedom(path: TrendPath, axis: Any = None) -> Any:
+def plot_degrees_of_freedom(path: Levels, axis: Any = None) -> Any:
     """The degrees of freedom at every level, on two log axes."""
     axis = _log_axis(axis)
-    axis.plot(path.weights, path.degrees_of_freedom, color=style.COLOURS[0], linewidth=1.8, drawstyle="steps-mid")
+    axis.plot(path.levels, path.degrees_of_freedom, color=style.COLOURS[0], linewidth=1.8, drawstyle="steps-mid")
     axis.set(ylabel="degrees of freedom", yscale="log")
     return axis
 
 
-def plot_selection(selection: Selection, axis: Any = None) -> Any:
-    """A criterion over the weights, with its minimum marked; levels at which it is undefined leave a gap."""
+def plot_selection(selection: Selection[Any], axis: Any = None) -> Any:
+    """A criterion over the levels, with its minimum marked; levels at which it is undefined leave a gap."""
     axis = _log_axis(axis)
-    axis.plot(selection.path.weights, selection.curve, color=style.COLOURS[0], linewidth=1.8, label="_curve")
+    axis.plot(selection.path.levels, selection.curve, color=style.COLOURS[0], linewidth=1.8, label="_curve")
     _mark(axis, selection.path, selection.index, "least")
     axis.set(ylabel=CRITERIA[selection.criterion])
     axis.legend(frameon=False)
     return axis
 
 
-def plot_cross_validation(validation: CrossValidation, axis: Any = None) -> Any:
-    """The error of the held-out nodes over the weights, with bars of one standard error, and two rules' levels."""
+def plot_cross_validation(validation: CrossValidation[Any], axis: Any = None) -> Any:
+    """The error of what was held out over the levels, with bars of one standard error, and two rules' levels."""
     axis = _log_axis(axis)
     bars = {"color": style.COLOURS[0], "linewidth": 1.8, "elinewidth": 0.9, "capsize": 2, "label": "_errors"}
-    axis.errorbar(validation.path.weights, validation.errors, validation.standard_errors, **bars)
+    axis.errorbar(validation.path.levels, validation.errors, validation.standard_errors, **bars)
     _mark(axis, validation.path, validation.index_by("min"), "least error")
     _mark(axis, validation.path, validation.index_by("one_se"), "within one standard error", style.COLOURS[2], ":")
     error = "mean squared error" if isinstance(validation.path.loss, Squared) else "mean deviance"
-    axis.set(ylabel=f"{error}, held-out nodes")
+    axis.set(ylabel=f"{error}, held out")
     axis.legend(frameon=False)
     return axis
 
@@ -107,6 +109,8 @@ def _log_axis(axis: Any) -> Any:
     return axis
 
 
-def _mark(axis: Any, path: TrendPath, index: int, label: str, colour: str = style.COLOURS[5], dash: str = "--") -> None:
-    text = f"{label}: {path.weights[index]:.3g}, df {path.degrees_of_freedom[index]:.0f}"
-    axis.axvline(path.weights[index], color=colour, linestyle=dash, linewidth=1.4, label=text)
+def _mark(axis: Any, path: Levels, index: int, label: str, colour: str = style.COLOURS[5], dash: str = "--") -> None:
+    text = f"{label}: {path.levels[index]:.3g}"
+    with contextlib.suppress(ValueError):  # of penalties whose degrees of freedom are not known
+        text += f", df {path.degrees_of_freedom[index]:.0f}"
+    axis.axvline(path.levels[index], color=colour, linestyle=dash, linewidth=1.4, label=text)

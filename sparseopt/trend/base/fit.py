@@ -22,7 +22,7 @@ from sparseopt.trend.base.geometry import Geometry
 from sparseopt.trend.base.ground import Ground, strength
 from sparseopt.trend.base.method import DEFAULTS, MOST_STEPS, Settings
 from sparseopt.trend.base.penalties import Terms, couples_rows, on_rows
-from sparseopt.trend.base.signal import check_signal, geometry_at
+from sparseopt.trend.base.signal import check_signal, geometry_at, require_determined
 
 # Residual, objective, gap and rho per step of a history.
 STEP_BYTES = 4 * 8
@@ -96,6 +96,13 @@ class Fit:
     def at(self, weight: float) -> "Fit":
         """The request with another weight of its penalty."""
         return dataclasses.replace(self, terms={self.order: dataclasses.replace(self.penalty, weight=float(weight))})
+
+    def without(self, out: np.ndarray) -> "Fit":
+        """The request with the nodes `out`, booleans `[n]`, missing; a ValueError if the rest determine no fit."""
+        weights = np.where(out, 0, self.mass)
+        require_determined(weights, self.geometry, self.order)
+        values = np.where((weights > 0).reshape(-1, *(1 for _ in self.channels)), self.values, 0)
+        return dataclasses.replace(self, values=values.astype(self.dtype), weights=weights.astype(self.dtype))
 
     @property
     def columns(self) -> np.ndarray:

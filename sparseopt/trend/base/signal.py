@@ -114,11 +114,9 @@ def check_signal(
         weights = weights * ~absent.any(axis=1)
     equal = bool(np.all(weights == 1))
     if not equal:
-        _require_observations(weights, geometry)
+        require_determined(weights, geometry, order)
         values = np.where((weights > 0).reshape(-1, *(1 for _ in values.shape[1:])), values, 0)
     _require_squares(values, float(weights.max()), kind)
-    if not weights.all():
-        geometry.require_determined(order, weights > 0)
     return {"values": values, "weights": None if equal else weights.astype(kind), "shape": y.shape}
 
 
@@ -166,7 +164,8 @@ def _require_squares(values: np.ndarray, heaviest: float, kind: np.dtype) -> Non
         )
 
 
-def _require_observations(weights: np.ndarray, geometry: Geometry) -> None:
+def require_determined(weights: np.ndarray, geometry: Geometry, order: int) -> None:
+    """Raise a ValueError if the nodes with a positive weight, of `[n]`, do not determine a fit."""
     seen = np.bincount(geometry.components, weights=weights > 0, minlength=geometry.num_components)
     if (seen == 0).any():
         empty = int(np.argmax(seen == 0))
@@ -175,6 +174,8 @@ def _require_observations(weights: np.ndarray, geometry: Geometry) -> None:
             f"{int((seen == 0).sum())} components have no observed node (one holds node {node}), so their fit is "
             "not defined; leave them out or give them an observation"
         )
+    if not weights.all():
+        geometry.require_determined(order, weights > 0)
 
 
 def check_order(order: Any) -> int:

@@ -1,4 +1,4 @@
 """Many weights: the largest one that matters, fits along falling weights, and the choice among them.
 
-`trend_path`, `largest_weight`, `select` and `cross_validate`.
+`trend_path`, `largest_weight` and `choose_weight`.
 """

@@ -10,12 +10,12 @@ Source: Tibshirani and Taylor, "The solution path of the generalized lasso", Ann
 
 import dataclasses
 import math
-from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from sparseopt.core import path as core_path
 from sparseopt.core.base.arguments import class_or_function, is_positive, real_array, require_memory, whole_number
 from sparseopt.core.base.types import Observer, precision
 from sparseopt.core.losses.scalar import ScalarLoss, check_scalar_loss
@@ -55,14 +55,9 @@ class TrendPath(Levels):
         statuses: the `Status` of each level, `[levels]`.
         deviances: `sum_j w_j 2 f(fit_j; y_j)` over observed nodes and channels, `[levels]`; for the square the weighted
             sum of squares.
-        observations: the number of observed values.
-        channels: of y, 1 without a channel axis.
         noise: the signal's `noise_level`; NaN for a loss, or if no difference is left to estimate it.
         largest_weight: the smallest weight known to give the component means; None if the weights were given.
-        penalty: the penalty, without the weights of the levels.
-        loss: the loss of the fits.
         graph: the graph of the fits.
-        order: k.
     """
 
     weights: np.ndarray
@@ -73,21 +68,67 @@ class TrendPath(Levels):
     steps: np.ndarray
     statuses: np.ndarray
     deviances: np.ndarray
-    observations: int
-    channels: int
     noise: float
     largest_weight: float | None
-    penalty: Any
-    loss: ScalarLoss
     graph: Graph
-    order: int
-    _nonzero: np.ndarray = dataclasses.field(repr=False)
-    _freedom: Callable[[], np.ndarray] = dataclasses.field(repr=False)
+    _nonzero: np.ndarray = dataclasses.field(repr=False)  # in the layout of rows
+    _asked: Fit = dataclasses.field(repr=False)  # the signal, and what is asked at weight 1
+    usual_criterion = "gcv"
 
     @property
     def levels(self) -> np.ndarray:
         """The weights."""
         return self.weights
+
+    @property
+    def penalty(self) -> Any:
+        """The penalty at weight 1."""
+        return self._asked.penalty
+
+    @property
+    def loss(self) -> ScalarLoss:
+        """The loss of the fits."""
+        return self._asked.loss
+
+    @property
+    def order(self) -> int:
+        """K."""
+        return self._asked.order
+
+    @property
+    def channels(self) -> int:
+        """The number of channels of y, 1 without a channel axis."""
+        return math.prod(self._asked.channels)
+
+    @property
+    def observations(self) -> int:
+        """The number of observed values."""
+        return self.channels * int(np.count_nonzero(self._asked.mass))
+
+    @property
+    def usual_rule(self) -> str:
+        return "half_se" if fits_odds(self.loss) else "min"
+
+    def refuses(self, criterion: str) -> str | None:
+        return refuses_criterion(criterion, self.loss)
+
+    def observed(self) -> tuple[np.ndarray, np.ndarray]:
+        geometry, seen = self._asked.geometry, self._asked.mass > 0
+        counts = np.bincount(geometry.components, seen, geometry.num_components)
+        if (counts == 1).any() and seen.sum() > 1:
+            alone = np.flatnonzero(seen & (counts == 1)[geometry.components])
+            raise ValueError(
+                f"{alone.size} components have one observed node only (one of them is node {alone[0]}); held out, it "
+                "could not be predicted: leave such components out"
+            )
+        return seen, geometry.components
+
+    def held_out(self, out: np.ndarray, observer: Observer | None) -> tuple[np.ndarray, np.ndarray]:
+        asked, columns, mass = self._asked.without(out), self._asked.columns, self._asked.mass
+        with precision(asked.dtype):
+            fits = descend(asked.at(self.weights[0]), self.weights, None, observer)
+        found = node_deviances(self.loss, fits.value.reshape(len(self), *columns.shape)[:, out], columns[out])
+        return np.average(found.mean(axis=-1), axis=1, weights=mass[out]), fits.status
 
     def named(self, index: int) -> str:
         return f"level {index} (weight {self.weights[index]:.4g})"
@@ -99,7 +140,31 @@ class TrendPath(Levels):
         They are computed by `so.trend.degrees_of_freedom`. For GroupL2 and the square, whose zeros do not determine
         them, they are `sum_j d fit_j / d y_j` along random directions, from up to 16 more paths.
         """
-        return self._freedom()
+        asked, geometry = self._asked, self._asked.geometry
+        if asked.square and (isinstance(self.penalty, GroupL2) or geometry.refuses_count()):
+            return self._divergences()
+        seen = None if asked.weights is None else asked.weights > 0
+        return freedom_of_levels(self._nonzero, geometry, self.order, seen, self.channels)
+
+    def _divergences(self) -> np.ndarray:
+        """`sum_j d fit_j / d y_j` of every fit, from fits of a signal that is moved along random signs.
+
+        The standard deviation is about that of a mean of n such numbers. Source: Ramani, Blu and Unser, "Monte-Carlo
+        SURE: a black-box optimization of regularization parameters for general denoising algorithms", IEEE Transactions
+        on Image Processing 17 (2008), equation 16.
+        """
+        asked, rng, found = self._asked.at(self.weights[0]), np.random.default_rng(0), []
+        given, flat = asked.values, (len(self), *asked.values.shape)
+        step = MOVE * next((size for size in (self.noise, float(np.std(given))) if size > 0), 1.0)
+        seen = 1 if asked.weights is None else asked.mass.reshape(-1, *(1 for _ in asked.channels)) > 0
+        for _ in range(min(MOST_MOVES, -(-LARGE // len(given)))):
+            signs = rng.choice([-1.0, 1.0], given.shape)
+            moved = dataclasses.replace(asked, values=(given + step * signs).astype(given.dtype))
+            with precision(asked.dtype):
+                fits = descend(moved, self.weights, None)
+            apart = fits.value.reshape(flat) - self.values.reshape(flat)
+            found.append(np.sum((seen * signs * apart).reshape(len(self), -1), axis=1) / step)
+        return np.maximum(np.mean(found, axis=0), 0)
 
     def _repr_html_(self) -> str:
         return self._html({"weights": self.weights, "relative duality gaps": self.gaps, "steps": self.steps})
@@ -109,7 +174,8 @@ class TrendPath(Levels):
         index = self.place(index)
         fields: Any = (self.values, self.statuses, self.steps, self.residuals, self.objectives, self.gaps)
         value, status, steps, residual, objective, gap = (field[index] for field in fields)
-        rest: Any = {"nonzero": self._nonzero[index], "graph": self.graph, "order": self.order}
+        nonzero = self._asked.geometry.list_rows(self._nonzero[index], self.order + 1)
+        rest: Any = {"nonzero": nonzero, "graph": self.graph, "order": self.order}
         return TrendSolution(value, status, steps, residual, objective, gap, **rest)
 
 
@@ -169,7 +235,7 @@ def trend_path(
     template = template_of(penalty)
     options: Any = {"loss": check_scalar_loss(loss), "method": as_method(method), "tol": tol, "max_steps": max_steps}
     asked = check_fit(y, graph, template, order, node_weights, missing, dtype, **options)
-    geometry, k, square = asked.geometry, asked.order, asked.square
+    geometry, square = asked.geometry, asked.square
     if not (is_positive(ratio) and ratio < 1):
         raise ValueError(f"ratio, the last weight over the first, lies in (0, 1), given {ratio!r}")
     given = None if weights is None else _check_levels(weights, asked.dtype)
@@ -186,50 +252,36 @@ def trend_path(
     if given is None:
         first = _first_fit(asked)
         given = float(first.weight.max()) * np.geomspace(1, ratio, num)
-    asked = asked.at(given[0])
     noise = noise_of(asked) if square else math.nan
     with precision(asked.dtype):
-        fits = descend(asked, given, first, observer)
-    columns, mass, seen = asked.columns, asked.mass[:, None], None if asked.weights is None else asked.weights > 0
-    values, flat = fits.value.reshape(num, *asked.shape), fits.value.reshape(num, *columns.shape)
-    freedom = partial(freedom_of_levels, fits.nonzero, geometry, k, seen, columns.shape[1])
-    if square and (isinstance(template, GroupL2) or uncounted):
-        freedom = partial(_divergences, asked, given, values, noise)
+        fits = descend(asked.at(given[0]), given, first, observer)
+    columns, mass = asked.columns, asked.mass[:, None]
+    flat = fits.value.reshape(num, *columns.shape)
     return TrendPath(
-        *(given, values, fits.objective, fits.gap, fits.residual, fits.steps, fits.status),
+        *(given, fits.value.reshape(num, *asked.shape)),
+        *(fits.objective, fits.gap, fits.residual, fits.steps, fits.status),
         deviances=np.array([np.sum(mass * node_deviances(asked.loss, x, columns)) for x in flat]),
-        observations=columns.shape[1] * int(np.count_nonzero(mass)),
-        channels=columns.shape[1],
         noise=noise,
         largest_weight=None if first is None else float(given[0]),
-        penalty=template,
-        loss=asked.loss,
         graph=graph,
-        order=k,
-        _nonzero=np.stack([geometry.list_rows(level, k + 1) for level in fits.nonzero]),
-        _freedom=freedom,
+        _nonzero=fits.nonzero,
+        _asked=asked,
     )
 
 
-def _divergences(asked: Fit, weights: np.ndarray, values: np.ndarray, noise: float) -> np.ndarray:
-    """`sum_j d fit_j / d y_j` of every fit, `[levels]`, from fits of a signal that is moved along random signs.
+def refuses_criterion(criterion: str, loss: ScalarLoss) -> str | None:
+    """Why a criterion does not choose among fits with this loss, or None."""
+    if fits_odds(loss) and criterion in ("gcv", "aic"):
+        return (
+            f"{criterion} does not choose among fits of labels, whose deviance is 0 on every piece of one label: take "
+            "cross-validation (cross_validate), or bic"
+        )
+    return core_path.refuses_criterion(criterion, loss)
 
-    The standard deviation is about that of a mean of n such numbers. Source: Ramani, Blu and Unser, "Monte-Carlo SURE:
-    a black-box optimization of regularization parameters for general denoising algorithms", IEEE Transactions on Image
-    Processing 17 (2008), equation 16.
-    """
-    rng, found = np.random.default_rng(0), []
-    given, flat = asked.values, (len(values), *asked.values.shape)
-    step = MOVE * next((size for size in (noise, float(np.std(given))) if size > 0), 1.0)
-    seen = 1 if asked.weights is None else asked.mass.reshape(-1, *(1 for _ in asked.channels)) > 0
-    for _ in range(min(MOST_MOVES, -(-LARGE // len(given)))):
-        signs = rng.choice([-1.0, 1.0], given.shape)
-        moved = dataclasses.replace(asked, values=(given + step * signs).astype(given.dtype))
-        with precision(asked.dtype):
-            fits = descend(moved, weights, None)
-        apart = fits.value.reshape(flat) - values.reshape(flat)
-        found.append(np.sum((seen * signs * apart).reshape(len(values), -1), axis=1) / step)
-    return np.maximum(np.mean(found, axis=0), 0)
+
+def fits_odds(loss: Any) -> bool:
+    """Whether it is the loss of labels by their probabilities."""
+    return getattr(loss, "labels", False) and getattr(loss, "known_variance", False)
 
 
 def template_of(penalty: Any) -> Any:
