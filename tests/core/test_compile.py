@@ -1,4 +1,4 @@
-"""Small problems compile quickly, and nothing else about a call changes."""
+"""Programs on a CPU compile quickly, and nothing else about a call changes."""
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from sparseopt.core.base import compile as compile_module
-from sparseopt.core.base.compile import QUICK, Jitted
+from sparseopt.core.base.compile import OPTIONS, Jitted
 
-FIRST, SECOND = (most for most, _ in QUICK)
+NAMES, MOST = ("first", "second", "third"), [most for most, _ in OPTIONS]
+FIRST, SECOND, _ = MOST
 
 
 @pytest.mark.parametrize("size", [4, SECOND, SECOND + 1])
@@ -32,19 +33,20 @@ def test_a_shape_is_traced_once_and_every_transformation_gives_what_a_call_gives
 
 @pytest.mark.parametrize(
     ("size", "program"),
-    [(3, "first"), (FIRST, "first"), (FIRST + 1, "second"), (SECOND, "second"), (SECOND + 1, "usual")],
+    [(3, "first"), (FIRST, "first"), (FIRST + 1, "second"), (SECOND, "second"), (SECOND + 1, "third")],
 )
-def test_only_few_entries_take_a_quick_program(monkeypatch, size, program):
+def test_the_entries_choose_the_program(monkeypatch, size, program):
     call, taken = Jitted(lambda x: x), []
-    monkeypatch.setattr(compile_module, "_knows_quick", lambda: True)
+    monkeypatch.setattr(compile_module, "_knows_options", lambda: True)
     monkeypatch.setattr(call, "usual", lambda x: taken.append("usual"))
-    monkeypatch.setattr(call, "quick", [lambda x, name=name: taken.append(name) for name in ("first", "second")])
+    programs = [(most, lambda x, name=name: taken.append(name)) for name, most in zip(NAMES, MOST, strict=True)]
+    monkeypatch.setattr(call, "on_cpu", programs)
     call(np.ones(size, np.float32))
     jax.jit(call)(np.ones(size, np.float32))
     assert taken == [program, "usual"]
 
 
 def test_a_jaxlib_that_does_not_know_the_options_compiles_as_usual(monkeypatch):
-    assert compile_module._knows_quick.__wrapped__()
-    monkeypatch.setattr(compile_module, "QUICK", [(9, {"xla_no_such_option": 1})])
-    assert not compile_module._knows_quick.__wrapped__()
+    assert compile_module._knows_options.__wrapped__()
+    monkeypatch.setattr(compile_module, "OPTIONS", [(9, {"xla_no_such_option": 1})])
+    assert not compile_module._knows_options.__wrapped__()
