@@ -14,16 +14,19 @@ from sparseopt.core.base.arguments import (
     require_memory,
     whole_number,
 )
+from sparseopt.core.losses.data import DataLoss
 from sparseopt.core.losses.residuals import Squared
 from sparseopt.core.losses.scalar import ScalarLoss
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.problem.problem import Solution, Start
 from sparseopt.trend.base.geometry import Geometry
-from sparseopt.trend.base.ground import Ground, strength
+from sparseopt.trend.base.ground import Data, Ground, prepare
 from sparseopt.trend.base.method import DEFAULTS, MOST_STEPS, Settings
 from sparseopt.trend.base.penalties import Terms, couples_rows, on_rows
 from sparseopt.trend.base.signal import check_signal, geometry_at, require_determined
 
+# What `Fit` computes of the signal alone.
+OF_SIGNALS = ("ground", "arrays", "data")
 # Residual, objective, gap and rho per step of a history.
 STEP_BYTES = 4 * 8
 
@@ -93,9 +96,13 @@ class Fit:
         if not self.complete:
             raise ValueError("without a penalty the fit is not defined at missing nodes: raise the penalty's weight")
 
-    def at(self, weight: float) -> "Fit":
-        """The request with another weight of its penalty."""
-        return dataclasses.replace(self, terms={self.order: dataclasses.replace(self.penalty, weight=float(weight))})
+    def at(self, weight: float, method: Any = None) -> "Fit":
+        """The request with another weight of its penalty, and another method if one is given."""
+        terms = {self.order: dataclasses.replace(self.penalty, weight=float(weight))}
+        other = dataclasses.replace(self, terms=terms, method=self.method if method is None else method)
+        # What has been computed of the signal stays.
+        vars(other).update({name: vars(self)[name] for name in OF_SIGNALS if name in vars(self)})
+        return other
 
     def without(self, out: np.ndarray) -> "Fit":
         """The request with the nodes `out`, booleans `[n]`, missing; a ValueError if the rest determine no fit."""
@@ -125,10 +132,11 @@ class Fit:
 
     @functools.cached_property
     def strength(self) -> float:
-        """The penalty's weight over the noise of the signal."""
+        """The penalty's (mean) weight, the largest of several, over the noise of the signal."""
         if self.assumed is not None:
             return self.assumed
-        return float(strength(self.ground, *self.arrays, self.rows))
+        means = [float(np.mean(getattr(penalty, "weight", 1.0))) for penalty in self.terms.values()]
+        return max(mean or 1.0 for mean in means) / float(self.data.noise)
 
     @functools.cached_property
     def arrays(self) -> tuple[Any, Any]:
@@ -137,6 +145,16 @@ class Fit:
         if weights is not None:
             weights = self.geometry.put(self.geometry.rows(weights.reshape(-1, *(1 for _ in self.channels)), 0))
         return self.on_nodes(self.values), weights
+
+    @functools.cached_property
+    def data(self) -> Data:
+        """The signal prepared for a solve."""
+        return prepare(self.ground, *self.arrays)
+
+    @property
+    def node_loss(self) -> DataLoss:
+        """The loss on the nodes; its targets are the values of `data` if it is the square."""
+        return self.data.loss if self.square else DataLoss(self.loss, None, *self.arrays)
 
     def on_nodes(self, values: np.ndarray) -> jax.Array:
         """Values at the nodes, whether they have an axis of channels or not, in the layout and the dtype."""

@@ -346,9 +346,3 @@ def with_known(ground: Ground, data: Data, penalty: Any) -> tuple[Data, Array]:
 
 
 prepare = Jitted(data_of)
-
-
-@Jitted
-def strength(ground: Ground, y: Any, weights: Any, penalty: Any) -> Array:
-    """The penalty's weight over the noise of the signal, as one program."""
-    return data_of(ground, y, weights).strength(ground, penalty)

@@ -20,7 +20,7 @@ from sparseopt.core.problem.problem import Solution, Status
 from sparseopt.core.solvers.interior import MOST_STEPS, DualProgram, is_available
 from sparseopt.trend.base.fit import Fit
 from sparseopt.trend.base.geometry import Geometry
-from sparseopt.trend.base.ground import Data, Ground, prepare
+from sparseopt.trend.base.ground import Data, Ground
 from sparseopt.trend.base.method import Method
 from sparseopt.trend.base.penalties import on_rows
 from sparseopt.trend.base.pieces import TrendSolution
@@ -50,13 +50,9 @@ class InteriorPlan:
         self.program = DualProgram(asked.geometry.factors(asked.order), asked.weights, self._row_weights(asked.penalty))
 
     @functools.cached_property
-    def data(self) -> Data:
-        return prepare(self.asked.ground, *self.asked.arrays)
-
-    @functools.cached_property
     def means(self) -> np.ndarray:
         """The component means, or with free ends the polynomial: what no row sees."""
-        return np.asarray(self.data.means, np.float64).reshape(self.columns.shape)
+        return np.asarray(self.asked.data.means, np.float64).reshape(self.columns.shape)
 
     def fit_asked(self, asked: Fit) -> TrendSolution:
         """The fit for the plan's own request, or one that differs in the weight; in the layout of the nodes."""
@@ -92,7 +88,7 @@ class InteriorPlan:
         value = asked.geometry.put(asked.geometry.rows(fit.reshape(-1, *asked.channels), 0))
         status = Status.CONVERGED if ended else Status.MAX_STEPS
         end = jnp.asarray(status, jnp.int32), jnp.asarray(steps, jnp.int32)
-        return _judge(asked.ground, self.data, terms, value, dual, end, asked.tol)
+        return _judge(asked.ground, asked.data, terms, value, dual, end, asked.tol)
 
 
 @Jitted

@@ -17,12 +17,11 @@ import numpy as np
 
 from sparseopt.core.base.compile import Jitted
 from sparseopt.core.losses.data import DataLoss
-from sparseopt.core.losses.scalar import ScalarLoss
 from sparseopt.core.penalties.protocols import has_conjugate
 from sparseopt.core.problem.certify import judge, promote
 from sparseopt.core.problem.problem import Problem, Status
 from sparseopt.trend.base.fit import Fit, start_at
-from sparseopt.trend.base.ground import Ground, data_of, prepare
+from sparseopt.trend.base.ground import Ground
 from sparseopt.trend.base.pieces import TrendSolution, average_pieces
 from sparseopt.trend.methods.choice import choose
 from sparseopt.trend.methods.split_plan import resume
@@ -48,8 +47,8 @@ def short_fit(asked: Fit) -> TrendSolution:
         if found is None:
             found = plan.fit_asked(dataclasses.replace(working, tol=tol, max_steps=max_steps))
         else:
-            data = prepare(working.ground, *working.arrays)
-            found, _ = resume(plan, data, working.rows, found.state, (tol, max_steps), working.settings.relaxation)
+            limits, relaxation = (tol, max_steps), working.settings.relaxation
+            found, _ = resume(plan, working.data, working.rows, found.state, limits, relaxation)
         return found
 
     return stop_early(asked, solve, EARLY / math.sqrt(asked.tol) if has_means(asked) else BELOW)[0]
@@ -102,8 +101,7 @@ def in_float32(asked: Fit) -> Fit:
 def certify(asked: Fit, found: TrendSolution) -> TrendSolution:
     """A fit in another precision as one of the request: judged there, at order 0 with the means of its pieces."""
     value, dual = found.value.astype(asked.dtype), asked.rows.project_dual(found.dual.astype(asked.dtype))
-    proof = dual, found.status
-    objective, gap, status = _judge_at(asked.ground, asked.loss, asked.rows, asked.arrays, value, proof, asked.tol)
+    objective, gap, status = _judge(asked, value, dual, found.status)
     found = dataclasses.replace(
         found, value=value, dual=dual, objective=objective, gap=gap, residual=gap, status=status
     )
@@ -138,14 +136,10 @@ def take_piece_means(asked: Fit, found: TrendSolution) -> TrendSolution:
             labels = geometry.labels(joined[..., channel])
         level[:, channel] = average_pieces(column, labels, asked.mass, asked.ground.anchored)
     value = asked.on_nodes(level)
-
-    def judge_at(at: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return _judge_at(asked.ground, asked.loss, asked.rows, asked.arrays, at, (found.dual, found.status), asked.tol)
-
-    objective, gap, status = judge_at(value)
+    objective, gap, status = _judge(asked, value, found.dual, found.status)
     certified = has_conjugate(asked.rows)
     # Without a certificate the reported objective is not the objective of the value alone.
-    before = float(found.objective if certified else judge_at(found.value)[0])
+    before = float(found.objective if certified else _judge(asked, found.value, found.dual, found.status)[0])
     # It is infinite for a value that violates a constraint by rounding.
     if not (
         math.isfinite(objective) and float(objective) <= before * (1 + ROUNDING * float(np.finfo(asked.dtype).eps))
@@ -157,27 +151,20 @@ def take_piece_means(asked: Fit, found: TrendSolution) -> TrendSolution:
     return dataclasses.replace(found, status=status, residual=gap, gap=gap)
 
 
+def _judge(asked: Fit, value: Any, dual: Any, status: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The objective of a value, its relative duality gap for the square loss, else NaN, and the status then."""
+    loss, shift = asked.node_loss, asked.data.shift if asked.square else None
+    return _judge_at(asked.ground, loss, shift, asked.rows, value, (dual, status), asked.tol)
+
+
 @Jitted
 def _judge_at(
-    ground: Ground,
-    family: ScalarLoss,
-    penalty: Any,
-    arrays: tuple[Any, Any],
-    x: Any,
-    proof: tuple[Any, jax.Array],
-    tol: Any,
+    ground: Ground, loss: DataLoss, shift: Any, penalty: Any, x: Any, proof: tuple[Any, Any], tol: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The objective at x, the relative duality gap for the square loss, else NaN, and the status then.
-
-    `arrays` are the signal and its weights, `proof` the dual and the status so far.
-    """
-    (y, weights), (dual, status) = arrays, proof
-    loss: Any = DataLoss(family, None, y, weights)
-    if getattr(family, "is_square", False):
-        data = data_of(ground, y, weights)
-        loss = data.loss
+    dual, status = proof
+    if shift is not None:
         if ground.present is not None:
-            x = jnp.where(ground.present, x, data.shift)  # padding costs nothing there
+            x = jnp.where(ground.present, x, shift)  # padding costs nothing there
         if has_conjugate(penalty):
             objective, gap = judge(Problem(loss, penalty, ground.operator), x, dual)
             return objective, gap, promote(status, gap, objective, tol)

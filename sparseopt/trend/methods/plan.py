@@ -51,7 +51,7 @@ class Plan:
     def fit_asked(self, asked: Fit) -> TrendSolution:
         """The fit of a request's signal, in the layout of arrays."""
         asked.first()  # a start that does not suit is an error, even if it has no use
-        return fit(self, asked.arrays, asked.rows, (asked.tol, asked.max_steps))
+        return fit(self, asked.arrays, asked.rows, (asked.tol, asked.max_steps), data=asked.data)
 
     def start(self, penalty: Any, data: Data) -> Start:
         """The centred signal with a dual of 0; or, if the weight may be large enough, the null fit and its dual."""
@@ -79,6 +79,7 @@ def fit(
     penalty: Any,
     limits: tuple[Any, Any],
     *,
+    data: Data | None = None,
     start: Start | None = None,
     rates: tuple[Any, Any] = (None, 1.7),
     history: int = 0,
@@ -88,13 +89,14 @@ def fit(
     `arrays` are the signal and its weights or None, `limits` the tolerance and the step limit. The penalty is on the
     rows of `plan.ground.operator`. A start is a point in the caller's units with the dual of its rows. A splitting
     method has `rates`, rho and the relaxation; if rho is None, or the start's rho is 0, it is chosen from the data.
-    `history` is the number of steps in the history, 0 for none.
+    `history` is the number of steps in the history, 0 for none. `data` are those of the arrays, if they are known.
     """
     (y, weights), (tol, max_steps) = arrays, limits
     given = y, penalty, weights
     plan, y, penalty, weights, start = jax.lax.stop_gradient((plan, y, penalty, weights, start))
     kind, ground = y.dtype, plan.ground
-    tol, limit, data = jnp.asarray(tol, kind), jnp.asarray(max_steps, jnp.int32), data_of(ground, y, weights)
+    tol, limit = jnp.asarray(tol, kind), jnp.asarray(max_steps, jnp.int32)
+    data = data_of(ground, y, weights) if data is None else data
     if has_conjugate(penalty):
         # A signal without a penalty is the fit; its objective is 0, so no relative gap exists.
         data, free = with_known(ground, data, penalty)

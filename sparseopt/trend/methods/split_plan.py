@@ -76,8 +76,8 @@ class SplitPlan(Plan):
     def fit_asked(self, asked: Fit) -> TrendSolution:
         plan, rates = self.pace(asked), (asked.settings.rho, asked.settings.relaxation)
         history = to_next_check(asked.max_steps, plan.cadence) if asked.history else 0
-        limits = asked.tol, asked.max_steps
-        return fit(plan, asked.arrays, asked.rows, limits, start=asked.first(), rates=rates, history=history)
+        more = {"data": asked.data, "start": asked.first(), "rates": rates, "history": history}
+        return fit(plan, asked.arrays, asked.rows, (asked.tol, asked.max_steps), **more)
 
 
 def to_next_check(max_steps: Any, cadence: int) -> Any:

@@ -16,6 +16,7 @@ import numpy as np
 from sparseopt.core.base.compile import Jitted
 from sparseopt.core.base.sums import total
 from sparseopt.core.base.types import Observer
+from sparseopt.core.losses.data import DataLoss
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.penalties.protocols import feasible, has_conjugate
 from sparseopt.core.problem.certify import judge
@@ -23,7 +24,7 @@ from sparseopt.core.problem.problem import Problem, Start, Status
 from sparseopt.core.solvers.admm import balanced_rho
 from sparseopt.core.solvers.fused_lasso import fused_dual, fused_pieces
 from sparseopt.trend.base.fit import Fit, start_at
-from sparseopt.trend.base.ground import Data, Ground, data_of
+from sparseopt.trend.base.ground import Data, Ground
 from sparseopt.trend.base.pieces import TrendSolution
 from sparseopt.trend.methods.choice import Doge, choose_for_path, is_short, unless_rounded
 from sparseopt.trend.methods.losses import best_constants, fit_loss
@@ -80,7 +81,8 @@ def _by_solver(asked: Fit, weights: np.ndarray, first: NullFit | None, begin: Be
     kind, plan = working.dtype, method.plan(working).pace(working)
     tol, relaxation = jnp.asarray(asked.tol, kind), working.settings.relaxation
 
-    data, start = _first(plan, working.at(weights[0]).rows, *working.arrays, proof, working.first())
+    data, penalty = working.data, working.at(weights[0]).rows
+    start = _first(plan, penalty, data, proof, working.first())
     older, found = start, list[TrendSolution]()
     for index, weight in enumerate(weights):
         begin()
@@ -96,7 +98,7 @@ def _by_solver(asked: Fit, weights: np.ndarray, first: NullFit | None, begin: Be
         state = _begin(plan, data, penalty, fits, move, balance=method.balances_rho and index > 0)
         older = start
         if means:
-            here = dataclasses.replace(asked.at(weight), method=method)
+            here = asked.at(weight, method)
 
             def solve(tol: float, max_steps: int, penalty: Any = penalty) -> TrendSolution:
                 nonlocal state, start
@@ -112,17 +114,17 @@ def _by_solver(asked: Fit, weights: np.ndarray, first: NullFit | None, begin: Be
 
 
 @Jitted
-def _first(plan: SplitPlan, penalty: Any, y: Any, weights: Any, proof: Any, last: Any) -> tuple[Data, Start]:
-    """The prepared signal, and the start of the first level: the means, if there is a proof for them, or `last`."""
-    data = data_of(plan.ground, y, weights)
-    rho = (FIRST_RHO * data.strength(plan.ground, penalty)).astype(y.dtype)
+def _first(plan: SplitPlan, penalty: Any, data: Data, proof: Any, last: Any) -> Start:
+    """The start of the first level: the means, if there is a proof for them, or `last`."""
+    kind = data.means.dtype
+    rho = (FIRST_RHO * data.strength(plan.ground, penalty)).astype(kind)
     if last is not None:
-        start = Start(last.x.astype(y.dtype) - data.shift, feasible(penalty, last.dual.astype(y.dtype)))
+        start = Start(last.x.astype(kind) - data.shift, feasible(penalty, last.dual.astype(kind)))
     elif proof is None:
         start = plan.start(penalty, data)
     else:
-        start = Start(data.means - data.shift, jnp.asarray(proof, y.dtype))
-    return data, dataclasses.replace(start, rho=rho)
+        start = Start(data.means - data.shift, jnp.asarray(proof, kind))
+    return dataclasses.replace(start, rho=rho)
 
 
 def _by_loss(asked: Fit, weights: np.ndarray, _: Any, begin: Begin) -> list[TrendSolution]:
@@ -164,10 +166,9 @@ def _by_merging(asked: Fit, weights: np.ndarray) -> TrendSolution:
             values, starts = pulled / masses, starts[first]
             level = np.repeat(found[first] + shift, np.append(starts[1:], seen.size) - starts)
             fits[index, :, channel] = level if seen.size == n else np.interp(np.arange(n), seen, level)
-    y, node_weights = asked.arrays
     fits = fits.reshape(len(weights), n, *asked.channels)
     tol = jnp.asarray(asked.tol, asked.dtype)
-    found = _merged(asked.ground, y, node_weights, weights, fits, tol)
+    found = _merged(asked.ground, asked.data.loss, weights, fits, tol)
     statuses, objectives, gaps, nonzero = jax.device_get(found)
     steps = np.zeros(len(weights), np.int32)
     return TrendSolution(fits, statuses, steps, gaps, objectives, gaps, nonzero=nonzero)
@@ -182,16 +183,15 @@ def _padded_size(count: int, n: int) -> int:
 
 
 @Jitted
-def _merged(ground: Ground, y: Any, node_weights: Any, weights: Any, fits: Any, tol: Any) -> Any:
+def _merged(ground: Ground, loss: DataLoss, weights: Any, fits: Any, tol: Any) -> Any:
     """Status, objective, gap and non-zero differences of exact fits, whose duals are sums along the chain."""
-    data = data_of(ground, y, node_weights)
 
     def judge_at(level: tuple[Any, Any]) -> Any:
         weight, x = level
         rows = ground.highest.mv(x)
-        dual = fused_dual(-data.loss.gradient(x), rows[0, :-1], jnp.full(rows.shape[1] - 1, weight))
+        dual = fused_dual(-loss.gradient(x), rows[0, :-1], jnp.full(rows.shape[1] - 1, weight))
         dual = jnp.zeros_like(rows).at[0, :-1].set(dual)
-        objective, gap = judge(Problem(data.loss, L1(weight), ground.operator), x, dual)
+        objective, gap = judge(Problem(loss, L1(weight), ground.operator), x, dual)
         status = jnp.where(gap <= tol, Status.CONVERGED, Status.PRECISION).astype(jnp.int32)
         return status, objective, gap, rows != 0
 
