@@ -93,7 +93,7 @@ class Levels:
         Raises:
             RuntimeError: otherwise, naming the levels and what to try.
         """
-        wrong = np.flatnonzero(~np.isin(self.statuses, (Status.CONVERGED, Status.STATIONARY)))
+        wrong = np.flatnonzero(~Status.reached(self.statuses))
         if not wrong.size:
             return self
         listed = ", ".join(
@@ -363,7 +363,7 @@ def _path(problem: Problem, levels: np.ndarray, tol: float, max_steps: int, obse
             observer("level", index, len(levels))
         penalty = at_level(problem.penalty, float(level))
         solution = run.at(penalty, tol, max_steps) if run else None
-        if run and solution is not None and solution.status in (Status.CONVERGED, Status.STATIONARY):
+        if run and solution is not None and Status.reached(solution.status):
             loss = run.begin().now.value
         else:
             at = Problem(problem.loss, penalty)

@@ -179,7 +179,7 @@ class CrossValidation(Chosen[P]):
             RuntimeError: otherwise, naming levels and what to try.
         """
         self.path.check()
-        good = np.isin(self.statuses, (Status.CONVERGED, Status.STATIONARY))
+        good = Status.reached(self.statuses)
         if good.all():
             return self
         fold, level = np.argwhere(~good)[0]

@@ -232,7 +232,7 @@ def _solve(problem: Problem, solver: Any, start: Any, place: Any, tol: Any, max_
     if hasattr(solver, "on_host") and known_on_cpu((problem, start, tol, max_steps, here)):
         known_start = np.asarray(start, kind)
         found = solver.on_host(problem, known_start, limits["tol"], max_steps, history, yields=chosen)
-        if found is not None and (found.status in (Status.CONVERGED, Status.STATIONARY) or not chosen):
+        if found is not None and (Status.reached(found.status) or not chosen):
             return found
         # What coordinate steps leave may still fall by steps on all entries.
         if found is not None:

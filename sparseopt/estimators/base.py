@@ -28,7 +28,7 @@ class Fitted(BaseEstimator):
         status = Status(int(found.status))
         if status is Status.NONFINITE:
             found.check()
-        if status not in (Status.CONVERGED, Status.STATIONARY):
+        if not Status.reached(status):
             warnings.warn(
                 f"{type(self).__name__} stopped ({status.name}) after {int(found.steps)} steps with residual "
                 f"{float(found.residual):.3g}: {status.advice}",

@@ -183,8 +183,7 @@ class OverPath(SparseLinear):
         # Twice the sum of the losses, in place of the mean: `select` counts samples.
         paths = [dataclasses.replace(one.path, deviances=len(y) * one.path.deviances) for one in chosen]
         for one in paths:
-            wrong = np.flatnonzero(~np.isin(one.statuses, (Status.CONVERGED, Status.STATIONARY)))
-            for index in wrong[:1]:
+            for index in np.flatnonzero(~Status.reached(one.statuses))[:1]:
                 self.warn_unless_converged(one.at(int(index)), 4)
         self.alpha_, self.alphas_, self.cv_errors_ = summed.level, levels, table.T
         self.path_ = paths[0] if len(paths) == 1 else paths

@@ -208,7 +208,7 @@ def _say(figures: dict[str, Any]) -> None:
         f"residual {figures['residual']:.2e}, no certificate" if gap is None else f"relative duality gap {gap:.2e}"
     )
     console.say(f"{status.name}: {measure}{f' after {steps} steps' if steps else ', solved directly'}")
-    if status not in (Status.CONVERGED, Status.STATIONARY):
+    if not Status.reached(status):
         console.say(status.advice)
 
 

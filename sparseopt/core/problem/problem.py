@@ -85,6 +85,11 @@ class Status(enum.IntEnum):
     PRECISION = 3
     STATIONARY = 4
 
+    @staticmethod
+    def reached(statuses: Any) -> np.ndarray:
+        """Whether solves reached their tolerance, with a certificate or without: booleans in the shape of statuses."""
+        return np.isin(statuses, (Status.CONVERGED, Status.STATIONARY))
+
     @property
     def advice(self) -> str:
         return {
@@ -308,7 +313,7 @@ class Solution:
         ended = set(np.unique(self.status))
         order = (Status.NONFINITE, Status.MAX_STEPS, Status.PRECISION, Status.STATIONARY, Status.CONVERGED)
         worst = next(status for status in order if status in ended)
-        if worst not in (Status.CONVERGED, Status.STATIONARY):
+        if not Status.reached(worst):
             raise RuntimeError(
                 f"not converged ({worst.name}) after {int(jnp.max(self.steps))} steps with residual "
                 f"{float(jnp.max(self.residual)):.3g}: {worst.advice}"
