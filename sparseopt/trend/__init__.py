@@ -12,9 +12,9 @@ from sparseopt.trend.base.pieces import TrendSolution, degrees_of_freedom
 from sparseopt.trend.filter import chosen_method, trend_filter
 from sparseopt.trend.images import denoise
 from sparseopt.trend.methods.choice import FAST_ADMM, Admm, Doge, DogeGroups, FusedLasso, Interior
+from sparseopt.trend.paths.choose_weight import choose_weight
 from sparseopt.trend.paths.largest_weight import largest_weight
 from sparseopt.trend.paths.path import TrendPath, trend_path
-from sparseopt.trend.paths.selection import choose_weight
 from sparseopt.trend.reweighting import reweighted
 from sparseopt.trend.segments.find import Jumps, jumps
 from sparseopt.trend.solver import TrendSolver, trend_solver

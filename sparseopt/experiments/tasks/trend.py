@@ -34,7 +34,7 @@ from sparseopt.trend.base.noise import noise_level, unlike_channels
 from sparseopt.trend.base.pieces import TrendSolution
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.methods.choice import AUTO, METHODS
-from sparseopt.trend.paths.selection import WEIGHT_RULES, choose_weight, weight_rule
+from sparseopt.trend.paths.choose_weight import WEIGHT_RULES, choose_weight, weight_rule
 from sparseopt.trend.segments.find import jumps
 
 # Steps of times that differ by less than this fraction are equal.
