@@ -101,11 +101,7 @@ def in_float32(asked: Fit) -> Fit:
 def certify(asked: Fit, found: TrendSolution) -> TrendSolution:
     """A fit in another precision as one of the request: judged there, at order 0 with the means of its pieces."""
     value, dual = found.value.astype(asked.dtype), asked.rows.project_dual(found.dual.astype(asked.dtype))
-    objective, gap, status = _judge(asked, value, dual, found.status)
-    found = dataclasses.replace(
-        found, value=value, dual=dual, objective=objective, gap=gap, residual=gap, status=status
-    )
-    return take_piece_means(asked, found)
+    return _with_means(asked, dataclasses.replace(found, value=value, dual=dual), judged=False)
 
 
 def take_piece_means(asked: Fit, found: TrendSolution) -> TrendSolution:
@@ -118,55 +114,79 @@ def take_piece_means(asked: Fit, found: TrendSolution) -> TrendSolution:
 
     so the means lower the objective. The dual point and its bound stay the same.
     """
-    if asked.order:
+    return _with_means(asked, found, judged=True)
+
+
+def _with_means(asked: Fit, found: TrendSolution, judged: bool) -> TrendSolution:
+    """The fit, or with the means of its pieces; `judged` says whether its objective, gap and status are known."""
+    found, means = (found, None) if asked.order else _means(asked, found)
+    certified, points = has_conjugate(asked.rows), () if means is None else (means,)
+    # Without a certificate the objective of a fit is not that of its value alone.
+    known = judged and (certified or means is None)
+    points = points if known else (found.value, *points)
+    if not points:
         return found
+    ends = _judge_at(
+        *(asked.ground, asked.node_loss, asked.data.shift if asked.square else None),
+        *(asked.rows, points, (found.dual, found.status), asked.tol),
+    )
+    if not judged:
+        objective, gap, status = ends[0]
+        found = dataclasses.replace(found, objective=objective, gap=gap, residual=gap, status=status)
+    before = float(found.objective if known else ends[0][0])
+    objective, gap, status = ends[-1]
+    # It is infinite for a value that violates a constraint by rounding.
+    limit = before * (1 + ROUNDING * float(np.finfo(asked.dtype).eps))
+    if means is None or not (math.isfinite(objective) and float(objective) <= limit):
+        return found
+    found = dataclasses.replace(found, value=means, objective=objective)
+    if not (certified and asked.square):
+        return found  # the gap is still a bound
+    return dataclasses.replace(found, status=status, residual=gap, gap=gap)
+
+
+def _means(asked: Fit, found: TrendSolution) -> tuple[TrendSolution, jax.Array | None]:
+    """The fit, and the means of its pieces on the nodes; None if they are its values."""
     geometry, channels = asked.geometry, asked.channels
     columns = np.asarray(geometry.gather(found.value, 0)).reshape(geometry.num_nodes, -1)
     joined, between = ~np.asarray(found.nonzero), geometry.between(columns)
     if found.dual is None:
         # A fit that was known without an iteration is level. XLA reads its smallest differences as 0.
-        return dataclasses.replace(found, nonzero=found.nonzero | between.reshape(joined.shape))
+        return dataclasses.replace(found, nonzero=found.nonzero | between.reshape(joined.shape)), None
     joined = joined if channels else joined[..., None]
     if not (joined & between).any():
-        return found
+        return found, None
     level, labels = np.empty(columns.shape), None
     for channel, column in enumerate(columns.T.astype(np.float64)):
         # A penalty that couples channels gives them the same pieces.
         if labels is None or not np.array_equal(joined[..., channel], joined[..., channel - 1]):
             labels = geometry.labels(joined[..., channel])
         level[:, channel] = average_pieces(column, labels, asked.mass, asked.ground.anchored)
-    value = asked.on_nodes(level)
-    objective, gap, status = _judge(asked, value, found.dual, found.status)
-    certified = has_conjugate(asked.rows)
-    # Without a certificate the reported objective is not the objective of the value alone.
-    before = float(found.objective if certified else _judge(asked, found.value, found.dual, found.status)[0])
-    # It is infinite for a value that violates a constraint by rounding.
-    if not (
-        math.isfinite(objective) and float(objective) <= before * (1 + ROUNDING * float(np.finfo(asked.dtype).eps))
-    ):
-        return found
-    found = dataclasses.replace(found, value=value, objective=objective)
-    if not (certified and asked.square):
-        return found  # the gap is still a bound
-    return dataclasses.replace(found, status=status, residual=gap, gap=gap)
-
-
-def _judge(asked: Fit, value: Any, dual: Any, status: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The objective of a value, its relative duality gap for the square loss, else NaN, and the status then."""
-    loss, shift = asked.node_loss, asked.data.shift if asked.square else None
-    return _judge_at(asked.ground, loss, shift, asked.rows, value, (dual, status), asked.tol)
+    return found, asked.on_nodes(level)
 
 
 @Jitted
 def _judge_at(
-    ground: Ground, loss: DataLoss, shift: Any, penalty: Any, x: Any, proof: tuple[Any, Any], tol: Any
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    dual, status = proof
-    if shift is not None:
-        if ground.present is not None:
+    ground: Ground,
+    loss: DataLoss,
+    shift: Any,
+    penalty: Any,
+    points: tuple[jax.Array, ...],
+    proof: tuple[Any, Any],
+    tol: Any,
+) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
+    """The objective at each point, its relative duality gap for the square loss, else NaN, and the status then.
+
+    `shift` is None for other losses, `proof` the dual and the status so far.
+    """
+    (dual, status), found = proof, []
+    for x in points:
+        if shift is not None and ground.present is not None:
             x = jnp.where(ground.present, x, shift)  # padding costs nothing there
-        if has_conjugate(penalty):
+        if shift is not None and has_conjugate(penalty):
             objective, gap = judge(Problem(loss, penalty, ground.operator), x, dual)
-            return objective, gap, promote(status, gap, objective, tol)
-    objective = loss.value(x) + penalty.value(ground.operator.mv(x))
-    return objective, jnp.full_like(objective, jnp.nan), status
+            found.append((objective, gap, promote(status, gap, objective, tol)))
+        else:
+            objective = loss.value(x) + penalty.value(ground.operator.mv(x))
+            found.append((objective, jnp.full_like(objective, jnp.nan), status))
+    return found
