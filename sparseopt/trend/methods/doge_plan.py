@@ -29,9 +29,10 @@ from sparseopt.trend.base.penalties import couples_rows
 from sparseopt.trend.base.signal import MOST_ORDER
 from sparseopt.trend.methods.split_plan import COUPLED, SplitPlan
 
-# A check, with the two steps before it, costs as much as a dozen other steps. On grids, roads and chains of 1,000 to
-# 100,000 nodes fits took 0.90 of the time with a check at every tenth step, those of 65,536 nodes and more 0.83.
-CADENCE = 20
+# Steps between two checks, up to this many nodes and above. A check, with the two steps before it, costs as much as a
+# dozen other steps: fits on grids and roads of 65,536 nodes and more take 0.83 of the time with the second. But a start
+# near the answer, as in a loop of proxes on a small graph, often needs no more than the first.
+CADENCES, MOST_SMALL = (10, 20), 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,15 +61,21 @@ class Doge(Settings, Method):
         def build() -> SplitPlan:
             if not asked.several:
                 split = split_of(asked, block)
-                return on_device(SplitPlan(asked.ground, place(asked, split), _x_step(asked, split, weighted), CADENCE))
+                return on_device(
+                    SplitPlan(asked.ground, place(asked, split), _x_step(asked, split, weighted), _cadence(asked))
+                )
             sums, operator = [geometry.sums(k + 1) for k in asked.terms], asked.ground.operator
             rows = np.concatenate([part.row_absolute.reshape(-1) for part in sums])
             columns = np.sum([part.column_absolute.reshape(geometry.node_shape) for part in sums], axis=0)
             rows = np.where(rows > 0, rows, 1).astype(kind)
             split = Split(operator, Identity(operator.in_shape), rows, columns.astype(kind))
-            return on_device(SplitPlan(asked.ground, place(asked, split), Diagonal(), CADENCE))
+            return on_device(SplitPlan(asked.ground, place(asked, split), Diagonal(), _cadence(asked)))
 
         return geometry.cache(key, build)
+
+
+def _cadence(asked: Fit) -> int:
+    return CADENCES[asked.geometry.num_nodes > MOST_SMALL]
 
 
 def _needs_weights(asked: Fit, block: int) -> bool:
@@ -170,7 +177,7 @@ class DogeGroups(Settings, Method):
             rows = geometry.rows(labels + 1, asked.order + 1)[..., None]
             groups = (rows[..., None] if asked.channels else rows) == np.arange(1, count + 1)
             x_step = _x_step(asked, split, weighted)
-            return on_device(GroupsPlan(asked.ground, place(asked, split), x_step, CADENCE, groups=groups))
+            return on_device(GroupsPlan(asked.ground, place(asked, split), x_step, _cadence(asked), groups=groups))
 
         return geometry.cache(key, build)
 
