@@ -65,7 +65,8 @@ def trend_filter(
             float32. Large signals of low order are first solved in float32; objective and gap are computed in float64.
         graph: the graph of the signal.
         penalty: `L1`, `MCP`, `SCAD`, `L0`, `GroupL2`, or any object with `value` and `prox`. `L0` at order 0 on a chain
-            has its global minimum for the square loss, unless a method is named. `GroupL2(w)` couples the
+            has its global minimum for the square, Poisson and, up to 20,000 nodes, absolute and quantile losses, unless
+            a method is named; pieces without a count have the rate eps times the mean. `GroupL2(w)` couples the
             channels; on a grid at order 0 `GroupL2(w, axis=0)` is isotropic total variation, the sum over the nodes of
             the length of the gradient, for every channel, and with axis (0, -1) for all channels together. The weight
             of L1 is a number, or one for each row of `graph.matrix(order + 1)`. Several penalties are given by their
@@ -188,7 +189,7 @@ def _solve(asked: Fit) -> TrendSolution:
 
 def _fit(asked: Fit) -> TrendSolution:
     if not asked.square:
-        return fit_loss(asked)
+        return exact_fit(asked) if is_exact(asked) else fit_loss(asked)
     geometry, alone = asked.geometry, not asked.several
     if geometry.num_edges == 0 and not alone:
         raise ValueError(

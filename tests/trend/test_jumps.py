@@ -92,6 +92,41 @@ def test_l0_on_a_chain_has_its_global_minimum(ends):
     assert float(named.objective) >= best
 
 
+@pytest.mark.parametrize("loss", [so.scalar.Poisson(), so.scalar.Absolute(), so.scalar.Quantile(0.8)])
+def test_l0_with_a_loss_has_its_global_minimum(loss):
+    rng, n = np.random.default_rng(10), 9
+    for _ in range(15):
+        y = np.round(np.repeat(2 * rng.standard_normal(3), 3) + rng.standard_normal(n), rng.integers(0, 3))
+        w, price = rng.choice([0.0, 0.5, 1.0, 2.0], n), rng.choice([0.05, 0.5, 2.0])
+        y, w[4] = (np.floor(np.exp(y)) if loss == so.scalar.Poisson() else y), 1.0
+        y[4] = max(y[4], 1)
+        seen = np.flatnonzero(w)
+
+        def cost(i, j, y=y[seen], w=w[seen]):
+            levels = np.unique(y[i:j]) if loss != so.scalar.Poisson() else [np.average(y[i:j], weights=w[i:j])]
+            levels = np.log(np.maximum(levels, 1e-18)) if loss == so.scalar.Poisson() else levels
+            return min(np.sum(w[i:j] * np.asarray(loss.value(np.full(j - i, m), y[i:j]), float)) for m in levels)
+
+        best = [-price]
+        for j in range(1, len(seen) + 1):
+            best.append(min(best[i] + price + cost(i, j) for i in range(j)))
+        fit = so.trend_filter(y, so.Graph.chain(n), so.L0(price), loss=loss, node_weights=w).check()
+        spent = np.sum(w * np.asarray(loss.value(fit.value, y), float)) + price * np.count_nonzero(np.diff(fit.value))
+        assert spent == pytest.approx(best[-1], rel=1e-5, abs=1e-5)
+        assert float(fit.objective) == pytest.approx(best[-1], rel=1e-5, abs=1e-5)
+        assert float(fit.gap) == 0
+
+
+def test_a_long_series_with_outliers_has_the_jumps_of_its_medians():
+    rng = np.random.default_rng(11)
+    y = np.repeat([0.0, 3.0, 1.0], 1000) + rng.standard_t(3, 3000)
+    fit = so.trend_filter(y, so.Graph.chain(3000), so.L0(40.0), loss="absolute")
+    first, last = fit.knots()
+    assert max(abs(first - 1000), abs(last - 2000)) <= 10
+    medians = np.median(y[:first]), np.median(y[first:last]), np.median(y[last:])
+    np.testing.assert_allclose(fit.value[[0, first, last]], medians, atol=0.02)
+
+
 def test_lines_that_meet_are_the_least_squares_fit():
     rng = np.random.default_rng(2)
     y, w, t = rng.standard_normal((30, 2)), rng.uniform(0.5, 2, 30), np.cumsum(rng.uniform(0.5, 2, 30))
