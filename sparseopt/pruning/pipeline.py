@@ -13,6 +13,7 @@ of several processes runs this same loop on its own devices; only the first proc
 """
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -265,15 +266,21 @@ def _run_blocks(work: Pass, stop: Callable[[], bool] | None) -> None:
     # A stream that only the run holds is freed when it has passed the block.
     before, dense = stream if recipe.distillation else None, stream if recipe.needs_dense_stream else None
     del stream
+    # The removed blocks that the dense stream has passed together with the block before them.
+    gap: list[int] = []
     for index in range(model.num_blocks):
-        return_freed_memory()
-        block, last = DenseBlock(model, index, dense, work.runner), index + 1 == model.num_blocks
-        work.advance(block)
+        last = index + 1 == model.num_blocks
+        if index not in gap:
+            return_freed_memory()
+            behind = range(index + 1, model.num_blocks)
+            gap = list(itertools.takewhile(lambda later: work.plan.place(later) is None, behind))
+            block = DenseBlock(model, index, dense, work.runner, gap)
+            work.advance(block)
+            if dense is not None:
+                dense = block.outputs() if before is not None or len(gap) < len(behind) else None
+            # The next block is read once this one and its Grams are freed.
+            del block
         work.tell(Passed(index, model.num_blocks))
-        if dense is not None:
-            dense = block.outputs() if before is not None or not last else None
-        # The next block is read once this one and its Grams are freed.
-        del block
         if not last and processes.any_of(stop is not None and stop()):
             raise Stopped(f"stopped after block {index + 1} of {model.num_blocks}; the same call resumes there")
     work.distil(before, dense)

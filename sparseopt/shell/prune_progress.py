@@ -15,6 +15,7 @@ from sparseopt.pruning.base.records import (
     LayerRecord,
     Passed,
     RemovalRecord,
+    RepairRecord,
     Replay,
     ShapeRecord,
     mean,
@@ -69,6 +70,8 @@ class PruneProgress:
                 self._bar.update(self._task, total=total, completed=done, note=note + self._left())
             case Passed(block, blocks):
                 self._tell_block(block, blocks, done, total)
+            case RepairRecord():
+                self._bar.update(self._task, note=f"block {event.block} repairs the gap, error {event.last_error:.4f}")
             case BlockRecord():
                 self._bar.update(self._task, note=f"block {event.block} trained, error {event.last_loss:.4f}")
             case RemovalRecord():

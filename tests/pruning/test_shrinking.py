@@ -57,7 +57,7 @@ def test_what_stays_is_the_answer_of_the_layer_s_solver_and_its_rows_follow(tmp_
 
 def test_blocks_go_and_the_others_stay_as_they_are(tmp_path, source, shrink):
     told = []
-    recipe = shrink(layers=LAYERS)
+    recipe = shrink(layers=LAYERS, repair=False)
     report = shrink_model(source, tmp_path / "out", recipe, observer=lambda *event: told.append(event))
     removals = [event for event in told if isinstance(event[0], RemovalRecord)]
     shape = report.shape

@@ -25,6 +25,7 @@ from sparseopt.pruning.base.records import (
     Footprint,
     Passed,
     RemovalRecord,
+    RepairRecord,
     Replay,
 )
 from sparseopt.pruning.memory import phase_bytes
@@ -165,7 +166,7 @@ def it_loads_and_computes_something_else_than_the_dense_model(done):
 
 def records_summary_and_events_say_what_the_report_says(done):
     report, lines = done.report, lines_of(done.folder)
-    records = sorted([*report.layers, *report.blocks], key=lambda record: record.block)
+    records = sorted([*report.layers, *report.repairs, *report.blocks], key=lambda record: record.block)
     records += [record for record in (report.distilled,) if record is not None]
     first = [line["kind"] for line in lines].index("layer")
     assert {line["kind"] for line in lines[:first]} <= {"allocation", "shape"}
@@ -199,7 +200,7 @@ def training_helps(done):
         assert record.last_loss < record.first_loss or not record.best_epoch
     assert (report.distilled is not None) == bool(done.recipe.distil_epochs)
     if report.distilled is not None:
-        assert report.distilled.heldout_best < report.distilled.heldout_first
+        assert report.distilled.heldout_best < report.distilled.heldout_first or not report.distilled.best_epoch
 
 
 def losses_of_blocks_are_those_of_their_outputs(done):
@@ -291,6 +292,8 @@ def ends(report):
     else:
         found = [ended_by(RemovalRecord)] if report.shape.removed else []
         found += [breaking_at(1), breaking_at(before_last + 1)]
+    if report.repairs:
+        found.append(ended_by(RepairRecord))
     if report.blocks:
         found.append(ended_by(BlockRecord, len(report.blocks)))
     if report.distilled is not None:

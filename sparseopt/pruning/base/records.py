@@ -172,6 +172,31 @@ class DistillationRecord(TrainingRecord):
 
 
 @dataclass(frozen=True)
+class RepairRecord(_Record):
+    """One block that was fitted to the stream behind the removed blocks that follow it, see `repair_block`.
+
+    Errors are mean relative squared errors of the stream, compared with the dense model's behind those blocks.
+
+    Attributes:
+        block: its index.
+        removed: indices of the removed blocks behind it.
+        first_error: error on the calibration tokens, before.
+        last_error: error on the calibration tokens, after.
+        heldout_first: error on the held-out tokens, before; None if there are none.
+        heldout_last: error on the held-out tokens, after.
+    """
+
+    kind = "repair"
+
+    block: int
+    removed: tuple[int, ...]
+    first_error: float
+    last_error: float
+    heldout_first: float | None
+    heldout_last: float | None
+
+
+@dataclass(frozen=True)
 class RemovalRecord(_Record):
     """One block that was removed, see `block_removal`; losses on the tokens that blocks were scored on.
 
@@ -356,6 +381,7 @@ Event = (
     | ShapeRecord
     | LayerRecord
     | GridRecord
+    | RepairRecord
     | BlockRecord
     | DistillationRecord
     | str

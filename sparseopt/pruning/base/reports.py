@@ -12,6 +12,7 @@ from sparseopt.pruning.base.records import (
     Footprint,
     GridRecord,
     LayerRecord,
+    RepairRecord,
     Score,
     ShapeRecord,
     mean,
@@ -57,6 +58,7 @@ class PruneReport:
         precision: precision of products of activations, as JAX names it; "highest" is float32 on every platform.
         resumed_blocks: blocks that an earlier run into the folder had finished; their records are that run's.
         shape: what a smaller model keeps; None if only zeros were made.
+        repairs: one record for each block that was fitted across a gap.
         distilled: the training of the whole model at the end; None if there was none.
         scores: perplexities before and after; empty if the recipe has `score` "none".
         other_weights: number of weights in the blocks' matrices that are not linear layers, such as experts that
@@ -92,6 +94,7 @@ class PruneReport:
     platform: str
     precision: str
     shape: ShapeRecord | None = None
+    repairs: list[RepairRecord] = field(default_factory=list, repr=False)
     distilled: DistillationRecord | None = None
     scores: tuple[Score, ...] = ()
     other_weights: int = 0
@@ -161,7 +164,7 @@ class PruneReport:
 
     def summary(self) -> dict[str, Any]:
         """For `summary.json`."""
-        figures = {k: v for k, v in asdict(self).items() if k not in ("layers", "blocks", "grids", "kept")}
+        figures = {k: v for k, v in asdict(self).items() if k not in ("layers", "blocks", "grids", "repairs", "kept")}
         return {
             **figures,
             "output": str(self.output),

@@ -50,6 +50,9 @@ class ShrinkRecipe(PassRecipe):
         "Fraction of all parameters that stays; measured losses then choose the fractions above.",
         KEEP, ge=0, lt=1,
     )  # fmt: skip
+    repair: bool = option(
+        True, "Fit the block before removed ones, by least squares, to the dense model's stream behind them.", HOW
+    )
     multiple: int = option(64, "Round the number of channels to a multiple of this.", KEEP, ge=1)
 
     def _defaults(self) -> Mapping[str, Any]:
@@ -74,6 +77,10 @@ class ShrinkRecipe(PassRecipe):
             yield "experts", f"experts are removed by {why}"
         elif not self.has_budget and not given:
             yield "channels", "nothing would go: give channels, heads, layers or experts below 1, or a budget"
+
+    @property
+    def needs_dense_stream(self) -> bool:
+        return super().needs_dense_stream or (self.repair and (self.has_budget or self.layers < 1))
 
     @property
     def has_budget(self) -> bool:

@@ -1,7 +1,7 @@
 """Pruning of one block; results are returned, and nothing is stored.
 
-stream before the block -> Grams -[propagate]-> targets -[method]-> pruned layers  -[train]-> new tensors
-                                                  a smaller model: pruned groups -[slice]-^
+stream before the block -> Grams -[propagate]-> targets -[method]-> pruned layers  -[repair]-[train]-> new tensors
+                                                  a smaller model: pruned groups -[slice]--^
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,12 +29,13 @@ from sparseopt.models import (
 )
 from sparseopt.pruning.base.activations import Batches, Stream
 from sparseopt.pruning.base.grams import BlockGrams, BlockRunner, Grams, nonfinite_windows
-from sparseopt.pruning.base.records import BlockRecord, GridRecord, LayerRecord
+from sparseopt.pruning.base.records import BlockRecord, GridRecord, LayerRecord, RepairRecord
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe
 from sparseopt.pruning.run.part import PartLayer, PruningError, is_starved, round_part, solve_part
 from sparseopt.pruning.run.permutation import block_orders
 from sparseopt.pruning.run.plan import Plan
 from sparseopt.pruning.train.reconstruction import reconstruct_block
+from sparseopt.pruning.train.repair import is_repairable, repair_block
 from sparseopt.system import processes
 
 
@@ -50,12 +51,15 @@ class DenseBlock:
         index: index of the block in the model.
         stream: the dense model's stream before the block; None if no plan needs it.
         runner: runs the block.
+        gap: indices of the removed blocks right behind it.
         block: the block.
         keys: keys of its tensors, by path.
     """
 
-    def __init__(self, model: StreamedModel, index: int, stream: Stream | None, runner: BlockRunner) -> None:
-        self.model, self.index, self.stream, self.runner = model, index, stream, runner
+    def __init__(
+        self, model: StreamedModel, index: int, stream: Stream | None, runner: BlockRunner, gap: Sequence[int] = ()
+    ) -> None:
+        self.model, self.index, self.stream, self.runner, self.gap = model, index, stream, runner, gap
         self.block, self.keys = model.block(index), model.block_keys(index)
         self._grams: dict[tuple[Any, ...], tuple[BlockGrams, BlockGrams]] = {}
         self._outputs: Stream | None = None
@@ -82,10 +86,13 @@ class DenseBlock:
         return self._grams[key]
 
     def outputs(self) -> Stream:
-        """The dense model's stream after the block."""
+        """The dense model's stream after the block and the gap."""
         if self._outputs is None:
             assert self.stream is not None
-            self._outputs = self.runner.through(self.block, self.stream)
+            stream = self.runner.through(self.block, self.stream)
+            for index in self.gap:
+                stream = self.runner.through(self.model.block(index), stream)
+            self._outputs = stream
         return self._outputs
 
     def unchanged(self, tensors: Mapping[str, np.ndarray]) -> dict[str, UnreadTensor]:
@@ -117,9 +124,9 @@ def prune_block(
     place: int,
     stream: Stream,
     dtype_of: Callable[[str], np.dtype],
-    told: Callable[[LayerRecord | GridRecord | BlockRecord], None],
+    told: Callable[[LayerRecord | GridRecord | RepairRecord | BlockRecord], None],
 ) -> tuple[Block, dict[str, np.ndarray | UnreadTensor]]:
-    """Prune the layers of one block, train the block and round its layers to grids, as the plan says.
+    """Prune the layers of one block, repair a gap behind it, train it and round it to grids, as the plan says.
 
     Args:
         plan: what to do.
@@ -148,6 +155,10 @@ def prune_block(
     gather = partial(dense.grams, stream, recipe, drift=False)
     block, found = plan.finish(dense.block.copy(), place, tensors, pruned, dtypes, gather)
     trained = None
+    if dense.gap and recipe.get("repair") and is_repairable(block):
+        repaired, record = repair_block(block, stream, dense.outputs(), dtypes, dense.index, dense.gap)
+        found.update(repaired)
+        told(record)
 
     def train(masks: Mapping[str, Array], grids: Mapping[str, Bits] | None = None) -> BlockRecord:
         # A step sees one window or a few, in turn, so devices have nothing to share: one trains in each process.

@@ -69,6 +69,12 @@ def model_facts(report: PruneReport) -> Iterator[Fact]:
         if floats := report.in_floats:
             text += f"; the other {len(floats)} stay in floats: {listed(floats, 3)}"
         yield Fact("few bits", text)
+    for each in report.repairs:
+        text = f"block {each.block} fitted across {listed([*map(str, each.removed)], 8)}, relative error of the stream "
+        text += f"{each.first_error:.5f} -> {each.last_error:.5f}"
+        if each.heldout_first is not None:
+            text += f", held-out {each.heldout_first:.5f} -> {each.heldout_last:.5f}"
+        yield Fact("repair", text)
     if report.blocks:
         first, last = report.block_losses
         stopped = sum(b.status in ("DIVERGED", "NONFINITE") for b in report.blocks)

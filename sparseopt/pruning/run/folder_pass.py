@@ -37,6 +37,7 @@ from sparseopt.pruning.base.records import (
     Footprint,
     GridRecord,
     LayerRecord,
+    RepairRecord,
     Replay,
     Score,
 )
@@ -162,9 +163,10 @@ class Pass:
 
     def _replay(self, dense: DenseBlock, place: int) -> Block:
         self.tell(Replay(len(self.plan.layers(self.model, dense.index))))
-        records: list[LayerRecord | GridRecord | BlockRecord] = [
+        records: list[LayerRecord | GridRecord | RepairRecord | BlockRecord] = [
             *self.progress.layers,
             *self.progress.grids,
+            *self.progress.repairs,
             *self.progress.trained,
         ]
         for record in records:
@@ -180,7 +182,7 @@ class Pass:
         return {path: target.as_stored(key, stored[key]) for path, key in target.block_keys(place).items()}
 
     def _prune(self, dense: DenseBlock, place: int) -> Block:
-        def kept(record: LayerRecord | GridRecord | BlockRecord) -> None:
+        def kept(record: LayerRecord | GridRecord | RepairRecord | BlockRecord) -> None:
             self.keep(record)
             self.tell(record)
 
@@ -243,6 +245,7 @@ class Pass:
             prunable_size=sum(math.prod(self.model.weight_shape(key)) for key in self.model.linear_keys()),
             calibration=self.calibration,
             shape=self.progress.shape,
+            repairs=self.progress.repairs,
             distilled=self.progress.distilled,
             solver_seconds=sum(r.seconds for r in solves),
             reconstruction_seconds=sum(r.seconds for r in blocks),

@@ -45,6 +45,7 @@ from sparseopt.pruning.base.records import (
     DistillationRecord,
     GridRecord,
     LayerRecord,
+    RepairRecord,
     ShapeRecord,
 )
 from sparseopt.pruning.base.reports import PruneReport
@@ -173,7 +174,7 @@ def _holds_a_model(folder: Path, why: str = "") -> FolderError:
     return FolderError(f"the output folder {folder} is not empty (it holds a model); choose another or empty it{why}")
 
 
-Finished = AllocationRecord | ShapeRecord | LayerRecord | GridRecord | BlockRecord | DistillationRecord
+Finished = AllocationRecord | ShapeRecord | LayerRecord | GridRecord | RepairRecord | BlockRecord | DistillationRecord
 KINDS: dict[str, type] = {each.kind: each for each in get_args(Finished)}
 R = TypeVar("R", bound=Finished)
 
@@ -199,6 +200,10 @@ class Progress:
     @property
     def grids(self) -> list[GridRecord]:
         return self._all(GridRecord)
+
+    @property
+    def repairs(self) -> list[RepairRecord]:
+        return self._all(RepairRecord)
 
     @property
     def trained(self) -> list[BlockRecord]:
@@ -270,6 +275,7 @@ def read_report(identity: Identity, plan: Plan) -> PruneReport:
             layers=found.layers,
             grids=found.grids,
             blocks=found.trained,
+            repairs=found.repairs,
             shape=found.shape,
             distilled=found.distilled,
         )
