@@ -18,7 +18,7 @@ import numpy as np
 from sparseopt.core.base.mesh import Devices
 from sparseopt.layers.patterns import pattern_count
 from sparseopt.models import ModelError, ModelSource, StreamedModel, sizes_of, smaller_model
-from sparseopt.pruning.base.records import Calibration, Footprint
+from sparseopt.pruning.base.records import Calibration, Footprint, VocabularyRecord
 from sparseopt.pruning.pipeline import checked, footprint_of, prune_model
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe
 from sparseopt.pruning.recipe.prune_recipe import Recipe
@@ -73,6 +73,7 @@ class DryRun:
         kept_parameters: number in the output; None if measured losses choose it.
         calibration: the tokens that the run would use; without a digest if the model draws them.
         footprint: the memory and disk that the run is expected to need.
+        vocabulary: the tokens that the output keeps; None for all.
         seconds: time of the run, see `measured_seconds`; None if not measured.
     """
 
@@ -87,6 +88,7 @@ class DryRun:
     kept_parameters: int | None
     calibration: Calibration
     footprint: Footprint
+    vocabulary: VocabularyRecord | None = None
     seconds: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -138,10 +140,11 @@ def dry_run(
         layers=_layers(model, plan, kept),
         weights=sum(math.prod(model.weight_shape(key)) for key in model.linear_keys()),
         zeros=zeros,
-        parameters=parameters_of(model),
+        parameters=parameters_of(getattr(model, "whole", model)),
         kept_parameters=None if plan.recipe.get("parameters") else parameters_of(plan.target),
         calibration=calibration,
         footprint=footprint_of(model, plan, windows, budget, mesh),
+        vocabulary=plan.vocabulary,
         seconds=measured_seconds(model, plan.recipe) if measure else None,
     )
 

@@ -265,14 +265,15 @@ def choose_footprint(
         calibration: windows of token ids, `[windows, seqlen]`.
         heldout: windows of held-out tokens; `[0, seqlen]` if there are none.
         budget: bytes of memory, device and host together.
-        spread: whether the run uses several devices; these then hold the activations, and nothing is estimated.
+        spread: whether the run uses several devices; these then hold the activations, and nothing is estimated, as
+            without windows.
 
     Raises:
         BudgetError: if the run does not fit the budget or, without one, the device; if output and activations do not
             fit on the disk.
     """
     output = sum(output_bytes(plan.target, plan.recipe, plan.form).values())
-    if spread:
+    if spread or not len(calibration):
         check_disk(plan, 0)
         return Footprint("memory", None, {}, "", budget, output, 0)
     sizes = {"windows": len(calibration), "seqlen": calibration.shape[1], "heldout_windows": len(heldout)}

@@ -16,6 +16,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from sparseopt.core.base.types import Observer
 from sparseopt.layers.compiled import Stopwatch
 from sparseopt.layers.patterns import check_cut
 from sparseopt.layers.split import is_out_of_memory
-from sparseopt.models import LoadedModel, ModelSource, check_output, open_any
+from sparseopt.models import LoadedModel, ModelSource, StreamedModel, block_tag, check_output, open_any, unread
 from sparseopt.pruning.base.activations import Stream, embed_windows
 from sparseopt.pruning.base.records import Footprint, Passed
 from sparseopt.pruning.base.reports import PruneReport
@@ -37,7 +38,7 @@ from sparseopt.pruning.measure.survey import survey
 from sparseopt.pruning.memory import choose_footprint
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe
 from sparseopt.pruning.recipe.prune_recipe import Recipe
-from sparseopt.pruning.recipe.shrink_recipe import ShrinkRecipe
+from sparseopt.pruning.recipe.shrink_recipe import TEXT, ShrinkRecipe, wanted_tokens
 from sparseopt.pruning.run.block import DenseBlock, PruningError, Stopped
 from sparseopt.pruning.run.calibration import CalibrationWindows, choose_tokens
 from sparseopt.pruning.run.drawn import drawn_windows, keep_drawn
@@ -55,6 +56,7 @@ from sparseopt.pruning.run.resumption import (
     state_in,
 )
 from sparseopt.pruning.run.variants import with_variants
+from sparseopt.pruning.text.vocabulary import with_vocabulary
 from sparseopt.system import processes
 from sparseopt.system.machine import freed_memory_kept, parse_bytes, peak_from_now, return_freed_memory
 from sparseopt.system.run_folder import State
@@ -115,6 +117,9 @@ def prune_model(
             return work
         with activations_in(recipe.precision), _memory_errors():
             watch = Stopwatch()
+            if recipe.get("only_vocabulary"):
+                _copy_blocks(work, stop)
+                return work.finish(start, 0.0, peak())
             work.tell(work.calibration)
             work.tell(work.footprint)
             if recipe.draws:
@@ -161,7 +166,15 @@ def checked(
             f"a {model.config.model_type} model, whose family is not known here, is loaded whole on one device; given "
             f"{mesh.size}: leave devices out"
         )
-    plan = plan_for(model, recipe, output)
+    known = None
+    if isinstance(recipe, ShrinkRecipe) and recipe.vocabulary is not None and isinstance(model, StreamedModel):
+        wanted, named = wanted_tokens(recipe.vocabulary), recipe.vocabulary.removeprefix(TEXT)
+        if wanted is None:
+            model, known = with_vocabulary(model, None, named, other=recipe.score)
+        else:
+            reading = {"split": recipe.split, "column": recipe.column}
+            model, known = with_vocabulary(model, wanted, recipe.calibration, other=recipe.score, **reading)
+    plan = replace(plan_for(model, recipe, output), vocabulary=known)
     for key, pattern in plan.patterns.items():
         check_cut(pattern, model.weight_shape(key), mesh)
     return model, plan, budget, mesh
@@ -269,7 +282,6 @@ def _run_blocks(work: Pass, stop: Callable[[], bool] | None) -> None:
     # The removed blocks that the dense stream has passed together with the block before them.
     gap: list[int] = []
     for index in range(model.num_blocks):
-        last = index + 1 == model.num_blocks
         if index not in gap:
             return_freed_memory()
             behind = range(index + 1, model.num_blocks)
@@ -281,6 +293,22 @@ def _run_blocks(work: Pass, stop: Callable[[], bool] | None) -> None:
             # The next block is read once this one and its Grams are freed.
             del block
         work.tell(Passed(index, model.num_blocks))
-        if not last and processes.any_of(stop is not None and stop()):
-            raise Stopped(f"stopped after block {index + 1} of {model.num_blocks}; the same call resumes there")
+        _stop_after(index, model, stop)
     work.distil(before, dense)
+
+
+def _copy_blocks(work: Pass, stop: Callable[[], bool] | None) -> None:
+    """Write the blocks as they are: only the vocabulary is smaller, and no text runs through the model."""
+    empty = Stream(work.batches, work.batches)
+    work.plan = choose_shape(work, empty)
+    work.begin(empty)
+    for index in range(work.finished, work.model.num_blocks):
+        work.writer.write(block_tag(index), unread(work.model.source, work.model.block_keys(index).values()))
+        work.tell(Passed(index, work.model.num_blocks))
+        _stop_after(index, work.model, stop)
+
+
+def _stop_after(index: int, model: StreamedModel, stop: Callable[[], bool] | None) -> None:
+    """Stop after a block other than the last one, if `stop` asks for it."""
+    if index + 1 < model.num_blocks and processes.any_of(stop is not None and stop()):
+        raise Stopped(f"stopped after block {index + 1} of {model.num_blocks}; the same call resumes there")

@@ -224,7 +224,7 @@ def _parameter(name: str, field: "FieldInfo", of_list: str | None, without_panel
     from sparseopt.pruning.recipe.options import shell_type
 
     kind = str if of_list is not None else shell_type(field)
-    given = (f"--{name.replace('_', '-')}",) if kind is bool and field.default is not None else ()
+    given = (f"--{name.replace('_', '-')}",) if kind is bool and field.default is False else ()
     text = field.description if of_list is None else f"{field.description} {of_list}"
     default = field.default if of_list is None or field.default is None else str(field.default)
     extra = cast(dict[str, Any], field.json_schema_extra)

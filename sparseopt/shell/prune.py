@@ -155,6 +155,8 @@ def choice_lines(recipe: "PassRecipe", typed: Mapping[str, Any]) -> list[str]:
     from sparseopt.pruning import Recipe
     from sparseopt.pruning.recipe.effort import COSTS, PRUNES, SHRINKS
 
+    if recipe.get("only_vocabulary"):
+        return []
     lines, prunes = [], isinstance(recipe, Recipe)
     if (effort := recipe.effort) is not None:
         usual = "" if "effort" in typed else "default "

@@ -50,7 +50,8 @@ def show_dry_run(found: DryRun, as_json: bool) -> None:
     # Without the columns that say nothing.
     headings, *shown = zip(*(column for column in zip(*rows, strict=True) if any(column[1:])), strict=True)
     console.print(comparison_table("Linear layers", headings, shown))
-    for line in (*_made(found), *calibration_lines(found.calibration), *footprint_lines(found.footprint)):
+    seen = calibration_lines(found.calibration) if found.calibration.windows else []
+    for line in (*_made(found), *seen, *footprint_lines(found.footprint)):
         say(line)
     if found.seconds is not None:
         drawn = "" if found.calibration.digest else "; drawing its text, once for a model, comes on top"
@@ -70,6 +71,8 @@ def _made(found: DryRun) -> list[str]:
         lines.append(f"measured losses choose what stays: {found.recipe['parameters']:.2%} of the parameters")
     elif stay < found.parameters:
         lines.append(f"{stay:,} parameters stay ({stay / found.parameters:.1%})")
+    if found.vocabulary is not None:
+        lines.append(str(found.vocabulary))
     return lines
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Self
 
 import ml_dtypes
 import numpy as np
+from jaxtyping import Int
 from pydantic import AfterValidator, BaseModel, Field, NonNegativeInt, TypeAdapter
 
 from sparseopt.models.base.errors import JSON_OBJECT, ModelError, Said, checked, guarded
@@ -134,6 +135,15 @@ class UnreadTensor(TensorInfo):
     def read(self) -> np.ndarray:
         pieces = list(self.pieces())
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+def picked_rows(pieces: Iterable[np.ndarray], rows: Int[np.ndarray, "rows"]) -> Iterator[np.ndarray]:
+    """These rows, ascending, of an array that comes in pieces along its first axis; in as many pieces."""
+    start = 0
+    for piece in pieces:
+        low, high = np.searchsorted(rows, [start, start + len(piece)])
+        yield piece[rows[low:high] - start]
+        start += len(piece)
 
 
 def read_part(file: Path, dtype: np.dtype, count: int, start: int) -> np.ndarray:

@@ -25,18 +25,22 @@ from sparseopt.models.decoder.settings import BlockKind, DecoderConfig
 from sparseopt.models.families import FAMILIES, find_family
 from sparseopt.models.families.family import Family, Shapes, block_linears, build_part, part_shapes
 from sparseopt.models.files.in_memory import MemorySource, TransformersModel, is_torch_module, transformers_source
-from sparseopt.models.files.safetensors import UnreadTensor
+from sparseopt.models.files.safetensors import UnreadTensor, picked_rows
 from sparseopt.models.files.source import Source, open_source
 from sparseopt.models.streaming.prunable import PrunableModel, check_count
 
 
 class StreamedModel(PrunableModel):
-    """A checked source with parts that are read as float32 modules; `family` has the names that the files use."""
+    """A checked source with parts that are read as float32 modules; `family` has the names that the files use.
+
+    Attributes:
+        whole: the model before tokens were removed from it, see `reshape.vocabulary`; else the model itself.
+    """
 
     packages = ("flax",)
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
+    def __init__(self, source: Source, whole: "StreamedModel | None" = None) -> None:
+        self.source, self.whole = source, whole or self
         self.family: Family = find_family(source.config, source.tensors)
         fields = self.family.sizes.fields(source.config)
         for name in self.family.sizes.blocks:
@@ -168,12 +172,11 @@ class StreamedModel(PrunableModel):
         return lambda path: self.read(f"{part}.{path}")
 
     def _read_rows(self, path: str, rows: Int[np.ndarray, "rows"]) -> jax.Array:
-        key, start = self.family.keys.to_key(path), 0
+        key, first = self.family.keys.to_key(path), 0
         value = allocate((len(rows), *self.source.tensors[key].shape[1:]))
-        for piece in self._checked_pieces(key):
-            low, high = np.searchsorted(rows, [start, start + len(piece)])
-            value[low:high] = piece[rows[low:high] - start]
-            start += len(piece)
+        for piece in picked_rows(self._checked_pieces(key), rows):
+            value[first : first + len(piece)] = piece
+            first += len(piece)
         return on_device(value)
 
     def check_finite(self) -> str:

@@ -352,6 +352,41 @@ class Score:
 
 
 @dataclass(frozen=True)
+class VocabularyRecord:
+    """The tokens that a smaller model keeps, and what that costs on other text, known before its first block is made.
+
+    Attributes:
+        tokens: number of tokens that stay.
+        dense_tokens: number of the dense model's tokens.
+        text: the text whose tokens were counted.
+        text_tokens: number of its tokens.
+        split: fraction of these that are split into several, since their token is gone.
+        other_text: a text that was not counted; None without one.
+        other_bytes: size of its part that was measured, in UTF-8.
+        before: tokens for each byte of the other text, with the dense model's tokenizer.
+        after: the same with the smaller tokenizer.
+    """
+
+    tokens: int
+    dense_tokens: int
+    text: str
+    text_tokens: int
+    split: float
+    other_text: str | None
+    other_bytes: int
+    before: float | None
+    after: float | None
+
+    def __str__(self) -> str:
+        said = f"{self.tokens:,} of {self.dense_tokens:,} tokens stay; {self.split:.2%} of the {self.text_tokens:,} "
+        said += f"tokens of {self.text} are split into several"
+        if self.before is None or self.after is None:
+            return said
+        more = f"{self.after:.4f} tokens a byte, {self.before:.4f} before ({self.after / self.before - 1:+.1%})"
+        return f"{said}; {self.other_text}: {more}"
+
+
+@dataclass(frozen=True)
 class Replay:
     """The records that follow belong to a block, with this many layers, that an earlier run finished."""
 

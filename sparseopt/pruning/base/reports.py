@@ -15,6 +15,7 @@ from sparseopt.pruning.base.records import (
     RepairRecord,
     Score,
     ShapeRecord,
+    VocabularyRecord,
     mean,
     mean_errors,
     own_fields,
@@ -59,6 +60,7 @@ class PruneReport:
         resumed_blocks: blocks that an earlier run into the folder had finished; their records are that run's.
         shape: what a smaller model keeps; None if only zeros were made.
         repairs: one record for each block that was fitted across a gap.
+        vocabulary: the tokens that a smaller model keeps; None for all.
         distilled: the training of the whole model at the end; None if there was none.
         scores: perplexities before and after; empty if the recipe has `score` "none".
         other_weights: number of weights in the blocks' matrices that are not linear layers, such as experts that
@@ -95,6 +97,7 @@ class PruneReport:
     precision: str
     shape: ShapeRecord | None = None
     repairs: list[RepairRecord] = field(default_factory=list, repr=False)
+    vocabulary: VocabularyRecord | None = None
     distilled: DistillationRecord | None = None
     scores: tuple[Score, ...] = ()
     other_weights: int = 0
@@ -112,6 +115,8 @@ class PruneReport:
         """
         own = own_fields(cls, summary) | records | {"output": output, "kept": True}
         own["scores"] = tuple(Score(**score) for score in summary.get("scores", ()))
+        if own.get("vocabulary") is not None:
+            own["vocabulary"] = VocabularyRecord(**own["vocabulary"])
         kinds = {"footprint": Footprint, "calibration": Calibration}
         return cls(**own | {name: kind(**summary[name]) for name, kind in kinds.items()})
 

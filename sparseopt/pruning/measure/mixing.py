@@ -185,7 +185,7 @@ def parameter_costs(model: StreamedModel, recipe: ShrinkRecipe) -> Costs:
 
 def _search(model: StreamedModel, recipe: ShrinkRecipe) -> Search:
     costs, dense = parameter_costs(model, recipe), sizes_of(model)
-    budget = parameters_of(model) * ((recipe.parameters or 0) + BUDGET_ROUNDING)
+    budget = parameters_of(model.whole) * ((recipe.parameters or 0) + BUDGET_ROUNDING)
 
     def alone(numbers: list[int], fits: list[bool]) -> list[int]:
         """From the largest number that meets the budget while all else stays; all numbers if none does."""
@@ -246,7 +246,8 @@ def _mix(model: StreamedModel, search: Search, curves: Curves, order: list[Remov
 
 
 def _shape(model: StreamedModel, plan: SmallerPlan, mix: Mix, seconds: float) -> ShapeRecord:
-    dense, (sizes, removed, curves), tensors = sizes_of(model), mix, model.source.tensors
+    dense, (sizes, removed, curves), whole = sizes_of(model), mix, model.whole
+    tensors = whole.source.tensors
     gone = tuple(record.block for record in removed)
     sizes = replace(sizes, blocks=tuple(block for block in dense.blocks if block not in gone))
     return ShapeRecord(
@@ -258,8 +259,8 @@ def _shape(model: StreamedModel, plan: SmallerPlan, mix: Mix, seconds: float) ->
         rises=tuple(record.rise for record in removed),
         dense=(dense.channels, dense.kv_heads, len(dense.blocks), dense.experts),
         parameters=parameters_of(shrink_plan(model, plan, sizes).target),
-        dense_parameters=parameters_of(model),
-        dense_bytes=sum(math.prod(tensors[key].shape) * tensors[key].dtype.itemsize for key in model.exported_keys()),
+        dense_parameters=parameters_of(whole),
+        dense_bytes=sum(math.prod(tensors[key].shape) * tensors[key].dtype.itemsize for key in whole.exported_keys()),
         seconds=seconds,
         curves=curves,
     )

@@ -7,24 +7,57 @@ Every block keeps the same numbers, so that the configuration of the smaller mod
 `intermediate_size`, one number of heads. Which channels and heads stay is decided block by block.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
 
 from sparseopt.layers.methods import METHODS, find_method
 from sparseopt.layers.problem import LayerMethod
 from sparseopt.models import ModelError, Sizes, StreamedModel, possible_kv_heads, sizes_of
 from sparseopt.pruning.recipe.effort import SHRINKS, Effort, effort_help, shrink_defaults
-from sparseopt.pruning.recipe.options import HOW, KEEP, Plain, option
+from sparseopt.pruning.recipe.options import HOW, KEEP, Plain, option, told
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe, Problem
+from sparseopt.pruning.text.chats import is_text
+from sparseopt.pruning.text.documents import SELF, check_text
 
 # A fraction may be rounded by at most this much of the whole.
 ROUNDING = 0.05
 # A budget may be exceeded by this much of the whole: three digits of it are themselves rounded.
 BUDGET_ROUNDING = 0.0005
+# Begins the name of a text whose tokens stay.
+TEXT = "text:"
 SHARES = ("channels", "heads", "layers", "experts")
 # SparseGPT chooses for every output by itself, so it cannot remove an input for all of them.
 CHOOSING = tuple(name for name in METHODS if name != "sparsegpt")
+
+
+def as_text(given: Any) -> Any:
+    """A number as a text; true and false are none."""
+    return str(given) if type(given) in (int, float) else given
+
+
+def wanted_tokens(vocabulary: str) -> int | float | None:
+    """A number of tokens or a fraction of all; None if a text is named, see `ShrinkRecipe.vocabulary`.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if vocabulary.startswith(TEXT):
+        check_text(vocabulary.removeprefix(TEXT))
+        return None
+    with contextlib.suppress(ValueError):
+        found = float(vocabulary)
+        if vocabulary.isdecimal() and found >= 1:
+            return int(vocabulary)
+        if not vocabulary.isdecimal() and 0 < found <= 1:
+            return found
+    raise ValueError(
+        f"vocabulary must be a number of tokens such as 16000, a fraction in (0, 1] such as 0.5, or {TEXT}TEXT such as "
+        f"{TEXT}file:PATH, given {vocabulary!r}"
+    )
 
 
 class ShrinkRecipe(PassRecipe):
@@ -45,6 +78,12 @@ class ShrinkRecipe(PassRecipe):
     )
     layers: float = option(1.0, "Fraction of the blocks that stay.", KEEP, ge=0, le=1)
     experts: float = option(1.0, "Fraction of the experts that stay, in a mixture.", KEEP, ge=0, le=1)
+    vocabulary: Annotated[str, BeforeValidator(as_text)] = option(
+        None,
+        "Tokens that stay, the most frequent ones of the calibration text: their number, or a fraction such as 0.5; or "
+        "text:TEXT for all tokens of a text, given as for calibration. Default: all tokens.",
+        KEEP,
+    )
     parameters: float | None = option(
         None,
         "Fraction of all parameters that stays; measured losses then choose the fractions above.",
@@ -54,6 +93,12 @@ class ShrinkRecipe(PassRecipe):
         True, "Fit the block before removed ones, by least squares, to the dense model's stream behind them.", HOW
     )
     multiple: int = option(64, "Round the number of channels to a multiple of this.", KEEP, ge=1)
+
+    @property
+    def only_vocabulary(self) -> bool:
+        """Whether all blocks stay as they are, so that no text runs through the model."""
+        others = self.has_budget or self.bits is not None or any(getattr(self, name) != 1 for name in SHARES)
+        return self.vocabulary is not None and not others
 
     def _defaults(self) -> Mapping[str, Any]:
         return shrink_defaults(vars(self))
@@ -65,6 +110,8 @@ class ShrinkRecipe(PassRecipe):
 
     def _contradictions(self, fine: Callable[[Collection[str]], bool]) -> Iterator[Problem]:
         yield from super()._contradictions(fine)
+        if self.vocabulary is not None and fine({"vocabulary", "calibration"}):
+            yield from self._wrong_vocabulary()
         if not fine({*SHARES, "parameters", "expert_tokens"}):
             return
         given = {name: share for name in SHARES if (share := getattr(self, name)) != 1}
@@ -75,8 +122,21 @@ class ShrinkRecipe(PassRecipe):
         elif self.experts < 1 and self.expert_tokens == "all":
             why = "what they add to the tokens routed to them: leave expert_tokens 'all' out"
             yield "experts", f"experts are removed by {why}"
-        elif not self.has_budget and not given:
-            yield "channels", "nothing would go: give channels, heads, layers or experts below 1, or a budget"
+        elif not self.has_budget and not given and self.vocabulary is None:
+            yield "channels", "nothing would go: give channels, heads, layers, experts or vocabulary, or a budget"
+
+    def _wrong_vocabulary(self) -> Iterator[Problem]:
+        """What is wrong with the tokens that stay."""
+        yield from told("vocabulary", lambda: wanted_tokens(self.vocabulary))
+        named, drawn = self.vocabulary.startswith(TEXT), self.draws or not is_text(self.calibration)
+        if not is_text(self.calibration):
+            yield "calibration", "calibration token ids are those of the whole vocabulary: give a text instead"
+        elif drawn and not named:
+            why = f"counts the tokens of the calibration text, and calibration {SELF!r} has none"
+            yield "vocabulary", f"vocabulary {why}: give calibration, or vocabulary text:TEXT"
+        trained = [name for name in ("train_epochs", "distil_epochs") if self.given(name)]
+        if self.only_vocabulary and trained:
+            yield trained[0], f"without the tokens that go, nothing changes that {trained[0]} could train: leave it out"
 
     @property
     def needs_dense_stream(self) -> bool:

@@ -157,6 +157,10 @@ def choose_tokens(
     `samples_to_score`.
     """
     recipe = plan.recipe
+    if recipe.get("only_vocabulary"):
+        none = np.zeros((0, recipe.seqlen), np.int32)
+        windows = CalibrationWindows(none, none, none, None)
+        return plan, windows, describe_calibration(model, plan, windows, given=True), []
     if recipe.draws:
         plan = with_windows(plan, recipe.windows or default_windows(model, recipe.seqlen))
         # What cannot be scored ends the run before minutes of drawing.

@@ -111,6 +111,8 @@ def _published(report: PruneReport) -> PruneReport:
     """The report with only the last component of each local folder."""
     scores, recipe = tuple(replace(each, text=without_folders(each.text)) for each in report.scores), report.recipe
     recipe = recipe | {name: without_folders(recipe[name]) for name in ("calibration", "score") if recipe[name]}
+    for name in ("vocabulary",) if recipe.get("vocabulary") else ():
+        recipe[name] = without_folders(recipe[name])
     if (masks := recipe.get("masks")) and Path(masks).expanduser().exists():
         recipe["masks"] = Path(masks).name
     return replace(report, scores=scores, recipe=recipe)

@@ -33,7 +33,8 @@ def model_facts(report: PruneReport) -> Iterator[Fact]:
     layers, grids, size = report.layers, report.grids, sum(r.size for r in report.layers)
     if shape := report.shape:
         share = shape.parameters / shape.dense_parameters
-        text = f"keeps {shape.kept()}; {shape.parameters:,} of {shape.dense_parameters:,} parameters ({share:.1%})"
+        text = f"keeps {shape.kept()}; " if shape.kept() else ""
+        text += f"{shape.parameters:,} of {shape.dense_parameters:,} parameters ({share:.1%})"
         yield Fact("size", f"{text}, {report.stored_bytes:,} of {shape.dense_bytes:,} bytes")
         if shape.rises:
             yield Fact("removing these blocks alone", f"loss {shape.rises[-1]:+.4f} nats a token")
@@ -46,6 +47,8 @@ def model_facts(report: PruneReport) -> Iterator[Fact]:
         if others := report.other_weights:
             text += f"; {others:,} weights in other matrices of the blocks, such as stacked experts, stay as they are"
         yield Fact("sparsity", text)
+    if report.vocabulary:
+        yield Fact("vocabulary", str(report.vocabulary))
     if given := sum(r.given_zeros for r in layers):
         text = f"{given:,} weights had to be zero ({given / size:.1%})"
         if kept := report.kept_masks:
@@ -54,7 +57,8 @@ def model_facts(report: PruneReport) -> Iterator[Fact]:
                 # The model is its own target, which it meets.
                 text += " and weights; to fit the weights again, give the dense model and --masks"
         yield Fact("given zeros", text)
-    yield _calibration(report)
+    if report.calibration.windows:
+        yield _calibration(report)
     if layers:
         error, heldout = mean_errors(layers)
         other = "" if heldout is None else f", {heldout:.5f} on held-out tokens"

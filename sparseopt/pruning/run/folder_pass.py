@@ -246,6 +246,7 @@ class Pass:
             calibration=self.calibration,
             shape=self.progress.shape,
             repairs=self.progress.repairs,
+            vocabulary=plan.vocabulary,
             distilled=self.progress.distilled,
             solver_seconds=sum(r.seconds for r in solves),
             reconstruction_seconds=sum(r.seconds for r in blocks),

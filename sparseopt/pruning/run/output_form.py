@@ -76,7 +76,8 @@ def chosen_form(
         for name in target.block_linears(place):
             dense, key = model.weight_key(index, name), target.weight_key(place, name)
             chosen = targeted is None or dense in targeted
-            own = (asked if chosen else None) if asked else _same_width(model, dense, chosen) if file else None
+            same = file and not recipe.get("only_vocabulary")
+            own = (asked if chosen else None) if asked else _same_width(model, dense, chosen) if same else None
             if own is not None and target.weight_shape(key)[1] % (own.group or 1) == 0:
                 bits[key] = own
     if asked and not bits:

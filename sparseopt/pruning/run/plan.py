@@ -24,6 +24,7 @@ from sparseopt.models import (
 )
 from sparseopt.models.files.gguf.architectures import architecture_of
 from sparseopt.pruning.base.grams import BlockGrams
+from sparseopt.pruning.base.records import VocabularyRecord
 from sparseopt.pruning.evaluate.audit import audit_stored
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe
 from sparseopt.pruning.recipe.prune_recipe import Recipe
@@ -66,6 +67,7 @@ class Plan:
         masks: a model of the same shape whose zeros become zeros; None for none.
         form: how the target is stored, including the grids of its layers.
         smaller: whether whole groups of weights are removed.
+        vocabulary: the tokens that stay, of which the model was made already; None for all.
     """
 
     smaller: ClassVar[bool] = False
@@ -78,6 +80,7 @@ class Plan:
     output_weights: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     masks: StreamedModel | None = None
     form: Form = dataclasses.field(default_factory=Form)
+    vocabulary: VocabularyRecord | None = None
 
     @property
     def folder(self) -> Path:
@@ -362,7 +365,7 @@ def _check_budget(model: StreamedModel, plan: SmallerPlan, recipe: ShrinkRecipe)
         raise ModelError(
             f"parameters may choose what a GGUF file cannot have ({error}): give channels or layers instead"
         ) from error
-    least = parameters_of(smallest) / parameters_of(model)
+    least = parameters_of(smallest) / parameters_of(model.whole)
     if recipe.parameters is not None and recipe.parameters + BUDGET_ROUNDING < least:
         raise ModelError(
             f"parameters {recipe.parameters:g} is too little: what lies outside the blocks stays, and with one block "

@@ -28,7 +28,7 @@ COUNT_HELP = f"{TOKENS_AN_INPUT} tokens for each {{}} of the widest layer, in {L
 SCORED = 0.25
 
 # Documents are read as far as needed, but at least this many characters.
-_LEAST_READ = 2**22
+LEAST_READ = 2**22
 # Characters for each requested token, four times as many as English needs, so that windows can be spread.
 _READ_A_TOKEN = 16
 
@@ -102,12 +102,7 @@ def text_windows(
         raise TextError(f"documents must be {' or '.join(get_args(DocumentChoice))}, given {documents!r}")
     tokenizer = load_tokenizer(source)
     start = start_token(source, tokenizer, bos)
-    loaded = load_documents(text, part, split=split, column=column)
-    first = next(loaded)
-    of_chats = is_chat(first)
-    texts: Iterator[Any] = itertools.chain([first], loaded)
-    if of_chats:
-        texts = map(chat_writer(source), texts)
+    of_chats, texts = written_texts(source, text, part, split=split, column=column)
 
     def encoded(written: str) -> np.ndarray:
         tokens = encode_text(tokenizer, written)
@@ -115,7 +110,7 @@ def text_windows(
         return tokens[1:] if of_chats and len(tokens) and tokens[0] == start else tokens
 
     separate, found, seen = documents == "separate", [], 0
-    for batch in _batches(texts, max(_LEAST_READ, _READ_A_TOKEN * count * length)):
+    for batch in batches_of(texts, max(LEAST_READ, _READ_A_TOKEN * count * length)):
         if separate:
             found += [tokens[:length] for tokens in map(encoded, batch) if len(tokens) >= length]
         else:
@@ -138,7 +133,20 @@ def text_windows(
         raise TextError(f"{part_of_text(text, part, split)}: {error}") from error
 
 
-def _batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
+def written_texts(
+    source: Source, text: Any, part: Part, *, split: str | None = None, column: str | None = None
+) -> tuple[bool, Iterator[str]]:
+    """Whether a part of a text has chats, and its documents; chats are written with the model's own template.
+
+    Arguments and errors are as for `text_windows`.
+    """
+    loaded: Iterator[Any] = load_documents(text, part, split=split, column=column)
+    first = next(loaded)
+    texts = itertools.chain([first], loaded)
+    return is_chat(first), map(chat_writer(source), texts) if is_chat(first) else texts
+
+
+def batches_of(texts: Iterable[str], size: int) -> Iterator[list[str]]:
     """Group the texts into lists of at least `size` characters."""
     batch: list[str] = []
     held = 0

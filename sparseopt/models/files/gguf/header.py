@@ -6,6 +6,7 @@ Layout (version 2 and 3, little-endian): magic, version, counts; metadata as (ke
 
 import math
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -14,10 +15,11 @@ import ml_dtypes
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from gguf.quants import dequantize
+from jaxtyping import Int
 
 from sparseopt.models.base.errors import ModelError
 from sparseopt.models.base.fields import shown
-from sparseopt.models.files.safetensors import StoredTensor, is_shape, read_part
+from sparseopt.models.files.safetensors import StoredTensor, is_shape, picked_rows, read_part
 
 # Metadata value types 0 to 12 other than strings and arrays.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -55,6 +57,12 @@ class GGUFTensor(StoredTensor):
     def stored_bytes(self) -> int:
         return bytes_as(self.kind, self.shape)
 
+    def raw(self) -> Iterator[np.ndarray]:
+        """The bytes of the tensor as stored, in pieces along its first axis."""
+        for piece in self.slices():
+            part = read_part(self.file, np.dtype(np.uint8), piece.stored_bytes, piece.start)
+            yield part.reshape(*piece.shape[:-1], -1)
+
     def read(self) -> np.ndarray:
         """The tensor; a quantised tensor is read piece by piece, since dequantising needs several times its memory."""
         if not self.quantised:
@@ -69,6 +77,23 @@ class GGUFTensor(StoredTensor):
                 raise ModelError(f"{self.file} has a tensor of type {kind}, which is not supported") from error
             first += piece.shape[0]
         return found
+
+
+@dataclass(frozen=True, eq=False)
+class PickedTensor(GGUFTensor):
+    """Some rows, ascending, of the tensor that the other fields place, which has more."""
+
+    rows: Int[np.ndarray, "rows"]
+    whole: GGUFTensor
+
+    def raw(self) -> Iterator[np.ndarray]:
+        return picked_rows(self.whole.raw(), self.rows)
+
+    def pieces(self) -> Iterator[np.ndarray]:
+        return picked_rows(self.whole.pieces(), self.rows)
+
+    def read(self) -> np.ndarray:
+        return np.concatenate(list(self.pieces()))
 
 
 class Value(NamedTuple):

@@ -1,7 +1,8 @@
 """A GGUF file seen as a Hugging Face model: names, layout, configuration, sidecar files."""
 
+import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from tokenizers import Tokenizer
 from sparseopt.models.base.errors import ModelError
 from sparseopt.models.files.gguf.architectures import ARCHITECTURES
 from sparseopt.models.files.gguf.base import Fields
-from sparseopt.models.files.gguf.header import GGUFTensor, read_header
+from sparseopt.models.files.gguf.header import GGUFTensor, Value, read_header
 from sparseopt.models.files.gguf.shared import ROPE_FACTORS
 from sparseopt.models.files.gguf.tokenizer import build_tokenizer, tokenizer_config
 
@@ -48,6 +49,14 @@ class GGUFSource:
         self.tensors: dict[str, GGUFTensor] = {
             name: tensor for name, tensor in self._named.items() if name != ROPE_FACTORS
         }
+
+    def changed(self, values: dict[str, Value], tensors: Mapping[str, GGUFTensor]) -> "GGUFSource":
+        """The same file with these metadata, and with these tensors in place of its own."""
+        made = copy.copy(self)
+        vars(made).pop("config", None)
+        made.values, made._metadata = values, {key: value for key, (value, *_) in values.items()}
+        made._named, made.tensors = {**self._named, **tensors}, {**self.tensors, **tensors}
+        return made
 
     def read(self, name: str) -> np.ndarray:
         return self._architecture.undo(name, self.tensors[name].read(), self.config)

@@ -49,7 +49,7 @@ def tokenizer_values(source: Source, config: Config, architecture: str) -> dict[
                 "one: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
             )
         return {}
-    settings = _parsed(files, "tokenizer_config.json", source)
+    settings = parsed(files, "tokenizer_config.json", source)
     what = f"{source.path} has no valid tokenizer.json"
     tokenizer = guarded(lambda: Tokenizer.from_str(files["tokenizer.json"].decode()), what)
     # Older files write it differently.
@@ -62,16 +62,18 @@ def tokenizer_values(source: Source, config: Config, architecture: str) -> dict[
         raise _unknown(source, f"{given[0]}={shown(model[given[0]])}", "BPE without it")
     write = _sentencepiece if model["byte_fallback"] else _byte_level
     values = write(stored, _listed_tokens(stored, config, source), source)
-    ids = _special_ids(tokenizer, config, settings, _parsed(files, "generation_config.json", source))
+    ids = _special_ids(tokenizer, config, settings, parsed(files, "generation_config.json", source))
     values |= {f"{name}_token_id": count(number) for name, number in ids.items()}
     for name, adds in _ends(tokenizer, ids, settings, source).items():
         values[f"add_{name}_token"] = flag(adds)
-    found = {_PREFIX + name: value for name, value in values.items()} | _templates(files, settings)
+    found = {_PREFIX + name: value for name, value in values.items()}
+    if (template := chat_template(files, settings)) is not None:
+        found["tokenizer.chat_template"] = text(template)
     _check(stored, found, architecture, source)
     return found
 
 
-def _parsed(files: Mapping[str, bytes], name: str, source: Source) -> dict[str, Any]:
+def parsed(files: Mapping[str, bytes], name: str, source: Source) -> dict[str, Any]:
     """The object in a JSON file; empty if the file does not exist."""
     what = f"{source.path / name} is no valid JSON"
     return checked(JSON_OBJECT, guarded(lambda: parse_json(files.get(name, b"{}")), what), what)
@@ -224,12 +226,12 @@ def _ends(tokenizer: Tokenizer, ids: Mapping[str, int], settings: Mapping[str, A
     return found
 
 
-def _templates(files: Mapping[str, bytes], settings: Mapping[str, Any]) -> dict[str, Value]:
+def chat_template(files: Mapping[str, bytes], settings: Mapping[str, Any]) -> str | None:
     """The chat template, preferably from its own file; among several, the one called default."""
     given = files["chat_template.jinja"].decode() if "chat_template.jinja" in files else settings.get("chat_template")
     if isinstance(given, list):
         given = next((each.get("template") for each in given if each.get("name") == "default"), None)
-    return {"tokenizer.chat_template": text(given)} if isinstance(given, str) else {}
+    return given if isinstance(given, str) else None
 
 
 def _check(stored: Mapping[str, Any], values: Mapping[str, Value], architecture: str, source: Source) -> None:

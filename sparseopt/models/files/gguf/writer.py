@@ -22,7 +22,6 @@ from sparseopt.models.files.gguf.header import GGUFTensor, Value, bytes_as, text
 from sparseopt.models.files.gguf.reader import GGUFSource
 from sparseopt.models.files.gguf.vocabulary import tokenizer_values
 from sparseopt.models.files.in_memory import IN_MEMORY
-from sparseopt.models.files.safetensors import SLICE, read_part
 from sparseopt.models.files.source import Source
 
 # The types of grids, and for GGUF's other types the grid without an offset of the same or the next larger width.
@@ -58,13 +57,7 @@ class Encoded(NamedTuple):
 
 def copied(tensor: GGUFTensor) -> Encoded:
     """A tensor as another file stores it, byte for byte."""
-
-    def pieces() -> Iterable[np.ndarray]:
-        for first in range(0, tensor.stored_bytes, SLICE):
-            count = min(SLICE, tensor.stored_bytes - first)
-            yield read_part(tensor.file, np.dtype(np.uint8), count, tensor.start + first)
-
-    return Encoded(tensor.kind, tensor.shape, pieces)
+    return Encoded(tensor.kind, tensor.shape, tensor.raw)
 
 
 def rounded(pieces: Callable[[], Iterable[np.ndarray]], kind: Kind, shape: tuple[int, ...]) -> Encoded:
