@@ -243,3 +243,20 @@ def test_what_has_no_jump_to_find():
 def test_what_cannot_be_used_is_a_sentence(given, says):
     with pytest.raises(ValueError, match=says):
         so.trend.jumps(**{"y": np.arange(20.0), **given})
+
+
+def test_a_picture_marks_jumps_and_bends_and_has_no_stroke_across_a_jump():
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("agg")
+    years, rng = np.arange(1950, 2040), np.random.default_rng(3)
+    y = np.r_[np.arange(45.0), 100 - 2 * np.arange(45.0)] + 0.3 * rng.standard_normal(90)
+    found = so.trend.jumps(y)
+    assert found.kinds == ("jump",)
+    axis = found.plot(y, years)
+    dots, fit, mark = axis.lines
+    np.testing.assert_array_equal(dots.get_ydata(), y)
+    place = int(found.places[0])
+    assert (mark.get_xdata()[0], mark.get_label()) == (years[place], "jump")
+    drawn = np.asarray(fit.get_ydata(), float)
+    assert np.flatnonzero(np.isnan(drawn)).tolist() == [place]
+    np.testing.assert_array_equal(np.delete(drawn, place), found.fit)

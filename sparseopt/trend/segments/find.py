@@ -78,6 +78,35 @@ class Jumps:
             for place, kind, sizes in zip(self.places.tolist(), self.kinds, self.sizes, strict=True)
         ]
 
+    def plot(self, y: Any = None, times: Any = None, axis: Any = None) -> Any:
+        """Draw the fit with its jumps and bends marked; returns the matplotlib axes.
+
+        Args:
+            y: the signal, drawn as dots; None for none.
+            times: of the nodes `[n]`, numbers or dates; None for 0, 1, 2, ...
+            axis: to draw on; None for new axes.
+        """
+        import matplotlib.pyplot as plt
+
+        axis = plt.subplots(layout="constrained")[1] if axis is None else axis
+        fit, breaks = self.fit.reshape(len(self.fit), -1), self.places[np.array(self.kinds) == "jump"]
+        at = np.arange(len(fit)) if times is None else np.asarray(times)
+        for channel, values in enumerate(fit.T):
+            if y is not None:
+                axis.plot(at, np.reshape(y, fit.shape)[:, channel], ".", color=f"C{channel}", alpha=0.4)
+            # Without a stroke across a jump.
+            line = np.insert(np.asarray(values, float), breaks, np.nan)
+            axis.plot(np.insert(at, breaks, at[breaks]), line, color=f"C{channel}", linewidth=2)
+        for kind, dash in (("jump", "--"), ("bend", ":")):
+            marked = [at[place] for place, each in zip(self.places, self.kinds, strict=True) if each == kind]
+            for place in marked:
+                axis.axvline(
+                    place, color="0.4", linestyle=dash, linewidth=1, label=kind if place == marked[0] else None
+                )
+        if len(self.places):
+            axis.legend()
+        return axis
+
     def __repr__(self) -> str:
         return "\n".join([self._title(), *(f"  {fact}" for fact in self.facts())])
 
