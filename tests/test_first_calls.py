@@ -29,7 +29,8 @@ def counted():
         jax.block_until_ready(call())
         return seen.count(COMPILED), seen.count(TRACED)
 
-    so.solve(lasso(4, 3))  # asks once whether jaxlib knows the options of quick programs
+    # This asks once whether jaxlib knows the options of quick programs.
+    so.solve(lasso(4, 3), solver=so.AcceleratedProximalGradient())
     jax.clear_caches()
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield count

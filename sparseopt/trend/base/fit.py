@@ -14,7 +14,6 @@ from sparseopt.core.base.arguments import (
     require_memory,
     whole_number,
 )
-from sparseopt.core.losses.data import DataLoss
 from sparseopt.core.losses.residuals import Squared
 from sparseopt.core.losses.scalar import ScalarLoss
 from sparseopt.core.penalties.entries import L1
@@ -152,9 +151,9 @@ class Fit:
         return prepare(self.ground, *self.arrays)
 
     @property
-    def node_loss(self) -> DataLoss:
-        """The loss on the nodes; its targets are the values of `data` if it is the square."""
-        return self.data.loss if self.square else DataLoss(self.loss, None, *self.arrays)
+    def known_data(self) -> Data | None:
+        """`data`, if something has asked for them: else a program computes them on its way."""
+        return vars(self).get("data")
 
     def on_nodes(self, values: np.ndarray) -> jax.Array:
         """Values at the nodes, whether they have an axis of channels or not, in the layout and the dtype."""

@@ -17,11 +17,12 @@ import numpy as np
 
 from sparseopt.core.base.compile import Jitted
 from sparseopt.core.losses.data import DataLoss
+from sparseopt.core.losses.scalar import ScalarLoss
 from sparseopt.core.penalties.protocols import has_conjugate
 from sparseopt.core.problem.certify import judge, promote
 from sparseopt.core.problem.problem import Problem, Status
 from sparseopt.trend.base.fit import Fit, start_at
-from sparseopt.trend.base.ground import Ground
+from sparseopt.trend.base.ground import Data, Ground, data_of
 from sparseopt.trend.base.pieces import TrendSolution, average_pieces
 from sparseopt.trend.methods.choice import choose
 from sparseopt.trend.methods.split_plan import resume
@@ -126,10 +127,8 @@ def _with_means(asked: Fit, found: TrendSolution, judged: bool) -> TrendSolution
     points = points if known else (found.value, *points)
     if not points:
         return found
-    ends = _judge_at(
-        *(asked.ground, asked.node_loss, asked.data.shift if asked.square else None),
-        *(asked.rows, points, (found.dual, found.status), asked.tol),
-    )
+    given = asked.arrays, asked.known_data if asked.square else None
+    ends = _judge_at(asked.ground, asked.loss, given, asked.rows, points, (found.dual, found.status), asked.tol)
     if not judged:
         objective, gap, status = ends[0]
         found = dataclasses.replace(found, objective=objective, gap=gap, residual=gap, status=status)
@@ -168,8 +167,8 @@ def _means(asked: Fit, found: TrendSolution) -> tuple[TrendSolution, jax.Array |
 @Jitted
 def _judge_at(
     ground: Ground,
-    loss: DataLoss,
-    shift: Any,
+    family: ScalarLoss,
+    given: tuple[tuple[Any, Any], Data | None],
     penalty: Any,
     points: tuple[jax.Array, ...],
     proof: tuple[Any, Any],
@@ -177,13 +176,17 @@ def _judge_at(
 ) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
     """The objective at each point, its relative duality gap for the square loss, else NaN, and the status then.
 
-    `shift` is None for other losses, `proof` the dual and the status so far.
+    `given` are the signal with its weights, and its data if they are known; `proof` the dual and the status so far.
     """
-    (dual, status), found = proof, []
+    (arrays, data), (dual, status), found = given, proof, []
+    square, loss = getattr(family, "is_square", False), DataLoss(family, None, *arrays)
+    if square:
+        data = data_of(ground, *arrays) if data is None else data
+        loss = data.loss
     for x in points:
-        if shift is not None and ground.present is not None:
-            x = jnp.where(ground.present, x, shift)  # padding costs nothing there
-        if shift is not None and has_conjugate(penalty):
+        if data is not None and ground.present is not None:
+            x = jnp.where(ground.present, x, data.shift)  # padding costs nothing there
+        if square and has_conjugate(penalty):
             objective, gap = judge(Problem(loss, penalty, ground.operator), x, dual)
             found.append((objective, gap, promote(status, gap, objective, tol)))
         else:

@@ -81,7 +81,8 @@ def _by_solver(asked: Fit, weights: np.ndarray, first: NullFit | None, begin: Be
     kind, plan = working.dtype, method.plan(working).pace(working)
     tol, relaxation = jnp.asarray(asked.tol, kind), working.settings.relaxation
 
-    data, penalty = working.data, working.at(weights[0]).rows
+    # The levels are judged with the data of the request, and solved with those of the working precision.
+    _, data, penalty = asked.data, working.data, working.at(weights[0]).rows
     start = _first(plan, penalty, data, proof, working.first())
     older, found = start, list[TrendSolution]()
     for index, weight in enumerate(weights):

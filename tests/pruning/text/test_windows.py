@@ -119,7 +119,7 @@ def test_separate_documents_begin_their_windows(tokenized):
 
 
 def test_no_more_of_a_source_is_read_than_is_needed(tokenized, monkeypatch):
-    monkeypatch.setattr(texts, "_LEAST_READ", 1000)
+    monkeypatch.setattr(texts, "LEAST_READ", 1000)
     read = itertools.count()
 
     class Endless(list):
