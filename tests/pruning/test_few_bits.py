@@ -52,7 +52,7 @@ CASES = {
     "of a file": of(Kind.Q4_1, "out.gguf", "q4_0", ignore=["k_proj", "re:.*layers.1"]),
     "other bits, of a file": of(Kind.Q5_1, "out.gguf", "q8_0", bits="q8_0", ignore=["k_proj"]),
     "fewer blocks, of a file": of(Kind.Q4_1, "out.gguf", train_epochs=0, repair=False, **SMALLER | {"channels": 1.0}),
-    "fewer blocks and a repair, of a file": of(Kind.Q4_1, "out.gguf", "q4_0", train_epochs=0, **SMALLER | {"channels": 1.0}),
+    "a repair, of a file": of(Kind.Q4_1, "out.gguf", "q4_0", train_epochs=0, **SMALLER | {"channels": 1.0}),
     "a folder": of("llama", "out", "int8", bits="int8", train_epochs=1),
     "a folder of experts": of("experts", "out", "int4:8", bits="int4:8", min_expert_tokens=1),
 }  # fmt: skip

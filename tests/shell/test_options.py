@@ -32,7 +32,8 @@ GIVEN = {
         {"pattern": "2:4", "permute": True},
     ],
     "shrink": [
-        COMMON | {"channels": 0.6, "heads": 0.5, "layers": 0.9, "multiple": 8, "repair": False, "vocabulary": "text:hf:x"},
+        COMMON | {"channels": 0.6, "heads": 0.5, "layers": 0.9, "repair": False},
+        {"channels": 0.6, "multiple": 8, "vocabulary": "text:hf:x"},
         {"experts": 0.8},
         {"channels": 0.5, "expert_tokens": "all"},
         {"parameters": 0.9},
