@@ -49,7 +49,7 @@ def fit(y, graph, penalty, devices, **options):
     parts = [
         list(part) for text in texts for _, part in itertools.groupby(collectives(text), lambda each: each.loops > ())
     ]
-    (found,) = [part for part in parts if any(each.loops == (None, 9) for each in part)]  # nine of ten iterations
+    (found,) = [part for part in parts if any(each.loops == (None, 8) for each in part)]  # eight of ten iterations
     permuted = [each for each in found if each.kind == "collective-permute"]
     # The rows of one neighbour along the longest axis; ten iterations and the check after them have a product with Ψ
     # and one with Ψᵀ each, of k + 1 factors.
