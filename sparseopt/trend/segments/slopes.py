@@ -34,7 +34,7 @@ def two_slope_jumps(
 
     Example:
         >>> from sparseopt.trend.segments.slopes import two_slope_jumps
-        >>> two_slope_jumps(np.array([0.1, -0.1, 99.0, 0.0, 5.1, 4.9, 5.0]), 3.0).tolist()
+        >>> two_slope_jumps(np.array([0.1, -0.1, 4.0, 0.0, 5.1, 4.9, 5.0]), 3.0).tolist()
         [4]
     """
     w = np.ones(len(y)) if weights is None else np.asarray(weights, np.float64)
