@@ -136,7 +136,6 @@ class Path(Levels):
         steps: of each solve.
         statuses: the `Status` of each level.
         deviances: twice the loss; for least squares the weighted sum of squares.
-        observations: the number of rows with a positive weight.
         problem: the problem at level 1.
         tol: of each level.
         max_steps: of each level.
@@ -150,7 +149,6 @@ class Path(Levels):
     steps: np.ndarray
     statuses: np.ndarray
     deviances: np.ndarray
-    observations: int
     problem: Problem
     tol: float
     max_steps: int
@@ -167,6 +165,11 @@ class Path(Levels):
         loss = self.problem.loss
         weights: Any = 1.0 if loss.weights is None else loss.weights
         return np.broadcast_to(weights, np.shape(loss.target)[0]).astype(np.float64)
+
+    @property
+    def observations(self) -> int:
+        """The number of rows with a positive weight."""
+        return int(np.count_nonzero(self.mass))
 
     def observed(self) -> tuple[np.ndarray, np.ndarray]:
         target = np.asarray(self.problem.loss.target)
@@ -375,11 +378,8 @@ def _path(problem: Problem, levels: np.ndarray, tol: float, max_steps: int, obse
         ended = (solution.objective, solution.gap, solution.residual, solution.steps, solution.status)
         found.append((*ended, 2 * loss))
     objectives, gaps, residuals, steps, statuses, deviances = map(np.asarray, zip(*found, strict=True))
-    weights = problem.loss.weights
-    count = np.shape(problem.loss.target)[0]
-    seen = count if weights is None else int(np.count_nonzero(np.broadcast_to(weights, count)))
     stacked = sparse.csr_array(sparse.vstack(values))
-    return Path(levels, stacked, objectives, gaps, residuals, steps, statuses, deviances, seen, problem, tol, max_steps)
+    return Path(levels, stacked, objectives, gaps, residuals, steps, statuses, deviances, problem, tol, max_steps)
 
 
 def _checked(problem: Problem) -> Problem:

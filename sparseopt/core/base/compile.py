@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sparseopt.core.base.types import is_traced
+from sparseopt.core.base.types import known_on_cpu
 
 # Up to this many entries of all arrays together, these options. CPU seconds of compilation, then milliseconds of a fit:
 # a grid of 128 × 128 at order 0 takes 0.5 and 427 with the first, 1.4 and 39 with the second, 2.0 and 25 with the
@@ -45,13 +45,11 @@ class Jitted:
 
 def _known_size(arguments: Any) -> int | None:
     """The entries of all arrays; None if some are traced, or elsewhere than on one CPU."""
-    leaves = jax.tree.leaves(arguments)
     # Inside a traced function even what is known is part of the program around it, whose options count.
-    here = jax.device_put(np.float32(0))
-    if is_traced((here, *leaves)):
+    here, leaves = jax.device_put(np.float32(0)), jax.tree.leaves(arguments)
+    if not known_on_cpu((here, *leaves)):
         return None
-    places = [leaf.devices() for leaf in (here, *leaves) if isinstance(leaf, jax.Array)]
-    if any([device.platform for device in place] != ["cpu"] for place in places):
+    if any(len(leaf.devices()) > 1 for leaf in leaves if isinstance(leaf, jax.Array)):
         return None
     return sum(np.size(leaf) for leaf in leaves if hasattr(leaf, "dtype"))
 

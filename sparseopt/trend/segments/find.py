@@ -98,11 +98,8 @@ class Jumps:
             line = np.insert(np.asarray(values, float), breaks, np.nan)
             axis.plot(np.insert(at, breaks, at[breaks]), line, color=f"C{channel}", linewidth=2)
         for kind, dash in (("jump", "--"), ("bend", ":")):
-            marked = [at[place] for place, each in zip(self.places, self.kinds, strict=True) if each == kind]
-            for place in marked:
-                axis.axvline(
-                    place, color="0.4", linestyle=dash, linewidth=1, label=kind if place == marked[0] else None
-                )
+            for number, place in enumerate(at[self.places[np.array(self.kinds) == kind]]):
+                axis.axvline(place, color="0.4", linestyle=dash, linewidth=1, label=None if number else kind)
         if len(self.places):
             axis.legend()
         return axis
