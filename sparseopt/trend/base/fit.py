@@ -147,13 +147,8 @@ class Fit:
 
     @functools.cached_property
     def data(self) -> Data:
-        """The signal prepared for a solve."""
+        """The signal prepared for a solve, once for whatever chooses, solves and judges."""
         return prepare(self.ground, *self.arrays)
-
-    @property
-    def known_data(self) -> Data | None:
-        """`data`, if something has asked for them: else a program computes them on its way."""
-        return vars(self).get("data")
 
     def on_nodes(self, values: np.ndarray) -> jax.Array:
         """Values at the nodes, whether they have an axis of channels or not, in the layout and the dtype."""

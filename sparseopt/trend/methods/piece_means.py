@@ -127,7 +127,7 @@ def _with_means(asked: Fit, found: TrendSolution, judged: bool) -> TrendSolution
     points = points if known else (found.value, *points)
     if not points:
         return found
-    given = asked.arrays, asked.known_data if asked.square else None
+    given = asked.arrays, asked.data if asked.square else None
     ends = _judge_at(asked.ground, asked.loss, given, asked.rows, points, (found.dual, found.status), asked.tol)
     if not judged:
         objective, gap, status = ends[0]

@@ -51,7 +51,7 @@ class Plan:
     def fit_asked(self, asked: Fit) -> TrendSolution:
         """The fit of a request's signal, in the layout of arrays."""
         asked.first()  # a start that does not suit is an error, even if it has no use
-        return fit(self, asked.arrays, asked.rows, (asked.tol, asked.max_steps), data=asked.known_data)
+        return fit(self, asked.arrays, asked.rows, (asked.tol, asked.max_steps), data=asked.data)
 
     def start(self, penalty: Any, data: Data) -> Start:
         """The centred signal with a dual of 0; or, if the weight may be large enough, the null fit and its dual."""

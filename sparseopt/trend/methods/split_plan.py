@@ -76,7 +76,7 @@ class SplitPlan(Plan):
     def fit_asked(self, asked: Fit) -> TrendSolution:
         plan, rates = self.pace(asked), (asked.settings.rho, asked.settings.relaxation)
         history = to_next_check(asked.max_steps, plan.cadence) if asked.history else 0
-        more = {"data": asked.known_data, "start": asked.first(), "rates": rates, "history": history}
+        more = {"data": asked.data, "start": asked.first(), "rates": rates, "history": history}
         return fit(plan, asked.arrays, asked.rows, (asked.tol, asked.max_steps), **more)
 
 
