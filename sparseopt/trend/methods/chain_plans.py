@@ -66,7 +66,7 @@ class FusedPlan(ChainPlan):
     """The exact fused lasso, without a step."""
 
     def solve(
-        self, data: Data, penalty: Any, limits: tuple[Any, Any], start: Start, rates: tuple[Any, Any], history: int
+        self, data: Data, penalty: Any, limits: tuple[Any, Any], start: Start, rates: tuple[Any, Any, Any], history: int
     ) -> tuple[Solution, Array, Any]:
         y, masses = data.centred.target, self.weights(data)
         caps = self.caps(penalty, start.dual)
@@ -83,7 +83,7 @@ class BandedPlan(ChainPlan):
     matrix: Any = None  # a `BandedMatrix`
 
     def solve(
-        self, data: Data, penalty: Any, limits: tuple[Any, Any], start: Start, rates: tuple[Any, Any], history: int
+        self, data: Data, penalty: Any, limits: tuple[Any, Any], start: Start, rates: tuple[Any, Any, Any], history: int
     ) -> tuple[Solution, Array, Any]:
         y, masses, (tol, limit) = data.centred.target, self.weights(data), limits
         masses = jnp.ones(y.shape[0], y.dtype) if masses is None else masses

@@ -139,8 +139,8 @@ class GroupsPlan(SplitPlan):
     def refuses(self, penalty: Any, weighted: bool) -> str | None:
         return _refuses(penalty) or super().refuses(penalty, weighted)
 
-    def solver(self, rho: Any, relaxation: Any = 1.7) -> doge.DogeGroups:
-        return doge.DogeGroups(self.node_solve, rho, relaxation, self.cadence, groups=self.groups)
+    def solver(self, rho: Any, relaxation: Any = 1.7, settles: Any = False) -> doge.DogeGroups:
+        return doge.DogeGroups(self.node_solve, rho, relaxation, self.cadence, groups=self.groups, settles=settles)
 
 
 @dataclasses.dataclass(frozen=True)

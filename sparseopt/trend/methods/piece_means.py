@@ -2,8 +2,9 @@
 
 large float64 signal -> a float32 solve to a loose gap -> means of its pieces -> judged in float64 -> more if needed
 
-The iterate keeps small differences inside the pieces, which cost the more, the stronger the penalty; the means have a
-gap of about its square. So a solve stops early, and continues while the means are not good enough.
+The iterate keeps small differences inside the pieces, which cost the more, the stronger the penalty. The means have
+none, so what is left of their gap is how far the dual's bound is from its limit. So a solve stops where that bound
+settles, and continues while the means are not good enough.
 """
 
 import dataclasses
@@ -29,12 +30,13 @@ from sparseopt.trend.methods.split_plan import resume
 
 # Objectives that differ by this many eps are equal up to rounding.
 ROUNDING = 8
-# The means are first tried at a gap of EARLY times the root of the tolerance; a solve without means, and the last of
-# one with means, stops at BELOW times the tolerance, since float64 may see a slightly larger gap.
-EARLY, BELOW = 0.01, 0.95
-# The next stop is chosen for means of a gap of AIM times the tolerance, as if it were proportional to the iterate's
-# gap, but by a factor of at most MOST: one false piece may cost a hundred times the rest, and is soon corrected.
-AIM, MOST = 0.7, 3.0
+# A solve without means, and the last of one with means, stops at a gap of BELOW times the tolerance, since float64 may
+# see a slightly larger one.
+BELOW = 0.95
+# The next stop is chosen for means of a gap of AIM times the tolerance, as if it were proportional to the distance of
+# the bound, but by a factor of at most MOST: one false piece may cost a hundred times the rest, and is soon corrected.
+# Below LEAST times the tolerance the means are given up.
+FIRST_STOP, AIM, MOST, LEAST = 1.0, 0.7, 3.0, 0.02
 
 
 def short_fit(asked: Fit) -> TrendSolution:
@@ -43,16 +45,16 @@ def short_fit(asked: Fit) -> TrendSolution:
     working, found = in_float32(asked), None
     plan = asked.method.plan(working).pace(working)
 
-    def solve(tol: float, max_steps: int) -> TrendSolution:
+    def solve(tol: float, max_steps: int, settles: bool) -> TrendSolution:
         nonlocal found
         if found is None:
-            found = plan.fit_asked(dataclasses.replace(working, tol=tol, max_steps=max_steps))
+            found = plan.fit_asked(dataclasses.replace(working, tol=tol, max_steps=max_steps), settles)
         else:
-            limits, relaxation = (tol, max_steps), working.settings.relaxation
-            found, _ = resume(plan, working.data, working.rows, found.state, limits, relaxation)
+            limits, pace = (tol, max_steps), (working.settings.relaxation, settles)
+            found, _ = resume(plan, working.data, working.rows, found.state, limits, pace)
         return found
 
-    return stop_early(asked, solve, EARLY / math.sqrt(asked.tol) if has_means(asked) else BELOW)[0]
+    return stop_early(asked, solve, FIRST_STOP if has_means(asked) else 0)[0]
 
 
 def has_means(asked: Fit) -> bool:
@@ -60,21 +62,24 @@ def has_means(asked: Fit) -> bool:
     return asked.order == 0 and asked.is_l1
 
 
-def stop_early(asked: Fit, solve: Callable[[float, int], TrendSolution], early: float) -> tuple[TrendSolution, float]:
-    """The fit of a request by `solve(tol, max_steps)`, which resumes, and a first stop for similar requests.
+def stop_early(
+    asked: Fit, solve: Callable[[float, int, bool], TrendSolution], early: float
+) -> tuple[TrendSolution, float]:
+    """The fit of a request by `solve(tol, max_steps, settles)`, which resumes, and a first stop for similar requests.
 
-    `early` is the multiple of the tolerance at which it stops first. If a solve in float32 ends before the tolerance,
-    it continues in float64.
+    `early` is the multiple of the tolerance to which the bound settles first, 0 for a solve without means. If a solve
+    in float32 ends before the tolerance, it continues in float64.
     """
-    early, steps = max(early, BELOW), 0
+    steps = 0
     while True:
-        found = solve(early * asked.tol, asked.max_steps - steps)
+        settles = early > LEAST
+        found = solve((early if settles else BELOW) * asked.tol, asked.max_steps - steps, settles)
         steps += int(found.steps)
-        reached, fit = float(found.gap) / asked.tol, certify(asked, found)
+        fit = certify(asked, found)
         missed, left = float(fit.gap) / asked.tol, asked.max_steps - steps
-        if missed <= 1 or left <= 0 or early <= BELOW or int(found.status) != Status.CONVERGED:
+        if missed <= 1 or left <= 0 or not settles or int(found.status) == Status.NONFINITE:
             break
-        early = max(next_stop(min(early, reached), missed), BELOW)
+        early = next_stop(early, missed)
     if not missed <= 1 and left > 0 and found.value.dtype != asked.dtype:
         # What overflows in float32 is no start.
         start = None if int(fit.status) == Status.NONFINITE else start_at(fit)

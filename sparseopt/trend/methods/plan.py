@@ -39,7 +39,7 @@ class Plan:
         raise NotImplementedError
 
     def solve(
-        self, data: Data, penalty: Any, limits: tuple[Any, Any], start: Start, rates: tuple[Any, Any], history: int
+        self, data: Data, penalty: Any, limits: tuple[Any, Any], start: Start, rates: tuple[Any, Any, Any], history: int
     ) -> tuple[Solution, Array, Any]:
         """The solution of the centred problem, the dual of its rows, and the step size of its prox or None.
 
@@ -81,14 +81,15 @@ def fit(
     *,
     data: Data | None = None,
     start: Start | None = None,
-    rates: tuple[Any, Any] = (None, 1.7),
+    rates: tuple[Any, Any, Any] = (None, 1.7, False),
     history: int = 0,
 ) -> TrendSolution:
     """The fit of a signal, in its units and in the layout of arrays, with its certificate and its derivatives.
 
     `arrays` are the signal and its weights or None, `limits` the tolerance and the step limit. The penalty is on the
     rows of `plan.ground.operator`. A start is a point in the caller's units with the dual of its rows. A splitting
-    method has `rates`, rho and the relaxation; if rho is None, or the start's rho is 0, it is chosen from the data.
+    method has `rates`, rho, the relaxation and whether its solver `settles`; if rho is None, or the start's rho is 0,
+    it is chosen from the data.
     `history` is the number of steps in the history, 0 for none. `data` are those of the arrays, if they are known.
     """
     (y, weights), (tol, max_steps) = arrays, limits

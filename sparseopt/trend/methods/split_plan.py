@@ -47,15 +47,15 @@ class SplitPlan(Plan):
             return "transforms along the axes solve for nodes of one weight alone"
         return None
 
-    def solver(self, rho: Any, relaxation: Any = 1.7) -> Any:
-        return Admm(self.node_solve, rho, relaxation, self.cadence, acceleration=ACCELERATION)
+    def solver(self, rho: Any, relaxation: Any = 1.7, settles: Any = False) -> Any:
+        return Admm(self.node_solve, rho, relaxation, self.cadence, acceleration=ACCELERATION, settles=settles)
 
     def solve(
-        self, data: Data, penalty: Any, limits: tuple[Any, Any], start: Start, rates: tuple[Any, Any], history: int
+        self, data: Data, penalty: Any, limits: tuple[Any, Any], start: Start, rates: tuple[Any, Any, Any], history: int
     ) -> tuple[Solution, Array, Any]:
-        kind, (tol, limit), (rho, relaxation) = data.centred.target.dtype, limits, rates
+        kind, (tol, limit), (rho, relaxation, settles) = data.centred.target.dtype, limits, rates
         usual = (FIRST_RHO * data.strength(self.ground, penalty)).astype(kind)
-        solver = self.solver(usual if rho is None else jnp.asarray(rho, kind), jnp.asarray(relaxation, kind))
+        solver = self.solver(usual if rho is None else jnp.asarray(rho, kind), jnp.asarray(relaxation, kind), settles)
         last = start.rho
         if last is not None:
             last = None if rho is not None else jnp.where(last > 0, last, usual)
@@ -73,8 +73,8 @@ class SplitPlan(Plan):
         given = asked.settings.cadence
         return dataclasses.replace(self, cadence=min(self.cadence if given is None else given, asked.max_steps))
 
-    def fit_asked(self, asked: Fit) -> TrendSolution:
-        plan, rates = self.pace(asked), (asked.settings.rho, asked.settings.relaxation)
+    def fit_asked(self, asked: Fit, settles: bool = False) -> TrendSolution:
+        plan, rates = self.pace(asked), (asked.settings.rho, asked.settings.relaxation, settles)
         history = to_next_check(asked.max_steps, plan.cadence) if asked.history else 0
         more = {"data": asked.data, "start": asked.first(), "rates": rates, "history": history}
         return fit(plan, asked.arrays, asked.rows, (asked.tol, asked.max_steps), **more)
@@ -92,15 +92,15 @@ def resume(
     penalty: Any,
     state: Any,
     limits: tuple[Any, Any],
-    relaxation: Any,
+    pace: tuple[Any, Any],
     settled: Any = False,
 ) -> tuple[TrendSolution, Start]:
     """A fit of prepared data from a state of the solver, and the start of a similar fit; arguments as in `fit`.
 
     After a `settled` rho the next one moves towards the rho that the last step asks for.
     """
-    kind, (tol, max_steps) = state.now.x.dtype, limits
-    solver, tol = plan.solver(state.rho, jnp.asarray(relaxation, kind)), jnp.asarray(tol, kind)
+    kind, (tol, max_steps), (relaxation, settles) = state.now.x.dtype, limits, pace
+    solver, tol = plan.solver(state.rho, jnp.asarray(relaxation, kind), settles), jnp.asarray(tol, kind)
     limit = to_next_check(max_steps, plan.cadence)
     found = iterate(Problem(data.centred, penalty, plan.split), solver, state, tol=tol, max_steps=limit)
     state = found.state

@@ -28,7 +28,7 @@ from sparseopt.trend.base.ground import Data, Ground
 from sparseopt.trend.base.pieces import TrendSolution
 from sparseopt.trend.methods.choice import Doge, choose_for_path, is_short, unless_rounded
 from sparseopt.trend.methods.losses import best_constants, fit_loss
-from sparseopt.trend.methods.piece_means import has_means, in_float32, stop_early
+from sparseopt.trend.methods.piece_means import FIRST_STOP, has_means, in_float32, stop_early
 from sparseopt.trend.methods.split_plan import FIRST_RHO, SplitPlan, resume
 from sparseopt.trend.paths.largest_weight import NullFit
 
@@ -38,9 +38,6 @@ RHO_RANGE = 1e4
 STRONG_LEVEL = 100.0
 # The tables of merged chains become smaller down to this size.
 SMALLEST_TABLE = 4096
-# The first level stops first at a gap of this many times its tolerance, since at strong smoothing the means of the
-# pieces were good enough at 30 to 70 times; a later level uses what the one before it needed.
-FIRST_STOP = 30.0
 
 Begin = Callable[[], None]  # called before each level
 
@@ -101,15 +98,15 @@ def _by_solver(asked: Fit, weights: np.ndarray, first: NullFit | None, begin: Be
         if means:
             here = asked.at(weight, method)
 
-            def solve(tol: float, max_steps: int, penalty: Any = penalty) -> TrendSolution:
+            def solve(tol: float, max_steps: int, settles: bool, penalty: Any = penalty) -> TrendSolution:
                 nonlocal state, start
-                level, start = resume(plan, data, penalty, state, (tol, max_steps), relaxation)
+                level, start = resume(plan, data, penalty, state, (tol, max_steps), (relaxation, settles))
                 state = level.state
                 return level
 
             level, early = stop_early(here, solve, early)
         else:
-            level, start = resume(plan, data, penalty, state, (tol, max_steps), relaxation, settled)
+            level, start = resume(plan, data, penalty, state, (tol, max_steps), (relaxation, False), settled)
         found.append(dataclasses.replace(level, state=None, dual=None))
     return found
 
