@@ -29,6 +29,7 @@ from sparseopt.layers.patterns import implied_sparsity
 from sparseopt.pruning import METHODS
 from sparseopt.pruning.recipe.effort import PRUNE
 from sparseopt.pruning.text.documents import part_of_text
+from sparseopt.pruning.text.mix import read_mix
 from sparseopt.system.machine import environment_texts
 from sparseopt.system.report import Fact, Figure, markdown
 from sparseopt.system.run_folder import RUN, SUMMARY, State, contents, differences, read_start, write_start
@@ -251,9 +252,9 @@ def facts_of(task: Prune, common: Mapping[str, Any], rows: Sequence[Row]) -> lis
         Fact("model", f"{task.source}{bos}"),
         Fact(
             "calibration",
-            f"{part_of_text(task.calibration, 'calibration', task.split)}, {calibrated // task.seqlen} x {task.seqlen} "
-            f"= {calibrated:,} tokens, and {common['heldout_tokens']:,} held out; {common['window_choice']} windows"
-            f"{seed}{ridge}",
+            f"{part_of_text(read_mix(task.calibration), 'calibration', task.split)}, {calibrated // task.seqlen} x "
+            f"{task.seqlen} = {calibrated:,} tokens, and {common['heldout_tokens']:,} held out; "
+            f"{common['window_choice']} windows{seed}{ridge}",
         ),
         Fact(
             "evaluation",

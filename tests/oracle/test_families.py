@@ -20,7 +20,7 @@ from sparseopt.models import (
     open_model,
 )
 from sparseopt.models.files.safetensors import read_header, write_tensors
-from sparseopt.pruning import Recipe, audit_sparsity, perplexity, prune_model
+from sparseopt.pruning import Recipe, ShrinkRecipe, audit_sparsity, perplexity, prune_model, shrink_model
 from sparseopt.system.run_folder import FolderError
 from tests.jitted import run
 from tests.models.decoder.test_tokenizer import TRICKY
@@ -122,6 +122,21 @@ def test_a_model_in_memory_is_that_of_its_saved_folder(name, tmp_path):
     assert memory.source.sidecars() == {
         file: (tmp_path / file).read_bytes() for file in ("generation_config.json",) if (tmp_path / file).exists()
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "normalised", "experts"),
+    [("mixtral", True, (0.75, 3)), ("qwen3_moe", True, (0.667, 4)), ("qwen3_moe", False, (0.667, 4))],
+)
+def test_a_model_with_fewer_experts_has_our_logits(name, normalised, experts, tmp_path):
+    """Its shares are those among the experts that stay, normalised or not as its configuration says."""
+    source, output = saved(name, "float32", tmp_path / "source"), tmp_path / "out"
+    config, (share, kept) = json.loads((source / "config.json").read_text()), experts
+    if name == "qwen3_moe":
+        (source / "config.json").write_text(json.dumps(config | {"norm_topk_prob": normalised}))
+    report = shrink_model(source, output, ShrinkRecipe(calibration=CALIBRATION, experts=share, train_epochs=0))
+    assert report.shape.experts == open_model(output).config.experts.count == kept
+    np.testing.assert_allclose(run(load_decoder(output), TOKENS), reference_logits(output, TOKENS), atol=1e-4)
 
 
 # A tied head, transposed weights, and experts that transformers stacks in memory.

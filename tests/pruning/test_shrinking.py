@@ -93,20 +93,26 @@ def test_blocks_see_the_smaller_model_before_them_also_across_a_gap(tmp_path, so
     assert record.layer == f"model.layers.{last}.mlp.down_proj"
 
 
-def test_the_experts_that_do_least_for_their_tokens_go(tmp_path, models, tokens, shrink):
-    """In the first block."""
+def test_the_experts_that_add_least_to_their_tokens_go(tmp_path, models, tokens, shrink):
+    """In the first block: the sum of gate times norm, from the router's softmax by hand."""
     source = models("experts")
     shrink_model(source, tmp_path / "out", shrink(method="magnitude", experts=0.5, heldout_windows=0))
     model, small = open_model(source), open_model(tmp_path / "out")
     dense, made = ({path: m.stored(key) for path, key in m.block_keys(0).items()} for m in (model, small))
-    energy = []
+    scores, router = [], dense["mlp.router.weight"].astype(np.float64)
     for expert, inputs in enumerate(routed_inputs(model, tokens)):
+        # Mixtral's shares are those among the two chosen ones.
+        two = np.sort(np.exp(inputs @ router.T), axis=1)[:, -2:].sum(axis=1)
         gate, up, down = (
             dense[f"mlp.experts.{expert}.{name}_proj.weight"].astype(np.float64) for name in ("gate", "up", "down")
         )
         opened = inputs @ gate.T
-        energy.append(np.sum(((opened / (1 + np.exp(-opened)) * (inputs @ up.T)) @ down.T) ** 2))
-    kept = np.sort(np.argsort(energy)[-2:])
+        added = (opened / (1 + np.exp(-opened)) * (inputs @ up.T)) @ down.T
+        scores.append(np.sum(np.exp(inputs @ router[expert]) / two * np.linalg.norm(added, axis=1)))
+    embedded = model.embedding()(jnp.asarray(tokens))
+    found = BlockRunner().contributions(model.block(0), make_batches(embedded))
+    np.testing.assert_allclose(found, scores, rtol=1e-4)
+    kept = np.sort(np.argsort(scores)[-2:])
     np.testing.assert_array_equal(made["mlp.router.weight"], dense["mlp.router.weight"][kept])
     for new, old in enumerate(kept):
         path = "mlp.experts.{}.down_proj.weight"

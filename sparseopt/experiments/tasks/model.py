@@ -7,6 +7,7 @@ import shutil
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -34,6 +35,7 @@ from sparseopt.pruning.recipe.pass_recipe import BosChoice, PassRecipe
 from sparseopt.pruning.run.output_form import is_file, output_of, run_folder_of
 from sparseopt.pruning.text.chats import Document, TextError
 from sparseopt.pruning.text.documents import Part, load_documents
+from sparseopt.pruning.text.mix import divided, read_mix, sources_of
 from sparseopt.pruning.text.windows import Windows, begin_windows, text_windows, token_digest
 from sparseopt.system import processes
 
@@ -173,10 +175,11 @@ class ModelTask(Task):
         checks: list[Callable[[], Any]] = [lambda: start_token(model.source, load_tokenizer(model.source), self.bos)]
         if not self.is_dense:
             recipe = self.recipe()
-            windows = (recipe.window_count + recipe.heldout_windows, recipe.seqlen, most)
             checks.append(lambda: plan_for(model, recipe, self.output(Path())))
-            if not recipe.draws:
-                given = partial(_check_text, source, recipe.calibration, "calibration", *windows)
+            texts = [] if recipe.draws else sources_of(recipe.calibration)
+            for (text, own), rest in zip(texts, divided(recipe.heldout_windows, texts), strict=True):
+                windows = ((own or recipe.window_count) + rest, recipe.seqlen, most)
+                given = partial(_check_text, source, text, "calibration", *windows)
                 checks.append(partial(given, **self.reading("calibration")))
         judged = (self.evaluation_windows, self.evaluation_seqlen, most)
         checks.append(lambda: _check_text(source, self.evaluation, "evaluation", *judged, **self.reading("evaluation")))
@@ -193,10 +196,11 @@ class ModelTask(Task):
                     path = model_path(model)
                     found[name] = _mark_model(path) if path.exists() else str(open_source(path).revision)
         for part in parts:
-            text = getattr(self, part)
+            column = self.reading(part).get("column")
             with contextlib.suppress(TextError):
-                if not text.startswith("hf:"):
-                    found[part] = _mark(load_documents(text, part, column=self.reading(part).get("column")))
+                texts = [text for text, _ in sources_of(read_mix(getattr(self, part))) if not text.startswith("hf:")]
+                if texts:
+                    found[part] = _mark(chain(*(load_documents(text, part, column=column) for text in texts)))
         return found
 
     def reading(self, part: Part) -> dict[str, Any]:

@@ -127,9 +127,9 @@ class MixtureOfExperts(nnx.Module):
         given: Routed = Routed(rows_of_tokens(x_MD, routing.token), routing.expert, routing.token)
         given = tap("mlp.experts.input", given)
         hidden = tap("mlp.experts.hidden", self.hidden(given, tap))
-        answers = tap("mlp.experts.down_proj", self.experts.down_proj(hidden)).rows * routing.share[..., None]
-        added = jnp.zeros_like(x_MD).at[routing.token].add(answers, mode="drop")
-        return added.reshape(x_BTD.shape)
+        answers: Routed = tap("mlp.experts.down_proj", self.experts.down_proj(hidden))
+        shares = tap("mlp.experts.added", answers._replace(rows=answers.rows * routing.share[..., None])).rows
+        return jnp.zeros_like(x_MD).at[routing.token].add(shares, mode="drop").reshape(x_BTD.shape)
 
     def hidden(self, given: Routed, tap: Tap = no_tap) -> Routed:
         """The inputs of the experts' `down_proj`."""

@@ -37,6 +37,8 @@ Weighting = Literal["uniform", "residual"]
 ExpertTokens = Literal["routed", "all"]
 # The stacked taps of a mixture: what gate and up of every expert read, and what its `down_proj` reads.
 EXPERTS_INPUT, EXPERTS_HIDDEN = "mlp.experts.input", "mlp.experts.hidden"
+# What every expert adds to the tokens routed to it: its outputs times the router's shares.
+EXPERTS_ADDED = "mlp.experts.added"
 
 
 def is_expert(name: str) -> bool:
@@ -215,6 +217,20 @@ def tapped(block: Any, x: Float[Array, "B T D"]) -> tuple[dict[str, Any], Float[
     return inputs, output
 
 
+@cache
+def _adding() -> Compiled:
+    """Add a batch's norms of what each expert adds to its tokens to the totals `[E]`."""
+
+    def add(block: Any, x: Array, totals: Array) -> Array:
+        seen = dict[str, Any]()
+        block(x, tap=lambda name, value: seen.setdefault(name, value) if name == EXPERTS_ADDED else value)
+        # Empty rows are zero.
+        norms = jnp.sum(jnp.linalg.norm(seen[EXPERTS_ADDED].rows, axis=-1), axis=1)
+        return totals + jax.ops.segment_sum(norms, seen[EXPERTS_ADDED].expert, block.num_experts)
+
+    return Compiled(add)
+
+
 def rows_of(value: Any) -> Array:
     """The values at a tap, `[..., in]`; in tiles for experts."""
     return value.rows if isinstance(value, Routed) else value
@@ -326,6 +342,22 @@ class BlockRunner:
         found = totals if mesh is None else sum_over(mesh)(totals)
         self.seconds += watch.read(found)[0]
         return BlockGrams(found)
+
+    def contributions(self, block: Block, batches: Batches) -> Float[np.ndarray, "E"]:
+        """What each expert of a mixture adds to the tokens T_e that the router sends to it; 0 without any.
+
+            sum over t in T_e of  share_e(x_t) ||expert_e(x_t)||
+
+        REAP's score is the mean over T_e. The sum also counts how often an expert is needed, and was better on two
+        small trained mixtures.
+
+        Source: Lasby et al., "REAP the experts: why pruning prevails for one-shot MoE compression", 2025.
+        """
+        watch, totals = Stopwatch(), on_device(np.zeros(block.num_experts, np.float32))
+        for x in batches.on_one_device():
+            totals = _adding()(block, x, totals)
+        self.seconds += watch.read(totals)[0]
+        return np.asarray(totals)
 
     def run(self, block: Block, x: Array, mesh: Mesh | None = None) -> Array:
         return _output_over(mesh)(block, x)

@@ -8,6 +8,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, cast
 
@@ -34,6 +35,7 @@ from sparseopt.pruning.recipe.options import (
 )
 from sparseopt.pruning.text.chats import is_text
 from sparseopt.pruning.text.documents import SELF, TEXTS, check_text
+from sparseopt.pruning.text.mix import read_mix, sources_of
 from sparseopt.pruning.text.windows import COUNT_HELP, LEAST_WINDOWS, MOST_WINDOWS, DocumentChoice, WindowChoice
 from sparseopt.pruning.train.distillation import Distillation
 from sparseopt.pruning.train.reconstruction import Reconstruction
@@ -61,9 +63,9 @@ class PassRecipe(BaseModel, ABC):
     """What all recipes share: the method, and the tokens that one pass over the blocks uses.
 
     In Python, `method` may also be a `LayerMethod` of your own, `train_epochs` a whole `Reconstruction`, and
-    `calibration` a list of texts or of chats (lists of messages with `role` and `content`), a `datasets.Dataset` with a
-    column of either, or token ids `[windows, seqlen]` of NumPy, JAX or torch, which are used unchanged: the last
-    `heldout_windows` windows are held out.
+    `calibration` a mix `{name: windows}`, a list of texts or of chats (lists of messages with `role` and `content`), a
+    `datasets.Dataset` with a column of either, or token ids `[windows, seqlen]` of NumPy, JAX or torch, which are used
+    unchanged: the last `heldout_windows` windows are held out.
 
     With few tokens a larger `ridge` overfits less: 0.1 has the smallest held-out error for 8,192 tokens of SmolLM2. The
     relative errors in a report weight tokens as the Gram matrices do, and outputs equally; with `propagate` they are
@@ -121,10 +123,10 @@ class PassRecipe(BaseModel, ABC):
         "A CPU always computes in float32, and so do layer solves on every device.",
         HOW,
     )
-    calibration: Annotated[Any, Plain(str)] = option(
+    calibration: Annotated[Any, Plain(str), BeforeValidator(read_mix)] = option(
         SELF,
         f"Calibration text: {SELF}, which the model draws, or {TEXTS}. The first half of a file is used, or every "
-        "other row.",
+        "other row. NAME:WINDOWS,NAME:WINDOWS is a mix of texts, each with its number of windows.",
         CALIBRATION,
     )
     score: str | None = option(
@@ -220,6 +222,8 @@ class PassRecipe(BaseModel, ABC):
         except ValidationError as error:
             return mistakes_in(error, type(self))
         self._open = frozenset(name for name in may_be_open if getattr(self, name) is None)
+        if self.windows is None:
+            vars(self)["windows"] = self._mixed_windows
         found = dict(self._defaults())
         # With many windows of text, variants gain less and cost more.
         found["variants"] = max(0, min(found["variants"], MOST_WINDOWS // self.window_count - 1))
@@ -295,7 +299,11 @@ class PassRecipe(BaseModel, ABC):
             if training is not None and fine({name, "windows", "variants"}):
                 yield from told(name, training.check)
         if fine({"calibration"}) and is_text(self.calibration) and not self.draws:
-            yield from told("calibration", lambda: check_text(self.calibration, self.split, self.column))
+            for text, _ in sources_of(self.calibration):
+                yield from told("calibration", partial(check_text, text, self.split, self.column))
+            if self._mixed_windows not in (None, self.windows) and fine({"windows"}):
+                why = f"the texts of calibration have {self._mixed_windows} in all"
+                yield "windows", f"windows is {self.windows}, and {why}: leave windows out, or make the two agree"
         if fine({"score"}) and self.score not in (None, "none"):
             yield from told("score", lambda: check_text(self.score))
         seeded = self.draws or self.window_choice == "random"
@@ -321,6 +329,11 @@ class PassRecipe(BaseModel, ABC):
             if self.windows not in (None, found):
                 why = f"there are {found} besides the held-out ones, given {self.windows}"
                 yield "windows", f"windows {ids}: {why}"
+
+    @property
+    def _mixed_windows(self) -> int | None:
+        """The number of windows of a mix; None for another calibration."""
+        return sum(count or 0 for _, count in sources_of(self.calibration)) or None
 
     @property
     def chosen_window_choice(self) -> WindowChoice:
@@ -371,7 +384,7 @@ class PassRecipe(BaseModel, ABC):
         values |= {name: described(values[name]) for name in named}
         if is_text(self.calibration):
             text = self.calibration
-            values["calibration"] = text if isinstance(text, str) else f"{len(text)} documents"
+            values["calibration"] = text if isinstance(text, str | dict) else f"{len(text)} documents"
         else:
             values["calibration"] = f"token ids of shape {list(np.shape(self.calibration))}"
         return values

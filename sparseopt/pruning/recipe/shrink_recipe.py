@@ -112,16 +112,13 @@ class ShrinkRecipe(PassRecipe):
         yield from super()._contradictions(fine)
         if self.vocabulary is not None and fine({"vocabulary", "calibration"}):
             yield from self._wrong_vocabulary()
-        if not fine({*SHARES, "parameters", "expert_tokens"}):
+        if not fine({*SHARES, "parameters"}):
             return
         given = {name: share for name in SHARES if (share := getattr(self, name)) != 1}
         if gone := [name for name, share in (given | {"parameters": self.parameters}).items() if share == 0]:
             yield gone[0], f"{' and '.join(gone)} 0 leave nothing: give a fraction above 0"
         elif self.has_budget and given:
             yield "parameters", f"parameters chooses what goes: leave {' and '.join(given)} out"
-        elif self.experts < 1 and self.expert_tokens == "all":
-            why = "what they add to the tokens routed to them: leave expert_tokens 'all' out"
-            yield "experts", f"experts are removed by {why}"
         elif not self.has_budget and not given and self.vocabulary is None:
             yield "channels", "nothing would go: give channels, heads, layers, experts or vocabulary, or a budget"
 
@@ -134,6 +131,8 @@ class ShrinkRecipe(PassRecipe):
         elif drawn and not named:
             why = f"counts the tokens of the calibration text, and calibration {SELF!r} has none"
             yield "vocabulary", f"vocabulary {why}: give calibration, or vocabulary text:TEXT"
+        elif isinstance(self.calibration, dict) and not named:
+            yield "vocabulary", "vocabulary counts the tokens of one text, and calibration is a mix: give text:TEXT"
         trained = [name for name in ("train_epochs", "distil_epochs") if self.given(name)]
         if self.only_vocabulary and trained:
             yield trained[0], f"without the tokens that go, nothing changes that {trained[0]} could train: leave it out"

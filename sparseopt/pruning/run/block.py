@@ -152,8 +152,17 @@ def prune_block(
         tensors = reordered_block(tensors, moves)
     pruned = _pruned(plan, dense, stream, tensors, dtypes, told, moves)
     tensors |= pruned
-    gather = partial(dense.grams, stream, recipe, drift=False)
-    block, found = plan.finish(dense.block.copy(), place, tensors, pruned, dtypes, gather)
+
+    def contributions() -> np.ndarray:
+        found = agreed(dense.runner.contributions(dense.block, stream.calibration))
+        if not np.isfinite(found).all():
+            raise PruningError(
+                f"non-finite outputs of experts in block {dense.index}: the weights overflow there or the tokens "
+                "are out of its range; check the source with `sparseopt eval`"
+            )
+        return found
+
+    block, found = plan.finish(dense.block.copy(), place, tensors, pruned, dtypes, contributions)
     trained = None
     if dense.gap and recipe.get("repair") and is_repairable(block):
         repaired, record = repair_block(block, stream, dense.outputs(), dtypes, dense.index, dense.gap)

@@ -1,5 +1,6 @@
 """The tokens that a run uses: windows for calibration, held-out windows, and windows to score."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from sparseopt.pruning.recipe.pass_recipe import PassRecipe
 from sparseopt.pruning.run.plan import Plan
 from sparseopt.pruning.text.chats import TextError, is_text
 from sparseopt.pruning.text.documents import part_of_text
+from sparseopt.pruning.text.mix import divided, sources_of
 from sparseopt.pruning.text.windows import (
     COUNT_HELP,
     begin_windows,
@@ -51,6 +53,8 @@ class CalibrationWindows(NamedTuple):
 def calibration_windows(model: PrunableModel, recipe: PassRecipe) -> CalibrationWindows:
     """Calibration and held-out windows of a text or of token ids; held-out text follows the calibration text.
 
+    In a mix each text is drawn as if it were alone, and has its share of the held-out windows.
+
     Without a number in the recipe there are `default_windows`, or fewer if the text is too short, but at least 16.
 
     Raises:
@@ -60,13 +64,17 @@ def calibration_windows(model: PrunableModel, recipe: PassRecipe) -> Calibration
     bos, heldout = None, recipe.heldout_windows
     if is_text(recipe.calibration):
         check_window(recipe.seqlen, model.config.max_positions)
-        count = recipe.windows or default_windows(model, recipe.seqlen)
-        found = text_windows(
-            model.source, recipe.calibration, "calibration", count + heldout, recipe.seqlen,
-            bos=recipe.bos, choice=recipe.chosen_window_choice, seed=recipe.seed or 0, split=recipe.split,
-            column=recipe.column, documents=recipe.documents, least=recipe.window_count + heldout,
-        )  # fmt: skip
-        windows, bos = begin_windows(*found), found.bos
+        pieces, sources = list[list[np.ndarray]](), sources_of(recipe.calibration)
+        for (text, own), rest in zip(sources, divided(heldout, sources), strict=True):
+            count = own or recipe.windows or default_windows(model, recipe.seqlen)
+            found = text_windows(
+                model.source, text, "calibration", count + rest, recipe.seqlen,
+                bos=recipe.bos, choice=recipe.chosen_window_choice, seed=recipe.seed or 0, split=recipe.split,
+                column=recipe.column, documents=recipe.documents, least=(own or recipe.window_count) + rest,
+            )  # fmt: skip
+            pieces.append(np.split(begin_windows(*found), [len(found.ids) - rest]))
+            bos = found.bos
+        windows = np.concatenate([each for part in zip(*pieces, strict=True) for each in part])
         if bos is not None and recipe.seqlen < 3:
             raise TextError(f"windows of {recipe.seqlen} tokens predict nothing after BOS; give a longer seqlen")
     else:
@@ -122,7 +130,7 @@ def drawn_sample(windows: CalibrationWindows) -> Sample:
 def samples_to_score(model: PrunableModel, recipe: PassRecipe, length: int) -> list[Sample]:
     """The texts on which the perplexity before and after is measured: the recipe's `score`, or its default.
 
-    A default text that is too short is left out, and token ids leave no text.
+    A default text that is too short is left out, and token ids leave no text. A mix leaves each of its texts.
 
     Raises:
         TextError: if `score` cannot be read or is too short for a window of this length.
@@ -130,22 +138,20 @@ def samples_to_score(model: PrunableModel, recipe: PassRecipe, length: int) -> l
     """
     check_window(length, model.config.max_positions)
 
-    def read(text: str, **reading: str | None) -> Sample:
+    def read(text: str, count: int = recipe.window_count, **reading: str | None) -> Sample:
         found = text_windows(
-            model.source, text, "evaluation", scored_windows(recipe.window_count), length,
+            model.source, text, "evaluation", scored_windows(count), length,
             bos=recipe.bos, documents=recipe.documents, least=1, **reading,  # type: ignore[arg-type]
         )  # fmt: skip
         return Sample(part_of_text(text, "evaluation", reading.get("split")), *found)
 
     if recipe.score is not None:
         return [] if recipe.score == "none" else [read(recipe.score)]
-    try:
-        if recipe.draws:
-            return [read("pydoc")]
-        own = isinstance(recipe.calibration, str)
-        return [read(recipe.calibration, split=recipe.split, column=recipe.column)] if own else []
-    except TextError:
-        return []
+    found, reading = list[Sample](), {} if recipe.draws else {"split": recipe.split, "column": recipe.column}
+    for text, count in sources_of("pydoc" if recipe.draws else recipe.calibration):
+        with contextlib.suppress(TextError):
+            found += [read(text, count or recipe.window_count, **reading)] if isinstance(text, str) else []
+    return found
 
 
 def choose_tokens(

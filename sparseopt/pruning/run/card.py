@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -110,12 +111,22 @@ def run_page(report: PruneReport, command: str, environment: Mapping[str, Any]) 
 def _published(report: PruneReport) -> PruneReport:
     """The report with only the last component of each local folder."""
     scores, recipe = tuple(replace(each, text=without_folders(each.text)) for each in report.scores), report.recipe
-    recipe = recipe | {name: without_folders(recipe[name]) for name in ("calibration", "score") if recipe[name]}
+    recipe = recipe | {name: _without_folders(recipe[name]) for name in ("calibration", "score") if recipe[name]}
     for name in ("vocabulary",) if recipe.get("vocabulary") else ():
         recipe[name] = without_folders(recipe[name])
     if (masks := recipe.get("masks")) and Path(masks).expanduser().exists():
         recipe["masks"] = Path(masks).name
     return replace(report, scores=scores, recipe=recipe)
+
+
+def _without_folders(text: str | dict[str, int]) -> str | dict[str, int]:
+    """A text or a mix; texts that then have one name are shown as one."""
+    if isinstance(text, str):
+        return without_folders(text)
+    found = Counter[str]()
+    for name, count in text.items():
+        found[without_folders(name)] += count
+    return dict(found)
 
 
 def source_name(report: PruneReport) -> str:

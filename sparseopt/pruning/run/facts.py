@@ -9,6 +9,7 @@ from sparseopt.pruning.base.records import LayerRecord, mean, mean_errors
 from sparseopt.pruning.base.reports import PruneReport
 from sparseopt.pruning.run.output_form import is_file
 from sparseopt.pruning.text.documents import part_of_text
+from sparseopt.pruning.text.mix import sources_of
 from sparseopt.system.machine import format_bytes
 from sparseopt.system.report import Fact, Table, cell
 
@@ -92,12 +93,13 @@ def model_facts(report: PruneReport) -> Iterator[Fact]:
 
 
 def _calibration(report: PruneReport) -> Fact:
-    given, seen = str(report.recipe["calibration"]), report.calibration
-    read = part_of_text(given, "calibration", report.recipe.get("split"))
+    given, split, seen = report.recipe["calibration"], report.recipe.get("split"), report.calibration
+    read = part_of_text(given, "calibration", split)
     variants = f", and {seen.variants} variants of each that the dense model drew" if seen.variants else ""
-    tokens = "" if given.startswith(TOKEN_IDS) else f"{seen.windows} windows of {seen.seqlen} tokens of "
+    tokens = "" if read.startswith(TOKEN_IDS) else f"{seen.windows} windows of {seen.seqlen} tokens of "
     bos = "" if report.bos is None else f", each starting with the model's BOS (token {report.bos})"
-    rest = "" if read == given else "; the rest is left to `sparseopt eval`"
+    whole = all(part_of_text(text, "calibration", split) == text for text, _ in sources_of(given))
+    rest = "" if whole else "; the rest is left to `sparseopt eval`"
     return Fact("calibration", f"{tokens}{read}{variants}{bos}{rest}")
 
 

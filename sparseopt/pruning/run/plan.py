@@ -23,7 +23,6 @@ from sparseopt.models import (
     smaller_model,
 )
 from sparseopt.models.files.gguf.architectures import architecture_of
-from sparseopt.pruning.base.grams import BlockGrams
 from sparseopt.pruning.base.records import VocabularyRecord
 from sparseopt.pruning.evaluate.audit import audit_stored
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe
@@ -51,8 +50,8 @@ GROUPED = HEADS, CHANNELS = "o_proj", "down_proj"
 # By their path in a block.
 Tensors = Mapping[str, np.ndarray]
 Dtypes = Mapping[str, np.dtype]
-# Gathers the Grams of the stream before a block, for the calibration tokens and for the held-out tokens.
-Gather = Callable[[], tuple[BlockGrams, BlockGrams]]
+# Measures what each expert of a block contributes, `[E]`, see `BlockRunner.contributions`.
+Contributions = Callable[[], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +116,7 @@ class Plan:
         return [key.removesuffix(".weight") for key in keys if key in self.patterns]
 
     def finish(
-        self, block: Block, place: int, tensors: Tensors, pruned: Tensors, dtypes: Dtypes, gather: Gather
+        self, block: Block, place: int, tensors: Tensors, pruned: Tensors, dtypes: Dtypes, contributions: Contributions
     ) -> tuple[Block, dict[str, np.ndarray]]:
         """A block of the target and all its tensors, by path.
 
@@ -127,9 +126,9 @@ class Plan:
             tensors: all tensors of the block, including pruned ones.
             pruned: tensors of the pruned layers.
             dtypes: stored dtypes of the target's tensors.
-            gather: gathers the Grams of the stream before the block.
+            contributions: measures what each expert contributes.
         """
-        del place, gather
+        del place, contributions
         moved = self.recipe.get("permute")
         found = {path: tensors[path].astype(dtype) for path, dtype in dtypes.items()} if moved else dict(tensors)
         block.write(found if moved else pruned)
@@ -168,7 +167,7 @@ class SmallerPlan(Plan):
         return self.sizes.blocks
 
     def finish(
-        self, block: Block, place: int, tensors: Tensors, pruned: Tensors, dtypes: Dtypes, gather: Gather
+        self, block: Block, place: int, tensors: Tensors, pruned: Tensors, dtypes: Dtypes, contributions: Contributions
     ) -> tuple[Block, dict[str, np.ndarray]]:
         """The block and its tensors with the kept groups, and with the experts that contribute most."""
         target, sizes = self.target, self.sizes
@@ -180,9 +179,7 @@ class SmallerPlan(Plan):
         if block.num_experts:
             count, experts = sizes.experts or block.num_experts, np.arange(block.num_experts)
             if count < len(experts):
-                found, _ = gather()
-                energy = [_energy(tensors[f"mlp.experts.{e}.down_proj.weight"], found, e) for e in range(len(experts))]
-                experts = _largest(np.array(energy), count)
+                experts = _largest(contributions(), count)
             kept = width("mlp.experts.0.down_proj")
             channels = np.stack([_kept(tensors[f"mlp.experts.{e}.down_proj.weight"], kept) for e in experts])
         else:
@@ -212,12 +209,6 @@ def _kept(weight: np.ndarray, count: int, size: int = 1) -> np.ndarray:
     """The `count` groups of `size` inputs that a pruned weight `[out, in]` has kept."""
     energy = np.sum(weight.astype(np.float64) ** 2, axis=0)
     return _largest(energy.reshape(-1, size).sum(axis=1), count)
-
-
-def _energy(weight: np.ndarray, grams: BlockGrams, expert: int) -> float:
-    """What an expert adds to the tokens that are routed to it, `||X Wᵀ||²`."""
-    weight = weight.astype(np.float32)
-    return float(np.sum((weight @ np.asarray(grams[f"mlp.experts.{expert}.hidden"].gram)) * weight))
 
 
 def layer_shares(model: PrunableModel, recipe: Recipe) -> dict[str, float]:

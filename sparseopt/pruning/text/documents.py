@@ -46,7 +46,7 @@ _ENDINGS = {
 _ALL_ENDINGS = tuple(itertools.chain(*_ENDINGS.values()))
 # The kinds of texts that are no specification.
 _GIVEN, _DATA_SET = "a list of texts", "a Dataset"
-_KINDS = ("pydoc", "file", *_ENDINGS, "wikitext2", "hf")
+KINDS = ("pydoc", "file", *_ENDINGS, "wikitext2", "hf")
 _WITH_COLUMN = (*_ENDINGS, "hf")
 _SPLITS: dict[Part, str] = {"calibration": "validation", "evaluation": "test"}
 # Characters; a longer line would fill the memory before it could be rejected.
@@ -64,10 +64,14 @@ def check_text(text: Any, split: str | None = None, column: str | None = None) -
             f"texts are a list or a Dataset, given {what}: give one of its values, such as a split of a DatasetDict or "
             "the input_ids of a tokenizer; of a stream, rows as datasets.Dataset.from_list(list(stream.take(1000)))"
         )
-    if kind not in (*_KINDS, _GIVEN, _DATA_SET):
+    if kind not in (*KINDS, _GIVEN, _DATA_SET):
         raise TextError(f"unknown text {text!r}; known are {TEXTS}, and to calibrate on {SELF}")
     if kind not in ("pydoc", _GIVEN, _DATA_SET) and not rest:
         raise TextError(f"text {text!r} names no source; write {kind}:{'NAME' if kind == 'hf' else 'PATH'}")
+    if kind == "pydoc" and rest:
+        raise TextError(
+            f"text {text!r} has no name: write pydoc. The number of its windows is another option, or a mix's"
+        )
     if column is not None and kind not in (*_WITH_COLUMN, _DATA_SET):
         raise TextError(f"column {column!r} is for {', '.join(f'{k}:' for k in _WITH_COLUMN)}, not for {kind}: omit it")
     if split is not None and kind != "hf":
@@ -83,8 +87,10 @@ def _kind_of(text: Any) -> tuple[str, str]:
 
 
 def part_of_text(text: Any, part: Part, split: str | None = None) -> str:
-    """The specification; if no split separates the parts, also which part of it is read."""
+    """The specification; if no split separates the parts, also which part of it is read; for a mix, of each text."""
     kind, _ = _kind_of(text)
+    if isinstance(text, Mapping):
+        return " and ".join(f"{part_of_text(name, part, split)} ({count})" for name, count in text.items())
     if kind in (_GIVEN, _DATA_SET):
         return f"{len(text)} documents"
     if text == SELF:
