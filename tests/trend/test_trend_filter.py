@@ -203,6 +203,17 @@ def test_an_exact_fit_of_a_long_chain_is_not_lost_in_float32(rng, monkeypatch):
     assert abs(float(beyond.gap)) <= 1e-15
 
 
+@pytest.mark.thorough
+def test_a_loose_fit_of_a_large_grid_has_pieces_as_well():
+    """Here the iterate is good enough before the means of its pieces are."""
+    i, j = np.mgrid[:128, :128]
+    image = np.where((i - 96) ** 2 + (j - 32) ** 2 < 26**2, -1.0, 0.0)
+    image[32:64, 32:96] += 1
+    image += 0.7 * (j >= 112) + np.random.default_rng(1).standard_normal((128, 128))
+    found = so.trend_filter(image, so.Graph.grid((128, 128)), so.L1(1.5), tol=1e-3).check()
+    assert len(np.unique(found.value)) <= np.ptp(found.pieces()) + 1 < 400
+
+
 # Several penalties at once, and a weight for each row.
 
 CHAIN = so.Graph.chain(12)

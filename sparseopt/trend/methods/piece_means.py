@@ -75,8 +75,10 @@ def stop_early(
         settles = early > LEAST
         found = solve((early if settles else BELOW) * asked.tol, asked.max_steps - steps, settles)
         steps += int(found.steps)
-        fit = certify(asked, found)
-        missed, left = float(fit.gap) / asked.tol, asked.max_steps - steps
+        left = asked.max_steps - steps
+        # The iterate may be good enough first, but people look for pieces.
+        fit = certify(asked, found, settles and left > 0)
+        missed = float(fit.gap) / asked.tol
         if missed <= 1 or left <= 0 or not settles or int(found.status) == Status.NONFINITE:
             break
         early = next_stop(early, missed)
@@ -104,10 +106,13 @@ def in_float32(asked: Fit) -> Fit:
         return dataclasses.replace(asked, values=asked.values.astype(np.float32), weights=weights)
 
 
-def certify(asked: Fit, found: TrendSolution) -> TrendSolution:
-    """A fit in another precision as one of the request: judged there, at order 0 with the means of its pieces."""
+def certify(asked: Fit, found: TrendSolution, level: bool = False) -> TrendSolution:
+    """A fit in another precision as one of the request: judged there, at order 0 with the means of its pieces.
+
+    They are taken unless they raise the objective, or always if it has to be `level`.
+    """
     value, dual = found.value.astype(asked.dtype), asked.rows.project_dual(found.dual.astype(asked.dtype))
-    return _with_means(asked, dataclasses.replace(found, value=value, dual=dual), judged=False)
+    return _with_means(asked, dataclasses.replace(found, value=value, dual=dual), False, level)
 
 
 def take_piece_means(asked: Fit, found: TrendSolution) -> TrendSolution:
@@ -123,8 +128,11 @@ def take_piece_means(asked: Fit, found: TrendSolution) -> TrendSolution:
     return _with_means(asked, found, judged=True)
 
 
-def _with_means(asked: Fit, found: TrendSolution, judged: bool) -> TrendSolution:
-    """The fit, or with the means of its pieces; `judged` says whether its objective, gap and status are known."""
+def _with_means(asked: Fit, found: TrendSolution, judged: bool, level: bool = False) -> TrendSolution:
+    """The fit, or with the means of its pieces; `judged` says whether its objective, gap and status are known.
+
+    A `level` fit has the means even if they raise the objective.
+    """
     found, means = (found, None) if asked.order else _means(asked, found)
     certified, points = has_conjugate(asked.rows), () if means is None else (means,)
     # Without a certificate the objective of a fit is not that of its value alone.
@@ -141,7 +149,7 @@ def _with_means(asked: Fit, found: TrendSolution, judged: bool) -> TrendSolution
     objective, gap, status = ends[-1]
     # It is infinite for a value that violates a constraint by rounding.
     limit = before * (1 + ROUNDING * float(np.finfo(asked.dtype).eps))
-    if means is None or not (math.isfinite(objective) and float(objective) <= limit):
+    if means is None or not (math.isfinite(objective) and (level or float(objective) <= limit)):
         return found
     found = dataclasses.replace(found, value=means, objective=objective)
     if not (certified and asked.square):
