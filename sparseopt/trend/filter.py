@@ -32,7 +32,7 @@ from sparseopt.trend.methods.choice import as_method, choose, is_short, unless_r
 from sparseopt.trend.methods.losses import fit_loss
 from sparseopt.trend.methods.piece_means import short_fit, take_piece_means
 from sparseopt.trend.methods.plan import known_fit
-from sparseopt.trend.segments.exact import exact_fit, is_exact
+from sparseopt.trend.segments.priced import is_priced, priced_fit
 
 
 @renames(
@@ -66,7 +66,8 @@ def trend_filter(
         graph: the graph of the signal.
         penalty: `L1`, `MCP`, `SCAD`, `L0`, `GroupL2`, or any object with `value` and `prox`. `L0` at order 0 on a chain
             has its global minimum for the square, Poisson and, up to 20,000 nodes, absolute and quantile losses, unless
-            a method is named; pieces without a count have the rate eps times the mean. `GroupL2(w)` couples the
+            a method is named; pieces without a count have the rate eps times the mean. On other graphs it is a local
+            minimum for the square and Poisson losses, in which no two pieces gain by merging. `GroupL2(w)` couples the
             channels; on a grid at order 0 `GroupL2(w, axis=0)` is isotropic total variation, the sum over the nodes of
             the length of the gradient, for every channel, and with axis (0, -1) for all channels together. The weight
             of L1 is a number, or one for each row of `graph.matrix(order + 1)`. Several penalties are given by their
@@ -189,7 +190,7 @@ def _solve(asked: Fit) -> TrendSolution:
 
 def _fit(asked: Fit) -> TrendSolution:
     if not asked.square:
-        return exact_fit(asked) if is_exact(asked) else fit_loss(asked)
+        return priced_fit(asked, _solve) if is_priced(asked) else fit_loss(asked)
     geometry, alone = asked.geometry, not asked.several
     if geometry.num_edges == 0 and not alone:
         raise ValueError(
@@ -206,8 +207,8 @@ def _fit(asked: Fit) -> TrendSolution:
     if alone and (geometry.num_edges == 0 or vanishes(asked.penalty)):
         asked.require_complete()
         return known_fit(asked, asked.values)
-    if is_exact(asked):
-        return exact_fit(asked)
+    if is_priced(asked):
+        return priced_fit(asked, _solve)
     method = choose(asked)
     found = method.plan(asked).fit_asked(asked)
     return unless_rounded(asked, found) if method.cold else found

@@ -19,6 +19,7 @@ def read_mix(given: Any) -> Any:
     A number follows the last colon of its text, so names may have colons. A name in which a comma looks like the end of
     a text needs the mapping.
 
+    >>> from sparseopt.pruning.text.mix import read_mix
     >>> read_mix("pydoc:64,file:notes.txt:32")
     {'pydoc': 64, 'file:notes.txt': 32}
 
