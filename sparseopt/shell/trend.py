@@ -156,8 +156,9 @@ def trend(
     task: Any = expand(values, source="the command")[0].task
     stem = output.with_suffix("")
     picture, summary, page = Path(f"{stem}.png"), Path(f"{stem}-summary.json"), Path(f"{stem}-report.html")
+    places = [Path(f"{stem}-jumps.csv")] if task.finds_jumps else []
     files.check_output(output, tables.TABLE_KINDS, force)
-    for target in (picture, summary, page):
+    for target in (picture, summary, page, *places):
         files.check_output(target, None, force)
     signal, rule = task.read(), task.rule()
     for note in signal.notes:
@@ -170,11 +171,13 @@ def trend(
     for warning in warned:
         console.say(f"warning: {warning.message}", console.errors)
     graph_files.write_fit(output, found.table, found.pieces)
+    for target in places:
+        tables.write_table(target, found.jumps or {})
     drawn = _draw(picture, lambda: write_figure(observed_and_fit(**found.drawn)[0].figure, picture, 150))
     _say(found.record)
     caption = f"{', '.join(found.record['channels'])}: observed, and the fit of order {task.order}"
     shown = [report.Figure(picture, caption)] if drawn else []
-    _write(f"{task.signal.name}, smoothed", found.record, (summary, page), [output, *drawn], shown)
+    _write(f"{task.signal.name}, smoothed", found.record, (summary, page), [output, *places, *drawn], shown)
 
 
 def _draw(picture: Path, draw: Callable[[], None]) -> list[Path]:
@@ -197,7 +200,7 @@ def _say(figures: dict[str, Any]) -> None:
     if "jumps" in figures:
         pieces = f"{figures['pieces']} {'line' if figures['lines'] else 'constant'}{'s' * (figures['pieces'] > 1)}"
         console.say(f"done in {console.duration(figures['seconds'])} (noise about {figures['noise']:.3g}): {pieces}")
-        console.say("\n".join(figures["jumps"]) or "no jump")
+        console.say("\n".join([*figures["jumps"], figures["basis"]]) if figures["jumps"] else "no jump")
         return
     steps, gap, status = figures["steps"], figures["relative_duality_gap"], Status[figures["status"]]
     noise, rule = figures["noise"], RULES.get(figures["weight_rule"])

@@ -17,6 +17,7 @@ from sparseopt.trend.paths.largest_weight import largest_weight
 from sparseopt.trend.paths.path import TrendPath, trend_path
 from sparseopt.trend.reweighting import reweighted
 from sparseopt.trend.segments.find import Jumps, jumps
+from sparseopt.trend.segments.inference import Thinning
 from sparseopt.trend.solver import TrendSolver, trend_solver
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "FusedLasso",
     "Interior",
     "Jumps",
+    "Thinning",
     "TrendPath",
     "TrendSolution",
     "TrendSolver",

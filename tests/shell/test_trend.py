@@ -105,7 +105,11 @@ def test_a_series_alone_has_its_jumps_found(tmp_path, fit, command):
     out, lines, summary = fit(weight=None)
     found = so.trend.jumps(STEPS)
     assert found.places.tolist() == [10, 20]
-    assert f"3 constants jump at 2020-01-11: {found.sizes[0]:+.4g} jump at 2020-01-21: " in out
+    assert f"3 constants jump at 2020-01-11: {found.sizes[0]:+.4g} ({found.low[0]:.3g} to {found.high[0]:.3g}), " in out
+    head, first, second = (tmp_path / "fit-jumps.csv").read_text().splitlines()
+    assert head == "place,kind,size,low,high,first,last,p"
+    assert (first.split(",")[0], second.split(",")[0], second.split(",")[-1]) == ("2020-01-11", "2020-01-21", "nan")
+    assert float(second.split(",")[3]) == pytest.approx(found.low[1])
     assert [line.rpartition(",")[2] for line in lines[1:]] == [str(piece) for piece in np.repeat([0, 1, 2], 10)]
     np.testing.assert_allclose([float(line.split(",")[2]) for line in lines[1:]], found.fit, rtol=1e-9)
     assert (len(summary["jumps"]), summary["pieces"], "weight" in summary) == (2, 3, False)
@@ -114,6 +118,14 @@ def test_a_series_alone_has_its_jumps_found(tmp_path, fit, command):
     call = ["trend", "--signal", tmp_path / "y.csv", "--output", tmp_path / "fit.csv", "--force", "--jumps"]
     status, _, err = command(*call, "--penalty", "l1", "--order", 1)
     assert (status, "jumps needs no penalty and no order: leave that out" in err) == (2, True)
+    assert (summary["basis"], summary["basis"] in out) == ("approximate intervals of 95 %", True)
+    assert "by gaussian thinning, share 0.5" in fit("--thin", "gaussian:0.3", weight=None)[0]
+    assert float((tmp_path / "fit-jumps.csv").read_text().splitlines()[1].split(",")[-1]) < 1e-6
+    for thin, said in (("gaussian", "needs noise"), ("poisson:2", "has no noise"), ("gaussian:a", "DEVIATION")):
+        status, _, err = command(*call, "--thin", thin)
+        assert (status, said in " ".join(err.split())) == (2, True)
+    status, _, err = command(*call[:-1], "--thin", "poisson", "--order", 1)
+    assert (status, "thin is of jumps" in " ".join(err.split())) == (2, True)
 
 
 # The heading of a table of times, a rising and a falling line, which of its columns, and what is said of the channels.

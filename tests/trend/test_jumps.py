@@ -157,7 +157,11 @@ def test_the_nile_has_one_jump():
     assert (1871 + found.places).tolist() == [1899]
     assert found.kinds == ("jump",)
     assert found.sizes == pytest.approx(flow[28:].mean() - flow[:28].mean())
-    assert found.table() == [{"place": 28, "kind": "jump", "size": pytest.approx(found.sizes[0])}]
+    (row,) = found.table()
+    assert (row["place"], row["kind"], row["size"]) == (28, "jump", found.sizes[0])
+    assert row["low"] < row["size"] < row["high"]
+    assert row["first"] <= 28 <= row["last"]
+    assert np.isnan(row["p"])
     assert "jump at 1899: -247" in "\n".join(map(str, found.facts(np.arange(1871, 1971))))
 
 

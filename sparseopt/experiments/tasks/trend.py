@@ -27,6 +27,7 @@ from sparseopt.experiments.read.graph_files import (
     read_signal,
     write_fit,
 )
+from sparseopt.experiments.read.tables import write_table
 from sparseopt.experiments.task import FinishedRun, Record, Task
 from sparseopt.system import processes, run_folder
 from sparseopt.trend.base.graph import Graph
@@ -35,12 +36,13 @@ from sparseopt.trend.base.pieces import TrendSolution
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.methods.choice import AUTO, METHODS
 from sparseopt.trend.paths.choose_weight import WEIGHT_RULES, choose_weight, weight_rule
-from sparseopt.trend.segments.find import jumps
+from sparseopt.trend.segments.find import COLUMNS, jumps
+from sparseopt.trend.segments.inference import Thinning
 
 # Steps of times that differ by less than this fraction are equal.
 EVEN = 1e-6
 DIGITS = 10  # of the values that are written: more than a certificate confirms
-FIT = "fit.csv"
+FIT, JUMPS = "fit.csv", "jumps.csv"
 
 
 class Given(NamedTuple):
@@ -58,6 +60,7 @@ class Smoothed(NamedTuple):
     pieces: np.ndarray | None
     record: Record
     drawn: dict[str, Any]
+    jumps: dict[str, Any] | None = None  # the columns of the table of jumps, if they were found
 
 
 class Trend(Task):
@@ -107,6 +110,11 @@ class Trend(Task):
         description="Find the jumps of a series instead, and fit constants or lines between them without shrinkage. "
         "Default if none of graph, weight, penalty, order, loss, method, tol and devices is given.",
     )
+    thin: str | None = Field(
+        default=None,
+        description="Law of the values, gaussian:DEVIATION, poisson or binomial:TRIALS: jumps are found on one half of "
+        "each value and tested on the other, which gives p-values. Default: no p-values, and approximate intervals.",
+    )
     method: TrendMethod = Field(default=cast(Any, AUTO), description=f"{', '.join((AUTO, *METHODS))}.")
     tol: float = Field(default=1e-5, gt=0, description="Relative duality gap to reach.")
     missing: bool = Field(default=False, description="Treat NaN and empty cells as unobserved.")
@@ -138,7 +146,18 @@ class Trend(Task):
             raise ValueError("merge belongs to the edges of a graph: leave it out, or give graph")
         if self.jumps and (beside := self._of_trend_filters()):
             raise ValueError(f"jumps needs no {' and no '.join(beside)}: leave that out, or leave out jumps")
+        if self.thinning() and not self.finds_jumps:
+            raise ValueError("thin is of jumps: leave it out, or give jumps without options of the trend filter")
         return self
+
+    def thinning(self) -> Thinning | None:
+        """The law that `thin` names, with its deviation or trials."""
+        law, _, number = (self.thin or "").partition(":")
+        try:
+            given: dict[str, Any] = {"trials" if law == "binomial" else "noise": float(number)} if number else {}
+        except ValueError:
+            raise ValueError(f"thin is gaussian:DEVIATION, poisson or binomial:TRIALS, given {self.thin!r}") from None
+        return None if self.thin is None else Thinning(law, **given)
 
     def _of_trend_filters(self) -> list[str]:
         """The options given that only a trend filter has."""
@@ -225,22 +244,22 @@ class Trend(Task):
             UserWarning: if one weight does not suit all channels.
         """
         table, graph, start = given.table, given.graph, time.perf_counter()
-        y, missing, places = table.values, "nan" if self.missing else "error", np.zeros(0, int)
+        y, missing, places, columns = table.values, "nan" if self.missing else "error", np.zeros(0, int), None
         record: Record = {
             "signal": str(self.signal), "graph": None if self.graph is None else str(self.graph),
             "ends": self.ends or ("free" if self.graph is None else "graph"), "channels": table.names,
             "nodes": graph.num_nodes, "edges": graph.num_edges, "loss": self.loss, "order": self.order,
         }  # fmt: skip
         if self.finds_jumps:
-            found = jumps(y, graph, missing=missing)
+            found = jumps(y, graph, missing=missing, thin=self.thinning())
             places, mean = found.places, found.fit
             pieces: Any = np.searchsorted(places, np.arange(len(y)), side="right")
             names = table.dates or table.nodes
             if names is None and table.times is not None:
                 names = tuple(f"{at:.{DIGITS}g}" for at in table.times.tolist())
-            said = found.facts(names)
+            said, columns = found.facts(names), _columns_of(found.table(names), table.names)
             record |= {
-                "jumps": tuple(map(str, said)), "pieces": len(places) + 1, "lines": found.line,
+                "jumps": tuple(map(str, said)), "basis": found.basis, "pieces": len(places) + 1, "lines": found.line,
                 "noise": float(np.mean(found.noise)), "seconds": time.perf_counter() - start,
             }  # fmt: skip
         else:
@@ -258,7 +277,7 @@ class Trend(Task):
         if self.graph is None:
             drawn |= {"times": np.arange(len(y)) if times is None else times, "places": table.times_name or "node"}
             drawn |= {"marks": places}
-        return Smoothed(dataclasses.replace(table, values=rounded), pieces, run_folder.plain(record), drawn)
+        return Smoothed(dataclasses.replace(table, values=rounded), pieces, run_folder.plain(record), drawn, columns)
 
     def _smooth(self, given: Given, missing: str, observer: Observer | None) -> tuple[TrendSolution, float, Record]:
         """The fit of the trend filter, its weight and the noise."""
@@ -281,6 +300,8 @@ class Trend(Task):
         found = self.fit(self.read(), observer)
         if processes.is_first():
             write_fit(folder / FIT, found.table, found.pieces)
+            if found.jumps is not None:
+                write_table(folder / JUMPS, found.jumps)
             np.savez_compressed(folder / f"signal-{key}.npz", **found.drawn)
         return found.record
 
@@ -303,6 +324,18 @@ def figures_of(solution: Solution, seconds: float) -> Record:
         "residual": float(solution.residual),
         "seconds": seconds,
     }
+
+
+def _columns_of(rows: list[dict[str, Any]], channels: Sequence[str]) -> dict[str, Any]:
+    """`Jumps.table` as columns; of several channels there is a size and its limits for each."""
+    columns: dict[str, Any] = {}
+    for name in COLUMNS:
+        cells = [row[name] for row in rows]
+        if len(channels) > 1 and name in ("size", "low", "high"):
+            columns |= {f"{name} {channel}": [cell[i] for cell in cells] for i, channel in enumerate(channels)}
+        else:
+            columns[name] = cells
+    return columns
 
 
 def _loss(text: str) -> ScalarLoss:

@@ -30,6 +30,7 @@ from sparseopt.system.report import Fact, html_facts
 from sparseopt.trend.base.fit import signal_on
 from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.base.signal import PLAIN_COPIES, check_graph
+from sparseopt.trend.segments.inference import Thinning, limits, long_run
 from sparseopt.trend.segments.joined import fit_pieces, values_of
 from sparseopt.trend.segments.segmentation import Sums, best_segmentations
 
@@ -38,6 +39,7 @@ PLACE, VALUE, FLOOR, MOST_F, DEGREES = 2.0, 2.0, 0.01, 2.0, 12
 # An outlier is this many deviations of the noise from the median around it; if more than a tenth of the values are,
 # they are the signal. 1.05 is 1 / (sqrt(2) 0.6745), for differences of normal noise.
 FAR, MOST_OUTLIERS, DIFFERENCES = 6.0, 0.1, 1.05
+COLUMNS = ("place", "kind", "size", "low", "high", "first", "last", "p")
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -53,6 +55,14 @@ class Jumps:
         line: whether the pieces are lines, else constants.
         noise: the standard deviation of the residuals at node weight 1, `[]` or `[channels]`.
         outliers: the nodes whose values count as missing, ascending.
+        low: the lower end of the interval of 95 % of each size, in the shape of `sizes`.
+        high: its upper end.
+        first: the first node of the interval of 95 % of each place, `[k]`.
+        last: its last node.
+        p: the p-value of each place, `[k]`, for no jump or bend between its pieces, not corrected for the number of
+            places; NaN without `thin`.
+        thin: how the values were divided, `fit` and `sizes` are then of the part that did not find the places; None if
+            all of them did both, which makes the intervals approximate.
     """
 
     places: np.ndarray
@@ -62,21 +72,33 @@ class Jumps:
     line: bool
     noise: np.ndarray
     outliers: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    first: np.ndarray
+    last: np.ndarray
+    p: np.ndarray
+    thin: Thinning | None = None
 
-    def table(self) -> list[dict[str, Any]]:
-        """A row `place`, `kind`, `size` for each place, as for `pandas.DataFrame`."""
-        rows = zip(self.places.tolist(), self.kinds, self.sizes.tolist(), strict=True)
-        return [{"place": place, "kind": kind, "size": size} for place, kind, size in rows]
+    def table(self, names: Any = None) -> list[dict[str, Any]]:
+        """A row of the `COLUMNS` for each place, as for `pandas.DataFrame`; `names` as for `facts`."""
+        places, first, last = (
+            each.tolist() if names is None else [names[node] for node in each]
+            for each in (self.places, self.first, self.last)
+        )
+        sizes = self.sizes.tolist(), self.low.tolist(), self.high.tolist()
+        rows = zip(places, self.kinds, *sizes, first, last, self.p.tolist(), strict=True)
+        return [dict(zip(COLUMNS, row, strict=True)) for row in rows]
 
     def facts(self, names: Any = None) -> list[Fact]:
         """A sentence for each place; `names` of the nodes `[n]`, such as dates, instead of their numbers."""
-        return [
-            Fact(
-                f"{kind} at {place if names is None else names[place]}",
-                "slope " * (kind == "bend") + ", ".join(f"{size:+.4g}" for size in np.ravel(sizes)),
-            )
-            for place, kind, sizes in zip(self.places.tolist(), self.kinds, self.sizes, strict=True)
-        ]
+        found = []
+        for row in self.table(names):
+            sizes = zip(*(np.ravel(row[name]) for name in ("size", "low", "high")), strict=True)
+            text = ", ".join(f"{size:+.4g} ({low:.3g} to {high:.3g})" for size, low, high in sizes)
+            text = f"{'slope ' * (row['kind'] == 'bend')}{text}, between {row['first']} and {row['last']}"
+            text += "" if self.thin is None else f", p {row['p']:.2g}"
+            found.append(Fact(f"{row['kind']} at {row['place']}", text))
+        return found
 
     def plot(self, y: Any = None, times: Any = None, axis: Any = None) -> Any:
         """Draw the fit with its jumps and bends marked; returns the matplotlib axes.
@@ -100,6 +122,9 @@ class Jumps:
         for kind, dash in (("jump", "--"), ("bend", ":")):
             for number, place in enumerate(at[self.places[np.array(self.kinds) == kind]]):
                 axis.axvline(place, color="0.4", linestyle=dash, linewidth=1, label=None if number else kind)
+        for number, (first, last) in enumerate(zip(at[self.first], at[self.last], strict=True)):
+            label = None if number else "95 % interval of a place"
+            axis.axvspan(first, last, color="0.4", alpha=0.15, linewidth=0, label=label)
         if len(self.places):
             axis.legend()
         return axis
@@ -110,12 +135,20 @@ class Jumps:
     def _repr_html_(self) -> str:
         return html_facts(self._title(), self.facts())
 
+    @property
+    def basis(self) -> str:
+        """What the intervals and p-values rest on."""
+        if self.thin is None:
+            return "approximate intervals of 95 %"
+        return f"intervals of 95 % and p-values by {self.thin.law} thinning, share {self.thin.share:g}"
+
     def _title(self) -> str:
         count, pieces = len(self.places), len(self.places) + 1
         noise = ", ".join(f"{value:.3g}" for value in np.ravel(self.noise))
         shape = ("line" if self.line else "constant") + "s" * (pieces > 1)
         left = f", {len(self.outliers)} outlier{'s' * (len(self.outliers) > 1)}" * bool(len(self.outliers))
-        return f"Jumps: {count or 'no'} place{'s' * (count != 1)}, {pieces} {shape}, noise {noise}{left}"
+        basis = f"; {self.basis}" * bool(count)
+        return f"Jumps: {count or 'no'} place{'s' * (count != 1)}, {pieces} {shape}, noise {noise}{left}{basis}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +171,7 @@ def jumps(
     missing: str = "nan",
     max_jumps: int | None = None,
     least: int = 3,
+    thin: Thinning | None = None,
 ) -> Jumps:
     """Find the jumps of a series that a person would mark, and the bends between lines.
 
@@ -152,6 +186,8 @@ def jumps(
         max_jumps: the most places; None for half the root of n, rounded up.
         least: the fewest observed values between two places, at least 2. One or two values that are six deviations of
             the noise away from those around them are outliers, which count as missing.
+        thin: a `Thinning` finds the places on a part of each value and tests them on the independent rest. None: all
+            values find the places, so the intervals are approximate and there are no p-values.
 
     Returns:
         `Jumps`. In series of more than 1,000 values the search begins on a grid of as many nodes, and then moves each
@@ -163,9 +199,9 @@ def jumps(
     Example:
         >>> y = np.repeat([0.0, 4.0, 1.0], 100) + np.random.default_rng(0).standard_normal(300)
         >>> so.trend.jumps(y)
-        Jumps: 2 places, 3 constants, noise 1.02
-          jump at 100: +3.868
-          jump at 200: -3.087
+        Jumps: 2 places, 3 constants, noise 1.02; approximate intervals of 95 %
+          jump at 100: +3.868 (3.58 to 4.16), between 100 and 100
+          jump at 200: -3.087 (-3.38 to -2.79), between 200 and 200
         >>> so.trend.jumps(np.abs(np.arange(60.0) - 20)).kinds
         ('bend',)
     """
@@ -176,32 +212,45 @@ def jumps(
             f"jumps are found on series, given {graph!r}: leave out the graph or give a Graph.chain; for other graphs "
             "use trend_filter with order=0, whose pieces() are the parts between the jumps"
         )
+    if not isinstance(thin, Thinning | None):
+        raise TypeError(f"thin is a so.trend.Thinning, such as Thinning('poisson'), given {thin!r:.100}")
     asked = signal_on(graph, 0, y, node_weights, missing, np.float64, PLAIN_COPIES)
     least = whole_number("least", least, 2)
+    # The part of the values that chooses the places, and the one that says what is there.
+    parts = [(asked.columns, asked.mass)] if thin is None else thin.parts(asked.columns, asked.mass)
     nodes = np.flatnonzero(asked.mass)
-    far = _outliers(asked.columns[nodes], min(least - 1, 2))
+    far = _outliers(parts[0][0][nodes], min(least - 1, 2))
     outliers, nodes = nodes[far], nodes[~far]
     most = math.ceil(math.sqrt(nodes.size) / 2) if max_jumps is None else whole_number("max_jumps", max_jumps, 0)
-    seen, weights = asked.columns[nodes], asked.mass[nodes] / asked.mass[nodes].mean()
-    middle = np.average(seen, axis=0, weights=weights)
-    scale = np.sqrt(np.average((seen - middle) ** 2, axis=0, weights=weights)) * (np.ptp(seen, axis=0) > 0)
     times = np.arange(len(asked.mass)) if graph.times is None else graph.times
     step = 1.0 if graph.times is None or len(times) < 2 else float(np.median(np.diff(times)))
     times = (times - times[len(times) // 2]) / step
-    scaled = (seen - middle)[:, scale > 0] / scale[scale > 0]
-    sums = Sums.of(scaled, weights, times[nodes])
-    model = _choose(sums, scaled, weights, most, least)
-    ends = np.zeros((len(model.places) + 1, 2, len(scale)))
-    ends[:, :, scale > 0] = scale[scale > 0] * fit_pieces(sums, model.places, model.joined, model.line)[1]
+    (seen, weights), (values, mass) = ((part[nodes], size[nodes]) for part, size in (parts[0], parts[-1]))
+    seen, weights = seen - np.average(seen, axis=0, weights=weights), weights / weights.mean()
+    scale = np.sqrt(np.average(seen**2, axis=0, weights=weights)) * (np.ptp(seen, axis=0) > 0)
+    scaled = seen[:, scale > 0] / scale[scale > 0]
+    model = _choose(Sums.of(scaled, weights, times[nodes]), scaled, weights, most, least)
+    middle = np.average(values, axis=0, weights=mass)
+    sums = Sums.of(np.where(np.ptp(values, axis=0) > 0, values - middle, 0), mass, times[nodes])
+    ends = fit_pieces(sums, model.places, model.joined, model.line)[1]
     fit = middle + values_of(sums, model.places, ends, times)
     lengths = np.diff(sums.times[np.concatenate([[0], model.places, [-1]]).astype(int)]) * step
     bends = np.diff((ends[:, 1] - ends[:, 0]) / lengths[:, None], axis=0)
     sizes = np.where(model.joined[:, None], bends, ends[1:, 0] - ends[:-1, 1])
-    freedom = max(nodes.size - (1 + model.line) * len(ends) + model.joined.sum(), 1)
-    noise = np.sqrt(np.sum(asked.mass[nodes, None] * (seen - fit[nodes]) ** 2, axis=0) / freedom)
+    coefficients = (1 + model.line) * len(ends) - model.joined.sum()
+    freedom, rest = max(nodes.size - coefficients, 1), np.sqrt(mass)[:, None] * (values - fit[nodes])
+    noise = np.sqrt(np.sum(rest**2, axis=0) / freedom)
+    known = limits(values, mass, times[nodes], model, noise**2 * long_run(rest, coefficients), freedom, least, thin)
+    # Slopes are by the unit of the times. Pieces that meet have a size that pieces apart may miss.
+    unit = np.where(model.joined, step, 1.0)[:, None]
+    low, high = np.minimum(known.low / unit, sizes), np.maximum(known.high / unit, sizes)
+    # A place between two observed nodes is anywhere after the first of them.
+    first, last = np.append(-1, nodes)[known.first] + 1, nodes[known.last]
     shape, kinds = asked.channels, tuple("bend" if joined else "jump" for joined in model.joined)
-    sizes, fit, noise = sizes.reshape(-1, *shape), fit.reshape(asked.shape), noise.reshape(shape)
-    return Jumps(nodes[model.places], kinds, sizes, fit, model.line, noise, outliers)
+    sizes, low, high = (each.reshape(-1, *shape) for each in (sizes, low, high))
+    fit, noise = fit.reshape(asked.shape), noise.reshape(shape)
+    places = nodes[model.places]
+    return Jumps(places, kinds, sizes, fit, model.line, noise, outliers, low, high, first, last, known.p, thin)
 
 
 def _outliers(values: np.ndarray, reach: int) -> np.ndarray:
