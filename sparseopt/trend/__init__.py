@@ -1,8 +1,8 @@
 """Trend filtering on graphs: signals whose differences along the edges are mostly zero.
 
 `so.trend_filter` fits one signal, `so.trend_solver` makes a pure function for many; this module exports the rest:
-paths of weights and the choice among them, images, concave penalties, the jumps of a series, and the methods with their
-settings.
+paths of weights and the choice among them, images, concave penalties, the jumps of a series and the regions of a
+graph, and the methods with their settings.
 """
 
 from typing import Any
@@ -15,6 +15,7 @@ from sparseopt.trend.methods.choice import FAST_ADMM, Admm, Doge, DogeGroups, Fu
 from sparseopt.trend.paths.choose_weight import choose_weight
 from sparseopt.trend.paths.largest_weight import largest_weight
 from sparseopt.trend.paths.path import TrendPath, trend_path
+from sparseopt.trend.regions import Regions, regions
 from sparseopt.trend.reweighting import reweighted
 from sparseopt.trend.segments.find import Jumps, jumps
 from sparseopt.trend.segments.inference import Thinning
@@ -27,6 +28,7 @@ __all__ = [
     "FusedLasso",
     "Interior",
     "Jumps",
+    "Regions",
     "Thinning",
     "TrendPath",
     "TrendSolution",
@@ -38,6 +40,7 @@ __all__ = [
     "jumps",
     "largest_weight",
     "noise_level",
+    "regions",
     "reweighted",
     "trend_filter",
     "trend_path",

@@ -1,7 +1,8 @@
-"""Pieces at a price for each edge between them, on graphs that are no chain."""
+"""Parts of graphs that are no chain: at a price for each edge between them, and as a person would mark them."""
 
 import numpy as np
 import pytest
+from scipy import ndimage
 from scipy.special import xlogy
 
 import sparseopt as so
@@ -105,3 +106,75 @@ def test_a_missing_part_joins_its_neighbours_and_a_start_can_only_help(picture):
     assert len(np.unique(found.value[6:12, 6:18])) == 1
     again = so.trend_filter(holes, graph, so.L0(1.0), missing="nan", start=found)
     assert float(again.objective) <= float(found.objective)
+
+
+# Regions, with nothing to set.
+
+
+def test_the_regions_of_a_picture_are_its_parts_with_their_means(picture):
+    truth, y = picture
+    found = so.trend.regions(y, so.Graph.grid(y.shape))
+    parts = np.unique(truth, return_inverse=True)[1].reshape(y.shape)
+    assert len(found.levels) == len(found.counts) == found.pieces.max() + 1 == 4
+    assert found.counts.sum() == y.size
+    assert not found.smooth
+    held = [np.bincount(parts[found.pieces == k]).max() for k in range(4)]
+    assert sum(held) >= 0.99 * y.size
+    np.testing.assert_allclose(found.fit, found.levels[found.pieces])
+    np.testing.assert_allclose(found.levels, [y[found.pieces == k].mean() for k in range(4)])
+    assert 0.45 < found.noise < 0.55
+    table = found.table()
+    # The background meets the three others.
+    assert [(row["first"], row["second"]) for row in table] == [(0, 1), (0, 2), (0, 3)]
+    assert sum(row["edges"] for row in table) == len(found.edges)
+    np.testing.assert_allclose(sorted(row["step"] for row in table), [-2, 1.4, 2], atol=0.25)
+    assert str(found).splitlines()[0].startswith("Regions: 4 parts, ")
+    assert len(str(found).splitlines()) == 5
+
+
+def test_the_regions_do_not_depend_on_units_and_kinds_of_graph_and_channels_share_them(picture, rng):
+    _, y = picture
+    graph = so.Graph.grid(y.shape)
+    pieces = so.trend.regions(y, graph).pieces
+    np.testing.assert_array_equal(so.trend.regions(1e6 - 512 * y, graph).pieces, pieces)
+    edges = so.Graph.from_edges(graph.edges, num_nodes=y.size)
+    assert np.mean(so.trend.regions(y.reshape(-1), edges).pieces == pieces.reshape(-1)) > 0.99
+    both = so.trend.regions(np.stack([y, rng.standard_normal(y.shape)], axis=-1), graph)
+    assert both.levels.shape == (4, 2)
+    assert np.mean(both.pieces == pieces) > 0.98
+    holes = np.where(rng.random(y.shape) < 0.1, np.nan, y)
+    seen = so.trend.regions(holes, graph)
+    assert np.mean(seen.pieces == pieces) > 0.98
+    assert seen.counts.sum() == np.isfinite(holes).sum()
+
+
+def test_noise_and_smooth_signals_have_no_parts(rng):
+    graph, (i, j) = so.Graph.grid((24, 24)), np.mgrid[:24, :24]
+    for turn in range(12):
+        noise = rng.standard_normal((24, 24))
+        noise = ndimage.gaussian_filter(noise, 0.5, mode="wrap") if turn % 2 else noise
+        assert len(so.trend.regions(noise, graph).counts) == 1
+    for smooth in (i / 4, 2 * np.sin(i / 5) * np.cos(j / 6)):
+        for size in (0.3, 1.0):
+            found = so.trend.regions(smooth + size * rng.standard_normal((24, 24)), graph)
+            assert found.smooth
+            assert len(found.counts) == 1
+            assert found.table() == []
+    assert len(so.trend.regions(np.full((24, 24), 7.0), graph).counts) == 1
+
+
+def test_a_plot_of_regions_draws_their_boundaries(picture):
+    _, y = picture
+    found = so.trend.regions(y, so.Graph.grid(y.shape))
+    line = found.plot().lines[0]
+    x, z = line.get_data()
+    assert np.isfinite(x).sum() == 2 * len(found.edges)
+    # Each stroke has the length 1, between two nodes of different parts.
+    assert np.allclose(np.hypot(x[1::3] - x[0::3], z[1::3] - z[0::3]), 1)
+    with pytest.raises(ValueError, match="two axes"):
+        so.trend.regions(y[0], so.Graph.chain(24)).plot()
+
+
+def test_regions_need_an_edge():
+    with pytest.raises(ValueError, match="edges"):
+        so.trend.regions([1.0], so.Graph.chain(1))

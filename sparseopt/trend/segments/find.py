@@ -209,8 +209,8 @@ def jumps(
         graph = Graph.chain(max(len(np.atleast_1d(real_array("a signal", y))), 1))
     if not check_graph(graph).geometry.line:
         raise ValueError(
-            f"jumps are found on series, given {graph!r}: leave out the graph or give a Graph.chain; for other graphs "
-            "use trend_filter with order=0, whose pieces() are the parts between the jumps"
+            f"jumps are found on series, given {graph!r}: leave out the graph or give a Graph.chain; on other graphs "
+            "so.trend.regions(y, graph) finds the parts between the jumps"
         )
     if not isinstance(thin, Thinning | None):
         raise TypeError(f"thin is a so.trend.Thinning, such as Thinning('poisson'), given {thin!r:.100}")

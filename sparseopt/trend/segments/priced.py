@@ -22,7 +22,7 @@ from sparseopt.trend.base.penalties import vanishes
 from sparseopt.trend.base.pieces import TrendSolution
 from sparseopt.trend.methods.losses import best_constants, node_deviances
 from sparseopt.trend.segments.functional import lowest_rate, optimal_jumps
-from sparseopt.trend.segments.regions import Nodes, best_pieces
+from sparseopt.trend.segments.merging import Nodes, best_pieces
 from sparseopt.trend.segments.slopes import MOST_NODES, two_slope_jumps
 
 # The weights of total variation, in units of the root of half the price, whose pieces are merged, and its gap. On

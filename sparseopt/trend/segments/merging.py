@@ -1,6 +1,7 @@
 """Pieces of a signal on any graph at a price for each edge between two pieces: merging, and minimum cuts.
 
-    minimise over the pieces P    sum over P of min_b sum over i in P of w_i f(b; y_i)  +  price #{edges between pieces}
+    minimise over the pieces P    sum over P of min_b sum over i in P of w_i f(b; y_i)
+                                  +  price #{edges between pieces}  +  piece_price #{P}
 
 first pieces -> neighbours merge, those first that save the least -> the boundaries move -> as long as that pays
 
@@ -58,8 +59,12 @@ class Nodes:
         """The loss of the pieces at their best levels, plus a constant."""
         return -float(np.sum(self.saved(*self.sums(labels))))
 
-    def objective(self, labels: np.ndarray, price: float) -> float:
-        return self.loss(labels) + price * float(np.sum(np.diff(labels[self.edges]) != 0))
+    def cut(self, labels: np.ndarray) -> int:
+        """The number of edges between pieces."""
+        return int(np.count_nonzero(np.diff(labels[self.edges])))
+
+    def objective(self, labels: np.ndarray, price: float, piece_price: float = 0.0) -> float:
+        return self.loss(labels) + price * self.cut(labels) + piece_price * (int(labels.max()) + 1)
 
     def excess(self, nodes: np.ndarray, mass: np.ndarray, total: np.ndarray) -> np.ndarray:
         """The loss of each node at the best level of a piece of that mass and sum, plus a constant of the node."""
@@ -76,35 +81,37 @@ class Nodes:
         return _components(len(self.mass), *self.edges[np.diff(labels[self.edges])[:, 0] == 0].T)
 
 
-def best_pieces(nodes: Nodes, price: float, labels: np.ndarray) -> np.ndarray:
+def best_pieces(nodes: Nodes, price: float, labels: np.ndarray, piece_price: float = 0.0) -> np.ndarray:
     """The piece of every node, `0..k-1`, from first pieces `labels`; each is connected.
 
     Example:
-        >>> from sparseopt.trend.segments.regions import Nodes, best_pieces
+        >>> from sparseopt.trend.segments.merging import Nodes, best_pieces
         >>> y, edges = np.array([[0.1], [-0.1], [5.0], [5.2]]), np.array([[0, 1], [1, 2], [2, 3], [3, 0]])
         >>> best_pieces(Nodes(y, np.ones(4), edges), 1.0, np.arange(4)).tolist()
         [0, 0, 1, 1]
     """
-    labels = merge(nodes, price, nodes.parts(labels))
-    best = nodes.objective(labels, price)
+    labels = merge(nodes, price, nodes.parts(labels), piece_price)
+    best = nodes.objective(labels, price, piece_price)
     for _ in range(MOST_TURNS):
-        following = merge(nodes, price, move(nodes, price, labels))
-        objective = nodes.objective(following, price)
+        following = merge(nodes, price, move(nodes, price, labels), piece_price)
+        objective = nodes.objective(following, price, piece_price)
         if not objective < best:
             break
         labels, best = following, objective
     return labels
 
 
-def merge(nodes: Nodes, price: float, labels: np.ndarray) -> np.ndarray:
-    """Pieces merged with neighbours as long as a merge costs less than the price of the edges between them."""
+def merge(nodes: Nodes, price: float, labels: np.ndarray, piece_price: float = 0.0) -> np.ndarray:
+    """Pieces merged with neighbours as long as a merge costs less than the prices that it saves."""
     labels, level = labels.copy(), 0.0
     mass, total = nodes.sums(labels)
     pairs, links = _between(labels, nodes.edges)
     while len(pairs):
         a, b = pairs.T
         alone = nodes.saved(mass, total)
-        score = (alone[a] + alone[b] - nodes.saved(mass[a] + mass[b], total[a] + total[b])) / (price * links)
+        score = (alone[a] + alone[b] - nodes.saved(mass[a] + mass[b], total[a] + total[b])) / (
+            price * links + piece_price
+        )
         level = max(level, TOGETHER * score.min())
         if score.min() > 1:
             break
