@@ -22,8 +22,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from scipy import fft, sparse
-from scipy.sparse.linalg import cg
+from scipy import sparse
 
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.penalties.groups import GroupL2
@@ -168,8 +167,7 @@ def regions(y: Any, graph: Graph, *, node_weights: Any = None, missing: str = "n
     live, weights = scale > 0, mass / mass[observed].mean()
     values = np.where(observed[:, None], (columns - middle)[:, live] / scale[live], 0)
     nodes = Nodes(values, weights, np.asarray(graph.edges))
-    labels, smooth = _choose(nodes, graph) if live.any() else (np.zeros(len(mass), int), False)
-    labels = nodes.parts(labels)
+    labels, smooth = _choose(nodes, graph) if live.any() else (nodes.parts(np.zeros(len(mass))), False)
     total = [np.bincount(labels, mass * column) for column in columns.T]
     seen = np.bincount(labels, mass)
     levels = np.stack(total, axis=1) / np.where(seen > 0, seen, 1)[:, None]
@@ -193,7 +191,7 @@ def _choose(nodes: Nodes, graph: Graph) -> tuple[np.ndarray, bool]:
     """The parts with the smallest criterion, and whether a smooth signal has a smaller one."""
     w, (size, d) = nodes.mass, nodes.values.shape
     n, energy = int(np.count_nonzero(w)), float(np.sum(w[:, None] * nodes.values**2))
-    log_n, both = math.log(n), nodes.edges[np.all(w[nodes.edges] > 0, axis=1)]
+    log_n, alone, both = math.log(n), nodes.parts(np.zeros(size)), nodes.edges[np.all(w[nodes.edges] > 0, axis=1)]
 
     def unexplained(rss: float, f: float) -> float:
         return n * d / f * math.log(max(rss / (n * d), FLOOR))
@@ -202,7 +200,7 @@ def _choose(nodes: Nodes, graph: Graph) -> tuple[np.ndarray, bool]:
         return energy + 2 * nodes.loss(labels)
 
     def criterion(labels: np.ndarray, f: float) -> float:
-        more = int(labels.max())
+        more = int(labels.max()) + 1 - graph.num_components
         price = log_n * (PLACE + VALUE * d) * more + EDGE * (nodes.cut(labels) - more)
         return unexplained(rss_of(labels), f) + price
 
@@ -216,7 +214,7 @@ def _choose(nodes: Nodes, graph: Graph) -> tuple[np.ndarray, bool]:
 
     def search(f: float) -> Iterator[np.ndarray]:
         """The best parts while the variance, in which prices are, follows from them."""
-        yield np.zeros(size, int)
+        yield alone
         for labels in first:
             variance = noise**2
             for _ in range(TURNS):
@@ -235,12 +233,15 @@ def _choose(nodes: Nodes, graph: Graph) -> tuple[np.ndarray, bool]:
     r = max(float(near / max(np.sum(rest**2) / n, 1e-300)), 0.0)
     f = min((1 + r) / max(1 - r, 1e-9), MOST_F)
     labels = min([*tried, *search(f)], key=lambda each: criterion(each, f))
-    smooth = min(unexplained(rss, f) + log_n * d * freedom for rss, freedom in _smooth(nodes, graph))
-    return (np.zeros(size, int), True) if smooth < criterion(labels, f) else (labels, False)
+    smooth = [unexplained(rss, f) + log_n * d * more for rss, more in _smooth(nodes, graph) if 1 <= more <= n / 4]
+    return (alone, True) if min(smooth, default=math.inf) < criterion(labels, f) else (labels, False)
 
 
 def _smooth(nodes: Nodes, graph: Graph) -> Iterator[tuple[float, float]]:
-    """The RSS and the degrees of freedom of smooth signals."""
+    """The RSS of smooth signals, and their degrees of freedom beside the mean of each component."""
+    from scipy import fft
+    from scipy.sparse.linalg import cg
+
     w, values, shape = nodes.mass, nodes.values, graph.shape
     if shape is not None and graph.spacing is None and graph.weights is None and np.all(w == 1):
         waves = fft.dctn(values.reshape(*shape, -1), axes=range(len(shape)), norm="ortho")
@@ -249,7 +250,7 @@ def _smooth(nodes: Nodes, graph: Graph) -> Iterator[tuple[float, float]]:
         energy = np.sum(waves**2, axis=-1)
         for s in SMOOTHING:
             kept = 1 / (1 + s * squares)
-            yield float(np.sum((1 - kept) ** 2 * energy)), float(kept.sum())
+            yield float(np.sum((1 - kept) ** 2 * energy)), float(kept.sum()) - 1
         return
     differences = graph.matrix(1)
     laplacian = differences.T @ differences
@@ -266,4 +267,7 @@ def _smooth(nodes: Nodes, graph: Graph) -> Iterator[tuple[float, float]]:
         ]
         b = np.stack(solved, axis=1)
         fit, probes = b[:, : values.shape[1]], b[:, values.shape[1] :]
-        yield float(np.sum(w[:, None] * (values - fit) ** 2)), float(np.sum(w[:, None] * signs * probes)) / PROBES
+        yield (
+            float(np.sum(w[:, None] * (values - fit) ** 2)),
+            float(np.sum(w[:, None] * signs * probes)) / PROBES - graph.num_components,
+        )

@@ -18,7 +18,6 @@ import dataclasses
 
 import numpy as np
 from scipy import sparse
-from scipy.sparse.csgraph import breadth_first_order, connected_components, maximum_flow
 
 # Merges of nearly equal scores, up to this factor above the least one so far, happen in one round.
 TOGETHER = 1.2
@@ -163,6 +162,8 @@ def move(nodes: Nodes, price: float, labels: np.ndarray) -> np.ndarray:
 
 def _cut(costs: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
     """Which nodes are on the first side in the minimum of `costs [n, 2]` plus 1 for each edge, given both ways, cut."""
+    from scipy.sparse.csgraph import breadth_first_order, maximum_flow
+
     n, gain = len(costs), costs[:, 1] - costs[:, 0]
     # More than all edges of a node together cannot matter.
     most = np.bincount(i, minlength=n) + 1
@@ -190,6 +191,8 @@ def _between(labels: np.ndarray, pairs: np.ndarray, links: np.ndarray | None = N
 
 
 def _components(n: int, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+    from scipy.sparse.csgraph import connected_components
+
     joined = sparse.coo_array((np.ones(len(i), bool), (i, j)), shape=(n, n))
     return connected_components(joined, directed=False)[1].astype(np.int64)
 
