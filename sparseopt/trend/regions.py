@@ -39,8 +39,8 @@ from sparseopt.trend.segments.merging import Nodes, best_pieces
 # boundaries were rough, and a smooth blob had parts.
 EDGE = 1.5
 # The weights of total variation, in units of the noise, whose pieces are merged, its gap, and the turns in which the
-# noise follows from the parts.
-STARTS, START_TOL, TURNS = (1.0, 3.0), 1e-3, 5
+# variance follows from the parts, until it changes by less than the fraction SAME.
+STARTS, START_TOL, TURNS, SAME = (1.0, 3.0), 1e-3, 5, 0.02
 # The values of s. Off complete grids the solves are conjugate gradients, of at most this many steps from the one
 # before, and the trace is that of this many random signs (Hutchinson, 1990).
 SMOOTHING, MOST_STEPS, PROBES, CG_TOL = 8.0 ** np.arange(8), 500, 2, 1e-3
@@ -212,27 +212,28 @@ def _choose(nodes: Nodes, graph: Graph) -> tuple[np.ndarray, bool]:
         found = trend_filter(nodes.values, graph, penalty, tol=START_TOL, node_weights=None if n == size else w)
         first.append(found.pieces())
 
-    def search(f: float) -> Iterator[np.ndarray]:
+    def search(starts: list[np.ndarray], f: float, first_variance: float) -> Iterator[np.ndarray]:
         """The best parts while the variance, in which prices are, follows from them."""
         yield alone
-        for labels in first:
-            variance = noise**2
+        for labels in starts:
+            variance = first_variance
             for _ in range(TURNS):
                 piece_price = (log_n * (PLACE + VALUE * d) - EDGE) / 2
-                following = best_pieces(nodes, f * variance * EDGE / 2, labels, f * variance * piece_price)
-                yield following
-                if np.array_equal(following, labels):
+                labels = best_pieces(nodes, f * variance * EDGE / 2, labels, f * variance * piece_price)
+                yield labels
+                before, variance = variance, max(rss_of(labels) / (n * d), FLOOR)
+                if abs(variance - before) <= SAME * before:
                     break
-                labels, variance = following, max(rss_of(following) / (n * d), FLOOR)
 
-    tried = list(search(1.0))
+    tried = list(search(first, 1.0, noise**2))
     labels = min(tried, key=lambda each: criterion(each, 1.0))
     seen, total = nodes.sums(labels)
     rest = np.sqrt(w)[:, None] * (nodes.values - (total / np.where(seen > 0, seen, 1)[:, None])[labels])
     near = np.sum(rest[both[:, 0]] * rest[both[:, 1]]) / max(len(both), 1)
     r = max(float(near / max(np.sum(rest**2) / n, 1e-300)), 0.0)
     f = min((1 + r) / max(1 - r, 1e-9), MOST_F)
-    labels = min([*tried, *search(f)], key=lambda each: criterion(each, f))
+    tried += search([labels], f, max(rss_of(labels) / (n * d), FLOOR))
+    labels = min(tried, key=lambda each: criterion(each, f))
     smooth = [unexplained(rss, f) + log_n * d * more for rss, more in _smooth(nodes, graph) if 1 <= more <= n / 4]
     return (alone, True) if min(smooth, default=math.inf) < criterion(labels, f) else (labels, False)
 

@@ -22,7 +22,7 @@ from scipy import sparse
 # Merges of nearly equal scores, up to this factor above the least one so far, happen in one round.
 TOGETHER = 1.2
 # A territory reaches this many edges from its boundary; capacities of a flow are whole numbers with this price.
-REACH, UNIT = 16, 10_000
+REACH, UNIT = 8, 10_000
 # Turns of merging and moving; on pictures of steps 2 to 5 were seen.
 MOST_TURNS = 50
 
