@@ -111,9 +111,9 @@ def merge(nodes: Nodes, price: float, labels: np.ndarray, piece_price: float = 0
         score = (alone[a] + alone[b] - nodes.saved(mass[a] + mass[b], total[a] + total[b])) / (
             price * links + piece_price
         )
-        level = max(level, TOGETHER * score.min())
-        if score.min() > 1:
+        if not score.min() <= 1:
             break
+        level = max(level, TOGETHER * score.min())
         least = np.full(len(mass), min(level, 1.0))
         np.minimum.at(least, a, score)
         np.minimum.at(least, b, score)
@@ -165,8 +165,8 @@ def _cut(costs: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
     from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
     n, gain = len(costs), costs[:, 1] - costs[:, 0]
-    # More than all edges of a node together cannot matter.
-    most = np.bincount(i, minlength=n) + 1
+    # More than all edges of a node together cannot matter. Capacities are int32.
+    most = np.minimum(np.bincount(i, minlength=n) + 1, 100_000)
     gain = np.round(UNIT * np.clip(gain, -most, most)).astype(np.int32)
     first, second = np.flatnonzero(gain > 0), np.flatnonzero(gain < 0)
     rows = np.concatenate([np.full(len(first), n), second, i])
