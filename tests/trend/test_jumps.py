@@ -234,7 +234,7 @@ def test_what_has_no_jump_to_find():
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"graph": so.Graph.grid((5, 4))}, "found on series, given Graph.grid.*trend_filter"),
+        ({"graph": so.Graph.grid((5, 4))}, "found on series, given Graph.grid.*regions"),
         ({"graph": so.Graph.chain(7)}, "7 nodes"),
         ({"least": 1}, "least"),
         ({"max_jumps": -1}, "max_jumps"),
