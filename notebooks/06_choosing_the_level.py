@@ -141,7 +141,7 @@ assert abs(path.noise / SIGMA - 1) < 0.1
 # same level as SURE. GCV considers only levels with $\text{df} \le n/2$, where its curve ends: closer to the data the
 # quotient is not meaningful for a fit that shrinks.
 
-# %% alt="Three criteria against the weight, each with its minimum: SURE follows the true error closely; SURE and GCV choose 0.77, BIC chooses 1.57."
+# %% alt="Three criteria against the weight, each with its minimum: SURE follows the true error closely; SURE and GCV choose 0.77, BIC chooses 2.08."
 losses = np.array([loss(value) for value in path.values])
 chosen = {
     "GCV": so.select(path, "gcv"),
