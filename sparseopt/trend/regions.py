@@ -31,7 +31,7 @@ from sparseopt.trend.base.fit import signal_on
 from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.base.signal import PLAIN_COPIES, check_graph
 from sparseopt.trend.filter import trend_filter
-from sparseopt.trend.segments.find import DIFFERENCES, FLOOR, MOST_F, PLACE, VALUE
+from sparseopt.trend.segments.find import DIFFERENCES, FLOOR, PLACE, VALUE, scaled, worth
 from sparseopt.trend.segments.merging import Nodes, best_pieces
 
 # The price of a further edge of a boundary. Of 240 fields of white and of correlated noise, 16 × 16 and 32 × 32, prices
@@ -162,15 +162,12 @@ def regions(y: Any, graph: Graph, *, node_weights: Any = None, missing: str = "n
         raise ValueError(f"parts are of graphs with edges, given {graph!r}: every node is a part of its own")
     asked = signal_on(graph, 0, y, node_weights, missing, np.float64, PLAIN_COPIES)
     mass, columns, observed = asked.mass, asked.columns, asked.mass > 0
-    middle = np.average(columns, axis=0, weights=mass)
-    scale = np.sqrt(np.average((columns - middle) ** 2, axis=0, weights=mass)) * (np.ptp(columns[observed], axis=0) > 0)
-    live, weights = scale > 0, mass / mass[observed].mean()
-    values = np.where(observed[:, None], (columns - middle)[:, live] / scale[live], 0)
-    nodes = Nodes(values, weights, np.asarray(graph.edges))
-    labels, smooth = _choose(nodes, graph) if live.any() else (nodes.parts(np.zeros(len(mass))), False)
-    total = [np.bincount(labels, mass * column) for column in columns.T]
-    seen = np.bincount(labels, mass)
-    levels = np.stack(total, axis=1) / np.where(seen > 0, seen, 1)[:, None]
+    seen = scaled(columns[observed], mass[observed])
+    values = np.zeros((len(mass), seen.shape[1]))
+    values[observed] = seen
+    nodes = Nodes(values, mass / mass[observed].mean(), np.asarray(graph.edges))
+    labels, smooth = _choose(nodes, graph) if seen.size else (nodes.parts(np.zeros(len(mass))), False)
+    levels = dataclasses.replace(nodes, values=columns).means(labels)
     fit, counts = levels[labels], np.bincount(labels, observed)
     freedom = max(int(observed.sum()) - len(levels), 1)
     noise = np.sqrt(np.sum(mass[:, None] * (columns - fit) ** 2, axis=0) / freedom)
@@ -227,11 +224,10 @@ def _choose(nodes: Nodes, graph: Graph) -> tuple[np.ndarray, bool]:
 
     tried = list(search(first, 1.0, noise**2))
     labels = min(tried, key=lambda each: criterion(each, 1.0))
-    seen, total = nodes.sums(labels)
-    rest = np.sqrt(w)[:, None] * (nodes.values - (total / np.where(seen > 0, seen, 1)[:, None])[labels])
+    rest = np.sqrt(w)[:, None] * (nodes.values - nodes.means(labels)[labels])
     near = np.sum(rest[both[:, 0]] * rest[both[:, 1]]) / max(len(both), 1)
     r = max(float(near / max(np.sum(rest**2) / n, 1e-300)), 0.0)
-    f = min((1 + r) / max(1 - r, 1e-9), MOST_F)
+    f = worth(r)
     tried += search([labels], f, max(rss_of(labels) / (n * d), FLOOR))
     labels = min(tried, key=lambda each: criterion(each, f))
     smooth = [unexplained(rss, f) + log_n * d * more for rss, more in _smooth(nodes, graph) if 1 <= more <= n / 4]

@@ -35,7 +35,7 @@ from sparseopt.pruning.recipe.options import (
 )
 from sparseopt.pruning.text.chats import is_text
 from sparseopt.pruning.text.documents import SELF, TEXTS, check_text
-from sparseopt.pruning.text.mix import read_mix, sources_of
+from sparseopt.pruning.text.mix import mixed_windows, read_mix, sources_of
 from sparseopt.pruning.text.windows import COUNT_HELP, LEAST_WINDOWS, MOST_WINDOWS, DocumentChoice, WindowChoice
 from sparseopt.pruning.train.distillation import Distillation
 from sparseopt.pruning.train.reconstruction import Reconstruction
@@ -223,7 +223,7 @@ class PassRecipe(BaseModel, ABC):
             return mistakes_in(error, type(self))
         self._open = frozenset(name for name in may_be_open if getattr(self, name) is None)
         if self.windows is None:
-            vars(self)["windows"] = self._mixed_windows
+            vars(self)["windows"] = mixed_windows(self.calibration)
         found = dict(self._defaults())
         # With many windows of text, variants gain less and cost more.
         found["variants"] = max(0, min(found["variants"], MOST_WINDOWS // self.window_count - 1))
@@ -301,8 +301,8 @@ class PassRecipe(BaseModel, ABC):
         if fine({"calibration"}) and is_text(self.calibration) and not self.draws:
             for text, _ in sources_of(self.calibration):
                 yield from told("calibration", partial(check_text, text, self.split, self.column))
-            if self._mixed_windows not in (None, self.windows) and fine({"windows"}):
-                why = f"the texts of calibration have {self._mixed_windows} in all"
+            if (mixed := mixed_windows(self.calibration)) not in (None, self.windows) and fine({"windows"}):
+                why = f"the texts of calibration have {mixed} in all"
                 yield "windows", f"windows is {self.windows}, and {why}: leave windows out, or make the two agree"
         if fine({"score"}) and self.score not in (None, "none"):
             yield from told("score", lambda: check_text(self.score))
@@ -329,11 +329,6 @@ class PassRecipe(BaseModel, ABC):
             if self.windows not in (None, found):
                 why = f"there are {found} besides the held-out ones, given {self.windows}"
                 yield "windows", f"windows {ids}: {why}"
-
-    @property
-    def _mixed_windows(self) -> int | None:
-        """The number of windows of a mix; None for another calibration."""
-        return sum(count or 0 for _, count in sources_of(self.calibration)) or None
 
     @property
     def chosen_window_choice(self) -> WindowChoice:

@@ -54,6 +54,11 @@ def sources_of(calibration: Any) -> list[tuple[Any, int | None]]:
     return list(calibration.items()) if mixed else [(calibration, None)]
 
 
+def mixed_windows(calibration: Any) -> int | None:
+    """The number of windows of a mix; None for another calibration."""
+    return sum(count or 0 for _, count in sources_of(calibration)) or None
+
+
 def divided(windows: int, sources: Sequence[tuple[Any, int | None]]) -> list[int]:
     """`windows` divided among the texts in proportion to their own windows, in whole numbers."""
     ends = np.cumsum([0, *(count or 1 for _, count in sources)])

@@ -226,10 +226,9 @@ def jumps(
     step = 1.0 if graph.times is None or len(times) < 2 else float(np.median(np.diff(times)))
     times = (times - times[len(times) // 2]) / step
     (seen, weights), (values, mass) = ((part[nodes], size[nodes]) for part, size in (parts[0], parts[-1]))
-    seen, weights = seen - np.average(seen, axis=0, weights=weights), weights / weights.mean()
-    scale = np.sqrt(np.average(seen**2, axis=0, weights=weights)) * (np.ptp(seen, axis=0) > 0)
-    scaled = seen[:, scale > 0] / scale[scale > 0]
-    model = _choose(Sums.of(scaled, weights, times[nodes]), scaled, weights, most, least)
+    weights = weights / weights.mean()
+    seen = scaled(seen, weights)
+    model = _choose(Sums.of(seen, weights, times[nodes]), seen, weights, most, least)
     middle = np.average(values, axis=0, weights=mass)
     sums = Sums.of(np.where(np.ptp(values, axis=0) > 0, values - middle, 0), mass, times[nodes])
     ends = fit_pieces(sums, model.places, model.joined, model.line)[1]
@@ -251,6 +250,18 @@ def jumps(
     fit, noise = fit.reshape(asked.shape), noise.reshape(shape)
     places = nodes[model.places]
     return Jumps(places, kinds, sizes, fit, model.line, noise, outliers, low, high, first, last, known.p, thin)
+
+
+def scaled(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The channels `[n, channels]` that are not constant, with the mean 0 and the variance 1."""
+    centred = values - np.average(values, axis=0, weights=weights)
+    scale = np.sqrt(np.average(centred**2, axis=0, weights=weights)) * (np.ptp(centred, axis=0) > 0)
+    return centred[:, scale > 0] / scale[scale > 0]
+
+
+def worth(r: float) -> float:
+    """The f of the criterion, how many values with this correlation of neighbours are worth one."""
+    return min((1 + r) / max(1 - r, 1e-9), MOST_F)
 
 
 def _outliers(values: np.ndarray, reach: int) -> np.ndarray:
@@ -287,7 +298,7 @@ def _choose(sums: Sums, values: np.ndarray, weights: np.ndarray, most: int, leas
         fit = basis @ np.linalg.lstsq(root * basis, root * values, rcond=None)[0]
     rest = np.sqrt(weights)[:, None] * (values - fit)
     r = max(float(np.sum(rest[1:] * rest[:-1]) / max(np.sum(rest**2), 1e-300)), 0.0)
-    f = min((1 + r) / max(1 - r, 1e-9), MOST_F)
+    f = worth(r)
     best = min(pieces, key=lambda model: criterion(model, f))
     tried = [best, *_some_joined(sums, best, d)]
     best = min(tried, key=lambda model: criterion(model, f))

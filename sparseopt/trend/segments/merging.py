@@ -47,6 +47,11 @@ class Nodes:
         """The mass `[k]` and the weighted sum of the values `[k, d]` of every piece."""
         return np.bincount(labels, self.mass), _summed(labels, self.mass[:, None] * self.values)
 
+    def means(self, labels: np.ndarray) -> np.ndarray:
+        """The weighted mean of the values of every piece, `[k, d]`, 0 where nothing is observed."""
+        mass, total = self.sums(labels)
+        return total / np.where(mass > 0, mass, 1)[:, None]
+
     def saved(self, mass: np.ndarray, total: np.ndarray) -> np.ndarray:
         """By how much a piece of that mass and sum is better at its best level than at 0, plus a constant."""
         seen = np.where(mass > 0, mass, 1)[..., None]
@@ -102,8 +107,7 @@ def best_pieces(nodes: Nodes, price: float, labels: np.ndarray, piece_price: flo
 
 def merge(nodes: Nodes, price: float, labels: np.ndarray, piece_price: float = 0.0) -> np.ndarray:
     """Pieces merged with neighbours as long as a merge costs less than the prices that it saves."""
-    labels, level = labels.copy(), 0.0
-    mass, total = nodes.sums(labels)
+    level, (mass, total) = 0.0, nodes.sums(labels)
     pairs, links = _between(labels, nodes.edges)
     while len(pairs):
         a, b = pairs.T

@@ -46,13 +46,13 @@ def is_priced(asked: Fit) -> bool:
 def priced_fit(asked: Fit, solve: Callable[[Fit], TrendSolution]) -> TrendSolution:
     """The fit, on a chain with a gap of 0 up to rounding; on other graphs `solve` fits total variation first."""
     columns, mass, weight, loss = asked.columns, asked.mass, float(asked.penalty.weight), asked.loss
-    counts, edges = isinstance(loss, Poisson), asked.geometry.edges
+    counts, edges, chain = isinstance(loss, Poisson), asked.geometry.edges, asked.geometry.line
     if not asked.square:
         best_constants(asked)  # what has no finite constant is an error
-    starts, steps = ([], 0) if asked.geometry.line else _starts(asked, solve)
+    starts, steps = ([], 0) if chain else _starts(asked, solve)
     value, jumps = np.empty(columns.shape), 0
     for channel, y in enumerate(np.ascontiguousarray(columns.T)):
-        if asked.geometry.line:
+        if chain:
             places = _places(asked, y)
             piece = np.searchsorted(places, np.arange(len(y)), side="right")
         else:
@@ -65,9 +65,9 @@ def priced_fit(asked: Fit, solve: Callable[[Fit], TrendSolution]) -> TrendSoluti
     objective = np.sum(mass[:, None] * node_deviances(loss, value, columns)) / 2 + weight * jumps
     fit, zero = asked.on_nodes(value), jnp.zeros((), asked.dtype)
     nonzero = asked.geometry.difference(1, asked.dtype).mv(fit) != 0
-    status = Status.CONVERGED if asked.geometry.line else Status.STATIONARY
+    status = Status.CONVERGED if chain else Status.STATIONARY
     ended, objective = jnp.asarray(status, jnp.int32), jnp.asarray(objective, asked.dtype)
-    gap = zero if asked.geometry.line else zero + jnp.nan
+    gap = zero if chain else zero + jnp.nan
     return TrendSolution(fit, ended, jnp.asarray(steps, jnp.int32), zero, objective, gap, nonzero=nonzero)
 
 
