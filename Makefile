@@ -109,10 +109,10 @@ $(VENV)-benchopt/.installed: pyproject.toml
 	$(VENV)-benchopt/older/bin/python -m pip install --quiet -e . --group benchopt 'benchopt==1.4.0'
 	@touch $@
 
-demo: $(VENV)/.installed-demo ## Prune a real language model and show what it costs (about 3 minutes on two cores).
+demo: $(VENV)/.installed-demo ## Prune a real language model and show what it costs (about 5 minutes on two cores).
 	$(BIN)/sparseopt demo --calibration $(CALIBRATION)
 
-test: lint $(VENV)/.installed-test ## Lint and the fast tests, one case of every fact (about 12 minutes on two cores).
+test: lint $(VENV)/.installed-test ## Lint and the fast tests, one case of every fact (about 9 minutes on two cores).
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not thorough and not processes and not $(OTHERS)'
 
 test-all: test test-thorough test-oracle test-notebooks test-package ## All tests that need neither data nor devices (about three quarters of an hour).
