@@ -25,9 +25,10 @@ from sparseopt.core.problem.problem import Solution
 from sparseopt.trend.base.fit import Fit
 from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.base.parts import over_devices
-from sparseopt.trend.base.penalties import bears, check_terms, terms_of, vanishes
+from sparseopt.trend.base.penalties import bears, check_terms, constrained, terms_of, vanishes, without_bounds
 from sparseopt.trend.base.pieces import TrendSolution
 from sparseopt.trend.base.signal import check_graph, check_order, check_signal
+from sparseopt.trend.methods.bounded import clipped_fit
 from sparseopt.trend.methods.choice import as_method, choose, is_short, unless_rounded
 from sparseopt.trend.methods.losses import fit_loss
 from sparseopt.trend.methods.piece_means import short_fit, take_piece_means
@@ -55,6 +56,8 @@ def trend_filter(
     history: bool = False,
     dtype: Any = None,
     loss: Any = "square",
+    bounds: Any = None,
+    monotone: str | None = None,
     devices: Devices = None,
 ) -> TrendSolution:
     """Fit `b` to a signal `y` on a graph so that most of its differences `Δ^(order+1) b` are exactly zero.
@@ -96,6 +99,11 @@ def trend_filter(
             with "fused_lasso" and "interior". With free ends from order 1 on, your own loss must be smooth; for L1 with
             an absolute or quantile loss "auto" uses linear programming, whose fits count no steps. See
             `trend.methods.losses`.
+        bounds: (low, high), between which every value of the fit lies; None for no end.
+        monotone: "up" for a fit that does not fall, on chains from node to node, on grids along every axis, else from
+            the first to the second node of every edge; "down" for one that does not rise. At order 0 on a chain the fit
+            is exact, and without a weight, L1(0.0), the isotonic regression. Bounds and monotone fits of order 1 and
+            more need the square loss.
         devices: the number of devices for the fit, "all", or a `jax.sharding.Mesh` of one axis "devices"; None for one.
             Several devices need one penalty, the square loss and "doge" with B = order + 1; up to rounding they give
             the answer of one device. With several processes, each calls this with the same arguments and gets the whole
@@ -122,7 +130,8 @@ def trend_filter(
     """
     options: Any = {"tol": tol, "max_steps": max_steps, "start": start, "history": history}
     options |= {"loss": check_scalar_loss(loss), "method": as_method(method)}
-    asked = check_fit(y, graph, penalty, order, node_weights, missing, dtype, devices, **options)
+    limits = (bounds, monotone)
+    asked = check_fit(y, graph, penalty, order, node_weights, missing, dtype, devices, limits, **options)
     working, native = asked.geometry.working(), wide_types() or asked.dtype == np.float32
     with precision(asked.dtype), working:
         found = asked.list_rows(_solve(asked))
@@ -164,23 +173,31 @@ def check_fit(
     missing: str,
     dtype: Any,
     devices: Devices = None,
+    limits: tuple[Any, str | None] = (None, None),
     **options: Any,
 ) -> Fit:
-    """The checked arguments of `trend_filter`."""
+    """The checked arguments of `trend_filter`; the limits are bounds and monotone."""
     mesh = None if devices is None else device_line(devices)
-    terms = terms_of(penalty, check_order(order))
+    terms = constrained(terms_of(penalty, check_order(order)), *limits)
     highest, count = max(0, *terms), 1 if mesh is None else mesh.size
+    rows = [term for k, term in terms.items() if k >= 0]  # no values are filled up
     geometry = check_graph(graph).geometry.at(highest)
     signal = check_signal(y, geometry, highest, node_weights, missing, dtype, devices=count)
-    geometry = over_devices(geometry if bears(geometry, terms.values()) else geometry.as_edges(), mesh)
+    geometry = over_devices(geometry if bears(geometry, rows) else geometry.as_edges(), mesh)
     channels, kind = signal["values"].shape[1:], signal["values"].dtype
-    asked = Fit(geometry, check_terms(terms, geometry, channels, kind), **signal, **options)
+    terms = check_terms(terms, geometry, channels, kind)
+    if max(0, *terms) < highest:
+        # The highest penalty costs nothing: the geometry may depend on the order.
+        return check_fit(y, graph, terms, 0, node_weights, missing, dtype, devices, **options)
+    asked = Fit(geometry, terms, **signal, **options)
     geometry.require_penalty(asked.penalty, channels)
     return asked
 
 
 def _solve(asked: Fit) -> TrendSolution:
     """The fit of a request, in the layout of the nodes; at order 0 with the means of its pieces."""
+    if (free := without_bounds(asked.terms)) is not None:
+        return clipped_fit(asked, free, _solve)
     if is_short(asked):
         return short_fit(asked)
     found = _fit(asked)

@@ -137,6 +137,16 @@ class Nonnegative(_Interval):
 
 
 @pytree
+class Nonpositive(_Interval):
+    """Indicator of `x <= 0`, plus `weight * sum |x|`; as `Nonnegative` otherwise."""
+
+    weight: Any = 0.0
+    low = -np.inf
+    high = 0.0
+    keeps_zeros = True
+
+
+@pytree
 class Box(_Interval):
     """Indicator of `low <= x <= high`, plus `weight * ||x||_1`; prox: soft threshold, then clip.
 

@@ -194,6 +194,7 @@ class Admm:
         acceleration: how many differences of checked steps Anderson acceleration remembers; 0 for none.
         settles: whether the residual is `unsettled` instead of the gap, for an answer that is rounded afterwards: what
             rounding leaves of the gap is the distance of D from its limit.
+        sets: an object whose `within(penalty, x)` moves x into the sets that the penalty allows, for its gap; or None.
     """
 
     node_solve: Any
@@ -203,6 +204,7 @@ class Admm:
     changes: int = static(default=9)
     acceleration: int = static(default=0)
     settles: Any = False
+    sets: Any = None
 
     def _accelerates(self, problem: Problem) -> bool:
         return self.acceleration > 0 and has_conjugate(problem.penalty) and problem.operator.outer.order == 0
@@ -356,6 +358,7 @@ class Admm:
         """The state, and its residual, objective, gap, and the rounding error to expect in the residual."""
         loss, penalty = problem.loss, problem.penalty
         x, g, unknown = state.now.x, state.candidate, jnp.full((), jnp.nan, state.now.x.dtype)
+        x = self._within(problem, x)
         objective, gap = judge(problem, x, g) if has_conjugate(penalty) else (unknown, unknown)
         residual = gap
         if not is_norm(penalty):
@@ -368,6 +371,9 @@ class Admm:
             residual, gap = jnp.where(inside, gap, stationarity), jnp.where(inside, gap, unknown)
             objective = jnp.where(inside, objective, loss.value(x) + penalty.value(state.rows.prox))
         return state, (residual, objective, gap, self._floor(state, objective))
+
+    def _within(self, problem: Problem, x: Array) -> Array:
+        return x if self.sets is None else self.sets.within(problem.penalty, x)
 
     def _floor(self, state: AdmmState, objective: Array) -> Array:
         # A row of x known to eps |x| costs its penalty that much: no answer in this precision is better.

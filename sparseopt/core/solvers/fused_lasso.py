@@ -18,26 +18,29 @@ _replaced = partial(jax.lax.dynamic_update_index_in_dim, axis=0)
 LIGHT = 1e-9
 
 
-def fused_lasso(y: Float[Array, " n"], weights: Float[Array, " n-1"], masses: Any = None) -> Float[Array, " n"]:
-    """`argmin_x 1/2 sum_i masses[i] (x[i] - y[i])² + sum_i weights[i] |x[i+1] - x[i]|`.
+def fused_lasso(y: Float[Array, " n"], weights: tuple[Array, Array], masses: Any = None) -> Float[Array, " n"]:
+    """`argmin_x 1/2 sum_i m[i] (x[i] - y[i])² + sum_i fall[i] max(x[i] - x[i+1], 0) + rise[i] max(x[i+1] - x[i], 0)`.
 
-    Masses are 0 where y is missing, or None for ones. The derivative of the cost of nodes 0 to i, as a function of
+    The weights are fall and rise, `[n-1]` each and finite; the masses m are 0 where y is missing, or None for ones. The
+    derivative of the cost of nodes 0 to i, as a function of
     x[i], is piecewise linear. It is stored as knots where slope and intercept change, clipped from both sides at the
-    weight of the next difference; the clipping points give the answer backwards,
+    weights of the next difference; the clipping points give the answer backwards,
     `x[i] = clip(x[i+1], low[i], high[i])`. A node adds two knots, and each is removed once. A batch is solved one by
     one.
 
     Example:
         >>> from sparseopt.core.solvers.fused_lasso import fused_lasso
-        >>> fused_lasso(jnp.array([0.0, 1.0, 6.0]), jnp.ones(2))
+        >>> fused_lasso(jnp.array([0.0, 1.0, 6.0]), (jnp.ones(2), jnp.ones(2)))
         Array([1., 1., 5.], dtype=float32)
+        >>> fused_lasso(jnp.array([2.0, 1.0, 6.0]), (1e3 * jnp.ones(2), jnp.zeros(2)))  # isotonic regression
+        Array([1.5, 1.5, 6. ], dtype=float32)
     """
     if masses is not None:
         seen, places = masses > 0, jnp.arange(y.shape[0])
         last = jax.lax.cummax(jnp.where(seen, places, -1))
         y = y[jnp.where(last < 0, jnp.argmax(seen), last)]
         masses = jnp.where(seen, masses, LIGHT * jnp.sum(masses) / jnp.maximum(jnp.sum(seen), 1))
-    return _fused_lasso(y, jnp.pad(weights, 1), masses, y.shape[0])
+    return _fused_lasso(y, jnp.pad(jnp.stack(weights), ((0, 0), (1, 1))), masses, y.shape[0])
 
 
 @jax.jit
@@ -47,40 +50,46 @@ def fused_pieces(y: Float[Array, " n"], masses: Float[Array, " n"], weight: Any,
     Later nodes cost no time, and their answer has no meaning.
     """
     place = jnp.arange(y.shape[0] + 1)
-    return _fused_lasso(y, jnp.where((place > 0) & (place < count), weight, 0).astype(y.dtype), masses, count)
+    levels = jnp.where((place > 0) & (place < count), weight, 0).astype(y.dtype)
+    return _fused_lasso(y, jnp.stack([levels, levels]), masses, count)
 
 
-def fused_dual(pull: Array, rows: Array, weights: Array) -> Array:
+def fused_dual(pull: Array, rows: Array, weights: tuple[Array, Array]) -> Array:
     """The u of an exact fit with `Dᵀu = pull`, `[n - 1]` or `[n - 1, channels]`; `rows` are the differences `D x`.
 
-    It is known where they are not 0, even if it is lost to rounding in the sums along the chain.
+    It is known where they are not 0, even if it is lost to rounding in the sums along the chain. The weights are those
+    of `fused_lasso`, or infinite.
     """
-    weights = weights.reshape(-1, *(1 for _ in rows.shape[1:]))
+    fall, rise = (level.reshape(-1, *(1 for _ in rows.shape[1:])) for level in weights)
     sums = jnp.cumsum(pull, axis=0)[:-1]
-    return jnp.where(rows == 0, jnp.clip(sums, -weights, weights), weights * jnp.sign(rows))
+    return jnp.where(rows == 0, jnp.clip(sums, -rise, fall), jnp.where(rows > 0, fall, -rise))
 
 
 # One lane after another under vmap, where the writes in place would become copies of the tables.
 @jax.custom_batching.sequential_vmap
-def _fused_lasso(y: Float[Array, " n"], levels: Float[Array, " m"], masses: Any, count: Any) -> Float[Array, " n"]:
+def _fused_lasso(y: Float[Array, " n"], levels: Float[Array, "2 m"], masses: Any, count: Any) -> Float[Array, " n"]:
     n = y.shape[0]
     middle = jnp.asarray(n + 1, jnp.int32)
     knots = jnp.zeros((2 * n + 4, 3), y.dtype)  # place, change of slope, change of intercept
-    knots = knots.at[n + 1, 2].set(levels[0]).at[n + 2, 2].set(levels[0])
+    knots = knots.at[n + 1 : n + 3, 2].set(levels[:, 0])
 
     # One flat loop: each turn removes a knot, or cuts on one side and moves to the other side or the next node. It
     # writes before it reads the next knot, or XLA would copy the table in every turn. The derivative from the right is
     # stored with the opposite sign, so that both sides are treated alike.
+    def level(node: Array, on_left: Array) -> Array:
+        """The weight of the difference before a node: of a fall, or of a rise on the right."""
+        return levels[(~on_left).astype(jnp.int32), node]
+
     def fresh(node: Array, on_left: Array) -> Array:
         node = jnp.minimum(node, n - 1)
         mass = jnp.ones((), y.dtype) if masses is None else masses[node]
         pull = mass * y[node]
-        intercept = -levels[node] - jnp.where(on_left, pull, -pull)
+        intercept = -level(node, on_left) - jnp.where(on_left, pull, -pull)
         return jnp.stack([jnp.where(on_left, mass, -mass), intercept, jnp.asarray(-jnp.inf, y.dtype)])
 
     def turn(carry: tuple) -> tuple:
         node, on_left, first, last, piece, knot, knots, cuts = carry
-        after = levels[node + 1]
+        after = level(node + 1, on_left)
         slope, intercept, passed = piece[0], piece[1], piece[2]
         remove = (first <= last) & (slope * knot[0] + intercept <= -after)
         # Inside a jump of the derivative the cut is the place of the jump; `passed` is signed by the side.

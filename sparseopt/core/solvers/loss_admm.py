@@ -99,10 +99,9 @@ class LossAdmm(Admm):
             return state, (residual, objective, jnp.full_like(residual, jnp.nan), floor)
         now, mean = state.now, _mean(state)
         # A loop: the program is compiled once, and holds one set of rows at a time.
-        objectives, gaps = jax.lax.map(
-            lambda point: judge(problem, point[0], point[1], self.anchor),
-            (jnp.stack([now.x, mean.x]), jnp.stack([now.blocks[-1].candidate, mean.blocks[-1].candidate])),
-        )
+        points = jnp.stack([self._within(problem, x) for x in (now.x, mean.x)])
+        duals = jnp.stack([now.blocks[-1].candidate, mean.blocks[-1].candidate])
+        objectives, gaps = jax.lax.map(lambda pair: judge(problem, pair[0], pair[1], self.anchor), (points, duals))
         least = jnp.min(gaps)
         due = (least <= RESTART_GAP * state.mean.restart_gap) | (state.mean.length >= RESTART_LENGTH * state.count)
         take = due & (gaps[1] < gaps[0])

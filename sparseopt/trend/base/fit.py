@@ -21,7 +21,7 @@ from sparseopt.core.problem.problem import Solution, Start
 from sparseopt.trend.base.geometry import Geometry
 from sparseopt.trend.base.ground import Data, Ground, prepare
 from sparseopt.trend.base.method import DEFAULTS, MOST_STEPS, Settings
-from sparseopt.trend.base.penalties import Terms, couples_rows, on_rows
+from sparseopt.trend.base.penalties import Terms, couples_rows, on_rows, without_bounds
 from sparseopt.trend.base.signal import check_signal, geometry_at, require_determined
 
 # What `Fit` computes of the signal alone.
@@ -74,8 +74,11 @@ class Fit:
         fill("is_l1", isinstance(self.penalty, L1))
         fill("square", getattr(self.loss, "is_square", False))
         fill("settings", self.method if isinstance(self.method, Settings) else DEFAULTS)
-        if self.several and not self.square:
-            raise ValueError(f"several penalties need the square loss, given loss={self.loss}")
+        if self.several and not self.square and without_bounds(self.terms) is None:
+            raise ValueError(
+                f"several penalties need the square loss, given loss={self.loss}; at order 0 bounds, or a signal that "
+                "only rises or falls, need no penalty more"
+            )
         if reason := self.geometry.refuses_loss(self.loss, self.order):
             raise ValueError(reason)
         positive_number("tol", self.tol)

@@ -18,6 +18,7 @@ from sparseopt.core.base.types import pytree, static
 from sparseopt.core.losses.data import DataLoss
 from sparseopt.core.losses.quadratic import HIGHEST
 from sparseopt.core.losses.scalar import Squared
+from sparseopt.core.penalties.sets import Ended, Nonnegative, Nonpositive
 
 # At orders >= 1 the fit may leave the range of the data where nothing is observed. The certificate then holds among
 # fits within this many ranges of it; at order 0 the range itself is an exact bound.
@@ -80,6 +81,27 @@ class Ground:
     def proof(self, penalty: Any, pull: Array) -> tuple[Array, Array]:
         """A dual point for the null fit, and whether it may prove that this is the fit for a norm."""
         raise NotImplementedError
+
+    def within(self, penalty: Any, x: Array) -> Array:
+        """`x`, near the sets that a penalty allows, moved into those that bound b or let it only rise or fall.
+
+        A gap needs a point inside; the iterate of a splitting method is slightly outside.
+        """
+        several = hasattr(penalty, "penalties")
+        maps = self.operator.maps if several else (self.operator,)
+        for term, of in zip(penalty.penalties if several else (penalty,), maps, strict=True):
+            if of.order == 0 and isinstance(term, Ended):
+                x = jnp.clip(x, jnp.asarray(term.low, x.dtype), jnp.asarray(term.high, x.dtype))
+            if of.order == 1 and isinstance(term, Nonnegative | Nonpositive):
+                # The differences are tail less head.
+                x = self.rising(x) if isinstance(term, Nonpositive) else -self.rising(-x)
+        return x
+
+    def rising(self, x: Array) -> Array:
+        """The smallest signal above x that does not fall along an edge, from its tail to its head."""
+        for axis in range(len(self.highest.in_shape)):
+            x = jax.lax.cummax(x, axis)
+        return x
 
 
 @pytree
@@ -165,6 +187,17 @@ class EdgeGround(GraphGround):
         low = jnp.full(like, jnp.inf, y.dtype).at[labels].min(jnp.where(weights > 0, y, jnp.inf))
         high = jnp.full(like, -jnp.inf, y.dtype).at[labels].max(jnp.where(weights > 0, y, -jnp.inf))
         return jnp.clip(found, low[labels], high[labels])
+
+    def rising(self, x: Array) -> Array:
+        tails, heads = self.highest.base.ends()
+
+        def pushed(x: Array) -> Array:
+            return x.at[heads].max(x[tails], mode="promise_in_bounds")
+
+        def changed(pair: tuple[Array, Array]) -> Array:
+            return jnp.any(pair[0] != pair[1])
+
+        return jax.lax.while_loop(changed, lambda pair: (pair[1], pushed(pair[1])), (x, pushed(x)))[1]
 
     def inverse(self, right: Array, times: int) -> tuple[Array, Array]:
         """With conjugate gradients, which may not converge in 1,000 steps."""

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sparseopt.core.base.mesh import at_work, over, put, whole
+from sparseopt.core.base.types import pytree
 from sparseopt.core.operators.parts import Cut, SlabBase
 from sparseopt.core.operators.row_tables import Sums
 from sparseopt.core.penalties.entries import L1
@@ -83,7 +84,7 @@ class Parts(Geometry):
         return Sums(*(self._pad(getattr(sums, name), along[name.split("_")[0]], PADDING) for name in names))
 
     def _ground(self, common: dict[str, Any], orders: tuple[int, ...], dtype: Any, channels: bool) -> Ground:
-        return EdgeGround(**common, **self._component_tables(dtype, channels))
+        return PartsGround(**common, **self._component_tables(dtype, channels))
 
     def between(self, values: np.ndarray) -> np.ndarray:
         return self.alone.between(values)
@@ -145,6 +146,14 @@ class Parts(Geometry):
                 f"over several devices a penalty costs nothing at 0 and keeps 0 unchanged, unlike {penalty}: leave out "
                 "devices"
             )
+
+
+@pytree
+class PartsGround(EdgeGround):
+    """A graph over several devices, whose fits of signals that only rise or fall have no gap."""
+
+    def within(self, penalty: Any, x: Any) -> Any:
+        return x
 
 
 def over_devices(geometry: Geometry, mesh: Mesh | None) -> Geometry:

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparseopt.core.base.arguments import Limited, own_refusal, real_array, whole_number
+from sparseopt.core.base.arguments import Limited, own_refusal, real_array, unknown, whole_number
 from sparseopt.core.base.types import is_traced, namespace
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.penalties.protocols import Composite
+from sparseopt.core.penalties.sets import Box, Nonnegative, Nonpositive
 from sparseopt.core.penalties.sums import stack
 from sparseopt.trend.base.geometry import Geometry
 from sparseopt.trend.base.ground import couples_axes
@@ -80,6 +81,48 @@ def terms_of(penalty: Any, order: int) -> Terms:
     if order:
         raise ValueError(f"if penalties are keyed by their orders {list(terms)}, leave order out; given order={order}")
     return dict(sorted(terms.items()))
+
+
+def constrained(terms: Terms, bounds: Any, monotone: Any) -> Terms:
+    """The penalties with `low <= b <= high`, and with a signal that only rises or falls along the edges.
+
+    A constraint joins L1 at its order: the sum of both is one penalty with a simple prox.
+    """
+    added: dict[int, Any] = {}
+    if bounds is not None:
+        low, high = _ends(bounds)
+        added[-1] = lambda weight: Box(low, high, weight)
+    if monotone is not None:
+        if monotone not in ("up", "down"):
+            raise ValueError(unknown("monotone", monotone, ("up", "down")))
+        # A difference is that of an edge's tail less its head.
+        added[0] = Nonpositive if monotone == "up" else Nonnegative
+    for k in added.keys() & terms.keys():
+        if not isinstance(terms[k], L1):
+            what = "bounds join" if k < 0 else "monotone joins"
+            raise ValueError(f"{what} L1 at order {k}, given {terms[k]}; use L1 there, or leave out the constraint")
+    return dict(sorted((terms | {k: make(getattr(terms.get(k), "weight", 0.0)) for k, make in added.items()}).items()))
+
+
+def without_bounds(terms: Terms) -> Terms | None:
+    """The penalties without bounds of b, if a fit of them has only to be clipped; else None."""
+    rest = {k: term for k, term in terms.items() if k >= 0}
+    clips = isinstance(terms.get(-1), Box) and not np.any(terms[-1].weight) and list(rest) == [0]
+    return rest if clips and isinstance(rest[0], L1 | Nonnegative | Nonpositive) else None
+
+
+def _ends(bounds: Any) -> tuple[float, float]:
+    """The ends of bounds, None for no end; a ValueError unless they are two numbers, the first no larger."""
+    message = f"bounds are a pair (low, high) of numbers with low <= high, None for no bound, given {bounds!r:.100}"
+    if isinstance(bounds, str) or np.ndim(bounds) != 1 or len(bounds) != 2:
+        raise ValueError(message)
+    ends = [end if given is None else given for given, end in zip(bounds, (-np.inf, np.inf), strict=True)]
+    if any(isinstance(end, bool) or not isinstance(end, float | int | np.number) for end in ends):
+        raise ValueError(message)
+    low, high = map(float, ends)
+    if not low <= high or low == np.inf or high == -np.inf:
+        raise ValueError(message)
+    return low, high
 
 
 def check_terms(terms: Terms, geometry: Geometry, channels: tuple[int, ...], kind: np.dtype) -> Terms:
@@ -186,7 +229,7 @@ def check_weight(penalty: Any, rows: int | None = None) -> Any:
     weight = real_array("the penalty's weight", weight) if known else weight
     if reason := own_refusal(penalty):
         raise ValueError(reason)
-    if weight.ndim and not (rows is not None and isinstance(penalty, L1)):
+    if weight.ndim and not (rows is not None and isinstance(penalty, L1 | Box | Nonnegative | Nonpositive)):
         raise ValueError(
             f"the penalty's weight is one number here, given the shape {weight.shape}; L1 in `trend_filter` accepts a "
             "weight for every difference, and a graph accepts weights of edges"

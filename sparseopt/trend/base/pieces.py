@@ -154,7 +154,7 @@ def nonzero_at(ground: Ground, penalty: Any, x: jax.Array, dual: Any, prox: Any,
             return rows != 0  # the values alone are penalised
         penalty, size = penalty.penalties[-1], penalty.sizes[-1]
         dual, prox = (None if part is None else part[-size:].reshape(rows.shape) for part in (dual, prox))
-    if not is_norm(penalty):
+    if prox is not None and not is_norm(penalty):
         return jnp.where(flat, False, prox != 0)
     scale = ground.row_norms * (noise / mean_weight(penalty, ground.padding[1]))
     if couples_axes(penalty):

@@ -1,10 +1,10 @@
-"""Two plans for L1 on chains: the exact fused lasso of order 0, and an interior point method for every order.
+"""Two plans for chains: the exact fused lasso of order 0, and an interior point method for L1 of every order.
 
 Both are pure and take node weights, missing values, channels and a weight for each row; neither needs a start.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jaxtyping import Array
 from sparseopt.core.base.mesh import on_device
 from sparseopt.core.base.types import pytree, static
 from sparseopt.core.penalties.entries import L1
+from sparseopt.core.penalties.sets import Nonnegative, Nonpositive
 from sparseopt.core.problem.problem import Solution, Start, Status
 from sparseopt.core.solvers.banded_interior import BandedMatrix, banded_interior
 from sparseopt.core.solvers.fused_lasso import fused_dual, fused_lasso
@@ -21,6 +22,8 @@ from sparseopt.trend.base.fit import Fit
 from sparseopt.trend.base.ground import Data
 from sparseopt.trend.base.method import Method
 from sparseopt.trend.methods.plan import Plan
+
+FUSED = (L1, Nonnegative, Nonpositive)
 
 
 @pytree
@@ -30,9 +33,11 @@ class ChainPlan(Plan):
     # Whether arrays on the rows are those on the edges of a grid of one axis, `[1, n]`, of which the last is empty.
     on_edges: bool = static(default=False)
     takes_start = False
+    penalties: ClassVar[tuple[type, ...]] = (L1,)
 
     def refuses(self, penalty: Any, weighted: bool) -> str | None:
-        return None if isinstance(penalty, L1) else f"the methods of chains solve the L1 penalty, given {penalty}"
+        known = isinstance(penalty, self.penalties)
+        return None if known else f"the methods of chains solve the L1 penalty, given {penalty}"
 
     def weights(self, data: Data) -> Array | None:
         """Of the nodes, `[n]`."""
@@ -63,17 +68,33 @@ def _solution(x: Array, dual: Array, ended: Any, steps: Any) -> Solution:
 
 @pytree
 class FusedPlan(ChainPlan):
-    """The exact fused lasso, without a step."""
+    """The exact fused lasso, without a step; for signals that only rise or fall, isotonic regression."""
+
+    penalties: ClassVar[tuple[type, ...]] = FUSED
 
     def solve(
         self, data: Data, penalty: Any, limits: tuple[Any, Any], start: Start, rates: tuple[Any, Any, Any], history: int
     ) -> tuple[Solution, Array, Any]:
         y, masses = data.centred.target, self.weights(data)
         caps = self.caps(penalty, start.dual)
-        x = jax.vmap(fused_lasso, (1, None, None), 1)(y.reshape(y.shape[0], -1), caps, masses).reshape(y.shape)
-        rows = self.ground.operator.mv(x)
-        u = self.laid_out(fused_dual(-data.centred.gradient(x), self.listed(rows), caps))
+        # No pull of the signal is as long as this, which stands for an infinite weight.
+        spread = jnp.max(y) - jnp.min(y)
+        far = 2 * spread * (y.size if masses is None else jnp.sum(masses)) + jnp.finfo(y.dtype).tiny
+        levels = _levels(penalty, caps, far)
+        x = jax.vmap(fused_lasso, (1, None, None), 1)(y.reshape(y.shape[0], -1), levels, masses).reshape(y.shape)
+        # Rounding may leave a fall where none is allowed.
+        x = self.ground.within(penalty, x)
+        rows = self.listed(self.ground.operator.mv(x))
+        u = self.laid_out(fused_dual(-data.centred.gradient(x), rows, _levels(penalty, caps, jnp.inf)))
         return _solution(x, u, True, jnp.zeros((), jnp.int32)), u, None
+
+
+def _levels(penalty: Any, caps: Array, forbidden: Any) -> tuple[Array, Array]:
+    """The weights of falls and of rises, of which one may be forbidden."""
+    return (
+        jnp.where(isinstance(penalty, Nonpositive), forbidden, caps),
+        jnp.where(isinstance(penalty, Nonnegative), forbidden, caps),
+    )
 
 
 @pytree
@@ -94,7 +115,9 @@ class BandedPlan(ChainPlan):
 
 @dataclasses.dataclass(frozen=True)
 class FusedLasso(Method):
-    """The exact fused lasso for L1 at order 0 on chains, by dynamic programming; a fit counts no steps.
+    """The exact fused lasso at order 0 on chains, by dynamic programming; a fit counts no steps.
+
+    For L1, and for signals that only rise or fall.
 
     Source: Johnson, "A dynamic programming algorithm for the fused lasso and L0-segmentation", Journal of
     Computational and Graphical Statistics 22 (2013).
@@ -108,7 +131,7 @@ class FusedLasso(Method):
             return reason
         if not (asked.geometry.line and asked.order == 0):
             return f'method="{self.name}" solves order 0 on chains; use "doge", "admm" or "interior"'
-        if not asked.is_l1:
+        if not isinstance(asked.penalty, FUSED):
             return f'method="{self.name}" solves the L1 penalty, given {asked.penalty}; use "doge" or "admm"'
         return f'method="{self.name}" takes no step: leave out the history' if asked.history else None
 

@@ -139,8 +139,9 @@ class GroupsPlan(SplitPlan):
     def refuses(self, penalty: Any, weighted: bool) -> str | None:
         return _refuses(penalty) or super().refuses(penalty, weighted)
 
-    def solver(self, rho: Any, relaxation: Any = 1.7, settles: Any = False) -> doge.DogeGroups:
-        return doge.DogeGroups(self.node_solve, rho, relaxation, self.cadence, groups=self.groups, settles=settles)
+    def solver(self, rho: Any, relaxation: Any = 1.7, settles: Any = False, sets: Any = None) -> doge.DogeGroups:
+        more: Any = {"groups": self.groups, "settles": settles, "sets": sets}
+        return doge.DogeGroups(self.node_solve, rho, relaxation, self.cadence, **more)
 
 
 @dataclasses.dataclass(frozen=True)

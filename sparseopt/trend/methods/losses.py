@@ -127,6 +127,7 @@ def fit_loss(asked: Fit, best: BestConstants | None = None) -> TrendSolution:
         kind.type(settings.relaxation),
         min(settings.cadence or plan.cadence, asked.max_steps),
         sigma=jnp.asarray(sigma, kind),
+        sets=None if is_norm(penalty) else asked.ground,
         anchor=Anchor(inside, _pull_of(asked.ground.operator, inside)) if has_conjugate(penalty) else None,
         metric=None if even else laid_out(curvatures / sigma),
     )

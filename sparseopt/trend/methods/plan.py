@@ -135,7 +135,7 @@ def finish(
     The component means are the limit for large weights; if they are no worse than the iterate, they are the answer, and
     its differences are exactly zero. L0 may be stuck far above them. The anchor is as in `judge`.
     """
-    x, problem = found.value + data.shift, Problem(data.loss, penalty, ground.operator)
+    x, problem = ground.within(penalty, found.value + data.shift), Problem(data.loss, penalty, ground.operator)
     if not has_conjugate(penalty):
         of_means, of_x = data.loss.value(data.means) + penalty.value(jnp.zeros_like(dual)), found.objective
         take, certified = of_means < of_x, jnp.zeros((), bool)

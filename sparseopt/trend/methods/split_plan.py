@@ -12,7 +12,7 @@ from jaxtyping import Array
 from sparseopt.core.base.compile import Jitted
 from sparseopt.core.base.types import pytree, static
 from sparseopt.core.operators.maps import Split
-from sparseopt.core.penalties.protocols import feasible, has_conjugate
+from sparseopt.core.penalties.protocols import feasible, has_conjugate, is_norm
 from sparseopt.core.problem.iterate import iterate
 from sparseopt.core.problem.problem import Problem, Solution, Start
 from sparseopt.core.solvers.admm import Admm
@@ -47,15 +47,17 @@ class SplitPlan(Plan):
             return "transforms along the axes solve for nodes of one weight alone"
         return None
 
-    def solver(self, rho: Any, relaxation: Any = 1.7, settles: Any = False) -> Any:
-        return Admm(self.node_solve, rho, relaxation, self.cadence, acceleration=ACCELERATION, settles=settles)
+    def solver(self, rho: Any, relaxation: Any = 1.7, settles: Any = False, sets: Any = None) -> Any:
+        more: Any = {"acceleration": ACCELERATION, "settles": settles, "sets": sets}
+        return Admm(self.node_solve, rho, relaxation, self.cadence, **more)
 
     def solve(
         self, data: Data, penalty: Any, limits: tuple[Any, Any], start: Start, rates: tuple[Any, Any, Any], history: int
     ) -> tuple[Solution, Array, Any]:
         kind, (tol, limit), (rho, relaxation, settles) = data.centred.target.dtype, limits, rates
         usual = (FIRST_RHO * data.strength(self.ground, penalty)).astype(kind)
-        solver = self.solver(usual if rho is None else jnp.asarray(rho, kind), jnp.asarray(relaxation, kind), settles)
+        first, sets = usual if rho is None else jnp.asarray(rho, kind), None if is_norm(penalty) else self.ground
+        solver = self.solver(first, jnp.asarray(relaxation, kind), settles, sets)
         last = start.rho
         if last is not None:
             last = None if rho is not None else jnp.where(last > 0, last, usual)

@@ -187,7 +187,7 @@ def _merged(ground: Ground, loss: DataLoss, weights: Any, fits: Any, tol: Any) -
     def judge_at(level: tuple[Any, Any]) -> Any:
         weight, x = level
         rows = ground.highest.mv(x)
-        dual = fused_dual(-loss.gradient(x), rows[0, :-1], jnp.full(rows.shape[1] - 1, weight))
+        dual = fused_dual(-loss.gradient(x), rows[0, :-1], 2 * (jnp.full(rows.shape[1] - 1, weight),))
         dual = jnp.zeros_like(rows).at[0, :-1].set(dual)
         objective, gap = judge(Problem(loss, L1(weight), ground.operator), x, dual)
         status = jnp.where(gap <= tol, Status.CONVERGED, Status.PRECISION).astype(jnp.int32)
