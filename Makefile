@@ -24,7 +24,7 @@ RELIABILITY := kills,budget
 PLANNED := gradient,pictures,calls
 OTHERS := slow and not pages and not oracle and not package and not notebooks and not accelerators and not device
 
-.PHONY: help demo test test-all test-thorough lint test-slow test-oracle test-notebooks test-package test-accelerators test-gpu families golden notebooks docs links bench-prune bench-memory bench-reliability bench-scaling bench-gpu bench-quality bench-precision bench-shrink bench-runtime bench-bits bench-trend bench-trend-selection bench-trend-sizes bench-trend-peers bench-trend-batch bench-core bench-regression bench-benchopt bench-certificates bench-jumps clean
+.PHONY: help demo test test-all test-thorough lint test-slow test-oracle test-notebooks test-package test-accelerators test-gpu families golden notebooks docs links bench-prune bench-memory bench-reliability bench-scaling bench-gpu bench-quality bench-precision bench-shrink bench-runtime bench-bits bench-trend bench-trend-selection bench-trend-sizes bench-trend-peers bench-trend-batch bench-core bench-regression bench-benchopt bench-certificates bench-jumps bench-criteria clean
 
 # Two installations in one environment at the same time would break it.
 .NOTPARALLEL:
@@ -233,6 +233,9 @@ bench-certificates: $(VENV)/.installed-test ## Gaps, statuses and objectives of 
 
 bench-jumps: $(VENV)/.installed-test ## False and found jumps of series at the defaults, one core (about 10 minutes); SERIES=JSON file of annotated series, ONLY.
 	$(BIN)/python benchmarks/bench_jumps.py $(if $(SERIES),--series '$(SERIES)') $(if $(ONLY),--only $(ONLY))
+
+bench-criteria: $(VENV)/.installed-test ## False places and errors of the rules for the weight, and of jumps, on series, one core (about 10 minutes); ONLY=flat,steps,line.
+	$(BIN)/python benchmarks/bench_criteria.py $(if $(ONLY),--only $(ONLY))
 
 clean: ## Remove caches and build products, but neither results nor the virtual environment.
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -156,23 +156,22 @@ def trend(
     task: Any = expand(values, source="the command")[0].task
     stem = output.with_suffix("")
     picture, summary, page = Path(f"{stem}.png"), Path(f"{stem}-summary.json"), Path(f"{stem}-report.html")
-    places = [Path(f"{stem}-jumps.csv")] if task.finds_jumps else []
+    places = [Path(f"{stem}-{task.sought}.csv")] if task.sought else []
     files.check_output(output, tables.TABLE_KINDS, force)
     for target in (picture, summary, page, *places):
         files.check_output(target, None, force)
     signal, rule = task.read(), task.rule()
     for note in signal.notes:
         console.say(note)
-    title = f"choosing the weight {RULES[rule].partition(',')[0]}" if rule else "fitting"
-    if task.finds_jumps:
-        title = "finding jumps"
+    title = f"choosing the weight {RULES[rule].partition(',')[0]}" if rule else f"finding {task.sought}"
+    title = title if rule or task.sought else "fitting"
     with warnings.catch_warnings(record=True) as warned, console.waiting(title) as observer:
         found = task.fit(signal, observer)
     for warning in warned:
         console.say(f"warning: {warning.message}", console.errors)
     graph_files.write_fit(output, found.table, found.pieces)
     for target in places:
-        tables.write_table(target, found.jumps or {})
+        tables.write_table(target, found.breaks or {})
     drawn = _draw(picture, lambda: write_figure(observed_and_fit(**found.drawn)[0].figure, picture, 150))
     _say(found.record)
     caption = f"{', '.join(found.record['channels'])}: observed, and the fit of order {task.order}"
@@ -197,10 +196,14 @@ def _draw(picture: Path, draw: Callable[[], None]) -> list[Path]:
 
 def _say(figures: dict[str, Any]) -> None:
     """Say how a fit ended."""
-    if "jumps" in figures:
-        pieces = f"{figures['pieces']} {'line' if figures['lines'] else 'constant'}{'s' * (figures['pieces'] > 1)}"
+    if "weight" not in figures:
+        kind = "part" if "regions" in figures else "line" if figures["lines"] else "constant"
+        pieces = (
+            f"{figures['pieces']:,} {kind}{'s' * (figures['pieces'] > 1)}{', smooth' * bool(figures.get('smooth'))}"
+        )
         console.say(f"done in {console.duration(figures['seconds'])} (noise about {figures['noise']:.3g}): {pieces}")
-        console.say("\n".join([*figures["jumps"], figures["basis"]]) if figures["jumps"] else "no jump")
+        found = figures.get("regions") or [*figures["jumps"], figures["basis"]]
+        console.say("\n".join(found) if "regions" in figures or figures["jumps"] else "no jump")
         return
     steps, gap, status = figures["steps"], figures["relative_duality_gap"], Status[figures["status"]]
     noise, rule = figures["noise"], RULES.get(figures["weight_rule"])
@@ -226,10 +229,11 @@ def _write(
     def made(command: str) -> str:
         rows = [(name.replace("_", " "), report.cell(value)) for name, value in figures.items()]
         shown = report.Report(report.Table("The fit", ("quantity", "value"), rows), figures=drawn)
-        options, does = "--weight gcv", "smooths with a trend filter instead"
+        step = report.Fact("--weight gcv --force", "in the same command without --jumps smooths with a trend filter")
         if "weight" in figures:
-            options, does = f"--weight {2 * figures['weight']:.3g}", "smooths more"
-        steps = [report.Fact(f"{options} --force", f"in the same command {does}")]
-        return report.html_page(title, [shown], command, environment(), steps)
+            step = report.Fact(f"--weight {2 * figures['weight']:.3g} --force", "in the same command smooths more")
+        elif "regions" in figures and figures["graph"] is None:
+            step = report.Fact("sparseopt denoise", "smooths the picture instead")
+        return report.html_page(title, [shown], command, environment(), [step])
 
     console.write_page(page, made)

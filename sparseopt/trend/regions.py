@@ -17,6 +17,7 @@ the trace.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
+from sparseopt.core.base.types import Observer
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.penalties.groups import GroupL2
 from sparseopt.system.report import Fact, html_facts
@@ -46,6 +48,7 @@ STARTS, START_TOL, TURNS, SAME = (1.0, 3.0), 1e-3, 5, 0.02
 SMOOTHING, MOST_STEPS, PROBES, CG_TOL = 8.0 ** np.arange(8), 500, 2, 1e-3
 # More parts than this are counted, not listed.
 LISTED = 20
+PAIR_COLUMNS = ("first", "second", "edges", "step")  # of the table
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -78,7 +81,7 @@ class Regions:
         pairs, counts = np.unique(ends, axis=0, return_counts=True)
         steps = self.levels[pairs[:, 1]] - self.levels[pairs[:, 0]]
         rows = zip(*pairs.T.tolist(), counts.tolist(), steps.tolist(), strict=True)
-        return [dict(zip(("first", "second", "edges", "step"), row, strict=True)) for row in rows]
+        return [dict(zip(PAIR_COLUMNS, row, strict=True)) for row in rows]
 
     def facts(self) -> list[Fact]:
         """The level and the size of each part, of the largest if there are many."""
@@ -103,15 +106,7 @@ class Regions:
         axis = plt.subplots(layout="constrained")[1] if axis is None else axis
         picture = axis.imshow(self.fit.reshape(*shape, -1).mean(axis=-1), cmap="viridis", interpolation="nearest")
         axis.figure.colorbar(picture, ax=axis, label="level")
-        i, j = np.divmod(self.graph.edges[self.edges], shape[1])
-        # A boundary crosses the middle of its edge.
-        middle, across = (
-            np.stack([j.mean(axis=1), i.mean(axis=1)]),
-            np.stack([np.ptp(i, axis=1), np.ptp(j, axis=1)]) / 2,
-        )
-        axis.plot(
-            *np.stack([middle - across, middle + across, middle + np.nan], axis=2).reshape(2, -1), "w-", linewidth=1
-        )
+        draw_boundaries(axis, self.pieces.reshape(shape))
         return axis
 
     def __repr__(self) -> str:
@@ -126,7 +121,19 @@ class Regions:
         return f"Regions: {count} part{'s' * (count > 1)}{why}, {len(self.edges):,} edges between parts, noise {noise}"
 
 
-def regions(y: Any, graph: Graph, *, node_weights: Any = None, missing: str = "nan") -> Regions:
+def draw_boundaries(axis: Any, pieces: np.ndarray) -> None:
+    """Draw the boundaries of the parts `[height, width]` of a picture on its matplotlib axes."""
+    ends = Graph.grid(pieces.shape).edges
+    i, j = np.divmod(ends[np.diff(pieces.reshape(-1)[ends])[:, 0] != 0], pieces.shape[1])
+    # A boundary crosses the middle of its edge.
+    middle, across = np.stack([j.mean(axis=1), i.mean(axis=1)]), np.stack([np.ptp(i, axis=1), np.ptp(j, axis=1)]) / 2
+    lines = np.stack([middle - across, middle + across, middle + np.nan], axis=2).reshape(2, -1)
+    axis.plot(*lines, "w-", linewidth=1)
+
+
+def regions(
+    y: Any, graph: Graph, *, node_weights: Any = None, missing: str = "nan", observer: Observer | None = None
+) -> Regions:
     """Find the parts of a picture, a map or a graph that a person would mark, with nothing to set.
 
     Each part is connected and has a level of its own, without shrinkage; how many there are is chosen by the criterion
@@ -139,6 +146,7 @@ def regions(y: Any, graph: Graph, *, node_weights: Any = None, missing: str = "n
         graph: any graph with an edge.
         node_weights: w >= 0, `[n]`; 0 marks a missing observation, which is in the part of its neighbours.
         missing: "nan" treats NaN as missing; "error" raises.
+        observer: called with what is done next, the number of these that are finished, and the most there may be.
 
     Returns:
         `Regions`; a local minimum of the criterion, see `L0` in `trend_filter`.
@@ -166,7 +174,8 @@ def regions(y: Any, graph: Graph, *, node_weights: Any = None, missing: str = "n
     values = np.zeros((len(mass), seen.shape[1]))
     values[observed] = seen
     nodes = Nodes(values, mass / mass[observed].mean(), np.asarray(graph.edges))
-    labels, smooth = _choose(nodes, graph) if seen.size else (nodes.parts(np.zeros(len(mass))), False)
+    told = observer or (lambda what, done, total: None)
+    labels, smooth = _choose(nodes, graph, told) if seen.size else (nodes.parts(np.zeros(len(mass))), False)
     levels = dataclasses.replace(nodes, values=columns).means(labels)
     fit, counts = levels[labels], np.bincount(labels, observed)
     freedom = max(int(observed.sum()) - len(levels), 1)
@@ -184,7 +193,7 @@ def regions(y: Any, graph: Graph, *, node_weights: Any = None, missing: str = "n
     )
 
 
-def _choose(nodes: Nodes, graph: Graph) -> tuple[np.ndarray, bool]:
+def _choose(nodes: Nodes, graph: Graph, told: Observer) -> tuple[np.ndarray, bool]:
     """The parts with the smallest criterion, and whether a smooth signal has a smaller one."""
     w, (size, d) = nodes.mass, nodes.values.shape
     n, energy = int(np.count_nonzero(w)), float(np.sum(w[:, None] * nodes.values**2))
@@ -203,8 +212,9 @@ def _choose(nodes: Nodes, graph: Graph) -> tuple[np.ndarray, bool]:
 
     rough = np.median(np.abs(np.diff(nodes.values[both], axis=1))) if len(both) else 0.0
     noise = max(DIFFERENCES * float(rough), math.sqrt(FLOOR))
-    first = []
-    for start in STARTS:
+    first, turns = [], itertools.count()
+    for index, start in enumerate(STARTS):
+        told("first parts", index, len(STARTS))
         penalty = L1(start * noise) if d == 1 else GroupL2(start * noise)
         found = trend_filter(nodes.values, graph, penalty, tol=START_TOL, node_weights=None if n == size else w)
         first.append(found.pieces())
@@ -215,6 +225,7 @@ def _choose(nodes: Nodes, graph: Graph) -> tuple[np.ndarray, bool]:
         for labels in starts:
             variance = first_variance
             for _ in range(TURNS):
+                told("turn", next(turns), (len(STARTS) + 1) * TURNS)
                 piece_price = (log_n * (PLACE + VALUE * d) - EDGE) / 2
                 labels = best_pieces(nodes, f * variance * EDGE / 2, labels, f * variance * piece_price)
                 yield labels
@@ -230,11 +241,11 @@ def _choose(nodes: Nodes, graph: Graph) -> tuple[np.ndarray, bool]:
     f = worth(r)
     tried += search([labels], f, max(rss_of(labels) / (n * d), FLOOR))
     labels = min(tried, key=lambda each: criterion(each, f))
-    smooth = [unexplained(rss, f) + log_n * d * more for rss, more in _smooth(nodes, graph) if 1 <= more <= n / 4]
+    smooth = [unexplained(rss, f) + log_n * d * more for rss, more in _smooth(nodes, graph, told) if 1 <= more <= n / 4]
     return (alone, True) if min(smooth, default=math.inf) < criterion(labels, f) else (labels, False)
 
 
-def _smooth(nodes: Nodes, graph: Graph) -> Iterator[tuple[float, float]]:
+def _smooth(nodes: Nodes, graph: Graph, told: Observer) -> Iterator[tuple[float, float]]:
     """The RSS of smooth signals, and their degrees of freedom beside the mean of each component."""
     from scipy import fft
     from scipy.sparse.linalg import cg
@@ -255,7 +266,8 @@ def _smooth(nodes: Nodes, graph: Graph) -> Iterator[tuple[float, float]]:
     signs = np.random.default_rng(0).choice([-1.0, 1.0], (len(w), PROBES))
     right = np.concatenate([w[:, None] * values, w[:, None] * signs], axis=1)
     b = np.concatenate([values, signs], axis=1)
-    for s in SMOOTHING:
+    for index, s in enumerate(SMOOTHING):
+        told("smooth signal", index, len(SMOOTHING))
         matrix = (weights + s * square).tocsr()
         jacobi = sparse.diags_array(1 / matrix.diagonal())
         solved = [

@@ -11,6 +11,7 @@ import pytest
 from doge_race import Race
 from sparseopt.core.problem.iterate import iterate
 from sparseopt.experiments.config import expand, load_config
+from sparseopt.experiments.read.images import write_image
 from sparseopt.experiments.report import gather, write_report
 from sparseopt.experiments.runs import check_all, plan, run_all
 from sparseopt.experiments.task import FinishedRun
@@ -66,6 +67,22 @@ def test_denoise_recovers_a_picture_in_the_precision_asked_for(tmp_path: Path) -
         assert record[f"psnr_{name}"] == pytest.approx(10 * np.log10(255**2 / error), rel=1e-3)
     assert record["psnr_after"] > record["psnr_before"]
     assert np.shape(pictures_of(run)["pictures"]) == (1, 3)
+
+
+def test_a_config_finds_the_regions_of_a_coloured_picture_and_draws_them(tmp_path: Path) -> None:
+    clean = np.full((12, 14, 4), [60, 120, 90, 255])
+    clean[3:9, 4:10, :3] = 200, 40, 90
+    write_image(
+        tmp_path / "y.png", (clean + np.random.default_rng(0).normal(0, 5, clean.shape)).clip(0, 255).astype("u1")
+    )
+    run = finish(tmp_path / "run", "trend", signal=str(tmp_path / "y.png"))
+    assert (run.records[0]["pieces"], run.records[0]["channels"]) == (2, ["red", "green", "blue"])
+    head, row = (tmp_path / "run" / "regions.csv").read_text().splitlines()
+    assert head == "first,second,edges,step red,step green,step blue"
+    np.testing.assert_allclose(np.array(row.split(","), float), [0, 1, 24, 140, -80, 0], atol=5)
+    before, after = pictures_of(run)["fit"]
+    assert before.images[0].get_array().shape == (12, 14, 3)
+    assert np.isfinite(after.lines[0].get_xdata()).sum() == 2 * 24
 
 
 def test_a_volume_is_denoised_in_three_dimensions_and_its_slice_drawn(tmp_path: Path) -> None:

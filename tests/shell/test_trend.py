@@ -128,6 +128,52 @@ def test_a_series_alone_has_its_jumps_found(tmp_path, fit, command):
     assert (status, "thin is of jumps" in " ".join(err.split())) == (2, True)
 
 
+@pytest.fixture
+def steps(rng):
+    """A picture of three parts, 8 bit."""
+    clean = np.full((20, 24), 60)
+    clean[4:12, 5:15], clean[:, 20:] = 120, 200
+    return np.clip(clean + rng.normal(0, 8, clean.shape), 0, 255).astype(np.uint8)
+
+
+def test_a_picture_and_a_graph_have_their_regions_found(tmp_path, fit, command, steps):
+    write_image(tmp_path / "y.png", steps)
+    call = ["trend", "--signal", tmp_path / "y.png", "--output", tmp_path / "picture.csv"]
+    status, out, err = command(*call)
+    assert status == 0, err
+    graph = so.Graph.grid(steps.shape)
+    found = so.trend.regions(steps, graph)
+    summary = json.loads((tmp_path / "picture-summary.json").read_text())
+    assert summary["regions"] == list(map(str, found.facts()))
+    assert (len(found.levels), summary["pieces"], summary["smooth"]) == (3, 3, False)
+    assert ": 3 parts" in out
+    assert all(line in out for line in summary["regions"])
+    lines = (tmp_path / "picture.csv").read_text().splitlines()
+    np.testing.assert_array_equal(numbers(lines)[2].reshape(steps.shape), found.pieces)
+    np.testing.assert_allclose(numbers(lines)[1].reshape(steps.shape), found.fit, rtol=1e-9)
+    head, *rows = (tmp_path / "picture-regions.csv").read_text().splitlines()
+    assert head == "first,second,edges,step"
+    assert [list(map(float, row.split(","))) for row in rows] == [list(row.values()) for row in found.table()]
+    page = whole_page(tmp_path / "picture-report.html")
+    assert (len(page.loaded), "sparseopt denoise" in page.words) == (1, True)
+    # The same on the graph of a file, which has a trend filter's fit without --jumps.
+    edges = tmp_path / "edges.csv"
+    np.savetxt(edges, graph.edges, fmt="%d", delimiter=",")
+    said, graph_lines, summary = fit("--graph", edges, "--jumps", signal=steps.reshape(-1), weight=None)
+    assert (": 3 parts" in said, summary["ends"], len(graph_lines)) == (True, "graph", len(lines))
+    np.testing.assert_array_equal(numbers(graph_lines)[2], found.pieces.reshape(-1))
+    assert "regions" not in fit("--graph", edges, weight=5.0)[2]
+    for options, why in (
+        ((*call, "--weight", 3, "--ends", "free"), "need no weight and no ends: leave that out, or smooth it by"),
+        ((*call, "--thin", "poisson"), "thin is of jumps in a series"),
+        ((*call[:2], tmp_path / "y.csv", *call[3:], "--graph", edges, "--jumps", "--weight", 3), "needs no weight:"),
+        ((*call[:2], tmp_path / "y.csv", *call[3:], "--graph", edges, "--jumps", "--thin", "poisson"), "in a series"),
+        (call, "exists already"),
+    ):
+        status, _, err = command(*options)
+        assert (status, why in " ".join(err.split())) == (2, True)
+
+
 # The heading of a table of times, a rising and a falling line, which of its columns, and what is said of the channels.
 @pytest.mark.parametrize(
     ("heading", "columns", "said"), [("Time,up,down", 3, "2 channels: up, down"), ("time,up", 2, "1 channel: up")]

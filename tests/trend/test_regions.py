@@ -175,6 +175,19 @@ def test_a_plot_of_regions_draws_their_boundaries(picture):
         so.trend.regions(y[0], so.Graph.chain(24)).plot()
 
 
+def test_an_observer_hears_how_far_the_search_is(picture):
+    _, y = picture
+    heard = []
+    edges = so.Graph.from_edges(so.Graph.grid(y.shape).edges, num_nodes=y.size)
+    so.trend.regions(y.reshape(-1), edges, observer=lambda *state: heard.append(state))
+    assert list(dict.fromkeys(what for what, _, _ in heard)) == ["first parts", "turn", "smooth signal"]
+    for what in ("first parts", "turn", "smooth signal"):
+        done, totals = zip(*(state[1:] for state in heard if state[0] == what), strict=True)
+        assert done == tuple(range(len(done)))
+        assert len(set(totals)) == 1
+        assert done[-1] < totals[0]
+
+
 def test_regions_need_an_edge():
     with pytest.raises(ValueError, match="edges"):
         so.trend.regions([1.0], so.Graph.chain(1))

@@ -90,3 +90,39 @@ def test_a_negative_weight_under_jit_is_no_answer():
     found = jax.jit(lambda weight: solver(SMALL, so.L1(weight)))(-1.0)
     assert so.Status(int(found.status)) is so.Status.NONFINITE
     assert np.isnan(found.value).all()
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_a_series_that_grows_has_the_fits_of_its_values_and_one_program(rng, order):
+    room, y = 40, np.cumsum(rng.normal(size=30))
+    with jax.enable_x64(True):
+        solver, traces = so.trend_solver(so.Graph.chain(room), order, "fused_lasso" if order == 0 else "interior"), []
+
+        @jax.jit
+        def fit(values, known):
+            traces.append(1)
+            return solver(values, so.L1(0.8), known, tol=1e-10)
+
+        for count in (20, 21, 30):
+            found = fit(np.append(y[:count], np.zeros(room - count)), np.arange(room) < count)
+            expected = so.trend_filter(y[:count], so.Graph.chain(count), so.L1(0.8), order, tol=1e-12)
+            np.testing.assert_allclose(found.value[:count], expected.value, atol=1e-4)
+            assert float(found.gap) <= 1e-7
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_a_fit_after_a_change_of_few_nodes_takes_fewer_steps_from_the_one_before(rng, order):
+    shape = (32, 32)
+    truth = np.zeros(shape)
+    truth[8:20, 10:24] = 3
+    before = truth + 0.5 * rng.normal(size=shape)
+    after = before.copy()
+    after[4:8, 4:8] += 1
+    with jax.enable_x64(True):
+        solver = so.trend_solver(so.Graph.grid(shape), order)
+        cold = solver(after, so.L1(1.0), tol=1e-5)
+        warm = solver(after, so.L1(1.0), tol=1e-5, start=solver(before, so.L1(1.0), tol=1e-5))
+    assert float(warm.gap) <= 1e-5
+    assert float(warm.objective) == pytest.approx(float(cold.objective), rel=2e-5)
+    assert int(warm.steps) < int(cold.steps)

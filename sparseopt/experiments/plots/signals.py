@@ -8,6 +8,7 @@ import numpy as np
 
 from sparseopt.experiments.plots import style
 from sparseopt.trend.base.graph import Graph
+from sparseopt.trend.regions import draw_boundaries
 
 MOST_PANELS = 6  # of a signal's channels
 
@@ -49,6 +50,11 @@ def before_and_after(
     Black and white are 0 and 255 for 8 bits, and otherwise the range of `noisy`: few scans use all of 16 bits, or start
     at 0. NaN is black.
     """
+    style.write_figure(_side_by_side(noisy, denoised, captions)[0].figure, path, 150)
+
+
+def _side_by_side(noisy: np.ndarray, denoised: np.ndarray, captions: tuple[str, str]) -> np.ndarray:
+    """The axes of `before_and_after`."""
     known = noisy[np.isfinite(noisy)]
     limits = (0, 255) if denoised.dtype == np.uint8 else style.colour_limits(None, known)
     height, width = noisy.shape[:2]
@@ -57,7 +63,7 @@ def before_and_after(
         colours = image if image.ndim < 3 else image[..., :3] if image.shape[-1] > 2 else image[..., 0]
         plot_image(np.where(np.isnan(colours), limits[0], colours), axis, limits=limits)
         axis.set_title(caption, parse_math=False)
-    style.write_figure(axes[0].figure, path, 150)
+    return axes
 
 
 def observed_and_fit(
@@ -68,6 +74,7 @@ def observed_and_fit(
     times: np.ndarray | None = None,
     places: Any = "node",
     marks: Sequence[int] = (),
+    pieces: np.ndarray | None = None,
 ) -> Any:
     """A signal and its fit as a figure of its own, a panel for each of the first `MOST_PANELS` channels.
 
@@ -78,9 +85,15 @@ def observed_and_fit(
         times: ascending `[n]`, numbers or dates; None for a graph, whose nodes stand in the order of their fit.
         places: what the times are.
         marks: the nodes of a series at which a line is drawn, such as jumps.
+        pieces: the part of every pixel `[height, width]`, for a picture and its fit, with its boundaries, side by side.
     """
     from matplotlib import dates
 
+    if pieces is not None:
+        shape = (*pieces.shape, len(names))
+        axes = _side_by_side(observed.reshape(shape), fit.reshape(shape), ("observed", "fit"))
+        draw_boundaries(axes[1], pieces)
+        return axes
     shown = min(len(names), MOST_PANELS)
     axes = style.axes_or_new(None, shown, 1, (8, 3.2 * shown))
     dated = times is not None and times.dtype.kind == "M"

@@ -14,6 +14,7 @@ from sparseopt.system.files import write_whole
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # Formats that are only data: Pillow's reader of PostScript, for example, starts a program.
 IMAGE_FORMATS = ("PNG", "TIFF", "JPEG", "WEBP", "BMP", "GIF", "PPM")
+IMAGE_KINDS = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm")
 # Pillow's own limit for decompression bombs.
 MAX_PIXELS = 89_478_485
 

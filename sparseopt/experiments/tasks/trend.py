@@ -27,6 +27,7 @@ from sparseopt.experiments.read.graph_files import (
     read_signal,
     write_fit,
 )
+from sparseopt.experiments.read.images import IMAGE_KINDS, read_image
 from sparseopt.experiments.read.tables import write_table
 from sparseopt.experiments.task import FinishedRun, Record, Task
 from sparseopt.system import processes, run_folder
@@ -36,13 +37,14 @@ from sparseopt.trend.base.pieces import TrendSolution
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.methods.choice import AUTO, METHODS
 from sparseopt.trend.paths.choose_weight import WEIGHT_RULES, choose_weight, weight_rule
+from sparseopt.trend.regions import PAIR_COLUMNS, regions
 from sparseopt.trend.segments.find import COLUMNS, jumps
 from sparseopt.trend.segments.inference import Thinning
 
 # Steps of times that differ by less than this fraction are equal.
 EVEN = 1e-6
 DIGITS = 10  # of the values that are written: more than a certificate confirms
-FIT, JUMPS = "fit.csv", "jumps.csv"
+FIT = "fit.csv"
 
 
 class Given(NamedTuple):
@@ -54,19 +56,19 @@ class Given(NamedTuple):
 
 
 class Smoothed(NamedTuple):
-    """A fit: its table, its pieces of order 0 or between jumps, figures, and the arguments of `observed_and_fit`."""
+    """A fit: its table, its pieces of order 0, between jumps or regions, figures, arguments of `observed_and_fit`."""
 
     table: NodeTable
     pieces: np.ndarray | None
     record: Record
     drawn: dict[str, Any]
-    jumps: dict[str, Any] | None = None  # the columns of the table of jumps, if they were found
+    breaks: dict[str, Any] | None = None  # the columns of the table of jumps or regions, if they were found
 
 
 class Trend(Task):
     """Smooth a signal of your own files, as `sparseopt trend` does: its options are the keys.
 
-    The run's folder holds the fit as `fit.csv`.
+    The run's folder holds the fit as `fit.csv`, and what was found as `jumps.csv` or `regions.csv`.
     """
 
     columns: ClassVar[tuple[str, ...]] = (
@@ -78,13 +80,13 @@ class Trend(Task):
     signal: Path = Field(
         description="Signal: one row per node, one column per channel; a first column `node` or `id` names the nodes. "
         "In a series an increasing column `time`, `date`, `timestamp`, `datetime`, `year`, `t` or `index` has the "
-        "times."
+        "times. A picture, such as a PNG file, has its regions found."
     )
     weight: float | str | None = Field(
         default=None,
         description=f"Penalty level, in units of the signal, or the rule that chooses it: {', '.join(WEIGHT_RULES)}. "
-        "Default: gcv, or cv for labels, losses of outliers and penalties that are not convex; a series alone has its "
-        "jumps found instead.",
+        "Default: gcv, or cv for labels, losses of outliers and penalties that are not convex; a series or a "
+        "picture alone has its jumps or regions found instead.",
     )
     loss: str = Field(
         default="square",
@@ -107,8 +109,9 @@ class Trend(Task):
     )
     jumps: bool = Field(
         default=False,
-        description="Find the jumps of a series instead, and fit constants or lines between them without shrinkage. "
-        "Default if none of graph, weight, penalty, order, loss, method, tol and devices is given.",
+        description="Find the jumps of a series instead, and fit constants or lines between them without shrinkage, or "
+        "the regions of a graph or a picture, with a constant each. Default if none of graph, weight, penalty, order, "
+        "loss, method, tol and devices is given.",
     )
     thin: str | None = Field(
         default=None,
@@ -144,10 +147,19 @@ class Trend(Task):
             raise ValueError("times and ends belong to a series, given a graph too: leave out graph, or both of them")
         if self.graph is None and self.merge:
             raise ValueError("merge belongs to the edges of a graph: leave it out, or give graph")
-        if self.jumps and (beside := self._of_trend_filters()):
+        beside = self._of_trend_filters()
+        if self.is_picture and (beside := [*beside, *(n for n in ("times", "ends") if getattr(self, n) is not None)]):
+            raise ValueError(
+                f"a picture has its regions found, which need no {' and no '.join(beside)}: leave that out, or smooth "
+                "it by `sparseopt denoise`"
+            )
+        if self.jumps and (beside := [name for name in beside if name != "graph"]):
             raise ValueError(f"jumps needs no {' and no '.join(beside)}: leave that out, or leave out jumps")
-        if self.thinning() and not self.finds_jumps:
-            raise ValueError("thin is of jumps: leave it out, or give jumps without options of the trend filter")
+        if self.thinning() and self.sought != "jumps":
+            raise ValueError(
+                "thin is of jumps in a series: leave it out, or give jumps without a graph and options of the trend "
+                "filter"
+            )
         return self
 
     def thinning(self) -> Thinning | None:
@@ -167,9 +179,15 @@ class Trend(Task):
         return [*given, *(name for name, is_given in others.items() if is_given)]
 
     @property
-    def finds_jumps(self) -> bool:
-        """Whether the jumps of a series are found, instead of a trend filter's fit."""
-        return self.jumps or not self._of_trend_filters()
+    def is_picture(self) -> bool:
+        return self.signal.suffix.lower() in IMAGE_KINDS
+
+    @property
+    def sought(self) -> Literal["jumps", "regions"] | None:
+        """What is found instead of a trend filter's fit: the jumps of a series, or the regions of other graphs."""
+        if not self.jumps and self._of_trend_filters():
+            return None
+        return "jumps" if self.graph is None and not self.is_picture else "regions"
 
     def _penalty(self, weight: float) -> Any:
         return penalty_of_weight(self.penalty or "l1", weight)
@@ -180,7 +198,7 @@ class Trend(Task):
         Raises:
             ValueError: if none can choose it.
         """
-        if isinstance(self.weight, float) or self.finds_jumps:
+        if isinstance(self.weight, float) or self.sought:
             return None
         if self.penalty == "l0":
             raise ValueError("no rule chooses the weight of the penalty l0: give a number")
@@ -208,12 +226,14 @@ class Trend(Task):
         Raises:
             ValueError: for what cannot be used.
         """
-        table = read_signal(self.signal, series=self.graph is None)
+        table, shape = self._picture() if self.is_picture else (read_signal(self.signal, self.graph is None), ())
         count = len(table.names)
         notes = [f"{count} channel{'s' * (count > 1)}: {', '.join(table.names)}"]
         if self.graph is not None:
             edges, edge_weights = read_edges(self.graph, table.nodes)
             graph = Graph.from_edges(edges, len(table.values), edge_weights, merge=self.merge)
+        elif shape:
+            graph = Graph.grid(shape)
         else:
             named = [name for name in table.names if count > 1 and name.lower() in TIME_NAMES]
             notes += [f"the column {name} is taken as a channel: times must increase" for name in named]
@@ -221,6 +241,15 @@ class Trend(Task):
             graph = self._series(table)
         size = f"{graph.num_nodes:,} nodes and {graph.num_edges:,} edges, order {self.order}"
         return Given(table, graph, (*notes, f"{self.signal.name}: {size}"))
+
+    def _picture(self) -> tuple[NodeTable, tuple[int, ...]]:
+        """The pixels of a picture row by row, without opacity, and its height and width."""
+        image = read_image(self.signal)
+        height, width, *_ = image.shape
+        colours = np.asarray(image, float).reshape(height * width, -1)
+        if colours.shape[1] < 3:
+            return NodeTable(colours[:, 0], ("value",)), (height, width)
+        return NodeTable(colours[:, :3], ("red", "green", "blue")), (height, width)
 
     def _series(self, table: NodeTable) -> Graph:
         """The chain of a series, at the times of a file of their own or of a column of the signal."""
@@ -238,7 +267,7 @@ class Trend(Task):
         return Graph.chain(count, times if ends == "free" else None, ends)
 
     def fit(self, given: Given, observer: Observer | None = None) -> Smoothed:
-        """Find the jumps, or choose the weight, unless it is a number, and smooth.
+        """Find the jumps or regions, or choose the weight, unless it is a number, and smooth.
 
         Warns:
             UserWarning: if one weight does not suit all channels.
@@ -247,17 +276,25 @@ class Trend(Task):
         y, missing, places, columns = table.values, "nan" if self.missing else "error", np.zeros(0, int), None
         record: Record = {
             "signal": str(self.signal), "graph": None if self.graph is None else str(self.graph),
-            "ends": self.ends or ("free" if self.graph is None else "graph"), "channels": table.names,
+            "ends": self.ends or ("graph" if self.graph or self.is_picture else "free"), "channels": table.names,
             "nodes": graph.num_nodes, "edges": graph.num_edges, "loss": self.loss, "order": self.order,
         }  # fmt: skip
-        if self.finds_jumps:
+        pieces: Any
+        if self.sought == "regions":
+            parts = regions(y, graph, missing=missing, observer=observer)
+            mean, pieces, columns = parts.fit, parts.pieces, _columns_of(PAIR_COLUMNS, parts.table(), table.names)
+            record |= {
+                "regions": tuple(map(str, parts.facts())), "pieces": len(parts.counts), "smooth": parts.smooth,
+                "noise": float(np.mean(parts.noise)), "seconds": time.perf_counter() - start,
+            }  # fmt: skip
+        elif self.sought:
             found = jumps(y, graph, missing=missing, thin=self.thinning())
             places, mean = found.places, found.fit
-            pieces: Any = np.searchsorted(places, np.arange(len(y)), side="right")
+            pieces = np.searchsorted(places, np.arange(len(y)), side="right")
             names = table.dates or table.nodes
             if names is None and table.times is not None:
                 names = tuple(f"{at:.{DIGITS}g}" for at in table.times.tolist())
-            said, columns = found.facts(names), _columns_of(found.table(names), table.names)
+            said, columns = found.facts(names), _columns_of(COLUMNS, found.table(names), table.names)
             record |= {
                 "jumps": tuple(map(str, said)), "basis": found.basis, "pieces": len(places) + 1, "lines": found.line,
                 "noise": float(np.mean(found.noise)), "seconds": time.perf_counter() - start,
@@ -274,7 +311,9 @@ class Trend(Task):
         rounded = np.array([float(f"{value:.{DIGITS}g}") for value in mean.ravel().tolist()]).reshape(mean.shape)
         drawn = {"observed": y.reshape(len(y), -1), "fit": rounded.reshape(len(y), -1), "names": table.names}
         times = table.times if table.dates is None else as_dates(table.dates)
-        if self.graph is None:
+        if self.is_picture:
+            drawn["pieces"] = pieces.reshape(graph.shape)
+        elif self.graph is None:
             drawn |= {"times": np.arange(len(y)) if times is None else times, "places": table.times_name or "node"}
             drawn |= {"marks": places}
         return Smoothed(dataclasses.replace(table, values=rounded), pieces, run_folder.plain(record), drawn, columns)
@@ -300,8 +339,8 @@ class Trend(Task):
         found = self.fit(self.read(), observer)
         if processes.is_first():
             write_fit(folder / FIT, found.table, found.pieces)
-            if found.jumps is not None:
-                write_table(folder / JUMPS, found.jumps)
+            if found.breaks is not None:
+                write_table(folder / f"{self.sought}.csv", found.breaks)
             np.savez_compressed(folder / f"signal-{key}.npz", **found.drawn)
         return found.record
 
@@ -326,12 +365,12 @@ def figures_of(solution: Solution, seconds: float) -> Record:
     }
 
 
-def _columns_of(rows: list[dict[str, Any]], channels: Sequence[str]) -> dict[str, Any]:
-    """`Jumps.table` as columns; of several channels there is a size and its limits for each."""
+def _columns_of(names: Sequence[str], rows: list[dict[str, Any]], channels: Sequence[str]) -> dict[str, Any]:
+    """A table of jumps or regions as columns; of several channels there is a size, its limits or a step for each."""
     columns: dict[str, Any] = {}
-    for name in COLUMNS:
+    for name in names:
         cells = [row[name] for row in rows]
-        if len(channels) > 1 and name in ("size", "low", "high"):
+        if len(channels) > 1 and name in ("size", "low", "high", "step"):
             columns |= {f"{name} {channel}": [cell[i] for cell in cells] for i, channel in enumerate(channels)}
         else:
             columns[name] = cells
