@@ -131,23 +131,29 @@ def test_the_solver_with_copies_rejects_groups_of_another_operator():
 @pytest.mark.parametrize("n", [1, 2, 3, 30])
 @pytest.mark.parametrize("missing", [False, True])
 def test_the_fused_lasso_is_exact(rng, n, missing):
-    y, weights, masses = rng.standard_normal(n).cumsum(), rng.uniform(0.1, 2.0, n - 1), rng.uniform(0.5, 2.0, n)
+    y, masses = rng.standard_normal(n).cumsum(), rng.uniform(0.5, 2.0, n)
+    fall, rise = rng.uniform(0.1, 2.0, (2, n - 1))
     if missing:
         masses[1::3] = 0
     seen = masses > 0
-    found = np.asarray(jax.jit(fused_lasso)(y, weights, masses))
+    found = np.asarray(jax.jit(fused_lasso)(y, (fall, rise), masses))
     # Without a value a node is no node: the lower weight of its two differences is the price of a jump over it.
-    between = [weights[i:j].min() for i, j in itertools.pairwise(np.flatnonzero(seen))]
+    gaps = list(itertools.pairwise(np.flatnonzero(seen)))
+    of_falls, of_rises = (np.array([weights[i:j].min() for i, j in gaps]) for weights in (fall, rise))
     count, expected = int(seen.sum()), y[seen]
     if count > 1:
         part = np.eye(count - 1, count) - np.eye(count - 1, count, 1)
         root = np.sqrt(masses[seen])
-        bounds = -np.array(between), np.array(between)
+        bounds = -of_rises, of_falls
         dual = lsq_linear(part.T / root[:, None], root * y[seen], bounds, method="bvls", tol=1e-15, max_iter=5000)
         expected = y[seen] - part.T @ dual.x / masses[seen]
     np.testing.assert_allclose(found[seen], expected, atol=1e-7)
-    jumps = np.abs(np.diff(found))
-    assert weights @ jumps == pytest.approx(np.array(between) @ np.abs(np.diff(found[seen])), abs=1e-12)
+
+    def cost(jumps, falls, rises):
+        return falls @ np.maximum(-jumps, 0) + rises @ np.maximum(jumps, 0)
+
+    seen_jumps = np.diff(found[seen])
+    assert cost(np.diff(found), fall, rise) == pytest.approx(cost(seen_jumps, of_falls, of_rises), abs=1e-12)
 
 
 @pytest.mark.parametrize(("shape", "power"), [((9,), 1), ((6, 7), 2), ((3, 4, 5), 3)])
