@@ -130,8 +130,8 @@ def trend_filter(
     """
     options: Any = {"tol": tol, "max_steps": max_steps, "start": start, "history": history}
     options |= {"loss": check_scalar_loss(loss), "method": as_method(method)}
-    limits = (bounds, monotone)
-    asked = check_fit(y, graph, penalty, order, node_weights, missing, dtype, devices, limits, **options)
+    options["limits"] = bounds, monotone
+    asked = check_fit(y, graph, penalty, order, node_weights, missing, dtype, devices, **options)
     working, native = asked.geometry.working(), wide_types() or asked.dtype == np.float32
     with precision(asked.dtype), working:
         found = asked.list_rows(_solve(asked))
@@ -178,6 +178,8 @@ def check_fit(
 ) -> Fit:
     """The checked arguments of `trend_filter`; the limits are bounds and monotone."""
     mesh = None if devices is None else device_line(devices)
+    if mesh is not None and mesh.size > 1 and limits != (None, None):
+        raise ValueError("bounds and monotone fits work on one device: leave out devices, or leave them out")
     terms = constrained(terms_of(penalty, check_order(order)), *limits)
     highest, count = max(0, *terms), 1 if mesh is None else mesh.size
     rows = [term for k, term in terms.items() if k >= 0]  # no values are filled up
@@ -196,7 +198,7 @@ def check_fit(
 
 def _solve(asked: Fit) -> TrendSolution:
     """The fit of a request, in the layout of the nodes; at order 0 with the means of its pieces."""
-    if (free := without_bounds(asked.terms)) is not None:
+    if not asked.geometry.several_devices and (free := without_bounds(asked.terms)) is not None:
         return clipped_fit(asked, free, _solve)
     if is_short(asked):
         return short_fit(asked)

@@ -95,6 +95,8 @@ def refusals():
         "B": {"devices": 2, "order": 2, "method": so.trend.Doge(B=1)},
         "loss": {"devices": 2, "loss": "huber"},
         "several": {"devices": 2, "penalty": {0: so.L1(1.0), 1: so.L1(1.0)}},
+        "bounds": {"devices": 2, "bounds": (0, 1)},
+        "box": {"devices": 2, "penalty": {-1: so.Box(0.0, 1.0), 0: so.L1(1.0)}},
         "rows": {"devices": 2, "penalty": so.MCP(0.1, rng.uniform(2, 3, 5))},
         "axes": {"devices": jax.sharding.Mesh(np.array(jax.devices()), ("x",))},
         "warm start": {"devices": 3, "start": single},

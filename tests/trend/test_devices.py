@@ -14,6 +14,8 @@ REFUSALS = {
     "B": "several devices need B = order + 1 = 3",
     "loss": "several devices fit the square loss, given Huber",
     "several": "given penalties of several orders",
+    "bounds": "bounds and monotone fits work on one device",
+    "box": "given penalties of several orders",
     "rows": "the gamma of MCP is one number on a grid, given the shape (5,)",
     "axes": 'the mesh must have one axis, "devices"',
     "warm start": "start was found by 2 devices",

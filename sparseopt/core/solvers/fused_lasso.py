@@ -22,11 +22,10 @@ def fused_lasso(y: Float[Array, " n"], weights: tuple[Array, Array], masses: Any
     """`argmin_x 1/2 sum_i m[i] (x[i] - y[i])² + sum_i fall[i] max(x[i] - x[i+1], 0) + rise[i] max(x[i+1] - x[i], 0)`.
 
     The weights are fall and rise, `[n-1]` each and finite; the masses m are 0 where y is missing, or None for ones. The
-    derivative of the cost of nodes 0 to i, as a function of
-    x[i], is piecewise linear. It is stored as knots where slope and intercept change, clipped from both sides at the
-    weights of the next difference; the clipping points give the answer backwards,
-    `x[i] = clip(x[i+1], low[i], high[i])`. A node adds two knots, and each is removed once. A batch is solved one by
-    one.
+    derivative of the cost of nodes 0 to i, as a function of x[i], is piecewise linear. It is stored as knots where
+    slope and intercept change, clipped from both sides at the weights of the next difference; the clipping points give
+    the answer backwards, `x[i] = clip(x[i+1], low[i], high[i])`. A node adds two knots, and each is removed once. A
+    batch is solved one by one.
 
     Example:
         >>> from sparseopt.core.solvers.fused_lasso import fused_lasso
@@ -73,13 +72,13 @@ def _fused_lasso(y: Float[Array, " n"], levels: Float[Array, "2 m"], masses: Any
     knots = jnp.zeros((2 * n + 4, 3), y.dtype)  # place, change of slope, change of intercept
     knots = knots.at[n + 1 : n + 3, 2].set(levels[:, 0])
 
-    # One flat loop: each turn removes a knot, or cuts on one side and moves to the other side or the next node. It
-    # writes before it reads the next knot, or XLA would copy the table in every turn. The derivative from the right is
-    # stored with the opposite sign, so that both sides are treated alike.
     def level(node: Array, on_left: Array) -> Array:
         """The weight of the difference before a node: of a fall, or of a rise on the right."""
         return levels[(~on_left).astype(jnp.int32), node]
 
+    # One flat loop: each turn removes a knot, or cuts on one side and moves to the other side or the next node. It
+    # writes before it reads the next knot, or XLA would copy the table in every turn. The derivative from the right is
+    # stored with the opposite sign, so that both sides are treated alike.
     def fresh(node: Array, on_left: Array) -> Array:
         node = jnp.minimum(node, n - 1)
         mass = jnp.ones((), y.dtype) if masses is None else masses[node]
