@@ -51,7 +51,8 @@ def fits(y: np.ndarray, order: int, seed: int) -> dict[str, tuple[np.ndarray, np
 
 
 def measure(signal: str, n: int, draws: int) -> None:
-    start, truth, scores = time.process_time(), SIGNALS[signal](np.arange(n) / n), {}
+    start, truth = time.process_time(), SIGNALS[signal](np.arange(n) / n)
+    scores: dict[str, list[tuple[float, float, float]]] = {}
     true = np.flatnonzero(np.diff(truth)) + 1 if signal == "steps" else np.zeros(0, int)
     for seed in range(draws):
         y = truth + np.random.default_rng(seed).standard_normal(n)
