@@ -50,6 +50,8 @@ class OnGraph(Fitted):
     tol: float = 1e-4
     max_steps: int = 20_000
     method: Any = "auto"
+    covariates: Any = None
+    season: int | None = None
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """As in scikit-learn; settings of a method are `method__B`, `method__rho`, ..."""
@@ -72,6 +74,9 @@ class OnGraph(Fitted):
     def fit_nodes(self, X: np.ndarray, y: np.ndarray, weights: np.ndarray, loss: ScalarLoss) -> None:
         """Set the graph, the points of its nodes and the fit from checked samples; called by `fit`, for the warning."""
         penalty, rows = self._check_penalty(), np.flatnonzero(weights > 0)
+        beside = {"covariates": self.covariates, "season": self.season}
+        if self.graph is None and any(each is not None for each in beside.values()):
+            raise ValueError("covariates and season belong to the nodes of a graph: give graph, or leave them out")
         y, weights = y[rows], weights[rows]
         if (wrong := loss.wrong(y)).any():  # a mean of several samples might hide it
             place = tuple(np.argwhere(wrong)[0])
@@ -99,10 +104,11 @@ class OnGraph(Fitted):
             observed[node] = y
             require_alike(y, observed, node, rows, loss)
         options: Any = {"tol": self.tol, "max_steps": self.max_steps, "node_weights": mass, "loss": loss}
-        found = trend_filter(observed, self.graph_, penalty, self.order, self.method, **options)
+        found = trend_filter(observed, self.graph_, penalty, self.order, self.method, **options, **beside)
         self.solution_ = found = jax.device_get(found)
         self.warn_unless_converged(found, 3)
-        self.fitted_values_, self.gap_, self.n_iter_ = np.asarray(found.value), float(found.gap), int(found.steps)
+        fitted = found.value if found.fitted is None else found.fitted
+        self.fitted_values_, self.gap_, self.n_iter_ = np.asarray(fitted), float(found.gap), int(found.steps)
 
     def at(self, X: Any, values: np.ndarray) -> np.ndarray:
         """The values of the nodes at the rows of X, `[m, ...]`; at other points the mean over the nearest nodes."""
@@ -172,12 +178,13 @@ class GraphTrendFilter(MultiOutputMixin, RegressorMixin, OnGraph):
         penalty: "l1", "l0", "mcp", "scad", "group_l2" (which couples the outputs), or a function of the weight that
             returns a penalty, such as `so.MCP`.
         tol, max_steps, method: as in `trend_filter`.
+        covariates, season: as in `trend_filter`, for the nodes of a graph that is given.
         loss: "square", "poisson" (counts), "huber", "absolute", or a `ScalarLoss` such as `so.scalar.Quantile(0.9)`.
 
     Attributes:
         graph_: the `Graph` of the fit.
         fitted_values_: the fit b at the nodes of `graph_`, `[n]`, or `[n, outputs]` for such a y. For Poisson it is the
-            logarithm of a rate.
+            logarithm of a rate. It holds the covariates' part and the season; `solution_` has each.
         loss_: the `ScalarLoss` of the fit.
         solution_: the `Solution` of `trend_filter` with NumPy arrays.
         gap_: its relative duality gap, an upper bound on the relative suboptimality; NaN without a certificate.

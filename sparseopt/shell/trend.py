@@ -214,6 +214,10 @@ def _say(figures: dict[str, Any]) -> None:
         f"residual {figures['residual']:.2e}, no certificate" if gap is None else f"relative duality gap {gap:.2e}"
     )
     console.say(f"{status.name}: {measure}{f' after {steps} steps' if steps else ', solved directly'}")
+    for name, value in figures.get("coefficients", {}).items():
+        console.say(f"coefficient of {name}: {value:.4g}")
+    if season := figures.get("season"):
+        console.say(f"season of {len(season)} rows: from {min(season):.3g} to {max(season):.3g}")
     if not Status.reached(status):
         console.say(status.advice)
 

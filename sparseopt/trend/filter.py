@@ -20,6 +20,7 @@ from sparseopt.core.base.arguments import renames
 from sparseopt.core.base.mesh import Devices, device_line
 from sparseopt.core.base.types import precision, wide_types
 from sparseopt.core.losses.scalar import check_scalar_loss
+from sparseopt.core.penalties.entries import L1
 from sparseopt.core.penalties.protocols import Penalty
 from sparseopt.core.problem.problem import Solution
 from sparseopt.trend.base.fit import Fit
@@ -28,6 +29,7 @@ from sparseopt.trend.base.parts import over_devices
 from sparseopt.trend.base.penalties import bears, check_terms, constrained, terms_of, vanishes, without_bounds
 from sparseopt.trend.base.pieces import TrendSolution
 from sparseopt.trend.base.signal import check_graph, check_order, check_signal
+from sparseopt.trend.beside import check_beside, fit_beside
 from sparseopt.trend.methods.bounded import clipped_fit
 from sparseopt.trend.methods.choice import as_method, choose, is_short, unless_rounded
 from sparseopt.trend.methods.losses import fit_loss
@@ -59,6 +61,8 @@ def trend_filter(
     bounds: Any = None,
     monotone: str | None = None,
     devices: Devices = None,
+    covariates: Any = None,
+    season: int | None = None,
 ) -> TrendSolution:
     """Fit `b` to a signal `y` on a graph so that most of its differences `Δ^(order+1) b` are exactly zero.
 
@@ -108,6 +112,12 @@ def trend_filter(
             Several devices need one penalty, the square loss and "doge" with B = order + 1; up to rounding they give
             the answer of one device. With several processes, each calls this with the same arguments and gets the whole
             answer. `.state` stays on the devices.
+        covariates: X, `[n]` or `[n, covariates]`, on a grid also `[*shape, covariates]`, known at every node: the loss
+            is that of `b + X beta`, in one convex problem with one gap. A column that the trend can follow at no cost,
+            such as a constant, is an error. Needs one channel, `L1`, and the square, Huber, Poisson or logistic loss or
+            a smooth one of your own; runs in float64. See `trend.beside`.
+        season: the period of a series, in rows: a periodic part with the sum 0 over a period is added, as covariates
+            are. Rows count, not times: a row that is absent needs a row of NaN.
 
     Returns:
         A `TrendSolution`: a `Solution` with `.pieces()` and `.knots()`. At order 0 the nodes of a piece have exactly
@@ -131,13 +141,34 @@ def trend_filter(
     options: Any = {"tol": tol, "max_steps": max_steps, "start": start, "history": history}
     options |= {"loss": check_scalar_loss(loss), "method": as_method(method)}
     options["limits"] = bounds, monotone
+    plain = covariates is None and season is None
+    dtype = dtype if plain or dtype is not None else np.float64
+    if not plain and (bounds is not None or monotone is not None):
+        raise ValueError("bounds and monotone fits have no covariates and no season beside them: leave one out")
     asked = check_fit(y, graph, penalty, order, node_weights, missing, dtype, devices, **options)
     working, native = asked.geometry.working(), wide_types() or asked.dtype == np.float32
     with precision(asked.dtype), working:
+        if not plain:
+            found = fit_beside(asked, check_beside(covariates, season, asked), _solve)
+            return asked.geometry.fetch(dataclasses.replace(found, graph=graph), False)
         found = asked.list_rows(_solve(asked))
         value = asked.geometry.gather(found.value, 0).reshape(asked.shape)
         found = dataclasses.replace(found, value=value, graph=graph, order=asked.order)
         return asked.geometry.fetch(found, native)
+
+
+def first_part(
+    y: Any, graph: Graph, order: int, node_weights: Any, missing: str, loss: Any, covariates: Any, season: int | None
+) -> np.ndarray:
+    """What covariates and a season explain of a signal before a weight is known, in its shape, by its differences.
+
+    Raises:
+        ValueError: as `trend_filter` does.
+    """
+    options: Any = {"loss": check_scalar_loss(loss)}
+    asked = check_fit(y, graph, L1(1.0), order, node_weights, missing, np.float64, **options)
+    with precision(asked.dtype):
+        return check_beside(covariates, season, asked).explained(asked).reshape(asked.shape)
 
 
 def chosen_method(

@@ -266,3 +266,16 @@ def test_the_package_does_not_need_scikit_learn_and_the_estimator_says_that_it_d
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "pip install 'sparseopt[sklearn]' sklearn" in done.stdout
+
+
+def test_held_out_nodes_get_the_covariates_part_and_the_season(noisy, rng):
+    x, wave = rng.standard_normal((N, 1)), np.tile([3.0, -1.0, -2.0], N // 3)
+    y, seen = noisy + 5 * x[:, 0] + wave, rng.random(N) < 0.8
+    model = GraphTrendFilter(alpha=2.0, graph=CHAIN, covariates=x, season=3, tol=1e-6)
+    predicted = model.fit(NODES[seen], y[seen]).predict(NODES)
+    mass = seen.astype(float)
+    fit = so.trend_filter(y, CHAIN, so.L1(2.0), node_weights=mass, covariates=x, season=3, tol=1e-6)
+    np.testing.assert_allclose(predicted, fit.fitted, atol=1e-6)
+    assert model.score(NODES[~seen], y[~seen]) > 0.9
+    with pytest.raises(ValueError, match="give graph"):
+        clone(model).set_params(graph=None).fit(NODES, y)

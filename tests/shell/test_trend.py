@@ -239,6 +239,42 @@ def test_a_fit_of_counts_is_their_rate(fit):
     assert (summary["loss"], summary["noise"]) == ("poisson", None)
 
 
+def test_a_trend_beside_covariates_and_a_season(tmp_path, fit, command):
+    rng = np.random.default_rng(0)
+    trend, warmth = np.interp(np.arange(60), [0, 30, 59], [0, 6, 0]), rng.standard_normal(60)
+    season = np.tile([2.0, -1.0, 0.0, -1.0], 15)
+    y = trend + season + 1.5 * warmth + 0.1 * rng.standard_normal(60)
+    call = ["--order", 1, "--season", 4, "--covariates", "warmth"]
+    table = np.column_stack([y, warmth])
+    said, lines, summary = fit(*call, signal=table, heading="sales,warmth", weight=None)
+    assert "chosen by GCV" in said
+    assert f"coefficient of warmth: {summary['coefficients']['warmth']:.4g}" in said
+    assert lines[0] == "node,sales,fitted,season"
+    _, found, fitted, periodic = numbers(lines)
+    np.testing.assert_allclose(found, trend, atol=0.3)
+    np.testing.assert_allclose(periodic, season, atol=0.1)
+    np.testing.assert_allclose(fitted - found - periodic, summary["coefficients"]["warmth"] * warmth, atol=1e-7)
+    assert summary["coefficients"]["warmth"] == pytest.approx(1.5, abs=0.05)
+    np.testing.assert_allclose(summary["season"], periodic[:4], atol=1e-9)
+    assert 0.05 < summary["noise"] < 0.2
+    rates = rng.poisson(np.exp(1 + season / 4))
+    _, lines, _ = fit("--season", 4, "--loss", "poisson", signal=rates, heading="count", weight=50)
+    _, rate, fitted, periodic, _ = numbers(lines)
+    np.testing.assert_allclose(fitted, rate * np.exp(periodic), rtol=1e-6)
+    for options, told in (
+        (["--season", 4, "--loss", "poisson"], "give a number"),
+        (["--season", 4, "--jumps"], "jumps needs no season"),
+        (["--season", 4, "--graph", "edges.csv"], "season belongs to a series"),
+        (["--season", 4, "--penalty", "mcp", "--weight", 1], "penalty l1"),
+        (["--covariates", "wind", "--weight", 1], "given wind"),
+    ):
+        output = tmp_path / "other.csv"
+        status, _, err = command("trend", "--signal", tmp_path / "y.csv", "--output", output, *options)
+        assert status == 2
+        assert told in err
+        assert not output.exists()
+
+
 def test_channels_of_unlike_units_are_named_and_without_matplotlib_a_fit_has_no_figure(tmp_path, fit, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)

@@ -46,6 +46,17 @@ class NodeTable:
     times_name: str = ""  # of their column
     dates: tuple[str, ...] | None = None  # of the nodes, where the column holds dates; their times are days
 
+    def split(self, names: Sequence[str]) -> tuple["NodeTable", np.ndarray]:
+        """The table without the columns of these names, and these columns, `[n, names]`."""
+        if unknown := [name for name in names if name not in self.names]:
+            raise FileError(f"the columns are {', '.join(self.names)}, given {', '.join(unknown)}")
+        columns = dict(zip(self.names, self.values.reshape(len(self.values), -1).T, strict=True))
+        taken = np.column_stack([columns.pop(name) for name in names])
+        if not columns:
+            raise FileError(f"the columns {', '.join(names)} leave none for the signal")
+        values = np.column_stack([*columns.values()])
+        return dataclasses.replace(self, values=values[:, 0] if len(columns) == 1 else values, names=(*columns,)), taken
+
 
 def read_signal(path: str | Path, series: bool = False) -> NodeTable:
     """A signal with a column a channel; row j belongs to node j.

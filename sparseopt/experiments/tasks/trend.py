@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from sparseopt.core.base.types import Observer
+from sparseopt.core.losses.residuals import Huber, Squared
 from sparseopt.core.losses.scalar import LOSSES, Quantile, ScalarLoss, check_scalar_loss
 from sparseopt.core.penalties.names import BY_WEIGHT, penalty_of_weight
 from sparseopt.core.problem.problem import Solution, Status
@@ -53,6 +54,7 @@ class Given(NamedTuple):
     table: NodeTable
     graph: Graph
     notes: tuple[str, ...]
+    covariates: np.ndarray | None = None  # `[n, covariates]`
 
 
 class Smoothed(NamedTuple):
@@ -120,6 +122,14 @@ class Trend(Task):
     )
     method: TrendMethod = Field(default=cast(Any, AUTO), description=f"{', '.join((AUTO, *METHODS))}.")
     tol: float = Field(default=1e-5, gt=0, description="Relative duality gap to reach.")
+    covariates: str | None = Field(
+        default=None,
+        description="Columns of the signal that explain a part of it, as in temperature,holiday: the trend is fitted "
+        "beside them, and their coefficients are said.",
+    )
+    season: int | None = Field(
+        default=None, description="Period of a series in rows, as in 12 for months: fitted beside the trend."
+    )
     missing: bool = Field(default=False, description="Treat NaN and empty cells as unobserved.")
     merge: bool = Field(default=False, description="Drop self-loops and add up duplicate edges.")
 
@@ -155,6 +165,10 @@ class Trend(Task):
             )
         if self.jumps and (beside := [name for name in beside if name != "graph"]):
             raise ValueError(f"jumps needs no {' and no '.join(beside)}: leave that out, or leave out jumps")
+        if self.season is not None and self.graph is not None:
+            raise ValueError("season belongs to a series, given a graph too: leave one out")
+        if self.has_beside and (self.penalty not in (None, "l1") or self.devices not in (None, 1)):
+            raise ValueError("covariates and season need the penalty l1 on one device: leave penalty and devices out")
         if self.thinning() and self.sought != "jumps":
             raise ValueError(
                 "thin is of jumps in a series: leave it out, or give jumps without a graph and options of the trend "
@@ -173,10 +187,15 @@ class Trend(Task):
 
     def _of_trend_filters(self) -> list[str]:
         """The options given that only a trend filter has."""
-        names = ("graph", "weight", "penalty", "order", "loss", "tol")
+        names = ("graph", "weight", "penalty", "order", "loss", "tol", "covariates", "season")
         given = [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
         others = {"method": self.method.name != AUTO, "devices": self.devices not in (None, 1)}
         return [*given, *(name for name, is_given in others.items() if is_given)]
+
+    @property
+    def has_beside(self) -> bool:
+        """Whether something is fitted beside the trend."""
+        return self.covariates is not None or self.season is not None
 
     @property
     def is_picture(self) -> bool:
@@ -204,6 +223,8 @@ class Trend(Task):
             raise ValueError("no rule chooses the weight of the penalty l0: give a number")
         if self.devices not in (None, 1):
             raise ValueError("a weight is chosen on one device: give a number, or leave out devices")
+        if self.has_beside and not isinstance(_loss(self.loss), Squared | Huber):
+            raise ValueError(f"no rule chooses the weight beside covariates or a season for {self.loss}: give a number")
         return weight_rule(self.weight, _loss(self.loss), self._penalty(1.0))
 
     def units(self) -> list[str]:
@@ -227,7 +248,15 @@ class Trend(Task):
             ValueError: for what cannot be used.
         """
         table, shape = self._picture() if self.is_picture else (read_signal(self.signal, self.graph is None), ())
+        covariates = None
+        if self.covariates is not None:
+            table, covariates = table.split(self._names())
         count = len(table.names)
+        if self.has_beside and count > 1:
+            raise ValueError(
+                f"covariates and season need one channel, given {', '.join(table.names)}: name the others in "
+                "covariates, or leave them out of the file"
+            )
         notes = [f"{count} channel{'s' * (count > 1)}: {', '.join(table.names)}"]
         if self.graph is not None:
             edges, edge_weights = read_edges(self.graph, table.nodes)
@@ -240,7 +269,7 @@ class Trend(Task):
             notes += [f"times: the column {table.times_name}"] if table.times is not None else []
             graph = self._series(table)
         size = f"{graph.num_nodes:,} nodes and {graph.num_edges:,} edges, order {self.order}"
-        return Given(table, graph, (*notes, f"{self.signal.name}: {size}"))
+        return Given(table, graph, (*notes, f"{self.signal.name}: {size}"), covariates)
 
     def _picture(self) -> tuple[NodeTable, tuple[int, ...]]:
         """The pixels of a picture row by row, without opacity, and its height and width."""
@@ -308,8 +337,17 @@ class Trend(Task):
                 **({} if pieces is None else {"pieces": int(pieces.max()) + 1}),
                 **figures_of(fit, time.perf_counter() - start),
             }  # fmt: skip
+            if self.has_beside:
+                table, mean, beside = self._with_parts(given, fit, mean)
+                record |= beside
         rounded = np.array([float(f"{value:.{DIGITS}g}") for value in mean.ravel().tolist()]).reshape(mean.shape)
         drawn = {"observed": y.reshape(len(y), -1), "fit": rounded.reshape(len(y), -1), "names": table.names}
+        if self.has_beside:
+            trend, fitted, *_ = rounded.T
+            # What stands beside the trend of a rate is a factor.
+            rest = y * trend / fitted if self.loss == "poisson" else y - (fitted - trend)
+            drawn["observed"], drawn["fit"] = np.column_stack([y, rest]), np.column_stack([fitted, trend])
+            drawn["names"] = (table.names[0], f"{table.names[0]}, its trend")
         times = table.times if table.dates is None else as_dates(table.dates)
         if self.is_picture:
             drawn["pieces"] = pieces.reshape(graph.shape)
@@ -318,20 +356,40 @@ class Trend(Task):
             drawn |= {"marks": places}
         return Smoothed(dataclasses.replace(table, values=rounded), pieces, run_folder.plain(record), drawn, columns)
 
+    def _with_parts(self, given: Given, fit: TrendSolution, trend: np.ndarray) -> tuple[NodeTable, np.ndarray, Record]:
+        """A table with the trend, the whole fit and the season, its values, and the figures of what is beside it."""
+        names, values = [*given.table.names, "fitted"], [trend, np.asarray(_loss(self.loss).mean(fit.fitted))]
+        figures: Record = {}
+        if given.covariates is not None:
+            figures["coefficients"] = dict(zip(self._names(), np.asarray(fit.beta).tolist(), strict=True))
+        if self.season is not None:
+            names, values, figures["season"] = (
+                [*names, "season"],
+                [*values, fit.season],
+                np.asarray(fit.season)[: self.season].tolist(),
+            )
+        return dataclasses.replace(given.table, names=tuple(names)), np.column_stack(values), figures
+
+    def _names(self) -> list[str]:
+        """The names of the covariates."""
+        return [name.strip() for name in (self.covariates or "").split(",")]
+
     def _smooth(self, given: Given, missing: str, observer: Observer | None) -> tuple[TrendSolution, float, Record]:
         """The fit of the trend filter, its weight and the noise."""
         y, graph, loss, rule = given.table.values, given.graph, _loss(self.loss), self.rule()
         options: dict[str, Any] = {"missing": missing, "loss": loss}
         alone = getattr(loss, "is_square", False) and self.devices in (None, 1)
+        beside = {"covariates": given.covariates, "season": self.season}
         if rule is not None:
-            more = {"method": self.method.build(), "observer": observer}
+            more = {"method": self.method.build(), "observer": observer, **beside}
             weight = choose_weight(y, graph, self._penalty(1.0), self.order, rule, **options, **more).weight
         else:
             weight = float(self.weight or 0)
             if alone and (unlike := unlike_channels(y, graph, self.order, missing=missing)):
                 warnings.warn(unlike, stacklevel=3)
-        more = {"tol": self.tol, "devices": self.devices, **options}
+        more = {"tol": self.tol, "devices": self.devices, **options, **beside}
         found = trend_filter(y, graph, self._penalty(weight), self.order, self.method.build(), **more)
+        y = y - (found.fitted - found.value) if self.has_beside and alone else y
         return found, weight, {"noise": noise_level(y, graph, self.order, missing=missing) if alone else math.nan}
 
     def run_unit(self, key: str, folder: Path, observer: Observer) -> Record:

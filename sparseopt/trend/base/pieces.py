@@ -40,11 +40,17 @@ class TrendSolution(Solution):
         nonzero: which rows of `graph.matrix(order + 1)` are not zero at the fit, `[rows]` or `[rows, channels]`.
         graph: the graph of the fit.
         order: the (highest) order of the fit.
+        beta: the coefficients of the covariates, `[covariates]`; None without covariates.
+        season: the periodic part at every node, whose sum over a period is 0; None without a season.
+        fitted: the trend with the covariates' part and the season, on the scale of the loss; None without both.
     """
 
     nonzero: Any = None
     graph: Graph | None = static(default=None)
     order: int = static(default=0)
+    beta: Any = None
+    season: Any = None
+    fitted: Any = None
 
     @classmethod
     def of(cls, solution: Solution, nonzero: Any) -> "TrendSolution":

@@ -65,7 +65,7 @@ def _by_newton(
     loss: ScalarLoss, basis: np.ndarray, y: np.ndarray, weights: np.ndarray, start: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     at = jnp.asarray(np.where(weights > 0, y, loss.mean(jnp.asarray(start))))
-    told, fit = partial(_expand, leaves_as(loss, np.float64), at, weights), start
+    told, fit = partial(expand, leaves_as(loss, np.float64), at, weights), start
     value, slope, curvature = (np.asarray(part) for part in told(fit))
     first = curvature.max()
     for _ in range(NEWTON_STEPS):
@@ -94,7 +94,7 @@ def _by_newton(
 
 
 @Jitted
-def _expand(loss: ScalarLoss, y: Any, weights: Any, fit: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+def expand(loss: ScalarLoss, y: Any, weights: Any, fit: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The loss of a fit, and node by node its slope and its curvature."""
     slope, curvature = jax.jvp(lambda x: loss.derivative(x, y), (fit,), (jnp.ones_like(fit),))
     return jnp.sum(weights * loss.value(fit, y)), weights * slope, weights * curvature

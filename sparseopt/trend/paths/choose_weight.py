@@ -6,12 +6,14 @@ from typing import Any
 import numpy as np
 
 from sparseopt.core.base.arguments import unknown
+from sparseopt.core.losses.residuals import Huber, Squared
 from sparseopt.core.losses.scalar import ScalarLoss, check_scalar_loss
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.penalties.groups import GroupL2
 from sparseopt.core.select import CRITERIA, CrossValidation, Selection, cross_validate, select
 from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.base.noise import unlike_channels
+from sparseopt.trend.filter import first_part, trend_filter
 from sparseopt.trend.paths.path import TrendPath, fits_odds, refuses_criterion, template_of, trend_path
 
 # The rules of `choose_weight`.
@@ -19,6 +21,8 @@ WEIGHT_RULES = (*CRITERIA, "cv")
 # If the last level of a path is the best, as for a long series at order 1, a path of LEVELS weights follows, down to
 # RATIO times that weight.
 LEVELS, RATIO, MOST_PATHS = 50, 1e-3, 4
+# Weights that are chosen beside covariates and a season: a third changes little.
+ROUNDS = 2
 
 
 def choose_weight(
@@ -31,6 +35,8 @@ def choose_weight(
     folds: Any = 5,
     seed: int = 0,
     missing: str = "error",
+    covariates: Any = None,
+    season: int | None = None,
     **options: Any,
 ) -> Selection[TrendPath] | CrossValidation[TrendPath]:
     """Choose a weight by a rule, with as many paths as the rule needs.
@@ -40,6 +46,10 @@ def choose_weight(
     labels, losses of outliers and other penalties. If the best weight is the smallest of a path, another path begins
     there. The other arguments are as in `trend_path`; `folds` and `seed` are those of `so.cross_validate`. The result
     has the `weight`, the fit `value` and the last `path`.
+
+    With `covariates` or a `season`, as `trend_filter` has them, what they explain is taken from the signal: first by
+    least squares of its differences, then as `trend_filter` fits it with the weight chosen so far, twice. `value` and
+    `path` are those of the trend. The rules count its freedom alone, and need the square or Huber's loss.
 
     Raises:
         ValueError: before any work also for a rule that does not suit the loss.
@@ -54,15 +64,28 @@ def choose_weight(
         >>> (chosen.criterion, bool(np.mean((chosen.value - clean) ** 2) < 0.2))
         ('gcv', True)
     """
+    chosen: Selection[TrendPath] | CrossValidation[TrendPath]
     loss = check_scalar_loss(options.get("loss", "square"))
-    rule, options["missing"] = weight_rule(rule, loss, penalty), missing
+    rule = weight_rule(rule, loss, penalty)
+    if covariates is not None or season is not None:
+        if not isinstance(loss, Squared | Huber):
+            raise ValueError(f"no rule chooses a weight beside covariates or a season for {loss}: give a number")
+        fitted: Any = {"node_weights": options.get("node_weights"), "missing": missing, "loss": loss}
+        beside: Any = {"covariates": covariates, "season": season}
+        part = first_part(y, graph, order, **fitted, **beside)
+        for _ in range(ROUNDS):
+            more = {"folds": folds, "seed": seed, "missing": missing, **options}
+            chosen = choose_weight(np.asarray(y) - part, graph, penalty, order, rule, **more)
+            found = trend_filter(y, graph, L1(chosen.weight), order, **fitted, **beside)
+            part = found.fitted - found.value
+        return chosen
+    options["missing"] = missing
     if getattr(loss, "is_square", False) and (
         unlike := unlike_channels(y, graph, order, options.get("node_weights"), missing=missing)
     ):
         warnings.warn(unlike, stacklevel=2)
     for count in range(MOST_PATHS):
         path = trend_path(y, graph, penalty, order, **options)
-        chosen: Selection[TrendPath] | CrossValidation[TrendPath]
         if rule == "cv":
             chosen = cross_validate(path, folds, seed=seed, observer=options.get("observer"))
         else:
