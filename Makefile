@@ -45,7 +45,7 @@ $(VENV)/.installed-demo: $(VENV)/.created pyproject.toml
 
 $(VENV)/.installed-docs: $(VENV)/.installed-demo pyproject.toml
 	$(BIN)/python -m pip install --quiet -e . --group docs
-	$(BIN)/python -m pip install --quiet --no-deps nilearn libpysal pyshp
+	$(BIN)/python -m pip install --quiet --no-deps nilearn libpysal pyshp statsmodels patsy ruptures
 	@touch $@
 
 $(VENV)/.installed-lint: $(VENV)/.created pyproject.toml
@@ -54,7 +54,7 @@ $(VENV)/.installed-lint: $(VENV)/.created pyproject.toml
 
 $(VENV)/.installed-test: $(VENV)/.installed-lint
 	$(BIN)/python -m pip install --quiet -e . --group test
-	$(BIN)/python -m pip install --quiet --no-deps nilearn libpysal pyshp
+	$(BIN)/python -m pip install --quiet --no-deps nilearn libpysal pyshp statsmodels patsy ruptures
 	@touch $@
 
 $(VENV)/.installed-oracle: $(VENV)/.installed-test
