@@ -52,6 +52,8 @@ class OnGraph(Fitted):
     method: Any = "auto"
     covariates: Any = None
     season: int | None = None
+    bounds: Any = None
+    monotone: str | None = None
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """As in scikit-learn; settings of a method are `method__B`, `method__rho`, ..."""
@@ -104,7 +106,8 @@ class OnGraph(Fitted):
             observed[node] = y
             require_alike(y, observed, node, rows, loss)
         options: Any = {"tol": self.tol, "max_steps": self.max_steps, "node_weights": mass, "loss": loss}
-        found = trend_filter(observed, self.graph_, penalty, self.order, self.method, **options, **beside)
+        options |= {"bounds": self.bounds, "monotone": self.monotone, **beside}
+        found = trend_filter(observed, self.graph_, penalty, self.order, self.method, **options)
         self.solution_ = found = jax.device_get(found)
         self.warn_unless_converged(found, 3)
         fitted = found.value if found.fitted is None else found.fitted
@@ -179,6 +182,7 @@ class GraphTrendFilter(MultiOutputMixin, RegressorMixin, OnGraph):
             returns a penalty, such as `so.MCP`.
         tol, max_steps, method: as in `trend_filter`.
         covariates, season: as in `trend_filter`, for the nodes of a graph that is given.
+        bounds, monotone: as in `trend_filter`, of the fit b.
         loss: "square", "poisson" (counts), "huber", "absolute", or a `ScalarLoss` such as `so.scalar.Quantile(0.9)`.
 
     Attributes:

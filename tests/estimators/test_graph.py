@@ -11,6 +11,7 @@ import pytest
 from sklearn import config_context
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.isotonic import IsotonicRegression
 from sklearn.metrics import mean_poisson_deviance
 from sklearn.model_selection import GridSearchCV, PredefinedSplit
 from sklearn.multiclass import OneVsRestClassifier
@@ -279,3 +280,10 @@ def test_held_out_nodes_get_the_covariates_part_and_the_season(noisy, rng):
     assert model.score(NODES[~seen], y[~seen]) > 0.9
     with pytest.raises(ValueError, match="give graph"):
         clone(model).set_params(graph=None).fit(NODES, y)
+
+
+def test_a_monotone_fit_without_a_weight_is_isotonic_regression(rng):
+    y = NODES[:, 0] / 20 + rng.standard_normal(N)
+    model = GraphTrendFilter(alpha=0.0, graph=CHAIN, monotone="up", bounds=(None, 2.0)).fit(NODES, y)
+    expected = np.minimum(IsotonicRegression().fit_transform(NODES[:, 0], y), 2.0)
+    np.testing.assert_allclose(model.predict(NODES), expected, atol=1e-8)

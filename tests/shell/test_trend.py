@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from scipy.optimize import isotonic_regression
 
 import sparseopt as so
 from sparseopt.experiments.config import expand
@@ -273,6 +274,29 @@ def test_a_trend_beside_covariates_and_a_season(tmp_path, fit, command):
         assert status == 2
         assert told in err
         assert not output.exists()
+
+
+def test_bounds_and_a_direction_hold_exactly(tmp_path, fit, command):
+    rising = np.linspace(0, 1, 30) + 0.3 * np.random.default_rng(0).standard_normal(30)
+    _, lines, _ = fit("--bounds", "0,", "--monotone", "up", signal=rising, weight=0)
+    _, found, _ = numbers(lines)
+    expected = np.maximum(isotonic_regression(rising).x, 0)
+    np.testing.assert_allclose(found, expected, atol=1e-8)
+    said, lines, _ = fit("--bounds", "0.2,0.8", "--order", 1, weight=None)
+    assert "chosen by GCV" in said
+    assert numbers(lines)[1].min() >= 0.2 - 1e-12
+    assert numbers(lines)[1].max() <= 0.8 + 1e-12
+    for options, told in (
+        (["--bounds", "1,0", "--weight", 1], "low <= high"),
+        (["--bounds", "1", "--weight", 1], "low,high"),
+        (["--monotone", "sideways", "--weight", 1], "up"),
+        (["--monotone", "up", "--season", 3, "--weight", 1], "no season"),
+        (["--bounds", "0,1", "--order", 1, "--loss", "huber"], "square loss"),
+    ):
+        output = tmp_path / "other.csv"
+        status, _, err = command("trend", "--signal", tmp_path / "y.csv", "--output", output, *options)
+        assert (status, output.exists()) == (2, False)
+        assert told in err
 
 
 def test_channels_of_unlike_units_are_named_and_without_matplotlib_a_fit_has_no_figure(tmp_path, fit, monkeypatch):

@@ -20,19 +20,11 @@ from sparseopt.core.penalties.names import BY_WEIGHT, penalty_of_weight
 from sparseopt.core.problem.problem import Solution, Status
 from sparseopt.experiments.names import TrendMethod
 from sparseopt.experiments.plots.signals import observed_and_fit
-from sparseopt.experiments.read.graph_files import (
-    TIME_NAMES,
-    NodeTable,
-    as_dates,
-    read_edges,
-    read_signal,
-    write_fit,
-)
-from sparseopt.experiments.read.images import IMAGE_KINDS, read_image
+from sparseopt.experiments.read.graph_files import NodeTable, as_dates, write_fit
+from sparseopt.experiments.read.signals import Given, is_picture, read_given
 from sparseopt.experiments.read.tables import write_table
 from sparseopt.experiments.task import FinishedRun, Record, Task
 from sparseopt.system import processes, run_folder
-from sparseopt.trend.base.graph import Graph
 from sparseopt.trend.base.noise import noise_level, unlike_channels
 from sparseopt.trend.base.pieces import TrendSolution
 from sparseopt.trend.filter import trend_filter
@@ -42,19 +34,8 @@ from sparseopt.trend.regions import PAIR_COLUMNS, regions
 from sparseopt.trend.segments.find import COLUMNS, jumps
 from sparseopt.trend.segments.inference import Thinning
 
-# Steps of times that differ by less than this fraction are equal.
-EVEN = 1e-6
 DIGITS = 10  # of the values that are written: more than a certificate confirms
 FIT = "fit.csv"
-
-
-class Given(NamedTuple):
-    """What the files of a `Trend` hold; `notes` say how they were read."""
-
-    table: NodeTable
-    graph: Graph
-    notes: tuple[str, ...]
-    covariates: np.ndarray | None = None  # `[n, covariates]`
 
 
 class Smoothed(NamedTuple):
@@ -130,6 +111,14 @@ class Trend(Task):
     season: int | None = Field(
         default=None, description="Period of a series in rows, as in 12 for months: fitted beside the trend."
     )
+    bounds: tuple[float | None, float | None] | None = Field(
+        default=None,
+        description="Lower and upper bound of the fit, as in 0,1 or 0, for no upper one. A rule chooses the weight of "
+        "the fit without them.",
+    )
+    monotone: Literal["up", "down"] | None = Field(
+        default=None, description="up for a fit that never falls, down for one that never rises."
+    )
     missing: bool = Field(default=False, description="Treat NaN and empty cells as unobserved.")
     merge: bool = Field(default=False, description="Drop self-loops and add up duplicate edges.")
 
@@ -142,6 +131,16 @@ class Trend(Task):
             return float(weight)
         except ValueError:
             raise ValueError(f"is a number or one of {', '.join(WEIGHT_RULES)}, given {weight!r}") from None
+
+    @field_validator("bounds", mode="before")
+    @classmethod
+    def _ends(cls, bounds: Any) -> Any:
+        if not isinstance(bounds, str):
+            return bounds
+        ends = [end.strip() or None for end in bounds.split(",")]
+        if len(ends) != 2:
+            raise ValueError(f"is low,high, where one may be left out, given {bounds!r}")
+        return ends
 
     @field_validator("loss", "penalty")
     @classmethod
@@ -169,6 +168,12 @@ class Trend(Task):
             raise ValueError("season belongs to a series, given a graph too: leave one out")
         if self.has_beside and (self.penalty not in (None, "l1") or self.devices not in (None, 1)):
             raise ValueError("covariates and season need the penalty l1 on one device: leave penalty and devices out")
+        limited = [name for name in ("bounds", "monotone") if getattr(self, name) is not None]
+        if limited and (self.has_beside or (self.order and self.loss != "square") or self.devices not in (None, 1)):
+            raise ValueError(
+                f"{' and '.join(limited)} need one device, no covariates, no season, and from order 1 on the square "
+                "loss: leave out the others"
+            )
         if self.thinning() and self.sought != "jumps":
             raise ValueError(
                 "thin is of jumps in a series: leave it out, or give jumps without a graph and options of the trend "
@@ -187,7 +192,7 @@ class Trend(Task):
 
     def _of_trend_filters(self) -> list[str]:
         """The options given that only a trend filter has."""
-        names = ("graph", "weight", "penalty", "order", "loss", "tol", "covariates", "season")
+        names = ("graph", "weight", "penalty", "order", "loss", "tol", "covariates", "season", "bounds", "monotone")
         given = [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
         others = {"method": self.method.name != AUTO, "devices": self.devices not in (None, 1)}
         return [*given, *(name for name, is_given in others.items() if is_given)]
@@ -199,7 +204,7 @@ class Trend(Task):
 
     @property
     def is_picture(self) -> bool:
-        return self.signal.suffix.lower() in IMAGE_KINDS
+        return is_picture(self.signal)
 
     @property
     def sought(self) -> Literal["jumps", "regions"] | None:
@@ -247,53 +252,13 @@ class Trend(Task):
         Raises:
             ValueError: for what cannot be used.
         """
-        table, shape = self._picture() if self.is_picture else (read_signal(self.signal, self.graph is None), ())
-        covariates = None
-        if self.covariates is not None:
-            table, covariates = table.split(self._names())
-        count = len(table.names)
-        if self.has_beside and count > 1:
+        given = read_given(self.signal, self.graph, self.times, self.ends, self._names(), self.order, self.merge)
+        if self.has_beside and len(names := given.table.names) > 1:
             raise ValueError(
-                f"covariates and season need one channel, given {', '.join(table.names)}: name the others in "
-                "covariates, or leave them out of the file"
+                f"covariates and season need one channel, given {', '.join(names)}: name the others in covariates, or "
+                "leave them out of the file"
             )
-        notes = [f"{count} channel{'s' * (count > 1)}: {', '.join(table.names)}"]
-        if self.graph is not None:
-            edges, edge_weights = read_edges(self.graph, table.nodes)
-            graph = Graph.from_edges(edges, len(table.values), edge_weights, merge=self.merge)
-        elif shape:
-            graph = Graph.grid(shape)
-        else:
-            named = [name for name in table.names if count > 1 and name.lower() in TIME_NAMES]
-            notes += [f"the column {name} is taken as a channel: times must increase" for name in named]
-            notes += [f"times: the column {table.times_name}"] if table.times is not None else []
-            graph = self._series(table)
-        size = f"{graph.num_nodes:,} nodes and {graph.num_edges:,} edges, order {self.order}"
-        return Given(table, graph, (*notes, f"{self.signal.name}: {size}"), covariates)
-
-    def _picture(self) -> tuple[NodeTable, tuple[int, ...]]:
-        """The pixels of a picture row by row, without opacity, and its height and width."""
-        image = read_image(self.signal)
-        height, width, *_ = image.shape
-        colours = np.asarray(image, float).reshape(height * width, -1)
-        if colours.shape[1] < 3:
-            return NodeTable(colours[:, 0], ("value",)), (height, width)
-        return NodeTable(colours[:, :3], ("red", "green", "blue")), (height, width)
-
-    def _series(self, table: NodeTable) -> Graph:
-        """The chain of a series, at the times of a file of their own or of a column of the signal."""
-        times, ends, count = table.times, self.ends or "free", len(table.values)
-        if times is None:
-            return Graph.chain(count, None if self.times is None else read_signal(self.times).values, ends)
-        if self.times is not None:
-            raise ValueError(f"the signal has its times in the column {table.times_name!r}: leave out times")
-        steps = np.diff(times)
-        if ends == "graph" and self.order and np.ptp(steps) > EVEN * steps.max():
-            raise ValueError(
-                f"the times of the column {table.times_name!r} are uneven: leave out ends=graph, since free ends count "
-                "them, or leave the column out"
-            )
-        return Graph.chain(count, times if ends == "free" else None, ends)
+        return given
 
     def fit(self, given: Given, observer: Observer | None = None) -> Smoothed:
         """Find the jumps or regions, or choose the weight, unless it is a number, and smooth.
@@ -372,7 +337,7 @@ class Trend(Task):
 
     def _names(self) -> list[str]:
         """The names of the covariates."""
-        return [name.strip() for name in (self.covariates or "").split(",")]
+        return [] if self.covariates is None else [name.strip() for name in self.covariates.split(",")]
 
     def _smooth(self, given: Given, missing: str, observer: Observer | None) -> tuple[TrendSolution, float, Record]:
         """The fit of the trend filter, its weight and the noise."""
@@ -387,7 +352,8 @@ class Trend(Task):
             weight = float(self.weight or 0)
             if alone and (unlike := unlike_channels(y, graph, self.order, missing=missing)):
                 warnings.warn(unlike, stacklevel=3)
-        more = {"tol": self.tol, "devices": self.devices, **options, **beside}
+        limits = {"bounds": self.bounds, "monotone": self.monotone}
+        more = {"tol": self.tol, "devices": self.devices, **options, **beside, **limits}
         found = trend_filter(y, graph, self._penalty(weight), self.order, self.method.build(), **more)
         y = y - (found.fitted - found.value) if self.has_beside and alone else y
         return found, weight, {"noise": noise_level(y, graph, self.order, missing=missing) if alone else math.nan}
