@@ -205,7 +205,8 @@ class _Joint(NamedTuple):
         weight = np.broadcast_to(np.asarray(asked.penalty.weight, np.float64), matrix.shape[:1])
         size = np.abs(asked.values).max() * ROUNDING * np.finfo(np.float64).eps
         node_loss = DataLoss(loss, None, jnp.asarray(asked.values), asked.weights)
-        return cls(node_loss, matrix, weight, np.where(seen[:, None], columns, 0), float(asked.mass.sum() * size**2))
+        least = asked.mass.sum() * size**2 + size * float(weight @ abs(matrix).sum(axis=1))
+        return cls(node_loss, matrix, weight, np.where(seen[:, None], columns, 0), float(least))
 
     def image(self, state: _State) -> np.ndarray:
         return state.value + self.columns @ state.c

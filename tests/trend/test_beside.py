@@ -132,6 +132,13 @@ def test_a_covariate_that_jumps_with_the_trend_gets_no_gap_it_has_not_earned(rng
     assert not fit.nonzero.any()
 
 
+def test_a_signal_that_they_explain_wholly_is_fitted(rng):
+    x, wave = rng.standard_normal((24, 2)), np.tile([1.0, -3.0, 0.5, 1.5], 6)
+    fit = so.trend_filter(x @ [5.0, -7.0] + wave, FREE, so.L1(1.0), 1, covariates=x, season=4).check()
+    np.testing.assert_allclose(fit.beta, [5, -7], atol=1e-9)
+    np.testing.assert_allclose(fit.season, wave, atol=1e-9)
+
+
 def test_rows_of_a_grid(rng):
     image, x = rng.standard_normal((4, 6)), rng.standard_normal((4, 6, 2))
     fit = so.trend_filter(image, GRID, so.L1(0.5), covariates=x)
