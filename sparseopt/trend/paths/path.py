@@ -35,6 +35,9 @@ from sparseopt.trend.paths.warm_starts import descend
 
 # The relative accuracy of the first weight of a path: enough there, and ten times cheaper than the default.
 FIRST_WEIGHT_TOL = 1e-2
+# The accuracy of the levels, and on chains from order 1 on, where a step of the interior point method gives two digits,
+# and a coarse fit misses bends, so that the criteria choose too small a weight (`benchmarks/bench_criteria.py`).
+TOL, TOL_OF_LINES = 1e-4, 1e-8
 # The divergence of a fit is found by moving every value by this fraction of the noise, up or down at random; on graphs
 # of fewer nodes than LARGE several times, at most MOST_MOVES.
 MOVE, LARGE, MOST_MOVES = 0.1, 2000, 16
@@ -188,7 +191,7 @@ def trend_path(
     weights: Any = None,
     num: int = 50,
     ratio: float = 1e-3,
-    tol: float = 1e-4,
+    tol: float | None = None,
     method: Any = "auto",
     max_steps: int = 20_000,
     node_weights: Any = None,
@@ -209,7 +212,8 @@ def trend_path(
             and for GroupL2, whose first weight is large enough but not the smallest; others need given weights.
         num: the number of weights.
         ratio: the last weight over the first.
-        tol: of each level, as in `trend_filter`.
+        tol: of each level, as in `trend_filter`. None for 1e-4, and for 1e-8 on chains from order 1 on with `L1` and
+            the square loss: there digits are cheap, and criteria count bends, which a coarse fit misses.
         method: as in `trend_filter`, for all levels; from order 1 on "auto" prefers an exact x-step, since most steps
             are spent while smoothing is strong.
         max_steps: step limit of each level.
@@ -233,9 +237,13 @@ def trend_path(
         [0.18, 0.18, 0.18, 4.82, 4.82, 4.82]
     """
     template = template_of(penalty)
-    options: Any = {"loss": check_scalar_loss(loss), "method": as_method(method), "tol": tol, "max_steps": max_steps}
+    options: Any = {"loss": check_scalar_loss(loss), "method": as_method(method), "tol": TOL if tol is None else tol}
+    options["max_steps"] = max_steps
     asked = check_fit(y, graph, template, order, node_weights, missing, dtype, **options)
     geometry, square = asked.geometry, asked.square
+    digits = asked.method is None and asked.is_l1 and square and asked.dtype == np.float64
+    if tol is None and geometry.line and asked.order and digits:
+        asked = dataclasses.replace(asked, tol=TOL_OF_LINES)
     if not (is_positive(ratio) and ratio < 1):
         raise ValueError(f"ratio, the last weight over the first, lies in (0, 1), given {ratio!r}")
     given = None if weights is None else _check_levels(weights, asked.dtype)
