@@ -29,6 +29,7 @@ CORRELATIONS, RISES, DEVIATIONS, PERIODS, PLACES = (
     (1, 2, 3),
     (100, 50, 20),
 )
+SIZES, HEIGHTS, CONFIRMED, LEVEL = (100, 200), (0.5, 1.0, 1.5, 2.0, 3.0, 4.0), "confirmed by thinning", 0.05
 
 
 def noise(rng: np.random.Generator, count: int, correlation: float = 0.0) -> np.ndarray:
@@ -55,9 +56,14 @@ def has_jump(found: so.trend.Jumps) -> bool:
 
 
 def flat(draws: int) -> None:
-    for n in (100, 300):
-        for correlation in CORRELATIONS:
-            draw("flat: any place", draws, np.zeros(n), has_place, correlation=correlation)
+    for n, correlation in itertools.product((100, 300), CORRELATIONS):
+        rng, counts = np.random.default_rng(0), dict.fromkeys(tools(), 0)
+        for _ in range(draws):
+            y = noise(rng, n, correlation)
+            for name, find in tools().items():
+                counts[name] += len(find(y)) > 0
+        shares = {name: count / draws for name, count in counts.items()}
+        emit("flat: any place", n=n, correlation=correlation, draws=draws, shares=shares)
 
 
 def lines(draws: int) -> None:
@@ -82,6 +88,23 @@ def steps(draws: int) -> None:
             return len(found.places) == 1 and abs(int(found.places[0]) - place) <= 2
 
         draw("step: one place, within 2", draws, STEP * (np.arange(200) >= place), is_found, place=place)
+
+
+def power(draws: int) -> None:
+    """How often a step in the middle half is the one place found, within `MARGIN`, and confirmed by thinning."""
+    thin = so.trend.Thinning("gaussian", noise=1.0)
+    for n, size in itertools.product(SIZES, HEIGHTS):
+        rng, counts = np.random.default_rng(0), dict.fromkeys([*tools(), CONFIRMED], 0)
+        for _ in range(draws):
+            place = int(rng.integers(n // 4, 3 * n // 4))
+            y = rng.standard_normal(n) + size * (np.arange(n) >= place)
+            found = {name: find(y) for name, find in tools().items()}
+            tested = so.trend.jumps(y, thin=thin)
+            found[CONFIRMED] = tested.places[np.asarray(tested.p) <= LEVEL]
+            for name, places in found.items():
+                counts[name] += len(places) == 1 and abs(int(places[0]) - place) <= MARGIN
+        shares = {name: count / draws for name, count in counts.items()}
+        emit("power: one step, within 5", n=n, size=size, draws=draws, shares=shares)
 
 
 def seconds(draws: int) -> None:
@@ -171,7 +194,7 @@ def annotated(path: Path) -> None:
         emit("annotated, mean", tool=tool, f1=f, covering=c, places=k, series=len(scores))
 
 
-PARTS = {"flat": flat, "lines": lines, "curves": curves, "steps": steps, "seconds": seconds}
+PARTS = {"flat": flat, "lines": lines, "curves": curves, "steps": steps, "power": power, "seconds": seconds}
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ benchopt.svg: distance to the best objective over seconds in each suite of bench
 tokens.svg: perplexity and held-out error against the number of calibration tokens.
 frontier.svg: perplexity against seconds a token and against megabytes, for dense, smaller and pruned models.
 bits.svg: perplexity against megabytes, for models in few bits.
+power.svg: share of single steps that were found, against their height.
 selection.svg: error at the weight that each rule chooses, over that of the best weight.
 """
 
@@ -43,6 +44,10 @@ RULES = {
     "cv, one standard error": ("one standard error", "#CC79A7", "v"),
     "bic": ("BIC", "#D55E00", "^"),
 }
+FINDERS = {
+    "sparseopt": ("jumps", BLUE, "o"), "confirmed by thinning": ("confirmed by thinning", SKY, "D"),
+    "ruptures Pelt": ("PELT", ORANGE, "s"),
+}  # fmt: skip
 SIGNALS = {"poisson": "counts", "logistic": "labels"}
 TOP = 3.5  # of the axis of `selection`
 # Filled markers show the first of these runtimes, hollow ones the second.
@@ -188,6 +193,22 @@ def bits(records: list[Record]) -> Any:
     return figure
 
 
+def power(records: list[Record]) -> Any:
+    """The share of series whose step was found against its height, a panel for each length."""
+    lengths = groups(select(records, "power: .*"), "n")
+    figure, axes = plt.subplots(1, len(lengths), figsize=(9, 3.6), sharey=True, layout="constrained")
+    for axis, shown in zip(axes, lengths, strict=True):
+        sizes = [record["size"] for record in shown]
+        for name, (label, colour, marker) in FINDERS.items():
+            axis.plot(sizes, [record["shares"][name] for record in shown], color=colour, marker=marker, label=label)
+        axis.set(title=f"{shown[0]['n']:,} values", xlabel="step, in deviations of the noise", ylim=(-0.03, 1.03))
+        axis.grid(color="#eeeeee")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("share found")
+    axes[-1].legend(frameon=False, fontsize=9)
+    return figure
+
+
 def selection(records: list[Record]) -> Any:
     """Mean error at the weight of each rule over that at the best weight, with bars of two standard errors."""
     records = select(records, "choice of the weight")
@@ -261,6 +282,7 @@ def write_all(target: Path) -> None:
         "tokens": tokens(read("quality")),
         "frontier": frontier(read("runtime")),
         "bits": bits(read("bits")),
+        "power": power(read("jumps")),
         "selection": selection(read("trend_selection")),
     }
     for name, figure in pictures.items():
