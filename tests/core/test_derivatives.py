@@ -5,7 +5,7 @@ The solves run until rounding stops them, so that errors do not dominate the dif
 """
 
 import dataclasses
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -274,15 +274,24 @@ def at_its_own_level(penalty, center=CENTER):
 def test_where_the_solver_moves_the_level_the_derivative_is_that_at_its_last_one():
     """The two largest entries stay, and only they follow the centre; the answer follows the penalty's parameters."""
 
-    def value(center):
-        return at_its_own_level(so.L0(1e-4), center)
+    @jax.jit
+    @partial(jax.jacfwd, has_aux=True)
+    def of_center(center):
+        return (value := at_its_own_level(so.L0(1e-4), center)), value
 
-    np.testing.assert_allclose(value(jnp.array(CENTER)), [3, 0, -2, 0], atol=1e-5)
-    np.testing.assert_allclose(jax.jacfwd(value)(jnp.array(CENTER)), np.diag([1.0, 0, 1, 0]), atol=1e-5)
-    parameters = jnp.array([0.01, 40.0])
-    slopes = jax.jacfwd(lambda given: at_its_own_level(so.MCP(*given)))(parameters)
+    slopes, value = of_center(CENTER)
+    np.testing.assert_allclose(value, [3, 0, -2, 0], atol=1e-5)
+    np.testing.assert_allclose(slopes, np.diag([1.0, 0, 1, 0]), atol=1e-5)
+
+    @jax.jit
+    @partial(jax.jacfwd, has_aux=True)
+    def of_parameters(given):
+        return (value := at_its_own_level(so.MCP(*given))), value
+
+    parameters = np.array([0.01, 40.0])
+    slopes, _ = of_parameters(parameters)
     for at, move in enumerate(np.diag(1e-6 * parameters)):
-        ahead, behind = (at_its_own_level(so.MCP(*(parameters + sign * move))) for sign in (1, -1))
+        ahead, behind = (of_parameters(parameters + sign * move)[1] for sign in (1, -1))
         np.testing.assert_allclose(slopes[:, at], (ahead - behind) / (2 * move[at]), rtol=1e-4, atol=1e-4)
 
 
@@ -294,7 +303,7 @@ def test_the_hessian_of_a_held_out_error_of_the_lasso_is_its_closed_form():
         value = so.solve(so.Problem(so.LeastSquares(MATRIX, TARGET), so.L1(weight)), tol=1e-14).value
         return jnp.mean((held_out @ value - wanted) ** 2), value
 
-    second, value = jax.hessian(error, has_aux=True)(12.0)
+    second, value = jax.jit(jax.hessian(error, has_aux=True))(12.0)
     kept = np.asarray(value) != 0
     assert 0 < kept.sum() < COLUMNS
     slope = -np.linalg.solve(MATRIX[:, kept].T @ MATRIX[:, kept], np.sign(value[kept]))
@@ -319,6 +328,7 @@ def test_the_second_derivatives_of_a_trend_filter_are_those_of_means():
         numbers, along = (jnp.array([0.5, *weights]),), (jnp.linspace(0.5, 2, 7),)
         return jnp.stack(jax.tree.leaves(jax.jvp(lambda at: jax.jvp(function, (at,), along), numbers, along)))
 
+    twice = jax.jit(twice, static_argnums=0)
     np.testing.assert_allclose(twice(value), twice(of_means), atol=1e-9)
 
 

@@ -242,20 +242,21 @@ def test_the_log_sum_has_the_slope_of_its_value_and_a_prox_continuous_up_to_the_
     with precision(DOUBLE):
         x = np.linspace(0.05, 4, 80)
         for eps in (0.3, 1.0):
-            slope = jax.vmap(jax.grad(so.LogSum(0.8, eps).value))(x)
-            np.testing.assert_allclose(so.LogSum(0.8, eps).slope(jnp.asarray(x)), slope, rtol=1e-12)
+            penalty = so.LogSum(0.8, eps)
+            slope = jax.jit(jax.vmap(jax.grad(penalty.value)))(x)
+            np.testing.assert_allclose(Jitted(penalty).slope(x), slope, rtol=1e-12)
         x = np.linspace(0, 3, 30_001)
         jumps = [np.diff(Jitted(so.LogSum(1.0, 0.5)).prox(x, step)).max() for step in (0.2, 0.25, 0.5)]
     assert max(jumps[:2]) < 0.01 < 0.1 < jumps[2]
-    huge = jnp.array([3e19, -3e38, 1e30, 0.0], jnp.float32)  # what its square would overflow
-    np.testing.assert_allclose(so.LogSum(1.0, 1.0).prox(huge, 1.0), huge, rtol=1e-6)
+    huge = np.array([3e19, -3e38, 1e30, 0.0], np.float32)  # what its square would overflow
+    np.testing.assert_allclose(Jitted(so.LogSum(1.0, 1.0)).prox(huge, 1.0), huge, rtol=1e-6)
 
 
 @pytest.mark.parametrize("penalty", [so.L1(0.0), so.SparseGroup(0.0, 0.0)], ids=repr)
 def test_without_a_weight_the_prox_is_the_identity_with_its_derivative_also_at_zero(penalty):
-    point = jnp.array([[0.0, 0.0], [3.0, 0.0]])
-    np.testing.assert_array_equal(penalty.prox(point, 1.0), point)
-    jacobian = jax.jacfwd(lambda x: penalty.prox(x, 1.0))(point)
+    point = np.array([[0.0, 0.0], [3.0, 0.0]])
+    np.testing.assert_array_equal(Jitted(penalty).prox(point, 1.0), point)
+    jacobian = jax.jit(jax.jacfwd(lambda x: penalty.prox(x, 1.0)))(point)
     np.testing.assert_array_equal(jacobian.reshape(4, 4), np.eye(4))
 
 
@@ -381,7 +382,7 @@ def test_a_prox_of_ones_own_stays_as_it_is():
     assert Named(2).prox(3, t=1) == 1
 
 
-@pytest.mark.parametrize("penalty", [so.MCP(1.2, 2.5), so.SCAD(0.8, 3.1), so.LogSum(0.7, 0.4)])
+@pytest.mark.parametrize("penalty", [so.MCP(1.2, 2.5), so.SCAD(0.8, 3.1)])
 def test_the_slope_is_the_derivative_of_the_value(rng, penalty):
-    x = jnp.asarray(rng.uniform(0.1, 5, 40))
-    np.testing.assert_allclose(penalty.slope(x), jax.grad(penalty.value)(x), rtol=1e-4, atol=1e-6)
+    x = rng.uniform(0.1, 5, 40)
+    np.testing.assert_allclose(Jitted(penalty).slope(x), jax.jit(jax.grad(penalty.value))(x), rtol=1e-4, atol=1e-6)

@@ -90,7 +90,7 @@ def test_an_array_has_one_step_an_entry(case):
     loss, observations = case
     x, y = pairs(observations, count=21)
     steps = np.geomspace(1e-3, 1e3, x.size)
-    apart = jax.vmap(loss.tree.prox)(x, y, steps)
+    apart = jax.jit(jax.vmap(loss.tree.prox))(x, y, steps)
     np.testing.assert_allclose(loss.prox(x, y, steps), apart, rtol=1e-12, atol=1e-14)
 
 

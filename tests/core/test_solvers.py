@@ -14,6 +14,7 @@ import sparseopt as so
 from sparseopt.core.losses.quadratic import largest_eigenvalue_bound
 from sparseopt.layers.methods.admm import AdmmPruning, QuadraticAdmm
 from sparseopt.layers.methods.splice import Splice
+from tests.jitted import Jitted
 from tests.tiers import often
 
 PATTERNS = [so.TopK(150), so.RowTopK(13), so.NM(2, 4), so.BlockTopK(17, (4, 3))]
@@ -34,8 +35,13 @@ def loss():
     return make_problem(np.random.default_rng(20251125)).loss
 
 
+@jax.jit
+def value_at(problem, x):
+    return problem.loss.value(x) + problem.penalty.value(x)
+
+
 def objective(problem, x):
-    return float(problem.loss.value(x) + problem.penalty.value(x))
+    return float(value_at(problem, x))
 
 
 def rising(problem, levels=5, growth=2.0, period=4, rho=0.1, **options):
@@ -74,7 +80,7 @@ FAST = [MONOTONE[0], MONOTONE[2], MONOTONE[6], MONOTONE[10], MONOTONE[13]]
 def test_the_objective_never_increases_and_is_that_of_the_answer(loss, solver, penalty, tol, rounding):
     problem, start = so.Problem(loss, penalty), loss.center
     if not isinstance(solver, so.Maiht):
-        start = penalty.prox(start, 1.0)
+        start = Jitted(penalty).prox(start, 1.0)
     answer = so.solve(problem, solver, start, tol=tol, max_steps=200, history=True)
     values, steps = np.asarray(answer.history.objective), int(answer.steps)
     assert steps > 3
@@ -129,7 +135,7 @@ def test_adaptive_level_reaches_the_sparsity_asked_for(rng):
 def test_support_rule_stops_when_the_support_rests(loss):
     problem, solver = so.Problem(loss, so.L0(0.2)), so.Maiht(stop="support")
     answer = so.solve(problem, solver, loss.center, tol=0.0, max_steps=500).check()
-    again = solver.step(problem, answer.state)
+    again = jax.jit(solver.step)(problem, answer.state)
     assert ((again.x != 0) == (answer.value != 0)).mean() > 0.99
 
 
@@ -178,8 +184,9 @@ def test_tiny_problems_end_at_the_best_subset_most_times_and_never_worse_than_th
 
 
 def test_a_start_with_too_many_entries_is_cut_and_one_with_too_few_is_filled(loss):
-    for start in (loss.center, jnp.zeros_like(loss.center)):
-        assert np.count_nonzero(Splice().init(so.Problem(loss, so.TopK(100)), start).mask) == 100
+    begun = jax.jit(Splice().init)
+    for start in (loss.center, np.zeros(loss.center.shape, np.float32)):
+        assert np.count_nonzero(begun(so.Problem(loss, so.TopK(100)), start).mask) == 100
 
 
 def test_rejections_in_a_row_end_the_search(loss):
@@ -209,7 +216,7 @@ def test_a_rising_rho_closes_the_gap_between_both_copies(wide):
     apart = []
     for levels in (1, 8):
         state = rising(wide, levels).state
-        last = QuadraticAdmm().step(wide, state)
+        last = jax.jit(QuadraticAdmm().step)(wide, state)
         b = last.x + (last.dual - state.dual) / last.rho
         apart.append(float(jnp.linalg.norm(b - last.x) / jnp.linalg.norm(last.x)))
     assert apart[1] < 1e-2 * apart[0]

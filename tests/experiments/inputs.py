@@ -8,7 +8,7 @@ import numpy as np
 from sparseopt.experiments.tasks import model as model_task
 from sparseopt.pruning import prune_model
 from tests.models.tiny import random_tensors, tiny_config, write_folder
-from tests.pruning.whole_runs import TOKENIZER
+from tests.pruning.whole_runs import SQUARE, TOKENIZER
 
 TOY = "tests.experiments.toy.Toy"
 TEXT = "the quick brown fox jumps over the lazy dog, and then the dog tells the fox all about it.\n" * 60
@@ -17,8 +17,6 @@ WINDOWS = {
     "windows": 4, "seqlen": 32, "heldout_windows": 2, "evaluation_windows": 2, "evaluation_seqlen": 48,
 }  # fmt: skip
 CALIBRATED = ("--windows", 4, "--seqlen", 32, "--heldout-windows", 2)
-# All linears have one shape.
-SQUARE = {"intermediate_size": 32, "num_key_value_heads": 4}
 
 
 def quiet(text, done, total):

@@ -29,9 +29,10 @@ def models(tmp_path_factory):
     return cache(lambda name: write_model(tmp_path_factory.mktemp("models") / name, name))
 
 
-@pytest.fixture(scope="session")
-def source(models):
-    return models("llama")
+@pytest.fixture(scope="module")
+def source(models, request):
+    """The model of a file of tests: its `TINY`, otherwise one whose linears one program solves."""
+    return models(getattr(request.module, "TINY", "square"))
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,8 @@ from sparseopt.pruning.memory import BudgetError, choose_footprint, phase_bytes
 from sparseopt.pruning.run.plan import make_plan
 from sparseopt.system import machine
 
+TINY = "llama"
+
 
 @pytest.fixture(scope="module")
 def recipe(tokens):

@@ -20,6 +20,7 @@ from sparseopt.system import machine
 from tests.models.tiny import random_tensors, tiny_config, write_folder, write_gguf
 from tests.pruning.whole_runs import tensors_of, write_model
 
+TINY = "llama"
 pytestmark = pytest.mark.usefixtures("several_batches")
 # Of one block: q and o, k and v, gate and up and down; norms.
 LINEARS, NORMS = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 64, 2 * 32
@@ -63,7 +64,7 @@ def test_an_untied_head_and_a_narrow_dtype_count(tmp_path, recipe, rng):
 
 def test_what_is_told_of_a_name_on_the_hub_is_what_a_prune_does(tmp_path, tokens, monkeypatch):
     commit = "0123456789abcdef0123456789abcdef01234567"
-    path = write_model(tmp_path / f"cache/models--lab--tiny/snapshots/{commit}")
+    path = write_model(tmp_path / f"cache/models--lab--tiny/snapshots/{commit}", "square")
     (path.parent.parent / "refs").mkdir()
     (path.parent.parent / "refs" / "main").write_text(commit)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -93,13 +94,13 @@ def test_experts_are_one_row_with_their_number_left_out(tmp_path, models, recipe
     assert counts["self_attn.q_proj"] == 2
     # As in the checkpoint, so that targets can name them.
     assert [count for name, count in counts.items() if ".experts.*." in name] == [2 * 4] * 3
-    assert found.weights == 2 * (2 * 32 * 32 + 2 * 16 * 32 + 4 * 3 * 32 * 24)
+    assert found.weights == 2 * (4 * 32 * 32 + 4 * 3 * 32 * 32)
     sizes, *_ = block_sizes(open_model(path), recipe())
-    assert sizes.gram_bytes == 4 * (2 * 32**2 + 4 * (32**2 + 24**2))
+    assert sizes.gram_bytes == 4 * (2 + 4 * 2) * 32**2
     assert {share for *_, share in sizes.linears} == {1.0, 0.5}
     # Each token of all experts: one Gram for gate and up together, and every expert runs once.
     whole, *_ = block_sizes(open_model(path), recipe(expert_tokens="all"))
-    assert whole.gram_bytes == 4 * (2 * 32**2 + 32**2 + 4 * 24**2)
+    assert whole.gram_bytes == 4 * (2 * 32**2 + 32**2 + 4 * 32**2)
 
 
 def test_a_smaller_model_is_told_before_it_is_made(tmp_path, source, tokens):

@@ -24,7 +24,7 @@ from sparseopt.system.files import DiskError
 from sparseopt.system.run_folder import FolderError
 from tests.jitted import run
 from tests.models.tiny import CONFIGS, random_tensors, tiny_config, write_folder, write_gguf
-from tests.pruning.whole_runs import TOKENIZER, Broken, breaking_at, ended_by, tensors_of, write_model
+from tests.pruning.whole_runs import SQUARE, TOKENIZER, Broken, breaking_at, ended_by, tensors_of, write_model
 
 HELDOUT = 2
 PLAIN = {"method": "wanda", "score": "none"}
@@ -45,7 +45,7 @@ def of(model, output, *grids, **recipe):
 
 SMALLER = {"channels": 0.5, "multiple": 32, "layers": 0.67}
 CASES = {
-    "zeros": of("llama", "out.gguf", "q4_0", bits="q4_0"),
+    "zeros": of("square", "out.gguf", "q4_0", bits="q4_0"),
     "dense": of("bfloat16", "out.gguf", "q8_0", bits="q8_0", sparsity=0.0, head_bits="q4_0"),
     "trained": of("biased", "out.gguf", "q5_0", bits="q5_0", pattern="2:4", train_epochs=1, propagate=0.5),
     "smaller": of("llama", "out.gguf", "q4_0", bits="q4_0", train_epochs=1, **SMALLER),
@@ -53,7 +53,7 @@ CASES = {
     "other bits, of a file": of(Kind.Q5_1, "out.gguf", "q8_0", bits="q8_0", ignore=["k_proj"]),
     "fewer blocks, of a file": of(Kind.Q4_1, "out.gguf", train_epochs=0, repair=False, **SMALLER | {"channels": 1.0}),
     "a repair, of a file": of(Kind.Q4_1, "out.gguf", "q4_0", train_epochs=0, **SMALLER | {"channels": 1.0}),
-    "a folder": of("llama", "out", "int8", bits="int8", train_epochs=1),
+    "a folder": of("square", "out", "int8", bits="int8", train_epochs=1),
     "a folder of experts": of("experts", "out", "int4:8", bits="int4:8", min_expert_tokens=1),
 }  # fmt: skip
 QUICK = ("zeros", "trained", "smaller", "of a file", "fewer blocks, of a file", "a folder")
@@ -272,16 +272,16 @@ UNSCALED = [
 
 @pytest.mark.parametrize(("key", "factor", "bits", "given"), UNSCALED)
 def test_weights_that_no_scale_in_half_precision_holds_are_named(tmp_path, tokens, key, factor, bits, given):
-    tensors = tensors_of()
+    tensors = tensors_of("square")
     tensors[key] = tensors[key] * np.float32(factor)
-    source = write_model(tmp_path / "in", tensors=tensors)
+    source = write_model(tmp_path / "in", "square", tensors)
     with pytest.raises(ModelError, match=f"{key}: bits '{bits}' .*{given}"):
         prune_model(source, tmp_path / "out.gguf", Recipe(calibration=tokens, bits="q4_0", sparsity=0.0, **PLAIN))
     assert not (tmp_path / "out.gguf").exists()
 
 
 def test_types_without_a_grid_as_wide_take_bits_and_floats_the_dtype_asked_for(tmp_path, tokens):
-    source = write_gguf(tmp_path / "in.gguf", tiny_config(), tensors_of(), Kind.MXFP4)
+    source = write_gguf(tmp_path / "in.gguf", tiny_config(**SQUARE), tensors_of("square"), Kind.MXFP4)
     recipe = Recipe(calibration=tokens, **PLAIN)
     with pytest.raises(ModelError, match=r"type MXFP4, .*: give bits"):
         prune_model(source, tmp_path / "out.gguf", recipe)
@@ -289,7 +289,7 @@ def test_types_without_a_grid_as_wide_take_bits_and_floats_the_dtype_asked_for(t
     prune_model(source, tmp_path / "out.gguf", recipe.model_copy(update=update))
     kinds = {name: tensor.kind for name, tensor in read_header(tmp_path / "out.gguf").tensors.items()}
     assert (kinds["blk.0.attn_k.weight"], kinds["blk.0.attn_q.weight"]) == (Kind.MXFP4, Kind.Q4_0)
-    source = write_gguf(tmp_path / "floats.gguf", tiny_config(), tensors_of())
+    source = write_gguf(tmp_path / "floats.gguf", tiny_config(**SQUARE), tensors_of("square"))
     prune_model(source, tmp_path / "half.gguf", recipe.model_copy(update={"dtype": "float16", "ignore": ["k_proj"]}))
     kinds = {len(tensor.shape): tensor.kind for tensor in read_header(tmp_path / "half.gguf").tensors.values()}
     assert kinds == {1: Kind.F32, 2: Kind.F16}

@@ -18,14 +18,16 @@ from sparseopt.pruning.base.records import Calibration, Footprint, Passed
 from sparseopt.pruning.run.facts import run_facts
 from sparseopt.system.run_folder import FolderError
 from tests.models.tiny import tiny_config, write_gguf
-from tests.pruning.whole_runs import TOKENIZER, stored, tensors_of, write_model
+from tests.pruning.whole_runs import SQUARE, TOKENIZER, stored, tensors_of, write_model
 
 pytestmark = pytest.mark.usefixtures("several_batches")
 FEW = {"method": "wanda", "heldout_windows": 2}
 
 
 def test_a_quantised_file_leaves_in_bfloat16_unless_a_dtype_is_given(tmp_path, tokens):
-    source = open_source(write_gguf(tmp_path / "m.gguf", tiny_config(), tensors_of(), GGMLQuantizationType.Q8_0))
+    source = open_source(
+        write_gguf(tmp_path / "m.gguf", tiny_config(**SQUARE), tensors_of("square"), GGMLQuantizationType.Q8_0)
+    )
     key = "model.layers.0.mlp.up_proj.weight"
     recipe = Recipe(**FEW, calibration=tokens, ignore="up_proj")
     for dtype, name in ((None, "bfloat16"), ("float32", "float32")):
@@ -38,19 +40,19 @@ def test_a_quantised_file_leaves_in_bfloat16_unless_a_dtype_is_given(tmp_path, t
         np.testing.assert_array_equal(found.read(key), source.read(key).astype(name))
         assert dry_run(source, tmp_path / "dry", given).footprint.output_bytes == report.dense_bytes
     # What is not quantised keeps its dtype.
-    plain = open_source(write_gguf(tmp_path / "plain.gguf", tiny_config(), tensors_of()))
+    plain = open_source(write_gguf(tmp_path / "plain.gguf", tiny_config(**SQUARE), tensors_of("square")))
     assert prune_model(plain, tmp_path / "plain", recipe).recipe["dtype"] is None
 
 
 def test_the_summary_tells_what_was_read_and_by_what_and_dead_inputs_are_reported(tmp_path, tokens):
-    tensors = tensors_of()
+    tensors = tensors_of("square")
     tensors["model.layers.0.input_layernorm.weight"][5] = 0
-    source = write_model(tmp_path / "source", tensors=tensors)
+    source = write_model(tmp_path / "source", "square", tensors)
     report = prune_model(source, tmp_path / "out", Recipe(**FEW, calibration=tokens))
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["recipe"]["calibration"] == "token ids of shape [7, 24]"
     assert summary["calibration"] == {
-        "windows": 5, "variants": 0, "heldout_windows": 2, "seqlen": 24, "inputs": 64, "why": None, "warning": None,
+        "windows": 5, "variants": 0, "heldout_windows": 2, "seqlen": 24, "inputs": 32, "why": None, "warning": None,
         "digest": hashlib.sha256(np.asarray(tokens, "<i4").tobytes()).hexdigest()[:16],
     }  # fmt: skip
     assert summary["sparsity"] == 0.5
@@ -72,7 +74,7 @@ def test_a_decoder_in_memory_is_pruned_as_its_folder_and_stays_as_it_is(tmp_path
     # Model card and records name the source and the time.
     same = {name for name in files[0] if files[0][name] == files[1][name]}
     assert same == files[0].keys() - {"README.md", "records.jsonl", "summary.json"}
-    assert "Made from llama (in memory)" in files[1]["README.md"].decode()
+    assert "Made from square (in memory)" in files[1]["README.md"].decode()
     # The same weights are the same run, and others are others.
     assert prune_model(decoder, tmp_path / "folder", recipe).kept
     decoder.embed_tokens.weight[...] = decoder.embed_tokens.weight[...].at[0, 0].add(1)

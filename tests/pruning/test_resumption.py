@@ -136,9 +136,9 @@ def test_a_folder_that_is_not_that_of_the_same_run_is_left_as_it_is(tmp_path, so
         change(folder)
     before, given = written(folder), {**FIELDS, "calibration": tokens} | changes
     if given.pop("source", None):
-        tensors = tensors_of()
+        tensors = tensors_of("square")
         tensors["model.norm.weight"][0] += 1
-        source = write_model(tmp_path / "other", tensors=tensors)
+        source = write_model(tmp_path / "other", "square", tensors)
     with pytest.raises(FolderError, match=words):
         prune_model(source, folder, Recipe(**given))
     assert written(folder) == before

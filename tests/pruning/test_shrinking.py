@@ -22,7 +22,8 @@ from sparseopt.pruning.train.reconstruction import Reconstruction
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 from tests.pruning.test_experts import routed_inputs
 
-# Of the tiny model: 48 of 64 channels, 1 of 2 key-value groups, 2 of 3 blocks.
+TINY = "llama"
+# Of that model: 48 of 64 channels, 1 of 2 key-value groups, 2 of 3 blocks.
 CHANNELS, HEADS, LAYERS = 0.75, 0.5, 0.67
 
 

@@ -99,10 +99,12 @@ def test_at_order_0_the_ends_make_no_difference():
     trend, rises = so.trend, np.diff(SIGNAL) > 0
     chains = UNEVEN, so.Graph.chain(N, ends="graph")
     for y, graphs in ((SIGNAL, chains), (Y, (GRID, so.Graph.grid(SHAPE, SPACING)))):
+        other = {"penalty": {-1: so.L1(0.1), 0: so.L1(1.0)}}
+        if y is Y:
+            other = {"y": y.astype(np.float32), "penalty": so.L1(1.0), "method": "doge_groups"}
         for found in (
             lambda graph, y=y: so.trend_filter(y, graph, so.L1(1.0)).value,
-            lambda graph, y=y: so.trend_filter(y.astype(np.float32), graph, so.L1(1.0), method="doge_groups").value,
-            lambda graph, y=y: so.trend_filter(y, graph, {-1: so.L1(0.1), 0: so.L1(1.0)}).value,
+            lambda graph, y=y, other=other: so.trend_filter(**{"y": y, "graph": graph} | other).value,
             lambda graph, y=y: trend.chosen_method(y, graph, so.L1(1.0)),
             lambda graph, y=y: trend.largest_weight(y, graph),
             lambda graph, y=y: trend.noise_level(y, graph),

@@ -136,7 +136,7 @@ def test_a_nonconvex_fit_balances_loss_and_penalty_flow_by_flow_along_a_chain(rn
 
 def test_nonconvex_penalties_of_a_large_weight_end_at_the_means_and_move_with_them(rng):
     # The iteration itself is stuck at several pieces, whose edges cost far more than the means.
-    graph, y = so.Graph.grid((6, 6)), rng.standard_normal((6, 6)).astype(np.float32)
+    graph, y = so.Graph.grid((8, 8)), rng.standard_normal((8, 8)).astype(np.float32)
     # Nor can the differences, which are 0 there, be the measure of the residual of others.
     for method, penalty in (("doge", so.MCP(100.0)), ("admm", so.SCAD(100.0))):
         found = so.trend_filter(y.astype(float), graph, penalty, 0, method, tol=1e-8)
@@ -148,7 +148,7 @@ def test_nonconvex_penalties_of_a_large_weight_end_at_the_means_and_move_with_th
     assert float(found.objective) == pytest.approx(0.5 * np.sum((y - y.mean()) ** 2), rel=1e-5)
     assert not np.any(found.nonzero)
     turned = jax.grad(lambda y: solver(y, so.L0(30.0)).value[3, 3])(y)
-    np.testing.assert_allclose(turned, np.full((6, 6), 1 / 36), rtol=1e-4)
+    np.testing.assert_allclose(turned, np.full((8, 8), 1 / 64), rtol=1e-4)
 
 
 def test_a_fit_of_a_constraint_has_a_finite_objective(rng):

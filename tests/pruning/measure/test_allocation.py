@@ -151,9 +151,9 @@ def test_some_rows_stand_for_all(rng):
 
 def test_curves_take_from_linears_that_the_loss_does_not_see(tmp_path, tokens):
     """Without an output projection a block's queries, keys and values change nothing: they lose all they may."""
-    tensors = tensors_of()
+    tensors = tensors_of("square")
     tensors["model.layers.1.self_attn.o_proj.weight"][:] = 0
-    source = write_model(tmp_path / "source", tensors=tensors)
+    source = write_model(tmp_path / "source", "square", tensors)
     common = {"allocation": "curves", "method": "wanda", "calibration": tokens}
     report = prune_model(source, tmp_path / "out", Recipe(sparsity=0.6, bounds=(0.3, 0.8), **common))
     shares = {record.layer: record.sparsity for record in report.layers}

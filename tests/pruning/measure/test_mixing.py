@@ -17,6 +17,7 @@ from sparseopt.pruning.recipe.shrink_recipe import parameters_of
 from tests.models.tiny import tiny_config, write_folder
 from tests.pruning.whole_runs import Broken, breaking_at, predicted, tensors_of, without
 
+TINY = "llama"
 BLOCKS, HELD, TENSORS = tuple(range(3)), 3, tensors_of()
 
 

@@ -15,6 +15,7 @@ from tests.layers.layers import GROUP_METHODS, error_of, make_layer
 from tests.pruning.whole_runs import tensors_of, write_model
 from tests.tiers import often
 
+TINY = "llama"
 pytestmark = pytest.mark.usefixtures("several_batches")
 
 
@@ -92,11 +93,11 @@ def test_a_weighted_output_keeps_more_weights_and_errs_less(rng, method):
 @pytest.mark.parametrize("method", often(METHODS, "maiht", "magnitude", "sparsegpt"))
 def test_only_the_ratios_of_the_weights_matter(rng, method):
     """Powers of two, so that not even a rounding differs."""
-    weight, gram, _ = make_layer(rng, outputs=16, inputs=32)
+    weight, gram, _ = make_layer(rng)
     how = {"method": method, "pattern": "group:4" if method in GROUP_METHODS else "unstructured"}
     how["input_variances"] = np.diag(gram) if method == "flap" else None
     plain = prune_layer(weight, gram, 0.5, **how)
-    scaled = prune_layer(weight, gram, 0.5, **how, output_weights=np.full(16, 4.0))
+    scaled = prune_layer(weight, gram, 0.5, **how, output_weights=np.full(48, 4.0))
     np.testing.assert_allclose(scaled.weight, plain.weight, rtol=1e-5, atol=1e-6)
     assert scaled.relative_error == pytest.approx(plain.relative_error, rel=1e-5)
 

@@ -10,6 +10,7 @@ from sparseopt.pruning import Recipe
 from sparseopt.pruning.recipe.targets import chosen_linears, read_patterns, read_targets
 from tests.pruning.whole_runs import stored
 
+TINY = "llama"
 pytestmark = pytest.mark.usefixtures("several_batches")
 PARTS = ["self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"]
 NAMES = [f"model.layers.{index}.{part}" for index in range(11) for part in PARTS]

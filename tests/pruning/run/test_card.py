@@ -145,7 +145,7 @@ def test_the_recipe_in_a_card_makes_the_identical_model(tmp_path, source, text, 
     assert "license" not in head
     assert "The source names no licence." in body
     if made is shrink_model:
-        assert "- size: keeps 32 of 64 channels; " in body
+        assert "- size: keeps 16 of 32 channels; " in body
         assert f"`sparseopt shrink {source.name} --output FOLDER --recipe RECIPE`" in body
     (tmp_path / "recipe.yaml").write_text(recipe_in(body))
     monkeypatch.chdir(Path(text.removeprefix("file:")).parent)

@@ -9,6 +9,7 @@ from sparseopt.pruning import Recipe, audit_pattern, prune_model
 from tests.jitted import Jitted
 from tests.pruning.whole_runs import stored, write_model
 
+TINY = "llama"
 pytestmark = pytest.mark.usefixtures("several_batches")
 PARSED = {
     "unstructured": so.TopK(round(0.4 * 24 * 16)),

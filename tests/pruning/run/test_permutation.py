@@ -11,6 +11,7 @@ from sparseopt.pruning import Recipe, prune_model
 from sparseopt.pruning.run.permutation import best_order, block_orders
 from tests.jitted import run
 
+TINY = "llama"  # whose heads share keys and values
 TWO_OF_FOUR = NM(2, 4)
 
 

@@ -4,7 +4,6 @@ import json
 import string
 
 import gguf
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, Keys
@@ -14,6 +13,7 @@ from transformers import AutoTokenizer
 from sparseopt.models import ModelError, encode_text, load_decoder, load_tokenizer, open_model, open_source
 from sparseopt.models.reshape.vocabulary import Vocabulary
 from sparseopt.pruning import ShrinkRecipe, Stopped, dry_run, load_text, shrink_model
+from tests.jitted import run
 from tests.models.tiny import CONFIGS, random_tensors, tiny_config, write_architecture, write_folder
 
 WORDS = [
@@ -132,7 +132,7 @@ def test_the_text_keeps_its_tokens_and_logits_and_other_text_comes_back(tmp_path
     assert small.config.vocab_size == report.vocabulary.tokens < 0.9 * whole.config.vocab_size
     # Of the same tokens.
     kept = [before.token_to_id(after.id_to_token(number)) for number in range(small.config.vocab_size - 1)]
-    logits = [np.asarray(load_decoder(m)(jnp.asarray(i[None, :60]))) for m, i in ((whole, ids), (small, new))]
+    logits = [np.asarray(run(load_decoder(m), i[None, :60])) for m, i in ((whole, ids), (small, new))]
     np.testing.assert_allclose(logits[1][..., :-1], logits[0][..., kept], rtol=1e-5, atol=1e-5)
     for other in [*OTHER, prose(6, WORDS[::-1])]:
         given, made = (

@@ -19,6 +19,7 @@ from tests.models.tiny import VOCAB, tiny_config, write_folder, write_gguf
 from tests.pruning.text.test_documents import CHAT, as_lines
 from tests.pruning.whole_runs import TOKENIZER, tensors_of
 
+TINY = "llama"
 TEXTS = [f"text {i}, and more of it" for i in range(5)]
 SHARED = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "there"}]
 ASKED = {"role": "user", "content": [{"type": "text", "text": "hello "}, {"type": "text", "text": "all"}]}
