@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DATA ?=
+FILES ?=
 ONLY ?=
 SERIES ?=
 TRUTH ?=
@@ -24,7 +25,7 @@ RELIABILITY := kills,budget
 PLANNED := gradient,pictures,calls
 OTHERS := slow and not pages and not oracle and not package and not notebooks and not accelerators and not device
 
-.PHONY: help demo test test-all test-thorough lint test-slow test-oracle test-notebooks test-package test-accelerators test-gpu families golden notebooks docs links bench-prune bench-memory bench-reliability bench-scaling bench-gpu bench-quality bench-precision bench-shrink bench-runtime bench-bits bench-trend bench-trend-selection bench-trend-sizes bench-trend-peers bench-trend-batch bench-core bench-regression bench-benchopt bench-certificates bench-jumps bench-criteria clean
+.PHONY: help demo test test-all test-thorough lint test-slow test-oracle test-notebooks test-package test-accelerators test-gpu families golden notebooks docs links bench-prune bench-memory bench-reliability bench-scaling bench-gpu bench-quality bench-precision bench-shrink bench-runtime bench-bits bench-tasks bench-trend bench-trend-selection bench-trend-sizes bench-trend-peers bench-trend-batch bench-core bench-regression bench-benchopt bench-certificates bench-jumps bench-criteria clean
 
 # Two installations in one environment at the same time would break it.
 .NOTPARALLEL:
@@ -202,6 +203,10 @@ bench-runtime: $(VENV)/.installed-demo $(VENV)-runtimes/.installed ## Dense and 
 bench-bits: $(VENV)/.installed-demo $(VENV)-runtimes/.installed $(if $(filter gemma3-270m,$(MODEL)),$(GEMMA)) ## Models in few bits in llama.cpp (an hour); DATA=folder, MODEL=gemma3-270m or a folder, ONLY.
 	$(BIN)/python benchmarks/bench_bits.py --python $(VENV)-runtimes/bin/python $(if $(DATA),--data '$(DATA)') \
 		$(if $(MODEL),--source '$(if $(filter gemma3-270m,$(MODEL)),$(GEMMA),$(MODEL))') $(if $(ONLY),--only '$(ONLY)')
+
+bench-tasks: $(VENV)/.installed-oracle ## Tasks of lm-eval on whole models, one core (an hour); DATA=folder, FILES=folder of task files, ONLY.
+	$(BIN)/python benchmarks/bench_tasks.py --files '$(FILES)' $(if $(DATA),--data '$(DATA)') $(if $(MODEL),--source '$(MODEL)') \
+		$(if $(ONLY),--only '$(ONLY)')
 
 bench-trend: $(VENV)/.installed-demo ## Benchmark of the trend filter; TRUTH=folder with certified problems.
 	$(BIN)/python benchmarks/bench_trend.py --only steps,paths,truth $(if $(TRUTH),--truth '$(TRUTH)')

@@ -20,7 +20,7 @@ from typing import Any, cast
 from sparseopt.experiments import plots
 from sparseopt.experiments.config import Run, expand
 from sparseopt.experiments.names import AllowCode, worded
-from sparseopt.experiments.report import Row, Section, page_of
+from sparseopt.experiments.report import ERROR, Row, Section, page_of, with_errors
 from sparseopt.experiments.runs import Outcome, Planned, can_draw, check_all, fingerprint, load_run, plan
 from sparseopt.experiments.task import FinishedRun
 from sparseopt.experiments.tasks.model import TIMES
@@ -195,7 +195,8 @@ def tabulate(
     common = _common(task, runs)
     for row in rows:
         row.figures.update(common)
-    return Section(COMPARISON, task.title, COLUMNS, rows, facts_of(task, common, rows), runs)
+    columns = (COLUMNS[0], *dict.fromkeys(name for row in rows for name in with_errors(row.figures)), *COLUMNS[1:])
+    return Section(COMPARISON, task.title, columns, rows, facts_of(task, common, rows), runs)
 
 
 def _labels(task: Prune, sparsity: float) -> dict[str, Any]:
@@ -204,11 +205,12 @@ def _labels(task: Prune, sparsity: float) -> dict[str, Any]:
 
 
 def _figures(finished: FinishedRun) -> dict[str, Any]:
-    """The figures of a finished row, and what they were measured with; the dense model has only a perplexity."""
+    """The figures of a finished row, and what they were measured with; the dense model has only scores."""
     (record,) = finished.records
     start = read_start(finished.folder)
     # In a record, null is a non-finite figure.
-    figures = {name: record[name] for name in COLUMNS if name in record}
+    judged = [name + end for name in with_errors(record) for end in ("", ERROR)]
+    figures = {name: record[name] for name in (*COLUMNS, *judged) if name in record}
     figures["perplexity"] = "not finite" if record["perplexity"] is None else record["perplexity"]
     figures["machine"], figures["versions"] = environment_texts(start)
     if "layers" in record:
@@ -262,6 +264,9 @@ def facts_of(task: Prune, common: Mapping[str, Any], rows: Sequence[Row]) -> lis
             f"{task.evaluation_seqlen} = {common['evaluation_tokens']:,} tokens",
         ),
     ]
+    if task.zero_shot:
+        most = "all" if task.zero_shot_limit is None else f"the first {task.zero_shot_limit}"
+        facts.append(Fact("tasks", f"{most} examples of {', '.join(task.zero_shot)}, with standard errors"))
     columns = ["method", "row", "errors", "machine", "versions"]
     named = [{"row": _row_name(row), "method": row.labels["method"], **row.figures} for row in rows]
     table = DataFrame(named, columns=columns)

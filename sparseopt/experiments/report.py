@@ -5,10 +5,12 @@ folders -> finished runs -> rows (settings, values with their spread, the paper'
 
 import shlex
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from sparseopt.experiments.config import get_by_path
 from sparseopt.experiments.names import AllowCode
@@ -17,6 +19,9 @@ from sparseopt.experiments.task import FinishedRun, Paper
 from sparseopt.system.machine import environment
 from sparseopt.system.report import Fact, Figure, Report, Table, html_page, markdown
 from sparseopt.system.run_folder import RUN, SUMMARY, flat
+
+# Of the name of a figure's standard error, after the name of the figure.
+ERROR = "_stderr"
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class Section:
         for name in self.columns:
             words = name.replace("_", " ")
             for heading, values in (
-                (f"{words} (measured)" if words in labels else words, [row.figures.get(name) for row in self.rows]),
+                (f"{words} (measured)" if words in labels else words, [_whole(row, name) for row in self.rows]),
                 (f"{words} (paper)", [row.paper.get(name) for row in self.rows]),
             ):
                 if any(value is not None for value in values):
@@ -63,6 +68,17 @@ class Section:
     def report(self, figures: Sequence[Figure] = ()) -> Report:
         """The section as shown in Markdown and HTML."""
         return Report(self.table(), self.facts, figures)
+
+
+def with_errors(figures: Mapping[str, Any]) -> list[str]:
+    """The names of the figures that have a standard error."""
+    return [name.removesuffix(ERROR) for name in figures if name.endswith(ERROR)]
+
+
+def _whole(row: Row, name: str) -> Any:
+    found: list[Any] = [row.figures.get(name), row.figures.get(f"{name}{ERROR}")]
+    # Both may be pairs already, with a spread over repeats.
+    return found[0] if None in found else tuple(float(np.ravel(value)[0]) for value in found)
 
 
 def find_runs(folders: Iterable[Path]) -> list[Path]:
@@ -99,7 +115,8 @@ def gather(folders: Iterable[Path], allow_code: AllowCode = False) -> list[Secti
     for name, members in runs.items():
         first = members[0].task
         rows = _told_apart(members, [_rows(run) for run in members])
-        columns = tuple(dict.fromkeys(column for run in members for column in run.task.columns))
+        named = ((*run.task.columns, *with_errors(run.records[0])) for run in members)
+        columns = tuple(dict.fromkeys(column for names in named for column in names))
         sections.append(Section(name, first.title or name, columns, rows, _facts(rows, first.paper), members))
     return sections
 

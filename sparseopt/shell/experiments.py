@@ -190,6 +190,12 @@ def compare(
         int, typer.Option(help="Windows from the start of the evaluation text.", rich_help_panel=EVALUATION)
     ] = 8,
     eval_seqlen: Annotated[int, typer.Option(help="Tokens per evaluation window.", rich_help_panel=EVALUATION)] = 1024,
+    tasks: Annotated[
+        str, typer.Option(help="Zero-shot tasks, as in `sparseopt zero-shot`: piqa=FILE.", rich_help_panel=EVALUATION)
+    ] = "",
+    limit: Annotated[
+        int | None, typer.Option(help="Largest number of examples per task.", min=1, rich_help_panel=EVALUATION)
+    ] = None,
     allow_code: AllowAll = False,
     allow_package: AllowPackages = None,
     **given: Any,
@@ -216,6 +222,8 @@ def compare(
         evaluation=text,
         evaluation_windows=eval_windows,
         evaluation_seqlen=eval_seqlen,
+        zero_shot=options.words(tasks),
+        zero_shot_limit=limit,
         **given,
     )
     planned = comparison.prepare(runs, output)

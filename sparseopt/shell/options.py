@@ -260,6 +260,11 @@ def cooperating(
             raise KeyboardInterrupt(console.stop.words()) from None
 
 
+def words(text: str) -> list[str]:
+    """What stands between commas."""
+    return [word for word in map(str.strip, text.split(",")) if word]
+
+
 def number_of_devices(text: str | None) -> int | Literal["all"] | None:
     """The value of `--devices`; None where it was left out.
 

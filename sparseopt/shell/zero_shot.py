@@ -8,13 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from sparseopt.shell import console
-from sparseopt.shell.options import AsJson, FollowLinks, Source, opened, takes_recipe
+from sparseopt.shell.options import AsJson, FollowLinks, Source, opened, takes_recipe, words
 
 
 @takes_recipe(only=["bos"])
 def zero_shot(
     model: Source,
-    tasks: Annotated[str, typer.Option(help="Names of lm-eval tasks or groups, separated by commas.")],
+    tasks: Annotated[str, typer.Option(help="lm-eval's tasks or groups, with commas: piqa=FILE, arc_easy.")],
     include_path: Annotated[Path | None, typer.Option(help="Folder of your own task files.")] = None,
     limit: Annotated[int | None, typer.Option(help="Largest number of examples per task, from its start.")] = None,
     shots: Annotated[int, typer.Option(help="Solved examples in each prompt.")] = 0,
@@ -29,10 +29,9 @@ def zero_shot(
     from sparseopt.pruning.evaluate.zero_shot import DecoderLM
     from sparseopt.pruning.evaluate.zero_shot import zero_shot as run_tasks
 
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
     with console.block_progress(f"tasks {tasks}") as progress:
         read = DecoderLM(opened(model, follow_links), max_length=max_length, observer=progress, **options)
-        found = run_tasks(read, names, limit=limit, include_path=include_path, shots=shots)
+        found = run_tasks(read, words(tasks), limit=limit, include_path=include_path, shots=shots)
     if as_json:
         typer.echo(json.dumps(found))
         return

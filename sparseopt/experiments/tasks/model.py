@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import importlib
 import json
 import shutil
 from abc import abstractmethod
@@ -95,6 +96,8 @@ class ModelTask(Task):
         evaluation: evaluation text, given like `calibration`; if both are the same, it is read in the same way.
         evaluation_windows: number of evaluation windows.
         evaluation_seqlen: tokens per evaluation window.
+        zero_shot: tasks that `lm-eval` judges the model on too, as in `sparseopt zero-shot --tasks`: `piqa=FILE`.
+        zero_shot_limit: largest number of examples per task, from its start; None for all.
         keep_model: keep the model in the run's folder; else it is removed once it is scored.
         kind: kind of its recipe (class attribute).
         size: the quantity against which figures show perplexity (class attribute).
@@ -112,6 +115,8 @@ class ModelTask(Task):
     evaluation: str = "pydoc"
     evaluation_windows: int = Field(default=8, ge=1)
     evaluation_seqlen: int = Field(default=1024, ge=2)
+    zero_shot: tuple[str, ...] = ()
+    zero_shot_limit: int | None = Field(default=None, ge=1)
     keep_model: bool = False
 
     @property
@@ -183,18 +188,21 @@ class ModelTask(Task):
                 checks.append(partial(given, **self.reading("calibration")))
         judged = (self.evaluation_windows, self.evaluation_seqlen, most)
         checks.append(lambda: _check_text(source, self.evaluation, "evaluation", *judged, **self.reading("evaluation")))
+        if self.zero_shot:
+            checks.append(lambda: _lm_eval().DecoderLM(model, bos=self.bos))
+            checks.append(lambda: _check_tasks(self.zero_shot, self.zero_shot_limit, str(self._task_marks())))
         if mistakes := mistakes_of(checks):
             raise ValueError("\n  ".join(mistakes))
 
     def inputs(self) -> dict[str, str]:
         """Digests of models, or their commits on the hub, and of texts, as "pydoc" changes with Python's version."""
         parts: tuple[Part, ...] = ("evaluation",) if self.is_dense else ("calibration", "evaluation")
-        found: dict[str, str] = {}
+        found = self._task_marks()
         for name in ("source", "masks"):
             if (model := getattr(self, name, None)) is not None:
                 with contextlib.suppress(ValueError, OSError):
                     path = model_path(model)
-                    found[name] = _mark_model(path) if path.exists() else str(open_source(path).revision)
+                    found[name] = _mark_path(path) if path.exists() else str(open_source(path).revision)
         for part in parts:
             column = self.reading(part).get("column")
             with contextlib.suppress(TextError):
@@ -202,6 +210,10 @@ class ModelTask(Task):
                 if texts:
                     found[part] = _mark(chain(*(load_documents(text, part, column=column) for text in texts)))
         return found
+
+    def _task_marks(self) -> dict[str, str]:
+        paths = [Path(path) for _, _, path in (task.partition("=") for task in self.zero_shot) if path]
+        return {f"zero_shot {path}": _mark_path(path) for path in paths if path.exists()}
 
     def reading(self, part: Part) -> dict[str, Any]:
         """How the text of a part is read: arguments of `text_windows` from the settings."""
@@ -230,12 +242,15 @@ class ModelTask(Task):
         def scoring(event: Event, done: int, total: int) -> None:
             observer(f"perplexity, {event}", done, total)
 
-        def scored(model: Any) -> float:
+        def scored(model: Any) -> Record:
             # One process scores for all.
-            return processes.told(perplexity(model, ids, bos=bos, observer=scoring) if processes.is_first() else None)
+            if not processes.is_first():
+                return dict(processes.told(None))
+            score = {"perplexity": perplexity(model, ids, bos=bos, observer=scoring)}
+            return dict(processes.told(score | self._judged(model, observer)))
 
         if report is None:
-            return {"label": DENSE, **self.figures(model, None), **judged, "perplexity": scored(model)}
+            return {"label": DENSE, **self.figures(model, None), **judged, **scored(model)}
         target = self.output(folder)
         score = scored(target)
         figures = self.figures(open_any(target), report)
@@ -251,12 +266,21 @@ class ModelTask(Task):
             **judged,
             "windows": report.calibration.windows,
             "calibration_digest": report.calibration.digest,
-            "perplexity": score,
+            **score,
             **report.errors,
             **{name: getattr(report, name) for name in REPORTED},
             "unconverged": sum(r.status not in (Status.CONVERGED.name, Status.STATIONARY.name) for r in layers),
             "layers": [r.as_dict() for r in layers],
         }
+
+    def _judged(self, model: Any, observer: Observer) -> Record:
+        """The metrics of `zero_shot` by task, with their standard errors; of a group of tasks, its mean."""
+        if not self.zero_shot:
+            return {}
+        lm = _lm_eval().DecoderLM(model, bos=self.bos, observer=observer)
+        found = _lm_eval().zero_shot(lm, self.zero_shot, limit=self.zero_shot_limit)["tasks"]
+        asked = [name for name in (task.partition("=")[0] for task in self.zero_shot) if name in found]
+        return {f"{task}_{name}": value for task in asked or found for name, value in found[task]["metrics"].items()}
 
     def _make(self, folder: Path, observer: Observer) -> PruneReport:
         """Make the model in the folder, or find it made there."""
@@ -312,11 +336,27 @@ def _windows(source: Path, *windows: Any, **reading: Any) -> Windows:
     return text_windows(open_any(source).source, *windows, bos="no", **reading)
 
 
-def _mark_model(path: Path) -> str:
-    """A digest of a model's folder or GGUF file; for large files, of 4 KiB in every MiB."""
+def _lm_eval() -> Any:
+    """The module of zero-shot tasks, which needs an extra."""
+    try:
+        return importlib.import_module("sparseopt.pruning.evaluate.zero_shot")
+    except ModuleNotFoundError as error:
+        raise ValueError(f"zero_shot needs lm-eval: pip install 'sparseopt[eval]' ({error})") from error
+
+
+@lru_cache(maxsize=4)
+def _check_tasks(tasks: Sequence[str], limit: int | None, mark: str) -> None:
+    # Cached, because the runs of a sweep have the same tasks, which take seconds to load.
+    del mark
+    _lm_eval().load_tasks(tasks, limit)
+
+
+def _mark_path(path: Path) -> str:
+    """A digest of a file, or of a model's or any other folder; for large files, of 4 KiB in every MiB."""
     mark, files = hashlib.sha256(), [path]
     if path.is_dir():
         files = [*sorted(path.glob("*.safetensors")), *filter(Path.is_file, (path / name for name in BESIDES))]
+        files = files or sorted(filter(Path.is_file, path.iterdir()))
     for file in files:
         state = file.stat()
         mark.update(_mark_file(file, state.st_size, state.st_mtime_ns))

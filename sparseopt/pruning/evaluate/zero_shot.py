@@ -5,6 +5,7 @@ a continuation or of a whole text, and a greedy continuation.
 """
 
 import difflib
+import functools
 import importlib.metadata
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import evaluate
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._factory import TaskFactory
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from sparseopt.core.base.types import Observer
@@ -29,6 +31,7 @@ from sparseopt.models import (
 )
 from sparseopt.models.decoder.cached_decoding import next_tokens
 from sparseopt.pruning.evaluate.scoring import Score, score_continuations
+from sparseopt.pruning.evaluate.task_files import FileTask, TaskFileError
 
 FEWSHOT_SEED = 1234  # lm-eval's own default
 _NEW_TOKENS = 256
@@ -178,7 +181,8 @@ def zero_shot(
 
     Args:
         model: a model folder, a GGUF file, a name on the hub, an opened model, or a `DecoderLM` with its settings.
-        tasks: names of tasks, groups or tags of `lm-eval` or `include_path`.
+        tasks: names of tasks, groups or tags of `lm-eval` or `include_path`; with `=PATH`, as in `piqa=FILE`, the rows
+            come from this file or folder, see `task_files`.
         limit: largest number of examples per task, from the start; None uses all.
         include_path: a folder of your own task files, whose names take precedence over those of `lm-eval`.
         shots: solved examples in each prompt, except for tasks that never have any.
@@ -190,18 +194,14 @@ def zero_shot(
         beginning of their context. Groups are listed with the tasks.
 
     Raises:
-        ValueError: if a task is unknown, with the nearest known name, or a number is out of range.
+        ValueError: if a task is unknown, with the nearest known name, a number is out of range, or a file cannot be
+            used, with its row.
         RuntimeError: if a task's data cannot be read, or a log-likelihood is not finite.
     """
-    if isinstance(tasks, str) or not tasks:
-        raise ValueError(f"tasks must be a list of one name or more, given {tasks!r}")
     if (limit is not None and (type(limit) is not int or limit < 1)) or type(shots) is not int or shots < 0:
         raise ValueError(f"limit and shots are whole numbers, of 1 or more and of 0 or more; given {limit=}, {shots=}")
-    if include_path is not None and not Path(include_path).is_dir():
-        raise ValueError(f"include_path must be a folder of task files, given {include_path}")
-    manager = _find_tasks(tasks, include_path)
+    loaded = load_tasks(tasks, limit, include_path)
     lm = model if isinstance(model, DecoderLM) else DecoderLM(model)
-    loaded = _load(manager, list(dict.fromkeys(tasks)))
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") != 0:
             task.set_config("num_fewshot", shots)
@@ -233,13 +233,47 @@ def zero_shot(
     }
 
 
+def load_tasks(
+    tasks: Sequence[str], limit: int | None = None, include_path: str | Path | None = None
+) -> dict[str, Any]:
+    """The tasks as the evaluator of `lm-eval` takes them, checked; arguments and errors are those of `zero_shot`."""
+    if isinstance(tasks, str) or not tasks:
+        raise ValueError(f"tasks must be a list of one name or more, given {tasks!r}")
+    if include_path is not None and not Path(include_path).is_dir():
+        raise ValueError(f"include_path must be a folder of task files, given {include_path}")
+    paths, built = {name: path for name, _, path in (task.partition("=") for task in tasks)}, list[Any]()
+    manager = _find_tasks(list(paths), include_path)
+    try:
+        for name, path in paths.items():
+            if path and name not in manager.all_subtasks and not Path(path).is_dir():
+                raise TaskFileError(f"{name} is a group of tasks: give a folder with a file for each, given {path}")
+            # The manager's own `load` does not change the tasks of a group.
+            reads, index = {"class": FileTask, "dataset_kwargs": {"path": path, "limit": limit}}, manager.task_index
+            found = TaskFactory().build(index[name], overrides=reads, registry=index) if path else name
+            built += found if isinstance(found, list) else [found]
+        return manager.load(built)
+    except TaskFileError:
+        raise
+    except Exception as error:  # of any class, also from a task's own code
+        raise RuntimeError(
+            f"the tasks {', '.join(paths)} cannot be loaded ({type(error).__name__}: {error}). Tasks of lm-eval fetch "
+            "their data from the Hugging Face hub once; without a network, give a file as NAME=FILE, or name a task "
+            "whose file points at local data"
+        ) from error
+
+
+@functools.cache
+def _lm_eval() -> TaskManager:
+    return TaskManager()
+
+
 def _find_tasks(names: Sequence[str], include_path: str | Path | None) -> TaskManager:
     # Reading lm-eval's own 15,000 task files takes seconds. Groups and tags may name some of them, single tasks do not.
     if include_path is not None:
         own = TaskManager(include_path=include_path, include_defaults=False)
         if set(names) <= set(own.all_subtasks):
             return own
-    manager = TaskManager(include_path=include_path)
+    manager = _lm_eval() if include_path is None else TaskManager(include_path=include_path)
     near = {n: difflib.get_close_matches(n, manager.all_tasks) for n in names if n not in manager.all_tasks}
     if near:
         raise ValueError(
@@ -249,16 +283,6 @@ def _find_tasks(names: Sequence[str], include_path: str | Path | None) -> TaskMa
             + " (`lm-eval ls tasks` lists its own tasks; a file in include_path counts only if it is a valid task file)"
         )
     return manager
-
-
-def _load(manager: TaskManager, names: list[str]) -> dict[str, Any]:
-    try:
-        return manager.load(names)
-    except Exception as error:  # of any class, also from a task's own code
-        raise RuntimeError(
-            f"the tasks {', '.join(names)} cannot be loaded ({type(error).__name__}: {error}). Tasks of lm-eval fetch "
-            "their data from the Hugging Face hub once; without a network, name a task whose file points at local data"
-        ) from error
 
 
 def _metrics(values: dict[str, Any]) -> dict[str, float | None]:
