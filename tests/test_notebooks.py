@@ -51,6 +51,12 @@ PROMISES = {
         r"largest gap of the path \d\.\de-(0[7-9]|1\d)",
         r"path of 100 levels +\d+\.\d+ s +1\d\d rounds",
     ],
+    "14": [
+        r"here +2\.[6-9]\d .*\nSTL +5\.\d\d",
+        r"'place': '2009-01', 'kind': 'jump', 'size': -2\d",
+        r"jump at 2008-12.* p \d",
+    ],
+    "15": [r"crude rates +29\d +4[78]\d\n", r"AIC +14\d +18\d\n"],
     "theory": [r"after 250 steps: largest difference \de-1\d", r"order 1: best ρ .*, automatic ρ \d+ steps"],
 }
 
