@@ -6,6 +6,7 @@ sets it.
 
 import json
 import os
+import socket
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -50,3 +51,13 @@ def reference_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
     loaded = reference(model) if isinstance(model, Path) else model
     with torch.no_grad():
         return loaded(input_ids=torch.from_numpy(tokens).long(), use_cache=False).logits.numpy()
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """A test that asks for the network fails."""
+
+    def refuse(self, address):
+        raise AssertionError(f"the test asked for the network: {address}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)

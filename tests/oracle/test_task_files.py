@@ -2,7 +2,6 @@
 
 import csv
 import json
-import socket
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from sparseopt.models import encode_text, load_tokenizer, open_model
 from sparseopt.pruning import perplexity
 from tests.experiments.inputs import CALIBRATED, watch_runs, write_inputs
 
-pytestmark = pytest.mark.oracle
+pytestmark = [pytest.mark.oracle, pytest.mark.usefixtures("offline")]
 
 ASKED = [
     ("How do hens fly? Tell: how", ["low", "high over it"], 1),
@@ -24,14 +23,6 @@ ASKED = [
     ("Where", ["over there", "here"], 1),
 ]
 WORDS = {"piqa": "Solution", "winogrande": "Option"}
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    def refuse(self, address):
-        raise AssertionError(f"the test asked for the network: {address}")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
 @pytest.fixture

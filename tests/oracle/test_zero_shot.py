@@ -4,7 +4,6 @@ No network is used: tasks, data and models are files of the test.
 """
 
 import json
-import socket
 from functools import partial
 
 import numpy as np
@@ -18,20 +17,12 @@ from sparseopt.pruning.evaluate.scoring import Score
 from tests.models.tiny import CONFIGS, VOCAB, copy_model, random_tensors, tiny_config, write_folder, write_gguf
 from tests.pruning.whole_runs import TOKENIZER
 
-pytestmark = pytest.mark.oracle
+pytestmark = [pytest.mark.oracle, pytest.mark.usefixtures("offline")]
 
 QUESTIONS = ["the hen lays", "a bell tells", "he fell in the", "hello there, tell"]
 QUESTIONS += ["ten of the", "all", "seven", "what?"]
 CHOICES = [[" hell", " the", " a", " e"], [" well.", " o", " time he", " b"]] * 4
 TEXTS = ["hello there. the bell fell in the well", "all the hens tell the time.\nten of them", "he"]
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    def refuse(self, address):
-        raise AssertionError(f"the test asked for the network: {address}")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
 @pytest.fixture
