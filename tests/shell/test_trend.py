@@ -258,6 +258,10 @@ def test_a_trend_beside_covariates_and_a_season(tmp_path, fit, command):
     assert summary["coefficients"]["warmth"] == pytest.approx(1.5, abs=0.05)
     np.testing.assert_allclose(summary["season"], periodic[:4], atol=1e-9)
     assert 0.05 < summary["noise"] < 0.2
+    hours = np.column_stack([np.arange(60) + (np.arange(60) > 20), y])
+    np.savetxt(tmp_path / "y.csv", hours, delimiter=",", header="time,sales", comments="")
+    call = ["trend", "--signal", tmp_path / "y.csv", "--season", 4, "--weight", 1, "--output", tmp_path / "gap.csv"]
+    assert "after row 21 the times make a step of 2 usual ones" in command(*call)[2]
     rates = rng.poisson(np.exp(1 + season / 4))
     _, lines, _ = fit("--season", 4, "--loss", "poisson", signal=rates, heading="count", weight=50)
     _, rate, fitted, periodic, _ = numbers(lines)

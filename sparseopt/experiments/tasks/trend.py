@@ -34,6 +34,7 @@ from sparseopt.trend.regions import PAIR_COLUMNS, regions
 from sparseopt.trend.segments.find import COLUMNS, jumps
 from sparseopt.trend.segments.inference import Thinning
 
+GAP = 1.6  # a step of this many usual ones, of times with a season, lacks a row; months differ by 1.11
 DIGITS = 10  # of the values that are written: more than a certificate confirms
 FIT = "fit.csv"
 
@@ -345,6 +346,14 @@ class Trend(Task):
         options: dict[str, Any] = {"missing": missing, "loss": loss}
         alone = getattr(loss, "is_square", False) and self.devices in (None, 1)
         beside = {"covariates": given.covariates, "season": self.season}
+        steps = np.diff(np.arange(2) if given.table.times is None else given.table.times)
+        if self.season is not None and steps.max() > GAP * np.median(steps):
+            warnings.warn(
+                f"season counts rows, and after row {np.argmax(steps) + 1} the times make a step of "
+                f"{steps.max() / np.median(steps):.2g} usual ones: if rows are missing there, write them, empty where "
+                "nothing was observed, and add missing",
+                stacklevel=3,
+            )
         if rule is not None:
             more = {"method": self.method.build(), "observer": observer, **beside}
             weight = choose_weight(y, graph, self._penalty(1.0), self.order, rule, **options, **more).weight
