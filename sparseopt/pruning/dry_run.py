@@ -114,7 +114,7 @@ def dry_run(
         ValueError: as the run does before any work; with `measure`, also if its time cannot be measured.
     """
     recipe = recipe or Recipe()
-    model, plan, budget, mesh = checked(source, output, recipe, memory, devices)
+    model, plan, budget, mesh, _ = checked(source, output, recipe, memory, devices)
 
     def draw(plan: Plan) -> CalibrationWindows:
         """As many tokens as the run would draw."""

@@ -35,6 +35,7 @@ from sparseopt.pruning.base.reports import PruneReport
 from sparseopt.pruning.loaded_pass import loaded_footprint, plan_for, prune_loaded
 from sparseopt.pruning.measure.mixing import choose_shape
 from sparseopt.pruning.measure.survey import survey
+from sparseopt.pruning.measure.vocabulary import TokenChoice
 from sparseopt.pruning.memory import choose_footprint
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe
 from sparseopt.pruning.recipe.prune_recipe import Recipe
@@ -56,10 +57,9 @@ from sparseopt.pruning.run.resumption import (
     state_in,
 )
 from sparseopt.pruning.run.variants import with_variants
-from sparseopt.pruning.text.vocabulary import with_vocabulary
 from sparseopt.system import processes
 from sparseopt.system.machine import freed_memory_kept, parse_bytes, peak_from_now, return_freed_memory
-from sparseopt.system.run_folder import State
+from sparseopt.system.run_folder import KEPT_TOKENS, State
 
 
 @freed_memory_kept()
@@ -148,8 +148,11 @@ def shrink_model(source: ModelSource, output: str | Path, recipe: ShrinkRecipe, 
 
 def checked(
     source: ModelSource, output: str | Path, recipe: PassRecipe, memory: int | str | None, devices: Devices
-) -> tuple[Any, Plan, int | None, Mesh | None]:
-    """The opened model, the plan of the recipe, the budget in bytes and the devices; errors as of `prune_model`."""
+) -> tuple[Any, Plan, int | None, Mesh | None, TokenChoice | None]:
+    """The opened model, the plan of the recipe, the budget in bytes, the devices and, if tokens go, their choice.
+
+    The model has fewer tokens then, chosen by the text alone. Errors are as of `prune_model`.
+    """
     budget, output = None if memory is None else parse_bytes(memory), Path(output).expanduser().resolve()
     mesh = device_line("all" if devices is None and processes.count() > 1 else devices)
     if mesh is not None and budget is not None:
@@ -166,18 +169,19 @@ def checked(
             f"a {model.config.model_type} model, whose family is not known here, is loaded whole on one device; given "
             f"{mesh.size}: leave devices out"
         )
-    known = None
+    tokens, known = None, None
     if isinstance(recipe, ShrinkRecipe) and recipe.vocabulary is not None and isinstance(model, StreamedModel):
         wanted, named = wanted_tokens(recipe.vocabulary), recipe.vocabulary.removeprefix(TEXT)
         if wanted is None:
-            model, known = with_vocabulary(model, None, named, other=recipe.score)
+            tokens = TokenChoice(model, None, named, other=recipe.score)
         else:
             reading = {"split": recipe.split, "column": recipe.column}
-            model, known = with_vocabulary(model, wanted, recipe.calibration, other=recipe.score, **reading)
+            tokens = TokenChoice(model, wanted, recipe.calibration, other=recipe.score, **reading)
+        model, known = tokens.made(tokens.counted)
     plan = replace(plan_for(model, recipe, output), vocabulary=known)
     for key, pattern in plan.patterns.items():
         check_cut(pattern, model.weight_shape(key), mesh)
-    return model, plan, budget, mesh
+    return model, plan, budget, mesh, tokens
 
 
 def footprint_of(
@@ -203,11 +207,16 @@ def open_pass(
     Yields:
         The pass; the report of a run that is finished.
     """
-    model, plan, budget, mesh = checked(source, output, recipe, memory, devices)
-    identity, first = Identity(model), processes.is_first()
+    model, plan, budget, mesh, tokens = checked(source, output, recipe, memory, devices)
+    first = processes.is_first()
     # One process locks the folder for all.
     with claimed(plan.folder) if first else contextlib.nullcontext():
         drawing = 0.0
+        asks = tokens if tokens is not None and tokens.is_open and recipe.get("effort") != "fast" else None
+        if asks is not None:
+            model, known = asks.predicted(plan.folder / KEPT_TOKENS, observer)
+            plan = replace(plan_for(model, recipe, plan.output), vocabulary=known)
+        identity = Identity(model)
 
         def draw(plan: Plan) -> CalibrationWindows:
             nonlocal drawing
@@ -234,6 +243,8 @@ def open_pass(
             _ = model.module  # an error, if it cannot be loaded, before anything is written
         progress = Progress.from_dict(processes.told(progress_in(identity, plan).as_dict() if first else None))
         identity.weights = processes.told(identity.weights if first else None)
+        if asks is not None and first:
+            asks.keep(plan.folder / KEPT_TOKENS)
         yield Pass(model, plan, identity, windows, calibration, samples, footprint, progress, observer, mesh, drawing)
 
 

@@ -26,9 +26,11 @@ from pydantic_core import to_json
 
 from sparseopt.system.files import append_line, temporary_of, write_whole
 
-LOCK, RUN, DRAWN, RECORDS, SUMMARY = "run.lock", "run.json", "drawn.json", "records.jsonl", "summary.json"
+LOCK, RUN, RECORDS, SUMMARY = "run.lock", "run.json", "records.jsonl", "summary.json"
+# Choices that another machine might make differently: drawn text, and tokens that stay.
+DRAWN, KEPT_TOKENS = "drawn.json", "kept_tokens.json"
 PAGE = "report.html"
-RUN_FILES = LOCK, RUN, DRAWN, RECORDS, SUMMARY, PAGE
+RUN_FILES = LOCK, RUN, DRAWN, KEPT_TOKENS, RECORDS, SUMMARY, PAGE
 # Version of the layout above. sparseopt 0.1.0 wrote no number.
 FORMAT = 3
 

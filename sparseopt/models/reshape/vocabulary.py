@@ -24,7 +24,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from tokenizers import Tokenizer
 
 from sparseopt.models.base.errors import ModelError, guarded
@@ -122,33 +122,33 @@ class Vocabulary:
         return {number: pair for number, pair in found.items() if number not in self._added}
 
     def kept(
-        self, counts: Int[np.ndarray, "rows"], size: int | None, needed: Collection[int] = ()
+        self, uses: Float[np.ndarray, "rows"], size: int | None, needed: Collection[int] = ()
     ) -> Int[np.ndarray, "size"]:
         """The ids that stay, ascending.
 
         Args:
-            counts: how often a text uses each token, `[rows]`.
+            uses: how often a text uses each token, or is expected to, `[rows]`.
             size: number of tokens that stay; None for those that the text uses, and the tokens that form them.
             needed: further ids that stay.
 
         Raises:
             ModelError: if the size is larger than the vocabulary or smaller than what must stay, with these numbers.
         """
-        parts, fixed, counts = self.parts, {*self.fixed, *needed}, counts.astype(np.int64)
+        parts, fixed, uses = self.parts, {*self.fixed, *needed}, uses.astype(float)
         stay = {*self.tokens.values(), *fixed}
         if size is not None and size > len(stay):
             raise ModelError(f"vocabulary {size:,} is more than the {len(stay):,} tokens of the model: give fewer")
         users = Counter(part for pair in parts.values() for part in pair)
-        ends = [(counts[token], -token) for token in stay if not users[token] and token not in fixed]
+        ends = [(uses[token], -token) for token in stay if not users[token] and token not in fixed]
         heapq.heapify(ends)
         while ends and (ends[0][0] == 0 if size is None else len(stay) > size):
             number, token = heapq.heappop(ends)
             stay.remove(-token)
             for part in parts.get(-token, ()):
-                counts[part] += number
+                uses[part] += number
                 users[part] -= 1
                 if not users[part] and part not in fixed:
-                    heapq.heappush(ends, (counts[part], -part))
+                    heapq.heappush(ends, (uses[part], -part))
         if size is not None and len(stay) > size:
             raise ModelError(
                 f"vocabulary {size:,} is too small: {len(stay):,} tokens must stay, which are letters or bytes, "

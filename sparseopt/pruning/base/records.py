@@ -360,6 +360,7 @@ class VocabularyRecord:
         dense_tokens: number of the dense model's tokens.
         text: the text whose tokens were counted.
         text_tokens: number of its tokens.
+        predicted_tokens: number of its tokens before which the model was asked what it expects; 0 if only counted.
         split: fraction of these that are split into several, since their token is gone.
         other_text: a text that was not counted; None without one.
         other_bytes: size of its part that was measured, in UTF-8.
@@ -371,6 +372,7 @@ class VocabularyRecord:
     dense_tokens: int
     text: str
     text_tokens: int
+    predicted_tokens: int
     split: float
     other_text: str | None
     other_bytes: int

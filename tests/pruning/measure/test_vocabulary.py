@@ -188,8 +188,35 @@ def test_what_goes_is_the_rarest_token_that_no_other_is_made_of(folders, kind, r
             assert left + right == names[token]
 
 
-def test_the_report_says_what_other_text_costs(tmp_path, folders, corpus, shrunk, command):
+def test_of_tokens_that_the_text_has_not_those_stay_that_the_model_expects(tmp_path, folders, corpus, shrunk):
+    """Against the whole model's logits; a folder keeps the choice, which another machine might make differently."""
     report = shrunk(vocabulary=350, calibration=corpus)
+    model, text = open_model(folders["byte level"]), load_text(corpus, "calibration")
+    vocabulary = Vocabulary(model)
+    ids = encode_text(vocabulary.tokenizer, text)
+    length = min(512, model.config.max_positions)
+    starts = np.linspace(0, len(ids) - length, min(64, len(ids) // length)).astype(int)
+    windows = np.stack([np.append(vocabulary.tokens["<s>"], ids[start : start + length - 1]) for start in starts])
+    assert report.vocabulary.predicted_tokens == windows.size
+    logits = np.asarray(run(load_decoder(folders["byte level"]), windows), float)
+    chances = (np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)).sum((0, 1))
+    counts = np.bincount(ids, minlength=model.config.vocab_size)
+    template = encode_text(vocabulary.tokenizer, "<|user|>user says .</s>system assistant").tolist()
+    expected = chances * len(ids) / windows.size
+    kept = vocabulary.kept(np.where(counts, counts, expected / (1 + expected)), 350, template)
+    after = load_tokenizer(open_source(tmp_path / "out"))
+    stay = [vocabulary.tokenizer.token_to_id(after.id_to_token(number)) for number in range(350)]
+    by_counts = vocabulary.kept(counts, 350, template)
+    assert len(set(by_counts) - set(kept)) > 5
+    assert len(set(stay) - set(kept)) <= 2  # sums in single precision
+    stored = tmp_path / "out" / "kept_tokens.json"
+    assert json.loads(stored.read_text())["tokens"] == stay
+    # Fewer than the text uses are chosen by its counts.
+    assert not shrunk(output="few", vocabulary=300, calibration=corpus).vocabulary.predicted_tokens
+
+
+def test_the_report_says_what_other_text_costs(tmp_path, folders, corpus, shrunk, command):
+    report = shrunk(vocabulary=350, calibration=corpus, effort="fast")
     before, after = (load_tokenizer(open_source(place)) for place in (folders["byte level"], tmp_path / "out"))
     other = load_text(corpus, "evaluation")
     found, tokens = report.vocabulary, [len(encode_text(each, other)) for each in (before, after)]
@@ -199,8 +226,8 @@ def test_the_report_says_what_other_text_costs(tmp_path, folders, corpus, shrunk
     assert [found.before, found.after] == [pytest.approx(each / nbytes) for each in tokens]
     assert tokens[1] > tokens[0]
     assert report.shape.parameters == report.shape.dense_parameters - 32 * (before.get_vocab_size() + 5 - 350)
-    # Again, from the folder; and as the command shows it before a run.
-    assert shrunk(vocabulary=350, calibration=corpus).vocabulary == found
+    # Again, from the folder; and as the command shows it before a run by counts alone.
+    assert shrunk(vocabulary=350, calibration=corpus, effort="fast").vocabulary == found
     options = ("--vocabulary", "350", "--calibration", corpus, "--dry-run", "--json")
     status, out, err = command("shrink", folders["byte level"], "--output", tmp_path / "new", *options)
     assert status == 0, err
@@ -236,7 +263,7 @@ def files(tmp_path_factory):
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_a_gguf_file_stays_one_and_its_blocks_are_copied(tmp_path, files, name):
     texts = ["hello the hello, a hell of the lot." * 200, "the then they that"]
-    fields = {"vocabulary": 300, "calibration": texts, "score": "none"}
+    fields = {"vocabulary": 300, "calibration": texts, "score": "none", "effort": "fast"}
     file = tmp_path / "small.gguf"
     report = shrink_model(files[name], file, ShrinkRecipe(**fields))
     folder = shrink_model(files[name], tmp_path / "folder", ShrinkRecipe(dtype="float32", **fields))
