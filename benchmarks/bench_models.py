@@ -49,7 +49,7 @@ PLACED: Settings = {
 }
 ROUNDED: Settings = {
     "maiht": {"method": "maiht"},
-    "best one shot": {"method": "best", "train_epochs": 0, "variants": 0},
+    "best one shot": {"method": "best", "train_epochs": 0},
 }
 # What random windows are drawn from.
 TEXTS: Settings = {

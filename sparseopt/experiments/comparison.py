@@ -23,13 +23,15 @@ from sparseopt.experiments.names import AllowCode, worded
 from sparseopt.experiments.report import ERROR, Row, Section, page_of, with_errors
 from sparseopt.experiments.runs import Outcome, Planned, can_draw, check_all, fingerprint, load_run, plan
 from sparseopt.experiments.task import FinishedRun
-from sparseopt.experiments.tasks.model import TIMES
+from sparseopt.experiments.tasks.model import TIMES, model_path
 from sparseopt.experiments.tasks.prune import Prune
 from sparseopt.layers.patterns import implied_sparsity
+from sparseopt.models import open_any
 from sparseopt.pruning import METHODS
 from sparseopt.pruning.recipe.effort import PRUNE
 from sparseopt.pruning.text.documents import part_of_text
 from sparseopt.pruning.text.mix import read_mix
+from sparseopt.pruning.text.windows import default_windows
 from sparseopt.system.machine import environment_texts
 from sparseopt.system.report import Fact, Figure, markdown
 from sparseopt.system.run_folder import RUN, SUMMARY, State, contents, differences, read_start, write_start
@@ -101,6 +103,10 @@ def build(
     cells: list[dict[str, Any]] = [{"method": "dense"}]
     for method in methods:
         settings = _method_settings(method)
+        if method == "most" and common.get("windows") is None:
+            # As many as all others, where it would take more.
+            model = open_any(model_path(source))
+            settings["windows"] = default_windows(model, common.get("seqlen", Prune.model_fields["seqlen"].default))
         for pattern in patterns:
             # Curves choose the layers that get an n:m pattern, so a sparsity below the pattern's makes sense.
             implied = implied_sparsity(pattern) is not None and common.get("allocation") != "curves"
@@ -115,7 +121,7 @@ def build(
     return runs
 
 
-def _method_settings(word: str) -> dict[str, str]:
+def _method_settings(word: str) -> dict[str, Any]:
     """The settings that an effort, `METHOD` or `METHOD:PRESET` names; the method's own preset is left out."""
     if word in PRUNE:
         return {"effort": word}

@@ -43,12 +43,12 @@ def plan_for(model: Any, recipe: PassRecipe, output: Path) -> Plan:
     kind = f"{model.source.path} holds a {model.config.model_type} model, whose family is not known here"
     if not isinstance(recipe, Recipe):
         raise ModelError(f"{kind}, and smaller models are made of known families: prune it instead")
-    asked = {name: recipe.given(name) for name in ("bits", "head_bits", "masks", "variants")}
+    asked = {name: recipe.given(name) for name in ("bits", "head_bits", "masks")}
     asked["an output that ends in .gguf"] = is_file(output)
     if wrong := [name for name, value in asked.items() if value]:
         raise ValueError(f"{kind}, and {', '.join(wrong)} cannot be had of it: leave that out")
     fitted, _ = module_recipe(_of_module(recipe), trains=False, has_loss=False)
-    recipe = recipe.model_copy(update={"variants": 0, **{name: getattr(fitted, name) for name in DECIDED}})
+    recipe = recipe.model_copy(update={name: getattr(fitted, name) for name in DECIDED})
     patterns = layer_patterns(model, recipe, recipe.layer_method, layer_shares(model, recipe))
     target: Any = model
     return Plan(recipe, recipe.layer_method, output, target, patterns, form=Form())

@@ -123,7 +123,7 @@ def phase_bytes(
     blocks of outputs, as `split` does on a device.
     """
     config, blocks, work = model.config, block_sizes(model, recipe), method_cost(method)
-    windows, token = recipe.all_windows + recipe.heldout_windows, FLOAT32 * config.hidden_size
+    windows, token = recipe.window_count + recipe.heldout_windows, FLOAT32 * config.hidden_size
     block, largest_grams = max(blocks, key=lambda b: b.parameters), max(b.gram_bytes for b in blocks if b.solved)
     shapes = {linear[:2] for b in blocks for linear in b.solved}
     # Before a block and after it, of the dense model too.
@@ -141,7 +141,7 @@ def phase_bytes(
         scratch = max(streams, survey_streams)
         stream, streams, survey_streams = 0, 0, gradient
 
-    batch = windows_per_batch(recipe.all_windows, recipe.seqlen) * recipe.seqlen
+    batch = windows_per_batch(recipe.window_count, recipe.seqlen) * recipe.seqlen
     # A batch before a block and after it, of the dense model too.
     current = 4 * token * batch
     # Scores of one chunk of queries, before and after the softmax; a gradient keeps the scores of all chunks.

@@ -44,7 +44,6 @@ from sparseopt.pruning.run.block import DenseBlock, PruningError, Stopped
 from sparseopt.pruning.run.calibration import CalibrationWindows, choose_tokens
 from sparseopt.pruning.run.drawn import drawn_windows, keep_drawn
 from sparseopt.pruning.run.folder_pass import Pass
-from sparseopt.pruning.run.measured import measured_once
 from sparseopt.pruning.run.output_form import ENDING
 from sparseopt.pruning.run.plan import Plan
 from sparseopt.pruning.run.resumption import (
@@ -56,7 +55,6 @@ from sparseopt.pruning.run.resumption import (
     recipe_identity,
     state_in,
 )
-from sparseopt.pruning.run.variants import with_variants
 from sparseopt.system import processes
 from sparseopt.system.machine import freed_memory_kept, parse_bytes, peak_from_now, return_freed_memory
 from sparseopt.system.run_folder import KEPT_TOKENS, State
@@ -266,14 +264,8 @@ def _memory_errors() -> Iterator[None]:
 
 def _begin(work: Pass) -> Stream:
     """Measure what the run needs and start its folder; return the dense model's stream before the first block."""
-    windows, count = work.windows, work.calibration.variants
-    if count:
-        given = (work.model, windows, count, work.batches, work.runner, work.observer)
-        key = work.key("variants", windows.calibration, count=count)
-        seen, _ = measured_once(key, lambda: with_variants(*given).calibration)
-        windows = windows._replace(calibration=seen)
     return_freed_memory()
-    stream, watch = Stream(*embed_windows(work.model, work.batches, *windows[:2])), Stopwatch()
+    stream, watch = Stream(*embed_windows(work.model, work.batches, *work.windows[:2])), Stopwatch()
     work.plan = survey(work, stream)
     work.plan = choose_shape(work, stream)
     if work.progress.shape is not None:

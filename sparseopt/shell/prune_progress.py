@@ -140,7 +140,6 @@ def calibration_lines(calibration: Calibration) -> list[str]:
     given, tokens = calibration, calibration.windows * calibration.seqlen
     lines = [
         f"calibration on {given.windows} windows of {given.seqlen} tokens, {tokens:,} in all"
-        + f", {given.variants} variants of each" * bool(given.variants)
         + f", and {given.heldout_windows} held out"
         + f"; digest {given.digest}" * bool(given.digest)
     ]

@@ -206,7 +206,7 @@ def test_memory_is_told_and_refused(written, tmp_path, rng):
 GRADIENTS = {"output_weights": "gradient", "allocation": "curves", "train_epochs": 2, "weighting": "residual"}
 REFUSED: list[tuple[dict[str, Any], str]] = [
     (GRADIENTS, r"(?s)output_weights=.*allocation=.*weighting=.*train_epochs"),
-    ({"bits": "int8", "masks": "other", "variants": 1}, "nemotron.*bits, masks, variants cannot be had"),
+    ({"bits": "int8", "masks": "other"}, "nemotron.*bits, masks cannot be had"),
     ({"targets": ["lm_head"]}, "only layers of the blocks are pruned"),
     ({"pattern": "5:7"}, r"model\.layers\.0.*5:7"),
 ]

@@ -231,7 +231,7 @@ def test_grams_and_streams_over_devices_are_those_of_one_and_exchanged_once(tmp_
 TOKENS = np.random.default_rng(8).integers(0, len(VOCAB), (13, 24)).astype(np.int32)
 # All linears of one shape: one program for all of them.
 SQUARE = tiny_config(num_hidden_layers=2, intermediate_size=32, num_key_value_heads=4)
-CURVES = {"method": "wanda", "allocation": "curves", "propagate": 0.5, "train_epochs": 1, "variants": 1}
+CURVES = {"method": "wanda", "allocation": "curves", "propagate": 0.5, "train_epochs": 1}
 
 
 @pytest.mark.parametrize(
@@ -260,8 +260,8 @@ def test_a_model_pruned_on_many_devices_is_that_of_one(tmp_path, monkeypatch, co
         assert (ours.steps, ours.starved) == (theirs.steps, theirs.starved)
         assert ours.relative_error == pytest.approx(theirs.relative_error, rel=1e-3)
     assert any(record.starved for record in many.layers) == (config is not SQUARE)
-    # Eleven windows of 24 tokens, and a variant of each.
-    assert many.layers[0].tokens == one.layers[0].tokens == 264 * (1 + settings.get("variants", 0))
+    # Eleven windows of 24 tokens.
+    assert many.layers[0].tokens == one.layers[0].tokens == 264
     summary = SimpleNamespace(**json.loads((many.output / "summary.json").read_text()))
     assert (summary.devices, summary.processes, summary.platform, summary.precision) == (8, 1, "cpu", "highest")
     if settings is CURVES:

@@ -117,9 +117,14 @@ def test_no_tensor_is_read_and_no_text_is_drawn(tmp_path, source, monkeypatch):
     monkeypatch.setattr(StoredTensor, "read", pytest.fail)
     plain = dry_run(source, tmp_path / "out", Recipe(method="best", seqlen=24, allocation="curves"))
     assert plain.calibration.digest == ""
-    # Windows of 2 tokens are 128 by default, which leaves no room for variants that nobody asked for.
-    shown = [dry_run(source, tmp_path / "out", Recipe(method="best", seqlen=seqlen)).recipe for seqlen in (2, 64)]
-    assert [(each["windows"], each["variants"]) for each in shown] == [(128, 0), (16, 3)]
+    # Effort most reads four times as many windows, and never more than 128.
+    shown = [
+        dry_run(source, tmp_path / "out", Recipe(effort=effort, seqlen=seqlen)).calibration
+        for effort in ("good", "most")
+        for seqlen in (64, 8, 2)
+    ]
+    assert [each.windows for each in shown] == [16, 32, 128, 64, 128, 128]
+    assert "16 tokens for each of the 64 inputs of the widest layer, in 64 to 128 windows" in shown[3].why
     with pytest.raises(ModelError, match="text that the model draws, which needs all of it in memory"):
         dry_run(source, tmp_path / "out", Recipe(method="wanda", seqlen=24), memory=2**10)
     assert [file.name for file in tmp_path.iterdir()] == []

@@ -52,7 +52,7 @@ def test_the_summary_tells_what_was_read_and_by_what_and_dead_inputs_are_reporte
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["recipe"]["calibration"] == "token ids of shape [7, 24]"
     assert summary["calibration"] == {
-        "windows": 5, "variants": 0, "heldout_windows": 2, "seqlen": 24, "inputs": 32, "why": None, "warning": None,
+        "windows": 5, "heldout_windows": 2, "seqlen": 24, "inputs": 32, "why": None, "warning": None,
         "digest": hashlib.sha256(np.asarray(tokens, "<i4").tobytes()).hexdigest()[:16],
     }  # fmt: skip
     assert summary["sparsity"] == 0.5

@@ -249,7 +249,7 @@ def test_a_model_that_is_loaded_whole_refuses_what_is_for_known_families(tmp_pat
     monkeypatch.setattr(pipeline, "open_any", lambda _: foreign)
     smaller = ShrinkRecipe(calibration=tokens, channels=0.5, multiple=8)
     for recipe, words in (
-        (Recipe(bits="int8", variants=2), r"foreign model.* bits, variants"),
+        (Recipe(bits="int8", masks="x"), r"foreign model.* bits, masks"),
         (Recipe(output_weights="gradient", expert_tokens="all"), r"output_weights='gradient'.*\n  expert_tokens='all'"),
         (smaller, "smaller models are made of known families"),
     ):

@@ -148,16 +148,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "paper": ("llama", {"preset": "paper", "sparsity": 0.6}),
     "weighted": ("square", {"method": "sparsegpt", "weighting": "residual", "output_weights": "gradient"}),
     "per row": ("llama", WANDA | {"pattern": "per-row", "sparsity": 0.6}),
-    "1:4": ("square", WANDA | {"pattern": "1:4", "variants": 1}),
+    "1:4": ("square", WANDA | {"pattern": "1:4"}),
     "blocks": ("square", WANDA | {"pattern": "block:4x8", "sparsity": 0.6}),
     "trained": ("square", WANDA | {"train_epochs": 2, "propagate": 0.5, "output_weights": "gradient"}),
     "bounds": ("square", WANDA | CURVES | {"sparsity": 0.6, "bounds": (0.375, 0.75)}),
     "curves of some": ("llama", CURVES | {"method": "admm", "ignore": ["re:.*layers.1", "down_proj"]}),
     "of bfloat16": ("bfloat16", WANDA),
     "permuted": ("planted", {"pattern": "2:4", "permute": True, "dtype": "bfloat16", "propagate": 0.5}),
-    "some": (
-        "biased", WANDA | ALL_TRAINED | {"variants": 1, "targets": SOME, "ignore": ["down_proj", "lm_head"]}
-    ),
+    "some": ("biased", WANDA | ALL_TRAINED | {"targets": SOME, "ignore": ["down_proj", "lm_head"]}),
     "some to bfloat16": (
         "biased", WANDA | {"dtype": "bfloat16", "train_epochs": 1, "ignore": ["re:.*layers.0", "v_proj"]}
     ),

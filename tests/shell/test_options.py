@@ -18,7 +18,7 @@ TASKS = {"prune": Recipe, "shrink": ShrinkRecipe}
 COMMON = {
     "method": "best", "ridge": 0.2, "weighting": "residual", "output_weights": "gradient", "propagate": 0.5,
     "train_epochs": 2, "calibration": "hf:x", "bos": "yes", "windows": 3, "seqlen": 7, "heldout_windows": 1,
-    "window_choice": "random", "seed": 5, "split": "train", "column": "body", "documents": "separate", "variants": 1,
+    "window_choice": "random", "seed": 5, "split": "train", "column": "body", "documents": "separate",
     "dtype": "bfloat16", "min_expert_tokens": 9, "distil_epochs": 2, "precision": "high", "effort": "most",
     "bits": "q4_0", "head_bits": "q5_0",
 }  # fmt: skip

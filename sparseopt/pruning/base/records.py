@@ -312,7 +312,6 @@ class Calibration:
 
     Attributes:
         windows: calibration windows of the text.
-        variants: number of variants of each window, see `variants`.
         heldout_windows: held-out windows.
         seqlen: tokens in a window.
         digest: of all windows of the text, calibration before held-out, as the model reads them, see
@@ -323,7 +322,6 @@ class Calibration:
     """
 
     windows: int
-    variants: int
     heldout_windows: int
     seqlen: int
     digest: str

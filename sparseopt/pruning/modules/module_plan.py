@@ -19,7 +19,7 @@ from sparseopt.pruning.recipe.targets import chosen_linears, shares_in
 # Fields that say how a text is read or how a folder is written.
 ELSEWHERE = (
     "calibration", "score", "split", "column", "documents", "bos", "windows", "seqlen", "heldout_windows",
-    "window_choice", "variants", "seed", "dtype", "head_bits", "masks",
+    "window_choice", "seed", "dtype", "head_bits", "masks",
 )  # fmt: skip
 
 
@@ -205,7 +205,7 @@ def module_recipe(recipe: Recipe, *, trains: bool, has_loss: bool) -> tuple[Reci
     if problems:
         raise ValueError("the recipe cannot be used on a module:\n  " + "\n  ".join(problems))
     models, gradients = "for language models", "by gradients in JAX, and the module is one of torch"
-    left = {"allocation": ("uniform", models), "permute": (False, models), "variants": (0, models)}
+    left = {"allocation": ("uniform", models), "permute": (False, models)}
     if not has_loss:
         left["output_weights"] = ("uniform", "by the gradient of a loss, and none was given" if trains else gradients)
     if recipe.bits is not None:

@@ -33,6 +33,7 @@ _ENDED = {
     "distil": "is called `distil_epochs` since 0.3",
     "sparsities": "is a table in `targets` since 0.3",
     "allocation owl": "has ended: `curves` distributes the sparsity by measured losses",
+    "variants": "has ended: more `windows` are better in the same time; effort most uses four times as many",
     "block_score": "has ended: blocks are always removed by the loss; leave it out",
     "preset best": "is called `tuned` since 0.3",
     "latency": "has ended: `parameters` is the budget of a smaller model",

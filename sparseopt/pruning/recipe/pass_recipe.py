@@ -7,7 +7,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, cast
@@ -21,7 +21,7 @@ from sparseopt.layers.methods import METHODS
 from sparseopt.layers.problem import LayerMethod
 from sparseopt.models import Bos
 from sparseopt.pruning.base.grams import ExpertTokens, Weighting
-from sparseopt.pruning.recipe.effort import BEST, PRUNE, PRUNES, Effort, effort_help
+from sparseopt.pruning.recipe.effort import BEST, MOST_FACTOR, MOST_TRAINED, PRUNES, Effort, effort_help
 from sparseopt.pruning.recipe.options import (
     CALIBRATION,
     HOW,
@@ -36,7 +36,7 @@ from sparseopt.pruning.recipe.options import (
 from sparseopt.pruning.text.chats import is_text
 from sparseopt.pruning.text.documents import SELF, TEXTS, check_text
 from sparseopt.pruning.text.mix import mixed_windows, read_mix, sources_of
-from sparseopt.pruning.text.windows import COUNT_HELP, LEAST_WINDOWS, MOST_WINDOWS, DocumentChoice, WindowChoice
+from sparseopt.pruning.text.windows import LEAST_WINDOWS, DocumentChoice, WindowChoice, count_help
 from sparseopt.pruning.train.distillation import Distillation
 from sparseopt.pruning.train.reconstruction import Reconstruction
 from sparseopt.pruning.train.training import Training
@@ -107,14 +107,14 @@ class PassRecipe(BaseModel, ABC):
     )  # fmt: skip
     train_epochs: Annotated[int | Reconstruction, Plain(Epochs)] = option(
         None,
-        f"Epochs of training for each pruned block, 0 for none. Default: {BEST['train_epochs']} with effort most or "
-        "method best, else 0.",
+        f"Epochs of training for each pruned block, 0 for none. Default: {BEST['train_epochs']} with method best; with "
+        f"effort most as many as read {MOST_TRAINED} windows, from 1 to {BEST['train_epochs']}; else 0.",
         HOW,
     )
     distil_epochs: Annotated[int | Distillation, Plain(Epochs)] = option(
         None,
         "Epochs of training all kept weights at the end, on the dense model's logits, 0 for none. Default: "
-        f"{PRUNE['most']['distil_epochs']} with effort most, else 0.",
+        "as many with effort most, else 0.",
         HOW,
     )
     precision: Precision = option(
@@ -154,7 +154,8 @@ class PassRecipe(BaseModel, ABC):
     )
     windows: int | None = option(
         None,
-        f"Number of calibration windows. Default: {COUNT_HELP.format('input')}.",
+        f"Number of calibration windows. Default: {count_help('input')}; {MOST_FACTOR} times as many to "
+        "prune with effort most.",
         CALIBRATION, ge=1,
     )  # fmt: skip
     seqlen: int = option(512, "Tokens per calibration window.", CALIBRATION, ge=2)
@@ -162,13 +163,6 @@ class PassRecipe(BaseModel, ABC):
     window_choice: WindowChoice | None = option(
         None, "Which windows of the text are used: {choices}. Default: spread, evenly over all of it.", CALIBRATION
     )
-    variants: int = option(
-        None,
-        "Extra copies of each calibration window in which the dense model has resampled some tokens; each epoch of "
-        f"training uses one copy. Default: {BEST['variants']} with effort most or method best, or fewer to have at "
-        f"most {MOST_WINDOWS} windows in all; else 0.",
-        CALIBRATION, ge=0,
-    )  # fmt: skip
     seed: int | None = option(
         None, f"Seed for window-choice random and calibration {SELF}. Default: 0.", CALIBRATION, ge=0
     )
@@ -224,10 +218,7 @@ class PassRecipe(BaseModel, ABC):
         self._open = frozenset(name for name in may_be_open if getattr(self, name) is None)
         if self.windows is None:
             vars(self)["windows"] = mixed_windows(self.calibration)
-        found = dict(self._defaults())
-        # With many windows of text, variants gain less and cost more.
-        found["variants"] = max(0, min(found["variants"], MOST_WINDOWS // self.window_count - 1))
-        vars(self).update({name: value for name, value in found.items() if name in self._open})
+        vars(self).update({name: value for name, value in self._defaults().items() if name in self._open})
         return {}
 
     @abstractmethod
@@ -296,7 +287,7 @@ class PassRecipe(BaseModel, ABC):
         if self.bits is not None and fine({"bits"}):
             yield from told("bits", lambda: parse_bits(str(self.bits)))
         for name, training in (("train_epochs", self.reconstruction), ("distil_epochs", self.distillation)):
-            if training is not None and fine({name, "windows", "variants"}):
+            if training is not None and fine({name, "windows"}):
                 yield from told(name, training.check)
         if fine({"calibration"}) and is_text(self.calibration) and not self.draws:
             for text, _ in sources_of(self.calibration):
@@ -337,12 +328,12 @@ class PassRecipe(BaseModel, ABC):
     @property
     def window_count(self) -> int:
         """The number of calibration windows; the smallest default if it depends on the model."""
-        return self.windows or LEAST_WINDOWS
+        return self.windows or LEAST_WINDOWS * self.window_factor
 
     @property
-    def all_windows(self) -> int:
-        """The number of calibration windows including variants."""
-        return self.window_count * (1 + self.variants)
+    def window_factor(self) -> int:
+        """The default number of windows relative to the usual one."""
+        return 1
 
     @property
     def reconstruction(self) -> Reconstruction | None:
@@ -353,13 +344,9 @@ class PassRecipe(BaseModel, ABC):
         return self._training(Distillation, self.distil_epochs)
 
     def _training(self, kind: type[T], given: T | int) -> T | None:
-        """The given settings, or this kind, for epochs that take as long as without variants; None for 0."""
-        if not given:
-            return None
+        """The given settings, or this kind for so many epochs; None for 0."""
         # The kinds have defaults for all other settings; `Training` itself has not.
-        found: T = given if isinstance(given, kind) else cast(Any, kind)(epochs=given)
-        alone = not self.variants or found.epoch_windows is not None
-        return found if alone else replace(found, epoch_windows=self.window_count)
+        return given if isinstance(given, kind) else cast(Any, kind)(epochs=given) if given else None
 
     @property
     def needs_sensitivities(self) -> bool:

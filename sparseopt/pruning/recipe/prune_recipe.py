@@ -13,7 +13,7 @@ from sparseopt.layers.methods import METHODS, find_method
 from sparseopt.layers.patterns import KNOWN, check_pattern, implied_sparsity
 from sparseopt.layers.problem import LayerMethod
 from sparseopt.pruning.recipe.allocation import Allocation, check_allocation
-from sparseopt.pruning.recipe.effort import prune_defaults
+from sparseopt.pruning.recipe.effort import MOST_FACTOR, prune_defaults
 from sparseopt.pruning.recipe.options import HOW, WHAT, Plain, option, told
 from sparseopt.pruning.recipe.pass_recipe import PassRecipe, Problem, described
 from sparseopt.pruning.recipe.targets import Patterns, Targets, check_shares, read_patterns, read_targets
@@ -102,7 +102,11 @@ class Recipe(PassRecipe):
     )
 
     def _defaults(self) -> Mapping[str, Any]:
-        return prune_defaults(vars(self))
+        return prune_defaults(vars(self), self.window_count)
+
+    @property
+    def window_factor(self) -> int:
+        return MOST_FACTOR if self.effort == "most" else 1
 
     def as_dict(self) -> dict[str, Any]:
         names = {described(penalty_named(name)): name for name in BY_WEIGHT}

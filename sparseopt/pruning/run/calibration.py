@@ -15,9 +15,10 @@ from sparseopt.pruning.text.chats import TextError, is_text
 from sparseopt.pruning.text.documents import part_of_text
 from sparseopt.pruning.text.mix import divided, sources_of
 from sparseopt.pruning.text.windows import (
-    COUNT_HELP,
+    LEAST_WINDOWS,
     begin_windows,
     check_vocabulary,
+    count_help,
     default_windows,
     scored_windows,
     text_windows,
@@ -66,11 +67,11 @@ def calibration_windows(model: PrunableModel, recipe: PassRecipe) -> Calibration
         check_window(recipe.seqlen, model.config.max_positions)
         pieces, sources = list[list[np.ndarray]](), sources_of(recipe.calibration)
         for (text, own), rest in zip(sources, divided(heldout, sources), strict=True):
-            count = own or recipe.windows or default_windows(model, recipe.seqlen)
+            count = own or recipe.windows or default_windows(model, recipe.seqlen, recipe.window_factor)
             found = text_windows(
                 model.source, text, "calibration", count + rest, recipe.seqlen,
                 bos=recipe.bos, choice=recipe.chosen_window_choice, seed=recipe.seed or 0, split=recipe.split,
-                column=recipe.column, documents=recipe.documents, least=(own or recipe.window_count) + rest,
+                column=recipe.column, documents=recipe.documents, least=(own or recipe.windows or LEAST_WINDOWS) + rest,
             )  # fmt: skip
             pieces.append(np.split(begin_windows(*found), [len(found.ids) - rest]))
             bos = found.bos
@@ -100,17 +101,18 @@ def describe_calibration(model: PrunableModel, plan: Plan, windows: CalibrationW
     """What a report says about its tokens; `given` says whether the number of windows was given."""
     (samples, seqlen), recipe, why, warning = windows.calibration.shape, plan.recipe, None, None
     if not given and is_text(recipe.calibration):
-        why = COUNT_HELP.format(f"of the {widest_input(model):,} inputs")
-        if samples < default_windows(model, seqlen):
+        factor = plan.recipe.window_factor
+        why = count_help(f"of the {widest_input(model):,} inputs", factor)
+        if samples < default_windows(model, seqlen, factor):
             why += "; the text has no more"
     inputs = widest_input(model, plan.patterns)
-    if (tokens := samples * (1 + recipe.variants) * seqlen) < inputs and plan.patterns:
+    if (tokens := samples * seqlen) < inputs and plan.patterns:
         warning = (
             f"calibration has {tokens:,} tokens and the widest layer {inputs:,} inputs: its Gram matrix is "
             f"singular; {-(-inputs // seqlen)} windows of {seqlen} or more would be enough"
         )
     digest = token_digest(*windows[:2])
-    return Calibration(samples, recipe.variants, len(windows.heldout), seqlen, digest, inputs, why, warning)
+    return Calibration(samples, len(windows.heldout), seqlen, digest, inputs, why, warning)
 
 
 class Sample(NamedTuple):
@@ -168,7 +170,7 @@ def choose_tokens(
         windows = CalibrationWindows(none, none, none, None)
         return plan, windows, describe_calibration(model, plan, windows, given=True), []
     if recipe.draws:
-        plan = with_windows(plan, recipe.windows or default_windows(model, recipe.seqlen))
+        plan = with_windows(plan, recipe.windows or default_windows(model, recipe.seqlen, recipe.window_factor))
         # What cannot be scored ends the run before minutes of drawing.
         samples = samples_to_score(model, plan.recipe, recipe.seqlen)
         windows = draw(plan)

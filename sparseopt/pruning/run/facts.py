@@ -95,12 +95,11 @@ def model_facts(report: PruneReport) -> Iterator[Fact]:
 def _calibration(report: PruneReport) -> Fact:
     given, split, seen = report.recipe["calibration"], report.recipe.get("split"), report.calibration
     read = part_of_text(given, "calibration", split)
-    variants = f", and {seen.variants} variants of each that the dense model drew" if seen.variants else ""
     tokens = "" if read.startswith(TOKEN_IDS) else f"{seen.windows} windows of {seen.seqlen} tokens of "
     bos = "" if report.bos is None else f", each starting with the model's BOS (token {report.bos})"
     whole = all(part_of_text(text, "calibration", split) == text for text, _ in sources_of(given))
     rest = "" if whole else "; the rest is left to `sparseopt eval`"
-    return Fact("calibration", f"{tokens}{read}{variants}{bos}{rest}")
+    return Fact("calibration", f"{tokens}{read}{bos}{rest}")
 
 
 def run_facts(report: PruneReport) -> Iterator[Fact]:

@@ -64,7 +64,7 @@ class Pass:
         model: the dense model.
         plan: what to do; what is measured before the first block may change it.
         identity: fingerprints of the model and of its tokens.
-        windows: the tokens of the pass, without variants.
+        windows: the tokens of the pass.
         calibration: what the report says about them.
         samples: texts on which the finished model is scored.
         footprint: the memory that the pass is expected to need.

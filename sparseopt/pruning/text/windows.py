@@ -20,10 +20,8 @@ from sparseopt.pruning.text.documents import Part, load_documents, part_of_text
 WindowChoice = Literal["first", "spread", "random"]
 DocumentChoice = Literal["packed", "separate"]
 
-# The default number of calibration windows gives the widest layer this many tokens per input. Together with default
-# variants there are not more windows than the maximum either.
+# The default number of calibration windows gives the widest layer this many tokens per input.
 TOKENS_AN_INPUT, LEAST_WINDOWS, MOST_WINDOWS = 4, 16, 128
-COUNT_HELP = f"{TOKENS_AN_INPUT} tokens for each {{}} of the widest layer, in {LEAST_WINDOWS} to {MOST_WINDOWS} windows"
 # Windows whose perplexity is measured before and after, as a fraction of the calibration windows.
 SCORED = 0.25
 
@@ -38,13 +36,20 @@ def widest_input(model: PrunableModel, keys: Collection[str] = ()) -> int:
     return max(model.weight_shape(key)[1] for key in keys or model.linear_keys())
 
 
-def default_windows(model: PrunableModel, seqlen: int) -> int:
-    """The default number of calibration windows of `seqlen` tokens for a model.
+def default_windows(model: PrunableModel, seqlen: int, factor: int = 1) -> int:
+    """The default number of calibration windows of `seqlen` tokens for a model, times a factor below the maximum.
 
     The number depends on the model alone, so that a run resumes with the same one on any machine; activations that do
     not fit in memory go to disk.
     """
-    return min(MOST_WINDOWS, max(LEAST_WINDOWS, -(-TOKENS_AN_INPUT * widest_input(model) // seqlen)))
+    wanted = factor * max(LEAST_WINDOWS, -(-TOKENS_AN_INPUT * widest_input(model) // seqlen))
+    return min(MOST_WINDOWS, wanted)
+
+
+def count_help(input_: str, factor: int = 1) -> str:
+    """How `default_windows` counts, in words."""
+    tokens, least = factor * TOKENS_AN_INPUT, factor * LEAST_WINDOWS
+    return f"{tokens} tokens for each {input_} of the widest layer, in {least} to {MOST_WINDOWS} windows"
 
 
 def scored_windows(count: int) -> int:

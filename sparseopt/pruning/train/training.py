@@ -53,7 +53,6 @@ class Training:
         learning_rate: Adam's largest step; a weight moves by about this fraction of the root mean square of its tensor.
         warmup: fraction of all steps in which the rate rises linearly; then it falls to zero like a cosine.
         windows: most windows of tokens per step; the largest divisor of a batch's windows up to this is used.
-        epoch_windows: windows per epoch, different ones in the next as long as there are any; None for all.
         clip: largest norm of a block's gradient. Adam ignores a common factor, so a low value does no harm, and no
             window counts more than the others.
         patience: epochs without a better judging loss before training stops.
@@ -66,7 +65,6 @@ class Training:
     clip: float
     warmup: float = 0.1
     windows: int = 1
-    epoch_windows: int | None = None
     patience: int = 3
     divergence: float = 2.0
     seed: int = 0
@@ -77,9 +75,8 @@ class Training:
         """Raise a `ValueError` that lists everything that is wrong, one line each."""
         problems = [
             f"{name} must be a whole number of {least} or more, given {value!r}"
-            for name, least in (("epochs", 1), ("windows", 1), ("epoch_windows", 1), ("patience", 1), ("seed", 0))
+            for name, least in (("epochs", 1), ("windows", 1), ("patience", 1), ("seed", 0))
             if not isinstance(value := getattr(self, name), int) or value < least
-            if (name, value) != ("epoch_windows", None)
         ]
         for name in ("learning_rate", "clip"):
             if not 0 < (value := getattr(self, name)) < math.inf:
@@ -334,20 +331,15 @@ def paired(inputs: Stream, targets: Stream) -> Data:
 
 
 def draw_orders(batches: int, size: int, settings: Training) -> list[list[tuple[int, np.ndarray]]]:
-    """The steps of each epoch for batches of `size` rows: a batch's index and its rows to use, each once per pass.
-
-    Passes are in random order and follow one another; epochs cut them into equal parts.
-    """
+    """The steps of each epoch for batches of `size` rows: a batch's index and its rows to use, in random order."""
     rng = np.random.default_rng(settings.seed)
     width = next(w for w in range(min(settings.windows, size), 0, -1) if size % w == 0)
-    a_pass = batches * size // width
-    steps = a_pass if settings.epoch_windows is None else max(1, settings.epoch_windows // width)
-    order: list[tuple[int, np.ndarray]] = []
-    while len(order) < settings.epochs * steps:
+    orders = []
+    for _ in range(settings.epochs):
         parts = [
             (index, rows)
             for index in range(batches)
             for rows in rng.permutation(size).astype(np.int32).reshape(-1, width)
         ]
-        order += [parts[place] for place in rng.permutation(len(parts))]
-    return [order[epoch * steps : (epoch + 1) * steps] for epoch in range(settings.epochs)]
+        orders.append([parts[place] for place in rng.permutation(len(parts))])
+    return orders

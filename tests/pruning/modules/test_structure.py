@@ -278,7 +278,7 @@ def test_what_a_named_effort_does_and_a_module_cannot_have_is_told(batches):
     most, left = module_recipe(Recipe(effort="most"), trains=False, has_loss=False)
     good, _ = module_recipe(Recipe(effort="good"), trains=False, has_loss=False)
     assert most.as_dict() | {"effort": "good"} == good.as_dict()
-    assert left.keys() == {"train_epochs", "distil_epochs", "allocation", "variants", "output_weights"}
+    assert left.keys() == {"train_epochs", "distil_epochs", "allocation", "output_weights"}
     assert module_recipe(Recipe(method="best"), trains=False, has_loss=False)[1].keys() >= {"train_epochs"}
     assert not module_recipe(Recipe(), trains=False, has_loss=False)[1]
     _, report = prune_module(Mlp(), batches[:1], Recipe(effort="good", method="wanda", propagate=0.0))

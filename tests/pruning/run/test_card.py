@@ -95,15 +95,15 @@ def test_the_card_of_a_model_pruned_further_names_the_same_base_and_a_licence_fi
     assert (head["license"], head["license_link"]) == ("other", "LICENSE.txt")
 
 
-def test_the_tokens_that_a_model_was_calibrated_on_are_told_with_their_variants(pruned):
+def test_the_tokens_that_a_model_was_calibrated_on_are_told(pruned):
     recipe = pruned.recipe | {"calibration": "file:/home/someone/notes.txt"}
-    calibration = replace(pruned.calibration, windows=16, seqlen=512, variants=3)
+    calibration = replace(pruned.calibration, windows=16, seqlen=512)
     scored = (Score("the second half of file:/home/someone/notes.txt", 4, 512, 20.0, 25.0),)
     seen = replace(pruned, recipe=recipe, calibration=calibration, scores=scored)
-    text = "16 windows of 512 tokens of the first half of file:{}notes.txt, and 3 variants of each that the dense model"
+    text = "16 windows of 512 tokens of the first half of file:{}notes.txt"
     facts, card = dict(model_facts(seen)), model_card(seen, {})
     assert facts["calibration"].startswith(text.format("/home/someone/"))
-    assert f"- calibration: {text.format('')} drew" in card
+    assert f"- calibration: {text.format('')}" in card
     assert "- perplexity on the second half of file:notes.txt: 20.00 before, 25.00 after (+25.0 %)" in card
 
 

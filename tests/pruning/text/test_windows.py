@@ -175,6 +175,9 @@ def test_the_default_number_of_windows_follows_the_widest_linear_and_the_text(tm
     assert found.calibration.windows == found.recipe["windows"] == min(32, available) == windows
     why = "4 tokens for each of the 64 inputs of the widest layer, in 16 to 128 windows"
     assert found.calibration.why == why + ("; the text has no more" if windows < 32 else "")
+    most = dry_run(source, tmp_path / "out", recipe.model_copy(update={"effort": "most"}))
+    assert most.calibration.windows == min(128, available)
+    assert most.recipe["train_epochs"] == most.recipe["distil_epochs"] == 64 // min(64, available)
 
 
 def test_fewer_tokens_than_inputs_are_warned_of(tmp_path, rng, source):
