@@ -6,6 +6,7 @@ A LAPACK factorisation on the host, or a triangular solve on an accelerator, run
 import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Literal, NamedTuple, cast
 
 import jax
@@ -19,7 +20,9 @@ PANELS = (128, 16, 1)
 # Above this size the matrix is halved once, which saves a quarter of the operations and most of the memory traffic.
 WHOLE = 4 * PANELS[0]
 
-Precision = Literal["highest", "high", "default"]
+Precision = Literal["highest", "high", "default", "bfloat16"]
+# Both operands of a product in bfloat16, whatever they are stored as, and its sums in float32.
+BY_BFLOAT16 = "BF16_BF16_F32"
 # "high" on an NVIDIA GPU with TF32, where JAX's own HIGH is its DEFAULT, one such product: three, which have 21 bits.
 HIGH_BY_TF32 = "TF32_TF32_F32_X3"
 # The first generation of GPUs, Ampere, that has TF32.
@@ -44,9 +47,49 @@ def activations_in(precision: Precision) -> AbstractContextManager[Any]:
 
 def precision_on(device: Any, precision: Precision) -> str:
     """JAX's name of a precision on a device."""
+    if precision == "bfloat16":
+        return BY_BFLOAT16
     generation = str(getattr(device, "compute_capability", "")).partition(".")[0]  # of NVIDIA's, a number
     has_tf32 = generation.isdigit() and int(generation) >= LEAST_CAPABILITY
     return HIGH_BY_TF32 if precision == "high" and has_tf32 else precision
+
+
+def activation_einsum(spec: str, a: Array, b: Array) -> Array:
+    """`einsum(spec, a, b)` of activations in their precision; an index is in two of the three terms at least."""
+    precision = activation_precision()
+    return _in_bfloat16(spec, a, b) if precision == BY_BFLOAT16 else jnp.einsum(spec, a, b, precision=precision)
+
+
+def activation_matmul(a: Float[Array, "... m k"], b: Float[Array, "... k n"]) -> Float[Array, "... m n"]:
+    """`a @ b` of activations in their precision."""
+    precision = activation_precision()
+    if precision == BY_BFLOAT16:
+        return _in_bfloat16("...mk,...kn->...mn", a, b)
+    return jnp.matmul(a, b, precision=precision)
+
+
+# The products of a gradient are of its kind too: by JAX's own rule they would have one operand in float32.
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_bfloat16(spec: str, a: Array, b: Array) -> Array:
+    # By casts: a CPU ignores JAX's own setting.
+    a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+
+def _save(spec: str, a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _in_bfloat16(spec, a, b), (a, b)
+
+
+def _pull_back(spec: str, operands: tuple[Array, Array], change: Array) -> tuple[Array, Array]:
+    terms, result = spec.split("->")
+    (first, second), (a, b) = terms.split(","), operands
+    return (
+        _in_bfloat16(f"{result},{second}->{first}", change, b),
+        _in_bfloat16(f"{first},{result}->{second}", a, change),
+    )
+
+
+_in_bfloat16.defvjp(_save, _pull_back)
 
 
 def product(a: Array, b: Array) -> Array:

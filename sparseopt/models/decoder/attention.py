@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from sparseopt.core.base.dense import activation_precision
+from sparseopt.core.base.dense import activation_einsum
 from sparseopt.models.base.rope import Rope
 from sparseopt.models.decoder.layers import Linear, Tap, make_norm, no_tap
 from sparseopt.models.decoder.settings import BlockKind, DecoderConfig
@@ -72,7 +72,7 @@ def causal_attention(
     q_BTNH = q_BTNH / math.sqrt(head_dim) if scale is None else q_BTNH * scale
     q_BKGTH = q_BTNH.reshape(batch, time, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
     k_BKTH, v_BKTH = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
-    precision, chunks = activation_precision(), []
+    chunks = []
     for start in range(0, time, QUERY_CHUNK):
         end = min(start + QUERY_CHUNK, time)
         begin = 0 if window is None else max(0, start - window + 1)
@@ -80,7 +80,7 @@ def causal_attention(
         group = q_BKGCH.shape[:4]
         # The query heads of a group are folded into the rows, so that each product is one [G C, H] by [H, S].
         q_BKRH = q_BKGCH.reshape(batch, kv_heads, -1, head_dim)
-        scores_BKRS = jnp.einsum("bkrh,bksh->bkrs", q_BKRH, k_BKTH[:, :, begin:end], precision=precision)
+        scores_BKRS = activation_einsum("bkrh,bksh->bkrs", q_BKRH, k_BKTH[:, :, begin:end])
         scores_BKGCS = scores_BKRS.reshape(*group, end - begin)
         if cap is not None:
             scores_BKGCS = cap * jnp.tanh(scores_BKGCS / cap)
@@ -92,7 +92,7 @@ def causal_attention(
         weights_BKGCS = jnp.exp(scores_BKGCS - largest_BKGC1)
         totals_BKGC1 = jnp.sum(weights_BKGCS, axis=-1, keepdims=True)
         weights_BKRS = weights_BKGCS.reshape(batch, kv_heads, -1, end - begin)
-        mixed_BKRH = jnp.einsum("bkrs,bksh->bkrh", weights_BKRS, v_BKTH[:, :, begin:end], precision=precision)
+        mixed_BKRH = activation_einsum("bkrs,bksh->bkrh", weights_BKRS, v_BKTH[:, :, begin:end])
         chunks.append(mixed_BKRH.reshape(*group, head_dim) / totals_BKGC1)
     mixed_BKGTH = jnp.concatenate(chunks, axis=3)
     return mixed_BKGTH.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads, head_dim)

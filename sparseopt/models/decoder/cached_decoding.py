@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from sparseopt.core.base.dense import activation_precision
+from sparseopt.core.base.dense import activation_matmul
 from sparseopt.core.base.types import Observer
 from sparseopt.models.decoder.attention import Attention, causal_attention, rotate
 from sparseopt.models.decoder.decoder import Decoder
@@ -82,17 +82,17 @@ def _advance(
 
 def _mixed(attention: Attention, q_B1NH: Array, k_BKHS: Array, v_BKSH: Array, place: Array) -> Float[Array, "B 1 N H"]:
     """Like `causal_attention`, for the query at one place and the keys of all, laid out for plain products."""
-    config, precision = attention.config, activation_precision()
+    config = attention.config
     scale = 1 / math.sqrt(config.head_dim) if config.score_scale is None else config.score_scale
     q_BKGH = (q_B1NH * scale).reshape(len(q_B1NH), k_BKHS.shape[1], -1, config.head_dim)
-    scores_BKGS = jnp.matmul(q_BKGH, k_BKHS, precision=precision)
+    scores_BKGS = activation_matmul(q_BKGH, k_BKHS)
     if config.score_cap is not None:
         scores_BKGS = config.score_cap * jnp.tanh(scores_BKGS / config.score_cap)
     ahead_S = place - jnp.arange(k_BKHS.shape[-1])
     window = attention.kind.window
     seen_S = (ahead_S >= 0) if window is None else (ahead_S >= 0) & (ahead_S < window)
     weights_BKGS = jax.nn.softmax(jnp.where(seen_S, scores_BKGS, -jnp.inf), axis=-1)
-    return jnp.matmul(weights_BKGS, v_BKSH, precision=precision).reshape(q_B1NH.shape)
+    return activation_matmul(weights_BKGS, v_BKSH).reshape(q_B1NH.shape)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from sparseopt.core.base.dense import activation_precision
+from sparseopt.core.base.dense import activation_matmul
 from sparseopt.models.decoder.layers import ACTIVATIONS, Linear, Tap, no_tap
 from sparseopt.models.decoder.settings import DecoderConfig, ExpertsConfig
 
@@ -86,7 +86,7 @@ class StackedLinear(nnx.Module):
 
         def tile(_: None, given: tuple[Array, Array]) -> tuple[None, Array]:
             rows, expert = given
-            return None, jnp.matmul(rows, weight[expert].T, precision=activation_precision())
+            return None, activation_matmul(rows, weight[expert].T)
 
         return x._replace(rows=jax.lax.scan(tile, None, (x.rows, x.expert))[1])
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from sparseopt.core.base.dense import activation_precision
+from sparseopt.core.base.dense import activation_matmul
 
 # Called with a name and a value, which it may record or change; for experts the value is a `Routed`.
 Tap = Callable[[str, Any], Any]
@@ -46,7 +46,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
         # One flat product: XLA's CPU matmul is faster on two axes than on three.
-        flat = jnp.matmul(x.reshape(-1, x.shape[-1]), self.weight[...].T, precision=activation_precision())
+        flat = activation_matmul(x.reshape(-1, x.shape[-1]), self.weight[...].T)
         y = flat.reshape(*x.shape[:-1], flat.shape[-1])
         return y if self.bias is None else y + self.bias[...]
 

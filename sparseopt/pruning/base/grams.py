@@ -26,7 +26,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from sparseopt.core.base.dense import activation_precision
+from sparseopt.core.base.dense import activation_matmul
 from sparseopt.core.base.mesh import AXIS, on_device, over
 from sparseopt.layers.compiled import Compiled, Stopwatch, laid_on
 from sparseopt.models import Block, Routed
@@ -100,7 +100,7 @@ class BlockGrams:
 
 
 def _product(x: Float[Array, "... in"], y: Float[Array, "... in"]) -> Float[Array, "in in"]:
-    return jnp.matmul(x.reshape(-1, x.shape[-1]).T, y.reshape(-1, y.shape[-1]), precision=activation_precision())
+    return activation_matmul(x.reshape(-1, x.shape[-1]).T, y.reshape(-1, y.shape[-1]))
 
 
 def gather_grams(
@@ -193,7 +193,7 @@ def _grams_of_experts(
 
     def add(grams: Array, tile: tuple[Array, Array, Array]) -> tuple[Array, None]:
         rows, weight, expert = tile
-        return grams.at[expert].add(jnp.matmul((rows * weight).T, rows, precision=activation_precision())), None
+        return grams.at[expert].add(activation_matmul((rows * weight).T, rows)), None
 
     start = jnp.zeros((experts, value.rows.shape[-1], value.rows.shape[-1]), value.rows.dtype)
     gram, _ = jax.lax.scan(add, start, (value.rows, weight_PR1, value.expert))

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from sparseopt.core.base.dense import activation_precision
+from sparseopt.core.base.dense import activation_matmul
 from sparseopt.pruning.base.grams import Grams
 
 # Rows of patches in memory at once: an unfolded image is larger by the size of the window.
@@ -149,7 +149,7 @@ class Layout:
 
 def _grams(rows: Float[Array, "rows in"], dense: Float[Array, "rows in"] | None = None) -> Grams:
     def product(other: Array) -> Array:
-        return jnp.matmul(rows.T, other, precision=activation_precision())
+        return activation_matmul(rows.T, other)
 
     count = rows.shape[0]
     drift = None if dense is None else product(rows - dense)

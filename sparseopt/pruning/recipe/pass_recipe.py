@@ -119,8 +119,9 @@ class PassRecipe(BaseModel, ABC):
     )
     precision: Precision = option(
         "highest",
-        "Precision of products of activations (forward passes, Gram matrices, training) on a GPU or TPU: {choices}. "
-        "A CPU always computes in float32, and so do layer solves on every device.",
+        "Precision of products of activations (forward passes, Gram matrices, training): {choices}. bfloat16 rounds "
+        "both operands and sums in float32; high and default are for a GPU or TPU, and float32 on a CPU. Layer solves "
+        "are in float32 on every device.",
         HOW,
     )
     calibration: Annotated[Any, Plain(str), BeforeValidator(read_mix)] = option(

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sparseopt.core.base.dense import activation_precision, product, spd_inverse
+from sparseopt.core.base.dense import activation_matmul, product, spd_inverse
 from sparseopt.layers.compiled import Compiled
 from sparseopt.layers.problem import scaled_gram
 from sparseopt.layers.side_by_side import agreed
@@ -74,10 +74,7 @@ def _added(block: Block, x: Array, y: Array, totals: tuple[Array, Array]) -> tup
     # As in `stream_loss`: tokens with zero targets are ignored.
     weighted = jnp.where(size == 0, 0, inputs / jnp.where(size == 0, 1, size)).reshape(-1, inputs.shape[-1])
     pairs = zip(totals, (inputs, y - output), strict=True)
-    parts = [
-        total + jnp.matmul(weighted.T, part.reshape(-1, part.shape[-1]), precision=activation_precision())
-        for total, part in pairs
-    ]
+    parts = [total + activation_matmul(weighted.T, part.reshape(-1, part.shape[-1])) for total, part in pairs]
     return parts[0], parts[1]
 
 

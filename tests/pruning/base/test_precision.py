@@ -6,10 +6,11 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import sparseopt as so
-from sparseopt.core.base.dense import activations_in, precision_on
+from sparseopt.core.base.dense import activation_matmul, activations_in, precision_on
 from sparseopt.layers.methods import find_method
 from sparseopt.layers.problem import ScaledLayer
 from sparseopt.models import Block, open_model
@@ -39,6 +40,31 @@ def test_it_reaches_every_product_of_a_block(models, name, run):
     assert list(usual) == ["highest"]
     with activations_in("default"):
         assert products(run, block, x) == {"default": usual["highest"]}
+
+
+@pytest.mark.parametrize(("name", "run"), [("llama", gather_grams), ("experts", gather_grams), ("experts", slope)])
+def test_bfloat16_rounds_the_operands_of_every_product_and_no_sum(models, name, run):
+    block = open_model(models(name)).block(0)
+    x = jax.random.normal(jax.random.key(3), (1, 16, block.config.hidden_size))
+    usual, exact = products(run, block, x), jax.tree.leaves(run(block, x))
+    with activations_in("bfloat16"):
+        text = jax.jit(run).lower(block, x).as_text()
+        rounded = jax.tree.leaves(run(block, x))
+    kinds = re.findall(r"dot_general.*: \(tensor<[\dx]*(\w+)>, tensor<[\dx]*(\w+)>\) -> tensor<[\dx]*(\w+)>", text)
+    assert kinds == [("bf16", "bf16", "f32")] * usual["highest"]
+    for ours, theirs in zip(rounded, exact, strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_allclose(ours, theirs, atol=0.05 * float(jnp.max(jnp.abs(theirs))))
+    assert any((ours != theirs).any() for ours, theirs in zip(rounded, exact, strict=True))
+
+
+def test_bfloat16_changes_no_product_or_gradient_of_numbers_that_it_holds(rng):
+    a, b, change = (jnp.asarray(rng.integers(-8, 9, shape), jnp.float32) for shape in ((2, 5, 3), (2, 3, 7), (2, 5, 7)))
+    with activations_in("bfloat16"):
+        value, pull = jax.vjp(activation_matmul, a, b)
+        np.testing.assert_array_equal(value, a @ b)
+        for ours, theirs in zip(pull(change), (change @ b.swapaxes(1, 2), a.swapaxes(1, 2) @ change), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize(("name", "tokens"), [("llama", "routed"), ("experts", "routed"), ("experts", "all")])
