@@ -41,6 +41,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "LLaMA-2-7B": _SILU
     | {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008}
     | {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32},
+    "Llama-3-8B": _SILU
+    | {"model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336}
+    | {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "rope_theta": 500000.0},
 }
 PATTERNS = {"unstructured": 0.5, "2:4": None, "per-row": 0.5, "block:4x4": 0.5, "group:64": 0.5}
 DEFAULTS = Recipe(method="maiht", calibration="pydoc")

@@ -6,7 +6,7 @@ import re
 import jax
 import pytest
 
-from sparseopt.core.base.dense import HIGH_BY_TF32
+from sparseopt.core.base.dense import HIGH_BY_TF32, activations_in
 from sparseopt.layers.methods import find_method, method_cost
 from tests.accelerators import programs
 from tests.accelerators.programs import methods
@@ -58,6 +58,25 @@ def test_high_is_three_products_in_tf32_on_an_h100():
     with jax.default_matmul_precision(HIGH_BY_TF32):
         text = lowered("h100", "forward", MODEL).compile().as_text()
     assert "algorithm=dot_tf32_tf32_f32_x3" in text
+
+
+@pytest.mark.parametrize("name", ["forward", "grams"])
+def test_bfloat16_gives_every_product_of_a_block_of_8b_operands_of_16_bits(target, name):
+    with activations_in("bfloat16"):
+        text = lowered(target, name, "Llama-3-8B").as_text()
+    products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    assert products
+    assert all(re.search(r"\(tensor<\S+xbf16>, tensor<\S+xbf16>\) -> tensor<\S+xf32>", line) for line in products)
+
+
+def test_bfloat16_moves_fewer_bytes_for_the_same_operations_on_a_tpu():
+    if missing("v5e"):
+        pytest.skip("SKIPPED: the compiler for v5e is not installed")
+    full = lowered("v5e", "forward", "Llama-3-8B").compile().cost_analysis()
+    with activations_in("bfloat16"):
+        half = lowered("v5e", "forward", "Llama-3-8B").compile().cost_analysis()
+    assert half["flops"] == pytest.approx(full["flops"], rel=0.001)
+    assert half["bytes accessed"] < 0.9 * full["bytes accessed"]
 
 
 EXCHANGES = {
