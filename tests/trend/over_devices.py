@@ -89,29 +89,33 @@ def fits():
 def refusals():
     y = rng.normal(size=(37, 23))
     single = so.trend_filter(y, GRID, so.L1(0.1), devices=2, tol=1e-1)
-    cases = {
-        "more": {"devices": 9},
-        "method": {"devices": 2, "method": "admm"},
-        "B": {"devices": 2, "order": 2, "method": so.trend.Doge(B=1)},
-        "loss": {"devices": 2, "loss": "huber"},
-        "several": {"devices": 2, "penalty": {0: so.L1(1.0), 1: so.L1(1.0)}},
-        "bounds": {"devices": 2, "bounds": (0, 1)},
-        "box": {"devices": 2, "penalty": {-1: so.Box(0.0, 1.0), 0: so.L1(1.0)}},
-        "rows": {"devices": 2, "penalty": so.MCP(0.1, rng.uniform(2, 3, 5))},
-        "axes": {"devices": jax.sharding.Mesh(np.array(jax.devices()), ("x",))},
-        "warm start": {"devices": 3, "start": single},
-        "short": {"devices": 8, "y": np.zeros((5, 5)), "graph": so.Graph.grid((5, 5))},
-        "few": {"devices": 8, "y": np.arange(3.0), "graph": so.Graph.from_edges([(0, 1), (1, 2), (0, 2)])},
-        "free ends": {"devices": 2, "order": 1, "graph": so.Graph.grid((37, 23), ends="free")},
-        "free chain": {"devices": 2, "order": 1, "y": np.arange(9.0), "graph": so.Graph.chain(9)},
-    }
-    said = {}
-    for name, changed in cases.items():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("x",))
+    triangle, free = so.Graph.from_edges([(0, 1), (1, 2), (0, 2)]), so.Graph.grid((37, 23), ends="free")
+    several = "given penalties of several orders"
+    wrong = [
+        ({"devices": 9}, "devices must be a number from 1 to 8"),
+        ({"method": "admm"}, 'given method="admm"'),
+        ({"order": 2, "method": so.trend.Doge(B=1)}, "several devices need B = order + 1 = 3"),
+        ({"loss": "huber"}, "several devices fit the square loss, given Huber"),
+        ({"penalty": {0: so.L1(1.0), 1: so.L1(1.0)}}, several),
+        ({"bounds": (0, 1)}, "bounds and monotone fits work on one device"),
+        ({"penalty": {-1: so.Box(0.0, 1.0), 0: so.L1(1.0)}}, several),
+        ({"penalty": so.MCP(0.1, rng.uniform(2, 3, 5))}, "gamma of MCP is one number on a grid, given the shape (5,)"),
+        ({"devices": mesh}, 'the mesh must have one axis, "devices"'),
+        ({"devices": 3, "start": single}, "start was found by 2 devices"),
+        ({"devices": 8, "y": np.zeros((5, 5)), "graph": so.Graph.grid((5, 5))}, "(5, 5) has 5 nodes for 8 devices"),
+        ({"devices": 8, "y": np.arange(3.0), "graph": triangle}, "3 nodes are too few for 8 devices"),
+        ({"order": 1, "graph": free}, "several devices need the ends of the graph"),
+        ({"order": 1, "y": np.arange(9.0), "graph": so.Graph.chain(9)}, "several devices need"),
+    ]
+    found = []
+    for changes, words in wrong:
         try:
-            so.trend_filter(**({"y": y, "graph": GRID, "penalty": so.L1(0.1)} | changed))
+            so.trend_filter(**{"y": y, "graph": GRID, "penalty": so.L1(0.1), "devices": 2} | changes)
+            found.append((words, "no error"))
         except ValueError as error:
-            said[name] = str(error)
-    return said
+            found.append((words, str(error)))
+    return found
 
 
 def warm_starts():

@@ -8,22 +8,6 @@ import sys
 import pytest
 
 pytestmark = pytest.mark.processes
-REFUSALS = {
-    "more": "devices must be a number from 1 to 8",
-    "method": 'given method="admm"',
-    "B": "several devices need B = order + 1 = 3",
-    "loss": "several devices fit the square loss, given Huber",
-    "several": "given penalties of several orders",
-    "bounds": "bounds and monotone fits work on one device",
-    "box": "given penalties of several orders",
-    "rows": "the gamma of MCP is one number on a grid, given the shape (5,)",
-    "axes": 'the mesh must have one axis, "devices"',
-    "warm start": "start was found by 2 devices",
-    "short": "the one of (5, 5) has 5 nodes for 8 devices",
-    "few": "3 nodes are too few for 8 devices",
-    "free ends": "several devices need the ends of the graph",
-    "free chain": "several devices need",
-}
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +44,9 @@ def test_an_iteration_sends_to_neighbours_what_the_model_says_and_a_check_sums_a
         assert max(case["reduced"]) <= 64, name
 
 
-@pytest.mark.parametrize("name", REFUSALS)
-def test_what_several_devices_cannot_do_is_refused_with_what_was_given(found, name):
-    assert REFUSALS[name] in found["refusals"][name]
+def test_what_several_devices_cannot_do_is_refused_with_what_was_given(found):
+    assert len(found["refusals"]) == 14
+    assert [said for words, said in found["refusals"] if words not in said] == []
 
 
 def test_a_start_from_an_earlier_fit_saves_steps_whoever_found_it(found):

@@ -24,10 +24,7 @@ BAD = {
         *[({"shape": shape}, "1 to 3 axes") for shape in ((), (2, 2, 2, 2), 5)],
         *[({"shape": (size, 3)}, "axis 0", "at least 1", f"given {size!r}") for size in (0, -2, 2.5, NAN, "a")],
         ({"shape": (10**6, 10**6)}, "1,000,000,000,000 nodes", "are free"),
-        *[
-            ({"spacing": spacing}, "each of its 2 axes", repr(spacing))
-            for spacing in ((1, 2, 3), (1, 0), (1, NAN), 2.0)
-        ],
+        *[({"spacing": h}, "each of its 2 axes", repr(h)) for h in ((1, 2, 3), (1, 0), (1, NAN), 2.0)],
         ({"shape": (5,), "spacing": (2.0,)}, "a grid of one axis has no spacing"),
         ({"ends": "open"}, "unknown ends 'open'", "graph, free"),
     ],
@@ -67,15 +64,11 @@ BAD = {
         ({"adjacency": np.array([[0, 1], [2, 0]], np.uint8)}, "symmetric"),
         ({"adjacency": [[0, 1], [1, 2]]}, "1 diagonal entries (self-loops)", "node 1"),
         ({"adjacency": [[0, NAN], [NAN, 0]]}, "finite", "nan at (0, 1)"),
-        ({"adjacency": [[0, -1], [-1, 0]]}, "positive and finite"),
         *[({"adjacency": matrix}, "real numbers") for matrix in ("ab", sparse.csr_array(np.array([[0, 1j], [1j, 0]])))],
     ],
     so.Graph.from_networkx: [
-        ({"graph": 5}, "networkx.Graph", "int"),
+        ({"graph": 5}, "networkx.Graph", "int", TypeError),
         ({"graph": nx.DiGraph([(0, 1)])}, "undirected"),
-        ({"graph": nx.Graph()}, "num_nodes is"),
-        ({"graph": nx.Graph([(0, 0)])}, "to itself"),
-        ({"graph": nx.MultiGraph([(0, 1), (0, 1)])}, "was given before"),
         ({"graph": nx.Graph([(0, 1, {"weight": "a"})])}, "real numbers"),
     ],
 }

