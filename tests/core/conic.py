@@ -22,10 +22,8 @@ class Conic:
     """A program that grows; expressions are affine, `(matrix over x or over one block of variables, block)`."""
 
     def __init__(self, size):
-        self.count = size
-        self.quadratic, self.linear, self.constant = [], [], 0.0
-        self.rows, self.offsets, self.cones = [], [], []
-        self.x = np.arange(size)
+        self.x, self.count, self.constant = np.arange(size), size, 0.0
+        self.costs, self.rows, self.offsets, self.cones = [], [], [], []
 
     def new(self, size):
         self.count += size
@@ -33,43 +31,34 @@ class Conic:
 
     def cost(self, variables, linear=0.0, squares=0.0):
         """Add `sum of linear v + squares v² / 2`."""
-        self.linear.append((variables, np.broadcast_to(linear, variables.shape)))
-        self.quadratic.append((variables, np.broadcast_to(squares, variables.shape)))
+        self.costs.append((variables, linear, squares))
 
     def inside(self, cone, offset, *parts):
         """Ask for `offset + sum of matrix @ variables` in a cone; a number as a matrix is that many identities."""
         offset = np.atleast_1d(np.asarray(offset, float))
-        entries = []
+        rows = sparse.csc_array((offset.size, self.count))
         for matrix, variables in parts:
-            matrix = matrix * sparse.eye_array(variables.size) if np.isscalar(matrix) else matrix
-            matrix = sparse.coo_array(matrix)
-            entries.append((matrix.data, matrix.row, variables[matrix.col]))
-        self.rows.append(entries)
+            part = sparse.coo_array(matrix * sparse.eye_array(variables.size) if np.isscalar(matrix) else matrix)
+            rows += sparse.csc_array((part.data, (part.row, variables[part.col])), rows.shape)
+        self.rows.append(rows)
         self.offsets.append(offset)
         self.cones += CONES[cone](offset.size)
 
     def least(self):
         """The optimal objective; `answer` is then the x that has it."""
-        hessian, linear = np.zeros(self.count), np.zeros(self.count)
-        for variables, numbers in self.quadratic:
-            np.add.at(hessian, variables, numbers)
-        for variables, numbers in self.linear:
-            np.add.at(linear, variables, numbers)
-        starts = np.cumsum([0, *(offset.size for offset in self.offsets)])
-        entries = [
-            (data, row + start, column)
-            for start, row_block in zip(starts[:-1], self.rows, strict=True)
-            for data, row, column in row_block
-        ]
-        data, row, column = (np.concatenate(part) for part in zip(*entries, strict=True))
-        matrix = sparse.csc_array((-data, (row, column)), shape=(int(starts[-1]), self.count))
+        hessian, linear = np.zeros((2, self.count))
+        for variables, slopes, squares in self.costs:
+            np.add.at(linear, variables, slopes)
+            np.add.at(hessian, variables, squares)
+        for rows in self.rows:
+            rows.resize(rows.shape[0], self.count)
         settings = clarabel.DefaultSettings()
         settings.verbose = False
         settings.tol_gap_abs = settings.tol_gap_rel = settings.tol_feas = 1e-10
         solver = clarabel.DefaultSolver(
             sparse.csc_matrix(sparse.diags(hessian)),
             linear,
-            sparse.csc_matrix(matrix),
+            sparse.csc_matrix(-sparse.vstack(self.rows)),
             np.concatenate(self.offsets),
             self.cones,
             settings,
@@ -173,8 +162,8 @@ def ridge(conic, rows, weight):
 
 
 def between(conic, rows, low, high):
-    size = rows.shape[0]
-    if np.all(np.isfinite(low)):
-        conic.inside("positive", -np.broadcast_to(low, (size,)), (1.0 * rows, conic.x))
-    if np.all(np.isfinite(high)):
-        conic.inside("positive", np.broadcast_to(high, (size,)).astype(float), (-1.0 * rows, conic.x))
+    """`low <= rows x <= high`, of which some bounds may be infinite."""
+    for sign, bound in ((1.0, low), (-1.0, high)):
+        bound = np.broadcast_to(bound, rows.shape[:1])
+        if (ends := np.isfinite(bound)).any():
+            conic.inside("positive", -sign * bound[ends], (sign * sparse.csr_array(rows)[ends], conic.x))

@@ -80,9 +80,7 @@ def elastic(form, at):
 
 def boxed(form, at):
     absolute(form, at)
-    for sign, bound in ((1, at.low), (-1, at.high)):
-        ends = np.isfinite(bound)
-        conic.between(form, sign * at.matrix[ends], sign * (bound / at.lengths)[ends], np.inf)
+    conic.between(form, at.matrix, at.low / at.lengths, at.high / at.lengths)
 
 
 def positive(form, at):

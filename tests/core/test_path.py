@@ -22,7 +22,7 @@ KINDS = {
     "nonnegative": so.Problem(SQUARES, so.Nonnegative(1.0)),
     "logistic, intercept": so.Problem(so.LogisticLoss(MATRIX, LABELS, intercept=True), so.L1(1.0)),
     "sparse": so.Problem(so.LeastSquares(sparse.csr_array(MATRIX * (MATRIX > 1)), TARGET), so.L1(1.0)),
-    "MCP": so.Problem(SQUARES, so.MCP(1.0, 1e3)),
+    "MCP": so.Problem(SQUARES, so.MCP(1.0, 0.2)),
 }
 
 
@@ -34,7 +34,8 @@ def weights_of(problem):
 @pytest.mark.parametrize("name", KINDS)
 def test_every_level_has_the_optimum_of_its_problem_and_the_first_is_the_smallest_without_an_entry(name):
     problem = KINDS[name]
-    found = so.path(problem, num=8).check()
+    found = so.path(problem, num=8)
+    assert set(found.statuses) == {Status.STATIONARY if name == "MCP" else Status.CONVERGED}
     weighted = weights_of(problem) > 0
     values = found.values.toarray()
     assert np.abs(values[0, :90][weighted]).max() < 1e-12
@@ -98,35 +99,3 @@ def test_cross_validation_fits_without_the_held_out_rows_at_the_level_of_their_m
     broken = dataclasses.replace(found, statuses=np.where(np.eye(4, 6), Status.MAX_STEPS, Status.CONVERGED))
     with pytest.raises(RuntimeError, match=r"4 of 24 levels.*fold 0 at level 0 .*MAX_STEPS"):
         broken.check()
-
-
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        ({"levels": [1.0, 2.0]}, "levels fall"),
-        ({"levels": [1.0, -1.0]}, "positive and finite"),
-        ({"levels": []}, "positive and finite"),
-        ({"num": 0}, "num is a whole number"),
-        ({"ratio": 2.0}, "ratio is the last level over the first"),
-        ({"tol": 0.0}, "tol must be positive"),
-    ],
-    ids=str,
-)
-def test_a_path_refuses_what_makes_no_sense(given, said):
-    with pytest.raises(ValueError, match=said):
-        so.path(KINDS["squares"], **given)
-
-
-@pytest.mark.parametrize(
-    "problem",
-    [
-        so.Problem(SQUARES, so.L1(1.0), np.eye(90)),
-        so.Problem(so.LeastSquares(None, TARGET), so.L1(1.0)),
-        so.Problem(SQUARES, so.TopK(3)),
-        so.Problem(SQUARES, so.GroupL2(1.0)).loss,
-    ],
-    ids=["operator", "no matrix", "no weight", "no problem"],
-)
-def test_a_path_refuses_problems_without_levels(problem):
-    with pytest.raises(ValueError, match=r"path needs|so\.Problem|sparseopt\.Problem"):
-        so.path(problem)

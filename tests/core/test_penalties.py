@@ -1,6 +1,6 @@
 """Facts that hold for every penalty, for every one with a known conjugate, and for every norm: one table of cases.
 
-Then penalties against independent computations.
+Then penalties against independent computations, and patterns and grids against enumerations of all their points.
 """
 
 import itertools
@@ -144,21 +144,10 @@ def test_a_prox_keeps_shape_and_dtype_and_has_lanes(name, rng):
     np.testing.assert_allclose(together, [Jitted(penalty).prox(x, 0.5) for x in batch], rtol=1e-6, atol=1e-6)
 
 
-SMOOTHED = (
-    "GroupL2",
-    "SparseGroup of labels",
-    "NuclearNorm",
-    "Simplex",
-    "LogSum",
-    "MCP",
-    "Box",
-    "TopK",
-    "Sum",
-    "Lifted",
-)
+SMOOTHED = ("GroupL2", "SparseGroup of labels", "NuclearNorm", "Simplex", "LogSum", "MCP", "Box", "TopK", "Sum")
 
 
-@pytest.mark.parametrize("name", names(GRADIENTS, *SMOOTHED))
+@pytest.mark.parametrize("name", names(GRADIENTS, *SMOOTHED, "Lifted"))
 def test_the_prox_has_finite_gradients_at_zero_entries_and_slices(name, rng):
     penalty = GRADIENTS[name]
     gradients = jax.jit(jax.grad(lambda x, step: jnp.sum(COTANGENT * penalty.prox(x, step)), argnums=(0, 1)))
@@ -238,13 +227,20 @@ def test_no_grid_point_beats_the_scalar_prox(penalty):
             assert np.max(reached - best) <= 1e-12, step
 
 
-def test_the_log_sum_has_the_slope_of_its_value_and_a_prox_continuous_up_to_the_square_of_eps():
+CONCAVE = [so.MCP(1.2, 2.5), so.SCAD(0.8, 3.1), so.LogSum(0.8, 0.3), so.LogSum(0.8, 1.0)]
+
+
+@pytest.mark.parametrize("penalty", CONCAVE, ids=repr)
+def test_the_slope_is_the_derivative_of_the_value(penalty):
     with precision(DOUBLE):
-        x = np.linspace(0.05, 4, 80)
-        for eps in (0.3, 1.0):
-            penalty = so.LogSum(0.8, eps)
-            slope = jax.jit(jax.vmap(jax.grad(penalty.value)))(x)
-            np.testing.assert_allclose(Jitted(penalty).slope(x), slope, rtol=1e-12)
+        x = np.linspace(0.05, 5, 80)
+        np.testing.assert_allclose(
+            Jitted(penalty).slope(x), jax.jit(jax.vmap(jax.grad(penalty.value)))(x), rtol=1e-12, atol=1e-14
+        )
+
+
+def test_the_prox_of_the_log_sum_is_continuous_up_to_the_square_of_eps():
+    with precision(DOUBLE):
         x = np.linspace(0, 3, 30_001)
         jumps = [np.diff(Jitted(so.LogSum(1.0, 0.5)).prox(x, step)).max() for step in (0.2, 0.25, 0.5)]
     assert max(jumps[:2]) < 0.01 < 0.1 < jumps[2]
@@ -382,7 +378,93 @@ def test_a_prox_of_ones_own_stays_as_it_is():
     assert Named(2).prox(3, t=1) == 1
 
 
-@pytest.mark.parametrize("penalty", [so.MCP(1.2, 2.5), so.SCAD(0.8, 3.1)])
-def test_the_slope_is_the_derivative_of_the_value(rng, penalty):
-    x = rng.uniform(0.1, 5, 40)
-    np.testing.assert_allclose(Jitted(penalty).slope(x), jax.jit(jax.grad(penalty.value))(x), rtol=1e-4, atol=1e-6)
+HOLES = np.arange(24).reshape(4, 6)[:, :3] % 3 != 0
+
+
+# Of an array [4, 3], and how many supports lie in each.
+SUPPORTED = {
+    "TopK": (so.TopK(5), 1586),
+    "NM": (so.NM(1, 2), 3**6),
+    "NM along columns": (so.NM(2, 3, axis=1), 7**4),
+    "RowTopK along columns": (so.RowTopK(2, axis=1), 7**4),
+    "a count for every line": (so.RowTopK(np.array([0, 1, 4])), 1 * 5 * 16),
+    "BlockTopK": (so.BlockTopK(1, (2, 3)), 127),
+    "GroupTopK of rows": (so.GroupTopK(2), 1 + 4 * 7 + 6 * 49),
+    "GroupTopK of pairs": (so.GroupTopK(1, 2), 127),
+    "GroupTopK of labels": (so.GroupTopK(2, np.array([0, 1, 1, 2])), 4096 - 7 * 63 * 7),
+    "Support": (so.Support(HOLES), 256),
+    "Within": (Within(so.TopK(2), HOLES), 1 + 8 + 28),
+    "Within, of lines": (Within(so.RowTopK(np.array([1, 2, 4])), HOLES), 11 * 16),
+}
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_a_pattern_has_exactly_its_supports_and_projects_onto_the_nearest(rng, name):
+    pattern, count = SUPPORTED[name]
+    supports = np.array(list(itertools.product([0, 1], repeat=12)), np.float32).reshape(-1, 4, 3)
+    allowed = supports[np.asarray(values(pattern, supports)) == 0]
+    assert len(allowed) == count
+    for _ in range(5):
+        x = rng.standard_normal((4, 3)).astype(np.float32)
+        kept = np.where(Jitted(pattern).prox(x, 1.0) != 0, 1, 0)
+        assert (allowed == kept).all(axis=(1, 2)).any()
+        energies = np.sum(allowed * x.astype(np.float64) ** 2, axis=(1, 2))
+        assert np.sum(kept * x.astype(np.float64) ** 2) == pytest.approx(energies.max(), rel=1e-14)
+        np.testing.assert_array_equal(Jitted(pattern).prox(x, 1.0), kept * x)
+
+
+@pytest.mark.parametrize(
+    "pattern", [None, so.Support(np.array([True, False, True, True])), so.TopK(2), so.NM(1, 2)], ids=repr
+)
+def test_a_grid_projects_onto_the_nearest_of_all_its_points(rng, pattern):
+    grid = so.Grid(np.array([0.5, -0.7, 0.3, 0.6], np.float32), -1, 2, pattern)
+    points = np.float32(list(itertools.product(range(-1, 3), repeat=4))) * grid.scale
+    allowed = points[np.asarray(values(grid, points)) == 0]
+    assert len(allowed) == {None: 256, so.Support: 64, so.TopK: 1 + 12 + 54, so.NM: 49}[pattern and type(pattern)]
+    for x in rng.standard_normal((40, 4)).astype(np.float32):
+        found = Jitted(grid).prox(x, 1.0)
+        assert (allowed == found).all(axis=1).any()
+        assert np.sum((found - x) ** 2) == pytest.approx(np.sum((allowed - x) ** 2, axis=1).min(), rel=1e-6)
+
+
+@pytest.mark.parametrize(("scale", "dtype"), [(1.0, np.float16), (1e19, np.float32), (1e-23, np.float32)])
+def test_a_grid_in_a_pattern_neither_overflows_nor_underflows(scale, dtype):
+    x = np.array([3.2, -3.0, 2.9, 0.0], np.float32) * scale * (100 if scale == 1 else 1)
+    found = Jitted(so.Grid(scale, -1000, 1000, so.TopK(1))).prox(x.astype(dtype), 1.0)
+    assert np.flatnonzero(found).tolist() == [0]
+
+
+def test_a_projection_onto_a_grid_is_one_in_16_bits(rng):
+    for scale in rng.uniform(0.01, 1, 20).astype(np.float32):
+        grid = Jitted(so.Grid(scale, -127, 127))
+        near = grid.prox(jnp.asarray(scale * rng.uniform(-130, 130, 500), jnp.bfloat16), 1.0)
+        np.testing.assert_array_equal(grid.prox(near, 1.0), near)
+        assert grid.value(near) == 0
+
+
+def test_counts_are_exact_among_ties_and_the_first_win(rng):
+    x = np.abs(rng.standard_normal((8, 6))).astype(np.float32)
+    x[:, 2:4], x[4:6] = 1.0, x[0:2]
+    for k in range(7):
+        expected = np.zeros((8, 6), bool)
+        np.put_along_axis(expected, np.argsort(-x, axis=1, kind="stable")[:, :k], True, axis=1)
+        np.testing.assert_array_equal(Jitted(so.RowTopK(k, axis=1)).mask(x), expected)
+        np.testing.assert_array_equal(Jitted(so.RowTopK(k)).mask(x.T), expected.T)
+    for k in range(5):
+        energies = np.sum(x.reshape(4, -1) ** 2, axis=1)
+        expected = np.isin(np.arange(8) // 2, np.argsort(-energies, kind="stable")[:k])[:, None] & np.ones(6, bool)
+        for pattern in (so.GroupTopK(k, 2), so.BlockTopK(k, (2, 6)), so.GroupTopK(k, np.arange(8) // 2)):
+            np.testing.assert_array_equal(Jitted(pattern).mask(x), expected)
+    # Only one of two lines has more ties than places.
+    np.testing.assert_array_equal(
+        Jitted(so.RowTopK(1)).mask(np.array([[1.0, 1.0], [1.0, 2.0]])), [[True, False], [False, True]]
+    )
+    cube = rng.standard_normal((3, 5, 4)).astype(np.float32)
+    assert (np.count_nonzero(Jitted(so.RowTopK(2, axis=1)).prox(cube, 1.0), axis=1) == 2).all()
+    assert np.count_nonzero(Jitted(so.RowTopK(2)).prox(cube[0, :, 0], 1.0)) == 2
+
+
+def test_an_array_without_entries_lies_in_every_pattern():
+    for pattern in (so.TopK(2), so.RowTopK(2), so.NM(2, 4)):
+        assert pattern.prox(jnp.zeros((0, 3)), 1.0).shape == (0, 3)
+        assert pattern.value(jnp.zeros((0, 3))) == 0

@@ -223,8 +223,6 @@ def test_a_flax_model_drops_the_inputs_that_do_not_matter(tx):
     assert float(loss(model)) < 1e-3
 
 
-# The rules of a chain.
-
 PARAMS = {"kernel": jnp.array([[0.3, -2.0], [1.5, 0.2]]), "bias": jnp.array([0.1, -0.2])}
 
 

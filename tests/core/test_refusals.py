@@ -73,7 +73,7 @@ def of(part, *rows):
     return [(Bad(**{part: given}), *words) for given, *words in rows]
 
 
-APG, PD, ADMM = so.AcceleratedProximalGradient(), so.PrimalDual(), so.SplitAdmm()
+APG, PD, ADMM, SET = so.AcceleratedProximalGradient(), so.PrimalDual(), so.SplitAdmm(), so.WorkingSet()
 OWN, ZERO, ONES = OwnSquares(MATRIX, TARGET), np.zeros(COLUMNS), np.ones(COLUMNS)
 QUADRATIC, CHAIN = so.Quadratic(np.eye(COLUMNS), ZERO), Difference(GridBase((COLUMNS,)), 1)
 TAKEN_APART, OF_LOSS = Split(CHAIN, CHAIN, 1.0, 1.0), LossAdmm(None, 1.0, sigma=1.0, anchor=None)
@@ -214,6 +214,12 @@ OBJECTS += [
     (Bad(ValueOnly(), solver=APG, start=ZERO), "needs a loss with", "given ValueOnly without gradient"),
     (Bad(penalty=ValueOnly(), solver=APG), "needs a penalty with", "given ValueOnly without prox"),
     (Bad(ValueOnly(), ValueOnly()), "no solver accepts this problem", "Maiht"),
+    (Bad(so.AbsoluteLoss(MATRIX, TARGET), solver=SET), "smooth loss; use PrimalDual"),
+    (Bad(penalty=so.GroupL2(1.0), solver=SET), "GroupL2 without entry_terms"),
+    (Bad(squares(MATRIX), solver=SET), "needs a dense or SciPy sparse matrix and a target [rows]"),
+    (Bad(so.LeastSquares(None, TARGET, intercept=True), solver=SET), "an intercept needs a dense or SciPy sparse"),
+    (Bad(so.LeastSquares(MATRIX, TARGET, intercept=True), solver=SET, start=ZERO), "start needs the shape (13,)"),
+    (Bad(operator=np.eye(COLUMNS), solver=SET), "solves problems without an operator"),
 ]
 
 
@@ -270,6 +276,10 @@ def labelled(labels, **options):
     return lambda: so.GroupL2(1.0, groups=labels, **options)
 
 
+def on_path(bad=None, **options):
+    return lambda: so.path((bad or Bad()).problem, **options)
+
+
 def update(make, *parameters, **options):
     transform = make(so.L1(1.0), 0.1, **options)
     return transform.update(ROW, transform.init(ROW), *parameters)
@@ -280,6 +290,16 @@ MANY = so.Problem(so.LeastSquares(None, np.ones(300)), so.L1(1.0), PlainMap())
 CALLS = [
     (lambda: so.chosen_solver(MANY), "the operator must be a pytree", "PlainMap"),
     (lambda: so.solve(SQUARES), "sparseopt.Problem", "given DataLoss"),
+    (lambda: so.path(SQUARES), "sparseopt.Problem", "given DataLoss"),
+    (on_path(Bad(operator=np.eye(COLUMNS))), "a path needs a loss of data", "no operator"),
+    (on_path(Bad(so.LeastSquares(None, TARGET))), "a path needs a loss of data", "matrix"),
+    (on_path(Bad(penalty=so.TopK(3))), "a path needs a penalty with a weight", "given TopK"),
+    (on_path(levels=[1.0, 2.0]), "levels fall"),
+    (on_path(levels=[1.0, -1.0]), "positive and finite", "-1."),
+    (on_path(levels=[]), "positive and finite"),
+    (on_path(num=0), "num is a whole number", "given 0"),
+    (on_path(ratio=2.0), "ratio is the last level over the first", "given 2.0"),
+    (on_path(tol=0.0), "tol must be positive", "given 0.0"),
     (lambda: so.BlockTopK(1, (3, 2)).mask(X), "blocks of 3 × 2", "shape (8, 6)"),
     (lambda: so.GroupTopK(1, 3).mask(X), "groups of 3 rows", "shape (8, 6)"),
     (lambda: so.GroupTopK(1, 0).mask(X), "groups of 0 rows"),

@@ -154,8 +154,6 @@ def test_what_turns_nan_in_the_seventh_step_is_named(name, what):
     assert status(found) is so.Status.NONFINITE
     if "unwatched" not in name:  # which looks at nothing before its end
         assert int(found.steps) == 7 * getattr(solver, "stride", 1)
-    with pytest.raises(RuntimeError, match=r"NONFINITE.*became infinite or NaN"):
-        found.check()
 
 
 def test_a_prox_that_returns_nan_on_the_way_is_named_and_leaves_other_lanes_alone(runs):
@@ -170,8 +168,6 @@ def test_a_prox_that_returns_nan_on_the_way_is_named_and_leaves_other_lanes_alon
     assert [so.Status(int(s)) for s in found.status] == [so.Status.STATIONARY, so.Status.NONFINITE]
     assert 1 < int(found.steps[1]) < int(whole.steps)
     np.testing.assert_allclose(found.value[0], whole.value, atol=1e-4)
-    with pytest.raises(RuntimeError, match="NONFINITE"):
-        found.check()
 
 
 @pytest.fixture(scope="module")

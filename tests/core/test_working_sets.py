@@ -135,13 +135,6 @@ def test_groups_have_the_optimum_and_a_gap_that_bounds_the_error(name, intercept
     assert np.max(np.abs(levels.values[[0]].toarray()[0, :150][labels > 0])) <= 1e-4
 
 
-def test_a_path_of_mcp_is_stationary_at_every_level_and_begins_at_zeros():
-    matrix, target, _ = drawn("squares", 4, ROWS, 60)
-    found = so.path(so.Problem(so.LeastSquares(matrix, target), so.MCP(1.0, gamma=0.2)), num=8)
-    assert set(found.statuses) == {so.Status.STATIONARY}
-    assert found.values[[0]].nnz == 0 < found.values[[-1]].nnz
-
-
 @pytest.mark.parametrize("name", SMOOTH)
 def test_in_float32_the_answer_is_float32_and_its_gap_bounds_the_error(name):
     matrix, target, _ = drawn(name, 2)
@@ -215,25 +208,6 @@ def test_a_target_that_is_missing_changes_nothing():
     found = so.solve(so.Problem(so.LeastSquares(matrix, np.where(seen, target, np.nan), seen * 1.0), so.L1(1.0)))
     without = so.solve(so.Problem(so.LeastSquares(matrix[seen], target[seen]), so.L1(1.0)))
     np.testing.assert_allclose(found.check().value, without.check().value, atol=1e-9)
-
-
-MATRIX, TARGET, _ = drawn("squares", 8)
-SQUARES, ONES = so.LeastSquares(MATRIX, TARGET), so.LeastSquares(MATRIX, TARGET, intercept=True)
-BAD = {
-    "smooth loss; use PrimalDual": [so.AbsoluteLoss(MATRIX, TARGET)],
-    "without entry_terms": [SQUARES, so.GroupL2(1.0)],
-    r"needs a dense or SciPy sparse matrix and a target \[rows\]": [so.LeastSquares(MATRIX, MATRIX)],
-    "an intercept needs a dense or SciPy sparse matrix": [so.LeastSquares(None, TARGET, intercept=True)],
-    r"start needs the shape \(10,\)": [ONES, so.L1(1.0), None, np.zeros(COLUMNS)],
-    "solves problems without an operator": [SQUARES, so.L1(1.0), np.eye(COLUMNS)],
-}
-
-
-@pytest.mark.parametrize("sentence", BAD)
-def test_bad_input_is_refused_in_a_sentence(sentence):
-    loss, penalty, operator, start = (*BAD[sentence], *[so.L1(1.0), None, None][len(BAD[sentence]) - 1 :])
-    with pytest.raises(ValueError, match=sentence):
-        so.solve(so.Problem(loss, penalty, operator), SET, start)
 
 
 def test_targets_and_columns_far_from_zero_do_no_harm_beside_an_intercept():

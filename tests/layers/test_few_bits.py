@@ -1,16 +1,13 @@
 """Layers on a grid of few bits: zeros stay, every group has a scale, and the errors told are those of the weights."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from sparseopt.layers.bits import multiples_of, parse_bits
-from sparseopt.layers.methods import find_method
 from sparseopt.layers.methods.few_bits import FewBits
 from sparseopt.layers.patterns import parse_pattern
 from sparseopt.layers.problem import LayerJob, layer_solver, scaled_gram
-from sparseopt.layers.split import join_reports, split_job
 from sparseopt.pruning import AdmmPruning, Wanda, prune_layer
 from tests.layers.layers import error_of, make_layer
 
@@ -119,17 +116,6 @@ def test_an_exact_answer_of_ones_own_stays_as_exact_as_the_grid_allows(rng):
     weight, x = rng.standard_normal((24, 64)).astype(np.float32), rng.standard_normal((40, 64))
     found = prune_layer(weight, (x.T @ x).astype(np.float32), 0.5, "per-row", AdmmPruning(ridge=1e-4), bits="q8_0")
     assert found.relative_error < 1.05 * found.rounded_error
-
-
-def test_blocks_of_outputs_are_rounded_as_the_whole(layer):
-    weight, gram, _ = layer
-    job = LayerJob(weight, gram, None, parse_pattern("unstructured", 0.5, weight.shape))
-    method = find_method("wanda", bits="q4_0")
-    whole = layer_solver(job, method)
-    parts = join_reports([jax.device_get(layer_solver(part, method)) for part in split_job(job, method, 2)])
-    np.testing.assert_array_equal(parts.weight, whole.weight)
-    for one, other in zip(parts.grid_energies, whole.grid_energies, strict=True):
-        assert one.lost == pytest.approx(float(other.lost), rel=1e-4)
 
 
 def test_floats_lie_on_no_grid(layer):

@@ -1,5 +1,6 @@
 """`prune_layer` whatever the method: dead inputs, dtypes, exact zeros, one compilation, and what it rejects."""
 
+import itertools
 import re
 
 import ml_dtypes
@@ -82,17 +83,11 @@ def test_a_gram_is_symmetric_up_to_rounding_whatever_the_unit_of_its_inputs(rng)
 
 
 def test_one_compile_a_shape_whatever_the_values_and_the_sparsity(rng):
-    solver, compiled = Compiled(solve_layer), 0
-    for outputs in (16, 24, 16):
-        for sparsity in (0.3, 0.5):
-            weight, gram, _ = make_layer(rng, outputs=outputs, inputs=32)
-            pattern = parse_pattern("unstructured", sparsity, weight.shape)
-            before = Compiled.seconds
-            solver(LayerJob(weight, gram, None, pattern), MaihtPruning())
-            # The first of each shape compiles.
-            assert (Compiled.seconds > before) == (sparsity == 0.3 and len(solver.texts) > compiled)
-            compiled = len(solver.texts)
-    assert compiled == 2
+    solver = Compiled(solve_layer)
+    for outputs, sparsity in itertools.product((16, 24, 16), (0.3, 0.5)):
+        weight, gram, _ = make_layer(rng, outputs=outputs, inputs=32)
+        solver(LayerJob(weight, gram, None, parse_pattern("unstructured", sparsity, weight.shape)), MaihtPruning())
+    assert len(solver.texts) == 2
 
 
 WEIGHT = np.ones((48, 64), np.float32)

@@ -1,6 +1,5 @@
-"""The golden models, each written and opened once for all tests of a process."""
+"""The golden models, each written and opened once for all tests of a process, and tensors of the tiny one."""
 
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 
 from sparseopt.models import StreamedModel, open_model
-from tests.models.tiny import GOLDEN, write_golden
+from tests.models.tiny import GOLDEN, random_tensors, tiny_config, write_golden
 
 
 class Golden(NamedTuple):
@@ -20,16 +19,19 @@ class Golden(NamedTuple):
     model: StreamedModel
 
 
+@pytest.fixture
+def tensors(rng):
+    return random_tensors(tiny_config(), rng)
+
+
 @pytest.fixture(scope="session")
-def golden(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Golden]:
+def golden(tmp_path_factory):
     place = tmp_path_factory.mktemp("golden")
 
     @cache
-    def opened(name: str) -> Golden:
+    def opened(name):
         arrays = write_golden(GOLDEN / f"{name}.npz", place / name)
         (place / name / "NOTICE").write_text("goes along")
-        model = open_model(place / name)
-        assert isinstance(model, StreamedModel)
-        return Golden(place / name, arrays, model)
+        return Golden(place / name, arrays, open_model(place / name))
 
     return opened

@@ -4,14 +4,12 @@ import errno
 import json
 import os
 from contextlib import nullcontext
-from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from sparseopt.models import ModelError, ShardedWriter, StreamedModel, block_tag, open_model
+from sparseopt.models import ModelError, ShardedWriter, block_tag, open_model
 from sparseopt.models import export as export_module
 from sparseopt.models.files.folder import MAX_FILE
 from sparseopt.system.files import DiskError
@@ -27,7 +25,7 @@ SHARDS = ("model-block-0000", "model-block-0001", "model-block-0002", "model-out
 
 
 @pytest.fixture
-def model(tmp_path: Path, rng: np.random.Generator) -> StreamedModel:
+def model(tmp_path, rng):
     folder = write_folder(tmp_path / "source", tiny_config(), random_tensors(tiny_config(), rng), shards=2)
     (folder / "tokenizer_config.json").write_text('{"eos_token": "x"}')
     for name in (*CARRIED, *LEFT):
@@ -63,7 +61,7 @@ def test_another_dtype_is_named_in_the_configuration(tmp_path, rng, named):
 
 
 def test_what_cannot_be_used_or_go_along_is_refused_before_work(tmp_path, model, monkeypatch):
-    def refused(words: str, output: Path, **options: Any) -> None:
+    def refused(words, output, **options):
         with pytest.raises(ModelError, match=words):
             ShardedWriter(output, model.source, **options)
 
@@ -95,7 +93,7 @@ def test_a_full_disk_or_an_interrupt_leaves_finished_shards_alone_and_names_them
     first, second = ({key: model.source.read(key) for key in model.block_keys(i).values()} for i in range(2))
     writer.write(block_tag(0), first)
 
-    def fail(handle: int) -> None:
+    def fail(handle):
         raise failure
 
     monkeypatch.setattr(os, "fsync", fail)
@@ -129,7 +127,7 @@ def test_only_tensors_of_the_model_are_written_each_once(tmp_path, model):
 
 
 def test_overflow_in_a_narrow_dtype_is_named_and_a_shard_that_could_not_be_replaced_stays(tmp_path, model):
-    def norm(value: float) -> dict[str, np.ndarray]:
+    def norm(value):
         return {"model.norm.weight": np.full(32, value, np.float32)}
 
     with pytest.raises(ModelError, match="NaN or infinity as float16"):

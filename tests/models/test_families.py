@@ -1,9 +1,8 @@
 """Every family without torch: its golden models have every fact of the list, and what it does not do is refused."""
 
 import json
-from collections.abc import Callable
+import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -16,6 +15,7 @@ from sparseopt.models import (
     block_moves,
     find_family,
     generate,
+    load_decoder,
     open_model,
     reordered_block,
 )
@@ -23,13 +23,12 @@ from sparseopt.models.base.rope import max_positions, read_rope
 from sparseopt.models.files import safetensors
 from sparseopt.pruning import Recipe, audit_sparsity, perplexity, prune_model
 from sparseopt.pruning.evaluate.scoring import score_continuations
+from tests.fuzz.damage import refused
 from tests.jitted import run
-from tests.models.conftest import Golden
-from tests.models.tiny import GOLDEN, copy_model, write_folder
+from tests.models.tiny import GOLDEN, copy_model, random_tensors, tiny_config, write_folder
 from tests.oracle.make_golden import CASES
 from tests.tiers import often
 
-Open = Callable[[str], Golden]
 TOKENS = np.random.default_rng(1).integers(0, 40, (6, 16)).astype(np.int32)
 PROMPT = np.array([5, 9, 30])
 # One case of each family.
@@ -74,8 +73,7 @@ def test_names_go_to_module_paths_and_back_and_positions_are_read(name, golden):
     expected = family.expected_shapes(model.config)
     assert set(expected) <= set(model.source.tensors)
     assert [family.keys.to_key(family.keys.to_path(key)) for key in expected] == list(expected)
-    with pytest.raises(KeyError, match="no entry of the key table"):
-        family.keys.to_path("nothing.weight")
+    refused(KeyError, "no entry of the key table", family.keys.to_path, "nothing.weight")
     assert model.config.max_positions == {"dynamic_rope": 48, "legacy_linear": 128}.get(name, 64)
 
 
@@ -122,8 +120,7 @@ def test_an_order_that_changes_the_function_is_refused(golden):
         ({"mlp.down_proj": np.zeros(config.intermediate_size, int)}, "must name each of them once"),
         ({"self_attn.o_proj": across}, "move within their head, alike in all heads of a KV group"),
     ):
-        with pytest.raises(ModelError, match=words):
-            block_moves(config, orders)
+        refused(ModelError, words, block_moves, config, orders)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_neox", "tied_grouped"])
@@ -171,7 +168,7 @@ def test_parameters_that_are_read_in_pieces_are_those_read_at_once(name, golden,
         np.testing.assert_array_equal(one, other)
 
 
-UNSUPPORTED: dict[str, dict[str, Any]] = {
+UNSUPPORTED = {
     "tied_grouped": {"hidden_act": "quick_gelu", "sliding_window": 128, "quantization_config": {"bits": 4}},
     "mistral": {"layer_types": ["full_attention"] * 3},
     "gemma2": {"use_bidirectional_attention": True, "hidden_activation": "relu2"},
@@ -198,7 +195,7 @@ LONG = {"rope_parameters": {"rope_type": "longrope", "short_factor": 1}}
 # Layers that are of no kind, and ropes that are none.
 KINDS = ["full_attention", "chunked_attention", "full_attention"]
 SPIRAL, UNSCALED = ({"rope_type": kind, "rope_theta": 1e4} for kind in ("spiral", "linear"))
-REFUSED: list[tuple[str, dict[str, Any], str]] = [
+REFUSED = [
     *((name, {field: value}, f"{field}=") for name, fields in UNSUPPORTED.items() for field, value in fields.items()),
     *(
         (name, {field: bad}, f"{field} must be a positive .*, given {bad!r}")
@@ -250,8 +247,7 @@ def test_a_window_beyond_the_positions_of_a_model_is_refused_before_any_work(gol
         # Said before the folder's lack of a tokenizer is.
         lambda: prune_model(source, tmp_path / "out", Recipe(seqlen=65)),
     ):
-        with pytest.raises(ModelError, match="a window of 65 tokens is longer than the 64 positions"):
-            attempt()
+        refused(ModelError, "a window of 65 tokens is longer than the 64 positions", attempt)
     assert not (tmp_path / "out").exists()
     # The window grows in steps, and not beyond what the model reads.
     assert generate(decoder, ids[0, :-2], 1).shape == (1,)
@@ -316,3 +312,17 @@ def test_a_scaling_stretches_the_positions_that_it_does_not_count_in(rope, expec
     # Of two ropes, the one that reaches least far counts.
     both = {"full_attention": rope or {}, "sliding_attention": {"rope_type": "default"}}
     assert max_positions({"max_position_embeddings": 64, "rope_parameters": both}) == 64
+
+
+def test_without_torch_the_known_families_and_the_way_out_are_named(tmp_path, rng, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    config = tiny_config()
+    folder = write_folder(tmp_path / "m", config | {"model_type": "nemotron"}, random_tensors(config, rng))
+    text = r"unknown model_type 'nemotron'; known are .*llama.* is not installed: pip install 'sparseopt\[torch\]'"
+    recipe = Recipe(calibration=np.zeros((6, 8), np.int32))
+    calls = (lambda path: prune_model(path, tmp_path / "out", recipe), lambda path: perplexity(path, np.zeros((2, 8))))
+    for call in calls:
+        refused(ModelError, text, call, folder)
+    assert not (tmp_path / "out").exists()
+    for call in (open_model, load_decoder):
+        refused(ModelError, r"'nemotron'.*known are .*llama.*`sparseopt prune`.*prune_module", call, folder)

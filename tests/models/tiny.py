@@ -4,16 +4,14 @@ Tensor names and metadata keys of GGUF are the `gguf` package's own.
 """
 
 import json
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, Keys
 from safetensors.numpy import save_file
 
-from sparseopt.models import OUTER_TAG, ShardedWriter, StreamedModel, block_tag, find_family
+from sparseopt.models import OUTER_TAG, ShardedWriter, block_tag, find_family
 
 # The smallest byte-level alphabet that covers the tests' texts, three merges and three special tokens.
 LETTERS = [*"abcdefghijklmnopqrstuvwxyz0123456789.,!?'", "Ġ", "Ċ"]
@@ -23,32 +21,13 @@ VOCAB = [*SPECIAL, *LETTERS, "he", "ll", "Ġt"]
 GOLDEN = Path(__file__).parent / "golden"
 
 
-def tiny_config(**changes: Any) -> dict[str, Any]:
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": len(VOCAB),
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "hidden_act": "silu",
-        "max_position_embeddings": 256,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        "tie_word_embeddings": True,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 2,
-        "dtype": "float32",
-    } | changes
+def tiny_config(**changes):
+    """The tiny Llama with the vocabulary of the tests and a tied head."""
+    own = {"vocab_size": len(VOCAB), "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "pad_token_id": 2}
+    return {field: value for field, value in CONFIGS["llama"].items() if field != "head_dim"} | own | changes
 
 
-def random_tensors(config: dict[str, Any], rng: np.random.Generator, dtype: Any = np.float32) -> dict[str, np.ndarray]:
+def random_tensors(config, rng, dtype=np.float32):
     family = find_family(config)
     shapes = family.expected_shapes(family.read_config(config))
     return {
@@ -57,13 +36,13 @@ def random_tensors(config: dict[str, Any], rng: np.random.Generator, dtype: Any 
     }
 
 
-def write_folder(folder: Path, config: dict[str, Any], tensors: dict[str, np.ndarray], shards: int = 1) -> Path:
+def write_folder(folder, config, tensors, shards=1):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     if shards == 1:
         save_file(tensors, folder / "model.safetensors")
         return folder
-    places: dict[str, str] = {}
+    places = {}
     for shard in range(shards):
         file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
         names = sorted(tensors)[shard::shards]
@@ -73,7 +52,7 @@ def write_folder(folder: Path, config: dict[str, Any], tensors: dict[str, np.nda
     return folder
 
 
-def copy_model(model: StreamedModel, folder: Path, **options: Any) -> ShardedWriter:
+def copy_model(model, folder, **options):
     """The model written out again, a shard for each block."""
     writer = ShardedWriter(folder, model.source, **options)
     writer.write(OUTER_TAG, {key: model.source.read(key) for key in model.outer_keys()})
@@ -84,7 +63,7 @@ def copy_model(model: StreamedModel, folder: Path, **options: Any) -> ShardedWri
     return writer
 
 
-def write_golden(file: Path, folder: Path) -> dict[str, np.ndarray]:
+def write_golden(file, folder):
     """The model of a golden file as a folder, in float32; returns the arrays of the file."""
     arrays = dict(np.load(file))
     stored = {key.removeprefix("weight/"): value for key, value in arrays.items() if key.startswith("weight/")}
@@ -126,13 +105,13 @@ _GEMMA3_ROPES = {"full_attention": _LONG_ROPE | {"rope_type": "linear", "factor"
 _SLIDES, _FULL = "sliding_attention", "full_attention"
 
 
-def _architecture(name: str, model_type: str, *without: str, **fields: Any) -> dict[str, Any]:
+def _architecture(name, model_type, *without, **fields):
     sizes = {field: value for field, value in _SIZES.items() if field not in without}
     return {"architectures": [f"{name}ForCausalLM"], "model_type": model_type} | sizes | fields
 
 
 # Whole configurations by GGUF architecture: what a file written from them must give again.
-CONFIGS: dict[str, dict[str, Any]] = {
+CONFIGS = {
     "llama": _architecture("Llama", "llama", **_LLAMA),
     "qwen2": _architecture("Qwen2", "qwen2", "attention_bias", **_QWEN | {"head_dim": 8, "tie_word_embeddings": True}),
     "qwen3": _architecture("Qwen3", "qwen3", **_QWEN, head_dim=16),
@@ -208,13 +187,11 @@ _WINDOWS = _HEAD_SIZES | {Keys.Attention.SLIDING_WINDOW: "sliding_window"}
 _SOFT_CAPS = dict(zip((Keys.LLM.ATTN_LOGIT_SOFTCAPPING, Keys.LLM.FINAL_LOGIT_SOFTCAPPING), _CAPS, strict=True))
 _ROTATED = {Keys.Rope.DIMENSION_COUNT: "head_dim"}
 # What else an architecture's metadata hold.
-_MORE_FIELDS: dict[str, dict[str, str]] = {
+_MORE_FIELDS = {
     "llama": {Keys.LLM.VOCAB_SIZE: "vocab_size", **_ROTATED},
-    "qwen2": {},
     "qwen3": _HEAD_SIZES,
     "smollm3": {Keys.LLM.VOCAB_SIZE: "vocab_size", **_ROTATED},
     "phi3": {**_ROTATED, Keys.Rope.SCALING_ORIG_CTX_LEN: "original_max_position_embeddings"},
-    "olmo2": {},
     "starcoder2": {Keys.Attention.LAYERNORM_EPS: "norm_epsilon"},
     "gptneox": {
         Keys.Attention.LAYERNORM_EPS: "layer_norm_eps",
@@ -225,11 +202,11 @@ _MORE_FIELDS: dict[str, dict[str, str]] = {
 }
 
 
-def metadata_of(architecture: str, config: Mapping[str, Any]) -> dict[str, Any]:
+def metadata_of(architecture, config):
     """What a converter writes for this architecture, tokenizer included."""
     gemma = architecture.startswith("gemma")
     found = sentencepiece_metadata(prefix=False) if gemma else byte_level_metadata("qwen2")
-    fields = _FIELDS | _MORE_FIELDS[architecture]
+    fields = _FIELDS | _MORE_FIELDS.get(architecture, {})
     found |= {key: config[name] for key, name in fields.items() if name in config}
     if architecture in ("gemma2", "gptneox"):
         del found[Keys.Rope.FREQ_BASE]
@@ -240,7 +217,7 @@ def metadata_of(architecture: str, config: Mapping[str, Any]) -> dict[str, Any]:
     return {key.format(arch=architecture): value for key, value in found.items()}
 
 
-def byte_level_metadata(pre: str) -> dict[str, Any]:
+def byte_level_metadata(pre):
     return {
         Keys.Tokenizer.MODEL: "gpt2",
         Keys.Tokenizer.PRE: pre,
@@ -257,7 +234,7 @@ _MERGED = ["he", "ll", "▁t", "lo", "hell", "▁the", "▁hello", "hello", "▁
 _PIECES = ["▁", *"abcdefghijklmnopqrstuvwxyz", "\n", "é"]
 
 
-def sentencepiece_metadata(prefix: bool) -> dict[str, Any]:
+def sentencepiece_metadata(prefix):
     """A SentencePiece vocabulary as converters store it: user-defined tokens with real spaces and a made-up score."""
     head = ["<pad>", "<bos>", "<eos>", "<unk>", *_USER_DEFINED]
     tokens = [*head, *(f"<0x{byte:02X}>" for byte in range(256)), *_MERGED, *_PIECES]
@@ -277,40 +254,27 @@ def sentencepiece_metadata(prefix: bool) -> dict[str, Any]:
     }
 
 
-def pair_heads(tensor: np.ndarray, heads: int) -> np.ndarray:
+def pair_heads(tensor, heads):
     """The row order of GGUF: of every head the rows 0, H/2, 1, H/2 + 1, ..."""
     half = tensor.shape[0] // heads // 2
     order = [head * 2 * half + i + part * half for head in range(heads) for i in range(half) for part in (0, 1)]
     return tensor[order]
 
 
-def fuse_heads(tensor: np.ndarray, heads: int) -> np.ndarray:
+def fuse_heads(tensor, heads):
     """The row order of GGUF: q of all heads, then k, then v."""
     size = tensor.shape[0] // heads // 3
     order = [(head * 3 + part) * size + i for part in range(3) for head in range(heads) for i in range(size)]
     return tensor[order]
 
 
-def write_architecture(
-    file: Path,
-    architecture: str,
-    config: Mapping[str, Any],
-    tensors: Mapping[str, np.ndarray],
-    kind: GGMLQuantizationType = GGMLQuantizationType.F32,
-    changes: Mapping[str, Any] | None = None,
-) -> Path:
+def write_architecture(file, architecture, config, tensors, kind=GGMLQuantizationType.F32, changes=None):
     """Matrices are stored as `kind`, vectors as float32; `changes` to the metadata by key, None takes one out."""
     writer = gguf.GGUFWriter(file, architecture)
-    add: dict[type, Callable[[str, Any], None]] = {
-        bool: writer.add_bool,
-        int: writer.add_uint32,
-        float: writer.add_float32,
-        str: writer.add_string,
-        list: writer.add_array,
-    }
-    for key, value in (metadata_of(architecture, config) | dict(changes or {})).items():
+    kinds = {bool: "bool", int: "uint32", float: "float32", str: "string", list: "array"}
+    for key, value in (metadata_of(architecture, config) | (changes or {})).items():
         if value is not None:
-            add[type(value)](key, value)
+            getattr(writer, f"add_{kinds[type(value)]}")(key, value)
     number = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
     names = gguf.get_tensor_name_map(number, config["num_hidden_layers"])
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config.get("num_key_value_heads")}
@@ -334,13 +298,7 @@ def write_architecture(
     return file
 
 
-def write_gguf(
-    file: Path,
-    config: dict[str, Any],
-    tensors: dict[str, np.ndarray],
-    kind: GGMLQuantizationType = GGMLQuantizationType.F32,
-    pre: str = "smollm",
-) -> Path:
+def write_gguf(file, config, tensors, kind=GGMLQuantizationType.F32, pre="smollm"):
     """A file of the architecture llama, with the tokenizer of `VOCAB` and a chat template."""
     template = "{% for m in messages %}<|start|>{{ m['content'] }}<|stop|>{% endfor %}"
     whole = {"head_dim": config["hidden_size"] // config["num_attention_heads"]} | config

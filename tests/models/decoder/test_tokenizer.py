@@ -4,7 +4,6 @@ import json
 import re
 from itertools import pairwise, product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from tokenizers import processors
 
 from sparseopt.models import ModelError, encode_text, load_tokenizer, open_source, start_token
 from sparseopt.models.files.gguf.tokenizer import build_tokenizer
+from tests.fuzz.damage import refused
 from tests.models.tiny import (
     MERGES,
     VOCAB,
@@ -29,11 +29,11 @@ TEXT = "hello the 2024 hell!\n<|stop|>he's"
 
 
 @pytest.fixture
-def source(tmp_path: Path, rng: np.random.Generator) -> Any:
+def source(tmp_path, rng):
     return open_source(write_gguf(tmp_path / "m.gguf", tiny_config(), random_tensors(tiny_config(), rng)))
 
 
-def ids(*tokens: str) -> list[int]:
+def ids(*tokens):
     return [VOCAB.index(token) for token in tokens]
 
 
@@ -88,7 +88,7 @@ TRICKY = [
 ]
 
 
-def pieces_by_definition(text: str, metadata: dict, prefix: bool) -> list[str]:
+def pieces_by_definition(text, metadata, prefix):
     """SentencePiece's BPE by definition: marked tokens are cut out, then the best pair is merged, leftmost first."""
     columns = (metadata[f"tokenizer.ggml.{name}"] for name in ("tokens", "scores", "token_type"))
     rows = list(zip(*columns, strict=True))
@@ -110,7 +110,7 @@ def pieces_by_definition(text: str, metadata: dict, prefix: bool) -> list[str]:
     return found
 
 
-def plain_pieces(prefix: bool) -> dict:
+def plain_pieces(prefix):
     """Without user-defined tokens: plain tokens have plain scores, and no spaces."""
     metadata = sentencepiece_metadata(prefix)
     if prefix:
@@ -159,7 +159,7 @@ def test_text_begins_and_ends_as_the_file_says():
         assert tokenizer.encode("lo", "he").tokens == [*ends[0], "lo", *ends[1], *ends[0], "he", *ends[1]]
 
 
-def with_tokenizer(folder: Path, tokenizer: Any, config: dict | None = None, **settings: Any) -> Any:
+def with_tokenizer(folder, tokenizer, config=None, **settings):
     """A folder with this tokenizer and tokenizer_config.json."""
     write_folder(folder, config or tiny_config(), {})
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -167,7 +167,7 @@ def with_tokenizer(folder: Path, tokenizer: Any, config: dict | None = None, **s
     return open_source(folder)
 
 
-def beginning_with(token: str) -> Any:
+def beginning_with(token):
     """The tokenizer of `source`, with a post-processor that puts a token in front and one behind."""
     tokenizer = build_tokenizer(byte_level_metadata("smollm"), Path("m.gguf"))
     special = [(token, VOCAB.index(token))]
@@ -200,10 +200,8 @@ def test_yes_takes_the_named_token_and_refuses_a_tokenizer_without(tmp_path, sou
         with_tokenizer(tmp_path / "a", plain, bos_token=None),
         with_tokenizer(tmp_path / "b", plain, tiny_config(bos_token_id=None)),
     ):
-        with pytest.raises(ModelError, match=r"has no BOS token .*bos must be auto or no"):
-            start_token(made, plain, "yes")
-    with pytest.raises(ModelError, match="bos must be one of auto, yes, no, given 'si'"):
-        start_token(source, plain, "si")
+        refused(ModelError, r"has no BOS token .*bos must be auto or no", start_token, made, plain, "yes")
+    refused(ModelError, "bos must be one of auto, yes, no, given 'si'", start_token, source, plain, "si")
 
 
 def test_a_gguf_file_says_whether_text_begins_with_bos(tmp_path, source):

@@ -16,14 +16,7 @@ from sparseopt.models import open_model, unread
 from sparseopt.models.files import safetensors
 from sparseopt.models.files.gguf.architectures import ARCHITECTURES
 from sparseopt.models.files.safetensors import read_header, write_tensors
-from tests.models.tiny import (
-    CONFIGS,
-    copy_model,
-    random_tensors,
-    tiny_config,
-    write_architecture,
-    write_folder,
-)
+from tests.models.tiny import CONFIGS, copy_model, random_tensors, tiny_config, write_architecture, write_folder
 
 
 class Written(NamedTuple):
@@ -38,7 +31,7 @@ class Written(NamedTuple):
 Write = Callable[[Path, np.random.Generator], Written]
 
 
-def as_folder(dtype: Any, shards: int, place: Path, rng: np.random.Generator) -> Written:
+def as_folder(dtype, shards, place, rng):
     config = tiny_config(dtype=np.dtype(dtype).name)
     tensors = random_tensors(config, rng, dtype)
     if shards > 1:
@@ -48,9 +41,7 @@ def as_folder(dtype: Any, shards: int, place: Path, rng: np.random.Generator) ->
     return Written(folder, config, tensors)
 
 
-def as_gguf(
-    architecture: str, kind: Kind, place: Path, rng: np.random.Generator, changes: dict[str, Any] | None = None
-) -> Written:
+def as_gguf(architecture, kind, place, rng, changes=None):
     config = CONFIGS[architecture] | (changes or {})
     tensors = random_tensors(config, rng)
     file = write_architecture(place / "m.gguf", architecture, config, tensors, kind)
@@ -63,7 +54,7 @@ def as_gguf(
     return Written(file, config | {"dtype": dtype}, stored, 2e-7 if architecture.startswith("gemma") else 0.0)
 
 
-FORMATS: dict[str, Write] = {
+FORMATS = {
     "three shards": partial(as_folder, np.float32, 3),
     **{np.dtype(t).name: partial(as_folder, t, 1) for t in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)},
     **{f"{name} F32": partial(as_gguf, name, Kind.F32) for name in CONFIGS},

@@ -4,7 +4,6 @@ import json
 import logging
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import huggingface_hub
 import numpy as np
@@ -13,18 +12,14 @@ from huggingface_hub import constants, errors
 
 from sparseopt.models import ModelError, load_decoder, open_model, open_source
 from sparseopt.models.files.hub import HubName, parse_hub_name
-from tests.models.tiny import random_tensors, tiny_config, write_folder
+from tests.fuzz.damage import refused
+from tests.models.tiny import tiny_config, write_folder
 
 SHA, OLD_SHA = "0123456789abcdef0123456789abcdef01234567", "f" * 40
 
 
 @pytest.fixture
-def tensors(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    return random_tensors(tiny_config(), rng)
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path, monkeypatch):
     """An empty cache and no network."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -32,7 +27,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def store(cache: Path, tensors: dict, shards: int = 1, sha: str = SHA, refs: tuple[str, ...] = ("main",)) -> Path:
+def store(cache, tensors, shards=1, sha=SHA, refs=("main",)):
     """A snapshot of `lab/tiny` as huggingface_hub leaves one: `refs/BRANCH` holds the commit."""
     repository = cache / "models--lab--tiny"
     for ref in refs:
@@ -49,24 +44,20 @@ class Hub:
     `asked` keeps the revision and the files of every call.
     """
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, cache: Path, folder: Path | None = None) -> None:
+    def __init__(self, monkeypatch, cache, folder=None):
         self.folder, self.cache = folder, cache
         self.files = sorted(file.name for file in folder.iterdir()) if folder else []
-        self.sizes: dict[str, int] = {}
-        self.asked: list[tuple[str | None, list[str]]] = []
-        self.raised: dict[str, Exception] = {}  # by call
+        self.sizes, self.asked, self.raised = {}, [], {}  # what is raised by call
         monkeypatch.setattr(huggingface_hub.HfApi, "model_info", self.model_info)
         monkeypatch.setattr(huggingface_hub, "snapshot_download", self.snapshot_download)
 
-    def model_info(self, repository: str, *, files_metadata: bool, **_: Any) -> Any:
+    def model_info(self, repository, *, files_metadata, **_):
         assert files_metadata
         if "info" in self.raised:
             raise self.raised["info"]
         return SimpleNamespace(siblings=[SimpleNamespace(rfilename=f, size=self.sizes.get(f)) for f in self.files])
 
-    def snapshot_download(
-        self, repository: str, *, revision: str | None, allow_patterns: list[str], local_files_only: bool
-    ) -> str:
+    def snapshot_download(self, repository, *, revision, allow_patterns, local_files_only):
         if local_files_only:
             raise errors.LocalEntryNotFoundError("nothing in the cache")
         if "download" in self.raised:
@@ -74,16 +65,15 @@ class Hub:
         self.asked.append((revision, list(allow_patterns)))
         target = self.cache / "models--lab--tiny" / "snapshots" / SHA
         target.mkdir(parents=True, exist_ok=True)
-        assert self.folder is not None
         for name in set(allow_patterns) & set(self.files):
             (target / name).write_bytes((self.folder / name).read_bytes())
         return str(target)
 
 
-def answer(kind: type[errors.HfHubHTTPError], status: int) -> errors.HfHubHTTPError:
+def answer(kind, status):
     """An answer of the hub as the library raises it."""
     request = SimpleNamespace(method="GET", url="https://huggingface.co")
-    response: Any = SimpleNamespace(headers={}, status_code=status, request=request)
+    response = SimpleNamespace(headers={}, status_code=status, request=request)
     return kind(f"{status} Client Error. (Request ID: 1)\n\nmore", response=response)
 
 
@@ -125,8 +115,6 @@ def test_without_a_network_the_cache_does_and_that_is_said(cache, tensors, shard
         caplog.text
     )
     assert set(source.tensors) == set(tensors)
-    for name, expected in tensors.items():
-        np.testing.assert_array_equal(source.read(name), expected)
     assert source.sidecars() == {"tokenizer.json": b"{}"}
 
 
@@ -203,7 +191,7 @@ REPLIES = [
 ]
 FULL = OSError(28, "No space left on device")
 # What a repository holds, what the hub answers, and what is told.
-ANSWERS: list[tuple[list[str], dict[str, Exception], str]] = [
+ANSWERS = [
     (["config.json", "pytorch_model.bin"], {}, r"has no model\.safetensors.*pickled weights.*save_pretrained"),
     (["README.md", "tiny-Q4.gguf"], {}, r"`hf download lab/tiny FILE\.gguf --local-dir FOLDER` and give the path"),
     (["adapter.safetensors"], {}, r"no model\.safetensors.*it holds adapter\.safetensors; name the repository of"),
@@ -219,22 +207,19 @@ ANSWERS: list[tuple[list[str], dict[str, Exception], str]] = [
 def test_what_the_hub_answers_is_told_with_what_to_do_before_a_download(cache, monkeypatch, files, raised, message):
     fake = Hub(monkeypatch, cache)
     fake.files, fake.raised = files, raised
-    with pytest.raises(ModelError, match=message):
-        open_source("lab/tiny@v9")
+    refused(ModelError, message, open_source, "lab/tiny@v9")
     assert not fake.asked
 
 
 def test_an_unknown_revision_is_never_answered_from_the_cache(cache, tensors, monkeypatch):
     store(cache, tensors, refs=("v9",))
     Hub(monkeypatch, cache).raised = {"info": NO_REVISION}
-    with pytest.raises(ModelError, match="no revision v9"):
-        open_source("lab/tiny@v9")
+    refused(ModelError, "no revision v9", open_source, "lab/tiny@v9")
 
 
 def test_an_index_that_names_files_elsewhere_fetches_none_of_them(tmp_path, cache, tensors, monkeypatch):
     folder = write_folder(tmp_path / "upstream", tiny_config(), tensors, 2)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
     fake = Hub(monkeypatch, cache, folder)
-    with pytest.raises(ModelError, match="names files outside the folder"):
-        open_source("lab/tiny")
+    refused(ModelError, "names files outside the folder", open_source, "lab/tiny")
     assert fake.asked[1:] in ([], [(SHA, [])])

@@ -1,7 +1,6 @@
 """Models in memory: a decoder has the tensors of the folder that it came from, until it is changed."""
 
 from types import SimpleNamespace
-from typing import Any
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -12,14 +11,15 @@ from huggingface_hub import constants
 
 from sparseopt.models import ModelError, load_decoder, load_tokenizer, open_model
 from sparseopt.models.files.in_memory import MemorySource, _files_of
+from tests.fuzz.damage import refused
 from tests.models.tiny import GOLDEN, random_tensors, tiny_config, write_folder, write_gguf, write_golden
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
 
 @pytest.fixture
-def folder(tmp_path, rng):
-    return write_folder(tmp_path / "m", tiny_config(), random_tensors(tiny_config(), rng))
+def folder(tmp_path, tensors):
+    return write_folder(tmp_path / "m", tiny_config(), tensors)
 
 
 # A transposed family, biases and a tied head, experts, and an image encoder, which no decoder has.
@@ -52,26 +52,21 @@ def test_a_decoder_is_float32_whatever_the_file_stores(tmp_path, rng):
 
 
 def test_a_model_in_memory_that_cannot_be_opened_says_why(folder):
-    decoder: Any = load_decoder(folder)
+    decoder = load_decoder(folder)
     own = nnx.clone(decoder)
     own.layers[1].mlp.up_proj.weight[...] = jnp.ones((64, 32))
-    with pytest.raises(ModelError, match=r"no configuration is known.*nnx.update\(loaded, nnx.state\(decoder\)\)"):
-        open_model(own)
+    refused(ModelError, r"no configuration is known.*nnx.update\(loaded, nnx.state\(decoder\)\)", open_model, own)
     # What the error says to do.
     nnx.update(decoder, nnx.state(own))
     np.testing.assert_array_equal(open_model(decoder).source.read(UP), np.ones((64, 32)))
     decoder.layers = nnx.List(list(decoder.layers)[:2])
-    with pytest.raises(ModelError, match="has other parameters than it was loaded with"):
-        open_model(decoder)
+    refused(ModelError, "has other parameters than it was loaded with", open_model, decoder)
     untied = load_decoder(folder)
     untied.head.lm_head.weight = nnx.Param(jnp.ones(untied.head.lm_head.weight.shape))
-    with pytest.raises(ModelError, match="has other parameters"):
-        open_model(untied)
-    with pytest.raises(ModelError, match=r"a model is a path, .* given dict"):
-        open_model({})
+    refused(ModelError, "has other parameters", open_model, untied)
+    refused(ModelError, r"a model is a path, .* given dict", open_model, {})
     odd = MemorySource("Odd", tiny_config(model_type="odd"), {}, None)
-    with pytest.raises(ModelError, match=r"Odd \(in memory\) has the model_type 'odd'.*pruning.prune_module"):
-        open_model(odd)
+    refused(ModelError, r"Odd \(in memory\) has the model_type 'odd'.*pruning.prune_module", open_model, odd)
 
 
 def test_the_files_of_a_model_are_those_of_its_folder_or_of_the_cache(tmp_path, monkeypatch, folder):

@@ -1,7 +1,8 @@
-"""Reading a folder: memory, what a model must hold, what passes through, and what is refused by name."""
+"""Reading a folder: memory, what a model must hold, what passes through, allowed links, and what is refused by name."""
 
+import contextlib
+import json
 import tracemalloc
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -11,15 +12,13 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from sparseopt.core.base.mesh import allocate, on_device
-from sparseopt.models import ModelError, ShardedWriter, open_model, open_source
+from sparseopt.models import ModelError, ShardedWriter, load_tokenizer, open_model, open_source
 from sparseopt.models.files import safetensors
+from sparseopt.models.files.folder import file_in, read_json
 from sparseopt.models.files.safetensors import read_header, write_tensors
+from tests.fuzz.damage import refused
 from tests.models.tiny import random_tensors, tiny_config, write_folder
-
-
-@pytest.fixture
-def tensors(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    return random_tensors(tiny_config(), rng)
+from tests.pruning.whole_runs import TOKENIZER
 
 
 def test_a_large_matrix_is_in_memory_once(tmp_path, monkeypatch):
@@ -81,7 +80,7 @@ SAID = (
     "not a float: model.norm.weight is int8",
 )
 # Whether the head is tied, changes to the tensors, of which None takes one out, and what is told.
-REFUSED: dict[str, tuple[bool, dict[str, Any], tuple[str, ...]]] = {
+REFUSED = {
     "all kinds": (True, MISFITS, SAID),
     "many": (True, {BLOCK.format(index): SQUARE for index in range(3, 30)}, ("27 problems", "\n  and 7 more")),
     "no head": (False, {}, ("missing: lm_head.weight [49, 32]",)),
@@ -120,8 +119,7 @@ def test_a_tied_head_that_differs_from_the_embedding_is_refused(tmp_path, tensor
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
     model = open_model(write_folder(tmp_path, tiny_config(), tensors))
     for use in (model.head, model.decoder, model.check_finite):
-        with pytest.raises(ModelError, match=r"lm_head.weight and model.embed_tokens.weight, which differ, .* false"):
-            use()
+        refused(ModelError, r"lm_head.weight and model.embed_tokens.weight, which differ, .* false", use)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -129,11 +127,9 @@ def test_a_non_finite_weight_is_named_and_so_is_a_block_that_is_not_there(tmp_pa
     tensors["model.layers.2.self_attn.o_proj.weight"][3, 4] = bad
     model = open_model(write_folder(tmp_path, tiny_config(), tensors))
     model.block(1)
-    with pytest.raises(ModelError, match=r"model.layers.2.self_attn.o_proj.weight .* 1 NaN or infinite"):
-        model.block(2)
+    refused(ModelError, r"model.layers.2.self_attn.o_proj.weight .* 1 NaN or infinite", model.block, 2)
     for index in (-1, 3):
-        with pytest.raises(IndexError, match="blocks 0 to 2"):
-            model.block(index)
+        refused(IndexError, "blocks 0 to 2", model.block, index)
 
 
 def test_of_one_file_and_shards_the_one_file_is_read_as_transformers_does(tmp_path, tensors):
@@ -141,3 +137,93 @@ def test_of_one_file_and_shards_the_one_file_is_read_as_transformers_does(tmp_pa
     write_folder(tmp_path, tiny_config(), tensors)
     source = open_source(tmp_path)
     assert all(source.read(name).tobytes() == tensors[name].tobytes() for name in source.tensors)
+
+
+OUTSIDE = "outside its folder, and is not followed"
+
+
+@pytest.fixture
+def cached(tmp_path, rng):
+    """A snapshot in a cache of the Hugging Face hub: every file is a link to a blob."""
+    repository = tmp_path / "hub" / "models--lab--tiny"
+    snapshot = write_folder(repository / "snapshots" / "abc", tiny_config(), random_tensors(tiny_config(), rng), 2)
+    (snapshot / "tokenizer.json").write_text("{}")
+    (repository / "blobs").mkdir()
+    for number, file in enumerate(sorted(snapshot.iterdir())):
+        file.rename(repository / "blobs" / f"{number}")
+        file.symlink_to(f"../../blobs/{number}")
+    return snapshot
+
+
+def test_the_hub_s_cache_is_all_links_and_reads_its_own_repository_alone(cached, tmp_path):
+    model, repository = open_model(cached), cached.parent.parent
+    assert model.num_blocks == 3
+    assert model.source.sidecars() == {"tokenizer.json": b"{}"}
+    # The cache itself may lie behind a link.
+    (tmp_path / "elsewhere").symlink_to(tmp_path / "hub")
+    assert open_model(tmp_path / "elsewhere" / "models--lab--tiny" / "snapshots" / "abc").num_blocks == 3
+    for name in ("../models--lab--other/blobs/0", "refs/main", "blobs-of-others/0"):
+        place = repository / name
+        place.parent.mkdir(parents=True)
+        place.write_text(json.dumps(tiny_config()))
+        (cached / "link.json").unlink(missing_ok=True)
+        (cached / "link.json").symlink_to(place)
+        refused(ModelError, OUTSIDE, file_in, cached, "link.json")
+    # Nor are blobs that are a link a way out.
+    (repository / "blobs").rename(tmp_path / "secret")
+    (repository / "blobs").symlink_to(tmp_path / "secret")
+    refused(ModelError, OUTSIDE, open_source, cached)
+
+
+def test_links_to_elsewhere_are_followed_if_asked_for(tmp_path, rng, command):
+    config = tiny_config(num_hidden_layers=1)
+    elsewhere = write_folder(tmp_path / "disk", config, random_tensors(config, rng), 2)
+    (elsewhere / "tokenizer.json").write_text(TOKENIZER)
+    (linked := tmp_path / "linked").mkdir()
+    for file in elsewhere.iterdir():
+        (linked / file.name).symlink_to(file)
+    refused(ModelError, r"is not followed.*--follow-links", open_source, linked)
+    source = open_source(linked, follow_links=True)
+    assert source.sidecars().keys() == {"tokenizer.json"}
+    assert load_tokenizer(source).get_vocab_size() > 0
+    (tmp_path / "text.txt").write_text("hello there,\n" * 300)
+    text = f"file:{tmp_path / 'text.txt'}"
+    prune = ("prune", linked, "--output", tmp_path / "out", "--calibration", text, "--windows", 4, "--seqlen", 24)
+    status, _, err = command(*prune)
+    assert status == 2
+    assert "is not followed" in err
+    for call in ((*prune, "--dry-run"), ("eval", linked, "--text", text, "--seqlen", 24, "--windows", 1)):
+        status, _, err = command(*call, "--follow-links")
+        assert status == 0, err
+
+
+def test_links_within_a_folder_are_followed_and_chains_out_of_it_are_not(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "a").write_text("{}")
+    (tmp_path / "out").write_text("{}")
+    for name, target in (("b", "a"), ("c", "../out"), ("d", "c"), ("e", "e")):
+        (folder / name).symlink_to(target)
+    assert read_json(file_in(folder, "b")) == {}
+    for name in ("c", "d"):
+        refused(ModelError, OUTSIDE, file_in, folder, name)
+    for name in ("", "..", "a/b", "/a", "a\\b", "a\x00", "x" * 256):
+        refused(ModelError, "is no file in the folder", file_in, folder, name)
+    with contextlib.suppress(ModelError):  # newer Pythons resolve a link to itself to itself
+        assert not file_in(folder, "e").is_file()
+
+
+def test_an_export_writes_through_no_link(tmp_path, tensors):
+    source = open_source(write_folder(tmp_path / "in", tiny_config(), tensors))
+    secret, output = tmp_path / "secret", tmp_path / "out"
+    secret.write_text("kept")
+    output.mkdir()
+    for name in ("model-all.safetensors", "config.json"):
+        (output / name).symlink_to(secret)
+        (output / f".{name}.tmp").symlink_to(secret)
+    writer = ShardedWriter(output, source, keep=())
+    writer.write("all", tensors)
+    writer.finish()
+    assert secret.read_text() == "kept"
+    assert not any(file.is_symlink() for file in output.iterdir())
+    assert set(open_source(output).tensors) == set(tensors)
