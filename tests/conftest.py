@@ -130,6 +130,18 @@ def command(monkeypatch, capsys):
 
 
 @pytest.fixture
+def done(command):
+    """What a command printed that must succeed."""
+
+    def done(*arguments):
+        status, out, err = command(*arguments)
+        assert status == 0, err
+        return out
+
+    return done
+
+
+@pytest.fixture
 def trackers(monkeypatch):
     """What mlflow and wandb are told, each a list of (what, arguments); neither needs to be installed."""
 

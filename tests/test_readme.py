@@ -1,8 +1,13 @@
-"""What README and pages show: their Python runs, the shell takes their commands, and their figures have records."""
+"""What README and pages show: their Python runs, the shell takes their commands, and their figures have records.
+
+Of the benchmarks, that each can say what it does: its options and imports fit.
+"""
 
 import json
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -84,3 +89,32 @@ def test_perplexities_typed_into_a_page_are_in_a_record(page):
     typed = re.findall(r"(?<![\d.\w-])\d{2,3}\.\d\d(?![\d.])", re.sub(r"```.*?```", "", TEXTS[page], flags=re.DOTALL))
     assert typed
     assert {figure for figure in typed if figure not in recorded | UNRECORDED} == set()
+
+
+# One process for all: most of the time goes into importing JAX.
+HELP_OF_ALL = """
+import contextlib, io, runpy, sys
+for file in sys.argv[1:]:
+    sys.argv = [file, "--help"]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            runpy.run_path(file, run_name="__main__")
+    except SystemExit as end:
+        assert not end.code and "usage" in said.getvalue(), file
+    else:
+        sys.exit(f"{file} ran")
+"""
+
+
+def test_every_benchmark_has_a_help_text():
+    scripts = sorted(map(str, (ROOT / "benchmarks").glob("bench_*.py")))
+    assert scripts
+    call = [sys.executable, "-c", HELP_OF_ALL, *scripts]
+    done = subprocess.run(call, cwd=ROOT / "benchmarks", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_pages_link_all_records():
+    text = "\n".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs").rglob("*.md"))
+    linked = set(re.findall(r"^```\{machine\} (\w+)$", text, re.MULTILINE))
+    assert linked == {file.stem for file in (ROOT / "docs" / "benchmarks").glob("*.jsonl")}

@@ -1,6 +1,7 @@
 """Facts about the programs: of a few once compiled, of every kind before that. Each is compiled once."""
 
 import functools
+import itertools
 import re
 
 import jax
@@ -101,12 +102,8 @@ def test_devices_exchange_what_they_exchange_on_the_host(target, name):
 # Before they are compiled, at shapes that take too long to compile in a test --------------
 
 OTHERS = [(name, MODEL) for name in ("forward", "grams", "reconstruction")]
-OTHERS += [
-    ("trend", shape, order, method)
-    for shape in ((512, 512), (128, 128, 128))
-    for order in (0, 1, 2)
-    for method in ("doge", "admm")
-]
+SHAPES = [(512, 512), (128, 128, 128)]
+OTHERS += [("trend", *case) for case in itertools.product(SHAPES, (0, 1, 2), ("doge", "admm"))]
 OPERATION = re.compile(r"(?:stablehlo|chlo|func|mhlo|sdy)\.[a-z_]+")
 # Operations of the padding that some sizes need: the largest program has 4,000.
 PADDING = 10

@@ -125,9 +125,7 @@ def test_table_and_picture_are_written_with_what_was_run(settings, finished):
     assert re.search(r"^another, with .* \(wanda unstructured 0.25\)$", facts["measured on"])
 
 
-def test_the_command_measures_the_cell_without_a_record_alone_and_shows_all(
-    settings, finished, copied, compare, monkeypatch
-):
+def test_a_cell_without_a_record_alone_is_measured_and_all_are_shown(settings, finished, copied, compare, monkeypatch):
     broken = copied / "cells" / "method=magnitude,pattern=2_4"
     for name in ("summary.json", "config.yaml"):
         (broken / name).unlink()
@@ -154,9 +152,7 @@ def test_the_command_measures_the_cell_without_a_record_alone_and_shows_all(
     assert page.command.startswith(f"sparseopt compare {settings['source']} --output {copied} ")
 
 
-def test_new_cells_join_a_failed_one_is_a_row_and_after_ctrl_c_only_the_missing_ones_are_run(
-    copied, compare, monkeypatch
-):
+def test_new_cells_join_a_failed_one_is_a_row_and_after_ctrl_c_the_missing_are_run(copied, compare, monkeypatch):
     lists = {"methods": "magnitude,wanda", "sparsity": "0.4", "pattern": "2:4,per-row"}
     with monkeypatch.context() as broken:
         watch_runs(broken, RuntimeError("the\nlayer broke"), lambda recipe: recipe.method == "wanda")

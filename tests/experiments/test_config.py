@@ -25,10 +25,9 @@ CAPPED = {"name": "tests.experiments.toy.CappedL1", "weight": 2.0}
 def load(tmp_path):
     """The runs of a config with this text."""
 
-    def load(text, overrides=(), name="x", task=TOY):
+    def load(text, overrides=(), task=TOY):
         path = tmp_path / "experiment.yaml"
-        head = f"name: {name}\ntask: {task}\n" if name else ""
-        path.write_text(head + textwrap.dedent(text))
+        path.write_text(f"name: x\ntask: {task}\n{textwrap.dedent(text)}")
         return load_config(path, overrides, allow_code=True)
 
     return load
@@ -56,59 +55,49 @@ def test_five_mistakes_make_one_message_of_five_lines_each_with_its_place_and_a_
         assert words in line
 
 
-# A text without a name or task, overrides, and what is said.
-TEXTS = [
-    ("name: [", [], "line 1, column 8: not valid YAML"),
-    ("- a\n- b", [], "must hold a mapping"),
-    ("name: x\ntask: denoise\nname: y", [], "line 3: name is given twice"),
-    ("name: x", [], "task: this key is missing; known tasks are denoise"),
-    ("name: x\ntsk: trend", [], "line 2: tsk: no such key; did you mean 'task'?"),
-    ("name: a/b\ntask: denoise", [], "name: string should match"),
-    ("name: x\ntask: denoise", ["seed"], "'seed': expected key=value"),
-    ("name: x\ntask: denoise", ["seed=3", "seed.deep=1"], "cannot set seed.deep: seed is 3"),
-    ("name: x\ntask: denoise\nsweep: {grid: {seed: [0, 1]}}", ["seed=3"], "the sweep sets seed for every run"),
-    ("name: x\ntask: denoise\nsweep: {list: [{penalty: {name: l1}}]}", ["penalty.weight=3"], "the sweep sets penalty"),
-    ("name: x\ntask: denoise\nsweep: {list: 5}", ["seed=3"], "sweep.list: input should be a valid list"),
-]
-
-
-@pytest.mark.parametrize(("text", "overrides", "words"), TEXTS)
-def test_a_text_or_an_override_that_cannot_be_used_is_refused_with_the_place(load, text, overrides, words):
-    with pytest.raises(ConfigError) as caught:
-        load(text, overrides, name=None)
-    assert words in str(caught.value)
-
-
-# The task and its settings, the field named, and what is said of it.
+# A text, or a task with its settings; what is said; overrides.
 REFUSED = [
-    ("denoise", {"sweep": {"gird": {"seed": [0]}}}, "sweep.gird: no such key; did you mean 'grid'?"),
-    ("denoise", {"sweep": {"grid": {"seed": 0}}}, "sweep.grid.seed: input should be a valid list, given 0"),
-    ("denoise", {"sweep": {"list": [{"seed": 1}, {"seed": 1}]}}, "the run seed=1 appears twice"),
-    ("denoise", {"sweep": {"grid": {"seed": [1]}, "list": [{"seed": 2}]}}, "seed is varied by grid and by list"),
-    ("denoise", {"sweep": {"grid": {"seed": [0, -1]}}}, "sweep.grid.seed: input should be greater"),
-    ("tests.experiments.toy.Tyo", {}, "did you mean 'Toy'?"),
-    ("tests.experiments.toy.CappedL1", {}, "is no subclass of"),
-    ("no_such_package.Task", {}, "no module 'no_such_package'"),
-    ("trend", {"signal": "x.csv", "merge": True}, "  the run: merge belongs to the edges"),
-    ("denoise", {"method": {"name": "doge", "b": 1}}, "b: doge has no such argument"),
-    ("denoise", {"method": {"name": "doge", "relaxation": 3}}, "relaxation=3"),
-    ("denoise", {"penalty": {"name": "l11", "weight": 1}}, "did you mean 'l1'?"),
-    ("denoise", {"penalty": {"name": "l1"}}, "weight: l1 needs this argument"),
-    ("denoise", {"penalty": {"name": "sparseopt.Graph", "num_nodes": 3}}, "is no penalty: it has no method value"),
-    ("prune", {"method": "sparseopt.pruning.Wonda"}, "did you mean 'Wanda'?"),
-    ("prune", {"sparsity": 1.0}, "sparsity: input should be less than 1, given 1.0"),
-    ("prune", {"pattern": "1:4", "sparsity": 0.5}, "  pattern: pattern '1:4' has sparsity 0.75"),
-    ("prune", {"bounds": "low"}, "two fractions of zeros"),
-    ("prune", {"allocation": "owl"}, "allocation: owl has ended: `curves`"),
-    ("shrink", {}, "nothing would go"),
-    ("shrink", {"latency": 0.8}, "latency: has ended: `parameters`"),
+    ("name: [", "line 1, column 8: not valid YAML"),
+    ("- a\n- b", "must hold a mapping"),
+    ("name: x\ntask: denoise\nname: y", "line 3: name is given twice"),
+    ("name: x", "task: this key is missing; known tasks are denoise"),
+    ("name: x\ntsk: trend", "line 2: tsk: no such key; did you mean 'task'?"),
+    ({"task": "denoise"}, "'seed': expected key=value", "seed"),
+    ({"task": "denoise"}, "cannot set seed.deep: seed is 3", "seed=3", "seed.deep=1"),
+    ({"task": "denoise", "sweep": {"grid": {"seed": [0, 1]}}}, "the sweep sets seed for every run", "seed=3"),
+    ({"task": "denoise", "sweep": {"list": [{"penalty": {"name": "l1"}}]}}, "sweep sets penalty", "penalty.weight=3"),
+    ({"task": "denoise", "sweep": {"list": 5}}, "sweep.list: input should be a valid list", "seed=3"),
+    ({"task": "denoise", "sweep": {"gird": {"seed": [0]}}}, "sweep.gird: no such key; did you mean 'grid'?"),
+    ({"task": "denoise", "sweep": {"grid": {"seed": 0}}}, "sweep.grid.seed: input should be a valid list, given 0"),
+    ({"task": "denoise", "sweep": {"list": [{"seed": 1}, {"seed": 1}]}}, "the run seed=1 appears twice"),
+    ({"task": "denoise", "sweep": {"grid": {"seed": [1]}, "list": [{"seed": 2}]}}, "seed is varied by grid and by"),
+    ({"task": "denoise", "sweep": {"grid": {"seed": [0, -1]}}}, "sweep.grid.seed: input should be greater"),
+    ({"task": "tests.experiments.toy.Tyo"}, "did you mean 'Toy'?"),
+    ({"task": "tests.experiments.toy.CappedL1"}, "is no subclass of"),
+    ({"task": "no_such_package.Task"}, "no module 'no_such_package'"),
+    ({"task": "trend", "signal": "x.csv", "merge": True}, "  the run: merge belongs to the edges"),
+    ({"task": "denoise", "method": {"name": "doge", "b": 1}}, "b: doge has no such argument"),
+    ({"task": "denoise", "method": {"name": "doge", "relaxation": 3}}, "relaxation=3"),
+    ({"task": "denoise", "penalty": {"name": "l11", "weight": 1}}, "did you mean 'l1'?"),
+    ({"task": "denoise", "penalty": {"name": "l1"}}, "weight: l1 needs this argument"),
+    ({"task": "denoise", "penalty": {"name": "sparseopt.Graph", "num_nodes": 3}}, "no penalty: it has no method value"),
+    ({"task": "prune", "method": "sparseopt.pruning.Wonda"}, "did you mean 'Wanda'?"),
+    ({"task": "prune", "sparsity": 1.0}, "sparsity: input should be less than 1, given 1.0"),
+    ({"task": "prune", "pattern": "1:4", "sparsity": 0.5}, ": pattern: pattern '1:4' has sparsity 0.75"),
+    ({"task": "prune", "bounds": "low"}, "two fractions of zeros"),
+    ({"task": "prune", "allocation": "owl"}, "allocation: owl has ended: `curves`"),
+    ({"task": "shrink"}, "nothing would go"),
+    ({"task": "shrink", "latency": 0.8}, "latency: has ended: `parameters`"),
 ]
 
 
-@pytest.mark.parametrize(("task", "settings", "words"), REFUSED)
-def test_a_config_that_cannot_be_used_is_refused_with_where_and_why(task, settings, words):
+@pytest.mark.parametrize("row", REFUSED, ids=str)
+def test_a_config_or_an_override_that_cannot_be_used_is_refused_with_where_and_why(tmp_path, row):
+    given, words, *overrides = row
+    path = tmp_path / "experiment.yaml"
+    path.write_text(given if isinstance(given, str) else write_yaml({"name": "x", **given}))
     with pytest.raises(ConfigError) as caught:
-        expand({"name": "x", "task": task, **settings}, allow_code=True)
+        load_config(path, overrides, allow_code=True)
     assert words in str(caught.value)
 
 

@@ -71,7 +71,6 @@ REFUSED = [
     (read_signal, "y.csv", "NA\n2\n3\n", "NA.* in its first row"),
     (read_signal, "y.csv", ",rain\n0,1.5\n1,2.5\n2,3.5\n", "ids of the nodes stand in the first one"),
     (read_signal, "n.npz", {"a": np.zeros(2), "b": np.zeros(2)}, "it holds a, b, expected one of signal, y"),
-    (read_signal, "o.npz", {"signal": np.array([{}], object)}, "cannot read numbers"),
     (read_signal, "short.csv", "a,b\n1,2\n3\n", "its rows have 1 or 2 cells"),
     (read_signal, "e.csv.gz", b"", r"must end in one of .csv, .parquet, .npz"),
     (lambda path: check_output(path, None, False), "taken.csv", "", "exists already"),
@@ -237,7 +236,7 @@ def test_dates_with_time_zones_are_moments(tmp_path):
     np.testing.assert_allclose(found.times * 24, [0, 1, 7], atol=1e-9)
 
 
-def test_the_command_denoises_a_scan_with_holes(tmp_path, command):
+def test_the_command_denoises_a_scan_with_holes(tmp_path, command, done):
     clean, noisy = blocks(np.float32)
     noisy[3, 6, 5] = np.nan
     source, output = put(tmp_path / "scan.nii", noisy), tmp_path / "calm.nii.gz"
@@ -249,12 +248,8 @@ def test_the_command_denoises_a_scan_with_holes(tmp_path, command):
         (("--missing", "--isotropic", "--order", 1), "given order 1"),
     ):
         status, _, err = command("denoise", source, "--output", output, *options)
-        assert status == 2
-        assert said in err
-        assert not output.exists()
-    status, out, err = command("denoise", source, "--output", output, "--isotropic", "--missing")
-    assert status == 0, err
-    assert "chosen by SURE" in out
+        assert (status, said in err, output.exists()) == (2, True, False)
+    assert "chosen by SURE" in done("denoise", source, "--output", output, "--isotropic", "--missing")
     fitted = nibabel.load(output)
     np.testing.assert_array_equal(fitted.affine, AFFINE)
     assert np.abs(fitted.get_fdata() - clean).mean() < 10

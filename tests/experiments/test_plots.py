@@ -4,9 +4,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
+import sparseopt as so
 from doge_groups import plot_groups
 from sparseopt import Graph
 from sparseopt.experiments import plots
+from sparseopt.experiments.plots.signals import before_and_after
 from sparseopt.pruning import LayerRecord
 
 X, YEARS = np.arange(1, 5), np.arange(6) * 2 + 1950
@@ -88,11 +90,8 @@ for image, limits, asked in (
     (np.array([[5.0, 5.0]]), (4.5, 5.5), None),
     (np.array([[-3.0, 9.0]]), (0, 2), (0, 2)),
 ):
-    expected = {"colours": image.astype(float), "limits": limits}
-    KINDS[f"{image.dtype} image from {limits[0]} to {limits[1]}"] = (
-        drawn(plots.plot_image, image, limits=asked),
-        expected,
-    )
+    name, expected = f"{image.dtype} image to {limits[1]}", {"colours": image.astype(float), "limits": limits}
+    KINDS[name] = drawn(plots.plot_image, image, limits=asked), expected
 
 
 @pytest.mark.parametrize(("draw", "expected"), KINDS.values(), ids=KINDS)
@@ -198,3 +197,49 @@ def test_a_comparison_shows_perplexity_and_time_in_one_style():
     assert (left.get_ylabel(), right.get_ylabel()) == ("perplexity", "time of the method (s)")
     assert seen(left)["scales"] == seen(right)["scales"] == ("linear", "log")
     assert seen(right)["legend"] == ["dense", "best", "wanda"]
+
+
+def test_pictures_show_the_chosen_levels():
+    y, chain = np.repeat([0.0, 4.0, 1.0], 20) + np.random.default_rng(5).standard_normal(60), so.Graph.chain(60)
+    path = so.trend.trend_path(y, chain, num=15, tol=1e-6)
+    validated, best = so.cross_validate(path), so.select(path, "bic", 1.0)
+    axis = plots.plot_selection(best)
+    (curve,) = [line for line in axis.lines if line.get_label() == "_curve"]
+    np.testing.assert_array_equal(curve.get_ydata(), best.curve)
+    assert [line.get_xdata()[0] for line in axis.lines if "least" in line.get_label()] == [best.weight]
+    axis = plots.plot_cross_validation(validated)
+    marks = {line.get_xdata()[0] for line in axis.lines if "df" in str(line.get_label())}
+    assert marks == {path.weights[validated.index_by(rule)] for rule in ("min", "one_se")}
+    np.testing.assert_array_equal(plots.plot_degrees_of_freedom(path).lines[0].get_ydata(), path.degrees_of_freedom)
+    axis = plots.plot_fits(path, [3, 50])
+    np.testing.assert_array_equal(axis.lines[1].get_ydata(), path.values[:, 50])
+    assert plots.plot_fits(path, axis=axis) is axis
+    with pytest.raises(ValueError, match=r"nodes 0..59, given 60"):
+        plots.plot_fits(path, [60])
+
+
+def shown(folder, image, *names):
+    """The pixels of a figure that has an image twice."""
+    before_and_after(image, image, folder / "shown.png", *names)
+    return plt.imread(folder / "shown.png")[..., :3]
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
+def test_the_figure_is_drawn_for_any_number_of_channels(tmp_path, rng, channels):
+    assert np.ptp(shown(tmp_path, rng.integers(0, 255, (8, 8, channels), dtype=np.uint8))) == 1
+
+
+def test_a_pixel_that_is_not_known_leaves_the_others_on_the_picture(tmp_path, rng):
+    image = rng.uniform(0, 255, (8, 8))
+    image[0, 0] = np.nan
+    assert np.mean(shown(tmp_path, image).min(axis=2) < 0.99) > 0.5
+
+
+@pytest.mark.parametrize(("kind", "low", "high"), [(np.int16, -1000, 1500), (np.uint16, 0, 4095), (float, -3.0, -1.0)])
+def test_a_scan_fills_the_greys_of_its_figure(tmp_path, kind, low, high):
+    image = np.full((8, 8), low, kind)
+    image[:, 4:] = high
+    grey = shown(tmp_path, image, ("$\\frac$", "after"))[..., 0]
+    # The middles of the four halves, in the lower part of the figure.
+    row = grey[len(grey) // 2]
+    np.testing.assert_allclose(row[np.array([1, 3, 5, 7]) * len(row) // 8], [0, 1, 0, 1], atol=0.01)

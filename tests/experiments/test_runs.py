@@ -15,7 +15,7 @@ import yaml
 from sparseopt.experiments import runs as runs_module
 from sparseopt.experiments.config import expand
 from sparseopt.experiments.runs import check_all, execute, fingerprint, load_run, plan, records_in, run_all, state_of
-from sparseopt.system.run_folder import FORMAT, FolderInUse, State, claimed
+from sparseopt.system.run_folder import FORMAT, LOCK, FolderInUse, State, claimed
 from tests.experiments.inputs import TOY, quiet
 from tests.experiments.toy import Toy
 from tests.system.pages import whole_page
@@ -140,10 +140,12 @@ def test_a_folder_that_another_process_holds_or_that_has_links_is_not_written_to
         execute(toy(), tmp_path, quiet)
     target.write_text("years")
     folder.mkdir()
-    (folder / "records.jsonl").symlink_to(target)
-    with pytest.raises(ValueError, match=r"links to other places \(records.jsonl\)"):
-        execute(toy(), tmp_path, quiet, again=True)
-    assert target.read_text() == "years"
+    for name, place in (("records.jsonl", target), (LOCK, tmp_path / "absent")):
+        (folder / name).symlink_to(place)
+        with pytest.raises(ValueError, match=rf"links to other places \({name}\)"):
+            execute(toy(), tmp_path, quiet, again=True)
+        (folder / name).unlink()
+    assert (target.read_text(), (tmp_path / "absent").exists()) == ("years", False)
 
 
 def test_the_finished_runs_of_a_sweep_are_logged_once(tmp_path, run, trackers):

@@ -19,11 +19,7 @@ from hypothesis import strategies as st
 # Seconds of CPU time, which other processes do not lengthen: an input that takes longer is an error.
 SLOW = 10.0
 fuzzed = hypothesis.settings(
-    max_examples=40,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=list(hypothesis.HealthCheck),
+    max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(hypothesis.HealthCheck)
 )
 
 

@@ -19,7 +19,6 @@ MERGES += "".join(f"{new}: &{new} {{<<: [{', '.join([f'*{old}'] * 9)}]}}\n" for 
 GRID = BASE + "sweep: {{grid: {{{}}}}}"
 INVALID = [
     ("", "must hold a mapping"),
-    ("- a\n", "must hold a mapping"),
     ("name: !!python/object/apply:os.system [ls]", "give plain values"),
     ("name: !!binary aGk=", "give plain values"),
     (LAUGHS, "with aliases written out"),
@@ -33,11 +32,11 @@ INVALID = [
     (BASE + "seed: " + "9" * 100, "at most 64 fit"),
     ('name: "\\UFFFFFFFF"', "not valid YAML"),
     ('name: "\\ud800"', "half a character"),
+    ("name: \udcff", "is not text in UTF-8"),
     ("1: x\n", "the key 1 is not text"),
     ("? !!binary aGk=\n: 1\n", "the key aGk= is not text"),
     ("? [a, b]\n: c\n", "not valid YAML"),
     ("name: a\n---\nname: b\n", "not valid YAML"),
-    ("name: a\nname: b\n", "is given twice"),
     ("name: a\ntask: [denoise]\n", "must be the name of a task"),
     ("name: ../../etc\ntask: denoise\n", "name: string should match pattern"),
     (GRID.format(", ".join(f"a{i}: [{'1, ' * 100}]" for i in range(5))), "runs, at most 5,000 are possible"),
@@ -73,11 +72,8 @@ def canary(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("text", "part"), INVALID, ids=lambda value: repr(value)[:40])
 def test_an_invalid_config(tmp_path, text, part):
-    refused(ConfigError, part, load_config, written(tmp_path, **{"a.yaml": text.encode()}) / "a.yaml")
-
-
-def test_a_config_in_another_encoding(tmp_path):
-    refused(ConfigError, "is not text in UTF-8", load_config, written(tmp_path, **{"a.yaml": b"name: \xff"}) / "a.yaml")
+    content = text.encode("utf-8", "surrogateescape")
+    refused(ConfigError, part, load_config, written(tmp_path, **{"a.yaml": content}) / "a.yaml")
 
 
 @pytest.mark.parametrize("allowed", [(), ["canary"]], ids=["nothing allowed", "another package allowed"])
@@ -94,25 +90,10 @@ SEEDS = (
     {"name": "a", "task": "canary_of_tests.Own", "method": {"name": "canary_of_tests.Own", "weight": 1}},
     {"name": "a", "task": "denoise", "penalty": {"name": "sparseopt.core.penalties.entries.MCP", "gamma": 2}},
 )
-LINES = [
-    "&a [*a]",
-    "a: &a [1, 1]",
-    "b: [*a, *a]",
-    "<<: {x: 1}",
-    "? [1]",
-    "x: !!timestamp y",
-    "x: 2020-13-45",
-    "- " * 40,
-]
-LINES += ["[" * 40, '"\\UFFFFFFFF"', "x: 1:99:99", "x: 0b", "x: .inf", "---", "%YAML 9.9", "\t", "x: @", "=: =", "\x00"]
-LINES += [
-    "x: 1_000_",
-    "\ufeff",
-    "\u2028",
-    "sweep: {grid: {a.b.c.d: [1]}}",
-    "!!python/name:os.system x",
-    "x: !!binary =",
-]
+LINES = ["&a [*a]", "a: &a [1, 1]", "b: [*a, *a]", "<<: {x: 1}", "? [1]", "x: !!timestamp y", "x: 2020-13-45"]
+LINES += ["x: @", "[" * 40, "- " * 40, '"\\UFFFFFFFF"', "x: 1:99:99", "x: 0b", "x: .inf", "---", "%YAML 9.9", "\t"]
+LINES += ["=: =", "\x00", "x: 1_000_", "\ufeff", "\u2028", "sweep: {grid: {a.b.c.d: [1]}}", "x: !!binary ="]
+LINES += ["!!python/name:os.system x"]
 
 
 @fuzzed

@@ -34,8 +34,7 @@ def test_transformers_loads_the_folder_with_our_logits(tmp_path, rng, name, shar
 
 
 @pytest.mark.parametrize(
-    ("case", "bits"),
-    [("mistral", "int4:8"), ("mixtral", "int8"), ("gemma3_images", "int4:8"), ("smollm3", "int8")],
+    ("case", "bits"), [("mistral", "int4:8"), ("mixtral", "int8"), ("gemma3_images", "int4:8"), ("smollm3", "int8")]
 )
 def test_transformers_loads_a_model_that_was_pruned_in_few_bits(tmp_path, rng, case, bits):
     write_golden(GOLDEN / f"{case}.npz", tmp_path / "dense")

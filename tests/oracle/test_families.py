@@ -1,25 +1,20 @@
-"""Families and file formats against transformers: logits, and what we write as it reads it.
+"""Families, file formats and the bundled model against transformers: logits, and what we write as it reads it.
 
 `make families` records the results for the table in the documentation, see `conftest`.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-from sparseopt.models import (
-    ModelError,
-    StreamedModel,
-    load_decoder,
-    load_tokenizer,
-    open_model,
-)
-from sparseopt.models.files.safetensors import read_header, write_tensors
+from sparseopt import models
+from sparseopt.models import ModelError, StreamedModel, load_decoder, load_tokenizer, open_model
+from sparseopt.models.files.safetensors import read_header
 from sparseopt.pruning import Recipe, ShrinkRecipe, audit_sparsity, perplexity, prune_model, shrink_model
 from sparseopt.system.run_folder import FolderError
 from tests.jitted import run
@@ -111,6 +106,7 @@ def test_a_pruned_export_is_loaded_with_our_logits_and_untouched_bytes(name, pre
     np.testing.assert_allclose(ours, logits, atol=1e-4)
     assert np.abs(ours - dense).max() > 1e-2
     assert json.loads((output / "config.json").read_text())["model_type"] == CASES[name]["model_type"]
+    assert {str(value.dtype) for value in reference(output, dtype="auto").parameters()} == {f"torch.{dtype}"}
     error = float(np.abs(ours - logits).max())
     proof(CASES[name]["model_type"], "pruned", case=name, preset=preset, dtype=dtype, largest_error=error)
 
@@ -125,9 +121,8 @@ def test_a_model_in_memory_is_that_of_its_saved_folder(name, tmp_path):
     assert sorted(memory.exported_keys()) == sorted(folder.exported_keys())
     assert memory.check_finite() == folder.check_finite()
     assert memory.source.config == folder.source.config
-    assert memory.source.sidecars() == {
-        file: (tmp_path / file).read_bytes() for file in ("generation_config.json",) if (tmp_path / file).exists()
-    }
+    file = tmp_path / "generation_config.json"
+    assert memory.source.sidecars() == ({file.name: file.read_bytes()} if file.exists() else {})
 
 
 @pytest.mark.parametrize(
@@ -185,16 +180,11 @@ def test_the_tokenizer_of_a_model_in_memory_is_that_of_its_folder(tmp_path, rng)
 
 def test_what_cannot_be_pruned_from_memory_says_why():
     import torch
-    from transformers import AutoModelForCausalLM, GPTJConfig
 
-    unknown = AutoModelForCausalLM.from_config(
-        GPTJConfig(n_embd=16, n_layer=1, n_head=2, rotary_dim=4, vocab_size=40, bos_token_id=1, eos_token_id=2)
-    )
     quantised = build_model("qwen2")
     quantised.config.quantization_config = {"quant_method": "bitsandbytes"}
     for model, words in [
         (torch.nn.Linear(2, 2), "Linear is a torch module and no transformers model.*pruning.prune_module"),
-        (unknown, r"GPTJForCausalLM \(in memory\) has the model_type 'gptj'.*pruning.prune_module"),
         (quantised, "the Qwen2ForCausalLM is quantised: load the model that it was made from"),
         (build_model("qwen2").to("meta"), r"39 tensors .* cannot be read: .*weight \(on the meta device\)"),
         (build_model("qwen2").to(torch.float8_e4m3fn), r"embed_tokens.weight \(float8_e4m3fn\).*in float32, float16"),
@@ -210,29 +200,6 @@ def test_a_smaller_model_is_loaded_with_our_logits(name, tmp_path):
     loaded = reference(folder)
     assert loaded.config.get_text_config().num_hidden_layers == 2
     np.testing.assert_allclose(run(load_decoder(folder), TOKENS), reference_logits(loaded, TOKENS), atol=1e-4)
-
-
-@pytest.mark.parametrize(("dtype", "tied"), [(np.float32, True), (np.float16, False), (ml_dtypes.bfloat16, True)])
-def test_an_export_loads_byte_for_byte_and_gives_our_logits(tmp_path, rng, tied, dtype):
-    import torch
-
-    config = tiny_config(tie_word_embeddings=tied, attention_bias=True, dtype=np.dtype(dtype).name)
-    source, folder = write_folder(tmp_path / "source", config, {}), tmp_path / "out"
-    tensors = random_tensors(config, rng, dtype)
-    write_tensors(source / "model.safetensors", tensors)
-    copy_model(open_model(source), folder)
-    loaded = dict(reference(folder, dtype="auto").named_parameters())
-    assert set(loaded) == set(tensors)
-    for name, value in loaded.items():
-        # Raw bytes: torch's bfloat16 has no NumPy counterpart.
-        raw = value.detach().contiguous().view(torch.uint8).numpy().tobytes()
-        assert (tuple(value.shape), raw) == (tensors[name].shape, tensors[name].tobytes()), name
-        assert value.dtype == getattr(torch, np.dtype(dtype).name), name
-    tokens = rng.integers(0, config["vocab_size"], (2, 150)).astype(np.int32)
-    np.testing.assert_allclose(run(load_decoder(folder), tokens), reference_logits(folder, tokens), atol=1e-4)
-
-
-# GGUF ----------------------------------------------------------------------------------
 
 
 def write_tiny(folder: Path, architecture: str, rng: np.random.Generator) -> StreamedModel:
@@ -320,3 +287,41 @@ def test_llama_2_tokens_and_what_lies_beside_them(tmp_path, rng):
     assert (exported.bos_token_id, exported.eos_token_id, exported.pad_token_id) == (1, 2, 0)
     assert exported.apply_chat_template([{"role": "user", "content": "he"}], tokenize=False) == "<b>he"
     assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == config["eos_token_id"]
+
+
+TEXT = (
+    "The harbour lay quiet in the early light. In 1936 two hundred ships called here; by the end of the century "
+    "hardly thirty did, and the cranes along the northern quay had long been sold for scrap."
+)
+
+
+def test_from_gguf_the_bundled_model_gives_the_reference_logits_and_tokens(tmp_path):
+    from transformers import AutoTokenizer
+
+    model = open_model(models.bundled_model())
+    copy_model(model, tmp_path)
+    tokens = models.encode_text(load_tokenizer(model.source), TEXT)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs(TEXT, add_special_tokens=False)["input_ids"] == tokens.tolist()
+    assert theirs.decode(tokens) == TEXT
+    expected = reference_logits(tmp_path, tokens[None])
+    np.testing.assert_allclose(run(model.decoder(), tokens[None]), expected, atol=2e-3, rtol=1e-4)
+
+
+def test_made_smaller_and_pruned_the_bundled_model_gives_the_reference_logits_and_keeps_its_tokenizer(tmp_path):
+    import torch
+    from transformers import AutoTokenizer
+
+    model = open_model(models.bundled_model())
+    sizes = replace(models.sizes_of(model), channels=64, kv_heads=models.possible_kv_heads(model)[0], blocks=(3,))
+    folder = write_smaller(model, sizes, tmp_path / "small")
+    recipe = Recipe(preset="paper", calibration="pydoc", windows=2, seqlen=256, heldout_windows=0, score="none")
+    prune_model(folder, tmp_path / "out", recipe)
+    tokenizer, loaded = AutoTokenizer.from_pretrained(tmp_path / "out"), reference(tmp_path / "out")
+    tokens = np.array(tokenizer(TEXT, return_tensors="np")["input_ids"])
+    assert tokenizer.decode(tokens[0]) == TEXT
+    ours = run(load_decoder(tmp_path / "out"), tokens)
+    np.testing.assert_allclose(ours, reference_logits(loaded, tokens), atol=1e-3)
+    linears = [part for part in loaded.model.layers.modules() if isinstance(part, torch.nn.Linear)]
+    assert len(linears) == 7
+    assert all(int((part.weight == 0).sum()) == part.weight.numel() // 2 for part in linears)

@@ -1,7 +1,6 @@
 """`prune_module` on torch modules: the masks of plain torch loops, torch's own patches, and what is left alone."""
 
 import copy
-import threading
 from typing import Any
 
 import numpy as np
@@ -115,15 +114,11 @@ def seen_by(part: Any, x: Any) -> tuple[Any, np.ndarray]:
         return opened.read_by(x, {"0": opened.linears["0"].layout})["0"], opened.read("0").astype(np.float64)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"stride": (2, 1), "padding": (1, 0)},
-        {"kernel_size": (4, 3), "padding": "same"},
-        {"dilation": (1, 2)},
-        *({"padding": (1, 2), "padding_mode": mode} for mode in ("reflect", "replicate", "circular")),
-    ],
-)
+PADDED = [{"padding": (1, 2), "padding_mode": mode} for mode in ("reflect", "replicate", "circular")]
+STRIDED = [{"stride": (2, 1), "padding": (1, 0)}, {"kernel_size": (4, 3), "padding": "same"}, {"dilation": (1, 2)}]
+
+
+@pytest.mark.parametrize("options", STRIDED + PADDED)
 def test_the_patches_of_a_convolution_are_those_of_unfold(options: dict[str, Any]) -> None:
     part, x = nn.Conv2d(3, 4, **({"kernel_size": (3, 2)} | options), bias=False), torch.randn(2, 3, 7, 6)
     found, weight = seen_by(part, x)
@@ -189,7 +184,7 @@ def test_modes_hooks_and_forward_are_as_before(fails: bool, batches: list[Any]) 
     net.blocks[2].down.forward = lambda x: own(x)
     net.config = type("Config", (), {"use_cache": True})()
     forward, modes, before = net.blocks[2].down.forward, [part.training for part in net.modules()], weights(net)
-    calls, threads = [], threading.active_count()
+    calls, recipe = [], Recipe(method="wanda")
 
     def call(module: Any, batch: Any) -> Any:
         calls.append(module.config.use_cache)
@@ -199,13 +194,13 @@ def test_modes_hooks_and_forward_are_as_before(fails: bool, batches: list[Any]) 
 
     if fails:
         with pytest.raises(KeyError, match="four"):
-            prune_module(net, batches, Recipe(method="wanda"), call=call, inplace=True)
+            prune_module(net, batches, recipe, call=call, inplace=True)
         found = net
     else:
-        found, _ = prune_module(net, batches, Recipe(method="wanda"), call=call)
+        found, _ = prune_module(net, batches, recipe, call=call)
         assert same(before, weights(net))
         assert found is not net
-        assert prune_module(net, batches, Recipe(method="wanda"), call=call, inplace=True)[0] is net
+        assert prune_module(net, batches, recipe, call=call, inplace=True)[0] is net
         assert same(weights(found), weights(net))
     assert seen
     assert not any(calls)
@@ -215,7 +210,6 @@ def test_modes_hooks_and_forward_are_as_before(fails: bool, batches: list[Any]) 
         assert each.config.use_cache
     assert net.blocks[2].down.forward is forward
     assert torch.backends.mha.get_fastpath_enabled()
-    assert threading.active_count() == threads
 
 
 def test_a_module_keeps_its_dtype_and_its_kept_weights() -> None:
@@ -262,16 +256,6 @@ def test_a_linear_is_seen_before_its_input_is_written_to() -> None:
     np.testing.assert_allclose(found.gram, x.double().T @ x.double(), rtol=1e-4, atol=1e-1)
 
 
-def test_propagation_corrects_what_earlier_blocks_do(batches: list[Any]) -> None:
-    net = Net(count=4).eval()
-    errors = []
-    for share in (0.0, 1.0):
-        found, _ = prune_module(net, batches, Recipe(method="maiht", propagate=share))
-        with torch.no_grad():
-            errors.append(sum(float(((found(x) - net(x)) ** 2).sum()) for x in batches))
-    assert errors[1] < errors[0]
-
-
 def test_what_hides_its_weight_is_left_out_and_the_rest_is_pruned() -> None:
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
     # The fast path of torch does not call these.
@@ -301,7 +285,7 @@ def test_shared_blocks_and_tied_weights_are_pruned_once(batches: list[Any]) -> N
 
 
 class Routed(nn.Module):
-    """The first of four experts for each token; never the last."""
+    """One of four experts for each token; never the last."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -328,16 +312,12 @@ def test_experts_that_no_batch_or_only_some_reach_are_pruned() -> None:
     assert {r.layer for r in report.layers if r.starved} == starved
 
 
-def test_effort_most_says_that_nothing_is_trained(batches: list[Any]) -> None:
-    plain = {"method": "wanda", "propagate": 0.0}
-    _, report = prune_module(Net(), batches, Recipe(effort="most", **plain))
+def test_effort_most_says_that_nothing_is_trained_and_the_error_of_a_grid_is_of_what_the_dtype_stores() -> None:
+    net, x = nn.Sequential(nn.Linear(16, 16)).half(), torch.randn(64, 16).half()
+    recipe = Recipe(effort="most", method="wanda", propagate=0.0, sparsity=0.0, bits="int8")
+    found, report = prune_module(net, [x], recipe)
     assert "not done: train_epochs (by gradients in JAX, and the module is one of torch)" in str(report)
     assert {"train_epochs", "distil_epochs"} < report.not_done.keys()
-
-
-def test_the_error_of_a_grid_is_of_what_the_dtype_stores() -> None:
-    net, x = nn.Sequential(nn.Linear(16, 16)).half(), torch.randn(64, 16).half()
-    found, report = prune_module(net, [x], Recipe(method="wanda", sparsity=0.0, bits="int8"))
     before, after = (each[0].weight.detach().double() for each in (net, found))
     change = (x.double() @ (after - before).T).square().sum() / (x.double() @ before.T).square().sum()
     np.testing.assert_allclose(report.grids[0].relative_error, float(change), rtol=1e-3)

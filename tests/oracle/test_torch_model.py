@@ -11,17 +11,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from sparseopt.models import LoadedModel, ModelError, load_decoder, open_any, open_model
+from sparseopt.models import LoadedModel, ModelError, open_any, open_model
 from sparseopt.pruning import (
     BudgetError,
     Recipe,
-    ShrinkRecipe,
     Stopped,
     audit_pattern,
     audit_sparsity,
     perplexity,
     prune_model,
-    shrink_model,
 )
 from sparseopt.pruning.base.records import Footprint
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
@@ -206,7 +204,6 @@ def test_memory_is_told_and_refused(written, tmp_path, rng):
 GRADIENTS = {"output_weights": "gradient", "allocation": "curves", "train_epochs": 2, "weighting": "residual"}
 REFUSED: list[tuple[dict[str, Any], str]] = [
     (GRADIENTS, r"(?s)output_weights=.*allocation=.*weighting=.*train_epochs"),
-    ({"bits": "int8", "masks": "other"}, "nemotron.*bits, masks cannot be had"),
     ({"targets": ["lm_head"]}, "only layers of the blocks are pruned"),
     ({"pattern": "5:7"}, r"model\.layers\.0.*5:7"),
 ]
@@ -219,11 +216,6 @@ def test_what_a_loaded_model_cannot_have_is_refused_before_any_work(written, tmp
             prune_model(source, tmp_path / "out", Recipe(calibration=tokens, **changes))
     with pytest.raises(ValueError, match=r"an output that ends in \.gguf cannot be had"):
         prune_model(source, tmp_path / "out.gguf", Recipe(calibration=tokens))
-    with pytest.raises(ModelError, match="smaller models are made of known families"):
-        shrink_model(source, tmp_path / "out", ShrinkRecipe(calibration=tokens, channels=0.5))
-    for call in (open_model, load_decoder):
-        with pytest.raises(ModelError, match=r"'nemotron'.*known are .*llama.*prune_module"):
-            call(source)
     assert not (tmp_path / "out").exists()
     best = prune_model(source, tmp_path / "out", Recipe(method="best", calibration=tokens))
     assert not best.blocks
@@ -277,21 +269,19 @@ def test_a_checkpoint_without_the_first_part_of_its_names(written, tmp_path, rng
     assert reference(tmp_path / "out") is not None
 
 
-def test_the_shell_prunes_and_scores(written, tmp_path, command):
+def test_the_shell_prunes_and_scores(written, tmp_path, done):
     source = shutil.copytree(written("gptj"), tmp_path / "source")
     (source / "tokenizer.json").write_text(TOKENIZER)
     (tmp_path / "text.txt").write_text("the tall hat, 3 of them.\n" * 400)
-    text, out, windows = f"file:{tmp_path / 'text.txt'}", tmp_path / "out", ("--windows", 6, "--seqlen", 24)
+    text, windows = f"file:{tmp_path / 'text.txt'}", ("--windows", 6, "--seqlen", 24)
     for words, name, *options in (
         (("loaded whole by transformers", "perplexity on"), "out", "--calibration", text, "--preset", "paper"),
         (("loaded whole by transformers",), "drawn", "--effort", "fast"),
         (("zeros, 50.00% of the linear layers",), "dry", "--dry-run"),
     ):
-        status, shown, told = command("prune", source, "--output", tmp_path / name, *options, *windows)
-        assert status == 0, told
+        shown = done("prune", source, "--output", tmp_path / name, *options, *windows)
         assert all(each in shown for each in words), shown
     assert (tmp_path / "drawn" / "drawn.json").is_file()
     assert not (tmp_path / "dry").exists()
-    status, shown, told = command("eval", out, "--text", text, "--windows", 4, "--seqlen", 24, "--json")
-    assert status == 0, told
+    shown = done("eval", tmp_path / "out", "--text", text, "--windows", 4, "--seqlen", 24, "--json")
     assert json.loads(shown)["sparsity"] == 0.5

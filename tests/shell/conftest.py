@@ -9,15 +9,3 @@ from tests.experiments.inputs import write_inputs
 def inputs(tmp_path_factory):
     """The folder of the model, and the text; no test writes into them."""
     return write_inputs(tmp_path_factory.mktemp("inputs"))
-
-
-@pytest.fixture
-def done(command):
-    """What a command printed that must succeed."""
-
-    def done(*arguments):
-        status, out, err = command(*arguments)
-        assert status == 0, err
-        return out
-
-    return done

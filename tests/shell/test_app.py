@@ -24,11 +24,11 @@ from tests.experiments.inputs import write_inputs
 
 GROUP = typer.main.get_command(cli.app)
 COMMANDS = {
-    command.name or command.callback.__name__.replace("_", "-"): command.callback
-    for command in cli.app.registered_commands
+    each.name or each.callback.__name__.replace("_", "-"): each.callback for each in cli.app.registered_commands
 }
 HOW = ("How to prune", "Calibration", "Machine")
 PANELS = {"prune": ("Output", "What to prune", *HOW), "shrink": ("Output", "What to keep", *HOW)}
+LIGHT = "assert not {'flax', 'transformers', 'matplotlib'} & set(sys.modules)"
 MAIN = "from sparseopt.shell.app import main\ntry: main()\nfinally: "
 
 
@@ -41,23 +41,19 @@ def process(*call, **environment):
 @pytest.mark.parametrize(
     ("before", "arguments", "after"),
     [
-        ("", ["--help"], "assert not {'flax', 'transformers', 'matplotlib'} & set(sys.modules)"),
-        ("sys.modules['flax'] = None", ["denoise", "--help"], "pass"),
-        (
-            "from sparseopt.experiments import plots; [getattr(plots, name) for name in plots.__all__]", ["--version"],
-            "assert not {'matplotlib', 'flax', 'transformers'} & set(sys.modules)",
-        ),
+        ("from sparseopt.experiments import plots; [getattr(plots, name) for name in plots.__all__]", "--help", LIGHT),
+        ("", "--version", LIGHT),
+        ("sys.modules['flax'] = None", "denoise --help", "pass"),
     ],
-)  # fmt: skip
+)
 def test_help_and_plots_need_no_heavy_import_and_other_commands_nothing_of_the_pruner(before, arguments, after):
-    done = process("-c", f"import sys; sys.argv = ['sparseopt', *{arguments}]\n{before}\n{MAIN}{after}")
+    call = f"import sys; sys.argv = ['sparseopt', *{arguments.split()}]"
+    done = process("-c", f"{call}\n{before}\n{MAIN}{after}")
     assert (done.returncode, bool(done.stdout)) == (0, True), done.stderr
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_shows_every_option_in_80_columns_and_ends_with_two_examples_that_the_command_takes(
-    command, monkeypatch, name
-):
+def test_help_shows_every_option_in_80_columns_and_two_examples_that_are_taken(command, monkeypatch, name):
     monkeypatch.setenv("COLUMNS", "80")
     lines = GROUP.commands[name].epilog.split("\n\n")[1:]
     assert len(lines) == 2
@@ -90,31 +86,25 @@ def test_in_a_shell_options_of_a_recipe_are_completed_json_stands_alone_and_an_a
     assert not (tmp_path / "out").exists()
 
 
-@pytest.fixture
-def pressed(tmp_path):
+def pressed(folder, when, presses, call, before):
     """Run the command in a terminal and press Ctrl-C so many times once it shows a text: status, seconds, the rest."""
-
-    def run(when, presses, *call, before):
-        spawn = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
-        main = f"import sys; from sparseopt.shell import app; sys.argv[0] = 'sparseopt'; {before}; app.main()"
-        line = [sys.executable, "-c", spawn, sys.executable, "-c", main, *map(str, call)]
-        shown = b""
-        place = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(Path.cwd())}}
-        with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **place) as started:
-            while when.encode() not in shown:
-                read = os.read(started.stdout.fileno(), 4096)
-                assert read, shown.decode()
-                shown += read
-            time.sleep(1)
-            start = time.monotonic()
-            with contextlib.suppress(BrokenPipeError):  # it may have ended meanwhile
-                for _ in range(presses):
-                    os.write(started.stdin.fileno(), b"\x03")
-                    time.sleep(0.2)
-            rest = started.stdout.read().decode()
-            return started.wait(), time.monotonic() - start, " ".join(rest.split())
-
-    return run
+    spawn = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+    main = f"import sys; from sparseopt.shell import app; sys.argv[0] = 'sparseopt'; {before}; app.main()"
+    line = [sys.executable, "-c", spawn, sys.executable, "-c", main, *map(str, call)]
+    shown, place = b"", {"cwd": folder, "env": os.environ | {"PYTHONPATH": str(Path.cwd())}}
+    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **place) as started:
+        while when not in shown:
+            read = os.read(started.stdout.fileno(), 4096)
+            assert read, shown.decode()
+            shown += read
+        time.sleep(1)
+        start = time.monotonic()
+        with contextlib.suppress(BrokenPipeError):  # it may have ended meanwhile
+            for _ in range(presses):
+                os.write(started.stdin.fileno(), b"\x03")
+                time.sleep(0.2)
+        rest = started.stdout.read().decode()
+        return started.wait(), time.monotonic() - start, " ".join(rest.split())
 
 
 # In place of a command: compiled code without end, in which the main thread raises nothing.
@@ -122,38 +112,29 @@ ENDLESS = (
     "import jax; loop = jax.jit(lambda x: jax.lax.while_loop(lambda v: v > 0, lambda v: v + 1, x)); "
     "app.app = lambda **_: (print('begins', flush=True), loop(1.0).block_until_ready())"
 )
+PATIENT = f"{ENDLESS}; app.GRACE = 600"
 READING = ["eval", "source", "--text", "file:long.txt", "--windows", 3_000, "--seqlen", 128]
 
 
 @pytest.mark.processes
 @pytest.mark.parametrize(
     ("when", "presses", "call", "before"),
-    [
-        ("begins", 1, [], ENDLESS),
-        ("begins", 2, [], f"{ENDLESS}; app.GRACE = 600"),
-        ("perplexity", 1, READING, "pass"),
-    ],
+    [(b"begins", 1, [], ENDLESS), (b"begins", 2, [], PATIENT), (b"perplexity", 1, READING, "pass")],
 )
-def test_ctrl_c_ends_a_command_in_time_and_says_that_nothing_was_written(
-    tmp_path, pressed, when, presses, call, before
-):
+def test_ctrl_c_ends_a_command_in_time_and_says_that_nothing_was_written(tmp_path, when, presses, call, before):
     write_inputs(tmp_path)
     (tmp_path / "long.txt").write_text("the quick brown fox jumps over the lazy dog\n\n" * 60_000)
     held = set(tmp_path.iterdir())
-    status, seconds, rest = pressed(when, presses, *call, before=before)
-    assert status == 130, rest
-    assert rest.endswith("stopped; nothing was written")
+    status, seconds, rest = pressed(tmp_path, when, presses, call, before)
+    assert (status, rest.endswith("stopped; nothing was written")) == (130, True), rest
     assert seconds < 20  # 1, where nothing else runs
     assert set(tmp_path.iterdir()) == held
-
-
-SCRIPT = "import sys\nfrom sparseopt.shell.app import main\nsys.exit(main())\n"
 
 
 @pytest.mark.parametrize("call", [["-m", "sparseopt", "doctor"], ["sparseopt", "doctor"], ["-c", "import sparseopt"]])
 def test_ctrl_c_while_a_command_imports_ends_it_at_once_without_a_traceback(tmp_path, call):
     """In a process that is not the command, Ctrl-C raises as ever."""
-    (tmp_path / "sparseopt").write_text(SCRIPT)
+    (tmp_path / "sparseopt").write_text("import sys\nfrom sparseopt.shell.app import main\nsys.exit(main())\n")
     # In place of JAX, whose import takes most of the time.
     (tmp_path / "jax.py").write_text("import time\nprint('imports', flush=True)\ntime.sleep(60)\n")
     line = [sys.executable, str(tmp_path / "sparseopt") if call[0] == "sparseopt" else call[0], *call[1:]]
@@ -214,3 +195,41 @@ def test_a_line_is_broken_only_between_words_and_only_on_a_terminal(terminal):
 def test_times_have_the_unit_that_suits_them():
     times = {0.4: "0 s", 89.4: "89 s", 90: "2 min", 5399: "90 min", 5400: "1.5 h"}
     assert {seconds: console.duration(seconds) for seconds in times} == times
+
+
+# How a shell starts a process whose output nobody takes, or not as it is.
+CONSOLES = {
+    "a full disk": "> /dev/full",
+    "none from the start": ">&-",
+    "none at all": ">&- 2>&- <&-",
+    "a pager that was closed": "| true",
+    "one of ASCII": "PYTHONIOENCODING=ascii",
+}
+SPEAKING = """
+import os, sys
+from sparseopt.shell import console
+# The first file that is opened must not be what others print to.
+with open(sys.argv[1], "wb") as stream:
+    try:
+        os.write(1, b"printed by a library")
+    except OSError:
+        pass
+    console.say("error ‖X (V - W)ᵀ‖², na\\u00efve, \\udcff")
+    console.console.print(console.comparison_table("title", ["a", "b"], [["1", "²"]]))
+    console.errors.print("told")
+    stream.write(b"whole")
+"""
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(("kind", "shell"), CONSOLES.items())
+def test_a_console_that_takes_no_output_or_not_all_letters_ends_nothing(tmp_path, kind, shell):
+    environment, redirect = (shell, "") if "=" in shell else ("", shell)
+    line = f'set -o pipefail; {environment} "$0" -c "$1" "$2" {redirect}'
+    call = ["bash", "-c", line, sys.executable, SPEAKING, str(tmp_path / "file")]
+    done = subprocess.run(call, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "" if kind == "none at all" else "told\n")
+    assert (tmp_path / "file").read_bytes() == b"whole"
+    if kind == "one of ASCII":
+        assert "error ?X (V - W)??" in done.stdout
+        assert "| 1" in done.stdout

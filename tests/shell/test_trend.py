@@ -28,9 +28,8 @@ def fit(tmp_path, command):
         if signal is not None:
             np.savetxt(tmp_path / "y.csv", signal, delimiter=",", header=heading, comments="")
         output, level = tmp_path / "fit.csv", () if weight is None else ("--weight", weight)
-        status, *said = command(
-            "trend", "--signal", tmp_path / "y.csv", *level, "--output", output, "--force", *options
-        )
+        call = ("trend", "--signal", tmp_path / "y.csv", *level, "--output", output, "--force", *options)
+        status, *said = command(*call)
         assert status == 0, said
         return "".join(said), output.read_text().splitlines(), json.loads((tmp_path / "fit-summary.json").read_text())
 
@@ -41,14 +40,13 @@ def numbers(lines):
     return np.array([line.split(",") for line in lines[1:]], float).T
 
 
-def test_denoise_writes_image_picture_and_summary(tmp_path, command):
+def test_denoise_writes_image_picture_and_summary(tmp_path, done, command):
     clean = np.where(np.arange(32) < 16, 60, 190) * np.ones((24, 1))
     noisy = np.clip(clean + np.random.default_rng(0).normal(0, 15, clean.shape), 0, 255).astype(np.uint8)
     write_image(tmp_path / "noisy.png", noisy)
     calm = tmp_path / "calm.png"
     call = ["denoise", tmp_path / "noisy.png", "--weight", 20, "--output", calm]
-    status, out, err = command(*call)
-    assert status == 0, err
+    out = done(*call)
     assert "CONVERGED: relative duality gap" in out
     assert re.search(r"done in \d+ s \(noise about 1\d(\.\d)?, weight 20\)", out)
     assert np.abs(read_image(calm) - clean).mean() < 4 < np.abs(noisy - clean).mean()
@@ -99,7 +97,7 @@ def test_trend_chooses_a_weight_draws_the_fit_and_writes_a_page(tmp_path, fit):
     assert (tmp_path / "fit.png").is_file()
 
 
-def test_a_series_alone_has_its_jumps_found(tmp_path, fit, command):
+def test_a_series_alone_has_its_jumps_found(tmp_path, fit):
     dates = np.datetime_as_string(np.datetime64("2020-01-01") + np.arange(30))
     rows = [f"{date},{value}" for date, value in zip(dates, STEPS, strict=True)]
     (tmp_path / "y.csv").write_text("\n".join(["date,level", *rows, ""]))
@@ -116,32 +114,17 @@ def test_a_series_alone_has_its_jumps_found(tmp_path, fit, command):
     assert (len(summary["jumps"]), summary["pieces"], "weight" in summary) == (2, 3, False)
     assert "--weight gcv --force" in whole_page(tmp_path / "fit-report.html").words
     assert fit("--jumps", weight=None)[1] == lines
-    call = ["trend", "--signal", tmp_path / "y.csv", "--output", tmp_path / "fit.csv", "--force", "--jumps"]
-    status, _, err = command(*call, "--penalty", "l1", "--order", 1)
-    assert (status, "jumps needs no penalty and no order: leave that out" in err) == (2, True)
     assert (summary["basis"], summary["basis"] in out) == ("approximate intervals of 95 %", True)
     assert "by gaussian thinning, share 0.5" in fit("--thin", "gaussian:0.3", weight=None)[0]
     assert float((tmp_path / "fit-jumps.csv").read_text().splitlines()[1].split(",")[-1]) < 1e-6
-    for thin, said in (("gaussian", "needs noise"), ("poisson:2", "has no noise"), ("gaussian:a", "DEVIATION")):
-        status, _, err = command(*call, "--thin", thin)
-        assert (status, said in " ".join(err.split())) == (2, True)
-    status, _, err = command(*call[:-1], "--thin", "poisson", "--order", 1)
-    assert (status, "thin is of jumps" in " ".join(err.split())) == (2, True)
 
 
-@pytest.fixture
-def steps(rng):
-    """A picture of three parts, 8 bit."""
+def test_a_picture_and_a_graph_have_their_regions_found(tmp_path, fit, done, rng):
     clean = np.full((20, 24), 60)
     clean[4:12, 5:15], clean[:, 20:] = 120, 200
-    return np.clip(clean + rng.normal(0, 8, clean.shape), 0, 255).astype(np.uint8)
-
-
-def test_a_picture_and_a_graph_have_their_regions_found(tmp_path, fit, command, steps):
+    steps = np.clip(clean + rng.normal(0, 8, clean.shape), 0, 255).astype(np.uint8)
     write_image(tmp_path / "y.png", steps)
-    call = ["trend", "--signal", tmp_path / "y.png", "--output", tmp_path / "picture.csv"]
-    status, out, err = command(*call)
-    assert status == 0, err
+    out = done("trend", "--signal", tmp_path / "y.png", "--output", tmp_path / "picture.csv")
     graph = so.Graph.grid(steps.shape)
     found = so.trend.regions(steps, graph)
     summary = json.loads((tmp_path / "picture-summary.json").read_text())
@@ -164,15 +147,6 @@ def test_a_picture_and_a_graph_have_their_regions_found(tmp_path, fit, command, 
     assert (": 3 parts" in said, summary["ends"], len(graph_lines)) == (True, "graph", len(lines))
     np.testing.assert_array_equal(numbers(graph_lines)[2], found.pieces.reshape(-1))
     assert "regions" not in fit("--graph", edges, weight=5.0)[2]
-    for options, why in (
-        ((*call, "--weight", 3, "--ends", "free"), "need no weight and no ends: leave that out, or smooth it by"),
-        ((*call, "--thin", "poisson"), "thin is of jumps in a series"),
-        ((*call[:2], tmp_path / "y.csv", *call[3:], "--graph", edges, "--jumps", "--weight", 3), "needs no weight:"),
-        ((*call[:2], tmp_path / "y.csv", *call[3:], "--graph", edges, "--jumps", "--thin", "poisson"), "in a series"),
-        (call, "exists already"),
-    ):
-        status, _, err = command(*options)
-        assert (status, why in " ".join(err.split())) == (2, True)
 
 
 # The heading of a table of times, a rising and a falling line, which of its columns, and what is said of the channels.
@@ -240,67 +214,37 @@ def test_a_fit_of_counts_is_their_rate(fit):
     assert (summary["loss"], summary["noise"]) == ("poisson", None)
 
 
-def test_a_trend_beside_covariates_and_a_season(tmp_path, fit, command):
+def test_a_trend_beside_covariates_and_a_season(fit):
     rng = np.random.default_rng(0)
     trend, warmth = np.interp(np.arange(60), [0, 30, 59], [0, 6, 0]), rng.standard_normal(60)
     season = np.tile([2.0, -1.0, 0.0, -1.0], 15)
     y = trend + season + 1.5 * warmth + 0.1 * rng.standard_normal(60)
-    call = ["--order", 1, "--season", 4, "--covariates", "warmth"]
-    table = np.column_stack([y, warmth])
+    call, table = ["--order", 1, "--season", 4, "--covariates", "warmth"], np.column_stack([y, warmth])
     said, lines, summary = fit(*call, signal=table, heading="sales,warmth", weight=None)
     assert "chosen by GCV" in said
     assert f"coefficient of warmth: {summary['coefficients']['warmth']:.4g}" in said
     assert lines[0] == "node,sales,fitted,season"
     _, found, fitted, periodic = numbers(lines)
-    np.testing.assert_allclose(found, trend, atol=0.3)
-    np.testing.assert_allclose(periodic, season, atol=0.1)
     np.testing.assert_allclose(fitted - found - periodic, summary["coefficients"]["warmth"] * warmth, atol=1e-7)
     assert summary["coefficients"]["warmth"] == pytest.approx(1.5, abs=0.05)
     np.testing.assert_allclose(summary["season"], periodic[:4], atol=1e-9)
     assert 0.05 < summary["noise"] < 0.2
     hours = np.column_stack([np.arange(60) + (np.arange(60) > 20), y])
-    np.savetxt(tmp_path / "y.csv", hours, delimiter=",", header="time,sales", comments="")
-    call = ["trend", "--signal", tmp_path / "y.csv", "--season", 4, "--weight", 1, "--output", tmp_path / "gap.csv"]
-    assert "after row 21 the times make a step of 2 usual ones" in command(*call)[2]
+    said = fit("--season", 4, signal=hours, heading="time,sales", weight=1)[0]
+    assert "after row 21 the times make a step of 2 usual ones" in said
     rates = rng.poisson(np.exp(1 + season / 4))
     _, lines, _ = fit("--season", 4, "--loss", "poisson", signal=rates, heading="count", weight=50)
     _, rate, fitted, periodic, _ = numbers(lines)
     np.testing.assert_allclose(fitted, rate * np.exp(periodic), rtol=1e-6)
-    for options, told in (
-        (["--season", 4, "--loss", "poisson"], "give a number"),
-        (["--season", 4, "--jumps"], "jumps needs no season"),
-        (["--season", 4, "--graph", "edges.csv"], "season belongs to a series"),
-        (["--season", 4, "--penalty", "mcp", "--weight", 1], "penalty l1"),
-        (["--covariates", "wind", "--weight", 1], "given wind"),
-    ):
-        output = tmp_path / "other.csv"
-        status, _, err = command("trend", "--signal", tmp_path / "y.csv", "--output", output, *options)
-        assert status == 2
-        assert told in err
-        assert not output.exists()
 
 
-def test_bounds_and_a_direction_hold_exactly(tmp_path, fit, command):
+def test_bounds_and_a_direction_hold_exactly(fit):
     rising = np.linspace(0, 1, 30) + 0.3 * np.random.default_rng(0).standard_normal(30)
-    _, lines, _ = fit("--bounds", "0,", "--monotone", "up", signal=rising, weight=0)
-    _, found, _ = numbers(lines)
-    expected = np.maximum(isotonic_regression(rising).x, 0)
-    np.testing.assert_allclose(found, expected, atol=1e-8)
+    found = numbers(fit("--bounds", "0,", "--monotone", "up", signal=rising, weight=0)[1])[1]
+    np.testing.assert_allclose(found, np.maximum(isotonic_regression(rising).x, 0), atol=1e-8)
     said, lines, _ = fit("--bounds", "0.2,0.8", "--order", 1, weight=None)
     assert "chosen by GCV" in said
-    assert numbers(lines)[1].min() >= 0.2 - 1e-12
-    assert numbers(lines)[1].max() <= 0.8 + 1e-12
-    for options, told in (
-        (["--bounds", "1,0", "--weight", 1], "low <= high"),
-        (["--bounds", "1", "--weight", 1], "low,high"),
-        (["--monotone", "sideways", "--weight", 1], "up"),
-        (["--monotone", "up", "--season", 3, "--weight", 1], "no season"),
-        (["--bounds", "0,1", "--order", 1, "--loss", "huber"], "square loss"),
-    ):
-        output = tmp_path / "other.csv"
-        status, _, err = command("trend", "--signal", tmp_path / "y.csv", "--output", output, *options)
-        assert (status, output.exists()) == (2, False)
-        assert told in err
+    assert np.max(np.abs(numbers(lines)[1] - 0.5)) <= 0.3 + 1e-12
 
 
 def test_channels_of_unlike_units_are_named_and_without_matplotlib_a_fit_has_no_figure(tmp_path, fit, monkeypatch):

@@ -1,23 +1,29 @@
-"""Cooperating processes end together: real ones, joined by gloo, that fail or are killed during an exchange."""
+"""Cooperating processes end together: real ones, joined by gloo, that fail or are killed during an exchange.
 
+Each process runs this file as a script: it joins the others, compares, and ends as requested.
+"""
+
+import os
 import signal
 import sys
 import time
-from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from sparseopt.core.base.mesh import device_line, over, put, whole
 from sparseopt.system import processes
 from tests.processes import free_port, start, wait
 
-SCRIPT = Path(__file__).parent / "ending_together.py"
 # From the death of one to the end of all, imports of the others included.
 PATIENCE = 30
 LOST = "another process has ended or was lost"
 
 
 def begun(folder, how, who, count):
-    return start([[sys.executable, str(SCRIPT), how, str(who)]] * count, folder, free_port())
+    return start([[sys.executable, __file__, how, str(who)]] * count, folder, free_port())
 
 
 @pytest.mark.processes
@@ -81,10 +87,26 @@ def test_what_cannot_be_joined_is_said_at_once(monkeypatch, given, environment, 
         processes.join(**given)
 
 
-def test_one_process_alone_agrees_with_itself():
-    processes.agree({"config": 1})
-    processes.barrier("here")
-    assert processes.told([1, "a"]) == [1, "a"]
-    assert [processes.any_of(flag) for flag in (True, False)] == [True, False]
-    with pytest.raises(OSError, match="as it is"), processes.together():
-        raise OSError("as it is")
+if __name__ == "__main__":
+    how, who = sys.argv[1], int(sys.argv[2])
+    processes.join(timeout=120)
+    index = jax.process_index()
+    with processes.together():
+        processes.agree({"config": 1})
+        said = [processes.told({"from": index}), processes.any_of(index == who), processes.any_of(False)]
+        mesh = device_line("all")
+        values = put(np.arange(12, dtype=np.float32).reshape(6, 2), over(mesh))
+        said.append(whole(values * 2).tolist())
+        print(said, flush=True)
+        total = jax.jit(lambda x: jnp.sum(x * x))
+        until = time.monotonic() + (0 if how == "well" else 60)
+        while time.monotonic() < until:
+            # In the middle of exchanges, as a solve is; or each at work of its own.
+            time.sleep(0.1) if how == "killed alone" else float(total(values))
+            if index == who and how.startswith("killed"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            if index == who and how == "stopped":
+                os.kill(os.getpid(), signal.SIGINT)
+            if index == who and how == "raises":
+                raise OSError("the disk is full")
+    print("ended", flush=True)
